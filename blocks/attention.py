@@ -1,0 +1,214 @@
+"""``attention``: causal self-attention, full or over a sliding window, with persistent tokens always in sight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..kernels.attention import Prefix, attention
+from ..kernels.layout import align, last
+from ..kernels.normalisation import rms_norm
+from ..kernels.rotary import rotate
+from ..registry import register
+from .block import Block, check_input
+
+
+class AttentionState(NamedTuple):
+    """The keys and values that later tokens may still see.
+
+    There are ``window - 1`` slots where the window is bounded, and otherwise as many as the row that has read
+    the most tokens needs. The newest token is in the last slot; slots that hold none are zero.
+    """
+
+    keys: Tensor
+    """``[batch, slots, kv_heads, d]``, normalised and rotated, in the model's dtype."""
+    values: Tensor
+    """``[batch, slots, kv_heads, d]``."""
+    cached: Tensor
+    """``[batch]`` int64: slots that hold a token."""
+    position: Tensor
+    """``[batch]`` int64: tokens read. Only the rotation depends on it."""
+    prefix_keys: Tensor | None
+    """``[batch, P, kv_heads, d]``, normalised and not rotated; ``None`` where there are no persistent tokens."""
+    prefix_values: Tensor | None
+    """``[batch, P, kv_heads, d]``."""
+
+
+@register("attention")
+class Attention(Block):
+    """Causal softmax attention with rotary positions, grouped key-value heads and an optional window.
+
+    Persistent tokens (:meth:`prefix`) have no position and never leave the window. The state is bounded when
+    ``window`` is set or an enclosing block has called :meth:`bound`; without either it grows.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: Annotated[int, Field(ge=1, description="query heads, each of width dim / heads")] = 4,
+        kv_heads: Annotated[
+            int | None, Field(ge=1, description="key and value heads, shared by groups of query heads; null for heads")
+        ] = None,
+        window: Annotated[
+            int | None, Field(ge=1, description="tokens in sight, a token's own included; null for all")
+        ] = None,
+        rope: Annotated[float | None, Field(gt=1, description="base of the rotary positions; null for none")] = 10000.0,
+        qk_norm: Annotated[bool, Field(description="RMS-normalise queries and keys, with a gain per head")] = True,
+    ) -> None:
+        super().__init__(dim)
+        fields = {"heads": heads, "kv_heads": kv_heads, "rope": rope}
+        for field, message in self.problems(dim, fields):
+            raise ValueError(f"{field}: {message}")
+        self.heads = heads
+        self.kv_heads = heads if kv_heads is None else kv_heads
+        self.window = window
+        self.rope = rope
+        self.head_dim = dim // heads
+        self.grows = window is None
+        self.qkv = nn.Linear(dim, (heads + 2 * self.kv_heads) * self.head_dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+        self.gain = nn.Parameter(torch.empty(heads + self.kv_heads, self.head_dim)) if qk_norm else None
+
+    @classmethod
+    def problems(cls, dim: int | None, fields: dict[str, Any]) -> Iterator[tuple[str, str]]:
+        heads, kv_heads = fields["heads"], fields["kv_heads"]
+        if kv_heads is not None and heads % kv_heads:
+            yield "kv_heads", f"expected a divisor of heads = {heads}, got {kv_heads}"
+        if dim is None:
+            return
+        if dim % heads:
+            yield "heads", f"expected a divisor of the width {dim}, got {heads}"
+        elif fields["rope"] is not None and dim // heads % 2:
+            yield "rope", f"rotation needs heads of even width, got {dim} / {heads} = {dim // heads}; rope: null turns it off"
+
+    def bound(self, tokens: int) -> None:
+        if tokens < 1:
+            raise ValueError(f"bound: tokens is {tokens}: expected at least 1")
+        self.window = tokens if self.window is None else min(self.window, tokens)
+        self.grows = False
+
+    def init_state(self, batch_size: int) -> AttentionState:
+        weight = self.qkv.weight
+        slots = 0 if self.window is None else self.window - 1
+        empty = weight.new_zeros(batch_size, slots, self.kv_heads, self.head_dim)
+        none = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
+        return AttentionState(empty, empty, none, none, None, None)
+
+    def prefix(self, tokens: Tensor) -> tuple[Tensor, AttentionState]:
+        """A fresh state with persistent ``tokens`` [batch, count, dim] in sight of every token to come.
+
+        The outputs at them attend causally among themselves, without positions. They count for nothing in
+        ``position`` and ``cached``.
+        """
+        check_input(self, tokens, None, name="tokens")
+        queries, k, v = self._project(tokens)
+        y = attention(queries[:, :, : self.heads], k, v)
+        state = self.init_state(tokens.shape[0])
+        return self.out(y.flatten(2)), state._replace(prefix_keys=k, prefix_values=v)
+
+    def forward(
+        self, x: Tensor, state: AttentionState | None = None, *, mask: Tensor | None = None
+    ) -> tuple[Tensor, AttentionState]:
+        check_input(self, x, mask)
+        if state is not None and state.position.shape[0] != x.shape[0]:
+            raise ValueError(f"attention: state has {state.position.shape[0]} rows: expected x's {x.shape[0]}")
+        if mask is None:
+            return self._run(x, state, None)
+        layout = align(mask)
+        y, state = self._run(layout.spread(x), state, layout.length)
+        return layout.collect(y), state
+
+    def _run(self, x: Tensor, state: AttentionState | None, length: Tensor | None) -> tuple[Tensor, AttentionState]:
+        """``x``: real tokens first in each row; ``length``: ``[batch]``, how many, or ``None`` for all."""
+        rows, time, _ = x.shape
+        fresh = state is None
+        if state is None:
+            state = self.init_state(rows)
+        plain, k, v = self._project(x)
+        q = plain[:, :, : self.heads]
+        prefix = None
+        if state.prefix_keys is not None and state.prefix_values is not None:
+            prefix = Prefix(q, state.prefix_keys, state.prefix_values)
+        if self.rope is not None:
+            position = state.position[:1, None] if fresh else state.position[:, None]
+            if time > 1:
+                position = position + torch.arange(time, device=x.device)
+            q, k = rotate(plain, position, self.rope).split((self.heads, self.kv_heads), dim=2)
+
+        slots = state.keys.shape[1]
+        known, start = (0, None) if fresh else _known(state, time)
+        if known or length is not None or self.window is None or time < slots:
+            k, v = torch.cat((state.keys, k), dim=1), torch.cat((state.values, v), dim=1)
+        unknown = k.shape[1] - known - time
+        seen_k, seen_v = (k[:, unknown:], v[:, unknown:]) if unknown else (k, v)
+        y = attention(q, seen_k, seen_v, window=self.window, start=start, prefix=prefix)
+        return self.out(y.flatten(2)), self._advance(state, k, v, length, time)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised queries and keys ``[batch, time, heads + kv_heads, d]``, those keys, and values, unrotated."""
+        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
+        plain, v = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
+        if self.gain is not None:
+            plain = rms_norm(plain, self.gain)
+        return plain, plain[:, :, self.heads :], v
+
+    def _advance(
+        self, state: AttentionState, k: Tensor, v: Tensor, length: Tensor | None, time: int
+    ) -> AttentionState:
+        """The state after ``k`` and ``v``, the last ``time`` of which are new; ``length`` as in :meth:`_run`."""
+        read = time if length is None else length
+        cached = state.cached + read
+        if self.window is None:
+            slots = k.shape[1] if length is None else int(cached.max())
+        else:
+            slots = self.window - 1
+            cached = cached.clamp(max=slots)
+        if length is None:
+            k, v = (_newest(x, slots) for x in (k, v))
+        else:
+            # a row that is full while another is not may have fewer slots before it than its neighbours need
+            before = max(0, slots - (k.shape[1] - time))
+            end = length + (before + k.shape[1] - time)
+            k, v = (last(F.pad(x, (0, 0, 0, 0, before, 0)), end, slots) for x in (k, v))
+        return state._replace(keys=k, values=v, cached=cached, position=state.position + read)
+
+    def reset_parameters(self) -> None:
+        # 1 / sqrt(fan_in) keeps unit variance at every width, where a fixed 0.02 would only at one. What goes to
+        # the residual stream starts smaller: a block cannot know the depth, and fifty branches of 0.2^2 add 2
+        nn.init.normal_(self.qkv.weight, std=self.dim**-0.5)
+        nn.init.normal_(self.out.weight, std=0.2 * self.dim**-0.5)
+        if self.gain is not None:
+            nn.init.ones_(self.gain)
+
+    def flops(self, length: int) -> int:
+        """The matrix products: projections of every token, then scores and values of every pair in sight."""
+        seen = length if self.window is None else min(self.window, length)
+        pairs = seen * (seen + 1) // 2 + (length - seen) * seen
+        return 2 * length * (self.qkv.weight.numel() + self.out.weight.numel()) + 4 * self.dim * pairs
+
+
+def _known(state: AttentionState, time: int) -> tuple[int, Tensor | None]:
+    """How many of the last slots hold a token in some row, and where each row's begin among them.
+
+    ``None`` instead of a beginning: all hold one. Looking costs a wait on an accelerator, which one token's
+    attention over a few empty slots does not repay.
+    """
+    slots = state.keys.shape[1]
+    if not slots:
+        return 0, None
+    if torch.compiler.is_compiling() or (time == 1 and state.cached.device.type != "cpu"):
+        return slots, slots - state.cached
+    least, most = (int(count) for count in torch.aminmax(state.cached))
+    return most, None if least == most else most - state.cached
+
+
+def _newest(x: Tensor, count: int) -> Tensor:
+    spare = x.shape[1] - count
+    # a view of a few slots too many is free; of many, it would keep all that was read alive with the state
+    return x[:, spare:] if spare <= count else x[:, spare:].clone()

@@ -1,0 +1,120 @@
+"""The block: one interface that makes attention, memory, convolution and FFN interchangeable."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .state import State, map_state, nbytes
+
+
+class Block(nn.Module):
+    """A map ``(x, state) -> (y, state)`` over ``[batch, time, dim]``; subclass it and ``@register`` it.
+
+    A subclass's constructor takes ``dim`` first and everything else by keyword; that signature is its schema
+    in a recipe. Fields typed ``Spec`` hold other blocks, made with ``create(field, dim=dim)``.
+
+    The contract (``check_block`` tests every point of it):
+
+    * any cut of the time axis gives the uncut outputs and final state; ``time = 1`` is decoding;
+    * no output depends on a later token; no row depends on another row;
+    * a token where ``mask`` is false leaves the state as it was, and its output is zero;
+    * inputs and states that are passed in are never modified.
+    """
+
+    grows = False
+    """True when the state grows with the number of tokens read (full attention without a bound)."""
+
+    period = 1
+    """Shifting every position by a multiple of this many tokens leaves the outputs unchanged."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def init_state(self, batch_size: int) -> State:
+        """A fresh state of ``batch_size`` rows: learned initial values, not zeros. ``None``: stateless."""
+        return None
+
+    def forward(self, x: Tensor, state: State = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
+        """Read ``x`` [batch, time, dim]; ``mask`` [batch, time] bool, true at real tokens. ``state=None`` is fresh."""
+        raise NotImplementedError(f"{type(self).__name__} must define forward(x, state, *, mask)")
+
+    def prefix(self, tokens: Tensor) -> tuple[Tensor, State]:
+        """A fresh state that has been given persistent ``tokens`` [batch, count, dim], and the outputs at them.
+
+        By default they are read as ordinary first tokens. Attention keeps them in sight for good.
+        """
+        return self(tokens, self.init_state(tokens.shape[0]))
+
+    def bound(self, tokens: int) -> None:
+        """Told once, by a block that starts this one anew at least every ``tokens`` tokens."""
+
+    def reset_parameters(self) -> None:
+        """Initialise the parameters this block owns, and no child block's. Must not depend on old values."""
+        for child in self.children():
+            _reset_own(child)
+
+    def flops(self, length: int) -> int:
+        """Forward FLOPs (a multiply-add is 2) for one row of ``length`` tokens from a fresh state."""
+        own = sum(p.numel() for p in self.parameters() if p.dim() > 1)
+        return 2 * own * length
+
+    def state_bytes(self) -> int:
+        """Bytes of state for one row."""
+        with torch.no_grad():
+            return nbytes(self.init_state(1))
+
+
+def _reset_own(module: nn.Module) -> None:
+    if isinstance(module, Block):
+        return
+    if hasattr(module, "reset_parameters"):
+        module.reset_parameters()
+    for child in module.children():
+        _reset_own(child)
+
+
+def materialise(module: nn.Module, device: torch.device | str, dtype: torch.dtype | None, seed: int | None) -> None:
+    """Give a module built on the meta device real, initialised parameters, in place.
+
+    Parameters are drawn in float32 on the CPU's generator, so that one seed gives one model whatever the
+    ``device`` and ``dtype``. ``seed=None`` uses (and advances) the global generator.
+
+    Raises ``RuntimeError`` naming a parameter that no block's ``reset_parameters`` has set.
+    """
+    module.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in [*module.parameters(), *module.buffers()]:
+            if tensor.is_floating_point():
+                tensor.fill_(float("nan"))
+    devices: list[Any] = []
+    with torch.random.fork_rng(devices, enabled=seed is not None), torch.no_grad():
+        if seed is not None:
+            torch.manual_seed(seed)
+        for child in module.modules():
+            if isinstance(child, Block) or child is module:
+                child.reset_parameters()
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if tensor.is_floating_point() and tensor.isnan().any():
+            raise RuntimeError(f"{name} {list(tensor.shape)} was left uninitialised: set it in its block's reset_parameters")
+    module.to(device=device, dtype=dtype)
+
+
+def as_rows(state: State, rows: int) -> State:
+    """Expand a one-row state to ``rows`` rows without copying."""
+    return map_state(lambda tensor: tensor.expand(rows, *tensor.shape[1:]), state)
+
+
+def check_input(block: Block, x: Tensor, mask: Tensor | None, name: str = "x") -> None:
+    """Raise ``ValueError`` or ``TypeError``, naming the argument, unless ``x`` and ``mask`` fit the block."""
+    kind = type(block).__name__
+    if x.dim() != 3 or x.shape[2] != block.dim:
+        raise ValueError(f"{kind}: {name} {list(x.shape)}: expected [batch, time, {block.dim}]")
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            raise TypeError(f"{kind}: mask is {mask.dtype}: expected torch.bool, true at real tokens")
+        if mask.shape != x.shape[:2]:
+            raise ValueError(f"{kind}: mask {list(mask.shape)}: expected {list(x.shape[:2])}")

@@ -1,0 +1,58 @@
+"""``chain``: blocks one after the other, ``x -> f(x) -> g(f(x)) -> ...``. In a recipe, a list of blocks is one."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..registry import Spec, create, register
+from .block import Block
+from .state import State
+
+
+@register("chain")
+class Chain(Block):
+    """Blocks one after the other: the outputs of each are the inputs of the next.
+
+    Nothing is added around them: normalisation and the residual are the layer's. State: a tuple of theirs.
+    """
+
+    def __init__(
+        self, dim: int, *, of: Annotated[list[Spec], Field(min_length=1, description="the blocks, first to last")]
+    ) -> None:
+        super().__init__(dim)
+        self.of = nn.ModuleList(create(spec, dim=dim) for spec in of)
+        self.period = math.lcm(*(block.period for block in self.of))
+        self.grows = any(block.grows for block in self.of)
+
+    def init_state(self, batch_size: int) -> State:
+        return tuple(block.init_state(batch_size) for block in self.of)
+
+    def forward(self, x: Tensor, state: State = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
+        states = []
+        for block, before in zip(self.of, state if state is not None else [None] * len(self.of)):
+            x, after = block(x, before, mask=mask)
+            states.append(after)
+        return x, tuple(states)
+
+    def prefix(self, tokens: Tensor) -> tuple[Tensor, State]:
+        """Each block's outputs at the persistent tokens are the persistent tokens of the next."""
+        states = []
+        for block in self.of:
+            tokens, state = block.prefix(tokens)
+            states.append(state)
+        return tokens, tuple(states)
+
+    def bound(self, tokens: int) -> None:
+        for block in self.of:
+            block.bound(tokens)
+        self.grows = any(block.grows for block in self.of)
+
+    def reset_parameters(self) -> None:
+        """Owns no parameters."""
+
+    def flops(self, length: int) -> int:
+        return sum(block.flops(length) for block in self.of)

@@ -1,0 +1,215 @@
+"""``context``: memory as context (MAC). Read, attend, write, gate, segment by segment (memory.md, section 5)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..kernels.layout import align
+from ..registry import Needs, Spec, create, register
+from .block import Block, as_rows
+from .gate import Form, Gating
+from .state import State, reset, select
+
+
+class ContextState(NamedTuple):
+    """What a context block carries from token to token."""
+
+    memory: State
+    """The memory after the last token written."""
+    snapshot: State
+    """The memory as it stood at the start of the current segment: what is read from."""
+    attend: State
+    """What attention has seen: the persistent tokens, and this segment so far."""
+    position: Tensor
+    """``[batch]`` int64: tokens read."""
+
+
+class Piece(NamedTuple):
+    """A stretch of time in which no row crosses a segment boundary."""
+
+    start: int
+    stop: int
+    begins: list[bool]
+    """Per row: the row begins a segment here, other than its first."""
+    whole: bool
+    """Every row runs through exactly one full segment."""
+    real: Tensor | None
+    """``[batch, stop - start]`` bool: where rows have tokens; ``None`` where all do."""
+
+
+@register("context")
+class Context(Block):
+    """Memory as context: attention sees what the memory recalls, and the memory learns what attention makes of it.
+
+    For each segment of tokens ``x_1..x_C`` (equations 21-25, causal at every token):
+
+    1. read    ``h_j = M(x_j)`` from the memory as it stood at the start of the segment;
+    2. attend  ``y_j`` from the persistent tokens, ``h_1..h_j`` and ``x_1..x_j``;
+    3. write   ``y_j`` into the memory, token by token;
+    4. gate    ``o_j = gate(y_j, M_j(y_j))``, read after ``y_j`` is written and before any later one is.
+
+    ``attend`` is given the stream ``h_1, x_1, h_2, x_2, ...`` and asked at the x's, so its being causal is the whole
+    mask, and any causal block can stand there. It starts anew, with the persistent tokens, at every segment.
+
+    ``write: inputs`` writes ``x_j`` in place of ``y_j``: the memory no longer waits for attention, and all segments
+    attend at once. That is not the paper's architecture.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        segment: Annotated[int, Field(ge=1, description="tokens per segment")] = 128,
+        persistent: Annotated[int, Field(ge=0, description="learned tokens that attention always sees")] = 16,
+        memory: Annotated[Spec, Needs("read", "write"), Field(description="what is read and written")] = "memory",
+        attend: Annotated[Spec, Field(description="any causal block; starts anew at every segment")] = "attention",
+        write: Annotated[
+            Literal["attended", "inputs"],
+            Field(description="what is written: attention's outputs (the paper's), or the inputs (segments in parallel)"),
+        ] = "attended",
+        form: Annotated[Form, Field(description="norm(y) * sigmoid(norm(m)), * silu(norm(m)), or + norm(m)")] = "sigmoid",
+    ) -> None:
+        super().__init__(dim)
+        self.segment = segment
+        self.write = write
+        self.memory = create(memory, dim=dim)
+        self.attend = create(attend, dim=dim)
+        self.attend.bound(2 * segment)
+        self.persistent = nn.Parameter(torch.empty(persistent, dim)) if persistent else None
+        self.gate = Gating(dim, form)
+        self.period = math.lcm(segment, self.memory.period)
+        self.grows = self.memory.grows or self.attend.grows
+
+    def init_state(self, batch_size: int) -> ContextState:
+        memory = self.memory.init_state(batch_size)
+        position = torch.zeros(batch_size, dtype=torch.int64, device=self.gate.gain_a.device)
+        return ContextState(memory, memory, self._fresh_attend(batch_size), position)
+
+    def forward(
+        self, x: Tensor, state: ContextState | None = None, *, mask: Tensor | None = None
+    ) -> tuple[Tensor, ContextState]:
+        rows, time, _ = x.shape
+        if state is None:
+            state = self.init_state(rows)
+        run = self._run if self.write == "attended" else self._run_inputs
+        positions = state.position.tolist()
+        if mask is None:
+            y, state = run(x, state, self._pieces(positions, [time] * rows, None))
+            return y, state._replace(position=state.position + time)
+        layout = align(mask)
+        pieces = self._pieces(positions, layout.length.tolist(), layout.filled)
+        y, state = run(layout.spread(x), state, pieces)
+        return layout.collect(y), state._replace(position=state.position + layout.length)
+
+    def _run(self, x: Tensor, state: ContextState, pieces: list[Piece]) -> tuple[Tensor, ContextState]:
+        memory, snapshot, attend, position = state
+        fresh: State = None
+        outputs = []
+        for piece in pieces:
+            tokens = x[:, piece.start : piece.stop]
+            if any(piece.begins):
+                fresh = fresh if fresh is not None else self._fresh_attend(x.shape[0])
+                snapshot = _restart(piece.begins, snapshot, memory)
+                attend = _restart(piece.begins, attend, fresh)
+            h = self.memory.read(tokens, snapshot)  # 1. read
+            y, attend = self._attend(h, tokens, attend, piece.real)  # 2. attend
+            m, memory = self.memory(y, memory, mask=piece.real)  # 3. write each y_j, and read it back
+            outputs.append(self.gate(y, m))  # 4. gate
+        return _join(outputs, x), ContextState(memory, snapshot, attend, position)
+
+    def _run_inputs(self, x: Tensor, state: ContextState, pieces: list[Piece]) -> tuple[Tensor, ContextState]:
+        """``write: inputs``: the whole walk of the memory first, then attention."""
+        memory, snapshot, attend, position = state
+        recalled, written = [], []
+        for piece in pieces:
+            tokens = x[:, piece.start : piece.stop]
+            if any(piece.begins):
+                snapshot = _restart(piece.begins, snapshot, memory)
+            recalled.append(self.memory.read(tokens, snapshot))
+            m, memory = self.memory(tokens, memory, mask=piece.real)
+            written.append(m)
+        fresh: State = None
+        attended = []
+        done = 0
+        while done < len(pieces):
+            piece, together = pieces[done], 1
+            while piece.whole and done + together < len(pieces) and pieces[done + together].whole:
+                together += 1
+            if together > 1:
+                # full segments do not see each other: each is a row of one batch
+                rows, fold = x.shape[0] * together, (x.shape[0] * together, self.segment, self.dim)
+                h = torch.cat(recalled[done : done + together], dim=1)
+                tokens = x[:, piece.start : piece.start + together * self.segment]
+                y, ends = self._attend(h.reshape(fold), tokens.reshape(fold), self._fresh_attend(rows), None)
+                y, attend = y.reshape(h.shape), select(ends, slice(together - 1, None, together))
+            else:
+                if any(piece.begins):
+                    fresh = fresh if fresh is not None else self._fresh_attend(x.shape[0])
+                    attend = _restart(piece.begins, attend, fresh)
+                y, attend = self._attend(recalled[done], x[:, piece.start : piece.stop], attend, piece.real)
+            attended.append(y)
+            done += together
+        y = self.gate(_join(attended, x), _join(written, x))
+        return y, ContextState(memory, snapshot, attend, position)
+
+    def _attend(self, recalled: Tensor, x: Tensor, state: State, real: Tensor | None) -> tuple[Tensor, State]:
+        """Attention at each ``x_j``, which sees ``h_1..h_j`` and ``x_1..x_j``. All ``[rows, time, dim]``."""
+        rows, time, dim = x.shape
+        stream = torch.stack([recalled, x], dim=2).view(rows, 2 * time, dim)
+        y, state = self.attend(stream, state, mask=None if real is None else real.repeat_interleave(2, dim=1))
+        return y[:, 1::2], state
+
+    def _fresh_attend(self, rows: int) -> State:
+        """Attention that has seen the persistent tokens and nothing else."""
+        if self.persistent is None:
+            return self.attend.init_state(rows)
+        # every row starts from the same state: it is computed once
+        return as_rows(self.attend.prefix(self.persistent.unsqueeze(0))[1], rows)
+
+    def _pieces(self, positions: list[int], lengths: list[int], filled: Tensor | None) -> list[Piece]:
+        """Cut the time axis at every segment boundary of any row that still has tokens."""
+        segment, slots, start = self.segment, max(lengths, default=0), 0
+        pieces = []
+        while start < slots:
+            at = [position + start for position in positions]
+            live = [start < length for length in lengths]
+            stop = min(slots, start + min(segment - p % segment for p, here in zip(at, live) if here))
+            # at position 0 the state is as init_state left it, which is how a segment begins
+            begins = [here and p > 0 and p % segment == 0 for p, here in zip(at, live)]
+            full = min(lengths) >= stop
+            whole = full and stop - start == segment and not any(p % segment for p in at)
+            real = None if full or filled is None else filled[:, start:stop]
+            pieces.append(Piece(start, stop, begins, whole, real))
+            start = stop
+        return pieces
+
+    def reset_parameters(self) -> None:
+        if self.persistent is not None:
+            nn.init.normal_(self.persistent, std=0.02)
+        self.gate.reset_parameters()
+
+    def flops(self, length: int) -> int:
+        # each segment's attention runs over two tokens for every one, after the persistent tokens
+        segments, rest = divmod(length, self.segment)
+        ahead = 0 if self.persistent is None else len(self.persistent)
+        attend = segments * self.attend.flops(ahead + 2 * self.segment)
+        if rest:
+            attend += self.attend.flops(ahead + 2 * rest)
+        return self.memory.flops(length) + attend + 10 * self.dim * length
+
+
+def _restart(rows: list[bool], old: State, new: State) -> State:
+    """``new`` in the given rows and ``old`` in the others; a plain assignment when all rows restart together."""
+    return new if all(rows) else reset(old, rows, new)
+
+
+def _join(pieces: list[Tensor], like: Tensor) -> Tensor:
+    if len(pieces) == 1:
+        return pieces[0]
+    return torch.cat(pieces, dim=1) if pieces else like

@@ -1,0 +1,61 @@
+"""``ffn``: the feed-forward network applied to each token on its own."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..registry import register
+from .block import Block, check_input
+from .state import State
+
+
+@register("ffn")
+class FeedForward(Block):
+    """``down(silu(gate(x)) * up(x))`` (SwiGLU), or ``down(gelu(up(x)))``. Stateless.
+
+    The default hidden width costs the same 8 dim^2 weights in both kinds: 8/3 dim for SwiGLU, rounded up to a
+    multiple of 16, and 4 dim for GELU.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        kind: Annotated[Literal["swiglu", "gelu"], Field(description="gated SiLU, or plain GELU")] = "swiglu",
+        hidden: Annotated[
+            int | None, Field(ge=1, description="hidden width; null for 8/3 dim (swiglu) or 4 dim (gelu)")
+        ] = None,
+    ) -> None:
+        super().__init__(dim)
+        if kind not in ("swiglu", "gelu"):
+            raise ValueError(f"kind: expected 'swiglu' or 'gelu', got {kind!r}")
+        if hidden is None:
+            hidden = -(-8 * dim // 48) * 16 if kind == "swiglu" else 4 * dim
+        self.kind = kind
+        self.up = nn.Linear(dim, 2 * hidden if kind == "swiglu" else hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor, state: State = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
+        check_input(self, x, mask)
+        inner = self.up(x)
+        if self.kind == "swiglu":
+            gate, inner = inner.chunk(2, dim=-1)
+            inner = F.silu(gate) * inner
+        else:
+            inner = F.gelu(inner)
+        y = self.down(inner)
+        return y if mask is None else torch.where(mask[..., None], y, 0.0), state
+
+    def reset_parameters(self) -> None:
+        # as in attention: unit variance at every width, and a fifth of it into the residual stream
+        nn.init.normal_(self.up.weight, std=self.dim**-0.5)
+        nn.init.normal_(self.down.weight, std=0.2 * self.down.in_features**-0.5)
+
+    def flops(self, length: int) -> int:
+        """The matrix products."""
+        return 2 * length * (self.up.weight.numel() + self.down.weight.numel())

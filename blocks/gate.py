@@ -1,0 +1,97 @@
+"""``gate``: two branches over the same inputs, one gating the other; and the gating itself."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from ..kernels.gate import gate
+from ..kernels.normalisation import rms_norm
+from ..registry import Spec, create, register
+from .block import Block
+from .state import State
+
+Form = Literal["sigmoid", "silu", "sum"]
+
+
+class Gating(nn.Module):
+    """``gate(a, b) = norm(a) * sigmoid(norm(b))``, each normalised with a learned vector (memory.md, section 5).
+
+    Other forms: ``silu`` in place of the sigmoid; ``sum``, ``norm(a) + norm(b)``. Zero inputs give zero in every
+    form, which keeps masked tokens at zero.
+    """
+
+    eps = 1e-6
+
+    def __init__(self, dim: int, form: Form = "sigmoid") -> None:
+        super().__init__()
+        self.form = form
+        self.gain_a = nn.Parameter(torch.empty(dim))
+        self.gain_b = nn.Parameter(torch.empty(dim))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.gain_a)
+        nn.init.ones_(self.gain_b)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """``a``, ``b``, output: ``[..., dim]``."""
+        if self.form == "sigmoid":
+            return gate(a, b, self.gain_a, self.gain_b, self.eps)
+        a, b = rms_norm(a, self.gain_a, self.eps), rms_norm(b, self.gain_b, self.eps)
+        return a * silu(b) if self.form == "silu" else a + b
+
+
+@register("gate")
+class Gate(Block):
+    """Two branches over the same inputs, the second gating the first: ``gate(a(x), b(x))``.
+
+    With attention and memory as branches and persistent tokens before them this is memory-as-gate (equations
+    26-28). State: a tuple of theirs.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        branches: Annotated[
+            list[Spec], Field(min_length=2, max_length=2, description="the block that is gated, and the one that gates")
+        ],
+        form: Annotated[Form, Field(description="norm(a) * sigmoid(norm(b)), * silu(norm(b)), or + norm(b)")] = "sigmoid",
+    ) -> None:
+        super().__init__(dim)
+        self.branches = nn.ModuleList(create(spec, dim=dim) for spec in branches)
+        self.gate = Gating(dim, form)
+        self.period = math.lcm(*(block.period for block in self.branches))
+        self.grows = any(block.grows for block in self.branches)
+
+    def init_state(self, batch_size: int) -> State:
+        return tuple(block.init_state(batch_size) for block in self.branches)
+
+    def forward(self, x: Tensor, state: State = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
+        left, right = self.branches
+        before = state if state is not None else (None, None)
+        a, after_a = left(x, before[0], mask=mask)
+        b, after_b = right(x, before[1], mask=mask)
+        return self.gate(a, b), (after_a, after_b)
+
+    def prefix(self, tokens: Tensor) -> tuple[Tensor, State]:
+        left, right = self.branches
+        a, state_a = left.prefix(tokens)
+        b, state_b = right.prefix(tokens)
+        return self.gate(a, b), (state_a, state_b)
+
+    def bound(self, tokens: int) -> None:
+        for block in self.branches:
+            block.bound(tokens)
+        self.grows = any(block.grows for block in self.branches)
+
+    def reset_parameters(self) -> None:
+        self.gate.reset_parameters()
+
+    def flops(self, length: int) -> int:
+        return sum(block.flops(length) for block in self.branches) + 10 * self.dim * length

@@ -1,0 +1,170 @@
+"""Generation: the prompt in one pass, then one token at a time from the state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .state import State
+
+if TYPE_CHECKING:
+    from .language_model import LanguageModel
+
+
+class Generation(NamedTuple):
+    """A prompt that was continued, and what is needed to continue it further."""
+
+    tokens: Tensor
+    """``[batch, prompt + new]`` int64: the prompt as it was given, then the new tokens."""
+    state: State
+    """Has read every real token of ``tokens``, the last new one included."""
+    logits: Tensor
+    """``[batch, vocab]``: the prediction of the token after the last."""
+
+
+class Step(NamedTuple):
+    """One new token in each row, and where the model stands now that it has read it."""
+
+    token: Tensor
+    """``[batch]`` int64."""
+    state: State
+    logits: Tensor
+    """``[batch, vocab]``: the prediction of the token after this one."""
+
+
+@torch.no_grad()
+def generate(
+    model: LanguageModel,
+    tokens: Tensor,
+    max_new_tokens: int = 64,
+    state: State = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | torch.Generator | None = None,
+    *,
+    mask: Tensor | None = None,
+    logits: Tensor | None = None,
+) -> Generation:
+    """Continue ``tokens`` [batch, time] int64 by ``max_new_tokens`` tokens, from ``state`` (fresh if not given).
+
+    ``temperature`` 0 takes the likeliest token. Otherwise tokens are drawn from the ``top_k`` likeliest, and among
+    them from the likeliest that together reach probability ``top_p``. ``seed``: an integer, a generator on the
+    model's device, or ``None`` for a draw that cannot be repeated; PyTorch's global generator is not touched.
+    ``mask`` [batch, time] bool: true at real tokens, for prompts of unequal length padded on either side.
+
+    The returned state has read all of the returned tokens, so a further prompt goes straight on:
+    ``generate(model, more, state=gen.state)``. To go on without one, hand over the prediction too:
+    ``generate(model, gen.tokens[:, :0], state=gen.state, logits=gen.logits)`` continues exactly.
+
+    Gradients are not tracked. Raises ``ValueError`` or ``TypeError`` for settings out of range, for a row without
+    any real token to go on from, and for whatever the model's ``forward`` refuses.
+    """
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens: expected an integer >= 0, got {max_new_tokens!r}")
+    logits, state = read_prompt(model, tokens, state, mask=mask, logits=logits)
+    sampler = Sampler(temperature, top_k, top_p, seed, device=tokens.device)
+    new = []
+    for step in steps(model, logits, state, sampler, max_new_tokens):
+        new.append(step.token)
+        logits, state = step.logits, step.state
+    return Generation(torch.cat([tokens, torch.stack(new, dim=1)], dim=1) if new else tokens, state, logits)
+
+
+@torch.no_grad()
+def read_prompt(
+    model: LanguageModel, tokens: Tensor, state: State = None, *, mask: Tensor | None = None, logits: Tensor | None = None
+) -> tuple[Tensor, State]:
+    """Read a prompt; return the prediction ``[batch, vocab]`` of the token after each row's last, and the state.
+
+    ``logits`` [batch, vocab] is the prediction of rows in which the prompt has no token.
+    """
+    x = model.embed(tokens)
+    rows, time, _ = x.shape
+    if mask is not None:
+        model.check_mask(mask, (rows, time))
+    if state is not None:
+        model.check_state(state, rows)
+    present = torch.full((rows,), time > 0, device=tokens.device) if mask is None else mask.any(dim=1)
+    absent = (~present).nonzero().flatten().tolist()
+    if absent and logits is None:
+        raise ValueError(f"tokens: row {absent[0]} has no real token to go on from, and no logits were given in its place")
+    if logits is not None and tuple(logits.shape) != (rows, model.vocab):
+        raise ValueError(f"logits: expected [batch, vocab] = {[rows, model.vocab]}, got {list(logits.shape)}")
+    hidden, state = model.run(x, state, mask)
+    if len(absent) == rows:
+        assert logits is not None
+        return logits, state
+    if mask is None:
+        return model.predict(hidden[:, -1]), state
+    # each row's last real token, wherever the padding is
+    index = (mask * torch.arange(time, device=mask.device)).argmax(dim=1)
+    predicted = model.predict(hidden[torch.arange(rows, device=mask.device), index])
+    if logits is not None:
+        predicted = torch.where(present.unsqueeze(1), predicted, logits)
+    return predicted, state
+
+
+@torch.no_grad()
+def steps(
+    model: LanguageModel, logits: Tensor, state: State, sampler: Sampler, count: int
+) -> Iterator[Step]:
+    """Yield ``count`` new tokens one at a time, for a caller that shows them as they come or stops early."""
+    for _ in range(count):
+        token = sampler(logits)
+        # straight to the stack: what the sampler drew needs none of the checks on a caller's tokens
+        hidden, state = model.run(model.lookup(token.unsqueeze(1)), state, None)
+        logits = model.predict(hidden[:, 0])
+        yield Step(token, state, logits)
+
+
+class Sampler:
+    """Draws tokens from predictions, with a random generator of its own."""
+
+    def __init__(
+        self,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | torch.Generator | None = None,
+        *,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if not (math.isfinite(temperature) and temperature >= 0):
+            raise ValueError(f"temperature: expected a number >= 0 (0 is greedy), got {temperature!r}")
+        if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+            raise ValueError(f"top_k: expected an integer >= 1, got {top_k!r}")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(f"top_p: expected a probability in (0, 1], got {top_p!r}")
+        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
+        if isinstance(seed, torch.Generator):
+            self.generator = seed
+        else:
+            self.generator = torch.Generator(device=device)
+            if seed is None:
+                self.generator.seed()
+            else:
+                self.generator.manual_seed(seed)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """``[batch, vocab]`` -> ``[batch]`` int64."""
+        if self.temperature == 0:
+            return logits.argmax(dim=-1)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        # the largest becomes 0 first, so that a tiny temperature cannot overflow
+        logits = (logits - logits.amax(dim=-1, keepdim=True)) / self.temperature
+        limit = logits.shape[-1] if self.top_k is None else min(self.top_k, logits.shape[-1])
+        ids = None
+        if limit < logits.shape[-1] or self.top_p is not None:
+            logits, ids = logits.topk(limit, dim=-1)
+        probability = logits.softmax(dim=-1)
+        if self.top_p is not None:
+            # likeliest first: a token stays while those before it have not reached top_p (the first always stays)
+            before = probability.cumsum(dim=-1) - probability
+            probability = probability.masked_fill(before >= self.top_p, 0.0)
+        drawn = torch.multinomial(probability, 1, generator=self.generator)
+        return (drawn if ids is None else ids.gather(-1, drawn)).squeeze(-1)

@@ -1,0 +1,276 @@
+"""The model: an embedding, a stack of layers, a norm and a head; or the stack alone, over any embeddings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, embedding, linear
+
+from ..registry import Spec
+from .generation import Generation, generate
+from .layer import Layer
+from .normalisation import RMSNorm
+from .state import State, named_tensors, nbytes
+
+IGNORED = -100
+"""A target with this value adds nothing to the loss."""
+
+
+class ModelState(NamedTuple):
+    """What a model carries from one token to the next: one tree per layer, mirroring the recipe's."""
+
+    layers: tuple[State, ...]
+
+
+class ModelOutput(NamedTuple):
+    """What one call of a model returns."""
+
+    logits: Tensor | None
+    """``[batch, time, vocab]``, for the token after each; ``None`` without a vocabulary."""
+    loss: Tensor | None
+    """Mean cross-entropy (nats) over the targets that count, at least float32; ``None`` without targets."""
+    state: ModelState
+    """To go on from: it has read every token so far."""
+    hidden: Tensor
+    """``[batch, time, dim]``: the outputs of the stack, normalised."""
+
+
+class LanguageModel(nn.Module):
+    """A stack of layers between an embedding and a head.
+
+    ``layers``: for each layer from first to last, its list of blocks. ``vocab``: number of token ids; ``None``
+    leaves out embedding and head, for inputs that are not tokens. ``tie``: the head's weights are the embedding's.
+    Biases there are none. Everything is initialised by ``materialise``.
+    """
+
+    def __init__(
+        self, dim: int, *, vocab: int | None = None, layers: Sequence[Sequence[Spec]], tie: bool = False
+    ) -> None:
+        super().__init__()
+        if tie and vocab is None:
+            raise ValueError("tie=True needs a vocabulary: there is no embedding to share with the head")
+        self.dim = dim
+        self.vocab = vocab
+        self.embedding = None if vocab is None else nn.Parameter(torch.empty(vocab, dim))
+        self.layers = nn.ModuleList(Layer(dim, of=blocks) for blocks in layers)
+        self.norm = RMSNorm(dim)
+        self.head = None if vocab is None or tie else nn.Parameter(torch.empty(vocab, dim))
+        self._fresh: tuple[torch.device, torch.dtype, dict[str, Tensor]] | None = None
+
+    @property
+    def grows(self) -> bool:
+        """True when the state grows with the number of tokens read."""
+        return any(layer.grows for layer in self.layers)
+
+    @property
+    def period(self) -> int:
+        """Shifting every position by a multiple of this many tokens leaves the outputs unchanged."""
+        return math.lcm(*(layer.period for layer in self.layers))
+
+    def reset_parameters(self) -> None:
+        for weight in (self.embedding, self.head):
+            if weight is not None:
+                nn.init.normal_(weight, std=0.02)
+
+    def init_state(self, batch_size: int) -> ModelState:
+        """A fresh state of ``batch_size`` rows: learned initial values, not zeros."""
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size: expected an integer >= 1, got {batch_size!r}")
+        return ModelState(tuple(layer.init_state(batch_size) for layer in self.layers))
+
+    def forward(
+        self,
+        tokens: Tensor | None = None,
+        state: ModelState | None = None,
+        mask: Tensor | None = None,
+        targets: Tensor | None = None,
+        *,
+        embeddings: Tensor | None = None,
+        check_finite: bool = True,
+    ) -> ModelOutput:
+        """Read ``tokens`` [batch, time] int64, or ``embeddings`` [batch, time, dim] of the model's dtype.
+
+        ``state``: what an earlier call returned, or ``None`` for a fresh one. ``mask`` [batch, time] bool: true at
+        real tokens; the others leave the state as it was. ``targets`` [batch, time] int64: the token that follows
+        each token (they are not shifted here); -100 and masked positions do not count. ``check_finite``: whether to
+        refuse embeddings that hold NaN or infinity at real tokens.
+
+        Nothing that is passed in is changed. Raises ``TypeError`` for a wrong dtype and ``ValueError`` for a wrong
+        shape, device, token id, or a state of other rows or of another model; each says what was expected.
+        """
+        if (tokens is None) == (embeddings is None):
+            raise ValueError("give either tokens [batch, time] or embeddings=[batch, time, dim], and not both")
+        if tokens is not None:
+            x = self.embed(tokens)
+        else:
+            assert embeddings is not None
+            self._check_embeddings(embeddings)
+            x = embeddings
+        rows, time, _ = x.shape
+        if mask is not None:
+            self.check_mask(mask, (rows, time))
+        if embeddings is not None and check_finite:
+            finite = embeddings.isfinite().all(dim=-1)
+            if not bool((finite if mask is None else finite | ~mask).all()):
+                raise ValueError("embeddings hold NaN or infinity at real tokens (check_finite=False lets them through)")
+        if targets is not None:
+            self._check_targets(targets, (rows, time))
+        if state is not None:
+            self.check_state(state, rows)
+        hidden, state = self.run(x, state, mask)
+        logits = None if self.vocab is None else self.predict(hidden)
+        loss = None
+        if targets is not None:
+            assert logits is not None
+            loss = _loss(logits, targets if mask is None else targets.masked_fill(~mask, IGNORED))
+        return ModelOutput(logits, loss, state, hidden)
+
+    def run(self, x: Tensor, state: ModelState | None, mask: Tensor | None) -> tuple[Tensor, ModelState]:
+        """The stack on checked inputs: ``x`` [batch, time, dim] -> hidden [batch, time, dim], state."""
+        if x.shape[1] == 0:
+            return x, state if state is not None else self.init_state(x.shape[0])
+        if mask is not None and not torch.compiler.is_compiling() and bool(mask.all()):
+            mask = None  # nothing is hidden: every block takes its unmasked path
+        states = []
+        for layer, before in zip(self.layers, [None] * len(self.layers) if state is None else state.layers):
+            x, after = layer(x, before, mask=mask)
+            states.append(after)
+        return self.norm(x)[0], ModelState(tuple(states))
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """``[batch, time]`` int64 -> ``[batch, time, dim]``, with every check on ``tokens``."""
+        if self.embedding is None:
+            raise ValueError("this model has no vocabulary (vocab: null): give embeddings=[batch, time, dim]")
+        self._check("tokens", tokens, torch.int64, None)
+        if tokens.dim() != 2 or tokens.shape[0] < 1:
+            raise ValueError(f"tokens: expected [batch, time] with at least one row, got {list(tokens.shape)}")
+        self._check_range("tokens", tokens)
+        return self.lookup(tokens)
+
+    def lookup(self, tokens: Tensor) -> Tensor:
+        """``embed`` without the checks, for tokens that the model itself has drawn."""
+        assert self.embedding is not None
+        return embedding(tokens, self.embedding)
+
+    def predict(self, hidden: Tensor) -> Tensor:
+        """``[..., dim]`` -> logits ``[..., vocab]``."""
+        weight = self.head if self.head is not None else self.embedding
+        if weight is None:
+            raise ValueError("this model has no vocabulary (vocab: null), so it has no logits")
+        return linear(hidden, weight)
+
+    def generate(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int = 64,
+        state: ModelState | None = None,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | torch.Generator | None = None,
+        *,
+        mask: Tensor | None = None,
+        logits: Tensor | None = None,
+    ) -> Generation:
+        """Continue ``tokens`` [batch, time] by ``max_new_tokens`` tokens: see ``generation.generate``."""
+        return generate(
+            self, tokens, max_new_tokens, state, temperature, top_k, top_p, seed, mask=mask, logits=logits
+        )
+
+    def flops(self, length: int) -> int:
+        """Forward FLOPs (a multiply-add is 2) for one row of ``length`` tokens from a fresh state."""
+        head = 0 if self.vocab is None else 2 * self.dim * self.vocab * length
+        return sum(block.flops(length) for block in [*self.layers, self.norm]) + head
+
+    def state_bytes(self) -> int:
+        """Bytes of state for one row."""
+        with torch.no_grad():
+            return nbytes(self.init_state(1))
+
+    def check_mask(self, mask: Tensor, shape: tuple[int, int]) -> None:
+        """Raise ``TypeError`` or ``ValueError`` unless ``mask`` is a bool tensor of this shape on the model's device."""
+        self._check("mask", mask, torch.bool, shape)
+
+    def check_state(self, state: ModelState, rows: int) -> None:
+        """Raise ``ValueError`` or ``TypeError`` unless ``state`` is one of this model with ``rows`` rows."""
+        expected = self._fresh_tensors()
+        try:
+            given = dict(named_tensors(state))
+        except TypeError as error:
+            raise TypeError(f"state: {error}") from None
+        for path in [*expected, *given]:
+            if path not in given or path not in expected:
+                whose = "lacks" if path not in given else "also has"
+                raise ValueError(f"the state is of another model: it {whose} {path}")
+        for path, tensor in given.items():
+            fresh = expected[path]
+            if tensor.dim() != fresh.dim() or tensor.shape[2:] != fresh.shape[2:] or (
+                # what grows, grows along dimension 1
+                tensor.shape[1:2] != fresh.shape[1:2] and not self.grows
+            ):
+                want = ["batch", *fresh.shape[1:]]
+                raise ValueError(f"the state is of another model: {path} is {list(tensor.shape)}, expected {want}")
+            if tensor.shape[0] != rows:
+                raise ValueError(f"the state has {tensor.shape[0]} rows ({path}), the inputs have {rows}")
+            if tensor.dtype != fresh.dtype:
+                raise TypeError(f"state: {path} is {tensor.dtype}, this model keeps {fresh.dtype}: state.to(dtype=...)")
+            if tensor.device != fresh.device:
+                raise ValueError(f"the state is on {tensor.device} ({path}), the model on {fresh.device}: state.to(device)")
+
+    def _fresh_tensors(self) -> dict[str, Tensor]:
+        """Tensors of a fresh one-row state, to compare with; made once for each device and dtype of the model."""
+        weight = next(self.parameters())
+        if self._fresh is None or self._fresh[:2] != (weight.device, weight.dtype):
+            with torch.no_grad():
+                # only what they are is kept, not their memory
+                tensors = {path: tensor.new_empty(1).expand(tensor.shape) for path, tensor in named_tensors(self.init_state(1))}
+            self._fresh = (weight.device, weight.dtype, tensors)
+        return self._fresh[2]
+
+    def _check(self, name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...] | None) -> None:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
+        if shape is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}: expected [batch, time] = {list(shape)}, got {list(tensor.shape)}")
+        device = next(self.parameters()).device
+        if tensor.device != device:
+            raise ValueError(f"{name} are on {tensor.device}, the model is on {device}: move one of them")
+
+    def _check_embeddings(self, embeddings: Tensor) -> None:
+        dtype = next(self.parameters()).dtype
+        if isinstance(embeddings, Tensor) and torch.is_autocast_enabled(embeddings.device.type):
+            dtype = embeddings.dtype
+        self._check("embeddings", embeddings, dtype, None)
+        if embeddings.dim() != 3 or embeddings.shape[0] < 1 or embeddings.shape[2] != self.dim:
+            raise ValueError(f"embeddings: expected [batch, time, {self.dim}], got {list(embeddings.shape)}")
+
+    def _check_targets(self, targets: Tensor, shape: tuple[int, int]) -> None:
+        if self.vocab is None:
+            raise ValueError("targets need a vocabulary, and this model has none (vocab: null)")
+        self._check("targets", targets, torch.int64, shape)
+        self._check_range("targets", targets, IGNORED)
+
+    def _check_range(self, name: str, ids: Tensor, ignored: int | None = None) -> None:
+        if ids.numel() == 0 or torch.compiler.is_compiling():
+            return
+        if ignored is not None:
+            ids = ids.masked_fill(ids == ignored, 0)
+        low, high = (int(bound) for bound in torch.aminmax(ids))
+        assert self.vocab is not None
+        if low < 0 or high >= self.vocab:
+            wrong = low if low < 0 else high
+            raise ValueError(f"{name}: id {wrong} is outside the vocabulary of {self.vocab} (0 to {self.vocab - 1})")
+
+
+def _loss(logits: Tensor, targets: Tensor) -> Tensor:
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    total = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    # a batch in which nothing counts has loss 0, not 0/0
+    return total / (targets != IGNORED).sum().clamp(min=1)

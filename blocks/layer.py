@@ -1,0 +1,49 @@
+"""A layer: a list of blocks, each pre-normed and residual."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from ..registry import Spec, create
+from .block import Block
+from .normalisation import RMSNorm
+from .state import State
+
+
+class Layer(Block):
+    """``x = x + block(norm(x))`` for each block of a list: what a recipe's ``layers`` name. State: a tuple of theirs."""
+
+    def __init__(self, dim: int, *, of: Sequence[Spec]) -> None:
+        super().__init__(dim)
+        self.norms = nn.ModuleList(RMSNorm(dim) for _ in of)
+        self.blocks = nn.ModuleList(create(spec, dim=dim) for spec in of)
+        self.period = math.lcm(*(block.period for block in self.blocks))
+        self.grows = any(block.grows for block in self.blocks)
+
+    def init_state(self, batch_size: int) -> State:
+        return tuple(block.init_state(batch_size) for block in self.blocks)
+
+    def forward(self, x: Tensor, state: State = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
+        if mask is not None:
+            # the residual would carry what stands at a masked token to the outputs
+            x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
+        states = []
+        for norm, block, before in zip(self.norms, self.blocks, state if state is not None else [None] * len(self.blocks)):
+            y, after = block(norm(x)[0], before, mask=mask)
+            x = x + y
+            states.append(after)
+        return x, tuple(states)
+
+    def bound(self, tokens: int) -> None:
+        for block in self.blocks:
+            block.bound(tokens)
+        self.grows = any(block.grows for block in self.blocks)
+
+    def reset_parameters(self) -> None:
+        """Owns no parameters."""
+
+    def flops(self, length: int) -> int:
+        return sum(block.flops(length) for block in [*self.norms, *self.blocks])

@@ -1,0 +1,232 @@
+"""The neural memory block: projections, convolution and gates around the memory operation (paper 4.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..kernels.convolution import causal_convolution
+from ..kernels.layout import align, last
+from ..kernels.memory import MemoryState, read_memory, titans_memory
+from ..kernels.memory.cost import memory_flops
+from ..kernels.normalisation import l2_norm, rms_norm
+from ..registry import register
+from .block import Block
+
+
+class NeuralMemoryState(NamedTuple):
+    memory: MemoryState
+    """Fast weights, momentum, anchor and position."""
+    convolution: Tensor | None
+    """``[batch, width - 1, 3 * inner]``: the projected inputs the convolution still needs."""
+    gates: Tensor | None
+    """``[batch, gates * heads]``: the running chunk's gates, where gates are constant over a chunk."""
+
+
+@register("memory")
+class NeuralMemory(Block):
+    """A long-term memory: per head a small network, trained by gradient descent on every token it reads.
+
+    Queries and keys are normalised, gates are learned functions of the input, and the output is normalised,
+    gated and projected. ``forward`` writes each token and then reads it back; ``read`` asks without writing.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: Annotated[int, Field(ge=1, description="independent memories, each of width dim / heads")] = 4,
+        depth: Annotated[int, Field(ge=1, le=16, description="layers of the memory network")] = 2,
+        expansion: Annotated[int, Field(ge=1, le=64, description="hidden width of the network over its input width")] = 4,
+        chunk: Annotated[int, Field(ge=1, le=65536, description="tokens whose gradients share one anchor; part of the function")] = 16,
+        activation: Annotated[Literal["identity", "silu", "gelu", "relu"], Field(description="between the network's layers")] = "gelu",
+        norm: Annotated[bool, Field(description="M(x) = x + LayerNorm(net(x)) rather than net(x)")] = True,
+        conv: Annotated[int, Field(ge=0, le=64, description="width of the causal convolution on q, k, v; 0 for none")] = 4,
+        momentum: Annotated[bool, Field(description="past surprise carries on (eta)")] = True,
+        forgetting: Annotated[bool, Field(description="weights decay (alpha)")] = True,
+        gates: Annotated[Literal["token", "chunk"], Field(description="gates per token, or constant over a chunk (its first token's)")] = "token",
+        max_step: Annotated[float, Field(gt=0, description="largest step size theta of a token")] = 0.1,
+        clip: Annotated[float | None, Field(gt=0, description="largest norm of one token's gradient; null for no bound")] = 1.0,
+        retrieve: Annotated[Literal["after", "before"], Field(description="read a token's query after or before the token is written")] = "after",
+        use: Annotated[Literal["both", "read", "write"], Field(description="write and read; read a frozen memory; or write and output zero")] = "both",
+        learn_momentum: Annotated[bool, Field(description="the initial momentum is learned too (else zero)")] = False,
+        keep: Annotated[int, Field(ge=1, description="chunks between states kept for backward: memory against time")] = 8,
+    ) -> None:
+        super().__init__(dim)
+        self.heads, self.chunk, self.activation, self.clip = heads, chunk, activation, clip
+        self.momentum, self.forgetting, self.gates, self.max_step = momentum, forgetting, gates, max_step
+        self.conv, self.retrieve, self.use, self.keep = conv, retrieve, use, keep
+        self.period = chunk
+        self.inner = dim
+        width = dim // heads
+        hidden = width * expansion
+        widths = [width, *[hidden] * (depth - 1), width]
+        self.shapes = [(out, in_) for in_, out in zip(widths, widths[1:])]
+
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.convolution = nn.Parameter(torch.empty(3 * dim, conv)) if conv else None
+        self.controls = nn.Linear(dim, heads * (1 + momentum + forgetting))
+        self.initial_weights = nn.ParameterList([torch.empty(heads, *shape) for shape in self.shapes])
+        self.initial_momentum = nn.ParameterList(
+            [torch.empty(heads, *shape) for shape in self.shapes] if momentum and learn_momentum else []
+        )
+        self.norm_gain = nn.Parameter(torch.empty(heads, width)) if norm else None
+        self.output_gain = nn.Parameter(torch.empty(heads, width))
+        self.output_gate = nn.Linear(dim, dim, bias=False)
+        self.output = nn.Linear(dim, dim, bias=False)
+
+    @classmethod
+    def problems(cls, dim: int | None, fields: dict[str, Any]) -> Iterable[tuple[str, str]]:
+        if dim is not None and dim % fields["heads"]:
+            yield "heads", f"{fields['heads']} heads do not divide the width {dim}"
+        if fields["learn_momentum"] and not fields["momentum"]:
+            yield "learn_momentum", "there is no momentum to learn: momentum is false"
+
+    def reset_parameters(self) -> None:
+        """Initialise for a memory that learns at once, keeps what it learned, and does not explode.
+
+        ================  ==========================================================================
+        projections       normal, 1 / sqrt(dim): unit-variance input gives unit-variance output
+        convolution       the current token passes (last tap 1), the past is near zero
+        theta             bias 0: half the largest step
+        eta               bias 1: 0.73 of the momentum carries on
+        alpha             bias -4 .. -8 over the heads: half-lives of about 40 to 2,000 tokens
+        network           normal, 1 / sqrt(in): its output has the scale of its input
+        gains             1
+        output            zero-free but small, 0.5 / sqrt(dim): a new layer perturbs the residual stream little
+        ================  ==========================================================================
+        """
+        scale = self.dim**-0.5
+        for linear, std in ((self.qkv, scale), (self.output_gate, scale), (self.output, 0.5 * scale), (self.controls, 0.1 * scale)):
+            nn.init.normal_(linear.weight, std=std)
+        biases = [torch.zeros(self.heads)]
+        if self.momentum:
+            biases.append(torch.ones(self.heads))
+        if self.forgetting:
+            biases.append(torch.linspace(-4, -8, self.heads) if self.heads > 1 else torch.tensor([-6.0]))
+        self.controls.bias.copy_(torch.cat(biases))
+        if self.convolution is not None:
+            nn.init.normal_(self.convolution, std=0.02)
+            self.convolution[:, -1] += 1
+        for weight in self.initial_weights:
+            nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
+        for momentum in self.initial_momentum:
+            nn.init.normal_(momentum, std=0.02 * momentum.shape[-1] ** -0.5)
+        for gain in (self.norm_gain, self.output_gain):
+            if gain is not None:
+                nn.init.ones_(gain)
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """Fast weights stay float32 (or wider) whatever the model's dtype."""
+        return torch.promote_types(self.output_gain.dtype, torch.float32)
+
+    def init_state(self, batch_size: int) -> NeuralMemoryState:
+        learned = lambda part: tuple(  # noqa: E731
+            w.to(self.state_dtype).expand(batch_size, *w.shape) for w in part
+        )
+        weights = learned(self.initial_weights)
+        if not self.momentum:
+            momentum: tuple[Tensor, ...] | None = ()
+        else:
+            momentum = learned(self.initial_momentum) or None
+        new = self.output_gain.new_zeros
+        return NeuralMemoryState(
+            MemoryState.fresh(weights, momentum),
+            new(batch_size, self.conv - 1, 3 * self.inner) if self.conv else None,
+            new(batch_size, self.controls.out_features) if self.gates == "chunk" else None,
+        )
+
+    # -- the three uses --------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, state: NeuralMemoryState | None = None, *, mask: Tensor | None = None):
+        """Write each token, then read it back. ``x``: ``[batch, time, dim]`` -> the same shape, and the new state."""
+        if state is None:
+            state = self.init_state(x.shape[0])
+        if mask is None:
+            return self._run(x, state, None)
+        layout = align(mask)
+        filled = layout.filled
+        y, state = self._run(layout.spread(x), state, filled, layout.length)
+        return layout.collect(y), state
+
+    def read(self, x: Tensor, state: NeuralMemoryState) -> Tensor:
+        """What the memory answers to each token of ``x`` on its own, as if it came next; nothing is written."""
+        q = F.linear(x, self.qkv.weight[: self.inner])
+        if self.convolution is not None:
+            taps = self.convolution[: self.inner]
+            past = torch.einsum("btd,dt->bd", state.convolution[..., : self.inner], taps[:, :-1])
+            q = torch.addcmul(past.unsqueeze(1), q, taps[:, -1])
+        q = l2_norm(F.silu(self._heads(q)))
+        return self._finish(read_memory(q, state.memory.weights, self.activation, self.norm_gain), x)
+
+    def write(self, x: Tensor, state: NeuralMemoryState, mask: Tensor | None = None) -> NeuralMemoryState:
+        """The state after every token of ``x`` was written."""
+        return self.forward(x, state, mask=mask)[1]
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _run(self, x: Tensor, state: NeuralMemoryState, mask: Tensor | None, length: Tensor | None = None):
+        """``forward`` for rows whose real tokens come first; ``mask`` is false behind them."""
+        qkv = self.qkv(x)
+        history = state.convolution
+        if self.convolution is not None:
+            past = torch.cat([history, qkv], dim=1)
+            history = past[:, -(self.conv - 1) :] if length is None else last(past, length + self.conv - 1, self.conv - 1)
+            if self.conv == 1:
+                history = state.convolution
+            qkv = causal_convolution(qkv, self.convolution, state.convolution)
+        q, k, v = F.silu(qkv).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        q, k = l2_norm(q), l2_norm(k)
+        if self.use == "read":
+            y = read_memory(q, state.memory.weights, self.activation, self.norm_gain)
+            return self._finish(y, x), state._replace(convolution=history)
+        theta, eta, alpha, held = self._controls(x, state, length)
+        y, memory = titans_memory(
+            q, k, v, theta, eta, alpha, state.memory,
+            chunk=self.chunk, activation=self.activation, norm=self.norm_gain, mask=mask,
+            clip=self.clip, read=self.retrieve, keep=self.keep,
+        )  # fmt: skip
+        y = self._finish(y, x) if self.use == "both" else torch.zeros_like(x)
+        return y, NeuralMemoryState(memory, history, held)
+
+    def _controls(self, x: Tensor, state: NeuralMemoryState, length: Tensor | None):
+        """Step size, momentum and forgetting ``[batch, time, heads]``, in the state's dtype; and the held gates."""
+        raw = self.controls(x)
+        held = state.gates
+        if self.gates == "chunk":
+            # a chunk's gates are those of its first token: causal, and the same however the sequence is cut
+            position = state.memory.position[:, None] + torch.arange(x.shape[1], device=x.device)
+            first = torch.arange(x.shape[1], device=x.device) - position % self.chunk
+            index = first.clamp(min=0).unsqueeze(-1).expand_as(raw)
+            raw = torch.where((first >= 0).unsqueeze(-1), raw.gather(1, index), held.unsqueeze(1))
+            held = raw[:, -1] if length is None else torch.where(
+                (length > 0).unsqueeze(-1), last(raw, length.clamp(min=1), 1)[:, 0], held
+            )
+        split = iter(torch.sigmoid(raw.to(self.state_dtype)).unflatten(-1, (-1, self.heads)).unbind(-2))
+        theta = next(split) * self.max_step
+        return theta, next(split) if self.momentum else None, next(split) if self.forgetting else None, held
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1))
+
+    def _finish(self, y: Tensor, x: Tensor) -> Tensor:
+        """Normalise per head, gate by the input, project."""
+        y = rms_norm(y, self.output_gain).flatten(-2)
+        return self.output(y * F.silu(self.output_gate(x)))
+
+    def flops(self, length: int) -> int:
+        projections = 2 * (self.qkv.weight.numel() + self.controls.weight.numel() + 2 * self.output.weight.numel())
+        convolution = 2 * 3 * self.inner * self.conv
+        if self.use == "read":
+            memory = 2 * sum(out * width for out, width in self.shapes)
+        else:
+            memory = memory_flops(self.shapes, min(self.chunk, length), self.momentum)
+        return length * (projections + convolution + self.heads * memory)

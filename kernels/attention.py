@@ -1,0 +1,340 @@
+"""Causal attention with a sliding window, unfilled cache slots and an always visible prefix.
+
+The queries are the last tokens of the keys: of ``S`` keys and ``T`` queries, query ``i`` stands at key
+``S - T + i``. It sees the keys at or before its own place, none ``window`` or more tokens back, none before
+``start``; and every prefix key. All it sees shares one softmax. A query that sees nothing returns zero.
+
+Prefix keys have no position. Where the other scores come from rotated queries and keys, theirs come from
+queries that were not rotated, which is why :class:`Prefix` brings its own.
+
+Backends: ``sdpa`` runs PyTorch's fused kernels, ``flex`` is FlexAttention, ``reference`` a dense mask. A GPU
+library with a windowed kernel (xFormers) goes in front of ``sdpa`` in the list at the end of this file.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .dispatch import Backend, Operation
+
+
+class Prefix(NamedTuple):
+    """Persistent tokens that every query sees, wherever it stands."""
+
+    q: Tensor
+    """``[batch, T, heads, d]``: the queries, without positions."""
+    k: Tensor
+    """``[batch, P, kv_heads, d]``."""
+    v: Tensor
+    """``[batch, P, kv_heads, d]``."""
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None = None,
+    start: Tensor | None = None,
+    prefix: Prefix | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attend from ``q`` ``[batch, T, heads, d]`` to ``k``, ``v`` ``[batch, S, kv_heads, d]``, ``S >= T``.
+
+    ``kv_heads`` divides ``heads``; neighbouring query heads share one. ``window``: tokens in sight, the query's
+    own included. ``start``: int64 ``[batch]``, the first key of each row that holds a token. Scores are scaled
+    by ``d ** -0.5``. Returns ``[batch, T, heads, d]`` in ``q``'s dtype.
+
+    Raises ``ValueError`` or ``TypeError`` naming the argument that does not fit; ``BackendError``.
+    """
+    _check(q, k, v, window, start, prefix)
+    if prefix is not None and prefix.k.shape[1] == 0:
+        prefix = None
+    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    run = _operation.choose(backend, device=q.device.type, dtype=q.dtype, grad=grad)
+    return run(q, k, v, window, start, prefix)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, start: Tensor | None, prefix: Prefix | None) -> None:
+    if q.dim() != 4:
+        raise ValueError(f"attention: q {list(q.shape)}: expected [batch, time, heads, d]")
+    rows, time, heads, d = q.shape
+    if k.dim() != 4 or k.shape[0] != rows or k.shape[3] != d:
+        raise ValueError(f"attention: k {list(k.shape)}: expected [{rows}, keys, kv_heads, {d}] to fit q {list(q.shape)}")
+    if v.shape != k.shape:
+        raise ValueError(f"attention: v {list(v.shape)}: expected the shape of k, {list(k.shape)}")
+    if k.shape[1] < time:
+        raise ValueError(f"attention: k has {k.shape[1]} keys for {time} queries: expected at least one for each")
+    if heads % k.shape[2]:
+        raise ValueError(f"attention: k has {k.shape[2]} heads: expected a divisor of q's {heads}")
+    if window is not None and window < 1:
+        raise ValueError(f"attention: window is {window}: expected at least 1, or None")
+    if start is not None:
+        if start.dtype != torch.int64:
+            raise TypeError(f"attention: start is {start.dtype}: expected torch.int64")
+        if start.shape != (rows,):
+            raise ValueError(f"attention: start {list(start.shape)}: expected [{rows}]")
+    if prefix is not None:
+        if prefix.q.shape != q.shape:
+            raise ValueError(f"attention: prefix.q {list(prefix.q.shape)}: expected the shape of q, {list(q.shape)}")
+        expected = (rows, prefix.k.shape[1], k.shape[2], d)
+        for name, x in (("k", prefix.k), ("v", prefix.v)):
+            if x.shape != expected:
+                raise ValueError(f"attention: prefix.{name} {list(x.shape)}: expected {list(expected)}")
+
+
+def _visible(time: int, keys: int, window: int | None, start: Tensor | None, device: torch.device) -> Tensor:
+    """Bool ``[batch or 1, time, keys]``: the definition of what is seen, prefix aside."""
+    query = torch.arange(keys - time, keys, device=device)[:, None]
+    key = torch.arange(keys, device=device)
+    visible = key <= query
+    if window is not None:
+        visible = visible & (key > query - window)
+    return visible[None] if start is None else visible & (key >= start[:, None, None])
+
+
+# ------------------------------------------------------------------------------------------------ reference
+
+
+def _reference(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, start: Tensor | None, prefix: Prefix | None
+) -> Tensor:
+    time, heads, keys, kv_heads = q.shape[1], q.shape[2], k.shape[1], k.shape[2]
+
+    def scores(q: Tensor, k: Tensor) -> Tensor:
+        return torch.einsum("bthd,bshd->bhts", q, k.repeat_interleave(heads // kv_heads, dim=2)) * q.shape[-1] ** -0.5
+
+    visible = _visible(time, keys, window, start, q.device)[:, None]
+    score = scores(q, k)
+    if prefix is not None:
+        score = torch.cat((scores(prefix.q, prefix.k), score), dim=-1)
+        visible = F.pad(visible, (prefix.k.shape[1], 0), value=True)
+        v = torch.cat((prefix.v, v), dim=1)
+    # the lowest finite score and a product, not -inf: a query that sees nothing then has finite gradients too
+    score = score.masked_fill(~visible, torch.finfo(score.dtype).min)
+    weight = score.softmax(dim=-1) * visible
+    return torch.einsum("bhts,bshd->bthd", weight, v.repeat_interleave(heads // kv_heads, dim=2))
+
+
+# ----------------------------------------------------------------------------------------------------- sdpa
+
+_FEW = 8
+"""Queries up to this many meet a prefix by plain matrix products: fewer, smaller steps than a merge of kernels."""
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, window: int | None, start: Tensor | None, prefix: Prefix | None) -> Tensor:
+    time = q.shape[1]
+    if window is not None:
+        unseen = k.shape[1] - time - window + 1  # keys too far back even for the first query
+        if unseen > 0:
+            k, v = k[:, unseen:], v[:, unseen:]
+            start = None if start is None else start - unseen
+        if k.shape[1] <= window:
+            window = None
+    if window is not None and time > _block(window):
+        return _sdpa_blocks(q, k, v, window, start, prefix)
+    if window is None and start is None and (time == 1 or time == k.shape[1]):
+        return _one_softmax(q, k, v, None, time > 1, prefix)
+    return _one_softmax(q, k, v, _visible(time, k.shape[1], window, start, q.device)[:, None], False, prefix)
+
+
+def _block(window: int) -> int:
+    """Queries that share one strip of keys. Half a window: a strip is then 3 / 2 of what each query sees."""
+    return max(64, -(-window // 2))
+
+
+def _sdpa_blocks(
+    q: Tensor, k: Tensor, v: Tensor, window: int, start: Tensor | None, prefix: Prefix | None
+) -> Tensor:
+    """Blocks of queries, each with the strip of keys it can see, as rows of one batch: time x window work."""
+    rows, time = q.shape[:2]
+    block = _block(window)
+    blocks = -(-time // block)
+    reach = -(-(window - 1) // block)  # key blocks in sight before a query's own
+    before = reach * block - (k.shape[1] - time)  # empty keys that complete the first strip
+    after = blocks * block - time  # tokens that complete the last block
+
+    def pad(x: Tensor, before: int) -> Tensor:
+        return F.pad(x, (0, 0, 0, 0, before, after)).unflatten(1, (-1, block))
+
+    def strips(x: Tensor) -> Tensor:
+        x = pad(x, before)
+        return torch.cat([x[:, i : i + blocks] for i in range(reach + 1)], dim=2).flatten(0, 1)
+
+    def repeat(x: Tensor) -> Tensor:
+        return x[:, None].expand(-1, blocks, -1, -1, -1).flatten(0, 1)
+
+    strip = (reach + 1) * block
+    band = _visible(block, strip, window, None, q.device)
+    key = torch.arange(blocks, device=q.device)[:, None] * block + torch.arange(strip, device=q.device) - before
+    first = key.new_zeros(1) if start is None else start.clamp(min=0)
+    visible = band & (key >= first[:, None, None])[:, :, None]  # [batch or 1, blocks, block, strip]
+    visible = visible.expand(rows, -1, -1, -1).flatten(0, 1)[:, None]
+    if prefix is not None:
+        prefix = Prefix(pad(prefix.q, 0).flatten(0, 1), repeat(prefix.k), repeat(prefix.v))
+    y = _one_softmax(pad(q, 0).flatten(0, 1), strips(k), strips(v), visible, False, prefix)
+    return y.unflatten(0, (rows, blocks)).flatten(1, 2)[:, :time]
+
+
+def _one_softmax(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, causal: bool, prefix: Prefix | None
+) -> Tensor:
+    """``visible``: bool ``[batch or 1, 1, time, keys]``; ``None``: all keys, or the causal ones."""
+    grouped = q.shape[2] != k.shape[2]
+    if prefix is not None and q.device.type != "cpu" and q.shape[1] > _FEW:
+        visible = _visible(q.shape[1], k.shape[1], None, None, q.device)[:, None] if causal else visible
+        visible = None if visible is None else F.pad(visible, (prefix.k.shape[1], 0), value=True)
+        scale = q.shape[-1] ** -0.5
+        q, k, v = (x.transpose(1, 2) for x in _side_by_side(q, k, v, prefix))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=grouped)
+        return y.transpose(1, 2)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if prefix is None:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal, enable_gqa=grouped)
+    elif q.shape[2] <= _FEW:
+        if causal:
+            visible = _visible(q.shape[2], k.shape[2], None, None, q.device)[:, None]
+        y = _joint(q, k, v, visible, *(x.transpose(1, 2) for x in prefix))
+    else:
+        hidden = None
+        if visible is not None:
+            hidden = torch.zeros(visible.shape, dtype=q.dtype, device=q.device)
+            hidden.masked_fill_(~visible, float("-inf"))
+        y = _Merged.apply(q, k, v, *(x.transpose(1, 2) for x in prefix), hidden, causal)
+    return y.transpose(1, 2)
+
+
+def _joint(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, pq: Tensor, pk: Tensor, pv: Tensor) -> Tensor:
+    """Both sets of scores, written out: ``q`` and ``pq`` ``[batch, heads, time, d]``, the others likewise."""
+    shape = q.shape
+    score = _per_kv_head(q, k) @ k.transpose(-1, -2)
+    if visible is not None:
+        score = score.view(*shape[:3], -1).masked_fill(~visible, float("-inf")).view(score.shape)
+    score = torch.cat((_per_kv_head(pq, pk) @ pk.transpose(-1, -2), score), dim=-1)
+    weight = (score * shape[-1] ** -0.5).softmax(dim=-1)
+    early, late = weight.split((pk.shape[2], k.shape[2]), dim=-1)
+    return (early @ pv + late @ v).view(shape)
+
+
+def _per_kv_head(q: Tensor, k: Tensor) -> Tensor:
+    """``[batch, heads, time, d]`` -> ``[batch, kv_heads, group * time, d]``: no key is copied for its group."""
+    return q if q.shape[1] == k.shape[1] else q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])
+
+
+class _Merged(torch.autograd.Function):
+    """The fused CPU kernel over the keys, plain products over the few prefix keys, one softmax over both.
+
+    The kernel returns the log-sum-exp of its scores, which makes the merge exact. Its backward recomputes the
+    weights from a log-sum-exp and an output that it is given: given the joint ones, it returns the gradients
+    of the joint softmax. First derivatives only.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pq: Tensor,
+        pk: Tensor,
+        pv: Tensor,
+        hidden: Tensor | None,
+        causal: bool,
+    ) -> Tensor:
+        y, late = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=hidden)
+        if hidden is not None:  # the kernel returns 0 where there was nothing to sum
+            late = late.masked_fill(hidden.amax(dim=-1) == float("-inf"), float("-inf"))
+        score = (_per_kv_head(pq, pk) @ pk.transpose(-1, -2)).to(late.dtype).view(*q.shape[:3], -1)
+        score = score * q.shape[-1] ** -0.5
+        both = torch.logaddexp(late, score.logsumexp(dim=-1))
+        weight = torch.exp(score - both[..., None])
+        early = (_per_kv_head(weight.to(q.dtype), pk) @ pv).view(q.shape)
+        y = torch.addcmul(early, y, torch.exp(late - both)[..., None]).to(q.dtype)
+        ctx.save_for_backward(q, k, v, pq, pk, pv, hidden, y, both, weight)
+        ctx.causal = causal
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, pq, pk, pv, hidden, y, both, weight = ctx.saved_tensors
+        grad_q, grad_k, grad_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, y, both, 0.0, ctx.causal, attn_mask=hidden
+        )
+        inner = (grad * y).sum(dim=-1, keepdim=True, dtype=weight.dtype)
+        grad_group = _per_kv_head(grad, pk)
+        grad_weight = (grad_group @ pv.transpose(-1, -2)).view(weight.shape)
+        grad_score = _per_kv_head((weight * (grad_weight - inner) * q.shape[-1] ** -0.5).to(q.dtype), pk)
+        grad_pq = (grad_score @ pk).view(q.shape)
+        grad_pk = grad_score.transpose(-1, -2) @ _per_kv_head(pq, pk)
+        grad_pv = _per_kv_head(weight.to(q.dtype), pk).transpose(-1, -2) @ grad_group
+        return grad_q, grad_k, grad_v, grad_pq, grad_pk, grad_pv, None, None
+
+
+def _side_by_side(q: Tensor, k: Tensor, v: Tensor, prefix: Prefix) -> tuple[Tensor, Tensor, Tensor]:
+    """Features ``[rotated | plain]``: one product scores keys by the first half and prefix keys by the second."""
+    keys = torch.cat((F.pad(prefix.k, (q.shape[-1], 0)), F.pad(k, (0, q.shape[-1]))), dim=1)
+    return torch.cat((q, prefix.q), dim=-1), keys, torch.cat((prefix.v, v), dim=1)
+
+
+# ----------------------------------------------------------------------------------------------------- flex
+
+
+@functools.cache
+def _flex_kernel(device: str) -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention) if device == "cuda" else flex_attention
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, window: int | None, start: Tensor | None, prefix: Prefix | None) -> Tensor:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    rows, time, heads, d = q.shape
+    keys, kv_heads = k.shape[1:3]
+    always = 0
+    if prefix is not None:
+        always = prefix.k.shape[1]
+        q, k, v = _side_by_side(q, k, v, prefix)
+
+    def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        back = query + (keys - time + always) - key  # tokens between the query's place and the key
+        seen = back >= 0
+        if window is not None:
+            seen = seen & (back < window)
+        if start is not None:
+            seen = seen & (key - always >= start[row])
+        return seen | (key < always)
+
+    if q.device.type == "cpu":  # it refuses tensors that could want a gradient even where none is recorded
+        q, k, v = q.detach(), k.detach(), v.detach()
+    mask = create_block_mask(visible, None if start is None else rows, None, time, keys + always, device=q.device)
+    y = _flex_kernel(q.device.type)(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        block_mask=mask,
+        scale=d**-0.5,
+        enable_gqa=heads != kv_heads,
+    )
+    return y.transpose(1, 2)
+
+
+def _refuse_flex(*, device: str, dtype: torch.dtype, grad: bool = False, **facts: Any) -> str | None:
+    if device == "cpu" and grad:
+        return "it has no backward on the CPU"
+    if device == "cuda" and dtype == torch.float64:
+        return "its kernels have no float64"
+    return None
+
+
+_operation = Operation(
+    "attention",
+    [Backend("sdpa", _sdpa), Backend("flex", _flex, _refuse_flex), Backend("reference", _reference)],
+)

@@ -1,0 +1,144 @@
+"""Choosing how an operation runs: its backends, why one was refused, and how to force one.
+
+An :class:`Operation` lists its backends from the most to the least preferred; the last is the reference, which
+runs everywhere. ``backend="auto"`` takes the first that does not refuse. A backend that was asked for by name,
+as an argument or in the environment, and cannot run is an error: there is no silent fallback.
+
+Environment: ``TITANS_BUILD_BACKEND=attention=flex,memory=reference`` names a backend per operation;
+``TITANS_BUILD_BACKEND=reference`` takes it for every operation that has one of that name. An argument other
+than ``"auto"`` wins over the environment.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+VARIABLE = "TITANS_BUILD_BACKEND"
+
+OPERATIONS: dict[str, Operation] = {}
+"""Every operation by name, in order of definition."""
+
+_log = logging.getLogger(__name__)
+_logged: set[tuple[str, str, str]] = set()
+
+
+class BackendError(ValueError):
+    """A backend was asked for by name and does not exist or cannot run here."""
+
+
+def _never(**facts: Any) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run an operation.
+
+    ``refuse(**facts)`` returns why it cannot run, or ``None``. Every operation gives at least the facts
+    ``device`` (a device type such as ``"cpu"``) and ``dtype``; a backend ignores the facts it has no opinion on.
+    A backend with an optional dependency imports it inside ``run``, after ``refuse`` has looked for it.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    refuse: Callable[..., str | None] = _never
+
+
+class Row(NamedTuple):
+    """A line of :func:`table`."""
+
+    operation: str
+    backend: str
+    available: bool
+    reason: str
+    """Why not, or an empty string."""
+    chosen: bool
+    """What ``"auto"``, with the environment applied, takes."""
+
+
+class Operation:
+    """A named operation and its backends, most preferred first."""
+
+    def __init__(self, name: str, backends: Sequence[Backend]) -> None:
+        self.name = name
+        self.backends = {backend.name: backend for backend in backends}
+        OPERATIONS[name] = self
+
+    def choose(self, backend: str = "auto", **facts: Any) -> Callable[..., Any]:
+        """The function to run for ``facts``. Raises :class:`BackendError` when a named backend cannot run."""
+        return self._pick(backend, facts).run
+
+    def _pick(self, name: str, facts: dict[str, Any]) -> Backend:
+        source = f"backend={name!r}"
+        if name == "auto":
+            setting = os.environ.get(VARIABLE)
+            if setting:
+                name = _from_environment(setting, self)
+                source = f"{VARIABLE}={setting}"
+        if name != "auto":
+            return self._named(name, source, facts)
+        refusals = []
+        for backend in self.backends.values():
+            reason = backend.refuse(**facts)
+            if reason is None:
+                return backend
+            refusals.append(f"{backend.name}: {reason}")
+            if not torch.compiler.is_compiling():
+                self._log_once(backend.name, reason)
+        raise BackendError(f"{self.name}: no backend can run: {'; '.join(refusals)}")
+
+    def _named(self, name: str, source: str, facts: dict[str, Any]) -> Backend:
+        backend = self.backends.get(name)
+        if backend is None:
+            raise BackendError(f"{self.name}: {source}: no such backend; expected auto, {', '.join(self.backends)}")
+        reason = backend.refuse(**facts)
+        if reason is not None:
+            raise BackendError(f"{self.name}: {source}: {name} cannot run: {reason}")
+        return backend
+
+    def _log_once(self, backend: str, reason: str) -> None:
+        line = (self.name, backend, reason)
+        if line not in _logged:
+            _logged.add(line)
+            _log.debug("%s: %s refused: %s", *line)
+
+
+def _from_environment(setting: str, operation: Operation) -> str:
+    """The backend that ``setting`` names for ``operation``, or ``"auto"``; raises on a name nothing has."""
+    chosen = "auto"
+    for item in setting.split(","):
+        target, equals, name = (part.strip() for part in item.partition("="))
+        if not equals:
+            known = {known for each in OPERATIONS.values() for known in each.backends}
+            if target != "auto" and target not in known:
+                raise BackendError(
+                    f"{VARIABLE}={setting}: no operation has a backend {target!r}; expected one of {sorted(known)}"
+                )
+            if target in operation.backends and chosen == "auto":
+                chosen = target
+        elif target not in OPERATIONS:
+            raise BackendError(f"{VARIABLE}={setting}: no operation {target!r}; expected one of {sorted(OPERATIONS)}")
+        elif target == operation.name:
+            chosen = name
+    return chosen
+
+
+def table(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Row]:
+    """Every operation with every backend: whether it can run on ``device`` with ``dtype``, and if not, why."""
+    rows = []
+    for operation in OPERATIONS.values():
+        facts: dict[str, Any] = {"device": device, "dtype": dtype}
+        try:
+            chosen = operation._pick("auto", facts).name
+        except BackendError:
+            chosen = ""
+        for backend in operation.backends.values():
+            reason = backend.refuse(**facts)
+            rows.append(Row(operation.name, backend.name, reason is None, reason or "", backend.name == chosen))
+    return rows

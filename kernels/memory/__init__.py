@@ -1,0 +1,7 @@
+"""The neural memory: its state, the operation, and the oracles it is held against."""
+
+from .operation import MEMORY, titans_memory
+from .reading import read_memory
+from .state import MemoryState
+
+__all__ = ["MEMORY", "MemoryState", "read_memory", "titans_memory"]

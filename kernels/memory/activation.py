@@ -1,0 +1,66 @@
+"""The activations a memory network may use, with the two derivatives that training through it needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_aten = torch.ops.aten
+
+
+class Activation(NamedTuple):
+    value: Callable[..., Tensor]
+    """``(z, out=None) -> value(z)``."""
+    pull: Callable[..., Tensor]
+    """``(g, z, out=None) -> g * value'(z)``: one fused pass."""
+    second: Callable[[Tensor], Tensor] | None
+    """``z -> value''(z)``; ``None`` where it is zero everywhere."""
+
+
+def _silu_second(z: Tensor) -> Tensor:
+    s = torch.sigmoid(z)
+    slope = s * (1 - s)
+    return slope.mul_((1 - 2 * s).mul_(z).add_(2))
+
+
+def _gelu_second(z: Tensor) -> Tensor:
+    # value = z Phi(z), so value'' = phi(z) (2 - z^2) with phi the normal density
+    square = z * z
+    density = (square * -0.5).exp_()
+    return square.neg_().add_(2).mul_(density).mul_(1 / math.sqrt(2 * math.pi))
+
+
+def _into(plain: Callable[..., Tensor], written: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """One function of the two an operator comes as: allocating, and writing into ``out``."""
+
+    def call(*tensors: Tensor, out: Tensor | None = None) -> Tensor:
+        return plain(*tensors) if out is None else written(*tensors, out)
+
+    return call
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "identity": Activation(_into(lambda z: z, lambda z, out: out.copy_(z)), _into(lambda g, z: g, lambda g, z, out: out.copy_(g)), None),
+    "relu": Activation(
+        _into(torch.relu, lambda z, out: _aten.relu.out(z, out=out)),
+        _into(
+            lambda g, z: _aten.threshold_backward(g, z, 0),
+            lambda g, z, out: _aten.threshold_backward.grad_input(g, z, 0, grad_input=out),
+        ),
+        None,
+    ),
+    "silu": Activation(
+        _into(_aten.silu, lambda z, out: _aten.silu.out(z, out=out)),
+        _into(_aten.silu_backward, lambda g, z, out: _aten.silu_backward.grad_input(g, z, grad_input=out)),
+        _silu_second,
+    ),
+    "gelu": Activation(
+        _into(torch.nn.functional.gelu, lambda z, out: _aten.gelu.out(z, out=out)),
+        _into(_aten.gelu_backward, lambda g, z, out: _aten.gelu_backward.grad_input(g, z, grad_input=out)),
+        _gelu_second,
+    ),
+}

@@ -1,0 +1,550 @@
+"""The fast torch path: the chunkwise form with its own backward, for any device, best on a CPU.
+
+The story. Tokens stand as ``[chunks, rows, b, d]`` (a row is a batch row and a head) and are worked on a group of
+chunks at a time. Per layer the state is one stack ``[rows, s, out, in]``: weights, and below them momentum.
+
+* Writing goes chunk by chunk, because each chunk's gradients are taken at the weights it starts from: keys forward,
+  errors back, and the state on by one product with the gates (``mix``) and one with the errors.
+* Reading then answers all queries of the group at once, in large batched products.
+* Backward walks the groups from the last to the first. From the states at chunk starts, which were kept or are
+  computed again from the one at the group's start, everything else is recomputed; reads are differentiated in one
+  batch, writes chunk by chunk in reverse. A write contains a gradient, so its backward is of second order.
+
+Errors ``d`` are half gradients; the factor 2 lives in the decay matrices. Work buffers are allocated once a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .activation import ACTIVATIONS, Activation
+from .decay import ChunkDecay, chunk_decay
+
+EPS = 1e-6
+GROUP = 8
+"""Chunks worked on together: enough for large products, few enough that their work stays near the cache."""
+KEPT_BYTES = 160 * 2**20
+"""Every chunk's starting state is kept for backward up to this size; beyond it one in ``GROUP`` or fewer."""
+
+
+class Plan(NamedTuple):
+    """What a call computes, apart from its tensors."""
+
+    chunk: int
+    activation: str
+    clip: float | None
+    read_after: bool
+    keep: int | None
+    """Chunks from one state that is kept for backward to the next; ``None``: as few as ``KEPT_BYTES`` allows."""
+
+
+def chunkwise_memory(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    theta: Tensor,
+    eta: Tensor | None,
+    alpha: Tensor | None,
+    gain: Tensor | None,
+    weights: tuple[Tensor, ...],
+    momentum: tuple[Tensor, ...],
+    anchor: tuple[Tensor, ...] | None,
+    real: Tensor | None,
+    plan: Plan,
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Read and write ``time`` tokens, a multiple of ``plan.chunk``, that start at a chunk boundary.
+
+    Args:
+        q, k: ``[batch, time, heads, d_in]``; v: ``[batch, time, heads, d_out]``; gates ``[batch, time, heads]``.
+        eta: ``None`` where there is no momentum; alpha: ``None`` where nothing is forgotten.
+        gain: ``None`` or ``[heads, d_out]``.
+        weights, momentum: ``[batch, heads, out, in]`` per layer; momentum is ``()`` when eta is ``None``.
+        anchor: where the *first* chunk takes its gradients; ``None``: at ``weights``.
+        real: ``[batch, time, heads]`` of 0 and 1, or ``None``: 0 at slots without a token, whose gates are the identity.
+
+    Returns:
+        ``y`` ``[batch, time, heads, d_out]``, final weights, final momentum.
+    """
+    layers = len(weights)
+    outputs = _Chunkwise.apply(plan, layers, real, q, k, v, theta, eta, alpha, gain, *weights, *momentum, *(anchor or ()))
+    return outputs[0], outputs[1 : 1 + layers], outputs[1 + layers :]
+
+
+class _Chunkwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, layers: int, real, q, k, v, theta, eta, alpha, gain, *state):  # type: ignore[override]
+        batch, time, heads, _ = q.shape
+        s = 1 if eta is None else 2
+        anchor = [_rows(w) for w in state[s * layers :]] or None
+        stacks = [torch.stack([_rows(state[l + part * layers]) for part in range(s)], dim=1) for l in range(layers)]
+        chunks = time // plan.chunk
+        keep = 0
+        if any(ctx.needs_input_grad):
+            keep = plan.keep or _fitting(chunks, sum(x.numel() * x.element_size() for x in stacks))
+        size = min(chunks, keep if keep > 1 else GROUP)
+
+        y = q.new_empty(batch, time, heads, v.shape[-1])
+        net = _Network(ACTIVATIONS[plan.activation], _per_row(gain, batch), plan.clip)
+        work = _Work.allocate(size, batch * heads, plan.chunk, stacks, q, pulled=False, clipped=plan.clip is not None)
+        kept = [x.new_empty(chunks if keep == 1 else -(-chunks // size), *x.shape) for x in stacks] if keep else []
+        for group, (first, tokens) in enumerate(_groups(chunks, size, plan.chunk)):
+            decay = chunk_decay(*(_chunks(x, tokens, plan) for x in (theta, eta, alpha, real)), plan.read_after)
+            written = work.first(decay.mix.shape[0])
+            for buffer, stack in zip(written.stacks, stacks):
+                buffer[0] = stack
+            net.advance(_chunks(k, tokens, plan), _chunks(v, tokens, plan), decay, written, anchor if first == 0 else None)
+            for store, buffer in zip(kept, written.stacks):
+                if keep == 1:
+                    store[first : first + len(buffer) - 1] = buffer[:-1]
+                else:
+                    store[group] = buffer[0]
+            _scatter(y, net.read(_chunks(q, tokens, plan), decay, written)[0], tokens, plan)
+            stacks = [buffer[-1] for buffer in written.stacks]
+        if keep:
+            ctx.save_for_backward(q, k, v, theta, eta, alpha, gain, *state[s * layers :], *kept)
+            ctx.plan, ctx.layers, ctx.real, ctx.size, ctx.all_kept = plan, layers, real, size, keep == 1
+        final = [stack[:, part].clone().unflatten(0, (batch, heads)) for part in range(s) for stack in stacks]
+        return (y, *final)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_y: Tensor, *grad_state: Tensor):  # type: ignore[override]
+        plan, layers, size = ctx.plan, ctx.layers, ctx.size
+        q, k, v, theta, eta, alpha, gain, *rest = ctx.saved_tensors
+        kept = rest[-layers:]
+        anchor = [_rows(w) for w in rest[:-layers]] or None
+        batch, time, heads, _ = q.shape
+        s = 1 if eta is None else 2
+        chunks = time // plan.chunk
+        net = _Network(ACTIVATIONS[plan.activation], _per_row(gain, batch), plan.clip)
+        work = _Work.allocate(size, batch * heads, plan.chunk, kept, q, pulled=True, clipped=plan.clip is not None)
+        adjoint = _Adjoint.allocate(size, work)
+
+        inputs = dict(q=q, k=k, v=v, theta=theta, eta=eta, alpha=alpha)
+        grads = {name: None if x is None else x.new_empty(x.shape) for name, x in inputs.items()}
+        grad_gain = None if net.gain is None else torch.zeros_like(net.gain)
+        grad_anchor = [torch.zeros_like(w) for w in anchor] if anchor else None
+        grad_end = [torch.stack([_rows(grad_state[l + part * layers]) for part in range(s)], dim=1) for l in range(layers)]
+        for group, (first, tokens) in reversed(list(enumerate(_groups(chunks, size, plan.chunk)))):
+            with torch.enable_grad():
+                gates = [None if x is None else _chunks(x, tokens, plan).requires_grad_() for x in (theta, eta, alpha)]
+                graph = chunk_decay(*gates, _chunks(ctx.real, tokens, plan), plan.read_after)
+            decay = ChunkDecay(*(x.detach() for x in graph))
+            keys, values, queries = (_chunks(x, tokens, plan) for x in (k, v, q))
+            own = anchor if first == 0 else None
+            written, grad = work.first(len(keys)), adjoint.first(len(keys))
+            for buffer, end in zip(grad.stacks, grad_end):
+                buffer[-1] = end  # before anything else: it may lie in the first place of these same buffers
+            if ctx.all_kept:
+                for buffer, store in zip(written.stacks, kept):
+                    buffer[:-1] = store[first : first + len(keys)]
+                net.recall(keys, values, written, own)
+            else:
+                for buffer, store in zip(written.stacks, kept):
+                    buffer[0] = store[group]
+                net.advance(keys, values, decay, written, own)
+            _, reading = net.read(queries, decay, written, recording=True)
+            grad_read = net.read_backward(_chunks(grad_y, tokens, plan), queries, decay, written, reading, grad)
+            grad_write = net.write_backward(keys, values, decay, written, grad, own, grad_anchor if own else None)
+            grad_end = [buffer[0] for buffer in grad.stacks]
+
+            for name, value in (("q", grad_read.queries), ("k", grad.inputs[0]), ("v", grad_write.values)):
+                _scatter(grads[name], value, tokens, plan)
+            reached = [
+                (x, g)
+                for x, g in zip(graph, (grad_read.read, grad_read.carry, grad_write.write, grad_write.mix))
+                if x.requires_grad
+            ]
+            wanted = [x for x in gates if x is not None]
+            pulled = iter(torch.autograd.grad([x for x, _ in reached], wanted, [g for _, g in reached]))
+            for name, x in zip(("theta", "eta", "alpha"), gates):
+                if x is not None:
+                    _scatter(grads[name], next(pulled), tokens, plan)
+            if grad_gain is not None:
+                grad_gain += grad_read.gain + grad_write.gain
+        state = [stack[:, part].clone() for part in range(s) for stack in grad_end] + (grad_anchor or [])
+        if grad_gain is not None:
+            grad_gain = grad_gain.view(batch, heads, -1).sum(0)
+        return (None, None, None, *grads.values(), grad_gain, *(x.unflatten(0, (batch, heads)) for x in state))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Layout: [batch, time, heads, d] <-> [chunks, rows, b, d]
+
+
+def _fitting(chunks: int, state_bytes: int) -> int:
+    """Chunks between kept states: all are kept while they fit ``KEPT_BYTES``, else one in 8, 16, 32, ..."""
+    if chunks * state_bytes <= KEPT_BYTES:
+        return 1
+    keep = GROUP
+    while chunks * state_bytes > keep * KEPT_BYTES:
+        keep *= 2
+    return keep
+
+
+def _groups(chunks: int, size: int, b: int) -> list[tuple[int, slice]]:
+    """The first chunk, and the tokens, of every group."""
+    return [(first, slice(first * b, min(first + size, chunks) * b)) for first in range(0, chunks, size)]
+
+
+def _view(x: Tensor, tokens: slice, plan: Plan) -> Tensor:
+    return x[:, tokens].unflatten(1, (-1, plan.chunk)).movedim(3, 1).movedim(2, 0)
+
+
+def _chunks(x: Tensor | None, tokens: slice, plan: Plan) -> Tensor | None:
+    """``[batch, time, heads, ...]`` -> the group's ``[chunks, rows, b, ...]``, detached and contiguous."""
+    return None if x is None else _view(x.detach(), tokens, plan).contiguous().flatten(1, 2)
+
+
+def _scatter(x: Tensor, group: Tensor, tokens: slice, plan: Plan) -> None:
+    """The inverse: the group's values into their place in ``x``."""
+    view = _view(x, tokens, plan)
+    view.copy_(group.view(view.shape))
+
+
+def _rows(w: Tensor) -> Tensor:
+    return w.reshape(-1, *w.shape[2:])
+
+
+def _per_row(gain: Tensor | None, batch: int) -> Tensor | None:
+    """``[heads, d] -> [rows, 1, d]``."""
+    return None if gain is None else gain.repeat(batch, 1).unsqueeze(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Work buffers; lists run over layers
+
+
+class _Work(NamedTuple):
+    """What writing a group leaves behind for its reads and its backward."""
+
+    stacks: list[Tensor]
+    """State at every chunk start and at the end: ``[chunks + 1, rows, s, out, in]``."""
+    inputs: list[Tensor]
+    """``a_l``: ``[chunks, rows, b, in]``; the first is the keys themselves and is set by the writer."""
+    hidden: list[Tensor]
+    """``z_l`` before the activation, and the last layer's output: ``[chunks, rows, b, out]``."""
+    pulled: list[Tensor]
+    """``d_{l+1} W_{l+1}``, before the slope at ``z_l``: layers below the last; kept for backward only."""
+    raw: list[Tensor]
+    """``d_l`` before clipping: ``[chunks, rows, b, out]``; the same tensors as ``errors`` where nothing is clipped."""
+    errors: list[Tensor]
+    """``d_l``."""
+
+    @classmethod
+    def allocate(cls, chunks: int, rows: int, b: int, stacks: Sequence[Tensor], like: Tensor, *, pulled: bool, clipped: bool):
+        shapes = [stack.shape[-3:] for stack in stacks]
+        token = lambda width: like.new_empty(chunks, rows, b, width)  # noqa: E731
+        raw = [token(out) for _, out, _ in shapes]
+        return cls(
+            [like.new_empty(chunks + 1, rows, *shape) for shape in shapes],
+            [token(width) for _, _, width in shapes],
+            [token(out) for _, out, _ in shapes],
+            [token(out) for _, out, _ in shapes[:-1]] if pulled else [],
+            raw,
+            [torch.empty_like(x) for x in raw] if clipped else raw,
+        )
+
+    def first(self, chunks: int) -> _Work:
+        """The same buffers for a group of ``chunks`` chunks."""
+        raw = [x[:chunks] for x in self.raw]
+        errors = raw if self.errors is self.raw else [x[:chunks] for x in self.errors]
+        short = [[x[:chunks] for x in part] for part in (self.inputs, self.hidden, self.pulled)]
+        return _Work([x[: chunks + 1] for x in self.stacks], *short, raw, errors)
+
+    def at(self, i: int | slice) -> _Work:
+        """Chunk ``i``, or several as one batch of ``chunks * rows``; stacks are those at chunk starts."""
+        pick = (lambda x: x[i]) if isinstance(i, int) else (lambda x: x[i].flatten(0, 1))
+        raw = [pick(x) for x in self.raw]
+        errors = raw if self.errors is self.raw else [pick(x) for x in self.errors]
+        parts = [[pick(x) for x in part] for part in (self.inputs, self.hidden, self.pulled)]
+        return _Work([pick(x[:-1]) for x in self.stacks], *parts, raw, errors)
+
+
+class _Adjoint(NamedTuple):
+    """Gradients of a group's stacks, inputs and errors; reads fill them, writes add to them."""
+
+    stacks: list[Tensor]
+    inputs: list[Tensor]
+    errors: list[Tensor]
+
+    @classmethod
+    def allocate(cls, chunks: int, work: _Work) -> _Adjoint:
+        like = lambda part: [torch.empty_like(x) for x in part]  # noqa: E731
+        return cls(like(work.stacks), like(work.inputs), like(work.errors))
+
+    def first(self, chunks: int) -> _Adjoint:
+        short = [[x[:chunks] for x in part] for part in (self.inputs, self.errors)]
+        return _Adjoint([x[: chunks + 1] for x in self.stacks], *short)
+
+
+class _Reading(NamedTuple):
+    """What reading leaves behind for its backward; everything ``[chunks * rows, b, ...]``."""
+
+    inputs: list[Tensor]
+    """``X_l``, and last the output ``Z_L``."""
+    hidden: list[Tensor]
+    """``Z_l`` before the activation, layers below the last."""
+    carried: list[Tensor]
+    """``X_l`` through the stacked state: ``[chunks * rows, b, s, out]``."""
+    scores: list[Tensor]
+    """``X_l a_l^T`` before decay."""
+
+
+class _ReadGrad(NamedTuple):
+    queries: Tensor
+    read: Tensor
+    carry: Tensor
+    gain: Tensor | None
+
+
+class _WriteGrad(NamedTuple):
+    values: Tensor
+    write: Tensor
+    mix: Tensor
+    gain: Tensor | None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class _Network:
+    """The memory network ``M``; ``gain`` ``[rows, 1, d]`` is given when ``M(x) = x + LN(net(x)) * gain``."""
+
+    def __init__(self, activation: Activation, gain: Tensor | None, clip: float | None) -> None:
+        self.activation, self.gain, self.clip = activation, gain, clip
+
+    # -- write ---------------------------------------------------------------------------------------------------
+
+    def advance(self, keys: Tensor, values: Tensor, decay: ChunkDecay, written: _Work, anchor: list[Tensor] | None) -> None:
+        """Write chunk after chunk, from ``written.stacks[l][0]`` on; fills everything in ``written``."""
+        written.inputs[0] = keys
+        for i in range(len(keys)):
+            now = written.at(i)
+            weights = anchor if i == 0 and anchor is not None else [stack[:, 0] for stack in now.stacks]
+            self._differentiate(values[i], weights, now, self.gain)
+            for buffer, stack, a, d in zip(written.stacks, now.stacks, now.inputs, now.errors):
+                after = buffer[i + 1]
+                torch.bmm(decay.mix[i], stack.flatten(2), out=after.flatten(2))
+                weighed = (decay.write[i].unsqueeze(-1) * d.unsqueeze(2)).flatten(2)
+                after.flatten(1, 2).baddbmm_(weighed.mT, a, alpha=-1)
+
+    def recall(self, keys: Tensor, values: Tensor, written: _Work, anchor: list[Tensor] | None) -> None:
+        """What ``advance`` fills, in one batch, given the state at every chunk start."""
+        written.inputs[0] = keys
+        if anchor is not None:
+            self._differentiate(values[0], anchor, written.at(0), self.gain)
+        rest = slice(0 if anchor is None else 1, None)
+        if len(keys[rest]):
+            batch = written.at(rest)
+            gain = None if self.gain is None else self.gain.repeat(len(keys[rest]), 1, 1)
+            self._differentiate(values[rest].flatten(0, 1), [stack[:, 0] for stack in batch.stacks], batch, gain)
+
+    def _differentiate(self, values: Tensor, weights: list[Tensor], work: _Work, gain: Tensor | None) -> None:
+        """Keys forward through ``weights``, half errors back; fills ``work`` apart from its stacks."""
+        last = len(weights) - 1
+        for l, weight in enumerate(weights):
+            if l:
+                self.activation.value(work.hidden[l - 1], out=work.inputs[l])
+            torch.bmm(work.inputs[l], weight.mT, out=work.hidden[l])
+        z = work.hidden[last]
+        if gain is None:
+            torch.sub(z, values, out=work.raw[last])
+        else:
+            n, _, inverse = torch.native_layer_norm(z, z.shape[-1:], None, None, EPS)
+            g = torch.addcmul(work.inputs[0], n, gain).sub_(values).mul_(gain)
+            layer_norm_pull(g, n, inverse, out=work.raw[last])
+        for l in range(last - 1, -1, -1):
+            if work.pulled:
+                e = torch.bmm(work.raw[l + 1], weights[l + 1], out=work.pulled[l])
+            else:
+                e = torch.bmm(work.raw[l + 1], weights[l + 1])
+            self.activation.pull(e, work.hidden[l], out=work.raw[l])
+        if self.clip is not None:
+            scale = self._scale(work.raw, work.inputs)[0].unsqueeze(-1)
+            for raw, error in zip(work.raw, work.errors):
+                torch.mul(raw, scale, out=error)
+
+    def _scale(self, errors: list[Tensor], inputs: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+        """Per token, what brings the surprise's norm (the full gradient's) down to ``clip``."""
+        assert self.clip is not None
+        error_squares = [square_sum(x) for x in errors]
+        input_squares = [square_sum(x) for x in inputs]
+        square = sum(d * a for d, a in zip(error_squares, input_squares)) * 4
+        return self.clip / square.sqrt().clamp_(min=self.clip), square, error_squares, input_squares
+
+    # -- read ----------------------------------------------------------------------------------------------------
+
+    def read(self, queries: Tensor, decay: ChunkDecay, written: _Work, *, recording: bool = False) -> tuple[Tensor, _Reading]:
+        """All of the group's queries, each at the weights its token left (or found)."""
+        work = written.at(slice(None))
+        weigh, carry = decay.read.flatten(0, 1), decay.carry.flatten(0, 1)
+        x = queries.flatten(0, 1)
+        reading = _Reading([x], [], [], [])
+        for l, (stack, a, d) in enumerate(zip(work.stacks, work.inputs, work.errors)):
+            s, out = stack.shape[1:3]
+            if l:
+                x = self.activation.value(z)
+                reading.inputs.append(x)
+            carried = torch.bmm(x, stack.flatten(1, 2).mT).unflatten(-1, (s, out))
+            scores = torch.bmm(x, a.mT)
+            z = carried[:, :, 0] * carry[..., :1]
+            if s == 2:
+                z.addcmul_(carried[:, :, 1], carry[..., 1:])
+            z.baddbmm_(scores * weigh if recording else scores.mul_(weigh), d, alpha=-1)
+            if recording:
+                reading.carried.append(carried)
+                reading.scores.append(scores)
+                reading.hidden.append(z)
+        y = z.view(queries.shape[:-1] + z.shape[-1:])
+        if self.gain is not None:
+            n = torch.native_layer_norm(y, y.shape[-1:], None, None, EPS)[0]
+            y = torch.addcmul(queries, n, self.gain)
+        return y, reading
+
+    def read_backward(self, grad_y, queries, decay: ChunkDecay, written: _Work, reading: _Reading, grad: _Adjoint) -> _ReadGrad:
+        """Fills ``grad`` (its last stack apart)."""
+        work = written.at(slice(None))
+        weigh, carry = decay.read.flatten(0, 1), decay.carry.flatten(0, 1)
+        g, grad_gain = grad_y, None
+        if self.gain is not None:
+            z = reading.hidden[-1].view(grad_y.shape)
+            n, _, inverse = torch.native_layer_norm(z, z.shape[-1:], None, None, EPS)
+            grad_gain = (grad_y * n).sum((0, 2)).unsqueeze(1)
+            g = layer_norm_pull(grad_y * self.gain, n, inverse)
+        g = g.flatten(0, 1)
+        grad_weigh, grad_carry = torch.zeros_like(weigh), torch.zeros_like(carry)
+        for l in range(len(work.stacks) - 1, -1, -1):
+            stack, a, d = work.stacks[l], work.inputs[l], work.errors[l]
+            x, scores, carried = reading.inputs[l], reading.scores[l], reading.carried[l]
+            grad_carry += carried.mul_(g.unsqueeze(2)).sum(-1)
+            spread = torch.mul(carry.unsqueeze(-1), g.unsqueeze(2), out=carried).flatten(2)
+            torch.bmm(spread.mT, x, out=grad.stacks[l][:-1].flatten(0, 1).flatten(1, 2))
+            grad_x = torch.bmm(spread, stack.flatten(1, 2))
+            grad_decayed = torch.bmm(g, d.mT).neg_()
+            grad_weigh.addcmul_(grad_decayed, scores)
+            torch.bmm(scores.mul_(weigh).mT, g, out=grad.errors[l].flatten(0, 1)).neg_()
+            grad_scores = grad_decayed.mul_(weigh)
+            torch.bmm(grad_scores.mT, x, out=grad.inputs[l].flatten(0, 1))
+            grad_x.baddbmm_(grad_scores, a)
+            g = self.activation.pull(grad_x, reading.hidden[l - 1]) if l else grad_x
+        g = g.view(queries.shape)
+        if self.gain is not None:
+            g += grad_y
+        return _ReadGrad(g, grad_weigh.view(decay.read.shape), grad_carry.view(decay.carry.shape), grad_gain)
+
+    # -- backward of write -----------------------------------------------------------------------------------------
+
+    def write_backward(self, keys, values, decay: ChunkDecay, written: _Work, grad: _Adjoint, anchor, grad_anchor) -> _WriteGrad:
+        """Chunk by chunk in reverse, from the gradient of the state after the group in ``grad.stacks[l][-1]``.
+
+        On return ``grad.stacks[l][0]`` is the gradient of the state before the group and ``grad.inputs[0]`` that of
+        the keys. Adds to ``grad_anchor`` where the first chunk has an anchor of its own.
+        """
+        layers, s = len(written.stacks), decay.mix.shape[-1]
+        grad_gain = None if self.gain is None else torch.zeros_like(self.gain)
+        grad_values = torch.empty_like(values)
+        weighed = [(decay.write.unsqueeze(-1) * d.unsqueeze(3)).flatten(3) for d in written.errors]
+        back = [torch.empty_like(x) for x in weighed]
+        # z_l is needed no more once its slope and curvature are known, nor is what was pulled
+        slopes: list[Tensor | None] = [None] * (layers - 1)
+        curvatures: list[Tensor | None] = [None] * (layers - 1)
+        for l, (z, pulled) in enumerate(zip(written.hidden, written.pulled)):
+            if self.activation.second is not None:
+                curvatures[l] = pulled.mul_(self.activation.second(z))
+            slopes[l] = self.activation.pull(torch.ones_like(z), z)
+        write = decay.write.unsqueeze(-1)
+        for i in range(len(keys) - 1, -1, -1):
+            own = anchor is not None and i == 0
+            now = written.at(i)
+            weights = anchor if own else [stack[:, 0] for stack in now.stacks]
+            before = [buffer[i] for buffer in grad.stacks]
+            onto = grad_anchor if own else [x[:, 0] for x in before]
+            grad_inputs, grad_errors = [x[i] for x in grad.inputs], [x[i] for x in grad.errors]
+            for l in range(layers):
+                later = grad.stacks[l][i + 1]
+                torch.bmm(now.inputs[l], later.flatten(1, 2).mT, out=back[l][i])
+                for part, felt in enumerate(back[l][i].unflatten(-1, (s, -1)).unbind(2)):
+                    grad_errors[l].addcmul_(felt, write[i, :, :, part], value=-1)
+                grad_inputs[l].baddbmm_(weighed[l][i], later.flatten(1, 2), alpha=-1)
+                before[l].flatten(2).baddbmm_(decay.mix[i].mT, later.flatten(2))
+            if self.clip is not None:
+                self._clip_backward(now, grad_errors, grad_inputs)
+
+            # errors run down the layers, so their gradient runs up ...
+            below: list[Tensor | None] = [None] * (layers - 1)
+            pushed: list[Tensor] = []
+            for l in range(layers - 1):
+                g = grad_errors[l]
+                below[l] = None if curvatures[l] is None else g * curvatures[l][i]
+                pushed.append(g.mul_(slopes[l][i]))
+                grad_errors[l + 1].baddbmm_(pushed[-1], weights[l + 1].mT)
+            # ... and then the inputs' gradient runs down
+            g = grad_errors[-1]
+            if self.gain is not None:
+                g = self._error_backward(keys[i], values[i], now.hidden[-1], g, grad_inputs[0], grad_gain, grad_values[i])
+            for l in range(layers - 1, -1, -1):
+                if l < layers - 1:
+                    g = grad_inputs[l + 1].mul_(slopes[l][i])
+                    if below[l] is not None:
+                        g += below[l]
+                both = torch.bmm(g.mT, now.inputs[l])
+                if l:
+                    both.baddbmm_(now.raw[l].mT, pushed[l - 1])
+                onto[l].add_(both)
+                grad_inputs[l].baddbmm_(g, weights[l])
+        if self.gain is None:
+            torch.neg(grad.errors[-1], out=grad_values)
+        grad_write, grad_mix = torch.zeros_like(decay.write), torch.zeros_like(decay.mix)
+        for l in range(layers):
+            grad_write -= back[l].unflatten(-1, (s, -1)).mul_(written.errors[l].unsqueeze(3)).sum(-1)
+            later, start = grad.stacks[l][1:].flatten(3).flatten(0, 1), written.stacks[l][:-1].flatten(3).flatten(0, 1)
+            grad_mix.flatten(0, 1).baddbmm_(later, start.mT)
+        return _WriteGrad(grad_values, grad_write, grad_mix, grad_gain)
+
+    def _clip_backward(self, now: _Work, grad_errors: list[Tensor], grad_inputs: list[Tensor]) -> None:
+        """Through ``d = scale * raw`` with ``scale = clip / |surprise|`` where that is below one."""
+        scale, square, error_squares, input_squares = self._scale(now.raw, now.inputs)
+        grad_scale = sum((g * d).sum(-1) for g, d in zip(grad_errors, now.raw))
+        # d scale / d square = -scale / (2 square), and square is 4 sum |d|^2 |a|^2
+        grad_square = torch.where(scale < 1, -4 * grad_scale * scale / square, torch.zeros_like(scale))
+        for g, h, d, a, dd, aa in zip(grad_errors, grad_inputs, now.raw, now.inputs, error_squares, input_squares):
+            g.mul_(scale.unsqueeze(-1)).addcmul_(d, (grad_square * aa).unsqueeze(-1))
+            h.addcmul_(a, (grad_square * dd).unsqueeze(-1))
+
+    def _error_backward(self, key, value, z, g, grad_key, grad_gain, grad_value) -> Tensor:
+        """From the error ``J ((M(k) - v) * gain)`` to the last layer's output (returned), key, value and gain.
+
+        ``J = (I - 1 1^T / d - n n^T / d) / sigma`` is LayerNorm's Jacobian at ``z``; it is symmetric.
+        """
+        gain = self.gain
+        n, _, inverse = torch.native_layer_norm(z, z.shape[-1:], None, None, EPS)
+        miss = torch.addcmul(key, n, gain).sub_(value)
+        pushed = miss * gain
+        error = layer_norm_pull(pushed, n, inverse)
+        grad_pushed = layer_norm_pull(g, n, inverse)
+        grad_miss = grad_pushed * gain
+        p = g * inverse
+        grad_n = grad_miss * gain
+        grad_n -= p * (pushed * n).mean(-1, keepdim=True)
+        grad_n -= pushed * (p * n).mean(-1, keepdim=True)
+        grad_gain += (grad_pushed * miss).addcmul_(grad_miss, n).sum(1, keepdim=True)
+        torch.neg(grad_miss, out=grad_value)
+        grad_key += grad_miss
+        # both n and the outer 1 / sigma depend on z
+        through_sigma = (g * error).mean(-1, keepdim=True) * inverse
+        return layer_norm_pull(grad_n, n, inverse).addcmul_(n, through_sigma, value=-1)
+
+
+def layer_norm_pull(g: Tensor, n: Tensor, inverse: Tensor, out: Tensor | None = None) -> Tensor:
+    """The vector-Jacobian product of ``z -> n = (z - mean) / sigma``; ``inverse`` is ``1 / sigma``."""
+    centred = torch.sub(g, g.mean(-1, keepdim=True), out=out)
+    return centred.addcmul_(n, (g * n).mean(-1, keepdim=True), value=-1).mul_(inverse)
+
+
+def square_sum(x: Tensor) -> Tensor:
+    return torch.linalg.vecdot(x, x)

@@ -1,0 +1,152 @@
+"""The second oracle: the chunkwise equations written out as they stand on paper, differentiated by autograd.
+
+Independent of ``reference`` (no autograd inside: the errors are back-propagated by hand) and of ``chunkwise``
+(no kept states, no hand-written backward, products of gates as literal products). One row at a time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .state import MemoryState
+
+_SQRT_HALF = 0.5**0.5
+
+
+def _value_and_slope(z: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    if activation == "identity":
+        return z, torch.ones_like(z)
+    if activation == "relu":
+        return F.relu(z), (z > 0).to(z.dtype)
+    if activation == "silu":
+        s = torch.sigmoid(z)
+        return z * s, s + z * s * (1 - s)
+    if activation == "gelu":
+        normal = 0.5 * (1 + torch.erf(z * _SQRT_HALF))
+        return z * normal, normal + z * torch.exp(-z * z / 2) / (2 * torch.pi) ** 0.5
+    raise ValueError(f"activation: expected identity, silu, gelu or relu, got {activation!r}")
+
+
+def _products(factors: Tensor) -> Tensor:
+    """``[heads, b] -> [heads, b, b + 1]``: entry ``[t, r]`` is the product over ``r <= j <= t`` (1 if empty)."""
+    b = factors.shape[-1]
+    t, r, j = (torch.arange(n).view(shape) for n, shape in ((b, (b, 1, 1)), (b + 1, (1, b + 1, 1)), (b, (1, 1, b))))
+    chosen = ((r <= j) & (j <= t)).to(factors.device)
+    full = torch.where(chosen, factors[:, None, None, :], torch.ones_like(factors[:, :1, None, None])).prod(-1)
+    return full * (r <= t + 1).squeeze(-1).to(factors)
+
+
+def _errors(weights, keys, values, activation, gain):
+    """Inputs ``a_l`` and half-gradients ``d_l`` of every layer; keys ``[heads, b, d]``."""
+    inputs, slopes, h = [], [], keys
+    for layer, weight in enumerate(weights):
+        if layer:
+            h, slope = _value_and_slope(h, activation)
+            slopes.append(slope)
+        inputs.append(h)
+        h = h @ weight.mT
+    if gain is None:
+        error = h - values
+    else:
+        mean, var = h.mean(-1, keepdim=True), h.var(-1, keepdim=True, unbiased=False)
+        sigma = (var + 1e-6).sqrt()
+        n = (h - mean) / sigma
+        g = (keys + n * gain[:, None] - values) * gain[:, None]
+        error = (g - g.mean(-1, keepdim=True) - n * (g * n).mean(-1, keepdim=True)) / sigma
+    errors = [error]
+    for weight, slope in zip(reversed(weights[1:]), reversed(slopes)):
+        error = (error @ weight) * slope
+        errors.append(error)
+    return inputs, errors[::-1]
+
+
+def closed_form_memory(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    theta: Tensor,
+    eta: Tensor | None,
+    alpha: Tensor | None,
+    state: MemoryState,
+    *,
+    chunk: int,
+    activation: str = "gelu",
+    norm: Tensor | None = None,
+    mask: Tensor | None = None,
+    clip: float | None = None,
+    read: str = "after",
+) -> tuple[Tensor, MemoryState]:
+    """memory.md section 2 as written; arguments and result as ``titans_memory``."""
+    rows, time = q.shape[:2]
+    results = []
+    for row in range(rows):
+        real = torch.arange(time, device=q.device) if mask is None else mask[row].nonzero()[:, 0]
+        picked = [None if x is None else x[row, real].transpose(0, 1) for x in (q, k, v, theta, eta, alpha)]
+        at = int(state.position[row])
+        weights, anchor = [w[row] for w in state.weights], [w[row] for w in state.anchor]
+        momentum = [w[row] for w in state.momentum]
+        done, pieces = 0, []
+        while done < len(real):
+            if at % chunk == 0:
+                anchor = weights
+            stop = min(done + chunk - at % chunk, len(real))
+            piece = [None if x is None else x[:, done:stop] for x in picked]
+            y, weights, momentum = _chunk(*piece, weights, momentum, anchor, activation, norm, clip, read)
+            pieces.append(y)
+            at, done = at + stop - done, stop
+        if len(real) and at % chunk == 0:
+            anchor = weights
+        y = v.new_zeros(v.shape[1:])
+        if pieces:
+            y = y.index_copy(0, real, torch.cat(pieces, 1).transpose(0, 1))
+        results.append((y, weights, momentum, anchor))
+    y, weights, momentum, anchor = zip(*results)
+    count = torch.full_like(state.position, time) if mask is None else mask.sum(1)
+    gather = lambda rows: tuple(torch.stack(layer) for layer in zip(*rows))  # noqa: E731
+    return torch.stack(y), MemoryState(gather(weights), gather(momentum), gather(anchor), state.position + count)
+
+
+def _chunk(q, k, v, theta, eta, alpha, weights, momentum, anchor, activation, gain, clip, read):
+    inputs, errors = _errors(anchor, k, v, activation, gain)
+    gradients = [2 * error for error in errors]
+    if clip is not None:
+        length = sum(g.square().sum(-1) * a.square().sum(-1) for g, a in zip(gradients, inputs)).sqrt()
+        theta = theta * clip / length.clamp(min=clip)
+    decay = _products(torch.ones_like(theta) if alpha is None else 1 - alpha)
+    lasting = _products(torch.zeros_like(theta) if eta is None else eta)
+    A, D, E, H = decay[..., 0], decay[..., 1:], lasting[..., 0], lasting[..., 1:]
+    C, m = D @ H, (D @ E.unsqueeze(-1)).squeeze(-1)
+    if not momentum:
+        momentum, keep_momentum = [torch.zeros_like(w) for w in weights], ()
+    else:
+        keep_momentum = momentum if eta is None else None
+    if read == "after":
+        Ar, mr, Cr = A, m, C
+    else:
+        Ar = torch.cat([torch.ones_like(A[:, :1]), A[:, :-1]], 1)
+        mr = torch.cat([torch.zeros_like(m[:, :1]), m[:, :-1]], 1)
+        Cr = torch.cat([torch.zeros_like(C[:, :1]), C[:, :-1]], 1)
+    written = [theta.unsqueeze(-1) * g for g in gradients]
+    x = q
+    for layer, (W, S) in enumerate(zip(weights, momentum)):
+        if layer:
+            x = _value_and_slope(x, activation)[0]
+        x = (
+            Ar.unsqueeze(-1) * (x @ W.mT)
+            + mr.unsqueeze(-1) * (x @ S.mT)
+            - ((x @ inputs[layer].mT) * Cr) @ written[layer]
+        )
+    if gain is not None:
+        x = q + F.layer_norm(x, x.shape[-1:], eps=1e-6) * gain[:, None]
+    last = lambda g: g[:, -1, None, None]  # noqa: E731
+    final = [
+        last(A) * W + last(m) * S - (C[:, -1].unsqueeze(-1) * u).mT @ a
+        for W, S, u, a in zip(weights, momentum, written, inputs)
+    ]
+    if keep_momentum is None:
+        keep_momentum = [
+            last(E) * S - (H[:, -1].unsqueeze(-1) * u).mT @ a for S, u, a in zip(momentum, written, inputs)
+        ]
+    return x, final, keep_momentum

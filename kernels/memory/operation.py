@@ -1,0 +1,172 @@
+"""The memory operation: its promised signature, the checks of its arguments, and the choice of a path."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..dispatch import Backend, Operation
+from .activation import ACTIVATIONS
+from .closed_form import closed_form_memory
+from .pieces import piecewise_memory
+from .reference import reference_memory
+from .state import MemoryState
+from .step import step_memory
+
+KEEP = 8
+"""Chunks between kept states: eight chunks' working set fits a CPU's cache, and little is kept."""
+
+
+def titans_memory(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    theta: Tensor,
+    eta: Tensor | None,
+    alpha: Tensor | None,
+    state: MemoryState,
+    chunk: int = 16,
+    activation: str = "gelu",
+    norm: Tensor | None = None,
+    mask: Tensor | None = None,
+    backend: str = "auto",
+    *,
+    clip: float | None = None,
+    read: str = "after",
+    keep: int | None = None,
+) -> tuple[Tensor, MemoryState]:
+    """Write every token into a memory that is itself a network, and read the memory at every token (eq. 8-15).
+
+        S_t = eta_t S_{t-1} - theta_t grad |M_{a(t)}(k_t) - v_t|^2      M_t = (1 - alpha_t) M_{t-1} + S_t
+        y_t = M_t(q_t)
+
+    with ``a(t)`` the weights at the start of the token's chunk. Differentiable in every tensor, state included.
+
+    Args:
+        q, k: ``[batch, time, heads, d_in]``; v: ``[batch, time, heads, d_out]``.
+        theta: step size ``>= 0``, ``[batch, time, heads]``.
+        eta: momentum decay in ``[0, 1]``, or ``None``: no momentum, and the state's momentum passes through.
+        alpha: forgetting in ``[0, 1]``, or ``None``: nothing is forgotten.
+        state: where to go on from; ``MemoryState.fresh(weights)`` to begin.
+        chunk: tokens per chunk; part of the function that is computed, 1 is the exact online recurrence.
+        activation: ``"identity"``, ``"silu"``, ``"gelu"`` (exact) or ``"relu"`` between the layers.
+        norm: ``None``, or a gain ``[heads, d_out]``: ``M(x) = x + LN(net(x)) * gain`` with eps 1e-6.
+        mask: ``[batch, time]`` bool; a false token changes nothing and its output is zero.
+        backend: ``"auto"``, or the name of one path (``titans-build kernels`` lists them).
+        clip: scale each token's gradient, all layers of a head together, down to this norm.
+        read: ``"after"`` the token was written (the equation above) or ``"before"`` (``y_t = M_{t-1}(q_t)``).
+        keep: chunks between the states that are kept for backward; larger saves memory and costs no accuracy.
+
+    Returns:
+        ``y`` ``[batch, time, heads, d_out]`` in the dtype of ``q``, and the new state (float32 or wider).
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        BackendError: the chosen path cannot take these arguments; the message says why.
+    """
+    _check(q, k, v, theta, eta, alpha, state, chunk, activation, norm, mask, clip, read, keep)
+    tensors = (q, k, v, theta, eta, alpha, norm, *state.weights, *state.momentum, *state.anchor)
+    run = MEMORY.choose(
+        backend,
+        device=q.device.type,
+        dtype=q.dtype,
+        time=q.shape[1],
+        grad=torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors),
+    )
+    compute = torch.promote_types(torch.promote_types(q.dtype, state.weights[0].dtype), torch.float32)
+    if any(x is not None and x.dtype != compute for x in tensors):
+        q_, k, v, theta, eta, alpha, norm = (None if x is None else x.to(compute) for x in (q, k, v, theta, eta, alpha, norm))
+        cast = lambda part: tuple(x.to(compute) for x in part)  # noqa: E731
+        state = MemoryState(cast(state.weights), cast(state.momentum), cast(state.anchor), state.position)
+    else:
+        q_ = q
+    options = dict(chunk=chunk, activation=activation, norm=norm, mask=mask, clip=clip, read=read)
+    if run is piecewise_memory:
+        options["keep"] = keep
+    y, state = run(q_, k, v, theta, eta, alpha, state, **options)
+    return y.to(q.dtype), state
+
+
+def _refuse_step(*, time: int = 1, grad: bool = False, **facts: object) -> str | None:
+    if time != 1:
+        return f"takes one token, not {time}"
+    return "has no backward; gradients are wanted" if grad else None
+
+
+MEMORY = Operation(
+    "memory",
+    [
+        Backend("step", step_memory, _refuse_step),
+        Backend("torch", piecewise_memory),
+        Backend("closed_form", closed_form_memory),
+        Backend("reference", reference_memory),
+    ],
+)
+
+
+def _check(q, k, v, theta, eta, alpha, state, chunk, activation, norm, mask, clip, read, keep) -> None:
+    if not isinstance(state, MemoryState):
+        raise TypeError(f"state: expected a MemoryState (MemoryState.fresh(weights)), got {type(state).__name__}")
+    if q.dim() != 4:
+        raise ValueError(f"q: expected [batch, time, heads, d_in], got {list(q.shape)}")
+    batch, time, heads, d_in = q.shape
+    if v.dim() != 4:
+        raise ValueError(f"v: expected [batch, time, heads, d_out], got {list(v.shape)}")
+    d_out = v.shape[3]
+    gates = [("theta", theta)] + [(n, x) for n, x in (("eta", eta), ("alpha", alpha)) if x is not None]
+    for name, x, shape in (
+        ("k", k, (batch, time, heads, d_in)),
+        ("v", v, (batch, time, heads, d_out)),
+        *((name, x, (batch, time, heads)) for name, x in gates),
+    ):
+        if x.shape != shape:
+            raise ValueError(f"{name}: expected {list(shape)} to go with q {list(q.shape)}, got {list(x.shape)}")
+    for name, x in (("q", q), ("k", k), ("v", v), *gates):
+        if not x.is_floating_point():
+            raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name}: expected device {q.device} as q, got {x.device}")
+    if not state.weights:
+        raise ValueError("state.weights: expected at least one layer, got none")
+    width = d_in
+    for l, w in enumerate(state.weights):
+        if w.dim() != 4 or w.shape[:2] != (batch, heads) or w.shape[3] != width:
+            raise ValueError(
+                f"state.weights[{l}]: expected [batch={batch}, heads={heads}, out, in={width}] to go with q, got {list(w.shape)}"
+            )
+        width = w.shape[2]
+        if w.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"state.weights[{l}]: expected float32 or float64, got {w.dtype}")
+        if w.device != q.device:
+            raise ValueError(f"state.weights[{l}]: expected device {q.device} as q, got {w.device}")
+    if width != d_out:
+        raise ValueError(f"state.weights[{len(state.weights) - 1}]: expected out={d_out} to go with v, got {width}")
+    for name, part in (("momentum", state.momentum), ("anchor", state.anchor)):
+        if name == "momentum" and eta is None and not part:
+            continue
+        if [x.shape for x in part] != [w.shape for w in state.weights]:
+            raise ValueError(
+                f"state.{name}: expected the shapes of state.weights {[list(w.shape) for w in state.weights]}, "
+                f"got {[list(x.shape) for x in part]}"
+            )
+    if state.position.shape != (batch,) or state.position.dtype != torch.int64:
+        raise ValueError(
+            f"state.position: expected int64 [{batch}], got {state.position.dtype} {list(state.position.shape)}"
+        )
+    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
+        raise ValueError(f"chunk: expected a whole number of tokens >= 1, got {chunk!r}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(sorted(ACTIVATIONS))}, got {activation!r}")
+    if norm is not None:
+        if d_in != d_out:
+            raise ValueError(f"norm: a residual memory needs d_in = d_out, got {d_in} and {d_out}")
+        if norm.shape != (heads, d_out):
+            raise ValueError(f"norm: expected a gain [heads={heads}, d_out={d_out}], got {list(norm.shape)}")
+    if mask is not None and (mask.shape != (batch, time) or mask.dtype != torch.bool):
+        raise ValueError(f"mask: expected bool [{batch}, {time}], got {mask.dtype} {list(mask.shape)}")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip: expected a norm > 0 or None, got {clip!r}")
+    if read not in ("after", "before"):
+        raise ValueError(f"read: expected 'after' or 'before', got {read!r}")
+    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
+        raise ValueError(f"keep: expected a whole number of chunks >= 1, got {keep!r}")

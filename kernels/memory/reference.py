@@ -1,0 +1,81 @@
+"""The oracle: the recurrence of the paper, one token at a time, its inner gradient taken by autograd.
+
+Slow and obvious on purpose, and independent of every other path: nothing here is derived by hand.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .state import MemoryState
+
+_FUNCTIONS = {"identity": lambda z: z, "silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+
+
+def memory_network(weights: tuple[Tensor, ...], x: Tensor, activation: str, gain: Tensor | None) -> Tensor:
+    """``M(x)`` for one token: x ``[batch, heads, d_in]``, weights ``[batch, heads, out, in]``."""
+    h = x
+    for layer, weight in enumerate(weights):
+        if layer:
+            h = _FUNCTIONS[activation](h)
+        h = torch.einsum("bhoi,bhi->bho", weight, h)
+    return h if gain is None else x + F.layer_norm(h, h.shape[-1:], eps=1e-6) * gain
+
+
+def reference_memory(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    theta: Tensor,
+    eta: Tensor | None,
+    alpha: Tensor | None,
+    state: MemoryState,
+    *,
+    chunk: int,
+    activation: str = "gelu",
+    norm: Tensor | None = None,
+    mask: Tensor | None = None,
+    clip: float | None = None,
+    read: str = "after",
+) -> tuple[Tensor, MemoryState]:
+    """Equations 8-15 of the paper token by token; arguments and result as ``titans_memory``."""
+    weights, momentum, anchor, position = state
+    rows, time = q.shape[:2]
+    if mask is None:
+        mask = torch.ones(rows, time, dtype=torch.bool, device=q.device)
+    outputs = []
+    for t in range(time):
+        real = mask[:, t].view(rows, 1, 1, 1)
+        starts = (position % chunk == 0).view(rows, 1, 1, 1) & real
+        anchor = tuple(torch.where(starts, w, a) for w, a in zip(weights, anchor))
+        with torch.enable_grad():
+            at = tuple(a if a.requires_grad else a.detach().requires_grad_() for a in anchor)
+            loss = (memory_network(at, k[:, t], activation, norm) - v[:, t]).square().sum()
+            gradients = torch.autograd.grad(loss, at, create_graph=True)
+        if clip is not None:
+            length = sum(g.square().sum((-2, -1), keepdim=True) for g in gradients).sqrt()
+            gradients = tuple(g * (clip / length.clamp(min=clip)) for g in gradients)
+        before = weights
+
+        def gate(values: Tensor | None, default: float) -> Tensor:
+            if values is None:
+                return torch.full((rows, q.shape[2], 1, 1), default, dtype=q.dtype, device=q.device)
+            return values[:, t, :, None, None]
+
+        if eta is None:
+            surprise = tuple(-gate(theta, 0) * g for g in gradients)
+        else:
+            surprise = tuple(gate(eta, 0) * s - gate(theta, 0) * g for s, g in zip(momentum, gradients))
+            momentum = tuple(torch.where(real, new, old) for new, old in zip(surprise, momentum))
+        weights = tuple(
+            torch.where(real, (1 - gate(alpha, 0)) * w + s, w) for w, s in zip(weights, surprise)
+        )
+        y = memory_network(weights if read == "after" else before, q[:, t], activation, norm)
+        outputs.append(torch.where(real[..., 0], y, torch.zeros_like(y)))
+        position = position + mask[:, t]
+        ended = (position % chunk == 0).view(rows, 1, 1, 1) & real
+        anchor = tuple(torch.where(ended, w, a) for w, a in zip(weights, anchor))
+    y = torch.stack(outputs, 1) if outputs else torch.empty_like(v)
+    return y, MemoryState(weights, momentum, anchor, position)

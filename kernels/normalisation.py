@@ -1,0 +1,57 @@
+"""Normalising a vector to unit root mean square, or to unit length."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .dispatch import Backend, Operation
+
+
+def rms_norm(x: Tensor, gain: Tensor | None = None, eps: float = 1e-6, *, backend: str = "auto") -> Tensor:
+    """``x / sqrt(mean(x^2) + eps) * gain`` over the last dimension.
+
+    ``x``: ``[..., dim]``, float; half precision is normalised in float32 and returned as it came.
+    ``gain``: broadcasts against ``x`` from the right (``[dim]``, or ``[heads, dim]``), or ``None``.
+    """
+    return _rms_norm.choose(backend, device=x.device.type, dtype=x.dtype)(x, gain, eps)
+
+
+def l2_norm(x: Tensor, eps: float = 1e-6, *, backend: str = "auto") -> Tensor:
+    """``x / sqrt(sum(x^2) + eps)`` over the last dimension: finite with finite gradients at zero.
+
+    ``x``: ``[..., dim]``, float; half precision is normalised in float32 and returned as it came.
+    """
+    return _l2_norm.choose(backend, device=x.device.type, dtype=x.dtype)(x, eps)
+
+
+def _rms_reference(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
+    wide = _widen(x)
+    y = wide / torch.sqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    return (y if gain is None else y * gain).to(x.dtype)
+
+
+def _rms_torch(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
+    if gain is None or gain.shape == x.shape[-1:]:
+        return F.rms_norm(x, x.shape[-1:], gain, eps)
+    return F.rms_norm(x, x.shape[-1:], None, eps) * gain
+
+
+def _l2_reference(x: Tensor, eps: float) -> Tensor:
+    wide = _widen(x)
+    return (wide / torch.sqrt(wide.square().sum(dim=-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def _l2_torch(x: Tensor, eps: float) -> Tensor:
+    # l2 is rms with its own scale: x / sqrt(sum + eps) = x / sqrt(mean + eps / dim) / sqrt(dim)
+    dim = x.shape[-1]
+    return F.rms_norm(x, (dim,), None, eps / dim) * dim**-0.5
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+_rms_norm = Operation("rms_norm", [Backend("torch", _rms_torch), Backend("reference", _rms_reference)])
+_l2_norm = Operation("l2_norm", [Backend("torch", _l2_torch), Backend("reference", _l2_reference)])

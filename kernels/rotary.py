@@ -1,0 +1,78 @@
+"""Rotary positions that stay exact however far a sequence has run.
+
+An angle formed in floating point from an absolute position loses bits as the position grows. Here a position
+becomes a phase in 64-bit fixed point, in turns: ``phase = position * frequency`` wraps around by itself, so the
+phase between two tokens is the same integer wherever in the sequence they stand.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .dispatch import Backend, Operation
+
+_TURN = 2**64
+
+
+def rotate(x: Tensor, position: Tensor, base: float = 10000.0, *, backend: str = "auto") -> Tensor:
+    """Rotate the pair ``(x_i, x_{i + d/2})`` by ``position * base^(-2 i / d)`` radians, for each ``i < d/2``.
+
+    ``x``: ``[batch, time, heads, d]`` with even ``d``. ``position``: int64 ``[batch, time]`` (or ``[1, time]``).
+    ``base``: a number above 1. Returns ``x``'s shape and dtype. Raises ``ValueError`` or ``TypeError`` otherwise.
+    """
+    if x.dim() != 4 or x.shape[-1] % 2:
+        raise ValueError(f"rotate: x {list(x.shape)}: expected [batch, time, heads, d] with an even d")
+    if position.dtype != torch.int64:
+        raise TypeError(f"rotate: position is {position.dtype}: expected torch.int64")
+    if position.dim() != 2 or position.shape[0] not in (1, x.shape[0]) or position.shape[1] != x.shape[1]:
+        raise ValueError(f"rotate: position {list(position.shape)}: expected [{x.shape[0]} or 1, {x.shape[1]}]")
+    if not base > 1:
+        raise ValueError(f"rotate: base {base}: expected a number above 1")
+    return _operation.choose(backend, device=x.device.type, dtype=x.dtype)(x, position, float(base))
+
+
+def _reference(x: Tensor, position: Tensor, base: float) -> Tensor:
+    """One pair at a time, as a complex product; Python's integers do the wrapping."""
+    half = x.shape[-1] // 2
+    y = []
+    for i, frequency in enumerate(_frequencies(x.shape[-1], base)):
+        turns = [[(place * frequency % _TURN) / _TURN for place in row] for row in position.tolist()]
+        angle = 2 * math.pi * torch.tensor(turns, dtype=torch.float64, device=x.device)[..., None]
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        real, imaginary = x[..., i], x[..., i + half]
+        y.append(torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos)))
+    return torch.stack(y, dim=-1).movedim(0, -2).flatten(-2)
+
+
+def _torch(x: Tensor, position: Tensor, base: float) -> Tensor:
+    d = x.shape[-1]
+    key = (d, base, x.device)
+    if key not in _TABLES:
+        _TABLES[key] = _table(*key)
+    frequency, ahead = _TABLES[key]
+    phase = torch.addcmul(ahead, position[..., None], frequency)
+    # the phase is exact and less than a turn, so that rounding it only now costs an ulp at any position
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    table = torch.sin(phase.to(wide) * (2 * math.pi / _TURN)).to(x.dtype).unsqueeze(2)
+    return torch.addcmul(x * table[..., :d], x.roll(d // 2, dims=-1), table[..., d:])
+
+
+_TABLES: dict[tuple[int, float, torch.device], tuple[Tensor, Tensor]] = {}
+
+
+def _table(d: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Frequencies ``[2 d]`` and the phases added to them, so that one sine gives ``[cos cos | -sin sin]``.
+
+    A sine a quarter of a turn ahead is the cosine, half a turn ahead its own negative.
+    """
+    half = d // 2
+    with torch.inference_mode(False):
+        frequency = torch.tensor(_frequencies(d, base) * 4, dtype=torch.int64, device=device)
+        ahead = torch.tensor([_TURN // 4] * d + [-_TURN // 2] * half + [0] * half, dtype=torch.int64, device=device)
+    return frequency, ahead
+
+
+_operation = Operation("rotary", [Backend("torch", _torch), Backend("reference", _reference)])

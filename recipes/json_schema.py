@@ -1,0 +1,71 @@
+"""JSON Schema of a whole recipe, for editors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..registry import DIALECT, block_definitions
+from .recipe import MAX_DIM, MAX_VOCAB, VERSION
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The JSON Schema (2020-12) of recipes with the blocks that are registered now.
+
+    It says what one value may be on its own; rules between values (heads that divide the width, unused layers)
+    are only checked when the recipe is read.
+    """
+    layer_name = {"pattern": "^[A-Za-z_][A-Za-z0-9_-]{0,63}$"}
+    definitions = block_definitions()
+    definitions["stack"] = {
+        "type": "array",
+        "minItems": 1,
+        "items": {
+            "anyOf": [
+                {"type": "string", **layer_name},
+                {
+                    "type": "object",
+                    "properties": {
+                        "repeat": {"type": "integer", "minimum": 1},
+                        "of": {"$ref": "#/$defs/stack"},
+                    },
+                    "required": ["repeat", "of"],
+                    "additionalProperties": False,
+                },
+            ]
+        },
+    }
+    return {
+        "$schema": DIALECT,
+        "title": "titans-build recipe",
+        "type": "object",
+        "properties": {
+            "version": {"const": VERSION},
+            "name": {"type": "string", "description": "What the model is called; of no effect."},
+            "dim": {"type": "integer", "minimum": 1, "maximum": MAX_DIM, "description": "Width of every block."},
+            "vocab": {
+                "type": ["integer", "null"],
+                "minimum": 1,
+                "maximum": MAX_VOCAB,
+                "default": None,
+                "description": "Token values; null for a model of vectors, without embedding and head.",
+            },
+            "tie": {"type": "boolean", "default": False, "description": "The head shares the embedding's weight."},
+            "imports": {
+                "type": "array",
+                "items": {"type": "string"},
+                "default": [],
+                "description": "Modules that register blocks; imported only when that is allowed.",
+            },
+            "layers": {
+                "type": "object",
+                "minProperties": 1,
+                "propertyNames": layer_name,
+                "additionalProperties": {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/any_block"}},
+                "description": "Layers by name: a list of blocks, each pre-normed and residual.",
+            },
+            "stack": {"$ref": "#/$defs/stack", "description": "Layer names from first to last, with nested repeat."},
+        },
+        "required": ["version", "dim", "layers", "stack"],
+        "additionalProperties": False,
+        "$defs": definitions,
+    }

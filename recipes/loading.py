@@ -1,0 +1,103 @@
+"""``load_recipe``: one entrance for packaged names, files, text and plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from ..registry import Problem, RecipeError, nearest, show
+from .overriding import override
+from .packaged import packaged_names, read_packaged
+from .reading import is_recipe_file, plain, read_file, read_text
+from .recipe import Recipe, check_recipe
+
+Source: TypeAlias = "str | os.PathLike[str] | Mapping[str, Any] | Recipe"
+
+
+def load_recipe(
+    source: Source, overrides: Mapping[str, Any] | None = None, allow_imports: bool = False
+) -> Recipe:
+    """Read and check a recipe.
+
+    ``source``: a packaged name (``"mac"``, ``"mac-170m"``), a path to a YAML or JSON file, YAML or JSON text, a
+    mapping, or a recipe. A packaged name goes before a file of the same name; write ``./mac`` for the file.
+
+    ``overrides``: values by path, ``{"layers.mac.0.segment": 256}``. They are checked like the rest and kept in
+    ``recipe.overrides`` and in what is saved.
+
+    ``allow_imports``: whether modules under ``imports:`` may be imported, which runs their code.
+
+    Raises ``RecipeError`` listing every problem with its path.
+    """
+    data, label = _read(source)
+    earlier = source.overrides if isinstance(source, Recipe) else {}
+    changes: dict[str, Any] = {}
+    problems: list[Problem] = []
+    if overrides is not None:
+        if not isinstance(overrides, Mapping):
+            raise RecipeError([Problem("", f"expected overrides as a mapping, got {show(overrides)}")], label)
+        for path, value in overrides.items():
+            try:
+                changes[path] = plain(value, label)
+            except RecipeError as error:
+                problems += [Problem(str(path), problem.message) for problem in error.problems]
+        if isinstance(data, dict):
+            problems += override(data, plain(changes, label))
+    try:
+        recipe = check_recipe(data, source=label, allow_imports=allow_imports)
+    except RecipeError as error:
+        raise RecipeError([*problems, *error.problems], label) from None
+    if problems:
+        raise RecipeError(problems, label)
+    return dataclasses.replace(recipe, overrides={**earlier, **changes})
+
+
+def _read(source: Source) -> tuple[Any, str]:
+    """Plain data, freshly made, and what to call it in messages."""
+    if isinstance(source, Recipe):
+        return source.to_dict(), source.name or "recipe"
+    if isinstance(source, Mapping):
+        data = plain(dict(source))
+        return data, f"recipe {data['name']}" if isinstance(data.get("name"), str) else "recipe"
+    if isinstance(source, os.PathLike):
+        return _read_path(Path(source)), str(source)
+    if not isinstance(source, str):
+        raise _fail("recipe", f"expected a packaged name, a path, YAML text or a mapping, got {show(source)}")
+    if source in packaged_names():
+        return read_packaged(source), source
+    if not source.strip():
+        raise _fail("recipe", "empty: expected a recipe")
+    if "\n" in source or source.lstrip().startswith("{"):
+        return read_text(source), "recipe"
+    if _exists(source) or is_recipe_file(Path(source)) or "/" in source or os.sep in source:
+        return _read_path(Path(source)), source
+    if ": " in source or source.endswith(":"):
+        return read_text(source), "recipe"
+    names = packaged_names()
+    raise _fail(show(source), f"no packaged recipe and no file of that name{nearest(source, names)} ({_list(names)})")
+
+
+def _read_path(path: Path) -> Any:
+    if path.is_dir():
+        from .storage import read_saved_recipe  # storage reads recipes through load_recipe
+
+        return read_saved_recipe(path)
+    return read_file(path)
+
+
+def _exists(name: str) -> bool:
+    try:
+        return os.path.exists(name)
+    except ValueError:  # a NUL character
+        return False
+
+
+def _list(names: list[str]) -> str:
+    return "packaged: " + ", ".join(name for name in names if "-" not in name) + "; sizes as in mac-170m"
+
+
+def _fail(source: str, message: str) -> RecipeError:
+    return RecipeError([Problem("", message)], source)

@@ -1,0 +1,249 @@
+"""The recipe: what a model is, checked and complete."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import re
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+from ..registry import MAX_PROBLEMS, Checker, Problem, RecipeError, join, nearest, show
+from .reading import write_yaml
+
+VERSION = 1
+MAX_DIM = 2**17
+MAX_VOCAB = 2**24
+MAX_LAYERS = 1024
+"""Layers in the stack with every repeat written out."""
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
+_KEYS = ("version", "name", "dim", "vocab", "tie", "imports", "layers", "stack")
+_REQUIRED = ("version", "dim", "layers", "stack")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A checked recipe. Made by ``load_recipe``; equal recipes describe the same model."""
+
+    dim: int
+    layers: dict[str, list[dict[str, Any]]]
+    """Layer name -> its blocks, each in full form: ``{type: name, ...}`` with every field given."""
+    stack: list[Any]
+    """Layer names and ``{repeat: n, of: [...]}``, as in the file."""
+    vocab: int | None = None
+    """``None``: the model takes and gives vectors, it has no embedding and no head."""
+    tie: bool = False
+    """The head's weight is the embedding's."""
+    name: str | None = None
+    imports: list[str] = dataclasses.field(default_factory=list)
+    overrides: dict[str, Any] = dataclasses.field(default_factory=dict, compare=False)
+    """What was changed when it was loaded, by path. Already applied: a record, not an instruction."""
+    version: int = VERSION
+
+    def expand(self) -> list[str]:
+        """The layer names from first to last, every repeat written out. Its length is the depth."""
+        return list(_expand(self.stack))
+
+    @property
+    def depth(self) -> int:
+        """Layers in the model."""
+        return len(self.expand())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that ``load_recipe`` reads back as an equal recipe."""
+        data = {
+            "version": self.version,
+            "name": self.name,
+            "dim": self.dim,
+            "vocab": self.vocab,
+            "tie": self.tie,
+            "imports": self.imports,
+            "layers": self.layers,
+            "stack": self.stack,
+        }
+        copied: dict[str, Any] = json.loads(json.dumps(data))
+        for key in ("name", "imports"):
+            if not copied[key]:
+                del copied[key]
+        return copied
+
+    def to_yaml(self) -> str:
+        """``to_dict`` as YAML."""
+        return write_yaml(self.to_dict())
+
+    def to_json(self) -> str:
+        """``to_dict`` as JSON."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits, the same for recipes of the same model whatever they are called."""
+        data = self.to_dict()
+        same = {key: data[key] for key in ("version", "dim", "vocab", "tie", "layers")} | {"stack": self.expand()}
+        return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def check_recipe(data: Any, *, source: str = "recipe", allow_imports: bool = False) -> Recipe:
+    """The recipe that plain ``data`` describes. Raises ``RecipeError`` with everything that is wrong with it.
+
+    ``allow_imports``: whether the modules under ``imports:`` may be imported, which runs their code.
+    """
+    if not isinstance(data, dict):
+        raise RecipeError([Problem("", f"expected a mapping with the keys {', '.join(_REQUIRED)}, got {show(data)}")], source)
+    problems = list(_top_level(data))
+    problems += _imports(data.get("imports", []), allow_imports)
+    dim = data.get("dim")
+    checker = Checker(dim if _is_count(dim, MAX_DIM) else None)
+    layers = _layers(data.get("layers"), checker) if "layers" in data else {}
+    problems += checker.problems
+    if "stack" in data:
+        problems += islice(_stack(data["stack"], layers), MAX_PROBLEMS)
+    if problems:
+        raise RecipeError(problems, source)
+    return Recipe(
+        dim=data["dim"],
+        vocab=data.get("vocab"),
+        tie=data.get("tie", False),
+        name=data.get("name"),
+        imports=list(data.get("imports") or []),
+        layers=layers,
+        stack=data["stack"],
+    )
+
+
+def _top_level(data: dict[str, Any]) -> Iterator[Problem]:
+    for key in list(data)[:MAX_PROBLEMS]:
+        if key not in _KEYS:
+            yield Problem(join("", key), f"unknown key{nearest(key, _KEYS)} (keys: {', '.join(_KEYS)})")
+    for key in _REQUIRED:
+        if key not in data:
+            hint = f"; this release reads version {VERSION}" if key == "version" else ""
+            yield Problem("", f"the recipe needs {key!r}{hint}")
+    version = data.get("version", VERSION)
+    if version != VERSION or isinstance(version, bool):
+        newer = "; a newer titans-build wrote it" if _is_count(version) and version > VERSION else ""
+        yield Problem("version", f"expected {VERSION}, got {show(version)}{newer}")
+    if "dim" in data and not _is_count(data["dim"], MAX_DIM):
+        yield Problem("dim", f"expected an integer from 1 to {MAX_DIM}, got {show(data['dim'])}")
+    vocab, tie = data.get("vocab"), data.get("tie", False)
+    if vocab is not None and not _is_count(vocab, MAX_VOCAB):
+        yield Problem("vocab", f"expected an integer from 1 to {MAX_VOCAB} or null, got {show(vocab)}")
+    if not isinstance(tie, bool):
+        yield Problem("tie", f"expected true or false, got {show(tie)}")
+    elif tie and vocab is None:
+        yield Problem("tie", "there is no embedding to tie the head to: the recipe gives no vocab")
+    name = data.get("name")
+    if name is not None and not (isinstance(name, str) and 0 < len(name) <= 200 and name.isprintable()):
+        yield Problem("name", f"expected a line of text, got {show(name)}")
+
+
+def _imports(modules: Any, allowed: bool) -> Iterator[Problem]:
+    if not isinstance(modules, list):
+        yield Problem("imports", f"expected a list of modules, got {show(modules)}")
+        return
+    sound = True
+    for index, module in enumerate(modules):
+        if not isinstance(module, str) or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", module):
+            sound = False
+            yield Problem(f"imports.{index}", f"expected the name of a module, got {show(module)}")
+    if sound and modules and not allowed:
+        yield Problem(
+            "imports",
+            f"the recipe asks to import {', '.join(modules)}, which runs that code; "
+            "allow it with allow_imports=True (--allow-imports on the command line)",
+        )
+    elif sound:
+        for index, module in enumerate(modules):
+            try:
+                importlib.import_module(module)
+            except Exception as error:  # whatever the user's module raises is about that module
+                first = str(error).partition("\n")[0]
+                yield Problem(f"imports.{index}", f"cannot import {module}: {type(error).__name__}: {first}")
+
+
+def _layers(layers: Any, checker: Checker) -> dict[str, Any]:
+    def refuse(path: str, message: str) -> None:
+        checker.problems.append(Problem(path, message))
+
+    if not isinstance(layers, dict) or not layers:
+        refuse("layers", f"expected a mapping of layer names to lists of blocks, got {show(layers)}")
+        return {}
+    checked = {}
+    for name, blocks in layers.items():
+        path = join("layers", name)
+        if not _NAME.fullmatch(name):
+            refuse(path, "a layer's name starts with a letter and has only letters, digits, _ and -")
+        if not isinstance(blocks, list) or not blocks:
+            refuse(path, f"expected a list of blocks, got {show(blocks)}")
+            checked[name] = []
+        else:
+            checked[name] = [checker.check(block, join(path, index)) for index, block in enumerate(blocks)]
+    return checked
+
+
+def _stack(stack: Any, layers: dict[str, Any]) -> Iterator[Problem]:
+    used: set[str] = set()
+    whole = True
+
+    def walk(items: Any, path: str) -> Iterator[Problem | int]:
+        """Problems, and at the end the number of layers."""
+        nonlocal whole
+        if not isinstance(items, list) or not items:
+            whole = False
+            yield Problem(path, f"expected a list of layer names and {{repeat: n, of: [...]}}, got {show(items)}")
+            return
+        total = 0
+        for index, item in enumerate(items):
+            place = join(path, index)
+            if isinstance(item, str):
+                total += 1
+                used.add(item)
+                if item not in layers:
+                    yield Problem(place, f"unknown layer {show(item)}{nearest(item, layers)} (layers: {_some(layers)})")
+            elif isinstance(item, dict) and ("repeat" in item or "of" in item):
+                yield from (Problem(join(place, key), "unknown key (keys: repeat, of)") for key in item if key not in ("repeat", "of"))
+                repeat = item.get("repeat")
+                if not _is_count(repeat):
+                    yield Problem(join(place, "repeat"), f"expected an integer >= 1, got {show(repeat)}")
+                    repeat = 1
+                for result in walk(item.get("of"), join(place, "of")):
+                    if isinstance(result, Problem):
+                        yield result
+                    else:
+                        total += repeat * result
+            else:
+                whole = False
+                yield Problem(place, f"expected a layer's name or {{repeat: n, of: [...]}}, got {show(item)}")
+        yield total
+
+    for result in walk(stack, "stack"):
+        if isinstance(result, Problem):
+            yield result
+        elif result > MAX_LAYERS:
+            yield Problem("stack", f"{show(result)} layers when written out; at most {MAX_LAYERS} are allowed")
+    if whole:
+        for name in layers:
+            if name not in used:
+                yield Problem(join("layers", name), f"the layer is not in the stack (in it: {_some(used)}); use it or remove it")
+
+
+def _expand(stack: list[Any]) -> Iterator[str]:
+    for item in stack:
+        if isinstance(item, str):
+            yield item
+        else:
+            for _ in range(item["repeat"]):
+                yield from _expand(item["of"])
+
+
+def _some(names: Any) -> str:
+    shown = sorted(names)[:8]
+    return ", ".join(show(name, 30).strip("'") for name in shown) + (", ..." if len(names) > 8 else "")
+
+
+def _is_count(value: Any, limit: int | None = None) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1 and (limit is None or value <= limit)

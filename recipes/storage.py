@@ -1,0 +1,394 @@
+"""Models and states on disk: safetensors and a recipe, replaced in one step, read back without running anything.
+
+A model is a folder with one index, ``model.json`` (the recipe by registered names, the name of the weights file,
+the format's version), and one weights file whose name is new at every save. A save writes the weights first and
+renames the index into place last. Whoever reads the index, at any moment and after a kill at any moment, finds
+the old model or the new one, whole: the old weights are removed only when no index names them any more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..blocks.block import materialise
+from ..blocks.language_model import LanguageModel
+from ..blocks.state import State, map_state, named_tensors
+from ..registry import Problem, RecipeError, show
+from .composing import as_device, as_dtype, assemble
+from .loading import load_recipe
+from .recipe import Recipe
+
+INDEX = "model.json"
+MODEL_FORMAT = "titans-build model"
+STATE_FORMAT = "titans-build state"
+VERSION = 1
+
+_WEIGHTS = re.compile(r"weights-[0-9a-f]{16}\.safetensors")
+_LEFTOVER = re.compile(r"\.[\w.-]+\.[0-9a-f]{16}\.tmp")
+_MAX_INDEX_BYTES = 4 * 1024 * 1024
+_STALE_SECONDS = 3600
+"""Age at which a file that no index names is taken for the leftover of a killed save, not for one in progress."""
+
+
+class StorageError(ValueError):
+    """A file is not what it should be; the message says what came and what was expected."""
+
+
+def save(model: LanguageModel, folder: str | os.PathLike[str]) -> None:
+    """Write ``model`` into ``folder``, made if need be; a model that was there is replaced in one step.
+
+    The parameters keep their dtypes. What the recipe's ``imports:`` says is left out: a saved model names blocks by
+    their registered names only.
+
+    Raises ``StorageError`` when the model is not one that ``build`` or ``load`` made, no longer has the parameters
+    of its recipe, is on the meta device, or when the folder cannot be written.
+    """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    recipe = _recipe_of(model)
+    tensors = _tensors(model)
+    _expect_same(_shapes(tensors), _shapes(_tensors(assemble(recipe))), "the model", recipe)
+    if any(tensor.is_meta for tensor in tensors.values()):
+        raise StorageError("the model is on the meta device: it has no values to save")
+    tag = secrets.token_hex(8)
+    weights = f"weights-{tag}.safetensors"
+    saved = recipe.to_dict()
+    saved.pop("imports", None)
+    index = {
+        "format": MODEL_FORMAT,
+        "version": VERSION,
+        "recipe": saved,
+        "overrides": recipe.overrides,
+        "fingerprint": recipe.fingerprint,
+        "weights": weights,
+    }
+    place = Path(folder)
+    with _writing(place):
+        place.mkdir(parents=True, exist_ok=True)
+        metadata = {"format": MODEL_FORMAT, "version": str(VERSION), "fingerprint": recipe.fingerprint, "tag": tag}
+        with _replacing(place / weights) as temporary:
+            save_file({name: _stored(tensor) for name, tensor in tensors.items()}, temporary, metadata)
+        before = _named_weights(place)
+        with _replacing(place / INDEX) as temporary:
+            temporary.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _clean(place, keep=weights, before=before)
+
+
+def load(
+    folder: str | os.PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None
+) -> LanguageModel:
+    """The model saved in ``folder``, on ``device``. ``dtype``: of its parameters; ``None`` keeps the saved ones.
+
+    Runs no code from the folder. Blocks that are not built in have to be registered (their module imported, or their
+    package installed) beforehand.
+
+    Raises ``StorageError`` when the folder holds no model, or a damaged or foreign one, and ``ValueError`` for a
+    device or dtype that cannot be had.
+    """
+    device = as_device(device)
+    target = None if dtype is None else as_dtype(dtype)
+    place = Path(folder)
+    for attempt in range(3):
+        index = _read_index(place)
+        try:
+            return _load(place, index, device, target)
+        except FileNotFoundError:
+            # a save has replaced the model between the two reads: the index now names other weights
+            if attempt == 2 or _named_weights(place) == index["weights"]:
+                break
+    raise StorageError(f"{place / index['weights']}: the weights that {INDEX} names are missing")
+
+
+def read_saved_recipe(folder: Path) -> dict[str, Any]:
+    """Plain data of the recipe of a saved model. Raises ``RecipeError`` when the folder holds none."""
+    try:
+        recipe: dict[str, Any] = _read_index(folder)["recipe"]
+    except StorageError as error:
+        raise RecipeError([Problem("", str(error).removeprefix(f"{folder}: "))], str(folder)) from None
+    return recipe
+
+
+def save_state(state: State, path: str | os.PathLike[str], model: LanguageModel) -> None:
+    """Write a state of ``model`` to one safetensors file, replaced in one step.
+
+    Raises ``StorageError`` when the state is not one of this model, or the file cannot be written.
+    """
+    recipe = _recipe_of(model)
+    tensors = {_state_name(name): tensor for name, tensor in named_tensors(state)}
+    rows = _rows(tensors, "the state")
+    _check_state(tensors, model, rows, "the state")
+    place = Path(path)
+    metadata = {
+        "format": STATE_FORMAT,
+        "version": str(VERSION),
+        "fingerprint": recipe.fingerprint,
+        "recipe": recipe.name or "",
+        "rows": str(rows),
+    }
+    with _writing(place), _replacing(place) as temporary:
+        save_file({name: _stored(tensor) for name, tensor in tensors.items()}, temporary, metadata)
+
+
+def load_state(path: str | os.PathLike[str], model: LanguageModel) -> State:
+    """The state in a file, bit for bit as it was saved, on the device of ``model``.
+
+    Raises ``StorageError`` when the file is no state, is damaged, or belongs to a model of another recipe.
+    """
+    recipe = _recipe_of(model)
+    place = Path(path)
+    if not place.is_file():
+        raise StorageError(f"{place}: {'not a file' if place.exists() else 'no such file'}; expected a saved state")
+    with _reading(place, STATE_FORMAT) as file:
+        metadata = file.metadata()
+        if metadata.get("fingerprint") != recipe.fingerprint:
+            raise StorageError(
+                f"{place}: the state belongs to another recipe: it was saved with "
+                f"{show(metadata.get('recipe') or 'a recipe')} ({metadata.get('fingerprint')}), the model is of "
+                f"{show(recipe.name or 'a recipe')} ({recipe.fingerprint})"
+            )
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    rows = _rows(tensors, str(place))
+    if metadata.get("rows") != str(rows):
+        raise StorageError(f"{place}: expected {metadata.get('rows')} rows, got {rows}")
+    template = _check_state(tensors, model, rows, str(place))
+    names = iter([_state_name(name) for name, _ in named_tensors(template)])
+    device = next(model.parameters()).device
+    return map_state(lambda _: tensors[next(names)].to(device, copy=True), template)
+
+
+def _load(place: Path, index: dict[str, Any], device: torch.device, dtype: torch.dtype | None) -> LanguageModel:
+    try:
+        recipe = dataclasses.replace(load_recipe(index["recipe"]), overrides=index["overrides"])
+    except RecipeError as error:
+        unknown = any("unknown block" in problem.message for problem in error.problems)
+        hint = "\n  a block of your own has to be registered before loading: import its module first" if unknown else ""
+        raise StorageError(f"{place / INDEX}: {error}{hint}") from None
+    model = assemble(recipe)
+    expected = _tensors(model)
+    path = place / index["weights"]
+    with _reading(path, MODEL_FORMAT) as file:
+        metadata = file.metadata()
+        if metadata.get("tag") != _tag(path.name) or metadata.get("fingerprint") != recipe.fingerprint:
+            raise StorageError(f"{path}: these are the weights of another model than the one {INDEX} describes")
+        names = list(file.keys())
+        _expect_same({name: tuple(file.get_slice(name).get_shape()) for name in names}, _shapes(expected), str(path), recipe)
+        tensors = {}
+        for name in names:
+            tensor = file.get_tensor(name)
+            if tensor.is_floating_point() != expected[name].is_floating_point():
+                raise StorageError(f"{path}: {name}: expected {expected[name].dtype}, got {tensor.dtype}")
+            # a copy, not the file's pages: what happens to the file later is nothing to the model
+            tensors[name] = tensor.to(device, dtype if tensor.is_floating_point() else None, copy=True)
+    if any(name not in tensors for name, _ in model.named_buffers()):
+        materialise(model, device, dtype, seed=0)  # for buffers that are computed, not saved
+    _assign(model, tensors)
+    return model
+
+
+def _assign(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Put saved tensors in the place of the model's own, also where two modules share one."""
+    new: dict[int, Tensor] = {}
+    for name, old in _tensors(model).items():
+        tensor = tensors[name]
+        is_parameter = isinstance(old, nn.Parameter)
+        new[id(old)] = nn.Parameter(tensor, requires_grad=old.requires_grad) if is_parameter else tensor
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, old in held.items():
+                if id(old) in new:
+                    held[name] = new[id(old)]  # type: ignore[assignment]
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and the buffers that are saved, each tensor once."""
+    saved = set(model.state_dict(keep_vars=True))
+    return {**dict(model.named_parameters()), **{name: b for name, b in model.named_buffers() if name in saved}}
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _expect_same(
+    found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], what: str, recipe: Recipe
+) -> None:
+    differences = [f"{name} is missing" for name in expected if name not in found]
+    differences += [f"{name} is not part of the model" for name in found if name not in expected]
+    differences += [
+        f"{name} is {list(found[name])}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    if differences:
+        more = f" and {len(differences) - 3} more differences" if len(differences) > 3 else ""
+        raise StorageError(f"{what} does not fit the recipe {show(recipe.name or '')}: {'; '.join(differences[:3])}{more}")
+
+
+def _check_state(tensors: dict[str, Tensor], model: LanguageModel, rows: int, what: str) -> State:
+    """Raises ``StorageError`` unless ``tensors`` are a state of ``model``; returns a fresh state of it."""
+    with torch.no_grad():
+        template = model.init_state(max(rows, 1))
+    expected = {_state_name(name): tensor for name, tensor in named_tensors(template)}
+    wrong = [f"{name} is missing" for name in expected if name not in tensors]
+    wrong += [f"{name} is not part of this model's state" for name in tensors if name not in expected]
+    grows = any(getattr(module, "grows", False) for module in model.modules())
+    for name in expected.keys() & tensors.keys():
+        came, fresh = tensors[name], expected[name]
+        # a state that grows does so along dimension 1, time
+        fixed = (0, *range(2 if grows else 1, fresh.dim()))
+        if came.dim() != fresh.dim() or any(came.shape[d] != fresh.shape[d] for d in fixed):
+            wrong.append(f"{name} is {list(came.shape)}, expected {list(fresh.shape)}")
+        elif came.is_floating_point() != fresh.is_floating_point():
+            wrong.append(f"{name} is {came.dtype}, expected {fresh.dtype}")
+    if wrong:
+        more = f" and {len(wrong) - 3} more differences" if len(wrong) > 3 else ""
+        raise StorageError(f"{what} is not a state of this model: {'; '.join(wrong[:3])}{more}")
+    return template
+
+
+def _rows(tensors: dict[str, Tensor], what: str) -> int:
+    counts = {name: tensor.shape[0] if tensor.dim() else None for name, tensor in tensors.items()}
+    if len(set(counts.values())) > 1 or None in counts.values():
+        shown = "; ".join(f"{name} has {count}" for name, count in list(counts.items())[:3])
+        raise StorageError(f"{what}: the tensors disagree about the number of rows: {shown}")
+    return next(iter(counts.values()), 0) or 0
+
+
+def _state_name(path: str) -> str:
+    return f"state.{path}" if path else "state"
+
+
+def _recipe_of(model: nn.Module) -> Recipe:
+    recipe = getattr(model, "recipe", None)
+    if not isinstance(recipe, Recipe):
+        raise StorageError(f"expected a model made by build() or load(), got {type(model).__name__} without a recipe")
+    return recipe
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    # a tensor of its own: safetensors refuses views that share memory, and states are full of them
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _tag(weights: str) -> str:
+    return weights.removeprefix("weights-").removesuffix(".safetensors")
+
+
+def _read_index(place: Path) -> dict[str, Any]:
+    path = place / INDEX
+    if not place.is_dir():
+        raise StorageError(f"{place}: {'not a folder' if place.exists() else 'no such folder'}; expected a saved model")
+    if not path.is_file():
+        raise StorageError(f"{place}: expected a saved model, but there is no {INDEX}")
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(_MAX_INDEX_BYTES + 1)
+        if len(raw) > _MAX_INDEX_BYTES:
+            raise StorageError(f"{path}: larger than {_MAX_INDEX_BYTES // 2**20} MiB: not a saved model's index")
+        index = json.loads(raw.decode("utf-8"))
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, StorageError):
+            raise
+        what = "empty" if not raw.strip() else f"no JSON text ({error})"
+        raise StorageError(f"{path}: expected the index of a saved model; it is {what}") from None
+    if not isinstance(index, dict) or index.get("format") != MODEL_FORMAT:
+        raise StorageError(f"{path}: expected the index of a saved model (format {MODEL_FORMAT!r}), got {show(index)}")
+    _expect_version(index.get("version"), path)
+    kinds = {"recipe": dict, "overrides": dict, "weights": str}
+    for key, kind in kinds.items():
+        if not isinstance(index.get(key), kind):
+            raise StorageError(f"{path}: {key}: expected {kind.__name__}, got {show(index.get(key))}")
+    if not _WEIGHTS.fullmatch(index["weights"]):
+        raise StorageError(f"{path}: weights: expected weights-<16 hex digits>.safetensors, got {show(index['weights'])}")
+    return index
+
+
+def _expect_version(version: Any, path: Path) -> None:
+    if str(version) != str(VERSION):
+        raise StorageError(
+            f"{path}: expected format version {VERSION}, got {show(version)}; "
+            "a file of a later version needs a later titans-build"
+        )
+
+
+@contextlib.contextmanager
+def _reading(path: Path, kind: str) -> Iterator[Any]:
+    """An open safetensors file of the right kind and version."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != kind:
+                raise StorageError(f"{path}: expected a file of format {kind!r}, got {show(metadata.get('format'))}")
+            _expect_version(metadata.get("version"), path)
+            yield file
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError) as error:
+        size = path.stat().st_size if path.exists() else 0
+        raise StorageError(f"{path}: expected a whole safetensors file, got {size} bytes that are none: {error}") from None
+
+
+@contextlib.contextmanager
+def _writing(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"{place}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
+
+
+@contextlib.contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """A temporary file in the target's folder that takes the target's place when the block ends well."""
+    temporary = target.parent / f".{target.name}.{secrets.token_hex(8)}.tmp"
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    _sync_folder(target.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in ``folder`` outlast a power cut, where the system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _named_weights(place: Path) -> str | None:
+    try:
+        return str(_read_index(place)["weights"])
+    except StorageError:
+        return None
+
+
+def _clean(place: Path, keep: str, before: str | None) -> None:
+    """Remove the replaced weights, and what killed saves have left behind."""
+    old = time.time() - _STALE_SECONDS
+    for path in place.iterdir():
+        ours = _WEIGHTS.fullmatch(path.name) is not None or _LEFTOVER.fullmatch(path.name) is not None
+        with contextlib.suppress(OSError):
+            if path.name == before != keep or (ours and path.name != keep and path.stat().st_mtime < old):
+                path.unlink()

@@ -1,0 +1,40 @@
+"""The registry: block types by name, their schemas, and blocks made from what a recipe says."""
+
+from .catalogue import ENTRY_POINT_GROUP, Entry, Row, list_blocks, list_rows, lookup, register, scratch
+from .description import Description, FieldDescription, describe
+from .json_schema import DIALECT, block_definitions, block_schema
+from .problem import MAX_PROBLEMS, Problem, RecipeError, join, nearest, show
+from .schema import MAX_INTEGER, Field
+from .spec import Needs, Spec
+from .validation import Checker, create, is_block, validate
+
+__all__ = [
+    "DIALECT",
+    "ENTRY_POINT_GROUP",
+    "MAX_INTEGER",
+    "MAX_PROBLEMS",
+    "Checker",
+    "Description",
+    "Entry",
+    "Field",
+    "FieldDescription",
+    "Needs",
+    "Problem",
+    "RecipeError",
+    "Row",
+    "Spec",
+    "block_definitions",
+    "block_schema",
+    "create",
+    "describe",
+    "is_block",
+    "join",
+    "list_blocks",
+    "list_rows",
+    "lookup",
+    "nearest",
+    "register",
+    "scratch",
+    "show",
+    "validate",
+]

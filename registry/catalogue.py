@@ -1,0 +1,202 @@
+"""The catalogue of block types: names given by ``@register`` and by the entry points of installed packages."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import functools
+import importlib.metadata
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from .problem import Problem, RecipeError, nearest, show
+from .schema import Field, fields_of
+
+ENTRY_POINT_GROUP = "titans_build.blocks"
+
+Class = TypeVar("Class", bound=type)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered block type."""
+
+    name: str
+    cls: type
+    fields: dict[str, Field]
+    place: str
+    """``file:line`` of the class."""
+    source: str
+    """The package it comes from: ``titans_build``, or the one that registered it."""
+
+    @property
+    def summary(self) -> str:
+        """First line of the class's docstring."""
+        return (inspect.getdoc(self.cls) or "").strip().partition("\n")[0]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a listing: a block type, or an installed one that cannot be used and why."""
+
+    name: str
+    source: str
+    summary: str
+    problem: str | None
+
+
+_entries: dict[str, Entry] = {}
+_broken: dict[str, str] = {}  # entry points that were tried and failed: the failed import is not repeated
+_loading: str | None = None  # the entry point being imported just now
+
+
+def register(name: str, *, replace: bool = False) -> Callable[[Class], Class]:
+    """Make a class available in recipes as ``type: name``. Its constructor's signature is its schema.
+
+    The constructor takes ``dim`` first and annotated keyword fields after it: ``depth: Annotated[int,
+    Field(ge=1, description="layers of the memory")] = 2``. A field annotated ``Spec`` holds another block.
+
+    A class method ``problems(dim, fields)`` may yield ``(field, message)`` for what one field's type cannot say,
+    such as heads that do not divide the width (``dim`` is ``None`` where the width is not known).
+
+    Raises ``ValueError`` when the name is taken (both places are named) unless ``replace=True``, and
+    ``TypeError`` when the class is no block or its signature is no schema.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,99}", name):
+        raise ValueError(f"register({show(name)}): a name starts with a letter and has only letters, digits, _ and -")
+
+    def add(cls: Class) -> Class:
+        missing = [method for method in ("forward", "init_state") if not callable(getattr(cls, method, None))]
+        if not isinstance(cls, type) or missing:
+            raise TypeError(f"register({name!r}): {cls!r} is no block: it has no {' and no '.join(missing)}")
+        entry = Entry(name, cls, fields_of(cls), _place(cls), cls.__module__.partition(".")[0])
+        taken = _entries.get(name)
+        if taken is not None and not replace:
+            raise ValueError(
+                f"the block name {name!r} is taken by {taken.cls.__qualname__} ({taken.place}); {cls.__qualname__} "
+                f"({entry.place}) needs another name, or replace=True to take its place"
+            )
+        if taken is not None and _loading is not None and _is_built_in(taken):
+            raise ValueError(f"the installed block {_loading!r} may not replace the built-in {name!r} ({taken.place})")
+        _entries[name] = entry
+        return cls
+
+    return add
+
+
+def lookup(name: str) -> Entry:
+    """The entry of a name, importing the installed package that provides it if need be.
+
+    Raises ``RecipeError``: unknown name (with the nearest one), or an installed package that cannot be imported.
+    """
+    if name in _entries:
+        return _entries[name]
+    points = _entry_points().get(name)
+    if points is None:
+        raise RecipeError([Problem("", f"unknown block {show(name)}{nearest(name, known_names())}")], "block")
+    if name not in _broken:
+        try:
+            _load(name, points)
+        except Exception as error:  # whatever an installed package's import raises is that package's fault
+            _broken[name] = f"the installed block {name!r} ({_origin(points)}) cannot be used: {_first_line(error)}"
+    if name in _broken:
+        raise RecipeError([Problem("", _broken[name])], "block")
+    return _entries[name]
+
+
+def known_names() -> list[str]:
+    """Every usable name, sorted as people count (``block2`` before ``block10``); nothing is imported."""
+    return sorted({*_entries, *_entry_points()}, key=_natural)
+
+
+def list_blocks(pattern: str = "*") -> list[str]:
+    """Names that match a wildcard pattern: ``list_blocks("*mem*")``. Installed packages are not imported."""
+    return [name for name in known_names() if fnmatch.fnmatchcase(name, pattern)]
+
+
+def list_rows(pattern: str = "*") -> list[Row]:
+    """The listing for a person: with summaries, and with what stops an installed block from being used."""
+    rows = []
+    for name in list_blocks(pattern):
+        try:
+            entry = lookup(name)
+        except RecipeError as error:
+            rows.append(Row(name, _origin(_entry_points()[name]), "", error.problems[0].message))
+        else:
+            rows.append(Row(name, entry.source, entry.summary, None))
+            shadowed = _entry_points().get(name)
+            if shadowed is not None and _is_built_in(entry):
+                rows.append(Row(name, _origin(shadowed), "", f"ignored: {name!r} is built in"))
+    return rows
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[None]:
+    """Forget, at the end of the ``with`` block, everything registered inside it. For tests and notebooks."""
+    entries, broken = dict(_entries), dict(_broken)
+    try:
+        yield
+    finally:
+        for current, saved in ((_entries, entries), (_broken, broken)):
+            current.clear()
+            current.update(saved)  # type: ignore[arg-type]
+
+
+def _load(name: str, points: list[importlib.metadata.EntryPoint]) -> None:
+    global _loading
+    if len(points) > 1:
+        raise ImportError("several installed packages provide this name")
+    before, outer, _loading = dict(_entries), _loading, name
+    try:
+        target: Any = points[0].load()
+        if name not in _entries:
+            if not isinstance(target, type):
+                raise ImportError(f"{points[0].value} registers no block of that name")
+            register(name)(target)
+    except BaseException:
+        # a half-imported package leaves nothing behind
+        _entries.clear()
+        _entries.update(before)
+        raise
+    finally:
+        _loading = outer
+
+
+def _entry_points() -> dict[str, list[importlib.metadata.EntryPoint]]:
+    return _scan(tuple(sys.path))
+
+
+@functools.lru_cache(maxsize=4)
+def _scan(search_path: tuple[str, ...]) -> dict[str, list[importlib.metadata.EntryPoint]]:
+    # reading the metadata of every installed package takes tens of milliseconds: once per search path
+    found: dict[str, list[importlib.metadata.EntryPoint]] = {}
+    for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+        same = found.setdefault(point.name, [])
+        if point not in same:  # an editable install may be listed twice
+            same.append(point)
+    return found
+
+
+def _origin(points: list[importlib.metadata.EntryPoint]) -> str:
+    return ", ".join(point.dist.name if point.dist is not None else point.value for point in points)
+
+
+def _is_built_in(entry: Entry) -> bool:
+    return entry.source == __name__.partition(".")[0]
+
+
+def _place(cls: type) -> str:
+    code = getattr(vars(cls).get("__init__") or vars(cls).get("forward"), "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code else f"module {cls.__module__}"
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
+def _natural(name: str) -> list[tuple[int, int | str]]:
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.findall(r"[0-9]+|[^0-9]+", name)]

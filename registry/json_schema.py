@@ -1,0 +1,93 @@
+"""JSON Schema of blocks, for editors: completion, and a wavy line under a misspelt field."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .catalogue import Entry, known_names, lookup
+from .problem import RecipeError
+from .schema import Field, block_places, describe_type
+from .spec import BLOCK_PLACEHOLDER, Needs
+
+ANY = {"$ref": "#/$defs/any_block"}
+
+
+def block_definitions() -> dict[str, Any]:
+    """``$defs`` of all usable blocks: ``any_block`` and one ``block.NAME`` each, referring to one another."""
+    entries = []
+    for name in known_names():
+        try:
+            entries.append(lookup(name))
+        except RecipeError:
+            continue  # an installed block that cannot be imported cannot be written in a recipe either
+    definitions = {f"block.{entry.name}": _block(entry) for entry in entries}
+    definitions["any_block"] = _one_of([entry.name for entry in entries], lists=True)
+    return definitions
+
+
+def block_schema(name: str) -> dict[str, Any]:
+    """A complete JSON Schema for one block. Raises ``RecipeError`` for an unknown name."""
+    lookup(name)
+    return {"$schema": DIALECT, "$ref": f"#/$defs/block.{name}", "$defs": block_definitions()}
+
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+
+def _block(entry: Entry) -> dict[str, Any]:
+    properties: dict[str, Any] = {"type": {"const": entry.name}}
+    for field in entry.fields.values():
+        properties[field.name] = _field(field)
+    return {
+        "type": "object",
+        "description": entry.summary,
+        "properties": properties,
+        "required": ["type", *(field.name for field in entry.fields.values() if field.required)],
+        "additionalProperties": False,
+    }
+
+
+def _field(field: Field) -> dict[str, Any]:
+    schema: dict[str, Any] = dict(field.adapter.json_schema())
+    if field.holds_blocks:
+        needs = next((needs for _, needs in block_places(field.annotation, _sample(field))), None)
+        schema = _insert(schema, ANY if needs is None else _one_of(_fitting(needs), lists=False))
+    if field.description:
+        schema["description"] = field.description
+    if not field.required:
+        schema["default"] = field.default
+    return schema
+
+
+def _sample(field: Field) -> Any:
+    # any value that reaches the place of the block; which one does not matter, only the annotation is read
+    return [""] if describe_type(field.annotation).startswith("list of") else ""
+
+
+def _insert(schema: Any, block: dict[str, Any]) -> Any:
+    if isinstance(schema, dict):
+        if BLOCK_PLACEHOLDER in schema:
+            return dict(block)
+        return {key: _insert(value, block) for key, value in schema.items()}
+    if isinstance(schema, list):
+        return [_insert(item, block) for item in schema]
+    return schema
+
+
+def _fitting(needs: Needs) -> list[str]:
+    names = []
+    for name in known_names():
+        try:
+            if not needs.missing(lookup(name).cls):
+                names.append(name)
+        except RecipeError:
+            continue
+    return names
+
+
+def _one_of(names: list[str], *, lists: bool) -> dict[str, Any]:
+    options: list[dict[str, Any]] = [{"enum": names}] if names else []
+    options += [{"$ref": f"#/$defs/block.{name}"} for name in names]
+    if lists:
+        options.append({"type": "array", "items": ANY, "minItems": 1})
+    return {"anyOf": options}

@@ -1,0 +1,77 @@
+"""What is wrong with a recipe: one ``Problem`` per mistake, all of them in one ``RecipeError``."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+SHOWN = 20
+"""Problems printed; a file with more than this many mistakes has one cause, not that many."""
+MAX_PROBLEMS = 100
+"""Problems looked for: explaining each one has its price."""
+
+
+class Problem(NamedTuple):
+    """One mistake and where it stands."""
+
+    path: str
+    """Dotted path in the file, ``layers.mac.0.memory.depht``; empty for the file as a whole."""
+    message: str
+    """What came, what was expected, and the nearest right name if there is one."""
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.message}" if self.path else self.message
+
+
+class RecipeError(ValueError):
+    """A recipe, or one block of it, cannot be used. ``str()`` is fit to be shown to the user as it is."""
+
+    def __init__(self, problems: Iterable[Problem], source: str = "recipe") -> None:
+        self.problems = list(problems)
+        self.source = source
+        count = len(self.problems)
+        lines = [f"{source}: {count} problem{'' if count == 1 else 's'}"]
+        lines += [f"  {problem}" for problem in self.problems[:SHOWN]]
+        if count > SHOWN:
+            lines.append(f"  ... and {count - SHOWN} more")
+        super().__init__("\n".join(lines))
+
+
+def show(value: Any, width: int = 60) -> str:
+    """A value as it appears in a message: one line, never long, never a control character."""
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 128:
+        # repr of a huge integer is slow, and refused by Python past 4300 digits
+        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, dict):
+        inner = ", ".join(f"{show(k, 20)}: {show(v, 20)}" for k, v in list(value.items())[:3])
+        text = "{" + inner + (", ..." if len(value) > 3 else "") + "}"
+    elif isinstance(value, list):
+        text = "[" + ", ".join(show(v, 20) for v in value[:3]) + (", ..." if len(value) > 3 else "") + "]"
+    elif isinstance(value, str):
+        text = repr(value[: width + 1])
+    elif value is None or isinstance(value, bool):
+        # as they are written in the file, not as Python writes them
+        text = {None: "null", True: "true", False: "false"}[value]
+    else:
+        text = repr(value)
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """``"; did you mean 'depth'?"`` or, when nothing is near, an empty string."""
+    # difflib is quadratic in the length of the words, and no right name is long, nor are there thousands of them
+    if not isinstance(name, str) or len(name) > 100:
+        return ""
+    known = {candidate.lower(): candidate for candidate in itertools.islice(names, 500)}
+    match = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.6)
+    return f"; did you mean {known[match[0]]!r}?" if match else ""
+
+
+def join(path: str, part: str | int) -> str:
+    """``path`` extended by one key or index; a key that is not a plain word is quoted."""
+    text = str(part) if isinstance(part, int) else part
+    if not text or len(text) > 40 or not text.replace("_", "").replace("-", "").isalnum() or not text.isascii():
+        text = show(text, 40)
+    return f"{path}.{text}" if path else text

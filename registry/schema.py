@@ -1,0 +1,242 @@
+"""A constructor's signature read as a schema: which fields a block has, their types, defaults and meaning."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Any, Literal, Union
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.errors import PydanticSchemaGenerationError, PydanticUndefinedAnnotation
+from pydantic.fields import FieldInfo
+
+from .problem import Problem, join, nearest, show
+from .spec import HoldsBlock, Needs
+
+MAX_INTEGER = 2**63 - 1
+"""Larger integers fit no tensor's shape; refused before anything computes with them."""
+
+_REQUIRED: Any = inspect.Parameter.empty
+
+
+@dataclass(frozen=True)
+class Field:
+    """One constructor parameter of a block."""
+
+    name: str
+    annotation: Any
+    default: Any
+    """``Field.REQUIRED`` when the field must be given."""
+
+    REQUIRED = _REQUIRED
+
+    @property
+    def required(self) -> bool:
+        return self.default is _REQUIRED
+
+    @cached_property
+    def description(self) -> str:
+        """The text of ``Field(description=...)`` in the annotation; empty when it has none."""
+        for item in _metadata(self.annotation):
+            if isinstance(item, FieldInfo) and item.description:
+                return item.description
+        return ""
+
+    @cached_property
+    def holds_blocks(self) -> bool:
+        """Whether a block may stand somewhere in the field's value."""
+        return _mentions_block(self.annotation)
+
+    @cached_property
+    def adapter(self) -> TypeAdapter[Any]:
+        return TypeAdapter(self.annotation, config=ConfigDict(strict=True, allow_inf_nan=False))
+
+    @cached_property
+    def type_text(self) -> str:
+        """The type as a reader of a recipe wants it: ``integer >= 1``, ``'a' | 'b'``, ``block (read, write)``."""
+        return describe_type(self.annotation)
+
+    def check(self, value: Any, path: str) -> tuple[Any, list[Problem]]:
+        """The value in plain JSON form, and what is wrong with it. Blocks inside it are not looked at."""
+        too_big = _too_big(value)
+        if too_big is not None:
+            return value, [Problem(path, f"expected {self.type_text}, got {show(too_big)}")]
+        try:
+            if self.holds_blocks:
+                return self.adapter.validate_python(value), []
+            # strict JSON rules, not strict Python rules: a list of two numbers is a good tuple[int, int]
+            return json.loads(self.adapter.dump_json(self.adapter.validate_json(json.dumps(value)))), []
+        except ValidationError as error:
+            return value, self._translate(error, value, path)
+        except (TypeError, ValueError, RecursionError):
+            return value, [Problem(path, f"expected {self.type_text}, got {show(value)}")]
+
+    def to_python(self, value: Any) -> Any:
+        """A checked value as the constructor gets it (a tuple for ``tuple[int, int]``)."""
+        return value if self.holds_blocks else self.adapter.validate_json(json.dumps(value))
+
+    def _translate(self, error: ValidationError, value: Any, path: str) -> list[Problem]:
+        details = error.errors(include_url=False, include_context=True)
+        if len(details) > 1 and _is_union(self.annotation):
+            return [Problem(path, f"expected {self.type_text}, got {show(value)}")]
+        problems = []
+        for detail in details:
+            place, got = path, value
+            for part in detail["loc"]:
+                try:
+                    got = got[part]
+                except (KeyError, IndexError, TypeError):
+                    break
+                place = join(place, part)
+            problems.append(Problem(place, self._message(detail, got)))
+        return problems
+
+    def _message(self, detail: Any, got: Any) -> str:
+        text = detail["msg"]
+        kind = detail["type"]
+        if kind == "literal_error" or kind == "enum":
+            choices = re.findall(r"'([^']*)'", str(detail.get("ctx", {}).get("expected", "")))
+            return f"expected {detail['ctx']['expected']}, got {show(got)}" + (
+                nearest(got, choices) if isinstance(got, str) else ""
+            )
+        if not detail["loc"] and kind in _SAID_BY_THE_TYPE:
+            return f"expected {self.type_text}, got {show(got)}"
+        if text.startswith("Input should be "):
+            return f"expected {text.removeprefix('Input should be ')}, got {show(got)}"
+        text = text.removeprefix("Value error, ")
+        return f"{text[:1].lower()}{text[1:]}, got {show(got)}"
+
+
+_SAID_BY_THE_TYPE = {
+    *("int_type", "int_from_float", "int_parsing", "float_type", "bool_type", "string_type", "list_type"),
+    *("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number", "multiple_of"),
+}
+
+
+def fields_of(cls: type) -> dict[str, Field]:
+    """The schema of ``cls``: its constructor's parameters after ``dim``.
+
+    Raises ``TypeError`` saying what is wrong with the signature, as the author of a block needs to hear it.
+    """
+    where = f"{cls.__name__}.__init__"
+    constructor = cls.__init__  # type: ignore[misc]
+    parameters = list(inspect.signature(constructor).parameters.values())[1:]
+    if not parameters or parameters[0].name != "dim":
+        raise TypeError(f"{where}: the first parameter must be dim, the width; got {[p.name for p in parameters[:1]]}")
+    try:
+        hints = typing.get_type_hints(constructor, localns={cls.__name__: cls}, include_extras=True)
+    except NameError as error:
+        raise TypeError(f"{where}: an annotation cannot be read: {error}; its names must be module globals") from None
+    fields = {}
+    for parameter in parameters[1:]:
+        name = parameter.name
+        if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
+            raise TypeError(f"{where}: {parameter} hides the schema; name every field as a keyword parameter")
+        if name == "type":
+            raise TypeError(f"{where}: a field cannot be called 'type', the key of a block's name")
+        if name not in hints:
+            raise TypeError(f"{where}: {name} has no annotation; every field needs a type, as in `{name}: int = 4`")
+        field = Field(name, hints[name], parameter.default)
+        try:
+            _ = field.adapter
+        except (PydanticSchemaGenerationError, PydanticUndefinedAnnotation) as error:
+            raise TypeError(f"{where}: {name} has a type no recipe can hold: {error.message.splitlines()[0]}") from None
+        fields[name] = field
+    return fields
+
+
+def block_places(annotation: Any, value: Any) -> Iterator[tuple[tuple[str | int, ...], Needs | None]]:
+    """The keys leading to every block in ``value``, and what each block needs. ``value`` fits ``annotation``."""
+    kind, metadata = _strip(annotation)
+    if any(isinstance(item, HoldsBlock) for item in metadata):
+        methods = [method for item in metadata if isinstance(item, Needs) for method in item.methods]
+        yield (), Needs(*methods) if methods else None
+    elif _is_union(kind):
+        for option in typing.get_args(kind):
+            if value is not None and _mentions_block(option):
+                yield from block_places(option, value)
+                return
+    elif typing.get_origin(kind) is list and isinstance(value, list):
+        for index, item in enumerate(value):
+            for place, needs in block_places(typing.get_args(kind)[0], item):
+                yield (index, *place), needs
+    elif typing.get_origin(kind) is dict and isinstance(value, dict):
+        for key, item in value.items():
+            for place, needs in block_places(typing.get_args(kind)[1], item):
+                yield (key, *place), needs
+
+
+def describe_type(annotation: Any) -> str:
+    """An annotation in the words of a recipe."""
+    kind, metadata = _strip(annotation)
+    if any(isinstance(item, HoldsBlock) for item in metadata):
+        methods = [method for item in metadata if isinstance(item, Needs) for method in item.methods]
+        return f"block with {', '.join(methods)}" if methods else "block"
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is type(None):
+        text = "null"
+    elif _is_union(kind):
+        # a bound on a union is a bound on what is not null in it
+        bounded = [option if option is type(None) else Annotated[(option, *metadata)] for option in arguments if metadata]
+        return " or ".join(describe_type(option) for option in bounded or arguments)
+    elif origin is Literal:
+        text = " | ".join(show(choice) for choice in arguments)
+    elif origin is list:
+        text = f"list of {describe_type(arguments[0])}"
+    elif origin is tuple:
+        text = "list of (" + ", ".join("..." if item is ... else describe_type(item) for item in arguments) + ")"
+    elif origin is dict:
+        text = f"mapping of {describe_type(arguments[0])} to {describe_type(arguments[1])}"
+    else:
+        text = _TYPE_NAMES.get(kind, getattr(kind, "__name__", str(kind)))
+    return " ".join([text, *_bounds(metadata)])
+
+
+_TYPE_NAMES = {int: "integer", float: "number", str: "text", bool: "true or false", list: "list", dict: "mapping"}
+_BOUNDS = {"ge": ">= {}", "gt": "> {}", "le": "<= {}", "lt": "< {}", "multiple_of": "(a multiple of {})",
+           "min_length": "(at least {})", "max_length": "(at most {})", "pattern": "matching {}"}  # fmt: skip
+
+
+def _bounds(metadata: tuple[Any, ...]) -> Iterator[str]:
+    flat = [part for item in metadata for part in (item.metadata if isinstance(item, FieldInfo) else [item])]
+    limits = {bound: limit for bound in _BOUNDS for item in flat if (limit := getattr(item, bound, None)) is not None}
+    if limits.get("min_length", 0) == limits.get("max_length"):
+        yield f"(exactly {limits.pop('min_length')})"
+        del limits["max_length"]
+    if "ge" in limits and "le" in limits:
+        yield f"from {limits.pop('ge')} to {limits.pop('le')}"
+    for bound, limit in limits.items():
+        yield _BOUNDS[bound].format(limit)
+
+
+def _strip(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
+    if typing.get_origin(annotation) is Annotated:
+        return annotation.__origin__, annotation.__metadata__
+    return annotation, ()
+
+
+def _metadata(annotation: Any) -> tuple[Any, ...]:
+    return _strip(annotation)[1]
+
+
+def _is_union(annotation: Any) -> bool:
+    return typing.get_origin(_strip(annotation)[0]) in (Union, types.UnionType)
+
+
+def _mentions_block(annotation: Any) -> bool:
+    kind, metadata = _strip(annotation)
+    return any(isinstance(item, HoldsBlock) for item in metadata) or any(map(_mentions_block, typing.get_args(kind)))
+
+
+def _too_big(value: Any) -> int | None:
+    if isinstance(value, int) and abs(value) > MAX_INTEGER:
+        return value
+    if isinstance(value, (list, tuple)):
+        return next((found for item in value if (found := _too_big(item)) is not None), None)
+    return None

@@ -1,0 +1,201 @@
+"""From what a recipe says about a block to a checked, complete description of it, and to the block itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .catalogue import Entry, known_names, lookup
+from .problem import MAX_PROBLEMS, Problem, RecipeError, join, nearest, show
+from .schema import block_places
+from .spec import Needs
+
+CHAIN = "chain"
+"""The block that a list of blocks stands for; its field ``of`` is the list."""
+
+MAX_NESTING = 32
+MAX_BLOCKS = 2_000
+"""Blocks written out in one recipe (a layer that the stack repeats counts once)."""
+
+
+def validate(node: Any, *, dim: int | None = None, path: str = "") -> Any:
+    """The normalised form of a block: ``{type: name, ...}`` with every field given, nested blocks included.
+
+    ``node``: a name, a mapping, a list (a chain), or a built block, which is returned as it is. ``dim``: the
+    width, where known. ``path``: where the node stands, put before every problem's path.
+
+    Raises ``RecipeError`` with all problems at once.
+    """
+    checker = Checker(dim)
+    checked = checker.check(node, path)
+    if checker.problems:
+        raise RecipeError(checker.problems, "recipe" if path else "block")
+    return checked
+
+
+def create(spec: Any, *, dim: int) -> Any:
+    """Build the block that ``spec`` describes, of width ``dim``. A block that is already built is returned.
+
+    Raises ``RecipeError`` with everything that is wrong with ``spec``.
+    """
+    if not isinstance(dim, int) or isinstance(dim, bool) or dim < 1:
+        raise RecipeError([Problem("dim", f"expected integer >= 1, got {show(dim)}")], "block")
+    node = validate(spec, dim=dim)
+    if is_block(node):
+        return node
+    entry = lookup(node["type"])
+    arguments = {name: field.to_python(node[name]) for name, field in entry.fields.items()}
+    try:
+        return entry.cls(dim, **arguments)
+    except RecipeError:
+        raise
+    except ValueError as error:
+        # a constructor's own objection is the user's mistake as much as a wrong field is
+        raise RecipeError([Problem("", f"{entry.name}: {error}")], "block") from error
+
+
+def is_block(value: Any) -> bool:
+    """Whether ``value`` is a built block (not a class, not a description of one)."""
+    return not isinstance(value, type) and all(callable(getattr(value, m, None)) for m in ("forward", "init_state"))
+
+
+class Checker:
+    """Checks trees of blocks, collecting ``problems`` instead of stopping at the first one.
+
+    One checker serves a whole recipe, so that its limits on blocks and problems are the recipe's.
+    """
+
+    def __init__(self, dim: int | None = None) -> None:
+        self.dim = dim
+        self.problems: list[Problem] = []
+        self._blocks = 0
+
+    def check(self, node: Any, path: str = "") -> Any:
+        """The normalised form of ``node``; of no use when ``problems`` has grown."""
+        return self._block(node, path, None, 0)
+
+    def _block(self, node: Any, path: str, needs: Needs | None, depth: int) -> Any:
+        if len(self.problems) >= MAX_PROBLEMS:
+            return node
+        self._blocks += 1
+        if depth > MAX_NESTING:
+            return self._refuse(path, f"blocks are nested more than {MAX_NESTING} deep", node)
+        if self._blocks > MAX_BLOCKS:
+            if self._blocks == MAX_BLOCKS + 1:
+                self._refuse(path, f"more than {MAX_BLOCKS} blocks", node)
+            return node
+        if is_block(node):
+            return self._built(node, path, needs)
+        given = self._as_mapping(node, path)
+        entry = None if given is None else self._entry(given["type"], path if isinstance(node, str) else join(path, "type"))
+        if given is None or entry is None:
+            return node
+        self._check_needs(entry.name, entry.cls, needs, path)
+        # the items of a list stand directly under the list's own path in the file
+        return self._fields(entry, given, path, depth, of_path=path if isinstance(node, list) else None)
+
+    def _refuse(self, path: str, message: str, node: Any) -> Any:
+        self.problems.append(Problem(path, message))
+        return node
+
+    def _as_mapping(self, node: Any, path: str) -> dict[str, Any] | None:
+        if isinstance(node, str):
+            return {"type": node}
+        if isinstance(node, list):
+            if not node:
+                self._refuse(path, "an empty list of blocks", node)
+                return None
+            return {"type": CHAIN, "of": node}
+        if isinstance(node, dict):
+            if "type" in node:
+                return node
+            hint = next((nearest(key, ["type"]) for key in node if isinstance(key, str) and nearest(key, ["type"])), "")
+            self._refuse(path, f"a block needs a type, got {show(node)}{hint}", node)
+            return None
+        self._refuse(path, f"expected a block (a name, a mapping with a type, or a list), got {show(node)}", node)
+        return None
+
+    def _entry(self, name: Any, path: str) -> Entry | None:
+        if not isinstance(name, str):
+            self._refuse(path, f"expected the name of a block, got {show(name)}", name)
+            return None
+        try:
+            return lookup(name)
+        except RecipeError as error:
+            self.problems += [Problem(path, problem.message) for problem in error.problems]
+            return None
+
+    def _built(self, block: Any, path: str, needs: Needs | None) -> Any:
+        width = getattr(block, "dim", None)
+        if self.dim is not None and width is not None and width != self.dim:
+            self._refuse(path, f"expected a block of dim {self.dim}, got {type(block).__name__} of dim {width}", block)
+        self._check_needs(type(block).__name__, block, needs, path)
+        return block
+
+    def _check_needs(self, name: str, holder: Any, needs: Needs | None, path: str) -> None:
+        missing = needs.missing(holder) if needs is not None else []
+        if needs is not None and missing:
+            fit = [other for other in known_names() if _fits(other, needs)]
+            can = f" ({', '.join(fit)})" if fit else ""
+            wanted = " and ".join(needs.methods)
+            self._refuse(path, f"expected a block with {wanted}{can}, got {name!r}, which has no {' and no '.join(missing)}", None)
+
+    def _fields(self, entry: Entry, given: dict[str, Any], path: str, depth: int, of_path: str | None) -> dict[str, Any]:
+        before = len(self.problems)
+        self._unknown(entry, given, path)
+        node: dict[str, Any] = {"type": entry.name}
+        for name, field in entry.fields.items():
+            place = of_path if of_path is not None and name == "of" else join(path, name)
+            if name not in given and field.required:
+                self._refuse(path or name, f"{entry.name} needs the field {name!r} ({field.type_text})", None)
+                continue
+            value, problems = field.check(given.get(name, field.default), place)
+            self.problems += problems
+            if field.holds_blocks and not problems:
+                value = self._nested(field.annotation, value, place, depth)
+            node[name] = value
+        cross = getattr(entry.cls, "problems", None)
+        if cross is not None and len(self.problems) == before:
+            for name, message in cross(self.dim, {key: value for key, value in node.items() if key != "type"}):
+                self._refuse(join(path, name), message, None)
+        return node
+
+    def _unknown(self, entry: Entry, given: dict[str, Any], path: str) -> None:
+        for key in given:
+            if len(self.problems) >= MAX_PROBLEMS:
+                return
+            if not isinstance(key, str):
+                self._refuse(path, f"expected field names to be text, got {show(key)}", None)
+            elif key == "dim":
+                self._refuse(join(path, key), "the width is said once, at the top of the recipe", None)
+            elif key != "type" and key not in entry.fields:
+                fields = ", ".join(entry.fields) or "it has none"
+                self._refuse(
+                    join(path, key), f"unknown field of {entry.name}{nearest(key, entry.fields)} (fields: {fields})", None
+                )
+
+    def _nested(self, annotation: Any, value: Any, path: str, depth: int) -> Any:
+        value = _copy(value)
+        for keys, needs in block_places(annotation, value):
+            if not keys:
+                return self._block(value, path, needs, depth + 1)
+            place, holder = path, value
+            for key in keys[:-1]:
+                place, holder = join(place, key), holder[key]
+            holder[keys[-1]] = self._block(holder[keys[-1]], join(place, keys[-1]), needs, depth + 1)
+        return value
+
+
+def _fits(name: str, needs: Needs) -> bool:
+    try:
+        return not needs.missing(lookup(name).cls)
+    except RecipeError:
+        return False
+
+
+def _copy(value: Any) -> Any:
+    """Lists and mappings anew, so that normalising never writes into what the caller gave."""
+    if isinstance(value, list):
+        return [_copy(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _copy(item) for key, item in value.items()}
+    return value

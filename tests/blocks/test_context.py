@@ -1,0 +1,263 @@
+"""The context block against a literal reading of its definition: one token at a time, everything from scratch."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from titans_build.blocks.build import build_block
+from titans_build.blocks.laws import check_block
+from titans_build.blocks.state import concatenate, named_tensors
+from titans_build.registry import RecipeError, validate
+
+DIM, HEADS = 16, 2
+
+
+def make(seed=0, **fields):
+    spec = {
+        "type": "context",
+        "segment": 6,
+        "persistent": 3,
+        "memory": {"type": "memory", "heads": 2, "depth": 2, "expansion": 2, "chunk": 4},
+        "attend": {"type": "attention", "heads": HEADS},
+    } | fields
+    block = build_block(spec, dim=DIM, dtype=torch.float64, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return block
+
+
+def noise(*shape, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def attend_from_scratch(attention, persistent: Tensor, stream: list[Tensor]) -> Tensor:
+    """What the last of ``stream`` (one row, each ``[dim]``) gets out of attention over ``[P | stream]``."""
+    width = DIM // HEADS
+
+    def project(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (attention.qkv.weight @ x).view(3, HEADS, width)
+
+        def normed(part: Tensor, gain: Tensor) -> Tensor:
+            return part / (part.square().mean(-1, keepdim=True) + 1e-6).sqrt() * gain
+
+        return normed(q, attention.gain[:HEADS]), normed(k, attention.gain[HEADS:]), v
+
+    def rotated(part: Tensor, position: int) -> Tensor:
+        half = width // 2
+        angle = position * 10000.0 ** (-2 * torch.arange(half, dtype=torch.float64) / width)
+        pair = torch.complex(part[:, :half], part[:, half:]) * torch.polar(torch.ones_like(angle), angle)
+        return torch.cat([pair.real, pair.imag], dim=-1)
+
+    plain = project(stream[-1])[0]
+    query = rotated(plain, len(stream) - 1)
+    scores, values = [], []
+    for token in persistent:
+        _, key, value = project(token)
+        scores.append((plain * key).sum(-1))
+        values.append(value)
+    for position, token in enumerate(stream):
+        _, key, value = project(token)
+        scores.append((query * rotated(key, position)).sum(-1))
+        values.append(value)
+    weights = (torch.stack(scores) / width**0.5).softmax(dim=0)
+    return attention.out.weight @ (weights.unsqueeze(-1) * torch.stack(values)).sum(0).flatten()
+
+
+def gate_from_scratch(gating, y: Tensor, m: Tensor) -> Tensor:
+    def normed(x: Tensor, gain: Tensor) -> Tensor:
+        return x / (x.square().mean() + 1e-6).sqrt() * gain
+
+    return normed(y, gating.gain_a) / (1 + torch.exp(-normed(m, gating.gain_b)))
+
+
+def token_by_token(block, x: Tensor) -> Tensor:
+    """One row ``[time, dim]``: read from the snapshot, attend over everything in sight, write, read back, gate."""
+    memory = block.memory.init_state(1)
+    persistent = block.persistent if block.persistent is not None else x[:0]
+    outputs = []
+    for t, token in enumerate(x):
+        if t % block.segment == 0:
+            snapshot, stream = memory, []
+        h = block.memory.read(token.view(1, 1, -1), snapshot).flatten()
+        stream += [h, token]
+        y = attend_from_scratch(block.attend, persistent, stream)
+        written = y if block.write == "attended" else token
+        m, memory = block.memory(written.view(1, 1, -1), memory)
+        outputs.append(gate_from_scratch(block.gate, y, m.flatten()))
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("write", ["attended", "inputs"])
+@pytest.mark.parametrize("persistent", [0, 3])
+@pytest.mark.parametrize("segment", [1, 5, 6])
+def test_it_is_what_its_definition_says_token_by_token(write, persistent, segment):
+    block = make(write=write, persistent=persistent, segment=segment)
+    x = noise(2, 23, DIM)
+    with torch.no_grad():
+        got, _ = block(x)
+        for row in range(2):
+            torch.testing.assert_close(got[row], token_by_token(block, x[row]), rtol=1e-9, atol=1e-10)
+
+
+def test_any_causal_block_can_attend_and_any_memory_can_be_written(leaky):
+    """The same definition with a leaky integrator in either place, whose steps are written out here."""
+    block = make(memory="leaky", attend="leaky", persistent=2)
+
+    def step(part, level, x):
+        return torch.sigmoid(part.decay) * level + torch.tanh(part.weight @ x)
+
+    x = noise(1, 20, DIM)
+    memory = block.memory.start
+    expected = []
+    with torch.no_grad():
+        for t, token in enumerate(x[0]):
+            if t % 6 == 0:
+                snapshot, attend = memory, block.attend.start
+                for persistent in block.persistent:
+                    attend = step(block.attend, attend, persistent)
+            attend = step(block.attend, attend, snapshot * torch.tanh(token))
+            attend = step(block.attend, attend, token)
+            y = attend * torch.tanh(token)
+            memory = step(block.memory, memory, y)
+            expected.append(gate_from_scratch(block.gate, y, memory * torch.tanh(y)))
+        got, state = block(x)
+    torch.testing.assert_close(got[0], torch.stack(expected), rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(state.memory.level[0], memory, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("write", ["attended", "inputs"])
+def test_no_output_sees_a_later_token(write):
+    block = make(write=write)
+    x = noise(2, 20, DIM)
+    with torch.no_grad():
+        y, _ = block(x)
+        for t in range(20):
+            changed = x.clone()
+            changed[:, t] = 5 * noise(2, DIM, seed=t + 2)
+            got, _ = block(changed)
+            assert torch.equal(got[:, :t], y[:, :t])
+            assert not torch.allclose(got[:, t], y[:, t])
+
+
+def test_without_the_write_the_outputs_change():
+    block = make()
+    x = noise(1, 20, DIM)
+    with torch.no_grad():
+        y, _ = block(x)
+        forward = type(block.memory).forward
+
+        def forgets(self, x, state=None, *, mask=None):
+            return forward(self, x, state, mask=mask)[0], state
+
+        block.memory.forward = forgets.__get__(block.memory)
+        got, _ = block(x)
+    # from the first token on its reading back differs, from the second segment on what it recalls as well
+    assert (got - y).abs().amax(dim=(0, 2))[1:].min() > 1e-6
+
+
+def test_a_segment_recalls_from_its_start_and_not_from_later_writes():
+    block = make(segment=4)
+    x = noise(1, 8, DIM)
+    seen = []
+    read = type(block.memory).read
+
+    def watched(x, state):
+        seen.append((x.shape[1], int(state.memory.position[0])))
+        return read(block.memory, x, state)
+
+    block.memory.read = watched
+    with torch.no_grad():
+        block(x)
+        assert seen == [(4, 0), (4, 4)]
+        seen.clear()
+        state = None
+        for t in range(8):
+            _, state = block(x[:, t : t + 1], state)
+    assert seen == [(1, 0)] * 4 + [(1, 4)] * 4
+
+
+@pytest.mark.parametrize("write", ["attended", "inputs"])
+def test_full_segments_attend_together_only_when_inputs_are_written(write):
+    block = make(write=write, segment=4)
+    shapes = []
+    forward = type(block.attend).forward
+
+    def watched(x, state=None, *, mask=None):
+        shapes.append(tuple(x.shape[:2]))
+        return forward(block.attend, x, state, mask=mask)
+
+    block.attend.forward = watched
+    with torch.no_grad():
+        _, state = block(noise(2, 2, DIM))
+        shapes.clear()
+        block(noise(2, 2 + 3 * 4 + 1, DIM), state)
+    assert shapes == ([(2, 4), (6, 8), (2, 2)] if write == "inputs" else [(2, 4), (2, 8), (2, 8), (2, 8), (2, 2)])
+
+
+@pytest.mark.parametrize("write", ["attended", "inputs"])
+def test_rows_at_every_phase_of_a_segment_run_together(write):
+    block = make(write=write, segment=5)
+    phases = list(range(7))
+    x, before = noise(len(phases), 13, DIM), noise(len(phases), 7, DIM, seed=2)
+    mask = noise(len(phases), 13, seed=3) > -0.5
+    with torch.no_grad():
+        states = [block(before[row : row + 1, :phase])[1] if phase else block.init_state(1) for row, phase in enumerate(phases)]
+        y, after = block(x, concatenate(states), mask=mask)
+        for row in phases:
+            alone, ended = block(x[row : row + 1, mask[row]], states[row])
+            torch.testing.assert_close(y[row, mask[row]], alone[0], rtol=1e-9, atol=1e-10)
+            assert int(after.position[row]) == int(ended.position[0])
+
+
+def test_the_state_does_not_grow_with_what_was_read():
+    block = make()
+    with torch.no_grad():
+        shapes = [
+            {path: tensor.shape for path, tensor in named_tensors(state)}
+            for state in (block.init_state(2), *(block(noise(2, time, DIM))[1] for time in (1, 6, 40)))
+        ]
+    assert all(other == shapes[0] for other in shapes)
+    assert not block.grows
+
+
+@pytest.mark.parametrize("write", ["attended", "inputs"])
+@pytest.mark.parametrize("form", ["sigmoid", "silu", "sum"])
+def test_it_obeys_the_laws(write, form):
+    spec = {
+        "type": "context",
+        "segment": 6,
+        "persistent": 2,
+        "memory": {"type": "memory", "heads": 2, "chunk": 4},
+        "attend": {"type": "attention", "heads": 2, "window": 5 if form == "silu" else None},
+        "write": write,
+        "form": form,
+    }
+    check_block(spec, dim=DIM, endurance=1500)
+
+
+def test_contexts_nest():
+    inner = {"type": "context", "segment": 3, "persistent": 1, "memory": {"type": "memory", "heads": 2, "chunk": 2},
+             "attend": {"type": "attention", "heads": 2}}  # fmt: skip
+    outer = inner | {"segment": 4, "attend": inner}
+    check_block(outer, dim=DIM, endurance=300, length=19)
+
+
+def test_every_parameter_gets_a_gradient():
+    block = make()
+    y, _ = block(noise(2, 20, DIM))
+    (y * noise(2, 20, DIM, seed=5)).sum().backward()
+    for name, parameter in block.named_parameters():
+        assert parameter.grad is not None and bool((parameter.grad != 0).any()), name
+
+
+def test_a_memory_needs_read_and_write():
+    with pytest.raises(RecipeError, match="memory.*read and write"):
+        validate({"type": "context", "memory": "attention"}, dim=DIM)
+
+
+def test_counting_matches_the_state():
+    block = make(persistent=16, segment=8)
+    assert block.state_bytes() == sum(t.numel() * t.element_size() for _, t in named_tensors(block.init_state(1)))
+    assert block.flops(16) > block.flops(8) > block.memory.flops(8)

@@ -1,0 +1,281 @@
+"""``check_block``: every law passes for good blocks, and for each law a block broken in that way alone is caught."""
+
+import copy
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from titans_build.blocks.block import Block, materialise
+from titans_build.blocks.language_model import LanguageModel
+from titans_build.blocks.laws import LAWS, LawError, check_block
+from titans_build.registry import catalogue
+
+QUICK = {"dim": 8, "endurance": 1000}
+
+
+def test_a_good_block_obeys_every_law(leaky):
+    differences = check_block("leaky", **QUICK)
+    assert list(differences) == list(LAWS)
+    assert all(difference < 1e-9 for difference in differences.values())
+
+
+def test_a_stateless_block_obeys_every_law(leaky):
+    class Double(Block):
+        def forward(self, x, state=None, *, mask=None):
+            return (2 * x if mask is None else (2 * x).masked_fill(~mask.unsqueeze(-1), 0.0)), None
+
+    catalogue.register("double")(Double)
+    check_block("double", **QUICK)
+
+
+def test_an_instance_and_a_model_are_checked_and_left_as_they_were(leaky):
+    block = leaky(8)
+    materialise(block, "cpu", torch.float32, 3)
+    before = copy.deepcopy(block.state_dict())
+    check_block(block, laws=["split", "gradient", "meta", "dtype"])
+    assert all(torch.equal(before[name], tensor) for name, tensor in block.state_dict().items())
+    assert block.weight.dtype == torch.float32
+
+    model = LanguageModel(8, vocab=11, layers=[["leaky"], ["leaky", "leaky"]])
+    materialise(model, "cpu", torch.float32, 0)
+    check_block(model, endurance=300)
+
+
+def test_laws_are_chosen_by_name(leaky):
+    assert list(check_block("leaky", dim=8, laws=["step", "causal"])) == ["causal", "step"]
+    with pytest.raises(ValueError, match="unknown law 'causality'.*purity"):
+        check_block("leaky", dim=8, laws=["causality"])
+
+
+def break_laws(Leaky):
+    """Blocks that are ``Leaky`` with one fault each. Built per test: ``Leaky`` is a fixture's class."""
+    faults = []
+
+    def breaks(law):
+        return lambda cls: faults.append((law, cls)) or cls
+
+    @breaks("purity")
+    class UpdatesItsStateInPlace(Leaky):
+        def forward(self, x, state=None, *, mask=None):
+            if state is not None and x.shape[1] == 1 and mask is None and not torch.is_grad_enabled():
+                state.level.copy_(self.update(state.level, x[:, 0]))
+                return self.output(state.level, x[:, 0]).unsqueeze(1), state._replace(position=state.position + 1)
+            return super().forward(x, state, mask=mask)
+
+    @breaks("purity")
+    class ScalesItsInput(Leaky):
+        def forward(self, x, state=None, *, mask=None):
+            if not x.requires_grad:
+                x *= 0.5
+            return super().forward(x, state, mask=mask)
+
+    @breaks("determinism")
+    class AddsNoise(Leaky):
+        def output(self, level, x):
+            return super().output(level, x) + 1e-13 * torch.rand_like(x)
+
+    @breaks("meta")
+    class HoldsATensorThatIsNoParameter(Leaky):
+        def __init__(self, dim: int) -> None:
+            super().__init__(dim)
+            self.scale = torch.linspace(0, 1, dim).double()
+
+        def output(self, level, x):
+            return super().output(level, x) * self.scale.to(x.dtype)
+
+    @breaks("meta")
+    class ForgetsToInitialise(Leaky):
+        def reset_parameters(self):
+            torch.nn.init.ones_(self.start)
+            torch.nn.init.ones_(self.decay)
+
+    @breaks("meta")
+    class InitialisesFromOldValues(Leaky):
+        def __init__(self, dim: int) -> None:
+            super().__init__(dim)
+            self.scale = torch.rand(())
+
+        def reset_parameters(self):
+            super().reset_parameters()
+            self.weight.mul_(float(self.scale) if not self.scale.is_meta else 1.0)
+
+    @breaks("causal")
+    class LooksAhead(Leaky):
+        def forward(self, x, state=None, *, mask=None):
+            y, state = super().forward(x, state, mask=mask)
+            ahead = torch.cat([y[:, 1:], torch.zeros_like(y[:, :1])], dim=1)
+            return y + (0.01 * ahead if mask is None else 0), state
+
+    @breaks("split")
+    class LosesThePreviousToken(Leaky):
+        def forward(self, x, state=None, *, mask=None):
+            y, state = super().forward(x, state, mask=mask)
+            before = torch.cat([torch.zeros_like(y[:, :1]), y[:, :-1]], dim=1)
+            return y + (0.01 * before if mask is None else 0), state
+
+    @breaks("step")
+    class HasAWrongPathForOneToken(Leaky):
+        def forward(self, x, state=None, *, mask=None):
+            y, after = super().forward(x, state, mask=mask)
+            return (y * 1.001 if x.shape[1] == 1 else y), after
+
+    @breaks("row")
+    class MixesRows(Leaky):
+        def forward(self, x, state=None, *, mask=None):
+            y, state = super().forward(x, state, mask=mask)
+            return y + (0.01 * y.mean(dim=0, keepdim=True) if mask is None else 0), state
+
+    @breaks("row")
+    class TakesTheFirstRowsPositionForAll(Leaky):
+        period = 4
+
+        def forward(self, x, state=None, *, mask=None):
+            state = self.init_state(x.shape[0]) if state is None else state
+            y, after = super().forward(x, state, mask=mask)
+            real = torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
+            start = state.position[:1] if mask is None else state.position
+            phase = (start[:, None] + real.cumsum(dim=1)) % 4 * real
+            return y + 0.01 * phase.unsqueeze(-1) * x, after
+
+    @breaks("rows")
+    class SharesALeafBetweenRows(Leaky):
+        def init_state(self, batch_size):
+            return super().init_state(batch_size)._replace(position=torch.zeros(1, dtype=torch.int64))
+
+        def forward(self, x, state=None, *, mask=None):
+            state = self.init_state(x.shape[0]) if state is None else state
+            y, after = super().forward(x, state, mask=mask)
+            return y, after._replace(position=state.position + x.shape[1])
+
+    @breaks("mask")
+    class WritesMaskedTokens(Leaky):
+        def forward(self, x, state=None, *, mask=None):
+            y, state = super().forward(x, state)
+            return (y if mask is None else y.masked_fill(~mask.unsqueeze(-1), 0.0)), state
+
+    @breaks("mask")
+    class AnswersAtMaskedTokens(Leaky):
+        def forward(self, x, state=None, *, mask=None):
+            y, state = super().forward(x, state, mask=mask)
+            return y if mask is None else y + 1e-3 * (~mask).unsqueeze(-1), state
+
+    @breaks("gradient")
+    class DetachesItsState(Leaky):
+        def forward(self, x, state=None, *, mask=None):
+            return super().forward(x, None if state is None else state._replace(level=state.level.detach()), mask=mask)
+
+    @breaks("gradient")
+    class HasAWrongBackward(Leaky):
+        def output(self, level, x):
+            y = super().output(level, x)
+            return y.detach() + 1.001 * (y - y.detach())
+
+    @breaks("save")
+    class KeepsWhatNoFileHolds(Leaky):
+        def init_state(self, batch_size):
+            level, position = super().init_state(batch_size)
+            return ComplexState(level, torch.zeros_like(level, dtype=torch.complex128), position)
+
+        def forward(self, x, state=None, *, mask=None):
+            level, phase, position = self.init_state(x.shape[0]) if state is None else state
+            y, (level, position) = super().forward(x, type(super().init_state(1))(level, position), mask=mask)
+            return y, ComplexState(level, phase, position)
+
+    @breaks("dtype")
+    class NarrowsItsState(Leaky):
+        def forward(self, x, state=None, *, mask=None):
+            y, state = super().forward(x, state, mask=mask)
+            return y, state._replace(level=state.level.to(x.dtype))
+
+    @breaks("position")
+    class DriftsWithPosition(Leaky):
+        def forward(self, x, state=None, *, mask=None):
+            state = self.init_state(x.shape[0]) if state is None else state
+            y, after = super().forward(x, state, mask=mask)
+            real = torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
+            at = (state.position[:, None] + real.cumsum(dim=1)) * real
+            return y + 1e-6 * at.unsqueeze(-1).to(x.dtype), after
+
+    @breaks("endurance")
+    class Explodes(Leaky):
+        def update(self, level, x):
+            return 1.2 * level + 0 * self.decay + (x @ self.weight.T).to(level.dtype)
+
+    return faults
+
+
+class ComplexState(NamedTuple):
+    level: Tensor
+    phase: Tensor
+    position: Tensor
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_a_block_that_breaks_one_law_is_caught_under_its_name(leaky, law):
+    faults = [cls for broken, cls in break_laws(leaky) if broken == law]
+    assert faults
+    for cls in faults:
+        with catalogue.scratch():
+            catalogue.register("broken")(cls)
+            with pytest.raises(LawError, match=f"law '{law}': ") as caught:
+                check_block("broken", **QUICK)
+        assert caught.value.law == law, cls
+
+
+def test_a_state_that_grows_must_say_so(leaky):
+    class Hoards(Block):
+        def init_state(self, batch_size):
+            return (torch.zeros(batch_size, 0, self.dim),)
+
+        def forward(self, x, state=None, *, mask=None):
+            seen = torch.cat([self.init_state(x.shape[0])[0] if state is None else state[0], x], dim=1)
+            return x, (seen,)
+
+    catalogue.register("hoards")(Hoards)
+    with pytest.raises(LawError, match="grows"):
+        check_block("hoards", laws=["endurance"], **QUICK)
+    Hoards.grows = True
+    check_block("hoards", laws=["endurance"], **QUICK)
+
+
+def test_an_error_names_shapes_and_the_largest_difference(leaky):
+    faults = dict(break_laws(leaky))
+    catalogue.register("broken")(faults["mask"])
+    with pytest.raises(LawError, match=r"law 'mask': .*masked tokens, \[.*\]: largest difference 0.001") as caught:
+        check_block("broken", **QUICK)
+    assert caught.value.difference == pytest.approx(1e-3)
+
+
+def test_the_block_s_own_exception_is_reported_under_the_law(leaky):
+    class Refuses(leaky):
+        def forward(self, x, state=None, *, mask=None):
+            if mask is not None:
+                raise RuntimeError("no masks here")
+            return super().forward(x, state)
+
+    catalogue.register("refuses")(Refuses)
+    with pytest.raises(LawError, match="law 'mask': raised RuntimeError: no masks here"):
+        check_block("refuses", dim=8, laws=["mask"])
+
+
+def test_randomising_reveals_what_zeros_hide(leaky):
+    class ZeroInitialised(leaky):
+        """Its fault is multiplied by a parameter that starts at zero."""
+
+        def __init__(self, dim: int) -> None:
+            super().__init__(dim)
+            self.late = torch.nn.Parameter(torch.empty(dim))
+
+        def reset_parameters(self):
+            super().reset_parameters()
+            torch.nn.init.zeros_(self.late)
+
+        def forward(self, x, state=None, *, mask=None):
+            y, after = super().forward(x, state, mask=mask)
+            return y + self.late * (state is None), after
+
+    catalogue.register("zero")(ZeroInitialised)
+    with pytest.raises(LawError, match="law 'split'"):
+        check_block("zero", dim=8, laws=["split"])

@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from wrong_recipes import HEAD, PLAIN, WRONG, with_layer
+
+from titans_build.recipes import Recipe, load_recipe, packaged_names
+from titans_build.recipes.recipe import check_recipe
+from titans_build.registry import RecipeError
+
+NESTED = HEAD + """
+layers:
+  mac:
+    - {type: context, segment: 16, persistent: 2, memory: {type: memory, chunk: 4}}
+    - ffn
+  mal: [{type: persistent, tokens: 2, of: [memory, {type: attention, window: 8}]}, ffn]
+stack: [{repeat: 2, of: [mal, {repeat: 3, of: [mac]}]}, mal]
+"""
+
+
+def test_what_is_left_out_is_filled_in():
+    recipe = load_recipe(PLAIN)
+    assert (recipe.version, recipe.dim, recipe.vocab, recipe.tie, recipe.name) == (1, 64, 256, False, None)
+    attention, ffn = recipe.layers["plain"]
+    assert attention["type"] == "attention" and attention["heads"] == 4
+    assert ffn["type"] == "ffn"
+
+
+def test_the_stack_is_written_out():
+    recipe = load_recipe(NESTED)
+    assert recipe.expand() == ["mal", "mac", "mac", "mac"] * 2 + ["mal"]
+    assert recipe.depth == 9
+
+
+@pytest.mark.parametrize("source", [PLAIN, NESTED, *packaged_names()], ids=lambda s: s if len(s) < 40 else None)
+def test_a_recipe_survives_yaml_and_json(source: str):
+    recipe = load_recipe(source)
+    assert load_recipe(recipe.to_yaml()) == recipe
+    assert load_recipe(recipe.to_json()) == recipe
+    assert load_recipe(recipe.to_dict()) == recipe
+    assert load_recipe(recipe) == recipe
+    assert load_recipe(recipe.to_yaml()).to_yaml() == recipe.to_yaml()
+    assert json.loads(recipe.to_json()) == yaml.safe_load(recipe.to_yaml()) == recipe.to_dict()
+
+
+def test_the_fingerprint_is_the_models_and_not_the_names():
+    recipe = load_recipe(NESTED)
+    assert load_recipe(NESTED + "name: other\n").fingerprint == recipe.fingerprint
+    unrolled = load_recipe(NESTED, {"stack": recipe.expand()})
+    assert unrolled != recipe and unrolled.fingerprint == recipe.fingerprint
+    assert load_recipe(NESTED, {"layers.mac.0.segment": 8}).fingerprint != recipe.fingerprint
+    assert load_recipe(NESTED, {"dim": 128}).fingerprint != recipe.fingerprint
+
+
+@pytest.mark.parametrize(("name", "text", "fragment"), WRONG, ids=[name for name, _, _ in WRONG])
+def test_wrong_recipes_are_refused(name: str, text: str | bytes, fragment: str, tmp_path: Path):
+    path = tmp_path / "wrong.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    start = time.perf_counter()
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert time.perf_counter() - start < 2
+    message = str(caught.value)
+    assert fragment in message
+    headline, *lines = message.split("\n")
+    assert headline.startswith(f"{path}: {len(caught.value.problems)} problem")
+    assert 1 <= len(lines) <= 21 and all(line.startswith("  ") for line in lines)
+    assert message.replace("\n", "").isprintable() and len(message) < 10_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux alone")
+def test_wrong_recipes_cost_little_memory(tmp_path: Path):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _, text, _ in WRONG:
+        path = tmp_path / "wrong.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        with pytest.raises(RecipeError):
+            load_recipe(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024
+
+
+def test_all_problems_of_a_file_are_reported_at_once():
+    text = """
+version: 1
+dim: 63
+vocab: -1
+layers:
+  mac: [{type: context, segmnt: 3, memory: {type: memory, depht: 2}}, fnn]
+  spare: [{type: attention, heads: 4}]
+stack: [mca]
+extra: 1
+"""
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(text)
+    assert {problem.path for problem in caught.value.problems} == {
+        "vocab",
+        "layers.mac",
+        "layers.mac.0.segmnt",
+        "layers.mac.0.memory.depht",
+        "layers.mac.1",
+        "layers.spare",
+        "layers.spare.0.heads",
+        "stack.0",
+        "extra",
+        *(problem.path for problem in caught.value.problems if problem.path == "layers.mac.0.attend.heads"),
+        *(problem.path for problem in caught.value.problems if problem.path == "layers.mac.0.memory.heads"),
+    }
+
+
+def test_a_list_keeps_its_paths():
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(with_layer("[{type: persistent, of: [memory, {type: attention, windw: 8}]}]"))
+    assert [problem.path for problem in caught.value.problems] == ["layers.mac.0.of.1.windw"]
+
+
+@pytest.mark.parametrize("data", [None, 3, [], "x", {}, {"version": 1}])
+def test_data_that_is_no_recipe(data: Any):
+    with pytest.raises(RecipeError):
+        check_recipe(data)
+
+
+def test_only_plain_data_makes_a_recipe():
+    data = load_recipe(PLAIN).to_dict()
+    data["layers"]["plain"][0] = object()
+    data["dim"] = 2**70
+    data[3] = 4
+    data["name"] = {"a", "b"}
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(data)
+    assert len(caught.value.problems) == 4
+    loop: dict[str, Any] = {}
+    loop["loop"] = loop
+    with pytest.raises(RecipeError, match="nested more than"):
+        load_recipe(loop)
+
+
+def test_what_is_given_is_not_modified():
+    data = {"version": 1, "dim": 64, "layers": {"a": ["memory", "ffn"]}, "stack": ["a"]}
+    before = json.dumps(data)
+    recipe = load_recipe(data, {"layers.a.0.depth": 3, "stack.0": "a"})
+    assert json.dumps(data) == before
+    recipe.to_dict()["layers"]["a"].clear()
+    assert len(recipe.layers["a"]) == 2
+
+
+class TestImports:
+    MODULE = """
+from titans_build import Block, register
+@register("{name}")
+class Mine(Block):
+    def forward(self, x, state=None, *, mask=None):
+        return x, None
+"""
+
+    def write(self, folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str | None = None) -> str:
+        (folder / f"{name}.py").write_text(self.MODULE.format(name=name) if text is None else text)
+        monkeypatch.syspath_prepend(str(folder))
+        return f"imports: [{name}]\n" + with_layer(f"[{name}]")
+
+    def test_allowed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        recipe = load_recipe(self.write(tmp_path, monkeypatch, "mine_allowed"), allow_imports=True)
+        assert recipe.layers["mac"] == [{"type": "mine_allowed"}]
+        assert recipe.imports == ["mine_allowed"]
+        assert load_recipe(recipe.to_yaml(), allow_imports=True) == recipe
+
+    def test_not_allowed_runs_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        text = self.write(tmp_path, monkeypatch, "mine_refused")
+        with pytest.raises(RecipeError, match="allow_imports"):
+            load_recipe(text)
+        assert "mine_refused" not in sys.modules
+
+    def test_a_module_that_fails(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        text = self.write(tmp_path, monkeypatch, "mine_broken", "import nothing_of_this_name")
+        with pytest.raises(RecipeError, match=r"imports.0: cannot import mine_broken: ModuleNotFoundError"):
+            load_recipe(text, allow_imports=True)
+
+
+def test_recipes_are_values():
+    assert isinstance(load_recipe(PLAIN), Recipe)
+    assert load_recipe(PLAIN) == load_recipe(PLAIN)
+    with pytest.raises(AttributeError):
+        load_recipe(PLAIN).dim = 3  # type: ignore[misc]

@@ -1,0 +1,40 @@
+"""``titans-build kernels``: how every operation would run on a device, and why a faster way is not taken."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from rich.text import Text
+
+from ..kernels import dispatch
+from .options import add_placement, placement
+from .terminal import columns, say, say_json
+
+SUMMARY = "Show every operation, its backends, which one is taken, and why the others are not."
+EXAMPLES = (
+    "titans-build kernels",
+    "titans-build kernels --device cuda --dtype bfloat16",
+    f"{dispatch.VARIABLE}=attention=reference titans-build kernels",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_placement(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    device, dtype = placement(arguments)
+    rows = dispatch.table(device.type, dtype)
+    if arguments.json:
+        say_json({"device": str(device), "dtype": arguments.dtype, "operations": [row._asdict() for row in rows]})
+        return 0
+    table = columns("operation", "backend", "", "why not")
+    previous = ""
+    for row in rows:
+        state = ("taken", "bold green") if row.chosen else ("available", "") if row.available else ("refused", "yellow")
+        table.add_row(row.operation if row.operation != previous else "", row.backend, Text(*state), row.reason)
+        previous = row.operation
+    setting = os.environ.get(dispatch.VARIABLE)
+    say(f"on {device} in {arguments.dtype}" + (f", with {dispatch.VARIABLE}={setting}" if setting else ""), "", table)
+    return 0

@@ -1,0 +1,209 @@
+"""What a model is made of and what each part costs: the tree behind the table and the diagram."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..blocks.block import Block
+from ..blocks.language_model import LanguageModel
+from ..blocks.state import State, nbytes
+from ..recipes import Recipe
+
+LENGTH = 2048
+"""Tokens that FLOPs are averaged over: what a window, a chunk or a segment costs depends on how full it is."""
+
+
+@dataclass
+class Part:
+    """A block of the model, or one of the few things around the blocks. Figures include the parts inside."""
+
+    label: str
+    """The field of the enclosing block that holds it, such as ``memory`` or ``branches.0``; or a layer's name."""
+    type: str
+    """The block's registered name."""
+    fields: dict[str, Any]
+    """What the recipe says about it, blocks inside left out."""
+    parameters: int
+    flops: int
+    """For ``LENGTH`` tokens of one row."""
+    state_bytes: int
+    """For one row."""
+    state: dict[str, int] = field(default_factory=dict)
+    """Bytes of each named part of the state."""
+    grows: bool = False
+    count: int = 1
+    """How often the stack has it; the figures are those of one."""
+    parts: list[Part] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "label": self.label,
+            "type": self.type,
+            "count": self.count,
+            "parameters": self.parameters,
+            "flops_per_token": self.flops / LENGTH,
+            "state_bytes_per_row": self.state_bytes,
+            "state_grows": self.grows,
+            "fields": self.fields,
+            "parts": [part.to_dict() for part in self.parts],
+        }
+
+
+@dataclass
+class Survey:
+    """Every part once, and the sums over the whole model."""
+
+    parts: list[Part]
+    parameters: int
+    flops: int
+    state_bytes: int
+    grows: bool
+    depth: int
+
+
+def survey(model: LanguageModel, recipe: Recipe) -> Survey:
+    """Take stock of a model that ``build`` made from ``recipe``. Layers of one name are alike and counted together."""
+    names = recipe.expand()
+    parts = []
+    if model.embedding is not None:
+        parts.append(Part("embedding", "", {"vocab": model.vocab}, model.embedding.numel(), 0, 0))
+    for name, count in Counter(names).items():
+        part = survey_layer(model.layers[names.index(name)], name, recipe)  # type: ignore[arg-type]
+        part.count = count
+        parts.append(part)
+    parts.append(Part("norm", "rms_norm", {}, _parameters(model.norm), model.norm.flops(LENGTH), 0))
+    if model.vocab is not None:
+        own = 0 if model.head is None else model.head.numel()
+        parts.append(Part("head", "", {"tied": model.head is None}, own, 2 * model.dim * model.vocab * LENGTH, 0))
+    found = Survey(
+        parts,
+        parameters=sum(part.parameters * part.count for part in parts),
+        flops=sum(part.flops * part.count for part in parts),
+        state_bytes=sum(part.state_bytes * part.count for part in parts),
+        grows=model.grows,
+        depth=len(names),
+    )
+    # the parts are counted one by one; the model counts itself as a whole
+    assert found.parameters == _parameters(model), (found.parameters, _parameters(model))
+    assert found.flops == model.flops(LENGTH), (found.flops, model.flops(LENGTH))
+    return found
+
+
+def survey_layer(layer: Block, name: str, recipe: Recipe) -> Part:
+    """One layer of the stack and everything inside."""
+    with torch.no_grad():
+        states = _states(layer)
+    return _part(layer, name, {"type": "layer", "blocks": recipe.layers[name]}, _shares_of_flops(layer), states)
+
+
+def _shares_of_flops(layer: Block) -> dict[Block, int]:
+    """What every block adds to the FLOPs of the layer around it.
+
+    How often a block runs, and on how many tokens, only the block around it knows. A block's share is therefore
+    what the layer's answer loses when the block answers zero.
+    """
+    whole = layer.flops(LENGTH)
+    shares = {layer: whole}
+    for block in _blocks(layer):
+        if block is not layer:
+            block.flops = lambda length: 0  # type: ignore[method-assign]
+            try:
+                shares[block] = whole - layer.flops(LENGTH)
+            finally:
+                del block.flops
+    return shares
+
+
+def _states(layer: Block) -> dict[Block, State]:
+    """The fresh one-row state of every block, as it is inside the layer: after persistent tokens, if there are any."""
+    states: dict[Block, State] = {}
+    asked: list[Block] = []
+
+    def listen(block: Block) -> None:
+        def note(ask: Callable[..., Any], state_of: Callable[[Any], State]) -> Callable[..., Any]:
+            def answer(*arguments: Any) -> Any:
+                # a block may answer by asking itself something else: what its parent gets is what counts
+                outermost = block not in asked
+                asked.append(block)
+                try:
+                    result = ask(*arguments)
+                finally:
+                    asked.pop()
+                if outermost:
+                    states[block] = state_of(result)
+                return result
+
+            return answer
+
+        block.init_state = note(block.init_state, lambda state: state)  # type: ignore[method-assign]
+        block.prefix = note(block.prefix, lambda answer: answer[1])  # type: ignore[method-assign]
+
+    blocks = _blocks(layer)
+    for block in blocks:
+        listen(block)
+    try:
+        layer.init_state(1)
+    finally:
+        for block in blocks:
+            del block.init_state, block.prefix
+    return states
+
+
+def _blocks(layer: Block) -> list[Block]:
+    return [module for module in layer.modules() if isinstance(module, Block)]
+
+
+def _part(block: Block, label: str, node: Any, flops: dict[Block, int], states: dict[Block, State]) -> Part:
+    node = node if isinstance(node, dict) else {"type": type(block).__name__}
+    state = states.get(block)
+    names = getattr(state, "_fields", ())
+    return Part(
+        label=label,
+        type=node["type"],
+        fields={key: value for key, value in node.items() if key != "type" and not _holds_blocks(value)},
+        parameters=_parameters(block),
+        flops=flops[block],
+        state_bytes=nbytes(state),
+        state={name: nbytes(child) for name, child in zip(names, state or ())},
+        grows=block.grows,
+        parts=[_part(child, path, _at(node, path), flops, states) for path, child in _children(block)],
+    )
+
+
+def _children(module: nn.Module, path: str = "") -> Iterator[tuple[str, Block]]:
+    """The blocks directly inside, through containers such as ``ModuleList``; norms of a layer are the layer's own."""
+    for name, child in module.named_children():
+        here = f"{path}.{name}" if path else name
+        if isinstance(child, Block):
+            if not here.startswith("norms."):
+                yield here, child
+        else:
+            yield from _children(child, here)
+
+
+def _at(node: Any, path: str) -> Any:
+    """What the recipe says at ``path`` inside a block, if blocks are stored under their fields' names."""
+    for key in path.split("."):
+        if isinstance(node, list) and key.isdigit() and int(key) < len(node):
+            node = node[int(key)]
+        elif isinstance(node, dict) and key in node:
+            node = node[key]
+        else:
+            return None
+    return node
+
+
+def _holds_blocks(value: Any) -> bool:
+    if isinstance(value, list):
+        return any(map(_holds_blocks, value))
+    return isinstance(value, dict) and "type" in value
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,193 @@
+"""A model tried on real bytes: does it learn, is streaming the same as one pass, how fast is it, what does it say."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..blocks.language_model import LanguageModel
+from .terminal import UsageError
+
+BYTES = 256
+"""Token ids are byte values."""
+
+ROWS, LENGTH = 4, 256
+"""Rows and bytes per row that are trained on; a shorter text gives shorter rows."""
+STEPS, RATE = 8, 3e-3
+STREAM = 512
+"""Bytes of the comparison between one pass and pieces."""
+CUTS = (1, 7, 64, 3, 129, 1)
+"""Piece lengths, over and over: single bytes, and no multiple of any usual chunk, segment or window."""
+NEW = 64
+"""Bytes generated."""
+
+ALLOWED = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 2e-2}
+"""Largest difference between streaming and one pass, over the largest logit. Sums are rounded in another order; a
+mistake in a state shows as a difference of the order of the logits themselves."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What came out. Speeds are tokens per second of one row; bits are per byte, on the bytes trained on."""
+
+    STAGES: ClassVar[int] = STEPS + 4
+
+    bytes_read: int
+    rows: int
+    length: int
+    steps: int
+    bits_before: float
+    bits_after: float
+    learns: bool
+    cuts: list[int]
+    difference: float
+    scale: float
+    allowed: float
+    streams: bool
+    prefill: float
+    decode: float
+    generated: str
+
+    @property
+    def fault(self) -> str:
+        """What is wrong, or an empty string."""
+        faults = []
+        if not self.learns:
+            faults.append(f"training did not lower the loss: {self.bits_before:.3f} -> {self.bits_after:.3f} bits per byte")
+        if not self.streams:
+            faults.append(f"streaming differs from one pass by {self.difference:.2e} (allowed {self.allowed:.0e})")
+        return "; ".join(faults)
+
+    def to_dict(self) -> dict[str, object]:
+        # NaN and infinity have no place in JSON
+        return {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in dataclasses.asdict(self).items()
+        }
+
+
+def read_bytes(path: str) -> bytes:
+    """The start of a file, as much as a trial can use. Raises ``UsageError`` when there is too little or none."""
+    try:
+        with open(path, "rb") as file:
+            text = file.read(ROWS * (LENGTH + 1))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--try {path}: {getattr(error, 'strerror', None) or error}") from None
+    if len(text) < 2 * ROWS:
+        raise UsageError(f"--try {path}: {len(text)} bytes are too few to try a model on; {2 * ROWS} or more are needed")
+    return text
+
+
+def try_out(model: LanguageModel, text: bytes, advance: Callable[[], None] = lambda: None) -> Trial:
+    """Train ``model`` a little on ``text`` (in place), and examine it. ``advance`` is called ``STAGES`` times."""
+    device = next(model.parameters()).device
+    tokens = torch.tensor(list(text), dtype=torch.int64, device=device)
+    length = len(text) // ROWS - 1
+    batch = tokens[: ROWS * (length + 1)].view(ROWS, length + 1)
+    before, after = _train(model, batch, advance)
+    stream = tokens[None, :STREAM]
+    # the first run also warms up what the second is timed on
+    whole, _ = _timed(device, lambda: _logits(model, stream))
+    advance()
+    again, seconds = _timed(device, lambda: _logits(model, stream))
+    advance()
+    cuts = _cuts(stream.shape[1])
+    difference = float((_stream(model, stream, cuts) - whole).abs().max())
+    scale = float(whole.abs().max())
+    allowed = ALLOWED[next(model.parameters()).dtype] * scale
+    advance()
+    generated, decode = _generate(model, stream[:, -64:])
+    advance()
+    return Trial(
+        bytes_read=len(text),
+        rows=ROWS,
+        length=length,
+        steps=STEPS,
+        bits_before=before,
+        bits_after=after,
+        learns=math.isfinite(after) and after < before,
+        cuts=cuts,
+        difference=difference,
+        scale=scale,
+        allowed=allowed,
+        streams=difference <= allowed,
+        prefill=again.shape[1] / seconds,
+        decode=decode,
+        generated=generated,
+    )
+
+
+def _train(model: LanguageModel, batch: Tensor, advance: Callable[[], None]) -> tuple[float, float]:
+    """Bits per byte before and after a few steps on ``batch`` [rows, length + 1]."""
+    inputs, targets = batch[:, :-1], batch[:, 1:]
+    # Adam's epsilon must be a number of the weights' type: 1e-8 is zero in float16
+    epsilon = max(1e-8, torch.finfo(next(model.parameters()).dtype).smallest_normal)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, eps=epsilon)
+    before = math.nan
+    for step in range(STEPS):
+        loss = model(inputs, targets=targets).loss
+        if step == 0:
+            before = _bits(loss)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        advance()
+    with torch.no_grad():
+        after = _bits(model(inputs, targets=targets).loss)
+    return before, after
+
+
+def _bits(loss: Tensor) -> float:
+    return loss.item() / math.log(2)
+
+
+@torch.no_grad()
+def _logits(model: LanguageModel, tokens: Tensor) -> Tensor:
+    logits: Tensor = model(tokens).logits
+    return logits
+
+
+@torch.no_grad()
+def _stream(model: LanguageModel, tokens: Tensor, cuts: list[int]) -> Tensor:
+    state, logits = None, []
+    for piece in tokens.split(cuts, dim=1):
+        out = model(piece, state)
+        state = out.state
+        logits.append(out.logits)
+    return torch.cat(logits, dim=1)
+
+
+def _cuts(length: int) -> list[int]:
+    cuts: list[int] = []
+    while sum(cuts) < length:
+        cuts.append(min(CUTS[len(cuts) % len(CUTS)], length - sum(cuts)))
+    return cuts
+
+
+def _generate(model: LanguageModel, prompt: Tensor) -> tuple[str, float]:
+    """A few bytes after ``prompt``, and how many come per second once it is read."""
+    start = model.generate(prompt, 1, temperature=0.8, top_k=40, seed=0)
+    go_on = lambda: model.generate(  # noqa: E731
+        prompt[:, :0], NEW, state=start.state, logits=start.logits, temperature=0.8, top_k=40, seed=0
+    )
+    generation, seconds = _timed(prompt.device, go_on)
+    new = [start.tokens[0, -1].item(), *generation.tokens[0].tolist()]
+    # a model with a larger vocabulary may say what is no byte
+    return bytes(min(int(token), BYTES - 1) for token in new).decode("utf-8", errors="replace"), NEW / seconds
+
+
+def _timed(device: torch.device, work: Callable[[], Any]) -> tuple[Any, float]:
+    """The result of ``work`` and the seconds it took, to the end of what it started on the device."""
+    started = time.perf_counter()
+    result = work()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    return result, time.perf_counter() - started
