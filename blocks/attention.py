@@ -85,7 +85,7 @@ class Attention(Block):
         if dim % heads:
             yield "heads", f"expected a divisor of the width {dim}, got {heads}"
         elif fields["rope"] is not None and dim // heads % 2:
-            yield "rope", f"rotation needs heads of even width, got {dim} / {heads} = {dim // heads}; rope: null turns it off"
+            yield "rope", f"expected null, or heads of even width: {dim} / {heads} = {dim // heads}"
 
     def bound(self, tokens: int) -> None:
         if tokens < 1:
@@ -130,6 +130,8 @@ class Attention(Block):
         fresh = state is None
         if state is None:
             state = self.init_state(rows)
+        if time == 0:  # nothing but padding
+            return x, state
         plain, k, v = self._project(x)
         q = plain[:, :, : self.heads]
         prefix = None
@@ -158,9 +160,7 @@ class Attention(Block):
             plain = rms_norm(plain, self.gain)
         return plain, plain[:, :, self.heads :], v
 
-    def _advance(
-        self, state: AttentionState, k: Tensor, v: Tensor, length: Tensor | None, time: int
-    ) -> AttentionState:
+    def _advance(self, state: AttentionState, k: Tensor, v: Tensor, length: Tensor | None, time: int) -> AttentionState:
         """The state after ``k`` and ``v``, the last ``time`` of which are new; ``length`` as in :meth:`_run`."""
         read = time if length is None else length
         cached = state.cached + read

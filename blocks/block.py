@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -68,7 +69,14 @@ class Block(nn.Module):
             return nbytes(self.init_state(1))
 
 
-def _reset_own(module: nn.Module) -> None:
+class Blocks(nn.ModuleList):
+    """Child blocks, in order. A ``ModuleList`` that type checkers know to hold blocks."""
+
+    def __iter__(self) -> Iterator[Block]:
+        return super().__iter__()  # type: ignore[return-value]
+
+
+def _reset_own(module: Any) -> None:
     if isinstance(module, Block):
         return
     if hasattr(module, "reset_parameters"):
@@ -91,15 +99,17 @@ def materialise(module: nn.Module, device: torch.device | str, dtype: torch.dtyp
             if tensor.is_floating_point():
                 tensor.fill_(float("nan"))
     devices: list[Any] = []
+    owners: list[Any] = [child for child in module.modules() if isinstance(child, Block) or child is module]
     with torch.random.fork_rng(devices, enabled=seed is not None), torch.no_grad():
         if seed is not None:
             torch.manual_seed(seed)
-        for child in module.modules():
-            if isinstance(child, Block) or child is module:
-                child.reset_parameters()
+        for owner in owners:
+            owner.reset_parameters()
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if tensor.is_floating_point() and tensor.isnan().any():
-            raise RuntimeError(f"{name} {list(tensor.shape)} was left uninitialised: set it in its block's reset_parameters")
+            raise RuntimeError(
+                f"{name} {list(tensor.shape)} was left uninitialised: set it in its block's reset_parameters"
+            )
     module.to(device=device, dtype=dtype)
 
 

@@ -9,9 +9,14 @@ from .block import Block, materialise
 
 
 def build_block(
-    spec: Spec, *, dim: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, seed: int | None = 0
+    spec: Spec,
+    *,
+    dim: int,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int | None = 0,
 ) -> Block:
-    """The block that ``spec`` describes (a name, ``{"type": name, ...}`` or a list, which is a chain), of width ``dim``.
+    """The block of width ``dim`` that ``spec`` describes: a name, ``{"type": name, ...}``, or a list, which is a chain.
 
     The same ``seed`` gives the same parameters on every device; ``seed=None`` draws from the global generator.
     Raises ``RecipeError`` naming everything that is wrong with ``spec``, and ``TypeError`` for a built block.

@@ -6,10 +6,10 @@ import math
 from typing import Annotated
 
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..registry import Spec, create, register
-from .block import Block
+from .block import Block, Blocks
 from .state import State
 
 
@@ -24,7 +24,7 @@ class Chain(Block):
         self, dim: int, *, of: Annotated[list[Spec], Field(min_length=1, description="the blocks, first to last")]
     ) -> None:
         super().__init__(dim)
-        self.of = nn.ModuleList(create(spec, dim=dim) for spec in of)
+        self.of = Blocks(create(spec, dim=dim) for spec in of)
         self.period = math.lcm(*(block.period for block in self.of))
         self.grows = any(block.grows for block in self.of)
 
@@ -33,7 +33,9 @@ class Chain(Block):
 
     def forward(self, x: Tensor, state: State = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
         states = []
-        for block, before in zip(self.of, state if state is not None else [None] * len(self.of)):
+        if state is None:
+            state = [None] * len(self.of)
+        for block, before in zip(self.of, state):
             x, after = block(x, before, mask=mask)
             states.append(after)
         return x, tuple(states)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -71,9 +70,11 @@ class Context(Block):
         attend: Annotated[Spec, Field(description="any causal block; starts anew at every segment")] = "attention",
         write: Annotated[
             Literal["attended", "inputs"],
-            Field(description="what is written: attention's outputs (the paper's), or the inputs (segments in parallel)"),
+            Field(description="what is written: attention's outputs (the paper's), or inputs (segments in parallel)"),
         ] = "attended",
-        form: Annotated[Form, Field(description="norm(y) * sigmoid(norm(m)), * silu(norm(m)), or + norm(m)")] = "sigmoid",
+        form: Annotated[
+            Form, Field(description="norm(y) times sigmoid or silu of norm(m), or plus norm(m)")
+        ] = "sigmoid",
     ) -> None:
         super().__init__(dim)
         self.segment = segment

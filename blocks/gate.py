@@ -13,7 +13,7 @@ from torch.nn.functional import silu
 from ..kernels.gate import gate
 from ..kernels.normalisation import rms_norm
 from ..registry import Spec, create, register
-from .block import Block
+from .block import Block, Blocks
 from .state import State
 
 Form = Literal["sigmoid", "silu", "sum"]
@@ -61,10 +61,12 @@ class Gate(Block):
         branches: Annotated[
             list[Spec], Field(min_length=2, max_length=2, description="the block that is gated, and the one that gates")
         ],
-        form: Annotated[Form, Field(description="norm(a) * sigmoid(norm(b)), * silu(norm(b)), or + norm(b)")] = "sigmoid",
+        form: Annotated[
+            Form, Field(description="norm(a) times sigmoid or silu of norm(b), or plus norm(b)")
+        ] = "sigmoid",
     ) -> None:
         super().__init__(dim)
-        self.branches = nn.ModuleList(create(spec, dim=dim) for spec in branches)
+        self.branches = Blocks(create(spec, dim=dim) for spec in branches)
         self.gate = Gating(dim, form)
         self.period = math.lcm(*(block.period for block in self.branches))
         self.grows = any(block.grows for block in self.branches)

@@ -77,7 +77,12 @@ def generate(
 
 @torch.no_grad()
 def read_prompt(
-    model: LanguageModel, tokens: Tensor, state: State = None, *, mask: Tensor | None = None, logits: Tensor | None = None
+    model: LanguageModel,
+    tokens: Tensor,
+    state: State = None,
+    *,
+    mask: Tensor | None = None,
+    logits: Tensor | None = None,
 ) -> tuple[Tensor, State]:
     """Read a prompt; return the prediction ``[batch, vocab]`` of the token after each row's last, and the state.
 
@@ -92,7 +97,7 @@ def read_prompt(
     present = torch.full((rows,), time > 0, device=tokens.device) if mask is None else mask.any(dim=1)
     absent = (~present).nonzero().flatten().tolist()
     if absent and logits is None:
-        raise ValueError(f"tokens: row {absent[0]} has no real token to go on from, and no logits were given in its place")
+        raise ValueError(f"tokens: row {absent[0]} has no real token to go on from, and no logits were given")
     if logits is not None and tuple(logits.shape) != (rows, model.vocab):
         raise ValueError(f"logits: expected [batch, vocab] = {[rows, model.vocab]}, got {list(logits.shape)}")
     hidden, state = model.run(x, state, mask)
@@ -110,9 +115,7 @@ def read_prompt(
 
 
 @torch.no_grad()
-def steps(
-    model: LanguageModel, logits: Tensor, state: State, sampler: Sampler, count: int
-) -> Iterator[Step]:
+def steps(model: LanguageModel, logits: Tensor, state: State, sampler: Sampler, count: int) -> Iterator[Step]:
     """Yield ``count`` new tokens one at a time, for a caller that shows them as they come or stops early."""
     for _ in range(count):
         token = sampler(logits)

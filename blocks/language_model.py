@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, embedding, linear
 
 from ..registry import Spec
+from .block import Blocks
 from .generation import Generation, generate
 from .layer import Layer
 from .normalisation import RMSNorm
@@ -56,7 +57,7 @@ class LanguageModel(nn.Module):
         self.dim = dim
         self.vocab = vocab
         self.embedding = None if vocab is None else nn.Parameter(torch.empty(vocab, dim))
-        self.layers = nn.ModuleList(Layer(dim, of=blocks) for blocks in layers)
+        self.layers = Blocks(Layer(dim, of=blocks) for blocks in layers)
         self.norm = RMSNorm(dim)
         self.head = None if vocab is None or tie else nn.Parameter(torch.empty(vocab, dim))
         self._fresh: tuple[torch.device, torch.dtype, dict[str, Tensor]] | None = None
@@ -116,7 +117,7 @@ class LanguageModel(nn.Module):
         if embeddings is not None and check_finite:
             finite = embeddings.isfinite().all(dim=-1)
             if not bool((finite if mask is None else finite | ~mask).all()):
-                raise ValueError("embeddings hold NaN or infinity at real tokens (check_finite=False lets them through)")
+                raise ValueError("embeddings hold NaN or infinity at real tokens (check_finite=False allows it)")
         if targets is not None:
             self._check_targets(targets, (rows, time))
         if state is not None:
@@ -177,9 +178,7 @@ class LanguageModel(nn.Module):
         logits: Tensor | None = None,
     ) -> Generation:
         """Continue ``tokens`` [batch, time] by ``max_new_tokens`` tokens: see ``generation.generate``."""
-        return generate(
-            self, tokens, max_new_tokens, state, temperature, top_k, top_p, seed, mask=mask, logits=logits
-        )
+        return generate(self, tokens, max_new_tokens, state, temperature, top_k, top_p, seed, mask=mask, logits=logits)
 
     def flops(self, length: int) -> int:
         """Forward FLOPs (a multiply-add is 2) for one row of ``length`` tokens from a fresh state."""
@@ -192,7 +191,7 @@ class LanguageModel(nn.Module):
             return nbytes(self.init_state(1))
 
     def check_mask(self, mask: Tensor, shape: tuple[int, int]) -> None:
-        """Raise ``TypeError`` or ``ValueError`` unless ``mask`` is a bool tensor of this shape on the model's device."""
+        """Raise ``TypeError`` or ``ValueError`` unless ``mask`` is bool, of this shape, on the model's device."""
         self._check("mask", mask, torch.bool, shape)
 
     def check_state(self, state: ModelState, rows: int) -> None:
@@ -208,18 +207,22 @@ class LanguageModel(nn.Module):
                 raise ValueError(f"the state is of another model: it {whose} {path}")
         for path, tensor in given.items():
             fresh = expected[path]
-            if tensor.dim() != fresh.dim() or tensor.shape[2:] != fresh.shape[2:] or (
-                # what grows, grows along dimension 1
-                tensor.shape[1:2] != fresh.shape[1:2] and not self.grows
+            if (
+                tensor.dim() != fresh.dim()
+                or tensor.shape[2:] != fresh.shape[2:]
+                or (
+                    # what grows, grows along dimension 1
+                    tensor.shape[1:2] != fresh.shape[1:2] and not self.grows
+                )
             ):
                 want = ["batch", *fresh.shape[1:]]
                 raise ValueError(f"the state is of another model: {path} is {list(tensor.shape)}, expected {want}")
             if tensor.shape[0] != rows:
                 raise ValueError(f"the state has {tensor.shape[0]} rows ({path}), the inputs have {rows}")
             if tensor.dtype != fresh.dtype:
-                raise TypeError(f"state: {path} is {tensor.dtype}, this model keeps {fresh.dtype}: state.to(dtype=...)")
+                raise TypeError(f"state: {path} is {tensor.dtype}, this model keeps it in {fresh.dtype}")
             if tensor.device != fresh.device:
-                raise ValueError(f"the state is on {tensor.device} ({path}), the model on {fresh.device}: state.to(device)")
+                raise ValueError(f"the state is on {tensor.device} ({path}), the model is on {fresh.device}: move one")
 
     def _fresh_tensors(self) -> dict[str, Tensor]:
         """Tensors of a fresh one-row state, to compare with; made once for each device and dtype of the model."""
@@ -227,7 +230,10 @@ class LanguageModel(nn.Module):
         if self._fresh is None or self._fresh[:2] != (weight.device, weight.dtype):
             with torch.no_grad():
                 # only what they are is kept, not their memory
-                tensors = {path: tensor.new_empty(1).expand(tensor.shape) for path, tensor in named_tensors(self.init_state(1))}
+                tensors = {
+                    path: tensor.new_empty(()).expand(tensor.shape)
+                    for path, tensor in named_tensors(self.init_state(1))
+                }
             self._fresh = (weight.device, weight.dtype, tensors)
         return self._fresh[2]
 
@@ -252,7 +258,7 @@ class LanguageModel(nn.Module):
 
     def _check_targets(self, targets: Tensor, shape: tuple[int, int]) -> None:
         if self.vocab is None:
-            raise ValueError("targets need a vocabulary, and this model has none (vocab: null)")
+            raise ValueError("this model has no vocabulary (vocab: null), so it takes no targets")
         self._check("targets", targets, torch.int64, shape)
         self._check_range("targets", targets, IGNORED)
 

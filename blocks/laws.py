@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -93,8 +94,8 @@ class Subject:
         self.tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 2e-2)
         self.largest = 0.0
         if isinstance(block, nn.Module):
-            self.dim = int(block.dim)  # type: ignore[arg-type]
-            initial = copy.deepcopy(block)
+            initial: Any = copy.deepcopy(block)
+            self.dim = int(initial.dim)
         else:
             self.dim = dim
             # constructed where it will live, so that only the law about the meta device depends on that device
@@ -112,7 +113,9 @@ class Subject:
         """Tokens after which every chunk, segment and buffer has been gone through once."""
         self.length = length if length is not None else _prime(max(19, self.reach + self.reach // 2 + 5))
 
-    def run(self, x: Tensor, state: State = None, mask: Tensor | None = None, module: Any = None) -> tuple[Tensor, State]:
+    def run(
+        self, x: Tensor, state: State = None, mask: Tensor | None = None, module: Any = None
+    ) -> tuple[Tensor, State]:
         module = self.module if module is None else module
         if not isinstance(module, LanguageModel):
             return module(x, state, mask=mask)
@@ -183,15 +186,13 @@ class Subject:
     def check_rows(self, state: State, rows: int) -> None:
         for path, tensor in named_tensors(state):
             if tensor.dim() == 0 or tensor.shape[0] != rows:
-                raise LawError(
-                    "rows", f"state {path} is {list(tensor.shape)}: dimension 0 must be the batch row, of which there are {rows}"
-                )
+                raise LawError("rows", f"state {path} is {list(tensor.shape)}: dimension 0 must be the {rows} rows")
 
     def _randomise(self, module: nn.Module) -> None:
         with torch.no_grad():
-            for index, (_, parameter) in enumerate(module.named_parameters()):
+            for index, parameter in enumerate(module.parameters()):
                 scale = 0.3 * (parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 1.0)
-                parameter += scale * self.noise(*parameter.shape, salt=1000 + index, dtype=parameter.dtype)
+                parameter.add_(scale * self.noise(*parameter.shape, salt=1000 + index, dtype=parameter.dtype))
 
 
 def _purity(subject: Subject) -> None:
@@ -222,17 +223,23 @@ def _determinism(subject: Subject) -> None:
         for _ in range(2):
             x = subject.tokens(2, subject.length).requires_grad_()
             y, state = subject.run(x)
-            (y * subject.noise(*y.shape, salt=1)).sum().backward()
-            gradients = {name: p.grad for name, p in subject.module.named_parameters() if p.grad is not None}
-            runs.append((y.detach(), detach(state), {"x": x.grad, **gradients}))
-            subject.module.zero_grad(set_to_none=True)
+            runs.append((y.detach(), detach(state), _gradients(subject, x, y)))
     finally:
         torch.use_deterministic_algorithms(mode, warn_only=warn)
     subject.same("determinism", "outputs of two runs", runs[0][0], runs[1][0], 0.0)
     subject.same_state("determinism", "two runs", runs[0][1], runs[1][1], 0.0)
     for name, gradient in runs[0][2].items():
-        if gradient is not None:
-            subject.same("determinism", f"gradients of {name} in two runs", gradient, runs[1][2][name], 0.0)
+        subject.same("determinism", f"gradients of {name} in two runs", gradient, runs[1][2][name], 0.0)
+
+
+def _gradients(subject: Subject, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """Gradients of a random weighting of ``y`` at ``x`` and at every parameter; zeros where there is none."""
+    leaves = {"x": x, **dict(subject.module.named_parameters())}
+    if not y.requires_grad:
+        return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+    loss = (y * subject.noise(*y.shape, salt=1)).sum()
+    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(leaves, found))
 
 
 def _meta(subject: Subject) -> None:
@@ -272,10 +279,9 @@ def _causal(subject: Subject) -> None:
     for t in (length // 2, min(period, length - 1)):
         x = subject.tokens(2, length).requires_grad_()
         y, _ = subject.run(x)
-        earlier = y[:, :t]
-        (gradient,) = torch.autograd.grad((earlier * subject.noise(*earlier.shape, salt=3)).sum(), x)
-        ahead = gradient[:, t:]
-        subject.same("causal", f"gradient of outputs before token {t} at tokens from {t} on", ahead, torch.zeros_like(ahead))
+        ahead = _gradients(subject, x, y[:, :t])["x"][:, t:]
+        what = f"gradient of outputs before token {t} at tokens from {t} on"
+        subject.same("causal", what, ahead, torch.zeros_like(ahead))
 
 
 def _split(subject: Subject) -> None:
@@ -287,7 +293,7 @@ def _split(subject: Subject) -> None:
             pieces = [(0, cut), (cut, subject.length)]
             _in_pieces(subject, "split", f"cut at {cut} of {subject.length}", x, y, state, pieces)
         bounds = [0, *torch.arange(2, subject.length - 1, 2 + subject.length // 9).tolist(), subject.length]
-        _in_pieces(subject, "split", f"cut at {bounds[1:-1]}", x, y, state, list(zip(bounds, bounds[1:])))
+        _in_pieces(subject, "split", f"cut at {bounds[1:-1]}", x, y, state, list(itertools.pairwise(bounds)))
 
 
 def _step(subject: Subject) -> None:
@@ -395,7 +401,8 @@ def _mask(subject: Subject) -> None:
             for row in range(rows):
                 real = mask[row]
                 what = f"mask {call}, row {row} with {int(real.sum())} real tokens of {mask.shape[1]}"
-                subject.same("mask", f"{what}: outputs at masked tokens", y[row, ~real], torch.zeros_like(y[row, ~real]), 0.0)
+                hidden = y[row, ~real]
+                subject.same("mask", f"{what}: outputs at masked tokens", hidden, torch.zeros_like(hidden), 0.0)
                 if real.any():
                     expected, alone[row] = subject.run(x[row : row + 1, real], alone[row])
                     subject.same("mask", f"{what}: outputs at real tokens", y[row, real], expected[0])
@@ -405,38 +412,22 @@ def _mask(subject: Subject) -> None:
 
 def _gradient(subject: Subject) -> None:
     """Gradients flow through a passed state, agree with finite differences, and ``detach`` alone cuts them."""
-    module, length = subject.module, subject.length
-    parameters = dict(module.named_parameters())
-
-    def gradients(cut: int | None) -> dict[str, Tensor | None]:
-        x = subject.tokens(2, length).requires_grad_()
-        if cut is None:
-            y, _ = subject.run(x)
-        else:
-            first, state = subject.run(x[:, :cut])
-            second, _ = subject.run(x[:, cut:], state)
-            y = torch.cat([first, second], dim=1)
-        loss = (y * subject.noise(*y.shape, salt=1)).sum()
-        found = torch.autograd.grad(loss, [x, *parameters.values()], allow_unused=True)
-        return dict(zip(["x", *parameters], found))
-
-    whole = gradients(None)
+    length = subject.length
+    x = subject.tokens(2, length).requires_grad_()
+    whole = _gradients(subject, x, subject.run(x)[0])
     for cut in (length // 2, max(2, length - 3)):
-        for name, gradient in gradients(cut).items():
-            expected = whole[name]
-            if gradient is None or expected is None:
-                present = [g for g in (gradient, expected) if g is not None and bool(g.abs().max() > 0)]
-                if present:
-                    raise LawError("gradient", f"{name}: a gradient exists only {'cut' if expected is None else 'uncut'}")
-                continue
-            subject.same("gradient", f"gradient of {name} through a state passed on at {cut}", gradient, expected, 10 * subject.tolerance)
+        first, state = subject.run(x[:, :cut])
+        second, _ = subject.run(x[:, cut:], state)
+        for name, gradient in _gradients(subject, x, torch.cat([first, second], dim=1)).items():
+            what = f"gradient of {name} through a state passed on at {cut}"
+            subject.same("gradient", what, gradient, whole[name], 10 * subject.tolerance)
 
     x = subject.tokens(2, 4).requires_grad_()
     _, state = subject.run(x)
     y, _ = subject.run(subject.tokens(2, 3, salt=2), detach(state))
     (leaked,) = torch.autograd.grad(y.sum(), x, allow_unused=True) if y.requires_grad else (None,)
     if leaked is not None:
-        raise LawError("gradient", "a gradient passes through a detached state: the block keeps tensors outside its state")
+        raise LawError("gradient", "a gradient passes a detached state: the block keeps tensors outside its state")
     _finite_differences(subject)
 
 
@@ -496,7 +487,8 @@ def _finite_differences(subject: Subject) -> None:
         if not difference <= 1e-5 * max(abs(got), abs(expected)) + 1e-8 * size:
             raise LawError(
                 "gradient",
-                f"{name} {list(tensor.shape)}: the derivative along a direction is {got:.8g}, finite differences say {expected:.8g}",
+                f"{name} {list(tensor.shape)}: along a direction the derivative is {got:.8g}, "
+                f"finite differences say {expected:.8g}",
                 difference,
             )
 
@@ -578,7 +570,8 @@ def _endurance(subject: Subject) -> None:
                     raise LawError("endurance", f"{name} {list(tensor.shape)} not finite within {done} tokens of {row}")
             if not subject.grows and nbytes(state) != size:
                 raise LawError(
-                    "endurance", f"the state was {size} bytes, {nbytes(state)} after {done} tokens (or declare grows = True)"
+                    "endurance",
+                    f"state of {size} bytes, {nbytes(state)} after {done} tokens; if meant, declare grows = True",
                 )
 
 

@@ -5,21 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..registry import Spec, create
-from .block import Block
+from .block import Block, Blocks
 from .normalisation import RMSNorm
 from .state import State
 
 
 class Layer(Block):
-    """``x = x + block(norm(x))`` for each block of a list: what a recipe's ``layers`` name. State: a tuple of theirs."""
+    """``x = x + block(norm(x))`` for each block of a list. State: a tuple of theirs."""
 
     def __init__(self, dim: int, *, of: Sequence[Spec]) -> None:
         super().__init__(dim)
-        self.norms = nn.ModuleList(RMSNorm(dim) for _ in of)
-        self.blocks = nn.ModuleList(create(spec, dim=dim) for spec in of)
+        self.norms = Blocks(RMSNorm(dim) for _ in of)
+        self.blocks = Blocks(create(spec, dim=dim) for spec in of)
         self.period = math.lcm(*(block.period for block in self.blocks))
         self.grows = any(block.grows for block in self.blocks)
 
@@ -31,7 +31,9 @@ class Layer(Block):
             # the residual would carry what stands at a masked token to the outputs
             x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
         states = []
-        for norm, block, before in zip(self.norms, self.blocks, state if state is not None else [None] * len(self.blocks)):
+        if state is None:
+            state = [None] * len(self.blocks)
+        for norm, block, before in zip(self.norms, self.blocks, state):
             y, after = block(norm(x)[0], before, mask=mask)
             x = x + y
             states.append(after)

@@ -93,7 +93,8 @@ class NeuralMemory(Block):
         ================  ==========================================================================
         projections       normal, 1 / sqrt(dim): unit-variance input gives unit-variance output
         convolution       the current token passes (last tap 1), the past is near zero
-        theta             bias 0: half the largest step
+        theta             bias -3: 0.05 of the largest step. Gradients of the outer training pass through every
+                          update; from about 0.1 on they grow with the length and overflow by 4,096 tokens
         eta               bias 1: 0.73 of the momentum carries on
         alpha             bias -4 .. -8 over the heads: half-lives of about 40 to 2,000 tokens
         network           normal, 1 / sqrt(in): its output has the scale of its input
@@ -104,7 +105,7 @@ class NeuralMemory(Block):
         scale = self.dim**-0.5
         for linear, std in ((self.qkv, scale), (self.output_gate, scale), (self.output, 0.5 * scale), (self.controls, 0.1 * scale)):
             nn.init.normal_(linear.weight, std=std)
-        biases = [torch.zeros(self.heads)]
+        biases = [torch.full((self.heads,), -3.0)]
         if self.momentum:
             biases.append(torch.ones(self.heads))
         if self.forgetting:
@@ -180,6 +181,8 @@ class NeuralMemory(Block):
         if self.convolution is not None:
             past = torch.cat([history, qkv], dim=1)
             history = past[:, -(self.conv - 1) :] if length is None else last(past, length + self.conv - 1, self.conv - 1)
+            if length is None and x.shape[1] > self.conv:
+                history = history.clone()  # a view would keep all inputs alive for as long as the state
             if self.conv == 1:
                 history = state.convolution
             qkv = causal_convolution(qkv, self.convolution, state.convolution)

@@ -66,7 +66,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, start: Tensor | 
         raise ValueError(f"attention: q {list(q.shape)}: expected [batch, time, heads, d]")
     rows, time, heads, d = q.shape
     if k.dim() != 4 or k.shape[0] != rows or k.shape[3] != d:
-        raise ValueError(f"attention: k {list(k.shape)}: expected [{rows}, keys, kv_heads, {d}] to fit q {list(q.shape)}")
+        raise ValueError(
+            f"attention: k {list(k.shape)}: expected [{rows}, keys, kv_heads, {d}] to fit q {list(q.shape)}"
+        )
     if v.shape != k.shape:
         raise ValueError(f"attention: v {list(v.shape)}: expected the shape of k, {list(k.shape)}")
     if k.shape[1] < time:
@@ -124,7 +126,7 @@ def _reference(
 
 # ----------------------------------------------------------------------------------------------------- sdpa
 
-_FEW = 8
+_FEW = 16
 """Queries up to this many meet a prefix by plain matrix products: fewer, smaller steps than a merge of kernels."""
 
 
@@ -149,9 +151,7 @@ def _block(window: int) -> int:
     return max(64, -(-window // 2))
 
 
-def _sdpa_blocks(
-    q: Tensor, k: Tensor, v: Tensor, window: int, start: Tensor | None, prefix: Prefix | None
-) -> Tensor:
+def _sdpa_blocks(q: Tensor, k: Tensor, v: Tensor, window: int, start: Tensor | None, prefix: Prefix | None) -> Tensor:
     """Blocks of queries, each with the strip of keys it can see, as rows of one batch: time x window work."""
     rows, time = q.shape[:2]
     block = _block(window)
@@ -182,35 +182,43 @@ def _sdpa_blocks(
     return y.unflatten(0, (rows, blocks)).flatten(1, 2)[:, :time]
 
 
+_MERGING = ("cpu",)
+"""Devices whose fused kernel can be merged with a prefix. The others score both in one product, twice as wide."""
+
+
 def _one_softmax(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, causal: bool, prefix: Prefix | None
 ) -> Tensor:
     """``visible``: bool ``[batch or 1, 1, time, keys]``; ``None``: all keys, or the causal ones."""
-    grouped = q.shape[2] != k.shape[2]
-    if prefix is not None and q.device.type != "cpu" and q.shape[1] > _FEW:
-        visible = _visible(q.shape[1], k.shape[1], None, None, q.device)[:, None] if causal else visible
-        visible = None if visible is None else F.pad(visible, (prefix.k.shape[1], 0), value=True)
-        scale = q.shape[-1] ** -0.5
-        q, k, v = (x.transpose(1, 2) for x in _side_by_side(q, k, v, prefix))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=grouped)
+    time, heads, d = q.shape[1:]
+    grouped = heads != k.shape[2]
+    merging = q.device.type in _MERGING
+    if prefix is not None and causal and (time <= _FEW or not merging):
+        visible, causal = _visible(time, k.shape[1], None, None, q.device)[:, None], False
+    if prefix is not None and (time <= _FEW or merging):
+        qkv = [x.transpose(1, 2) for x in (q, k, v, *prefix)]
+        y = _joint(*qkv, visible) if time <= _FEW else _Merged.apply(*qkv, _hidden(visible, q.dtype), causal)
         return y.transpose(1, 2)
+    if prefix is not None:
+        visible = None if visible is None else F.pad(visible, (prefix.k.shape[1], 0), value=True)
+        q, k, v = _side_by_side(q, k, v, prefix)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if prefix is None:
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal, enable_gqa=grouped)
-    elif q.shape[2] <= _FEW:
-        if causal:
-            visible = _visible(q.shape[2], k.shape[2], None, None, q.device)[:, None]
-        y = _joint(q, k, v, visible, *(x.transpose(1, 2) for x in prefix))
-    else:
-        hidden = None
-        if visible is not None:
-            hidden = torch.zeros(visible.shape, dtype=q.dtype, device=q.device)
-            hidden.masked_fill_(~visible, float("-inf"))
-        y = _Merged.apply(q, k, v, *(x.transpose(1, 2) for x in prefix), hidden, causal)
+    if grouped and visible is not None and not merging:
+        # accelerators have kernels for masks and kernels for groups of heads, none for both
+        k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
+        grouped = False
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal, scale=d**-0.5, enable_gqa=grouped)
     return y.transpose(1, 2)
 
 
-def _joint(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, pq: Tensor, pk: Tensor, pv: Tensor) -> Tensor:
+def _hidden(visible: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The mask as the kernel wants it: added to the scores, in their dtype."""
+    if visible is None:
+        return None
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
+
+
+def _joint(q: Tensor, k: Tensor, v: Tensor, pq: Tensor, pk: Tensor, pv: Tensor, visible: Tensor | None) -> Tensor:
     """Both sets of scores, written out: ``q`` and ``pq`` ``[batch, heads, time, d]``, the others likewise."""
     shape = q.shape
     score = _per_kv_head(q, k) @ k.transpose(-1, -2)
@@ -290,7 +298,8 @@ def _side_by_side(q: Tensor, k: Tensor, v: Tensor, prefix: Prefix) -> tuple[Tens
 def _flex_kernel(device: str) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention) if device == "cuda" else flex_attention
+    kernel: Callable[..., Any] = flex_attention
+    return torch.compile(kernel) if device == "cuda" else kernel
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, window: int | None, start: Tensor | None, prefix: Prefix | None) -> Tensor:

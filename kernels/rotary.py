@@ -60,6 +60,11 @@ def _torch(x: Tensor, position: Tensor, base: float) -> Tensor:
     return torch.addcmul(x * table[..., :d], x.roll(d // 2, dims=-1), table[..., d:])
 
 
+def _frequencies(d: int, base: float) -> list[int]:
+    """Turns per token in units of 2^-64; the fastest is 1 / (2 pi) turns, well inside a signed int64."""
+    return [round(base ** (-2 * i / d) / (2 * math.pi) * _TURN) for i in range(d // 2)]
+
+
 _TABLES: dict[tuple[int, float, torch.device], tuple[Tensor, Tensor]] = {}
 
 

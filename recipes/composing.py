@@ -55,11 +55,13 @@ def assemble(recipe: Recipe) -> LanguageModel:
     try:
         with torch.device("meta"):
             model = LanguageModel(recipe.dim, vocab=recipe.vocab, layers=layers, tie=recipe.tie)
-    except RuntimeError as error:
-        # shapes whose product overflows; torch's message names neither the block nor the recipe
+    except (RuntimeError, TypeError) as error:
+        if "overflow" not in str(error).lower():
+            raise
+        # a shape too large for any tensor; torch's message names neither the block nor the recipe
         first = str(error).partition("\n")[0]
         raise RecipeError([Problem("", f"no such model can exist: {first}")], recipe.name or "recipe") from error
-    model.recipe = recipe
+    model.recipe = recipe  # type: ignore[assignment] # torch declares every attribute a tensor or a module
     return model
 
 
@@ -98,5 +100,7 @@ def _check_size(model: nn.Module, recipe: Recipe, dtype: torch.dtype) -> None:
     except (AttributeError, ValueError, OSError):
         return
     if need > have:
-        message = f"the model needs {need / 2**30:,.1f} GiB for its parameters; this machine has {have / 2**30:,.1f} GiB"
+        message = (
+            f"the model needs {need / 2**30:,.1f} GiB for its parameters; this machine has {have / 2**30:,.1f} GiB"
+        )
         raise RecipeError([Problem("", message)], recipe.name or "recipe")

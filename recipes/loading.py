@@ -17,9 +17,7 @@ from .recipe import Recipe, check_recipe
 Source: TypeAlias = "str | os.PathLike[str] | Mapping[str, Any] | Recipe"
 
 
-def load_recipe(
-    source: Source, overrides: Mapping[str, Any] | None = None, allow_imports: bool = False
-) -> Recipe:
+def load_recipe(source: Source, overrides: Mapping[str, Any] | None = None, allow_imports: bool = False) -> Recipe:
     """Read and check a recipe.
 
     ``source``: a packaged name (``"mac"``, ``"mac-170m"``), a path to a YAML or JSON file, YAML or JSON text, a

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,12 +69,11 @@ def _index(holder: list[Any], key: str, where: str) -> int:
 def _default(holder: dict[str, Any], key: str, where: str) -> Any:
     """What stands at a field that the recipe does not give."""
     try:
-        fields = lookup(holder["type"]).fields
-        field = fields[key]
-        if not field.required and field.holds_blocks and field.default is not None:
-            default = field.default
-            return list(default) if isinstance(default, list) else dict(default) if isinstance(default, dict) else default
-    except (KeyError, RecipeError, TypeError):
+        fields = lookup(holder.get("type", "")).fields
+    except (RecipeError, TypeError):  # the check of the recipe will say what is wrong with the type
         fields = {}
+    field = fields.get(key)
+    if field is not None and not field.required and field.holds_blocks and field.default is not None:
+        return copy.deepcopy(field.default)
     known = [name for name in [*holder, *fields] if isinstance(name, str)]
     raise _LeadsNowhere(f"there is no {show(key)} in {where or 'the recipe'}{nearest(key, known)}")

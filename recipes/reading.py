@@ -199,7 +199,7 @@ class _Reader:
         value: dict[str, Any] = {}
         lines: dict[str, int] = {}
         while not isinstance(event := next(self._events), yaml.MappingEndEvent):
-            line = event.start_mark.line + 1
+            line = event.start_mark.line + 1  # type: ignore[union-attr] # events from text have their marks
             key = self._node(event, path, depth + 1)
             if not isinstance(key, str):
                 self._problems.append(Problem(path, f"line {line}: expected keys to be text, got {show(key)}"))
@@ -207,7 +207,9 @@ class _Reader:
             elif key == "<<":
                 self._problems.append(Problem(path, f"line {line}: merge keys (<<) are not part of a recipe"))
             elif key in lines:
-                self._problems.append(Problem(join(path, key), f"the key is given twice, on lines {lines[key]} and {line}"))
+                self._problems.append(
+                    Problem(join(path, key), f"the key is given twice, on lines {lines[key]} and {line}")
+                )
             lines[key] = line
             value[key] = self._node(next(self._events), join(path, key), depth + 1)
         return value
@@ -233,7 +235,9 @@ class _Reader:
                 return 0
             return int(text, 0) if text[:2] in ("0x", "0o") else int(text)
         if _FLOAT.fullmatch(text):
-            return float(text.replace(".inf", "inf").replace(".Inf", "inf").replace(".INF", "inf").lower().replace(".nan", "nan"))
+            return float(
+                text.replace(".inf", "inf").replace(".Inf", "inf").replace(".INF", "inf").lower().replace(".nan", "nan")
+            )
         return text
 
     def _spend(self, nodes: int) -> None:

@@ -8,7 +8,6 @@ import importlib
 import json
 import re
 from collections.abc import Iterator
-from itertools import islice
 from typing import Any
 
 from ..registry import MAX_PROBLEMS, Checker, Problem, RecipeError, join, nearest, show
@@ -93,7 +92,9 @@ def check_recipe(data: Any, *, source: str = "recipe", allow_imports: bool = Fal
     ``allow_imports``: whether the modules under ``imports:`` may be imported, which runs their code.
     """
     if not isinstance(data, dict):
-        raise RecipeError([Problem("", f"expected a mapping with the keys {', '.join(_REQUIRED)}, got {show(data)}")], source)
+        raise RecipeError(
+            [Problem("", f"expected a mapping with the keys {', '.join(_REQUIRED)}, got {show(data)}")], source
+        )
     problems = list(_top_level(data))
     problems += _imports(data.get("imports", []), allow_imports)
     dim = data.get("dim")
@@ -101,7 +102,7 @@ def check_recipe(data: Any, *, source: str = "recipe", allow_imports: bool = Fal
     layers = _layers(data.get("layers"), checker) if "layers" in data else {}
     problems += checker.problems
     if "stack" in data:
-        problems += islice(_stack(data["stack"], layers), MAX_PROBLEMS)
+        problems += _stack(data["stack"], layers)
     if problems:
         raise RecipeError(problems, source)
     return Recipe(
@@ -153,7 +154,7 @@ def _imports(modules: Any, allowed: bool) -> Iterator[Problem]:
     if sound and modules and not allowed:
         yield Problem(
             "imports",
-            f"the recipe asks to import {', '.join(modules)}, which runs that code; "
+            f"the recipe asks to import {_some(modules)}, which runs that code; "
             "allow it with allow_imports=True (--allow-imports on the command line)",
         )
     elif sound:
@@ -172,7 +173,7 @@ def _layers(layers: Any, checker: Checker) -> dict[str, Any]:
     if not isinstance(layers, dict) or not layers:
         refuse("layers", f"expected a mapping of layer names to lists of blocks, got {show(layers)}")
         return {}
-    checked = {}
+    checked: dict[str, Any] = {}
     for name, blocks in layers.items():
         path = join("layers", name)
         if not _NAME.fullmatch(name):
@@ -185,50 +186,49 @@ def _layers(layers: Any, checker: Checker) -> dict[str, Any]:
     return checked
 
 
-def _stack(stack: Any, layers: dict[str, Any]) -> Iterator[Problem]:
+def _stack(stack: Any, layers: dict[str, Any]) -> list[Problem]:
+    problems: list[Problem] = []
     used: set[str] = set()
-    whole = True
 
-    def walk(items: Any, path: str) -> Iterator[Problem | int]:
-        """Problems, and at the end the number of layers."""
-        nonlocal whole
+    def refuse(path: str, message: str) -> None:
+        problems.append(Problem(path, message))
+
+    def count(items: Any, path: str) -> int:
+        """Layers in ``items`` with every repeat written out."""
         if not isinstance(items, list) or not items:
-            whole = False
-            yield Problem(path, f"expected a list of layer names and {{repeat: n, of: [...]}}, got {show(items)}")
-            return
+            refuse(path, f"expected a list of layer names and {{repeat: n, of: [...]}}, got {show(items)}")
+            return 0
         total = 0
         for index, item in enumerate(items):
             place = join(path, index)
+            if len(problems) >= MAX_PROBLEMS:
+                break
             if isinstance(item, str):
                 total += 1
                 used.add(item)
                 if item not in layers:
-                    yield Problem(place, f"unknown layer {show(item)}{nearest(item, layers)} (layers: {_some(layers)})")
+                    refuse(place, f"unknown layer {show(item)}{nearest(item, layers)} (layers: {_some(layers)})")
             elif isinstance(item, dict) and ("repeat" in item or "of" in item):
-                yield from (Problem(join(place, key), "unknown key (keys: repeat, of)") for key in item if key not in ("repeat", "of"))
+                for key in item.keys() - {"repeat", "of"}:
+                    refuse(join(place, key), "unknown key (keys: repeat, of)")
                 repeat = item.get("repeat")
                 if not _is_count(repeat):
-                    yield Problem(join(place, "repeat"), f"expected an integer >= 1, got {show(repeat)}")
-                    repeat = 1
-                for result in walk(item.get("of"), join(place, "of")):
-                    if isinstance(result, Problem):
-                        yield result
-                    else:
-                        total += repeat * result
+                    refuse(join(place, "repeat"), f"expected an integer >= 1, got {show(repeat)}")
+                total += (repeat if isinstance(repeat, int) else 1) * count(item.get("of"), join(place, "of"))
             else:
-                whole = False
-                yield Problem(place, f"expected a layer's name or {{repeat: n, of: [...]}}, got {show(item)}")
-        yield total
+                refuse(place, f"expected a layer's name or {{repeat: n, of: [...]}}, got {show(item)}")
+        return total
 
-    for result in walk(stack, "stack"):
-        if isinstance(result, Problem):
-            yield result
-        elif result > MAX_LAYERS:
-            yield Problem("stack", f"{show(result)} layers when written out; at most {MAX_LAYERS} are allowed")
-    if whole:
+    total = count(stack, "stack")
+    if total > MAX_LAYERS:
+        refuse("stack", f"{show(total)} layers when written out; at most {MAX_LAYERS} are allowed")
+    if used:  # where nothing could be read, every layer would seem unused
         for name in layers:
             if name not in used:
-                yield Problem(join("layers", name), f"the layer is not in the stack (in it: {_some(used)}); use it or remove it")
+                refuse(
+                    join("layers", name), f"the layer is not in the stack (in it: {_some(used)}); use it or remove it"
+                )
+    return problems
 
 
 def _expand(stack: list[Any]) -> Iterator[str]:

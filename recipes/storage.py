@@ -184,11 +184,15 @@ def _load(place: Path, index: dict[str, Any], device: torch.device, dtype: torch
         if metadata.get("tag") != _tag(path.name) or metadata.get("fingerprint") != recipe.fingerprint:
             raise StorageError(f"{path}: these are the weights of another model than the one {INDEX} describes")
         names = list(file.keys())
-        _expect_same({name: tuple(file.get_slice(name).get_shape()) for name in names}, _shapes(expected), str(path), recipe)
+        _expect_same(
+            {name: tuple(file.get_slice(name).get_shape()) for name in names}, _shapes(expected), str(path), recipe
+        )
         tensors = {}
         for name in names:
             tensor = file.get_tensor(name)
-            if tensor.is_floating_point() != expected[name].is_floating_point():
+            if tensor.dtype != expected[name].dtype and not (
+                tensor.is_floating_point() and expected[name].is_floating_point()
+            ):
                 raise StorageError(f"{path}: {name}: expected {expected[name].dtype}, got {tensor.dtype}")
             # a copy, not the file's pages: what happens to the file later is nothing to the model
             tensors[name] = tensor.to(device, dtype if tensor.is_floating_point() else None, copy=True)
@@ -207,9 +211,7 @@ def _assign(model: nn.Module, tensors: dict[str, Tensor]) -> None:
         new[id(old)] = nn.Parameter(tensor, requires_grad=old.requires_grad) if is_parameter else tensor
     for module in model.modules():
         for held in (module._parameters, module._buffers):
-            for name, old in held.items():
-                if id(old) in new:
-                    held[name] = new[id(old)]  # type: ignore[assignment]
+            held.update({name: new[id(mine)] for name, mine in held.items() if id(mine) in new})  # type: ignore[misc]
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -234,7 +236,9 @@ def _expect_same(
     ]
     if differences:
         more = f" and {len(differences) - 3} more differences" if len(differences) > 3 else ""
-        raise StorageError(f"{what} does not fit the recipe {show(recipe.name or '')}: {'; '.join(differences[:3])}{more}")
+        raise StorageError(
+            f"{what} does not fit the recipe {show(recipe.name or '')}: {'; '.join(differences[:3])}{more}"
+        )
 
 
 def _check_state(tensors: dict[str, Tensor], model: LanguageModel, rows: int, what: str) -> State:
@@ -251,7 +255,7 @@ def _check_state(tensors: dict[str, Tensor], model: LanguageModel, rows: int, wh
         fixed = (0, *range(2 if grows else 1, fresh.dim()))
         if came.dim() != fresh.dim() or any(came.shape[d] != fresh.shape[d] for d in fixed):
             wrong.append(f"{name} is {list(came.shape)}, expected {list(fresh.shape)}")
-        elif came.is_floating_point() != fresh.is_floating_point():
+        elif came.dtype != fresh.dtype and not (came.is_floating_point() and fresh.is_floating_point()):
             wrong.append(f"{name} is {came.dtype}, expected {fresh.dtype}")
     if wrong:
         more = f" and {len(wrong) - 3} more differences" if len(wrong) > 3 else ""
@@ -314,7 +318,9 @@ def _read_index(place: Path) -> dict[str, Any]:
         if not isinstance(index.get(key), kind):
             raise StorageError(f"{path}: {key}: expected {kind.__name__}, got {show(index.get(key))}")
     if not _WEIGHTS.fullmatch(index["weights"]):
-        raise StorageError(f"{path}: weights: expected weights-<16 hex digits>.safetensors, got {show(index['weights'])}")
+        raise StorageError(
+            f"{path}: weights: expected weights-<16 hex digits>.safetensors, got {show(index['weights'])}"
+        )
     return index
 
 
@@ -340,7 +346,9 @@ def _reading(path: Path, kind: str) -> Iterator[Any]:
         raise
     except (SafetensorError, OSError) as error:
         size = path.stat().st_size if path.exists() else 0
-        raise StorageError(f"{path}: expected a whole safetensors file, got {size} bytes that are none: {error}") from None
+        raise StorageError(
+            f"{path}: expected a whole safetensors file, got {size} bytes that are none: {error}"
+        ) from None
 
 
 @contextlib.contextmanager

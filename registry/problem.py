@@ -65,8 +65,10 @@ def nearest(name: str, names: Iterable[str]) -> str:
     if not isinstance(name, str) or len(name) > 100:
         return ""
     known = {candidate.lower(): candidate for candidate in itertools.islice(names, 500)}
-    match = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.6)
-    return f"; did you mean {known[match[0]]!r}?" if match else ""
+    matches = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.6)
+    # among equals, the one of the same letters: mca is mac rather than mal
+    matches.sort(key=lambda match: sorted(match) != sorted(name.lower()))
+    return f"; did you mean {known[matches[0]]!r}?" if matches else ""
 
 
 def join(path: str, part: str | int) -> str:

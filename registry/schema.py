@@ -183,8 +183,9 @@ def describe_type(annotation: Any) -> str:
         text = "null"
     elif _is_union(kind):
         # a bound on a union is a bound on what is not null in it
-        bounded = [option if option is type(None) else Annotated[(option, *metadata)] for option in arguments if metadata]
-        return " or ".join(describe_type(option) for option in bounded or arguments)
+        return " or ".join(
+            describe_type(_annotate(option, metadata) if option is not type(None) else option) for option in arguments
+        )
     elif origin is Literal:
         text = " | ".join(show(choice) for choice in arguments)
     elif origin is list:
@@ -213,6 +214,11 @@ def _bounds(metadata: tuple[Any, ...]) -> Iterator[str]:
         yield f"from {limits.pop('ge')} to {limits.pop('le')}"
     for bound, limit in limits.items():
         yield _BOUNDS[bound].format(limit)
+
+
+def _annotate(kind: Any, metadata: tuple[Any, ...]) -> Any:
+    arguments = (kind, *metadata)
+    return Annotated[arguments] if metadata else kind
 
 
 def _strip(annotation: Any) -> tuple[Any, tuple[Any, ...]]:

@@ -86,7 +86,9 @@ class Checker:
         if is_block(node):
             return self._built(node, path, needs)
         given = self._as_mapping(node, path)
-        entry = None if given is None else self._entry(given["type"], path if isinstance(node, str) else join(path, "type"))
+        entry = (
+            None if given is None else self._entry(given["type"], path if isinstance(node, str) else join(path, "type"))
+        )
         if given is None or entry is None:
             return node
         self._check_needs(entry.name, entry.cls, needs, path)
@@ -137,9 +139,15 @@ class Checker:
             fit = [other for other in known_names() if _fits(other, needs)]
             can = f" ({', '.join(fit)})" if fit else ""
             wanted = " and ".join(needs.methods)
-            self._refuse(path, f"expected a block with {wanted}{can}, got {name!r}, which has no {' and no '.join(missing)}", None)
+            self._refuse(
+                path,
+                f"expected a block with {wanted}{can}, got {name!r}, which has no {' and no '.join(missing)}",
+                None,
+            )
 
-    def _fields(self, entry: Entry, given: dict[str, Any], path: str, depth: int, of_path: str | None) -> dict[str, Any]:
+    def _fields(
+        self, entry: Entry, given: dict[str, Any], path: str, depth: int, of_path: str | None
+    ) -> dict[str, Any]:
         before = len(self.problems)
         self._unknown(entry, given, path)
         node: dict[str, Any] = {"type": entry.name}
@@ -170,7 +178,9 @@ class Checker:
             elif key != "type" and key not in entry.fields:
                 fields = ", ".join(entry.fields) or "it has none"
                 self._refuse(
-                    join(path, key), f"unknown field of {entry.name}{nearest(key, entry.fields)} (fields: {fields})", None
+                    join(path, key),
+                    f"unknown field of {entry.name}{nearest(key, entry.fields)} (fields: {fields})",
+                    None,
                 )
 
     def _nested(self, annotation: Any, value: Any, path: str, depth: int) -> Any:

@@ -14,7 +14,7 @@ from .. import recipes
 from ..registry import show
 from .options import add_placement, add_recipe, load, placement
 from .survey import LENGTH, Part, Survey, survey
-from .terminal import Failure, UsageError, columns, count, in_bytes, progress, say, say_json
+from .terminal import UsageError, columns, complain, count, in_bytes, progress, say, say_json
 from .trial import BYTES, Trial, read_bytes, try_out
 
 SUMMARY = "Build the model that a recipe describes: check it, make it, show what each part costs, save it, try it."
@@ -79,7 +79,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         say_json(report)
     if trial is not None and trial.fault:
-        raise Failure(trial.fault)
+        complain(trial.fault)
+        return 1
     return 0
 
 
@@ -135,12 +136,13 @@ def _lines(trial: Trial, name: str) -> list[Text]:
         mark = "" if good is None else "  ok" if good else "  WRONG"
         return Text.assemble((f"{label:<12}", "bold"), text, (mark, "green" if good else "bold red"))
 
+    exact = "" if trial.difference_float64 is None else f"; in float64 {trial.difference_float64:.1e}"
     return [
         line("text", f"{trial.bytes_read:,} bytes of {name}"),
         line("learns", f"{trial.bits_before:.2f} -> {trial.bits_after:.2f} bits per byte after {trial.steps} steps of AdamW "
              f"on {trial.rows} x {trial.length} bytes", trial.learns),
         line("streams", f"{len(trial.cuts)} pieces of {min(trial.cuts)} to {max(trial.cuts)} bytes against one pass: "
-             f"largest difference {trial.difference:.1e} of logits up to {trial.scale:.1f} (allowed {trial.allowed:.0e})", trial.streams),
+             f"largest difference {trial.difference:.1e} of logits up to {trial.scale:.1f}{exact}", trial.streams),
         line("speed", f"{trial.prefill:,.0f} tokens/s reading, {trial.decode:,.0f} tokens/s generating (one row)"),
         line("says", show(trial.generated, 200)),
     ]  # fmt: skip

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from .. import __version__
 from ..kernels.dispatch import BackendError
+from ..recipes import StorageError
 from ..registry import RecipeError
 from . import build, check, describe, diagram, kernels, listing, schema
 from .terminal import Failure, UsageError, complain, say_json
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RecipeError as error:
         problems = [{"path": problem.path, "message": problem.message} for problem in error.problems]
         return _refuse(str(error) + _command_hint(words), 2, as_json, problems=problems)
-    except (UsageError, BackendError) as error:
+    except (UsageError, BackendError, StorageError) as error:
         return _refuse(str(error), 2, as_json)
     except Failure as error:
         return _refuse(str(error), 1, as_json)
@@ -108,8 +109,8 @@ def _refuse(message: str, status: int, as_json: bool, **details: object) -> int:
 
 def _command_hint(words: list[str]) -> str:
     # `titans-build lst` reads as a recipe called lst
-    near = difflib.get_close_matches(words[0], COMMANDS, n=1) if words else []
-    return f"\n  (the command {near[0]!r} is near)" if near else ""
+    near = difflib.get_close_matches(words[0], COMMANDS, n=1) if words and words[0] not in COMMANDS else []
+    return f"\n  (there is a command {near[0]!r})" if near else ""
 
 
 def _out_of_memory(error: Exception) -> str | None:

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from .. import registry
 from ..registry import show
-from .terminal import columns, say, say_json
+from .terminal import columns, plain, say, say_json
 
 SUMMARY = "Describe a block: what it computes, its fields, their types, defaults and meaning."
 EXAMPLES = ("titans-build describe memory", "titans-build describe context --json")
@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
         say_json(dataclasses.asdict(description))
         return 0
     say(Text.assemble((description.name, "bold cyan"), f"  ({description.source}, {description.place})"))
-    say("", description.doc, "")
+    say("", plain(description.doc), "")
     if description.protocols:
         say(f"Can stand where a recipe needs: {', '.join(description.protocols)}", "")
     if not description.fields:
@@ -34,6 +34,6 @@ def run(arguments: argparse.Namespace) -> int:
     table = columns("field", "type", "default", "meaning")
     for field in description.fields:
         default = Text("required", style="yellow") if field.required else Text(show(field.default))
-        table.add_row(Text(field.name, style="bold"), field.type, default, field.description)
+        table.add_row(Text(field.name, style="bold"), field.type, default, plain(field.description))
     say(table)
     return 0

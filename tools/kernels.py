@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         say_json({"device": str(device), "dtype": arguments.dtype, "operations": [row._asdict() for row in rows]})
         return 0
-    table = columns("operation", "backend", "", "why not")
+    table = columns("operation", "backend", "status", "why not")
     previous = ""
     for row in rows:
         state = ("taken", "bold green") if row.chosen else ("available", "") if row.available else ("refused", "yellow")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import importlib.resources
+import itertools
+import re
 
 from rich.text import Text
 
 from .. import recipes
-from ..registry import describe, list_rows, nearest, show
-from ..registry.catalogue import known_names
-from .terminal import Failure, columns, say, say_json
+from ..registry import describe, list_blocks, list_rows, nearest, show
+from .terminal import Failure, columns, plain, say, say_json
 
 SUMMARY = "List the blocks a recipe can name, with their defaults, and the recipes that come along."
 EXAMPLES = (
@@ -27,9 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     pattern: str = arguments.pattern
     rows = list_rows(pattern)
-    packaged = {name: text for name, text in recipes.packaged().items() if fnmatch.fnmatchcase(name, pattern)}
+    packaged = [name for name in recipes.packaged_names() if fnmatch.fnmatchcase(name, pattern)]
     if not rows and not packaged:
-        raise Failure(f"no block and no recipe is called {show(pattern)}{nearest(pattern, [*known_names(), *recipes.packaged()])}")
+        names = [*list_blocks(), *recipes.packaged_names()]
+        raise Failure(f"no block and no recipe is called {show(pattern)}{nearest(pattern, names)}")
     fields = {row.name: describe(row.name).fields for row in rows if row.problem is None}
     if arguments.json:
         say_json(
@@ -48,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
                     }
                     for row in rows
                 ],
-                "recipes": [{"name": name, "summary": summary} for name, summary in packaged.items()],
+                "recipes": [{"name": name, "summary": summary(name)} for name in packaged],
             }
         )
         return 0
@@ -61,15 +64,34 @@ def run(arguments: argparse.Namespace) -> int:
             source = "" if row.source == "titans_build" else f" (from {row.source})"
             table.add_row(
                 Text(row.name, style="bold cyan"),
-                row.summary + source,
+                plain(row.summary) + source,
                 ", ".join(f.name if f.required else f"{f.name}={show(f.default)}" for f in fields[row.name]),
             )
         say(table)
     if rows and packaged:
         say("")
     if packaged:
-        table = columns("recipe", "what it is")
-        for name, summary in packaged.items():
-            table.add_row(Text(name, style="bold cyan"), summary)
+        table = columns("recipe", "what it is", "sizes")
+        for name in packaged:
+            base = _base(name)
+            if base == name or base not in packaged:
+                sizes = [other.removeprefix(f"{name}-") for other in packaged if other != name and _base(other) == name]
+                table.add_row(Text(name, style="bold cyan"), summary(name), " ".join(sizes))
         say(table)
+        if any(_base(name) != name for name in packaged):
+            say("", Text("a size is part of the name: titans-build mac-170m", style="dim"))
     return 0
+
+
+def summary(name: str) -> str:
+    """The first sentence of the comment at the head of a packaged recipe's file."""
+    text = importlib.resources.files(recipes).joinpath(f"{_base(name)}.yaml").read_text(encoding="utf-8")
+    comment = " ".join(line[1:].strip() for line in itertools.takewhile(lambda line: line.startswith("#"), text.splitlines()))
+    sentence = re.split(r"\.(?: |$)", comment, maxsplit=1)[0]
+    return sentence if _base(name) == name else f"{sentence}; size {name.removeprefix(_base(name) + '-')}"
+
+
+def _base(name: str) -> str:
+    """``mac`` of ``mac-170m``; a recipe that is no size of another is its own base."""
+    base = name.rpartition("-")[0]
+    return base if base in recipes.packaged_names() else name

@@ -224,7 +224,7 @@ def _persistent(part: Part, memories: frozenset[str]) -> Shape:
     strip, ahead = 20 * len(letters) + 4, 36
 
     def draw(canvas: Canvas, x: float, y: float) -> None:
-        canvas.line([(x, y), (x, y + ahead)], stroke=FLOW, arrow=True)
+        canvas.line([(x, y), (x, y + ahead)], stroke=FLOW, arrow=not inner.open)
         left = x - 26 - strip
         squares(canvas, left, y + 10, letters)
         canvas.line([(left + strip, y + 10), (x - 2, y + 10)], stroke=FLOW, arrow=True)
@@ -248,7 +248,7 @@ def _gate(part: Part, memories: frozenset[str]) -> Shape:
         below = y + ahead + max(a.height, b.height)
         canvas.line([(x, y), (x, y + 10)], stroke=FLOW)
         for name, branch, at in (("a", a, x - to_a), ("b", b, x + to_b)):
-            canvas.line([(x, y + 8), (at, y + 8), (at, y + ahead)], stroke=FLOW, arrow=True)
+            canvas.line([(x, y + 8), (at, y + 8), (at, y + ahead)], stroke=FLOW, arrow=not branch.open)
             branch.draw(canvas, at, y + ahead)
             inlet = x + (-1 if name == "a" else 1) * min(abs(at - x), join.left - 16)
             canvas.line(
@@ -315,7 +315,7 @@ def _context(part: Part, memories: frozenset[str]) -> Shape:
         squares(canvas, x - strip / 2 + 7.5, middle, letters)
         if persistent:
             canvas.text(x + strip / 2 + 10, middle, f"P: {persistent} learned tokens", size=11, colour=FAINT, anchor="start")
-        canvas.line([(x, y + strip_at + 30), (x, y + attend_at)], stroke=FLOW, arrow=True)
+        canvas.line([(x, y + strip_at + 30), (x, y + attend_at)], stroke=FLOW, arrow=not attend.open)
         canvas.text(x - 10, y + attend_at - 16, "2  attend", size=11.5, bold=True, anchor="end")
         canvas.text(x + 10, y + attend_at - 16, "causal, within the segment", size=11, colour=FAINT, anchor="start")
         attend.draw(canvas, x, y + attend_at)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
@@ -70,6 +71,11 @@ def progress(description: str, total: int) -> Iterator[Callable[[], None]]:
     with Progress(*parts, console=console(sys.stderr), transient=True) as bar:
         task = bar.add_task(description, total=total)
         yield lambda: bar.advance(task)
+
+
+def plain(text: str) -> str:
+    """A docstring's text without the marks that only a page of documentation renders."""
+    return re.sub(r":\w+:`~?([^`]*)`", r"\1", text).replace("``", "")
 
 
 def count(number: float) -> str:

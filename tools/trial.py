@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import time
@@ -20,7 +21,7 @@ BYTES = 256
 
 ROWS, LENGTH = 4, 256
 """Rows and bytes per row that are trained on; a shorter text gives shorter rows."""
-STEPS, RATE = 8, 3e-3
+STEPS = 8
 STREAM = 512
 """Bytes of the comparison between one pass and pieces."""
 CUTS = (1, 7, 64, 3, 129, 1)
@@ -28,16 +29,19 @@ CUTS = (1, 7, 64, 3, 129, 1)
 NEW = 64
 """Bytes generated."""
 
-ALLOWED = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 2e-2}
-"""Largest difference between streaming and one pass, over the largest logit. Sums are rounded in another order; a
-mistake in a state shows as a difference of the order of the logits themselves."""
+ALLOWED = {torch.float64: 1e-7, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+"""Largest difference between streaming and one pass, over the largest logit: sums are rounded in another order."""
+AMPLIFIED = 10
+"""A memory may amplify rounding as it goes on (repetitive text, small chunks): streaming may then differ from one pass
+by this many times what rounding alone puts between one pass and the same pass in float64. A mistake in a state is told
+from that by a float64 copy, in which streaming and one pass agree to many digits or are not the same function."""
 
 
 @dataclass(frozen=True)
 class Trial:
     """What came out. Speeds are tokens per second of one row; bits are per byte, on the bytes trained on."""
 
-    STAGES: ClassVar[int] = STEPS + 4
+    STAGES: ClassVar[int] = STEPS + 5
 
     bytes_read: int
     rows: int
@@ -48,8 +52,12 @@ class Trial:
     learns: bool
     cuts: list[int]
     difference: float
-    scale: float
+    """Largest, between the logits of streaming and of one pass, in the model's dtype."""
+    difference_float64: float | None
+    """The same in a float64 copy; ``None`` on a device without float64."""
     allowed: float
+    scale: float
+    """Largest logit."""
     streams: bool
     prefill: float
     decode: float
@@ -62,7 +70,8 @@ class Trial:
         if not self.learns:
             faults.append(f"training did not lower the loss: {self.bits_before:.3f} -> {self.bits_after:.3f} bits per byte")
         if not self.streams:
-            faults.append(f"streaming differs from one pass by {self.difference:.2e} (allowed {self.allowed:.0e})")
+            double = "" if self.difference_float64 is None else f", in float64 by {self.difference_float64:.1e}"
+            faults.append(f"streaming differs from one pass by {self.difference:.1e} (allowed {self.allowed:.0e}){double}")
         return "; ".join(faults)
 
     def to_dict(self) -> dict[str, object]:
@@ -99,9 +108,16 @@ def try_out(model: LanguageModel, text: bytes, advance: Callable[[], None] = lam
     again, seconds = _timed(device, lambda: _logits(model, stream))
     advance()
     cuts = _cuts(stream.shape[1])
-    difference = float((_stream(model, stream, cuts) - whole).abs().max())
+    difference = _difference(_stream(model, stream, cuts), whole)
     scale = float(whole.abs().max())
     allowed = ALLOWED[next(model.parameters()).dtype] * scale
+    advance()
+    exact = None
+    if device.type != "mps":
+        double = copy.deepcopy(model).double()
+        exactly = _logits(double, stream)
+        exact = _difference(_stream(double, stream, cuts), exactly)
+        allowed = max(allowed, AMPLIFIED * _difference(whole, exactly))
     advance()
     generated, decode = _generate(model, stream[:, -64:])
     advance()
@@ -115,9 +131,10 @@ def try_out(model: LanguageModel, text: bytes, advance: Callable[[], None] = lam
         learns=math.isfinite(after) and after < before,
         cuts=cuts,
         difference=difference,
-        scale=scale,
+        difference_float64=exact,
         allowed=allowed,
-        streams=difference <= allowed,
+        scale=scale,
+        streams=difference <= allowed and (exact is None or exact <= ALLOWED[torch.float64] * scale),
         prefill=again.shape[1] / seconds,
         decode=decode,
         generated=generated,
@@ -127,9 +144,11 @@ def try_out(model: LanguageModel, text: bytes, advance: Callable[[], None] = lam
 def _train(model: LanguageModel, batch: Tensor, advance: Callable[[], None]) -> tuple[float, float]:
     """Bits per byte before and after a few steps on ``batch`` [rows, length + 1]."""
     inputs, targets = batch[:, :-1], batch[:, 1:]
+    # Adam moves every weight by about the rate, and the wider a model is, the less each of its weights may move
+    rate = 0.75 / max(model.dim, BYTES)
     # Adam's epsilon must be a number of the weights' type: 1e-8 is zero in float16
     epsilon = max(1e-8, torch.finfo(next(model.parameters()).dtype).smallest_normal)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, eps=epsilon)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, eps=epsilon)
     before = math.nan
     for step in range(STEPS):
         loss = model(inputs, targets=targets).loss
@@ -163,6 +182,10 @@ def _stream(model: LanguageModel, tokens: Tensor, cuts: list[int]) -> Tensor:
         state = out.state
         logits.append(out.logits)
     return torch.cat(logits, dim=1)
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).abs().max())
 
 
 def _cuts(length: int) -> list[int]:

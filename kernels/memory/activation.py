@@ -17,21 +17,23 @@ class Activation(NamedTuple):
     """``(z, out=None) -> value(z)``."""
     pull: Callable[..., Tensor]
     """``(g, z, out=None) -> g * value'(z)``: one fused pass."""
-    second: Callable[[Tensor], Tensor] | None
-    """``z -> value''(z)``; ``None`` where it is zero everywhere."""
+    second: Callable[[Tensor, Tensor, Tensor], Tensor] | None
+    """``(z, out, scratch) -> value''(z)`` in ``out``; ``None`` where it is zero everywhere."""
 
 
-def _silu_second(z: Tensor) -> Tensor:
-    s = torch.sigmoid(z)
-    slope = s * (1 - s)
-    return slope.mul_((1 - 2 * s).mul_(z).add_(2))
+def _silu_second(z: Tensor, out: Tensor, scratch: Tensor) -> Tensor:
+    # s' (2 + z (1 - 2 s)) with s the logistic function and s' = s (1 - s)
+    s = torch.sigmoid(z, out=scratch)
+    torch.addcmul(s, s, s, value=-1, out=out)
+    return out.mul_(s.mul_(-2).add_(1).mul_(z).add_(2))
 
 
-def _gelu_second(z: Tensor) -> Tensor:
+def _gelu_second(z: Tensor, out: Tensor, scratch: Tensor) -> Tensor:
     # value = z Phi(z), so value'' = phi(z) (2 - z^2) with phi the normal density
-    square = z * z
-    density = (square * -0.5).exp_()
-    return square.neg_().add_(2).mul_(density).mul_(1 / math.sqrt(2 * math.pi))
+    square = torch.mul(z, z, out=scratch)
+    torch.mul(square, -0.5, out=out).exp_()
+    scale = 1 / math.sqrt(2 * math.pi)
+    return out.mul_(square.mul_(-scale).add_(2 * scale))
 
 
 def _into(plain: Callable[..., Tensor], written: Callable[..., Tensor]) -> Callable[..., Tensor]:

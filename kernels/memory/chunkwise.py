@@ -15,6 +15,7 @@ Errors ``d`` are half gradients; the factor 2 lives in the decay matrices. Work 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -88,7 +89,7 @@ class _Chunkwise(torch.autograd.Function):
         size = min(chunks, keep if keep > 1 else GROUP)
 
         y = q.new_empty(batch, time, heads, v.shape[-1])
-        net = _Network(ACTIVATIONS[plan.activation], _per_row(gain, batch), plan.clip)
+        net = _Network(ACTIVATIONS[plan.activation], _per_row(gain, batch), plan.clip, _Scratch(q))
         work = _Work.allocate(size, batch * heads, plan.chunk, stacks, q, pulled=False, clipped=plan.clip is not None)
         kept = [x.new_empty(chunks if keep == 1 else -(-chunks // size), *x.shape) for x in stacks] if keep else []
         for group, (first, tokens) in enumerate(_groups(chunks, size, plan.chunk)):
@@ -120,7 +121,7 @@ class _Chunkwise(torch.autograd.Function):
         batch, time, heads, _ = q.shape
         s = 1 if eta is None else 2
         chunks = time // plan.chunk
-        net = _Network(ACTIVATIONS[plan.activation], _per_row(gain, batch), plan.clip)
+        net = _Network(ACTIVATIONS[plan.activation], _per_row(gain, batch), plan.clip, _Scratch(q))
         work = _Work.allocate(size, batch * heads, plan.chunk, kept, q, pulled=True, clipped=plan.clip is not None)
         adjoint = _Adjoint.allocate(size, work)
 
@@ -282,6 +283,21 @@ class _Adjoint(NamedTuple):
         return _Adjoint([x[: chunks + 1] for x in self.stacks], *short)
 
 
+class _Scratch:
+    """Named temporaries that live as long as the call: a fresh page costs more than the arithmetic done on it."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._like, self._buffers = like, dict[str, Tensor]()
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        """An uninitialised contiguous tensor; the next call with this name reuses its memory."""
+        size = math.prod(shape)
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < size:
+            buffer = self._buffers[name] = self._like.new_empty(size)
+        return buffer[:size].view(shape)
+
+
 class _Reading(NamedTuple):
     """What reading leaves behind for its backward; everything ``[chunks * rows, b, ...]``."""
 
@@ -315,8 +331,8 @@ class _WriteGrad(NamedTuple):
 class _Network:
     """The memory network ``M``; ``gain`` ``[rows, 1, d]`` is given when ``M(x) = x + LN(net(x)) * gain``."""
 
-    def __init__(self, activation: Activation, gain: Tensor | None, clip: float | None) -> None:
-        self.activation, self.gain, self.clip = activation, gain, clip
+    def __init__(self, activation: Activation, gain: Tensor | None, clip: float | None, scratch: _Scratch) -> None:
+        self.activation, self.gain, self.clip, self.scratch = activation, gain, clip, scratch
 
     # -- write ---------------------------------------------------------------------------------------------------
 
@@ -330,8 +346,14 @@ class _Network:
             for buffer, stack, a, d in zip(written.stacks, now.stacks, now.inputs, now.errors):
                 after = buffer[i + 1]
                 torch.bmm(decay.mix[i], stack.flatten(2), out=after.flatten(2))
-                weighed = (decay.write[i].unsqueeze(-1) * d.unsqueeze(2)).flatten(2)
+                weighed = self._spread(decay.write[i], d, "weighed")
                 after.flatten(1, 2).baddbmm_(weighed.mT, a, alpha=-1)
+
+    def _spread(self, coefficients: Tensor, x: Tensor, name: str) -> Tensor:
+        """``[..., b, s]`` times ``[..., b, out]`` -> ``[..., b, s * out]``."""
+        parts = coefficients.shape[-1]
+        spread = self.scratch(name, *x.shape[:-1], parts, x.shape[-1])
+        return torch.mul(coefficients.unsqueeze(-1), x.unsqueeze(-2), out=spread).flatten(-2)
 
     def recall(self, keys: Tensor, values: Tensor, written: _Work, anchor: list[Tensor] | None) -> None:
         """What ``advance`` fills, in one batch, given the state at every chunk start."""
@@ -359,10 +381,8 @@ class _Network:
             g = torch.addcmul(work.inputs[0], n, gain).sub_(values).mul_(gain)
             layer_norm_pull(g, n, inverse, out=work.raw[last])
         for l in range(last - 1, -1, -1):
-            if work.pulled:
-                e = torch.bmm(work.raw[l + 1], weights[l + 1], out=work.pulled[l])
-            else:
-                e = torch.bmm(work.raw[l + 1], weights[l + 1])
+            e = work.pulled[l] if work.pulled else self.scratch("pulled", *work.raw[l].shape)
+            torch.bmm(work.raw[l + 1], weights[l + 1], out=e)
             self.activation.pull(e, work.hidden[l], out=work.raw[l])
         if self.clip is not None:
             scale = self._scale(work.raw, work.inputs)[0].unsqueeze(-1)
@@ -385,17 +405,21 @@ class _Network:
         weigh, carry = decay.read.flatten(0, 1), decay.carry.flatten(0, 1)
         x = queries.flatten(0, 1)
         reading = _Reading([x], [], [], [])
+        b = x.shape[1]
+        # what backward will want has a place per layer; else one place serves all
+        new = lambda name, l, width: self.scratch(f"{name} {l if recording else 0 if name != 'z' else l % 2}", len(x), b, width)  # noqa: E731
         for l, (stack, a, d) in enumerate(zip(work.stacks, work.inputs, work.errors)):
             s, out = stack.shape[1:3]
             if l:
-                x = self.activation.value(z)
+                x = self.activation.value(z, out=new("x", l, z.shape[-1]))
                 reading.inputs.append(x)
-            carried = torch.bmm(x, stack.flatten(1, 2).mT).unflatten(-1, (s, out))
-            scores = torch.bmm(x, a.mT)
-            z = carried[:, :, 0] * carry[..., :1]
+            carried = torch.bmm(x, stack.flatten(1, 2).mT, out=new("carried", l, s * out)).unflatten(-1, (s, out))
+            scores = torch.bmm(x, a.mT, out=new("scores", l, b))
+            z = torch.mul(carried[:, :, 0], carry[..., :1], out=new("z", l, out))
             if s == 2:
                 z.addcmul_(carried[:, :, 1], carry[..., 1:])
-            z.baddbmm_(scores * weigh if recording else scores.mul_(weigh), d, alpha=-1)
+            decayed = torch.mul(scores, weigh, out=self.scratch("decayed", *scores.shape))
+            z.baddbmm_(decayed, d, alpha=-1)
             if recording:
                 reading.carried.append(carried)
                 reading.scores.append(scores)
@@ -422,16 +446,16 @@ class _Network:
             stack, a, d = work.stacks[l], work.inputs[l], work.errors[l]
             x, scores, carried = reading.inputs[l], reading.scores[l], reading.carried[l]
             grad_carry += carried.mul_(g.unsqueeze(2)).sum(-1)
-            spread = torch.mul(carry.unsqueeze(-1), g.unsqueeze(2), out=carried).flatten(2)
+            spread = torch.mul(carry.unsqueeze(-1), g.unsqueeze(2), out=carried).flatten(2)  # carried is done with
             torch.bmm(spread.mT, x, out=grad.stacks[l][:-1].flatten(0, 1).flatten(1, 2))
-            grad_x = torch.bmm(spread, stack.flatten(1, 2))
-            grad_decayed = torch.bmm(g, d.mT).neg_()
+            grad_x = torch.bmm(spread, stack.flatten(1, 2), out=self.scratch(f"grad x {l % 2}", *x.shape))
+            grad_decayed = torch.bmm(g, d.mT, out=self.scratch("decayed", *scores.shape)).neg_()
             grad_weigh.addcmul_(grad_decayed, scores)
             torch.bmm(scores.mul_(weigh).mT, g, out=grad.errors[l].flatten(0, 1)).neg_()
             grad_scores = grad_decayed.mul_(weigh)
             torch.bmm(grad_scores.mT, x, out=grad.inputs[l].flatten(0, 1))
             grad_x.baddbmm_(grad_scores, a)
-            g = self.activation.pull(grad_x, reading.hidden[l - 1]) if l else grad_x
+            g = self.activation.pull(grad_x, reading.hidden[l - 1], out=reading.hidden[l - 1]) if l else grad_x
         g = g.view(queries.shape)
         if self.gain is not None:
             g += grad_y
@@ -448,15 +472,15 @@ class _Network:
         layers, s = len(written.stacks), decay.mix.shape[-1]
         grad_gain = None if self.gain is None else torch.zeros_like(self.gain)
         grad_values = torch.empty_like(values)
-        weighed = [(decay.write.unsqueeze(-1) * d.unsqueeze(3)).flatten(3) for d in written.errors]
-        back = [torch.empty_like(x) for x in weighed]
+        weighed = [self._spread(decay.write, d, f"weighed {l}") for l, d in enumerate(written.errors)]
+        back = [self.scratch(f"back {l}", *x.shape) for l, x in enumerate(weighed)]
         # z_l is needed no more once its slope and curvature are known, nor is what was pulled
         slopes: list[Tensor | None] = [None] * (layers - 1)
         curvatures: list[Tensor | None] = [None] * (layers - 1)
         for l, (z, pulled) in enumerate(zip(written.hidden, written.pulled)):
             if self.activation.second is not None:
-                curvatures[l] = pulled.mul_(self.activation.second(z))
-            slopes[l] = self.activation.pull(torch.ones_like(z), z)
+                curvatures[l] = pulled.mul_(self.activation.second(z, self.scratch("second", *z.shape), self.scratch("square", *z.shape)))
+            slopes[l] = self.activation.pull(self.scratch("second", *z.shape).fill_(1), z, out=z)
         write = decay.write.unsqueeze(-1)
         for i in range(len(keys) - 1, -1, -1):
             own = anchor is not None and i == 0
@@ -480,7 +504,7 @@ class _Network:
             pushed: list[Tensor] = []
             for l in range(layers - 1):
                 g = grad_errors[l]
-                below[l] = None if curvatures[l] is None else g * curvatures[l][i]
+                below[l] = None if curvatures[l] is None else torch.mul(g, curvatures[l][i], out=self.scratch(f"below {l}", *g.shape))
                 pushed.append(g.mul_(slopes[l][i]))
                 grad_errors[l + 1].baddbmm_(pushed[-1], weights[l + 1].mT)
             # ... and then the inputs' gradient runs down
@@ -492,7 +516,7 @@ class _Network:
                     g = grad_inputs[l + 1].mul_(slopes[l][i])
                     if below[l] is not None:
                         g += below[l]
-                both = torch.bmm(g.mT, now.inputs[l])
+                both = torch.bmm(g.mT, now.inputs[l], out=self.scratch("both", *weights[l].shape))
                 if l:
                     both.baddbmm_(now.raw[l].mT, pushed[l - 1])
                 onto[l].add_(both)

@@ -153,8 +153,9 @@ def test_without_the_write_the_outputs_change():
 
         block.memory.forward = forgets.__get__(block.memory)
         got, _ = block(x)
-    # from the first token on its reading back differs, from the second segment on what it recalls as well
-    assert (got - y).abs().amax(dim=(0, 2))[1:].min() > 1e-6
+    # within one call a segment still reads back what it writes; from the second on, what it recalls is missing
+    difference = (got - y).abs().amax(dim=(0, 2))
+    assert difference[:6].max() == 0 and difference[6:].min() > 1e-3
 
 
 def test_a_segment_recalls_from_its_start_and_not_from_later_writes():
@@ -203,7 +204,10 @@ def test_rows_at_every_phase_of_a_segment_run_together(write):
     x, before = noise(len(phases), 13, DIM), noise(len(phases), 7, DIM, seed=2)
     mask = noise(len(phases), 13, seed=3) > -0.5
     with torch.no_grad():
-        states = [block(before[row : row + 1, :phase])[1] if phase else block.init_state(1) for row, phase in enumerate(phases)]
+        states = [
+            block(before[row : row + 1, :phase])[1] if phase else block.init_state(1)
+            for row, phase in enumerate(phases)
+        ]
         y, after = block(x, concatenate(states), mask=mask)
         for row in phases:
             alone, ended = block(x[row : row + 1, mask[row]], states[row])
@@ -241,7 +245,7 @@ def test_contexts_nest():
     inner = {"type": "context", "segment": 3, "persistent": 1, "memory": {"type": "memory", "heads": 2, "chunk": 2},
              "attend": {"type": "attention", "heads": 2}}  # fmt: skip
     outer = inner | {"segment": 4, "attend": inner}
-    check_block(outer, dim=DIM, endurance=300, length=19)
+    check_block(outer, dim=DIM, laws=["causal", "split", "row", "mask", "position"], length=13)
 
 
 def test_every_parameter_gets_a_gradient():
@@ -253,7 +257,7 @@ def test_every_parameter_gets_a_gradient():
 
 
 def test_a_memory_needs_read_and_write():
-    with pytest.raises(RecipeError, match="memory.*read and write"):
+    with pytest.raises(RecipeError, match=r"memory.*read and write"):
         validate({"type": "context", "memory": "attention"}, dim=DIM)
 
 

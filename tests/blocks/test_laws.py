@@ -45,7 +45,7 @@ def test_an_instance_and_a_model_are_checked_and_left_as_they_were(leaky):
 
 def test_laws_are_chosen_by_name(leaky):
     assert list(check_block("leaky", dim=8, laws=["step", "causal"])) == ["causal", "step"]
-    with pytest.raises(ValueError, match="unknown law 'causality'.*purity"):
+    with pytest.raises(ValueError, match=r"unknown law 'causality'.*purity"):
         check_block("leaky", dim=8, laws=["causality"])
 
 

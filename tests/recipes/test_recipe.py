@@ -4,6 +4,7 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from titans_build.recipes import Recipe, load_recipe, packaged_names
 from titans_build.recipes.recipe import check_recipe
 from titans_build.registry import RecipeError
 
-NESTED = HEAD + """
+NESTED = (
+    HEAD
+    + """
 layers:
   mac:
     - {type: context, segment: 16, persistent: 2, memory: {type: memory, chunk: 4}}
@@ -23,6 +26,7 @@ layers:
   mal: [{type: persistent, tokens: 2, of: [memory, {type: attention, window: 8}]}, ffn]
 stack: [{repeat: 2, of: [mal, {repeat: 3, of: [mac]}]}, mal]
 """
+)
 
 
 def test_what_is_left_out_is_filled_in():
@@ -187,3 +191,44 @@ def test_recipes_are_values():
     assert load_recipe(PLAIN) == load_recipe(PLAIN)
     with pytest.raises(AttributeError):
         load_recipe(PLAIN).dim = 3  # type: ignore[misc]
+
+
+ODD: list[Any] = [
+    None,
+    True,
+    -1,
+    1.5,
+    "",
+    "memory",
+    [],
+    {},
+    [[]],
+    ["memory"],
+    2**62,
+    {"type": None},
+    {"repeat": 3},
+    {3: 4},
+    object(),
+]
+
+
+def places(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    for key, item in data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ():
+        yield (*path, key)
+        yield from places(item, (*path, key))
+
+
+@pytest.mark.parametrize("odd", ODD, ids=lambda odd: type(odd).__name__)
+def test_an_odd_value_anywhere_is_refused_or_survives_writing(odd: Any):
+    text = load_recipe("mag").to_json()
+    for path in places(json.loads(text)):
+        data = holder = json.loads(text)
+        for key in path[:-1]:
+            holder = holder[key]
+        holder[path[-1]] = odd
+        try:
+            recipe = load_recipe(data)
+        except RecipeError as error:
+            assert error.problems and all(problem.message for problem in error.problems)
+        else:
+            assert load_recipe(recipe.to_yaml()) == load_recipe(recipe.to_json()) == recipe

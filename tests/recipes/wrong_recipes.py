@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Recipes that must be refused: ``(name, text, fragment)``, the fragment being part of the message.
 
 Texts are ``str``, or ``bytes`` for what is not text. The command line is tested with the same list.

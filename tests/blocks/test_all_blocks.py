@@ -1,0 +1,66 @@
+"""Every built-in block, in every kind of setting that changes its function, obeys every law."""
+
+import pytest
+
+from titans_build.blocks.laws import check_block
+from titans_build.registry import catalogue, list_blocks, lookup
+
+DIM = 16
+MEMORY = {"type": "memory", "heads": 2, "chunk": 4}
+ATTENTION = {"type": "attention", "heads": 2}
+WINDOW = ATTENTION | {"window": 6}
+CONTEXT = {"type": "context", "segment": 6, "persistent": 2, "memory": MEMORY, "attend": ATTENTION}
+
+SPECS = {
+    "attention": ATTENTION,
+    "attention, window": WINDOW,
+    "attention, one key head": WINDOW | {"kv_heads": 1, "qk_norm": False},
+    "attention, no positions": WINDOW | {"rope": None},
+    "chain": [MEMORY, WINDOW, "ffn"],
+    "context": CONTEXT,
+    "context, inputs written": CONTEXT | {"write": "inputs"},
+    "ffn": "ffn",
+    "ffn, gelu": {"type": "ffn", "kind": "gelu"},
+    "gate": {"type": "gate", "branches": [WINDOW, MEMORY]},
+    "layer_norm": "layer_norm",
+    "memory": MEMORY,
+    "memory, deep": MEMORY | {"depth": 4, "chunk": 3, "expansion": 2},
+    "memory, linear and online": MEMORY | {"depth": 1, "chunk": 1, "norm": False, "activation": "identity"},
+    "memory, no convolution": MEMORY | {"conv": 0},
+    "memory, no momentum": MEMORY | {"momentum": False},
+    "memory, nothing forgotten": MEMORY | {"forgetting": False},
+    "memory, gates per chunk": MEMORY | {"gates": "chunk"},
+    "memory, no bound on surprise": MEMORY | {"clip": None},
+    "memory, read before written": MEMORY | {"retrieve": "before"},
+    "memory, frozen": MEMORY | {"use": "read"},
+    "memory, written only": MEMORY | {"use": "write"},
+    "memory, learned momentum": MEMORY | {"learn_momentum": True},
+    "persistent": {"type": "persistent", "tokens": 3, "of": {"type": "gate", "branches": [WINDOW, MEMORY]}},
+    "rms_norm": "rms_norm",
+}
+
+
+def type_of(spec):
+    return "chain" if isinstance(spec, list) else spec if isinstance(spec, str) else spec["type"]
+
+
+def test_no_built_in_block_is_missing_here():
+    built_in = {name for name in list_blocks() if lookup(name).source == catalogue.__name__.partition(".")[0]}
+    assert {type_of(spec) for spec in SPECS.values()} == built_in
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_it_obeys_every_law(spec):
+    check_block(spec, dim=DIM, endurance=1000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_it_endures_a_hundred_thousand_tokens(spec):
+    check_block(spec, dim=DIM, laws=["endurance"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted({type_of(spec) for spec in SPECS.values()} - {"chain", "gate", "persistent"}))
+def test_with_its_defaults_it_obeys_every_law(name):
+    check_block(name, endurance=5000)

@@ -1,0 +1,93 @@
+"""Building one block, and giving what was built on the meta device its parameters."""
+
+import pytest
+import torch
+from torch import nn
+
+from titans_build.blocks.block import Block, as_rows, materialise
+from titans_build.blocks.build import build_block
+from titans_build.registry import RecipeError, catalogue
+
+
+def test_one_seed_gives_one_block():
+    first, again, other = (build_block("memory", dim=16, seed=seed) for seed in (3, 3, 4))
+    for name, parameter in first.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name))
+    assert not torch.equal(first.qkv.weight, other.qkv.weight)
+
+
+def test_the_global_generator_is_left_alone_unless_asked_for():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    build_block("ffn", dim=16, seed=5)
+    assert torch.equal(torch.rand(3), expected)
+    torch.manual_seed(0)
+    drawn = build_block("ffn", dim=16, seed=None)
+    torch.manual_seed(0)
+    assert torch.equal(drawn.up.weight, build_block("ffn", dim=16, seed=None).up.weight)
+    assert not torch.equal(torch.rand(3), expected)
+
+
+def test_another_dtype_is_the_same_block_rounded():
+    wide, narrow = build_block("ffn", dim=16), build_block("ffn", dim=16, dtype=torch.bfloat16)
+    assert torch.equal(wide.up.weight.bfloat16(), narrow.up.weight)
+
+
+def test_lists_are_chains_and_mistakes_are_named():
+    assert type(build_block(["ffn", "ffn"], dim=16)).__name__ == "Chain"
+    with pytest.raises(RecipeError, match=r"dept.*depth"):
+        build_block({"type": "memory", "dept": 2}, dim=16)
+    with pytest.raises(TypeError, match="already built"):
+        build_block(build_block("ffn", dim=16), dim=16)
+
+
+class Holder(Block):
+    """Parameters of its own, a module that is no block, and blocks inside a container."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self.scale = nn.Parameter(torch.empty(dim))
+        self.linear = nn.Sequential(nn.Linear(dim, dim))
+        self.blocks = nn.ModuleList([Counted(dim), Counted(dim)])
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        nn.init.ones_(self.scale)
+
+
+class Counted(Block):
+    resets = 0
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self.weight = nn.Parameter(torch.empty(dim))
+
+    def reset_parameters(self):
+        type(self).resets += 1
+        nn.init.ones_(self.weight)
+
+
+def test_each_block_initialises_what_it_owns_once():
+    Counted.resets = 0
+    with torch.device("meta"):
+        block = Holder(8)
+    materialise(block, "cpu", torch.float32, 0)
+    assert Counted.resets == 2
+    assert block.linear[0].weight.std() > 0
+
+
+def test_a_parameter_that_nobody_initialises_is_named():
+    class Forgets(Holder):
+        def reset_parameters(self):
+            nn.init.ones_(self.scale)
+
+    with catalogue.scratch():
+        catalogue.register("forgets")(Forgets)
+        with pytest.raises(RuntimeError, match=r"linear.0.weight \[8, 8\] was left uninitialised"):
+            build_block("forgets", dim=8)
+
+
+def test_rows_of_a_shared_state_take_no_memory():
+    state = as_rows((torch.zeros(1, 4), None), 100)
+    assert state[0].shape == (100, 4) and state[0].untyped_storage().nbytes() == 16

@@ -1,0 +1,198 @@
+"""Generation: one token at a time from the state is the model run over everything so far."""
+
+import pytest
+import torch
+
+from titans_build.blocks import state as st
+from titans_build.blocks.block import materialise
+from titans_build.blocks.generation import Sampler, generate, read_prompt, steps
+from titans_build.blocks.language_model import LanguageModel
+
+VOCAB = 13
+MEMORY = {"type": "memory", "heads": 2, "chunk": 4}
+CONTEXT = {
+    "type": "context",
+    "segment": 5,
+    "persistent": 2,
+    "memory": MEMORY,
+    "attend": {"type": "attention", "heads": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    with torch.device("meta"):
+        model = LanguageModel(
+            16, vocab=VOCAB, layers=[[CONTEXT, "ffn"], [{"type": "attention", "heads": 2, "window": 6}]]
+        )
+    materialise(model, "cpu", torch.float64, 0)
+    with torch.no_grad():
+        # sure of itself: rounding must not decide between tokens
+        model.head.mul_(40)
+        for layer in model.layers:
+            layer.blocks[0].get_parameter("attend.out.weight" if layer is model.layers[0] else "out.weight").mul_(10)
+    return model
+
+
+def ids(*shape, seed=0):
+    return torch.randint(VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def greedy_from_scratch(model, tokens, count):
+    for _ in range(count):
+        with torch.no_grad():
+            tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], dim=1)
+    return tokens
+
+
+def test_greedy_is_the_whole_model_run_anew_for_every_token(model):
+    prompt = ids(3, 7)
+    gen = model.generate(prompt, 15)
+    assert torch.equal(gen.tokens, greedy_from_scratch(model, prompt, 15))
+    assert len(gen.tokens[:, 7:].unique()) > 3
+
+
+def test_the_state_has_read_everything(model):
+    gen = model.generate(ids(2, 4), 9)
+    out = model(gen.tokens)
+    for (path, got), (_, expected) in zip(st.named_tensors(gen.state), st.named_tensors(out.state)):
+        torch.testing.assert_close(got, expected.detach(), msg=path)
+    torch.testing.assert_close(gen.logits, out.logits[:, -1].detach())
+    more = ids(2, 3, seed=1)
+    torch.testing.assert_close(
+        model(more, state=gen.state).logits, model(torch.cat([gen.tokens, more], 1)).logits[:, -3:]
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_going_on_is_the_longer_run(model, temperature):
+    prompt = ids(2, 5)
+    whole = model.generate(prompt, 12, temperature=temperature, seed=torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    first = model.generate(prompt, 5, temperature=temperature, seed=generator)
+    rest = model.generate(
+        first.tokens[:, :0], 7, state=first.state, logits=first.logits, temperature=temperature, seed=generator
+    )
+    assert torch.equal(torch.cat([first.tokens, rest.tokens], dim=1), whole.tokens)
+
+
+def test_padded_rows_go_on_as_they_would_alone(model):
+    tokens = ids(3, 8)
+    mask = torch.ones(3, 8, dtype=torch.bool)
+    mask[0, :3] = False  # left
+    mask[1, 5:] = False  # right
+    mask[2, [1, 4, 7]] = False  # scattered
+    gen = model.generate(tokens, 9, mask=mask)
+    for row in range(3):
+        alone = model.generate(tokens[row : row + 1, mask[row]], 9)
+        assert torch.equal(gen.tokens[row, 8:], alone.tokens[0, -9:])
+    assert torch.equal(gen.tokens[:, :8], tokens)
+
+
+def test_a_row_without_prompt_goes_on_from_given_logits(model):
+    first = model.generate(ids(2, 5), 4)
+    tokens = ids(2, 3, seed=2)
+    mask = torch.tensor([[False] * 3, [True] * 3])
+    gen = model.generate(tokens, 6, state=first.state, mask=mask, logits=first.logits)
+    silent = model.generate(first.tokens[:1, :0], 6, state=st.select(first.state, [0]), logits=first.logits[:1])
+    spoken = model.generate(tokens[1:], 6, state=st.select(first.state, [1]))
+    assert torch.equal(gen.tokens[0, 3:], silent.tokens[0])
+    assert torch.equal(gen.tokens[1, 3:], spoken.tokens[0, 3:])
+
+
+def test_a_seed_repeats_and_the_global_generator_is_left_alone(model):
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    runs = [model.generate(ids(2, 4), 20, temperature=1.0, seed=seed).tokens for seed in (1, 1, 2, None, None)]
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+    assert not torch.equal(runs[3], runs[4])
+
+
+def test_no_gradient_is_tracked_and_the_state_can_be_trained_from(model):
+    gen = model.generate(ids(1, 4), 3)
+    assert not any(tensor.requires_grad for _, tensor in st.named_tensors(gen.state))
+    tokens = ids(1, 4, seed=3)
+    loss = model(tokens, state=gen.state, targets=tokens).loss
+    loss.backward()
+    model.zero_grad()
+    assert loss.requires_grad
+
+
+def test_zero_new_tokens_read_the_prompt(model):
+    prompt = ids(2, 4)
+    gen = model.generate(prompt, 0)
+    assert torch.equal(gen.tokens, prompt)
+    torch.testing.assert_close(gen.logits, model(prompt).logits[:, -1].detach())
+
+
+def test_steps_yield_tokens_as_they_come(model):
+    prompt = ids(1, 4)
+    logits, state = read_prompt(model, prompt)
+    seen = []
+    for step in steps(model, logits, state, Sampler(), 100):
+        seen.append(int(step.token))
+        if len(seen) == 5:
+            break
+    assert seen == model.generate(prompt, 5).tokens[0, 4:].tolist()
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"max_new_tokens": -1}, ValueError, "max_new_tokens"),
+        ({"max_new_tokens": 1.5}, ValueError, "max_new_tokens"),
+        ({"temperature": -0.1}, ValueError, "temperature"),
+        ({"temperature": float("nan")}, ValueError, "temperature"),
+        ({"top_k": 0}, ValueError, "top_k"),
+        ({"top_p": 0.0}, ValueError, "top_p"),
+        ({"top_p": 1.1}, ValueError, "top_p"),
+        ({"mask": torch.tensor([[True, True], [False, False]])}, ValueError, "row 1 has no real token"),
+        ({"mask": torch.ones(2, 3, dtype=torch.bool)}, ValueError, "mask"),
+        ({"logits": torch.zeros(2, 5)}, ValueError, r"logits: .*\[2, 13\]"),
+        ({"tokens": ids(2, 2).int()}, TypeError, "tokens"),
+        ({"tokens": ids(2, 2) + VOCAB}, ValueError, "outside the vocabulary"),
+        ({"tokens": ids(2, 0)}, ValueError, "row 0 has no real token"),
+    ],
+)
+def test_wrong_settings_are_refused_in_words(model, arguments, error, message):
+    with pytest.raises(error, match=message):
+        generate(model, **({"tokens": ids(2, 2)} | arguments))
+
+
+def test_a_state_of_other_rows_is_refused(model):
+    with pytest.raises(ValueError, match="3 rows"):
+        model.generate(ids(2, 3), 2, state=model.init_state(3))
+
+
+def frequencies(sampler, logits, count=4000):
+    drawn = sampler(torch.tensor(logits).expand(count, -1))
+    return torch.bincount(drawn, minlength=len(logits)) / count
+
+
+PROBABILITY = torch.tensor([0.4, 0.3, 0.2, 0.1])
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({}, PROBABILITY),
+        ({"temperature": 0.5}, PROBABILITY**2 / (PROBABILITY**2).sum()),
+        ({"top_k": 2}, torch.tensor([4 / 7, 3 / 7, 0, 0])),
+        ({"top_k": 9}, PROBABILITY),
+        ({"top_p": 0.69}, torch.tensor([4 / 7, 3 / 7, 0, 0])),
+        ({"top_p": 0.71}, torch.tensor([4 / 9, 3 / 9, 2 / 9, 0])),
+        ({"top_p": 0.01}, torch.tensor([1.0, 0, 0, 0])),
+        ({"top_p": 1.0}, PROBABILITY),
+        ({"top_k": 2, "top_p": 0.5}, torch.tensor([1.0, 0, 0, 0])),
+        ({"temperature": 1e-30}, torch.tensor([1.0, 0, 0, 0])),
+    ],
+)
+def test_tokens_are_drawn_with_the_right_frequencies(settings, expected):
+    # in another order than by probability, as a vocabulary is
+    order = torch.tensor([2, 0, 3, 1])
+    got = frequencies(Sampler(**({"temperature": 1.0, "seed": 0} | settings)), PROBABILITY[order].log().tolist())
+    torch.testing.assert_close(got, expected[order], atol=0.03, rtol=0)
+    assert bool((got[expected[order] == 0] == 0).all())

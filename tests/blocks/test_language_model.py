@@ -1,0 +1,268 @@
+"""The whole model: what it computes, what it refuses, and that its state is all there is to going on."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from titans_build.blocks import state as st
+from titans_build.blocks.block import materialise
+from titans_build.blocks.language_model import LanguageModel
+from titans_build.blocks.laws import check_block
+
+MEMORY = {"type": "memory", "heads": 2, "chunk": 4}
+CONTEXT = {
+    "type": "context",
+    "segment": 5,
+    "persistent": 2,
+    "memory": MEMORY,
+    "attend": {"type": "attention", "heads": 2},
+}
+WINDOW = {"type": "attention", "heads": 2, "window": 6}
+
+
+def make(vocab=13, layers=([CONTEXT, "ffn"], [WINDOW, "ffn"]), tie=False, dtype=torch.float64, seed=0):
+    with torch.device("meta"):
+        model = LanguageModel(16, vocab=vocab, layers=layers, tie=tie)
+    materialise(model, "cpu", dtype, seed)
+    return model
+
+
+def ids(*shape, vocab=13, seed=0):
+    return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_it_is_embedding_layers_norm_and_head():
+    model = make()
+    tokens = ids(2, 9)
+    x = model.embedding[tokens]
+    for layer in model.layers:
+        x, _ = layer(x)
+    hidden = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * model.norm.gain
+    out = model(tokens)
+    torch.testing.assert_close(out.hidden, hidden)
+    torch.testing.assert_close(out.logits, hidden @ model.head.T)
+    assert out.loss is None
+
+
+def test_a_tied_head_is_the_embedding():
+    model = make(tie=True)
+    assert model.head is None
+    out = model(ids(1, 4))
+    torch.testing.assert_close(out.logits, out.hidden @ model.embedding.T)
+    with pytest.raises(ValueError, match="tie"):
+        make(vocab=None, tie=True)
+
+
+def test_a_fresh_model_predicts_nothing_in_particular():
+    tokens = ids(4, 33)
+    loss = make()(tokens[:, :-1], targets=tokens[:, 1:]).loss
+    assert abs(loss.item() - math.log(13)) < 0.1
+
+
+def test_loss_is_the_mean_over_targets_that_count():
+    model = make()
+    tokens, targets = ids(2, 9), ids(2, 9, seed=1)
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[0, :3] = False
+    targets[1, 5] = -100
+    out = model(tokens, mask=mask, targets=targets)
+    counted = mask & (targets != -100)
+    torch.testing.assert_close(out.loss, cross_entropy(out.logits[counted], targets[counted]))
+    assert model(tokens, targets=torch.full_like(targets, -100)).loss.item() == 0.0
+    half = make(dtype=torch.bfloat16)
+    assert half(tokens, targets=ids(2, 9)).loss.dtype == torch.float32
+
+
+def test_pieces_give_what_one_pass_gives():
+    model = make()
+    tokens = ids(2, 23)
+    whole = model(tokens)
+    state, logits = None, []
+    for piece in tokens.split([1, 7, 2, 12, 1], dim=1):
+        out = model(piece, state=state)
+        state = out.state
+        logits.append(out.logits)
+    torch.testing.assert_close(torch.cat(logits, dim=1), whole.logits)
+    for (path, got), (_, expected) in zip(st.named_tensors(state), st.named_tensors(whole.state)):
+        torch.testing.assert_close(got, expected, msg=path)
+
+
+def test_tokens_embeddings_and_an_all_true_mask_are_the_same_call():
+    model = make()
+    tokens = ids(2, 9)
+    out = model(tokens)
+    assert torch.equal(model(embeddings=model.embedding[tokens]).logits, out.logits)
+    assert torch.equal(model(tokens, mask=torch.ones(2, 9, dtype=torch.bool)).logits, out.logits)
+
+
+def test_without_a_vocabulary_it_maps_embeddings_to_hidden():
+    model = make(vocab=None)
+    x = torch.randn(2, 7, 16, dtype=torch.float64)
+    out = model(embeddings=x)
+    assert out.hidden.shape == x.shape and out.logits is None and out.loss is None
+    assert not any("embedding" in name or "head" in name for name, _ in model.named_parameters())
+    with pytest.raises(ValueError, match="no vocabulary"):
+        model(ids(2, 7))
+    with pytest.raises(ValueError, match="no vocabulary"):
+        model(embeddings=x, targets=ids(2, 7))
+
+
+def test_state_paths_mirror_the_stack():
+    paths = [path for path, _ in st.named_tensors(make().init_state(2))]
+    assert "layers.0.0.memory.memory.weights.1" in paths
+    assert "layers.1.0.keys" in paths
+
+
+def test_no_tokens_change_nothing():
+    model = make()
+    state = model(ids(2, 5)).state
+    out = model(ids(2, 0), state=state)
+    assert out.logits.shape == (2, 0, 13) and out.state is state
+    fresh = model(ids(2, 0)).state
+    assert torch.equal(model(ids(2, 4), state=fresh).logits, model(ids(2, 4)).logits)
+
+
+def test_nothing_that_is_passed_in_changes():
+    model = make()
+    tokens, mask, targets = ids(2, 9), torch.rand(2, 9) > 0.3, ids(2, 9, seed=1)
+    state = model(ids(2, 3)).state
+    given = [tokens, mask, targets, *(tensor for _, tensor in st.named_tensors(state))]
+    before = [tensor.detach().clone() for tensor in given]
+    parameters = copy.deepcopy(model.state_dict())
+    model(tokens, state, mask, targets).loss.backward()
+    assert all(torch.equal(a, b) for a, b in zip(given, before))
+    assert all(torch.equal(tensor, parameters[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        (lambda m: {}, ValueError, "either tokens .* or embeddings"),
+        (lambda m: {"tokens": ids(2, 3), "embeddings": torch.zeros(2, 3, 16).double()}, ValueError, "not both"),
+        (lambda m: {"tokens": ids(2, 3).int()}, TypeError, "tokens: expected torch.int64, got torch.int32"),
+        (lambda m: {"tokens": ids(2, 3).double()}, TypeError, "tokens: expected torch.int64"),
+        (lambda m: {"tokens": [[1, 2]]}, TypeError, "tokens: expected a tensor, got list"),
+        (lambda m: {"tokens": ids(3)}, ValueError, r"tokens: expected \[batch, time\].*got \[3\]"),
+        (lambda m: {"tokens": ids(0, 3)}, ValueError, "at least one row"),
+        (lambda m: {"tokens": ids(2, 3) + 13}, ValueError, r"tokens: id \d+ is outside the vocabulary of 13"),
+        (lambda m: {"tokens": ids(2, 3) - 13}, ValueError, r"tokens: id -\d+ is outside"),
+        (lambda m: {"tokens": ids(2, 3).to("meta")}, ValueError, "tokens are on meta, the model is on cpu"),
+        (lambda m: {"tokens": ids(2, 3), "mask": torch.ones(2, 3)}, TypeError, "mask: expected torch.bool"),
+        (
+            lambda m: {"tokens": ids(2, 3), "mask": torch.ones(2, 4, dtype=torch.bool)},
+            ValueError,
+            r"mask: .*\[2, 3\], got \[2, 4\]",
+        ),
+        (lambda m: {"tokens": ids(2, 3), "targets": ids(2, 4)}, ValueError, r"targets: .*\[2, 3\]"),
+        (lambda m: {"tokens": ids(2, 3), "targets": ids(2, 3).int()}, TypeError, "targets: expected torch.int64"),
+        (
+            lambda m: {"tokens": ids(2, 3), "targets": ids(2, 3) - 99},
+            ValueError,
+            "targets: id -99|targets: id -8|targets: id -9",
+        ),
+        (
+            lambda m: {"embeddings": torch.zeros(2, 3, 16)},
+            TypeError,
+            "embeddings: expected torch.float64, got torch.float32",
+        ),
+        (lambda m: {"embeddings": torch.zeros(2, 3, 8).double()}, ValueError, r"\[batch, time, 16\], got \[2, 3, 8\]"),
+        (lambda m: {"embeddings": torch.full((2, 3, 16), torch.nan).double()}, ValueError, "NaN"),
+        (lambda m: {"tokens": ids(2, 3), "state": m.init_state(3)}, ValueError, "3 rows .*inputs have 2"),
+        (
+            lambda m: {"tokens": ids(2, 3), "state": make(layers=[["ffn"]]).init_state(2)},
+            ValueError,
+            "another model: it lacks layers",
+        ),
+        (
+            lambda m: {"tokens": ids(2, 3), "state": make(layers=[[CONTEXT], [WINDOW | {"window": 9}]]).init_state(2)},
+            ValueError,
+            r"another model: layers.1.0.keys is \[2, 8, 2, 8\], expected \['batch', 5, 2, 8\]",
+        ),
+        (
+            lambda m: {"tokens": ids(2, 3), "state": st.to(m.init_state(2), dtype=torch.float32)},
+            TypeError,
+            "state: .*float32",
+        ),
+        (
+            lambda m: {"tokens": ids(2, 3), "state": st.to(m.init_state(2), device="meta")},
+            ValueError,
+            "state is on meta",
+        ),
+        (lambda m: {"tokens": ids(2, 3), "state": {"layers": []}}, TypeError, "state: .*dict"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_words(arguments, error, message):
+    model = make()
+    with pytest.raises(error, match=message):
+        model(**arguments(model))
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.0, True])
+def test_a_state_has_at_least_one_row(size):
+    with pytest.raises(ValueError, match="batch_size"):
+        make().init_state(size)
+
+
+def test_nan_is_let_through_when_asked_and_ignored_where_masked():
+    model = make()
+    x = torch.randn(1, 4, 16, dtype=torch.float64)
+    x[0, 1] = torch.nan
+    assert model(embeddings=x, check_finite=False).hidden.isnan().any()
+    mask = torch.tensor([[True, False, True, True]])
+    got = model(embeddings=x, mask=mask).hidden[mask]
+    torch.testing.assert_close(got, model(embeddings=x[:, [0, 2, 3]]).hidden[0])
+
+
+def test_a_state_that_grew_is_accepted():
+    model = make(layers=[[{"type": "attention", "heads": 2}]])
+    assert model.grows
+    tokens = ids(2, 9)
+    state = model(tokens[:, :5]).state
+    torch.testing.assert_close(model(tokens[:, 5:], state=state).logits, model(tokens).logits[:, 5:])
+
+
+def test_gradients_flow_through_the_state():
+    model = make()
+    first = model(embeddings=torch.randn(1, 6, 16, dtype=torch.float64, requires_grad=True))
+    tokens = ids(1, 4)
+    model(tokens, state=first.state, targets=tokens).loss.backward()
+    assert model.layers[0].blocks[0].memory.qkv.weight.grad.abs().max() > 0
+
+
+def test_one_step_of_an_optimiser_and_a_round_trip_of_weights():
+    model = make()
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    tokens = ids(2, 17)
+    losses = []
+    for _ in range(5):
+        loss = model(tokens[:, :-1], targets=tokens[:, 1:]).loss
+        losses.append(float(loss.detach()))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert losses[-1] < losses[0]
+    other = make(seed=1)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(tokens).logits, model(tokens).logits)
+
+
+def test_moving_the_model_moves_what_it_compares_states_with():
+    model = make()
+    model(ids(1, 3), state=model.init_state(1))
+    model.float()
+    assert model(ids(1, 3), state=model.init_state(1)).logits.dtype == torch.float32
+
+
+def test_counts_are_sums_over_its_parts():
+    model = make()
+    assert model.flops(10) == sum(layer.flops(10) for layer in model.layers) + model.norm.flops(10) + 2 * 16 * 13 * 10
+    assert model.state_bytes() == st.nbytes(model.init_state(1))
+    assert model.period == 20
+
+
+@pytest.mark.parametrize("vocab", [None, 13])
+def test_it_obeys_the_laws(vocab):
+    check_block(make(vocab), endurance=600)

@@ -1,0 +1,130 @@
+"""The state tree and the operations on it."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from titans_build.blocks import state as st
+from titans_build.blocks.state import State
+
+
+class Pair(NamedTuple):
+    weights: tuple[Tensor, ...]
+    position: Tensor
+    rest: State = None
+
+
+class Other(NamedTuple):
+    weights: tuple[Tensor, ...]
+    position: Tensor
+    rest: State = None
+
+
+def make(rows=3, start=0.0, kind=Pair):
+    weights = torch.arange(rows * 2.0).view(rows, 2) + start
+    return kind((weights, weights.double() * 10), torch.arange(rows) + int(start), (None, weights[:, 0]))
+
+
+def same(a, b):
+    pairs = list(zip(st.named_tensors(a), st.named_tensors(b), strict=True))
+    return all(x[0] == y[0] and x[1].dtype == y[1].dtype and torch.equal(x[1], y[1]) for x, y in pairs)
+
+
+def test_tensors_have_dotted_paths_in_a_fixed_order():
+    assert [path for path, _ in st.named_tensors((make(), None))] == [
+        *("0.weights.0", "0.weights.1", "0.position", "0.rest.1"),
+    ]
+
+
+def test_map_keeps_the_structure_and_none():
+    mapped = st.map_state(lambda a, b: a + b, make(), make(start=1))
+    assert type(mapped) is Pair and mapped.rest[0] is None
+    assert torch.equal(mapped.position, torch.tensor([1, 3, 5]))
+    assert st.map_state(torch.clone, None) is None
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        make(kind=Other),
+        make()._replace(weights=(torch.zeros(3, 2),)),
+        make()._replace(rest=None),
+        make()._replace(position=None),
+    ],
+)
+def test_states_of_different_structure_are_refused(other):
+    with pytest.raises(TypeError, match="differ in structure"):
+        st.map_state(torch.add, make(), other)
+    with pytest.raises(TypeError, match="differ in structure"):
+        st.concatenate([other, make()])
+
+
+@pytest.mark.parametrize("wrong", [[torch.zeros(2)], {"a": torch.zeros(2)}, 3, "text"])
+def test_what_is_no_state_is_refused(wrong):
+    with pytest.raises(TypeError, match="tree of named tuples"):
+        st.map_state(torch.clone, (wrong,))
+    with pytest.raises(TypeError, match="tree of named tuples"):
+        list(st.named_tensors((wrong,)))
+
+
+def test_select_takes_rows_in_order_with_repeats():
+    state = make()
+    for rows in ([2, 0, 0], torch.tensor([2, 0, 0])):
+        assert torch.equal(st.select(state, rows).position, torch.tensor([2, 0, 0]))
+    assert torch.equal(st.select(state, slice(1, 3)).position, torch.tensor([1, 2]))
+    assert torch.equal(st.select(state, torch.tensor([True, False, True])).weights[0], state.weights[0][[0, 2]])
+    assert torch.equal(st.select(state, [True, False, True]).position, torch.tensor([0, 2]))
+
+
+def test_concatenate_undoes_select():
+    state = make()
+    assert same(st.concatenate([st.select(state, [0]), st.select(state, slice(1, None))]), state)
+    with pytest.raises(ValueError, match="at least one"):
+        st.concatenate([])
+
+
+@pytest.mark.parametrize(
+    "rows", [[1], torch.tensor([1]), torch.tensor([False, True, False]), [False, True, False], [-2]]
+)
+def test_reset_gives_rows_their_fresh_values(rows):
+    state, fresh = make(), make(start=100)
+    after = st.reset(state, rows, fresh)
+    assert torch.equal(after.position, torch.tensor([0, 101, 2]))
+    assert torch.equal(after.weights[1][[0, 2]], state.weights[1][[0, 2]])
+    assert same(state, make())
+    assert st.reset((None,), rows, (None,)) == (None,)
+
+
+def test_where_chooses_row_by_row():
+    chosen = st.where(torch.tensor([True, False, True]), make(), make(start=100))
+    assert torch.equal(chosen.position, torch.tensor([0, 101, 2]))
+
+
+def test_rows_are_counted_and_must_agree():
+    assert st.batch_size(make()) == 3
+    assert st.batch_size((None, None)) is None
+    with pytest.raises(ValueError, match="position has 3"):
+        st.batch_size(make()._replace(weights=(torch.zeros(2, 2),)))
+
+
+def test_to_casts_floats_alone():
+    moved = st.to(make(), dtype=torch.bfloat16)
+    assert moved.weights[0].dtype == moved.weights[1].dtype == torch.bfloat16
+    assert moved.position.dtype == torch.int64
+    assert st.to(make(), device="meta").position.device.type == "meta"
+
+
+def test_detach_cuts_the_history_and_keeps_the_values():
+    leaf = torch.ones(3, 2, requires_grad=True)
+    state = make()._replace(weights=(leaf * 2,))
+    cut = st.detach(state)
+    assert not cut.weights[0].requires_grad and torch.equal(cut.weights[0], state.weights[0])
+    assert state.weights[0].requires_grad
+
+
+def test_bytes_are_counted_in_full_for_shared_memory():
+    state = make()
+    assert st.nbytes(state) == 3 * (2 * 4 + 2 * 8 + 8 + 4)
+    assert st.nbytes(torch.zeros(1, 5).expand(7, 5)) == 7 * 5 * 4

@@ -1,0 +1,306 @@
+"""The memory operation against both oracles, its laws of state, and its refusals."""
+
+import itertools
+
+import pytest
+import torch
+from titans_build.kernels.dispatch import BackendError
+from titans_build.kernels.memory import MemoryState, titans_memory
+
+
+class Case:
+    """Random inputs of a memory, with gates that include exact 0 and 1."""
+
+    def __init__(self, *, batch=2, time=14, heads=2, d_in=4, d_out=4, depth=2, expansion=2, norm=True, momentum=True,
+                 forgetting=True, phases=None, mask=None, seed=0, scale=0.5, step=0.2, forget=0.5):  # fmt: skip
+        torch.manual_seed(seed)
+        rand = lambda *shape: torch.rand(*shape, dtype=torch.float64)  # noqa: E731
+        randn = lambda *shape: torch.randn(*shape, dtype=torch.float64)  # noqa: E731
+        self.q, self.k, self.v = randn(batch, time, heads, d_in), randn(batch, time, heads, d_in), randn(batch, time, heads, d_out)
+        self.k = self.k / self.k.norm(dim=-1, keepdim=True)
+        self.theta, eta, alpha = step * rand(batch, time, heads), rand(batch, time, heads), forget * rand(batch, time, heads)
+        for gate, values in ((self.theta, (0.0,)), (eta, (0.0, 1.0)), (alpha, (0.0, 1.0) if forget > 0.1 else (0.0,))):
+            for value in values:
+                gate[torch.rand(gate.shape) < 0.1] = value
+        self.eta, self.alpha = eta if momentum else None, alpha if forgetting else None
+        widths = [d_in, *[d_in * expansion] * (depth - 1), d_out]
+        part = lambda: tuple(scale * randn(batch, heads, o, i) for i, o in zip(widths, widths[1:]))  # noqa: E731
+        self.norm = randn(heads, d_out) if norm else None
+        weights = part()
+        position = torch.tensor(phases or [0] * batch)
+        anchor = tuple(
+            torch.where((position == 0).view(-1, 1, 1, 1), w, a) for w, a in zip(weights, part())
+        )
+        self.state = MemoryState(weights, part() if momentum else (), anchor, position)
+        self.mask = mask
+        self.leaves = [
+            x.requires_grad_()
+            for x in (self.q, self.k, self.v, self.theta, self.eta, self.alpha, self.norm, *weights, *self.state.momentum)
+            if x is not None
+        ]
+        if phases is not None:
+            self.state = self.state._replace(anchor=tuple(a.detach().requires_grad_() for a in anchor))
+            self.leaves += self.state.anchor
+
+    def run(self, state=None, tokens=slice(None), **options):
+        cut = lambda x: None if x is None else x[:, tokens]  # noqa: E731
+        return titans_memory(
+            *(cut(x) for x in (self.q, self.k, self.v, self.theta, self.eta, self.alpha)),
+            self.state if state is None else state, norm=self.norm, mask=cut(self.mask), **options,
+        )  # fmt: skip
+
+    def gradients(self, outputs):
+        torch.manual_seed(1)
+        total = sum((x * torch.randn_like(x)).sum() for x in outputs)
+        grads = torch.autograd.grad(total, self.leaves, allow_unused=True)
+        return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, self.leaves)]
+
+
+def tensors(result):
+    y, state = result
+    return [y, *state.weights, *state.momentum, *state.anchor]
+
+
+def assert_equal(got, expected, tolerance=1e-10):
+    for a, b in zip(got, expected, strict=True):
+        assert a.shape == b.shape
+        scale = max(1.0, b.abs().max().item()) if b.numel() else 1.0
+        assert (a - b).abs().max().item() <= tolerance * scale if b.numel() else True
+
+
+def assert_agrees(case, **options):
+    """The torch path against both oracles: outputs, final state, every gradient."""
+    oracle = tensors(case.run(backend="reference", **options))
+    oracle_grads = case.gradients(oracle)
+    for backend in ("torch", "closed_form"):
+        result = tensors(case.run(backend=backend, **options))
+        assert_equal(result, oracle)
+        assert_equal(case.gradients(result), oracle_grads)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+@pytest.mark.parametrize("activation", ["identity", "silu", "gelu", "relu"])
+@pytest.mark.parametrize("norm", [True, False])
+def test_depths_and_activations(depth, activation, norm):
+    assert_agrees(Case(depth=depth, norm=norm, scale=0.4, step=0.05), chunk=5, activation=activation)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 16, 64])
+@pytest.mark.parametrize("time", [1, 13, 70])
+@pytest.mark.parametrize("norm", [True, False])
+def test_chunks_and_lengths(chunk, time, norm):
+    # a wiped memory's LayerNorm divides by sqrt(eps), and 70 steps of that magnify any rounding: forget gently here
+    assert_agrees(Case(time=time, d_in=6, d_out=6, norm=norm, scale=0.7, step=0.01, forget=0.05), chunk=chunk, activation="silu")
+
+
+@pytest.mark.parametrize("momentum,forgetting", list(itertools.product([True, False], repeat=2)))
+@pytest.mark.parametrize("read", ["after", "before"])
+def test_gates_off_and_reading_before(momentum, forgetting, read):
+    assert_agrees(Case(momentum=momentum, forgetting=forgetting, step=0.05), chunk=4, read=read)
+
+
+@pytest.mark.parametrize("clip", [0.3, 2.0])
+@pytest.mark.parametrize("norm", [True, False])
+def test_clipping(clip, norm):
+    assert_agrees(Case(norm=norm), chunk=5, clip=clip)
+
+
+def test_clipping_binds_on_some_tokens_only():
+    case = Case()
+    free, bound, tight = (case.run(chunk=5, clip=c)[0] for c in (None, 2.0, 0.3))
+    assert not torch.equal(free, bound) and not torch.equal(bound, tight)
+    assert torch.equal(case.run(chunk=5, clip=1e9)[0], free)
+
+
+def test_unequal_widths():
+    assert_agrees(Case(d_in=3, d_out=5, norm=False, step=0.05), chunk=4)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3, 8, 100])
+def test_what_is_kept_does_not_change_gradients(keep):
+    case = Case(time=23, step=0.05)
+    assert_equal(case.gradients(tensors(case.run(chunk=2, keep=keep))), case.gradients(tensors(case.run(chunk=2, backend="reference"))), 1e-9)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 16])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_rows_at_different_positions_and_masks(chunk, masked, clip):
+    mask = None
+    if masked:
+        torch.manual_seed(3)
+        mask = torch.rand(4, 19) > 0.4
+        mask[1] = False
+        mask[2, :7] = False
+        mask[3, 9:] = False
+    case = Case(batch=4, time=19, phases=[3, 0, 7, 2 * chunk], mask=mask, scale=0.3, step=0.02)
+    case.state.anchor[0].data[3] = case.state.weights[0].data[3]
+    case.state.anchor[1].data[3] = case.state.weights[1].data[3]
+    if chunk == 1:
+        case.state = case.state._replace(anchor=case.state.weights)
+        case.leaves = case.leaves[:-2]
+    assert_agrees(case, chunk=chunk, clip=clip)
+
+
+@pytest.mark.parametrize("cuts", [(1, 4, 9), (5, 10), (7,), (2, 3, 4, 5, 13)])
+def test_any_split_is_the_whole(cuts):
+    case = Case(step=0.05)
+    whole = tensors(case.run(chunk=5))
+    state, outputs = None, []
+    for start, stop in zip((0, *cuts), (*cuts, 14)):
+        y, state = case.run(state, slice(start, stop), chunk=5)
+        outputs.append(y)
+    pieces = tensors((torch.cat(outputs, 1), state))
+    assert_equal(pieces, whole)
+    assert_equal(case.gradients(pieces), case.gradients(whole))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("options", [{}, {"clip": 0.5}, {"read": "before"}])
+@pytest.mark.parametrize("flags", [{}, {"momentum": False}, {"forgetting": False}, {"norm": False}])
+def test_step_is_the_recurrence(masked, options, flags):
+    mask = torch.rand(3, 11, generator=torch.Generator().manual_seed(0)) > 0.3 if masked else None
+    case = Case(batch=3, time=11, phases=[1, 0, 2], mask=mask, step=0.05, **flags)
+    with torch.no_grad():
+        whole = case.run(chunk=4, backend="reference", **options)
+        state, outputs = case.state, []
+        for t in range(11):
+            y, state = case.run(state, slice(t, t + 1), chunk=4, backend="step", **options)
+            outputs.append(y)
+    assert_equal(tensors((torch.cat(outputs, 1), state)), tensors(whole))
+    assert torch.equal(state.position, whole[1].position)
+
+
+@pytest.mark.parametrize("options", [{}, {"clip": 0.7, "read": "before"}, {"norm": False}])
+def test_gradcheck(options):
+    norm = options.pop("norm", True)
+    case = Case(batch=1, time=7, heads=1, d_in=2, d_out=2, norm=norm, step=0.05)
+    names = ["q", "k", "v", "theta", "eta", "alpha"]
+
+    def run(*leaves):
+        values = dict(zip(names, leaves))
+        rest = list(leaves[len(names) :])
+        gain = rest.pop(0) if norm else None
+        state = case.state._replace(weights=tuple(rest[:2]), momentum=tuple(rest[2:]), anchor=tuple(rest[:2]))
+        y, end = titans_memory(*(values[n] for n in names), state, chunk=3, norm=gain, **options)
+        return (y, *end.weights, *end.momentum)
+
+    # a gate at its end point has no two-sided difference inside [0, 1], but the operation is smooth through it
+    assert torch.autograd.gradcheck(run, case.leaves, atol=1e-6, rtol=1e-4)
+
+
+def test_gates_at_their_end_points():
+    case = Case(time=6, step=0.05)
+    with torch.no_grad():
+        wiped = case.alpha.clone()
+        wiped[:, 2] = 1
+        eta = case.eta.clone()
+        eta[:, 2] = 0
+        theta = case.theta.clone()
+        theta[:, 2] = 0
+        _, state = titans_memory(*(x[:, :3] for x in (case.q, case.k, case.v, theta, eta, wiped)), case.state, chunk=4, norm=case.norm)
+        assert all(torch.equal(w, torch.zeros_like(w)) for w in (*state.weights, *state.momentum))
+        still = titans_memory(
+            case.q, case.k, case.v, torch.zeros_like(theta), torch.ones_like(eta), None,
+            MemoryState.fresh(case.state.weights), chunk=4, norm=case.norm,
+        )[1]  # fmt: skip
+        assert all(torch.equal(a, b) for a, b in zip(still.weights, case.state.weights))
+
+
+def test_inputs_are_never_modified():
+    case = Case(phases=[3, 0])
+    before = [x.detach().clone() for x in case.leaves]
+    tensors(case.run(chunk=4))
+    case.gradients(tensors(case.run(chunk=4)))
+    with torch.no_grad():
+        case.run(tokens=slice(0, 1), chunk=4)
+    assert all(torch.equal(a, b) for a, b in zip(before, case.leaves))
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+def test_narrow_inputs_keep_a_wide_state(dtype, tolerance):
+    case = Case(time=40, d_in=8, d_out=8, step=0.02, scale=0.3)
+    with torch.no_grad():
+        narrow = [x.to(dtype) for x in (case.q, case.k, case.v, case.theta, case.eta, case.alpha)]
+        weights = tuple(w.float() for w in case.state.weights)
+        y, state = titans_memory(*narrow, MemoryState.fresh(weights), chunk=8, norm=case.norm.to(dtype))
+        exact, _ = titans_memory(
+            *(x.double() for x in narrow), MemoryState.fresh(tuple(w.double() for w in weights)), chunk=8,
+            norm=case.norm.to(dtype).double(), backend="reference",
+        )  # fmt: skip
+    assert y.dtype == dtype and all(w.dtype == torch.float32 for w in (*state.weights, *state.momentum))
+    assert (y.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt() < tolerance
+
+
+def test_memory_of_backward_does_not_hold_every_chunk():
+    held = []
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 512, 1, 16) for _ in range(3))
+    gate = torch.rand(1, 512, 1) * 0.1
+    weights = tuple(torch.randn(1, 1, 16, 16).requires_grad_() for _ in range(2))
+
+    def pack(x):
+        held.append(x.numel())
+        return x
+
+    for keep in (1, 32):
+        held.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            titans_memory(q, k, v, gate, gate, gate, MemoryState.fresh(weights), chunk=8, keep=keep)
+        states = sum(held) - 3 * q.numel() - 3 * gate.numel()
+        assert states == (64 if keep == 1 else 2) * 2 * 2 * 16 * 16
+
+
+def test_no_tokens():
+    case = Case()
+    y, state = case.run(tokens=slice(0, 0), chunk=4)
+    assert y.shape == (2, 0, 2, 4)
+    assert_equal(tensors((y, state)), tensors((y, case.state)))
+
+
+@pytest.mark.parametrize(
+    "change,named",
+    [
+        (dict(k=torch.zeros(2, 14, 2, 5)), "k: expected"),
+        (dict(v=torch.zeros(2, 13, 2, 4)), "v: expected"),
+        (dict(q=torch.zeros(2, 14, 8)), "q: expected"),
+        (dict(theta=torch.zeros(2, 14)), "theta: expected"),
+        (dict(eta=torch.zeros(2, 14, 3)), "eta: expected"),
+        (dict(alpha=torch.zeros(2, 14, 2, dtype=torch.int64)), "alpha: expected a floating"),
+        (dict(state="no"), "state: expected a MemoryState"),
+        (dict(chunk=0), "chunk: expected"),
+        (dict(chunk=2.5), "chunk: expected"),
+        (dict(activation="gellu"), "activation: expected one of gelu"),
+        (dict(norm=torch.ones(4)), "norm: expected a gain"),
+        (dict(mask=torch.ones(2, 14)), "mask: expected bool"),
+        (dict(clip=-1.0), "clip: expected"),
+        (dict(read="later"), "read: expected"),
+        (dict(keep=0), "keep: expected"),
+    ],
+)
+def test_refusals_name_the_argument(change, named):
+    case = Case()
+    arguments = dict(q=case.q, k=case.k, v=case.v, theta=case.theta, eta=case.eta, alpha=case.alpha, state=case.state, chunk=4)
+    with pytest.raises((ValueError, TypeError), match=named):
+        titans_memory(**{**arguments, **change})
+
+
+def test_a_state_that_does_not_fit_is_named():
+    case = Case()
+    wrong = case.state._replace(momentum=case.state.momentum[:1])
+    with pytest.raises(ValueError, match=r"state.momentum: expected the shapes"):
+        case.run(wrong, chunk=4)
+    other = MemoryState.fresh(tuple(torch.zeros(3, 2, 4, 4) for _ in range(2)))
+    with pytest.raises(ValueError, match=r"state.weights\[0\]: expected \[batch=2"):
+        case.run(other, chunk=4)
+
+
+def test_a_forced_path_runs_or_fails(monkeypatch):
+    case = Case()
+    with pytest.raises(BackendError, match="takes one token, not 14"):
+        case.run(chunk=4, backend="step")
+    with pytest.raises(BackendError, match="no such backend"):
+        case.run(chunk=4, backend="cuda")
+    monkeypatch.setenv("TITANS_BUILD_BACKEND", "memory=step")
+    with pytest.raises(BackendError, match="TITANS_BUILD_BACKEND"):
+        case.run(chunk=4)

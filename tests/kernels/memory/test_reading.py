@@ -1,0 +1,12 @@
+import torch
+from titans_build.kernels.memory import MemoryState, read_memory, titans_memory
+
+
+def test_reading_is_the_operation_without_the_write():
+    torch.manual_seed(0)
+    weights = tuple(torch.randn(2, 3, 4, 4, dtype=torch.float64) for _ in range(3))
+    gain = torch.randn(3, 4, dtype=torch.float64)
+    q = torch.randn(2, 5, 3, 4, dtype=torch.float64)
+    zero = torch.zeros(2, 5, 3, dtype=torch.float64)
+    y, _ = titans_memory(q, q, q, zero, None, None, MemoryState.fresh(weights), norm=gain, backend="reference")
+    assert torch.allclose(read_memory(q, weights, "gelu", gain), y, atol=1e-12)

@@ -1,0 +1,231 @@
+"""Every backend against a loop over queries, and the properties that no mask arithmetic may lose."""
+
+import math
+
+import pytest
+import torch
+
+from titans_build.kernels import attention as module
+from titans_build.kernels.attention import Prefix, attention
+from titans_build.kernels.dispatch import BackendError
+
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+
+D = 8
+TOLERANCE = 1e-10
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def tensors(rows, time, keys, heads, kv_heads, prefix, dtype=torch.float64, grad=True):
+    """q, k, v, and the three of a prefix."""
+    shapes = [(time, heads), (keys, kv_heads), (keys, kv_heads), (time, heads), (prefix, kv_heads), (prefix, kv_heads)]
+    return [torch.randn(rows, *shape, D, dtype=dtype, requires_grad=grad) for shape in shapes]
+
+
+def by_definition(q, k, v, pq, pk, pv, window, start):
+    """One query of one head of one row at a time."""
+    rows, time, heads, _ = q.shape
+    keys, group = k.shape[1], heads // k.shape[2]
+    y = []
+    for row in range(rows):
+        for i in range(time):
+            place = keys - time + i
+            first = 0 if window is None else max(0, place - window + 1)
+            first = first if start is None else max(first, int(start[row]))
+            for head in range(heads):
+                near, early = k[row, first : place + 1, head // group], pk[row, :, head // group]
+                score = torch.cat((early @ pq[row, i, head], near @ q[row, i, head])) / math.sqrt(D)
+                value = torch.cat((pv[row, :, head // group], v[row, first : place + 1, head // group]))
+                y.append(score.softmax(0) @ value if len(score) else value.sum(0))
+    return torch.stack(y).view(q.shape)
+
+
+def run(inputs, window, start, backend):
+    q, k, v, *prefix = inputs
+    return attention(
+        q, k, v, window=window, start=start, prefix=Prefix(*prefix) if prefix[1].shape[1] else None, backend=backend
+    )
+
+
+def gradients(y, inputs, seed):
+    return torch.autograd.grad(y, inputs, seed, allow_unused=True, materialize_grads=True)
+
+
+@pytest.mark.parametrize("prefix", [0, 3])
+@pytest.mark.parametrize("start", [None, [0, 3], [6, 4]])
+@pytest.mark.parametrize("window", [None, 1, 3, 20])
+@pytest.mark.parametrize("time, keys", [(1, 1), (1, 7), (5, 5), (4, 9)])
+def test_the_reference_is_the_definition(time, keys, window, start, prefix):
+    start = None if start is None else torch.tensor(start)
+    inputs = tensors(2, time, keys, 4, 2, prefix)
+    y, expected = run(inputs, window, start, "reference"), by_definition(*inputs, window, start)
+    seed = torch.randn_like(y)
+    torch.testing.assert_close(y, expected, rtol=0, atol=TOLERANCE)
+    for mine, theirs in zip(gradients(y, inputs, seed), gradients(expected, inputs, seed)):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("prefix", [0, 3])
+@pytest.mark.parametrize("start", ["none", "cache", "inside"])
+@pytest.mark.parametrize("window", [None, 1, 2, 64, 65, 130, 1000])
+@pytest.mark.parametrize(
+    "time, past, kv_heads", [(1, 0, 4), (1, 90, 2), (2, 5, 4), (20, 0, 4), (150, 0, 1), (200, 90, 2)]
+)
+def test_sdpa_against_the_reference(time, past, kv_heads, window, start, prefix):
+    """Short and long, one block and many, window in and out of reach, with and without all else, gradients too."""
+    keys = time + past
+    start = {"none": None, "cache": [past, past // 2], "inside": [past + time // 2, 0]}[start]
+    start = None if start is None else torch.tensor(start)
+    inputs = tensors(2, time, keys, 4, kv_heads, prefix)
+    y, expected = (run(inputs, window, start, backend) for backend in ("sdpa", "reference"))
+    seed = torch.randn_like(y)
+    torch.testing.assert_close(y, expected, rtol=0, atol=TOLERANCE)
+    for mine, theirs in zip(gradients(y, inputs, seed), gradients(expected, inputs, seed)):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("prefix", [0, 3])
+@pytest.mark.parametrize("start", [None, [6, 0]])
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("time, keys", [(1, 7), (5, 12)])
+def test_flex_against_the_reference(time, keys, window, start, prefix):
+    start = None if start is None else torch.tensor(start)
+    inputs = tensors(2, time, keys, 4, 2, prefix, grad=False)
+    torch.testing.assert_close(
+        run(inputs, window, start, "flex"), run(inputs, window, start, "reference"), rtol=0, atol=TOLERANCE
+    )
+
+
+def test_flex_has_no_backward_on_the_cpu():
+    with pytest.raises(BackendError, match="no backward on the CPU"):
+        run(tensors(1, 3, 3, 2, 2, 0), None, None, "flex")
+
+
+@pytest.mark.parametrize("prefix", [0, 3])
+@pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize("past, start", [(0, None), (20, [20, 3])])
+@pytest.mark.parametrize("time, kv_heads", [(1, 2), (90, 4), (90, 2)])
+def test_devices_without_the_merge(monkeypatch, time, past, start, kv_heads, window, prefix):
+    """What an accelerator runs, run here: prefix scores by features side by side, groups written out under a mask."""
+    monkeypatch.setattr(module, "_MERGING", ())
+    start = None if start is None else torch.tensor(start)
+    inputs = tensors(2, time, time + past, 4, kv_heads, prefix)
+    y, expected = (run(inputs, window, start, backend) for backend in ("sdpa", "reference"))
+    seed = torch.randn_like(y)
+    torch.testing.assert_close(y, expected, rtol=0, atol=TOLERANCE)
+    for mine, theirs in zip(gradients(y, inputs, seed), gradients(expected, inputs, seed)):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("time, window", [(1, None), (5, None), (5, 3), (90, 7)])
+def test_a_query_that_sees_nothing_is_zero_with_finite_gradients(time, window, backend):
+    inputs = tensors(2, time, time, 2, 2, 0)
+    blind = torch.tensor([time, time // 2])
+    y = run(inputs, window, blind, backend)
+    assert torch.equal(y[0], torch.zeros_like(y[0]))
+    assert torch.equal(y[1, : time // 2], torch.zeros_like(y[1, : time // 2]))
+    for gradient in gradients(y.square().sum() + y.sum(), inputs, None):
+        assert gradient.isfinite().all()
+        assert torch.equal(gradient[0], torch.zeros_like(gradient[0]))
+
+
+@pytest.mark.parametrize("time, window, kv_heads", [(3, None, 2), (20, None, 1), (20, 5, 2), (70, 6, 1)])
+def test_gradcheck(time, window, kv_heads):
+    inputs = [x[..., :2].detach().requires_grad_() for x in tensors(1, time, time + 2, 2, kv_heads, 2)]
+    start = torch.tensor([1])
+    assert torch.autograd.gradcheck(
+        lambda *a: run(a, window, start, "sdpa"), inputs, fast_mode=time > 30, nondet_tol=1e-12
+    )
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("prefix", [0, 3])
+@pytest.mark.parametrize("time, window", [(1, None), (4, None), (100, None), (200, 64)])
+def test_lower_precision(time, window, prefix, dtype, tolerance):
+    """Error ratio of outputs and gradients against float64 on the same rounded inputs."""
+    inputs = [x.detach().requires_grad_() for x in tensors(2, time, time + 5, 4, 2, prefix, dtype)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    start = torch.tensor([0, 3])
+    y, expected = run(inputs, window, start, "sdpa"), run(exact, window, start, "reference")
+    seed = torch.randn_like(y)
+    assert y.dtype == dtype
+    pairs = zip([y, *gradients(y, inputs, seed)], [expected, *gradients(expected, exact, seed.double())])
+    for mine, theirs in pairs:
+        if theirs.numel() and theirs.abs().max() > 0:
+            assert (mine - theirs).square().mean().sqrt() <= tolerance * theirs.square().mean().sqrt()
+
+
+def test_a_window_costs_its_width_not_the_length():
+    """Storage written for scores and masks grows with time, not with its square."""
+
+    def largest(time):
+        inputs = tensors(1, time, time, 1, 1, 2, torch.float32, grad=False)
+        with torch.profiler.profile(profile_memory=True) as profile:
+            run(inputs, 64, None, "sdpa")
+        return max(event.cpu_memory_usage for event in profile.events())
+
+    assert largest(2048) < 5 * largest(512)
+
+
+def test_inputs_are_left_alone_and_may_be_strided():
+    inputs = tensors(2, 150, 160, 4, 2, 3, grad=False)
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
+    copies = [x.clone() for x in strided]
+    start = torch.tensor([0, 4])
+    y = run(strided, 70, start, "sdpa")
+    torch.testing.assert_close(y, run(inputs, 70, start, "sdpa"), rtol=0, atol=TOLERANCE)
+    assert all(torch.equal(x, copy) for x, copy in zip(strided, copies))
+    assert start.tolist() == [0, 4]
+
+
+def test_what_stands_in_unfilled_slots_does_not_matter():
+    inputs = tensors(2, 3, 9, 2, 2, 2, grad=False)
+    start = torch.tensor([4, 2])
+    y = run(inputs, None, start, "sdpa")
+    for x in inputs[1:3]:
+        x[0, :4] = 1e4
+        x[1, :2] = -1e4
+    torch.testing.assert_close(run(inputs, None, start, "sdpa"), y, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("window, prefix", [(None, 0), (None, 3), (70, 3)])
+def test_compiled_whole(window, prefix):
+    inputs = tensors(1, 150, 150, 2, 2, prefix, torch.float32, grad=False)
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(
+        compiled(inputs, window, None, "auto"), run(inputs, window, None, "auto"), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"q": (2, 5, 8)}, ValueError, r"q \[2, 5, 8\]: expected"),
+        ({"k": (2, 7, 2, 4), "v": (2, 7, 2, 4)}, ValueError, r"k \[2, 7, 2, 4\]: expected \[2, keys, kv_heads, 8\]"),
+        ({"v": (2, 6, 2, 8)}, ValueError, r"v \[2, 6, 2, 8\]: expected the shape of k"),
+        ({"k": (2, 4, 2, 8), "v": (2, 4, 2, 8)}, ValueError, r"k has 4 keys for 5 queries"),
+        ({"k": (2, 7, 3, 8), "v": (2, 7, 3, 8)}, ValueError, r"k has 3 heads: expected a divisor of q's 4"),
+        ({"window": 0}, ValueError, r"window is 0: expected at least 1"),
+        ({"start": torch.zeros(2)}, TypeError, r"start is torch.float32: expected torch.int64"),
+        ({"start": torch.zeros(3, dtype=torch.int64)}, ValueError, r"start \[3\]: expected \[2\]"),
+        ({"prefix": [(2, 4, 4, 8), (2, 3, 2, 8), (2, 3, 2, 8)]}, ValueError, r"prefix.q \[2, 4, 4, 8\]"),
+        (
+            {"prefix": [(2, 5, 4, 8), (2, 3, 2, 8), (2, 2, 2, 8)]},
+            ValueError,
+            r"prefix.v \[2, 2, 2, 8\]: expected \[2, 3, 2, 8\]",
+        ),
+        ({"backend": "xla"}, BackendError, r"attention: backend='xla': no such backend"),
+    ],
+)
+def test_wrong_arguments(change, error, message):
+    arguments = {"q": (2, 5, 4, 8), "k": (2, 7, 2, 8), "v": (2, 7, 2, 8)} | change
+    q, k, v = (torch.randn(arguments.pop(name)) for name in "qkv")
+    if "prefix" in arguments:
+        arguments["prefix"] = Prefix(*(torch.randn(shape) for shape in arguments["prefix"]))
+    with pytest.raises(error, match=message):
+        attention(q, k, v, **arguments)

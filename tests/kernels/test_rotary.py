@@ -1,0 +1,82 @@
+import math
+
+import pytest
+import torch
+
+from titans_build.kernels.rotary import rotate
+
+BACKENDS = ["torch", "reference"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_against_the_definition(backend):
+    x, position, d = torch.randn(2, 5, 3, 8, dtype=torch.float64), torch.randint(0, 100, (2, 5)), 8
+    y = rotate(x, position, 500.0, backend=backend)
+    for i in range(d // 2):
+        angle = position.double()[..., None] * 500.0 ** (-2 * i / d)
+        first, second = x[..., i], x[..., i + d // 2]
+        torch.testing.assert_close(y[..., i], first * angle.cos() - second * angle.sin(), rtol=0, atol=1e-10)
+        torch.testing.assert_close(y[..., i + d // 2], first * angle.sin() + second * angle.cos(), rtol=0, atol=1e-10)
+
+
+def test_backends_agree_at_any_position():
+    x = torch.randn(2, 6, 3, 8, dtype=torch.float64)
+    position = torch.tensor([[0, 1, 2**21, 2**21 + 1, 2**40 + 7, 2**62 - 1], [5, 4, 3, 2**31, 2**32, 2**53 + 1]])
+    torch.testing.assert_close(rotate(x, position), rotate(x, position, backend="reference"), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-13), (torch.float32, 2e-6)])
+@pytest.mark.parametrize("shift", [2**21, 2**40 + 12345])
+def test_products_depend_on_distance_alone(dtype, tolerance, shift):
+    q, k = torch.randn(1, 1, 1, 16, dtype=dtype), torch.randn(1, 200, 1, 16, dtype=dtype)
+    q, k = q / q.norm(), k / k.norm(dim=-1, keepdim=True)
+    place, places = torch.tensor([[200]]), torch.arange(200)[None]
+
+    near, far = (rotate(q, place + s)[0, 0, 0] @ rotate(k, places + s)[0, :, 0].T for s in (0, shift))
+    assert (near - far).abs().max() < tolerance
+
+
+def test_the_frequency_itself_is_exact_to_a_turn_in_2_to_the_64():
+    # at 2^40 tokens a frequency off by 2^-53 would be off by a turn in 2^13
+    x = torch.tensor([[[[1.0, 0.0]]]], dtype=torch.float64)
+    turns = 2**40 * (1 / (2 * math.pi))
+    y = rotate(x, torch.tensor([[2**40]]))[0, 0, 0]
+    assert abs(y[0].item() - math.cos(2 * math.pi * (turns % 1))) < 1e-3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients(backend):
+    x, position = torch.randn(2, 3, 2, 4, dtype=torch.float64, requires_grad=True), torch.tensor([[0, 5, 2**21]])
+    assert torch.autograd.gradcheck(lambda x: rotate(x, position, backend=backend), (x,))
+
+
+def test_bfloat16():
+    x, position = torch.randn(2, 3, 2, 8), torch.tensor([[0, 5, 2**21]])
+    y = rotate(x.bfloat16(), position)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), rotate(x, position), rtol=0, atol=5e-2)
+
+
+@pytest.mark.parametrize(
+    "x, position, base, error, message",
+    [
+        ((2, 3, 2, 5), (2, 3), 10.0, ValueError, "even d"),
+        ((2, 3, 4), (2, 3), 10.0, ValueError, r"x \[2, 3, 4\]"),
+        ((2, 3, 2, 4), (3, 3), 10.0, ValueError, r"position \[3, 3\]: expected \[2 or 1, 3\]"),
+        ((2, 3, 2, 4), (2, 3), 1.0, ValueError, "base 1.0"),
+    ],
+)
+def test_wrong_arguments(x, position, base, error, message):
+    with pytest.raises(error, match=message):
+        rotate(torch.randn(x), torch.zeros(position, dtype=torch.int64), base)
+
+
+def test_a_float_position_is_refused():
+    with pytest.raises(TypeError, match=r"position is torch.float32: expected torch.int64"):
+        rotate(torch.randn(2, 3, 2, 4), torch.zeros(2, 3))
+
+
+def test_compiled_whole():
+    x, position = torch.randn(2, 3, 2, 8), torch.tensor([[0, 5, 2**21]])
+    compiled = torch.compile(rotate, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, position), rotate(x, position))

@@ -1,0 +1,68 @@
+"""Running the command line inside the test's own process, and a recipe small enough to be run often."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from titans_build.tools.cli import main
+
+SMALL = """
+version: 1
+name: small
+dim: 32
+vocab: 256
+layers:
+  mac:
+    - type: context
+      segment: 16
+      persistent: 3
+      memory: {type: memory, heads: 2, expansion: 2, chunk: 4}
+      attend: {type: attention, heads: 2}
+    - ffn
+  mag:
+    - type: persistent
+      tokens: 3
+      of: {type: gate, branches: [{type: attention, heads: 2, window: 8}, {type: memory, heads: 2, expansion: 2}]}
+    - ffn
+stack: [{repeat: 2, of: [mag]}, mac]
+"""
+
+
+class Result(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def titans_build(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """``titans_build("check", "mac")`` -> status, standard output, standard error."""
+
+    def run(*words: object) -> Result:
+        status = main([str(word) for word in words])
+        return Result(status, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("a memory that learns while it reads. " * 40, encoding="utf-8")
+    return path

@@ -1,0 +1,199 @@
+"""Exit statuses, and what a user sees when something is wrong: one message, never a stack trace."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from wrong_recipes import WRONG
+
+from titans_build import __version__
+from titans_build.tools import cli
+from titans_build.tools.cli import COMMANDS, main
+
+Run = Callable[..., Any]
+
+
+def process(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from titans_build.tools.cli import run; run()", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment}, timeout=120)
+
+
+def assert_refused(result: Any, fragment: str, status: int = 2) -> None:
+    assert result.status == status
+    assert result.out == ""
+    assert result.err.startswith("titans-build: error: ")
+    assert fragment in result.err
+    assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_has_examples_and_exit_statuses(command: str, titans_build: Run) -> None:
+    result = titans_build(*command.split(), "--help")
+    assert result.status == 0
+    assert f"usage: titans-build {command}".strip() in result.out
+    assert "examples:\n  " in result.out and "exit status: 0 done, 1 it failed, 2 bad use" in result.out
+    assert "--json" in result.out
+
+
+def test_help_lists_every_command(titans_build: Run) -> None:
+    out = titans_build("--help").out
+    assert all(f"titans-build {name} " in out and module.SUMMARY in out for name, module in COMMANDS.items())
+
+
+def test_version(titans_build: Run) -> None:
+    assert titans_build("--version") == (0, f"titans-build {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "fragment"),
+    [
+        ((), "required: RECIPE"),
+        (("mac", "--sett", "dim=3"), "unrecognized arguments: --sett"),
+        (("mac", "extra"), "unrecognized arguments: extra"),
+        (("mcc",), "no packaged recipe and no file of that name; did you mean 'mac'?"),
+        (("lst",), "there is a command 'list'"),
+        (("nowhere/file.yaml",), "no such file"),
+        (("mac", "--set", "dim"), "expected PATH=VALUE"),
+        (("mac", "--set", "=3"), "expected PATH=VALUE"),
+        (("mac", "--set", "dim=64", "--set", "dim=32"), "--set dim: given twice"),
+        (("mac", "--set", "dim=[1"), "not valid YAML"),
+        (("mac", "--set", "dim=wide"), "dim: expected an integer"),
+        (("mac", "--set", "layers.mac.0.segmnt=3"), "did you mean 'segment'?"),
+        (("mac", "--set", "layers.mca.0.segment=3"), "layers.mca"),
+        (("mac", "--seed", "-1"), "--seed: expected an integer from 0"),
+        (("mac", "--seed", "1.5"), "--seed: expected an integer from 0"),
+        (("mac", "--dtype", "float23"), "did you mean 'float32'?"),
+        (("mac", "--dtype", "int64"), "int64"),
+        (("mac", "--device", "gpu"), "device 'gpu'"),
+        (("mac", "--device", "meta"), "titans-build check"),
+        (("mac", "--device", "cuda:99"), "cuda"),
+        (("mac", "--try", "nowhere.txt"), "--try nowhere.txt: No such file or directory"),
+        (("mac", "--set", "vocab=100", "--try", "nowhere.txt"), "vocab >= 256, it has 100"),
+        (("mac", "--out", "/dev/null/model"), "/dev/null is a file, not a folder"),
+        (("describe",), "required: BLOCK"),
+        (("describe", "memry"), "did you mean 'memory'?"),
+        (("check",), "required: RECIPE"),
+        (("check", "mcc"), "did you mean 'mac'?"),
+        (("schema", "memry"), "did you mean 'memory'?"),
+        (("kernels", "--device", "cuda:99"), "cuda"),
+        (("diagram", "mcc"), "did you mean 'mac'?"),
+        (("diagram", "mac", "--out", "mac.png"), "ends in .svg"),
+        (("diagram", "mac", "--out", "/dev/null/mac.svg"), "/dev/null/mac.svg: Not a directory"),
+    ],
+    ids=" ".join,
+)
+def test_bad_use_is_refused(words: tuple[str, ...], fragment: str, titans_build: Run) -> None:
+    assert_refused(titans_build(*words), fragment)
+
+
+@pytest.mark.parametrize(("name", "text", "fragment"), WRONG, ids=[name for name, _, _ in WRONG])
+def test_wrong_recipes_are_refused(name: str, text: str | bytes, fragment: str, tmp_path: Path, titans_build: Run) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert_refused(titans_build(path), fragment)
+    checked = titans_build("check", path)
+    assert checked.status == 2 and fragment in checked.err and "Traceback" not in checked.err
+
+
+def test_refusals_are_json_too(tmp_path: Path, titans_build: Run) -> None:
+    result = titans_build("mac", "--set", "layers.mac.0.segmnt=3", "--set", "dim=63", "--json")
+    assert result.status == 2
+    error = result.json["error"]
+    assert error["status"] == 2
+    assert [problem["path"] for problem in error["problems"]] == ["layers.mac.0.segmnt", "layers.mac.0.memory.heads", "layers.mac.0.attend.heads"]
+    assert titans_build("--json").json["error"]["status"] == 2
+
+
+def test_a_saved_model_that_is_damaged_is_refused(tmp_path: Path, titans_build: Run) -> None:
+    (tmp_path / "model.json").write_text("{", encoding="utf-8")
+    assert_refused(titans_build(tmp_path), "model.json")
+
+
+def test_a_bad_backend_is_refused(monkeypatch: pytest.MonkeyPatch, small: Path, text: Path, titans_build: Run) -> None:
+    monkeypatch.setenv("TITANS_BUILD_BACKEND", "attention=magic")
+    result = titans_build(small, "--try", text)
+    assert result.status == 2
+    assert "attention" in result.err and "magic" in result.err and "Traceback" not in result.err
+
+
+def test_a_fault_of_ours_shows_where(monkeypatch: pytest.MonkeyPatch, titans_build: Run) -> None:
+    def broken(arguments: object) -> int:
+        raise ZeroDivisionError("a fault")
+
+    monkeypatch.setattr(cli.COMMANDS["kernels"], "run", broken)
+    result = titans_build("kernels")
+    assert result.status == 1
+    assert "Traceback" in result.err and "ZeroDivisionError: a fault" in result.err
+    assert "this is a fault in titans-build" in result.err
+
+
+def test_too_little_memory_is_said_without_a_trace(monkeypatch: pytest.MonkeyPatch, titans_build: Run) -> None:
+    def greedy(arguments: object) -> int:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried ...")
+
+    monkeypatch.setattr(cli.COMMANDS["kernels"], "run", greedy)
+    assert_refused(titans_build("kernels"), "not enough memory", status=1)
+
+
+def test_a_model_too_large_for_the_machine_is_refused(titans_build: Run) -> None:
+    words = ["--set", "dim=131072", "--set", "stack.0.repeat=1024"]
+    result = titans_build("transformer", *words)
+    assert_refused(result, "GiB")
+
+
+def test_interruption(monkeypatch: pytest.MonkeyPatch, titans_build: Run) -> None:
+    def interrupted(arguments: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.COMMANDS["kernels"], "run", interrupted)
+    assert_refused(titans_build("kernels"), "interrupted", status=130)
+
+
+def test_imports_need_to_be_allowed(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, titans_build: Run) -> None:
+    module = tmp_path / "imported_by_a_recipe.py"
+    module.write_text("open(__file__ + '.ran', 'w').close()\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    small.write_text(small.read_text() + "imports: [imported_by_a_recipe]\n", encoding="utf-8")
+    assert_refused(titans_build(small), "--allow-imports")
+    assert not Path(f"{module}.ran").exists()
+    assert titans_build("check", small, "--allow-imports").status == 0
+    assert Path(f"{module}.ran").exists()
+
+
+def test_the_installed_command_starts_fast_and_prints_plain_text_into_a_pipe() -> None:
+    start = time.perf_counter()
+    done = process("check", "mac", "--json")
+    seconds = time.perf_counter() - start
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["ok"] is True
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import torch"], check=True)
+    # the rest of the start-up must stay small beside PyTorch's own
+    assert seconds < 2 * (time.perf_counter() - start) + 2
+
+
+def test_no_colours_in_a_pipe_and_none_with_no_color() -> None:
+    for environment in ({}, {"NO_COLOR": "1", "FORCE_COLOR": ""}):
+        done = process("list", **environment)
+        assert done.returncode == 0 and "memory" in done.stdout
+        assert "\x1b" not in done.stdout + done.stderr
+
+
+def test_a_reader_that_leaves_is_no_fault() -> None:
+    command = f"{sys.executable} -c 'from titans_build.tools.cli import run; run()' schema | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, timeout=120)
+    assert done.stdout == "{\n" and done.stderr == ""
+
+
+def test_main_reads_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["titans-build", "--version"])
+    assert main() == 0
+    assert capsys.readouterr().out.startswith("titans-build ")
