@@ -109,8 +109,11 @@ def test_a_wheel_installs_the_command_and_names_its_extras(wheel: zipfile.ZipFil
 def test_the_facade_offers_the_promised_names() -> None:
     import titans_build as tb
 
-    promised = """load_recipe build save load save_state load_state register Block Spec create check_block list_blocks
-    describe build_block state RecipeError __version__""".split()
+    promised = [
+        "load_recipe", "build", "save", "load", "save_state", "load_state", "register", "Block", "Spec",
+        "create", "check_block", "list_blocks", "describe", "build_block", "state", "RecipeError",
+        "__version__",
+    ]  # fmt: skip
     assert [name for name in promised if not hasattr(tb, name)] == []
     assert sorted(tb.__all__) == sorted(promised)
     assert tb.__version__ == PROJECT["project"]["version"]

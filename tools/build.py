@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
     add_placement(parser)
     parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the fresh weights (default: 0)")
-    parser.add_argument("--out", metavar="DIR", help="save recipe and fresh weights here (what --try trains is not saved)")
+    parser.add_argument(
+        "--out", metavar="DIR", help="save recipe and fresh weights here (what --try trains is not saved)"
+    )
     parser.add_argument(
         "--try",
         dest="text",
@@ -48,20 +51,32 @@ def run(arguments: argparse.Namespace) -> int:
     text = None
     if arguments.text is not None:
         if recipe.vocab is None or recipe.vocab < BYTES:
-            raise UsageError(f"--try reads bytes: the recipe needs vocab >= {BYTES}, it has {show(recipe.vocab)} (--set vocab={BYTES})")
+            needs = f"the recipe needs vocab >= {BYTES}, it has {show(recipe.vocab)}"
+            raise UsageError(f"--try reads bytes: {needs} (--set vocab={BYTES})")
         text = read_bytes(arguments.text)
     model = recipes.build(recipe, device=device, dtype=dtype, seed=arguments.seed)
     found = survey(model, recipe)
     report: dict[str, Any] = {
-        "recipe": {"name": recipe.name or arguments.recipe, "dim": recipe.dim, "vocab": recipe.vocab, "depth": recipe.depth,
-                   "fingerprint": recipe.fingerprint, "overrides": recipe.overrides},
+        "recipe": {
+            "name": recipe.name or arguments.recipe,
+            "dim": recipe.dim,
+            "vocab": recipe.vocab,
+            "depth": recipe.depth,
+            "fingerprint": recipe.fingerprint,
+            "overrides": recipe.overrides,
+        },
         "device": str(device),
         "dtype": arguments.dtype,
         "seed": arguments.seed,
         "parts": [part.to_dict() for part in found.parts],
-        "totals": {"parameters": found.parameters, "flops_per_token": found.flops / LENGTH, "flops_length": LENGTH,
-                   "state_bytes_per_row": found.state_bytes, "state_grows": found.grows},
-    }  # fmt: skip
+        "totals": {
+            "parameters": found.parameters,
+            "flops_per_token": found.flops / LENGTH,
+            "flops_length": LENGTH,
+            "state_bytes_per_row": found.state_bytes,
+            "state_grows": found.grows,
+        },
+    }
     if not arguments.json:
         say(_heading(recipe, arguments), "", _table(found), "", _footing(found))
     if arguments.out is not None:
@@ -88,35 +103,51 @@ def _heading(recipe: recipes.Recipe, arguments: argparse.Namespace) -> Text:
     changed = "".join(f", {path} = {show(value)}" for path, value in recipe.overrides.items())
     vocab = "vectors in, vectors out" if recipe.vocab is None else f"vocab {recipe.vocab:,}"
     where = f"{arguments.device}, {arguments.dtype}, seed {arguments.seed}"
-    return Text.assemble((recipe.name or arguments.recipe, "bold"), f": dim {recipe.dim}, {vocab}, {recipe.depth} layers{changed} ({where})")
+    return Text.assemble(
+        (recipe.name or arguments.recipe, "bold"),
+        f": dim {recipe.dim}, {vocab}, {recipe.depth} layers{changed} ({where})",
+    )
 
 
 def _table(found: Survey) -> Table:
-    table = columns("part", "settings", "parameters", "FLOPs/token", "state/row", right=("parameters", "FLOPs/token", "state/row"))
-    for part in found.parts:
-        _add_rows(table, part, "", "")
-    table.add_section()
-    table.add_row(*(Text(cell, style="bold") for cell in ("total", "", *_figures(found.parameters, found.flops, found.state_bytes, found.grows))))
+    rows = [row for part in found.parts for row in _rows(part, "", "")]
+    total = _figures(found.parameters, found.flops, found.state_bytes, found.grows)
+    rows.append([Text(cell, style="bold") for cell in ("total", "", *total)])
+    headings = ("part", "settings", "parameters", "FLOPs/token", "state/row")
+    table = columns(*headings, right=headings[2:])
+    # a tree is only readable with one line for each part: what does not fit is cut from the settings
+    table.columns[0].no_wrap = True
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
-def _add_rows(table: Table, part: Part, lead: str, indent: str) -> None:
+def _rows(part: Part, lead: str, indent: str) -> Iterator[list[Text]]:
+    """The row of a part and those of the parts inside, with the tree's branches before their names."""
     times = f" ×{part.count}" if part.count > 1 else ""
-    name = part.label if part.type in ("", "layer") else part.type if part.label.startswith("blocks.") else f"{part.label}: {part.type}"
-    style = "bold" if not lead else ""
-    table.add_row(
-        Text.assemble((lead, "dim"), (name, style), (times, "bold magenta")),
-        Text(settings(part), style="dim"),
-        *_figures(part.parameters, part.flops, part.state_bytes, part.grows),
+    name = (
+        part.label
+        if part.type in ("", "layer")
+        else part.type
+        if part.label.startswith("blocks.")
+        else f"{part.label}: {part.type}"
     )
+    figures = _figures(part.parameters, part.flops, part.state_bytes, part.grows)
+    yield [
+        Text.assemble((lead, "dim"), (name, "" if lead else "bold"), (times, "bold magenta")),
+        Text(settings(part), style="dim", no_wrap=True, overflow="ellipsis"),
+        *map(Text, figures),
+    ]
     for index, child in enumerate(part.parts):
         last = index == len(part.parts) - 1
-        _add_rows(table, child, indent + ("└ " if last else "├ "), indent + ("  " if last else "│ "))
+        yield from _rows(child, indent + ("└ " if last else "├ "), indent + ("  " if last else "│ "))
 
 
 def settings(part: Part, most: int = 6) -> str:
     """The settings of a block that tell it from others, in a few words."""
-    shown = [f"{key} {value}" for key, value in part.fields.items() if not isinstance(value, bool) and value is not None]
+    shown = [
+        f"{key} {value}" for key, value in part.fields.items() if not isinstance(value, bool) and value is not None
+    ]
     return ", ".join(shown[:most])
 
 
@@ -139,13 +170,21 @@ def _lines(trial: Trial, name: str) -> list[Text]:
     exact = "" if trial.difference_float64 is None else f"; in float64 {trial.difference_float64:.1e}"
     return [
         line("text", f"{trial.bytes_read:,} bytes of {name}"),
-        line("learns", f"{trial.bits_before:.2f} -> {trial.bits_after:.2f} bits per byte after {trial.steps} steps of AdamW "
-             f"on {trial.rows} x {trial.length} bytes", trial.learns),
-        line("streams", f"{len(trial.cuts)} pieces of {min(trial.cuts)} to {max(trial.cuts)} bytes against one pass: "
-             f"largest difference {trial.difference:.1e} of logits up to {trial.scale:.1f}{exact}", trial.streams),
+        line(
+            "learns",
+            f"{trial.bits_before:.2f} -> {trial.bits_after:.2f} bits per byte after {trial.steps} steps of AdamW "
+            f"on {trial.rows} x {trial.length} bytes",
+            trial.learns,
+        ),
+        line(
+            "streams",
+            f"{len(trial.cuts)} pieces of {min(trial.cuts)} to {max(trial.cuts)} bytes against one pass: "
+            f"largest difference {trial.difference:.1e} of logits up to {trial.scale:.1f}{exact}",
+            trial.streams,
+        ),
         line("speed", f"{trial.prefill:,.0f} tokens/s reading, {trial.decode:,.0f} tokens/s generating (one row)"),
         line("says", show(trial.generated, 200)),
-    ]  # fmt: skip
+    ]
 
 
 def _seed(text: str) -> int:

@@ -91,8 +91,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if memory is not None:
             return _refuse(memory, 1, as_json)
         traceback.print_exc()
-        return _refuse("this is a fault in titans-build, or in a block or package it loaded, not in what you typed; "
-                       "the lines above say where", 1, as_json)  # fmt: skip
+        return _refuse(
+            "this is a fault in titans-build, or in a block or package it loaded, not in what you typed; "
+            "the lines above say where",
+            1,
+            as_json,
+        )
 
 
 def run() -> NoReturn:

@@ -36,7 +36,12 @@ def run(arguments: argparse.Namespace) -> int:
         except (OSError, ValueError) as error:
             raise UsageError(f"--out {arguments.out}: {getattr(error, 'strerror', None) or error}") from None
     if arguments.json:
-        say_json({"recipe": recipe.name or arguments.recipe, **({"out": arguments.out} if arguments.out else {"svg": picture})})
+        say_json(
+            {
+                "recipe": recipe.name or arguments.recipe,
+                **({"out": arguments.out} if arguments.out else {"svg": picture}),
+            }
+        )
     elif arguments.out is None:
         sys.stdout.write(picture)
     else:
@@ -51,9 +56,10 @@ def draw(recipe: recipes.Recipe, name: str) -> str:
     counts = Counter(recipe.expand())
     state = sum(layers[layer].state_bytes * times for layer, times in counts.items())
     grows = any(part.grows for part in layers.values())
+    lasting = "when fresh; grows with every token" if grows else "however long the sequence"
     notes = [
         f"{count(parameters)} parameters  ·  {recipe.depth} layers  ·  dim {recipe.dim}",
-        f"state of a row: {in_bytes(state)}, {'when fresh; grows with every token' if grows else 'however long the sequence'}",
+        f"state of a row: {in_bytes(state)}, {lasting}",
     ]
     if recipe.vocab is None:
         above, below = [box("vectors", colour="ends", small=True)], [box("norm", colour="norm", small=True)]

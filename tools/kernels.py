@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 
+import torch
 from rich.text import Text
 
 from ..kernels import dispatch
 from .options import add_placement, placement
-from .terminal import columns, say, say_json
+from .terminal import columns, complain, say, say_json
 
 SUMMARY = "Show every operation, its backends, which one is taken, and why the others are not."
 EXAMPLES = (
@@ -26,9 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     device, dtype = placement(arguments)
     rows = dispatch.table(device.type, dtype)
+    problems = _problems(rows, device.type, dtype)
+    for problem in problems:
+        complain(problem)
     if arguments.json:
-        say_json({"device": str(device), "dtype": arguments.dtype, "operations": [row._asdict() for row in rows]})
-        return 0
+        operations = [row._asdict() for row in rows]
+        say_json({"device": str(device), "dtype": arguments.dtype, "operations": operations, "problems": problems})
+        return 2 if problems else 0
     table = columns("operation", "backend", "status", "why not")
     previous = ""
     for row in rows:
@@ -37,4 +42,16 @@ def run(arguments: argparse.Namespace) -> int:
         previous = row.operation
     setting = os.environ.get(dispatch.VARIABLE)
     say(f"on {device} in {arguments.dtype}" + (f", with {dispatch.VARIABLE}={setting}" if setting else ""), "", table)
-    return 0
+    return 2 if problems else 0
+
+
+def _problems(rows: list[dispatch.Row], device: str, dtype: torch.dtype) -> list[str]:
+    """What the environment asks for and cannot have: running any such operation would end with the same words."""
+    problems = []
+    for name in dict.fromkeys(row.operation for row in rows):
+        if not any(row.chosen for row in rows if row.operation == name):
+            try:
+                dispatch.OPERATIONS[name].choose(device=device, dtype=dtype)
+            except dispatch.BackendError as error:
+                problems.append(str(error))
+    return list(dict.fromkeys(problems))

@@ -23,7 +23,9 @@ EXAMPLES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="a wildcard over names (default: all)")
+    parser.add_argument(
+        "pattern", nargs="?", default="*", metavar="PATTERN", help="a wildcard over names (default: all)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -86,7 +88,9 @@ def run(arguments: argparse.Namespace) -> int:
 def summary(name: str) -> str:
     """The first sentence of the comment at the head of a packaged recipe's file."""
     text = importlib.resources.files(recipes).joinpath(f"{_base(name)}.yaml").read_text(encoding="utf-8")
-    comment = " ".join(line[1:].strip() for line in itertools.takewhile(lambda line: line.startswith("#"), text.splitlines()))
+    comment = " ".join(
+        line[1:].strip() for line in itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    )
     sentence = re.split(r"\.(?: |$)", comment, maxsplit=1)[0]
     return sentence if _base(name) == name else f"{sentence}; size {name.removeprefix(_base(name) + '-')}"
 

@@ -19,7 +19,7 @@ def add_recipe(parser: argparse.ArgumentParser, *, several: bool = False) -> Non
         "recipes" if several else "recipe",
         nargs="+" if several else None,
         metavar="RECIPE",
-        help="a packaged recipe (mac, mag-170m, ...; see `titans-build list`), a YAML or JSON file, or a saved model's folder",
+        help="a packaged recipe (mac, mag-170m, ...; see `titans-build list`), a YAML or JSON file, or a saved folder",
     )
     parser.add_argument(
         "--set",
@@ -29,7 +29,9 @@ def add_recipe(parser: argparse.ArgumentParser, *, several: bool = False) -> Non
         help="change one value of the recipe, as in layers.mac.0.segment=256; may be given many times",
     )
     parser.add_argument(
-        "--allow-imports", action="store_true", help="import the modules that the recipe names under `imports`: runs their code"
+        "--allow-imports",
+        action="store_true",
+        help="import the modules that the recipe names under `imports`: runs their code",
     )
 
 

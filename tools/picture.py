@@ -110,7 +110,9 @@ def with_state(shape: Shape, store: Shape, reach: float = 26) -> Shape:
     return Shape(shape.left, shape.right + reach + store.width, height, draw, open=shape.height < height)
 
 
-def container(inner: Shape, label: str, note: str = "", *, dashed: bool = False, fill: str = "#ffffff", through: bool = True) -> Shape:
+def container(
+    inner: Shape, label: str, note: str = "", *, dashed: bool = False, fill: str = "#ffffff", through: bool = True
+) -> Shape:
     """A frame around what belongs together. ``through``: data enters and leaves along the spine."""
     padding, top, bottom = 16, 40, 18
     wanted = text_width(label, 12, True) + text_width(note, 11) + 24
@@ -252,7 +254,9 @@ def _gate(part: Part, memories: frozenset[str]) -> Shape:
             branch.draw(canvas, at, y + ahead)
             inlet = x + (-1 if name == "a" else 1) * min(abs(at - x), join.left - 16)
             canvas.line(
-                [(at, y + ahead + branch.height), (at, below + 12), (inlet, below + 12), (inlet, below + after)], stroke=FLOW, arrow=True
+                [(at, y + ahead + branch.height), (at, below + 12), (inlet, below + 12), (inlet, below + after)],
+                stroke=FLOW,
+                arrow=True,
             )
             canvas.text(inlet + (-11 if name == "a" else 11), below + after - 10, name, size=12, italic=True)
         join.draw(canvas, x, below + after)
@@ -298,7 +302,14 @@ def _context(part: Part, memories: frozenset[str]) -> Shape:
         canvas.cylinder(drum_x - store_half, top, 2 * store_half, tall, fill=fill, stroke=edge)
         first = top + tall / 2 - 8 * (len(kept) - 1)
         for index, line in enumerate(kept):
-            canvas.text(drum_x, first + 16 * index, line, size=12 if index == 0 else 10.5, bold=index == 0, colour=INK if index == 0 else FAINT)
+            canvas.text(
+                drum_x,
+                first + 16 * index,
+                line,
+                size=12 if index == 0 else 10.5,
+                bold=index == 0,
+                colour=INK if index == 0 else FAINT,
+            )
         for box_y, towards_box in ((read_at + read.height / 2, True), (write_at + write.height / 2, False)):
             ends = [(drum_x + store_half, y + box_y), (at - read.left, y + box_y)]
             canvas.line(ends if towards_box else ends[::-1], stroke=edge, arrow=True, both=not towards_box)
@@ -314,7 +325,9 @@ def _context(part: Part, memories: frozenset[str]) -> Shape:
         canvas.rectangle(x - strip / 2, y + strip_at, strip, 30, fill="#ffffff", stroke="#cbd5e1", radius=6)
         squares(canvas, x - strip / 2 + 7.5, middle, letters)
         if persistent:
-            canvas.text(x + strip / 2 + 10, middle, f"P: {persistent} learned tokens", size=11, colour=FAINT, anchor="start")
+            canvas.text(
+                x + strip / 2 + 10, middle, f"P: {persistent} learned tokens", size=11, colour=FAINT, anchor="start"
+            )
         canvas.line([(x, y + strip_at + 30), (x, y + attend_at)], stroke=FLOW, arrow=not attend.open)
         canvas.text(x - 10, y + attend_at - 16, "2  attend", size=11.5, bold=True, anchor="end")
         canvas.text(x + 10, y + attend_at - 16, "causal, within the segment", size=11, colour=FAINT, anchor="start")
@@ -352,7 +365,15 @@ _COMBINATORS: dict[str, Callable[[Part, frozenset[str]], Shape]] = {
 # -- the whole stack ---------------------------------------------------------------------------------------------------
 
 
-def draw_stack(stack: Sequence[Any], layers: dict[str, Part], memories: frozenset[str], title: str, notes: Sequence[str], ends: Sequence[Shape], out: Sequence[Shape]) -> str:
+def draw_stack(
+    stack: Sequence[Any],
+    layers: dict[str, Part],
+    memories: frozenset[str],
+    title: str,
+    notes: Sequence[str],
+    ends: Sequence[Shape],
+    out: Sequence[Shape],
+) -> str:
     """The finished SVG. ``ends`` stand above the stack, ``out`` below it; ``stack`` is as in the recipe."""
     body = column([*ends, _stack(stack, layers, memories, set()), *out])
     canvas = Canvas()
@@ -397,8 +418,14 @@ def _runs(stack: Sequence[Any]) -> list[tuple[Any, int]]:
 
 
 def _legend() -> Shape:
-    entries = [("memory", "memory"), ("attention", "attention"), ("mixer", "other, with state"), ("plain", "without state"),
-               ("gate", "gate"), ("state", "state of one row, carried from token to token")]  # fmt: skip
+    entries = [
+        ("memory", "memory"),
+        ("attention", "attention"),
+        ("mixer", "other, with state"),
+        ("plain", "without state"),
+        ("gate", "gate"),
+        ("state", "state of one row, carried from token to token"),
+    ]
     widths = [22 + text_width(text, 11) + 16 for _, text in entries]
 
     def draw(canvas: Canvas, x: float, y: float) -> None:
@@ -444,4 +471,6 @@ def _size(part: Part) -> str:
 
 def _formula(part: Part, a: str, b: str) -> str:
     form = part.fields.get("form")
-    return {"silu": f"norm({a}) · silu(norm({b}))", "sum": f"norm({a}) + norm({b})"}.get(str(form), f"norm({a}) · σ(norm({b}))")
+    return {"silu": f"norm({a}) · silu(norm({b}))", "sum": f"norm({a}) + norm({b})"}.get(
+        str(form), f"norm({a}) · σ(norm({b}))"
+    )

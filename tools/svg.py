@@ -23,9 +23,18 @@ class Canvas:
         self.marks: list[str] = []
 
     def rectangle(
-        self, x: float, y: float, width: float, height: float, *, fill: str, stroke: str = "none",
-        radius: float = 8, dashed: bool = False, thickness: float = 1.25,
-    ) -> None:  # fmt: skip
+        self,
+        x: float,
+        y: float,
+        width: float,
+        height: float,
+        *,
+        fill: str,
+        stroke: str = "none",
+        radius: float = 8,
+        dashed: bool = False,
+        thickness: float = 1.25,
+    ) -> None:
         dash = ' stroke-dasharray="5 4"' if dashed else ""
         self.marks.append(
             f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" rx="{radius:.1f}" '
@@ -33,12 +42,21 @@ class Canvas:
         )
 
     def circle(self, x: float, y: float, radius: float, *, fill: str, stroke: str) -> None:
-        self.marks.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" fill="{fill}" stroke="{stroke}" stroke-width="1.25"/>')
+        self.marks.append(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" fill="{fill}" stroke="{stroke}" stroke-width="1.25"/>'
+        )
 
     def line(
-        self, points: Sequence[tuple[float, float]], *, stroke: str, arrow: bool = False, both: bool = False,
-        thickness: float = 1.5, dashed: bool = False, bend: float = 7,
-    ) -> None:  # fmt: skip
+        self,
+        points: Sequence[tuple[float, float]],
+        *,
+        stroke: str,
+        arrow: bool = False,
+        both: bool = False,
+        thickness: float = 1.5,
+        dashed: bool = False,
+        bend: float = 7,
+    ) -> None:
         """A path through ``points`` with rounded corners, and an arrowhead at its end (or at both ends)."""
         path = f"M{points[0][0]:.1f} {points[0][1]:.1f}"
         for before, corner, after in zip(points, points[1:], points[2:]):
@@ -52,17 +70,26 @@ class Canvas:
     def cylinder(self, x: float, y: float, width: float, height: float, *, fill: str, stroke: str) -> None:
         """What is stored: a drum, ``height`` tall with its lids."""
         lid = min(7.0, height / 5)
-        sides = f"M{x:.1f} {y + lid:.1f}v{height - 2 * lid:.1f}a{width / 2:.1f} {lid:.1f} 0 0 0 {width:.1f} 0v{-(height - 2 * lid):.1f}"
+        wall, half = height - 2 * lid, width / 2
+        sides = f"M{x:.1f} {y + lid:.1f}v{wall:.1f}a{half:.1f} {lid:.1f} 0 0 0 {width:.1f} 0v{-wall:.1f}"
         self.marks.append(f'<path d="{sides}" fill="{fill}" stroke="{stroke}" stroke-width="1.25"/>')
         self.marks.append(
-            f'<ellipse cx="{x + width / 2:.1f}" cy="{y + lid:.1f}" rx="{width / 2:.1f}" ry="{lid:.1f}" '
+            f'<ellipse cx="{x + half:.1f}" cy="{y + lid:.1f}" rx="{half:.1f}" ry="{lid:.1f}" '
             f'fill="{fill}" stroke="{stroke}" stroke-width="1.25"/>'
         )
 
     def text(
-        self, x: float, y: float, text: str, *, size: float = 12, colour: str = "#1f2937", bold: bool = False,
-        anchor: str = "middle", italic: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        x: float,
+        y: float,
+        text: str,
+        *,
+        size: float = 12,
+        colour: str = "#1f2937",
+        bold: bool = False,
+        anchor: str = "middle",
+        italic: bool = False,
+    ) -> None:
         """``y`` is the middle of the line."""
         weight = ' font-weight="600"' if bold else ""
         style = ' font-style="italic"' if italic else ""

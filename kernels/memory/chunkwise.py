@@ -29,7 +29,8 @@ EPS = 1e-6
 GROUP = 8
 """Chunks worked on together: enough for large products, few enough that their work stays near the cache."""
 KEPT_BYTES = 160 * 2**20
-"""Every chunk's starting state is kept for backward up to this size; beyond it one in ``GROUP`` or fewer."""
+"""Every chunk's starting state is kept for backward up to this size (beyond it one in ``GROUP`` or fewer), and so are
+the network's hidden values (beyond it they are recomputed)."""
 
 
 class Plan(NamedTuple):
@@ -83,31 +84,40 @@ class _Chunkwise(torch.autograd.Function):
         anchor = [_rows(w) for w in state[s * layers :]] or None
         stacks = [torch.stack([_rows(state[l + part * layers]) for part in range(s)], dim=1) for l in range(layers)]
         chunks = time // plan.chunk
-        keep = 0
+        keep, hidden_kept = 0, False
         if any(ctx.needs_input_grad):
             keep = plan.keep or _fitting(chunks, sum(x.numel() * x.element_size() for x in stacks))
+            width = sum(x.shape[2] for x in stacks)
+            hidden_kept = plan.keep in (None, 1) and 2 * batch * time * heads * width * q.element_size() <= KEPT_BYTES
         size = min(chunks, keep if keep > 1 else GROUP)
 
         y = q.new_empty(batch, time, heads, v.shape[-1])
         net = _Network(ACTIVATIONS[plan.activation], _per_row(gain, batch), plan.clip, _Scratch(q))
         work = _Work.allocate(size, batch * heads, plan.chunk, stacks, q, pulled=False, clipped=plan.clip is not None)
         kept = [x.new_empty(chunks if keep == 1 else -(-chunks // size), *x.shape) for x in stacks] if keep else []
+        token = lambda x: q.new_empty(chunks, batch * heads, plan.chunk, x.shape[2])  # noqa: E731
+        hidden = [token(x) for x in stacks] if hidden_kept else []
+        asked = [token(x) for x in stacks] if hidden_kept else []
         for group, (first, tokens) in enumerate(_groups(chunks, size, plan.chunk)):
             decay = chunk_decay(*(_chunks(x, tokens, plan) for x in (theta, eta, alpha, real)), plan.read_after)
+            span = slice(first, first + decay.mix.shape[0])
             written = work.first(decay.mix.shape[0])
+            if hidden_kept:
+                written.hidden[:] = [x[span] for x in hidden]
             for buffer, stack in zip(written.stacks, stacks):
                 buffer[0] = stack
             net.advance(_chunks(k, tokens, plan), _chunks(v, tokens, plan), decay, written, anchor if first == 0 else None)
             for store, buffer in zip(kept, written.stacks):
                 if keep == 1:
-                    store[first : first + len(buffer) - 1] = buffer[:-1]
+                    store[span] = buffer[:-1]
                 else:
                     store[group] = buffer[0]
-            _scatter(y, net.read(_chunks(q, tokens, plan), decay, written)[0], tokens, plan)
+            _scatter(y, net.read(_chunks(q, tokens, plan), decay, written, [x[span] for x in asked])[0], tokens, plan)
             stacks = [buffer[-1] for buffer in written.stacks]
         if keep:
-            ctx.save_for_backward(q, k, v, theta, eta, alpha, gain, *state[s * layers :], *kept)
-            ctx.plan, ctx.layers, ctx.real, ctx.size, ctx.all_kept = plan, layers, real, size, keep == 1
+            ctx.save_for_backward(q, k, v, theta, eta, alpha, gain, *hidden, *asked, *state[s * layers :], *kept)
+            ctx.plan, ctx.layers, ctx.real, ctx.size = plan, layers, real, size
+            ctx.all_kept, ctx.hidden_kept = keep == 1, hidden_kept
         final = [stack[:, part].clone().unflatten(0, (batch, heads)) for part in range(s) for stack in stacks]
         return (y, *final)
 
@@ -116,8 +126,9 @@ class _Chunkwise(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor, *grad_state: Tensor):  # type: ignore[override]
         plan, layers, size = ctx.plan, ctx.layers, ctx.size
         q, k, v, theta, eta, alpha, gain, *rest = ctx.saved_tensors
+        hidden, asked = (rest[:layers], rest[layers : 2 * layers]) if ctx.hidden_kept else ([], [])
         kept = rest[-layers:]
-        anchor = [_rows(w) for w in rest[:-layers]] or None
+        anchor = [_rows(w) for w in rest[2 * layers if ctx.hidden_kept else 0 : -layers]] or None
         batch, time, heads, _ = q.shape
         s = 1 if eta is None else 2
         chunks = time // plan.chunk
@@ -140,15 +151,22 @@ class _Chunkwise(torch.autograd.Function):
             written, grad = work.first(len(keys)), adjoint.first(len(keys))
             for buffer, end in zip(grad.stacks, grad_end):
                 buffer[-1] = end  # before anything else: it may lie in the first place of these same buffers
+            span = slice(first, first + len(keys))
+            if ctx.hidden_kept:
+                for buffer, store in zip(written.hidden, hidden):
+                    buffer.copy_(store[span])
             if ctx.all_kept:
-                for buffer, store in zip(written.stacks, kept):
-                    buffer[:-1] = store[first : first + len(keys)]
-                net.recall(keys, values, written, own)
+                written.stacks[:] = [store[span] for store in kept]
+                net.recall(keys, values, written, own, hidden_known=ctx.hidden_kept)
             else:
                 for buffer, store in zip(written.stacks, kept):
                     buffer[0] = store[group]
                 net.advance(keys, values, decay, written, own)
-            _, reading = net.read(queries, decay, written, recording=True)
+            if ctx.hidden_kept:
+                reading = [x[span] for x in asked]
+            else:
+                reading = [net.scratch(f"asked {l}", *x.shape) for l, x in enumerate(written.hidden)]
+                net.read(queries, decay, written, reading)
             grad_read = net.read_backward(_chunks(grad_y, tokens, plan), queries, decay, written, reading, grad)
             grad_write = net.write_backward(keys, values, decay, written, grad, own, grad_anchor if own else None)
             grad_end = [buffer[0] for buffer in grad.stacks]
@@ -263,7 +281,8 @@ class _Work(NamedTuple):
         raw = [pick(x) for x in self.raw]
         errors = raw if self.errors is self.raw else [pick(x) for x in self.errors]
         parts = [[pick(x) for x in part] for part in (self.inputs, self.hidden, self.pulled)]
-        return _Work([pick(x[:-1]) for x in self.stacks], *parts, raw, errors)
+        chunks = len(self.raw[0])
+        return _Work([pick(x[:chunks]) for x in self.stacks], *parts, raw, errors)
 
 
 class _Adjoint(NamedTuple):
@@ -296,19 +315,6 @@ class _Scratch:
         if buffer is None or buffer.numel() < size:
             buffer = self._buffers[name] = self._like.new_empty(size)
         return buffer[:size].view(shape)
-
-
-class _Reading(NamedTuple):
-    """What reading leaves behind for its backward; everything ``[chunks * rows, b, ...]``."""
-
-    inputs: list[Tensor]
-    """``X_l``, and last the output ``Z_L``."""
-    hidden: list[Tensor]
-    """``Z_l`` before the activation, layers below the last."""
-    carried: list[Tensor]
-    """``X_l`` through the stacked state: ``[chunks * rows, b, s, out]``."""
-    scores: list[Tensor]
-    """``X_l a_l^T`` before decay."""
 
 
 class _ReadGrad(NamedTuple):
@@ -355,31 +361,34 @@ class _Network:
         spread = self.scratch(name, *x.shape[:-1], parts, x.shape[-1])
         return torch.mul(coefficients.unsqueeze(-1), x.unsqueeze(-2), out=spread).flatten(-2)
 
-    def recall(self, keys: Tensor, values: Tensor, written: _Work, anchor: list[Tensor] | None) -> None:
-        """What ``advance`` fills, in one batch, given the state at every chunk start."""
+    def recall(self, keys: Tensor, values: Tensor, written: _Work, anchor: list[Tensor] | None, hidden_known: bool) -> None:
+        """What ``advance`` fills, in one batch, given the state at every chunk start (and perhaps ``hidden``)."""
         written.inputs[0] = keys
         if anchor is not None:
-            self._differentiate(values[0], anchor, written.at(0), self.gain)
+            self._differentiate(values[0], anchor, written.at(0), self.gain, hidden_known)
         rest = slice(0 if anchor is None else 1, None)
         if len(keys[rest]):
             batch = written.at(rest)
             gain = None if self.gain is None else self.gain.repeat(len(keys[rest]), 1, 1)
-            self._differentiate(values[rest].flatten(0, 1), [stack[:, 0] for stack in batch.stacks], batch, gain)
+            self._differentiate(values[rest].flatten(0, 1), [stack[:, 0] for stack in batch.stacks], batch, gain, hidden_known)
 
-    def _differentiate(self, values: Tensor, weights: list[Tensor], work: _Work, gain: Tensor | None) -> None:
+    def _differentiate(
+        self, values: Tensor, weights: list[Tensor], work: _Work, gain: Tensor | None, hidden_known: bool = False
+    ) -> None:
         """Keys forward through ``weights``, half errors back; fills ``work`` apart from its stacks."""
         last = len(weights) - 1
         for l, weight in enumerate(weights):
             if l:
                 self.activation.value(work.hidden[l - 1], out=work.inputs[l])
-            torch.bmm(work.inputs[l], weight.mT, out=work.hidden[l])
+            if not hidden_known:
+                torch.bmm(work.inputs[l], weight.mT, out=work.hidden[l])
         z = work.hidden[last]
         if gain is None:
             torch.sub(z, values, out=work.raw[last])
         else:
             n, _, inverse = torch.native_layer_norm(z, z.shape[-1:], None, None, EPS)
             g = torch.addcmul(work.inputs[0], n, gain).sub_(values).mul_(gain)
-            layer_norm_pull(g, n, inverse, out=work.raw[last])
+            work.raw[last].copy_(layer_norm_pull(g, n, inverse))
         for l in range(last - 1, -1, -1):
             e = work.pulled[l] if work.pulled else self.scratch("pulled", *work.raw[l].shape)
             torch.bmm(work.raw[l + 1], weights[l + 1], out=e)
@@ -399,44 +408,44 @@ class _Network:
 
     # -- read ----------------------------------------------------------------------------------------------------
 
-    def read(self, queries: Tensor, decay: ChunkDecay, written: _Work, *, recording: bool = False) -> tuple[Tensor, _Reading]:
-        """All of the group's queries, each at the weights its token left (or found)."""
+    def read(self, queries: Tensor, decay: ChunkDecay, written: _Work, asked: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """All of the group's queries, each at the weights its token left (or found).
+
+        ``asked``: where each layer's ``Z_l`` ``[chunks, rows, b, out]`` is wanted, or ``[]``.
+        """
         work = written.at(slice(None))
         weigh, carry = decay.read.flatten(0, 1), decay.carry.flatten(0, 1)
         x = queries.flatten(0, 1)
-        reading = _Reading([x], [], [], [])
-        b = x.shape[1]
-        # what backward will want has a place per layer; else one place serves all
-        new = lambda name, l, width: self.scratch(f"{name} {l if recording else 0 if name != 'z' else l % 2}", len(x), b, width)  # noqa: E731
+        new = lambda name, width: self.scratch(name, *x.shape[:2], width)  # noqa: E731
         for l, (stack, a, d) in enumerate(zip(work.stacks, work.inputs, work.errors)):
-            s, out = stack.shape[1:3]
+            s, out, width = stack.shape[1:]
             if l:
-                x = self.activation.value(z, out=new("x", l, z.shape[-1]))
-                reading.inputs.append(x)
-            carried = torch.bmm(x, stack.flatten(1, 2).mT, out=new("carried", l, s * out)).unflatten(-1, (s, out))
-            scores = torch.bmm(x, a.mT, out=new("scores", l, b))
-            z = torch.mul(carried[:, :, 0], carry[..., :1], out=new("z", l, out))
-            if s == 2:
-                z.addcmul_(carried[:, :, 1], carry[..., 1:])
-            decayed = torch.mul(scores, weigh, out=self.scratch("decayed", *scores.shape))
-            z.baddbmm_(decayed, d, alpha=-1)
-            if recording:
-                reading.carried.append(carried)
-                reading.scores.append(scores)
-                reading.hidden.append(z)
+                x = self.activation.value(z, out=new("x", width))
+            z = asked[l].flatten(0, 1) if asked else new(f"z {l % 2}", out)
+            if width < out:
+                # what the state's parts weigh is multiplied in where the layer is narrow
+                for part in range(s):
+                    weighed = torch.mul(x, carry[..., part : part + 1], out=new("weighed x", width))
+                    torch.baddbmm(z, weighed, stack[:, part].mT, beta=min(part, 1), out=z)
+            else:
+                carried = torch.bmm(x, stack.flatten(1, 2).mT, out=new("carried", s * out)).unflatten(-1, (s, out))
+                torch.mul(carried[:, :, 0], carry[..., :1], out=z)
+                if s == 2:
+                    z.addcmul_(carried[:, :, 1], carry[..., 1:])
+            scores = torch.bmm(x, a.mT, out=new("scores", x.shape[1])).mul_(weigh)
+            z.baddbmm_(scores, d, alpha=-1)
         y = z.view(queries.shape[:-1] + z.shape[-1:])
-        if self.gain is not None:
-            n = torch.native_layer_norm(y, y.shape[-1:], None, None, EPS)[0]
-            y = torch.addcmul(queries, n, self.gain)
-        return y, reading
+        if self.gain is None:
+            return (y.clone() if asked else y), asked
+        return torch.addcmul(queries, torch.native_layer_norm(y, y.shape[-1:], None, None, EPS)[0], self.gain), asked
 
-    def read_backward(self, grad_y, queries, decay: ChunkDecay, written: _Work, reading: _Reading, grad: _Adjoint) -> _ReadGrad:
-        """Fills ``grad`` (its last stack apart)."""
+    def read_backward(self, grad_y, queries, decay: ChunkDecay, written: _Work, asked: list[Tensor], grad: _Adjoint) -> _ReadGrad:
+        """Fills ``grad`` (its last stack apart), given each layer's ``Z_l``."""
         work = written.at(slice(None))
         weigh, carry = decay.read.flatten(0, 1), decay.carry.flatten(0, 1)
         g, grad_gain = grad_y, None
         if self.gain is not None:
-            z = reading.hidden[-1].view(grad_y.shape)
+            z = asked[-1]
             n, _, inverse = torch.native_layer_norm(z, z.shape[-1:], None, None, EPS)
             grad_gain = (grad_y * n).sum((0, 2)).unsqueeze(1)
             g = layer_norm_pull(grad_y * self.gain, n, inverse)
@@ -444,18 +453,26 @@ class _Network:
         grad_weigh, grad_carry = torch.zeros_like(weigh), torch.zeros_like(carry)
         for l in range(len(work.stacks) - 1, -1, -1):
             stack, a, d = work.stacks[l], work.inputs[l], work.errors[l]
-            x, scores, carried = reading.inputs[l], reading.scores[l], reading.carried[l]
-            grad_carry += carried.mul_(g.unsqueeze(2)).sum(-1)
-            spread = torch.mul(carry.unsqueeze(-1), g.unsqueeze(2), out=carried).flatten(2)  # carried is done with
+            z = asked[l - 1].flatten(0, 1) if l else queries.flatten(0, 1)
+            x = self.activation.value(z, out=self.scratch("x", *z.shape)) if l else z
+            spread = self._spread(carry, g, "spread")
             torch.bmm(spread.mT, x, out=grad.stacks[l][:-1].flatten(0, 1).flatten(1, 2))
-            grad_x = torch.bmm(spread, stack.flatten(1, 2), out=self.scratch(f"grad x {l % 2}", *x.shape))
-            grad_decayed = torch.bmm(g, d.mT, out=self.scratch("decayed", *scores.shape)).neg_()
+            grad_x = self.scratch(f"grad x {l % 2}", *x.shape)
+            for part in range(stack.shape[1]):
+                back = torch.bmm(g, stack[:, part], out=self.scratch("back", *x.shape))
+                grad_carry[..., part] += torch.mul(x, back, out=self.scratch("felt", *x.shape)).sum(-1)
+                if part:
+                    grad_x.addcmul_(back, carry[..., part : part + 1])
+                else:
+                    torch.mul(back, carry[..., :1], out=grad_x)
+            scores = torch.bmm(x, a.mT, out=self.scratch("scores", *weigh.shape))
+            grad_decayed = torch.bmm(g, d.mT, out=self.scratch("decayed", *weigh.shape)).neg_()
             grad_weigh.addcmul_(grad_decayed, scores)
             torch.bmm(scores.mul_(weigh).mT, g, out=grad.errors[l].flatten(0, 1)).neg_()
             grad_scores = grad_decayed.mul_(weigh)
             torch.bmm(grad_scores.mT, x, out=grad.inputs[l].flatten(0, 1))
             grad_x.baddbmm_(grad_scores, a)
-            g = self.activation.pull(grad_x, reading.hidden[l - 1], out=reading.hidden[l - 1]) if l else grad_x
+            g = self.activation.pull(grad_x, z, out=self.scratch("pulled", *z.shape)) if l else grad_x
         g = g.view(queries.shape)
         if self.gain is not None:
             g += grad_y
@@ -510,7 +527,9 @@ class _Network:
             # ... and then the inputs' gradient runs down
             g = grad_errors[-1]
             if self.gain is not None:
-                g = self._error_backward(keys[i], values[i], now.hidden[-1], g, grad_inputs[0], grad_gain, grad_values[i])
+                g = self._error_backward(
+                    keys[i], values[i], now.hidden[-1], now.raw[-1], g, grad_inputs[0], grad_gain, grad_values[i]
+                )
             for l in range(layers - 1, -1, -1):
                 if l < layers - 1:
                     g = grad_inputs[l + 1].mul_(slopes[l][i])
@@ -526,7 +545,7 @@ class _Network:
         grad_write, grad_mix = torch.zeros_like(decay.write), torch.zeros_like(decay.mix)
         for l in range(layers):
             grad_write -= back[l].unflatten(-1, (s, -1)).mul_(written.errors[l].unsqueeze(3)).sum(-1)
-            later, start = grad.stacks[l][1:].flatten(3).flatten(0, 1), written.stacks[l][:-1].flatten(3).flatten(0, 1)
+            later, start = grad.stacks[l][1:].flatten(3).flatten(0, 1), written.stacks[l][: len(keys)].flatten(3).flatten(0, 1)
             grad_mix.flatten(0, 1).baddbmm_(later, start.mT)
         return _WriteGrad(grad_values, grad_write, grad_mix, grad_gain)
 
@@ -540,7 +559,7 @@ class _Network:
             g.mul_(scale.unsqueeze(-1)).addcmul_(d, (grad_square * aa).unsqueeze(-1))
             h.addcmul_(a, (grad_square * dd).unsqueeze(-1))
 
-    def _error_backward(self, key, value, z, g, grad_key, grad_gain, grad_value) -> Tensor:
+    def _error_backward(self, key, value, z, error, g, grad_key, grad_gain, grad_value) -> Tensor:
         """From the error ``J ((M(k) - v) * gain)`` to the last layer's output (returned), key, value and gain.
 
         ``J = (I - 1 1^T / d - n n^T / d) / sigma`` is LayerNorm's Jacobian at ``z``; it is symmetric.
@@ -549,25 +568,31 @@ class _Network:
         n, _, inverse = torch.native_layer_norm(z, z.shape[-1:], None, None, EPS)
         miss = torch.addcmul(key, n, gain).sub_(value)
         pushed = miss * gain
-        error = layer_norm_pull(pushed, n, inverse)
         grad_pushed = layer_norm_pull(g, n, inverse)
-        grad_miss = grad_pushed * gain
+        grad_miss = torch.mul(grad_pushed, gain, out=grad_value)
         p = g * inverse
+        # the error depends on z through the inner n, through the n of its own projection, and through 1 / sigma
         grad_n = grad_miss * gain
-        grad_n -= p * (pushed * n).mean(-1, keepdim=True)
-        grad_n -= pushed * (p * n).mean(-1, keepdim=True)
+        grad_n.addcmul_(p, (pushed * n).mean(-1, keepdim=True), value=-1)
+        grad_n.addcmul_(pushed, (p * n).mean(-1, keepdim=True), value=-1)
         grad_gain += (grad_pushed * miss).addcmul_(grad_miss, n).sum(1, keepdim=True)
-        torch.neg(grad_miss, out=grad_value)
         grad_key += grad_miss
-        # both n and the outer 1 / sigma depend on z
-        through_sigma = (g * error).mean(-1, keepdim=True) * inverse
+        grad_value.neg_()
+        through_sigma = (p * error).mean(-1, keepdim=True)
         return layer_norm_pull(grad_n, n, inverse).addcmul_(n, through_sigma, value=-1)
 
 
-def layer_norm_pull(g: Tensor, n: Tensor, inverse: Tensor, out: Tensor | None = None) -> Tensor:
-    """The vector-Jacobian product of ``z -> n = (z - mean) / sigma``; ``inverse`` is ``1 / sigma``."""
-    centred = torch.sub(g, g.mean(-1, keepdim=True), out=out)
-    return centred.addcmul_(n, (g * n).mean(-1, keepdim=True), value=-1).mul_(inverse)
+def layer_norm_pull(g: Tensor, n: Tensor, inverse: Tensor) -> Tensor:
+    """The vector-Jacobian product of ``z -> n = (z - mean) / sigma``; ``inverse`` is ``1 / sigma``.
+
+    The fused backward is given ``n`` itself, of mean 0 and deviation 1: from ``z`` it would lose digits by
+    cancellation where sigma is small.
+    """
+    mask, none = [True, False, False], None
+    pulled = torch.ops.aten.native_layer_norm_backward(
+        g, n, n.shape[-1:], torch.zeros_like(inverse), torch.ones_like(inverse), none, none, mask
+    )[0]
+    return pulled.mul_(inverse)
 
 
 def square_sum(x: Tensor) -> Tensor:

@@ -16,25 +16,54 @@ from titans_build.registry import scratch
 Run = Callable[..., Any]
 
 
-def test_the_table_shows_every_part_once(small: Path, titans_build: Run) -> None:
+@pytest.mark.parametrize("width", [None, "80"])
+def test_the_table_shows_every_part_once(
+    width: str | None, small: Path, titans_build: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if width is not None:
+        monkeypatch.setenv("COLUMNS", width)
     result = titans_build(small)
     assert result.status == 0 and result.err == ""
     lines = result.out.splitlines()
     assert lines[0] == "small: dim 32, vocab 256, 3 layers (cpu, float32, seed 0)"
-    names = [re.split(r"(?<=\w)  ", line)[0].rstrip() for line in lines[3:-2]]
+    names = [re.split(r"(?<=\w) {2,}", line)[0].rstrip() for line in lines[3:-2]]
     assert names == [
-        "embedding", "mag ×2", "├ persistent", "│ └ of: gate", "│   ├ branches.0: attention", "│   └ branches.1: memory",
-        "└ ffn", "mac", "├ context", "│ ├ memory: memory", "│ └ attend: attention", "└ ffn", "norm: rms_norm", "head", "total",
-    ]  # fmt: skip
-    assert lines[-1].endswith("The state does not grow.")
+        "embedding",
+        "mag ×2",
+        "├ persistent",
+        "│ └ of: gate",
+        "│   ├ branches.0: attention",
+        "│   └ branches.1: memory",
+        "└ ffn",
+        "mac",
+        "├ context",
+        "│ ├ memory: memory",
+        "│ └ attend: attention",
+        "└ ffn",
+        "norm: rms_norm",
+        "head",
+        "total",
+    ]
+    figures = r"  [\d,.]+[MG]? +[\d,.]+[MG]? +(-|[\d.]+ (B|KiB|MiB)) *"
+    assert all(re.search(figures + "$", line) for line in lines[3:-2])
+    assert result.out.endswith("The state does not grow.\n")
 
 
 def test_json_adds_up_to_what_the_model_says(small: Path, titans_build: Run) -> None:
     report = titans_build(small, "--json").json
     model = tb.build(tb.load_recipe(small))
     totals, parts = report["totals"], report["parts"]
-    assert totals["parameters"] == sum(p.numel() for p in model.parameters()) == sum(p["parameters"] * p["count"] for p in parts)
-    assert totals["state_bytes_per_row"] == model.state_bytes() == sum(p["state_bytes_per_row"] * p["count"] for p in parts)
+    assert (
+        totals["parameters"]
+        == sum(p.numel() for p in model.parameters())
+        == sum(p["parameters"] * p["count"] for p in parts)
+    )
+    assert (
+        totals["state_bytes_per_row"]
+        == model.state_bytes()
+        == sum(p["state_bytes_per_row"] * p["count"] for p in parts)
+    )
     assert totals["flops_per_token"] * totals["flops_length"] == pytest.approx(model.flops(totals["flops_length"]))
     assert totals["state_grows"] is False
     assert report["recipe"]["fingerprint"] == tb.load_recipe(small).fingerprint
@@ -76,7 +105,7 @@ def test_trial_on_text(small: Path, text: Path, tmp_path: Path, titans_build: Ru
     trial = result.json["try"]
     assert trial["bits_after"] < trial["bits_before"] < 9
     assert trial["learns"] and trial["streams"] and trial["difference"] <= trial["allowed"]
-    assert trial["difference_float64"] < 1e-9
+    assert trial["difference_float64"] < 1e-6
     assert sum(trial["cuts"]) == 512 and 1 in trial["cuts"] and len(set(trial["cuts"])) > 3
     assert trial["prefill"] > 0 and trial["decode"] > 0 and trial["generated"]
     # what the trial trained is not what was saved
@@ -126,7 +155,9 @@ def test_a_model_that_streams_wrongly_fails(small: Path, text: Path, titans_buil
             def forward(self, x, state=None, *, mask=None):  # type: ignore[no-untyped-def]
                 return x.cumsum(dim=1), None
 
-        small.write_text("version: 1\ndim: 32\nvocab: 256\nlayers: {a: [forgetful, ffn]}\nstack: [a]\n", encoding="utf-8")
+        small.write_text(
+            "version: 1\ndim: 32\nvocab: 256\nlayers: {a: [forgetful, ffn]}\nstack: [a]\n", encoding="utf-8"
+        )
         result = titans_build(small, "--try", text)
         assert result.status == 1
         assert "streaming differs from one pass" in result.err and "WRONG" in result.out
@@ -135,7 +166,9 @@ def test_a_model_that_streams_wrongly_fails(small: Path, text: Path, titans_buil
         assert report.json["try"]["streams"] is False
 
 
-def test_a_folder_that_cannot_be_written_is_refused_before_the_work(small: Path, tmp_path: Path, titans_build: Run) -> None:
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
+    small: Path, tmp_path: Path, titans_build: Run
+) -> None:
     (tmp_path / "taken").write_text("", encoding="utf-8")
     result = titans_build(small, "--out", tmp_path / "taken")
     assert result.status == 2 and result.out == ""

@@ -23,7 +23,9 @@ Run = Callable[..., Any]
 
 def process(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from titans_build.tools.cli import run; run()", *words]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment}, timeout=120)
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, **environment}, timeout=120
+    )
 
 
 def assert_refused(result: Any, fragment: str, status: int = 2) -> None:
@@ -95,7 +97,9 @@ def test_bad_use_is_refused(words: tuple[str, ...], fragment: str, titans_build:
 
 
 @pytest.mark.parametrize(("name", "text", "fragment"), WRONG, ids=[name for name, _, _ in WRONG])
-def test_wrong_recipes_are_refused(name: str, text: str | bytes, fragment: str, tmp_path: Path, titans_build: Run) -> None:
+def test_wrong_recipes_are_refused(
+    name: str, text: str | bytes, fragment: str, tmp_path: Path, titans_build: Run
+) -> None:
     path = tmp_path / "wrong.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     assert_refused(titans_build(path), fragment)
@@ -108,7 +112,11 @@ def test_refusals_are_json_too(tmp_path: Path, titans_build: Run) -> None:
     assert result.status == 2
     error = result.json["error"]
     assert error["status"] == 2
-    assert [problem["path"] for problem in error["problems"]] == ["layers.mac.0.segmnt", "layers.mac.0.memory.heads", "layers.mac.0.attend.heads"]
+    assert [problem["path"] for problem in error["problems"]] == [
+        "layers.mac.0.segmnt",
+        "layers.mac.0.memory.heads",
+        "layers.mac.0.attend.heads",
+    ]
     assert titans_build("--json").json["error"]["status"] == 2
 
 
@@ -137,7 +145,9 @@ def test_a_fault_of_ours_shows_where(monkeypatch: pytest.MonkeyPatch, titans_bui
 
 def test_too_little_memory_is_said_without_a_trace(monkeypatch: pytest.MonkeyPatch, titans_build: Run) -> None:
     def greedy(arguments: object) -> int:
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried ...")
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried ..."
+        )
 
     monkeypatch.setattr(cli.COMMANDS["kernels"], "run", greedy)
     assert_refused(titans_build("kernels"), "not enough memory", status=1)
@@ -157,7 +167,9 @@ def test_interruption(monkeypatch: pytest.MonkeyPatch, titans_build: Run) -> Non
     assert_refused(titans_build("kernels"), "interrupted", status=130)
 
 
-def test_imports_need_to_be_allowed(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, titans_build: Run) -> None:
+def test_imports_need_to_be_allowed(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, titans_build: Run
+) -> None:
     module = tmp_path / "imported_by_a_recipe.py"
     module.write_text("open(__file__ + '.ran', 'w').close()\n", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)

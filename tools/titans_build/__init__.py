@@ -1,5 +1,7 @@
 """A modular block library for neural memory models: blocks, recipes that nest them, and one state for all.
 
+Example::
+
     import titans_build as tb
 
     model = tb.build(tb.load_recipe("mac"), seed=0)

@@ -1,0 +1,138 @@
+"""The commands that show and check: ``list``, ``describe``, ``check``, ``schema``, ``kernels``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import titans_build as tb
+from titans_build import registry
+from titans_build.kernels import dispatch
+from titans_build.recipes import packaged_names, recipe_schema
+from titans_build.tools.listing import summary
+
+Run = Callable[..., Any]
+
+
+def test_list_shows_every_block_with_its_defaults_and_every_recipe(titans_build: Run) -> None:
+    result = titans_build("list")
+    assert result.status == 0 and result.err == ""
+    words = set(result.out.split())
+    assert set(tb.list_blocks()) <= words
+    assert {
+        name
+        for name in packaged_names()
+        if "-170m" not in name and not name[-1].isdigit() and not name.endswith(("m", "b"))
+    } <= words
+    assert "chunk=16," in words and "170m" in words
+    assert "``" not in result.out
+
+
+def test_list_json(titans_build: Run) -> None:
+    found = titans_build("list", "--json").json
+    assert [block["name"] for block in found["blocks"]] == tb.list_blocks()
+    assert [recipe["name"] for recipe in found["recipes"]] == packaged_names()
+    assert all(entry["summary"] for kind in found.values() for entry in kind)
+    (memory,) = (block for block in found["blocks"] if block["name"] == "memory")
+    assert memory["fields"]["depth"] == {"type": "integer from 1 to 16", "required": False, "default": 2}
+
+
+def test_list_pattern(titans_build: Run) -> None:
+    found = titans_build("list", "*mem*", "--json").json
+    assert [block["name"] for block in found["blocks"]] == tb.list_blocks("*mem*") != []
+    assert "mac" not in [recipe["name"] for recipe in found["recipes"]]
+    assert "mac-170m" in titans_build("list", "mac-1*").out
+
+
+def test_list_with_no_match_fails_with_the_nearest_name(titans_build: Run) -> None:
+    result = titans_build("list", "memroy")
+    assert (result.status, result.out) == (1, "")
+    assert "did you mean 'memory'?" in result.err
+
+
+def test_list_shows_a_users_block_and_where_it_is_from(titans_build: Run) -> None:
+    with registry.scratch():
+
+        @tb.register("mine")
+        class Mine(tb.Block):
+            """A block of one's own."""
+
+        out = titans_build("list", "mine").out
+    assert "A block of one's own. (from " in out
+
+
+def test_summaries_are_one_sentence() -> None:
+    for name in packaged_names():
+        assert 10 < len(summary(name)) < 200 and "\n" not in summary(name)
+    assert summary("mac-170m") == f"{summary('mac')}; size 170m"
+
+
+@pytest.mark.parametrize("name", tb.list_blocks())
+def test_describe(name: str, titans_build: Run) -> None:
+    described = registry.describe(name)
+    result = titans_build("describe", name)
+    assert result.status == 0
+    assert all(field.name in result.out for field in described.fields)
+    data = titans_build("describe", name, "--json").json
+    assert data["name"] == name and [field["name"] for field in data["fields"]] == [
+        field.name for field in described.fields
+    ]
+
+
+def test_check_reports_every_file(small: Path, tmp_path: Path, titans_build: Run) -> None:
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(
+        small.read_text(encoding="utf-8").replace("segment", "segmnt").replace("- ffn", "- fnn"), encoding="utf-8"
+    )
+    result = titans_build("check", small, wrong, "mac")
+    assert result.status == 2
+    assert f"{small}: fine (3 layers," in result.out and "mac: fine" in result.out
+    assert "wrong.yaml: 3 problems" in result.err and "did you mean 'segment'?" in result.err
+    report = titans_build("check", small, wrong, "--json").json
+    assert report["ok"] is False
+    assert [entry["ok"] for entry in report["recipes"]] == [True, False]
+    assert len(report["recipes"][1]["problems"]) == 3
+
+
+def test_check_allocates_no_weights(titans_build: Run) -> None:
+    # 5 GB of weights, were they made
+    report = titans_build("check", "mac-1.3b", "--json").json
+    assert report["recipes"][0]["parameters"] == pytest.approx(1.3e9, rel=0.05)
+
+
+@pytest.mark.parametrize("name", packaged_names())
+def test_every_packaged_recipe_is_fine(name: str, titans_build: Run) -> None:
+    assert titans_build("check", name).status == 0
+
+
+def test_schema(titans_build: Run) -> None:
+    assert titans_build("schema").json == recipe_schema()
+    assert titans_build("schema", "memory").json == registry.block_schema("memory")
+
+
+def test_kernels(titans_build: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
+    report = titans_build("kernels", "--json").json
+    rows = report["operations"]
+    assert {row["operation"] for row in rows} == set(dispatch.OPERATIONS)
+    assert all(sum(row["chosen"] for row in rows if row["operation"] == name) == 1 for name in dispatch.OPERATIONS)
+    assert all(row["available"] or row["reason"] for row in rows)
+    out = titans_build("kernels").out
+    assert out.startswith("on cpu in float32") and out.count("taken") == len(dispatch.OPERATIONS)
+
+
+def test_kernels_says_what_the_environment_changes(titans_build: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(dispatch.VARIABLE, "attention=reference")
+    result = titans_build("kernels")
+    assert "with TITANS_BUILD_BACKEND=attention=reference" in result.out
+    rows = titans_build("kernels", "--json").json["operations"]
+    assert [row["backend"] for row in rows if row["operation"] == "attention" and row["chosen"]] == ["reference"]
+
+
+def test_kernels_with_an_environment_that_names_nothing(titans_build: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(dispatch.VARIABLE, "atention=reference")
+    result = titans_build("kernels")
+    assert result.status == 2 and "atention" in result.err
