@@ -4,7 +4,7 @@
 # PYTHON=python3.12 make ...    picks the interpreter that .venv is made from (3.10 or newer)
 
 PYTHON ?= python3
-PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
+PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet --quiet
 SETTINGS := pyproject.toml constraints.txt
 # one thread for each of pytest's workers: more of them than cores makes small tensors many times slower
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2

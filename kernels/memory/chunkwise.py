@@ -16,6 +16,7 @@ Errors ``d`` are half gradients; the factor 2 lives in the decay matrices. Work 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -31,6 +32,10 @@ GROUP = 8
 KEPT_BYTES = 160 * 2**20
 """Every chunk's starting state is kept for backward up to this size (beyond it one in ``GROUP`` or fewer), and so are
 the network's hidden values (beyond it they are recomputed)."""
+
+
+HELD_BYTES = 128 * 2**20
+"""Work buffers up to this size wait for the next call."""
 
 
 class Plan(NamedTuple):
@@ -92,9 +97,11 @@ class _Chunkwise(torch.autograd.Function):
         size = min(chunks, keep if keep > 1 else GROUP)
 
         y = q.new_empty(batch, time, heads, v.shape[-1])
-        net = _Network(ACTIVATIONS[plan.activation], _per_row(gain, batch), plan.clip, _Scratch(q))
-        work = _Work.allocate(size, batch * heads, plan.chunk, stacks, q, pulled=False, clipped=plan.clip is not None)
-        kept = [x.new_empty(chunks if keep == 1 else -(-chunks // size), *x.shape) for x in stacks] if keep else []
+        scratch = _Scratch.of(q)
+        net = _Network(ACTIVATIONS[plan.activation], _per_row(gain, batch), plan.clip, scratch)
+        work = _Work.allocate(size, batch * heads, plan.chunk, stacks, scratch, pulled=False, clipped=plan.clip is not None)
+        # where every state is kept, the states are advanced in the place they are kept at
+        kept = [x.new_empty(chunks + 1 if keep == 1 else -(-chunks // size), *x.shape) for x in stacks] if keep else []
         token = lambda x: q.new_empty(chunks, batch * heads, plan.chunk, x.shape[2])  # noqa: E731
         hidden = [token(x) for x in stacks] if hidden_kept else []
         asked = [token(x) for x in stacks] if hidden_kept else []
@@ -104,13 +111,14 @@ class _Chunkwise(torch.autograd.Function):
             written = work.first(decay.mix.shape[0])
             if hidden_kept:
                 written.hidden[:] = [x[span] for x in hidden]
-            for buffer, stack in zip(written.stacks, stacks):
-                buffer[0] = stack
+            if keep == 1:
+                written.stacks[:] = [store[first : span.stop + 1] for store in kept]
+            if keep != 1 or first == 0:
+                for buffer, stack in zip(written.stacks, stacks):
+                    buffer[0] = stack
             net.advance(_chunks(k, tokens, plan), _chunks(v, tokens, plan), decay, written, anchor if first == 0 else None)
-            for store, buffer in zip(kept, written.stacks):
-                if keep == 1:
-                    store[span] = buffer[:-1]
-                else:
+            if keep > 1:
+                for store, buffer in zip(kept, written.stacks):
                     store[group] = buffer[0]
             _scatter(y, net.read(_chunks(q, tokens, plan), decay, written, [x[span] for x in asked])[0], tokens, plan)
             stacks = [buffer[-1] for buffer in written.stacks]
@@ -118,6 +126,7 @@ class _Chunkwise(torch.autograd.Function):
             ctx.save_for_backward(q, k, v, theta, eta, alpha, gain, *hidden, *asked, *state[s * layers :], *kept)
             ctx.plan, ctx.layers, ctx.real, ctx.size = plan, layers, real, size
             ctx.all_kept, ctx.hidden_kept = keep == 1, hidden_kept
+        scratch.release()
         final = [stack[:, part].clone().unflatten(0, (batch, heads)) for part in range(s) for stack in stacks]
         return (y, *final)
 
@@ -132,9 +141,10 @@ class _Chunkwise(torch.autograd.Function):
         batch, time, heads, _ = q.shape
         s = 1 if eta is None else 2
         chunks = time // plan.chunk
-        net = _Network(ACTIVATIONS[plan.activation], _per_row(gain, batch), plan.clip, _Scratch(q))
-        work = _Work.allocate(size, batch * heads, plan.chunk, kept, q, pulled=True, clipped=plan.clip is not None)
-        adjoint = _Adjoint.allocate(size, work)
+        scratch = _Scratch.of(q)
+        net = _Network(ACTIVATIONS[plan.activation], _per_row(gain, batch), plan.clip, scratch)
+        work = _Work.allocate(size, batch * heads, plan.chunk, kept, scratch, pulled=True, clipped=plan.clip is not None)
+        adjoint = _Adjoint.allocate(work, scratch)
 
         inputs = dict(q=q, k=k, v=v, theta=theta, eta=eta, alpha=alpha)
         grads = {name: None if x is None else x.new_empty(x.shape) for name, x in inputs.items()}
@@ -185,6 +195,7 @@ class _Chunkwise(torch.autograd.Function):
                     _scatter(grads[name], next(pulled), tokens, plan)
             if grad_gain is not None:
                 grad_gain += grad_read.gain + grad_write.gain
+        scratch.release()
         state = [stack[:, part].clone() for part in range(s) for stack in grad_end] + (grad_anchor or [])
         if grad_gain is not None:
             grad_gain = grad_gain.view(batch, heads, -1).sum(0)
@@ -255,17 +266,20 @@ class _Work(NamedTuple):
     """``d_l``."""
 
     @classmethod
-    def allocate(cls, chunks: int, rows: int, b: int, stacks: Sequence[Tensor], like: Tensor, *, pulled: bool, clipped: bool):
+    def allocate(
+        cls, chunks: int, rows: int, b: int, stacks: Sequence[Tensor], scratch: _Scratch, *, pulled: bool, clipped: bool
+    ) -> _Work:
         shapes = [stack.shape[-3:] for stack in stacks]
-        token = lambda width: like.new_empty(chunks, rows, b, width)  # noqa: E731
-        raw = [token(out) for _, out, _ in shapes]
+        token = lambda name, l, width: scratch(f"{name} {l}", chunks, rows, b, width)  # noqa: E731
+        outs = list(enumerate(out for _, out, _ in shapes))
+        raw = [token("raw", l, out) for l, out in outs]
         return cls(
-            [like.new_empty(chunks + 1, rows, *shape) for shape in shapes],
-            [token(width) for _, _, width in shapes],
-            [token(out) for _, out, _ in shapes],
-            [token(out) for _, out, _ in shapes[:-1]] if pulled else [],
+            [scratch(f"stack {l}", chunks + 1, rows, *shape) for l, shape in enumerate(shapes)],
+            [token("input", l, width) for l, (_, _, width) in enumerate(shapes)],
+            [token("hidden", l, out) for l, out in outs],
+            [token("pulled", l, out) for l, out in outs[:-1]] if pulled else [],
             raw,
-            [torch.empty_like(x) for x in raw] if clipped else raw,
+            [token("error", l, out) for l, out in outs] if clipped else raw,
         )
 
     def first(self, chunks: int) -> _Work:
@@ -293,9 +307,9 @@ class _Adjoint(NamedTuple):
     errors: list[Tensor]
 
     @classmethod
-    def allocate(cls, chunks: int, work: _Work) -> _Adjoint:
-        like = lambda part: [torch.empty_like(x) for x in part]  # noqa: E731
-        return cls(like(work.stacks), like(work.inputs), like(work.errors))
+    def allocate(cls, work: _Work, scratch: _Scratch) -> _Adjoint:
+        like = lambda name, part: [scratch(f"grad {name} {l}", *x.shape) for l, x in enumerate(part)]  # noqa: E731
+        return cls(like("stack", work.stacks), like("input", work.inputs), like("error", work.errors))
 
     def first(self, chunks: int) -> _Adjoint:
         short = [[x[:chunks] for x in part] for part in (self.inputs, self.errors)]
@@ -303,18 +317,36 @@ class _Adjoint(NamedTuple):
 
 
 class _Scratch:
-    """Named temporaries that live as long as the call: a fresh page costs more than the arithmetic done on it."""
+    """Named temporaries that outlive a call: a fresh page costs more than the arithmetic done on it."""
+
+    _local = threading.local()
 
     def __init__(self, like: Tensor) -> None:
-        self._like, self._buffers = like, dict[str, Tensor]()
+        self._options = dict(dtype=like.dtype, device=like.device)
+        self._buffers: dict[str, Tensor] = {}
+
+    @classmethod
+    def of(cls, like: Tensor) -> _Scratch:
+        """This thread's temporaries in the dtype and on the device of ``like``."""
+        known = cls._local.__dict__.setdefault("known", {})
+        key = (like.dtype, like.device)
+        if key not in known:
+            known[key] = cls(like)
+        return known[key]
 
     def __call__(self, name: str, *shape: int) -> Tensor:
         """An uninitialised contiguous tensor; the next call with this name reuses its memory."""
         size = math.prod(shape)
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < size:
-            buffer = self._buffers[name] = self._like.new_empty(size)
+            with torch.inference_mode(False):
+                buffer = self._buffers[name] = torch.empty(size, **self._options)
         return buffer[:size].view(shape)
+
+    def release(self) -> None:
+        """The call is over: what is larger than ``HELD_BYTES`` is given back."""
+        if sum(buffer.numel() * buffer.element_size() for buffer in self._buffers.values()) > HELD_BYTES:
+            self._buffers.clear()
 
 
 class _ReadGrad(NamedTuple):

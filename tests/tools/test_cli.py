@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -180,16 +178,22 @@ def test_imports_need_to_be_allowed(
     assert Path(f"{module}.ran").exists()
 
 
-def test_the_installed_command_starts_fast_and_prints_plain_text_into_a_pipe() -> None:
-    start = time.perf_counter()
-    done = process("check", "mac", "--json")
-    seconds = time.perf_counter() - start
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["ok"] is True
-    start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import torch"], check=True)
-    # the rest of the start-up must stay small beside PyTorch's own
-    assert seconds < 2 * (time.perf_counter() - start) + 2
+def cpu_seconds(*command: str) -> float:
+    """CPU time rather than wall time: other processes may be busy. The lesser of two runs: the first fills caches."""
+
+    def once() -> float:
+        before = os.times()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        after = os.times()
+        return after.children_user + after.children_system - before.children_user - before.children_system
+
+    return min(once(), once())
+
+
+def test_start_up_is_little_more_than_pytorchs() -> None:
+    torch_alone = cpu_seconds(sys.executable, "-c", "import torch")
+    check = cpu_seconds(sys.executable, "-c", "from titans_build.tools.cli import run; run()", "check", "mac")
+    assert check < 1.6 * torch_alone + 0.5
 
 
 def test_no_colours_in_a_pipe_and_none_with_no_color() -> None:

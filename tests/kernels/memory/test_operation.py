@@ -243,8 +243,8 @@ def test_memory_of_backward_does_not_hold_every_chunk():
         held.append(x.numel())
         return x
 
-    # with every state kept, 64 of them, weights and momentum of two layers, and the hidden values of keys and queries
-    for keep, states, hidden in ((1, 64, 2 * 2 * 512 * 16), (32, 2, 0)):
+    # with every state kept, 65 of them, weights and momentum of two layers, and the hidden values of keys and queries
+    for keep, states, hidden in ((1, 65, 2 * 2 * 512 * 16), (32, 2, 0)):
         held.clear()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             titans_memory(q, k, v, gate, gate, gate, MemoryState.fresh(weights), chunk=8, keep=keep)
