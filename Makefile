@@ -23,6 +23,7 @@ test-slow: .venv/.installed-dev
 # mypy reads the package as it is installed, so it gets a plain copy of its own rather than the editable one
 check: .venv/.installed-dev
 	.venv/bin/ruff check .
+	rm -rf build .venv/typecheck
 	$(PIP) install --no-deps --no-build-isolation --upgrade --target .venv/typecheck .
 	cd .venv/typecheck && ../bin/mypy -p titans_build --cache-dir ../mypy_cache
 

@@ -33,17 +33,48 @@ def _reference(inputs: Tensor, weight: Tensor) -> Tensor:
     return F.conv1d(inputs.transpose(1, 2), weight[:, None], groups=weight.shape[0]).transpose(1, 2)
 
 
+_TILE = 2**18
+"""Numbers worked on at a time: a tile and what is made of it stay in a cache."""
+
+
 def _shifted(inputs: Tensor, weight: Tensor) -> Tensor:
     """A sum of shifted products, which leaves time and channels where they are: no transposition."""
-    width = weight.shape[1]
-    time = inputs.shape[1] - width + 1
-    taps = weight.t().contiguous()  # a tap is then one dense row
-    if time == 1:
-        return (inputs * taps).sum(dim=1, keepdim=True)
-    y = inputs[:, :time] * taps[0]
-    for tap in range(1, width):
-        y = torch.addcmul(y, inputs[:, tap : tap + time], taps[tap])
-    return y
+    if inputs.shape[1] == weight.shape[1]:
+        return (inputs * weight.t()).sum(dim=1, keepdim=True)
+    return _Shifted.apply(inputs, weight)
+
+
+class _Shifted(torch.autograd.Function):
+    """Tiles of time, so that neither direction streams the sequence through memory once per tap."""
+
+    @staticmethod
+    def forward(ctx, inputs: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
+        taps = weight.t().contiguous()  # a tap is then one dense row
+        y = inputs.new_empty(inputs.shape[0], inputs.shape[1] - len(taps) + 1, inputs.shape[2])
+        for start, stop in _tiles(y):
+            torch.mul(inputs[:, start:stop], taps[0], out=y[:, start:stop])
+            for i in range(1, len(taps)):
+                y[:, start:stop].addcmul_(inputs[:, start + i : stop + i], taps[i])
+        ctx.save_for_backward(inputs, weight)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        inputs, weight = ctx.saved_tensors
+        taps = weight.t().contiguous()
+        grad_inputs, grad_taps = torch.zeros_like(inputs), torch.zeros_like(taps)
+        for start, stop in _tiles(grad):
+            g = grad[:, start:stop]
+            for i in range(len(taps)):
+                grad_inputs[:, start + i : stop + i].addcmul_(g, taps[i])
+                grad_taps[i] += (g * inputs[:, start + i : stop + i]).sum((0, 1))
+        return grad_inputs, grad_taps.t()
+
+
+def _tiles(y: Tensor) -> list[tuple[int, int]]:
+    size = max(1, _TILE // max(1, y.shape[0] * y.shape[2]))
+    return [(start, min(start + size, y.shape[1])) for start in range(0, y.shape[1], size)]
 
 
 _operation = Operation("convolution", [Backend("torch", _shifted), Backend("reference", _reference)])

@@ -1,0 +1,268 @@
+"""How every benchmark measures: interleaved times, peak memory in a process of its own, and what it ran on."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+MATRIX = 2048
+"""Side of the square float32 product whose rate is the machine's."""
+TITANS_PYTORCH = "titans-pytorch"
+
+Result = dict[str, Any]
+
+
+def say(*words: object) -> None:
+    """Progress, on standard error: standard output is for the tables."""
+    print(*words, file=sys.stderr, flush=True)
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+
+def arguments(description: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, seconds: whether it runs, not how fast")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
+    parser.add_argument("--peak", metavar="CASE", help=argparse.SUPPRESS)  # the process that peak_memory starts
+    return parser.parse_args()
+
+
+def run(program: Callable[[], None]) -> None:
+    """Run a benchmark; Ctrl-C stops it without a trace, and without a half-filled result file."""
+    try:
+        program()
+    except KeyboardInterrupt:
+        say("\nstopped: nothing was written")
+        sys.exit(130)
+
+
+def write(results: Result, path: Path | None) -> None:
+    """Write the results, whole or not at all."""
+    results["environment"]["load"].append(os.getloadavg()[0])
+    results["seconds"] = round(time.perf_counter() - _BEGAN)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+        say(f"written: {path}")
+    say(f"took {results['seconds']} s")
+
+
+_BEGAN = time.perf_counter()
+
+
+# -- where it ran ------------------------------------------------------------------------------------------------------
+
+
+def environment() -> Result:
+    """Versions, commit and machine."""
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "commit": _git("rev-parse", "HEAD"),
+        # results and their page change with every run
+        "modified": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!benchmarks/README.md")),
+        "python": platform.python_version(),
+        "versions": {name: installed(name) for name in ("titans-build", "torch", TITANS_PYTORCH)},
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": [os.getloadavg()[0]],
+    }
+
+
+def installed(name: str) -> str | None:
+    """The installed version of a distribution, or ``None``."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def missing() -> dict[str, str]:
+    """What cannot be compared with here, and why: ``{name: reason}``."""
+    try:
+        import titans_pytorch  # noqa: F401
+    except ImportError as error:
+        return {TITANS_PYTORCH: f"{error}; pip install titans-pytorch==0.5.5"}
+    return {}
+
+
+def _git(*words: str) -> str | None:
+    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+# -- time --------------------------------------------------------------------------------------------------------------
+
+
+def interleave(
+    cases: dict[Any, Callable[[], Any]], seconds: float, least: int = 3, most: int = 30, warm: bool = True
+) -> dict[Any, list[float]]:
+    """Wall seconds of each case, all cases once a round: a disturbance or a change of clock meets them all alike.
+
+    One round to ``warm`` up, then ``least`` to ``most`` rounds, as many as fit into ``seconds``. Every other round runs
+    backwards, so that no case always follows the same one.
+    """
+    for case in cases.values() if warm else ():
+        case()
+    samples: dict[Any, list[float]] = {name: [] for name in cases}
+    began = time.perf_counter()
+    for count in range(most):
+        if count >= least and (time.perf_counter() - began) * (count + 1) / count > seconds:
+            break
+        for name in list(cases)[:: -1 if count % 2 else 1]:
+            gc.collect()
+            start = time.perf_counter()
+            cases[name]()
+            samples[name].append(time.perf_counter() - start)
+    return samples
+
+
+def summary(samples: Sequence[float]) -> Result:
+    """Median, quartiles and best of some samples, and how many there were."""
+    ordered = sorted(samples)
+    low, _, high = statistics.quantiles(ordered, n=4) if len(ordered) > 1 else ordered * 3
+    return {"median": statistics.median(ordered), "low": low, "high": high, "best": ordered[0], "count": len(ordered)}
+
+
+def matrix_product(size: int = MATRIX) -> Callable[[], Any]:
+    """A case to interleave with the others: what it takes is what the float32 floor is made of."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    return lambda: a @ b
+
+
+def rate(samples: Sequence[float], size: int = MATRIX) -> float:
+    """FLOP/s of :func:`matrix_product`."""
+    return 2 * size**3 / statistics.median(samples)
+
+
+def exponent(lengths: Sequence[int], seconds: Sequence[float]) -> float | None:
+    """``p`` of the best fit ``seconds = c * length ** p``."""
+    if len(lengths) < 2:
+        return None
+    return statistics.linear_regression([math.log(n) for n in lengths], [math.log(s) for s in seconds]).slope
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def peak_memory(script: str, case: object, quick: bool) -> Result:
+    """What ``script --peak CASE`` reports of itself: see :func:`report_peak`."""
+    command = [sys.executable, script, "--peak", json.dumps(case)] + ["--quick"] * quick
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{case}: {done.stderr.strip()[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def report_peak(make: Callable[[], Callable[[], Any]], repeats: int = 2) -> None:
+    """In a fresh process: make a case, run it, and print resident bytes at each stage.
+
+    ``imports``: everything loaded and the linear algebra started. ``inputs``: with the inputs and parameters too.
+    ``peak``: the most there ever was while the case ran (its outputs included).
+    """
+    x = torch.ones(256, 256, requires_grad=True)
+    (x @ x).sum().backward()
+    del x
+    stages = {"imports": _resident()}
+    case = make()
+    gc.collect()
+    stages["inputs"] = _resident()
+    _forget_peak()
+    for _ in range(repeats):
+        case()
+    stages["peak"] = max(_resident("VmHWM"), stages["inputs"])
+    print(json.dumps(stages))
+
+
+def _resident(field: str = "VmRSS") -> int:
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux: the peak is all there is
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def _forget_peak() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    except OSError:  # imports peaked below what follows in every case that matters
+        pass
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table with aligned columns, which reads as well in a terminal. ``None`` is an empty cell."""
+    cells = [list(head), *(["" if cell is None else str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    numeric = [i > 0 and all(row[i][:1].isdigit() or not row[i] for row in cells[1:]) for i in range(len(head))]
+    lines = [
+        "| " + " | ".join(c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric)) + " |"
+        for row in cells
+    ]
+    rule = "|" + "|".join("-" * (w + 1) + ("-:"[n]) for w, n in zip(widths, numeric)) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def machine_table(results: Result, rates: Sequence[float]) -> str:
+    """Where and how a result file was measured."""
+    env = results["environment"]
+    versions = ", ".join(f"{name} {number or 'not installed'}" for name, number in env["versions"].items())
+    commit = (env["commit"] or "unknown")[:12] + (" with changes" if env["modified"] else "")
+    rows = [
+        ("date, commit", f"{env['date']}, {commit}"),
+        ("versions", f"Python {env['python']}, {versions}"),
+        ("machine", f"{env['cpu']} ({env['instructions']}), {env['cores']} cores, {env['threads']} threads"),
+        ("float32 matrix rate", f"{min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f} GFLOP/s" if rates else None),
+        ("load before, after", ", ".join(f"{load:.1f}" for load in env["load"])),
+        ("duration", f"{results['seconds']} s"),
+        *((f"left out: {name}", reason) for name, reason in results["skipped"].items()),
+    ]
+    return table(("measured", "quick run: not figures to quote" if results["quick"] else ""), (r for r in rows if r[1]))
+
+
+def milliseconds(seconds: float) -> str:
+    value = seconds * 1e3
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def megabytes(count: int) -> str:
+    return f"{count / 1e6:,.0f}"
+
+
+def show(tables: dict[str, str]) -> None:
+    for name, text in tables.items():
+        print(f"\n{name}\n\n{text}")

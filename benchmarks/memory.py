@@ -1,0 +1,361 @@
+"""The neural memory against titans-pytorch and against causal SDPA attention: time, its growth, and peak memory.
+
+    python benchmarks/memory.py [--quick] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from baselines import Attention, titans_pytorch_memory
+from measure import (
+    Result,
+    arguments,
+    environment,
+    exponent,
+    interleave,
+    machine_table,
+    matrix_product,
+    megabytes,
+    milliseconds,
+    missing,
+    peak_memory,
+    rate,
+    report_peak,
+    run,
+    say,
+    show,
+    summary,
+    table,
+    write,
+)
+from torch import Tensor
+from torch.nn.functional import normalize
+
+import titans_build as tb
+from titans_build.kernels.memory import MemoryState, titans_memory
+from titans_build.kernels.memory.cost import memory_flops
+
+RATE = "matrix product"
+KINDS = {
+    "op": "memory, the operation",
+    "block": "memory, the block",
+    "package": "titans-pytorch",
+    "attention": "SDPA attention",
+}
+
+
+class Sizes(NamedTuple):
+    dim: int
+    heads: int
+    batch: int
+    chunks: tuple[int, ...]
+    lengths: dict[int, float]
+    """Length -> seconds to spend on it."""
+    long: dict[int, float]
+    """Likewise, for the block and attention only."""
+    chunk_by_chunk: int
+    """titans-pytorch at the smallest chunk is measured up to here: its time grows with the square of the length."""
+    lever: float
+    matrix: int
+
+
+FULL = Sizes(256, 4, 2, (64, 16), {1024: 30, 2048: 60, 4096: 80, 8192: 130}, {32768: 150}, 2048, 15, 2048)
+QUICK = Sizes(32, 2, 1, (8, 4), {32: 0, 64: 0}, {128: 0}, 32, 0, 128)
+
+
+class Case(NamedTuple):
+    kind: str
+    length: int
+    backward: bool
+    expansion: int | None = None
+    chunk: int | None = None
+
+
+def cases(sizes: Sizes, lengths: dict[int, float], absent: bool) -> Iterator[Case]:
+    """What is measured at these lengths, in the order of the tables."""
+    most = max(sizes.lengths)
+    for length in lengths:
+        for backward in (False, True):
+            for kind in ("op", "block", "package"):
+                for expansion in (4, 1):
+                    for chunk in sizes.chunks:
+                        if kind == "package" and (absent or (chunk < max(sizes.chunks) and length > sizes.chunk_by_chunk)):
+                            continue
+                        if length > most and (kind != "block" or chunk < max(sizes.chunks)):
+                            continue
+                        yield Case(kind, length, backward, expansion, chunk)
+            yield Case("attention", length, backward)
+
+
+# -- one case ----------------------------------------------------------------------------------------------------------
+
+
+def make(case: Case, sizes: Sizes) -> Callable[[], Any]:
+    """Inputs and parameters of a case; what is returned runs it once."""
+    torch.manual_seed(0)
+    if case.kind == "op":
+        return operation(case, sizes)[0]
+    module: Any
+    if case.kind == "block":
+        module = tb.build_block(spec(case, sizes), dim=sizes.dim)
+    elif case.kind == "package":
+        assert case.expansion is not None and case.chunk is not None
+        module = titans_pytorch_memory(sizes.dim, sizes.heads, case.expansion, case.chunk)
+    else:
+        module = Attention(sizes.dim, sizes.heads)
+    x = torch.randn(sizes.batch, case.length, sizes.dim, requires_grad=case.backward)
+    leaves = [x, *module.parameters()]
+    first = (lambda out: out) if case.kind == "attention" else (lambda out: out[0])
+    return passes(lambda: first(module(x)), leaves, case.backward, x.shape)
+
+
+def spec(case: Case, sizes: Sizes) -> dict[str, Any]:
+    return {"type": "memory", "heads": sizes.heads, "depth": 2, "expansion": case.expansion, "chunk": case.chunk}
+
+
+def operation(case: Case, sizes: Sizes) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    """The memory operation on gates as a fresh block makes them, and the leaves that it gives gradients to."""
+    assert case.expansion is not None and case.chunk is not None
+    width, chunk = sizes.dim // sizes.heads, case.chunk
+    shape = (sizes.batch, case.length, sizes.heads)
+    q, k = (normalize(torch.randn(*shape, width), dim=-1) for _ in range(2))
+    v = torch.randn(*shape, width)
+    theta, eta, alpha = (torch.sigmoid(torch.randn(shape) + bias) for bias in (-3, 1, -6))
+    weights = [
+        torch.randn(sizes.batch, sizes.heads, out, in_) * in_**-0.5 for out, in_ in layer_shapes(case, sizes)
+    ]
+    gain = torch.ones(sizes.heads, width)
+    leaves = [q, k, v, 0.1 * theta, eta, alpha, gain, *weights]
+    for leaf in leaves:
+        leaf.requires_grad_(case.backward)
+
+    def forward() -> Tensor:
+        state = MemoryState.fresh(tuple(leaves[7:]))
+        return titans_memory(*leaves[:6], state, chunk=chunk, norm=gain, backend="torch")[0]
+
+    return passes(forward, leaves, case.backward, q.shape), leaves
+
+
+def passes(forward: Callable[[], Tensor], leaves: list[Tensor], backward: bool, shape: torch.Size) -> Callable[[], Tensor]:
+    """Forward alone, as in inference; or forward and backward to every leaf from a fixed cotangent."""
+    cotangent = torch.randn(shape) if backward else None
+
+    def both() -> Tensor:
+        for leaf in leaves:
+            leaf.grad = None
+        y = forward()
+        y.backward(cotangent)
+        return y
+
+    def alone() -> Tensor:
+        with torch.no_grad():
+            return forward()
+
+    return both if backward else alone
+
+
+def layer_shapes(case: Case, sizes: Sizes) -> list[tuple[int, int]]:
+    assert case.expansion is not None
+    width = sizes.dim // sizes.heads
+    return [(width * case.expansion, width), (width, width * case.expansion)]
+
+
+def flops(case: Case, sizes: Sizes) -> int | None:
+    """Useful FLOPs: the least that this case has to compute. ``None`` for another library's."""
+    if case.kind == "op":
+        assert case.chunk is not None
+        count = case.length * sizes.heads * memory_flops(layer_shapes(case, sizes), case.chunk)
+    elif case.kind == "block":
+        count = tb.build_block(spec(case, sizes), dim=sizes.dim, device="cpu").flops(case.length)
+    elif case.kind == "attention":
+        count = Attention(sizes.dim, sizes.heads).flops(case.length)
+    else:
+        return None
+    return count * sizes.batch * (3 if case.backward else 1)
+
+
+# -- the measurements --------------------------------------------------------------------------------------------------
+
+
+def times(sizes: Sizes, absent: bool) -> list[Result]:
+    results = []
+    for length, seconds in {**sizes.lengths, **sizes.long}.items():
+        group = list(cases(sizes, {length: seconds}, absent))
+        say(f"{length} tokens: {len(group)} cases, about {seconds:.0f} s")
+        long = length in sizes.long
+        samples = interleave(
+            {RATE: matrix_product(sizes.matrix), **{case: make(case, sizes) for case in group}},
+            seconds,
+            # a long case needs no warming: its code ran at every other length
+            least=3 if seconds else 1, most=30 if seconds else 1, warm=not long,
+        )  # fmt: skip
+        reached = rate(samples[RATE], sizes.matrix)
+        results += [
+            {**case._asdict(), "seconds": summary(samples[case]), "flops": flops(case, sizes), "rate": reached}
+            for case in group
+        ]
+    return results
+
+
+def peaks(sizes: Sizes, absent: bool, quick: bool) -> list[Result]:
+    most = max(sizes.lengths)
+    if quick:
+        wanted = [Case("op", most, True, 4, sizes.chunks[0])]
+    else:
+        wanted = [case for case in cases(sizes, {most: 0}, absent)]
+        wanted += [
+            case
+            for case in cases(sizes, {most // 2: 0}, absent)
+            if case.backward and case.chunk in (None, sizes.chunks[0])
+        ]
+    say(f"peak memory: {len(wanted)} processes, about {5 * len(wanted)} s")
+    return [{**case._asdict(), **peak_memory(__file__, case, quick)} for case in wanted]
+
+
+def lever(sizes: Sizes) -> list[Result]:
+    """What bfloat16 operands would bring: products alone, large and batched as in a chunk, and the operation."""
+    say(f"bfloat16: about {sizes.lever:.0f} s")
+    length = list(sizes.lengths)[-2]
+    case = Case("op", length, True, 4, sizes.chunks[0])
+    width, hidden = sizes.dim // sizes.heads, 4 * sizes.dim // sizes.heads
+    operands = {
+        "one large product": (torch.randn(sizes.matrix, sizes.matrix), torch.randn(sizes.matrix, sizes.matrix)),
+        "64 small products": (torch.randn(64, width, width), torch.randn(64, width, 2 * hidden)),
+    }
+    half = {name: (a.bfloat16(), b.bfloat16()) for name, (a, b) in operands.items()}
+    operate, leaves = operation(case, sizes)
+
+    def outcome() -> list[Tensor]:
+        return [operate().detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+    exact = outcome()
+    rough = medium(outcome)()
+    error = max(float((a - b).norm() / b.norm()) for a, b in zip(rough, exact))
+    what = f"the operation, {length} tokens, both passes"
+    tried: dict[tuple[str, str], Callable[[], Any]] = {(what, "float32"): operate, (what, "medium"): medium(operate)}
+    for name, (a, b) in operands.items():
+        product = lambda a=a, b=b: a @ b  # noqa: E731
+        c, d = half[name]
+        tried |= {(name, "float32"): product, (name, "medium"): medium(product)}
+        tried[name, "bfloat16"] = lambda c=c, d=d: c @ d
+    samples = interleave(tried, sizes.lever, least=3 if sizes.lever else 1, most=30 if sizes.lever else 1)
+    return [
+        {"what": name, "precision": precision, "seconds": summary(samples[name, precision])}
+        | ({"error": error} if (name, precision) == (what, "medium") else {})
+        for name, precision in tried
+    ]
+
+
+def medium(function: Callable[[], Any]) -> Callable[[], Any]:
+    """``function`` with float32 products allowed to round their operands to bfloat16."""
+
+    def run() -> Any:
+        torch.set_float32_matmul_precision("medium")
+        try:
+            return function()
+        finally:
+            torch.set_float32_matmul_precision("highest")
+
+    return run
+
+
+# -- the tables --------------------------------------------------------------------------------------------------------
+
+
+def tables(results: Result) -> dict[str, str]:
+    found = {Case(*(row[field] for field in Case._fields)): row for row in results["times"]}
+    median = {case: row["seconds"]["median"] for case, row in found.items()}
+    lengths = sorted({case.length for case in found})
+    compared = [length for length in lengths if length <= results["compared"]]
+
+    def row_of(case: Case) -> list[object]:
+        cells: list[object] = []
+        spread = 0.0
+        for length in lengths:
+            here = found.get(case._replace(length=length))
+            if here is None:
+                cells.append(None)
+                continue
+            seconds = here["seconds"]
+            spread = max(spread, (seconds["high"] - seconds["low"]) / seconds["median"])
+            floor = here["flops"] and here["flops"] / here["rate"]
+            cells.append(milliseconds(seconds["median"]) + (f" ({floor / seconds['median']:.0%})" if floor else ""))
+        measured = [n for n in compared if case._replace(length=n) in median]
+        power = exponent(measured, [median[case._replace(length=n)] for n in measured])
+        return [*cells, f"{spread:.0%}", f"{power:.2f}" if power else None]
+
+    def rows(backward: bool) -> list[list[object]]:
+        wanted = dict.fromkeys(case._replace(length=0) for case in found if case.backward == backward)
+        return [[KINDS[case.kind], case.expansion, case.chunk, *row_of(case)] for case in wanted]
+
+    ratios = []
+    for backward in (False, True):
+        blocks = dict.fromkeys(c._replace(length=0) for c in found if c.kind == "block" and c.backward == backward)
+        for case in blocks:
+            for kind in ("package", "attention"):
+                other = case._replace(kind=kind) if kind == "package" else Case(kind, 0, backward)
+                pairs = [(case._replace(length=n), other._replace(length=n)) for n in lengths]
+                cells = [f"{median[b] / median[a]:.2f}" if a in median and b in median else None for a, b in pairs]
+                if any(cells):
+                    ratios.append([KINDS[kind], _pass(backward), case.expansion, case.chunk, *cells])
+
+    heads = [f"{length:,}" for length in lengths]
+    timed = ["ms (share of the floor)", "expansion", "chunk", *heads, "spread", "exponent"]
+    return {
+        "machine": machine_table(results, [row["rate"] for row in results["times"]]),
+        "forward": table(timed, rows(False)),
+        "forward and backward": table(timed, rows(True)),
+        "times faster": table(["the block is faster than", "pass", "expansion", "chunk", *heads], ratios),
+        "peak memory": table(
+            ["MB", "pass", "tokens", "expansion", "chunk", "above inputs", "with inputs", "whole process"],
+            [
+                [KINDS[row["kind"]], _pass(row["backward"]), f"{row['length']:,}", row["expansion"], row["chunk"]]
+                + [megabytes(row["peak"] - row[base] if base else row["peak"]) for base in ("inputs", "imports", "")]
+                for row in results["peaks"]
+            ],
+        ),
+        "bfloat16": table(
+            ["ms", "precision", "median", "error"],
+            [
+                [row["what"], row["precision"], milliseconds(row["seconds"]["median"])]
+                + [f"{row['error']:.1e}" if "error" in row else None]
+                for row in results["lever"]
+            ],
+        ),
+    }
+
+
+def _pass(backward: bool) -> str:
+    return "both" if backward else "forward"
+
+
+def main() -> None:
+    args = arguments("The neural memory against titans-pytorch and SDPA attention.")
+    sizes = QUICK if args.quick else FULL
+    if args.peak:
+        case = Case(*json.loads(args.peak))
+        if case.kind == "package":
+            missing()  # imports it
+        report_peak(lambda: make(case, sizes))
+        return
+    say("about 10 seconds" if args.quick else "about 12 minutes; Ctrl-C stops it")
+    results: Result = {
+        "program": "memory",
+        "quick": args.quick,
+        "environment": environment(),
+        "shape": {"dim": sizes.dim, "heads": sizes.heads, "batch": sizes.batch, "depth": 2},
+        "compared": max(sizes.lengths),
+        "skipped": missing(),
+    }
+    absent = bool(results["skipped"])
+    results |= {"times": times(sizes, absent), "peaks": peaks(sizes, absent, args.quick), "lever": lever(sizes)}
+    write(results, args.json)
+    show(tables(results))
+
+
+if __name__ == "__main__":
+    run(main)
