@@ -1,6 +1,7 @@
 # make demo       build the MAC recipe and try it on this repository's README
 # make test       the everyday suite            make test-slow   the long tests
 # make check      ruff and mypy                 make clean       remove .venv and what was built
+# make bench-memory bench-model bench-streaming    minutes each, on a machine with nothing else to do: benchmarks/
 # PYTHON=python3.12 make ...    picks the interpreter that .venv is made from (3.10 or newer)
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ SETTINGS := pyproject.toml constraints.txt
 # one thread for each of pytest's workers: more of them than cores makes small tensors many times slower
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
 
-.PHONY: demo test test-slow check clean
+.PHONY: demo test test-slow check clean bench-memory bench-model bench-streaming
 
 demo: .venv/.installed
 	.venv/bin/titans-build mac --try README.md
@@ -27,6 +28,10 @@ check: .venv/.installed-dev
 	$(PIP) install --no-deps --no-build-isolation --upgrade --target .venv/typecheck .
 	cd .venv/typecheck && ../bin/mypy -p titans_build --cache-dir ../mypy_cache
 
+bench-memory bench-model bench-streaming: bench-%: .venv/.installed-bench
+	.venv/bin/python benchmarks/$*.py --json benchmarks/results/$*.json
+	.venv/bin/python benchmarks/render.py
+
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "titans-build needs Python 3.10 or newer: PYTHON=/path/to/python3 make ..." >&2; exit 1; }
@@ -39,6 +44,11 @@ check: .venv/.installed-dev
 .venv/.installed-dev: .venv/bin/python $(SETTINGS)
 	$(PIP) install --editable ".[dev]" --constraint constraints.txt
 	@touch $@ .venv/.installed
+
+# what the benchmarks compare with
+.venv/.installed-bench: .venv/.installed
+	$(PIP) install titans-pytorch==0.5.5 --constraint constraints.txt
+	@touch $@
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache

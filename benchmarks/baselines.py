@@ -97,12 +97,13 @@ def titans_pytorch_mac(
 ) -> Any:
     """Its memory-as-context transformer, of the same shape, without its optional extra work.
 
-    One residual stream instead of four hyper-connected ones, and no long-term memory tokens.
+    One residual stream instead of four hyper-connected ones, and no long-term memory tokens. Its per-head initial
+    weights are views that repeat one head, which no optimiser can update in place; here they are written out.
     """
     from titans_pytorch import MemoryAsContextTransformer, MemoryMLP
 
     width = dim // heads
-    return MemoryAsContextTransformer(
+    model = MemoryAsContextTransformer(
         num_tokens=vocab,
         dim=dim,
         depth=depth,
@@ -116,3 +117,6 @@ def titans_pytorch_mac(
         neural_memory_model=MemoryMLP(dim=width, depth=2, expansion_factor=expansion),
         neural_memory_kwargs={"dim_head": width, "heads": heads, "max_grad_norm": 1.0},
     )
+    for parameter in model.parameters():
+        parameter.data = parameter.data.contiguous()
+    return model

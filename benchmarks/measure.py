@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import math
@@ -178,7 +179,7 @@ def exponent(lengths: Sequence[int], seconds: Sequence[float]) -> float | None:
 def peak_memory(script: str, case: object, quick: bool) -> Result:
     """What ``script --peak CASE`` reports of itself: see :func:`report_peak`."""
     command = [sys.executable, script, "--peak", json.dumps(case)] + ["--quick"] * quick
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{case}: {done.stderr.strip()[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -193,18 +194,18 @@ def report_peak(make: Callable[[], Callable[[], Any]], repeats: int = 2) -> None
     x = torch.ones(256, 256, requires_grad=True)
     (x @ x).sum().backward()
     del x
-    stages = {"imports": _resident()}
+    stages = {"imports": resident()}
     case = make()
     gc.collect()
-    stages["inputs"] = _resident()
+    stages["inputs"] = resident()
     _forget_peak()
     for _ in range(repeats):
         case()
-    stages["peak"] = max(_resident("VmHWM"), stages["inputs"])
+    stages["peak"] = max(resident("VmHWM"), stages["inputs"])
     print(json.dumps(stages))
 
 
-def _resident(field: str = "VmRSS") -> int:
+def resident(field: str = "VmRSS") -> int:
     try:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux: the peak is all there is
@@ -215,10 +216,9 @@ def _resident(field: str = "VmRSS") -> int:
 
 
 def _forget_peak() -> None:
-    try:
+    # where it cannot be forgotten, imports peak below what follows in every case that matters
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    except OSError:  # imports peaked below what follows in every case that matters
-        pass
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
@@ -252,6 +252,20 @@ def machine_table(results: Result, rates: Sequence[float]) -> str:
         *((f"left out: {name}", reason) for name, reason in results["skipped"].items()),
     ]
     return table(("measured", "quick run: not figures to quote" if results["quick"] else ""), (r for r in rows if r[1]))
+
+
+def goal(
+    what: str, wanted: str, values: Iterable[float], met: Callable[[float], bool], form: str = "{:.2f}"
+) -> list[str]:
+    """A row of a table of goals: the range that was measured, and whether all of it meets the goal."""
+    found = sorted(values)
+    if not found:
+        return [what, wanted, "not measured", ""]
+    ends = dict.fromkeys(form.format(value) for value in (found[0], found[-1]))
+    return [what, wanted, " to ".join(ends), "yes" if all(met(value) for value in found) else "no"]
+
+
+GOALS = ("goal", "wanted", "measured", "met")
 
 
 def milliseconds(seconds: float) -> str:

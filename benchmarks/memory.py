@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from baselines import Attention, titans_pytorch_memory
 from measure import (
+    GOALS,
     Result,
     arguments,
     environment,
     exponent,
+    goal,
     interleave,
     machine_table,
     matrix_product,
@@ -57,13 +59,13 @@ class Sizes(NamedTuple):
     """Length -> seconds to spend on it."""
     long: dict[int, float]
     """Likewise, for the block and attention only."""
-    chunk_by_chunk: int
-    """titans-pytorch at the smallest chunk is measured up to here: its time grows with the square of the length."""
+    small_chunks: int
+    """titans-pytorch at the small chunk is measured up to here: its time grows with the square of the length."""
     lever: float
     matrix: int
 
 
-FULL = Sizes(256, 4, 2, (64, 16), {1024: 30, 2048: 60, 4096: 80, 8192: 130}, {32768: 150}, 2048, 15, 2048)
+FULL = Sizes(256, 4, 2, (64, 16), {1024: 45, 2048: 60, 4096: 80, 8192: 130}, {32768: 150}, 2048, 15, 2048)
 QUICK = Sizes(32, 2, 1, (8, 4), {32: 0, 64: 0}, {128: 0}, 32, 0, 128)
 
 
@@ -83,9 +85,10 @@ def cases(sizes: Sizes, lengths: dict[int, float], absent: bool) -> Iterator[Cas
             for kind in ("op", "block", "package"):
                 for expansion in (4, 1):
                     for chunk in sizes.chunks:
-                        if kind == "package" and (absent or (chunk < max(sizes.chunks) and length > sizes.chunk_by_chunk)):
+                        small = chunk < max(sizes.chunks)
+                        if kind == "package" and (absent or (small and length > sizes.small_chunks)):
                             continue
-                        if length > most and (kind != "block" or chunk < max(sizes.chunks)):
+                        if length > most and (kind != "block" or small):
                             continue
                         yield Case(kind, length, backward, expansion, chunk)
             yield Case("attention", length, backward)
@@ -140,7 +143,9 @@ def operation(case: Case, sizes: Sizes) -> tuple[Callable[[], Tensor], list[Tens
     return passes(forward, leaves, case.backward, q.shape), leaves
 
 
-def passes(forward: Callable[[], Tensor], leaves: list[Tensor], backward: bool, shape: torch.Size) -> Callable[[], Tensor]:
+def passes(
+    forward: Callable[[], Tensor], leaves: list[Tensor], backward: bool, shape: torch.Size
+) -> Callable[[], Tensor]:
     """Forward alone, as in inference; or forward and backward to every leaf from a fixed cotangent."""
     cotangent = torch.randn(shape) if backward else None
 
@@ -206,7 +211,7 @@ def peaks(sizes: Sizes, absent: bool, quick: bool) -> list[Result]:
     if quick:
         wanted = [Case("op", most, True, 4, sizes.chunks[0])]
     else:
-        wanted = [case for case in cases(sizes, {most: 0}, absent)]
+        wanted = list(cases(sizes, {most: 0}, absent))
         wanted += [
             case
             for case in cases(sizes, {most // 2: 0}, absent)
@@ -245,7 +250,7 @@ def lever(sizes: Sizes) -> list[Result]:
     samples = interleave(tried, sizes.lever, least=3 if sizes.lever else 1, most=30 if sizes.lever else 1)
     return [
         {"what": name, "precision": precision, "seconds": summary(samples[name, precision])}
-        | ({"error": error} if (name, precision) == (what, "medium") else {})
+        | ({"error": f"{error:.0e}"} if (name, precision) == (what, "medium") else {})
         for name, precision in tried
     ]
 
@@ -293,19 +298,18 @@ def tables(results: Result) -> dict[str, str]:
         return [[KINDS[case.kind], case.expansion, case.chunk, *row_of(case)] for case in wanted]
 
     ratios = []
-    for backward in (False, True):
-        blocks = dict.fromkeys(c._replace(length=0) for c in found if c.kind == "block" and c.backward == backward)
-        for case in blocks:
-            for kind in ("package", "attention"):
-                other = case._replace(kind=kind) if kind == "package" else Case(kind, 0, backward)
-                pairs = [(case._replace(length=n), other._replace(length=n)) for n in lengths]
-                cells = [f"{median[b] / median[a]:.2f}" if a in median and b in median else None for a, b in pairs]
-                if any(cells):
-                    ratios.append([KINDS[kind], _pass(backward), case.expansion, case.chunk, *cells])
+    for kind in ("package", "attention"):
+        for case in dict.fromkeys(case._replace(length=0) for case in found if case.kind == "block"):
+            other = case._replace(kind=kind) if kind == "package" else Case(kind, 0, case.backward)
+            pairs = [(case._replace(length=n), other._replace(length=n)) for n in lengths]
+            cells = [f"{median[b] / median[a]:.2f}" if a in median and b in median else None for a, b in pairs]
+            if any(cells):
+                ratios.append([KINDS[kind], _pass(case.backward), case.expansion, case.chunk, *cells])
 
     heads = [f"{length:,}" for length in lengths]
     timed = ["ms (share of the floor)", "expansion", "chunk", *heads, "spread", "exponent"]
     return {
+        "goals": table(GOALS, goals(found, results)),
         "machine": machine_table(results, [row["rate"] for row in results["times"]]),
         "forward": table(timed, rows(False)),
         "forward and backward": table(timed, rows(True)),
@@ -321,12 +325,54 @@ def tables(results: Result) -> dict[str, str]:
         "bfloat16": table(
             ["ms", "precision", "median", "error"],
             [
-                [row["what"], row["precision"], milliseconds(row["seconds"]["median"])]
-                + [f"{row['error']:.1e}" if "error" in row else None]
+                [row["what"], row["precision"], milliseconds(row["seconds"]["median"]), row.get("error")]
                 for row in results["lever"]
             ],
         ),
     }
+
+
+def goals(found: dict[Case, Result], results: Result) -> list[list[str]]:
+    median = {case: row["seconds"]["median"] for case, row in found.items()}
+    chunk = max(case.chunk for case in found if case.chunk)
+    most = results["compared"]
+    rows = []
+    for expansion, share in ((4, 0.7), (1, 0.6)):
+        for backward in (False, True):
+            reached = [
+                row["flops"] / row["rate"] / median[case]
+                for case, row in found.items()
+                if case[0] == "op" and case[2:] == (backward, expansion, chunk)
+            ]
+            what = f"operation, expansion {expansion}, {_pass(backward)}: share of the floor"
+            rows.append(goal(what, f"{share:.0%}", reached, lambda x, y=share: x >= y, "{:.0%}"))
+    for expansion in (4, 1):
+        for backward, wanted in ((False, 5), (True, 3)):
+            blocks = [case for case in median if case[0] == "block" and case[2:] == (backward, expansion, chunk)]
+            pairs = [(case, case._replace(kind="package")) for case in blocks]
+            what = f"block, expansion {expansion}, {_pass(backward)}: times faster than titans-pytorch"
+            ratios = [median[b] / median[a] for a, b in pairs if b in median]
+            rows.append(goal(what, f"{wanted}", ratios, lambda x, y=wanted: x >= y))
+            case = max(blocks, key=lambda case: case.length)
+            what = f"block, expansion {expansion}, {_pass(backward)}: share of SDPA's time at {case.length:,} tokens"
+            ratio = median[case] / median[Case("attention", case.length, backward)]
+            rows.append(goal(what, "under 0.50", [ratio], lambda x: x < 0.5))
+    powers = []
+    for case in {case._replace(length=0) for case in found if case.kind in ("op", "block")}:
+        lengths = sorted(c.length for c in found if c._replace(length=0) == case and c.length <= most)
+        power = exponent(lengths, [median[case._replace(length=n)] for n in lengths])
+        powers += [power] if power else []
+    what = "operation and block: exponent of time against length"
+    rows.append(goal(what, "at most 1.05", powers, lambda x: x <= 1.05))
+    for kind, name in (("op", "operation"), ("block", "block")):
+        peaks = [
+            (row["peak"] - row["imports"]) / 1e6
+            for row in results["peaks"]
+            if row["kind"] == kind and row["length"] == most
+        ]
+        what = f"{name}: peak MB at {most:,} tokens, inputs and outputs included"
+        rows.append(goal(what, "under 600", peaks, lambda x: x < 600, "{:.0f}"))
+    return rows
 
 
 def _pass(backward: bool) -> str:

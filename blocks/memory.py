@@ -97,7 +97,8 @@ class NeuralMemory(Block):
                           update; from about 0.1 on they grow with the length and overflow by 4,096 tokens
         eta               bias 1: 0.73 of the momentum carries on
         alpha             bias -4 .. -8 over the heads: half-lives of about 40 to 2,000 tokens
-        network           normal, 1 / sqrt(in): its output has the scale of its input
+        network           normal. Under LayerNorm a step moves the output by step / |output|^2, so the weights start
+                          wide: 1 in the first and last layer, 1.5 / sqrt(in) between; else 1 / sqrt(in)
         gains             1
         output            zero-free but small, 0.5 / sqrt(dim): a new layer perturbs the residual stream little
         ================  ==========================================================================
@@ -114,8 +115,11 @@ class NeuralMemory(Block):
         if self.convolution is not None:
             nn.init.normal_(self.convolution, std=0.02)
             self.convolution[:, -1] += 1
-        for weight in self.initial_weights:
-            nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
+        layers = len(self.initial_weights)
+        for layer, weight in enumerate(self.initial_weights):
+            inner_layer = 0 < layer < layers - 1
+            wide = 1.5 * weight.shape[-1] ** -0.5 if inner_layer else 1.0
+            nn.init.normal_(weight, std=wide if self.norm_gain is not None else weight.shape[-1] ** -0.5)
         for momentum in self.initial_momentum:
             nn.init.normal_(momentum, std=0.02 * momentum.shape[-1] ** -0.5)
         for gain in (self.norm_gain, self.output_gain):

@@ -26,7 +26,12 @@ def causal_convolution(x: Tensor, weight: Tensor, history: Tensor | None = None,
         history = x.new_zeros(before)
     elif history.shape != before:
         raise ValueError(f"causal_convolution: history {list(history.shape)}: expected {list(before)}")
-    return _operation.choose(backend, device=x.device.type, dtype=x.dtype)(torch.cat((history, x), dim=1), weight)
+    return convolve(torch.cat((history, x), dim=1), weight, backend=backend)
+
+
+def convolve(inputs: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor:
+    """``causal_convolution`` of ``inputs`` ``[batch, width - 1 + time, dim]`` that begin with their history."""
+    return _operation.choose(backend, device=inputs.device.type, dtype=inputs.dtype)(inputs, weight)
 
 
 def _reference(inputs: Tensor, weight: Tensor) -> Tensor:

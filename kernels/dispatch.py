@@ -68,11 +68,17 @@ class Operation:
     def __init__(self, name: str, backends: Sequence[Backend]) -> None:
         self.name = name
         self.backends = {backend.name: backend for backend in backends}
+        self._chosen: dict[Any, Backend] = {}
         OPERATIONS[name] = self
 
     def choose(self, backend: str = "auto", **facts: Any) -> Callable[..., Any]:
         """The function to run for ``facts``. Raises :class:`BackendError` when a named backend cannot run."""
-        return self._pick(backend, facts).run
+        # one token asks dozens of times: the answer to the same question is kept
+        question = (backend, os.environ.get(VARIABLE), *facts.items())
+        chosen = self._chosen.get(question)
+        if chosen is None:
+            chosen = self._chosen[question] = self._pick(backend, facts)
+        return chosen.run
 
     def _pick(self, name: str, facts: dict[str, Any]) -> Backend:
         source = f"backend={name!r}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -33,6 +35,11 @@ def _rms_reference(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
 
 
 def _rms_torch(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
+    if _few_steps(x, gain):
+        dim = x.shape[-1]
+        zero, root = _constants(dim * eps, x.dtype)
+        length = torch.linalg.vector_norm(x, 2, -1, True).hypot_(root)
+        return torch.addcdiv(zero, x if gain is None else x * gain, length, value=dim**0.5)
     if gain is None or gain.shape == x.shape[-1:]:
         return F.rms_norm(x, x.shape[-1:], gain, eps)
     return F.rms_norm(x, x.shape[-1:], None, eps) * gain
@@ -44,9 +51,25 @@ def _l2_reference(x: Tensor, eps: float) -> Tensor:
 
 
 def _l2_torch(x: Tensor, eps: float) -> Tensor:
+    if _few_steps(x, None):
+        return x / torch.linalg.vector_norm(x, 2, -1, True).hypot_(_constants(eps, x.dtype)[1])
     # l2 is rms with its own scale: x / sqrt(sum + eps) = x / sqrt(mean + eps / dim) / sqrt(dim)
     dim = x.shape[-1]
     return F.rms_norm(x, (dim,), None, eps / dim) * dim**-0.5
+
+
+def _few_steps(x: Tensor, gain: Tensor | None) -> bool:
+    """On a CPU, PyTorch's RMS norm is nine operators, which for one token cost more to start than to run."""
+    if torch.is_grad_enabled() and (x.requires_grad or (gain is not None and gain.requires_grad)):
+        return False
+    return x.is_cpu and x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling()
+
+
+@functools.lru_cache(maxsize=64)
+def _constants(square: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Zero, and the root of a number, as tensors: a number would be made into one at every call."""
+    with torch.inference_mode(False):
+        return torch.zeros((), dtype=dtype), torch.tensor(square**0.5, dtype=dtype)
 
 
 def _widen(x: Tensor) -> Tensor:

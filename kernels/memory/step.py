@@ -1,4 +1,9 @@
-"""One token for decoding: the recurrence itself, in as few passes over the state as there are."""
+"""One token for decoding: the recurrence itself, in as few passes over the state as there are.
+
+At this size an operator costs more to start than to run, and the state more to read than to compute with. Vectors are
+therefore multiplied from the right (on a CPU that reads the matrix as fast as memory gives it), norms of gradients are
+products of norms, and constants go where an operator takes one anyway.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .activation import ACTIVATIONS
-from .chunkwise import EPS, layer_norm_pull, square_sum
+from .reading import EPS, answer, network, per_row, small
 from .state import MemoryState
 
 
@@ -28,76 +33,84 @@ def step_memory(
 ) -> tuple[Tensor, MemoryState]:
     """``titans_memory`` for ``time = 1`` without gradients. Rows may be at different positions."""
     batch, _, heads, _ = q.shape
-    act = ACTIVATIONS[activation]
-    rows = lambda x: x.reshape(batch * heads, 1, -1)  # noqa: E731
-    gain = None if norm is None else norm.repeat(batch, 1).unsqueeze(1)
-    weights = [w.reshape(batch * heads, *w.shape[2:]) for w in state.weights]
-    starts = [position % chunk == 0 for position in state.position.tolist()]
-    if all(starts):
-        anchor = weights
-    else:
-        anchor = [a.reshape(w.shape) for a, w in zip(state.anchor, weights)]
-        if any(starts):
-            at_start = torch.tensor(starts, device=q.device).repeat_interleave(heads).view(-1, 1, 1)
-            anchor = [torch.where(at_start, w, a) for w, a in zip(weights, anchor)]
+    pull = small(ACTIVATIONS[activation].pull)
+    gain = None if norm is None else per_row(norm, batch)
+    weights = [w.flatten(0, 1) for w in state.weights]
+    phases = [position % chunk for position in state.position.tolist()]
+    anchor, next_anchor = weights, state.weights
+    if any(phases):
+        anchor, next_anchor = [a.flatten(0, 1) for a in state.anchor], state.anchor
+        if not all(phases):
+            starts = torch.tensor([phase == 0 for phase in phases], device=q.device).view(-1, 1, 1, 1)
+            next_anchor = tuple(torch.where(starts, w, a) for w, a in zip(state.weights, state.anchor))
+            anchor = [a.flatten(0, 1) for a in next_anchor]
 
     # keys forward through the anchor, half errors back
-    key, value = rows(k), rows(v)
-    inputs, hidden = [key], []
-    for layer, weight in enumerate(anchor):
-        if layer:
-            inputs.append(act.value(hidden[-1]))
-        hidden.append(torch.bmm(inputs[-1], weight.mT))
+    key, value = (x.reshape(batch * heads, 1, -1) for x in (k, v))
+    inputs, hidden = network(key, anchor, activation)
+    out = hidden[-1]
     if gain is None:
-        error = hidden[-1] - value
+        error = out - value
     else:
-        n, _, inverse = torch.native_layer_norm(hidden[-1], hidden[-1].shape[-1:], None, None, EPS)
-        error = layer_norm_pull(torch.addcmul(key, n, gain).sub_(value).mul_(gain), n, inverse)
+        shape = out.shape[-1:]
+        n, mean, inverse = torch.native_layer_norm(out, shape, None, None, EPS)
+        error = torch.addcmul(key, n, gain).sub_(value).mul_(gain)
+        error = torch.ops.aten.native_layer_norm_backward(
+            error, out, shape, mean, inverse, None, None, (True, False, False)
+        )[0]
     errors = [error]
     for layer in range(len(anchor) - 2, -1, -1):
-        errors.append(act.pull(torch.bmm(errors[-1], anchor[layer + 1]), hidden[layer]))
+        error = torch.bmm(error, anchor[layer + 1])
+        if activation != "identity":
+            error = pull(error, hidden[layer])
+        errors.append(error)
     errors.reverse()
 
-    size = rows(theta) * -2
+    # the step is -2 theta, or -clip theta / max(|gradient / 2|, clip / 2); the number in front waits for addcmul
+    size, factor = theta.reshape(batch * heads, 1, 1), -2.0
     if clip is not None:
-        squares = sum(square_sum(d) * square_sum(a) for d, a in zip(errors, inputs)) * 4
-        size = size * (clip / squares.sqrt().clamp_(min=clip)).unsqueeze(-1)
-    lasting = None if eta is None else rows(eta)
-    retain = None if alpha is None else 1 - rows(alpha)
+        size, factor = size / _half_norm(errors, inputs).clamp_min_(clip / 2), -clip
+    lasting = None if eta is None else eta.reshape(batch * heads, 1, 1)
+    retain = None if alpha is None else torch.rsub(alpha, 1).reshape(batch * heads, 1, 1)
     momentum, after = [], []
     for layer, weight in enumerate(weights):
         push = (errors[layer] * size).mT
         if lasting is None:
-            surprise = push * inputs[layer]
+            surprise = torch.mul(push, inputs[layer]).mul_(factor)
         else:
-            surprise = state.momentum[layer].reshape(weight.shape) * lasting
-            surprise.addcmul_(push, inputs[layer])
+            surprise = state.momentum[layer].flatten(0, 1) * lasting
+            surprise.addcmul_(push, inputs[layer], value=factor)
             momentum.append(surprise)
         after.append(surprise + weight if retain is None else torch.addcmul(surprise, weight, retain))
 
-    query = rows(q)
-    x = query
-    for layer, weight in enumerate(after if read == "after" else weights):
-        x = torch.bmm(act.value(x) if layer else x, weight.mT)
-    if gain is not None:
-        x = torch.addcmul(query, torch.native_layer_norm(x, x.shape[-1:], None, None, EPS)[0], gain)
-    y = x.view(batch, 1, heads, -1)
+    query = q.reshape(batch * heads, 1, -1)
+    y = answer(query, after if read == "after" else weights, activation, gain).view(batch, 1, heads, -1)
 
-    unflatten = lambda parts: tuple(x.view(batch, heads, *x.shape[1:]) for x in parts)  # noqa: E731
-    new_weights = unflatten(after)
-    new_momentum = unflatten(momentum) if lasting is not None else state.momentum
-    ends = [(position + 1) % chunk == 0 for position in state.position.tolist()]
-    new_anchor = new_weights if all(ends) else unflatten(anchor)
-    if any(ends) and not all(ends):
+    split = lambda parts: tuple([x.unflatten(0, (batch, heads)) for x in parts])  # noqa: E731
+    new_weights = split(after)
+    new_momentum = split(momentum) if lasting is not None else state.momentum
+    ends = [phase + 1 == chunk for phase in phases]
+    if all(ends):
+        next_anchor = new_weights
+    elif any(ends):
         at_end = torch.tensor(ends, device=q.device).view(-1, 1, 1, 1)
-        new_anchor = tuple(torch.where(at_end, w, a) for w, a in zip(new_weights, new_anchor))
+        next_anchor = tuple(torch.where(at_end, w, a) for w, a in zip(new_weights, next_anchor))
     if mask is None:
-        return y, MemoryState(new_weights, new_momentum, new_anchor, state.position + 1)
+        return y, MemoryState(new_weights, new_momentum, next_anchor, state.position + 1)
     real = mask.view(batch, 1, 1, 1)
     keep = lambda new, old: tuple(torch.where(real, a, b) for a, b in zip(new, old))  # noqa: E731
     return torch.where(real, y, torch.zeros_like(y)), MemoryState(
         keep(new_weights, state.weights),
         keep(new_momentum, state.momentum),
-        keep(new_anchor, state.anchor),
+        keep(next_anchor, state.anchor),
         state.position + mask.view(-1),
     )
+
+
+def _half_norm(errors: list[Tensor], inputs: list[Tensor]) -> Tensor:
+    """The norm of half the gradient of all layers together, ``[rows, 1, 1]``: those are ``error input^T``."""
+    length = lambda x: torch.linalg.vector_norm(x, 2, 2, True)  # noqa: E731
+    total, *others = [length(d).mul_(length(a)) for d, a in zip(errors, inputs)]
+    for other in others:
+        total.hypot_(other)
+    return total

@@ -14,7 +14,7 @@ from wrong_recipes import HEAD, PLAIN, WRONG, with_layer
 
 from titans_build.recipes import Recipe, load_recipe, packaged_names
 from titans_build.recipes.recipe import check_recipe
-from titans_build.registry import RecipeError
+from titans_build.registry import RecipeError, scratch
 
 NESTED = (
     HEAD
@@ -169,10 +169,11 @@ class Mine(Block):
         return f"imports: [{name}]\n" + with_layer(f"[{name}]")
 
     def test_allowed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-        recipe = load_recipe(self.write(tmp_path, monkeypatch, "mine_allowed"), allow_imports=True)
-        assert recipe.layers["mac"] == [{"type": "mine_allowed"}]
-        assert recipe.imports == ["mine_allowed"]
-        assert load_recipe(recipe.to_yaml(), allow_imports=True) == recipe
+        with scratch():
+            recipe = load_recipe(self.write(tmp_path, monkeypatch, "mine_allowed"), allow_imports=True)
+            assert recipe.layers["mac"] == [{"type": "mine_allowed"}]
+            assert recipe.imports == ["mine_allowed"]
+            assert load_recipe(recipe.to_yaml(), allow_imports=True) == recipe
 
     def test_not_allowed_runs_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         text = self.write(tmp_path, monkeypatch, "mine_refused")

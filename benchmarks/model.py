@@ -1,0 +1,353 @@
+"""Whole models: a training step and cached generation of MAC, against titans-pytorch's and plain transformers.
+
+    python benchmarks/model.py [--quick] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from baselines import Transformer, titans_pytorch_mac
+from measure import (
+    GOALS,
+    TITANS_PYTORCH,
+    Result,
+    arguments,
+    environment,
+    goal,
+    interleave,
+    machine_table,
+    matrix_product,
+    megabytes,
+    missing,
+    peak_memory,
+    rate,
+    report_peak,
+    run,
+    say,
+    show,
+    summary,
+    table,
+    write,
+)
+from torch import Tensor, nn
+
+import titans_build as tb
+from titans_build.blocks.generation import Sampler, read_prompt, steps
+
+RATE = "matrix product"
+
+
+class Sizes(NamedTuple):
+    dim: int
+    heads: int
+    depth: int
+    vocab: int
+    segment: int
+    chunk: int
+    persistent: int
+    batch: int
+    time: int
+    contexts: tuple[int, ...]
+    late: int
+    """A position to generate at that a million tokens have gone before."""
+    tokens: int
+    """New tokens in one sample: a whole segment, so that every sample crosses the same boundaries."""
+    seconds: float
+    matrix: int
+
+
+FULL = Sizes(256, 4, 4, 256, 128, 64, 16, 2, 1024, (128, 4096), 1_000_000, 128, 60, 2048)
+QUICK = Sizes(32, 2, 1, 32, 8, 4, 2, 1, 16, (8, 16), 1_000, 8, 0, 128)
+
+
+class Case(NamedTuple):
+    kind: str
+    expansion: int | None = None
+    bfloat16: bool = False
+
+    @property
+    def name(self) -> str:
+        return KINDS[self.kind] + (", bfloat16 autocast" if self.bfloat16 else "")
+
+
+KINDS = {
+    "mac": "mac",
+    "package": "titans-pytorch MAC",
+    "transformer": "transformer (packaged recipe)",
+    "plain": "plain SDPA transformer",
+}
+CASES = [
+    Case("mac", 4),
+    Case("mac", 1),
+    Case("mac", 4, bfloat16=True),
+    Case("mac", 1, bfloat16=True),
+    Case("package", 4),
+    Case("package", 1),
+    Case("transformer"),
+    Case("plain"),
+]
+
+
+def model(case: Case, sizes: Sizes) -> nn.Module:
+    torch.manual_seed(0)
+    shape = {"dim": sizes.dim, "vocab": sizes.vocab, "stack.0.repeat": sizes.depth}
+    if case.kind == "mac":
+        block = "layers.mac.0"
+        shape |= {
+            f"{block}.segment": sizes.segment,
+            f"{block}.persistent": sizes.persistent,
+            f"{block}.memory.heads": sizes.heads,
+            f"{block}.memory.chunk": sizes.chunk,
+            f"{block}.memory.expansion": case.expansion,
+            f"{block}.attend.heads": sizes.heads,
+        }
+        return tb.build(tb.load_recipe("mac", overrides=shape))
+    if case.kind == "transformer":
+        return tb.build(tb.load_recipe("transformer", overrides=shape | {"layers.plain.0.heads": sizes.heads}))
+    if case.kind == "plain":
+        slots = max(sizes.time, max(sizes.contexts) + 2 * sizes.tokens)
+        return Transformer(sizes.dim, sizes.heads, sizes.depth, sizes.vocab, slots)
+    assert case.expansion is not None
+    return titans_pytorch_mac(
+        sizes.dim, sizes.heads, sizes.depth, sizes.vocab, sizes.segment, sizes.chunk, sizes.persistent, case.expansion
+    )
+
+
+# -- a training step ---------------------------------------------------------------------------------------------------
+
+
+def training_step(case: Case, sizes: Sizes) -> Callable[[], Any]:
+    """Forward, backward and AdamW on one batch; runs once and raises if its loss is not finite."""
+    module = model(case, sizes)
+    text = torch.randint(sizes.vocab, (sizes.batch, sizes.time + 1))
+    optimiser = torch.optim.AdamW(module.parameters(), lr=1e-3)
+
+    def loss() -> Tensor:
+        if case.kind == "plain":
+            return module.loss(text)  # type: ignore[operator]
+        if case.kind == "package":
+            return module(text, return_loss=True)
+        return module(text[:, :-1], targets=text[:, 1:]).loss
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=case.bfloat16):
+            value = loss()
+        if not value.isfinite():
+            raise FloatingPointError(f"the loss is {value.item()}")
+        value.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+    return step
+
+
+def training(sizes: Sizes, skipped: dict[str, str], quick: bool) -> list[Result]:
+    ready = {}
+    for case in CASES:
+        if case.kind == "package" and TITANS_PYTORCH in skipped:
+            continue
+        step = training_step(case, sizes)
+        try:
+            step()
+        except Exception as error:
+            if not case.bfloat16:
+                raise
+            skipped[f"{case.name}, expansion {case.expansion}"] = f"{type(error).__name__}: {error}".split("\n")[0]
+            continue
+        ready[case] = step
+    say(f"training steps: {len(ready)} cases, about {sizes.seconds:.0f} s")
+    samples = interleave({RATE: matrix_product(sizes.matrix), **ready}, sizes.seconds, least=3 if sizes.seconds else 1)
+    wanted = [case for case in ready if case.expansion == 4 or not quick][: 1 if quick else None]
+    say(f"peak memory: {len(wanted)} processes, about {8 * len(wanted)} s")
+    peaks = {case: peak_memory(__file__, case, quick) for case in wanted}
+    reached = rate(samples[RATE], sizes.matrix)
+    return [
+        {
+            **case._asdict(),
+            "parameters": sum(p.numel() for p in model(case, sizes).parameters()),
+            "seconds": summary(samples[case]),
+            "peak": peaks.get(case),
+            "rate": reached,
+        }
+        for case in ready
+    ]
+
+
+# -- generation --------------------------------------------------------------------------------------------------------
+
+
+def late(state: Any, tokens: int) -> Any:
+    """The same state ``tokens`` later, a multiple of the model's period: everything but the positions stays."""
+    if not isinstance(state, tuple):
+        return state
+    if not hasattr(state, "_fields"):
+        return tuple(late(child, tokens) for child in state)
+    children = {name: late(child, tokens) for name, child in state._asdict().items()}
+    if "position" in children:
+        children["position"] = children["position"] + tokens
+    return type(state)(**children)
+
+
+@torch.no_grad()
+def ours(module: Any, prompt: Tensor, position: int) -> Iterator[None]:
+    """Yields whenever a new token has been read, after ``prompt``, at ``position`` or the first later one that fits."""
+    logits, state = read_prompt(module, prompt)
+    ahead = position - prompt.shape[1]
+    state = late(state, -(-ahead // module.period) * module.period if ahead > 0 else 0)
+    for _ in steps(module, logits, state, Sampler(), 10**9):
+        yield
+
+
+@torch.no_grad()
+def plain(module: Transformer, prompt: Tensor, sizes: Sizes) -> Iterator[None]:
+    caches = module.empty_cache(1)
+    logits = module(prompt, caches)
+    # after one sample the cache goes back to where it was: it has an end
+    for count in itertools.count():
+        token = logits[:, -1:].argmax(dim=-1)
+        logits = module(token, caches, prompt.shape[1] + count % sizes.tokens)
+        yield
+
+
+def package(module: Any, prompt: Tensor, sizes: Sizes, samples: int) -> list[float]:
+    """Seconds of each sample, timed between the tokens of one call: it has no other way to go on."""
+    ticks: list[float] = []
+
+    def tick(logits: Tensor, **_: Any) -> Tensor:
+        ticks.append(time.perf_counter())
+        return logits
+
+    total = prompt.shape[1] + samples * sizes.tokens + 1
+    module.sample(prompt, total, temperature=0.0, filter_fn=tick, filter_kwargs={}, show_progress=False, use_cache=True)
+    marks = ticks[:: sizes.tokens]
+    return [b - a for a, b in itertools.pairwise(marks)]
+
+
+def generation(sizes: Sizes, skipped: dict[str, str]) -> list[Result]:
+    cases = [case for case in CASES if not case.bfloat16]
+    rounds = 5 if sizes.seconds else 1
+    say(f"generation: {rounds} rounds, about {sizes.seconds:.0f} s")
+    streams: dict[tuple[Case, int], Iterator[None]] = {}
+    for case in cases:
+        if case.kind == "package":
+            continue
+        module = model(case, sizes).eval()
+        for context in sizes.contexts if case.kind == "plain" else (*sizes.contexts, sizes.late):
+            prompt = torch.randint(sizes.vocab, (1, min(context, max(sizes.contexts))))
+            if case.kind == "plain":
+                streams[case, context] = plain(module, prompt, sizes)  # type: ignore[arg-type]
+            else:
+                streams[case, context] = ours(module, prompt, context)
+
+    def sample(stream: Iterator[None]) -> Callable[[], None]:
+        return lambda: next(itertools.islice(stream, sizes.tokens - 1, None))
+
+    samples: dict[Any, list[float]] = interleave(
+        {key: sample(stream) for key, stream in streams.items()}, 0, least=rounds
+    )
+    if TITANS_PYTORCH not in skipped:
+        for case in cases:
+            if case.kind == "package":
+                module = model(case, sizes).eval()
+                for context in sizes.contexts:
+                    prompt = torch.randint(sizes.vocab, (1, context))
+                    samples[case, context] = package(module, prompt, sizes, min(rounds, 3))
+    return [
+        {**case._asdict(), "context": context, "seconds": summary([s / sizes.tokens for s in taken])}
+        for case, context in sorted(samples, key=lambda key: (CASES.index(key[0]), key[1]))
+        for taken in [samples[case, context]]
+    ]
+
+
+# -- the tables --------------------------------------------------------------------------------------------------------
+
+
+def tables(results: Result) -> dict[str, str]:
+    contexts = sorted({row["context"] for row in results["generation"]})
+    per_token: dict[Case, dict[int, Result]] = {}
+    for row in results["generation"]:
+        per_token.setdefault(_case(row), {})[row["context"]] = row["seconds"]
+    return {
+        "goals": table(GOALS, goals(results, per_token)),
+        "machine": machine_table(results, [row["rate"] for row in results["training"]]),
+        "training step": table(
+            ["model", "expansion", "parameters", "seconds", "quartiles", "peak MB", "of it above the model"],
+            [
+                [_case(row).name, row["expansion"], f"{row['parameters'] / 1e6:.2f} M"]
+                + [f"{row['seconds']['median']:.3f}", f"{row['seconds']['low']:.3f} to {row['seconds']['high']:.3f}"]
+                + [megabytes(row["peak"][a] - (row["peak"][b] if b else 0)) if row["peak"] else None for a, b in PEAKS]
+                for row in results["training"]
+            ],
+        ),
+        "generation": table(
+            ["tokens per second (ms per token)", "expansion", *(f"after {context:,}" for context in contexts)],
+            [
+                [case.name, case.expansion]
+                + [
+                    f"{1 / found[c]['median']:,.0f} ({found[c]['median'] * 1e3:.2f})" if c in found else None
+                    for c in contexts
+                ]
+                for case, found in per_token.items()
+            ],
+        ),
+    }
+
+
+def goals(results: Result, per_token: dict[Case, dict[int, Result]]) -> list[list[str]]:
+    rows = []
+    steps = {_case(row): row for row in results["training"]}
+    for expansion, seconds in ((4, 0.65), (1, 0.45)):
+        case = Case("mac", expansion)
+        step, tokens = steps[case], [found["median"] for found in per_token[case].values()]
+        name = f"mac, expansion {expansion}"
+        taken = [step["seconds"]["median"]]
+        rows.append(goal(f"{name}: s per step", f"{seconds}", taken, lambda x, y=seconds: x <= y, "{:.3f}"))
+        peak = [step["peak"]["peak"] / 1e6] if step["peak"] else []
+        rows.append(goal(f"{name}: peak MB of a step, whole process", "under 1000", peak, lambda x: x < 1000, "{:.0f}"))
+        rate = [1 / seconds for seconds in tokens]
+        rows.append(goal(f"{name}: tokens generated per s", "400", rate, lambda x: x >= 400, "{:.0f}"))
+        *_, last = tokens
+        what = f"{name}: time of a token at the latest position over the first"
+        rows.append(goal(what, "within 5% of 1", [last / tokens[0]], lambda x: abs(x - 1) <= 0.05, "{:.3f}"))
+    return rows
+
+
+PEAKS = (("peak", ""), ("peak", "inputs"))
+
+
+def _case(row: Result) -> Case:
+    return Case(*(row[field] for field in Case._fields))
+
+
+def main() -> None:
+    args = arguments("Training steps and cached generation of whole models.")
+    sizes = QUICK if args.quick else FULL
+    if args.peak:
+        case = Case(*json.loads(args.peak))
+        if case.kind == "package":
+            missing()  # imports it
+        report_peak(lambda: training_step(case, sizes), repeats=3)
+        return
+    say("about 15 seconds" if args.quick else "about 5 minutes; Ctrl-C stops it")
+    skipped = missing()
+    results: Result = {
+        "program": "model",
+        "quick": args.quick,
+        "environment": environment(),
+        "shape": sizes._asdict(),
+        "skipped": skipped,
+    }
+    results["training"] = training(sizes, skipped, args.quick)
+    results["generation"] = generation(sizes, skipped)
+    write(results, args.json)
+    show(tables(results))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,55 @@
+"""Write the tables of benchmarks/README.md from the result files, so that no figure in it is typed by hand.
+
+    python benchmarks/render.py [--check]
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import memory
+import model
+import streaming
+
+HERE = Path(__file__).parent
+TABLES: dict[str, Callable[[dict], dict[str, str]]] = {
+    "memory": memory.tables,
+    "model": model.tables,
+    "streaming": streaming.tables,
+}
+PLACE = re.compile(r"(<!-- (\w+): ([\w ]+) -->\n).*?(<!-- end -->)", re.S)
+
+
+def render(page: str, results: Path) -> str:
+    """``page`` with the text between every ``<!-- program: table -->`` and ``<!-- end -->`` renewed."""
+    tables: dict[str, dict[str, str]] = {}
+    for program, make in TABLES.items():
+        file = results / f"{program}.json"
+        if file.is_file():
+            tables[program] = make(json.loads(file.read_text(encoding="utf-8")))
+
+    def fill(place: re.Match[str]) -> str:
+        opening, program, name, end = place.groups()
+        text = tables[program][name] if program in tables else f"Not measured yet: `make bench-{program}`."
+        return f"{opening}{text}\n{end}"
+
+    return PLACE.sub(fill, page)
+
+
+def main() -> None:
+    file = HERE / "README.md"
+    before = file.read_text(encoding="utf-8")
+    after = render(before, HERE / "results")
+    if "--check" in sys.argv[1:]:
+        if after != before:
+            sys.exit("benchmarks/README.md is not what the result files say: python benchmarks/render.py")
+    elif after != before:
+        file.write_text(after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

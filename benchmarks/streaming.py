@@ -1,0 +1,183 @@
+"""Every packaged recipe over 100,000 tokens, in pieces: finite, in constant memory, and at a constant pace?
+
+    python benchmarks/streaming.py [--quick] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from measure import (
+    GOALS,
+    Result,
+    arguments,
+    environment,
+    goal,
+    machine_table,
+    resident,
+    run,
+    say,
+    show,
+    table,
+    write,
+)
+from torch import Tensor
+
+import titans_build as tb
+
+RECIPES = ("lmm", "mac", "mag", "mal", "transformer", "windows-and-mac", "two-memories", "memory-as-ffn")
+
+
+class Sizes(NamedTuple):
+    tokens: int
+    piece: int
+    """Tokens in one call: no multiple of a chunk or segment, as a stream that comes from elsewhere would be."""
+    rounds: int
+    """How often the first and the last tenth are read again, in turn."""
+
+
+FULL = Sizes(100_000, 1_000, 2)
+QUICK = Sizes(400, 20, 1)
+
+
+class Clock(NamedTuple):
+    wall: float
+    cpu: float
+
+    @classmethod
+    def now(cls) -> Clock:
+        return cls(time.perf_counter(), time.process_time())
+
+    def since(self, start: Clock) -> Clock:
+        return Clock(self.wall - start.wall, self.cpu - start.cpu)
+
+
+def walk(model: Any, pieces: tuple[Tensor, ...], state: Any) -> Iterator[tuple[Clock, Any, bool]]:
+    """Read one piece after another: what each took, the state after it, and whether everything is finite."""
+    for piece in pieces:
+        start = Clock.now()
+        with torch.no_grad():
+            out = model(piece, state)
+        took = Clock.now().since(start)
+        state = out.state
+        leaves = [leaf for _, leaf in tb.state.named_tensors(state)]
+        yield took, state, all(bool(leaf.isfinite().all()) for leaf in (out.logits, *leaves))
+
+
+def stream(name: str, sizes: Sizes, quick: bool) -> Result:
+    # the quick run checks this program; one layer of each kind is enough for that
+    overrides = {"stack.0.repeat": 1, "dim": 32} if quick else None
+    model = tb.build(tb.load_recipe(name, overrides=overrides))
+    text = torch.randint(model.vocab, (1, sizes.tokens), generator=torch.Generator().manual_seed(0))
+    pieces = text.split(sizes.piece, dim=1)
+    tenth = len(pieces) // 10
+    fresh = tb.state.nbytes(model.init_state(1))
+
+    for _ in walk(model, pieces[:2], None):  # to warm up
+        pass
+    clocks, sizes_seen, residents, finite, before_last = [], set(), [], True, None
+    for count, (took, state, fine) in enumerate(walk(model, pieces, None), start=1):
+        clocks.append(took)
+        sizes_seen.add(tb.state.nbytes(state))
+        finite &= fine
+        if count == len(pieces) - tenth:
+            before_last = state
+        if count in (tenth, len(pieces)):
+            residents.append(resident())
+
+    # a machine is never as quiet for minutes as it is for the two pieces that are compared here, in turn
+    pairs = [
+        (first, last)
+        for _ in range(sizes.rounds)
+        for (first, *_), (last, *_) in zip(walk(model, pieces[:tenth], None), walk(model, pieces[-tenth:], before_last))
+    ]
+    return {
+        "recipe": name,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "finite": finite,
+        "fresh_bytes": fresh,
+        "state_bytes": sorted(sizes_seen),
+        "resident_growth": residents[-1] - residents[0],
+        "piece_wall": [round(clock.wall, 6) for clock in clocks],
+        "piece_cpu": [round(clock.cpu, 6) for clock in clocks],
+        "pairs_wall": [[round(a.wall, 6), round(b.wall, 6)] for a, b in pairs],
+        "pairs_cpu": [[round(a.cpu, 6), round(b.cpu, 6)] for a, b in pairs],
+    }
+
+
+# -- the tables --------------------------------------------------------------------------------------------------------
+
+
+def tables(results: Result) -> dict[str, str]:
+    piece = results["shape"]["piece"]
+    rows = []
+    for row in results["recipes"]:
+        constant = row["state_bytes"] == [row["fresh_bytes"]]
+        rows.append(
+            [
+                row["recipe"],
+                "yes" if row["finite"] else "NO",
+                f"{row['fresh_bytes'] / 1e6:.2f}" if constant else f"grows to {row['state_bytes'][-1] / 1e6:.2f}",
+                f"{row['resident_growth'] / 1e6:.0f}",
+                f"{statistics.median(row['piece_wall']) / piece * 1e6:.1f}",
+                f"{statistics.median(row['piece_cpu']) / piece * 1e6:.1f}",
+                f"{last_to_first(row['pairs_wall']):.3f}",
+                f"{last_to_first(row['pairs_cpu']):.3f}",
+                f"{tenths(row['piece_wall']):.3f}",
+            ]
+        )
+    head = ["recipe", "finite", "state MB", "process grew by MB", "ms per 1,000 tokens", "CPU ms per 1,000 tokens"]
+    head += ["last tenth / first, in turn", "the same, CPU time", "in one pass"]
+    found = results["recipes"]
+    fixed = [float(row["state_bytes"] == [row["fresh_bytes"]]) for row in found]
+    finite = [float(row["finite"]) for row in found]
+    ratios = [last_to_first(row["pairs_cpu"]) for row in found]
+    goals = [
+        goal("recipes that stay finite", f"{len(found)}", [sum(finite)], lambda x: x == len(found), "{:.0f}"),
+        goal("recipes of constant state", f"{len(found)}", [sum(fixed)], lambda x: x == len(found), "{:.0f}"),
+        goal("last tenth over first, CPU time", "within 5% of 1", ratios, lambda x: abs(x - 1) <= 0.05, "{:.3f}"),
+    ]
+    return {
+        "goals": table(GOALS, goals),
+        "machine": machine_table(results, []),
+        "streaming": table(head, rows),
+    }
+
+
+def last_to_first(pairs: list[list[float]]) -> float:
+    """The typical ratio of a piece of the last tenth to its partner in the first, measured one after the other."""
+    return statistics.median(last / first for first, last in pairs)
+
+
+def tenths(pieces: list[float]) -> float:
+    """Total time of the last tenth over that of the first, as it was in the one pass over everything."""
+    tenth = len(pieces) // 10
+    return sum(pieces[-tenth:]) / sum(pieces[:tenth])
+
+
+def main() -> None:
+    args = arguments("Every packaged recipe over a long stream, in pieces.")
+    sizes = QUICK if args.quick else FULL
+    say("about 10 seconds" if args.quick else "about 6 minutes; Ctrl-C stops it")
+    results: Result = {
+        "program": "streaming",
+        "quick": args.quick,
+        "environment": environment(),
+        "shape": sizes._asdict(),
+        "skipped": {},
+        "recipes": [],
+    }
+    for name in RECIPES:
+        began = time.perf_counter()
+        results["recipes"].append(stream(name, sizes, args.quick))
+        say(f"{name}: {sizes.tokens:,} tokens, and the tenths again, {time.perf_counter() - began:.0f} s")
+    write(results, args.json)
+    show(tables(results))
+
+
+if __name__ == "__main__":
+    run(main)

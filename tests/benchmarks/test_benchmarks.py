@@ -1,0 +1,149 @@
+"""The benchmarks run, on tiny shapes and without what they compare with, and their page says what they measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+PROGRAMS = ("memory", "model", "streaming")
+# as `python benchmarks/NAME.py`, where titans-pytorch is not installed
+WITHOUT = """
+import runpy, sys
+sys.modules["titans_pytorch"] = None
+sys.path.insert(0, {folder!r})
+sys.argv = {argv!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def start(argv: list[str]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", WITHOUT.format(folder=str(BENCHMARKS), argv=argv)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Import a benchmark by its name, as its neighbours do."""
+    import importlib
+
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
+    """Each program's result file and standard output, from a quick run."""
+    found = {}
+    for program in PROGRAMS:
+        file = tmp_path_factory.getbasetemp() / "results" / f"{program}.json"
+        process = start([str(BENCHMARKS / f"{program}.py"), "--quick", "--json", str(file)])
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        found[program] = (file, out)
+    return found
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_quick_run_writes_its_results_and_prints_their_tables(program: str, quick: Any, load: Any) -> None:
+    file, out = quick[program]
+    results = json.loads(file.read_text(encoding="utf-8"))
+    assert results["program"] == program and results["quick"] is True
+    environment = results["environment"]
+    assert environment["cores"] >= 1 and environment["cpu"] and environment["versions"]["torch"]
+    for text in load(program).tables(results).values():
+        assert text in out
+
+
+def test_without_titans_pytorch_its_rows_are_left_out_and_the_reason_is_given(quick: Any) -> None:
+    for program, part in (("memory", "times"), ("model", "training")):
+        file, out = quick[program]
+        results = json.loads(file.read_text(encoding="utf-8"))
+        assert "pip install titans-pytorch" in results["skipped"]["titans-pytorch"]
+        assert "left out: titans-pytorch" in out
+        assert results[part] and all(row["kind"] != "package" for row in results[part])
+
+
+def test_every_case_is_measured(quick: Any) -> None:
+    results = {program: json.loads(file.read_text(encoding="utf-8")) for program, (file, _) in quick.items()}
+    assert {row["kind"] for row in results["memory"]["times"]} == {"op", "block", "attention"}
+    assert all(0 < row["seconds"]["low"] <= row["seconds"]["high"] for row in results["memory"]["times"])
+    (peak,) = results["memory"]["peaks"]
+    assert 0 < peak["imports"] <= peak["inputs"] <= peak["peak"]
+    contexts = {(row["kind"], row["context"]) for row in results["model"]["generation"]}
+    assert {("mac", 1_000), ("transformer", 1_000), ("plain", 16)} <= contexts and ("plain", 1_000) not in contexts
+    assert [row["recipe"] for row in results["streaming"]["recipes"] if not row["finite"]] == []
+
+
+def test_every_packaged_recipe_is_streamed(load: Any) -> None:
+    files = {file.stem for file in (BENCHMARKS.parent / "recipes").glob("*.yaml")} - {"sizes"}
+    assert sorted(load("streaming").RECIPES) == sorted(files)
+
+
+def test_the_page_is_filled_from_the_result_files(quick: Any, load: Any) -> None:
+    render = load("render").render
+    page = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
+    file, _ = quick["memory"]
+    filled = render(page, file.parent)
+    assert "Not measured yet" not in filled
+    assert "quick run: not figures to quote" in filled
+    assert render(filled, file.parent) == filled
+    emptied = render(filled, file.parent / "none")
+    assert "| memory, the block" not in emptied and "Not measured yet: `make bench-memory`" in emptied
+
+
+def test_the_page_says_what_the_result_files_say(load: Any) -> None:
+    page = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
+    assert load("render").render(page, BENCHMARKS / "results") == page
+
+
+def test_ctrl_c_stops_a_run_without_a_trace_or_a_file(tmp_path: Path) -> None:
+    process = start([str(BENCHMARKS / "memory.py"), "--json", str(tmp_path / "memory.json")])
+    assert process.stderr is not None
+    assert "minutes" in process.stderr.readline()
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "stopped" in err and "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cases_take_turns_in_both_directions(load: Any) -> None:
+    calls: list[str] = []
+    samples = load("measure").interleave({name: lambda name=name: calls.append(name) for name in "abc"}, 0, least=2)
+    assert "".join(calls) == "abc" + "abc" + "cba"
+    assert {name: len(taken) for name, taken in samples.items()} == {"a": 2, "b": 2, "c": 2}
+
+
+def test_the_exponent_of_a_square_is_two(load: Any) -> None:
+    measure = load("measure")
+    assert measure.exponent([1, 2, 4], [3.0, 12.0, 48.0]) == pytest.approx(2)
+    assert measure.exponent([1], [3.0]) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory by stage is read from /proc")
+def test_a_peak_is_what_a_case_holds_at_once(tmp_path: Path, load: Any) -> None:
+    script = tmp_path / "case.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r})\n"
+        "import measure, torch\n"
+        "def make():\n"
+        "    held = torch.ones(5_000_000)\n"
+        "    def case(): (torch.ones(20_000_000).sum(), torch.ones(10_000_000).sum(), held.sum())\n"
+        "    return case\n"
+        "measure.report_peak(make)\n",
+        encoding="utf-8",
+    )
+    stages = load("measure").peak_memory(str(script), None, False)
+    assert stages["inputs"] - stages["imports"] == pytest.approx(20e6, abs=4e6)
+    assert stages["peak"] - stages["inputs"] == pytest.approx(80e6, abs=8e6)
