@@ -64,8 +64,8 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: Tensor, caches: list[Tensor] | None = None, filled: int = 0) -> Tensor:
         x = self.tokens(tokens) + self.positions[filled : filled + tokens.shape[1]]
-        for layer, cache in zip(self.layers, caches or [None] * len(self.layers)):
-            x = layer(x, cache, filled)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, caches[index] if caches else None, filled)
         return self.head(self.norm(x))
 
     def loss(self, text: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ CASES = [
 
 def model(case: Case, sizes: Sizes) -> nn.Module:
     torch.manual_seed(0)
-    shape = {"dim": sizes.dim, "vocab": sizes.vocab, "stack.0.repeat": sizes.depth}
+    shape: dict[str, Any] = {"dim": sizes.dim, "vocab": sizes.vocab, "stack.0.repeat": sizes.depth}
     if case.kind == "mac":
         block = "layers.mac.0"
         shape |= {
@@ -148,7 +148,7 @@ def training_step(case: Case, sizes: Sizes) -> Callable[[], Any]:
 
 
 def training(sizes: Sizes, skipped: dict[str, str], quick: bool) -> list[Result]:
-    ready = {}
+    ready: dict[Case, Callable[[], Any]] = {}
     for case in CASES:
         if case.kind == "package" and TITANS_PYTORCH in skipped:
             continue

@@ -16,6 +16,7 @@ from ..kernels.normalisation import rms_norm
 from ..kernels.rotary import rotate
 from ..registry import register
 from .block import Block, check_input
+from .linear import Linear
 
 
 class AttentionState(NamedTuple):
@@ -71,8 +72,8 @@ class Attention(Block):
         self.rope = rope
         self.head_dim = dim // heads
         self.grows = window is None
-        self.qkv = nn.Linear(dim, (heads + 2 * self.kv_heads) * self.head_dim, bias=False)
-        self.out = nn.Linear(dim, dim, bias=False)
+        self.qkv = Linear(dim, (heads + 2 * self.kv_heads) * self.head_dim, bias=False)
+        self.out = Linear(dim, dim, bias=False)
         self.gain = nn.Parameter(torch.empty(heads + self.kv_heads, self.head_dim)) if qk_norm else None
 
     @classmethod
@@ -141,7 +142,7 @@ class Attention(Block):
             position = state.position[:1, None] if fresh else state.position[:, None]
             if time > 1:
                 position = position + torch.arange(time, device=x.device)
-            q, k = rotate(plain, position, self.rope).split((self.heads, self.kv_heads), dim=2)
+            q, k = rotate(plain, position, self.rope).split_with_sizes((self.heads, self.kv_heads), dim=2)
 
         slots = state.keys.shape[1]
         known, start = (0, None) if fresh else _known(state, time)
@@ -155,7 +156,7 @@ class Attention(Block):
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised queries and keys ``[batch, time, heads + kv_heads, d]``, those keys, and values, unrotated."""
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
-        plain, v = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
+        plain, v = heads.split_with_sizes((self.heads + self.kv_heads, self.kv_heads), dim=2)
         if self.gain is not None:
             plain = rms_norm(plain, self.gain)
         return plain, plain[:, :, self.heads :], v
@@ -204,7 +205,8 @@ def _known(state: AttentionState, time: int) -> tuple[int, Tensor | None]:
         return 0, None
     if torch.compiler.is_compiling() or (time == 1 and state.cached.device.type != "cpu"):
         return slots, slots - state.cached
-    least, most = (int(count) for count in torch.aminmax(state.cached))
+    cached = state.cached.tolist()
+    least, most = min(cached), max(cached)
     return most, None if least == most else most - state.cached
 
 

@@ -9,8 +9,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..kernels.gate import silu_gate
 from ..registry import register
 from .block import Block, check_input
+from .linear import Linear
 from .state import State
 
 
@@ -37,15 +39,15 @@ class FeedForward(Block):
         if hidden is None:
             hidden = -(-8 * dim // 48) * 16 if kind == "swiglu" else 4 * dim
         self.kind = kind
-        self.up = nn.Linear(dim, 2 * hidden if kind == "swiglu" else hidden, bias=False)
-        self.down = nn.Linear(hidden, dim, bias=False)
+        self.up = Linear(dim, 2 * hidden if kind == "swiglu" else hidden, bias=False)
+        self.down = Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor, state: State = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
         check_input(self, x, mask)
         inner = self.up(x)
         if self.kind == "swiglu":
             gate, inner = inner.chunk(2, dim=-1)
-            inner = F.silu(gate) * inner
+            inner = silu_gate(inner, gate)
         else:
             inner = F.gelu(inner)
         y = self.down(inner)

@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, embedding, linear
+from torch.nn.functional import cross_entropy, embedding
 
+from ..kernels.projection import project
 from ..registry import Spec
 from .block import Blocks
 from .generation import Generation, generate
@@ -162,7 +163,7 @@ class LanguageModel(nn.Module):
         weight = self.head if self.head is not None else self.embedding
         if weight is None:
             raise ValueError("this model has no vocabulary (vocab: null), so it has no logits")
-        return linear(hidden, weight)
+        return project(hidden, weight)
 
     def generate(
         self,

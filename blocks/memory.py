@@ -10,13 +10,16 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.convolution import causal_convolution
+from ..kernels.convolution import convolve
+from ..kernels.gate import silu_gate
 from ..kernels.layout import align, last
 from ..kernels.memory import MemoryState, read_memory, titans_memory
 from ..kernels.memory.cost import memory_flops
 from ..kernels.normalisation import l2_norm, rms_norm
+from ..kernels.projection import project
 from ..registry import register
 from .block import Block
+from .linear import Linear
 
 
 class NeuralMemoryState(NamedTuple):
@@ -68,17 +71,17 @@ class NeuralMemory(Block):
         widths = [width, *[hidden] * (depth - 1), width]
         self.shapes = [(out, in_) for in_, out in zip(widths, widths[1:])]
 
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.qkv = Linear(dim, 3 * dim, bias=False)
         self.convolution = nn.Parameter(torch.empty(3 * dim, conv)) if conv else None
-        self.controls = nn.Linear(dim, heads * (1 + momentum + forgetting))
+        self.controls = Linear(dim, heads * (1 + momentum + forgetting))
         self.initial_weights = nn.ParameterList([torch.empty(heads, *shape) for shape in self.shapes])
         self.initial_momentum = nn.ParameterList(
             [torch.empty(heads, *shape) for shape in self.shapes] if momentum and learn_momentum else []
         )
         self.norm_gain = nn.Parameter(torch.empty(heads, width)) if norm else None
         self.output_gain = nn.Parameter(torch.empty(heads, width))
-        self.output_gate = nn.Linear(dim, dim, bias=False)
-        self.output = nn.Linear(dim, dim, bias=False)
+        self.output_gate = Linear(dim, dim, bias=False)
+        self.output = Linear(dim, dim, bias=False)
 
     @classmethod
     def problems(cls, dim: int | None, fields: dict[str, Any]) -> Iterable[tuple[str, str]]:
@@ -164,12 +167,12 @@ class NeuralMemory(Block):
 
     def read(self, x: Tensor, state: NeuralMemoryState) -> Tensor:
         """What the memory answers to each token of ``x`` on its own, as if it came next; nothing is written."""
-        q = F.linear(x, self.qkv.weight[: self.inner])
+        q = project(x, self.qkv.weight[: self.inner])
         if self.convolution is not None:
-            taps = self.convolution[: self.inner]
-            past = torch.einsum("btd,dt->bd", state.convolution[..., : self.inner], taps[:, :-1])
-            q = torch.addcmul(past.unsqueeze(1), q, taps[:, -1])
-        q = l2_norm(F.silu(self._heads(q)))
+            taps = self.convolution[: self.inner].t()
+            past = (state.convolution[..., : self.inner] * taps[:-1]).sum(1, keepdim=True)
+            q = torch.addcmul(past, q, taps[-1])
+        q = l2_norm(self._heads(F.silu(q)))
         return self._finish(read_memory(q, state.memory.weights, self.activation, self.norm_gain), x)
 
     def write(self, x: Tensor, state: NeuralMemoryState, mask: Tensor | None = None) -> NeuralMemoryState:
@@ -189,9 +192,9 @@ class NeuralMemory(Block):
                 history = history.clone()  # a view would keep all inputs alive for as long as the state
             if self.conv == 1:
                 history = state.convolution
-            qkv = causal_convolution(qkv, self.convolution, state.convolution)
-        q, k, v = F.silu(qkv).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        q, k = l2_norm(q), l2_norm(k)
+            qkv = convolve(past, self.convolution)
+        qk, v = F.silu(qkv).unflatten(-1, (3, self.heads, -1)).split_with_sizes((2, 1), dim=2)
+        (q, k), v = l2_norm(qk).unbind(2), v.squeeze(2)
         if self.use == "read":
             y = read_memory(q, state.memory.weights, self.activation, self.norm_gain)
             return self._finish(y, x), state._replace(convolution=history)
@@ -217,7 +220,8 @@ class NeuralMemory(Block):
             held = raw[:, -1] if length is None else torch.where(
                 (length > 0).unsqueeze(-1), last(raw, length.clamp(min=1), 1)[:, 0], held
             )
-        split = iter(torch.sigmoid(raw.to(self.state_dtype)).unflatten(-1, (-1, self.heads)).unbind(-2))
+        parts = (self.heads,) * (raw.shape[-1] // self.heads)
+        split = iter(torch.sigmoid(raw.to(self.state_dtype)).split_with_sizes(parts, dim=-1))
         theta = next(split) * self.max_step
         return theta, next(split) if self.momentum else None, next(split) if self.forgetting else None, held
 
@@ -227,7 +231,7 @@ class NeuralMemory(Block):
     def _finish(self, y: Tensor, x: Tensor) -> Tensor:
         """Normalise per head, gate by the input, project."""
         y = rms_norm(y, self.output_gain).flatten(-2)
-        return self.output(y * F.silu(self.output_gate(x)))
+        return self.output(silu_gate(y, self.output_gate(x)))
 
     def flops(self, length: int) -> int:
         projections = 2 * (self.qkv.weight.numel() + self.controls.weight.numel() + 2 * self.output.weight.numel())

@@ -1,5 +1,5 @@
 """The operations that models spend their time in: each with a plain reference and one or more fast backends."""
 
-from . import attention, convolution, gate, memory, normalisation, rotary
+from . import attention, convolution, gate, memory, normalisation, projection, rotary
 
-__all__ = ["attention", "convolution", "gate", "memory", "normalisation", "rotary"]
+__all__ = ["attention", "convolution", "gate", "memory", "normalisation", "projection", "rotary"]

@@ -141,7 +141,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, window: int | None, start: Tensor | N
             window = None
     if window is not None and time > _block(window):
         return _sdpa_blocks(q, k, v, window, start, prefix)
-    if window is None and start is None and (time == 1 or time == k.shape[1]):
+    few = prefix is not None and time <= _FEW
+    if window is None and start is None and (few or time == 1 or time == k.shape[1]):
         return _one_softmax(q, k, v, None, time > 1, prefix)
     return _one_softmax(q, k, v, _visible(time, k.shape[1], window, start, q.device)[:, None], False, prefix)
 
@@ -189,16 +190,17 @@ _MERGING = ("cpu",)
 def _one_softmax(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, causal: bool, prefix: Prefix | None
 ) -> Tensor:
-    """``visible``: bool ``[batch or 1, 1, time, keys]``; ``None``: all keys, or the causal ones."""
+    """``visible``: bool ``[batch or 1, 1, time, keys]``; ``None``: all keys, or those not after the query."""
     time, heads, d = q.shape[1:]
     grouped = heads != k.shape[2]
     merging = q.device.type in _MERGING
-    if prefix is not None and causal and (time <= _FEW or not merging):
+    if prefix is not None and time <= _FEW:
+        return _joint(q, k, v, prefix, visible, causal)
+    if prefix is not None and causal and not merging:
         visible, causal = _visible(time, k.shape[1], None, None, q.device)[:, None], False
-    if prefix is not None and (time <= _FEW or merging):
+    if prefix is not None and merging:
         qkv = [x.transpose(1, 2) for x in (q, k, v, *prefix)]
-        y = _joint(*qkv, visible) if time <= _FEW else _Merged.apply(*qkv, _hidden(visible, q.dtype), causal)
-        return y.transpose(1, 2)
+        return _Merged.apply(*qkv, _hidden(visible, q.dtype), causal).transpose(1, 2)
     if prefix is not None:
         visible = None if visible is None else F.pad(visible, (prefix.k.shape[1], 0), value=True)
         q, k, v = _side_by_side(q, k, v, prefix)
@@ -218,16 +220,28 @@ def _hidden(visible: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
 
 
-def _joint(q: Tensor, k: Tensor, v: Tensor, pq: Tensor, pk: Tensor, pv: Tensor, visible: Tensor | None) -> Tensor:
-    """Both sets of scores, written out: ``q`` and ``pq`` ``[batch, heads, time, d]``, the others likewise."""
-    shape = q.shape
-    score = _per_kv_head(q, k) @ k.transpose(-1, -2)
+def _joint(q: Tensor, k: Tensor, v: Tensor, prefix: Prefix, visible: Tensor | None, causal: bool) -> Tensor:
+    """Both sets of scores, written out: few operators, each on ``[batch * kv_heads, ...]``."""
+    rows, time, heads, d = q.shape
+    kv_heads, always = k.shape[2], prefix.k.shape[1]
+    pq, q = (x.transpose(1, 2).reshape(rows * kv_heads, -1, d) for x in (prefix.q, q))
+    pk, k, pv, v = (x.transpose(1, 2).flatten(0, 1) for x in (prefix.k, k, prefix.v, v))
+    score = torch.cat((torch.bmm(pq, pk.mT), torch.bmm(q, k.mT)), dim=-1) * d**-0.5
     if visible is not None:
-        score = score.view(*shape[:3], -1).masked_fill(~visible, float("-inf")).view(score.shape)
-    score = torch.cat((_per_kv_head(pq, pk) @ pk.transpose(-1, -2), score), dim=-1)
-    weight = (score * shape[-1] ** -0.5).softmax(dim=-1)
-    early, late = weight.split((pk.shape[2], k.shape[2]), dim=-1)
-    return (early @ pv + late @ v).view(shape)
+        score.view(rows, heads, time, -1)[..., always:].masked_fill_(~visible, float("-inf"))
+    elif causal:
+        # the queries are the last tokens: only among themselves is any key ahead
+        score.view(rows, heads, time, -1)[..., -time:].masked_fill_(_ahead(time, q.device), float("-inf"))
+    weight = score.softmax(dim=-1)
+    y = torch.baddbmm(torch.bmm(weight[..., :always], pv), weight[..., always:], v)
+    return y.view(rows, heads, time, d).transpose(1, 2)
+
+
+@functools.lru_cache(maxsize=64)
+def _ahead(time: int, device: torch.device) -> Tensor:
+    """Bool ``[time, time]``: the key comes after the query."""
+    with torch.inference_mode(False):
+        return torch.ones(time, time, dtype=torch.bool, device=device).triu(1)
 
 
 def _per_kv_head(q: Tensor, k: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .dispatch import Backend, Operation
 from .normalisation import rms_norm
@@ -34,3 +35,25 @@ def _torch(a: Tensor, b: Tensor, gain_a: Tensor, gain_b: Tensor, eps: float) -> 
 
 
 _operation = Operation("gate", [Backend("torch", _torch), Backend("reference", _reference)])
+
+
+def silu_gate(y: Tensor, g: Tensor) -> Tensor:
+    """``y * silu(g)`` for two tensors of one shape; backward keeps these two and computes ``silu`` again."""
+    if y.dtype != g.dtype:  # under autocast
+        return y * F.silu(g)
+    if not torch.is_grad_enabled():
+        return F.silu(g).mul_(y)
+    return _SiluGate.apply(y, g)
+
+
+class _SiluGate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y: Tensor, g: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(y, g)
+        return F.silu(g).mul_(y)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        y, g = ctx.saved_tensors
+        return F.silu(g).mul_(grad), torch.ops.aten.silu_backward(grad * y, g)

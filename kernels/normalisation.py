@@ -40,6 +40,8 @@ def _rms_torch(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
         zero, root = _constants(dim * eps, x.dtype)
         length = torch.linalg.vector_norm(x, 2, -1, True).hypot_(root)
         return torch.addcdiv(zero, x if gain is None else x * gain, length, value=dim**0.5)
+    if _whole(x):
+        return _Normalised.apply(x, gain, x.shape[-1], eps)
     if gain is None or gain.shape == x.shape[-1:]:
         return F.rms_norm(x, x.shape[-1:], gain, eps)
     return F.rms_norm(x, x.shape[-1:], None, eps) * gain
@@ -53,16 +55,50 @@ def _l2_reference(x: Tensor, eps: float) -> Tensor:
 def _l2_torch(x: Tensor, eps: float) -> Tensor:
     if _few_steps(x, None):
         return x / torch.linalg.vector_norm(x, 2, -1, True).hypot_(_constants(eps, x.dtype)[1])
+    if _whole(x):
+        return _Normalised.apply(x, None, 1, eps)
     # l2 is rms with its own scale: x / sqrt(sum + eps) = x / sqrt(mean + eps / dim) / sqrt(dim)
     dim = x.shape[-1]
     return F.rms_norm(x, (dim,), None, eps / dim) * dim**-0.5
+
+
+class _Normalised(torch.autograd.Function):
+    """``x / sqrt(sum(x^2) / count + eps) * gain``: backward needs the input and one number per vector, and no more."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, gain: Tensor | None, count: int, eps: float) -> Tensor:  # type: ignore[override]
+        # count^0.5 / sqrt(|x|^2 + count eps), the root of a sum of squares taken without leaving the range of numbers
+        length = torch.linalg.vector_norm(x, 2, -1, True).hypot_(_constants(count * eps, x.dtype)[1])
+        inverse = length.reciprocal_().mul_(count**0.5)
+        y = x * inverse
+        ctx.save_for_backward(x, gain, inverse)
+        ctx.count = count
+        return y if gain is None else y.mul_(gain)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        x, gain, inverse = ctx.saved_tensors
+        grad_gain = None
+        pushed = grad
+        if gain is not None:
+            pushed = grad * gain
+            if ctx.needs_input_grad[1]:
+                grad_gain = (grad * x).mul_(inverse).sum_to_size(gain.shape)
+        along = torch.linalg.vecdot(pushed, x).unsqueeze(-1) * inverse.square().mul_(inverse).mul_(-1 / ctx.count)
+        return torch.addcmul(pushed * inverse, x, along), grad_gain, None, None
+
+
+def _whole(x: Tensor) -> bool:
+    """Where the function above runs: on a CPU, in full precision, and outside of a graph that is being traced."""
+    return x.is_cpu and x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling()
 
 
 def _few_steps(x: Tensor, gain: Tensor | None) -> bool:
     """On a CPU, PyTorch's RMS norm is nine operators, which for one token cost more to start than to run."""
     if torch.is_grad_enabled() and (x.requires_grad or (gain is not None and gain.requires_grad)):
         return False
-    return x.is_cpu and x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling()
+    return _whole(x)
 
 
 @functools.lru_cache(maxsize=64)

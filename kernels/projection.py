@@ -34,6 +34,8 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         or torch.compiler.is_compiling()
     ):
         return F.linear(x, weight, bias)
-    columns = x.reshape(1, tokens, width).mT.expand(2, width, tokens)
+    columns = x.contiguous().as_strided((2, width, tokens), (0, 1, width))
     y = torch.bmm(weight.view(2, out // 2, width), columns)
-    return y.view(out, tokens).t().reshape(*x.shape[:-1], out)
+    if tokens > 1:
+        y = y.view(out, tokens).t()
+    return y.reshape(*x.shape[:-1], out)

@@ -7,7 +7,9 @@ phase between two tokens is the same integer wherever in the sequence they stand
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,6 +17,9 @@ from torch import Tensor
 from .dispatch import Backend, Operation
 
 _TURN = 2**64
+
+_Key: TypeAlias = "tuple[int, float, torch.device]"
+"""Width of a head, base, and device."""
 
 
 def rotate(x: Tensor, position: Tensor, base: float = 10000.0, *, backend: str = "auto") -> Tensor:
@@ -50,14 +55,33 @@ def _reference(x: Tensor, position: Tensor, base: float) -> Tensor:
 def _torch(x: Tensor, position: Tensor, base: float) -> Tensor:
     d = x.shape[-1]
     key = (d, base, x.device)
+    if x.is_cpu and position.numel() <= _FEW and not torch.compiler.is_compiling():
+        cos, sin = _recent(key, x.dtype, tuple([tuple(row) for row in position.tolist()]))
+    else:
+        cos, sin = _tables(key, x.dtype, position)
+    return torch.addcmul(x * cos, x.roll(d // 2, dims=-1), sin)
+
+
+_FEW = 16
+"""Positions up to this many are looked up by value: in decoding, every layer asks for the same ones."""
+
+
+@functools.lru_cache(maxsize=512)
+def _recent(key: _Key, dtype: torch.dtype, position: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):
+        return _tables(key, dtype, torch.tensor(position, dtype=torch.int64))
+
+
+def _tables(key: _Key, dtype: torch.dtype, position: Tensor) -> tuple[Tensor, Tensor]:
+    """``[cos cos]`` and ``[-sin sin]``, ``[batch, time, 1, d]``."""
     if key not in _TABLES:
         _TABLES[key] = _table(*key)
     frequency, ahead = _TABLES[key]
     phase = torch.addcmul(ahead, position[..., None], frequency)
     # the phase is exact and less than a turn, so that rounding it only now costs an ulp at any position
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    table = torch.sin(phase.to(wide) * (2 * math.pi / _TURN)).to(x.dtype).unsqueeze(2)
-    return torch.addcmul(x * table[..., :d], x.roll(d // 2, dims=-1), table[..., d:])
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    table = torch.sin(phase.to(wide) * (2 * math.pi / _TURN)).to(dtype).unsqueeze(2)
+    return table[..., : key[0]], table[..., key[0] :]
 
 
 def _frequencies(d: int, base: float) -> list[int]:
@@ -65,7 +89,7 @@ def _frequencies(d: int, base: float) -> list[int]:
     return [round(base ** (-2 * i / d) / (2 * math.pi) * _TURN) for i in range(d // 2)]
 
 
-_TABLES: dict[tuple[int, float, torch.device], tuple[Tensor, Tensor]] = {}
+_TABLES: dict[_Key, tuple[Tensor, Tensor]] = {}
 
 
 def _table(d: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -29,6 +29,12 @@ def read_memory(q: Tensor, weights: tuple[Tensor, ...], activation: str = "gelu"
         gain = None if norm is None else per_row(norm, batch)
         y = answer(q.reshape(batch * heads, 1, -1), [w.flatten(0, 1) for w in weights], activation, gain)
         return y.view(batch, 1, heads, -1)
+    if _tracked(q, norm, *weights):
+        return _Recomputed.apply(activation, q, norm, *weights)
+    return _through(q, weights, activation, norm)
+
+
+def _through(q: Tensor, weights: Sequence[Tensor], activation: str, norm: Tensor | None) -> Tensor:
     x = q.transpose(1, 2).to(weights[0].dtype)
     h = x
     for layer, weight in enumerate(weights):
@@ -38,6 +44,27 @@ def read_memory(q: Tensor, weights: tuple[Tensor, ...], activation: str = "gelu"
     if norm is not None:
         h = x + F.layer_norm(h, h.shape[-1:], eps=EPS) * norm.unsqueeze(1)
     return h.transpose(1, 2).to(q.dtype)
+
+
+class _Recomputed(torch.autograd.Function):
+    """Keeps the queries and the weights, which exist anyway, and no hidden value."""
+
+    @staticmethod
+    def forward(ctx, activation: str, q: Tensor, norm: Tensor | None, *weights: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(q, norm, *weights)
+        ctx.activation = activation
+        return _through(q, weights, activation, norm)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        given = [None if x is None else x.detach().requires_grad_(need) for x, need in zip(ctx.saved_tensors, ctx.needs_input_grad[1:])]
+        q, norm, *weights = given
+        with torch.enable_grad():
+            y = _through(q, weights, ctx.activation, norm)
+        wanted = [x for x in given if x is not None and x.requires_grad]
+        found = iter(torch.autograd.grad(y, wanted, grad))
+        return None, *(next(found) if x is not None and x.requires_grad else None for x in given)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ def step_memory(
     query = q.reshape(batch * heads, 1, -1)
     y = answer(query, after if read == "after" else weights, activation, gain).view(batch, 1, heads, -1)
 
-    split = lambda parts: tuple([x.unflatten(0, (batch, heads)) for x in parts])  # noqa: E731
+    split = lambda parts: tuple([x.view(w.shape) for x, w in zip(parts, state.weights)])  # noqa: E731
     new_weights = split(after)
     new_momentum = split(momentum) if lasting is not None else state.momentum
     ends = [phase + 1 == chunk for phase in phases]

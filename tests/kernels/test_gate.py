@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from titans_build.kernels.gate import gate
+from titans_build.kernels.gate import gate, silu_gate
 
 BACKENDS = ["torch", "reference"]
 
@@ -31,3 +31,12 @@ def test_wrong_shapes():
         gate(a, b[:, 1:], gain_a, gain_b)
     with pytest.raises(ValueError, match=r"gain_b \[3\]: expected \[4\]"):
         gate(a, b, gain_a, gain_b[1:])
+
+
+def test_silu_gate_and_its_gradient() -> None:
+    torch.manual_seed(0)
+    y, g = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.allclose(silu_gate(y, g), y * torch.nn.functional.silu(g))
+    assert torch.autograd.gradcheck(silu_gate, (y, g))
+    mixed = silu_gate(y.detach().float(), g.detach().bfloat16())
+    assert mixed.dtype == torch.float32
