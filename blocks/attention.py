@@ -155,7 +155,8 @@ class Attention(Block):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised queries and keys ``[batch, time, heads + kv_heads, d]``, those keys, and values, unrotated."""
-        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
+        # under autocast the product is narrow; what is kept in the state is not
+        heads = self.qkv(x).to(self.qkv.weight.dtype).unflatten(-1, (-1, self.head_dim))
         plain, v = heads.split_with_sizes((self.heads + self.kv_heads, self.kv_heads), dim=2)
         if self.gain is not None:
             plain = rms_norm(plain, self.gain)

@@ -24,6 +24,10 @@ VARIABLE = "TITANS_BUILD_BACKEND"
 OPERATIONS: dict[str, Operation] = {}
 """Every operation by name, in order of definition."""
 
+# os.environ decodes what it is asked for, which takes longer than choosing; underneath it is a dictionary
+_SETTINGS: Any = getattr(os.environ, "_data", os.environ)
+_SETTING: Any = os.environ.encodekey(VARIABLE) if hasattr(os.environ, "_data") else VARIABLE
+
 _log = logging.getLogger(__name__)
 _logged: set[tuple[str, str, str]] = set()
 
@@ -74,7 +78,7 @@ class Operation:
     def choose(self, backend: str = "auto", **facts: Any) -> Callable[..., Any]:
         """The function to run for ``facts``. Raises :class:`BackendError` when a named backend cannot run."""
         # one token asks dozens of times: the answer to the same question is kept
-        question = (backend, os.environ.get(VARIABLE), *facts.items())
+        question = (backend, _SETTINGS.get(_SETTING), *facts.items())
         chosen = self._chosen.get(question)
         if chosen is None:
             chosen = self._chosen[question] = self._pick(backend, facts)
