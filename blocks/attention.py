@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Annotated, Any, NamedTuple
 
@@ -141,7 +142,8 @@ class Attention(Block):
         if self.rope is not None:
             position = state.position[:1, None] if fresh else state.position[:, None]
             if time > 1:
-                position = position + torch.arange(time, device=x.device)
+                ahead = _ahead(time, x.device) if time <= 8 else torch.arange(time, device=x.device)
+                position = position + ahead
             q, k = rotate(plain, position, self.rope).split_with_sizes((self.heads, self.kv_heads), dim=2)
 
         slots = state.keys.shape[1]
@@ -193,6 +195,13 @@ class Attention(Block):
         seen = length if self.window is None else min(self.window, length)
         pairs = seen * (seen + 1) // 2 + (length - seen) * seen
         return 2 * length * (self.qkv.weight.numel() + self.out.weight.numel()) + 4 * self.dim * pairs
+
+
+@functools.lru_cache(maxsize=16)
+def _ahead(time: int, device: torch.device) -> Tensor:
+    """``0 .. time - 1``, kept for the few lengths of decoding."""
+    with torch.inference_mode(False):
+        return torch.arange(time, device=device)
 
 
 def _known(state: AttentionState, time: int) -> tuple[int, Tensor | None]:

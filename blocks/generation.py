@@ -36,7 +36,7 @@ class Step(NamedTuple):
     """``[batch, vocab]``: the prediction of the token after this one."""
 
     def trainable(self) -> Step:
-        """The same in ordinary tensors, which gradients may be taken through: a copy of those made in inference mode."""
+        """The same in ordinary tensors, which gradients may be taken through: a copy of those of inference mode."""
         return map_state(lambda tensor: tensor.clone() if tensor.is_inference() else tensor, self)
 
 
@@ -128,12 +128,22 @@ def steps(model: LanguageModel, logits: Tensor, state: State, sampler: Sampler, 
     What is yielded can be read, kept and passed on, but not trained from: it is made in inference mode, which saves
     a seventh of the time. ``Step.trainable`` is a copy without that limit.
     """
+    _keep_freed_memory(logits)
     for _ in range(count):
         token = sampler(logits)
         # straight to the stack: what the sampler drew needs none of the checks on a caller's tokens
         hidden, state = model.run(model.lookup(token.unsqueeze(1)), state, None)
         logits = model.predict(hidden[:, 0])
         yield Step(token, state, logits)
+
+
+def _keep_freed_memory(like: Tensor) -> None:
+    """Stop the C library from returning a state's memory to the system at every token, and asking for it again.
+
+    It does so beyond a threshold, which it raises when a larger block is freed. Nothing is written to this one.
+    """
+    if like.is_cpu:
+        torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
 class Sampler:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -45,20 +46,40 @@ class NeuralMemory(Block):
         *,
         heads: Annotated[int, Field(ge=1, description="independent memories, each of width dim / heads")] = 4,
         depth: Annotated[int, Field(ge=1, le=16, description="layers of the memory network")] = 2,
-        expansion: Annotated[int, Field(ge=1, le=64, description="hidden width of the network over its input width")] = 4,
-        chunk: Annotated[int, Field(ge=1, le=65536, description="tokens whose gradients share one anchor; part of the function")] = 16,
-        activation: Annotated[Literal["identity", "silu", "gelu", "relu"], Field(description="between the network's layers")] = "gelu",
+        expansion: Annotated[
+            int, Field(ge=1, le=64, description="hidden width of the network over its input width")
+        ] = 4,
+        chunk: Annotated[
+            int, Field(ge=1, le=65536, description="tokens whose gradients share one anchor; part of the function")
+        ] = 16,
+        activation: Annotated[
+            Literal["identity", "silu", "gelu", "relu"], Field(description="between the network's layers")
+        ] = "gelu",
         norm: Annotated[bool, Field(description="M(x) = x + LayerNorm(net(x)) rather than net(x)")] = True,
-        conv: Annotated[int, Field(ge=0, le=64, description="width of the causal convolution on q, k, v; 0 for none")] = 4,
+        conv: Annotated[
+            int, Field(ge=0, le=64, description="width of the causal convolution on q, k, v; 0 for none")
+        ] = 4,
         momentum: Annotated[bool, Field(description="past surprise carries on (eta)")] = True,
         forgetting: Annotated[bool, Field(description="weights decay (alpha)")] = True,
-        gates: Annotated[Literal["token", "chunk"], Field(description="gates per token, or constant over a chunk (its first token's)")] = "token",
+        gates: Annotated[
+            Literal["token", "chunk"],
+            Field(description="gates per token, or constant over a chunk (its first token's)"),
+        ] = "token",
         max_step: Annotated[float, Field(gt=0, description="largest step size theta of a token")] = 0.1,
-        clip: Annotated[float | None, Field(gt=0, description="largest norm of one token's gradient; null for no bound")] = 1.0,
-        retrieve: Annotated[Literal["after", "before"], Field(description="read a token's query after or before the token is written")] = "after",
-        use: Annotated[Literal["both", "read", "write"], Field(description="write and read; read a frozen memory; or write and output zero")] = "both",
+        clip: Annotated[
+            float | None, Field(gt=0, description="largest norm of one token's gradient; null for no bound")
+        ] = 1.0,
+        retrieve: Annotated[
+            Literal["after", "before"], Field(description="read a token's query after or before the token is written")
+        ] = "after",
+        use: Annotated[
+            Literal["both", "read", "write"],
+            Field(description="write and read; read a frozen memory; or write and output zero"),
+        ] = "both",
         learn_momentum: Annotated[bool, Field(description="the initial momentum is learned too (else zero)")] = False,
-        keep: Annotated[int, Field(ge=1, description="chunks between states kept for backward: memory against time")] = 8,
+        keep: Annotated[
+            int, Field(ge=1, description="chunks between states kept for backward: memory against time")
+        ] = 8,
     ) -> None:
         super().__init__(dim)
         self.heads, self.chunk, self.activation, self.clip = heads, chunk, activation, clip
@@ -69,7 +90,7 @@ class NeuralMemory(Block):
         width = dim // heads
         hidden = width * expansion
         widths = [width, *[hidden] * (depth - 1), width]
-        self.shapes = [(out, in_) for in_, out in zip(widths, widths[1:])]
+        self.shapes = [(out, in_) for in_, out in pairwise(widths)]
 
         self.qkv = Linear(dim, 3 * dim, bias=False)
         self.convolution = nn.Parameter(torch.empty(3 * dim, conv)) if conv else None
@@ -107,7 +128,12 @@ class NeuralMemory(Block):
         ================  ==========================================================================
         """
         scale = self.dim**-0.5
-        for linear, std in ((self.qkv, scale), (self.output_gate, scale), (self.output, 0.5 * scale), (self.controls, 0.1 * scale)):
+        for linear, std in (
+            (self.qkv, scale),
+            (self.output_gate, scale),
+            (self.output, 0.5 * scale),
+            (self.controls, 0.1 * scale),
+        ):
             nn.init.normal_(linear.weight, std=std)
         biases = [torch.full((self.heads,), -3.0)]
         if self.momentum:
@@ -187,7 +213,9 @@ class NeuralMemory(Block):
         history = state.convolution
         if self.convolution is not None:
             past = torch.cat([history, qkv], dim=1)
-            history = past[:, -(self.conv - 1) :] if length is None else last(past, length + self.conv - 1, self.conv - 1)
+            history = (
+                past[:, -(self.conv - 1) :] if length is None else last(past, length + self.conv - 1, self.conv - 1)
+            )
             if length is None and x.shape[1] > self.conv:
                 history = history.clone()  # a view would keep all inputs alive for as long as the state
             if self.conv == 1:
@@ -217,8 +245,10 @@ class NeuralMemory(Block):
             first = torch.arange(x.shape[1], device=x.device) - position % self.chunk
             index = first.clamp(min=0).unsqueeze(-1).expand_as(raw)
             raw = torch.where((first >= 0).unsqueeze(-1), raw.gather(1, index), held.unsqueeze(1))
-            held = raw[:, -1] if length is None else torch.where(
-                (length > 0).unsqueeze(-1), last(raw, length.clamp(min=1), 1)[:, 0], held
+            held = (
+                raw[:, -1]
+                if length is None
+                else torch.where((length > 0).unsqueeze(-1), last(raw, length.clamp(min=1), 1)[:, 0], held)
             )
         parts = (self.heads,) * (raw.shape[-1] // self.heads)
         split = iter(torch.sigmoid(raw.to(self.state_dtype)).split_with_sizes(parts, dim=-1))

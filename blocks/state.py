@@ -32,9 +32,7 @@ def map_state(function: Callable[..., Tensor], state: State, *others: State) -> 
                 raise TypeError(f"states differ in structure: a tensor here, {type(other).__name__} there")
         return function(state, *others)
     if any(type(other) is not type(state) for other in others):
-        raise TypeError(
-            "states differ in structure: " + ", ".join(type(node).__name__ for node in (state, *others))
-        )
+        raise TypeError("states differ in structure: " + ", ".join(type(node).__name__ for node in (state, *others)))
     if state is None:
         return None
     if not isinstance(state, tuple):
@@ -102,9 +100,7 @@ def concatenate(states: Sequence[State]) -> State:
 
 def where(rows: Tensor, state: State, other: State) -> State:
     """Row by row: ``state`` where ``rows`` (bool ``[batch]``) is true, ``other`` elsewhere."""
-    return map_state(
-        lambda here, there: torch.where(rows.view(-1, *[1] * (here.dim() - 1)), here, there), state, other
-    )
+    return map_state(lambda here, there: torch.where(rows.view(-1, *[1] * (here.dim() - 1)), here, there), state, other)
 
 
 def reset(state: State, rows: Tensor | Sequence[int], fresh: State) -> State:

@@ -226,7 +226,7 @@ def _joint(q: Tensor, k: Tensor, v: Tensor, prefix: Prefix, visible: Tensor | No
     kv_heads, always = k.shape[2], prefix.k.shape[1]
     pq, q = (x.transpose(1, 2).reshape(rows * kv_heads, -1, d) for x in (prefix.q, q))
     pk, k, pv, v = (x.transpose(1, 2).flatten(0, 1) for x in (prefix.k, k, prefix.v, v))
-    score = torch.cat((torch.bmm(pq, pk.mT), torch.bmm(q, k.mT)), dim=-1) * d**-0.5
+    score = torch.cat((torch.bmm(pq, pk.mT), torch.bmm(q, k.mT)), dim=-1) * _scale(d, q.dtype)
     if visible is not None:
         score.view(rows, heads, time, -1)[..., always:].masked_fill_(~visible, float("-inf"))
     elif causal:
@@ -235,6 +235,13 @@ def _joint(q: Tensor, k: Tensor, v: Tensor, prefix: Prefix, visible: Tensor | No
     weight = score.softmax(dim=-1)
     y = torch.baddbmm(torch.bmm(weight[..., :always], pv), weight[..., always:], v)
     return y.view(rows, heads, time, d).transpose(1, 2)
+
+
+@functools.lru_cache(maxsize=64)
+def _scale(d: int, dtype: torch.dtype) -> Tensor:
+    """``d ** -0.5`` as a tensor: a number would be made into one at every call."""
+    with torch.inference_mode(False):
+        return torch.tensor(d**-0.5, dtype=dtype)
 
 
 @functools.lru_cache(maxsize=64)

@@ -52,10 +52,7 @@ def align(mask: Tensor, offset: Tensor | None = None, multiple: int = 1) -> Layo
     order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)
     slot = torch.arange(slots, device=mask.device)[None, :] - offset[:, None]
     filled = (slot >= 0) & (slot < length[:, None])
-    if time:
-        source = order.gather(1, slot.clamp(0, time - 1)) * filled
-    else:
-        source = slot.new_zeros(rows, slots)
+    source = order.gather(1, slot.clamp(0, time - 1)) * filled if time else torch.zeros_like(slot)
     target = (mask.cumsum(dim=1) - 1 + offset[:, None]) * mask
     return Layout(source, filled, target, mask, length)
 

@@ -8,8 +8,6 @@ from torch.nn import functional as F
 
 _FEW = 2
 """Tokens up to which reading the weights is all that counts."""
-_LARGE = 2**15
-"""Weights from which on they are not all in a nearby cache when they are needed again."""
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -23,9 +21,7 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if (
         tokens > _FEW
         or tokens == 0
-        or out * width < _LARGE
         or out % 2
-        or bias is not None
         or not x.is_cpu
         or x.dtype != torch.float32
         or weight.dtype != torch.float32
@@ -38,4 +34,5 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     y = torch.bmm(weight.view(2, out // 2, width), columns)
     if tokens > 1:
         y = y.view(out, tokens).t()
-    return y.reshape(*x.shape[:-1], out)
+    y = y.reshape(*x.shape[:-1], out)
+    return y if bias is None else y.add_(bias)

@@ -46,7 +46,9 @@ def _into(plain: Callable[..., Tensor], written: Callable[..., Tensor]) -> Calla
 
 
 ACTIVATIONS: dict[str, Activation] = {
-    "identity": Activation(_into(lambda z: z, lambda z, out: out.copy_(z)), _into(lambda g, z: g, lambda g, z, out: out.copy_(g)), None),
+    "identity": Activation(
+        _into(lambda z: z, lambda z, out: out.copy_(z)), _into(lambda g, z: g, lambda g, z, out: out.copy_(g)), None
+    ),
     "relu": Activation(
         _into(torch.relu, lambda z, out: _aten.relu.out(z, out=out)),
         _into(

@@ -38,7 +38,9 @@ class ChunkNetwork:
 
     # -- write ---------------------------------------------------------------------------------------------------
 
-    def advance(self, keys: Tensor, values: Tensor, decay: ChunkDecay, written: Work, anchor: list[Tensor] | None) -> None:
+    def advance(
+        self, keys: Tensor, values: Tensor, decay: ChunkDecay, written: Work, anchor: list[Tensor] | None
+    ) -> None:
         """Write chunk after chunk, from ``written.stacks[l][0]`` on; fills everything in ``written``."""
         written.inputs[0] = keys
         for i in range(len(keys)):
@@ -57,7 +59,9 @@ class ChunkNetwork:
         spread = self.scratch(name, *x.shape[:-1], parts, x.shape[-1])
         return torch.mul(coefficients.unsqueeze(-1), x.unsqueeze(-2), out=spread).flatten(-2)
 
-    def recall(self, keys: Tensor, values: Tensor, written: Work, anchor: list[Tensor] | None, hidden_known: bool) -> None:
+    def recall(
+        self, keys: Tensor, values: Tensor, written: Work, anchor: list[Tensor] | None, hidden_known: bool
+    ) -> None:
         """What ``advance`` fills, in one batch, given the state at every chunk start (and perhaps ``hidden``)."""
         written.inputs[0] = keys
         if anchor is not None:
@@ -66,7 +70,9 @@ class ChunkNetwork:
         if len(keys[rest]):
             batch = written.at(rest)
             gain = None if self.gain is None else self.gain.repeat(len(keys[rest]), 1, 1)
-            self._differentiate(values[rest].flatten(0, 1), [stack[:, 0] for stack in batch.stacks], batch, gain, hidden_known)
+            self._differentiate(
+                values[rest].flatten(0, 1), [stack[:, 0] for stack in batch.stacks], batch, gain, hidden_known
+            )
 
     def _differentiate(
         self, values: Tensor, weights: list[Tensor], work: Work, gain: Tensor | None, hidden_known: bool = False
@@ -104,14 +110,16 @@ class ChunkNetwork:
 
     # -- read ----------------------------------------------------------------------------------------------------
 
-    def read(self, queries: Tensor, decay: ChunkDecay, written: Work, asked: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def read(
+        self, queries: Tensor, decay: ChunkDecay, written: Work, asked: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
         """All of the group's queries, each at the weights its token left (or found).
 
         ``asked``: where each layer's ``Z_l`` ``[chunks, rows, b, out]`` is wanted, or ``[]``.
         """
         work = written.at(slice(None))
         weigh, carry = decay.read.flatten(0, 1), decay.carry.flatten(0, 1)
-        x = queries.flatten(0, 1)
+        x = z = queries.flatten(0, 1)
         new = lambda name, width: self.scratch(name, *x.shape[:2], width)  # noqa: E731
         for l, (stack, a, d) in enumerate(zip(work.stacks, work.inputs, work.errors)):
             s, out, width = stack.shape[1:]
@@ -135,7 +143,9 @@ class ChunkNetwork:
             return (y.clone() if asked else y), asked
         return torch.addcmul(queries, torch.native_layer_norm(y, y.shape[-1:], None, None, EPS)[0], self.gain), asked
 
-    def read_backward(self, grad_y, queries, decay: ChunkDecay, written: Work, asked: list[Tensor], grad: Adjoint) -> ReadGrad:
+    def read_backward(
+        self, grad_y, queries, decay: ChunkDecay, written: Work, asked: list[Tensor], grad: Adjoint
+    ) -> ReadGrad:
         """Fills ``grad`` (its last stack apart), given each layer's ``Z_l``."""
         work = written.at(slice(None))
         weigh, carry = decay.read.flatten(0, 1), decay.carry.flatten(0, 1)
@@ -176,7 +186,9 @@ class ChunkNetwork:
 
     # -- backward of write -----------------------------------------------------------------------------------------
 
-    def write_backward(self, keys, values, decay: ChunkDecay, written: Work, grad: Adjoint, anchor, grad_anchor) -> WriteGrad:
+    def write_backward(
+        self, keys, values, decay: ChunkDecay, written: Work, grad: Adjoint, anchor, grad_anchor
+    ) -> WriteGrad:
         """Chunk by chunk in reverse, from the gradient of the state after the group in ``grad.stacks[l][-1]``.
 
         On return ``grad.stacks[l][0]`` is the gradient of the state before the group and ``grad.inputs[0]`` that of
@@ -192,7 +204,9 @@ class ChunkNetwork:
         curvatures: list[Tensor | None] = [None] * (layers - 1)
         for l, (z, pulled) in enumerate(zip(written.hidden, written.pulled)):
             if self.activation.second is not None:
-                curvatures[l] = pulled.mul_(self.activation.second(z, self.scratch("second", *z.shape), self.scratch("square", *z.shape)))
+                curvatures[l] = pulled.mul_(
+                    self.activation.second(z, self.scratch("second", *z.shape), self.scratch("square", *z.shape))
+                )
             slopes[l] = self.activation.pull(self.scratch("second", *z.shape).fill_(1), z, out=z)
         write = decay.write.unsqueeze(-1)
         for i in range(len(keys) - 1, -1, -1):
@@ -217,7 +231,11 @@ class ChunkNetwork:
             pushed: list[Tensor] = []
             for l in range(layers - 1):
                 g = grad_errors[l]
-                below[l] = None if curvatures[l] is None else torch.mul(g, curvatures[l][i], out=self.scratch(f"below {l}", *g.shape))
+                below[l] = (
+                    None
+                    if curvatures[l] is None
+                    else torch.mul(g, curvatures[l][i], out=self.scratch(f"below {l}", *g.shape))
+                )
                 pushed.append(g.mul_(slopes[l][i]))
                 grad_errors[l + 1].baddbmm_(pushed[-1], weights[l + 1].mT)
             # ... and then the inputs' gradient runs down
@@ -241,7 +259,10 @@ class ChunkNetwork:
         grad_write, grad_mix = torch.zeros_like(decay.write), torch.zeros_like(decay.mix)
         for l in range(layers):
             grad_write -= back[l].unflatten(-1, (s, -1)).mul_(written.errors[l].unsqueeze(3)).sum(-1)
-            later, start = grad.stacks[l][1:].flatten(3).flatten(0, 1), written.stacks[l][: len(keys)].flatten(3).flatten(0, 1)
+            later, start = (
+                grad.stacks[l][1:].flatten(3).flatten(0, 1),
+                written.stacks[l][: len(keys)].flatten(3).flatten(0, 1),
+            )
             grad_mix.flatten(0, 1).baddbmm_(later, start.mT)
         return WriteGrad(grad_values, grad_write, grad_mix, grad_gain)
 

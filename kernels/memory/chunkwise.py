@@ -10,8 +10,8 @@ chunks at a time. Per layer the state is one stack ``[rows, s, out, in]``: weigh
   computed again from the one at the group's start, everything else is recomputed; reads are differentiated in one
   batch, writes chunk by chunk in reverse. A write contains a gradient, so its backward is of second order.
 
-Errors ``d`` are half gradients; the factor 2 lives in the decay matrices. Work buffers wait for the next call; what a caller gets never
-lies in them.
+Errors ``d`` are half gradients; the factor 2 lives in the decay matrices. Work buffers wait for the next call;
+what a caller gets never lies in them.
 """
 
 from __future__ import annotations
@@ -67,13 +67,15 @@ def chunkwise_memory(
         gain: ``None`` or ``[heads, d_out]``.
         weights, momentum: ``[batch, heads, out, in]`` per layer; momentum is ``()`` when eta is ``None``.
         anchor: where the *first* chunk takes its gradients; ``None``: at ``weights``.
-        real: ``[batch, time, heads]`` of 0 and 1, or ``None``: 0 at slots without a token, whose gates are the identity.
+        real: ``[batch, time, heads]`` of 0 and 1, or ``None``: 0 at slots without a token (identity gates).
 
     Returns:
         ``y`` ``[batch, time, heads, d_out]``, final weights, final momentum.
     """
     layers = len(weights)
-    outputs = _Chunkwise.apply(plan, layers, real, q, k, v, theta, eta, alpha, gain, *weights, *momentum, *(anchor or ()))
+    outputs = _Chunkwise.apply(
+        plan, layers, real, q, k, v, theta, eta, alpha, gain, *weights, *momentum, *(anchor or ())
+    )
     return outputs[0], outputs[1 : 1 + layers], outputs[1 + layers :]
 
 
@@ -96,7 +98,9 @@ class _Chunkwise(torch.autograd.Function):
         scratch = Scratch.of(q)
         gain_rows = None if gain is None else per_row(gain, batch)
         net = ChunkNetwork(ACTIVATIONS[plan.activation], gain_rows, plan.clip, scratch)
-        work = Work.allocate(size, batch * heads, plan.chunk, stacks, scratch, pulled=False, clipped=plan.clip is not None)
+        work = Work.allocate(
+            size, batch * heads, plan.chunk, stacks, scratch, pulled=False, clipped=plan.clip is not None
+        )
         # where every state is kept, the states are advanced in the place they are kept at
         kept = [x.new_empty(chunks + 1 if keep == 1 else -(-chunks // size), *x.shape) for x in stacks] if keep else []
         token = lambda x: q.new_empty(chunks, batch * heads, plan.chunk, x.shape[2])  # noqa: E731
@@ -113,7 +117,9 @@ class _Chunkwise(torch.autograd.Function):
             if keep != 1 or first == 0:
                 for buffer, stack in zip(written.stacks, stacks):
                     buffer[0] = stack
-            net.advance(_chunks(k, tokens, plan), _chunks(v, tokens, plan), decay, written, anchor if first == 0 else None)
+            net.advance(
+                _chunks(k, tokens, plan), _chunks(v, tokens, plan), decay, written, anchor if first == 0 else None
+            )
             if keep > 1:
                 for store, buffer in zip(kept, written.stacks):
                     store[group] = buffer[0]
@@ -148,7 +154,9 @@ class _Chunkwise(torch.autograd.Function):
         grads = {name: None if x is None else x.new_empty(x.shape) for name, x in inputs.items()}
         grad_gain = None if net.gain is None else torch.zeros_like(net.gain)
         grad_anchor = [torch.zeros_like(w) for w in anchor] if anchor else None
-        grad_end = [torch.stack([_rows(grad_state[l + part * layers]) for part in range(s)], dim=1) for l in range(layers)]
+        grad_end = [
+            torch.stack([_rows(grad_state[l + part * layers]) for part in range(s)], dim=1) for l in range(layers)
+        ]
         for group, (first, tokens) in reversed(list(enumerate(_groups(chunks, size, plan.chunk)))):
             with torch.enable_grad():
                 gates = [None if x is None else _chunks(x, tokens, plan).requires_grad_() for x in (theta, eta, alpha)]

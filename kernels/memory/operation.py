@@ -75,7 +75,9 @@ def titans_memory(
     )
     compute = torch.promote_types(torch.promote_types(q.dtype, state.weights[0].dtype), torch.float32)
     if any(x is not None and x.dtype != compute for x in tensors):
-        q_, k, v, theta, eta, alpha, norm = (None if x is None else x.to(compute) for x in (q, k, v, theta, eta, alpha, norm))
+        q_, k, v, theta, eta, alpha, norm = (
+            None if x is None else x.to(compute) for x in (q, k, v, theta, eta, alpha, norm)
+        )
         cast = lambda part: tuple(x.to(compute) for x in part)  # noqa: E731
         state = MemoryState(cast(state.weights), cast(state.momentum), cast(state.anchor), state.position)
     else:
@@ -114,37 +116,41 @@ def _check(q, k, v, theta, eta, alpha, state, chunk, activation, norm, mask, cli
         raise ValueError(f"v: expected [batch, time, heads, d_out], got {list(v.shape)}")
     d_out = v.shape[3]
     gates = [("theta", theta)] + [(n, x) for n, x in (("eta", eta), ("alpha", alpha)) if x is not None]
+    per_token, device = (batch, time, heads), q.device
     for name, x, shape in (
-        ("k", k, (batch, time, heads, d_in)),
-        ("v", v, (batch, time, heads, d_out)),
-        *((name, x, (batch, time, heads)) for name, x in gates),
+        ("q", q, q.shape),
+        ("k", k, q.shape),
+        ("v", v, (*per_token, d_out)),
+        *((name, x, per_token) for name, x in gates),
     ):
         if x.shape != shape:
             raise ValueError(f"{name}: expected {list(shape)} to go with q {list(q.shape)}, got {list(x.shape)}")
-    for name, x in (("q", q), ("k", k), ("v", v), *gates):
         if not x.is_floating_point():
             raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{name}: expected device {q.device} as q, got {x.device}")
+        if x.device != device:
+            raise ValueError(f"{name}: expected device {device} as q, got {x.device}")
     if not state.weights:
         raise ValueError("state.weights: expected at least one layer, got none")
     width = d_in
     for l, w in enumerate(state.weights):
-        if w.dim() != 4 or w.shape[:2] != (batch, heads) or w.shape[3] != width:
+        shape = w.shape
+        if len(shape) != 4 or shape[0] != batch or shape[1] != heads or shape[3] != width:
             raise ValueError(
-                f"state.weights[{l}]: expected [batch={batch}, heads={heads}, out, in={width}] to go with q, got {list(w.shape)}"
+                f"state.weights[{l}]: expected [batch={batch}, heads={heads}, out, in={width}] to go with q, "
+                f"got {list(w.shape)}"
             )
-        width = w.shape[2]
+        width = shape[2]
         if w.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"state.weights[{l}]: expected float32 or float64, got {w.dtype}")
-        if w.device != q.device:
-            raise ValueError(f"state.weights[{l}]: expected device {q.device} as q, got {w.device}")
+        if w.device != device:
+            raise ValueError(f"state.weights[{l}]: expected device {device} as q, got {w.device}")
     if width != d_out:
         raise ValueError(f"state.weights[{len(state.weights) - 1}]: expected out={d_out} to go with v, got {width}")
+    shapes = [w.shape for w in state.weights]
     for name, part in (("momentum", state.momentum), ("anchor", state.anchor)):
         if name == "momentum" and eta is None and not part:
             continue
-        if [x.shape for x in part] != [w.shape for w in state.weights]:
+        if [x.shape for x in part] != shapes:
             raise ValueError(
                 f"state.{name}: expected the shapes of state.weights {[list(w.shape) for w in state.weights]}, "
                 f"got {[list(x.shape) for x in part]}"

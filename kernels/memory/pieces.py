@@ -53,7 +53,13 @@ def _aligned(q, k, v, theta, eta, alpha, state: MemoryState, norm, phase: int, p
         if not inside:
             anchor = weights
         y, weights, after = chunkwise_memory(
-            *piece, norm, weights, momentum if eta is not None else (), anchor if inside else None, None, plan._replace(chunk=size)
+            *piece,
+            norm,
+            weights,
+            momentum if eta is not None else (),
+            anchor if inside else None,
+            None,
+            plan._replace(chunk=size),
         )
         momentum = after if eta is not None else momentum
         outputs.append(y)
@@ -67,8 +73,8 @@ def _aligned(q, k, v, theta, eta, alpha, state: MemoryState, norm, phase: int, p
 def _ragged(q, k, v, theta, eta, alpha, state: MemoryState, norm, phases: list[int], mask: Tensor | None, plan: Plan):
     """Rows at different phases, or masked tokens: every row takes its place in a grid of chunks.
 
-    Empty slots are identity updates (theta = 0, alpha = 0, eta = 1, and no momentum added). A row's anchor is the weights as they stood
-    when its last chunk began, so the run pauses wherever some row's last chunk begins.
+    Empty slots are identity updates (theta = 0, alpha = 0, eta = 1, and no momentum added). A row's anchor is the
+    weights as they stood when its last chunk began, so the run pauses wherever some row's last chunk begins.
     """
     chunk = plan.chunk
     if mask is None:
@@ -94,7 +100,13 @@ def _ragged(q, k, v, theta, eta, alpha, state: MemoryState, norm, phases: list[i
         tokens = slice(done * size, stop * size)
         piece = [None if x is None else x[:, tokens] for x in (q, k, v, theta, eta, alpha)]
         y, weights, after = chunkwise_memory(
-            *piece, norm, weights, momentum if eta is not None else (), first if done == 0 else None, real[:, tokens], plan._replace(chunk=size)
+            *piece,
+            norm,
+            weights,
+            momentum if eta is not None else (),
+            first if done == 0 else None,
+            real[:, tokens],
+            plan._replace(chunk=size),
         )
         momentum = after if eta is not None else momentum
         outputs.append(y)

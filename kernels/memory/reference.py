@@ -59,7 +59,7 @@ def reference_memory(
             gradients = tuple(g * (clip / length.clamp(min=clip)) for g in gradients)
         before = weights
 
-        def gate(values: Tensor | None, default: float) -> Tensor:
+        def gate(values: Tensor | None, default: float, t: int = t) -> Tensor:
             if values is None:
                 return torch.full((rows, q.shape[2], 1, 1), default, dtype=q.dtype, device=q.device)
             return values[:, t, :, None, None]
@@ -69,9 +69,7 @@ def reference_memory(
         else:
             surprise = tuple(gate(eta, 0) * s - gate(theta, 0) * g for s, g in zip(momentum, gradients))
             momentum = tuple(torch.where(real, new, old) for new, old in zip(surprise, momentum))
-        weights = tuple(
-            torch.where(real, (1 - gate(alpha, 0)) * w + s, w) for w, s in zip(weights, surprise)
-        )
+        weights = tuple(torch.where(real, (1 - gate(alpha, 0)) * w + s, w) for w, s in zip(weights, surprise))
         y = memory_network(weights if read == "after" else before, q[:, t], activation, norm)
         outputs.append(torch.where(real[..., 0], y, torch.zeros_like(y)))
         position = position + mask[:, t]

@@ -1,6 +1,7 @@
 """Products of gates over intervals: exact at 0 and 1, gradients included."""
 
 import torch
+
 from titans_build.kernels.memory.decay import chunk_decay, interval_products
 
 

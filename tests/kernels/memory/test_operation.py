@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+
 from titans_build.kernels.dispatch import BackendError
 from titans_build.kernels.memory import MemoryState, titans_memory
 
@@ -16,26 +17,42 @@ class Case:
         torch.manual_seed(seed)
         rand = lambda *shape: torch.rand(*shape, dtype=torch.float64)  # noqa: E731
         randn = lambda *shape: torch.randn(*shape, dtype=torch.float64)  # noqa: E731
-        self.q, self.k, self.v = randn(batch, time, heads, d_in), randn(batch, time, heads, d_in), randn(batch, time, heads, d_out)
+        self.q, self.k, self.v = (
+            randn(batch, time, heads, d_in),
+            randn(batch, time, heads, d_in),
+            randn(batch, time, heads, d_out),
+        )
         self.k = self.k / self.k.norm(dim=-1, keepdim=True)
-        self.theta, eta, alpha = step * rand(batch, time, heads), rand(batch, time, heads), forget * rand(batch, time, heads)
+        self.theta, eta, alpha = (
+            step * rand(batch, time, heads),
+            rand(batch, time, heads),
+            forget * rand(batch, time, heads),
+        )
         for gate, values in ((self.theta, (0.0,)), (eta, (0.0, 1.0)), (alpha, (0.0, 1.0) if forget > 0.1 else (0.0,))):
             for value in values:
                 gate[torch.rand(gate.shape) < 0.1] = value
         self.eta, self.alpha = eta if momentum else None, alpha if forgetting else None
         widths = [d_in, *[d_in * expansion] * (depth - 1), d_out]
-        part = lambda: tuple(scale * randn(batch, heads, o, i) for i, o in zip(widths, widths[1:]))  # noqa: E731
+        part = lambda: tuple(scale * randn(batch, heads, o, i) for i, o in itertools.pairwise(widths))  # noqa: E731
         self.norm = randn(heads, d_out) if norm else None
         weights = part()
         position = torch.tensor(phases or [0] * batch)
-        anchor = tuple(
-            torch.where((position == 0).view(-1, 1, 1, 1), w, a) for w, a in zip(weights, part())
-        )
+        anchor = tuple(torch.where((position == 0).view(-1, 1, 1, 1), w, a) for w, a in zip(weights, part()))
         self.state = MemoryState(weights, part() if momentum else (), anchor, position)
         self.mask = mask
         self.leaves = [
             x.requires_grad_()
-            for x in (self.q, self.k, self.v, self.theta, self.eta, self.alpha, self.norm, *weights, *self.state.momentum)
+            for x in (
+                self.q,
+                self.k,
+                self.v,
+                self.theta,
+                self.eta,
+                self.alpha,
+                self.norm,
+                *weights,
+                *self.state.momentum,
+            )
             if x is not None
         ]
         if phases is not None:
@@ -90,7 +107,9 @@ def test_depths_and_activations(depth, activation, norm):
 @pytest.mark.parametrize("norm", [True, False])
 def test_chunks_and_lengths(chunk, time, norm):
     # a wiped memory's LayerNorm divides by sqrt(eps), and 70 steps of that magnify any rounding: forget gently here
-    assert_agrees(Case(time=time, d_in=6, d_out=6, norm=norm, scale=0.7, step=0.01, forget=0.05), chunk=chunk, activation="silu")
+    assert_agrees(
+        Case(time=time, d_in=6, d_out=6, norm=norm, scale=0.7, step=0.01, forget=0.05), chunk=chunk, activation="silu"
+    )
 
 
 @pytest.mark.parametrize("momentum,forgetting", list(itertools.product([True, False], repeat=2)))
@@ -119,7 +138,11 @@ def test_unequal_widths():
 @pytest.mark.parametrize("keep", [1, 2, 3, 8, 100])
 def test_what_is_kept_does_not_change_gradients(keep):
     case = Case(time=23, step=0.05)
-    assert_equal(case.gradients(tensors(case.run(chunk=2, keep=keep))), case.gradients(tensors(case.run(chunk=2, backend="reference"))), 1e-9)
+    assert_equal(
+        case.gradients(tensors(case.run(chunk=2, keep=keep))),
+        case.gradients(tensors(case.run(chunk=2, backend="reference"))),
+        1e-9,
+    )
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 16])
@@ -198,7 +221,9 @@ def test_gates_at_their_end_points():
         eta[:, 2] = 0
         theta = case.theta.clone()
         theta[:, 2] = 0
-        _, state = titans_memory(*(x[:, :3] for x in (case.q, case.k, case.v, theta, eta, wiped)), case.state, chunk=4, norm=case.norm)
+        _, state = titans_memory(
+            *(x[:, :3] for x in (case.q, case.k, case.v, theta, eta, wiped)), case.state, chunk=4, norm=case.norm
+        )
         assert all(torch.equal(w, torch.zeros_like(w)) for w in (*state.weights, *state.momentum))
         still = titans_memory(
             case.q, case.k, case.v, torch.zeros_like(theta), torch.ones_like(eta), None,
@@ -280,7 +305,9 @@ def test_no_tokens():
 )
 def test_refusals_name_the_argument(change, named):
     case = Case()
-    arguments = dict(q=case.q, k=case.k, v=case.v, theta=case.theta, eta=case.eta, alpha=case.alpha, state=case.state, chunk=4)
+    arguments = dict(
+        q=case.q, k=case.k, v=case.v, theta=case.theta, eta=case.eta, alpha=case.alpha, state=case.state, chunk=4
+    )
     with pytest.raises((ValueError, TypeError), match=named):
         titans_memory(**{**arguments, **change})
 

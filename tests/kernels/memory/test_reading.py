@@ -1,4 +1,5 @@
 import torch
+
 from titans_build.kernels.memory import MemoryState, read_memory, titans_memory
 
 

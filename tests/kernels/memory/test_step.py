@@ -1,6 +1,7 @@
 """Decoding keeps to the layout of the state and to its cost."""
 
 import torch
+
 from titans_build.kernels.memory import MemoryState, titans_memory
 
 
