@@ -1,0 +1,128 @@
+"""The neural memory block: every option obeys every law, and does what its name says."""
+
+import pytest
+import torch
+
+import titans_build as tb
+from titans_build.blocks.memory import NeuralMemory
+from titans_build.registry import RecipeError
+
+SMALL = {"type": "memory", "heads": 2, "chunk": 5, "expansion": 2}
+LAWS = ["split", "step", "causal", "row", "mask", "rows", "purity", "gradient"]
+
+
+def memory(dim: int = 8, **options: object) -> NeuralMemory:
+    torch.manual_seed(0)
+    block = tb.build_block(SMALL | options, dim=dim, dtype=torch.float64)
+    assert isinstance(block, NeuralMemory)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return block
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"depth": 1},
+        {"depth": 4, "activation": "silu"},
+        {"activation": "relu", "norm": False},
+        {"conv": 0},
+        {"conv": 1},
+        {"momentum": False},
+        {"forgetting": False},
+        {"momentum": False, "forgetting": False, "activation": "identity"},
+        {"gates": "chunk"},
+        {"gates": "chunk", "momentum": False, "conv": 0},
+        {"clip": None},
+        {"retrieve": "before"},
+        {"learn_momentum": True},
+        {"use": "read"},
+        {"use": "write"},
+        {"heads": 1, "chunk": 1},
+    ],
+    ids=str,
+)
+def test_every_option_obeys_the_laws(options: dict[str, object]) -> None:
+    tb.check_block(SMALL | options, dim=8, laws=LAWS)
+
+
+def test_gates_of_a_chunk_are_those_of_its_first_token() -> None:
+    block = memory(gates="chunk")
+    x = torch.randn(1, 12, 8, dtype=torch.float64)
+    theta, eta, alpha, _ = block._controls(x, block.init_state(1), None)
+    for gate in (theta, eta, alpha):
+        assert torch.equal(gate[:, 0:5], gate[:, :1].expand(-1, 5, -1))
+        assert torch.equal(gate[:, 5:10], gate[:, 5:6].expand(-1, 5, -1))
+        assert not torch.equal(gate[:, 4], gate[:, 5])
+
+
+def test_reading_does_not_write_and_asks_as_if_next() -> None:
+    block = memory()
+    x = torch.randn(2, 7, 8, dtype=torch.float64)
+    _, state = block(x)
+    before = [t.clone() for _, t in tb.state.named_tensors(state)]
+    asked = block.read(x, state)
+    assert all(torch.equal(a, b) for a, (_, b) in zip(before, tb.state.named_tensors(state)))
+    # each token on its own: alone, in any company, and equal to what a read-only block answers next
+    assert torch.allclose(block.read(x[:, 3:4], state), asked[:, 3:4], atol=1e-12)
+    block.use = "read"
+    assert torch.allclose(block(x[:, 3:4], state)[0], asked[:, 3:4], atol=1e-12)
+
+
+def test_writing_is_forward_without_its_output() -> None:
+    block = memory()
+    x = torch.randn(2, 7, 8, dtype=torch.float64)
+    mask = torch.rand(2, 7) > 0.3
+    written, (_, expected) = block.write(x, block.init_state(2), mask), block(x, mask=mask)
+    for (path, a), (_, b) in zip(tb.state.named_tensors(written), tb.state.named_tensors(expected)):
+        assert torch.equal(a, b), path
+
+
+def test_uses() -> None:
+    x = torch.randn(1, 9, 8, dtype=torch.float64)
+    both, frozen, silent = (memory(use=use) for use in ("both", "read", "write"))
+    fresh = frozen.init_state(1)
+    assert all(torch.equal(a, b) for a, b in zip(frozen(x)[1].memory.weights, fresh.memory.weights))
+    y, state = silent(x)
+    assert not y.any()
+    assert all(torch.equal(a, b) for a, b in zip(state.memory.weights, both(x)[1].memory.weights))
+
+
+def test_a_fresh_memory_is_the_learned_one() -> None:
+    block = memory(learn_momentum=True)
+    state = block.init_state(3).memory
+    for part, learned in ((state.weights, block.initial_weights), (state.momentum, block.initial_momentum)):
+        assert all(torch.equal(w[1], p) and w.requires_grad for w, p in zip(part, learned))
+    assert all(w.any() for w in state.weights)
+
+
+def test_a_narrow_model_keeps_a_wide_state() -> None:
+    block = tb.build_block(SMALL, dim=8, dtype=torch.bfloat16)
+    y, state = block(torch.randn(1, 6, 8, dtype=torch.bfloat16))
+    assert y.dtype == torch.bfloat16
+    assert all(w.dtype == torch.float32 for w in (*state.memory.weights, *state.memory.momentum))
+
+
+def test_the_state_holds_no_more_than_itself() -> None:
+    block = memory()
+    with torch.no_grad():
+        for length in (10, 1000):
+            _, state = block(torch.randn(1, length, 8, dtype=torch.float64))
+            for path, tensor in tb.state.named_tensors(state):
+                assert tensor.untyped_storage().nbytes() <= 2 * tensor.nbytes, path
+
+
+def test_flops_count_the_products() -> None:
+    block = memory(dim=16, chunk=4, conv=0)
+    projections = 2 * (3 * 16 * 16 + 16 * 6 + 16 * 16 + 16 * 16)
+    weights, first, width = 2 * 8 * 16, 8 * 16, 8 + 16
+    per_head = 2 * weights + 2 * (weights - first) + 8 * weights + 2 * 4 * 2 * width
+    assert block.flops(8) == 8 * (projections + 2 * per_head)
+
+
+def test_what_does_not_fit_is_said() -> None:
+    with pytest.raises(RecipeError, match="5 heads do not divide the width 8"):
+        tb.build_block({"type": "memory", "heads": 5}, dim=8)
+    with pytest.raises(RecipeError, match="momentum is false"):
+        tb.build_block({"type": "memory", "momentum": False, "learn_momentum": True}, dim=8)
