@@ -142,8 +142,8 @@ class Attention(Block):
         if self.rope is not None:
             position = state.position[:1, None] if fresh else state.position[:, None]
             if time > 1:
-                ahead = _ahead(time, x.device) if time <= 8 else torch.arange(time, device=x.device)
-                position = position + ahead
+                kept = time <= 8 and not torch.compiler.is_compiling()
+                position = position + (_ahead(time, x.device) if kept else torch.arange(time, device=x.device))
             q, k = rotate(plain, position, self.rope).split_with_sizes((self.heads, self.kv_heads), dim=2)
 
         slots = state.keys.shape[1]

@@ -19,7 +19,7 @@ from ..kernels.memory.cost import memory_flops
 from ..kernels.normalisation import l2_norm, rms_norm
 from ..kernels.projection import project
 from ..registry import register
-from .block import Block
+from .block import Block, check_input
 from .linear import Linear
 
 
@@ -78,8 +78,11 @@ class NeuralMemory(Block):
         ] = "both",
         learn_momentum: Annotated[bool, Field(description="the initial momentum is learned too (else zero)")] = False,
         keep: Annotated[
-            int, Field(ge=1, description="chunks between states kept for backward: memory against time")
-        ] = 8,
+            int | None,
+            Field(
+                ge=1, description="chunks between states kept for backward; null: as few as fit a fixed share of memory"
+            ),
+        ] = None,
     ) -> None:
         super().__init__(dim)
         self.heads, self.chunk, self.activation, self.clip = heads, chunk, activation, clip
@@ -182,8 +185,11 @@ class NeuralMemory(Block):
 
     def forward(self, x: Tensor, state: NeuralMemoryState | None = None, *, mask: Tensor | None = None):
         """Write each token, then read it back. ``x``: ``[batch, time, dim]`` -> the same shape, and the new state."""
+        check_input(self, x, mask)
         if state is None:
             state = self.init_state(x.shape[0])
+        else:
+            self._check_state(x, state)
         if mask is None:
             return self._run(x, state, None)
         layout = align(mask)
@@ -193,7 +199,9 @@ class NeuralMemory(Block):
 
     def read(self, x: Tensor, state: NeuralMemoryState) -> Tensor:
         """What the memory answers to each token of ``x`` on its own, as if it came next; nothing is written."""
-        q = project(x, self.qkv.weight[: self.inner])
+        self._check_state(x, state)
+        check_input(self, x, None)
+        q = project(x, self.qkv.weight[: self.inner]).to(self.output_gain.dtype)
         if self.convolution is not None:
             taps = self.convolution[: self.inner].t()
             past = (state.convolution[..., : self.inner] * taps[:-1]).sum(1, keepdim=True)
@@ -209,7 +217,7 @@ class NeuralMemory(Block):
 
     def _run(self, x: Tensor, state: NeuralMemoryState, mask: Tensor | None, length: Tensor | None = None):
         """``forward`` for rows whose real tokens come first; ``mask`` is false behind them."""
-        qkv = self.qkv(x)
+        qkv = self.qkv(x).to(self.output_gain.dtype)  # under autocast too, what the state keeps is not narrowed
         history = state.convolution
         if self.convolution is not None:
             past = torch.cat([history, qkv], dim=1)
@@ -237,7 +245,7 @@ class NeuralMemory(Block):
 
     def _controls(self, x: Tensor, state: NeuralMemoryState, length: Tensor | None):
         """Step size, momentum and forgetting ``[batch, time, heads]``, in the state's dtype; and the held gates."""
-        raw = self.controls(x)
+        raw = self.controls(x).to(self.output_gain.dtype)
         held = state.gates
         if self.gates == "chunk":
             # a chunk's gates are those of its first token: causal, and the same however the sequence is cut
@@ -262,6 +270,19 @@ class NeuralMemory(Block):
         """Normalise per head, gate by the input, project."""
         y = rms_norm(y, self.output_gain).flatten(-2)
         return self.output(silu_gate(y, self.output_gate(x)))
+
+    def _check_state(self, x: Tensor, state: NeuralMemoryState) -> None:
+        if not isinstance(state, NeuralMemoryState):
+            raise TypeError(
+                f"memory: state: expected a NeuralMemoryState (init_state makes one), got {type(state).__name__}"
+            )
+        if state.memory.position.shape[0] != x.shape[0]:
+            raise ValueError(f"memory: state has {state.memory.position.shape[0]} rows: expected x's {x.shape[0]}")
+
+    def read_flops(self, length: int) -> int:
+        """FLOPs of ``read`` for ``length`` tokens: the query's projection, the network, gate and output."""
+        weights = sum(out * width for out, width in self.shapes)
+        return length * 2 * (3 * self.output.weight.numel() + self.heads * weights)
 
     def flops(self, length: int) -> int:
         projections = 2 * (self.qkv.weight.numel() + self.controls.weight.numel() + 2 * self.output.weight.numel())

@@ -224,14 +224,17 @@ def _joint(q: Tensor, k: Tensor, v: Tensor, prefix: Prefix, visible: Tensor | No
     """Both sets of scores, written out: few operators, each on ``[batch * kv_heads, ...]``."""
     rows, time, heads, d = q.shape
     kv_heads, always = k.shape[2], prefix.k.shape[1]
+    compiling = torch.compiler.is_compiling()  # which makes constants of its own
+    scale = d**-0.5 if compiling else _scale(d, q.dtype)
     pq, q = (x.transpose(1, 2).reshape(rows * kv_heads, -1, d) for x in (prefix.q, q))
     pk, k, pv, v = (x.transpose(1, 2).flatten(0, 1) for x in (prefix.k, k, prefix.v, v))
-    score = torch.cat((torch.bmm(pq, pk.mT), torch.bmm(q, k.mT)), dim=-1) * _scale(d, q.dtype)
+    score = torch.cat((torch.bmm(pq, pk.mT), torch.bmm(q, k.mT)), dim=-1) * scale
     if visible is not None:
         score.view(rows, heads, time, -1)[..., always:].masked_fill_(~visible, float("-inf"))
     elif causal:
         # the queries are the last tokens: only among themselves is any key ahead
-        score.view(rows, heads, time, -1)[..., -time:].masked_fill_(_ahead(time, q.device), float("-inf"))
+        ahead = (_ahead.__wrapped__ if compiling else _ahead)(time, q.device)
+        score.view(rows, heads, time, -1)[..., -time:].masked_fill_(ahead, float("-inf"))
     weight = score.softmax(dim=-1)
     y = torch.baddbmm(torch.bmm(weight[..., :always], pv), weight[..., always:], v)
     return y.view(rows, heads, time, d).transpose(1, 2)

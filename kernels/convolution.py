@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -53,7 +55,7 @@ class _Shifted(torch.autograd.Function):
     """Tiles of time, so that neither direction streams the sequence through memory once per tap."""
 
     @staticmethod
-    def forward(ctx, inputs: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor) -> Tensor:
         taps = weight.t().contiguous()  # a tap is then one dense row
         y = inputs.new_empty(inputs.shape[0], inputs.shape[1] - len(taps) + 1, inputs.shape[2])
         for start, stop in _tiles(y):
@@ -65,7 +67,7 @@ class _Shifted(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         inputs, weight = ctx.saved_tensors
         taps = weight.t().contiguous()
         grad_inputs, grad_taps = torch.zeros_like(inputs), torch.zeros_like(taps)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -48,12 +50,12 @@ def silu_gate(y: Tensor, g: Tensor) -> Tensor:
 
 class _SiluGate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y: Tensor, g: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, y: Tensor, g: Tensor) -> Tensor:
         ctx.save_for_backward(y, g)
         return F.silu(g).mul_(y)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         y, g = ctx.saved_tensors
         return F.silu(g).mul_(grad), torch.ops.aten.silu_backward(grad * y, g)

@@ -75,7 +75,7 @@ def survey_layers(recipe: recipes.Recipe) -> dict[str, Part]:
     """What each named layer is made of. Only one of each is built, and neither embedding nor head."""
     names = list(dict.fromkeys(recipe.expand()))
     model = recipes.build(dataclasses.replace(recipe, stack=names, vocab=None, tie=False))
-    return {name: survey_layer(layer, name, recipe) for name, layer in zip(names, model.layers)}  # type: ignore[arg-type]
+    return {name: survey_layer(layer, name, recipe) for name, layer in zip(names, model.layers)}
 
 
 def _memories() -> frozenset[str]:

@@ -51,17 +51,17 @@ class Work(NamedTuple):
         """The same buffers for a group of ``chunks`` chunks."""
         raw = [x[:chunks] for x in self.raw]
         errors = raw if self.errors is self.raw else [x[:chunks] for x in self.errors]
-        short = [[x[:chunks] for x in part] for part in (self.inputs, self.hidden, self.pulled)]
-        return Work([x[: chunks + 1] for x in self.stacks], *short, raw, errors)
+        inputs, hidden, pulled = ([x[:chunks] for x in part] for part in (self.inputs, self.hidden, self.pulled))
+        return Work([x[: chunks + 1] for x in self.stacks], inputs, hidden, pulled, raw, errors)
 
     def at(self, i: int | slice) -> Work:
         """Chunk ``i``, or several as one batch of ``chunks * rows``; stacks are those at chunk starts."""
         pick = (lambda x: x[i]) if isinstance(i, int) else (lambda x: x[i].flatten(0, 1))
         raw = [pick(x) for x in self.raw]
         errors = raw if self.errors is self.raw else [pick(x) for x in self.errors]
-        parts = [[pick(x) for x in part] for part in (self.inputs, self.hidden, self.pulled)]
+        inputs, hidden, pulled = ([pick(x) for x in part] for part in (self.inputs, self.hidden, self.pulled))
         chunks = len(self.raw[0])
-        return Work([pick(x[:chunks]) for x in self.stacks], *parts, raw, errors)
+        return Work([pick(x[:chunks]) for x in self.stacks], inputs, hidden, pulled, raw, errors)
 
 
 class Adjoint(NamedTuple):
@@ -87,7 +87,7 @@ class Scratch:
     _local = threading.local()
 
     def __init__(self, like: Tensor) -> None:
-        self._options = dict(dtype=like.dtype, device=like.device)
+        self._dtype, self._device = like.dtype, like.device
         self._buffers: dict[str, Tensor] = {}
 
     @classmethod
@@ -105,7 +105,7 @@ class Scratch:
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < size:
             with torch.inference_mode(False):
-                buffer = self._buffers[name] = torch.empty(size, **self._options)
+                buffer = self._buffers[name] = torch.empty(size, dtype=self._dtype, device=self._device)
         return buffer[:size].view(shape)
 
     def release(self) -> None:

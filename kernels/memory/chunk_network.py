@@ -5,7 +5,7 @@ Tensors are ``[chunks, rows, b, width]``; errors ``d`` are half gradients, and t
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -105,7 +105,7 @@ class ChunkNetwork:
         assert self.clip is not None
         error_squares = [square_sum(x) for x in errors]
         input_squares = [square_sum(x) for x in inputs]
-        square = sum(d * a for d, a in zip(error_squares, input_squares)) * 4
+        square = cast(Tensor, sum(d * a for d, a in zip(error_squares, input_squares))) * 4
         return self.clip / square.sqrt().clamp_(min=self.clip), square, error_squares, input_squares
 
     # -- read ----------------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ class ChunkNetwork:
         return torch.addcmul(queries, torch.native_layer_norm(y, y.shape[-1:], None, None, EPS)[0], self.gain), asked
 
     def read_backward(
-        self, grad_y, queries, decay: ChunkDecay, written: Work, asked: list[Tensor], grad: Adjoint
+        self, grad_y: Tensor, queries: Tensor, decay: ChunkDecay, written: Work, asked: list[Tensor], grad: Adjoint
     ) -> ReadGrad:
         """Fills ``grad`` (its last stack apart), given each layer's ``Z_l``."""
         work = written.at(slice(None))
@@ -187,7 +187,14 @@ class ChunkNetwork:
     # -- backward of write -----------------------------------------------------------------------------------------
 
     def write_backward(
-        self, keys, values, decay: ChunkDecay, written: Work, grad: Adjoint, anchor, grad_anchor
+        self,
+        keys: Tensor,
+        values: Tensor,
+        decay: ChunkDecay,
+        written: Work,
+        grad: Adjoint,
+        anchor: list[Tensor] | None,
+        grad_anchor: list[Tensor] | None,
     ) -> WriteGrad:
         """Chunk by chunk in reverse, from the gradient of the state after the group in ``grad.stacks[l][-1]``.
 
@@ -200,21 +207,20 @@ class ChunkNetwork:
         weighed = [self._spread(decay.write, d, f"weighed {l}") for l, d in enumerate(written.errors)]
         back = [self.scratch(f"back {l}", *x.shape) for l, x in enumerate(weighed)]
         # z_l is needed no more once its slope and curvature are known, nor is what was pulled
-        slopes: list[Tensor | None] = [None] * (layers - 1)
+        slopes: list[Tensor] = []
         curvatures: list[Tensor | None] = [None] * (layers - 1)
         for l, (z, pulled) in enumerate(zip(written.hidden, written.pulled)):
             if self.activation.second is not None:
                 curvatures[l] = pulled.mul_(
                     self.activation.second(z, self.scratch("second", *z.shape), self.scratch("square", *z.shape))
                 )
-            slopes[l] = self.activation.pull(self.scratch("second", *z.shape).fill_(1), z, out=z)
+            slopes.append(self.activation.pull(self.scratch("second", *z.shape).fill_(1), z, out=z))
         write = decay.write.unsqueeze(-1)
         for i in range(len(keys) - 1, -1, -1):
-            own = anchor is not None and i == 0
             now = written.at(i)
-            weights = anchor if own else [stack[:, 0] for stack in now.stacks]
+            weights = anchor if anchor is not None and i == 0 else [stack[:, 0] for stack in now.stacks]
             before = [buffer[i] for buffer in grad.stacks]
-            onto = grad_anchor if own else [x[:, 0] for x in before]
+            onto = grad_anchor if grad_anchor is not None and i == 0 else [x[:, 0] for x in before]
             grad_inputs, grad_errors = [x[i] for x in grad.inputs], [x[i] for x in grad.errors]
             for l in range(layers):
                 later = grad.stacks[l][i + 1]
@@ -231,24 +237,23 @@ class ChunkNetwork:
             pushed: list[Tensor] = []
             for l in range(layers - 1):
                 g = grad_errors[l]
-                below[l] = (
-                    None
-                    if curvatures[l] is None
-                    else torch.mul(g, curvatures[l][i], out=self.scratch(f"below {l}", *g.shape))
-                )
+                curved = curvatures[l]
+                if curved is not None:
+                    below[l] = torch.mul(g, curved[i], out=self.scratch(f"below {l}", *g.shape))
                 pushed.append(g.mul_(slopes[l][i]))
                 grad_errors[l + 1].baddbmm_(pushed[-1], weights[l + 1].mT)
             # ... and then the inputs' gradient runs down
             g = grad_errors[-1]
-            if self.gain is not None:
+            if grad_gain is not None:
                 g = self._error_backward(
                     keys[i], values[i], now.hidden[-1], now.raw[-1], g, grad_inputs[0], grad_gain, grad_values[i]
                 )
             for l in range(layers - 1, -1, -1):
                 if l < layers - 1:
                     g = grad_inputs[l + 1].mul_(slopes[l][i])
-                    if below[l] is not None:
-                        g += below[l]
+                    bent = below[l]
+                    if bent is not None:
+                        g += bent
                 both = torch.bmm(g.mT, now.inputs[l], out=self.scratch("both", *weights[l].shape))
                 if l:
                     both.baddbmm_(now.raw[l].mT, pushed[l - 1])
@@ -276,12 +281,23 @@ class ChunkNetwork:
             g.mul_(scale.unsqueeze(-1)).addcmul_(d, (grad_square * aa).unsqueeze(-1))
             h.addcmul_(a, (grad_square * dd).unsqueeze(-1))
 
-    def _error_backward(self, key, value, z, error, g, grad_key, grad_gain, grad_value) -> Tensor:
+    def _error_backward(
+        self,
+        key: Tensor,
+        value: Tensor,
+        z: Tensor,
+        error: Tensor,
+        g: Tensor,
+        grad_key: Tensor,
+        grad_gain: Tensor,
+        grad_value: Tensor,
+    ) -> Tensor:
         """From the error ``J ((M(k) - v) * gain)`` to the last layer's output (returned), key, value and gain.
 
         ``J = (I - 1 1^T / d - n n^T / d) / sigma`` is LayerNorm's Jacobian at ``z``; it is symmetric.
         """
         gain = self.gain
+        assert gain is not None
         n, _, inverse = torch.native_layer_norm(z, z.shape[-1:], None, None, EPS)
         miss = torch.addcmul(key, n, gain).sub_(value)
         pushed = miss * gain

@@ -16,11 +16,12 @@ what a caller gets never lies in them.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
+from ..precision import full_precision
 from .activation import ACTIVATIONS
 from .buffers import Adjoint, Scratch, Work
 from .chunk_network import ChunkNetwork
@@ -81,7 +82,20 @@ def chunkwise_memory(
 
 class _Chunkwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, plan: Plan, layers: int, real, q, k, v, theta, eta, alpha, gain, *state):  # type: ignore[override]
+    def forward(
+        ctx: Any,
+        plan: Plan,
+        layers: int,
+        real: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        theta: Tensor,
+        eta: Tensor | None,
+        alpha: Tensor | None,
+        gain: Tensor | None,
+        *state: Tensor,
+    ) -> tuple[Tensor, ...]:
         batch, time, heads, _ = q.shape
         s = 1 if eta is None else 2
         anchor = [_rows(w) for w in state[s * layers :]] or None
@@ -107,7 +121,8 @@ class _Chunkwise(torch.autograd.Function):
         hidden = [token(x) for x in stacks] if hidden_kept else []
         asked = [token(x) for x in stacks] if hidden_kept else []
         for group, (first, tokens) in enumerate(_groups(chunks, size, plan.chunk)):
-            decay = chunk_decay(*(_chunks(x, tokens, plan) for x in (theta, eta, alpha, real)), plan.read_after)
+            eta_, alpha_, real_ = (None if x is None else _chunks(x, tokens, plan) for x in (eta, alpha, real))
+            decay = chunk_decay(_chunks(theta, tokens, plan), eta_, alpha_, real_, plan.read_after)
             span = slice(first, first + decay.mix.shape[0])
             written = work.first(decay.mix.shape[0])
             if hidden_kept:
@@ -136,76 +151,81 @@ class _Chunkwise(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_y: Tensor, *grad_state: Tensor):  # type: ignore[override]
-        plan, layers, size = ctx.plan, ctx.layers, ctx.size
-        q, k, v, theta, eta, alpha, gain, *rest = ctx.saved_tensors
-        hidden, asked = (rest[:layers], rest[layers : 2 * layers]) if ctx.hidden_kept else ([], [])
-        kept = rest[-layers:]
-        anchor = [_rows(w) for w in rest[2 * layers if ctx.hidden_kept else 0 : -layers]] or None
-        batch, time, heads, _ = q.shape
-        s = 1 if eta is None else 2
-        chunks = time // plan.chunk
-        scratch = Scratch.of(q)
-        gain_rows = None if gain is None else per_row(gain, batch)
-        net = ChunkNetwork(ACTIVATIONS[plan.activation], gain_rows, plan.clip, scratch)
-        work = Work.allocate(size, batch * heads, plan.chunk, kept, scratch, pulled=True, clipped=plan.clip is not None)
-        adjoint = Adjoint.allocate(work, scratch)
+        with full_precision(grad_y.device.type):
+            return _backward(ctx, grad_y, *grad_state)
 
-        inputs = dict(q=q, k=k, v=v, theta=theta, eta=eta, alpha=alpha)
-        grads = {name: None if x is None else x.new_empty(x.shape) for name, x in inputs.items()}
-        grad_gain = None if net.gain is None else torch.zeros_like(net.gain)
-        grad_anchor = [torch.zeros_like(w) for w in anchor] if anchor else None
-        grad_end = [
-            torch.stack([_rows(grad_state[l + part * layers]) for part in range(s)], dim=1) for l in range(layers)
-        ]
-        for group, (first, tokens) in reversed(list(enumerate(_groups(chunks, size, plan.chunk)))):
-            with torch.enable_grad():
-                gates = [None if x is None else _chunks(x, tokens, plan).requires_grad_() for x in (theta, eta, alpha)]
-                graph = chunk_decay(*gates, _chunks(ctx.real, tokens, plan), plan.read_after)
-            decay = ChunkDecay(*(x.detach() for x in graph))
-            keys, values, queries = (_chunks(x, tokens, plan) for x in (k, v, q))
-            own = anchor if first == 0 else None
-            written, grad = work.first(len(keys)), adjoint.first(len(keys))
-            for buffer, end in zip(grad.stacks, grad_end):
-                buffer[-1] = end  # before anything else: it may lie in the first place of these same buffers
-            span = slice(first, first + len(keys))
-            if ctx.hidden_kept:
-                for buffer, store in zip(written.hidden, hidden):
-                    buffer.copy_(store[span])
-            if ctx.all_kept:
-                written.stacks[:] = [store[span] for store in kept]
-                net.recall(keys, values, written, own, hidden_known=ctx.hidden_kept)
-            else:
-                for buffer, store in zip(written.stacks, kept):
-                    buffer[0] = store[group]
-                net.advance(keys, values, decay, written, own)
-            if ctx.hidden_kept:
-                reading = [x[span] for x in asked]
-            else:
-                reading = [net.scratch(f"asked {l}", *x.shape) for l, x in enumerate(written.hidden)]
-                net.read(queries, decay, written, reading)
-            grad_read = net.read_backward(_chunks(grad_y, tokens, plan), queries, decay, written, reading, grad)
-            grad_write = net.write_backward(keys, values, decay, written, grad, own, grad_anchor if own else None)
-            grad_end = [buffer[0] for buffer in grad.stacks]
 
-            for name, value in (("q", grad_read.queries), ("k", grad.inputs[0]), ("v", grad_write.values)):
-                _scatter(grads[name], value, tokens, plan)
-            reached = [
-                (x, g)
-                for x, g in zip(graph, (grad_read.read, grad_read.carry, grad_write.write, grad_write.mix))
-                if x.requires_grad
+def _backward(ctx: Any, grad_y: Tensor, *grad_state: Tensor):
+    plan, layers, size = ctx.plan, ctx.layers, ctx.size
+    q, k, v, theta, eta, alpha, gain, *rest = ctx.saved_tensors
+    hidden, asked = (rest[:layers], rest[layers : 2 * layers]) if ctx.hidden_kept else ([], [])
+    kept = rest[-layers:]
+    anchor = [_rows(w) for w in rest[2 * layers if ctx.hidden_kept else 0 : -layers]] or None
+    batch, time, heads, _ = q.shape
+    s = 1 if eta is None else 2
+    chunks = time // plan.chunk
+    scratch = Scratch.of(q)
+    gain_rows = None if gain is None else per_row(gain, batch)
+    net = ChunkNetwork(ACTIVATIONS[plan.activation], gain_rows, plan.clip, scratch)
+    work = Work.allocate(size, batch * heads, plan.chunk, kept, scratch, pulled=True, clipped=plan.clip is not None)
+    adjoint = Adjoint.allocate(work, scratch)
+
+    inputs = dict(q=q, k=k, v=v, theta=theta, eta=eta, alpha=alpha)
+    grads: dict[str, Any] = {name: None if x is None else x.new_empty(x.shape) for name, x in inputs.items()}
+    grad_gain: Any = None if net.gain is None else torch.zeros_like(net.gain)
+    grad_anchor = [torch.zeros_like(w) for w in anchor] if anchor else None
+    grad_end = [torch.stack([_rows(grad_state[l + part * layers]) for part in range(s)], dim=1) for l in range(layers)]
+    for group, (first, tokens) in reversed(list(enumerate(_groups(chunks, size, plan.chunk)))):
+        with torch.enable_grad():
+            gates: list[Any] = [
+                None if x is None else _chunks(x, tokens, plan).requires_grad_() for x in (theta, eta, alpha)
             ]
-            wanted = [x for x in gates if x is not None]
-            pulled = iter(torch.autograd.grad([x for x, _ in reached], wanted, [g for _, g in reached]))
-            for name, x in zip(("theta", "eta", "alpha"), gates):
-                if x is not None:
-                    _scatter(grads[name], next(pulled), tokens, plan)
-            if grad_gain is not None:
-                grad_gain += grad_read.gain + grad_write.gain
-        scratch.release()
-        state = [stack[:, part].clone() for part in range(s) for stack in grad_end] + (grad_anchor or [])
-        if grad_gain is not None:
-            grad_gain = grad_gain.view(batch, heads, -1).sum(0)
-        return (None, None, None, *grads.values(), grad_gain, *(x.unflatten(0, (batch, heads)) for x in state))
+            graph = chunk_decay(gates[0], gates[1], gates[2], _chunks(ctx.real, tokens, plan), plan.read_after)
+        decay = ChunkDecay(*(x.detach() for x in graph))
+        keys, values, queries = (_chunks(x, tokens, plan) for x in (k, v, q))
+        own = anchor if first == 0 else None
+        written, grad = work.first(len(keys)), adjoint.first(len(keys))
+        for buffer, end in zip(grad.stacks, grad_end):
+            buffer[-1] = end  # before anything else: it may lie in the first place of these same buffers
+        span = slice(first, first + len(keys))
+        if ctx.hidden_kept:
+            for buffer, store in zip(written.hidden, hidden):
+                buffer.copy_(store[span])
+        if ctx.all_kept:
+            written.stacks[:] = [store[span] for store in kept]
+            net.recall(keys, values, written, own, hidden_known=ctx.hidden_kept)
+        else:
+            for buffer, store in zip(written.stacks, kept):
+                buffer[0] = store[group]
+            net.advance(keys, values, decay, written, own)
+        if ctx.hidden_kept:
+            reading = [x[span] for x in asked]
+        else:
+            reading = [net.scratch(f"asked {l}", *x.shape) for l, x in enumerate(written.hidden)]
+            net.read(queries, decay, written, reading)
+        grad_read = net.read_backward(_chunks(grad_y, tokens, plan), queries, decay, written, reading, grad)
+        grad_write = net.write_backward(keys, values, decay, written, grad, own, grad_anchor if own else None)
+        grad_end = [buffer[0] for buffer in grad.stacks]
+
+        for name, value in (("q", grad_read.queries), ("k", grad.inputs[0]), ("v", grad_write.values)):
+            _scatter(grads[name], value, tokens, plan)
+        reached = [
+            (x, g)
+            for x, g in zip(graph, (grad_read.read, grad_read.carry, grad_write.write, grad_write.mix))
+            if x.requires_grad
+        ]
+        wanted = [x for x in gates if x is not None]
+        pulled = iter(torch.autograd.grad([x for x, _ in reached], wanted, [g for _, g in reached]))
+        for name, x in zip(("theta", "eta", "alpha"), gates):
+            if x is not None:
+                _scatter(grads[name], next(pulled), tokens, plan)
+        if grad_read.gain is not None and grad_write.gain is not None:
+            grad_gain += grad_read.gain + grad_write.gain
+    scratch.release()
+    state = [stack[:, part].clone() for part in range(s) for stack in grad_end] + (grad_anchor or [])
+    if grad_gain is not None:
+        grad_gain = grad_gain.view(batch, heads, -1).sum(0)
+    return (None, None, None, *grads.values(), grad_gain, *(x.unflatten(0, (batch, heads)) for x in state))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -231,6 +251,10 @@ def _view(x: Tensor, tokens: slice, plan: Plan) -> Tensor:
     return x[:, tokens].unflatten(1, (-1, plan.chunk)).movedim(3, 1).movedim(2, 0)
 
 
+@overload
+def _chunks(x: Tensor, tokens: slice, plan: Plan) -> Tensor: ...
+@overload
+def _chunks(x: None, tokens: slice, plan: Plan) -> None: ...
 def _chunks(x: Tensor | None, tokens: slice, plan: Plan) -> Tensor | None:
     """``[batch, time, heads, ...]`` -> the group's ``[chunks, rows, b, ...]``, detached and contiguous."""
     return None if x is None else _view(x.detach(), tokens, plan).contiguous().flatten(1, 2)

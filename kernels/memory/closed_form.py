@@ -6,6 +6,8 @@ Independent of ``reference`` (no autograd inside: the errors are back-propagated
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -38,9 +40,13 @@ def _products(factors: Tensor) -> Tensor:
     return full * (r <= t + 1).squeeze(-1).to(factors)
 
 
-def _errors(weights, keys, values, activation, gain):
+def _errors(
+    weights: list[Tensor], keys: Tensor, values: Tensor, activation: str, gain: Tensor | None
+) -> tuple[list[Tensor], list[Tensor]]:
     """Inputs ``a_l`` and half-gradients ``d_l`` of every layer; keys ``[heads, b, d]``."""
-    inputs, slopes, h = [], [], keys
+    inputs: list[Tensor] = []
+    slopes: list[Tensor] = []
+    h = keys
     for layer, weight in enumerate(weights):
         if layer:
             h, slope = _value_and_slope(h, activation)
@@ -92,8 +98,8 @@ def closed_form_memory(
             if at % chunk == 0:
                 anchor = weights
             stop = min(done + chunk - at % chunk, len(real))
-            piece = [None if x is None else x[:, done:stop] for x in picked]
-            y, weights, momentum = _chunk(*piece, weights, momentum, anchor, activation, norm, clip, read)
+            piece: list[Any] = [None if x is None else x[:, done:stop] for x in picked]
+            y, weights, momentum = _chunk(piece, weights, momentum, anchor, activation, norm, clip, read)
             pieces.append(y)
             at, done = at + stop - done, stop
         if len(real) and at % chunk == 0:
@@ -102,26 +108,35 @@ def closed_form_memory(
         if pieces:
             y = y.index_copy(0, real, torch.cat(pieces, 1).transpose(0, 1))
         results.append((y, weights, momentum, anchor))
-    y, weights, momentum, anchor = zip(*results)
+    ys, *parts = zip(*results)
     count = torch.full_like(state.position, time) if mask is None else mask.sum(1)
-    gather = lambda rows: tuple(torch.stack(layer) for layer in zip(*rows))  # noqa: E731
-    return torch.stack(y), MemoryState(gather(weights), gather(momentum), gather(anchor), state.position + count)
+    new = [tuple(torch.stack(layer) for layer in zip(*part)) for part in parts]
+    return torch.stack(ys), MemoryState(new[0], new[1], new[2], state.position + count)
 
 
-def _chunk(q, k, v, theta, eta, alpha, weights, momentum, anchor, activation, gain, clip, read):
+def _chunk(
+    piece: list[Any],
+    weights: list[Tensor],
+    momentum: list[Tensor],
+    anchor: list[Tensor],
+    activation: str,
+    gain: Tensor | None,
+    clip: float | None,
+    read: str,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    q, k, v, theta, eta, alpha = piece
     inputs, errors = _errors(anchor, k, v, activation, gain)
     gradients = [2 * error for error in errors]
     if clip is not None:
-        length = sum(g.square().sum(-1) * a.square().sum(-1) for g, a in zip(gradients, inputs)).sqrt()
+        length = torch.as_tensor(sum(g.square().sum(-1) * a.square().sum(-1) for g, a in zip(gradients, inputs))).sqrt()
         theta = theta * clip / length.clamp(min=clip)
     decay = _products(torch.ones_like(theta) if alpha is None else 1 - alpha)
     lasting = _products(torch.zeros_like(theta) if eta is None else eta)
     A, D, E, H = decay[..., 0], decay[..., 1:], lasting[..., 0], lasting[..., 1:]
     C, m = D @ H, (D @ E.unsqueeze(-1)).squeeze(-1)
+    keep_momentum = momentum if eta is None or not momentum else None
     if not momentum:
-        momentum, keep_momentum = [torch.zeros_like(w) for w in weights], ()
-    else:
-        keep_momentum = momentum if eta is None else None
+        momentum = [torch.zeros_like(w) for w in weights]
     if read == "after":
         Ar, mr, Cr = A, m, C
     else:

@@ -7,7 +7,7 @@ and so is the gradient at it.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 
 class _IntervalProducts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, factors: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(ctx: Any, factors: Tensor) -> tuple[Tensor, Tensor]:
         # column r accumulates f_{r+1}, f_{r+2}, ... after ones up to the diagonal
         b = factors.shape[-1]
         ones = torch.ones(b, b, dtype=factors.dtype, device=factors.device)
@@ -26,7 +26,7 @@ class _IntervalProducts(torch.autograd.Function):
         return products, start
 
     @staticmethod
-    def backward(ctx, grad: Tensor, grad_start: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, grad_start: Tensor) -> Tensor:
         # dP[t, r] / df_j = P[t, j] P[j-1, r] for r < j <= t: the product with the factor itself left out
         products, start = ctx.saved_tensors
         before = torch.cat([torch.ones_like(start[..., :1]), start[..., :-1]], dim=-1)

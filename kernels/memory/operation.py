@@ -6,15 +6,13 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Backend, Operation
+from ..precision import full_precision
 from .activation import ACTIVATIONS
 from .closed_form import closed_form_memory
 from .pieces import piecewise_memory
 from .reference import reference_memory
 from .state import MemoryState
 from .step import step_memory
-
-KEEP = 8
-"""Chunks between kept states: eight chunks' working set fits a CPU's cache, and little is kept."""
 
 
 def titans_memory(
@@ -75,9 +73,8 @@ def titans_memory(
     )
     compute = torch.promote_types(torch.promote_types(q.dtype, state.weights[0].dtype), torch.float32)
     if any(x is not None and x.dtype != compute for x in tensors):
-        q_, k, v, theta, eta, alpha, norm = (
-            None if x is None else x.to(compute) for x in (q, k, v, theta, eta, alpha, norm)
-        )
+        q_, k, v, theta = (x.to(compute) for x in (q, k, v, theta))
+        eta, alpha, norm = (None if x is None else x.to(compute) for x in (eta, alpha, norm))
         cast = lambda part: tuple(x.to(compute) for x in part)  # noqa: E731
         state = MemoryState(cast(state.weights), cast(state.momentum), cast(state.anchor), state.position)
     else:
@@ -85,7 +82,8 @@ def titans_memory(
     options = dict(chunk=chunk, activation=activation, norm=norm, mask=mask, clip=clip, read=read)
     if run is piecewise_memory:
         options["keep"] = keep
-    y, state = run(q_, k, v, theta, eta, alpha, state, **options)
+    with full_precision(q.device.type):
+        y, state = run(q_, k, v, theta, eta, alpha, state, **options)
     return y.to(q.dtype), state
 
 
@@ -106,29 +104,55 @@ MEMORY = Operation(
 )
 
 
-def _check(q, k, v, theta, eta, alpha, state, chunk, activation, norm, mask, clip, read, keep) -> None:
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    theta: Tensor,
+    eta: Tensor | None,
+    alpha: Tensor | None,
+    state: MemoryState,
+    chunk: int,
+    activation: str,
+    norm: Tensor | None,
+    mask: Tensor | None,
+    clip: float | None,
+    read: str,
+    keep: int | None,
+) -> None:
+    """Cheap when all is well, for decoding pays it at every token; messages are made only for what is wrong."""
     if not isinstance(state, MemoryState):
         raise TypeError(f"state: expected a MemoryState (MemoryState.fresh(weights)), got {type(state).__name__}")
+    for name, part in (("weights", state.weights), ("momentum", state.momentum), ("anchor", state.anchor)):
+        if not isinstance(part, tuple):
+            raise TypeError(f"state.{name}: expected a tuple of tensors, got {type(part).__name__}")
+    tensors = [("q", q), ("k", k), ("v", v), ("theta", theta)]
+    tensors += [(n, x) for n, x in (("eta", eta), ("alpha", alpha), ("norm", norm)) if x is not None]
+    stacks = [("weights", state.weights), ("momentum", state.momentum), ("anchor", state.anchor)]
+    tensors += [(f"state.{n}[{l}]", w) for n, part in stacks for l, w in enumerate(part)]
+    for name, x in tensors:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+        if not x.is_floating_point():
+            raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name}: expected device {q.device} as q, got {x.device}")
     if q.dim() != 4:
         raise ValueError(f"q: expected [batch, time, heads, d_in], got {list(q.shape)}")
     batch, time, heads, d_in = q.shape
     if v.dim() != 4:
         raise ValueError(f"v: expected [batch, time, heads, d_out], got {list(v.shape)}")
     d_out = v.shape[3]
-    gates = [("theta", theta)] + [(n, x) for n, x in (("eta", eta), ("alpha", alpha)) if x is not None]
-    per_token, device = (batch, time, heads), q.device
+    per_token = (batch, time, heads)
     for name, x, shape in (
-        ("q", q, q.shape),
         ("k", k, q.shape),
         ("v", v, (*per_token, d_out)),
-        *((name, x, per_token) for name, x in gates),
+        ("theta", theta, per_token),
+        ("eta", eta, per_token),
+        ("alpha", alpha, per_token),
     ):
-        if x.shape != shape:
+        if x is not None and x.shape != shape:
             raise ValueError(f"{name}: expected {list(shape)} to go with q {list(q.shape)}, got {list(x.shape)}")
-        if not x.is_floating_point():
-            raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
-        if x.device != device:
-            raise ValueError(f"{name}: expected device {device} as q, got {x.device}")
     if not state.weights:
         raise ValueError("state.weights: expected at least one layer, got none")
     width = d_in
@@ -140,14 +164,12 @@ def _check(q, k, v, theta, eta, alpha, state, chunk, activation, norm, mask, cli
                 f"got {list(w.shape)}"
             )
         width = shape[2]
-        if w.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"state.weights[{l}]: expected float32 or float64, got {w.dtype}")
-        if w.device != device:
-            raise ValueError(f"state.weights[{l}]: expected device {device} as q, got {w.device}")
     if width != d_out:
         raise ValueError(f"state.weights[{len(state.weights) - 1}]: expected out={d_out} to go with v, got {width}")
-    shapes = [w.shape for w in state.weights]
-    for name, part in (("momentum", state.momentum), ("anchor", state.anchor)):
+    shapes, dtype = [w.shape for w in state.weights], state.weights[0].dtype
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"state.weights[0]: expected float32 or float64, got {dtype}")
+    for name, part in stacks:
         if name == "momentum" and eta is None and not part:
             continue
         if [x.shape for x in part] != shapes:
@@ -155,22 +177,31 @@ def _check(q, k, v, theta, eta, alpha, state, chunk, activation, norm, mask, cli
                 f"state.{name}: expected the shapes of state.weights {[list(w.shape) for w in state.weights]}, "
                 f"got {[list(x.shape) for x in part]}"
             )
-    if state.position.shape != (batch,) or state.position.dtype != torch.int64:
-        raise ValueError(
-            f"state.position: expected int64 [{batch}], got {state.position.dtype} {list(state.position.shape)}"
-        )
+        for l, x in enumerate(part):
+            if x.dtype != dtype:
+                raise TypeError(f"state.{name}[{l}]: expected {dtype} as state.weights[0], got {x.dtype}")
+    position = state.position
+    if not isinstance(position, Tensor) or position.shape != (batch,) or position.dtype != torch.int64:
+        got = f"{position.dtype} {list(position.shape)}" if isinstance(position, Tensor) else repr(position)
+        raise ValueError(f"state.position: expected int64 [{batch}], got {got}")
+    if position.device != q.device:
+        raise ValueError(f"state.position: expected device {q.device} as q, got {position.device}")
     if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
         raise ValueError(f"chunk: expected a whole number of tokens >= 1, got {chunk!r}")
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(sorted(ACTIVATIONS))}, got {activation!r}")
     if norm is not None:
         if d_in != d_out:
             raise ValueError(f"norm: a residual memory needs d_in = d_out, got {d_in} and {d_out}")
         if norm.shape != (heads, d_out):
             raise ValueError(f"norm: expected a gain [heads={heads}, d_out={d_out}], got {list(norm.shape)}")
-    if mask is not None and (mask.shape != (batch, time) or mask.dtype != torch.bool):
-        raise ValueError(f"mask: expected bool [{batch}, {time}], got {mask.dtype} {list(mask.shape)}")
-    if clip is not None and not clip > 0:
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.shape != (batch, time) or mask.dtype != torch.bool:
+            got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
+            raise ValueError(f"mask: expected bool [{batch}, {time}], got {got}")
+        if mask.device != q.device:
+            raise ValueError(f"mask: expected device {q.device} as q, got {mask.device}")
+    if clip is not None and not (isinstance(clip, (int, float)) and clip > 0):
         raise ValueError(f"clip: expected a norm > 0 or None, got {clip!r}")
     if read not in ("after", "before"):
         raise ValueError(f"read: expected 'after' or 'before', got {read!r}")

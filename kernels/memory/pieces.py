@@ -37,7 +37,18 @@ def piecewise_memory(
     return _ragged(q, k, v, theta, eta, alpha, state, norm, phases, mask, plan)
 
 
-def _aligned(q, k, v, theta, eta, alpha, state: MemoryState, norm, phase: int, plan: Plan):
+def _aligned(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    theta: Tensor,
+    eta: Tensor | None,
+    alpha: Tensor | None,
+    state: MemoryState,
+    norm: Tensor | None,
+    phase: int,
+    plan: Plan,
+) -> tuple[Tensor, MemoryState]:
     """All rows at one phase: the rest of the running chunk, then whole chunks, then the beginning of the last."""
     time, chunk = q.shape[1], plan.chunk
     head = min(time, chunk - phase) if phase else 0
@@ -48,12 +59,17 @@ def _aligned(q, k, v, theta, eta, alpha, state: MemoryState, norm, phase: int, p
     for size, length in ((head, head), (chunk, whole), (time - head - whole, time - head - whole)):
         if length == 0:
             continue
-        piece = [None if x is None else x[:, start : start + length] for x in (q, k, v, theta, eta, alpha)]
+        tokens = slice(start, start + length)
         inside = start == 0 and phase > 0
         if not inside:
             anchor = weights
         y, weights, after = chunkwise_memory(
-            *piece,
+            q[:, tokens],
+            k[:, tokens],
+            v[:, tokens],
+            theta[:, tokens],
+            None if eta is None else eta[:, tokens],
+            None if alpha is None else alpha[:, tokens],
             norm,
             weights,
             momentum if eta is not None else (),
@@ -70,7 +86,19 @@ def _aligned(q, k, v, theta, eta, alpha, state: MemoryState, norm, phase: int, p
     return y, MemoryState(tuple(weights), tuple(momentum), tuple(anchor), state.position + time)
 
 
-def _ragged(q, k, v, theta, eta, alpha, state: MemoryState, norm, phases: list[int], mask: Tensor | None, plan: Plan):
+def _ragged(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    theta: Tensor,
+    eta: Tensor | None,
+    alpha: Tensor | None,
+    state: MemoryState,
+    norm: Tensor | None,
+    phases: list[int],
+    mask: Tensor | None,
+    plan: Plan,
+) -> tuple[Tensor, MemoryState]:
     """Rows at different phases, or masked tokens: every row takes its place in a grid of chunks.
 
     Empty slots are identity updates (theta = 0, alpha = 0, eta = 1, and no momentum added). A row's anchor is the
@@ -84,6 +112,8 @@ def _ragged(q, k, v, theta, eta, alpha, state: MemoryState, norm, phases: list[i
     if layout.source.shape[1] > chunk:
         layout = align(mask, phase, multiple=chunk)
     slots = layout.source.shape[1]
+    if slots == 0:  # every token is masked, and every row at a chunk start
+        return torch.zeros_like(v), state
     size = min(slots, chunk)
     q, k, v, theta = (layout.spread(x) for x in (q, k, v, theta))
     eta = None if eta is None else layout.spread(eta, empty=1.0)
@@ -98,9 +128,13 @@ def _ragged(q, k, v, theta, eta, alpha, state: MemoryState, norm, phases: list[i
     done = 0
     for stop in sorted({*last_chunk.tolist(), -(-slots // chunk)} - {0}):
         tokens = slice(done * size, stop * size)
-        piece = [None if x is None else x[:, tokens] for x in (q, k, v, theta, eta, alpha)]
         y, weights, after = chunkwise_memory(
-            *piece,
+            q[:, tokens],
+            k[:, tokens],
+            v[:, tokens],
+            theta[:, tokens],
+            None if eta is None else eta[:, tokens],
+            None if alpha is None else alpha[:, tokens],
             norm,
             weights,
             momentum if eta is not None else (),
@@ -113,5 +147,5 @@ def _ragged(q, k, v, theta, eta, alpha, state: MemoryState, norm, phases: list[i
         done = stop
         anchor = pick(last_chunk == stop, weights, anchor)
     anchor = pick(layout.length > 0, anchor, state.anchor)
-    y = layout.collect(torch.cat(outputs, 1)) if outputs else torch.zeros_like(v)
+    y = layout.collect(torch.cat(outputs, 1))
     return y, MemoryState(tuple(weights), tuple(momentum), tuple(anchor), state.position + layout.length)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..precision import full_precision
 from .activation import ACTIVATIONS
 
 EPS = 1e-6
@@ -24,14 +26,15 @@ def read_memory(q: Tensor, weights: tuple[Tensor, ...], activation: str = "gelu"
     Returns:
         ``[batch, time, heads, d_out]`` in the dtype of ``q``; computed in the weights' dtype.
     """
-    batch, time, heads, _ = q.shape
-    if time == 1 and not _tracked(q, norm, *weights) and q.dtype == weights[0].dtype:
-        gain = None if norm is None else per_row(norm, batch)
-        y = answer(q.reshape(batch * heads, 1, -1), [w.flatten(0, 1) for w in weights], activation, gain)
-        return y.view(batch, 1, heads, -1)
-    if _tracked(q, norm, *weights):
-        return _Recomputed.apply(activation, q, norm, *weights)
-    return _through(q, weights, activation, norm)
+    with full_precision(q.device.type):
+        batch, time, heads, _ = q.shape
+        if _tracked(q, norm, *weights):
+            return _Recomputed.apply(activation, q, norm, *weights)
+        if time == 1 and q.dtype == weights[0].dtype:
+            gain = None if norm is None else per_row(norm, batch)
+            y = answer(q.reshape(batch * heads, 1, -1), [w.flatten(0, 1) for w in weights], activation, gain)
+            return y.view(batch, 1, heads, -1)
+        return _through(q, weights, activation, norm)
 
 
 def _through(q: Tensor, weights: Sequence[Tensor], activation: str, norm: Tensor | None) -> Tensor:
@@ -50,20 +53,20 @@ class _Recomputed(torch.autograd.Function):
     """Keeps the queries and the weights, which exist anyway, and no hidden value."""
 
     @staticmethod
-    def forward(ctx, activation: str, q: Tensor, norm: Tensor | None, *weights: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, activation: str, q: Tensor, norm: Tensor | None, *weights: Tensor) -> Tensor:
         ctx.save_for_backward(q, norm, *weights)
         ctx.activation = activation
         return _through(q, weights, activation, norm)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        given = [
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        given: list[Any] = [
             None if x is None else x.detach().requires_grad_(need)
             for x, need in zip(ctx.saved_tensors, ctx.needs_input_grad[1:])
         ]
         q, norm, *weights = given
-        with torch.enable_grad():
+        with torch.enable_grad(), full_precision(grad.device.type):
             y = _through(q, weights, ctx.activation, norm)
         wanted = [x for x in given if x is not None and x.requires_grad]
         found = iter(torch.autograd.grad(y, wanted, grad))

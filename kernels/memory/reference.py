@@ -55,7 +55,7 @@ def reference_memory(
             loss = (memory_network(at, k[:, t], activation, norm) - v[:, t]).square().sum()
             gradients = torch.autograd.grad(loss, at, create_graph=True)
         if clip is not None:
-            length = sum(g.square().sum((-2, -1), keepdim=True) for g in gradients).sqrt()
+            length = torch.as_tensor(sum(g.square().sum((-2, -1), keepdim=True) for g in gradients)).sqrt()
             gradients = tuple(g * (clip / length.clamp(min=clip)) for g in gradients)
         before = weights
 

@@ -25,8 +25,13 @@ class MemoryState(NamedTuple):
 
     @classmethod
     def fresh(cls, weights: tuple[Tensor, ...], momentum: tuple[Tensor, ...] | None = None) -> MemoryState:
-        """A state that has read nothing: the given initial weights, zero momentum unless given, position zero."""
+        """A state that has read nothing: the given initial weights, zero momentum unless given, position zero.
+
+        Raises ``ValueError`` when there are no weights.
+        """
         weights = tuple(weights)
+        if not weights:
+            raise ValueError("weights: expected a tuple of [batch, heads, out, in], one for each layer, got none")
         if momentum is None:
             momentum = tuple(torch.zeros_like(weight) for weight in weights)
         position = torch.zeros(weights[0].shape[0], dtype=torch.int64, device=weights[0].device)

@@ -46,7 +46,7 @@ def step_memory(
             anchor = [a.flatten(0, 1) for a in next_anchor]
 
     # keys forward through the anchor, half errors back
-    key, value = (x.reshape(batch * heads, 1, -1) for x in (k, v))
+    key, value = (x.reshape(batch * heads, 1, x.shape[3]) for x in (k, v))
     inputs, hidden = network(key, anchor, activation)
     out = hidden[-1]
     if gain is None:
@@ -83,8 +83,8 @@ def step_memory(
             momentum.append(surprise)
         after.append(surprise + weight if retain is None else torch.addcmul(surprise, weight, retain))
 
-    query = q.reshape(batch * heads, 1, -1)
-    y = answer(query, after if read == "after" else weights, activation, gain).view(batch, 1, heads, -1)
+    query = q.reshape(batch * heads, 1, q.shape[3])
+    y = answer(query, after if read == "after" else weights, activation, gain).view(batch, 1, heads, v.shape[3])
 
     split = lambda parts: tuple([x.view(w.shape) for x, w in zip(parts, state.weights)])  # noqa: E731
     new_weights = split(after)

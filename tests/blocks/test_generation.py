@@ -139,6 +139,21 @@ def test_steps_yield_tokens_as_they_come(model):
     assert seen == model.generate(prompt, 5).tokens[0, 4:].tolist()
 
 
+def test_a_step_can_be_gone_on_from_at_once_and_trained_from_as_a_copy(model):
+    prompt, tokens = ids(1, 4), ids(1, 3, seed=4)
+    logits, state = read_prompt(model, prompt)
+    for step in steps(model, logits, state, Sampler(), 3):
+        kept = step
+    with torch.no_grad():
+        expected = model(tokens, state=kept.state).logits
+    copy = kept.trainable()
+    assert not any(tensor.is_inference() for _, tensor in st.named_tensors(copy))
+    out = model(tokens, state=copy.state, targets=tokens)
+    out.loss.backward()
+    model.zero_grad()
+    torch.testing.assert_close(out.logits.detach(), expected)
+
+
 @pytest.mark.parametrize(
     "arguments, error, message",
     [

@@ -126,3 +126,27 @@ def test_what_does_not_fit_is_said() -> None:
         tb.build_block({"type": "memory", "heads": 5}, dim=8)
     with pytest.raises(RecipeError, match="momentum is false"):
         tb.build_block({"type": "memory", "momentum": False, "learn_momentum": True}, dim=8)
+
+
+def test_autocast_keeps_the_state_as_it_is() -> None:
+    block = tb.build_block(SMALL | {"gates": "chunk"}, dim=8)
+    x = torch.randn(2, 9, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, state = block(x)
+        y, state = block(x[:, :3], state)
+        block.read(x, state)
+    y.sum().backward()
+    assert {t.dtype for _, t in tb.state.named_tensors(state)} == {torch.float32, torch.int64}
+
+
+def test_bad_input_is_named() -> None:
+    block = tb.build_block(SMALL, dim=8)
+    x = torch.zeros(1, 3, 8)
+    with pytest.raises(ValueError, match="mask"):
+        block(x, mask=torch.ones(1, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"\[batch, time, 8\]"):
+        block(torch.zeros(1, 3, 5))
+    with pytest.raises(ValueError, match="state has 2 rows"):
+        block(x, block.init_state(2))
+    with pytest.raises(TypeError, match="expected a NeuralMemoryState"):
+        block(x, (torch.zeros(1),))

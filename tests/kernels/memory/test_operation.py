@@ -331,3 +331,59 @@ def test_a_forced_path_runs_or_fails(monkeypatch):
     monkeypatch.setenv("TITANS_BUILD_BACKEND", "memory=step")
     with pytest.raises(BackendError, match="TITANS_BUILD_BACKEND"):
         case.run(chunk=4)
+
+
+@pytest.mark.parametrize("time", [1, 3])
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("phases", [[0, 0], [3, 0]])
+def test_nothing_but_masked_tokens(time, grad, phases):
+    case = Case(time=time, phases=phases, mask=torch.zeros(2, time, dtype=torch.bool))
+    with torch.set_grad_enabled(grad):
+        y, state = case.run(chunk=4)
+    assert y.shape == (2, time, 2, 4) and not y.any()
+    assert_equal(tensors((y, state))[1:], tensors((y, case.state))[1:], 0.0)
+    assert torch.equal(state.position, case.state.position)
+
+
+def test_autocast_narrows_nothing():
+    case = Case()
+    expected = tensors(case.run(chunk=4))
+    grads = case.gradients(expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = tensors(case.run(chunk=4))
+        assert_equal(got, expected, 0.0)
+        assert_equal(case.gradients(got), grads, 0.0)
+
+
+@pytest.mark.parametrize(
+    "change,named",
+    [
+        (dict(norm=torch.ones(2, 4, dtype=torch.int64)), "norm: expected a floating"),
+        (dict(norm=True), "norm: expected a tensor"),
+        (dict(theta=None), "theta: expected a tensor"),
+        (dict(mask=torch.ones(2, 14, dtype=torch.bool, device="meta")), "mask: expected device"),
+        (dict(activation=[]), "activation: expected one of"),
+        (dict(clip="a"), "clip: expected"),
+    ],
+)
+def test_refusals_of_odd_kinds(change, named):
+    case = Case()
+    arguments = dict(q=case.q, k=case.k, v=case.v, theta=case.theta, eta=case.eta, alpha=case.alpha, state=case.state)
+    with pytest.raises((ValueError, TypeError), match=named):
+        titans_memory(**{**arguments, "norm": case.norm, **change})
+
+
+@pytest.mark.parametrize(
+    "change,named",
+    [
+        (dict(position=[0, 0]), "state.position: expected int64"),
+        (dict(momentum=None), "state.momentum: expected a tuple"),
+        (dict(weights=()), "state.weights: expected at least one"),
+    ],
+)
+def test_refusals_of_odd_states(change, named):
+    case = Case()
+    with pytest.raises((ValueError, TypeError), match=named):
+        case.run(case.state._replace(**change), chunk=4)
+    with pytest.raises(ValueError, match="weights: expected"):
+        MemoryState.fresh(())
