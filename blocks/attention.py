@@ -16,7 +16,7 @@ from ..kernels.layout import align, last
 from ..kernels.normalisation import rms_norm
 from ..kernels.rotary import rotate
 from ..registry import register
-from .block import Block, check_input
+from .block import Block, check_input, check_state
 from .linear import Linear
 
 
@@ -58,7 +58,7 @@ class Attention(Block):
             int | None, Field(ge=1, description="key and value heads, shared by groups of query heads; null for heads")
         ] = None,
         window: Annotated[
-            int | None, Field(ge=1, description="tokens in sight, a token's own included; null for all")
+            int | None, Field(ge=1, le=2**24, description="tokens in sight, a token's own included; null for all")
         ] = None,
         rope: Annotated[float | None, Field(gt=1, description="base of the rotary positions; null for none")] = 10000.0,
         qk_norm: Annotated[bool, Field(description="RMS-normalise queries and keys, with a gain per head")] = True,
@@ -108,7 +108,7 @@ class Attention(Block):
         The outputs at them attend causally among themselves, without positions. They count for nothing in
         ``position`` and ``cached``.
         """
-        check_input(self, tokens, None, name="tokens")
+        check_input(self, tokens, None, name="tokens", like=self.qkv.weight)
         queries, k, v = self._project(tokens)
         y = attention(queries[:, :, : self.heads], k, v)
         state = self.init_state(tokens.shape[0])
@@ -117,9 +117,9 @@ class Attention(Block):
     def forward(
         self, x: Tensor, state: AttentionState | None = None, *, mask: Tensor | None = None
     ) -> tuple[Tensor, AttentionState]:
-        check_input(self, x, mask)
-        if state is not None and state.position.shape[0] != x.shape[0]:
-            raise ValueError(f"attention: state has {state.position.shape[0]} rows: expected x's {x.shape[0]}")
+        check_input(self, x, mask, like=self.qkv.weight)
+        if state is not None:
+            check_state(self, state, AttentionState, x.shape[0])
         if mask is None:
             return self._run(x, state, None)
         layout = align(mask)

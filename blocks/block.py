@@ -22,7 +22,8 @@ class Block(nn.Module):
     * any cut of the time axis gives the uncut outputs and final state; ``time = 1`` is decoding;
     * no output depends on a later token; no row depends on another row;
     * a token where ``mask`` is false leaves the state as it was, and its output is zero;
-    * inputs and states that are passed in are never modified.
+    * inputs and states that are passed in are never modified;
+    * a counter of tokens read is an int64 leaf of the state named ``position``.
     """
 
     grows = False
@@ -91,8 +92,10 @@ def materialise(module: nn.Module, device: torch.device | str, dtype: torch.dtyp
     Parameters are drawn in float32 on the CPU's generator, so that one seed gives one model whatever the
     ``device`` and ``dtype``. ``seed=None`` uses (and advances) the global generator.
 
-    Raises ``RuntimeError`` naming a parameter that no block's ``reset_parameters`` has set.
+    Raises ``RuntimeError`` naming a parameter that no block's ``reset_parameters`` has set, and ``ValueError`` for a
+    seed that is none.
     """
+    check_seed(seed)
     module.to_empty(device="cpu")
     with torch.no_grad():
         for tensor in [*module.parameters(), *module.buffers()]:
@@ -118,13 +121,51 @@ def as_rows(state: State, rows: int) -> State:
     return map_state(lambda tensor: tensor.expand(rows, *tensor.shape[1:]), state)
 
 
-def check_input(block: Block, x: Tensor, mask: Tensor | None, name: str = "x") -> None:
-    """Raise ``ValueError`` or ``TypeError``, naming the argument, unless ``x`` and ``mask`` fit the block."""
+def check_seed(seed: int | None) -> None:
+    """Raise ``ValueError`` unless ``seed`` is one that torch's generators take."""
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64):
+        raise ValueError(f"seed: expected an integer of 64 bits, got {seed!r}")
+
+
+def check_input(block: Block, x: Tensor, mask: Tensor | None, name: str = "x", *, like: Tensor | None = None) -> None:
+    """Raise ``ValueError`` or ``TypeError``, naming the argument, unless ``x`` and ``mask`` fit the block.
+
+    ``like``: a parameter of the block, whose dtype ``x`` must have; under autocast it may have another.
+    """
     kind = type(block).__name__
     if x.dim() != 3 or x.shape[2] != block.dim:
         raise ValueError(f"{kind}: {name} {list(x.shape)}: expected [batch, time, {block.dim}]")
+    if like is not None and x.dtype != like.dtype and not _is_cast(x):
+        raise TypeError(f"{kind}: {name} is {x.dtype}: expected {like.dtype}, as the block's parameters are")
     if mask is not None:
         if mask.dtype != torch.bool:
             raise TypeError(f"{kind}: mask is {mask.dtype}: expected torch.bool, true at real tokens")
         if mask.shape != x.shape[:2]:
             raise ValueError(f"{kind}: mask {list(mask.shape)}: expected {list(x.shape[:2])}")
+
+
+def check_state(block: Block, state: State, kind: type[Any], rows: int) -> None:
+    """Raise ``TypeError`` unless ``state`` is a ``kind``, and ``ValueError`` unless it has ``rows`` rows.
+
+    ``kind`` is a named tuple with a ``position``, which alone is looked at: this runs at every token.
+    """
+    if not isinstance(state, kind):
+        raise TypeError(f"{type(block).__name__}: state is {_what(state)}: expected {kind.__name__}")
+    found = state.position.shape[0]
+    if found != rows:
+        raise ValueError(f"{type(block).__name__}: state has {found} rows: expected x's {rows}")
+
+
+def check_parts(block: Block, state: State, count: int) -> None:
+    """Raise ``TypeError`` unless ``state`` is a plain tuple of the states of ``count`` child blocks."""
+    if type(state) is not tuple or len(state) != count:
+        raise TypeError(f"{type(block).__name__}: state is {_what(state)}: expected a tuple of {count}, one per block")
+
+
+def _is_cast(x: Tensor) -> bool:
+    return x.is_floating_point() and not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def _what(state: State) -> str:
+    name = type(state).__name__
+    return f"a tuple of {len(state)}" if type(state) is tuple else name

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..registry import Spec, create, register
-from .block import Block, Blocks
+from .block import Block, Blocks, check_parts
 from .state import State
 
 
@@ -34,7 +34,8 @@ class Chain(Block):
     def forward(self, x: Tensor, state: State = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
         states = []
         if state is None:
-            state = [None] * len(self.of)
+            state = (None,) * len(self.of)
+        check_parts(self, state, len(self.of))
         for block, before in zip(self.of, state):
             x, after = block(x, before, mask=mask)
             states.append(after)

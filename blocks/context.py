@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..kernels.layout import align
 from ..registry import Needs, Spec, create, register
-from .block import Block, as_rows
+from .block import Block, as_rows, check_input, check_state
 from .gate import Form, Gating
 from .state import State, reset, select
 
@@ -64,8 +64,8 @@ class Context(Block):
         self,
         dim: int,
         *,
-        segment: Annotated[int, Field(ge=1, description="tokens per segment")] = 128,
-        persistent: Annotated[int, Field(ge=0, description="learned tokens that attention always sees")] = 16,
+        segment: Annotated[int, Field(ge=1, le=2**20, description="tokens per segment")] = 128,
+        persistent: Annotated[int, Field(ge=0, le=2**16, description="learned tokens that attention always sees")] = 16,
         memory: Annotated[Spec, Needs("read", "write"), Field(description="what is read and written")] = "memory",
         attend: Annotated[Spec, Field(description="any causal block; starts anew at every segment")] = "attention",
         write: Annotated[
@@ -95,9 +95,11 @@ class Context(Block):
     def forward(
         self, x: Tensor, state: ContextState | None = None, *, mask: Tensor | None = None
     ) -> tuple[Tensor, ContextState]:
+        check_input(self, x, mask, like=self.gate.gain_a)
         rows, time, _ = x.shape
         if state is None:
             state = self.init_state(rows)
+        check_state(self, state, ContextState, rows)
         run = self._run if self.write == "attended" else self._run_inputs
         positions = state.position.tolist()
         if mask is None:
@@ -202,7 +204,10 @@ class Context(Block):
         attend = segments * self.attend.flops(ahead + 2 * self.segment)
         if rest:
             attend += self.attend.flops(ahead + 2 * rest)
-        return self.memory.flops(length) + attend + 10 * self.dim * length
+        # ``memory.flops`` is of writing each y_j and reading it back; asking for h_j is one read more
+        read = getattr(self.memory, "read_flops", None)
+        recall = read(length) if read is not None else 0
+        return self.memory.flops(length) + recall + attend + 10 * self.dim * length
 
 
 def _restart(rows: list[bool], old: State, new: State) -> State:

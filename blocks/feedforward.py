@@ -30,7 +30,7 @@ class FeedForward(Block):
         *,
         kind: Annotated[Literal["swiglu", "gelu"], Field(description="gated SiLU, or plain GELU")] = "swiglu",
         hidden: Annotated[
-            int | None, Field(ge=1, description="hidden width; null for 8/3 dim (swiglu) or 4 dim (gelu)")
+            int | None, Field(ge=1, le=2**20, description="hidden width; null for 8/3 dim (swiglu) or 4 dim (gelu)")
         ] = None,
     ) -> None:
         super().__init__(dim)
@@ -43,7 +43,7 @@ class FeedForward(Block):
         self.down = Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor, state: State = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
-        check_input(self, x, mask)
+        check_input(self, x, mask, like=self.up.weight)
         inner = self.up(x)
         if self.kind == "swiglu":
             gate, inner = inner.chunk(2, dim=-1)

@@ -13,7 +13,7 @@ from torch.nn.functional import silu
 from ..kernels.gate import gate
 from ..kernels.normalisation import rms_norm
 from ..registry import Spec, create, register
-from .block import Block, Blocks
+from .block import Block, Blocks, check_input, check_parts
 from .state import State
 
 Form = Literal["sigmoid", "silu", "sum"]
@@ -75,8 +75,10 @@ class Gate(Block):
         return tuple(block.init_state(batch_size) for block in self.branches)
 
     def forward(self, x: Tensor, state: State = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
+        check_input(self, x, mask, like=self.gate.gain_a)
         left, right = self.branches
         before = state if state is not None else (None, None)
+        check_parts(self, before, 2)
         a, after_a = left(x, before[0], mask=mask)
         b, after_b = right(x, before[1], mask=mask)
         return self.gate(a, b), (after_a, after_b)

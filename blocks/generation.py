@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .block import check_seed
 from .state import State, map_state
 
 if TYPE_CHECKING:
@@ -158,16 +160,17 @@ class Sampler:
         *,
         device: torch.device | str = "cpu",
     ) -> None:
-        if not (math.isfinite(temperature) and temperature >= 0):
+        if not (_is_number(temperature) and math.isfinite(temperature) and temperature >= 0):
             raise ValueError(f"temperature: expected a number >= 0 (0 is greedy), got {temperature!r}")
         if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
             raise ValueError(f"top_k: expected an integer >= 1, got {top_k!r}")
-        if top_p is not None and not 0 < top_p <= 1:
+        if top_p is not None and not (_is_number(top_p) and 0 < top_p <= 1):
             raise ValueError(f"top_p: expected a probability in (0, 1], got {top_p!r}")
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
         if isinstance(seed, torch.Generator):
             self.generator = seed
         else:
+            check_seed(seed)
             self.generator = torch.Generator(device=device)
             if seed is None:
                 self.generator.seed()
@@ -192,3 +195,7 @@ class Sampler:
             probability = probability.masked_fill(before >= self.top_p, 0.0)
         drawn = torch.multinomial(probability, 1, generator=self.generator)
         return (drawn if ids is None else ids.gather(-1, drawn)).squeeze(-1)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

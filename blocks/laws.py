@@ -22,7 +22,10 @@ FAR = 2**21
 
 
 class LawError(AssertionError):
-    """A block breaks a law. ``law`` is the law's name, ``difference`` the largest difference where there is one."""
+    """A block breaks a law. ``law`` is the law's name, ``difference`` the largest difference where there is one.
+
+    ``law`` is ``shape`` where outputs are not of the inputs' shape, which no law needs to say.
+    """
 
     def __init__(self, law: str, message: str, difference: float | None = None) -> None:
         super().__init__(f"law {law!r}: {message}")
@@ -118,7 +121,11 @@ class Subject:
     ) -> tuple[Tensor, State]:
         module = self.module if module is None else module
         if not isinstance(module, LanguageModel):
-            return module(x, state, mask=mask)
+            y, state = module(x, state, mask=mask)
+            if y.shape != x.shape:
+                # a residual would broadcast or fail on it, and a comparison of two such outputs would see nothing
+                raise LawError("shape", f"inputs {list(x.shape)} gave outputs {list(y.shape)}: expected the same shape")
+            return y, state
         out = module(embeddings=x, state=state, mask=mask, check_finite=False)
         return out.hidden if out.logits is None else out.logits, out.state
 
@@ -550,8 +557,36 @@ def _position(subject: Subject) -> None:
         # the second call sees what the first has put into the state
         for call in (1, 2):
             x = subject.tokens(2, subject.length, salt=call)
+            before = near
             (expected, near), (y, far) = subject.run(x, near), subject.run(x, far)
             subject.same("position", f"outputs of call {call}, {offset} tokens further on", y, expected)
+        _refuse_hidden_counters(before, near, subject.length)
+
+
+def _refuse_hidden_counters(before: State, after: State, length: int) -> None:
+    """Refuse an integer leaf, not named ``position``, that ``length`` more tokens moved by a multiple of their number.
+
+    The law could not move it to a far position. A count of slots in use is no such counter, and nothing that could
+    be moved: it never exceeds the slots of the buffer beside it.
+    """
+    leaves = dict(named_tensors(after))
+    for path, old in named_tensors(before):
+        node, _, name = path.rpartition(".")
+        new = leaves[path]
+        if name == "position" or new.is_floating_point() or new.is_complex() or new.dtype == torch.bool:
+            continue
+        moved = new - old
+        beside = [t for other, t in leaves.items() if other.rpartition(".")[0] == node and t.dim() > 2]
+        if (
+            moved.numel()
+            and bool(((moved > 0) & (moved % length == 0)).all())
+            and not any(int(new.max()) <= tensor.shape[1] for tensor in beside)
+        ):
+            raise LawError(
+                "position",
+                f"state {path} {list(new.shape)} counts tokens (it grew by {int(moved.flatten()[0])} in {length}): "
+                "name that leaf 'position' (int64), by which positions are shifted to check that outputs ignore them",
+            )
 
 
 def _endurance(subject: Subject) -> None:

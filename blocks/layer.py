@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..registry import Spec, create
-from .block import Block, Blocks
+from .block import Block, Blocks, check_parts
 from .normalisation import RMSNorm
 from .state import State
 
@@ -32,7 +32,8 @@ class Layer(Block):
             x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
         states = []
         if state is None:
-            state = [None] * len(self.blocks)
+            state = (None,) * len(self.blocks)
+        check_parts(self, state, len(self.blocks))
         for norm, block, before in zip(self.norms, self.blocks, state):
             y, after = block(norm(x)[0], before, mask=mask)
             x = x + y

@@ -185,7 +185,7 @@ class NeuralMemory(Block):
 
     def forward(self, x: Tensor, state: NeuralMemoryState | None = None, *, mask: Tensor | None = None):
         """Write each token, then read it back. ``x``: ``[batch, time, dim]`` -> the same shape, and the new state."""
-        check_input(self, x, mask)
+        check_input(self, x, mask, like=self.output_gain)
         if state is None:
             state = self.init_state(x.shape[0])
         else:
@@ -200,7 +200,7 @@ class NeuralMemory(Block):
     def read(self, x: Tensor, state: NeuralMemoryState) -> Tensor:
         """What the memory answers to each token of ``x`` on its own, as if it came next; nothing is written."""
         self._check_state(x, state)
-        check_input(self, x, None)
+        check_input(self, x, None, like=self.output_gain)
         q = project(x, self.qkv.weight[: self.inner]).to(self.output_gain.dtype)
         if self.convolution is not None:
             taps = self.convolution[: self.inner].t()

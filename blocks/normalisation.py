@@ -24,12 +24,12 @@ class _Norm(Block):
         self.gain = nn.Parameter(torch.empty(dim))
 
     def forward(self, x: Tensor, state: State = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
-        check_input(self, x, mask)
+        check_input(self, x, mask, like=self.gain)
         y = self.normalise(x)
         return y if mask is None else torch.where(mask[..., None], y, 0.0), state
 
     def normalise(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define normalise(x)")
 
     def reset_parameters(self) -> None:
         nn.init.ones_(self.gain)

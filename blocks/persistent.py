@@ -25,7 +25,7 @@ class Persistent(Block):
         self,
         dim: int,
         *,
-        tokens: Annotated[int, Field(ge=1, description="number of learned tokens before the sequence")] = 16,
+        tokens: Annotated[int, Field(ge=1, le=2**16, description="number of learned tokens before the sequence")] = 16,
         of: Annotated[Spec, Field(description="the block that has read them")],
     ) -> None:
         super().__init__(dim)

@@ -8,7 +8,7 @@ import os
 import torch
 from torch import nn
 
-from ..blocks.block import materialise
+from ..blocks.block import check_seed, materialise
 from ..blocks.language_model import LanguageModel
 from ..registry import Problem, RecipeError, nearest, show
 from .loading import Source, load_recipe
@@ -36,8 +36,9 @@ def build(
     every device; ``None`` draws from the global generator.
 
     Raises ``RecipeError`` for what is wrong with the recipe, a model too large for the machine's memory included,
-    and ``ValueError`` for a device or dtype that cannot be had.
+    and ``ValueError`` for a device or dtype that cannot be had or a seed that is none.
     """
+    check_seed(seed)
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     device, dtype = as_device(device), as_dtype(dtype)
     model = assemble(recipe)

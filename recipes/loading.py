@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from ..registry import Problem, RecipeError, nearest, show
 from .overriding import override
-from .packaged import packaged_names, read_packaged
+from .packaged import base_names, packaged_names, read_packaged
 from .reading import is_recipe_file, plain, read_file, read_text
 from .recipe import Recipe, check_recipe
 
@@ -75,7 +75,7 @@ def _read(source: Source) -> tuple[Any, str]:
     if ": " in source or source.endswith(":"):
         return read_text(source), "recipe"
     names = packaged_names()
-    raise _fail(show(source), f"no packaged recipe and no file of that name{nearest(source, names)} ({_list(names)})")
+    raise _fail(show(source), f"no packaged recipe and no file of that name{nearest(source, names)} ({_list()})")
 
 
 def _read_path(path: Path) -> Any:
@@ -93,8 +93,8 @@ def _exists(name: str) -> bool:
         return False
 
 
-def _list(names: list[str]) -> str:
-    return "packaged: " + ", ".join(name for name in names if "-" not in name) + "; sizes as in mac-170m"
+def _list() -> str:
+    return "packaged: " + ", ".join(base_names()) + "; sizes as in mac-170m"
 
 
 def _fail(source: str, message: str) -> RecipeError:

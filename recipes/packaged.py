@@ -15,12 +15,12 @@ _SIZES = "sizes"
 
 def packaged_names() -> list[str]:
     """Every packaged recipe: ``mac``, ..., and every size of one: ``mac-170m``, ..."""
-    return [*_files(), *(f"{base}-{size}" for size, bases in _sizes().items() for base in bases)]
+    return [*base_names(), *(f"{base}-{size}" for size, bases in _sizes().items() for base in bases)]
 
 
 def read_packaged(name: str) -> dict[str, Any]:
     """Plain data of a packaged recipe. ``name`` is one of ``packaged_names()``."""
-    if name in _files():
+    if name in base_names():
         data: dict[str, Any] = read_file(_FOLDER / f"{name}.yaml")
         data["name"] = name
         return data
@@ -34,7 +34,8 @@ def read_packaged(name: str) -> dict[str, Any]:
     return data
 
 
-def _files() -> list[str]:
+def base_names() -> list[str]:
+    """Packaged recipes that are no size of another: those with a file of their own."""
     return sorted(path.stem for path in _FOLDER.glob("*.yaml") if path.stem != _SIZES)
 
 

@@ -143,7 +143,10 @@ def save_state(state: State, path: str | os.PathLike[str], model: LanguageModel)
 
 
 def load_state(path: str | os.PathLike[str], model: LanguageModel) -> State:
-    """The state in a file, bit for bit as it was saved, on the device of ``model``.
+    """The state in a file, on the device of ``model`` and in the dtypes that ``model`` keeps its state in.
+
+    Where those are the dtypes it was saved in, it is bit for bit what was saved; to a model of another dtype its
+    floating-point tensors are rounded.
 
     Raises ``StorageError`` when the file is no state, is damaged, or belongs to a model of another recipe.
     """
@@ -166,7 +169,7 @@ def load_state(path: str | os.PathLike[str], model: LanguageModel) -> State:
     template = _check_state(tensors, model, rows, str(place))
     names = iter([_state_name(name) for name, _ in named_tensors(template)])
     device = next(model.parameters()).device
-    return map_state(lambda _: tensors[next(names)].to(device, copy=True), template)
+    return map_state(lambda fresh: tensors[next(names)].to(device, fresh.dtype, copy=True), template)
 
 
 def _load(place: Path, index: dict[str, Any], device: torch.device, dtype: torch.dtype | None) -> LanguageModel:

@@ -115,6 +115,8 @@ def known_names() -> list[str]:
 
 def list_blocks(pattern: str = "*") -> list[str]:
     """Names that match a wildcard pattern: ``list_blocks("*mem*")``. Installed packages are not imported."""
+    if not isinstance(pattern, str):
+        raise TypeError(f"pattern: expected text with wildcards such as '*mem*', got {show(pattern)}")
     return [name for name in known_names() if fnmatch.fnmatchcase(name, pattern)]
 
 

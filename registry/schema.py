@@ -109,6 +109,11 @@ class Field:
             return f"expected {self.type_text}, got {show(got)}"
         if text.startswith("Input should be "):
             return f"expected {text.removeprefix('Input should be ')}, got {show(got)}"
+        if kind in ("too_short", "too_long"):
+            least = kind == "too_short"
+            bound = detail["ctx"]["min_length" if least else "max_length"]
+            things = "blocks" if self.holds_blocks else "items"
+            return f"expected {'at least' if least else 'at most'} {bound} {things}, got {len(got)}"
         text = text.removeprefix("Value error, ")
         return f"{text[:1].lower()}{text[1:]}, got {show(got)}"
 

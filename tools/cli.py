@@ -16,7 +16,7 @@ from ..kernels.dispatch import BackendError
 from ..recipes import StorageError
 from ..registry import RecipeError
 from . import build, check, describe, diagram, kernels, listing, schema
-from .terminal import Failure, UsageError, complain, say_json
+from .terminal import UsageError, complain, say_json
 
 COMMANDS: dict[str, ModuleType] = {
     "list": listing,
@@ -77,8 +77,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(str(error) + _command_hint(words), 2, as_json, problems=problems)
     except (UsageError, BackendError, StorageError) as error:
         return _refuse(str(error), 2, as_json)
-    except Failure as error:
-        return _refuse(str(error), 1, as_json)
     except KeyboardInterrupt:
         complain("interrupted")
         return 130

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from .. import recipes
 from ..registry import describe, list_blocks, list_rows, nearest, show
-from .terminal import Failure, columns, plain, say, say_json
+from .terminal import UsageError, columns, plain, say, say_json
 
 SUMMARY = "List the blocks a recipe can name, with their defaults, and the recipes that come along."
 EXAMPLES = (
@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     packaged = [name for name in recipes.packaged_names() if fnmatch.fnmatchcase(name, pattern)]
     if not rows and not packaged:
         names = [*list_blocks(), *recipes.packaged_names()]
-        raise Failure(f"no block and no recipe is called {show(pattern)}{nearest(pattern, names)}")
+        raise UsageError(f"no block and no recipe is called {show(pattern)}{nearest(pattern, names)}")
     fields = {row.name: describe(row.name).fields for row in rows if row.problem is None}
     if arguments.json:
         say_json(

@@ -22,10 +22,6 @@ class UsageError(Exception):
     """The user asked for something that cannot be: exit status 2. The message is shown as it is."""
 
 
-class Failure(Exception):
-    """The command was right and its work failed: exit status 1. The message is shown as it is."""
-
-
 def console(stream: TextIO | None = None) -> Console:
     """A console on ``stream`` (standard output), coloured only where a person reads and NO_COLOR is not set."""
     stream = stream if stream is not None else sys.stdout

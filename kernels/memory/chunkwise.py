@@ -150,12 +150,12 @@ class _Chunkwise(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_y: Tensor, *grad_state: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad_y: Tensor, *grad_state: Tensor) -> tuple[Tensor | None, ...]:
         with full_precision(grad_y.device.type):
             return _backward(ctx, grad_y, *grad_state)
 
 
-def _backward(ctx: Any, grad_y: Tensor, *grad_state: Tensor):
+def _backward(ctx: Any, grad_y: Tensor, *grad_state: Tensor) -> tuple[Tensor | None, ...]:
     plan, layers, size = ctx.plan, ctx.layers, ctx.size
     q, k, v, theta, eta, alpha, gain, *rest = ctx.saved_tensors
     hidden, asked = (rest[:layers], rest[layers : 2 * layers]) if ctx.hidden_kept else ([], [])

@@ -144,15 +144,15 @@ def _check(
         raise ValueError(f"v: expected [batch, time, heads, d_out], got {list(v.shape)}")
     d_out = v.shape[3]
     per_token = (batch, time, heads)
-    for name, x, shape in (
+    for name, given, shape in (
         ("k", k, q.shape),
         ("v", v, (*per_token, d_out)),
         ("theta", theta, per_token),
         ("eta", eta, per_token),
         ("alpha", alpha, per_token),
     ):
-        if x is not None and x.shape != shape:
-            raise ValueError(f"{name}: expected {list(shape)} to go with q {list(q.shape)}, got {list(x.shape)}")
+        if given is not None and given.shape != shape:
+            raise ValueError(f"{name}: expected {list(shape)} to go with q {list(q.shape)}, got {list(given.shape)}")
     if not state.weights:
         raise ValueError("state.weights: expected at least one layer, got none")
     width = d_in

@@ -56,7 +56,7 @@ def step_memory(
         n, mean, inverse = torch.native_layer_norm(out, shape, None, None, EPS)
         error = torch.addcmul(key, n, gain).sub_(value).mul_(gain)
         error = torch.ops.aten.native_layer_norm_backward(
-            error, out, shape, mean, inverse, None, None, (True, False, False)
+            error, out, shape, mean, inverse, None, None, [True, False, False]
         )[0]
     errors = [error]
     for layer in range(len(anchor) - 2, -1, -1):

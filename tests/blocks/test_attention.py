@@ -300,6 +300,12 @@ def test_wrong_arguments():
         block(noise(2, 3, DIM), mask=torch.ones(2, 4, dtype=torch.bool))
     with pytest.raises(TypeError, match=r"mask is torch.int64: expected torch.bool"):
         block(noise(2, 3, DIM), mask=torch.ones(2, 3, dtype=torch.int64))
+    with pytest.raises(TypeError, match=r"Attention: x is torch.float16: expected torch.float64, as the block's"):
+        block(noise(2, 3, DIM).half())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        make(dtype=torch.float32)(noise(2, 3, DIM).bfloat16())
+    with pytest.raises(TypeError, match="Attention: state is a tuple of 2: expected AttentionState"):
+        block(noise(2, 3, DIM), (None, None))
     with pytest.raises(ValueError, match=r"state has 3 rows: expected x's 2"):
         block(noise(2, 3, DIM), block.init_state(3))
     with pytest.raises(ValueError, match=r"tokens \[2, 3\]"):

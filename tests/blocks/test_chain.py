@@ -51,3 +51,11 @@ def test_an_empty_chain_is_refused():
 
 def test_it_obeys_the_laws():
     check_block([MEMORY, WINDOW, "ffn"], dim=16, endurance=1000)
+
+
+def test_a_state_of_another_block_is_refused():
+    block, x = build_block({"type": "chain", "of": [MEMORY, WINDOW]}, dim=8), torch.zeros(2, 3, 8)
+    with pytest.raises(TypeError, match="Chain: state is a tuple of 3: expected a tuple of 2"):
+        block(x, (None, None, None))
+    with pytest.raises(TypeError, match="Chain: state is AttentionState: expected a tuple of 2"):
+        block(x, build_block(WINDOW, dim=8).init_state(2))

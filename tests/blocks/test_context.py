@@ -7,7 +7,7 @@ from torch import Tensor
 from titans_build.blocks.build import build_block
 from titans_build.blocks.laws import check_block
 from titans_build.blocks.state import concatenate, named_tensors
-from titans_build.registry import RecipeError, validate
+from titans_build.registry import RecipeError, catalogue, validate
 
 DIM, HEADS = 16, 2
 
@@ -265,3 +265,42 @@ def test_counting_matches_the_state():
     block = make(persistent=16, segment=8)
     assert block.state_bytes() == sum(t.numel() * t.element_size() for _, t in named_tensors(block.init_state(1)))
     assert block.flops(16) > block.flops(8) > block.memory.flops(8)
+
+
+def test_foreign_inputs_and_states_are_refused_by_name():
+    block = build_block({"type": "context", "segment": 4, "attend": "attention"}, dim=DIM)
+    x = torch.zeros(2, 3, DIM)
+    with pytest.raises(ValueError, match=r"Context: x \[2, 3, 15\]: expected \[batch, time, 16\]"):
+        block(x[..., 1:])
+    with pytest.raises(TypeError, match=r"Context: x is torch.float64: expected torch.float32"):
+        block(x.double())
+    with pytest.raises(TypeError, match="Context: state is AttentionState: expected ContextState"):
+        block(x, block.init_state(2).attend)
+    with pytest.raises(ValueError, match="Context: state has 3 rows: expected x's 2"):
+        block(x, block.init_state(3))
+
+
+def test_recalling_is_counted_where_the_memory_says_what_it_costs(leaky):
+    plain = build_block({"type": "context", "segment": 4, "memory": "leaky"}, dim=DIM).flops(10)
+
+    class Counted(leaky):
+        def read_flops(self, length: int) -> int:
+            return 7 * length
+
+    catalogue.register("counted")(Counted)
+    assert build_block({"type": "context", "segment": 4, "memory": "counted"}, dim=DIM).flops(10) == plain + 70
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ({"type": "context", "segment": 2**20 + 1}, "segment: expected integer from 1 to 1048576, got 1048577"),
+        ({"type": "context", "persistent": 2**16 + 1}, "persistent: expected integer from 0 to 65536, got 65537"),
+        ({"type": "persistent", "tokens": 10**9, "of": "ffn"}, "tokens: expected integer from 1 to 65536"),
+        ({"type": "attention", "window": 10**12}, "window: expected .* 1 to 16777216"),
+        ({"type": "ffn", "hidden": 10**12}, "hidden: expected .* 1 to 1048576"),
+    ],
+)
+def test_absurd_sizes_are_refused(spec, message):
+    with pytest.raises(RecipeError, match=message):
+        validate(spec, dim=DIM)

@@ -56,10 +56,19 @@ def test_persistent_tokens_go_to_both_branches():
 
 @pytest.mark.parametrize("branches", [["ffn"], ["ffn", "ffn", "ffn"]])
 def test_there_are_two_branches(branches):
-    with pytest.raises(RecipeError, match="branches"):
+    words = rf"branches: expected at {'least' if len(branches) < 2 else 'most'} 2 blocks, got {len(branches)}$"
+    with pytest.raises(RecipeError, match=words):
         validate({"type": "gate", "branches": branches}, dim=16)
 
 
 @pytest.mark.parametrize("form", ["sigmoid", "silu", "sum"])
 def test_it_obeys_the_laws(form):
     check_block({"type": "gate", "branches": [ATTENTION, MEMORY], "form": form}, dim=16, endurance=1000)
+
+
+def test_a_state_of_another_block_is_refused():
+    block, x = build_block({"type": "gate", "branches": [ATTENTION, MEMORY]}, dim=8), torch.zeros(2, 3, 8)
+    with pytest.raises(TypeError, match="Gate: state is a tuple of 3: expected a tuple of 2"):
+        block(x, (None, None, None))
+    with pytest.raises(TypeError, match="Gate: state is AttentionState: expected a tuple of 2"):
+        block(x, build_block(ATTENTION, dim=8).init_state(2))

@@ -159,6 +159,11 @@ def test_a_step_can_be_gone_on_from_at_once_and_trained_from_as_a_copy(model):
     [
         ({"max_new_tokens": -1}, ValueError, "max_new_tokens"),
         ({"max_new_tokens": 1.5}, ValueError, "max_new_tokens"),
+        ({"seed": "x"}, ValueError, "seed: expected an integer of 64 bits, got 'x'"),
+        ({"seed": 2**64}, ValueError, "seed: expected an integer of 64 bits"),
+        ({"temperature": "hot"}, ValueError, "temperature: expected a number >= 0 .*, got 'hot'"),
+        ({"top_k": 1.5}, ValueError, "top_k: expected an integer >= 1, got 1.5"),
+        ({"top_p": "x"}, ValueError, "top_p: expected a probability .*, got 'x'"),
         ({"temperature": -0.1}, ValueError, "temperature"),
         ({"temperature": float("nan")}, ValueError, "temperature"),
         ({"top_k": 0}, ValueError, "top_k"),

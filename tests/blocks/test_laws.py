@@ -240,6 +240,46 @@ def test_a_state_that_grows_must_say_so(leaky):
     check_block("hoards", laws=["endurance"], **QUICK)
 
 
+def test_outputs_of_another_shape_are_refused_with_both_shapes(leaky):
+    class DropsAFeature(leaky):
+        def forward(self, x, state=None, *, mask=None):
+            y, state = super().forward(x, state, mask=mask)
+            return y[..., :-1], state
+
+    catalogue.register("narrow")(DropsAFeature)
+    with pytest.raises(LawError, match=r"law 'shape': inputs \[2, 3, 8\] gave outputs \[2, 3, 7\]"):
+        check_block("narrow", **QUICK)
+
+
+class CountingState(NamedTuple):
+    level: Tensor
+    seen: Tensor
+
+
+def test_a_counter_of_tokens_is_called_position(leaky):
+    class CountsUnderAnotherName(leaky):
+        """Its outputs depend on where it is, by a leaf that the law about positions does not know."""
+
+        def init_state(self, batch_size):
+            return CountingState(*super().init_state(batch_size))
+
+        def forward(self, x, state=None, *, mask=None):
+            level, seen = self.init_state(x.shape[0]) if state is None else state
+            y, (level, after) = super().forward(x, type(leaky.init_state(self, 1))(level, seen), mask=mask)
+            real = torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
+            at = (seen[:, None] + real.cumsum(dim=1)) * real
+            return y + 1e-6 * at.unsqueeze(-1).to(x.dtype), CountingState(level, after)
+
+    catalogue.register("counts")(CountsUnderAnotherName)
+    with pytest.raises(LawError, match=r"law 'position': state seen \[2\] counts tokens .*'position' \(int64\)"):
+        check_block("counts", **QUICK)
+
+
+@pytest.mark.parametrize("window", [5, None])
+def test_a_count_of_slots_in_use_is_no_counter_of_tokens(window):
+    check_block({"type": "attention", "heads": 2, "window": window}, laws=["position"], **QUICK)
+
+
 def test_an_error_names_shapes_and_the_largest_difference(leaky):
     faults = dict(break_laws(leaky))
     catalogue.register("broken")(faults["mask"])

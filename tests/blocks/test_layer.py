@@ -1,5 +1,6 @@
 """A layer: each block pre-normed and residual."""
 
+import pytest
 import torch
 
 from titans_build.blocks.block import materialise
@@ -39,3 +40,10 @@ def test_nothing_of_a_masked_token_gets_through_the_residual():
 
 def test_it_obeys_the_laws():
     check_block(make(), endurance=1000)
+
+
+def test_a_state_of_another_layer_is_refused():
+    layer = Layer(16, of=SPECS)
+    materialise(layer, "cpu", torch.float32, 0)
+    with pytest.raises(TypeError, match="Layer: state is a tuple of 1: expected a tuple of 2"):
+        layer(torch.zeros(2, 3, 16), layer.init_state(2)[:1])

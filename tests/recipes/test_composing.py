@@ -4,10 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from wrong_recipes import HEAD, PLAIN
 
+from titans_build import Block
 from titans_build.recipes import build, load_recipe
-from titans_build.registry import RecipeError
+from titans_build.registry import RecipeError, register, scratch
 
 SMALL = PLAIN.replace("dim: 64", "dim: 16")
 
@@ -80,6 +82,18 @@ def test_a_model_too_large_for_memory_is_refused_before_it_is_made():
 
 
 def test_shapes_that_overflow():
-    text = HEAD.replace("dim: 64", "dim: 131072") + f"layers: {{a: [{{type: ffn, hidden: {2**62}}}]}}\nstack: [a]\n"
-    with pytest.raises(RecipeError, match="no such model can exist"):
+    class Unbounded(Block):
+        def __init__(self, dim: int, *, hidden: int) -> None:
+            super().__init__(dim)
+            self.weight = nn.Parameter(torch.empty(dim, hidden))
+
+    text = HEAD.replace("dim: 64", "dim: 131072") + f"layers: {{a: [{{type: wide, hidden: {2**62}}}]}}\nstack: [a]\n"
+    with scratch(), pytest.raises(RecipeError, match="no such model can exist"):
+        register("wide")(Unbounded)
         build(text, device="meta")
+
+
+@pytest.mark.parametrize("seed", ["a", 1.5, True, 2**64])
+def test_a_seed_that_is_none(seed: object):
+    with pytest.raises(ValueError, match="seed: expected an integer of 64 bits, got"):
+        build(SMALL, seed=seed)  # type: ignore[arg-type]

@@ -54,6 +54,7 @@ def test_a_packaged_name_goes_before_a_file(tmp_path: Path, monkeypatch: pytest.
         ("", "empty: expected a recipe"),
         (" \n", "empty: expected a recipe"),
         ("a\0b", "no packaged recipe"),
+        ("zzz", "memory-as-ffn, transformer, two-memories, windows-and-mac; sizes as in mac-170m"),
         ("x" * 5000, "no packaged recipe"),
         ("version: 1", "the recipe needs 'dim'"),
         (3, "expected a packaged name, a path, YAML text or a mapping, got 3"),

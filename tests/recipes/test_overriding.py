@@ -84,7 +84,7 @@ def test_one_after_the_other():
         ("layers.mac.-1.segment", 1, "expected a number from 0 to 2, got '-1'"),
         ("layers.mac.x", 1, "expected a number from 0 to 2, got 'x'"),
         ("layers.mac.0.segmnt", 1, "layers.mac.0.segmnt: unknown field of context; did you mean 'segment'?"),
-        ("layers.mac.0.segment", -1, "layers.mac.0.segment: expected integer >= 1, got -1"),
+        ("layers.mac.0.segment", -1, "layers.mac.0.segment: expected integer from 1 to 1048576, got -1"),
         (
             "layers.mac.0.memroy.depth",
             1,

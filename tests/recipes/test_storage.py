@@ -430,6 +430,18 @@ class TestStates:
             assert same(self.tensors(state), self.tensors(loaded))
             assert torch.equal(model(tokens[:, 7:], loaded).logits, model(tokens[:, 7:], state).logits)
 
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+    def test_a_model_of_another_dtype_takes_it(self, tmp_path: Path, model: LanguageModel, state: Any, dtype: str):
+        save_state(state, tmp_path / "s", model)
+        other = build(TINY, dtype=dtype, seed=3)
+        loaded = self.tensors(load_state(tmp_path / "s", other))
+        for name, fresh in self.tensors(other.init_state(2)).items():
+            assert loaded[name].dtype == fresh.dtype
+            assert torch.equal(loaded[name], self.tensors(state)[name].to(fresh.dtype))
+        with torch.no_grad():
+            out = other(torch.arange(6).view(2, 3), load_state(tmp_path / "s", other))
+        assert bool(out.logits.isfinite().all())
+
     def test_fresh_states(self, tmp_path: Path, model: LanguageModel):
         state = model.init_state(3)
         save_state(state, tmp_path / "s", model)

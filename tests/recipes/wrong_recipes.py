@@ -95,7 +95,7 @@ WRONG: list[tuple[str, str | bytes, str]] = [
     ("heads as a list", with_layer("[{type: attention, heads: [4]}]"), "layers.mac.0.heads: expected integer >= 1, got [4]"),
     ("truth as a number", with_layer("[{type: memory, momentum: 1}]"), "layers.mac.0.momentum: expected true or false, got 1"),
     ("truth as a word", with_layer("[{type: memory, momentum: yes}]"), "layers.mac.0.momentum: expected true or false, got 'yes'"),
-    ("segment negative", with_layer("[{type: context, segment: -1}]"), "layers.mac.0.segment: expected integer >= 1, got -1"),
+    ("segment negative", with_layer("[{type: context, segment: -1}]"), "layers.mac.0.segment: expected integer from 1 to 1048576, got -1"),
     ("depth too large", with_layer("[{type: memory, depth: 1000}]"), "layers.mac.0.depth: "),
     ("dim zero", PLAIN.replace("dim: 64", "dim: 0"), "dim: expected an integer from 1 to"),
     ("dim text", PLAIN.replace("dim: 64", "dim: wide"), "dim: expected an integer from 1 to 131072, got 'wide'"),

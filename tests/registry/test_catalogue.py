@@ -190,3 +190,8 @@ def test_two_packages_with_one_name(install: Install):
         lookup("twice")
     (row,) = list_rows("twice")
     assert "plug_left" in row.source and "plug_right" in row.source
+
+
+def test_a_pattern_is_text():
+    with pytest.raises(TypeError, match=r"pattern: expected text with wildcards .*, got 5"):
+        list_blocks(5)  # type: ignore[arg-type]

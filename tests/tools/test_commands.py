@@ -49,7 +49,7 @@ def test_list_pattern(titans_build: Run) -> None:
 
 def test_list_with_no_match_fails_with_the_nearest_name(titans_build: Run) -> None:
     result = titans_build("list", "memroy")
-    assert (result.status, result.out) == (1, "")
+    assert (result.status, result.out) == (2, "")
     assert "did you mean 'memory'?" in result.err
 
 
