@@ -183,7 +183,9 @@ class NeuralMemory(Block):
 
     # -- the three uses --------------------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, state: NeuralMemoryState | None = None, *, mask: Tensor | None = None):
+    def forward(
+        self, x: Tensor, state: NeuralMemoryState | None = None, *, mask: Tensor | None = None
+    ) -> tuple[Tensor, NeuralMemoryState]:
         """Write each token, then read it back. ``x``: ``[batch, time, dim]`` -> the same shape, and the new state."""
         check_input(self, x, mask, like=self.output_gain)
         if state is None:
@@ -202,7 +204,7 @@ class NeuralMemory(Block):
         self._check_state(x, state)
         check_input(self, x, None, like=self.output_gain)
         q = project(x, self.qkv.weight[: self.inner]).to(self.output_gain.dtype)
-        if self.convolution is not None:
+        if self.convolution is not None and state.convolution is not None:
             taps = self.convolution[: self.inner].t()
             past = (state.convolution[..., : self.inner] * taps[:-1]).sum(1, keepdim=True)
             q = torch.addcmul(past, q, taps[-1])
@@ -215,11 +217,13 @@ class NeuralMemory(Block):
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    def _run(self, x: Tensor, state: NeuralMemoryState, mask: Tensor | None, length: Tensor | None = None):
+    def _run(
+        self, x: Tensor, state: NeuralMemoryState, mask: Tensor | None, length: Tensor | None = None
+    ) -> tuple[Tensor, NeuralMemoryState]:
         """``forward`` for rows whose real tokens come first; ``mask`` is false behind them."""
         qkv = self.qkv(x).to(self.output_gain.dtype)  # under autocast too, what the state keeps is not narrowed
         history = state.convolution
-        if self.convolution is not None:
+        if self.convolution is not None and history is not None:
             past = torch.cat([history, qkv], dim=1)
             history = (
                 past[:, -(self.conv - 1) :] if length is None else last(past, length + self.conv - 1, self.conv - 1)
@@ -243,11 +247,13 @@ class NeuralMemory(Block):
         y = self._finish(y, x) if self.use == "both" else torch.zeros_like(x)
         return y, NeuralMemoryState(memory, history, held)
 
-    def _controls(self, x: Tensor, state: NeuralMemoryState, length: Tensor | None):
+    def _controls(
+        self, x: Tensor, state: NeuralMemoryState, length: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """Step size, momentum and forgetting ``[batch, time, heads]``, in the state's dtype; and the held gates."""
         raw = self.controls(x).to(self.output_gain.dtype)
         held = state.gates
-        if self.gates == "chunk":
+        if held is not None:
             # a chunk's gates are those of its first token: causal, and the same however the sequence is cut
             position = state.memory.position[:, None] + torch.arange(x.shape[1], device=x.device)
             first = torch.arange(x.shape[1], device=x.device) - position % self.chunk

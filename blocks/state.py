@@ -95,7 +95,14 @@ def concatenate(states: Sequence[State]) -> State:
     """One state holding the rows of all the given states, in order."""
     if not states:
         raise ValueError("concatenate: expected at least one state, got none")
-    return map_state(lambda *tensors: torch.cat(tensors, dim=0), *states)
+
+    def join(*tensors: Tensor) -> Tensor:
+        if len({tensor.shape[1:] for tensor in tensors}) > 1:
+            shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors)
+            raise ValueError(f"concatenate: rows of different shapes: {shapes} (states that grow must be equally long)")
+        return torch.cat(tensors, dim=0)
+
+    return map_state(join, *states)
 
 
 def where(rows: Tensor, state: State, other: State) -> State:

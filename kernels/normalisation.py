@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ class _Normalised(torch.autograd.Function):
     """``x / sqrt(sum(x^2) / count + eps) * gain``: backward needs the input and one number per vector, and no more."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, gain: Tensor | None, count: int, eps: float) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, gain: Tensor | None, count: int, eps: float) -> Tensor:
         # count^0.5 / sqrt(|x|^2 + count eps), the root of a sum of squares taken without leaving the range of numbers
         length = torch.linalg.vector_norm(x, 2, -1, True).hypot_(_constants(count * eps, x.dtype)[1])
         inverse = length.reciprocal_().mul_(count**0.5)
@@ -77,7 +78,7 @@ class _Normalised(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, gain, inverse = ctx.saved_tensors
         grad_gain = None
         pushed = grad
