@@ -85,7 +85,7 @@ def test_a_wheel_holds_every_module_and_recipe(wheel: zipfile.ZipFile) -> None:
     expected = {
         f"{package.replace('.', '/')}/{file.name}"
         for package, folder in folders_with_code().items()
-        for pattern in ("*.py", "*.yaml", "py.typed")
+        for pattern in ("*.py", "*.yaml", "*.c", "*.h", "py.typed")
         for file in (ROOT / folder).glob(pattern)
     }
     shipped = {name for name in wheel.namelist() if ".dist-info/" not in name}

@@ -9,6 +9,7 @@ from ..dispatch import Backend, Operation
 from ..precision import full_precision
 from .activation import ACTIVATIONS
 from .closed_form import closed_form_memory
+from .native import native_memory, refuse_native
 from .pieces import piecewise_memory
 from .reference import reference_memory
 from .state import MemoryState
@@ -64,14 +65,16 @@ def titans_memory(
     """
     _check(q, k, v, theta, eta, alpha, state, chunk, activation, norm, mask, clip, read, keep)
     tensors = (q, k, v, theta, eta, alpha, norm, *state.weights, *state.momentum, *state.anchor)
+    compute = torch.promote_types(torch.promote_types(q.dtype, state.weights[0].dtype), torch.float32)
     run = MEMORY.choose(
         backend,
         device=q.device.type,
-        dtype=q.dtype,
+        dtype=compute,
         time=q.shape[1],
+        chunk=chunk,
+        layers=len(state.weights),
         grad=torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors),
     )
-    compute = torch.promote_types(torch.promote_types(q.dtype, state.weights[0].dtype), torch.float32)
     if any(x is not None and x.dtype != compute for x in tensors):
         q_, k, v, theta = (x.to(compute) for x in (q, k, v, theta))
         eta, alpha, norm = (None if x is None else x.to(compute) for x in (eta, alpha, norm))
@@ -80,7 +83,7 @@ def titans_memory(
     else:
         q_ = q
     options = dict(chunk=chunk, activation=activation, norm=norm, mask=mask, clip=clip, read=read)
-    if run is piecewise_memory:
+    if run in (native_memory, piecewise_memory):
         options["keep"] = keep
     with full_precision(q.device.type):
         y, state = run(q_, k, v, theta, eta, alpha, state, **options)
@@ -97,6 +100,7 @@ MEMORY = Operation(
     "memory",
     [
         Backend("step", step_memory, _refuse_step),
+        Backend("native", native_memory, refuse_native),
         Backend("torch", piecewise_memory),
         Backend("closed_form", closed_form_memory),
         Backend("reference", reference_memory),

@@ -7,6 +7,11 @@ import torch
 
 from titans_build.kernels.dispatch import BackendError
 from titans_build.kernels.memory import MemoryState, titans_memory
+from titans_build.kernels.native import library
+
+UNBUILT = library.refuse(device="cpu", dtype=torch.float64)
+NATIVE = pytest.param("native", marks=pytest.mark.skipif(UNBUILT is not None, reason=f"C kernels: {UNBUILT}"))
+FAST = [NATIVE, "torch"]
 
 
 class Case:
@@ -86,10 +91,10 @@ def assert_equal(got, expected, tolerance=1e-10):
 
 
 def assert_agrees(case, **options):
-    """The torch path against both oracles: outputs, final state, every gradient."""
+    """The fast paths against both oracles: outputs, final state, every gradient."""
     oracle = tensors(case.run(backend="reference", **options))
     oracle_grads = case.gradients(oracle)
-    for backend in ("torch", "closed_form"):
+    for backend in ("torch", "closed_form", *(["native"] if UNBUILT is None else [])):
         result = tensors(case.run(backend=backend, **options))
         assert_equal(result, oracle)
         assert_equal(case.gradients(result), oracle_grads)
@@ -135,11 +140,12 @@ def test_unequal_widths():
     assert_agrees(Case(d_in=3, d_out=5, norm=False, step=0.05), chunk=4)
 
 
-@pytest.mark.parametrize("keep", [1, 2, 3, 8, 100])
-def test_what_is_kept_does_not_change_gradients(keep):
+@pytest.mark.parametrize("keep", [None, 1, 2, 3, 8, 100])
+@pytest.mark.parametrize("backend", FAST)
+def test_what_is_kept_does_not_change_gradients(keep, backend):
     case = Case(time=23, step=0.05)
     assert_equal(
-        case.gradients(tensors(case.run(chunk=2, keep=keep))),
+        case.gradients(tensors(case.run(chunk=2, keep=keep, backend=backend))),
         case.gradients(tensors(case.run(chunk=2, backend="reference"))),
         1e-9,
     )
@@ -166,12 +172,13 @@ def test_rows_at_different_positions_and_masks(chunk, masked, clip):
 
 
 @pytest.mark.parametrize("cuts", [(1, 4, 9), (5, 10), (7,), (2, 3, 4, 5, 13)])
-def test_any_split_is_the_whole(cuts):
+@pytest.mark.parametrize("backend", FAST)
+def test_any_split_is_the_whole(cuts, backend):
     case = Case(step=0.05)
-    whole = tensors(case.run(chunk=5))
+    whole = tensors(case.run(chunk=5, backend=backend))
     state, outputs = None, []
     for start, stop in zip((0, *cuts), (*cuts, 14)):
-        y, state = case.run(state, slice(start, stop), chunk=5)
+        y, state = case.run(state, slice(start, stop), chunk=5, backend=backend)
         outputs.append(y)
     pieces = tensors((torch.cat(outputs, 1), state))
     assert_equal(pieces, whole)
@@ -195,8 +202,10 @@ def test_step_is_the_recurrence(masked, options, flags):
 
 
 @pytest.mark.parametrize("options", [{}, {"clip": 0.7, "read": "before"}, {"norm": False}])
-def test_gradcheck(options):
-    norm = options.pop("norm", True)
+@pytest.mark.parametrize("backend", FAST)
+def test_gradcheck(options, backend):
+    norm = options.get("norm", True)
+    options = {name: value for name, value in options.items() if name != "norm"}
     case = Case(batch=1, time=7, heads=1, d_in=2, d_out=2, norm=norm, step=0.05)
     names = ["q", "k", "v", "theta", "eta", "alpha"]
 
@@ -205,7 +214,7 @@ def test_gradcheck(options):
         rest = list(leaves[len(names) :])
         gain = rest.pop(0) if norm else None
         state = case.state._replace(weights=tuple(rest[:2]), momentum=tuple(rest[2:]), anchor=tuple(rest[:2]))
-        y, end = titans_memory(*(values[n] for n in names), state, chunk=3, norm=gain, **options)
+        y, end = titans_memory(*(values[n] for n in names), state, chunk=3, norm=gain, backend=backend, **options)
         return (y, *end.weights, *end.momentum)
 
     # a gate at its end point has no two-sided difference inside [0, 1], but the operation is smooth through it
@@ -257,7 +266,8 @@ def test_narrow_inputs_keep_a_wide_state(dtype, tolerance):
     assert (y.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt() < tolerance
 
 
-def test_memory_of_backward_does_not_hold_every_chunk():
+@pytest.mark.parametrize("backend", FAST)
+def test_memory_of_backward_does_not_hold_every_chunk(backend):
     held = []
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 512, 1, 16) for _ in range(3))
@@ -268,12 +278,14 @@ def test_memory_of_backward_does_not_hold_every_chunk():
         held.append(x.numel())
         return x
 
-    # with every state kept, 65 of them, weights and momentum of two layers, and the hidden values of keys and queries
-    for keep, states, hidden in ((1, 65, 2 * 2 * 512 * 16), (32, 2, 0)):
+    # a state is weights and momentum of two layers; where all are kept, so are the outputs for keys and queries
+    state, outputs = 2 * 2 * 16 * 16, 2 * 2 * 512 * 16
+    given = {"native": state, "torch": 0}[backend]
+    for keep, kept in ((1, {"native": 64, "torch": 65}[backend] * state + outputs), (32, 2 * state)):
         held.clear()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            titans_memory(q, k, v, gate, gate, gate, MemoryState.fresh(weights), chunk=8, keep=keep)
-        assert sum(held) - 3 * q.numel() - 3 * gate.numel() == states * 2 * 2 * 16 * 16 + hidden
+            titans_memory(q, k, v, gate, gate, gate, MemoryState.fresh(weights), chunk=8, keep=keep, backend=backend)
+        assert sum(held) == 3 * q.numel() + 3 * gate.numel() + given + kept
 
 
 def test_no_tokens():

@@ -1,0 +1,284 @@
+"""The memory operation on the C kernels: arguments handed over, results and gradients handed back.
+
+The kernels work on one batch row and head at a time and know of phases and masks, so rows need no lining up here.
+What they compute is described in ``kernels/native/network.h``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..native import library
+from ..native.pages import fresh
+from .buffers import Scratch
+from .state import MemoryState
+
+LAYERS = 16
+LONGEST = 256
+"""Tokens of a chunk beyond which its work leaves a core's cache, and the torch path is as good."""
+KEPT_BYTES = 192 * 2**20
+"""What is kept for backward: the layers' outputs where they fit, and as many states as fit beside them."""
+KEEPS = (4, 16)
+"""Chunks from one kept state to the next, at least and at most: one more costs what it saves in learning again."""
+
+_ACTIVATIONS = {"identity": 0, "relu": 1, "silu": 2, "gelu": 3}
+_SEQUENCES = ("q", "k", "v", "theta", "eta", "alpha", "y")
+_SIZES = ("batch", "time", "heads", "layers", "chunk", "activation", "momentum", "normed", "after")
+_KEPT = ("every", "asked_kept", "hidden_kept")
+
+
+class _Tokens(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "time", "head"))]
+
+
+class _Matrices(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "head"))]
+
+
+_States = (_Matrices * LAYERS) * 3
+
+
+class _Call(ctypes.Structure):
+    """``call`` of memory.c, field by field."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in (*_SIZES, *_KEPT)),
+        ("widths", ctypes.c_int64 * (LAYERS + 1)),
+        ("clip", ctypes.c_double),
+        *((name, _Tokens) for name in _SEQUENCES),
+        *((f"grad_{name}", _Tokens) for name in _SEQUENCES),
+        ("gain", ctypes.c_void_p),
+        ("grad_gain", ctypes.c_void_p),
+        *((name, _States) for name in ("before", "end", "grad_before", "grad_end")),
+        *((name, ctypes.c_void_p) for name in ("phase", "order", "count", "kept", "scratch")),
+        ("kept_numbers", ctypes.c_int64),
+        ("scratch_numbers", ctypes.c_int64),
+    ]
+
+
+class _Plan(NamedTuple):
+    """What a call computes, apart from its differentiable tensors."""
+
+    chunk: int
+    activation: str
+    clip: float | None
+    after: bool
+    keep: int | None
+    layers: int
+    phase: Tensor
+    """``[batch]`` int64: where in its chunk each row stands."""
+    count: Tensor
+    """``[batch]`` int32: tokens of each row."""
+    order: Tensor | None
+    """``[batch, time]`` int32: which tokens those are; ``None``: all."""
+    anchor_made: bool
+    """Whether some row's anchor after the call is neither the weights then nor its anchor before."""
+
+
+def refuse_native(
+    *, device: str, dtype: torch.dtype, chunk: int = 16, time: int = 1, layers: int = 1, **facts: Any
+) -> str | None:
+    if min(chunk, time) > LONGEST:
+        return f"takes at most {LONGEST} tokens of a chunk at once, not {min(chunk, time)}"
+    if layers > LAYERS:
+        return f"takes at most {LAYERS} layers, not {layers}"
+    return library.refuse(device=device, dtype=dtype)
+
+
+def native_memory(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    theta: Tensor,
+    eta: Tensor | None,
+    alpha: Tensor | None,
+    state: MemoryState,
+    *,
+    chunk: int,
+    activation: str,
+    norm: Tensor | None,
+    mask: Tensor | None,
+    clip: float | None,
+    read: str,
+    keep: int | None,
+) -> tuple[Tensor, MemoryState]:
+    """``titans_memory`` for any length, positions and mask, in float32 or float64 on a CPU."""
+    phases = [position % chunk for position in state.position.tolist()]
+    counts, order = [q.shape[1]] * len(phases), None
+    if mask is not None and not bool(mask.all()):
+        order = torch.argsort(~mask, dim=1, stable=True).to(torch.int32)  # the real tokens of each row come first
+        counts = mask.sum(1).tolist()
+    if not any(counts):
+        return torch.zeros_like(v), state
+    ends = [phase + count for phase, count in zip(phases, counts)]
+    all_end = all(count and end % chunk == 0 for count, end in zip(counts, ends))
+    none_began = all(not count or (phase and end < chunk) for phase, count, end in zip(phases, counts, ends))
+    layers = len(state.weights)
+    plan = _Plan(
+        chunk, activation, clip, read == "after", keep, layers,
+        torch.tensor(phases), torch.tensor(counts, dtype=torch.int32), order, not (all_end or none_began),
+    )  # fmt: skip
+    y, *parts = _Native.apply(
+        plan, q, k, v, theta, eta, alpha, norm, *state.weights, *(state.momentum if eta is not None else ()),
+        *(state.anchor if any(phases) or not all(counts) else ()),
+    )  # fmt: skip
+    weights = tuple(parts[:layers])
+    momentum = state.momentum if eta is None else tuple(parts[layers : 2 * layers])
+    anchor = weights if all_end else state.anchor if none_began else tuple(parts[-layers:])
+    moved = q.shape[1] if order is None else plan.count.to(torch.int64)
+    return y, MemoryState(weights, momentum, anchor, state.position + moved)
+
+
+class _Native(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        plan: _Plan,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        theta: Tensor,
+        eta: Tensor | None,
+        alpha: Tensor | None,
+        gain: Tensor | None,
+        *state: Tensor,
+    ) -> tuple[Tensor, ...]:
+        q, k, v = (_dense(x, 1) for x in (q, k, v))
+        state = tuple([_dense(x, 2) for x in state])
+        call = _call(plan, q, k, v, theta, eta, alpha, gain, state)
+        y = (fresh if plan.order is None else torch.zeros)(v.shape, dtype=v.dtype)
+        call.y = _tokens(y)
+        made = plan.layers * (1 + (eta is not None) + plan.anchor_made)
+        end = [torch.empty(state[i % plan.layers].shape, dtype=q.dtype) for i in range(made)]
+        _hand_over(call.end, end, plan, eta)
+        kept = None
+        if any(ctx.needs_input_grad):
+            call.every, call.asked_kept, call.hidden_kept = ctx.kept = _keeping(plan, q, state, eta)
+            call.kept_numbers = _room(call, q, backward=False)[0]
+            kept = fresh((q.shape[0] * q.shape[2] * call.kept_numbers,), q.dtype)
+            call.kept = kept.data_ptr()
+        _run(call, q, backward=False)
+        ctx.plan = plan
+        ctx.save_for_backward(kept, q, k, v, theta, eta, alpha, gain, *state)
+        ctx.set_materialize_grads(False)
+        return y, *end
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_y: Tensor | None, *grad_end: Tensor | None) -> tuple[Tensor | None, ...]:
+        kept, q, k, v, theta, eta, alpha, gain, *state = ctx.saved_tensors
+        plan = ctx.plan
+        call = _call(plan, q, k, v, theta, eta, alpha, gain, state)
+        call.every, call.asked_kept, call.hidden_kept = ctx.kept
+        call.kept_numbers, call.kept = kept.numel() // (q.shape[0] * q.shape[2]), kept.data_ptr()
+        grad_y = torch.zeros_like(v) if grad_y is None else _dense(grad_y, 1)
+        call.grad_y = _tokens(grad_y)
+        needed = plan.layers * (1 if eta is None else 2)
+        grad_end = tuple(
+            (torch.zeros_like(state[i]) if i < needed else None) if g is None else _dense(g, 2)
+            for i, g in enumerate(grad_end)
+        )
+        _hand_over(call.grad_end, grad_end, plan, eta)
+        new = fresh if plan.order is None else torch.zeros
+        grads = [None if x is None else new(x.shape, dtype=x.dtype) for x in (q, k, v, theta, eta, alpha)]
+        for name, grad in zip(_SEQUENCES, grads):
+            setattr(call, f"grad_{name}", _tokens(grad))
+        grad_gain = None
+        if gain is not None:
+            grad_gain = gain.new_empty(q.shape[0], *gain.shape)
+            call.grad_gain = grad_gain.data_ptr()
+        grad_state = [torch.empty(x.shape, dtype=x.dtype) for x in state]
+        _hand_over(call.grad_before, grad_state, plan, eta)
+        _run(call, q, backward=True)
+        return None, *grads, None if grad_gain is None else grad_gain.sum(0), *grad_state
+
+
+def _call(
+    plan: _Plan,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    theta: Tensor,
+    eta: Tensor | None,
+    alpha: Tensor | None,
+    gain: Tensor | None,
+    state: Sequence[Tensor],
+) -> _Call:
+    call = _Call()
+    call.batch, call.time, call.heads, call.widths[0] = q.shape
+    call.layers, call.chunk, call.activation = plan.layers, plan.chunk, _ACTIVATIONS[plan.activation]
+    call.momentum, call.normed, call.after, call.clip = eta is not None, gain is not None, plan.after, plan.clip or 0
+    for layer, weight in enumerate(state[: plan.layers]):
+        call.widths[layer + 1] = weight.shape[2]
+    for name, x in zip(_SEQUENCES, (q, k, v, theta, eta, alpha)):
+        setattr(call, name, _tokens(x))
+    _hand_over(call.before, state, plan, eta)
+    call.phase, call.count = plan.phase.data_ptr(), plan.count.data_ptr()
+    call.order = None if plan.order is None else plan.order.data_ptr()
+    if gain is not None:
+        assert gain.is_contiguous()
+        call.gain = gain.data_ptr()
+    return call
+
+
+def _hand_over(states: Any, tensors: Sequence[Tensor | None], plan: _Plan, eta: Tensor | None) -> None:
+    """``tensors`` are weights, momentum if there is any, and perhaps the anchor, layer by layer."""
+    for i, x in enumerate(tensors):
+        part, layer = divmod(i, plan.layers)
+        if part and eta is None:
+            part = 2
+        if x is not None:
+            states[part][layer] = _Matrices(x.data_ptr(), x.stride(0), x.stride(1))
+
+
+def _tokens(x: Tensor | None) -> _Tokens:
+    return _Tokens() if x is None else _Tokens(x.data_ptr(), *x.stride()[:3])
+
+
+def _dense(x: Tensor, dims: int) -> Tensor:
+    """``x`` with its last dimensions dense."""
+    stride = x.stride()
+    dense = stride[-1] == 1 and (dims == 1 or stride[-2] == x.shape[-1])
+    return x if dense else x.contiguous()
+
+
+def _keeping(plan: _Plan, q: Tensor, state: Sequence[Tensor], eta: Tensor | None) -> tuple[int, bool, bool]:
+    """Chunks from one kept state to the next, and whether the layers' outputs for queries and for keys are kept."""
+    if plan.keep is not None and plan.keep > 1:
+        return plan.keep, False, False
+    outputs = sum(w.shape[2] for w in state[: plan.layers])
+    tokens = q.shape[0] * q.shape[1] * q.shape[2] * outputs * q.element_size()
+    left = KEPT_BYTES - tokens
+    asked_kept = left >= 0
+    hidden_kept = left >= tokens
+    if plan.keep is not None:
+        return plan.keep, asked_kept, hidden_kept
+    left = max(left, 0) - tokens * hidden_kept
+    chunks = -(-q.shape[1] // plan.chunk) + 1
+    states = chunks * sum(w.numel() for w in state[: plan.layers]) * (1 if eta is None else 2) * q.element_size()
+    every, most = KEEPS
+    while states > left * every and every < most:
+        every *= 2
+    return every, asked_kept, hidden_kept
+
+
+def _room(call: _Call, like: Tensor, backward: bool) -> tuple[int, int]:
+    kept, scratch = ctypes.c_int64(), ctypes.c_int64()
+    library.library(like.dtype).memory_room(
+        ctypes.byref(call), int(backward), ctypes.byref(kept), ctypes.byref(scratch)
+    )
+    return kept.value, scratch.value
+
+
+def _run(call: _Call, like: Tensor, backward: bool) -> None:
+    threads = max(1, min(torch.get_num_threads(), call.batch * call.heads))
+    call.scratch_numbers = _room(call, like, backward)[1]
+    scratch = Scratch.of(like)
+    call.scratch = scratch("native", threads, call.scratch_numbers).data_ptr()
+    library.library(like.dtype).memory_run(ctypes.byref(call), int(backward), threads)
+    scratch.release()

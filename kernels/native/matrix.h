@@ -1,0 +1,151 @@
+/* Products of small matrices that lie in a cache, and transposition.
+
+   Matrices are rows of numbers with a leading dimension; the right factor and the result have rows that are padded to
+   whole vectors, the left factor is read number by number, so it may also stand transposed.
+
+   A tile of ROWS x 2 vectors of the result stays in registers while the inner dimension runs: one load of a vector
+   serves ROWS products, and there are enough independent sums to keep the multipliers busy. */
+
+#pragma once
+
+#include "vector.h"
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+enum { ROWS = 8 };
+#else
+enum { ROWS = 4 };
+#endif
+enum { INNER = 128 }; /* a panel of this many rows and two vectors stays in the first cache */
+
+enum mode { SET, ADD, SUBTRACT };
+
+INLINE void tile(int rows, int vectors, int inner, const real *a, ptrdiff_t row, ptrdiff_t column, const real *b,
+                 ptrdiff_t ldb, real *c, ptrdiff_t ldc, enum mode mode) {
+    vec total[ROWS][2];
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < vectors; j++)
+            total[i][j] = (vec){};
+    for (int p = 0; p < inner; p++) {
+        vec right[2];
+        for (int j = 0; j < vectors; j++)
+            right[j] = get(b + p * ldb + j * WIDTH);
+        for (int i = 0; i < rows; i++) {
+            vec left = all(a[i * row + p * column]);
+            for (int j = 0; j < vectors; j++)
+                total[i][j] += left * right[j];
+        }
+    }
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < vectors; j++) {
+            real *out = c + i * ldc + j * WIDTH;
+            if (mode == SET)
+                put(out, total[i][j]);
+            else if (mode == ADD)
+                put(out, get(out) + total[i][j]);
+            else
+                put(out, get(out) - total[i][j]);
+        }
+}
+
+INLINE void strip(int vectors, int m, int inner, const real *a, ptrdiff_t row, ptrdiff_t column, const real *b,
+                  ptrdiff_t ldb, real *c, ptrdiff_t ldc, enum mode mode) {
+    int i = 0;
+    for (; i + ROWS <= m; i += ROWS)
+        tile(ROWS, vectors, inner, a + i * row, row, column, b, ldb, c + i * ldc, ldc, mode);
+    for (; i + 2 <= m; i += 2)
+        tile(2, vectors, inner, a + i * row, row, column, b, ldb, c + i * ldc, ldc, mode);
+    if (i < m)
+        tile(1, vectors, inner, a + i * row, row, column, b, ldb, c + i * ldc, ldc, mode);
+}
+
+INLINE void product(int m, int n, int k, const real *a, ptrdiff_t row, ptrdiff_t column, const real *b, ptrdiff_t ldb,
+                    real *c, ptrdiff_t ldc, enum mode mode) {
+    for (int p = 0; p < k || p == 0; p += INNER) {
+        const real *left = a + p * column, *right = b + p * ldb;
+        int inner = least(k - p, INNER), j = 0;
+        for (; j + 2 * WIDTH <= n; j += 2 * WIDTH)
+            strip(2, m, inner, left, row, column, right + j, ldb, c + j, ldc, mode);
+        if (j < n)
+            strip(1, m, inner, left, row, column, right + j, ldb, c + j, ldc, mode);
+        if (mode == SET)
+            mode = ADD;
+    }
+}
+
+/* c [m, n] (=, +=, -=) a [m, k] b [k, n]; n counts padding */
+static __attribute__((noinline)) void multiply(int m, int n, int k, const real *a, ptrdiff_t lda, const real *b,
+                                               ptrdiff_t ldb, real *c, ptrdiff_t ldc, enum mode mode) {
+    if (mode == SET)
+        product(m, n, k, a, lda, 1, b, ldb, c, ldc, SET);
+    else if (mode == ADD)
+        product(m, n, k, a, lda, 1, b, ldb, c, ldc, ADD);
+    else
+        product(m, n, k, a, lda, 1, b, ldb, c, ldc, SUBTRACT);
+}
+
+/* the same with a transposed: a [k, m] */
+static __attribute__((noinline)) void multiply_transposed(int m, int n, int k, const real *a, ptrdiff_t lda,
+                                                          const real *b, ptrdiff_t ldb, real *c, ptrdiff_t ldc,
+                                                          enum mode mode) {
+    if (mode == SET)
+        product(m, n, k, a, 1, lda, b, ldb, c, ldc, SET);
+    else if (mode == ADD)
+        product(m, n, k, a, 1, lda, b, ldb, c, ldc, ADD);
+    else
+        product(m, n, k, a, 1, lda, b, ldb, c, ldc, SUBTRACT);
+}
+
+/* one step of a transposition: a and b interleaved, number by number */
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#if VECTOR_BYTES / (REAL / 8) == 16
+#define LOW(a, b) SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
+#define HIGH(a, b) SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+#elif VECTOR_BYTES / (REAL / 8) == 8
+#define LOW(a, b) SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
+#define HIGH(a, b) SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+#elif VECTOR_BYTES / (REAL / 8) == 4
+#define LOW(a, b) SHUFFLE(a, b, 0, 4, 1, 5)
+#define HIGH(a, b) SHUFFLE(a, b, 2, 6, 3, 7)
+#else
+#define LOW(a, b) SHUFFLE(a, b, 0, 2)
+#define HIGH(a, b) SHUFFLE(a, b, 1, 3)
+#endif
+#endif
+
+/* to [columns, ldt] = from [rows, ldf]; what `to` has beyond `rows`, up to whole vectors, becomes zero.
+   Rows of `from` can be read up to whole vectors. */
+static __attribute__((noinline)) void transpose(int rows, int columns, const real *from, ptrdiff_t ldf, real *to,
+                                                ptrdiff_t ldt) {
+    for (int i = 0; i < rows; i += WIDTH)
+        for (int j = 0; j < columns; j += WIDTH) {
+#ifdef LOW
+            vec x[WIDTH], y[WIDTH];
+            if (i + WIDTH <= rows)
+                for (int r = 0; r < WIDTH; r++)
+                    x[r] = get(from + (i + r) * ldf + j);
+            else
+                for (int r = 0; r < WIDTH; r++)
+                    x[r] = i + r < rows ? get(from + (i + r) * ldf + j) : (vec){};
+            for (int step = 1; step < WIDTH; step *= 2) {
+                for (int r = 0; r < WIDTH / 2; r++) {
+                    y[2 * r] = LOW(x[r], x[r + WIDTH / 2]);
+                    y[2 * r + 1] = HIGH(x[r], x[r + WIDTH / 2]);
+                }
+                for (int r = 0; r < WIDTH; r++)
+                    x[r] = y[r];
+            }
+            int count = least(columns - j, WIDTH);
+            if (count == WIDTH)
+                for (int r = 0; r < WIDTH; r++)
+                    put(to + (j + r) * ldt + i, x[r]);
+            else
+                for (int r = 0; r < count; r++)
+                    put(to + (j + r) * ldt + i, x[r]);
+#else
+            for (int c = j; c < least(j + WIDTH, columns); c++)
+                for (int r = i; r < i + WIDTH; r++)
+                    to[c * ldt + r] = r < rows ? from[r * ldf + c] : 0;
+#endif
+        }
+}
