@@ -138,7 +138,7 @@ def operation(case: Case, sizes: Sizes) -> tuple[Callable[[], Tensor], list[Tens
 
     def forward() -> Tensor:
         state = MemoryState.fresh(tuple(leaves[7:]))
-        return titans_memory(*leaves[:6], state, chunk=chunk, norm=gain, backend="torch")[0]
+        return titans_memory(*leaves[:6], state, chunk=chunk, norm=gain)[0]
 
     return passes(forward, leaves, case.backward, q.shape), leaves
 

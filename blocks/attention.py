@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.attention import Prefix, attention
+from ..kernels.cached_attention import Cache, cached_attention
 from ..kernels.layout import align, last
 from ..kernels.normalisation import rms_norm
 from ..kernels.rotary import rotate
@@ -109,24 +110,39 @@ class Attention(Block):
         ``position`` and ``cached``.
         """
         check_input(self, tokens, None, name="tokens", like=self.qkv.weight)
-        queries, k, v = self._project(tokens)
-        y = attention(queries[:, :, : self.heads], k, v)
+        if tokens.is_meta:
+            kept = tokens.new_empty(*tokens.shape[:2], self.kv_heads, self.head_dim)
+            return tokens, self.init_state(tokens.shape[0])._replace(prefix_keys=kept, prefix_values=kept)
+        q, k, v = self._project(tokens, 1)
+        y = attention(q, k, v)
         state = self.init_state(tokens.shape[0])
         return self.out(y.flatten(2)), state._replace(prefix_keys=k, prefix_values=v)
 
     def forward(
         self, x: Tensor, state: AttentionState | None = None, *, mask: Tensor | None = None
     ) -> tuple[Tensor, AttentionState]:
+        return self.every(x, state, step=1, mask=mask)
+
+    def every(
+        self, x: Tensor, state: AttentionState | None = None, *, step: int, mask: Tensor | None = None
+    ) -> tuple[Tensor, AttentionState]:
+        """Nothing is asked, projected or put out where no output is wanted."""
         check_input(self, x, mask, like=self.qkv.weight)
         if state is not None:
             check_state(self, state, AttentionState, x.shape[0])
         if mask is None:
-            return self._run(x, state, None)
+            few = state is not None and x.is_cpu and 0 < x.shape[1] <= _FEW
+            if few and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                assert state is not None
+                return self._step(x, state, step)
+            return self._run(x, state, None, step)
         layout = align(mask)
-        y, state = self._run(layout.spread(x), state, layout.length)
-        return layout.collect(y), state
+        y, state = self._run(layout.spread(x), state, layout.length, step)
+        return (layout if step == 1 else align(mask[:, ::step])).collect(y), state
 
-    def _run(self, x: Tensor, state: AttentionState | None, length: Tensor | None) -> tuple[Tensor, AttentionState]:
+    def _run(
+        self, x: Tensor, state: AttentionState | None, length: Tensor | None, step: int
+    ) -> tuple[Tensor, AttentionState]:
         """``x``: real tokens first in each row; ``length``: ``[batch]``, how many, or ``None`` for all."""
         rows, time, _ = x.shape
         fresh = state is None
@@ -134,8 +150,7 @@ class Attention(Block):
             state = self.init_state(rows)
         if time == 0:  # nothing but padding
             return x, state
-        plain, k, v = self._project(x)
-        q = plain[:, :, : self.heads]
+        q, k, v = self._project(x, step)
         prefix = None
         if state.prefix_keys is not None and state.prefix_values is not None:
             prefix = Prefix(q, state.prefix_keys, state.prefix_values)
@@ -144,7 +159,7 @@ class Attention(Block):
             if time > 1:
                 kept = time <= 8 and not torch.compiler.is_compiling()
                 position = position + (_ahead(time, x.device) if kept else torch.arange(time, device=x.device))
-            q, k = rotate(plain, position, self.rope).split_with_sizes((self.heads, self.kv_heads), dim=2)
+            q, k = rotate(q, position[:, step - 1 :: step], self.rope), rotate(k, position, self.rope)
 
         slots = state.keys.shape[1]
         known, start = (0, None) if fresh else _known(state, time)
@@ -152,17 +167,37 @@ class Attention(Block):
             k, v = torch.cat((state.keys, k), dim=1), torch.cat((state.values, v), dim=1)
         unknown = k.shape[1] - known - time
         seen_k, seen_v = (k[:, unknown:], v[:, unknown:]) if unknown else (k, v)
-        y = attention(q, seen_k, seen_v, window=self.window, start=start, prefix=prefix)
+        y = attention(q, seen_k, seen_v, window=self.window, start=start, prefix=prefix, step=step)
         return self.out(y.flatten(2)), self._advance(state, k, v, length, time)
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised queries and keys ``[batch, time, heads + kv_heads, d]``, those keys, and values, unrotated."""
-        # under autocast the product is narrow; what is kept in the state is not
+    def _step(self, x: Tensor, state: AttentionState, step: int) -> tuple[Tensor, AttentionState]:
+        """``_run`` in fewer operations, for a few tokens without gradients."""
+        time = x.shape[1]
         heads = self.qkv(x).to(self.qkv.weight.dtype).unflatten(-1, (-1, self.head_dim))
-        plain, v = heads.split_with_sizes((self.heads + self.kv_heads, self.kv_heads), dim=2)
+        y, keys, values = cached_attention(
+            heads, self.gain, Cache(*state), heads=self.heads, window=self.window, base=self.rope
+        )
+        cached = state.cached + time
+        if self.window is not None:
+            cached = cached.clamp_(max=self.window - 1)
+        after = state._replace(keys=keys, values=values, cached=cached, position=state.position + time)
+        return self.out(y[:, step - 1 :: step].flatten(2)), after
+
+    def _project(self, x: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries at every ``step``-th token, keys and values ``[batch, .., heads or kv_heads, d]``, not rotated."""
+        kinds, dtype = (self.heads, self.kv_heads, self.kv_heads), self.qkv.weight.dtype
+        # under autocast the products are narrow; what is kept in the state is not
+        if step == 1:
+            q, k, v = self.qkv(x).to(dtype).unflatten(-1, (-1, self.head_dim)).split_with_sizes(kinds, dim=2)
+        else:
+            asking, seen = self.qkv.weight.split_with_sizes(
+                (self.heads * self.head_dim, 2 * self.kv_heads * self.head_dim)
+            )
+            q = F.linear(x[:, step - 1 :: step], asking).to(dtype).unflatten(-1, (-1, self.head_dim))
+            k, v = F.linear(x, seen).to(dtype).unflatten(-1, (2, self.kv_heads, -1)).unbind(2)
         if self.gain is not None:
-            plain = rms_norm(plain, self.gain)
-        return plain, plain[:, :, self.heads :], v
+            q, k = rms_norm(q, self.gain[: self.heads]), rms_norm(k, self.gain[self.heads :])
+        return q, k, v
 
     def _advance(self, state: AttentionState, k: Tensor, v: Tensor, length: Tensor | None, time: int) -> AttentionState:
         """The state after ``k`` and ``v``, the last ``time`` of which are new; ``length`` as in :meth:`_run`."""
@@ -195,6 +230,10 @@ class Attention(Block):
         seen = length if self.window is None else min(self.window, length)
         pairs = seen * (seen + 1) // 2 + (length - seen) * seen
         return 2 * length * (self.qkv.weight.numel() + self.out.weight.numel()) + 4 * self.dim * pairs
+
+
+_FEW = 4
+"""Tokens up to which an operator costs more to start than to run."""
 
 
 @functools.lru_cache(maxsize=16)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from .freezing import thawed
 from .state import State, map_state, nbytes
 
 
@@ -29,6 +30,9 @@ class Block(nn.Module):
     grows = False
     """True when the state grows with the number of tokens read (full attention without a bound)."""
 
+    delegates: tuple[str, ...] = ()
+    """In a wrapper that reads and writes by asking the blocks it holds: the fields that hold them."""
+
     period = 1
     """Shifting every position by a multiple of this many tokens leaves the outputs unchanged."""
 
@@ -47,9 +51,25 @@ class Block(nn.Module):
     def prefix(self, tokens: Tensor) -> tuple[Tensor, State]:
         """A fresh state that has been given persistent ``tokens`` [batch, count, dim], and the outputs at them.
 
-        By default they are read as ordinary first tokens. Attention keeps them in sight for good.
+        By default they are read as ordinary first tokens. Attention keeps them in sight for good. On the meta device
+        nothing is computed, since torch would first import sympy for it: a bounded state has its shapes from the start.
         """
-        return self(tokens, self.init_state(tokens.shape[0]))
+        if tokens.is_meta and not self.grows:
+            return tokens, self.init_state(tokens.shape[0])
+        # what a fresh memory holds has been written into it, frozen or not
+        with thawed(self):
+            return self(tokens, self.init_state(tokens.shape[0]))
+
+    def every(
+        self, x: Tensor, state: State = None, *, step: int, mask: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """``forward``, with the outputs at every ``step``-th token alone: ``[batch, time / step, dim]``.
+
+        ``time`` is a multiple of ``step``, and ``mask`` the same for all tokens of a step. A block that can spare what
+        only the other outputs need overrides this.
+        """
+        y, state = self(x, state, mask=mask)
+        return y[:, step - 1 :: step], state
 
     def bound(self, tokens: int) -> None:
         """Told once, by a block that starts this one anew at least every ``tokens`` tokens."""
@@ -68,6 +88,29 @@ class Block(nn.Module):
         """Bytes of state for one row."""
         with torch.no_grad():
             return nbytes(self.init_state(1))
+
+
+class Memory(Protocol):
+    """What a block has besides that can stand where the neural memory stands."""
+
+    def read(self, x: Tensor, state: State) -> Tensor:
+        """What it answers to each token of ``x`` [batch, time, dim] as if that came next; nothing is written."""
+        ...
+
+    def write(self, x: Tensor, state: State, mask: Tensor | None = None) -> State:
+        """The state after every token of ``x`` was written: that of ``forward``."""
+        ...
+
+
+def as_memory(block: Block) -> Memory:
+    """``block``, of which validation has made sure that it can read and write."""
+    return cast(Memory, block)
+
+
+def read_flops(block: Block, length: int) -> int:
+    """FLOPs of ``read``; 0 where the block does not say."""
+    count = getattr(block, "read_flops", None)
+    return 0 if count is None else cast(int, count(length))
 
 
 class Blocks(nn.ModuleList):

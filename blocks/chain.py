@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..registry import Spec, create, register
-from .block import Block, Blocks, check_parts
+from .block import Block, Blocks, as_memory, check_parts, read_flops
 from .state import State
 
 
@@ -17,8 +17,11 @@ from .state import State
 class Chain(Block):
     """Blocks one after the other: the outputs of each are the inputs of the next.
 
-    Nothing is added around them: normalisation and the residual are the layer's. State: a tuple of theirs.
+    Nothing is added around them: normalisation and the residual are the layer's. State: a tuple of theirs. A chain of
+    memories is a memory, in which each is read with what the one before recalls.
     """
+
+    delegates = ("of",)
 
     def __init__(
         self, dim: int, *, of: Annotated[list[Spec], Field(min_length=1, description="the blocks, first to last")]
@@ -41,6 +44,15 @@ class Chain(Block):
             states.append(after)
         return x, tuple(states)
 
+    def read(self, x: Tensor, state: State) -> Tensor:
+        check_parts(self, state, len(self.of))
+        for block, before in zip(self.of, state):
+            x = as_memory(block).read(x, before)
+        return x
+
+    def write(self, x: Tensor, state: State, mask: Tensor | None = None) -> State:
+        return self(x, state, mask=mask)[1]
+
     def prefix(self, tokens: Tensor) -> tuple[Tensor, State]:
         """Each block's outputs at the persistent tokens are the persistent tokens of the next."""
         states = []
@@ -59,3 +71,6 @@ class Chain(Block):
 
     def flops(self, length: int) -> int:
         return sum(block.flops(length) for block in self.of)
+
+    def read_flops(self, length: int) -> int:
+        return sum(read_flops(block, length) for block in self.of)

@@ -165,8 +165,9 @@ class Context(Block):
         """Attention at each ``x_j``, which sees ``h_1..h_j`` and ``x_1..x_j``. All ``[rows, time, dim]``."""
         rows, time, dim = x.shape
         stream = torch.stack([recalled, x], dim=2).view(rows, 2 * time, dim)
-        y, state = self.attend(stream, state, mask=None if real is None else real.repeat_interleave(2, dim=1))
-        return y[:, 1::2], state
+        return self.attend.every(
+            stream, state, step=2, mask=None if real is None else real.repeat_interleave(2, dim=1)
+        )
 
     def _fresh_attend(self, rows: int) -> State:
         """Attention that has seen the persistent tokens and nothing else."""

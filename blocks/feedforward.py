@@ -9,10 +9,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.gate import silu_gate
+from ..kernels.gate import swiglu
+from ..kernels.gated_projection import feed_forward, few
 from ..registry import register
 from .block import Block, check_input
-from .linear import Linear
+from .linear import Linear, plain
 from .state import State
 
 
@@ -44,13 +45,11 @@ class FeedForward(Block):
 
     def forward(self, x: Tensor, state: State = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
         check_input(self, x, mask, like=self.up.weight)
+        if self.kind == "swiglu" and plain(self.up, self.down) and few(x, self.up.weight, self.down.weight):
+            y = feed_forward(x, self.up.weight, self.down.weight)
+            return y if mask is None else torch.where(mask[..., None], y, 0.0), state
         inner = self.up(x)
-        if self.kind == "swiglu":
-            gate, inner = inner.chunk(2, dim=-1)
-            inner = silu_gate(inner, gate)
-        else:
-            inner = F.gelu(inner)
-        y = self.down(inner)
+        y = self.down(swiglu(inner) if self.kind == "swiglu" else F.gelu(inner))
         return y if mask is None else torch.where(mask[..., None], y, 0.0), state
 
     def reset_parameters(self) -> None:

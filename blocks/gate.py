@@ -13,7 +13,7 @@ from torch.nn.functional import silu
 from ..kernels.gate import gate
 from ..kernels.normalisation import rms_norm
 from ..registry import Spec, create, register
-from .block import Block, Blocks, check_input, check_parts
+from .block import Block, Blocks, as_memory, check_input, check_parts, read_flops
 from .state import State
 
 Form = Literal["sigmoid", "silu", "sum"]
@@ -51,8 +51,10 @@ class Gate(Block):
     """Two branches over the same inputs, the second gating the first: ``gate(a(x), b(x))``.
 
     With attention and memory as branches and persistent tokens before them this is memory-as-gate (equations
-    26-28). State: a tuple of theirs.
+    26-28). State: a tuple of theirs. With two memories as branches it is a memory.
     """
+
+    delegates = ("branches",)
 
     def __init__(
         self,
@@ -83,11 +85,19 @@ class Gate(Block):
         b, after_b = right(x, before[1], mask=mask)
         return self.gate(a, b), (after_a, after_b)
 
+    def read(self, x: Tensor, state: State) -> Tensor:
+        check_parts(self, state, 2)
+        a, b = (as_memory(block).read(x, before) for block, before in zip(self.branches, state))
+        return self.gate(a, b)
+
+    def write(self, x: Tensor, state: State, mask: Tensor | None = None) -> State:
+        return self(x, state, mask=mask)[1]
+
     def prefix(self, tokens: Tensor) -> tuple[Tensor, State]:
         left, right = self.branches
         a, state_a = left.prefix(tokens)
         b, state_b = right.prefix(tokens)
-        return self.gate(a, b), (state_a, state_b)
+        return tokens if tokens.is_meta else self.gate(a, b), (state_a, state_b)
 
     def bound(self, tokens: int) -> None:
         for block in self.branches:
@@ -99,3 +109,6 @@ class Gate(Block):
 
     def flops(self, length: int) -> int:
         return sum(block.flops(length) for block in self.branches) + 10 * self.dim * length
+
+    def read_flops(self, length: int) -> int:
+        return sum(read_flops(block, length) for block in self.branches) + 10 * self.dim * length

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,8 +13,18 @@ from torch import Tensor
 from .block import check_seed
 from .state import State, map_state
 
-if TYPE_CHECKING:
-    from .language_model import LanguageModel
+
+class Model(Protocol):
+    """What generation asks of a model; ``LanguageModel`` says what each answers."""
+
+    vocab: int | None
+
+    def check_mask(self, mask: Tensor, shape: tuple[int, int]) -> None: ...
+    def check_state(self, state: Any, rows: int) -> None: ...
+    def embed(self, tokens: Tensor) -> Tensor: ...
+    def lookup(self, tokens: Tensor) -> Tensor: ...
+    def run(self, x: Tensor, state: Any, mask: Tensor | None) -> tuple[Tensor, Any]: ...
+    def predict(self, hidden: Tensor) -> Tensor: ...
 
 
 class Generation(NamedTuple):
@@ -44,7 +54,7 @@ class Step(NamedTuple):
 
 @torch.no_grad()
 def generate(
-    model: LanguageModel,
+    model: Model,
     tokens: Tensor,
     max_new_tokens: int = 64,
     state: State = None,
@@ -86,7 +96,7 @@ def generate(
 
 @torch.no_grad()
 def read_prompt(
-    model: LanguageModel,
+    model: Model,
     tokens: Tensor,
     state: State = None,
     *,
@@ -124,7 +134,7 @@ def read_prompt(
 
 
 @torch.inference_mode()
-def steps(model: LanguageModel, logits: Tensor, state: State, sampler: Sampler, count: int) -> Iterator[Step]:
+def steps(model: Model, logits: Tensor, state: State, sampler: Sampler, count: int) -> Iterator[Step]:
     """Yield ``count`` new tokens one at a time, for a caller that shows them as they come or stops early.
 
     What is yielded can be read, kept and passed on, but not trained from: it is made in inference mode, which saves

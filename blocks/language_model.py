@@ -13,9 +13,11 @@ from torch.nn.functional import cross_entropy, embedding
 from ..kernels.projection import project
 from ..registry import Spec
 from .block import Blocks
+from .freezing import Frozen, freeze, thaw
 from .generation import Generation, generate
 from .layer import Layer
 from .normalisation import RMSNorm
+from .origin import Origin
 from .state import State, named_tensors, nbytes
 
 IGNORED = -100
@@ -26,6 +28,8 @@ class ModelState(NamedTuple):
     """What a model carries from one token to the next: one tree per layer, mirroring the recipe's."""
 
     layers: tuple[State, ...]
+    recipe: Tensor
+    """``[batch]`` int64: the fingerprint of the recipe whose model it is of (``Origin``)."""
 
 
 class ModelOutput(NamedTuple):
@@ -46,17 +50,25 @@ class LanguageModel(nn.Module):
 
     ``layers``: for each layer from first to last, its list of blocks. ``vocab``: number of token ids; ``None``
     leaves out embedding and head, for inputs that are not tokens. ``tie``: the head's weights are the embedding's.
-    Biases there are none. Everything is initialised by ``materialise``.
+    Biases there are none. Everything is initialised by ``materialise``. ``origin``: the recipe, whose mark the model's
+    states bear; it refuses those of another.
     """
 
     def __init__(
-        self, dim: int, *, vocab: int | None = None, layers: Sequence[Sequence[Spec]], tie: bool = False
+        self,
+        dim: int,
+        *,
+        vocab: int | None = None,
+        layers: Sequence[Sequence[Spec]],
+        tie: bool = False,
+        origin: Origin | None = None,
     ) -> None:
         super().__init__()
         if tie and vocab is None:
             raise ValueError("tie=True needs a vocabulary: there is no embedding to share with the head")
         self.dim = dim
         self.vocab = vocab
+        self.origin = origin if origin is not None else Origin()
         self.embedding = None if vocab is None else nn.Parameter(torch.empty(vocab, dim))
         self.layers = Blocks(Layer(dim, of=blocks) for blocks in layers)
         self.norm = RMSNorm(dim)
@@ -82,7 +94,7 @@ class LanguageModel(nn.Module):
         """A fresh state of ``batch_size`` rows: learned initial values, not zeros."""
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size: expected an integer >= 1, got {batch_size!r}")
-        return ModelState(tuple(layer.init_state(batch_size) for layer in self.layers))
+        return ModelState(tuple(layer.init_state(batch_size) for layer in self.layers), self._mark(batch_size))
 
     def forward(
         self,
@@ -141,7 +153,7 @@ class LanguageModel(nn.Module):
         for layer, before in zip(self.layers, [None] * len(self.layers) if state is None else state.layers):
             x, after = layer(x, before, mask=mask)
             states.append(after)
-        return self.norm(x)[0], ModelState(tuple(states))
+        return self.norm(x)[0], ModelState(tuple(states), self._mark(x.shape[0]) if state is None else state.recipe)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """``[batch, time]`` int64 -> ``[batch, time, dim]``, with every check on ``tokens``."""
@@ -181,6 +193,20 @@ class LanguageModel(nn.Module):
         """Continue ``tokens`` [batch, time] by ``max_new_tokens`` tokens: see ``generation.generate``."""
         return generate(self, tokens, max_new_tokens, state, temperature, top_k, top_p, seed, mask=mask, logits=logits)
 
+    def freeze_memory(self) -> Frozen:
+        """From now on memories are read and not written, whatever the model reads or generates, from any state.
+
+        Until ``unfreeze_memory``, or for the length of ``with model.freeze_memory():``. Attention, convolutions and
+        all else go on as ever, and so do states. A state's memory holds afterwards what it held before, and goes on
+        learning from there; a fresh state holds its persistent tokens, frozen or not. Raises ``ValueError`` where a
+        memory is only written (``use: write``).
+        """
+        return freeze(self)
+
+    def unfreeze_memory(self) -> None:
+        """Let every memory that ``freeze_memory`` froze write again."""
+        thaw(self)
+
     def flops(self, length: int) -> int:
         """Forward FLOPs (a multiply-add is 2) for one row of ``length`` tokens from a fresh state."""
         head = 0 if self.vocab is None else 2 * self.dim * self.vocab * length
@@ -202,6 +228,9 @@ class LanguageModel(nn.Module):
             given = dict(named_tensors(state))
         except TypeError as error:
             raise TypeError(f"state: {error}") from None
+        if "recipe" in given:
+            # before the shapes: that it is of another recipe says more than the first shape that differs
+            self.origin.check(given["recipe"])
         for path in [*expected, *given]:
             if path not in given or path not in expected:
                 whose = "lacks" if path not in given else "also has"
@@ -224,6 +253,9 @@ class LanguageModel(nn.Module):
                 raise TypeError(f"state: {path} is {tensor.dtype}, this model keeps it in {fresh.dtype}")
             if tensor.device != fresh.device:
                 raise ValueError(f"the state is on {tensor.device} ({path}), the model is on {fresh.device}: move one")
+
+    def _mark(self, rows: int) -> Tensor:
+        return self.origin.mark(rows, self.norm.gain.device)
 
     def _fresh_tensors(self) -> dict[str, Tensor]:
         """Tensors of a fresh one-row state, to compare with; made once for each device and dtype of the model."""

@@ -12,3 +12,12 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return project(input, self.weight, self.bias)
+
+
+def plain(*layers: nn.Module) -> bool:
+    """Whether calling each is ``project`` and nothing more: not replaced, not parametrised, and without hooks."""
+    return all(
+        type(layer) is Linear
+        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+        for layer in layers
+    )

@@ -11,16 +11,18 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.convolution import convolve
-from ..kernels.gate import silu_gate
+from ..kernels.gate import gated_norm
+from ..kernels.gated_projection import few, gated_output
 from ..kernels.layout import align, last
 from ..kernels.memory import MemoryState, read_memory, titans_memory
 from ..kernels.memory.cost import memory_flops
-from ..kernels.normalisation import l2_norm, rms_norm
+from ..kernels.memory_inputs import memory_inputs, memory_query
+from ..kernels.normalisation import l2_norm
 from ..kernels.projection import project
+from ..kernels.query_key_value import query_key_value
 from ..registry import register
 from .block import Block, check_input
-from .linear import Linear
+from .linear import Linear, plain
 
 
 class NeuralMemoryState(NamedTuple):
@@ -193,7 +195,7 @@ class NeuralMemory(Block):
         else:
             self._check_state(x, state)
         if mask is None:
-            return self._run(x, state, None)
+            return self._step(x, state) if self._decodes(x) else self._run(x, state, None)
         layout = align(mask)
         filled = layout.filled
         y, state = self._run(layout.spread(x), state, filled, layout.length)
@@ -203,6 +205,10 @@ class NeuralMemory(Block):
         """What the memory answers to each token of ``x`` on its own, as if it came next; nothing is written."""
         self._check_state(x, state)
         check_input(self, x, None, like=self.output_gain)
+        if self._decodes(x):
+            q = memory_query(x, self.qkv.weight[: self.inner], self.convolution, state.convolution, self.heads)
+            y = read_memory(q, state.memory.weights, self.activation, self.norm_gain)
+            return gated_output(y, self.output_gain, x, self.output_gate.weight, self.output.weight)
         q = project(x, self.qkv.weight[: self.inner]).to(self.output_gain.dtype)
         if self.convolution is not None and state.convolution is not None:
             taps = self.convolution[: self.inner].t()
@@ -217,24 +223,36 @@ class NeuralMemory(Block):
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
+    def _decodes(self, x: Tensor) -> bool:
+        """Whether this is one token of each row, for which a few kernels do everything: no gradients, no hooks."""
+        if x.shape[1] != 1 or self.gates != "token" or self.use != "both":
+            return False
+        linears = self.qkv, self.controls, self.output_gate, self.output
+        return plain(*linears) and few(x, *[linears[i].weight for i in (0, 2, 3)])
+
+    def _step(self, x: Tensor, state: NeuralMemoryState) -> tuple[Tensor, NeuralMemoryState]:
+        """``_run`` for what :meth:`_decodes`."""
+        controls = self.controls
+        q, k, v, gates, history = memory_inputs(
+            x, self.qkv.weight, self.convolution, state.convolution, self.heads,
+            controls.weight, controls.bias, self.max_step,
+        )  # fmt: skip
+        y, memory = titans_memory(
+            q, k, v, gates[0], gates[1] if self.momentum else None, gates[-1] if self.forgetting else None,
+            state.memory, chunk=self.chunk, activation=self.activation, norm=self.norm_gain,
+            clip=self.clip, read=self.retrieve,
+        )  # fmt: skip
+        y = gated_output(y, self.output_gain, x, self.output_gate.weight, self.output.weight)
+        return y, NeuralMemoryState(memory, history, None)
+
     def _run(
         self, x: Tensor, state: NeuralMemoryState, mask: Tensor | None, length: Tensor | None = None
     ) -> tuple[Tensor, NeuralMemoryState]:
         """``forward`` for rows whose real tokens come first; ``mask`` is false behind them."""
-        qkv = self.qkv(x).to(self.output_gain.dtype)  # under autocast too, what the state keeps is not narrowed
-        history = state.convolution
-        if self.convolution is not None and history is not None:
-            past = torch.cat([history, qkv], dim=1)
-            history = (
-                past[:, -(self.conv - 1) :] if length is None else last(past, length + self.conv - 1, self.conv - 1)
-            )
-            if length is None and x.shape[1] > self.conv:
-                history = history.clone()  # a view would keep all inputs alive for as long as the state
-            if self.conv == 1:
-                history = state.convolution
-            qkv = convolve(past, self.convolution)
-        qk, v = F.silu(qkv).unflatten(-1, (3, self.heads, -1)).split_with_sizes((2, 1), dim=2)
-        (q, k), v = l2_norm(qk).unbind(2), v.squeeze(2)
+        # under autocast too, what the state keeps is not narrowed
+        q, k, v, history = query_key_value(
+            self.qkv(x).to(self.output_gain.dtype), self.convolution, state.convolution, self.heads, length
+        )
         if self.use == "read":
             y = read_memory(q, state.memory.weights, self.activation, self.norm_gain)
             return self._finish(y, x), state._replace(convolution=history)
@@ -244,6 +262,7 @@ class NeuralMemory(Block):
             chunk=self.chunk, activation=self.activation, norm=self.norm_gain, mask=mask,
             clip=self.clip, read=self.retrieve, keep=self.keep,
         )  # fmt: skip
+        del q, k, v  # without gradients nobody else holds them
         y = self._finish(y, x) if self.use == "both" else torch.zeros_like(x)
         return y, NeuralMemoryState(memory, history, held)
 
@@ -274,8 +293,11 @@ class NeuralMemory(Block):
 
     def _finish(self, y: Tensor, x: Tensor) -> Tensor:
         """Normalise per head, gate by the input, project."""
-        y = rms_norm(y, self.output_gain).flatten(-2)
-        return self.output(silu_gate(y, self.output_gate(x)))
+        gain, gate, out = self.output_gain, self.output_gate, self.output
+        # an adapter or a hook in a layer's place has to be called
+        if plain(gate, out) and few(x, gate.weight, out.weight):
+            return gated_output(y, gain, x, gate.weight, out.weight)
+        return out(gated_norm(y, gain, gate(x)))
 
     def _check_state(self, x: Tensor, state: NeuralMemoryState) -> None:
         if not isinstance(state, NeuralMemoryState):

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..registry import Spec, create, register
-from .block import Block, as_rows
+from .block import Block, as_memory, as_rows, read_flops
 from .state import State
 
 
@@ -18,8 +18,11 @@ class Persistent(Block):
     """Learned tokens before the sequence: ``[P | x]``, with outputs at ``x`` alone.
 
     They only make the fresh state: a memory has written them, attention keeps them in sight for good. From then
-    on the block inside runs as it is, so persistent tokens cost nothing per token and nothing when decoding.
+    on the block inside runs as it is, so persistent tokens cost nothing per token and nothing when decoding. Around
+    a memory it is a memory that starts with them written.
     """
+
+    delegates = ("of",)
 
     def __init__(
         self,
@@ -41,6 +44,12 @@ class Persistent(Block):
     def forward(self, x: Tensor, state: State = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
         return self.of(x, state if state is not None else self.init_state(x.shape[0]), mask=mask)
 
+    def read(self, x: Tensor, state: State) -> Tensor:
+        return as_memory(self.of).read(x, state)
+
+    def write(self, x: Tensor, state: State, mask: Tensor | None = None) -> State:
+        return as_memory(self.of).write(x, state, mask)
+
     def prefix(self, tokens: Tensor) -> tuple[Tensor, State]:
         """The given tokens stand before this block's own."""
         rows, given, _ = tokens.shape
@@ -56,3 +65,6 @@ class Persistent(Block):
 
     def flops(self, length: int) -> int:
         return self.of.flops(self.tokens.shape[0] + length)
+
+    def read_flops(self, length: int) -> int:
+        return read_flops(self.of, length)

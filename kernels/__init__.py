@@ -1,5 +1,31 @@
 """The operations that models spend their time in: each with a plain reference and one or more fast backends."""
 
-from . import attention, convolution, gate, memory, normalisation, projection, rotary
+from . import (
+    attention,
+    cached_attention,
+    convolution,
+    gate,
+    gated_projection,
+    memory,
+    memory_inputs,
+    normalisation,
+    projection,
+    query_key_value,
+    rotary,
+    scan,
+)
 
-__all__ = ["attention", "convolution", "gate", "memory", "normalisation", "projection", "rotary"]
+__all__ = [
+    "attention",
+    "cached_attention",
+    "convolution",
+    "gate",
+    "gated_projection",
+    "memory",
+    "memory_inputs",
+    "normalisation",
+    "projection",
+    "query_key_value",
+    "rotary",
+    "scan",
+]

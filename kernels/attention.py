@@ -1,14 +1,16 @@
 """Causal attention with a sliding window, unfilled cache slots and an always visible prefix.
 
-The queries are the last tokens of the keys: of ``S`` keys and ``T`` queries, query ``i`` stands at key
-``S - T + i``. It sees the keys at or before its own place, none ``window`` or more tokens back, none before
-``start``; and every prefix key. All it sees shares one softmax. A query that sees nothing returns zero.
+The queries are the last tokens of the keys, or every ``step``-th of them: of ``S`` keys and ``T`` queries, query
+``i`` stands at key ``S - 1 - (T - 1 - i) step``. It sees the keys at or before its own place, none ``window`` or more
+tokens back, none before ``start``; and every prefix key. All it sees shares one softmax. A query that sees nothing
+returns zero.
 
 Prefix keys have no position. Where the other scores come from rotated queries and keys, theirs come from
 queries that were not rotated, which is why :class:`Prefix` brings its own.
 
-Backends: ``sdpa`` runs PyTorch's fused kernels, ``flex`` is FlexAttention, ``reference`` a dense mask. A GPU
-library with a windowed kernel (xFormers) goes in front of ``sdpa`` in the list at the end of this file.
+Backends: ``native`` is a C kernel for CPUs, ``sdpa`` runs PyTorch's fused kernels, ``flex`` is FlexAttention,
+``reference`` a dense mask. A GPU library with a windowed kernel (xFormers) goes in front of ``sdpa`` in the list at
+the end of this file.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .dispatch import Backend, Operation
+from .native_attention import native_attention, refuse_native
 
 
 class Prefix(NamedTuple):
@@ -43,25 +46,29 @@ def attention(
     window: int | None = None,
     start: Tensor | None = None,
     prefix: Prefix | None = None,
+    step: int = 1,
     backend: str = "auto",
 ) -> Tensor:
-    """Attend from ``q`` ``[batch, T, heads, d]`` to ``k``, ``v`` ``[batch, S, kv_heads, d]``, ``S >= T``.
+    """Attend from ``q`` ``[batch, T, heads, d]`` to ``k``, ``v`` ``[batch, S, kv_heads, d]``.
 
     ``kv_heads`` divides ``heads``; neighbouring query heads share one. ``window``: tokens in sight, the query's
-    own included. ``start``: int64 ``[batch]``, the first key of each row that holds a token. Scores are scaled
-    by ``d ** -0.5``. Returns ``[batch, T, heads, d]`` in ``q``'s dtype.
+    own included. ``start``: int64 ``[batch]``, the first key of each row that holds a token. ``step``: keys from one
+    query's place to the next one's, so that ``S > (T - 1) step``. Scores are scaled by ``d ** -0.5``. Returns
+    ``[batch, T, heads, d]`` in ``q``'s dtype.
 
     Raises ``ValueError`` or ``TypeError`` naming the argument that does not fit; ``BackendError``.
     """
-    _check(q, k, v, window, start, prefix)
+    _check(q, k, v, window, start, prefix, step)
     if prefix is not None and prefix.k.shape[1] == 0:
         prefix = None
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     run = _operation.choose(backend, device=q.device.type, dtype=q.dtype, grad=grad)
-    return run(q, k, v, window, start, prefix)
+    return run(q, k, v, window, start, prefix, step)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, start: Tensor | None, prefix: Prefix | None) -> None:
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, start: Tensor | None, prefix: Prefix | None, step: int
+) -> None:
     if q.dim() != 4:
         raise ValueError(f"attention: q {list(q.shape)}: expected [batch, time, heads, d]")
     rows, time, heads, d = q.shape
@@ -69,10 +76,17 @@ def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, start: Tensor | 
         raise ValueError(
             f"attention: k {list(k.shape)}: expected [{rows}, keys, kv_heads, {d}] to fit q {list(q.shape)}"
         )
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise TypeError(f"attention: {name} is {x.dtype}: expected the dtype of q, {q.dtype}")
     if v.shape != k.shape:
         raise ValueError(f"attention: v {list(v.shape)}: expected the shape of k, {list(k.shape)}")
-    if k.shape[1] < time:
-        raise ValueError(f"attention: k has {k.shape[1]} keys for {time} queries: expected at least one for each")
+    if step < 1:
+        raise ValueError(f"attention: step is {step}: expected at least 1")
+    if k.shape[1] < (time - 1) * step + 1 and time:
+        raise ValueError(
+            f"attention: k has {k.shape[1]} keys for {time} queries: expected at least {(time - 1) * step + 1}"
+        )
     if heads % k.shape[2]:
         raise ValueError(f"attention: k has {k.shape[2]} heads: expected a divisor of q's {heads}")
     if window is not None and window < 1:
@@ -91,9 +105,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, start: Tensor | 
                 raise ValueError(f"attention: prefix.{name} {list(x.shape)}: expected {list(expected)}")
 
 
-def _visible(time: int, keys: int, window: int | None, start: Tensor | None, device: torch.device) -> Tensor:
+def _visible(
+    time: int, keys: int, window: int | None, start: Tensor | None, device: torch.device, step: int = 1
+) -> Tensor:
     """Bool ``[batch or 1, time, keys]``: the definition of what is seen, prefix aside."""
-    query = torch.arange(keys - time, keys, device=device)[:, None]
+    query = torch.arange(1 - time, 1, device=device)[:, None] * step + (keys - 1)
     key = torch.arange(keys, device=device)
     visible = key <= query
     if window is not None:
@@ -105,14 +121,14 @@ def _visible(time: int, keys: int, window: int | None, start: Tensor | None, dev
 
 
 def _reference(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None, start: Tensor | None, prefix: Prefix | None
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, start: Tensor | None, prefix: Prefix | None, step: int
 ) -> Tensor:
     time, heads, keys, kv_heads = q.shape[1], q.shape[2], k.shape[1], k.shape[2]
 
     def scores(q: Tensor, k: Tensor) -> Tensor:
         return torch.einsum("bthd,bshd->bhts", q, k.repeat_interleave(heads // kv_heads, dim=2)) * q.shape[-1] ** -0.5
 
-    visible = _visible(time, keys, window, start, q.device)[:, None]
+    visible = _visible(time, keys, window, start, q.device, step)[:, None]
     score = scores(q, k)
     if prefix is not None:
         score = torch.cat((scores(prefix.q, prefix.k), score), dim=-1)
@@ -130,15 +146,21 @@ _FEW = 16
 """Queries up to this many meet a prefix by plain matrix products: fewer, smaller steps than a merge of kernels."""
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, window: int | None, start: Tensor | None, prefix: Prefix | None) -> Tensor:
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, start: Tensor | None, prefix: Prefix | None, step: int
+) -> Tensor:
     time = q.shape[1]
+    reach = (time - 1) * step + 1  # keys from the first query's place to the end
     if window is not None:
-        unseen = k.shape[1] - time - window + 1  # keys too far back even for the first query
+        unseen = k.shape[1] - reach - window + 1  # keys too far back even for the first query
         if unseen > 0:
             k, v = k[:, unseen:], v[:, unseen:]
             start = None if start is None else start - unseen
         if k.shape[1] <= window:
             window = None
+    if step > 1:
+        visible = _visible(time, k.shape[1], window, start, q.device, step)[:, None]
+        return _one_softmax(q, k, v, visible, False, prefix)
     if window is not None and time > _block(window):
         return _sdpa_blocks(q, k, v, window, start, prefix)
     few = prefix is not None and time <= _FEW
@@ -326,7 +348,9 @@ def _flex_kernel(device: str) -> Callable[..., Any]:
     return torch.compile(kernel) if device == "cuda" else kernel
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, window: int | None, start: Tensor | None, prefix: Prefix | None) -> Tensor:
+def _flex(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, start: Tensor | None, prefix: Prefix | None, step: int
+) -> Tensor:
     from torch.nn.attention.flex_attention import create_block_mask
 
     rows, time, heads, d = q.shape
@@ -337,7 +361,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, window: int | None, start: Tensor | N
         q, k, v = _side_by_side(q, k, v, prefix)
 
     def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        back = query + (keys - time + always) - key  # tokens between the query's place and the key
+        back = (query - (time - 1)) * step + (keys - 1 + always) - key  # tokens between the query's place and the key
         seen = back >= 0
         if window is not None:
             seen = seen & (back < window)
@@ -369,5 +393,10 @@ def _refuse_flex(*, device: str, dtype: torch.dtype, grad: bool = False, **facts
 
 _operation = Operation(
     "attention",
-    [Backend("sdpa", _sdpa), Backend("flex", _flex, _refuse_flex), Backend("reference", _reference)],
+    [
+        Backend("native", native_attention, refuse_native),
+        Backend("sdpa", _sdpa),
+        Backend("flex", _flex, _refuse_flex),
+        Backend("reference", _reference),
+    ],
 )

@@ -64,6 +64,8 @@ class Row(NamedTuple):
     """Why not, or an empty string."""
     chosen: bool
     """What ``"auto"``, with the environment applied, takes."""
+    error: str = ""
+    """What running the operation raises when nothing is chosen, such as a wrong name in the environment."""
 
 
 class Operation:
@@ -78,7 +80,7 @@ class Operation:
     def choose(self, backend: str = "auto", **facts: Any) -> Callable[..., Any]:
         """The function to run for ``facts``. Raises :class:`BackendError` when a named backend cannot run."""
         # one token asks dozens of times: the answer to the same question is kept
-        question = (backend, _SETTINGS.get(_SETTING), *facts.items())
+        question = (backend, _SETTINGS.get(_SETTING), torch.compiler.is_compiling(), *facts.items())
         chosen = self._chosen.get(question)
         if chosen is None:
             chosen = self._chosen[question] = self._pick(backend, facts)
@@ -140,15 +142,19 @@ def _from_environment(setting: str, operation: Operation) -> str:
 
 
 def table(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Row]:
-    """Every operation with every backend: whether it can run on ``device`` with ``dtype``, and if not, why."""
+    """Every operation with every backend: whether it can run on ``device`` with ``dtype``, and if not, why.
+
+    Where the environment asks for what there is not, no backend of the operation is chosen and its rows say so.
+    """
     rows = []
     for operation in OPERATIONS.values():
         facts: dict[str, Any] = {"device": device, "dtype": dtype}
+        chosen = error = ""
         try:
             chosen = operation._pick("auto", facts).name
-        except BackendError:
-            chosen = ""
+        except BackendError as problem:
+            error = str(problem)
         for backend in operation.backends.values():
             reason = backend.refuse(**facts)
-            rows.append(Row(operation.name, backend.name, reason is None, reason or "", backend.name == chosen))
+            rows.append(Row(operation.name, backend.name, reason is None, reason or "", backend.name == chosen, error))
     return rows

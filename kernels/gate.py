@@ -1,7 +1,8 @@
-"""One branch gating another, each normalised with a learned vector first (paper section 4.2)."""
+"""One branch gating another: normalised vectors, and the products inside feed-forward and memory blocks."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -9,11 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .dispatch import Backend, Operation
+from .native import gated
 from .normalisation import rms_norm
 
 
 def gate(a: Tensor, b: Tensor, gain_a: Tensor, gain_b: Tensor, eps: float = 1e-6, *, backend: str = "auto") -> Tensor:
-    """``rms_norm(a) * gain_a * sigmoid(rms_norm(b) * gain_b)``.
+    """``rms_norm(a) * gain_a * sigmoid(rms_norm(b) * gain_b)`` (paper section 4.2).
 
     ``a``, ``b``: ``[..., dim]`` of one shape; ``gain_a``, ``gain_b``: ``[dim]``. Raises ``ValueError`` otherwise.
     """
@@ -22,21 +24,30 @@ def gate(a: Tensor, b: Tensor, gain_a: Tensor, gain_b: Tensor, eps: float = 1e-6
     for name, gain in (("gain_a", gain_a), ("gain_b", gain_b)):
         if gain.shape != a.shape[-1:]:
             raise ValueError(f"gate: {name} {list(gain.shape)}: expected {list(a.shape[-1:])}")
-    return _operation.choose(backend, device=a.device.type, dtype=a.dtype)(a, b, gain_a, gain_b, eps)
+    return _choose(_gate, backend, a, b, gain_a, gain_b)(a, b, gain_a, gain_b, eps)
 
 
-def _reference(a: Tensor, b: Tensor, gain_a: Tensor, gain_b: Tensor, eps: float) -> Tensor:
-    def normed(x: Tensor, gain: Tensor) -> Tensor:
-        return rms_norm(x, gain, eps, backend="reference")
+def gated_norm(y: Tensor, gain: Tensor, g: Tensor, eps: float = 1e-6, *, backend: str = "auto") -> Tensor:
+    """``rms_norm(y) * gain * silu(g)``, heads side by side.
 
-    return normed(a, gain_a) * torch.sigmoid(normed(b, gain_b))
+    ``y``: ``[..., heads, dim]``; ``gain``: ``[heads, dim]``; ``g`` and the result: ``[..., heads * dim]``. Raises
+    ``ValueError`` otherwise.
+    """
+    if gain.shape != y.shape[-2:]:
+        raise ValueError(f"gated_norm: gain {list(gain.shape)}: expected {list(y.shape[-2:])}")
+    if g.shape != (*y.shape[:-2], gain.numel()):
+        raise ValueError(f"gated_norm: g {list(g.shape)}: expected {[*y.shape[:-2], gain.numel()]}")
+    return _choose(_gated_norm, backend, y, gain, g)(y, gain, g, eps)
 
 
-def _torch(a: Tensor, b: Tensor, gain_a: Tensor, gain_b: Tensor, eps: float) -> Tensor:
-    return rms_norm(a, gain_a, eps) * torch.sigmoid(rms_norm(b, gain_b, eps))
+def swiglu(x: Tensor, *, backend: str = "auto") -> Tensor:
+    """``silu(x[..., :hidden]) * x[..., hidden:]``: ``[..., 2 * hidden]`` -> ``[..., hidden]``.
 
-
-_operation = Operation("gate", [Backend("torch", _torch), Backend("reference", _reference)])
+    Raises ``ValueError`` where the last dimension is odd.
+    """
+    if x.shape[-1] % 2:
+        raise ValueError(f"swiglu: x {list(x.shape)}: expected [..., 2 * hidden]")
+    return _choose(_swiglu, backend, x)(x)
 
 
 def silu_gate(y: Tensor, g: Tensor) -> Tensor:
@@ -59,3 +70,56 @@ class _SiluGate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         y, g = ctx.saved_tensors
         return F.silu(g).mul_(grad), torch.ops.aten.silu_backward(grad * y, g)
+
+
+# -- backends ----------------------------------------------------------------------------------------------------------
+
+
+def _choose(operation: Operation, backend: str, x: Tensor, *others: Tensor) -> Any:
+    return operation.choose(
+        backend,
+        device=x.device.type,
+        dtype=x.dtype,
+        same=all(other.dtype == x.dtype for other in others),
+    )
+
+
+def _gate_native(a: Tensor, b: Tensor, gain_a: Tensor, gain_b: Tensor, eps: float) -> Tensor:
+    dim = a.shape[-1]
+    return gated.gated(gated.Form(gated.GATE, 1, dim, dim, eps), a, b, gain_a, gain_b)
+
+
+def _gate_torch(a: Tensor, b: Tensor, gain_a: Tensor, gain_b: Tensor, eps: float, backend: str = "torch") -> Tensor:
+    return rms_norm(a, gain_a, eps, backend=backend) * torch.sigmoid(rms_norm(b, gain_b, eps, backend=backend))
+
+
+def _gated_norm_native(y: Tensor, gain: Tensor, g: Tensor, eps: float) -> Tensor:
+    heads, dim = gain.shape
+    return gated.gated(gated.Form(gated.GATED_NORM, heads, dim, dim, eps), y, g, gain)
+
+
+def _gated_norm_torch(y: Tensor, gain: Tensor, g: Tensor, eps: float) -> Tensor:
+    return silu_gate(rms_norm(y, gain, eps, backend="torch").flatten(-2), g)
+
+
+def _gated_norm_reference(y: Tensor, gain: Tensor, g: Tensor, eps: float) -> Tensor:
+    return rms_norm(y, gain, eps, backend="reference").flatten(-2) * F.silu(g)
+
+
+def _swiglu_torch(x: Tensor) -> Tensor:
+    g, y = x.chunk(2, dim=-1)
+    return silu_gate(y, g)
+
+
+def _swiglu_reference(x: Tensor) -> Tensor:
+    g, y = x.chunk(2, dim=-1)
+    return y * F.silu(g)
+
+
+def _backends(native: Any, torch_: Any, reference: Any) -> list[Backend]:
+    return [Backend("native", native, gated.refuse), Backend("torch", torch_), Backend("reference", reference)]
+
+
+_gate = Operation("gate", _backends(_gate_native, _gate_torch, functools.partial(_gate_torch, backend="reference")))
+_gated_norm = Operation("gated_norm", _backends(_gated_norm_native, _gated_norm_torch, _gated_norm_reference))
+_swiglu = Operation("swiglu", _backends(gated.swiglu, _swiglu_torch, _swiglu_reference))

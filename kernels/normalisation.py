@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .dispatch import Backend, Operation
+from .native import gated
 
 
 def rms_norm(x: Tensor, gain: Tensor | None = None, eps: float = 1e-6, *, backend: str = "auto") -> Tensor:
@@ -18,7 +19,8 @@ def rms_norm(x: Tensor, gain: Tensor | None = None, eps: float = 1e-6, *, backen
     ``x``: ``[..., dim]``, float; half precision is normalised in float32 and returned as it came.
     ``gain``: broadcasts against ``x`` from the right (``[dim]``, or ``[heads, dim]``), or ``None``.
     """
-    return _rms_norm.choose(backend, device=x.device.type, dtype=x.dtype)(x, gain, eps)
+    same = gain is None or gain.dtype == x.dtype
+    return _choose(_rms_norm, backend, x, same)(x, gain, eps)
 
 
 def l2_norm(x: Tensor, eps: float = 1e-6, *, backend: str = "auto") -> Tensor:
@@ -26,7 +28,21 @@ def l2_norm(x: Tensor, eps: float = 1e-6, *, backend: str = "auto") -> Tensor:
 
     ``x``: ``[..., dim]``, float; half precision is normalised in float32 and returned as it came.
     """
-    return _l2_norm.choose(backend, device=x.device.type, dtype=x.dtype)(x, eps)
+    return _choose(_l2_norm, backend, x)(x, eps)
+
+
+def _choose(operation: Operation, backend: str, x: Tensor, same: bool = True) -> Any:
+    return operation.choose(backend, device=x.device.type, dtype=x.dtype, same=same)
+
+
+def _rms_native(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
+    dim, heads = x.shape[-1], 1
+    if gain is not None:
+        if gain.dim() > x.dim() or gain.shape != x.shape[x.dim() - gain.dim() :]:
+            shape = torch.broadcast_shapes(x.shape, gain.shape)
+            x, gain = x.expand(shape), gain.expand(shape[-gain.dim() :])
+        heads = gain.numel() // dim
+    return gated.gated(gated.Form(gated.NORM, heads, dim, dim, eps), x, None, gain)
 
 
 def _rms_reference(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
@@ -46,6 +62,10 @@ def _rms_torch(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
     if gain is None or gain.shape == x.shape[-1:]:
         return F.rms_norm(x, x.shape[-1:], gain, eps)
     return F.rms_norm(x, x.shape[-1:], None, eps) * gain
+
+
+def _l2_native(x: Tensor, eps: float) -> Tensor:
+    return gated.gated(gated.Form(gated.NORM, 1, x.shape[-1], 1, eps), x)
 
 
 def _l2_reference(x: Tensor, eps: float) -> Tensor:
@@ -113,5 +133,11 @@ def _widen(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-_rms_norm = Operation("rms_norm", [Backend("torch", _rms_torch), Backend("reference", _rms_reference)])
-_l2_norm = Operation("l2_norm", [Backend("torch", _l2_torch), Backend("reference", _l2_reference)])
+_rms_norm = Operation(
+    "rms_norm",
+    [Backend("native", _rms_native, gated.refuse), Backend("torch", _rms_torch), Backend("reference", _rms_reference)],
+)
+_l2_norm = Operation(
+    "l2_norm",
+    [Backend("native", _l2_native, gated.refuse), Backend("torch", _l2_torch), Backend("reference", _l2_reference)],
+)

@@ -1,4 +1,8 @@
-"""A linear map of a few tokens, which is as fast as its weights can be read."""
+"""A linear map of a few tokens, which is as fast as its weights can be read.
+
+Of many tokens it is PyTorch's own. Backends for few: ``native`` reads the weights once with the C kernel; ``torch``
+has them read by the faster of PyTorch's matrix products.
+"""
 
 from __future__ import annotations
 
@@ -6,29 +10,59 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_FEW = 2
+from .dispatch import Backend, Operation
+from .native import library
+from .native.kernel import Kernel, address, tracks
+
+FEW = 4
 """Tokens up to which reading the weights is all that counts."""
+_WORTH_A_THREAD = 2**18
+"""Bytes of weights that take longer to read than another thread takes to begin."""
+REGISTER = 16
+"""Inputs are read in registers of at most this many numbers: what is no multiple of it is left to PyTorch."""
 
 
-def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias``: ``x`` ``[..., in]``, ``weight`` ``[out, in]``, ``bias`` ``[out]`` or ``None``.
+def project(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
+    """``x @ weight.T + bias``: ``x`` ``[..., in]``, ``weight`` ``[out, in]``, ``bias`` ``[out]`` or ``None``."""
+    width = weight.shape[1]
+    tokens = x.numel() // width if width else 0
+    if (
+        tokens > FEW
+        or tokens == 0
+        or width % REGISTER
+        or not x.is_cpu
+        or x.dtype != weight.dtype
+        or tracks(x, weight, bias)
+        or torch.is_autocast_enabled("cpu")
+        or torch.compiler.is_compiling()
+    ):
+        return F.linear(x, weight, bias)
+    return _operation.choose(backend, device="cpu", dtype=x.dtype, tokens=tokens)(x, weight, bias)
 
-    The CPU's matrix-vector product reads weights that are not in a cache at half the speed at which its batched
+
+def threads_for(*weights: Tensor | None) -> int:
+    """How many threads are worth waking up to read these."""
+    return min(torch.get_num_threads(), 1 + sum([w.nbytes for w in weights if w is not None]) // _WORTH_A_THREAD)
+
+
+def _native(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out, width = weight.shape
+    x, weight = x.contiguous(), weight.contiguous()
+    y = torch.empty((*x.shape[:-1], out), dtype=x.dtype)
+    _KERNEL(
+        x.dtype, threads_for(weight), x.numel() // width, out, width,
+        x.data_ptr(), weight.data_ptr(), address(bias), y.data_ptr(),
+    )  # fmt: skip
+    return y
+
+
+def _halves(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The CPU's matrix-vector product reads weights that are not in a cache at half the speed at which its batched
     product does. With a token or two, the weights are therefore a batch of two halves, and tokens are columns.
     """
     out, width = weight.shape
     tokens = x.numel() // width
-    if (
-        tokens > _FEW
-        or tokens == 0
-        or out % 2
-        or not x.is_cpu
-        or x.dtype != torch.float32
-        or weight.dtype != torch.float32
-        or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-        or torch.is_autocast_enabled("cpu")
-        or torch.compiler.is_compiling()
-    ):
+    if tokens > 2 or out % 2 or x.dtype != torch.float32:
         return F.linear(x, weight, bias)
     columns = x.contiguous().as_strided((2, width, tokens), (0, 1, width))
     y = torch.bmm(weight.view(2, out // 2, width), columns)
@@ -36,3 +70,16 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         y = y.view(out, tokens).t()
     y = y.reshape(*x.shape[:-1], out)
     return y if bias is None else y.add_(bias)
+
+
+def _reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = (x.unsqueeze(-2) * weight).sum(-1)
+    return y if bias is None else y + bias
+
+
+_KERNEL = Kernel("project", 8, 0)
+
+_operation = Operation(
+    "projection",
+    [Backend("native", _native, library.refuse), Backend("torch", _halves), Backend("reference", _reference)],
+)

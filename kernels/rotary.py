@@ -62,6 +62,15 @@ def _torch(x: Tensor, position: Tensor, base: float) -> Tensor:
     return torch.addcmul(x * cos, x.roll(d // 2, dims=-1), sin)
 
 
+def tables(first: Tensor, time: int, d: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``[cos cos]`` and ``[-sin sin]`` of ``time`` tokens from the positions ``first`` int64 ``[batch]`` on, on a CPU.
+
+    ``[batch, time, 1, d]``: ``x`` turned is ``x * cos + x.roll(d / 2) * sin``. For the few tokens of decoding.
+    """
+    key = (d, float(base), first.device)
+    return _recent(key, dtype, tuple([tuple(range(start, start + time)) for start in first.tolist()]))
+
+
 _FEW = 16
 """Positions up to this many are looked up by value: in decoding, every layer asks for the same ones."""
 

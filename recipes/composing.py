@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
+from collections.abc import Iterator
 
 import torch
-from torch import nn
 
 from ..blocks.block import check_seed, materialise
 from ..blocks.language_model import LanguageModel
+from ..blocks.origin import Origin
 from ..registry import Problem, RecipeError, nearest, show
 from .loading import Source, load_recipe
 from .recipe import Recipe
@@ -45,7 +47,10 @@ def build(
     if device.type == "meta":
         model.to(dtype=dtype)
         return model
-    _check_size(model, recipe, dtype)
+    # the system would end the process without a word
+    lacking = shortage(model, recipe, dtype)
+    if lacking is not None:
+        raise RecipeError([Problem("", lacking)], recipe.name or "recipe")
     materialise(model, device, dtype, seed)
     return model
 
@@ -53,15 +58,9 @@ def build(
 def assemble(recipe: Recipe) -> LanguageModel:
     """The model on the meta device: every shape, no values."""
     layers = [copy.deepcopy(recipe.layers[name]) for name in recipe.expand()]
-    try:
-        with torch.device("meta"):
-            model = LanguageModel(recipe.dim, vocab=recipe.vocab, layers=layers, tie=recipe.tie)
-    except (RuntimeError, TypeError) as error:
-        if "overflow" not in str(error).lower():
-            raise
-        # a shape too large for any tensor; torch's message names neither the block nor the recipe
-        first = str(error).partition("\n")[0]
-        raise RecipeError([Problem("", f"no such model can exist: {first}")], recipe.name or "recipe") from error
+    origin = Origin(recipe.fingerprint, recipe.name or "")
+    with _possible(recipe), torch.device("meta"):
+        model = LanguageModel(recipe.dim, vocab=recipe.vocab, layers=layers, tie=recipe.tie, origin=origin)
     model.recipe = recipe  # type: ignore[assignment] # torch declares every attribute a tensor or a module
     return model
 
@@ -92,16 +91,49 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
     return dtype
 
 
-def _check_size(model: nn.Module, recipe: Recipe, dtype: torch.dtype) -> None:
-    """Refuse what memory cannot hold: the kernel would end the process without a word."""
-    # parameters are drawn in float32 on the CPU, whatever they become
-    need = sum(tensor.numel() for tensor in model.parameters()) * max(4, dtype.itemsize)
+def state_bytes(model: LanguageModel, recipe: Recipe) -> int | None:
+    """Bytes of one row's fresh state in a model that may be on the meta device, where nothing is allocated.
+
+    ``None`` where a block of the user's own cannot make its state there. Raises ``RecipeError`` for a state that is
+    too large for any tensor.
+    """
+    with _possible(recipe):
+        try:
+            return model.state_bytes()
+        except Exception as error:
+            if _too_large(error):
+                raise
+            return None
+
+
+def shortage(model: LanguageModel, recipe: Recipe, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why this machine's memory cannot hold a model that is on the meta device, in words; ``None`` if it can."""
     try:
         have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
-        return
-    if need > have:
-        message = (
-            f"the model needs {need / 2**30:,.1f} GiB for its parameters; this machine has {have / 2**30:,.1f} GiB"
-        )
-        raise RecipeError([Problem("", message)], recipe.name or "recipe")
+        return None
+    # parameters are drawn in float32 on the CPU, whatever they become
+    parameters = sum(tensor.numel() for tensor in model.parameters()) * max(4, dtype.itemsize)
+    state = state_bytes(model, recipe) or 0
+    if parameters + state <= have:
+        return None
+    return (
+        f"the model needs {parameters / 2**30:,.1f} GiB for its parameters and {state / 2**30:,.1f} GiB for the state "
+        f"of one row; this machine has {have / 2**30:,.1f} GiB"
+    )
+
+
+@contextlib.contextmanager
+def _possible(recipe: Recipe) -> Iterator[None]:
+    """Turn a shape too large for any tensor into a ``RecipeError``; torch's names neither the block nor the recipe."""
+    try:
+        yield
+    except (RuntimeError, TypeError) as error:
+        if not _too_large(error):
+            raise
+        first = str(error).partition("\n")[0]
+        raise RecipeError([Problem("", f"no such model can exist: {first}")], recipe.name or "recipe") from error
+
+
+def _too_large(error: Exception) -> bool:
+    return "overflow" in str(error).lower()

@@ -6,9 +6,10 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from ..registry import Problem, RecipeError, nearest, show
+from .index import StorageError, read_index
 from .overriding import override
 from .packaged import base_names, packaged_names, read_packaged
 from .reading import is_recipe_file, plain, read_file, read_text
@@ -21,7 +22,8 @@ def load_recipe(source: Source, overrides: Mapping[str, Any] | None = None, allo
     """Read and check a recipe.
 
     ``source``: a packaged name (``"mac"``, ``"mac-170m"``), a path to a YAML or JSON file, YAML or JSON text, a
-    mapping, or a recipe. A packaged name goes before a file of the same name; write ``./mac`` for the file.
+    mapping, a recipe, or the folder of a saved model. A packaged name goes before a file of the same name; write
+    ``./mac`` for the file.
 
     ``overrides``: values by path, ``{"layers.mac.0.segment": 256}``. They are checked like the rest and kept in
     ``recipe.overrides`` and in what is saved.
@@ -30,8 +32,7 @@ def load_recipe(source: Source, overrides: Mapping[str, Any] | None = None, allo
 
     Raises ``RecipeError`` listing every problem with its path.
     """
-    data, label = _read(source)
-    earlier = source.overrides if isinstance(source, Recipe) else {}
+    data, label, earlier = _read(source)
     changes: dict[str, Any] = {}
     problems: list[Problem] = []
     if overrides is not None:
@@ -53,37 +54,47 @@ def load_recipe(source: Source, overrides: Mapping[str, Any] | None = None, allo
     return dataclasses.replace(recipe, overrides={**earlier, **changes})
 
 
-def _read(source: Source) -> tuple[Any, str]:
-    """Plain data, freshly made, and what to call it in messages."""
+class _Read(NamedTuple):
+    data: Any
+    """Plain, and freshly made."""
+    label: str
+    """What to call it in messages."""
+    overrides: Mapping[str, Any] = {}
+    """What had been changed before it came here."""
+
+
+def _read(source: Source) -> _Read:
     if isinstance(source, Recipe):
-        return source.to_dict(), source.name or "recipe"
+        return _Read(source.to_dict(), source.name or "recipe", source.overrides)
     if isinstance(source, Mapping):
         data = plain(dict(source))
-        return data, f"recipe {data['name']}" if isinstance(data.get("name"), str) else "recipe"
+        return _Read(data, f"recipe {data['name']}" if isinstance(data.get("name"), str) else "recipe")
     if isinstance(source, os.PathLike):
-        return _read_path(Path(source)), str(source)
+        return _read_path(Path(source), str(source))
     if not isinstance(source, str):
         raise _fail("recipe", f"expected a packaged name, a path, YAML text or a mapping, got {show(source)}")
     if source in packaged_names():
-        return read_packaged(source), source
+        return _Read(read_packaged(source), source)
     if not source.strip():
         raise _fail("recipe", "empty: expected a recipe")
     if "\n" in source or source.lstrip().startswith("{"):
-        return read_text(source), "recipe"
+        return _Read(read_text(source), "recipe")
     if _exists(source) or is_recipe_file(Path(source)) or "/" in source or os.sep in source:
-        return _read_path(Path(source)), source
+        return _read_path(Path(source), source)
     if ": " in source or source.endswith(":"):
-        return read_text(source), "recipe"
+        return _Read(read_text(source), "recipe")
     names = packaged_names()
     raise _fail(show(source), f"no packaged recipe and no file of that name{nearest(source, names)} ({_list()})")
 
 
-def _read_path(path: Path) -> Any:
-    if path.is_dir():
-        from .storage import read_saved_recipe  # storage reads recipes through load_recipe
-
-        return read_saved_recipe(path)
-    return read_file(path)
+def _read_path(path: Path, label: str) -> _Read:
+    if not path.is_dir():
+        return _Read(read_file(path), label)
+    try:
+        index = read_index(path)
+    except StorageError as error:
+        raise _fail(label, str(error).removeprefix(f"{path}: ")) from None
+    return _Read(index["recipe"], label, index["overrides"])
 
 
 def _exists(name: str) -> bool:

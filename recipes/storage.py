@@ -15,7 +15,8 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +30,15 @@ from ..blocks.language_model import LanguageModel
 from ..blocks.state import State, map_state, named_tensors
 from ..registry import Problem, RecipeError, show
 from .composing import as_device, as_dtype, assemble
+from .index import INDEX, MODEL_FORMAT, VERSION, WEIGHTS, StorageError, expect_version, read_index
 from .loading import load_recipe
 from .recipe import Recipe
 
-INDEX = "model.json"
-MODEL_FORMAT = "titans-build model"
 STATE_FORMAT = "titans-build state"
-VERSION = 1
 
-_WEIGHTS = re.compile(r"weights-[0-9a-f]{16}\.safetensors")
 _LEFTOVER = re.compile(r"\.[\w.-]+\.[0-9a-f]{16}\.tmp")
-_MAX_INDEX_BYTES = 4 * 1024 * 1024
 _STALE_SECONDS = 3600
 """Age at which a file that no index names is taken for the leftover of a killed save, not for one in progress."""
-
-
-class StorageError(ValueError):
-    """A file is not what it should be; the message says what came and what was expected."""
 
 
 def save(model: LanguageModel, folder: str | os.PathLike[str]) -> None:
@@ -80,7 +73,7 @@ def save(model: LanguageModel, folder: str | os.PathLike[str]) -> None:
         place.mkdir(parents=True, exist_ok=True)
         metadata = {"format": MODEL_FORMAT, "version": str(VERSION), "fingerprint": recipe.fingerprint, "tag": tag}
         with _replacing(place / weights) as temporary:
-            save_file({name: _stored(tensor) for name, tensor in tensors.items()}, temporary, metadata)
+            save_file(_stored(tensors), temporary, metadata)
         before = _named_weights(place)
         with _replacing(place / INDEX) as temporary:
             temporary.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -88,37 +81,34 @@ def save(model: LanguageModel, folder: str | os.PathLike[str]) -> None:
 
 
 def load(
-    folder: str | os.PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None
+    folder: str | os.PathLike[str],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | str | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> LanguageModel:
     """The model saved in ``folder``, on ``device``. ``dtype``: of its parameters; ``None`` keeps the saved ones.
+
+    ``overrides``: values of its recipe to change by path, as in ``load_recipe``, as long as the saved weights fit:
+    ``{"layers.mac.0.segment": 256}``. The result is a model of another recipe, and refuses the states of this one.
 
     Runs no code from the folder. Blocks that are not built in have to be registered (their module imported, or their
     package installed) beforehand.
 
-    Raises ``StorageError`` when the folder holds no model, or a damaged or foreign one, and ``ValueError`` for a
-    device or dtype that cannot be had.
+    Raises ``StorageError`` when the folder holds no model, or a damaged or foreign one, ``RecipeError`` for overrides
+    that are wrong or that change the weights, and ``ValueError`` for a device or dtype that cannot be had.
     """
     device = as_device(device)
     target = None if dtype is None else as_dtype(dtype)
     place = Path(folder)
     for attempt in range(3):
-        index = _read_index(place)
+        index = read_index(place)
         try:
-            return _load(place, index, device, target)
+            return _load(place, index, device, target, overrides or {})
         except FileNotFoundError:
             # a save has replaced the model between the two reads: the index now names other weights
             if attempt == 2 or _named_weights(place) == index["weights"]:
                 break
     raise StorageError(f"{place / index['weights']}: the weights that {INDEX} names are missing")
-
-
-def read_saved_recipe(folder: Path) -> dict[str, Any]:
-    """Plain data of the recipe of a saved model. Raises ``RecipeError`` when the folder holds none."""
-    try:
-        recipe: dict[str, Any] = _read_index(folder)["recipe"]
-    except StorageError as error:
-        raise RecipeError([Problem("", str(error).removeprefix(f"{folder}: "))], str(folder)) from None
-    return recipe
 
 
 def save_state(state: State, path: str | os.PathLike[str], model: LanguageModel) -> None:
@@ -139,7 +129,7 @@ def save_state(state: State, path: str | os.PathLike[str], model: LanguageModel)
         "rows": str(rows),
     }
     with _writing(place), _replacing(place) as temporary:
-        save_file({name: _stored(tensor) for name, tensor in tensors.items()}, temporary, metadata)
+        save_file(_stored(tensors), temporary, metadata)
 
 
 def load_state(path: str | os.PathLike[str], model: LanguageModel) -> State:
@@ -172,19 +162,26 @@ def load_state(path: str | os.PathLike[str], model: LanguageModel) -> State:
     return map_state(lambda fresh: tensors[next(names)].to(device, fresh.dtype, copy=True), template)
 
 
-def _load(place: Path, index: dict[str, Any], device: torch.device, dtype: torch.dtype | None) -> LanguageModel:
+def _load(
+    place: Path,
+    index: dict[str, Any],
+    device: torch.device,
+    dtype: torch.dtype | None,
+    overrides: Mapping[str, Any],
+) -> LanguageModel:
     try:
-        recipe = dataclasses.replace(load_recipe(index["recipe"]), overrides=index["overrides"])
+        saved = dataclasses.replace(load_recipe(index["recipe"]), overrides=index["overrides"])
     except RecipeError as error:
         unknown = any("unknown block" in problem.message for problem in error.problems)
         hint = "\n  a block of your own has to be registered before loading: import its module first" if unknown else ""
         raise StorageError(f"{place / INDEX}: {error}{hint}") from None
+    recipe = _changed(saved, overrides)
     model = assemble(recipe)
     expected = _tensors(model)
     path = place / index["weights"]
     with _reading(path, MODEL_FORMAT) as file:
         metadata = file.metadata()
-        if metadata.get("tag") != _tag(path.name) or metadata.get("fingerprint") != recipe.fingerprint:
+        if metadata.get("tag") != _tag(path.name) or metadata.get("fingerprint") != saved.fingerprint:
             raise StorageError(f"{path}: these are the weights of another model than the one {INDEX} describes")
         names = list(file.keys())
         _expect_same(
@@ -203,6 +200,30 @@ def _load(place: Path, index: dict[str, Any], device: torch.device, dtype: torch
         materialise(model, device, dtype, seed=0)  # for buffers that are computed, not saved
     _assign(model, tensors)
     return model
+
+
+def _changed(saved: Recipe, overrides: Mapping[str, Any]) -> Recipe:
+    """``saved`` with ``overrides``. Raises ``RecipeError`` when its weights would not be those of the result."""
+    if not overrides:
+        return saved
+    before = _shapes(_tensors(assemble(saved)))
+
+    def differences(changes: Mapping[str, Any]) -> list[str]:
+        return _differences(before, _shapes(_tensors(assemble(load_recipe(saved, changes)))))
+
+    found = differences(overrides)
+    if found:
+        problems = []
+        for path, value in overrides.items():
+            with contextlib.suppress(RecipeError):  # right together, but not alone
+                if alone := differences({path: value}):
+                    problems.append(Problem(str(path), _does_not_fit(alone)))
+        raise RecipeError(problems or [Problem("", _does_not_fit(found))], f"overrides of {saved.name or 'recipe'}")
+    return load_recipe(saved, overrides)
+
+
+def _does_not_fit(differences: list[str]) -> str:
+    return f"the saved weights do not fit this change: {_first(differences)}; build() makes a new model of it"
 
 
 def _assign(model: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -230,18 +251,26 @@ def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
 def _expect_same(
     found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], what: str, recipe: Recipe
 ) -> None:
-    differences = [f"{name} is missing" for name in expected if name not in found]
-    differences += [f"{name} is not part of the model" for name in found if name not in expected]
-    differences += [
-        f"{name} is {list(found[name])}, expected {list(shape)}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
+    differences = _differences(found, expected)
     if differences:
-        more = f" and {len(differences) - 3} more differences" if len(differences) > 3 else ""
-        raise StorageError(
-            f"{what} does not fit the recipe {show(recipe.name or '')}: {'; '.join(differences[:3])}{more}"
-        )
+        raise StorageError(f"{what} does not fit the recipe {show(recipe.name or '')}: {_first(differences)}")
+
+
+def _differences(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> list[str]:
+    return [
+        *(f"{name} is missing" for name in expected if name not in found),
+        *(f"{name} is not part of the model" for name in found if name not in expected),
+        *(
+            f"{name} is {list(found[name])}, expected {list(shape)}"
+            for name, shape in expected.items()
+            if name in found and found[name] != shape
+        ),
+    ]
+
+
+def _first(differences: list[str]) -> str:
+    more = f" and {len(differences) - 3} more differences" if len(differences) > 3 else ""
+    return "; ".join(differences[:3]) + more
 
 
 def _check_state(tensors: dict[str, Tensor], model: LanguageModel, rows: int, what: str) -> State:
@@ -261,8 +290,11 @@ def _check_state(tensors: dict[str, Tensor], model: LanguageModel, rows: int, wh
         elif came.dtype != fresh.dtype and not (came.is_floating_point() and fresh.is_floating_point()):
             wrong.append(f"{name} is {came.dtype}, expected {fresh.dtype}")
     if wrong:
-        more = f" and {len(wrong) - 3} more differences" if len(wrong) > 3 else ""
-        raise StorageError(f"{what} is not a state of this model: {'; '.join(wrong[:3])}{more}")
+        raise StorageError(f"{what} is not a state of this model: {_first(wrong)}")
+    try:
+        model.origin.check(tensors[_state_name("recipe")])
+    except ValueError as error:
+        raise StorageError(f"{what}: {error}") from None
     return template
 
 
@@ -285,54 +317,24 @@ def _recipe_of(model: nn.Module) -> Recipe:
     return recipe
 
 
-def _stored(tensor: Tensor) -> Tensor:
-    # a tensor of its own: safetensors refuses views that share memory, and states are full of them
-    return tensor.detach().to("cpu", copy=True).contiguous()
+def _stored(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as safetensors takes them: contiguous, on the CPU, and no two in the same memory.
+
+    States are full of views that share memory; a model's weights are fine as they are, and are not copied.
+    """
+    holders = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
+
+    def stored(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        if tensor.is_cpu and tensor.is_contiguous() and holders[tensor.untyped_storage().data_ptr()] == 1:
+            return tensor
+        return tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+    return {name: stored(tensor) for name, tensor in tensors.items()}
 
 
 def _tag(weights: str) -> str:
     return weights.removeprefix("weights-").removesuffix(".safetensors")
-
-
-def _read_index(place: Path) -> dict[str, Any]:
-    path = place / INDEX
-    if not place.is_dir():
-        raise StorageError(f"{place}: {'not a folder' if place.exists() else 'no such folder'}; expected a saved model")
-    if not path.is_file():
-        raise StorageError(f"{place}: expected a saved model, but there is no {INDEX}")
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(_MAX_INDEX_BYTES + 1)
-        if len(raw) > _MAX_INDEX_BYTES:
-            raise StorageError(f"{path}: larger than {_MAX_INDEX_BYTES // 2**20} MiB: not a saved model's index")
-        index = json.loads(raw.decode("utf-8"))
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, StorageError):
-            raise
-        what = "empty" if not raw.strip() else f"no JSON text ({error})"
-        raise StorageError(f"{path}: expected the index of a saved model; it is {what}") from None
-    if not isinstance(index, dict) or index.get("format") != MODEL_FORMAT:
-        raise StorageError(f"{path}: expected the index of a saved model (format {MODEL_FORMAT!r}), got {show(index)}")
-    _expect_version(index.get("version"), path)
-    kinds = {"recipe": dict, "overrides": dict, "weights": str}
-    for key, kind in kinds.items():
-        if not isinstance(index.get(key), kind):
-            raise StorageError(f"{path}: {key}: expected {kind.__name__}, got {show(index.get(key))}")
-    if not _WEIGHTS.fullmatch(index["weights"]):
-        raise StorageError(
-            f"{path}: weights: expected weights-<16 hex digits>.safetensors, got {show(index['weights'])}"
-        )
-    return index
-
-
-def _expect_version(version: Any, path: Path) -> None:
-    if str(version) != str(VERSION):
-        raise StorageError(
-            f"{path}: expected format version {VERSION}, got {show(version)}; "
-            "a file of a later version needs a later titans-build"
-        )
 
 
 @contextlib.contextmanager
@@ -343,7 +345,7 @@ def _reading(path: Path, kind: str) -> Iterator[Any]:
             metadata = file.metadata() or {}
             if metadata.get("format") != kind:
                 raise StorageError(f"{path}: expected a file of format {kind!r}, got {show(metadata.get('format'))}")
-            _expect_version(metadata.get("version"), path)
+            expect_version(metadata.get("version"), path)
             yield file
     except FileNotFoundError:
         raise
@@ -394,7 +396,7 @@ def _sync_folder(folder: Path) -> None:
 
 def _named_weights(place: Path) -> str | None:
     try:
-        return str(_read_index(place)["weights"])
+        return str(read_index(place)["weights"])
     except StorageError:
         return None
 
@@ -403,7 +405,7 @@ def _clean(place: Path, keep: str, before: str | None) -> None:
     """Remove the replaced weights, and what killed saves have left behind."""
     old = time.time() - _STALE_SECONDS
     for path in place.iterdir():
-        ours = _WEIGHTS.fullmatch(path.name) is not None or _LEFTOVER.fullmatch(path.name) is not None
+        ours = WEIGHTS.fullmatch(path.name) is not None or _LEFTOVER.fullmatch(path.name) is not None
         with contextlib.suppress(OSError):
             if path.name == before != keep or (ours and path.name != keep and path.stat().st_mtime < old):
                 path.unlink()

@@ -63,6 +63,10 @@ def register(name: str, *, replace: bool = False) -> Callable[[Class], Class]:
     A class method ``problems(dim, fields)`` may yield ``(field, message)`` for what one field's type cannot say,
     such as heads that do not divide the width (``dim`` is ``None`` where the width is not known).
 
+    A class attribute ``delegates = ("of",)`` names fields whose blocks have to have whatever methods another block
+    ``Needs`` of this one: a wrapper reads and writes by asking what it wraps. The blocks are its attributes of the
+    same names.
+
     Raises ``ValueError`` when the name is taken (both places are named) unless ``replace=True``, and
     ``TypeError`` when the class is no block or its signature is no schema.
     """

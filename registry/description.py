@@ -38,7 +38,7 @@ class Description:
     """``file:line`` of the class."""
     fields: list[FieldDescription]
     protocols: list[str]
-    """What it can stand as besides a plain block: ``memory`` when it has ``read`` and ``write``."""
+    """What it can stand as besides a plain block: ``memory`` when it has ``read`` and ``write`` of its own."""
 
 
 def describe(name: str) -> Description:
@@ -55,6 +55,7 @@ def describe(name: str) -> Description:
             protocol
             for protocol, methods in PROTOCOLS.items()
             if all(callable(getattr(entry.cls, method, None)) for method in methods)
+            and not getattr(entry.cls, "delegates", ())
         ],
     )
 

@@ -8,6 +8,7 @@ from .catalogue import Entry, known_names, lookup
 from .problem import RecipeError
 from .schema import Field, block_places, describe_type
 from .spec import BLOCK_PLACEHOLDER, Needs
+from .validation import CHAIN
 
 ANY = {"$ref": "#/$defs/any_block"}
 
@@ -51,7 +52,8 @@ def _field(field: Field) -> dict[str, Any]:
     schema: dict[str, Any] = dict(field.adapter.json_schema())
     if field.holds_blocks:
         needs = next((needs for _, needs in block_places(field.annotation, _sample(field))), None)
-        schema = _insert(schema, ANY if needs is None else _one_of(_fitting(needs), lists=False))
+        fitting = [] if needs is None else _fitting(needs)
+        schema = _insert(schema, ANY if needs is None else _one_of(fitting, lists=CHAIN in fitting))
     if field.description:
         schema["description"] = field.description
     if not field.required:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from .catalogue import Entry, known_names, lookup
@@ -93,7 +94,7 @@ class Checker:
             return node
         self._check_needs(entry.name, entry.cls, needs, path)
         # the items of a list stand directly under the list's own path in the file
-        return self._fields(entry, given, path, depth, of_path=path if isinstance(node, list) else None)
+        return self._fields(entry, given, path, depth, needs, of_path=path if isinstance(node, list) else None)
 
     def _refuse(self, path: str, message: str, node: Any) -> Any:
         self.problems.append(Problem(path, message))
@@ -131,13 +132,22 @@ class Checker:
         if self.dim is not None and width is not None and width != self.dim:
             self._refuse(path, f"expected a block of dim {self.dim}, got {type(block).__name__} of dim {width}", block)
         self._check_needs(type(block).__name__, block, needs, path)
+        if needs is not None:
+            for name in _delegates(block):
+                held = getattr(block, name)
+                for inner in held if isinstance(held, Iterable) else [held]:
+                    self._built(inner, join(path, name), needs)
         return block
 
     def _check_needs(self, name: str, holder: Any, needs: Needs | None, path: str) -> None:
         missing = needs.missing(holder) if needs is not None else []
         if needs is not None and missing:
             fit = [other for other in known_names() if _fits(other, needs)]
-            can = f" ({', '.join(fit)})" if fit else ""
+            around = [other for other in fit if _delegates(lookup(other).cls)]
+            can = ", ".join(other for other in fit if other not in around)
+            if around:
+                can += f"; or {', '.join(around)} with nothing else inside"
+            can = f" ({can})" if can else ""
             wanted = " and ".join(needs.methods)
             self._refuse(
                 path,
@@ -146,7 +156,7 @@ class Checker:
             )
 
     def _fields(
-        self, entry: Entry, given: dict[str, Any], path: str, depth: int, of_path: str | None
+        self, entry: Entry, given: dict[str, Any], path: str, depth: int, needs: Needs | None, of_path: str | None
     ) -> dict[str, Any]:
         before = len(self.problems)
         self._unknown(entry, given, path)
@@ -159,7 +169,8 @@ class Checker:
             value, problems = field.check(given.get(name, field.default), place)
             self.problems += problems
             if field.holds_blocks and not problems:
-                value = self._nested(field.annotation, value, place, depth)
+                passed_on = needs if name in _delegates(entry.cls) else None
+                value = self._nested(field.annotation, value, place, depth, passed_on)
             node[name] = value
         cross = getattr(entry.cls, "problems", None)
         if cross is not None and len(self.problems) == before:
@@ -183,9 +194,10 @@ class Checker:
                     None,
                 )
 
-    def _nested(self, annotation: Any, value: Any, path: str, depth: int) -> Any:
+    def _nested(self, annotation: Any, value: Any, path: str, depth: int, passed_on: Needs | None) -> Any:
         value = _copy(value)
-        for keys, needs in block_places(annotation, value):
+        for keys, own in block_places(annotation, value):
+            needs = Needs(*own.methods, *passed_on.methods) if own and passed_on else own or passed_on
             if not keys:
                 return self._block(value, path, needs, depth + 1)
             place, holder = path, value
@@ -200,6 +212,11 @@ def _fits(name: str, needs: Needs) -> bool:
         return not needs.missing(lookup(name).cls)
     except RecipeError:
         return False
+
+
+def _delegates(holder: Any) -> tuple[str, ...]:
+    """Fields of a class or built block whose blocks do for it what another block needs of it."""
+    return getattr(holder, "delegates", ())
 
 
 def _copy(value: Any) -> Any:

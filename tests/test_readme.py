@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -55,6 +58,32 @@ def test_the_folders_are_there() -> None:
     assert all((ROOT / folder).is_dir() for folder in folders if folder != "benchmarks")
 
 
-def test_make_targets_exist() -> None:
-    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M))
-    assert set(re.findall(r"make ([a-z][\w-]*) ", README)) & {"demo", "test", "test-slow", "check"} <= targets
+def test_the_make_commands_are_those_of_the_makefile() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    rules = re.findall(r"^([\w-][\w -]*):(?!=)", makefile, flags=re.M)
+    targets = {target for rule in rules for target in rule.split()}
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", makefile, flags=re.M)
+    assert targets == set(phony.split()), "a target is a command, or it is a file below .venv"
+    # what is shown is there, and what is there is shown: in the README, and at the head of the Makefile
+    code = [*re.findall(r"`([^`\n]+)`", README), *(line for block in blocks("sh") for line in block.splitlines())]
+    shown = {command.split()[1] for command in code if re.match(r"make [a-z]", command)}
+    assert shown == targets
+    head = "\n".join(itertools.takewhile(lambda line: line.startswith("#"), makefile.splitlines()))
+    named = {
+        target for words in re.findall(r"make ((?:[a-z][a-z-]*(?: |$))+)", head, flags=re.M) for target in words.split()
+    }
+    assert targets <= named
+
+
+def test_make_knows_every_target() -> None:
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    for target in re.findall(r"^\| `make ([\w-]+)` \|", README, flags=re.M):
+        done = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+def test_the_demo_is_the_command_that_is_shown() -> None:
+    (told,) = re.findall(r"`make demo` runs `(titans-build [^`]+)`", README)
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert re.search(rf"^demo:.*\n\t\.venv/bin/{re.escape(told)}$", makefile, flags=re.M)

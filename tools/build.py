@@ -169,7 +169,7 @@ def _lines(trial: Trial, name: str) -> list[Text]:
 
     exact = "" if trial.difference_float64 is None else f"; in float64 {trial.difference_float64:.1e}"
     return [
-        line("text", f"{trial.bytes_read:,} bytes of {name}"),
+        line("text", f"the first {trial.bytes_read:,} bytes of {name}"),
         line(
             "learns",
             f"{trial.bits_before:.2f} -> {trial.bits_after:.2f} bits per byte after {trial.steps} steps of AdamW "

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from typing import Any
 
-from ..recipes.composing import assemble
+from ..recipes.composing import assemble, shortage, state_bytes
 from ..registry import RecipeError
 from .options import add_recipe, load
-from .terminal import complain, count, say, say_json
+from .terminal import complain, count, in_bytes, say, say_json
 
-SUMMARY = "Validate recipes, all mistakes of each at once, without allocating weights."
+SUMMARY = "Validate recipes, all mistakes of each at once, without allocating weights or state."
 EXAMPLES = (
     "titans-build check my.yaml",
     "titans-build check recipes/*.yaml",
@@ -33,8 +34,15 @@ def run(arguments: argparse.Namespace) -> int:
             model = assemble(recipe)
             result["parameters"] = sum(parameter.numel() for parameter in model.parameters())
             result["depth"] = recipe.depth
+            result["state_bytes_per_row"] = state_bytes(model, recipe)
+            result["state_grows"] = model.grows
+            # no mistake of the recipe: another machine may have the room
+            result["warning"] = shortage(model, recipe)
             if not arguments.json:
-                say(f"{source}: fine ({recipe.depth} layers, {count(result['parameters'])} parameters)")
+                say(f"{source}: fine ({', '.join(_figures(result))})")
+                if result["warning"] is not None:
+                    sys.stdout.flush()
+                    complain(f"{source}: {result['warning']}", "warning")
         except RecipeError as error:
             result["ok"] = False
             result["problems"] = [{"path": problem.path, "message": problem.message} for problem in error.problems]
@@ -46,3 +54,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         say_json({"ok": ok, "recipes": results})
     return 0 if ok else 2
+
+
+def _figures(result: dict[str, Any]) -> Iterator[str]:
+    yield f"{result['depth']} layers"
+    yield f"{count(result['parameters'])} parameters"
+    if result["state_bytes_per_row"] is not None:
+        grows = ", growing with every token" if result["state_grows"] else ""
+        yield f"{in_bytes(result['state_bytes_per_row'])} of state per row{grows}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 
-import torch
 from rich.text import Text
 
 from ..kernels import dispatch
@@ -27,7 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     device, dtype = placement(arguments)
     rows = dispatch.table(device.type, dtype)
-    problems = _problems(rows, device.type, dtype)
+    # running any such operation would end with the same words
+    problems = list(dict.fromkeys(row.error for row in rows if row.error))
     for problem in problems:
         complain(problem)
     if arguments.json:
@@ -43,15 +43,3 @@ def run(arguments: argparse.Namespace) -> int:
     setting = os.environ.get(dispatch.VARIABLE)
     say(f"on {device} in {arguments.dtype}" + (f", with {dispatch.VARIABLE}={setting}" if setting else ""), "", table)
     return 2 if problems else 0
-
-
-def _problems(rows: list[dispatch.Row], device: str, dtype: torch.dtype) -> list[str]:
-    """What the environment asks for and cannot have: running any such operation would end with the same words."""
-    problems = []
-    for name in dict.fromkeys(row.operation for row in rows):
-        if not any(row.chosen for row in rows if row.operation == name):
-            try:
-                dispatch.OPERATIONS[name].choose(device=device, dtype=dtype)
-            except dispatch.BackendError as error:
-                problems.append(str(error))
-    return list(dict.fromkeys(problems))

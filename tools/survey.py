@@ -81,6 +81,9 @@ def survey(model: LanguageModel, recipe: Recipe) -> Survey:
     if model.vocab is not None:
         own = 0 if model.head is None else model.head.numel()
         parts.append(Part("head", "", {"tied": model.head is None}, own, 2 * model.dim * model.vocab * LENGTH, 0))
+    # every state says which recipe it is of: by the fingerprint that messages name
+    mark = nbytes(model.origin.mark(1, torch.device("meta")))
+    parts.append(Part("recipe", "", {"fingerprint": recipe.fingerprint}, 0, 0, mark))
     found = Survey(
         parts,
         parameters=sum(part.parameters * part.count for part in parts),
@@ -90,6 +93,7 @@ def survey(model: LanguageModel, recipe: Recipe) -> Survey:
         depth=len(names),
     )
     # the parts are counted one by one; the model counts itself as a whole
+    assert found.state_bytes == model.state_bytes(), (found.state_bytes, model.state_bytes())
     assert found.parameters == _parameters(model), (found.parameters, _parameters(model))
     assert found.flops == model.flops(LENGTH), (found.flops, model.flops(LENGTH))
     return found

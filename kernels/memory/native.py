@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..native import library
+from ..native.kernel import tracks
 from ..native.pages import fresh
 from .buffers import Scratch
 from .state import MemoryState
@@ -25,8 +26,10 @@ KEPT_BYTES = 192 * 2**20
 """What is kept for backward: the layers' outputs where they fit, and as many states as fit beside them."""
 KEEPS = (4, 16)
 """Chunks from one kept state to the next, at least and at most: one more costs what it saves in learning again."""
+MOST = 1024
+"""Chunks that are learned again together at most, whatever was asked for: their work must fit too."""
 
-_ACTIVATIONS = {"identity": 0, "relu": 1, "silu": 2, "gelu": 3}
+ACTIVATIONS = {"identity": 0, "relu": 1, "silu": 2, "gelu": 3}
 _SEQUENCES = ("q", "k", "v", "theta", "eta", "alpha", "y")
 _SIZES = ("batch", "time", "heads", "layers", "chunk", "activation", "momentum", "normed", "after")
 _KEPT = ("every", "asked_kept", "hidden_kept")
@@ -70,14 +73,25 @@ class _Plan(NamedTuple):
     after: bool
     keep: int | None
     layers: int
-    phase: Tensor
+    phases: Tensor
     """``[batch]`` int64: where in its chunk each row stands."""
-    count: Tensor
+    counts: Tensor
     """``[batch]`` int32: tokens of each row."""
     order: Tensor | None
     """``[batch, time]`` int32: which tokens those are; ``None``: all."""
     anchor_made: bool
     """Whether some row's anchor after the call is neither the weights then nor its anchor before."""
+
+
+class _Keeping(NamedTuple):
+    """What is kept for backward."""
+
+    every: int
+    """Chunks from one kept state to the next; 0: nothing is kept."""
+    asked: bool
+    """Whether the layers' outputs for the queries are."""
+    hidden: bool
+    """Whether those for the keys are."""
 
 
 def refuse_native(
@@ -123,50 +137,26 @@ def native_memory(
         chunk, activation, clip, read == "after", keep, layers,
         torch.tensor(phases), torch.tensor(counts, dtype=torch.int32), order, not (all_end or none_began),
     )  # fmt: skip
-    y, *parts = _Native.apply(
-        plan, q, k, v, theta, eta, alpha, norm, *state.weights, *(state.momentum if eta is not None else ()),
+    tensors = [
+        q, k, v, theta, eta, alpha, norm, *state.weights, *(state.momentum if eta is not None else ()),
         *(state.anchor if any(phases) or not all(counts) else ()),
-    )  # fmt: skip
+    ]  # fmt: skip
+    y, *parts = _Native.apply(plan, *tensors) if tracks(*tensors) else _forward(plan, tensors, record=False)[0]
     weights = tuple(parts[:layers])
     momentum = state.momentum if eta is None else tuple(parts[layers : 2 * layers])
     anchor = weights if all_end else state.anchor if none_began else tuple(parts[-layers:])
-    moved = q.shape[1] if order is None else plan.count.to(torch.int64)
+    moved = q.shape[1] if order is None else plan.counts.to(torch.int64)
     return y, MemoryState(weights, momentum, anchor, state.position + moved)
 
 
 class _Native(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        plan: _Plan,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        theta: Tensor,
-        eta: Tensor | None,
-        alpha: Tensor | None,
-        gain: Tensor | None,
-        *state: Tensor,
-    ) -> tuple[Tensor, ...]:
-        q, k, v = (_dense(x, 1) for x in (q, k, v))
-        state = tuple([_dense(x, 2) for x in state])
-        call = _call(plan, q, k, v, theta, eta, alpha, gain, state)
-        y = (fresh if plan.order is None else torch.zeros)(v.shape, dtype=v.dtype)
-        call.y = _tokens(y)
-        made = plan.layers * (1 + (eta is not None) + plan.anchor_made)
-        end = [torch.empty(state[i % plan.layers].shape, dtype=q.dtype) for i in range(made)]
-        _hand_over(call.end, end, plan, eta)
-        kept = None
-        if any(ctx.needs_input_grad):
-            call.every, call.asked_kept, call.hidden_kept = ctx.kept = _keeping(plan, q, state, eta)
-            call.kept_numbers = _room(call, q, backward=False)[0]
-            kept = fresh((q.shape[0] * q.shape[2] * call.kept_numbers,), q.dtype)
-            call.kept = kept.data_ptr()
-        _run(call, q, backward=False)
+    def forward(ctx: Any, plan: _Plan, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        results, kept, used, ctx.keeping = _forward(plan, tensors, record=True)
         ctx.plan = plan
-        ctx.save_for_backward(kept, q, k, v, theta, eta, alpha, gain, *state)
+        ctx.save_for_backward(kept, *used)
         ctx.set_materialize_grads(False)
-        return y, *end
+        return results
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -174,13 +164,13 @@ class _Native(torch.autograd.Function):
         kept, q, k, v, theta, eta, alpha, gain, *state = ctx.saved_tensors
         plan = ctx.plan
         call = _call(plan, q, k, v, theta, eta, alpha, gain, state)
-        call.every, call.asked_kept, call.hidden_kept = ctx.kept
+        call.every, call.asked_kept, call.hidden_kept = ctx.keeping
         call.kept_numbers, call.kept = kept.numel() // (q.shape[0] * q.shape[2]), kept.data_ptr()
-        grad_y = torch.zeros_like(v) if grad_y is None else _dense(grad_y, 1)
+        grad_y = torch.zeros_like(v) if grad_y is None else dense(grad_y, 1)
         call.grad_y = _tokens(grad_y)
         needed = plan.layers * (1 if eta is None else 2)
         grad_end = tuple(
-            (torch.zeros_like(state[i]) if i < needed else None) if g is None else _dense(g, 2)
+            (torch.zeros_like(state[i]) if i < needed else None) if g is None else dense(g, 2)
             for i, g in enumerate(grad_end)
         )
         _hand_over(call.grad_end, grad_end, plan, eta)
@@ -198,6 +188,31 @@ class _Native(torch.autograd.Function):
         return None, *grads, None if grad_gain is None else grad_gain.sum(0), *grad_state
 
 
+def _forward(
+    plan: _Plan, tensors: Sequence[Any], record: bool
+) -> tuple[tuple[Tensor, ...], Tensor | None, Sequence[Tensor | None], _Keeping]:
+    """``y`` and the state's parts; what backward needs: what was kept, the arguments as they were used, and how."""
+    q, k, v, theta, eta, alpha, gain, *state = tensors  # eta, alpha and gain may be None
+    q, k, v = (dense(x, 1) for x in (q, k, v))
+    gain = None if gain is None else gain.contiguous()
+    state = [dense(x, 2) for x in state]
+    call = _call(plan, q, k, v, theta, eta, alpha, gain, state)
+    y = (fresh if plan.order is None else torch.zeros)(v.shape, dtype=v.dtype)
+    call.y = _tokens(y)
+    made = plan.layers * (1 + (eta is not None) + plan.anchor_made)
+    end = [torch.empty(state[i % plan.layers].shape, dtype=q.dtype) for i in range(made)]
+    _hand_over(call.end, end, plan, eta)
+    kept, keeping = None, _Keeping(0, False, False)
+    if record:
+        keeping = _keeping(plan, q, state, eta)
+        call.every, call.asked_kept, call.hidden_kept = keeping
+        call.kept_numbers = _room(call, q, backward=False)[0]
+        kept = fresh((q.shape[0] * q.shape[2] * call.kept_numbers,), q.dtype)
+        call.kept = kept.data_ptr()
+    _run(call, q, backward=False)
+    return (y, *end), kept, (q, k, v, theta, eta, alpha, gain, *state), keeping
+
+
 def _call(
     plan: _Plan,
     q: Tensor,
@@ -211,17 +226,16 @@ def _call(
 ) -> _Call:
     call = _Call()
     call.batch, call.time, call.heads, call.widths[0] = q.shape
-    call.layers, call.chunk, call.activation = plan.layers, plan.chunk, _ACTIVATIONS[plan.activation]
+    call.layers, call.chunk, call.activation = plan.layers, plan.chunk, ACTIVATIONS[plan.activation]
     call.momentum, call.normed, call.after, call.clip = eta is not None, gain is not None, plan.after, plan.clip or 0
     for layer, weight in enumerate(state[: plan.layers]):
         call.widths[layer + 1] = weight.shape[2]
     for name, x in zip(_SEQUENCES, (q, k, v, theta, eta, alpha)):
         setattr(call, name, _tokens(x))
     _hand_over(call.before, state, plan, eta)
-    call.phase, call.count = plan.phase.data_ptr(), plan.count.data_ptr()
+    call.phase, call.count = plan.phases.data_ptr(), plan.counts.data_ptr()
     call.order = None if plan.order is None else plan.order.data_ptr()
     if gain is not None:
-        assert gain.is_contiguous()
         call.gain = gain.data_ptr()
     return call
 
@@ -240,31 +254,30 @@ def _tokens(x: Tensor | None) -> _Tokens:
     return _Tokens() if x is None else _Tokens(x.data_ptr(), *x.stride()[:3])
 
 
-def _dense(x: Tensor, dims: int) -> Tensor:
+def dense(x: Tensor, dims: int) -> Tensor:
     """``x`` with its last dimensions dense."""
     stride = x.stride()
     dense = stride[-1] == 1 and (dims == 1 or stride[-2] == x.shape[-1])
     return x if dense else x.contiguous()
 
 
-def _keeping(plan: _Plan, q: Tensor, state: Sequence[Tensor], eta: Tensor | None) -> tuple[int, bool, bool]:
-    """Chunks from one kept state to the next, and whether the layers' outputs for queries and for keys are kept."""
+def _keeping(plan: _Plan, q: Tensor, state: Sequence[Tensor], eta: Tensor | None) -> _Keeping:
+    chunks = -(-q.shape[1] // plan.chunk) + 1
     if plan.keep is not None and plan.keep > 1:
-        return plan.keep, False, False
+        return _Keeping(min(plan.keep, chunks, MOST), False, False)
     outputs = sum(w.shape[2] for w in state[: plan.layers])
     tokens = q.shape[0] * q.shape[1] * q.shape[2] * outputs * q.element_size()
     left = KEPT_BYTES - tokens
     asked_kept = left >= 0
     hidden_kept = left >= tokens
     if plan.keep is not None:
-        return plan.keep, asked_kept, hidden_kept
+        return _Keeping(plan.keep, asked_kept, hidden_kept)
     left = max(left, 0) - tokens * hidden_kept
-    chunks = -(-q.shape[1] // plan.chunk) + 1
     states = chunks * sum(w.numel() for w in state[: plan.layers]) * (1 if eta is None else 2) * q.element_size()
     every, most = KEEPS
     while states > left * every and every < most:
         every *= 2
-    return every, asked_kept, hidden_kept
+    return _Keeping(every, asked_kept, hidden_kept)
 
 
 def _room(call: _Call, like: Tensor, backward: bool) -> tuple[int, int]:

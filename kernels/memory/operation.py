@@ -10,6 +10,7 @@ from ..precision import full_precision
 from .activation import ACTIVATIONS
 from .closed_form import closed_form_memory
 from .native import native_memory, refuse_native
+from .native_token import native_step, refuse_token
 from .pieces import piecewise_memory
 from .reference import reference_memory
 from .state import MemoryState
@@ -99,6 +100,7 @@ def _refuse_step(*, time: int = 1, grad: bool = False, **facts: object) -> str |
 MEMORY = Operation(
     "memory",
     [
+        Backend("native_step", native_step, refuse_token),
         Backend("step", step_memory, _refuse_step),
         Backend("native", native_memory, refuse_native),
         Backend("torch", piecewise_memory),

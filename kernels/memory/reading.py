@@ -9,13 +9,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..dispatch import Backend, Operation
+from ..native.kernel import tracks
 from ..precision import full_precision
 from .activation import ACTIVATIONS
+from .native_reading import native_reading, refuse_reading
+from .native_token import native_read, refuse_token
+from .reference import memory_network
 
 EPS = 1e-6
 
 
-def read_memory(q: Tensor, weights: tuple[Tensor, ...], activation: str = "gelu", norm: Tensor | None = None) -> Tensor:
+def read_memory(
+    q: Tensor,
+    weights: tuple[Tensor, ...],
+    activation: str = "gelu",
+    norm: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
     """``M(q)`` for every query on its own.
 
     Args:
@@ -26,27 +38,42 @@ def read_memory(q: Tensor, weights: tuple[Tensor, ...], activation: str = "gelu"
     Returns:
         ``[batch, time, heads, d_out]`` in the dtype of ``q``; computed in the weights' dtype.
     """
+    compute = weights[0].dtype
+    run = READING.choose(
+        backend,
+        device=q.device.type,
+        dtype=compute,
+        time=q.shape[1],
+        layers=len(weights),
+        grad=tracks(q, norm, *weights),
+    )
     with full_precision(q.device.type):
-        batch, time, heads, _ = q.shape
-        if _tracked(q, norm, *weights):
-            return _Recomputed.apply(activation, q, norm, *weights)
-        if time == 1 and q.dtype == weights[0].dtype:
-            gain = None if norm is None else per_row(norm, batch)
-            y = answer(q.reshape(batch * heads, 1, -1), [w.flatten(0, 1) for w in weights], activation, gain)
-            return y.view(batch, 1, heads, -1)
+        asked = q if q.dtype == compute else q.to(compute)
+        gain = norm if norm is None or norm.dtype == compute else norm.to(compute)
+        y = run(asked, weights, activation, gain)
+        return y if y.dtype == q.dtype else y.to(q.dtype)
+
+
+def _torch(q: Tensor, weights: tuple[Tensor, ...], activation: str, norm: Tensor | None) -> Tensor:
+    if tracks(q, norm, *weights):
+        return _Recomputed.apply(activation, q, norm, *weights)
+    batch, time, heads, _ = q.shape
+    if time > 1:
         return _through(q, weights, activation, norm)
+    gain = None if norm is None else per_row(norm, batch)
+    y = answer(q.reshape(batch * heads, 1, -1), [w.flatten(0, 1) for w in weights], activation, gain)
+    return y.view(batch, 1, heads, -1)
 
 
 def _through(q: Tensor, weights: Sequence[Tensor], activation: str, norm: Tensor | None) -> Tensor:
-    x = q.transpose(1, 2).to(weights[0].dtype)
-    h = x
+    h = x = q.transpose(1, 2)
     for layer, weight in enumerate(weights):
         if layer:
             h = ACTIVATIONS[activation].value(h)
         h = h @ weight.mT
     if norm is not None:
         h = x + F.layer_norm(h, h.shape[-1:], eps=EPS) * norm.unsqueeze(1)
-    return h.transpose(1, 2).to(q.dtype)
+    return h.transpose(1, 2)
 
 
 class _Recomputed(torch.autograd.Function):
@@ -116,5 +143,16 @@ def per_row(gain: Tensor, batch: int) -> Tensor:
     return gain.expand(batch, *gain.shape).reshape(-1, 1, gain.shape[-1])
 
 
-def _tracked(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+def _reference(q: Tensor, weights: tuple[Tensor, ...], activation: str, norm: Tensor | None) -> Tensor:
+    return torch.stack([memory_network(weights, x, activation, norm) for x in q.unbind(1)], dim=1)
+
+
+READING = Operation(
+    "memory_read",
+    [
+        Backend("native_step", native_read, refuse_token),
+        Backend("native", native_reading, refuse_reading),
+        Backend("torch", _torch),
+        Backend("reference", _reference),
+    ],
+)

@@ -33,6 +33,6 @@ class MemoryState(NamedTuple):
         if not weights:
             raise ValueError("weights: expected a tuple of [batch, heads, out, in], one for each layer, got none")
         if momentum is None:
-            momentum = tuple(torch.zeros_like(weight) for weight in weights)
+            momentum = tuple(weight.new_zeros(weight.shape) for weight in weights)
         position = torch.zeros(weights[0].shape[0], dtype=torch.int64, device=weights[0].device)
         return cls(weights, tuple(momentum), weights, position)

@@ -6,22 +6,11 @@
    state that was kept, and then differentiates them one by one in reverse. */
 
 #include "network.h"
+#include "tensors.h"
 
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-
-/* [batch, time, heads, width] or, of gates, [batch, time, heads]; the last dimension is dense */
-typedef struct {
-    real *data;
-    int64_t batch, time, head;
-} tokens;
-
-/* [batch, heads, out, in], the last two dense */
-typedef struct {
-    real *data;
-    int64_t batch, head;
-} matrices;
 
 typedef struct {
     int64_t batch, time, heads, layers, chunk, activation, momentum, normed, after;
@@ -181,71 +170,6 @@ static void locate(const network *net, real *start, int first, int n, real **to)
     }
 }
 
-/* -- in and out ----------------------------------------------------------------------------------------------------- */
-
-/* A row's tokens of one chunk: `n` from the `first` on. */
-typedef struct {
-    int64_t row, head;
-    const int32_t *order;
-    int first, n;
-} piece;
-
-INLINE real *token(const tokens *x, const piece *p, int i) {
-    int64_t t = p->order ? p->order[p->first + i] : p->first + i;
-    return x->data + p->row * x->batch + t * x->time + p->head * x->head;
-}
-
-static void load(const tokens *x, const piece *p, int width, real *to) {
-    int ld = padded(width);
-    for (int i = 0; i < p->n; i++) {
-        memcpy(to + i * ld, token(x, p, i), width * sizeof(real));
-        if (ld > width)
-            memset(to + i * ld + width, 0, (ld - width) * sizeof(real));
-    }
-}
-
-static void store(const tokens *x, const piece *p, int width, const real *from) {
-    for (int i = 0; i < p->n; i++)
-        memcpy(token(x, p, i), from + (size_t)i * padded(width), width * sizeof(real));
-}
-
-static void load_gate(const tokens *x, const piece *p, real *to, real missing) {
-    for (int i = 0; i < p->n; i++)
-        to[i] = x->data ? *token(x, p, i) : missing;
-}
-
-static void store_gate(const tokens *x, const piece *p, const real *from) {
-    if (x->data)
-        for (int i = 0; i < p->n; i++)
-            *token(x, p, i) = from[i];
-}
-
-/* [out, in] <-> [in, out] with padding, which is zero */
-static void load_matrix(const network *net, int l, const matrices *x, int64_t row, int64_t head, real *to) {
-    int in = net->in[l], out = net->out[l], width = net->width[l];
-    const real *from = x->data + row * x->batch + head * x->head;
-    memset(to + (size_t)in * width, 0, (size_t)(net->rows[l] - in) * width * sizeof(real));
-    if (in % WIDTH == 0) {
-        transpose(out, in, from, in, to, width);
-        return;
-    }
-    for (int i = 0; i < in; i++)
-        for (int o = 0; o < width; o++)
-            to[i * width + o] = o < out ? from[o * in + i] : 0;
-}
-
-static void store_matrix(const network *net, int l, const matrices *x, int64_t row, int64_t head, const real *from) {
-    int in = net->in[l], out = net->out[l], width = net->width[l];
-    real *to = x->data + row * x->batch + head * x->head;
-    if (in % WIDTH == 0 && out % WIDTH == 0) {
-        transpose(in, out, from, width, to, in);
-        return;
-    }
-    for (int o = 0; o < out; o++)
-        for (int i = 0; i < in; i++)
-            to[o * in + i] = from[i * width + o];
-}
-
 /* -- one row and head ----------------------------------------------------------------------------------------------- */
 
 typedef struct {
@@ -326,9 +250,9 @@ static void load_states(const task *t, const matrices (*from)[LAYERS], real *con
         size_t size = (size_t)net->rows[l] * net->width[l];
         if (state)
             for (int part = 0; part < net->parts; part++)
-                load_matrix(net, l, &from[part][l], t->row, t->head, state[l] + part * size);
+                load_matrix(net->in[l], net->out[l], &from[part][l], t->row, t->head, state[l] + part * size);
         if (anchor)
-            load_matrix(net, l, &from[2][l], t->row, t->head, anchor[l]);
+            load_matrix(net->in[l], net->out[l], &from[2][l], t->row, t->head, anchor[l]);
     }
 }
 
@@ -336,14 +260,14 @@ static void store_states(const task *t, const matrices (*to)[LAYERS], real *cons
     const network *net = &t->net;
     for (int l = 0; l < net->layers; l++)
         for (int part = 0; part < net->parts; part++)
-            store_matrix(net, l, &to[part][l], t->row, t->head,
+            store_matrix(net->in[l], net->out[l], &to[part][l], t->row, t->head,
                          state[l] + (size_t)part * net->rows[l] * net->width[l]);
 }
 
 static void store_anchor(const task *t, const matrices *to, real *const *weights) {
     for (int l = 0; l < t->net.layers; l++)
         if (to[l].data)
-            store_matrix(&t->net, l, &to[l], t->row, t->head, weights[l]);
+            store_matrix(t->net.in[l], t->net.out[l], &to[l], t->row, t->head, weights[l]);
 }
 
 static void keep_state(const network *net, const chunk *c, real *to, int restore) {
@@ -426,11 +350,11 @@ static void backward_task(const call *call, int64_t index, real *scratch) {
         memset(w.grad_anchor[l], 0, size * sizeof(real));
         last_anchor[l] = take(&room, size);
         if (call->grad_end[2][l].data)
-            load_matrix(net, l, &call->grad_end[2][l], t.row, t.head, last_anchor[l]);
+            load_matrix(net->in[l], net->out[l], &call->grad_end[2][l], t.row, t.head, last_anchor[l]);
         else
             memset(last_anchor[l], 0, size * sizeof(real));
         if (t.anchored)
-            load_matrix(net, l, &call->before[2][l], t.row, t.head, w.anchor[l]);
+            load_matrix(net->in[l], net->out[l], &call->before[2][l], t.row, t.head, w.anchor[l]);
     }
     int ends = (t.phase + t.count) % call->chunk == 0;
     if (t.count && ends) /* the last anchor is the weights after everything */

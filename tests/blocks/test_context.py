@@ -10,6 +10,8 @@ from titans_build.blocks.state import concatenate, named_tensors
 from titans_build.registry import RecipeError, catalogue, validate
 
 DIM, HEADS = 16, 2
+MEMORY = {"type": "memory", "heads": 2, "chunk": 4}
+ATTEND = {"type": "attention", "heads": HEADS}
 
 
 def make(seed=0, **fields):
@@ -183,13 +185,13 @@ def test_a_segment_recalls_from_its_start_and_not_from_later_writes():
 def test_full_segments_attend_together_only_when_inputs_are_written(write):
     block = make(write=write, segment=4)
     shapes = []
-    forward = type(block.attend).forward
+    every = type(block.attend).every
 
-    def watched(x, state=None, *, mask=None):
+    def watched(x, state=None, *, step, mask=None):
         shapes.append(tuple(x.shape[:2]))
-        return forward(block.attend, x, state, mask=mask)
+        return every(block.attend, x, state, step=step, mask=mask)
 
-    block.attend.forward = watched
+    block.attend.every = watched
     with torch.no_grad():
         _, state = block(noise(2, 2, DIM))
         shapes.clear()
@@ -259,6 +261,42 @@ def test_every_parameter_gets_a_gradient():
 def test_a_memory_needs_read_and_write():
     with pytest.raises(RecipeError, match=r"memory.*read and write"):
         validate({"type": "context", "memory": "attention"}, dim=DIM)
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [
+        {"type": "persistent", "tokens": 2, "of": MEMORY},
+        [MEMORY, MEMORY | {"depth": 1}],
+        {"type": "gate", "branches": [MEMORY, [MEMORY]]},
+    ],
+    ids=["persistent", "chain", "gate"],
+)
+def test_a_wrapper_around_memories_is_a_memory(memory):
+    block = build_block(memory, dim=DIM, dtype=torch.float64)
+    x = noise(2, 9, DIM)
+    y, state = block(x)
+    written = dict(named_tensors(block.write(x, block.init_state(2))))
+    assert all(torch.equal(written[path], tensor) for path, tensor in named_tensors(state))
+    # what is read from one state does not depend on what else is read, and is no write
+    recalled = block.read(x, state)
+    torch.testing.assert_close(recalled[:, 4:5], block.read(x[:, 4:5], state))
+    assert recalled.shape == y.shape and block.read_flops(9) > 0
+    spec = {"type": "context", "segment": 5, "persistent": 2, "memory": memory, "attend": ATTEND}
+    check_block(spec, dim=DIM, laws=["causal", "split", "row", "rows", "mask", "meta"], length=13)
+
+
+@pytest.mark.parametrize(
+    ("memory", "place"),
+    [
+        ({"type": "persistent", "of": "attention"}, r"memory\.of: .*got 'attention'"),
+        ([MEMORY, "ffn"], r"memory\.1: .*got 'ffn'"),
+        ({"type": "gate", "branches": ["attention", MEMORY]}, r"memory\.branches\.0: .*got 'attention'"),
+    ],
+)
+def test_a_wrapper_around_anything_else_is_not(memory, place):
+    with pytest.raises(RecipeError, match=place):
+        validate({"type": "context", "memory": memory}, dim=DIM)
 
 
 def test_counting_matches_the_state():

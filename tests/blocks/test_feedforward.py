@@ -59,3 +59,13 @@ def test_an_unknown_kind_is_refused():
 def test_a_wrong_width_is_refused():
     with pytest.raises(ValueError, match=r"FeedForward: x \[1, 2, 15\]: expected \[batch, time, 16\]"):
         make()(torch.randn(1, 2, 15))
+
+
+@torch.no_grad()
+def test_a_hook_on_a_projection_is_called_on_one_token_too():
+    block, x = make(), torch.randn(1, 1, 16, dtype=torch.float64)
+    y = block(x)[0]
+    with block.up.register_forward_hook(lambda module, args, out: out * 0):
+        assert torch.equal(block(x)[0], torch.zeros_like(x))
+    assert torch.equal(block(x)[0], y)
+    torch.testing.assert_close(y, block(x.expand(1, 8, 16))[0][:, :1], rtol=0, atol=1e-12)

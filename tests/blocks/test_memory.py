@@ -139,6 +139,53 @@ def test_autocast_keeps_the_state_as_it_is() -> None:
     assert {t.dtype for _, t in tb.state.named_tensors(state)} == {torch.float32, torch.int64}
 
 
+@pytest.mark.parametrize("options", [{}, {"conv": 0, "retrieve": "before"}, {"gates": "chunk", "use": "read"}], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_every_backend_gives_the_same(
+    options: dict[str, object], masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = memory(**options)
+    x = torch.randn(2, 23, 8, dtype=torch.float64, requires_grad=True)
+    mask = torch.rand(2, 23) > 0.3 if masked else None
+    found = []
+    for backend in ("auto", "torch", "reference,memory=torch"):
+        monkeypatch.setenv("TITANS_BUILD_BACKEND", backend)
+        y, state = block(x, mask=mask)
+        asked = block.read(x, state)
+        leaves = [x, *block.parameters()]
+        total = y.square().sum() + asked.sum() + sum(t.sum() for _, t in tb.state.named_tensors(state))
+        found.append([y, asked, *torch.autograd.grad(total, leaves, materialize_grads=True)])
+    for other in found[1:]:
+        for a, b in zip(found[0], other):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+
+
+def test_one_token_teaches_what_is_trained_alone() -> None:
+    block = memory(dim=32).requires_grad_(False)
+    x = torch.randn(1, 1, 32, dtype=torch.float64)
+    for parameter in (block.output_gain, block.initial_weights[0], block.convolution, block.output.weight):
+        parameter.requires_grad_(True)
+        (gradient,) = torch.autograd.grad(block(x)[0].sum(), parameter)
+        assert gradient.any()
+        parameter.requires_grad_(False)
+
+
+def test_a_layer_may_be_replaced() -> None:
+    block, x = memory(dim=32), torch.randn(1, 1, 32, dtype=torch.float64)
+    with torch.no_grad():
+        expected = block(x)[0]
+        for name in ("qkv", "controls", "output_gate", "output"):
+            called = []
+            layer = getattr(block, name)
+            handle = layer.register_forward_hook(lambda *_, called=called: called.append(True))
+            assert torch.allclose(block(x)[0], expected) and called
+            handle.remove()
+            wrapped = torch.nn.Sequential(layer)
+            setattr(block, name, wrapped)
+            assert torch.allclose(block(x)[0], expected)
+            setattr(block, name, layer)
+
+
 def test_bad_input_is_named() -> None:
     block = tb.build_block(SMALL, dim=8)
     x = torch.zeros(1, 3, 8)

@@ -8,11 +8,15 @@ import torch
 from titans_build.kernels import attention as module
 from titans_build.kernels.attention import Prefix, attention
 from titans_build.kernels.dispatch import BackendError
+from titans_build.kernels.native import library
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
 D = 8
 TOLERANCE = 1e-10
+UNBUILT = library.refuse(device="cpu", dtype=torch.float64)
+NATIVE = pytest.param("native", marks=pytest.mark.skipif(UNBUILT is not None, reason=f"C kernels: {UNBUILT}"))
+FAST = [NATIVE, "sdpa"]
 
 
 @pytest.fixture(autouse=True)
@@ -26,14 +30,14 @@ def tensors(rows, time, keys, heads, kv_heads, prefix, dtype=torch.float64, grad
     return [torch.randn(rows, *shape, D, dtype=dtype, requires_grad=grad) for shape in shapes]
 
 
-def by_definition(q, k, v, pq, pk, pv, window, start):
+def by_definition(q, k, v, pq, pk, pv, window, start, step=1):
     """One query of one head of one row at a time."""
     rows, time, heads, _ = q.shape
     keys, group = k.shape[1], heads // k.shape[2]
     y = []
     for row in range(rows):
         for i in range(time):
-            place = keys - time + i
+            place = keys - 1 - (time - 1 - i) * step
             first = 0 if window is None else max(0, place - window + 1)
             first = first if start is None else max(first, int(start[row]))
             for head in range(heads):
@@ -44,11 +48,10 @@ def by_definition(q, k, v, pq, pk, pv, window, start):
     return torch.stack(y).view(q.shape)
 
 
-def run(inputs, window, start, backend):
+def run(inputs, window, start, backend, step=1):
     q, k, v, *prefix = inputs
-    return attention(
-        q, k, v, window=window, start=start, prefix=Prefix(*prefix) if prefix[1].shape[1] else None, backend=backend
-    )
+    prefix = Prefix(*prefix) if prefix[1].shape[1] else None
+    return attention(q, k, v, window=window, start=start, prefix=prefix, step=step, backend=backend)
 
 
 def gradients(y, inputs, seed):
@@ -75,13 +78,29 @@ def test_the_reference_is_the_definition(time, keys, window, start, prefix):
 @pytest.mark.parametrize(
     "time, past, kv_heads", [(1, 0, 4), (1, 90, 2), (2, 5, 4), (20, 0, 4), (150, 0, 1), (200, 90, 2)]
 )
-def test_sdpa_against_the_reference(time, past, kv_heads, window, start, prefix):
+@pytest.mark.parametrize("backend", FAST)
+def test_fast_paths_against_the_reference(time, past, kv_heads, window, start, prefix, backend):
     """Short and long, one block and many, window in and out of reach, with and without all else, gradients too."""
     keys = time + past
     start = {"none": None, "cache": [past, past // 2], "inside": [past + time // 2, 0]}[start]
     start = None if start is None else torch.tensor(start)
     inputs = tensors(2, time, keys, 4, kv_heads, prefix)
-    y, expected = (run(inputs, window, start, backend) for backend in ("sdpa", "reference"))
+    y, expected = (run(inputs, window, start, name) for name in (backend, "reference"))
+    seed = torch.randn_like(y)
+    torch.testing.assert_close(y, expected, rtol=0, atol=TOLERANCE)
+    for mine, theirs in zip(gradients(y, inputs, seed), gradients(expected, inputs, seed)):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("prefix", [0, 3])
+@pytest.mark.parametrize("start", [None, [3, 0]])
+@pytest.mark.parametrize("window", [None, 1, 7, 90])
+@pytest.mark.parametrize("time, past, step", [(1, 3, 2), (6, 0, 2), (70, 5, 2), (5, 2, 3)])
+@pytest.mark.parametrize("backend", [*FAST, "reference"])
+def test_queries_at_every_second_key(time, past, step, window, start, prefix, backend):
+    start = None if start is None else torch.tensor(start)
+    inputs = tensors(2, time, past + time * step, 2, 1, prefix)
+    y, expected = run(inputs, window, start, backend, step), by_definition(*inputs, window, start, step)
     seed = torch.randn_like(y)
     torch.testing.assert_close(y, expected, rtol=0, atol=TOLERANCE)
     for mine, theirs in zip(gradients(y, inputs, seed), gradients(expected, inputs, seed)):
@@ -121,7 +140,7 @@ def test_devices_without_the_merge(monkeypatch, time, past, start, kv_heads, win
         torch.testing.assert_close(mine, theirs, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("backend", [*FAST, "reference"])
 @pytest.mark.parametrize("time, window", [(1, None), (5, None), (5, 3), (90, 7)])
 def test_a_query_that_sees_nothing_is_zero_with_finite_gradients(time, window, backend):
     inputs = tensors(2, time, time, 2, 2, 0)

@@ -86,9 +86,24 @@ def test_all_refusing_says_why(monkeypatch):
 
 def test_table(operation):
     quick, torch_, reference = dispatch.table("cpu")
-    assert quick == ("sum", "quick", False, "needs cuda, got cpu", False)
-    assert torch_ == ("sum", "torch", True, "", True)
-    assert reference == ("sum", "reference", True, "", False)
+    assert quick == ("sum", "quick", False, "needs cuda, got cpu", False, "")
+    assert torch_ == ("sum", "torch", True, "", True, "")
+    assert reference == ("sum", "reference", True, "", False, "")
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ("torhc", "no operation has a backend 'torhc'"),
+        ("summ=torch", "no operation 'summ'; expected one of"),
+        ("sum=quick", "quick cannot run: needs cuda"),
+    ],
+)
+def test_a_table_under_a_wrong_environment_says_what_is_wrong(operation, monkeypatch, setting, message):
+    monkeypatch.setenv(VARIABLE, setting)
+    rows = dispatch.table("cpu")
+    assert not any(row.chosen for row in rows)
+    assert all(message in row.error and f"{VARIABLE}={setting}" in row.error for row in rows)
 
 
 def test_a_refusal_is_logged_once(operation, caplog):

@@ -1,28 +1,103 @@
 import pytest
 import torch
+from torch.nn import functional as F
 
-from titans_build.kernels.gate import gate, silu_gate
+from titans_build.kernels.gate import gate, gated_norm, silu_gate, swiglu
+from titans_build.kernels.native import library
 
-BACKENDS = ["torch", "reference"]
+UNBUILT = library.refuse(device="cpu", dtype=torch.float64)
+needs_native = pytest.mark.skipif(UNBUILT is not None, reason=f"C kernels: {UNBUILT}")
+BACKENDS = [pytest.param("native", marks=needs_native), "torch", "reference"]
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+OPERATIONS = {
+    gate: lambda time, heads, dim: [(2, time, dim), (2, time, dim), (dim,), (dim,)],
+    gated_norm: lambda time, heads, dim: [(2, time, heads, dim), (heads, dim), (2, time, heads * dim)],
+    swiglu: lambda time, heads, dim: [(2, time, 2 * dim)],
+}
+each = pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.__name__)
 
 
-def inputs(**options):
-    return [torch.randn(shape, dtype=torch.float64, **options) for shape in [(2, 3, 4), (2, 3, 4), (4,), (4,)]]
+def inputs(operation=gate, time=3, heads=2, dim=4, **options):
+    return [torch.randn(shape, dtype=torch.float64, **options) for shape in OPERATIONS[operation](time, heads, dim)]
+
+
+def gradients(operation, given, **options):
+    leaves = [x.detach().requires_grad_() for x in given]
+    y = operation(*leaves, **options)
+    torch.manual_seed(1)
+    return [y, *torch.autograd.grad(y, leaves, torch.randn(y.shape, dtype=torch.float64).to(y.dtype))]
+
+
+def error(a, b):
+    return float(((a.double() - b).norm() / b.norm().clamp(min=1e-30)).detach())
+
+
+def rms(x, gain):
+    return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * gain
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_against_the_definition(backend):
     a, b, gain_a, gain_b = inputs()
-    left = a / (a.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * gain_a
-    right = b / (b.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * gain_b
     torch.testing.assert_close(
-        gate(a, b, gain_a, gain_b, backend=backend), left / (1 + torch.exp(-right)), rtol=0, atol=1e-12
+        gate(a, b, gain_a, gain_b, backend=backend),
+        rms(a, gain_a) / (1 + torch.exp(-rms(b, gain_b))),
+        rtol=0,
+        atol=1e-12,
     )
+    y, gain, g = inputs(gated_norm)
+    expected = rms(y, gain).flatten(-2) * g / (1 + torch.exp(-g))
+    torch.testing.assert_close(gated_norm(y, gain, g, backend=backend), expected, rtol=0, atol=1e-12)
+    (x,) = inputs(swiglu)
+    torch.testing.assert_close(swiglu(x, backend=backend), F.silu(x[..., :4]) * x[..., 4:], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_gradients(backend):
-    assert torch.autograd.gradcheck(lambda *a: gate(*a, backend=backend), inputs(requires_grad=True))
+@each
+def test_gradients(operation, backend):
+    given = inputs(operation, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *a: operation(*a, backend=backend), given)
+
+
+@needs_native
+@each
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("time, heads, dim", [(0, 2, 8), (1, 1, 64), (15, 3, 17), (63, 2, 5), (3000, 2, 16)])
+def test_native_equals_the_reference(operation, time, heads, dim, dtype):
+    torch.manual_seed(0)
+    given = inputs(operation, time, heads, dim)
+    expected = gradients(operation, given, backend="reference")
+    found = gradients(operation, [x.to(dtype) for x in given], backend="native")
+    assert max(error(a, b) for a, b in zip(found, expected)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@each
+def test_any_strides_and_zeros(operation, backend):
+    given = inputs(operation)
+    wide = [torch.cat((x, x), -1)[..., : x.shape[-1]] for x in given]
+    tall = [x[:1].expand_as(x) for x in given]
+    turned = [x.mT.contiguous().mT if x.dim() > 1 else x for x in given]
+    for strided, dense in ((wide, given), (tall, [x.clone() for x in tall]), (turned, given)):
+        expected = gradients(operation, dense, backend="reference")
+        assert all(
+            error(a, b) < 1e-10 for a, b in zip(gradients(operation, strided, backend=backend), expected, strict=True)
+        )
+    assert all(x.isfinite().all() for x in gradients(operation, [x * 0 for x in given], backend=backend))
+
+
+@needs_native
+@each
+def test_the_result_does_not_depend_on_the_threads(operation):
+    given, threads = [x.float() for x in inputs(operation, 3000, 2, 16)], torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            found.append(gradients(operation, given, backend="native"))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
 def test_wrong_shapes():
@@ -31,6 +106,13 @@ def test_wrong_shapes():
         gate(a, b[:, 1:], gain_a, gain_b)
     with pytest.raises(ValueError, match=r"gain_b \[3\]: expected \[4\]"):
         gate(a, b, gain_a, gain_b[1:])
+    y, gain, g = inputs(gated_norm)
+    with pytest.raises(ValueError, match=r"gain \[1, 4\]: expected \[2, 4\]"):
+        gated_norm(y, gain[1:], g)
+    with pytest.raises(ValueError, match=r"g \[2, 2, 8\]: expected \[2, 3, 8\]"):
+        gated_norm(y, gain, g[:, 1:])
+    with pytest.raises(ValueError, match=r"x \[2, 3, 7\]: expected"):
+        swiglu(torch.zeros(2, 3, 7))
 
 
 def test_silu_gate_and_its_gradient() -> None:
@@ -40,3 +122,8 @@ def test_silu_gate_and_its_gradient() -> None:
     assert torch.autograd.gradcheck(silu_gate, (y, g))
     mixed = silu_gate(y.detach().float(), g.detach().bfloat16())
     assert mixed.dtype == torch.float32
+
+
+def test_mixed_dtypes_take_another_path() -> None:
+    y, gain, g = (x.float() for x in inputs(gated_norm))
+    assert gated_norm(y, gain, g.bfloat16()).dtype == torch.float32

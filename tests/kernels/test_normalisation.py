@@ -1,9 +1,12 @@
 import pytest
 import torch
 
+from titans_build.kernels.native import library
 from titans_build.kernels.normalisation import l2_norm, rms_norm
 
-BACKENDS = ["torch", "reference"]
+UNBUILT = library.refuse(device="cpu", dtype=torch.float64)
+needs_native = pytest.mark.skipif(UNBUILT is not None, reason=f"C kernels: {UNBUILT}")
+BACKENDS = [pytest.param("native", marks=needs_native), "torch", "reference"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -38,7 +41,7 @@ def test_zero_is_finite(norm, backend):
     assert torch.equal(y, torch.zeros(2, 4)) and gradient.isfinite().all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
 @pytest.mark.parametrize("norm", [rms_norm, l2_norm])
 def test_half_precision_is_normalised_wide(norm, backend):
     # the sum of squares of 300 * 64 values overflows float16 and drowns in bfloat16
@@ -47,3 +50,41 @@ def test_half_precision_is_normalised_wide(norm, backend):
         y = norm(x, backend=backend)
         assert y.dtype == dtype
         torch.testing.assert_close(y.float(), norm(x.float()), rtol=1e-2, atol=1e-3)
+
+
+def gradients(norm, given, **options):
+    leaves = [x.detach().requires_grad_() for x in given]
+    y = norm(*leaves, **options)
+    torch.manual_seed(1)
+    return [y, *torch.autograd.grad(y, leaves, torch.randn(y.shape, dtype=torch.float64).to(y.dtype))]
+
+
+def error(a, b):
+    return float(((a.double() - b).norm() / b.norm().clamp(min=1e-30)).detach())
+
+
+@needs_native
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+@pytest.mark.parametrize("time, heads, dim", [(0, 2, 8), (1, 1, 64), (15, 3, 17), (63, 2, 5), (3000, 2, 16)])
+def test_native_equals_the_reference(time, heads, dim, dtype, tolerance):
+    torch.manual_seed(0)
+    x, gain = torch.randn(2, time, heads, dim, dtype=torch.float64), torch.randn(heads, dim, dtype=torch.float64)
+    for norm, given in ((rms_norm, (x, gain)), (rms_norm, (x, gain[0])), (rms_norm, (x,)), (l2_norm, (x,))):
+        expected = gradients(norm, given, backend="reference")
+        found = gradients(norm, [part.to(dtype) for part in given], backend="native")
+        assert max(error(a, b) for a, b in zip(found, expected)) < tolerance
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_strides_and_gains(backend):
+    x = torch.randn(2, 5, 3, 6, dtype=torch.float64)
+    layouts = [x.transpose(1, 2).contiguous().transpose(1, 2), x.mT.contiguous().mT, torch.cat((x, x), -1)[..., :6]]
+    for gain in (torch.randn(3, 6), torch.randn(6), torch.randn(1, 6), torch.randn(3, 1), torch.randn(5, 1, 6)):
+        expected = gradients(rms_norm, (x, gain.double()), backend="reference")
+        for layout in [x, *layouts]:
+            found = gradients(rms_norm, (layout, gain.double()), backend=backend)
+            assert all(error(a, b) < 1e-10 for a, b in zip(found, expected))
+    row = torch.randn(1, 5, 6, dtype=torch.float64).expand(4, 5, 6)
+    assert error(l2_norm(row, backend=backend), l2_norm(row.clone(), backend="reference")) < 1e-12
+    wide = rms_norm(row[0, 0], torch.randn(3, 6, dtype=torch.float64), backend=backend)  # the gain has more dimensions
+    assert wide.shape == (3, 6)

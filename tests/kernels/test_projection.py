@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
+from titans_build.kernels.dispatch import table
 from titans_build.kernels.projection import project
 
 
@@ -16,6 +17,19 @@ def test_is_linear(lead, out, width, biased):
     y = project(x, weight, bias)
     assert y.shape == (*lead, out)
     torch.testing.assert_close(y, linear(x, weight, bias), rtol=1e-5, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4])
+@pytest.mark.parametrize("out", [12, 512])
+@pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+def test_every_backend(tokens, out, dtype, atol):
+    x, weight, bias = (torch.randn(shape, dtype=dtype) for shape in ((1, tokens, 96), (out, 96), (out,)))
+    backends = [row.backend for row in table("cpu", dtype) if row.operation == "projection" and row.available]
+    assert {"torch", "reference"} <= set(backends)
+    for backend in backends:
+        y = project(x, weight, bias, backend=backend)
+        torch.testing.assert_close(y, linear(x, weight, bias), rtol=1e-5, atol=atol)
 
 
 @pytest.mark.parametrize("lead", [(1, 1), (1, 2)])

@@ -8,7 +8,9 @@ from torch import nn
 from wrong_recipes import HEAD, PLAIN
 
 from titans_build import Block
+from titans_build.blocks.state import named_tensors
 from titans_build.recipes import build, load_recipe
+from titans_build.recipes.composing import state_bytes
 from titans_build.registry import RecipeError, register, scratch
 
 SMALL = PLAIN.replace("dim: 64", "dim: 16")
@@ -77,8 +79,45 @@ def test_places_that_do_not_exist(arguments: dict[str, Any], fragment: str):
 
 def test_a_model_too_large_for_memory_is_refused_before_it_is_made():
     text = HEAD.replace("dim: 64", "dim: 131072") + "layers: {a: [attention, ffn]}\nstack: [{repeat: 50, of: [a]}]\n"
-    with pytest.raises(RecipeError, match="GiB for its parameters; this machine has"):
+    with pytest.raises(RecipeError, match=r"GiB for its parameters and .* this machine has"):
         build(text)
+
+
+def test_a_state_too_large_for_memory_is_refused_before_it_is_made():
+    text = HEAD + f"layers: {{a: [{{type: attention, window: {2**24}}}]}}\nstack: [{{repeat: 500, of: [a]}}]\n"
+    with pytest.raises(RecipeError, match=r"and [\d,]{4,}\.0 GiB for the state of one row; this machine has"):
+        build(text)
+
+
+@pytest.mark.parametrize("name", ["mac", "mag", "mal", "lmm", "transformer", "two-memories"])
+def test_the_state_s_size_is_known_without_making_it(name: str):
+    recipe = load_recipe(name)
+    model, made = build(recipe, device="meta"), build(recipe)
+    assert state_bytes(model, recipe) == made.state_bytes()
+    there = [(path, tensor.shape, tensor.dtype) for path, tensor in named_tensors(model.init_state(2))]
+    assert there == [(path, tensor.shape, tensor.dtype) for path, tensor in named_tensors(made.init_state(2))]
+
+
+def test_a_block_that_cannot_make_its_state_on_the_meta_device_has_no_known_size():
+    class Looks(Block):
+        def __init__(self, dim: int) -> None:
+            super().__init__(dim)
+            self.weight = nn.Parameter(torch.empty(dim))
+
+        def reset_parameters(self) -> None:
+            nn.init.ones_(self.weight)
+
+        def init_state(self, batch_size: int) -> torch.Tensor:
+            return torch.full((batch_size, 1), self.weight.sum().item())
+
+        def forward(self, x: torch.Tensor, state: Any = None, *, mask: Any = None) -> Any:
+            return x, state
+
+    recipe = {"version": 1, "dim": 4, "layers": {"a": ["looks"]}, "stack": ["a"]}
+    with scratch():
+        register("looks")(Looks)
+        assert state_bytes(build(recipe, device="meta"), load_recipe(recipe)) is None
+        assert build(recipe).init_state(2).layers[0][0].tolist() == [[4.0], [4.0]]
 
 
 def test_shapes_that_overflow():

@@ -120,6 +120,65 @@ class TestModels:
         assert loaded == recipe and loaded.dim == 8
         assert loaded.overrides == {"layers.mag.0.of.branches.1.depth": 1, "dim": 8}
 
+    def test_a_folder_s_recipe_keeps_what_was_changed(self, tmp_path: Path):
+        save(build(load_recipe(TINY, {"dim": 8})), tmp_path)
+        assert load_recipe(tmp_path).overrides == {"dim": 8}
+        assert load_recipe(tmp_path, {"layers.mag.0.tokens": 3}).overrides == {"dim": 8, "layers.mag.0.tokens": 3}
+
+    def test_overrides_that_the_weights_fit(self, tmp_path: Path):
+        save(build(load_recipe(TINY, {"dim": 8}), seed=3), tmp_path)
+        changes = {"layers.mag.0.of.branches.1.chunk": 8, "layers.mag.0.of.branches.0.window": 6}
+        loaded = load(tmp_path, overrides=changes)
+        expected = build(load_recipe(TINY, {"dim": 8, **changes}), seed=3)
+        assert loaded.recipe == expected.recipe and loaded.recipe.overrides == {"dim": 8, **changes}
+        assert same(values(loaded), values(expected))
+        tokens = torch.arange(20).view(1, 20)
+        assert torch.equal(loaded(tokens).logits, expected(tokens).logits)
+        # it is a model of another recipe: states of the saved one are not its own
+        with pytest.raises(ValueError, match="the state is"):
+            loaded(tokens, load(tmp_path).init_state(1))
+        save(loaded, tmp_path)
+        assert load(tmp_path).recipe == expected.recipe
+
+    @pytest.mark.parametrize(
+        ("changes", "fragment"),
+        [
+            ({"layers.mag.0.of.branches.1.depth": 3}, "layers.mag.0.of.branches.1.depth: the saved weights do not fit"),
+            ({"dim": 32}, "dim: the saved weights do not fit this change: embedding is [32, 16], expected [32, 32]"),
+            (
+                {"tie": True, "layers.mag.0.of.branches.1.chunk": 8},
+                "tie: the saved weights do not fit this change: head",
+            ),
+            ({"layers.mag.0.of.branches.1.chnk": 8}, "did you mean 'chunk'"),
+            ({"vocab": "many"}, "vocab: expected an integer"),
+        ],
+    )
+    def test_overrides_that_are_refused(
+        self, tmp_path: Path, model: LanguageModel, changes: dict[str, Any], fragment: str
+    ):
+        save(model, tmp_path)
+        with pytest.raises(RecipeError) as caught:
+            load(tmp_path, overrides=changes)
+        assert fragment in str(caught.value), str(caught.value)
+        assert "1 problem\n" in str(caught.value)
+
+    def test_weights_are_written_from_where_they_are(
+        self, tmp_path: Path, model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+    ):
+        written: dict[str, Tensor] = {}
+
+        def note(tensors: dict[str, Tensor], *arguments: Any) -> None:
+            written.update(tensors)
+            save_file(tensors, *arguments)
+
+        monkeypatch.setattr(storage, "save_file", note)
+        with torch.no_grad():
+            model.embedding.set_(torch.randn(16, 32).t())  # not contiguous: has to be copied
+        save(model, tmp_path)
+        copied = [n for n, parameter in model.named_parameters() if written[n].data_ptr() != parameter.data_ptr()]
+        assert copied == ["embedding"]
+        assert same(values(load(tmp_path)), values(model))
+
     def test_a_folder_is_a_recipe_too(self, tmp_path: Path, model: LanguageModel):
         save(model, tmp_path)
         assert load_recipe(tmp_path) == load_recipe(str(tmp_path)) == model.recipe
@@ -456,7 +515,15 @@ class TestStates:
         model = build(TINY[: TINY.index("layers")] + "layers: {a: [ffn]}\nstack: [a]\n")
         state = model(torch.zeros(2, 3, dtype=torch.int64)).state
         save_state(state, tmp_path / "s", model)
-        assert load_state(tmp_path / "s", model) == state
+        loaded = load_state(tmp_path / "s", model)
+        assert loaded.layers == state.layers == ((None,),) and torch.equal(loaded.recipe, state.recipe)
+
+    def test_a_state_of_equal_shapes_from_another_recipe_is_not_saved_as_ones_own(
+        self, tmp_path: Path, model: LanguageModel, state: Any
+    ):
+        with pytest.raises(StorageError, match=r"it is of 'tiny' \(\w+\), the model of 'tiny' \(\w+\)"):
+            save_state(state, tmp_path / "s", build(OTHER))
+        assert not (tmp_path / "s").exists()
 
     @pytest.fixture
     def saved(self, tmp_path: Path, model: LanguageModel, state: Any) -> Path:

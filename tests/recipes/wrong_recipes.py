@@ -70,7 +70,8 @@ WRONG: list[tuple[str, str | bytes, str]] = [
     ("one branch", with_layer("[{type: gate, branches: [attention]}]"), "layers.mac.0.branches: "),
     ("dim inside a block", with_layer("[{type: memory, dim: 64}]"), "layers.mac.0.dim: the width is said once"),
     ("attention as a memory", with_layer("[{type: context, memory: attention}]"), "layers.mac.0.memory: expected a block with read and write (memory"),
-    ("chain as a memory", with_layer("[{type: context, memory: [memory, ffn]}]"), "'chain', which has no read and no write"),
+    ("chain with an ffn as a memory", with_layer("[{type: context, memory: [memory, ffn]}]"), "layers.mac.0.memory.1: expected a block with read and write (memory; or chain,"),
+    ("attention behind persistent tokens as a memory", with_layer("[{type: context, memory: {type: persistent, of: attention}}]"), "layers.mac.0.memory.of: expected a block with read and write (memory"),
     ("null where a block is needed", with_layer("[{type: context, attend: null}]"), "layers.mac.0.attend: expected a block"),
     # repeat
     ("repeat zero", with_stack("[plain, mac, {repeat: 0, of: [mac]}]"), "stack.2.repeat: expected an integer >= 1, got 0"),

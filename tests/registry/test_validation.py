@@ -195,7 +195,7 @@ def test_values_are_taken_strictly(field: str, value: Any):
         ({"type": "reader"}, "needs the field 'memory'"),
         ({"type": "reader", "memory": None}, "expected a block"),
         ({"type": "reader", "memory": 3}, "expected a block"),
-        ({"type": "reader", "memory": "heads"}, "expected a block with read and write (memory, store)"),
+        ({"type": "reader", "memory": "heads"}, "expected a block with read and write (memory, store; or "),
         ({"type": "reader", "memory": ["store"]}, "'chain', which has no read"),
         ({"type": "reader", "memory": "store", "pair": ["store"]}, "at least 2"),
         ({"type": "reader", "memory": "store", "pair": "store"}, "list"),
@@ -242,3 +242,35 @@ def test_a_constructor_that_objects_is_a_recipe_error():
 def test_create_needs_a_width(dim: Any):
     with pytest.raises(RecipeError, match="dim"):
         create("store", dim=dim)
+
+
+class Wrapper(Thing):
+    """Reads and writes by asking what it wraps."""
+
+    delegates = ("of",)
+
+    def __init__(self, dim: int, *, of: list[Spec]) -> None:
+        super().__init__(dim)
+        self.of = [create(spec, dim=dim) for spec in of]
+
+    def read(self, x: Any, state: Any) -> Any: ...
+
+    def write(self, x: Any, state: Any, mask: Any = None) -> Any: ...
+
+
+def test_a_wrapper_can_what_is_needed_of_it_when_all_it_wraps_can():
+    register("wrapper")(Wrapper)
+
+    def reader(*of: Any) -> Any:
+        return {"type": "reader", "memory": {"type": "wrapper", "of": list(of)}}
+
+    for good in (["store"], ["store", {"type": "wrapper", "of": ["store"]}]):
+        create(reader(*good), dim=8)
+        create({"type": "reader", "memory": create({"type": "wrapper", "of": good}, dim=8)}, dim=8)
+    found = problems(reader("store", "heads", {"type": "wrapper", "of": ["heads"]}))
+    assert list(found) == ["memory.of.1", "memory.of.2.of.0"]
+    assert "got 'heads', which has no read and no write" in found["memory.of.1"]
+    assert "(memory, store; or" in found["memory.of.1"] and "wrapper with nothing else" in found["memory.of.1"]
+    assert "memory.of" in problems({"type": "reader", "memory": create({"type": "wrapper", "of": ["heads"]}, dim=8)})
+    # anywhere else it may wrap what it likes
+    create({"type": "wrapper", "of": ["heads"]}, dim=8)

@@ -43,6 +43,7 @@ def test_the_table_shows_every_part_once(
         "└ ffn",
         "norm: rms_norm",
         "head",
+        "recipe",
         "total",
     ]
     figures = r"  [\d,.]+[MG]? +[\d,.]+[MG]? +(-|[\d.]+ (B|KiB|MiB)) *"

@@ -103,6 +103,24 @@ def test_check_allocates_no_weights(titans_build: Run) -> None:
     assert report["recipes"][0]["parameters"] == pytest.approx(1.3e9, rel=0.05)
 
 
+def test_check_tells_the_size_of_the_state(small: Path, titans_build: Run) -> None:
+    (report,) = titans_build("check", small, "--json").json["recipes"]
+    assert report["state_bytes_per_row"] == tb.build(tb.load_recipe(small)).state_bytes()
+    assert report["state_grows"] is False and report["warning"] is None
+    assert "of state per row)" in titans_build("check", small).out
+    words = ["check", "transformer", "--set", "layers.plain.0.window=null"]
+    assert "of state per row, growing with every token)" in titans_build(*words).out
+    assert titans_build(*words, "--json").json["recipes"][0]["state_grows"] is True
+
+
+def test_check_warns_of_what_this_machine_cannot_hold(titans_build: Run) -> None:
+    words = ["check", "transformer", "--set", f"layers.plain.0.window={2**24}", "--set", "stack.0.repeat=1000"]
+    result = titans_build(*words)
+    assert result.status == 0 and "fine (1000 layers" in result.out
+    assert "warning: transformer: the model needs" in result.err and "GiB for the state of one row" in result.err
+    assert "this machine has" in titans_build(*words, "--json").json["recipes"][0]["warning"]
+
+
 @pytest.mark.parametrize("name", packaged_names())
 def test_every_packaged_recipe_is_fine(name: str, titans_build: Run) -> None:
     assert titans_build("check", name).status == 0

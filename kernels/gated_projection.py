@@ -1,0 +1,100 @@
+"""A gated hidden layer, ``down(silu(gate(x)) * inner)``: feed-forward networks, and the way out of a memory.
+
+For many tokens that is three operations. For the few of decoding they cost more to start than to run, and the C kernel
+does them in one. Without gradients.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .dispatch import Backend, Operation
+from .native import library
+from .native.kernel import Kernel, address
+from .normalisation import rms_norm
+from .projection import FEW, REGISTER, project, threads_for
+
+EPS = 1e-6
+
+
+def few(x: Tensor, *weights: Tensor) -> bool:
+    """Whether ``x`` ``[..., in]`` is so few tokens, and everything of such types and widths, that one kernel pays.
+
+    Never where gradients are recorded, whoever wants them.
+    """
+    return (
+        not torch.is_grad_enabled()
+        and 0 < x.numel() <= FEW * x.shape[-1]
+        and x.is_cpu
+        and all(w.dtype == x.dtype and not (w.shape[0] % REGISTER or w.shape[1] % REGISTER) for w in weights)
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+def feed_forward(x: Tensor, gate_up: Tensor, down: Tensor, *, backend: str = "auto") -> Tensor:
+    """``down (silu(gate x) * (up x))`` for a few tokens: what :func:`few` accepts.
+
+    ``x``: ``[..., in]``. ``gate_up``: ``[2 * hidden, in]``, first the gate. ``down``: ``[out, hidden]``.
+    """
+    hidden = gate_up.shape[0] // 2
+    run = _operation.choose(backend, device=x.device.type, dtype=x.dtype)
+    return run(x, gate_up[:hidden], gate_up[hidden:], down, None, None)
+
+
+def gated_output(
+    answer: Tensor, gain: Tensor, x: Tensor, gate: Tensor, down: Tensor, *, backend: str = "auto"
+) -> Tensor:
+    """``down (silu(gate x) * rms_norm(answer) gain)`` for a few tokens: what :func:`few` accepts.
+
+    ``answer``: ``[..., heads, dim]``, each head normalised on its own. ``gain``: ``[heads, dim]``. ``x``:
+    ``[..., in]``. ``gate``: ``[heads * dim, in]``. ``down``: ``[out, heads * dim]``.
+    """
+    run = _operation.choose(backend, device=x.device.type, dtype=x.dtype)
+    return run(x, gate, None, down, answer, gain)
+
+
+def _native(
+    x: Tensor, gate: Tensor, up: Tensor | None, down: Tensor, answer: Tensor | None, gain: Tensor | None
+) -> Tensor:
+    x, gate, down = x.contiguous(), gate.contiguous(), down.contiguous()
+    up, answer, gain = (t if t is None else t.contiguous() for t in (up, answer, gain))
+    (hidden, width), out = gate.shape, down.shape[0]
+    y = torch.empty((*x.shape[:-1], out), dtype=x.dtype)
+    _KERNEL(
+        x.dtype, threads_for(gate, up, down), x.numel() // width, width, hidden, out, 1 if gain is None else len(gain),
+        x.data_ptr(), gate.data_ptr(), address(up), down.data_ptr(), address(answer), address(gain), y.data_ptr(), EPS,
+    )  # fmt: skip
+    return y
+
+
+def _composed(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    down: Tensor,
+    answer: Tensor | None,
+    gain: Tensor | None,
+    backend: str = "auto",
+) -> Tensor:
+    if up is not None:
+        inner = project(x, up, backend=backend)
+    else:
+        assert answer is not None
+        inner = rms_norm(answer, gain, EPS, backend=backend).flatten(-2)
+    return project(F.silu(project(x, gate, backend=backend)) * inner, down, backend=backend)
+
+
+_reference = functools.partial(_composed, backend="reference")
+
+
+_KERNEL = Kernel("gated_projection", 13, 1)
+
+_operation = Operation(
+    "gated_projection",
+    [Backend("native", _native, library.refuse), Backend("torch", _composed), Backend("reference", _reference)],
+)

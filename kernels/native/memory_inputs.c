@@ -1,0 +1,84 @@
+/* What a memory does with one token before it learns it: projections, convolution, SiLU, unit length, and the gates. */
+
+#include "activation.h"
+#include "few.h"
+
+#include <stdlib.h>
+
+struct call {
+    int64_t threads, batch, in, heads, dim, taps, gates, parts; /* parts: q, k, v, or q alone */
+    const real *x, *weight, *controls, *bias;                   /* [batch, in], [parts heads dim, in], [gates, in] */
+    const real *taps_of;                                        /* [parts heads dim, taps]; null: no convolution */
+    const real *history;                                        /* [batch, taps - 1, ...]; channels as above first */
+    int64_t history_batch, history_token;
+    real *y;                                                    /* [parts, batch, heads, dim] */
+    real *gate;                                                 /* [gates / heads, batch, heads]; null: not wanted */
+    real *new_history;                                          /* [batch, taps - 1, parts heads dim], or null */
+    double largest, eps;                                        /* theta's bound; in the length of q and k */
+};
+
+static void finish(const struct call *c, int64_t row, int64_t part, int64_t head, const real *projected) {
+    int dim = (int)c->dim, taps = (int)c->taps;
+    int64_t channels = c->parts * c->heads * dim, first = (part * c->heads + head) * dim;
+    real *y = c->y + ((part * c->batch + row) * c->heads + head) * dim;
+    const real *own = projected + row * channels + first;
+    if (c->taps_of) {
+        const real *history = c->history + row * c->history_batch + first;
+        for (int i = 0; i < dim; i++) {
+            const real *tap = c->taps_of + (first + i) * taps;
+            real total = own[i] * tap[taps - 1];
+            for (int t = 0; t < taps - 1; t++)
+                total += history[t * c->history_token + i] * tap[t];
+            y[i] = total;
+        }
+        if (c->new_history)
+            for (int t = 0; t < taps - 1; t++)
+                memcpy(c->new_history + (row * (taps - 1) + t) * channels + first,
+                       t < taps - 2 ? history + (t + 1) * c->history_token : own, dim * sizeof(real));
+    } else
+        memcpy(y, own, dim * sizeof(real));
+    vec squares = {};
+    for (int i = 0; i < dim; i += WIDTH) {
+        vec z = get_some(y + i, dim - i);
+        z *= logistic(z);
+        squares += z * z;
+        put_some(y + i, z, dim - i);
+    }
+    if (part == 2)
+        return;
+    vec inverse = all((real)(1 / sqrt((double)sum(squares) + c->eps)));
+    for (int i = 0; i < dim; i += WIDTH)
+        put_some(y + i, get_some(y + i, dim - i) * inverse, dim - i);
+}
+
+int memory_inputs(const struct call *c) {
+    int64_t channels = c->parts * c->heads * c->dim;
+    real *projected = aligned_alloc(64, (c->batch * channels * sizeof(real) + 63) / 64 * 64);
+    if (!projected)
+        return 1;
+#pragma omp parallel num_threads(c->threads) if (c->threads > 1)
+    {
+#pragma omp for
+        for (int64_t o = 0; o < channels; o += WIDTH)
+            for (int64_t row = 0; row < c->batch; row++)
+                apply(WIDTH, (int)c->in, c->weight + o * c->in, c->in, c->x + row * c->in,
+                      projected + row * channels + o);
+#pragma omp for
+        for (int64_t i = 0; i < c->batch * c->parts * c->heads; i++)
+            finish(c, i / (c->parts * c->heads), i / c->heads % c->parts, i % c->heads, projected);
+    }
+    if (c->gate)
+        for (int64_t row = 0; row < c->batch; row++)
+            for (int64_t o = 0; o < c->gates; o += WIDTH) {
+                int some = (int)(c->gates - o < WIDTH ? c->gates - o : WIDTH);
+                real raw[WIDTH];
+                apply(some, (int)c->in, c->controls + o * c->in, c->in, c->x + row * c->in, raw);
+                vec open = logistic(get(raw) + get_some(c->bias + o, some));
+                for (int i = 0; i < some; i++) {
+                    int64_t kind = (o + i) / c->heads, head = (o + i) % c->heads;
+                    c->gate[(kind * c->batch + row) * c->heads + head] = open[i] * (kind ? 1 : (real)c->largest);
+                }
+            }
+    free(projected);
+    return 0;
+}

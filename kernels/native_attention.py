@@ -1,0 +1,98 @@
+"""Attention on the C kernel: arguments handed over, outputs and gradients handed back."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .native import library
+from .native.kernel import Kernel, address, tracks
+from .native.pages import fresh
+
+_Prefix: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""Queries without positions, keys, values: ``attention.Prefix``."""
+
+_run = Kernel("attention_run", 71, 0)
+
+
+def refuse_native(*, device: str, dtype: torch.dtype, **facts: Any) -> str | None:
+    return library.refuse(device=device, dtype=dtype)
+
+
+def native_attention(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, start: Tensor | None, prefix: _Prefix | None, step: int
+) -> Tensor:
+    """``attention`` in float32 or float64 on a CPU."""
+    tensors = (q, k, v) if prefix is None else (q, k, v, *prefix)
+    if tracks(*tensors):
+        return _Native.apply(window, step, start, *tensors)
+    return _forward(window, step, start, tensors, None)[0]
+
+
+class _Native(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, window: int | None, step: int, start: Tensor | None, *tensors: Tensor) -> Tensor:
+        q = tensors[0]
+        lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1])
+        y, used = _forward(window, step, start, tensors, lse)
+        ctx.window, ctx.step = window, step
+        ctx.save_for_backward(start, y, lse, *used)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        start, y, lse, *tensors = ctx.saved_tensors
+        (grad,) = _dense(grad)
+        grads = [fresh(x.shape, x.dtype) for x in tensors]
+        _call(ctx.window, ctx.step, start, tensors, y, lse, grads, grad)
+        return None, None, None, *grads
+
+
+def _forward(
+    window: int | None, step: int, start: Tensor | None, tensors: tuple[Tensor, ...], lse: Tensor | None
+) -> tuple[Tensor, list[Tensor]]:
+    dense = _dense(*tensors)
+    y = fresh(tensors[0].shape, tensors[0].dtype)
+    _call(window, step, start, dense, y, lse, None, None)
+    return y, dense
+
+
+def _dense(*tensors: Tensor) -> list[Tensor]:
+    """With their last dimension dense."""
+    return [x if x.stride(3) == 1 else x.contiguous() for x in tensors]
+
+
+def _call(
+    window: int | None,
+    step: int,
+    start: Tensor | None,
+    tensors: list[Tensor],
+    y: Tensor,
+    lse: Tensor | None,
+    grads: list[Tensor] | None,
+    grad: Tensor | None,
+) -> None:
+    """``attend`` of attention.c, field by field; ``tensors`` and ``grads``: q, k, v and perhaps the prefix's."""
+    rows, time, heads, d = y.shape
+    kv_heads = tensors[1].shape[2]
+    sets: list[int] = []
+    for first in (0, 3):
+        if first == len(tensors):
+            sets += [0] * 26
+            continue
+        for part in (tensors, grads):
+            for i in range(first, first + 3):
+                sets += [0] * 4 if part is None else _sequence(part[i])
+        sets += [tensors[first + 1].shape[1], first > 0]
+    _run(
+        y.dtype, rows, time, heads, kv_heads, d, window or 0, step, *sets, address(start), *_sequence(y),
+        *([0] * 4 if grad is None else _sequence(grad)), address(lse), grads is not None,
+        max(1, min(torch.get_num_threads(), rows * kv_heads)),
+    )  # fmt: skip
+
+
+def _sequence(x: Tensor) -> list[int]:
+    return [x.data_ptr(), *x.stride()[:3]]

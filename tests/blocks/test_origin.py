@@ -1,0 +1,91 @@
+"""A state knows which recipe it is of, and a model refuses those of another even where every shape agrees."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from titans_build import state as st
+from titans_build.blocks.origin import Origin
+from titans_build.recipes import build, load_recipe
+
+RECIPE = {
+    "version": 1,
+    "name": "sixteen",
+    "dim": 16,
+    "vocab": 32,
+    "layers": {"a": [{"type": "memory", "heads": 2, "chunk": 16}]},
+    "stack": ["a"],
+}
+OTHER = load_recipe(RECIPE | {"name": "thirty-two"}, {"layers.a.0.chunk": 32})
+TOKENS = torch.arange(10).view(2, 5)
+
+
+def shapes(state):
+    return {path: (tensor.shape, tensor.dtype) for path, tensor in st.named_tensors(state)}
+
+
+def test_a_state_of_equal_shapes_from_another_recipe_is_refused_by_name():
+    model, other = build(RECIPE), build(OTHER)
+    foreign = other(TOKENS).state
+    assert shapes(foreign) == shapes(model(TOKENS).state)
+    named = (
+        rf"of another recipe: it is of 'thirty-two' \({OTHER.fingerprint}\), "
+        rf"the model of 'sixteen' \({model.recipe.fingerprint}\)"
+    )
+    with pytest.raises(ValueError, match=named):
+        model(TOKENS, foreign)
+    with pytest.raises(ValueError, match=named):
+        model(embeddings=torch.zeros(2, 1, 16), state=foreign)
+    with pytest.raises(ValueError, match=named):
+        model.generate(TOKENS, 3, foreign)
+    with pytest.raises(ValueError, match=named):
+        model.generate(TOKENS[:, :0], 3, foreign, logits=torch.zeros(2, 32))
+
+
+def test_one_foreign_row_among_others_is_found():
+    model = build(RECIPE)
+    mixed = st.concatenate([model.init_state(1), build(OTHER).init_state(1)])
+    with pytest.raises(ValueError, match="of another recipe"):
+        model(TOKENS, mixed)
+    model(TOKENS[:1], st.select(mixed, [0]))
+
+
+def test_it_is_the_recipe_that_counts_not_the_weights_or_what_it_is_called():
+    state = build(RECIPE, seed=0)(TOKENS).state
+    build(RECIPE, seed=1)(TOKENS, state)
+    build(RECIPE | {"name": "otherwise"})(TOKENS, state)
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda s: st.select(s, [1, 0]),
+        lambda s: st.select(s, torch.tensor([True, True])),
+        lambda s: st.concatenate([st.select(s, [1]), st.select(s, [0])]),
+        lambda s: st.reset(s, [0], s),
+        lambda s: st.where(torch.tensor([True, False]), s, s),
+        lambda s: st.to(st.detach(s), "cpu", torch.float32),
+        lambda s: copy.deepcopy(st.detach(s)),
+    ],
+)
+def test_every_operation_on_states_carries_it_along(operation):
+    model = build(RECIPE)
+    state = operation(model(TOKENS).state)
+    assert all(tensor.shape[0] == 2 for _, tensor in st.named_tensors(state))
+    assert torch.equal(model(TOKENS, state).state.recipe, state.recipe)
+
+
+def test_models_made_by_hand_share_one():
+    assert Origin().mark(3, torch.device("cpu")).tolist() == [0, 0, 0]
+    Origin().check(Origin().mark(2, torch.device("cpu")))
+    with pytest.raises(ValueError, match="of a recipe with fingerprint ffffffffffffffff"):
+        Origin().check(Origin("f" * 16).mark(2, torch.device("cpu")))
+
+
+def test_marks_without_values_are_let_through():
+    model = build(RECIPE, device="meta")
+    assert model.init_state(2).recipe.is_meta
+    Origin().check(model.init_state(2).recipe)

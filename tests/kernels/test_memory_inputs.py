@@ -1,0 +1,44 @@
+"""One token on its way into a memory: every backend is the operations of it, one after the other."""
+
+import pytest
+import torch
+
+from titans_build.kernels.memory_inputs import memory_inputs, memory_query
+from titans_build.kernels.native.library import refuse
+
+UNBUILT = refuse(device="cpu", dtype=torch.float64)
+NATIVE = pytest.param("native", marks=pytest.mark.skipif(UNBUILT is not None, reason=f"C kernels: {UNBUILT}"))
+BACKENDS = [NATIVE, "torch"]
+
+
+def tensors(asked, given, backend):
+    if asked == "query":
+        return [memory_query(*given, backend=backend)]
+    q, k, v, gates, history = memory_inputs(*given, backend=backend)
+    return [q, k, v, *gates, *([] if history is None else [history])]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("taps", [0, 1, 2, 4])
+@pytest.mark.parametrize("gates", [1, 3])
+@pytest.mark.parametrize("asked", ["all", "query"])
+def test_is_its_parts(backend, dtype, atol, batch, taps, gates, asked):
+    torch.manual_seed(0)
+    randn = lambda *shape: torch.randn(*shape, dtype=dtype)  # noqa: E731
+    heads, dim, width = 4, 12, 32
+    channels = 3 * heads * dim
+    x, weight = randn(batch, 1, width), randn(channels, width)
+    convolution = randn(channels, taps) if taps else None
+    history = randn(batch, taps - 1, channels) if taps else None
+    if asked == "all":
+        given = x, weight, convolution, history, heads, randn(gates * heads, width), randn(gates * heads), 0.1
+    else:
+        given = x, weight[: heads * dim], convolution, history, heads
+    before = [t.clone() for t in given if isinstance(t, torch.Tensor)]
+    found, expected = (tensors(asked, given, b) for b in (backend, "reference"))
+    for a, b in zip(found, expected, strict=True):
+        assert a.shape == b.shape
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=atol)
+    assert all(torch.equal(a, b) for a, b in zip(before, (t for t in given if isinstance(t, torch.Tensor))))
