@@ -226,10 +226,17 @@ class Attention(Block):
             nn.init.ones_(self.gain)
 
     def flops(self, length: int) -> int:
-        """The matrix products: projections of every token, then scores and values of every pair in sight."""
-        seen = length if self.window is None else min(self.window, length)
-        pairs = seen * (seen + 1) // 2 + (length - seen) * seen
-        return 2 * length * (self.qkv.weight.numel() + self.out.weight.numel()) + 4 * self.dim * pairs
+        return self.every_flops(length, 1)
+
+    def every_flops(self, length: int, step: int) -> int:
+        """The matrix products: projections, then scores and values of every key in sight of a query."""
+        queries = length // step
+        whole = min(queries, (length if self.window is None else self.window) // step)
+        # the first queries see step, 2 step, ... keys, the rest a window's
+        pairs = step * whole * (whole + 1) // 2 + (queries - whole) * (self.window or 0)
+        seen = 2 * self.kv_heads * self.head_dim * self.dim
+        asking = self.qkv.weight.numel() - seen + self.out.weight.numel()
+        return 2 * (length * seen + queries * asking) + 4 * self.dim * pairs
 
 
 _FEW = 4

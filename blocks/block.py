@@ -84,6 +84,10 @@ class Block(nn.Module):
         own = sum(p.numel() for p in self.parameters() if p.dim() > 1)
         return 2 * own * length
 
+    def every_flops(self, length: int, step: int) -> int:
+        """``flops`` of :meth:`every`."""
+        return self.flops(length)
+
     def state_bytes(self) -> int:
         """Bytes of state for one row."""
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""``context``: memory as context (MAC). Read, attend, write, gate, segment by segment (memory.md, section 5)."""
+"""``context``: memory as context (MAC). Read, attend, write, gate, segment by segment (paper 4.2)."""
 
 from __future__ import annotations
 
@@ -202,9 +202,9 @@ class Context(Block):
         # each segment's attention runs over two tokens for every one, after the persistent tokens
         segments, rest = divmod(length, self.segment)
         ahead = 0 if self.persistent is None else len(self.persistent)
-        attend = segments * self.attend.flops(ahead + 2 * self.segment)
+        attend = segments * self.attend.every_flops(ahead + 2 * self.segment, 2)
         if rest:
-            attend += self.attend.flops(ahead + 2 * rest)
+            attend += self.attend.every_flops(ahead + 2 * rest, 2)
         # ``memory.flops`` is of writing each y_j and reading it back; asking for h_j is one read more
         read = getattr(self.memory, "read_flops", None)
         recall = read(length) if read is not None else 0

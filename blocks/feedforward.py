@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ..kernels.gate import swiglu
 from ..kernels.gated_projection import feed_forward, few
+from ..kernels.projection import project_made
 from ..registry import register
 from .block import Block, check_input
 from .linear import Linear, plain
@@ -49,7 +50,8 @@ class FeedForward(Block):
             y = feed_forward(x, self.up.weight, self.down.weight)
             return y if mask is None else torch.where(mask[..., None], y, 0.0), state
         inner = self.up(x)
-        y = self.down(swiglu(inner) if self.kind == "swiglu" else F.gelu(inner))
+        activation = swiglu if self.kind == "swiglu" else F.gelu
+        y = project_made(activation, self.down.weight, inner) if plain(self.down) else self.down(activation(inner))
         return y if mask is None else torch.where(mask[..., None], y, 0.0), state
 
     def reset_parameters(self) -> None:

@@ -20,7 +20,7 @@ Form = Literal["sigmoid", "silu", "sum"]
 
 
 class Gating(nn.Module):
-    """``gate(a, b) = norm(a) * sigmoid(norm(b))``, each normalised with a learned vector (memory.md, section 5).
+    """``gate(a, b) = norm(a) * sigmoid(norm(b))``, each normalised with a learned vector (paper 4.2).
 
     Other forms: ``silu`` in place of the sigmoid; ``sum``, ``norm(a) + norm(b)``. Zero inputs give zero in every
     form, which keeps masked tokens at zero.

@@ -18,7 +18,7 @@ from ..kernels.memory import MemoryState, read_memory, titans_memory
 from ..kernels.memory.cost import memory_flops
 from ..kernels.memory_inputs import memory_inputs, memory_query
 from ..kernels.normalisation import l2_norm
-from ..kernels.projection import project
+from ..kernels.projection import project, project_made
 from ..kernels.query_key_value import query_key_value
 from ..registry import register
 from .block import Block, check_input
@@ -297,6 +297,8 @@ class NeuralMemory(Block):
         # an adapter or a hook in a layer's place has to be called
         if plain(gate, out) and few(x, gate.weight, out.weight):
             return gated_output(y, gain, x, gate.weight, out.weight)
+        if plain(out):
+            return project_made(gated_norm, out.weight, y, gain, gate(x))
         return out(gated_norm(y, gain, gate(x)))
 
     def _check_state(self, x: Tensor, state: NeuralMemoryState) -> None:

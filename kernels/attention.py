@@ -24,7 +24,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .dispatch import Backend, Operation
-from .native_attention import native_attention, refuse_native
+from .native import library
+from .native.kernel import plain, tracks
+from .native_attention import native_attention
 
 
 class Prefix(NamedTuple):
@@ -61,8 +63,9 @@ def attention(
     _check(q, k, v, window, start, prefix, step)
     if prefix is not None and prefix.k.shape[1] == 0:
         prefix = None
-    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    run = _operation.choose(backend, device=q.device.type, dtype=q.dtype, grad=grad)
+    grad = tracks(q, k, v, *(() if prefix is None else prefix))
+    ordinary = plain(q, k, v, start, *(() if prefix is None else prefix))
+    run = _operation.choose(backend, device=q.device.type, dtype=q.dtype, grad=grad, plain=ordinary)
     return run(q, k, v, window, start, prefix, step)
 
 
@@ -101,6 +104,8 @@ def _check(
             raise ValueError(f"attention: prefix.q {list(prefix.q.shape)}: expected the shape of q, {list(q.shape)}")
         expected = (rows, prefix.k.shape[1], k.shape[2], d)
         for name, x in (("k", prefix.k), ("v", prefix.v)):
+            if x.dtype != q.dtype:
+                raise TypeError(f"attention: prefix.{name} is {x.dtype}: expected the dtype of q, {q.dtype}")
             if x.shape != expected:
                 raise ValueError(f"attention: prefix.{name} {list(x.shape)}: expected {list(expected)}")
 
@@ -394,7 +399,7 @@ def _refuse_flex(*, device: str, dtype: torch.dtype, grad: bool = False, **facts
 _operation = Operation(
     "attention",
     [
-        Backend("native", native_attention, refuse_native),
+        Backend("native", native_attention, library.refuse),
         Backend("sdpa", _sdpa),
         Backend("flex", _flex, _refuse_flex),
         Backend("reference", _reference),

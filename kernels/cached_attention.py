@@ -15,7 +15,7 @@ from torch import Tensor
 from .attention import Prefix, attention
 from .dispatch import Backend, Operation
 from .native import library
-from .native.kernel import Kernel, address
+from .native.kernel import Kernel, address, plain
 from .normalisation import rms_norm
 from .rotary import rotate, tables
 
@@ -65,8 +65,9 @@ def cached_attention(
         ``time`` more than there were.
     """
     run = _operation.choose(
-        backend, device=projected.device.type, dtype=projected.dtype, same=cache.keys.dtype == projected.dtype
-    )
+        backend, device=projected.device.type, dtype=projected.dtype, same=cache.keys.dtype == projected.dtype,
+        plain=plain(projected, gain, *cache),
+    )  # fmt: skip
     return run(projected, gain, cache, heads, window, base)
 
 

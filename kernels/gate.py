@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from .dispatch import Backend, Operation
 from .native import gated
+from .native.kernel import plain
 from .normalisation import rms_norm
 
 
@@ -81,6 +82,7 @@ def _choose(operation: Operation, backend: str, x: Tensor, *others: Tensor) -> A
         device=x.device.type,
         dtype=x.dtype,
         same=all(other.dtype == x.dtype for other in others),
+        plain=plain(x, *others),
     )
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from .dispatch import Backend, Operation
 from .native import library
-from .native.kernel import Kernel, address
+from .native.kernel import Kernel, address, plain
 from .normalisation import rms_norm
 from .projection import FEW, REGISTER, project, threads_for
 
@@ -33,6 +33,7 @@ def few(x: Tensor, *weights: Tensor) -> bool:
         and all(w.dtype == x.dtype and not (w.shape[0] % REGISTER or w.shape[1] % REGISTER) for w in weights)
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
+        and plain(x, *weights)
     )
 
 
@@ -42,6 +43,11 @@ def feed_forward(x: Tensor, gate_up: Tensor, down: Tensor, *, backend: str = "au
     ``x``: ``[..., in]``. ``gate_up``: ``[2 * hidden, in]``, first the gate. ``down``: ``[out, hidden]``.
     """
     hidden = gate_up.shape[0] // 2
+    if gate_up.shape != (2 * hidden, x.shape[-1]) or down.shape[1] != hidden:
+        raise ValueError(
+            f"feed_forward: gate_up {list(gate_up.shape)}, down {list(down.shape)}: expected [2 * hidden, "
+            f"{x.shape[-1]}] and [out, hidden]"
+        )
     run = _operation.choose(backend, device=x.device.type, dtype=x.dtype)
     return run(x, gate_up[:hidden], gate_up[hidden:], down, None, None)
 

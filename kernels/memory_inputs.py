@@ -95,6 +95,7 @@ def _native(
     largest: float,
 ) -> _Outputs:
     x, weight = x.contiguous(), weight.contiguous()
+    controls, bias = (None if t is None else t.contiguous() for t in (controls, bias))
     batch, (channels, width) = x.shape[0], weight.shape
     parts = 1 if controls is None else 3
     dim = channels // (parts * heads)

@@ -7,7 +7,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .native import library
 from .native.kernel import Kernel, address, tracks
 from .native.pages import fresh
 
@@ -17,15 +16,12 @@ _Prefix: TypeAlias = tuple[Tensor, Tensor, Tensor]
 _run = Kernel("attention_run", 71, 0)
 
 
-def refuse_native(*, device: str, dtype: torch.dtype, **facts: Any) -> str | None:
-    return library.refuse(device=device, dtype=dtype)
-
-
 def native_attention(
     q: Tensor, k: Tensor, v: Tensor, window: int | None, start: Tensor | None, prefix: _Prefix | None, step: int
 ) -> Tensor:
     """``attention`` in float32 or float64 on a CPU."""
     tensors = (q, k, v) if prefix is None else (q, k, v, *prefix)
+    start = None if start is None else start.contiguous()
     if tracks(*tensors):
         return _Native.apply(window, step, start, *tensors)
     return _forward(window, step, start, tensors, None)[0]

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from .dispatch import Backend, Operation
 from .native import gated
+from .native.kernel import plain
 
 
 def rms_norm(x: Tensor, gain: Tensor | None = None, eps: float = 1e-6, *, backend: str = "auto") -> Tensor:
@@ -19,8 +20,7 @@ def rms_norm(x: Tensor, gain: Tensor | None = None, eps: float = 1e-6, *, backen
     ``x``: ``[..., dim]``, float; half precision is normalised in float32 and returned as it came.
     ``gain``: broadcasts against ``x`` from the right (``[dim]``, or ``[heads, dim]``), or ``None``.
     """
-    same = gain is None or gain.dtype == x.dtype
-    return _choose(_rms_norm, backend, x, same)(x, gain, eps)
+    return _choose(_rms_norm, backend, x, gain)(x, gain, eps)
 
 
 def l2_norm(x: Tensor, eps: float = 1e-6, *, backend: str = "auto") -> Tensor:
@@ -31,13 +31,15 @@ def l2_norm(x: Tensor, eps: float = 1e-6, *, backend: str = "auto") -> Tensor:
     return _choose(_l2_norm, backend, x)(x, eps)
 
 
-def _choose(operation: Operation, backend: str, x: Tensor, same: bool = True) -> Any:
-    return operation.choose(backend, device=x.device.type, dtype=x.dtype, same=same)
+def _choose(operation: Operation, backend: str, x: Tensor, gain: Tensor | None = None) -> Any:
+    same = gain is None or gain.dtype == x.dtype
+    return operation.choose(backend, device=x.device.type, dtype=x.dtype, same=same, plain=plain(x, gain))
 
 
 def _rms_native(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
     dim, heads = x.shape[-1], 1
     if gain is not None:
+        gain = gain.expand(dim) if gain.dim() == 0 else gain
         if gain.dim() > x.dim() or gain.shape != x.shape[x.dim() - gain.dim() :]:
             shape = torch.broadcast_shapes(x.shape, gain.shape)
             x, gain = x.expand(shape), gain.expand(shape[-gain.dim() :])
@@ -112,7 +114,7 @@ class _Normalised(torch.autograd.Function):
 
 def _whole(x: Tensor) -> bool:
     """Where the function above runs: on a CPU, in full precision, and outside of a graph that is being traced."""
-    return x.is_cpu and x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling()
+    return x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling() and plain(x)
 
 
 def _few_steps(x: Tensor, gain: Tensor | None) -> bool:

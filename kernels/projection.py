@@ -6,13 +6,16 @@ has them read by the faster of PyTorch's matrix products.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .dispatch import Backend, Operation
 from .native import library
-from .native.kernel import Kernel, address, tracks
+from .native.kernel import Kernel, address, plain, tracks
 
 FEW = 4
 """Tokens up to which reading the weights is all that counts."""
@@ -30,14 +33,54 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: s
         tokens > FEW
         or tokens == 0
         or width % REGISTER
+        or x.shape[-1] != width
         or not x.is_cpu
         or x.dtype != weight.dtype
+        or (bias is not None and (bias.dtype != x.dtype or bias.shape != weight.shape[:1]))
         or tracks(x, weight, bias)
         or torch.is_autocast_enabled("cpu")
         or torch.compiler.is_compiling()
+        or not plain(x, weight, bias)
     ):
         return F.linear(x, weight, bias)
     return _operation.choose(backend, device="cpu", dtype=x.dtype, tokens=tokens)(x, weight, bias)
+
+
+def project_made(make: Callable[..., Tensor], weight: Tensor, *inputs: Tensor) -> Tensor:
+    """``make(*inputs) @ weight.T``, where backward makes the projection's input again: it is cheap and large.
+
+    ``make`` is differentiable, and draws no random numbers.
+    """
+    if not tracks(weight, *inputs):
+        return F.linear(make(*inputs), weight)
+    y: Tensor = _Made.apply(make, weight, *inputs)
+    return y
+
+
+class _Made(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, make: Callable[..., Tensor], weight: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.make = make
+        ctx.save_for_backward(weight, *inputs)
+        return F.linear(make(*inputs), weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *inputs = ctx.saved_tensors
+        given = [x.detach().requires_grad_(need) for x, need in zip(inputs, ctx.needs_input_grad[2:])]
+        with torch.enable_grad():
+            made = ctx.make(*given)
+        # under autocast the product was narrow, and so are the products of its gradient
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            rows = made.detach().to(grad.dtype).flatten(0, -2)
+            grad_weight = (grad.flatten(0, -2).mT @ rows).to(weight.dtype)
+        wanted = [x for x in given if x.requires_grad]
+        if not wanted:
+            return None, grad_weight, *[None] * len(given)
+        grads = iter(torch.autograd.grad(made, wanted, (grad @ weight.to(grad.dtype)).to(made.dtype)))
+        return None, grad_weight, *[next(grads) if x.requires_grad else None for x in given]
 
 
 def threads_for(*weights: Tensor | None) -> int:
@@ -47,7 +90,7 @@ def threads_for(*weights: Tensor | None) -> int:
 
 def _native(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out, width = weight.shape
-    x, weight = x.contiguous(), weight.contiguous()
+    x, weight, bias = x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
     y = torch.empty((*x.shape[:-1], out), dtype=x.dtype)
     _KERNEL(
         x.dtype, threads_for(weight), x.numel() // width, out, width,

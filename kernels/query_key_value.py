@@ -1,4 +1,4 @@
-"""From a token's projection to its query, key and value: convolution, SiLU and unit length (memory.md, section 4)."""
+"""From a token's projection to its query, key and value: convolution, SiLU and unit length (paper 4.4)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .convolution import convolve
 from .dispatch import Backend, Operation
 from .layout import last
 from .native import library
-from .native.kernel import Kernel, address, tracks
+from .native.kernel import Kernel, address, plain, tracks
 from .native.pages import fresh
 from .normalisation import l2_norm
 
@@ -61,12 +61,19 @@ def query_key_value(
         if history is None or history.shape != before:
             found = None if history is None else list(history.shape)
             raise ValueError(f"query_key_value: history {found}: expected {list(before)}")
+    if length is not None and (length.shape != projected.shape[:1] or length.dtype != torch.int64):
+        raise ValueError(
+            f"query_key_value: length {length.dtype} {list(length.shape)}: expected int64 [{projected.shape[0]}]"
+        )
+    if length is not None and not length.is_meta and bool(((length < 0) | (length > projected.shape[1])).any()):
+        raise ValueError(f"query_key_value: length {length.tolist()}: expected 0 .. {projected.shape[1]}")
     run = _operation.choose(
         backend,
         device=projected.device.type,
         dtype=projected.dtype,
         width=width,
         same=weight is None or weight.dtype == projected.dtype,
+        plain=plain(projected, weight, history, length),
     )
     return run(projected, weight, history, heads, length)
 
@@ -97,6 +104,7 @@ def _native(
         given = None
     else:
         given = history if history is None or history.dtype == projected.dtype else history.to(projected.dtype)
+    length = None if length is None else length.contiguous()
     if tracks(projected, weight, given):
         *qkv, after = _QueryKeyValue.apply(projected, weight, given, heads, length)
     else:

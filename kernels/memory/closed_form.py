@@ -84,7 +84,7 @@ def closed_form_memory(
     clip: float | None = None,
     read: str = "after",
 ) -> tuple[Tensor, MemoryState]:
-    """memory.md section 2 as written; arguments and result as ``titans_memory``."""
+    """The closed form of a chunk, product by product as written; arguments and result as ``titans_memory``."""
     rows, time = q.shape[:2]
     results = []
     for row in range(rows):

@@ -41,7 +41,7 @@ def interval_products(factors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class ChunkDecay(NamedTuple):
-    """The gates of a chunk of ``b`` tokens as the matrices its products need (memory.md section 2).
+    """The gates of a chunk of ``b`` tokens as the matrices its products need.
 
     ``s`` counts what the state stacks: 2 (weights, momentum), or 1 where there is no momentum.
     """

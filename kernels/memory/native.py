@@ -22,8 +22,10 @@ from .state import MemoryState
 LAYERS = 16
 LONGEST = 256
 """Tokens of a chunk beyond which its work leaves a core's cache, and the torch path is as good."""
-KEPT_BYTES = 192 * 2**20
-"""What is kept for backward: the layers' outputs where they fit, and as many states as fit beside them."""
+FARTHEST = 2**24
+"""Tokens of a chunk that a kernel's counters hold, a sequence's length on top."""
+KEPT_BYTES = 160 * 2**20
+"""What is kept for backward: the outputs for the queries where they fit, and as many states as fit beside them."""
 KEEPS = (4, 16)
 """Chunks from one kept state to the next, at least and at most: one more costs what it saves in learning again."""
 MOST = 1024
@@ -32,7 +34,7 @@ MOST = 1024
 ACTIVATIONS = {"identity": 0, "relu": 1, "silu": 2, "gelu": 3}
 _SEQUENCES = ("q", "k", "v", "theta", "eta", "alpha", "y")
 _SIZES = ("batch", "time", "heads", "layers", "chunk", "activation", "momentum", "normed", "after")
-_KEPT = ("every", "asked_kept", "hidden_kept")
+_KEPT = ("every", "asked_kept")
 
 
 class _Tokens(ctypes.Structure):
@@ -90,18 +92,16 @@ class _Keeping(NamedTuple):
     """Chunks from one kept state to the next; 0: nothing is kept."""
     asked: bool
     """Whether the layers' outputs for the queries are."""
-    hidden: bool
-    """Whether those for the keys are."""
 
 
-def refuse_native(
-    *, device: str, dtype: torch.dtype, chunk: int = 16, time: int = 1, layers: int = 1, **facts: Any
-) -> str | None:
+def refuse_native(*, chunk: int = 16, time: int = 1, layers: int = 1, **facts: Any) -> str | None:
     if min(chunk, time) > LONGEST:
         return f"takes at most {LONGEST} tokens of a chunk at once, not {min(chunk, time)}"
     if layers > LAYERS:
         return f"takes at most {LAYERS} layers, not {layers}"
-    return library.refuse(device=device, dtype=dtype)
+    if chunk > FARTHEST:
+        return f"takes chunks of at most {FARTHEST} tokens, not {chunk}"
+    return library.refuse(**facts)
 
 
 def native_memory(
@@ -164,8 +164,8 @@ class _Native(torch.autograd.Function):
         kept, q, k, v, theta, eta, alpha, gain, *state = ctx.saved_tensors
         plan = ctx.plan
         call = _call(plan, q, k, v, theta, eta, alpha, gain, state)
-        call.every, call.asked_kept, call.hidden_kept = ctx.keeping
-        call.kept_numbers, call.kept = kept.numel() // (q.shape[0] * q.shape[2]), kept.data_ptr()
+        call.every, call.asked_kept = ctx.keeping
+        call.kept_numbers, call.kept = kept.numel() // max(q.shape[0] * q.shape[2], 1), kept.data_ptr()
         grad_y = torch.zeros_like(v) if grad_y is None else dense(grad_y, 1)
         call.grad_y = _tokens(grad_y)
         needed = plan.layers * (1 if eta is None else 2)
@@ -202,10 +202,10 @@ def _forward(
     made = plan.layers * (1 + (eta is not None) + plan.anchor_made)
     end = [torch.empty(state[i % plan.layers].shape, dtype=q.dtype) for i in range(made)]
     _hand_over(call.end, end, plan, eta)
-    kept, keeping = None, _Keeping(0, False, False)
+    kept, keeping = None, _Keeping(0, False)
     if record:
         keeping = _keeping(plan, q, state, eta)
-        call.every, call.asked_kept, call.hidden_kept = keeping
+        call.every, call.asked_kept = keeping
         call.kept_numbers = _room(call, q, backward=False)[0]
         kept = fresh((q.shape[0] * q.shape[2] * call.kept_numbers,), q.dtype)
         call.kept = kept.data_ptr()
@@ -262,22 +262,20 @@ def dense(x: Tensor, dims: int) -> Tensor:
 
 
 def _keeping(plan: _Plan, q: Tensor, state: Sequence[Tensor], eta: Tensor | None) -> _Keeping:
-    chunks = -(-q.shape[1] // plan.chunk) + 1
+    batch, time, heads, _ = q.shape
+    chunks = -(-time // plan.chunk) + 1
     if plan.keep is not None and plan.keep > 1:
-        return _Keeping(min(plan.keep, chunks, MOST), False, False)
+        return _Keeping(min(plan.keep, chunks, MOST), False)
     outputs = sum(w.shape[2] for w in state[: plan.layers])
-    tokens = q.shape[0] * q.shape[1] * q.shape[2] * outputs * q.element_size()
-    left = KEPT_BYTES - tokens
-    asked_kept = left >= 0
-    hidden_kept = left >= tokens
+    left = KEPT_BYTES - batch * time * heads * outputs * q.element_size()
+    asked = left >= 0
     if plan.keep is not None:
-        return _Keeping(plan.keep, asked_kept, hidden_kept)
-    left = max(left, 0) - tokens * hidden_kept
+        return _Keeping(plan.keep, asked)
     states = chunks * sum(w.numel() for w in state[: plan.layers]) * (1 if eta is None else 2) * q.element_size()
     every, most = KEEPS
     while states > left * every and every < most:
         every *= 2
-    return _Keeping(every, asked_kept, hidden_kept)
+    return _Keeping(every, asked)
 
 
 def _room(call: _Call, like: Tensor, backward: bool) -> tuple[int, int]:

@@ -17,10 +17,10 @@ _SIZES = 5 + LAYERS + 1
 _run = Kernel("read_run", _SIZES + 4 * 4 + 2 + 2 * 3 * LAYERS + 2, 0)
 
 
-def refuse_reading(*, device: str, dtype: torch.dtype, layers: int = 1, **facts: object) -> str | None:
+def refuse_reading(*, layers: int = 1, **facts: Any) -> str | None:
     if layers > LAYERS:
         return f"takes at most {LAYERS} layers, not {layers}"
-    return library.refuse(device=device, dtype=dtype)
+    return library.refuse(**facts)
 
 
 def native_reading(q: Tensor, weights: Sequence[Tensor], activation: str, norm: Tensor | None) -> Tensor:

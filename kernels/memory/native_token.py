@@ -9,7 +9,7 @@ import ctypes
 import functools
 import struct
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,13 +31,13 @@ _Heads: TypeAlias = tuple[int, int, int]
 _NONE = (0, 0, 0)
 
 
-def refuse_token(*, device: str, dtype: torch.dtype, time: int = 1, grad: bool = False, **facts: object) -> str | None:
+def refuse_token(*, dtype: torch.dtype, time: int = 1, grad: bool = False, **facts: Any) -> str | None:
     """Why the kernels cannot run, or ``None``; a half-precision model's memory computes in float32."""
     if time != 1:
         return f"takes one token, not {time}"
     if grad:
         return "has no backward; gradients are wanted"
-    return refuse(device=device, dtype=torch.promote_types(dtype, torch.float32))
+    return refuse(dtype=torch.promote_types(dtype, torch.float32), **facts)
 
 
 def native_step(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Backend, Operation
+from ..native.kernel import plain
 from ..precision import full_precision
 from .activation import ACTIVATIONS
 from .closed_form import closed_form_memory
@@ -74,6 +75,7 @@ def titans_memory(
         time=q.shape[1],
         chunk=chunk,
         layers=len(state.weights),
+        plain=plain(*tensors, mask),
         grad=torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors),
     )
     if any(x is not None and x.dtype != compute for x in tensors):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..dispatch import Backend, Operation
-from ..native.kernel import tracks
+from ..native.kernel import plain, tracks
 from ..precision import full_precision
 from .activation import ACTIVATIONS
 from .native_reading import native_reading, refuse_reading
@@ -39,12 +39,14 @@ def read_memory(
         ``[batch, time, heads, d_out]`` in the dtype of ``q``; computed in the weights' dtype.
     """
     compute = weights[0].dtype
+    _check(q, weights, norm)
     run = READING.choose(
         backend,
         device=q.device.type,
         dtype=compute,
         time=q.shape[1],
         layers=len(weights),
+        plain=plain(q, norm, *weights),
         grad=tracks(q, norm, *weights),
     )
     with full_precision(q.device.type):
@@ -52,6 +54,23 @@ def read_memory(
         gain = norm if norm is None or norm.dtype == compute else norm.to(compute)
         y = run(asked, weights, activation, gain)
         return y if y.dtype == q.dtype else y.to(q.dtype)
+
+
+def _check(q: Tensor, weights: tuple[Tensor, ...], norm: Tensor | None) -> None:
+    if q.dim() != 4:
+        raise ValueError(f"read_memory: q {list(q.shape)}: expected [batch, time, heads, d_in]")
+    batch, _, heads, width = q.shape
+    for layer, w in enumerate(weights):
+        if w.dim() != 4 or w.shape[0] != batch or w.shape[1] != heads or w.shape[3] != width:
+            raise ValueError(
+                f"read_memory: weights[{layer}] {list(w.shape)}: expected [{batch}, {heads}, out, {width}] "
+                f"to go with q {list(q.shape)}"
+            )
+        if w.dtype != weights[0].dtype:
+            raise TypeError(f"read_memory: weights[{layer}] is {w.dtype}: expected {weights[0].dtype} as weights[0]")
+        width = w.shape[2]
+    if norm is not None and (norm.shape != (heads, width) or width != q.shape[3]):
+        raise ValueError(f"read_memory: norm {list(norm.shape)}: expected [{heads}, {width}], as wide as q")
 
 
 def _torch(q: Tensor, weights: tuple[Tensor, ...], activation: str, norm: Tensor | None) -> Tensor:

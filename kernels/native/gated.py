@@ -69,7 +69,7 @@ class _Gated(torch.autograd.Function):
         (a, a_step), (b, b_step), (grad, grad_step) = (_laid_out(x, width) for x in (a, b, grad))
         _BACKWARD(
             a.dtype,
-            form.kind, torch.get_num_threads(), a.numel() // width, form.heads, form.dim,
+            form.kind, torch.get_num_threads(), a.numel() // max(width, 1), form.heads, form.dim,
             a.data_ptr(), address(b), a_step, b_step, address(gain_a), address(gain_b), 0,
             grad.data_ptr(), grad_step, grad_a.data_ptr(), address(grad_b), width, width,
             address(grad_gain_a), address(grad_gain_b), form.divisor, form.eps,
@@ -85,7 +85,7 @@ def _forward(form: Form, a: Tensor, b: Tensor | None, gain_a: Tensor | None, gai
     b, b_step = _laid_out(b, width)
     _FORWARD(
         a.dtype,
-        kind, torch.get_num_threads(), a.numel() // width, heads, dim,
+        kind, torch.get_num_threads(), a.numel() // max(width, 1), heads, dim,
         a.data_ptr(), address(b), a_step, b_step, address(gain_a), address(gain_b), y.data_ptr(),
         0, 0, 0, 0, 0, 0, 0, 0, divisor, eps,
     )  # fmt: skip
@@ -123,7 +123,7 @@ class _Swiglu(torch.autograd.Function):
         left, grad_left, half = x.data_ptr(), grad_x.data_ptr(), hidden * x.element_size()
         _BACKWARD(
             x.dtype,
-            SILU_GATE, torch.get_num_threads(), x.numel() // (2 * hidden), 1, hidden,
+            SILU_GATE, torch.get_num_threads(), x.numel() // max(2 * hidden, 1), 1, hidden,
             left + half, left, step, step, 0, 0, 0,
             grad.data_ptr(), grad_step, grad_left + half, grad_left, 2 * hidden, 2 * hidden, 0, 0, 1.0, 0.0,
         )  # fmt: skip
@@ -137,7 +137,7 @@ def _swiglu(x: Tensor) -> Tensor:
     left = x.data_ptr()
     _FORWARD(
         x.dtype,
-        SILU_GATE, torch.get_num_threads(), x.numel() // (2 * hidden), 1, hidden,
+        SILU_GATE, torch.get_num_threads(), x.numel() // max(2 * hidden, 1), 1, hidden,
         left + hidden * x.element_size(), left, step, step, 0, 0, y.data_ptr(), 0, 0, 0, 0, 0, 0, 0, 0, 1.0, 0.0,
     )  # fmt: skip
     return y

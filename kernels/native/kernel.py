@@ -40,6 +40,29 @@ def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
+_ORDINARY = frozenset({Tensor, torch.nn.Parameter})
+
+
+def plain(*tensors: Tensor | None) -> bool:
+    """Whether a kernel may be given the addresses of these: ordinary tensors on the CPU, watched by nobody.
+
+    Who traces, transforms or differentiates forward has to see operators; numbers written behind the back are lost.
+    """
+    if torch.compiler.is_compiling():
+        return True  # traced without a look at this: the kernels refuse for that reason alone
+    for x in tensors:
+        if x is not None and (
+            type(x) not in _ORDINARY or not x.is_cpu or x.layout is not torch.strided or x.is_neg()
+        ):
+            return False
+    return (
+        torch._C._get_tracing_state() is None
+        and not torch._C._len_torch_dispatch_stack()
+        and torch.autograd.forward_ad._current_level < 0
+        and torch._C._functorch.maybe_current_level() is None
+    )
+
+
 def tracks(*tensors: Tensor | None) -> bool:
     """Whether autograd has to know of an operation on these."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

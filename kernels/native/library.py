@@ -22,10 +22,12 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+_TEXT: dict[str, Any] = {"text": True, "errors": "replace"}  # compilers speak the user's language, in any encoding
 BITS = {torch.float32: 32, torch.float64: 64}
 
 _log = logging.getLogger(__name__)
@@ -43,12 +45,17 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
     return found
 
 
-def refuse(*, device: str, dtype: torch.dtype, **facts: object) -> str | None:
-    """Why the kernels cannot run, or ``None``; the first question with a right device and dtype builds them."""
+def refuse(*, device: str, dtype: torch.dtype, plain: bool = True, **facts: object) -> str | None:
+    """Why the kernels cannot run, or ``None``; the first question with a right device and dtype builds them.
+
+    ``plain``: what ``kernel.plain`` says of the tensors.
+    """
     if device != "cpu":
         return f"runs on a CPU, not on {device}"
     if dtype not in BITS:
         return f"takes float32 and float64, not {dtype}"
+    if not plain:
+        return "takes ordinary CPU tensors that nothing traces or transforms"
     if torch.compiler.is_compiling():
         return "cannot be traced by torch.compile"
     found = _library(dtype)
@@ -60,21 +67,31 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | str:
     """The library, or why there is none: asked for once in a process."""
     compiler = _compiler()
     if compiler is None:
+        named = os.environ.get("CC")
+        if named:
+            return f"needs a C compiler: CC names {named!r}, which is not there"
         return "needs a C compiler: install gcc or clang, or name one in CC"
     try:
-        found = ctypes.CDLL(str(_built(compiler, BITS[dtype])))
-        found.large_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-        return found
+        built = _built(compiler, BITS[dtype])
     except (OSError, subprocess.SubprocessError) as error:
         _log.debug("the C kernels: %s", error)
-        said = getattr(error, "stderr", None) or str(error)
-        return f"could not be built by {shlex.join(compiler)}: {said.strip().splitlines()[0] if said else error}"
+        said = (getattr(error, "stderr", None) or str(error)).strip()
+        return f"could not be built by {shlex.join(compiler)}: {said.splitlines()[0] if said else type(error).__name__}"
+    try:
+        found = ctypes.CDLL(str(built))
+        found.large_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+        return found
+    except OSError as error:  # an OpenMP that PyTorch has not loaded (clang's), or a folder nothing may run from
+        return f"were built but cannot be loaded: {error}; TITANS_BUILD_CACHE names another folder, CC another compiler"
 
 
 def _compiler() -> list[str] | None:
     named = os.environ.get("CC")
     if named:
-        command = shlex.split(named)
+        try:
+            command = shlex.split(named)
+        except ValueError:  # a quotation that is not closed
+            return None
         return command if command and shutil.which(command[0]) else None
     found = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     return [found] if found else None
@@ -85,7 +102,7 @@ def _built(compiler: list[str], bits: int) -> Path:
     here = Path(__file__).parent
     sources = sorted([*here.glob("*.c"), *here.glob("*.h")])
     flags = [*FLAGS, "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"]
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, **_TEXT).stdout
     made_from = "\0".join([version, _processor(), *flags, *(f"{s.name}\0{s.read_text()}" for s in sources)])
     name = f"kernels-{bits}-{hashlib.sha256(made_from.encode()).hexdigest()[:20]}.so"
     folder = _cache()
@@ -98,7 +115,7 @@ def _built(compiler: list[str], bits: int) -> Path:
         builds = [
             subprocess.Popen(
                 [*compiler, *flags, f"-DREAL={bits}", "-c", str(source), "-o", made],
-                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **_TEXT,
             )
             for source, made in zip((s for s in sources if s.suffix == ".c"), objects)
         ]  # fmt: skip
@@ -108,7 +125,7 @@ def _built(compiler: list[str], bits: int) -> Path:
                 raise subprocess.CalledProcessError(build.returncode, build.args, stderr=said)
         # without -fopenmp here: its functions are those of the library that PyTorch has loaded, and so are its threads
         made = f"{scratch}/{name}"
-        subprocess.run([*compiler, "-shared", *objects, "-lm", "-o", made], capture_output=True, text=True, check=True)
+        subprocess.run([*compiler, "-shared", *objects, "-lm", "-o", made], capture_output=True, check=True, **_TEXT)
         _seal(Path(made))
         os.replace(made, target)
     return target
@@ -141,13 +158,15 @@ def _processor() -> str:
 
 def _cache() -> Path:
     named = os.environ.get("TITANS_BUILD_CACHE")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = Path(named) if named else base / "titans-build"
     try:
+        if named:
+            folder = Path(named)
+        else:
+            folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "titans-build"
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             return folder
-    except OSError:
+    except (OSError, RuntimeError):  # a file in its place, or a user without a home
         pass
     return _temporary()
 

@@ -1,8 +1,8 @@
 /* The memory operation on a CPU, forward and backward: every batch row and head on its own, chunk after chunk, with
    all of a chunk's work in the cache of one core.
 
-   Forward keeps, for backward, the state every `every` chunks and, where told to, the layers' outputs for keys and
-   queries. Backward takes these groups of chunks from the last to the first: it learns a group's chunks again from the
+   Forward keeps, for backward, the state every `every` chunks and, where told to, the layers' outputs for the queries:
+   those for the keys are found again for less than keeping them costs. Backward takes these groups of chunks from the last to the first: it learns a group's chunks again from the
    state that was kept, and then differentiates them one by one in reverse. */
 
 #include "network.h"
@@ -14,7 +14,7 @@
 
 typedef struct {
     int64_t batch, time, heads, layers, chunk, activation, momentum, normed, after;
-    int64_t every, asked_kept, hidden_kept;
+    int64_t every, asked_kept;
     int64_t widths[LAYERS + 1];
     double clip;
     tokens q, k, v, theta, eta, alpha, y;
@@ -60,11 +60,11 @@ static network describe(const call *call) {
     return net;
 }
 
-static void take_chunk(const network *net, arena *room, chunk *c, int with_z) {
+static void take_chunk(const network *net, arena *room, chunk *c) {
     for (int l = 0; l < net->layers; l++) {
         size_t size = (size_t)net->most * net->width[l];
         c->state[l] = take(room, (size_t)net->parts * net->rows[l] * net->width[l]);
-        c->z[l] = with_z ? take(room, size) : NULL;
+        c->z[l] = take(room, size);
         c->error[l] = take(room, size);
         c->pulled[l] = take(room, size);
     }
@@ -134,7 +134,7 @@ static void take_work(const network *net, arena *room, work *w, int backward) {
 /* -- what is kept for backward -------------------------------------------------------------------------------------- */
 
 typedef struct {
-    real *states, *asked, *hidden;
+    real *states, *asked;
 } kept;
 
 static int64_t most_pieces(const call *call) {
@@ -151,10 +151,9 @@ static kept kept_of(const call *call, const network *net, real *start, size_t *n
     arena room = {start, 0};
     kept found = {0};
     if (call->every) {
-        int64_t states = (most_pieces(call) + call->every - 1) / call->every;
+        int64_t states = (most_pieces(call) - 1) / call->every; /* the first was given, and is at hand again */
         found.states = take(&room, states * state_numbers(net));
         found.asked = call->asked_kept ? take(&room, (size_t)call->time * outputs(net)) : NULL;
-        found.hidden = call->hidden_kept ? take(&room, (size_t)call->time * outputs(net)) : NULL;
     }
     if (numbers)
         *numbers = room.used;
@@ -290,7 +289,7 @@ static void forward_task(const call *call, int64_t index, real *scratch) {
     work w = {0};
     chunk c = {0};
     take_work(net, &room, &w, 0);
-    take_chunk(net, &room, &c, 1);
+    take_chunk(net, &room, &c);
     load_gain(&t, &w);
     load_states(&t, call->before, c.state, t.anchored ? w.anchor : NULL);
     int top = net->layers - 1;
@@ -299,16 +298,14 @@ static void forward_task(const call *call, int64_t index, real *scratch) {
     for (int i = 0; i < t.pieces; i++) {
         piece p = piece_of(&t, i);
         load_piece(&t, &p, &w);
-        if (t.kept.states && i % call->every == 0)
-            keep_state(net, &c, t.kept.states + i / call->every * state_numbers(net), 0);
-        if (t.kept.hidden)
-            locate(net, t.kept.hidden, p.first, p.n, c.z);
+        if (call->every && i && i % call->every == 0)
+            keep_state(net, &c, t.kept.states + (i / call->every - 1) * state_numbers(net), 0);
         real *asked[LAYERS];
         memcpy(asked, w.asked, sizeof asked);
         if (t.kept.asked)
             locate(net, t.kept.asked, p.first, p.n, asked);
         anchor anchor = anchor_of(&t, &w, &c, i == 0, 0);
-        learn(net, &w, &c, p.n, anchor.straight, anchor.reversed, anchor.ld, 0);
+        learn(net, &w, &c, p.n, anchor.straight, anchor.reversed, anchor.ld);
         weigh(net, &w, &c, p.n);
         answer(net, &w, &c, p.n, asked);
         conclude(net, &w, p.n, asked[top], w.asked[top]);
@@ -341,7 +338,7 @@ static void backward_task(const call *call, int64_t index, real *scratch) {
     real *last_anchor[LAYERS];
     take_work(net, &room, &w, 1);
     for (int i = 0; i < every; i++)
-        take_chunk(net, &room, &group[i], !t.kept.hidden);
+        take_chunk(net, &room, &group[i]);
     load_gain(&t, &w);
     memset(w.grad_gain, 0, net->width[top] * sizeof(real));
     load_states(&t, call->grad_end, w.grad_state, NULL);
@@ -364,15 +361,16 @@ static void backward_task(const call *call, int64_t index, real *scratch) {
 
     for (int start = t.pieces ? (t.pieces - 1) / every * every : -1; start >= 0; start -= every) {
         int stop = least(start + every, t.pieces);
-        keep_state(net, &group[0], t.kept.states + start / every * state_numbers(net), 1);
+        if (start)
+            keep_state(net, &group[0], t.kept.states + (start / every - 1) * state_numbers(net), 1);
+        else
+            load_states(&t, call->before, group[0].state, NULL);
         for (int i = start; i < stop; i++) { /* learn again */
             chunk *c = &group[i - start];
             piece p = piece_of(&t, i);
-            if (t.kept.hidden)
-                locate(net, t.kept.hidden, p.first, p.n, c->z);
             load_piece(&t, &p, &w);
             anchor anchor = anchor_of(&t, &w, c, i == 0, i == stop - 1);
-            learn(net, &w, c, p.n, anchor.straight, anchor.reversed, anchor.ld, t.kept.hidden != NULL);
+            learn(net, &w, c, p.n, anchor.straight, anchor.reversed, anchor.ld);
             weigh(net, &w, c, p.n);
             if (i < stop - 1)
                 advance(net, &w, c, p.n, group[i - start + 1].state);
@@ -437,7 +435,7 @@ void memory_room(const call *call, int backward, int64_t *kept_numbers, int64_t 
     chunk c = {0};
     take_work(&net, &room, &w, backward);
     for (int64_t i = 0; i < (backward ? call->every : 1); i++)
-        take_chunk(&net, &room, &c, !(backward && call->hidden_kept));
+        take_chunk(&net, &room, &c);
     for (int l = 0; l < net.layers; l++)
         take(&room, (size_t)net.rows[l] * net.width[l]);
     *kept_numbers = (int64_t)numbers;

@@ -162,16 +162,15 @@ static void weigh_backward(const network *net, work *w, const chunk *c, int n) {
 /* -- learn ---------------------------------------------------------------------------------------------------------- */
 
 /* Keys forward through the anchor and half errors back: fills the chunk (its state apart) and the inputs and slopes.
-   `known`: z is there already. `anchor` [in, out] and `reversed` [out, ldr] are the weights the gradients are taken at;
+   `anchor` [in, out] and `reversed` [out, ldr] are the weights the gradients are taken at;
    of the latter the first layer is not needed. */
 static void learn(const network *net, work *w, chunk *c, int n, real *const *anchor, real *const *reversed,
-                  const int *ldr, int known) {
+                  const int *ldr) {
     int top = net->layers - 1;
     w->input[0] = w->keys;
     for (int l = 0; l <= top; l++) {
         int width = net->width[l];
-        if (!known)
-            multiply(n, width, net->in[l], w->input[l], net->rows[l], anchor[l], width, c->z[l], width, SET);
+        multiply(n, width, net->in[l], w->input[l], net->rows[l], anchor[l], width, c->z[l], width, SET);
         if (l < top)
             activate_each(net->activation, n * width, c->z[l], w->input[l + 1], w->slope[l], NULL);
     }

@@ -64,8 +64,8 @@ INLINE vec inside(int n) {
 
 /* e^x for x <= 0; 0 below -87 (float) */
 #if REAL == 32
-INLINE vec exponential(vec x) {
-    x = pick(x < -87, all(-87), x);
+INLINE vec exponential(vec given) {
+    vec x = pick(given < -87, all(-87), given);
     vec shifted = x * (real)1.44269504088896341 + (real)12582912; /* rounds to a whole number */
     vec n = shifted - (real)12582912;
     x = x - n * (real)0.693359375 + n * (real)2.12194440e-4;
@@ -75,7 +75,7 @@ INLINE vec exponential(vec x) {
     p = p * x + (real)1.6666665459e-1;
     p = p * x + (real)5.0000001201e-1;
     p = p * x * x + x + 1;
-    return (vec)((ints)p + ((ints)shifted << 23));
+    return pick(given < -87, (vec){}, (vec)((ints)p + ((ints)shifted << 23)));
 }
 /* the normal distribution function, from its density's exponential e = exp(-x^2 / 2): error below 1e-7
    (Abramowitz and Stegun 7.1.26) */

@@ -28,7 +28,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def start(argv: list[str]) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", WITHOUT.format(folder=str(BENCHMARKS), argv=argv)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    # a shell's background jobs ignore the interrupt, and so would what they start
+    listen = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(command, env=env, text=True, preexec_fn=listen, **pipes)
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ def test_shares_are_what_the_block_around_asks_for(small: Path) -> None:
     memory, attend = context.parts
     assert memory.flops == block.memory.flops(LENGTH)
     # two tokens for each, after the persistent ones, in every segment
-    assert attend.flops == LENGTH // 16 * block.attend.flops(3 + 32)
+    assert attend.flops == LENGTH // 16 * block.attend.every_flops(3 + 32, 2)
     state = model.init_state(1).layers[2][0]
     assert attend.state_bytes == tb.state.nbytes(state.attend)
     assert memory.state_bytes == tb.state.nbytes(state.memory)

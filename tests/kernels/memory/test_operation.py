@@ -278,10 +278,13 @@ def test_memory_of_backward_does_not_hold_every_chunk(backend):
         held.append(x.numel())
         return x
 
-    # a state is weights and momentum of two layers; where all are kept, so are the outputs for keys and queries
-    state, outputs = 2 * 2 * 16 * 16, 2 * 2 * 512 * 16
+    # a state is weights and momentum of two layers; where all are kept, so are the layers' outputs for the queries,
+    # and on the torch path for the keys
+    state, outputs = 2 * 2 * 16 * 16, {"native": 1, "torch": 2}[backend] * 2 * 512 * 16
+    # of 64 states at chunk starts, or 2 of them; the first is the one that was given, the torch path keeps the last
     given = {"native": state, "torch": 0}[backend]
-    for keep, kept in ((1, {"native": 64, "torch": 65}[backend] * state + outputs), (32, 2 * state)):
+    every, two = {"native": (63, 1), "torch": (65, 2)}[backend]
+    for keep, kept in ((1, every * state + outputs), (32, two * state)):
         held.clear()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             titans_memory(q, k, v, gate, gate, gate, MemoryState.fresh(weights), chunk=8, keep=keep, backend=backend)

@@ -35,7 +35,12 @@ def test_other_devices_and_dtypes_are_refused_without_building():
 
 
 @pytest.mark.parametrize(
-    "compiler,said", [("/nowhere/cc", "needs a C compiler"), ("false", "could not be built by false")]
+    "compiler,said",
+    [
+        ("/nowhere/cc", "CC names '/nowhere/cc', which is not there"),
+        ('gcc "', "CC names"),
+        ("false", "could not be built by false"),
+    ],
 )
 def test_without_a_compiler_the_operation_runs_on_another_path(tmp_path, compiler, said):
     reason = (
@@ -46,6 +51,20 @@ def test_without_a_compiler_the_operation_runs_on_another_path(tmp_path, compile
     assert said in python(reason, **environment).stdout
     assert float(python(MEMORY, **environment).stdout) == pytest.approx(float(python(MEMORY).stdout), rel=1e-5)
     assert not list(tmp_path.iterdir())
+
+
+@built
+def test_a_user_without_a_home(tmp_path):
+    code = "import os; os.environ.pop('HOME', None); import pathlib\n"
+    code += "def nobody(): raise RuntimeError('Could not determine home directory')\n"
+    code += "pathlib.Path.home = nobody\n" + MEMORY
+    assert "building" in python(code, XDG_CACHE_HOME="", TITANS_BUILD_CACHE="").stderr
+    assert "building" not in python(MEMORY, TITANS_BUILD_CACHE=str(_warm(tmp_path))).stderr
+
+
+def _warm(folder):
+    python(MEMORY, TITANS_BUILD_CACHE=str(folder))
+    return folder
 
 
 @built
