@@ -155,7 +155,9 @@ class Attention(Block):
         if state.prefix_keys is not None and state.prefix_values is not None:
             prefix = Prefix(q, state.prefix_keys, state.prefix_values)
         if self.rope is not None:
-            position = state.position[:1, None] if fresh else state.position[:, None]
+            # rows that stand at one place share their rotation, and what is kept of it
+            alike = fresh or (x.is_cpu and not torch.compiler.is_compiling() and _alike(state.position.tolist()))
+            position = state.position[:1, None] if alike else state.position[:, None]
             if time > 1:
                 kept = time <= 8 and not torch.compiler.is_compiling()
                 position = position + (_ahead(time, x.device) if kept else torch.arange(time, device=x.device))
@@ -237,6 +239,10 @@ class Attention(Block):
         seen = 2 * self.kv_heads * self.head_dim * self.dim
         asking = self.qkv.weight.numel() - seen + self.out.weight.numel()
         return 2 * (length * seen + queries * asking) + 4 * self.dim * pairs
+
+
+def _alike(values: list[int]) -> bool:
+    return len(set(values)) == 1
 
 
 _FEW = 4

@@ -55,8 +55,9 @@ def _reference(x: Tensor, position: Tensor, base: float) -> Tensor:
 def _torch(x: Tensor, position: Tensor, base: float) -> Tensor:
     d = x.shape[-1]
     key = (d, base, x.device)
-    if x.is_cpu and position.numel() <= _FEW and not torch.compiler.is_compiling():
-        cos, sin = _recent(key, x.dtype, tuple([tuple(row) for row in position.tolist()]))
+    if x.is_cpu and position.numel() <= _SOME and not torch.compiler.is_compiling():
+        known = _recent if position.numel() <= _FEW else _lately
+        cos, sin = known(key, x.dtype, tuple([tuple(row) for row in position.tolist()]))
     else:
         cos, sin = _tables(key, x.dtype, position)
     return torch.addcmul(x * cos, x.roll(d // 2, dims=-1), sin)
@@ -71,14 +72,18 @@ def tables(first: Tensor, time: int, d: int, base: float, dtype: torch.dtype) ->
     return _recent(key, dtype, tuple([tuple(range(start, start + time)) for start in first.tolist()]))
 
 
-_FEW = 16
-"""Positions up to this many are looked up by value: in decoding, every layer asks for the same ones."""
+_FEW, _SOME = 16, 2048
+"""Positions up to so many are looked up by value: in decoding every layer asks for the same few, and where attention
+begins anew at every segment, every segment of every layer for the same ones."""
 
 
 @functools.lru_cache(maxsize=512)
 def _recent(key: _Key, dtype: torch.dtype, position: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False):
         return _tables(key, dtype, torch.tensor(position, dtype=torch.int64))
+
+
+_lately = functools.lru_cache(maxsize=8)(_recent.__wrapped__)
 
 
 def _tables(key: _Key, dtype: torch.dtype, position: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -111,18 +112,15 @@ def _built(compiler: list[str], bits: int) -> Path:
         return target
     _log.warning("building the CPU kernels for float%d with %s (once; a few seconds)", bits, compiler[0])
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        objects = [f"{scratch}/{s.stem}.o" for s in sources if s.suffix == ".c"]
-        builds = [
-            subprocess.Popen(
-                [*compiler, *flags, f"-DREAL={bits}", "-c", str(source), "-o", made],
-                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **_TEXT,
-            )
-            for source, made in zip((s for s in sources if s.suffix == ".c"), objects)
-        ]  # fmt: skip
-        for build in builds:
-            said = build.communicate()[1]
-            if build.returncode:
-                raise subprocess.CalledProcessError(build.returncode, build.args, stderr=said)
+
+        def compiled(source: Path) -> str:
+            made = f"{scratch}/{source.stem}.o"
+            command = [*compiler, *flags, f"-DREAL={bits}", "-c", str(source), "-o", made]
+            subprocess.run(command, capture_output=True, check=True, **_TEXT)
+            return made
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compiled, [source for source in sources if source.suffix == ".c"]))
         # without -fopenmp here: its functions are those of the library that PyTorch has loaded, and so are its threads
         made = f"{scratch}/{name}"
         subprocess.run([*compiler, "-shared", *objects, "-lm", "-o", made], capture_output=True, check=True, **_TEXT)
