@@ -166,6 +166,19 @@ def rate(samples: Sequence[float], size: int = MATRIX) -> float:
     return 2 * size**3 / statistics.median(samples)
 
 
+def medium(function: Callable[[], Any]) -> Callable[[], Any]:
+    """``function``, while it runs allowed to round the operands of float32 products to bfloat16."""
+
+    def run() -> Any:
+        torch.set_float32_matmul_precision("medium")
+        try:
+            return function()
+        finally:
+            torch.set_float32_matmul_precision("highest")
+
+    return run
+
+
 def exponent(lengths: Sequence[int], seconds: Sequence[float]) -> float | None:
     """``p`` of the best fit ``seconds = c * length ** p``."""
     if len(lengths) < 2:

@@ -1,6 +1,6 @@
 """The neural memory against titans-pytorch and against causal SDPA attention: time, its growth, and peak memory.
 
-    python benchmarks/memory.py [--quick] [--json FILE]
+python benchmarks/memory.py [--quick] [--json FILE]
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from measure import (
     interleave,
     machine_table,
     matrix_product,
+    medium,
     megabytes,
     milliseconds,
     missing,
@@ -45,6 +46,8 @@ RATE = "matrix product"
 KINDS = {
     "op": "memory, the operation",
     "block": "memory, the block",
+    "medium op": "the operation, bfloat16 operands",
+    "medium block": "the block, bfloat16 operands",
     "package": "titans-pytorch",
     "attention": "SDPA attention",
 }
@@ -82,13 +85,13 @@ def cases(sizes: Sizes, lengths: dict[int, float], absent: bool) -> Iterator[Cas
     most = max(sizes.lengths)
     for length in lengths:
         for backward in (False, True):
-            for kind in ("op", "block", "package"):
+            for kind in [kind for kind in KINDS if kind != "attention"]:
                 for expansion in (4, 1):
                     for chunk in sizes.chunks:
                         small = chunk < max(sizes.chunks)
                         if kind == "package" and (absent or (small and length > sizes.small_chunks)):
                             continue
-                        if length > most and (kind != "block" or small):
+                        if (length > most and kind != "block") or (small and (length > most or "medium" in kind)):
                             continue
                         yield Case(kind, length, backward, expansion, chunk)
             yield Case("attention", length, backward)
@@ -100,6 +103,8 @@ def cases(sizes: Sizes, lengths: dict[int, float], absent: bool) -> Iterator[Cas
 def make(case: Case, sizes: Sizes) -> Callable[[], Any]:
     """Inputs and parameters of a case; what is returned runs it once."""
     torch.manual_seed(0)
+    if case.kind.startswith("medium "):
+        return medium(make(case._replace(kind=case.kind.removeprefix("medium ")), sizes))
     if case.kind == "op":
         return operation(case, sizes)[0]
     module: Any
@@ -128,9 +133,7 @@ def operation(case: Case, sizes: Sizes) -> tuple[Callable[[], Tensor], list[Tens
     q, k = (normalize(torch.randn(*shape, width), dim=-1) for _ in range(2))
     v = torch.randn(*shape, width)
     theta, eta, alpha = (torch.sigmoid(torch.randn(shape) + bias) for bias in (-3, 1, -6))
-    weights = [
-        torch.randn(sizes.batch, sizes.heads, out, in_) * in_**-0.5 for out, in_ in layer_shapes(case, sizes)
-    ]
+    weights = [torch.randn(sizes.batch, sizes.heads, out, in_) * in_**-0.5 for out, in_ in layer_shapes(case, sizes)]
     gain = torch.ones(sizes.heads, width)
     leaves = [q, k, v, 0.1 * theta, eta, alpha, gain, *weights]
     for leaf in leaves:
@@ -171,10 +174,10 @@ def layer_shapes(case: Case, sizes: Sizes) -> list[tuple[int, int]]:
 
 def flops(case: Case, sizes: Sizes) -> int | None:
     """Useful FLOPs: the least that this case has to compute. ``None`` for another library's."""
-    if case.kind == "op":
+    if case.kind in ("op", "medium op"):
         assert case.chunk is not None
         count = case.length * sizes.heads * memory_flops(layer_shapes(case, sizes), case.chunk)
-    elif case.kind == "block":
+    elif case.kind in ("block", "medium block"):
         count = tb.build_block(spec(case, sizes), dim=sizes.dim, device="cpu").flops(case.length)
     elif case.kind == "attention":
         count = Attention(sizes.dim, sizes.heads).flops(case.length)
@@ -217,6 +220,7 @@ def peaks(sizes: Sizes, absent: bool, quick: bool) -> list[Result]:
             for case in cases(sizes, {most // 2: 0}, absent)
             if case.backward and case.chunk in (None, sizes.chunks[0])
         ]
+    wanted = [case for case in wanted if "medium" not in case.kind]
     say(f"peak memory: {len(wanted)} processes, about {5 * len(wanted)} s")
     return [{**case._asdict(), **peak_memory(__file__, case, quick)} for case in wanted]
 
@@ -253,19 +257,6 @@ def lever(sizes: Sizes) -> list[Result]:
         | ({"error": f"{error:.0e}"} if (name, precision) == (what, "medium") else {})
         for name, precision in tried
     ]
-
-
-def medium(function: Callable[[], Any]) -> Callable[[], Any]:
-    """``function`` with float32 products allowed to round their operands to bfloat16."""
-
-    def run() -> Any:
-        torch.set_float32_matmul_precision("medium")
-        try:
-            return function()
-        finally:
-            torch.set_float32_matmul_precision("highest")
-
-    return run
 
 
 # -- the tables --------------------------------------------------------------------------------------------------------
@@ -353,6 +344,11 @@ def goals(found: dict[Case, Result], results: Result) -> list[list[str]]:
             what = f"block, expansion {expansion}, {_pass(backward)}: times faster than titans-pytorch"
             ratios = [median[b] / median[a] for a, b in pairs if b in median]
             rows.append(goal(what, f"{wanted}", ratios, lambda x, y=wanted: x >= y))
+            narrow = [(a._replace(kind="medium block"), b) for a, b in pairs]
+            ratios = [median[b] / median[a] for a, b in narrow if a in median and b in median]
+            if ratios:
+                what = f"block with bfloat16 operands, expansion {expansion}, {_pass(backward)}: times faster"
+                rows.append(goal(what, f"{wanted}", ratios, lambda x, y=wanted: x >= y))
             case = max(blocks, key=lambda case: case.length)
             what = f"block, expansion {expansion}, {_pass(backward)}: share of SDPA's time at {case.length:,} tokens"
             ratio = median[case] / median[Case("attention", case.length, backward)]

@@ -1,6 +1,6 @@
 """Whole models: a training step and cached generation of MAC, against titans-pytorch's and plain transformers.
 
-    python benchmarks/model.py [--quick] [--json FILE]
+python benchmarks/model.py [--quick] [--json FILE]
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from measure import (
     interleave,
     machine_table,
     matrix_product,
+    medium,
     megabytes,
     missing,
     peak_memory,
@@ -70,10 +71,17 @@ class Case(NamedTuple):
     kind: str
     expansion: int | None = None
     bfloat16: bool = False
+    """Under autocast."""
+    medium: bool = False
+    """With float32 matrix products of ``medium`` precision."""
 
     @property
     def name(self) -> str:
-        return KINDS[self.kind] + (", bfloat16 autocast" if self.bfloat16 else "")
+        return (
+            KINDS[self.kind]
+            + (", bfloat16 autocast" if self.bfloat16 else "")
+            + (", bfloat16 operands" if self.medium else "")
+        )
 
 
 KINDS = {
@@ -87,6 +95,8 @@ CASES = [
     Case("mac", 1),
     Case("mac", 4, bfloat16=True),
     Case("mac", 1, bfloat16=True),
+    Case("mac", 4, medium=True),
+    Case("mac", 1, medium=True),
     Case("package", 4),
     Case("package", 1),
     Case("transformer"),
@@ -144,7 +154,7 @@ def training_step(case: Case, sizes: Sizes) -> Callable[[], Any]:
         optimiser.step()
         optimiser.zero_grad()
 
-    return step
+    return medium(step) if case.medium else step
 
 
 def training(sizes: Sizes, skipped: dict[str, str], quick: bool) -> list[Result]:
@@ -230,7 +240,7 @@ def package(module: Any, prompt: Tensor, sizes: Sizes, samples: int) -> list[flo
 
 
 def generation(sizes: Sizes, skipped: dict[str, str]) -> list[Result]:
-    cases = [case for case in CASES if not case.bfloat16]
+    cases = [case for case in CASES if not (case.bfloat16 or case.medium)]
     rounds = 5 if sizes.seconds else 1
     say(f"generation: {rounds} rounds, about {sizes.seconds:.0f} s")
     streams: dict[tuple[Case, int], Iterator[None]] = {}
@@ -322,7 +332,7 @@ PEAKS = (("peak", ""), ("peak", "inputs"))
 
 
 def _case(row: Result) -> Case:
-    return Case(*(row[field] for field in Case._fields))
+    return Case(**{field: row[field] for field in Case._fields if field in row})
 
 
 def main() -> None:

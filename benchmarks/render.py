@@ -1,6 +1,6 @@
 """Write the tables of benchmarks/README.md from the result files, so that no figure in it is typed by hand.
 
-    python benchmarks/render.py [--check]
+python benchmarks/render.py [--check]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Every packaged recipe over 100,000 tokens, in pieces: finite, in constant memory, and at a constant pace?
 
-    python benchmarks/streaming.py [--quick] [--json FILE]
+python benchmarks/streaming.py [--quick] [--json FILE]
 """
 
 from __future__ import annotations

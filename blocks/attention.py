@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.attention import Prefix, attention
-from ..kernels.cached_attention import Cache, cached_attention
+from ..kernels.decoding.cached_attention import Cache, cached_attention, prepare_attention
 from ..kernels.layout import align, last
 from ..kernels.normalisation import rms_norm
+from ..kernels.projection import prepare_projection, project
 from ..kernels.rotary import rotate
 from ..registry import register
-from .block import Block, check_input, check_state
-from .linear import Linear
+from .block import Block, Decoder, check_input, check_state
+from .linear import Linear, plain
 
 
 class AttentionState(NamedTuple):
@@ -177,13 +178,33 @@ class Attention(Block):
         time = x.shape[1]
         heads = self.qkv(x).to(self.qkv.weight.dtype).unflatten(-1, (-1, self.head_dim))
         y, keys, values = cached_attention(
-            heads, self.gain, Cache(*state), heads=self.heads, window=self.window, base=self.rope
+            heads, self.gain, Cache(*state), heads=self.heads, window=self.window, base=self.rope, step=step
         )
         cached = state.cached + time
         if self.window is not None:
             cached = cached.clamp_(max=self.window - 1)
         after = state._replace(keys=keys, values=values, cached=cached, position=state.position + time)
-        return self.out(y[:, step - 1 :: step].flatten(2)), after
+        return self.out(y.flatten(2)), after
+
+    def decoder(self, rows: int, *, time: int = 1, step: int = 1) -> Decoder | None:
+        window, weight, out = self.window, self.qkv.weight, self.out.weight
+        if window is None or time > _FEW or time % step or not plain(self.qkv, self.out) or not weight.is_cpu:
+            return None
+        heads = weight.new_empty(rows, time, len(weight) // self.head_dim, self.head_dim)
+        load = prepare_projection(weight, heads.flatten(2))
+        finish = prepare_projection(out, out.new_empty(rows, time // step, self.dim))
+        attend = prepare_attention(heads, self.gain, heads=self.heads, window=window, base=self.rope, step=step)
+        if load is None or attend is None or finish is None:
+            return None
+
+        def decode(x: Tensor, state: AttentionState) -> tuple[Tensor, AttentionState]:
+            load(x)
+            y, keys, values = attend(Cache(*state))
+            cached = (state.cached + time).clamp_(max=window - 1)
+            after = AttentionState(keys, values, cached, state.position + time, state.prefix_keys, state.prefix_values)
+            return finish(y), after
+
+        return decode
 
     def _project(self, x: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries at every ``step``-th token, keys and values ``[batch, .., heads or kv_heads, d]``, not rotated."""
@@ -195,8 +216,8 @@ class Attention(Block):
             asking, seen = self.qkv.weight.split_with_sizes(
                 (self.heads * self.head_dim, 2 * self.kv_heads * self.head_dim)
             )
-            q = F.linear(x[:, step - 1 :: step], asking).to(dtype).unflatten(-1, (-1, self.head_dim))
-            k, v = F.linear(x, seen).to(dtype).unflatten(-1, (2, self.kv_heads, -1)).unbind(2)
+            q = project(x[:, step - 1 :: step], asking).to(dtype).unflatten(-1, (-1, self.head_dim))
+            k, v = project(x, seen).to(dtype).unflatten(-1, (2, self.kv_heads, -1)).unbind(2)
         if self.gain is not None:
             q, k = rms_norm(q, self.gain[: self.heads]), rms_norm(k, self.gain[self.heads :])
         return q, k, v

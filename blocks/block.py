@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Protocol, cast
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
 from .freezing import thawed
 from .state import State, map_state, nbytes
+
+Decoder: TypeAlias = Callable[[Tensor, State], tuple[Tensor, State]]
+"""From tokens ``[rows, time, dim]`` and a state to the outputs and the next state: see ``decoding.decoder``."""
 
 
 class Block(nn.Module):
@@ -60,9 +63,7 @@ class Block(nn.Module):
         with thawed(self):
             return self(tokens, self.init_state(tokens.shape[0]))
 
-    def every(
-        self, x: Tensor, state: State = None, *, step: int, mask: Tensor | None = None
-    ) -> tuple[Tensor, State]:
+    def every(self, x: Tensor, state: State = None, *, step: int, mask: Tensor | None = None) -> tuple[Tensor, State]:
         """``forward``, with the outputs at every ``step``-th token alone: ``[batch, time / step, dim]``.
 
         ``time`` is a multiple of ``step``, and ``mask`` the same for all tokens of a step. A block that can spare what
@@ -70,6 +71,13 @@ class Block(nn.Module):
         """
         y, state = self(x, state, mask=mask)
         return y[:, step - 1 :: step], state
+
+    def decoder(self, rows: int, *, time: int = 1, step: int = 1) -> Decoder | None:
+        """``every`` for a few tokens of ``rows`` rows, many times: ``decoding.decoder`` says what is asked of it.
+
+        ``None``, as here: there is nothing to prepare, and the block is called.
+        """
+        return None
 
     def bound(self, tokens: int) -> None:
         """Told once, by a block that starts this one anew at least every ``tokens`` tokens."""
@@ -133,6 +141,7 @@ def _reset_own(module: Any) -> None:
         _reset_own(child)
 
 
+@torch.inference_mode(False)  # parameters made in inference mode could never be trained
 def materialise(module: nn.Module, device: torch.device | str, dtype: torch.dtype | None, seed: int | None) -> None:
     """Give a module built on the meta device real, initialised parameters, in place.
 
@@ -144,13 +153,16 @@ def materialise(module: nn.Module, device: torch.device | str, dtype: torch.dtyp
     """
     check_seed(seed)
     module.to_empty(device="cpu")
+    if dtype is not None:
+        module.float()  # whatever the default dtype was when it was made
     with torch.no_grad():
         for tensor in [*module.parameters(), *module.buffers()]:
             if tensor.is_floating_point():
                 tensor.fill_(float("nan"))
     devices: list[Any] = []
     owners: list[Any] = [child for child in module.modules() if isinstance(child, Block) or child is module]
-    with torch.random.fork_rng(devices, enabled=seed is not None), torch.no_grad():
+    # on the CPU whatever the default device is
+    with torch.random.fork_rng(devices, enabled=seed is not None), torch.no_grad(), torch.device("cpu"):
         if seed is not None:
             torch.manual_seed(seed)
         for owner in owners:
@@ -180,11 +192,19 @@ def check_input(block: Block, x: Tensor, mask: Tensor | None, name: str = "x", *
     ``like``: a parameter of the block, whose dtype ``x`` must have; under autocast it may have another.
     """
     kind = type(block).__name__
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{kind}: {name}: expected a tensor, got {type(x).__name__}")
     if x.dim() != 3 or x.shape[2] != block.dim:
         raise ValueError(f"{kind}: {name} {list(x.shape)}: expected [batch, time, {block.dim}]")
     if like is not None and x.dtype != like.dtype and not _is_cast(x):
         raise TypeError(f"{kind}: {name} is {x.dtype}: expected {like.dtype}, as the block's parameters are")
+    if like is not None and x.device != like.device:
+        raise ValueError(f"{kind}: {name} is on {x.device}: expected {like.device}, as the block's parameters are")
     if mask is not None:
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"{kind}: mask: expected a tensor, got {type(mask).__name__}")
+        if mask.device != x.device:
+            raise ValueError(f"{kind}: mask is on {mask.device}: expected {x.device}, as {name} is")
         if mask.dtype != torch.bool:
             raise TypeError(f"{kind}: mask is {mask.dtype}: expected torch.bool, true at real tokens")
         if mask.shape != x.shape[:2]:

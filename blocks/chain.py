@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Annotated
 
 from pydantic import Field
 from torch import Tensor
 
 from ..registry import Spec, create, register
-from .block import Block, Blocks, as_memory, check_parts, read_flops
+from .block import Block, Blocks, Decoder, as_memory, check_parts, read_flops
+from .decoding import decoder, reader
 from .state import State
 
 
@@ -52,6 +54,31 @@ class Chain(Block):
 
     def write(self, x: Tensor, state: State, mask: Tensor | None = None) -> State:
         return self(x, state, mask=mask)[1]
+
+    def decoder(self, rows: int, *, time: int = 1, step: int = 1) -> Decoder | None:
+        if step != 1:
+            return None
+        parts = [decoder(block, rows, time=time) for block in self.of]
+
+        def decode(x: Tensor, state: State) -> tuple[Tensor, State]:
+            states = []
+            for part, before in zip(parts, state):
+                x, after = part(x, before)
+                states.append(after)
+            return x, tuple(states)
+
+        return decode
+
+    def reader(self, rows: int) -> Callable[[Tensor, State], Tensor]:
+        """``read`` for many times one token of each of ``rows`` rows: see ``decoding.reader``."""
+        parts = [reader(as_memory(block), rows) for block in self.of]
+
+        def read(x: Tensor, state: State) -> Tensor:
+            for part, before in zip(parts, state):
+                x = part(x, before)
+            return x
+
+        return read
 
     def prefix(self, tokens: Tensor) -> tuple[Tensor, State]:
         """Each block's outputs at the persistent tokens are the persistent tokens of the next."""

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..kernels.layout import align
 from ..registry import Needs, Spec, create, register
-from .block import Block, as_rows, check_input, check_state
+from .block import Block, Decoder, as_memory, as_rows, check_input, check_state
+from .decoding import decoder, reader
 from .gate import Form, Gating
 from .state import State, reset, select
 
@@ -110,6 +111,24 @@ class Context(Block):
         y, state = run(layout.spread(x), state, pieces)
         return layout.collect(y), state._replace(position=state.position + layout.length)
 
+    def decoder(self, rows: int, *, time: int = 1, step: int = 1) -> Decoder | None:
+        if time != 1 or self.write != "attended":
+            return None
+        recall, learn = reader(as_memory(self.memory), rows), decoder(self.memory, rows)
+        attending, gate, segment = decoder(self.attend, rows, time=2, step=2), self.gate.prepared(rows, 1), self.segment
+
+        def decode(x: Tensor, state: ContextState) -> tuple[Tensor, ContextState]:
+            memory, snapshot, attend, position = state
+            begins = [place > 0 and place % segment == 0 for place in position.tolist()]
+            if any(begins):
+                snapshot = _restart(begins, snapshot, memory)
+                attend = _restart(begins, attend, self._fresh_attend(rows))
+            y, attend = attending(torch.cat((recall(x, snapshot), x), dim=1), attend)
+            m, memory = learn(y, memory)
+            return gate(y, m), ContextState(memory, snapshot, attend, position + 1)
+
+        return decode
+
     def _run(self, x: Tensor, state: ContextState, pieces: list[Piece]) -> tuple[Tensor, ContextState]:
         memory, snapshot, attend, position = state
         fresh: State = None
@@ -165,9 +184,7 @@ class Context(Block):
         """Attention at each ``x_j``, which sees ``h_1..h_j`` and ``x_1..x_j``. All ``[rows, time, dim]``."""
         rows, time, dim = x.shape
         stream = torch.stack([recalled, x], dim=2).view(rows, 2 * time, dim)
-        return self.attend.every(
-            stream, state, step=2, mask=None if real is None else real.repeat_interleave(2, dim=1)
-        )
+        return self.attend.every(stream, state, step=2, mask=None if real is None else real.repeat_interleave(2, dim=1))
 
     def _fresh_attend(self, rows: int) -> State:
         """Attention that has seen the persistent tokens and nothing else."""

@@ -9,11 +9,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..kernels.decoding.gated_projection import feed_forward, few, prepare_feed_forward
 from ..kernels.gate import swiglu
-from ..kernels.gated_projection import feed_forward, few
 from ..kernels.projection import project_made
 from ..registry import register
-from .block import Block, check_input
+from .block import Block, Decoder, check_input
 from .linear import Linear, plain
 from .state import State
 
@@ -53,6 +53,12 @@ class FeedForward(Block):
         activation = swiglu if self.kind == "swiglu" else F.gelu
         y = project_made(activation, self.down.weight, inner) if plain(self.down) else self.down(activation(inner))
         return y if mask is None else torch.where(mask[..., None], y, 0.0), state
+
+    def decoder(self, rows: int, *, time: int = 1, step: int = 1) -> Decoder | None:
+        if step != 1 or self.kind != "swiglu" or not plain(self.up, self.down):
+            return None
+        run = prepare_feed_forward(self.up.weight, self.down.weight, (rows, time))
+        return None if run is None else lambda x, state: (run(x), state)
 
     def reset_parameters(self) -> None:
         # as in attention: unit variance at every width, and a fifth of it into the residual stream

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
@@ -10,10 +11,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from ..kernels.gate import gate
+from ..kernels.gate import gate, prepare_gate
 from ..kernels.normalisation import rms_norm
 from ..registry import Spec, create, register
-from .block import Block, Blocks, as_memory, check_input, check_parts, read_flops
+from .block import Block, Blocks, Decoder, as_memory, check_input, check_parts, read_flops
+from .decoding import decoder, reader, unobserved
 from .state import State
 
 Form = Literal["sigmoid", "silu", "sum"]
@@ -44,6 +46,13 @@ class Gating(nn.Module):
             return gate(a, b, self.gain_a, self.gain_b, self.eps)
         a, b = rms_norm(a, self.gain_a, self.eps), rms_norm(b, self.gain_b, self.eps)
         return a * silu(b) if self.form == "silu" else a + b
+
+    def prepared(self, rows: int, time: int) -> Callable[[Tensor, Tensor], Tensor]:
+        """``forward`` for many times ``[rows, time, dim]``; what it gives may be written over by the next call."""
+        run = None
+        if self.form == "sigmoid" and unobserved(self):
+            run = prepare_gate(self.gain_a, self.gain_b, (rows, time), self.eps)
+        return self if run is None else run
 
 
 @register("gate")
@@ -92,6 +101,25 @@ class Gate(Block):
 
     def write(self, x: Tensor, state: State, mask: Tensor | None = None) -> State:
         return self(x, state, mask=mask)[1]
+
+    def decoder(self, rows: int, *, time: int = 1, step: int = 1) -> Decoder | None:
+        if step != 1:
+            return None
+        left, right = (decoder(block, rows, time=time) for block in self.branches)
+        gate = self.gate.prepared(rows, time)
+
+        def decode(x: Tensor, state: State) -> tuple[Tensor, State]:
+            a, after_a = left(x, state[0])
+            b, after_b = right(x, state[1])
+            return gate(a, b), (after_a, after_b)
+
+        return decode
+
+    def reader(self, rows: int) -> Callable[[Tensor, State], Tensor]:
+        """``read`` for many times one token of each of ``rows`` rows: see ``decoding.reader``."""
+        left, right = (reader(as_memory(block), rows) for block in self.branches)
+        gate = self.gate.prepared(rows, 1)
+        return lambda x, state: gate(left(x, state[0]), right(x, state[1]))
 
     def prefix(self, tokens: Tensor) -> tuple[Tensor, State]:
         left, right = self.branches

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .block import check_seed
-from .state import State, map_state
+from .state import State, trainable
 
 
 class Model(Protocol):
@@ -24,6 +24,7 @@ class Model(Protocol):
     def embed(self, tokens: Tensor) -> Tensor: ...
     def lookup(self, tokens: Tensor) -> Tensor: ...
     def run(self, x: Tensor, state: Any, mask: Tensor | None) -> tuple[Tensor, Any]: ...
+    def decoder(self, rows: int) -> Callable[[Tensor, Any], tuple[Tensor, Any]]: ...
     def predict(self, hidden: Tensor) -> Tensor: ...
 
 
@@ -49,7 +50,8 @@ class Step(NamedTuple):
 
     def trainable(self) -> Step:
         """The same in ordinary tensors, which gradients may be taken through: a copy of those of inference mode."""
-        return map_state(lambda tensor: tensor.clone() if tensor.is_inference() else tensor, self)
+        copy: Step = trainable(self)
+        return copy
 
 
 @torch.no_grad()
@@ -78,7 +80,8 @@ def generate(
     ``generate(model, gen.tokens[:, :0], state=gen.state, logits=gen.logits)`` continues exactly.
 
     Gradients are not tracked. Raises ``ValueError`` or ``TypeError`` for settings out of range, for a row without
-    any real token to go on from, and for whatever the model's ``forward`` refuses.
+    any real token to go on from, for predictions that are not finite (a diverged model), and for whatever the model's
+    ``forward`` refuses.
     """
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens: expected an integer >= 0, got {max_new_tokens!r}")
@@ -117,8 +120,8 @@ def read_prompt(
     absent = (~present).nonzero().flatten().tolist()
     if absent and logits is None:
         raise ValueError(f"tokens: row {absent[0]} has no real token to go on from, and no logits were given")
-    if logits is not None and tuple(logits.shape) != (rows, model.vocab):
-        raise ValueError(f"logits: expected [batch, vocab] = {[rows, model.vocab]}, got {list(logits.shape)}")
+    if logits is not None:
+        _check_logits(logits, (rows, model.vocab), tokens.device)
     hidden, state = model.run(x, state, mask)
     if len(absent) == rows:
         assert logits is not None
@@ -129,8 +132,19 @@ def read_prompt(
     index = (mask * torch.arange(time, device=mask.device)).argmax(dim=1)
     predicted = model.predict(hidden[torch.arange(rows, device=mask.device), index])
     if logits is not None:
-        predicted = torch.where(present.unsqueeze(1), predicted, logits)
+        predicted = torch.where(present.unsqueeze(1), predicted, logits.to(predicted.dtype))
     return predicted, state
+
+
+def _check_logits(logits: Tensor, shape: tuple[int, int | None], device: torch.device) -> None:
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits: expected a tensor [batch, vocab], got {type(logits).__name__}")
+    if not logits.is_floating_point():
+        raise TypeError(f"logits: expected a floating-point tensor, got {logits.dtype}")
+    if tuple(logits.shape) != shape:
+        raise ValueError(f"logits: expected [batch, vocab] = {list(shape)}, got {list(logits.shape)}")
+    if logits.device != device:
+        raise ValueError(f"logits: expected device {device} as tokens, got {logits.device}")
 
 
 @torch.inference_mode()
@@ -141,10 +155,11 @@ def steps(model: Model, logits: Tensor, state: State, sampler: Sampler, count: i
     a seventh of the time. ``Step.trainable`` is a copy without that limit.
     """
     _keep_freed_memory(logits)
+    decode = model.decoder(logits.shape[0])
     for _ in range(count):
         token = sampler(logits)
         # straight to the stack: what the sampler drew needs none of the checks on a caller's tokens
-        hidden, state = model.run(model.lookup(token.unsqueeze(1)), state, None)
+        hidden, state = decode(model.lookup(token.unsqueeze(1)), state)
         logits = model.predict(hidden[:, 0])
         yield Step(token, state, logits)
 
@@ -155,7 +170,7 @@ def _keep_freed_memory(like: Tensor) -> None:
     It does so beyond a threshold, which it raises when a larger block is freed. Nothing is written to this one.
     """
     if like.is_cpu:
-        torch.empty(31 * 2**20, dtype=torch.uint8)
+        torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
 
 
 class Sampler:
@@ -188,12 +203,22 @@ class Sampler:
                 self.generator.manual_seed(seed)
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """``[batch, vocab]`` -> ``[batch]`` int64."""
+        """``[batch, vocab]`` -> ``[batch]`` int64. A token at minus infinity is never drawn.
+
+        Raises ``ValueError`` for a row that holds NaN or infinity, or no finite number at all.
+        """
+        largest, likeliest = logits.max(dim=-1)
+        for row, value in enumerate(largest.tolist()):  # NaN and infinity are larger than all else
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"logits: the largest of row {row} is {value}, so no token can be drawn: the given logits, the "
+                    "state or the model's weights are not finite"
+                )
         if self.temperature == 0:
-            return logits.argmax(dim=-1)
+            return likeliest
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         # the largest becomes 0 first, so that a tiny temperature cannot overflow
-        logits = (logits - logits.amax(dim=-1, keepdim=True)) / self.temperature
+        logits = (logits - largest.unsqueeze(-1)) / self.temperature
         limit = logits.shape[-1] if self.top_k is None else min(self.top_k, logits.shape[-1])
         ids = None
         if limit < logits.shape[-1] or self.top_p is not None:

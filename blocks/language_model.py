@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,13 +12,14 @@ from torch.nn.functional import cross_entropy, embedding
 
 from ..kernels.projection import project
 from ..registry import Spec
-from .block import Blocks
+from .block import Blocks, Decoder
+from .decoding import decoder
 from .freezing import Frozen, freeze, thaw
 from .generation import Generation, generate
 from .layer import Layer
 from .normalisation import RMSNorm
 from .origin import Origin
-from .state import State, named_tensors, nbytes
+from .state import State, named_tensors, nbytes, trainable
 
 IGNORED = -100
 """A target with this value adds nothing to the loss."""
@@ -86,6 +87,7 @@ class LanguageModel(nn.Module):
         return math.lcm(*(layer.period for layer in self.layers))
 
     def reset_parameters(self) -> None:
+        """Embedding and head: normal, of deviation 0.02. The blocks initialise their own."""
         for weight in (self.embedding, self.head):
             if weight is not None:
                 nn.init.normal_(weight, std=0.02)
@@ -113,11 +115,15 @@ class LanguageModel(nn.Module):
         each token (they are not shifted here); -100 and masked positions do not count. ``check_finite``: whether to
         refuse embeddings that hold NaN or infinity at real tokens.
 
-        Nothing that is passed in is changed. Raises ``TypeError`` for a wrong dtype and ``ValueError`` for a wrong
-        shape, device, token id, or a state of other rows or of another model; each says what was expected.
+        Nothing that is passed in is changed. It may have been made in inference mode: where gradients are recorded,
+        the model works on a copy. Raises ``TypeError`` for a wrong dtype and ``ValueError`` for a wrong shape, device,
+        token id, or a state of other rows or of another model; each says what was expected.
         """
         if (tokens is None) == (embeddings is None):
             raise ValueError("give either tokens [batch, time] or embeddings=[batch, time, dim], and not both")
+        recording = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if recording:  # autograd keeps its arguments, and refuses to keep tensors of inference mode
+            tokens, embeddings, mask, targets = (_ordinary(x) for x in (tokens, embeddings, mask, targets))
         if tokens is not None:
             x = self.embed(tokens)
         else:
@@ -135,6 +141,7 @@ class LanguageModel(nn.Module):
             self._check_targets(targets, (rows, time))
         if state is not None:
             self.check_state(state, rows)
+            state = trainable(state) if recording else state
         hidden, state = self.run(x, state, mask)
         logits = None if self.vocab is None else self.predict(hidden)
         loss = None
@@ -154,6 +161,27 @@ class LanguageModel(nn.Module):
             x, after = layer(x, before, mask=mask)
             states.append(after)
         return self.norm(x)[0], ModelState(tuple(states), self._mark(x.shape[0]) if state is None else state.recipe)
+
+    def decoder(self, rows: int) -> Callable[[Tensor, ModelState], tuple[Tensor, ModelState]]:
+        """``run`` for many times one token ``[rows, 1, dim]``, from states of this model.
+
+        Without gradients. What is given out as hidden may be written over by the next call.
+        """
+        held = list(self.parameters())
+        places: list[int] = []
+        parts: list[Decoder] = []
+
+        def decode(x: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+            nonlocal places, parts
+            if (now := [parameter.data_ptr() for parameter in held]) != places:  # the first time, or moved since
+                places, parts = now, [decoder(block, rows) for block in (*self.layers, self.norm)]
+            states = []
+            for part, before in zip(parts, state.layers):
+                x, after = part(x, before)
+                states.append(after)
+            return parts[-1](x, None)[0], ModelState(tuple(states), state.recipe)
+
+        return decode
 
     def embed(self, tokens: Tensor) -> Tensor:
         """``[batch, time]`` int64 -> ``[batch, time, dim]``, with every check on ``tokens``."""
@@ -209,6 +237,8 @@ class LanguageModel(nn.Module):
 
     def flops(self, length: int) -> int:
         """Forward FLOPs (a multiply-add is 2) for one row of ``length`` tokens from a fresh state."""
+        if isinstance(length, bool) or not isinstance(length, int) or length < 0:
+            raise ValueError(f"length: expected an integer >= 0, got {length!r}")
         head = 0 if self.vocab is None else 2 * self.dim * self.vocab * length
         return sum(block.flops(length) for block in [*self.layers, self.norm]) + head
 
@@ -223,6 +253,9 @@ class LanguageModel(nn.Module):
 
     def check_state(self, state: ModelState, rows: int) -> None:
         """Raise ``ValueError`` or ``TypeError`` unless ``state`` is one of this model with ``rows`` rows."""
+        if not isinstance(state, ModelState):
+            hint = ": give its .state" if isinstance(getattr(state, "state", None), ModelState) else ""
+            raise TypeError(f"state: expected a ModelState (init_state makes one), got {type(state).__name__}{hint}")
         expected = self._fresh_tensors()
         try:
             given = dict(named_tensors(state))
@@ -280,11 +313,13 @@ class LanguageModel(nn.Module):
         device = next(self.parameters()).device
         if tensor.device != device:
             raise ValueError(f"{name} are on {tensor.device}, the model is on {device}: move one of them")
+        if device.type == "meta":
+            raise ValueError(f"{name}: the model is on the meta device: it has shapes, and no values to compute with")
 
     def _check_embeddings(self, embeddings: Tensor) -> None:
         dtype = next(self.parameters()).dtype
-        if isinstance(embeddings, Tensor) and torch.is_autocast_enabled(embeddings.device.type):
-            dtype = embeddings.dtype
+        if isinstance(embeddings, Tensor) and embeddings.is_floating_point() and not embeddings.is_meta:
+            dtype = embeddings.dtype if torch.is_autocast_enabled(embeddings.device.type) else dtype
         self._check("embeddings", embeddings, dtype, None)
         if embeddings.dim() != 3 or embeddings.shape[0] < 1 or embeddings.shape[2] != self.dim:
             raise ValueError(f"embeddings: expected [batch, time, {self.dim}], got {list(embeddings.shape)}")
@@ -305,6 +340,10 @@ class LanguageModel(nn.Module):
         if low < 0 or high >= self.vocab:
             wrong = low if low < 0 else high
             raise ValueError(f"{name}: id {wrong} is outside the vocabulary of {self.vocab} (0 to {self.vocab - 1})")
+
+
+def _ordinary(x: Tensor | None) -> Tensor | None:
+    return x.clone() if isinstance(x, Tensor) and x.is_inference() else x
 
 
 def _loss(logits: Tensor, targets: Tensor) -> Tensor:

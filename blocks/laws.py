@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import safetensors.torch
 import torch
@@ -15,22 +13,12 @@ from torch import Tensor, nn
 from ..registry import Spec, create
 from .block import Block, materialise
 from .language_model import LanguageModel
+from .placing import as_device, as_dtype
 from .state import State, concatenate, detach, map_state, named_tensors, nbytes, reset, select
+from .subject import LawError, Subject
 
 FAR = 2**21
 """The position at which outputs must still be those of the first tokens."""
-
-
-class LawError(AssertionError):
-    """A block breaks a law. ``law`` is the law's name, ``difference`` the largest difference where there is one.
-
-    ``law`` is ``shape`` where outputs are not of the inputs' shape, which no law needs to say.
-    """
-
-    def __init__(self, law: str, message: str, difference: float | None = None) -> None:
-        super().__init__(f"law {law!r}: {message}")
-        self.law = law
-        self.difference = difference
 
 
 def check_block(
@@ -56,9 +44,13 @@ def check_block(
     tokens streamed under that law, which takes most of the time.
 
     Raises ``LawError`` at the first law that fails, naming the law, the shapes and the largest difference. Laws are
-    checked in an order in which the first to fail is the cause and not a consequence.
+    checked in an order in which the first to fail is the cause and not a consequence. Raises ``RecipeError`` for a
+    description that is wrong, and ``ValueError`` for another argument that is.
     """
-    chosen = list(LAWS) if laws is None else list(laws)
+    if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 4):
+        raise ValueError(f"length: expected an integer >= 4, so that there is something to cut, got {length!r}")
+    device, dtype = as_device(device), as_dtype(dtype)
+    chosen = list(LAWS) if laws is None else [laws] if isinstance(laws, str) else list(laws)
     for law in chosen:
         if law not in LAWS:
             raise ValueError(f"unknown law {law!r}: the laws are {', '.join(LAWS)}")
@@ -75,131 +67,6 @@ def check_block(
                 raise LawError(law, f"raised {type(error).__name__}: {error}") from error
             differences[law] = subject.largest
     return differences
-
-
-class Subject:
-    """A block (or model) under test: a randomised copy, inputs for it, and comparisons that name what differs."""
-
-    def __init__(
-        self,
-        block: Any,
-        dim: int,
-        *,
-        dtype: torch.dtype,
-        seed: int,
-        length: int | None,
-        cuts: int | None,
-        endurance: int,
-        device: torch.device | str,
-    ) -> None:
-        self.given = block
-        self.dtype, self.seed, self.cuts, self.endurance, self.device = dtype, seed, cuts, endurance, device
-        self.tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 2e-2)
-        self.largest = 0.0
-        if isinstance(block, nn.Module):
-            initial: Any = copy.deepcopy(block)
-            self.dim = int(initial.dim)
-        else:
-            self.dim = dim
-            # constructed where it will live, so that only the law about the meta device depends on that device
-            initial = create(block, dim=dim)
-            try:
-                materialise(initial, "cpu", torch.float32, seed)
-            except RuntimeError as error:
-                raise LawError("meta", str(error)) from error
-        self.initial = initial.to(device=device)
-        self.module = copy.deepcopy(self.initial).to(dtype)
-        self._randomise(self.module)
-        self.period, self.grows = int(self.module.period), bool(self.module.grows)
-        buffers = [tensor.shape[1] for _, tensor in named_tensors(self.fresh(1)) if tensor.dim() > 2]
-        self.reach = max([self.period, *buffers])
-        """Tokens after which every chunk, segment and buffer has been gone through once."""
-        self.length = length if length is not None else _prime(max(19, self.reach + self.reach // 2 + 5))
-
-    def run(
-        self, x: Tensor, state: State = None, mask: Tensor | None = None, module: Any = None
-    ) -> tuple[Tensor, State]:
-        module = self.module if module is None else module
-        if not isinstance(module, LanguageModel):
-            y, state = module(x, state, mask=mask)
-            if y.shape != x.shape:
-                # a residual would broadcast or fail on it, and a comparison of two such outputs would see nothing
-                raise LawError("shape", f"inputs {list(x.shape)} gave outputs {list(y.shape)}: expected the same shape")
-            return y, state
-        out = module(embeddings=x, state=state, mask=mask, check_finite=False)
-        return out.hidden if out.logits is None else out.logits, out.state
-
-    def fresh(self, rows: int, module: Any = None) -> State:
-        with torch.no_grad():
-            return (self.module if module is None else module).init_state(rows)
-
-    def noise(self, *shape: int, salt: int = 0, dtype: torch.dtype | None = None) -> Tensor:
-        """Standard normal noise, the same for the same shape and ``salt``."""
-        generator = torch.Generator().manual_seed(self.seed * 7919 + salt)
-        drawn = torch.randn(*shape, generator=generator, dtype=torch.float64)
-        return drawn.to(device=self.device, dtype=dtype or self.dtype)
-
-    def tokens(self, rows: int, time: int, salt: int = 0) -> Tensor:
-        return self.noise(rows, time, self.dim, salt=salt)
-
-    def cut_points(self) -> list[int]:
-        """Where to cut: everywhere, or around each multiple of the period and evenly between."""
-        inner = range(2, self.length - 1)
-        if self.cuts is None or len(inner) <= self.cuts:
-            return list(inner)
-        near = [k + d for k in range(self.period, self.length, self.period) for d in (-1, 0, 1)]
-        near = near[:: max(1, math.ceil(len(near) / (self.cuts // 2)))]
-        even = [round(i * (self.length - 3) / (self.cuts // 2)) + 2 for i in range(self.cuts // 2)]
-        return sorted({k for k in [*near, *even] if k in inner})
-
-    def same(self, law: str, what: str, got: Tensor, expected: Tensor, tolerance: float | None = None) -> None:
-        """Raise unless the two agree to ``tolerance`` (0: bit by bit), relative to the largest expected value."""
-        tolerance = self.tolerance if tolerance is None else tolerance
-        if got.shape != expected.shape or got.dtype != expected.dtype:
-            raise LawError(
-                law, f"{what}: got {list(got.shape)} {got.dtype}, expected {list(expected.shape)} {expected.dtype}"
-            )
-        if got.numel() == 0 or torch.equal(got, expected):
-            return
-        wide = torch.complex128 if got.is_complex() else torch.float64
-        error = (got.to(wide) - expected.to(wide)).abs()
-        scale = max(1.0, float(expected.to(wide).abs().nan_to_num().max()))
-        difference = float(error.max())
-        if not difference <= tolerance * scale:
-            place = [int(i) for i in torch.unravel_index(error.nan_to_num(nan=math.inf).argmax(), error.shape)]
-            raise LawError(
-                law,
-                f"{what}, {list(got.shape)}: largest difference {difference:.3g} at {place} "
-                f"(values up to {scale:.3g}, tolerance {tolerance * scale:.1g})",
-                difference,
-            )
-        self.largest = max(self.largest, difference)
-
-    def same_state(self, law: str, what: str, got: State, expected: State, tolerance: float | None = None) -> None:
-        names, wanted = dict(named_tensors(got)), dict(named_tensors(expected))
-        if names.keys() != wanted.keys():
-            odd = sorted(names.keys() ^ wanted.keys())
-            raise LawError(law, f"{what}: the state's structure changed: {', '.join(odd)} on one side only")
-        for path, tensor in names.items():
-            if self.grows and tensor.shape != wanted[path].shape:
-                continue  # room for tokens, which padding may have enlarged; outputs from there on tell
-            exact = not (tensor.is_floating_point() or tensor.is_complex())
-            self.same(law, f"{what}, state {path}", tensor, wanted[path], 0.0 if exact else tolerance)
-
-    def row(self, state: State, row: int) -> State:
-        """One row of a state, which needs every tensor to have the rows first."""
-        return select(state, [row])
-
-    def check_rows(self, state: State, rows: int) -> None:
-        for path, tensor in named_tensors(state):
-            if tensor.dim() == 0 or tensor.shape[0] != rows:
-                raise LawError("rows", f"state {path} is {list(tensor.shape)}: dimension 0 must be the {rows} rows")
-
-    def _randomise(self, module: nn.Module) -> None:
-        with torch.no_grad():
-            for index, parameter in enumerate(module.parameters()):
-                scale = 0.3 * (parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 1.0)
-                parameter.add_(scale * self.noise(*parameter.shape, salt=1000 + index, dtype=parameter.dtype))
 
 
 def _purity(subject: Subject) -> None:
@@ -304,13 +171,21 @@ def _split(subject: Subject) -> None:
 
 
 def _step(subject: Subject) -> None:
-    """Time = 1 repeated is a split; so is one token before or after a longer piece."""
+    """Time = 1 repeated is a split, called or by a prepared decoder; so is one token before or after a longer piece."""
     with torch.no_grad():
         x, last = subject.tokens(2, subject.length), subject.length
         y, state = subject.run(x)
         _in_pieces(subject, "step", "one token, then the rest", x, y, state, [(0, 1), (1, last)])
         _in_pieces(subject, "step", "the last token alone", x, y, state, [(0, last - 1), (last - 1, last)])
         _in_pieces(subject, "step", "one token at a time", x, y, state, [(t, t + 1) for t in range(last)])
+    outputs, running = [], subject.fresh(2)
+    with torch.inference_mode():
+        decode = subject.decoder(2)
+        for token in x.split(1, dim=1):
+            out, running = decode(token, running)
+            outputs.append(out.clone())
+        subject.same("step", "outputs, one token at a time by a decoder", torch.cat(outputs, dim=1), y)
+        subject.same_state("step", "one token at a time by a decoder", running, state)
 
 
 def _in_pieces(
@@ -613,16 +488,6 @@ def _endurance(subject: Subject) -> None:
                     "endurance",
                     f"state of {size} bytes, {nbytes(state)} after {done} tokens; if meant, declare grows = True",
                 )
-
-
-def _prime(least: int) -> int:
-    return next(n for n in _count(least) if all(n % d for d in range(2, math.isqrt(n) + 1)))
-
-
-def _count(start: int) -> Iterator[int]:
-    while True:
-        yield start
-        start += 1
 
 
 LAWS: dict[str, Callable[[Subject], None]] = {

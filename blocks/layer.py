@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..registry import Spec, create
-from .block import Block, Blocks, check_parts
+from .block import Block, Blocks, Decoder, check_parts
+from .decoding import decoder
 from .normalisation import RMSNorm
 from .state import State
 
@@ -39,6 +40,24 @@ class Layer(Block):
             x = x + y
             states.append(after)
         return x, tuple(states)
+
+    def decoder(self, rows: int, *, time: int = 1, step: int = 1) -> Decoder | None:
+        if step != 1:
+            return None
+        parts = [
+            (decoder(norm, rows, time=time), decoder(block, rows, time=time))
+            for norm, block in zip(self.norms, self.blocks)
+        ]
+
+        def decode(x: Tensor, state: State) -> tuple[Tensor, State]:
+            states = []
+            for (normed, part), before in zip(parts, state):
+                y, after = part(normed(x, None)[0], before)
+                x = x + y
+                states.append(after)
+            return x, tuple(states)
+
+        return decode
 
     def bound(self, tokens: int) -> None:
         for block in self.blocks:

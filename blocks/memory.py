@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -11,17 +11,17 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..kernels.decoding.gated_projection import few, gated_output, prepare_gated_output
+from ..kernels.decoding.memory_inputs import memory_inputs, memory_query, prepare_inputs
 from ..kernels.gate import gated_norm
-from ..kernels.gated_projection import few, gated_output
 from ..kernels.layout import align, last
-from ..kernels.memory import MemoryState, read_memory, titans_memory
+from ..kernels.memory import MemoryState, prepare_read, prepare_step, read_memory, titans_memory
 from ..kernels.memory.cost import memory_flops
-from ..kernels.memory_inputs import memory_inputs, memory_query
 from ..kernels.normalisation import l2_norm
 from ..kernels.projection import project, project_made
 from ..kernels.query_key_value import query_key_value
 from ..registry import register
-from .block import Block, check_input
+from .block import Block, Decoder, check_input
 from .linear import Linear, plain
 
 
@@ -229,6 +229,57 @@ class NeuralMemory(Block):
             return False
         linears = self.qkv, self.controls, self.output_gate, self.output
         return plain(*linears) and few(x, *[linears[i].weight for i in (0, 2, 3)])
+
+    def decoder(self, rows: int, *, time: int = 1, step: int = 1) -> Decoder | None:
+        controls, finish = self.controls, self._finisher(rows)
+        if time != 1 or finish is None:
+            return None
+        inputs = prepare_inputs(
+            self.qkv.weight, self.convolution, self.heads, rows, controls.weight, controls.bias, self.max_step
+        )
+        if inputs is None:
+            return None
+        (q, k, v, gates, _), load = inputs
+        write = prepare_step(
+            q, k, v, gates[0], gates[1] if self.momentum else None, gates[-1] if self.forgetting else None,
+            self.shapes, chunk=self.chunk, activation=self.activation, norm=self.norm_gain,
+            clip=self.clip, read=self.retrieve,
+        )  # fmt: skip
+        if write is None:
+            return None
+
+        def decode(x: Tensor, state: NeuralMemoryState) -> tuple[Tensor, NeuralMemoryState]:
+            if self.use != "both":  # frozen meanwhile
+                return self(x, state)
+            history = load(x, state.convolution)
+            y, memory = write(state.memory)
+            return finish(y, x), NeuralMemoryState(memory, history, None)
+
+        return decode
+
+    def reader(self, rows: int) -> Callable[[Tensor, NeuralMemoryState], Tensor] | None:
+        """``read`` for many times one token of each of ``rows`` rows: see ``decoding.reader``."""
+        finish = self._finisher(rows)
+        query = prepare_inputs(self.qkv.weight[: self.inner], self.convolution, self.heads, rows)
+        if finish is None or query is None:
+            return None
+        (q, *_), load = query
+        ask = prepare_read(q, self.shapes, self.activation, self.norm_gain)
+        if ask is None:
+            return None
+
+        def read(x: Tensor, state: NeuralMemoryState) -> Tensor:
+            load(x, state.convolution)
+            return finish(ask(state.memory.weights), x)
+
+        return read
+
+    def _finisher(self, rows: int) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """``_finish`` for decoding; ``None`` where there is no preparing it."""
+        gate, out = self.output_gate.weight, self.output.weight
+        if not self._decodes(gate.new_empty(rows, 1, self.dim)):
+            return None
+        return prepare_gated_output(self.output_gain, gate, out, (rows, 1))
 
     def _step(self, x: Tensor, state: NeuralMemoryState) -> tuple[Tensor, NeuralMemoryState]:
         """``_run`` for what :meth:`_decodes`."""

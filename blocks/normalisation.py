@@ -9,9 +9,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.normalisation import rms_norm
+from ..kernels.normalisation import prepare_rms_norm, rms_norm
 from ..registry import register
-from .block import Block, check_input
+from .block import Block, Decoder, check_input
 from .state import State
 
 Eps = Annotated[float, Field(gt=0, description="added to the mean square before its root")]
@@ -48,6 +48,10 @@ class RMSNorm(_Norm):
 
     def normalise(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.gain, self.eps)
+
+    def decoder(self, rows: int, *, time: int = 1, step: int = 1) -> Decoder | None:
+        run = prepare_rms_norm(self.gain, (rows, time), self.eps) if step == 1 else None
+        return None if run is None else lambda x, state: (run(x), state)
 
 
 @register("layer_norm")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import torch
@@ -9,7 +10,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..registry import Spec, create, register
-from .block import Block, as_memory, as_rows, read_flops
+from .block import Block, Decoder, as_memory, as_rows, read_flops
+from .decoding import decoder, reader
 from .state import State
 
 
@@ -49,6 +51,13 @@ class Persistent(Block):
 
     def write(self, x: Tensor, state: State, mask: Tensor | None = None) -> State:
         return as_memory(self.of).write(x, state, mask)
+
+    def decoder(self, rows: int, *, time: int = 1, step: int = 1) -> Decoder | None:
+        return decoder(self.of, rows, time=time, step=step)
+
+    def reader(self, rows: int) -> Callable[[Tensor, State], Tensor]:
+        """``read`` for many times one token of each of ``rows`` rows: see ``decoding.reader``."""
+        return reader(as_memory(self.of), rows)
 
     def prefix(self, tokens: Tensor) -> tuple[Tensor, State]:
         """The given tokens stand before this block's own."""

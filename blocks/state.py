@@ -24,23 +24,37 @@ State: TypeAlias = Any
 def map_state(function: Callable[..., Tensor], state: State, *others: State) -> State:
     """Apply ``function`` to corresponding tensors of one or more states of equal structure.
 
-    Raises ``TypeError`` when the structures differ or a leaf is neither tensor nor ``None``.
+    Raises ``TypeError``, saying where, when the structures differ or a leaf is neither tensor nor ``None``.
     """
+    return _map(function, (), state, *others)
+
+
+def _map(function: Callable[..., Tensor], path: tuple[object, ...], *nodes: State) -> State:
+    state = nodes[0]
     if isinstance(state, Tensor):
-        for other in others:
+        for other in nodes[1:]:
             if not isinstance(other, Tensor):
-                raise TypeError(f"states differ in structure: a tensor here, {type(other).__name__} there")
-        return function(state, *others)
-    if any(type(other) is not type(state) for other in others):
-        raise TypeError("states differ in structure: " + ", ".join(type(node).__name__ for node in (state, *others)))
+                raise TypeError(f"states differ in structure{_at(path)}: a tensor here, {type(other).__name__} there")
+        return function(*nodes)
+    if any(type(other) is not type(state) for other in nodes[1:]):
+        kinds = ", ".join(type(node).__name__ for node in nodes)
+        raise TypeError(f"states differ in structure{_at(path)}: {kinds}")
     if state is None:
         return None
     if not isinstance(state, tuple):
-        raise TypeError(f"a state is a tree of named tuples, tensors and None, not {type(state).__name__}")
-    if any(len(other) != len(state) for other in others):
-        raise TypeError(f"states differ in structure: {type(state).__name__} of different lengths")
-    children = [map_state(function, *nodes) for nodes in zip(state, *others)]
+        raise TypeError(f"{_NO_STATE}, not {type(state).__name__}{_at(path)}")
+    if any(len(other) != len(state) for other in nodes[1:]):
+        raise TypeError(f"states differ in structure{_at(path)}: {type(state).__name__} of different lengths")
+    names = getattr(state, "_fields", range(len(state)))
+    children = [_map(function, (*path, name), *below) for name, below in zip(names, zip(*nodes))]
     return type(state)(*children) if hasattr(state, "_fields") else tuple(children)
+
+
+_NO_STATE = "a state is a tree of named tuples, tensors and None"
+
+
+def _at(path: tuple[object, ...]) -> str:
+    return f" at {'.'.join(map(str, path))}" if path else ""
 
 
 def named_tensors(state: State, path: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -52,14 +66,16 @@ def named_tensors(state: State, path: str = "") -> Iterator[tuple[str, Tensor]]:
         for name, child in zip(names, state):
             yield from named_tensors(child, f"{path}.{name}" if path else str(name))
     elif state is not None:
-        raise TypeError(f"a state is a tree of named tuples, tensors and None, not {type(state).__name__} at {path}")
+        raise TypeError(f"{_NO_STATE}, not {type(state).__name__}" + (f" at {path}" if path else ""))
 
 
 def batch_size(state: State) -> int | None:
-    """Rows in the state; ``None`` when it holds no tensor. Raises ``ValueError`` when tensors disagree."""
+    """Rows in the state; ``None`` when it holds no tensor. Raises ``ValueError`` when tensors disagree or have none."""
     rows: int | None = None
     first = ""
     for path, tensor in named_tensors(state):
+        if tensor.dim() == 0:
+            raise ValueError(f"state {path or 'tensor'} is a single number: dimension 0 must be the rows")
         if rows is None:
             rows, first = tensor.shape[0], path
         elif tensor.shape[0] != rows:
@@ -72,57 +88,139 @@ def detach(state: State) -> State:
     return map_state(lambda tensor: tensor.detach(), state)
 
 
+def trainable(state: State) -> State:
+    """The same in ordinary tensors, which gradients may be taken through: those of inference mode are copied."""
+    if not any(tensor.is_inference() for _, tensor in named_tensors(state)):
+        return state
+    return map_state(lambda tensor: tensor.clone() if tensor.is_inference() else tensor, state)
+
+
 def to(state: State, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> State:
-    """Move to ``device``; cast floating-point tensors to ``dtype``. Integer tensors keep their type."""
+    """Move to ``device``; cast floating-point tensors to ``dtype``, a floating-point one. Integers keep their type.
+
+    Raises ``TypeError`` for another ``dtype``.
+    """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype: expected a floating-point torch.dtype or None, got {dtype!r}")
     return map_state(
         lambda tensor: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None), state
     )
 
 
 def select(state: State, rows: Tensor | Sequence[int] | slice) -> State:
-    """The given rows, in the given order, repeats allowed: beam search and batch reordering."""
+    """The given rows, in the given order, repeats allowed: beam search and batch reordering.
+
+    ``rows``: integers, negative ones from the end, or one bool for each row. Raises ``TypeError`` and, for a row that
+    is not there, ``IndexError``.
+    """
     if isinstance(rows, slice):
         return map_state(lambda tensor: tensor[rows], state)
-
-    def pick(tensor: Tensor) -> Tensor:
-        index = torch.as_tensor(rows, device=tensor.device)
-        return tensor[index] if index.dtype == torch.bool else tensor.index_select(0, index.long())
-
-    return map_state(pick, state)
+    size = batch_size(state)
+    if size is None:
+        return state
+    index = _index(rows, size)
+    return map_state(lambda tensor: tensor.index_select(0, index.to(tensor.device)), state)
 
 
 def concatenate(states: Sequence[State]) -> State:
-    """One state holding the rows of all the given states, in order."""
+    """One state holding the rows of all the given states, in order.
+
+    Raises ``TypeError`` or ``ValueError`` for states of different structure, dtypes, devices or widths.
+    """
+    if isinstance(states, Tensor) or hasattr(states, "_fields"):
+        raise TypeError(f"concatenate: expected a list of states, got one {type(states).__name__}")
     if not states:
         raise ValueError("concatenate: expected at least one state, got none")
 
     def join(*tensors: Tensor) -> Tensor:
-        if len({tensor.shape[1:] for tensor in tensors}) > 1:
+        if any(tensor.dim() == 0 for tensor in tensors) or len({tensor.shape[1:] for tensor in tensors}) > 1:
             shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors)
             raise ValueError(f"concatenate: rows of different shapes: {shapes} (states that grow must be equally long)")
+        _expect_alike("concatenate", *tensors)
         return torch.cat(tensors, dim=0)
 
     return map_state(join, *states)
 
 
 def where(rows: Tensor, state: State, other: State) -> State:
-    """Row by row: ``state`` where ``rows`` (bool ``[batch]``) is true, ``other`` elsewhere."""
-    return map_state(lambda here, there: torch.where(rows.view(-1, *[1] * (here.dim() - 1)), here, there), state, other)
+    """Row by row: ``state`` where ``rows`` (bool ``[batch]``) is true, ``other`` elsewhere.
+
+    Raises ``TypeError`` or ``ValueError`` for states that differ in structure, dtype, device or shape.
+    """
+    sizes = batch_size(state), batch_size(other)
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"where: states of {sizes[0]} and {sizes[1]} rows: expected as many")
+    if sizes[0] is None:
+        return state
+    if not isinstance(rows, Tensor) or rows.dtype != torch.bool or rows.shape != (sizes[0],):
+        got = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, Tensor) else repr(rows)
+        raise TypeError(f"where: rows: expected bool [{sizes[0]}], got {got}")
+    return _choose("where", rows, state, other)
 
 
 def reset(state: State, rows: Tensor | Sequence[int], fresh: State) -> State:
-    """Start the given rows anew: their values come from ``fresh``, ``init_state`` of the same batch size."""
+    """Start the given rows anew: their values come from ``fresh``, ``init_state`` of the same batch size or of 1.
+
+    ``rows``: integers, negative ones from the end, or one bool for each row. Raises ``TypeError`` or ``ValueError``
+    for states that do not fit each other, and ``IndexError`` for a row that is not there.
+    """
     size = batch_size(state)
     if size is None:
         return state
-    chosen = torch.as_tensor(rows)
-    if chosen.dtype != torch.bool:
-        chosen = torch.zeros(size, dtype=torch.bool).index_fill_(0, chosen.long().cpu(), True)
-    return map_state(
-        lambda old, new: torch.where(chosen.to(old.device).view(-1, *[1] * (old.dim() - 1)), new, old), state, fresh
-    )
+    given = batch_size(fresh)
+    if given not in (size, 1, None):
+        raise ValueError(f"reset: fresh has {given} rows: expected {size}, as the state, or 1")
+    chosen = torch.zeros(size, dtype=torch.bool, device="cpu")
+    chosen[_index(rows, size).cpu()] = True
+    return _choose("reset", chosen, fresh, state)
 
 
 def nbytes(state: State) -> int:
     """Bytes of all tensors, each counted in full (a broadcast view counts as if it were written out)."""
     return sum(tensor.numel() * tensor.element_size() for _, tensor in named_tensors(state))
+
+
+def _index(rows: Any, size: int) -> Tensor:
+    """``rows`` of a state of ``size`` rows as an int64 vector of row numbers >= 0."""
+    try:
+        given = rows if isinstance(rows, Tensor) else torch.as_tensor(rows, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"rows: expected row numbers or bools, got {rows!r}") from None
+    if given.numel() == 0:
+        given = given.long()
+    if given.dtype == torch.bool:
+        if given.shape != (size,):
+            raise IndexError(f"rows: bools {list(given.shape)}: expected one for each of the state's {size} rows")
+        return given.nonzero().flatten()
+    if given.dim() > 1 or given.is_floating_point() or given.is_complex():
+        raise TypeError(f"rows: expected a list of row numbers or bools, got {given.dtype} {list(given.shape)}")
+    index = given.long().reshape(-1)
+    wrong = index[(index < -size) | (index >= size)]
+    if wrong.numel():
+        raise IndexError(f"rows: there is no row {int(wrong[0])} in a state of {size} rows")
+    return torch.where(index < 0, index + size, index)
+
+
+def _choose(name: str, rows: Tensor, state: State, other: State) -> State:
+    """Row by row ``state`` where ``rows`` is true, else ``other``; one of the two may have a single row for all."""
+
+    def choose(here: Tensor, there: Tensor) -> Tensor:
+        if here.shape[1:] != there.shape[1:]:
+            raise ValueError(
+                f"{name}: rows of different shapes: {list(here.shape)}, {list(there.shape)} "
+                "(states that grow must be equally long)"
+            )
+        _expect_alike(name, here, there)
+        return torch.where(rows.to(here.device).view(-1, *[1] * (here.dim() - 1)), here, there)
+
+    return map_state(choose, state, other)
+
+
+def _expect_alike(name: str, *tensors: Tensor) -> None:
+    """Raise unless the tensors, the same one of each state, share dtype and device: no operation here changes them."""
+    if len({tensor.dtype for tensor in tensors}) > 1:
+        raise TypeError(f"{name}: states of different dtypes: {', '.join(str(tensor.dtype) for tensor in tensors)}")
+    if len({tensor.device for tensor in tensors}) > 1:
+        raise ValueError(
+            f"{name}: states on different devices: {', '.join(str(tensor.device) for tensor in tensors)}: move them"
+        )

@@ -2,12 +2,10 @@
 
 from . import (
     attention,
-    cached_attention,
     convolution,
+    decoding,
     gate,
-    gated_projection,
     memory,
-    memory_inputs,
     normalisation,
     projection,
     query_key_value,
@@ -17,12 +15,10 @@ from . import (
 
 __all__ = [
     "attention",
-    "cached_attention",
     "convolution",
+    "decoding",
     "gate",
-    "gated_projection",
     "memory",
-    "memory_inputs",
     "normalisation",
     "projection",
     "query_key_value",

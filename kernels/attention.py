@@ -16,6 +16,7 @@ the end of this file.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,10 +24,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .arguments import expect_tensors
 from .dispatch import Backend, Operation
 from .native import library
 from .native.kernel import plain, tracks
 from .native_attention import native_attention
+from .spoiled import without_infinities
 
 
 class Prefix(NamedTuple):
@@ -58,6 +61,8 @@ def attention(
     query's place to the next one's, so that ``S > (T - 1) step``. Scores are scaled by ``d ** -0.5``. Returns
     ``[batch, T, heads, d]`` in ``q``'s dtype.
 
+    On a CPU a key or value that is not finite makes NaN of the queries that see it, and of no others.
+
     Raises ``ValueError`` or ``TypeError`` naming the argument that does not fit; ``BackendError``.
     """
     _check(q, k, v, window, start, prefix, step)
@@ -66,12 +71,25 @@ def attention(
     grad = tracks(q, k, v, *(() if prefix is None else prefix))
     ordinary = plain(q, k, v, start, *(() if prefix is None else prefix))
     run = _operation.choose(backend, device=q.device.type, dtype=q.dtype, grad=grad, plain=ordinary)
+    if q.shape[1] > 1 and q.is_cpu and ordinary and not torch.compiler.is_compiling():
+        # elsewhere a look at the numbers would make the device wait
+        finite = without_infinities(k, v, q.shape[1], window, start, step)
+        if finite is not None:
+            k, v, spoiled = finite
+            y = run(q, k, v, window, start, prefix, step)
+            return y.masked_fill(spoiled.repeat_interleave(q.shape[2] // k.shape[2], dim=2).unsqueeze(-1), math.nan)
     return run(q, k, v, window, start, prefix, step)
 
 
 def _check(
     q: Tensor, k: Tensor, v: Tensor, window: int | None, start: Tensor | None, prefix: Prefix | None, step: int
 ) -> None:
+    if prefix is not None and not isinstance(prefix, Prefix):
+        raise TypeError(f"attention: prefix: expected a Prefix(q, k, v) or None, got {type(prefix).__name__}")
+    given = [("q", q), ("k", k), ("v", v)]
+    if prefix is not None:
+        given += [("prefix.q", prefix.q), ("prefix.k", prefix.k), ("prefix.v", prefix.v)]
+    expect_tensors("attention", *given)
     if q.dim() != 4:
         raise ValueError(f"attention: q {list(q.shape)}: expected [batch, time, heads, d]")
     rows, time, heads, d = q.shape
@@ -79,35 +97,41 @@ def _check(
         raise ValueError(
             f"attention: k {list(k.shape)}: expected [{rows}, keys, kv_heads, {d}] to fit q {list(q.shape)}"
         )
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
-            raise TypeError(f"attention: {name} is {x.dtype}: expected the dtype of q, {q.dtype}")
     if v.shape != k.shape:
         raise ValueError(f"attention: v {list(v.shape)}: expected the shape of k, {list(k.shape)}")
+    for name, number in (("step", step), ("window", window)):
+        if number is None and name == "window":
+            continue
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise TypeError(f"attention: {name} is {number!r}: expected a whole number of keys")
     if step < 1:
         raise ValueError(f"attention: step is {step}: expected at least 1")
     if k.shape[1] < (time - 1) * step + 1 and time:
         raise ValueError(
             f"attention: k has {k.shape[1]} keys for {time} queries: expected at least {(time - 1) * step + 1}"
         )
-    if heads % k.shape[2]:
+    if k.shape[2] < 1 or heads % k.shape[2]:
         raise ValueError(f"attention: k has {k.shape[2]} heads: expected a divisor of q's {heads}")
     if window is not None and window < 1:
         raise ValueError(f"attention: window is {window}: expected at least 1, or None")
     if start is not None:
+        if not isinstance(start, Tensor):
+            raise TypeError(f"attention: start: expected a tensor, got {type(start).__name__}")
         if start.dtype != torch.int64:
             raise TypeError(f"attention: start is {start.dtype}: expected torch.int64")
         if start.shape != (rows,):
             raise ValueError(f"attention: start {list(start.shape)}: expected [{rows}]")
+        if start.device != q.device:
+            raise ValueError(f"attention: start is on {start.device}: expected the device of q, {q.device}")
     if prefix is not None:
         if prefix.q.shape != q.shape:
             raise ValueError(f"attention: prefix.q {list(prefix.q.shape)}: expected the shape of q, {list(q.shape)}")
-        expected = (rows, prefix.k.shape[1], k.shape[2], d)
-        for name, x in (("k", prefix.k), ("v", prefix.v)):
-            if x.dtype != q.dtype:
-                raise TypeError(f"attention: prefix.{name} is {x.dtype}: expected the dtype of q, {q.dtype}")
-            if x.shape != expected:
-                raise ValueError(f"attention: prefix.{name} {list(x.shape)}: expected {list(expected)}")
+        if prefix.k.dim() != 4 or prefix.k.shape != (rows, prefix.k.shape[1], k.shape[2], d):
+            raise ValueError(
+                f"attention: prefix.k {list(prefix.k.shape)}: expected [{rows}, tokens, {k.shape[2]}, {d}]"
+            )
+        if prefix.v.shape != prefix.k.shape:
+            raise ValueError(f"attention: prefix.v {list(prefix.v.shape)}: expected {list(prefix.k.shape)}")
 
 
 def _visible(
@@ -271,7 +295,7 @@ def _joint(q: Tensor, k: Tensor, v: Tensor, prefix: Prefix, visible: Tensor | No
 def _scale(d: int, dtype: torch.dtype) -> Tensor:
     """``d ** -0.5`` as a tensor: a number would be made into one at every call."""
     with torch.inference_mode(False):
-        return torch.tensor(d**-0.5, dtype=dtype)
+        return torch.tensor(d**-0.5, dtype=dtype, device="cpu")  # a single number goes with any device
 
 
 @functools.lru_cache(maxsize=64)
@@ -279,6 +303,11 @@ def _ahead(time: int, device: torch.device) -> Tensor:
     """Bool ``[time, time]``: the key comes after the query."""
     with torch.inference_mode(False):
         return torch.ones(time, time, dtype=torch.bool, device=device).triu(1)
+
+
+def _dense(*tensors: Tensor) -> list[Tensor]:
+    """With their last dimension dense: the fused kernel takes it to be, and does not look."""
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 def _per_kv_head(q: Tensor, k: Tensor) -> Tensor:
@@ -306,6 +335,7 @@ class _Merged(torch.autograd.Function):
         hidden: Tensor | None,
         causal: bool,
     ) -> Tensor:
+        q, k, v = _dense(q, k, v)
         y, late = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=hidden)
         if hidden is not None:  # the kernel returns 0 where there was nothing to sum
             late = late.masked_fill(hidden.amax(dim=-1) == float("-inf"), float("-inf"))
@@ -323,6 +353,8 @@ class _Merged(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, pq, pk, pv, hidden, y, both, weight = ctx.saved_tensors
+        q, k, v, y, grad = _dense(q, k, v, y, grad)  # saved tensors too: who hooks them may return other strides
+        both = both.contiguous()
         grad_q, grad_k, grad_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, y, both, 0.0, ctx.causal, attn_mask=hidden
         )

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .arguments import expect_tensors
 from .dispatch import Backend, Operation
+from .triton import availability as triton
 
 
 def causal_convolution(x: Tensor, weight: Tensor, history: Tensor | None = None, *, backend: str = "auto") -> Tensor:
@@ -16,12 +18,15 @@ def causal_convolution(x: Tensor, weight: Tensor, history: Tensor | None = None,
 
     ``x``: ``[batch, time, dim]``. ``weight``: ``[dim, width]``, its last column on the current token.
     ``history``: ``[batch, width - 1, dim]``, the inputs before ``x``; zeros if ``None``.
-    Returns ``[batch, time, dim]``. Raises ``ValueError`` on shapes that do not fit.
+    Returns ``[batch, time, dim]``. Raises ``ValueError`` for shapes or devices that do not fit, ``TypeError`` for
+    dtypes that are not one.
     """
-    if weight.dim() != 2 or x.dim() != 3 or weight.shape[0] != x.shape[-1]:
+    given = (("x", x), ("weight", weight), ("history", history))
+    expect_tensors("causal_convolution", *given[: 2 if history is None else 3])
+    if weight.dim() != 2 or x.dim() != 3 or weight.shape[0] != x.shape[-1] or weight.shape[1] < 1:
         raise ValueError(
             f"causal_convolution: x {list(x.shape)} and weight {list(weight.shape)}: "
-            "expected [batch, time, dim] and [dim, width]"
+            "expected [batch, time, dim] and [dim, width >= 1]"
         )
     before = (x.shape[0], weight.shape[1] - 1, x.shape[2])
     if history is None:
@@ -33,7 +38,9 @@ def causal_convolution(x: Tensor, weight: Tensor, history: Tensor | None = None,
 
 def convolve(inputs: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor:
     """``causal_convolution`` of ``inputs`` ``[batch, width - 1 + time, dim]`` that begin with their history."""
-    return _operation.choose(backend, device=inputs.device.type, dtype=inputs.dtype)(inputs, weight)
+    return _operation.choose(backend, device=inputs.device.type, dtype=inputs.dtype, same=weight.dtype == inputs.dtype)(
+        inputs, weight
+    )
 
 
 def _reference(inputs: Tensor, weight: Tensor) -> Tensor:
@@ -86,4 +93,13 @@ def _tiles(y: Tensor) -> list[tuple[int, int]]:
     return [(start, min(start + size, y.shape[1])) for start in range(0, y.shape[1], size)]
 
 
-_operation = Operation("convolution", [Backend("torch", _shifted), Backend("reference", _reference)])
+def _triton(inputs: Tensor, weight: Tensor) -> Tensor:
+    from .triton.convolution import convolve
+
+    return convolve(inputs, weight)
+
+
+_operation = Operation(
+    "convolution",
+    [Backend("triton", _triton, triton.refuse), Backend("torch", _shifted), Backend("reference", _reference)],
+)

@@ -45,7 +45,8 @@ class Backend:
     """One way to run an operation.
 
     ``refuse(**facts)`` returns why it cannot run, or ``None``. Every operation gives at least the facts
-    ``device`` (a device type such as ``"cpu"``) and ``dtype``; a backend ignores the facts it has no opinion on.
+    ``device`` (a device type such as ``"cpu"``) and ``dtype``, and ``named=True`` where this backend was asked for by
+    name; a backend ignores the facts it has no opinion on.
     A backend with an optional dependency imports it inside ``run``, after ``refuse`` has looked for it.
     """
 
@@ -109,7 +110,7 @@ class Operation:
         backend = self.backends.get(name)
         if backend is None:
             raise BackendError(f"{self.name}: {source}: no such backend; expected auto, {', '.join(self.backends)}")
-        reason = backend.refuse(**facts)
+        reason = backend.refuse(named=True, **facts)
         if reason is not None:
             raise BackendError(f"{self.name}: {source}: {name} cannot run: {reason}")
         return backend

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .dispatch import Backend, Operation
-from .native import gated
-from .native.kernel import plain
+from .gated import GATE, GATED_NORM, SILU_GATE, Form
+from .native import gated as native_gated
+from .native.kernel import plain, prepares
 from .normalisation import rms_norm
+from .triton import availability as triton
 
 
 def gate(a: Tensor, b: Tensor, gain_a: Tensor, gain_b: Tensor, eps: float = 1e-6, *, backend: str = "auto") -> Tensor:
@@ -26,6 +29,20 @@ def gate(a: Tensor, b: Tensor, gain_a: Tensor, gain_b: Tensor, eps: float = 1e-6
         if gain.shape != a.shape[-1:]:
             raise ValueError(f"gate: {name} {list(gain.shape)}: expected {list(a.shape[-1:])}")
     return _choose(_gate, backend, a, b, gain_a, gain_b)(a, b, gain_a, gain_b, eps)
+
+
+def prepare_gate(
+    gain_a: Tensor, gain_b: Tensor, shape: tuple[int, ...], eps: float = 1e-6
+) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """``gate`` for many times dense ``a`` and ``b`` ``[*shape, dim]``, or ``None`` where that gains nothing.
+
+    As ``projection.prepare_projection`` does it: without gradients, into one tensor.
+    """
+    x = gain_a.new_empty((*shape, gain_a.numel()))
+    if not prepares(gain_a, gain_b) or _choose(_gate, "auto", x, gain_a, gain_b) is not _gate_native:
+        return None
+    dim = gain_a.numel()
+    return native_gated.prepare_gated(Form(GATE, 1, dim, dim, eps), x, gain_a, gain_b)
 
 
 def gated_norm(y: Tensor, gain: Tensor, g: Tensor, eps: float = 1e-6, *, backend: str = "auto") -> Tensor:
@@ -88,7 +105,14 @@ def _choose(operation: Operation, backend: str, x: Tensor, *others: Tensor) -> A
 
 def _gate_native(a: Tensor, b: Tensor, gain_a: Tensor, gain_b: Tensor, eps: float) -> Tensor:
     dim = a.shape[-1]
-    return gated.gated(gated.Form(gated.GATE, 1, dim, dim, eps), a, b, gain_a, gain_b)
+    return native_gated.gated(Form(GATE, 1, dim, dim, eps), a, b, gain_a, gain_b)
+
+
+def _gate_triton(a: Tensor, b: Tensor, gain_a: Tensor, gain_b: Tensor, eps: float) -> Tensor:
+    from .triton.gated import gated
+
+    dim = a.shape[-1]
+    return gated(Form(GATE, 1, dim, dim, eps), a, b, gain_a, gain_b)
 
 
 def _gate_torch(a: Tensor, b: Tensor, gain_a: Tensor, gain_b: Tensor, eps: float, backend: str = "torch") -> Tensor:
@@ -97,7 +121,14 @@ def _gate_torch(a: Tensor, b: Tensor, gain_a: Tensor, gain_b: Tensor, eps: float
 
 def _gated_norm_native(y: Tensor, gain: Tensor, g: Tensor, eps: float) -> Tensor:
     heads, dim = gain.shape
-    return gated.gated(gated.Form(gated.GATED_NORM, heads, dim, dim, eps), y, g, gain)
+    return native_gated.gated(Form(GATED_NORM, heads, dim, dim, eps), y, g, gain)
+
+
+def _gated_norm_triton(y: Tensor, gain: Tensor, g: Tensor, eps: float) -> Tensor:
+    from .triton.gated import gated
+
+    heads, dim = gain.shape
+    return gated(Form(GATED_NORM, heads, dim, dim, eps), y, g, gain)
 
 
 def _gated_norm_torch(y: Tensor, gain: Tensor, g: Tensor, eps: float) -> Tensor:
@@ -106,6 +137,13 @@ def _gated_norm_torch(y: Tensor, gain: Tensor, g: Tensor, eps: float) -> Tensor:
 
 def _gated_norm_reference(y: Tensor, gain: Tensor, g: Tensor, eps: float) -> Tensor:
     return rms_norm(y, gain, eps, backend="reference").flatten(-2) * F.silu(g)
+
+
+def _swiglu_triton(x: Tensor) -> Tensor:
+    from .triton.gated import gated
+
+    g, y = x.chunk(2, dim=-1)
+    return gated(Form(SILU_GATE, 1, y.shape[-1]), y, g)
 
 
 def _swiglu_torch(x: Tensor) -> Tensor:
@@ -118,10 +156,19 @@ def _swiglu_reference(x: Tensor) -> Tensor:
     return y * F.silu(g)
 
 
-def _backends(native: Any, torch_: Any, reference: Any) -> list[Backend]:
-    return [Backend("native", native, gated.refuse), Backend("torch", torch_), Backend("reference", reference)]
+def _backends(native: Any, fused: Any, torch_: Any, reference: Any) -> list[Backend]:
+    return [
+        Backend("native", native, native_gated.refuse),
+        Backend("triton", fused, triton.refuse),
+        Backend("torch", torch_),
+        Backend("reference", reference),
+    ]
 
 
-_gate = Operation("gate", _backends(_gate_native, _gate_torch, functools.partial(_gate_torch, backend="reference")))
-_gated_norm = Operation("gated_norm", _backends(_gated_norm_native, _gated_norm_torch, _gated_norm_reference))
-_swiglu = Operation("swiglu", _backends(gated.swiglu, _swiglu_torch, _swiglu_reference))
+_gate_reference = functools.partial(_gate_torch, backend="reference")
+
+_gate = Operation("gate", _backends(_gate_native, _gate_triton, _gate_torch, _gate_reference))
+_gated_norm = Operation(
+    "gated_norm", _backends(_gated_norm_native, _gated_norm_triton, _gated_norm_torch, _gated_norm_reference)
+)
+_swiglu = Operation("swiglu", _backends(native_gated.swiglu, _swiglu_triton, _swiglu_torch, _swiglu_reference))

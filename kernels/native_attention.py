@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .native.kernel import Kernel, address, tracks
+from .native.operands import operands
 from .native.pages import fresh
 
 _Prefix: TypeAlias = tuple[Tensor, Tensor, Tensor]
@@ -23,17 +24,19 @@ def native_attention(
     tensors = (q, k, v) if prefix is None else (q, k, v, *prefix)
     start = None if start is None else start.contiguous()
     if tracks(*tensors):
-        return _Native.apply(window, step, start, *tensors)
-    return _forward(window, step, start, tensors, None)[0]
+        return _Native.apply(window, step, start, operands(q.dtype), *tensors)
+    return _forward(window, step, start, operands(q.dtype), tensors, None)[0]
 
 
 class _Native(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, window: int | None, step: int, start: Tensor | None, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, window: int | None, step: int, start: Tensor | None, products: torch.dtype, *tensors: Tensor
+    ) -> Tensor:
         q = tensors[0]
         lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1])
-        y, used = _forward(window, step, start, tensors, lse)
-        ctx.window, ctx.step = window, step
+        y, used = _forward(window, step, start, products, tensors, lse)
+        ctx.window, ctx.step, ctx.operands = window, step, products
         ctx.save_for_backward(start, y, lse, *used)
         return y
 
@@ -41,18 +44,26 @@ class _Native(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         start, y, lse, *tensors = ctx.saved_tensors
+        # hooks on saved tensors may give them back laid out otherwise
+        start, lse = (None if x is None else x.contiguous() for x in (start, lse))
+        y, *tensors = _dense(y, *tensors)
         (grad,) = _dense(grad)
         grads = [fresh(x.shape, x.dtype) for x in tensors]
-        _call(ctx.window, ctx.step, start, tensors, y, lse, grads, grad)
-        return None, None, None, *grads
+        _call(ctx.window, ctx.step, start, ctx.operands, tensors, y, lse, grads, grad)
+        return None, None, None, None, *grads
 
 
 def _forward(
-    window: int | None, step: int, start: Tensor | None, tensors: tuple[Tensor, ...], lse: Tensor | None
+    window: int | None,
+    step: int,
+    start: Tensor | None,
+    products: torch.dtype,
+    tensors: tuple[Tensor, ...],
+    lse: Tensor | None,
 ) -> tuple[Tensor, list[Tensor]]:
     dense = _dense(*tensors)
     y = fresh(tensors[0].shape, tensors[0].dtype)
-    _call(window, step, start, dense, y, lse, None, None)
+    _call(window, step, start, products, dense, y, lse, None, None)
     return y, dense
 
 
@@ -65,13 +76,17 @@ def _call(
     window: int | None,
     step: int,
     start: Tensor | None,
+    products: torch.dtype,
     tensors: list[Tensor],
     y: Tensor,
     lse: Tensor | None,
     grads: list[Tensor] | None,
     grad: Tensor | None,
 ) -> None:
-    """``attend`` of attention.c, field by field; ``tensors`` and ``grads``: q, k, v and perhaps the prefix's."""
+    """``attend`` of attention.c, field by field; ``tensors`` and ``grads``: q, k, v and perhaps the prefix's.
+
+    ``products``: what ``operands`` said.
+    """
     rows, time, heads, d = y.shape
     kv_heads = tensors[1].shape[2]
     sets: list[int] = []
@@ -84,7 +99,7 @@ def _call(
                 sets += [0] * 4 if part is None else _sequence(part[i])
         sets += [tensors[first + 1].shape[1], first > 0]
     _run(
-        y.dtype, rows, time, heads, kv_heads, d, window or 0, step, *sets, address(start), *_sequence(y),
+        products, rows, time, heads, kv_heads, d, window or 0, step, *sets, address(start), *_sequence(y),
         *([0] * 4 if grad is None else _sequence(grad)), address(lse), grads is not None,
         max(1, min(torch.get_num_threads(), rows * kv_heads)),
     )  # fmt: skip

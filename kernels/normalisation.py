@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .dispatch import Backend, Operation
-from .native import gated
-from .native.kernel import plain
+from .gated import NORM, Form
+from .native import gated as native_gated
+from .native.kernel import plain, prepares
+from .triton import availability as triton
 
 
 def rms_norm(x: Tensor, gain: Tensor | None = None, eps: float = 1e-6, *, backend: str = "auto") -> Tensor:
@@ -20,6 +23,9 @@ def rms_norm(x: Tensor, gain: Tensor | None = None, eps: float = 1e-6, *, backen
     ``x``: ``[..., dim]``, float; half precision is normalised in float32 and returned as it came.
     ``gain``: broadcasts against ``x`` from the right (``[dim]``, or ``[heads, dim]``), or ``None``.
     """
+    if gain is not None and gain.dtype != x.dtype:  # under autocast
+        wide = torch.promote_types(x.dtype, gain.dtype)
+        return rms_norm(x.to(wide), gain.to(wide), eps, backend=backend).to(x.dtype)
     return _choose(_rms_norm, backend, x, gain)(x, gain, eps)
 
 
@@ -31,12 +37,22 @@ def l2_norm(x: Tensor, eps: float = 1e-6, *, backend: str = "auto") -> Tensor:
     return _choose(_l2_norm, backend, x)(x, eps)
 
 
+def prepare_rms_norm(gain: Tensor, shape: tuple[int, ...], eps: float = 1e-6) -> Callable[[Tensor], Tensor] | None:
+    """``rms_norm`` for many times a dense ``x`` ``[*shape, dim]`` and a gain ``[dim]``, or ``None`` if that gains
+    nothing. As ``projection.prepare_projection`` does it: without gradients, into one tensor.
+    """
+    x = gain.new_empty((*shape, gain.numel()))
+    if not prepares(gain) or _choose(_rms_norm, "auto", x, gain) is not _rms_native:
+        return None
+    run = native_gated.prepare_gated(Form(NORM, 1, gain.numel(), gain.numel(), eps), x, gain)
+    return lambda x: run(x, None)
+
+
 def _choose(operation: Operation, backend: str, x: Tensor, gain: Tensor | None = None) -> Any:
-    same = gain is None or gain.dtype == x.dtype
-    return operation.choose(backend, device=x.device.type, dtype=x.dtype, same=same, plain=plain(x, gain))
+    return operation.choose(backend, device=x.device.type, dtype=x.dtype, plain=plain(x, gain))
 
 
-def _rms_native(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
+def _rms_in_one_pass(gated: Callable[..., Tensor], x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
     dim, heads = x.shape[-1], 1
     if gain is not None:
         gain = gain.expand(dim) if gain.dim() == 0 else gain
@@ -44,7 +60,17 @@ def _rms_native(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
             shape = torch.broadcast_shapes(x.shape, gain.shape)
             x, gain = x.expand(shape), gain.expand(shape[-gain.dim() :])
         heads = gain.numel() // dim
-    return gated.gated(gated.Form(gated.NORM, heads, dim, dim, eps), x, None, gain)
+    return gated(Form(NORM, heads, dim, dim, eps), x, None, gain)
+
+
+def _rms_native(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
+    return _rms_in_one_pass(native_gated.gated, x, gain, eps)
+
+
+def _rms_triton(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
+    from .triton.gated import gated
+
+    return _rms_in_one_pass(gated, x, gain, eps)
 
 
 def _rms_reference(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
@@ -67,7 +93,13 @@ def _rms_torch(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
 
 
 def _l2_native(x: Tensor, eps: float) -> Tensor:
-    return gated.gated(gated.Form(gated.NORM, 1, x.shape[-1], 1, eps), x)
+    return native_gated.gated(Form(NORM, 1, x.shape[-1], 1, eps), x)
+
+
+def _l2_triton(x: Tensor, eps: float) -> Tensor:
+    from .triton.gated import gated
+
+    return gated(Form(NORM, 1, x.shape[-1], 1, eps), x)
 
 
 def _l2_reference(x: Tensor, eps: float) -> Tensor:
@@ -128,7 +160,8 @@ def _few_steps(x: Tensor, gain: Tensor | None) -> bool:
 def _constants(square: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Zero, and the root of a number, as tensors: a number would be made into one at every call."""
     with torch.inference_mode(False):
-        return torch.zeros((), dtype=dtype), torch.tensor(square**0.5, dtype=dtype)
+        zero, root = torch.zeros((), dtype=dtype, device="cpu"), torch.tensor(square**0.5, dtype=dtype, device="cpu")
+        return zero, root
 
 
 def _widen(x: Tensor) -> Tensor:
@@ -137,9 +170,19 @@ def _widen(x: Tensor) -> Tensor:
 
 _rms_norm = Operation(
     "rms_norm",
-    [Backend("native", _rms_native, gated.refuse), Backend("torch", _rms_torch), Backend("reference", _rms_reference)],
+    [
+        Backend("native", _rms_native, native_gated.refuse),
+        Backend("triton", _rms_triton, triton.refuse),
+        Backend("torch", _rms_torch),
+        Backend("reference", _rms_reference),
+    ],
 )
 _l2_norm = Operation(
     "l2_norm",
-    [Backend("native", _l2_native, gated.refuse), Backend("torch", _l2_torch), Backend("reference", _l2_reference)],
+    [
+        Backend("native", _l2_native, native_gated.refuse),
+        Backend("triton", _l2_triton, triton.refuse),
+        Backend("torch", _l2_torch),
+        Backend("reference", _l2_reference),
+    ],
 )

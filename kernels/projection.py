@@ -1,7 +1,8 @@
-"""A linear map of a few tokens, which is as fast as its weights can be read.
+"""A linear map: of a few tokens as fast as its weights can be read, of many as fast as a CPU can multiply.
 
-Of many tokens it is PyTorch's own. Backends for few: ``native`` reads the weights once with the C kernel; ``torch``
-has them read by the faster of PyTorch's matrix products.
+Backends for few: ``native`` reads the weights once with the C kernel; ``torch`` has them read by the faster of
+PyTorch's matrix products. For many: ``torch`` is PyTorch's own product; ``bfloat16``, the C kernel's, runs where
+``native.operands`` allows it.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .dispatch import Backend, Operation
-from .native import library
-from .native.kernel import Kernel, address, plain, tracks
+from .native import library, product
+from .native.kernel import Kernel, address, plain, prepares, tracks
+from .native.operands import operands, refuse_narrow
 
 FEW = 4
 """Tokens up to which reading the weights is all that counts."""
@@ -42,8 +44,34 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: s
         or torch.compiler.is_compiling()
         or not plain(x, weight, bias)
     ):
-        return F.linear(x, weight, bias)
+        return _linear_for(x, weight, bias)(x, weight, bias)
     return _operation.choose(backend, device="cpu", dtype=x.dtype, tokens=tokens)(x, weight, bias)
+
+
+def prepare_projection(weight: Tensor, y: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """``project`` for many times a few tokens, or ``None`` where that gains nothing.
+
+    Returns a function of ``x`` ``[..., in]`` that writes into ``y`` ``[..., out]``, and gives ``y``. Without
+    gradients, and for as long as the weight stays where it is.
+    """
+    out, width = weight.shape
+    tokens = y.numel() // out
+    if not (
+        0 < tokens <= FEW
+        and weight.is_cpu
+        and not width % REGISTER
+        and prepares(weight, y)
+        and _operation.choose("auto", device="cpu", dtype=weight.dtype, tokens=tokens) is _native
+    ):
+        return None
+    call = _KERNEL.prepared(weight.dtype, 4, 1, threads_for(weight), tokens, out, width, 0, weight, None, y)
+
+    def run(x: Tensor) -> Tensor:
+        x = x.contiguous()
+        call(x.data_ptr())
+        return y
+
+    return run
 
 
 def project_made(make: Callable[..., Tensor], weight: Tensor, *inputs: Tensor) -> Tensor:
@@ -52,7 +80,8 @@ def project_made(make: Callable[..., Tensor], weight: Tensor, *inputs: Tensor) -
     ``make`` is differentiable, and draws no random numbers.
     """
     if not tracks(weight, *inputs):
-        return F.linear(make(*inputs), weight)
+        made = make(*inputs)
+        return _linear_for(made, weight)(made, weight)
     y: Tensor = _Made.apply(make, weight, *inputs)
     return y
 
@@ -62,7 +91,9 @@ class _Made(torch.autograd.Function):
     def forward(ctx: Any, make: Callable[..., Tensor], weight: Tensor, *inputs: Tensor) -> Tensor:
         ctx.make = make
         ctx.save_for_backward(weight, *inputs)
-        return F.linear(make(*inputs), weight)
+        made = make(*inputs)
+        ctx.linear = _linear_for(made, weight)
+        return ctx.linear(made, weight)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -75,12 +106,35 @@ class _Made(torch.autograd.Function):
         grad_weight = None
         if ctx.needs_input_grad[1]:
             rows = made.detach().to(grad.dtype).flatten(0, -2)
-            grad_weight = (grad.flatten(0, -2).mT @ rows).to(weight.dtype)
+            grad_weight = ctx.linear(grad.flatten(0, -2).mT, rows.mT).to(weight.dtype)
         wanted = [x for x in given if x.requires_grad]
         if not wanted:
             return None, grad_weight, *[None] * len(given)
-        grads = iter(torch.autograd.grad(made, wanted, (grad @ weight.to(grad.dtype)).to(made.dtype)))
+        grads = iter(torch.autograd.grad(made, wanted, ctx.linear(grad, weight.to(grad.dtype).mT).to(made.dtype)))
         return None, grad_weight, *[next(grads) if x.requires_grad else None for x in given]
+
+
+def _linear_for(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Callable[..., Tensor]:
+    """What runs the linear map of many tokens: ``F.linear``, where anything is out of the ordinary."""
+    if (
+        not x.is_cpu
+        or x.numel() <= FEW * x.shape[-1]
+        or not weight.numel()
+        or x.shape[-1] != weight.shape[1]
+        or any(t is not None and t.dtype != x.dtype for t in (weight, bias))
+        or (bias is not None and bias.shape != weight.shape[:1])
+        or torch.is_autocast_enabled("cpu")
+        or torch.compiler.is_compiling()
+        or not plain(x, weight, bias)
+    ):
+        return F.linear
+    return _linear.choose(device="cpu", dtype=x.dtype, operands=operands(x.dtype))
+
+
+def _refuse_bfloat16(*, dtype: torch.dtype, **facts: Any) -> str | None:
+    if dtype != torch.float32:
+        return f"is for float32 numbers, not for {dtype}"
+    return library.refuse(dtype=dtype, **facts) or refuse_narrow()
 
 
 def threads_for(*weights: Tensor | None) -> int:
@@ -120,9 +174,23 @@ def _reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias
 
 
+def _linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    y = x @ weight.mT
+    return y if bias is None else y + bias
+
+
 _KERNEL = Kernel("project", 8, 0)
 
 _operation = Operation(
     "projection",
     [Backend("native", _native, library.refuse), Backend("torch", _halves), Backend("reference", _reference)],
+)
+
+_linear = Operation(
+    "linear",
+    [
+        Backend("bfloat16", product.linear, _refuse_bfloat16),
+        Backend("torch", F.linear),
+        Backend("reference", _linear_reference),
+    ],
 )

@@ -137,7 +137,9 @@ class _QueryKeyValue(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        projected, weight, history, length = ctx.saved_tensors
+        # hooks on saved tensors may give them back laid out otherwise
+        saved: Any = [None if x is None else x.contiguous() for x in ctx.saved_tensors]
+        projected, weight, history, length = saved
         *given, grad_next = (None if grad is None else grad.contiguous() for grad in grads)
         grad_projected = fresh(projected.shape, projected.dtype)
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .dispatch import Backend, Operation
+from .native import library
+from .native.kernel import Kernel, plain, tracks
+from .native.pages import fresh
 
 _TURN = 2**64
 
@@ -36,7 +39,8 @@ def rotate(x: Tensor, position: Tensor, base: float = 10000.0, *, backend: str =
         raise ValueError(f"rotate: position {list(position.shape)}: expected [{x.shape[0]} or 1, {x.shape[1]}]")
     if not base > 1:
         raise ValueError(f"rotate: base {base}: expected a number above 1")
-    return _operation.choose(backend, device=x.device.type, dtype=x.dtype)(x, position, float(base))
+    run = _operation.choose(backend, device=x.device.type, dtype=x.dtype, plain=plain(x, position))
+    return run(x, position, float(base))
 
 
 def _reference(x: Tensor, position: Tensor, base: float) -> Tensor:
@@ -53,14 +57,49 @@ def _reference(x: Tensor, position: Tensor, base: float) -> Tensor:
 
 
 def _torch(x: Tensor, position: Tensor, base: float) -> Tensor:
-    d = x.shape[-1]
-    key = (d, base, x.device)
+    cos, sin = _tables_of(x, position, base)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+
+
+def _native(x: Tensor, position: Tensor, base: float) -> Tensor:
+    cos, sin = _tables_of(x, position, base)
+    if not tracks(x):
+        return _turned(x, cos, sin, False)
+    y: Tensor = _Rotated.apply(x, cos, sin)
+    return y
+
+
+class _Rotated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
+        ctx.tables, ctx.back = (cos, sin), back
+        return _turned(x, cos, sin, back)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        turn = _Rotated.apply if torch.is_grad_enabled() else _turned
+        cos, sin = ctx.tables
+        return turn(grad, cos, sin, not ctx.back), None, None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    batch, time, heads, d = x.shape
+    x = x if x.stride(3) == 1 else x.contiguous()
+    y = fresh(x.shape, x.dtype)
+    _KERNEL(
+        x.dtype, torch.get_num_threads(), batch, time, heads, d, back, x.data_ptr(), *x.stride()[:3],
+        cos.data_ptr(), sin.data_ptr(), cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1), y.data_ptr(),
+    )  # fmt: skip
+    return y
+
+
+def _tables_of(x: Tensor, position: Tensor, base: float) -> tuple[Tensor, Tensor]:
+    """As :func:`tables`, for one position of each token."""
+    key = (x.shape[-1], base, x.device)
     if x.is_cpu and position.numel() <= _SOME and not torch.compiler.is_compiling():
         known = _recent if position.numel() <= _FEW else _lately
-        cos, sin = known(key, x.dtype, tuple([tuple(row) for row in position.tolist()]))
-    else:
-        cos, sin = _tables(key, x.dtype, position)
-    return torch.addcmul(x * cos, x.roll(d // 2, dims=-1), sin)
+        return known(key, x.dtype, tuple([tuple(row) for row in position.tolist()]))
+    return _tables(key, x.dtype, position)
 
 
 def tables(first: Tensor, time: int, d: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -118,4 +157,9 @@ def _table(d: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
     return frequency, ahead
 
 
-_operation = Operation("rotary", [Backend("torch", _torch), Backend("reference", _reference)])
+_KERNEL = Kernel("rotate", 15, 0)
+
+_operation = Operation(
+    "rotary",
+    [Backend("native", _native, library.refuse), Backend("torch", _torch), Backend("reference", _reference)],
+)

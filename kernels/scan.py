@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import expect_tensors
 from .dispatch import Backend, Operation
 
 
@@ -19,9 +20,11 @@ def linear_scan(gates: Tensor, inputs: Tensor, start: Tensor | None = None, *, b
     """``x_1 .. x_T`` ``[batch, time, ...]`` from ``inputs`` ``b`` of that shape and the state before the first.
 
     ``gates`` ``a``: of the shape of ``inputs``, or with sizes 1 to be expanded. ``start`` ``[batch, ...]``: zeros if
-    not given. All of one floating-point dtype. Differentiable in all three. Raises ``ValueError`` for shapes that do
-    not fit.
+    not given. All of one floating-point dtype. Differentiable in all three. Raises ``ValueError`` for shapes or
+    devices that do not fit, ``TypeError`` for other dtypes.
     """
+    given = (("inputs", inputs), ("gates", gates), ("start", start))
+    expect_tensors("linear_scan", *given[: 2 if start is None else 3])
     if inputs.dim() < 2 or gates.dim() != inputs.dim():
         raise ValueError(f"gates {list(gates.shape)}, inputs {list(inputs.shape)}: expected both [batch, time, ...]")
     try:

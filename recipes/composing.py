@@ -6,22 +6,17 @@ import contextlib
 import copy
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 from ..blocks.block import check_seed, materialise
 from ..blocks.language_model import LanguageModel
 from ..blocks.origin import Origin
-from ..registry import Problem, RecipeError, nearest, show
+from ..blocks.placing import as_device, as_dtype
+from ..registry import Problem, RecipeError
 from .loading import Source, load_recipe
 from .recipe import Recipe
-
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
 
 
 def build(
@@ -65,32 +60,6 @@ def assemble(recipe: Recipe) -> LanguageModel:
     return model
 
 
-def as_device(device: torch.device | str) -> torch.device:
-    """A device that exists here. Raises ``ValueError``."""
-    try:
-        device = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise ValueError(f"unknown device {show(device)}: expected cpu, cuda, cuda:1, mps or meta") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device}: this machine, or this build of torch, has no CUDA GPU")
-    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
-        raise ValueError(f"device {device}: there are {torch.cuda.device_count()} CUDA GPUs, counted from 0")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("device mps: not available here")
-    return device
-
-
-def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """A floating-point dtype from itself or its name. Raises ``ValueError`` with the nearest name."""
-    if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise ValueError(f"unknown dtype {show(dtype)}{nearest(dtype, DTYPES)} (dtypes: {', '.join(DTYPES)})")
-        return DTYPES[dtype]
-    if dtype not in DTYPES.values():
-        raise ValueError(f"expected a dtype for parameters ({', '.join(DTYPES)}), got {show(dtype)}")
-    return dtype
-
-
 def state_bytes(model: LanguageModel, recipe: Recipe) -> int | None:
     """Bytes of one row's fresh state in a model that may be on the meta device, where nothing is allocated.
 
@@ -108,9 +77,8 @@ def state_bytes(model: LanguageModel, recipe: Recipe) -> int | None:
 
 def shortage(model: LanguageModel, recipe: Recipe, dtype: torch.dtype = torch.float32) -> str | None:
     """Why this machine's memory cannot hold a model that is on the meta device, in words; ``None`` if it can."""
-    try:
-        have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
+    have = machine_memory()
+    if have is None:
         return None
     # parameters are drawn in float32 on the CPU, whatever they become
     parameters = sum(tensor.numel() for tensor in model.parameters()) * max(4, dtype.itemsize)
@@ -121,6 +89,18 @@ def shortage(model: LanguageModel, recipe: Recipe, dtype: torch.dtype = torch.fl
         f"the model needs {parameters / 2**30:,.1f} GiB for its parameters and {state / 2**30:,.1f} GiB for the state "
         f"of one row; this machine has {have / 2**30:,.1f} GiB"
     )
+
+
+def machine_memory() -> int | None:
+    """Bytes of this machine's memory, or of the part of it that a container may use; ``None`` where none can be had."""
+    try:
+        have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # "max", where there is no limit
+            have = min(have, int(Path(limit).read_text(encoding="ascii")))
+    return have
 
 
 @contextlib.contextmanager

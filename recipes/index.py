@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..registry import show
+from ..registry import nearest, show
 
 INDEX = "model.json"
 MODEL_FORMAT = "titans-build model"
@@ -49,7 +49,11 @@ def read_index(place: Path) -> dict[str, Any]:
     if not isinstance(index, dict) or index.get("format") != MODEL_FORMAT:
         raise StorageError(f"{path}: expected the index of a saved model (format {MODEL_FORMAT!r}), got {show(index)}")
     expect_version(index.get("version"), path)
-    kinds = {"recipe": dict, "overrides": dict, "weights": str}
+    kinds = {"recipe": dict, "overrides": dict, "fingerprint": str, "weights": str}
+    known = ("format", "version", *kinds)
+    for key in index:
+        if key not in known:
+            raise StorageError(f"{path}: {show(key)}: unknown key{nearest(key, known)} (keys: {', '.join(known)})")
     for key, kind in kinds.items():
         if not isinstance(index.get(key), kind):
             raise StorageError(f"{path}: {key}: expected {kind.__name__}, got {show(index.get(key))}")

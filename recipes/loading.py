@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from ..registry import Problem, RecipeError, nearest, show
+from ..registry import Problem, RecipeError, list_blocks, nearest, show
 from .index import StorageError, read_index
 from .overriding import override
 from .packaged import base_names, packaged_names, read_packaged
@@ -84,11 +84,17 @@ def _read(source: Source) -> _Read:
     if ": " in source or source.endswith(":"):
         return _Read(read_text(source), "recipe")
     names = packaged_names()
+    if source in list_blocks():
+        raise _fail(show(source), f"a block, not a recipe; titans-build describe {source} describes it ({_list()})")
     raise _fail(show(source), f"no packaged recipe and no file of that name{nearest(source, names)} ({_list()})")
 
 
 def _read_path(path: Path, label: str) -> _Read:
-    if not path.is_dir():
+    try:
+        folder = path.is_dir()
+    except (OSError, ValueError):  # too long a name, or one that no file can have: reading it says so
+        folder = False
+    if not folder:
         return _Read(read_file(path), label)
     try:
         index = read_index(path)

@@ -75,5 +75,8 @@ def _default(holder: dict[str, Any], key: str, where: str) -> Any:
     field = fields.get(key)
     if field is not None and not field.required and field.holds_blocks and field.default is not None:
         return copy.deepcopy(field.default)
+    if field is not None:
+        holds = "is not given" if field.required else f"is {show(field.default)}, which has nothing inside"
+        raise _LeadsNowhere(f"{where}.{key} {holds}")
     known = [name for name in [*holder, *fields] if isinstance(name, str)]
     raise _LeadsNowhere(f"there is no {show(key)} in {where or 'the recipe'}{nearest(key, known)}")

@@ -23,6 +23,7 @@ MAX_BYTES = 128 * 1024
 MAX_NODES = 20_000
 """Values in one file, each use of an alias counted in full."""
 MAX_DEPTH = 64
+MAX_DIGITS = 30
 
 _INTEGER = re.compile(r"[-+]?[0-9]+|0x[0-9a-fA-F]+|0o[0-7]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
@@ -64,7 +65,7 @@ def read_text(text: str, source: str = "recipe") -> Any:
         if text.lstrip().startswith("{"):
             # most JSON is YAML, but not all of it: tabs, escapes
             try:
-                return plain(json.loads(text, object_pairs_hook=_Pairs), source)
+                return plain(json.loads(text, object_pairs_hook=_Pairs, parse_int=_integer), source)
             except json.JSONDecodeError:
                 pass
         return plain(_Reader(text).document(), source)
@@ -115,7 +116,9 @@ def plain(data: Any, source: str = "recipe") -> Any:
             return {key: copy(item, join(path, key), depth + 1) for key, item in value.items() if isinstance(key, str)}
         if isinstance(value, (list, tuple)):
             return [copy(item, join(path, index), depth + 1) for index, item in enumerate(value)]
-        if isinstance(value, int) and abs(value) > MAX_INTEGER:
+        if isinstance(value, _TooLong):
+            problems.append(Problem(path, f"an integer of {len(value)} digits is too large for a recipe"))
+        elif isinstance(value, int) and abs(value) > MAX_INTEGER:
             problems.append(Problem(path, f"{show(value)} is too large for any number in a recipe"))
         elif isinstance(value, float) and not math.isfinite(value):
             problems.append(Problem(path, f"expected a finite number, got {value}"))
@@ -146,6 +149,15 @@ class _Pairs(dict[Any, Any]):
         super().__init__(pairs)
         seen: set[str] = set()
         self.repeated = [key for key, _ in pairs if key in seen or seen.add(key)]  # type: ignore[func-returns-value]
+
+
+class _TooLong(str):
+    """An integer in JSON text with more digits than any number of a recipe."""
+
+
+def _integer(text: str) -> int | str:
+    # Python itself refuses thousands of digits, in words of its own
+    return int(text) if len(text) <= MAX_DIGITS else _TooLong(text)
 
 
 class _Reader:
@@ -230,7 +242,7 @@ class _Reader:
         if text in _WORDS:
             return _WORDS[text]
         if _INTEGER.fullmatch(text):
-            if len(text) > 30:
+            if len(text) > MAX_DIGITS:
                 self._problems.append(Problem(path, f"an integer of {len(text)} digits is too large for a recipe"))
                 return 0
             return int(text, 0) if text[:2] in ("0x", "0o") else int(text)

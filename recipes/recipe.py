@@ -99,7 +99,7 @@ def check_recipe(data: Any, *, source: str = "recipe", allow_imports: bool = Fal
     problems += _imports(data.get("imports", []), allow_imports)
     dim = data.get("dim")
     checker = Checker(dim if _is_count(dim, MAX_DIM) else None)
-    layers = _layers(data.get("layers"), checker) if "layers" in data else {}
+    layers = _layers(data.get("layers"), checker) if "layers" in data else None
     problems += checker.problems
     if "stack" in data:
         problems += _stack(data["stack"], layers)
@@ -111,7 +111,7 @@ def check_recipe(data: Any, *, source: str = "recipe", allow_imports: bool = Fal
         tie=data.get("tie", False),
         name=data.get("name"),
         imports=list(data.get("imports") or []),
-        layers=layers,
+        layers=layers or {},
         stack=data["stack"],
     )
 
@@ -125,7 +125,7 @@ def _top_level(data: dict[str, Any]) -> Iterator[Problem]:
             hint = f"; this release reads version {VERSION}" if key == "version" else ""
             yield Problem("", f"the recipe needs {key!r}{hint}")
     version = data.get("version", VERSION)
-    if version != VERSION or isinstance(version, bool):
+    if version != VERSION or type(version) is not int:
         newer = "; a newer titans-build wrote it" if _is_count(version) and version > VERSION else ""
         yield Problem("version", f"expected {VERSION}, got {show(version)}{newer}")
     if "dim" in data and not _is_count(data["dim"], MAX_DIM):
@@ -166,13 +166,15 @@ def _imports(modules: Any, allowed: bool) -> Iterator[Problem]:
                 yield Problem(f"imports.{index}", f"cannot import {module}: {type(error).__name__}: {first}")
 
 
-def _layers(layers: Any, checker: Checker) -> dict[str, Any]:
+def _layers(layers: Any, checker: Checker) -> dict[str, Any] | None:
+    """The layers with every block in full form; ``None`` when it cannot even be said which layers there are."""
+
     def refuse(path: str, message: str) -> None:
         checker.problems.append(Problem(path, message))
 
     if not isinstance(layers, dict) or not layers:
         refuse("layers", f"expected a mapping of layer names to lists of blocks, got {show(layers)}")
-        return {}
+        return None
     checked: dict[str, Any] = {}
     for name, blocks in layers.items():
         path = join("layers", name)
@@ -186,27 +188,32 @@ def _layers(layers: Any, checker: Checker) -> dict[str, Any]:
     return checked
 
 
-def _stack(stack: Any, layers: dict[str, Any]) -> list[Problem]:
+def _stack(stack: Any, layers: dict[str, Any] | None) -> list[Problem]:
+    """``layers``: ``None`` when it is not known which there are; no name is then called unknown."""
     problems: list[Problem] = []
     used: set[str] = set()
+    unread = False  # a part that may have named any layer
 
     def refuse(path: str, message: str) -> None:
         problems.append(Problem(path, message))
 
     def count(items: Any, path: str) -> int:
         """Layers in ``items`` with every repeat written out."""
+        nonlocal unread
         if not isinstance(items, list) or not items:
+            unread = True
             refuse(path, f"expected a list of layer names and {{repeat: n, of: [...]}}, got {show(items)}")
             return 0
         total = 0
         for index, item in enumerate(items):
             place = join(path, index)
             if len(problems) >= MAX_PROBLEMS:
+                unread = True
                 break
             if isinstance(item, str):
                 total += 1
                 used.add(item)
-                if item not in layers:
+                if layers is not None and item not in layers:
                     refuse(place, f"unknown layer {show(item)}{nearest(item, layers)} (layers: {_some(layers)})")
             elif isinstance(item, dict) and ("repeat" in item or "of" in item):
                 for key in item.keys() - {"repeat", "of"}:
@@ -216,14 +223,15 @@ def _stack(stack: Any, layers: dict[str, Any]) -> list[Problem]:
                     refuse(join(place, "repeat"), f"expected an integer >= 1, got {show(repeat)}")
                 total += (repeat if isinstance(repeat, int) else 1) * count(item.get("of"), join(place, "of"))
             else:
+                unread = True
                 refuse(place, f"expected a layer's name or {{repeat: n, of: [...]}}, got {show(item)}")
         return total
 
     total = count(stack, "stack")
     if total > MAX_LAYERS:
         refuse("stack", f"{show(total)} layers when written out; at most {MAX_LAYERS} are allowed")
-    if used:  # where nothing could be read, every layer would seem unused
-        for name in layers:
+    if not unread:  # else a layer may seem unused that is only named in the wrong way
+        for name in layers or ():
             if name not in used:
                 refuse(
                     join("layers", name), f"the layer is not in the stack (in it: {_some(used)}); use it or remove it"

@@ -68,7 +68,7 @@ def save(model: LanguageModel, folder: str | os.PathLike[str]) -> None:
         "fingerprint": recipe.fingerprint,
         "weights": weights,
     }
-    place = Path(folder)
+    place = _path(folder, "folder")
     with _writing(place):
         place.mkdir(parents=True, exist_ok=True)
         metadata = {"format": MODEL_FORMAT, "version": str(VERSION), "fingerprint": recipe.fingerprint, "tag": tag}
@@ -99,7 +99,7 @@ def load(
     """
     device = as_device(device)
     target = None if dtype is None else as_dtype(dtype)
-    place = Path(folder)
+    place = _path(folder, "folder")
     for attempt in range(3):
         index = read_index(place)
         try:
@@ -111,6 +111,13 @@ def load(
     raise StorageError(f"{place / index['weights']}: the weights that {INDEX} names are missing")
 
 
+def _path(given: Any, name: str) -> Path:
+    try:
+        return Path(given)
+    except TypeError:
+        raise TypeError(f"{name}: expected a path, got {show(given)}") from None
+
+
 def save_state(state: State, path: str | os.PathLike[str], model: LanguageModel) -> None:
     """Write a state of ``model`` to one safetensors file, replaced in one step.
 
@@ -120,7 +127,7 @@ def save_state(state: State, path: str | os.PathLike[str], model: LanguageModel)
     tensors = {_state_name(name): tensor for name, tensor in named_tensors(state)}
     rows = _rows(tensors, "the state")
     _check_state(tensors, model, rows, "the state")
-    place = Path(path)
+    place = _path(path, "path")
     metadata = {
         "format": STATE_FORMAT,
         "version": str(VERSION),
@@ -141,7 +148,7 @@ def load_state(path: str | os.PathLike[str], model: LanguageModel) -> State:
     Raises ``StorageError`` when the file is no state, is damaged, or belongs to a model of another recipe.
     """
     recipe = _recipe_of(model)
-    place = Path(path)
+    place = _path(path, "path")
     if not place.is_file():
         raise StorageError(f"{place}: {'not a file' if place.exists() else 'no such file'}; expected a saved state")
     with _reading(place, STATE_FORMAT) as file:
@@ -162,6 +169,7 @@ def load_state(path: str | os.PathLike[str], model: LanguageModel) -> State:
     return map_state(lambda fresh: tensors[next(names)].to(device, fresh.dtype, copy=True), template)
 
 
+@torch.inference_mode(False)  # parameters made in it could not be trained
 def _load(
     place: Path,
     index: dict[str, Any],

@@ -38,6 +38,7 @@ class Field:
 
     @property
     def required(self) -> bool:
+        """Whether it has no default and must be given."""
         return self.default is _REQUIRED
 
     @cached_property
@@ -55,6 +56,7 @@ class Field:
 
     @cached_property
     def adapter(self) -> TypeAdapter[Any]:
+        """What checks values against the annotation: no conversions, no NaN, no infinity."""
         return TypeAdapter(self.annotation, config=ConfigDict(strict=True, allow_inf_nan=False))
 
     @cached_property

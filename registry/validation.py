@@ -112,6 +112,9 @@ class Checker:
             if "type" in node:
                 return node
             hint = next((nearest(key, ["type"]) for key in node if isinstance(key, str) and nearest(key, ["type"])), "")
+            named = next((key for key in node if key in known_names()), None)
+            if named is not None:  # {memory: {depth: 2}}, or a name with a colon after it
+                hint = f"; a block is written {{type: {named}, ...}}"
             self._refuse(path, f"a block needs a type, got {show(node)}{hint}", node)
             return None
         self._refuse(path, f"expected a block (a name, a mapping with a type, or a list), got {show(node)}", node)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+import torch
 from rich.text import Text
 
 from .. import recipes
-from ..registry import show
-from .options import add_placement, add_recipe, load, placement
-from .survey import LENGTH, Part, Survey, survey
-from .terminal import UsageError, columns, complain, count, in_bytes, progress, say, say_json
+from ..blocks.language_model import LanguageModel
+from ..recipes.index import INDEX
+from ..registry import RecipeError, show
+from .cost_table import cost_table
+from .options import add_placement, add_recipe, load, overrides, placement, saved_folder
+from .survey import LENGTH, Survey, survey, with_shapes
+from .terminal import PIPED_WIDTH, UsageError, complain, edge, flow, progress, say, say_json, say_prose
 from .trial import BYTES, Trial, read_bytes, try_out
+from .trial_memory import large_need
 
 SUMMARY = "Build the model that a recipe describes: check it, make it, show what each part costs, save it, try it."
 EXAMPLES = (
@@ -29,12 +32,15 @@ EXAMPLES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_recipe(parser)
+    """The recipe, where and how it is made, and what is done with it."""
+    add_recipe(parser, saved="a saved folder (with its weights)")
     add_placement(parser)
-    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the fresh weights (default: 0)")
+    parser.set_defaults(dtype=None)  # so that a saved model keeps its own
     parser.add_argument(
-        "--out", metavar="DIR", help="save recipe and fresh weights here (what --try trains is not saved)"
+        "--seed", type=_seed, metavar="N", help="of fresh weights (default: 0), which a saved folder then gets, too"
     )
+    parser.add_argument("--out", metavar="DIR", help="save recipe and weights here (what --try trains is not saved)")
+    parser.add_argument("--force", action="store_true", help="let --out replace a model that is saved there")
     parser.add_argument(
         "--try",
         dest="text",
@@ -44,18 +50,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Build, print, save and try as ``arguments`` say; 1 when the trial finds a fault."""
     recipe = load(arguments.recipe, arguments)
-    device, dtype = placement(arguments)
+    device, dtype = placement(arguments.device, "float32" if arguments.dtype is None else arguments.dtype)
     if arguments.out is not None:
-        _check_writable(Path(arguments.out))
+        if not arguments.out:
+            raise UsageError("--out: expected the name of a folder, got none")
+        _check_writable(Path(arguments.out), arguments.force)
+    elif arguments.force:
+        raise UsageError("--force: lets --out DIR replace a saved model, and there is no --out")
     text = None
     if arguments.text is not None:
         if recipe.vocab is None or recipe.vocab < BYTES:
             needs = f"the recipe needs vocab >= {BYTES}, it has {show(recipe.vocab)}"
             raise UsageError(f"--try reads bytes: {needs} (--set vocab={BYTES})")
         text = read_bytes(arguments.text)
-    model = recipes.build(recipe, device=device, dtype=dtype, seed=arguments.seed)
-    found = survey(model, recipe)
+        need = large_need(recipe, len(text), dtype) if device.type == "cpu" else None
+        if need is not None:
+            if not need.enough:
+                raise UsageError(f"--try {arguments.text}: {need.text}")
+            complain(need.text, "warning")
+    folder = saved_folder(arguments.recipe) if arguments.seed is None else None
+    if folder is None:
+        seed = arguments.seed or 0
+        model = recipes.build(recipe, device=device, dtype=dtype, seed=seed)
+        weights = f"seed {seed}"
+    else:
+        seed = None
+        model = _load(folder, arguments, device)
+        weights = f"weights of {folder}"
+    dtype = next(model.parameters()).dtype
+    found = survey(with_shapes(recipe, model), recipe)
+    dtype_name = str(dtype).removeprefix("torch.")
     report: dict[str, Any] = {
         "recipe": {
             "name": recipe.name or arguments.recipe,
@@ -66,8 +92,9 @@ def run(arguments: argparse.Namespace) -> int:
             "overrides": recipe.overrides,
         },
         "device": str(device),
-        "dtype": arguments.dtype,
-        "seed": arguments.seed,
+        "dtype": dtype_name,
+        "seed": seed,
+        "weights": None if folder is None else os.path.abspath(folder),
         "parts": [part.to_dict() for part in found.parts],
         "totals": {
             "parameters": found.parameters,
@@ -77,12 +104,15 @@ def run(arguments: argparse.Namespace) -> int:
             "state_grows": found.grows,
         },
     }
-    if not arguments.json:
-        say(_heading(recipe, arguments), "", _table(found), "", _footing(found))
     if arguments.out is not None:
+        # before a word is printed: a reader that leaves (`| head`) ends the command
         recipes.save(model, arguments.out)
         report["out"] = os.path.abspath(arguments.out)
-        if not arguments.json:
+    if not arguments.json:
+        say_prose(_heading(recipe, arguments.recipe, f"{device}, {dtype_name}, {weights}"), "")
+        say(*cost_table(found, edge() or PIPED_WIDTH))
+        say_prose("", _footing(found))
+        if arguments.out is not None:
             say("", f"saved to {arguments.out}")
     trial = None
     if text is not None:
@@ -99,61 +129,20 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _heading(recipe: recipes.Recipe, arguments: argparse.Namespace) -> Text:
+def _load(folder: Path, arguments: argparse.Namespace, device: torch.device) -> LanguageModel:
+    """The saved model, changed as far as its weights allow."""
+    try:
+        return recipes.load(folder, device=device, dtype=arguments.dtype, overrides=overrides(arguments.set))
+    except RecipeError as error:
+        # the changed recipe itself has been read before: it is the weights that do not fit
+        raise UsageError(f"{error}\n  --seed N draws fresh weights for the changed recipe") from None
+
+
+def _heading(recipe: recipes.Recipe, source: str, where: str) -> Text:
     changed = "".join(f", {path} = {show(value)}" for path, value in recipe.overrides.items())
     vocab = "vectors in, vectors out" if recipe.vocab is None else f"vocab {recipe.vocab:,}"
-    where = f"{arguments.device}, {arguments.dtype}, seed {arguments.seed}"
-    return Text.assemble(
-        (recipe.name or arguments.recipe, "bold"),
-        f": dim {recipe.dim}, {vocab}, {recipe.depth} layers{changed} ({where})",
-    )
-
-
-def _table(found: Survey) -> Table:
-    rows = [row for part in found.parts for row in _rows(part, "", "")]
-    total = _figures(found.parameters, found.flops, found.state_bytes, found.grows)
-    rows.append([Text(cell, style="bold") for cell in ("total", "", *total)])
-    headings = ("part", "settings", "parameters", "FLOPs/token", "state/row")
-    table = columns(*headings, right=headings[2:])
-    # a tree is only readable with one line for each part: what does not fit is cut from the settings
-    table.columns[0].no_wrap = True
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def _rows(part: Part, lead: str, indent: str) -> Iterator[list[Text]]:
-    """The row of a part and those of the parts inside, with the tree's branches before their names."""
-    times = f" ×{part.count}" if part.count > 1 else ""
-    name = (
-        part.label
-        if part.type in ("", "layer")
-        else part.type
-        if part.label.startswith("blocks.")
-        else f"{part.label}: {part.type}"
-    )
-    figures = _figures(part.parameters, part.flops, part.state_bytes, part.grows)
-    yield [
-        Text.assemble((lead, "dim"), (name, "" if lead else "bold"), (times, "bold magenta")),
-        Text(settings(part), style="dim", no_wrap=True, overflow="ellipsis"),
-        *map(Text, figures),
-    ]
-    for index, child in enumerate(part.parts):
-        last = index == len(part.parts) - 1
-        yield from _rows(child, indent + ("└ " if last else "├ "), indent + ("  " if last else "│ "))
-
-
-def settings(part: Part, most: int = 6) -> str:
-    """The settings of a block that tell it from others, in a few words."""
-    shown = [
-        f"{key} {value}" for key, value in part.fields.items() if not isinstance(value, bool) and value is not None
-    ]
-    return ", ".join(shown[:most])
-
-
-def _figures(parameters: int, flops: int, state: int, grows: bool) -> tuple[str, str, str]:
-    size = f"{in_bytes(state)}{' +' if grows else ''}" if state or grows else "-"
-    return count(parameters), count(flops / LENGTH), size
+    layers = "1 layer" if recipe.depth == 1 else f"{recipe.depth} layers"
+    return Text.assemble((recipe.name or source, "bold"), f": dim {recipe.dim}, {vocab}, {layers}{changed} ({where})")
 
 
 def _footing(found: Survey) -> Text:
@@ -163,27 +152,30 @@ def _footing(found: Survey) -> Text:
 
 
 def _lines(trial: Trial, name: str) -> list[Text]:
-    def line(label: str, text: str, good: bool | None = None) -> Text:
+    def line(label: str, text: str, good: bool | None = None) -> list[Text]:
         mark = "" if good is None else "  ok" if good else "  WRONG"
-        return Text.assemble((f"{label:<12}", "bold"), text, (mark, "green" if good else "bold red"))
+        said = Text.assemble(text, (mark, "green" if good else "bold red"))
+        first = Text(f"{label:<12}", style="bold")
+        width = edge()
+        return [first.append_text(said)] if width is None else flow(said, width, first, " " * 12)
 
     exact = "" if trial.difference_float64 is None else f"; in float64 {trial.difference_float64:.1e}"
     return [
-        line("text", f"the first {trial.bytes_read:,} bytes of {name}"),
-        line(
+        *line("text", f"the first {trial.bytes_read:,} bytes of {name}"),
+        *line(
             "learns",
             f"{trial.bits_before:.2f} -> {trial.bits_after:.2f} bits per byte after {trial.steps} steps of AdamW "
             f"on {trial.rows} x {trial.length} bytes",
             trial.learns,
         ),
-        line(
+        *line(
             "streams",
             f"{len(trial.cuts)} pieces of {min(trial.cuts)} to {max(trial.cuts)} bytes against one pass: "
             f"largest difference {trial.difference:.1e} of logits up to {trial.scale:.1f}{exact}",
             trial.streams,
         ),
-        line("speed", f"{trial.prefill:,.0f} tokens/s reading, {trial.decode:,.0f} tokens/s generating (one row)"),
-        line("says", show(trial.generated, 200)),
+        *line("speed", f"{trial.prefill:,.0f} tokens/s reading, {trial.decode:,.0f} tokens/s generating (one row)"),
+        *line("says", show(trial.generated, 200)),
     ]
 
 
@@ -197,15 +189,18 @@ def _seed(text: str) -> int:
     return seed
 
 
-def _check_writable(folder: Path) -> None:
-    """Raise ``UsageError`` before the work when the result could not be saved after it."""
+def _check_writable(folder: Path, replace: bool) -> None:
+    """Raise ``UsageError`` before the work when the result could not, or should not, be saved after it."""
     try:
         place = folder.absolute()
         while not place.exists():
             place = place.parent
+        taken = (folder / INDEX).exists()
     except (OSError, ValueError) as error:
         raise UsageError(f"--out {folder}: {error}") from None
     if not place.is_dir():
         raise UsageError(f"--out {folder}: {place} is a file, not a folder")
     if not os.access(place, os.W_OK | os.X_OK):
         raise UsageError(f"--out {folder}: {place} cannot be written to")
+    if taken and not replace:
+        raise UsageError(f"--out {folder}: a model is saved there; --force replaces it, recipe and weights")

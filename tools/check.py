@@ -21,10 +21,12 @@ EXAMPLES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The recipes."""
     add_recipe(parser, several=True)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Check every recipe and print what came out; 2 when any of them is wrong."""
     results = []
     for source in arguments.recipes:
         result: dict[str, Any] = {"recipe": source, "ok": True, "problems": []}
@@ -57,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _figures(result: dict[str, Any]) -> Iterator[str]:
-    yield f"{result['depth']} layers"
+    yield "1 layer" if result["depth"] == 1 else f"{result['depth']} layers"
     yield f"{count(result['parameters'])} parameters"
     if result["state_bytes_per_row"] is not None:
         grows = ", growing with every token" if result["state_grows"] else ""

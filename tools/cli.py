@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import os
+import re
 import sys
+import textwrap
 import traceback
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .. import __version__
 from ..kernels.dispatch import BackendError
-from ..recipes import StorageError
-from ..registry import RecipeError
+from ..recipes import StorageError, packaged_names
+from ..registry import RecipeError, show
 from . import build, check, describe, diagram, kernels, listing, schema
-from .terminal import UsageError, complain, say_json
+from .terminal import UsageError, complain, prepare_streams, say_json
 
 COMMANDS: dict[str, ModuleType] = {
     "list": listing,
@@ -29,11 +32,67 @@ COMMANDS: dict[str, ModuleType] = {
 """Each module has ``SUMMARY`` (one line), ``EXAMPLES``, ``add_arguments(parser)`` and ``run(arguments) -> status``.
 A first word that is none of these names a recipe to build."""
 
+MOST_HANGING = 40
+"""Columns that a remark needs beside its command; in fewer it goes under it."""
+
+
+class Layout(argparse.HelpFormatter):
+    """Wraps everything to the terminal, between words alone; lines of an epilog stay lines."""
+
+    def _format_usage(self, *arguments: Any) -> str:
+        width, self._width = self._width, 10_000
+        try:
+            line = super()._format_usage(*arguments).strip()
+        finally:
+            self._width = width
+        # options stand under each other where all have room there
+        options = re.findall(r"\[[^\]]*\]|\S+", line)
+        column = line.find(" [") + 1
+        column = column if column + max(map(len, options)) <= width else 4
+        together = " ".join(option.replace(" ", "\0") for option in options)
+        wrapped = textwrap.wrap(
+            together, width, subsequent_indent=" " * column, break_long_words=False, break_on_hyphens=False
+        )
+        return "\n".join(wrapped).replace("\0", " ") + "\n\n"
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(line for row in text.splitlines() for line in _fit(indent + row, width))
+
+
+def _fit(line: str, width: int) -> list[str]:
+    """``line`` in lines of ``width``: what goes on stands under the remark after the command, or further in."""
+    if len(line) <= width:
+        return [line]
+    command, remark = line, ""
+    margin = len(line) - len(line.lstrip())
+    column = margin + 4 if margin else 0
+    parted = re.fullmatch(r"( *\S.*?) {2,}(\S.*)", line)
+    if parted and parted.start(2) + MOST_HANGING <= width:
+        column, command, remark = parted.start(2), line[: parted.start(2)], parted[2]
+    elif parted:
+        command, remark = parted[1], parted[2]
+
+    def wrap(text: str, first: str) -> list[str]:
+        under = " " * column
+        return textwrap.wrap(
+            text, width, initial_indent=first, subsequent_indent=under, break_long_words=False, break_on_hyphens=False
+        )
+
+    if not remark:
+        return wrap(line.lstrip(), " " * margin)
+    if len(command) == column:
+        return wrap(remark, command)
+    return [*_fit(command, width), *wrap(remark, " " * column)]
+
 
 class Parser(argparse.ArgumentParser):
     """Raises what ``argparse`` would print before leaving the process."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise ``UsageError`` with the message and the usage."""
         raise UsageError(f"{message}\n{self.format_usage().strip()}\ntry: {self.prog} --help")
 
 
@@ -48,7 +107,7 @@ def parser_of(name: str | None) -> Parser:
         prog="titans-build" if name is None else f"titans-build {name}",
         description=module.SUMMARY,
         epilog=epilog + "\nexit status: 0 done, 1 it failed, 2 bad use",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Layout,
         allow_abbrev=False,
     )
     if name is None:
@@ -64,6 +123,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in words
     try:
+        # --json may stand anywhere, in front of the command, too
+        while words[:1] == ["--json"] and len(words) > 1:
+            words = [*words[1:], "--json"]
         named = words and words[0] in COMMANDS
         parser = parser_of(words[0] if named else None)
         arguments = parser.parse_args(words[1:] if named else words)
@@ -75,16 +137,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RecipeError as error:
         problems = [{"path": problem.path, "message": problem.message} for problem in error.problems]
         return _refuse(str(error) + _command_hint(words), 2, as_json, problems=problems)
-    except (UsageError, BackendError, StorageError) as error:
+    except UsageError as error:
+        # what `chek mac` is refused for says nothing about chek
+        stray = _stray(words) if str(error).startswith("unrecognized arguments") else None
+        return _refuse(stray or str(error), 2, as_json)
+    except (BackendError, StorageError) as error:
         return _refuse(str(error), 2, as_json)
     except KeyboardInterrupt:
         complain("interrupted")
         return 130
-    except BrokenPipeError:
-        # the reader (`| head`) has gone; keep the interpreter from complaining about it once more on its way out
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader (`| head`) has gone
+        _give_up_output()
         return 1
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            _give_up_output()
+            return _refuse(f"the output cannot be written: {error.strerror}", 1, as_json=False)
         memory = _out_of_memory(error)
         if memory is not None:
             return _refuse(memory, 1, as_json)
@@ -99,7 +167,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run() -> NoReturn:
     """The console script."""
+    prepare_streams()
     sys.exit(main())
+
+
+def _give_up_output() -> None:
+    # keeps the interpreter from complaining once more on its way out
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _refuse(message: str, status: int, as_json: bool, **details: object) -> int:
@@ -110,9 +184,34 @@ def _refuse(message: str, status: int, as_json: bool, **details: object) -> int:
 
 
 def _command_hint(words: list[str]) -> str:
+    if words and words[0] in ("help", "version"):
+        return f"\n  (titans-build --{words[0]})"
     # `titans-build lst` reads as a recipe called lst
-    near = difflib.get_close_matches(words[0], COMMANDS, n=1) if words and words[0] not in COMMANDS else []
-    return f"\n  (there is a command {near[0]!r})" if near else ""
+    near = _near_command(words[0]) if words and words[0] not in COMMANDS else None
+    return f"\n  (there is a command {near!r})" if near else ""
+
+
+def _stray(words: list[str]) -> str | None:
+    """What is wrong with `chek mac`, `build mac` and `--set dim=64 check mac`, if that is it."""
+    first = words[0]
+    if first in COMMANDS:
+        return None
+    if first in ("build", "help"):
+        rest = " ".join(words[1:]) if first == "build" else f"{words[1]} --help"
+        return f"there is no command {first!r}: titans-build {rest}"
+    near = _near_command(first)
+    if near and first not in packaged_names() and not os.path.exists(first):
+        said = f"no command and no recipe is called {show(first)}; did you mean {near!r}?"
+    elif late := next((word for word in words if word in COMMANDS), None):
+        said = f"the command comes first: titans-build {late} ..."
+    else:
+        return None
+    return f"{said}\ntry: titans-build --help"
+
+
+def _near_command(word: str) -> str | None:
+    near = difflib.get_close_matches(word, COMMANDS, n=1) if len(word) < 40 else []
+    return near[0] if near else None
 
 
 def _out_of_memory(error: Exception) -> str | None:

@@ -12,7 +12,7 @@ from ..recipes.composing import assemble
 from ..registry import RecipeError, list_blocks, lookup
 from .options import add_recipe, load
 from .picture import box, draw_stack
-from .survey import Part, survey_layer
+from .survey import Part, survey_layer, with_shapes
 from .terminal import UsageError, count, in_bytes, say, say_json
 
 SUMMARY = "Draw the stack of a recipe: blocks, branches, repeats, the flow of data and the state, as SVG."
@@ -20,15 +20,19 @@ EXAMPLES = ("titans-build diagram mac --out mac.svg", "titans-build diagram my.y
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The recipe and the file."""
     add_recipe(parser)
     parser.add_argument("--out", metavar="FILE.svg", help="write here instead of to standard output")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Draw the recipe to the file or to standard output."""
     recipe = load(arguments.recipe, arguments)
     if arguments.out is not None and not arguments.out.endswith(".svg"):
         raise UsageError(f"--out {arguments.out}: the picture is SVG; expected a name that ends in .svg")
-    picture = draw(recipe, recipe.name or arguments.recipe)
+    # a file's name may hold what no XML may
+    name = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in arguments.recipe)
+    picture = draw(recipe, recipe.name or name)
     if arguments.out is not None:
         try:
             with open(arguments.out, "w", encoding="utf-8") as file:
@@ -43,7 +47,9 @@ def run(arguments: argparse.Namespace) -> int:
             }
         )
     elif arguments.out is None:
-        sys.stdout.write(picture)
+        # where the output has no letters for it, XML has its own way of writing it
+        encoding = sys.stdout.encoding or "utf-8"
+        sys.stdout.write(picture.encode(encoding, "xmlcharrefreplace").decode(encoding))
     else:
         say(f"wrote {arguments.out}")
     return 0
@@ -74,7 +80,7 @@ def draw(recipe: recipes.Recipe, name: str) -> str:
 def survey_layers(recipe: recipes.Recipe) -> dict[str, Part]:
     """What each named layer is made of. Only one of each is built, and neither embedding nor head."""
     names = list(dict.fromkeys(recipe.expand()))
-    model = recipes.build(dataclasses.replace(recipe, stack=names, vocab=None, tie=False))
+    model = with_shapes(dataclasses.replace(recipe, stack=names, vocab=None, tie=False))
     return {name: survey_layer(layer, name, recipe) for name, layer in zip(names, model.layers)}
 
 

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from ..kernels import dispatch
 from .options import add_placement, placement
-from .terminal import columns, complain, say, say_json
+from .terminal import Columns, complain, say_columns, say_json, say_prose
 
 SUMMARY = "Show every operation, its backends, which one is taken, and why the others are not."
 EXAMPLES = (
@@ -20,11 +20,13 @@ EXAMPLES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Device and dtype."""
     add_placement(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    device, dtype = placement(arguments)
+    """Print the table; 2 when the environment asks for a backend that there is not."""
+    device, dtype = placement(arguments.device, arguments.dtype)
     rows = dispatch.table(device.type, dtype)
     # running any such operation would end with the same words
     problems = list(dict.fromkeys(row.error for row in rows if row.error))
@@ -34,12 +36,13 @@ def run(arguments: argparse.Namespace) -> int:
         operations = [row._asdict() for row in rows]
         say_json({"device": str(device), "dtype": arguments.dtype, "operations": operations, "problems": problems})
         return 2 if problems else 0
-    table = columns("operation", "backend", "status", "why not")
+    table = Columns("operation", "backend", "status", "why not")
     previous = ""
     for row in rows:
         state = ("taken", "bold green") if row.chosen else ("available", "") if row.available else ("refused", "yellow")
-        table.add_row(row.operation if row.operation != previous else "", row.backend, Text(*state), row.reason)
+        table.add(row.operation if row.operation != previous else "", row.backend, Text(*state), row.reason)
         previous = row.operation
     setting = os.environ.get(dispatch.VARIABLE)
-    say(f"on {device} in {arguments.dtype}" + (f", with {dispatch.VARIABLE}={setting}" if setting else ""), "", table)
+    say_prose(f"on {device} in {arguments.dtype}" + (f", with {dispatch.VARIABLE}={setting}" if setting else ""), "")
+    say_columns(table)
     return 2 if problems else 0

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from .. import recipes
 from ..registry import describe, list_blocks, list_rows, nearest, show
-from .terminal import UsageError, columns, plain, say, say_json
+from .terminal import Columns, UsageError, plain, say, say_columns, say_json, say_prose
 
 SUMMARY = "List the blocks a recipe can name, with their defaults, and the recipes that come along."
 EXAMPLES = (
@@ -23,12 +23,14 @@ EXAMPLES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The pattern."""
     parser.add_argument(
         "pattern", nargs="?", default="*", metavar="PATTERN", help="a wildcard over names (default: all)"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Print the blocks and the recipes whose names match."""
     pattern: str = arguments.pattern
     rows = list_rows(pattern)
     packaged = [name for name in recipes.packaged_names() if fnmatch.fnmatchcase(name, pattern)]
@@ -58,30 +60,30 @@ def run(arguments: argparse.Namespace) -> int:
         )
         return 0
     if rows:
-        table = columns("block", "what it is", "fields and defaults")
+        table = Columns("block", "what it is", "fields and defaults")
         for row in rows:
             if row.problem is not None:
-                table.add_row(row.name, Text(f"{row.problem} (from {row.source})", style="yellow"), "")
+                table.add(row.name, Text(f"{row.problem} (from {row.source})", style="yellow"), "")
                 continue
             source = "" if row.source == "titans_build" else f" (from {row.source})"
-            table.add_row(
+            table.add(
                 Text(row.name, style="bold cyan"),
                 plain(row.summary) + source,
                 ", ".join(f.name if f.required else f"{f.name}={show(f.default)}" for f in fields[row.name]),
             )
-        say(table)
+        say_columns(table)
     if rows and packaged:
         say("")
     if packaged:
-        table = columns("recipe", "what it is", "sizes")
+        table = Columns("recipe", "what it is", "sizes")
         for name in packaged:
             base = _base(name)
             if base == name or base not in packaged:
                 sizes = [other.removeprefix(f"{name}-") for other in packaged if other != name and _base(other) == name]
-                table.add_row(Text(name, style="bold cyan"), summary(name), " ".join(sizes))
-        say(table)
+                table.add(Text(name, style="bold cyan"), summary(name), " ".join(sizes))
+        say_columns(table)
         if any(_base(name) != name for name in packaged):
-            say("", Text("a size is part of the name: titans-build mac-170m", style="dim"))
+            say_prose("", Text("a size is part of the name: titans-build mac-170m", style="dim"))
     return 0
 
 

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import recipes
-from ..recipes.composing import DTYPES, as_device, as_dtype
+from ..blocks.placing import DTYPES, as_device, as_dtype
 from ..recipes.reading import read_value
+from ..registry import Problem, RecipeError, show
 from .terminal import UsageError
 
 
-def add_recipe(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
-    """The recipe itself and what changes it."""
+def add_recipe(
+    parser: argparse.ArgumentParser, *, several: bool = False, saved: str = "a saved folder (its recipe alone)"
+) -> None:
+    """The recipe itself and what changes it. ``saved``: what is said of a saved model's folder."""
     parser.add_argument(
         "recipes" if several else "recipe",
         nargs="+" if several else None,
         metavar="RECIPE",
-        help="a packaged recipe (mac, mag-170m, ...; see `titans-build list`), a YAML or JSON file, or a saved folder",
+        help=f"a packaged recipe (mac, mag-170m, ...; see `titans-build list`), a YAML or JSON file, or {saved}",
     )
     parser.add_argument(
         "--set",
@@ -40,17 +44,38 @@ def load(source: str, arguments: argparse.Namespace) -> recipes.Recipe:
     return recipes.load_recipe(source, overrides=overrides(arguments.set), allow_imports=arguments.allow_imports)
 
 
+def saved_folder(source: str) -> Path | None:
+    """The folder that ``source``, a recipe that was loaded, names; ``None`` when it is no folder."""
+    return Path(source) if source not in recipes.packaged_names() and Path(source).is_dir() else None
+
+
 def overrides(settings: list[str]) -> dict[str, Any]:
-    """``["dim=64", "tie=true"]`` -> ``{"dim": 64, "tie": True}``; values are read as a recipe file's are."""
+    """``["dim=64", "tie=true"]`` -> ``{"dim": 64, "tie": True}``; values are read as a recipe file's are.
+
+    Raises ``UsageError`` for what is no setting, and ``RecipeError`` with the paths of values that cannot be read.
+    """
     found: dict[str, Any] = {}
+    problems: list[Problem] = []
     for setting in settings:
         path, equals, text = setting.partition("=")
         path = path.strip()
         if not equals or not path:
-            raise UsageError(f"--set {setting}: expected PATH=VALUE, as in --set layers.mac.0.segment=256")
+            raise UsageError(
+                f"--set {show(setting, 100).strip(chr(39))}: expected PATH=VALUE, as in --set layers.mac.0.segment=256"
+            )
         if path in found:
-            raise UsageError(f"--set {path}: given twice")
-        found[path] = read_value(text)
+            raise UsageError(f"--set {show(path, 100).strip(chr(39))}: given twice")
+        found[path] = None
+        try:
+            found[path] = read_value(text)
+        except RecipeError as error:
+            place = show(path, 100).strip("'")
+            problems += [
+                Problem(f"{place}.{problem.path}" if problem.path else place, problem.message)
+                for problem in error.problems
+            ]
+    if problems:
+        raise RecipeError(problems, "--set")
     return found
 
 
@@ -60,10 +85,10 @@ def add_placement(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="float32", metavar="DTYPE", help=f"{', '.join(DTYPES)} (default: float32)")
 
 
-def placement(arguments: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+def placement(device_name: str, dtype_name: str) -> tuple[torch.device, torch.dtype]:
     """The device and dtype asked for. Raises ``UsageError`` when this machine does not have them."""
     try:
-        device, dtype = as_device(arguments.device), as_dtype(arguments.dtype)
+        device, dtype = as_device(device_name), as_dtype(dtype_name)
     except ValueError as error:
         raise UsageError(str(error)) from None
     if device.type == "meta":
@@ -72,6 +97,7 @@ def placement(arguments: argparse.Namespace) -> tuple[torch.device, torch.dtype]
         torch.ones(1, device=device).item()
     # every backend reports its absence in its own way: AssertionError, NotImplementedError, RuntimeError
     except Exception as error:
-        first = str(error).partition("\n")[0]
-        raise UsageError(f"--device {arguments.device}: cannot be used on this machine: {first}") from None
+        # the first sentence: what follows it lists all that torch could have been built with
+        first = str(error).partition("\n")[0].partition(". ")[0]
+        raise UsageError(f"--device {device_name}: cannot be used on this machine: {first}") from None
     return device, dtype

@@ -43,6 +43,7 @@ class Shape:
 
     @property
     def width(self) -> float:
+        """From the left edge to the right one."""
         return self.left + self.right
 
 

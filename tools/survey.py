@@ -13,7 +13,8 @@ from torch import nn
 from ..blocks.block import Block
 from ..blocks.language_model import LanguageModel
 from ..blocks.state import State, nbytes
-from ..recipes import Recipe
+from ..recipes import Recipe, build
+from ..recipes.composing import state_bytes
 
 LENGTH = 2048
 """Tokens that FLOPs are averaged over: what a window, a chunk or a segment costs depends on how full it is."""
@@ -42,6 +43,7 @@ class Part:
     parts: list[Part] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain data, with the figures as the table names them."""
         return {
             "label": self.label,
             "type": self.type,
@@ -97,6 +99,19 @@ def survey(model: LanguageModel, recipe: Recipe) -> Survey:
     assert found.parameters == _parameters(model), (found.parameters, _parameters(model))
     assert found.flops == model.flops(LENGTH), (found.flops, model.flops(LENGTH))
     return found
+
+
+def with_shapes(recipe: Recipe, model: LanguageModel | None = None) -> LanguageModel:
+    """A model of ``recipe`` that can be surveyed at no cost: on the meta device, where nothing is computed.
+
+    Where a block of the user's own cannot make its state there, it is ``model``, which was built from ``recipe``, or
+    one that is built now.
+    """
+    dtype = torch.float32 if model is None else next(model.parameters()).dtype
+    shapes = build(recipe, device="meta", dtype=dtype)
+    if state_bytes(shapes, recipe) is not None:
+        return shapes
+    return build(recipe) if model is None else model
 
 
 def survey_layer(layer: Block, name: str, recipe: Recipe) -> Part:
@@ -175,7 +190,7 @@ def _part(block: Block, label: str, node: Any, flops: dict[Block, int], states: 
         parameters=_parameters(block),
         flops=flops[block],
         state_bytes=nbytes(state),
-        state={name: nbytes(child) for name, child in zip(names, state or ())},
+        state={name: nbytes(child) for name, child in zip(names, state or ())} if names else {},
         grows=block.grows,
         parts=[_part(child, path, _at(node, path), flops, states) for path, child in _children(block)],
     )

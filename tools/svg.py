@@ -35,6 +35,7 @@ class Canvas:
         dashed: bool = False,
         thickness: float = 1.25,
     ) -> None:
+        """A rectangle from its upper left corner, with round corners."""
         dash = ' stroke-dasharray="5 4"' if dashed else ""
         self.marks.append(
             f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" rx="{radius:.1f}" '
@@ -42,6 +43,7 @@ class Canvas:
         )
 
     def circle(self, x: float, y: float, radius: float, *, fill: str, stroke: str) -> None:
+        """A circle around ``x``, ``y``."""
         self.marks.append(
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" fill="{fill}" stroke="{stroke}" stroke-width="1.25"/>'
         )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
+import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -15,7 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 PIPED_WIDTH = 160
-"""Columns when the output is a file or a pipe, where there is no edge to wrap at."""
+"""Columns of a table when the output is a file or a pipe, where there is no edge to wrap at."""
+NARROWEST = 24
+"""Columns that are written for at least: in fewer there is no room for a word beside a branch of a tree."""
 
 
 class UsageError(Exception):
@@ -25,14 +29,71 @@ class UsageError(Exception):
 def console(stream: TextIO | None = None) -> Console:
     """A console on ``stream`` (standard output), coloured only where a person reads and NO_COLOR is not set."""
     stream = stream if stream is not None else sys.stdout
-    piped = not stream.isatty() and "COLUMNS" not in os.environ
-    return Console(file=stream, width=PIPED_WIDTH if piped else None, highlight=False, markup=False, emoji=False)
+    return Console(file=stream, width=edge(stream) or PIPED_WIDTH, highlight=False, markup=False, emoji=False)
 
 
-def say(*parts: str | Text | Table) -> None:
-    """Print to standard output; text is never cut or wrapped by us."""
-    for part in parts:
-        console().print(part, soft_wrap=not isinstance(part, Table))
+def edge(stream: TextIO | None = None) -> int | None:
+    """Columns of the terminal behind ``stream`` (standard output), or what COLUMNS says; ``None`` in a pipe."""
+    stream = stream if stream is not None else sys.stdout
+    said = os.environ.get("COLUMNS", "")
+    if said.isascii() and said.isdigit() and 0 < len(said) < 6 and int(said) > 0:
+        return max(int(said), NARROWEST)
+    return max(shutil.get_terminal_size().columns, NARROWEST) if stream.isatty() else None
+
+
+def say(*lines: str | Text) -> None:
+    """Print to standard output, line by line; text is never cut or wrapped by us."""
+    for line in lines:
+        text = Text(line) if isinstance(line, str) else line
+        if not _is_unicode(sys.stdout):
+            text = text.copy()
+            text.plain = text.plain.translate(_IN_ASCII)
+        console().print(text, soft_wrap=True)
+
+
+_IN_ASCII = str.maketrans({"│": "|", "├": "|", "└": "`", "×": "x"})
+
+
+def _is_unicode(stream: TextIO) -> bool:
+    return (stream.encoding or "utf-8").lower().replace("-", "").startswith("utf")
+
+
+def prepare_streams() -> None:
+    """Let any text be written to standard output, whatever is at its other end.
+
+    Letters it does not have, such as those of a file's name, are escaped; where it is closed, nothing is written.
+    """
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as the process runs
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def say_prose(*paragraphs: str | Text) -> None:
+    """Print text to standard output, wrapped between words where there is an edge."""
+    width = edge()
+    for paragraph in paragraphs:
+        say(*([paragraph] if width is None else flow(paragraph, width)))
+
+
+def flow(text: str | Text, width: int, first: str | Text = "", under: str | Text = "") -> list[Text]:
+    """``text`` in lines of at most ``width``; the first begins with ``first``, which counts, the others with ``under``.
+
+    A word that is longer than a line is broken, not cut.
+    """
+    lead = Text.assemble(first)
+    indent = Text.assemble(under).cell_len
+    room = max(width - indent, NARROWEST // 2)
+    # what stands for the lead while lines are found is as wide as it sticks out, and no space that could be trimmed
+    ahead = max(lead.cell_len - indent, 0)
+    whole = Text.assemble("x" * ahead, text)
+    lines = whole.wrap(console(), room, overflow="fold") or [Text()]
+    found = [lead.append_text(lines[0][ahead:]), *(Text.assemble(under, line) for line in lines[1:])]
+    for line in found:
+        line.rstrip()
+    return found
 
 
 def complain(message: str, label: str = "error") -> None:
@@ -43,16 +104,59 @@ def complain(message: str, label: str = "error") -> None:
 
 def say_json(value: Any) -> None:
     """One JSON document to standard output."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    escaped = not _is_unicode(sys.stdout)
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=escaped, allow_nan=False) + "\n")
 
 
-def columns(*headings: str, right: tuple[str, ...] = ()) -> Table:
-    """An empty table with a line under its headings; the columns named in ``right`` are numbers."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_edge=False)
-    for heading in headings:
-        numeric = heading in right
-        table.add_column(heading, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
-    return table
+class Columns:
+    """Rows under headings: side by side where the words have room, otherwise one cell under the other."""
+
+    GAP = 2
+    COMFORT = 20
+    """A column of text this wide is read as text; a narrower one is a column of words."""
+
+    def __init__(self, *headings: str) -> None:
+        self.headings = headings
+        self.rows: list[list[Text]] = []
+
+    def add(self, *cells: str | Text) -> None:
+        """One more row, with a cell for each heading."""
+        self.rows.append([Text(cell) if isinstance(cell, str) else cell for cell in cells])
+
+    def lines(self, width: int) -> list[Text]:
+        """The rows in lines of at most ``width``, without spaces at their ends."""
+        least = [self._least(index) for index in range(len(self.headings))]
+        if sum(least) + self.GAP * (len(least) - 1) > width:
+            return list(self._stacked(width))
+        table = Table(box=None, pad_edge=False, padding=(0, self.GAP, 0, 0), header_style="bold", show_edge=False)
+        for heading, narrow in zip(self.headings, least):
+            table.add_column(heading, min_width=narrow, overflow="fold")
+        for row in self.rows:
+            table.add_row(*row)
+        target = console()
+        rendered = target.render_lines(table, target.options.update(width=width), pad=False)
+        lines = [Text.assemble(*((part.text, part.style or "") for part in line)) for line in rendered]
+        for line in lines:
+            line.rstrip()
+        return lines
+
+    def _least(self, index: int) -> int:
+        cells = [self.headings[index], *(row[index].plain for row in self.rows)]
+        word = max(len(word) for cell in cells for word in (cell.split() or [""]))
+        return min(max(map(len, cells)), max(word, self.COMFORT), 2 * self.COMFORT)
+
+    def _stacked(self, width: int) -> Iterable[Text]:
+        for row in self.rows:
+            if row[0].plain:
+                yield from flow(row[0], width)
+            for heading, cell in zip(self.headings[1:], row[1:]):
+                if cell.plain:
+                    yield from flow(cell, width, Text(f"  {heading}: ", style="dim"), "    ")
+
+
+def say_columns(rows: Columns) -> None:
+    """Print rows to standard output, as wide as there is room."""
+    say(*rows.lines(edge() or PIPED_WIDTH))
 
 
 @contextlib.contextmanager
@@ -72,6 +176,16 @@ def progress(description: str, total: int) -> Iterator[Callable[[], None]]:
 def plain(text: str) -> str:
     """A docstring's text without the marks that only a page of documentation renders."""
     return re.sub(r":\w+:`~?([^`]*)`", r"\1", text).replace("``", "")
+
+
+def paragraphs(text: str) -> list[str]:
+    """A docstring's paragraphs, each in one line to be wrapped anew; what is indented or a list keeps its lines."""
+    found: list[str] = []
+    for paragraph in re.split(r"\n\s*\n", text.strip("\n")):
+        lines = paragraph.splitlines()
+        shaped = any(line[:1] in (" ", "-", "*") for line in lines)
+        found += ["", *lines] if shaped else ["", " ".join(lines)]
+    return found[1:]
 
 
 def count(number: float) -> str:

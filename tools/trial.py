@@ -79,6 +79,7 @@ class Trial:
         return "; ".join(faults)
 
     def to_dict(self) -> dict[str, object]:
+        """Plain data; ``None`` for what is no finite number."""
         # NaN and infinity have no place in JSON
         return {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -100,11 +101,16 @@ def read_bytes(path: str) -> bytes:
     return text
 
 
+def length_of(bytes_read: int) -> int:
+    """Bytes per row that are trained on, of a text of so many that ``read_bytes`` gave."""
+    return bytes_read // ROWS - 1
+
+
 def try_out(model: LanguageModel, text: bytes, advance: Callable[[], None] = lambda: None) -> Trial:
     """Train ``model`` a little on ``text`` (in place), and examine it. ``advance`` is called ``STAGES`` times."""
     device = next(model.parameters()).device
     tokens = torch.tensor(list(text), dtype=torch.int64, device=device)
-    length = len(text) // ROWS - 1
+    length = length_of(len(text))
     batch = tokens[: ROWS * (length + 1)].view(ROWS, length + 1)
     before, after = _train(model, batch, advance)
     stream = tokens[None, :STREAM]

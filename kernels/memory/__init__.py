@@ -1,7 +1,8 @@
 """The neural memory: its state, the operation, and the oracles it is held against."""
 
 from .operation import MEMORY, titans_memory
+from .prepared import prepare_read, prepare_step
 from .reading import read_memory
 from .state import MemoryState
 
-__all__ = ["MEMORY", "MemoryState", "read_memory", "titans_memory"]
+__all__ = ["MEMORY", "MemoryState", "prepare_read", "prepare_step", "read_memory", "titans_memory"]

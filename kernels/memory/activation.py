@@ -13,6 +13,8 @@ _aten = torch.ops.aten
 
 
 class Activation(NamedTuple):
+    """A function of each number of ``z``, with its first two derivatives; all take and give tensors of one shape."""
+
     value: Callable[..., Tensor]
     """``(z, out=None) -> value(z)``."""
     pull: Callable[..., Tensor]

@@ -34,6 +34,10 @@ class Work(NamedTuple):
     def allocate(
         cls, chunks: int, rows: int, b: int, stacks: Sequence[Tensor], scratch: Scratch, *, pulled: bool, clipped: bool
     ) -> Work:
+        """For ``chunks`` chunks of ``b`` tokens and states like ``stacks`` ``[rows, s, out, in]``, from ``scratch``.
+
+        ``pulled``: for backward too. ``clipped``: with errors apart from the raw ones.
+        """
         shapes = [stack.shape[-3:] for stack in stacks]
         token = lambda name, l, width: scratch(f"{name} {l}", chunks, rows, b, width)  # noqa: E731
         outs = list(enumerate(out for _, out, _ in shapes))
@@ -73,10 +77,12 @@ class Adjoint(NamedTuple):
 
     @classmethod
     def allocate(cls, work: Work, scratch: Scratch) -> Adjoint:
+        """In the shapes of ``work``, from ``scratch``."""
         like = lambda name, part: [scratch(f"grad {name} {l}", *x.shape) for l, x in enumerate(part)]  # noqa: E731
         return cls(like("stack", work.stacks), like("input", work.inputs), like("error", work.errors))
 
     def first(self, chunks: int) -> Adjoint:
+        """The same buffers for a group of ``chunks`` chunks."""
         short = [[x[:chunks] for x in part] for part in (self.inputs, self.errors)]
         return Adjoint([x[: chunks + 1] for x in self.stacks], *short)
 

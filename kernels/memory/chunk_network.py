@@ -10,13 +10,15 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from .activation import Activation
+from .activation import ACTIVATIONS
 from .buffers import Adjoint, Scratch, Work
 from .decay import ChunkDecay
 from .reading import EPS
 
 
 class ReadGrad(NamedTuple):
+    """Gradients of a group's reads: of the queries, of two parts of ``ChunkDecay``, and of the gain if there is one."""
+
     queries: Tensor
     read: Tensor
     carry: Tensor
@@ -24,6 +26,8 @@ class ReadGrad(NamedTuple):
 
 
 class WriteGrad(NamedTuple):
+    """Gradients of a group's writes: of the values, of two parts of ``ChunkDecay``, and of the gain if there is one."""
+
     values: Tensor
     write: Tensor
     mix: Tensor
@@ -33,8 +37,8 @@ class WriteGrad(NamedTuple):
 class ChunkNetwork:
     """The memory network ``M``; ``gain`` ``[rows, 1, d]`` is given when ``M(x) = x + LN(net(x)) * gain``."""
 
-    def __init__(self, activation: Activation, gain: Tensor | None, clip: float | None, scratch: Scratch) -> None:
-        self.activation, self.gain, self.clip, self.scratch = activation, gain, clip, scratch
+    def __init__(self, activation: str, gain: Tensor | None, clip: float | None, scratch: Scratch) -> None:
+        self.activation, self.gain, self.clip, self.scratch = ACTIVATIONS[activation], gain, clip, scratch
 
     # -- write ---------------------------------------------------------------------------------------------------
 
@@ -329,4 +333,5 @@ def layer_norm_pull(g: Tensor, n: Tensor, inverse: Tensor) -> Tensor:
 
 
 def square_sum(x: Tensor) -> Tensor:
+    """``[..., d] -> [...]``: each vector's squared length."""
     return torch.linalg.vecdot(x, x)

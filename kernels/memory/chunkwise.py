@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from ..precision import full_precision
-from .activation import ACTIVATIONS
 from .buffers import Adjoint, Scratch, Work
 from .chunk_network import ChunkNetwork
 from .decay import ChunkDecay, chunk_decay
@@ -44,6 +43,7 @@ class Plan(NamedTuple):
     read_after: bool
     keep: int | None
     """Chunks from one state that is kept for backward to the next; ``None``: as few as ``KEPT_BYTES`` allows."""
+    network: type[ChunkNetwork] = ChunkNetwork
 
 
 def chunkwise_memory(
@@ -111,7 +111,7 @@ class _Chunkwise(torch.autograd.Function):
         y = q.new_empty(batch, time, heads, v.shape[-1])
         scratch = Scratch.of(q)
         gain_rows = None if gain is None else per_row(gain, batch)
-        net = ChunkNetwork(ACTIVATIONS[plan.activation], gain_rows, plan.clip, scratch)
+        net = plan.network(plan.activation, gain_rows, plan.clip, scratch)
         work = Work.allocate(
             size, batch * heads, plan.chunk, stacks, scratch, pulled=False, clipped=plan.clip is not None
         )
@@ -166,7 +166,7 @@ def _backward(ctx: Any, grad_y: Tensor, *grad_state: Tensor) -> tuple[Tensor | N
     chunks = time // plan.chunk
     scratch = Scratch.of(q)
     gain_rows = None if gain is None else per_row(gain, batch)
-    net = ChunkNetwork(ACTIVATIONS[plan.activation], gain_rows, plan.clip, scratch)
+    net = plan.network(plan.activation, gain_rows, plan.clip, scratch)
     work = Work.allocate(size, batch * heads, plan.chunk, kept, scratch, pulled=True, clipped=plan.clip is not None)
     adjoint = Adjoint.allocate(work, scratch)
 

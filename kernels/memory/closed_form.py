@@ -34,8 +34,9 @@ def _value_and_slope(z: Tensor, activation: str) -> tuple[Tensor, Tensor]:
 def _products(factors: Tensor) -> Tensor:
     """``[heads, b] -> [heads, b, b + 1]``: entry ``[t, r]`` is the product over ``r <= j <= t`` (1 if empty)."""
     b = factors.shape[-1]
-    t, r, j = (torch.arange(n).view(shape) for n, shape in ((b, (b, 1, 1)), (b + 1, (1, b + 1, 1)), (b, (1, 1, b))))
-    chosen = ((r <= j) & (j <= t)).to(factors.device)
+    shapes = ((b, (b, 1, 1)), (b + 1, (1, b + 1, 1)), (b, (1, 1, b)))
+    t, r, j = (torch.arange(n, device=factors.device).view(shape) for n, shape in shapes)
+    chosen = (r <= j) & (j <= t)
     full = torch.where(chosen, factors[:, None, None, :], torch.ones_like(factors[:, :1, None, None])).prod(-1)
     return full * (r <= t + 1).squeeze(-1).to(factors)
 
@@ -128,7 +129,8 @@ def _chunk(
     inputs, errors = _errors(anchor, k, v, activation, gain)
     gradients = [2 * error for error in errors]
     if clip is not None:
-        length = torch.as_tensor(sum(g.square().sum(-1) * a.square().sum(-1) for g, a in zip(gradients, inputs))).sqrt()
+        squares = [g.square().sum(-1) * a.square().sum(-1) for g, a in zip(gradients, inputs)]
+        length = torch.stack(squares).sum(0).sqrt()
         theta = theta * clip / length.clamp(min=clip)
     decay = _products(torch.ones_like(theta) if alpha is None else 1 - alpha)
     lasting = _products(torch.zeros_like(theta) if eta is None else eta)

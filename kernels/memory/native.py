@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..native import library
 from ..native.kernel import tracks
+from ..native.operands import operands
 from ..native.pages import fresh
 from .buffers import Scratch
 from .state import MemoryState
@@ -83,6 +84,8 @@ class _Plan(NamedTuple):
     """``[batch, time]`` int32: which tokens those are; ``None``: all."""
     anchor_made: bool
     """Whether some row's anchor after the call is neither the weights then nor its anchor before."""
+    operands: torch.dtype
+    """Of matrix products: what forward's were, backward's are."""
 
 
 class _Keeping(NamedTuple):
@@ -136,6 +139,7 @@ def native_memory(
     plan = _Plan(
         chunk, activation, clip, read == "after", keep, layers,
         torch.tensor(phases), torch.tensor(counts, dtype=torch.int32), order, not (all_end or none_began),
+        operands(q.dtype),
     )  # fmt: skip
     tensors = [
         q, k, v, theta, eta, alpha, norm, *state.weights, *(state.momentum if eta is not None else ()),
@@ -162,6 +166,10 @@ class _Native(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_y: Tensor | None, *grad_end: Tensor | None) -> tuple[Tensor | None, ...]:
         kept, q, k, v, theta, eta, alpha, gain, *state = ctx.saved_tensors
+        # hooks on saved tensors may give them back laid out otherwise
+        kept, gain = kept.contiguous(), None if gain is None else gain.contiguous()
+        q, k, v = (dense(x, 1) for x in (q, k, v))
+        state = [dense(x, 2) for x in state]
         plan = ctx.plan
         call = _call(plan, q, k, v, theta, eta, alpha, gain, state)
         call.every, call.asked_kept = ctx.keeping
@@ -184,7 +192,7 @@ class _Native(torch.autograd.Function):
             call.grad_gain = grad_gain.data_ptr()
         grad_state = [torch.empty(x.shape, dtype=x.dtype) for x in state]
         _hand_over(call.grad_before, grad_state, plan, eta)
-        _run(call, q, backward=True)
+        _run(call, q, plan, backward=True)
         return None, *grads, None if grad_gain is None else grad_gain.sum(0), *grad_state
 
 
@@ -206,10 +214,10 @@ def _forward(
     if record:
         keeping = _keeping(plan, q, state, eta)
         call.every, call.asked_kept = keeping
-        call.kept_numbers = _room(call, q, backward=False)[0]
+        call.kept_numbers = _room(call, plan, backward=False)[0]
         kept = fresh((q.shape[0] * q.shape[2] * call.kept_numbers,), q.dtype)
         call.kept = kept.data_ptr()
-    _run(call, q, backward=False)
+    _run(call, q, plan, backward=False)
     return (y, *end), kept, (q, k, v, theta, eta, alpha, gain, *state), keeping
 
 
@@ -278,18 +286,18 @@ def _keeping(plan: _Plan, q: Tensor, state: Sequence[Tensor], eta: Tensor | None
     return _Keeping(every, asked)
 
 
-def _room(call: _Call, like: Tensor, backward: bool) -> tuple[int, int]:
+def _room(call: _Call, plan: _Plan, backward: bool) -> tuple[int, int]:
     kept, scratch = ctypes.c_int64(), ctypes.c_int64()
-    library.library(like.dtype).memory_room(
+    library.library(plan.operands).memory_room(
         ctypes.byref(call), int(backward), ctypes.byref(kept), ctypes.byref(scratch)
     )
     return kept.value, scratch.value
 
 
-def _run(call: _Call, like: Tensor, backward: bool) -> None:
+def _run(call: _Call, like: Tensor, plan: _Plan, backward: bool) -> None:
     threads = max(1, min(torch.get_num_threads(), call.batch * call.heads))
-    call.scratch_numbers = _room(call, like, backward)[1]
+    call.scratch_numbers = _room(call, plan, backward)[1]
     scratch = Scratch.of(like)
     call.scratch = scratch("native", threads, call.scratch_numbers).data_ptr()
-    library.library(like.dtype).memory_run(ctypes.byref(call), int(backward), threads)
+    library.library(plan.operands).memory_run(ctypes.byref(call), int(backward), threads)
     scratch.release()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..native import library
 from ..native.kernel import Kernel, address, tracks
+from ..native.operands import operands
 from ..native.pages import fresh
 from .native import ACTIVATIONS, LAYERS, dense
 
@@ -26,15 +27,17 @@ def refuse_reading(*, layers: int = 1, **facts: Any) -> str | None:
 def native_reading(q: Tensor, weights: Sequence[Tensor], activation: str, norm: Tensor | None) -> Tensor:
     """``read_memory`` in float32 or float64 on a CPU."""
     if tracks(q, norm, *weights):
-        return _Native.apply(activation, q, norm, *weights)
-    return _forward(activation, q, norm, weights)[0]
+        return _Native.apply(activation, operands(q.dtype), q, norm, *weights)
+    return _forward(activation, operands(q.dtype), q, norm, weights)[0]
 
 
 class _Native(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, activation: str, q: Tensor, norm: Tensor | None, *weights: Tensor) -> Tensor:
-        y, q, weights = _forward(activation, q, norm, weights)
-        ctx.activation = activation
+    def forward(
+        ctx: Any, activation: str, products: torch.dtype, q: Tensor, norm: Tensor | None, *weights: Tensor
+    ) -> Tensor:
+        y, q, weights = _forward(activation, products, q, norm, weights)
+        ctx.activation, ctx.operands = activation, products
         ctx.save_for_backward(q, norm, *weights)
         return y
 
@@ -42,24 +45,27 @@ class _Native(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, norm, *weights = ctx.saved_tensors
+        # hooks on saved tensors may give them back laid out otherwise
+        q, weights = dense(q, 1), [dense(w, 2) for w in weights]
         grad_q = fresh(q.shape, q.dtype)
         grad_norm = None if norm is None else norm.new_empty(q.shape[0], *norm.shape)
         grad_weights = [torch.empty(w.shape, dtype=w.dtype) for w in weights]
-        _call(ctx.activation, q, norm, weights, None, dense(grad, 1), grad_q, grad_norm, grad_weights)
-        return None, grad_q, None if grad_norm is None else grad_norm.sum(0), *grad_weights
+        _call(ctx.activation, ctx.operands, q, norm, weights, None, dense(grad, 1), grad_q, grad_norm, grad_weights)
+        return None, None, grad_q, None if grad_norm is None else grad_norm.sum(0), *grad_weights
 
 
 def _forward(
-    activation: str, q: Tensor, norm: Tensor | None, weights: Sequence[Tensor]
+    activation: str, products: torch.dtype, q: Tensor, norm: Tensor | None, weights: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     q, weights = dense(q, 1), tuple([dense(w, 2) for w in weights])
     y = fresh((*q.shape[:3], weights[-1].shape[2]), q.dtype)
-    _call(activation, q, norm, weights, y, None, None, None, ())
+    _call(activation, products, q, norm, weights, y, None, None, None, ())
     return y, q, weights
 
 
 def _call(
     activation: str,
+    products: torch.dtype,
     q: Tensor,
     norm: Tensor | None,
     weights: Sequence[Tensor],
@@ -69,7 +75,7 @@ def _call(
     grad_norm: Tensor | None,
     grad_weights: Sequence[Tensor],
 ) -> None:
-    """``asking`` of read.c, field by field."""
+    """``asking`` of read.c, field by field; ``products``: what ``operands`` said."""
     batch, time, heads, width = q.shape
     layers = len(weights)
     widths = [width, *(w.shape[2] for w in weights), *[0] * (LAYERS - layers)]
@@ -78,7 +84,7 @@ def _call(
     ]  # fmt: skip
     gain = None if norm is None else norm.contiguous()
     _run(
-        q.dtype, batch, time, heads, layers, ACTIVATIONS[activation], *widths,
+        products, batch, time, heads, layers, ACTIVATIONS[activation], *widths,
         *(n for x in (q, y, grad_q, grad) for n in _sequence(x)), address(gain), address(grad_norm),
         *matrices(weights), *matrices(grad_weights), grad is not None,
         max(1, min(torch.get_num_threads(), batch * heads)),

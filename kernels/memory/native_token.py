@@ -57,61 +57,135 @@ def native_step(
     read: str,
 ) -> tuple[Tensor, MemoryState]:
     """``titans_memory`` for ``time = 1`` without gradients. Rows may be at different positions."""
-    batch, _, heads, _ = q.shape
-    weights, momentum, anchor, position = state
-    phases = [place % chunk for place in position.tolist()]
-    real = [True] * batch if mask is None else mask[:, 0].tolist()
-    rows = bytes([MASKED if not r else WITHIN if phase else STARTS for r, phase in zip(real, phases)])
+    shapes = [(weight.shape[2], weight.shape[3]) for weight in state.weights]
+    step = Step(q, k, v, theta, eta, alpha, shapes, chunk=chunk, activation=activation, norm=norm, clip=clip, read=read)
+    return step(state, mask)
 
-    held: list[Tensor] = []  # copies of what was not dense, alive until the kernel has run
-    layers: list[int] = []
-    new_weights, new_momentum = [], []
-    for l, weight in enumerate(weights):
-        out, width = weight.shape[2:]
-        size = out * width
-        new = _like(weight)
-        new_weights.append(new)
-        layers += out, width, *_dense(weight, heads, size, held)
-        if eta is None:
-            layers += _NONE
-        else:
-            surprise = _like(weight)
-            new_momentum.append(surprise)
-            layers += _dense(momentum[l], heads, size, held)
-        layers += *_dense(anchor[l], heads, size, held), new.data_ptr(), heads * size, size
-        layers += _NONE if eta is None else (surprise.data_ptr(), heads * size, size)
-    y = _like(v)
-    tokens = [_dense(x, heads, x.shape[3], held) for x in (q, k, v)]
-    gates = [_gates(x) for x in (theta, eta, alpha)]
-    call = _pack(weights, heads, activation, read == "after", [*tokens, *gates], norm, y, layers, held)
-    if _function("step", y.dtype)(call, rows, clip or 0.0):
-        raise MemoryError("memory: no room for a step's scratch")
 
-    starts = [r and phase == 0 for r, phase in zip(real, phases)]
-    ends = [r and phase + 1 == chunk for r, phase in zip(real, phases)]
-    updated = tuple(new_weights)
-    return y, MemoryState(
-        updated,
-        momentum if eta is None else tuple(new_momentum),
-        _pick(ends, updated, _pick(starts, weights, anchor)),
-        position + (1 if mask is None else mask[:, 0]),
-    )
+class Step:
+    """:func:`native_step` for tokens that lie in ever the same tensors; the outputs ``y`` are one tensor too."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        theta: Tensor,
+        eta: Tensor | None,
+        alpha: Tensor | None,
+        shapes: Sequence[tuple[int, int]],
+        *,
+        chunk: int,
+        activation: str,
+        norm: Tensor | None,
+        clip: float | None,
+        read: str,
+    ) -> None:
+        self.shapes, self.heads, self.chunk, self.clip, self.momentum = shapes, q.shape[2], chunk, clip, eta is not None
+        self.y = _like(v)
+        self._call = _Call("step", shapes, activation, read == "after", [q, k, v], [theta, eta, alpha], norm, self.y)
+
+    def __call__(self, state: MemoryState, mask: Tensor | None = None) -> tuple[Tensor, MemoryState]:
+        weights, momentum, anchor, position = state
+        heads, chunk = self.heads, self.chunk
+        phases = [place % chunk for place in position.tolist()]
+        real = [True] * len(phases) if mask is None else mask[:, 0].tolist()
+        rows = bytes([MASKED if not r else WITHIN if phase else STARTS for r, phase in zip(real, phases)])
+
+        held: list[Tensor] = []  # copies of what was not dense, alive until the kernel has run
+        layers: list[int] = []
+        new_weights, new_momentum = [], []
+        for l, (out, width) in enumerate(self.shapes):
+            weight, size = weights[l], out * width
+            new = _like(weight)
+            new_weights.append(new)
+            layers += out, width, *_dense(weight, heads, size, held)
+            if self.momentum:
+                surprise = _like(weight)
+                new_momentum.append(surprise)
+                layers += _dense(momentum[l], heads, size, held)
+                written = surprise.data_ptr(), heads * size, size
+            else:
+                layers += _NONE
+                written = _NONE
+            layers += *_dense(anchor[l], heads, size, held), new.data_ptr(), heads * size, size, *written
+        self._call(layers, rows, self.clip or 0.0)
+
+        starts = [r and phase == 0 for r, phase in zip(real, phases)]
+        ends = [r and phase + 1 == chunk for r, phase in zip(real, phases)]
+        updated = tuple(new_weights)
+        return self.y, MemoryState(
+            updated,
+            tuple(new_momentum) if self.momentum else momentum,
+            _pick(ends, updated, _pick(starts, weights, anchor)),
+            position + (1 if mask is None else mask[:, 0]),
+        )
 
 
 def native_read(q: Tensor, weights: Sequence[Tensor], activation: str, norm: Tensor | None) -> Tensor:
     """``read_memory`` for one query of each row, without gradients."""
-    batch, _, heads, width = q.shape
-    held: list[Tensor] = []
-    layers: list[int] = []
-    for weight in weights:
-        out, before = weight.shape[2:]
-        layers += out, before, *_dense(weight, heads, out * before, held), *_NONE, *_NONE, *_NONE, *_NONE
-    y = torch.empty((batch, 1, heads, out), dtype=q.dtype)
-    tokens = [_dense(q, heads, width, held), _NONE, _NONE, _NONE, _NONE, _NONE]
-    call = _pack(weights, heads, activation, False, tokens, norm, y, layers, held)
-    if _function("read_token", y.dtype)(call, b"", 0.0):
-        raise MemoryError("memory: no room for a query's scratch")
-    return y
+    return Read(q, [(weight.shape[2], weight.shape[3]) for weight in weights], activation, norm)(weights)
+
+
+class Read:
+    """:func:`native_read` for queries that lie in ever the same tensor; the answers ``y`` are one tensor too."""
+
+    def __init__(self, q: Tensor, shapes: Sequence[tuple[int, int]], activation: str, norm: Tensor | None) -> None:
+        batch, _, heads, _ = q.shape
+        self.shapes, self.heads = shapes, heads
+        self.y = torch.empty((batch, 1, heads, shapes[-1][0]), dtype=q.dtype)
+        self._call = _Call("read_token", shapes, activation, False, [q, None, None], [None] * 3, norm, self.y)
+
+    def __call__(self, weights: Sequence[Tensor]) -> Tensor:
+        held: list[Tensor] = []
+        layers: list[int] = []
+        for (out, width), weight in zip(self.shapes, weights):
+            layers += out, width, *_dense(weight, self.heads, out * width, held), *_NONE, *_NONE, *_NONE, *_NONE
+        self._call(layers, b"", 0.0)
+        return self.y
+
+
+class _Call:
+    """A structure ``call`` of step.c, whole numbers of 64 bits and addresses among them, filled but for its layers."""
+
+    def __init__(
+        self,
+        name: str,
+        shapes: Sequence[tuple[int, int]],
+        activation: str,
+        after: bool,
+        tokens: Sequence[Tensor | None],
+        gates: Sequence[Tensor | None],
+        norm: Tensor | None,
+        y: Tensor,
+    ) -> None:
+        batch, _, heads, width = y.shape
+        self.held = [y]
+        size = batch * heads * y.element_size() * sum([out * before for out, before in shapes])
+        threads = min(torch.get_num_threads(), batch * heads, 1 + size // WORTH_A_THREAD)
+        fields = [batch, heads, len(shapes), ACTIVATIONS[activation], after, threads]
+        for x in tokens:
+            fields += _NONE if x is None else _dense(x, heads, x.shape[3], self.held)
+        for x in gates:
+            fields += _gates(x)
+        fields += _NONE if norm is None else (_dense(norm, heads, width, self.held)[0], 0, width)
+        fields += y.data_ptr(), heads * width, width
+        self.held += [x.detach() for x in (*tokens, *gates, norm) if x is not None]
+        self._layers = _packer(17 * len(shapes))
+        self._at = 8 * len(fields)
+        self._structure = ctypes.create_string_buffer(self._at + 8 * 17 * len(shapes))
+        _packer(len(fields))(self._structure, 0, *fields)
+        self._function = _function(name, y.dtype)
+
+    def __call__(self, layers: list[int], rows: bytes, clip: float) -> None:
+        self._layers(self._structure, self._at, *layers)
+        if self._function(self._structure, rows, clip):
+            raise MemoryError("memory: no room for a token's scratch")
+
+
+@functools.cache
+def _packer(numbers: int) -> Callable[..., None]:
+    return struct.Struct(f"{numbers}q").pack_into
 
 
 def _like(x: Tensor) -> Tensor:
@@ -120,32 +194,8 @@ def _like(x: Tensor) -> Tensor:
 
 
 @functools.cache
-def _function(name: str, dtype: torch.dtype) -> Callable[[bytes, bytes, float], int]:
+def _function(name: str, dtype: torch.dtype) -> Callable[[Any, bytes, float], int]:
     return ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_double)((name, library(dtype)))
-
-
-def _pack(
-    weights: Sequence[Tensor],
-    heads: int,
-    activation: str,
-    after: bool,
-    tokens: list[_Heads],
-    norm: Tensor | None,
-    y: Tensor,
-    layers: list[int],
-    held: list[Tensor],
-) -> bytes:
-    """``call`` of step.c: whole numbers of 64 bits, addresses among them."""
-    batch, width = y.shape[0], y.shape[3]
-    size = sum([w.nbytes for w in weights])
-    threads = min(torch.get_num_threads(), batch * heads, 1 + size // WORTH_A_THREAD)
-    fields = [batch, heads, len(weights), ACTIVATIONS[activation], after, threads]
-    for x in tokens:
-        fields += x
-    fields += _NONE if norm is None else (_dense(norm, heads, width, held)[0], 0, width)
-    fields += y.data_ptr(), heads * width, width
-    fields += layers
-    return struct.pack(f"{len(fields)}q", *fields)
 
 
 def _dense(x: Tensor, heads: int, size: int, held: list[Tensor]) -> _Heads:

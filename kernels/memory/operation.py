@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..dispatch import Backend, Operation
 from ..native.kernel import plain
 from ..precision import full_precision
+from ..triton import availability as triton
 from .activation import ACTIVATIONS
 from .closed_form import closed_form_memory
+from .finite import cuts_before_infinities
 from .native import native_memory, refuse_native
 from .native_token import native_step, refuse_token
 from .pieces import piecewise_memory
@@ -42,6 +47,7 @@ def titans_memory(
         y_t = M_t(q_t)
 
     with ``a(t)`` the weights at the start of the token's chunk. Differentiable in every tensor, state included.
+    NaN and infinity are taken as they come: they spoil their head's memory from their token on, and no output before.
 
     Args:
         q, k: ``[batch, time, heads, d_in]``; v: ``[batch, time, heads, d_out]``.
@@ -75,6 +81,7 @@ def titans_memory(
         time=q.shape[1],
         chunk=chunk,
         layers=len(state.weights),
+        width=max(q.shape[3], v.shape[3]),
         plain=plain(*tensors, mask),
         grad=torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors),
     )
@@ -86,10 +93,20 @@ def titans_memory(
     else:
         q_ = q
     options = dict(chunk=chunk, activation=activation, norm=norm, mask=mask, clip=clip, read=read)
-    if run in (native_memory, piecewise_memory):
+    if run in (native_memory, _triton, piecewise_memory):
         options["keep"] = keep
+    cuts = cuts_before_infinities(k, v, theta, eta, alpha, mask)
     with full_precision(q.device.type):
-        y, state = run(q_, k, v, theta, eta, alpha, state, **options)
+        if not cuts:
+            y, state = run(q_, k, v, theta, eta, alpha, state, **options)
+        else:
+            outputs = []
+            for start, stop in pairwise([0, *cuts, q.shape[1]]):
+                options["mask"] = None if mask is None else mask[:, start:stop]
+                piece = (None if x is None else x[:, start:stop] for x in (q_, k, v, theta, eta, alpha))
+                y, state = run(*piece, state, **options)
+                outputs.append(y)
+            y = torch.cat(outputs, dim=1)
     return y.to(q.dtype), state
 
 
@@ -99,12 +116,29 @@ def _refuse_step(*, time: int = 1, grad: bool = False, **facts: object) -> str |
     return "has no backward; gradients are wanted" if grad else None
 
 
+def _triton(*tensors: Any, **options: Any) -> tuple[Tensor, MemoryState]:
+    from .triton_network import TritonNetwork
+
+    return piecewise_memory(*tensors, network=TritonNetwork, **options)
+
+
+def _refuse_triton(*, layers: int = 1, chunk: int = 1, width: int = 1, **facts: Any) -> str | None:
+    if layers > 2:
+        return f"takes one or two layers, not {layers}"
+    if chunk > 128:
+        return f"takes chunks of up to 128 tokens, not {chunk}"
+    if width > 128:
+        return f"takes heads of up to 128 numbers, not {width}"
+    return triton.refuse(**facts)
+
+
 MEMORY = Operation(
     "memory",
     [
         Backend("native_step", native_step, refuse_token),
         Backend("step", step_memory, _refuse_step),
         Backend("native", native_memory, refuse_native),
+        Backend("triton", _triton, _refuse_triton),
         Backend("torch", piecewise_memory),
         Backend("closed_form", closed_form_memory),
         Backend("reference", reference_memory),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeAlias
+
 import torch
 from torch import Tensor
 
 from ..layout import align
+from .chunk_network import ChunkNetwork
 from .chunkwise import Plan, chunkwise_memory
 from .state import MemoryState
 
@@ -26,9 +29,10 @@ def piecewise_memory(
     clip: float | None,
     read: str,
     keep: int | None,
+    network: type[ChunkNetwork] = ChunkNetwork,
 ) -> tuple[Tensor, MemoryState]:
     """``titans_memory`` in chunks, for any length, positions and mask."""
-    plan = Plan(chunk, activation, clip, read == "after", keep)
+    plan = Plan(chunk, activation, clip, read == "after", keep, network)
     phases = [position % chunk for position in state.position.tolist()]
     if mask is not None and bool(mask.all()):
         mask = None
@@ -54,6 +58,7 @@ def _aligned(
     head = min(time, chunk - phase) if phase else 0
     whole = (time - head) // chunk * chunk
     weights, momentum, anchor = state.weights, state.momentum, state.anchor
+    inputs = (q, k, v, theta, eta, alpha, None)
     outputs = []
     start = 0
     for size, length in ((head, head), (chunk, whole), (time - head - whole, time - head - whole)):
@@ -63,21 +68,9 @@ def _aligned(
         inside = start == 0 and phase > 0
         if not inside:
             anchor = weights
-        y, weights, after = chunkwise_memory(
-            q[:, tokens],
-            k[:, tokens],
-            v[:, tokens],
-            theta[:, tokens],
-            None if eta is None else eta[:, tokens],
-            None if alpha is None else alpha[:, tokens],
-            norm,
-            weights,
-            momentum if eta is not None else (),
-            anchor if inside else None,
-            None,
-            plan._replace(chunk=size),
+        y, weights, momentum = _piece(
+            inputs, tokens, norm, weights, momentum, anchor if inside else None, plan._replace(chunk=size)
         )
-        momentum = after if eta is not None else momentum
         outputs.append(y)
         start += length
         if (phase + start) % chunk == 0:
@@ -124,28 +117,33 @@ def _ragged(
     pick = lambda rows, new, old: tuple(torch.where(rows.view(-1, 1, 1, 1), a, b) for a, b in zip(new, old))  # noqa: E731
     weights, momentum = state.weights, state.momentum
     first = anchor = pick(phase > 0, state.anchor, state.weights)
+    inputs = (q, k, v, theta, eta, alpha, real)
     outputs = []
     done = 0
     for stop in sorted({*last_chunk.tolist(), -(-slots // chunk)} - {0}):
         tokens = slice(done * size, stop * size)
-        y, weights, after = chunkwise_memory(
-            q[:, tokens],
-            k[:, tokens],
-            v[:, tokens],
-            theta[:, tokens],
-            None if eta is None else eta[:, tokens],
-            None if alpha is None else alpha[:, tokens],
-            norm,
-            weights,
-            momentum if eta is not None else (),
-            first if done == 0 else None,
-            real[:, tokens],
-            plan._replace(chunk=size),
+        y, weights, momentum = _piece(
+            inputs, tokens, norm, weights, momentum, first if done == 0 else None, plan._replace(chunk=size)
         )
-        momentum = after if eta is not None else momentum
         outputs.append(y)
         done = stop
         anchor = pick(last_chunk == stop, weights, anchor)
     anchor = pick(layout.length > 0, anchor, state.anchor)
     y = layout.collect(torch.cat(outputs, 1))
     return y, MemoryState(tuple(weights), tuple(momentum), tuple(anchor), state.position + layout.length)
+
+
+_Stack: TypeAlias = tuple[Tensor, ...]
+
+
+def _piece(
+    inputs: tuple[Any, ...], tokens: slice, norm: Tensor | None, weights: _Stack, momentum: _Stack,
+    anchor: _Stack | None, plan: Plan,
+) -> tuple[Tensor, _Stack, _Stack]:  # fmt: skip
+    """``chunkwise_memory`` of some tokens of ``inputs``, q k v theta eta alpha real; without eta momentum passes by."""
+    taken: list[Any] = [None if x is None else x[:, tokens] for x in inputs]
+    q, k, v, theta, eta, alpha, real = taken
+    if eta is None:
+        y, weights, _ = chunkwise_memory(q, k, v, theta, None, alpha, norm, weights, (), anchor, real, plan)
+        return y, weights, momentum
+    return chunkwise_memory(q, k, v, theta, eta, alpha, norm, weights, momentum, anchor, real, plan)

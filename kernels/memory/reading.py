@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..arguments import expect_tensors
 from ..dispatch import Backend, Operation
 from ..native.kernel import plain, tracks
 from ..precision import full_precision
@@ -37,9 +38,13 @@ def read_memory(
 
     Returns:
         ``[batch, time, heads, d_out]`` in the dtype of ``q``; computed in the weights' dtype.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        BackendError: the chosen path cannot take these arguments; the message says why.
     """
+    _check(q, weights, activation, norm)
     compute = weights[0].dtype
-    _check(q, weights, norm)
     run = READING.choose(
         backend,
         device=q.device.type,
@@ -56,7 +61,16 @@ def read_memory(
         return y if y.dtype == q.dtype else y.to(q.dtype)
 
 
-def _check(q: Tensor, weights: tuple[Tensor, ...], norm: Tensor | None) -> None:
+def _check(q: Tensor, weights: tuple[Tensor, ...], activation: str, norm: Tensor | None) -> None:
+    if not isinstance(weights, (tuple, list)) or not weights:
+        raise TypeError("read_memory: weights: expected a tuple of [batch, heads, out, in], one for each layer")
+    named: list[tuple[str, Tensor]] = [("q", q), *((f"weights[{layer}]", w) for layer, w in enumerate(weights))]
+    if norm is not None:
+        named.append(("norm", norm))
+    expect_tensors("read_memory", *named, one_dtype=False)
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        names = ", ".join(sorted(ACTIVATIONS))
+        raise ValueError(f"read_memory: activation: expected one of {names}, got {activation!r}")
     if q.dim() != 4:
         raise ValueError(f"read_memory: q {list(q.shape)}: expected [batch, time, heads, d_in]")
     batch, _, heads, width = q.shape

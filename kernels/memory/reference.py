@@ -5,6 +5,8 @@ Slow and obvious on purpose, and independent of every other path: nothing here i
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -41,6 +43,15 @@ def reference_memory(
     read: str = "after",
 ) -> tuple[Tensor, MemoryState]:
     """Equations 8-15 of the paper token by token; arguments and result as ``titans_memory``."""
+    if torch.is_inference_mode_enabled():
+        # nothing can be differentiated there, not even in here
+        with torch.inference_mode(False), torch.no_grad():
+            given: list[Any] = [None if x is None else x.clone() for x in (q, k, v, theta, eta, alpha)]
+            norm, mask = (None if x is None else x.clone() for x in (norm, mask))
+            parts = [tuple(x.clone() for x in part) for part in (state.weights, state.momentum, state.anchor)]
+            given.append(MemoryState(parts[0], parts[1], parts[2], state.position.clone()))
+            options: dict[str, Any] = dict(chunk=chunk, activation=activation, clip=clip, read=read)
+            return reference_memory(*given, norm=norm, mask=mask, **options)
     weights, momentum, anchor, position = state
     rows, time = q.shape[:2]
     if mask is None:
@@ -55,7 +66,8 @@ def reference_memory(
             loss = (memory_network(at, k[:, t], activation, norm) - v[:, t]).square().sum()
             gradients = torch.autograd.grad(loss, at, create_graph=True)
         if clip is not None:
-            length = torch.as_tensor(sum(g.square().sum((-2, -1), keepdim=True) for g in gradients)).sqrt()
+            squares = [g.square().sum((-2, -1), keepdim=True) for g in gradients]
+            length = torch.stack(squares).sum(0).sqrt()
             gradients = tuple(g * (clip / length.clamp(min=clip)) for g in gradients)
         before = weights
 

@@ -9,10 +9,13 @@
 #include <stdlib.h>
 
 struct call {
-    int64_t threads, batch, time, heads, kv_heads, dim;
-    int64_t slots, new_slots, persistent, window; /* window 0: all */
+    int64_t batch, time, heads, kv_heads, dim;
+    int64_t step;                                 /* every step-th token asks: a divisor of time */
     const real *projected;                        /* [batch, time, heads + 2 kv_heads, dim] */
     const real *gain;                             /* [heads + kv_heads, dim]; null: no normalisation */
+    real *y;                                      /* [batch, time / step, heads, dim] */
+    int64_t threads;
+    int64_t slots, new_slots, persistent, window; /* window 0: all */
     const real *cos, *sin;                        /* [batch or 1, time, dim]; null: no rotation */
     int64_t table_batch, table_time;
     const real *keys, *values;                    /* [batch, slots, kv_heads, dim] */
@@ -20,7 +23,6 @@ struct call {
     const int64_t *cached;                        /* [batch]: the last slots hold that many tokens, the first none */
     const real *persistent_keys, *persistent_values;
     int64_t persistent_batch, persistent_token;   /* of keys and values alike */
-    real *y;                                      /* [batch, time, heads, dim] */
     real *new_keys, *new_values;                  /* [batch, new_slots, kv_heads, dim] */
     double eps;
 };
@@ -121,8 +123,8 @@ static void attend(const struct call *c, int64_t row, int64_t head, real *scratc
     const real *first_values = c->persistent_values + row * c->persistent_batch + head * dim;
     int first = (int)c->persistent;
     vec scale = all((real)(1 / sqrt((double)dim)));
-    for (int i = 0; i < group * time; i++) {
-        int t = i / group;
+    for (int i = 0; i < group * (time / (int)c->step); i++) {
+        int asking = i / group, t = (asking + 1) * (int)c->step - 1;
         int64_t q_head = head * group + i % group;
         normalise(c, q_head, projected + (t * all_heads + q_head) * dim, plain);
         for (int j = 0; j < dim; j += WIDTH)
@@ -141,7 +143,7 @@ static void attend(const struct call *c, int64_t row, int64_t head, real *scratc
         apply_reversed(first, dim, first_values, c->persistent_token, score, out, 0);
         apply_reversed(old, dim, old_values + slot * c->values_slot, c->values_slot, score + first, out, 1);
         apply_reversed(fresh, dim, values + from * all_heads * dim, all_heads * dim, score + first + old, out, 1);
-        memcpy(c->y + ((row * time + t) * c->heads + q_head) * dim, out, dim * sizeof(real));
+        memcpy(c->y + ((row * (time / c->step) + asking) * c->heads + q_head) * dim, out, dim * sizeof(real));
     }
 }
 

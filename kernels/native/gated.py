@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..gated import SILU_GATE, Form
 from . import library
 from .kernel import Kernel, address, tracks
 from .pages import fresh
 
-NORM, GATE, GATED_NORM, SILU_GATE = range(4)
-"""``norm(a)``; ``norm(a) sigmoid(norm(b))``; ``norm(a) silu(b)``; ``a silu(b)``."""
-
 _FORWARD = Kernel("gated_forward", 20, 2)
 _BACKWARD = Kernel("gated_backward", 20, 2)
-
-
-class Form(NamedTuple):
-    """What is computed of tokens of ``heads * dim`` numbers: ``norm(x) = x / sqrt(|x|^2 / divisor + eps) * gain``."""
-
-    kind: int
-    heads: int
-    dim: int
-    divisor: float = 1.0
-    eps: float = 0.0
 
 
 def refuse(*, same: bool = True, **facts: Any) -> str | None:
@@ -61,6 +50,8 @@ class _Gated(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         a, b, gain_a, gain_b = ctx.saved_tensors
+        # hooks on saved tensors may give them back laid out otherwise
+        gain_a, gain_b = (None if gain is None else gain.contiguous() for gain in (gain_a, gain_b))
         form, width = ctx.form, ctx.form.heads * ctx.form.dim
         grad_a = fresh(a.shape, a.dtype)
         grad_b = None if b is None else fresh(b.shape, a.dtype)
@@ -75,6 +66,25 @@ class _Gated(torch.autograd.Function):
             address(grad_gain_a), address(grad_gain_b), form.divisor, form.eps,
         )  # fmt: skip
         return None, grad_a, grad_b, grad_gain_a, grad_gain_b
+
+
+def prepare_gated(
+    form: Form, like: Tensor, gain_a: Tensor, gain_b: Tensor | None = None
+) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """:func:`gated` for many times ``a`` and ``b`` as dense as ``like``, into one tensor. Without gradients."""
+    y = torch.empty_like(like)
+    width = form.heads * form.dim
+    call = _FORWARD.prepared(
+        like.dtype, 5, 2, form.kind, 1, like.numel() // width, form.heads, form.dim, 0, 0, width, width,
+        gain_a, gain_b, y, *[0] * 8, form.divisor, form.eps,
+    )  # fmt: skip
+
+    def run(a: Tensor, b: Tensor | None) -> Tensor:
+        a, b = a.contiguous(), None if b is None else b.contiguous()
+        call(a.data_ptr(), address(b))
+        return y
+
+    return run
 
 
 def _forward(form: Form, a: Tensor, b: Tensor | None, gain_a: Tensor | None, gain_b: Tensor | None) -> Tensor:

@@ -8,8 +8,9 @@
 
 struct call {
     int64_t threads, tokens, in, hidden, out, heads;
-    const real *x, *gate, *up, *down; /* [tokens, in], [hidden, in] twice, [out, hidden]; whole registers */
-    const real *answer, *gain;        /* where there is no `up`: [tokens, hidden], [hidden] */
+    const real *x, *answer;           /* [tokens, in]; where there is no `up`, [tokens, hidden] */
+    const real *gate, *up, *down;     /* [hidden, in] twice, [out, hidden]; whole registers */
+    const real *gain;                 /* of the answer: [hidden] */
     real *y;                          /* [tokens, out] */
     double eps;
 };

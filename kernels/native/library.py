@@ -1,9 +1,11 @@
 """Building and loading the C kernels: the compiler, the cache, and why there may be none.
 
 The sources lie next to this file and are compiled when a kernel is first wanted, for this machine's registers, once
-for each of float32 and float64. What was built waits in a cache under the hash of everything it was made from, so a
-second process loads it at once, and another machine or version never finds it. Nothing is linked but the C library:
-the kernels share PyTorch's threads. Where there is no compiler the operations run on their PyTorch paths.
+for each of float32 and float64, and again for float32 where products take bfloat16 operands (``operands.py``). What was
+built waits in a cache under the hash of everything it was made from, so a second process loads it at once, and another
+machine or version never finds it. Nothing is linked but the C library: the kernels share PyTorch's threads, or run on
+one where the compiler's OpenMP is not the one that PyTorch has loaded. Where there is no compiler the operations run on
+their PyTorch paths.
 
 Environment: ``CC`` names the compiler (default: cc, gcc or clang, whichever is found); ``TITANS_BUILD_CACHE`` the
 folder of what was built (default: ``titans-build`` in the user's cache folder).
@@ -20,16 +22,21 @@ import platform
 import shlex
 import shutil
 import subprocess
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
-FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+from . import cache
+
+FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+_ONE_THREAD = "static inline int omp_get_thread_num(void) { return 0; }\n"
+"""What stands in for ``omp.h`` where nothing is compiled for threads."""
 _TEXT: dict[str, Any] = {"text": True, "errors": "replace"}  # compilers speak the user's language, in any encoding
-BITS = {torch.float32: 32, torch.float64: 64}
+BITS = {torch.float32: (32, 32), torch.float64: (64, 64), torch.bfloat16: (32, 16)}
+"""Bits of the numbers and of the operands of products: of the kernels for float32 and float64 tensors, and of those for
+float32 tensors whose products take bfloat16 operands."""
 
 _log = logging.getLogger(__name__)
 
@@ -39,7 +46,7 @@ class NotBuilt(RuntimeError):
 
 
 def library(dtype: torch.dtype) -> ctypes.CDLL:
-    """The kernels for ``dtype``, built if need be. Raises :class:`NotBuilt`."""
+    """The kernels with operands of ``dtype``, built if need be. Raises :class:`NotBuilt`."""
     found = _library(dtype)
     if isinstance(found, str):
         raise NotBuilt(found)
@@ -53,7 +60,7 @@ def refuse(*, device: str, dtype: torch.dtype, plain: bool = True, **facts: obje
     """
     if device != "cpu":
         return f"runs on a CPU, not on {device}"
-    if dtype not in BITS:
+    if dtype not in (torch.float32, torch.float64):
         return f"takes float32 and float64, not {dtype}"
     if not plain:
         return "takes ordinary CPU tensors that nothing traces or transforms"
@@ -72,18 +79,31 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | str:
         if named:
             return f"needs a C compiler: CC names {named!r}, which is not there"
         return "needs a C compiler: install gcc or clang, or name one in CC"
+    reasons = []
+    for threads in (True, False):
+        try:
+            found = _loaded(_built(compiler, *BITS[dtype], threads))
+        except _Failed as error:
+            _log.debug("the C kernels: %s", error)
+            reasons.append(str(error))
+            continue
+        if reasons:  # an OpenMP that PyTorch has not loaded (clang's), or a compiler without any
+            _log.warning("the CPU kernels run on one thread, not on PyTorch's: with threads they %s", reasons[0])
+        return found
+    return f"{reasons[0]}; TITANS_BUILD_CACHE names another folder, CC another compiler"
+
+
+class _Failed(Exception):
+    """What was tried and did not work: the rest of a sentence that begins with the kernels."""
+
+
+def _loaded(path: Path) -> ctypes.CDLL:
     try:
-        built = _built(compiler, BITS[dtype])
-    except (OSError, subprocess.SubprocessError) as error:
-        _log.debug("the C kernels: %s", error)
-        said = (getattr(error, "stderr", None) or str(error)).strip()
-        return f"could not be built by {shlex.join(compiler)}: {said.splitlines()[0] if said else type(error).__name__}"
-    try:
-        found = ctypes.CDLL(str(built))
+        found = ctypes.CDLL(str(path))
         found.large_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
         return found
-    except OSError as error:  # an OpenMP that PyTorch has not loaded (clang's), or a folder nothing may run from
-        return f"were built but cannot be loaded: {error}; TITANS_BUILD_CACHE names another folder, CC another compiler"
+    except OSError as error:  # above, or a folder nothing may run from
+        raise _Failed(f"were built but cannot be loaded: {error}") from None
 
 
 def _compiler() -> list[str] | None:
@@ -98,51 +118,48 @@ def _compiler() -> list[str] | None:
     return [found] if found else None
 
 
-def _built(compiler: list[str], bits: int) -> Path:
-    """The path of the library, compiled now if nobody did before."""
+def _built(compiler: list[str], bits: int, operand: int, threads: bool) -> Path:
+    """The path of the library, compiled now if nobody did before. Raises :class:`_Failed`."""
+    try:
+        return _build(compiler, bits, operand, threads)
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip()
+        first = said.splitlines()[0] if said else type(error).__name__
+        raise _Failed(f"could not be built by {shlex.join(compiler)}: {first}") from None
+
+
+def _build(compiler: list[str], bits: int, operand: int, threads: bool) -> Path:
     here = Path(__file__).parent
     sources = sorted([*here.glob("*.c"), *here.glob("*.h")])
     flags = [*FLAGS, "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"]
+    flags += ["-fopenmp"] if threads else []
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, **_TEXT).stdout
-    made_from = "\0".join([version, _processor(), *flags, *(f"{s.name}\0{s.read_text()}" for s in sources)])
-    name = f"kernels-{bits}-{hashlib.sha256(made_from.encode()).hexdigest()[:20]}.so"
-    folder = _cache()
-    target = folder / name
-    if _sealed(target):
+    texts = [f"{s.name}\0{s.read_text()}" for s in sources] + ([] if threads else [_ONE_THREAD])
+    made_from = "\0".join([version, _processor(), *flags, *texts])
+    name = f"kernels-{bits}-{operand}-{hashlib.sha256(made_from.encode()).hexdigest()[:20]}.so"
+    target = cache.folder() / name
+    if cache.found(target):
         return target
-    _log.warning("building the CPU kernels for float%d with %s (once; a few seconds)", bits, compiler[0])
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    what = f"float{bits}" + (f" with bfloat{operand} operands" if operand < bits else "")
+    _log.warning("building the CPU kernels for %s with %s (once; a few seconds)", what, compiler[0])
+    with cache.adding(target) as made:
+        scratch = made.parent
+        if not threads:
+            (scratch / "omp.h").write_text(_ONE_THREAD)
+            flags += ["-I", str(scratch)]
 
         def compiled(source: Path) -> str:
-            made = f"{scratch}/{source.stem}.o"
-            command = [*compiler, *flags, f"-DREAL={bits}", "-c", str(source), "-o", made]
+            output = str(scratch / f"{source.stem}.o")
+            command = [*compiler, *flags, f"-DREAL={bits}", f"-DOPERAND={operand}", "-c", str(source), "-o", output]
             subprocess.run(command, capture_output=True, check=True, **_TEXT)
-            return made
+            return output
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compiled, [source for source in sources if source.suffix == ".c"]))
         # without -fopenmp here: its functions are those of the library that PyTorch has loaded, and so are its threads
-        made = f"{scratch}/{name}"
-        subprocess.run([*compiler, "-shared", *objects, "-lm", "-o", made], capture_output=True, check=True, **_TEXT)
-        _seal(Path(made))
-        os.replace(made, target)
+        link = [*compiler, "-shared", *objects, "-lm", "-o", str(made)]
+        subprocess.run(link, capture_output=True, check=True, **_TEXT)
     return target
-
-
-def _seal(path: Path) -> None:
-    """Writes the hash of a library behind its end, where no loader looks."""
-    with path.open("rb+") as file:
-        digest = hashlib.sha256(file.read()).digest()
-        file.write(digest)
-
-
-def _sealed(path: Path) -> bool:
-    """Whether the library is there, and whole: a process that loads one cut short by a full disk is killed."""
-    try:
-        content = path.read_bytes()
-    except OSError:
-        return False
-    return hashlib.sha256(content[:-32]).digest() == content[-32:]
 
 
 def _processor() -> str:
@@ -152,29 +169,3 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return "\n".join(sorted({x for x in lines if x.startswith(("flags", "Features", "model name", "CPU part"))}))
-
-
-def _cache() -> Path:
-    named = os.environ.get("TITANS_BUILD_CACHE")
-    try:
-        if named:
-            folder = Path(named)
-        else:
-            folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "titans-build"
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except (OSError, RuntimeError):  # a file in its place, or a user without a home
-        pass
-    return _temporary()
-
-
-@functools.cache
-def _temporary() -> Path:
-    """Where the cache cannot be written: a folder of this process alone, so that nobody else can have put it there."""
-    folder = tempfile.TemporaryDirectory(prefix="titans-build-")
-    _held.append(folder)
-    return Path(folder.name)
-
-
-_held: list[tempfile.TemporaryDirectory[str]] = []

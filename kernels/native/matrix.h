@@ -4,11 +4,12 @@
    whole vectors, the left factor is read number by number, so it may also stand transposed.
 
    A tile of ROWS x 2 vectors of the result stays in registers while the inner dimension runs: one load of a vector
-   serves ROWS products, and there are enough independent sums to keep the multipliers busy. */
+   serves ROWS products, and there are enough independent sums to keep the multipliers busy. Where operands are narrowed
+   (operands.h), a tile reads words, and both factors are packed into them on their way. */
 
 #pragma once
 
-#include "vector.h"
+#include "operands.h"
 
 #if defined(__AVX512F__) || defined(__aarch64__)
 enum { ROWS = 8 };
@@ -32,7 +33,7 @@ INLINE void tile(int rows, int vectors, int inner, const real *a, ptrdiff_t row,
         for (int i = 0; i < rows; i++) {
             vec left = all(a[i * row + p * column]);
             for (int j = 0; j < vectors; j++)
-                total[i][j] += left * right[j];
+                total[i][j] = add_product(total[i][j], left, right[j]);
         }
     }
     for (int i = 0; i < rows; i++)
@@ -56,43 +57,6 @@ INLINE void strip(int vectors, int m, int inner, const real *a, ptrdiff_t row, p
         tile(2, vectors, inner, a + i * row, row, column, b, ldb, c + i * ldc, ldc, mode);
     if (i < m)
         tile(1, vectors, inner, a + i * row, row, column, b, ldb, c + i * ldc, ldc, mode);
-}
-
-INLINE void product(int m, int n, int k, const real *a, ptrdiff_t row, ptrdiff_t column, const real *b, ptrdiff_t ldb,
-                    real *c, ptrdiff_t ldc, enum mode mode) {
-    for (int p = 0; p < k || p == 0; p += INNER) {
-        const real *left = a + p * column, *right = b + p * ldb;
-        int inner = least(k - p, INNER), j = 0;
-        for (; j + 2 * WIDTH <= n; j += 2 * WIDTH)
-            strip(2, m, inner, left, row, column, right + j, ldb, c + j, ldc, mode);
-        if (j < n)
-            strip(1, m, inner, left, row, column, right + j, ldb, c + j, ldc, mode);
-        if (mode == SET)
-            mode = ADD;
-    }
-}
-
-/* c [m, n] (=, +=, -=) a [m, k] b [k, n]; n counts padding */
-static __attribute__((noinline)) void multiply(int m, int n, int k, const real *a, ptrdiff_t lda, const real *b,
-                                               ptrdiff_t ldb, real *c, ptrdiff_t ldc, enum mode mode) {
-    if (mode == SET)
-        product(m, n, k, a, lda, 1, b, ldb, c, ldc, SET);
-    else if (mode == ADD)
-        product(m, n, k, a, lda, 1, b, ldb, c, ldc, ADD);
-    else
-        product(m, n, k, a, lda, 1, b, ldb, c, ldc, SUBTRACT);
-}
-
-/* the same with a transposed: a [k, m] */
-static __attribute__((noinline)) void multiply_transposed(int m, int n, int k, const real *a, ptrdiff_t lda,
-                                                          const real *b, ptrdiff_t ldb, real *c, ptrdiff_t ldc,
-                                                          enum mode mode) {
-    if (mode == SET)
-        product(m, n, k, a, 1, lda, b, ldb, c, ldc, SET);
-    else if (mode == ADD)
-        product(m, n, k, a, 1, lda, b, ldb, c, ldc, ADD);
-    else
-        product(m, n, k, a, 1, lda, b, ldb, c, ldc, SUBTRACT);
 }
 
 /* one step of a transposition: a and b interleaved, number by number */
@@ -148,4 +112,112 @@ static __attribute__((noinline)) void transpose(int rows, int columns, const rea
                     to[c * ldt + r] = r < rows ? from[r * ldf + c] : 0;
 #endif
         }
+}
+
+/* -- factors as words: what a tile reads, zeros behind its ends ------------------------------------------------------ */
+
+/* from [k, n], of the first `wide` columns: to [words(k), wide], rows `ldt` words apart */
+INLINE void pack_rows(int k, int n, int wide, const real *from, ptrdiff_t ld, real *to, ptrdiff_t ldt) {
+    for (int p = 0; p < k; p += PAIR, from += PAIR * ld, to += ldt)
+        for (int j = 0; j < wide; j += WIDTH) {
+            vec first = get_some(from + j, most(n - j, 0));
+#ifdef NARROW
+            put(to + j, pair_rows(first, p + 1 < k ? get_some(from + ld + j, most(n - j, 0)) : (vec){}));
+#else
+            put(to + j, first);
+#endif
+        }
+}
+
+/* from [m, k]: to [m, words(k)], rows `ldt` words apart, whole vectors of words */
+INLINE void pack_columns(int m, int k, const real *from, ptrdiff_t ld, real *to, ptrdiff_t ldt) {
+    for (int i = 0; i < m; i++, from += ld, to += ldt)
+        for (int p = 0; p < k; p += PAIR * WIDTH) {
+            vec first = get_some(from + p, k - p);
+#ifdef NARROW
+            put(to + p / PAIR, pair_columns(first, get_some(from + p + WIDTH, most(k - p - WIDTH, 0))));
+#else
+            put(to + p, first);
+#endif
+        }
+}
+
+/* the same, transposed: to [words(k), wide]; `room` for WIDTH rows of words(k), padded */
+INLINE void pack_turned(int n, int k, int wide, const real *from, ptrdiff_t ld, real *to, ptrdiff_t ldt, real *room) {
+    ptrdiff_t ldr = padded(words(k));
+    for (int j = 0; j < wide; j += WIDTH) {
+        int rows = most(least(n - j, WIDTH), 0);
+        pack_columns(rows, k, from + j * ld, ld, room, ldr);
+        transpose(rows, words(k), room, ldr, to + j, ldt);
+    }
+}
+
+/* -- products -------------------------------------------------------------------------------------------------------- */
+
+#ifdef NARROW
+enum { TALL = 128 }; /* rows of the left factor that are packed together: a panel of the right one serves them all */
+
+INLINE void product(int m, int n, int k, const real *a, ptrdiff_t row, ptrdiff_t column, const real *b, ptrdiff_t ldb,
+                    real *c, ptrdiff_t ldc, enum mode mode) {
+    real left[TALL * INNER] __attribute__((aligned(64))), right[INNER * 2 * WIDTH] __attribute__((aligned(64)));
+    for (int p = 0; p < k || p == 0; p += PAIR * INNER) {
+        int inner = least(k - p, PAIR * INNER), pairs = words(inner);
+        for (int i = 0; i < m; i += TALL) {
+            int rows = least(m - i, TALL);
+            ptrdiff_t left_row = column == 1 ? padded(pairs) : 1, left_column = column == 1 ? 1 : padded(rows);
+            if (column == 1)
+                pack_columns(rows, inner, a + i * row + p, row, left, left_row);
+            else
+                pack_rows(inner, rows, padded(rows), a + i + p * column, column, left, left_column);
+            for (int j = 0; j < n; j += 2 * WIDTH) {
+                int wide = least(n - j, 2 * WIDTH);
+                pack_rows(inner, wide, wide, b + p * ldb + j, ldb, right, 2 * WIDTH);
+                real *to = c + i * ldc + j;
+                if (wide > WIDTH)
+                    strip(2, rows, pairs, left, left_row, left_column, right, 2 * WIDTH, to, ldc, mode);
+                else
+                    strip(1, rows, pairs, left, left_row, left_column, right, 2 * WIDTH, to, ldc, mode);
+            }
+        }
+        if (mode == SET)
+            mode = ADD;
+    }
+}
+#else
+INLINE void product(int m, int n, int k, const real *a, ptrdiff_t row, ptrdiff_t column, const real *b, ptrdiff_t ldb,
+                    real *c, ptrdiff_t ldc, enum mode mode) {
+    for (int p = 0; p < k || p == 0; p += INNER) {
+        const real *left = a + p * column, *right = b + p * ldb;
+        int inner = least(k - p, INNER), j = 0;
+        for (; j + 2 * WIDTH <= n; j += 2 * WIDTH)
+            strip(2, m, inner, left, row, column, right + j, ldb, c + j, ldc, mode);
+        if (j < n)
+            strip(1, m, inner, left, row, column, right + j, ldb, c + j, ldc, mode);
+        if (mode == SET)
+            mode = ADD;
+    }
+}
+#endif
+
+/* c [m, n] (=, +=, -=) a [m, k] b [k, n]; n counts padding */
+static __attribute__((noinline)) void multiply(int m, int n, int k, const real *a, ptrdiff_t lda, const real *b,
+                                               ptrdiff_t ldb, real *c, ptrdiff_t ldc, enum mode mode) {
+    if (mode == SET)
+        product(m, n, k, a, lda, 1, b, ldb, c, ldc, SET);
+    else if (mode == ADD)
+        product(m, n, k, a, lda, 1, b, ldb, c, ldc, ADD);
+    else
+        product(m, n, k, a, lda, 1, b, ldb, c, ldc, SUBTRACT);
+}
+
+/* the same with a transposed: a [k, m] */
+static __attribute__((noinline)) void multiply_transposed(int m, int n, int k, const real *a, ptrdiff_t lda,
+                                                          const real *b, ptrdiff_t ldb, real *c, ptrdiff_t ldc,
+                                                          enum mode mode) {
+    if (mode == SET)
+        product(m, n, k, a, 1, lda, b, ldb, c, ldc, SET);
+    else if (mode == ADD)
+        product(m, n, k, a, 1, lda, b, ldb, c, ldc, ADD);
+    else
+        product(m, n, k, a, 1, lda, b, ldb, c, ldc, SUBTRACT);
 }

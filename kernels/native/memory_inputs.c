@@ -7,13 +7,14 @@
 
 struct call {
     int64_t threads, batch, in, heads, dim, taps, gates, parts; /* parts: q, k, v, or q alone */
-    const real *x, *weight, *controls, *bias;                   /* [batch, in], [parts heads dim, in], [gates, in] */
-    const real *taps_of;                                        /* [parts heads dim, taps]; null: no convolution */
-    const real *history;                                        /* [batch, taps - 1, ...]; channels as above first */
+    const real *x;                                              /* [batch, in] */
+    const real *history;                                        /* [batch, taps - 1, ...]; q's channels first */
     int64_t history_batch, history_token;
+    real *new_history;                                          /* [batch, taps - 1, parts heads dim], or null */
+    const real *weight, *controls, *bias;                       /* [parts heads dim, in], [gates, in], [gates] */
+    const real *taps_of;                                        /* [parts heads dim, taps]; null: no convolution */
     real *y;                                                    /* [parts, batch, heads, dim] */
     real *gate;                                                 /* [gates / heads, batch, heads]; null: not wanted */
-    real *new_history;                                          /* [batch, taps - 1, parts heads dim], or null */
     double largest, eps;                                        /* theta's bound; in the length of q and k */
 };
 

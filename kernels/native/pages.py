@@ -13,7 +13,7 @@ LARGE = 4 * 2**20
 
 def fresh(shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """``torch.empty`` on the CPU in float32 or float64; large ones in large pages, which are ready sooner."""
-    x = torch.empty(shape, dtype=dtype)
+    x = torch.empty(shape, dtype=dtype, device="cpu")
     size = x.numel() * x.element_size()
     if size >= LARGE:
         library(dtype).large_pages(x.data_ptr(), size)

@@ -1,7 +1,9 @@
 """Every built-in block, in every kind of setting that changes its function, obeys every law."""
 
 import pytest
+import torch
 
+from titans_build.blocks.build import build_block
 from titans_build.blocks.laws import check_block
 from titans_build.registry import catalogue, list_blocks, lookup
 
@@ -58,3 +60,21 @@ def test_it_obeys_every_law(spec):
 @pytest.mark.parametrize("name", sorted({type_of(spec) for spec in SPECS.values()} - {"chain", "gate", "persistent"}))
 def test_with_its_defaults_it_obeys_every_law(name):
     check_block(name)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(x=[1]), TypeError, "x: expected a tensor, got list"),
+        (dict(x=torch.zeros(2, 3, 16, device="meta")), ValueError, "x is on meta: expected cpu"),
+        (dict(mask=[True]), TypeError, "mask: expected a tensor, got list"),
+        (dict(mask=torch.ones(2, 3)), TypeError, "mask is torch.float32: expected torch.bool"),
+        (dict(mask=torch.ones(2, 3, dtype=torch.bool, device="meta")), ValueError, "mask is on meta: expected cpu"),
+    ],
+)
+@pytest.mark.parametrize("name", ["memory", "attention", "rms_norm"])
+def test_inputs_that_do_not_fit_are_refused_in_words(name, change, error, message):
+    block = build_block(name, dim=16)
+    given = dict(x=torch.randn(2, 3, 16)) | change
+    with pytest.raises(error, match=f": {message}"):
+        block(given.pop("x"), **given)

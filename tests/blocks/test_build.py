@@ -6,6 +6,7 @@ from torch import nn
 
 from titans_build.blocks.block import Block, as_rows, materialise
 from titans_build.blocks.build import build_block
+from titans_build.blocks.laws import check_block
 from titans_build.registry import RecipeError, catalogue
 
 
@@ -86,6 +87,26 @@ def test_a_parameter_that_nobody_initialises_is_named():
         catalogue.register("forgets")(Forgets)
         with pytest.raises(RuntimeError, match=r"linear.0.weight \[8, 8\] was left uninitialised"):
             build_block("forgets", dim=8)
+
+
+def test_dtypes_go_by_name_too():
+    assert next(build_block("ffn", dim=8, dtype="bfloat16").parameters()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"dtype": torch.int32}, "expected a dtype for parameters .*, got torch.int32"),
+        ({"dtype": "flaot64"}, "unknown dtype 'flaot64'; did you mean 'float64'"),
+        ({"device": "gpu"}, "unknown device 'gpu'"),
+        ({"device": "cuda:99"}, "device cuda:99: "),
+    ],
+)
+def test_places_that_cannot_be_had_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build_block("ffn", dim=8, **arguments)
+    with pytest.raises(ValueError, match=message):
+        check_block("ffn", dim=8, laws=["split"], **arguments)
 
 
 def test_rows_of_a_shared_state_take_no_memory():

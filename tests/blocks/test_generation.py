@@ -172,6 +172,9 @@ def test_a_step_can_be_gone_on_from_at_once_and_trained_from_as_a_copy(model):
         ({"mask": torch.tensor([[True, True], [False, False]])}, ValueError, "row 1 has no real token"),
         ({"mask": torch.ones(2, 3, dtype=torch.bool)}, ValueError, "mask"),
         ({"logits": torch.zeros(2, 5)}, ValueError, r"logits: .*\[2, 13\]"),
+        ({"logits": [1]}, TypeError, "logits: expected a tensor .*, got list"),
+        ({"logits": torch.zeros(2, VOCAB).long()}, TypeError, "logits: expected a floating-point .* torch.int64"),
+        ({"logits": torch.zeros(2, VOCAB, device="meta")}, ValueError, "logits: expected device cpu .* got meta"),
         ({"tokens": ids(2, 2).int()}, TypeError, "tokens"),
         ({"tokens": ids(2, 2) + VOCAB}, ValueError, "outside the vocabulary"),
         ({"tokens": ids(2, 0)}, ValueError, "row 0 has no real token"),
@@ -180,6 +183,31 @@ def test_a_step_can_be_gone_on_from_at_once_and_trained_from_as_a_copy(model):
 def test_wrong_settings_are_refused_in_words(model, arguments, error, message):
     with pytest.raises(error, match=message):
         generate(model, **({"tokens": ids(2, 2)} | arguments))
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 2}, {"top_p": 0.5}])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_no_token_is_drawn_from_what_is_not_finite(settings, value):
+    logits = torch.zeros(2, 4)
+    logits[1, 2] = value
+    with pytest.raises(ValueError, match=f"largest of row 1 is {value}"):
+        Sampler(**settings)(logits)
+    with pytest.raises(ValueError, match="largest of row 0 is -inf"):
+        Sampler(**settings)(torch.full((1, 4), float("-inf")))
+
+
+def test_tokens_can_be_ruled_out():
+    logits = torch.tensor([[float("-inf"), 0.0, float("-inf")]]).expand(50, -1)
+    for settings in ({}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}):
+        assert Sampler(seed=0, **settings)(logits).unique().tolist() == [1]
+
+
+def test_a_model_that_has_diverged_says_so(model):
+    state = model.init_state(1)
+    logits = torch.full((1, VOCAB), float("nan"))
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ValueError, match="not finite"):
+            model.generate(ids(1, 0), 2, state=state, logits=logits, temperature=temperature)
 
 
 def test_a_state_of_other_rows_is_refused(model):

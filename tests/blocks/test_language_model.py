@@ -232,6 +232,88 @@ def test_gradients_flow_through_the_state():
     assert model.layers[0].blocks[0].memory.qkv.weight.grad.abs().max() > 0
 
 
+def test_what_holds_a_state_is_no_state():
+    model = make()
+    for other in (model(ids(1, 3)), model.generate(ids(1, 3), 1)):
+        with pytest.raises(TypeError, match=r"state: expected a ModelState .*, got [A-Z][A-Za-z]*: give its .state"):
+            model(ids(1, 3), state=other)
+    with pytest.raises(TypeError, match=r"state: expected a ModelState .*, got tuple$"):
+        model(ids(1, 3), state=tuple(model.init_state(1)))
+
+
+def test_a_model_without_values_says_so():
+    model = make().to("meta")
+    for given in ({"tokens": ids(1, 3).to("meta")}, {"embeddings": torch.zeros(1, 3, 16).double().to("meta")}):
+        with pytest.raises(ValueError, match="the model is on the meta device: it has shapes, and no values"):
+            model(**given)
+
+
+@pytest.mark.parametrize("length", [-1, 2.0, True])
+def test_flops_of_no_length_are_refused(length):
+    with pytest.raises(ValueError, match="length: expected an integer >= 0"):
+        make().flops(length)
+
+
+@pytest.mark.parametrize("given", ["tokens", "embeddings"])
+def test_what_inference_mode_made_can_be_trained_on(given):
+    model, tokens = make(), ids(2, 5)
+    with torch.inference_mode():
+        inside = tokens.clone()
+        mask = torch.tensor([[False, True, True, True, True], [True] * 5])
+        state = model(inside).state
+        # a parameter's lookup: any embeddings
+        inputs = {"tokens": inside} if given == "tokens" else {"embeddings": model.lookup(inside).clone()}
+    before = {path: tensor.clone() for path, tensor in st.named_tensors(state)}
+    loss = model(**inputs, state=state, mask=mask, targets=inside).loss
+    loss.backward()
+    ordinary = {name: x.clone() for name, x in inputs.items()}
+    expected = model(**ordinary, state=st.trainable(state), mask=mask.clone(), targets=tokens).loss
+    assert torch.equal(loss, expected) and loss.requires_grad
+    assert all(torch.equal(before[path], tensor) for path, tensor in st.named_tensors(state))
+
+
+def test_a_model_made_in_inference_mode_can_be_trained():
+    with torch.inference_mode():
+        model = make()
+    model(ids(1, 3), targets=ids(1, 3)).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.filterwarnings("error")
+def test_training_under_autocast_is_silent():
+    model = make().float()
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    tokens = ids(2, 17)
+    losses = []
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)  # some of PyTorch's come once in a process
+    try:
+        for _ in range(6):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(tokens[:, :-1], targets=tokens[:, 1:]).loss
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            losses.append(float(loss.detach()))
+    finally:
+        torch.set_warn_always(always)
+    assert losses[-1] < losses[0]
+    assert all(bool(p.grad.isfinite().all()) and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("token", [1, 7, 23])
+def test_nothing_before_a_token_that_is_not_finite_hears_of_it(token):
+    model = make()
+    x = torch.randn(2, 24, 16, dtype=torch.float64)
+    spoiled = x.clone()
+    spoiled[0, token] = math.nan
+    with torch.no_grad():
+        y, got = (model(embeddings=given, check_finite=False).hidden for given in (x, spoiled))
+    torch.testing.assert_close(got[0, :token], y[0, :token])
+    torch.testing.assert_close(got[1], y[1])
+    assert bool(got[0, token].isnan().all())
+
+
 def test_one_step_of_an_optimiser_and_a_round_trip_of_weights():
     model = make()
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)

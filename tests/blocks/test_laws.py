@@ -116,6 +116,18 @@ def break_laws(Leaky):
             return y + (0.01 * before if mask is None else 0), state
 
     @breaks("step")
+    class PreparesSomethingElse(Leaky):
+        def forward(self, x, state=None, *, mask=None):
+            return super().forward(x, state, mask=mask)
+
+        def decoder(self, rows, *, time=1, step=1):
+            def decode(x, state):
+                y, state = self(x, state)
+                return 1.001 * y, state
+
+            return decode
+
+    @breaks("step")
     class HasAWrongPathForOneToken(Leaky):
         def forward(self, x, state=None, *, mask=None):
             y, after = super().forward(x, state, mask=mask)
@@ -238,6 +250,21 @@ def test_a_state_that_grows_must_say_so(leaky):
         check_block("hoards", laws=["endurance"], **QUICK)
     Hoards.grows = True
     check_block("hoards", laws=["endurance"], **QUICK)
+
+
+@pytest.mark.parametrize("length", [0, 3, 9.0, True])
+def test_a_length_without_anything_to_cut_is_refused(length):
+    with pytest.raises(ValueError, match="length: expected an integer >= 4"):
+        check_block("ffn", dim=8, length=length)
+
+
+@pytest.mark.parametrize("length", [4, 5, 6])
+def test_short_sequences_are_checked(leaky, length):
+    check_block("leaky", dim=8, length=length, endurance=50)
+
+
+def test_one_law_by_its_name():
+    assert list(check_block("ffn", dim=8, laws="split")) == ["split"]
 
 
 def test_outputs_of_another_shape_are_refused_with_both_shapes(leaky):

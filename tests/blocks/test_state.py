@@ -78,6 +78,72 @@ def test_select_takes_rows_in_order_with_repeats():
     assert torch.equal(st.select(state, [True, False, True]).position, torch.tensor([0, 2]))
 
 
+@pytest.mark.parametrize("rows", [torch.tensor([-1, 0]), [-1, 0], (2, -3)])
+def test_rows_may_be_counted_from_the_end(rows):
+    assert torch.equal(st.select(make(), rows).position, torch.tensor([2, 0]))
+
+
+def test_no_row_at_all():
+    assert st.batch_size(st.select(make(), [])) == 0
+    assert same(st.reset(make(), [], make(start=100)), make())
+
+
+@pytest.mark.parametrize(
+    "rows, error, message",
+    [
+        ([5], IndexError, "there is no row 5 in a state of 3 rows"),
+        ([0, -4], IndexError, "there is no row -4 in a state of 3 rows"),
+        ([True], IndexError, r"bools \[1\]: expected one for each of the state's 3 rows"),
+        ([0.5], TypeError, "row numbers or bools, got torch.float32"),
+        ([[0, 1]], TypeError, r"row numbers or bools, got torch.int64 \[1, 2\]"),
+        (None, TypeError, "row numbers or bools, got None"),
+        ("ab", TypeError, "row numbers or bools, got 'ab'"),
+    ],
+)
+def test_rows_that_are_not_there_are_refused(rows, error, message):
+    with pytest.raises(error, match=message):
+        st.select(make(), rows)
+    with pytest.raises(error, match=message):
+        st.reset(make(), rows, make(start=100))
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda a: st.concatenate(a), TypeError, "expected a list of states, got one Pair"),
+        (lambda a: st.concatenate(a.position), TypeError, "expected a list of states, got one Tensor"),
+        (lambda a: st.concatenate([a, st.to(a, dtype=torch.half)]), TypeError, "dtypes: torch.float32, torch.float16"),
+        (lambda a: st.concatenate([a, st.to(a, "meta")]), ValueError, "devices: cpu, meta"),
+        (lambda a: st.where(torch.tensor([True]), a, a), TypeError, r"rows: expected bool \[3\], got torch.bool \[1\]"),
+        (lambda a: st.where([True] * 3, a, a), TypeError, r"rows: expected bool \[3\], got \[True"),
+        (lambda a: st.where(torch.ones(3).bool(), a, make(2)), ValueError, "states of 3 and 2 rows"),
+        (lambda a: st.reset(a, [0], make(2)), ValueError, "fresh has 2 rows: expected 3"),
+        (lambda a: st.reset(a, [0], st.to(a, dtype=torch.half)), TypeError, "different dtypes"),
+        (lambda a: st.reset(a, [0], a._replace(position=torch.zeros(3, 1))), ValueError, "rows of different shapes"),
+        (lambda a: st.reset(a, [0], a._replace(rest=None)), TypeError, "differ in structure at rest: "),
+        (lambda a: st.to(a, dtype=torch.int32), TypeError, "floating-point torch.dtype or None, got torch.int32"),
+        (lambda a: st.to(a, dtype="half"), TypeError, "floating-point torch.dtype or None, got 'half'"),
+        (lambda a: st.batch_size(torch.tensor(1.0)), ValueError, "dimension 0 must be the rows"),
+    ],
+)
+def test_states_that_do_not_fit_are_refused_in_words(call, error, message):
+    with pytest.raises(error, match=message):
+        call(make())
+
+
+def test_one_fresh_row_serves_all():
+    assert torch.equal(st.reset(make(), [0, 2], make(1, start=9)).position, torch.tensor([9, 1, 9]))
+
+
+def test_what_inference_mode_made_can_be_trained_from_as_a_copy():
+    state = make()
+    with torch.inference_mode():
+        state = state._replace(weights=(state.weights[0] * 2,))
+    copy = st.trainable(state)
+    assert not any(tensor.is_inference() for _, tensor in st.named_tensors(copy)) and same(copy, state)
+    assert copy.position is state.position
+
+
 def test_concatenate_undoes_select():
     state = make()
     assert same(st.concatenate([st.select(state, [0]), st.select(state, slice(1, None))]), state)

@@ -250,3 +250,86 @@ def test_wrong_arguments(change, error, message):
         arguments["prefix"] = Prefix(*(torch.randn(shape) for shape in arguments["prefix"]))
     with pytest.raises(error, match=message):
         attention(q, k, v, **arguments)
+
+
+X = torch.randn(2, 5, 4, 8)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"q": [1]}, TypeError, "q: expected a tensor, got list"),
+        ({"k": X.double()}, TypeError, "k is torch.float64: expected the dtype of q, torch.float32"),
+        ({"v": X.bfloat16()}, TypeError, "v is torch.bfloat16: expected the dtype of q, torch.float32"),
+        ({"prefix": Prefix(X.double(), X, X)}, TypeError, "prefix.q is torch.float64: expected the dtype of q"),
+        ({"prefix": Prefix(X, X, X.double())}, TypeError, "prefix.v is torch.float64: expected the dtype of q"),
+        ({"prefix": (X, X, X)}, TypeError, r"prefix: expected a Prefix\(q, k, v\) or None, got tuple"),
+        ({"prefix": Prefix(X, X[0], X[0])}, ValueError, r"prefix.k \[5, 4, 8\]: expected \[2, tokens, 4, 8\]"),
+        ({"q": X.int(), "k": X.int(), "v": X.int()}, TypeError, "q is torch.int32: expected a floating-point dtype"),
+        ({"k": X.to("meta")}, ValueError, "k is on meta: expected the device of q, cpu"),
+        ({"start": torch.zeros(2).long().to("meta")}, ValueError, "start is on meta: expected the device of q, cpu"),
+        ({"start": [0, 0]}, TypeError, "start: expected a tensor, got list"),
+        ({"window": 1.5}, TypeError, "window is 1.5: expected a whole number"),
+        ({"step": True}, TypeError, "step is True: expected a whole number"),
+        ({"step": None}, TypeError, "step is None: expected a whole number"),
+        ({"step": 0}, ValueError, "step is 0: expected at least 1"),
+    ],
+)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_arguments_of_other_kinds(change, error, message, autocast):
+    arguments = {"q": X, "k": X, "v": X} | change
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), pytest.raises(error, match=message):
+        attention(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("prefix", [0, 3])
+@pytest.mark.parametrize("window, start, step", [(None, None, 1), (5, None, 1), (None, [4, 0], 1), (7, [0, 9], 3)])
+@pytest.mark.parametrize("backend", [*FAST, "reference"])
+def test_only_queries_that_see_it_hear_of_what_is_not_finite(backend, window, start, step, prefix, value):
+    time, keys = (20, 23) if step == 1 else (7, 21)
+    inputs = tensors(2, time, keys, 4, 2, prefix, grad=False)
+    start = None if start is None else torch.tensor(start)
+    expected = run(inputs, window, start, backend, step)
+    seen = torch.zeros(2, time, 4, dtype=torch.bool)
+    visible = module._visible(time, keys, window, start, "cpu", step).expand(2, -1, -1)
+    for name, row, key, head in (("k", 0, 8, 1), ("v", 1, 3, 0), ("v", 1, 20, 1)):
+        inputs["qkv".index(name)][row, key, head, 2] = value
+        seen[row, :, 2 * head : 2 * head + 2] |= visible[row, :, key, None]
+    for tensor in inputs:
+        tensor.requires_grad_()
+    y = run(inputs, window, start, backend, step)
+    assert seen.any() and not seen.all()
+    assert torch.equal(y.isnan().all(-1), seen)
+    torch.testing.assert_close(y[~seen], expected[~seen], rtol=0, atol=TOLERANCE)
+    gradients = torch.autograd.grad(y[~seen].sum(), inputs, allow_unused=True, materialize_grads=True)
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients)
+
+
+@pytest.mark.parametrize("place", range(6))
+def test_any_layout_of_the_inputs(place):
+    inputs = tensors(2, 20, 20, 4, 2, 3, grad=False)
+    inputs[place] = inputs[place].mT.contiguous().mT  # its last dimension is not dense
+    inputs = [x.requires_grad_() for x in inputs]
+    y, expected = run(inputs, None, None, "sdpa"), run(inputs, None, None, "reference")
+    torch.testing.assert_close(y, expected, rtol=0, atol=TOLERANCE)
+    for seed in (torch.randn_like(y).mT.contiguous().mT, torch.ones(()).double().expand_as(y)):
+        for mine, theirs in zip(gradients(y, inputs, seed), gradients(expected, inputs, seed)):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-9)
+        y, expected = run(inputs, None, None, "sdpa"), run(inputs, None, None, "reference")
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_saved_tensors_in_other_layouts(window):
+    inputs = tensors(2, 40, 40, 4, 2, 3)
+    expected = run(inputs, window, None, "sdpa")
+    seed = torch.randn_like(expected)
+
+    def packed(x):
+        other = torch.empty(x.shape[::-1], dtype=x.dtype).permute(*range(x.dim())[::-1])
+        return other.copy_(x.detach())
+
+    with torch.autograd.graph.saved_tensors_hooks(packed, lambda x: x):
+        y = run(inputs, window, None, "sdpa")
+    for mine, theirs in zip(gradients(y, inputs, seed), gradients(expected, inputs, seed)):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=TOLERANCE)

@@ -3,7 +3,7 @@ import torch
 
 from titans_build.kernels.convolution import causal_convolution
 
-BACKENDS = ["torch", "reference"]
+BACKENDS = ["triton", "torch", "reference"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -7,7 +7,7 @@ from titans_build.kernels.native import library
 
 UNBUILT = library.refuse(device="cpu", dtype=torch.float64)
 needs_native = pytest.mark.skipif(UNBUILT is not None, reason=f"C kernels: {UNBUILT}")
-BACKENDS = [pytest.param("native", marks=needs_native), "torch", "reference"]
+BACKENDS = [pytest.param("native", marks=needs_native), "triton", "torch", "reference"]
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 OPERATIONS = {
     gate: lambda time, heads, dim: [(2, time, dim), (2, time, dim), (dim,), (dim,)],

@@ -6,7 +6,7 @@ from titans_build.kernels.normalisation import l2_norm, rms_norm
 
 UNBUILT = library.refuse(device="cpu", dtype=torch.float64)
 needs_native = pytest.mark.skipif(UNBUILT is not None, reason=f"C kernels: {UNBUILT}")
-BACKENDS = [pytest.param("native", marks=needs_native), "torch", "reference"]
+BACKENDS = [pytest.param("native", marks=needs_native), "triton", "torch", "reference"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -30,6 +30,23 @@ def test_gradients(backend):
     x, gain = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in [(2, 3, 4), (3, 4)])
     assert torch.autograd.gradcheck(lambda x, g: rms_norm(x, g, backend=backend), (x, gain))
     assert torch.autograd.gradcheck(lambda x: l2_norm(x, backend=backend), (x,))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+@pytest.mark.parametrize(
+    "kinds", [(torch.bfloat16, torch.float32), (torch.half, torch.double), (torch.float, torch.half)]
+)
+def test_a_gain_of_another_dtype(backend, kinds):
+    x, gain = (torch.randn(shape).to(kind) for shape, kind in zip([(3, 6), (6,)], kinds))
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)  # PyTorch warns of this once in a process
+    try:
+        y = rms_norm(x, gain, backend=backend)
+    finally:
+        torch.set_warn_always(always)
+    exact = rms_norm(x.double(), gain.double(), backend="reference")
+    torch.testing.assert_close(y, exact.to(x.dtype))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

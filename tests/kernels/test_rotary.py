@@ -3,9 +3,12 @@ import math
 import pytest
 import torch
 
+from titans_build.kernels.native import library
 from titans_build.kernels.rotary import rotate
 
-BACKENDS = ["torch", "reference"]
+UNBUILT = library.refuse(device="cpu", dtype=torch.float64)
+built = pytest.mark.skipif(UNBUILT is not None, reason=f"C kernels: {UNBUILT}")
+BACKENDS = [pytest.param("native", marks=built), "torch", "reference"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -48,6 +51,31 @@ def test_the_frequency_itself_is_exact_to_a_turn_in_2_to_the_64():
 def test_gradients(backend):
     x, position = torch.randn(2, 3, 2, 4, dtype=torch.float64, requires_grad=True), torch.tensor([[0, 5, 2**21]])
     assert torch.autograd.gradcheck(lambda x: rotate(x, position, backend=backend), (x,))
+
+
+@built
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(2, 40, 3, 64), (1, 7, 2, 6), (3, 100, 4, 48), (2, 1, 1, 2), (2, 0, 1, 4)])
+@pytest.mark.parametrize("rows", ["each", "alike"])
+def test_the_kernel_takes_any_strides_and_computes_what_the_operators_do(dtype, shape, rows):
+    batch, time, heads, d = shape
+    x = torch.randn(batch, time, 3 * heads, 2 * d, dtype=dtype)[:, :, heads : 2 * heads, d:].requires_grad_()
+    position = torch.randint(0, 10**9, (batch if rows == "each" else 1, time))
+    grad = torch.randn(batch, heads, time, d, dtype=dtype).transpose(1, 2)
+    before = x.detach().clone(), grad.clone()
+    torn = torch.randn(*shape[:2], d, heads, dtype=dtype).transpose(2, 3)  # not even the last dimension is dense
+    results = []
+    for backend in ("native", "torch"):
+        y = rotate(x, position, backend=backend)
+        results.append([y, *torch.autograd.grad(y, x, grad), rotate(torn, position, backend=backend)])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-14)
+    assert torch.equal(x, before[0]) and torch.equal(grad, before[1])
+
+
+def test_gradients_of_gradients():
+    x, position = torch.randn(1, 3, 1, 4, dtype=torch.float64, requires_grad=True), torch.tensor([[0, 5, 2**21]])
+    assert torch.autograd.gradgradcheck(lambda x: rotate(x, position).pow(3), (x,))
 
 
 def test_bfloat16():

@@ -90,7 +90,7 @@ def test_one_after_the_other():
             1,
             "layers.mac.0.memroy.depth: there is no 'memroy' in layers.mac.0; did you mean 'memory'?",
         ),
-        ("layers.mac.0.segment.x", 1, "there is no 'segment'"),
+        ("layers.mac.0.segment.x", 1, "layers.mac.0.segment is 128, which has nothing inside"),
         ("layers.mac.0.memory", "attention", "layers.mac.0.memory: expected a block with read and write"),
         ("stack.0.repeat", 0, "stack.0.repeat: expected an integer >= 1, got 0"),
         ("stack.0.of.0", "mca", "unknown layer 'mca'"),

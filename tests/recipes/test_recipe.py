@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from wrong_recipes import HEAD, PLAIN, WRONG, with_layer
+from wrong_recipes import HEAD, PLAIN, WRONG, with_layer, with_stack
 
 from titans_build.recipes import Recipe, load_recipe, packaged_names
 from titans_build.recipes.recipe import check_recipe
@@ -116,6 +116,22 @@ extra: 1
         *(problem.path for problem in caught.value.problems if problem.path == "layers.mac.0.attend.heads"),
         *(problem.path for problem in caught.value.problems if problem.path == "layers.mac.0.memory.heads"),
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "paths"),
+    [
+        (HEAD + "layers: [ffn]\nstack: [a, {repeat: 2, of: [b]}]\n", ["layers"]),
+        (HEAD + "stack: [a]\n", [""]),
+        (with_stack("[[plain], mac]"), ["stack.0"]),
+        (with_stack("[mac, {repeat: 2, of: plain}]"), ["stack.1.of"]),
+        (with_stack("[mca, plain]"), ["stack.0", "layers.mac"]),
+    ],
+)
+def test_what_could_not_be_read_makes_no_second_problem(text: str, paths: list[str]):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(text)
+    assert [problem.path for problem in caught.value.problems] == paths
 
 
 def test_a_list_keeps_its_paths():

@@ -315,6 +315,12 @@ class TestDamagedModels:
         weights_of(saved).write_bytes(weights_of(other).read_bytes())
         self.refused(saved, "these are the weights of another model")
 
+    def test_an_index_with_what_no_index_has(self, saved: Path):
+        edit_index(saved, overides={"dim": 3})
+        self.refused(saved, "model.json: 'overides': unknown key; did you mean 'overrides'?")
+        with pytest.raises(RecipeError, match="unknown key; did you mean 'overrides'"):
+            load_recipe(saved)
+
     def test_missing_weights(self, saved: Path):
         weights_of(saved).unlink()
         self.refused(saved, "the weights that model.json names are missing")

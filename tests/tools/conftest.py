@@ -43,6 +43,12 @@ class Result(NamedTuple):
         return json.loads(self.out)
 
 
+@pytest.fixture(autouse=True)
+def no_edge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output is captured, and wide, whatever the terminal is that the tests are run from."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 @pytest.fixture
 def titans_build(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
     """``titans_build("check", "mac")`` -> status, standard output, standard error."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,18 +13,14 @@ import pytest
 import torch
 
 import titans_build as tb
+from titans_build.kernels.native import library
 from titans_build.registry import scratch
+from titans_build.tools import trial_memory
 
 Run = Callable[..., Any]
 
 
-@pytest.mark.parametrize("width", [None, "80"])
-def test_the_table_shows_every_part_once(
-    width: str | None, small: Path, titans_build: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("COLUMNS", raising=False)
-    if width is not None:
-        monkeypatch.setenv("COLUMNS", width)
+def test_the_table_shows_every_part_once(small: Path, titans_build: Run) -> None:
     result = titans_build(small)
     assert result.status == 0 and result.err == ""
     lines = result.out.splitlines()
@@ -46,9 +44,60 @@ def test_the_table_shows_every_part_once(
         "recipe",
         "total",
     ]
-    figures = r"  [\d,.]+[MG]? +[\d,.]+[MG]? +(-|[\d.]+ (B|KiB|MiB)) *"
+    figures = r"  [\d,.]+[MG]? +[\d,.]+[MG]? +(-|[\d.]+ (B|KiB|MiB))"
     assert all(re.search(figures + "$", line) for line in lines[3:-2])
     assert result.out.endswith("The state does not grow.\n")
+
+
+def test_a_model_of_one_layer_has_no_layers(small: Path, titans_build: Run) -> None:
+    words = ["lmm", "--set", "dim=32", "--set", "stack.0.repeat=1"]
+    assert "vocab 256, 1 layer, " in titans_build(*words).out
+    assert "fine (1 layer, " in titans_build("check", *words).out
+
+
+def test_a_plain_build_compiles_nothing(small: Path, monkeypatch: pytest.MonkeyPatch, titans_build: Run) -> None:
+    def refuse(dtype: torch.dtype) -> str:
+        raise AssertionError("the kernels are asked for, and would be built")
+
+    monkeypatch.setattr(library, "_library", refuse)
+    for command in ([], ["check"], ["diagram"]):
+        assert titans_build(*command, small).status == 0
+    assert titans_build("list").status == titans_build("describe", "memory").status == 0
+    assert titans_build("schema").status == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_a_survey_without_values_counts_what_the_model_has(dtype: str, small: Path, titans_build: Run) -> None:
+    report = titans_build(small, "--dtype", dtype, "--json").json
+    assert report["totals"]["state_bytes_per_row"] == tb.build(small, dtype=dtype).state_bytes()
+    assert report["dtype"] == dtype
+
+
+def test_a_block_whose_state_needs_values_is_surveyed(small: Path, titans_build: Run) -> None:
+    with scratch():
+
+        @tb.register("valued")
+        class Valued(tb.Block):
+            """Its fresh state is a number that only values can give."""
+
+            def __init__(self, dim: int) -> None:
+                super().__init__(dim)
+                self.size = torch.nn.Parameter(torch.empty(1))
+
+            def reset_parameters(self) -> None:
+                torch.nn.init.constant_(self.size, 5)
+
+            def init_state(self, batch_size: int) -> torch.Tensor:
+                return torch.zeros(batch_size, int(self.size.item()))
+
+            def forward(self, x, state=None, *, mask=None):  # type: ignore[no-untyped-def]
+                return x, self.init_state(x.shape[0]) if state is None else state
+
+        small.write_text("version: 1\ndim: 32\nlayers: {a: [valued]}\nstack: [a]\n", encoding="utf-8")
+        result = titans_build(small, "--json")
+        assert result.status == 0, result.err
+        assert result.json["parts"][0]["state_bytes_per_row"] == 20
+        assert titans_build("diagram", small).status == 0
 
 
 def test_json_adds_up_to_what_the_model_says(small: Path, titans_build: Run) -> None:
@@ -82,8 +131,83 @@ def test_changed_values_are_shown_and_recorded(small: Path, tmp_path: Path, tita
     ours = dict(same.named_parameters())
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, ours[name])
-    # a saved model's folder is a recipe, too
-    assert titans_build(out, "--json").json["recipe"]["fingerprint"] == model.recipe.fingerprint
+
+
+@pytest.fixture
+def saved(small: Path, tmp_path: Path, titans_build: Run) -> Path:
+    """A model with weights that no seed gives, in bfloat16."""
+    folder = tmp_path / "saved"
+    model = tb.build(small, dtype="bfloat16", seed=5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    tb.save(model, folder)
+    return folder
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    theirs = dict(tb.load(b).named_parameters())
+    return all(torch.equal(parameter, theirs[name]) for name, parameter in tb.load(a).named_parameters())
+
+
+def test_a_saved_folder_comes_with_its_weights(saved: Path, tmp_path: Path, titans_build: Run) -> None:
+    result = titans_build(saved, "--out", tmp_path / "copy")
+    assert result.status == 0 and f"(cpu, bfloat16, weights of {saved})" in result.out
+    assert same_weights(saved, tmp_path / "copy")
+    report = titans_build(saved, "--json").json
+    assert report["weights"] == str(saved) and report["seed"] is None and report["dtype"] == "bfloat16"
+    assert titans_build(saved, "--json", "--dtype", "float64").json["dtype"] == "float64"
+    assert report["recipe"]["fingerprint"] == tb.load(saved).recipe.fingerprint
+
+
+def test_a_seed_asks_for_fresh_weights(saved: Path, small: Path, tmp_path: Path, titans_build: Run) -> None:
+    result = titans_build(saved, "--seed", "5", "--out", tmp_path / "fresh", "--json")
+    assert result.json["weights"] is None and result.json["seed"] == 5 and result.json["dtype"] == "float32"
+    ours = dict(tb.build(small, seed=5).named_parameters())
+    assert all(torch.equal(p, ours[name]) for name, p in tb.load(tmp_path / "fresh").named_parameters())
+
+
+def test_a_saved_model_is_tried_with_its_weights(saved: Path, small: Path, text: Path, titans_build: Run) -> None:
+    trained = tb.load(saved, dtype="float32")
+    batch = torch.tensor(list(text.read_bytes()[: 4 * 257])).view(4, 257)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-2)
+    for _ in range(20):
+        optimizer.zero_grad()
+        trained(batch[:, :-1], targets=batch[:, 1:]).loss.backward()
+        optimizer.step()
+    tb.save(trained, saved)
+    before = titans_build(saved, "--try", text, "--json").json["try"]["bits_before"]
+    fresh = titans_build(saved, "--try", text, "--seed", "0", "--json").json["try"]["bits_before"]
+    assert before < fresh - 2
+
+
+def test_changes_that_saved_weights_do_not_fit(saved: Path, titans_build: Run) -> None:
+    assert titans_build(saved, "--set", "layers.mac.0.segment=8").status == 0
+    result = titans_build(saved, "--set", "layers.mac.0.memory.depth=3")
+    assert result.status == 2 and result.out == ""
+    assert "layers.mac.0.memory.depth: the saved weights do not fit" in result.err and "--seed N" in result.err
+    assert titans_build(saved, "--set", "layers.mac.0.memory.depth=3", "--seed", "0").status == 0
+
+
+def test_a_saved_model_is_replaced_only_when_asked(saved: Path, small: Path, titans_build: Run) -> None:
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    result = titans_build(small, "--out", saved)
+    assert result.status == 2 and result.out == ""
+    assert f"--out {saved}: a model is saved there; --force replaces it" in result.err
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    assert titans_build(small, "--out", saved, "--force").status == 0
+    assert tb.load(saved).recipe.fingerprint == tb.load_recipe(small).fingerprint
+    assert len(list(saved.iterdir())) == 2 and not set(before) >= {path.name for path in saved.iterdir()}
+    # other files are no model: nothing of theirs is touched
+    result = titans_build(small, "--out", small.parent)
+    assert result.status == 0 and small.exists()
+
+
+def test_a_reader_that_leaves_does_not_cost_what_was_to_be_saved(small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    command = f"{sys.executable} -c 'from titans_build.tools.cli import run; run()' {small} --out {out} | head -c 1"
+    subprocess.run(["bash", "-c", command], capture_output=True, check=True, timeout=120)
+    assert tb.load(out).recipe.name == "small"
 
 
 def test_growing_state_is_marked(titans_build: Run) -> None:
@@ -174,3 +298,25 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
     result = titans_build(small, "--out", tmp_path / "taken")
     assert result.status == 2 and result.out == ""
     assert "taken is a file, not a folder" in result.err
+
+
+def test_a_trial_that_this_machine_cannot_hold_is_refused(
+    small: Path, text: Path, monkeypatch: pytest.MonkeyPatch, titans_build: Run
+) -> None:
+    monkeypatch.setenv("TITANS_BUILD_BACKEND", "reference")
+    monkeypatch.setattr(trial_memory, "machine_memory", lambda: 2**26)
+    result = titans_build(small, "--try", text)
+    assert result.status == 2 and result.out == ""
+    assert "the trial takes at least" in result.err and "this machine has 0.1 GiB" in result.err
+    assert "TITANS_BUILD_BACKEND=reference,memory=torch" in result.err
+
+
+def test_a_trial_that_takes_most_of_the_memory_is_warned_of(
+    small: Path, text: Path, monkeypatch: pytest.MonkeyPatch, titans_build: Run
+) -> None:
+    need = 16 * sum(p.numel() for p in tb.build(small).parameters())
+    monkeypatch.setattr(trial_memory, "machine_memory", lambda: need * 3 // 2)
+    result = titans_build(small, "--try", text)
+    assert result.status == 0 and "titans-build: warning: the trial takes at least" in result.err
+    monkeypatch.setattr(trial_memory, "machine_memory", lambda: need * 3)
+    assert titans_build(small, "--try", text).err == ""

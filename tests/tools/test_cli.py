@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,8 +46,23 @@ def test_help_has_examples_and_exit_statuses(command: str, titans_build: Run) ->
 
 
 def test_help_lists_every_command(titans_build: Run) -> None:
-    out = titans_build("--help").out
-    assert all(f"titans-build {name} " in out and module.SUMMARY in out for name, module in COMMANDS.items())
+    out = " ".join(titans_build("--help").out.split())
+    assert all(f"titans-build {name} {module.SUMMARY}" in out for name, module in COMMANDS.items())
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_fits_the_terminal(command: str, width: int, titans_build: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def words(text: str) -> list[str]:
+        return text.partition("usage:")[2].partition("\n\n")[2].split()
+
+    monkeypatch.setenv("COLUMNS", "200")
+    wide = titans_build(*command.split(), "--help").out
+    monkeypatch.setenv("COLUMNS", str(width))
+    out = titans_build(*command.split(), "--help").out
+    # nothing is lost and no word is broken, and only a word that is longer than its column sticks out
+    assert words(out) == words(wide)
+    assert all(len(line) <= width or len(line.split()) == 1 for line in out.splitlines())
 
 
 def test_version(titans_build: Run) -> None:
@@ -60,26 +77,47 @@ def test_version(titans_build: Run) -> None:
         (("mac", "extra"), "unrecognized arguments: extra"),
         (("mcc",), "no packaged recipe and no file of that name; did you mean 'mac'?"),
         (("lst",), "there is a command 'list'"),
+        (("chek", "mac"), "no command and no recipe is called 'chek'; did you mean 'check'?"),
+        (("--set", "dim=64", "check", "mac"), "the command comes first: titans-build check ..."),
+        (("build", "mac", "--seed", "3"), "there is no command 'build': titans-build mac --seed 3"),
+        (("help", "check"), "there is no command 'help': titans-build check --help"),
+        (("help",), "(titans-build --help)"),
+        (("m" * 5000,), "no packaged recipe and no file of that name"),
+        (("m" * 300 + ".yaml",), "no such file"),
+        (("check", "m" * 300 + "/" + "x" * 5000), "no such file"),
+        (("memory",), "a block, not a recipe; titans-build describe memory describes it"),
+        (("check", "memory"), "a block, not a recipe"),
         (("nowhere/file.yaml",), "no such file"),
         (("mac", "--set", "dim"), "expected PATH=VALUE"),
         (("mac", "--set", "=3"), "expected PATH=VALUE"),
         (("mac", "--set", "dim=64", "--set", "dim=32"), "--set dim: given twice"),
-        (("mac", "--set", "dim=[1"), "not valid YAML"),
+        (("mac", "--set", "dim=[1"), "--set: 1 problem\n  dim: not valid YAML"),
+        (("mac", "--set", "a=[", "--set", "b={"), "--set: 2 problems\n  a: not valid YAML"),
+        (("mac", "--set", "a={b: !!int 3}"), "  a.b: tags are not allowed"),
         (("mac", "--set", "dim=wide"), "dim: expected an integer"),
         (("mac", "--set", "layers.mac.0.segmnt=3"), "did you mean 'segment'?"),
         (("mac", "--set", "layers.mca.0.segment=3"), "layers.mca"),
+        (("mac", "--set", "layers.mac.1.kind.x=3"), "layers.mac.1.kind is 'swiglu', which has nothing inside"),
         (("mac", "--seed", "-1"), "--seed: expected an integer from 0"),
         (("mac", "--seed", "1.5"), "--seed: expected an integer from 0"),
         (("mac", "--dtype", "float23"), "did you mean 'float32'?"),
         (("mac", "--dtype", "int64"), "int64"),
-        (("mac", "--device", "gpu"), "device 'gpu'"),
+        (("mac", "--dtype", ""), "unknown dtype ''"),
+        (("mac", "--device", "gpu"), "unknown device 'gpu': expected cpu, cuda, cuda:1 or mps\n"),
+        (("mac", "--device", "fpga"), "from the 'FPGA' backend\n"),
+        (("mac", "--force"), "--force: lets --out DIR replace a saved model, and there is no --out"),
         (("mac", "--device", "meta"), "titans-build check"),
         (("mac", "--device", "cuda:99"), "cuda"),
         (("mac", "--try", "nowhere.txt"), "--try nowhere.txt: No such file or directory"),
         (("mac", "--set", "vocab=100", "--try", "nowhere.txt"), "vocab >= 256, it has 100"),
+        (("mac", "--out", ""), "--out: expected the name of a folder, got none"),
+        (("mac", "--out", "m" * 300), "File name too long"),
         (("mac", "--out", "/dev/null/model"), "/dev/null is a file, not a folder"),
         (("describe",), "required: BLOCK"),
         (("describe", "memry"), "did you mean 'memory'?"),
+        (("describe", "mac"), "'mac' is a recipe, not a block: `titans-build mac` shows what it is made of"),
+        (("describe", "my.yaml"), "'my.yaml' is a recipe"),
+        (("schema", "mac-170m"), "'mac-170m' is a recipe, not a block"),
         (("check",), "required: RECIPE"),
         (("check", "mcc"), "did you mean 'mac'?"),
         (("schema", "memry"), "did you mean 'memory'?"),
@@ -116,6 +154,10 @@ def test_refusals_are_json_too(tmp_path: Path, titans_build: Run) -> None:
         "layers.mac.0.attend.heads",
     ]
     assert titans_build("--json").json["error"]["status"] == 2
+
+
+def test_json_may_come_first(titans_build: Run) -> None:
+    assert titans_build("--json", "check", "mac").json == titans_build("check", "mac", "--json").json
 
 
 def test_a_saved_model_that_is_damaged_is_refused(tmp_path: Path, titans_build: Run) -> None:
@@ -207,6 +249,46 @@ def test_a_reader_that_leaves_is_no_fault() -> None:
     command = f"{sys.executable} -c 'from titans_build.tools.cli import run; run()' schema | head -n 1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, timeout=120)
     assert done.stdout == "{\n" and done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "words", [["list"], ["schema"], ["diagram", "lmm"], ["check", "lmm"], ["lmm", "--json"]], ids=str
+)
+def test_output_that_cannot_be_written(words: list[str]) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no full device here")
+    command = f"{sys.executable} -c 'from titans_build.tools.cli import run; run()' {' '.join(words)}"
+    done = subprocess.run(["bash", "-c", f"{command} >/dev/full"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "titans-build: error: the output cannot be written: No space left on device\n"
+    done = subprocess.run(["bash", "-c", f"{command} >&-"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_output_without_the_letters(tmp_path: Path) -> None:
+    recipe = tmp_path / "größe.yaml"
+    text = "version: 1\ndim: 32\nlayers: {a: [ffn]}\nstack: [{repeat: 2, of: [a]}]\n"
+    recipe.write_text(text, encoding="utf-8")
+    done = process(str(recipe), PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and done.stderr == ""
+    assert "gr\\xf6\\xdfe.yaml: dim 32" in done.stdout and "\na x2 " in done.stdout and "\n` ffn " in done.stdout
+    assert json.loads(process(str(recipe), "--json", PYTHONIOENCODING="ascii").stdout)["recipe"]["name"] == str(recipe)
+    picture = process("diagram", str(recipe), PYTHONIOENCODING="ascii").stdout
+    assert picture.isascii() and ElementTree.fromstring(picture)[0].text == str(recipe)
+
+
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.yaml")
+    try:
+        (tmp_path / name).write_text("version: 1\ndim: 32\nlayers: {a: [ffn]}\nstack: [a]\n", encoding="utf-8")
+    except OSError:
+        pytest.skip("the file system takes no such name")
+    for words in ((), ("check",), ("diagram",)):
+        done = process(*words, str(tmp_path / name), PYTHONIOENCODING="utf-8")
+        assert done.returncode == 0 and done.stderr == ""
+    ElementTree.fromstring(done.stdout)
+    done = process("check", name, PYTHONIOENCODING="utf-8")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
 
 
 def test_main_reads_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -154,3 +154,26 @@ def test_kernels_with_an_environment_that_names_nothing(titans_build: Run, monke
     monkeypatch.setenv(dispatch.VARIABLE, "atention=reference")
     result = titans_build("kernels")
     assert result.status == 2 and "atention" in result.err
+
+
+@pytest.mark.parametrize("width", [None, "40", "60", "80", "120"])
+@pytest.mark.parametrize(
+    "words", ["list", "list m*", "describe memory", "describe chain", "kernels", "mac", "mag", "check mac lmm"]
+)
+def test_lines_fit_and_end_where_their_words_do(
+    words: str, width: str | None, titans_build: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = titans_build(*words.split()).out
+    if width is not None:
+        monkeypatch.setenv("COLUMNS", width)
+    result = titans_build(*words.split())
+    assert result.status == 0 and result.err == ""
+    lines = result.out.splitlines()
+    assert all(line == line.rstrip() for line in lines)
+    if width is not None and not words.startswith("check"):
+        # a path or a command to copy may be longer than a line
+        assert all(len(line) <= int(width) for line in lines)
+    # no word is broken, and none is lost but headings of columns that there are no more
+    headings = "operation backend status why not field type default meaning block recipe what it is fields and defaults"
+    looked_for = {word for word in whole.split() if len(word) < 20 and word.isalpha()}
+    assert not looked_for - {*headings.split(), "settings", "sizes"} - set(result.out.split())

@@ -64,3 +64,51 @@ def test_no_color_is_respected_on_a_terminal(monkeypatch: pytest.MonkeyPatch) ->
         terminal.complain("something")
         assert ("\x1b[1;31m" in stream.getvalue()) is coloured
         assert "something" in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("said", "width"), [("40", 40), ("5", 24), ("0", None), ("", None), ("wide", None), ("-3", None), ("9" * 50, None)]
+)
+def test_the_edge_is_what_columns_says(said: str, width: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", said)
+    assert terminal.edge(io.StringIO()) == width
+    if width is None:  # some width that the system knows
+        assert terminal.edge(Screen()) is not None
+
+
+def test_flow_wraps_between_words_and_hangs() -> None:
+    lines = terminal.flow("one two three four five six seven", 20, "label: ", "  ")
+    assert [line.plain for line in lines] == ["label: one two three", "  four five six", "  seven"]
+    assert [line.plain for line in terminal.flow("", 20, "label: ")] == ["label:"]
+    folded = [line.plain for line in terminal.flow("x" * 50, 24, "", "    ")]
+    assert "".join(line.strip() for line in folded) == "x" * 50 and all(len(line) <= 24 for line in folded)
+
+
+def rows() -> terminal.Columns:
+    table = terminal.Columns("name", "meaning")
+    table.add("short", "what takes many words to say, more than there is room for in a narrow terminal")
+    table.add("", "another of the same")
+    return table
+
+
+def test_columns_stand_side_by_side_or_under_each_other() -> None:
+    assert [line.plain for line in rows().lines(50)][:2] == [
+        "name   meaning",
+        "short  what takes many words to say, more than",
+    ]
+    assert [line.plain for line in rows().lines(24)] == [
+        "short",
+        "  meaning: what takes",
+        "    many words to say,",
+        "    more than there is",
+        "    room for in a narrow",
+        "    terminal",
+        "  meaning: another of",
+        "    the same",
+    ]
+    for width in (24, 30, 40, 80):
+        assert all(line.cell_len <= width and line.plain == line.plain.rstrip() for line in rows().lines(width))
+
+
+def test_paragraphs_are_one_line_each_and_lists_keep_theirs() -> None:
+    assert terminal.paragraphs("a b\nc\n\n- d\n- e\n\nf\ng") == ["a b c", "", "- d", "- e", "", "f g"]

@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 from titans_build.kernels.attention import Prefix, attention
-from titans_build.kernels.gated_projection import feed_forward
+from titans_build.kernels.decoding.gated_projection import feed_forward
 from titans_build.kernels.memory import MemoryState, read_memory, titans_memory
 from titans_build.kernels.native import library
 from titans_build.kernels.normalisation import rms_norm

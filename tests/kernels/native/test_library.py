@@ -1,8 +1,10 @@
 """Building the C kernels: the compiler there is, the cache, and every way in which there may be none."""
 
 import os
+import re
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -104,3 +106,59 @@ def test_a_broken_file_in_the_cache_is_built_again(tmp_path):
     (made,) = tmp_path.iterdir()
     made.write_bytes(made.read_bytes()[:1000])
     assert "building" in python(MEMORY, TITANS_BUILD_CACHE=str(tmp_path)).stderr
+
+
+def a_compiler(folder, script):
+    """A compiler of one's own around the real one, told not to optimise much: it has to be quick."""
+    path = folder / "cc"
+    path.write_text(f'#!/bin/sh\nreal={library._compiler()[0]}\n{script}\nexec $real "$@" -O1\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+@built
+@pytest.mark.parametrize(
+    "with_threads, said",
+    [
+        # what clang's OpenMP needs and PyTorch has not loaded
+        ('case " $* " in *" -fopenmp "*) exec $real -include "$(dirname "$0")/omp_of_its_own.h" "$@" -O1 ;; esac',
+         "cannot be loaded: .*__kmpc_fork_call"),
+        ('case " $* " in *" -fopenmp "*) echo "unsupported option -fopenmp" >&2; exit 1 ;; esac',
+         "could not be built by .*unsupported option -fopenmp"),
+    ],
+)  # fmt: skip
+def test_a_compiler_with_another_openmp_or_none_builds_for_one_thread(tmp_path, with_threads, said):
+    (tmp_path / "omp_of_its_own.h").write_text(
+        "extern void __kmpc_fork_call(void);\nstatic void (*needed)(void) __attribute__((used)) = __kmpc_fork_call;\n"
+    )
+    environment = dict(CC=a_compiler(tmp_path, with_threads), TITANS_BUILD_CACHE=str(tmp_path / "cache"))
+    code = MEMORY + "print(library.refuse(device='cpu', dtype=torch.float32))"
+    done = python("from titans_build.kernels.native import library\n" + code, **environment)
+    assert re.search(f"the CPU kernels run on one thread, .*: with threads they (were built but )?{said}", done.stderr)
+    value, refused = done.stdout.split()
+    assert refused == "None"
+    assert float(value) == pytest.approx(float(python(MEMORY).stdout), rel=1e-5)
+
+
+def age(path, days):
+    before = time.time() - days * 24 * 3600
+    os.utime(path, (before, before))
+
+
+@built
+def test_what_nobody_has_used_for_a_month_goes_when_something_new_is_built(tmp_path):
+    environment = dict(TITANS_BUILD_CACHE=str(tmp_path), CC=a_compiler(tmp_path, ""))
+    old, recent, foreign = (tmp_path / f"{name}.so" for name in ("kernels-32-0123456789", "kernels-64-32-0a", "notes"))
+    unfinished = tmp_path / "building-a1b2"
+    unfinished.mkdir()
+    for path in (old, recent, foreign, unfinished / "a.o"):
+        path.write_text("")
+    for path, days in ((old, 31), (recent, 29), (foreign, 400), (unfinished, 31)):
+        age(path, days)
+    python(MEMORY, **environment)
+    assert not old.exists() and not unfinished.exists()
+    assert recent.exists() and foreign.exists()
+    (made,) = set(tmp_path.glob("*.so")) - {recent, foreign}
+    age(made, 31)
+    python(MEMORY, **environment)  # used again, and marked
+    assert time.time() - made.stat().st_mtime < 24 * 3600

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from titans_build.kernels.gated_projection import feed_forward, few, gated_output
+from titans_build.kernels.decoding.gated_projection import feed_forward, few, gated_output
 from titans_build.kernels.native.library import refuse
 
 UNBUILT = refuse(device="cpu", dtype=torch.float64)

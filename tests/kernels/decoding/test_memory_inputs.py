@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from titans_build.kernels.memory_inputs import memory_inputs, memory_query
+from titans_build.kernels.decoding.memory_inputs import memory_inputs, memory_query
 from titans_build.kernels.native.library import refuse
 
 UNBUILT = refuse(device="cpu", dtype=torch.float64)

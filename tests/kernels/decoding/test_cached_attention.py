@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from titans_build.kernels.cached_attention import Cache, cached_attention
+from titans_build.kernels.decoding.cached_attention import Cache, cached_attention
 from titans_build.kernels.native.library import refuse
 
 UNBUILT = refuse(device="cpu", dtype=torch.float64)

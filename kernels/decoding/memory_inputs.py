@@ -7,18 +7,19 @@ Without gradients, and without the many tokens for which the operators of their 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .convolution import convolve
-from .dispatch import Backend, Operation
-from .native import library
-from .native.kernel import Kernel, address
-from .normalisation import l2_norm
-from .projection import project, threads_for
+from ..convolution import convolve
+from ..dispatch import Backend, Operation
+from ..native import library
+from ..native.kernel import Kernel, address, prepares
+from ..normalisation import l2_norm
+from ..projection import project, threads_for
 
 EPS = 1e-6
 
@@ -80,6 +81,51 @@ def memory_query(
     return query
 
 
+def prepare_inputs(
+    weight: Tensor,
+    convolution: Tensor | None,
+    heads: int,
+    batch: int,
+    controls: Tensor | None = None,
+    bias: Tensor | None = None,
+    largest: float = 1.0,
+) -> tuple[Inputs, Callable[[Tensor, Tensor | None], Tensor | None]] | None:
+    """:func:`memory_inputs`, or without controls :func:`memory_query`, for many times one token of each row.
+
+    Returns the tensors of the result, and a function of a dense ``x`` ``[batch, 1, in]`` and the history before it,
+    which fills them and returns the next history; ``None`` where that gains nothing. Without controls, the query
+    alone is there, and the history stays.
+    """
+    if not (
+        prepares(weight, convolution, controls, bias)
+        and _operation.choose("auto", device="cpu", dtype=weight.dtype) is _native
+    ):
+        return None
+    channels, width = weight.shape
+    parts, gates = (1, 0) if controls is None else (3, controls.shape[0])
+    dim = channels // (parts * heads)
+    y = torch.empty((parts, batch, 1, heads, dim), dtype=weight.dtype)
+    gate = torch.empty((gates // heads, batch, 1, heads), dtype=weight.dtype)
+    taps = 1 if convolution is None else convolution.shape[1]
+    call = _KERNEL.prepared(
+        weight.dtype, 8, 5, threads_for(weight), batch, width, heads, dim, taps, gates, parts, *[0] * 5,
+        weight, controls, bias, convolution, y, gate if gates else None, largest, EPS,
+    )  # fmt: skip
+
+    def run(x: Tensor, history: Tensor | None) -> Tensor | None:
+        x = x.contiguous()
+        if history is None:
+            call(x.data_ptr(), 0, 0, 0, 0)
+            return None
+        history = history if history.stride(2) == 1 else history.contiguous()
+        row, token, _ = history.stride()
+        new = torch.empty_like(history, memory_format=torch.contiguous_format) if gates else history
+        call(x.data_ptr(), history.data_ptr(), row, token, new.data_ptr() if gates else 0)
+        return new
+
+    return Inputs(y[0], y[parts // 2], y[-1], gate.unbind(), None), run
+
+
 _Outputs: TypeAlias = tuple[Tensor, tuple[Tensor, ...], Tensor | None]
 """``[parts, batch, 1, heads, dim]``, the gates, and the next history."""
 
@@ -114,8 +160,9 @@ def _native(
         gate = torch.empty((gates // heads, batch, 1, heads), dtype=x.dtype)
     _KERNEL(
         x.dtype, threads_for(weight), batch, width, heads, dim, taps, gates, parts,
-        x.data_ptr(), weight.data_ptr(), address(controls), address(bias), address(convolution), address(history),
-        row, token, y.data_ptr(), address(gate), address(new_history), largest, EPS,
+        x.data_ptr(), address(history), row, token, address(new_history),
+        weight.data_ptr(), address(controls), address(bias), address(convolution), y.data_ptr(), address(gate),
+        largest, EPS,
     )  # fmt: skip
     return y, () if gate is None else gate.unbind(), new_history
 

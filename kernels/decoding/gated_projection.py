@@ -7,16 +7,17 @@ does them in one. Without gradients.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .dispatch import Backend, Operation
-from .native import library
-from .native.kernel import Kernel, address, plain
-from .normalisation import rms_norm
-from .projection import FEW, REGISTER, project, threads_for
+from ..dispatch import Backend, Operation
+from ..native import library
+from ..native.kernel import Kernel, address, plain, prepares
+from ..normalisation import rms_norm
+from ..projection import FEW, REGISTER, project, threads_for
 
 EPS = 1e-6
 
@@ -64,6 +65,49 @@ def gated_output(
     return run(x, gate, None, down, answer, gain)
 
 
+def prepare_feed_forward(gate_up: Tensor, down: Tensor, shape: tuple[int, ...]) -> Callable[[Tensor], Tensor] | None:
+    """``feed_forward`` for many times a few tokens ``[*shape, in]``, or ``None`` where that gains nothing.
+
+    As ``projection.prepare_projection`` does it: dense inputs, and one tensor for the result.
+    """
+    run = _prepared(gate_up, down, None, shape)
+    return None if run is None else lambda x: run(x, None)
+
+
+def prepare_gated_output(
+    gain: Tensor, gate: Tensor, down: Tensor, shape: tuple[int, ...]
+) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """``gated_output`` likewise, of the answer ``[*shape, heads, dim]`` and ``x``."""
+    run = _prepared(gate, down, gain, shape)
+    return None if run is None else lambda answer, x: run(x, answer)
+
+
+def _prepared(
+    gate: Tensor, down: Tensor, gain: Tensor | None, shape: tuple[int, ...]
+) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+    width, (out, hidden) = gate.shape[1], down.shape
+    x = gate.new_empty((*shape, width))
+    if not (
+        few(x, gate, down)
+        and prepares(gate, down, gain)
+        and _operation.choose("auto", device="cpu", dtype=gate.dtype) is _native
+    ):
+        return None
+    y = torch.empty((*shape, out), dtype=gate.dtype)
+    heads, up = (1, gate[hidden:]) if gain is None else (len(gain), None)
+    call = _KERNEL.prepared(
+        gate.dtype, 6, 2, threads_for(gate, down), x.numel() // width, width, hidden, out, heads,
+        0, 0, gate, up, down, gain, y, EPS,
+    )  # fmt: skip
+
+    def run(x: Tensor, answer: Tensor | None) -> Tensor:
+        x, answer = x.contiguous(), None if answer is None else answer.contiguous()
+        call(x.data_ptr(), address(answer))
+        return y
+
+    return run
+
+
 def _native(
     x: Tensor, gate: Tensor, up: Tensor | None, down: Tensor, answer: Tensor | None, gain: Tensor | None
 ) -> Tensor:
@@ -73,7 +117,7 @@ def _native(
     y = torch.empty((*x.shape[:-1], out), dtype=x.dtype)
     _KERNEL(
         x.dtype, threads_for(gate, up, down), x.numel() // width, width, hidden, out, 1 if gain is None else len(gain),
-        x.data_ptr(), gate.data_ptr(), address(up), down.data_ptr(), address(answer), address(gain), y.data_ptr(), EPS,
+        x.data_ptr(), address(answer), gate.data_ptr(), address(up), down.data_ptr(), address(gain), y.data_ptr(), EPS,
     )  # fmt: skip
     return y
 

@@ -1,0 +1,40 @@
+"""Where parameters may live and in what numbers: devices and dtypes, as they are or by name."""
+
+from __future__ import annotations
+
+import torch
+
+from ..registry import nearest, show
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+def as_device(device: torch.device | str) -> torch.device:
+    """A device that exists here. Raises ``ValueError``."""
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"unknown device {show(device)}: expected cpu, cuda, cuda:1 or mps") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device}: this machine, or this build of torch, has no CUDA GPU")
+    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+        raise ValueError(f"device {device}: there are {torch.cuda.device_count()} CUDA GPUs, counted from 0")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device mps: not available here")
+    return device
+
+
+def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """A floating-point dtype from itself or its name. Raises ``ValueError`` with the nearest name."""
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ValueError(f"unknown dtype {show(dtype)}{nearest(dtype, DTYPES)} (dtypes: {', '.join(DTYPES)})")
+        return DTYPES[dtype]
+    if dtype not in DTYPES.values():
+        raise ValueError(f"expected a dtype for parameters ({', '.join(DTYPES)}), got {show(dtype)}")
+    return dtype

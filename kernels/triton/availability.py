@@ -1,0 +1,36 @@
+"""Whether the Triton kernels can run, and if not, why."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+DTYPES = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
+
+
+def refuse(*, device: str, dtype: torch.dtype, same: bool = True, named: bool = False, **facts: object) -> str | None:
+    """Why the kernels cannot run, or ``None``. ``same``: all tensors are of one dtype; ``named``: asked for by name.
+
+    On a CPU they run in Triton's interpreter alone (``TRITON_INTERPRET=1``), which is for tests: never unasked.
+    """
+    if device == "cpu":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            return "runs on a GPU, or in Triton's interpreter (TRITON_INTERPRET=1)"
+        if not named:
+            return "runs on a CPU in Triton's interpreter, which has to be asked for by name"
+    elif device != "cuda":
+        return f"runs on a GPU, not on {device}"
+    if dtype not in DTYPES:
+        return f"takes floating-point numbers, not {dtype}"
+    if not same:
+        return "takes one dtype"
+    return _missing()
+
+
+@functools.cache
+def _missing() -> str | None:
+    found = importlib.util.find_spec("triton")
+    return None if found else "needs Triton: pip install 'titans-build[gpu]'"

@@ -1,0 +1,143 @@
+"""The Triton memory in Triton's interpreter, forward and backward, against the per-token oracle."""
+
+import itertools
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from titans_build.kernels.dispatch import BackendError
+from titans_build.kernels.memory import MEMORY, MemoryState, titans_memory
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """What a kernel leaves unwritten is NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def inputs(time=9, d_in=6, d_out=None, hidden=10, depth=2, batch=2, heads=2, seed=0, edges=False):
+    g = torch.Generator().manual_seed(seed)
+    randn = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    rand = lambda *shape: torch.rand(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    d_out = d_out or d_in
+    q, k = (torch.nn.functional.normalize(randn(batch, time, heads, d_in), dim=-1) for _ in "qk")
+    theta, eta, alpha = (scale * rand(batch, time, heads) for scale in (0.1, 0.9, 0.3))
+    if edges:
+        for gate in (theta, eta, alpha):
+            gate[:, ::3] = 0
+        eta[:, 1::3] = 1
+        alpha[:, 2::5] = 1
+    widths = [d_in, *[hidden] * (depth - 1), d_out]
+    weights = [randn(batch, heads, out, in_) for in_, out in itertools.pairwise(widths)]
+    v, gain = randn(batch, time, heads, d_out), 1 + 0.1 * randn(heads, d_out)
+    return [q, k, v, theta, eta, alpha, gain, *weights]
+
+
+def results(leaves, backend, *, momentum=True, forgetting=True, norm=True, position=0, cuts=(), mask=None, **options):
+    """Outputs, final state, and the gradients of all leaves; the sequence is read in pieces cut at ``cuts``."""
+    leaves = [x.detach().clone().requires_grad_() for x in leaves]
+    q, k, v, theta, eta, alpha, gain, *weights = leaves
+    state = MemoryState.fresh(tuple(weights), tuple(0.1 * w.flip(-1) for w in weights))
+    state = state._replace(anchor=tuple(0.9 * w for w in weights), position=state.position + position)
+    ys = []
+    for start, stop in itertools.pairwise([0, *cuts, q.shape[1]]):
+        piece = [x[:, start:stop] for x in (q, k, v, theta)]
+        y, state = titans_memory(
+            *piece, eta[:, start:stop] if momentum else None, alpha[:, start:stop] if forgetting else None, state,
+            norm=gain if norm else None, mask=None if mask is None else mask[:, start:stop], backend=backend, **options,
+        )  # fmt: skip
+        ys.append(y)
+    outputs = [torch.cat(ys, 1), *state.weights, *state.momentum, *state.anchor]
+    g = torch.Generator().manual_seed(1)
+    loss = sum((x * torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype)).sum() for x in outputs)
+    return [x.detach() for x in outputs], torch.autograd.grad(loss, leaves, allow_unused=True)
+
+
+def agree(leaves, tolerance=1e-10, **options):
+    for got, expected in zip(results(leaves, "triton", **options), results(leaves, "reference", **options)):
+        for a, b in zip(got, expected, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                assert (a - b).norm() <= tolerance * b.norm().clamp(min=1e-3)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("activation", ["identity", "relu", "silu", "gelu"])
+@pytest.mark.parametrize("norm, clip", [(True, None), (False, 0.5), (True, 0.5)])
+def test_against_the_oracle(depth, activation, norm, clip):
+    agree(inputs(depth=depth), chunk=4, activation=activation, norm=norm, clip=clip)
+
+
+@pytest.mark.parametrize("momentum, forgetting", [(False, True), (True, False), (False, False)])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_gates_that_are_not_there(momentum, forgetting, depth):
+    agree(inputs(depth=depth), chunk=4, momentum=momentum, forgetting=forgetting)
+
+
+@pytest.mark.parametrize("read", ["after", "before"])
+def test_gates_at_their_ends(read):
+    agree(inputs(time=13, edges=True), chunk=5, read=read, clip=1.0)
+
+
+@pytest.mark.parametrize("time, chunk", [(1, 1), (3, 1), (15, 16), (17, 16), (20, 7)])
+def test_lengths(time, chunk):
+    agree(inputs(time=time, batch=1), chunk=chunk)
+
+
+@pytest.mark.parametrize("d_in, d_out, hidden", [(16, 16, 40), (17, 5, 3), (3, 20, 64), (33, 33, 16)])
+def test_widths(d_in, d_out, hidden):
+    leaves = inputs(time=6, d_in=d_in, d_out=d_out, hidden=hidden, batch=1, heads=1)
+    agree(leaves, chunk=3, norm=d_in == d_out)
+
+
+def test_rows_at_different_places_and_masked_tokens():
+    mask = torch.rand(2, 11, generator=torch.Generator().manual_seed(0)) < 0.7
+    agree(inputs(time=11), chunk=4, position=torch.tensor([3, 0]), mask=mask, clip=1.0)
+
+
+def test_split_anywhere():
+    leaves = inputs(time=11)
+    whole = results(leaves, "triton", chunk=4)
+    for cuts in ((1,), (4, 6), (3, 8, 9)):
+        for a, b in zip(results(leaves, "triton", chunk=4, cuts=cuts), whole):
+            assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_states_kept_now_and_then():
+    leaves = inputs(time=40, batch=1, heads=1)
+    for a, b in zip(results(leaves, "triton", chunk=4, keep=3), results(leaves, "triton", chunk=4, keep=1)):
+        assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_float32():
+    leaves = [x.float() for x in inputs(time=20, d_in=16, hidden=32)]
+    exact = results([x.double() for x in leaves], "reference", chunk=8)
+    for got, expected in zip(results(leaves, "triton", chunk=8), exact):
+        for a, b in zip(got, expected):
+            assert a.dtype == torch.float32
+            assert (a.double() - b).norm() <= 1e-5 * b.norm()
+
+
+def test_strides():
+    q, k, v, *rest = inputs()
+    packed = torch.stack([q, k, v], -1)
+    agree([*packed.unbind(-1), *rest], chunk=4)
+
+
+def test_it_says_what_it_does_not_take():
+    facts = dict(device="cpu", dtype=torch.float32)
+    for wrong, reason in (
+        (dict(layers=3), "one or two layers, not 3"),
+        (dict(chunk=256), "chunks of up to 128 tokens, not 256"),
+        (dict(width=256), "heads of up to 128 numbers, not 256"),
+        (dict(device="meta"), "on a GPU, not on meta"),
+    ):
+        with pytest.raises(BackendError, match=reason):
+            MEMORY.choose("triton", **{**facts, **wrong})
+    assert "asked for by name" in MEMORY.backends["triton"].refuse(**facts)
