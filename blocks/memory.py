@@ -26,6 +26,8 @@ from .linear import Linear, plain
 
 
 class NeuralMemoryState(NamedTuple):
+    """What a memory block carries from token to token. Every tensor has the batch row first."""
+
     memory: MemoryState
     """Fast weights, momentum, anchor and position."""
     convolution: Tensor | None

@@ -16,13 +16,11 @@ from torch.nn import functional as F
 
 from .dispatch import Backend, Operation
 from .native import library, product
-from .native.kernel import Kernel, address, plain, prepares, tracks
+from .native.kernel import Kernel, address, plain, prepares, threads_worth, tracks
 from .native.operands import operands, refuse_narrow
 
 FEW = 4
 """Tokens up to which reading the weights is all that counts."""
-_WORTH_A_THREAD = 2**18
-"""Bytes of weights that take longer to read than another thread takes to begin."""
 REGISTER = 16
 """Inputs are read in registers of at most this many numbers: what is no multiple of it is left to PyTorch."""
 
@@ -139,7 +137,7 @@ def _refuse_bfloat16(*, dtype: torch.dtype, **facts: Any) -> str | None:
 
 def threads_for(*weights: Tensor | None) -> int:
     """How many threads are worth waking up to read these."""
-    return min(torch.get_num_threads(), 1 + sum([w.nbytes for w in weights if w is not None]) // _WORTH_A_THREAD)
+    return threads_worth(sum([w.nbytes for w in weights if w is not None]))
 
 
 def _native(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -16,13 +16,11 @@ from torch import Tensor
 from ..attention import Prefix, attention
 from ..dispatch import Backend, Operation
 from ..native import library
-from ..native.kernel import Kernel, plain, prepares
+from ..native.kernel import Kernel, plain, prepares, threads_worth
 from ..normalisation import rms_norm
 from ..rotary import rotate, tables
 
 EPS = 1e-6
-_WORTH_A_THREAD = 2**17
-"""Bytes of keys that take longer to read than another thread takes to begin."""
 
 
 class Cache(NamedTuple):
@@ -180,7 +178,7 @@ class _Prepared:
         else:
             new_keys = torch.empty((batch, after, self.kv_heads, d), dtype=y.dtype)
         new_values = torch.empty_like(new_keys)
-        threads = min(torch.get_num_threads(), 1 + keys.nbytes // _WORTH_A_THREAD)
+        threads = threads_worth(2 * keys.nbytes)
         self.call(
             threads, slots, after, persistent, self.window or 0, *places,
             keys.data_ptr(), values.data_ptr(), *keys.stride()[:2], *values.stride()[:2], cached.data_ptr(), *first,

@@ -98,6 +98,7 @@ class _Keeping(NamedTuple):
 
 
 def refuse_native(*, chunk: int = 16, time: int = 1, layers: int = 1, **facts: Any) -> str | None:
+    """Why the kernel cannot run, or ``None``."""
     if min(chunk, time) > LONGEST:
         return f"takes at most {LONGEST} tokens of a chunk at once, not {min(chunk, time)}"
     if layers > LAYERS:

@@ -19,6 +19,7 @@ _run = Kernel("read_run", _SIZES + 4 * 4 + 2 + 2 * 3 * LAYERS + 2, 0)
 
 
 def refuse_reading(*, layers: int = 1, **facts: Any) -> str | None:
+    """Why the kernel cannot run, or ``None``."""
     if layers > LAYERS:
         return f"takes at most {LAYERS} layers, not {layers}"
     return library.refuse(**facts)

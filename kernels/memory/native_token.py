@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ..native.kernel import threads_worth
 from ..native.library import library, refuse
 from .state import MemoryState
 
@@ -22,9 +23,6 @@ ACTIVATIONS = {"identity": 0, "relu": 1, "silu": 2, "gelu": 3}
 
 WITHIN, STARTS, MASKED = range(3)
 """What a row's token is, as ``enum row`` numbers it: inside its chunk, the first of it, or no token at all."""
-
-WORTH_A_THREAD = 2**18
-"""Bytes of weights that take longer to read than another thread takes to begin."""
 
 _Heads: TypeAlias = tuple[int, int, int]
 """Address, and numbers from row to row and from head to head: ``heads`` of step.c."""
@@ -162,7 +160,7 @@ class _Call:
         batch, _, heads, width = y.shape
         self.held = [y]
         size = batch * heads * y.element_size() * sum([out * before for out, before in shapes])
-        threads = min(torch.get_num_threads(), batch * heads, 1 + size // WORTH_A_THREAD)
+        threads = min(threads_worth(size), batch * heads)
         fields = [batch, heads, len(shapes), ACTIVATIONS[activation], after, threads]
         for x in tokens:
             fields += _NONE if x is None else _dense(x, heads, x.shape[3], self.held)

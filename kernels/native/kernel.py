@@ -84,6 +84,19 @@ def plain(*tensors: Tensor | None) -> bool:
     )
 
 
+WORTH_A_THREAD = 2**21
+"""Bytes read by a kernel for a few tokens for which another thread is woken up: a tenth of a millisecond and more.
+
+Threads wait for each other at its end, and where another program has taken a core away, for milliseconds. What one
+thread does in less stays with one.
+"""
+
+
+def threads_worth(size: int) -> int:
+    """How many threads are worth waking up to read ``size`` bytes."""
+    return min(torch.get_num_threads(), 1 + size // WORTH_A_THREAD)
+
+
 def tracks(*tensors: Tensor | None) -> bool:
     """Whether autograd has to know of an operation on these."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

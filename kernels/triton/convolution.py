@@ -23,6 +23,7 @@ def forward_kernel(
     time, dim, batch_step, time_step,
     WIDTH: tl.constexpr, WIDE: tl.constexpr, TIMES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
+    """``TIMES`` tokens of ``CHANNELS`` channels of one row."""
     row = tl.program_id(2).to(tl.int64)
     token = tl.program_id(0).to(tl.int64) * TIMES + tl.arange(0, TIMES)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
@@ -41,6 +42,7 @@ def backward_kernel(
     time, dim, batch_step, time_step, grad_batch_step, grad_time_step, stretch,
     WIDTH: tl.constexpr, TAPS: tl.constexpr, WIDE: tl.constexpr, TIMES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
+    """A stretch of the inputs of ``CHANNELS`` channels of one row; the taps' gradients are sums over it."""
     part, row = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     within = channel < dim

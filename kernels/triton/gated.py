@@ -58,6 +58,7 @@ def forward_kernel(
     tokens, dim, heads, a_step, b_step, divisor, eps,
     KIND: tl.constexpr, GIVEN: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
+    """One head of ``ROWS`` tokens."""
     head = tl.program_id(1)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     at = tl.arange(0, WIDTH)
@@ -81,6 +82,7 @@ def backward_kernel(
     tokens, dim, heads, a_step, b_step, grad_step, grad_a_step, grad_b_step, divisor, eps, stretch,
     KIND: tl.constexpr, GIVEN: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
+    """One head of a stretch of tokens; the gains' gradients are sums over it."""
     part, head = tl.program_id(0), tl.program_id(1)
     at = tl.arange(0, WIDTH)
     column = head * dim + at
