@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, embedding
 from ..kernels.projection import project
 from ..registry import Spec
 from .block import Blocks, Decoder
-from .decoding import decoder
+from .decoding import Arrangement, decoder
 from .freezing import Frozen, freeze, thaw
 from .generation import Generation, generate
 from .layer import Layer
@@ -165,16 +165,20 @@ class LanguageModel(nn.Module):
     def decoder(self, rows: int) -> Callable[[Tensor, ModelState], tuple[Tensor, ModelState]]:
         """``run`` for many times one token ``[rows, 1, dim]``, from states of this model.
 
-        Without gradients. What is given out as hidden may be written over by the next call.
+        Without gradients. What is given out as hidden may be written over by the next call. Raises what
+        ``check_state`` does, for the first state and for one of other rows; and for one that fits no more because the
+        model has changed since: parameters, blocks and hooks that are put in or moved are taken as they then are.
         """
-        held = list(self.parameters())
-        places: list[int] = []
+        arrangement: Arrangement | None = None
         parts: list[Decoder] = []
 
         def decode(x: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
-            nonlocal places, parts
-            if (now := [parameter.data_ptr() for parameter in held]) != places:  # the first time, or moved since
-                places, parts = now, [decoder(block, rows) for block in (*self.layers, self.norm)]
+            nonlocal arrangement, parts
+            if arrangement is None or not arrangement.stands() or len(state.recipe) != rows:
+                # what was prepared reads states where they lie, and looks at them no more
+                self.check_state(state, rows)
+                arrangement = Arrangement(self)
+                parts = [decoder(block, rows) for block in (*self.layers, self.norm)]
             states = []
             for part, before in zip(parts, state.layers):
                 x, after = part(x, before)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .kernel import Kernel, address, tracks
 from .pages import fresh
@@ -31,10 +32,12 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        rows = grad.flatten(0, -2)
+        rows = grad.reshape(-1, grad.shape[-1])
+        # a batch of gradients (``is_grads_batched``) looks like one, and has no numbers of its own
+        multiply = F.linear if torch._C._functorch.is_legacy_batchedtensor(grad) else linear
         return (
-            linear(grad, weight.t()) if ctx.needs_input_grad[0] else None,
-            linear(rows.t(), x.flatten(0, -2).t()) if ctx.needs_input_grad[1] else None,
+            multiply(grad, weight.t()) if ctx.needs_input_grad[0] else None,
+            multiply(rows.t(), x.reshape(-1, x.shape[-1]).t()) if ctx.needs_input_grad[1] else None,
             rows.sum(0) if ctx.needs_input_grad[2] else None,
         )
 

@@ -1,5 +1,6 @@
 """A prepared decoder is ``forward`` for one token, whatever the stack, the state it starts from, and who looks on."""
 
+import copy
 import threading
 
 import pytest
@@ -136,8 +137,8 @@ def test_states_that_were_given_out_stay_as_they_were(name):
             again, _ = decode(x[:, at : at + 1], kept[at])
             expected, _ = block(x[:, at : at + 1], kept[at])
             assert_close(again, expected, rtol=1e-10, atol=1e-12)
-    for one, copy in zip(kept, copies):
-        assert_close(dict(named_tensors(one)), dict(named_tensors(copy)), rtol=0, atol=0)
+    for one, as_it_was in zip(kept, copies):
+        assert_close(dict(named_tensors(one)), dict(named_tensors(as_it_was)), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -307,6 +308,51 @@ def test_new_values_of_parameters_are_used_at_once(model, prompt):
         with torch.no_grad():
             hidden, _ = model.run(model.lookup(after.token[:, None]), step.state, None)
             assert_close(after.logits, model.predict(hidden[:, 0]), rtol=1e-9, atol=1e-10)
+
+
+def swapped_in(model):
+    weight = model.layers[1].blocks[1].up
+    weight.weight = torch.nn.Parameter(1.5 * weight.weight.detach())
+
+
+def assigned(model):
+    model.load_state_dict({name: 1.1 * value for name, value in model.state_dict().items()}, assign=True)
+
+
+def replaced(model):
+    model.layers[1].blocks[1] = copy.deepcopy(model.layers[0].blocks[1])
+
+
+def hooked(model):
+    model.layers[1].blocks[1].register_forward_hook(lambda block, args, out: (2 * out[0], out[1]))
+
+
+@pytest.mark.parametrize("change", [swapped_in, assigned, replaced, hooked])
+def test_what_is_put_into_the_model_is_used_at_once(model, prompt, change):
+    given = steps(model, *read_prompt(model, prompt), Sampler(), 3)
+    next(given)
+    step = next(given)
+    change(model)
+    after = next(given)
+    with torch.no_grad():
+        hidden, _ = model.run(model.lookup(after.token[:, None]), step.state, None)
+        assert_close(after.logits, model.predict(hidden[:, 0]), rtol=1e-9, atol=1e-10)
+
+
+def test_a_state_that_fits_no_more_is_refused(model, prompt):
+    given = steps(model, *read_prompt(model, prompt), Sampler(), 3)
+    next(given)
+    model.float()
+    with pytest.raises(TypeError, match=r"is torch\.float64, this model keeps it in torch\.float32"):
+        next(given)
+
+
+@pytest.mark.parametrize("logits, rows", [(1, 2), (2, 1)])
+def test_a_state_of_other_rows_than_the_logits_is_refused(model, prompt, logits, rows):
+    predicted, state = read_prompt(model, prompt.expand(2, -1))
+    given = steps(model, predicted[:logits], tb.state.select(state, slice(rows)), Sampler(), 2)
+    with pytest.raises(ValueError, match=f"the state has {rows} rows"):
+        next(given)
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])

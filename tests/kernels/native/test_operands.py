@@ -451,3 +451,13 @@ def test_empty_and_odd_inputs_are_left_to_pytorch(medium):
     x = torch.randn(8, 32)
     assert torch.equal(torch.func.vmap(lambda row: project(row, weight))(x), linear(x, weight))
     assert torch.equal(product.linear(x[:1], weight), product.linear(x, weight)[:1])
+
+
+@able
+def test_gradients_of_a_batch_of_cotangents(medium):
+    x, weight = torch.randn(9, 32, requires_grad=True), torch.randn(16, 32, requires_grad=True)
+    y, cotangents = project(x, weight), torch.randn(3, 9, 16)
+    together = torch.autograd.grad(y, (x, weight), cotangents, is_grads_batched=True, retain_graph=True)
+    for i, cotangent in enumerate(cotangents):
+        for got, alone in zip(together, torch.autograd.grad(y, (x, weight), cotangent, retain_graph=True)):
+            assert error_ratio(got[i], alone.double()) < TOLERANCE
