@@ -54,7 +54,7 @@ class Arrangement:
     """The blocks, parameters and hooks of a module as they are now: what a decoder has been prepared from."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._tables: list[dict[str, Any]] = [
+        self._tables: list[dict[Any, Any]] = [
             table
             for child in module.modules()
             for table in (child._modules, child._parameters, child._forward_hooks, child._forward_pre_hooks)

@@ -100,13 +100,15 @@ def load(
     device = as_device(device)
     target = None if dtype is None else as_dtype(dtype)
     place = _path(folder, "folder")
-    for attempt in range(3):
+    misses = 0
+    for _ in range(100):
         index = read_index(place)
         try:
             return _load(place, index, device, target, overrides or {})
         except FileNotFoundError:
-            # a save has replaced the model between the two reads: the index now names other weights
-            if attempt == 2 or _named_weights(place) == index["weights"]:
+            # a save has replaced the model between the two reads, unless the same weights are missing again and again
+            misses += _named_weights(place) == index["weights"] and not (place / index["weights"]).exists()
+            if misses == 5:
                 break
     raise StorageError(f"{place / index['weights']}: the weights that {INDEX} names are missing")
 
