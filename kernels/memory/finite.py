@@ -2,7 +2,7 @@
 
 Inside a chunk every path but the oracle multiplies what is later by zero, and zero times NaN is NaN. A call is
 therefore cut in two before a token that is not finite, which is another way to compute the same (any cut is). To find
-out that there is none takes one sum of the inputs, a hundredth of what the fastest path takes.
+out that there is none takes one sum of the inputs.
 """
 
 from __future__ import annotations
