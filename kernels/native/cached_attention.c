@@ -5,6 +5,7 @@
    rotation), the cached tokens in its window, and the new ones up to itself. The cache moves on beside them. */
 
 #include "few.h"
+#include "pool.h"
 
 #include <stdlib.h>
 
@@ -147,29 +148,36 @@ static void attend(const struct call *c, int64_t row, int64_t head, real *scratc
     }
 }
 
-int cached_attention(const struct call *c) {
-    int failed = 0;
-#pragma omp parallel num_threads(c->threads) if (c->threads > 1)
-    {
-        size_t ld = padded((int)c->dim);
-        size_t numbers = (c->time + 3) * ld + c->persistent + c->slots + c->time + 2 * WIDTH;
-        real *scratch = aligned_alloc(64, (numbers * sizeof(real) + 63) / 64 * 64);
-#pragma omp for nowait
-        for (int64_t i = 0; i < c->batch * c->kv_heads; i++)
-            if (scratch)
-                attend(c, i / c->kv_heads, i % c->kv_heads, scratch);
-#pragma omp for
-        for (int64_t i = 0; i < 2 * c->batch; i++) {
-            int64_t row = i / 2;
-            if (i % 2)
-                move_on(c, row, c->values + row * c->values_batch, c->values_slot, c->new_values);
-            else
-                move_on(c, row, c->keys + row * c->keys_batch, c->keys_slot, c->new_keys);
-        }
-        if (!scratch)
-#pragma omp atomic write
-            failed = 1;
-        free(scratch);
+struct job {
+    const struct call *call;
+    real *scratch;
+    size_t numbers; /* of one thread */
+};
+
+/* Rows and heads first, then what moves on in the caches: nothing of it reads what another writes. */
+static void run_part(const void *context, int64_t i, int worker) {
+    const struct job *job = context;
+    const struct call *c = job->call;
+    int64_t asking = c->batch * c->kv_heads;
+    if (i < asking) {
+        attend(c, i / c->kv_heads, i % c->kv_heads, job->scratch + worker * job->numbers);
+        return;
     }
-    return failed;
+    int64_t row = (i - asking) / 2;
+    if ((i - asking) % 2)
+        move_on(c, row, c->values + row * c->values_batch, c->values_slot, c->new_values);
+    else
+        move_on(c, row, c->keys + row * c->keys_batch, c->keys_slot, c->new_keys);
+}
+
+int cached_attention(const struct call *c) {
+    size_t ld = padded((int)c->dim);
+    struct job job = {.call = c, .numbers = (c->time + 3) * ld + c->persistent + c->slots + c->time + 2 * WIDTH};
+    job.numbers = (job.numbers + LINE - 1) / LINE * LINE;
+    job.scratch = aligned_alloc(64, c->threads * job.numbers * sizeof(real));
+    if (!job.scratch)
+        return 1;
+    share_out(c->threads, c->batch * (c->kv_heads + 2), run_part, &job);
+    free(job.scratch);
+    return 0;
 }

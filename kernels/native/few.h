@@ -11,6 +11,11 @@
 #include "matrix.h"
 #include "rows.h"
 
+/* Rows of a matrix that go to one thread. */
+enum { BAND = 4 * WIDTH };
+
+INLINE int64_t bands_of(int64_t rows) { return (rows + BAND - 1) / BAND; }
+
 enum { TOGETHER = WIDTH < 8 ? WIDTH : 8, LINE = 64 / sizeof(real), AHEAD = 2048 / sizeof(real) };
 
 /* the sum of each of WIDTH registers, which are used up */

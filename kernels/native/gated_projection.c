@@ -3,6 +3,7 @@
 
 #include "activation.h"
 #include "few.h"
+#include "pool.h"
 
 #include <stdlib.h>
 
@@ -36,36 +37,53 @@ INLINE void some_of(const real *weight, int64_t o, int64_t in, const real *x, re
     apply(WIDTH, (int)in, weight + o * in, in, x, y + o);
 }
 
+struct scratch {
+    const struct call *call;
+    real *gate, *inner; /* [tokens, hidden] */
+};
+
+static void enter(const void *context, int64_t band, int worker) {
+    (void)worker;
+    const struct scratch *s = context;
+    const struct call *c = s->call;
+    for (int64_t o = band * BAND; o < c->hidden && o < (band + 1) * BAND; o += WIDTH)
+        for (int64_t t = 0; t < c->tokens; t++) {
+            const real *x = c->x + t * c->in;
+            some_of(c->gate, o, c->in, x, s->gate + t * c->hidden);
+            if (c->up)
+                some_of(c->up, o, c->in, x, s->inner + t * c->hidden);
+        }
+}
+
+static void meet(const struct scratch *s, int64_t t) {
+    const struct call *c = s->call;
+    real *to = s->inner + t * c->hidden;
+    if (!c->up)
+        normalise(c, c->answer + t * c->hidden, to);
+    for (int64_t i = 0; i < c->hidden; i += WIDTH) {
+        vec z = get(s->gate + t * c->hidden + i);
+        put(to + i, get(to + i) * z * logistic(z));
+    }
+}
+
+static void leave(const void *context, int64_t band, int worker) {
+    (void)worker;
+    const struct scratch *s = context;
+    const struct call *c = s->call;
+    for (int64_t o = band * BAND; o < c->out && o < (band + 1) * BAND; o += WIDTH)
+        for (int64_t t = 0; t < c->tokens; t++)
+            some_of(c->down, o, c->hidden, s->inner + t * c->hidden, c->y + t * c->out);
+}
+
 int gated_projection(const struct call *c) {
     real *scratch = aligned_alloc(64, (2 * c->tokens * c->hidden * sizeof(real) + 63) / 64 * 64);
     if (!scratch)
         return 1;
-    real *gate = scratch, *inner = scratch + c->tokens * c->hidden;
-#pragma omp parallel num_threads(c->threads) if (c->threads > 1)
-    {
-#pragma omp for
-        for (int64_t o = 0; o < c->hidden; o += WIDTH)
-            for (int64_t t = 0; t < c->tokens; t++) {
-                const real *x = c->x + t * c->in;
-                some_of(c->gate, o, c->in, x, gate + t * c->hidden);
-                if (c->up)
-                    some_of(c->up, o, c->in, x, inner + t * c->hidden);
-            }
-#pragma omp for
-        for (int64_t t = 0; t < c->tokens; t++) {
-            real *to = inner + t * c->hidden;
-            if (!c->up)
-                normalise(c, c->answer + t * c->hidden, to);
-            for (int64_t i = 0; i < c->hidden; i += WIDTH) {
-                vec z = get(gate + t * c->hidden + i);
-                put(to + i, get(to + i) * z * logistic(z));
-            }
-        }
-#pragma omp for
-        for (int64_t o = 0; o < c->out; o += WIDTH)
-            for (int64_t t = 0; t < c->tokens; t++)
-                some_of(c->down, o, c->hidden, inner + t * c->hidden, c->y + t * c->out);
-    }
+    struct scratch s = {c, scratch, scratch + c->tokens * c->hidden};
+    share_out(c->threads, bands_of(c->hidden), enter, &s);
+    for (int64_t t = 0; t < c->tokens; t++)
+        meet(&s, t);
+    share_out(c->threads, bands_of(c->out), leave, &s);
     free(scratch);
     return 0;
 }

@@ -84,12 +84,8 @@ def plain(*tensors: Tensor | None) -> bool:
     )
 
 
-WORTH_A_THREAD = 2**21
-"""Bytes read by a kernel for a few tokens for which another thread is woken up: a tenth of a millisecond and more.
-
-Threads wait for each other at its end, and where another program has taken a core away, for milliseconds. What one
-thread does in less stays with one.
-"""
+WORTH_A_THREAD = 2**17
+"""Bytes read by a kernel for a few tokens for which another thread is woken up: some ten microseconds."""
 
 
 def threads_worth(size: int) -> int:

@@ -3,9 +3,10 @@
 The sources lie next to this file and are compiled when a kernel is first wanted, for this machine's registers, once
 for each of float32 and float64, and again for float32 where products take bfloat16 operands (``operands.py``). What was
 built waits in a cache under the hash of everything it was made from, so a second process loads it at once, and another
-machine or version never finds it. Nothing is linked but the C library: the kernels share PyTorch's threads, or run on
-one where the compiler's OpenMP is not the one that PyTorch has loaded. Where there is no compiler the operations run on
-their PyTorch paths.
+machine or version never finds it. Nothing is linked but the C library: the kernels for whole sequences share PyTorch's
+threads, or run on one where the compiler's OpenMP is not the one that PyTorch has loaded; those for a token have their
+own (``pool.h``), as many as PyTorch is told to use. Where there is no compiler the operations run on their PyTorch
+paths.
 
 Environment: ``CC`` names the compiler (default: cc, gcc or clang, whichever is found); ``TITANS_BUILD_CACHE`` the
 folder of what was built (default: ``titans-build`` in the user's cache folder).
@@ -30,7 +31,7 @@ import torch
 
 from . import cache
 
-FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-pthread", "-fno-math-errno", "-fno-trapping-math")
 _ONE_THREAD = "static inline int omp_get_thread_num(void) { return 0; }\n"
 """What stands in for ``omp.h`` where nothing is compiled for threads."""
 _TEXT: dict[str, Any] = {"text": True, "errors": "replace"}  # compilers speak the user's language, in any encoding
@@ -157,7 +158,7 @@ def _build(compiler: list[str], bits: int, operand: int, threads: bool) -> Path:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compiled, [source for source in sources if source.suffix == ".c"]))
         # without -fopenmp here: its functions are those of the library that PyTorch has loaded, and so are its threads
-        link = [*compiler, "-shared", *objects, "-lm", "-o", str(made)]
+        link = [*compiler, "-shared", "-pthread", *objects, "-lm", "-o", str(made)]
         subprocess.run(link, capture_output=True, check=True, **_TEXT)
     return target
 

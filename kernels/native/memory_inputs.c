@@ -2,6 +2,7 @@
 
 #include "activation.h"
 #include "few.h"
+#include "pool.h"
 
 #include <stdlib.h>
 
@@ -52,22 +53,31 @@ static void finish(const struct call *c, int64_t row, int64_t part, int64_t head
         put_some(y + i, get_some(y + i, dim - i) * inverse, dim - i);
 }
 
+struct scratch {
+    const struct call *call;
+    real *projected; /* [batch, parts heads dim] */
+};
+
+static void project_band(const void *context, int64_t band, int worker) {
+    (void)worker;
+    const struct scratch *s = context;
+    const struct call *c = s->call;
+    int64_t channels = c->parts * c->heads * c->dim;
+    for (int64_t o = band * BAND; o < channels && o < (band + 1) * BAND; o += WIDTH)
+        for (int64_t row = 0; row < c->batch; row++)
+            apply(WIDTH, (int)c->in, c->weight + o * c->in, c->in, c->x + row * c->in,
+                  s->projected + row * channels + o);
+}
+
 int memory_inputs(const struct call *c) {
     int64_t channels = c->parts * c->heads * c->dim;
     real *projected = aligned_alloc(64, (c->batch * channels * sizeof(real) + 63) / 64 * 64);
     if (!projected)
         return 1;
-#pragma omp parallel num_threads(c->threads) if (c->threads > 1)
-    {
-#pragma omp for
-        for (int64_t o = 0; o < channels; o += WIDTH)
-            for (int64_t row = 0; row < c->batch; row++)
-                apply(WIDTH, (int)c->in, c->weight + o * c->in, c->in, c->x + row * c->in,
-                      projected + row * channels + o);
-#pragma omp for
-        for (int64_t i = 0; i < c->batch * c->parts * c->heads; i++)
-            finish(c, i / (c->parts * c->heads), i / c->heads % c->parts, i % c->heads, projected);
-    }
+    struct scratch s = {c, projected};
+    share_out(c->threads, bands_of(channels), project_band, &s);
+    for (int64_t i = 0; i < c->batch * c->parts * c->heads; i++)
+        finish(c, i / (c->parts * c->heads), i / c->heads % c->parts, i % c->heads, projected);
     if (c->gate)
         for (int64_t row = 0; row < c->batch; row++)
             for (int64_t o = 0; o < c->gates; o += WIDTH) {

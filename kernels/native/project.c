@@ -1,6 +1,7 @@
 /* A linear map of a few tokens: the weights are read once, whatever the number of tokens. */
 
 #include "few.h"
+#include "pool.h"
 
 /* x [tokens, in], with whole registers to read up to its end; weight [out, in]; y [tokens, out] */
 struct call {
@@ -9,11 +10,11 @@ struct call {
     real *y;
 };
 
-/* y = x weight^T + bias */
-int project(const struct call *c) {
+static void project_band(const void *context, int64_t band, int worker) {
+    (void)worker;
+    const struct call *c = context;
     int in = (int)c->in;
-#pragma omp parallel for num_threads(c->threads) if (c->threads > 1)
-    for (int64_t o = 0; o < c->out; o += WIDTH) {
+    for (int64_t o = band * BAND; o < c->out && o < (band + 1) * BAND; o += WIDTH) {
         int rows = (int)(c->out - o < WIDTH ? c->out - o : WIDTH);
         const real *weight = c->weight + o * in;
         for (int64_t t = 0; t < c->tokens; t++) {
@@ -25,5 +26,10 @@ int project(const struct call *c) {
                 y[r] = some[r] + (c->bias ? c->bias[o + r] : 0);
         }
     }
+}
+
+/* y = x weight^T + bias */
+int project(const struct call *c) {
+    share_out(c->threads, bands_of(c->out), project_band, c);
     return 0;
 }

@@ -7,6 +7,7 @@
 #include "activation.h"
 #include "few.h"
 #include "layer_norm.h"
+#include "pool.h"
 
 #include <stdlib.h>
 
@@ -38,30 +39,24 @@ typedef struct {
     real *input, *slope, *error, *asked, *key, *value, *query, *gain, *n;
 } room;
 
-/* Numbers in all layers' vectors, and in one as wide as the widest. */
-static void measure(const call *call, size_t *all_layers, size_t *widest) {
-    *all_layers = 0, *widest = padded((int)call->layer[0].in);
+/* Numbers that one thread needs; where there are some from `start` on, `room` is laid out in them. */
+static size_t room_of(const call *call, real *start, room *room) {
+    size_t all_layers = 0, widest = padded((int)call->layer[0].in);
     for (int l = 0; l < call->layers; l++) {
         size_t width = padded((int)call->layer[l].out);
-        *all_layers += width;
-        *widest = width > *widest ? width : *widest;
+        all_layers += width;
+        widest = width > widest ? width : widest;
     }
-    *all_layers += *widest;
-}
-
-static real *make_room(const call *call, room *room) {
-    size_t all_layers, widest;
-    measure(call, &all_layers, &widest);
-    real *start = aligned_alloc(64, ((4 * all_layers + 5 * widest) * sizeof(real) + 63) / 64 * 64), *next = start;
-    if (!start)
-        return NULL;
-    real **long_ones[] = {&room->input, &room->slope, &room->error, &room->asked};
-    for (size_t i = 0; i < sizeof long_ones / sizeof *long_ones; i++, next += all_layers)
-        *long_ones[i] = next;
-    real **short_ones[] = {&room->key, &room->value, &room->query, &room->gain, &room->n};
-    for (size_t i = 0; i < sizeof short_ones / sizeof *short_ones; i++, next += widest)
-        *short_ones[i] = next;
-    return start;
+    all_layers += widest;
+    if (start) {
+        real *next = start, **long_ones[] = {&room->input, &room->slope, &room->error, &room->asked};
+        for (size_t i = 0; i < sizeof long_ones / sizeof *long_ones; i++, next += all_layers)
+            *long_ones[i] = next;
+        real **short_ones[] = {&room->key, &room->value, &room->query, &room->gain, &room->n};
+        for (size_t i = 0; i < sizeof short_ones / sizeof *short_ones; i++, next += widest)
+            *short_ones[i] = next;
+    }
+    return (4 * all_layers + 5 * widest + LINE - 1) / LINE * LINE;
 }
 
 static void load(const heads *x, int64_t row, int64_t head, int64_t width, real *to) {
@@ -230,41 +225,40 @@ static void read_one(const call *call, int64_t row, int64_t head, const room *ro
 
 /* -- all of them ---------------------------------------------------------------------------------------------------- */
 
-/* One token of each row. `rows`: one `enum row` for each; `clip`: 0 for none. Returns 0, or 1: out of memory. */
-int step(const call *call, const char *rows, double clip) {
-    int failed = 0;
-#pragma omp parallel num_threads(call->threads) if (call->threads > 1)
-    {
-        room room;
-        real *scratch = make_room(call, &room);
-#pragma omp for
-        for (int64_t i = 0; i < call->batch * call->heads; i++)
-            if (scratch)
-                step_one(call, i / call->heads, i % call->heads, (enum row)rows[i / call->heads], clip, &room);
-        if (!scratch)
-#pragma omp atomic write
-            failed = 1;
-        free(scratch);
-    }
-    return failed;
+struct token {
+    const call *call;
+    const char *rows;
+    double clip;
+    const room *rooms; /* one for each thread */
+};
+
+static void step_part(const void *context, int64_t i, int worker) {
+    const struct token *t = context;
+    int64_t row = i / t->call->heads;
+    step_one(t->call, row, i % t->call->heads, (enum row)t->rows[row], t->clip, &t->rooms[worker]);
 }
 
-/* One query of each row at fixed weights. */
-int read_token(const call *call, const char *rows, double clip) {
-    (void)rows, (void)clip;
-    int failed = 0;
-#pragma omp parallel num_threads(call->threads) if (call->threads > 1)
-    {
-        room room;
-        real *scratch = make_room(call, &room);
-#pragma omp for
-        for (int64_t i = 0; i < call->batch * call->heads; i++)
-            if (scratch)
-                read_one(call, i / call->heads, i % call->heads, &room);
-        if (!scratch)
-#pragma omp atomic write
-            failed = 1;
-        free(scratch);
-    }
-    return failed;
+static void read_part(const void *context, int64_t i, int worker) {
+    const struct token *t = context;
+    read_one(t->call, i / t->call->heads, i % t->call->heads, &t->rooms[worker]);
 }
+
+static int run(const call *call, const char *rows, double clip, part *part) {
+    size_t numbers = room_of(call, NULL, NULL);
+    room rooms[call->threads];
+    real *scratch = aligned_alloc(64, call->threads * numbers * sizeof(real));
+    if (!scratch)
+        return 1;
+    for (int i = 0; i < call->threads; i++)
+        room_of(call, scratch + i * numbers, &rooms[i]);
+    struct token token = {call, rows, clip, rooms};
+    share_out(call->threads, call->batch * call->heads, part, &token);
+    free(scratch);
+    return 0;
+}
+
+/* One token of each row. `rows`: one `enum row` for each; `clip`: 0 for none. Returns 0, or 1: out of memory. */
+int step(const call *call, const char *rows, double clip) { return run(call, rows, clip, step_part); }
+
+/* One query of each row at fixed weights. */
+int read_token(const call *call, const char *rows, double clip) { return run(call, rows, clip, read_part); }
