@@ -1,0 +1,237 @@
+"""``python -m titans_build.tools.gpu_check``: are the kernels right on this GPU, and then, how fast are they.
+
+Parity first: every backend of every operation against the reference in float64, outputs and gradients. Speed is
+measured only where all of it passed. Results are written after every measurement, so a run that is cut short leaves
+what it has; ten minutes are enough for all of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..blocks.placing import as_device
+from . import gpu_parity, gpu_speed
+from .terminal import Columns, UsageError, complain, in_bytes, prepare_streams, progress, say, say_columns, say_prose
+
+PACKAGES = ("titans-build", "torch", "triton", "xformers", "titans-pytorch", "flash-linear-attention")
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """0; 1 where parity failed, and nothing was timed; 2 for what cannot be."""
+    parser = argparse.ArgumentParser(
+        prog="python -m titans_build.tools.gpu_check",
+        description="Check the kernels against their references on this device, then measure them.",
+    )
+    parser.add_argument("--device", default="cuda", help="where to run (default: cuda); cpu is for trying this command")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="of what is timed"
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny shapes: whether it runs, not how fast")
+    parser.add_argument("--only", choices=("parity", "speed"), help="one of the two; speed alone proves nothing")
+    parser.add_argument("--minutes", type=float, default=9.0, help="stop measuring after so many (default: 9)")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="default: benchmarks/results/gpu-NAME.json, or none on a CPU"
+    )
+    arguments = parser.parse_args(words)
+    prepare_streams()
+    try:
+        return _run(arguments)
+    except UsageError as error:
+        complain(str(error))
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; what was measured until now is in the file", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    began = time.monotonic()
+    try:
+        device = as_device(arguments.device)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UsageError(f"--device {arguments.device}: {error}") from None
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    target = arguments.json
+    if target is None and device.type == "cuda":
+        target = Path("benchmarks/results") / f"gpu-{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+    results: dict[str, Any] = {"environment": environment(name), "quick": arguments.quick, "dtype": arguments.dtype}
+    if arguments.only != "speed":
+        found = parity(device, results, target)
+        say_columns(parity_table(found))
+        failed = [each for each in found if not each.passed]
+        for each in failed:
+            complain(
+                f"{each.operation}, {each.backend}, {each.case}, {each.precision}: "
+                f"error {each.error:.1e}, at most {each.tolerance:.0e} is right"
+            )
+        if failed:
+            say_prose("", "Nothing was timed: what is wrong need not be fast.")
+            return 1
+    if arguments.only != "parity":
+        rows = speed(device, getattr(torch, arguments.dtype), arguments, results, target, began)
+        say("")
+        say_columns(speed_table(rows))
+    if target is not None:
+        say("", f"written: {target}")
+    return 0
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Versions, commit and device."""
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "commit": _git("rev-parse", "HEAD"),
+        "modified": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "cuda": torch.version.cuda,
+        "device": device,
+    }
+
+
+def _git(*words: str) -> str | None:
+    here = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _write(results: dict[str, Any], target: Path | None) -> None:
+    """Whole or not at all."""
+    if target is None:
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(target.name + ".partial")
+    partial.write_text(json.dumps(_plain(results), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(partial, target)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN: ``None`` says that there is no number."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# -- parity ------------------------------------------------------------------------------------------------------------
+
+
+def parity(device: torch.device, results: dict[str, Any], target: Path | None) -> list[gpu_parity.Outcome]:
+    """Every outcome; what is not written to is poisoned with NaN, on the device that can do it."""
+    precisions = ["float32", "bfloat16", "float16", *(["tf32"] if device.type == "cuda" else [])]
+    found: list[gpu_parity.Outcome] = []
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # and with it, torch.empty is filled with NaN
+    try:
+        with progress("parity", gpu_parity.count(precisions)) as step:
+            for outcome in gpu_parity.outcomes(device, precisions):
+                found.append(outcome)
+                step()
+    finally:
+        torch.use_deterministic_algorithms(before)
+    results["parity"] = [outcome._asdict() | {"passed": outcome.passed} for outcome in found]
+    _write(results, target)
+    return found
+
+
+def parity_table(found: Sequence[gpu_parity.Outcome]) -> Columns:
+    """A line for every backend and precision."""
+    table = Columns("operation", "backend", "precision", "cases", "worst error", "at most", "refused")
+    groups: dict[tuple[str, str, str], list[gpu_parity.Outcome]] = {}
+    for outcome in found:
+        groups.setdefault((outcome.operation, outcome.backend, outcome.precision), []).append(outcome)
+    for (operation, backend, precision), group in groups.items():
+        ran = [outcome for outcome in group if not outcome.refused]
+        reasons = ", ".join(dict.fromkeys(outcome.refused for outcome in group if outcome.refused))
+        worst = max((o.error for o in ran), key=lambda x: (math.isnan(x), x), default=None)
+        passed = f"{sum(o.passed for o in ran)} of {len(ran)}" if ran else "none"
+        error = "" if worst is None else f"{worst:.1e}"
+        table.add(operation, backend, precision, passed, error, f"{group[0].tolerance:.0e}" if ran else "", reasons)
+    return table
+
+
+# -- speed -------------------------------------------------------------------------------------------------------------
+
+
+def speed(
+    device: torch.device,
+    dtype: torch.dtype,
+    arguments: argparse.Namespace,
+    results: dict[str, Any],
+    target: Path | None,
+    began: float,
+) -> list[gpu_speed.Row]:
+    """As many rows as fit into the time, in the order of what matters most."""
+    sizes = gpu_speed.QUICK if arguments.quick else gpu_speed.FULL
+    ceiling = gpu_speed.ceiling(device, dtype, sizes)
+    results["ceiling"] = ceiling._asdict()
+    say("", f"measured here: {ceiling.product / 1e12:.3g} TFLOP/s in {arguments.dtype}, {ceiling.copy / 1e9:.4g} GB/s")
+    cases = list(gpu_speed.cases(device, dtype, sizes))
+    rows: list[gpu_speed.Row] = []
+    with progress("speed", len(cases)) as step:
+        for case in cases:
+            if time.monotonic() - began > 60 * arguments.minutes:
+                break
+            rows.append(gpu_speed.measure(case, device, sizes, ceiling))
+            results["speed"] = [row._asdict() for row in rows]
+            _write(results, target)
+            step()
+    results["left_out"] = [
+        f"{case.what}, {case.backend}, {case.shape}, {case.direction}" for case in cases[len(rows) :]
+    ]
+    _write(results, target)
+    if results["left_out"]:
+        complain(
+            f"{len(results['left_out'])} of {len(cases)} cases did not fit into --minutes {arguments.minutes:g}", "note"
+        )
+    return rows
+
+
+def speed_table(rows: Sequence[gpu_speed.Row]) -> Columns:
+    """A line for every measurement."""
+    table = Columns("what", "backend", "shape", "passes", "ms", "rate", "share", "tokens/s", "peak", "failed")
+    for row in rows:
+        if row.failed:
+            table.add(*row[:4], "", "", "", "", "", row.failed)
+            continue
+        rate = row.flops / row.seconds / 1e12 if row.flops else row.bytes / row.seconds / 1e9
+        unit = "TFLOP/s" if row.flops else "GB/s"
+        table.add(
+            *row[:4], f"{1e3 * row.seconds:.3g}",
+            f"{rate:.3g} {unit}" if row.flops or row.bytes else "",
+            f"{row.share:.0%}" if row.flops or row.bytes else "",
+            f"{row.tokens / row.seconds:,.0f}" if row.tokens else "",
+            in_bytes(row.peak) if row.peak else "",
+            "",
+        )  # fmt: skip
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,423 @@
+"""How fast a device runs the kernels and whole models, held against what the device itself was measured to do."""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize, scaled_dot_product_attention
+
+from .. import recipes
+from ..kernels import dispatch
+from ..kernels.attention import Prefix, attention
+from ..kernels.convolution import causal_convolution
+from ..kernels.gate import gate, swiglu
+from ..kernels.memory import MemoryState, titans_memory
+from ..kernels.memory.cost import memory_flops
+from ..kernels.normalisation import rms_norm
+
+Run = Callable[[], Any]
+
+
+class Sizes(NamedTuple):
+    """What is measured: on a GPU, or quickly anywhere to see that it runs."""
+
+    matrix: int
+    copied: int
+    """Bytes of the copy that bandwidth is measured with."""
+    heads: int
+    """Rows x heads: enough of them to fill the device."""
+    lengths: tuple[int, ...]
+    widths: tuple[tuple[int, int, int], ...]
+    """Of the memories: ``d``, expansion, layers."""
+    chunk: int
+    window: int
+    stepping: int
+    """Rows x heads that decode at a time."""
+    model: str
+    """The size of packaged recipes, or nothing: the small ones."""
+    transformer: dict[str, int]
+    """The transformer of that size."""
+    texts: tuple[int, ...]
+    """Lengths for whole models."""
+    seconds: float
+    """For each case, once it is warm."""
+
+
+FULL = Sizes(
+    8192, 2**32, 128, (2048, 8192, 32768, 131072), ((64, 2, 2), (64, 4, 2), (64, 1, 2), (64, 1, 1), (128, 1, 1)),
+    64, 1024, 2048, "-170m", dict(dim=768, depth=12, vocab=32000, heads=16, hidden=4224), (8192, 32768, 131072), 1.5,
+)  # fmt: skip
+QUICK = Sizes(
+    64, 2**16, 2, (32,), ((16, 2, 2), (16, 1, 1)), 16, 16, 4, "",
+    dict(dim=32, depth=1, vocab=256, heads=2, hidden=64), (64,), 0.0,
+)  # fmt: skip
+
+
+class Row(NamedTuple):
+    """One measurement."""
+
+    what: str
+    backend: str
+    shape: str
+    direction: str
+    """``"forward"`` or ``"both"``: forward and backward."""
+    seconds: float
+    low: float
+    high: float
+    """Median and quartiles."""
+    flops: float
+    """Useful ones, 0 where bytes are what counts."""
+    bytes: float
+    """That have to be read and written at least, 0 where FLOPs are what counts."""
+    share: float
+    """Of the device's measured matrix rate, or of its bandwidth."""
+    tokens: int
+    peak: int
+    """Bytes allocated at most, inputs and results included; 0 where the device does not say."""
+    failed: str = ""
+
+
+class Case(NamedTuple):
+    what: str
+    backend: str
+    shape: str
+    direction: str
+    make: Callable[[], Run]
+    """Inputs and parameters; what is returned runs it once."""
+    flops: float = 0
+    bytes: float = 0
+    tokens: int = 0
+
+
+class Ceiling(NamedTuple):
+    """What the device was measured to do: FLOP/s of a large matrix product in a dtype, bytes/s of a copy."""
+
+    product: float
+    copy: float
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+def ceiling(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Ceiling:
+    """Measured on random numbers: products of zeros draw less power and run faster."""
+    a, b = (torch.randn(sizes.matrix, sizes.matrix, device=device).to(dtype) for _ in range(2))
+    product = statistics.median(samples(lambda: a @ b, device, max(sizes.seconds, 0.5)))
+    x = torch.empty(sizes.copied, dtype=torch.uint8, device=device)
+    y = torch.empty_like(x)
+    copy = statistics.median(samples(lambda: y.copy_(x), device, max(sizes.seconds, 0.5)))
+    return Ceiling(2 * sizes.matrix**3 / product, 2 * sizes.copied / copy)
+
+
+def samples(run: Run, device: torch.device, seconds: float, least: int = 3, most: int = 50) -> list[float]:
+    """Seconds that ``run`` takes, again and again, by the device's own clock."""
+    for _ in range(2):
+        run()
+    _wait(device)
+    found: list[float] = []
+    began = time.perf_counter()
+    while len(found) < most and (len(found) < least or time.perf_counter() - began < seconds):
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            found.append(start.elapsed_time(end) / 1e3)
+        else:
+            start_s = time.perf_counter()
+            run()
+            found.append(time.perf_counter() - start_s)
+    return found
+
+
+def measure(case: Case, device: torch.device, sizes: Sizes, most: Ceiling) -> Row:
+    """Run a case; one that fails, for want of memory say, is a row that says so."""
+    gc.collect()
+    row = Row(*case[:4], *[math.nan] * 3, case.flops, case.bytes, math.nan, case.tokens, 0)
+    try:
+        run = case.make()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        taken = sorted(samples(run, device, sizes.seconds))
+    except dispatch.BackendError as error:
+        return row._replace(failed=str(error))
+    except (RuntimeError, MemoryError, ImportError) as error:  # a device's own errors are RuntimeErrors
+        return row._replace(failed=(str(error).strip() or type(error).__name__).splitlines()[0])
+    low, middle, high = statistics.quantiles(taken, n=4)
+    share = case.flops / middle / most.product if case.flops else case.bytes / middle / most.copy
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    return row._replace(seconds=middle, low=low, high=high, share=share, peak=peak)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# -- what is measured --------------------------------------------------------------------------------------------------
+
+
+def cases(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
+    """Everything, what matters most first: a run may be cut short."""
+    yield from memories(device, dtype, sizes)
+    yield from decoding(device, dtype, sizes)
+    yield from streams(device, dtype, sizes)
+    yield from attentions(device, dtype, sizes)
+    yield from models(device, dtype, sizes)
+
+
+def _backends(operation: str, device: torch.device, dtype: torch.dtype, **facts: Any) -> list[str]:
+    """Those that run there, without the references."""
+    found = dispatch.OPERATIONS[operation].backends.values()
+    named = dict(named=True, device=device.type, dtype=dtype, **facts)
+    return [b.name for b in found if b.name not in ("reference", "closed_form") and b.refuse(**named) is None]
+
+
+def _passes(forward: Callable[[], Tensor], leaves: Sequence[Tensor], both: bool) -> Run:
+    def alone() -> Tensor:
+        with torch.no_grad():
+            return forward()
+
+    def forth_and_back() -> Tensor:
+        for leaf in leaves:
+            leaf.grad = None
+        y = forward()
+        y.backward(torch.ones_like(y))
+        return y
+
+    return forth_and_back if both else alone
+
+
+def memories(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
+    """The memory operation, chunk by chunk, every path; and titans-pytorch's memory where it is installed."""
+    for length in sizes.lengths:
+        for d, expansion, layers in sizes.widths:
+            shape = f"{sizes.heads} x {length}, d {d}, " + (f"expansion {expansion}" if layers > 1 else "one layer")
+            shapes = layer_shapes(d, expansion, layers)
+            useful = sizes.heads * length * memory_flops(shapes, sizes.chunk)
+            facts = dict(time=length, chunk=sizes.chunk, layers=layers, width=d, grad=True)
+            for backend in _backends("memory", device, torch.float32, **facts):
+                for both in (False, True):
+                    if backend == "torch" and length > sizes.lengths[0] and length > 8192:
+                        continue  # ten times slower: the shorter ones tell
+                    make = _memory(device, dtype, sizes, length, shapes, backend, both)
+                    direction = "both" if both else "forward"
+                    tokens = sizes.heads * length
+                    yield Case("memory", backend, shape, direction, make, useful * (3 if both else 1), tokens=tokens)
+            if layers == 2 and length <= max(8192, sizes.lengths[0]):
+                for both in (False, True):
+                    make = _package(device, dtype, sizes, length, d, expansion, both)
+                    yield Case("memory", "titans-pytorch", shape, "both" if both else "forward", make)
+
+
+def layer_shapes(d: int, expansion: int, layers: int) -> list[tuple[int, int]]:
+    """``(out, in)`` of each layer."""
+    widths = [d, *[d * expansion] * (layers - 1), d]
+    return [(out, in_) for in_, out in pairwise(widths)]
+
+
+def _tokens(device: torch.device, dtype: torch.dtype, rows: int, length: int, d: int) -> list[Tensor]:
+    shape = (1, length, rows)
+    q, k, v = (torch.randn(*shape, d, device=device) for _ in range(3))
+    gates = (torch.sigmoid(torch.randn(shape, device=device) + bias) for bias in (-3, 1, -6))
+    theta, eta, alpha = gates
+    found = [normalize(q, dim=-1), normalize(k, dim=-1), v, 0.1 * theta, eta, alpha]
+    return [x.to(dtype) for x in found]
+
+
+def _memory(
+    device: torch.device, dtype: torch.dtype, sizes: Sizes, length: int, shapes: list[tuple[int, int]], backend: str,
+    both: bool,
+) -> Callable[[], Run]:  # fmt: skip
+    def make() -> Run:
+        torch.manual_seed(0)
+        d = shapes[0][1]
+        tokens = _tokens(device, dtype, sizes.heads, length, d)
+        weights = [torch.randn(1, sizes.heads, out, in_, device=device) * in_**-0.5 for out, in_ in shapes]
+        gain = torch.ones(sizes.heads, d, device=device, dtype=dtype)
+        leaves = [*tokens, gain, *weights]
+        for leaf in leaves:
+            leaf.requires_grad_(both)
+
+        def forward() -> Tensor:
+            state = MemoryState.fresh(tuple(weights))
+            return titans_memory(*tokens, state, chunk=sizes.chunk, norm=gain, backend=backend)[0]
+
+        return _passes(forward, leaves, both)
+
+    return make
+
+
+def _package(
+    device: torch.device, dtype: torch.dtype, sizes: Sizes, length: int, d: int, expansion: int, both: bool
+) -> Callable[[], Run]:
+    """titans-pytorch's memory on as many heads in all, gradients at each chunk's weights as ours."""
+
+    def make() -> Run:
+        from titans_pytorch import MemoryMLP, NeuralMemory
+
+        heads = min(4, sizes.heads)
+        network = MemoryMLP(dim=d, depth=2, expansion_factor=expansion)
+        module = NeuralMemory(
+            dim=heads * d, heads=heads, dim_head=d, chunk_size=sizes.chunk, batch_size=sizes.chunk, max_grad_norm=1.0,
+            model=network,
+        ).to(device)  # fmt: skip
+        x = torch.randn(sizes.heads // heads, length, heads * d, device=device, requires_grad=both)
+        return _passes(lambda: module(x)[0], [x, *module.parameters()], both)
+
+    return make
+
+
+def decoding(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
+    """One token of many rows: the state is read once and written once, and that is what has to be paid for."""
+    for d, expansion, layers in sizes.widths:
+        shapes = layer_shapes(d, expansion, layers)
+        moved = sizes.stepping * sum(out * in_ for out, in_ in shapes) * 4 * 4  # weights and momentum, in and out
+        facts = dict(time=1, chunk=sizes.chunk, layers=layers, width=d, grad=False)
+        shape = f"{sizes.stepping} x 1, d {d}, " + (f"expansion {expansion}" if layers > 1 else "one layer")
+        for backend in _backends("memory", device, torch.float32, **facts):
+            make = _step(device, dtype, sizes, shapes, backend)
+            yield Case("memory step", backend, shape, "forward", make, bytes=moved, tokens=sizes.stepping)
+
+
+def _step(
+    device: torch.device, dtype: torch.dtype, sizes: Sizes, shapes: list[tuple[int, int]], backend: str
+) -> Callable[[], Run]:
+    def make() -> Run:
+        torch.manual_seed(0)
+        d = shapes[0][1]
+        tokens = _tokens(device, dtype, sizes.stepping, 1, d)
+        weights = [torch.randn(1, sizes.stepping, out, in_, device=device) * in_**-0.5 for out, in_ in shapes]
+        gain = torch.ones(sizes.stepping, d, device=device, dtype=dtype)
+        state = MemoryState.fresh(tuple(weights))
+        return _passes(
+            lambda: titans_memory(*tokens, state, chunk=sizes.chunk, norm=gain, backend=backend)[0], [], False
+        )
+
+    return make
+
+
+def streams(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
+    """What a pass over memory is worth: norm, gate, SwiGLU and convolution."""
+    rows, width = 4 * sizes.lengths[-1] // 4, 1024 if sizes.seconds else 32
+    element = dtype.itemsize
+    gain, taps = (
+        (lambda: torch.ones(width, device=device, dtype=dtype)),
+        torch.randn(width, 4, device=device, dtype=dtype),
+    )
+    kinds: list[tuple[str, str, int, Callable[[str, list[Tensor]], Tensor], int]] = [
+        ("rms_norm", "RMSNorm", 1, lambda b, x: rms_norm(x[0], gain(), backend=b), 2),
+        ("gate", "gate", 2, lambda b, x: gate(x[0], x[1], gain(), gain(), backend=b), 3),
+        ("swiglu", "SwiGLU", 1, lambda b, x: swiglu(x[0], backend=b), 2),
+        ("convolution", "convolution", 1, lambda b, x: causal_convolution(x[0], taps, backend=b), 2),
+    ]
+    for operation, what, inputs, run, passes in kinds:
+        for backend in _backends(operation, device, dtype):
+            for both in (False, True):
+
+                def make(inputs: int = inputs, run: Any = run, backend: str = backend, both: bool = both) -> Run:
+                    shape = (1, rows, width)
+                    given = [torch.randn(shape, device=device).to(dtype).requires_grad_(both) for _ in range(inputs)]
+                    return _passes(lambda: run(backend, given), given, both)
+
+                # backward reads the inputs and the result's gradient, and writes as many gradients
+                moved = rows * width * element * (passes + (2 * inputs + 1 if both else 0))
+                if what == "SwiGLU":
+                    moved = rows * width * element * (1.5 + (2.5 if both else 0))
+                yield Case(what, backend, f"{rows} x {width}", "both" if both else "forward", make, bytes=moved)
+
+
+def attentions(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
+    """A window with a prefix, and all tokens: what memory is an alternative to."""
+    heads, d, persistent = 16 if sizes.seconds else 2, 64, 16
+    for length in sizes.lengths:
+        for window in (sizes.window, None):
+            if window is None and length > 32768:
+                continue
+            pairs = length * (length + 1) // 2 if window is None else length * (window + persistent)
+            for backend in _backends("attention", device, dtype, grad=True):
+                for both in (False, True):
+
+                    def make(
+                        length: int = length, window: int | None = window, backend: str = backend, both: bool = both
+                    ) -> Run:
+                        def random(time: int) -> Tensor:
+                            return torch.randn(1, time, heads, d, device=device).to(dtype).requires_grad_(both)
+
+                        q, k, v = (random(length) for _ in range(3))
+                        first = (
+                            None if window is None else Prefix(random(length), random(persistent), random(persistent))
+                        )
+                        leaves = [q, k, v, *(first or ())]
+                        call = lambda: attention(q, k, v, window=window, prefix=first, backend=backend)  # noqa: E731
+                        return _passes(call, leaves, both)
+
+                    seen = "all tokens" if window is None else f"window {window} + {persistent}"
+                    useful = 4 * heads * d * pairs * (3.5 if both else 1)
+                    shape = f"{heads} x {length}, {seen}"
+                    yield Case("attention", backend, shape, "both" if both else "forward", make, useful, tokens=length)
+
+
+class Transformer(nn.Module):
+    """What a memory model is compared with: full causal attention through SDPA, and a SwiGLU."""
+
+    def __init__(self, dim: int, depth: int, vocab: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.tokens = nn.Embedding(vocab, dim)
+        names = {"qkv": (dim, 3 * dim), "out": (dim, dim), "up": (dim, 2 * hidden), "down": (hidden, dim)}
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({name: nn.Linear(*shape, bias=False) for name, shape in names.items()}) for _ in range(depth)
+        )
+        self.head = nn.Linear(dim, vocab, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens)
+        for layer in self.layers:
+            assert isinstance(layer, nn.ModuleDict)
+            q, k, v = layer["qkv"](rms_norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+            x = x + layer["out"](scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+            x = x + layer["down"](swiglu(layer["up"](rms_norm(x))))
+        return self.head(rms_norm(x))
+
+    def loss(self, tokens: Tensor) -> Tensor:
+        return cross_entropy(self(tokens[:, :-1]).flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+def models(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
+    """A training step's two passes of whole models of one size, under autocast."""
+    for length in sizes.texts:
+        for name in ("transformer", "mag", "mac", "mal", "lmm"):
+
+            def make(name: str = name, length: int = length) -> Run:
+                torch.manual_seed(0)
+                text = torch.randint(sizes.transformer["vocab"], (1, length + 1), device=device)
+                if name == "transformer":
+                    plain = Transformer(**sizes.transformer).to(device)
+                    loss: Callable[[], Tensor] = lambda: plain.loss(text)  # noqa: E731
+                    parameters = list(plain.parameters())
+                else:
+                    model = recipes.build(recipes.load_recipe(name + sizes.model)).to(device)
+                    loss = lambda: model(text[:, :-1], targets=text[:, 1:]).loss  # noqa: E731
+                    parameters = list(model.parameters())
+
+                def both() -> None:
+                    for parameter in parameters:
+                        parameter.grad = None
+                    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                        found = loss()
+                    found.backward()
+
+                return both
+
+            backend = "SDPA" if name == "transformer" else "auto"
+            yield Case(f"model {name}", backend, f"1 x {length}", "both", make, tokens=length)
