@@ -18,7 +18,7 @@ from ..kernels.normalisation import rms_norm
 from ..kernels.projection import prepare_projection, project
 from ..kernels.rotary import rotate
 from ..registry import register
-from .block import Block, Decoder, check_input, check_state
+from .block import Block, Decoder, check_input, check_shape, check_state
 from .linear import Linear, plain
 
 
@@ -130,7 +130,7 @@ class Attention(Block):
         """Nothing is asked, projected or put out where no output is wanted."""
         check_input(self, x, mask, like=self.qkv.weight)
         if state is not None:
-            check_state(self, state, AttentionState, x.shape[0])
+            self._check_state(state, x.shape[0])
         if mask is None:
             few = state is not None and x.is_cpu and 0 < x.shape[1] <= _FEW
             if few and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -140,6 +140,15 @@ class Attention(Block):
         layout = align(mask)
         y, state = self._run(layout.spread(x), state, layout.length, step)
         return (layout if step == 1 else align(mask[:, ::step])).collect(y), state
+
+    def _check_state(self, state: AttentionState, rows: int) -> None:
+        check_state(self, state, AttentionState, rows)
+        slots = None if self.window is None else self.window - 1
+        for name, tensor in (("keys", state.keys), ("values", state.values)):
+            check_shape(self, name, tensor, (slots, self.kv_heads, self.head_dim))
+        if state.prefix_keys is not None:
+            for name, kept in (("prefix_keys", state.prefix_keys), ("prefix_values", state.prefix_values)):
+                check_shape(self, name, kept, (None, self.kv_heads, self.head_dim))
 
     def _run(
         self, x: Tensor, state: AttentionState | None, length: Tensor | None, step: int
@@ -227,7 +236,8 @@ class Attention(Block):
         read = time if length is None else length
         cached = state.cached + read
         if self.window is None:
-            slots = k.shape[1] if length is None else int(cached.max())
+            # a compiler does not know how many are in use: the state then has room for all
+            slots = k.shape[1] if length is None or torch.compiler.is_compiling() else int(cached.max())
         else:
             slots = self.window - 1
             cached = cached.clamp(max=slots)

@@ -223,6 +223,23 @@ def check_state(block: Block, state: State, kind: type[Any], rows: int) -> None:
         raise ValueError(f"{type(block).__name__}: state has {found} rows: expected x's {rows}")
 
 
+def check_shape(block: Block, name: str, found: Tensor | None, expected: tuple[int | None, ...] | None) -> None:
+    """Raise ``ValueError`` unless the state's tensor ``name`` is a batch of ``expected``, or ``None`` where that is.
+
+    ``None`` in ``expected`` stands for any number.
+    """
+    if found is None or expected is None:
+        if found is expected:
+            return
+    elif found.dim() == len(expected) + 1 and all(n in (m, None) for m, n in zip(found.shape[1:], expected)):
+        return
+    want = "none" if expected is None else str(["batch", *("any" if n is None else n for n in expected)])
+    got = "not there" if found is None else str(list(found.shape))
+    raise ValueError(
+        f"{type(block).__name__}: the state is of another block: {name} is {got}, expected {want.replace(chr(39), '')}"
+    )
+
+
 def check_parts(block: Block, state: State, count: int) -> None:
     """Raise ``TypeError`` unless ``state`` is a plain tuple of the states of ``count`` child blocks."""
     if type(state) is not tuple or len(state) != count:

@@ -9,12 +9,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..kernels.layout import align
+from ..kernels.layout import Layout, align
 from ..registry import Needs, Spec, create, register
 from .block import Block, Decoder, as_memory, as_rows, check_input, check_state
 from .decoding import decoder, reader
 from .gate import Form, Gating
-from .state import State, reset, select
+from .state import State, reset, select, where
+from .walking import walk
 
 
 class ContextState(NamedTuple):
@@ -35,8 +36,8 @@ class Piece(NamedTuple):
 
     start: int
     stop: int
-    begins: list[bool]
-    """Per row: the row begins a segment here, other than its first."""
+    begins: list[bool] | Tensor
+    """Per row: the row begins a segment here, other than its first. Bool ``[batch]`` where a compiler traces."""
     whole: bool
     """Every row runs through exactly one full segment."""
     real: Tensor | None
@@ -98,11 +99,16 @@ class Context(Block):
     ) -> tuple[Tensor, ContextState]:
         check_input(self, x, mask, like=self.gate.gain_a)
         rows, time, _ = x.shape
+        fresh = state is None
         if state is None:
             state = self.init_state(rows)
         check_state(self, state, ContextState, rows)
         run = self._run if self.write == "attended" else self._run_inputs
-        positions = state.position.tolist()
+        if torch.compiler.is_compiling() and not (fresh and mask is None):
+            layout, pieces = self._unknown_pieces(x, mask, state.position)
+            y, state = run(layout.spread(x), state, pieces)
+            return layout.collect(y), state._replace(position=state.position + layout.length)
+        positions = [0] * rows if fresh else state.position.tolist()
         if mask is None:
             y, state = run(x, state, self._pieces(positions, [time] * rows, None))
             return y, state._replace(position=state.position + time)
@@ -131,30 +137,33 @@ class Context(Block):
 
     def _run(self, x: Tensor, state: ContextState, pieces: list[Piece]) -> tuple[Tensor, ContextState]:
         memory, snapshot, attend, position = state
+        ask, answer, learn, finish = walk(self.memory, len(pieces))
         fresh: State = None
-        outputs = []
-        for piece in pieces:
-            tokens = x[:, piece.start : piece.stop]
-            if any(piece.begins):
+        attended, answers = [], []
+        for piece, tokens, *asked in zip(pieces, *_cut(pieces, x, *ask(x))):
+            if _any(piece.begins):
                 fresh = fresh if fresh is not None else self._fresh_attend(x.shape[0])
                 snapshot = _restart(piece.begins, snapshot, memory)
                 attend = _restart(piece.begins, attend, fresh)
-            h = self.memory.read(tokens, snapshot)  # 1. read
+            h = answer(asked, snapshot)  # 1. read
             y, attend = self._attend(h, tokens, attend, piece.real)  # 2. attend
-            m, memory = self.memory(y, memory, mask=piece.real)  # 3. write each y_j, and read it back
-            outputs.append(self.gate(y, m))  # 4. gate
-        return _join(outputs, x), ContextState(memory, snapshot, attend, position)
+            m, memory = learn(y, memory, mask=piece.real)  # 3. write each y_j, and read it back
+            attended.append(y)
+            answers.append(m)
+        y = _join(attended, x)
+        m = finish(_join(answers, x), y)
+        return self.gate(y, m), ContextState(memory, snapshot, attend, position)  # 4. gate
 
     def _run_inputs(self, x: Tensor, state: ContextState, pieces: list[Piece]) -> tuple[Tensor, ContextState]:
         """``write: inputs``: the whole walk of the memory first, then attention."""
         memory, snapshot, attend, position = state
+        ask, answer, learn, finish = walk(self.memory, len(pieces))
         recalled, written = [], []
-        for piece in pieces:
-            tokens = x[:, piece.start : piece.stop]
-            if any(piece.begins):
+        for piece, tokens, *asked in zip(pieces, *_cut(pieces, x, *ask(x))):
+            if _any(piece.begins):
                 snapshot = _restart(piece.begins, snapshot, memory)
-            recalled.append(self.memory.read(tokens, snapshot))
-            m, memory = self.memory(tokens, memory, mask=piece.real)
+            recalled.append(answer(asked, snapshot))
+            m, memory = learn(tokens, memory, mask=piece.real)
             written.append(m)
         fresh: State = None
         attended = []
@@ -171,13 +180,13 @@ class Context(Block):
                 y, ends = self._attend(h.reshape(fold), tokens.reshape(fold), self._fresh_attend(rows), None)
                 y, attend = y.reshape(h.shape), select(ends, slice(together - 1, None, together))
             else:
-                if any(piece.begins):
+                if _any(piece.begins):
                     fresh = fresh if fresh is not None else self._fresh_attend(x.shape[0])
                     attend = _restart(piece.begins, attend, fresh)
                 y, attend = self._attend(recalled[done], x[:, piece.start : piece.stop], attend, piece.real)
             attended.append(y)
             done += together
-        y = self.gate(_join(attended, x), _join(written, x))
+        y = self.gate(_join(attended, x), finish(_join(written, x), x))
         return y, ContextState(memory, snapshot, attend, position)
 
     def _attend(self, recalled: Tensor, x: Tensor, state: State, real: Tensor | None) -> tuple[Tensor, State]:
@@ -195,7 +204,7 @@ class Context(Block):
 
     def _pieces(self, positions: list[int], lengths: list[int], filled: Tensor | None) -> list[Piece]:
         """Cut the time axis at every segment boundary of any row that still has tokens."""
-        segment, slots, start = self.segment, max(lengths, default=0), 0
+        segment, slots, start = self.segment, max(lengths) if lengths else 0, 0
         pieces = []
         while start < slots:
             at = [position + start for position in positions]
@@ -209,6 +218,30 @@ class Context(Block):
             pieces.append(Piece(start, stop, begins, whole, real))
             start = stop
         return pieces
+
+    def _unknown_pieces(self, x: Tensor, mask: Tensor | None, position: Tensor) -> tuple[Layout, list[Piece]]:
+        """Pieces for rows of which nobody knows, while a compiler traces, where they stand and how long they are.
+
+        Each row's first segment boundary is moved to one slot, and the others follow it: the pieces are then the same
+        for all rows wherever they stand, with a slot or a piece too many where a row begins later.
+        """
+        (rows, time, _), segment = x.shape, self.segment
+        first = min(time, segment)
+        phase = position % segment
+        offset = first - (segment - phase).clamp(max=first)
+        if mask is None:
+            mask = torch.ones(rows, time, dtype=torch.bool, device=x.device)
+        slots = first + time - 1
+        layout = align(mask, offset, slots=slots)
+        pieces: list[Piece] = []
+        start, stop = 0, first
+        while start < slots:
+            real = layout.filled[:, start:stop]
+            # behind the first boundary a row begins where its slots do
+            begins = real[:, 0] if pieces else real.any(1) & (phase == 0) & (position > 0)
+            pieces.append(Piece(start, stop, begins, False, real))
+            start, stop = stop, min(stop + segment, slots)
+        return layout, pieces
 
     def reset_parameters(self) -> None:
         if self.persistent is not None:
@@ -228,9 +261,22 @@ class Context(Block):
         return self.memory.flops(length) + recall + attend + 10 * self.dim * length
 
 
-def _restart(rows: list[bool], old: State, new: State) -> State:
+def _any(rows: list[bool] | Tensor) -> bool:
+    """Whether some of the rows are true, or may be."""
+    return isinstance(rows, Tensor) or any(rows)
+
+
+def _restart(rows: list[bool] | Tensor, old: State, new: State) -> State:
     """``new`` in the given rows and ``old`` in the others; a plain assignment when all rows restart together."""
+    if isinstance(rows, Tensor):
+        return where(rows, new, old)
     return new if all(rows) else reset(old, rows, new)
+
+
+def _cut(pieces: list[Piece], *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Each tensor's stretches. Not slices of it, of which each has a gradient as long as the whole."""
+    lengths = [piece.stop - piece.start for piece in pieces]
+    return [x.split_with_sizes(lengths, dim=1) for x in tensors]
 
 
 def _join(pieces: list[Tensor], like: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ def decoder(block: Block, rows: int, *, time: int = 1, step: int = 1) -> Decoder
     Without gradients, and for as long as the block and its parameters stay what they are. The outputs may be written
     over by the next call; inputs and states are left alone.
     """
-    of = _own(block, "decoder", "forward", "every", "__call__")
+    of = own(block, "decoder", "forward", "every", "__call__")
     prepared = of(rows, time=time, step=step) if of is not None else None
     if prepared is not None:
         return prepared
@@ -43,7 +43,7 @@ def decoder(block: Block, rows: int, *, time: int = 1, step: int = 1) -> Decoder
 
 def reader(memory: Memory, rows: int) -> Callable[[Tensor, State], Tensor]:
     """The same for ``memory.read`` of one token ``[rows, 1, dim]``."""
-    of = _own(memory, "reader", "read")
+    of = own(memory, "reader", "read")
     prepared = of(rows) if of is not None else None
     if prepared is not None:
         return prepared
@@ -71,7 +71,7 @@ class Arrangement:
         return list(now) == self._identities and [x.data_ptr() for x in self._tensors] == self._places
 
 
-def _own(block: Any, name: str, *stands_for: str) -> Callable[..., Any] | None:
+def own(block: Any, name: str, *stands_for: str) -> Callable[..., Any] | None:
     """The method ``name``, unless calling ``stands_for`` would run something that whoever wrote it did not know of."""
     home = _home(block, name)
     if home is None or any(other in vars(block) for other in stands_for):

@@ -113,7 +113,8 @@ class LanguageModel(nn.Module):
         ``state``: what an earlier call returned, or ``None`` for a fresh one. ``mask`` [batch, time] bool: true at
         real tokens; the others leave the state as it was. ``targets`` [batch, time] int64: the token that follows
         each token (they are not shifted here); -100 and masked positions do not count. ``check_finite``: whether to
-        refuse embeddings that hold NaN or infinity at real tokens.
+        refuse embeddings that hold NaN or infinity at real tokens. Under ``torch.compile`` nothing is refused for its
+        values.
 
         Nothing that is passed in is changed. It may have been made in inference mode: where gradients are recorded,
         the model works on a copy. Raises ``TypeError`` for a wrong dtype and ``ValueError`` for a wrong shape, device,
@@ -133,7 +134,7 @@ class LanguageModel(nn.Module):
         rows, time, _ = x.shape
         if mask is not None:
             self.check_mask(mask, (rows, time))
-        if embeddings is not None and check_finite:
+        if embeddings is not None and check_finite and not torch.compiler.is_compiling():
             finite = embeddings.isfinite().all(dim=-1)
             if not bool((finite if mask is None else finite | ~mask).all()):
                 raise ValueError("embeddings hold NaN or infinity at real tokens (check_finite=False allows it)")

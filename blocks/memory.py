@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..kernels.decoding.gated_projection import few, gated_output, prepare_gated_output
-from ..kernels.decoding.memory_inputs import memory_inputs, memory_query, prepare_inputs
+from ..kernels.decoding.memory_inputs import Layers, memory_inputs, memory_query, prepare_inputs
 from ..kernels.gate import gated_norm
 from ..kernels.layout import align, last
-from ..kernels.memory import MemoryState, prepare_read, prepare_step, read_memory, titans_memory
+from ..kernels.memory import MemoryState, Options, Tokens, prepare_read, prepare_step, read_memory, titans_memory
 from ..kernels.memory.cost import memory_flops
-from ..kernels.normalisation import l2_norm
 from ..kernels.projection import project, project_made
+from ..kernels.query import query
 from ..kernels.query_key_value import query_key_value
 from ..registry import register
-from .block import Block, Decoder, check_input
+from .block import Block, Decoder, check_input, check_shape
 from .linear import Linear, plain
+from .walking import Walk
 
 
 class NeuralMemoryState(NamedTuple):
@@ -196,32 +196,29 @@ class NeuralMemory(Block):
             state = self.init_state(x.shape[0])
         else:
             self._check_state(x, state)
-        if mask is None:
-            return self._step(x, state) if self._decodes(x) else self._run(x, state, None)
-        layout = align(mask)
-        filled = layout.filled
-        y, state = self._run(layout.spread(x), state, filled, layout.length)
-        return layout.collect(y), state
+        if mask is None and self._decodes(x):
+            return self._step(x, state)
+        y, state = self._learn(x, state, mask=mask)
+        y = self._finish(y, x)
+        return y if mask is None else torch.where(mask.unsqueeze(-1), y, 0.0), state
 
     def read(self, x: Tensor, state: NeuralMemoryState) -> Tensor:
         """What the memory answers to each token of ``x`` on its own, as if it came next; nothing is written."""
         self._check_state(x, state)
         check_input(self, x, None, like=self.output_gain)
         if self._decodes(x):
-            q = memory_query(x, self.qkv.weight[: self.inner], self.convolution, state.convolution, self.heads)
+            q = memory_query(x, state.convolution, self._layers(learns=False))
             y = read_memory(q, state.memory.weights, self.activation, self.norm_gain)
             return gated_output(y, self.output_gain, x, self.output_gate.weight, self.output.weight)
-        q = project(x, self.qkv.weight[: self.inner]).to(self.output_gain.dtype)
-        if self.convolution is not None and state.convolution is not None:
-            taps = self.convolution[: self.inner].t()
-            past = (state.convolution[..., : self.inner] * taps[:-1]).sum(1, keepdim=True)
-            q = torch.addcmul(past, q, taps[-1])
-        q = l2_norm(self._heads(F.silu(q)))
-        return self._finish(read_memory(q, state.memory.weights, self.activation, self.norm_gain), x)
+        return self._answer(self._ask(x), state)
 
     def write(self, x: Tensor, state: NeuralMemoryState, mask: Tensor | None = None) -> NeuralMemoryState:
         """The state after every token of ``x`` was written."""
         return self.forward(x, state, mask=mask)[1]
+
+    def walk(self) -> Walk:
+        """``read`` and ``forward`` in halves: see ``walking.walk``."""
+        return Walk(self._ask, self._answer, self._learn, self._finish)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
@@ -233,20 +230,16 @@ class NeuralMemory(Block):
         return plain(*linears) and few(x, *[linears[i].weight for i in (0, 2, 3)])
 
     def decoder(self, rows: int, *, time: int = 1, step: int = 1) -> Decoder | None:
-        controls, finish = self.controls, self._finisher(rows)
+        finish = self._finisher(rows)
         if time != 1 or finish is None:
             return None
-        inputs = prepare_inputs(
-            self.qkv.weight, self.convolution, self.heads, rows, controls.weight, controls.bias, self.max_step
-        )
+        inputs = prepare_inputs(self._layers(), rows)
         if inputs is None:
             return None
         (q, k, v, gates, _), load = inputs
-        write = prepare_step(
-            q, k, v, gates[0], gates[1] if self.momentum else None, gates[-1] if self.forgetting else None,
-            self.shapes, chunk=self.chunk, activation=self.activation, norm=self.norm_gain,
-            clip=self.clip, read=self.retrieve,
-        )  # fmt: skip
+        tokens = Tokens(q, k, v, gates[0], gates[1] if self.momentum else None, gates[-1] if self.forgetting else None)
+        options = Options(self.chunk, self.activation, self.clip, self.retrieve)
+        write = prepare_step(tokens, self.shapes, self.norm_gain, options)
         if write is None:
             return None
 
@@ -262,10 +255,10 @@ class NeuralMemory(Block):
     def reader(self, rows: int) -> Callable[[Tensor, NeuralMemoryState], Tensor] | None:
         """``read`` for many times one token of each of ``rows`` rows: see ``decoding.reader``."""
         finish = self._finisher(rows)
-        query = prepare_inputs(self.qkv.weight[: self.inner], self.convolution, self.heads, rows)
-        if finish is None or query is None:
+        inputs = prepare_inputs(self._layers(learns=False), rows)
+        if finish is None or inputs is None:
             return None
-        (q, *_), load = query
+        (q, *_), load = inputs
         ask = prepare_read(q, self.shapes, self.activation, self.norm_gain)
         if ask is None:
             return None
@@ -276,6 +269,13 @@ class NeuralMemory(Block):
 
         return read
 
+    def _layers(self, learns: bool = True) -> Layers:
+        """What makes the memory's inputs of a token, or its query alone."""
+        qkv, controls = self.qkv.weight, self.controls
+        if not learns:
+            return Layers(qkv[: self.inner], self.convolution, self.heads)
+        return Layers(qkv, self.convolution, self.heads, controls.weight, controls.bias, self.max_step)
+
     def _finisher(self, rows: int) -> Callable[[Tensor, Tensor], Tensor] | None:
         """``_finish`` for decoding; ``None`` where there is no preparing it."""
         gate, out = self.output_gate.weight, self.output.weight
@@ -284,12 +284,8 @@ class NeuralMemory(Block):
         return prepare_gated_output(self.output_gain, gate, out, (rows, 1))
 
     def _step(self, x: Tensor, state: NeuralMemoryState) -> tuple[Tensor, NeuralMemoryState]:
-        """``_run`` for what :meth:`_decodes`."""
-        controls = self.controls
-        q, k, v, gates, history = memory_inputs(
-            x, self.qkv.weight, self.convolution, state.convolution, self.heads,
-            controls.weight, controls.bias, self.max_step,
-        )  # fmt: skip
+        """``forward`` of what :meth:`_decodes`."""
+        q, k, v, gates, history = memory_inputs(x, state.convolution, self._layers())
         y, memory = titans_memory(
             q, k, v, gates[0], gates[1] if self.momentum else None, gates[-1] if self.forgetting else None,
             state.memory, chunk=self.chunk, activation=self.activation, norm=self.norm_gain,
@@ -298,25 +294,42 @@ class NeuralMemory(Block):
         y = gated_output(y, self.output_gain, x, self.output_gate.weight, self.output.weight)
         return y, NeuralMemoryState(memory, history, None)
 
-    def _run(
-        self, x: Tensor, state: NeuralMemoryState, mask: Tensor | None, length: Tensor | None = None
+    def _ask(self, x: Tensor) -> tuple[Tensor, ...]:
+        return project(x, self.qkv.weight[: self.inner]), self.output_gate(x)
+
+    def _answer(self, asked: Sequence[Tensor], state: NeuralMemoryState) -> Tensor:
+        projected, gate = asked
+        q = query(projected.to(self.output_gain.dtype), self.convolution, state.convolution, self.heads)
+        y = read_memory(q, state.memory.weights, self.activation, self.norm_gain)
+        return self.output(gated_norm(y, self.output_gain, gate))
+
+    def _learn(
+        self, x: Tensor, state: NeuralMemoryState, *, mask: Tensor | None = None
     ) -> tuple[Tensor, NeuralMemoryState]:
-        """``forward`` for rows whose real tokens come first; ``mask`` is false behind them."""
+        """``forward`` without :meth:`_finish`."""
+        if mask is None:
+            return self._run(x, state, None, None)
+        layout = align(mask)
+        y, state = self._run(layout.spread(x), state, layout.filled, layout.length)
+        return layout.collect(y), state
+
+    def _run(
+        self, x: Tensor, state: NeuralMemoryState, mask: Tensor | None, length: Tensor | None
+    ) -> tuple[Tensor, NeuralMemoryState]:
+        """:meth:`_learn` for rows whose real tokens come first; ``mask`` is false behind them."""
         # under autocast too, what the state keeps is not narrowed
         q, k, v, history = query_key_value(
             self.qkv(x).to(self.output_gain.dtype), self.convolution, state.convolution, self.heads, length
         )
         if self.use == "read":
             y = read_memory(q, state.memory.weights, self.activation, self.norm_gain)
-            return self._finish(y, x), state._replace(convolution=history)
+            return y, state._replace(convolution=history)
         theta, eta, alpha, held = self._controls(x, state, length)
         y, memory = titans_memory(
             q, k, v, theta, eta, alpha, state.memory,
             chunk=self.chunk, activation=self.activation, norm=self.norm_gain, mask=mask,
             clip=self.clip, read=self.retrieve, keep=self.keep,
         )  # fmt: skip
-        del q, k, v  # without gradients nobody else holds them
-        y = self._finish(y, x) if self.use == "both" else torch.zeros_like(x)
         return y, NeuralMemoryState(memory, history, held)
 
     def _controls(
@@ -341,11 +354,10 @@ class NeuralMemory(Block):
         theta = next(split) * self.max_step
         return theta, next(split) if self.momentum else None, next(split) if self.forgetting else None, held
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1))
-
     def _finish(self, y: Tensor, x: Tensor) -> Tensor:
         """Normalise per head, gate by the input, project."""
+        if self.use == "write":
+            return torch.zeros_like(x)
         gain, gate, out = self.output_gain, self.output_gate, self.output
         # an adapter or a hook in a layer's place has to be called
         if plain(gate, out) and few(x, gate.weight, out.weight):
@@ -361,6 +373,19 @@ class NeuralMemory(Block):
             )
         if state.memory.position.shape[0] != x.shape[0]:
             raise ValueError(f"memory: state has {state.memory.position.shape[0]} rows: expected x's {x.shape[0]}")
+        weights, momentum, anchor, _ = state.memory
+        for name, part in (("weights", weights), ("momentum", momentum), ("anchor", anchor)):
+            layers = 0 if name == "momentum" and not self.momentum else len(self.shapes)
+            if len(part) != layers:
+                raise ValueError(
+                    f"NeuralMemory: the state is of another block: memory.{name} has {len(part)} layers, "
+                    f"expected {layers}"
+                )
+            for layer, (tensor, shape) in enumerate(zip(part, self.shapes)):
+                if tensor.shape[1:] != (self.heads, *shape):
+                    check_shape(self, f"memory.{name}.{layer}", tensor, (self.heads, *shape))
+        check_shape(self, "convolution", state.convolution, (self.conv - 1, 3 * self.inner) if self.conv else None)
+        check_shape(self, "gates", state.gates, (self.controls.out_features,) if self.gates == "chunk" else None)
 
     def read_flops(self, length: int) -> int:
         """FLOPs of ``read`` for ``length`` tokens: the query's projection, the network, gate and output."""

@@ -8,9 +8,8 @@ returns zero.
 Prefix keys have no position. Where the other scores come from rotated queries and keys, theirs come from
 queries that were not rotated, which is why :class:`Prefix` brings its own.
 
-Backends: ``native`` is a C kernel for CPUs, ``sdpa`` runs PyTorch's fused kernels, ``flex`` is FlexAttention,
-``reference`` a dense mask. A GPU library with a windowed kernel (xFormers) goes in front of ``sdpa`` in the list at
-the end of this file.
+Backends: ``native`` is a C kernel for CPUs, ``xformers`` a GPU library with windowed kernels, ``sdpa`` runs PyTorch's
+fused kernels, ``flex`` is FlexAttention, ``reference`` a dense mask.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from .native import library
 from .native.kernel import plain, tracks
 from .native_attention import native_attention
 from .spoiled import without_infinities
+from .xformers_attention import refuse_xformers, xformers_attention
 
 
 class Prefix(NamedTuple):
@@ -61,7 +61,8 @@ def attention(
     query's place to the next one's, so that ``S > (T - 1) step``. Scores are scaled by ``d ** -0.5``. Returns
     ``[batch, T, heads, d]`` in ``q``'s dtype.
 
-    On a CPU a key or value that is not finite makes NaN of the queries that see it, and of no others.
+    On a CPU a key or value that is not finite makes NaN of the queries that see it, and of no others; compiled code
+    promises that of the ``native`` backend alone.
 
     Raises ``ValueError`` or ``TypeError`` naming the argument that does not fit; ``BackendError``.
     """
@@ -70,15 +71,33 @@ def attention(
         prefix = None
     grad = tracks(q, k, v, *(() if prefix is None else prefix))
     ordinary = plain(q, k, v, start, *(() if prefix is None else prefix))
-    run = _operation.choose(backend, device=q.device.type, dtype=q.dtype, grad=grad, plain=ordinary)
-    if q.shape[1] > 1 and q.is_cpu and ordinary and not torch.compiler.is_compiling():
-        # elsewhere a look at the numbers would make the device wait
-        finite = without_infinities(k, v, q.shape[1], window, start, step)
-        if finite is not None:
-            k, v, spoiled = finite
-            y = run(q, k, v, window, start, prefix, step)
-            return y.masked_fill(spoiled.repeat_interleave(q.shape[2] // k.shape[2], dim=2).unsqueeze(-1), math.nan)
-    return run(q, k, v, window, start, prefix, step)
+    if q.is_cpu:
+        run = _operation.choose(backend, device="cpu", dtype=q.dtype, grad=grad, plain=ordinary)
+    else:
+        run = _operation.choose(
+            backend, device=q.device.type, dtype=q.dtype, grad=grad, plain=ordinary, width=q.shape[3],
+            start=start is not None, gaps=step > 1 and k.shape[1] < q.shape[1] * step,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )  # fmt: skip
+    y: Tensor = run(q, k, v, window, start, prefix, step)
+    return y
+
+
+def _apart(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A backend for the CPU that is given finite keys and values; elsewhere a look at them would make a device wait."""
+
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, window: int | None, start: Tensor | None, prefix: Prefix | None, step: int
+    ) -> Tensor:
+        if q.shape[1] > 1 and q.is_cpu and not torch.compiler.is_compiling() and plain(q, k, v, start):
+            finite = without_infinities(k, v, q.shape[1], window, start, step)
+            if finite is not None:
+                k, v, spoiled = finite
+                y = attend(q, k, v, window, start, prefix, step)
+                return y.masked_fill(spoiled.repeat_interleave(q.shape[2] // k.shape[2], dim=2).unsqueeze(-1), math.nan)
+        return attend(q, k, v, window, start, prefix, step)
+
+    return run
 
 
 def _check(
@@ -431,9 +450,12 @@ def _refuse_flex(*, device: str, dtype: torch.dtype, grad: bool = False, **facts
 _operation = Operation(
     "attention",
     [
-        Backend("native", native_attention, library.refuse),
-        Backend("sdpa", _sdpa),
-        Backend("flex", _flex, _refuse_flex),
-        Backend("reference", _reference),
+        Backend("native", _apart(native_attention), library.refuse, opaque=True),
+        Backend("xformers", xformers_attention, refuse_xformers, opaque=True),
+        Backend("sdpa", _apart(_sdpa)),
+        Backend("flex", _apart(_flex), _refuse_flex),
+        Backend("reference", _apart(_reference)),
     ],
+    lambda q, *others: q,
+    [Prefix],
 )

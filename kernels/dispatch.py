@@ -7,10 +7,14 @@ as an argument or in the environment, and cannot run is an error: there is no si
 Environment: ``TITANS_BUILD_BACKEND=attention=flex,memory=reference`` names a backend per operation;
 ``TITANS_BUILD_BACKEND=reference`` takes it for every operation that has one of that name. An argument other
 than ``"auto"`` wins over the environment.
+
+Under ``torch.compile`` the choice is the same, made once and for all while it traces; a backend that it cannot look
+into becomes one operator (``compiling.py``).
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -18,6 +22,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+
+from .compiling import Opaque
+from .constant import constant
 
 VARIABLE = "TITANS_BUILD_BACKEND"
 
@@ -48,11 +55,13 @@ class Backend:
     ``device`` (a device type such as ``"cpu"``) and ``dtype``, and ``named=True`` where this backend was asked for by
     name; a backend ignores the facts it has no opinion on.
     A backend with an optional dependency imports it inside ``run``, after ``refuse`` has looked for it.
+    ``opaque``: ``run`` is no PyTorch code, or asks for the values of tensors, which no compiler can trace.
     """
 
     name: str
     run: Callable[..., Any]
     refuse: Callable[..., str | None] = _never
+    opaque: bool = False
 
 
 class Row(NamedTuple):
@@ -70,18 +79,37 @@ class Row(NamedTuple):
 
 
 class Operation:
-    """A named operation and its backends, most preferred first."""
+    """A named operation and its backends, most preferred first.
 
-    def __init__(self, name: str, backends: Sequence[Backend]) -> None:
+    ``outputs`` and ``tuples``: for opaque backends, what ``compiling.Opaque`` asks for.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        backends: Sequence[Backend],
+        outputs: Callable[..., Any] | None = None,
+        tuples: Sequence[type[Any]] = (),
+    ) -> None:
         self.name = name
         self.backends = {backend.name: backend for backend in backends}
         self._chosen: dict[Any, Backend] = {}
+        opaque = {backend.name: backend.run for backend in backends if backend.opaque}
+        if bool(opaque) != (outputs is not None):
+            raise ValueError(f"{name}: outputs are to be given where a backend is opaque, and only there")
+        self._traced: dict[str, Callable[..., Any]] = {}
+        if outputs is not None:
+            call = Opaque(name, opaque, outputs, tuples).call
+            self._traced = {each: functools.partial(call, each) for each in opaque}
         OPERATIONS[name] = self
 
     def choose(self, backend: str = "auto", **facts: Any) -> Callable[..., Any]:
         """The function to run for ``facts``. Raises :class:`BackendError` when a named backend cannot run."""
+        if torch.compiler.is_compiling():  # lengths may be symbols: nothing is kept under them
+            picked = self._pick(backend, facts)
+            return self._traced.get(picked.name, picked.run)
         # one token asks dozens of times: the answer to the same question is kept
-        question = (backend, _SETTINGS.get(_SETTING), torch.compiler.is_compiling(), *facts.items())
+        question = (backend, _SETTINGS.get(_SETTING), *facts.items())
         chosen = self._chosen.get(question)
         if chosen is None:
             chosen = self._chosen[question] = self._pick(backend, facts)
@@ -90,7 +118,7 @@ class Operation:
     def _pick(self, name: str, facts: dict[str, Any]) -> Backend:
         source = f"backend={name!r}"
         if name == "auto":
-            setting = os.environ.get(VARIABLE)
+            setting = _setting()
             if setting:
                 name = _from_environment(setting, self)
                 source = f"{VARIABLE}={setting}"
@@ -120,6 +148,11 @@ class Operation:
         if line not in _logged:
             _logged.add(line)
             _log.debug("%s: %s refused: %s", *line)
+
+
+@constant
+def _setting() -> str | None:
+    return os.environ.get(VARIABLE)
 
 
 def _from_environment(setting: str, operation: Operation) -> str:

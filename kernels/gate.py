@@ -158,7 +158,7 @@ def _swiglu_reference(x: Tensor) -> Tensor:
 
 def _backends(native: Any, fused: Any, torch_: Any, reference: Any) -> list[Backend]:
     return [
-        Backend("native", native, native_gated.refuse),
+        Backend("native", native, native_gated.refuse, opaque=True),
         Backend("triton", fused, triton.refuse),
         Backend("torch", torch_),
         Backend("reference", reference),
@@ -167,8 +167,14 @@ def _backends(native: Any, fused: Any, torch_: Any, reference: Any) -> list[Back
 
 _gate_reference = functools.partial(_gate_torch, backend="reference")
 
-_gate = Operation("gate", _backends(_gate_native, _gate_triton, _gate_torch, _gate_reference))
+_gate = Operation("gate", _backends(_gate_native, _gate_triton, _gate_torch, _gate_reference), lambda a, b, *others: a)
 _gated_norm = Operation(
-    "gated_norm", _backends(_gated_norm_native, _gated_norm_triton, _gated_norm_torch, _gated_norm_reference)
+    "gated_norm",
+    _backends(_gated_norm_native, _gated_norm_triton, _gated_norm_torch, _gated_norm_reference),
+    lambda y, gain, g, eps: g,
 )
-_swiglu = Operation("swiglu", _backends(native_gated.swiglu, _swiglu_triton, _swiglu_torch, _swiglu_reference))
+_swiglu = Operation(
+    "swiglu",
+    _backends(native_gated.swiglu, _swiglu_triton, _swiglu_torch, _swiglu_reference),
+    lambda x: x[..., : x.shape[-1] // 2],
+)

@@ -36,18 +36,22 @@ class Layout(NamedTuple):
         return _gather(y, self.target, self.mask, 0.0)
 
 
-def align(mask: Tensor, offset: Tensor | None = None, multiple: int = 1) -> Layout:
+def align(mask: Tensor, offset: Tensor | None = None, multiple: int = 1, slots: int | None = None) -> Layout:
     """Lay real tokens side by side, row ``b`` from slot ``offset[b]`` on (0 if not given).
 
     ``mask``: ``[batch, time]`` bool. ``offset``: ``[batch]`` int64, >= 0. The number of slots is the smallest
-    multiple of ``multiple`` that holds every row.
+    multiple of ``multiple`` that holds every row, or ``slots``, which must. Under ``torch.compile``, which does not
+    know how many tokens are real, it is enough for all; an offset then asks for ``slots``.
     """
     rows, time = mask.shape
     length = mask.sum(dim=1)
     if offset is None:
         offset = torch.zeros_like(length)
-    need = int((offset + length).max()) if rows else 0
-    slots = -(-need // multiple) * multiple
+    if slots is None and torch.compiler.is_compiling():
+        slots = -(-time // multiple) * multiple
+    if slots is None:
+        need = int((offset + length).max()) if rows else 0
+        slots = -(-need // multiple) * multiple
     # a stable sort of "is padding" lists each row's real tokens first, in order
     order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)
     slot = torch.arange(slots, device=mask.device)[None, :] - offset[:, None]

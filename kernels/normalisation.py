@@ -171,18 +171,20 @@ def _widen(x: Tensor) -> Tensor:
 _rms_norm = Operation(
     "rms_norm",
     [
-        Backend("native", _rms_native, native_gated.refuse),
+        Backend("native", _rms_native, native_gated.refuse, opaque=True),
         Backend("triton", _rms_triton, triton.refuse),
         Backend("torch", _rms_torch),
         Backend("reference", _rms_reference),
     ],
+    lambda x, gain, eps: x if gain is None else x.expand(torch.broadcast_shapes(x.shape, gain.shape)),
 )
 _l2_norm = Operation(
     "l2_norm",
     [
-        Backend("native", _l2_native, native_gated.refuse),
+        Backend("native", _l2_native, native_gated.refuse, opaque=True),
         Backend("triton", _l2_triton, triton.refuse),
         Backend("torch", _l2_torch),
         Backend("reference", _l2_reference),
     ],
+    lambda x, eps: x,
 )

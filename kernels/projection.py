@@ -2,11 +2,12 @@
 
 Backends for few: ``native`` reads the weights once with the C kernel; ``torch`` has them read by the faster of
 PyTorch's matrix products. For many: ``torch`` is PyTorch's own product; ``bfloat16``, the C kernel's, runs where
-``native.operands`` allows it.
+``native.operands`` allows it; ``native``, the same kernel's with operands as they are, multiplies large matrices.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,12 +22,17 @@ from .native.operands import operands, refuse_narrow
 
 FEW = 4
 """Tokens up to which reading the weights is all that counts."""
+LARGE = 128
+"""Tokens, and numbers of each, from which on the C kernel packs what it multiplies in less time than that saves."""
 REGISTER = 16
 """Inputs are read in registers of at most this many numbers: what is no multiple of it is left to PyTorch."""
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
-    """``x @ weight.T + bias``: ``x`` ``[..., in]``, ``weight`` ``[out, in]``, ``bias`` ``[out]`` or ``None``."""
+    """``x @ weight.T + bias``: ``x`` ``[..., in]``, ``weight`` ``[out, in]``, ``bias`` ``[out]`` or ``None``.
+
+    ``backend``: of the operation ``projection``, or where there are more tokens than a few, of ``linear``.
+    """
     width = weight.shape[1]
     tokens = x.numel() // width if width else 0
     if (
@@ -42,7 +48,7 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: s
         or torch.compiler.is_compiling()
         or not plain(x, weight, bias)
     ):
-        return _linear_for(x, weight, bias)(x, weight, bias)
+        return _linear_for(x, weight, bias, backend)(x, weight, bias)
     return _operation.choose(backend, device="cpu", dtype=x.dtype, tokens=tokens)(x, weight, bias)
 
 
@@ -77,7 +83,7 @@ def project_made(make: Callable[..., Tensor], weight: Tensor, *inputs: Tensor) -
 
     ``make`` is differentiable, and draws no random numbers.
     """
-    if not tracks(weight, *inputs):
+    if not tracks(weight, *inputs) or torch.compiler.is_compiling():  # which decides what to keep
         made = make(*inputs)
         return _linear_for(made, weight)(made, weight)
     y: Tensor = _Made.apply(make, weight, *inputs)
@@ -112,9 +118,9 @@ class _Made(torch.autograd.Function):
         return None, grad_weight, *[next(grads) if x.requires_grad else None for x in given]
 
 
-def _linear_for(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Callable[..., Tensor]:
-    """What runs the linear map of many tokens: ``F.linear``, where anything is out of the ordinary."""
-    if (
+def _linear_for(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str = "auto") -> Callable[..., Tensor]:
+    """What runs the linear map of many tokens: ``F.linear`` unasked, where anything is out of the ordinary."""
+    unusual = (
         not x.is_cpu
         or x.numel() <= FEW * x.shape[-1]
         or not weight.numel()
@@ -124,12 +130,23 @@ def _linear_for(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Callab
         or torch.is_autocast_enabled("cpu")
         or torch.compiler.is_compiling()
         or not plain(x, weight, bias)
-    ):
-        return F.linear
-    return _linear.choose(device="cpu", dtype=x.dtype, operands=operands(x.dtype))
+    )
+    products = None if unusual else operands(x.dtype)
+    large = not unusual and min(x.numel() // x.shape[-1], *weight.shape) >= LARGE
+    return _linear.choose(backend, device=x.device.type, dtype=x.dtype, operands=products, unusual=unusual, large=large)
 
 
-def _refuse_bfloat16(*, dtype: torch.dtype, **facts: Any) -> str | None:
+def _refuse_native(*, dtype: torch.dtype, large: bool = False, **facts: Any) -> str | None:
+    if dtype != torch.float32:
+        return f"is for float32 numbers, not for {dtype}"
+    if not large:
+        return f"is for ordinary CPU tensors of at least {LARGE} tokens and as many numbers of each, before and after"
+    return library.refuse(dtype=dtype, **facts)
+
+
+def _refuse_bfloat16(*, dtype: torch.dtype, unusual: bool = False, **facts: Any) -> str | None:
+    if unusual:
+        return "takes more than a few tokens, in ordinary CPU tensors of one dtype, outside of autocast and compilers"
     if dtype != torch.float32:
         return f"is for float32 numbers, not for {dtype}"
     return library.refuse(dtype=dtype, **facts) or refuse_narrow()
@@ -188,6 +205,7 @@ _linear = Operation(
     "linear",
     [
         Backend("bfloat16", product.linear, _refuse_bfloat16),
+        Backend("native", functools.partial(product.linear, operands=torch.float32), _refuse_native),
         Backend("torch", F.linear),
         Backend("reference", _linear_reference),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -29,16 +30,17 @@ def read_index(place: Path) -> dict[str, Any]:
     Raises ``StorageError`` when the folder holds no saved model, or one that a later release wrote.
     """
     path = place / INDEX
-    if not place.is_dir():
-        raise StorageError(f"{place}: {'not a folder' if place.exists() else 'no such folder'}; expected a saved model")
-    if not path.is_file():
-        raise StorageError(f"{place}: expected a saved model, but there is no {INDEX}")
     try:
         with open(path, "rb") as file:
             raw = file.read(_MAX_BYTES + 1)
         if len(raw) > _MAX_BYTES:
             raise StorageError(f"{path}: larger than {_MAX_BYTES // 2**20} MiB: not a saved model's index")
         index = json.loads(raw.decode("utf-8"))
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        if os.path.isdir(place):
+            raise StorageError(f"{place}: expected a saved model, but there is no {INDEX}") from None
+        what = "not a folder" if os.path.exists(place) else "no such folder"
+        raise StorageError(f"{place}: {what}; expected a saved model") from None
     except OSError as error:
         raise StorageError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

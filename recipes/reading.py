@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,12 +39,12 @@ def read_file(path: str | os.PathLike[str]) -> Any:
     """Plain data from a YAML or JSON file. Raises ``RecipeError`` naming the file."""
     source = str(path)
     try:
-        if not os.path.exists(path):
-            raise _fail(source, "no such file")
-        if not os.path.isfile(path):
+        if not stat.S_ISREG(os.stat(path).st_mode):
             raise _fail(source, "not a regular file")
         with open(path, "rb") as file:
             raw = file.read(MAX_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        raise _fail(source, "no such file") from None
     except (OSError, ValueError) as error:
         if isinstance(error, RecipeError):
             raise

@@ -33,6 +33,7 @@ from .composing import as_device, as_dtype, assemble
 from .index import INDEX, MODEL_FORMAT, VERSION, WEIGHTS, StorageError, expect_version, read_index
 from .loading import load_recipe
 from .recipe import Recipe
+from .replacing import making_folder, replacing
 
 STATE_FORMAT = "titans-build state"
 
@@ -69,13 +70,12 @@ def save(model: LanguageModel, folder: str | os.PathLike[str]) -> None:
         "weights": weights,
     }
     place = _path(folder, "folder")
-    with _writing(place):
-        place.mkdir(parents=True, exist_ok=True)
+    with _writing(place), making_folder(place):
         metadata = {"format": MODEL_FORMAT, "version": str(VERSION), "fingerprint": recipe.fingerprint, "tag": tag}
-        with _replacing(place / weights) as temporary:
+        with replacing(place / weights) as temporary:
             save_file(_stored(tensors), temporary, metadata)
         before = _named_weights(place)
-        with _replacing(place / INDEX) as temporary:
+        with replacing(place / INDEX) as temporary:
             temporary.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         _clean(place, keep=weights, before=before)
 
@@ -137,7 +137,7 @@ def save_state(state: State, path: str | os.PathLike[str], model: LanguageModel)
         "recipe": recipe.name or "",
         "rows": str(rows),
     }
-    with _writing(place), _replacing(place) as temporary:
+    with _writing(place), replacing(place) as temporary:
         save_file(_stored(tensors), temporary, metadata)
 
 
@@ -372,36 +372,6 @@ def _writing(place: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise StorageError(f"{place}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
-
-
-@contextlib.contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A temporary file in the target's folder that takes the target's place when the block ends well."""
-    temporary = target.parent / f".{target.name}.{secrets.token_hex(8)}.tmp"
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        # as any new file: what is written for one user alone would be unreadable to those it is shared with
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    _sync_folder(target.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` outlast a power cut, where the system can."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _named_weights(place: Path) -> str | None:

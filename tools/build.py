@@ -197,7 +197,7 @@ def _check_writable(folder: Path, replace: bool) -> None:
             place = place.parent
         taken = (folder / INDEX).exists()
     except (OSError, ValueError) as error:
-        raise UsageError(f"--out {folder}: {error}") from None
+        raise UsageError(f"--out {folder}: {getattr(error, 'strerror', None) or error}") from None
     if not place.is_dir():
         raise UsageError(f"--out {folder}: {place} is a file, not a folder")
     if not os.access(place, os.W_OK | os.X_OK):

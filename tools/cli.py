@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from .. import __version__
 from ..kernels.dispatch import BackendError
 from ..recipes import StorageError, packaged_names
-from ..registry import RecipeError, show
+from ..registry import RecipeError, nearest, show
 from . import build, check, describe, diagram, kernels, listing, schema
 from .terminal import UsageError, complain, prepare_streams, say_json
 
@@ -93,7 +93,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise ``UsageError`` with the message and the usage."""
-        raise UsageError(f"{message}\n{self.format_usage().strip()}\ntry: {self.prog} --help")
+        raise UsageError(f"{message}{self._nearest(message)}\n{self.format_usage().strip()}\ntry: {self.prog} --help")
+
+    def _nearest(self, message: str) -> str:
+        unknown = re.fullmatch(r"unrecognized arguments: (--?[\w-]+).*", message, re.DOTALL)
+        return nearest(unknown[1], list(self._option_string_actions)) if unknown else ""
 
 
 def parser_of(name: str | None) -> Parser:
@@ -142,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         stray = _stray(words) if str(error).startswith("unrecognized arguments") else None
         return _refuse(stray or str(error), 2, as_json)
     except (BackendError, StorageError) as error:
-        return _refuse(str(error), 2, as_json)
+        return _refuse(str(error), 1 if _is_full(error.__cause__) else 2, as_json)
     except KeyboardInterrupt:
         complain("interrupted")
         return 130
@@ -150,9 +154,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _give_up_output()
         return 1
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        if _is_full(error):
             _give_up_output()
-            return _refuse(f"the output cannot be written: {error.strerror}", 1, as_json=False)
+            return _refuse(f"the output cannot be written: {getattr(error, 'strerror', error)}", 1, as_json=False)
         memory = _out_of_memory(error)
         if memory is not None:
             return _refuse(memory, 1, as_json)
@@ -169,6 +173,13 @@ def run() -> NoReturn:
     """The console script."""
     prepare_streams()
     sys.exit(main())
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Whether a disk had no room, or failed: nothing that could have been typed otherwise."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+    # safetensors says what the system said, in words
+    return (isinstance(error, OSError) and error.errno in full) or "No space left on device" in str(error)
 
 
 def _give_up_output() -> None:

@@ -6,12 +6,15 @@ import argparse
 import dataclasses
 import sys
 from collections import Counter
+from pathlib import Path
 
 from .. import recipes
 from ..recipes.composing import assemble
+from ..recipes.replacing import replacing
 from ..registry import RecipeError, list_blocks, lookup
 from .options import add_recipe, load
-from .picture import box, draw_stack
+from .picture import draw_stack
+from .shapes import box
 from .survey import Part, survey_layer, with_shapes
 from .terminal import UsageError, count, in_bytes, say, say_json
 
@@ -35,8 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
     picture = draw(recipe, recipe.name or name)
     if arguments.out is not None:
         try:
-            with open(arguments.out, "w", encoding="utf-8") as file:
-                file.write(picture)
+            with replacing(Path(arguments.out)) as temporary:
+                temporary.write_text(picture, encoding="utf-8")
         except (OSError, ValueError) as error:
             raise UsageError(f"--out {arguments.out}: {getattr(error, 'strerror', None) or error}") from None
     if arguments.json:

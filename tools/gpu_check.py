@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import platform
 import re
 import subprocess
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 
 from ..blocks.placing import as_device
+from ..recipes.replacing import replacing
 from . import gpu_parity, gpu_speed
 from .terminal import Columns, UsageError, complain, in_bytes, prepare_streams, progress, say, say_columns, say_prose
 
@@ -125,9 +125,8 @@ def _write(results: dict[str, Any], target: Path | None) -> None:
     if target is None:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    partial.write_text(json.dumps(_plain(results), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, target)
+    with replacing(target) as temporary:
+        temporary.write_text(json.dumps(_plain(results), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _plain(value: Any) -> Any:

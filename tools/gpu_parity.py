@@ -187,10 +187,10 @@ class Memory(NamedTuple):
             for part in ("weights", "momentum", "anchor")
         }
         state = MemoryState(parts["weights"], parts["momentum"], parts["anchor"], given["position"])
+        q, k, v, theta = (given[name] for name in ("q", "k", "v", "theta"))
         y, after = titans_memory(
-            *(given[name] for name in ("q", "k", "v", "theta")), given.get("eta"), given.get("alpha"), state,
-            chunk=self.chunk, activation=self.activation, norm=given.get("gain"), mask=given.get("mask"),
-            backend=backend, clip=self.clip, read=self.read,
+            q, k, v, theta, given.get("eta"), given.get("alpha"), state, self.chunk, self.activation, given.get("gain"),
+            given.get("mask"), backend, clip=self.clip, read=self.read,
         )  # fmt: skip
         return [y, *after.weights, *after.momentum, *after.anchor]
 

@@ -21,6 +21,7 @@ from ..kernels.convolution import causal_convolution
 from ..kernels.gate import gate, swiglu
 from ..kernels.memory import MemoryState, titans_memory
 from ..kernels.memory.cost import memory_flops
+from ..kernels.memory.tokens import Tokens
 from ..kernels.normalisation import rms_norm
 
 Run = Callable[[], Any]
@@ -93,7 +94,8 @@ class Case(NamedTuple):
     make: Callable[[], Run]
     """Inputs and parameters; what is returned runs it once."""
     flops: float = 0
-    bytes: float = 0
+    moved: float = 0
+    """Bytes."""
     tokens: int = 0
 
 
@@ -142,7 +144,8 @@ def samples(run: Run, device: torch.device, seconds: float, least: int = 3, most
 def measure(case: Case, device: torch.device, sizes: Sizes, most: Ceiling) -> Row:
     """Run a case; one that fails, for want of memory say, is a row that says so."""
     gc.collect()
-    row = Row(*case[:4], *[math.nan] * 3, case.flops, case.bytes, math.nan, case.tokens, 0)
+    none = math.nan
+    row = Row(*case[:4], none, none, none, case.flops, case.moved, none, case.tokens, 0)
     try:
         run = case.make()
         if device.type == "cuda":
@@ -153,7 +156,7 @@ def measure(case: Case, device: torch.device, sizes: Sizes, most: Ceiling) -> Ro
     except (RuntimeError, MemoryError, ImportError) as error:  # a device's own errors are RuntimeErrors
         return row._replace(failed=(str(error).strip() or type(error).__name__).splitlines()[0])
     low, middle, high = statistics.quantiles(taken, n=4)
-    share = case.flops / middle / most.product if case.flops else case.bytes / middle / most.copy
+    share = case.flops / middle / most.product if case.flops else case.moved / middle / most.copy
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     return row._replace(seconds=middle, low=low, high=high, share=share, peak=peak)
 
@@ -225,13 +228,17 @@ def layer_shapes(d: int, expansion: int, layers: int) -> list[tuple[int, int]]:
     return [(out, in_) for in_, out in pairwise(widths)]
 
 
-def _tokens(device: torch.device, dtype: torch.dtype, rows: int, length: int, d: int) -> list[Tensor]:
+def _tokens(device: torch.device, dtype: torch.dtype, rows: int, length: int, d: int) -> Tokens:
     shape = (1, length, rows)
     q, k, v = (torch.randn(*shape, d, device=device) for _ in range(3))
     gates = (torch.sigmoid(torch.randn(shape, device=device) + bias) for bias in (-3, 1, -6))
     theta, eta, alpha = gates
-    found = [normalize(q, dim=-1), normalize(k, dim=-1), v, 0.1 * theta, eta, alpha]
-    return [x.to(dtype) for x in found]
+    return Tokens(normalize(q, dim=-1), normalize(k, dim=-1), v, 0.1 * theta, eta, alpha).map(lambda x: x.to(dtype))
+
+
+def _answers(tokens: Tokens, state: MemoryState, chunk: int, gain: Tensor, backend: str) -> Tensor:
+    q, k, v, theta, eta, alpha = tokens
+    return titans_memory(q, k, v, theta, eta, alpha, state, chunk=chunk, norm=gain, backend=backend)[0]
 
 
 def _memory(
@@ -244,13 +251,12 @@ def _memory(
         tokens = _tokens(device, dtype, sizes.heads, length, d)
         weights = [torch.randn(1, sizes.heads, out, in_, device=device) * in_**-0.5 for out, in_ in shapes]
         gain = torch.ones(sizes.heads, d, device=device, dtype=dtype)
-        leaves = [*tokens, gain, *weights]
+        leaves = [*(x for x in tokens if x is not None), gain, *weights]
         for leaf in leaves:
             leaf.requires_grad_(both)
 
         def forward() -> Tensor:
-            state = MemoryState.fresh(tuple(weights))
-            return titans_memory(*tokens, state, chunk=sizes.chunk, norm=gain, backend=backend)[0]
+            return _answers(tokens, MemoryState.fresh(tuple(weights)), sizes.chunk, gain, backend)
 
         return _passes(forward, leaves, both)
 
@@ -286,7 +292,7 @@ def decoding(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator
         shape = f"{sizes.stepping} x 1, d {d}, " + (f"expansion {expansion}" if layers > 1 else "one layer")
         for backend in _backends("memory", device, torch.float32, **facts):
             make = _step(device, dtype, sizes, shapes, backend)
-            yield Case("memory step", backend, shape, "forward", make, bytes=moved, tokens=sizes.stepping)
+            yield Case("memory step", backend, shape, "forward", make, moved=moved, tokens=sizes.stepping)
 
 
 def _step(
@@ -299,9 +305,7 @@ def _step(
         weights = [torch.randn(1, sizes.stepping, out, in_, device=device) * in_**-0.5 for out, in_ in shapes]
         gain = torch.ones(sizes.stepping, d, device=device, dtype=dtype)
         state = MemoryState.fresh(tuple(weights))
-        return _passes(
-            lambda: titans_memory(*tokens, state, chunk=sizes.chunk, norm=gain, backend=backend)[0], [], False
-        )
+        return _passes(lambda: _answers(tokens, state, sizes.chunk, gain, backend), [], False)
 
     return make
 
@@ -330,10 +334,10 @@ def streams(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator[
                     return _passes(lambda: run(backend, given), given, both)
 
                 # backward reads the inputs and the result's gradient, and writes as many gradients
-                moved = rows * width * element * (passes + (2 * inputs + 1 if both else 0))
+                moved: float = rows * width * element * (passes + (2 * inputs + 1 if both else 0))
                 if what == "SwiGLU":
-                    moved = rows * width * element * (1.5 + (2.5 if both else 0))
-                yield Case(what, backend, f"{rows} x {width}", "both" if both else "forward", make, bytes=moved)
+                    moved = rows * width * element * (4 if both else 1.5)
+                yield Case(what, backend, f"{rows} x {width}", "both" if both else "forward", make, moved=moved)
 
 
 def attentions(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:

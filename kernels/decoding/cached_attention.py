@@ -40,6 +40,15 @@ class Cache(NamedTuple):
     """``[batch, P, kv_heads, d]``."""
 
 
+class Form(NamedTuple):
+    """What is computed, apart from tensors: as of :func:`cached_attention`."""
+
+    heads: int
+    window: int | None
+    base: float | None
+    step: int
+
+
 def cached_attention(
     projected: Tensor,
     gain: Tensor | None,
@@ -69,7 +78,7 @@ def cached_attention(
         backend, device=projected.device.type, dtype=projected.dtype, same=cache.keys.dtype == projected.dtype,
         plain=plain(projected, gain, *cache),
     )  # fmt: skip
-    return run(projected, gain, cache, heads, window, base, step)
+    return run(projected, gain, cache, Form(heads, window, base, step))
 
 
 def prepare_attention(
@@ -85,19 +94,13 @@ def prepare_attention(
         and _operation.choose("auto", device="cpu", dtype=projected.dtype, same=True, plain=True) is _native
     ):
         return None
-    return _Prepared(projected, gain, heads, window, base, step)
+    return _Prepared(projected, gain, Form(heads, window, base, step))
 
 
 def _composed(
-    projected: Tensor,
-    gain: Tensor | None,
-    cache: Cache,
-    heads: int,
-    window: int | None,
-    base: float | None,
-    step: int,
-    backend: str = "auto",
+    projected: Tensor, gain: Tensor | None, cache: Cache, form: Form, backend: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor]:
+    heads, window, base, step = form
     time, slots, kv_heads = projected.shape[1], *cache.keys.shape[1:3]
     plain, v = projected.split_with_sizes((heads + kv_heads, kv_heads), dim=2)
     if gain is not None:
@@ -129,27 +132,17 @@ def _composed(
 _reference = functools.partial(_composed, backend="reference")
 
 
-def _native(
-    projected: Tensor,
-    gain: Tensor | None,
-    cache: Cache,
-    heads: int,
-    window: int | None,
-    base: float | None,
-    step: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    gain = None if gain is None else gain.contiguous()
-    return _Prepared(projected.contiguous(), gain, heads, window, base, step)(cache)
+def _native(projected: Tensor, gain: Tensor | None, cache: Cache, form: Form) -> tuple[Tensor, Tensor, Tensor]:
+    return _Prepared(projected.contiguous(), None if gain is None else gain.contiguous(), form)(cache)
 
 
 class _Prepared:
     """The kernel's call for ``projected`` where it lies, and one tensor for the outputs."""
 
-    def __init__(
-        self, projected: Tensor, gain: Tensor | None, heads: int, window: int | None, base: float | None, step: int
-    ) -> None:
+    def __init__(self, projected: Tensor, gain: Tensor | None, form: Form) -> None:
         batch, time, lines, d = projected.shape
-        self.window, self.base, self.time, self.d = window, base, time, d
+        heads, self.window, self.base, step = form
+        self.time, self.d = time, d
         self.kv_heads = (lines - heads) // 2
         self.y = torch.empty((batch, time // step, heads, d), dtype=projected.dtype)
         self.call = _KERNEL.prepared(
@@ -190,11 +183,24 @@ class _Prepared:
 _KERNEL = Kernel("cached_attention", 31, 1)
 
 
+def _outputs(projected: Tensor, gain: Tensor | None, cache: Cache, form: Form) -> tuple[Tensor, Tensor, Tensor]:
+    heads, window, _, step = form
+    batch, slots, kv_heads, d = cache.keys.shape
+    kept = projected.new_empty(batch, slots + projected.shape[1] if window is None else window - 1, kv_heads, d)
+    return projected[:, step - 1 :: step, :heads], kept, kept
+
+
 def _refuse(*, same: bool = True, **facts: Any) -> str | None:
     return library.refuse(**facts) if same else "takes one dtype"
 
 
 _operation = Operation(
     "cached_attention",
-    [Backend("native", _native, _refuse), Backend("torch", _composed), Backend("reference", _reference)],
+    [
+        Backend("native", _native, _refuse, opaque=True),
+        Backend("torch", _composed, opaque=True),
+        Backend("reference", _reference, opaque=True),
+    ],
+    _outputs,
+    [Cache, Form],
 )

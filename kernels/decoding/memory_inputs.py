@@ -39,56 +39,42 @@ class Inputs(NamedTuple):
     """For the next token; ``None`` without a convolution."""
 
 
-def memory_inputs(
-    x: Tensor,
-    weight: Tensor,
-    convolution: Tensor | None,
-    history: Tensor | None,
-    heads: int,
-    controls: Tensor,
-    bias: Tensor,
-    largest: float = 1.0,
-    *,
-    backend: str = "auto",
-) -> Inputs:
+class Layers(NamedTuple):
+    """What a token goes through on its way into a memory. For the query alone: without controls."""
+
+    weight: Tensor
+    """``[3 * heads * dim, in]``: what becomes q, then k, then v; for the query alone the first of them."""
+    convolution: Tensor | None
+    """``[3 * heads * dim, width]``, its last column on the token, or ``None``."""
+    heads: int
+    controls: Tensor | None = None
+    """``[gates * heads, in]``: each gate is a sigmoid."""
+    bias: Tensor | None = None
+    """``[gates * heads]``."""
+    largest: float = 1.0
+    """What the first gate is multiplied with."""
+
+
+def memory_inputs(x: Tensor, history: Tensor | None, layers: Layers, *, backend: str = "auto") -> Inputs:
     """From one token ``x`` ``[batch, 1, in]`` to what a memory learns: what ``gated_projection.few`` accepts.
 
-    Args:
-        weight: ``[3 * heads * dim, in]``: what becomes q, then k, then v.
-        convolution: ``[3 * heads * dim, width]``, its last column on the token, or ``None``.
-        history: ``[batch, width - 1, 3 * heads * dim]``: what was projected before.
-        controls: ``[gates * heads, in]`` and bias ``[gates * heads]``: each gate is a sigmoid.
-        largest: what the first gate is multiplied with.
+    ``history``: ``[batch, width - 1, 3 * heads * dim]``, what was projected before; ``None`` without a convolution.
     """
     run = _operation.choose(backend, device=x.device.type, dtype=x.dtype)
-    y, gates, history = run(x, weight, convolution, history, heads, controls, bias, largest)
+    y, gates, history = run(x, history, layers)
     q, k, v = y.unbind()
     return Inputs(q, k, v, gates, history)
 
 
-def memory_query(
-    x: Tensor,
-    weight: Tensor,
-    convolution: Tensor | None,
-    history: Tensor | None,
-    heads: int,
-    *,
-    backend: str = "auto",
-) -> Tensor:
-    """The query alone, ``[batch, 1, heads, dim]``; ``weight`` ``[heads * dim, in]``, the first of those above."""
+def memory_query(x: Tensor, history: Tensor | None, layers: Layers, *, backend: str = "auto") -> Tensor:
+    """The query alone, ``[batch, 1, heads, dim]``; ``history`` as of :func:`memory_inputs`."""
     run = _operation.choose(backend, device=x.device.type, dtype=x.dtype)
-    query: Tensor = run(x, weight, convolution, history, heads, None, None, 1.0)[0][0]
+    query: Tensor = run(x, history, layers)[0][0]
     return query
 
 
 def prepare_inputs(
-    weight: Tensor,
-    convolution: Tensor | None,
-    heads: int,
-    batch: int,
-    controls: Tensor | None = None,
-    bias: Tensor | None = None,
-    largest: float = 1.0,
+    layers: Layers, batch: int
 ) -> tuple[Inputs, Callable[[Tensor, Tensor | None], Tensor | None]] | None:
     """:func:`memory_inputs`, or without controls :func:`memory_query`, for many times one token of each row.
 
@@ -96,88 +82,73 @@ def prepare_inputs(
     which fills them and returns the next history; ``None`` where that gains nothing. Without controls, the query
     alone is there, and the history stays.
     """
+    weight, convolution, _, controls, bias, _ = layers
     if not (
         prepares(weight, convolution, controls, bias)
         and _operation.choose("auto", device="cpu", dtype=weight.dtype) is _native
     ):
         return None
-    channels, width = weight.shape
-    parts, gates = (1, 0) if controls is None else (3, controls.shape[0])
-    dim = channels // (parts * heads)
-    y = torch.empty((parts, batch, 1, heads, dim), dtype=weight.dtype)
-    gate = torch.empty((gates // heads, batch, 1, heads), dtype=weight.dtype)
-    taps = 1 if convolution is None else convolution.shape[1]
+    y, gate, sizes = _results(layers, batch)
+    learns = controls is not None
     call = _KERNEL.prepared(
-        weight.dtype, 8, 5, threads_for(weight), batch, width, heads, dim, taps, gates, parts, *[0] * 5,
-        weight, controls, bias, convolution, y, gate if gates else None, largest, EPS,
-    )  # fmt: skip
+        weight.dtype, 8, 5, *sizes, *[0] * 5, weight, controls, bias, convolution, y, gate, layers.largest, EPS
+    )
 
     def run(x: Tensor, history: Tensor | None) -> Tensor | None:
         x = x.contiguous()
         if history is None:
             call(x.data_ptr(), 0, 0, 0, 0)
             return None
-        history = history if history.stride(2) == 1 else history.contiguous()
-        row, token, _ = history.stride()
-        new = torch.empty_like(history, memory_format=torch.contiguous_format) if gates else history
-        call(x.data_ptr(), history.data_ptr(), row, token, new.data_ptr() if gates else 0)
-        return new
+        history, row, token, new = _histories(history, learns)
+        call(x.data_ptr(), history.data_ptr(), row, token, address(new))
+        return new if learns else history
 
-    return Inputs(y[0], y[parts // 2], y[-1], gate.unbind(), None), run
+    return Inputs(y[0], y[len(y) // 2], y[-1], () if gate is None else gate.unbind(), None), run
 
 
 _Outputs: TypeAlias = tuple[Tensor, tuple[Tensor, ...], Tensor | None]
 """``[parts, batch, 1, heads, dim]``, the gates, and the next history."""
 
 
-def _native(
-    x: Tensor,
-    weight: Tensor,
-    convolution: Tensor | None,
-    history: Tensor | None,
-    heads: int,
-    controls: Tensor | None,
-    bias: Tensor | None,
-    largest: float,
-) -> _Outputs:
-    x, weight = x.contiguous(), weight.contiguous()
-    controls, bias = (None if t is None else t.contiguous() for t in (controls, bias))
-    batch, (channels, width) = x.shape[0], weight.shape
-    parts = 1 if controls is None else 3
-    dim = channels // (parts * heads)
-    taps, row, token, new_history = 1, 0, 0, None
-    if convolution is not None and history is not None:
-        convolution = convolution.contiguous()
-        taps = convolution.shape[1]
-        history = history if history.stride(2) == 1 else history.contiguous()
-        row, token, _ = history.stride()
-        if controls is not None:
-            new_history = torch.empty_like(history, memory_format=torch.contiguous_format)
-    y = torch.empty((parts, batch, 1, heads, dim), dtype=x.dtype)
-    gate, gates = None, 0
-    if controls is not None:
-        gates = controls.shape[0]
-        gate = torch.empty((gates // heads, batch, 1, heads), dtype=x.dtype)
+def _native(x: Tensor, history: Tensor | None, layers: Layers) -> _Outputs:
+    x, weight, largest = x.contiguous(), layers.weight.contiguous(), layers.largest
+    controls, bias = (None if t is None else t.contiguous() for t in (layers.controls, layers.bias))
+    convolution, row, token, new = None, 0, 0, None
+    if history is None:
+        layers = layers._replace(convolution=None)
+    elif layers.convolution is not None:
+        convolution = layers.convolution.contiguous()
+        history, row, token, new = _histories(history, controls is not None)
+    y, gate, sizes = _results(layers, x.shape[0])
     _KERNEL(
-        x.dtype, threads_for(weight), batch, width, heads, dim, taps, gates, parts,
-        x.data_ptr(), address(history), row, token, address(new_history),
+        x.dtype, *sizes, x.data_ptr(), address(history), row, token, address(new),
         weight.data_ptr(), address(controls), address(bias), address(convolution), y.data_ptr(), address(gate),
         largest, EPS,
     )  # fmt: skip
-    return y, () if gate is None else gate.unbind(), new_history
+    return y, () if gate is None else gate.unbind(), new
 
 
-def _composed(
-    x: Tensor,
-    weight: Tensor,
-    convolution: Tensor | None,
-    history: Tensor | None,
-    heads: int,
-    controls: Tensor | None,
-    bias: Tensor | None,
-    largest: float,
-    backend: str = "auto",
-) -> _Outputs:
+def _results(layers: Layers, batch: int) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:
+    """Tensors for what the kernel computes: outputs, gates; and how many there are of what, as it takes it."""
+    weight, convolution, heads, controls, _, _ = layers
+    channels, width = weight.shape
+    parts, gates = (1, 0) if controls is None else (3, controls.shape[0])
+    dim = channels // (parts * heads)
+    taps = 1 if convolution is None else convolution.shape[1]
+    y = torch.empty((parts, batch, 1, heads, dim), dtype=weight.dtype)
+    gate = torch.empty((gates // heads, batch, 1, heads), dtype=weight.dtype) if gates else None
+    return y, gate, (threads_for(weight), batch, width, heads, dim, taps, gates, parts)
+
+
+def _histories(history: Tensor, learns: bool) -> tuple[Tensor, int, int, Tensor | None]:
+    """The history with its numbers dense, from row to row, from token to token; and a tensor for the next one."""
+    history = history if history.stride(2) == 1 else history.contiguous()
+    row, token, _ = history.stride()
+    return history, row, token, torch.empty_like(history, memory_format=torch.contiguous_format) if learns else None
+
+
+def _composed(x: Tensor, history: Tensor | None, layers: Layers, backend: str = "auto") -> _Outputs:
+    weight, convolution, heads, controls, bias, largest = layers
     projected, channels = project(x, weight, backend=backend), weight.shape[0]
     if convolution is not None and history is not None:
         past = torch.cat((history[..., :channels], projected), dim=1)
@@ -195,9 +166,22 @@ def _composed(
 _reference = functools.partial(_composed, backend="reference")
 
 
+def _outputs(x: Tensor, history: Tensor | None, layers: Layers) -> _Outputs:
+    weight, convolution, heads, controls, _, _ = layers
+    parts, gates = (1, 0) if controls is None else (3, controls.shape[0] // heads)
+    y = x.new_empty(parts, x.shape[0], 1, heads, weight.shape[0] // (parts * heads))
+    return y, (y[0, ..., 0],) * gates, None if convolution is None or controls is None else history
+
+
 _KERNEL = Kernel("memory_inputs", 19, 2)
 
 _operation = Operation(
     "memory_inputs",
-    [Backend("native", _native, library.refuse), Backend("torch", _composed), Backend("reference", _reference)],
+    [
+        Backend("native", _native, library.refuse, opaque=True),
+        Backend("torch", _composed),
+        Backend("reference", _reference),
+    ],
+    _outputs,
+    [Layers],
 )

@@ -13,7 +13,7 @@ from torch import Tensor
 from .activation import ACTIVATIONS
 from .buffers import Adjoint, Scratch, Work
 from .decay import ChunkDecay
-from .reading import EPS
+from .torch_reading import EPS
 
 
 class ReadGrad(NamedTuple):

@@ -6,13 +6,12 @@ Independent of ``reference`` (no autograd inside: the errors are back-propagated
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .state import MemoryState
+from .tokens import Options, Tokens
 
 _SQRT_HALF = 0.5**0.5
 
@@ -70,27 +69,14 @@ def _errors(
 
 
 def closed_form_memory(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    theta: Tensor,
-    eta: Tensor | None,
-    alpha: Tensor | None,
-    state: MemoryState,
-    *,
-    chunk: int,
-    activation: str = "gelu",
-    norm: Tensor | None = None,
-    mask: Tensor | None = None,
-    clip: float | None = None,
-    read: str = "after",
+    tokens: Tokens, state: MemoryState, norm: Tensor | None, mask: Tensor | None, options: Options
 ) -> tuple[Tensor, MemoryState]:
-    """The closed form of a chunk, product by product as written; arguments and result as ``titans_memory``."""
-    rows, time = q.shape[:2]
+    """The closed form of a chunk, product by product as written."""
+    chunk, (rows, time), v = options.chunk, tokens.q.shape[:2], tokens.v
     results = []
     for row in range(rows):
-        real = torch.arange(time, device=q.device) if mask is None else mask[row].nonzero()[:, 0]
-        picked = [None if x is None else x[row, real].transpose(0, 1) for x in (q, k, v, theta, eta, alpha)]
+        real = torch.arange(time, device=v.device) if mask is None else mask[row].nonzero()[:, 0]
+        picked = tokens.map(lambda x: x[row, real].transpose(0, 1))  # noqa: B023
         at = int(state.position[row])
         weights, anchor = [w[row] for w in state.weights], [w[row] for w in state.anchor]
         momentum = [w[row] for w in state.momentum]
@@ -99,8 +85,7 @@ def closed_form_memory(
             if at % chunk == 0:
                 anchor = weights
             stop = min(done + chunk - at % chunk, len(real))
-            piece: list[Any] = [None if x is None else x[:, done:stop] for x in picked]
-            y, weights, momentum = _chunk(piece, weights, momentum, anchor, activation, norm, clip, read)
+            y, weights, momentum = _chunk(picked.at(slice(done, stop)), weights, momentum, anchor, norm, options)
             pieces.append(y)
             at, done = at + stop - done, stop
         if len(real) and at % chunk == 0:
@@ -116,22 +101,23 @@ def closed_form_memory(
 
 
 def _chunk(
-    piece: list[Any],
+    tokens: Tokens,
     weights: list[Tensor],
     momentum: list[Tensor],
     anchor: list[Tensor],
-    activation: str,
     gain: Tensor | None,
-    clip: float | None,
-    read: str,
+    options: Options,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    q, k, v, theta, eta, alpha = piece
+    """One chunk, or a part of one, of a single row: tokens ``[heads, time, ...]``, the state ``[heads, out, in]``."""
+    q, k, v, theta, eta, alpha = tokens
+    _, activation, clip, read, *_ = options
     inputs, errors = _errors(anchor, k, v, activation, gain)
     gradients = [2 * error for error in errors]
     if clip is not None:
         squares = [g.square().sum(-1) * a.square().sum(-1) for g, a in zip(gradients, inputs)]
-        length = torch.stack(squares).sum(0).sqrt()
-        theta = theta * clip / length.clamp(min=clip)
+        # bounded under the root, which has no derivative at 0
+        length = torch.stack(squares).sum(0).clamp(min=clip**2).sqrt()
+        theta = theta * clip / length
     decay = _products(torch.ones_like(theta) if alpha is None else 1 - alpha)
     lasting = _products(torch.zeros_like(theta) if eta is None else eta)
     A, D, E, H = decay[..., 0], decay[..., 1:], lasting[..., 0], lasting[..., 1:]

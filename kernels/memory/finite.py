@@ -10,18 +10,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .tokens import Tokens
 
-def cuts_before_infinities(
-    k: Tensor, v: Tensor, theta: Tensor, eta: Tensor | None, alpha: Tensor | None, mask: Tensor | None
-) -> list[int]:
+
+def cuts_before_infinities(tokens: Tokens, mask: Tensor | None) -> list[int]:
     """The tokens before which to cut, in order: of each row and head the first real one with NaN or infinity in it.
 
-    Arguments as of ``titans_memory``. None before token 0: nothing comes before it. Tensors without values, or that
-    something transforms, are not looked into: ``[]``.
+    Queries are not looked at: nothing hears of them but their own answer. None before token 0: nothing comes before
+    it. Tensors without values, or that something transforms, are not looked into: ``[]``.
     """
+    _, k, *others = tokens
     if k.shape[1] < 2 or torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
         return []
-    inputs = [x.detach() for x in (k, v, theta, eta, alpha) if x is not None]
+    inputs = [x.detach() for x in (k, *others) if x is not None]
     if k.is_meta or bool(torch.stack([x.sum() for x in inputs]).isfinite().all()):
         return []
     finite = [x.isfinite() for x in inputs]

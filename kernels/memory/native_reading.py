@@ -12,7 +12,8 @@ from ..native import library
 from ..native.kernel import Kernel, address, tracks
 from ..native.operands import operands
 from ..native.pages import fresh
-from .native import ACTIVATIONS, LAYERS, dense
+from .activation import NUMBERS
+from .native import LAYERS, dense
 
 _SIZES = 5 + LAYERS + 1
 _run = Kernel("read_run", _SIZES + 4 * 4 + 2 + 2 * 3 * LAYERS + 2, 0)
@@ -85,7 +86,7 @@ def _call(
     ]  # fmt: skip
     gain = None if norm is None else norm.contiguous()
     _run(
-        products, batch, time, heads, layers, ACTIVATIONS[activation], *widths,
+        products, batch, time, heads, layers, NUMBERS[activation], *widths,
         *(n for x in (q, y, grad_q, grad) for n in _sequence(x)), address(gain), address(grad_norm),
         *matrices(weights), *matrices(grad_weights), grad is not None,
         max(1, min(torch.get_num_threads(), batch * heads)),

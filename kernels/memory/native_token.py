@@ -16,10 +16,9 @@ from torch import Tensor
 
 from ..native.kernel import threads_worth
 from ..native.library import library, refuse
+from .activation import NUMBERS
 from .state import MemoryState
-
-ACTIVATIONS = {"identity": 0, "relu": 1, "silu": 2, "gelu": 3}
-"""As ``enum activation`` numbers them."""
+from .tokens import Options, Tokens
 
 WITHIN, STARTS, MASKED = range(3)
 """What a row's token is, as ``enum row`` numbers it: inside its chunk, the first of it, or no token at all."""
@@ -39,49 +38,23 @@ def refuse_token(*, dtype: torch.dtype, time: int = 1, grad: bool = False, **fac
 
 
 def native_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    theta: Tensor,
-    eta: Tensor | None,
-    alpha: Tensor | None,
-    state: MemoryState,
-    *,
-    chunk: int,
-    activation: str,
-    norm: Tensor | None,
-    mask: Tensor | None,
-    clip: float | None,
-    read: str,
+    tokens: Tokens, state: MemoryState, norm: Tensor | None, mask: Tensor | None, options: Options
 ) -> tuple[Tensor, MemoryState]:
     """``titans_memory`` for ``time = 1`` without gradients. Rows may be at different positions."""
     shapes = [(weight.shape[2], weight.shape[3]) for weight in state.weights]
-    step = Step(q, k, v, theta, eta, alpha, shapes, chunk=chunk, activation=activation, norm=norm, clip=clip, read=read)
-    return step(state, mask)
+    return Step(tokens, shapes, norm, options)(state, mask)
 
 
 class Step:
     """:func:`native_step` for tokens that lie in ever the same tensors; the outputs ``y`` are one tensor too."""
 
     def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        theta: Tensor,
-        eta: Tensor | None,
-        alpha: Tensor | None,
-        shapes: Sequence[tuple[int, int]],
-        *,
-        chunk: int,
-        activation: str,
-        norm: Tensor | None,
-        clip: float | None,
-        read: str,
+        self, tokens: Tokens, shapes: Sequence[tuple[int, int]], norm: Tensor | None, options: Options
     ) -> None:
-        self.shapes, self.heads, self.chunk, self.clip, self.momentum = shapes, q.shape[2], chunk, clip, eta is not None
-        self.y = _like(v)
-        self._call = _Call("step", shapes, activation, read == "after", [q, k, v], [theta, eta, alpha], norm, self.y)
+        self.shapes, self.heads, self.momentum = shapes, tokens.q.shape[2], tokens.eta is not None
+        self.chunk, activation, self.clip, read, *_ = options
+        self.y = _like(tokens.v)
+        self._call = _Call("step", shapes, activation, read == "after", tokens[:3], tokens[3:], norm, self.y)
 
     def __call__(self, state: MemoryState, mask: Tensor | None = None) -> tuple[Tensor, MemoryState]:
         weights, momentum, anchor, position = state
@@ -161,7 +134,7 @@ class _Call:
         self.held = [y]
         size = batch * heads * y.element_size() * sum([out * before for out, before in shapes])
         threads = min(threads_worth(size), batch * heads)
-        fields = [batch, heads, len(shapes), ACTIVATIONS[activation], after, threads]
+        fields = [batch, heads, len(shapes), NUMBERS[activation], after, threads]
         for x in tokens:
             fields += _NONE if x is None else _dense(x, heads, x.shape[3], self.held)
         for x in gates:

@@ -1,8 +1,10 @@
-"""The memory operation: its promised signature, the checks of its arguments, and the choice of a path."""
+"""The memory operation: its promised signature, and the choice of a path."""
 
 from __future__ import annotations
 
-from itertools import pairwise
+import functools
+from collections.abc import Callable
+from itertools import pairwise, starmap
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from ..dispatch import Backend, Operation
 from ..native.kernel import plain
 from ..precision import full_precision
 from ..triton import availability as triton
-from .activation import ACTIVATIONS
+from .checks import check_memory
 from .closed_form import closed_form_memory
 from .finite import cuts_before_infinities
 from .native import native_memory, refuse_native
@@ -21,6 +23,7 @@ from .pieces import piecewise_memory
 from .reference import reference_memory
 from .state import MemoryState
 from .step import step_memory
+from .tokens import Options, Path, Tokens
 
 
 def titans_memory(
@@ -71,8 +74,12 @@ def titans_memory(
         ValueError, TypeError: an argument does not fit; the message names it.
         BackendError: the chosen path cannot take these arguments; the message says why.
     """
-    _check(q, k, v, theta, eta, alpha, state, chunk, activation, norm, mask, clip, read, keep)
-    tensors = (q, k, v, theta, eta, alpha, norm, *state.weights, *state.momentum, *state.anchor)
+    tokens, options = (
+        Tokens(q, k, v, theta, eta, alpha),
+        Options(chunk, activation, clip, read, keep, _HALF.get(q.dtype)),
+    )
+    check_memory(tokens, state, norm, mask, options)
+    tensors = (*tokens, norm, *state.weights, *state.momentum, *state.anchor)
     compute = torch.promote_types(torch.promote_types(q.dtype, state.weights[0].dtype), torch.float32)
     run = MEMORY.choose(
         backend,
@@ -86,28 +93,33 @@ def titans_memory(
         grad=torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors),
     )
     if any(x is not None and x.dtype != compute for x in tensors):
-        q_, k, v, theta = (x.to(compute) for x in (q, k, v, theta))
-        eta, alpha, norm = (None if x is None else x.to(compute) for x in (eta, alpha, norm))
+        tokens, norm = tokens.map(lambda x: x.to(compute)), None if norm is None else norm.to(compute)
         cast = lambda part: tuple(x.to(compute) for x in part)  # noqa: E731
         state = MemoryState(cast(state.weights), cast(state.momentum), cast(state.anchor), state.position)
-    else:
-        q_ = q
-    options = dict(chunk=chunk, activation=activation, norm=norm, mask=mask, clip=clip, read=read)
-    if run in (native_memory, _triton, piecewise_memory):
-        options["keep"] = keep
-    cuts = cuts_before_infinities(k, v, theta, eta, alpha, mask)
     with full_precision(q.device.type):
-        if not cuts:
-            y, state = run(q_, k, v, theta, eta, alpha, state, **options)
-        else:
-            outputs = []
-            for start, stop in pairwise([0, *cuts, q.shape[1]]):
-                options["mask"] = None if mask is None else mask[:, start:stop]
-                piece = (None if x is None else x[:, start:stop] for x in (q_, k, v, theta, eta, alpha))
-                y, state = run(*piece, state, **options)
-                outputs.append(y)
-            y = torch.cat(outputs, dim=1)
+        y, state = run(tokens, state, norm, mask, options)
     return y.to(q.dtype), state
+
+
+_HALF = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def _backend(name: str, path: Path, refuse: Callable[..., str | None] = lambda **facts: None) -> Backend:
+    """A path that is given stretches of a sequence which are finite but for their first token."""
+
+    def run(
+        tokens: Tokens, state: MemoryState, norm: Tensor | None, mask: Tensor | None, options: Options
+    ) -> tuple[Tensor, MemoryState]:
+        cuts = cuts_before_infinities(tokens, mask)
+        if not cuts:
+            return path(tokens, state, norm, mask, options)
+        outputs = []
+        for span in starmap(slice, pairwise([0, *cuts, tokens.q.shape[1]])):
+            y, state = path(tokens.at(span), state, norm, None if mask is None else mask[:, span], options)
+            outputs.append(y)
+        return torch.cat(outputs, dim=1), state
+
+    return Backend(name, run, refuse, opaque=True)
 
 
 def _refuse_step(*, time: int = 1, grad: bool = False, **facts: object) -> str | None:
@@ -116,136 +128,47 @@ def _refuse_step(*, time: int = 1, grad: bool = False, **facts: object) -> str |
     return "has no backward; gradients are wanted" if grad else None
 
 
-def _triton(*tensors: Any, **options: Any) -> tuple[Tensor, MemoryState]:
+def _triton(
+    tokens: Tokens, state: MemoryState, norm: Tensor | None, mask: Tensor | None, options: Options
+) -> tuple[Tensor, MemoryState]:
+    from ..triton.schedule import operands
     from .triton_network import TritonNetwork
 
-    return piecewise_memory(*tensors, network=TritonNetwork, **options)
+    products = operands(tokens.q.dtype, None if options.half is None else getattr(torch, options.half))
+    network = functools.partial(TritonNetwork, products=products)
+    return piecewise_memory(tokens, state, norm, mask, options, network)
 
 
-def _refuse_triton(*, layers: int = 1, chunk: int = 1, width: int = 1, **facts: Any) -> str | None:
-    if layers > 2:
-        return f"takes one or two layers, not {layers}"
+def _refuse_triton(*, chunk: int = 1, **facts: Any) -> str | None:
     if chunk > 128:
         return f"takes chunks of up to 128 tokens, not {chunk}"
-    if width > 128:
-        return f"takes heads of up to 128 numbers, not {width}"
-    return triton.refuse(**facts)
+    return triton.refuse_memory(**facts)
+
+
+def _triton_step(
+    tokens: Tokens, state: MemoryState, norm: Tensor | None, mask: Tensor | None, options: Options
+) -> tuple[Tensor, MemoryState]:
+    from .triton_token import triton_step
+
+    return triton_step(tokens, state, norm, mask, options)
+
+
+def _refuse_triton_step(**facts: Any) -> str | None:
+    return _refuse_step(**facts) or triton.refuse_memory(**facts)
 
 
 MEMORY = Operation(
     "memory",
     [
-        Backend("native_step", native_step, refuse_token),
-        Backend("step", step_memory, _refuse_step),
-        Backend("native", native_memory, refuse_native),
-        Backend("triton", _triton, _refuse_triton),
-        Backend("torch", piecewise_memory),
-        Backend("closed_form", closed_form_memory),
-        Backend("reference", reference_memory),
+        _backend("native_step", native_step, refuse_token),
+        _backend("triton_step", _triton_step, _refuse_triton_step),
+        _backend("step", step_memory, _refuse_step),
+        _backend("native", native_memory, refuse_native),
+        _backend("triton", _triton, _refuse_triton),
+        _backend("torch", piecewise_memory),
+        _backend("closed_form", closed_form_memory),
+        _backend("reference", reference_memory),
     ],
+    lambda tokens, state, *others: (tokens.v, state),
+    [Tokens, MemoryState, Options],
 )
-
-
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    theta: Tensor,
-    eta: Tensor | None,
-    alpha: Tensor | None,
-    state: MemoryState,
-    chunk: int,
-    activation: str,
-    norm: Tensor | None,
-    mask: Tensor | None,
-    clip: float | None,
-    read: str,
-    keep: int | None,
-) -> None:
-    """Cheap when all is well, for decoding pays it at every token; messages are made only for what is wrong."""
-    if not isinstance(state, MemoryState):
-        raise TypeError(f"state: expected a MemoryState (MemoryState.fresh(weights)), got {type(state).__name__}")
-    for name, part in (("weights", state.weights), ("momentum", state.momentum), ("anchor", state.anchor)):
-        if not isinstance(part, tuple):
-            raise TypeError(f"state.{name}: expected a tuple of tensors, got {type(part).__name__}")
-    tensors = [("q", q), ("k", k), ("v", v), ("theta", theta)]
-    tensors += [(n, x) for n, x in (("eta", eta), ("alpha", alpha), ("norm", norm)) if x is not None]
-    stacks = [("weights", state.weights), ("momentum", state.momentum), ("anchor", state.anchor)]
-    tensors += [(f"state.{n}[{l}]", w) for n, part in stacks for l, w in enumerate(part)]
-    for name, x in tensors:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-        if not x.is_floating_point():
-            raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{name}: expected device {q.device} as q, got {x.device}")
-    if q.dim() != 4:
-        raise ValueError(f"q: expected [batch, time, heads, d_in], got {list(q.shape)}")
-    batch, time, heads, d_in = q.shape
-    if v.dim() != 4:
-        raise ValueError(f"v: expected [batch, time, heads, d_out], got {list(v.shape)}")
-    d_out = v.shape[3]
-    per_token = (batch, time, heads)
-    for name, given, shape in (
-        ("k", k, q.shape),
-        ("v", v, (*per_token, d_out)),
-        ("theta", theta, per_token),
-        ("eta", eta, per_token),
-        ("alpha", alpha, per_token),
-    ):
-        if given is not None and given.shape != shape:
-            raise ValueError(f"{name}: expected {list(shape)} to go with q {list(q.shape)}, got {list(given.shape)}")
-    if not state.weights:
-        raise ValueError("state.weights: expected at least one layer, got none")
-    width = d_in
-    for l, w in enumerate(state.weights):
-        shape = w.shape
-        if len(shape) != 4 or shape[0] != batch or shape[1] != heads or shape[3] != width:
-            raise ValueError(
-                f"state.weights[{l}]: expected [batch={batch}, heads={heads}, out, in={width}] to go with q, "
-                f"got {list(w.shape)}"
-            )
-        width = shape[2]
-    if width != d_out:
-        raise ValueError(f"state.weights[{len(state.weights) - 1}]: expected out={d_out} to go with v, got {width}")
-    shapes, dtype = [w.shape for w in state.weights], state.weights[0].dtype
-    if dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"state.weights[0]: expected float32 or float64, got {dtype}")
-    for name, part in stacks:
-        if name == "momentum" and eta is None and not part:
-            continue
-        if [x.shape for x in part] != shapes:
-            raise ValueError(
-                f"state.{name}: expected the shapes of state.weights {[list(w.shape) for w in state.weights]}, "
-                f"got {[list(x.shape) for x in part]}"
-            )
-        for l, x in enumerate(part):
-            if x.dtype != dtype:
-                raise TypeError(f"state.{name}[{l}]: expected {dtype} as state.weights[0], got {x.dtype}")
-    position = state.position
-    if not isinstance(position, Tensor) or position.shape != (batch,) or position.dtype != torch.int64:
-        got = f"{position.dtype} {list(position.shape)}" if isinstance(position, Tensor) else repr(position)
-        raise ValueError(f"state.position: expected int64 [{batch}], got {got}")
-    if position.device != q.device:
-        raise ValueError(f"state.position: expected device {q.device} as q, got {position.device}")
-    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
-        raise ValueError(f"chunk: expected a whole number of tokens >= 1, got {chunk!r}")
-    if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {', '.join(sorted(ACTIVATIONS))}, got {activation!r}")
-    if norm is not None:
-        if d_in != d_out:
-            raise ValueError(f"norm: a residual memory needs d_in = d_out, got {d_in} and {d_out}")
-        if norm.shape != (heads, d_out):
-            raise ValueError(f"norm: expected a gain [heads={heads}, d_out={d_out}], got {list(norm.shape)}")
-    if mask is not None:
-        if not isinstance(mask, Tensor) or mask.shape != (batch, time) or mask.dtype != torch.bool:
-            got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
-            raise ValueError(f"mask: expected bool [{batch}, {time}], got {got}")
-        if mask.device != q.device:
-            raise ValueError(f"mask: expected device {q.device} as q, got {mask.device}")
-    if clip is not None and not (isinstance(clip, (int, float)) and clip > 0):
-        raise ValueError(f"clip: expected a norm > 0 or None, got {clip!r}")
-    if read not in ("after", "before"):
-        raise ValueError(f"read: expected 'after' or 'before', got {read!r}")
-    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
-        raise ValueError(f"keep: expected a whole number of chunks >= 1, got {keep!r}")

@@ -7,39 +7,26 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..native.kernel import prepares
-from .native_token import Read, Step, native_read, native_step
+from .native_token import Read, Step, native_read
 from .operation import MEMORY
 from .reading import READING
+from .tokens import Options, Tokens
 
 
 def prepare_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    theta: Tensor,
-    eta: Tensor | None,
-    alpha: Tensor | None,
-    shapes: Sequence[tuple[int, int]],
-    *,
-    chunk: int,
-    activation: str,
-    norm: Tensor | None,
-    clip: float | None,
-    read: str,
+    tokens: Tokens, shapes: Sequence[tuple[int, int]], norm: Tensor | None, options: Options
 ) -> Step | None:
-    """``titans_memory`` of one token of each row, which lies in ``q`` to ``alpha`` each time; ``None``: gains nothing.
+    """``titans_memory`` of one token of each row, which lies in ``tokens`` each time; ``None``: gains nothing.
 
     A function of the state, with networks of layers of ``shapes`` ``(out, in)``; ``y`` is written over by the next
-    call. Without gradients, states in the dtype of ``q``.
+    call. Without gradients, states in the dtype of the tokens.
     """
-    if prepares(q, k, v, theta, eta, alpha, norm):
+    if prepares(*tokens, norm):
         run = MEMORY.choose(
-            device="cpu", dtype=q.dtype, time=1, chunk=chunk, layers=len(shapes), plain=True, grad=False
+            device="cpu", dtype=tokens.q.dtype, time=1, chunk=options.chunk, layers=len(shapes), plain=True, grad=False
         )
-        if run is native_step:
-            return Step(
-                q, k, v, theta, eta, alpha, shapes, chunk=chunk, activation=activation, norm=norm, clip=clip, read=read
-            )
+        if run is MEMORY.backends["native_step"].run:
+            return Step(tokens, shapes, norm, options)
     return None
 
 

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..arguments import expect_tensors
 from ..dispatch import Backend, Operation
 from ..native.kernel import plain, tracks
 from ..precision import full_precision
+from ..triton import availability as triton
 from .activation import ACTIVATIONS
 from .native_reading import native_reading, refuse_reading
 from .native_token import native_read, refuse_token
 from .reference import memory_network
-
-EPS = 1e-6
+from .torch_reading import torch_reading
 
 
 def read_memory(
@@ -51,11 +47,13 @@ def read_memory(
         dtype=compute,
         time=q.shape[1],
         layers=len(weights),
+        width=max(q.shape[3], weights[-1].shape[2]),
         plain=plain(q, norm, *weights),
         grad=tracks(q, norm, *weights),
     )
     with full_precision(q.device.type):
-        asked = q if q.dtype == compute else q.to(compute)
+        # that one widens what it loads, and multiplies in the dtype that it was given
+        asked = q if q.dtype == compute or run is READING.backends["triton"].run else q.to(compute)
         gain = norm if norm is None or norm.dtype == compute else norm.to(compute)
         y = run(asked, weights, activation, gain)
         return y if y.dtype == q.dtype else y.to(q.dtype)
@@ -87,93 +85,10 @@ def _check(q: Tensor, weights: tuple[Tensor, ...], activation: str, norm: Tensor
         raise ValueError(f"read_memory: norm {list(norm.shape)}: expected [{heads}, {width}], as wide as q")
 
 
-def _torch(q: Tensor, weights: tuple[Tensor, ...], activation: str, norm: Tensor | None) -> Tensor:
-    if tracks(q, norm, *weights):
-        return _Recomputed.apply(activation, q, norm, *weights)
-    batch, time, heads, _ = q.shape
-    if time > 1:
-        return _through(q, weights, activation, norm)
-    gain = None if norm is None else per_row(norm, batch)
-    y = answer(q.reshape(batch * heads, 1, -1), [w.flatten(0, 1) for w in weights], activation, gain)
-    return y.view(batch, 1, heads, -1)
+def _triton(q: Tensor, weights: tuple[Tensor, ...], activation: str, norm: Tensor | None) -> Tensor:
+    from .triton_reading import triton_reading
 
-
-def _through(q: Tensor, weights: Sequence[Tensor], activation: str, norm: Tensor | None) -> Tensor:
-    h = x = q.transpose(1, 2)
-    for layer, weight in enumerate(weights):
-        if layer:
-            h = ACTIVATIONS[activation].value(h)
-        h = h @ weight.mT
-    if norm is not None:
-        h = x + F.layer_norm(h, h.shape[-1:], eps=EPS) * norm.unsqueeze(1)
-    return h.transpose(1, 2)
-
-
-class _Recomputed(torch.autograd.Function):
-    """Keeps the queries and the weights, which exist anyway, and no hidden value."""
-
-    @staticmethod
-    def forward(ctx: Any, activation: str, q: Tensor, norm: Tensor | None, *weights: Tensor) -> Tensor:
-        ctx.save_for_backward(q, norm, *weights)
-        ctx.activation = activation
-        return _through(q, weights, activation, norm)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        given: list[Any] = [
-            None if x is None else x.detach().requires_grad_(need)
-            for x, need in zip(ctx.saved_tensors, ctx.needs_input_grad[1:])
-        ]
-        q, norm, *weights = given
-        with torch.enable_grad(), full_precision(grad.device.type):
-            y = _through(q, weights, ctx.activation, norm)
-        wanted = [x for x in given if x is not None and x.requires_grad]
-        found = iter(torch.autograd.grad(y, wanted, grad))
-        return None, *(next(found) if x is not None and x.requires_grad else None for x in given)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# One token of each row, without gradients: every tensor [rows, 1, width], a row being a batch row and a head
-
-
-def answer(query: Tensor, weights: list[Tensor], activation: str, gain: Tensor | None) -> Tensor:
-    """``M(query)`` for one token of each row: query ``[rows, 1, d_in]``, weights ``[rows, out, in]``."""
-    y = network(query, weights, activation)[1][-1]
-    if gain is None:
-        return y
-    return torch.addcmul(query, torch.native_layer_norm(y, y.shape[-1:], None, None, EPS)[0], gain)
-
-
-def network(x: Tensor, weights: list[Tensor], activation: str) -> tuple[list[Tensor], list[Tensor]]:
-    """The layers' inputs and outputs, ``[rows, 1, width]``, for the input ``x``."""
-    value = small(ACTIVATIONS[activation].value)
-    inputs, hidden = [x], [times(weights[0], x)]
-    for weight in weights[1:]:
-        inputs.append(hidden[-1] if activation == "identity" else value(hidden[-1]))
-        hidden.append(times(weight, inputs[-1]))
-    return inputs, hidden
-
-
-def times(weight: Tensor, x: Tensor) -> Tensor:
-    """``W x`` for every row: weight ``[rows, out, in]``, x ``[rows, 1, in]`` -> ``[rows, 1, out]``.
-
-    The transpose's strides matter: the same column as a contiguous tensor takes seven times as long.
-    """
-    return torch.bmm(weight, x.mT).view(x.shape[0], 1, -1)
-
-
-def small(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The same elementwise function of ``[rows, x, y]``, for few numbers.
-
-    PyTorch hands contiguous tensors to a library that takes longer to set up than these take to compute.
-    """
-    return lambda *tensors: function(*[x.transpose(0, 2) for x in tensors]).transpose(0, 2)
-
-
-def per_row(gain: Tensor, batch: int) -> Tensor:
-    """``[heads, d] -> [rows, 1, d]``."""
-    return gain.expand(batch, *gain.shape).reshape(-1, 1, gain.shape[-1])
+    return triton_reading(q, weights, activation, norm)
 
 
 def _reference(q: Tensor, weights: tuple[Tensor, ...], activation: str, norm: Tensor | None) -> Tensor:
@@ -183,9 +98,11 @@ def _reference(q: Tensor, weights: tuple[Tensor, ...], activation: str, norm: Te
 READING = Operation(
     "memory_read",
     [
-        Backend("native_step", native_read, refuse_token),
-        Backend("native", native_reading, refuse_reading),
-        Backend("torch", _torch),
+        Backend("native_step", native_read, refuse_token, opaque=True),
+        Backend("native", native_reading, refuse_reading, opaque=True),
+        Backend("triton", _triton, triton.refuse_memory, opaque=True),
+        Backend("torch", torch_reading),
         Backend("reference", _reference),
     ],
+    lambda q, weights, *others: q.new_empty(*q.shape[:3], weights[-1].shape[2]),
 )

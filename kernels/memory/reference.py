@@ -5,13 +5,12 @@ Slow and obvious on purpose, and independent of every other path: nothing here i
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .state import MemoryState
+from .tokens import Options, Tokens
 
 _FUNCTIONS = {"identity": lambda z: z, "silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
@@ -27,31 +26,18 @@ def memory_network(weights: tuple[Tensor, ...], x: Tensor, activation: str, gain
 
 
 def reference_memory(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    theta: Tensor,
-    eta: Tensor | None,
-    alpha: Tensor | None,
-    state: MemoryState,
-    *,
-    chunk: int,
-    activation: str = "gelu",
-    norm: Tensor | None = None,
-    mask: Tensor | None = None,
-    clip: float | None = None,
-    read: str = "after",
+    tokens: Tokens, state: MemoryState, norm: Tensor | None, mask: Tensor | None, options: Options
 ) -> tuple[Tensor, MemoryState]:
-    """Equations 8-15 of the paper token by token; arguments and result as ``titans_memory``."""
+    """Equations 8-15 of the paper token by token."""
     if torch.is_inference_mode_enabled():
         # nothing can be differentiated there, not even in here
         with torch.inference_mode(False), torch.no_grad():
-            given: list[Any] = [None if x is None else x.clone() for x in (q, k, v, theta, eta, alpha)]
             norm, mask = (None if x is None else x.clone() for x in (norm, mask))
             parts = [tuple(x.clone() for x in part) for part in (state.weights, state.momentum, state.anchor)]
-            given.append(MemoryState(parts[0], parts[1], parts[2], state.position.clone()))
-            options: dict[str, Any] = dict(chunk=chunk, activation=activation, clip=clip, read=read)
-            return reference_memory(*given, norm=norm, mask=mask, **options)
+            state = MemoryState(parts[0], parts[1], parts[2], state.position.clone())
+            return reference_memory(tokens.map(torch.clone), state, norm, mask, options)
+    q, k, v, theta, eta, alpha = tokens
+    chunk, activation, clip, read, *_ = options
     weights, momentum, anchor, position = state
     rows, time = q.shape[:2]
     if mask is None:
@@ -67,8 +53,9 @@ def reference_memory(
             gradients = torch.autograd.grad(loss, at, create_graph=True)
         if clip is not None:
             squares = [g.square().sum((-2, -1), keepdim=True) for g in gradients]
-            length = torch.stack(squares).sum(0).sqrt()
-            gradients = tuple(g * (clip / length.clamp(min=clip)) for g in gradients)
+            # bounded under the root: a gradient of nothing has a length of 0, where the root has no derivative
+            length = torch.stack(squares).sum(0).clamp(min=clip**2).sqrt()
+            gradients = tuple(g * (clip / length) for g in gradients)
         before = weights
 
         def gate(values: Tensor | None, default: float, t: int = t) -> Tensor:

@@ -11,27 +11,17 @@ import torch
 from torch import Tensor
 
 from .activation import ACTIVATIONS
-from .reading import EPS, answer, network, per_row, small
 from .state import MemoryState
+from .tokens import Options, Tokens
+from .torch_reading import EPS, answer, network, per_row, small
 
 
 def step_memory(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    theta: Tensor,
-    eta: Tensor | None,
-    alpha: Tensor | None,
-    state: MemoryState,
-    *,
-    chunk: int,
-    activation: str,
-    norm: Tensor | None,
-    mask: Tensor | None,
-    clip: float | None,
-    read: str,
+    tokens: Tokens, state: MemoryState, norm: Tensor | None, mask: Tensor | None, options: Options
 ) -> tuple[Tensor, MemoryState]:
     """``titans_memory`` for ``time = 1`` without gradients. Rows may be at different positions."""
+    q, k, v, theta, eta, alpha = tokens
+    chunk, activation, clip, read, *_ = options
     batch, _, heads, _ = q.shape
     pull = small(ACTIVATIONS[activation].pull)
     gain = None if norm is None else per_row(norm, batch)

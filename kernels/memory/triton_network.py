@@ -1,4 +1,4 @@
-"""The memory network on the Triton kernels: what ``chunk_network`` does, in one launch for each thing it does."""
+"""The memory network on the Triton kernels: what ``chunk_network`` does, in a launch or two for each thing it does."""
 
 from __future__ import annotations
 
@@ -9,35 +9,63 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton import memory as kernels
+from ..triton.memory_network import NUMBERS
+from ..triton.memory_read import read_kernel
+from ..triton.memory_read_backward import read_backward_kernel, read_backward_state_kernel
+from ..triton.memory_write import recall_kernel, write_kernel
+from ..triton.memory_write_backward import write_backward_kernel
+from ..triton.schedule import operands, schedule
 from .activation import ACTIVATIONS
 from .buffers import Adjoint, Scratch, Work
 from .chunk_network import ChunkNetwork, ReadGrad, WriteGrad
 from .decay import ChunkDecay
-from .reading import EPS
-
-_NUMBERS = {"identity": 0, "relu": 1, "silu": 2, "gelu": 3}
-_PRECISIONS = {"highest": "ieee", "high": "tf32", "medium": "tf32"}
+from .torch_reading import EPS
 
 
 class TritonNetwork(ChunkNetwork):
-    """A network of one or two layers; ``recall``, which is a few large products, stays with PyTorch."""
+    """A network of one or two layers.
 
-    def __init__(self, activation: str, gain: Tensor | None, clip: float | None, scratch: Scratch) -> None:
+    One layer stands in the second's place: its inputs are the keys and the queries, and nothing is activated.
+    """
+
+    def __init__(
+        self,
+        activation: str,
+        gain: Tensor | None,
+        clip: float | None,
+        scratch: Scratch,
+        *,
+        products: dict[str, Any] | None = None,
+    ) -> None:
+        """``products``: what ``schedule.operands`` said when forward began, for backward to do the same."""
         super().__init__(activation, gain, clip, scratch)
-        self._number = _NUMBERS[activation]
+        self._number, self._products = NUMBERS[activation], products
 
     def advance(
         self, keys: Tensor, values: Tensor, decay: ChunkDecay, written: Work, anchor: list[Tensor] | None
     ) -> None:
         written.inputs[0] = keys
         chunks, rows, b, _ = keys.shape
-        sizes, flags = self._shape(keys, values, written)
-        kernels.write_kernel[(rows,)](
-            keys, values, self.gain, decay.mix.contiguous(), decay.write, *self._two(anchor, keys),
-            *self._two(written.stacks), self._second(written.inputs), *self._two(written.hidden),
-            *self._two(written.raw), *self._two(written.errors), chunks, rows, b, *sizes, self.clip or 0.0, EPS,
-            CLIP=self.clip is not None, ANCHORED=anchor is not None, **flags,
+        sizes = self._sizes(keys, written)
+        self._run(
+            write_kernel, (rows,), b, sizes, written,
+            keys, values, self.gain, decay.mix.contiguous(), decay.write, *_two(anchor, keys), *_two(written.stacks),
+            written.inputs[-1], *_two(written.hidden), *_two(written.raw), *_two(written.errors),
+            chunks, rows, b, *sizes, self.clip or 0.0, EPS,
+            CLIP=self.clip is not None, ANCHORED=anchor is not None,
+        )  # fmt: skip
+
+    def recall(
+        self, keys: Tensor, values: Tensor, written: Work, anchor: list[Tensor] | None, hidden_known: bool
+    ) -> None:
+        written.inputs[0] = keys
+        chunks, rows, b, _ = keys.shape
+        sizes = self._sizes(keys, written)
+        self._run(
+            recall_kernel, (chunks * rows,), b, sizes, written,
+            keys, values, self.gain, *_two(anchor, keys), *_two(written.stacks), written.inputs[-1],
+            *_two(written.hidden), *_two(written.raw), *_two(written.errors), rows, b, *sizes, self.clip or 0.0, EPS,
+            CLIP=self.clip is not None, ANCHORED=anchor is not None,
         )  # fmt: skip
 
     def read(
@@ -45,11 +73,14 @@ class TritonNetwork(ChunkNetwork):
     ) -> tuple[Tensor, list[Tensor]]:
         chunks, rows, b, _ = queries.shape
         y = torch.empty_like(written.hidden[-1])
-        sizes, flags = self._shape(queries, y, written)
-        kernels.read_kernel[(chunks * rows,)](
+        sizes = self._sizes(queries, written)
+        hidden = asked[0] if asked else self.scratch("asked 0", *written.hidden[0].shape)
+        self._run(
+            read_kernel, (chunks * rows,), b, sizes, written,
             queries, written.inputs[0], self.gain, decay.read.contiguous(), decay.carry.contiguous(),
-            *self._two(written.stacks), self._second(written.inputs), *self._two(written.errors), y,
-            *self._two(asked or None, y), rows, b, *sizes, EPS, KEEP=bool(asked), **flags,
+            *_two(written.stacks), written.inputs[-1], *_two(written.errors), self._scores("decayed 0", queries), y,
+            hidden if len(written.stacks) == 2 else queries, asked[-1] if asked else y, rows, b, *sizes, EPS,
+            KEEP=bool(asked),
         )  # fmt: skip
         return y, asked
 
@@ -57,17 +88,27 @@ class TritonNetwork(ChunkNetwork):
         self, grad_y: Tensor, queries: Tensor, decay: ChunkDecay, written: Work, asked: list[Tensor], grad: Adjoint
     ) -> ReadGrad:
         chunks, rows, b, _ = queries.shape
+        sizes = self._sizes(queries, written)
         weigh, carry = decay.read.contiguous(), decay.carry.contiguous()
         to_queries, to_weigh, to_carry = map(torch.empty_like, (queries, weigh, carry))
-        to_gain = None if self.gain is None else queries.new_empty(chunks, rows, grad_y.shape[-1])
-        sizes, flags = self._shape(queries, grad_y, written)
-        kernels.read_backward_kernel[(chunks * rows,)](
-            grad_y, queries, written.inputs[0], self.gain, weigh, carry, *self._two(written.stacks),
-            self._second(written.inputs), *self._two(written.errors), *self._two(asked), to_queries, grad.inputs[0],
-            to_weigh, to_carry, to_gain, *self._two(grad.stacks), self._second(grad.inputs), *self._two(grad.errors),
-            rows, b, *sizes, EPS, **flags,
+        tiles = schedule(read_backward_kernel.__name__, b, *sizes)
+        blocks = triton.cdiv(b, tiles["ROWS"])
+        to_gain = None if self.gain is None else queries.new_empty(chunks, rows, blocks, grad_y.shape[-1])
+        below = asked[0] if len(asked) == 2 else queries
+        pushed = [self.scratch(f"pushed {l}", *x.shape) for l, x in enumerate(asked)]
+        between = [self._scores(f"{name} {l}", queries) for name in ("decayed", "felt") for l in range(2)]
+        self._run(
+            read_backward_kernel, (chunks * rows, blocks), b, sizes, written,
+            grad_y, queries, written.inputs[0], self.gain, weigh, carry, *_two(written.stacks), written.inputs[-1],
+            *_two(written.errors), below, asked[-1], to_queries, to_weigh, to_carry, to_gain,
+            *_two(pushed), *between, rows, b, *sizes, EPS,
         )  # fmt: skip
-        return ReadGrad(to_queries, to_weigh, to_carry, None if to_gain is None else to_gain.sum(0).unsqueeze(1))
+        self._run(
+            read_backward_state_kernel, (chunks * rows,), b, sizes, written,
+            queries, carry, below, *_two(pushed), *between, grad.inputs[0], grad.inputs[-1], *_two(grad.errors),
+            *_two(grad.stacks), b, *sizes,
+        )  # fmt: skip
+        return ReadGrad(to_queries, to_weigh, to_carry, None if to_gain is None else to_gain.sum((0, 2)).unsqueeze(1))
 
     def write_backward(
         self,
@@ -83,40 +124,50 @@ class TritonNetwork(ChunkNetwork):
         mix = decay.mix.contiguous()
         to_values, to_write, to_mix = map(torch.empty_like, (values, decay.write, mix))
         to_gain = None if self.gain is None else torch.empty_like(self.gain)
-        sizes, flags = self._shape(keys, values, written)
-        kernels.write_backward_kernel[(rows,)](
-            keys, values, self.gain, mix, decay.write, *self._two(anchor, keys), *self._two(written.stacks),
-            self._second(written.inputs), *self._two(written.hidden), *self._two(written.raw),
-            *self._two(written.errors), *self._two(grad.stacks), grad.inputs[0], self._second(grad.inputs),
-            *self._two(grad.errors), to_values, to_write, to_mix, to_gain, *self._two(grad_anchor, keys),
-            chunks, rows, b, *sizes, self.clip or 0.0, EPS,
-            CLIP=self.clip is not None, ANCHORED=anchor is not None, **flags,
+        sizes = self._sizes(keys, written)
+        self._run(
+            write_backward_kernel, (rows,), b, sizes, written,
+            keys, values, self.gain, mix, decay.write, *_two(anchor, keys), *_two(written.stacks),
+            written.inputs[-1], *_two(written.hidden), *_two(written.raw), *_two(written.errors),
+            *_two(grad.stacks), grad.inputs[0], grad.inputs[-1], *_two(grad.errors), to_values, to_write, to_mix,
+            to_gain, *_two(grad_anchor, keys), chunks, rows, b, *sizes, self.clip or 0.0, EPS,
+            CLIP=self.clip is not None, ANCHORED=anchor is not None,
         )  # fmt: skip
         return WriteGrad(to_values, to_write, to_mix, to_gain)
 
     @staticmethod
-    def _two(layers: list[Tensor] | None, none: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
-        """The two layers' tensors; one layer stands in the second's place. ``none`` stands for what is not read."""
-        if layers is None:
-            return none, none
-        return layers[0], layers[-1]
+    def _sizes(x: Tensor, written: Work) -> tuple[int, int, int]:
+        """``d_in``, ``width``, ``d_out``."""
+        out, width = written.stacks[-1].shape[3:]
+        return x.shape[3], width, out
 
-    @staticmethod
-    def _second(layers: list[Tensor]) -> Tensor:
-        return layers[-1]
+    def _scores(self, name: str, queries: Tensor) -> Tensor:
+        """Room for a number for each query and key."""
+        return self.scratch(name, *queries.shape[:3], queries.shape[2])
 
-    def _shape(self, x: Tensor, y: Tensor, written: Work) -> tuple[tuple[int, int, int], dict[str, Any]]:
-        """``d_in``, ``width``, ``d_out``, and what a kernel is compiled for."""
-        stack, b, wide = written.stacks[-1], x.shape[2], x.dtype == torch.float64
-        d_in, d_out, width = x.shape[3], y.shape[3], stack.shape[4]
-        at_least = lambda n: max(16, triton.next_power_of_2(n))  # noqa: E731
-        flags = dict(
-            LAYERS=len(written.stacks), PARTS=stack.shape[2], ACTIVATION=self._number, NORM=self.gain is not None,
-            TIME=at_least(b), IN=at_least(d_in), OUT=at_least(d_out), BLOCK=min(32, at_least(width)),
-            OPERAND=tl.float64 if wide else tl.float32, WIDE=tl.float64 if wide else tl.float32,
-            PRECISION=_PRECISIONS[torch.get_float32_matmul_precision()], num_warps=8, num_stages=1,
+    def _run(
+        self, kernel: Any, grid: tuple[int, ...], b: int, sizes: tuple[int, int, int], written: Work, *arguments: Any,
+        **flags: bool,
+    ) -> None:  # fmt: skip
+        """A launch with what every kernel is compiled for; each takes of it what it has a name for."""
+        tiles = schedule(kernel.__name__, b, *sizes)
+        layers, wide = len(written.stacks), written.stacks[0].dtype == torch.float64
+        fixed: dict[str, Any] = dict(
+            **flags, **tiles, LAYERS=layers, PARTS=written.stacks[0].shape[2],
+            ACTIVATION=self._number if layers == 2 else 0, NORM=self.gain is not None,
+            WIDE=tl.float64 if wide else tl.float32, **(self._products or operands(written.stacks[0].dtype)),
         )  # fmt: skip
-        return (d_in, width, d_out), flags
+        if kernel in (read_kernel, recall_kernel):
+            grid = (*grid, triton.cdiv(b, tiles["ROWS"]))
+        options = ("num_warps", "num_stages")
+        kernel[grid](*arguments, **{n: x for n, x in fixed.items() if n in kernel.arg_names or n in options})
 
 
-assert ACTIVATIONS.keys() == _NUMBERS.keys()
+def _two(layers: list[Tensor] | None, none: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+    """The two layers' tensors; one layer stands in the second's place. ``none`` stands for what is not read."""
+    if layers is None:
+        return none, none
+    return layers[0], layers[-1]
+
+
+assert ACTIVATIONS.keys() == NUMBERS.keys()

@@ -70,7 +70,7 @@ def plain(*tensors: Tensor | None) -> bool:
     Who traces, transforms or differentiates forward has to see operators; numbers written behind the back are lost.
     """
     if torch.compiler.is_compiling():
-        return True  # traced without a look at this: the kernels refuse for that reason alone
+        return True  # what a compiler traces with is no tensor to look at; what its operators are given is ordinary
     for x in tensors:
         if x is not None and (type(x) not in _ORDINARY or not x.is_cpu or x.layout is not torch.strided or x.is_neg()):
             return False

@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from ..constant import constant
 from . import cache
 
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-pthread", "-fno-math-errno", "-fno-trapping-math")
@@ -65,8 +66,11 @@ def refuse(*, device: str, dtype: torch.dtype, plain: bool = True, **facts: obje
         return f"takes float32 and float64, not {dtype}"
     if not plain:
         return "takes ordinary CPU tensors that nothing traces or transforms"
-    if torch.compiler.is_compiling():
-        return "cannot be traced by torch.compile"
+    return _missing(dtype)
+
+
+@constant
+def _missing(dtype: torch.dtype) -> str | None:
     found = _library(dtype)
     return found if isinstance(found, str) else None
 

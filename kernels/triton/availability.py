@@ -5,8 +5,11 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from typing import Any
 
 import torch
+
+from ..constant import constant
 
 DTYPES = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
 
@@ -30,7 +33,21 @@ def refuse(*, device: str, dtype: torch.dtype, same: bool = True, named: bool = 
     return _missing()
 
 
-@functools.cache
+def refuse_memory(*, layers: int = 1, width: int = 1, **facts: Any) -> str | None:
+    """The same for the kernels of the memory; ``width``: of the heads, whatever is wider of what goes in and out."""
+    if layers > 2:
+        return f"takes one or two layers, not {layers}"
+    if width > 128:
+        return f"takes heads of up to 128 numbers, not {width}"
+    return refuse(**facts)
+
+
+@constant
 def _missing() -> str | None:
+    return _looked_for()
+
+
+@functools.cache
+def _looked_for() -> str | None:
     found = importlib.util.find_spec("triton")
     return None if found else "needs Triton: pip install 'titans-build[gpu]'"

@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from titans_build.kernels.dispatch import table
+from titans_build.kernels.dispatch import BackendError, table
+from titans_build.kernels.native import library
 from titans_build.kernels.projection import project
+
+UNBUILT = library.refuse(device="cpu", dtype=torch.float32)
 
 
 @pytest.mark.parametrize("lead", [(1,), (2,), (1, 1), (1, 2), (2, 1), (3, 1), (2, 5), (0, 4)])
@@ -64,3 +67,30 @@ def test_gradients_and_autocast():
     assert torch.equal(gradient, torch.ones(6))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert project(x.detach(), weight.detach()).dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(UNBUILT is not None, reason=f"C kernels: {UNBUILT}")
+@pytest.mark.parametrize("lead, width, out", [((128,), 128, 128), ((2, 150), 200, 131)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_large_float32_products_are_the_c_kernel_s(lead, width, out, biased):
+    torch.manual_seed(0)
+    exact = [torch.randn(shape, dtype=torch.float64) for shape in ((*lead, width), (out, width), (out,))][: 2 + biased]
+    given, wide = ([x.to(dtype).requires_grad_() for x in exact] for dtype in (torch.float32, torch.float64))
+    y, expected = project(*given), linear(*wide)
+    assert torch.equal(y, project(*given, *[None] * (not biased), backend="native"))
+    along = torch.randn(y.shape, dtype=torch.float64)
+    pairs = [(y, expected)]
+    first = [
+        torch.autograd.grad(z, of, along.to(z.dtype), create_graph=True) for z, of in ((y, given), (expected, wide))
+    ]
+    pairs += zip(*first)
+    # of gradients' gradients: those of x and weight depend on the other
+    second = [torch.autograd.grad(g[0].sin().sum() + g[1].sin().sum(), of[:2]) for g, of in zip(first, (given, wide))]
+    pairs += zip(*second)
+    for found, true in pairs:
+        assert float((found.double() - true).detach().norm() / true.detach().norm()) < 1e-5
+
+
+def test_small_products_are_not_the_c_kernel_s():
+    with pytest.raises(BackendError, match="at least 128 tokens"):
+        project(torch.randn(127, 128), torch.randn(128, 128), backend="native")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from titans_build.kernels.decoding.memory_inputs import memory_inputs, memory_query
+from titans_build.kernels.decoding.memory_inputs import Layers, memory_inputs, memory_query
 from titans_build.kernels.native.library import refuse
 
 UNBUILT = refuse(device="cpu", dtype=torch.float64)
@@ -33,12 +33,15 @@ def test_is_its_parts(backend, dtype, atol, batch, taps, gates, asked):
     convolution = randn(channels, taps) if taps else None
     history = randn(batch, taps - 1, channels) if taps else None
     if asked == "all":
-        given = x, weight, convolution, history, heads, randn(gates * heads, width), randn(gates * heads), 0.1
+        controls, bias = randn(gates * heads, width), randn(gates * heads)
+        layers = Layers(weight, convolution, heads, controls, bias, 0.1)
     else:
-        given = x, weight[: heads * dim], convolution, history, heads
-    before = [t.clone() for t in given if isinstance(t, torch.Tensor)]
+        layers = Layers(weight[: heads * dim], convolution, heads)
+    given = x, history, layers
+    watched = [t for t in (x, history, *layers) if isinstance(t, torch.Tensor)]
+    before = [t.clone() for t in watched]
     found, expected = (tensors(asked, given, b) for b in (backend, "reference"))
     for a, b in zip(found, expected, strict=True):
         assert a.shape == b.shape
         torch.testing.assert_close(a, b, rtol=1e-5, atol=atol)
-    assert all(torch.equal(a, b) for a, b in zip(before, (t for t in given if isinstance(t, torch.Tensor))))
+    assert all(torch.equal(a, b) for a, b in zip(before, watched))

@@ -129,6 +129,19 @@ def test_clipping(clip, norm):
     assert_agrees(Case(norm=norm), chunk=5, clip=clip)
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch", "closed_form", "reference"])
+def test_clipping_a_gradient_of_nothing(backend):
+    """Every unit of the hidden layer is dead, so the surprise is 0, where its length has no derivative."""
+    random = torch.Generator().manual_seed(0)
+    dead, out = -torch.ones(1, 1, 4, 4, dtype=torch.float64), torch.zeros(1, 1, 4, 4, dtype=torch.float64)
+    k = torch.rand(1, 3, 1, 4, dtype=torch.float64, generator=random).requires_grad_()
+    size = torch.full((1, 3, 1), 0.1, dtype=torch.float64)
+    options = dict(activation="relu", norm=torch.ones(1, 4, dtype=torch.float64), clip=1.0, backend=backend)
+    y, _ = titans_memory(k, k, k, size, size, size, MemoryState.fresh((dead, out)), **options)
+    y.sum().backward()
+    assert k.grad.isfinite().all() and torch.equal(k.grad, torch.ones_like(k))
+
+
 def test_clipping_binds_on_some_tokens_only():
     case = Case()
     free, bound, tight = (case.run(chunk=5, clip=c)[0] for c in (None, 2.0, 0.3))

@@ -59,8 +59,8 @@ def results(leaves, backend, *, momentum=True, forgetting=True, norm=True, posit
     return [x.detach() for x in outputs], torch.autograd.grad(loss, leaves, allow_unused=True)
 
 
-def agree(leaves, tolerance=1e-10, **options):
-    for got, expected in zip(results(leaves, "triton", **options), results(leaves, "reference", **options)):
+def agree(leaves, tolerance=1e-10, oracle="reference", **options):
+    for got, expected in zip(results(leaves, "triton", **options), results(leaves, oracle, **options)):
         for a, b in zip(got, expected, strict=True):
             assert (a is None) == (b is None)
             if a is not None:
@@ -122,6 +122,40 @@ def test_float32():
         for a, b in zip(got, expected):
             assert a.dtype == torch.float32
             assert (a.double() - b).norm() <= 1e-5 * b.norm()
+
+
+@pytest.mark.parametrize("given, setting, kept, tolerance", [
+    (torch.bfloat16, "highest", 8, 1e-2), (torch.float16, "highest", 11, 2e-3), (torch.float32, "high", 11, 2e-3),
+    (torch.float32, "medium", 8, 1e-2),
+])  # fmt: skip
+def test_operands_that_are_not_float32(given, setting, kept, tolerance):
+    """Of a model in half precision, or as ``torch.set_float32_matmul_precision`` allows; the state is float32.
+
+    ``kept``: the digits of an operand. A memory may amplify what its inputs are off by; how much it does is seen where
+    they, and no products, are rounded.
+    """
+    leaves = [x.float() for x in inputs(time=20, d_in=32, hidden=64, batch=1, heads=1)]
+    leaves[-2:] = [w * w.shape[-1] ** -0.5 for w in leaves[-2:]]
+    leaves[:3] = [x.to(given) for x in leaves[:3]]
+    exact = results([x.double() for x in leaves], "reference", chunk=16)
+    mantissa, exponent = zip(*(torch.frexp(x.double()) for x in leaves))
+    rounded = [torch.ldexp((m * 2**kept).round(), e - kept) for m, e in zip(mantissa, exponent)]
+    rounded[3:7] = [x.double() for x in leaves[3:7]]  # gates and gain are no operands
+    nearby = results(rounded, "reference", chunk=16)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(setting)
+        found = results(leaves, "triton", chunk=16)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert [x.dtype for x in found[0]] == [given, *[torch.float32] * 6]
+    ratio = lambda x, right: float((x.double() - right).norm() / right.norm())  # noqa: E731
+    for got, near, right in zip(*(itertools.chain(*each) for each in (found, nearby, exact)), strict=True):
+        assert 1e-5 < ratio(got, right) <= max(tolerance, 2 * ratio(near, right))
+
+
+def test_longer_chunks_than_a_program_takes_at_once():
+    agree(inputs(time=75, d_in=4, hidden=20, batch=1, heads=1), oracle="closed_form", chunk=70, clip=1.0)
 
 
 def test_strides():

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..registry import create
-from .block import Decoder, materialise
-from .decoding import decoder
-from .language_model import LanguageModel
-from .state import State, named_tensors, select
+from ...registry import create
+from ..block import Decoder, materialise
+from ..decoding import decoder
+from ..language_model import LanguageModel
+from ..state import State, named_tensors, select
 
 
 class LawError(AssertionError):

@@ -1,0 +1,147 @@
+"""What the compiler says that each Triton kernel takes, for GPUs that need not be there.
+
+    python benchmarks/kernel_resources.py [--json] [--target sm_90 ...] [--dim 64] [--hidden 128] [--chunk 64]
+        [--operands bfloat16] [--kernel NAME ...]
+
+Every kernel is compiled ahead of time, with the tiles that it would be launched with (``kernels/triton/schedule.py``)
+and what Triton would know of its arguments then: that tensors and the sizes of a model are multiples of 16.
+``registers`` are a thread's, ``spilled`` the bytes of a thread that they did not hold, ``shared`` the bytes of a
+program. ``dot``: the types that the matrix units are asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # with it, what is defined below are no kernels to be compiled
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as it was before Triton asked; unset, it warns
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from titans_build.kernels.gated import GATE
+from titans_build.kernels.triton import (
+    convolution,
+    gated,
+    memory_answer,
+    memory_read,
+    memory_read_backward,
+    memory_step,
+    memory_write,
+    memory_write_backward,
+)
+from titans_build.kernels.triton.schedule import operands, schedule
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+MEMORY = (
+    memory_write.write_kernel,
+    memory_write.recall_kernel,
+    memory_read.read_kernel,
+    memory_read_backward.read_backward_kernel,
+    memory_read_backward.read_backward_state_kernel,
+    memory_write_backward.write_backward_kernel,
+    memory_step.step_kernel,
+    memory_answer.answer_kernel,
+)
+PRODUCTS = {
+    "bfloat16": operands(torch.float32, torch.bfloat16),
+    "float16": operands(torch.float32, torch.float16),
+    "float32": operands(torch.float32),
+    "tf32": dict(OPERAND=tl.float32, PRECISION="tf32", FINE=tl.float32, FINE_PRECISION="bf16x3"),
+}
+REAL = ("divisor", "eps", "clip")
+WHOLE = re.compile(r"tokens|dim|heads|.*_(?:step|row|head)|stretch|time|chunks?|rows|d_in|width|d_out|b")
+"""Arguments that are no tensors; in the gated kernels ``b`` is one."""
+
+
+TYPED = {"mask": "*i1", "position": "*i64"}
+
+
+def kernels(dim: int, hidden: int, chunk: int, products: str) -> Iterator[tuple[Any, dict[str, Any], dict[str, int]]]:
+    """Every kernel, what it is compiled for, and those of its sizes that are known."""
+    wide = tl.float32
+    norm = dict(KIND=GATE, GIVEN=True, WIDE=wide, ROWS=max(1, 1024 // dim), WIDTH=dim)
+    steps = dict.fromkeys(("a_step", "b_step", "grad_step", "grad_a_step", "grad_b_step"), 16 * dim)
+    for kernel in (gated.forward_kernel, gated.backward_kernel):
+        yield kernel, norm, dict(dim=dim, **steps)
+    taps = dict(WIDTH=4, TAPS=4, WIDE=wide, TIMES=32, CHANNELS=64)
+    for kernel in (convolution.forward_kernel, convolution.backward_kernel):
+        yield kernel, taps, dict(dim=16 * dim, time_step=16 * dim, grad_time_step=16 * dim)
+    net = dict(
+        LAYERS=2, PARTS=2, ACTIVATION=3, NORM=True, CLIP=True, ANCHORED=True, KEEP=True, MOMENTUM=True, FORGETTING=True,
+        MASKED=True, AFTER=True, WIDE=wide, **PRODUCTS[products],
+    )  # fmt: skip
+    for kernel in MEMORY:
+        tiles = schedule(kernel.__name__, chunk, dim, hidden, dim)
+        steps = {f"{name}_{to}": 16 * dim for name in "qkv" for to in ("row", "head", "step")}
+        yield kernel, net | tiles, dict(b=chunk, d_in=dim, width=hidden, d_out=dim, **steps)
+
+
+def compiled(kernel: Any, fixed: dict[str, Any], sizes: dict[str, int], target: str) -> dict[str, Any]:
+    """One line of the report."""
+    names = kernel.arg_names
+    whole = lambda n: n in sizes or (WHOLE.fullmatch(n) and not (n == "b" and "a_step" in names))  # noqa: E731
+    kind = lambda n: "fp32" if n in REAL else "i32" if whole(n) else TYPED.get(n, "*fp32")  # noqa: E731
+    signature = {n: "constexpr" if n in fixed else kind(n) for n in names}
+    constants = {(names.index(n),): value for n, value in fixed.items() if n in names}
+    round_ = lambda n: signature[n].startswith("*") or (n in sizes and sizes[n] % 16 == 0)  # noqa: E731
+    known = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if round_(n)}
+    nvidia = target.startswith("sm_")
+    where = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
+    options = {name: fixed[name] for name in ("num_warps", "num_stages") if name in fixed}
+    done = triton.compile(ASTSource(kernel, signature, constants, known), target=where, options=options)
+    row = dict(kernel=f"{kernel.__module__.rsplit('.', 1)[1]}.{kernel.__name__}", target=target)
+    row |= {name: fixed[name] for name in ("ROWS", "KEYS", "BLOCK") if name in fixed and name in names}
+    row |= dict(warps=done.metadata.num_warps, shared=done.metadata.shared)
+    return row | (_nvidia(done.asm) if nvidia else _amd(done.asm))
+
+
+def _nvidia(asm: dict[str, Any]) -> dict[str, Any]:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        said = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    count = lambda name: int(re.search(rf"{name}:(\d+)", said.stdout)[1])  # type: ignore[index] # noqa: E731
+    dots = re.findall(r"(?:w?g?mma|tcgen05\.mma)\.\S*?(bf16|f16|tf32|f64)", asm["ptx"])
+    return dict(registers=count("REG"), spilled=count("STACK"), dot=" ".join(sorted(set(dots))))
+
+
+def _amd(asm: dict[str, Any]) -> dict[str, Any]:
+    count = lambda name: int(re.search(rf"\.{name}:\s*(\d+)", asm["amdgcn"])[1])  # type: ignore[index] # noqa: E731
+    dots = re.findall(r"v_mfma_\w+?x\d+_?\d*_?(bf16|f16|xf32|f32|f64)", asm["amdgcn"])
+    registers = count("vgpr_count") + count("agpr_count")
+    return dict(registers=registers, spilled=count("private_segment_fixed_size"), dot=" ".join(sorted(set(dots))))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="a line of JSON for each kernel and target")
+    parser.add_argument("--target", nargs="+", default=TARGETS)
+    parser.add_argument("--kernel", nargs="+", help="those whose name has one of these in it")
+    for name, default in (("dim", 64), ("hidden", 128), ("chunk", 64)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--operands", choices=PRODUCTS, default="bfloat16")
+    asked = parser.parse_args(arguments)
+    for target in asked.target:
+        for kernel, fixed, sizes in kernels(asked.dim, asked.hidden, asked.chunk, asked.operands):
+            if asked.kernel and not any(name in kernel.__name__ for name in asked.kernel):
+                continue
+            row = compiled(kernel, fixed, sizes, target)
+            print(json.dumps(row) if asked.json else "  ".join(f"{n} {x}" for n, x in row.items()), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,212 @@
+"""Every operator that stands for an opaque backend, by PyTorch's own checks and against the backend itself."""
+
+import pytest
+import torch
+
+import titans_build.kernels  # noqa: F401  (defines the operations)
+from titans_build.kernels import compiling
+from titans_build.kernels.attention import Prefix, attention
+from titans_build.kernels.compiling import OPAQUE, describe
+from titans_build.kernels.decoding.cached_attention import Cache, Form
+from titans_build.kernels.decoding.memory_inputs import Layers
+from titans_build.kernels.dispatch import OPERATIONS
+from titans_build.kernels.memory import MemoryState, Options, Tokens, titans_memory
+from titans_build.kernels.native import library
+from titans_build.kernels.normalisation import rms_norm
+
+UNBUILT = library.refuse(device="cpu", dtype=torch.float64)
+built = pytest.mark.skipif(UNBUILT is not None, reason=f"C kernels: {UNBUILT}")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def new(*shape, grad=True):
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=grad)
+
+
+def state(batch=2, heads=2, d=4, position=(0, 3)):
+    weights = tuple(new(batch, heads, out, width) for out, width in ((6, d), (d, 6)))
+    momentum, anchor = (tuple(new(*w.shape) for w in weights) for _ in range(2))
+    return MemoryState(weights, momentum, anchor, torch.tensor(position))
+
+
+def memory(time=9, mask=None, momentum=True):
+    """The arguments of a backend of the memory."""
+    q, k, v = (new(2, time, 2, 4) for _ in range(3))
+    gates = [torch.rand(2, time, 2, dtype=torch.float64).requires_grad_() for _ in range(3)]
+    before = state()
+    if not momentum:
+        gates[1], before = None, before._replace(momentum=())
+    return (Tokens(q, k, v, *gates), before, new(2, 4), mask, Options(4, "gelu", 1.0, "after")), {}
+
+
+def cache():
+    keys, values, first_keys, first_values = (new(2, n, 2, 4, grad=False) for n in (5, 5, 3, 3))
+    return Cache(keys, values, torch.tensor([2, 5]), torch.tensor([2, 9]), first_keys, first_values)
+
+
+MASK = torch.tensor([[True] * 9, [True] * 4 + [False] * 5])
+CASES = {
+    "attention": ("native", lambda: ((new(2, 5, 4, 4), new(2, 7, 2, 4), new(2, 7, 2, 4), 3, None, None, 1), {})),
+    "attention, all of it": (
+        "native",
+        lambda: (
+            (new(2, 3, 4, 4), new(2, 7, 2, 4), new(2, 7, 2, 4), 3, torch.tensor([0, 2]),
+             Prefix(new(2, 3, 4, 4), new(2, 2, 2, 4), new(2, 2, 2, 4)), 2),
+            {},
+        ),
+    ),
+    "memory": ("native", memory),
+    "memory, masked": ("native", lambda: memory(mask=MASK)),
+    "memory, in PyTorch": ("torch", memory),
+    "memory, without momentum": ("torch", lambda: memory(momentum=False)),
+    "memory_read": ("native", lambda: ((new(2, 5, 2, 4), state().weights, "gelu", new(2, 4)), {})),
+    "rms_norm": ("native", lambda: ((new(2, 5, 3, 4), new(3, 4), 1e-6), {})),
+    "l2_norm": ("native", lambda: ((new(2, 5, 4), 1e-6), {})),
+    "gate": ("native", lambda: ((new(2, 5, 4), new(2, 5, 4), new(4), new(4), 1e-6), {})),
+    "gated_norm": ("native", lambda: ((new(2, 5, 2, 4), new(2, 4), new(2, 5, 8), 1e-6), {})),
+    "swiglu": ("native", lambda: ((new(2, 5, 8),), {})),
+    "rotary": ("native", lambda: ((new(2, 3, 2, 4), torch.tensor([[5, 6, 7]]), 10000.0), {})),
+    "query": ("native", lambda: ((new(2, 5, 8), new(24, 3), new(2, 2, 24), 2), {})),
+    "query_key_value": ("native", lambda: ((new(2, 5, 24), new(24, 3), new(2, 2, 24), 2, torch.tensor([5, 3])), {})),
+    "cached_attention": (
+        "native",
+        lambda: ((new(2, 1, 8, 4, grad=False), new(6, 4, grad=False), cache(), Form(4, 6, 10000.0, 1)), {}),
+    ),
+    "gated_projection": (
+        "native",
+        lambda: (
+            (*(new(*shape, grad=False) for shape in ((1, 1, 16), (32, 16), (32, 16), (16, 32))), None, None),
+            {},
+        ),
+    ),
+    "memory_inputs": (
+        "native",
+        lambda: (
+            (new(1, 1, 16, grad=False), new(1, 2, 48, grad=False),
+             Layers(new(48, 16, grad=False), new(48, 3, grad=False), 2, new(6, 16, grad=False), new(6, grad=False))),
+            {},
+        ),
+    ),
+}  # fmt: skip
+
+
+def test_every_operation_with_an_opaque_backend_is_checked():
+    assert {name.split(",")[0] for name in CASES} == set(OPAQUE)
+
+
+def arguments(name, grad=True):
+    backend, make = CASES[name]
+    given, options = make()
+    tensors = []
+    text = describe((backend, given, options), tensors)
+    wanted = [i for i, x in enumerate(tensors) if grad and x.requires_grad]
+    return OPERATIONS[name.split(",")[0]].backends[backend].run, given, options, (tensors, text, wanted)
+
+
+@built
+@pytest.mark.parametrize("name", CASES)
+def test_by_pytorchs_own_checks(name):
+    _, _, _, given = arguments(name)
+    torch.library.opcheck(compiling.operator(name.split(",")[0]), given)
+
+
+@built
+@pytest.mark.parametrize("name", CASES)
+def test_the_operator_is_the_backend(name):
+    run, given, options, (tensors, text, wanted) = arguments(name)
+    found = compiling.operator(name.split(",")[0])(tensors, text, wanted)
+    expected = list(compiling._tensors(run(*given, **options)))
+    torch.testing.assert_close(found[: len(expected)], expected, rtol=0, atol=0)
+    if not wanted:
+        return
+    seeds = [torch.randn_like(y) for y in expected if y.requires_grad]
+    asked = [tensors[i] for i in wanted]
+
+    def gradients(outputs):
+        outputs = [y for y in outputs if y.requires_grad]
+        return torch.autograd.grad(outputs, asked, seeds, allow_unused=True, materialize_grads=True)
+
+    torch.testing.assert_close(gradients(found), gradients(expected), rtol=0, atol=0)
+
+
+@built
+@pytest.mark.parametrize("name", ["memory", "attention, all of it"])
+def test_backward_where_the_recording_was_left_behind(name):
+    """Who keeps saved tensors elsewhere gives back a copy of the byte that stands for the recording."""
+    _, _, _, (tensors, text, wanted) = arguments(name)
+    operator, asked = compiling.operator(name.split(",")[0]), [tensors[i] for i in wanted]
+
+    def gradients():
+        loss = sum(y.square().sum() for y in operator(tensors, text, wanted) if y.requires_grad)
+        return torch.autograd.grad(loss, asked, allow_unused=True, materialize_grads=True)
+
+    expected = gradients()
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
+        torch.testing.assert_close(gradients(), expected, rtol=0, atol=0)
+
+
+@built
+def test_a_recording_goes_with_what_was_saved():
+    _, _, _, (tensors, text, wanted) = arguments("memory")
+    found = compiling.operator("memory")(tensors, text, wanted)
+    assert len(compiling._RECORDINGS) == 1
+    del found
+    assert len(compiling._RECORDINGS) == 0
+
+
+def test_arguments_as_text_and_back():
+    given = (Prefix(torch.ones(1), torch.ones(2), torch.ones(3)), None, 1.5e-7, "gelu", True, (torch.ones(4), 3))
+    tensors = []
+    text = describe(("native", given, {"clip": None, "norm": torch.ones(5)}), tensors)
+    backend, back, options = OPAQUE["attention"].arguments(tensors, text)
+    assert backend == "native" and isinstance(back[0], Prefix) and back[0].v is tensors[2]
+    assert back[1:5] == (None, 1.5e-7, "gelu", True) and back[5][0] is tensors[3] and back[5][1] == 3
+    assert options["clip"] is None and options["norm"] is tensors[4]
+
+
+def compiled(function):
+    torch._dynamo.reset()
+    return torch.compile(function, backend="aot_eager", fullgraph=True)
+
+
+@built
+def test_compiled_a_memory_keeps_what_is_not_finite_from_what_came_before():
+    (tokens, before, norm, _, options), _ = memory()
+    tokens = tokens._replace(v=tokens.v.detach().index_fill(1, torch.tensor([5]), float("nan")))
+    run = lambda: titans_memory(*tokens, before, options.chunk, norm=norm, clip=options.clip)  # noqa: E731
+    y, expected = compiled(run)()[0], run()[0]
+    torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+    assert y[:, :5].isfinite().all() and not y[:, 5:].isfinite().all()
+
+
+@built
+def test_compiled_attention_keeps_what_is_not_finite_from_who_does_not_see_it():
+    q, k, v = (new(1, 6, 2, 4) for _ in range(3))
+    v = v.detach().index_fill(1, torch.tensor([3]), float("inf"))
+    y = compiled(lambda: attention(q, k, v, window=2))()
+    torch.testing.assert_close(y, attention(q, k, v, window=2), rtol=0, atol=0, equal_nan=True)
+    assert y[:, [0, 1, 2, 5]].isfinite().all() and y[:, 3:5].isnan().all()
+
+
+@built
+def test_the_choice_of_a_backend_holds_while_compiling(monkeypatch):
+    """By argument and by environment, and what cannot run is an error there too."""
+    x = new(2, 8)
+    for backend in ("native", "triton", "torch", "reference"):
+        torch.testing.assert_close(compiled(lambda b=backend: rms_norm(x, backend=b))(), rms_norm(x))
+    with pytest.raises(Exception, match="triton cannot run"):
+        compiled(lambda: rms_norm(x.to("meta"), backend="triton"))()
+    monkeypatch.setenv("TITANS_BUILD_BACKEND", "rms_norm=quick")
+    with pytest.raises(Exception, match="no such backend"):
+        compiled(lambda: rms_norm(x))()
+
+
+@built
+def test_no_gradient_is_recorded_where_none_is_wanted():
+    q = new(1, 5, 2, 4, grad=False)
+    y = compiled(lambda: attention(q, q, q))()
+    assert not y.requires_grad and len(compiling._RECORDINGS) == 0

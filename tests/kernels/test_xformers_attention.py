@@ -1,0 +1,150 @@
+"""The adapter on a CPU, where xFormers has no kernels: its masks are written out, and PyTorch attends under them."""
+
+import math
+
+import pytest
+import torch
+
+from titans_build.kernels import xformers_attention as module
+from titans_build.kernels.attention import Prefix, _visible, attention
+from titans_build.kernels.dispatch import BackendError, table
+from titans_build.kernels.xformers_attention import parts, refuse_xformers, xformers_attention
+
+masks = pytest.importorskip("xformers.ops.fmha.attn_bias", reason="xFormers is for Linux")
+
+CASES = [  # queries, keys, window, step
+    (7, 7, None, 1),
+    (5, 9, None, 1),
+    (1, 9, 4, 1),
+    (7, 7, 3, 1),
+    (5, 12, 4, 1),
+    (5, 12, 40, 1),
+    (6, 12, None, 2),
+    (4, 13, 5, 2),
+    (4, 13, 1, 2),
+    (3, 11, 4, 3),
+]
+
+
+def scores(q, k, attn_bias):
+    score = torch.einsum("bthd,bshd->bhts", q, k) * q.shape[-1] ** -0.5
+    return score if attn_bias is None else score + attn_bias.materialize(score.shape, score.dtype)
+
+
+def whole(q, k, v, attn_bias):
+    return torch.einsum("bhts,bshd->bthd", scores(q, k, attn_bias).softmax(-1), v)
+
+
+def partial(q, k, v, attn_bias):
+    return whole(q, k, v, attn_bias), scores(q, k, attn_bias).logsumexp(-1).transpose(1, 2)
+
+
+def merge(*found):
+    weights = torch.stack([lse for _, lse in found]).softmax(0)
+    return sum(y * weight.unsqueeze(-1) for (y, _), weight in zip(found, weights))
+
+
+@pytest.fixture(autouse=True)
+def written_out(monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(module, "_library", lambda: module._Library(whole, partial, merge, masks, True))
+
+
+def tensors(time, keys, heads=4, kv_heads=2, prefix=3, rows=2):
+    shapes = [(time, heads), (keys, kv_heads), (keys, kv_heads), (time, heads), (prefix, kv_heads), (prefix, kv_heads)]
+    return [torch.randn(rows, *shape, 8, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+@pytest.mark.parametrize("time, keys, window, step", CASES)
+def test_the_masks_together_are_ours(time, keys, window, step):
+    """Every key in sight is in one part's mask, and no other is in any."""
+    q, _, v, *_ = tensors(time, keys, kv_heads=4)
+    place = torch.arange(keys, dtype=torch.float64).view(1, keys, 1, 1)
+    seen = torch.zeros(time, keys)
+    for part in parts(q, place.expand(1, keys, 4, 8), v, window, None, step):
+        bias = module.mask(module._library(), part).materialize((time, part.k.shape[1]))
+        assert set(bias.unique().tolist()) <= {0.0, -math.inf}
+        seen[:, part.k[0, :, 0, 0].long()] += (bias == 0).float()
+    assert torch.equal(seen, _visible(time, keys, window, None, q.device, step)[0].float())
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("prefix", [0, 3])
+@pytest.mark.parametrize("time, keys, window, step", CASES)
+def test_against_the_reference(time, keys, window, step, prefix, kv_heads):
+    """MAC's segments among them: persistent tokens, and queries at every second key."""
+    inputs = tensors(time, keys, kv_heads=kv_heads, prefix=prefix)
+    q, k, v, *first = inputs
+    first = Prefix(*first) if prefix else None
+    y = xformers_attention(q, k, v, window, None, first, step)
+    expected = attention(q, k, v, window=window, prefix=first, step=step, backend="reference")
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
+    seed = torch.randn_like(y)
+    for mine, theirs in zip(
+        *(torch.autograd.grad(out, inputs, seed, allow_unused=True, materialize_grads=True) for out in (y, expected))
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+
+
+def test_no_query_and_no_row():
+    for shape in ((2, 0, 2, 8), (0, 3, 2, 8)):
+        q = torch.zeros(shape)
+        assert xformers_attention(q, q, q, None, None, None, 1).shape == shape
+
+
+@pytest.mark.parametrize(
+    "facts, said",
+    [
+        (dict(device="cpu"), "runs on a GPU, not on cpu"),
+        (dict(dtype=torch.float32), "takes float16 and bfloat16, not torch.float32"),
+        (dict(width=12), "in steps of 8, not 12"),
+        (dict(width=264), "heads of up to 256 numbers"),
+        (dict(start=True), "rows that all begin at one key"),
+        (dict(gaps=True), "a key of their own in every stream"),
+        (dict(grad=True, deterministic=True), "differ from run to run"),
+    ],
+)
+def test_what_it_does_not_take(monkeypatch, facts, said):
+    monkeypatch.setattr(module, "_looked_for", lambda: None)
+    whatever = {"device": "cuda", "dtype": torch.bfloat16, "width": 64, "plain": True, "named": True}
+    assert refuse_xformers(**whatever) is None
+    assert said in refuse_xformers(**{**whatever, **facts})
+
+
+def missing(monkeypatch, **changed):
+    """What is said of the installation."""
+    for name, value in changed.items():
+        monkeypatch.setattr(module, name, value)
+    return module._looked_for.__wrapped__()
+
+
+def test_why_it_cannot_be_had(monkeypatch):
+    built = module._library()
+    assert missing(monkeypatch) is None
+    assert "has no FlashAttention" in missing(monkeypatch, _library=lambda: built._replace(built=False))
+
+    def broken():
+        raise ImportError("undefined symbol")
+
+    assert "cannot be loaded beside PyTorch" in missing(monkeypatch, _library=broken)
+    monkeypatch.setattr(module.importlib.metadata, "version", lambda name: "0.0.34.post1+cu130")
+    assert "needs xFormers 0.0.35 or newer, not 0.0.34.post1+cu130" in missing(monkeypatch)
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    assert missing(monkeypatch) == "needs xFormers: pip install 'titans-build[gpu]'"
+
+
+def test_what_is_there_is_what_is_used(monkeypatch):
+    """The names that the adapter imports, in the version that is installed."""
+    monkeypatch.undo()
+    library = module._library()
+    assert callable(library.whole) and callable(library.partial) and callable(library.merge)
+    said = module._looked_for()
+    assert said is None or "has no FlashAttention beside PyTorch" in said
+
+
+def test_the_table_and_the_error_say_why():
+    rows = {row.backend: row for row in table("cpu") if row.operation == "attention"}
+    assert rows["xformers"].reason == "runs on a GPU, not on cpu" and not rows["xformers"].available
+    q = torch.zeros(1, 1, 1, 8)
+    with pytest.raises(BackendError, match="xformers cannot run: runs on a GPU, not on cpu"):
+        attention(q, q, q, backend="xformers")

@@ -1,0 +1,120 @@
+"""``torch.compile`` of whole models, in one graph: every packaged recipe gives what it gives otherwise."""
+
+import pytest
+import torch
+
+import titans_build as tb
+from titans_build.blocks.state import named_tensors
+from titans_build.kernels.dispatch import VARIABLE
+from titans_build.recipes.packaged import base_names
+
+SMALL = {"dim": 32, "vocab": 40, "stack.0.repeat": 1}
+# the segments and windows of these are shorter than the sequence, and no divisors of it
+PARTS = {
+    "lmm": {"layers.lmm.0.chunk": 8},
+    "mac": {"layers.mac.0.segment": 16, "layers.mac.0.memory.chunk": 8},
+    "mag": {"layers.mag.0.of.branches.0.window": 16, "layers.mag.0.of.branches.1.chunk": 8},
+    "mal": {"layers.mal.0.of.0.chunk": 8, "layers.mal.0.of.1.window": 16},
+    "memory-as-ffn": {"layers.learner.0.window": 16, "layers.learner.1.chunk": 8},
+    "transformer": {"layers.plain.0.window": 16},
+    "two-memories": {"layers.mag.0.of.branches.0.window": 16},
+    "windows-and-mac": {"layers.window.0.window": 16, "layers.mac.0.segment": 16},
+}
+SLOW = pytest.mark.slow
+EVERYDAY = [pytest.param(name, marks=() if name in ("mac", "mag") else SLOW) for name in base_names()]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def model(name, **changes):
+    return tb.build(tb.load_recipe(name, overrides={**SMALL, **PARTS[name], **changes}), seed=0)
+
+
+def compiled(function, backend="aot_eager"):
+    torch._dynamo.reset()
+    return torch.compile(function, backend=backend, fullgraph=True)
+
+
+def tokens(time=35, rows=2):
+    return torch.randint(0, 40, (rows, time))
+
+
+def step(run, module, given, targets):
+    """Outputs, state and gradients of one training step."""
+    module.zero_grad()
+    out = run(given, targets=targets)
+    out.loss.backward()
+    grads = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    return {"logits": out.logits.detach(), "loss": out.loss.detach(), **dict(named_tensors(out.state)), **grads}
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    for name, x in one.items():
+        if x.is_floating_point():
+            assert (x - other[name]).norm() <= 2e-5 * other[name].norm() + 1e-6, name
+        else:
+            assert torch.equal(x, other[name]), name
+
+
+@pytest.mark.parametrize("name", EVERYDAY)
+def test_a_training_step_and_no_second_compilation(name):
+    module = model(name)
+    run = compiled(module)
+    for _ in range(2):
+        given, targets = tokens(), tokens()
+        same(step(run, module, given, targets), step(module, module, given, targets))
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            given, targets = tokens(), tokens()
+            same(step(run, module, given, targets), step(module, module, given, targets))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", base_names())
+def test_in_pytorch_alone(name, monkeypatch):
+    """Where there is no C compiler for the kernels."""
+    names = "attention=sdpa,memory=torch,memory_read=torch,rms_norm=torch,l2_norm=torch,gate=torch,gated_norm=torch"
+    monkeypatch.setenv(VARIABLE, f"{names},swiglu=torch,rotary=torch,query_key_value=torch,cached_attention=torch")
+    module = model(name)
+    given, targets = tokens(), tokens()
+    same(step(compiled(module), module, given, targets), step(module, module, given, targets))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", base_names())
+def test_another_length(name):
+    module = model(name)
+    run = compiled(module)
+    for time in (35, 50, 21, 37):
+        given, targets = tokens(time), tokens(time)
+        same(step(run, module, given, targets), step(module, module, given, targets))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("name", base_names())
+def test_reading_on_from_a_state(name, mask):
+    """Rows that stand at different places, pieces of one token and of many, and padding."""
+    module, run = model(name), None
+    state = other = None
+    run = compiled(lambda *given, **named: module(*given, **named))
+    with torch.no_grad():
+        for time in (5, 1, 1, 40, 17, 1):
+            given = tokens(time)
+            real = torch.rand(given.shape) < 0.6 if mask else None
+            out, expected = run(given, state, real), module(given, other, real)
+            state, other = out.state, expected.state
+            same({"logits": out.logits}, {"logits": expected.logits})
+    if not module.grows:
+        same(dict(named_tensors(state)), dict(named_tensors(other)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", base_names())
+def test_by_the_default_compiler(name):
+    module = model(name)
+    given, targets = tokens(), tokens()
+    same(step(compiled(module, "inductor"), module, given, targets), step(module, module, given, targets))

@@ -1,0 +1,101 @@
+"""Saves that are killed, that fail, or that go on while someone reads: there is always one whole model."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from saved import OTHER, TINY, same, values
+
+from titans_build.blocks.language_model import LanguageModel
+from titans_build.recipes import StorageError, build, load, save, storage
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_kill_at_any_moment_leaves_a_whole_model(tmp_path: Path):
+    """A process that dies at the k-th step of a save, for every k, leaves the old model or the new one."""
+    old, new = build(TINY, seed=0), build(OTHER, seed=1)
+    outcomes = []
+    for step in range(100):
+        folder = tmp_path / str(step)
+        save(old, folder)
+        child = os.fork()
+        if child == 0:
+            _die_at(step)
+            save(new, folder)
+            os._exit(0)
+        finished = os.waitpid(child, 0)[1] == 0
+        loaded = load(folder)
+        is_new = loaded.recipe == new.recipe
+        assert same(values(loaded), values(new if is_new else old))
+        outcomes.append(is_new)
+        save(old, folder)
+        assert same(values(load(folder)), values(old))
+        if finished:
+            break
+    assert finished and outcomes[-1]
+    # old up to one moment, new from then on
+    assert len(outcomes) > 6 and not outcomes[0] and outcomes == sorted(outcomes)
+
+
+def _die_at(step: int) -> None:
+    """End this process, without any clean-up, at the ``step``-th call that touches the disk."""
+    remaining = step
+
+    def mortal(function: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
+            nonlocal remaining
+            if remaining == 0:
+                os._exit(9)
+            remaining -= 1
+            return function(*arguments, **named)
+
+        return call
+
+    for name in ("fsync", "replace", "open", "unlink"):
+        setattr(os, name, mortal(getattr(os, name)))
+    Path.write_text = mortal(Path.write_text)  # type: ignore[method-assign]
+    Path.unlink = mortal(Path.unlink)  # type: ignore[method-assign]
+    storage.save_file = mortal(storage.save_file)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("failing", ["save_file", "os.fsync", "os.replace"])
+def test_a_save_that_fails_leaves_the_old_model_and_nothing_else(
+    tmp_path: Path, model: LanguageModel, monkeypatch: pytest.MonkeyPatch, failing: str
+):
+    save(model, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(*arguments: Any, **named: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"titans_build.recipes.storage.{failing}", fail)
+        with pytest.raises(StorageError, match="cannot be written: No space left on device"):
+            save(build(OTHER), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_reader_beside_a_writer(tmp_path: Path):
+    """A load while saves go on finds one of the saved models."""
+    models = [build(TINY, seed=seed) for seed in range(2)]
+    save(models[0], tmp_path)
+    stop = threading.Event()
+
+    def write() -> None:
+        while not stop.is_set():
+            for model in models:
+                save(model, tmp_path)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(20):
+            loaded = values(load(tmp_path))
+            assert any(same(loaded, values(model)) for model in models)
+    finally:
+        stop.set()
+        writer.join()

@@ -1,0 +1,138 @@
+"""States in files: what is saved is what loads, and nothing else does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from saved import GROWING, OTHER, TINY, rewrite, same, weights_of
+from torch import Tensor, nn
+
+from titans_build.blocks.language_model import LanguageModel
+from titans_build.blocks.state import named_tensors
+from titans_build.recipes import StorageError, build, load, load_state, save, save_state
+
+
+class TestStates:
+    def tensors(self, state: Any) -> dict[str, Tensor]:
+        return dict(named_tensors(state))
+
+    @pytest.mark.parametrize("text", [TINY, GROWING], ids=["bounded", "growing"])
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_bit_for_bit(self, tmp_path: Path, text: str, dtype: str):
+        model = build(text, dtype=dtype)
+        tokens = torch.arange(20).view(2, 10)
+        with torch.no_grad():
+            state = model(tokens[:, :7]).state
+            save_state(state, tmp_path / "s.safetensors", model)
+            loaded = load_state(tmp_path / "s.safetensors", model)
+            assert type(loaded) is type(state)
+            assert same(self.tensors(state), self.tensors(loaded))
+            assert torch.equal(model(tokens[:, 7:], loaded).logits, model(tokens[:, 7:], state).logits)
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+    def test_a_model_of_another_dtype_takes_it(self, tmp_path: Path, model: LanguageModel, state: Any, dtype: str):
+        save_state(state, tmp_path / "s", model)
+        other = build(TINY, dtype=dtype, seed=3)
+        loaded = self.tensors(load_state(tmp_path / "s", other))
+        for name, fresh in self.tensors(other.init_state(2)).items():
+            assert loaded[name].dtype == fresh.dtype
+            assert torch.equal(loaded[name], self.tensors(state)[name].to(fresh.dtype))
+        with torch.no_grad():
+            out = other(torch.arange(6).view(2, 3), load_state(tmp_path / "s", other))
+        assert bool(out.logits.isfinite().all())
+
+    def test_fresh_states(self, tmp_path: Path, model: LanguageModel):
+        state = model.init_state(3)
+        save_state(state, tmp_path / "s", model)
+        assert same(self.tensors(load_state(tmp_path / "s", model)), self.tensors(state))
+
+    def test_a_model_of_the_same_recipe_takes_it(self, tmp_path: Path, model: LanguageModel, state: Any):
+        save_state(state, tmp_path / "s", model)
+        save(model, tmp_path / "model")
+        assert same(self.tensors(load_state(tmp_path / "s", load(tmp_path / "model"))), self.tensors(state))
+
+    def test_a_stateless_model(self, tmp_path: Path):
+        model = build(TINY[: TINY.index("layers")] + "layers: {a: [ffn]}\nstack: [a]\n")
+        state = model(torch.zeros(2, 3, dtype=torch.int64)).state
+        save_state(state, tmp_path / "s", model)
+        loaded = load_state(tmp_path / "s", model)
+        assert loaded.layers == state.layers == ((None,),) and torch.equal(loaded.recipe, state.recipe)
+
+    def test_a_state_of_equal_shapes_from_another_recipe_is_not_saved_as_ones_own(
+        self, tmp_path: Path, model: LanguageModel, state: Any
+    ):
+        with pytest.raises(StorageError, match=r"it is of 'tiny' \(\w+\), the model of 'tiny' \(\w+\)"):
+            save_state(state, tmp_path / "s", build(OTHER))
+        assert not (tmp_path / "s").exists()
+
+    @pytest.fixture
+    def saved(self, tmp_path: Path, model: LanguageModel, state: Any) -> Path:
+        save_state(state, tmp_path / "s.safetensors", model)
+        return tmp_path / "s.safetensors"
+
+    def refused(self, path: Path, model: LanguageModel, *fragments: str) -> None:
+        with pytest.raises(StorageError) as caught:
+            load_state(path, model)
+        assert all(fragment in str(caught.value) for fragment in fragments), str(caught.value)
+
+    def test_a_state_of_another_recipe(self, saved: Path, model: LanguageModel):
+        other = build(OTHER)
+        self.refused(saved, other, "belongs to another recipe", model.recipe.fingerprint, other.recipe.fingerprint)
+
+    @pytest.mark.parametrize("keep", [0, 5, 8, 200, -1])
+    def test_truncated(self, saved: Path, model: LanguageModel, keep: int):
+        saved.write_bytes(saved.read_bytes()[:keep])
+        self.refused(saved, model, "expected a whole safetensors file")
+
+    def test_foreign(self, saved: Path, model: LanguageModel, tmp_path: Path):
+        saved.write_bytes(b"text\n" * 100)
+        self.refused(saved, model, "expected a whole safetensors file")
+        save(model, tmp_path / "model")
+        self.refused(weights_of(tmp_path / "model"), model, "expected a file of format 'titans-build state'")
+        self.refused(tmp_path / "model", model, "not a file; expected a saved state")
+        self.refused(tmp_path / "nowhere", model, "no such file; expected a saved state")
+
+    def test_a_later_version(self, saved: Path, model: LanguageModel):
+        rewrite(saved, lambda tensors: None, version="7")
+        self.refused(saved, model, "expected format version 1, got '7'")
+
+    def test_rows_that_disagree(self, saved: Path, model: LanguageModel):
+        original = saved.read_bytes()
+        rewrite(saved, lambda tensors: tensors.update({(name := min(tensors)): tensors[name][:1]}))
+        self.refused(saved, model, "disagree about the number of rows")
+        saved.write_bytes(original)
+        rewrite(saved, lambda tensors: tensors.update({name: tensor[:1] for name, tensor in tensors.items()}))
+        self.refused(saved, model, "expected 2 rows, got 1")
+
+    def test_shapes_names_and_kinds(self, saved: Path, model: LanguageModel):
+        original = saved.read_bytes()
+        rewrite(saved, lambda tensors: tensors.update({(name := max(tensors)): tensors[name][..., None]}))
+        self.refused(saved, model, "is not a state of this model")
+        saved.write_bytes(original)
+        rewrite(saved, lambda tensors: tensors.pop(min(tensors)))
+        self.refused(saved, model, "is missing")
+        saved.write_bytes(original)
+        rewrite(saved, lambda tensors: tensors.update(extra=torch.zeros(2)))
+        self.refused(saved, model, "extra is not part of this model's state")
+        saved.write_bytes(original)
+        rewrite(saved, lambda tensors: tensors.update({(name := min(tensors)): tensors[name].to(torch.complex64)}))
+        self.refused(saved, model, "complex64")
+
+    def test_saving_something_else(self, tmp_path: Path, model: LanguageModel, state: Any):
+        with pytest.raises(StorageError, match="is not a state of this model"):
+            save_state(build(GROWING).init_state(2), tmp_path / "s", model)
+        with pytest.raises(StorageError, match="without a recipe"):
+            save_state(state, tmp_path / "s", nn.Linear(2, 2))  # type: ignore[arg-type]
+        with pytest.raises(StorageError, match="cannot be written"):
+            save_state(state, tmp_path / "nowhere" / "s", model)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_replacing_leaves_nothing_behind(self, saved: Path, model: LanguageModel):
+        save_state(model.init_state(1), saved, model)
+        assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+        assert torch.equal(
+            *(next(iter(self.tensors(s).values())) for s in (load_state(saved, model), model.init_state(1)))
+        )
