@@ -18,7 +18,7 @@ from ..kernels.normalisation import rms_norm
 from ..kernels.projection import prepare_projection, project
 from ..kernels.rotary import rotate
 from ..registry import register
-from .block import Block, Decoder, check_input, check_shape, check_state
+from .block import Block, Decoder, check_input, check_kept, check_state
 from .linear import Linear, plain
 
 
@@ -143,12 +143,22 @@ class Attention(Block):
 
     def _check_state(self, state: AttentionState, rows: int) -> None:
         check_state(self, state, AttentionState, rows)
-        slots = None if self.window is None else self.window - 1
+        slots, dtype = state.keys.shape[1], self.qkv.weight.dtype
         for name, tensor in (("keys", state.keys), ("values", state.values)):
-            check_shape(self, name, tensor, (slots, self.kv_heads, self.head_dim))
-        if state.prefix_keys is not None:
-            for name, kept in (("prefix_keys", state.prefix_keys), ("prefix_values", state.prefix_values)):
-                check_shape(self, name, kept, (None, self.kv_heads, self.head_dim))
+            check_kept(self, name, tensor, (rows, slots, self.kv_heads, self.head_dim), dtype)
+        prefixes = ("prefix_keys", state.prefix_keys), ("prefix_values", state.prefix_values)
+        for name, kept in prefixes if state.prefix_keys is not None else ():
+            check_kept(self, name, kept, (rows, None, self.kv_heads, self.head_dim), dtype)
+        if state.cached.shape[0] != rows:
+            check_kept(self, "cached", state.cached, (rows,), torch.int64)
+        # made before the window was bound, or under another: as good, if it holds what is in sight
+        if self.window is not None and slots < self.window - 1 and not torch.compiler.is_compiling():
+            lacking = state.cached < state.position.clamp(max=self.window - 1)
+            if not lacking.is_meta and bool(lacking.any()):
+                raise ValueError(
+                    f"{type(self).__name__}: the state is of another block: it holds the last {slots} tokens, "
+                    f"expected {self.window - 1}"
+                )
 
     def _run(
         self, x: Tensor, state: AttentionState | None, length: Tensor | None, step: int

@@ -223,21 +223,26 @@ def check_state(block: Block, state: State, kind: type[Any], rows: int) -> None:
         raise ValueError(f"{type(block).__name__}: state has {found} rows: expected x's {rows}")
 
 
-def check_shape(block: Block, name: str, found: Tensor | None, expected: tuple[int | None, ...] | None) -> None:
-    """Raise ``ValueError`` unless the state's tensor ``name`` is a batch of ``expected``, or ``None`` where that is.
+def check_kept(
+    block: Block, name: str, found: Tensor | None, expected: tuple[int | None, ...] | None, dtype: torch.dtype
+) -> None:
+    """Raise ``ValueError`` or ``TypeError`` unless the state's tensor ``name`` is of this shape and dtype.
 
-    ``None`` in ``expected`` stands for any number.
+    ``None`` in place of ``expected``: there is to be no tensor; in it, first of all the rows: any number.
     """
+    whose = f"{type(block).__name__}: the state is of another block: {name} is"
     if found is None or expected is None:
-        if found is expected:
-            return
-    elif found.dim() == len(expected) + 1 and all(n in (m, None) for m, n in zip(found.shape[1:], expected)):
-        return
-    want = "none" if expected is None else str(["batch", *("any" if n is None else n for n in expected)])
-    got = "not there" if found is None else str(list(found.shape))
-    raise ValueError(
-        f"{type(block).__name__}: the state is of another block: {name} is {got}, expected {want.replace(chr(39), '')}"
-    )
+        if found is not expected:
+            got = "not there" if found is None else list(found.shape)
+            raise ValueError(f"{whose} {got}, expected {'none' if expected is None else _shape(expected)}")
+    elif found.dim() != len(expected) or not all(n in (m, None) for m, n in zip(found.shape, expected)):
+        raise ValueError(f"{whose} {list(found.shape)}, expected {_shape(expected)}")
+    elif found.dtype != dtype:
+        raise TypeError(f"{whose} {found.dtype}, expected {dtype}")
+
+
+def _shape(expected: tuple[int | None, ...]) -> str:
+    return "[" + ", ".join("any" if n is None else str(n) for n in expected) + "]"
 
 
 def check_parts(block: Block, state: State, count: int) -> None:

@@ -231,7 +231,7 @@ class Context(Block):
         offset = first - (segment - phase).clamp(max=first)
         if mask is None:
             mask = torch.ones(rows, time, dtype=torch.bool, device=x.device)
-        slots = first + time - 1
+        slots = max(first + time - 1, 0)
         layout = align(mask, offset, slots=slots)
         pieces: list[Piece] = []
         start, stop = 0, first

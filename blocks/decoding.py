@@ -98,4 +98,6 @@ def unobserved(module: nn.Module) -> bool:
         or module._compiled_call_impl is not None
         or everywhere._global_forward_hooks
         or everywhere._global_forward_pre_hooks
+        or everywhere._global_backward_hooks
+        or everywhere._global_backward_pre_hooks
     )

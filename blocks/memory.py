@@ -20,7 +20,7 @@ from ..kernels.projection import project, project_made
 from ..kernels.query import query
 from ..kernels.query_key_value import query_key_value
 from ..registry import register
-from .block import Block, Decoder, check_input, check_shape
+from .block import Block, Decoder, check_input, check_kept
 from .linear import Linear, plain
 from .walking import Walk
 
@@ -199,8 +199,11 @@ class NeuralMemory(Block):
         if mask is None and self._decodes(x):
             return self._step(x, state)
         y, state = self._learn(x, state, mask=mask)
-        y = self._finish(y, x)
-        return y if mask is None else torch.where(mask.unsqueeze(-1), y, 0.0), state
+        if mask is None:
+            return self._finish(y, x), state
+        real = mask.unsqueeze(-1)
+        # whatever stands at a masked token reaches no gradient either
+        return torch.where(real, self._finish(y, torch.where(real, x, 0.0)), 0.0), state
 
     def read(self, x: Tensor, state: NeuralMemoryState) -> Tensor:
         """What the memory answers to each token of ``x`` on its own, as if it came next; nothing is written."""
@@ -218,7 +221,18 @@ class NeuralMemory(Block):
 
     def walk(self) -> Walk:
         """``read`` and ``forward`` in halves: see ``walking.walk``."""
-        return Walk(self._ask, self._answer, self._learn, self._finish)
+
+        def answer(asked: Sequence[Tensor], state: NeuralMemoryState) -> Tensor:
+            self._check_state(asked[0], state)
+            return self._answer(asked, state)
+
+        def learn(
+            x: Tensor, state: NeuralMemoryState, *, mask: Tensor | None = None
+        ) -> tuple[Tensor, NeuralMemoryState]:
+            self._check_state(x, state)
+            return self._learn(x, state, mask=mask)
+
+        return Walk(self._ask, answer, learn, self._finish)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
@@ -295,7 +309,9 @@ class NeuralMemory(Block):
         return y, NeuralMemoryState(memory, history, None)
 
     def _ask(self, x: Tensor) -> tuple[Tensor, ...]:
-        return project(x, self.qkv.weight[: self.inner]), self.output_gate(x)
+        # the values and keys are not asked for, unless the layer is not what it was made as
+        projected = project(x, self.qkv.weight[: self.inner]) if plain(self.qkv) else self.qkv(x)[..., : self.inner]
+        return projected, self.output_gate(x)
 
     def _answer(self, asked: Sequence[Tensor], state: NeuralMemoryState) -> Tensor:
         projected, gate = asked
@@ -373,6 +389,7 @@ class NeuralMemory(Block):
             )
         if state.memory.position.shape[0] != x.shape[0]:
             raise ValueError(f"memory: state has {state.memory.position.shape[0]} rows: expected x's {x.shape[0]}")
+        rows, inner, dtype = x.shape[0], 3 * self.inner, self.output_gain.dtype
         weights, momentum, anchor, _ = state.memory
         for name, part in (("weights", weights), ("momentum", momentum), ("anchor", anchor)):
             layers = 0 if name == "momentum" and not self.momentum else len(self.shapes)
@@ -382,10 +399,11 @@ class NeuralMemory(Block):
                     f"expected {layers}"
                 )
             for layer, (tensor, shape) in enumerate(zip(part, self.shapes)):
-                if tensor.shape[1:] != (self.heads, *shape):
-                    check_shape(self, f"memory.{name}.{layer}", tensor, (self.heads, *shape))
-        check_shape(self, "convolution", state.convolution, (self.conv - 1, 3 * self.inner) if self.conv else None)
-        check_shape(self, "gates", state.gates, (self.controls.out_features,) if self.gates == "chunk" else None)
+                check_kept(self, f"memory.{name}.{layer}", tensor, (rows, self.heads, *shape), self.state_dtype)
+        past = (rows, self.conv - 1, inner) if self.conv else None
+        check_kept(self, "convolution", state.convolution, past, dtype)
+        held = (rows, self.controls.out_features) if self.gates == "chunk" else None
+        check_kept(self, "gates", state.gates, held, dtype)
 
     def read_flops(self, length: int) -> int:
         """FLOPs of ``read`` for ``length`` tokens: the query's projection, the network, gate and output."""

@@ -31,21 +31,24 @@ def read_index(place: Path) -> dict[str, Any]:
     """
     path = place / INDEX
     try:
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+            raise StorageError(f"{path}: not a regular file; expected the index of a saved model")
         with open(path, "rb") as file:
             raw = file.read(_MAX_BYTES + 1)
-        if len(raw) > _MAX_BYTES:
-            raise StorageError(f"{path}: larger than {_MAX_BYTES // 2**20} MiB: not a saved model's index")
-        index = json.loads(raw.decode("utf-8"))
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+    except (FileNotFoundError, NotADirectoryError):
         if os.path.isdir(place):
             raise StorageError(f"{place}: expected a saved model, but there is no {INDEX}") from None
         what = "not a folder" if os.path.exists(place) else "no such folder"
         raise StorageError(f"{place}: {what}; expected a saved model") from None
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         if isinstance(error, StorageError):
             raise
+        raise StorageError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if len(raw) > _MAX_BYTES:
+        raise StorageError(f"{path}: larger than {_MAX_BYTES // 2**20} MiB: not a saved model's index")
+    try:
+        index = json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         what = "empty" if not raw.strip() else f"no JSON text ({error})"
         raise StorageError(f"{path}: expected the index of a saved model; it is {what}") from None
     if not isinstance(index, dict) or index.get("format") != MODEL_FORMAT:

@@ -5,22 +5,27 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 
 @contextlib.contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """A temporary file in the target's folder that takes the target's place when the block ends well."""
-    temporary = target.parent / f".{target.name}.{secrets.token_hex(8)}.tmp"
+    """A temporary file in the target's folder that takes the target's place when the block ends well.
+
+    Of a link, what it points to is replaced. What is no file, such as a device, is itself what is written to.
+    """
+    target = target.resolve()
+    if target.exists() and not target.is_file():
+        yield target
+        return
+    temporary = target.parent / f".{target.name[:200]}.{secrets.token_hex(8)}.tmp"
     try:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        # as any new file: what is written for one user alone would be unreadable to those it is shared with
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
+        os.chmod(temporary, _mode(target))
         os.replace(temporary, target)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -29,16 +34,25 @@ def replacing(target: Path) -> Iterator[Path]:
     _sync_folder(target.parent)
 
 
+def _mode(target: Path) -> int:
+    """The permissions that the target has, or that any new file gets: nobody's alone, unless it was before."""
+    with contextlib.suppress(FileNotFoundError):
+        return stat.S_IMODE(target.stat().st_mode)
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
 @contextlib.contextmanager
 def making_folder(folder: Path) -> Iterator[None]:
     """The folder is there; it, and what had to be made above it, is gone again if the block fails with it empty."""
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException:
-        with contextlib.suppress(OSError):
-            for place in missing:
+        for place in missing:
+            with contextlib.suppress(OSError):
                 place.rmdir()
         raise
 

@@ -1,8 +1,8 @@
 """``python -m titans_build.tools.gpu_check``: are the kernels right on this GPU, and then, how fast are they.
 
-Parity first: every backend of every operation against the reference in float64, outputs and gradients. Speed is
-measured only where all of it passed. Results are written after every measurement, so a run that is cut short leaves
-what it has; ten minutes are enough for all of it.
+Parity first: every backend of what a GPU has kernels for, against the reference in float64, outputs and gradients.
+Speed is measured only where all of it passed. Results are written after every measurement, so a run that is cut short
+leaves what it has.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="tiny shapes: whether it runs, not how fast")
     parser.add_argument("--only", choices=("parity", "speed"), help="one of the two; speed alone proves nothing")
-    parser.add_argument("--minutes", type=float, default=9.0, help="stop measuring after so many (default: 9)")
+    parser.add_argument("--minutes", type=_minutes, default=9.0, help="stop measuring after so many (default: 9)")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="default: benchmarks/results/gpu-NAME.json, or none on a CPU"
     )
@@ -59,6 +59,16 @@ def main(words: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = math.nan
+    if not 0 < minutes < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of minutes above 0, got {text!r}")
+    return minutes
+
+
 def _run(arguments: argparse.Namespace) -> int:
     began = time.monotonic()
     try:
@@ -70,6 +80,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if target is None and device.type == "cuda":
         target = Path("benchmarks/results") / f"gpu-{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
     results: dict[str, Any] = {"environment": environment(name), "quick": arguments.quick, "dtype": arguments.dtype}
+    _write(results, target)  # what cannot be written is found out before the work
     if arguments.only != "speed":
         found = parity(device, results, target)
         say_columns(parity_table(found))
@@ -77,7 +88,7 @@ def _run(arguments: argparse.Namespace) -> int:
         for each in failed:
             complain(
                 f"{each.operation}, {each.backend}, {each.case}, {each.precision}: "
-                f"error {each.error:.1e}, at most {each.tolerance:.0e} is right"
+                + (each.failed or f"error {each.error:.1e}, at most {each.tolerance:.0e} is right")
             )
         if failed:
             say_prose("", "Nothing was timed: what is wrong need not be fast.")
@@ -124,9 +135,12 @@ def _write(results: dict[str, Any], target: Path | None) -> None:
     """Whole or not at all."""
     if target is None:
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(target) as temporary:
-        temporary.write_text(json.dumps(_plain(results), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(target) as temporary:
+            temporary.write_text(json.dumps(_plain(results), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--json {target}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _plain(value: Any) -> Any:
@@ -151,11 +165,11 @@ def parity(device: torch.device, results: dict[str, Any], target: Path | None) -
         with progress("parity", gpu_parity.count(precisions)) as step:
             for outcome in gpu_parity.outcomes(device, precisions):
                 found.append(outcome)
+                results["parity"] = [each._asdict() | {"passed": each.passed} for each in found]
+                _write(results, target)
                 step()
     finally:
         torch.use_deterministic_algorithms(before)
-    results["parity"] = [outcome._asdict() | {"passed": outcome.passed} for outcome in found]
-    _write(results, target)
     return found
 
 

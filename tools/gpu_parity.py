@@ -50,6 +50,8 @@ class Outcome(NamedTuple):
     """The largest of all outputs' and gradients' ratios; NaN where there is a NaN that should not be."""
     tolerance: float
     refused: str = ""
+    failed: str = ""
+    """What it raised instead, if anything."""
 
     @property
     def passed(self) -> bool:
@@ -86,6 +88,8 @@ def _outcome(
         found = _pass(case, backend, {name: x.to(device) for name, x in given.items()})
     except dispatch.BackendError as error:
         return said._replace(refused=str(error).rpartition("cannot run: ")[2])
+    except Exception as error:  # a kernel that does not compile, an illegal address: the others are still to be tried
+        return said._replace(failed=f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0])
     finally:
         torch.set_float32_matmul_precision(before)
     if dtype not in expected:

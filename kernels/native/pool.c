@@ -25,6 +25,7 @@ static struct {
     part *part;
     const void *context;
     int64_t parts;
+    uint64_t modes;
     _Alignas(64) atomic_uint_fast64_t state;
     _Alignas(64) atomic_int_fast64_t next; /* part */
     _Alignas(64) atomic_int left;          /* threads that entered and are done */
@@ -44,6 +45,28 @@ static void rest(void) {
     __builtin_ia32_pause();
 #elif defined(__aarch64__)
     __asm__ volatile("yield");
+#endif
+}
+
+/* How the calling thread rounds, and whether it flushes the smallest numbers to zero: a result does not depend on who
+   computes it. */
+static uint64_t modes(void) {
+    uint64_t found = 0;
+#if defined(__SSE__)
+    found = __builtin_ia32_stmxcsr();
+#elif defined(__aarch64__)
+    __asm__ volatile("mrs %0, fpcr" : "=r"(found));
+#endif
+    return found;
+}
+
+static void set_modes(uint64_t wanted) {
+#if defined(__SSE__)
+    __builtin_ia32_ldmxcsr((unsigned)wanted);
+#elif defined(__aarch64__)
+    __asm__ volatile("msr fpcr, %0" : : "r"(wanted));
+#else
+    (void)wanted;
 #endif
 }
 
@@ -77,6 +100,7 @@ static void *work(void *unused) {
         if (!atomic_compare_exchange_strong(&pool.state, &state, state - PLACE + 1))
             continue;
         last = state / JOB;
+        set_modes(pool.modes);
         take_parts((int)(state & ENTERED) + 1);
         atomic_fetch_add(&pool.left, 1);
         if (atomic_load(&pool.caller_sleeps)) {
@@ -158,7 +182,7 @@ void share_out(int64_t threads, int64_t parts, part *part, const void *context) 
     }
     if (pool.workers < places)
         employ(places);
-    pool.part = part, pool.context = context, pool.parts = parts;
+    pool.part = part, pool.context = context, pool.parts = parts, pool.modes = modes();
     open_job(places);
     take_parts(0);
     close_job();

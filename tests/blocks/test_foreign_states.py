@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import titans_build as tb
+from titans_build.blocks.state import map_state, named_tensors
 
 MEMORY = {"type": "memory", "heads": 2, "chunk": 4}
 
@@ -15,19 +16,27 @@ MEMORY = {"type": "memory", "heads": 2, "chunk": 4}
 @pytest.mark.parametrize(
     ("ours", "theirs", "said"),
     [
-        ({"conv": 8}, {"conv": 2}, r"convolution is \[2, 1, 48\], expected \[batch, 7, 48\]"),
-        ({"conv": 4}, {"conv": 8}, r"convolution is \[2, 7, 48\], expected \[batch, 3, 48\]"),
-        ({"conv": 4}, {"conv": 0}, r"convolution is not there, expected \[batch, 3, 48\]"),
+        ({"conv": 8}, {"conv": 2}, r"convolution is \[2, 1, 48\], expected \[2, 7, 48\]"),
+        ({"conv": 4}, {"conv": 8}, r"convolution is \[2, 7, 48\], expected \[2, 3, 48\]"),
+        ({"conv": 4}, {"conv": 0}, r"convolution is not there, expected \[2, 3, 48\]"),
         ({"conv": 0}, {"conv": 4}, r"convolution is \[2, 3, 48\], expected none"),
         ({"depth": 3}, {"depth": 1}, "memory.weights has 1 layers, expected 3"),
         ({"depth": 1}, {"depth": 3}, "memory.weights has 3 layers, expected 1"),
-        ({"expansion": 1}, {"expansion": 4}, r"memory.weights.0 is \[2, 2, 32, 8\], expected \[batch, 2, 8, 8\]"),
+        ({"expansion": 1}, {"expansion": 4}, r"memory.weights.0 is \[2, 2, 32, 8\], expected \[2, 2, 8, 8\]"),
         ({"momentum": False}, {}, "memory.momentum has 2 layers, expected 0"),
         ({}, {"momentum": False}, "memory.momentum has 0 layers, expected 2"),
         ({}, {"gates": "chunk"}, r"gates is \[2, 6\], expected none"),
         ({}, {"heads": 4}, r"memory.weights.0 is \[2, 4,"),
-        ({"type": "attention", "window": 8}, {"type": "attention", "window": 4}, r"keys is \[2, 3, .*\[batch, 7"),
-        ({"type": "attention", "window": 4}, {"type": "attention", "kv_heads": 1}, r"keys is \[2, 5, 1"),
+        (
+            {"type": "attention", "window": 8},
+            {"type": "attention", "window": 4},
+            "it holds the last 3 tokens, expected 7",
+        ),
+        (
+            {"type": "attention", "window": 4},
+            {"type": "attention", "kv_heads": 1},
+            r"keys is \[2, 5, 1, 8\], expected \[2, 5, 2, 8\]",
+        ),
         ({"type": "attention"}, {"type": "attention", "heads": 4}, r"keys is \[2, 5, 4"),
     ],
 )
@@ -38,6 +47,57 @@ def test_a_foreign_state_is_refused(ours, theirs, said, tokens, gradients):
     _, state = other(x)
     with torch.set_grad_enabled(gradients), pytest.raises(ValueError, match=said):
         block(x[:, :tokens], state)
+
+
+@pytest.mark.parametrize("spec", [MEMORY, {"type": "attention", "heads": 2}, {"type": "attention", "window": 4}])
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_state_of_another_dtype_or_of_fewer_rows_is_refused(spec, tokens, gradients):
+    block = tb.build_block(spec, dim=16)
+    x = torch.randn(2, 5, 16)
+    _, state = block.prefix(x[:, :1])
+    _, state = block(x, state)
+    with torch.set_grad_enabled(gradients):
+        for _, tensor in named_tensors(state):
+            short = map_state(lambda each, one=tensor: each[:1] if each is one else each, state)
+            with pytest.raises(ValueError, match=r"row|expected \[2"):
+                block(x[:, :tokens], short)
+            if tensor.is_floating_point():
+                wide = map_state(lambda each, one=tensor: each.double() if each is one else each, state)
+                with pytest.raises(TypeError, match="float64, expected"):
+                    block(x[:, :tokens], wide)
+
+
+def test_every_piece_of_a_context_asks_whose_state_it_is():
+    ours, theirs = (
+        tb.build_block({"type": "context", "segment": 4, "memory": {**MEMORY, "conv": conv}}, dim=16) for conv in (0, 4)
+    )
+    x = torch.randn(2, 9, 16)
+    _, state = theirs(x)
+    for tokens in (1, 3, 9):
+        with pytest.raises(ValueError, match=r"convolution is .*, expected none"):
+            ours(x[:, :tokens], state)
+
+
+def test_a_state_from_before_the_window_was_bound():
+    x = torch.randn(2, 12, 16)
+    for window in (None, 8):
+        block = tb.build_block({"type": "attention", "heads": 2, "window": window}, dim=16)
+        _, state = block(x[:, :7])
+        block.bound(6)
+        bound = tb.build_block({"type": "attention", "heads": 2, "window": 6}, dim=16)
+        bound.load_state_dict(block.state_dict())
+        torch.testing.assert_close(block(x[:, 7:], state)[0], bound(x)[0][:, 7:])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_stands_at_masked_tokens_reaches_no_gradient(value):
+    block = tb.build_block(MEMORY, dim=16)
+    x, mask = torch.randn(2, 6, 16), torch.tensor([[True] * 6, [False] * 3 + [True] * 3])
+    x[~mask] = value
+    y, _ = block(x, mask=mask)
+    y.sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in block.parameters() if parameter.grad is not None)
 
 
 @pytest.mark.parametrize("spec", [MEMORY, {"type": "attention", "heads": 2}])

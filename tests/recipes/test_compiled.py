@@ -77,7 +77,9 @@ def test_a_training_step_and_no_second_compilation(name):
 def test_in_pytorch_alone(name, monkeypatch):
     """Where there is no C compiler for the kernels."""
     names = "attention=sdpa,memory=torch,memory_read=torch,rms_norm=torch,l2_norm=torch,gate=torch,gated_norm=torch"
-    monkeypatch.setenv(VARIABLE, f"{names},swiglu=torch,rotary=torch,query_key_value=torch,cached_attention=torch")
+    monkeypatch.setenv(
+        VARIABLE, f"{names},swiglu=torch,rotary=torch,query_key_value=torch,query=torch,cached_attention=torch"
+    )
     module = model(name)
     given, targets = tokens(), tokens()
     same(step(compiled(module), module, given, targets), step(module, module, given, targets))

@@ -45,6 +45,22 @@ def test_any_number_of_threads_gives_the_same_numbers(threads):
             assert torch.equal(project(x, weight, None, backend="native"), one)
 
 
+@pytest.mark.skipif(not torch.set_flush_denormal(False), reason="numbers this small are not flushed here")
+@torch.no_grad()
+def test_every_thread_rounds_as_the_caller_does(threads):
+    threads(4)
+    x, weight = torch.full((1, 320), 1e-20), torch.full((1000, 320), 1e-20)
+    weight[:] = 1e-22  # their products are smaller than any normal number
+    assert (project(x, weight, None, backend="native") > 0).all()
+    torch.set_flush_denormal(True)
+    try:
+        for _ in range(100):
+            assert (project(x, weight, None, backend="native") == 0).all()
+    finally:
+        torch.set_flush_denormal(False)
+    assert (project(x, weight, None, backend="native") > 0).all()
+
+
 def test_small_work_stays_with_one_thread(threads):
     threads(8)
     assert threads_worth(2**10) == 1

@@ -1,0 +1,67 @@
+"""Files that are replaced whole: what the target is stays what it is."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+import pytest
+
+import titans_build as tb
+from titans_build.recipes import StorageError
+from titans_build.recipes.replacing import making_folder, replacing
+
+
+def write(target, text):
+    with replacing(target) as temporary:
+        temporary.write_text(text)
+
+
+def test_a_link_stays_a_link(tmp_path):
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.write_text("old")
+    link.symlink_to(real)
+    write(link, "new")
+    assert link.is_symlink() and real.read_text() == "new"
+
+
+def test_what_was_for_one_alone_stays_so(tmp_path):
+    private = tmp_path / "private"
+    private.write_text("old")
+    private.chmod(0o600)
+    write(private, "new")
+    assert private.read_text() == "new" and stat.S_IMODE(private.stat().st_mode) == 0o600
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/null"), reason="there is no such device")
+def test_a_device_is_written_to(tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to("/dev/null")
+    write(link, "gone")
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode) and link.is_symlink()
+
+
+def test_a_long_name(tmp_path):
+    target = tmp_path / ("a" * 240)
+    write(target, "new")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_a_folder_that_nothing_came_into_goes_again(tmp_path):
+    with pytest.raises(OSError, match="long"), making_folder(tmp_path / "a" / "b" / ("c" * 300)):
+        pass
+    with pytest.raises(ZeroDivisionError), making_folder(tmp_path / "a" / "b"):
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes here")
+def test_a_pipe_is_no_saved_model(tmp_path):
+    os.mkfifo(tmp_path / "model.json")
+    with pytest.raises(StorageError, match="not a regular file"):
+        tb.load(tmp_path)
+
+
+def test_a_name_that_no_file_can_have():
+    with pytest.raises(StorageError, match="null"):
+        tb.load("a\0b")
