@@ -14,6 +14,7 @@ from .native import library
 from .native.kernel import Kernel, address, plain, tracks
 from .native.pages import fresh
 from .normalisation import l2_norm
+from .query_key_value import laid_out
 
 EPS = 1e-6
 
@@ -72,7 +73,7 @@ def _native(projected: Tensor, weight: Tensor | None, history: Tensor | None, he
     else:
         given = history if history.dtype == projected.dtype else history.to(projected.dtype)
     if not tracks(projected, weight, given):
-        return _forward(*_laid_out(projected, weight, given), heads)
+        return _forward(*laid_out(projected, weight, given), heads)
     y: Tensor = _Query.apply(projected, weight, given, heads)
     return y
 
@@ -86,10 +87,10 @@ class _Query(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, projected: Tensor, weight: Tensor | None, history: Tensor | None, heads: int) -> Tensor:
-        laid_out = _laid_out(projected, weight, history)
-        ctx.save_for_backward(*laid_out)
+        given = laid_out(projected, weight, history)
+        ctx.save_for_backward(*given)
         ctx.heads = heads
-        return _forward(*laid_out, heads)
+        return _forward(*given, heads)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -114,17 +115,6 @@ def _forward(projected: Tensor, weight: Tensor | None, history: Tensor | None, h
     y = fresh((*projected.shape[:2], heads, projected.shape[2] // heads), projected.dtype)
     _FORWARD(projected.dtype, *_shape(projected, weight, history, heads), y.data_ptr(), 0, 0, 0, 0, EPS)
     return y
-
-
-def _laid_out(
-    projected: Tensor, weight: Tensor | None, history: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """As the kernel takes them: numbers side by side, and the weight dense."""
-    if projected.stride(2) != 1:
-        projected = projected.contiguous()
-    if history is not None and history.stride(2) != 1:
-        history = history.contiguous()
-    return projected, None if weight is None else weight.contiguous(), history
 
 
 def _shape(projected: Tensor, weight: Tensor | None, history: Tensor | None, heads: int) -> tuple[int, ...]:

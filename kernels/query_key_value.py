@@ -112,7 +112,7 @@ def _native(
     if tracks(projected, weight, given):
         *qkv, after = _QueryKeyValue.apply(projected, weight, given, heads, length)
     else:
-        *qkv, after = _forward(*_laid_out(projected, weight, given), heads, length)
+        *qkv, after = _forward(*laid_out(projected, weight, given), heads, length)
     q, k, v = qkv
     return q, k, v, history if after is None else after
 
@@ -132,11 +132,11 @@ class _QueryKeyValue(torch.autograd.Function):
     def forward(
         ctx: Any, projected: Tensor, weight: Tensor | None, history: Tensor | None, heads: int, length: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        laid_out = _laid_out(projected, weight, history)
-        ctx.save_for_backward(*laid_out, length)
+        given = laid_out(projected, weight, history)
+        ctx.save_for_backward(*given, length)
         ctx.heads = heads
         ctx.set_materialize_grads(False)
-        return _forward(*laid_out, heads, length)
+        return _forward(*given, heads, length)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -175,7 +175,7 @@ def _forward(
     return q, k, v, after
 
 
-def _laid_out(
+def laid_out(
     projected: Tensor, weight: Tensor | None, history: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As the kernel takes them: numbers side by side, and the weight dense."""

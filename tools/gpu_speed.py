@@ -312,7 +312,7 @@ def _step(
 
 def streams(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
     """What a pass over memory is worth: norm, gate, SwiGLU and convolution."""
-    rows, width = 4 * sizes.lengths[-1] // 4, 1024 if sizes.seconds else 32
+    rows, width = sizes.lengths[-1], 1024 if sizes.seconds else 32
     element = dtype.itemsize
     gain, taps = (
         (lambda: torch.ones(width, device=device, dtype=dtype)),
