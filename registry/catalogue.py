@@ -1,4 +1,4 @@
-"""The catalogue of block types: names given by ``@register`` and by the entry points of installed packages."""
+"""Catalogues of classes by name, the blocks' first: given by ``@register`` and by installed packages' entry points."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Class = TypeVar("Class", bound=type)
 
 @dataclass(frozen=True)
 class Entry:
-    """A registered block type."""
+    """A registered class: a block type, or what another catalogue holds."""
 
     name: str
     cls: type
@@ -41,7 +41,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a listing: a block type, or an installed one that cannot be used and why."""
+    """One line of a listing: what is registered, or an installed one that cannot be used and why."""
 
     name: str
     source: str
@@ -49,9 +49,133 @@ class Row:
     problem: str | None
 
 
-_entries: dict[str, Entry] = {}
-_broken: dict[str, str] = {}  # entry points that were tried and failed: the failed import is not repeated
-_loading: str | None = None  # the entry point being imported just now
+class Catalogue:
+    """Classes of one kind by name; every kind has the same rules, errors and way of being extended.
+
+    ``kind``: what messages call one (``block``). ``group``: the entry points that provide more of them. ``methods``:
+    what a class must have. ``lead``: the constructor's first parameter, which is no field; ``None`` where all are.
+    """
+
+    def __init__(self, kind: str, group: str, *, methods: tuple[str, ...], lead: str | None) -> None:
+        self.kind, self.group, self.methods, self.lead = kind, group, methods, lead
+        self._entries: dict[str, Entry] = {}
+        self._broken: dict[str, str] = {}  # entry points that were tried and failed: the import is not repeated
+        self._loading: str | None = None  # the entry point being imported just now
+
+    def register(self, name: str, *, replace: bool = False) -> Callable[[Class], Class]:
+        """Make a class available under a name; its constructor's signature is its schema.
+
+        Raises ``ValueError`` when the name is taken (both places are named) unless ``replace=True``, and
+        ``TypeError`` when the class lacks a method of its kind or its signature is no schema.
+        """
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,99}", name):
+            raise ValueError(
+                f"register({show(name)}): a name starts with a letter and has only letters, digits, _ and -"
+            )
+
+        def add(cls: Class) -> Class:
+            missing = [method for method in self.methods if not callable(getattr(cls, method, None))]
+            if not isinstance(cls, type) or missing:
+                raise TypeError(f"register({name!r}): {cls!r} is no {self.kind}: it has no {' and no '.join(missing)}")
+            entry = Entry(name, cls, fields_of(cls, self.lead), self._place(cls), cls.__module__.partition(".")[0])
+            taken = self._entries.get(name)
+            if taken is not None and not replace:
+                raise ValueError(
+                    f"the {self.kind} name {name!r} is taken by {taken.cls.__qualname__} ({taken.place}); "
+                    f"{cls.__qualname__} ({entry.place}) needs another name, or replace=True to take its place"
+                )
+            if taken is not None and self._loading is not None and _is_built_in(taken):
+                raise ValueError(
+                    f"the installed {self.kind} {self._loading!r} may not replace the built-in {name!r} ({taken.place})"
+                )
+            self._entries[name] = entry
+            return cls
+
+        return add
+
+    def lookup(self, name: str) -> Entry:
+        """The entry of a name, importing the installed package that provides it if need be.
+
+        Raises ``RecipeError``: unknown name (with the nearest one), or an installed package that cannot be imported.
+        """
+        if name in self._entries:
+            return self._entries[name]
+        points = self._entry_points().get(name)
+        if points is None:
+            near = nearest(name, self.known_names())
+            raise RecipeError([Problem("", f"unknown {self.kind} {show(name)}{near}")], self.kind)
+        if name not in self._broken:
+            try:
+                self._load(name, points)
+            except Exception as error:  # whatever an installed package's import raises is that package's fault
+                self._broken[name] = (
+                    f"the installed {self.kind} {name!r} ({_origin(points)}) cannot be used: {_first_line(error)}"
+                )
+        if name in self._broken:
+            raise RecipeError([Problem("", self._broken[name])], self.kind)
+        return self._entries[name]
+
+    def known_names(self) -> list[str]:
+        """Every usable name, sorted as people count (``block2`` before ``block10``); nothing is imported."""
+        return sorted({*self._entries, *self._entry_points()}, key=_natural)
+
+    def names(self, pattern: str = "*") -> list[str]:
+        """Names that match a wildcard pattern. Installed packages are not imported."""
+        if not isinstance(pattern, str):
+            raise TypeError(f"pattern: expected text with wildcards such as '*mem*', got {show(pattern)}")
+        return [name for name in self.known_names() if fnmatch.fnmatchcase(name, pattern)]
+
+    def rows(self, pattern: str = "*") -> list[Row]:
+        """The listing for a person: with summaries, and with what stops an installed one from being used."""
+        rows = []
+        for name in self.names(pattern):
+            try:
+                entry = self.lookup(name)
+            except RecipeError as error:
+                rows.append(Row(name, _origin(self._entry_points()[name]), "", error.problems[0].message))
+            else:
+                rows.append(Row(name, entry.source, entry.summary, None))
+                shadowed = self._entry_points().get(name)
+                if shadowed is not None and _is_built_in(entry):
+                    rows.append(Row(name, _origin(shadowed), "", f"ignored: {name!r} is built in"))
+        return rows
+
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[None]:
+        """Forget, at the end of the ``with`` block, everything registered inside it. For tests and notebooks."""
+        entries, broken = dict(self._entries), dict(self._broken)
+        try:
+            yield
+        finally:
+            self._entries, self._broken = entries, broken
+
+    def _load(self, name: str, points: list[importlib.metadata.EntryPoint]) -> None:
+        if len(points) > 1:
+            raise ImportError("several installed packages provide this name")
+        before, outer, self._loading = dict(self._entries), self._loading, name
+        try:
+            target: Any = points[0].load()
+            if name not in self._entries:
+                if not isinstance(target, type):
+                    raise ImportError(f"{points[0].value} registers no {self.kind} of that name")
+                self.register(name)(target)
+        except BaseException:
+            # a half-imported package leaves nothing behind
+            self._entries = before
+            raise
+        finally:
+            self._loading = outer
+
+    def _entry_points(self) -> dict[str, list[importlib.metadata.EntryPoint]]:
+        return _scan(self.group, tuple(sys.path))
+
+    def _place(self, cls: type) -> str:
+        code = getattr(vars(cls).get("__init__") or vars(cls).get(self.methods[0]), "__code__", None)
+        return f"{code.co_filename}:{code.co_firstlineno}" if code else f"module {cls.__module__}"
+
+
+BLOCKS = Catalogue("block", ENTRY_POINT_GROUP, methods=("forward", "init_state"), lead="dim")
+"""The block types."""
 
 
 def register(name: str, *, replace: bool = False) -> Callable[[Class], Class]:
@@ -70,117 +194,39 @@ def register(name: str, *, replace: bool = False) -> Callable[[Class], Class]:
     Raises ``ValueError`` when the name is taken (both places are named) unless ``replace=True``, and
     ``TypeError`` when the class is no block or its signature is no schema.
     """
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,99}", name):
-        raise ValueError(f"register({show(name)}): a name starts with a letter and has only letters, digits, _ and -")
-
-    def add(cls: Class) -> Class:
-        missing = [method for method in ("forward", "init_state") if not callable(getattr(cls, method, None))]
-        if not isinstance(cls, type) or missing:
-            raise TypeError(f"register({name!r}): {cls!r} is no block: it has no {' and no '.join(missing)}")
-        entry = Entry(name, cls, fields_of(cls), _place(cls), cls.__module__.partition(".")[0])
-        taken = _entries.get(name)
-        if taken is not None and not replace:
-            raise ValueError(
-                f"the block name {name!r} is taken by {taken.cls.__qualname__} ({taken.place}); {cls.__qualname__} "
-                f"({entry.place}) needs another name, or replace=True to take its place"
-            )
-        if taken is not None and _loading is not None and _is_built_in(taken):
-            raise ValueError(f"the installed block {_loading!r} may not replace the built-in {name!r} ({taken.place})")
-        _entries[name] = entry
-        return cls
-
-    return add
+    return BLOCKS.register(name, replace=replace)
 
 
 def lookup(name: str) -> Entry:
-    """The entry of a name, importing the installed package that provides it if need be.
-
-    Raises ``RecipeError``: unknown name (with the nearest one), or an installed package that cannot be imported.
-    """
-    if name in _entries:
-        return _entries[name]
-    points = _entry_points().get(name)
-    if points is None:
-        raise RecipeError([Problem("", f"unknown block {show(name)}{nearest(name, known_names())}")], "block")
-    if name not in _broken:
-        try:
-            _load(name, points)
-        except Exception as error:  # whatever an installed package's import raises is that package's fault
-            _broken[name] = f"the installed block {name!r} ({_origin(points)}) cannot be used: {_first_line(error)}"
-    if name in _broken:
-        raise RecipeError([Problem("", _broken[name])], "block")
-    return _entries[name]
+    """The block type of a name; ``Catalogue.lookup``."""
+    return BLOCKS.lookup(name)
 
 
 def known_names() -> list[str]:
-    """Every usable name, sorted as people count (``block2`` before ``block10``); nothing is imported."""
-    return sorted({*_entries, *_entry_points()}, key=_natural)
+    """Every usable block's name; ``Catalogue.known_names``."""
+    return BLOCKS.known_names()
 
 
 def list_blocks(pattern: str = "*") -> list[str]:
     """Names that match a wildcard pattern: ``list_blocks("*mem*")``. Installed packages are not imported."""
-    if not isinstance(pattern, str):
-        raise TypeError(f"pattern: expected text with wildcards such as '*mem*', got {show(pattern)}")
-    return [name for name in known_names() if fnmatch.fnmatchcase(name, pattern)]
+    return BLOCKS.names(pattern)
 
 
 def list_rows(pattern: str = "*") -> list[Row]:
     """The listing for a person: with summaries, and with what stops an installed block from being used."""
-    rows = []
-    for name in list_blocks(pattern):
-        try:
-            entry = lookup(name)
-        except RecipeError as error:
-            rows.append(Row(name, _origin(_entry_points()[name]), "", error.problems[0].message))
-        else:
-            rows.append(Row(name, entry.source, entry.summary, None))
-            shadowed = _entry_points().get(name)
-            if shadowed is not None and _is_built_in(entry):
-                rows.append(Row(name, _origin(shadowed), "", f"ignored: {name!r} is built in"))
-    return rows
+    return BLOCKS.rows(pattern)
 
 
-@contextlib.contextmanager
-def scratch() -> Iterator[None]:
-    """Forget, at the end of the ``with`` block, everything registered inside it. For tests and notebooks."""
-    entries, broken = dict(_entries), dict(_broken)
-    try:
-        yield
-    finally:
-        for current, saved in ((_entries, entries), (_broken, broken)):
-            current.clear()
-            current.update(saved)  # type: ignore[arg-type]
+def scratch() -> contextlib.AbstractContextManager[None]:
+    """Forget, at the end of the ``with`` block, every block registered inside it. For tests and notebooks."""
+    return BLOCKS.scratch()
 
 
-def _load(name: str, points: list[importlib.metadata.EntryPoint]) -> None:
-    global _loading
-    if len(points) > 1:
-        raise ImportError("several installed packages provide this name")
-    before, outer, _loading = dict(_entries), _loading, name
-    try:
-        target: Any = points[0].load()
-        if name not in _entries:
-            if not isinstance(target, type):
-                raise ImportError(f"{points[0].value} registers no block of that name")
-            register(name)(target)
-    except BaseException:
-        # a half-imported package leaves nothing behind
-        _entries.clear()
-        _entries.update(before)
-        raise
-    finally:
-        _loading = outer
-
-
-def _entry_points() -> dict[str, list[importlib.metadata.EntryPoint]]:
-    return _scan(tuple(sys.path))
-
-
-@functools.lru_cache(maxsize=4)
-def _scan(search_path: tuple[str, ...]) -> dict[str, list[importlib.metadata.EntryPoint]]:
+@functools.lru_cache(maxsize=8)
+def _scan(group: str, search_path: tuple[str, ...]) -> dict[str, list[importlib.metadata.EntryPoint]]:
     # reading the metadata of every installed package takes tens of milliseconds: once per search path
     found: dict[str, list[importlib.metadata.EntryPoint]] = {}
-    for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+    for point in importlib.metadata.entry_points(group=group):
         same = found.setdefault(point.name, [])
         if point not in same:  # an editable install may be listed twice
             same.append(point)
@@ -193,11 +239,6 @@ def _origin(points: list[importlib.metadata.EntryPoint]) -> str:
 
 def _is_built_in(entry: Entry) -> bool:
     return entry.source == __name__.partition(".")[0]
-
-
-def _place(cls: type) -> str:
-    code = getattr(vars(cls).get("__init__") or vars(cls).get("forward"), "__code__", None)
-    return f"{code.co_filename}:{code.co_firstlineno}" if code else f"module {cls.__module__}"
 
 
 def _first_line(error: Exception) -> str:

@@ -6,7 +6,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-from .catalogue import lookup
+from .catalogue import BLOCKS, Catalogue
 from .schema import Field
 
 PROTOCOLS = {"memory": ("read", "write")}
@@ -41,9 +41,12 @@ class Description:
     """What it can stand as besides a plain block: ``memory`` when it has ``read`` and ``write`` of its own."""
 
 
-def describe(name: str) -> Description:
-    """Describe a registered block type. Raises ``RecipeError`` with the nearest name when there is none."""
-    entry = lookup(name)
+def describe(name: str, catalogue: Catalogue = BLOCKS) -> Description:
+    """Describe a registered block type, or what another catalogue holds.
+
+    Raises ``RecipeError`` with the nearest name when there is none.
+    """
+    entry = catalogue.lookup(name)
     return Description(
         name=entry.name,
         summary=entry.summary,

@@ -126,22 +126,26 @@ _SAID_BY_THE_TYPE = {
 }
 
 
-def fields_of(cls: type) -> dict[str, Field]:
-    """The schema of ``cls``: its constructor's parameters after ``dim``.
+def fields_of(cls: type, lead: str | None = "dim") -> dict[str, Field]:
+    """The schema of ``cls``: its constructor's parameters after ``lead`` (all of them where that is ``None``).
 
     Raises ``TypeError`` saying what is wrong with the signature, as the author of a block needs to hear it.
     """
     where = f"{cls.__name__}.__init__"
     constructor = cls.__init__  # type: ignore[misc]
-    parameters = list(inspect.signature(constructor).parameters.values())[1:]
-    if not parameters or parameters[0].name != "dim":
-        raise TypeError(f"{where}: the first parameter must be dim, the width; got {[p.name for p in parameters[:1]]}")
+    # a class without a constructor of its own has object's, whose (*args, **kwargs) take nothing
+    parameters = [] if constructor is object.__init__ else list(inspect.signature(constructor).parameters.values())[1:]
+    if lead is not None:
+        if not parameters or parameters[0].name != lead:
+            got = [p.name for p in parameters[:1]]
+            raise TypeError(f"{where}: the first parameter must be {lead}, the width; got {got}")
+        parameters = parameters[1:]
     try:
         hints = typing.get_type_hints(constructor, localns={cls.__name__: cls}, include_extras=True)
     except NameError as error:
         raise TypeError(f"{where}: an annotation cannot be read: {error}; its names must be module globals") from None
     fields = {}
-    for parameter in parameters[1:]:
+    for parameter in parameters:
         name = parameter.name
         if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
             raise TypeError(f"{where}: {parameter} hides the schema; name every field as a keyword parameter")

@@ -7,7 +7,7 @@ from typing import Any
 
 from .catalogue import Entry, known_names, lookup
 from .problem import MAX_PROBLEMS, Problem, RecipeError, join, nearest, show
-from .schema import block_places
+from .schema import Field, block_places
 from .spec import Needs
 
 CHAIN = "chain"
@@ -57,6 +57,30 @@ def create(spec: Any, *, dim: int) -> Any:
 def is_block(value: Any) -> bool:
     """Whether ``value`` is a built block (not a class, not a description of one)."""
     return not isinstance(value, type) and all(callable(getattr(value, m, None)) for m in ("forward", "init_state"))
+
+
+def check_settings(name: str, fields: dict[str, Field], given: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """Values for every field of what holds no blocks, as its constructor takes them: given, checked, or defaults.
+
+    ``name``: what has the fields, for messages. Raises ``RecipeError`` with all problems at once.
+    """
+    problems = [
+        Problem(join(path, key), f"unknown field of {name}{nearest(key, fields)} (fields: {_listed(fields)})")
+        for key in list(given)[:MAX_PROBLEMS]
+        if key not in fields
+    ]
+    values = {}
+    for field in fields.values():
+        if field.name not in given and field.required:
+            problems.append(Problem(path or field.name, f"{name} needs the field {field.name!r} ({field.type_text})"))
+            continue
+        value, wrong = field.check(given.get(field.name, field.default), join(path, field.name))
+        problems += wrong
+        if not wrong:
+            values[field.name] = field.to_python(value)
+    if problems:
+        raise RecipeError(problems, name)
+    return values
 
 
 class Checker:
@@ -190,10 +214,9 @@ class Checker:
             elif key == "dim":
                 self._refuse(join(path, key), "the width is said once, at the top of the recipe", None)
             elif key != "type" and key not in entry.fields:
-                fields = ", ".join(entry.fields) or "it has none"
                 self._refuse(
                     join(path, key),
-                    f"unknown field of {entry.name}{nearest(key, entry.fields)} (fields: {fields})",
+                    f"unknown field of {entry.name}{nearest(key, entry.fields)} (fields: {_listed(entry.fields)})",
                     None,
                 )
 
@@ -208,6 +231,10 @@ class Checker:
                 place, holder = join(place, key), holder[key]
             holder[keys[-1]] = self._block(holder[keys[-1]], join(place, keys[-1]), needs, depth + 1)
         return value
+
+
+def _listed(fields: dict[str, Field]) -> str:
+    return ", ".join(fields) or "it has none"
 
 
 def _fits(name: str, needs: Needs) -> bool:

@@ -5,7 +5,17 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import Field
 
-from titans_build.registry import Needs, RecipeError, Spec, create, register, scratch, validate
+from titans_build.registry import (
+    Needs,
+    RecipeError,
+    Spec,
+    check_settings,
+    create,
+    fields_of,
+    register,
+    scratch,
+    validate,
+)
 
 
 class Thing:
@@ -274,3 +284,32 @@ def test_a_wrapper_can_what_is_needed_of_it_when_all_it_wraps_can():
     assert "memory.of" in problems({"type": "reader", "memory": create({"type": "wrapper", "of": ["heads"]}, dim=8)})
     # anywhere else it may wrap what it likes
     create({"type": "wrapper", "of": ["heads"]}, dim=8)
+
+
+class Settings:
+    def __init__(
+        self, *, size: Annotated[int, Field(ge=1)], shape: tuple[int, int] = (2, 3), name: str = "x"
+    ) -> None: ...
+
+
+def test_settings_of_what_is_no_block():
+    fields = fields_of(Settings, None)
+    given = {"size": 4, "shape": [5, 6]}
+    assert check_settings("thing", fields, given) == {"size": 4, "shape": (5, 6), "name": "x"}
+    assert given == {"size": 4, "shape": [5, 6]}
+    assert fields_of(object, None) == {}
+
+
+def test_all_that_is_wrong_with_settings():
+    with pytest.raises(RecipeError) as caught:
+        check_settings("thing", fields_of(Settings, None), {"nam": 1, "shape": [5]}, "train.data")
+    assert str(caught.value).splitlines() == [
+        "thing: 3 problems",
+        "  train.data.nam: unknown field of thing; did you mean 'name'? (fields: size, shape, name)",
+        "  train.data: thing needs the field 'size' (integer >= 1)",
+        "  train.data.shape: field required, got [5]",
+    ]
+    with pytest.raises(RecipeError, match=r"size: expected integer >= 1, got 0"):
+        check_settings("thing", fields_of(Settings, None), {"size": 0})
+    with pytest.raises(RecipeError, match=r"size: thing needs the field 'size'"):
+        check_settings("thing", fields_of(Settings, None), {})
