@@ -1,15 +1,19 @@
 """Blocks: everything between one state and the next. Importing this package registers the built-in ones."""
 
 from . import attention, chain, context, feedforward, gate, memory, normalisation, persistent
+from .auxiliary_loss import memory_loss, write_cost
 from .block import Block, materialise
 from .build import build_block
 from .language_model import LanguageModel, ModelOutput, ModelState
 from .laws import LawError, check_block
+from .live_or_frozen import MemoryCheck, memory_check
+from .observing import observe
 
 __all__ = [
     "Block",
     "LanguageModel",
     "LawError",
+    "MemoryCheck",
     "ModelOutput",
     "ModelState",
     "attention",
@@ -21,6 +25,10 @@ __all__ = [
     "gate",
     "materialise",
     "memory",
+    "memory_check",
+    "memory_loss",
     "normalisation",
+    "observe",
     "persistent",
+    "write_cost",
 ]

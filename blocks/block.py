@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .freezing import thawed
 from .state import State, map_state, nbytes
+from .watching import unwatched
 
 Decoder: TypeAlias = Callable[[Tensor, State], tuple[Tensor, State]]
 """From tokens ``[rows, time, dim]`` and a state to the outputs and the next state: see ``decoding.decoder``."""
@@ -59,8 +60,8 @@ class Block(nn.Module):
         """
         if tokens.is_meta and not self.grows:
             return tokens, self.init_state(tokens.shape[0])
-        # what a fresh memory holds has been written into it, frozen or not
-        with thawed(self):
+        # what a fresh memory holds has been written into it, frozen or not, and is no part of what is read
+        with thawed(self), unwatched():
             return self(tokens, self.init_state(tokens.shape[0]))
 
     def every(self, x: Tensor, state: State = None, *, step: int, mask: Tensor | None = None) -> tuple[Tensor, State]:

@@ -16,6 +16,7 @@ from .decoding import decoder, reader
 from .gate import Form, Gating
 from .state import State, reset, select, where
 from .walking import walk
+from .watching import moved, unwatched, watches
 
 
 class ContextState(NamedTuple):
@@ -114,7 +115,8 @@ class Context(Block):
             return y, state._replace(position=state.position + time)
         layout = align(mask)
         pieces = self._pieces(positions, layout.length.tolist(), layout.filled)
-        y, state = run(layout.spread(x), state, pieces)
+        with moved(self, layout):
+            y, state = run(layout.spread(x), state, pieces)
         return layout.collect(y), state._replace(position=state.position + layout.length)
 
     def decoder(self, rows: int, *, time: int = 1, step: int = 1) -> Decoder | None:
@@ -129,8 +131,10 @@ class Context(Block):
             if any(begins):
                 snapshot = _restart(begins, snapshot, memory)
                 attend = _restart(begins, attend, self._fresh_attend(rows))
-            y, attend = attending(torch.cat((recall(x, snapshot), x), dim=1), attend)
+            with unwatched():
+                y, attend = attending(torch.cat((recall(x, snapshot), x), dim=1), attend)
             m, memory = learn(y, memory)
+            self._tell(y, m)
             return gate(y, m), ContextState(memory, snapshot, attend, position + 1)
 
         return decode
@@ -152,6 +156,7 @@ class Context(Block):
             answers.append(m)
         y = _join(attended, x)
         m = finish(_join(answers, x), y)
+        self._tell(y, m)
         return self.gate(y, m), ContextState(memory, snapshot, attend, position)  # 4. gate
 
     def _run_inputs(self, x: Tensor, state: ContextState, pieces: list[Piece]) -> tuple[Tensor, ContextState]:
@@ -186,14 +191,22 @@ class Context(Block):
                 y, attend = self._attend(recalled[done], x[:, piece.start : piece.stop], attend, piece.real)
             attended.append(y)
             done += together
-        y = self.gate(_join(attended, x), finish(_join(written, x), x))
-        return y, ContextState(memory, snapshot, attend, position)
+        y, m = _join(attended, x), finish(_join(written, x), x)
+        self._tell(y, m)
+        return self.gate(y, m), ContextState(memory, snapshot, attend, position)
 
     def _attend(self, recalled: Tensor, x: Tensor, state: State, real: Tensor | None) -> tuple[Tensor, State]:
         """Attention at each ``x_j``, which sees ``h_1..h_j`` and ``x_1..x_j``. All ``[rows, time, dim]``."""
         rows, time, dim = x.shape
         stream = torch.stack([recalled, x], dim=2).view(rows, 2 * time, dim)
-        return self.attend.every(stream, state, step=2, mask=None if real is None else real.repeat_interleave(2, dim=1))
+        mask = None if real is None else real.repeat_interleave(2, dim=1)
+        with unwatched():  # it reads a stream of its own, which begins anew at every segment
+            return self.attend.every(stream, state, step=2, mask=mask)
+
+    def _tell(self, y: Tensor, m: Tensor) -> None:
+        """What is gated, to whoever watches."""
+        for watch in watches(self):
+            watch.gated(self, self.gate.opening(m), y, m, None)
 
     def _fresh_attend(self, rows: int) -> State:
         """Attention that has seen the persistent tokens and nothing else."""

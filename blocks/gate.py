@@ -17,6 +17,7 @@ from ..registry import Spec, create, register
 from .block import Block, Blocks, Decoder, as_memory, check_input, check_parts, read_flops
 from .decoding import decoder, reader, unobserved
 from .state import State
+from .watching import watches
 
 Form = Literal["sigmoid", "silu", "sum"]
 
@@ -46,6 +47,13 @@ class Gating(nn.Module):
             return gate(a, b, self.gain_a, self.gain_b, self.eps)
         a, b = rms_norm(a, self.gain_a, self.eps), rms_norm(b, self.gain_b, self.eps)
         return a * silu(b) if self.form == "silu" else a + b
+
+    def opening(self, b: Tensor) -> Tensor:
+        """What the first branch, normalised, is multiplied with: of the second's outputs ``[..., dim]``."""
+        if self.form == "sum":
+            return torch.ones_like(b)
+        b = rms_norm(b, self.gain_b, self.eps)
+        return silu(b) if self.form == "silu" else torch.sigmoid(b)
 
     def prepared(self, rows: int, time: int) -> Callable[[Tensor, Tensor], Tensor]:
         """``forward`` for many times ``[rows, time, dim]``; what it gives may be written over by the next call."""
@@ -92,6 +100,8 @@ class Gate(Block):
         check_parts(self, before, 2)
         a, after_a = left(x, before[0], mask=mask)
         b, after_b = right(x, before[1], mask=mask)
+        for watch in watches(self):
+            watch.gated(self, self.gate.opening(b), a, b, mask)
         return self.gate(a, b), (after_a, after_b)
 
     def read(self, x: Tensor, state: State) -> Tensor:
@@ -111,6 +121,8 @@ class Gate(Block):
         def decode(x: Tensor, state: State) -> tuple[Tensor, State]:
             a, after_a = left(x, state[0])
             b, after_b = right(x, state[1])
+            for watch in watches(self):
+                watch.gated(self, self.gate.opening(b), a, b, None)
             return gate(a, b), (after_a, after_b)
 
         return decode

@@ -9,11 +9,12 @@ from typing import Annotated, Any, Literal, NamedTuple
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.functional import hardsigmoid
 
 from ..kernels.decoding.gated_projection import few, gated_output, prepare_gated_output
 from ..kernels.decoding.memory_inputs import Layers, memory_inputs, memory_query, prepare_inputs
 from ..kernels.gate import gated_norm
-from ..kernels.layout import align, last
+from ..kernels.layout import Layout, align, last
 from ..kernels.memory import MemoryState, Options, Tokens, prepare_read, prepare_step, read_memory, titans_memory
 from ..kernels.memory.cost import memory_flops
 from ..kernels.projection import project, project_made
@@ -23,6 +24,7 @@ from ..registry import register
 from .block import Block, Decoder, check_input, check_kept
 from .linear import Linear, plain
 from .walking import Walk
+from .watching import Learned, watches
 
 
 class NeuralMemoryState(NamedTuple):
@@ -69,10 +71,18 @@ class NeuralMemory(Block):
             Literal["token", "chunk"],
             Field(description="gates per token, or constant over a chunk (its first token's)"),
         ] = "token",
+        gating: Annotated[
+            Literal["sigmoid", "hard_sigmoid"],
+            Field(description="what makes gates of numbers; hard: linear, cut off at exactly 0 and 1"),
+        ] = "sigmoid",
         max_step: Annotated[float, Field(gt=0, description="largest step size theta of a token")] = 0.1,
         clip: Annotated[
             float | None, Field(gt=0, description="largest norm of one token's gradient; null for no bound")
         ] = 1.0,
+        threshold: Annotated[
+            float | None,
+            Field(gt=0, description="tokens of less surprise (gradient norm) neither write nor forget; null: all do"),
+        ] = None,
         retrieve: Annotated[
             Literal["after", "before"], Field(description="read a token's query after or before the token is written")
         ] = "after",
@@ -92,6 +102,7 @@ class NeuralMemory(Block):
         self.heads, self.chunk, self.activation, self.clip = heads, chunk, activation, clip
         self.momentum, self.forgetting, self.gates, self.max_step = momentum, forgetting, gates, max_step
         self.conv, self.retrieve, self.use, self.keep = conv, retrieve, use, keep
+        self.gating, self.threshold = gating, threshold
         self.period = chunk
         self.inner = dim
         width = dim // heads
@@ -133,6 +144,8 @@ class NeuralMemory(Block):
         gains             1
         output            zero-free but small, 0.5 / sqrt(dim): a new layer perturbs the residual stream little
         ================  ==========================================================================
+
+        Hard gates start at the values of the sigmoids above, and as steep: a fresh memory cuts none off.
         """
         scale = self.dim**-0.5
         for linear, std in (
@@ -147,7 +160,12 @@ class NeuralMemory(Block):
             biases.append(torch.ones(self.heads))
         if self.forgetting:
             biases.append(torch.linspace(-4, -8, self.heads) if self.heads > 1 else torch.tensor([-6.0]))
-        self.controls.bias.copy_(torch.cat(biases))
+        bias = torch.cat(biases)
+        if self.gating == "hard_sigmoid":  # its slope is 1 / 6
+            open_ = torch.sigmoid(bias)
+            bias = 6 * (open_ - 0.5)
+            self.controls.weight.mul_((6 * open_ * (1 - open_)).unsqueeze(-1))
+        self.controls.bias.copy_(bias)
         if self.convolution is not None:
             nn.init.normal_(self.convolution, std=0.02)
             self.convolution[:, -1] += 1
@@ -252,8 +270,7 @@ class NeuralMemory(Block):
             return None
         (q, k, v, gates, _), load = inputs
         tokens = Tokens(q, k, v, gates[0], gates[1] if self.momentum else None, gates[-1] if self.forgetting else None)
-        options = Options(self.chunk, self.activation, self.clip, self.retrieve)
-        write = prepare_step(tokens, self.shapes, self.norm_gain, options)
+        write = prepare_step(tokens, self.shapes, self.norm_gain, self._options())
         if write is None:
             return None
 
@@ -262,6 +279,7 @@ class NeuralMemory(Block):
                 return self(x, state)
             history = load(x, state.convolution)
             y, memory = write(state.memory)
+            self._tell(tokens, state.memory, memory)
             return finish(y, x), NeuralMemoryState(memory, history, None)
 
         return decode
@@ -288,7 +306,8 @@ class NeuralMemory(Block):
         qkv, controls = self.qkv.weight, self.controls
         if not learns:
             return Layers(qkv[: self.inner], self.convolution, self.heads)
-        return Layers(qkv, self.convolution, self.heads, controls.weight, controls.bias, self.max_step)
+        hard = self.gating == "hard_sigmoid"
+        return Layers(qkv, self.convolution, self.heads, controls.weight, controls.bias, self.max_step, hard)
 
     def _finisher(self, rows: int) -> Callable[[Tensor, Tensor], Tensor] | None:
         """``_finish`` for decoding; ``None`` where there is no preparing it."""
@@ -300,11 +319,8 @@ class NeuralMemory(Block):
     def _step(self, x: Tensor, state: NeuralMemoryState) -> tuple[Tensor, NeuralMemoryState]:
         """``forward`` of what :meth:`_decodes`."""
         q, k, v, gates, history = memory_inputs(x, state.convolution, self._layers())
-        y, memory = titans_memory(
-            q, k, v, gates[0], gates[1] if self.momentum else None, gates[-1] if self.forgetting else None,
-            state.memory, chunk=self.chunk, activation=self.activation, norm=self.norm_gain,
-            clip=self.clip, read=self.retrieve,
-        )  # fmt: skip
+        tokens = Tokens(q, k, v, gates[0], gates[1] if self.momentum else None, gates[-1] if self.forgetting else None)
+        y, memory = self._write(tokens, state.memory)
         y = gated_output(y, self.output_gain, x, self.output_gate.weight, self.output.weight)
         return y, NeuralMemoryState(memory, history, None)
 
@@ -324,29 +340,45 @@ class NeuralMemory(Block):
     ) -> tuple[Tensor, NeuralMemoryState]:
         """``forward`` without :meth:`_finish`."""
         if mask is None:
-            return self._run(x, state, None, None)
+            return self._run(x, state, None)
         layout = align(mask)
-        y, state = self._run(layout.spread(x), state, layout.filled, layout.length)
+        y, state = self._run(layout.spread(x), state, layout)
         return layout.collect(y), state
 
-    def _run(
-        self, x: Tensor, state: NeuralMemoryState, mask: Tensor | None, length: Tensor | None
-    ) -> tuple[Tensor, NeuralMemoryState]:
-        """:meth:`_learn` for rows whose real tokens come first; ``mask`` is false behind them."""
+    def _run(self, x: Tensor, state: NeuralMemoryState, layout: Layout | None) -> tuple[Tensor, NeuralMemoryState]:
+        """:meth:`_learn` for rows whose real tokens ``layout`` has put first."""
+        length = None if layout is None else layout.length
         # under autocast too, what the state keeps is not narrowed
         q, k, v, history = query_key_value(
             self.qkv(x).to(self.output_gain.dtype), self.convolution, state.convolution, self.heads, length
         )
         if self.use == "read":
             y = read_memory(q, state.memory.weights, self.activation, self.norm_gain)
+            if watches(self):
+                self._tell(Tokens(q, k, v, q.new_zeros(q.shape[:3]), None, None), state.memory, None, layout)
             return y, state._replace(convolution=history)
         theta, eta, alpha, held = self._controls(x, state, length)
-        y, memory = titans_memory(
-            q, k, v, theta, eta, alpha, state.memory,
-            chunk=self.chunk, activation=self.activation, norm=self.norm_gain, mask=mask,
-            clip=self.clip, read=self.retrieve, keep=self.keep,
-        )  # fmt: skip
+        y, memory = self._write(Tokens(q, k, v, theta, eta, alpha), state.memory, layout)
         return y, NeuralMemoryState(memory, history, held)
+
+    def _write(self, tokens: Tokens, state: MemoryState, layout: Layout | None = None) -> tuple[Tensor, MemoryState]:
+        y, after = titans_memory(
+            *tokens, state, chunk=self.chunk, activation=self.activation, norm=self.norm_gain,
+            mask=None if layout is None else layout.filled, clip=self.clip, read=self.retrieve, keep=self.keep,
+            threshold=self.threshold,
+        )  # fmt: skip
+        self._tell(tokens, state, after, layout)
+        return y, after
+
+    def _tell(
+        self, tokens: Tokens, before: MemoryState, after: MemoryState | None, layout: Layout | None = None
+    ) -> None:
+        """What was written, or with no state after it what would have been, to whoever watches."""
+        for watch in watches(self):
+            watch.learned(self, Learned(tokens, before, after, self.norm_gain, self._options(), layout))
+
+    def _options(self) -> Options:
+        return Options(self.chunk, self.activation, self.clip, self.retrieve, self.keep, threshold=self.threshold)
 
     def _controls(
         self, x: Tensor, state: NeuralMemoryState, length: Tensor | None
@@ -366,7 +398,8 @@ class NeuralMemory(Block):
                 else torch.where((length > 0).unsqueeze(-1), last(raw, length.clamp(min=1), 1)[:, 0], held)
             )
         parts = (self.heads,) * (raw.shape[-1] // self.heads)
-        split = iter(torch.sigmoid(raw.to(self.state_dtype)).split_with_sizes(parts, dim=-1))
+        curve = hardsigmoid if self.gating == "hard_sigmoid" else torch.sigmoid
+        split = iter(curve(raw.to(self.state_dtype)).split_with_sizes(parts, dim=-1))
         theta = next(split) * self.max_step
         return theta, next(split) if self.momentum else None, next(split) if self.forgetting else None, held
 

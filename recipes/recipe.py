@@ -8,9 +8,10 @@ import importlib
 import json
 import re
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
-from ..registry import MAX_PROBLEMS, Checker, Problem, RecipeError, join, nearest, show
+from ..registry import MAX_PROBLEMS, Checker, Problem, RecipeError, join, lookup, nearest, show
 from .reading import write_yaml
 
 VERSION = 1
@@ -78,12 +79,28 @@ class Recipe:
         """``to_dict`` as JSON."""
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits, the same for recipes of the same model whatever they are called."""
+        """16 hex digits, the same for recipes of the same model whatever they are called.
+
+        Fields at their defaults do not count, so that a release that adds one still knows what was saved before it.
+        """
         data = self.to_dict()
-        same = {key: data[key] for key in ("version", "dim", "vocab", "tie", "layers")} | {"stack": self.expand()}
+        layers = {name: [_said(block) for block in blocks] for name, blocks in data["layers"].items()}
+        same = {key: data[key] for key in ("version", "dim", "vocab", "tie")}
+        same |= {"layers": layers, "stack": self.expand()}
         return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _said(value: Any) -> Any:
+    """A block in full form, or a field's value that may hold some, without what is at its default."""
+    if isinstance(value, list):
+        return [_said(part) for part in value]
+    if not isinstance(value, dict) or not isinstance(value.get("type"), str):
+        return value
+    fields = lookup(value["type"]).fields
+    given = {name: part for name, part in value.items() if name == "type" or part != fields[name].default}
+    return {name: _said(part) if name != "type" and fields[name].holds_blocks else part for name, part in given.items()}
 
 
 def check_recipe(data: Any, *, source: str = "recipe", allow_imports: bool = False) -> Recipe:

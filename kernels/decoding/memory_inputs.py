@@ -48,11 +48,13 @@ class Layers(NamedTuple):
     """``[3 * heads * dim, width]``, its last column on the token, or ``None``."""
     heads: int
     controls: Tensor | None = None
-    """``[gates * heads, in]``: each gate is a sigmoid."""
+    """``[gates * heads, in]``: each gate is a sigmoid of these products."""
     bias: Tensor | None = None
     """``[gates * heads]``."""
     largest: float = 1.0
     """What the first gate is multiplied with."""
+    hard: bool = False
+    """Each gate is a hard sigmoid instead: ``(z + 3) / 6``, cut off at exactly 0 and 1."""
 
 
 def memory_inputs(x: Tensor, history: Tensor | None, layers: Layers, *, backend: str = "auto") -> Inputs:
@@ -82,7 +84,7 @@ def prepare_inputs(
     which fills them and returns the next history; ``None`` where that gains nothing. Without controls, the query
     alone is there, and the history stays.
     """
-    weight, convolution, _, controls, bias, _ = layers
+    weight, convolution, _, controls, bias, *_ = layers
     if not (
         prepares(weight, convolution, controls, bias)
         and _operation.choose("auto", device="cpu", dtype=weight.dtype) is _native
@@ -91,7 +93,7 @@ def prepare_inputs(
     y, gate, sizes = _results(layers, batch)
     learns = controls is not None
     call = _KERNEL.prepared(
-        weight.dtype, 8, 5, *sizes, *[0] * 5, weight, controls, bias, convolution, y, gate, layers.largest, EPS
+        weight.dtype, 9, 5, *sizes, *[0] * 5, weight, controls, bias, convolution, y, gate, layers.largest, EPS
     )
 
     def run(x: Tensor, history: Tensor | None) -> Tensor | None:
@@ -130,14 +132,14 @@ def _native(x: Tensor, history: Tensor | None, layers: Layers) -> _Outputs:
 
 def _results(layers: Layers, batch: int) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:
     """Tensors for what the kernel computes: outputs, gates; and how many there are of what, as it takes it."""
-    weight, convolution, heads, controls, _, _ = layers
+    weight, convolution, heads, controls, *_ = layers
     channels, width = weight.shape
     parts, gates = (1, 0) if controls is None else (3, controls.shape[0])
     dim = channels // (parts * heads)
     taps = 1 if convolution is None else convolution.shape[1]
     y = torch.empty((parts, batch, 1, heads, dim), dtype=weight.dtype)
     gate = torch.empty((gates // heads, batch, 1, heads), dtype=weight.dtype) if gates else None
-    return y, gate, (threads_for(weight), batch, width, heads, dim, taps, gates, parts)
+    return y, gate, (threads_for(weight), batch, width, heads, dim, taps, gates, parts, layers.hard)
 
 
 def _histories(history: Tensor, learns: bool) -> tuple[Tensor, int, int, Tensor | None]:
@@ -148,7 +150,7 @@ def _histories(history: Tensor, learns: bool) -> tuple[Tensor, int, int, Tensor 
 
 
 def _composed(x: Tensor, history: Tensor | None, layers: Layers, backend: str = "auto") -> _Outputs:
-    weight, convolution, heads, controls, bias, largest = layers
+    weight, convolution, heads, controls, bias, largest, hard = layers
     projected, channels = project(x, weight, backend=backend), weight.shape[0]
     if convolution is not None and history is not None:
         past = torch.cat((history[..., :channels], projected), dim=1)
@@ -159,7 +161,9 @@ def _composed(x: Tensor, history: Tensor | None, layers: Layers, backend: str = 
     if controls is None:
         return qk, (), None
     raw = project(x, controls, bias, backend=backend)
-    theta, *others = torch.sigmoid(raw).split_with_sizes([heads] * (raw.shape[-1] // heads), dim=-1)
+    theta, *others = (F.hardsigmoid if hard else torch.sigmoid)(raw).split_with_sizes(
+        [heads] * (raw.shape[-1] // heads), dim=-1
+    )
     return torch.cat([qk, parts[2:]]), (theta * largest, *others), history
 
 
@@ -167,13 +171,13 @@ _reference = functools.partial(_composed, backend="reference")
 
 
 def _outputs(x: Tensor, history: Tensor | None, layers: Layers) -> _Outputs:
-    weight, convolution, heads, controls, _, _ = layers
+    weight, convolution, heads, controls, *_ = layers
     parts, gates = (1, 0) if controls is None else (3, controls.shape[0] // heads)
     y = x.new_empty(parts, x.shape[0], 1, heads, weight.shape[0] // (parts * heads))
     return y, (y[0, ..., 0],) * gates, None if convolution is None or controls is None else history
 
 
-_KERNEL = Kernel("memory_inputs", 19, 2)
+_KERNEL = Kernel("memory_inputs", 20, 2)
 
 _operation = Operation(
     "memory_inputs",

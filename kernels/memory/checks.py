@@ -18,7 +18,7 @@ def check_memory(
     Cheap when all is well, for decoding pays it at every token; messages are made only for what is wrong.
     """
     q, k, v, theta, eta, alpha = tokens
-    chunk, activation, clip, read, keep, _ = options
+    chunk, activation, clip, read, keep, _, threshold = options
     if not isinstance(state, MemoryState):
         raise TypeError(f"state: expected a MemoryState (MemoryState.fresh(weights)), got {type(state).__name__}")
     for name, part in (("weights", state.weights), ("momentum", state.momentum), ("anchor", state.anchor)):
@@ -101,6 +101,8 @@ def check_memory(
             raise ValueError(f"mask: expected device {q.device} as q, got {mask.device}")
     if clip is not None and not (isinstance(clip, (int, float)) and clip > 0):
         raise ValueError(f"clip: expected a norm > 0 or None, got {clip!r}")
+    if threshold is not None and not (isinstance(threshold, (int, float)) and threshold > 0):
+        raise ValueError(f"threshold: expected a norm > 0 or None, got {threshold!r}")
     if read not in ("after", "before"):
         raise ValueError(f"read: expected 'after' or 'before', got {read!r}")
     if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):

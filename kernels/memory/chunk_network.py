@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .activation import ACTIVATIONS
 from .buffers import Adjoint, Scratch, Work
-from .decay import ChunkDecay
+from .decay import ChunkDecay, chunk_decay
 from .torch_reading import EPS
 
 
@@ -39,6 +39,9 @@ class ChunkNetwork:
 
     def __init__(self, activation: str, gain: Tensor | None, clip: float | None, scratch: Scratch) -> None:
         self.activation, self.gain, self.clip, self.scratch = ACTIVATIONS[activation], gain, clip, scratch
+
+    decay = staticmethod(chunk_decay)
+    """What gates are to writing and reading."""
 
     # -- write ---------------------------------------------------------------------------------------------------
 

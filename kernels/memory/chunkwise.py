@@ -25,7 +25,7 @@ from torch import Tensor
 from ..precision import full_precision
 from .buffers import Adjoint, Scratch, Work
 from .chunk_network import ChunkNetwork
-from .decay import ChunkDecay, chunk_decay
+from .decay import ChunkDecay
 from .tokens import Options, Tokens
 from .torch_reading import per_row
 
@@ -102,7 +102,7 @@ class _Chunkwise(torch.autograd.Function):
         asked = [token(x) for x in stacks] if hidden_kept else []
         for group, (first, times) in enumerate(_groups(chunks, size, b)):
             eta_, alpha_, real_ = (None if x is None else _chunks(x, times, b) for x in (eta, alpha, real))
-            decay = chunk_decay(_chunks(theta, times, b), eta_, alpha_, real_, options.read == "after")
+            decay = net.decay(_chunks(theta, times, b), eta_, alpha_, real_, options.read == "after")
             span = slice(first, first + decay.mix.shape[0])
             written = work.first(decay.mix.shape[0])
             if hidden_kept:
@@ -159,7 +159,7 @@ def _backward(ctx: Any, grad_y: Tensor, *grad_state: Tensor) -> tuple[Tensor | N
             gates: list[Any] = [
                 None if x is None else _chunks(x, times, b).requires_grad_() for x in (theta, eta, alpha)
             ]
-            graph = chunk_decay(gates[0], gates[1], gates[2], _chunks(ctx.real, times, b), options.read == "after")
+            graph = net.decay(gates[0], gates[1], gates[2], _chunks(ctx.real, times, b), options.read == "after")
         decay = ChunkDecay(*(x.detach() for x in graph))
         keys, values, queries = (_chunks(x, times, b) for x in (k, v, q))
         own = anchor if first == 0 else None
@@ -246,4 +246,5 @@ def _scatter(x: Tensor, group: Tensor, times: slice, b: int) -> None:
 
 
 def _rows(w: Tensor) -> Tensor:
-    return w.reshape(-1, *w.shape[2:])
+    """``[batch, heads, ...]`` -> ``[rows, ...]``, contiguous: a network may know no strides."""
+    return w.reshape(-1, *w.shape[2:]).contiguous()

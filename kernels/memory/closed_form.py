@@ -110,14 +110,16 @@ def _chunk(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """One chunk, or a part of one, of a single row: tokens ``[heads, time, ...]``, the state ``[heads, out, in]``."""
     q, k, v, theta, eta, alpha = tokens
-    _, activation, clip, read, *_ = options
+    _, activation, clip, read, *_, threshold = options
     inputs, errors = _errors(anchor, k, v, activation, gain)
     gradients = [2 * error for error in errors]
+    square = torch.stack([g.square().sum(-1) * a.square().sum(-1) for g, a in zip(gradients, inputs)]).sum(0)
     if clip is not None:
-        squares = [g.square().sum(-1) * a.square().sum(-1) for g, a in zip(gradients, inputs)]
         # bounded under the root, which has no derivative at 0
-        length = torch.stack(squares).sum(0).clamp(min=clip**2).sqrt()
-        theta = theta * clip / length
+        theta = theta * clip / square.clamp(min=clip**2).sqrt()
+    if threshold is not None:
+        writes = ~(square.sqrt() < threshold)
+        theta, alpha = theta * writes, None if alpha is None else alpha * writes
     decay = _products(torch.ones_like(theta) if alpha is None else 1 - alpha)
     lasting = _products(torch.zeros_like(theta) if eta is None else eta)
     A, D, E, H = decay[..., 0], decay[..., 1:], lasting[..., 0], lasting[..., 1:]

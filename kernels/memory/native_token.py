@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ..constant import told
 from ..native.kernel import threads_worth
 from ..native.library import library, refuse
 from .activation import NUMBERS
@@ -31,7 +32,7 @@ _NONE = (0, 0, 0)
 def refuse_token(*, dtype: torch.dtype, time: int = 1, grad: bool = False, **facts: Any) -> str | None:
     """Why the kernels cannot run, or ``None``; a half-precision model's memory computes in float32."""
     if time != 1:
-        return f"takes one token, not {time}"
+        return f"takes one token, not {told(time)}"
     if grad:
         return "has no backward; gradients are wanted"
     return refuse(dtype=torch.promote_types(dtype, torch.float32), **facts)
@@ -52,7 +53,7 @@ class Step:
         self, tokens: Tokens, shapes: Sequence[tuple[int, int]], norm: Tensor | None, options: Options
     ) -> None:
         self.shapes, self.heads, self.momentum = shapes, tokens.q.shape[2], tokens.eta is not None
-        self.chunk, activation, self.clip, read, *_ = options
+        self.chunk, activation, self.clip, read, *_, self.threshold = options
         self.y = _like(tokens.v)
         self._call = _Call("step", shapes, activation, read == "after", tokens[:3], tokens[3:], norm, self.y)
 
@@ -80,7 +81,7 @@ class Step:
                 layers += _NONE
                 written = _NONE
             layers += *_dense(anchor[l], heads, size, held), new.data_ptr(), heads * size, size, *written
-        self._call(layers, rows, self.clip or 0.0)
+        self._call(layers, rows, self.clip or 0.0, self.threshold or 0.0)
 
         starts = [r and phase == 0 for r, phase in zip(real, phases)]
         ends = [r and phase + 1 == chunk for r, phase in zip(real, phases)]
@@ -112,7 +113,7 @@ class Read:
         layers: list[int] = []
         for (out, width), weight in zip(self.shapes, weights):
             layers += out, width, *_dense(weight, self.heads, out * width, held), *_NONE, *_NONE, *_NONE, *_NONE
-        self._call(layers, b"", 0.0)
+        self._call(layers, b"")
         return self.y
 
 
@@ -148,9 +149,9 @@ class _Call:
         _packer(len(fields))(self._structure, 0, *fields)
         self._function = _function(name, y.dtype)
 
-    def __call__(self, layers: list[int], rows: bytes, clip: float) -> None:
+    def __call__(self, layers: list[int], rows: bytes, clip: float = 0.0, threshold: float = 0.0) -> None:
         self._layers(self._structure, self._at, *layers)
-        if self._function(self._structure, rows, clip):
+        if self._function(self._structure, rows, clip, threshold):
             raise MemoryError("memory: no room for a token's scratch")
 
 
@@ -165,8 +166,9 @@ def _like(x: Tensor) -> Tensor:
 
 
 @functools.cache
-def _function(name: str, dtype: torch.dtype) -> Callable[[Any, bytes, float], int]:
-    return ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_double)((name, library(dtype)))
+def _function(name: str, dtype: torch.dtype) -> Callable[[Any, bytes, float, float], int]:
+    kinds = ctypes.c_char_p, ctypes.c_char_p, ctypes.c_double, ctypes.c_double
+    return ctypes.CFUNCTYPE(ctypes.c_int, *kinds)((name, library(dtype)))
 
 
 def _dense(x: Tensor, heads: int, size: int, held: list[Tensor]) -> _Heads:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..constant import told
 from ..dispatch import Backend, Operation
 from ..native.kernel import plain
-from ..precision import full_precision
+from ..precision import full_precision, half
 from ..triton import availability as triton
 from .checks import check_memory
 from .closed_form import closed_form_memory
@@ -21,6 +22,7 @@ from .native import native_memory, refuse_native
 from .native_token import native_step, refuse_token
 from .pieces import piecewise_memory
 from .reference import reference_memory
+from .selecting import selective_memory
 from .state import MemoryState
 from .step import step_memory
 from .tokens import Options, Path, Tokens
@@ -43,6 +45,7 @@ def titans_memory(
     clip: float | None = None,
     read: str = "after",
     keep: int | None = None,
+    threshold: float | None = None,
 ) -> tuple[Tensor, MemoryState]:
     """Write every token into a memory that is itself a network, and read the memory at every token (eq. 8-15).
 
@@ -66,6 +69,10 @@ def titans_memory(
         clip: scale each token's gradient, all layers of a head together, down to this norm.
         read: ``"after"`` the token was written (the equation above) or ``"before"`` (``y_t = M_{t-1}(q_t)``).
         keep: chunks between the states that are kept for backward; larger saves memory and costs no accuracy.
+        threshold: a token whose surprise (the norm of its gradient at its anchor, before any clipping) is below this
+            neither writes nor forgets: its theta and alpha are 0. Earlier momentum carries on as its eta says, and the
+            position advances. The comparison itself is not differentiated, and where a surprise equals the threshold to
+            rounding, two ways of computing it may decide differently.
 
     Returns:
         ``y`` ``[batch, time, heads, d_out]`` in the dtype of ``q``, and the new state (float32 or wider).
@@ -76,7 +83,7 @@ def titans_memory(
     """
     tokens, options = (
         Tokens(q, k, v, theta, eta, alpha),
-        Options(chunk, activation, clip, read, keep, _HALF.get(q.dtype)),
+        Options(chunk, activation, clip, read, keep, half(q), threshold),
     )
     check_memory(tokens, state, norm, mask, options)
     tensors = (*tokens, norm, *state.weights, *state.momentum, *state.anchor)
@@ -101,21 +108,30 @@ def titans_memory(
     return y.to(q.dtype), state
 
 
-_HALF = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+def _backend(
+    name: str, path: Path, refuse: Callable[..., str | None] = lambda **facts: None, *, selects: bool = False
+) -> Backend:
+    """A path that is given stretches of a sequence which are finite but for their first token.
 
+    ``selects``: it knows of thresholds itself; any other is given gates in which what is held back is zero.
+    """
 
-def _backend(name: str, path: Path, refuse: Callable[..., str | None] = lambda **facts: None) -> Backend:
-    """A path that is given stretches of a sequence which are finite but for their first token."""
+    def chosen(
+        tokens: Tokens, state: MemoryState, norm: Tensor | None, mask: Tensor | None, options: Options
+    ) -> tuple[Tensor, MemoryState]:
+        if options.threshold is None or selects:
+            return path(tokens, state, norm, mask, options)
+        return selective_memory(tokens, state, norm, mask, options, path)
 
     def run(
         tokens: Tokens, state: MemoryState, norm: Tensor | None, mask: Tensor | None, options: Options
     ) -> tuple[Tensor, MemoryState]:
         cuts = cuts_before_infinities(tokens, mask)
         if not cuts:
-            return path(tokens, state, norm, mask, options)
+            return chosen(tokens, state, norm, mask, options)
         outputs = []
         for span in starmap(slice, pairwise([0, *cuts, tokens.q.shape[1]])):
-            y, state = path(tokens.at(span), state, norm, None if mask is None else mask[:, span], options)
+            y, state = chosen(tokens.at(span), state, norm, None if mask is None else mask[:, span], options)
             outputs.append(y)
         return torch.cat(outputs, dim=1), state
 
@@ -124,7 +140,7 @@ def _backend(name: str, path: Path, refuse: Callable[..., str | None] = lambda *
 
 def _refuse_step(*, time: int = 1, grad: bool = False, **facts: object) -> str | None:
     if time != 1:
-        return f"takes one token, not {time}"
+        return f"takes one token, not {told(time)}"
     return "has no backward; gradients are wanted" if grad else None
 
 
@@ -160,14 +176,14 @@ def _refuse_triton_step(**facts: Any) -> str | None:
 MEMORY = Operation(
     "memory",
     [
-        _backend("native_step", native_step, refuse_token),
+        _backend("native_step", native_step, refuse_token, selects=True),
         _backend("triton_step", _triton_step, _refuse_triton_step),
-        _backend("step", step_memory, _refuse_step),
+        _backend("step", step_memory, _refuse_step, selects=True),
         _backend("native", native_memory, refuse_native),
         _backend("triton", _triton, _refuse_triton),
         _backend("torch", piecewise_memory),
-        _backend("closed_form", closed_form_memory),
-        _backend("reference", reference_memory),
+        _backend("closed_form", closed_form_memory, selects=True),
+        _backend("reference", reference_memory, selects=True),
     ],
     lambda tokens, state, *others: (tokens.v, state),
     [Tokens, MemoryState, Options],

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..native.kernel import prepares
-from .native_token import Read, Step, native_read
+from .native_token import Read, Step
 from .operation import MEMORY
 from .reading import READING
 from .tokens import Options, Tokens
@@ -34,6 +34,6 @@ def prepare_read(q: Tensor, shapes: Sequence[tuple[int, int]], activation: str, 
     """``read_memory`` of one query of each row likewise: a function of the weights."""
     if prepares(q, norm):
         run = READING.choose(device="cpu", dtype=q.dtype, time=1, layers=len(shapes), plain=True, grad=False)
-        if run is native_read:
+        if run is READING.backends["native_step"].run:
             return Read(q, shapes, activation, norm)
     return None

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
 from ..arguments import expect_tensors
 from ..dispatch import Backend, Operation
 from ..native.kernel import plain, tracks
-from ..precision import full_precision
+from ..precision import full_precision, half
 from ..triton import availability as triton
 from .activation import ACTIVATIONS
 from .native_reading import native_reading, refuse_reading
 from .native_token import native_read, refuse_token
 from .reference import memory_network
 from .torch_reading import torch_reading
+
+_Path: TypeAlias = Callable[[Tensor, tuple[Tensor, ...], str, Tensor | None, str | None], Tensor]
 
 
 def read_memory(
@@ -51,12 +57,10 @@ def read_memory(
         plain=plain(q, norm, *weights),
         grad=tracks(q, norm, *weights),
     )
+    gain, narrow = norm if norm is None or norm.dtype == compute else norm.to(compute), half(q)
     with full_precision(q.device.type):
-        # that one widens what it loads, and multiplies in the dtype that it was given
-        asked = q if q.dtype == compute or run is READING.backends["triton"].run else q.to(compute)
-        gain = norm if norm is None or norm.dtype == compute else norm.to(compute)
-        y = run(asked, weights, activation, gain)
-        return y if y.dtype == q.dtype else y.to(q.dtype)
+        y: Tensor = run(q, weights, activation, gain, narrow)
+        return y
 
 
 def _check(q: Tensor, weights: tuple[Tensor, ...], activation: str, norm: Tensor | None) -> None:
@@ -85,10 +89,27 @@ def _check(q: Tensor, weights: tuple[Tensor, ...], activation: str, norm: Tensor
         raise ValueError(f"read_memory: norm {list(norm.shape)}: expected [{heads}, {width}], as wide as q")
 
 
-def _triton(q: Tensor, weights: tuple[Tensor, ...], activation: str, norm: Tensor | None) -> Tensor:
+def _widened(path: Callable[..., Tensor]) -> _Path:
+    """A path that multiplies in the weights' dtype. What others see of it is the queries', and so do compilers."""
+
+    @functools.wraps(path)
+    def run(
+        q: Tensor, weights: tuple[Tensor, ...], activation: str, norm: Tensor | None, half: str | None = None
+    ) -> Tensor:
+        compute = weights[0].dtype
+        if q.dtype == compute:
+            return path(q, weights, activation, norm)
+        return path(q.to(compute), weights, activation, norm).to(q.dtype)
+
+    return run
+
+
+def _triton(
+    q: Tensor, weights: tuple[Tensor, ...], activation: str, norm: Tensor | None, half: str | None = None
+) -> Tensor:
     from .triton_reading import triton_reading
 
-    return triton_reading(q, weights, activation, norm)
+    return triton_reading(q, weights, activation, norm, half)
 
 
 def _reference(q: Tensor, weights: tuple[Tensor, ...], activation: str, norm: Tensor | None) -> Tensor:
@@ -98,11 +119,12 @@ def _reference(q: Tensor, weights: tuple[Tensor, ...], activation: str, norm: Te
 READING = Operation(
     "memory_read",
     [
-        Backend("native_step", native_read, refuse_token, opaque=True),
-        Backend("native", native_reading, refuse_reading, opaque=True),
+        Backend("native_step", _widened(native_read), refuse_token, opaque=True),
+        Backend("native", _widened(native_reading), refuse_reading, opaque=True),
+        # this one widens what it loads
         Backend("triton", _triton, triton.refuse_memory, opaque=True),
-        Backend("torch", torch_reading),
-        Backend("reference", _reference),
+        Backend("torch", _widened(torch_reading)),
+        Backend("reference", _widened(_reference)),
     ],
     lambda q, weights, *others: q.new_empty(*q.shape[:3], weights[-1].shape[2]),
 )

@@ -37,7 +37,7 @@ def reference_memory(
             state = MemoryState(parts[0], parts[1], parts[2], state.position.clone())
             return reference_memory(tokens.map(torch.clone), state, norm, mask, options)
     q, k, v, theta, eta, alpha = tokens
-    chunk, activation, clip, read, *_ = options
+    chunk, activation, clip, read, *_, threshold = options
     weights, momentum, anchor, position = state
     rows, time = q.shape[:2]
     if mask is None:
@@ -51,6 +51,9 @@ def reference_memory(
             at = tuple(a if a.requires_grad else a.detach().requires_grad_() for a in anchor)
             loss = (memory_network(at, k[:, t], activation, norm) - v[:, t]).square().sum()
             gradients = torch.autograd.grad(loss, at, create_graph=True)
+        held = torch.zeros(rows, q.shape[2], 1, 1, dtype=torch.bool, device=q.device)
+        if threshold is not None:
+            held = torch.cat([g.flatten(2) for g in gradients], 2).norm(dim=2).view(held.shape) < threshold
         if clip is not None:
             squares = [g.square().sum((-2, -1), keepdim=True) for g in gradients]
             # bounded under the root: a gradient of nothing has a length of 0, where the root has no derivative
@@ -63,12 +66,13 @@ def reference_memory(
                 return torch.full((rows, q.shape[2], 1, 1), default, dtype=q.dtype, device=q.device)
             return values[:, t, :, None, None]
 
+        step, forget = (torch.where(held, 0.0, gate(x, 0)) for x in (theta, alpha))
         if eta is None:
-            surprise = tuple(-gate(theta, 0) * g for g in gradients)
+            surprise = tuple(-step * g for g in gradients)
         else:
-            surprise = tuple(gate(eta, 0) * s - gate(theta, 0) * g for s, g in zip(momentum, gradients))
+            surprise = tuple(gate(eta, 0) * s - step * g for s, g in zip(momentum, gradients))
             momentum = tuple(torch.where(real, new, old) for new, old in zip(surprise, momentum))
-        weights = tuple(torch.where(real, (1 - gate(alpha, 0)) * w + s, w) for w, s in zip(weights, surprise))
+        weights = tuple(torch.where(real, (1 - forget) * w + s, w) for w, s in zip(weights, surprise))
         y = memory_network(weights if read == "after" else before, q[:, t], activation, norm)
         outputs.append(torch.where(real[..., 0], y, torch.zeros_like(y)))
         position = position + mask[:, t]

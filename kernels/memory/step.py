@@ -21,7 +21,7 @@ def step_memory(
 ) -> tuple[Tensor, MemoryState]:
     """``titans_memory`` for ``time = 1`` without gradients. Rows may be at different positions."""
     q, k, v, theta, eta, alpha = tokens
-    chunk, activation, clip, read, *_ = options
+    chunk, activation, clip, read, *_, threshold = options
     batch, _, heads, _ = q.shape
     pull = small(ACTIVATIONS[activation].pull)
     gain = None if norm is None else per_row(norm, batch)
@@ -58,10 +58,15 @@ def step_memory(
 
     # the step is -2 theta, or -clip theta / max(|gradient / 2|, clip / 2); the number in front waits for addcmul
     size, factor = theta.reshape(batch * heads, 1, 1), -2.0
-    if clip is not None:
-        size, factor = size / _half_norm(errors, inputs).clamp_min_(clip / 2), -clip
+    half_norm = None if clip is threshold is None else _half_norm(errors, inputs)
+    held = None if half_norm is None or threshold is None else half_norm < threshold / 2
+    if half_norm is not None and clip is not None:
+        size, factor = size / half_norm.clamp_min_(clip / 2), -clip
     lasting = None if eta is None else eta.reshape(batch * heads, 1, 1)
     retain = None if alpha is None else torch.rsub(alpha, 1).reshape(batch * heads, 1, 1)
+    if held is not None:
+        size = size.masked_fill(held, 0.0)
+        retain = None if retain is None else retain.masked_fill(held, 1.0)
     momentum, after = [], []
     for layer, weight in enumerate(weights):
         push = (errors[layer] * size).mT

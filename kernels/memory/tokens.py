@@ -49,7 +49,9 @@ class Options(NamedTuple):
     keep: int | None = None
     """Chunks from one state that is kept for backward to the next, where states are; ``None``: as a path sees fit."""
     half: str | None = None
-    """``"bfloat16"`` or ``"float16"`` of a model of half precision: what a path may round a product's operands to."""
+    """What a path may round a product's operands to: ``precision.half`` of the queries."""
+    threshold: float | None = None
+    """Below this surprise a token neither writes nor forgets; ``None``: every token does."""
 
 
 Path: TypeAlias = Callable[[Tokens, MemoryState, Tensor | None, Tensor | None, Options], tuple[Tensor, MemoryState]]

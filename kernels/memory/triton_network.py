@@ -9,17 +9,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..triton.launch import launch
 from ..triton.memory_network import NUMBERS
 from ..triton.memory_read import read_kernel
 from ..triton.memory_read_backward import read_backward_kernel, read_backward_state_kernel
+from ..triton.memory_resident import write_resident_kernel
+from ..triton.memory_resident_backward import write_backward_resident_kernel
 from ..triton.memory_write import recall_kernel, write_kernel
 from ..triton.memory_write_backward import write_backward_kernel
-from ..triton.schedule import operands, schedule
+from ..triton.schedule import operands, resident, schedule
 from .activation import ACTIVATIONS
 from .buffers import Adjoint, Scratch, Work
 from .chunk_network import ChunkNetwork, ReadGrad, WriteGrad
 from .decay import ChunkDecay
 from .torch_reading import EPS
+from .triton_decay import triton_decay
 
 
 class TritonNetwork(ChunkNetwork):
@@ -38,8 +42,11 @@ class TritonNetwork(ChunkNetwork):
         products: dict[str, Any] | None = None,
     ) -> None:
         """``products``: what ``schedule.operands`` said when forward began, for backward to do the same."""
-        super().__init__(activation, gain, clip, scratch)
+        # the kernels find a row's gain by its number: with one head, that of every row may be one piece of memory
+        super().__init__(activation, None if gain is None else gain.contiguous(), clip, scratch)
         self._number, self._products = NUMBERS[activation], products
+
+    decay = staticmethod(triton_decay)
 
     def advance(
         self, keys: Tensor, values: Tensor, decay: ChunkDecay, written: Work, anchor: list[Tensor] | None
@@ -47,8 +54,9 @@ class TritonNetwork(ChunkNetwork):
         written.inputs[0] = keys
         chunks, rows, b, _ = keys.shape
         sizes = self._sizes(keys, written)
+        kernel = write_resident_kernel if self._stays(sizes, written, backward=False) else write_kernel
         self._run(
-            write_kernel, (rows,), b, sizes, written,
+            kernel, (rows,), b, sizes, written,
             keys, values, self.gain, decay.mix.contiguous(), decay.write, *_two(anchor, keys), *_two(written.stacks),
             written.inputs[-1], *_two(written.hidden), *_two(written.raw), *_two(written.errors),
             chunks, rows, b, *sizes, self.clip or 0.0, EPS,
@@ -125,8 +133,10 @@ class TritonNetwork(ChunkNetwork):
         to_values, to_write, to_mix = map(torch.empty_like, (values, decay.write, mix))
         to_gain = None if self.gain is None else torch.empty_like(self.gain)
         sizes = self._sizes(keys, written)
+        stays = self._stays(sizes, written, backward=True)
+        kernel = write_backward_resident_kernel if stays else write_backward_kernel
         self._run(
-            write_backward_kernel, (rows,), b, sizes, written,
+            kernel, (rows,), b, sizes, written,
             keys, values, self.gain, mix, decay.write, *_two(anchor, keys), *_two(written.stacks),
             written.inputs[-1], *_two(written.hidden), *_two(written.raw), *_two(written.errors),
             *_two(grad.stacks), grad.inputs[0], grad.inputs[-1], *_two(grad.errors), to_values, to_write, to_mix,
@@ -141,6 +151,16 @@ class TritonNetwork(ChunkNetwork):
         out, width = written.stacks[-1].shape[3:]
         return x.shape[3], width, out
 
+    def _stays(self, sizes: tuple[int, int, int], written: Work, *, backward: bool) -> bool:
+        """Whether the state stays in registers."""
+        stack = written.stacks[0]
+        return resident(
+            len(written.stacks), stack.shape[2], *sizes, self._operands(written), backward=backward, wide=stack.dtype
+        )
+
+    def _operands(self, written: Work) -> dict[str, Any]:
+        return self._products or operands(written.stacks[0].dtype)
+
     def _scores(self, name: str, queries: Tensor) -> Tensor:
         """Room for a number for each query and key."""
         return self.scratch(name, *queries.shape[:3], queries.shape[2])
@@ -150,17 +170,17 @@ class TritonNetwork(ChunkNetwork):
         **flags: bool,
     ) -> None:  # fmt: skip
         """A launch with what every kernel is compiled for; each takes of it what it has a name for."""
-        tiles = schedule(kernel.__name__, b, *sizes)
-        layers, wide = len(written.stacks), written.stacks[0].dtype == torch.float64
+        layers, parts = len(written.stacks), written.stacks[0].shape[2]
+        wide = written.stacks[0].dtype == torch.float64
+        tiles = schedule(kernel.__name__, b, *sizes, layers=layers, parts=parts)
         fixed: dict[str, Any] = dict(
-            **flags, **tiles, LAYERS=layers, PARTS=written.stacks[0].shape[2],
-            ACTIVATION=self._number if layers == 2 else 0, NORM=self.gain is not None,
-            WIDE=tl.float64 if wide else tl.float32, **(self._products or operands(written.stacks[0].dtype)),
+            **flags, **tiles, LAYERS=layers, PARTS=parts, ACTIVATION=self._number if layers == 2 else 0,
+            NORM=self.gain is not None, WIDE=tl.float64 if wide else tl.float32, **self._operands(written),
         )  # fmt: skip
         if kernel in (read_kernel, recall_kernel):
             grid = (*grid, triton.cdiv(b, tiles["ROWS"]))
         options = ("num_warps", "num_stages")
-        kernel[grid](*arguments, **{n: x for n, x in fixed.items() if n in kernel.arg_names or n in options})
+        launch(kernel, grid, *arguments, **{n: x for n, x in fixed.items() if n in kernel.arg_names or n in options})
 
 
 def _two(layers: list[Tensor] | None, none: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:

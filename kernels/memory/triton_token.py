@@ -8,6 +8,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from ..triton.launch import launch
 from ..triton.memory_network import NUMBERS
 from ..triton.memory_step import step_kernel
 from ..triton.schedule import schedule
@@ -30,7 +31,8 @@ def triton_step(
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     if batch * heads:
         tiles = schedule(step_kernel.__name__, 1, d_in, width, d_out)
-        step_kernel[(batch * heads,)](
+        launch(
+            step_kernel, (batch * heads,),
             q, k, v, theta, eta, alpha, None if norm is None else norm.contiguous(), mask, state.position.contiguous(),
             *(x for part in old for x in _two(part)), y, *(x for part in new for x in _two(part)),
             *([None, None] if chunk == 1 else []), torch.empty(batch, heads, width, dtype=y.dtype, device=y.device),

@@ -8,6 +8,7 @@
 
 struct call {
     int64_t threads, batch, in, heads, dim, taps, gates, parts; /* parts: q, k, v, or q alone */
+    int64_t hard;                                               /* the gates' sigmoids: lines cut off at 0 and 1 */
     const real *x;                                              /* [batch, in] */
     const real *history;                                        /* [batch, taps - 1, ...]; q's channels first */
     int64_t history_batch, history_token;
@@ -53,6 +54,13 @@ static void finish(const struct call *c, int64_t row, int64_t part, int64_t head
         put_some(y + i, get_some(y + i, dim - i) * inverse, dim - i);
 }
 
+/* (z + 3) / 6 within 0 and 1, both of which are exact */
+static vec hard_logistic(vec z) {
+    z += 3;
+    z = pick(z < 0, (vec){}, z);
+    return pick(z > 6, all(6), z) / 6;
+}
+
 struct scratch {
     const struct call *call;
     real *projected; /* [batch, parts heads dim] */
@@ -84,7 +92,8 @@ int memory_inputs(const struct call *c) {
                 int some = (int)(c->gates - o < WIDTH ? c->gates - o : WIDTH);
                 real raw[WIDTH];
                 apply(some, (int)c->in, c->controls + o * c->in, c->in, c->x + row * c->in, raw);
-                vec open = logistic(get(raw) + get_some(c->bias + o, some));
+                vec z = get(raw) + get_some(c->bias + o, some);
+                vec open = c->hard ? hard_logistic(z) : logistic(z);
                 for (int i = 0; i < some; i++) {
                     int64_t kind = (o + i) / c->heads, head = (o + i) % c->heads;
                     c->gate[(kind * c->batch + row) * c->heads + head] = open[i] * (kind ? 1 : (real)c->largest);

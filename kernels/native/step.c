@@ -165,7 +165,8 @@ static void copy(const call *call, int64_t row, int64_t head) {
     memset(of(&call->y, row, head), 0, call->layer[call->layers - 1].out * sizeof(real));
 }
 
-static void step_one(const call *call, int64_t row, int64_t head, enum row kind, double clip, const room *room) {
+static void step_one(const call *call, int64_t row, int64_t head, enum row kind, double clip, double threshold,
+                     const room *room) {
     int top = (int)call->layers - 1;
     if (kind == MASKED) {
         copy(call, row, head);
@@ -181,7 +182,10 @@ static void step_one(const call *call, int64_t row, int64_t head, enum row kind,
     double size = 2 * (double)*of(&call->theta, row, head);
     if (clip > 0 && 2 * norm > clip)
         size *= clip / (2 * norm);
-    real kept = call->alpha.data ? 1 - *of(&call->alpha, row, head) : 1;
+    int held = 2 * norm < threshold; /* what is not a number is not held back */
+    if (held)
+        size = 0;
+    real kept = call->alpha.data && !held ? 1 - *of(&call->alpha, row, head) : 1;
     real lasting = call->eta.data ? *of(&call->eta, row, head) : 0;
     const real *input = room->key, *x = room->query;
     int at = 0;
@@ -228,14 +232,15 @@ static void read_one(const call *call, int64_t row, int64_t head, const room *ro
 struct token {
     const call *call;
     const char *rows;
-    double clip;
+    double clip, threshold;
     const room *rooms; /* one for each thread */
 };
 
 static void step_part(const void *context, int64_t i, int worker) {
     const struct token *t = context;
     int64_t row = i / t->call->heads;
-    step_one(t->call, row, i % t->call->heads, (enum row)t->rows[row], t->clip, &t->rooms[worker]);
+    step_one(t->call, row, i % t->call->heads, (enum row)t->rows[row], t->clip, t->threshold,
+             &t->rooms[worker]);
 }
 
 static void read_part(const void *context, int64_t i, int worker) {
@@ -243,7 +248,7 @@ static void read_part(const void *context, int64_t i, int worker) {
     read_one(t->call, i / t->call->heads, i % t->call->heads, &t->rooms[worker]);
 }
 
-static int run(const call *call, const char *rows, double clip, part *part) {
+static int run(const call *call, const char *rows, double clip, double threshold, part *part) {
     size_t numbers = room_of(call, NULL, NULL);
     room rooms[call->threads];
     real *scratch = aligned_alloc(64, call->threads * numbers * sizeof(real));
@@ -251,14 +256,19 @@ static int run(const call *call, const char *rows, double clip, part *part) {
         return 1;
     for (int i = 0; i < call->threads; i++)
         room_of(call, scratch + i * numbers, &rooms[i]);
-    struct token token = {call, rows, clip, rooms};
+    struct token token = {call, rows, clip, threshold, rooms};
     share_out(call->threads, call->batch * call->heads, part, &token);
     free(scratch);
     return 0;
 }
 
-/* One token of each row. `rows`: one `enum row` for each; `clip`: 0 for none. Returns 0, or 1: out of memory. */
-int step(const call *call, const char *rows, double clip) { return run(call, rows, clip, step_part); }
+/* One token of each row. `rows`: one `enum row` for each; `clip`: 0 for none; of less surprise than `threshold` a token
+   neither writes nor forgets. Returns 0, or 1: out of memory. */
+int step(const call *call, const char *rows, double clip, double threshold) {
+    return run(call, rows, clip, threshold, step_part);
+}
 
 /* One query of each row at fixed weights. */
-int read_token(const call *call, const char *rows, double clip) { return run(call, rows, clip, read_part); }
+int read_token(const call *call, const char *rows, double clip, double threshold) {
+    return run(call, rows, clip, threshold, read_part);
+}

@@ -37,6 +37,10 @@ SPECS = {
     "memory, frozen": MEMORY | {"use": "read"},
     "memory, written only": MEMORY | {"use": "write"},
     "memory, learned momentum": MEMORY | {"learn_momentum": True},
+    "memory, hard gates": MEMORY | {"gating": "hard_sigmoid"},
+    "memory, surprising tokens alone": MEMORY | {"threshold": 6.0},
+    "context, hard gates, surprising tokens alone": CONTEXT
+    | {"memory": MEMORY | {"gating": "hard_sigmoid", "threshold": 3.0, "momentum": False}},
     "persistent": {"type": "persistent", "tokens": 3, "of": {"type": "gate", "branches": [WINDOW, MEMORY]}},
     "rms_norm": "rms_norm",
 }

@@ -29,6 +29,8 @@ BLOCKS = {
     "memory of one layer, linear": {**MEMORY, "depth": 1, "momentum": False, "forgetting": False, "norm": False},
     "memory without a convolution": {**MEMORY, "conv": 0, "retrieve": "before", "clip": None},
     "memory with a gate per chunk": {**MEMORY, "gates": "chunk"},
+    "memory with hard gates": {**MEMORY, "gating": "hard_sigmoid"},
+    "memory with a threshold": {**MEMORY, "threshold": 5.0},
     "memory that is only read": {**MEMORY, "use": "read"},
     "attention": ATTENTION,
     "attention over everything": {"type": "attention", "heads": 2},

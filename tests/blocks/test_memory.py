@@ -37,6 +37,11 @@ def memory(dim: int = 8, **options: object) -> NeuralMemory:
         {"clip": None},
         {"retrieve": "before"},
         {"learn_momentum": True},
+        {"gating": "hard_sigmoid"},
+        {"gating": "hard_sigmoid", "gates": "chunk"},
+        {"threshold": 4.0},
+        {"threshold": 4.0, "momentum": False, "gating": "hard_sigmoid"},
+        {"threshold": 4.0, "clip": None, "retrieve": "before", "forgetting": False},
         {"use": "read"},
         {"use": "write"},
         {"heads": 1, "chunk": 1},
@@ -55,6 +60,53 @@ def test_gates_of_a_chunk_are_those_of_its_first_token() -> None:
         assert torch.equal(gate[:, 0:5], gate[:, :1].expand(-1, 5, -1))
         assert torch.equal(gate[:, 5:10], gate[:, 5:6].expand(-1, 5, -1))
         assert not torch.equal(gate[:, 4], gate[:, 5])
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+def test_hard_gates_start_as_the_sigmoids_do(heads: int) -> None:
+    """Equal values and equal spread, and none is cut off: every one has a gradient."""
+    options = {"heads": heads, "chunk": 5, "type": "memory"}
+    soft, hard = (tb.build_block(options | {"gating": g}, dim=64, seed=0) for g in ("sigmoid", "hard_sigmoid"))
+    assert isinstance(soft, NeuralMemory) and isinstance(hard, NeuralMemory)
+    x = torch.randn(4, 500, 64)
+    for a, b in zip(soft._controls(x, soft.init_state(4), None)[:3], hard._controls(x, hard.init_state(4), None)[:3]):
+        assert b.min() > 0 and b.max() < 1
+        torch.testing.assert_close(a.mean((0, 1)), b.mean((0, 1)), rtol=0.01, atol=0.0)
+        torch.testing.assert_close(a.std((0, 1)), b.std((0, 1)), rtol=0.05, atol=0.0)
+
+
+@pytest.mark.parametrize("time", [1, 7])
+@pytest.mark.parametrize("grad", [False, True])
+def test_hard_gates_are_exactly_zero_and_one(time: int, grad: bool) -> None:
+    """Shut, a memory stays bit by bit what it was; wide open, it forgets all there was."""
+    block = memory(dim=32, gating="hard_sigmoid", momentum=False)
+    x = torch.randn(1, time, 32, dtype=torch.float64)
+    with torch.no_grad():
+        block.controls.weight.zero_()
+        block.controls.bias.fill_(-3.5)
+    start = block.init_state(1)
+    with torch.set_grad_enabled(grad):
+        _, shut = block(x, start)
+        with torch.no_grad():
+            block.controls.bias[2:] = 3.5
+        _, wiped = block(x, start)
+    for before, kept, gone in zip(start.memory.weights, shut.memory.weights, wiped.memory.weights):
+        assert torch.equal(before, kept)
+        assert not gone.any()
+
+
+def test_a_threshold_reaches_the_operation() -> None:
+    block, free = memory(threshold=4.0), memory()
+    x = torch.randn(2, 12, 8, dtype=torch.float64)
+    with tb.observe(block) as seen:
+        y, _ = block(x)
+    wrote = seen.memories[""].wrote
+    assert wrote.any() and not wrote.all()
+    assert torch.equal(wrote, seen.memories[""].surprise >= 4.0)
+    assert not torch.equal(y, free(x)[0])
+    quiet = memory(threshold=1e6, momentum=False)
+    _, state = quiet(x)
+    assert all(torch.equal(w[1], p) for w, p in zip(state.memory.weights, quiet.initial_weights))
 
 
 def test_reading_does_not_write_and_asks_as_if_next() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import titans_build as tb
 from titans_build.blocks import state as st
 from titans_build.blocks.state import State
 
@@ -194,3 +195,20 @@ def test_bytes_are_counted_in_full_for_shared_memory():
     state = make()
     assert st.nbytes(state) == 3 * (2 * 4 + 2 * 8 + 8 + 4)
     assert st.nbytes(torch.zeros(1, 5).expand(7, 5)) == 7 * 5 * 4
+
+
+def test_rows_that_start_anew_learn_through_the_fresh_state():
+    """What a row carried gets no gradient where it was reset, and the learned initial state does."""
+    block = tb.build_block({"type": "memory", "heads": 2, "chunk": 4}, dim=8, dtype=torch.float64, seed=0)
+    _, carried = block(torch.randn(3, 5, 8, dtype=torch.float64))
+    carried = st.map_state(lambda x: x.detach().requires_grad_(x.is_floating_point()), carried)
+    x = torch.randn(3, 6, 8, dtype=torch.float64)
+    y, _ = block(x, st.reset(carried, torch.tensor([False, True, False]), block.init_state(1)))
+    expected, _ = block(x[1:2])
+    torch.testing.assert_close(y[1:2], expected)
+    grads = torch.autograd.grad(y[1].sum(), [carried.memory.weights[0], block.initial_weights[0]], retain_graph=True)
+    (wanted,) = torch.autograd.grad(expected.sum(), [block.initial_weights[0]])
+    assert not grads[0].any()
+    torch.testing.assert_close(grads[1], wanted)
+    (kept,) = torch.autograd.grad(y[0].sum(), [carried.memory.weights[0]])
+    assert kept[0].any() and not kept[1:].any()

@@ -20,6 +20,10 @@ PARTS = {
     "two-memories": {"layers.mag.0.of.branches.0.window": 16},
     "windows-and-mac": {"layers.window.0.window": 16, "layers.mac.0.segment": 16},
 }
+PYTORCH = (
+    "attention=sdpa,memory=torch,memory_read=torch,rms_norm=torch,l2_norm=torch,gate=torch,gated_norm=torch,"
+    "swiglu=torch,rotary=torch,query_key_value=torch,query=torch,cached_attention=torch"
+)
 SLOW = pytest.mark.slow
 EVERYDAY = [pytest.param(name, marks=() if name in ("mac", "mag") else SLOW) for name in base_names()]
 
@@ -33,9 +37,9 @@ def model(name, **changes):
     return tb.build(tb.load_recipe(name, overrides={**SMALL, **PARTS[name], **changes}), seed=0)
 
 
-def compiled(function, backend="aot_eager"):
+def compiled(function, backend="aot_eager", dynamic=None):
     torch._dynamo.reset()
-    return torch.compile(function, backend=backend, fullgraph=True)
+    return torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)
 
 
 def tokens(time=35, rows=2):
@@ -76,13 +80,41 @@ def test_a_training_step_and_no_second_compilation(name):
 @pytest.mark.parametrize("name", base_names())
 def test_in_pytorch_alone(name, monkeypatch):
     """Where there is no C compiler for the kernels."""
-    names = "attention=sdpa,memory=torch,memory_read=torch,rms_norm=torch,l2_norm=torch,gate=torch,gated_norm=torch"
-    monkeypatch.setenv(
-        VARIABLE, f"{names},swiglu=torch,rotary=torch,query_key_value=torch,query=torch,cached_attention=torch"
-    )
+    monkeypatch.setenv(VARIABLE, PYTORCH)
     module = model(name)
     given, targets = tokens(), tokens()
     same(step(compiled(module), module, given, targets), step(module, module, given, targets))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [True, None])
+@pytest.mark.parametrize("by", ["auto", "PyTorch"])
+@pytest.mark.parametrize("name", base_names())
+def test_a_length_that_is_a_symbol(name, by, dynamic, monkeypatch):
+    """From the first call on, or from the second one that differs: no length compiles a model once more.
+
+    All these lengths are of as many segments of ``mac``, each of which is there in its graph.
+    """
+    monkeypatch.setenv(VARIABLE, PYTORCH if by == "PyTorch" else "")
+    module = model(name)
+    run = compiled(module, dynamic=dynamic)
+    for count, time in enumerate((35, 46, 40, 37, 43)):
+        given, targets = tokens(time), tokens(time)
+        with torch._dynamo.config.patch(error_on_recompile=count > 1):
+            same(step(run, module, given, targets), step(module, module, given, targets))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [True, None])
+@pytest.mark.parametrize("name", ["mac", "mag"])
+def test_on_the_triton_kernels(name, dynamic, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv(VARIABLE, "memory=triton,memory_read=triton,gate=triton,rms_norm=triton")
+    module = model(name)
+    run = compiled(module, dynamic=dynamic)
+    for time in (35, 46):
+        given, targets = tokens(time, rows=1), tokens(time, rows=1)
+        same(step(run, module, given, targets), step(module, module, given, targets))
 
 
 @pytest.mark.slow

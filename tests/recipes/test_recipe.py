@@ -12,6 +12,7 @@ import pytest
 import yaml
 from wrong_recipes import HEAD, PLAIN, WRONG, with_layer, with_stack
 
+import titans_build as tb
 from titans_build.recipes import Recipe, load_recipe, packaged_names
 from titans_build.recipes.recipe import check_recipe
 from titans_build.registry import RecipeError, scratch
@@ -52,6 +53,35 @@ def test_a_recipe_survives_yaml_and_json(source: str):
     assert load_recipe(recipe) == recipe
     assert load_recipe(recipe.to_yaml()).to_yaml() == recipe.to_yaml()
     assert json.loads(recipe.to_json()) == yaml.safe_load(recipe.to_yaml()) == recipe.to_dict()
+
+
+def test_a_field_that_is_new_changes_no_fingerprint():
+    with scratch():
+
+        class Before(tb.Block):
+            def __init__(self, dim, *, inside: tb.Spec = "ffn"):
+                super().__init__(dim)
+
+            def init_state(self, batch_size):
+                return None
+
+            def forward(self, x, state=None, *, mask=None):
+                return x, None
+
+        class After(Before):
+            def __init__(self, dim, *, inside: tb.Spec = "ffn", rate: float = 0.5):
+                super().__init__(dim)
+
+        def fingerprint(cls, block):
+            tb.register("changing", replace=True)(cls)
+            return load_recipe({"version": 1, "dim": 8, "layers": {"a": [block]}, "stack": ["a"]}).fingerprint
+
+        inside = {"type": "changing", "inside": {"type": "changing", "inside": "memory"}}
+        for block in ("changing", inside):
+            assert fingerprint(Before, block) == fingerprint(After, block)
+        assert fingerprint(After, {"type": "changing", "rate": 1.0}) != fingerprint(After, "changing")
+        deeper = {"type": "changing", "inside": {"type": "changing", "inside": "memory", "rate": 1.0}}
+        assert fingerprint(After, deeper) != fingerprint(After, inside)
 
 
 def test_the_fingerprint_is_the_models_and_not_the_names():

@@ -4,100 +4,10 @@ import itertools
 
 import pytest
 import torch
+from memory_cases import FAST, Case, assert_agrees, assert_equal, tensors
 
 from titans_build.kernels.dispatch import BackendError
 from titans_build.kernels.memory import MemoryState, titans_memory
-from titans_build.kernels.native import library
-
-UNBUILT = library.refuse(device="cpu", dtype=torch.float64)
-NATIVE = pytest.param("native", marks=pytest.mark.skipif(UNBUILT is not None, reason=f"C kernels: {UNBUILT}"))
-FAST = [NATIVE, "torch"]
-
-
-class Case:
-    """Random inputs of a memory, with gates that include exact 0 and 1."""
-
-    def __init__(self, *, batch=2, time=14, heads=2, d_in=4, d_out=4, depth=2, expansion=2, norm=True, momentum=True,
-                 forgetting=True, phases=None, mask=None, seed=0, scale=0.5, step=0.2, forget=0.5):  # fmt: skip
-        torch.manual_seed(seed)
-        rand = lambda *shape: torch.rand(*shape, dtype=torch.float64)  # noqa: E731
-        randn = lambda *shape: torch.randn(*shape, dtype=torch.float64)  # noqa: E731
-        self.q, self.k, self.v = (
-            randn(batch, time, heads, d_in),
-            randn(batch, time, heads, d_in),
-            randn(batch, time, heads, d_out),
-        )
-        self.k = self.k / self.k.norm(dim=-1, keepdim=True)
-        self.theta, eta, alpha = (
-            step * rand(batch, time, heads),
-            rand(batch, time, heads),
-            forget * rand(batch, time, heads),
-        )
-        for gate, values in ((self.theta, (0.0,)), (eta, (0.0, 1.0)), (alpha, (0.0, 1.0) if forget > 0.1 else (0.0,))):
-            for value in values:
-                gate[torch.rand(gate.shape) < 0.1] = value
-        self.eta, self.alpha = eta if momentum else None, alpha if forgetting else None
-        widths = [d_in, *[d_in * expansion] * (depth - 1), d_out]
-        part = lambda: tuple(scale * randn(batch, heads, o, i) for i, o in itertools.pairwise(widths))  # noqa: E731
-        self.norm = randn(heads, d_out) if norm else None
-        weights = part()
-        position = torch.tensor(phases or [0] * batch)
-        anchor = tuple(torch.where((position == 0).view(-1, 1, 1, 1), w, a) for w, a in zip(weights, part()))
-        self.state = MemoryState(weights, part() if momentum else (), anchor, position)
-        self.mask = mask
-        self.leaves = [
-            x.requires_grad_()
-            for x in (
-                self.q,
-                self.k,
-                self.v,
-                self.theta,
-                self.eta,
-                self.alpha,
-                self.norm,
-                *weights,
-                *self.state.momentum,
-            )
-            if x is not None
-        ]
-        if phases is not None:
-            self.state = self.state._replace(anchor=tuple(a.detach().requires_grad_() for a in anchor))
-            self.leaves += self.state.anchor
-
-    def run(self, state=None, tokens=slice(None), **options):
-        cut = lambda x: None if x is None else x[:, tokens]  # noqa: E731
-        return titans_memory(
-            *(cut(x) for x in (self.q, self.k, self.v, self.theta, self.eta, self.alpha)),
-            self.state if state is None else state, norm=self.norm, mask=cut(self.mask), **options,
-        )  # fmt: skip
-
-    def gradients(self, outputs):
-        torch.manual_seed(1)
-        total = sum((x * torch.randn_like(x)).sum() for x in outputs)
-        grads = torch.autograd.grad(total, self.leaves, allow_unused=True)
-        return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, self.leaves)]
-
-
-def tensors(result):
-    y, state = result
-    return [y, *state.weights, *state.momentum, *state.anchor]
-
-
-def assert_equal(got, expected, tolerance=1e-10):
-    for a, b in zip(got, expected, strict=True):
-        assert a.shape == b.shape
-        scale = max(1.0, b.abs().max().item()) if b.numel() else 1.0
-        assert (a - b).abs().max().item() <= tolerance * scale if b.numel() else True
-
-
-def assert_agrees(case, **options):
-    """The fast paths against both oracles: outputs, final state, every gradient."""
-    oracle = tensors(case.run(backend="reference", **options))
-    oracle_grads = case.gradients(oracle)
-    for backend in ("torch", "closed_form", *(["native"] if UNBUILT is None else [])):
-        result = tensors(case.run(backend=backend, **options))
-        assert_equal(result, oracle)
-        assert_equal(case.gradients(result), oracle_grads)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])

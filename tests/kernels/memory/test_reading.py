@@ -1,6 +1,8 @@
+import pytest
 import torch
 
-from titans_build.kernels.memory import MemoryState, read_memory, titans_memory
+from titans_build.kernels.memory import MemoryState, prepare_read, read_memory, titans_memory
+from titans_build.kernels.native import library
 
 
 def test_reading_is_the_operation_without_the_write():
@@ -23,3 +25,12 @@ def test_reading_keeps_no_hidden_value_and_differentiates():
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
         read_memory(q, weights, "silu", gain)
     assert sum(kept) == sum(x.numel() for x in (q, gain, *weights))
+
+
+@pytest.mark.skipif(library._compiler() is None, reason="no C compiler")
+def test_one_query_can_be_prepared():
+    weights = tuple(torch.randn(1, 2, o, i) for o, i in ((6, 4), (4, 6)))
+    q = torch.randn(1, 1, 2, 4)
+    with torch.no_grad():
+        read = prepare_read(q, [(6, 4), (4, 6)], "gelu", None)
+        assert read is not None and torch.equal(read(weights), read_memory(q, weights, backend="native_step"))
