@@ -17,30 +17,21 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .arguments import expect_tensors
-from .dispatch import Backend, Operation
+from .attention_reference import Prefix as Prefix
+from .attention_reference import reference_attention, visible_keys
+from .dispatch import Backend, Operation, Unable
 from .native import library
 from .native.kernel import plain, tracks
 from .native_attention import native_attention
 from .spoiled import without_infinities
 from .xformers_attention import refuse_xformers, xformers_attention
-
-
-class Prefix(NamedTuple):
-    """Persistent tokens that every query sees, wherever it stands."""
-
-    q: Tensor
-    """``[batch, T, heads, d]``: the queries, without positions."""
-    k: Tensor
-    """``[batch, P, kv_heads, d]``."""
-    v: Tensor
-    """``[batch, P, kv_heads, d]``."""
 
 
 def attention(
@@ -73,13 +64,18 @@ def attention(
     ordinary = plain(q, k, v, start, *(() if prefix is None else prefix))
     if q.is_cpu:
         run = _operation.choose(backend, device="cpu", dtype=q.dtype, grad=grad, plain=ordinary)
-    else:
-        run = _operation.choose(
-            backend, device=q.device.type, dtype=q.dtype, grad=grad, plain=ordinary, width=q.shape[3],
-            start=start is not None, gaps=step > 1 and k.shape[1] < q.shape[1] * step,
-            deterministic=torch.are_deterministic_algorithms_enabled(),
-        )  # fmt: skip
-    y: Tensor = run(q, k, v, window, start, prefix, step)
+        y: Tensor = run(q, k, v, window, start, prefix, step)
+        return y
+    facts: dict[str, Any] = dict(
+        device=q.device.type, dtype=q.dtype, grad=grad, plain=ordinary, width=q.shape[3],
+        start=start is not None, gaps=step > 1 and k.shape[1] < q.shape[1] * step,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
+    run = _operation.choose(backend, **facts)
+    try:
+        y = run(q, k, v, window, start, prefix, step)
+    except Unable as error:
+        y = _operation.instead("xformers", str(error), backend, **facts)(q, k, v, window, start, prefix, step)
     return y
 
 
@@ -153,41 +149,6 @@ def _check(
             raise ValueError(f"attention: prefix.v {list(prefix.v.shape)}: expected {list(prefix.k.shape)}")
 
 
-def _visible(
-    time: int, keys: int, window: int | None, start: Tensor | None, device: torch.device, step: int = 1
-) -> Tensor:
-    """Bool ``[batch or 1, time, keys]``: the definition of what is seen, prefix aside."""
-    query = torch.arange(1 - time, 1, device=device)[:, None] * step + (keys - 1)
-    key = torch.arange(keys, device=device)
-    visible = key <= query
-    if window is not None:
-        visible = visible & (key > query - window)
-    return visible[None] if start is None else visible & (key >= start[:, None, None])
-
-
-# ------------------------------------------------------------------------------------------------ reference
-
-
-def _reference(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None, start: Tensor | None, prefix: Prefix | None, step: int
-) -> Tensor:
-    time, heads, keys, kv_heads = q.shape[1], q.shape[2], k.shape[1], k.shape[2]
-
-    def scores(q: Tensor, k: Tensor) -> Tensor:
-        return torch.einsum("bthd,bshd->bhts", q, k.repeat_interleave(heads // kv_heads, dim=2)) * q.shape[-1] ** -0.5
-
-    visible = _visible(time, keys, window, start, q.device, step)[:, None]
-    score = scores(q, k)
-    if prefix is not None:
-        score = torch.cat((scores(prefix.q, prefix.k), score), dim=-1)
-        visible = F.pad(visible, (prefix.k.shape[1], 0), value=True)
-        v = torch.cat((prefix.v, v), dim=1)
-    # the lowest finite score and a product, not -inf: a query that sees nothing then has finite gradients too
-    score = score.masked_fill(~visible, torch.finfo(score.dtype).min)
-    weight = score.softmax(dim=-1) * visible
-    return torch.einsum("bhts,bshd->bthd", weight, v.repeat_interleave(heads // kv_heads, dim=2))
-
-
 # ----------------------------------------------------------------------------------------------------- sdpa
 
 _FEW = 16
@@ -207,14 +168,14 @@ def _sdpa(
         if k.shape[1] <= window:
             window = None
     if step > 1:
-        visible = _visible(time, k.shape[1], window, start, q.device, step)[:, None]
+        visible = visible_keys(time, k.shape[1], window, start, q.device, step)[:, None]
         return _one_softmax(q, k, v, visible, False, prefix)
     if window is not None and time > _block(window):
         return _sdpa_blocks(q, k, v, window, start, prefix)
     few = prefix is not None and time <= _FEW
     if window is None and start is None and (few or time == 1 or time == k.shape[1]):
         return _one_softmax(q, k, v, None, time > 1, prefix)
-    return _one_softmax(q, k, v, _visible(time, k.shape[1], window, start, q.device)[:, None], False, prefix)
+    return _one_softmax(q, k, v, visible_keys(time, k.shape[1], window, start, q.device)[:, None], False, prefix)
 
 
 def _block(window: int) -> int:
@@ -242,7 +203,7 @@ def _sdpa_blocks(q: Tensor, k: Tensor, v: Tensor, window: int, start: Tensor | N
         return x[:, None].expand(-1, blocks, -1, -1, -1).flatten(0, 1)
 
     strip = (reach + 1) * block
-    band = _visible(block, strip, window, None, q.device)
+    band = visible_keys(block, strip, window, None, q.device)
     key = torch.arange(blocks, device=q.device)[:, None] * block + torch.arange(strip, device=q.device) - before
     first = key.new_zeros(1) if start is None else start.clamp(min=0)
     visible = band & (key >= first[:, None, None])[:, :, None]  # [batch or 1, blocks, block, strip]
@@ -267,7 +228,7 @@ def _one_softmax(
     if prefix is not None and time <= _FEW:
         return _joint(q, k, v, prefix, visible, causal)
     if prefix is not None and causal and not merging:
-        visible, causal = _visible(time, k.shape[1], None, None, q.device)[:, None], False
+        visible, causal = visible_keys(time, k.shape[1], None, None, q.device)[:, None], False
     if prefix is not None and merging:
         qkv = [x.transpose(1, 2) for x in (q, k, v, *prefix)]
         return _Merged.apply(*qkv, _hidden(visible, q.dtype), causal).transpose(1, 2)
@@ -454,7 +415,7 @@ _operation = Operation(
         Backend("xformers", xformers_attention, refuse_xformers, opaque=True),
         Backend("sdpa", _apart(_sdpa)),
         Backend("flex", _apart(_flex), _refuse_flex),
-        Backend("reference", _apart(_reference)),
+        Backend("reference", _apart(reference_attention)),
     ],
     lambda q, *others: q,
     [Prefix],

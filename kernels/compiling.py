@@ -55,19 +55,26 @@ class Opaque:
     def call(self, backend: str, *arguments: Any, **options: Any) -> Any:
         """The operator in place of the backend. A compiler traces this."""
         tensors: list[Tensor] = []
-        text = describe((backend, arguments, options), tensors)
+        numbers: list[int] = []
+        text = describe((backend, arguments, options), tensors, numbers)
         # which gradients are wanted is known while tracing
         wanted = [i for i, x in enumerate(tensors) if torch.is_grad_enabled() and x.requires_grad]
-        found = operator(self.name)(tensors, text, wanted)
+        found = operator(self.name)(tensors, numbers, text, wanted)
         return _rebuild(self.outputs(*arguments, **options), iter(found))
 
-    def arguments(self, tensors: Sequence[Tensor], text: str) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
+    def arguments(
+        self, tensors: Sequence[Tensor], numbers: Sequence[int], text: str
+    ) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
         """What :func:`describe` was given."""
-        left = iter(tensors)
+        left, count = iter(tensors), iter(numbers)
 
         def fill(x: Any) -> Any:
             if x is Ellipsis:
                 return next(left)
+            if x == NUMBER:
+                return next(count)
+            if isinstance(x, set):
+                return float.fromhex(*x)
             if isinstance(x, tuple):
                 return tuple([fill(each) for each in x])
             if isinstance(x, list):
@@ -79,22 +86,35 @@ class Opaque:
         backend, arguments, options = fill(_parsed(text))
         return backend, arguments, options
 
-    def run(self, tensors: Sequence[Tensor], text: str) -> list[Tensor]:
+    def run(self, tensors: Sequence[Tensor], numbers: Sequence[int], text: str) -> list[Tensor]:
         """The outputs that are tensors, in order."""
-        backend, arguments, options = self.arguments(tensors, text)
+        backend, arguments, options = self.arguments(tensors, numbers, text)
         return list(_tensors(self.runs[backend](*arguments, **options)))
 
 
-def describe(x: Any, tensors: list[Tensor]) -> str:
-    """``x`` as a Python literal, with ``...`` for tensors, which are put into the list. Named tuples become lists."""
+NUMBER = b""
+"""What stands for a whole number in the text."""
+
+
+def describe(x: Any, tensors: list[Tensor], numbers: list[int]) -> str:
+    """``x`` as a Python literal. Named tuples become lists that begin with their name, and real numbers sets.
+
+    ``...`` and ``NUMBER`` stand for tensors and whole numbers, which are put into the lists: those that a tracer takes
+    for symbols have no text of their own. Of a real number, ``hex`` is what makes a tracer settle on its value.
+    """
     if isinstance(x, Tensor):
         tensors.append(x)
         return "..."
     if isinstance(x, (tuple, list)):
-        inner = "".join([f"{describe(each, tensors)}," for each in x])
+        inner = "".join([f"{describe(each, tensors, numbers)}," for each in x])
         return f"[{type(x).__name__!r},{inner}]" if hasattr(x, "_fields") else f"({inner})"
     if isinstance(x, dict):
-        return "{" + "".join([f"{name!r}:{describe(value, tensors)}," for name, value in x.items()]) + "}"
+        return "{" + "".join([f"{name!r}:{describe(value, tensors, numbers)}," for name, value in x.items()]) + "}"
+    if isinstance(x, float):
+        return "{'" + x.hex() + "'}"
+    if isinstance(x, int) and not isinstance(x, bool):
+        numbers.append(x)
+        return f"{NUMBER!r}"
     return repr(x)
 
 
@@ -154,11 +174,13 @@ def _with_autograd() -> Iterator[None]:
         yield
 
 
-def _record(operation: Opaque, tensors: Sequence[Tensor], text: str, wanted: Sequence[int]) -> tuple[Any, Any]:
+def _record(
+    operation: Opaque, tensors: Sequence[Tensor], numbers: Sequence[int], text: str, wanted: Sequence[int]
+) -> tuple[Any, Any]:
     recording = _Recording(1)
     with _with_autograd(), torch.enable_grad():
         recording.given = [x.detach().requires_grad_(i in wanted) for i, x in enumerate(tensors)]
-        outputs = operation.run(recording.given, text)
+        outputs = operation.run(recording.given, numbers, text)
         recording.edges = [torch.autograd.graph.get_gradient_edge(y) if y.requires_grad else None for y in outputs]
     return outputs, recording
 
@@ -176,16 +198,20 @@ def _owned(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
     return owned
 
 
-def _forward(operation: Opaque, tensors: list[Tensor], text: str, wanted: list[int]) -> list[Tensor]:
+def _forward(
+    operation: Opaque, tensors: list[Tensor], numbers: list[int], text: str, wanted: list[int]
+) -> list[Tensor]:
     if not wanted:
         with _with_autograd(), torch.no_grad():
-            return _owned(operation.run([x.detach() for x in tensors], text), tensors)
-    outputs, recording = _record(operation, tensors, text, wanted)
+            return _owned(operation.run([x.detach() for x in tensors], numbers, text), tensors)
+    outputs, recording = _record(operation, tensors, numbers, text, wanted)
     return [*_owned(outputs, tensors), recording.tensor()]
 
 
-def _forward_shapes(operation: Opaque, tensors: list[Tensor], text: str, wanted: list[int]) -> list[Tensor]:
-    _, arguments, options = operation.arguments(tensors, text)
+def _forward_shapes(
+    operation: Opaque, tensors: list[Tensor], numbers: list[int], text: str, wanted: list[int]
+) -> list[Tensor]:
+    _, arguments, options = operation.arguments(tensors, numbers, text)
     outputs = [_like(y) for y in _tensors(operation.outputs(*arguments, **options))]
     return [*outputs, torch.empty(1, dtype=torch.uint8, device="cpu")] if wanted else outputs
 
@@ -195,6 +221,7 @@ def _backward(
     grads: list[Tensor],
     tensors: list[Tensor],
     recorded: Tensor,
+    numbers: list[int],
     text: str,
     wanted: list[int],
     given: list[int],
@@ -202,7 +229,7 @@ def _backward(
     """The gradients of the ``wanted`` tensors, from ``grads`` of the ``given`` outputs."""
     recording = _RECORDINGS.get(recorded.data_ptr())
     if recording is None:
-        recording = _record(operation, tensors, text, wanted)[1]
+        recording = _record(operation, tensors, numbers, text, wanted)[1]
     pairs = [(recording.edges[i], grad) for i, grad in zip(given, grads) if recording.edges[i] is not None]
     asked = [recording.given[i] for i in wanted]
     if not pairs:
@@ -219,6 +246,7 @@ def _backward_shapes(
     grads: list[Tensor],
     tensors: list[Tensor],
     recorded: Tensor,
+    numbers: list[int],
     text: str,
     wanted: list[int],
     given: list[int],
@@ -231,7 +259,7 @@ def _like(x: Tensor) -> Tensor:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    tensors, ctx.text, ctx.wanted = inputs
+    tensors, ctx.numbers, ctx.text, ctx.wanted = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, output[-1])
 
@@ -240,12 +268,14 @@ def _pull(name: str, ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     *tensors, recorded = ctx.saved_tensors
     given = [i for i, grad in enumerate(grads) if grad is not None]
     pull = getattr(getattr(torch.ops, NAMESPACE), f"{name}_backward")
-    found = iter(pull([grads[i] for i in given], tensors, recorded, ctx.text, ctx.wanted, given))
-    return [next(found) if i in ctx.wanted else None for i in range(len(tensors))], None, None
+    found = iter(pull([grads[i] for i in given], tensors, recorded, ctx.numbers, ctx.text, ctx.wanted, given))
+    # what is no list of tensors has one gradient, None; a list with nothing in it may be one
+    nothing: list[None] | None = None if ctx.numbers else []
+    return [next(found) if i in ctx.wanted else None for i in range(len(tensors))], nothing, None, None
 
 
 def operator(name: str) -> Any:
-    """``titans_build::<name>(Tensor[] tensors, str text, int[] wanted) -> Tensor[]`` of the operation ``name``."""
+    """``titans_build::<name>``, the operator of the operation ``name``; ``_define`` has its signature."""
     _define(name)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
@@ -261,7 +291,7 @@ def _define(name: str) -> None:
     forward = torch.library.custom_op(
         qualified,
         functools.partial(_forward, operation),
-        schema="(Tensor[] tensors, str text, int[] wanted) -> Tensor[]",
+        schema="(Tensor[] tensors, SymInt[] numbers, str text, int[] wanted) -> Tensor[]",
         **options,
     )
     forward.register_fake(functools.partial(_forward_shapes, operation))
@@ -269,7 +299,8 @@ def _define(name: str) -> None:
     backward = torch.library.custom_op(
         f"{qualified}_backward",
         functools.partial(_backward, operation),
-        schema="(Tensor[] grads, Tensor[] tensors, Tensor recorded, str text, int[] wanted, int[] given) -> Tensor[]",
+        schema="(Tensor[] grads, Tensor[] tensors, Tensor recorded, SymInt[] numbers, str text, int[] wanted, "
+        "int[] given) -> Tensor[]",
         **options,
     )
     backward.register_fake(functools.partial(_backward_shapes, operation))

@@ -43,6 +43,10 @@ class BackendError(ValueError):
     """A backend was asked for by name and does not exist or cannot run here."""
 
 
+class Unable(BackendError):
+    """Raised by a backend that finds out at the call that it cannot run, before anything came of it."""
+
+
 def _never(**facts: Any) -> str | None:
     return None
 
@@ -94,6 +98,7 @@ class Operation:
         self.name = name
         self.backends = {backend.name: backend for backend in backends}
         self._chosen: dict[Any, Backend] = {}
+        self._unable: dict[str, str] = {}
         opaque = {backend.name: backend.run for backend in backends if backend.opaque}
         if bool(opaque) != (outputs is not None):
             raise ValueError(f"{name}: outputs are to be given where a backend is opaque, and only there")
@@ -115,6 +120,22 @@ class Operation:
             chosen = self._chosen[question] = self._pick(backend, facts)
         return chosen.run
 
+    def instead(self, unable: str, reason: str, backend: str = "auto", **facts: Any) -> Callable[..., Any]:
+        """The function to run where the backend ``unable`` was chosen for ``facts`` and raised :class:`Unable`.
+
+        From now on ``"auto"`` takes another. Raises :class:`BackendError` when it was asked for by name.
+        """
+        self._unable[unable] = reason
+        self._chosen.clear()
+        run = self.choose(backend, **facts)
+        if run is self.backends[unable].run:
+            raise BackendError(f"{self.name}: {unable} was asked for and cannot run: {reason}")
+        return run
+
+    def why_not(self, backend: Backend, facts: dict[str, Any]) -> str | None:
+        """Why ``"auto"`` does not take a backend, or ``None``."""
+        return self._unable.get(backend.name) or backend.refuse(**facts)
+
     def _pick(self, name: str, facts: dict[str, Any]) -> Backend:
         source = f"backend={name!r}"
         if name == "auto":
@@ -126,7 +147,7 @@ class Operation:
             return self._named(name, source, facts)
         refusals = []
         for backend in self.backends.values():
-            reason = backend.refuse(**facts)
+            reason = self.why_not(backend, facts)
             if reason is None:
                 return backend
             refusals.append(f"{backend.name}: {reason}")
@@ -189,6 +210,6 @@ def table(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Row]:
         except BackendError as problem:
             error = str(problem)
         for backend in operation.backends.values():
-            reason = backend.refuse(**facts)
+            reason = operation.why_not(backend, facts)
             rows.append(Row(operation.name, backend.name, reason is None, reason or "", backend.name == chosen, error))
     return rows

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
+
 
 @triton.jit
 def forward_kernel(
@@ -89,8 +91,8 @@ def convolution_operator(inputs: Tensor, weight: Tensor) -> Tensor:
     inputs, weight = _rows(inputs), weight.contiguous()
     y = inputs.new_empty(batch, length - width + 1, dim)
     if y.numel():
-        grid = triton.cdiv(y.shape[1], _TIMES), triton.cdiv(dim, _CHANNELS), batch
-        forward_kernel[grid](
+        launch(
+            forward_kernel, (triton.cdiv(y.shape[1], _TIMES), triton.cdiv(dim, _CHANNELS), batch),
             inputs, weight, y, y.shape[1], dim, inputs.stride(0), inputs.stride(1),
             WIDTH=width, WIDE=_wide(inputs.dtype), TIMES=_TIMES, CHANNELS=_CHANNELS,
         )  # fmt: skip
@@ -113,7 +115,8 @@ def convolution_backward_operator(grad: Tensor, inputs: Tensor, weight: Tensor) 
     grad_inputs = inputs.new_empty(batch, length, dim)
     sums = inputs.new_empty((parts, batch, dim, width), dtype=wide)
     if sums.numel():
-        backward_kernel[(parts, triton.cdiv(dim, _CHANNELS), batch)](
+        launch(
+            backward_kernel, (parts, triton.cdiv(dim, _CHANNELS), batch),
             inputs, weight, grad, grad_inputs, sums, length - width + 1, dim,
             inputs.stride(0), inputs.stride(1), grad.stride(0), grad.stride(1), stretch,
             WIDTH=width, TAPS=triton.next_power_of_2(width), WIDE=_wide(inputs.dtype),

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..gated import GATE, GATED_NORM, NORM, SILU_GATE, Form
+from .launch import launch
 
 _NORM, _GATE, _GATED_NORM, _SILU_GATE = map(tl.constexpr, (NORM, GATE, GATED_NORM, SILU_GATE))
 
@@ -165,7 +166,8 @@ def gated_operator(
     right, b_step = (None, 0) if b is None else _laid_out(b, width)
     tokens, (rows, register) = len(left), _tile(dim)
     if tokens:
-        forward_kernel[(triton.cdiv(tokens, rows), heads)](
+        launch(
+            forward_kernel, (triton.cdiv(tokens, rows), heads),
             left, right, _dense(gain_a), _dense(gain_b), y,
             tokens, dim, heads, a_step, b_step, divisor, eps,
             KIND=kind, GIVEN=gain_a is not None, WIDE=_wide(a.dtype), ROWS=rows, WIDTH=register,
@@ -198,7 +200,8 @@ def gated_backward_operator(
     sum_a = a.new_empty(0 if gain_a is None else (parts, heads, dim), dtype=wide)
     sum_b = a.new_empty(0 if gain_b is None else (parts, heads, dim), dtype=wide)
     if tokens:
-        backward_kernel[(parts, heads)](
+        launch(
+            backward_kernel, (parts, heads),
             left, right, _dense(gain_a), _dense(gain_b), pulled, grad_a, grad_b, sum_a, sum_b,
             tokens, dim, heads, a_step, b_step, grad_step, width, width, divisor, eps, stretch,
             KIND=kind, GIVEN=gain_a is not None, WIDE=_wide(a.dtype), ROWS=rows, WIDTH=register,

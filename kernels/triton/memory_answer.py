@@ -14,7 +14,7 @@ from .memory_tiles import dot, gains, load
 
 
 @triton.jit
-def _queries(q, t, column, time, columns, step, WIDE: tl.constexpr):
+def queries(q, t, column, time, columns, step, WIDE: tl.constexpr):
     inside = (t < time)[:, None] & (column < columns)[None, :]
     return tl.load(q + t[:, None].to(tl.int64) * step + column[None, :], mask=inside, other=0.0).to(WIDE)
 
@@ -35,19 +35,19 @@ def answer_kernel(
     q += row * q_row + head * q_head
     z = tl.zeros((ROWS, OUT), WIDE)
     if LAYERS == 2:
-        query = _queries(q, t, i, time, d_in, q_step, WIDE)
+        query = queries(q, t, i, time, d_in, q_step, WIDE)
     for h0 in range(0, width, BLOCK):
         h = h0 + tl.arange(0, BLOCK)
         if LAYERS == 2:
             tile_1 = load(weight_1 + at * width * d_in, h, i, width, d_in, WIDE)
             x = activate(dot(query, tl.trans(tile_1), OPERAND, WIDE, PRECISION), ACTIVATION)
         else:
-            x = _queries(q, t, h, time, width, q_step, WIDE)
+            x = queries(q, t, h, time, width, q_step, WIDE)
         tile = load(weight_2 + at * d_out * width, o, h, d_out, width, WIDE)
         z += dot(x, tl.trans(tile), OPERAND, WIDE, PRECISION)
     if NORM:
         n, _ = normalise(z, o < d_out, d_out, eps)
-        z = _queries(q, t, o, time, d_in, q_step, WIDE) + n * gains(gain, head, o, d_out, OUT, NORM, WIDE)[None, :]
+        z = queries(q, t, o, time, d_in, q_step, WIDE) + n * gains(gain, head, o, d_out, OUT, NORM, WIDE)[None, :]
     inside = (t < time)[:, None] & (o < d_out)[None, :]
     place = ((row * time + t[:, None]) * heads + head) * d_out + o[None, :]
     tl.store(y + place, z, mask=inside)

@@ -16,7 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .memory_network import activate, normalise, pull, slope
+from .memory_loss import output_error
+from .memory_network import activate, slope
 from .memory_tiles import dot, gains, keep, load, share, store, tokens
 
 
@@ -52,12 +53,10 @@ def _differentiate(
     keep(hidden_2, first, t, o, b, d_out, z)
 
     # errors back
+    residual = z
     if NORM:
-        n, inverse = normalise(z, o < d_out, d_out, eps)
         residual = tokens(keys, first, t, o, b, d_in, WIDE)
-        error = pull((residual + n * of_gain[None, :] - v) * of_gain[None, :], n, inverse, o < d_out, d_out)
-    else:
-        error = z - v
+    error = output_error(z, residual, v, of_gain, o < d_out, d_out, eps, NORM)
     error = tl.where((t < b)[:, None], error, 0.0)
     keep(raw_2, first, t, o, b, d_out, error)
     squares *= tl.sum(error * error, axis=1)

@@ -15,7 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .memory_network import curvature, normalise, pull, slope
+from .memory_loss import output_error_backward
+from .memory_network import curvature, slope
 from .memory_tiles import dot, gains, keep, load, share, store, tokens
 
 
@@ -155,21 +156,13 @@ def write_backward_kernel(
                 z = tokens(hidden_2, first, t, o, b, d_out, WIDE)
                 v = tokens(values, first, t, o, b, d_out, WIDE)
                 residual = tokens(keys, first, t, o, b, d_in, WIDE)
-                n, inverse = normalise(z, o < d_out, d_out, eps)
-                miss = residual + n * of_gain[None, :] - v
-                pushed = miss * of_gain[None, :]
-                to_pushed = pull(g, n, inverse, o < d_out, d_out)
-                to_miss = to_pushed * of_gain[None, :]
-                # the error depends on z through the inner n, through the n of its own projection, and through 1 / sigma
-                falling = g * inverse
-                to_n = to_miss * of_gain[None, :]
-                to_n -= falling * (tl.sum(pushed * n, axis=1)[:, None] / d_out)
-                to_n -= pushed * (tl.sum(falling * n, axis=1)[:, None] / d_out)
-                to_gain += tl.sum(tl.where(real, to_pushed * miss + to_miss * n, 0.0), axis=0)
+                g, to_miss, to_gains = output_error_backward(
+                    to_error, raw, z, residual, v, of_gain, o < d_out, d_out, eps
+                )
+                to_gain += tl.sum(tl.where(real, to_gains, 0.0), axis=0)
                 keep(grad_values, first, t, o, b, d_out, -to_miss)
                 # a residual network is as wide at its end as at its beginning
                 to_residual = tokens(grad_keys, first, t, o, b, d_in, WIDE) + to_miss
-                g = pull(to_n, n, inverse, o < d_out, d_out) - n * (tl.sum(falling * raw, axis=1)[:, None] / d_out)
                 tl.debug_barrier()
                 keep(grad_keys, first, t, o, b, d_in, to_residual)
             else:

@@ -292,7 +292,7 @@ def test_only_queries_that_see_it_hear_of_what_is_not_finite(backend, window, st
     start = None if start is None else torch.tensor(start)
     expected = run(inputs, window, start, backend, step)
     seen = torch.zeros(2, time, 4, dtype=torch.bool)
-    visible = module._visible(time, keys, window, start, "cpu", step).expand(2, -1, -1)
+    visible = module.visible_keys(time, keys, window, start, "cpu", step).expand(2, -1, -1)
     for name, row, key, head in (("k", 0, 8, 1), ("v", 1, 3, 0), ("v", 1, 20, 1)):
         inputs["qkv".index(name)][row, key, head, 2] = value
         seen[row, :, 2 * head : 2 * head + 2] |= visible[row, :, key, None]

@@ -33,14 +33,14 @@ def state(batch=2, heads=2, d=4, position=(0, 3)):
     return MemoryState(weights, momentum, anchor, torch.tensor(position))
 
 
-def memory(time=9, mask=None, momentum=True):
+def memory(time=9, mask=None, momentum=True, threshold=None):
     """The arguments of a backend of the memory."""
     q, k, v = (new(2, time, 2, 4) for _ in range(3))
     gates = [torch.rand(2, time, 2, dtype=torch.float64).requires_grad_() for _ in range(3)]
     before = state()
     if not momentum:
         gates[1], before = None, before._replace(momentum=())
-    return (Tokens(q, k, v, *gates), before, new(2, 4), mask, Options(4, "gelu", 1.0, "after")), {}
+    return (Tokens(q, k, v, *gates), before, new(2, 4), mask, Options(4, "gelu", 1.0, "after", threshold=threshold)), {}
 
 
 def cache():
@@ -60,6 +60,7 @@ CASES = {
         ),
     ),
     "memory": ("native", memory),
+    "memory, of surprising tokens": ("native", lambda: memory(threshold=9.0)),
     "memory, masked": ("native", lambda: memory(mask=MASK)),
     "memory, in PyTorch": ("torch", memory),
     "memory, without momentum": ("torch", lambda: memory(momentum=False)),
@@ -101,10 +102,10 @@ def test_every_operation_with_an_opaque_backend_is_checked():
 def arguments(name, grad=True):
     backend, make = CASES[name]
     given, options = make()
-    tensors = []
-    text = describe((backend, given, options), tensors)
+    tensors, numbers = [], []
+    text = describe((backend, given, options), tensors, numbers)
     wanted = [i for i, x in enumerate(tensors) if grad and x.requires_grad]
-    return OPERATIONS[name.split(",")[0]].backends[backend].run, given, options, (tensors, text, wanted)
+    return OPERATIONS[name.split(",")[0]].backends[backend].run, given, options, (tensors, numbers, text, wanted)
 
 
 @built
@@ -117,8 +118,8 @@ def test_by_pytorchs_own_checks(name):
 @built
 @pytest.mark.parametrize("name", CASES)
 def test_the_operator_is_the_backend(name):
-    run, given, options, (tensors, text, wanted) = arguments(name)
-    found = compiling.operator(name.split(",")[0])(tensors, text, wanted)
+    run, given, options, (tensors, numbers, text, wanted) = arguments(name)
+    found = compiling.operator(name.split(",")[0])(tensors, numbers, text, wanted)
     expected = list(compiling._tensors(run(*given, **options)))
     torch.testing.assert_close(found[: len(expected)], expected, rtol=0, atol=0)
     if not wanted:
@@ -137,11 +138,11 @@ def test_the_operator_is_the_backend(name):
 @pytest.mark.parametrize("name", ["memory", "attention, all of it"])
 def test_backward_where_the_recording_was_left_behind(name):
     """Who keeps saved tensors elsewhere gives back a copy of the byte that stands for the recording."""
-    _, _, _, (tensors, text, wanted) = arguments(name)
+    _, _, _, (tensors, numbers, text, wanted) = arguments(name)
     operator, asked = compiling.operator(name.split(",")[0]), [tensors[i] for i in wanted]
 
     def gradients():
-        loss = sum(y.square().sum() for y in operator(tensors, text, wanted) if y.requires_grad)
+        loss = sum(y.square().sum() for y in operator(tensors, numbers, text, wanted) if y.requires_grad)
         return torch.autograd.grad(loss, asked, allow_unused=True, materialize_grads=True)
 
     expected = gradients()
@@ -151,8 +152,8 @@ def test_backward_where_the_recording_was_left_behind(name):
 
 @built
 def test_a_recording_goes_with_what_was_saved():
-    _, _, _, (tensors, text, wanted) = arguments("memory")
-    found = compiling.operator("memory")(tensors, text, wanted)
+    _, _, _, (tensors, numbers, text, wanted) = arguments("memory")
+    found = compiling.operator("memory")(tensors, numbers, text, wanted)
     assert len(compiling._RECORDINGS) == 1
     del found
     assert len(compiling._RECORDINGS) == 0
@@ -160,9 +161,9 @@ def test_a_recording_goes_with_what_was_saved():
 
 def test_arguments_as_text_and_back():
     given = (Prefix(torch.ones(1), torch.ones(2), torch.ones(3)), None, 1.5e-7, "gelu", True, (torch.ones(4), 3))
-    tensors = []
-    text = describe(("native", given, {"clip": None, "norm": torch.ones(5)}), tensors)
-    backend, back, options = OPAQUE["attention"].arguments(tensors, text)
+    tensors, numbers = [], []
+    text = describe(("native", given, {"clip": None, "norm": torch.ones(5)}), tensors, numbers)
+    backend, back, options = OPAQUE["attention"].arguments(tensors, numbers, text)
     assert backend == "native" and isinstance(back[0], Prefix) and back[0].v is tensors[2]
     assert back[1:5] == (None, 1.5e-7, "gelu", True) and back[5][0] is tensors[3] and back[5][1] == 3
     assert options["clip"] is None and options["norm"] is tensors[4]
@@ -210,3 +211,41 @@ def test_no_gradient_is_recorded_where_none_is_wanted():
     q = new(1, 5, 2, 4, grad=False)
     y = compiled(lambda: attention(q, q, q))()
     assert not y.requires_grad and len(compiling._RECORDINGS) == 0
+
+
+@built
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_lengths_and_numbers_that_are_symbols(dynamic):
+    """With ``dynamic=True`` from the first call on, else from the second length on, and no length compiles again."""
+
+    class Module(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.eps, self.window, self.clip = 1e-5, 3, 0.7
+
+        def forward(self, q, gates, before):
+            y, after = titans_memory(q, q.flip(1), q, *gates, before, 4, clip=self.clip)
+            return attention(rms_norm(y, eps=self.eps), y, y, window=self.window), after
+
+    torch._dynamo.reset()
+    module = Module()
+    run = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for count, time in enumerate((9, 14, 11, 17)):
+        given = [new(2, time, 2, 4), torch.rand(3, 2, time, 2, dtype=torch.float64).requires_grad_()]
+        before = state()
+        seed, leaves = new(2, time, 2, 4, grad=False), [*given, *before.weights, *before.anchor]
+        with torch._dynamo.config.patch(error_on_recompile=count > 1):
+            outputs = [each(given[0], given[1].unbind(), before) for each in (run, module)]
+        found, expected = (
+            [y, *after.weights, after.position, *torch.autograd.grad(y, leaves, seed)] for y, after in outputs
+        )
+        torch.testing.assert_close(found, expected)
+
+
+def test_numbers_as_text_and_back():
+    given = (0, -7, 2**40, 0.1, float("inf"), -0.0, True, None, "b''", (3, {"n": 5}))
+    tensors, numbers = [], []
+    text = describe(("native", given, {}), tensors, numbers)
+    assert numbers == [0, -7, 2**40, 3, 5] and not tensors
+    back = OPAQUE["attention"].arguments(tensors, numbers, text)[1]
+    assert repr(back) == repr(given)

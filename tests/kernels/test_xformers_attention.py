@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from titans_build.kernels import xformers_attention as module
-from titans_build.kernels.attention import Prefix, _visible, attention
-from titans_build.kernels.dispatch import BackendError, table
+from titans_build.kernels.attention import Prefix, attention
+from titans_build.kernels.attention_reference import visible_keys
+from titans_build.kernels.dispatch import OPERATIONS, Backend, BackendError, Unable, table
 from titans_build.kernels.xformers_attention import parts, refuse_xformers, xformers_attention
 
 masks = pytest.importorskip("xformers.ops.fmha.attn_bias", reason="xFormers is for Linux")
@@ -65,7 +66,7 @@ def test_the_masks_together_are_ours(time, keys, window, step):
         bias = module.mask(module._library(), part).materialize((time, part.k.shape[1]))
         assert set(bias.unique().tolist()) <= {0.0, -math.inf}
         seen[:, part.k[0, :, 0, 0].long()] += (bias == 0).float()
-    assert torch.equal(seen, _visible(time, keys, window, None, q.device, step)[0].float())
+    assert torch.equal(seen, visible_keys(time, keys, window, None, q.device, step)[0].float())
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
@@ -106,6 +107,7 @@ def test_no_query_and_no_row():
 )
 def test_what_it_does_not_take(monkeypatch, facts, said):
     monkeypatch.setattr(module, "_looked_for", lambda: None)
+    monkeypatch.setattr(module, "_tried", lambda dtype, width: None)
     whatever = {"device": "cuda", "dtype": torch.bfloat16, "width": 64, "plain": True, "named": True}
     assert refuse_xformers(**whatever) is None
     assert said in refuse_xformers(**{**whatever, **facts})
@@ -148,3 +150,126 @@ def test_the_table_and_the_error_say_why():
     q = torch.zeros(1, 1, 1, 8)
     with pytest.raises(BackendError, match="xformers cannot run: runs on a GPU, not on cpu"):
         attention(q, q, q, backend="xformers")
+
+
+def misaligned():
+    """Keys that begin in the middle of 16 bytes, and queries with steps that are no multiple of them."""
+    torch.manual_seed(1)
+    q = torch.randn(2, 7, 3, 12)[..., :8]
+    k, v = (torch.randn(2, 7, 3, 8 + offset)[..., offset:] for offset in (3, 8))
+    return q, k, v
+
+
+def test_its_kernels_are_given_what_they_can_read(monkeypatch):
+    given = []
+    spy = lambda *tensors, attn_bias: (given.extend(tensors), whole(*tensors, attn_bias=attn_bias))[1]  # noqa: E731
+    monkeypatch.setattr(module, "_library", lambda: module._Library(spy, partial, merge, masks, True))
+    q, k, v = misaligned()
+    expected = attention(q, k, v, window=3, backend="reference")
+    torch.testing.assert_close(xformers_attention(q, k, v, 3, None, None, 1), expected)
+    assert [x.data_ptr() == y.data_ptr() for x, y in zip(given, (q, k, v))] == [False, False, True]
+    assert not any(step % 8 for x in given for step in x.stride()[:-1]) and not any(x.data_ptr() % 16 for x in given)
+
+
+TOO_WIDE = """No operator found for `memory_efficient_attention_backward` with inputs:
+     query       : shape=(2, 40, 2, 64) (torch.bfloat16)
+`fa2B@2.8` is not supported because:
+    requires device with capability >= (8, 0)
+    operator wasn't built
+`cutlassB-pt` is not supported because:
+    operator wasn't built"""
+
+
+def unable(*given, **named):
+    raise NotImplementedError(TOO_WIDE)
+
+
+def trial(monkeypatch, dtype=torch.bfloat16, **changed):
+    library = module._Library(whole, partial, merge, masks, True)._replace(**changed)
+    monkeypatch.setattr(module, "_library", lambda: library)
+    return module._tried.__wrapped__(dtype, 32, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_trial_passes_what_is_right(monkeypatch, dtype):
+    torch.use_deterministic_algorithms(True)
+    try:
+        with torch.inference_mode():
+            assert trial(monkeypatch, dtype) is None
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_trial_finds_what_does_not_run(monkeypatch):
+    said = "NotImplementedError: requires device with capability >= (8, 0); operator wasn't built"
+    assert trial(monkeypatch, whole=unable) == f"failed when it was tried on this GPU: Unable: {said.split(': ', 1)[1]}"
+    assert "operator wasn't built" in trial(monkeypatch, merge=unable)
+
+    def broken(*given, **named):
+        raise RuntimeError("CUDA error: no kernel image is available\nmore")
+
+    said = trial(monkeypatch, partial=broken)
+    assert said == "failed when it was tried on this GPU: RuntimeError: CUDA error: no kernel image is available"
+
+
+class Backwards(torch.autograd.Function):
+    """Right forward, and not back."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 1.1 * grad
+
+
+def test_a_trial_finds_wrong_numbers(monkeypatch):
+    forward = lambda *given, attn_bias: 1.1 * whole(*given, attn_bias=attn_bias)  # noqa: E731
+    assert "gave wrong numbers when it was tried on this GPU, off by up to 10%" in trial(monkeypatch, whole=forward)
+    back = lambda *given, attn_bias: Backwards.apply(whole(*given, attn_bias=attn_bias))  # noqa: E731
+    assert "gave wrong numbers" in trial(monkeypatch, whole=back)
+    spoiled = lambda *given, attn_bias: whole(*given, attn_bias=attn_bias) * float("nan")  # noqa: E731
+    assert "off by up to inf" in trial(monkeypatch, whole=spoiled)
+
+
+def test_a_trial_has_a_say(monkeypatch):
+    monkeypatch.setattr(module, "_looked_for", lambda: None)
+    monkeypatch.setattr(module, "_tried", lambda dtype, width: f"{dtype}, {width}")
+    assert refuse_xformers(device="cuda", dtype=torch.float16, width=72) == "torch.float16, 96"
+    rows = {row.backend: row for row in table("cuda", torch.bfloat16) if row.operation == "attention"}
+    assert rows["xformers"].reason == "torch.bfloat16, 32" and rows["sdpa"].chosen
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """An operation on a device without values, whose first choice fails at the call."""
+    operation = OPERATIONS["attention"]
+
+    def run(q, k, v, *others):
+        raise Unable("needs more than there is")
+
+    monkeypatch.setattr(operation, "_chosen", {})
+    monkeypatch.setattr(operation, "_unable", {})
+    backends = {"xformers": Backend("xformers", run), "sdpa": operation.backends["sdpa"]}
+    monkeypatch.setattr(operation, "backends", backends)
+
+
+def test_what_fails_at_the_call_is_left_for_the_next(failing):
+    q = torch.zeros(1, 5, 2, 8, device="meta")
+    for _ in range(2):
+        assert attention(q, q, q, window=3).shape == q.shape
+    rows = {row.backend: row for row in table("meta") if row.operation == "attention"}
+    assert rows["xformers"].reason == "needs more than there is" and rows["sdpa"].chosen
+
+
+def test_what_fails_at_the_call_is_an_error_where_it_was_asked_for(failing, monkeypatch):
+    q = torch.zeros(1, 5, 2, 8, device="meta")
+    said = "attention: xformers was asked for and cannot run: needs more than there is"
+    for _ in range(2):
+        with pytest.raises(BackendError, match=said):
+            attention(q, q, q, backend="xformers")
+    monkeypatch.setenv("TITANS_BUILD_BACKEND", "attention=xformers")
+    with pytest.raises(BackendError, match=said):
+        attention(q, q, q)

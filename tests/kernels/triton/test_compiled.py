@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 REPORT = Path(__file__).parents[3] / "benchmarks" / "kernel_resources.py"
 SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}
 """KiB of shared memory that one program can have."""
-KERNELS = 12
+KERNELS = 16
 
 
 def compiled(target, **options):
@@ -61,3 +61,39 @@ def test_the_width_that_models_have(target, operands):
 def test_the_largest_memory(target, operands):
     """Heads of 128 numbers, four times as many hidden units, chunks of 128 tokens: what the kernels say they take."""
     assert_fits(compiled(target, dim=128, hidden=512, chunk=128, operands=operands), target, 2048)
+
+
+@pytest.mark.parametrize("sizes", [dict(layers=1, dim=64), dict(dim=32, hidden=64)], ids=["one layer", "two layers"])
+@pytest.mark.parametrize(
+    "target", [target if target == "sm_90" else pytest.param(target, marks=pytest.mark.slow) for target in SHARED]
+)
+def test_a_state_that_stays(target, sizes):
+    """The largest memories whose state stays in registers both ways: a thread spills at most 1 KiB, AMD's 2 KiB."""
+    rows = compiled(target, **sizes, chunk=64, kernel="resident")
+    assert [row["kernel"].rsplit(".")[1] for row in rows] == ["write_resident_kernel", "write_backward_resident_kernel"]
+    assert_fits(rows, target, 1024 if target.startswith("sm_") else 2048)
+
+
+@pytest.mark.slow
+def test_the_largest_state_that_stays():
+    """Two layers, 64 x 64: forward alone, without a spill on the GPU it is made for."""
+    rows = compiled("sm_90", dim=64, hidden=64, kernel="resident")
+    assert [row["kernel"] for row in rows] == ["memory_resident.write_resident_kernel"]
+    assert_fits(rows, "sm_90", 0)
+
+
+@pytest.mark.slow
+def test_the_estimate_has_every_kernel_of_the_memory():
+    """Where a state stays, the same is moved, and less of it passes through the cache."""
+    command = [sys.executable, str(REPORT.with_name("kernel_estimate.py")), "--dim", "32", "--hidden", "64"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    head, _, *lines = ([cell.strip(" `") for cell in line.strip("|").split("|")] for line in done.stdout.splitlines())
+    found = {line[0]: dict(zip(head, line)) for line in lines}
+    compiled_too = {row["kernel"].rsplit(".")[1] for row in compiled("sm_90", dim=32, hidden=64, kernel="kernel")}
+    assert found.keys() == compiled_too - {"forward_kernel", "backward_kernel"}
+    for name in ("write", "write_backward"):
+        streamed, resident = found[f"{name}_kernel"], found[f"{name}_resident_kernel"]
+        assert streamed["GFLOP"] == resident["GFLOP"]
+        assert streamed["moved, KiB a chunk"] == resident["moved, KiB a chunk"] == resident["passed, KiB a chunk"]
+        assert float(streamed["passed, KiB a chunk"]) > 2 * float(resident["passed, KiB a chunk"])

@@ -13,6 +13,12 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
 
+@pytest.fixture(autouse=True)
+def streamed(monkeypatch):
+    """Whatever the size; the schedule that keeps the state has tests of its own, ``test_memory_resident.py``."""
+    monkeypatch.setenv("TITANS_BUILD_SCHEDULE", "streamed")
+
+
 def inputs(time=9, d_in=6, d_out=None, hidden=10, depth=2, batch=2, heads=2, seed=0, edges=False):
     g = torch.Generator().manual_seed(seed)
     randn = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
@@ -146,14 +152,46 @@ def test_operands_that_are_not_float32(given, setting, kept, tolerance):
         assert 1e-5 < ratio(got, right) <= max(tolerance, 2 * ratio(near, right))
 
 
+def test_autocast_is_half_precision_too():
+    """float32 tensors, as a model has them there."""
+    leaves = [x.float() for x in inputs(time=5, d_in=16, hidden=32, batch=1, heads=1)]
+    leaves[-2:] = [w * w.shape[-1] ** -0.5 for w in leaves[-2:]]
+    exact = results(leaves, "triton", chunk=4)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = results(leaves, "triton", chunk=4)[0]
+    for a, b in zip(found, exact, strict=True):
+        assert a.dtype == torch.float32
+        assert 1e-5 * b.norm() < (a - b).norm() <= 1e-2 * b.norm()
+
+
 def test_longer_chunks_than_a_program_takes_at_once():
     agree(inputs(time=75, d_in=4, hidden=20, batch=1, heads=1), oracle="closed_form", chunk=70, clip=1.0)
+
+
+@pytest.mark.parametrize("chunk, oracle", [(1, "closed_form"), (3, "reference"), (15, "closed_form")])
+def test_chunks_shorter_than_a_tile(chunk, oracle):
+    """Many of them: more than a group, whole and in part, with rows at different phases and tokens that are masked."""
+    mask = torch.ones(2, 11, dtype=torch.bool)
+    mask[1, 4] = False
+    leaves = inputs(time=11, d_in=4, hidden=5, heads=1, edges=True)
+    agree(leaves, oracle=oracle, chunk=chunk, clip=1.0, position=torch.tensor([4, 0]), mask=mask)
 
 
 def test_strides():
     q, k, v, *rest = inputs()
     packed = torch.stack([q, k, v], -1)
     agree([*packed.unbind(-1), *rest], chunk=4)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_states_that_are_laid_out_otherwise(heads):
+    """Weights and anchor column by column, and a gain that with one head is the same memory for every row."""
+    *others, first, last = inputs(time=5, heads=heads)
+    agree([*others, *(w.mT.contiguous().mT for w in (first, last))], chunk=4, position=1)
+
+
+def test_tokens_below_a_threshold():
+    agree(inputs(time=7, d_in=4, hidden=5, batch=1), chunk=4, threshold=4.0)
 
 
 def test_it_says_what_it_does_not_take():

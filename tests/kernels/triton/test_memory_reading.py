@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from titans_build.kernels.dispatch import BackendError
 from titans_build.kernels.memory import read_memory
 from titans_build.kernels.memory.reading import READING
+from titans_build.kernels.triton import memory_answer_backward
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
@@ -83,3 +84,84 @@ def test_it_says_what_it_does_not_take():
         with pytest.raises(BackendError, match=reason):
             READING.choose("triton", **{**facts, **wrong})
     assert "asked for by name" in READING.backends["triton"].refuse(**facts)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("activation", ["identity", "relu", "silu", "gelu"])
+def test_its_backward_in_half_precision(depth, activation):
+    q, *rest = inputs(depth=depth, d_in=16, d_out=16, hidden=32, dtype=torch.float32)
+    agree([q.to(torch.bfloat16), *rest], 1e-2, activation=activation)
+
+
+def test_sums_of_several_stretches(monkeypatch):
+    """And every run gives the same bits."""
+    monkeypatch.setattr(memory_answer_backward, "LEAST", 32)
+    monkeypatch.setattr(memory_answer_backward, "PARTS", 2)
+    assert memory_answer_backward.stretches(100) == (64, 2)
+    leaves = inputs(time=100, batch=1)
+    agree(leaves)
+    assert all(map(torch.equal, results(leaves, "triton"), results(leaves, "triton")))
+
+
+@pytest.mark.parametrize("time, expected", [(1, (512, 1)), (8192, (512, 16)), (8193, (1024, 9)), (2**20, (2**16, 16))])
+def test_stretches(time, expected):
+    assert memory_answer_backward.stretches(time) == expected
+
+
+def test_only_what_is_asked_for():
+    q, gain, *weights = inputs(time=3)
+    wanted = results([q, gain, *weights], "triton")[1:]
+    g = torch.Generator().manual_seed(1)
+    for i, leaf in enumerate((q, gain, *weights)):
+        x = leaf.clone().requires_grad_()
+        given = [x if leaf is each else each for each in (q, gain, *weights)]
+        y = read_memory(given[0], tuple(given[2:]), norm=given[1], backend="triton")
+        cotangent = torch.randn(y.shape, generator=g.manual_seed(1), dtype=torch.float64)
+        assert torch.equal(torch.autograd.grad(y, x, cotangent)[0], wanted[i])
+
+
+def test_gradients_that_are_laid_out_otherwise():
+    leaves = [x.requires_grad_() for x in inputs(time=4)]
+    y = read_memory(leaves[0], tuple(leaves[2:]), norm=leaves[1], backend="triton")
+    g = torch.randn(y.shape[::-1], dtype=torch.float64).permute(3, 2, 1, 0)
+    pulled = [torch.autograd.grad(y, leaves, each, retain_graph=True) for each in (g, g.contiguous())]
+    assert all(map(torch.equal, *pulled))
+    none = torch.autograd.grad(y, leaves, torch.zeros(1, dtype=torch.float64).expand(y.shape))
+    assert not any(x.any() for x in none)
+
+
+def test_it_keeps_no_hidden_value():
+    leaves = [x.requires_grad_() for x in inputs()]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        read_memory(leaves[0], tuple(leaves[2:]), norm=leaves[1], backend="triton")
+    assert sum(kept) == sum(x.numel() for x in leaves)
+
+
+@pytest.mark.parametrize("given", [torch.bfloat16, torch.float16])
+def test_compiled_it_multiplies_in_the_same_precision(given):
+    """What rounds is not float32, bit by bit: a compiler may not widen the queries before the kernel sees them."""
+    q, gain, *weights = inputs(d_in=16, d_out=16, hidden=32, dtype=torch.float32)
+    leaves = [x.requires_grad_() for x in (q.to(given), gain, *weights)]
+    read = lambda q, gain, *weights: read_memory(q, weights, norm=gain, backend="triton")  # noqa: E731
+    made = []
+    for run in (read, torch.compile(read, backend="aot_eager", fullgraph=True)):
+        y = run(*leaves)
+        made.append([y, *torch.autograd.grad(y.float().square().sum(), leaves)])
+    assert made[0][0].dtype == given
+    assert all(map(torch.equal, *made))
+
+
+@pytest.mark.parametrize("given", [torch.bfloat16, torch.float16])
+def test_autocast_is_half_precision_too(given):
+    """float32 queries, as a model has them there: products as those of queries in half precision, compiled or not."""
+    q, gain, *weights = inputs(d_in=16, d_out=16, hidden=32, dtype=torch.float32)
+    q = q.to(given).float()
+    read = lambda q: read_memory(q, tuple(weights), norm=gain, backend="triton")  # noqa: E731
+    exact, narrow = read(q), read(q.to(given)).float()
+    with torch.autocast("cpu", given):
+        y, compiled = read(q), torch.compile(read, backend="aot_eager", fullgraph=True)(q)
+    assert y.dtype == torch.float32 and torch.equal(y, compiled)
+    # the same but for the answers, which only those to queries in half precision are rounded to
+    assert (y - narrow).norm() <= torch.finfo(given).eps * y.norm() < (y - exact).norm() * 8
+    assert not torch.equal(y, exact)

@@ -1,0 +1,88 @@
+"""Kernels start where their tensors are."""
+
+import contextlib
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import titans_build.kernels
+from titans_build.kernels.triton.launch import launch
+
+pytest.importorskip("triton")
+
+
+class On(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    device = torch.device("cuda", 1)
+
+
+def on(index):
+    x = torch.zeros(2).as_subclass(On)
+    x.device = torch.device("cuda", index)
+    return x
+
+
+class Kernel:
+    """Writes down on which device it was started."""
+
+    arg_names = ("x", "size", "y")
+    __name__ = "some_kernel"
+
+    def __init__(self):
+        self.started = []
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **fixed: self.started.append((grid, arguments, fixed, torch.cuda.current_device()))
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Two of them, the first current."""
+    current = [0]
+
+    @contextlib.contextmanager
+    def device(there):
+        before, current[0] = current[0], there.index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", device)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_on_the_device_of_the_tensors(gpus, index):
+    kernel, x, y = Kernel(), on(index), on(index)
+    launch(kernel, (3,), x, 2, y, FLAG=True)
+    ((grid, arguments, fixed, device),) = kernel.started
+    assert (grid, fixed, device) == ((3,), {"FLAG": True}, index)
+    assert arguments[0] is x and arguments[2] is y
+    assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.parametrize("other", [torch.zeros(2), on(0)])
+def test_tensors_on_different_devices(gpus, other):
+    kernel = Kernel()
+    message = f"some_kernel: y is on {other.device}: expected all tensors on one device, and x is on cuda:1"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        launch(kernel, (1,), on(1), 2, other)
+    assert not kernel.started
+
+
+def test_tensors_that_are_not_there(gpus):
+    kernel, x = Kernel(), on(1)
+    launch(kernel, (1,), None, 2, x)
+    assert kernel.started[0][-1] == 1
+    launch(kernel, (1,), None, 2, None)
+    assert kernel.started[1][-1] == 0
+
+
+def test_every_kernel_is_started_so():
+    """No file of the package starts one of its own."""
+    package = Path(titans_build.kernels.__file__).parent
+    starts = re.compile(r"kernel\[.*\]\(")
+    found = [path.name for path in package.rglob("*.py") if starts.search(path.read_text())]
+    assert found == ["launch.py"]
