@@ -1,21 +1,23 @@
 """``python -m titans_build.tools.gpu_check``: are the kernels right on this GPU, and then, how fast are they.
 
-Parity first: every backend of what a GPU has kernels for, against the reference in float64, outputs and gradients.
-Speed is measured only where all of it passed. Results are written after every measurement, so a run that is cut short
-leaves what it has.
+Parity first: every backend of every operation that a GPU runs, against the reference in float64, outputs and gradients.
+What failed is not timed, nor what may run it. What matters most comes first, and results are written after every
+measurement: a run that is cut short leaves what it has. Compiling takes most of the time, and all cores share it.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
+import os
 import platform
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,14 +27,16 @@ import torch
 
 from ..blocks.placing import as_device
 from ..recipes.replacing import replacing
-from . import gpu_parity, gpu_speed
-from .terminal import Columns, UsageError, complain, in_bytes, prepare_streams, progress, say, say_columns, say_prose
+from . import gpu_apart, gpu_goals, gpu_parity, gpu_speed
+from .terminal import Columns, UsageError, complain, in_bytes, prepare_streams, progress, say, say_columns
 
-PACKAGES = ("titans-build", "torch", "triton", "xformers", "titans-pytorch", "flash-linear-attention")
+PACKAGES = (
+    "titans-build", "torch", "triton", "xformers", "titans-pytorch", "flash-linear-attention", "fla-core"
+)  # fmt: skip
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """0; 1 where parity failed, and nothing was timed; 2 for what cannot be."""
+    """0; 1 where parity failed, and what did was not timed; 2 for what cannot be."""
     parser = argparse.ArgumentParser(
         prog="python -m titans_build.tools.gpu_check",
         description="Check the kernels against their references on this device, then measure them.",
@@ -44,6 +48,10 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="tiny shapes: whether it runs, not how fast")
     parser.add_argument("--only", choices=("parity", "speed"), help="one of the two; speed alone proves nothing")
     parser.add_argument("--minutes", type=_minutes, default=9.0, help="stop measuring after so many (default: 9)")
+    parser.add_argument(
+        "--processes", type=int, metavar="N",
+        help="that compile and check at a time, 0 for none but this one (default: one for each core; 0 on a CPU)",
+    )  # fmt: skip
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="default: benchmarks/results/gpu-NAME.json, or none on a CPU"
     )
@@ -81,25 +89,31 @@ def _run(arguments: argparse.Namespace) -> int:
         target = Path("benchmarks/results") / f"gpu-{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
     results: dict[str, Any] = {"environment": environment(name), "quick": arguments.quick, "dtype": arguments.dtype}
     _write(results, target)  # what cannot be written is found out before the work
+    processes = arguments.processes
+    if processes is None:
+        processes = min(16, os.cpu_count() or 1) if device.type == "cuda" else 0
+    red: dict[str, set[str]] = {}
     if arguments.only != "speed":
-        found = parity(device, results, target)
+        found = parity(device, processes, results, target)
         say_columns(parity_table(found))
-        failed = [each for each in found if not each.passed]
-        for each in failed:
-            complain(
-                f"{each.operation}, {each.backend}, {each.case}, {each.precision}: "
-                + (each.failed or f"error {each.error:.1e}, at most {each.tolerance:.0e} is right")
-            )
-        if failed:
-            say_prose("", "Nothing was timed: what is wrong need not be fast.")
-            return 1
+        for each in found:
+            if not each.passed:
+                complain(
+                    f"{each.operation}, {each.backend}, {each.case}, {each.precision}: "
+                    + (each.failed or f"{each.where}: error {each.error:.1e}, at most {each.tolerance:.0e} is right")
+                )
+        red = gpu_parity.red(found)
     if arguments.only != "parity":
-        rows = speed(device, getattr(torch, arguments.dtype), arguments, results, target, began)
+        rows = speed(device, processes, red, arguments, results, target, began)
         say("")
         say_columns(speed_table(rows))
+        say("")
+        say_columns(trend_table(gpu_goals.trends(rows)))
+        say("")
+        say_columns(goal_table(gpu_goals.goals(rows)))
     if target is not None:
         say("", f"written: {target}")
-    return 0
+    return 1 if red else 0
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -155,22 +169,24 @@ def _plain(value: Any) -> Any:
 # -- parity ------------------------------------------------------------------------------------------------------------
 
 
-def parity(device: torch.device, results: dict[str, Any], target: Path | None) -> list[gpu_parity.Outcome]:
-    """Every outcome; what is not written to is poisoned with NaN, on the device that can do it."""
-    precisions = ["float32", "bfloat16", "float16", *(["tf32"] if device.type == "cuda" else [])]
+def parity(
+    device: torch.device, processes: int, results: dict[str, Any], target: Path | None
+) -> list[gpu_parity.Outcome]:
+    """Every outcome; what is not written to is poisoned with NaN."""
+    tasks = gpu_parity.tasks(device)
     found: list[gpu_parity.Outcome] = []
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)  # and with it, torch.empty is filled with NaN
     try:
-        with progress("parity", gpu_parity.count(precisions)) as step:
-            for outcome in gpu_parity.outcomes(device, precisions):
+        with progress("parity", len(tasks)) as step:
+            for outcome in gpu_apart.outcomes(tasks, device, processes):
                 found.append(outcome)
                 results["parity"] = [each._asdict() | {"passed": each.passed} for each in found]
                 _write(results, target)
                 step()
     finally:
         torch.use_deterministic_algorithms(before)
-    return found
+    order = {task: number for number, task in enumerate(tasks)}
+    return sorted(found, key=lambda each: order[each.task])
 
 
 def parity_table(found: Sequence[gpu_parity.Outcome]) -> Columns:
@@ -179,13 +195,13 @@ def parity_table(found: Sequence[gpu_parity.Outcome]) -> Columns:
     groups: dict[tuple[str, str, str], list[gpu_parity.Outcome]] = {}
     for outcome in found:
         groups.setdefault((outcome.operation, outcome.backend, outcome.precision), []).append(outcome)
-    for (operation, backend, precision), group in groups.items():
+    for (operation, backend, precision), group in sorted(groups.items(), key=lambda group: group[0][:2]):
         ran = [outcome for outcome in group if not outcome.refused]
         reasons = ", ".join(dict.fromkeys(outcome.refused for outcome in group if outcome.refused))
-        worst = max((o.error for o in ran), key=lambda x: (math.isnan(x), x), default=None)
+        worst = max(ran, key=lambda o: (math.isnan(o.error), o.error / o.tolerance), default=None)
         passed = f"{sum(o.passed for o in ran)} of {len(ran)}" if ran else "none"
-        error = "" if worst is None else f"{worst:.1e}"
-        table.add(operation, backend, precision, passed, error, f"{group[0].tolerance:.0e}" if ran else "", reasons)
+        numbers = ["", ""] if worst is None else [f"{worst.error:.1e}", f"{worst.tolerance:.0e}"]
+        table.add(operation, backend, precision, passed, *numbers, reasons)
     return table
 
 
@@ -194,7 +210,8 @@ def parity_table(found: Sequence[gpu_parity.Outcome]) -> Columns:
 
 def speed(
     device: torch.device,
-    dtype: torch.dtype,
+    processes: int,
+    red: Mapping[str, set[str]],
     arguments: argparse.Namespace,
     results: dict[str, Any],
     target: Path | None,
@@ -202,17 +219,29 @@ def speed(
 ) -> list[gpu_speed.Row]:
     """As many rows as fit into the time, in the order of what matters most."""
     sizes = gpu_speed.QUICK if arguments.quick else gpu_speed.FULL
+    dtype = getattr(torch, arguments.dtype)
+    late = lambda: time.monotonic() - began > 60 * arguments.minutes  # noqa: E731
+    if processes and not arguments.quick and not late():
+        warmed = gpu_apart.warm(device, arguments.dtype, processes)
+        with progress("compiling", len(gpu_speed.warming(device, dtype))) as step:
+            for _ in itertools.takewhile(lambda _: not late(), warmed):
+                step()
     ceiling = gpu_speed.ceiling(device, dtype, sizes)
     results["ceiling"] = ceiling._asdict()
     say("", f"measured here: {ceiling.product / 1e12:.3g} TFLOP/s in {arguments.dtype}, {ceiling.copy / 1e9:.4g} GB/s")
-    cases = list(gpu_speed.cases(device, dtype, sizes))
+    cases, untimed = gpu_speed.timed(gpu_speed.cases(device, dtype, sizes), red, device)
+    results["untimed"] = untimed
+    for reason in untimed:
+        complain(f"not timed: {reason}")
     rows: list[gpu_speed.Row] = []
     with progress("speed", len(cases)) as step:
         for case in cases:
-            if time.monotonic() - began > 60 * arguments.minutes:
+            if late():
                 break
             rows.append(gpu_speed.measure(case, device, sizes, ceiling))
             results["speed"] = [row._asdict() for row in rows]
+            results["trends"] = [trend._asdict() for trend in gpu_goals.trends(rows)]
+            results["goals"] = [goal._asdict() for goal in gpu_goals.goals(rows)]
             _write(results, target)
             step()
     results["left_out"] = [
@@ -243,6 +272,24 @@ def speed_table(rows: Sequence[gpu_speed.Row]) -> Columns:
             in_bytes(row.peak) if row.peak else "",
             "",
         )  # fmt: skip
+    return table
+
+
+def trend_table(trends: Sequence[gpu_goals.Trend]) -> Columns:
+    """A line for everything that was measured at several lengths."""
+    table = Columns("what", "backend", "shape", "passes", "time", "exponent", "peak of a token")
+    for trend in trends:
+        lengths = f"{trend.lengths[0]:,} to {trend.lengths[-1]:,}"
+        peaks = " to ".join(in_bytes(x) for x in (trend.bytes[0], trend.bytes[-1])) if trend.bytes else ""
+        table.add(*trend[:4], lengths, f"{trend.exponent:.2f}", peaks)
+    return table
+
+
+def goal_table(goals: Sequence[gpu_goals.Goal]) -> Columns:
+    """Each goal beside what was reached."""
+    table = Columns("goal", "wanted", "reached", "met")
+    for goal in goals:
+        table.add(goal.what, goal.wanted, goal.reached, {None: "", True: "yes", False: "no"}[goal.met])
     return table
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize, scaled_dot_product_attention
+from torch import Tensor
+from torch.nn.functional import normalize
 
 from .. import recipes
 from ..kernels import dispatch
@@ -23,6 +24,9 @@ from ..kernels.memory import MemoryState, titans_memory
 from ..kernels.memory.cost import memory_flops
 from ..kernels.memory.tokens import Tokens
 from ..kernels.normalisation import rms_norm
+from ..registry import create
+from .gpu_baselines import Transformer, autocast, linear_memories, titans_pytorch
+from .gpu_parity import scheduled
 
 Run = Callable[[], Any]
 
@@ -45,7 +49,7 @@ class Sizes(NamedTuple):
     model: str
     """The size of packaged recipes, or nothing: the small ones."""
     transformer: dict[str, int]
-    """The transformer of that size."""
+    """The transformer of that size, for bytes as the models are then, too: what they do with many words is the same."""
     texts: tuple[int, ...]
     """Lengths for whole models."""
     seconds: float
@@ -54,7 +58,7 @@ class Sizes(NamedTuple):
 
 FULL = Sizes(
     8192, 2**32, 128, (2048, 8192, 32768, 131072), ((64, 2, 2), (64, 4, 2), (64, 1, 2), (64, 1, 1), (128, 1, 1)),
-    64, 1024, 2048, "-170m", dict(dim=768, depth=12, vocab=32000, heads=16, hidden=4224), (8192, 32768, 131072), 1.5,
+    64, 1024, 2048, "-170m", dict(dim=768, depth=12, vocab=256, heads=12, hidden=4224), (8192, 32768, 131072), 0.4,
 )  # fmt: skip
 QUICK = Sizes(
     64, 2**16, 2, (32,), ((16, 2, 2), (16, 1, 1)), 16, 16, 4, "",
@@ -87,6 +91,8 @@ class Row(NamedTuple):
 
 
 class Case(NamedTuple):
+    """What is measured; its operation is one of ``dispatch.OPERATIONS``, or a model's name."""
+
     what: str
     backend: str
     shape: str
@@ -97,6 +103,10 @@ class Case(NamedTuple):
     moved: float = 0
     """Bytes."""
     tokens: int = 0
+    operation: str = ""
+    """In the dispatcher, where it is one of those alone."""
+    rank: int = 0
+    """The lower, the earlier: a run may be cut short."""
 
 
 class Ceiling(NamedTuple):
@@ -104,6 +114,10 @@ class Ceiling(NamedTuple):
 
     product: float
     copy: float
+
+
+LONG = 2.0
+"""Seconds of a run that is not waited for time and again."""
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
@@ -120,10 +134,15 @@ def ceiling(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Ceiling:
 
 
 def samples(run: Run, device: torch.device, seconds: float, least: int = 3, most: int = 50) -> list[float]:
-    """Seconds that ``run`` takes, again and again, by the device's own clock."""
+    """Seconds that ``run`` takes, again and again, by the device's own clock; of one that takes long, once."""
+    warm = math.nan
     for _ in range(2):
+        start_s = time.perf_counter()
         run()
-    _wait(device)
+        _wait(device)
+        warm = time.perf_counter() - start_s
+    if warm > LONG:
+        return [warm]
     found: list[float] = []
     began = time.perf_counter()
     while len(found) < most and (len(found) < least or time.perf_counter() - began < seconds):
@@ -144,6 +163,8 @@ def samples(run: Run, device: torch.device, seconds: float, least: int = 3, most
 def measure(case: Case, device: torch.device, sizes: Sizes, most: Ceiling) -> Row:
     """Run a case; one that fails, for want of memory say, is a row that says so."""
     gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     none = math.nan
     row = Row(*case[:4], none, none, none, case.flops, case.moved, none, case.tokens, 0)
     try:
@@ -153,9 +174,9 @@ def measure(case: Case, device: torch.device, sizes: Sizes, most: Ceiling) -> Ro
         taken = sorted(samples(run, device, sizes.seconds))
     except dispatch.BackendError as error:
         return row._replace(failed=str(error))
-    except (RuntimeError, MemoryError, ImportError) as error:  # a device's own errors are RuntimeErrors
+    except Exception as error:  # of the device, of a compiler, of another library
         return row._replace(failed=(str(error).strip() or type(error).__name__).splitlines()[0])
-    low, middle, high = statistics.quantiles(taken, n=4)
+    low, middle, high = statistics.quantiles(taken, n=4) if len(taken) > 1 else taken * 3
     share = case.flops / middle / most.product if case.flops else case.moved / middle / most.copy
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     return row._replace(seconds=middle, low=low, high=high, share=share, peak=peak)
@@ -169,13 +190,45 @@ def _wait(device: torch.device) -> None:
 # -- what is measured --------------------------------------------------------------------------------------------------
 
 
-def cases(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
+def cases(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> list[Case]:
     """Everything, what matters most first: a run may be cut short."""
-    yield from memories(device, dtype, sizes)
-    yield from decoding(device, dtype, sizes)
-    yield from streams(device, dtype, sizes)
-    yield from attentions(device, dtype, sizes)
-    yield from models(device, dtype, sizes)
+    kinds = (memories, blocks, rules, decoding, models, attentions, streams)
+    return sorted((case for kind in kinds for case in kind(device, dtype, sizes)), key=lambda case: case.rank)
+
+
+def timed(cases: Sequence[Case], red: Mapping[str, set[str]], device: torch.device) -> tuple[list[Case], list[str]]:
+    """The cases without those in which something runs that failed, and those failures."""
+    reasons: dict[str, None] = {}
+    kept = []
+    for case in cases:
+        if case.backend.partition(",")[0] in red.get(case.operation, ()):
+            reasons[f"{case.operation}, {case.backend}: failed its parity"] = None
+        elif red and not case.operation and case.backend.startswith("auto"):
+            named = ", ".join(f"{backend} of {operation}" for operation, found in red.items() for backend in found)
+            reasons[f"{case.what}: may run what failed its parity: {named}"] = None
+        else:
+            kept.append(case)
+    return kept, list(reasons)
+
+
+def warming(device: torch.device, dtype: torch.dtype) -> list[Callable[[], str]]:
+    """Each runs one of the kernels to be timed, briefly, so that it is compiled; it returns what went wrong."""
+    sizes = FULL._replace(lengths=FULL.lengths[:1], texts=FULL.texts[:1])
+
+    def briefly(case: Case) -> str:
+        try:
+            case.make()()
+            _wait(device)
+        except Exception as error:  # it will be a row that says so
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+    return [
+        functools.partial(briefly, case)
+        for case in cases(device, dtype, sizes)
+        if (case.direction == "both" or case.what == "memory step")
+        and not (case.what == "attention" or case.backend in ("torch", "titans-pytorch") or "compiled" in case.backend)
+    ]
 
 
 def _backends(operation: str, device: torch.device, dtype: torch.dtype, **facts: Any) -> list[str]:
@@ -201,25 +254,97 @@ def _passes(forward: Callable[[], Tensor], leaves: Sequence[Tensor], both: bool)
 
 
 def memories(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
-    """The memory operation, chunk by chunk, every path; and titans-pytorch's memory where it is installed."""
+    """The memory operation, chunk by chunk, every path, and PyTorch's also through its compiler."""
     for length in sizes.lengths:
         for d, expansion, layers in sizes.widths:
-            shape = f"{sizes.heads} x {length}, d {d}, " + (f"expansion {expansion}" if layers > 1 else "one layer")
+            shape = _shape(sizes.heads, length, d, expansion, layers)
             shapes = layer_shapes(d, expansion, layers)
             useful = sizes.heads * length * memory_flops(shapes, sizes.chunk)
             facts = dict(time=length, chunk=sizes.chunk, layers=layers, width=d, grad=True)
             for backend in _backends("memory", device, torch.float32, **facts):
-                for both in (False, True):
-                    if backend == "torch" and length > sizes.lengths[0] and length > 8192:
-                        continue  # ten times slower: the shorter ones tell
-                    make = _memory(device, dtype, sizes, length, shapes, backend, both)
-                    direction = "both" if both else "forward"
-                    tokens = sizes.heads * length
-                    yield Case("memory", backend, shape, direction, make, useful * (3 if both else 1), tokens=tokens)
-            if layers == 2 and length <= max(8192, sizes.lengths[0]):
-                for both in (False, True):
-                    make = _package(device, dtype, sizes, length, d, expansion, both)
-                    yield Case("memory", "titans-pytorch", shape, "both" if both else "forward", make)
+                slow = backend != "triton" and device.type == "cuda"
+                if slow and length > 8192:
+                    continue  # ten times slower: the shorter ones tell
+                main = (d, expansion, layers) in sizes.widths[:2] or layers == 1
+                rank = (6 if slow else 0 if main else 5) + (layers == 1)
+                for compiled in (False, True) if backend == "torch" and length == sizes.lengths[0] else (False,):
+                    for both in (True, False):
+                        make = _memory(device, dtype, sizes, length, shapes, backend, both, compiled)
+                        direction, name = "both" if both else "forward", backend + ", compiled" * compiled
+                        yield Case(
+                            "memory", name, shape, direction, make, useful * (3 if both else 1),
+                            tokens=sizes.heads * length, operation="memory", rank=rank,
+                        )  # fmt: skip
+                if backend == "triton" and length == sizes.lengths[0]:
+                    for schedule in ("resident", "streamed"):
+                        make = _memory(device, dtype, sizes, length, shapes, backend, True, False, schedule)
+                        yield Case(
+                            "memory", f"triton, {schedule}", shape, "both", make, useful * 3,
+                            tokens=sizes.heads * length, operation="memory", rank=5,
+                        )  # fmt: skip
+
+
+def _shape(rows: int, length: int, d: int, expansion: int, layers: int) -> str:
+    return f"{rows} x {length}, d {d}, " + (f"expansion {expansion}" if layers > 1 else "one layer")
+
+
+def blocks(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
+    """The memory block, with its projections, and titans-pytorch's memory, which has some too; of two layers."""
+    heads = min(4, sizes.heads)
+    rows = sizes.heads // heads
+    for length in sizes.lengths:
+        if length > max(8192, sizes.lengths[0]):
+            continue
+        for d, expansion, layers in sizes.widths[:2]:
+            if layers != 2:
+                continue
+            shape = _shape(sizes.heads, length, d, expansion, layers)
+            spec = {"type": "memory", "heads": heads, "depth": 2, "expansion": expansion, "chunk": sizes.chunk}
+
+            def ours(length: int = length, d: int = d, spec: dict[str, Any] = spec) -> tuple[Any, list[Tensor]]:
+                block = create(spec, dim=heads * d).to(device)
+                x = torch.randn(rows, length, heads * d, device=device)
+
+                def forward() -> Tensor:
+                    with autocast(device, dtype):
+                        return block(x)[0]
+
+                return forward, [x, *block.parameters()]
+
+            def theirs(length: int = length, d: int = d, expansion: int = expansion) -> tuple[Any, list[Tensor]]:
+                return titans_pytorch(device, dtype, rows, length, heads, d, expansion, sizes.chunk)
+
+            for backend, start in (("auto", ours), ("titans-pytorch", theirs)):
+                for both in (True, False):
+                    yield Case(
+                        "memory block", backend, shape, "both" if both else "forward", _started(start, both),
+                        tokens=sizes.heads * length, rank=3,
+                    )  # fmt: skip
+
+
+def rules(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
+    """Other linear memories, of states as large as those of one layer."""
+    for length in sizes.lengths:
+        for d, expansion, layers in sizes.widths:
+            if layers > 1:
+                continue
+            for name, start in linear_memories(device, dtype, sizes.heads, length, d).items():
+                for both in (True, False):
+                    shape, direction = _shape(sizes.heads, length, d, expansion, layers), "both" if both else "forward"
+                    rank = 4 if "gated" in name else 7
+                    make = _started(start, both)
+                    yield Case("memory", name, shape, direction, make, tokens=sizes.heads * length, rank=rank)
+
+
+def _started(start: Callable[[], tuple[Callable[[], Tensor], list[Tensor]]], both: bool) -> Callable[[], Run]:
+    def make() -> Run:
+        torch.manual_seed(0)
+        forward, leaves = start()
+        for leaf in leaves:
+            leaf.requires_grad_(both)
+        return _passes(forward, leaves, both)
+
+    return make
 
 
 def layer_shapes(d: int, expansion: int, layers: int) -> list[tuple[int, int]]:
@@ -243,7 +368,7 @@ def _answers(tokens: Tokens, state: MemoryState, chunk: int, gain: Tensor, backe
 
 def _memory(
     device: torch.device, dtype: torch.dtype, sizes: Sizes, length: int, shapes: list[tuple[int, int]], backend: str,
-    both: bool,
+    both: bool, compiled: bool, schedule: str = "auto",
 ) -> Callable[[], Run]:  # fmt: skip
     def make() -> Run:
         torch.manual_seed(0)
@@ -258,27 +383,7 @@ def _memory(
         def forward() -> Tensor:
             return _answers(tokens, MemoryState.fresh(tuple(weights)), sizes.chunk, gain, backend)
 
-        return _passes(forward, leaves, both)
-
-    return make
-
-
-def _package(
-    device: torch.device, dtype: torch.dtype, sizes: Sizes, length: int, d: int, expansion: int, both: bool
-) -> Callable[[], Run]:
-    """titans-pytorch's memory on as many heads in all, gradients at each chunk's weights as ours."""
-
-    def make() -> Run:
-        from titans_pytorch import MemoryMLP, NeuralMemory
-
-        heads = min(4, sizes.heads)
-        network = MemoryMLP(dim=d, depth=2, expansion_factor=expansion)
-        module = NeuralMemory(
-            dim=heads * d, heads=heads, dim_head=d, chunk_size=sizes.chunk, batch_size=sizes.chunk, max_grad_norm=1.0,
-            model=network,
-        ).to(device)  # fmt: skip
-        x = torch.randn(sizes.heads // heads, length, heads * d, device=device, requires_grad=both)
-        return _passes(lambda: module(x)[0], [x, *module.parameters()], both)
+        return scheduled(schedule)(_passes(torch.compile(forward) if compiled else forward, leaves, both))
 
     return make
 
@@ -287,12 +392,15 @@ def decoding(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator
     """One token of many rows: the state is read once and written once, and that is what has to be paid for."""
     for d, expansion, layers in sizes.widths:
         shapes = layer_shapes(d, expansion, layers)
-        moved = sizes.stepping * sum(out * in_ for out, in_ in shapes) * 4 * 4  # weights and momentum, in and out
+        moved = sizes.stepping * sum(out * in_ for out, in_ in shapes) * 6 * 4  # weights, momentum, anchor: in and out
         facts = dict(time=1, chunk=sizes.chunk, layers=layers, width=d, grad=False)
         shape = f"{sizes.stepping} x 1, d {d}, " + (f"expansion {expansion}" if layers > 1 else "one layer")
         for backend in _backends("memory", device, torch.float32, **facts):
             make = _step(device, dtype, sizes, shapes, backend)
-            yield Case("memory step", backend, shape, "forward", make, moved=moved, tokens=sizes.stepping)
+            yield Case(
+                "memory step", backend, shape, "forward", make, moved=moved, tokens=sizes.stepping, operation="memory",
+                rank=2,
+            )  # fmt: skip
 
 
 def _step(
@@ -337,7 +445,9 @@ def streams(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator[
                 moved: float = rows * width * element * (passes + (2 * inputs + 1 if both else 0))
                 if what == "SwiGLU":
                     moved = rows * width * element * (4 if both else 1.5)
-                yield Case(what, backend, f"{rows} x {width}", "both" if both else "forward", make, moved=moved)
+                direction = "both" if both else "forward"
+                shape = f"{rows} x {width}"
+                yield Case(what, backend, shape, direction, make, moved=moved, operation=operation, rank=8)
 
 
 def attentions(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
@@ -367,61 +477,48 @@ def attentions(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterat
 
                     seen = "all tokens" if window is None else f"window {window} + {persistent}"
                     useful = 4 * heads * d * pairs * (3.5 if both else 1)
-                    shape = f"{heads} x {length}, {seen}"
-                    yield Case("attention", backend, shape, "both" if both else "forward", make, useful, tokens=length)
-
-
-class Transformer(nn.Module):
-    """What a memory model is compared with: full causal attention through SDPA, and a SwiGLU."""
-
-    def __init__(self, dim: int, depth: int, vocab: int, heads: int, hidden: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.tokens = nn.Embedding(vocab, dim)
-        names = {"qkv": (dim, 3 * dim), "out": (dim, dim), "up": (dim, 2 * hidden), "down": (hidden, dim)}
-        self.layers = nn.ModuleList(
-            nn.ModuleDict({name: nn.Linear(*shape, bias=False) for name, shape in names.items()}) for _ in range(depth)
-        )
-        self.head = nn.Linear(dim, vocab, bias=False)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.tokens(tokens)
-        for layer in self.layers:
-            assert isinstance(layer, nn.ModuleDict)
-            q, k, v = layer["qkv"](rms_norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-            x = x + layer["out"](scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
-            x = x + layer["down"](swiglu(layer["up"](rms_norm(x))))
-        return self.head(rms_norm(x))
-
-    def loss(self, tokens: Tensor) -> Tensor:
-        return cross_entropy(self(tokens[:, :-1]).flatten(0, 1).float(), tokens[:, 1:].flatten())
+                    shape, direction = f"{heads} x {length}, {seen}", "both" if both else "forward"
+                    rank = 6 if backend in ("xformers", "sdpa") else 8
+                    yield Case(
+                        "attention", backend, shape, direction, make, useful, tokens=length, operation="attention",
+                        rank=rank,
+                    )  # fmt: skip
 
 
 def models(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:
-    """A training step's two passes of whole models of one size, under autocast."""
+    """A training step's two passes of whole models of one size, under autocast; one of them compiled, too."""
     for length in sizes.texts:
         for name in ("transformer", "mag", "mac", "mal", "lmm"):
+            compiled = (False, True) if name in ("transformer", "mag") and length == sizes.texts[0] else (False,)
+            for each in compiled:
+                backend = ("SDPA" if name == "transformer" else "auto") + ", compiled" * each
+                rank = 9 if each else 1 if name in ("transformer", "mag") else 5
+                make = functools.partial(_model, device, dtype, sizes, name, length, each)
+                yield Case(f"model {name}", backend, f"1 x {length}", "both", make, tokens=length, rank=rank)
 
-            def make(name: str = name, length: int = length) -> Run:
-                torch.manual_seed(0)
-                text = torch.randint(sizes.transformer["vocab"], (1, length + 1), device=device)
-                if name == "transformer":
-                    plain = Transformer(**sizes.transformer).to(device)
-                    loss: Callable[[], Tensor] = lambda: plain.loss(text)  # noqa: E731
-                    parameters = list(plain.parameters())
-                else:
-                    model = recipes.build(recipes.load_recipe(name + sizes.model)).to(device)
-                    loss = lambda: model(text[:, :-1], targets=text[:, 1:]).loss  # noqa: E731
-                    parameters = list(model.parameters())
 
-                def both() -> None:
-                    for parameter in parameters:
-                        parameter.grad = None
-                    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                        found = loss()
-                    found.backward()
+def _model(
+    device: torch.device, dtype: torch.dtype, sizes: Sizes, name: str, length: int, compiled: bool
+) -> Run:  # fmt: skip
+    torch.manual_seed(0)
+    text = torch.randint(sizes.transformer["vocab"], (1, length + 1), device=device)
+    if name == "transformer":
+        plain = Transformer(**sizes.transformer).to(device)
+        loss: Callable[[Tensor], Tensor] = plain.loss
+        parameters = list(plain.parameters())
+    else:
+        recipe = recipes.load_recipe(name + sizes.model, overrides={"vocab": sizes.transformer["vocab"]})
+        model = recipes.build(recipe).to(device)
+        loss = lambda text: model(text[:, :-1], targets=text[:, 1:]).loss  # noqa: E731
+        parameters = list(model.parameters())
+    if compiled:
+        loss = torch.compile(loss)
 
-                return both
+    def both() -> None:
+        for parameter in parameters:
+            parameter.grad = None
+        with autocast(device, dtype):
+            found = loss(text)
+        found.backward()
 
-            backend = "SDPA" if name == "transformer" else "auto"
-            yield Case(f"model {name}", backend, f"1 x {length}", "both", make, tokens=length)
+    return both

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from titans_build.kernels import dispatch
-from titans_build.tools import gpu_check, gpu_parity
+from titans_build.tools import gpu_apart, gpu_cases, gpu_check, gpu_parity, gpu_speed
 
 NAMES = ("one token, decoding", "prefix and window", "gate", "convolution")
 
@@ -16,8 +16,14 @@ NAMES = ("one token, decoding", "prefix and window", "gate", "convolution")
 @pytest.fixture
 def few_cases(monkeypatch):
     """A few of the cases, each with the kernels of the interpreter among its backends."""
-    monkeypatch.setattr(gpu_parity, "CASES", tuple(case for case in gpu_parity.CASES if case.name in NAMES))
-    assert len(gpu_parity.CASES) == len(NAMES)
+    only(monkeypatch, *NAMES)
+
+
+def only(monkeypatch, *names):
+    every = gpu_cases.cases(small=True)
+    kept = tuple(case for case in every if case.name in names)
+    assert len(kept) == len(names)
+    monkeypatch.setattr(gpu_cases, "cases", lambda small=False: kept)
 
 
 def check(*words):
@@ -43,22 +49,63 @@ def test_what_is_wrong_is_not_timed(few_cases, tmp_path, monkeypatch, capsys):
     wrong = dispatch.Backend("torch", lambda *inputs: right.run(*inputs) * 1.01)
     monkeypatch.setitem(dispatch.OPERATIONS["gate"].backends, "torch", wrong)
     monkeypatch.setattr(dispatch.OPERATIONS["gate"], "_chosen", {})
+    of = {("gate", "torch"), ("gate", "triton"), ("memory", "torch"), ("memory block", "auto"), ("model mag", "auto")}
+    every = gpu_speed.cases
+    monkeypatch.setattr(gpu_speed, "cases", lambda *given: [case for case in every(*given) if case[:2] in of])
     target = tmp_path / "cpu.json"
     assert check("--json", str(target)) == 1
     said = capsys.readouterr()
-    assert "gate, torch, gate, float32: error" in said.err
-    assert "Nothing was timed" in said.out
-    assert "speed" not in json.loads(target.read_text())
+    assert "gate, torch, gate, float32: " in said.err and "error 1.0e-02, at most 1e-05 is right" in said.err
+    assert "not timed: gate, torch: failed its parity" in said.err
+    found = json.loads(target.read_text())
+    ran = {(row["what"], row["backend"]) for row in found["speed"]}
+    assert ("gate", "torch") not in ran and {("gate", "triton"), ("memory", "torch")} <= ran
+    # of what takes whatever is best, nobody knows what it takes
+    assert not [row for row in found["speed"] if row["backend"] == "auto"]
+    assert "model mag: may run what failed its parity: torch of gate" in found["untimed"]
 
 
 def test_a_nan_is_an_error_whatever_else_is_right(monkeypatch):
-    monkeypatch.setattr(gpu_parity, "CASES", tuple(case for case in gpu_parity.CASES if case.name == "convolution"))
+    only(monkeypatch, "convolution")
     right = dispatch.OPERATIONS["convolution"].backends["torch"]
     wrong = dispatch.Backend("torch", lambda *inputs: right.run(*inputs).index_fill(1, torch.tensor(0), float("nan")))
     monkeypatch.setitem(dispatch.OPERATIONS["convolution"].backends, "torch", wrong)
     monkeypatch.setattr(dispatch.OPERATIONS["convolution"], "_chosen", {})
-    found = list(gpu_parity.outcomes(torch.device("cpu"), ["float32"]))
+    tasks = [task for task in gpu_parity.tasks(torch.device("cpu")) if task.precision == "float32"]
+    found = [gpu_parity.outcome(task, torch.device("cpu")) for task in tasks]
     assert {o.backend: o.passed for o in found} == {"triton": True, "torch": False}
+
+
+def test_a_normalised_memory_may_be_off_by_what_its_operands_are_rounded_by():
+    """And nothing else may be, nor at float32."""
+    cases = {case.name: case for case in gpu_cases.cases(small=True) if case.operation == "memory"}
+    for name, precision, wider in (
+        ("two layers", "bfloat16", True), ("two layers", "float32", False), ("no norm", "bfloat16", False),
+    ):  # fmt: skip
+        case = cases[name]
+        exact = case.make(torch.Generator().manual_seed(0))
+        expected = gpu_parity._pass(case, "reference", exact)
+        found = gpu_parity.bounds(case, exact, expected, precision)
+        least = gpu_parity.TOLERANCE[precision]
+        assert found.keys() == expected.keys() and min(found.values()) == least
+        assert (max(found.values()) > least) == wider
+
+
+def test_a_process_that_hangs_is_an_outcome(monkeypatch):
+    monkeypatch.setattr(gpu_apart, "PATIENCE", 0.05)
+    tasks = gpu_parity.tasks(torch.device("cpu"))[:2]
+    found = list(gpu_apart.outcomes(tasks, torch.device("cpu"), 2))
+    assert len(found) == 2 and all("its process ended with -9" in each.failed and not each.passed for each in found)
+
+
+@pytest.mark.slow
+def test_processes_find_what_one_finds():
+    names = ("two layers", "gate")
+    tasks = [task for task in gpu_parity.tasks(torch.device("cpu")) if task.case in names and task.backend != "triton"]
+    apart = set(gpu_apart.outcomes(tasks, torch.device("cpu"), 2))
+    assert {each[:4] for each in apart} == {(t.operation, t.backend, t.case, t.precision) for t in tasks}
+    assert all(each.passed for each in apart)
+    assert all(gpu_parity.outcome(task, torch.device("cpu")).where in {e.where for e in apart} for task in tasks[:3])
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):
@@ -78,6 +125,18 @@ def test_every_measurement_of_the_check(tmp_path):
     assert check("--only", "speed", "--dtype", "float32", "--json", str(target), "--minutes", "60") == 0
     found = json.loads(target.read_text())
     assert not found["left_out"]
-    ours = [row for row in found["speed"] if row["backend"] != "titans-pytorch"]
+    others = ("titans-pytorch", "fla")
+    ours = [row for row in found["speed"] if not row["backend"].startswith(others)]
     assert ours and not [row for row in ours if row["failed"]]
-    assert {row["what"] for row in ours} >= {"memory", "memory step", "attention", "gate", "model mac", "model lmm"}
+    assert {row["what"] for row in ours} >= {"memory", "memory block", "memory step", "attention", "gate", "model mac"}
+    assert {"torch", "torch, compiled"} <= {row["backend"] for row in ours if row["what"] == "memory"}
+    beside = {row["backend"] for row in found["speed"]} - {row["backend"] for row in ours}
+    assert beside == {"titans-pytorch", "fla gated delta rule", "fla momentum delta rule", "fla TTT-Linear"}
+    assert len(found["goals"]) == 9 and {"exponent", "bytes"} <= found["trends"][0].keys() if found["trends"] else True
+
+
+def test_what_matters_most_comes_first():
+    cases = gpu_speed.cases(torch.device("cpu"), torch.float32, gpu_speed.QUICK)
+    ranks = [case.rank for case in cases]
+    assert ranks == sorted(ranks)
+    assert cases[0].what == "memory" and cases[-1].what.startswith("model") and "compiled" in cases[-1].backend

@@ -1,0 +1,86 @@
+"""The cases of the GPU check leave nothing out: what a GPU runs, a case runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from titans_build.kernels import dispatch, xformers_attention
+from titans_build.kernels.dispatch import OPERATIONS, Operation
+from titans_build.kernels.triton import availability
+from titans_build.tools import gpu_cases
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+    """With Triton, and an xFormers that passed its trial."""
+    monkeypatch.setattr(availability, "_looked_for", lambda: None)
+    monkeypatch.setattr(xformers_attention, "_missing", lambda dtype, width: None)
+
+
+def questions(cases, monkeypatch):
+    """What the dispatcher is told when the cases run: facts, by operation."""
+    asked = {}
+    choose = Operation.choose
+
+    def spy(self, backend="auto", **facts):
+        asked.setdefault(self.name, []).append(facts)
+        return choose(self, backend, **facts)
+
+    monkeypatch.setattr(Operation, "choose", spy)
+    for case in cases:
+        inputs = case.make(torch.Generator().manual_seed(0))
+        for x in inputs.values():
+            x.requires_grad_(case.learns and x.is_floating_point())
+        with torch.set_grad_enabled(case.learns):
+            case.run("reference", **inputs)
+    return asked
+
+
+def runs(backend, **facts):
+    return any(backend.refuse(named=True, **{**facts, "device": "cuda", "dtype": dtype}) is None for dtype in DTYPES)
+
+
+def left_out(cases, monkeypatch):
+    asked = questions(cases, monkeypatch)
+    return [
+        (operation.name, backend.name)
+        for operation in OPERATIONS.values()
+        for backend in operation.backends.values()
+        if backend.name != "reference" and runs(backend)
+        and not any(runs(backend, **facts) for facts in asked.get(operation.name, ()))
+    ]  # fmt: skip
+
+
+def test_every_backend_that_runs_on_a_gpu_has_a_case(monkeypatch):
+    cases = gpu_cases.cases(small=True)
+    assert {case.operation for case in cases} == OPERATIONS.keys()
+    assert left_out(cases, monkeypatch) == []
+
+
+def test_what_has_none_is_found(monkeypatch):
+    fewer = [case for case in gpu_cases.cases(small=True) if case.learns and case.operation != "gate"]
+    found = left_out(fewer, monkeypatch)
+    assert ("memory", "triton_step") in found and ("gate", "triton") in found and ("memory", "triton") not in found
+    monkeypatch.setitem(OPERATIONS, "new", Operation("new", [dispatch.Backend("fast", lambda x: x)]))
+    assert ("new", "fast") in left_out(fewer, monkeypatch)
+
+
+def test_each_name_is_one_case_and_each_case_is_the_same_every_time():
+    for small in (False, True):
+        cases = gpu_cases.cases(small)
+        assert len({(case.name, case.operation) for case in cases}) == len(cases)
+        for case in cases:
+            one, other = (case.make(torch.Generator().manual_seed(0)) for _ in range(2))
+            assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+            assert all(x.dtype == torch.float64 for x in one.values() if x.is_floating_point())
+
+
+def test_the_small_ones_are_small_and_the_same_otherwise():
+    large, small = gpu_cases.cases(), gpu_cases.cases(small=True)
+    assert [case.name for case in large] == [case.name for case in small]
+    numbers = lambda case: sum(x.numel() for x in case.make(torch.Generator().manual_seed(0)).values())  # noqa: E731
+    assert all(numbers(one) <= numbers(other) for one, other in zip(small, large))
+    assert sum(map(numbers, small)) < 0.6 * sum(map(numbers, large))

@@ -1,0 +1,68 @@
+"""Goals and trends, of rows with times that are known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from titans_build.tools.gpu_goals import goals, trends
+from titans_build.tools.gpu_speed import Row
+
+
+def row(what, backend, shape, seconds, direction="both", share=0.0, tokens=1, peak=0, failed=""):
+    return Row(what, backend, shape, direction, seconds, seconds, seconds, 1.0, 0.0, share, tokens, peak, failed)
+
+
+def memory(length, seconds, **facts):
+    shape = f"128 x {length}, d 64, expansion 2"
+    return row("memory", "triton", shape, seconds, tokens=128 * length, **facts)
+
+
+def reached(rows, of):
+    (found,) = [goal for goal in goals(rows) if goal.what.startswith(of)]
+    return found.reached, found.met
+
+
+def test_a_trend_is_of_one_thing_at_many_lengths():
+    rows = [memory(n, 3e-6 * n**1.5, peak=n * 128 * 10) for n in (8192, 2048, 32768)]
+    rows += [memory(2048, 1.0, direction="forward"), memory(65536, math.nan, failed="out of memory")]
+    (trend,) = trends(rows)
+    assert trend.lengths == (2048, 8192, 32768) and trend.shape == "128 x time, d 64, expansion 2"
+    assert trend.exponent == pytest.approx(1.5) and trend.bytes == (10, 10, 10)
+
+
+def test_nothing_measured_is_no_goal_met_and_none_missed():
+    found = goals([])
+    assert len(found) == 9 and all(goal.reached == "not measured" and goal.met is None for goal in found)
+
+
+def test_shares_of_the_matrix_rate():
+    rows = [memory(2048, 1, share=0.41), memory(8192, 1, share=0.5), memory(8192, 1, share=0.1, direction="forward")]
+    assert reached(rows, "memory, d 64, expansion 2") == ("41% to 50%", True)
+    assert reached([*rows, memory(32768, 1, share=0.39)], "memory, d 64, expansion 2") == ("39% to 50%", False)
+
+
+def test_times_faster_than_others():
+    shape = "128 x 2048, d 64, expansion 2"
+    rows = [row("memory block", "titans-pytorch", shape, 60.0), row("memory block", "auto", shape, 1.0)]
+    assert reached(rows, "memory block") == ("60.0", True)
+    assert reached([rows[0]._replace(failed="no such package"), rows[1]], "memory block") == ("not measured", None)
+    shape = "128 x 2048, d 128, one layer"
+    rows = [row("memory", "triton", shape, 3.0), row("memory", "fla gated delta rule", shape, 2.0)]
+    assert reached(rows, "memory of one layer") == ("1.50", False)
+
+
+def test_models_by_length():
+    rows = [
+        row(f"model {name}", backend, f"1 x {length}", seconds, tokens=length)
+        for length, ours, theirs in ((32768, 1.0, 1.6), (131072, 4.0, 12.0))
+        for name, backend, seconds in (("mag", "auto", ours), ("transformer", "SDPA", theirs))
+    ]
+    assert reached(rows, "MAG at 32,768 tokens") == ("1.60", True)
+    assert reached(rows, "MAG past 100,000 tokens") == ("3.00", False)
+
+
+def test_a_step_over_moving_its_state():
+    shape = "2048 x 1, d 64, expansion 2"
+    assert reached([row("memory step", "triton_step", shape, 1.0, share=0.8)], "step of a token") == ("1.25", True)

@@ -1,0 +1,125 @@
+"""What the kernels are to reach on a GPU, beside what was reached."""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from .gpu_speed import Row
+
+
+class Goal(NamedTuple):
+    """A goal, and the range of what was measured for it."""
+
+    what: str
+    wanted: str
+    reached: str
+    met: bool | None
+    """``None`` where nothing was measured."""
+
+
+class Trend(NamedTuple):
+    """How one thing goes with the length of the text."""
+
+    what: str
+    backend: str
+    shape: str
+    direction: str
+    lengths: tuple[int, ...]
+    exponent: float
+    """``p`` of the best fit ``time = c * length ** p``."""
+    bytes: tuple[float, ...]
+    """Peak memory of each token, at each length; empty where the device does not say."""
+
+
+Key = tuple[str, str, str, str]
+
+
+def trends(rows: Sequence[Row]) -> list[Trend]:
+    """Of all that was measured at two lengths or more."""
+    found: dict[Key, dict[int, Row]] = {}
+    for row in rows:
+        length, shape = _length(row)
+        if length and not row.failed:
+            found.setdefault((row.what, row.backend, shape, row.direction), {})[length] = row
+    return [
+        Trend(
+            *key, tuple(sorted(by)), _exponent(by), tuple(by[n].peak / by[n].tokens for n in sorted(by) if by[n].peak)
+        )
+        for key, by in found.items()
+        if len(by) > 1
+    ]
+
+
+def _length(row: Row) -> tuple[int, str]:
+    """Tokens of a row, of what has any; and the shape without them."""
+    place = re.match(r"(\d+) x (\d+)", row.shape)
+    if place is None or row.what == "memory step" or not row.tokens:
+        return 0, row.shape
+    return int(place[2]), row.shape[: place.start(2)] + "time" + row.shape[place.end(2) :]
+
+
+def _exponent(by: dict[int, Row]) -> float:
+    lengths = sorted(by)
+    return statistics.linear_regression(
+        [math.log(n) for n in lengths], [math.log(by[n].seconds) for n in lengths]
+    ).slope
+
+
+def goals(rows: Sequence[Row]) -> list[Goal]:
+    """Every goal."""
+    found = {(row.what, row.backend, row.shape, row.direction): row for row in rows if not row.failed}
+    made = []
+    for expansion in (2, 4):
+        shape = f"d 64, expansion {expansion}"
+        shares = [
+            row.share
+            for (what, backend, where, direction), row in found.items()
+            if (what, backend, direction) == ("memory", "triton", "both") and shape in where
+        ]
+        what = f"memory, d 64, expansion {expansion}, both passes: share of the measured matrix rate"
+        made.append(_goal(what, "40%", shares, lambda x: x >= 0.4, "{:.0%}"))
+    ratios = _over(found, ("memory block", "titans-pytorch"), ("memory block", "auto"))
+    made.append(_goal("memory block: times faster than titans-pytorch's", "50", ratios, lambda x: x >= 50, "{:.1f}"))
+    ratios = _over(found, ("memory", "triton"), ("memory", "fla gated delta rule"))
+    what = "memory of one layer: its time over the gated delta rule's, of as large a state"
+    made.append(_goal(what, "at most 1", ratios, lambda x: x <= 1, "{:.2f}"))
+    for most, least, wanted in ((100_000, 32_000, 1.5), (math.inf, 100_000, 3.2)):
+        pairs = [
+            (found.get(("model transformer", "SDPA", row.shape, "both")), row)
+            for row in found.values()
+            if row[:2] == ("model mag", "auto") and least <= row.tokens < most
+        ]
+        ratios = [one.seconds / row.seconds for one, row in pairs if one]
+        where = "past 100,000 tokens" if least == 100_000 else "at 32,768 tokens"
+        what = f"MAG {where}: times faster than a FlashAttention transformer of its size"
+        made.append(_goal(what, f"{wanted}", ratios, functools.partial(operator.le, wanted), "{:.2f}"))
+    ours = [t for t in trends(rows) if (t.what, t.backend) in (("memory", "triton"), ("model mag", "auto"))]
+    exponents = [t.exponent for t in ours]
+    made.append(_goal("memory, MAG: exponent of time against length", "at most 1.05", exponents, lambda x: x <= 1.05))
+    growth = [t.bytes[-1] / t.bytes[0] for t in ours if len(t.bytes) > 1]
+    what = "memory, MAG: peak memory of a token at the longest text over the shortest"
+    made.append(_goal(what, "at most 1.05", growth, lambda x: x <= 1.05))
+    steps = [row for row in found.values() if row[:2] == ("memory step", "triton_step")]
+    what = "step of a token: its time over that of moving its state in and out once"
+    made.append(_goal(what, "at most 1.5", [1 / row.share for row in steps], lambda x: x <= 1.5))
+    return made
+
+
+def _over(found: dict[Key, Row], one: tuple[str, str], other: tuple[str, str]) -> list[float]:
+    """The time of ``one`` over that of ``other``, wherever both were measured on the same."""
+    pairs = [(row, found.get((*other, *key[2:]))) for key, row in found.items() if key[:2] == one]
+    return [row.seconds / beside.seconds for row, beside in pairs if beside]
+
+
+def _goal(what: str, wanted: str, values: Iterable[float], met: Callable[[float], bool], form: str = "{:.2f}") -> Goal:
+    found = sorted(values)
+    if not found:
+        return Goal(what, wanted, "not measured", None)
+    ends = dict.fromkeys(form.format(value) for value in (found[0], found[-1]))
+    return Goal(what, wanted, " to ".join(ends), all(met(value) for value in found))
