@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import titans_build as tb
+from titans_build.registry import RecipeError
+from titans_build.tools.data import SPLITS
+
+Write = Callable[..., None]
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["mqar:pairs=8,length=128,power=0.5", {"task": "mqar", "pairs": 8, "length": 128, "power": 0.5}],
+)
+def test_a_task_and_its_fields(spec: Any):
+    source = tb.open_source(spec, rows=2)
+    said = source.describe()
+    assert said["fields"] == {"vocab": 256, "length": 128, "pairs": 8, "power": 0.5}
+    if isinstance(spec, dict):
+        assert spec == {"task": "mqar", "pairs": 8, "length": 128, "power": 0.5}
+
+
+@pytest.mark.parametrize(
+    "spec", ["note.txt", "./note.txt", "*.txt", ["note.txt"], {"text": "note.txt"}, "folder/", "folder"]
+)
+def test_a_text(write: Write, spec: Any):
+    write({"note.txt": "ab" * 500, "folder/note.txt": "ab" * 500})
+    source = tb.open_source(spec, rows=3, length=10)
+    batch = source.batch(0)
+    assert (source.vocab, source.length, source.carries, source.batches) == (256, 10, False, 30)
+    assert batch.tokens.dtype == torch.int64 and batch.tokens.shape == (3, 10)
+    assert bytes(batch.tokens[0].tolist()) in (b"ab" * 5, b"ba" * 5)
+    assert (batch.targets[:, :-1] == batch.tokens[:, 1:]).all()
+
+
+def test_a_path_object(folder: Path, write: Write):
+    write({"mqar": "text of this name " * 30})
+    assert tb.open_source("mqar", rows=1).vocab == 256 and "task" in tb.open_source("mqar", rows=1).describe()
+    for spec in ("./mqar", folder / "mqar"):
+        assert "text" in tb.open_source(spec, rows=1, length=8).describe()
+
+
+def test_a_name_with_a_colon(write: Write):
+    write({"notes:1.txt": "some text " * 50})
+    assert tb.open_source("notes:1.txt", rows=1, length=8).describe()["files"] == 1
+
+
+def test_the_standard_library():
+    sources = {split: tb.open_source("stdlib", rows=2, length=64, split=split) for split in SPLITS}
+    said = [source.describe() for source in sources.values()]
+    assert sum(each["files_of_this_split"] for each in said) == said[0]["files"] > 300
+    assert all(each["files_of_this_split"] > 5 and each["tokens"] > 100_000 for each in said)
+    assert said[0]["tokens"] > 5 * (said[1]["tokens"] + said[2]["tokens"])
+    ordered = tb.open_source("stdlib:documents=ordered,length=32", rows=2)
+    assert ordered.carries and ordered.length == 32
+    assert (ordered.batch(0).targets[:, -1] == ordered.batch(1).tokens[:, 0]).all()
+
+
+def test_splits_share_no_text(write: Write):
+    write({f"text/{name}": f"{name:05d}" * 20 for name in range(200)})
+    seen: list[set[str]] = []
+    for split in SPLITS:
+        source = tb.open_source("text", rows=1, length=5, split=split)
+        rows = {bytes(source.batch(index).tokens[0].tolist()).decode() for index in range(source.batches or 0)}
+        seen.append(rows)
+    assert set.union(*seen) == {f"{name:05d}" for name in range(200)}
+    assert sum(map(len, seen)) == 200 and min(map(len, seen)) > 2
+
+
+def test_what_is_recorded(write: Write):
+    write({"text/a": "x" * 400, "text/b": "y" * 600})
+    source = tb.open_source({"text": "text", "documents": "ordered"}, rows=2, length=32, seed=9)
+    said = json.loads(json.dumps(source.describe()))
+    assert (said["documents"], said["held_out"], said["files"], said["seed"]) == (
+        "ordered",
+        "the ends of documents",
+        2,
+        9,
+    )
+    assert said["tokens"] == 360 + 540
+    write({"text/b": "y" * 601})
+    assert tb.open_source("text", rows=2, length=32).describe()["fingerprint"] != said["fingerprint"]
+
+
+def test_the_models_vocabulary():
+    assert tb.open_source("copy", rows=1, vocab=10).vocab == 10
+    with pytest.raises(
+        RecipeError, match="vocab: the data has 10 tokens, the model only 8: give the recipe `vocab: 10`"
+    ):
+        tb.open_source("copy", rows=1, vocab=8)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("mqra", "'mqra' is no task and no file; did you mean 'mqar'"),
+        ("stdlb", "'stdlb' is no task and no file; did you mean 'stdlib'"),
+        ("note.tx", "'note.tx' is no task and no file; did you mean 'note.txt'"),
+        ("sub/note.tx", "there is no folder .*/sub"),
+        ("mqar:pairs", "expected NAME=VALUE, as in mqar:pairs=8, got 'pairs'"),
+        ("mqar:pairs=2,pairs=3", "pairs: given twice"),
+        ("mqar:examples=0", "examples: expected integer >= 1 or null, got 0"),
+        ("stdlib:length=0", "length: expected integer from 1 to 2147483648, got 0"),
+        ({"task": "mqar", "text": "note.txt"}, "expected either a task or a text, got"),
+        ({"tsak": "mqar"}, "expected either a task or a text, got {'tsak': 'mqar'}; did you mean 'task'"),
+        ({"task": 3}, "task: expected a name, got 3"),
+        ({"text": "note.txt", "tokeniser": "x"}, "tokeniser: unknown field of text; did you mean 'tokenizer'"),
+        ({"text": "note.txt", "valid": 0.6, "test": 0.4}, "valid: with 0.6 for valid and 0.4 for test nothing is left"),
+        ({"text": 3}, "text: expected text .* or list of text"),
+        ([], "text: expected at least 1 items, got 0"),
+        (3, "expected a task, a path or a mapping, got 3"),
+    ],
+)
+def test_what_cannot_be_opened(write: Write, spec: Any, message: str):
+    write({"note.txt": "x" * 100})
+    with pytest.raises(RecipeError, match=message):
+        tb.open_source(spec, rows=1)
+
+
+def test_what_is_no_split():
+    with pytest.raises(
+        RecipeError, match="split: expected one of train, valid, test, got 'vaild'; did you mean 'valid'"
+    ):
+        tb.open_source("copy", rows=1, split="vaild")  # type: ignore[arg-type]

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from titans_build.registry import RecipeError
+from titans_build.tools.data.source import Share, check_index, share_of
+
+
+def test_shares_are_all_rows_in_order():
+    assert share_of(6, (0, 1)) == Share(0, 6, 6)
+    assert [share_of(6, (rank, 3)) for rank in range(3)] == [Share(0, 2, 6), Share(2, 2, 6), Share(4, 2, 6)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "part", "message"),
+    [
+        (6, (0, 4), "rows: 6 rows of a batch cannot be shared by 4 processes: give a multiple of 4"),
+        (0, (0, 1), "rows: expected integer >= 1, got 0"),
+        (True, (0, 1), "rows: expected integer >= 1, got true"),
+        (6, (3, 3), "part: expected .rank, world. with 0 <= rank < world"),
+        (6, (0, 0), "part: expected"),
+    ],
+)
+def test_what_cannot_be_shared(rows: int, part: tuple[int, int], message: str):
+    with pytest.raises(RecipeError, match=message):
+        share_of(rows, part)
+
+
+@pytest.mark.parametrize("index", [-1, 1.0, True, None])
+def test_what_is_no_number_of_a_batch(index: Any):
+    with pytest.raises(ValueError, match="expected integer >= 0"):
+        check_index(index)

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from titans_build.registry import RecipeError
+
+
+def places(made: Any) -> np.ndarray:
+    """[rows] where the needle's marker stands."""
+    return (made.tokens == made.task.marker).argmax(1)
+
+
+def test_what_predictors_get(make: Callable[..., Any]):
+    made = make("needle", 1500, width=2)
+
+    def perfect(seen: list[int]) -> int:
+        marker = 32
+        first, last = seen.index(marker), len(seen) - 1 - seen[::-1].index(marker)
+        return seen[first + len(seen) - last]
+
+    assert made.by(perfect) == 1.0
+    assert made.counts[:, -2:].all() and not made.counts[:, :-2].any()
+    assert (made.targets[:, -2] == made.tokens[:, -1]).all()
+    assert made.task.references() == {"any value": 1 / 16}
+    assert all(abs(made.right(np.array(value)) - 1 / 16) < made.slack() for value in range(16))
+
+
+def test_noise_is_nothing_but_noise(make: Callable[..., Any]):
+    made = make("needle", 300)
+    assert ((made.tokens < 16).sum(1) == 1).all()
+    assert ((made.tokens == 32).sum(1) == 2).all() and (made.tokens[:, -1] == 32).all()
+    assert made.best_position() < 1 / 16
+    # neither the noise beside it nor where it is says what it is
+    at = places(made)
+    before = made.tokens[np.arange(300), np.maximum(at - 1, 0)]
+    assert abs(np.corrcoef(before, made.targets[:, -1])[0, 1]) < 0.25
+    assert abs(np.corrcoef(at, made.targets[:, -1])[0, 1]) < 0.25
+
+
+@pytest.mark.parametrize("align", [1, 16])
+def test_the_needle_is_anywhere_or_at_its_depth(make: Callable[..., Any], align: int):
+    made = make("needle", 4000, align=align)
+    at = places(made)
+    slots = (256 - 1 - 2) // align + 1
+    assert made.task.slots == slots
+    assert (at % align == 0).all() and at.min() == 0 and at.max() == (slots - 1) * align
+    assert abs(at.mean() / at.max() - 0.5) < 4 * np.sqrt(1 / 12 / 4000) * 1.2
+    for depth, place in ((0, 0), (0.5, round(0.5 * (slots - 1)) * align), (1, (slots - 1) * align)):
+        assert (places(make("needle", 5, align=align, depth=float(depth))) == place).all()
+
+
+def test_where_it_is(make: Callable[..., Any]):
+    made = make("needle", 2000, ask="place", length=67, values=4)
+    at, slots = places(made), 65
+    assert (made.targets[:, -1] == at * 4 // slots).all()
+    (best,) = made.task.references().values()
+    assert best == 17 / 65
+    simulated = max(made.right(np.array(part)) for part in range(4))
+    assert abs(simulated - best) < made.slack()
+    # what was planted has nothing to do with it
+    planted = made.tokens[np.arange(2000), at + 1]
+    assert abs((planted == made.targets[:, -1]).mean() - 1 / 4) < made.slack()
+
+
+def test_pieces_make_the_row(make: Callable[..., Any]):
+    made = make("needle", 2, length=5000, width=3)
+    for size in (1, 999, 5000):
+        if size == 1:
+            spans = [(start, start + 1) for start in [*range(0, 5000, 97), *range(4990, 5000)]]
+        else:
+            spans = [(start, min(start + size, 5000)) for start in range(0, 5000, size)]
+        for start, stop in spans:
+            tokens, targets = made.task.piece(made.draws, start, stop)
+            assert (tokens == made.tokens[:, start:stop]).all()
+            assert (targets == made.targets[:, start:stop]).all()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"length": 6, "width": 3}, "length: 6 tokens have no room for a value of 3 and the question"),
+        ({"ask": "place", "depth": 0.5}, "depth: where the needle is cannot be asked"),
+        ({"ask": "place", "length": 18}, "values: expected at most 16, the places a needle can be at, got 17"),
+        ({"ask": "plaice"}, "ask: expected 'value' or 'place', got 'plaice'; did you mean 'place'"),
+        ({"depth": 1.5}, "depth: expected number from 0 to 1 or null, got 1.5"),
+    ],
+)
+def test_what_cannot_be(make: Callable[..., Any], fields: dict[str, Any], message: str):
+    values = {"values": 17} if fields.get("length") == 18 else {}
+    with pytest.raises(RecipeError, match=message):
+        make("needle", 1, **fields, **values)
+
+
+def test_the_least_room(make: Callable[..., Any]):
+    made = make("needle", 3, length=7, width=3)
+    assert (made.tokens[:, 0] == made.task.marker).all() and (made.tokens[:, 4] == made.task.marker).all()
+    assert (made.targets[:, 4:] == made.tokens[:, 1:4]).all()
