@@ -15,7 +15,7 @@ from ..blocks.language_model import LanguageModel
 from ..recipes.index import INDEX
 from ..registry import RecipeError, show
 from .cost_table import cost_table
-from .options import add_placement, add_recipe, load, overrides, placement, saved_folder
+from .options import add_placement, add_recipe, load, overrides, placement, saved_folder, whole_number
 from .survey import LENGTH, Survey, survey, with_shapes
 from .terminal import PIPED_WIDTH, UsageError, complain, edge, flow, progress, say, say_json, say_prose
 from .trial import BYTES, Trial, read_bytes, try_out
@@ -37,7 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_placement(parser)
     parser.set_defaults(dtype=None)  # so that a saved model keeps its own
     parser.add_argument(
-        "--seed", type=_seed, metavar="N", help="of fresh weights (default: 0), which a saved folder then gets, too"
+        "--seed",
+        type=whole_number,
+        metavar="N",
+        help="of fresh weights (default: 0), which a saved folder then gets, too",
     )
     parser.add_argument("--out", metavar="DIR", help="save recipe and weights here (what --try trains is not saved)")
     parser.add_argument("--force", action="store_true", help="let --out replace a model that is saved there")
@@ -177,16 +180,6 @@ def _lines(trial: Trial, name: str) -> list[Text]:
         *line("speed", f"{trial.prefill:,.0f} tokens/s reading, {trial.decode:,.0f} tokens/s generating (one row)"),
         *line("says", show(trial.generated, 200)),
     ]
-
-
-def _seed(text: str) -> int:
-    try:
-        seed = int(text)
-    except ValueError:
-        seed = -1
-    if not 0 <= seed < 2**63:
-        raise argparse.ArgumentTypeError(f"expected an integer from 0 to 2^63 - 1, got {show(text)}")
-    return seed
 
 
 def _check_writable(folder: Path, replace: bool) -> None:

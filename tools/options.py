@@ -16,12 +16,16 @@ from .terminal import UsageError
 
 
 def add_recipe(
-    parser: argparse.ArgumentParser, *, several: bool = False, saved: str = "a saved folder (its recipe alone)"
+    parser: argparse.ArgumentParser,
+    *,
+    several: bool = False,
+    optional: bool = False,
+    saved: str = "a saved folder (its recipe alone)",
 ) -> None:
     """The recipe itself and what changes it. ``saved``: what is said of a saved model's folder."""
     parser.add_argument(
         "recipes" if several else "recipe",
-        nargs="+" if several else None,
+        nargs="+" if several else "?" if optional else None,
         metavar="RECIPE",
         help=f"a packaged recipe (mac, mag-170m, ...; see `titans-build list`), a YAML or JSON file, or {saved}",
     )
@@ -49,10 +53,13 @@ def saved_folder(source: str) -> Path | None:
     return Path(source) if source not in recipes.packaged_names() and Path(source).is_dir() else None
 
 
-def overrides(settings: list[str]) -> dict[str, Any]:
+def overrides(
+    settings: list[str], option: str = "--set", example: str = "PATH=VALUE, as in --set layers.mac.0.segment=256"
+) -> dict[str, Any]:
     """``["dim=64", "tie=true"]`` -> ``{"dim": 64, "tie": True}``; values are read as a recipe file's are.
 
-    Raises ``UsageError`` for what is no setting, and ``RecipeError`` with the paths of values that cannot be read.
+    ``option``: the one that they were given with; ``example``: what was expected there. Raises ``UsageError`` for what
+    is no setting, and ``RecipeError`` with the paths of values that cannot be read.
     """
     found: dict[str, Any] = {}
     problems: list[Problem] = []
@@ -60,11 +67,9 @@ def overrides(settings: list[str]) -> dict[str, Any]:
         path, equals, text = setting.partition("=")
         path = path.strip()
         if not equals or not path:
-            raise UsageError(
-                f"--set {show(setting, 100).strip(chr(39))}: expected PATH=VALUE, as in --set layers.mac.0.segment=256"
-            )
+            raise UsageError(f"{option} {show(setting, 100).strip(chr(39))}: expected {example}")
         if path in found:
-            raise UsageError(f"--set {show(path, 100).strip(chr(39))}: given twice")
+            raise UsageError(f"{option} {show(path, 100).strip(chr(39))}: given twice")
         found[path] = None
         try:
             found[path] = read_value(text)
@@ -75,7 +80,7 @@ def overrides(settings: list[str]) -> dict[str, Any]:
                 for problem in error.problems
             ]
     if problems:
-        raise RecipeError(problems, "--set")
+        raise RecipeError(problems, option)
     return found
 
 
@@ -101,3 +106,14 @@ def placement(device_name: str, dtype_name: str) -> tuple[torch.device, torch.dt
         first = str(error).partition("\n")[0].partition(". ")[0]
         raise UsageError(f"--device {device_name}: cannot be used on this machine: {first}") from None
     return device, dtype
+
+
+def whole_number(text: str) -> int:
+    """For ``add_argument(type=whole_number)``: an integer from 0 on, such as a seed."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = -1
+    if not 0 <= number < 2**63:
+        raise argparse.ArgumentTypeError(f"expected an integer from 0 to 2^63 - 1, got {show(text)}")
+    return number

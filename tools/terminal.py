@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import io
 import json
 import os
@@ -24,6 +25,10 @@ NARROWEST = 24
 
 class UsageError(Exception):
     """The user asked for something that cannot be: exit status 2. The message is shown as it is."""
+
+
+class CommandFailed(Exception):
+    """What was asked for was right, and came to nothing: exit status 1. The message is shown as it is."""
 
 
 def console(stream: TextIO | None = None) -> Console:
@@ -96,16 +101,29 @@ def flow(text: str | Text, width: int, first: str | Text = "", under: str | Text
     return found
 
 
+_program = contextvars.ContextVar("program", default="titans-build")
+
+
+@contextlib.contextmanager
+def speaking_as(program: str) -> Iterator[None]:
+    """What is complained of in the block is said by ``program``."""
+    token = _program.set(program)
+    try:
+        yield
+    finally:
+        _program.reset(token)
+
+
 def complain(message: str, label: str = "error") -> None:
-    """One message to standard error."""
+    """One message to standard error, after the name of the program."""
     style = "bold red" if label == "error" else "bold yellow"
-    console(sys.stderr).print(Text.assemble((f"titans-build: {label}: ", style), message), soft_wrap=True)
+    console(sys.stderr).print(Text.assemble((f"{_program.get()}: {label}: ", style), message), soft_wrap=True)
 
 
-def say_json(value: Any) -> None:
+def say_json(value: Any, *, in_one_line: bool = False) -> None:
     """One JSON document to standard output."""
     escaped = not _is_unicode(sys.stdout)
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=escaped, allow_nan=False) + "\n")
+    sys.stdout.write(json.dumps(value, indent=None if in_one_line else 2, ensure_ascii=escaped, allow_nan=False) + "\n")
 
 
 class Columns:

@@ -1,0 +1,158 @@
+"""A prompt and its answer: what is read, what is said, what is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import titans_build as tb
+from titans_build.blocks.generation import Sampler
+from titans_build.blocks.language_model import LanguageModel
+from titans_build.tools.inference import position
+from titans_build.tools.inference.answering import keeping
+from titans_build.tools.inference.codec import Bytes
+from titans_build.tools.inference.session import Session
+
+Infer = Callable[..., Any]
+PROMPT = "a prompt of some words"
+
+
+def generated(model: LanguageModel, prompt: str, count: int, **settings: Any) -> list[int]:
+    tokens = torch.tensor([list(prompt.encode())])
+    return model.generate(tokens, count, **settings).tokens[0, tokens.shape[1] :].tolist()
+
+
+def test_an_answer_is_what_generate_says(folder: Path, model: LanguageModel, infer: Infer) -> None:
+    result = infer(folder, "a prompt", "of some words", "--max-new-tokens", "30")
+    expected = generated(model, PROMPT, 30)
+    assert result == (0, bytes(expected).decode(errors="replace"), "")
+    settings = ["--temperature", "0.9", "--top-k", "50", "--top-p", "0.8", "--seed", "7"]
+    found = infer(folder, PROMPT, "--max-new-tokens", "30", "--json", *settings).json
+    assert found["tokens"] == generated(model, PROMPT, 30, temperature=0.9, top_k=50, top_p=0.8, seed=7)
+    assert found["text"] == bytes(found["tokens"]).decode(errors="replace")
+
+
+def test_json(folder: Path, infer: Infer, tmp_path: Path) -> None:
+    state = tmp_path / "a.state"
+    found = infer(folder, PROMPT, "--state", state, "--max-new-tokens", "5", "--json").json
+    assert found["model"] == str(folder) and found["state"] == str(state)
+    assert found["read"]["tokens"] == len(PROMPT) and found["generated"]["tokens"] == 5 == len(found["tokens"])
+    assert found["position"] == len(PROMPT) + 5 and found["memory_frozen"] is False
+    assert found["read"]["tokens_per_second"] > 0 and found["generated"]["seconds"] > 0
+    assert infer(folder, "x", "--state", state, "--fork", "--json").json["state"] is None
+    error = infer(folder, "", "--json").json["error"]
+    assert error["status"] == 2 and "the prompt is empty" in error["message"]
+
+
+def test_files_and_standard_input_and_words(folder: Path, infer: Infer, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a prompt ", encoding="utf-8")
+    whole = infer(folder, PROMPT).out
+    assert infer(folder, stdin=PROMPT.encode()).out == whole
+    assert infer(folder, "--file", tmp_path / "a.txt", "of some words", stdin=b"not read").out == whole
+    assert infer(folder, "--file", tmp_path / "a.txt", "--file", "-", stdin=b"of some words").out == whole
+
+
+def test_a_state_makes_two_sessions_one(folder: Path, infer: Infer, tmp_path: Path) -> None:
+    state = tmp_path / "a.state"
+    said = infer(folder, "a prompt ", "--state", state, "--max-new-tokens", "0")
+    assert said.status == 0 and "9 tokens read, " in said.out and f"saved to {state}" in said.out
+    assert infer(folder, "of some words", "--state", state).out == infer(folder, PROMPT).out
+    # the answer was read, too
+    found = infer(folder, "!", "--state", state, "--json", "--max-new-tokens", "0").json
+    assert found["position"] == len(PROMPT) + 128 + 1
+
+
+def test_a_fork_leaves_the_state_as_it_was(folder: Path, infer: Infer, tmp_path: Path) -> None:
+    state, other = tmp_path / "a.state", tmp_path / "b.state"
+    infer(folder, "a prompt ", "--state", state, "--max-new-tokens", "0")
+    before = state.read_bytes()
+    answers = {
+        infer(folder, "of some words", "--state", state, *words).out for words in (["--fork"], ["--save", other])
+    }
+    assert answers == {infer(folder, PROMPT).out}
+    assert state.read_bytes() == before
+    model = tb.load(folder)
+    assert position(model, tb.load_state(other, model)) == len(PROMPT) + 128
+    infer(folder, "x", "--save", other)  # a state of no earlier session, over one that was saved
+    assert position(model, tb.load_state(other, model)) == 1 + 128
+
+
+def test_no_write_leaves_the_memory_as_it_was(folder: Path, infer: Infer, tmp_path: Path) -> None:
+    state = tmp_path / "a.state"
+    infer(folder, PROMPT, "--state", state, "--max-new-tokens", "0")
+    model = tb.load(folder)
+
+    def weights() -> list[torch.Tensor]:
+        loaded = tb.load_state(state, model)
+        return [
+            tensor
+            for name, tensor in tb.state.named_tensors(loaded)
+            if ".memory.weights." in name and "snapshot" not in name
+        ]
+
+    before = weights()
+    assert infer(folder, PROMPT, "--state", state, "--no-write", "--json").json["memory_frozen"] is True
+    assert before and all(torch.equal(a, b) for a, b in zip(before, weights()))
+    infer(folder, PROMPT, "--state", state)
+    assert not any(torch.equal(a, b) for a, b in zip(before, weights()))
+
+
+def test_a_stop_ends_the_answer(folder: Path, infer: Infer) -> None:
+    said = infer(folder, PROMPT, "--tokenizer", "bytes").out
+    stop = said[20:23]
+    result = infer(folder, PROMPT, "--stop", stop, "--json").json
+    assert result["text"] == said[: said.index(stop)]
+    assert result["generated"]["tokens"] < 128
+
+
+def test_token_ids_as_numbers(folder: Path, infer: Infer, model: LanguageModel) -> None:
+    result = infer(folder, "1 2 3", "--tokenizer", "ids", "--max-new-tokens", "4")
+    assert [int(word) for word in result.out.split()] == generated(model, "\1\2\3", 4)
+
+
+def session(model: LanguageModel) -> Session:
+    return Session(model, Bytes())
+
+
+def test_an_interruption_keeps_whole_pieces(model: LanguageModel, tmp_path: Path) -> None:
+    state = tmp_path / "a.state"
+    reading = session(model)
+
+    def interrupted() -> Iterator[bytes]:
+        yield b"x" * 1500
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as interrupt, keeping(reading, lambda: state):
+        reading.read(interrupted())
+    assert str(interrupt.value) == f"interrupted; the state after 1,024 tokens of this session is saved to {state}"
+    assert position(model, tb.load_state(state, model)) == 1024
+
+
+def test_an_interruption_before_anything_was_read_writes_nothing(model: LanguageModel, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt) as interrupt, keeping(session(model), lambda: tmp_path / "a.state"):
+        raise KeyboardInterrupt
+    assert str(interrupt.value) == "" and not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_answer_keeps_whole_tokens(model: LanguageModel, tmp_path: Path) -> None:
+    state = tmp_path / "a.state"
+    reading = session(model)
+    reading.read([PROMPT.encode()])
+    with pytest.raises(KeyboardInterrupt), keeping(reading, lambda: state):
+        for index, _ in enumerate(reading.answer(1000, Sampler(1.0, seed=0))):
+            if index == 5:
+                raise KeyboardInterrupt
+    count = position(model, tb.load_state(state, model))
+    assert count == reading.position and count is not None and count > len(PROMPT)
+    # and it is the state of those very tokens
+    follow = session(model)
+    follow.read([PROMPT.encode()])
+    tokens: list[int] = []
+    for _ in follow.answer(count - len(PROMPT), Sampler(1.0, seed=0), tokens.append):
+        pass
+    for (name, a), (_, b) in zip(tb.state.named_tensors(reading.at.state), tb.state.named_tensors(follow.at.state)):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5, msg=name)

@@ -1,0 +1,108 @@
+"""``--perplexity``: the numbers of the Python function, as a table, a document and a picture."""
+
+from __future__ import annotations
+
+import math
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import titans_build as tb
+from titans_build.blocks.language_model import LanguageModel
+from titans_build.tools.inference import perplexity
+from titans_build.tools.inference.measuring import edges_of
+
+Infer = Callable[..., Any]
+TEXT = b"what is read is remembered, \xff and what is not is not. " * 10
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_bytes(TEXT)
+    return path
+
+
+def test_the_document_has_the_functions_numbers(folder: Path, infer: Infer, text: Path, model: LanguageModel) -> None:
+    found = infer(folder, "--perplexity", text, "--buckets", "64,256", "--compare-frozen", "--json").json
+    tokens = torch.tensor([list(TEXT)])
+    live = perplexity(model, tokens, edges=[64, 256])
+    with model.freeze_memory():
+        frozen = perplexity(model, tokens, edges=[64, 256])
+    for said, meant in ((found, live), (found["frozen"], frozen)):
+        assert said["tokens"] == len(TEXT) - 1
+        assert said["loss"] == pytest.approx(meant.loss, abs=1e-4)
+        assert said["perplexity"] == pytest.approx(meant.perplexity, rel=1e-4)
+        assert said["bits_per_byte"] == pytest.approx(meant.loss / math.log(2), abs=1e-4)
+        spans = [(bucket["start"], bucket["stop"], bucket["tokens"]) for bucket in said["buckets"]]
+        assert spans == [(0, 64, 63), (64, 256, 192), (256, None, len(TEXT) - 256)]
+    assert found["loss"] != found["frozen"]["loss"]
+    assert found["bytes"] == len(TEXT) and found["state"] is None and found["position_before"] == 0
+
+
+def test_the_table(folder: Path, infer: Infer, text: Path) -> None:
+    result = infer(folder, "--perplexity", text, "--compare-frozen")
+    assert result.status == 0 and result.err == ""
+    heading, *rows = result.out.splitlines()
+    assert heading.split()[:4] == ["position", "tokens", "loss", "bits/byte"] and "loss, frozen" in heading
+    assert [row.split()[0] for row in rows[:4]] == ["0", "128", "256", "512"]
+    assert rows[4].split()[:2] == ["all", f"{len(TEXT) - 1}"]
+
+
+def test_a_state_is_read_from_and_left_as_it_was(folder: Path, infer: Infer, text: Path, tmp_path: Path) -> None:
+    state, after = tmp_path / "a.state", tmp_path / "b.state"
+    infer(folder, "--file", text, "--state", state, "--max-new-tokens", "0")
+    before = state.read_bytes()
+    found = infer(folder, "--perplexity", text, "--state", state, "--json").json
+    assert state.read_bytes() == before and found["position_before"] == len(TEXT)
+    assert found["loss"] != infer(folder, "--perplexity", text, "--json").json["loss"]
+    infer(folder, "--perplexity", text, "--state", state, "--save", after)
+    infer(folder, "--file", text, "--state", state, "--max-new-tokens", "0")
+    model = tb.load(folder)
+    twice = (tb.load_state(path, model) for path in (state, after))
+    for (name, a), (_, b) in zip(*map(tb.state.named_tensors, twice)):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4, msg=name)
+
+
+def test_no_write_is_the_frozen_column(folder: Path, infer: Infer, text: Path) -> None:
+    compared = infer(folder, "--perplexity", text, "--compare-frozen", "--json").json
+    frozen = infer(folder, "--perplexity", text, "--no-write", "--json").json
+    assert frozen["loss"] == compared["frozen"]["loss"] and frozen["memory_frozen"] is True
+
+
+def test_standard_input_is_a_text(folder: Path, infer: Infer, text: Path) -> None:
+    piped = infer(folder, "--perplexity", "-", "--json", stdin=TEXT).json
+    assert piped["loss"] == infer(folder, "--perplexity", text, "--json").json["loss"]
+
+
+def test_numbers_have_no_bytes(folder: Path, infer: Infer, text: Path) -> None:
+    text.write_text("1 2 3 4", encoding="utf-8")
+    result = infer(folder, "--perplexity", text, "--tokenizer", "ids", "--json").json
+    assert result["tokens"] == 3 and result["bits_per_byte"] is None
+    assert "bits/byte" not in infer(folder, "--perplexity", text, "--tokenizer", "ids").out
+
+
+@pytest.mark.parametrize("content", [b"", b"x"])
+def test_nothing_to_predict(content: bytes, folder: Path, infer: Infer, text: Path) -> None:
+    text.write_bytes(content)
+    result = infer(folder, "--perplexity", text)
+    assert result.status == 1 and "there is nothing to predict" in result.err
+
+
+def test_the_picture(folder: Path, infer: Infer, text: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "p.svg"
+    result = infer(folder, "--perplexity", text, "--compare-frozen", "--plot", picture)
+    assert f"wrote {picture}" in result.out
+    words = [mark.text for mark in ElementTree.parse(picture).iter("{http://www.w3.org/2000/svg}text")]
+    assert words[0] == "text.txt: bits per byte" and {"memory live", "memory frozen", "128", "256"} <= set(words)
+    result = infer(folder, "--perplexity", text, "--plot", "/dev/null/p.svg")
+    assert result.status == 2 and "/dev/null/p.svg" in result.err
+
+
+def test_edges() -> None:
+    assert edges_of("1, 2k,3M") == (1, 2048, 3 * 2**20)
+    assert edges_of(None)[:3] == (128, 256, 512)

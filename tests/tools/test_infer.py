@@ -1,0 +1,222 @@
+"""``titans-infer`` as a process: its streams, a terminal, interruptions, and the same memory for any text."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import titans_build as tb
+from titans_build.tools.inference import position, read_text
+from titans_build.tools.inference.reading import PIECE
+
+TINY = {
+    "version": 1,
+    "name": "tiny",
+    "dim": 8,
+    "vocab": 256,
+    "layers": {"mag": [{"type": "gate", "branches": [{"type": "attention", "window": 8}, {"type": "memory"}]}]},
+    "stack": ["mag"],
+}
+COMMAND = (sys.executable, "-c", "from titans_build.tools.infer import run; run()")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb", "COLUMNS": "100"}
+PATIENCE = 60.0
+F_SETPIPE_SZ, BLOCK = 1031, 4096
+"""Linux's number for setting how much a pipe holds, and that much."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("models") / "tiny"
+    tb.save(tb.build(tb.load_recipe(TINY), seed=0), place)
+    return place
+
+
+def process(*words: object, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    command = [*COMMAND, *map(str, words)]
+    return subprocess.run(command, input=stdin, capture_output=True, check=False, env=ENVIRONMENT, timeout=PATIENCE)
+
+
+def test_standard_input_to_standard_output(folder: Path) -> None:
+    prompt = b"caf\xe9 \xff\x00\n"
+    done = process(folder, "--max-new-tokens", "40", stdin=prompt)
+    model = tb.load(folder)
+    expected = model.generate(torch.tensor([list(prompt)]), 40).tokens[0, len(prompt) :].tolist()
+    assert (done.returncode, done.stderr) == (0, b"")
+    # on no terminal the text is all there is
+    assert done.stdout.decode() == bytes(expected).decode(errors="replace")
+
+
+def test_a_session_goes_on_in_another_process(folder: Path, tmp_path: Path) -> None:
+    state = tmp_path / "a.state"
+    for part in (b"what is read today ", b"is remembered tomorrow"):
+        assert process(folder, "--state", state, "--max-new-tokens", "0", stdin=part).returncode == 0
+    model = tb.load(folder)
+    loaded = tb.load_state(state, model)
+    assert position(model, loaded) == 41
+    whole = read_text(model, torch.tensor([list(b"what is read today is remembered tomorrow")])).state
+    for (name, a), (_, b) in zip(tb.state.named_tensors(loaded), tb.state.named_tensors(whole)):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4, msg=name)
+
+
+class Terminal:
+    """The command on a pseudo terminal: what is typed, and what is seen."""
+
+    def __init__(self, *words: object) -> None:
+        self.keyboard, screen = pty.openpty()
+
+        def own_terminal() -> None:
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C is a signal to it
+
+        self.process = subprocess.Popen(
+            [*COMMAND, *map(str, words)],
+            stdin=screen,
+            stdout=screen,
+            stderr=screen,
+            env=ENVIRONMENT,
+            start_new_session=True,
+            preexec_fn=own_terminal,
+        )
+        os.close(screen)
+        self.seen = ""
+
+    def until(self, mark: str) -> str:
+        """What appears up to and with ``mark``."""
+        start, end = len(self.seen), time.monotonic() + PATIENCE
+        while mark not in self.seen[start:]:
+            assert time.monotonic() < end, f"no {mark!r} in {self.seen!r}"
+            if not self._look():
+                raise AssertionError(f"it left without {mark!r}: {self.seen!r}")
+        return self.seen[start:]
+
+    def type(self, text: str, mark: str = "> ") -> str:
+        os.write(self.keyboard, text.encode())
+        return self.until(mark)
+
+    def leave(self, text: str) -> int:
+        """The exit status after ``text``."""
+        os.write(self.keyboard, text.encode())
+        end = time.monotonic() + PATIENCE
+        while self._look():
+            assert time.monotonic() < end, f"it stays: {self.seen!r}"
+        return self.process.wait(PATIENCE)
+
+    def _look(self) -> bool:
+        if select.select([self.keyboard], [], [], 0.2)[0]:
+            try:
+                block = os.read(self.keyboard, 65536)
+            except OSError:  # what Linux says when nobody holds the other end
+                return False
+            self.seen += block.decode(errors="replace")
+            return bool(block)
+        return self.process.poll() is None
+
+
+@contextlib.contextmanager
+def terminal(*words: object) -> Iterator[Terminal]:
+    shown = Terminal(*words)
+    try:
+        yield shown
+    finally:
+        shown.process.kill()
+        shown.process.wait()
+        os.close(shown.keyboard)
+
+
+def test_talking_on_a_terminal(folder: Path, tmp_path: Path) -> None:
+    state = tmp_path / "talk.state"
+    # no prompt on a terminal: it talks
+    with terminal(folder, "--state", state, "--max-new-tokens", "1000000000") as shown:
+        assert f"the state is saved to {state} at the end" in shown.until("> ")
+        os.write(shown.keyboard, b"hello\n")
+        shown.until("hello")
+        time.sleep(1.0)
+        assert "(stopped)" in shown.type("\x03")  # an answer without end is stopped, and the loop goes on
+        assert "leaves" in shown.type("\x03")
+        assert "did you mean 'freeze'" in shown.type("/freez\n")
+        assert not state.exists()
+        assert shown.leave("\x04") == 0
+        assert "Traceback" not in shown.seen and "\x1b[" not in shown.seen
+    model = tb.load(folder)
+    read = position(model, tb.load_state(state, model))
+    assert read is not None and read > len("hello\n")
+
+
+def test_what_was_read_before_an_interruption_is_kept(folder: Path, tmp_path: Path) -> None:
+    state = tmp_path / "a.state"
+    command = [*COMMAND, str(folder), "--state", str(state), "--max-new-tokens", "0"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=ENVIRONMENT, stdin=pipe, stdout=pipe, stderr=pipe) as reading:
+        assert reading.stdin is not None and reading.stderr is not None
+        fcntl.fcntl(reading.stdin.fileno(), F_SETPIPE_SZ, BLOCK)
+        for _ in range(3):  # where the third has room, the first has been read, and the second has been taken
+            os.write(reading.stdin.fileno(), b"x" * BLOCK)
+        reading.send_signal(signal.SIGINT)
+        err = reading.stderr.read().decode()
+    assert reading.returncode == 130
+    said = re.search(r"interrupted; the state after ([\d,]+) tokens of this session is saved to (.*)\n", err)
+    assert said and said[2] == str(state), err
+    model = tb.load(folder)
+    read = position(model, tb.load_state(state, model))
+    assert read == int(said[1].replace(",", "")) and read >= BLOCK and read % PIECE == 0
+
+
+def test_a_reader_that_leaves_ends_it(folder: Path, tmp_path: Path) -> None:
+    state = tmp_path / "a.state"
+    words = " ".join([*COMMAND[:1], "-c", f"'{COMMAND[2]}'", str(folder), "hello", "--state", str(state)])
+    done = subprocess.run(
+        ["bash", "-c", f"{words} --max-new-tokens 100000000 | head -c 5; echo ${{PIPESTATUS[0]}}"],
+        capture_output=True,
+        check=False,
+        env=ENVIRONMENT,
+        timeout=PATIENCE,
+    )
+    assert done.stderr == b"" and done.stdout.endswith(b"1\n")
+    assert tb.load_state(state, tb.load(folder)) is not None
+
+
+def peak(folder: Path, text: Path, size: int) -> tuple[int, int]:
+    """Bytes of the text, and the most memory the command ever held while it read them, in bytes."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("/proc/self/status is Linux's")
+    text.write_bytes(os.urandom(2**16) * (size // 2**16))
+    code = (
+        "import sys\n"
+        "from titans_build.tools.infer import main\n"
+        "status = main(sys.argv[1:])\n"
+        "print(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0], file=sys.stderr)\n"
+        "sys.exit(status)"
+    )
+    words = [sys.executable, "-c", code, str(folder), "--file", str(text), "--max-new-tokens", "0", "--json"]
+    done = subprocess.run(words, capture_output=True, check=True, env=ENVIRONMENT)
+    return json.loads(done.stdout)["read"]["tokens"], int(done.stderr.split()[-1]) * 1024
+
+
+def assert_constant(folder: Path, tmp_path: Path, short: int, long: int) -> None:
+    (few, small), (many, large) = (peak(folder, tmp_path / "text", size) for size in (short, long))
+    assert (few, many) == (short, long)
+    # what varies from run to run is about one MiB; the predictions of one piece alone are that much
+    assert large - small < 3 * 2**20
+
+
+def test_memory_does_not_grow_with_the_text(folder: Path, tmp_path: Path) -> None:
+    assert_constant(folder, tmp_path, 2**16, 3 * 2**16)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_over_two_million_tokens(folder: Path, tmp_path: Path) -> None:
+    assert_constant(folder, tmp_path, 2**16, 2**21)

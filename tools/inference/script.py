@@ -1,0 +1,179 @@
+"""What ``titans-infer`` takes, and which of its three works it does: answer a prompt, talk, measure."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ...blocks.generation import Sampler
+from ..options import add_placement, whole_number
+from ..terminal import UsageError, complain
+from .answering import answer_prompt
+from .chat import DEFAULT_TEMPLATE, PLACE, chat
+from .measuring import edges_of, measure
+from .opening import open_model
+from .session import Session, check_target
+from .sources import STANDARD_INPUT, Text
+
+SUMMARY = "Let a saved model read a text of any length and go on from it; keep what it learned for the next time."
+EXAMPLES = (
+    "titans-infer models/mine 'Once upon a time'                   go on from a prompt",
+    "titans-infer models/mine --file book.txt --state book.state   read a book, and keep what was learned",
+    "titans-infer models/mine --state book.state 'Who was it?'     ask days later; this is learned, too",
+    "titans-infer models/mine --state book.state --fork 'And if?'  ask, and leave the state as it was",
+    "titans-infer models/mine --chat --state me.state              talk; /help lists the commands",
+    "titans-infer models/mine --perplexity book.txt                how well it predicts, by position",
+    "cat *.log | titans-infer runs/logs --max-new-tokens 0 --json  for machines",
+)
+
+NEW = 128
+"""Tokens of an answer, unless said otherwise."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model, the text, the state, how to draw tokens, and what to do."""
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="the folder of a saved model, or of a titans-train run")
+    add("prompt", nargs="*", metavar="PROMPT", help="what to read, after the files; words are joined by a space")
+    add(
+        "--file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="read this file exactly as it is, of any length; may be given many times; - is standard input, which is "
+        "also read when there is neither PROMPT nor --file",
+    )
+    add("--tokenizer", metavar="FILE", help="bytes, ids (numbers), or a tokenizer.json (default: the run's, or bytes)")
+    add(
+        "--state", metavar="FILE", help="go on from the state in this file, if it is there, and save it back at the end"
+    )
+    add("--fork", action="store_true", help="leave the file of --state as it is")
+    add("--save", metavar="FILE", help="save the state here at the end, and leave the file of --state as it is")
+    add("--no-write", action="store_true", help="freeze the memory: it answers from what it has learned so far")
+    add(
+        "--max-new-tokens",
+        type=whole_number,
+        default=NEW,
+        metavar="N",
+        help=f"length of an answer (default: {NEW}; 0: read)",
+    )
+    add("--stop", action="append", default=[], metavar="TEXT", help="end an answer before this text; may be repeated")
+    add("--temperature", type=float, default=0.0, metavar="T", help="of the draw; 0, the default, takes the likeliest")
+    add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    add("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that reach this probability together")
+    add("--seed", type=whole_number, metavar="N", help="draw the same tokens every time")
+    add("--chat", action="store_true", help="talk line by line; also what happens on a terminal without a prompt")
+    add(
+        "--template",
+        default=DEFAULT_TEMPLATE,
+        metavar="TEXT",
+        help=f"what a line becomes before it is read: {PLACE} is the line, \\n its end (default: {DEFAULT_TEMPLATE})",
+    )
+    add(
+        "--perplexity",
+        metavar="FILE",
+        help="measure how well a text is predicted, by position; the file of --state stays as it is",
+    )
+    add(
+        "--buckets", metavar="N,N,...", help="positions at which --perplexity parts the text (default: 128,256,512,...)"
+    )
+    add("--compare-frozen", action="store_true", help="--perplexity: read once more with the memory frozen")
+    add("--plot", metavar="FILE.svg", help="--perplexity: a picture of it, by position")
+    add_placement(parser)
+    parser.set_defaults(dtype=None)  # so that a saved model keeps its own
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check everything that can be checked before the model is loaded, and then do it."""
+    _check(arguments)
+    state = None if arguments.state is None else _path(arguments.state, "--state")
+    target = _target(arguments, state)
+    files = [arguments.perplexity] if arguments.perplexity is not None else arguments.file
+    talks = arguments.chat
+    if not files and not arguments.prompt and not talks:
+        talks = sys.stdin is not None and sys.stdin.isatty() and not arguments.json
+        files = [] if talks else [STANDARD_INPUT]
+    text = Text(files, arguments.prompt)
+    edges = edges_of(arguments.buckets)
+    model, codec = open_model(arguments.model, arguments.tokenizer, arguments.device, arguments.dtype)
+    session = Session(model, codec)
+    if state is not None and state.exists():
+        session.load(state)
+    elif state is not None and target != state:  # nothing would ever be kept there
+        raise UsageError(f"--state {state}: no such file, so there is nothing to go on from")
+    if model.grows:
+        complain("attention without a window: the state, and the time of a token, grow with the text", "warning")
+    if arguments.no_write:
+        try:
+            frozen = model.freeze_memory()
+        except ValueError as error:
+            raise UsageError(f"--no-write: {error}") from None
+        if not frozen.names:
+            complain("--no-write: this model has no memory that could be frozen", "warning")
+    if arguments.perplexity is not None:
+        return measure(session, text, edges, arguments, target)
+    try:
+        sampler = Sampler(
+            arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed, device=session.device
+        )
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"--{str(error).replace('_', '-')}") from None
+    if talks:
+        return chat(session, text, sampler, arguments, target)
+    return answer_prompt(session, text, sampler, arguments, target)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Raise ``UsageError`` for options that do not go together."""
+    if arguments.perplexity is not None:
+        for given, option in (
+            (arguments.chat, "--chat"),
+            (arguments.prompt, "PROMPT"),
+            (arguments.file, "--file"),
+            (arguments.stop, "--stop"),
+        ):
+            if given:
+                raise UsageError(f"--perplexity measures one file and generates nothing: {option} has no place there")
+        if arguments.compare_frozen and arguments.no_write:
+            raise UsageError("--compare-frozen compares with --no-write: give one of them")
+        if arguments.compare_frozen and arguments.perplexity == STANDARD_INPUT:
+            raise UsageError("--compare-frozen reads the text twice, which standard input cannot be")
+    else:
+        for given, option in (
+            (arguments.buckets, "--buckets"),
+            (arguments.compare_frozen, "--compare-frozen"),
+            (arguments.plot, "--plot"),
+        ):
+            if given:
+                raise UsageError(f"{option}: says how --perplexity FILE measures, and there is no --perplexity")
+    if arguments.chat and arguments.json:
+        raise UsageError("--chat: talking has no JSON document; give a prompt for each answer, and --state to go on")
+    if arguments.chat and STANDARD_INPUT in arguments.file:
+        raise UsageError("--chat: its lines come from standard input, which cannot be a --file, too")
+    if PLACE not in arguments.template:
+        raise UsageError(f"--template {arguments.template}: expected {PLACE} in it, where the line goes")
+    if "" in arguments.stop:
+        raise UsageError("--stop: expected a text, got none")
+    if arguments.plot is not None and not arguments.plot.endswith(".svg"):
+        raise UsageError(f"--plot {arguments.plot}: the picture is SVG; expected a name that ends in .svg")
+    if arguments.fork and arguments.state is None:
+        raise UsageError("--fork: leaves the file of --state as it is, and there is no --state")
+
+
+def _target(arguments: argparse.Namespace, state: Path | None) -> Path | None:
+    """Where the state is saved at the end, if anywhere."""
+    if arguments.save is not None:
+        target = _path(arguments.save, "--save")
+        check_target(target, "--save")
+        return target
+    if state is None or arguments.fork or arguments.perplexity is not None:  # measuring leaves things as they are
+        return None
+    check_target(state, "--state")
+    return state
+
+
+def _path(name: str, option: str) -> Path:
+    if not name:
+        raise UsageError(f"{option}: expected the name of a file, got none")
+    return Path(name)
