@@ -1,0 +1,222 @@
+"""What ``titans-analyze`` takes, and what it writes: the page, the plots and the numbers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from ...blocks.language_model import LanguageModel
+from ...recipes import StorageError, load_recipe, packaged_names
+from ...recipes.reading import read_file
+from ...recipes.replacing import making_folder, replacing
+from ..inference.codec import Codec
+from ..inference.opening import MODEL, find_model, open_model
+from ..options import add_placement, whole_number
+from ..terminal import UsageError, progress, say, say_json
+from ..training.folder import TRAIN, is_run
+from . import plots
+from .analysis import Plan, analyse
+from .material import Material, from_data, from_file
+from .page import render
+from .rounding import rounded
+
+SUMMARY = "What did a model's memory do with a text? An interactive page, plots and numbers."
+EXAMPLES = (
+    "titans-analyze runs/mine --out what                     on held-out data of the run",
+    "titans-analyze models/mine book.txt --out what          on the first bytes of a text; open what/index.html",
+    "titans-analyze models/mine book.txt --tokens 200000 --out what --force",
+    "titans-analyze runs/mqar --data mqar:pairs=8 --out what on rows of a generated task",
+    "titans-analyze models/mine book.txt --json              the verdict and the sums alone, for machines",
+)
+PAGE, NUMBERS, PLOTS = "index.html", "analysis.json", "plots"
+TOKENS = 8192
+"""Tokens that are read unless said otherwise."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model, what it reads, how much of it, and where the result goes."""
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="the folder of a saved model, or of a titans-train run")
+    add("text", nargs="?", metavar="TEXTFILE", help="what it reads (default: held-out data of the run)")
+    add("--data", metavar="SPEC", help="read held-out rows of this, as titans-train takes it, in place of a file")
+    add("--out", metavar="DIR", help=f"write {PAGE}, {NUMBERS} and {PLOTS}/ here; may be left out with --json")
+    add("--force", action="store_true", help="let --out replace an analysis that is there")
+    add("--tokenizer", metavar="FILE", help="bytes, ids (numbers), or a tokenizer.json (default: the run's, or bytes)")
+    add(
+        "--tokens", type=whole_number, default=TOKENS, metavar="N", help=f"tokens to read at most (default: {TOKENS:,})"
+    )
+    add("--reset", type=whole_number, metavar="N", help="tokens between resets (default: an eighth of the text)")
+    add("--pairs", type=whole_number, default=8, metavar="N", help="pairs to plant at each of 4 places (default: 8)")
+    add("--seed", type=whole_number, default=0, metavar="N", help="of the planted pairs (default: 0)")
+    add("--no-plots", action="store_true", help="write no PNG and SVG, which need the extra `analyze`")
+    add_placement(parser)
+    parser.set_defaults(dtype=None)  # so that a saved model keeps its own
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check everything that can be checked first, analyse, write and tell."""
+    out = _check(arguments)
+    model, codec = open_model(arguments.model, arguments.tokenizer, arguments.device, arguments.dtype)
+    material = _material(arguments, model, codec)
+    material = material.to(arguments.device)
+    time = material.tokens.shape[1]
+    if arguments.reset is not None and not 1 <= arguments.reset < time:
+        raise UsageError(f"--reset {arguments.reset}: expected 1 to {time - 1:,}, fewer than the {time:,} tokens read")
+    plan = Plan(model, material, arguments.reset)
+    if not plan.memories:
+        raise UsageError(f"{arguments.model}: {_no_memory(model)}")
+    with progress(f"analysing {arguments.model}", plan.steps + 1) as advance:
+        analysis = {
+            "model": _describe(model, arguments.model),
+            **analyse(model, material, plan, pairs=arguments.pairs, seed=arguments.seed, advance=advance),
+        }
+        if out is not None:
+            _write(analysis, out, draw=not arguments.no_plots)
+        advance()
+    if arguments.json:
+        found = summary(analysis)
+        say_json(rounded({**found, **({} if out is None else {"out": os.path.abspath(out)})}))
+        return 0
+    say(*analysis["check"]["verdict"], "")
+    say(*_table(analysis))
+    if out is not None:
+        say("", f"open {out / PAGE}")
+    return 0
+
+
+def summary(analysis: dict[str, Any]) -> dict[str, Any]:
+    """What ``--json`` prints: everything that is not one number for each bin, stretch or distance."""
+    check = {k: v for k, v in analysis["check"].items() if k not in ("positions", "counts", "losses", "errors")}
+    text = {key: value for key, value in analysis["text"].items() if key != "excerpts"}
+    gates = [{k: v for k, v in gate.items() if not isinstance(v, np.ndarray)} for gate in analysis["gates"]]
+    memories = []
+    for index, memory in enumerate(analysis["memories"]):
+        means = {
+            quantity: [float(np.nanmean(row)) for row in kinds["mean"][index]]
+            for quantity, kinds in analysis["tokens"].items()
+        }
+        drift = analysis["drift"][index]
+        moved, norm = ([row[-1] for row in drift[kind]] for kind in ("distance", "norm"))
+        lives = [recall["half_life"] for recall in analysis["recall"]["memories"][index : index + 1]]
+        half_life = lives[0] if lives else None
+        memories.append({**memory, "mean": means, "moved": moved, "norm": norm, "half_life": half_life})
+    head = {key: analysis[key] for key in ("format", "version", "model")}
+    return {**head, "text": text, "check": check, "memories": memories, "gates": gates}
+
+
+def _check(arguments: argparse.Namespace) -> Path | None:
+    """Raise ``UsageError`` before any work for what could not be done after it; the folder to write to."""
+    if arguments.text is not None and arguments.data is not None:
+        raise UsageError("a TEXTFILE and --data: expected one of them")
+    if arguments.tokens < 1 or arguments.pairs < 2:
+        raise UsageError("--tokens: expected at least 1" if arguments.tokens < 1 else "--pairs: expected at least 2")
+    if arguments.out is None:
+        if not arguments.json:
+            raise UsageError("--out DIR: where the page is written to is missing (it may be left out with --json)")
+        if arguments.force:
+            raise UsageError("--force: lets --out DIR replace an analysis, and there is no --out")
+        return None
+    if not arguments.out:
+        raise UsageError("--out: expected the name of a folder, got none")
+    out = Path(arguments.out)
+    try:
+        place = out.absolute()
+        while not place.exists():
+            place = place.parent
+        taken = (out / PAGE).exists() or (out / NUMBERS).exists()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--out {out}: {getattr(error, 'strerror', None) or error}") from None
+    if not place.is_dir():
+        raise UsageError(f"--out {out}: {place} is a file, not a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UsageError(f"--out {out}: {place} cannot be written to")
+    if taken and not arguments.force:
+        raise UsageError(f"--out {out}: an analysis is there; --force replaces it")
+    if not arguments.no_plots:
+        plots.need_matplotlib()
+    return out
+
+
+def _material(arguments: argparse.Namespace, model: LanguageModel, codec: Codec) -> Material:
+    assert model.vocab is not None
+    if arguments.text is not None:
+        return from_file(arguments.text, codec, model.vocab, arguments.tokens)
+    if arguments.data is not None:
+        return from_data(arguments.data, model.vocab, arguments.tokens)
+    folder = find_model(arguments.model)
+    if folder.name != MODEL or not is_run(folder.parent):
+        raise UsageError(f"{arguments.model}: a saved model, not a titans-train run: give a TEXTFILE or --data SPEC")
+    recorded = read_file(folder.parent / TRAIN)
+    data = recorded.get("data") if isinstance(recorded, dict) else None
+    if not isinstance(data, (str, list, dict)):
+        raise UsageError(f"{folder.parent / TRAIN}: no data is named there: give a TEXTFILE or --data SPEC")
+    return from_data(data, model.vocab, arguments.tokens)
+
+
+def _describe(model: LanguageModel, source: str) -> dict[str, Any]:
+    recipe = model.origin
+    return {
+        "name": getattr(recipe, "name", None) or Path(source).name,
+        "source": source,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "layers": len(model.layers),
+        "dim": model.dim,
+        "vocab": model.vocab,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+    }
+
+
+def _no_memory(model: nn.Module) -> str:
+    frozen = [name for name, child in model.named_modules() if getattr(child, "use", None) in ("read", "write")]
+    if frozen:
+        return f"its memories are only read or only written ({frozen[0]}: use): nothing is learned that could be seen"
+    bases = [name for name in packaged_names() if not re.search(r"-\d[\d.]*[mb]$", name)]
+    having = [name for name in bases if '"memory"' in json.dumps(load_recipe(name).to_dict())]
+    return f"the model has no memory; of the packaged recipes these have one: {', '.join(having)}"
+
+
+def _write(analysis: dict[str, Any], out: Path, *, draw: bool) -> None:
+    """Every file in one step, the page last: where it is, everything is."""
+    files: list[tuple[str, Callable[[], bytes]]] = [
+        (NUMBERS, lambda: (json.dumps(rounded(analysis), ensure_ascii=False, allow_nan=False) + "\n").encode()),
+        (PAGE, lambda: render(analysis).encode()),
+    ]
+    try:
+        with making_folder(out):
+            if draw:
+                with making_folder(out / PLOTS):
+                    for name, content in plots.draw(analysis):
+                        _put(out / PLOTS / name, content)
+            for name, content_of in files:
+                _put(out / name, content_of())
+    except OSError as error:
+        raise StorageError(f"--out {out}: {error.strerror or error}") from error
+
+
+def _put(path: Path, content: bytes) -> None:
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def _table(analysis: dict[str, Any]) -> list[str]:
+    """A line for each head."""
+    lines = [f"{'memory':<24}{'head':>5}{'surprise':>10}{'step':>9}{'moved':>8}{'half of a pair is left after':>31}"]
+    for memory in summary(analysis)["memories"]:
+        for head in range(memory["heads"]):
+            life = memory["half_life"][head] if memory["half_life"] else None
+            longest = analysis["recall"]["memories"][0]["distances"][-1] if analysis["recall"]["memories"] else 0
+            said = f"over {longest:,} tokens" if life is None else f"{life:,.0f} tokens"
+            mean = memory["mean"]
+            lines.append(
+                f"{memory['label']:<24}{head:>5}{mean['surprise'][head]:>10.3g}{mean['step'][head]:>9.2g}"
+                f"{memory['moved'][head]:>8.1%}{said:>31}"
+            )
+    return lines
