@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 BELOW = {
     "tools": {"titans_build", "recipes", "blocks", "registry", "kernels"},
-    "titans_build": {"recipes", "blocks", "registry"},
+    "titans_build": {"tools", "recipes", "blocks", "registry"},
     "recipes": {"blocks", "registry"},
     "blocks": {"registry", "kernels"},
     "registry": set(),
@@ -63,7 +63,7 @@ def test_every_import_is_understood() -> None:
     # one of each kind
     assert {"blocks.attention", "blocks.block"} <= IMPORTS["blocks"]
     assert {"registry", "blocks.block"} <= IMPORTS["blocks.chain"]
-    assert {"titans_build", "recipes", "tools.terminal"} <= IMPORTS["tools.cli"]
+    assert {"titans_build", "recipes", "tools.terminal"} <= IMPORTS["tools.command"]
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))

@@ -85,7 +85,7 @@ def test_a_wheel_holds_every_module_and_recipe(wheel: zipfile.ZipFile) -> None:
     expected = {
         f"{package.replace('.', '/')}/{file.name}"
         for package, folder in folders_with_code().items()
-        for pattern in ("*.py", "*.yaml", "*.c", "*.h", "py.typed")
+        for pattern in ("*.py", "*.yaml", "*.c", "*.h", "*.html", "*.css", "*.js", "py.typed")
         for file in (ROOT / folder).glob(pattern)
     }
     shipped = {name for name in wheel.namelist() if ".dist-info/" not in name}
@@ -112,7 +112,8 @@ def test_the_facade_offers_the_promised_names() -> None:
     promised = [
         "load_recipe", "build", "save", "load", "save_state", "load_state", "register", "Block", "Spec",
         "create", "check_block", "list_blocks", "describe", "build_block", "state", "RecipeError",
-        "__version__",
+        "__version__", "Task", "register_task", "list_tasks", "open_source", "train", "observe", "memory_loss",
+        "memory_check", "perplexity", "write_cost",
     ]  # fmt: skip
     assert [name for name in promised if not hasattr(tb, name)] == []
     assert sorted(tb.__all__) == sorted(promised)

@@ -11,9 +11,13 @@ Example::
 
 from importlib.metadata import version as _version
 
-from .blocks import Block, build_block, check_block, state
+from .blocks import Block, build_block, check_block, memory_check, memory_loss, observe, state, write_cost
 from .recipes import build, load, load_recipe, load_state, save, save_state
 from .registry import RecipeError, Spec, create, describe, list_blocks, register
+from .tools.data import open_source
+from .tools.inference import perplexity
+from .tools.tasks import Task, list_tasks, register_task
+from .tools.training import compare, search, train
 
 __version__ = _version("titans-build")
 
@@ -21,18 +25,30 @@ __all__ = [
     "Block",
     "RecipeError",
     "Spec",
+    "Task",
     "__version__",
     "build",
     "build_block",
     "check_block",
+    "compare",
     "create",
     "describe",
     "list_blocks",
+    "list_tasks",
     "load",
     "load_recipe",
     "load_state",
+    "memory_check",
+    "memory_loss",
+    "observe",
+    "open_source",
+    "perplexity",
     "register",
+    "register_task",
     "save",
     "save_state",
+    "search",
     "state",
+    "train",
+    "write_cost",
 ]

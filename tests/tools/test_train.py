@@ -1,0 +1,125 @@
+"""``titans-train``: what is typed, what is printed, and how it leaves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_runs import TINY
+
+import titans_build as tb
+from titans_build.tools.train import main
+from titans_build.tools.training.journal import Journal
+
+QUICK = ["--batch", 4, "-t", "log_every=2", "-t", "tensorboard=false"]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(TINY), encoding="utf-8")
+    return path
+
+
+def run(*words: object) -> int:
+    return main([str(word) for word in words])
+
+
+def test_a_run_from_the_command_line(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    words = (recipe, "--set", "dim=8", "--data", "copy:length=16", "--out", out, "--steps", 4, "--lr", "1e-2", *QUICK)
+    assert run(*words) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    first, second, valid, done = said.out.splitlines()
+    assert first.startswith("step       2  loss ") and "tokens/s" in first and second.startswith("step       4  loss ")
+    assert valid.startswith("step       4  validation: loss ") and "accuracy" in valid and "exact" in valid
+    assert done.startswith(f"done: 4 steps; saved to {out}/model; best validation: loss ") and done.endswith(
+        " at step 4"
+    )
+    assert tb.load(out / "model").dim == 8
+    assert json.loads((out / "run.json").read_text(encoding="utf-8"))["overrides"] == {"dim": 8}
+    # again: there is a run
+    assert run(*words) == 2
+    assert "there is a run in this folder; resume it (--resume)" in capsys.readouterr().err
+    assert run("--resume", "--out", out, "--steps", 6) == 0
+    assert capsys.readouterr().out.startswith("going on after step 4 of 6, with steps = 6\nstep       6  loss ")
+
+
+def test_lines_for_machines(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "train.yaml").write_text("data: {task: copy, length: 16}\nsteps: 9\nlog_every: 1\n", encoding="utf-8")
+    words = (recipe, "--train", tmp_path / "train.yaml", "--out", tmp_path / "run", "--steps", 2)
+    assert run(*words, "--batch", 4, "-t", "tensorboard=false", "--json") == 0
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [event["event"] for event in events] == ["start", "step", "step", "valid", "checkpoint", "end"]
+    log = (tmp_path / "run/log.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in log] == events
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "expected a RECIPE; --resume goes on with a run without one"),
+        (["mac"], "--data: expected what to train on"),
+        (["mca", "--data", "copy"], "did you mean 'mac'"),
+        (["mac", "--data", "cpoy"], "did you mean 'copy'"),
+        (["mac", "--data", "copy", "-t", "stpes=3"], "did you mean 'steps'"),
+        (["mac", "--data", "copy", "-t", "steps"], "-t steps: expected KEY=VALUE, as in -t lr=1e-3"),
+        (["mac", "--data", "copy", "--steps", "many"], "steps: expected integer >= 1, got 'many'"),
+        (["mac", "--data", "copy", "--train", "none.yaml"], "none.yaml: 1 problem\n  no such file"),
+        (["mac", "--data", "copy", "-t", "device=abacus"], "abacus"),
+        (["--resume"], "expected a RECIPE"),
+    ],
+)
+def test_bad_use_is_one_message(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*words, "--out", tmp_path / "run") == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("titans-train: error: ") and message in said.err and "Traceback" not in said.err
+    assert not (tmp_path / "run/run.json").exists()
+
+
+def test_the_tasks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("tasks") == 0
+    assert all(name in capsys.readouterr().out for name in tb.list_tasks("copy"))
+    assert run("tasks", "mq*", "--json") == 0
+    (task,) = json.loads(capsys.readouterr().out)["tasks"]
+    assert task["name"] == "mqar" and {field["name"] for field in task["fields"]} >= {"pairs", "length"}
+    assert run("tasks", "cpoy") == 2
+    assert "no task is called 'cpoy'; did you mean 'copy'?" in capsys.readouterr().err
+
+
+def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--help") == 0
+    said = capsys.readouterr().out
+    assert "runs/copy" in said and "torchrun" in said
+    assert all(name in said for name in ("accumulate", "recompute", "memory_loss", "stages", "on_bad"))
+
+
+def test_tensorboard_logs_are_written(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    journal = Journal(tmp_path, None, tensorboard=True)
+    journal.open(0)
+    for step in (1, 2):
+        journal.say("step", step=step, loss=1.0 / step, memories={"a": {"mean": 3.0}})
+    journal.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 1.0), (2, 0.5)]
+
+
+def test_without_tensorboard_one_line_says_so_unless_it_was_asked_for(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    words: list[Any] = [recipe, "--data", "copy:length=16", "--steps", 1, "--batch", 4]
+    assert run(*words, "--out", tmp_path / "a") == 0
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "pip install 'titans-build[train]'" in said
+    assert run(*words, "--out", tmp_path / "b", "-t", "tensorboard=true") == 2
+    assert "pip install 'titans-build[train]'" in capsys.readouterr().err

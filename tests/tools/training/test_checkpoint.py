@@ -1,0 +1,138 @@
+"""One checkpoint: it appears whole or not at all, damage is noticed, and reading it runs no code."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from titans_build.recipes import StorageError
+from titans_build.tools.terminal import CommandFailed
+from titans_build.tools.training import checkpoint
+from titans_build.tools.training.distributed import Processes
+from titans_build.tools.training.keeping import Checkpoints
+
+TENSORS = {
+    "weights": torch.randn(3, 4),
+    "narrow": torch.randn(5).bfloat16(),
+    "double": torch.randn(2, 2, dtype=torch.float64),
+    "one": torch.tensor(7.0),
+    "none": torch.zeros(0, 3),
+    "counts": torch.arange(4),
+    "yes": torch.tensor([True, False]),
+    "random": torch.get_rng_state(),
+}
+ONE = Processes()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    place = tmp_path / "step-00000003"
+    checkpoint.write(place, TENSORS, {"step": 3, "loss": 0.1}, ONE)
+    return place
+
+
+def test_what_was_written_is_read_bit_for_bit(folder: Path) -> None:
+    assert checkpoint.verify(folder) == {"step": 3, "loss": 0.1}
+    read = {name: torch.zeros_like(tensor) for name, tensor in TENSORS.items()}
+    checkpoint.read(folder, read, ONE)
+    assert all(torch.equal(read[name], TENSORS[name]) for name in TENSORS)
+
+
+def test_there_is_nothing_in_it_that_runs_when_it_is_read(folder: Path) -> None:
+    assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".safetensors"]
+    for path in folder.iterdir():
+        with pytest.raises((pickle.UnpicklingError, ValueError, EOFError, KeyError, IndexError, AttributeError)):
+            pickle.loads(path.read_bytes())
+
+
+def _truncate(folder: Path) -> None:
+    (path,) = folder.glob("*.safetensors")
+    os.truncate(path, path.stat().st_size - 10)
+
+
+def _flip(folder: Path) -> None:
+    (path,) = folder.glob("*.safetensors")
+    raw = bytearray(path.read_bytes())
+    raw[-5] ^= 1
+    path.write_bytes(raw)
+
+
+def _empty_index(folder: Path) -> None:
+    (folder / checkpoint.INDEX).write_text("", encoding="utf-8")
+
+
+def _later_version(folder: Path) -> None:
+    index = json.loads((folder / checkpoint.INDEX).read_text(encoding="utf-8"))
+    (folder / checkpoint.INDEX).write_text(json.dumps({**index, "version": 2}), encoding="utf-8")
+
+
+def _no_tensors(folder: Path) -> None:
+    (path,) = folder.glob("*.safetensors")
+    path.unlink()
+
+
+DAMAGE: list[tuple[Callable[[Path], None], str]] = [
+    (_truncate, r"damaged: expected \d+ bytes, got \d+"),
+    (_flip, "damaged: its bytes are not those that were written"),
+    (_empty_index, "expected the index of a checkpoint"),
+    (_later_version, "expected format version 1, got 2"),
+    (_no_tensors, "cannot be read: No such file"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE)
+def test_damage_is_noticed_and_the_checkpoint_before_it_is_taken(
+    folder: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    kept = Checkpoints(folder.parent)
+    checkpoint.write(kept.path(5), TENSORS, {"step": 5}, ONE)
+    damage(kept.path(5))
+    with pytest.raises(StorageError, match=message):
+        checkpoint.verify(kept.path(5))
+    said: list[str] = []
+    assert kept.latest(said.append) == (3, {"step": 3, "loss": 0.1})
+    assert len(said) == 1 and said[0].endswith("; going on from step 3, before it")
+    damage(folder)
+    with pytest.raises(StorageError, match=r"no checkpoint is whole: .*step-00000005.*step-00000003"):
+        kept.latest(said.append)
+
+
+def test_an_index_cannot_name_files_elsewhere(folder: Path) -> None:
+    index = json.loads((folder / checkpoint.INDEX).read_text(encoding="utf-8"))
+    index["files"] = {"../secret": {"bytes": 0, "sha256": ""}}
+    (folder / checkpoint.INDEX).write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(StorageError, match="expected a file's size and checksum"):
+        checkpoint.verify(folder)
+
+
+def test_tensors_of_another_model_are_refused(folder: Path) -> None:
+    with pytest.raises(StorageError, match="cannot be read into this model"):
+        checkpoint.read(folder, {"weights": torch.zeros(3, 5)}, ONE)
+    with pytest.raises(StorageError, match="cannot be read into this model"):
+        checkpoint.read(folder, {"other": torch.zeros(3)}, ONE)
+
+
+def test_a_failed_write_leaves_what_was_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    for step in (3, 4):
+        with pytest.raises(CommandFailed, match="the checkpoint cannot be written: No space left on device"):
+            checkpoint.write(folder.parent / f"step-{step:08d}", TENSORS, {}, ONE)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_writing_again_replaces_it(folder: Path) -> None:
+    checkpoint.write(folder, {"weights": torch.ones(2)}, {"step": 4}, ONE)
+    assert checkpoint.verify(folder) == {"step": 4}
+    assert len(list(folder.iterdir())) == 2

@@ -1,0 +1,124 @@
+"""Two processes against one: the same losses, and checkpoints that either number goes on from."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_runs import QUICK, TINY, environment, logged, losses
+
+import titans_build as tb
+from titans_build.recipes.packaged import base_names
+from titans_build.tools.training import train
+from titans_build.tools.training.distributed import Processes
+
+SETTINGS = {
+    **QUICK,
+    "steps": 6,
+    "checkpoint_every": 3,
+    "valid_every": 3,
+    "valid_batches": 2,
+    "eps": 1e-3,
+    "warmup": 0.0,
+    "final_lr": 1.0,
+}
+"""Adam's first steps are as large for a gradient of 1e-9 as for one of 1; a larger epsilon leaves rounding rounding.
+The rate is the same at every step, however many there are."""
+
+
+def together(tmp_path: Path, out: str, *words: object, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    """``titans-train ... --out OUT`` in several processes."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [*torchrun, "-m", "titans_build.tools.train", *map(str, words), "--out", str(tmp_path / out)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), check=False, timeout=300)
+
+
+def written(tmp_path: Path, recipe: Any, data: Any, settings: dict[str, Any]) -> list[str]:
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe), encoding="utf-8")
+    (tmp_path / "train.json").write_text(json.dumps({"data": data, **settings}), encoding="utf-8")
+    return [str(tmp_path / "recipe.json"), "--train", str(tmp_path / "train.json")]
+
+
+def close(a: dict[int, float], b: dict[int, float]) -> None:
+    assert a.keys() == b.keys()
+    for step in a:
+        assert a[step] == pytest.approx(b[step], abs=2e-5), step
+
+
+def test_two_processes_train_as_one_and_either_goes_on_with_the_others_checkpoints(
+    tmp_path: Path, lines_of_text: dict[str, Any]
+) -> None:
+    recipe = {**TINY, "vocab": 256}
+    settings = {**SETTINGS, "carry": 2, "ema": 0.9, "accumulate": 2, "memory_loss": 0.1, "recompute": True}
+    whole = train(recipe, lines_of_text, {**settings, "steps": 9}, tmp_path / "one")
+    done = together(tmp_path, "two", *written(tmp_path, recipe, lines_of_text, settings), "--json")
+    assert done.returncode == 0, done.stderr
+    # only one of them speaks
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [event["event"] for event in events].count("end") == 1
+    assert sorted(path.suffix for path in (tmp_path / "two/checkpoints/step-00000006").iterdir()) == [
+        ".json",
+        ".safetensors",
+        ".safetensors",
+    ]
+    found = losses(logged(tmp_path / "two"))
+    expected = losses(whole.history)
+    close(found, {step: expected[step] for step in range(1, 7)})
+    # 2 -> 1
+    alone = train(None, None, {"steps": 9}, tmp_path / "two", resume=True)
+    close(losses(alone.history), expected)
+    for kind in ("valid",):
+        values = [[e["loss"] for e in events if e["event"] == kind] for events in (alone.history, whole.history)]
+        assert values[0] == pytest.approx(values[1], abs=2e-5)
+    assert alone.model is not None and whole.model is not None
+    for a, b in zip(alone.model.parameters(), whole.model.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    # 1 -> 2
+    train(recipe, lines_of_text, settings, tmp_path / "first")
+    done = together(tmp_path, "first", "--resume", "--steps", 9)
+    assert done.returncode == 0, done.stderr
+    close(losses(logged(tmp_path / "first")), expected)
+    for a, b in zip(tb.load(tmp_path / "first/model").parameters(), whole.model.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", base_names())
+def test_every_packaged_recipe_is_trained_by_two_processes(tmp_path: Path, name: str) -> None:
+    recipe = tb.load_recipe(name, {"dim": 32, "stack.0.repeat": 1})
+    whole = train(recipe, "copy:length=80", SETTINGS, tmp_path / "one")
+    done = together(tmp_path, "two", *written(tmp_path, recipe.to_dict(), "copy:length=80", SETTINGS))
+    assert done.returncode == 0, done.stderr
+    close(losses(logged(tmp_path / "two")), losses(whole.history))
+
+
+@pytest.mark.slow
+def test_stages_in_two_processes(tmp_path: Path) -> None:
+    stages = [{"steps": 3, "train": ["!@memory"]}, {"steps": 3, "train": ["@memory"], "optimizer": "fresh"}]
+    settings = {**{key: value for key, value in SETTINGS.items() if key != "steps"}, "stages": stages}
+    whole = train(TINY, "copy:length=16", settings, tmp_path / "one")
+    done = together(tmp_path, "two", *written(tmp_path, TINY, "copy:length=16", settings))
+    assert done.returncode == 0, done.stderr
+    close(losses(logged(tmp_path / "two")), losses(whole.history))
+    start = tb.build(TINY)
+    for (name, a), b in zip(tb.load(tmp_path / "two/model").named_parameters(), start.parameters()):
+        assert not torch.equal(a, b), name
+
+
+def test_rows_that_two_processes_cannot_share_are_one_error(tmp_path: Path) -> None:
+    done = together(tmp_path, "odd", *written(tmp_path, TINY, "copy:length=16", {**SETTINGS, "batch": 3}))
+    assert done.returncode == 1  # torchrun's own
+    assert "3 rows of a batch cannot be shared by 2 processes: give a multiple of 2" in done.stderr
+    assert "titans_build/tools" not in done.stderr and not (tmp_path / "odd/run.json").exists()
+
+
+def test_one_process_alone_has_everything() -> None:
+    one = Processes()
+    assert one.main and one.part == (0, 1) and one.total(1.5, 2) == [1.5, 2]
+    tensor = torch.ones(2)
+    assert one.rows(tensor) is tensor and one.own_rows(tensor) is tensor

@@ -1,0 +1,112 @@
+"""Groups, patterns and averages of parameters."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+import titans_build as tb
+from titans_build.recipes.packaged import base_names
+from titans_build.tools.training.optimiser import Average, groups, make_optimizer, matching
+from titans_build.tools.training.settings import as_settings
+
+NO_DECAY = as_settings().no_decay
+
+DECAYING = {"weight", "convolution", "embedding", "head"}
+"""What the last part of a name may be in the group that decays: matrices that vectors are multiplied by, and tables."""
+STAYING = {"gain", "gain_a", "gain_b", "norm_gain", "output_gain", "bias", "persistent", "tokens"}
+
+
+def last(name: str) -> str:
+    parts = name.split(".")
+    return parts[-2] if parts[-1].isdigit() else parts[-1]
+
+
+@pytest.mark.parametrize("name", base_names())
+def test_each_parameter_of_a_packaged_recipe_is_in_the_right_group_and_in_one(name: str) -> None:
+    model = tb.build(name, device="meta")
+    decay, no_decay = groups(model, NO_DECAY, 0.1)
+    assert (decay["weight_decay"], no_decay["weight_decay"]) == (0.1, 0.0)
+    names: list[list[str]] = [decay["names"], no_decay["names"]]  # type: ignore[list-item]
+    assert sorted(names[0] + names[1]) == sorted(dict(model.named_parameters()))
+    assert {last(name) for name in names[0]} <= DECAYING
+    assert {last(name) for name in names[1]} <= STAYING | {"initial_weights", "initial_momentum"}
+    for group, held in zip((decay, no_decay), names):
+        parameters: Any = group["params"]
+        assert [id(p) for p in parameters] == [id(dict(model.named_parameters())[n]) for n in held]
+
+
+def test_learned_momentum_and_vectors_of_unknown_blocks_do_not_decay(tiny: dict[str, Any]) -> None:
+    tiny["layers"]["mag"] = [{"type": "memory", "heads": 2, "learn_momentum": True}]
+    model = tb.build(tiny)
+    model.layers[0].vector = torch.nn.Parameter(torch.ones(3))
+    model.layers[0].matrix = torch.nn.Parameter(torch.ones(3, 3))
+    names: Any = [group["names"] for group in groups(model, NO_DECAY, 0.1)]
+    assert "layers.0.matrix" in names[0] and "layers.0.vector" in names[1]
+    assert "layers.1.blocks.0.initial_momentum.0" in names[1]
+    everything: Any = groups(model, ["*"], 0.1)
+    assert everything[0]["names"] == []
+
+
+def test_what_does_not_decay_stays_where_nothing_pulls_it(tiny: dict[str, Any]) -> None:
+    model = tb.build(tiny)
+    optimizer = make_optimizer(model, as_settings({"lr": 0.1, "weight_decay": 0.5}), fused=True)
+    before = copy.deepcopy(dict(model.named_parameters()))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    decay: Any = groups(model, NO_DECAY, 0.5)[0]["names"]
+    for name, parameter in model.named_parameters():
+        expected = before[name] * 0.95 if name in decay else before[name]
+        torch.testing.assert_close(parameter, expected)
+
+
+def test_patterns_choose_by_name_and_by_type_of_block(tiny: dict[str, Any]) -> None:
+    model = tb.build(tiny)
+    names = set(dict(model.named_parameters()))
+    memory = {name for name in names if ".memory." in name or ".branches.1." in name}
+    assert matching(model, ["@memory"], "train") == memory
+    assert matching(model, ["!@memory"], "train") == names - memory
+    assert matching(model, ["*"], "train") == names
+    assert matching(model, ["layers.0.*", "!*.gain*", "head"], "train") == {
+        name for name in names if name.startswith("layers.0.") and ".gain" not in name
+    } | {"head"}
+
+
+@pytest.mark.parametrize(
+    ("patterns", "path", "message"),
+    [
+        (["@memori"], "train.0", "no block of this type has a parameter: '@memori'; did you mean 'memory'?"),
+        (["*", "!heads"], "train.1", "no parameter has such a name: 'heads'; did you mean 'head'?"),
+        (["head", "!head"], "train", "no parameter is left to train by ['head', '!head']"),
+    ],
+)
+def test_patterns_that_choose_nothing(tiny: dict[str, Any], patterns: list[str], path: str, message: str) -> None:
+    with pytest.raises(tb.RecipeError) as caught:
+        matching(tb.build(tiny), patterns, "train")
+    assert caught.value.problems == [(path, message)]
+
+
+def test_the_average_is_torchs_and_is_put_in_and_taken_out(tiny: dict[str, Any]) -> None:
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    model = tb.build(tiny)
+    average = Average(model, 0.9)
+    reference = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    reference.update_parameters(model)  # the first takes the weights as they are
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += torch.randn(parameter.shape, generator=generator)
+        average.update()
+        reference.update_parameters(model)
+    before = copy.deepcopy(model.state_dict())
+    with average:
+        for name, parameter in reference.module.named_parameters():
+            assert torch.equal(parameter, dict(model.named_parameters())[name])
+            assert not torch.equal(parameter, before[name])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

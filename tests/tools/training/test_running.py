@@ -1,0 +1,241 @@
+"""``tb.train``: what a run does and leaves behind, stages, averages, carried state, and going on with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_runs import COPY, QUICK, TINY, logged, losses
+
+import titans_build as tb
+from titans_build.recipes import StorageError
+from titans_build.recipes.reading import read_file
+from titans_build.tools.training import TrainedRun, train
+from titans_build.tools.training.keeping import Checkpoints
+
+Train = Callable[..., TrainedRun]
+
+
+def same_weights(a: Any, b: Any) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_a_run_learns_and_its_folder_says_what_it_was(quick_train: Train, tmp_path: Path) -> None:
+    events: list[dict[str, Any]] = []
+    run = quick_train(steps=40, lr=0.02, valid_every=20, valid_batches=2, surprise_every=20, on_event=events.append)
+    found = losses(run.history)
+    assert len(found) == 40 and found[40] < found[1] - 0.3
+    assert run.best is not None and run.best["step"] == 40 and {"loss", "accuracy", "exact"} < run.best.keys()
+    # the folder
+    out = tmp_path / "run"
+    assert logged(out) == run.history == [event for event in events if event["event"] != "tick"]
+    assert sum(event["event"] == "tick" for event in events) == 40
+    surprise = [event["memories"] for event in run.history if event["event"] == "surprise"]
+    assert [sorted(memories) for memories in surprise] == 2 * [
+        ["layers.0.blocks.0.memory", "layers.1.blocks.0.of.branches.1"]
+    ]
+    described = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    assert described["data"]["task"] == "copy" and described["data"]["length"] == 16 and described["seed"] == 0
+    assert torch.__version__.startswith(described["versions"]["torch"])
+    assert tb.load_recipe(out / "recipe.yaml") == tb.load_recipe(TINY)
+    assert same_weights(tb.load(out / "model"), run.model)
+    assert json.loads((out / "checkpoints/index.json").read_text(encoding="utf-8")) == {
+        "latest": "step-00000040",
+        "best": "step-00000040",
+    }
+
+
+def test_the_same_settings_give_the_same_run_from_the_recorded_file_too(quick_train: Train, tmp_path: Path) -> None:
+    before = torch.get_rng_state()
+    first = quick_train(seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(5)
+    recorded = read_file(tmp_path / "run/train.yaml")
+    data = recorded.pop("data")
+    again = train(tmp_path / "run/recipe.yaml", data, recorded, tmp_path / "again")
+    assert losses(again.history) == losses(first.history) and same_weights(again.model, first.model)
+    other = quick_train(seed=4, out="other")
+    assert losses(other.history)[1] != losses(first.history)[1]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"ema": 0.8}, {"stages": [{"steps": 4, "train": ["!@memory"]}, {"steps": 5, "train": ["@memory"]}]}],
+)
+def test_a_run_that_was_left_and_gone_on_with_is_the_run(
+    quick_train: Train, settings: dict[str, Any], lines_of_text: Any
+) -> None:
+    recipe = {**TINY, "vocab": 256}
+    given = {"recipe": recipe, "data": lines_of_text, "carry": 2, "checkpoint_every": 3, "valid_every": 4, **settings}
+    steps = {} if "stages" in settings else {"steps": 9}
+    whole = quick_train(**given, **steps, out="whole")
+
+    class Gone(Exception):
+        pass
+
+    def leave(event: dict[str, Any]) -> None:
+        if event["event"] == "tick" and event["step"] == 8:
+            raise Gone
+
+    with pytest.raises(Gone):
+        quick_train(**given, **steps, on_event=leave)
+    run = quick_train(recipe=None, data=None, resume=True)
+    assert losses(run.history) == losses(whole.history)
+    assert same_weights(run.model, whole.model) and run.best == whole.best
+    assert [event["step"] for event in run.history if event["event"] == "start"] == [0, 6]
+    # and one that has ended stays as it is
+    again = quick_train(recipe=None, data=None, resume=True)
+    assert same_weights(again.model, whole.model) and losses(again.history) == losses(whole.history)
+
+
+def test_state_is_carried_where_rows_go_on_and_only_there(quick_train: Train, lines_of_text: Any) -> None:
+    recipe = {**TINY, "vocab": 256}
+    runs = {
+        carry: losses(quick_train(recipe=recipe, data=lines_of_text, carry=carry, steps=3, out=str(carry)).history)
+        for carry in ("off", "detach", 1)
+    }
+    assert runs["detach"] == runs[1]
+    assert runs["detach"][1] == runs["off"][1] and runs["detach"][2] != runs["off"][2]
+
+
+def test_stages_train_what_they_say_and_nothing_else(quick_train: Train) -> None:
+    stages = [
+        {"steps": 2, "train": ["!@memory"]},
+        {"steps": 2, "train": ["@memory"], "optimizer": "fresh", "lr": 0.01},
+    ]
+    start = tb.build(TINY)
+    first = quick_train(stages=stages[:1], out="first").model
+    both = quick_train(stages=stages).model
+    assert first is not None and both is not None
+    memory = {name for name, _ in start.named_parameters() if ".memory." in name or ".branches.1." in name}
+    for name, value in start.state_dict().items():
+        changed = [
+            not torch.equal(value, first.state_dict()[name]),
+            not torch.equal(first.state_dict()[name], both.state_dict()[name]),
+        ]
+        assert changed == ([False, True] if name in memory else [True, False]), name
+    assert all(parameter.requires_grad for parameter in both.parameters())
+
+
+def test_averaged_weights_are_validated_and_saved(quick_train: Train, tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    run = quick_train(ema=0.5, valid_every=6, valid_batches=1)
+    assert run.model is not None and run.best is not None
+    (path,) = (tmp_path / "run/checkpoints/step-00000006").glob("*.safetensors")
+    with safe_open(path, framework="pt") as file:
+        for name, value in run.model.named_parameters():
+            assert torch.equal(value, file.get_tensor(f"average.{name}"))
+            assert not torch.equal(value, file.get_tensor(f"model.{name}"))
+    source = tb.open_source(COPY, rows=4, split="valid")
+    batch = source.batch(0)
+    with torch.no_grad():
+        assert run.model(batch.tokens, targets=batch.targets).loss.item() == pytest.approx(run.best["loss"], rel=1e-6)
+
+
+def test_training_goes_on_from_saved_weights(quick_train: Train, tmp_path: Path) -> None:
+    first = quick_train(lr=0.01)
+    run = train(tmp_path / "run/model", COPY, {**QUICK, "lr": 1e-12}, tmp_path / "more", weights=tmp_path / "run/model")
+    assert losses(run.history)[1] == pytest.approx(
+        losses(quick_train(lr=0.01, steps=7, out="longer").history)[1], abs=0.5
+    )
+    assert first.model is not None and run.model is not None
+    for a, b in zip(first.model.parameters(), run.model.parameters()):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(StorageError, match="of another recipe"):
+        train({**TINY, "stack": ["mag", "mac"]}, COPY, QUICK, tmp_path / "no", weights=tmp_path / "run/model")
+
+
+def test_bits_per_byte_and_accuracy_of_text(quick_train: Train, lines_of_text: Any) -> None:
+    run = quick_train(recipe={**TINY, "vocab": 256}, data=lines_of_text, valid_every=3, steps=3)
+    assert run.best is not None and "exact" not in run.best
+    assert run.best["bits_per_byte"] == pytest.approx(run.best["loss"] / 0.6931471805599453)
+
+
+def test_settings_may_change_on_the_way_but_not_those_that_others_follow_from(
+    quick_train: Train, tmp_path: Path
+) -> None:
+    quick_train(steps=3)
+    run = quick_train(recipe=None, data=None, resume=True, steps=5, lr=1e-4)
+    assert len(losses(run.history)) == 5
+    assert [event.get("changes") for event in run.history if event["event"] == "start"] == [
+        None,
+        {"steps": 5, "lr": 1e-4},
+    ]
+    with pytest.raises(tb.RecipeError) as caught:
+        quick_train(recipe=None, data=None, resume=True, batch=8, seed=1)
+    assert dict(caught.value.problems) == {
+        "batch": "the run was begun with 4, and cannot go on with 8",
+        "seed": "the run was begun with 0, and cannot go on with 1",
+    }
+    with pytest.raises(tb.RecipeError, match=r"the run is of .*, not of this one"):
+        quick_train(recipe={**TINY, "dim": 32}, data=None, resume=True)
+    with pytest.raises(tb.RecipeError, match="the run reads 'copy:length=16', and cannot go on with 'mqar'"):
+        quick_train(recipe=None, data="mqar", resume=True)
+
+
+def test_a_damaged_checkpoint_is_said_and_the_one_before_it_gone_on_from(quick_train: Train, tmp_path: Path) -> None:
+    whole = quick_train(steps=6, checkpoint_every=2)
+    checkpoints = Checkpoints(tmp_path / "run/checkpoints")
+    (path,) = checkpoints.path(6).glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:-1])
+    run = quick_train(recipe=None, data=None, resume=True)
+    (warning,) = (event for event in run.history if event["event"] == "warning")
+    assert "damaged: expected" in warning["message"] and "going on from step 4" in warning["message"]
+    assert losses(run.history) == losses(whole.history) and same_weights(run.model, whole.model)
+
+
+def test_folders_that_cannot_be_used(quick_train: Train, tmp_path: Path) -> None:
+    quick_train(steps=1)
+    with pytest.raises(StorageError, match="there is a run in this folder; resume it"):
+        quick_train(steps=1)
+    with pytest.raises(StorageError, match="there is no run in this folder to go on with"):
+        quick_train(recipe=None, data=None, resume=True, out="none")
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(StorageError, match="file/run: cannot be written: Not a directory"):
+        quick_train(out="file/run")
+
+    def intrude(event: dict[str, Any]) -> None:
+        if event["event"] == "tick":
+            with pytest.raises(StorageError, match="another process is training in this folder"):
+                quick_train(recipe=None, data=None, resume=True)
+
+    quick_train(recipe=None, data=None, resume=True, steps=2, on_event=intrude)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"data": "cpoy"}, "did you mean 'copy'"),
+        ({"data": "copy:vocab=99"}, "the data has 99 tokens, the model only 16"),
+        ({"carry": 4}, "nothing to carry"),
+        ({"stages": [{"steps": 1, "train": ["@mmeory"]}]}, "stages.0.train.0: no block of this type"),
+    ],
+)
+def test_wrong_runs_are_refused_before_anything_is_written(
+    quick_train: Train, tmp_path: Path, given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(tb.RecipeError, match=message):
+        quick_train(**given)
+    assert not (tmp_path / "run/run.json").exists()
+
+
+def test_a_model_of_vectors_and_one_whose_state_grows(
+    quick_train: Train, lines_of_text: Any, tiny: dict[str, Any]
+) -> None:
+    with pytest.raises(tb.RecipeError, match="without a vocabulary"):
+        quick_train(recipe={**TINY, "vocab": None})
+    growing = {**TINY, "vocab": 256, "layers": {"mac": ["attention"]}, "stack": ["mac"]}
+    with pytest.raises(tb.RecipeError, match="grows with every token"):
+        quick_train(recipe=growing, data=lines_of_text)
+    assert quick_train(recipe=growing, data=lines_of_text, carry="off", out="off").model is not None
+
+
+def test_the_auxiliary_loss_is_logged(quick_train: Train) -> None:
+    plain, run = quick_train(steps=2), quick_train(steps=2, memory_loss=0.5, out="aux")
+    assert all(event["memory_loss"] > 0 for event in run.history if event["event"] == "step")
+    assert losses(plain.history)[1] == losses(run.history)[1] and losses(plain.history)[2] != losses(run.history)[2]

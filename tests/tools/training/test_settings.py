@@ -1,0 +1,86 @@
+"""Settings: what may be said, what is refused and how, and that they come back from a file as they were."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import titans_build as tb
+from titans_build.tools.training.settings import Settings, as_settings, fields
+
+
+def problems(given: Any) -> dict[str, str]:
+    with pytest.raises(tb.RecipeError) as caught:
+        as_settings(given)
+    return {problem.path: problem.message for problem in caught.value.problems}
+
+
+def test_every_setting_has_a_meaning_and_a_default_that_is_right() -> None:
+    assert as_settings() == as_settings({})
+    for name, field in fields(Settings).items():
+        assert field.description, name
+        assert not field.required, name
+        assert as_settings({name: as_settings().to_dict()[name]}) == as_settings()
+
+
+def test_settings_come_back_from_yaml_and_json(tmp_path: Path) -> None:
+    settings = as_settings(
+        {
+            "carry": 3,
+            "betas": [0.8, 0.99],
+            "lr": 1,
+            "stages": [{"steps": 4, "train": ["!@memory"]}, {"steps": 2, "train": ["@memory"], "lr": 1e-4}],
+        }
+    )
+    assert settings.steps == 6 and settings.windows == 3 and settings.betas == (0.8, 0.99)
+    (tmp_path / "s.yaml").write_text(settings.to_yaml(), encoding="utf-8")
+    (tmp_path / "s.json").write_text(settings.model_dump_json(), encoding="utf-8")
+    assert as_settings(tmp_path / "s.yaml") == as_settings(str(tmp_path / "s.json")) == settings
+    assert as_settings(settings.to_dict()) == settings
+
+
+def test_everything_wrong_is_said_at_once_with_its_place_and_the_nearest_name() -> None:
+    found = problems(
+        {"stpes": 3, "lr": "fast", "carry": "no", "stages": [{"steps": 2}, {"stps": 1, "train": ["*"]}], "clip": -1}
+    )
+    assert "did you mean 'steps'" in found["stpes"]
+    assert found["lr"] == "expected number > 0, got 'fast'"
+    assert found["carry"] == "expected 'off' | 'detach' or integer >= 1, got 'no'"
+    assert found["clip"].startswith("expected number > 0 or null, got -1")
+    assert "needs the field 'train'" in found["stages.0"]
+    assert "did you mean 'steps'" in found["stages.1.stps"]
+
+
+@pytest.mark.parametrize(
+    ("given", "path", "message"),
+    [
+        ({"batch": 4, "accumulate": 3}, "accumulate", "expected a divisor of batch = 4, got 3"),
+        ({"betas": [0.9, 1.0]}, "betas", "expected two numbers from 0 to under 1, got [0.9, 1.0]"),
+        (
+            {"steps": 3, "stages": [{"steps": 4, "train": ["*"]}]},
+            "steps",
+            "the stages have 4 steps together, so it is not 3",
+        ),
+        ({"steps": True}, "steps", "expected integer >= 1, got true"),
+        ({"lr": float("nan")}, "lr", "expected a finite number, got nan"),
+        ({"carry": 0}, "carry", "expected 'off' | 'detach' or integer >= 1, got 0"),
+        ({"stages": ["core"]}, "stages.0", "expected a mapping with steps and train, got 'core'"),
+    ],
+)
+def test_wrong_settings(given: dict[str, Any], path: str, message: str) -> None:
+    assert problems(given) == {path: message}
+
+
+def test_settings_do_not_change() -> None:
+    settings = as_settings()
+    with pytest.raises(ValueError, match="frozen"):
+        settings.steps = 3  # type: ignore[misc]
+
+
+def test_a_file_that_holds_no_settings(tmp_path: Path) -> None:
+    path = tmp_path / "list.yaml"
+    path.write_text("- a\n", encoding="utf-8")
+    assert problems(path) == {"": "expected a mapping of settings, got ['a']"}
+    assert problems(tmp_path / "none.yaml") == {"": "no such file"}

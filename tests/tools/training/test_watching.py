@@ -1,0 +1,135 @@
+"""Bad steps: told from good ones, blamed on a block, and stopped at or skipped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_runs import COPY, losses
+
+import titans_build as tb
+from titans_build.tools.terminal import CommandFailed
+from titans_build.tools.training import TrainedRun, train
+from titans_build.tools.training.loop import Loop
+from titans_build.tools.training.stepping import Reader
+from titans_build.tools.training.watching import FEWEST, Watch, grown
+
+Train = Callable[..., TrainedRun]
+MEMORY = "layers.0.blocks.0.memory"
+
+
+def test_a_spike_is_measured_against_the_median_of_late_losses() -> None:
+    watch = Watch(spike=1.0)
+    for loss in [9.0, *[2.0] * (FEWEST - 1)]:
+        assert watch.fault(loss, 1.0) is None
+    assert watch.fault(3.5, 1.0) == "the loss is 3.5, where it was 2 of late (spike: 1.0)"
+    assert watch.fault(3.0, 1.0) is None
+    assert Watch(spike=None, losses=[2.0] * FEWEST).fault(1e9, 1.0) is None
+    assert Watch(spike=1.0, losses=[2.0] * (FEWEST - 1)).fault(1e9, 1.0) is None
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_what_is_no_number_is_bad_and_not_remembered(number: float) -> None:
+    watch = Watch(spike=None)
+    assert watch.fault(number, 1.0) == f"the loss is {number}"
+    assert watch.fault(2.0, number) == f"the gradient's norm is {number} (the loss is 2)"
+    assert list(watch.losses) == []
+
+
+def test_the_memory_that_grew_most_is_named() -> None:
+    before = {"a": {"mean": 1.0, "peak": 2.0, "weights": 1.0}, "b": {"mean": 1.0, "peak": 8.0, "weights": 1.0}}
+    now = {"a": {"mean": 1.0, "peak": 6.0, "weights": 4.0}, "b": {"mean": 1.0, "peak": 9.0, "weights": 1.0}}
+    said = "the inner update of a has grown most: surprise up to 6, where it was 2, weights of norm 4 (were 1)"
+    assert grown(now, before) == said
+    now["b"]["peak"] = math.nan
+    assert str(grown(now, before)).startswith("the inner update of b has grown most: surprise up to nan")
+    assert grown({}, before) is None
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """Let what the first memory is to learn be no number while these steps are taken."""
+    step = Loop._step
+
+    def spoilt(self: Loop, *given: Any) -> int:
+        if self.progress.step + 1 not in steps:
+            return step(self, *given)
+        learned: Any = self.model.layers[0].blocks[0].memory
+        hook = learned.qkv.register_forward_hook(lambda module, given, made: made * math.nan)
+        try:
+            return step(self, *given)
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr(Loop, "_step", spoilt)
+
+
+def test_a_run_stops_at_a_bad_step_says_why_and_goes_on_from_before_it(
+    quick_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = quick_train(surprise_every=2, out="whole")
+    with monkeypatch.context() as patch:
+        spoil(patch, 5)
+        with pytest.raises(CommandFailed) as caught:
+            quick_train(surprise_every=2)
+    said = str(caught.value)
+    assert "step 5: the loss is nan; " in said and f"the inner update of {MEMORY} has grown most" in said
+    assert ", where it was " in said and "the gradient of " in said
+    assert f"saved as it was before that step: titans-train --resume --out {tmp_path / 'run'} -t lr=..." in said
+    run = train(None, None, None, tmp_path / "run", resume=True)
+    assert losses(run.history) == losses(whole.history)
+    assert [event["step"] for event in run.history if event["event"] == "stop"] == [4]
+
+
+def test_a_bad_step_is_skipped_where_that_is_asked_for(quick_train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, 3)
+    run = quick_train(on_bad="skip")
+    assert sorted(losses(run.history)) == [1, 2, 4, 5, 6]
+    (skip,) = (event for event in run.history if event["event"] == "skip")
+    assert skip["step"] == 3 and "step 3 is skipped: the loss is nan" in skip["message"] and MEMORY in skip["why"]
+    assert run.model is not None and all(bool(p.isfinite().all()) for p in run.model.parameters())
+
+
+def test_skipping_has_an_end(quick_train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, *range(3, 100))
+    with pytest.raises(CommandFailed, match=r"step 13 \(10 steps before it were skipped\): the loss is nan"):
+        quick_train(on_bad="skip", steps=50)
+
+
+def test_a_model_without_memories_is_blamed_by_its_gradients(
+    quick_train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = {
+        "version": 1,
+        "dim": 16,
+        "vocab": 16,
+        "layers": {"t": [{"type": "attention", "window": 8}]},
+        "stack": ["t"],
+    }
+    gradients = Reader.gradients
+
+    def spoilt(self: Reader, *given: Any) -> Any:
+        read = gradients(self, *given)
+        assert self.model.head.grad is not None
+        self.model.head.grad[0, 0] = math.inf
+        return read
+
+    monkeypatch.setattr(Reader, "gradients", spoilt)
+    with pytest.raises(CommandFailed, match=r"the gradient's norm is inf .*; the gradient of head has norm inf"):
+        quick_train(recipe=plain)
+
+
+def test_looking_changes_nothing(quick_train: Train) -> None:
+    looked, not_looked = quick_train(surprise_every=1), quick_train(out="blind")
+    assert losses(looked.history) == losses(not_looked.history)
+    (first, *_) = (event["memories"] for event in looked.history if event["event"] == "surprise")
+    # what it saw is what `tb.observe` sees of the first batch
+    batch = tb.open_source(COPY, rows=4).batch(0)
+    model = tb.build(tb.load_recipe(looked.out / "recipe.yaml"))
+    with torch.no_grad(), tb.observe(model) as seen:
+        model(batch.tokens)
+    assert first[MEMORY]["mean"] == pytest.approx(float(seen.memories[MEMORY].surprise.mean()))
+    assert first[MEMORY]["peak"] == pytest.approx(float(seen.memories[MEMORY].surprise.max()))

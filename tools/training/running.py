@@ -1,0 +1,224 @@
+"""``train``: a run from its beginning, or from where it was left, to its end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ... import recipes
+from ...blocks.language_model import LanguageModel
+from ...recipes import Recipe, StorageError, load_recipe
+from ...recipes.loading import Source as RecipeSource
+from ...registry import Problem, RecipeError, show
+from ..data import Source, open_source
+from .distributed import Processes, gathered, processes
+from .folder import changed, is_run, locked, record, recorded
+from .journal import Event, Journal
+from .keeping import Checkpoints
+from .loop import Loop
+from .recomputing import recomputing
+from .settings import Settings, as_settings
+from .stopping import Stopping
+
+
+class TrainedRun(NamedTuple):
+    """What ``train`` gives back. Where several processes train, the first alone has a model and a history."""
+
+    model: LanguageModel | None
+    """As saved in ``out/model``: with the averaged weights, where they are averaged."""
+    history: list[Event]
+    """Every event that was logged, from the beginning of the run."""
+    best: dict[str, float] | None
+    """The best validation: ``step``, ``loss``, ``accuracy``, ..."""
+    out: Path
+
+
+def train(
+    recipe: RecipeSource | None,
+    data: str | Mapping[str, Any] | None,
+    settings: Settings | Mapping[str, Any] | str | os.PathLike[str] | None,
+    out: str | os.PathLike[str],
+    *,
+    on_event: Callable[[Event], None] | None = None,
+    resume: bool = False,
+    weights: str | os.PathLike[str] | None = None,
+) -> TrainedRun:
+    """Train a model of ``recipe`` on ``data`` in the folder ``out``.
+
+    ``recipe``: what ``load_recipe`` takes. ``data``: what ``open_source`` takes. ``settings``: a mapping, a YAML file,
+    or ``None`` for the defaults: see ``Settings``. ``on_event``: is told what happens (``Journal``). ``weights``: the
+    folder of a saved model of the same recipe to begin with. ``resume``: go on with the run in ``out``, where there is
+    one; recipe and data may then be ``None``, and settings only those that change. Under ``torchrun`` its processes
+    share the work.
+
+    The folder gets recipe.yaml, train.yaml and run.json, log.jsonl, tensorboard/, checkpoints/ and at the end model/.
+    Ctrl-C saves a checkpoint and raises ``KeyboardInterrupt``, the second one ends the process. Raises ``RecipeError``
+    for wrong recipes, data and settings, ``StorageError`` for a folder that cannot be used, and ``CommandFailed`` where
+    training fails: a loss that is no number, a disk that is full.
+    """
+    place = Path(out)
+    goes_on = resume and is_run(place)
+    changes: dict[str, Any] = {}
+    if goes_on:
+        recipe, data, settings, changes = _as_before(place, recipe, data, settings)
+    elif is_run(place):
+        raise StorageError(f"{place}: there is a run in this folder; resume it (--resume), or choose another folder")
+    elif recipe is None or data is None:
+        raise StorageError(f"{place}: there is no run in this folder to go on with; give a recipe and data for one")
+    settings = as_settings(settings)
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    if recipe.vocab is None:
+        raise RecipeError(
+            [Problem("vocab", "a model without a vocabulary cannot read tokens")], recipe.name or "recipe"
+        )
+    device = _device(settings.device)
+    numbers: list[int] | None = [] if device.type == "cpu" else None
+    with processes(device) as group, torch.random.fork_rng(numbers), contextlib.ExitStack() as stack:
+        source, valid = _sources(data, settings, group, recipe.vocab)
+        _check_share(settings, group, source)
+        if group.main:
+            stack.enter_context(locked(place))
+        model = _model(recipe, settings, group, None if goes_on else weights)
+        _check_carry(settings, source, model)
+        torch.manual_seed(settings.seed + group.rank)
+        checkpoints = Checkpoints(place / "checkpoints")
+        journal = Journal(place if group.main else None, on_event, tensorboard=settings.tensorboard)
+        stack.callback(journal.close)
+        if settings.recompute:
+            stack.enter_context(recomputing(model))
+        loop = Loop(model, source, valid, settings, group, journal, checkpoints, _resuming(place, group))
+        if group.main:
+            if not goes_on or changes:
+                more = {"weights": None if weights is None else os.fspath(weights), "processes": group.world}
+                record(place, recipe, data, settings, source.describe(), **more)
+            checkpoints.clear()
+        _begin(loop, goes_on, changes)
+        with stack.enter_context(Stopping()) as stopping:
+            loop.run(stopping)
+        return _finish(loop, place, recipe)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = recipes.as_device(name)
+        torch.ones(1, device=device)
+    # every backend reports its absence in its own way: AssertionError, NotImplementedError, RuntimeError
+    except Exception as error:
+        first = str(error).partition("\n")[0].partition(". ")[0]
+        raise RecipeError([Problem("device", f"cannot be used on this machine: {first}")], "settings") from None
+    return device
+
+
+def _as_before(
+    place: Path, recipe: RecipeSource | None, data: Any, settings: Any
+) -> tuple[Recipe, Any, Settings, dict[str, Any]]:
+    """The recipe, data and settings of the run in a folder, with what may be changed; and what was."""
+    known, known_data, before = recorded(place, allow_imports=isinstance(recipe, Recipe))
+    if recipe is not None:
+        given = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+        if given.fingerprint != known.fingerprint:
+            message = f"the run is of {show(known.name)} ({known.fingerprint}), not of this one ({given.fingerprint})"
+            raise RecipeError([Problem("", message)], given.name or "recipe")
+    if data is not None and data != known_data:
+        raise RecipeError(
+            [Problem("", f"the run reads {show(known_data)}, and cannot go on with {show(data)}")], "data"
+        )
+    if isinstance(settings, Mapping):
+        settings = {**before.to_dict(), **settings}
+    after = before if settings is None else as_settings(settings)
+    return known, known_data, after, changed(place, before, after)
+
+
+def _sources(data: Any, settings: Settings, group: Processes, vocab: int) -> tuple[Source, Source | None]:
+    def opened(split: Any) -> Source:
+        return open_source(
+            data,
+            rows=settings.batch,
+            length=settings.length,
+            split=split,
+            seed=settings.seed,
+            part=group.part,
+            vocab=vocab,
+        )
+
+    return opened("train"), opened("valid") if settings.valid_every else None
+
+
+def _check_share(settings: Settings, group: Processes, source: Source) -> None:
+    share = settings.batch // group.world
+    if share % settings.accumulate:
+        message = (
+            f"expected a divisor of the {share} rows of each of {group.world} processes, got {settings.accumulate}"
+        )
+        raise RecipeError([Problem("accumulate", message)], "settings")
+    if settings.windows > 1 and not source.carries:
+        message = f"the data's batches do not go on from each other, so {settings.carry} of them have nothing to carry"
+        raise RecipeError([Problem("carry", message)], "settings")
+
+
+def _check_carry(settings: Settings, source: Source, model: LanguageModel) -> None:
+    if source.carries and settings.carry != "off" and model.grows:
+        message = (
+            "the model's state grows with every token read (attention without a window): give it one, or carry: off"
+        )
+        raise RecipeError([Problem("carry", message)], "settings")
+
+
+def _model(recipe: Recipe, settings: Settings, group: Processes, weights: Any) -> LanguageModel:
+    if weights is None:
+        return recipes.build(recipe, device=group.device, dtype=settings.dtype, seed=settings.seed)
+    model = recipes.load(weights, device=group.device, dtype=settings.dtype, overrides=recipe.overrides)
+    if model.recipe.fingerprint != recipe.fingerprint:  # type: ignore[union-attr]
+        raise StorageError(f"{weights}: the saved model is of another recipe than {show(recipe.name or 'this one')}")
+    return model
+
+
+def _begin(loop: Loop, goes_on: bool, changes: dict[str, Any]) -> None:
+    """Start, or load the last whole checkpoint, which the first process looks for."""
+    warnings: list[str] = []
+    found = loop.checkpoints.latest(warnings.append) if goes_on and loop.processes.main else None
+    step = int(loop.processes.total(found[0] if found else 0)[0])
+    if step:
+        facts = found[1] if found is not None else loop.checkpoints.facts(step)
+        loop.load(step, facts)
+    loop.journal.open(step)
+    for warning in warnings:
+        loop.journal.say("warning", step=step, message=warning)
+    loop.journal.say("start", step=step, steps=loop.settings.steps, **({"changes": changes} if changes else {}))
+
+
+def _finish(loop: Loop, place: Path, recipe: Recipe) -> TrainedRun:
+    if loop.average is not None:
+        loop.average.swap()
+    model: LanguageModel | None = loop.model
+    if loop.processes.world > 1:
+        tensors = gathered(loop.model)
+        model = None
+        if loop.processes.main:
+            model = recipes.build(recipe, dtype=loop.settings.dtype)
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    parameter.copy_(tensors[name])
+    if loop.processes.main:
+        assert model is not None
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+            parameter.grad = None
+        recipes.save(model.eval(), place / "model")
+    best = loop.progress.best
+    loop.journal.say("end", step=loop.progress.step, best=best, model=str(place / "model"))
+    loop.processes.wait()
+    return TrainedRun(model if loop.processes.main else None, loop.journal.history, best, place)
+
+
+def _resuming(place: Path, group: Processes) -> str:
+    """The command that goes on with the run."""
+    command = "titans-train"
+    if group.world > 1:
+        command = f"torchrun --nproc-per-node {group.world} -m titans_build.tools.train"
+    return f"{command} --resume --out {place}"
