@@ -1,7 +1,9 @@
 # make demo       build the MAC recipe and try it on this repository's README
 # make test       the everyday suite            make test-slow   the long tests
 # make check      ruff and mypy                 make clean       remove .venv and what was built
-# make bench-memory bench-model bench-streaming    minutes each, on a machine with nothing else to do: benchmarks/
+# make bench-memory bench-model bench-streaming bench-torch_path
+# make bench-copy bench-mqar bench-language bench-needle bench-overhead
+#                 minutes each, on a machine with nothing else to do: benchmarks/
 # PYTHON=python3.12 make ...    picks the interpreter that .venv is made from (3.10 or newer)
 
 PYTHON ?= python3
@@ -10,7 +12,8 @@ SETTINGS := pyproject.toml constraints.txt
 # one thread for each of pytest's workers: more of them than cores makes small tensors many times slower
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
 
-.PHONY: demo test test-slow check clean bench-memory bench-model bench-streaming
+.PHONY: demo test test-slow check clean bench-memory bench-model bench-streaming bench-torch_path \
+	bench-copy bench-mqar bench-language bench-needle bench-overhead
 
 demo: .venv/.installed
 	.venv/bin/titans-build mac --try README.md
@@ -28,8 +31,16 @@ check: .venv/.installed-dev
 	$(PIP) install --no-deps --no-build-isolation --upgrade --target .venv/typecheck .
 	cd .venv/typecheck && ../bin/mypy -p titans_build --cache-dir ../mypy_cache
 
-bench-memory bench-model bench-streaming: bench-%: .venv/.installed-bench
+bench-memory bench-model bench-streaming bench-torch_path: bench-%: .venv/.installed-bench
 	.venv/bin/python benchmarks/$*.py --json benchmarks/results/$*.json
+	.venv/bin/python benchmarks/render.py
+
+bench-copy bench-mqar bench-language: bench-%: .venv/.installed-plots
+	.venv/bin/python benchmarks/variants.py $* --json benchmarks/results/$*.json --plots benchmarks/plots
+	.venv/bin/python benchmarks/render.py
+
+bench-needle bench-overhead: bench-%: .venv/.installed
+	OMP_NUM_THREADS=1 .venv/bin/python benchmarks/$*.py --json benchmarks/results/$*.json
 	.venv/bin/python benchmarks/render.py
 
 .venv/bin/python:
@@ -50,5 +61,10 @@ bench-memory bench-model bench-streaming: bench-%: .venv/.installed-bench
 	$(PIP) install titans-pytorch==0.5.5 --constraint constraints.txt
 	@touch $@
 
+# what draws plots
+.venv/.installed-plots: .venv/.installed
+	$(PIP) install --editable ".[train]" --constraint constraints.txt
+	@touch $@
+
 clean:
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build dist benchmarks/runs .pytest_cache .mypy_cache .ruff_cache

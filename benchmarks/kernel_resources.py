@@ -1,7 +1,7 @@
 """What the compiler says that each Triton kernel takes, for GPUs that need not be there.
 
     python benchmarks/kernel_resources.py [--json] [--target sm_90 ...] [--dim 64] [--hidden 128] [--chunk 64]
-        [--operands bfloat16] [--kernel NAME ...]
+        [--layers 2] [--operands bfloat16] [--kernel NAME ...]
 
 Every kernel is compiled ahead of time, with the tiles that it would be launched with (``kernels/triton/schedule.py``)
 and what Triton would know of its arguments then: that tensors and the sizes of a model are multiples of 16.
@@ -36,24 +36,32 @@ from titans_build.kernels.triton import (
     convolution,
     gated,
     memory_answer,
+    memory_answer_backward,
+    memory_decay,
     memory_read,
     memory_read_backward,
+    memory_resident,
+    memory_resident_backward,
     memory_step,
     memory_write,
     memory_write_backward,
 )
-from titans_build.kernels.triton.schedule import operands, schedule
+from titans_build.kernels.triton.schedule import RESIDENT, operands, resident, schedule
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 MEMORY = (
     memory_write.write_kernel,
+    memory_resident.write_resident_kernel,
     memory_write.recall_kernel,
     memory_read.read_kernel,
     memory_read_backward.read_backward_kernel,
     memory_read_backward.read_backward_state_kernel,
     memory_write_backward.write_backward_kernel,
+    memory_resident_backward.write_backward_resident_kernel,
     memory_step.step_kernel,
     memory_answer.answer_kernel,
+    memory_answer_backward.answer_backward_kernel,
+    memory_answer_backward.answer_backward_weights_kernel,
 )
 PRODUCTS = {
     "bfloat16": operands(torch.float32, torch.bfloat16),
@@ -62,15 +70,21 @@ PRODUCTS = {
     "tf32": dict(OPERAND=tl.float32, PRECISION="tf32", FINE=tl.float32, FINE_PRECISION="bf16x3"),
 }
 REAL = ("divisor", "eps", "clip")
-WHOLE = re.compile(r"tokens|dim|heads|.*_(?:step|row|head)|stretch|time|chunks?|rows|d_in|width|d_out|b")
+WHOLE = re.compile(r"tokens|dim|heads|.*_(?:step|row|head)|stretch|time|problems|chunks?|rows|d_in|width|d_out|b")
 """Arguments that are no tensors; in the gated kernels ``b`` is one."""
 
 
 TYPED = {"mask": "*i1", "position": "*i64"}
 
 
-def kernels(dim: int, hidden: int, chunk: int, products: str) -> Iterator[tuple[Any, dict[str, Any], dict[str, int]]]:
-    """Every kernel, what it is compiled for, and those of its sizes that are known."""
+def kernels(
+    dim: int, hidden: int, chunk: int, products: str, layers: int = 2
+) -> Iterator[tuple[Any, dict[str, Any], dict[str, int]]]:
+    """Every kernel, what it is compiled for, and those of its sizes that are known.
+
+    Those that keep the state are among them where the rule of ``schedule.py`` takes them.
+    """
+    hidden = dim if layers == 1 else hidden
     wide = tl.float32
     norm = dict(KIND=GATE, GIVEN=True, WIDE=wide, ROWS=max(1, 1024 // dim), WIDTH=dim)
     steps = dict.fromkeys(("a_step", "b_step", "grad_step", "grad_a_step", "grad_b_step"), 16 * dim)
@@ -80,12 +94,18 @@ def kernels(dim: int, hidden: int, chunk: int, products: str) -> Iterator[tuple[
     for kernel in (convolution.forward_kernel, convolution.backward_kernel):
         yield kernel, taps, dict(dim=16 * dim, time_step=16 * dim, grad_time_step=16 * dim)
     net = dict(
-        LAYERS=2, PARTS=2, ACTIVATION=3, NORM=True, CLIP=True, ANCHORED=True, KEEP=True, MOMENTUM=True, FORGETTING=True,
-        MASKED=True, AFTER=True, WIDE=wide, **PRODUCTS[products],
+        LAYERS=layers, PARTS=2, ACTIVATION=3 if layers == 2 else 0, NORM=True, CLIP=True, ANCHORED=True, KEEP=True,
+        MOMENTUM=True, FORGETTING=True, MASKED=True, AFTER=True, WIDE=wide, **PRODUCTS[products],
     )  # fmt: skip
+    for kernel in (memory_decay.decay_kernel, memory_decay.decay_backward_kernel):
+        yield kernel, net | memory_decay.decay_tiles(chunk), dict(b=chunk)
     for kernel in MEMORY:
-        tiles = schedule(kernel.__name__, chunk, dim, hidden, dim)
-        steps = {f"{name}_{to}": 16 * dim for name in "qkv" for to in ("row", "head", "step")}
+        if kernel.__name__ in RESIDENT.values():
+            backward = kernel is memory_resident_backward.write_backward_resident_kernel
+            if not resident(layers, 2, dim, hidden, dim, PRODUCTS[products], backward=backward):
+                continue
+        tiles = schedule(kernel.__name__, chunk, dim, hidden, dim, layers=layers)
+        steps = {f"{name}_{to}": 16 * dim for name in "qkvyp" for to in ("row", "head", "step")}
         yield kernel, net | tiles, dict(b=chunk, d_in=dim, width=hidden, d_out=dim, **steps)
 
 
@@ -103,7 +123,7 @@ def compiled(kernel: Any, fixed: dict[str, Any], sizes: dict[str, int], target: 
     options = {name: fixed[name] for name in ("num_warps", "num_stages") if name in fixed}
     done = triton.compile(ASTSource(kernel, signature, constants, known), target=where, options=options)
     row = dict(kernel=f"{kernel.__module__.rsplit('.', 1)[1]}.{kernel.__name__}", target=target)
-    row |= {name: fixed[name] for name in ("ROWS", "KEYS", "BLOCK") if name in fixed and name in names}
+    row |= {name: fixed[name] for name in ("ROWS", "KEYS", "BLOCK", "WIDTH") if name in fixed and name in names}
     row |= dict(warps=done.metadata.num_warps, shared=done.metadata.shared)
     return row | (_nvidia(done.asm) if nvidia else _amd(done.asm))
 
@@ -133,10 +153,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--kernel", nargs="+", help="those whose name has one of these in it")
     for name, default in (("dim", 64), ("hidden", 128), ("chunk", 64)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--layers", type=int, choices=(1, 2), default=2)
     parser.add_argument("--operands", choices=PRODUCTS, default="bfloat16")
     asked = parser.parse_args(arguments)
     for target in asked.target:
-        for kernel, fixed, sizes in kernels(asked.dim, asked.hidden, asked.chunk, asked.operands):
+        for kernel, fixed, sizes in kernels(asked.dim, asked.hidden, asked.chunk, asked.operands, asked.layers):
             if asked.kernel and not any(name in kernel.__name__ for name in asked.kernel):
                 continue
             row = compiled(kernel, fixed, sizes, target)

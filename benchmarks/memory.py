@@ -125,8 +125,13 @@ def spec(case: Case, sizes: Sizes) -> dict[str, Any]:
     return {"type": "memory", "heads": sizes.heads, "depth": 2, "expansion": case.expansion, "chunk": case.chunk}
 
 
-def operation(case: Case, sizes: Sizes) -> tuple[Callable[[], Tensor], list[Tensor]]:
-    """The memory operation on gates as a fresh block makes them, and the leaves that it gives gradients to."""
+def operation(
+    case: Case, sizes: Sizes, dtype: torch.dtype = torch.float32
+) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    """The memory operation on gates as a fresh block makes them, and the leaves that it gives gradients to.
+
+    The numbers are the same for every ``dtype``, but for how they are held.
+    """
     assert case.expansion is not None and case.chunk is not None
     width, chunk = sizes.dim // sizes.heads, case.chunk
     shape = (sizes.batch, case.length, sizes.heads)
@@ -135,13 +140,13 @@ def operation(case: Case, sizes: Sizes) -> tuple[Callable[[], Tensor], list[Tens
     theta, eta, alpha = (torch.sigmoid(torch.randn(shape) + bias) for bias in (-3, 1, -6))
     weights = [torch.randn(sizes.batch, sizes.heads, out, in_) * in_**-0.5 for out, in_ in layer_shapes(case, sizes)]
     gain = torch.ones(sizes.heads, width)
-    leaves = [q, k, v, 0.1 * theta, eta, alpha, gain, *weights]
+    leaves = [x.to(dtype) for x in (q, k, v, 0.1 * theta, eta, alpha, gain, *weights)]
     for leaf in leaves:
         leaf.requires_grad_(case.backward)
 
     def forward() -> Tensor:
         state = MemoryState.fresh(tuple(leaves[7:]))
-        return titans_memory(*leaves[:6], state, chunk=chunk, norm=gain)[0]
+        return titans_memory(*leaves[:6], state, chunk=chunk, norm=leaves[6])[0]
 
     return passes(forward, leaves, case.backward, q.shape), leaves
 
@@ -156,7 +161,7 @@ def passes(
         for leaf in leaves:
             leaf.grad = None
         y = forward()
-        y.backward(cotangent)
+        y.backward(None if cotangent is None else cotangent.to(y))
         return y
 
     def alone() -> Tensor:
@@ -228,7 +233,8 @@ def peaks(sizes: Sizes, absent: bool, quick: bool) -> list[Result]:
 def lever(sizes: Sizes) -> list[Result]:
     """What bfloat16 operands would bring: products alone, large and batched as in a chunk, and the operation."""
     say(f"bfloat16: about {sizes.lever:.0f} s")
-    length = list(sizes.lengths)[-2]
+    # a memory that has learned nothing is chaotic: what two runs differ by grows with every chunk
+    length = min(sizes.lengths)
     case = Case("op", length, True, 4, sizes.chunks[0])
     width, hidden = sizes.dim // sizes.heads, 4 * sizes.dim // sizes.heads
     operands = {
@@ -236,14 +242,19 @@ def lever(sizes: Sizes) -> list[Result]:
         "64 small products": (torch.randn(64, width, width), torch.randn(64, width, 2 * hidden)),
     }
     half = {name: (a.bfloat16(), b.bfloat16()) for name, (a, b) in operands.items()}
-    operate, leaves = operation(case, sizes)
 
-    def outcome() -> list[Tensor]:
-        return [operate().detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+    def outcome(dtype: torch.dtype) -> tuple[Callable[[], Tensor], Callable[[], list[Tensor]]]:
+        torch.manual_seed(0)
+        operate, leaves = operation(case, sizes, dtype)
+        found = lambda: [operate().detach(), *(x.grad.clone() for x in leaves if x.grad is not None)]  # noqa: E731
+        return operate, found
 
-    exact = outcome()
-    rough = medium(outcome)()
-    error = max(float((a - b).norm() / b.norm()) for a, b in zip(rough, exact))
+    operate, found = outcome(torch.float32)
+    exact = outcome(torch.float64)[1]()
+    errors = {
+        precision: max(float((a - b).norm() / b.norm()) for a, b in zip(run(), exact))
+        for precision, run in (("float32", found), ("medium", medium(found)))
+    }
     what = f"the operation, {length} tokens, both passes"
     tried: dict[tuple[str, str], Callable[[], Any]] = {(what, "float32"): operate, (what, "medium"): medium(operate)}
     for name, (a, b) in operands.items():
@@ -254,7 +265,7 @@ def lever(sizes: Sizes) -> list[Result]:
     samples = interleave(tried, sizes.lever, least=3 if sizes.lever else 1, most=30 if sizes.lever else 1)
     return [
         {"what": name, "precision": precision, "seconds": summary(samples[name, precision])}
-        | ({"error": f"{error:.0e}"} if (name, precision) == (what, "medium") else {})
+        | ({"error": f"{errors[precision]:.0e}"} if name == what else {})
         for name, precision in tried
     ]
 

@@ -13,13 +13,21 @@ from pathlib import Path
 
 import memory
 import model
+import needle
+import overhead
 import streaming
+import torch_path
+import variants
 
 HERE = Path(__file__).parent
 TABLES: dict[str, Callable[[dict], dict[str, str]]] = {
     "memory": memory.tables,
     "model": model.tables,
     "streaming": streaming.tables,
+    "torch_path": torch_path.tables,
+    **dict.fromkeys(variants.TASKS, variants.tables),
+    "needle": needle.tables,
+    "overhead": overhead.tables,
 }
 PLACE = re.compile(r"(<!-- (\w+): ([\w ]+) -->\n).*?(<!-- end -->)", re.S)
 

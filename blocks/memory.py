@@ -134,7 +134,8 @@ class NeuralMemory(Block):
 
         ================  ==========================================================================
         projections       normal, 1 / sqrt(dim): unit-variance input gives unit-variance output
-        convolution       the current token passes (last tap 1), the past is near zero
+        convolution       the current token passes (last tap about 1), and of the past as much in all: normal,
+                          1 / sqrt(taps). From near zero, what belongs to the token before would be learned late
         theta             bias -3: 0.05 of the largest step. Gradients of the outer training pass through every
                           update; from about 0.1 on they grow with the length and overflow by 4,096 tokens
         eta               bias 1: 0.73 of the momentum carries on
@@ -167,7 +168,7 @@ class NeuralMemory(Block):
             self.controls.weight.mul_((6 * open_ * (1 - open_)).unsqueeze(-1))
         self.controls.bias.copy_(bias)
         if self.convolution is not None:
-            nn.init.normal_(self.convolution, std=0.02)
+            nn.init.normal_(self.convolution, std=self.conv**-0.5)
             self.convolution[:, -1] += 1
         layers = len(self.initial_weights)
         for layer, weight in enumerate(self.initial_weights):
@@ -392,11 +393,8 @@ class NeuralMemory(Block):
             first = torch.arange(x.shape[1], device=x.device) - position % self.chunk
             index = first.clamp(min=0).unsqueeze(-1).expand_as(raw)
             raw = torch.where((first >= 0).unsqueeze(-1), raw.gather(1, index), held.unsqueeze(1))
-            held = (
-                raw[:, -1]
-                if length is None
-                else torch.where((length > 0).unsqueeze(-1), last(raw, length.clamp(min=1), 1)[:, 0], held)
-            )
+            past = torch.cat([held.unsqueeze(1), raw], dim=1)  # where no token came, those held stay
+            held = past[:, -1] if length is None else last(past, length + 1, 1)[:, 0]
         parts = (self.heads,) * (raw.shape[-1] // self.heads)
         curve = hardsigmoid if self.gating == "hard_sigmoid" else torch.sigmoid
         split = iter(curve(raw.to(self.state_dtype)).split_with_sizes(parts, dim=-1))

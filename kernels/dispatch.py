@@ -9,7 +9,8 @@ Environment: ``TITANS_BUILD_BACKEND=attention=flex,memory=reference`` names a ba
 than ``"auto"`` wins over the environment.
 
 Under ``torch.compile`` the choice is the same, made once and for all while it traces; a backend that it cannot look
-into becomes one operator (``compiling.py``).
+into becomes one operator (``compiling.py``). Nothing else is in the graph then: such a backend that finds out at the
+call that it cannot run (:class:`Unable`) is not replaced there, but raises. Name another one, and compile again.
 """
 
 from __future__ import annotations

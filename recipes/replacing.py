@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,11 +16,16 @@ from pathlib import Path
 def replacing(target: Path) -> Iterator[Path]:
     """A temporary file in the target's folder that takes the target's place when the block ends well.
 
-    Of a link, what it points to is replaced. What is no file, such as a device, is itself what is written to.
+    Of a link, what it points to is replaced. What is no file, such as a device, gets a copy and stays what it is.
     """
     target = target.resolve()
     if target.exists() and not target.is_file():
-        yield target
+        # never handed out itself: a writer such as safetensors' puts a file of its own in the place of what it is given
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = Path(folder, "content")
+            yield temporary
+            with open(temporary, "rb") as content, open(target, "wb") as device:
+                shutil.copyfileobj(content, device)
         return
     temporary = target.parent / f".{target.name[:200]}.{secrets.token_hex(8)}.tmp"
     try:

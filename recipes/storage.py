@@ -29,6 +29,7 @@ from ..blocks.block import materialise
 from ..blocks.language_model import LanguageModel
 from ..blocks.state import State, map_state, named_tensors
 from ..registry import Problem, RecipeError, show
+from .checksum import Checksum, checksum
 from .composing import as_device, as_dtype, assemble
 from .index import INDEX, MODEL_FORMAT, VERSION, WEIGHTS, StorageError, expect_version, read_index
 from .loading import load_recipe
@@ -71,9 +72,16 @@ def save(model: LanguageModel, folder: str | os.PathLike[str]) -> None:
     }
     place = _path(folder, "folder")
     with _writing(place), making_folder(place):
-        metadata = {"format": MODEL_FORMAT, "version": str(VERSION), "fingerprint": recipe.fingerprint, "tag": tag}
+        stored = _stored(tensors)
+        metadata = {
+            "format": MODEL_FORMAT,
+            "version": str(VERSION),
+            "fingerprint": recipe.fingerprint,
+            "tag": tag,
+            "checksum": checksum(stored),
+        }
         with replacing(place / weights) as temporary:
-            save_file(_stored(tensors), temporary, metadata)
+            save_file(stored, temporary, metadata)
         before = _named_weights(place)
         with replacing(place / INDEX) as temporary:
             temporary.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -130,15 +138,17 @@ def save_state(state: State, path: str | os.PathLike[str], model: LanguageModel)
     rows = _rows(tensors, "the state")
     _check_state(tensors, model, rows, "the state")
     place = _path(path, "path")
+    stored = _stored(tensors)
     metadata = {
         "format": STATE_FORMAT,
         "version": str(VERSION),
         "fingerprint": recipe.fingerprint,
         "recipe": recipe.name or "",
         "rows": str(rows),
+        "checksum": checksum(stored),
     }
     with _writing(place), replacing(place) as temporary:
-        save_file(_stored(tensors), temporary, metadata)
+        save_file(stored, temporary, metadata)
 
 
 def load_state(path: str | os.PathLike[str], model: LanguageModel) -> State:
@@ -162,6 +172,7 @@ def load_state(path: str | os.PathLike[str], model: LanguageModel) -> State:
                 f"{show(recipe.name or 'a recipe')} ({recipe.fingerprint})"
             )
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    _expect_whole(metadata, checksum(tensors), place)
     rows = _rows(tensors, str(place))
     if metadata.get("rows") != str(rows):
         raise StorageError(f"{place}: expected {metadata.get('rows')} rows, got {rows}")
@@ -197,15 +208,17 @@ def _load(
         _expect_same(
             {name: tuple(file.get_slice(name).get_shape()) for name in names}, _shapes(expected), str(path), recipe
         )
-        tensors = {}
-        for name in names:
+        tensors, read = {}, Checksum()
+        for name in sorted(names):
             tensor = file.get_tensor(name)
+            read.add(name, tensor)
             if tensor.dtype != expected[name].dtype and not (
                 tensor.is_floating_point() and expected[name].is_floating_point()
             ):
                 raise StorageError(f"{path}: {name}: expected {expected[name].dtype}, got {tensor.dtype}")
             # a copy, not the file's pages: what happens to the file later is nothing to the model
             tensors[name] = tensor.to(device, dtype if tensor.is_floating_point() else None, copy=True)
+    _expect_whole(metadata, str(read), path)
     if any(name not in tensors for name, _ in model.named_buffers()):
         materialise(model, device, dtype, seed=0)  # for buffers that are computed, not saved
     _assign(model, tensors)
@@ -341,6 +354,15 @@ def _stored(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
 
     return {name: stored(tensor) for name, tensor in tensors.items()}
+
+
+def _expect_whole(metadata: dict[str, str], read: str, path: Path) -> None:
+    """Raise ``StorageError`` where the tensors are not those that were saved; files of before checksums have none."""
+    if metadata.get("checksum", read) != read:
+        raise StorageError(
+            f"{path}: damaged: the numbers in it are not those that were saved "
+            f"(checksum {read}, expected {show(metadata['checksum'])})"
+        )
 
 
 def _tag(weights: str) -> str:

@@ -113,7 +113,7 @@ def test_the_facade_offers_the_promised_names() -> None:
         "load_recipe", "build", "save", "load", "save_state", "load_state", "register", "Block", "Spec",
         "create", "check_block", "list_blocks", "describe", "build_block", "state", "RecipeError",
         "__version__", "Task", "register_task", "list_tasks", "open_source", "train", "observe", "memory_loss",
-        "memory_check", "perplexity", "write_cost",
+        "memory_check", "perplexity", "write_cost", "compare", "search",
     ]  # fmt: skip
     assert [name for name in promised if not hasattr(tb, name)] == []
     assert sorted(tb.__all__) == sorted(promised)

@@ -166,7 +166,14 @@ MEMORIES = (
     Memory("masked", masked=True),
     Memory("inside chunks", started=True),
     Memory("masked, inside chunks, clipped", masked=True, started=True, clip=0.5),
-    Memory("gates of 0 and 1", extremes=True),
+    Memory("gates of 0 and 1, streamed", extremes=True, schedule="streamed"),
+    Memory("gates of 0 and 1, resident", extremes=True, schedule="resident"),
+    Memory("one row, one head, one chunk", batch=1, heads=1, time=16),
+    Memory("one row, one head, streamed", batch=1, heads=1, time=20, depth=1, schedule="streamed"),
+    Memory("chunk 8", chunk=8),
+    Memory("chunk 5, inside chunks, resident", chunk=5, started=True, clip=0.5, schedule="resident"),
+    Memory("chunk 5, inside chunks, streamed", chunk=5, started=True, clip=0.5, schedule="streamed"),
+    Memory("chunk 1", time=9, chunk=1, batch=1, heads=1),
     Memory("15 tokens", time=15),
     Memory("63 tokens", time=63, chunk=64),
     Memory("chunk 64", time=100, chunk=64),
@@ -186,10 +193,10 @@ MEMORIES = (
 
 def _reading(
     name: str, time: int = 77, d: int = 32, depth: int = 2, norm: bool = True, activation: str = "gelu",
-    learns: bool = True,
+    learns: bool = True, batch: int = 2, heads: int = 2,
 ) -> Case:  # fmt: skip
     def make(random: torch.Generator) -> Inputs:
-        made = Memory("", time=time, d=d, depth=depth, norm=norm).make(random)
+        made = Memory("", time=time, batch=batch, heads=heads, d=d, depth=depth, norm=norm).make(random)
         return {name: x for name, x in made.items() if name in ("q", "gain") or name.startswith("state_weights_")}
 
     def run(backend: str, q: Tensor, gain: Tensor | None = None, **weights: Tensor) -> list[Tensor]:
@@ -204,6 +211,7 @@ _READINGS = (
     _reading("read, no norm", norm=False, activation="silu"),
     _reading("read, width 128", time=20, d=128, activation="relu"),
     _reading("read, one token", time=1),
+    _reading("read, one row, one head", batch=1, heads=1),
     _reading("read, one token, decoding", time=1, learns=False),
 )
 

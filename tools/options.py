@@ -84,10 +84,11 @@ def overrides(
     return found
 
 
-def add_placement(parser: argparse.ArgumentParser) -> None:
-    """Device and dtype."""
+def add_placement(parser: argparse.ArgumentParser, dtype: str | None = "float32") -> None:
+    """Device and dtype. ``dtype``: the default; ``None`` is that of a saved model."""
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu (default), cuda, cuda:1, mps")
-    parser.add_argument("--dtype", default="float32", metavar="DTYPE", help=f"{', '.join(DTYPES)} (default: float32)")
+    default = "the model's own" if dtype is None else dtype
+    parser.add_argument("--dtype", default=dtype, metavar="DTYPE", help=f"{', '.join(DTYPES)} (default: {default})")
 
 
 def placement(device_name: str, dtype_name: str) -> tuple[torch.device, torch.dtype]:

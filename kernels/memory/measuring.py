@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..precision import full_precision
 from .operation import titans_memory
 from .selecting import Walk
 from .state import MemoryState
@@ -45,15 +46,16 @@ def measure_memory(
     weights, momentum, anchor = (tuple(x.to(wide) for x in part) for part in state[:3])
     state = MemoryState(weights, momentum, anchor, state.position)
     norm = None if norm is None else norm.to(wide)
-    if not written:
-        once = surprise_at(tokens.k, tokens.v, state.weights, options.activation, norm)
-        return Measured(*once, torch.zeros_like(once.norm, dtype=torch.bool))
-    if tokens.k.shape[1] == 0:
-        nothing = tokens.theta.new_empty(tokens.theta.shape)
-        return Measured(nothing, nothing, nothing > 0)
-    walk = Walk(tokens, state, norm, mask, options, _operation)
-    found = [(*step.surprise, step.held) for step in walk.steps(ends=False)]
-    return Measured(*(walk.collect(list(parts)) for parts in zip(*found)))
+    with full_precision(tokens.k.device.type):
+        if not written:
+            once = surprise_at(tokens.k, tokens.v, state.weights, options.activation, norm)
+            return Measured(*once, torch.zeros_like(once.norm, dtype=torch.bool))
+        if tokens.k.shape[1] == 0:
+            nothing = tokens.theta.new_empty(tokens.theta.shape)
+            return Measured(nothing, nothing, nothing > 0)
+        walk = Walk(tokens, state, norm, mask, options, _operation)
+        found = [(*step.surprise, step.held) for step in walk.steps(ends=False)]
+        return Measured(*(walk.collect(list(parts)) for parts in zip(*found)))
 
 
 def _operation(

@@ -58,7 +58,7 @@ def _answer(
         return y
     q, fixed = _dense(q), _fixed(answer_kernel, activation, products, time, norm, weights)
     launch(
-        answer_kernel, (batch * heads, triton.cdiv(time, fixed["ROWS"])),
+        answer_kernel, (batch * heads * triton.cdiv(time, fixed["ROWS"]),),
         q, *_two(weights), None if norm is None else norm.contiguous(), y,
         time, heads, d_in, width, d_out, EPS, *_steps(q), **fixed,
     )  # fmt: skip
@@ -89,7 +89,7 @@ def _pull(
     if norm is not None:
         pushed, grad_gain = wide(batch, heads, time, d_out).transpose(1, 2), wide(batch, heads, blocks, d_out)
     launch(
-        answer_backward_kernel, (batch * heads, blocks),
+        answer_backward_kernel, (batch * heads * blocks,),
         grad, q, *two, None if norm is None else norm.contiguous(), grad_q, pushed, grad_gain,
         time, heads, d_in, width, d_out, EPS, *_steps(q), *_steps(grad), **fixed,
     )  # fmt: skip

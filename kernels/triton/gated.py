@@ -74,7 +74,7 @@ def forward_kernel(
             out *= _logistic(z * _inverse(z, divisor, eps) * _gain(gain_b, column, at < dim, True, WIDE))
         else:
             out *= z * _logistic(z)
-    tl.store(y + row[:, None] * (heads * dim).to(tl.int64) + column[None, :], out, mask=inside)
+    tl.store(y + row[:, None] * tl.cast(heads * dim, tl.int64) + column[None, :], out, mask=inside)
 
 
 @triton.jit

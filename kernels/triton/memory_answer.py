@@ -20,6 +20,13 @@ def queries(q, t, column, time, columns, step, WIDE: tl.constexpr):
 
 
 @triton.jit
+def place(time, ROWS: tl.constexpr):
+    """The row that a program has, and which block of its queries: on one axis, since the others end at 65,535."""
+    program, blocks = tl.program_id(0), tl.cdiv(time, ROWS)
+    return (program // blocks).to(tl.int64), program % blocks
+
+
+@triton.jit
 def answer_kernel(
     q, weight_1, weight_2, gain, y,
     time, heads, d_in, width, d_out, eps, q_row, q_step, q_head,
@@ -28,9 +35,9 @@ def answer_kernel(
     OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``ROWS`` queries of one row. Layers as in ``step_kernel``; ``q_step`` is from token to token."""
-    at = tl.program_id(0).to(tl.int64)
+    at, block = place(time, ROWS)
     row, head = at // heads, at % heads
-    t = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    t = block * ROWS + tl.arange(0, ROWS)
     i, o = tl.arange(0, IN), tl.arange(0, OUT)
     q += row * q_row + head * q_head
     z = tl.zeros((ROWS, OUT), WIDE)
@@ -49,5 +56,4 @@ def answer_kernel(
         n, _ = normalise(z, o < d_out, d_out, eps)
         z = queries(q, t, o, time, d_in, q_step, WIDE) + n * gains(gain, head, o, d_out, OUT, NORM, WIDE)[None, :]
     inside = (t < time)[:, None] & (o < d_out)[None, :]
-    place = ((row * time + t[:, None]) * heads + head) * d_out + o[None, :]
-    tl.store(y + place, z, mask=inside)
+    tl.store(y + ((row * time + t[:, None]) * heads + head) * d_out + o[None, :], z, mask=inside)

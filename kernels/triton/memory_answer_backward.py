@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .memory_answer import queries
+from .memory_answer import place, queries
 from .memory_network import activate, normalise, pull, slope
 from .memory_tiles import dot, gains, load, store
 
@@ -34,9 +34,9 @@ def answer_backward_kernel(
 
     Without ``NORM``, ``pushed`` would be ``grad_y``, and is not written.
     """
-    at = tl.program_id(0).to(tl.int64)
+    at, block = place(time, ROWS)
     row, head = at // heads, at % heads
-    t = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    t = block * ROWS + tl.arange(0, ROWS)
     i, o = tl.arange(0, IN), tl.arange(0, OUT)
     q += row * q_row + head * q_head
     grad_y += row * y_row + head * y_head
@@ -55,14 +55,14 @@ def answer_backward_kernel(
             tile = load(weight_2 + at * d_out * width, o, h, d_out, width, WIDE)
             z += dot(x, tl.trans(tile), OPERAND, WIDE, PRECISION)
         n, inverse = normalise(z, o < d_out, d_out, eps)
-        sums = grad_gain + (at * tl.num_programs(1) + tl.program_id(1)) * d_out + o
+        sums = grad_gain + tl.program_id(0).to(tl.int64) * d_out + o
         tl.store(sums, tl.sum(g * n, axis=0), mask=o < d_out)
         of_gain = gains(gain, head, o, d_out, OUT, NORM, WIDE)
         g = pull(g * of_gain[None, :], n, inverse, o < d_out, d_out)
         store(pushed + at * time * d_out, t.to(tl.int64), o, time, d_out, g)
 
     to_q = tl.zeros((ROWS, IN), WIDE)
-    place = ((row * time + t[:, None]) * heads + head) * (width if LAYERS == 1 else d_in)
+    first = ((row * time + t[:, None]) * heads + head) * (width if LAYERS == 1 else d_in)
     for h0 in range(0, width, BLOCK):
         h = h0 + tl.arange(0, BLOCK)
         tile = load(weight_2 + at * d_out * width, o, h, d_out, width, WIDE)
@@ -74,11 +74,11 @@ def answer_backward_kernel(
         else:
             if NORM:  # a residual network is as wide at its end as at its beginning
                 to_x += queries(grad_y, t, h, time, d_out, y_step, WIDE)
-            tl.store(grad_q + place + h[None, :], to_x, mask=(t < time)[:, None] & (h < width)[None, :])
+            tl.store(grad_q + first + h[None, :], to_x, mask=(t < time)[:, None] & (h < width)[None, :])
     if LAYERS == 2:
         if NORM:
             to_q += queries(grad_y, t, i, time, d_out, y_step, WIDE)
-        tl.store(grad_q + place + i[None, :], to_q, mask=(t < time)[:, None] & (i < d_in)[None, :])
+        tl.store(grad_q + first + i[None, :], to_q, mask=(t < time)[:, None] & (i < d_in)[None, :])
 
 
 @triton.jit

@@ -77,7 +77,7 @@ def decay_kernel(
             tl.store(held + row, C, mask=inside)
             tl.store(started + (first + t), A, mask=known)
             if MOMENTUM:
-                size = problems.to(tl.int64) * b
+                size = tl.cast(problems, tl.int64) * b
                 tl.store(held + size * b + row, H, mask=inside)
                 tl.store(started + size + (first + t), E, mask=known)
                 tl.store(started + 2 * size + (first + t), m, mask=known)
@@ -112,7 +112,7 @@ def decay_backward_kernel(
     PARTS: tl.constexpr = 2 if MOMENTUM else 1
     at = tl.program_id(0).to(tl.int64) * MANY + tl.arange(0, MANY)
     known, first = at < problems, at * b
-    size = problems.to(tl.int64) * b
+    size = tl.cast(problems, tl.int64) * b
     s = tl.arange(0, TOKENS)
     inside = known[:, None] & (s < b)[None, :]
     step = 2 * tl.load(theta + first[:, None] + s[None, :], mask=inside, other=0.0).to(WIDE)

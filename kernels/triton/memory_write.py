@@ -140,7 +140,8 @@ def write_kernel(
         tl.debug_barrier()
 
         # the state on
-        next_1, next_2 = state_1 + rows * PARTS * size_1, state_2 + rows * PARTS * size_2
+        later = (at + rows) * PARTS
+        next_1, next_2 = stack_1 + later * size_1, stack_2 + later * size_2
         if LAYERS == 2:
             _advance(state_1, next_1, mix, write, error_1, keys, width, d_in, b, at,
                      PARTS, BLOCK, IN, ROWS, OPERAND, WIDE, PRECISION)  # fmt: skip

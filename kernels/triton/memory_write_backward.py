@@ -70,7 +70,8 @@ def write_backward_kernel(
         first = at * b
         state_1, state_2 = stack_1 + at * PARTS * size_1, stack_2 + at * PARTS * size_2
         before_1, before_2 = grad_stack_1 + at * PARTS * size_1, grad_stack_2 + at * PARTS * size_2
-        later_1, later_2 = before_1 + rows * PARTS * size_1, before_2 + rows * PARTS * size_2
+        later = (at + rows) * PARTS
+        later_1, later_2 = grad_stack_1 + later * size_1, grad_stack_2 + later * size_2
         w_1, w_2, onto_1, onto_2 = state_1, state_2, before_1, before_2
         if ANCHORED:  # known when compiling, and the rest is not  # noqa: SIM102
             if chunk == 0:

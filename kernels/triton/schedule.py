@@ -38,9 +38,10 @@ RESIDENT = {"write_kernel": "write_resident_kernel", "write_backward_kernel": "w
 """The kernels that have two schedules: by the name of the streamed one, the resident one's."""
 
 
-def tile(size: int, most: int) -> int:
+def tile(size: int, most: int | None = None) -> int:
     """The tile for ``size`` numbers: a power of two, of 16 at least, which is what matrix units take."""
-    return min(most, max(16, triton.next_power_of_2(size)))
+    whole: int = max(16, triton.next_power_of_2(size))
+    return whole if most is None else min(most, whole)
 
 
 def schedule(
@@ -54,7 +55,7 @@ def schedule(
     small = stays and held(layers, parts, d_in, width, d_out, backward=backward) <= ROOM[backward] // 2
     return dict(
         ROWS=tile(b, 16 if few else 32), KEYS=tile(b, 64),
-        IN=tile(d_in, 128), OUT=tile(d_out, 128), BLOCK=tile(width, 32), WIDTH=tile(width, 512),
+        IN=tile(d_in, 128), OUT=tile(d_out, 128), BLOCK=tile(width, 32), WIDTH=tile(width),
         num_warps=4 if small else 8, num_stages=1,
     )  # fmt: skip
 
@@ -66,7 +67,7 @@ def held(
 
     Forward, the weights that a chunk began with; backward, these and their gradient.
     """
-    over, onto, out = tile(d_in, 128), tile(width, 512), tile(d_out, 128)
+    over, onto, out = tile(d_in), tile(width), tile(d_out)
     return (parts + (2 if backward else 1)) * onto * (out + (over if layers == 2 else 0)) * wide.itemsize
 
 

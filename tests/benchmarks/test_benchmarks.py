@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-PROGRAMS = ("memory", "model", "streaming")
+PROGRAMS = ("memory", "model", "streaming", "torch_path")
 # as `python benchmarks/NAME.py`, where titans-pytorch is not installed
 WITHOUT = """
 import runpy, sys
@@ -49,7 +49,9 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str
     found = {}
     for program in PROGRAMS:
         file = tmp_path_factory.getbasetemp() / "results" / f"{program}.json"
-        process = start([str(BENCHMARKS / f"{program}.py"), "--quick", "--json", str(file)])
+        # a checkout need not have the older commit
+        words = ["--before", "HEAD"] if program == "torch_path" else []
+        process = start([str(BENCHMARKS / f"{program}.py"), "--quick", "--json", str(file), *words])
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
         found[program] = (file, out)
@@ -86,6 +88,9 @@ def test_every_case_is_measured(quick: Any) -> None:
     contexts = {(row["kind"], row["context"]) for row in results["model"]["generation"]}
     assert {("mac", 1_000), ("transformer", 1_000), ("plain", 16)} <= contexts and ("plain", 1_000) not in contexts
     assert [row["recipe"] for row in results["streaming"]["recipes"] if not row["finite"]] == []
+    path = results["torch_path"]
+    assert all(row["before"] > 0 and row["now"] > 0 for row in path["pairs"]) and len(path["pairs"]) == 2
+    assert {"torch", "compiled"} <= {row["way"] for row in path["ways"]}
 
 
 def test_every_packaged_recipe_is_streamed(load: Any) -> None:
@@ -98,7 +103,7 @@ def test_the_page_is_filled_from_the_result_files(quick: Any, load: Any) -> None
     page = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
     file, _ = quick["memory"]
     filled = render(page, file.parent)
-    assert "Not measured yet" not in filled
+    assert not any(f"Not measured yet: `make bench-{program}`" in filled for program in PROGRAMS)
     assert "quick run: not figures to quote" in filled
     assert render(filled, file.parent) == filled
     emptied = render(filled, file.parent / "none")

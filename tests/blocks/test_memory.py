@@ -62,6 +62,20 @@ def test_gates_of_a_chunk_are_those_of_its_first_token() -> None:
         assert not torch.equal(gate[:, 4], gate[:, 5])
 
 
+@pytest.mark.parametrize("gates", ["token", "chunk"])
+def test_a_piece_without_a_token_changes_nothing(gates: str) -> None:
+    block = memory(gates=gates)
+    state = block(torch.randn(2, 7, 8, dtype=torch.float64), block.init_state(2))[1]
+    for x, mask in (
+        (torch.randn(2, 3, 8, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.bool)),
+        (torch.randn(2, 0, 8, dtype=torch.float64), None),
+    ):
+        y, after = block(x, state, mask=mask)
+        assert torch.equal(y, torch.zeros_like(x))
+        for (name, old), (_, new) in zip(tb.state.named_tensors(state), tb.state.named_tensors(after)):
+            assert torch.equal(old, new), name
+
+
 @pytest.mark.parametrize("heads", [1, 4])
 def test_hard_gates_start_as_the_sigmoids_do(heads: int) -> None:
     """Equal values and equal spread, and none is cut off: every one has a gradient."""

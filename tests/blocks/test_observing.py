@@ -269,6 +269,18 @@ def test_what_was_compiled_is_seen_as_it_is_written():
     assert list(seen.memories) == [""] and seen.memories[""].surprise.shape == (2, 13, 2)
 
 
+@pytest.mark.parametrize("name", ["mac", "mag"])
+def test_under_autocast_surprise_is_measured_in_full_precision(name):
+    built, read = model(name, torch.float32), tokens()
+    with torch.no_grad(), tb.observe(built) as exact:
+        built(read)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), tb.observe(built) as seen:
+        built(read)
+    found, expected = seen.memories[PATHS[name]].surprise, exact.memories[PATHS[name]].surprise
+    assert found.dtype == torch.float32 and found.isfinite().all()
+    assert_close(found, expected, rtol=0.1, atol=0.05 * float(expected.mean()))
+
+
 def test_a_forward_pass_that_is_repeated_for_gradients_is_recorded_once():
     module, given = model(), tokens()
     for layer in module.layers:

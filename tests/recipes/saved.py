@@ -11,6 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from titans_build.recipes.checksum import checksum
+
 TINY = """
 version: 1
 name: tiny
@@ -56,4 +58,5 @@ def rewrite(path: Path, change: Any, **metadata: str) -> None:
         old = file.metadata()
     tensors = load_file(path)
     change(tensors)
-    save_file({name: tensor.clone() for name, tensor in tensors.items()}, path, {**old, **metadata})
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    save_file(tensors, path, {**old, "checksum": checksum(tensors), **metadata})

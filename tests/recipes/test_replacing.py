@@ -56,6 +56,19 @@ def test_a_folder_that_nothing_came_into_goes_again(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes here")
+def test_a_writer_that_replaces_what_it_is_given_replaces_no_device(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    with replacing(pipe) as temporary:
+        new = temporary.with_name("new")
+        new.write_bytes(b"content")
+        os.replace(new, temporary)  # as safetensors does
+    assert stat.S_ISFIFO(os.stat(pipe).st_mode) and os.read(reader, 100) == b"content"
+    os.close(reader)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes here")
 def test_a_pipe_is_no_saved_model(tmp_path):
     os.mkfifo(tmp_path / "model.json")
     with pytest.raises(StorageError, match="not a regular file"):

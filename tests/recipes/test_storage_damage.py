@@ -37,6 +37,13 @@ class TestDamagedModels:
         weights_of(saved).write_bytes(content)
         self.refused(saved, "expected a whole safetensors file")
 
+    @pytest.mark.parametrize("place", [-1, -1000])
+    def test_numbers_that_changed(self, saved: Path, place: int):
+        content = bytearray(weights_of(saved).read_bytes())
+        content[place] ^= 1
+        weights_of(saved).write_bytes(content)
+        self.refused(saved, "damaged: the numbers in it are not those that were saved (checksum ")
+
     def test_weights_of_another_program(self, saved: Path):
         save_file({"a": torch.zeros(2)}, weights_of(saved))
         self.refused(saved, "expected a file of format 'titans-build model', got null")

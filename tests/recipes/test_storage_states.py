@@ -78,6 +78,12 @@ class TestStates:
             load_state(path, model)
         assert all(fragment in str(caught.value) for fragment in fragments), str(caught.value)
 
+    def test_numbers_that_changed(self, saved: Path, model: LanguageModel):
+        content = bytearray(saved.read_bytes())
+        content[-1] ^= 1
+        saved.write_bytes(content)
+        self.refused(saved, model, "s.safetensors: damaged: the numbers in it are not those that were saved")
+
     def test_a_state_of_another_recipe(self, saved: Path, model: LanguageModel):
         other = build(OTHER)
         self.refused(saved, other, "belongs to another recipe", model.recipe.fingerprint, other.recipe.fingerprint)

@@ -132,7 +132,7 @@ def test_every_measurement_of_the_check(tmp_path):
     assert {"torch", "torch, compiled"} <= {row["backend"] for row in ours if row["what"] == "memory"}
     beside = {row["backend"] for row in found["speed"]} - {row["backend"] for row in ours}
     assert beside == {"titans-pytorch", "fla gated delta rule", "fla momentum delta rule", "fla TTT-Linear"}
-    assert len(found["goals"]) == 9 and {"exponent", "bytes"} <= found["trends"][0].keys() if found["trends"] else True
+    assert len(found["goals"]) == 10 and {"exponent", "bytes"} <= found["trends"][0].keys() if found["trends"] else True
 
 
 def test_what_matters_most_comes_first():

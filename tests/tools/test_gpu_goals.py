@@ -34,7 +34,7 @@ def test_a_trend_is_of_one_thing_at_many_lengths():
 
 def test_nothing_measured_is_no_goal_met_and_none_missed():
     found = goals([])
-    assert len(found) == 9 and all(goal.reached == "not measured" and goal.met is None for goal in found)
+    assert len(found) == 10 and all(goal.reached == "not measured" and goal.met is None for goal in found)
 
 
 def test_shares_of_the_matrix_rate():
@@ -63,6 +63,8 @@ def test_models_by_length():
     assert reached(rows, "MAG past 100,000 tokens") == ("3.00", False)
 
 
-def test_a_step_over_moving_its_state():
-    shape = "2048 x 1, d 64, expansion 2"
-    assert reached([row("memory step", "triton_step", shape, 1.0, share=0.8)], "step of a token") == ("1.25", True)
+def test_a_step_over_reading_its_state_and_over_moving_it():
+    """Reading is half of what is moved: a step that moves all of it at full speed takes twice as long."""
+    step = row("memory step", "triton_step", "2048 x 1, d 64, expansion 2", 1.0, share=0.8)
+    assert reached([step], "step of a token: its time over that of reading") == ("2.50", False)
+    assert reached([step], "step of a token: its time over that of moving") == ("1.25", True)

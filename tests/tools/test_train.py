@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,7 @@ import pytest
 from tiny_runs import TINY
 
 import titans_build as tb
+from titans_build.tools.terminal import CommandFailed
 from titans_build.tools.train import main
 from titans_build.tools.training.journal import Journal
 
@@ -111,11 +116,50 @@ def test_tensorboard_logs_are_written(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 1.0), (2, 0.5)]
 
 
+def test_a_log_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, None, tensorboard=False)
+    journal.open(0)
+    (tmp_path / "log.jsonl").mkdir()
+    with pytest.raises(CommandFailed, match=r"log\.jsonl: cannot be written: Is a directory"):
+        journal.say("step", step=1, loss=1.0)
+
+
+def seen_on_a_terminal(monkeypatch: pytest.MonkeyPatch, *words: object) -> str:
+    """What a successful command writes to standard error where that is a terminal."""
+    ours, theirs = os.openpty()
+    seen: list[bytes] = []
+
+    def read() -> None:
+        with contextlib.suppress(OSError):  # the other end is closed
+            while part := os.read(ours, 4096):
+                seen.append(part)
+
+    reader = threading.Thread(target=read)
+    with open(theirs, "w", encoding="utf-8") as terminal, monkeypatch.context() as patch:
+        reader.start()
+        patch.setenv("COLUMNS", "120")
+        patch.setenv("TERM", "xterm")
+        patch.setattr(sys, "stderr", terminal)
+        assert run(*words) == 0
+    reader.join(timeout=60)
+    os.close(ours)
+    return b"".join(seen).decode()
+
+
+def test_a_bar_is_shown_where_a_person_is_looking(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (recipe, "--data", "copy:length=16", "--steps", 3, *QUICK)
+    bar = seen_on_a_terminal(monkeypatch, *words, "--out", tmp_path / "run")
+    assert "loss 2." in bar and "3/3" in bar and "tokens/s" in bar and "0:00:00" in bar
+    # it goes when it is done, and the lines are where they always are
+    assert bar.endswith("\x1b[2K") and capsys.readouterr().out.startswith("step       2  loss ")
+    assert seen_on_a_terminal(monkeypatch, *words, "--out", tmp_path / "json", "--json") == ""
+
+
 def test_without_tensorboard_one_line_says_so_unless_it_was_asked_for(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     words: list[Any] = [recipe, "--data", "copy:length=16", "--steps", 1, "--batch", 4]
     assert run(*words, "--out", tmp_path / "a") == 0

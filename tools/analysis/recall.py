@@ -49,7 +49,8 @@ def recall_of(stretch: Stretch, *, longest: int, pairs: int, seed: int = 0) -> R
     ``longest``: the largest distance, less than the tokens of the stretch.
     """
     tokens = stretch.tokens
-    distances = [0, *(2**power for power in range(longest.bit_length()) if 2**power < longest), longest]
+    # apart enough for their names to stand side by side under a figure
+    distances = [0, *(2**power for power in range(longest.bit_length()) if 1.4 * 2**power < longest), longest]
     time = tokens.q.shape[1]
     places = sorted({int(place) for place in np.linspace(0, time - longest - 1, PLACES)})
     random = torch.Generator().manual_seed(seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -15,6 +16,10 @@ from .source import Split
 
 FEW = 5
 """Whole documents are held out where at least so many are to be expected in a split; otherwise, ends of documents."""
+
+
+LOOKED_AT, LOOK = 256, 1024
+"""Documents that a fingerprint looks into at most, and tokens that it reads at each place of them."""
 
 
 class Documents(Protocol):
@@ -100,5 +105,16 @@ def spans_of(split: Split, documents: Documents, valid: float, test: float) -> t
 
 
 def fingerprint(documents: Documents) -> str:
-    """Changes when a document comes, goes, or has another name or number of tokens."""
-    return f"{key_of(*documents.names, *documents.lengths.tolist(), documents.vocab):016x}"
+    """Changes when a document comes, goes, or has another name or number of tokens.
+
+    Also when others stand at the beginnings, middles and ends of documents, as far as these are looked at: reading all
+    of a large text would take long.
+    """
+    looked_at = hashlib.sha256()
+    for document in range(0, len(documents.lengths), -(-len(documents.lengths) // LOOKED_AT) or 1):
+        length = int(documents.lengths[document])
+        for start in sorted({0, max(length // 2 - LOOK // 2, 0), max(length - LOOK, 0)}):
+            tokens = documents.read(document, start, min(start + LOOK, length))
+            looked_at.update(np.asarray(tokens, "<i8").tobytes())
+    content = looked_at.hexdigest()
+    return f"{key_of(*documents.names, *documents.lengths.tolist(), documents.vocab, content):016x}"

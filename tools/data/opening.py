@@ -61,8 +61,10 @@ def _as_mapping(spec: Any) -> dict[str, Any]:
     """Settings with a ``task`` or a ``text`` among them."""
     if isinstance(spec, Mapping):
         settings = dict(spec)
-        if len({"task", "text"} & settings.keys()) != 1:
-            near = next((near for key in settings if (near := nearest(key, ["task", "text"]))), "")
+        kinds = ["task", "text"]
+        said = settings.keys() & set(kinds)
+        if len(said) != 1:
+            near = "" if said else next((near for key in settings if (near := nearest(key, kinds))), "")
             raise RecipeError([Problem("", f"expected either a task or a text, got {show(settings)}{near}")], "data")
         if "task" in settings and not isinstance(settings["task"], str):
             raise RecipeError([Problem("task", f"expected a name, got {show(settings['task'])}")], "data")

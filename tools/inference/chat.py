@@ -41,7 +41,6 @@ class _Talk:
         self.session, self.sampler, self.target = session, sampler, target
         self.most, self.stops = arguments.max_new_tokens, arguments.stop
         self.template = unescaped(arguments.template)
-        self.state = arguments.state
         self.to_person = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
         self.over = False
         self.commands: dict[str, tuple[str, Callable[[str], None]]] = {

@@ -41,7 +41,7 @@ def measure(
         session.at = Reading(state, None, 0)
         try:
             with session.model.freeze_memory():
-                frozen = _read(session, Text(text.files, []), edges)
+                frozen = _read(session, Text(text.files, [], text.option), edges)
         except ValueError as error:
             raise UsageError(f"--compare-frozen: {error}") from None
     read = live.tokens + 1  # nothing predicts the first

@@ -13,7 +13,7 @@ from .answering import answer_prompt
 from .chat import DEFAULT_TEMPLATE, PLACE, chat
 from .measuring import edges_of, measure
 from .opening import open_model
-from .session import Session, check_target
+from .session import Session, check_place, check_target
 from .sources import STANDARD_INPUT, Text
 
 SUMMARY = "Let a saved model read a text of any length and go on from it; keep what it learned for the next time."
@@ -35,7 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, the text, the state, how to draw tokens, and what to do."""
     add = parser.add_argument
     add("model", metavar="MODEL", help="the folder of a saved model, or of a titans-train run")
-    add("prompt", nargs="*", metavar="PROMPT", help="what to read, after the files; words are joined by a space")
+    add(
+        "prompt",
+        nargs="*",
+        default=[],
+        metavar="PROMPT",
+        help="what to read, after the files; words are joined by a space",
+    )
     add(
         "--file",
         action="append",
@@ -80,8 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--compare-frozen", action="store_true", help="--perplexity: read once more with the memory frozen")
     add("--plot", metavar="FILE.svg", help="--perplexity: a picture of it, by position")
-    add_placement(parser)
-    parser.set_defaults(dtype=None)  # so that a saved model keeps its own
+    add_placement(parser, dtype=None)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -94,7 +99,9 @@ def run(arguments: argparse.Namespace) -> int:
     if not files and not arguments.prompt and not talks:
         talks = sys.stdin is not None and sys.stdin.isatty() and not arguments.json
         files = [] if talks else [STANDARD_INPUT]
-    text = Text(files, arguments.prompt)
+    text = Text(files, arguments.prompt, "--file" if arguments.perplexity is None else "--perplexity")
+    if arguments.compare_frozen and text.size is None:
+        raise UsageError("--compare-frozen reads the text twice, which standard input or another pipe cannot be")
     edges = edges_of(arguments.buckets)
     model, codec = open_model(arguments.model, arguments.tokenizer, arguments.device, arguments.dtype)
     session = Session(model, codec)
@@ -137,8 +144,6 @@ def _check(arguments: argparse.Namespace) -> None:
                 raise UsageError(f"--perplexity measures one file and generates nothing: {option} has no place there")
         if arguments.compare_frozen and arguments.no_write:
             raise UsageError("--compare-frozen compares with --no-write: give one of them")
-        if arguments.compare_frozen and arguments.perplexity == STANDARD_INPUT:
-            raise UsageError("--compare-frozen reads the text twice, which standard input cannot be")
     else:
         for given, option in (
             (arguments.buckets, "--buckets"),
@@ -155,8 +160,10 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--template {arguments.template}: expected {PLACE} in it, where the line goes")
     if "" in arguments.stop:
         raise UsageError("--stop: expected a text, got none")
-    if arguments.plot is not None and not arguments.plot.endswith(".svg"):
-        raise UsageError(f"--plot {arguments.plot}: the picture is SVG; expected a name that ends in .svg")
+    if arguments.plot is not None:
+        if not arguments.plot.endswith(".svg"):
+            raise UsageError(f"--plot {arguments.plot}: the picture is SVG; expected a name that ends in .svg")
+        check_place(Path(arguments.plot), "--plot")
     if arguments.fork and arguments.state is None:
         raise UsageError("--fork: leaves the file of --state as it is, and there is no --state")
 

@@ -122,6 +122,13 @@ class Session:
 
 def check_target(path: Path, option: str) -> None:
     """Raise ``UsageError``, before the work, when a state could not or should not be written to ``path`` after it."""
+    check_place(path, option)
+    if path.is_file() and not _is_state(path, option):
+        raise UsageError(f"{option} {path}: there is a file that is no saved state, which would be replaced")
+
+
+def check_place(path: Path, option: str) -> None:
+    """Raise ``UsageError``, before the work, when no file could be written to ``path`` after it."""
     try:
         if path.is_dir():
             raise UsageError(f"{option} {path}: a folder; expected the name of a file")
@@ -129,15 +136,15 @@ def check_target(path: Path, option: str) -> None:
             raise UsageError(f"{option} {path}: there is no folder {path.absolute().parent}")
         if not os.access(path.resolve().parent, os.W_OK | os.X_OK):
             raise UsageError(f"{option} {path}: {path.resolve().parent} cannot be written to")
-        if path.is_file() and not _is_state(path):
-            raise UsageError(f"{option} {path}: there is a file that is no saved state, which would be replaced")
     except (OSError, ValueError) as error:
         raise UsageError(f"{option} {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _is_state(path: Path) -> bool:
+def _is_state(path: Path, option: str) -> bool:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return (file.metadata() or {}).get("format") == STATE_FORMAT
     except SafetensorError:
         return False
+    except OSError as error:
+        raise UsageError(f"{option} {path}: {error.strerror or error}") from None

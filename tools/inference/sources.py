@@ -19,12 +19,12 @@ STANDARD_INPUT = "-"
 class Text:
     """The files one after the other, exactly as they are, and then the words with a space between; nothing is added."""
 
-    def __init__(self, files: Sequence[str], words: Sequence[str]) -> None:
-        """Raises ``UsageError`` for a file that cannot be read."""
+    def __init__(self, files: Sequence[str], words: Sequence[str], option: str = "--file") -> None:
+        """``option``: the one that named the files. Raises ``UsageError`` for a file that cannot be read."""
         self.words = os.fsencode(" ".join(words))
         self.read = 0
         """Bytes that were handed out."""
-        self.files = list(files)
+        self.files, self.option = list(files), option
         if self.files.count(STANDARD_INPUT) > 1:
             raise UsageError("--file -: standard input can be read once")
         sizes = [self._size(name) for name in files]
@@ -33,7 +33,7 @@ class Text:
 
     def __iter__(self) -> Iterator[bytes]:
         for name in self.files:
-            with _reporting(name), _opened(name) as file:
+            with self._reporting(name), _opened(name) as file:
                 # whatever is there: a pipe is not waited for until a block is full
                 while block := file.read1(BLOCK):
                     self.read += len(block)
@@ -45,14 +45,21 @@ class Text:
     def _size(self, name: str) -> int | None:
         if name == STANDARD_INPUT:
             return None
-        with _reporting(name):
+        with self._reporting(name):
             found = os.stat(name)
             if stat.S_ISDIR(found.st_mode):
-                raise UsageError(f"--file {name}: a folder; expected a file")
+                raise UsageError(f"{self.option} {name}: a folder; expected a file")
             if not stat.S_ISREG(found.st_mode):  # a pipe, which opening would wait for
                 return None
             with open(name, "rb"):
                 return found.st_size
+
+    @contextlib.contextmanager
+    def _reporting(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{self.option} {name}: {getattr(error, 'strerror', None) or error}") from None
 
 
 @contextlib.contextmanager
@@ -65,11 +72,3 @@ def _opened(name: str) -> Iterator[io.BufferedReader]:
         return
     with open(name, "rb") as file:
         yield file
-
-
-@contextlib.contextmanager
-def _reporting(name: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--file {name}: {getattr(error, 'strerror', None) or error}") from None

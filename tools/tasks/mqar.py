@@ -17,11 +17,13 @@ class MultiQueryRecall(Task):
     """Recall the values of many keys, each asked for once, sooner more often than later.
 
     A row begins with ``pairs`` keys, each followed by its value. Keys are from the lower half of the vocabulary
-    (never 0), values from the upper half, none twice. What follows are random tokens of the whole vocabulary, two
-    for each place, and each key once more at the start of a place of its own: its value is asked for there, and not
-    shown. The place ``i`` after the pairs has a weight of ``(i + 1) ** (power - 1)``, and the keys' places are drawn
-    by these weights without being put back: with a small ``power`` most are near, a few far. With ``pairs: 2,
-    length: 12, vocab: 20`` (``.`` is a target that does not count; keys are 3 and 7)::
+    (never 0), values from the upper half, none twice. What follows are random tokens of the whole vocabulary, two for
+    each place, and each key once more at the start of a place of its own: its value is asked for there, and not
+    shown. Where chance would put one of the row's keys among the random tokens stands 0, so that a key is followed by
+    its value, or asked for, and stands nowhere else. The place ``i`` after the pairs has a weight of ``(i + 1) **
+    (power - 1)``, and the keys' places are drawn by these weights without being put back: with a small ``power`` most
+    are near, a few far. With ``pairs: 2, length: 12, vocab: 20`` (``.`` is a target that does not count; keys are 3
+    and 7)::
 
         tokens    3 14 7 11  7 18  0 5  3 16  9 2
         targets   .  . .  . 11  .  . . 14  .  . .
@@ -53,6 +55,7 @@ class MultiQueryRecall(Task):
         keys = 1 + draws.distinct("keys", self.pairs, half - 1)
         values = half + draws.distinct("values", self.pairs, half)
         tokens = draws.integers("filler", self.length, self.vocab)
+        tokens[(tokens[:, :, None] == keys[:, None]).any(-1)] = 0
         tokens[:, 0:context:2], tokens[:, 1:context:2] = keys, values
         queries = context + 2 * self._places(draws)
         np.put_along_axis(tokens, queries, keys, axis=1)

@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--parameters",
         default="first",
         metavar="N",
-        help=f"parameters of each, within {TOLERANCE:.0%}: a number, first (those of the first recipe), or none",
+        help=f"parameters of each, within {TOLERANCE:.0%}%: a number, first (those of the first recipe), or none",
     )
     parser.add_argument(
         "--fit", default=DIAL, metavar="BLOCK.FIELD", help=f"what is changed for that (default: {DIAL})"

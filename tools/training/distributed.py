@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
+import atexit
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -125,25 +125,20 @@ def _own_states(layer: Any) -> None:
     layer.init_state = lambda batch_size: own(init_state(batch_size))
 
 
-@contextlib.contextmanager
-def processes(device: torch.device) -> Iterator[Processes]:
+def processes(device: torch.device) -> Processes:
     """The processes that ``torchrun`` says there are: gloo between CPUs, NCCL between GPUs."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
-        yield Processes(device=device)
-        return
+        return Processes(device=device)
     import torch.distributed as dist
 
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    joined = dist.is_initialized()
-    if not joined:
+    if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield Processes(dist.get_rank(), dist.get_world_size(), device)
-    finally:
-        if not joined:
-            dist.destroy_process_group()
+        # not sooner: processes that have parted find each other no more, and there may be another run
+        atexit.register(dist.destroy_process_group)
+    return Processes(dist.get_rank(), dist.get_world_size(), device)
 
 
 def gathered(model: nn.Module) -> dict[str, Tensor]:

@@ -14,10 +14,13 @@ from ...recipes import Recipe, StorageError, load_recipe
 from ...recipes.reading import read_file, write_yaml
 from ...recipes.replacing import replacing
 from ...registry import Problem, RecipeError, show
+from ..terminal import CommandFailed
 from .settings import FIXED, Settings, as_settings
 
 RUN, RECIPE, TRAIN = "run.json", "recipe.yaml", "train.yaml"
 FORMAT = "titans-build run"
+SAME = ("files", "fingerprint", "tokenizer_hash", "fields", "vocab", "length")
+"""Of what a source says of itself, that which does not change while a run goes on."""
 
 
 def is_run(folder: Path) -> bool:
@@ -60,6 +63,32 @@ def record(
         raise StorageError(f"{folder}: cannot be written: {error.strerror or error}") from error
 
 
+def described(folder: Path) -> dict[str, Any]:
+    """What ``run.json`` says of the run in a folder. Raises ``StorageError`` where it says nothing."""
+    path = folder / RUN
+    try:
+        run = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise StorageError(f"{path}: expected the description of a run: {error}") from None
+    if not isinstance(run, dict) or run.get("format") != FORMAT:
+        raise StorageError(f"{path}: expected the description of a run (format {FORMAT!r}), got {show(run)}")
+    return run
+
+
+def expect_the_same_data(folder: Path, before: Any, now: dict[str, Any]) -> None:
+    """Raise ``RecipeError`` where a run's data, as sources describe them, are not what they were when it was begun."""
+    before = before if isinstance(before, dict) else {}
+    problems = [
+        Problem(name.replace("_", " "), f"the run was begun with {show(before[name])}, and now it is {show(now[name])}")
+        for name in SAME
+        if name in before and name in now and before[name] != now[name]
+    ]
+    if problems:
+        what = show(", ".join(now["text"]) if "text" in now else now.get("task"), 200)
+        problems.append(Problem("", f"{what} has changed: put back what it was, or begin a run in another folder"))
+        raise RecipeError(problems, f"{folder}: --resume: data")
+
+
 def recorded(folder: Path, *, allow_imports: bool = False) -> tuple[Recipe, Any, Settings]:
     """The recipe, data and settings of the run in a folder. Raises ``StorageError`` where there is none."""
     if not is_run(folder):
@@ -87,6 +116,15 @@ def changed(folder: Path, recorded: Settings, settings: Settings) -> dict[str, A
     if fixed:
         raise RecipeError(fixed, f"{folder}: --resume")
     return changes
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise ``CommandFailed`` where a file cannot be written in a ``with`` block, because the disk is full for one."""
+    try:
+        yield
+    except OSError as error:
+        raise CommandFailed(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 from ...recipes.replacing import replacing
 from ..extras import from_extra
+from .folder import writing
 
 Event = dict[str, Any]
 LOG = "log.jsonl"
@@ -37,7 +39,7 @@ class Journal:
             return
         if self._path.exists():
             self.history = [event for event in read_log(self._path) if event.get("step", 0) <= step]
-            with replacing(self._path) as path:
+            with writing(self._path), replacing(self._path) as path:
                 path.write_text("".join(map(_line, self.history)), encoding="utf-8")
         if self._wanted is not False:
             self._open_board(step)
@@ -61,17 +63,22 @@ class Journal:
         event = _plain({"event": kind, **fields})
         if self._path is not None and kind != "tick":
             self.history.append(event)
-            with open(self._path, "a", encoding="utf-8") as file:
+            with writing(self._path), open(self._path, "a", encoding="utf-8") as file:
                 file.write(_line(event))
         if self._board is not None and kind in ("step", "valid", "surprise"):
-            self._draw(event)
+            try:
+                self._draw(event)
+            except OSError as error:  # of what was drawn before: it is written by a thread
+                self._board = None
+                self.say("warning", step=event["step"], message=f"no more TensorBoard logs: {error.strerror or error}")
         if self._listener is not None:
             self._listener(event)
 
     def close(self) -> None:
         """Finish the TensorBoard logs."""
         if self._board is not None:
-            self._board.close()
+            with contextlib.suppress(OSError):  # a full disk, which the log file has met as well
+                self._board.close()
             self._board = None
 
     def _draw(self, event: Event) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from ...recipes import StorageError
 from ...recipes.replacing import replacing
 from . import checkpoint
+from .folder import writing
 
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -61,7 +62,8 @@ class Checkpoints:
         """Say which are the latest and the best, and remove all but ``keep`` and the best."""
         best = best if best is not None and self.path(best).is_dir() else None
         index = {"latest": self.path(latest).name, "best": None if best is None else self.path(best).name}
-        with replacing(self.folder / "index.json") as path:
+        place = self.folder / "index.json"
+        with writing(place), replacing(place) as path:
             path.write_text(json.dumps(index) + "\n", encoding="utf-8")
         older = [step for step in self.steps() if step <= latest]
         # those after it are of a course that the run has left

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from ...blocks.language_model import LanguageModel
 from ...blocks.state import State
 from ...recipes import StorageError
+from ...registry import show
 from ..data import Batch, Source
 from ..terminal import CommandFailed
 from . import checkpoint
@@ -21,10 +23,10 @@ from .measuring import validate
 from .optimiser import Average, make_optimizer, matching
 from .schedule import learning_rate, place_of
 from .settings import Settings
-from .snapshot import Snapshot
+from .snapshot import Snapshot, random_names
 from .stepping import AUXILIARY, Read, Reader
 from .stopping import Stopping
-from .watching import Watch, grown, surprises, wildest
+from .watching import Watch, finite, grown, surprises, wildest
 
 MOST_SKIPPED = 10
 """Bad steps in a row that are skipped; then the run stops all the same."""
@@ -67,6 +69,7 @@ class Loop:
         self.average = None if settings.ema is None else Average(model, settings.ema)
         self.state: State = None
         self.progress = Progress()
+        self.saved: int | None = None
         self.watch = Watch(settings.spike)
 
     # -- saving and going on ---------------------------------------------------------------------------------------
@@ -76,14 +79,17 @@ class Loop:
         return Snapshot(self.model, self.optimizer, self.average, self.state, rows, self.processes)
 
     def save(self) -> None:
-        """A checkpoint of the run as it is."""
+        """A checkpoint of the run as it is, unless there is one: for a moment, replacing it would leave none."""
         progress = self.progress
+        if self.saved == progress.step:
+            return
         progress.losses = list(self.watch.losses)
         tensors = self._snapshot().tensors()
         facts = {
             "progress": vars(progress),
             "fingerprint": self.model.recipe.fingerprint,  # type: ignore[union-attr]
             "processes": self.processes.world,
+            "device": self.processes.device.type,
             "batch": progress.step * self.settings.windows,
             "tensors": sorted(name for name in tensors if not name.startswith("random.")),
         }
@@ -91,6 +97,7 @@ class Loop:
         if self.processes.main:
             best = None if progress.best is None else int(progress.best["step"])
             self.checkpoints.settle(progress.step, best, self.settings.keep)
+        self.saved = progress.step
         self.journal.say("checkpoint", step=progress.step, path=str(self.checkpoints.path(progress.step)))
 
     def load(self, step: int, facts: dict[str, Any]) -> None:
@@ -100,17 +107,18 @@ class Loop:
             progress, names = Progress(**facts["progress"]), set(facts["tensors"])
         except (KeyError, TypeError) as error:
             raise StorageError(f"{folder}: the facts of its index are not those of a run: {error}") from None
-        names |= {f"random.{rank}.{kind}" for rank in range(facts["processes"]) for kind in ("cpu", self._kind)}
+        fingerprint = self.model.recipe.fingerprint  # type: ignore[union-attr]
+        if facts.get("fingerprint") != fingerprint:
+            # a later version may give a block a field that it had not
+            came = show(facts.get("fingerprint"))
+            raise StorageError(f"{folder}: it is of another recipe: expected {fingerprint}, got {came}")
+        names |= random_names(facts["processes"], facts.get("device", "cpu"))
         snapshot = self._snapshot()
         tensors = snapshot.prepare(names)
         checkpoint.read(folder, tensors, self.processes)
         snapshot.restore(tensors)
-        self.state, self.progress = snapshot.state, progress
+        self.state, self.progress, self.saved = snapshot.state, progress, step
         self.watch = Watch(self.settings.spike, progress.losses)
-
-    @property
-    def _kind(self) -> str:
-        return self.processes.device.type
 
     # -- running ---------------------------------------------------------------------------------------------------
 
@@ -153,10 +161,11 @@ class Loop:
     def _step(self, windows: list[Batch], started: float) -> int:
         """One update, or none where the step is bad; the number of bad ones in a row."""
         settings, progress = self.settings, self.progress
+        memories = {}
         if settings.surprise_every and (progress.step + 1) % settings.surprise_every == 0:
-            progress.surprise = surprises(self.reader, windows[0], self.state)
-            if progress.surprise:
-                self.journal.say("surprise", step=progress.step + 1, memories=progress.surprise)
+            memories = surprises(self.reader, windows[0], self.state)
+            if memories:
+                self.journal.say("surprise", step=progress.step + 1, memories=memories)
         rate = learning_rate(progress.step, settings)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -175,6 +184,7 @@ class Loop:
         if self.average is not None:
             self.average.update()
         self.state = read.state if self.source.carries and settings.carry != "off" else None
+        progress.surprise |= finite(memories)
         self._note(read, rate, norm, windows, started)
         return 0
 
@@ -202,7 +212,7 @@ class Loop:
                 found = validate(reader, self.valid, self.settings.valid_batches)
         else:
             found = validate(reader, self.valid, self.settings.valid_batches)
-        if progress.best is None or found["loss"] < progress.best["loss"]:
+        if math.isfinite(found["loss"]) and (progress.best is None or found["loss"] < progress.best["loss"]):
             progress.best = {"step": progress.step, **found}
         self.journal.say("valid", step=progress.step, **found)
 

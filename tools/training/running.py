@@ -17,7 +17,7 @@ from ...recipes.loading import Source as RecipeSource
 from ...registry import Problem, RecipeError, show
 from ..data import Source, open_source
 from .distributed import Processes, gathered, processes
-from .folder import changed, is_run, locked, record, recorded
+from .folder import changed, described, expect_the_same_data, is_run, locked, record, recorded
 from .journal import Event, Journal
 from .keeping import Checkpoints
 from .loop import Loop
@@ -64,7 +64,9 @@ def train(
     place = Path(out)
     goes_on = resume and is_run(place)
     changes: dict[str, Any] = {}
+    run: dict[str, Any] = {}
     if goes_on:
+        run = described(place)
         recipe, data, settings, changes = _as_before(place, recipe, data, settings)
     elif is_run(place):
         raise StorageError(f"{place}: there is a run in this folder; resume it (--resume), or choose another folder")
@@ -78,15 +80,18 @@ def train(
         )
     device = _device(settings.device)
     numbers: list[int] | None = [] if device.type == "cpu" else None
-    with processes(device) as group, torch.random.fork_rng(numbers), contextlib.ExitStack() as stack:
+    group = processes(device)
+    with torch.random.fork_rng(numbers), contextlib.ExitStack() as stack:
         source, valid = _sources(data, settings, group, recipe.vocab)
         _check_share(settings, group, source)
+        expect_the_same_data(place, run.get("data"), source.describe())
         if group.main:
             stack.enter_context(locked(place))
-        model = _model(recipe, settings, group, None if goes_on else weights)
+        checkpoints = Checkpoints(place / "checkpoints")
+        weights = run.get("weights") if goes_on else None if weights is None else os.path.abspath(weights)
+        model = _model(recipe, settings, group, None if goes_on and checkpoints.steps() else weights)
         _check_carry(settings, source, model)
         torch.manual_seed(settings.seed + group.rank)
-        checkpoints = Checkpoints(place / "checkpoints")
         journal = Journal(place if group.main else None, on_event, tensorboard=settings.tensorboard)
         stack.callback(journal.close)
         if settings.recompute:
@@ -94,8 +99,7 @@ def train(
         loop = Loop(model, source, valid, settings, group, journal, checkpoints, _resuming(place, group))
         if group.main:
             if not goes_on or changes:
-                more = {"weights": None if weights is None else os.fspath(weights), "processes": group.world}
-                record(place, recipe, data, settings, source.describe(), **more)
+                record(place, recipe, data, settings, source.describe(), weights=weights, processes=group.world)
             checkpoints.clear()
         _begin(loop, goes_on, changes)
         with stack.enter_context(Stopping()) as stopping:

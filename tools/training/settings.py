@@ -183,6 +183,10 @@ def _together(data: dict[str, Any], values: dict[str, Any], stages: list[Stage])
     if values["batch"] % values["accumulate"]:
         message = f"expected a divisor of batch = {values['batch']}, got {values['accumulate']}"
         problems.append(Problem("accumulate", message))
+    seeing = [name for name in ("memory_loss", "write_cost") if values[name]]
+    if values["compile"] and seeing:
+        message = f"{seeing[0]} looks into the model as it is written, not compiled: leave one of them out"
+        problems.append(Problem("compile", message))
     if not all(0 <= beta < 1 for beta in values["betas"]):
         problems.append(Problem("betas", f"expected two numbers from 0 to under 1, got {list(values['betas'])}"))
     total = sum(stage.steps for stage in stages)

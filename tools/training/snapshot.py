@@ -76,6 +76,11 @@ class Snapshot:
         return found
 
 
+def random_names(processes: int, device: str) -> set[str]:
+    """What the random numbers of so many processes are called that compute on this kind of device."""
+    return {f"random.{rank}.{kind}" for rank in range(processes) for kind in ("cpu", device)}
+
+
 def _weights(model: LanguageModel) -> dict[str, Tensor]:
     """Parameters, and the buffers that are saved."""
     return dict(model.state_dict(keep_vars=True))

@@ -25,7 +25,8 @@ from .side_by_side import Ended, SideBySide, Told, Trial
 from .stepping import Reader
 
 RESULT = "result.json"
-TEST_BATCHES = 32
+TESTED = 4
+"""Times as many batches as a validation has: what is said in the end may take longer to be known."""
 
 
 def run_trials(trials: Sequence[Trial], *, jobs: int = 1, told: Told | None = None) -> Iterator[dict[str, Any]]:
@@ -122,9 +123,10 @@ def finish(trial: Trial, tell: Told) -> dict[str, Any]:
         trial.data, rows=settings.batch, length=settings.length, split="test", seed=settings.seed, vocab=model.vocab
     )
     reader = Reader(model, settings, Processes(device=torch.device(settings.device)))
-    test = validate(reader, source, TEST_BATCHES)
+    batches = TESTED * settings.valid_batches
+    test = validate(reader, source, batches)
     with contextlib.suppress(ValueError), model.freeze_memory():
-        frozen = validate(reader, source, TEST_BATCHES)
+        frozen = validate(reader, source, batches)
     events = read_log(trial.folder / LOG)
     speeds = [event["tokens_per_second"] for event in events if event["event"] == "step"]
     per_step = settings.batch * source.length * settings.windows

@@ -60,6 +60,11 @@ def surprises(reader: Reader, batch: Batch, state: State) -> dict[str, dict[str,
     return found
 
 
+def finite(memories: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Those of ``surprises`` that later ones can be measured against, and that JSON holds."""
+    return {path: norms for path, norms in memories.items() if all(map(math.isfinite, norms.values()))}
+
+
 def grown(now: dict[str, dict[str, float]], before: dict[str, dict[str, float]]) -> str | None:
     """Which memory's surprise has grown most since, in words; ``None`` where there is no memory."""
     if not now:

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from titans_build.kernels.dispatch import BackendError
-from titans_build.kernels.memory import read_memory
+from titans_build.kernels.memory import read_memory, triton_reading
 from titans_build.kernels.memory.reading import READING
 from titans_build.kernels.triton import memory_answer_backward
 
@@ -106,6 +106,18 @@ def test_sums_of_several_stretches(monkeypatch):
 @pytest.mark.parametrize("time, expected", [(1, (512, 1)), (8192, (512, 16)), (8193, (1024, 9)), (2**20, (2**16, 16))])
 def test_stretches(time, expected):
     assert memory_answer_backward.stretches(time) == expected
+
+
+def test_a_grid_that_a_gpu_takes(monkeypatch):
+    """Of any length: along all axes of a grid but the first, a GPU takes 65,535 programs."""
+    grids = []
+    monkeypatch.setattr(triton_reading, "launch", lambda kernel, grid, *tensors, **fixed: grids.append(grid))
+    q = torch.zeros(1, 2**22, 1, 1, requires_grad=True)
+    weights = torch.zeros(1, 1, 1, 1, requires_grad=True)
+    read_memory(q, (weights,), norm=torch.ones(1, 1), backend="triton").sum().backward()
+    assert len(grids) == 3
+    for first, *others in grids:
+        assert first < 2**31 and all(n <= 65535 for n in others)
 
 
 def test_only_what_is_asked_for():

@@ -29,6 +29,15 @@ def test_it_goes_by_the_tiles_that_are_kept():
     assert held(2, 2, 32, 64, 32, backward=False, wide=torch.float64) == 2 * held(2, 2, 32, 64, 32, backward=False)
 
 
+def test_a_state_stays_whole_or_not_at_all(monkeypatch):
+    """However many hidden units there are: tiles that end before them would leave the rest out."""
+    assert schedule("write_resident_kernel", 16, 16, 600, 16)["WIDTH"] == 1024
+    assert held(2, 1, 16, 600, 16, backward=True) == 3 * 1024 * 32 * 4
+    monkeypatch.setenv(VARIABLE, "resident")
+    with pytest.raises(BackendError, match="take 384 KiB of registers in backward"):
+        resident(2, 1, 16, 600, 16, FULL, backward=False)
+
+
 def test_half_the_room_takes_half_the_warps():
     warps = lambda kernel, width: schedule(kernel, 64, 32, width, 32)["num_warps"]  # noqa: E731
     assert warps("write_resident_kernel", 64) == 4 and warps("write_resident_kernel", 128) == 8

@@ -60,7 +60,8 @@ def test_an_empty_memory_answers_a_planted_key_exactly() -> None:
     # at the first token nothing else was written yet; the step of 1/2 then goes all the way to the value
     one = given._replace(tokens=given.tokens.at(slice(0, 6)))
     recall = recall_of(one, longest=5, pairs=4)
-    assert recall.distances == [0, 1, 2, 4, 5]
+    # 4 is left out: its name would stand in that of 5
+    assert recall.distances == [0, 1, 2, 5]
     first = recall_of(given._replace(tokens=given.tokens.at(slice(0, 2))), longest=1, pairs=4)
     assert np.allclose(first.cosine[:, 0], 1, atol=1e-5) and np.allclose(first.relative_error[:, 0], 0, atol=1e-5)
     assert np.allclose(first.relative_error_without[:, 0], 1, atol=1e-5)

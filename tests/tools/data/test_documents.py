@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from titans_build.registry import RecipeError
@@ -52,8 +51,16 @@ def test_nothing_held_out():
         spans_of("test", documents(5, 7), 0.05, 0.05)
 
 
-def test_the_fingerprint_is_that_of_what_there_is():
-    prints = [documents(5, 7), documents(5, 8), documents(5), documents(5, 7, prefix="e")]
-    assert len({fingerprint(each) for each in prints}) == 4
-    assert fingerprint(documents(5, 7)) == fingerprint(prints[0])
-    assert np.array_equal(documents(5, 7).lengths, [5, 7])
+def test_the_fingerprint_is_that_of_what_there_is(tmp_path: Path):
+    def written(*texts: str, prefix: str = "d") -> str:
+        for number, text in enumerate(texts):
+            (tmp_path / str(number)).write_text(text, encoding="utf-8")
+        files = [TextFile(tmp_path / str(i), f"{prefix}{i}", len(text), 0) for i, text in enumerate(texts)]
+        return fingerprint(Bytes(files))
+
+    long = "a" * 5000
+    texts = [("hello", "goodbye"), ("hello", "goodbyes"), ("hello",), ("hallo", "goodbye"), ("hello", "goodbyf")]
+    texts += [(long,), (long[:2500] + "b" + long[2501:],)]
+    prints = [written(*each) for each in texts]
+    assert len({*prints, written(*texts[0], prefix="e")}) == len(texts) + 1
+    assert written(*texts[0]) == prints[0]

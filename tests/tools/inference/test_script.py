@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -50,7 +51,10 @@ def assert_refused(result: Any, fragment: str, status: int = 2) -> None:
         (("--perplexity", "text", "--buckets", "3,3"), "expected increasing positions"),
         (("--perplexity", "text", "--compare-frozen", "--no-write"), "give one of them"),
         (("--perplexity", "-", "--compare-frozen"), "reads the text twice"),
-        (("--perplexity", "none.txt"), "none.txt: No such file"),
+        (("--perplexity", "pipe", "--compare-frozen"), "reads the text twice"),
+        (("--perplexity", "text", "--plot", "no/where/a.svg"), "--plot no/where/a.svg: there is no folder"),
+        (("--perplexity", "text", "--plot", "folder.svg"), "--plot folder.svg: a folder"),
+        (("--perplexity", "none.txt"), "--perplexity none.txt: No such file"),
         (("--perplexity", "text", "--state", "none.state"), "none.state: no such file"),
         (("--chat", "--json"), "--chat: talking has no JSON document"),
         (("--chat", "--file", "-"), "cannot be a --file, too"),
@@ -68,12 +72,18 @@ def test_bad_use_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("text").write_bytes(b"some text")
+    os.mkfifo("pipe")
+    Path("folder.svg").mkdir()
     result = infer(folder, *words)
     if "--json" in words:
         assert fragment in result.json["error"]["message"]
         result = result._replace(out="")
     assert_refused(result, fragment)
-    assert [path.name for path in tmp_path.iterdir()] == ["text"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.svg", "pipe", "text"]
+
+
+def test_the_model_is_all_that_has_to_be_said(infer: Infer) -> None:
+    assert_refused(infer(), "the following arguments are required: MODEL\n")
 
 
 def test_the_lines_of_the_readme_are_understood() -> None:

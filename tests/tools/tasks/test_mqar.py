@@ -24,6 +24,8 @@ def test_the_published_sizes(make: Callable[..., Any], vocab: int, length: int, 
     rows, times = np.nonzero(made.counts)
     assert (times % 2 == 0).all() and times.min() >= 2 * pairs
     assert (np.sort(made.tokens[rows, times].reshape(60, pairs), 1) == np.sort(keys, 1)).all()
+    # with its value, asked for, and nowhere else
+    assert ((made.tokens[:, :, None] == keys[:, None]).sum(1) == 2).all()
 
 
 def test_what_predictors_get(make: Callable[..., Any]):

@@ -170,3 +170,10 @@ def test_what_cannot_be_is_refused(
     assert main(["compare", *files(tmp_path), "--data", COPY, "--out", str(tmp_path / "out"), *words]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["compare", "search"])
+def test_the_command_says_how_it_is_used(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "--jobs N" in out and "%%" not in out

@@ -150,6 +150,38 @@ def test_training_goes_on_from_saved_weights(quick_train: Train, tmp_path: Path)
         train({**TINY, "stack": ["mag", "mac"]}, COPY, QUICK, tmp_path / "no", weights=tmp_path / "run/model")
 
 
+def test_saved_weights_are_begun_with_again_where_no_checkpoint_was_reached(quick_train: Train, tmp_path: Path) -> None:
+    quick_train(lr=0.05, steps=3, out="first")
+    weights = tmp_path / "first/model"
+    whole = train(weights, COPY, QUICK, tmp_path / "whole", weights=weights)
+
+    class Gone(Exception):
+        pass
+
+    def leave(event: dict[str, Any]) -> None:
+        if event["event"] == "tick":
+            raise Gone
+
+    with pytest.raises(Gone):
+        train(weights, COPY, QUICK, tmp_path / "left", weights=weights, on_event=leave)
+    run = train(None, None, {"lr": 1e-3, "log_every": 1}, tmp_path / "left", resume=True)
+    assert losses(run.history) == losses(whole.history)
+
+
+def test_data_that_have_changed_are_not_gone_on_with(quick_train: Train, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("What was said. " * 40, encoding="utf-8")
+    spec = {"text": str(text), "length": 16}
+    quick_train(recipe={**TINY, "vocab": 256}, data=spec, steps=1)
+    before = text.read_bytes()
+    text.write_bytes(before.replace(b"W", b"T"))
+    with pytest.raises(tb.RecipeError, match=r"fingerprint: the run was begun with '\w+', and now it is") as caught:
+        quick_train(recipe=None, data=None, resume=True, steps=2)
+    assert f"{str(text)!r} has changed: put back what it was, or begin a run in another folder" in str(caught.value)
+    text.write_bytes(before)
+    assert len(losses(quick_train(recipe=None, data=None, resume=True, steps=2).history)) == 2
+
+
 def test_bits_per_byte_and_accuracy_of_text(quick_train: Train, lines_of_text: Any) -> None:
     run = quick_train(recipe={**TINY, "vocab": 256}, data=lines_of_text, valid_every=3, steps=3)
     assert run.best is not None and "exact" not in run.best
@@ -235,7 +267,8 @@ def test_a_model_of_vectors_and_one_whose_state_grows(
     assert quick_train(recipe=growing, data=lines_of_text, carry="off", out="off").model is not None
 
 
-def test_the_auxiliary_loss_is_logged(quick_train: Train) -> None:
-    plain, run = quick_train(steps=2), quick_train(steps=2, memory_loss=0.5, out="aux")
-    assert all(event["memory_loss"] > 0 for event in run.history if event["event"] == "step")
+@pytest.mark.parametrize("name", ["memory_loss", "write_cost"])
+def test_the_auxiliary_loss_is_logged(quick_train: Train, name: str) -> None:
+    plain, run = quick_train(steps=2), quick_train(steps=2, **{name: 0.5}, out="aux")
+    assert all(event[name] > 0 for event in run.history if event["event"] == "step")
     assert losses(plain.history)[1] == losses(run.history)[1] and losses(plain.history)[2] != losses(run.history)[2]

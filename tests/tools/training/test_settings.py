@@ -63,6 +63,11 @@ def test_everything_wrong_is_said_at_once_with_its_place_and_the_nearest_name() 
             "steps",
             "the stages have 4 steps together, so it is not 3",
         ),
+        (
+            {"compile": True, "write_cost": 0.1},
+            "compile",
+            "write_cost looks into the model as it is written, not compiled: leave one of them out",
+        ),
         ({"steps": True}, "steps", "expected integer >= 1, got true"),
         ({"lr": float("nan")}, "lr", "expected a finite number, got nan"),
         ({"carry": 0}, "carry", "expected 'off' | 'detach' or integer >= 1, got 0"),

@@ -69,15 +69,16 @@ def test_parts_of_a_batch_give_its_gradients_however_uneven_they_are(parts: int,
         torch.testing.assert_close(a, b, msg=path)
 
 
-def test_the_loss_is_the_models_and_the_auxiliary_loss_the_memories() -> None:
+@pytest.mark.parametrize("name", ["memory_loss", "write_cost"])
+def test_the_loss_is_the_models_and_the_auxiliary_loss_the_memories(name: str) -> None:
     model, given = build(), batch(uneven=True)
-    done, found = read(model, [given], memory_loss=0.3)
+    done, found = read(model, [given], **{name: 0.3})
     model.zero_grad()
-    with tb.memory_loss(model) as auxiliary:
+    with getattr(tb, name)(model) as auxiliary:
         loss = model(given.tokens, mask=given.mask, targets=given.targets).loss
         missed = auxiliary.value()
         (loss + 0.3 * missed).backward()
-    assert done.loss == pytest.approx(loss.item()) and done.auxiliary == {"memory_loss": pytest.approx(missed.item())}
+    assert done.loss == pytest.approx(loss.item()) and done.auxiliary == {name: pytest.approx(missed.item())}
     same(found, {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
 
 

@@ -72,16 +72,18 @@ def test_a_run_stops_at_a_bad_step_says_why_and_goes_on_from_before_it(
 ) -> None:
     whole = quick_train(surprise_every=2, out="whole")
     with monkeypatch.context() as patch:
-        spoil(patch, 5)
+        # a step at which surprise is looked at anyway, behind one that was saved anyway
+        spoil(patch, 6)
         with pytest.raises(CommandFailed) as caught:
-            quick_train(surprise_every=2)
+            quick_train(surprise_every=2, checkpoint_every=5)
     said = str(caught.value)
-    assert "step 5: the loss is nan; " in said and f"the inner update of {MEMORY} has grown most" in said
+    assert "step 6: the loss is nan; " in said and f"the inner update of {MEMORY} has grown most" in said
     assert ", where it was " in said and "the gradient of " in said
     assert f"saved as it was before that step: titans-train --resume --out {tmp_path / 'run'} -t lr=..." in said
     run = train(None, None, None, tmp_path / "run", resume=True)
     assert losses(run.history) == losses(whole.history)
-    assert [event["step"] for event in run.history if event["event"] == "stop"] == [4]
+    assert [event["step"] for event in run.history if event["event"] == "stop"] == [5]
+    assert [event["step"] for event in run.history if event["event"] == "checkpoint"] == [5, 6]
 
 
 def test_a_bad_step_is_skipped_where_that_is_asked_for(quick_train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,6 +122,36 @@ def test_a_model_without_memories_is_blamed_by_its_gradients(
     monkeypatch.setattr(Reader, "gradients", spoilt)
     with pytest.raises(CommandFailed, match=r"the gradient's norm is inf .*; the gradient of head has norm inf"):
         quick_train(recipe=plain)
+
+
+def test_a_validation_whose_loss_is_no_number_is_not_the_best(
+    quick_train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from titans_build.tools.training import loop
+
+    validate = loop.validate
+
+    def spoilt(*given: Any) -> dict[str, float]:
+        found = validate(*given)
+        return {**found, "loss": math.nan} if len(seen) == 1 else found
+
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(loop, "validate", spoilt)
+    run = quick_train(
+        valid_every=2, valid_batches=1, on_event=lambda event: seen.append(event) if event["event"] == "valid" else None
+    )
+    assert [event["loss"] is None for event in seen] == [False, True, False]
+    assert run.best is not None and math.isfinite(run.best["loss"])
+
+
+def test_looking_works_under_autocast(quick_train: Train) -> None:
+    run = quick_train(steps=1, surprise_every=1, autocast="bfloat16")
+    exact = quick_train(steps=1, surprise_every=1, out="exact")
+    found, expected = (
+        next(event["memories"][MEMORY]["mean"] for event in each.history if event["event"] == "surprise")
+        for each in (run, exact)
+    )
+    assert found == pytest.approx(expected, rel=0.05)
 
 
 def test_looking_changes_nothing(quick_train: Train) -> None:

@@ -1,0 +1,116 @@
+"""What the memory adds: a MAG step over a step of the same model with its windows alone, at equal width.
+
+python benchmarks/overhead.py [--quick] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from measure import (
+    Result,
+    arguments,
+    environment,
+    interleave,
+    machine_table,
+    milliseconds,
+    run,
+    say,
+    show,
+    table,
+    write,
+)
+
+import titans_build as tb
+
+MAG = "mag"
+SECONDS = 60.0
+"""For the rounds of one kind of step."""
+
+
+def recipes(quick: bool) -> dict[str, Any]:
+    """The packaged MAG, and what is left of it when the memory and the gate are taken out."""
+    small = {"dim": 32, "stack.0.repeat": 1} if quick else None
+    mag = tb.load_recipe(MAG, small)
+    data = mag.to_dict()
+    persistent = data["layers"]["mag"][0]
+    persistent["of"] = persistent["of"]["branches"][0]
+    return {"MAG": mag, "window": tb.load_recipe(data)}
+
+
+def steps(model: Any, tokens: torch.Tensor) -> dict[str, Callable[[], Any]]:
+    """Training, reading, and one token more."""
+
+    def train() -> None:
+        model.zero_grad()
+        model(tokens, targets=tokens).loss.backward()
+
+    @torch.no_grad()
+    def read() -> None:
+        model(tokens)
+
+    with torch.no_grad():
+        state = model(tokens).state
+    one = tokens[:, -1:]
+
+    @torch.no_grad()
+    def token() -> None:
+        model(one, state)
+
+    return {"training step": train, "reading": read, "one token": token}
+
+
+def measure(quick: bool) -> list[Result]:
+    rows, length = (1, 64) if quick else (4, 1024)
+    tokens = torch.randint(256, (rows, length), generator=torch.Generator().manual_seed(0))
+    built = {name: tb.build(recipe, seed=0) for name, recipe in recipes(quick).items()}
+    of = {name: steps(model, tokens) for name, model in built.items()}
+    found = []
+    for kind in of["MAG"]:
+        samples = interleave({name: of[name][kind] for name in of}, 0 if quick else SECONDS)
+        ratios = [mag / window for mag, window in zip(samples["MAG"], samples["window"])]
+        found.append(
+            {
+                "kind": kind,
+                "tokens": rows * length if kind != "one token" else rows,
+                "seconds": {name: statistics.median(times) for name, times in samples.items()},
+                "ratio": statistics.median(ratios),
+                "rounds": len(ratios),
+            }
+        )
+    return found
+
+
+# -- the tables --------------------------------------------------------------------------------------------------------
+
+
+def tables(results: Result) -> dict[str, str]:
+    rows = [
+        (
+            row["kind"],
+            f"{row['tokens']:,}",
+            milliseconds(row["seconds"]["MAG"]),
+            milliseconds(row["seconds"]["window"]),
+            f"{row['ratio']:.2f}",
+            row["rounds"],
+        )
+        for row in results["steps"]
+    ]
+    head = ("step", "tokens", "MAG, ms", "window alone, ms", "MAG over window", "rounds")
+    return {"steps": table(head, rows), "machine": machine_table(results, [])}
+
+
+def main() -> None:
+    given = arguments(__doc__.partition("\n")[0])
+    say("overhead: about 4 minutes, on a machine with nothing else to do")
+    results: Result = {"program": "overhead", "quick": given.quick, "environment": environment(), "skipped": {}}
+    results["steps"] = measure(given.quick)
+    write(results, given.json)
+    show(tables(results))
+
+
+if __name__ == "__main__":
+    run(main)

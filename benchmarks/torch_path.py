@@ -1,0 +1,306 @@
+"""The torch path on a CPU: as it is here beside an older commit, compiled, and beside the C kernels.
+
+python benchmarks/torch_path.py [--quick] [--before COMMIT] [--json FILE]
+
+Each tree has a process of its own with every case ready, and they are asked in turn. Seconds are of the processor, not
+of the clock, and one thread does it all: what else the machine does counts for little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from measure import GOALS, ROOT, Result, environment, goal, machine_table, milliseconds, run, say, show, table, write
+from torch import Tensor
+from torch.nn.functional import normalize
+
+BEFORE = "3a39973"
+"""The last commit before the kernels for GPUs and the compiler's operators."""
+SLOWER = 1.03
+"""A ratio up to which nothing has become slower: medians of a dozen pairs agree to a percent or two."""
+PYTORCH = "torch,attention=sdpa"
+
+
+class Case(NamedTuple):
+    what: str
+    backward: bool
+    way: str
+    """``"torch"``, ``"compiled"``: that through ``torch.compile``, or ``"native"``: the C kernels."""
+
+
+class Sizes(NamedTuple):
+    heads: int
+    length: int
+    width: int
+    chunk: int
+    model: dict[str, Any]
+    text: int
+    rounds: int
+    whats: tuple[str, ...]
+
+
+MEMORIES = {"memory, expansion 4": (2, 4), "memory, expansion 1": (2, 1), "memory, one layer": (1, 1)}
+MODELS = ("lmm", "mac", "mag")
+SHAPE = {"dim": 128, "vocab": 256, "stack.0.repeat": 2}
+FULL = Sizes(4, 2048, 64, 64, SHAPE, 512, 12, (*MEMORIES, *MODELS))
+QUICK = Sizes(1, 24, 8, 8, {}, 0, 1, ("memory, one layer",))
+WAYS = ("torch", "compiled", "native")
+TREES = ("before", "now")
+
+
+def cases(sizes: Sizes, ways: tuple[str, ...]) -> list[Case]:
+    return [Case(what, backward, way) for what in sizes.whats for backward in (False, True) for way in ways]
+
+
+# -- the process of a tree ---------------------------------------------------------------------------------------------
+
+
+def make(case: Case, sizes: Sizes) -> Callable[[], Any]:
+    """Inputs and parameters of a case; what is returned runs it once. Imports whatever tree is the process's."""
+    torch.manual_seed(0)
+    forward, leaves = (memory if case.what in MEMORIES else model)(case, sizes)
+    if case.way == "compiled":
+        forward = torch.compile(forward)
+
+    def both() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        y = forward()
+        y.backward(torch.ones_like(y))
+
+    def alone() -> None:
+        with torch.no_grad():
+            forward()
+
+    return both if case.backward else alone
+
+
+def memory(case: Case, sizes: Sizes) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    from titans_build.kernels.memory import MemoryState, titans_memory
+
+    depth, expansion = MEMORIES[case.what]
+    heads, d, tokens = sizes.heads, sizes.width, (1, sizes.length, sizes.heads)
+    q, k = (normalize(torch.randn(*tokens, d), dim=-1) for _ in range(2))
+    theta, eta, alpha = (torch.sigmoid(torch.randn(tokens) + bias) for bias in (-3, 1, -6))
+    shapes = [(d, d)] if depth == 1 else [(d * expansion, d), (d, d * expansion)]
+    weights = [torch.randn(1, heads, out, in_) * in_**-0.5 for out, in_ in shapes]
+    leaves = [q, k, torch.randn(*tokens, d), 0.1 * theta, eta, alpha, torch.ones(heads, d), *weights]
+    for leaf in leaves:
+        leaf.requires_grad_(case.backward)
+    backend = "native" if case.way == "native" else "torch"
+
+    def forward() -> Tensor:
+        state = MemoryState.fresh(tuple(leaves[7:]))
+        return titans_memory(*leaves[:6], state, chunk=sizes.chunk, norm=leaves[6], backend=backend)[0]
+
+    return forward, leaves
+
+
+def model(case: Case, sizes: Sizes) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    import titans_build as tb
+
+    module = tb.build(tb.load_recipe(case.what, overrides=sizes.model))
+    text = torch.randint(sizes.model["vocab"], (1, sizes.text + 1))
+
+    def forward() -> Tensor:
+        loss: Tensor = module(text[:, :-1], targets=text[:, 1:]).loss
+        return loss
+
+    return forward, list(module.parameters())
+
+
+def serve(sizes: Sizes) -> None:
+    """Answer each case on standard input with the seconds that one run of it takes; the first time, warm it up."""
+    torch.set_num_threads(1)
+    ready: dict[Case, Callable[[], Any]] = {}
+    answers, sys.stdout = sys.stdout, sys.stderr
+    for line in sys.stdin:
+        case = Case(*json.loads(line))
+        answer: Any
+        try:
+            os.environ["TITANS_BUILD_BACKEND"] = "auto" if case.way == "native" else PYTORCH
+            if case not in ready:
+                ready[case] = make(case, sizes)
+                ready[case]()
+            gc.collect()
+            start = time.process_time()
+            ready[case]()
+            answer = time.process_time() - start
+        except Exception as error:
+            answer = f"{type(error).__name__}: {error}".splitlines()[0]
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+# -- the two trees -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def older(commit: str) -> Iterator[Path]:
+    """The tree of ``commit``, for as long as it is needed."""
+    with tempfile.TemporaryDirectory() as place:
+        file, tree = Path(place) / "tree.zip", Path(place) / "tree"
+        _git("archive", "--output", str(file), commit)
+        shutil.unpack_archive(file, tree)
+        yield tree
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"git {' '.join(words)}: {done.stderr.strip()}")
+    return done.stdout.strip()
+
+
+def lay_out(tree: Path, place: Path) -> None:
+    """The package of a tree as links in ``place``, from where it can be imported without installing it."""
+    inside = place / "titans_build"
+    inside.mkdir()
+    for part in (tree / "tools" / "titans_build").iterdir():
+        (inside / part.name).symlink_to(part)
+    for part in ("blocks", "kernels", "recipes", "registry", "tools"):
+        (inside / part).symlink_to(tree / part)
+
+
+@contextlib.contextmanager
+def process(tree: Path, quick: bool) -> Iterator[Callable[[Case], Any]]:
+    """Asks the process of a tree for one run of a case."""
+    with tempfile.TemporaryDirectory() as place:
+        lay_out(tree, Path(place))
+        # a process finds the package there before it looks for one that is installed
+        variables = {**os.environ, "PYTHONPATH": place, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(Path(__file__).resolve()), "--serve", *["--quick"] * quick]
+        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables)
+        assert child.stdin is not None and child.stdout is not None
+        words, answers = child.stdin, child.stdout
+
+        def ask(case: Case) -> Any:
+            words.write(json.dumps(case) + "\n")
+            words.flush()
+            line = answers.readline()
+            if not line:
+                sys.exit(f"{tree}: the process ended at {case}")
+            return json.loads(line)
+
+        try:
+            yield ask
+        finally:
+            words.close()
+            child.wait()
+
+
+def measured(sizes: Sizes, commit: str, quick: bool, skipped: dict[str, str]) -> tuple[list[Result], list[Result]]:
+    """Pairs of the two trees, and the ways of this one."""
+    beside: dict[Case, list[tuple[float, float]]] = {case: [] for case in cases(sizes, ("torch",))}
+    ways: dict[Case, list[float]] = {case: [] for case in cases(sizes, WAYS)}
+    with older(commit) as tree, process(tree, quick) as before, process(ROOT, quick) as now:
+        for count in range(sizes.rounds):
+            say(f"round {count + 1} of {sizes.rounds}")
+            for case in beside:
+                asked = (before, now) if count % 2 else (now, before)
+                found = [ask(case) for ask in asked]
+                taken = found if count % 2 else found[::-1]
+                if _all_ran(case, taken, skipped):
+                    beside[case].append((taken[0], taken[1]))
+            for case in ways:
+                if str(case) not in skipped:
+                    found = [now(case)]
+                    if _all_ran(case, found, skipped):
+                        ways[case] += found
+    pairs = [
+        {
+            **case._asdict(),
+            **{tree: statistics.median(side) for tree, side in zip(TREES, zip(*taken))},
+            "ratio": statistics.median(now / before for before, now in taken),
+            "ratios": [min(now / before for before, now in taken), max(now / before for before, now in taken)],
+        }
+        for case, taken in beside.items()
+        if taken
+    ]
+    return pairs, [{**case._asdict(), "seconds": statistics.median(taken)} for case, taken in ways.items() if taken]
+
+
+def _all_ran(case: Case, found: list[Any], skipped: dict[str, str]) -> bool:
+    for each in found:
+        if isinstance(each, str):
+            skipped[str(case)] = each
+    return not any(isinstance(each, str) for each in found)
+
+
+# -- the tables --------------------------------------------------------------------------------------------------------
+
+
+def tables(results: Result) -> dict[str, str]:
+    seconds = {Case(row["what"], row["backward"], row["way"]): row["seconds"] for row in results["ways"]}
+    rows = []
+    for case in dict.fromkeys(case._replace(way="torch") for case in seconds):
+        took = [seconds.get(case._replace(way=way)) for way in WAYS]
+        gains = [None if took[0] is None or each is None else f"{took[0] / each:.2f}" for each in took[1:]]
+        cells = [None if each is None else milliseconds(each) for each in took]
+        rows.append([case.what, _pass(case.backward), *cells, *gains])
+    ratios = [row["ratio"] for row in results["pairs"]]
+    what = "the torch path: its time over that before, the median of pairs"
+    return {
+        "goals": table(GOALS, [goal(what, f"at most {SLOWER}", ratios, lambda x: x <= SLOWER)]),
+        "machine": machine_table(results, []),
+        "before and now": table(
+            ["processor ms", "pass", "before", "now", "now / before", "of each pair"],
+            [
+                [
+                    row["what"],
+                    _pass(row["backward"]),
+                    milliseconds(row["before"]),
+                    milliseconds(row["now"]),
+                    f"{row['ratio']:.3f}",
+                    " to ".join(f"{ratio:.2f}" for ratio in row["ratios"]),
+                ]
+                for row in results["pairs"]
+            ],
+        ),
+        "ways": table(
+            ["processor ms", "pass", "torch", "compiled", "C kernels", "faster compiled", "faster in C"],
+            rows,
+        ),
+    }
+
+
+def _pass(backward: bool) -> str:
+    return "both" if backward else "forward"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The torch path on a CPU, before and now, compiled, and against C.")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes: whether it runs, not how fast")
+    parser.add_argument("--before", default=BEFORE, metavar="COMMIT", help=f"compare with (default: {BEFORE})")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)  # the process of a tree
+    args = parser.parse_args()
+    sizes = QUICK if args.quick else FULL
+    if args.serve:
+        serve(sizes)
+        return
+    commit = _git("rev-parse", "--short", args.before)
+    skipped: dict[str, str] = {}
+    where = environment() | {"threads": 1}
+    results: Result = {"program": "torch_path", "quick": args.quick, "environment": where, "before": commit}
+    pairs, ways = measured(sizes, commit, args.quick, skipped)
+    results |= {"pairs": pairs, "ways": ways, "skipped": skipped}
+    write(results, args.json)
+    show(tables(results))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,134 @@
+"""The variants side by side on one task, at equal parameters and tokens: what each learns, and how soon.
+
+python benchmarks/variants.py copy|mqar|language [--quick] [--jobs N] [--runs FOLDER] [--json FILE]
+
+What was interrupted goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from measure import Result, environment, machine_table, run, say, show, table, write
+
+import titans_build as tb
+from titans_build.recipes.reading import read_file
+from titans_build.tools.training.curves import draw
+
+HERE = Path(__file__).parent
+
+
+class Task(NamedTuple):
+    """A comparison; its data and settings are in ``settings/NAME.yaml``."""
+
+    title: str
+    variants: tuple[str, ...]
+    """Of ``recipes/``; the first one's size is that of all."""
+    wanted: float | None = None
+    """Accuracy that the variants with a memory are to reach."""
+    changes: Mapping[str, dict[str, Any]] = {}
+    """What is changed in some of the recipes."""
+    quick: Mapping[str, Any] = {}
+    """What is changed in the settings for a quick run."""
+
+
+FIVE = ("mac", "mag", "mal", "lmm", "transformer")
+QUICK = {"steps": 2, "batch": 2, "valid_every": 1, "valid_batches": 1, "log_every": 1, "checkpoint_every": None}
+TASKS = {
+    "copy": Task("Copy: 48 tokens of 9, once more", (*FIVE, "window"), 0.99),
+    "mqar": Task("MQAR: vocabulary 256, length 64, 4 pairs", (*FIVE, "window"), 0.99),
+    "language": Task("The Python standard library's sources", FIVE, quick={"length": 64}),
+}
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("--quick", action="store_true", help="two steps of two recipes: whether it runs")
+    parser.add_argument(
+        "--jobs", type=int, default=2, metavar="N", help="runs side by side, a thread each (default: 2)"
+    )
+    parser.add_argument(
+        "--runs", type=Path, metavar="FOLDER", help="where the runs are (default: benchmarks/runs/TASK)"
+    )
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="where the plot is written")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
+    return parser.parse_args()
+
+
+def measure(name: str, runs: Path, quick: bool, jobs: int) -> Result:
+    task = TASKS[name]
+    settings = read_file(HERE / "settings" / f"{name}.yaml")
+    data = settings.pop("data")
+    variants = task.variants
+    if quick:
+        settings |= QUICK | task.quick
+        variants, jobs = (variants[0], variants[-1]), 1
+    recipes = {
+        variant: tb.load_recipe(HERE / "recipes" / f"{variant}.yaml", task.changes.get(variant)) for variant in variants
+    }
+    found = tb.compare(recipes, data, settings, runs, jobs=jobs, told=_tell)
+    for variant in found["variants"]:
+        # curves of single runs would be most of the file
+        variant["runs"] = [{key: value for key, value in each.items() if key != "curve"} for each in variant["runs"]]
+    return found
+
+
+def _tell(label: str, event: dict[str, Any]) -> None:
+    if event["event"] == "valid":
+        numbers = (f"{key} {value:.4f}" for key, value in event.items() if isinstance(value, float))
+        say(f"{label}: step {event['step']:,}  {'  '.join(numbers)}")
+
+
+# -- the tables --------------------------------------------------------------------------------------------------------
+
+
+def tables(results: Result) -> dict[str, str]:
+    task, metric = TASKS[results["program"]], results["comparison"]["metric"]
+    name = metric.replace("_", " ")
+    rows, frozen = [], any(variant["frozen"] for variant in results["comparison"]["variants"])
+    for variant in results["comparison"]["variants"]:
+        if variant.get("failed"):
+            rows.append([variant["name"], f"{variant['parameters']:,}", "", "", variant["failed"], ""])
+            continue
+        reached = variant["test"][metric]
+        row = [
+            variant["name"],
+            f"{variant['parameters']:,}",
+            f"{variant['steps']:,}",
+            f"{variant['tokens'] / 1e6:.2f}M",
+            f"{variant['seconds']:,.0f} s",
+            f"{reached:.4f}",
+        ]
+        if task.wanted is not None:
+            row.append("" if variant["name"] == "window" else "yes" if reached >= task.wanted else "no")
+        if frozen:
+            row.append(f"{variant['frozen'][metric]:.4f}" if variant["frozen"] else None)
+        rows.append(row)
+    head = ["variant", "parameters", "steps", "tokens", "time", f"test {name}"]
+    head += [f">= {task.wanted}"] * (task.wanted is not None) + ["memory frozen"] * frozen
+    return {"results": table(head, rows), "machine": machine_table(results, [])}
+
+
+def main() -> None:
+    given = options()
+    say(f"{given.task}: tens of minutes, on a machine with nothing else to do; --quick takes seconds")
+    results: Result = {"program": given.task, "quick": given.quick, "environment": environment(), "skipped": {}}
+    results["environment"]["threads"] = 1 if given.jobs > 1 else results["environment"]["threads"]
+    with tempfile.TemporaryDirectory() as temporary:
+        usual = Path(temporary) if given.quick else HERE / "runs" / given.task
+        results["comparison"] = measure(given.task, given.runs or usual, given.quick, given.jobs)
+    write(results, given.json)
+    show(tables(results))
+    if given.plots is not None:
+        given.plots.mkdir(parents=True, exist_ok=True)
+        for ending, content in draw(results["comparison"], TASKS[given.task].title).items():
+            (given.plots / f"{given.task}.{ending}").write_bytes(content)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,101 @@
+"""The programs that train: each runs, on tiny shapes, and its tables say what it found."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import titans_build as tb
+from titans_build.recipes.reading import read_file
+from titans_build.tools.training import as_settings
+from titans_build.tools.training.fitting import fit, parameters_of
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Import a benchmark by its name, as its neighbours do."""
+    import importlib
+
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+def quick(tmp_path: Path, program: str, *words: str) -> tuple[dict[str, Any], str]:
+    file = tmp_path / "results.json"
+    command = [sys.executable, str(BENCHMARKS / f"{program}.py"), *words, "--quick", "--json", str(file)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    assert results["quick"] is True
+    return results, done.stdout
+
+
+@pytest.mark.parametrize("task", ["copy", "language"])
+def test_a_comparison_runs(task: str, tmp_path: Path, load: Any) -> None:
+    results, out = quick(
+        tmp_path, "variants", task, "--runs", str(tmp_path / "runs"), "--plots", str(tmp_path / "plots")
+    )
+    assert results["comparison"]["variants"][0]["name"] == "mac"
+    tables = load("variants").tables(results)
+    assert tables["results"] in out and "| mac" in out
+    assert ("test bits per byte" if task == "language" else "test accuracy") in out
+    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == [f"{task}.png", f"{task}.svg"]
+
+
+@pytest.mark.parametrize("task", ["copy", "mqar", "language"])
+def test_the_variants_of_a_comparison_are_of_one_size_and_can_read_its_data(task: str, load: Any) -> None:
+    of = load("variants").TASKS[task]
+    settings = read_file(BENCHMARKS / "settings" / f"{task}.yaml")
+    data = settings.pop("data")
+    checked = as_settings(settings)
+    recipes = {
+        name: tb.load_recipe(BENCHMARKS / "recipes" / f"{name}.yaml", of.changes.get(name)) for name in of.variants
+    }
+    target = parameters_of(next(iter(recipes.values())))
+    for recipe in recipes.values():
+        fitted = fit(recipe, target)
+        assert fitted.parameters == pytest.approx(target, rel=0.01)
+        assert fitted.recipe.vocab is not None
+        tb.open_source(data, rows=checked.batch, length=checked.length, vocab=fitted.recipe.vocab)
+
+
+def test_the_needle_runs(tmp_path: Path, load: Any) -> None:
+    results, out = quick(tmp_path, "needle", "--runs", str(tmp_path / "runs"), "--tasks", "needle_kv")
+    (task,) = results["tasks"].values()
+    assert [row["length"] for row in task["read"]] == [64, 256] and all(row["asked"] == 2 for row in task["read"])
+    assert all(row["peak"] >= row["before"] > 0 for row in task["read"])
+    for text in load("needle").tables(results).values():
+        assert text in out
+
+
+def test_a_needle_that_has_been_trained_is_not_trained_again(tmp_path: Path, load: Any) -> None:
+    needle = load("needle")
+    settings = {**read_file(BENCHMARKS / "settings" / "needle.yaml"), **needle.QUICK}
+    first = needle.train(settings["tasks"]["needle"], settings, tmp_path)
+    again = needle.train(settings["tasks"]["needle"], settings, tmp_path)
+    assert first == again  # the seconds, too
+
+
+def test_the_overhead_runs(tmp_path: Path, load: Any) -> None:
+    results, out = quick(tmp_path, "overhead")
+    assert [row["kind"] for row in results["steps"]] == ["training step", "reading", "one token"]
+    assert all(row["ratio"] > 0 and row["rounds"] >= 3 for row in results["steps"])
+    assert load("overhead").tables(results)["steps"] in out
+
+
+def test_what_the_overhead_is_measured_against_is_mag_without_its_memory(load: Any) -> None:
+    built = load("overhead").recipes(quick=False)
+    mag, window = (tb.build(recipe, device="meta") for recipe in (built["MAG"], built["window"]))
+    names = {name for name, _ in window.named_parameters()}
+    assert not any("controls" in name for name in names)
+    assert window.recipe.dim == mag.recipe.dim and window.recipe.depth == mag.recipe.depth
