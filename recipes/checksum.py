@@ -18,7 +18,7 @@ class Checksum:
         """One more tensor, contiguous and on the CPU."""
         self._value = zlib.crc32(name.encode(), self._value)
         # bytes, whatever the numbers are: numpy has no bfloat16
-        self._value = zlib.crc32(tensor.detach().reshape(-1).view(torch.uint8).numpy(), self._value)
+        self._value = zlib.crc32(tensor.detach().reshape(-1).view(torch.uint8).numpy().data, self._value)
 
     def __str__(self) -> str:
         return f"{self._value:08x}"

@@ -105,14 +105,16 @@ class Loop:
         folder = self.checkpoints.path(step)
         try:
             progress, names = Progress(**facts["progress"]), set(facts["tensors"])
+            names |= random_names(facts["processes"], facts.get("device", "cpu"))
         except (KeyError, TypeError) as error:
             raise StorageError(f"{folder}: the facts of its index are not those of a run: {error}") from None
+        if progress.step != step:
+            raise StorageError(f"{folder}: expected a checkpoint of step {step}, got one of {show(progress.step)}")
         fingerprint = self.model.recipe.fingerprint  # type: ignore[union-attr]
         if facts.get("fingerprint") != fingerprint:
             # a later version may give a block a field that it had not
             came = show(facts.get("fingerprint"))
             raise StorageError(f"{folder}: it is of another recipe: expected {fingerprint}, got {came}")
-        names |= random_names(facts["processes"], facts.get("device", "cpu"))
         snapshot = self._snapshot()
         tensors = snapshot.prepare(names)
         checkpoint.read(folder, tensors, self.processes)

@@ -221,6 +221,27 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_gone_on_from(quick_t
     assert losses(run.history) == losses(whole.history) and same_weights(run.model, whole.model)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"progress": {"tokens": 7}}, "expected a checkpoint of step 1, got one of 0"),
+        ({"progress": {"stpe": 1}}, "the facts of its index are not those of a run: .*'stpe'"),
+        ({"processes": "two"}, "the facts of its index are not those of a run"),
+        ({"fingerprint": "0"}, "it is of another recipe: expected .*, got '0'"),
+    ],
+)
+def test_facts_that_are_not_those_of_the_run(
+    quick_train: Train, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    quick_train(steps=1)
+    path = tmp_path / "run/checkpoints/step-00000001/checkpoint.json"
+    index = json.loads(path.read_text(encoding="utf-8"))
+    index["facts"].update(change)
+    path.write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(StorageError, match=message):
+        quick_train(recipe=None, data=None, resume=True, steps=2)
+
+
 def test_folders_that_cannot_be_used(quick_train: Train, tmp_path: Path) -> None:
     quick_train(steps=1)
     with pytest.raises(StorageError, match="there is a run in this folder; resume it"):
