@@ -12,8 +12,7 @@ SETTINGS := pyproject.toml constraints.txt
 # one thread for each of pytest's workers: more of them than cores makes small tensors many times slower
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
 
-.PHONY: demo test test-slow check clean bench-memory bench-model bench-streaming bench-torch_path \
-	bench-copy bench-mqar bench-language bench-needle bench-overhead
+.PHONY: demo test test-slow check clean bench-memory bench-model bench-streaming bench-torch_path bench-copy bench-mqar bench-language bench-needle bench-overhead
 
 demo: .venv/.installed
 	.venv/bin/titans-build mac --try README.md

@@ -70,7 +70,9 @@ def test_the_make_commands_are_those_of_the_makefile() -> None:
     assert shown == targets
     head = "\n".join(itertools.takewhile(lambda line: line.startswith("#"), makefile.splitlines()))
     named = {
-        target for words in re.findall(r"make ((?:[a-z][a-z-]*(?: |$))+)", head, flags=re.M) for target in words.split()
+        target
+        for words in re.findall(r"make ((?:[a-z][a-z_-]*(?: |$))+)", head, flags=re.M)
+        for target in words.split()
     }
     assert targets <= named
 

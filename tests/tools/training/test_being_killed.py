@@ -21,7 +21,7 @@ from titans_build.tools.train import main
 from titans_build.tools.training import TrainedRun, stopping, train
 from titans_build.tools.training.keeping import Checkpoints
 
-STEPS = 40
+STEPS = 30
 SETTINGS = {
     **QUICK,
     "steps": STEPS,
