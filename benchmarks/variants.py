@@ -111,7 +111,8 @@ def tables(results: Result) -> dict[str, str]:
         rows.append(row)
     head = ["variant", "parameters", "steps", "tokens", "time", f"test {name}"]
     head += [f">= {task.wanted}"] * (task.wanted is not None) + ["memory frozen"] * frozen
-    return {"results": table(head, rows), "machine": machine_table(results, [])}
+    picture = f"![{name} against tokens](plots/{results['program']}.svg)"
+    return {"results": f"{table(head, rows)}\n\n{picture}", "machine": machine_table(results, [])}
 
 
 def main() -> None:
