@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from ...recipes import StorageError
-from ...recipes.replacing import replacing
+from ...recipes.replacing import replacing, sync_folder
 from ...registry import show
 from ..terminal import CommandFailed
 from .distributed import Processes
@@ -55,7 +55,7 @@ def write(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any],
             if folder.exists():
                 shutil.rmtree(folder)
             os.rename(temporary, folder)
-            _sync(folder.parent)
+            sync_folder(folder.parent)
         processes.wait()
 
 
@@ -168,12 +168,3 @@ def _checksum(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
