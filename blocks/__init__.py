@@ -1,6 +1,6 @@
 """Blocks: everything between one state and the next. Importing this package registers the built-in ones."""
 
-from . import attention, chain, context, feedforward, gate, memory, normalisation, persistent
+from . import attention, chain, context, feedforward, gate, memory, normalisation, persistent, residual
 from .auxiliary_loss import memory_loss, write_cost
 from .block import Block, materialise
 from .build import build_block
@@ -30,5 +30,6 @@ __all__ = [
     "normalisation",
     "observe",
     "persistent",
+    "residual",
     "write_cost",
 ]

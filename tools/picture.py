@@ -15,6 +15,7 @@ from .shapes import (
     column,
     container,
     drum,
+    pre_normed,
     repeated,
     residual,
     squares,
@@ -38,12 +39,16 @@ def part_shape(part: Part, memories: frozenset[str]) -> Shape:
 
 def layer_shape(part: Part, memories: frozenset[str]) -> Shape:
     """A named layer: its blocks, each pre-normed and residual."""
-    body = column([residual(part_shape(block, memories)) for block in part.parts], 0)
+    body = column([residual(pre_normed(part_shape(block, memories))) for block in part.parts], 0)
     return container(body, part.label, f"{count(part.parameters)} parameters", fill="#f8fafc")
 
 
 def _chain(part: Part, memories: frozenset[str]) -> Shape:
     return column([part_shape(child, memories) for child in part.parts])
+
+
+def _residual(part: Part, memories: frozenset[str]) -> Shape:
+    return container(residual(part_shape(part.parts[0], memories)), "residual")
 
 
 def _unknown_combinator(part: Part, memories: frozenset[str]) -> Shape:
@@ -199,6 +204,7 @@ def _context(part: Part, memories: frozenset[str]) -> Shape:
 _COMBINATORS: dict[str, Callable[[Part, frozenset[str]], Shape]] = {
     "chain": _chain,
     "persistent": _persistent,
+    "residual": _residual,
     "gate": _gate,
     "context": _context,
 }

@@ -128,17 +128,20 @@ def container(
     return Shape(left, right, height, draw)
 
 
-def residual(inner: Shape) -> Shape:
-    """Pre-normed and residual: around the block, data also goes straight to the sum below it."""
-    norm = box("norm", colour="norm", small=True)
-    body = column([norm, inner], 16)
+def pre_normed(inner: Shape) -> Shape:
+    """Behind a norm."""
+    return column([box("norm", colour="norm", small=True), inner], 16)
+
+
+def residual(body: Shape) -> Shape:
+    """Around the block, data also goes straight to the sum below it."""
     ahead, after, radius = 26, 16, 8
     lane = body.left + 18
     height = ahead + body.height + after + 2 * radius
 
     def draw(canvas: Canvas, x: float, y: float) -> None:
         bottom = y + height - radius
-        canvas.line([(x, y), (x, y + ahead)], stroke=FLOW, arrow=True)
+        canvas.line([(x, y), (x, y + ahead)], stroke=FLOW, arrow=not body.open)
         canvas.line([(x, y + 6), (x - lane, y + 6), (x - lane, bottom), (x - radius, bottom)], stroke=FLOW, arrow=True)
         body.draw(canvas, x, y + ahead)
         canvas.line([(x, bottom - radius - after), (x, bottom - radius)], stroke=FLOW, arrow=True)

@@ -42,6 +42,7 @@ SPECS = {
     "context, hard gates, surprising tokens alone": CONTEXT
     | {"memory": MEMORY | {"gating": "hard_sigmoid", "threshold": 3.0, "momentum": False}},
     "persistent": {"type": "persistent", "tokens": 3, "of": {"type": "gate", "branches": [WINDOW, MEMORY]}},
+    "residual": {"type": "residual", "of": [WINDOW, MEMORY]},
     "rms_norm": "rms_norm",
 }
 

@@ -43,13 +43,16 @@ BLOCKS = {
     "gate": {"type": "gate", "branches": [ATTENTION, MEMORY]},
     "sum": {"type": "gate", "branches": [ATTENTION, MEMORY], "form": "sum"},
     "persistent": {"type": "persistent", "tokens": 3, "of": [MEMORY, ATTENTION]},
+    "residual": {"type": "residual", "of": MEMORY},
     "context": CONTEXT,
+    "context with a way round attention": {**CONTEXT, "attend": {"type": "residual", "of": ATTENTION}},
     "context of inputs": {**CONTEXT, "write": "inputs"},
     "context of a chain": {**CONTEXT, "attend": [ATTENTION, "ffn"], "form": "silu"},
     "context of persistent memories": {
         **CONTEXT,
         "memory": {"type": "persistent", "tokens": 2, "of": {"type": "gate", "branches": [MEMORY, [MEMORY, MEMORY]]}},
     },
+    "context of a memory with a way round": {**CONTEXT, "memory": {"type": "residual", "of": MEMORY}},
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 import titans_build
 from titans_build.registry import RecipeError, create, list_blocks, list_rows, lookup, register, scratch, validate
 
-BUILT_IN = {"attention", "chain", "context", "ffn", "gate", "memory", "persistent"}
+BUILT_IN = {"attention", "chain", "context", "ffn", "gate", "memory", "persistent", "residual"}
 
 
 class Thing:
