@@ -2,7 +2,7 @@
 
 Inside a chunk every path but the oracle multiplies what is later by zero, and zero times NaN is NaN. A call is
 therefore cut in two before a token that is not finite, which is another way to compute the same (any cut is). To find
-out that there is none takes one sum of the inputs.
+out that there is none takes one reading of the inputs.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..surely_finite import surely_finite
 from .tokens import Tokens
 
 
@@ -23,7 +24,7 @@ def cuts_before_infinities(tokens: Tokens, mask: Tensor | None) -> list[int]:
     if k.shape[1] < 2 or torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
         return []
     inputs = [x.detach() for x in (k, *others) if x is not None]
-    if k.is_meta or bool(torch.stack([x.sum() for x in inputs]).isfinite().all()):
+    if k.is_meta or surely_finite(*inputs):
         return []
     finite = [x.isfinite() for x in inputs]
     bad = ~torch.stack([x.all(-1) if x.dim() == 4 else x for x in finite]).all(0)
