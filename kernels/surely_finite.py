@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 
 def surely_finite(*tensors: Tensor) -> bool:
     """False where one of them holds NaN or infinity, and perhaps where their numbers are too large to be added up."""
-    return bool(torch.stack([_probe(x.detach()) for x in tensors]).sum().isfinite())
+    # numbers of Python are added up in a fraction of the time that tensors of one number are
+    return math.isfinite(sum(_sum(x.detach()).item() for x in tensors))
 
 
-def _probe(x: Tensor) -> Tensor:
-    if x.is_contiguous() and x.dtype in (torch.float32, torch.float64):
-        flat = x.view(-1)
-        return torch.dot(flat, flat)  # three times as fast as a sum
-    return x.sum(dtype=torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype)
+def _sum(x: Tensor) -> Tensor:
+    return x.sum(dtype=torch.float32) if x.dtype in _NARROW else x.sum()
+
+
+_NARROW = (torch.float16, torch.bfloat16)
