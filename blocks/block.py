@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
+from ..registry import Problem, Unavailable
 from .freezing import thawed
 from .state import State, map_state, nbytes
 from .watching import unwatched
@@ -83,6 +84,10 @@ class Block(nn.Module):
     def bound(self, tokens: int) -> None:
         """Told once, by a block that starts this one anew at least every ``tokens`` tokens."""
 
+    def refuse(self, device: torch.device) -> str | None:
+        """Why this block cannot run on ``device``, in words; ``None``: it can. Asked before it gets values there."""
+        return None
+
     def reset_parameters(self) -> None:
         """Initialise the parameters this block owns, and no child block's. Must not depend on old values."""
         for child in self.children():
@@ -149,10 +154,14 @@ def materialise(module: nn.Module, device: torch.device | str, dtype: torch.dtyp
     Parameters are drawn in float32 on the CPU's generator, so that one seed gives one model whatever the
     ``device`` and ``dtype``. ``seed=None`` uses (and advances) the global generator.
 
-    Raises ``RuntimeError`` naming a parameter that no block's ``reset_parameters`` has set, and ``ValueError`` for a
-    seed that is none.
+    Raises ``RuntimeError`` naming a parameter that no block's ``reset_parameters`` has set, ``ValueError`` for a
+    seed that is none, and ``Unavailable`` where a block cannot run on the ``device``.
     """
     check_seed(seed)
+    refused = [child.refuse(torch.device(device)) for child in module.modules() if isinstance(child, Block)]
+    problems = [Problem("", reason) for reason in dict.fromkeys(refused) if reason is not None]
+    if problems:
+        raise Unavailable(problems, "model")
     module.to_empty(device="cpu")
     if dtype is not None:
         module.float()  # whatever the default dtype was when it was made

@@ -39,7 +39,7 @@ def recipe_schema() -> dict[str, Any]:
         "title": "titans-build recipe",
         "type": "object",
         "properties": {
-            "version": {"const": VERSION},
+            "version": {"const": VERSION, "description": "Of the format."},
             "name": {"type": "string", "description": "What the model is called; of no effect."},
             "dim": {"type": "integer", "minimum": 1, "maximum": MAX_DIM, "description": "Width of every block."},
             "vocab": {

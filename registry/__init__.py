@@ -1,9 +1,21 @@
 """The registry: block types by name, their schemas, and blocks made from what a recipe says."""
 
-from .catalogue import ENTRY_POINT_GROUP, Catalogue, Entry, Row, list_blocks, list_rows, lookup, register, scratch
+from .catalogue import (
+    ENTRY_POINT_GROUP,
+    NAME_RULE,
+    Catalogue,
+    Entry,
+    Row,
+    is_name,
+    list_blocks,
+    list_rows,
+    lookup,
+    register,
+    scratch,
+)
 from .description import Description, FieldDescription, describe
 from .json_schema import DIALECT, block_definitions, block_schema
-from .problem import MAX_PROBLEMS, Problem, RecipeError, join, nearest, show
+from .problem import MAX_PROBLEMS, Problem, RecipeError, Unavailable, join, nearest, show
 from .schema import MAX_INTEGER, Field, fields_of
 from .spec import Needs, Spec
 from .validation import Checker, check_settings, create, is_block, validate
@@ -13,6 +25,7 @@ __all__ = [
     "ENTRY_POINT_GROUP",
     "MAX_INTEGER",
     "MAX_PROBLEMS",
+    "NAME_RULE",
     "Catalogue",
     "Checker",
     "Description",
@@ -24,6 +37,7 @@ __all__ = [
     "RecipeError",
     "Row",
     "Spec",
+    "Unavailable",
     "block_definitions",
     "block_schema",
     "check_settings",
@@ -31,6 +45,7 @@ __all__ = [
     "describe",
     "fields_of",
     "is_block",
+    "is_name",
     "join",
     "list_blocks",
     "list_rows",

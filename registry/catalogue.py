@@ -17,6 +17,7 @@ from .problem import Problem, RecipeError, nearest, show
 from .schema import Field, fields_of
 
 ENTRY_POINT_GROUP = "titans_build.blocks"
+NAME_RULE = "a name starts with a letter and has only letters, digits, _ and -, at most 100"
 
 Class = TypeVar("Class", bound=type)
 
@@ -68,10 +69,8 @@ class Catalogue:
         Raises ``ValueError`` when the name is taken (both places are named) unless ``replace=True``, and
         ``TypeError`` when the class lacks a method of its kind or its signature is no schema.
         """
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,99}", name):
-            raise ValueError(
-                f"register({show(name)}): a name starts with a letter and has only letters, digits, _ and -"
-            )
+        if not is_name(name):
+            raise ValueError(f"register({show(name)}): {NAME_RULE}")
 
         def add(cls: Class) -> Class:
             missing = [method for method in self.methods if not callable(getattr(cls, method, None))]
@@ -88,6 +87,8 @@ class Catalogue:
                 raise ValueError(
                     f"the installed {self.kind} {self._loading!r} may not replace the built-in {name!r} ({taken.place})"
                 )
+            if self._loading is not None:
+                self._refuse_anothers(name, self._loading)
             self._entries[name] = entry
             return cls
 
@@ -107,7 +108,8 @@ class Catalogue:
         if name not in self._broken:
             try:
                 self._load(name, points)
-            except Exception as error:  # whatever an installed package's import raises is that package's fault
+            # whatever an installed package's import raises is that package's fault, and so is leaving the process
+            except (Exception, SystemExit) as error:
                 self._broken[name] = (
                     f"the installed {self.kind} {name!r} ({_origin(points)}) cannot be used: {_first_line(error)}"
                 )
@@ -166,11 +168,21 @@ class Catalogue:
         finally:
             self._loading = outer
 
+    def _refuse_anothers(self, name: str, loading: str) -> None:
+        """Raise where the package being imported takes a name that another one provides, whichever comes first."""
+        points = self._entry_points()
+        mine = {point.dist.name for point in points[loading] if point.dist is not None}
+        others = [point for point in points.get(name, ()) if point.dist is not None and point.dist.name not in mine]
+        if others:
+            raise ValueError(f"the {self.kind} name {name!r} is that of the installed package {_origin(others)}")
+
     def _entry_points(self) -> dict[str, list[importlib.metadata.EntryPoint]]:
         return _scan(self.group, tuple(sys.path))
 
     def _place(self, cls: type) -> str:
-        code = getattr(vars(cls).get("__init__") or vars(cls).get(self.methods[0]), "__code__", None)
+        # what is wrapped is what was written
+        told = inspect.unwrap(vars(cls).get("__init__") or vars(cls).get(self.methods[0]) or type)
+        code = getattr(told, "__code__", None)
         return f"{code.co_filename}:{code.co_firstlineno}" if code else f"module {cls.__module__}"
 
 
@@ -222,6 +234,11 @@ def scratch() -> contextlib.AbstractContextManager[None]:
     return BLOCKS.scratch()
 
 
+def is_name(name: Any) -> bool:
+    """Whether something can be registered under ``name``: what ``NAME_RULE`` says."""
+    return isinstance(name, str) and re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,99}", name) is not None
+
+
 @functools.lru_cache(maxsize=8)
 def _scan(group: str, search_path: tuple[str, ...]) -> dict[str, list[importlib.metadata.EntryPoint]]:
     # reading the metadata of every installed package takes tens of milliseconds: once per search path
@@ -241,7 +258,7 @@ def _is_built_in(entry: Entry) -> bool:
     return entry.source == __name__.partition(".")[0]
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 

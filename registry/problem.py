@@ -39,6 +39,10 @@ class RecipeError(ValueError):
         super().__init__("\n".join(lines))
 
 
+class Unavailable(RecipeError):
+    """A recipe that is right, of which this installation or device cannot make the model: a package is missing, say."""
+
+
 def show(value: Any, width: int = 60) -> str:
     """A value as it appears in a message: one line, never long, never a control character."""
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 128:

@@ -87,6 +87,8 @@ class Field:
         details = error.errors(include_url=False, include_context=True)
         if len(details) > 1 and _is_union(self.annotation):
             return [Problem(path, f"expected {self.type_text}, got {show(value)}")]
+        if _is_fixed(self.annotation) and any(detail["type"] in _NOT_SO_MANY for detail in details):
+            return [Problem(path, f"expected {self.type_text}, got {show(value)}")]
         problems = []
         for detail in details:
             place, got = path, value
@@ -124,6 +126,10 @@ _SAID_BY_THE_TYPE = {
     *("int_type", "int_from_float", "int_parsing", "float_type", "bool_type", "string_type", "list_type"),
     *("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number", "multiple_of"),
 }
+
+
+_NOT_SO_MANY = {"missing", "too_long", "tuple_type"}
+"""What is wrong with the value of a ``tuple`` as a whole."""
 
 
 def fields_of(cls: type, lead: str | None = "dim") -> dict[str, Field]:
@@ -244,6 +250,12 @@ def _metadata(annotation: Any) -> tuple[Any, ...]:
 
 def _is_union(annotation: Any) -> bool:
     return typing.get_origin(_strip(annotation)[0]) in (Union, types.UnionType)
+
+
+def _is_fixed(annotation: Any) -> bool:
+    """Whether it is a ``tuple`` of so many items."""
+    kind = _strip(annotation)[0]
+    return typing.get_origin(kind) is tuple and ... not in typing.get_args(kind)
 
 
 def _mentions_block(annotation: Any) -> bool:

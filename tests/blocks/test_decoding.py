@@ -21,6 +21,7 @@ from titans_build.blocks.state import map_state, named_tensors
 from titans_build.kernels.native import library
 
 SMALL = ["lmm", "mac", "mag", "mal", "transformer", "windows-and-mac", "two-memories", "memory-as-ffn"]
+SMALL += ["deltas-and-mac", "llama-and-memory"]
 MEMORY = {"type": "memory", "heads": 2, "chunk": 3}
 ATTENTION = {"type": "attention", "heads": 2, "window": 7}
 CONTEXT = {"type": "context", "segment": 4, "persistent": 2, "memory": MEMORY, "attend": "attention"}

@@ -11,6 +11,8 @@ from titans_build.recipes.packaged import base_names
 SMALL = {"dim": 32, "vocab": 40, "stack.0.repeat": 1}
 # the segments and windows of these are shorter than the sequence, and no divisors of it
 PARTS = {
+    "deltas-and-mac": {"layers.mac.0.segment": 16, "layers.mac.0.memory.chunk": 8},
+    "llama-and-memory": {"layers.plain.0.window": 16, "layers.beside.0.branches.0.window": 16},
     "lmm": {"layers.lmm.0.chunk": 8},
     "mac": {"layers.mac.0.segment": 16, "layers.mac.0.memory.chunk": 8},
     "mag": {"layers.mag.0.of.branches.0.window": 16, "layers.mag.0.of.branches.1.chunk": 8},

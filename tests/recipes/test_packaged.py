@@ -5,7 +5,7 @@ import pytest
 from titans_build.recipes import build, load_recipe, packaged_names
 
 BASES = ["lmm", "mac", "mag", "mal", "transformer"]
-HYBRIDS = ["memory-as-ffn", "two-memories", "windows-and-mac"]
+HYBRIDS = ["deltas-and-mac", "llama-and-memory", "memory-as-ffn", "two-memories", "windows-and-mac"]
 SIZES = {"30m": 30e6, "170m": 170e6, "340m": 340e6, "400m": 400e6, "760m": 760e6, "1.3b": 1.3e9}
 PUBLISHED = {"170m": (12, 768, 16), "340m": (24, 1024, 16), "760m": (24, 1536, 16), "1.3b": (18, 2048, 8)}
 
@@ -20,7 +20,7 @@ def test_names():
 def test_small_recipes(name: str):
     recipe = load_recipe(name)
     assert (recipe.name, recipe.dim, recipe.vocab) == (name, 256, 256)
-    assert recipe.depth == (8 if name == "windows-and-mac" else 4)
+    assert recipe.depth == (8 if "-and-" in name else 4)
     model = build(recipe, device="meta")
     assert not model.grows
     assert all(parameter.is_meta for parameter in model.parameters())

@@ -155,6 +155,7 @@ def test_an_entry_point_may_name_a_module_or_a_class_without_decorator(install: 
         (SOURCE + "register('memory')(Base)", "plug_bad", "'memory' is taken by NeuralMemory"),
         (SOURCE + "register('memory', replace=True)(Base)", "plug_bad", "may not replace the built-in 'memory'"),
         (SOURCE + "register('extra')(Base)\nraise OSError('late')", "plug_bad", "OSError: late"),
+        ("import sys; sys.exit('not for this machine')", "plug_bad", "SystemExit: not for this machine"),
     ],
 )
 def test_a_broken_one_is_one_clear_error(install: Install, source: str, target: str, reason: str):
@@ -190,6 +191,21 @@ def test_two_packages_with_one_name(install: Install):
         lookup("twice")
     (row,) = list_rows("twice")
     assert "plug_left" in row.source and "plug_right" in row.source
+
+
+@pytest.mark.parametrize("first", ["greedy", "hers"])
+def test_a_package_may_not_take_anothers_name(install: Install, first: str):
+    install("plug_greedy", SOURCE + "register('greedy')(Base)\nregister('hers')(Base)\n", {"greedy": "plug_greedy"})
+    install("plug_hers", SOURCE, {"hers": "plug_hers:Base"})
+    for name in (first, "hers"):
+        try:
+            lookup(name)
+        except RecipeError:
+            assert name == "greedy"
+    # whichever is used first, each name is that of the package that provides it
+    assert lookup("hers").cls.__module__ == "plug_hers"
+    with pytest.raises(RecipeError, match=r"'greedy' \(plug_greedy\) cannot be used: .*'hers'"):
+        lookup("greedy")
 
 
 def test_a_pattern_is_text():

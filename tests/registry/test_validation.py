@@ -307,7 +307,7 @@ def test_all_that_is_wrong_with_settings():
         "thing: 3 problems",
         "  train.data.nam: unknown field of thing; did you mean 'name'? (fields: size, shape, name)",
         "  train.data: thing needs the field 'size' (integer >= 1)",
-        "  train.data.shape: field required, got [5]",
+        "  train.data.shape: expected list of (integer, integer), got [5]",
     ]
     with pytest.raises(RecipeError, match=r"size: expected integer >= 1, got 0"):
         check_settings("thing", fields_of(Settings, None), {"size": 0})
