@@ -25,6 +25,7 @@ ROOT = Path(__file__).parent.parent
 MATRIX = 2048
 """Side of the square float32 product whose rate is the machine's."""
 TITANS_PYTORCH = "titans-pytorch"
+WRITTEN = ("results", "plots", "README.md")
 
 Result = dict[str, Any]
 
@@ -78,8 +79,8 @@ def environment() -> Result:
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "commit": _git("rev-parse", "HEAD"),
-        # results and their page change with every run
-        "modified": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!benchmarks/README.md")),
+        # results, their plots and their page change with every run
+        "modified": bool(_git("status", "--porcelain", "--", ".", *(f":!benchmarks/{name}" for name in WRITTEN))),
         "python": platform.python_version(),
         "versions": {name: installed(name) for name in ("titans-build", "torch", TITANS_PYTORCH)},
         "system": f"{platform.system()} {platform.machine()}",
@@ -262,6 +263,7 @@ def machine_table(results: Result, rates: Sequence[float]) -> str:
         ("float32 matrix rate", f"{min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f} GFLOP/s" if rates else None),
         ("load before, after", ", ".join(f"{load:.1f}" for load in env["load"])),
         ("duration", f"{results['seconds']} s"),
+        ("done before, by this program", ", ".join(results.get("done_before", []))),
         *((f"left out: {name}", reason) for name, reason in results["skipped"].items()),
     ]
     return table(("measured", "quick run: not figures to quote" if results["quick"] else ""), (r for r in rows if r[1]))

@@ -23,8 +23,12 @@ import torch
 from measure import GOALS, Result, environment, goal, machine_table, resident, run, say, show, table, write
 
 import titans_build as tb
+from titans_build.recipes import StorageError
 from titans_build.recipes.reading import read_file
 from titans_build.tools.data import score
+from titans_build.tools.training import as_settings
+from titans_build.tools.training.side_by_side import Trial
+from titans_build.tools.training.trials import check_trial
 
 HERE = Path(__file__).parent
 JOBS = 2
@@ -59,14 +63,20 @@ def options() -> argparse.Namespace:
 def train(task: dict[str, Any], settings: Result, runs: Path) -> Result:
     """One run for each length, each going on from the weights of the one before."""
     stages, model, before = [], None, None
+    recipe = tb.load_recipe(HERE / "recipes" / "needle.yaml", settings["changes"].get(task["task"]))
     for number, stage in enumerate(settings["stages"][task["task"]]):
         out = runs / f"stage-{number}-of-{stage['length']}"
         file = out / "stage.json"
+        whole = as_settings({**settings["train"], **stage})
+        try:
+            check_trial(Trial(runs.name, recipe, task, whole, out))
+        except StorageError as error:
+            sys.exit(f"{error}, or remove it")
         if not file.is_file():
-            started = time.perf_counter()
-            whole = {**settings["train"], **stage}
-            done = tb.train(HERE / "recipes" / "needle.yaml", task, whole, out, resume=True, weights=before)
-            took = time.perf_counter() - started
+            done = tb.train(recipe, task, whole, out, resume=True, weights=before)
+            # of the steps, wherever it was interrupted
+            speeds = [event["tokens_per_second"] for event in done.history if event["event"] == "step"]
+            took = stage["steps"] * stage["batch"] * stage["length"] / statistics.median(speeds)
             seen = [event for event in done.history if event["event"] == "valid"]
             last = {key: seen[-1][key] for key in ("loss", "accuracy")} if seen else None
             file.write_text(json.dumps({**stage, "seconds": took, "valid": last}), encoding="utf-8")
@@ -162,6 +172,7 @@ def tables(results: Result) -> dict[str, str]:
                 f"{WANTED:.0%}",
                 [long["accuracy"]],
                 lambda v: v >= WANTED,
+                "{:.3f}",
             ),
             goal(
                 f"{name}: peak memory there over that of {short['length']:,} tokens",
@@ -198,6 +209,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         usual = Path(temporary) if given.quick else HERE / "runs" / "needle"
         trained = {}
+        results["done_before"] = [
+            f"{name}: {file.parent.name}"
+            for name in chosen
+            for file in sorted(((given.runs or usual) / name).glob("*/stage.json"))
+        ]
         for name in chosen:
             trained[name] = train(settings["tasks"][name], settings, (given.runs or usual) / name)
         with ThreadPoolExecutor(JOBS) as side_by_side:
@@ -210,8 +226,12 @@ def main() -> None:
                 for length in settings["lengths"]
                 for name in chosen
             }
-            for (name, _), case in waiting.items():
-                say(f"{name}: {case.result()}")
+            try:
+                for (name, _), case in waiting.items():
+                    say(f"{name}: {case.result()}")
+            except BaseException:  # one that was interrupted, too: the others are not begun any more
+                side_by_side.shutdown(wait=False, cancel_futures=True)
+                raise
         for name in chosen:
             read_by = [case.result() for (of, _), case in waiting.items() if of == name]
             trained[name]["model"] = Path(trained[name]["model"]).parent.name

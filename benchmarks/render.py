@@ -1,4 +1,4 @@
-"""Write the tables of benchmarks/README.md from the result files, so that no figure in it is typed by hand.
+"""Write the tables of benchmarks/README.md and of the README from the result files: no figure in them is typed by hand.
 
 python benchmarks/render.py [--check]
 """
@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import hf_swap
 import memory
 import model
 import needle
@@ -28,6 +29,7 @@ TABLES: dict[str, Callable[[dict], dict[str, str]]] = {
     **dict.fromkeys(variants.TASKS, variants.tables),
     "needle": needle.tables,
     "overhead": overhead.tables,
+    "hf_swap": hf_swap.tables,
 }
 PLACE = re.compile(r"(<!-- (\w+): ([\w ]+) -->\n).*?(<!-- end -->)", re.S)
 
@@ -48,14 +50,17 @@ def render(page: str, results: Path) -> str:
     return PLACE.sub(fill, page)
 
 
+PAGES = (HERE / "README.md", HERE.parent / "README.md")
+
+
 def main() -> None:
-    file = HERE / "README.md"
-    before = file.read_text(encoding="utf-8")
-    after = render(before, HERE / "results")
-    if "--check" in sys.argv[1:]:
-        if after != before:
-            sys.exit("benchmarks/README.md is not what the result files say: python benchmarks/render.py")
-    elif after != before:
+    for file in PAGES:
+        before = file.read_text(encoding="utf-8")
+        after = render(before, HERE / "results")
+        if after == before:
+            continue
+        if "--check" in sys.argv[1:]:
+            sys.exit(f"{file.relative_to(HERE.parent)} is not what the result files say: python benchmarks/render.py")
         file.write_text(after, encoding="utf-8")
 
 

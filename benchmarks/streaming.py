@@ -29,7 +29,18 @@ from torch import Tensor
 
 import titans_build as tb
 
-RECIPES = ("lmm", "mac", "mag", "mal", "transformer", "windows-and-mac", "two-memories", "memory-as-ffn")
+RECIPES = (
+    "lmm",
+    "mac",
+    "mag",
+    "mal",
+    "transformer",
+    "windows-and-mac",
+    "two-memories",
+    "memory-as-ffn",
+    "deltas-and-mac",
+    "llama-and-memory",
+)
 
 
 class Sizes(NamedTuple):

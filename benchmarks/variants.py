@@ -18,6 +18,8 @@ from measure import Result, environment, machine_table, run, say, show, table, w
 import titans_build as tb
 from titans_build.recipes.reading import read_file
 from titans_build.tools.training.curves import draw
+from titans_build.tools.training.side_by_side import threads_of_each
+from titans_build.tools.training.trials import RESULT
 
 HERE = Path(__file__).parent
 
@@ -50,7 +52,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--quick", action="store_true", help="two steps of two recipes: whether it runs")
     parser.add_argument(
-        "--jobs", type=int, default=2, metavar="N", help="runs side by side, a thread each (default: 2)"
+        "--jobs", type=int, default=2, metavar="N", help="runs side by side, which share the cores (default: 2)"
     )
     parser.add_argument(
         "--runs", type=Path, metavar="FOLDER", help="where the runs are (default: benchmarks/runs/TASK)"
@@ -67,7 +69,7 @@ def measure(name: str, runs: Path, quick: bool, jobs: int) -> Result:
     variants = task.variants
     if quick:
         settings |= QUICK | task.quick
-        variants, jobs = (variants[0], variants[-1]), 1
+        variants = (variants[0], variants[-1])
     recipes = {
         variant: tb.load_recipe(HERE / "recipes" / f"{variant}.yaml", task.changes.get(variant)) for variant in variants
     }
@@ -93,7 +95,8 @@ def tables(results: Result) -> dict[str, str]:
     rows, frozen = [], any(variant["frozen"] for variant in results["comparison"]["variants"])
     for variant in results["comparison"]["variants"]:
         if variant.get("failed"):
-            rows.append([variant["name"], f"{variant['parameters']:,}", "", "", variant["failed"], ""])
+            row = [variant["name"], f"{variant['parameters']:,}", None, None, None, f"failed: {variant['failed']}"]
+            rows.append(row + [None] * ((task.wanted is not None) + frozen))
             continue
         reached = variant["test"][metric]
         row = [
@@ -119,10 +122,13 @@ def main() -> None:
     given = options()
     say(f"{given.task}: tens of minutes, on a machine with nothing else to do; --quick takes seconds")
     results: Result = {"program": given.task, "quick": given.quick, "environment": environment(), "skipped": {}}
-    results["environment"]["threads"] = 1 if given.jobs > 1 else results["environment"]["threads"]
+    jobs = 1 if given.quick else given.jobs
+    if jobs > 1:
+        results["environment"]["threads"] = threads_of_each(jobs)
     with tempfile.TemporaryDirectory() as temporary:
-        usual = Path(temporary) if given.quick else HERE / "runs" / given.task
-        results["comparison"] = measure(given.task, given.runs or usual, given.quick, given.jobs)
+        runs = given.runs or (Path(temporary) if given.quick else HERE / "runs" / given.task)
+        results["done_before"] = [name for name in TASKS[given.task].variants if (runs / name / RESULT).is_file()]
+        results["comparison"] = measure(given.task, runs, given.quick, jobs)
     write(results, given.json)
     show(tables(results))
     if given.plots is not None:

@@ -36,6 +36,7 @@ from .. import __version__
 from ..kernels.dispatch import BackendError
 from ..recipes import StorageError, packaged_names
 from ..registry import RecipeError, show
+from . import starting
 from .parser import Layout, Parser
 from .terminal import CommandFailed, UsageError, complain, prepare_streams, say_json, speaking_as
 
@@ -118,6 +119,7 @@ class Program:
 
     def run(self) -> NoReturn:
         """The console script."""
+        starting.over()
         prepare_streams()
         sys.exit(self.main())
 

@@ -27,7 +27,7 @@ import torch
 
 from ..blocks.placing import as_device
 from ..recipes.replacing import replacing
-from . import gpu_apart, gpu_goals, gpu_parity, gpu_speed
+from . import gpu_apart, gpu_goals, gpu_parity, gpu_sizes, gpu_speed, gpu_timing
 from .terminal import Columns, UsageError, complain, in_bytes, prepare_streams, progress, say, say_columns
 
 PACKAGES = (
@@ -216,9 +216,9 @@ def speed(
     results: dict[str, Any],
     target: Path | None,
     began: float,
-) -> list[gpu_speed.Row]:
+) -> list[gpu_timing.Row]:
     """As many rows as fit into the time, in the order of what matters most."""
-    sizes = gpu_speed.QUICK if arguments.quick else gpu_speed.FULL
+    sizes = gpu_sizes.QUICK if arguments.quick else gpu_sizes.FULL
     dtype = getattr(torch, arguments.dtype)
     late = lambda: time.monotonic() - began > 60 * arguments.minutes  # noqa: E731
     if processes and not arguments.quick and not late():
@@ -226,19 +226,19 @@ def speed(
         with progress("compiling", len(gpu_speed.warming(device, dtype))) as step:
             for _ in itertools.takewhile(lambda _: not late(), warmed):
                 step()
-    ceiling = gpu_speed.ceiling(device, dtype, sizes)
+    ceiling = gpu_timing.ceiling(device, dtype, sizes)
     results["ceiling"] = ceiling._asdict()
     say("", f"measured here: {ceiling.product / 1e12:.3g} TFLOP/s in {arguments.dtype}, {ceiling.copy / 1e9:.4g} GB/s")
     cases, untimed = gpu_speed.timed(gpu_speed.cases(device, dtype, sizes), red, device)
     results["untimed"] = untimed
     for reason in untimed:
         complain(f"not timed: {reason}")
-    rows: list[gpu_speed.Row] = []
+    rows: list[gpu_timing.Row] = []
     with progress("speed", len(cases)) as step:
         for case in cases:
             if late():
                 break
-            rows.append(gpu_speed.measure(case, device, sizes, ceiling))
+            rows.append(gpu_timing.measure(case, device, sizes, ceiling))
             results["speed"] = [row._asdict() for row in rows]
             results["trends"] = [trend._asdict() for trend in gpu_goals.trends(rows)]
             results["goals"] = [goal._asdict() for goal in gpu_goals.goals(rows)]
@@ -255,7 +255,7 @@ def speed(
     return rows
 
 
-def speed_table(rows: Sequence[gpu_speed.Row]) -> Columns:
+def speed_table(rows: Sequence[gpu_timing.Row]) -> Columns:
     """A line for every measurement."""
     table = Columns("what", "backend", "shape", "passes", "ms", "rate", "share", "tokens/s", "peak", "failed")
     for row in rows:

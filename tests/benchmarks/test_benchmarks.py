@@ -110,9 +110,12 @@ def test_the_page_is_filled_from_the_result_files(quick: Any, load: Any) -> None
     assert "| memory, the block" not in emptied and "Not measured yet: `make bench-memory`" in emptied
 
 
-def test_the_page_says_what_the_result_files_say(load: Any) -> None:
-    page = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
-    assert load("render").render(page, BENCHMARKS / "results") == page
+def test_the_pages_say_what_the_result_files_say(load: Any) -> None:
+    render = load("render")
+    assert (BENCHMARKS / "README.md", BENCHMARKS.parent / "README.md") == render.PAGES
+    for file in render.PAGES:
+        page = file.read_text(encoding="utf-8")
+        assert render.PLACE.search(page) and render.render(page, BENCHMARKS / "results") == page, file
 
 
 def test_ctrl_c_stops_a_run_without_a_trace_or_a_file(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_the_variants_of_a_comparison_are_of_one_size_and_can_read_its_data(task
 def test_the_needle_runs(tmp_path: Path, load: Any) -> None:
     results, out = quick(tmp_path, "needle", "--runs", str(tmp_path / "runs"), "--tasks", "needle_kv")
     (task,) = results["tasks"].values()
-    assert [row["length"] for row in task["read"]] == [64, 256] and all(row["asked"] == 2 for row in task["read"])
+    assert [row["length"] for row in task["read"]] == [64, 256] and all(row["asked"] == 8 for row in task["read"])
     assert all(row["peak"] >= row["before"] > 0 for row in task["read"])
     for text in load("needle").tables(results).values():
         assert text in out
@@ -99,3 +99,30 @@ def test_what_the_overhead_is_measured_against_is_mag_without_its_memory(load: A
     names = {name for name, _ in window.named_parameters()}
     assert not any("controls" in name for name in names)
     assert window.recipe.dim == mag.recipe.dim and window.recipe.depth == mag.recipe.depth
+
+
+def test_a_variant_that_failed_has_a_row(load: Any) -> None:
+    done = {"accuracy": 0.995, "loss": 0.1}
+    good = {"name": "mac", "parameters": 1000, "steps": 10, "tokens": 10**6, "seconds": 3.0, "test": done}
+    empty = dict.fromkeys(("steps", "tokens", "seconds", "test", "frozen"))
+    bad = {"name": "mag", "parameters": 1000, **empty, "failed": "the loss is nan"}
+    comparison = {"metric": "accuracy", "variants": [{**good, "frozen": done}, bad]}
+    environment = load("measure").environment()
+    results = {"program": "copy", "quick": False, "environment": environment, "skipped": {}, "seconds": 1}
+    found = load("variants").tables({**results, "comparison": comparison, "done_before": ["mac"]})
+    rows = found["results"].splitlines()
+    assert "failed: the loss is nan" in rows[3] and rows[3].count("|") == rows[0].count("|") == 9
+    assert "| done before, by this program | mac" in found["machine"]
+
+
+def test_a_needle_of_other_settings_is_not_taken_for_this_one(tmp_path: Path, load: Any) -> None:
+    needle = load("needle")
+    settings = {**read_file(BENCHMARKS / "settings" / "needle.yaml"), **needle.QUICK}
+    settings["stages"] = {"needle": [{"length": 32, "batch": 4, "steps": 2}]}
+    trained = needle.train(settings["tasks"]["needle"], settings, tmp_path)
+    assert trained["stages"][0]["seconds"] > 0
+    settings["train"] = {**settings["train"], "lr": 0.5}
+    with pytest.raises(
+        SystemExit, match=r"there is another run in this folder \(lr = 0.003\): choose another --out, or"
+    ):
+        needle.train(settings["tasks"]["needle"], settings, tmp_path)

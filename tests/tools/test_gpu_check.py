@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from titans_build.kernels import dispatch
-from titans_build.tools import gpu_apart, gpu_cases, gpu_check, gpu_parity, gpu_speed
+from titans_build.tools import gpu_apart, gpu_cases, gpu_check, gpu_parity, gpu_sizes, gpu_speed
 
 NAMES = ("one token, decoding", "prefix and window", "gate", "convolution")
 
@@ -136,7 +136,7 @@ def test_every_measurement_of_the_check(tmp_path):
 
 
 def test_what_matters_most_comes_first():
-    cases = gpu_speed.cases(torch.device("cpu"), torch.float32, gpu_speed.QUICK)
+    cases = gpu_speed.cases(torch.device("cpu"), torch.float32, gpu_sizes.QUICK)
     ranks = [case.rank for case in cases]
     assert ranks == sorted(ranks)
     assert cases[0].what == "memory" and cases[-1].what.startswith("model") and "compiled" in cases[-1].backend

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +118,43 @@ def test_tensorboard_logs_are_written(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 1.0), (2, 0.5)]
 
 
+def test_a_full_disk_ends_the_logs_for_tensorboard_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def full(*rest: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    heard: list[Any] = []  # what would be printed as the trace of a thread
+    said: list[dict[str, Any]] = []
+    monkeypatch.setattr(threading, "excepthook", hear := heard.append)
+    journal = Journal(tmp_path, said.append, tensorboard=True)
+    journal.open(0)
+    monkeypatch.setattr(RecordWriter, "write", full)
+    for step in range(1, 200):
+        journal.say("step", step=step, loss=1.0)
+        time.sleep(0.01)
+        if any(event["event"] == "warning" for event in said):
+            break
+    assert [event["message"] for event in said if event["event"] == "warning"] == [
+        "no more TensorBoard logs: No space left on device"
+    ]
+    assert heard == [] and threading.excepthook == hear
+
+
+def test_other_threads_are_heard_while_there_are_logs_for_tensorboard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", heard.append)
+    journal = Journal(tmp_path, None, tensorboard=True)
+    journal.open(0)
+    thread = threading.Thread(target=lambda: [][0])
+    thread.start()
+    thread.join()
+    journal.close()
+    assert [died.exc_type for died in heard] == [IndexError]
+
+
 def test_a_log_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
     journal = Journal(tmp_path, None, tensorboard=False)
     journal.open(0)
@@ -167,3 +206,33 @@ def test_without_tensorboard_one_line_says_so_unless_it_was_asked_for(
     assert said.count("\n") == 1 and "pip install 'titans-build[train]'" in said
     assert run(*words, "--out", tmp_path / "b", "-t", "tensorboard=true") == 2
     assert "pip install 'titans-build[train]'" in capsys.readouterr().err
+
+
+def test_two_values_for_one_setting_are_refused(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (recipe, "--data", "copy:length=16", "--out", tmp_path / "run", "--batch", 4)
+    assert run(*words, "-t", "batch=5") == 2
+    assert capsys.readouterr().err.endswith("error: --batch 4 and -t batch=5: expected one of them\n")
+    assert run(*words, "-t", "batch=4", "--steps", 1, "-t", "tensorboard=false") == 0
+
+
+def test_a_run_does_not_end_before_it_is(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert run(recipe, "--data", "copy:length=16", "--out", out, "--steps", 4, *QUICK) == 0
+    before = (out / "train.yaml").read_bytes()
+    assert run("--resume", "--out", out, "-t", "steps=3") == 2
+    assert "steps: the run has done 4 steps: expected at least so many, got 3" in capsys.readouterr().err
+    assert (out / "train.yaml").read_bytes() == before
+    # a recipe of no name is called none
+    assert run("mac", "--set", "vocab=16", "--resume", "--out", out) == 2
+    assert "the run is of another recipe (" in capsys.readouterr().err
+
+
+def test_a_pattern_that_fits_nothing_is_a_warning(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (recipe, "--data", "copy:length=16", "--out", tmp_path / "run", "--steps", 1, *QUICK)
+    assert run(*words, "-t", "no_decay=['*bias', 'heads']") == 0
+    said = capsys.readouterr().err
+    assert said == "titans-train: warning: no_decay.1: no parameter has such a name: 'heads'; did you mean 'head'?\n"

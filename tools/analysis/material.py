@@ -68,11 +68,16 @@ def from_file(path: str, codec: Codec, vocab: int, most: int) -> Material:
     return Material(path, tokens, next_tokens(tokens), None, _words(codec, tokens[0].tolist()), unit, count > most)
 
 
-def from_data(spec: str | Sequence[str] | Mapping[str, Any], vocab: int, most: int) -> Material:
-    """Held-out rows of training data, ``most`` tokens of each. Raises ``RecipeError`` or ``UsageError``."""
-    source = open_source(spec, rows=EXAMPLES, split="valid", vocab=vocab)
+def from_data(
+    spec: str | Sequence[str] | Mapping[str, Any], vocab: int, most: int, length: int | None = None
+) -> Material:
+    """Held-out rows of training data, ``most`` tokens of each. ``length``: of a row, where it is not the data's own.
+
+    Raises ``RecipeError`` or ``UsageError``.
+    """
+    source = open_source(spec, rows=EXAMPLES, length=length, split="valid", vocab=vocab)
     if source.carries:
-        source = open_source(spec, rows=1, split="valid", vocab=vocab)
+        source = open_source(spec, rows=1, length=length, split="valid", vocab=vocab)
     batches, time, goes_on = [source.batch(0)], source.length, source.length > most
     while source.carries and time < most:
         following = source.batch(len(batches))

@@ -57,8 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--pairs", type=whole_number, default=8, metavar="N", help="pairs to plant at each of 4 places (default: 8)")
     add("--seed", type=whole_number, default=0, metavar="N", help="of the planted pairs (default: 0)")
     add("--no-plots", action="store_true", help="write no PNG and SVG, which need the extra `analyze`")
-    add_placement(parser)
-    parser.set_defaults(dtype=None)  # so that a saved model keeps its own
+    add_placement(parser, dtype=None)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -158,7 +157,7 @@ def _material(arguments: argparse.Namespace, model: LanguageModel, codec: Codec)
     data = recorded.get("data") if isinstance(recorded, dict) else None
     if not isinstance(data, (str, list, dict)):
         raise UsageError(f"{folder.parent / TRAIN}: no data is named there: give a TEXTFILE or --data SPEC")
-    return from_data(data, model.vocab, arguments.tokens)
+    return from_data(data, model.vocab, arguments.tokens, recorded.get("length"))
 
 
 def _describe(model: LanguageModel, source: str) -> dict[str, Any]:

@@ -13,15 +13,13 @@ from .documents import Documents, Spans
 from .source import Batch, Share, Split, check_index
 
 
-class Shuffled:
-    """Windows of the text laid end to end, each once in a round, in an order that the seed decides.
+class _Windows:
+    """What both ways to read a text have in common: it is cut into windows, and rounds read each of them."""
 
-    A window may reach from one document into the next; the first token of a document is never asked for. The last
-    window ends where the text ends, so it repeats a part of the one before it. Only a text that is shorter than a
-    window is filled up (``mask``). The order is computed window by window and takes no memory.
-    """
-
-    carries = False
+    carries: bool
+    """Whether the rows of a batch go on in the next one."""
+    shuffled: str
+    """What the seed puts into an order."""
 
     def __init__(
         self,
@@ -34,16 +32,35 @@ class Shuffled:
         seed: int,
     ) -> None:
         self.vocab, self.length = documents.vocab, length
-        self._documents, self._spans, self._share = documents, spans, share
-        self._ends = np.cumsum(spans.lengths)
-        self._total = int(self._ends[-1])
-        self._windows = -(-self._total // length)
-        self._key = key_of("windows", split, seed)
+        self._documents, self._spans, self._share, self._split = documents, spans, share, split
+        self._key = key_of(self.shuffled, split, seed)
+        self._windows = self._lay_out()
 
     @property
     def batches(self) -> int:
-        """Batches of one round; the last of them goes on with the next round's first windows."""
+        """Batches of one round."""
         return -(-self._windows // self._share.of)
+
+    def _lay_out(self) -> int:
+        """Lay the text end to end, and return how many windows it has."""
+        raise NotImplementedError
+
+
+class Shuffled(_Windows):
+    """Windows of the text laid end to end, each once in a round, in an order that the seed decides.
+
+    A window may reach from one document into the next; the first token of a document is never asked for. The last
+    window ends where the text ends, so it repeats a part of the one before it. Only a text that is shorter than a
+    window is filled up (``mask``). The last batch of a round goes on with the next round's first windows. The order is
+    computed window by window and takes no memory.
+    """
+
+    carries, shuffled = False, "windows"
+
+    def _lay_out(self) -> int:
+        self._ends = np.cumsum(self._spans.lengths)
+        self._total = int(self._ends[-1])
+        return -(-self._total // self.length)
 
     def batch(self, index: int) -> Batch:
         """Rows that have nothing to do with one another."""
@@ -75,7 +92,7 @@ class Shuffled:
         return {"documents": "shuffled", "windows": self._windows, "tokens": self._total}
 
 
-class Ordered:
+class Ordered(_Windows):
     """Every row reads documents from beginning to end, and the rows of a batch go on in the next one.
 
     Documents are put in an order that the seed decides (other splits are read as they stand), cut into windows and
@@ -84,31 +101,13 @@ class Ordered:
     ends with the first window of the part after its own.
     """
 
-    carries = True
+    carries, shuffled = True, "documents"
 
-    def __init__(
-        self,
-        documents: Documents,
-        spans: Spans,
-        *,
-        length: int,
-        share: Share,
-        split: Split,
-        seed: int,
-    ) -> None:
-        self.vocab, self.length = documents.vocab, length
-        self._documents, self._spans, self._share = documents, spans, share
-        self._shuffles = split == "train"
-        self._key = key_of("documents", split, seed)
+    def _lay_out(self) -> int:
         # a span's last token is only ever asked for
-        self._counts = -(-(spans.lengths - 1) // length)
-        self._windows = int(self._counts.sum())
+        self._counts = -(-(self._spans.lengths - 1) // self.length)
         self._latest: tuple[int, Integers, Integers] | None = None
-
-    @property
-    def batches(self) -> int:
-        """Batches of one round."""
-        return -(-self._windows // self._share.of)
+        return int(self._counts.sum())
 
     def batch(self, index: int) -> Batch:
         """One window of each row's part of the line."""
@@ -132,7 +131,7 @@ class Ordered:
         """The spans in this round's order, and the number of windows up to the end of each."""
         if self._latest is None or self._latest[0] != turn:
             order = np.arange(len(self._counts))
-            if self._shuffles:
+            if self._split == "train":
                 order = Permutation(key_of("round", self._key, turn), len(order))(order)
             self._latest = turn, order, np.cumsum(self._counts[order])
         return self._latest[1:]

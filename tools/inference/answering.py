@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ...blocks.generation import Sampler
-from ..terminal import UsageError, say, say_json
+from ..terminal import say, say_json
 from .bar import reading_bar
 from .session import Session
 from .sources import Text
@@ -27,11 +27,6 @@ def answer_prompt(
         started = time.perf_counter()
         read = read_with_bar(session, text)
         between = time.perf_counter()
-        if session.at.logits is None and arguments.max_new_tokens:
-            raise UsageError(
-                "the prompt is empty: there is nothing to go on from"
-                + ("; a state does not hold the prediction after it, so give it a token to read" if target else "")
-            )
         if arguments.max_new_tokens:
             voice = Voice()
             try:

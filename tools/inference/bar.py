@@ -17,7 +17,7 @@ def reading_bar(text: Text, description: str) -> Iterator[Callable[[int], None]]
 
     The yielded function is told how many tokens of ``text`` have been read so far.
     """
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or text.size == 0:
         yield lambda tokens: None
         return
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn

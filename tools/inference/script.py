@@ -134,24 +134,12 @@ def run(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> None:
     """Raise ``UsageError`` for options that do not go together."""
     if arguments.perplexity is not None:
-        for given, option in (
-            (arguments.chat, "--chat"),
-            (arguments.prompt, "PROMPT"),
-            (arguments.file, "--file"),
-            (arguments.stop, "--stop"),
-        ):
-            if given:
-                raise UsageError(f"--perplexity measures one file and generates nothing: {option} has no place there")
+        if stray := _first_given(arguments, "--chat", "PROMPT", "--file", "--stop"):
+            raise UsageError(f"--perplexity measures one file and generates nothing: {stray} has no place there")
         if arguments.compare_frozen and arguments.no_write:
             raise UsageError("--compare-frozen compares with --no-write: give one of them")
-    else:
-        for given, option in (
-            (arguments.buckets, "--buckets"),
-            (arguments.compare_frozen, "--compare-frozen"),
-            (arguments.plot, "--plot"),
-        ):
-            if given:
-                raise UsageError(f"{option}: says how --perplexity FILE measures, and there is no --perplexity")
+    elif stray := _first_given(arguments, "--buckets", "--compare-frozen", "--plot"):
+        raise UsageError(f"{stray}: says how --perplexity FILE measures, and there is no --perplexity")
     if arguments.chat and arguments.json:
         raise UsageError("--chat: talking has no JSON document; give a prompt for each answer, and --state to go on")
     if arguments.chat and STANDARD_INPUT in arguments.file:
@@ -166,6 +154,11 @@ def _check(arguments: argparse.Namespace) -> None:
         check_place(Path(arguments.plot), "--plot")
     if arguments.fork and arguments.state is None:
         raise UsageError("--fork: leaves the file of --state as it is, and there is no --state")
+
+
+def _first_given(arguments: argparse.Namespace, *options: str) -> str | None:
+    names = {option: option.removeprefix("--").replace("-", "_").lower() for option in options}
+    return next((option for option, name in names.items() if getattr(arguments, name)), None)
 
 
 def _target(arguments: argparse.Namespace, state: Path | None) -> Path | None:

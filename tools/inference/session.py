@@ -70,7 +70,9 @@ class Session:
         Raises ``UsageError`` when nothing was read to go on from, and ``CommandFailed`` when the model has diverged.
         """
         if self.at.logits is None:
-            raise UsageError("there is nothing to go on from: the prompt is empty")
+            hint = "; a state is what was read, without what comes next: give it at least a line end, $'\\n'"
+            said = "there is nothing to go on from: the prompt is empty"
+            raise UsageError(said + ("" if self.at.state is None else hint))
         decoder = self.codec.decoder()
         try:
             for step in steps(self.model, self.at.logits, self.at.state, sampler, most):

@@ -15,9 +15,10 @@ from ...recipes.replacing import replacing
 from ...registry import Problem, RecipeError, show
 from ..data import open_source
 from .fitting import DIAL, fit, parameters_of
+from .folder import writing
 from .settings import Settings, as_settings
 from .side_by_side import Told, Trial
-from .trials import run_trials
+from .trials import check_trial, run_trials
 
 COMPARISON = "comparison.json"
 METRICS = ("accuracy", "bits_per_byte", "loss")
@@ -54,16 +55,10 @@ def compare(
     seeds, their ``spread`` (largest less smallest, of ``test``), ``curve`` and all its ``runs``.
     """
     place, settings = Path(out), as_settings(settings)
-    if seeds < 1 or jobs < 1:
-        raise RecipeError([Problem("", f"expected seeds and jobs >= 1, got {show(seeds)} and {show(jobs)}")], "compare")
+    _check(recipes, settings, lrs, seeds, jobs)
     loaded = {name: load_recipe(source, allow_imports=allow_imports) for name, source in recipes.items()}
-    if not loaded:
-        raise RecipeError([Problem("", "expected at least one recipe")], "compare")
     fitted, changes = _same_size(loaded, parameters, dial)
-    vocab = min(recipe.vocab or 0 for recipe in fitted.values())
-    described = open_source(
-        data, rows=settings.batch, length=settings.length, seed=settings.seed, vocab=vocab
-    ).describe()
+    described = open_source(data, rows=settings.batch, length=settings.length, seed=settings.seed).describe()
     for name, recipe in fitted.items():
         if on_fit is not None:
             on_fit(name, parameters_of(recipe), changes[name])
@@ -81,6 +76,8 @@ def compare(
         for seed in range(seeds)
         for parts in [_parts(lr if lrs else None, seed if seeds > 1 else None)]
     }
+    for trial in trials.values():
+        check_trial(trial)
     runs = dict(zip(trials, run_trials(list(trials.values()), jobs=jobs, told=told)))
     variants = []
     for name, recipe in fitted.items():
@@ -91,9 +88,27 @@ def compare(
         metric = next(m for m in METRICS[1:] if any(m in (v["test"] or {}) for v in variants))
     found = {"metric": metric, "data": described, "settings": settings.to_dict(), "variants": variants}
     place.mkdir(parents=True, exist_ok=True)
-    with replacing(place / COMPARISON) as path:
+    with writing(place / COMPARISON), replacing(place / COMPARISON) as path:
         path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return found
+
+
+def _check(recipes: Mapping[str, Any], settings: Settings, lrs: Sequence[float], seeds: int, jobs: int) -> None:
+    problems = [
+        Problem(show(name), "expected a name that a folder can have")
+        for name in recipes
+        if not isinstance(name, str) or name in ("", ".", "..", COMPARISON) or "/" in name or os.sep in name
+    ]
+    if not recipes:
+        problems.append(Problem("", "expected at least one recipe"))
+    if seeds < 1 or jobs < 1:
+        problems.append(Problem("", f"expected seeds and jobs >= 1, got {show(seeds)} and {show(jobs)}"))
+    if len(lrs) > 1 and settings.valid_every is None:
+        problems.append(
+            Problem("valid_every", "the best of several rates is that of the least validation loss: expected a number")
+        )
+    if problems:
+        raise RecipeError(problems, "compare")
 
 
 def _same_size(
@@ -103,7 +118,7 @@ def _same_size(
     if parameters is None:
         return recipes, {name: {} for name in recipes}
     target = parameters_of(next(iter(recipes.values()))) if parameters == "first" else parameters
-    fits = {name: fit(recipe, target, dial) for name, recipe in recipes.items()}
+    fits = {name: fit(recipe, target, dial, name) for name, recipe in recipes.items()}
     return {name: each.recipe for name, each in fits.items()}, {name: each.changes for name, each in fits.items()}
 
 
@@ -113,7 +128,7 @@ def _changed(settings: Settings, lr: float, seed: int) -> Settings:
 
 def _parts(lr: float | None, seed: int | None) -> list[str]:
     """The folder of one of a recipe's runs, below that of the recipe."""
-    return [*([] if lr is None else [f"lr-{lr:g}"]), *([] if seed is None else [f"seed-{seed}"])]
+    return [*([] if lr is None else [f"lr-{lr!r}"]), *([] if seed is None else [f"seed-{seed}"])]
 
 
 def _summary(runs: list[Result]) -> Result:
@@ -126,7 +141,7 @@ def _summary(runs: list[Result]) -> Result:
         failed = next(run["failed"] for run in runs if "failed" in run)
         empty = dict.fromkeys(("lr", "steps", "tokens", "seconds", "test", "frozen", "spread", "curve"))
         return {**empty, "failed": failed, "runs": runs}
-    best = min(whole, key=lambda lr: _mean(whole[lr], "valid")["loss"] if whole[lr][0]["valid"] else lr)
+    best = min(whole, key=lambda lr: _mean(whole[lr], "valid")["loss"]) if len(whole) > 1 else next(iter(whole))
     kept = whole[best]
     tests = [run["test"] for run in kept]
     return {
@@ -138,7 +153,7 @@ def _summary(runs: list[Result]) -> Result:
         "frozen": _mean(kept, "frozen") if all(run["frozen"] for run in kept) else None,
         "spread": {key: max(t[key] for t in tests) - min(t[key] for t in tests) for key in tests[0]},
         "curve": [
-            {key: statistics.mean(point[key] for point in points) for key in points[0]}
+            {key: statistics.mean(point[key] for point in points) for key in points[0] if all(key in p for p in points)}
             for points in zip(*(run["curve"] for run in kept))
         ],
         "runs": runs,

@@ -13,12 +13,13 @@ from ...recipes.reading import read_value
 from ...recipes.replacing import replacing
 from ...registry import show
 from ..options import overrides
-from ..terminal import Columns, UsageError, complain, count, say, say_columns, say_json
+from ..terminal import Columns, CommandFailed, UsageError, complain, count, say, say_columns, say_json
 from . import curves
 from .comparing import COMPARISON, compare
 from .fitting import DIAL, TOLERANCE
+from .folder import writing
 from .journal import Event
-from .script import add_settings, read_settings
+from .script import add_settings, read_option, read_settings
 
 SUMMARY = "Train several recipes on the same data, with equal parameters and tokens, and say which did best."
 EXAMPLES = (
@@ -30,7 +31,7 @@ EXAMPLES = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Recipes, data, folder, how they are made equal, and settings."""
     parser.add_argument(
-        "recipes", nargs="+", metavar="[NAME=]RECIPE", help="a packaged recipe or a file; NAME: what to call it"
+        "recipes", nargs="+", metavar="RECIPE", help="a packaged recipe or a file; NAME=RECIPE calls it so"
     )
     parser.add_argument(
         "--set",
@@ -90,6 +91,8 @@ def run(arguments: argparse.Namespace) -> int:
         say("")
         say_columns(table(found))
         say("", f"written: {', '.join(files)}")
+    if all(variant.get("failed") for variant in found["variants"]):
+        raise CommandFailed(f"every recipe came to nothing; the first: {found['variants'][0]['failed']}")
     return 0
 
 
@@ -147,9 +150,11 @@ def rates(arguments: argparse.Namespace) -> list[float]:
     """Several learning rates of ``--lr a,b``; none where there is one, which is then a setting as ever."""
     if arguments.lr is None or "," not in arguments.lr:
         return []
-    found = [read_value(part.strip()) for part in arguments.lr.split(",")]
+    found = [read_option("--lr", part.strip()) for part in arguments.lr.split(",")]
     if not all(isinstance(lr, (int, float)) and not isinstance(lr, bool) and lr > 0 for lr in found):
         raise UsageError(f"--lr {arguments.lr}: expected numbers > 0 with commas between them")
+    if any(setting.partition("=")[0].strip() == "lr" for setting in arguments.train_set):
+        raise UsageError(f"--lr {arguments.lr} and -t lr=...: expected one of them")
     arguments.lr = None
     return list(dict.fromkeys(map(float, found)))
 
@@ -197,9 +202,10 @@ def _plot(found: dict[str, Any], place: Path) -> list[str]:
         complain(str(error), "warning")
         return files
     for ending, content in drawn.items():
-        with replacing(place / f"comparison.{ending}") as path:
+        file = place / f"comparison.{ending}"
+        with writing(file), replacing(file) as path:
             path.write_bytes(content)
-        files.append(str(place / f"comparison.{ending}"))
+        files.append(str(file))
     return files
 
 

@@ -28,19 +28,18 @@ def parameters_of(recipe: Recipe) -> int:
     return sum(parameter.numel() for parameter in build(recipe, device="meta").parameters())
 
 
-def fit(recipe: Recipe, target: int, dial: str = DIAL) -> Fitted:
+def fit(recipe: Recipe, target: int, dial: str = DIAL, name: str = "recipe") -> Fitted:
     """``recipe`` with about ``target`` parameters: ``dial``, a block's field, is set alike wherever the block stands.
 
-    A recipe that is within ``TOLERANCE`` stays as it is. Raises ``RecipeError`` where the recipe has no such block, or
-    no value of the field gives that size.
+    A recipe that is within ``TOLERANCE`` stays as it is. ``name``: what errors call it. Raises ``RecipeError`` where
+    the recipe has no such block, or no value of the field gives that size.
     """
+    kind, _, field = dial.partition(".")
+    _check_dial(kind, field, dial)
     as_it_is = parameters_of(recipe)
     if _near(as_it_is, target):
         return Fitted(recipe, as_it_is, {})
-    kind, _, field = dial.partition(".")
-    _check_dial(kind, field, dial)
     paths = [f"layers.{path}.{field}" for path in _blocks(recipe.layers, kind)]
-    name = recipe.name or "recipe"
     if not paths:
         message = (
             f"has {as_it_is:,} parameters, not {target:,}, and no {kind} to fit: another --fit, or --parameters none"
@@ -72,7 +71,10 @@ def _near(parameters: int, target: int) -> bool:
 
 
 def _check_dial(kind: str, field: str, dial: str) -> None:
-    spec = lookup(kind)
+    try:
+        spec = lookup(kind)
+    except RecipeError as error:
+        raise RecipeError(error.problems, "--fit") from None
     if field not in spec.fields:
         message = f"expected BLOCK.FIELD with a field of {kind}, got {show(dial)}{nearest(field, list(spec.fields))}"
         raise RecipeError([Problem("", message)], "--fit")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from typing import Any
 
 from ...recipes.replacing import replacing
 from ..extras import from_extra
+from .board import Board
 from .folder import writing
 
 Event = dict[str, Any]
@@ -31,7 +31,7 @@ class Journal:
         self._path = None if folder is None else folder / LOG
         self._listener = on_event if folder is not None else None
         self._folder, self._wanted = folder, tensorboard
-        self._board: Any = None
+        self._board: Board | None = None
 
     def open(self, step: int) -> None:
         """Begin after ``step`` steps: what an earlier course of the run has written of later ones is taken out."""
@@ -42,9 +42,9 @@ class Journal:
             with writing(self._path), replacing(self._path) as path:
                 path.write_text("".join(map(_line, self.history)), encoding="utf-8")
         if self._wanted is not False:
-            self._open_board(step)
+            self._open_board(self._folder / "tensorboard", step)
 
-    def _open_board(self, step: int) -> None:
+    def _open_board(self, folder: Path, step: int) -> None:
         from ..terminal import UsageError
 
         try:
@@ -54,9 +54,16 @@ class Journal:
                 raise
             self.say("warning", step=step, message=f"no TensorBoard logs: {str(error).partition(' needs ')[2]}")
             return
-        from torch.utils.tensorboard import SummaryWriter
+        try:
+            self._board = Board(folder, step)
+        except OSError as error:
+            self._lose_board(step, error)
 
-        self._board = SummaryWriter(str(self._folder) + "/tensorboard", purge_step=step + 1 if step else None)
+    def _lose_board(self, step: int, error: OSError) -> None:
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+        self.say("warning", step=step, message=f"no more TensorBoard logs: {error.strerror or error}")
 
     def say(self, kind: str, **fields: Any) -> None:
         """One event. ``fields``: JSON; numbers that are none (NaN, infinity) are written as null."""
@@ -65,30 +72,19 @@ class Journal:
             self.history.append(event)
             with writing(self._path), open(self._path, "a", encoding="utf-8") as file:
                 file.write(_line(event))
-        if self._board is not None and kind in ("step", "valid", "surprise"):
+        if self._board is not None:
             try:
-                self._draw(event)
-            except OSError as error:  # of what was drawn before: it is written by a thread
-                self._board = None
-                self.say("warning", step=event["step"], message=f"no more TensorBoard logs: {error.strerror or error}")
+                self._board.draw(event)
+            except OSError as error:
+                self._lose_board(event["step"], error)
         if self._listener is not None:
             self._listener(event)
 
     def close(self) -> None:
         """Finish the TensorBoard logs."""
         if self._board is not None:
-            with contextlib.suppress(OSError):  # a full disk, which the log file has met as well
-                self._board.close()
+            self._board.close()
             self._board = None
-
-    def _draw(self, event: Event) -> None:
-        kind = "train" if event["event"] == "step" else event["event"]
-        for name, value in event.items():
-            for path, number in value.items() if isinstance(value, dict) else [("", value)]:
-                if isinstance(number, dict):
-                    number = number.get("mean")
-                if isinstance(number, (int, float)) and name != "step":
-                    self._board.add_scalar(f"{kind}/{path or name}", number, event["step"])
 
 
 def read_log(path: Path) -> list[Event]:

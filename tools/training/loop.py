@@ -20,7 +20,7 @@ from .distributed import Processes, whole
 from .journal import Journal
 from .keeping import Checkpoints
 from .measuring import validate
-from .optimiser import Average, make_optimizer, matching
+from .optimiser import Average, make_optimizer, trained
 from .schedule import learning_rate, place_of
 from .settings import Settings
 from .snapshot import Snapshot, random_names
@@ -61,7 +61,7 @@ class Loop:
     ) -> None:
         self.model, self.source, self.valid, self.settings = model, source, valid, settings
         self.processes, self.journal, self.checkpoints, self.resume = processes, journal, checkpoints, resume
-        self.trained = [matching(model, stage.train, f"stages.{i}.train") for i, stage in enumerate(settings.parts)]
+        self.trained = trained(model, settings)
         processes.shard(model, keep=any(getattr(settings, name) for name in AUXILIARY))
         run = torch.compile(model) if settings.compile else None
         self.reader = Reader(model, settings, processes, run)

@@ -23,22 +23,44 @@ def matching(model: nn.Module, patterns: Sequence[str], path: str) -> set[str]:
 
     Raises ``RecipeError``, at ``path``, for a pattern that fits nothing.
     """
+    chosen, idle = _choose(model, patterns)
+    problems = [Problem(f"{path}.{index}", message) for index, message in idle.items()]
+    if not problems and not chosen:
+        problems.append(Problem(path, f"no parameter is left to train by {show(list(patterns))}"))
+    if problems:
+        raise RecipeError(problems, "settings")
+    return chosen
+
+
+def trained(model: nn.Module, settings: Settings) -> list[set[str]]:
+    """Names of the parameters that train, for each stage. Raises ``RecipeError`` for patterns that fit nothing."""
+    return [matching(model, stage.train, f"stages.{i}.train") for i, stage in enumerate(settings.parts)]
+
+
+def idle_patterns(model: nn.Module, no_decay: Sequence[str]) -> list[str]:
+    """What is to be said of the patterns of ``no_decay`` that fit nothing, but for the defaults, which fit many models.
+
+    It may be right of one model that others are compared with, and is therefore no error.
+    """
+    usual = Settings.model_fields["no_decay"].default
+    idle = _choose(model, no_decay)[1]
+    return [f"no_decay.{index}: {message}" for index, message in idle.items() if no_decay[index] not in usual]
+
+
+def _choose(model: nn.Module, patterns: Sequence[str]) -> tuple[set[str], dict[int, str]]:
+    """What the patterns choose, and what is wrong with those, by their index, that fit nothing."""
     names = [name for name, _ in model.named_parameters()]
     chosen = set(names) if patterns and patterns[0].startswith("!") else set()
-    problems = []
+    idle = {}
     for index, pattern in enumerate(patterns):
         bare = pattern.removeprefix("!")
         found = _of_type(model, bare[1:]) if bare.startswith("@") else set(fnmatch.filter(names, bare))
         if not found:
             near = nearest(bare[1:], list_blocks()) if bare.startswith("@") else nearest(bare, names)
             what = "no block of this type has a parameter" if bare.startswith("@") else "no parameter has such a name"
-            problems.append(Problem(f"{path}.{index}", f"{what}: {show(bare)}{near}"))
+            idle[index] = f"{what}: {show(bare)}{near}"
         chosen = chosen - found if pattern.startswith("!") else chosen | found
-    if not problems and not chosen:
-        problems.append(Problem(path, f"no parameter is left to train by {show(list(patterns))}"))
-    if problems:
-        raise RecipeError(problems, "settings")
-    return chosen
+    return chosen, idle
 
 
 def _of_type(model: nn.Module, kind: str) -> set[str]:
@@ -55,7 +77,7 @@ def groups(model: nn.Module, no_decay: Sequence[str], decay: float) -> list[dict
     Vectors and scalars never decay; of the rest, what a pattern of ``no_decay`` fits does not (``matching``): gains
     that are kept per head, the memories' initial weights, learned tokens. Each parameter is in one group.
     """
-    kept = {name for pattern in no_decay for name in _fitting(model, pattern)}
+    kept, _ = _choose(model, no_decay)
     names: dict[str, list[str]] = {"decay": [], "no_decay": []}
     parameters: dict[str, list[Tensor]] = {"decay": [], "no_decay": []}
     for name, parameter in model.named_parameters():
@@ -66,13 +88,6 @@ def groups(model: nn.Module, no_decay: Sequence[str], decay: float) -> list[dict
         {"name": group, "params": parameters[group], "names": names[group], "weight_decay": weight}
         for group, weight in (("decay", decay), ("no_decay", 0.0))
     ]
-
-
-def _fitting(model: nn.Module, pattern: str) -> set[str]:
-    # the patterns fit many models: one that fits nothing in this is no mistake
-    if pattern.startswith("@"):
-        return _of_type(model, pattern[1:])
-    return {name for name, _ in model.named_parameters() if fnmatch.fnmatchcase(name, pattern)}
 
 
 def make_optimizer(model: nn.Module, settings: Settings, *, fused: bool) -> torch.optim.AdamW:

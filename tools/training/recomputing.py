@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch.utils.checkpoint import checkpoint
@@ -13,15 +13,17 @@ from ...blocks.language_model import LanguageModel
 
 
 @contextlib.contextmanager
-def recomputing(model: LanguageModel) -> Iterator[None]:
-    """For the length of a ``with`` block, every layer of ``model`` does so.
+def recomputing(model: LanguageModel, by: Callable[..., Any] | None = None, every: int = 1) -> Iterator[None]:
+    """For the length of a ``with`` block, every layer of ``model`` does so, or one in ``every``.
 
-    The state goes in and out of a layer like any other argument, so gradients through it are the same, too. No
-    module is wrapped in another: parameters keep their names.
+    ``by``: calls a function with arguments, and again when gradients are wanted; ``None`` is PyTorch's. The state
+    goes in and out of a layer like any other argument, so gradients through it are the same, too. No module is wrapped
+    in another: parameters keep their names.
     """
-    layers: list[Any] = list(model.layers)
+    by = functools.partial(checkpoint, use_reentrant=False) if by is None else by
+    layers: list[Any] = list(model.layers)[::every]
     for layer in layers:
-        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+        layer.forward = functools.partial(by, layer.forward)
     try:
         yield
     finally:

@@ -15,12 +15,13 @@ from ...blocks.language_model import LanguageModel
 from ...recipes import Recipe, StorageError, load_recipe
 from ...recipes.loading import Source as RecipeSource
 from ...registry import Problem, RecipeError, show
-from ..data import Source, open_source
+from .beforehand import check_model, find_device, open_sources
 from .distributed import Processes, gathered, processes
 from .folder import changed, described, expect_the_same_data, is_run, locked, record, recorded
 from .journal import Event, Journal
 from .keeping import Checkpoints
 from .loop import Loop
+from .optimiser import idle_patterns
 from .recomputing import recomputing
 from .settings import Settings, as_settings
 from .stopping import Stopping
@@ -74,23 +75,19 @@ def train(
         raise StorageError(f"{place}: there is no run in this folder to go on with; give a recipe and data for one")
     settings = as_settings(settings)
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    if recipe.vocab is None:
-        raise RecipeError(
-            [Problem("vocab", "a model without a vocabulary cannot read tokens")], recipe.name or "recipe"
-        )
-    device = _device(settings.device)
+    device = find_device(settings.device)
     numbers: list[int] | None = [] if device.type == "cpu" else None
     group = processes(device)
     with torch.random.fork_rng(numbers), contextlib.ExitStack() as stack:
-        source, valid = _sources(data, settings, group, recipe.vocab)
-        _check_share(settings, group, source)
+        source, valid = open_sources(recipe, data, settings, group)
         expect_the_same_data(place, run.get("data"), source.describe())
         if group.main:
             stack.enter_context(locked(place))
         checkpoints = Checkpoints(place / "checkpoints")
+        _check_steps(settings, max(checkpoints.steps(), default=0) if goes_on else 0)
         weights = run.get("weights") if goes_on else None if weights is None else os.path.abspath(weights)
         model = _model(recipe, settings, group, None if goes_on and checkpoints.steps() else weights)
-        _check_carry(settings, source, model)
+        check_model(model, source, settings)
         torch.manual_seed(settings.seed + group.rank)
         journal = Journal(place if group.main else None, on_event, tensorboard=settings.tensorboard)
         stack.callback(journal.close)
@@ -107,17 +104,6 @@ def train(
         return _finish(loop, place, recipe)
 
 
-def _device(name: str) -> torch.device:
-    try:
-        device = recipes.as_device(name)
-        torch.ones(1, device=device)
-    # every backend reports its absence in its own way: AssertionError, NotImplementedError, RuntimeError
-    except Exception as error:
-        first = str(error).partition("\n")[0].partition(". ")[0]
-        raise RecipeError([Problem("device", f"cannot be used on this machine: {first}")], "settings") from None
-    return device
-
-
 def _as_before(
     place: Path, recipe: RecipeSource | None, data: Any, settings: Any
 ) -> tuple[Recipe, Any, Settings, dict[str, Any]]:
@@ -126,7 +112,8 @@ def _as_before(
     if recipe is not None:
         given = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
         if given.fingerprint != known.fingerprint:
-            message = f"the run is of {show(known.name)} ({known.fingerprint}), not of this one ({given.fingerprint})"
+            whose = "another recipe" if known.name is None else show(known.name)
+            message = f"the run is of {whose} ({known.fingerprint}), not of this one ({given.fingerprint})"
             raise RecipeError([Problem("", message)], given.name or "recipe")
     if data is not None and data != known_data:
         raise RecipeError(
@@ -138,39 +125,10 @@ def _as_before(
     return known, known_data, after, changed(place, before, after)
 
 
-def _sources(data: Any, settings: Settings, group: Processes, vocab: int) -> tuple[Source, Source | None]:
-    def opened(split: Any) -> Source:
-        return open_source(
-            data,
-            rows=settings.batch,
-            length=settings.length,
-            split=split,
-            seed=settings.seed,
-            part=group.part,
-            vocab=vocab,
-        )
-
-    return opened("train"), opened("valid") if settings.valid_every else None
-
-
-def _check_share(settings: Settings, group: Processes, source: Source) -> None:
-    share = settings.batch // group.world
-    if share % settings.accumulate:
-        message = (
-            f"expected a divisor of the {share} rows of each of {group.world} processes, got {settings.accumulate}"
-        )
-        raise RecipeError([Problem("accumulate", message)], "settings")
-    if settings.windows > 1 and not source.carries:
-        message = f"the data's batches do not go on from each other, so {settings.carry} of them have nothing to carry"
-        raise RecipeError([Problem("carry", message)], "settings")
-
-
-def _check_carry(settings: Settings, source: Source, model: LanguageModel) -> None:
-    if source.carries and settings.carry != "off" and model.grows:
-        message = (
-            "the model's state grows with every token read (attention without a window): give it one, or carry: off"
-        )
-        raise RecipeError([Problem("carry", message)], "settings")
+def _check_steps(settings: Settings, done: int) -> None:
+    if settings.steps < done:
+        message = f"the run has done {done:,} steps: expected at least so many, got {settings.steps:,}"
+        raise RecipeError([Problem("steps", message)], "settings")
 
 
 def _model(recipe: Recipe, settings: Settings, group: Processes, weights: Any) -> LanguageModel:
@@ -184,7 +142,7 @@ def _model(recipe: Recipe, settings: Settings, group: Processes, weights: Any) -
 
 def _begin(loop: Loop, goes_on: bool, changes: dict[str, Any]) -> None:
     """Start, or load the last whole checkpoint, which the first process looks for."""
-    warnings: list[str] = []
+    warnings = idle_patterns(loop.model, loop.settings.no_decay)
     found = loop.checkpoints.latest(warnings.append) if goes_on and loop.processes.main else None
     step = int(loop.processes.total(found[0] if found else 0)[0])
     if step:

@@ -53,12 +53,12 @@ def add_settings(parser: argparse.ArgumentParser, *, several_lr: bool = False) -
         help="change one setting; may be given many times: " + ", ".join(name for name in fields(Settings)),
     )
     for name in DIRECT:
-        option, field = f"--{name.replace('_', '-')}", fields(Settings)[name]
+        field = fields(Settings)[name]
         usual = "" if field.default is None else f" (default: {field.default})"
         letter, more = _letter(field.type_text), ""
         if name == "lr" and several_lr:
-            letter, more = "X[,X...]", "; of several the best is kept"
-        parser.add_argument(option, dest=name, metavar=letter, help=field.description + more + usual)
+            letter, more = "X,X,...", "; of several the best is kept"
+        parser.add_argument(_option(name), dest=name, metavar=letter, help=field.description + more + usual)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -91,12 +91,29 @@ def read_settings(arguments: argparse.Namespace) -> tuple[dict[str, Any], Any]:
         if not isinstance(given, dict):
             raise RecipeError([Problem("", f"expected a mapping of settings, got {show(given)}")], arguments.train)
     data = given.pop("data", None)
-    given |= overrides(arguments.train_set, "-t", "KEY=VALUE, as in -t lr=1e-3")
+    single = overrides(arguments.train_set, "-t", "KEY=VALUE, as in -t lr=1e-3")
     for name in DIRECT:
         text = getattr(arguments, name)
-        if text is not None:
-            given[name] = read_value(text)
+        if text is None:
+            continue
+        value = read_option(_option(name), text)
+        if single.get(name, value) != value:
+            raise UsageError(f"{_option(name)} {text} and -t {name}={show(single[name])}: expected one of them")
+        single[name] = value
+    given |= single
     return given, data if arguments.data is None else arguments.data
+
+
+def read_option(option: str, text: str) -> Any:
+    """The value of an option, read as one in a file is. Raises ``RecipeError`` that names the option."""
+    try:
+        return read_value(text)
+    except RecipeError as error:
+        raise RecipeError(error.problems, option) from None
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _letter(kind: str) -> str:

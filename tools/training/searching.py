@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from ..extras import from_extra
 from .settings import Settings, as_settings
 from .side_by_side import Told, Trial
 from .space import Choice, Range, Space, as_space
-from .trials import run_trials
+from .trials import check_trial, run_trials
 
 Sampler = Literal["grid", "random", "optuna"]
 SAMPLERS: tuple[Sampler, ...] = ("grid", "random", "optuna")
@@ -57,18 +58,34 @@ def search(
         raise RecipeError(
             [Problem("valid_every", "a search compares validation losses: expected a number")], "settings"
         )
+    if jobs < 1 or (trials is not None and trials < 1):
+        message = f"expected jobs and trials >= 1, got {show(jobs)} and {show(trials)}"
+        raise RecipeError([Problem("", message)], "search")
     space = space if isinstance(space, Space) else as_space(space)
     chooser = _Chooser(space, sampler, trials, seed, jobs)
     results: list[Result] = []
+    refused: list[RecipeError] = []
     while choices := chooser.next(results):
-        wanted = [
-            _trial(loaded, data, settings, choice, place, len(results) + number, allow_imports)
-            for number, choice in enumerate(choices)
-        ]
-        for choice, found in zip(choices, run_trials(wanted, jobs=jobs, told=told)):
+        wanted: list[Trial | str] = []
+        for number, choice in enumerate(choices, len(results)):
+            try:
+                trial = _trial(loaded, data, settings, choice, place, number, allow_imports)
+                check_trial(trial)
+                wanted.append(trial)
+            except RecipeError as error:
+                if sampler != "optuna":
+                    raise
+                # it chooses while others have been run, and may put together what cannot be
+                refused.append(error)
+                wanted.append("; ".join(map(str, error.problems)))
+        runs = run_trials([trial for trial in wanted if isinstance(trial, Trial)], jobs=jobs, told=told)
+        for choice, made in zip(choices, wanted):
+            found = next(runs) if isinstance(made, Trial) else {"failed": made}
             loss = None if "failed" in found else found["valid"]["loss"]
             results.append({"trial": len(results), "choice": choice, "loss": loss, **found})
             _write(place / TRIALS, "".join(json.dumps(result) + "\n" for result in results))
+    if refused and len(refused) == len(results):
+        raise refused[0]
     ranked = sorted(results, key=lambda result: (result["loss"] is None, result["loss"] or 0.0))
     if ranked and ranked[0]["loss"] is not None:
         best = _trial(loaded, data, settings, ranked[0]["choice"], place, 0, allow_imports)
@@ -127,7 +144,8 @@ class _Chooser:
         optuna: Any = self._optuna
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         # no state but the results: a search that goes on makes the choices that it would have made
-        sampler = optuna.samplers.TPESampler(seed=self._seed + len(results), constant_liar=count > 1)
+        seed = random.Random(f"{self._seed} {len(results)}").getrandbits(32)
+        sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=count > 1)
         study = optuna.create_study(sampler=sampler)
         kinds = {name: self._kind(of) for name, of in self._space.of.items()}
         for result in results:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...recipes import Recipe
+from ...recipes import Recipe, StorageError
 from ...recipes.reading import write_yaml
 from ...recipes.replacing import replacing
 from .folder import RECIPE, TRAIN, is_run
@@ -47,26 +47,31 @@ class Ended(NamedTuple):
 class SideBySide:
     """``with SideBySide(2, told) as processes: processes.start(trial).result()``.
 
-    Where the block is left early, what still runs is interrupted, and saves itself as after Ctrl-C.
+    Where the block is left early, what still runs is told to stop, and saves itself as after Ctrl-C.
     """
 
     def __init__(self, jobs: int, told: Told) -> None:
         self._told = told
         self._pool = ThreadPoolExecutor(jobs)
         self._running: set[subprocess.Popen[str]] = set()
-        self._leaving = False
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self._environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // jobs))}
+        self._leaving, self._lock = False, threading.Lock()
+        self._environment = {**os.environ, "OMP_NUM_THREADS": str(threads_of_each(jobs))}
+        self._before: Any = None
 
     def __enter__(self) -> SideBySide:
+        if threading.current_thread() is threading.main_thread():
+            # as Ctrl-C: the processes would hear of it when they next print, and would not save themselves
+            self._before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._leaving = True
-        for process in list(self._running):
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGINT)
+        with self._lock:
+            self._leaving = True
+            for process in self._running:
+                process.terminate()
         self._pool.shutdown(cancel_futures=True)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
 
     def start(self, trial: Trial) -> Future[Ended]:
         """Begin or go on with a run, once one of the places is free."""
@@ -80,7 +85,6 @@ class SideBySide:
         words = ["--out", str(trial.folder), "--resume", "--json", *(["--allow-imports"] * trial.allow_imports)]
         command = [sys.executable, "-m", "titans_build.tools.train", str(trial.folder / RECIPE), *words]
         command += ["--train", str(trial.folder / TRAIN)]
-        self._told(trial.label, {"event": "start"})
         # Ctrl-C at a terminal would reach every process there: each shall be told once, by us
         process = subprocess.Popen(
             command,
@@ -90,20 +94,34 @@ class SideBySide:
             text=True,
             start_new_session=True,
         )
-        self._running.add(process)
+        with self._lock:
+            self._running.add(process)
+            if self._leaving:
+                process.terminate()
         error = ""
         with process, ThreadPoolExecutor(1) as reader:
             assert process.stdout is not None and process.stderr is not None
             said = reader.submit(process.stderr.read)
-            for line in process.stdout:
-                event = _parsed(line)
-                if "error" in event:
-                    error = event["error"]["message"]
-                elif "event" in event:
-                    self._told(trial.label, event)
+            try:
+                for line in process.stdout:
+                    event = _parsed(line)
+                    if "error" in event:
+                        error = event["error"]["message"]
+                    elif "event" in event:
+                        self._told(trial.label, event)
+            except BaseException:  # nobody listens any more, and it would wait for someone who does
+                process.terminate()
+                raise
             error = error or said.result().strip()[-2000:]
-        self._running.discard(process)
+        with self._lock:
+            self._running.discard(process)
         return Ended(process.returncode, error)
+
+
+def threads_of_each(jobs: int) -> int:
+    """Threads that each of so many processes computes with: the cores are shared out."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // jobs)
 
 
 def _parsed(line: str) -> Event:
@@ -116,8 +134,11 @@ def _parsed(line: str) -> Event:
 
 def _prepare(trial: Trial) -> None:
     """What the process is to read, where its own record of it will be."""
-    trial.folder.mkdir(parents=True, exist_ok=True)
     texts = {RECIPE: trial.recipe.to_yaml(), TRAIN: write_yaml({"data": trial.data, **trial.settings.to_dict()})}
-    for name, text in texts.items():
-        with replacing(trial.folder / name) as path:
-            path.write_text(text, encoding="utf-8")
+    try:
+        trial.folder.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            with replacing(trial.folder / name) as path:
+                path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"{trial.folder}: cannot be written: {error.strerror or error}") from error

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -12,12 +12,15 @@ from typing import Any
 import torch
 
 from ... import recipes
+from ...blocks.language_model import LanguageModel
 from ...recipes import StorageError
 from ...recipes.replacing import replacing
-from ..data import open_source
+from ...registry import RecipeError
+from ..data import Source, open_source
 from ..terminal import CommandFailed
+from .beforehand import check_run
 from .distributed import Processes
-from .folder import is_run, recorded
+from .folder import described, expect_the_same_data, is_run, recorded, writing
 from .journal import LOG, Event, read_log
 from .measuring import validate
 from .running import train
@@ -30,7 +33,7 @@ TESTED = 4
 
 
 def run_trials(trials: Sequence[Trial], *, jobs: int = 1, told: Told | None = None) -> Iterator[dict[str, Any]]:
-    """Run what has not been run, and yield the result of every trial, in order.
+    """Run what has not been run of ``trials`` that ``check_trial`` has let pass, and yield every result, in order.
 
     A result: ``steps``, ``tokens``, ``tokens_per_second``, ``seconds``, ``parameters``, ``curve`` (validations:
     ``step``, ``tokens``, ``loss``, ...), ``valid`` (the last of them), ``test`` (as many numbers on rows that nothing
@@ -38,8 +41,14 @@ def run_trials(trials: Sequence[Trial], *, jobs: int = 1, told: Told | None = No
     to nothing. With several ``jobs`` each trial is a process, and they share the cores.
     """
     tell = told if told is not None else lambda label, event: None
-    for trial in trials:
-        _check(trial)
+    try:
+        yield from _run(trials, jobs, tell)
+    except KeyboardInterrupt:
+        said = "interrupted; what has been done is kept: the same command goes on from there"
+        raise KeyboardInterrupt(said) from None
+
+
+def _run(trials: Sequence[Trial], jobs: int, tell: Told) -> Iterator[dict[str, Any]]:
     if jobs == 1:
         for trial in trials:
             yield _done(trial) or _here(trial, tell)
@@ -50,8 +59,12 @@ def run_trials(trials: Sequence[Trial], *, jobs: int = 1, told: Told | None = No
             yield _done(trial) or _after(trial, process, tell)
 
 
-def _check(trial: Trial) -> None:
-    """Raise ``StorageError`` where another run than this one is in its folder."""
+def check_trial(trial: Trial) -> None:
+    """Raise ``RecipeError`` where a run could not be, and ``StorageError`` where another one is in its folder."""
+    try:
+        source = check_run(trial.recipe, trial.data, trial.settings)
+    except RecipeError as error:
+        raise RecipeError(error.problems, f"{trial.label}: {error.source}") from None
     if not is_run(trial.folder):
         return
     recipe, data, settings = recorded(trial.folder, allow_imports=trial.allow_imports)
@@ -68,6 +81,7 @@ def _check(trial: Trial) -> None:
         raise StorageError(
             f"{trial.folder}: there is another run in this folder ({', '.join(differs)}): choose another --out"
         )
+    expect_the_same_data(trial.folder, described(trial.folder).get("data"), source.describe())
 
 
 def _done(trial: Trial) -> dict[str, Any] | None:
@@ -80,7 +94,6 @@ def _done(trial: Trial) -> dict[str, Any] | None:
 
 def _here(trial: Trial, tell: Told) -> dict[str, Any]:
     """Run it in this process."""
-    tell(trial.label, {"event": "start"})
     try:
         train(
             trial.recipe,
@@ -125,8 +138,7 @@ def finish(trial: Trial, tell: Told) -> dict[str, Any]:
     reader = Reader(model, settings, Processes(device=torch.device(settings.device)))
     batches = TESTED * settings.valid_batches
     test = validate(reader, source, batches)
-    with contextlib.suppress(ValueError), model.freeze_memory():
-        frozen = validate(reader, source, batches)
+    frozen = _frozen(model, reader, source, batches)
     events = read_log(trial.folder / LOG)
     speeds = [event["tokens_per_second"] for event in events if event["event"] == "step"]
     per_step = settings.batch * source.length * settings.windows
@@ -135,6 +147,9 @@ def finish(trial: Trial, tell: Told) -> dict[str, Any]:
         for event in events
         if event["event"] == "valid"
     ]
+    for name, numbers in (("validation", curve[-1] if curve else {}), ("test", test)):
+        if numbers and not _finite(numbers):
+            return _keep(trial, {"failed": f"its {name} loss is no number"}, tell)
     speed = statistics.median(speeds) if speeds else None
     tokens = settings.steps * per_step
     found = {
@@ -146,17 +161,32 @@ def finish(trial: Trial, tell: Told) -> dict[str, Any]:
         "curve": curve,
         "valid": curve[-1] if curve else None,
         "test": test,
-        "frozen": frozen if frozen != test else None,
+        "frozen": frozen,
     }
     return _keep(trial, found, tell)
 
 
+def _frozen(model: LanguageModel, reader: Reader, source: Source, batches: int) -> dict[str, float] | None:
+    """What is left when the memories learn nothing; ``None`` where there is no memory, or it comes to no number."""
+    try:
+        memories = model.freeze_memory()
+    except ValueError:  # one that is only written
+        return None
+    with memories:
+        found = validate(reader, source, batches) if memories.names else None
+    return found if found is not None and _finite(found) else None
+
+
+def _finite(numbers: dict[str, Any]) -> bool:
+    return numbers.get("loss") is not None and all(math.isfinite(number) for number in numbers.values())
+
+
 def _keep(trial: Trial, found: dict[str, Any], tell: Told) -> dict[str, Any]:
-    with replacing(trial.folder / RESULT) as path:
+    with writing(trial.folder / RESULT), replacing(trial.folder / RESULT) as path:
         path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     tell(trial.label, {"event": "result", **found})
     return found
 
 
 def _numbers(event: Event) -> dict[str, Any]:
-    return {key: value for key, value in event.items() if key not in ("event", "step")}
+    return {key: value for key, value in event.items() if key not in ("event", "step") and value is not None}

@@ -86,9 +86,9 @@ def test_the_model_is_all_that_has_to_be_said(infer: Infer) -> None:
     assert_refused(infer(), "the following arguments are required: MODEL\n")
 
 
-def test_the_lines_of_the_readme_are_understood() -> None:
-    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
-    lines = [line for line in readme.splitlines() if line.startswith("titans-infer ")]
+def test_the_lines_of_its_page_are_understood() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "infer.md").read_text(encoding="utf-8")
+    lines = [line for line in page.splitlines() if line.startswith("titans-infer ")]
     assert len(lines) >= 7
     for line in [*lines, *(example.partition("   ")[0] for example in PROGRAM.command.EXAMPLES)]:
         words = shlex.split(line.rpartition("| ")[2], comments=True)

@@ -46,6 +46,9 @@ def test_nothing_read_is_nothing_to_go_on_from(model: LanguageModel, tmp_path: P
         next(session.answer(1, Sampler()))
     session.save(tmp_path / "a.state")  # a fresh state is a state
     tb.load_state(tmp_path / "a.state", model)
+    session.load(tmp_path / "a.state")
+    with pytest.raises(UsageError, match=r"without what comes next: give it at least a line end, \$'\\n'"):
+        next(session.answer(1, Sampler()))
 
 
 def test_targets(tmp_path: Path, model: LanguageModel) -> None:

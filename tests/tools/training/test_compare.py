@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ import titans_build as tb
 from titans_build.recipes import StorageError
 from titans_build.registry import RecipeError
 from titans_build.tools.train import main
-from titans_build.tools.training import compare
+from titans_build.tools.training import as_settings, compare, trials
 from titans_build.tools.training.fitting import fit, parameters_of
+from titans_build.tools.training.side_by_side import SideBySide, Trial
 
 SETTINGS = {**QUICK, "steps": 2, "valid_every": 1, "valid_batches": 1}
 
@@ -89,7 +92,7 @@ def test_what_was_interrupted_goes_on_and_what_is_finished_is_not_run_again(tmp_
             raise KeyboardInterrupt
 
     settings = {**SETTINGS, "checkpoint_every": 1}
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="the same command goes on from there"):
         compare(recipes, COPY, settings, tmp_path / "parts", told=interrupt)
 
     def note(label: str, event: dict[str, Any]) -> None:
@@ -128,6 +131,95 @@ def test_a_variant_that_fails_is_said_to_have_failed(tmp_path: Path) -> None:
     assert again["variants"][0]["failed"] == found["variants"][0]["failed"]
 
 
+def test_a_loss_that_is_no_number_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials, "validate", lambda *rest: {"loss": math.nan, "accuracy": 0.0})
+    found = compare({"a": of("mac")}, COPY, SETTINGS, tmp_path)
+    assert found["variants"][0]["failed"] == "its test loss is no number"
+
+
+def test_a_memory_that_cannot_be_frozen_is_compared_all_the_same(tmp_path: Path) -> None:
+    recipe = of("mag")
+    recipe["layers"]["mag"][0] = {"type": "memory", "heads": 2, "chunk": 4, "use": "write"}
+    (variant,) = compare({"a": recipe}, COPY, SETTINGS, tmp_path)["variants"]
+    assert variant["frozen"] is None and variant["test"]["loss"] > 0
+
+
+def test_everything_is_looked_at_before_anything_is_run(tmp_path: Path, lines_of_text: dict[str, Any]) -> None:
+    """A recipe that cannot be trained would otherwise end the comparison when the others have been."""
+    everywhere = of("mag")
+    everywhere["vocab"] = 256
+    window = copy.deepcopy(everywhere)
+    del everywhere["layers"]["mag"][0]["of"]["branches"][0]["window"]
+    recipes = {"window": window, "everywhere": everywhere}
+    with pytest.raises(RecipeError, match=r"everywhere: settings: 1 problem\n  carry: the model's state grows"):
+        compare(recipes, lines_of_text, SETTINGS, tmp_path / "out")
+    alone = of("mag")
+    alone["layers"]["mag"] = ["attention", "ffn"]
+    stages = [{"steps": 1, "train": ["*"]}, {"steps": 1, "train": ["@memory"]}]
+    settings = {**{key: value for key, value in SETTINGS.items() if key != "steps"}, "stages": stages}
+    with pytest.raises(RecipeError, match=r"b: settings: 1 problem\n  stages.1.train.0: no block of this type"):
+        compare({"a": of("mac"), "b": alone}, COPY, settings, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_that_have_changed_are_not_compared_with_what_was_read_before(
+    tmp_path: Path, lines_of_text: dict[str, Any]
+) -> None:
+    recipe = of("mac")
+    recipe["vocab"] = 256
+    compare({"a": recipe}, lines_of_text, SETTINGS, tmp_path / "out")
+    (tmp_path / "document-7.txt").write_text("one more", encoding="utf-8")
+    with pytest.raises(RecipeError, match="has changed: put back what it was"):
+        compare({"a": recipe}, lines_of_text, SETTINGS, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("recipes", "options", "message"),
+    [
+        ({}, {}, "expected at least one recipe"),
+        ({"../a": "mac"}, {}, "'../a': expected a name that a folder can have"),
+        ({"comparison.json": "mac"}, {}, "expected a name that a folder can have"),
+        ({"a": "mac"}, {"jobs": 0}, "expected seeds and jobs >= 1"),
+        ({"a": "mac"}, {"lrs": (1e-3, 1e-2)}, "valid_every: the best of several rates"),
+        ({"a": "mac"}, {"dial": "ffn.hiden"}, "did you mean 'hidden'"),
+    ],
+)
+def test_what_is_wrong_is_said_at_once(
+    recipes: dict[str, str], options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        compare(recipes, COPY, {**SETTINGS, "valid_every": None}, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_processes_that_run_when_the_comparison_is_left_save_themselves(tmp_path: Path) -> None:
+    settings = {**SETTINGS, "steps": 100_000, "valid_every": 100_000, "checkpoint_every": None}
+    trial = Trial("a", tb.load_recipe(of("mac")), COPY, as_settings(settings), tmp_path / "a")
+    begun = threading.Event()
+
+    def told(label: str, event: dict[str, Any]) -> None:
+        if event["event"] == "step":
+            begun.set()
+
+    with SideBySide(2, told) as processes:
+        ended = processes.start(trial)
+        assert begun.wait(120)
+    assert ended.result().status == 130 and "interrupted; saved after step" in ended.result().error
+    assert (tmp_path / "a" / "checkpoints" / "index.json").is_file()
+
+
+def test_a_process_ends_when_nobody_listens(tmp_path: Path) -> None:
+    settings = {**SETTINGS, "steps": 100_000, "valid_every": 100_000}
+    trial = Trial("a", tb.load_recipe(of("mac")), COPY, as_settings(settings), tmp_path / "a")
+
+    def deaf(label: str, event: dict[str, Any]) -> None:
+        if event["event"] == "step":
+            raise BrokenPipeError
+
+    with SideBySide(2, deaf) as processes, pytest.raises(BrokenPipeError):
+        processes.start(trial).result(120)
+
+
 def files(folder: Path) -> list[str]:
     """Recipes as files, as the command takes them."""
     paths = []
@@ -162,6 +254,10 @@ def test_the_command_prints_a_table_and_draws_a_plot(tmp_path: Path, capsys: pyt
         (["--lr", "1e-3,x"], "expected numbers > 0"),
         (["--parameters", "many"], "expected a number >= 1, first or none"),
         (["--jobs", "0"], "expected an integer >= 1"),
+        (["--lr", "1e-3,.inf"], "--lr: 1 problem\n  expected a finite number, got inf"),
+        (["--fit", "nowhere.hidden"], "--fit: 1 problem\n  unknown block 'nowhere'"),
+        (["--parameters", "100"], "mac: 1 problem\n  cannot be fitted to 100 parameters with ffn.hidden"),
+        (["--lr", "1e-3,1e-2", "-t", "lr=0.1"], "--lr 1e-3,1e-2 and -t lr=...: expected one of them"),
     ],
 )
 def test_what_cannot_be_is_refused(
@@ -170,6 +266,13 @@ def test_what_cannot_be_is_refused(
     assert main(["compare", *files(tmp_path), "--data", COPY, "--out", str(tmp_path / "out"), *words]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_comparison_of_nothing_but_failures_has_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["compare", files(tmp_path)[0], "--data", COPY, "--out", str(tmp_path / "out"), "--steps", "8"]
+    words += ["--batch", "4", "-t", "spike=1e-9", "--lr", "100", "-t", "clip=null", "-t", "tensorboard=false"]
+    assert main([*words, "--valid-every", "8"]) == 1
+    assert "every recipe came to nothing; the first: step" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["compare", "search"])

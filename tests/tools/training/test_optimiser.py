@@ -10,7 +10,7 @@ import torch
 
 import titans_build as tb
 from titans_build.recipes.packaged import base_names
-from titans_build.tools.training.optimiser import Average, groups, make_optimizer, matching
+from titans_build.tools.training.optimiser import Average, groups, idle_patterns, make_optimizer, matching
 from titans_build.tools.training.settings import as_settings
 
 NO_DECAY = as_settings().no_decay
@@ -49,6 +49,23 @@ def test_learned_momentum_and_vectors_of_unknown_blocks_do_not_decay(tiny: dict[
     assert "layers.1.blocks.0.initial_momentum.0" in names[1]
     everything: Any = groups(model, ["*"], 0.1)
     assert everything[0]["names"] == []
+
+
+def test_what_does_not_decay_is_chosen_as_what_trains_is(tiny: dict[str, Any]) -> None:
+    model = tb.build(tiny)
+    names: Any = [group["names"] for group in groups(model, ["@memory", "!*.qkv*"], 0.1)]
+    memory = {name for name in matching(model, ["@memory"], "train") if model.get_parameter(name).dim() > 1}
+    projections = {name for name in memory if ".qkv" in name}
+    assert projections and projections <= set(names[0])
+    assert memory - projections <= set(names[1])
+
+
+def test_a_pattern_that_fits_nothing_is_spoken_of_unless_it_is_a_default(tiny: dict[str, Any]) -> None:
+    model = tb.build(tiny)
+    assert idle_patterns(model, NO_DECAY) == []
+    assert idle_patterns(model, [*NO_DECAY, "heads", "@memory"]) == [
+        f"no_decay.{len(NO_DECAY)}: no parameter has such a name: 'heads'; did you mean 'head'?"
+    ]
 
 
 def test_what_does_not_decay_stays_where_nothing_pulls_it(tiny: dict[str, Any]) -> None:

@@ -89,6 +89,34 @@ def test_optuna_is_told_of_lists_and_of_trials_that_failed(tmp_path: Path) -> No
     assert [result["loss"] is None for result in ranked] == sorted(result["loss"] is None for result in ranked)
 
 
+def test_what_optuna_puts_together_and_cannot_be_is_a_trial_that_failed(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    space = {"train": {"batch": [4, 6], "accumulate": [2, 3]}}  # four rows cannot be parted in three
+    ranked = search(TINY, COPY, SETTINGS, space, tmp_path, sampler="optuna", trials=5, seed=7)
+    wrong = [result for result in ranked if result["choice"] == {"train.batch": 4, "train.accumulate": 3}]
+    assert wrong and all(result["failed"] == "accumulate: expected a divisor of batch = 4, got 3" for result in wrong)
+    assert [result["loss"] is None for result in ranked] == [False] * (5 - len(wrong)) + [True] * len(wrong)
+
+
+def test_a_space_of_nothing_that_can_be_is_refused_by_optuna_too(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    with pytest.raises(RecipeError, match="stepz: unknown field of settings"):
+        search(TINY, COPY, SETTINGS, {"train": {"stepz": [1]}}, tmp_path, sampler="optuna", trials=2)
+
+
+def test_a_grid_with_what_cannot_be_is_refused_before_anything_is_run(tmp_path: Path) -> None:
+    space = {"train": {"batch": [4, 6], "accumulate": [2, 3]}}
+    with pytest.raises(RecipeError, match="expected a divisor of batch = 4, got 3"):
+        search(TINY, COPY, SETTINGS, space, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [{"jobs": 0}, {"trials": 0}])
+def test_nothing_to_run_is_refused(options: dict[str, int], tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="expected jobs and trials >= 1"):
+        search(TINY, COPY, SETTINGS, SPACE, tmp_path, **options)  # type: ignore[arg-type]
+
+
 def test_the_command_prints_the_trials(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "tiny.yaml").write_text(json.dumps(TINY), encoding="utf-8")
     (tmp_path / "space.yaml").write_text("train: {lr: [0.001, 0.01]}\n", encoding="utf-8")

@@ -57,6 +57,9 @@ def test_everything_wrong_is_said_at_once_with_its_place_and_the_nearest_name() 
     ("given", "path", "message"),
     [
         ({"batch": 4, "accumulate": 3}, "accumulate", "expected a divisor of batch = 4, got 3"),
+        ({"betas": [0.9]}, "betas", "expected list of (number, number), got [0.9]"),
+        ({"betas": [0.9, 0.9, 0.9]}, "betas", "expected list of (number, number), got [0.9, 0.9, 0.9]"),
+        ({"betas": 0.9}, "betas", "expected list of (number, number), got 0.9"),
         ({"betas": [0.9, 1.0]}, "betas", "expected two numbers from 0 to under 1, got [0.9, 1.0]"),
         (
             {"steps": 3, "stages": [{"steps": 4, "train": ["*"]}]},
