@@ -2,7 +2,7 @@
 # make test       the everyday suite            make test-slow   the long tests
 # make check      ruff and mypy                 make clean       remove .venv and what was built
 # make bench-memory bench-model bench-streaming bench-torch_path
-# make bench-copy bench-mqar bench-language bench-needle bench-overhead
+# make bench-copy bench-mqar bench-language bench-needle bench-overhead bench-hf_swap
 #                 minutes each, on a machine with nothing else to do: benchmarks/
 # PYTHON=python3.12 make ...    picks the interpreter that .venv is made from (3.10 or newer)
 
@@ -12,7 +12,7 @@ SETTINGS := pyproject.toml constraints.txt
 # one thread for each of pytest's workers: more of them than cores makes small tensors many times slower
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
 
-.PHONY: demo test test-slow check clean bench-memory bench-model bench-streaming bench-torch_path bench-copy bench-mqar bench-language bench-needle bench-overhead
+.PHONY: demo test test-slow check clean bench-memory bench-model bench-streaming bench-torch_path bench-copy bench-mqar bench-language bench-needle bench-overhead bench-hf_swap
 
 demo: .venv/.installed
 	.venv/bin/titans-build mac --try README.md
@@ -42,6 +42,10 @@ bench-needle bench-overhead: bench-%: .venv/.installed
 	OMP_NUM_THREADS=1 .venv/bin/python benchmarks/$*.py --json benchmarks/results/$*.json
 	.venv/bin/python benchmarks/render.py
 
+bench-hf_swap: .venv/.installed-hf
+	.venv/bin/python benchmarks/hf_swap.py --json benchmarks/results/hf_swap.json
+	.venv/bin/python benchmarks/render.py
+
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "titans-build needs Python 3.10 or newer: PYTHON=/path/to/python3 make ..." >&2; exit 1; }
@@ -58,6 +62,11 @@ bench-needle bench-overhead: bench-%: .venv/.installed
 # what the benchmarks compare with
 .venv/.installed-bench: .venv/.installed
 	$(PIP) install titans-pytorch==0.5.5 --constraint constraints.txt
+	@touch $@
+
+# the library whose models are swapped into
+.venv/.installed-hf: .venv/.installed
+	$(PIP) install --editable ".[hf]" --constraint constraints.txt
 	@touch $@
 
 # what draws plots

@@ -85,7 +85,7 @@ def test_a_wheel_holds_every_module_and_recipe(wheel: zipfile.ZipFile) -> None:
     expected = {
         f"{package.replace('.', '/')}/{file.name}"
         for package, folder in folders_with_code().items()
-        for pattern in ("*.py", "*.yaml", "*.c", "*.h", "*.html", "*.css", "*.js", "py.typed")
+        for pattern in ("*.py", "*.yaml", "*.c", "*.h", "*.html", "*.css", "*.js", "*.in", "py.typed")
         for file in (ROOT / folder).glob(pattern)
     }
     shipped = {name for name in wheel.namelist() if ".dist-info/" not in name}
@@ -103,7 +103,7 @@ def test_a_wheel_installs_the_command_and_names_its_extras(wheel: zipfile.ZipFil
     assert "titans-build = titans_build.tools.cli:run" in wheel.read(entry_points).decode()
     (metadata,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
     extras = re.findall(r"^Provides-Extra: (\S+)$", wheel.read(metadata).decode(), flags=re.M)
-    assert set(extras) == {"dev", "gpu", "hf", "fla", "train", "analyze"}
+    assert set(extras) == {"dev", "gpu", "hf", "fla", "train", "analyze", "examples"}
 
 
 def test_the_facade_offers_the_promised_names() -> None:
@@ -113,7 +113,7 @@ def test_the_facade_offers_the_promised_names() -> None:
         "load_recipe", "build", "save", "load", "save_state", "load_state", "register", "Block", "Spec",
         "create", "check_block", "list_blocks", "describe", "build_block", "state", "RecipeError",
         "__version__", "Task", "register_task", "list_tasks", "open_source", "train", "observe", "memory_loss",
-        "memory_check", "perplexity", "write_cost", "compare", "search",
+        "memory_check", "adapt", "perplexity", "write_cost", "compare", "search", "swap", "unswap", "memory",
     ]  # fmt: skip
     assert [name for name in promised if not hasattr(tb, name)] == []
     assert sorted(tb.__all__) == sorted(promised)

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..recipes.composing import assemble, shortage, state_bytes
-from ..registry import RecipeError
+from ..recipes.recipe import Recipe
+from ..registry import RecipeError, Unavailable
 from .options import add_recipe, load
 from .terminal import complain, count, in_bytes, say, say_json
 
@@ -32,14 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
         result: dict[str, Any] = {"recipe": source, "ok": True, "problems": []}
         try:
             recipe = load(source, arguments)
-            # on the meta device: constructors have their say, and shapes exist without values
-            model = assemble(recipe)
-            result["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-            result["depth"] = recipe.depth
-            result["state_bytes_per_row"] = state_bytes(model, recipe)
-            result["state_grows"] = model.grows
-            # no mistake of the recipe: another machine may have the room
-            result["warning"] = shortage(model, recipe)
+            result |= _measured(recipe)
             if not arguments.json:
                 say(f"{source}: fine ({', '.join(_figures(result))})")
                 if result["warning"] is not None:
@@ -58,9 +52,28 @@ def run(arguments: argparse.Namespace) -> int:
     return 0 if ok else 2
 
 
+def _measured(recipe: Recipe) -> dict[str, Any]:
+    """How large the model is, and what would keep it from being made here, which is no mistake of the recipe."""
+    try:
+        # on the meta device: constructors have their say, and shapes exist without values
+        model = assemble(recipe)
+    except Unavailable as error:
+        lacking = "; ".join(map(str, error.problems))
+        sizes = dict.fromkeys(("state_bytes_per_row", "state_grows"))
+        return {"parameters": None, "depth": recipe.depth, **sizes, "warning": f"cannot be built here: {lacking}"}
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "depth": recipe.depth,
+        "state_bytes_per_row": state_bytes(model, recipe),
+        "state_grows": model.grows,
+        "warning": shortage(model, recipe),
+    }
+
+
 def _figures(result: dict[str, Any]) -> Iterator[str]:
     yield "1 layer" if result["depth"] == 1 else f"{result['depth']} layers"
-    yield f"{count(result['parameters'])} parameters"
+    if result["parameters"] is not None:
+        yield f"{count(result['parameters'])} parameters"
     if result["state_bytes_per_row"] is not None:
         grows = ", growing with every token" if result["state_grows"] else ""
         yield f"{in_bytes(result['state_bytes_per_row'])} of state per row{grows}"

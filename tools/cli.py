@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import build, check, describe, diagram, kernels, listing, schema
+from . import build, check, describe, diagram, kernels, listing, new_block, schema
 from .command import Command, Program
 
 COMMANDS: dict[str, Command] = {
@@ -12,6 +12,7 @@ COMMANDS: dict[str, Command] = {
     "schema": schema,
     "kernels": kernels,
     "diagram": diagram,
+    "new-block": new_block,
 }
 """A first word that is none of these names a recipe to build."""
 

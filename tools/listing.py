@@ -77,27 +77,32 @@ def run(arguments: argparse.Namespace) -> int:
     if packaged:
         table = Columns("recipe", "what it is", "sizes")
         for name in packaged:
-            base = _base(name)
+            base = base_name(name)
             if base == name or base not in packaged:
-                sizes = [other.removeprefix(f"{name}-") for other in packaged if other != name and _base(other) == name]
+                sizes = [other.removeprefix(f"{name}-") for other in sizes_of(name) if other in packaged]
                 table.add(Text(name, style="bold cyan"), summary(name), " ".join(sizes))
         say_columns(table)
-        if any(_base(name) != name for name in packaged):
+        if any(base_name(name) != name for name in packaged):
             say_prose("", Text("a size is part of the name: titans-build mac-170m", style="dim"))
     return 0
 
 
 def summary(name: str) -> str:
     """The first sentence of the comment at the head of a packaged recipe's file."""
-    text = importlib.resources.files(recipes).joinpath(f"{_base(name)}.yaml").read_text(encoding="utf-8")
+    text = importlib.resources.files(recipes).joinpath(f"{base_name(name)}.yaml").read_text(encoding="utf-8")
     comment = " ".join(
         line[1:].strip() for line in itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
     )
     sentence = re.split(r"\.(?: |$)", comment, maxsplit=1)[0]
-    return sentence if _base(name) == name else f"{sentence}; size {name.removeprefix(_base(name) + '-')}"
+    return sentence if base_name(name) == name else f"{sentence}; size {name.removeprefix(base_name(name) + '-')}"
 
 
-def _base(name: str) -> str:
+def sizes_of(name: str) -> list[str]:
+    """The packaged recipes that are sizes of one: ``mac-170m`` of ``mac``."""
+    return [other for other in recipes.packaged_names() if other != name and base_name(other) == name]
+
+
+def base_name(name: str) -> str:
     """``mac`` of ``mac-170m``; a recipe that is no size of another is its own base."""
     base = name.rpartition("-")[0]
     return base if base in recipes.packaged_names() else name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,22 @@ def test_check_reports_every_file(small: Path, tmp_path: Path, titans_build: Run
     assert report["ok"] is False
     assert [entry["ok"] for entry in report["recipes"]] == [True, False]
     assert len(report["recipes"][1]["problems"]) == 3
+
+
+def test_check_of_a_block_whose_package_is_missing(titans_build: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe is right, and what is lacking here is said; only building it is refused."""
+    monkeypatch.setitem(sys.modules, "mamba_ssm", None)
+    words = ["lmm", "--set", "layers.lmm.0=mamba_ssm_mamba2"]
+    result = titans_build("check", *words)
+    assert (result.status, result.out) == (0, "lmm: fine (4 layers)\n")
+    lacking = "mamba_ssm_mamba2: needs mamba-ssm, which is not installed: pip install 'mamba-ssm causal-conv1d'"
+    assert f"warning: lmm: cannot be built here: {lacking}\n" in result.err
+    (report,) = titans_build("check", *words, "--json").json["recipes"]
+    assert report["ok"] and report["parameters"] is None and lacking in report["warning"]
+    for command in (words, ["diagram", *words]):
+        result = titans_build(*command)
+        assert (result.status, result.out) == (2, "") and lacking in result.err and "Traceback" not in result.err
+    assert titans_build("describe", "mamba_ssm_mamba2").status == 0
 
 
 def test_check_allocates_no_weights(titans_build: Run) -> None:

@@ -9,13 +9,17 @@ Example::
     out = model(more_tokens, out.state)          # goes on exactly where the first call stopped
 """
 
+from .tools import starting as _starting  # noqa: F401 - before what takes long to import
+
+# isort: split
 from importlib.metadata import version as _version
 
-from .blocks import Block, build_block, check_block, memory_check, memory_loss, observe, state, write_cost
+from .blocks import Block, adapt, build_block, check_block, memory_check, memory_loss, observe, state, write_cost
 from .recipes import build, load, load_recipe, load_state, save, save_state
 from .registry import RecipeError, Spec, create, describe, list_blocks, register
 from .tools.data import open_source
 from .tools.inference import perplexity
+from .tools.swapping import memory, swap, unswap
 from .tools.tasks import Task, list_tasks, register_task
 from .tools.training import compare, search, train
 
@@ -27,6 +31,7 @@ __all__ = [
     "Spec",
     "Task",
     "__version__",
+    "adapt",
     "build",
     "build_block",
     "check_block",
@@ -38,6 +43,7 @@ __all__ = [
     "load",
     "load_recipe",
     "load_state",
+    "memory",
     "memory_check",
     "memory_loss",
     "observe",
@@ -49,6 +55,8 @@ __all__ = [
     "save_state",
     "search",
     "state",
+    "swap",
     "train",
+    "unswap",
     "write_cost",
 ]

@@ -47,6 +47,7 @@ def test_a_generated_task_gives_rows_of_numbers() -> None:
     assert bool((given.targets == -100).any()) and bool((given.targets >= 0).any())
     assert given.words(0, 2) == [f"{token} " for token in given.tokens[0, :2].tolist()]
     assert from_data("mqar:pairs=4,length=64", 8192, 40).tokens.shape == (32, 40)
+    assert from_data("mqar:pairs=4,length=64", 8192, 10_000, length=32).tokens.shape == (32, 32)
 
 
 def test_ordered_text_is_one_long_row(tmp_path: Path) -> None:

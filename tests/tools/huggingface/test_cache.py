@@ -1,0 +1,114 @@
+"""The cache: rows in another order, repeated, forked and forgotten, as if the tokens had been read that way."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+import titans_build as tb
+from titans_build.huggingface import StateCache, TitansBuildForCausalLM
+
+
+@torch.no_grad()
+def read(model: TitansBuildForCausalLM, tokens: Tensor, cache: StateCache | None = None) -> tuple[Tensor, StateCache]:
+    out = model(tokens, past_key_values=cache)
+    return out.logits, out.past_key_values
+
+
+@pytest.mark.parametrize(
+    ("change", "rows"),
+    [
+        (lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0])), [2, 0, 0]),
+        (lambda cache: cache.batch_select_indices(torch.tensor([1])), [1]),
+        (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+    ],
+    ids=["reorder", "select", "repeat"],
+)
+def test_rows_go_on_from_what_they_have_read(
+    model: TitansBuildForCausalLM, tokens: Tensor, change: Callable[[StateCache], None], rows: list[int]
+) -> None:
+    _, cache = read(model, tokens)
+    change(cache)
+    assert cache.batch_size == len(rows)
+    more = torch.arange(1, 1 + 3 * len(rows)).view(-1, 3)
+    logits, _ = read(model, more, cache)
+    whole, _ = read(model, torch.cat([tokens[rows], more], dim=1))
+    assert_close(logits, whole[:, 11:])
+
+
+def test_a_copy_is_a_fork(model: TitansBuildForCausalLM, tokens: Tensor) -> None:
+    _, cache = read(model, tokens[:, :5])
+    fork = copy.deepcopy(cache)
+    assert fork.state is cache.state
+    read(model, tokens[:, :3], fork)
+    assert (fork.length, cache.length) == (8, 5)
+    logits, _ = read(model, tokens[:, 5:], cache)
+    assert_close(logits, read(model, tokens)[0][:, 5:])
+
+
+def test_its_state_is_the_model_s(small: Callable[..., TitansBuildForCausalLM], tokens: Tensor) -> None:
+    model = small()
+    logits, cache = read(model, tokens)
+    inner = model.model(tokens)
+    assert_close(logits, inner.logits)
+    for (name, mine), (_, other) in zip(
+        tb.state.named_tensors(cache.state), tb.state.named_tensors(inner.state), strict=True
+    ):
+        assert_close(mine, other, msg=name)
+    # and one that was kept elsewhere goes on from here
+    assert_close(read(model, tokens, StateCache(inner.state, 11))[0], read(model, tokens, cache)[0])
+
+
+def test_padding_is_counted_and_not_read(model: TitansBuildForCausalLM, tokens: Tensor) -> None:
+    mask = torch.ones(3, 14, dtype=torch.long)
+    mask[:, :3] = 0
+    padded = torch.cat([torch.zeros(3, 3, dtype=torch.long), tokens], dim=1)
+    with torch.no_grad():
+        out = model(padded, attention_mask=mask)
+        assert out.past_key_values.length == 14
+        assert_close(out.logits[:, 3:], read(model, tokens)[0])
+        # afterwards the mask may cover all tokens, or those at hand
+        for given in (torch.cat([mask, mask[:, -2:]], dim=1), mask[:, -2:], None):
+            more = model(tokens[:, :2], attention_mask=given, past_key_values=copy.deepcopy(out.past_key_values))
+            whole = read(model, torch.cat([tokens, tokens[:, :2]], dim=1))[0]
+            assert_close(more.logits, whole[:, -2:])
+
+
+def test_nothing_read(model: TitansBuildForCausalLM) -> None:
+    cache = StateCache()
+    assert cache
+    assert (len(cache), cache.get_seq_length(), cache.batch_size, cache.get_max_length()) == (0, 0, -1, -1)
+    cache.reorder_cache(torch.tensor([0]))
+    assert cache.state is None and not cache.has_previous_state()
+    assert repr(cache) == "StateCache(nothing read)"
+
+
+def test_forgetting_is_all_or_nothing(model: TitansBuildForCausalLM, tokens: Tensor) -> None:
+    _, cache = read(model, tokens)
+    assert repr(cache) == "StateCache(3 x 11 tokens read)"
+    assert cache.get_mask_sizes(2, 0) == (13, 0)
+    before = cache.state
+    cache.crop(0)
+    with pytest.raises(ValueError, match=r"a memory cannot forget the last of the 11 tokens"):
+        cache.crop(-2)
+    assert cache.state is before
+    cache.crop(-11)
+    assert (cache.state, cache.length) == (None, 0)
+
+
+def test_the_cache_of_another_model_is_refused(small: Callable[..., TitansBuildForCausalLM], tokens: Tensor) -> None:
+    model, other = small(), small("mac", layers={"mac": ["ffn"]})
+    _, cache = read(other, tokens)
+    with pytest.raises(ValueError, match="the state is of another recipe"):
+        read(model, tokens, cache)
+    assert cache.length == 11
+    _, cache = read(model, tokens[:2])
+    with pytest.raises(ValueError, match=r"the state has 2 rows .* the inputs have 3"):
+        read(model, tokens, cache)
+    with pytest.raises(TypeError, match="it is of another model"):
+        cache.update(torch.zeros(1), torch.zeros(1), 0)

@@ -1,0 +1,87 @@
+"""``generate`` with the state in a cache is what it is without a cache, and what the model itself generates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from titans_build.huggingface import StateCache, TitansBuildForCausalLM
+
+HOW = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "temperature": 0.7, "top_k": 20},
+    "beams": {"do_sample": False, "num_beams": 3, "num_return_sequences": 2},
+    "sampled beams": {"do_sample": True, "num_beams": 3},
+}
+NEW = 8
+
+
+def run(model: TitansBuildForCausalLM, tokens: Tensor, **settings: Any) -> Any:
+    torch.manual_seed(3)
+    return model.generate(tokens, max_new_tokens=NEW, pad_token_id=0, **settings)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_with_a_cache_is_as_without_one(model: TitansBuildForCausalLM, tokens: Tensor, how: str) -> None:
+    cached = run(model, tokens, **HOW[how])
+    assert cached.shape == (3 * HOW[how].get("num_return_sequences", 1), 11 + NEW)
+    assert torch.equal(cached, run(model, tokens, use_cache=False, **HOW[how]))
+
+
+def test_greedy_takes_the_likeliest_token_of_the_model_itself(model: TitansBuildForCausalLM, tokens: Tensor) -> None:
+    grown = tokens
+    for _ in range(NEW):
+        grown = torch.cat([grown, model.model(grown).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(run(model, tokens, do_sample=False), grown)
+    assert torch.equal(model.model.generate(tokens, NEW).tokens, grown)
+
+
+@pytest.mark.parametrize("how", ["greedy", "beams"])
+def test_rows_padded_on_the_left_are_as_each_alone(model: TitansBuildForCausalLM, tokens: Tensor, how: str) -> None:
+    lengths = [11, 6, 1]
+    padded, mask = torch.zeros_like(tokens), torch.zeros_like(tokens)
+    for row, length in enumerate(lengths):
+        padded[row, 11 - length :], mask[row, 11 - length :] = tokens[row, :length], 1
+    together = run(model, padded, attention_mask=mask, **HOW[how]).view(3, -1, 11 + NEW)
+    for row, length in enumerate(lengths):
+        alone = run(model, tokens[row : row + 1, :length], **HOW[how])
+        assert torch.equal(together[row, :, 11:], alone[:, length:])
+
+
+def test_a_prompt_may_be_read_in_chunks(model: TitansBuildForCausalLM, tokens: Tensor) -> None:
+    assert torch.equal(run(model, tokens, prefill_chunk_size=4), run(model, tokens))
+
+
+def test_it_goes_on_from_the_cache_that_it_returns(model: TitansBuildForCausalLM, tokens: Tensor) -> None:
+    first = run(model, tokens, return_dict_in_generate=True)
+    assert isinstance(first.past_key_values, StateCache)
+    assert first.past_key_values.get_seq_length() == 11 + NEW - 1  # the last token has not been read
+    longer = torch.cat([first.sequences, tokens[:, :4]], dim=1)
+    real = torch.ones_like(longer)  # else what looks like padding in the middle is taken for it
+    went_on = run(model, longer, attention_mask=real, past_key_values=first.past_key_values)
+    assert torch.equal(went_on, run(model, longer, attention_mask=real))
+
+
+def test_from_vectors(model: TitansBuildForCausalLM, tokens: Tensor) -> None:
+    vectors = model.get_input_embeddings()(tokens)
+    assert torch.equal(run(model, None, inputs_embeds=vectors), run(model, tokens)[:, 11:])
+
+
+def test_a_model_without_gradients_leaves_none_in_its_cache(model: TitansBuildForCausalLM, tokens: Tensor) -> None:
+    state = run(model, tokens, return_dict_in_generate=True).past_key_values.state
+    assert not any(tensor.requires_grad for tensor in state.layers[0] if isinstance(tensor, Tensor))
+
+
+def test_what_cannot_be_is_refused(small: Callable[..., TitansBuildForCausalLM], tokens: Tensor) -> None:
+    model = small()
+    with pytest.raises(TypeError, match=r"expected the cache of a titans-build model \(StateCache\), got DynamicCache"):
+        run(model, tokens, past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match="cache_implementation='static': a titans-build model carries a state"):
+        run(model, tokens, cache_implementation="static")
+    with pytest.raises(ValueError, match="assisted generation is not supported"):
+        run(model, tokens[:1], assistant_model=model)

@@ -1,0 +1,90 @@
+"""PEFT's adapters in a model that has memories, too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from torch.testing import assert_close
+
+from titans_build.huggingface import from_pretrained
+
+
+def lora(**settings: Any) -> LoraConfig:
+    return LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **settings)
+
+
+def randomised(model: Any, part: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if part in name:
+                parameter += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+
+
+def generated(model: Any, tokens: Tensor, **settings: Any) -> Tensor:
+    return model.generate(
+        input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=6, do_sample=False, **settings
+    )
+
+
+def test_adapters_beside_memories(llama: Any, tokens: Tensor, tmp_path: Path) -> None:
+    base = llama.swapped("beside")
+    base.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        before = base(tokens).logits
+    model = get_peft_model(base, lora()).eval()
+    with torch.no_grad():
+        assert_close(model(tokens).logits, before)  # an adapter starts at nothing
+    randomised(model, "lora_B")
+    for name, parameter in model.named_parameters():
+        if ".titans." in name:
+            parameter.requires_grad_(True)  # PEFT freezes all that is not its own
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert {"lora" in name or ".titans." in name for name in trained} == {True}
+    assert any("lora" in name for name in trained) and any(".titans." in name for name in trained)
+    for settings in ({}, {"num_beams": 3}):
+        assert torch.equal(generated(model, tokens, **settings), generated(model, tokens, use_cache=False, **settings))
+    with torch.no_grad():
+        logits = model(tokens).logits
+        assert not torch.allclose(logits, before)
+        # the adapter in a folder of its own, over the swapped model in its
+        model.save_pretrained(tmp_path / "adapter")
+        again = PeftModel.from_pretrained(from_pretrained(tmp_path / "base"), tmp_path / "adapter").eval()
+        assert_close(again(tokens).logits, logits)
+        # or merged into one
+        merged = model.merge_and_unload()
+        merged.save_pretrained(tmp_path / "merged")
+        assert_close(from_pretrained(tmp_path / "merged")(tokens).logits, logits)
+
+
+def test_memories_in_the_adapter_s_folder(llama: Any, tokens: Tensor, tmp_path: Path) -> None:
+    model = get_peft_model(llama.swapped("beside"), lora(modules_to_save=["titans"])).eval()
+    randomised(model, "lora_B")
+    randomised(model, "modules_to_save")
+    with torch.no_grad():
+        logits = model(tokens).logits
+        with model.disable_adapter():
+            assert_close(model(tokens).logits, llama.swapped("beside")(tokens).logits)
+        model.save_pretrained(tmp_path)
+        again = PeftModel.from_pretrained(llama.swapped("beside"), tmp_path).eval()
+        assert_close(again(tokens).logits, logits)
+    assert torch.equal(generated(model, tokens), generated(model, tokens, use_cache=False))
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    assert any("modules_to_save" in name and p.grad is not None for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("how", ["beside", "replace"])
+def test_every_linear_layer_the_memory_s_included(llama: Any, tokens: Tensor, how: str) -> None:
+    base = llama.swapped(how)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")).eval()
+    with torch.no_grad():
+        before = model(tokens).logits
+        randomised(model, "lora_B")
+        assert not torch.allclose(model(tokens).logits, before)
+    assert torch.equal(generated(model, tokens), generated(model, tokens, use_cache=False))

@@ -1,0 +1,73 @@
+"""Labels stand at their own tokens, and are shifted here: against sums written out one by one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from titans_build.huggingface import TitansBuildForCausalLM
+from titans_build.tools.huggingface.loss import next_token_loss
+
+
+def by_hand(logits: Tensor, labels: Tensor, counts: Callable[[int, int], bool] = lambda row, t: True) -> float:
+    """The mean over pairs of a token and the next, of minus the logarithm of its probability."""
+    losses = []
+    for row in range(len(labels)):
+        for t in range(labels.shape[1] - 1):
+            if counts(row, t) and labels[row, t + 1] != -100:
+                scores = logits[row, t].tolist()
+                total = sum(math.exp(score) for score in scores)
+                losses.append(math.log(total) - scores[int(labels[row, t + 1])])
+    return sum(losses) / len(losses)
+
+
+def test_each_label_is_predicted_from_the_token_before(model: TitansBuildForCausalLM, tokens: Tensor) -> None:
+    labels = tokens.clone()
+    labels[0, 4:6] = -100
+    with torch.no_grad():
+        out = model(tokens, labels=labels)
+    assert out.loss.item() == pytest.approx(by_hand(out.logits, labels), rel=1e-12)
+    # the model itself takes targets that are shifted already
+    targets = torch.cat([labels[:, 1:], torch.full((3, 1), -100)], dim=1)
+    assert_close(out.loss, model.model(tokens, targets=targets).loss)
+
+
+def test_a_padded_row_has_the_loss_of_the_row_alone(model: TitansBuildForCausalLM, tokens: Tensor) -> None:
+    with torch.no_grad():
+        alone = model(tokens, labels=tokens).loss
+        for left in (0, 3, 4):
+            padded = torch.nn.functional.pad(tokens, (left, 4 - left))
+            mask = torch.nn.functional.pad(torch.ones_like(tokens), (left, 4 - left))
+            out = model(padded, attention_mask=mask, labels=padded.masked_fill(mask == 0, -100))
+            assert_close(out.loss, alone)
+
+
+def test_what_follows_padding_is_not_predicted_from_it() -> None:
+    logits, labels = torch.randn(1, 4, 5), torch.tensor([[0, 1, 2, 3]])
+    mask = torch.tensor([[False, True, True, True]])
+    expected = by_hand(logits, labels, lambda row, t: t > 0)
+    assert next_token_loss(logits, labels, mask).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_batch_in_parts_adds_up() -> None:
+    logits, labels = torch.randn(4, 7, 5), torch.randint(5, (4, 7))
+    labels[1, 2:] = -100  # parts of unequal counts
+    count = (labels[:, 1:] != -100).sum()
+    parts = sum(next_token_loss(logits[rows], labels[rows], count=count) for rows in ([0], [1], [2, 3]))
+    assert_close(parts, next_token_loss(logits, labels))
+    assert_close(parts, next_token_loss(logits, labels, count=int(count)))
+
+
+def test_where_nothing_counts_there_is_no_loss() -> None:
+    assert next_token_loss(torch.randn(1, 3, 5), torch.full((1, 3), -100)).item() == 0
+
+
+def test_half_precision_is_summed_in_float32() -> None:
+    logits, labels = torch.randn(1, 300, 50).bfloat16(), torch.randint(50, (1, 300))
+    assert next_token_loss(logits, labels).dtype == torch.float32
+    assert_close(next_token_loss(logits, labels), next_token_loss(logits.float(), labels))

@@ -1,0 +1,223 @@
+"""States live with the cache of a transformers model: what is done with the cache is done with them."""
+
+import copy
+
+import pytest
+import torch
+from swapped_models import MEMORY, awake, tokens
+from torch.testing import assert_close
+
+import titans_build as tb
+from titans_build.tools.swapping import SwapError
+
+transformers = pytest.importorskip("transformers", reason="the extra hf")
+SIZES = dict(
+    vocab_size=37, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, max_position_embeddings=64, pad_token_id=0, eos_token_id=None,
+)  # fmt: skip
+PLACES = ["model.layers.*.self_attn", "model.layers.*", "model.layers.*.mlp"]
+
+
+def llama(where=PLACES[0], how="beside", seed=0, **more):
+    torch.manual_seed(seed)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval()
+    tb.swap(model, where, MEMORY, how, **more)
+    return awake(model)
+
+
+def text(rows=2, time=9, seed=0):
+    return tokens(rows, time, seed, least=1, most=37)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["beside", "before", "after", "replace"])
+@pytest.mark.parametrize("where", PLACES)
+def test_streaming_equals_recomputation(where, how):
+    model, t = llama(where, how), text()
+    whole = model(t).logits
+    out = model(t[:, :4], use_cache=True)
+    logits = [out.logits]
+    for part in t[:, 4:].split([1, 3, 1], dim=1):
+        out = model(part, past_key_values=out.past_key_values)
+        logits.append(out.logits)
+    assert_close(torch.cat(logits, dim=1), whole, atol=1e-4, rtol=1e-4)
+    assert out.past_key_values.get_seq_length() == 9
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["beside", "replace"])
+@pytest.mark.parametrize("more", [{}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=str)
+def test_generating_with_left_padding(how, more):
+    model, t = llama(how=how), text(1, 5)
+    padded = torch.cat([torch.cat([torch.zeros(1, 4, dtype=torch.long), t], dim=1), text(1, 9, seed=1)])
+    options = {"max_new_tokens": 5, "do_sample": False, **more}
+    together = model.generate(padded, attention_mask=(padded != 0).long(), **options)
+    again = model.generate(padded, attention_mask=(padded != 0).long(), **{**options, "use_cache": False})
+    assert torch.equal(together, again)
+    assert torch.equal(together[:1, 9:], model.generate(t, **options)[:, 5:])
+
+
+@torch.no_grad()
+def test_a_cache_made_layer_by_layer():
+    model, t = llama(how="replace", every=2), text()
+    for cache in (transformers.DynamicCache(), transformers.DynamicCache(config=model.config)):
+        model(t[:, :4], past_key_values=cache)
+        assert_close(model(t[:, 4:], past_key_values=cache).logits, model(t).logits[:, 4:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["beside", "replace"])
+def test_rows_of_a_cache_take_their_states_along(how):
+    model, t = llama(how=how), text(3)
+    whole = model(t).logits[:, 4:]
+
+    def read():
+        return model(t[:, :4], use_cache=True).past_key_values
+
+    def goes_on(cache, rows):
+        assert_close(model(t[rows, 4:], past_key_values=cache).logits, whole[rows])
+
+    cache = read()
+    fork = copy.deepcopy(cache)
+    cache.reorder_cache(torch.tensor([2, 0, 0]))
+    goes_on(cache, [2, 0, 0])
+    goes_on(fork, [0, 1, 2])
+    cache = read()
+    cache.batch_select_indices(torch.tensor([1]))
+    goes_on(cache, [1])
+    cache = read()
+    cache.batch_repeat_interleave(2)
+    goes_on(cache, [0, 0, 1, 1, 2, 2])
+    cache = read()
+    cache.reset()
+    assert_close(model(t, past_key_values=cache).logits[:, 4:], whole)
+
+
+@torch.no_grad()
+def test_two_caches_in_turns():
+    model, t = llama(), text(2)
+    whole = model(t).logits
+    caches = [model(t[row : row + 1, :3], use_cache=True).past_key_values for row in range(2)]
+    for start in range(3, 9, 2):
+        for row, cache in enumerate(caches):
+            part = slice(start, start + 2)
+            assert_close(model(t[row : row + 1, part], past_key_values=cache).logits[0], whole[row, part])
+
+
+@torch.no_grad()
+def test_a_state_that_is_carried_goes_into_a_new_cache_and_comes_out_of_it():
+    model, t = llama("model.layers.*.self_attn", "replace"), text()
+    whole = model(t).logits
+    with tb.memory(model) as m:
+        out = model(t[:, :4])
+        kept = m.state
+        assert_close(model(t[:, 4:], past_key_values=out.past_key_values).logits, whole[:, 4:])
+        after = m.state
+        m.state = kept
+        assert_close(model.model(t[:, 4:]).last_hidden_state, model_hidden(model, t)[:, 4:])
+    for mine, other in zip(*[[x for _, x in tb.state.named_tensors(state)] for state in (after, m.state)]):
+        assert_close(mine, other)
+
+
+def model_hidden(model, t):
+    with tb.memory(model):
+        return model.model(t).last_hidden_state
+
+
+@torch.no_grad()
+def test_a_cache_that_the_memory_has_not_read():
+    model, t = llama(), text()
+    for how, place in (("beside", PLACES[0]), ("replace", PLACES[1])):
+        other = llama(place, how, seed=1)
+        cache = other(t[:, :4], use_cache=True).past_key_values
+        with pytest.raises(SwapError, match=r"cache.* is of another model"):
+            model(t[:, 4:], past_key_values=cache)
+    tb.unswap(other)
+    cache = other(t[:, :4], use_cache=True).past_key_values
+    with pytest.raises(SwapError, match="the cache has read 4 tokens without the memory"):
+        model(t[:, 4:], past_key_values=cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["beside", "replace"])
+def test_a_memory_cannot_unread(how):
+    model, t = llama(how=how), text()
+    cache = model(t[:, :4], use_cache=True).past_key_values
+    cache.crop(0)
+    with pytest.raises(SwapError, match=r"crop\(-1\): a memory cannot unread"):
+        cache.crop(-1)
+    if how == "beside":  # whose keys have been cropped by then
+        with pytest.raises(SwapError, match="holds 3 tokens, and the memory's states in it have read 4"):
+            model(t[:, 3:], past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_call_that_fails_half_way_is_noticed(monkeypatch):
+    model, t = llama(), text()
+    cache = model(t[:, :4], use_cache=True).past_key_values
+    monkeypatch.setattr(model.model.layers[1].mlp, "forward", lambda x: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(t[:, 4:6], past_key_values=cache)
+    monkeypatch.undo()
+    with pytest.raises(SwapError, match="holds 6 tokens, and the memory's states in it have read 4"):
+        model(t[:, 4:], past_key_values=cache)
+
+
+@torch.no_grad()
+def test_the_rows_of_a_cache_and_of_a_call_agree():
+    model, t = llama("model.layers.*.self_attn", "replace"), text()
+    cache = model(t[:, :4], use_cache=True).past_key_values
+    with pytest.raises(SwapError, match=r"self_attn: the cache has 2 rows and the call 1"):
+        model(t[:1, 4:], past_key_values=cache)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_with_padding(reentrant):
+    model, t = llama().train(), text()
+    padded = t.index_fill(1, torch.tensor([0, 1]), 0)
+
+    def gradients():
+        model.zero_grad()
+        losses = [model(ids, attention_mask=(ids != 0).long(), labels=ids).loss for ids in (padded, t)]
+        sum(losses).backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    expected = gradients()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    for got, gradient in zip(gradients(), expected):
+        assert_close(got, gradient, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_model_called_past_its_hooks():
+    # as adapters of weights do, which call the forward of the model that they hold
+    model, t = llama(), text()
+    mask = torch.ones_like(t).index_fill(1, torch.tensor([0, 1]), 0)
+    assert torch.equal(model.forward(t, attention_mask=mask).logits, model(t, attention_mask=mask).logits)
+    cache = transformers.DynamicCache(config=model.config)
+    model.forward(t[:, :4], past_key_values=cache)
+    assert_close(model.forward(t[:, 4:], past_key_values=cache).logits, model(t).logits[:, 4:])
+
+
+@torch.no_grad()
+def test_an_encoder_and_a_decoder():
+    torch.manual_seed(0)
+    config = transformers.BartConfig(
+        vocab_size=37, d_model=16, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=64,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, forced_eos_token_id=None,
+    )  # fmt: skip
+    model, t = transformers.BartForConditionalGeneration(config).eval(), text(2, 7)
+    t = t.clamp(min=3)
+    expected = model.generate(t, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    tb.swap(model, "model.*coder.layers.*.self_attn", MEMORY, "beside")
+    assert torch.equal(model.generate(t, max_new_tokens=5, min_new_tokens=5, do_sample=False), expected)
+    awake(model)
+    padded = torch.cat([t[:1, :4], torch.zeros(1, 3, dtype=torch.long)], dim=1)
+    mask = (torch.cat([padded, t[1:]]) != 0).long()
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "num_beams": 2}
+    together = model.generate(torch.cat([padded, t[1:]]), attention_mask=mask, **options)
+    assert torch.equal(
+        together, model.generate(torch.cat([padded, t[1:]]), attention_mask=mask, use_cache=False, **options)
+    )
+    assert torch.equal(together[:1], model.generate(t[:1, :4], **options))

@@ -1,0 +1,28 @@
+"""titans-build models in the transformers library, and its models with memories in them, on disk.
+
+Importing this package imports transformers, and tells its Auto classes about models of recipes.
+"""
+
+from ..extras import from_extra
+from ..terminal import UsageError
+
+try:
+    from_extra("transformers", "hf", "titans_build.huggingface")
+except UsageError as error:
+    raise ImportError(str(error)) from None
+
+from .cache import StateCache
+from .config import TitansBuildConfig
+from .loading import from_pretrained
+from .model import TitansBuildForCausalLM, TitansBuildModel, as_pretrained
+from .tokenizer import byte_tokenizer
+
+__all__ = [
+    "StateCache",
+    "TitansBuildConfig",
+    "TitansBuildForCausalLM",
+    "TitansBuildModel",
+    "as_pretrained",
+    "byte_tokenizer",
+    "from_pretrained",
+]

@@ -1,0 +1,72 @@
+"""The configuration of a model in the transformers library: a recipe, and the fingerprint that it had."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from ...recipes import Recipe, StorageError, load_recipe
+from ...registry import show
+
+
+class TitansBuildConfig(PreTrainedConfig):
+    """``TitansBuildConfig(recipe=...)``: whatever ``load_recipe`` takes. It is kept and saved as plain data.
+
+    ``vocab_size``, ``hidden_size`` and ``num_hidden_layers`` are read from the recipe. Token ids such as
+    ``eos_token_id`` are those of transformers, which saves them beside it.
+
+    Raises ``RecipeError`` for a recipe that is wrong, or that asks for modules to be imported: reading a folder runs
+    no code. ``StorageError`` when a saved recipe is not the one that was saved.
+    """
+
+    model_type = "titans_build"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - transformers adds a list to it
+
+    recipe: Any = None
+    recipe_overrides: dict[str, Any] | None = None
+    """What was changed in the recipe when it was loaded, by path. Already applied: a record, not an instruction."""
+    fingerprint: str | None = None
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.recipe is not None:
+            # what is saved names blocks by their registered names only: nothing is imported to read it
+            given = dataclasses.replace(self.recipe, imports=[]) if isinstance(self.recipe, Recipe) else self.recipe
+            checked = load_recipe(given)
+            if self.fingerprint not in (None, checked.fingerprint):
+                raise StorageError(
+                    f"the recipe of this configuration is not the one that was saved: its fingerprint is "
+                    f"{checked.fingerprint}, expected {show(self.fingerprint)}"
+                )
+            self.recipe_overrides = {**(self.recipe_overrides or {}), **checked.overrides}
+            self.recipe, self.fingerprint = checked.to_dict(), checked.fingerprint
+        # a property of the class, and in files of other libraries a number
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "tie_word_embeddings"):
+            kwargs.pop(name, None)
+        super().__post_init__(**kwargs)
+
+    def checked(self) -> Recipe:
+        """The recipe, as ``build`` takes it. Raises ``ValueError`` where there is none."""
+        if self.recipe is None:
+            raise ValueError("TitansBuildConfig: expected recipe=, whatever load_recipe takes, got none")
+        return dataclasses.replace(load_recipe(self.recipe), overrides=dict(self.recipe_overrides or {}))
+
+    @property
+    def vocab_size(self) -> int | None:
+        return None if self.recipe is None else self.recipe.get("vocab")
+
+    @property
+    def hidden_size(self) -> int | None:
+        return None if self.recipe is None else self.recipe["dim"]
+
+    @property
+    def num_hidden_layers(self) -> int | None:
+        return None if self.recipe is None else self.checked().depth
+
+
+AutoConfig.register(TitansBuildConfig.model_type, TitansBuildConfig, exist_ok=True)

@@ -1,0 +1,263 @@
+"""Models of recipes as models of transformers: generate, Trainer, pipelines and evaluation harnesses run on them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from ...blocks.block import materialise
+from ...blocks.language_model import LanguageModel
+from ...blocks.state import trainable
+from ...recipes import Recipe, StorageError
+from ...recipes.composing import assemble
+from ...recipes.index import INDEX
+from ...registry import show
+from ..training.recomputing import recomputing
+from .cache import StateCache
+from .checking import expect_whole
+from .config import TitansBuildConfig
+from .embedding import Embedding
+from .loss import next_token_loss
+from .masking import real_tokens
+
+
+class TitansBuildPreTrainedModel(PreTrainedModel):
+    """What the models here share: ``model``, the ``LanguageModel`` that does the work, and how it is saved and read.
+
+    ``config``: whose recipe it is of; parameters are drawn from torch's global generator. ``model``: a
+    ``LanguageModel`` of that recipe to put in here as it is, instead of a new one.
+    """
+
+    config_class = TitansBuildConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
+    _is_stateful = True
+    _no_split_modules = frozenset({"Layer"})
+    _skip_keys_device_placement = frozenset({"past_key_values"})
+
+    def __init__(self, config: TitansBuildConfig, model: LanguageModel | None = None) -> None:
+        super().__init__(config)
+        if model is None:
+            model = assemble(config.checked())
+            if torch.empty(0).is_meta:  # from_pretrained: values come from the files
+                model.to(dtype=torch.get_default_dtype())
+            else:
+                materialise(model, "cpu", torch.get_default_dtype(), seed=None)
+        self.model = model
+        self.embed_tokens = Embedding(model)
+        device = torch.empty(0).device if torch.empty(0).is_meta else model.norm.gain.device
+        # with the weights in their file: it tells weights of one recipe from those of another of equal shapes
+        self.register_buffer("fingerprint", torch.empty((), dtype=torch.int64, device=device))
+        self.gradient_checkpointing = False
+        self._sign()
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Of transformers, from safetensors. Raises ``StorageError`` where the weights are not those of the recipe."""
+        place = pretrained_model_name_or_path
+        if isinstance(place, str | os.PathLike) and is_saved_model(Path(place)):
+            raise StorageError(
+                f"{place}: tb.save wrote this folder: titans_build.huggingface.from_pretrained reads it, too"
+            )
+        tell = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("use_safetensors", True)
+        result, info = super().from_pretrained(place, *args, output_loading_info=True, **kwargs)
+        result._expect_whole(info, str(place))
+        return (result, info) if tell else result
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Of transformers: recipe in ``config.json``, weights in safetensors. Modules to import are left out."""
+        self._sign()
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def get_input_embeddings(self) -> Any:
+        return self.embed_tokens if self.model.vocab is not None else None
+
+    def set_input_embeddings(self, value: Any) -> None:
+        raise ValueError("the embedding is part of the recipe: it cannot be replaced")
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Raises ``ValueError`` for another number than there is: the vocabulary is part of the recipe."""
+        if new_num_tokens not in (None, self.model.vocab):
+            raise ValueError(
+                f"the vocabulary is part of the recipe: {self.model.vocab} ids, and not {new_num_tokens}; "
+                "build a model of a recipe with another vocab"
+            )
+        return self.get_input_embeddings()
+
+    def _init_weights(self, module: Any) -> None:
+        """Blocks have initialised their own parameters."""
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, every_n_layers: int = 1
+    ) -> None:
+        if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise ValueError("use_reentrant=True: gradients reach states, which are trees of tensors, in the other way")
+        self.gradient_checkpointing = enable
+        self._checkpoint, self._every = gradient_checkpointing_func, every_n_layers
+
+    def _read(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        past_key_values: Any,
+        inputs_embeds: Tensor | None,
+        use_cache: bool | None,
+    ) -> tuple[Tensor, Tensor | None, StateCache | None]:
+        """Hidden states ``[batch, time, dim]``, the mask of real tokens, and the cache, which has read them."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids [batch, time] or inputs_embeds [batch, time, dim], and not both")
+        cache = past_key_values
+        if cache is not None and not isinstance(cache, StateCache):
+            raise TypeError(
+                f"past_key_values: expected the cache of a titans-build model (StateCache), got {type(cache).__name__}"
+            )
+        if cache is None and (self.config.use_cache if use_cache is None else use_cache):
+            cache = StateCache()
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else self._checked(inputs_embeds)
+        rows, time, _ = x.shape
+        mask = real_tokens(attention_mask, rows, time, 0 if cache is None else cache.length)
+        if mask is not None:
+            self.model.check_mask(mask, (rows, time))
+        state = None if cache is None else cache.state
+        if state is not None:
+            self.model.check_state(state, rows)
+            state = trainable(state) if torch.is_grad_enabled() else state
+        again = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        with recomputing(self.model, self._checkpoint, self._every) if again else contextlib.nullcontext():
+            hidden, state = self.model.run(x, state, mask)
+        if cache is not None:
+            cache.read(state, time)
+        return hidden, mask, cache
+
+    def _checked(self, embeddings: Tensor) -> Tensor:
+        dtype = self.model.norm.gain.dtype
+        if embeddings.dim() != 3 or embeddings.shape[2] != self.model.dim:
+            raise ValueError(f"inputs_embeds: expected [batch, time, {self.model.dim}], got {list(embeddings.shape)}")
+        if embeddings.dtype != dtype and not torch.is_autocast_enabled(embeddings.device.type):
+            raise TypeError(f"inputs_embeds: expected {dtype}, as the model's parameters are, got {embeddings.dtype}")
+        return embeddings
+
+    def _sign(self) -> None:
+        if not self.fingerprint.is_meta:
+            self.fingerprint.fill_(self.model.origin.number)
+
+    def _expect_whole(self, info: dict[str, Any], place: str) -> None:
+        """Raise ``StorageError`` unless what was read is all of this model, and of its recipe."""
+        expect_whole(info, place, f"the recipe {show(self.model.recipe.name or '')}")
+        if int(self.fingerprint) != self.model.origin.number:
+            raise StorageError(
+                f"{place}: these are the weights of another recipe than the one in config.json "
+                f"({self.config.fingerprint}), though all shapes are the same"
+            )
+
+
+class TitansBuildModel(TitansBuildPreTrainedModel):
+    """Tokens or vectors in, vectors out: for recipes without a vocabulary, and for heads of one's own."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: StateCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """``last_hidden_state`` [batch, time, dim], normalised; arguments as of ``TitansBuildForCausalLM``."""
+        hidden, _, cache = self._read(input_ids, attention_mask, past_key_values, inputs_embeds, use_cache)
+        output = BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+        return output if return_dict is not False else output.to_tuple()
+
+
+class TitansBuildForCausalLM(TitansBuildPreTrainedModel, GenerationMixin):
+    """A language model of a recipe with all of ``generate``: greedy, sampling, beams, streamers.
+
+    Not assisted generation: what a memory has learned from a draft cannot be taken back.
+    """
+
+    def __init__(self, config: TitansBuildConfig, model: LanguageModel | None = None) -> None:
+        super().__init__(config, model)
+        if self.model.vocab is None:
+            raise ValueError("a recipe without vocab has no logits: TitansBuildModel is the class for it")
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: StateCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """Read ``input_ids`` [batch, time] int64, or ``inputs_embeds`` [batch, time, dim].
+
+        ``attention_mask`` [batch, time], or [batch, before + time] where the cache has read ``before`` tokens: 0 at
+        padding, which may be on either side. ``past_key_values``: goes on from what it has read, and has read these
+        tokens, too, afterwards. ``labels`` [batch, time]: the tokens themselves, shifted here; -100 does not count.
+        ``logits_to_keep``: of how many last tokens logits are wanted (0: all), or of which.
+
+        Raises ``TypeError`` or ``ValueError`` for a cache of another model, and for wrong shapes and ids.
+        """
+        hidden, mask, cache = self._read(input_ids, attention_mask, past_key_values, inputs_embeds, use_cache)
+        loss = None
+        if labels is not None:
+            if labels.shape != hidden.shape[:2]:
+                raise ValueError(f"labels: expected {list(hidden.shape[:2])}, got {list(labels.shape)}")
+            logits = self.model.predict(hidden)
+            loss = next_token_loss(logits, labels, mask, num_items_in_batch)
+            logits = logits[:, _kept(logits_to_keep)]
+        else:
+            logits = self.model.predict(hidden[:, _kept(logits_to_keep)])
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        return output if return_dict is not False else output.to_tuple()
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r}: a titans-build model carries a "
+                "state, and there is one implementation of it"
+            )
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = StateCache()
+
+
+def as_pretrained(model: LanguageModel) -> TitansBuildModel | TitansBuildForCausalLM:
+    """A model that ``tb.build`` or ``tb.load`` made, as one of transformers. They share their parameters.
+
+    ``result.model`` is the given one again, for ``tb.save`` and everything else here.
+    """
+    recipe = getattr(model, "recipe", None)
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"expected a model made by build() or load(), got {type(model).__name__} without a recipe")
+    kind = TitansBuildModel if model.vocab is None else TitansBuildForCausalLM
+    return kind(TitansBuildConfig(recipe=recipe), model)
+
+
+def _kept(logits_to_keep: int | Tensor) -> Any:
+    return slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+
+
+def is_saved_model(place: Path) -> bool:
+    """Whether ``place`` is a folder that ``tb.save`` wrote."""
+    return (place / INDEX).is_file() and not (place / "config.json").exists()
+
+
+AutoModel.register(TitansBuildConfig, TitansBuildModel, exist_ok=True)
+AutoModelForCausalLM.register(TitansBuildConfig, TitansBuildForCausalLM, exist_ok=True)

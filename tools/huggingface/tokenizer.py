@@ -1,0 +1,36 @@
+"""A tokenizer of transformers whose tokens are bytes, for models that were trained on those."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+
+def byte_tokenizer(pad: int = 0) -> Any:
+    """Each byte of a text's UTF-8 is a token, and its value the id: 256 of them. It pads on the left.
+
+    ``pad``: the byte that pads a batch and ends a text. There is no id besides the bytes, so it is left out of decoded
+    text, unless ``skip_special_tokens=False`` says otherwise.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = _letters()
+    tokenizer = Tokenizer(models.BPE(vocab={letter: byte for byte, letter in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=letters[pad],
+        eos_token=letters[pad],
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _letters() -> list[str]:
+    """The letter that stands for each byte in a byte-level vocabulary: itself where it can be seen."""
+    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = iter(range(0x100, 0x200))
+    return [chr(byte) if byte in seen else chr(next(hidden)) for byte in range(256)]

@@ -1,0 +1,115 @@
+"""The reference of recipes as a page of Markdown, made from the same schemas that recipes are checked against."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from .. import recipes
+from ..registry import Description, describe, show
+from .listing import base_name, sizes_of, summary
+from .terminal import plain
+
+COMMAND = "titans-build schema --markdown"
+HEAD = f"""# Recipes: the reference
+
+<!-- written by `{COMMAND} > docs/recipes.md` -->
+
+A recipe is a YAML or JSON file that says what a model is. What the words mean is in [concepts.md](concepts.md); this
+page is made by `{COMMAND}` from the schemas that recipes are checked with. `titans-build describe BLOCK`
+shows a part of it in the terminal, and `titans-build schema` prints a JSON Schema for editors.
+
+A block is written in one of three ways, wherever one may stand:
+
+| written | is |
+| --- | --- |
+| `memory` | the block of that name, with its defaults |
+| `{{type: memory, depth: 1}}` | with fields of its own |
+| `[memory, ffn]` | a chain: one after the other |
+
+The width is said once, as `dim`. Unknown fields and names are refused with the nearest right one, and all mistakes of
+a file are told at once, each with its path, as in `layers.mac.0.memory.depht`. By the same paths
+`--set layers.mac.0.segment=256` and `load_recipe(..., overrides={{...}})` change one value."""
+
+
+def recipe_page(blocks: Sequence[str]) -> str:
+    """The whole page, with these blocks in this order."""
+    parts = [HEAD, "## The file", *_file(), "## Blocks", _contents(blocks)]
+    for name in blocks:
+        parts += block_section(name)
+    return "\n\n".join([*parts, "## Packaged recipes", _packaged()]) + "\n"
+
+
+def block_section(name: str) -> list[str]:
+    """The paragraphs about one block. Raises ``RecipeError`` for an unknown name."""
+    description = describe(name)
+    parts = [f"### {name}", _markdown(description.doc)]
+    if description.source != "titans_build":
+        parts.append(f"From the package `{description.source}`.")
+    if description.protocols:
+        parts.append(f"Can stand where a recipe needs a {' or a '.join(description.protocols)}.")
+    return [*parts, _fields(description)]
+
+
+def _file() -> Iterator[str]:
+    schema = recipes.recipe_schema()
+    rows = []
+    for name, field in schema["properties"].items():
+        default = "required" if name in schema["required"] else f"`{show(field.get('default'))}`"
+        rows.append([f"`{name}`", _kind(field), default, field.get("description", "")])
+    yield _table(["key", "type", "default", "meaning"], rows)
+    pattern = schema["properties"]["layers"]["propertyNames"]["pattern"]
+    yield (
+        "An item of `stack` is the name of a layer, or `{repeat: 2, of: [...]}` around further items.\n"
+        f"Layers have names that match `{pattern}`, and each is to be in the stack."
+    )
+
+
+def _kind(field: dict[str, Any]) -> str:
+    if "const" in field:
+        return f"{field['const']}"
+    kinds = field.get("type", "array")
+    words = [_KINDS[kind] for kind in ([kinds] if isinstance(kinds, str) else kinds)]
+    if "maximum" in field:
+        words[0] += f" from {field['minimum']} to {field['maximum']}"
+    return " or ".join(words)
+
+
+_KINDS = {"array": "list", "object": "mapping", "string": "text", "boolean": "true or false",
+          "integer": "integer", "null": "null"}  # fmt: skip
+
+
+def _contents(blocks: Sequence[str]) -> str:
+    rows = [[f"[`{name}`](#{name})", _markdown(describe(name).doc.partition("\n")[0])] for name in blocks]
+    return _table(["block", "what it is"], rows)
+
+
+def _fields(description: Description) -> str:
+    if not description.fields:
+        return "It has no fields."
+    rows = []
+    for field in description.fields:
+        default = "required" if field.required else f"`{show(field.default)}`"
+        rows.append([f"`{field.name}`", field.type, default, _markdown(field.description)])
+    return _table(["field", "type", "default", "meaning"], rows)
+
+
+def _packaged() -> str:
+    rows = [
+        [f"`{name}`", summary(name), " ".join(f"`{size}`" for size in sizes_of(name))]
+        for name in recipes.packaged_names()
+        if base_name(name) == name
+    ]
+    return _table(["recipe", "what it is", "sizes"], rows)
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _markdown(text: str) -> str:
+    """A docstring's text: code in single quotes, and no roles."""
+    marked = re.sub(r"``([^`]*)``", r"§\1§", re.sub(r":\w+:`~?([^`]*)`", r"``\1``", text))
+    return plain(marked).replace("§", "`")

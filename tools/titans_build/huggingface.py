@@ -1,0 +1,31 @@
+"""Models of transformers: those of recipes as such, and its own with memories in them. Needs ``titans-build[hf]``.
+
+Example::
+
+    from titans_build.huggingface import as_pretrained, from_pretrained
+
+    model = as_pretrained(tb.load("models/mine"))            # a PreTrainedModel
+    model.generate(tokens, num_beams=4, max_new_tokens=64)
+    model.save_pretrained("models/hf")
+    model = from_pretrained("models/hf")                     # AutoModelForCausalLM knows it as well
+"""
+
+from titans_build.tools.huggingface import (
+    StateCache,
+    TitansBuildConfig,
+    TitansBuildForCausalLM,
+    TitansBuildModel,
+    as_pretrained,
+    byte_tokenizer,
+    from_pretrained,
+)
+
+__all__ = [
+    "StateCache",
+    "TitansBuildConfig",
+    "TitansBuildForCausalLM",
+    "TitansBuildModel",
+    "as_pretrained",
+    "byte_tokenizer",
+    "from_pretrained",
+]
