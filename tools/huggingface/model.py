@@ -155,7 +155,8 @@ class TitansBuildPreTrainedModel(PreTrainedModel):
 
     def _expect_whole(self, info: dict[str, Any], place: str) -> None:
         """Raise ``StorageError`` unless what was read is all of this model, and of its recipe."""
-        expect_whole(info, place, f"the recipe {show(self.model.recipe.name or '')}")
+        recipe: Any = self.model.recipe
+        expect_whole(info, place, f"the recipe {show(recipe.name or '')}")
         if int(self.fingerprint) != self.model.origin.number:
             raise StorageError(
                 f"{place}: these are the weights of another recipe than the one in config.json "

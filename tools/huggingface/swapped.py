@@ -78,7 +78,7 @@ def _make_known(base: type, config: type, architecture: str) -> None:
 def _swapped(kind: Any, config_type: type) -> type:
     """``kind`` with the swaps of its configuration put in when it is made; what is read is a ``kind`` again."""
 
-    class Swapped(kind):  # type: ignore[misc]
+    class Swapped(kind):
         config_class = config_type
 
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:

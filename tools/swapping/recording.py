@@ -43,7 +43,8 @@ def remember(model: nn.Module, plans: Sequence[Plan]) -> None:
 def hold(config: Any, of: str, records: Sequence[dict[str, Any] | str]) -> None:
     """Let ``config`` be written with swaps: ``records`` of those in a model of class ``of``, or why there is none."""
     if _HELD not in vars(config):
-        config.__class__ = _recording(type(config))
+        kind: Any = type(config)
+        config.__class__ = _recording(kind)
     vars(config)[_HELD] = {"of": of, "swaps": list(records)}
 
 
@@ -60,10 +61,10 @@ def _record(plan: Plan) -> dict[str, Any] | str:
 
 
 @functools.cache
-def _recording(base: type) -> type:
+def _recording(base: Any) -> type:
     """The class of configurations ``base`` with swaps."""
 
-    class Recording(base):  # type: ignore[misc, valid-type]
+    class Recording(base):
         def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
             """Raises ``SwapError`` where a swap cannot be written down, and of a model that is only part of another."""
             data = json.loads(self.to_json_string(use_diff=use_diff))
@@ -94,7 +95,7 @@ def _recording(base: type) -> type:
             swapped = config_dict.get("model_type") == MODEL_TYPE
             given = kwargs.pop("return_unused_kwargs", False)
             data = dict(config_dict["config"] if swapped else config_dict)
-            config, unused = base.from_dict(data, return_unused_kwargs=True, **kwargs)  # type: ignore[attr-defined]
+            config, unused = base.from_dict(data, return_unused_kwargs=True, **kwargs)
             if swapped:
                 hold(config, config_dict["architectures"][0], config_dict["titans_build"]["swaps"])
             return (config, unused) if given else config
@@ -110,8 +111,8 @@ def _recording(base: type) -> type:
     return Recording
 
 
-def _again(base: type, values: dict[str, Any]) -> Any:
+def _again(base: Any, values: dict[str, Any]) -> Any:
     """A copy: the class is made anew where a process has not made it yet."""
-    config = object.__new__(_recording(base))
+    config: Any = object.__new__(_recording(base))
     vars(config).update(values)
     return config
