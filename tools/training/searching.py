@@ -80,7 +80,7 @@ def search(
                 wanted.append("; ".join(map(str, error.problems)))
         runs = run_trials([trial for trial in wanted if isinstance(trial, Trial)], jobs=jobs, told=told)
         for choice, made in zip(choices, wanted):
-            found = next(runs) if isinstance(made, Trial) else {"failed": made}
+            found: Result = next(runs) if isinstance(made, Trial) else {"failed": made}
             loss = None if "failed" in found else found["valid"]["loss"]
             results.append({"trial": len(results), "choice": choice, "loss": loss, **found})
             _write(place / TRIALS, "".join(json.dumps(result) + "\n" for result in results))
