@@ -12,9 +12,9 @@ from .. import recipes
 from ..recipes.composing import assemble
 from ..recipes.replacing import replacing
 from ..registry import RecipeError, list_blocks, lookup
+from .drawing.picture import draw_stack
+from .drawing.shapes import box
 from .options import add_recipe, load
-from .picture import draw_stack
-from .shapes import box
 from .survey import Part, survey_layer, with_shapes
 from .terminal import UsageError, count, in_bytes, say, say_json
 

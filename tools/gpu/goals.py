@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from .gpu_timing import Row
+from .timing import Row
 
 
 class Goal(NamedTuple):

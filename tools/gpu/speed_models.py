@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import recipes
-from ..kernels.attention import Prefix, attention
-from ..kernels.convolution import causal_convolution
-from ..kernels.gate import gate, swiglu
-from ..kernels.normalisation import rms_norm
-from .gpu_baselines import Transformer, autocast
-from .gpu_sizes import Sizes
-from .gpu_timing import Case, Run, backends, passes
+from ... import recipes
+from ...kernels.attention import Prefix, attention
+from ...kernels.convolution import causal_convolution
+from ...kernels.gate import gate, swiglu
+from ...kernels.normalisation import rms_norm
+from .baselines import Transformer, autocast
+from .sizes import Sizes
+from .timing import Case, Run, backends, passes
 
 
 def streams(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from titans_build.kernels import dispatch
-from titans_build.tools import gpu_apart, gpu_cases, gpu_check, gpu_parity, gpu_sizes, gpu_speed
+from titans_build.tools.gpu import apart, check, parity, sizes, speed
+from titans_build.tools.gpu import cases as gpu_cases
 
 NAMES = ("one token, decoding", "prefix and window", "gate", "convolution")
 
@@ -26,13 +27,13 @@ def only(monkeypatch, *names):
     monkeypatch.setattr(gpu_cases, "cases", lambda small=False: kept)
 
 
-def check(*words):
-    return gpu_check.main(["--device", "cpu", "--quick", *words])
+def run(*words):
+    return check.main(["--device", "cpu", "--quick", *words])
 
 
 def test_parity_then_speed(few_cases, tmp_path, capsys):
     target = tmp_path / "new" / "cpu.json"
-    assert check("--json", str(target), "--minutes", "0.02") == 0
+    assert run("--json", str(target), "--minutes", "0.02") == 0
     found = json.loads(target.read_text())
     assert found["environment"]["versions"]["torch"] == torch.__version__
     ran = [outcome for outcome in found["parity"] if not outcome["refused"]]
@@ -50,10 +51,10 @@ def test_what_is_wrong_is_not_timed(few_cases, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(dispatch.OPERATIONS["gate"].backends, "torch", wrong)
     monkeypatch.setattr(dispatch.OPERATIONS["gate"], "_chosen", {})
     of = {("gate", "torch"), ("gate", "triton"), ("memory", "torch"), ("memory block", "auto"), ("model mag", "auto")}
-    every = gpu_speed.cases
-    monkeypatch.setattr(gpu_speed, "cases", lambda *given: [case for case in every(*given) if case[:2] in of])
+    every = speed.cases
+    monkeypatch.setattr(speed, "cases", lambda *given: [case for case in every(*given) if case[:2] in of])
     target = tmp_path / "cpu.json"
-    assert check("--json", str(target)) == 1
+    assert run("--json", str(target)) == 1
     said = capsys.readouterr()
     assert "gate, torch, gate, float32: " in said.err and "error 1.0e-02, at most 1e-05 is right" in said.err
     assert "not timed: gate, torch: failed its parity" in said.err
@@ -71,8 +72,8 @@ def test_a_nan_is_an_error_whatever_else_is_right(monkeypatch):
     wrong = dispatch.Backend("torch", lambda *inputs: right.run(*inputs).index_fill(1, torch.tensor(0), float("nan")))
     monkeypatch.setitem(dispatch.OPERATIONS["convolution"].backends, "torch", wrong)
     monkeypatch.setattr(dispatch.OPERATIONS["convolution"], "_chosen", {})
-    tasks = [task for task in gpu_parity.tasks(torch.device("cpu")) if task.precision == "float32"]
-    found = [gpu_parity.outcome(task, torch.device("cpu")) for task in tasks]
+    tasks = [task for task in parity.tasks(torch.device("cpu")) if task.precision == "float32"]
+    found = [parity.outcome(task, torch.device("cpu")) for task in tasks]
     assert {o.backend: o.passed for o in found} == {"triton": True, "torch": False}
 
 
@@ -84,45 +85,45 @@ def test_a_normalised_memory_may_be_off_by_what_its_operands_are_rounded_by():
     ):  # fmt: skip
         case = cases[name]
         exact = case.make(torch.Generator().manual_seed(0))
-        expected = gpu_parity._pass(case, "reference", exact)
-        found = gpu_parity.bounds(case, exact, expected, precision)
-        least = gpu_parity.TOLERANCE[precision]
+        expected = parity._pass(case, "reference", exact)
+        found = parity.bounds(case, exact, expected, precision)
+        least = parity.TOLERANCE[precision]
         assert found.keys() == expected.keys() and min(found.values()) == least
         assert (max(found.values()) > least) == wider
 
 
 def test_a_process_that_hangs_is_an_outcome(monkeypatch):
-    monkeypatch.setattr(gpu_apart, "PATIENCE", 0.05)
-    tasks = gpu_parity.tasks(torch.device("cpu"))[:2]
-    found = list(gpu_apart.outcomes(tasks, torch.device("cpu"), 2))
+    monkeypatch.setattr(apart, "PATIENCE", 0.05)
+    tasks = parity.tasks(torch.device("cpu"))[:2]
+    found = list(apart.outcomes(tasks, torch.device("cpu"), 2))
     assert len(found) == 2 and all("its process ended with -9" in each.failed and not each.passed for each in found)
 
 
 @pytest.mark.slow
 def test_processes_find_what_one_finds():
     names = ("two layers", "gate")
-    tasks = [task for task in gpu_parity.tasks(torch.device("cpu")) if task.case in names and task.backend != "triton"]
-    apart = set(gpu_apart.outcomes(tasks, torch.device("cpu"), 2))
-    assert {each[:4] for each in apart} == {(t.operation, t.backend, t.case, t.precision) for t in tasks}
-    assert all(each.passed for each in apart)
-    assert all(gpu_parity.outcome(task, torch.device("cpu")).where in {e.where for e in apart} for task in tasks[:3])
+    tasks = [task for task in parity.tasks(torch.device("cpu")) if task.case in names and task.backend != "triton"]
+    found = set(apart.outcomes(tasks, torch.device("cpu"), 2))
+    assert {each[:4] for each in found} == {(t.operation, t.backend, t.case, t.precision) for t in tasks}
+    assert all(each.passed for each in found)
+    assert all(parity.outcome(task, torch.device("cpu")).where in {e.where for e in found} for task in tasks[:3])
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu_check.main([]) == 2
+    assert check.main([]) == 2
     assert "has no CUDA GPU" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_every_case_of_the_check(capsys):
-    assert check("--only", "parity") == 0, capsys.readouterr().err
+    assert run("--only", "parity") == 0, capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_every_measurement_of_the_check(tmp_path):
     target = tmp_path / "cpu.json"
-    assert check("--only", "speed", "--dtype", "float32", "--json", str(target), "--minutes", "60") == 0
+    assert run("--only", "speed", "--dtype", "float32", "--json", str(target), "--minutes", "60") == 0
     found = json.loads(target.read_text())
     assert not found["left_out"]
     others = ("titans-pytorch", "fla")
@@ -136,7 +137,7 @@ def test_every_measurement_of_the_check(tmp_path):
 
 
 def test_what_matters_most_comes_first():
-    cases = gpu_speed.cases(torch.device("cpu"), torch.float32, gpu_sizes.QUICK)
+    cases = speed.cases(torch.device("cpu"), torch.float32, sizes.QUICK)
     ranks = [case.rank for case in cases]
     assert ranks == sorted(ranks)
     assert cases[0].what == "memory" and cases[-1].what.startswith("model") and "compiled" in cases[-1].backend

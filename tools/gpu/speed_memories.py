@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..kernels.memory import MemoryState, titans_memory
-from ..kernels.memory.cost import memory_flops
-from ..kernels.memory.tokens import Tokens
-from ..registry import create
-from .gpu_baselines import autocast, linear_memories, titans_pytorch
-from .gpu_parity import scheduled
-from .gpu_sizes import Sizes
-from .gpu_timing import Case, Run, backends, passes
+from ...kernels.memory import MemoryState, titans_memory
+from ...kernels.memory.cost import memory_flops
+from ...kernels.memory.tokens import Tokens
+from ...registry import create
+from .baselines import autocast, linear_memories, titans_pytorch
+from .parity import scheduled
+from .sizes import Sizes
+from .timing import Case, Run, backends, passes
 
 
 def memories(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator[Case]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..survey import Part
+from ..terminal import count, in_bytes
 from .shapes import (
     COLOURS,
     FAINT,
@@ -21,9 +23,7 @@ from .shapes import (
     squares,
     with_state,
 )
-from .survey import Part
 from .svg import Canvas, text_width
-from .terminal import count, in_bytes
 
 
 def part_shape(part: Part, memories: frozenset[str]) -> Shape:

@@ -3,7 +3,7 @@
 A process is asked line by line, and answers with a line of JSON. One whose GPU context a kernel has spoiled, or that
 hangs, is replaced, and what it was at is an outcome like any other.
 
-``python -m titans_build.tools.gpu_apart DEVICE DTYPE`` is such a process; it reads from standard input.
+``python -m titans_build.tools.gpu.apart DEVICE DTYPE`` is such a process; it reads from standard input.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from . import gpu_parity, gpu_speed
-from .gpu_parity import Outcome, Task
+from . import parity, speed
+from .parity import Outcome, Task
 
 PATIENCE = 180.0
 """Seconds for one task, compiling included."""
@@ -32,12 +32,12 @@ def outcomes(tasks: Sequence[Task], device: torch.device, processes: int) -> Ite
     if not processes:
         deterministic()
         for task in tasks:
-            yield gpu_parity.outcome(task, device)
+            yield parity.outcome(task, device)
         return
     for number, answer in _answers([["parity", *task] for task in tasks], [str(device), "float32"], processes):
         task = tasks[number]
         if isinstance(answer, str):
-            most = gpu_parity.TOLERANCE[task.precision]
+            most = parity.TOLERANCE[task.precision]
             yield Outcome(task.operation, task.backend, task.case, task.precision, math.nan, most, failed=answer)
         else:
             yield Outcome(**answer)
@@ -46,9 +46,9 @@ def outcomes(tasks: Sequence[Task], device: torch.device, processes: int) -> Ite
 def warm(device: torch.device, dtype: str, processes: int) -> Iterator[str]:
     """Have the kernels of what will be timed compiled, which its process then finds in the compiler's cache.
 
-    Yields what could not be, or nothing, for each of ``gpu_speed.warming``.
+    Yields what could not be, or nothing, for each of ``speed.warming``.
     """
-    count = len(gpu_speed.warming(device, getattr(torch, dtype)))
+    count = len(speed.warming(device, getattr(torch, dtype)))
     if processes:
         for _, answer in _answers([["warm", n] for n in range(count)], [str(device), dtype], processes):
             yield answer if isinstance(answer, str) else ""
@@ -127,11 +127,11 @@ def main(words: Sequence[str]) -> None:
         kind, *asked = json.loads(line)
         if kind == "parity":
             deterministic()
-            said = gpu_parity.outcome(Task(*asked), device)
+            said = parity.outcome(Task(*asked), device)
             answer, trouble = said._asdict(), said.failed
         else:
             torch.use_deterministic_algorithms(False)
-            trouble = gpu_speed.warming(device, dtype)[asked[0]]()
+            trouble = speed.warming(device, dtype)[asked[0]]()
             answer = {"failed": trouble}
         print(json.dumps(answer), file=answers, flush=True)
         if any(word in trouble for word in SPOILED):

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from titans_build.tools.gpu_goals import goals, trends
-from titans_build.tools.gpu_timing import Row
+from titans_build.tools.gpu.goals import goals, trends
+from titans_build.tools.gpu.timing import Row
 
 
 def row(what, backend, shape, seconds, direction="both", share=0.0, tokens=1, peak=0, failed=""):

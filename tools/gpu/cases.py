@@ -1,6 +1,6 @@
 """What every backend on a device is held to: each operation on inputs that leave none of its ways untried.
 
-``kernels`` with an operation or a backend that no case reaches fail a test: ``tests/tools/test_gpu_cases.py``.
+``kernels`` with an operation or a backend that no case reaches fail a test: ``tests/tools/gpu/test_cases.py``.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..kernels.attention import Prefix, attention
-from ..kernels.convolution import causal_convolution
-from ..kernels.decoding.cached_attention import Cache, cached_attention
-from ..kernels.decoding.gated_projection import feed_forward, gated_output
-from ..kernels.decoding.memory_inputs import Layers, memory_inputs
-from ..kernels.dispatch import OPERATIONS
-from ..kernels.gate import gate, gated_norm, swiglu
-from ..kernels.memory import MemoryState, titans_memory
-from ..kernels.memory.reading import read_memory
-from ..kernels.normalisation import l2_norm, rms_norm
-from ..kernels.projection import project
-from ..kernels.query import query
-from ..kernels.query_key_value import query_key_value
-from ..kernels.rotary import rotate
-from ..kernels.scan import linear_scan
+from ...kernels.attention import Prefix, attention
+from ...kernels.convolution import causal_convolution
+from ...kernels.decoding.cached_attention import Cache, cached_attention
+from ...kernels.decoding.gated_projection import feed_forward, gated_output
+from ...kernels.decoding.memory_inputs import Layers, memory_inputs
+from ...kernels.dispatch import OPERATIONS
+from ...kernels.gate import gate, gated_norm, swiglu
+from ...kernels.memory import MemoryState, titans_memory
+from ...kernels.memory.reading import read_memory
+from ...kernels.normalisation import l2_norm, rms_norm
+from ...kernels.projection import project
+from ...kernels.query import query
+from ...kernels.query_key_value import query_key_value
+from ...kernels.rotary import rotate
+from ...kernels.scan import linear_scan
 
 Inputs = dict[str, Tensor]
 
@@ -47,7 +47,7 @@ class Case(NamedTuple):
     """At every precision; else at float32 and, on a GPU, bfloat16, which kernels that are compiled for each take less
     time for."""
     rounds: bool = False
-    """Whether a LayerNorm enlarges what its inputs are rounded by: see ``gpu_parity.bounds``."""
+    """Whether a LayerNorm enlarges what its inputs are rounded by: see ``parity.bounds``."""
     schedule: str = "auto"
     """Of the kernels that have two, ``kernels.triton.schedule.SCHEDULES``."""
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from .gpu_sizes import FULL, Sizes
-from .gpu_speed_memories import blocks, decoding, memories, rules
-from .gpu_speed_models import attentions, models, streams
-from .gpu_timing import Case, wait
+from .sizes import FULL, Sizes
+from .speed_memories import blocks, decoding, memories, rules
+from .speed_models import attentions, models, streams
+from .timing import Case, wait
 
 
 def cases(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> list[Case]:

@@ -8,7 +8,7 @@ import torch
 from titans_build.kernels import dispatch, xformers_attention
 from titans_build.kernels.dispatch import OPERATIONS, Operation
 from titans_build.kernels.triton import availability
-from titans_build.tools import gpu_cases
+from titans_build.tools.gpu import cases as gpu_cases
 
 DTYPES = (torch.float32, torch.bfloat16)
 

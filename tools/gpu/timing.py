@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels import dispatch
-from .gpu_sizes import Sizes
+from ...kernels import dispatch
+from .sizes import Sizes
 
 Run = Callable[[], Any]
 

@@ -1,7 +1,7 @@
 """Whether every backend on a device computes what the reference computes in float64, outputs and gradients.
 
 On a GPU most of the time goes into compiling kernels, and a kernel that goes astray takes its process along: the cases
-are shared out to processes of their own (``gpu_apart``). On a CPU they run here.
+are shared out to processes of their own (``apart``). On a CPU they run here.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels import dispatch
-from . import gpu_cases
-from .gpu_cases import Case, Inputs
+from ...kernels import dispatch
+from . import cases as gpu_cases
+from .cases import Case, Inputs
 
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "tf32": 2e-3, "bfloat16": 1e-2, "float16": 1e-2}
 """Largest ``rms(out - ref) / rms(ref)``, with the reference in float64 on the same rounded inputs."""

@@ -1,0 +1,293 @@
+"""``python -m titans_build.tools.gpu_check``: are the kernels right on this GPU, and then, how fast are they.
+
+Parity first: every backend of every operation that a GPU runs, against the reference in float64, outputs and gradients.
+What failed is not timed, nor what may run it. What matters most comes first, and results are written after every
+measurement: a run that is cut short leaves what it has. Compiling takes most of the time, and all cores share it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...blocks.placing import as_device
+from ...recipes.replacing import replacing
+from ..terminal import Columns, UsageError, complain, in_bytes, prepare_streams, progress, say, say_columns
+from . import apart, goals, parity, sizes, speed, timing
+
+PACKAGES = (
+    "titans-build", "torch", "triton", "xformers", "titans-pytorch", "flash-linear-attention", "fla-core"
+)  # fmt: skip
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """0; 1 where parity failed, and what did was not timed; 2 for what cannot be."""
+    parser = argparse.ArgumentParser(
+        prog="python -m titans_build.tools.gpu_check",
+        description="Check the kernels against their references on this device, then measure them.",
+    )
+    parser.add_argument("--device", default="cuda", help="where to run (default: cuda); cpu is for trying this command")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="of what is timed"
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny shapes: whether it runs, not how fast")
+    parser.add_argument("--only", choices=("parity", "speed"), help="one of the two; speed alone proves nothing")
+    parser.add_argument("--minutes", type=_minutes, default=9.0, help="stop measuring after so many (default: 9)")
+    parser.add_argument(
+        "--processes", type=int, metavar="N",
+        help="that compile and check at a time, 0 for none but this one (default: one for each core; 0 on a CPU)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="default: benchmarks/results/gpu-NAME.json, or none on a CPU"
+    )
+    arguments = parser.parse_args(words)
+    prepare_streams()
+    try:
+        return _run(arguments)
+    except UsageError as error:
+        complain(str(error))
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; what was measured until now is in the file", file=sys.stderr)
+        return 130
+
+
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = math.nan
+    if not 0 < minutes < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of minutes above 0, got {text!r}")
+    return minutes
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    began = time.monotonic()
+    try:
+        device = as_device(arguments.device)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UsageError(f"--device {arguments.device}: {error}") from None
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    target = arguments.json
+    if target is None and device.type == "cuda":
+        target = Path("benchmarks/results") / f"gpu-{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+    results: dict[str, Any] = {"environment": environment(name), "quick": arguments.quick, "dtype": arguments.dtype}
+    _write(results, target)  # what cannot be written is found out before the work
+    processes = arguments.processes
+    if processes is None:
+        processes = min(16, os.cpu_count() or 1) if device.type == "cuda" else 0
+    red: dict[str, set[str]] = {}
+    if arguments.only != "speed":
+        found = check_parity(device, processes, results, target)
+        say_columns(parity_table(found))
+        for each in found:
+            if not each.passed:
+                complain(
+                    f"{each.operation}, {each.backend}, {each.case}, {each.precision}: "
+                    + (each.failed or f"{each.where}: error {each.error:.1e}, at most {each.tolerance:.0e} is right")
+                )
+        red = parity.red(found)
+    if arguments.only != "parity":
+        rows = check_speed(device, processes, red, arguments, results, target, began)
+        say("")
+        say_columns(speed_table(rows))
+        say("")
+        say_columns(trend_table(goals.trends(rows)))
+        say("")
+        say_columns(goal_table(goals.goals(rows)))
+    if target is not None:
+        say("", f"written: {target}")
+    return 1 if red else 0
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Versions, commit and device."""
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "commit": _git("rev-parse", "HEAD"),
+        "modified": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "cuda": torch.version.cuda,
+        "device": device,
+    }
+
+
+def _git(*words: str) -> str | None:
+    here = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _write(results: dict[str, Any], target: Path | None) -> None:
+    """Whole or not at all."""
+    if target is None:
+        return
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(target) as temporary:
+            temporary.write_text(json.dumps(_plain(results), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--json {target}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN: ``None`` says that there is no number."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# -- parity ------------------------------------------------------------------------------------------------------------
+
+
+def check_parity(
+    device: torch.device, processes: int, results: dict[str, Any], target: Path | None
+) -> list[parity.Outcome]:
+    """Every outcome; what is not written to is poisoned with NaN."""
+    tasks = parity.tasks(device)
+    found: list[parity.Outcome] = []
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        with progress("parity", len(tasks)) as step:
+            for outcome in apart.outcomes(tasks, device, processes):
+                found.append(outcome)
+                results["parity"] = [each._asdict() | {"passed": each.passed} for each in found]
+                _write(results, target)
+                step()
+    finally:
+        torch.use_deterministic_algorithms(before)
+    order = {task: number for number, task in enumerate(tasks)}
+    return sorted(found, key=lambda each: order[each.task])
+
+
+def parity_table(found: Sequence[parity.Outcome]) -> Columns:
+    """A line for every backend and precision."""
+    table = Columns("operation", "backend", "precision", "cases", "worst error", "at most", "refused")
+    groups: dict[tuple[str, str, str], list[parity.Outcome]] = {}
+    for outcome in found:
+        groups.setdefault((outcome.operation, outcome.backend, outcome.precision), []).append(outcome)
+    for (operation, backend, precision), group in sorted(groups.items(), key=lambda group: group[0][:2]):
+        ran = [outcome for outcome in group if not outcome.refused]
+        reasons = ", ".join(dict.fromkeys(outcome.refused for outcome in group if outcome.refused))
+        worst = max(ran, key=lambda o: (math.isnan(o.error), o.error / o.tolerance), default=None)
+        passed = f"{sum(o.passed for o in ran)} of {len(ran)}" if ran else "none"
+        numbers = ["", ""] if worst is None else [f"{worst.error:.1e}", f"{worst.tolerance:.0e}"]
+        table.add(operation, backend, precision, passed, *numbers, reasons)
+    return table
+
+
+# -- speed -------------------------------------------------------------------------------------------------------------
+
+
+def check_speed(
+    device: torch.device,
+    processes: int,
+    red: Mapping[str, set[str]],
+    arguments: argparse.Namespace,
+    results: dict[str, Any],
+    target: Path | None,
+    began: float,
+) -> list[timing.Row]:
+    """As many rows as fit into the time, in the order of what matters most."""
+    shapes = sizes.QUICK if arguments.quick else sizes.FULL
+    dtype = getattr(torch, arguments.dtype)
+    late = lambda: time.monotonic() - began > 60 * arguments.minutes  # noqa: E731
+    if processes and not arguments.quick and not late():
+        warmed = apart.warm(device, arguments.dtype, processes)
+        with progress("compiling", len(speed.warming(device, dtype))) as step:
+            for _ in itertools.takewhile(lambda _: not late(), warmed):
+                step()
+    ceiling = timing.ceiling(device, dtype, shapes)
+    results["ceiling"] = ceiling._asdict()
+    say("", f"measured here: {ceiling.product / 1e12:.3g} TFLOP/s in {arguments.dtype}, {ceiling.copy / 1e9:.4g} GB/s")
+    cases, untimed = speed.timed(speed.cases(device, dtype, shapes), red, device)
+    results["untimed"] = untimed
+    for reason in untimed:
+        complain(f"not timed: {reason}")
+    rows: list[timing.Row] = []
+    with progress("speed", len(cases)) as step:
+        for case in cases:
+            if late():
+                break
+            rows.append(timing.measure(case, device, shapes, ceiling))
+            results["speed"] = [row._asdict() for row in rows]
+            results["trends"] = [trend._asdict() for trend in goals.trends(rows)]
+            results["goals"] = [goal._asdict() for goal in goals.goals(rows)]
+            _write(results, target)
+            step()
+    results["left_out"] = [
+        f"{case.what}, {case.backend}, {case.shape}, {case.direction}" for case in cases[len(rows) :]
+    ]
+    _write(results, target)
+    if results["left_out"]:
+        complain(
+            f"{len(results['left_out'])} of {len(cases)} cases did not fit into --minutes {arguments.minutes:g}", "note"
+        )
+    return rows
+
+
+def speed_table(rows: Sequence[timing.Row]) -> Columns:
+    """A line for every measurement."""
+    table = Columns("what", "backend", "shape", "passes", "ms", "rate", "share", "tokens/s", "peak", "failed")
+    for row in rows:
+        if row.failed:
+            table.add(*row[:4], "", "", "", "", "", row.failed)
+            continue
+        rate = row.flops / row.seconds / 1e12 if row.flops else row.bytes / row.seconds / 1e9
+        unit = "TFLOP/s" if row.flops else "GB/s"
+        table.add(
+            *row[:4], f"{1e3 * row.seconds:.3g}",
+            f"{rate:.3g} {unit}" if row.flops or row.bytes else "",
+            f"{row.share:.0%}" if row.flops or row.bytes else "",
+            f"{row.tokens / row.seconds:,.0f}" if row.tokens else "",
+            in_bytes(row.peak) if row.peak else "",
+            "",
+        )  # fmt: skip
+    return table
+
+
+def trend_table(trends: Sequence[goals.Trend]) -> Columns:
+    """A line for everything that was measured at several lengths."""
+    table = Columns("what", "backend", "shape", "passes", "time", "exponent", "peak of a token")
+    for trend in trends:
+        lengths = f"{trend.lengths[0]:,} to {trend.lengths[-1]:,}"
+        peaks = " to ".join(in_bytes(x) for x in (trend.bytes[0], trend.bytes[-1])) if trend.bytes else ""
+        table.add(*trend[:4], lengths, f"{trend.exponent:.2f}", peaks)
+    return table
+
+
+def goal_table(goals: Sequence[goals.Goal]) -> Columns:
+    """Each goal beside what was reached."""
+    table = Columns("goal", "wanted", "reached", "met")
+    for goal in goals:
+        table.add(goal.what, goal.wanted, goal.reached, {None: "", True: "yes", False: "no"}[goal.met])
+    return table
