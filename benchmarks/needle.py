@@ -98,7 +98,8 @@ def train(task: dict[str, Any], settings: Result, runs: Path) -> Result:
 def find(case: Result) -> Result:
     """What reading haystacks of one length came to, in a process of its own, whose memory is that of this case."""
     command = [sys.executable, __file__, "--read", json.dumps(case)]
-    one = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # glibc gives back what is freed only under a fixed threshold: without one the peak tells how it lays out its heap
+    one = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}
     done = subprocess.run(command, capture_output=True, text=True, env=one, check=False)
     if done.returncode:
         raise RuntimeError(f"{case}: {done.stderr.strip()[-2000:]}")
