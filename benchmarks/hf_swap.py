@@ -143,9 +143,9 @@ def parity(model: Any, prompts: torch.Tensor, new: int) -> Result:
 
 def family_row(family: str, quick: bool) -> Result:
     dim, layers, length = (32, 2, 48) if quick else (128, 4, 256)
-    steps, rows, tokens = (3, 2, 2000) if quick else (300, 8, 400_000)
+    steps, rows, tokens = (3, 2, 2000) if quick else (200, 8, 400_000)
     train, held = text(tokens)
-    held = held[: 4 * length if quick else 65_536]
+    held = held[: 4 * length if quick else 32_768]
     model = built(family, dim, layers, 2 * length)
     fit(model, train, steps, rows, length)
     with torch.no_grad():

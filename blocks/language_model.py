@@ -139,7 +139,7 @@ class LanguageModel(nn.Module):
             if not bool((finite if mask is None else finite | ~mask).all()):
                 raise ValueError("embeddings hold NaN or infinity at real tokens (check_finite=False allows it)")
         if targets is not None:
-            self._check_targets(targets, (rows, time))
+            self.check_targets(targets, (rows, time))
         if state is not None:
             self.check_state(state, rows)
             state = trainable(state) if recording else state
@@ -256,6 +256,13 @@ class LanguageModel(nn.Module):
         """Raise ``TypeError`` or ``ValueError`` unless ``mask`` is bool, of this shape, on the model's device."""
         self._check("mask", mask, torch.bool, shape)
 
+    def check_targets(self, targets: Tensor, shape: tuple[int, int], name: str = "targets") -> None:
+        """Raise ``TypeError`` or ``ValueError`` unless ``targets`` is int64, of this shape, ids or -100."""
+        if self.vocab is None:
+            raise ValueError(f"this model has no vocabulary (vocab: null), so it takes no {name}")
+        self._check(name, targets, torch.int64, shape)
+        self._check_range(name, targets, IGNORED)
+
     def check_state(self, state: ModelState, rows: int) -> None:
         """Raise ``ValueError`` or ``TypeError`` unless ``state`` is one of this model with ``rows`` rows."""
         if not isinstance(state, ModelState):
@@ -328,12 +335,6 @@ class LanguageModel(nn.Module):
         self._check("embeddings", embeddings, dtype, None)
         if embeddings.dim() != 3 or embeddings.shape[0] < 1 or embeddings.shape[2] != self.dim:
             raise ValueError(f"embeddings: expected [batch, time, {self.dim}], got {list(embeddings.shape)}")
-
-    def _check_targets(self, targets: Tensor, shape: tuple[int, int]) -> None:
-        if self.vocab is None:
-            raise ValueError("this model has no vocabulary (vocab: null), so it takes no targets")
-        self._check("targets", targets, torch.int64, shape)
-        self._check_range("targets", targets, IGNORED)
 
     def _check_range(self, name: str, ids: Tensor, ignored: int | None = None) -> None:
         if ids.numel() == 0 or torch.compiler.is_compiling():

@@ -36,8 +36,9 @@ def run(arguments: argparse.Namespace) -> int:
         made = {"block": names.block, "package": names.package, "module": names.module, "class": names.cls}
         say_json({**made, "folder": os.path.abspath(folder), "files": files})
         return 0
-    place = shlex.quote(str(folder) if os.path.isabs(folder) else f"./{folder}")
+    path = str(folder) if os.path.isabs(folder) else f"./{folder}"
+    place, editable = shlex.quote(path), shlex.quote(f"{path}[test]")
     say(f"wrote {folder}:", *(f"  {file}" for file in files), "")
-    commands = (f"pip install -e {place}'[test]'", f"python -m pytest {place}", f"titans-build {place}/recipe.yaml")
+    commands = (f"pip install -e {editable}", f"python -m pytest {place}", f"titans-build {place}/recipe.yaml")
     say("next:", *(f"  {command}" for command in commands))
     return 0

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.layout import align
-from ...registry import Problem, Unavailable, register
+from ...registry import Problem, Unavailable, register, show
 from ..block import Block, check_input, check_state
 from ..state import State, batch_size, map_state, named_tensors
 from .rows import by_kind, by_length
@@ -112,7 +112,11 @@ class Adapted(Block):
         else:
             # the module may write into what it is given, which is nobody else's
             given = map_state(lambda tensor: tensor.clone(), carried)
-            y, after = self.inner(x, given) if run is None else run(self.inner, x, given)
+            made = self.inner(x, given) if run is None else run(self.inner, x, given)
+            if not isinstance(made, tuple) or len(made) != 2:
+                got = f"{len(made)} things" if isinstance(made, tuple) else type(made).__name__
+                raise TypeError(f"{self.kind}: the module made {got}: expected (outputs, what it carries)")
+            y, after = made
             after = self._like(after, carried)
         if not isinstance(y, Tensor) or y.shape != x.shape:
             got = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
@@ -136,7 +140,10 @@ class Adapted(Block):
             raise TypeError(f"{self.kind}: what the module carries is not what was declared: {error}") from None
 
     def _checked(self, fresh: State, rows: int) -> State:
-        found = batch_size(fresh)  # whose errors say which tensor lacks the rows
+        try:
+            found = batch_size(fresh)  # whose errors say which tensor lacks the rows
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{self.kind}: its state function: {error}") from None
         if found != rows:
             raise ValueError(f"{self.kind}: its state function gave {found} rows: expected {rows}")
         return fresh
@@ -166,6 +173,10 @@ class Adapted(Block):
         mine = {**dict(self.inner.named_parameters()), **dict(self.inner.named_buffers())}
         with torch.no_grad():
             for name, tensor in [*made.named_parameters(), *made.named_buffers()]:
+                if mine[name] is tensor:
+                    raise ValueError(
+                        f"{self.kind}: the function made the same {name} twice: expected a new module each time"
+                    )
                 mine[name].copy_(tensor)
 
     def flops(self, length: int) -> int:
@@ -224,6 +235,11 @@ def adapt(
 
     Whether the block that comes of it obeys the laws, ``check_block`` can say. Raises what ``register`` does.
     """
+    for argument, given in {"state": state, "run": run, "step": step, "refuse": refuse, "problems": problems}.items():
+        if given is not None and not callable(given):
+            raise TypeError(f"adapt({show(name)}): {argument} is {show(given)}: expected a function")
+    if not isinstance(name, str):  # as a decorator without its parentheses is
+        raise TypeError(f"adapt({show(name)}): expected the block's name, as in @adapt('gru')")
     if step is not None and state is None:
         raise ValueError(f"adapt({name!r}): step goes on from a state, and there is no state function")
 

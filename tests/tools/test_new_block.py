@@ -50,7 +50,7 @@ def test_it_writes_a_package_and_says_what_to_do_with_it(
     assert (result.status, result.err) == (0, "")
     assert files_under(tmp_path / "fading_mean") == FILES
     assert all(file in result.out for file in FILES)
-    assert "pip install -e ./fading_mean'[test]'" in result.out
+    assert "pip install -e './fading_mean[test]'" in result.out
     assert "titans-build ./fading_mean/recipe.yaml" in result.out
     assert [path.name for path in tmp_path.iterdir()] == ["fading_mean"]
 

@@ -33,6 +33,15 @@ class TitansBuildConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Of a ``config.json``, where the recipe is there as a whole: it names no other file to be read."""
+        for name, nothing in (("recipe", ()), ("recipe_overrides", (None,))):
+            value = config_dict.get(name)
+            if name in config_dict and not isinstance(value, dict) and value not in nothing:
+                raise StorageError(f"config.json: {name}: expected a mapping, got {show(value)}")
+        return super().from_dict(config_dict, **kwargs)
+
     def __post_init__(self, **kwargs: Any) -> None:
         if self.recipe is not None:
             # what is saved names blocks by their registered names only: nothing is imported to read it

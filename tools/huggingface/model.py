@@ -217,8 +217,7 @@ class TitansBuildForCausalLM(TitansBuildPreTrainedModel, GenerationMixin):
         hidden, mask, cache = self._read(input_ids, attention_mask, past_key_values, inputs_embeds, use_cache)
         loss = None
         if labels is not None:
-            if labels.shape != hidden.shape[:2]:
-                raise ValueError(f"labels: expected {list(hidden.shape[:2])}, got {list(labels.shape)}")
+            self.model.check_targets(labels, (hidden.shape[0], hidden.shape[1]), "labels")
             logits = self.model.predict(hidden)
             loss = next_token_loss(logits, labels, mask, num_items_in_batch)
             logits = logits[:, _kept(logits_to_keep)]

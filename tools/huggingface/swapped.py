@@ -11,8 +11,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ...recipes import StorageError
 from ...registry import show
+from ..swapping.putting_in import frozen_names
 from ..swapping.recording import FIELDS, MODEL_TYPE, VERSION, held, hold
-from ..swapping.swapping import frozen_names, swap
+from ..swapping.swapping import swap
 from .checking import expect_whole
 
 AUTO = (

@@ -4,6 +4,7 @@ from .adapter import ADAPTERS, Adapter
 from .carrying import Carried, SwappedState, memory
 from .error import SwapError
 from .plan import Plan
-from .swapping import swap, swaps, unswap
+from .putting_in import swaps
+from .swapping import swap, unswap
 
 __all__ = ["ADAPTERS", "Adapter", "Carried", "Plan", "SwapError", "SwappedState", "memory", "swap", "swaps", "unswap"]

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import inspect
-import re
-import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from ...registry import nearest, show
-from .calling import behind, changed, given, parameters
+from .calling import changed, given, parameters
 from .error import SwapError
 
 
@@ -29,7 +25,7 @@ class Adapter:
     along: tuple[str, ...] = ()
     """Arguments that are changed with it where they are the same tensor: key and value of self-attention."""
     foreign: tuple[str, ...] = ()
-    """Arguments that bring in another sequence, which a block in the module's place could not see."""
+    """Arguments that bring in another sequence, or a state, which a block in the module's place could not see."""
     padding: str | None = None
     """Name of the argument that is true, or minus infinity, at padding: ``[batch, time]``."""
     returns: int | None = 0
@@ -65,8 +61,8 @@ class Adapter:
         for name in (*self.foreign, *self.along):
             if named.get(name) is not None and named[name] is not x:
                 raise SwapError(
-                    f"{where}: called with {name!r}, another sequence than the block in its place reads: "
-                    "cross-attention cannot be replaced; how='beside' leaves it in place"
+                    f"{where}: called with {name!r}, which is not what the block in its place reads: cross-attention "
+                    "cannot be replaced, nor what is handed a state of its own; how='beside' leaves it in place"
                 )
         y = self.as_was(y, x)
         return (y, *[None] * (self.returns - 1)) if self.returns else y
@@ -122,14 +118,14 @@ class Adapter:
         return next(iter(parameters(module).positional), None) or next(iter(named), "0")
 
 
-_PLAIN = Adapter()
-_HF = Adapter(argument="hidden_states", foreign=("encoder_hidden_states", "key_value_states"))
+PLAIN = Adapter()
+HF = Adapter(argument="hidden_states", foreign=("encoder_hidden_states", "key_value_states"))
 
 ADAPTERS: dict[str, Adapter] = {
-    "plain": _PLAIN,
+    "plain": PLAIN,
     "time_first": Adapter(time_first=True),
-    "hf_attention": dataclasses.replace(_HF, returns=2),
-    "hf_layer": dataclasses.replace(_HF, layer=True),
+    "hf_attention": dataclasses.replace(HF, returns=2),
+    "hf_layer": dataclasses.replace(HF, layer=True),
     "multihead_attention": Adapter("query", along=("key", "value"), padding="key_padding_mask", returns=2),
     "encoder_layer": Adapter("src", padding="src_key_padding_mask", layer=True),
     "decoder_layer": Adapter("tgt", foreign=("memory",), padding="tgt_key_padding_mask", layer=True),
@@ -147,7 +143,7 @@ def as_adapter(value: str | Adapter | Mapping[str, Any] | None) -> Adapter | Non
                     f"adapter: unknown field {show(name)}{nearest(name, fields)} (fields: {', '.join(fields)})"
                 )
         parts: dict[str, Any] = {name: tuple(p) if isinstance(p, list) else p for name, p in value.items()}
-        return Adapter(**parts)
+        value = Adapter(**parts)
     if isinstance(value, str):
         if value not in ADAPTERS:
             known = ", ".join(ADAPTERS)
@@ -155,98 +151,31 @@ def as_adapter(value: str | Adapter | Mapping[str, Any] | None) -> Adapter | Non
         return ADAPTERS[value]
     if value is not None and not isinstance(value, Adapter):
         raise SwapError(f"adapter: expected a name ({', '.join(ADAPTERS)}) or an Adapter, got {show(value)}")
+    if value is not None:
+        _expect_fields(value)
     return value
 
 
-def adapter_of(module: nn.Module, around: Sequence[nn.Module] = ()) -> Adapter:
-    """The adapter that fits a module, told by its class and by what its ``forward`` takes and returns.
-
-    ``around``: the modules that it is in, outermost first, of which torch's own say whether time goes first.
-    """
-    if isinstance(module, nn.MultiheadAttention):
-        return dataclasses.replace(ADAPTERS["multihead_attention"], time_first=not module.batch_first)
-    for kind, name in ((nn.TransformerEncoderLayer, "encoder_layer"), (nn.TransformerDecoderLayer, "decoder_layer")):
-        if isinstance(module, kind):
-            return dataclasses.replace(ADAPTERS[name], time_first=not _batch_first(module))
-    if parameters(module).positional[:1] == ["hidden_states"]:
-        if _is_attention(module):
-            returned = _returned(module)
-            return dataclasses.replace(_HF, returns=2 if returned is None else returned)
-        if any(_is_attention(child) for child in module.modules()):
-            return dataclasses.replace(_HF, layer=True, returns=_returned(module))
-        return dataclasses.replace(_PLAIN, returns=_returned(module) or 0)
-    layers = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-    batch_first = [_batch_first(outer) for outer in around if isinstance(outer, layers)]
-    if isinstance(module, nn.RNNBase):
-        batch_first.append(module.batch_first)
-    return dataclasses.replace(_PLAIN, time_first=not all(batch_first[-1:]))
+def _expect_fields(adapter: Adapter) -> None:
+    kinds: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "argument": (lambda v: v is None or isinstance(v, str), "the name of an argument, or None"),
+        "along": (_are_names, "a tuple of names of arguments"),
+        "foreign": (_are_names, "a tuple of names of arguments"),
+        "padding": (lambda v: v is None or isinstance(v, str), "the name of an argument, or None"),
+        "returns": (
+            lambda v: v is None or (isinstance(v, int) and not isinstance(v, bool) and v >= 0),
+            "0 for a tensor, n for a tuple of n, or None",
+        ),
+        "time_first": (lambda v: isinstance(v, bool), "true or false"),
+        "layer": (lambda v: isinstance(v, bool), "true or false"),
+    }
+    for name, (fits, expected) in kinds.items():
+        if not fits(getattr(adapter, name)):
+            raise SwapError(f"adapter: {name}: expected {expected}, got {show(getattr(adapter, name))}")
 
 
-def misfit(module: nn.Module, adapter: Adapter, replaced: bool) -> str | None:
-    """Why a module cannot be called as ``adapter`` says, in words; ``None`` where it can, as far as can be told."""
-    taken = parameters(module)
-    kind = type(module).__name__
-    if type(module).forward is nn.Module.forward:
-        return f"{kind} has no forward: it holds modules and is never called itself; name the modules in it"
-    said = f"{kind}.forward({', '.join(taken.names)})"
-    if adapter.argument is not None and adapter.argument not in taken.names:
-        return f"{said} has no argument {adapter.argument!r}{nearest(adapter.argument, taken.names)}"
-    if not taken.names and not taken.any:
-        return f"{said} takes nothing that a block could read"
-    if replaced and adapter.returns is None:
-        return (
-            f"what {said} returns cannot be told; say it: "
-            f"adapter={{'argument': {adapter.argument!r}, 'layer': {adapter.layer}, 'returns': 0}} for a tensor, "
-            "n for a tuple of n that begins with it"
-        )
-    unseen = [name for name in taken.needed if name != (adapter.argument or next(iter(taken.names)))]
-    if replaced and dataclasses.replace(adapter, time_first=False) == _PLAIN and unseen:
-        return (
-            f"{said} needs {' and '.join(unseen)} as well, which a block in its place would not see; "
-            f"if it need not, say what it reads and returns: adapter=Adapter(argument={taken.names[0]!r}, returns=...)"
-        )
-    return None
-
-
-def _batch_first(module: nn.Module) -> bool:
-    attention: Any = module.self_attn
-    return bool(getattr(attention, "batch_first", False))
-
-
-def _is_attention(module: nn.Module) -> bool:
-    if parameters(module).positional[:1] != ["hidden_states"]:
-        return False
-    kind = type(behind(module)).__name__
-    return (hasattr(module, "layer_idx") and bool(re.search("attention", kind, re.I))) or kind.endswith("Attention")
-
-
-def _returned(module: nn.Module) -> int | None:
-    """How many values ``forward`` returns: 0 for a tensor, n for a tuple; ``None`` where that cannot be told.
-
-    Told by its ``return`` statements, and only then by its annotation, which may be of an earlier time.
-    """
-    forward = inspect.unwrap(type(behind(module)).forward)
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
-    except (OSError, TypeError, SyntaxError):
-        counts = set()
-    else:
-        values = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return) and node.value is not None]
-        counts = {len(value.elts) if isinstance(value, ast.Tuple) else 0 for value in values}
-    if len(counts) == 1 and counts != {0}:
-        return counts.pop()
-    said = inspect.signature(forward).return_annotation
-    text = (said if isinstance(said, str) else str(said)).replace("typing.", "").replace("torch.", "")
-    promised = re.match(r"(?:Optional\[)?[Tt]uple\[(.*)\]", text)
-    if promised is None:
-        return 0 if re.match(r"(\w*Tensor|<class '\w*Tensor'>)", text) else None
-    depth, count = 0, 1
-    for letter in promised.group(1):
-        depth += (letter in "[(") - (letter in ")]")
-        if depth < 0:
-            break
-        count += letter == "," and depth == 0
-    return count
+def _are_names(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(name, str) for name in value)
 
 
 def _first(output: Any) -> Any:

@@ -48,7 +48,11 @@ def make(given: Given, place: Place, seed: int | None, *, real: bool = True) -> 
     described = isinstance(given, str | dict | list)
     meta = not real or place.device.type == "meta"
     if not described:
-        return _handed_over(given, place)
+        # a dry run draws nothing from torch's own generator
+        with torch.random.fork_rng([], enabled=seed is not None or not real):
+            if seed is not None:
+                torch.manual_seed(seed)
+            return _handed_over(given, place)
     with torch.device("meta"):
         # in a recipe, too, a layer is a list of blocks, and elsewhere a list is a chain
         block: Block = (

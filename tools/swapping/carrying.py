@@ -130,9 +130,8 @@ class Carried:
         """The state that a site goes on from."""
         return None if self._state is None else self._state.sites[self._place[site]]
 
-    def advance(self, states: Mapping[Site, State]) -> None:
-        """A call has ended well, and left these."""
-        rows = next((rows for rows in map(batch_size, states.values()) if rows is not None), 1)
+    def advance(self, states: Mapping[Site, State], rows: int) -> None:
+        """A call of ``rows`` rows has ended well, and left these."""
         old = (None,) * len(self._sites) if self._state is None else self._state.sites
         new = tuple(states.get(site, before) for site, before in zip(self._sites, old))
         same = self._state is not None and len(self._state.origin) == rows

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from contextvars import ContextVar
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -30,8 +30,8 @@ _current: ContextVar[Frame | None] = ContextVar("titans_build_frame", default=No
 class _Call(NamedTuple):
     module: nn.Module
     scope: Scope
-    error: BaseException | None
-    """What was being handled when the call began."""
+    error: tuple[BaseException | None, TracebackType | None]
+    """What was being handled when the call began, and how far it had come: it may be raised again."""
 
 
 class Frame:
@@ -67,7 +67,7 @@ class Frame:
     def begin(self, module: nn.Module, named: Mapping[str, Any]) -> None:
         """A call of one of the members has begun."""
         scope = scope_of(module, named, any(call.scope.ends for call in self._calls))
-        self._calls.append(_Call(module, scope, sys.exc_info()[1]))
+        self._calls.append(_Call(module, scope, sys.exc_info()[1:]))
         if self.cache is None:
             self.cache = next((cache for cache in map(as_cache, named.values()) if cache is not None), None)
             if self.cache is not None:
@@ -81,7 +81,14 @@ class Frame:
     def failed(self, module: nn.Module) -> bool:
         """Whether the call of ``module`` that ends now does so by an exception."""
         call = next((call for call in reversed(self._calls) if call.module is module), None)
-        return call is None or sys.exc_info()[1] is not call.error
+        return call is None or any(now is not then for now, then in zip(sys.exc_info()[1:], call.error))
+
+    def gives(self, output: Any) -> None:
+        """A call has given this back: a cache that nothing was told of is one that the model has made for this call."""
+        if self.cache is None and isinstance(output, Mapping | tuple | list):
+            values = output.values() if isinstance(output, Mapping) else output
+            self.cache = next((cache for cache in map(as_cache, values) if cache is not None), None)
+            self.past = None if self.cache is None else 0
 
     def end(self, module: nn.Module, failed: bool) -> None:
         """The call of ``module`` has ended; the outermost one leaves the new states where they belong."""
@@ -107,7 +114,7 @@ class Frame:
             if context is not None:
                 contexts.setdefault(context, {})[site] = state
         for context, states in contexts.items():
-            context.advance(states)
+            context.advance(states, self._read[next(iter(states))].rows)
 
     # -- calls of sites --------------------------------------------------------------------------------------------
 

@@ -19,6 +19,8 @@ from .error import SwapError
 from .frame import joined, left, opened
 from .site import Gated, Replacement, Site, sites
 
+_PACKED = "_titans_build_packed"
+"""Attribute of an ``nn.TransformerEncoder`` that packed padded batches before a swap."""
 _REASON = "what a memory carries is kept in Python; compile the model without fullgraph=True"
 
 
@@ -55,12 +57,14 @@ def leaving(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ou
             return None
         for site in _added(module, "beside", "after"):
             adapter = site.adapter
-            x = adapter.read(module, args, kwargs, site.path)
+            x = adapter.read(module, args, kwargs, site.path) if site.how == "beside" else None
             result = adapter.result(output, site.path)
             padding = adapter.own_padding(module, args, kwargs)
-            y = frame.run(site, x if site.how == "beside" else result, padding, again)
+            y = frame.run(site, result if x is None else x, padding, again)
             output = adapter.with_result(output, result + y.to(result.dtype))
         recomputing.note(output, frame)
+        if not again:
+            frame.gives(output)
         done = True
         return output
     finally:
@@ -94,6 +98,10 @@ def install(module: nn.Module) -> None:
     if not is_installed(module):
         module.register_forward_pre_hook(entering, with_kwargs=True)
         module.register_forward_hook(leaving, with_kwargs=True, always_call=True)
+    # padded batches would be packed as only torch's own layers understand them
+    if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor and _is_inside(module.layers):
+        module.use_nested_tensor = False
+        vars(module)[_PACKED] = True
 
 
 def is_installed(module: nn.Module) -> bool:
@@ -101,8 +109,14 @@ def is_installed(module: nn.Module) -> bool:
     return entering in module._forward_pre_hooks.values()
 
 
+def _is_inside(module: nn.Module) -> bool:
+    return any(isinstance(child, Site) for child in module.modules())
+
+
 def remove(module: nn.Module) -> None:
     """Let a module be called as ever."""
+    if vars(module).pop(_PACKED, False):
+        module.use_nested_tensor = True  # type: ignore[assignment]
     for hook, held, marks in (
         (entering, module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
         (leaving, module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),

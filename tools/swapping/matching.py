@@ -22,7 +22,7 @@ def match(model: nn.Module, where: Where, every: int = 1, start: int = 0) -> lis
 
     Raises ``SwapError`` for a pattern that means no module, modules meant twice, and ones that stand in each other.
     """
-    patterns = [where] if isinstance(where, str) else list(where)
+    patterns = [where] if isinstance(where, str) else list(where) if isinstance(where, list | tuple) else []
     if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
         raise SwapError(f"where: expected a pattern such as 'layers.*.self_attn', or a list of them, got {show(where)}")
     named = list(_modules(model))

@@ -6,6 +6,7 @@ the model in every other respect; only what is written of it differs. transforme
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import os
@@ -32,12 +33,27 @@ def remember(model: nn.Module, plans: Sequence[Plan]) -> None:
     known: Any = sys.modules.get("transformers.modeling_utils")
     if known is None or not isinstance(model, known.PreTrainedModel):
         return
-    config = model.config
+    config = model.config if not plans or _HELD in vars(model.config) else _own_config(model)
     if plans:
         hold(config, type(model).__name__, [_record(plan) for plan in plans])
     elif _HELD in vars(config):
         del vars(config)[_HELD]
         config.__class__ = type(config).__bases__[0]
+
+
+def _own_config(model: Any) -> Any:
+    """The configuration of ``model``, which is no other model's from now on: two may be made of one.
+
+    That of a model without a head stays: it may be part of another, which has to know when it is saved.
+    """
+    given = model.config
+    if model.base_model is model:
+        return given
+    own = copy.copy(given)
+    for module in model.modules():
+        for name in [name for name, value in vars(module).items() if value is given]:
+            vars(module)[name] = own
+    return own
 
 
 def hold(config: Any, of: str, records: Sequence[dict[str, Any] | str]) -> None:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...blocks.state import State, map_state, named_tensors
+from ...blocks.state import State, batch_size, map_state, named_tensors
 from ...recipes.checksum import checksum
 from ...recipes.index import VERSION, StorageError, expect_version
 from ...recipes.replacing import replacing
@@ -43,6 +43,11 @@ def write_state(state: State, path: str | os.PathLike[str], owner: Owner) -> Non
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in named_tensors(state)
     }
+    try:
+        batch_size(state)
+    except ValueError as error:
+        # an encoder that has read one row for each sequence, and a decoder one for each beam
+        raise StorageError(f"{place}: not saved: {error}") from None
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),

@@ -32,10 +32,21 @@ def width(module: nn.Module) -> int | None:
     return _configured(module)
 
 
+def returned_width(module: nn.Module) -> int | None:
+    """The same of what it returns, where that is known to be another."""
+    while isinstance(module, nn.Sequential) and len(module):
+        module = module[-1]
+    if isinstance(module, nn.RNNBase):
+        return _returned_by(module)
+    if isinstance(module, nn.Embedding):
+        return module.embedding_dim
+    return module.out_features if isinstance(module, nn.Linear) else width(module)
+
+
 def same_width(module: nn.Module) -> bool:
     """False where a module is known to return another width than it reads."""
     if isinstance(module, nn.RNNBase):
-        return module.input_size == (module.proj_size or module.hidden_size) * (2 if module.bidirectional else 1)
+        return module.input_size == _returned_by(module)
     return not isinstance(module, nn.Linear) or module.in_features == module.out_features
 
 
@@ -48,6 +59,10 @@ def place(module: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtyp
     if parameter is None:
         return torch.device("cpu"), torch.get_default_dtype()
     return parameter.device, parameter.dtype
+
+
+def _returned_by(module: nn.RNNBase) -> int:
+    return (module.proj_size or module.hidden_size) * (2 if module.bidirectional else 1)
 
 
 def _reading(module: nn.Module) -> Iterator[int]:

@@ -243,3 +243,33 @@ def test_the_package_is_imported_without_theirs() -> None:
     said = "import sys, titans_build; print([m for m in ('transformers', 'fla', 'mamba_ssm') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "state, run, message",
+    [
+        (lambda module, rows: 3, None, "odd: its state function: a state is a tree of .* not int"),
+        (None, lambda module, x, carried: x, r"odd: the module made Tensor: expected \(outputs, what it carries\)"),
+        (None, lambda module, x, carried: (x, carried, 1), "odd: the module made 3 things: expected"),
+    ],
+)
+def test_what_is_declared_and_is_not_so_is_named(state: Any, run: Any, message: str) -> None:
+    tb.adapt("odd", state=state or (lambda module, rows: torch.zeros(rows, 4)), run=run)(
+        lambda dim: nn.Linear(dim, dim)
+    )
+    with pytest.raises(TypeError, match=message):
+        tb.build_block("odd", dim=4)(torch.zeros(2, 3, 4))
+
+
+def test_a_module_that_is_made_once_for_all_is_refused() -> None:
+    shared = nn.Linear(4, 4)
+    tb.adapt("odd")(lambda dim: shared)
+    with pytest.raises(ValueError, match="odd: the function made the same weight twice"):
+        tb.build_block("odd", dim=4)
+
+
+def test_what_adapt_is_given_has_to_be_what_it_takes() -> None:
+    with pytest.raises(TypeError, match=r"adapt\('odd'\): state is 3: expected a function"):
+        tb.adapt("odd", state=3)
+    with pytest.raises(TypeError, match="expected the block's name, as in @adapt"):
+        tb.adapt(nn.Linear)  # type: ignore[arg-type]

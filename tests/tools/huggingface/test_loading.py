@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import titans_build as tb
 from titans_build.huggingface import TitansBuildForCausalLM, TitansBuildModel, from_pretrained
 from titans_build.recipes import StorageError
+from titans_build.registry import RecipeError
 
 Make = Callable[..., TitansBuildForCausalLM]
 
@@ -109,6 +110,21 @@ def test_a_changed_recipe_is_refused(small: Make, tmp_path: Path) -> None:
     config["recipe"]["stack"] = ["mac"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(StorageError, match="not the one that was saved"):
+        from_pretrained(tmp_path)
+
+
+def test_a_folder_s_recipe_is_in_the_folder(small: Make, tmp_path: Path) -> None:
+    small().save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "other.yaml").write_text("a secret")
+    odd: tuple[dict[str, object], ...] = ({"recipe": str(tmp_path / "other.yaml")}, {"recipe_overrides": "x"})
+    for changes in odd:
+        (tmp_path / "config.json").write_text(json.dumps(written | changes))
+        with pytest.raises(StorageError, match=rf"config\.json: {next(iter(changes))}: expected a mapping") as error:
+            from_pretrained(tmp_path)
+        assert "secret" not in str(error.value)
+    (tmp_path / "config.json").write_text(json.dumps(written | {"recipe": {**written["recipe"], "imports": ["this"]}}))
+    with pytest.raises(RecipeError, match="asks to import this"):
         from_pretrained(tmp_path)
 
 

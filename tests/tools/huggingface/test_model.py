@@ -115,7 +115,9 @@ def test_wrong_inputs_are_refused(small: Make, tokens: Tensor, wrong: str) -> No
         "mask": ({"input_ids": tokens, "attention_mask": torch.ones(3, 12)}, r"expected \[3, 11\], .* got \[3, 12\]"),
         "width": ({"inputs_embeds": x[..., :3]}, r"expected \[batch, time, 16\]"),
         "dtype": ({"inputs_embeds": x.float()}, "expected torch.float64"),
-        "labels": ({"input_ids": tokens, "labels": tokens[:, 1:]}, r"labels: expected \[3, 11\], got \[3, 10\]"),
+        "labels": ({"input_ids": tokens, "labels": tokens[:, 1:]}, r"labels: expected .*\[3, 11\], got \[3, 10\]"),
+        "label": ({"input_ids": tokens, "labels": tokens + 40}, "labels: id .* outside the vocabulary of 40"),
+        "floats": ({"input_ids": tokens, "labels": tokens.float()}, "labels: expected torch.int64, got torch.float32"),
         "dimensions": ({"input_ids": tokens, "attention_mask": torch.ones(3, 1, 11, 11)}, "0 at padding"),
     }
     arguments, message = given[wrong]

@@ -102,6 +102,23 @@ def test_a_configuration_goes_wherever_the_model_goes(llama: Any, tmp_path: Path
     assert "_titans_build_swaps" not in model.config.to_dict()
 
 
+def test_another_model_of_the_same_configuration_is_as_it_was(llama: Any, tokens: Tensor, tmp_path: Path) -> None:
+    config = llama.config()
+    swapped, plain = (AutoModelForCausalLM.from_config(config) for _ in range(2))
+    tb.swap(swapped, llama.attention, "memory", "beside")
+    assert type(config) is type(plain.config) is type(llama.config())
+    swapped.save_pretrained(tmp_path / "swapped")
+    from_pretrained(tmp_path / "swapped")  # from here on the Auto classes know of configurations with swaps
+    plain.save_pretrained(tmp_path / "plain")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert type(again.config) is type(config) and not swaps(again)
+    assert_close(again(tokens).logits, plain.eval()(tokens).logits)
+    assert not swaps(AutoModelForCausalLM.from_config(config))
+    # all parts of a model look at one configuration, still
+    swapped.config.use_cache = False
+    assert swapped(tokens).past_key_values is None
+
+
 def test_what_cannot_be_written_is_refused_when_saving(llama: Any, tmp_path: Path) -> None:
     model = llama.plain()
     tb.swap(model, llama.attention, tb.build_block("memory", dim=16), "beside")

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import titans_build as tb
 from titans_build.tools.swapping import Adapter, SwapError
-from titans_build.tools.swapping.adapter import adapter_of
+from titans_build.tools.swapping.fitting import adapter_of
 from titans_build.tools.swapping.width import width
 
 HOWS = ["beside", "before", "after", "replace"]
@@ -39,7 +39,7 @@ def run(model, x, padding=None, batch_first=True):
 @pytest.mark.parametrize("where", PLACES)
 @pytest.mark.parametrize("how", HOWS)
 def test_torch_encoders(how, where, batch_first):
-    if where.endswith("linear1") and how != "before":
+    if where.endswith("linear1") and how in ("beside", "replace"):
         with pytest.raises(SwapError, match="returns another width than it reads"):
             tb.swap(encoder(batch_first), where, MEMORY, how)
         return
@@ -190,6 +190,82 @@ def test_an_adapter_of_ones_own():
     assert_close(y.transpose(0, 1), tb.build_block(MEMORY, dim=DIM)(x)[0])
 
 
+class Unpacks(nn.Module):
+    """``y, h = inner(x)``: a tensor in the place of the tuple would be taken apart by its rows."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x, *more):
+        y, _ = self.inner(x, *more)
+        return y
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(DIM, DIM)
+
+    def forward(self, x, both=True):
+        y = self.linear(x)
+        return (y, None) if both else y
+
+
+def test_what_returns_a_tuple_is_replaced_by_what_returns_one():
+    pair = Unpacks(nn.Linear(DIM, DIM))
+    for inner in (nn.GRU(DIM, DIM, batch_first=True), nn.Sequential(nn.ReLU(), nn.LSTM(DIM, DIM, batch_first=True))):
+        model, x = Unpacks(inner), vectors(2)
+        tb.swap(model, "inner", MEMORY, dim=DIM)
+        assert_close(model(x), tb.build_block(MEMORY, dim=DIM)(x)[0])
+    model = Unpacks(nn.GRU(DIM, DIM, batch_first=True))
+    tb.swap(model, "inner", MEMORY)
+    with pytest.raises(SwapError, match=r"inner: called with 'hx'.*nor what is handed a state of its own"):
+        model(x, torch.zeros(1, 2, DIM))
+    with pytest.raises(SwapError, match=r"inner: what Branches\.forward\(x, both\) returns cannot be told"):
+        tb.swap(Unpacks(Branches()), "inner", MEMORY)
+    tb.swap(pair, "inner", MEMORY)
+    assert pair.inner.adapter == Adapter()
+
+
+def test_a_block_after_a_module_reads_what_that_returns():
+    torch.manual_seed(0)
+    for module, given in (
+        (nn.Embedding(5, DIM), torch.tensor([[1, 2, 3, 4]])),
+        (nn.Linear(3, DIM), torch.randn(2, 4, 3)),
+        (nn.Sequential(nn.Linear(3, 5), nn.Linear(5, DIM)), torch.randn(2, 4, 3)),
+        (nn.GRU(3, DIM // 2, bidirectional=True, batch_first=True), torch.randn(2, 4, 3)),
+    ):
+        model = nn.ModuleDict({"inner": module})
+        before = model["inner"](given)
+        before = before[0] if isinstance(before, tuple) else before
+        (row,) = tb.swap(model, "inner", MEMORY, "after", gate=1.0).rows
+        site = model["inner"].titans
+        out = model["inner"](given)
+        assert row.dim == DIM
+        assert_close(out[0] if isinstance(out, tuple) else out, before + site.block(site.norm(before)[0])[0])
+
+
+@pytest.mark.parametrize("inner", [nn.Conv1d(DIM, DIM, 3), nn.Sequential(nn.BatchNorm1d(DIM), nn.ReLU())])
+def test_channels_first_is_refused(inner):
+    with pytest.raises(
+        SwapError, match=r"inner: .* reads \[batch, channels, \.\.\.\], and a block \[batch, time, dim\]"
+    ):
+        tb.swap(nn.ModuleDict({"inner": inner}), "inner", MEMORY, "beside", dim=DIM)
+
+
+def test_two_swaps_in_one_encoder_and_one_taken_out():
+    model, x = encoder(True).eval(), vectors()
+    padding = torch.zeros(3, 7, dtype=torch.bool).index_fill(1, torch.tensor([5, 6]), True)
+    first = tb.swap(model, "layers.0", MEMORY, "beside")
+    tb.swap(model, "layers.1", MEMORY, "beside")
+    tb.unswap(model, first)
+    with torch.no_grad():  # a batch that is packed, as it would be without a swap, could not be read
+        assert torch.isfinite(model(x, src_key_padding_mask=padding)).all()
+    tb.unswap(model)
+    assert model.use_nested_tensor and vars(model).keys() == vars(encoder(True)).keys()
+
+
 def test_a_mask_of_other_tokens_is_refused():
     class Masked(nn.Module):
         def __init__(self):
@@ -213,8 +289,8 @@ def test_a_mask_of_other_tokens_is_refused():
         (nn.Linear(3, 5), Adapter(), 3),
         (nn.LayerNorm(6), Adapter(), 6),
         (nn.Sequential(nn.GELU(), nn.Linear(4, 2)), Adapter(), 4),
-        (nn.GRU(3, 5), Adapter(time_first=True), 3),
-        (nn.GRU(3, 5, batch_first=True), Adapter(), 3),
+        (nn.GRU(3, 5), Adapter(foreign=("hx",), returns=2, time_first=True), 3),
+        (nn.LSTM(3, 5, batch_first=True), Adapter(foreign=("hx",), returns=2), 3),
         (nn.GELU(), Adapter(), None),
     ],
 )

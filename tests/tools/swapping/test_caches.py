@@ -66,6 +66,15 @@ def test_a_cache_made_layer_by_layer():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("where", ["model.embed_tokens", "model.norm"])
+def test_a_cache_that_only_the_result_shows(where):
+    model, t = llama(where, "after"), text()
+    out = model(t[:, :4], use_cache=True)
+    rest = model(t[:, 4:], past_key_values=out.past_key_values).logits
+    assert_close(rest, model(t).logits[:, 4:])
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("how", ["beside", "replace"])
 def test_rows_of_a_cache_take_their_states_along(how):
     model, t = llama(how=how), text(3)

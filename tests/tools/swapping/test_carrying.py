@@ -105,6 +105,33 @@ def test_a_call_that_fails_leaves_nothing_behind():
         assert_close(model(t[:, 4:]), whole[:, 4:])
 
 
+def test_an_exception_that_is_raised_again_while_it_is_handled():
+    model, t = swapped(), tokens()
+    same = ValueError("once more")
+
+    def fail():
+        raise same
+
+    with tb.memory(model) as m:
+        model(t)
+        kept, model.between = m.state, fail
+        try:
+            raise same
+        except ValueError:
+            with pytest.raises(ValueError, match="once more"):
+                model(t)
+        assert m.state is kept
+
+
+def test_blocks_without_a_state_have_rows_too():
+    model, t = swapped(block="ffn"), tokens(3)
+    with tb.memory(model) as m:
+        model(t)
+        m.state = tb.state.select(m.state, [2, 0])
+        assert tb.state.batch_size(m.state) == 2
+        assert_close(model(t[[2, 0]]), model_alone(model, t[[2, 0]]))
+
+
 def test_a_call_that_is_interrupted_is_no_part_of_the_next():
     model, t = swapped(), tokens()
     whole, mask = model(t), torch.ones(2, 9).index_fill(1, torch.tensor([0, 1]), 0)
@@ -216,6 +243,16 @@ def test_saving_and_going_on_elsewhere(tmp_path):
         for mine, other in zip(*[[x for _, x in tb.state.named_tensors(state)] for state in (m.state, theirs.state)]):
             assert torch.equal(mine, other)
         assert_close(twin(t[:, 4:]), whole[:, 4:])
+
+
+def test_parts_of_a_model_that_have_read_other_rows_are_not_saved_as_one(tmp_path):
+    model = swapped()
+    with tb.memory(model) as m:
+        model.layers[0](torch.randn(2, 4, 16))
+        model.layers[1](torch.randn(3, 4, 16))
+        with pytest.raises(StorageError, match="not saved: state rows disagree"):
+            m.save(tmp_path / "state")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_states_and_files_of_others_are_refused(tmp_path):

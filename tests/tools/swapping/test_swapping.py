@@ -151,6 +151,40 @@ def _swapped(model):
     return model
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("how", ["beside", "replace"])
+def test_what_is_frozen_stays_so_while_a_swap_trains_the_memory_alone(how, order):
+    model = plain()
+    before = tree(model)
+    plans = [
+        tb.swap(model, "layers.0", MEMORY, "beside", train="memory"),
+        tb.swap(model, "layers.1", MEMORY, how, train="memory"),
+    ]
+    tb.unswap(model, plans[order[0]])
+    training = {
+        name.split(".titans.")[0].split(".block.")[0] for name, p in model.named_parameters() if p.requires_grad
+    }
+    assert training == {f"layers.{order[1]}"}
+    tb.unswap(model, plans[order[1]])
+    assert tree(model) == before
+
+
+def test_a_function_draws_from_the_seed_and_leaves_the_generator_alone():
+    def held(**more):
+        model = plain()
+        state = torch.get_rng_state()
+        plan = tb.swap(model, "layers.*", lambda dim: nn.Linear(dim, dim), "beside", **more)
+        assert torch.equal(torch.get_rng_state(), state)
+        return (
+            [] if more.get("dry_run") else [model.get_submodule(path).titans.block.module.weight for path in plan.paths]
+        )
+
+    first, again, other = held(), held(), held(seed=7)
+    assert all(map(torch.equal, first, again)) and not torch.equal(first[0], first[1])
+    assert not torch.equal(first[0], other[0])
+    held(dry_run=True), held(dry_run=True, seed=None)
+
+
 def test_what_was_wrapped_meanwhile_has_to_be_unwrapped_first():
     model = plain()
     tb.swap(model, "layers.*", MEMORY, "replace")
@@ -211,6 +245,12 @@ def test_a_replaced_module_follows_the_model():
         ({"where": "embedding"}, "the width of what Embedding reads cannot be told: say it, dim="),
         ({"where": "layers.*.0", "how": "replace"}, "returns another width than it reads"),
         ({"dim": 0}, "dim: expected an integer >= 1, got 0"),
+        ({"dim": {"layers.9": 16}}, "dim: 'layers.9' is no module of this swap; did you mean 'layers.2'"),
+        ({"where": 3}, "where: expected a pattern such as 'layers.*.self_attn', or a list of them, got 3"),
+        ({"seed": "1"}, "seed: expected an integer, or None for torch's own generator, got '1'"),
+        ({"gate": float("nan")}, "gate: expected a number, got nan"),
+        ({"adapter": {"returns": "two"}}, "adapter: returns: expected 0 for a tensor, n for a tuple of n, or None"),
+        ({"adapter": {"along": "key"}}, "adapter: along: expected a tuple of names of arguments, got 'key'"),
     ],
 )
 def test_a_wrong_swap_says_so_and_leaves_the_model_alone(change, said):
