@@ -160,7 +160,11 @@ def test_damaged_folders_are_refused(llama: Any, tmp_path: Path) -> None:
         changed(swaps=[odd])
         with pytest.raises(StorageError, match="swaps: expected each with the keys where, block, how"):
             from_pretrained(tmp_path)
-    changed(swaps=[swap | {"where": swap["where"][:1]}])
+    first = swap["where"][0]
+    changed(swaps=[swap | {"where": [first]}])
+    with pytest.raises(SwapError, match=r"dim: 'model\.layers\.1\.self_attn' is no module of this swap"):
+        from_pretrained(tmp_path)
+    changed(swaps=[swap | {"where": [first], "dim": {first: swap["dim"][first]}}])
     with pytest.raises(StorageError, match=r"layers\.1\.self_attn\.titans.* is not part of the model"):
         from_pretrained(tmp_path)
 
