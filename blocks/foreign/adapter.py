@@ -119,8 +119,8 @@ class Adapted(Block):
             y, after = made
             after = self._like(after, carried)
         if not isinstance(y, Tensor) or y.shape != x.shape:
-            got = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
-            raise ValueError(f"{self.kind}: the module made {got} of {list(x.shape)}: expected the same shape")
+            shape = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
+            raise ValueError(f"{self.kind}: the module made {shape} of {list(x.shape)}: expected the same shape")
         return y.to(x.dtype), after
 
     def _like(self, after: State, before: State) -> State:
