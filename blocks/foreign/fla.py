@@ -95,7 +95,10 @@ def run_with_stacked_states(layer: nn.Module, x: Tensor, state: LayerState) -> t
 def _call(layer: nn.Module, x: Tensor, cache: Cache) -> tuple[Tensor, LayerState]:
     # the kernels for a few tokens are for evaluation, and have no backward
     layer.train(torch.is_grad_enabled())
-    y = layer(x, past_key_values=cache, use_cache=True)[0]
+    try:
+        y = layer(x, past_key_values=cache, use_cache=True)[0]
+    except AssertionError as error:  # some of its kernels do not take every dtype
+        raise ValueError(f"{type(layer).__name__} of flash-linear-attention, given {x.dtype}: {error}") from error
     assert cache.entry is not None
     kept = (cache.entry["recurrent_state"], cache.entry.get("conv_state"))
     return y, LayerState(*(tuple(part) if isinstance(part, list) else part for part in kept))

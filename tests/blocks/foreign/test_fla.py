@@ -126,11 +126,19 @@ def test_cut_and_padded_it_gives_what_each_row_gives_alone(name: str) -> None:
 
 @SLOW
 @pytest.mark.usefixtures("untimed")
-@pytest.mark.parametrize("name", NAMES)
+# that of many products takes no float32, and the interpreter does not run it in bfloat16
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "fla_gated_deltaproduct"])
 def test_it_obeys_the_laws_that_need_no_gradient(name: str) -> None:
     """The interpreter does not run every backward kernel; float32 is what the kernels compute in."""
     laws = ["meta", "step", "row", "mask", "dtype", "position"]
     tb.check_block(small(name), dim=32, dtype=torch.float32, laws=laws, length=6, cuts=2, device=DEVICE)
+
+
+@pytest.mark.usefixtures("untimed")
+def test_a_dtype_that_a_layer_refuses_is_one_error() -> None:
+    block = tb.build_block(small("fla_gated_deltaproduct"), dim=32, device=DEVICE)
+    with pytest.raises(ValueError, match=r"GatedDeltaProduct.* torch.float32: .*float32"):
+        block(torch.randn(1, 3, 32, device=DEVICE))
 
 
 def reference(rule: str) -> ModuleType:
