@@ -26,6 +26,14 @@ def as_device(device: torch.device | str) -> torch.device:
         raise ValueError(f"device {device}: there are {torch.cuda.device_count()} CUDA GPUs, counted from 0")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError("device mps: not available here")
+    if device.type not in ("cpu", "meta"):
+        try:
+            torch.ones(1, device=device).item()
+        # every backend reports its absence in its own way: AssertionError, NotImplementedError, RuntimeError
+        except Exception as error:
+            # the first sentence: what follows it lists all that torch could have been built with
+            first = str(error).partition("\n")[0].partition(". ")[0]
+            raise ValueError(f"device {device}: cannot be used on this machine: {first}") from None
     return device
 
 

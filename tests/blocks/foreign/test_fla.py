@@ -6,12 +6,11 @@ import importlib
 import importlib.util
 import sys
 import warnings
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from fla_references import reference
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -139,17 +138,6 @@ def test_a_dtype_that_a_layer_refuses_is_one_error() -> None:
     block = tb.build_block(small("fla_gated_deltaproduct"), dim=32, device=DEVICE)
     with pytest.raises(ValueError, match=r"GatedDeltaProduct.* torch.float32: .*float32"):
         block(torch.randn(1, 3, 32, device=DEVICE))
-
-
-def reference(rule: str) -> ModuleType:
-    found = importlib.util.find_spec("fla")
-    assert found is not None and found.submodule_search_locations
-    path = Path(found.submodule_search_locations[0]) / "ops" / rule / "naive.py"
-    spec = importlib.util.spec_from_file_location(f"naive_{rule}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def projected(layer: Any, x: Tensor, which: str, width: int) -> Tensor:

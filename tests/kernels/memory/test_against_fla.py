@@ -5,30 +5,17 @@ Their files are run as they stand, without importing the library, whose import l
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from fla_references import reference
 from torch import Tensor
 from torch.nn import functional as F
 
 from titans_build.kernels.memory import MemoryState, titans_memory
 
 BATCH, TIME, HEADS, KEY, VALUE = 2, 23, 2, 6, 5
-
-
-def reference(rule: str) -> ModuleType:
-    found = importlib.util.find_spec("fla")
-    assert found is not None and found.submodule_search_locations, "the tests need flash-linear-attention"
-    path = Path(found.submodule_search_locations[0]) / "ops" / rule / "naive.py"
-    spec = importlib.util.spec_from_file_location(f"naive_{rule}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
