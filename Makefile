@@ -8,7 +8,8 @@
 
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet --quiet
-SETTINGS := pyproject.toml constraints.txt
+SETTINGS := pyproject.toml setup.py constraints.txt
+FOLDERS := blocks kernels recipes registry tools
 # one thread for each of pytest's workers: more of them than cores makes small tensors many times slower
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
 
@@ -23,12 +24,13 @@ test: .venv/.installed-dev
 test-slow: .venv/.installed-dev
 	$(PYTEST) -m slow
 
-# mypy reads the package as it is installed, so it gets a plain copy of its own rather than the editable one
+# the checkout may have any name: through the link mypy sees the package by its own
 check: .venv/.installed-dev
 	.venv/bin/ruff check .
-	rm -rf build .venv/typecheck
-	$(PIP) install --no-deps --no-build-isolation --upgrade --target .venv/typecheck .
-	cd .venv/typecheck && ../bin/mypy -p titans_build --cache-dir ../mypy_cache
+	mkdir -p .venv/typecheck
+	ln -sfn ../.. .venv/typecheck/titans_build
+	cd .venv/typecheck && ../bin/mypy --config-file ../../pyproject.toml --cache-dir ../mypy_cache \
+		-m titans_build -m titans_build.huggingface $(FOLDERS:%=-p titans_build.%)
 
 bench-memory bench-model bench-streaming bench-torch_path: bench-%: .venv/.installed-bench
 	.venv/bin/python benchmarks/$*.py --json benchmarks/results/$*.json

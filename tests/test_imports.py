@@ -12,21 +12,21 @@ ROOT = Path(__file__).parent.parent
 BELOW = {
     "tools": {"titans_build", "recipes", "blocks", "registry", "kernels"},
     "titans_build": {"tools", "recipes", "blocks", "registry"},
+    "huggingface": {"tools"},
     "recipes": {"blocks", "registry"},
     "blocks": {"registry", "kernels"},
     "registry": set(),
     "kernels": set(),
 }
-"""What a folder may import besides itself; ``titans_build`` is the public face."""
+"""What a folder may import besides itself; ``titans_build`` and ``huggingface`` are the public face."""
+FOLDERS = [name for name in BELOW if (ROOT / name).is_dir()]
 
 
 def modules() -> dict[str, Path]:
     """Every module by its name in the package, ``blocks.memory``, a folder's ``__init__`` by that of the folder."""
-    files = (file for folder in BELOW if folder != "titans_build" for file in (ROOT / folder).rglob("*.py"))
-    found = {}
-    for file in files:
+    found = {"titans_build": ROOT / "__init__.py", "huggingface": ROOT / "huggingface.py"}
+    for file in (file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py")):
         parts = file.relative_to(ROOT).with_suffix("").parts
-        parts = parts[1:] if parts[:2] == ("tools", "titans_build") else parts
         found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
     return found
 

@@ -17,31 +17,19 @@ else:
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-FACADE = "tools/titans_build"
-TOP = ("blocks", "kernels", "recipes", "registry", "tools")
+FOLDERS = ("blocks", "kernels", "recipes", "registry", "tools")
+DATA = ("*.yaml", "*.c", "*.h", "*.html", "*.css", "*.js", "*.in", "py.typed")
 
 
-def folders_with_code() -> dict[str, str]:
-    """Package name -> folder, read from the disk."""
-    found = {"titans_build": FACADE}
-    for top in TOP:
-        for file in (ROOT / top).rglob("*.py"):
-            folder = file.parent.relative_to(ROOT).as_posix()
-            if folder != FACADE:
-                found["titans_build." + folder.replace("/", ".")] = folder
-    return found
+def folders_with_code() -> list[Path]:
+    """Every folder of the package, the repository's root first."""
+    return [ROOT, *sorted({file.parent for folder in FOLDERS for file in (ROOT / folder).rglob("*.py")})]
 
 
-def test_the_package_list_is_what_is_on_disk() -> None:
-    setuptools = PROJECT["tool"]["setuptools"]
-    assert setuptools["package-dir"] == folders_with_code()
-    assert sorted(setuptools["packages"]) == sorted(folders_with_code())
-
-
-@pytest.mark.parametrize("package", sorted(folders_with_code().values()))
-def test_every_folder_is_a_package(package: str) -> None:
+@pytest.mark.parametrize("folder", folders_with_code()[1:], ids=lambda folder: folder.relative_to(ROOT).as_posix())
+def test_every_folder_is_a_package(folder: Path) -> None:
     # an editable install finds no folder that lacks it
-    assert (ROOT / package / "__init__.py").is_file()
+    assert (folder / "__init__.py").is_file()
 
 
 def test_the_pinned_versions_meet_the_declared_ones() -> None:
@@ -67,7 +55,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     import shutil
 
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "README.md", "LICENSE", *TOP):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "__init__.py", "huggingface.py", "py.typed", *FOLDERS):
         path = ROOT / name
         if path.is_dir():
             shutil.copytree(path, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -83,10 +71,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 def test_a_wheel_holds_every_module_and_recipe(wheel: zipfile.ZipFile) -> None:
     expected = {
-        f"{package.replace('.', '/')}/{file.name}"
-        for package, folder in folders_with_code().items()
-        for pattern in ("*.py", "*.yaml", "*.c", "*.h", "*.html", "*.css", "*.js", "*.in", "py.typed")
-        for file in (ROOT / folder).glob(pattern)
+        f"titans_build/{file.relative_to(ROOT).as_posix()}"
+        for folder in folders_with_code()
+        for pattern in ("*.py", *DATA)
+        for file in folder.glob(pattern)
+        if file != ROOT / "setup.py"
     }
     shipped = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert shipped == expected

@@ -10,7 +10,7 @@ Example::
     model = from_pretrained("models/hf")                     # AutoModelForCausalLM knows it as well
 """
 
-from titans_build.tools.huggingface import (
+from .tools.huggingface import (
     StateCache,
     TitansBuildConfig,
     TitansBuildForCausalLM,
