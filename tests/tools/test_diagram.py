@@ -14,7 +14,7 @@ import titans_build as tb
 from titans_build.recipes import packaged_names
 from titans_build.registry import scratch
 from titans_build.tools.diagram import draw
-from titans_build.tools.drawing.svg import text_width
+from titans_build.tools.svg import text_width
 
 Run = Callable[..., Any]
 SVG = "{http://www.w3.org/2000/svg}"

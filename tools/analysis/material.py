@@ -11,7 +11,7 @@ from torch import Tensor
 from ...blocks.live_or_frozen import SHORTEST, next_tokens
 from ...registry import show
 from ..data import open_source
-from ..inference.codec import Bytes, Codec, Numbers, open_codec
+from ..inference.tokenizer import ByteTokenizer, IdTokenizer, Tokenizer, open_tokenizer
 from ..terminal import UsageError
 
 EXAMPLES = 32
@@ -19,7 +19,7 @@ EXAMPLES = 32
 LEAD = 16
 """Tokens before others that are decoded with them: a letter may have begun there."""
 BLOCK = 1 << 16
-"""Bytes that are read from a file at once."""
+"""ByteTokenizer that are read from a file at once."""
 
 
 class Material(NamedTuple):
@@ -45,11 +45,11 @@ class Material(NamedTuple):
         return self._replace(tokens=self.tokens.to(device), targets=self.targets.to(device), mask=mask)
 
 
-def from_file(path: str, codec: Codec, vocab: int, most: int) -> Material:
+def from_file(path: str, tokenizer: Tokenizer, vocab: int, most: int) -> Material:
     """The first ``most`` tokens of a file. Raises ``UsageError`` for what is no file, too short, or out of vocab."""
     parts, count = [], 0
     try:
-        for part in codec.encode(_blocks(path)):
+        for part in tokenizer.encode(_blocks(path)):
             parts.append(part)
             count += len(part)
             if count > most:
@@ -57,7 +57,7 @@ def from_file(path: str, codec: Codec, vocab: int, most: int) -> Material:
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     tokens = torch.cat([*parts, torch.empty(0, dtype=torch.int64)])[:most].unsqueeze(0)
-    unit = "byte" if isinstance(codec, Bytes) else "token"
+    unit = "byte" if isinstance(tokenizer, ByteTokenizer) else "token"
     _expect_enough(path, tokens.shape[1], unit)
     if int(tokens.max()) >= vocab:
         at = int((tokens[0] >= vocab).nonzero()[0])
@@ -65,7 +65,7 @@ def from_file(path: str, codec: Codec, vocab: int, most: int) -> Material:
             f"{path}: {unit} {at:,} is {int(tokens[0, at])}, outside the model's vocabulary of {vocab} "
             f"(0 to {vocab - 1}): expected a text as the model was trained on (--tokenizer, or --data SPEC)"
         )
-    return Material(path, tokens, next_tokens(tokens), None, _words(codec, tokens[0].tolist()), unit, count > most)
+    return Material(path, tokens, next_tokens(tokens), None, _words(tokenizer, tokens[0].tolist()), unit, count > most)
 
 
 def from_data(
@@ -91,12 +91,12 @@ def from_data(
     masks = [batch.tokens >= 0 if batch.mask is None else batch.mask for batch in batches]
     mask = torch.cat(masks, dim=1)[:, :most]
     said = source.describe()
-    codec: Codec = open_codec(said.get("tokenizer") or "bytes", vocab) if "text" in said else Numbers()
+    tokenizer: Tokenizer = open_tokenizer(said.get("tokenizer") or "bytes", vocab) if "text" in said else IdTokenizer()
     real = tokens[0][mask[0]]
     name = show(spec, 100).strip("'")
-    unit = "byte" if isinstance(codec, Bytes) else "token"
+    unit = "byte" if isinstance(tokenizer, ByteTokenizer) else "token"
     _expect_enough(name, len(real), unit)
-    words = _words(codec, real.tolist())
+    words = _words(tokenizer, real.tolist())
     return Material(name, tokens, targets, None if bool(mask.all()) else mask, words, unit, goes_on)
 
 
@@ -106,11 +106,11 @@ def _blocks(path: str) -> Iterator[bytes]:
             yield block
 
 
-def _words(codec: Codec, tokens: list[int]) -> Callable[[int, int], list[str]]:
+def _words(tokenizer: Tokenizer, tokens: list[int]) -> Callable[[int, int], list[str]]:
     def words(start: int, stop: int) -> list[str]:
-        if isinstance(codec, Numbers):
+        if isinstance(tokenizer, IdTokenizer):
             return [f"{token} " for token in tokens[start:stop]]
-        decoder, before = codec.decoder(), max(start - LEAD, 0)
+        decoder, before = tokenizer.decoder(), max(start - LEAD, 0)
         return [decoder.feed(token) for token in tokens[before:stop]][start - before :]
 
     return words

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -10,25 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from ..extras import from_extra
+from .. import plotting
+from ..plotting import COLOURS, DASHES
 from .seeing import QUANTITIES
 
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
-"""Okabe and Ito's, which colour-blind readers tell apart."""
-DASHES = ("-", "--", ":", "-.")
-SIZE = (9.0, 3.6)
-"""Inches."""
-DPI = 150
 POINTS = 300
 """Of a line along the text, at most."""
-STYLE = {
-    "svg.hashsalt": "titans-analyze",  # the same analysis gives the same bytes
-    "font.size": 9,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
 AXES = {
     "surprise": "surprise (norm of the gradient)",
     "error": "error |M(k) - v|²",
@@ -38,23 +24,11 @@ AXES = {
 }
 
 
-def need_matplotlib() -> None:
-    """Raises ``UsageError`` that names the extra where it is missing."""
-    from_extra("matplotlib.figure", "analyze", "drawing PNG and SVG plots (--no-plots leaves them out)")
-
-
 def draw(analysis: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
     """Yields file names and contents."""
-    matplotlib = from_extra("matplotlib", "analyze", "drawing plots")
-    figure = from_extra("matplotlib.figure", "analyze", "drawing plots")
     for name, plot in _plots(analysis):
-        with matplotlib.rc_context(STYLE):
-            drawn = figure.Figure(figsize=SIZE, layout="constrained")
-            plot(analysis, drawn.subplots())
-            for ending, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-                file = io.BytesIO()
-                drawn.savefig(file, format=ending, dpi=DPI, metadata=metadata)
-                yield f"{name}.{ending}", file.getvalue()
+        for ending, content in plotting.draw(partial(plot, analysis)).items():
+            yield f"{name}.{ending}", content
 
 
 Plot = Callable[[dict[str, Any], Any], None]
@@ -109,7 +83,8 @@ def _modes(check: dict[str, Any]) -> dict[str, str]:
 
 
 def _heat(analysis: dict[str, Any], axes: Any, quantity: str) -> None:
-    colours = from_extra("matplotlib.colors", "analyze", "drawing plots")
+    from matplotlib.colors import LogNorm
+
     kinds = analysis["tokens"][quantity]
     tables = kinds.get("max", kinds["mean"])
     table = np.concatenate(tables)
@@ -119,7 +94,7 @@ def _heat(analysis: dict[str, Any], axes: Any, quantity: str) -> None:
     picture = axes.imshow(
         np.where(table > 0, table, np.nan) if far else table,
         aspect="auto", interpolation="nearest", cmap="viridis", extent=(0, text["shown"], len(table), 0),
-        norm=colours.LogNorm() if far else None,
+        norm=LogNorm() if far else None,
     )  # fmt: skip
     sizes = [len(part) for part in tables]
     starts = np.cumsum([0, *sizes])[:-1]

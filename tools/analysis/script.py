@@ -17,9 +17,10 @@ from ...blocks.language_model import LanguageModel
 from ...recipes import StorageError, load_recipe, packaged_names
 from ...recipes.reading import read_file
 from ...recipes.replacing import making_folder, replacing
-from ..inference.codec import Codec
-from ..inference.opening import MODEL, find_model, open_model
+from ..inference.session import MODEL, find_model, open_model
+from ..inference.tokenizer import Tokenizer
 from ..options import add_placement, whole_number
+from ..plotting import need_matplotlib
 from ..terminal import UsageError, progress, say, say_json
 from ..training.folder import TRAIN, is_run
 from . import plots
@@ -63,8 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Check everything that can be checked first, analyse, write and tell."""
     out = _check(arguments)
-    model, codec = open_model(arguments.model, arguments.tokenizer, arguments.device, arguments.dtype)
-    material = _material(arguments, model, codec)
+    model, tokenizer = open_model(arguments.model, arguments.tokenizer, arguments.device, arguments.dtype)
+    material = _material(arguments, model, tokenizer)
     material = material.to(arguments.device)
     time = material.tokens.shape[1]
     if arguments.reset is not None and not 1 <= arguments.reset < time:
@@ -140,14 +141,14 @@ def _check(arguments: argparse.Namespace) -> Path | None:
     if taken and not arguments.force:
         raise UsageError(f"--out {out}: an analysis is there; --force replaces it")
     if not arguments.no_plots:
-        plots.need_matplotlib()
+        need_matplotlib("analyze", "drawing PNG and SVG plots (--no-plots leaves them out)")
     return out
 
 
-def _material(arguments: argparse.Namespace, model: LanguageModel, codec: Codec) -> Material:
+def _material(arguments: argparse.Namespace, model: LanguageModel, tokenizer: Tokenizer) -> Material:
     assert model.vocab is not None
     if arguments.text is not None:
-        return from_file(arguments.text, codec, model.vocab, arguments.tokens)
+        return from_file(arguments.text, tokenizer, model.vocab, arguments.tokens)
     if arguments.data is not None:
         return from_data(arguments.data, model.vocab, arguments.tokens)
     folder = find_model(arguments.model)

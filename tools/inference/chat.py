@@ -1,4 +1,4 @@
-"""Talking line by line: every line is read, every answer is said as it comes, and the state goes on between them."""
+"""``--chat``: each line is read, its answer is printed as it comes, and the state carries over to the next line."""
 
 from __future__ import annotations
 
@@ -12,37 +12,33 @@ from ...blocks.generation import Sampler
 from ...recipes import StorageError
 from ...registry import nearest
 from ..terminal import CommandFailed, UsageError, complain, say
-from .answering import keeping, read_with_bar
-from .session import Session, check_target
-from .sources import Text
-from .speaking import Voice, until
+from .generate import Printer, before_stop, read_with_progress, saving_state
+from .session import Session, Text, check_state_file
 
-PLACE = "{line}"
-"""Where the line goes in a template."""
-DEFAULT_TEMPLATE = PLACE + r"\n"
-
-SIGN = "> "
-"""What asks for a line."""
+PLACEHOLDER = "{line}"
+"""Replaced by the line in a template."""
+DEFAULT_TEMPLATE = PLACEHOLDER + r"\n"
+PROMPT = "> "
 
 
 def chat(session: Session, text: Text, sampler: Sampler, arguments: argparse.Namespace, target: Path | None) -> int:
-    """Read ``text``, then talk until the lines end; save the state to ``target``, if there is one."""
-    talk = _Talk(session, sampler, arguments, target)
-    with keeping(session, lambda: talk.target):
-        read_with_bar(session, text)
-        if talk.to_person:
-            say(f"/help lists the commands; {'/quit or Ctrl-D leaves'}{_saves(target)}")
-        talk.loop()
+    """Read ``text``, chat until the input ends, and save the state to ``target``, if given. Returns the exit status."""
+    loop = _Chat(session, sampler, arguments, target)
+    with saving_state(session, lambda: loop.target):
+        read_with_progress(session, text)
+        if loop.interactive:
+            say(f"/help lists the commands; {'/quit or Ctrl-D leaves'}{_saved_at_end(target)}")
+        loop.run()
     return 0
 
 
-class _Talk:
+class _Chat:
     def __init__(self, session: Session, sampler: Sampler, arguments: argparse.Namespace, target: Path | None) -> None:
         self.session, self.sampler, self.target = session, sampler, target
-        self.most, self.stops = arguments.max_new_tokens, arguments.stop
+        self.max_new_tokens, self.stops = arguments.max_new_tokens, arguments.stop
         self.template = unescaped(arguments.template)
-        self.to_person = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
-        self.over = False
+        self.interactive = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+        self.done = False
         self.commands: dict[str, tuple[str, Callable[[str], None]]] = {
             "save": ("FILE  save the state now (without FILE: where it is saved at the end)", self._save),
             "load": ("FILE  go on from the state in FILE", self._load),
@@ -54,43 +50,43 @@ class _Talk:
             "quit": ("  leave, as Ctrl-D does", self._quit),
         }
 
-    def loop(self) -> None:
-        """Until the lines end."""
-        if self.to_person:
+    def run(self) -> None:
+        """Answer lines until there are no more."""
+        if self.interactive:
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401 - arrows and earlier lines in input()
-        while not self.over:
+        while not self.done:
             try:
-                line = self._line()
+                line = self._read_line()
             except EOFError:
-                if self.to_person:
+                if self.interactive:
                     say("")
                 return
             except KeyboardInterrupt:
-                if not self.to_person:
+                if not self.interactive:
                     raise
                 say("", "(/quit or Ctrl-D leaves)")
                 continue
             try:
-                self._take(line)
+                self._handle(line)
             except (UsageError, CommandFailed, StorageError) as error:
                 complain(str(error))
             except KeyboardInterrupt:
-                if not self.to_person:
+                if not self.interactive:
                     raise
                 say("", "(stopped)")
 
-    def _line(self) -> bytes:
+    def _read_line(self) -> bytes:
         """One line without its end. Raises ``EOFError`` after the last."""
-        if self.to_person:
-            # bytes that are no text come back out as they went in
-            return input(SIGN).encode(sys.stdin.encoding or "utf-8", errors="surrogateescape")
+        if self.interactive:
+            # keeps bytes that are not valid text
+            return input(PROMPT).encode(sys.stdin.encoding or "utf-8", errors="surrogateescape")
         line = sys.stdin.buffer.readline() if sys.stdin is not None else b""
         if not line:
             raise EOFError
         return line.removesuffix(b"\n").removesuffix(b"\r")
 
-    def _take(self, line: bytes) -> None:
+    def _handle(self, line: bytes) -> None:
         if line.startswith(b"/") and not line.startswith(b"//"):
             name, _, rest = line[1:].decode(errors="replace").strip().partition(" ")
             if name not in self.commands:
@@ -98,24 +94,24 @@ class _Talk:
                 raise UsageError(f"there is no command /{name}{hint}; /help lists them, // begins a line with /")
             self.commands[name][1](rest.strip())
             return
-        before, after = self.template.split(PLACE, 1)
-        said = before.encode() + line.removeprefix(b"/" if line.startswith(b"//") else b"") + after.encode()
-        self.session.read([said])
-        voice = Voice()
+        before, after = self.template.split(PLACEHOLDER, 1)
+        turn = before.encode() + line.removeprefix(b"/" if line.startswith(b"//") else b"") + after.encode()
+        self.session.read([turn])
+        printer = Printer()
         try:
-            for part in until(self.session.answer(self.most, self.sampler), self.stops):
-                voice.say(part)
+            for part in before_stop(self.session.generate(self.max_new_tokens, self.sampler), self.stops):
+                printer.write(part)
         finally:
-            if voice.to_person:
-                voice.end()
+            if printer.on_terminal:
+                printer.end_line()
             else:
-                voice.say("" if voice.ended else "\n")  # so that answers can be told apart
+                printer.write("" if printer.at_line_start else "\n")  # separates the answers
 
     def _save(self, name: str) -> None:
         path = Path(name) if name else self.target
         if path is None:
             raise UsageError("/save: expected the name of a file, since there is no --state to save to")
-        check_target(path, "/save")
+        check_state_file(path, "/save")
         self.session.save(path)
         say(f"(saved to {path})")
 
@@ -123,14 +119,14 @@ class _Talk:
         if not name:
             raise UsageError("/load: expected the name of a file")
         self.session.load(Path(name))
-        say(f"(goes on from {name}{_saves(self.target)})")
+        say(f"(goes on from {name}{_saved_at_end(self.target)})")
 
     def _fork(self, name: str) -> None:
         target = Path(name) if name else None
         if target is not None:
-            check_target(target, "/fork")
+            check_state_file(target, "/fork")
         self.target = target
-        say(f"(forked{_saves(target) or ': nothing is saved at the end'})")
+        say(f"(forked{_saved_at_end(target) or ': nothing is saved at the end'})")
 
     def _freeze(self, _: str) -> None:
         try:
@@ -154,14 +150,14 @@ class _Talk:
         say("  a line that begins with // is read from its second / on; Ctrl-C stops an answer")
 
     def _quit(self, _: str) -> None:
-        self.over = True
+        self.done = True
 
 
-def _saves(target: Path | None) -> str:
+def _saved_at_end(target: Path | None) -> str:
     return "" if target is None else f"; the state is saved to {target} at the end"
 
 
 def unescaped(text: str) -> str:
-    r"""``text`` with ``\n``, ``\t`` and ``\\`` as what they stand for."""
+    r"""Replace ``\n``, ``\t`` and ``\\`` in ``text`` by the characters they stand for."""
     parts = text.split("\\\\")
     return "\\".join(part.replace("\\n", "\n").replace("\\t", "\t") for part in parts)

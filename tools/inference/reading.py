@@ -1,12 +1,14 @@
-"""Reading a text of any length piece by piece, in memory that grows only if the model's state does."""
+"""Reading a text of any length piece by piece, in constant memory, and measuring how well a model predicts it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from ...blocks.generation import read_prompt
 from ...blocks.language_model import LanguageModel
@@ -15,36 +17,41 @@ from ...blocks.state import State, named_tensors
 PIECE = 1024
 """Tokens that are read in one call of the model."""
 
+DOUBLING = tuple(2**power for power in range(7, 62))
+"""Default edges of buckets: 128, 256, 512, ...; each bucket is as long as all before it."""
+
+MAX_LOGITS = 2**24
+"""Logits that are held at once: pieces are shorter where the vocabulary is large."""
+
 
 class Reading(NamedTuple):
-    """Where a model stands in a text."""
+    """The position of a model in a text."""
 
     state: State
-    """Has read every token so far."""
+    """The state after every token so far."""
     logits: Tensor | None
-    """``[batch, vocab]``: the prediction of the token after the last; ``None`` before the first."""
+    """``[batch, vocab]``: the prediction of the next token; ``None`` before the first."""
     tokens: int
     """Tokens of each row that were read."""
 
 
 def read_text(model: LanguageModel, pieces: Tensor | Iterable[Tensor], state: State = None) -> Reading:
-    """Read ``pieces``, int64 ``[batch, time]`` each and of any lengths, from ``state`` (fresh if not given).
+    """Read ``pieces``, int64 ``[batch, time]`` of any lengths, from ``state`` (fresh by default), without gradients.
 
-    Memory is that of one piece and one state: an iterator may bring a text of any length, and what was read can go.
-    A tensor is cut into pieces. How a text is cut changes nothing but the rounding. Gradients are not tracked.
-
-    Raises what the model's ``forward`` refuses: token ids out of its vocabulary, a state of another model.
+    Holds one piece and one state in memory: an iterator may yield a text of any length. A tensor is split into pieces.
+    The split changes nothing but rounding. Raises what the model's ``forward`` raises: token ids outside of its
+    vocabulary, a state of another model.
     """
     reading = Reading(state, None, 0)
-    for reading in readings(model, pieces, state):  # noqa: B007 - the last one is what is wanted
+    for reading in readings(model, pieces, state):  # noqa: B007 - the last one is the result
         pass
     return reading
 
 
 def readings(model: LanguageModel, pieces: Tensor | Iterable[Tensor], state: State = None) -> Iterator[Reading]:
-    """``read_text``, told after every piece: for a caller that shows how far it is, or stops early."""
+    """Like :func:`read_text`, with one ``Reading`` after each piece, to show progress or to stop early."""
     tokens = 0
-    for piece in cut(pieces):
+    for piece in split(pieces):
         if piece.shape[1] == 0:
             continue
         logits, state = read_prompt(model, piece, state)
@@ -52,8 +59,8 @@ def readings(model: LanguageModel, pieces: Tensor | Iterable[Tensor], state: Sta
         yield Reading(state, logits, tokens)
 
 
-def cut(pieces: Tensor | Iterable[Tensor], size: int = PIECE) -> Iterator[Tensor]:
-    """``[batch, time]`` each: a tensor in pieces of ``size`` tokens; of others those that are longer."""
+def split(pieces: Tensor | Iterable[Tensor], size: int = PIECE) -> Iterator[Tensor]:
+    """A tensor, or each piece, ``[batch, time]``, in pieces of at most ``size`` tokens."""
     for piece in [pieces] if isinstance(pieces, Tensor) else pieces:
         yield from piece.split(size, dim=1)
 
@@ -65,8 +72,109 @@ def position(model: LanguageModel, state: State) -> int | None:
         return {path: int(leaf[0]) for path, leaf in named_tensors(of) if path.rpartition(".")[2] == "position"}
 
     found = counts(state)
-    # what is further in may count otherwise: the attention of a segment begins anew with each
+    # inner blocks may count from elsewhere: the attention of a segment starts anew with each segment
     outermost = min((path.count(".") for path in found), default=0)
     with torch.no_grad():
-        fresh = counts(model.init_state(1))  # persistent tokens have been read before the first
-    return max((count - fresh[path] for path, count in found.items() if path.count(".") == outermost), default=None)
+        initial = counts(model.init_state(1))  # persistent tokens are read before the first
+    return max((count - initial[path] for path, count in found.items() if path.count(".") == outermost), default=None)
+
+
+class Bucket(NamedTuple):
+    """The tokens at positions ``start`` to ``stop - 1`` (``stop`` is ``None``: to the end)."""
+
+    start: int
+    stop: int | None
+    tokens: int
+    """Predicted tokens, over all rows. The first of the text is not predicted."""
+    loss: float
+    """Mean cross-entropy of a token, in nats."""
+
+    @property
+    def perplexity(self) -> float:
+        """``exp(loss)``."""
+        return _exp(self.loss)
+
+
+class Perplexity(NamedTuple):
+    """The loss of a text as a whole and by position."""
+
+    tokens: int
+    """Predicted tokens, over all rows."""
+    loss: float
+    """Mean cross-entropy of a token, in nats; NaN where no token was predicted."""
+    buckets: list[Bucket]
+    """Those with tokens, in order."""
+    state: State
+    """The state after the text."""
+
+    @property
+    def perplexity(self) -> float:
+        """``exp(loss)``."""
+        return _exp(self.loss)
+
+
+@torch.no_grad()
+def perplexity(
+    model: LanguageModel,
+    tokens: Tensor | Iterable[Tensor],
+    state: State = None,
+    *,
+    edges: Sequence[int] = DOUBLING,
+    on_piece: Callable[[int], None] | None = None,
+) -> Perplexity:
+    """Predict every token of a text from all before it, in constant memory.
+
+    ``tokens``: int64 ``[batch, time]``, or an iterable of pieces of it of any lengths. ``state``: the state before the
+    text (fresh by default). ``edges``: the positions, increasing, at which buckets end. ``on_piece`` is called after
+    each piece with the number of tokens of each row that were read.
+
+    Call it inside ``with model.freeze_memory():`` to measure the model without learning at test time. Raises
+    ``ValueError`` for edges that do not increase, and what the model's ``forward`` raises.
+    """
+    if any(b <= a for a, b in zip((0, *edges), edges)):
+        raise ValueError(f"edges: expected increasing positions > 0, got {list(edges)}")
+    device = next(model.parameters()).device
+    bounds = torch.tensor(list(edges), dtype=torch.int64)
+    sums = torch.zeros(len(edges) + 1, dtype=torch.float64)
+    counts = torch.zeros(len(edges) + 1, dtype=torch.int64)
+    last: Tensor | None = None
+    read = 0
+    for piece in split(tokens, max(64, min(PIECE, MAX_LOGITS // (model.vocab or 1)))):
+        if piece.shape[1] == 0:
+            continue
+        piece = piece.to(device)
+        out = model(piece, state)
+        state = out.state
+        assert out.logits is not None  # the model was given tokens
+        losses = _losses(out.logits[:, :-1], piece[:, 1:])
+        start = read + 1
+        if last is not None:
+            losses = torch.cat([_losses(last.unsqueeze(1), piece[:, :1]), losses], dim=1)
+            start = read
+        index = torch.bucketize(torch.arange(start, start + losses.shape[1]), bounds, right=True)
+        sums.index_add_(0, index, losses.sum(dim=0))
+        counts.index_add_(0, index, torch.full_like(index, losses.shape[0]))
+        last = out.logits[:, -1].clone()  # a view would keep all of them
+        read += piece.shape[1]
+        if on_piece is not None:
+            on_piece(read)
+    buckets = [
+        Bucket(start, stop, count, total / count)
+        for start, stop, count, total in zip((0, *edges), (*edges, None), counts.tolist(), sums.tolist())
+        if count
+    ]
+    predicted = int(counts.sum())
+    return Perplexity(predicted, float(sums.sum()) / predicted if predicted else math.nan, buckets, state)
+
+
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """``[batch, time, vocab]``, ``[batch, time]`` -> nats ``[batch, time]``, float64 on the CPU."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape).cpu().double()
+
+
+def _exp(loss: float) -> float:
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf

@@ -1,4 +1,4 @@
-"""What ``titans-infer`` takes, and which of its three works it does: answer a prompt, talk, measure."""
+"""What ``titans-infer`` takes, and which of three things it does: answer a prompt, chat, measure."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from pathlib import Path
 
 from ...blocks.generation import Sampler
 from ..options import add_placement, whole_number
+from ..plotting import need_matplotlib
 from ..terminal import UsageError, complain
-from .answering import answer_prompt
-from .chat import DEFAULT_TEMPLATE, PLACE, chat
-from .measuring import edges_of, measure
-from .opening import open_model
-from .session import Session, check_place, check_target
-from .sources import STANDARD_INPUT, Text
+from .chat import DEFAULT_TEMPLATE, PLACEHOLDER, chat
+from .generate import answer_prompt
+from .measure import measure, parse_edges
+from .session import STANDARD_INPUT, Session, Text, check_state_file, check_writable, open_model
 
 SUMMARY = "Let a saved model read a text of any length and go on from it; keep what it learned for the next time."
 EXAMPLES = (
@@ -27,8 +26,7 @@ EXAMPLES = (
     "cat *.log | titans-infer runs/logs --max-new-tokens 0 --json  for machines",
 )
 
-NEW = 128
-"""Tokens of an answer, unless said otherwise."""
+MAX_NEW_TOKENS = 128
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,9 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--max-new-tokens",
         type=whole_number,
-        default=NEW,
+        default=MAX_NEW_TOKENS,
         metavar="N",
-        help=f"length of an answer (default: {NEW}; 0: read)",
+        help=f"length of an answer (default: {MAX_NEW_TOKENS}; 0: read)",
     )
     add("--stop", action="append", default=[], metavar="TEXT", help="end an answer before this text; may be repeated")
     add("--temperature", type=float, default=0.0, metavar="T", help="of the draw; 0, the default, takes the likeliest")
@@ -74,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--template",
         default=DEFAULT_TEMPLATE,
         metavar="TEXT",
-        help=f"what a line becomes before it is read: {PLACE} is the line, \\n its end (default: {DEFAULT_TEMPLATE})",
+        help=f"what is read for a line: {PLACEHOLDER} is the line, \\n its end (default: {DEFAULT_TEMPLATE})",
     )
     add(
         "--perplexity",
@@ -95,19 +93,19 @@ def run(arguments: argparse.Namespace) -> int:
     state = None if arguments.state is None else _path(arguments.state, "--state")
     target = _target(arguments, state)
     files = [arguments.perplexity] if arguments.perplexity is not None else arguments.file
-    talks = arguments.chat
-    if not files and not arguments.prompt and not talks:
-        talks = sys.stdin is not None and sys.stdin.isatty() and not arguments.json
-        files = [] if talks else [STANDARD_INPUT]
+    chatting = arguments.chat
+    if not files and not arguments.prompt and not chatting:
+        chatting = sys.stdin is not None and sys.stdin.isatty() and not arguments.json
+        files = [] if chatting else [STANDARD_INPUT]
     text = Text(files, arguments.prompt, "--file" if arguments.perplexity is None else "--perplexity")
     if arguments.compare_frozen and text.size is None:
         raise UsageError("--compare-frozen reads the text twice, which standard input or another pipe cannot be")
-    edges = edges_of(arguments.buckets)
-    model, codec = open_model(arguments.model, arguments.tokenizer, arguments.device, arguments.dtype)
-    session = Session(model, codec)
+    edges = parse_edges(arguments.buckets)
+    model, tokenizer = open_model(arguments.model, arguments.tokenizer, arguments.device, arguments.dtype)
+    session = Session(model, tokenizer)
     if state is not None and state.exists():
         session.load(state)
-    elif state is not None and target != state:  # nothing would ever be kept there
+    elif state is not None and target != state:  # nothing would be saved there
         raise UsageError(f"--state {state}: no such file, so there is nothing to go on from")
     if model.grows:
         complain("attention without a window: the state, and the time of a token, grow with the text", "warning")
@@ -126,7 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     except (TypeError, ValueError) as error:
         raise UsageError(f"--{str(error).replace('_', '-')}") from None
-    if talks:
+    if chatting:
         return chat(session, text, sampler, arguments, target)
     return answer_prompt(session, text, sampler, arguments, target)
 
@@ -144,14 +142,15 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UsageError("--chat: talking has no JSON document; give a prompt for each answer, and --state to go on")
     if arguments.chat and STANDARD_INPUT in arguments.file:
         raise UsageError("--chat: its lines come from standard input, which cannot be a --file, too")
-    if PLACE not in arguments.template:
-        raise UsageError(f"--template {arguments.template}: expected {PLACE} in it, where the line goes")
+    if PLACEHOLDER not in arguments.template:
+        raise UsageError(f"--template {arguments.template}: expected {PLACEHOLDER} in it, where the line goes")
     if "" in arguments.stop:
         raise UsageError("--stop: expected a text, got none")
     if arguments.plot is not None:
         if not arguments.plot.endswith(".svg"):
             raise UsageError(f"--plot {arguments.plot}: the picture is SVG; expected a name that ends in .svg")
-        check_place(Path(arguments.plot), "--plot")
+        check_writable(Path(arguments.plot), "--plot")
+        need_matplotlib("analyze", "--plot")
     if arguments.fork and arguments.state is None:
         raise UsageError("--fork: leaves the file of --state as it is, and there is no --state")
 
@@ -162,14 +161,14 @@ def _first_given(arguments: argparse.Namespace, *options: str) -> str | None:
 
 
 def _target(arguments: argparse.Namespace, state: Path | None) -> Path | None:
-    """Where the state is saved at the end, if anywhere."""
+    """The file that the state is saved to at the end."""
     if arguments.save is not None:
         target = _path(arguments.save, "--save")
-        check_target(target, "--save")
+        check_state_file(target, "--save")
         return target
-    if state is None or arguments.fork or arguments.perplexity is not None:  # measuring leaves things as they are
+    if state is None or arguments.fork or arguments.perplexity is not None:  # measuring leaves the state as it is
         return None
-    check_target(state, "--state")
+    check_state_file(state, "--state")
     return state
 
 

@@ -1,9 +1,14 @@
-"""A model, the text it has read and the state that came of it: read on, answer, keep the state in a file."""
+"""A session of ``titans-infer``: a saved model with its tokenizer, the text it reads, and its state in a file."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
-from collections.abc import Callable, Iterable, Iterator
+import stat
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -14,89 +19,261 @@ from ... import recipes
 from ...blocks.generation import Sampler, steps
 from ...blocks.language_model import LanguageModel
 from ...blocks.state import State, batch_size, named_tensors
-from ...recipes import StorageError
+from ...recipes import StorageError, packaged_names
+from ...recipes.index import INDEX
+from ...recipes.reading import read_file
 from ...recipes.storage import STATE_FORMAT
-from ..terminal import CommandFailed, UsageError
-from .codec import Codec
-from .reading import PIECE, Reading, cut, position, readings
+from ...registry import nearest
+from ..options import placement
+from ..terminal import CommandFailed, UsageError, console
+from ..training.folder import RUN, is_run
+from .reading import PIECE, Reading, position, readings, split
+from .tokenizer import Tokenizer, open_tokenizer
+
+MODEL = "model"
+"""The model's folder inside of a run's."""
+TOKENIZER = "tokenizer.json"
+"""Of a run's folder; takes precedence over the tokenizer that the run's settings name."""
+
+MAX_CANDIDATES = 1000
+"""Folders that are searched for the nearest name."""
+
+BLOCK = 2**16
+"""Bytes that are read from a file at once."""
+STANDARD_INPUT = "-"
+
+# -- the model ---------------------------------------------------------------------------------------------------------
+
+
+def open_model(
+    name: str, tokenizer: str | None, device_name: str, dtype_name: str | None
+) -> tuple[LanguageModel, Tokenizer]:
+    """The model in evaluation mode and its tokenizer: ``bytes``, ``ids``, a file, or ``None`` for the run's own.
+
+    Raises ``UsageError`` and ``StorageError``.
+    """
+    folder = find_model(name)
+    device, _ = placement(device_name, dtype_name or "float32")
+    model = recipes.load(folder, device=device, dtype=dtype_name).eval()
+    if model.vocab is None:
+        raise UsageError(f"{name}: a model of vectors (vocab: null), which neither reads nor writes text")
+    if tokenizer is None:
+        tokenizer = (_tokenizer_of(folder.parent) if folder.name == MODEL else None) or "bytes"
+    return model, open_tokenizer(tokenizer, model.vocab)
+
+
+def find_model(name: str) -> Path:
+    """The folder of a saved model, or that of the model of a run. Raises ``UsageError`` with the nearest name."""
+    folder = Path(name)
+    try:
+        if (folder / INDEX).exists():
+            return folder
+        if (folder / MODEL / INDEX).exists():
+            return folder / MODEL
+        if is_run(folder):
+            raise UsageError(
+                f"{name}: this run has not saved its model yet (no {MODEL}/{INDEX}), which it does at its end"
+            )
+        if folder.is_dir():
+            inside = _models_in(folder)
+            hint = f"; did you mean {str(folder / inside[0])!r}?" if inside else ""
+            raise UsageError(f"{name}: no saved model is in this folder (no {INDEX}){hint}")
+        if folder.exists():
+            hint = f"; its folder is {str(folder.parent)!r}" if folder.name == INDEX else ""
+            raise UsageError(f"{name}: a file; expected the folder of a saved model{hint}")
+        if name in packaged_names():
+            raise UsageError(
+                f"{name}: a recipe, not a saved model: `titans-build {name} --out DIR` saves one with fresh weights, "
+                "titans-train a trained one"
+            )
+        hint = nearest(folder.name, _models_in(folder.parent)) if folder.parent.is_dir() else ""
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{name}: {getattr(error, 'strerror', None) or error}") from None
+    raise UsageError(f"{name}: no such folder{hint}; expected a saved model, or the folder of a titans-train run")
+
+
+def _tokenizer_of(run: Path) -> str | None:
+    """The tokenizer of a run's data; ``None`` where it was bytes."""
+    if (run / TOKENIZER).is_file():
+        return str(run / TOKENIZER)
+    if not is_run(run):
+        return None
+    recorded = read_file(run / RUN)
+    data = recorded.get("data") if isinstance(recorded, dict) else None
+    name = data.get("tokenizer") if isinstance(data, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def _models_in(folder: Path) -> list[str]:
+    """Names of the folders in ``folder`` that hold a model, or a run with one."""
+    found = []
+    for index, place in enumerate(folder.iterdir()):
+        if index >= MAX_CANDIDATES:
+            break
+        if (place / INDEX).exists() or (place / MODEL / INDEX).exists():
+            found.append(place.name)
+    return sorted(found)
+
+
+# -- the text ----------------------------------------------------------------------------------------------------------
+
+
+class Text:
+    """The bytes of files, one after the other, and then words joined by spaces; nothing is added."""
+
+    def __init__(self, files: Sequence[str], words: Sequence[str], option: str = "--file") -> None:
+        """``option``: the one that named the files. Raises ``UsageError`` for a file that cannot be read."""
+        self.words = os.fsencode(" ".join(words))
+        self.files, self.option = list(files), option
+        self.read = 0
+        """Bytes that were yielded."""
+        if self.files.count(STANDARD_INPUT) > 1:
+            raise UsageError("--file -: standard input can be read once")
+        sizes = [self._size(name) for name in files]
+        self.size = None if None in sizes else sum(filter(None, sizes)) + len(self.words)
+        """Bytes in all; ``None`` for a pipe, whose size is not known in advance."""
+
+    def __iter__(self) -> Iterator[bytes]:
+        for name in self.files:
+            with self._usage_errors(name), _opened(name) as file:
+                # read1 returns what a pipe holds now instead of waiting for a full block
+                while block := file.read1(BLOCK):
+                    self.read += len(block)
+                    yield block
+        self.read += len(self.words)
+        if self.words:
+            yield self.words
+
+    def _size(self, name: str) -> int | None:
+        if name == STANDARD_INPUT:
+            return None
+        with self._usage_errors(name):
+            found = os.stat(name)
+            if stat.S_ISDIR(found.st_mode):
+                raise UsageError(f"{self.option} {name}: a folder; expected a file")
+            if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for its writer
+                return None
+            with open(name, "rb"):
+                return found.st_size
+
+    @contextlib.contextmanager
+    def _usage_errors(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{self.option} {name}: {getattr(error, 'strerror', None) or error}") from None
+
+
+@contextlib.contextmanager
+def _opened(name: str) -> Iterator[io.BufferedReader]:
+    if name == STANDARD_INPUT:
+        if sys.stdin is None:
+            raise UsageError("standard input is closed: give a prompt or --file FILE")
+        assert isinstance(sys.stdin.buffer, io.BufferedReader)
+        yield sys.stdin.buffer
+        return
+    with open(name, "rb") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def reading_progress(text: Text, description: str) -> Iterator[Callable[[int], None]]:
+    """A progress bar on standard error, if that is a terminal. Call what it yields with the tokens read so far."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    speed = TextColumn("{task.fields[tokens]:,} tokens, {task.fields[speed]:,.0f}/s")
+    columns = (TextColumn("{task.description}"), BarColumn(), speed, TimeRemainingColumn())
+    hidden = not sys.stderr.isatty() or text.size == 0
+    start = time.perf_counter()
+    with Progress(*columns, console=console(sys.stderr), transient=True, disable=hidden) as bar:
+        task = bar.add_task(description, total=text.size, tokens=0, speed=0)
+
+        def update(tokens: int) -> None:
+            seconds = max(time.perf_counter() - start, 1e-9)
+            bar.update(task, completed=text.read, tokens=tokens, speed=tokens / seconds)
+
+        yield update
+
+
+# -- the session -------------------------------------------------------------------------------------------------------
 
 
 class Session:
-    """One row that reads and writes. Whatever interrupts it, it stands after the last whole piece or token."""
+    """One row that reads and writes. An interruption leaves it after the last complete piece or token."""
 
-    def __init__(self, model: LanguageModel, codec: Codec) -> None:
-        self.model, self.codec = model, codec
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer) -> None:
+        self.model, self.tokenizer = model, tokenizer
         self.device = next(model.parameters()).device
-        self.at = Reading(None, None, 0)
-        """Replaced as a whole, so that an interruption finds it consistent. ``tokens``: of this session."""
-        self.before: int | None = 0
-        """Tokens that the state had read when it came."""
+        self.reading = Reading(None, None, 0)
+        """Replaced as a whole, so that an interruption finds it consistent. ``tokens`` counts from the loaded state."""
+        self.loaded_position: int | None = 0
+        """Tokens that the loaded state had read."""
 
     @property
     def position(self) -> int | None:
-        """Tokens the state has read, from the first session on; ``None`` where its blocks do not count them."""
-        return None if self.before is None else self.before + self.at.tokens
+        """Tokens that the state has read in all sessions; ``None`` where its blocks do not count them."""
+        return None if self.loaded_position is None else self.loaded_position + self.reading.tokens
 
     def read(self, text: Iterable[bytes], on_piece: Callable[[int], None] = lambda tokens: None) -> int:
-        """Read ``text`` and return how many tokens it was; ``on_piece`` is told how many so far.
+        """Read ``text`` and return its number of tokens; ``on_piece`` is called with the tokens so far.
 
-        Raises ``UsageError`` for what cannot be written in the model's token ids.
+        Raises ``UsageError`` for text that has no token ids of the model.
         """
-        began = self.at
-        for reading in readings(self.model, self.pieces(text), began.state):
-            self.at = Reading(reading.state, reading.logits, began.tokens + reading.tokens)
+        start = self.reading
+        for reading in readings(self.model, self.pieces(text), start.state):
+            self.reading = reading._replace(tokens=start.tokens + reading.tokens)
             on_piece(reading.tokens)
-        return self.at.tokens - began.tokens
+        return self.reading.tokens - start.tokens
 
     def pieces(self, text: Iterable[bytes]) -> Iterator[Tensor]:
-        """``text`` in token ids ``[1, time]``, on the model's device, in pieces that are worth a call of the model."""
+        """``text`` in token ids ``[1, time]`` on the model's device, in pieces of ``PIECE`` tokens."""
         held: list[Tensor] = []
-        for ids in self.codec.encode(text):
+        for ids in self.tokenizer.encode(text):
             self._check_ids(ids)
             held.append(ids)
             if sum(map(len, held)) >= PIECE:
                 joined = torch.cat(held)
                 ready = len(joined) - len(joined) % PIECE
                 held = [joined[ready:]]
-                yield from (piece.to(self.device) for piece in cut(joined[None, :ready]))
+                yield from (piece.to(self.device) for piece in split(joined[None, :ready]))
         if held:
-            yield from (piece.to(self.device) for piece in cut(torch.cat(held)[None]))
+            yield from (piece.to(self.device) for piece in split(torch.cat(held)[None]))
 
-    def answer(
-        self, most: int, sampler: Sampler, on_token: Callable[[int], None] = lambda token: None
+    def generate(
+        self, max_new_tokens: int, sampler: Sampler, on_token: Callable[[int], None] = lambda token: None
     ) -> Iterator[str]:
-        """Up to ``most`` new tokens as text, as it comes; a letter is held back until it is whole.
+        """Yield the text of up to ``max_new_tokens`` new tokens; a character is yielded when it is complete.
 
-        Raises ``UsageError`` when nothing was read to go on from, and ``CommandFailed`` when the model has diverged.
+        Raises ``UsageError`` where nothing was read before, and ``CommandFailed`` where the model has diverged.
         """
-        if self.at.logits is None:
+        if self.reading.logits is None:
             hint = "; a state is what was read, without what comes next: give it at least a line end, $'\\n'"
-            said = "there is nothing to go on from: the prompt is empty"
-            raise UsageError(said + ("" if self.at.state is None else hint))
-        decoder = self.codec.decoder()
+            message = "there is nothing to go on from: the prompt is empty"
+            raise UsageError(message + ("" if self.reading.state is None else hint))
+        decoder = self.tokenizer.decoder()
         try:
-            for step in steps(self.model, self.at.logits, self.at.state, sampler, most):
-                self.at = Reading(step.state, step.logits, self.at.tokens + 1)
+            for step in steps(self.model, self.reading.logits, self.reading.state, sampler, max_new_tokens):
+                self.reading = Reading(step.state, step.logits, self.reading.tokens + 1)
                 token = int(step.token)
                 on_token(token)
                 if text := decoder.feed(token):
                     yield text
         except ValueError as error:
-            raise CommandFailed(f"the model says nothing more: {error}") from None
+            raise CommandFailed(f"generation stopped: {error}") from None
         if text := decoder.finish():
             yield text
 
     def load(self, path: Path) -> None:
-        """Go on from the state in a file. Raises ``StorageError``, and changes nothing, where that cannot be."""
+        """Continue from the state in a file. Raises ``StorageError``, and changes nothing, where that fails."""
         state = recipes.load_state(path, self.model)
         rows = batch_size(state)
         if rows != 1:
             raise StorageError(f"{path}: a state of {rows} rows; a session is one row")
-        self.at, self.before = Reading(state, None, 0), position(self.model, state)
+        self.reading, self.loaded_position = Reading(state, None, 0), position(self.model, state)
 
     def save(self, path: Path) -> None:
-        """Write the state to a file, in one step. Raises ``CommandFailed`` for a state that is worth nothing."""
-        state = self.at.state if self.at.state is not None else self._fresh()
+        """Write the state to a file atomically. Raises ``CommandFailed`` for a state with NaN or infinity."""
+        state = self.reading.state if self.reading.state is not None else self._initial_state()
         for name, tensor in named_tensors(state):
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                 raise CommandFailed(
@@ -105,10 +282,10 @@ class Session:
         recipes.save_state(state, path, self.model)
 
     def reset(self) -> None:
-        """Forget all that was read."""
-        self.at, self.before = Reading(None, None, 0), 0
+        """Return to the initial state."""
+        self.reading, self.loaded_position = Reading(None, None, 0), 0
 
-    def _fresh(self) -> State:
+    def _initial_state(self) -> State:
         with torch.no_grad():
             return self.model.init_state(1)
 
@@ -117,20 +294,20 @@ class Session:
         assert vocab is not None
         if len(ids) and int(ids.max()) >= vocab:
             raise UsageError(
-                f"--tokenizer {self.codec.name}: token id {int(ids.max())} is outside of the model's vocabulary of "
+                f"--tokenizer {self.tokenizer.name}: token id {int(ids.max())} is outside of the model's vocabulary of "
                 f"{vocab:,} (0 to {vocab - 1:,})"
             )
 
 
-def check_target(path: Path, option: str) -> None:
-    """Raise ``UsageError``, before the work, when a state could not or should not be written to ``path`` after it."""
-    check_place(path, option)
+def check_state_file(path: Path, option: str) -> None:
+    """Raise ``UsageError`` where a state could not be written to ``path``, or would replace another kind of file."""
+    check_writable(path, option)
     if path.is_file() and not _is_state(path, option):
         raise UsageError(f"{option} {path}: there is a file that is no saved state, which would be replaced")
 
 
-def check_place(path: Path, option: str) -> None:
-    """Raise ``UsageError``, before the work, when no file could be written to ``path`` after it."""
+def check_writable(path: Path, option: str) -> None:
+    """Raise ``UsageError`` where no file could be written to ``path``."""
     try:
         if path.is_dir():
             raise UsageError(f"{option} {path}: a folder; expected the name of a file")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from ..analysis.plots import COLOURS, DPI, STYLE
 from ..extras import from_extra
+from ..plotting import COLOURS, DPI, STYLE
 
 SIZE = (7.0, 4.2)
 """Inches."""

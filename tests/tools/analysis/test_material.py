@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from titans_build.tools.analysis.material import from_data, from_file
-from titans_build.tools.inference.codec import Bytes, Numbers
+from titans_build.tools.inference.tokenizer import ByteTokenizer as Bytes
+from titans_build.tools.inference.tokenizer import IdTokenizer as Numbers
 from titans_build.tools.terminal import UsageError
 
 

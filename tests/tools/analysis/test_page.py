@@ -18,7 +18,7 @@ from titans_build.tools.analysis import pooling
 from titans_build.tools.analysis.analysis import Plan, analyse
 from titans_build.tools.analysis.material import from_file
 from titans_build.tools.analysis.page import pack, render
-from titans_build.tools.inference.codec import Bytes
+from titans_build.tools.inference.tokenizer import ByteTokenizer as Bytes
 
 RECIPE = """
 version: 1

@@ -1,4 +1,4 @@
-"""Talking through a pipe; ``test_infer`` talks on a terminal."""
+"""Chatting through a pipe; ``test_infer`` chats on a terminal."""
 
 from __future__ import annotations
 
@@ -21,38 +21,38 @@ def read(folder: Path, state: Path) -> int | None:
 
 
 @pytest.fixture
-def talk(folder: Path, infer: Infer) -> Callable[..., Any]:
+def chat(folder: Path, infer: Infer) -> Callable[..., Any]:
     def run(*lines: str, words: tuple[object, ...] = ()) -> Any:
         return infer(folder, "--chat", "--max-new-tokens", "6", *words, stdin="".join(f"{x}\n" for x in lines).encode())
 
     return run
 
 
-def test_answers_are_those_of_one_text(folder: Path, infer: Infer, talk: Infer, tmp_path: Path) -> None:
+def test_lines_and_answers_are_one_text(folder: Path, infer: Infer, chat: Infer, tmp_path: Path) -> None:
     state, same = tmp_path / "a.state", tmp_path / "b.state"
-    result = talk("one", "two", words=("--state", state))
+    result = chat("one", "two", words=("--state", state))
     answers = [infer(folder, f"{line}\n", "--state", same, "--max-new-tokens", "6").out for line in ("one", "two")]
     assert result == (0, "".join(answer if answer.endswith("\n") else f"{answer}\n" for answer in answers), "")
     assert read(folder, state) == read(folder, same) == 2 * (4 + 6)
 
 
-def test_a_prompt_is_read_before_the_first_line(folder: Path, talk: Infer, tmp_path: Path) -> None:
+def test_a_prompt_is_read_before_the_first_line(folder: Path, chat: Infer, tmp_path: Path) -> None:
     state = tmp_path / "a.state"
-    assert talk(words=("a prompt", "--state", state)).out == ""
+    assert chat(words=("a prompt", "--state", state)).out == ""
     assert read(folder, state) == 8
 
 
-def test_a_template_goes_around_the_line(folder: Path, talk: Infer, tmp_path: Path) -> None:
+def test_template(folder: Path, chat: Infer, tmp_path: Path) -> None:
     state = tmp_path / "a.state"
-    talk("one", words=("--state", state, "--template", r"Q: {line}\nA:"))
+    chat("one", words=("--state", state, "--template", r"Q: {line}\nA:"))
     assert read(folder, state) == len("Q: one\nA:") + 6
-    talk("//one", words=("--save", state, "--template", "{line}"))
+    chat("//one", words=("--save", state, "--template", "{line}"))
     assert read(folder, state) == len("/one") + 6
 
 
-def test_commands(folder: Path, talk: Infer, tmp_path: Path) -> None:
+def test_commands(folder: Path, chat: Infer, tmp_path: Path) -> None:
     first, second, third = (tmp_path / f"{name}.state" for name in "abc")
-    result = talk(
+    result = chat(
         "one",
         f"/save {second}",
         "/save",
@@ -84,22 +84,22 @@ def test_commands(folder: Path, talk: Infer, tmp_path: Path) -> None:
     assert read(folder, third) == 10 + len("three\n") + 6
 
 
-def test_a_fork_without_a_file_saves_nothing(talk: Infer, tmp_path: Path) -> None:
+def test_a_fork_without_a_file_saves_nothing(chat: Infer, tmp_path: Path) -> None:
     state = tmp_path / "a.state"
-    assert "(forked: nothing is saved at the end)" in talk("one", "/fork", words=("--state", state)).out
+    assert "(forked: nothing is saved at the end)" in chat("one", "/fork", words=("--state", state)).out
     assert not state.exists()
 
 
-def test_reset_forgets(folder: Path, talk: Infer, tmp_path: Path) -> None:
-    result = talk("one", "/reset", "two", words=("--state", tmp_path / "a.state"))
-    assert result.out.partition("(everything is forgotten)\n")[2] == talk("two").out
+def test_reset(folder: Path, chat: Infer, tmp_path: Path) -> None:
+    result = chat("one", "/reset", "two", words=("--state", tmp_path / "a.state"))
+    assert result.out.partition("(everything is forgotten)\n")[2] == chat("two").out
     assert read(folder, tmp_path / "a.state") == 4 + 6
 
 
-def test_a_mistake_is_said_and_the_loop_goes_on(folder: Path, talk: Infer, tmp_path: Path) -> None:
+def test_an_error_is_reported_and_the_chat_continues(folder: Path, chat: Infer, tmp_path: Path) -> None:
     (tmp_path / "junk").write_bytes(b"junk")
     state = tmp_path / "a.state"
-    result = talk("/lod x", "/load", "/load none", f"/load {tmp_path / 'junk'}", f"/save {tmp_path / 'junk'}",
+    result = chat("/lod x", "/load", "/load none", f"/load {tmp_path / 'junk'}", f"/save {tmp_path / 'junk'}",
                   "/save", "one", f"/save {state}")  # fmt: skip
     assert result.status == 0
     errors = result.err.split("titans-infer: error: ")[1:]
@@ -119,7 +119,7 @@ def test_a_mistake_is_said_and_the_loop_goes_on(folder: Path, talk: Infer, tmp_p
     assert read(folder, state) == 4 + 6 and (tmp_path / "junk").read_bytes() == b"junk"
 
 
-def test_lines_that_are_no_text(talk: Infer, infer: Infer, folder: Path) -> None:
+def test_lines_may_be_invalid_text(chat: Infer, infer: Infer, folder: Path) -> None:
     result = infer(folder, "--chat", stdin=b"\xff\xfe\n")
     assert result.status == 0 and result.out != "" and result.err == ""
 

@@ -67,7 +67,7 @@ def assert_refused(result: Any, fragment: str, status: int = 2) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_bad_use_is_refused(
+def test_invalid_use_is_refused(
     words: tuple[str, ...], fragment: str, folder: Path, infer: Infer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -82,11 +82,11 @@ def test_bad_use_is_refused(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.svg", "pipe", "text"]
 
 
-def test_the_model_is_all_that_has_to_be_said(infer: Infer) -> None:
+def test_only_the_model_is_required(infer: Infer) -> None:
     assert_refused(infer(), "the following arguments are required: MODEL\n")
 
 
-def test_the_lines_of_its_page_are_understood() -> None:
+def test_examples_in_the_documentation_parse() -> None:
     page = (Path(__file__).parents[3] / "docs" / "infer.md").read_text(encoding="utf-8")
     lines = [line for line in page.splitlines() if line.startswith("titans-infer ")]
     assert len(lines) >= 7
@@ -100,7 +100,7 @@ def test_help(infer: Infer) -> None:
     assert "usage: titans-infer" in out and "examples:\n  titans-infer models/mine" in out and "--json" in out
 
 
-def test_a_state_of_another_model_is_refused_and_stays(
+def test_a_state_of_another_model_is_refused_and_kept(
     folder: Path, infer: Infer, tmp_path: Path, model: LanguageModel
 ) -> None:
     other = tb.build(tb.load_recipe(model.recipe, overrides={"dim": 32}), seed=0)  # type: ignore[attr-defined]
@@ -117,7 +117,7 @@ def test_a_state_of_several_rows_is_refused(folder: Path, infer: Infer, tmp_path
 
 
 @pytest.mark.parametrize("content", [b"", b"not a state", None], ids=["empty", "text", "cut"])
-def test_a_damaged_state_is_refused_and_stays(
+def test_a_damaged_state_is_refused_and_kept(
     content: bytes | None, folder: Path, infer: Infer, tmp_path: Path, model: LanguageModel
 ) -> None:
     state = tmp_path / "a.state"
@@ -130,7 +130,7 @@ def test_a_damaged_state_is_refused_and_stays(
     assert list(tmp_path.iterdir()) == [state]
 
 
-def test_no_other_file_is_replaced(folder: Path, infer: Infer, tmp_path: Path) -> None:
+def test_only_states_are_replaced(folder: Path, infer: Infer, tmp_path: Path) -> None:
     precious = tmp_path / "thesis.tex"
     precious.write_text("\\documentclass", encoding="utf-8")
     for option in ("--state", "--save"):
@@ -138,7 +138,7 @@ def test_no_other_file_is_replaced(folder: Path, infer: Infer, tmp_path: Path) -
     assert precious.read_text(encoding="utf-8") == "\\documentclass"
 
 
-def test_a_state_that_is_not_finite_is_not_saved(folder: Path, infer: Infer, tmp_path: Path) -> None:
+def test_a_nonfinite_state_is_not_saved(folder: Path, infer: Infer, tmp_path: Path) -> None:
     model = tb.load(folder)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -147,10 +147,10 @@ def test_a_state_that_is_not_finite_is_not_saved(folder: Path, infer: Infer, tmp
     result = infer(tmp_path / "diverged", "x", "--state", tmp_path / "a.state", "--max-new-tokens", "0")
     assert_refused(result, "not saved: the state holds NaN", status=1)
     assert not (tmp_path / "a.state").exists()
-    assert_refused(infer(tmp_path / "diverged", "x"), "the model says nothing more: logits", status=1)
+    assert_refused(infer(tmp_path / "diverged", "x"), "logits", status=1)
 
 
-def test_a_state_that_grows_is_said_to(infer: Infer, tmp_path: Path) -> None:
+def test_a_growing_state_is_warned_about(infer: Infer, tmp_path: Path) -> None:
     recipe = {"version": 1, "dim": 8, "vocab": 256, "layers": {"a": ["attention"]}, "stack": ["a"]}
     tb.save(tb.build(tb.load_recipe(recipe), seed=0), tmp_path / "m")
     result = infer(tmp_path / "m", "x", "--no-write")

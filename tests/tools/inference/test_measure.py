@@ -1,10 +1,12 @@
-"""``--perplexity``: the numbers of the Python function, as a table, a document and a picture."""
+"""``--perplexity``: the numbers of `tb.perplexity` as a table, as JSON and as a plot."""
 
 from __future__ import annotations
 
 import math
+import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ import torch
 
 import titans_build as tb
 from titans_build.blocks.language_model import LanguageModel
-from titans_build.tools.inference import perplexity
-from titans_build.tools.inference.measuring import edges_of
+from titans_build.tools.inference import Bucket, Perplexity, perplexity
+from titans_build.tools.inference.measure import parse_edges, steps_of
 
+SVG = "{http://www.w3.org/2000/svg}"
 Infer = Callable[..., Any]
 TEXT = b"what is read is remembered, \xff and what is not is not. " * 10
 
@@ -27,7 +30,7 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_document_has_the_functions_numbers(folder: Path, infer: Infer, text: Path, model: LanguageModel) -> None:
+def test_json_has_the_numbers_of_the_function(folder: Path, infer: Infer, text: Path, model: LanguageModel) -> None:
     found = infer(folder, "--perplexity", text, "--buckets", "64,256", "--compare-frozen", "--json").json
     tokens = torch.tensor([list(TEXT)])
     live = perplexity(model, tokens, edges=[64, 256])
@@ -53,7 +56,9 @@ def test_the_table(folder: Path, infer: Infer, text: Path) -> None:
     assert rows[4].split()[:2] == ["all", f"{len(TEXT) - 1}"]
 
 
-def test_a_state_is_read_from_and_left_as_it_was(folder: Path, infer: Infer, text: Path, tmp_path: Path) -> None:
+def test_measuring_continues_from_a_state_and_does_not_change_it(
+    folder: Path, infer: Infer, text: Path, tmp_path: Path
+) -> None:
     state, after = tmp_path / "a.state", tmp_path / "b.state"
     infer(folder, "--file", text, "--state", state, "--max-new-tokens", "0")
     before = state.read_bytes()
@@ -68,18 +73,18 @@ def test_a_state_is_read_from_and_left_as_it_was(folder: Path, infer: Infer, tex
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4, msg=name)
 
 
-def test_no_write_is_the_frozen_column(folder: Path, infer: Infer, text: Path) -> None:
+def test_no_write_is_the_frozen_memory(folder: Path, infer: Infer, text: Path) -> None:
     compared = infer(folder, "--perplexity", text, "--compare-frozen", "--json").json
     frozen = infer(folder, "--perplexity", text, "--no-write", "--json").json
     assert frozen["loss"] == compared["frozen"]["loss"] and frozen["memory_frozen"] is True
 
 
-def test_standard_input_is_a_text(folder: Path, infer: Infer, text: Path) -> None:
+def test_standard_input_is_measured(folder: Path, infer: Infer, text: Path) -> None:
     piped = infer(folder, "--perplexity", "-", "--json", stdin=TEXT).json
     assert piped["loss"] == infer(folder, "--perplexity", text, "--json").json["loss"]
 
 
-def test_numbers_have_no_bytes(folder: Path, infer: Infer, text: Path) -> None:
+def test_ids_have_no_bytes(folder: Path, infer: Infer, text: Path) -> None:
     text.write_text("1 2 3 4", encoding="utf-8")
     result = infer(folder, "--perplexity", text, "--tokenizer", "ids", "--json").json
     assert result["tokens"] == 3 and result["bits_per_byte"] is None
@@ -93,16 +98,43 @@ def test_nothing_to_predict(content: bytes, folder: Path, infer: Infer, text: Pa
     assert result.status == 1 and "there is nothing to predict" in result.err
 
 
-def test_the_picture(folder: Path, infer: Infer, text: Path, tmp_path: Path) -> None:
-    picture = tmp_path / "p.svg"
+def test_the_plot(folder: Path, infer: Infer, text: Path, tmp_path: Path) -> None:
+    picture, odd = tmp_path / "p.svg", tmp_path / "$a$ \x01.txt"
     result = infer(folder, "--perplexity", text, "--compare-frozen", "--plot", picture)
-    assert f"wrote {picture}" in result.out
-    words = [mark.text for mark in ElementTree.parse(picture).iter("{http://www.w3.org/2000/svg}text")]
-    assert words[0] == "text.txt: bits per byte" and {"memory live", "memory frozen", "128", "256"} <= set(words)
+    assert f"wrote {picture}" in result.out and result.err == ""
+    words = {mark.text for mark in ElementTree.parse(picture).iter(f"{SVG}text")}
+    assert {"text.txt: bits per byte", "position in the text (tokens)", "memory live", "memory frozen", "256"} <= words
+    odd.write_bytes(TEXT)
+    assert infer(folder, "--perplexity", odd, "--plot", picture).status == 0
+    assert "$a$ \ufffd.txt: bits per byte" in {mark.text for mark in ElementTree.parse(picture).iter(f"{SVG}text")}
     result = infer(folder, "--perplexity", text, "--plot", "/dev/null/p.svg")
     assert result.status == 2 and "/dev/null/p.svg" in result.err
 
 
+@pytest.mark.parametrize(
+    "buckets",
+    [
+        [Bucket(0, 128, 127, 2.0), Bucket(128, 256, 128, 1.0), Bucket(256, None, 44, 1.5)],
+        [Bucket(0, 128, 1, 7.0)],
+        [Bucket(1, 2**21, 2**21 - 1, 0.0), Bucket(2**21, None, 2**39, 1e6)],
+    ],
+    ids=["three", "one token", "far apart"],
+)
+def test_the_steps_are_the_buckets(buckets: list[Bucket]) -> None:
+    found = Perplexity(sum(bucket.tokens for bucket in buckets), 1.0, buckets, None)
+    edges, values = steps_of(found, bytes_per_token=None)
+    assert values == [bucket.loss for bucket in buckets]
+    assert edges[0] > 0 and all(a < b for a, b in pairwise(edges))
+    assert edges[1:-1] == [bucket.stop for bucket in buckets[:-1]] and edges[-1] == found.tokens + 1
+    assert steps_of(found, bytes_per_token=2.0)[1] == [pytest.approx(value / math.log(2) / 2) for value in values]
+
+
+def test_the_plot_needs_the_extra(folder: Path, infer: Infer, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = infer(folder, "--perplexity", text, "--plot", text.with_suffix(".svg"))
+    assert result.status == 2 and "pip install 'titans-build[analyze]'" in result.err
+
+
 def test_edges() -> None:
-    assert edges_of("1, 2k,3M") == (1, 2048, 3 * 2**20)
-    assert edges_of(None)[:3] == (128, 256, 512)
+    assert parse_edges("1, 2k,3M") == (1, 2048, 3 * 2**20)
+    assert parse_edges(None)[:3] == (128, 256, 512)

@@ -1,4 +1,4 @@
-"""Between text and token ids, both as streams: bytes, numbers, or what a file of the ``tokenizers`` package says."""
+"""Text to token ids and back, both as streams: bytes, ids written as numbers, or a ``tokenizer.json``."""
 
 from __future__ import annotations
 
@@ -16,47 +16,46 @@ from ..terminal import UsageError
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
-MOST_HELD = 64
-"""Tokens that may wait for the rest of a letter; more than any letter needs."""
+MAX_PENDING = 64
+"""Tokens that may wait for the rest of a character; more than any character needs."""
 
 
 class Decoder(Protocol):
-    """One stream of tokens that becomes text."""
+    """Turns one stream of tokens into text."""
 
     def feed(self, token: int) -> str:
-        """The text that ``token`` completes, which may be none."""
+        """The text that ``token`` completes; may be empty."""
 
     def finish(self) -> str:
-        """What was left incomplete, as text."""
+        """The text of a character that was left incomplete."""
 
 
-class Codec(Protocol):
+class Tokenizer(Protocol):
     """One way to write text in token ids."""
 
     name: str
     size: int | None
-    """Ids it makes are below this; ``None`` where that is not known."""
+    """All ids are below this; ``None`` where that is not known."""
 
     def encode(self, text: Iterable[bytes]) -> Iterator[Tensor]:
-        """Blocks of a text -> int64 ``[time]`` each, in constant memory. Raises ``UsageError`` for what is no text."""
+        """Blocks of a text -> int64 ``[time]`` each, in constant memory. Raises ``UsageError`` for invalid text."""
 
     def decoder(self) -> Decoder:
-        """Of a new stream."""
+        """A decoder for a new stream."""
 
 
-class Bytes:
+class ByteTokenizer:
     """A token is a byte, whatever the bytes are."""
 
     name = "bytes"
     size: int | None = 256
 
     def encode(self, text: Iterable[bytes]) -> Iterator[Tensor]:
-        """See ``Codec``."""
         for block in text:
             yield torch.frombuffer(bytearray(block), dtype=torch.uint8).long() if block else torch.empty(0).long()
 
     def decoder(self) -> Decoder:
-        """Of UTF-8; what is none becomes U+FFFD."""
+        """Decodes UTF-8; invalid bytes become U+FFFD."""
         return _ByteDecoder()
 
 
@@ -74,21 +73,20 @@ class _ByteDecoder:
         return rest
 
 
-class Numbers:
-    """A token is a number, with spaces or lines between: for models that were trained on no text."""
+class IdTokenizer:
+    """A token is a number, separated by whitespace: for models that were not trained on text."""
 
     name = "ids"
     size: int | None = None
 
     def encode(self, text: Iterable[bytes]) -> Iterator[Tensor]:
-        """See ``Codec``."""
-        held = b""
+        pending = b""
         for block in text:
-            words = (held + block).split()
-            # the last number may go on in the next block
-            held = words.pop() if words and not (held + block)[-1:].isspace() else b""
+            words = (pending + block).split()
+            # the last number may continue in the next block
+            pending = words.pop() if words and not (pending + block)[-1:].isspace() else b""
             yield self._ids(words)
-        yield self._ids([held] if held else [])
+        yield self._ids([pending] if pending else [])
 
     def _ids(self, words: list[bytes]) -> Tensor:
         for word in words:
@@ -97,24 +95,23 @@ class Numbers:
         return torch.tensor([int(word) for word in words], dtype=torch.int64)
 
     def decoder(self) -> Decoder:
-        """Numbers with a space between."""
-        return _NumberDecoder()
+        return _IdDecoder()
 
 
-class _NumberDecoder:
+class _IdDecoder:
     def __init__(self) -> None:
-        self.between = ""
+        self.separator = ""
 
     def feed(self, token: int) -> str:
-        between, self.between = self.between, " "
-        return f"{between}{token}"
+        separator, self.separator = self.separator, " "
+        return f"{separator}{token}"
 
     def finish(self) -> str:
         return ""
 
 
-class Tokenizer:
-    """What a ``tokenizer.json`` says. A long text is cut after line ends, and each part is tokenised on its own."""
+class FileTokenizer:
+    """The tokenizer of a ``tokenizer.json``. Long text is split after line ends; each part is tokenized on its own."""
 
     def __init__(self, path: Path) -> None:
         package = from_extra("tokenizers", "train", f"--tokenizer {path}")
@@ -128,57 +125,56 @@ class Tokenizer:
         self.size: int | None = self.tokenizer.get_vocab_size()
 
     def encode(self, text: Iterable[bytes]) -> Iterator[Tensor]:
-        """See ``Codec``; what is no UTF-8 becomes U+FFFD."""
         utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        held = ""
+        pending = ""
         for block in text:
-            held += utf8.decode(block)
-            # after the last line, or in a text without any after the last word, or else anywhere
-            end = max(held.rfind("\n") + 1, held.rfind(" ") if "\n" not in held else 0) or len(held)
-            ready, held = held[:end], held[end:]
+            pending += utf8.decode(block)
+            # split after the last line end; without one, before the last space; without one, at the end
+            end = max(pending.rfind("\n") + 1, pending.rfind(" ") if "\n" not in pending else 0) or len(pending)
+            ready, pending = pending[:end], pending[end:]
             yield self._ids(ready)
-        yield self._ids(held + utf8.decode(b"", final=True))
+        yield self._ids(pending + utf8.decode(b"", final=True))
 
     def _ids(self, text: str) -> Tensor:
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids if text else []
         return torch.tensor(ids, dtype=torch.int64)
 
     def decoder(self) -> Decoder:
-        """Of the tokenizer's own text."""
-        return _TokenizerDecoder(self.tokenizer)
+        return _FileDecoder(self.tokenizer)
 
 
-class _TokenizerDecoder:
-    """A token's text depends on those before it (a space) and may need those after it (the rest of a letter)."""
+class _FileDecoder:
+    """A token's text depends on those before it (a space) and may need those after it (the rest of a character)."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.before: list[int] = []
-        self.held: list[int] = []
+        self.previous: list[int] = []
+        self.pending: list[int] = []
 
     def feed(self, token: int) -> str:
-        self.held.append(token)
+        self.pending.append(token)
         text = self._text()
-        return "" if text.endswith(REPLACEMENT) and len(self.held) < MOST_HELD else self._settle(text)
+        return "" if text.endswith(REPLACEMENT) and len(self.pending) < MAX_PENDING else self._flush(text)
 
     def finish(self) -> str:
-        return self._settle(self._text())
+        return self._flush(self._text())
 
-    def _settle(self, text: str) -> str:
-        self.before, self.held = self.held or self.before, []
+    def _flush(self, text: str) -> str:
+        self.previous, self.pending = self.pending or self.previous, []
         return text
 
     def _text(self) -> str:
-        known = self.tokenizer.decode(self.before, skip_special_tokens=False)
-        return str(self.tokenizer.decode(self.before + self.held, skip_special_tokens=False))[len(known) :]
+        known = self.tokenizer.decode(self.previous, skip_special_tokens=False)
+        return str(self.tokenizer.decode(self.previous + self.pending, skip_special_tokens=False))[len(known) :]
 
 
-def open_codec(name: str, vocab: int) -> Codec:
+def open_tokenizer(name: str, vocab: int) -> Tokenizer:
     """``bytes``, ``ids`` or the name of a file, for a model of ``vocab`` token ids. Raises ``UsageError``."""
-    codec: Codec = Bytes() if name == "bytes" else Numbers() if name == "ids" else Tokenizer(Path(name))
-    if codec.size is not None and codec.size > vocab:
-        numbers = "; --tokenizer ids reads and writes numbers" if name == "bytes" else ""
+    tokenizer: Tokenizer
+    tokenizer = ByteTokenizer() if name == "bytes" else IdTokenizer() if name == "ids" else FileTokenizer(Path(name))
+    if tokenizer.size is not None and tokenizer.size > vocab:
+        hint = "; --tokenizer ids reads and writes numbers" if name == "bytes" else ""
         raise UsageError(
-            f"--tokenizer {name}: {codec.size:,} token ids are more than the model's vocabulary of {vocab:,}{numbers}"
+            f"--tokenizer {name}: {tokenizer.size:,} token ids are more than the model's vocabulary of {vocab:,}{hint}"
         )
-    return codec
+    return tokenizer

@@ -1,4 +1,4 @@
-"""A prompt and its answer: what is read, what is said, what is kept."""
+"""A prompt and its answer: what is read, printed and saved."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import titans_build as tb
 from titans_build.blocks.generation import Sampler
 from titans_build.blocks.language_model import LanguageModel
 from titans_build.tools.inference import position
-from titans_build.tools.inference.answering import keeping
-from titans_build.tools.inference.codec import Bytes
+from titans_build.tools.inference.generate import before_stop, saving_state, without_control
 from titans_build.tools.inference.session import Session
+from titans_build.tools.inference.tokenizer import ByteTokenizer
 
 Infer = Callable[..., Any]
 PROMPT = "a prompt of some words"
@@ -26,7 +26,7 @@ def generated(model: LanguageModel, prompt: str, count: int, **settings: Any) ->
     return model.generate(tokens, count, **settings).tokens[0, tokens.shape[1] :].tolist()
 
 
-def test_an_answer_is_what_generate_says(folder: Path, model: LanguageModel, infer: Infer) -> None:
+def test_an_answer_is_that_of_generate(folder: Path, model: LanguageModel, infer: Infer) -> None:
     result = infer(folder, "a prompt", "of some words", "--max-new-tokens", "30")
     expected = generated(model, PROMPT, 30)
     assert result == (0, bytes(expected).decode(errors="replace"), "")
@@ -36,7 +36,7 @@ def test_an_answer_is_what_generate_says(folder: Path, model: LanguageModel, inf
     assert found["text"] == bytes(found["tokens"]).decode(errors="replace")
 
 
-def test_json(folder: Path, infer: Infer, tmp_path: Path) -> None:
+def test_json_of_an_answer(folder: Path, infer: Infer, tmp_path: Path) -> None:
     state = tmp_path / "a.state"
     found = infer(folder, PROMPT, "--state", state, "--max-new-tokens", "5", "--json").json
     assert found["model"] == str(folder) and found["state"] == str(state)
@@ -56,12 +56,12 @@ def test_files_and_standard_input_and_words(folder: Path, infer: Infer, tmp_path
     assert infer(folder, "--file", tmp_path / "a.txt", "--file", "-", stdin=b"of some words").out == whole
 
 
-def test_a_state_makes_two_sessions_one(folder: Path, infer: Infer, tmp_path: Path) -> None:
+def test_two_sessions_with_a_state_are_one(folder: Path, infer: Infer, tmp_path: Path) -> None:
     state = tmp_path / "a.state"
     said = infer(folder, "a prompt ", "--state", state, "--max-new-tokens", "0")
     assert said.status == 0 and "9 tokens read, " in said.out and f"saved to {state}" in said.out
     assert infer(folder, "of some words", "--state", state).out == infer(folder, PROMPT).out
-    # the answer was read, too
+    # the state has read the answer
     found = infer(folder, "!", "--state", state, "--json", "--max-new-tokens", "0").json
     assert found["position"] == len(PROMPT) + 128 + 1
 
@@ -81,7 +81,7 @@ def test_a_fork_leaves_the_state_as_it_was(folder: Path, infer: Infer, tmp_path:
     assert position(model, tb.load_state(other, model)) == 1 + 128
 
 
-def test_no_write_leaves_the_memory_as_it_was(folder: Path, infer: Infer, tmp_path: Path) -> None:
+def test_no_write_keeps_the_memory(folder: Path, infer: Infer, tmp_path: Path) -> None:
     state = tmp_path / "a.state"
     infer(folder, PROMPT, "--state", state, "--max-new-tokens", "0")
     model = tb.load(folder)
@@ -101,7 +101,7 @@ def test_no_write_leaves_the_memory_as_it_was(folder: Path, infer: Infer, tmp_pa
     assert not any(torch.equal(a, b) for a, b in zip(before, weights()))
 
 
-def test_a_stop_ends_the_answer(folder: Path, infer: Infer) -> None:
+def test_stop_ends_the_answer(folder: Path, infer: Infer) -> None:
     said = infer(folder, PROMPT, "--tokenizer", "bytes").out
     stop = said[20:23]
     result = infer(folder, PROMPT, "--stop", stop, "--json").json
@@ -109,16 +109,16 @@ def test_a_stop_ends_the_answer(folder: Path, infer: Infer) -> None:
     assert result["generated"]["tokens"] < 128
 
 
-def test_token_ids_as_numbers(folder: Path, infer: Infer, model: LanguageModel) -> None:
+def test_ids_in_and_out(folder: Path, infer: Infer, model: LanguageModel) -> None:
     result = infer(folder, "1 2 3", "--tokenizer", "ids", "--max-new-tokens", "4")
     assert [int(word) for word in result.out.split()] == generated(model, "\1\2\3", 4)
 
 
 def session(model: LanguageModel) -> Session:
-    return Session(model, Bytes())
+    return Session(model, ByteTokenizer())
 
 
-def test_an_interruption_keeps_whole_pieces(model: LanguageModel, tmp_path: Path) -> None:
+def test_an_interruption_saves_complete_pieces(model: LanguageModel, tmp_path: Path) -> None:
     state = tmp_path / "a.state"
     reading = session(model)
 
@@ -126,33 +126,70 @@ def test_an_interruption_keeps_whole_pieces(model: LanguageModel, tmp_path: Path
         yield b"x" * 1500
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt) as interrupt, keeping(reading, lambda: state):
+    with pytest.raises(KeyboardInterrupt) as interrupt, saving_state(reading, lambda: state):
         reading.read(interrupted())
     assert str(interrupt.value) == f"interrupted; the state after 1,024 tokens of this session is saved to {state}"
     assert position(model, tb.load_state(state, model)) == 1024
 
 
 def test_an_interruption_before_anything_was_read_writes_nothing(model: LanguageModel, tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt) as interrupt, keeping(session(model), lambda: tmp_path / "a.state"):
+    with pytest.raises(KeyboardInterrupt) as interrupt, saving_state(session(model), lambda: tmp_path / "a.state"):
         raise KeyboardInterrupt
     assert str(interrupt.value) == "" and not list(tmp_path.iterdir())
 
 
-def test_an_interrupted_answer_keeps_whole_tokens(model: LanguageModel, tmp_path: Path) -> None:
+def test_an_interrupted_answer_saves_complete_tokens(model: LanguageModel, tmp_path: Path) -> None:
     state = tmp_path / "a.state"
     reading = session(model)
     reading.read([PROMPT.encode()])
-    with pytest.raises(KeyboardInterrupt), keeping(reading, lambda: state):
-        for index, _ in enumerate(reading.answer(1000, Sampler(1.0, seed=0))):
+    with pytest.raises(KeyboardInterrupt), saving_state(reading, lambda: state):
+        for index, _ in enumerate(reading.generate(1000, Sampler(1.0, seed=0))):
             if index == 5:
                 raise KeyboardInterrupt
     count = position(model, tb.load_state(state, model))
     assert count == reading.position and count is not None and count > len(PROMPT)
-    # and it is the state of those very tokens
+    # and it is the state after exactly those tokens
     follow = session(model)
     follow.read([PROMPT.encode()])
     tokens: list[int] = []
-    for _ in follow.answer(count - len(PROMPT), Sampler(1.0, seed=0), tokens.append):
+    for _ in follow.generate(count - len(PROMPT), Sampler(1.0, seed=0), tokens.append):
         pass
-    for (name, a), (_, b) in zip(tb.state.named_tensors(reading.at.state), tb.state.named_tensors(follow.at.state)):
+    for (name, a), (_, b) in zip(
+        tb.state.named_tensors(reading.reading.state), tb.state.named_tensors(follow.reading.state)
+    ):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("parts", [["a", "b", "E", "N", "D", "c"], ["abE", "NDc"], ["abENDc"], ["ab", "ENDc"]], ids=str)
+def test_an_answer_ends_before_the_stop(parts: list[str]) -> None:
+    assert "".join(before_stop(parts, ["END"])) == "ab"
+    assert "".join(before_stop(parts, ["D", "bE"])) == "a"
+    assert "".join(before_stop(parts, [])) == "abENDc"
+    assert "".join(before_stop(parts, ["none"])) == "abENDc"
+
+
+def test_the_first_stop_in_the_text_counts() -> None:
+    assert "".join(before_stop(["abcdef"], ["ef", "cd"])) == "ab"
+
+
+def test_the_beginning_of_a_stop_is_held_back_and_not_lost() -> None:
+    texts = before_stop(iter(["xE", "N", "", "yEN"]), ["END"])
+    assert next(texts) == "x"
+    assert next(texts) == "ENy"
+    assert list(texts) == ["EN"]
+
+
+def test_generation_ends_at_the_stop() -> None:
+    taken = []
+
+    def endless():  # type: ignore[no-untyped-def]
+        while True:
+            taken.append(1)
+            yield "ab"
+
+    assert "".join(before_stop(endless(), ["bab"])) == "a"
+    assert len(taken) == 2
+
+
+def test_control_characters_become_pictures() -> None:
+    assert without_control("a\x1b[2J\r\x7f\x9b\té\n") == "a\u241b[2J\u240d\u2421\ufffd\té\n"

@@ -1,0 +1,145 @@
+"""One prompt and its continuation: read the prompt, print the generated text as it comes, save the state."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from ...blocks.generation import Sampler
+from ..terminal import say, say_json
+from .session import Session, Text, reading_progress
+
+
+def answer_prompt(
+    session: Session, text: Text, sampler: Sampler, arguments: argparse.Namespace, target: Path | None
+) -> int:
+    """Read ``text``, generate what follows it, and save the state to ``target``, if given. Returns the exit status."""
+    answer: list[str] = []
+    tokens: list[int] = []
+    with saving_state(session, lambda: target):
+        start = time.perf_counter()
+        read = read_with_progress(session, text)
+        reading_seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        if arguments.max_new_tokens:
+            printer = Printer()
+            texts = session.generate(arguments.max_new_tokens, sampler, tokens.append)
+            try:
+                for part in before_stop(texts, arguments.stop):
+                    answer.append(part)
+                    if not arguments.json:
+                        printer.write(part)
+            finally:
+                if not arguments.json:
+                    printer.end_line()
+        generating_seconds = time.perf_counter() - start
+    if arguments.json:
+        say_json(
+            {
+                "model": os.path.abspath(arguments.model),
+                "text": "".join(answer),
+                "tokens": tokens,
+                "read": _pace(read, reading_seconds),
+                "generated": _pace(len(tokens), generating_seconds),
+                "position": session.position,
+                "memory_frozen": arguments.no_write,
+                "state": None if target is None else os.path.abspath(target),
+            }
+        )
+    elif not arguments.max_new_tokens:
+        saved = "" if target is None else f"; the state is saved to {target}"
+        say(f"{read:,} tokens read, {_pace(read, reading_seconds)['tokens_per_second']:,.0f} per second{saved}")
+    return 0
+
+
+def read_with_progress(session: Session, text: Text) -> int:
+    """Read ``text`` behind a progress bar; returns its number of tokens."""
+    with reading_progress(text, "reading") as update:
+        return session.read(text, update)
+
+
+@contextlib.contextmanager
+def saving_state(session: Session, target_of: Callable[[], Path | None]) -> Iterator[None]:
+    """Save the state to the file ``target_of()`` when the block ends, is interrupted, or its output pipe closes."""
+    try:
+        yield
+    except (KeyboardInterrupt, BrokenPipeError) as ending:
+        target = target_of()
+        if target is None or session.reading.tokens == 0:
+            raise
+        session.save(target)
+        if isinstance(ending, BrokenPipeError):
+            raise
+        raise KeyboardInterrupt(
+            f"interrupted; the state after {session.reading.tokens:,} tokens of this session is saved to {target}"
+        ) from None
+    target = target_of()
+    if target is not None:
+        session.save(target)
+
+
+def _pace(tokens: int, seconds: float) -> dict[str, float]:
+    return {
+        "tokens": tokens,
+        "seconds": round(seconds, 6),
+        "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+    }
+
+
+def before_stop(texts: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
+    """``texts`` up to the first of ``stops``, which is left out; the possible beginning of a stop is held back."""
+    held = ""
+    for text in texts:
+        held += text
+        found = [at for at in (held.find(stop) for stop in stops) if at >= 0]
+        if found:
+            yield held[: min(found)]
+            return
+        keep = max((_overlap(held, stop) for stop in stops), default=0)
+        ready, held = held[: len(held) - keep], held[len(held) - keep :]
+        if ready:
+            yield ready
+    if held:
+        yield held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest suffix of ``text`` that is a proper prefix of ``stop``."""
+    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-size:])), 0)
+
+
+def without_control(text: str) -> str:
+    """``text`` with control characters but tabs and line ends replaced by their pictures, harmless to a terminal."""
+    return text.translate(_CONTROL_PICTURES)
+
+
+_CONTROL_PICTURES = {
+    **{code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"},
+    127: 0x2421,
+    **dict.fromkeys(range(128, 160), 0xFFFD),
+}
+
+
+class Printer:
+    """Writes text to standard output as it comes; on a terminal without control characters."""
+
+    def __init__(self) -> None:
+        self.on_terminal = sys.stdout.isatty()
+        self.at_line_start = True
+
+    def write(self, text: str) -> None:
+        """Write ``text`` and flush."""
+        if text:
+            self.at_line_start = text.endswith("\n")
+            sys.stdout.write(without_control(text) if self.on_terminal else text)
+            sys.stdout.flush()
+
+    def end_line(self) -> None:
+        """Finish the line on a terminal; in a pipe the text is all that is written."""
+        if self.on_terminal and not self.at_line_start:
+            self.write("\n")
