@@ -6,24 +6,27 @@ Example::
 
     model = tb.build(tb.load_recipe("mac"), seed=0)
     out = model(tokens)                          # out.logits, out.loss, out.state
-    out = model(more_tokens, out.state)          # goes on exactly where the first call stopped
+    out = model(more_tokens, out.state)          # continues exactly where the first call stopped
+
+Names are imported when they are first used, so that ``import titans_build`` takes no time.
 """
 
-from .tools import starting as _starting  # noqa: F401 - before what takes long to import
+from __future__ import annotations
 
-# isort: split
-from importlib.metadata import version as _version
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from .blocks import Block, adapt, build_block, check_block, memory_check, memory_loss, observe, state, write_cost
-from .recipes import build, load, load_recipe, load_state, save, save_state
-from .registry import RecipeError, Spec, create, describe, list_blocks, register
-from .tools.data import open_source
-from .tools.inference import perplexity
-from .tools.swapping import memory, swap, unswap
-from .tools.tasks import Task, list_tasks, register_task
-from .tools.training import compare, search, train
+if TYPE_CHECKING:
+    from .blocks import Block, adapt, build_block, check_block, memory_check, memory_loss, observe, state, write_cost
+    from .recipes import build, load, load_recipe, load_state, save, save_state
+    from .registry import RecipeError, Spec, create, describe, list_blocks, register
+    from .tools.data import open_source
+    from .tools.inference import perplexity
+    from .tools.swapping import memory, swap, unswap
+    from .tools.tasks import Task, list_tasks, register_task
+    from .tools.training import compare, search, train
 
-__version__ = _version("titans-build")
+    __version__: str
 
 __all__ = [
     "Block",
@@ -60,3 +63,38 @@ __all__ = [
     "unswap",
     "write_cost",
 ]
+
+_PACKAGES = ("blocks", "kernels", "recipes", "registry", "tools")
+
+# the packages that the names above come from, where it is not `blocks`
+_HOMES = {
+    **dict.fromkeys(("build", "load", "load_recipe", "load_state", "save", "save_state"), "recipes"),
+    **dict.fromkeys(("RecipeError", "Spec", "create", "describe", "list_blocks", "register"), "registry"),
+    "open_source": "tools.data",
+    "perplexity": "tools.inference",
+    **dict.fromkeys(("memory", "swap", "unswap"), "tools.swapping"),
+    **dict.fromkeys(("Task", "list_tasks", "register_task"), "tools.tasks"),
+    **dict.fromkeys(("compare", "search", "train"), "tools.training"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: Any = version("titans-build")
+    elif name in __all__ or name in _PACKAGES:
+        # `blocks` first: importing it registers the built-in ones
+        value = importlib.import_module(".blocks", __name__)
+        if name in _PACKAGES:
+            value = importlib.import_module(f".{name}", __name__)
+        else:
+            value = getattr(importlib.import_module(f".{_HOMES.get(name, 'blocks')}", __name__), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -63,7 +63,7 @@ def test_every_import_is_understood() -> None:
     # one of each kind
     assert {"blocks.attention", "blocks.block"} <= IMPORTS["blocks"]
     assert {"registry", "blocks.block"} <= IMPORTS["blocks.chain"]
-    assert {"titans_build", "recipes", "tools.terminal"} <= IMPORTS["tools.command"]
+    assert {"titans_build", "recipes", "tools.terminal"} <= IMPORTS["tools.command_line"]
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))

@@ -1,12 +1,20 @@
-"""``titans-analyze``: the commands of the script, which is one."""
+"""``titans-analyze``: the console script."""
 
 from __future__ import annotations
 
-from .analysis import script
-from .command import Program
+from .command_line import Command, Program
+
+
+def _commands() -> dict[str, Command]:
+    from .analysis import script
+
+    return {"": Command.of(script)}
+
 
 PROGRAM = Program(
-    "titans-analyze", script, saving_memory="try fewer --tokens, fewer --pairs, or --device of another machine"
+    "titans-analyze",
+    _commands,
+    saving_memory="try fewer --tokens, fewer --pairs, or --device of another machine",
 )
 main, run = PROGRAM.main, PROGRAM.run
 

@@ -1,14 +1,18 @@
-"""``titans-infer``: the commands of the script, which is one."""
+"""``titans-infer``: the console script."""
 
 from __future__ import annotations
 
-from .command import Program
-from .inference import script
+from .command_line import Command, Program
+
+
+def _commands() -> dict[str, Command]:
+    from .inference import script
+
+    return {"": Command.of(script)}
+
 
 PROGRAM = Program(
-    "titans-infer",
-    script,
-    saving_memory="try --dtype bfloat16, or a model whose attention has a window",
+    "titans-infer", _commands, saving_memory="try --dtype bfloat16, or a model whose attention has a window"
 )
 main, run = PROGRAM.main, PROGRAM.run
 

@@ -1,14 +1,20 @@
-"""``titans-train``: the commands of the script. ``torchrun ... -m titans_build.tools.train`` runs it, too."""
+"""``titans-train``: the console script. ``torchrun ... -m titans_build.tools.train`` runs it, too."""
 
 from __future__ import annotations
 
-from .command import Program
-from .training import comparing_script, script, searching_script, task_listing
+from .command_line import Command, Program
+
+
+def _commands() -> dict[str, Command]:
+    from .training import comparing_script, script, searching_script, task_listing
+
+    modules = {"": script, "compare": comparing_script, "search": searching_script, "tasks": task_listing}
+    return {name: Command.of(module) for name, module in modules.items()}
+
 
 PROGRAM = Program(
     "titans-train",
-    script,
-    {"compare": comparing_script, "search": searching_script, "tasks": task_listing},
+    _commands,
     saving_memory="try a smaller --batch, -t accumulate=4, -t recompute=true or -t autocast=bfloat16",
     json_lines=True,
 )

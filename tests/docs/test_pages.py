@@ -63,6 +63,4 @@ def test_commands_are_ones_that_there_are(name: str) -> None:
     text = PAGES[name].read_text(encoding="utf-8")
     for program in programs.values():
         for words in command_lines(text, program.name):
-            first = words[0] if words[0] in program.commands else None
-            # raises where there is no such option
-            program.parser_of(first).parse_intermixed_args(words[1:] if first else words)
+            program.parse(words)  # raises where there is no such option

@@ -14,6 +14,7 @@ import torch
 import titans_build as tb
 from titans_build.blocks.language_model import LanguageModel
 from titans_build.tools.infer import PROGRAM
+from titans_build.tools.inference import script
 
 Infer = Callable[..., Any]
 
@@ -90,9 +91,9 @@ def test_examples_in_the_documentation_parse() -> None:
     page = (Path(__file__).parents[3] / "docs" / "infer.md").read_text(encoding="utf-8")
     lines = [line for line in page.splitlines() if line.startswith("titans-infer ")]
     assert len(lines) >= 7
-    for line in [*lines, *(example.partition("   ")[0] for example in PROGRAM.command.EXAMPLES)]:
+    for line in [*lines, *(example.partition("   ")[0] for example in script.EXAMPLES)]:
         words = shlex.split(line.rpartition("| ")[2], comments=True)
-        assert PROGRAM.parser_of(None).parse_intermixed_args(words[1:]).model.partition("/")[0] in ("models", "runs")
+        assert PROGRAM.parse(words[1:]).model.partition("/")[0] in ("models", "runs")
 
 
 def test_help(infer: Infer) -> None:

@@ -26,9 +26,7 @@ def test_every_setting_is_on_the_page(settings):
 
 
 def parsed(line):
-    words = shlex.split(line, comments=True)[1:]
-    named = words[0] in PROGRAM.commands
-    return PROGRAM.parser_of(words[0] if named else None).parse_intermixed_args(words[named:])
+    return PROGRAM.parse(shlex.split(line, comments=True)[1:])
 
 
 def test_the_lines_of_the_page_are_understood():
