@@ -28,8 +28,9 @@ from typing import Any, NamedTuple
 
 import kernel_resources
 
-from titans_build.kernels.triton import memory_answer_backward, memory_decay
-from titans_build.kernels.triton.schedule import schedule
+from titans_build.kernels.memory.triton import answer_bwd_kernel as memory_answer_backward
+from titans_build.kernels.memory.triton import decay_kernel as memory_decay
+from titans_build.kernels.memory.triton.schedule import schedule
 
 
 class Gpu(NamedTuple):

@@ -3,7 +3,7 @@
     python benchmarks/kernel_resources.py [--json] [--target sm_90 ...] [--dim 64] [--hidden 128] [--chunk 64]
         [--layers 2] [--operands bfloat16] [--kernel NAME ...]
 
-Every kernel is compiled ahead of time, with the tiles that it would be launched with (``kernels/triton/schedule.py``)
+Every kernel is compiled ahead of time, with the tiles that it would be launched with (``kernels/memory/triton/schedule.py``)
 and what Triton would know of its arguments then: that tensors and the sizes of a model are multiples of 16.
 ``registers`` are a thread's, ``spilled`` the bytes of a thread that they did not hold, ``shared`` the bytes of a
 program. ``dot``: the types that the matrix units are asked for.
@@ -31,22 +31,20 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from titans_build.kernels.gated import GATE
-from titans_build.kernels.triton import (
-    convolution,
-    gated,
-    memory_answer,
-    memory_answer_backward,
-    memory_decay,
-    memory_read,
-    memory_read_backward,
-    memory_resident,
-    memory_resident_backward,
-    memory_step,
-    memory_write,
-    memory_write_backward,
-)
-from titans_build.kernels.triton.schedule import RESIDENT, operands, resident, schedule
+from titans_build.kernels.memory.triton import answer_bwd_kernel as memory_answer_backward
+from titans_build.kernels.memory.triton import answer_kernel as memory_answer
+from titans_build.kernels.memory.triton import decay_kernel as memory_decay
+from titans_build.kernels.memory.triton import read_bwd_kernel as memory_read_backward
+from titans_build.kernels.memory.triton import read_kernel as memory_read
+from titans_build.kernels.memory.triton import resident_bwd_kernel as memory_resident_backward
+from titans_build.kernels.memory.triton import resident_kernel as memory_resident
+from titans_build.kernels.memory.triton import step_kernel as memory_step
+from titans_build.kernels.memory.triton import write_bwd_kernel as memory_write_backward
+from titans_build.kernels.memory.triton import write_kernel as memory_write
+from titans_build.kernels.memory.triton.schedule import RESIDENT, operands, resident, schedule
+from titans_build.kernels.norm_gate import triton as gated
+from titans_build.kernels.norm_gate.form import GATE
+from titans_build.kernels.short_conv import triton as convolution
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 MEMORY = (

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.attention import Prefix, attention
-from ..kernels.decoding.cached_attention import Cache, cached_attention, prepare_attention
-from ..kernels.layout import align, last
-from ..kernels.normalisation import rms_norm
-from ..kernels.projection import prepare_projection, project
+from ..kernels.attention.decode import Cache, cached_attention, prepare_attention
+from ..kernels.linear import prepare_projection, project
+from ..kernels.norm_gate.norm import rms_norm
+from ..kernels.padding import align, last
 from ..kernels.rotary import rotate
 from ..registry import register
 from .block import Block, Decoder, check_input, check_kept, check_state

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..kernels.layout import Layout, align
+from ..kernels.padding import Layout, align
 from ..registry import Needs, Spec, create, register
 from .block import Block, Decoder, as_memory, as_rows, check_input, check_state
 from .decoding import decoder, reader

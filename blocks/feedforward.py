@@ -9,9 +9,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.decoding.gated_projection import feed_forward, few, prepare_feed_forward
-from ..kernels.gate import swiglu
-from ..kernels.projection import project_made
+from ..kernels.linear import project_made
+from ..kernels.norm_gate.gate import swiglu
+from ..kernels.norm_gate.gated_projection import feed_forward, few, prepare_feed_forward
 from ..registry import register
 from .block import Block, Decoder, check_input
 from .linear import Linear, plain

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, embedding
 
-from ..kernels.projection import project
+from ..kernels.linear import project
 from ..registry import Spec
 from .block import Blocks, Decoder
 from .decoding import Arrangement, decoder

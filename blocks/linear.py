@@ -1,10 +1,10 @@
-"""The linear layer inside blocks: ``nn.Linear``, run by ``kernels.projection``."""
+"""The linear layer inside blocks: ``nn.Linear``, run by ``kernels.linear``."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..kernels.projection import project
+from ..kernels.linear import project
 
 
 class Linear(nn.Linear):

@@ -11,15 +11,15 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import hardsigmoid
 
-from ..kernels.decoding.gated_projection import few, gated_output, prepare_gated_output
-from ..kernels.decoding.memory_inputs import Layers, memory_inputs, memory_query, prepare_inputs
-from ..kernels.gate import gated_norm
-from ..kernels.layout import Layout, align, last
+from ..kernels.linear import project, project_made
 from ..kernels.memory import MemoryState, Options, Tokens, prepare_read, prepare_step, read_memory, titans_memory
 from ..kernels.memory.cost import memory_flops
-from ..kernels.projection import project, project_made
-from ..kernels.query import query
-from ..kernels.query_key_value import query_key_value
+from ..kernels.norm_gate.gate import gated_norm
+from ..kernels.norm_gate.gated_projection import few, gated_output, prepare_gated_output
+from ..kernels.padding import Layout, align, last
+from ..kernels.short_conv.memory_inputs import Layers, memory_inputs, memory_query, prepare_inputs
+from ..kernels.short_conv.query import query
+from ..kernels.short_conv.query_key_value import query_key_value
 from ..registry import register
 from .block import Block, Decoder, check_input, check_kept
 from .linear import Linear, plain

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..kernels.layout import Layout
 from ..kernels.memory import measure_memory
+from ..kernels.padding import Layout
 from .watching import Learned, Watch, computing_again
 
 

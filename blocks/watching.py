@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..kernels.layout import Layout
 from ..kernels.memory import MemoryState, Options, Tokens
+from ..kernels.padding import Layout
 
 
 class Learned(NamedTuple):

@@ -1,29 +1,5 @@
-"""The operations that models spend their time in: each with a plain reference and one or more fast backends."""
+"""The operations that models spend their time in: one folder each, with a plain reference and faster backends."""
 
-from . import (
-    attention,
-    convolution,
-    decoding,
-    gate,
-    memory,
-    normalisation,
-    projection,
-    query,
-    query_key_value,
-    rotary,
-    scan,
-)
+from . import attention, linear, memory, norm_gate, rotary, scan, short_conv
 
-__all__ = [
-    "attention",
-    "convolution",
-    "decoding",
-    "gate",
-    "memory",
-    "normalisation",
-    "projection",
-    "query",
-    "query_key_value",
-    "rotary",
-    "scan",
-]
+__all__ = ["attention", "linear", "memory", "norm_gate", "rotary", "scan", "short_conv"]

@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .compiling import Opaque
 from .constant import constant
+from .custom_op import Opaque
 
 VARIABLE = "TITANS_BUILD_BACKEND"
 

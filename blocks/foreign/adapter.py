@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ...kernels.layout import align
+from ...kernels.padding import align
 from ...registry import Problem, Unavailable, register, show
 from ..block import Block, check_input, check_state
 from ..state import State, batch_size, map_state, named_tensors

@@ -1,9 +1,9 @@
 """The neural memory: its state, the operation, and the oracles it is held against."""
 
-from .measuring import Measured, measure_memory
+from .decode import prepare_read, prepare_step
+from .measure import Measured, measure_memory
 from .operation import MEMORY, titans_memory
-from .prepared import prepare_read, prepare_step
-from .reading import read_memory
+from .read import read_memory
 from .state import MemoryState
 from .tokens import Options, Tokens
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from .activation import ACTIVATIONS
 from .buffers import Adjoint, Scratch, Work
 from .decay import ChunkDecay, chunk_decay
-from .torch_reading import EPS
+from .read_torch import EPS
 
 
 class ReadGrad(NamedTuple):

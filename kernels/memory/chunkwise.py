@@ -26,8 +26,8 @@ from ..precision import full_precision
 from .buffers import Adjoint, Scratch, Work
 from .chunk_network import ChunkNetwork
 from .decay import ChunkDecay
+from .read_torch import per_row
 from .tokens import Options, Tokens
-from .torch_reading import per_row
 
 GROUP = 8
 """Chunks worked on together: enough for large products, few enough that their work stays near the cache."""

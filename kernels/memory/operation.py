@@ -11,20 +11,20 @@ import torch
 from torch import Tensor
 
 from ..constant import told
+from ..cpu_runtime.call import plain
 from ..dispatch import Backend, Operation
-from ..native.kernel import plain
 from ..precision import full_precision, half
-from ..triton import availability as triton
+from ..triton_runtime import availability as triton
 from .checks import check_memory
+from .chunking import piecewise_memory
 from .closed_form import closed_form_memory
-from .finite import cuts_before_infinities
-from .native import native_memory, refuse_native
-from .native_token import native_step, refuse_token
-from .pieces import piecewise_memory
+from .cpu import native_memory, refuse_native
+from .nonfinite import cuts_before_infinities
 from .reference import reference_memory
-from .selecting import selective_memory
 from .state import MemoryState
-from .step import step_memory
+from .step_cpu import native_step, refuse_token
+from .step_torch import step_memory
+from .threshold import selective_memory
 from .tokens import Options, Path, Tokens
 
 
@@ -147,8 +147,8 @@ def _refuse_step(*, time: int = 1, grad: bool = False, **facts: object) -> str |
 def _triton(
     tokens: Tokens, state: MemoryState, norm: Tensor | None, mask: Tensor | None, options: Options
 ) -> tuple[Tensor, MemoryState]:
-    from ..triton.schedule import operands
-    from .triton_network import TritonNetwork
+    from .triton.network import TritonNetwork
+    from .triton.schedule import operands
 
     products = operands(tokens.q.dtype, None if options.half is None else getattr(torch, options.half))
     network = functools.partial(TritonNetwork, products=products)
@@ -164,7 +164,7 @@ def _refuse_triton(*, chunk: int = 1, **facts: Any) -> str | None:
 def _triton_step(
     tokens: Tokens, state: MemoryState, norm: Tensor | None, mask: Tensor | None, options: Options
 ) -> tuple[Tensor, MemoryState]:
-    from .triton_token import triton_step
+    from .triton.step import triton_step
 
     return triton_step(tokens, state, norm, mask, options)
 

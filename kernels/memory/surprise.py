@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .activation import ACTIVATIONS
 from .chunk_network import layer_norm_pull, square_sum
-from .torch_reading import EPS
+from .read_torch import EPS
 
 
 class Surprise(NamedTuple):

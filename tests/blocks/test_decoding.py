@@ -18,7 +18,7 @@ from titans_build.blocks.generation import Sampler, read_prompt, steps
 from titans_build.blocks.layer import Layer
 from titans_build.blocks.memory import NeuralMemory
 from titans_build.blocks.state import map_state, named_tensors
-from titans_build.kernels.native import library
+from titans_build.kernels.cpu_runtime import library
 
 SMALL = ["lmm", "mac", "mag", "mal", "transformer", "windows-and-mac", "two-memories", "memory-as-ffn"]
 SMALL += ["deltas-and-mac", "llama-and-memory"]

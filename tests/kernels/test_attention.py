@@ -7,8 +7,8 @@ import torch
 
 from titans_build.kernels import attention as module
 from titans_build.kernels.attention import Prefix, attention
+from titans_build.kernels.cpu_runtime import library
 from titans_build.kernels.dispatch import BackendError
-from titans_build.kernels.native import library
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 

@@ -6,13 +6,13 @@ import torch
 import titans_build.kernels  # noqa: F401  (defines the operations)
 from titans_build.kernels import compiling
 from titans_build.kernels.attention import Prefix, attention
-from titans_build.kernels.compiling import OPAQUE, describe
-from titans_build.kernels.decoding.cached_attention import Cache, Form
-from titans_build.kernels.decoding.memory_inputs import Layers
+from titans_build.kernels.attention.decode import Cache, Form
+from titans_build.kernels.cpu_runtime import library
+from titans_build.kernels.custom_op import OPAQUE, describe
 from titans_build.kernels.dispatch import OPERATIONS
 from titans_build.kernels.memory import MemoryState, Options, Tokens, titans_memory
-from titans_build.kernels.native import library
-from titans_build.kernels.normalisation import rms_norm
+from titans_build.kernels.norm_gate.norm import rms_norm
+from titans_build.kernels.short_conv.memory_inputs import Layers
 
 UNBUILT = library.refuse(device="cpu", dtype=torch.float64)
 built = pytest.mark.skipif(UNBUILT is not None, reason=f"C kernels: {UNBUILT}")

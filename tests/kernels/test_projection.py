@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
+from titans_build.kernels.cpu_runtime import library
 from titans_build.kernels.dispatch import BackendError, table
-from titans_build.kernels.native import library
-from titans_build.kernels.projection import project
+from titans_build.kernels.linear import project
 
 UNBUILT = library.refuse(device="cpu", dtype=torch.float32)
 

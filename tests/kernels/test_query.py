@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from titans_build.kernels.native import library
-from titans_build.kernels.query import query
-from titans_build.kernels.query_key_value import query_key_value
+from titans_build.kernels.cpu_runtime import library
+from titans_build.kernels.short_conv.query import query
+from titans_build.kernels.short_conv.query_key_value import query_key_value
 
 UNBUILT = library.refuse(device="cpu", dtype=torch.float64)
 needs_native = pytest.mark.skipif(UNBUILT is not None, reason=f"C kernels: {UNBUILT}")

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from titans_build.kernels.native import library
+from titans_build.kernels.cpu_runtime import library
 from titans_build.kernels.rotary import rotate
 
 UNBUILT = library.refuse(device="cpu", dtype=torch.float64)

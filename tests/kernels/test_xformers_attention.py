@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from titans_build.kernels import xformers_attention as module
 from titans_build.kernels.attention import Prefix, attention
-from titans_build.kernels.attention_reference import visible_keys
+from titans_build.kernels.attention import xformers as module
+from titans_build.kernels.attention.reference import visible_keys
+from titans_build.kernels.attention.xformers import parts, refuse_xformers, xformers_attention
 from titans_build.kernels.dispatch import OPERATIONS, Backend, BackendError, Unable, table
-from titans_build.kernels.xformers_attention import parts, refuse_xformers, xformers_attention
 
 masks = pytest.importorskip("xformers.ops.fmha.attn_bias", reason="xFormers is for Linux")
 

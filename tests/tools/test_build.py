@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import titans_build as tb
-from titans_build.kernels.native import library
+from titans_build.kernels.cpu_runtime import library
 from titans_build.registry import scratch
 from titans_build.tools import trial_memory
 

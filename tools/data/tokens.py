@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...kernels.native.cache import folder as cache_folder
+from ...kernels.cpu_runtime.build_cache import folder as cache_folder
 from ...recipes.replacing import replacing
 from ...registry import Problem, RecipeError, nearest, show
 from ..randomness import Integers

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, logsigmoid, normalize, scaled_dot_product_attention
 
-from ...kernels.gate import swiglu
-from ...kernels.normalisation import rms_norm
+from ...kernels.norm_gate.gate import swiglu
+from ...kernels.norm_gate.norm import rms_norm
 
 Forward = Callable[[], Tensor]
 

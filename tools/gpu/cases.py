@@ -14,20 +14,20 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ...kernels.attention import Prefix, attention
-from ...kernels.convolution import causal_convolution
-from ...kernels.decoding.cached_attention import Cache, cached_attention
-from ...kernels.decoding.gated_projection import feed_forward, gated_output
-from ...kernels.decoding.memory_inputs import Layers, memory_inputs
+from ...kernels.attention.decode import Cache, cached_attention
 from ...kernels.dispatch import OPERATIONS
-from ...kernels.gate import gate, gated_norm, swiglu
+from ...kernels.linear import project
 from ...kernels.memory import MemoryState, titans_memory
-from ...kernels.memory.reading import read_memory
-from ...kernels.normalisation import l2_norm, rms_norm
-from ...kernels.projection import project
-from ...kernels.query import query
-from ...kernels.query_key_value import query_key_value
+from ...kernels.memory.read import read_memory
+from ...kernels.norm_gate.gate import gate, gated_norm, swiglu
+from ...kernels.norm_gate.gated_projection import feed_forward, gated_output
+from ...kernels.norm_gate.norm import l2_norm, rms_norm
 from ...kernels.rotary import rotate
 from ...kernels.scan import linear_scan
+from ...kernels.short_conv.convolution import causal_convolution
+from ...kernels.short_conv.memory_inputs import Layers, memory_inputs
+from ...kernels.short_conv.query import query
+from ...kernels.short_conv.query_key_value import query_key_value
 
 Inputs = dict[str, Tensor]
 
@@ -49,7 +49,7 @@ class Case(NamedTuple):
     rounds: bool = False
     """Whether a LayerNorm enlarges what its inputs are rounded by: see ``parity.bounds``."""
     schedule: str = "auto"
-    """Of the kernels that have two, ``kernels.triton.schedule.SCHEDULES``."""
+    """Of the kernels that have two, ``kernels.memory.triton.schedule.SCHEDULES``."""
 
 
 def cases(small: bool = False) -> tuple[Case, ...]:

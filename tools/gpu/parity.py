@@ -25,7 +25,7 @@ DIGITS = {"tf32": 11, "bfloat16": 8, "float16": 11}
 """Binary digits of an operand."""
 REFERENCE = "reference"
 SCHEDULE = "TITANS_BUILD_SCHEDULE"
-"""``kernels.triton.schedule.VARIABLE``, which is read without Triton here."""
+"""``kernels.memory.triton.schedule.VARIABLE``, which is read without Triton here."""
 
 
 class Task(NamedTuple):

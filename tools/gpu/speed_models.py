@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ... import recipes
 from ...kernels.attention import Prefix, attention
-from ...kernels.convolution import causal_convolution
-from ...kernels.gate import gate, swiglu
-from ...kernels.normalisation import rms_norm
+from ...kernels.norm_gate.gate import gate, swiglu
+from ...kernels.norm_gate.norm import rms_norm
+from ...kernels.short_conv.convolution import causal_convolution
 from .baselines import Transformer, autocast
 from .sizes import Sizes
 from .timing import Case, Run, backends, passes

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from titans_build.kernels.decoding.cached_attention import Cache, cached_attention
-from titans_build.kernels.native.library import refuse
+from titans_build.kernels.attention.decode import Cache, cached_attention
+from titans_build.kernels.cpu_runtime.library import refuse
 
 UNBUILT = refuse(device="cpu", dtype=torch.float64)
 NATIVE = pytest.param("native", marks=pytest.mark.skipif(UNBUILT is not None, reason=f"C kernels: {UNBUILT}"))

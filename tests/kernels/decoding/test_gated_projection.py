@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from titans_build.kernels.decoding.gated_projection import feed_forward, few, gated_output
-from titans_build.kernels.native.library import refuse
+from titans_build.kernels.cpu_runtime.library import refuse
+from titans_build.kernels.norm_gate.gated_projection import feed_forward, few, gated_output
 
 UNBUILT = refuse(device="cpu", dtype=torch.float64)
 NATIVE = pytest.param("native", marks=pytest.mark.skipif(UNBUILT is not None, reason=f"C kernels: {UNBUILT}"))

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from titans_build.kernels.cpu_runtime import library
 from titans_build.kernels.memory import MemoryState, titans_memory
 from titans_build.kernels.memory import operation as module
-from titans_build.kernels.native import library
 
 UNBUILT = library.refuse(device="cpu", dtype=torch.float64)
 NATIVE = pytest.param("native", marks=pytest.mark.skipif(UNBUILT is not None, reason=f"C kernels: {UNBUILT}"))

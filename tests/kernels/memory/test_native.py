@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from titans_build.kernels.cpu_runtime import library
 from titans_build.kernels.dispatch import BackendError
 from titans_build.kernels.memory import MemoryState, titans_memory
-from titans_build.kernels.native import library
 
 UNBUILT = library.refuse(device="cpu", dtype=torch.float32)
 pytestmark = pytest.mark.skipif(UNBUILT is not None, reason=f"C kernels: {UNBUILT}")

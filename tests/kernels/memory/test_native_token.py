@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 
+from titans_build.kernels.cpu_runtime.library import refuse
 from titans_build.kernels.dispatch import BackendError
 from titans_build.kernels.memory import MemoryState, read_memory, titans_memory
-from titans_build.kernels.native.library import refuse
 
 UNBUILT = refuse(device="cpu", dtype=torch.float64)
 pytestmark = pytest.mark.skipif(UNBUILT is not None, reason=f"C kernels: {UNBUILT}")

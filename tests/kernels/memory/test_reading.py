@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from titans_build.kernels.cpu_runtime import library
 from titans_build.kernels.memory import MemoryState, prepare_read, read_memory, titans_memory
-from titans_build.kernels.native import library
 
 
 def test_reading_is_the_operation_without_the_write():

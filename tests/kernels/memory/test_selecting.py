@@ -7,7 +7,7 @@ import torch
 from memory_cases import FAST, NATIVE, Case, assert_agrees, assert_equal, tensors
 
 from titans_build.kernels.memory import MemoryState, Options, Tokens, measure_memory, titans_memory
-from titans_build.kernels.memory.selecting import selective_memory
+from titans_build.kernels.memory.threshold import selective_memory
 
 STEP = pytest.param("native_step", marks=NATIVE.marks)
 LOW, MIDDLE, HIGH = 1e-6, 8.0, 1e6

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from titans_build.kernels.native import library
+from titans_build.kernels.cpu_runtime import library
 
 built = pytest.mark.skipif(library._compiler() is None, reason="no C compiler")
 
@@ -46,7 +46,7 @@ def test_other_devices_and_dtypes_are_refused_without_building():
 )
 def test_without_a_compiler_the_operation_runs_on_another_path(tmp_path, compiler, said):
     reason = (
-        "import torch; from titans_build.kernels.native import library;"
+        "import torch; from titans_build.kernels.cpu_runtime import library;"
         "print(library.refuse(device='cpu', dtype=torch.float32))"
     )
     environment = dict(CC=compiler, TITANS_BUILD_CACHE=str(tmp_path))
@@ -133,7 +133,7 @@ def test_a_compiler_with_another_openmp_or_none_builds_for_one_thread(tmp_path, 
     )
     environment = dict(CC=a_compiler(tmp_path, with_threads), TITANS_BUILD_CACHE=str(tmp_path / "cache"))
     code = MEMORY + "print(library.refuse(device='cpu', dtype=torch.float32))"
-    done = python("from titans_build.kernels.native import library\n" + code, **environment)
+    done = python("from titans_build.kernels.cpu_runtime import library\n" + code, **environment)
     assert re.search(f"the CPU kernels run on one thread, .*: with threads they (were built but )?{said}", done.stderr)
     value, refused = done.stdout.split()
     assert refused == "None"

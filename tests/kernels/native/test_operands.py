@@ -16,13 +16,13 @@ from torch.nn.functional import linear
 import titans_build as tb
 from titans_build.kernels import dispatch, projection
 from titans_build.kernels.attention import Prefix, attention
-from titans_build.kernels.gate import swiglu
+from titans_build.kernels.cpu_runtime import operands as module
+from titans_build.kernels.cpu_runtime.operands import operands
+from titans_build.kernels.linear import cpu as product
+from titans_build.kernels.linear import project, project_made
 from titans_build.kernels.memory import MemoryState, titans_memory
-from titans_build.kernels.memory.reading import read_memory
-from titans_build.kernels.native import operands as module
-from titans_build.kernels.native import product
-from titans_build.kernels.native.operands import operands
-from titans_build.kernels.projection import project, project_made
+from titans_build.kernels.memory.read import read_memory
+from titans_build.kernels.norm_gate.gate import swiglu
 
 UNABLE = module._cannot()
 able = pytest.mark.skipif(UNABLE is not None, reason=f"bfloat16 operands: {UNABLE}")

@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from titans_build.kernels.native import library
-from titans_build.kernels.native.kernel import threads_worth
-from titans_build.kernels.projection import project
+from titans_build.kernels.cpu_runtime import library
+from titans_build.kernels.cpu_runtime.call import threads_worth
+from titans_build.kernels.linear import project
 
 pytestmark = pytest.mark.skipif(
     library.refuse(device="cpu", dtype=torch.float32) is not None, reason="the kernels cannot be built here"

@@ -19,7 +19,7 @@ from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
-from titans_build.kernels.triton import availability, launch
+from titans_build.kernels.triton_runtime import availability, launch
 
 TARGET = GPUTarget("cuda", 90, 32)
 BACKEND = make_backend(TARGET)
@@ -77,9 +77,9 @@ def memory(depth: int, full: bool, learned: bool, schedule: str = "streamed", ba
 
 
 def others() -> None:
-    from titans_build.kernels.gated import GATE, Form
-    from titans_build.kernels.triton.convolution import convolve
-    from titans_build.kernels.triton.gated import gated
+    from titans_build.kernels.norm_gate.form import GATE, Form
+    from titans_build.kernels.norm_gate.triton import gated
+    from titans_build.kernels.short_conv.triton import convolve
 
     x, gain = ones(1, 1, 1), ones(1, 1)
     gated(Form(GATE, 1, 1, 1.0, 1e-6), x, x * 1, gain, gain * 1).sum().backward()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from titans_build.kernels.memory.decay import ChunkDecay, chunk_decay
-from titans_build.kernels.memory.triton_decay import triton_decay
+from titans_build.kernels.memory.triton.decay import triton_decay
 
 pytest.importorskip("triton")
 

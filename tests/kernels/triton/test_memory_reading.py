@@ -7,9 +7,10 @@ import torch
 from torch.testing import assert_close
 
 from titans_build.kernels.dispatch import BackendError
-from titans_build.kernels.memory import read_memory, triton_reading
-from titans_build.kernels.memory.reading import READING
-from titans_build.kernels.triton import memory_answer_backward
+from titans_build.kernels.memory import read_memory
+from titans_build.kernels.memory.read import READING
+from titans_build.kernels.memory.triton import answer_bwd_kernel as memory_answer_backward
+from titans_build.kernels.memory.triton import read as triton_reading
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")

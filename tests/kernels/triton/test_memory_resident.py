@@ -9,8 +9,8 @@ from titans_build.kernels.memory import MemoryState, titans_memory
 
 pytest.importorskip("triton")
 
-from titans_build.kernels.memory import triton_network
-from titans_build.kernels.triton import schedule
+from titans_build.kernels.memory.triton import network as triton_network
+from titans_build.kernels.memory.triton import schedule
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 

@@ -7,7 +7,7 @@ from titans_build.kernels.dispatch import BackendError
 
 pytest.importorskip("triton")
 
-from titans_build.kernels.triton.schedule import VARIABLE, held, operands, resident, schedule
+from titans_build.kernels.memory.triton.schedule import VARIABLE, held, operands, resident, schedule
 
 HALF, FULL = operands(torch.float32, torch.bfloat16), operands(torch.float32)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from titans_build.kernels import dispatch, xformers_attention
+from titans_build.kernels import dispatch
+from titans_build.kernels.attention import xformers as xformers_attention
 from titans_build.kernels.dispatch import OPERATIONS, Operation
-from titans_build.kernels.triton import availability
+from titans_build.kernels.triton_runtime import availability
 from titans_build.tools.gpu import cases as gpu_cases
 
 DTYPES = (torch.float32, torch.bfloat16)

@@ -1,0 +1,109 @@
+"""Attention on the C kernel: arguments handed over, outputs and gradients handed back."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..cpu_runtime.call import Kernel, address, tracks
+from ..cpu_runtime.huge_pages import fresh
+from ..cpu_runtime.operands import operands
+
+_Prefix: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""Queries without positions, keys, values: ``attention.Prefix``."""
+
+_run = Kernel("attention_run", 71, 0)
+
+
+def native_attention(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, start: Tensor | None, prefix: _Prefix | None, step: int
+) -> Tensor:
+    """``attention`` in float32 or float64 on a CPU."""
+    tensors = (q, k, v) if prefix is None else (q, k, v, *prefix)
+    start = None if start is None else start.contiguous()
+    if tracks(*tensors):
+        return _Native.apply(window, step, start, operands(q.dtype), *tensors)
+    return _forward(window, step, start, operands(q.dtype), tensors, None)[0]
+
+
+class _Native(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, window: int | None, step: int, start: Tensor | None, products: torch.dtype, *tensors: Tensor
+    ) -> Tensor:
+        q = tensors[0]
+        lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1])
+        y, used = _forward(window, step, start, products, tensors, lse)
+        ctx.window, ctx.step, ctx.operands = window, step, products
+        ctx.save_for_backward(start, y, lse, *used)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        start, y, lse, *tensors = ctx.saved_tensors
+        # hooks on saved tensors may give them back laid out otherwise
+        start, lse = (None if x is None else x.contiguous() for x in (start, lse))
+        y, *tensors = _dense(y, *tensors)
+        (grad,) = _dense(grad)
+        grads = [fresh(x.shape, x.dtype) for x in tensors]
+        _call(ctx.window, ctx.step, start, ctx.operands, tensors, y, lse, grads, grad)
+        return None, None, None, None, *grads
+
+
+def _forward(
+    window: int | None,
+    step: int,
+    start: Tensor | None,
+    products: torch.dtype,
+    tensors: tuple[Tensor, ...],
+    lse: Tensor | None,
+) -> tuple[Tensor, list[Tensor]]:
+    dense = _dense(*tensors)
+    y = fresh(tensors[0].shape, tensors[0].dtype)
+    _call(window, step, start, products, dense, y, lse, None, None)
+    return y, dense
+
+
+def _dense(*tensors: Tensor) -> list[Tensor]:
+    """With their last dimension dense."""
+    return [x if x.stride(3) == 1 else x.contiguous() for x in tensors]
+
+
+def _call(
+    window: int | None,
+    step: int,
+    start: Tensor | None,
+    products: torch.dtype,
+    tensors: list[Tensor],
+    y: Tensor,
+    lse: Tensor | None,
+    grads: list[Tensor] | None,
+    grad: Tensor | None,
+) -> None:
+    """``attend`` of attention.c, field by field; ``tensors`` and ``grads``: q, k, v and perhaps the prefix's.
+
+    ``products``: what ``operands`` said.
+    """
+    rows, time, heads, d = y.shape
+    kv_heads = tensors[1].shape[2]
+    sets: list[int] = []
+    for first in (0, 3):
+        if first == len(tensors):
+            sets += [0] * 26
+            continue
+        for part in (tensors, grads):
+            for i in range(first, first + 3):
+                sets += [0] * 4 if part is None else _sequence(part[i])
+        sets += [tensors[first + 1].shape[1], first > 0]
+    _run(
+        products, rows, time, heads, kv_heads, d, window or 0, step, *sets, address(start), *_sequence(y),
+        *([0] * 4 if grad is None else _sequence(grad)), address(lse), grads is not None,
+        max(1, min(torch.get_num_threads(), rows * kv_heads)),
+    )  # fmt: skip
+
+
+def _sequence(x: Tensor) -> list[int]:
+    return [x.data_ptr(), *x.stride()[:3]]

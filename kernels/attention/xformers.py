@@ -1,0 +1,261 @@
+"""Attention on a GPU through xFormers: masks it knows by name, and one softmax over several of them.
+
+xFormers computes attention under a mask that is an object, not a tensor: causal, with or without a window, the queries
+being the last tokens of the keys. What is more than that is a sum of such parts, which are merged by their log-sum-exp:
+
+* a prefix is a part without a mask, with queries of its own;
+* where queries stand at every ``step``-th key, the keys are ``step`` interleaved streams, and each is a causal part of
+  its own: of the stream that ends ``lag`` keys before the last query, a query sees all that is not after it, and of a
+  window of ``w`` keys the last ``(w - lag) / step``, rounded up.
+
+Only what all of this needs is imported, in ``_library``: where xFormers moves its parts, this is the place. Whether a
+build of it has kernels for a GPU, and whether they are right, is seen on the GPU alone: before it is taken for the
+first time it is tried, forward and backward.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..constant import constant
+from ..dispatch import Unable
+from .reference import Prefix, reference_attention
+
+OLDEST = (0, 0, 35)
+"""The first version whose library is for any PyTorch from 2.10 on; older ones are for one version each."""
+WIDEST = 256
+"""Numbers of a head that its kernels take, in steps of ``ALIGNED``."""
+ALIGNED = 8
+KERNELS = (32, 64, 96, 128, 192, 256)
+"""Widths of heads that its kernels are made for; one takes all up to it."""
+OFF = 0.03
+"""Largest ``rms(out - ref) / rms(ref)`` in a trial: what float16 and bfloat16 round is a third of it at most."""
+_INSTALL = "pip install 'titans-build[gpu]'"
+
+
+class Part(NamedTuple):
+    """Attention under a mask that xFormers knows."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    causal: bool
+    """The queries are the last tokens of the keys, and see none after them; else every query sees every key."""
+    window: int | None
+    """Keys in sight where it is causal, a query's own included; ``None``: all."""
+
+
+def xformers_attention(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, start: Tensor | None, prefix: Prefix | None, step: int
+) -> Tensor:
+    """``attention`` in float16 or bfloat16 on a GPU; without ``start``.
+
+    Raises ``Unable`` where xFormers' own checks say no: of forward before it has run, of backward, which has the same
+    ones, in the trial.
+    """
+    if start is not None:
+        raise ValueError("start: expected None, which refuse_xformers makes sure of")
+    if not q.numel():
+        return torch.zeros_like(q)
+    try:
+        return _attend(_library(), parts(q, k, v, window, prefix, step))
+    except (ImportError, NotImplementedError, ValueError) as error:
+        raise Unable(_said(error)) from error
+
+
+def _attend(library: _Library, found: list[Part]) -> Tensor:
+    if len(found) == 1:
+        part = found[0]
+        y: Tensor = library.whole(part.q, part.k, part.v, attn_bias=mask(library, part))
+        return y
+    merged: Tensor = library.merge(*(library.partial(p.q, p.k, p.v, attn_bias=mask(library, p)) for p in found))
+    return merged
+
+
+def parts(q: Tensor, k: Tensor, v: Tensor, window: int | None, prefix: Prefix | None, step: int) -> list[Part]:
+    """What is seen, as parts that each have a mask of their own and together one softmax."""
+    heads, keys = q.shape[2], k.shape[1]
+    found = []
+    for lag in range(step):
+        reach = None if window is None else -(-(window - lag) // step)
+        if reach is None or reach > 0:
+            stream = slice((keys - 1 - lag) % step, None, step)
+            found.append(Part(q, _per_head(k[:, stream], heads), _per_head(v[:, stream], heads), True, reach))
+    if prefix is not None:
+        pq, pk, pv = prefix
+        found.append(Part(pq, _per_head(pk, heads), _per_head(pv, heads), False, None))
+    return [part._replace(q=_aligned(part.q), k=_aligned(part.k), v=_aligned(part.v)) for part in found]
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Its kernels read 16 bytes at a time, and do not look where."""
+    apart = [step for step, size in zip(x.stride(), x.shape) if size > 1]
+    if x.stride(-1) == 1 and not any(step % ALIGNED for step in apart[:-1]) and not x.storage_offset() % ALIGNED:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def mask(library: Any, part: Part) -> Any:
+    """The object for the part's mask, or ``None``."""
+    if not part.causal:
+        return None
+    if part.window is None or part.window >= part.k.shape[1]:
+        return library.masks.LowerTriangularFromBottomRightMask()
+    return library.masks.LowerTriangularFromBottomRightLocalAttentionMask(_window_size=part.window)
+
+
+def _per_head(x: Tensor, heads: int) -> Tensor:
+    """Keys or values for every query head: kernels for groups of heads have no backward."""
+    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)
+
+
+def refuse_xformers(
+    *,
+    device: str,
+    dtype: torch.dtype,
+    width: int = ALIGNED,
+    start: bool = False,
+    gaps: bool = False,
+    grad: bool = False,
+    deterministic: bool = False,
+    **facts: Any,
+) -> str | None:
+    """Why xFormers cannot run, or ``None``.
+
+    ``width``: of a head. ``start``: rows may begin at different keys. ``gaps``: queries stand at every so many keys,
+    and the first has fewer than that before it.
+    """
+    if device != "cuda":
+        return f"runs on a GPU, not on {device}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"takes float16 and bfloat16, not {dtype}: for others it has no windows with gradients and no prefix"
+    if width > WIDEST or width % ALIGNED:
+        return f"takes heads of up to {WIDEST} numbers in steps of {ALIGNED}, not {width}"
+    if start:
+        return "takes rows that all begin at one key"
+    if gaps:
+        return "takes queries that each have a key of their own in every stream"
+    if grad and deterministic:
+        return "its gradients differ from run to run, and deterministic algorithms are asked for"
+    return _missing(dtype, next(each for each in KERNELS if width <= each))
+
+
+@constant
+def _missing(dtype: torch.dtype, width: int) -> str | None:
+    return _looked_for() or _tried(dtype, width)
+
+
+@functools.cache
+def _looked_for() -> str | None:
+    if importlib.util.find_spec("xformers") is None:
+        return f"needs xFormers: {_INSTALL}"
+    version = importlib.metadata.version("xformers")
+    if _numbers(version) < OLDEST:
+        return f"needs xFormers {'.'.join(map(str, OLDEST))} or newer, not {version}: {_INSTALL}"
+    if torch.version.hip:
+        return "its kernels for NVIDIA's GPUs are the ones that are used here"
+    try:
+        library = _library()
+    except Exception as error:  # a build for another PyTorch fails in its own ways
+        return f"xFormers {version} cannot be loaded beside PyTorch {torch.__version__}: {error}"
+    if not library.built:
+        return f"xFormers {version} has no FlashAttention beside PyTorch {torch.__version__}"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        major, minor = torch.cuda.get_device_capability()
+        return f"needs a GPU of compute capability 8.0 or newer, not {major}.{minor}"
+    return None
+
+
+TRIALS = ((None, 0, 1), (16, 0, 1), (16, 5, 1), (16, 5, 2))
+"""Window, persistent tokens, keys from one query to the next: every kind of mask, alone and merged."""
+
+
+@functools.cache
+def _tried(dtype: torch.dtype, width: int, device: str = "cuda") -> str | None:
+    """Why its kernels do not do here what they should, found out by running them once; or ``None``."""
+    deterministic, warning = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(False)
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
+            off = [_off(dtype, width, device, *trial) for trial in TRIALS]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # kernels for another GPU fail in their own ways
+        return f"failed when it was tried on this GPU: {type(error).__name__}: {_said(error)}"
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=warning)
+    if all(each <= OFF for each in off):
+        return None
+    return f"gave wrong numbers when it was tried on this GPU, off by up to {max(off):.0%}"
+
+
+def _off(dtype: torch.dtype, width: int, device: str, window: int | None, persistent: int, step: int) -> float:
+    """How far outputs and gradients are from what they should be, at most; infinity for NaN."""
+    random = torch.Generator().manual_seed(0)
+    lengths = [40, 40 * step + 16, 40 * step + 16, *([40, persistent, persistent] if persistent else [])]
+    given = [torch.randn(2, n, 2, width, generator=random).to(device, dtype) for n in lengths]
+
+    def passes(run: Any, inputs: list[Tensor]) -> list[Tensor]:
+        leaves = [x.requires_grad_() for x in inputs]
+        y = run(*leaves[:3], Prefix(*leaves[3:]) if persistent else None)
+        grads = torch.autograd.grad(y, leaves, given[0].detach().to(y.dtype))
+        return [x.detach().double() for x in (y, *grads)]
+
+    found = passes(lambda q, k, v, first: xformers_attention(q, k, v, window, None, first, step), list(given))
+    right = passes(
+        lambda q, k, v, first: reference_attention(q, k, v, window, None, first, step),
+        [x.detach().double() for x in given],
+    )
+    off = [float((x - y).norm() / y.norm()) for x, y in zip(found, right)]
+    return max(x if x == x else float("inf") for x in off)
+
+
+def _said(error: Exception) -> str:
+    """In one line; xFormers gives its reasons below a first line that repeats the inputs."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reasons = [line for line, before in zip(lines[1:], lines) if before.endswith("is not supported because:")]
+    return "; ".join(dict.fromkeys(reasons)) or (lines[0] if lines else type(error).__name__)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """``0.0.35.post1+cu130`` -> ``0, 0, 35``."""
+    return tuple(int(part) for part in version.split("+")[0].split(".") if part.isdigit())
+
+
+class _Library(NamedTuple):
+    """The parts of xFormers that are used here."""
+
+    whole: Any
+    """Attention under one mask."""
+    partial: Any
+    """The same, to be merged with others."""
+    merge: Any
+    """Of such, the softmax over all."""
+    masks: Any
+    """The module of masks."""
+    built: bool
+    """Whether there are kernels that can do all of this."""
+
+
+@functools.cache
+def _library() -> _Library:
+    from xformers.ops import fmha
+    from xformers.ops.fmha import attn_bias, flash, merge_training
+
+    built = flash.FwOp.is_available() and flash.BwOp.is_available()
+    return _Library(
+        fmha.memory_efficient_attention,
+        merge_training.memory_efficient_attention_partial_autograd,
+        merge_training.merge_attentions_autograd,
+        attn_bias,
+        built,
+    )

@@ -1,0 +1,111 @@
+"""One token for decoding: the recurrence itself, in as few passes over the state as there are.
+
+At this size an operator costs more to start than to run, and the state more to read than to compute with. Vectors are
+therefore multiplied from the right (on a CPU that reads the matrix as fast as memory gives it), norms of gradients are
+products of norms, and constants go where an operator takes one anyway.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .activation import ACTIVATIONS
+from .read_torch import EPS, answer, network, per_row, small
+from .state import MemoryState
+from .tokens import Options, Tokens
+
+
+def step_memory(
+    tokens: Tokens, state: MemoryState, norm: Tensor | None, mask: Tensor | None, options: Options
+) -> tuple[Tensor, MemoryState]:
+    """``titans_memory`` for ``time = 1`` without gradients. Rows may be at different positions."""
+    q, k, v, theta, eta, alpha = tokens
+    chunk, activation, clip, read, *_, threshold = options
+    batch, _, heads, _ = q.shape
+    pull = small(ACTIVATIONS[activation].pull)
+    gain = None if norm is None else per_row(norm, batch)
+    weights = [w.flatten(0, 1) for w in state.weights]
+    phases = [position % chunk for position in state.position.tolist()]
+    anchor, next_anchor = weights, state.weights
+    if any(phases):
+        anchor, next_anchor = [a.flatten(0, 1) for a in state.anchor], state.anchor
+        if not all(phases):
+            starts = torch.tensor([phase == 0 for phase in phases], device=q.device).view(-1, 1, 1, 1)
+            next_anchor = tuple(torch.where(starts, w, a) for w, a in zip(state.weights, state.anchor))
+            anchor = [a.flatten(0, 1) for a in next_anchor]
+
+    # keys forward through the anchor, half errors back
+    key, value = (x.reshape(batch * heads, 1, x.shape[3]) for x in (k, v))
+    inputs, hidden = network(key, anchor, activation)
+    out = hidden[-1]
+    if gain is None:
+        error = out - value
+    else:
+        shape = out.shape[-1:]
+        n, mean, inverse = torch.native_layer_norm(out, shape, None, None, EPS)
+        error = torch.addcmul(key, n, gain).sub_(value).mul_(gain)
+        error = torch.ops.aten.native_layer_norm_backward(
+            error, out, shape, mean, inverse, None, None, [True, False, False]
+        )[0]
+    errors = [error]
+    for layer in range(len(anchor) - 2, -1, -1):
+        error = torch.bmm(error, anchor[layer + 1])
+        if activation != "identity":
+            error = pull(error, hidden[layer])
+        errors.append(error)
+    errors.reverse()
+
+    # the step is -2 theta, or -clip theta / max(|gradient / 2|, clip / 2); the number in front waits for addcmul
+    size, factor = theta.reshape(batch * heads, 1, 1), -2.0
+    half_norm = None if clip is threshold is None else _half_norm(errors, inputs)
+    held = None if half_norm is None or threshold is None else half_norm < threshold / 2
+    if half_norm is not None and clip is not None:
+        size, factor = size / half_norm.clamp_min_(clip / 2), -clip
+    lasting = None if eta is None else eta.reshape(batch * heads, 1, 1)
+    retain = None if alpha is None else torch.rsub(alpha, 1).reshape(batch * heads, 1, 1)
+    if held is not None:
+        size = size.masked_fill(held, 0.0)
+        retain = None if retain is None else retain.masked_fill(held, 1.0)
+    momentum, after = [], []
+    for layer, weight in enumerate(weights):
+        push = (errors[layer] * size).mT
+        if lasting is None:
+            surprise = torch.mul(push, inputs[layer]).mul_(factor)
+        else:
+            surprise = state.momentum[layer].flatten(0, 1) * lasting
+            surprise.addcmul_(push, inputs[layer], value=factor)
+            momentum.append(surprise)
+        after.append(surprise + weight if retain is None else torch.addcmul(surprise, weight, retain))
+
+    query = q.reshape(batch * heads, 1, q.shape[3])
+    y = answer(query, after if read == "after" else weights, activation, gain).view(batch, 1, heads, v.shape[3])
+
+    split = lambda parts: tuple([x.view(w.shape) for x, w in zip(parts, state.weights)])  # noqa: E731
+    new_weights = split(after)
+    new_momentum = split(momentum) if lasting is not None else state.momentum
+    ends = [phase + 1 == chunk for phase in phases]
+    if all(ends):
+        next_anchor = new_weights
+    elif any(ends):
+        at_end = torch.tensor(ends, device=q.device).view(-1, 1, 1, 1)
+        next_anchor = tuple(torch.where(at_end, w, a) for w, a in zip(new_weights, next_anchor))
+    if mask is None:
+        return y, MemoryState(new_weights, new_momentum, next_anchor, state.position + 1)
+    real = mask.view(batch, 1, 1, 1)
+    keep = lambda new, old: tuple(torch.where(real, a, b) for a, b in zip(new, old))  # noqa: E731
+    return torch.where(real, y, torch.zeros_like(y)), MemoryState(
+        keep(new_weights, state.weights),
+        keep(new_momentum, state.momentum),
+        keep(next_anchor, state.anchor),
+        state.position + mask.view(-1),
+    )
+
+
+def _half_norm(errors: list[Tensor], inputs: list[Tensor]) -> Tensor:
+    """The norm of half the gradient of all layers together, ``[rows, 1, 1]``: those are ``error input^T``."""
+    length = lambda x: torch.linalg.vector_norm(x, 2, 2, True)  # noqa: E731
+    total, *others = [length(d).mul_(length(a)) for d, a in zip(errors, inputs)]
+    for other in others:
+        total.hypot_(other)
+    return total

@@ -1,0 +1,1 @@
+"""The memory operation on Triton: kernels, and the operations that launch them."""

@@ -1,0 +1,191 @@
+"""What a memory does with one token before it learns it, or answers it: projections, convolution, lengths and gates.
+
+For one token these are a dozen operators, each of which costs more to start than to run; the C kernel does them in one.
+Without gradients, and without the many tokens for which the operators of their own are as fast.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..cpu_runtime import library
+from ..cpu_runtime.call import Kernel, address, prepares
+from ..dispatch import Backend, Operation
+from ..linear import project, threads_for
+from ..norm_gate.norm import l2_norm
+from .convolution import convolve
+
+EPS = 1e-6
+
+
+class Inputs(NamedTuple):
+    """One token of each row, as a memory learns it."""
+
+    q: Tensor
+    """``[batch, 1, heads, dim]``, of unit length."""
+    k: Tensor
+    """The same."""
+    v: Tensor
+    """``[batch, 1, heads, dim]``."""
+    gates: tuple[Tensor, ...]
+    """Each ``[batch, 1, heads]``, in the order of the controls; the first, the step size, times ``largest``."""
+    history: Tensor | None
+    """For the next token; ``None`` without a convolution."""
+
+
+class Layers(NamedTuple):
+    """What a token goes through on its way into a memory. For the query alone: without controls."""
+
+    weight: Tensor
+    """``[3 * heads * dim, in]``: what becomes q, then k, then v; for the query alone the first of them."""
+    convolution: Tensor | None
+    """``[3 * heads * dim, width]``, its last column on the token, or ``None``."""
+    heads: int
+    controls: Tensor | None = None
+    """``[gates * heads, in]``: each gate is a sigmoid of these products."""
+    bias: Tensor | None = None
+    """``[gates * heads]``."""
+    largest: float = 1.0
+    """What the first gate is multiplied with."""
+    hard: bool = False
+    """Each gate is a hard sigmoid instead: ``(z + 3) / 6``, cut off at exactly 0 and 1."""
+
+
+def memory_inputs(x: Tensor, history: Tensor | None, layers: Layers, *, backend: str = "auto") -> Inputs:
+    """From one token ``x`` ``[batch, 1, in]`` to what a memory learns: what ``gated_projection.few`` accepts.
+
+    ``history``: ``[batch, width - 1, 3 * heads * dim]``, what was projected before; ``None`` without a convolution.
+    """
+    run = _operation.choose(backend, device=x.device.type, dtype=x.dtype)
+    y, gates, history = run(x, history, layers)
+    q, k, v = y.unbind()
+    return Inputs(q, k, v, gates, history)
+
+
+def memory_query(x: Tensor, history: Tensor | None, layers: Layers, *, backend: str = "auto") -> Tensor:
+    """The query alone, ``[batch, 1, heads, dim]``; ``history`` as of :func:`memory_inputs`."""
+    run = _operation.choose(backend, device=x.device.type, dtype=x.dtype)
+    query: Tensor = run(x, history, layers)[0][0]
+    return query
+
+
+def prepare_inputs(
+    layers: Layers, batch: int
+) -> tuple[Inputs, Callable[[Tensor, Tensor | None], Tensor | None]] | None:
+    """:func:`memory_inputs`, or without controls :func:`memory_query`, for many times one token of each row.
+
+    Returns the tensors of the result, and a function of a dense ``x`` ``[batch, 1, in]`` and the history before it,
+    which fills them and returns the next history; ``None`` where that gains nothing. Without controls, the query
+    alone is there, and the history stays.
+    """
+    weight, convolution, _, controls, bias, *_ = layers
+    if not (
+        prepares(weight, convolution, controls, bias)
+        and _operation.choose("auto", device="cpu", dtype=weight.dtype) is _native
+    ):
+        return None
+    y, gate, sizes = _results(layers, batch)
+    learns = controls is not None
+    call = _KERNEL.prepared(
+        weight.dtype, 9, 5, *sizes, *[0] * 5, weight, controls, bias, convolution, y, gate, layers.largest, EPS
+    )
+
+    def run(x: Tensor, history: Tensor | None) -> Tensor | None:
+        x = x.contiguous()
+        if history is None:
+            call(x.data_ptr(), 0, 0, 0, 0)
+            return None
+        history, row, token, new = _histories(history, learns)
+        call(x.data_ptr(), history.data_ptr(), row, token, address(new))
+        return new if learns else history
+
+    return Inputs(y[0], y[len(y) // 2], y[-1], () if gate is None else gate.unbind(), None), run
+
+
+_Outputs: TypeAlias = tuple[Tensor, tuple[Tensor, ...], Tensor | None]
+"""``[parts, batch, 1, heads, dim]``, the gates, and the next history."""
+
+
+def _native(x: Tensor, history: Tensor | None, layers: Layers) -> _Outputs:
+    x, weight, largest = x.contiguous(), layers.weight.contiguous(), layers.largest
+    controls, bias = (None if t is None else t.contiguous() for t in (layers.controls, layers.bias))
+    convolution, row, token, new = None, 0, 0, None
+    if history is None:
+        layers = layers._replace(convolution=None)
+    elif layers.convolution is not None:
+        convolution = layers.convolution.contiguous()
+        history, row, token, new = _histories(history, controls is not None)
+    y, gate, sizes = _results(layers, x.shape[0])
+    _KERNEL(
+        x.dtype, *sizes, x.data_ptr(), address(history), row, token, address(new),
+        weight.data_ptr(), address(controls), address(bias), address(convolution), y.data_ptr(), address(gate),
+        largest, EPS,
+    )  # fmt: skip
+    return y, () if gate is None else gate.unbind(), new
+
+
+def _results(layers: Layers, batch: int) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:
+    """Tensors for what the kernel computes: outputs, gates; and how many there are of what, as it takes it."""
+    weight, convolution, heads, controls, *_ = layers
+    channels, width = weight.shape
+    parts, gates = (1, 0) if controls is None else (3, controls.shape[0])
+    dim = channels // (parts * heads)
+    taps = 1 if convolution is None else convolution.shape[1]
+    y = torch.empty((parts, batch, 1, heads, dim), dtype=weight.dtype)
+    gate = torch.empty((gates // heads, batch, 1, heads), dtype=weight.dtype) if gates else None
+    return y, gate, (threads_for(weight), batch, width, heads, dim, taps, gates, parts, layers.hard)
+
+
+def _histories(history: Tensor, learns: bool) -> tuple[Tensor, int, int, Tensor | None]:
+    """The history with its numbers dense, from row to row, from token to token; and a tensor for the next one."""
+    history = history if history.stride(2) == 1 else history.contiguous()
+    row, token, _ = history.stride()
+    return history, row, token, torch.empty_like(history, memory_format=torch.contiguous_format) if learns else None
+
+
+def _composed(x: Tensor, history: Tensor | None, layers: Layers, backend: str = "auto") -> _Outputs:
+    weight, convolution, heads, controls, bias, largest, hard = layers
+    projected, channels = project(x, weight, backend=backend), weight.shape[0]
+    if convolution is not None and history is not None:
+        past = torch.cat((history[..., :channels], projected), dim=1)
+        projected, history = convolve(past, convolution[:channels], backend=backend), past[:, 1:]
+    count = 1 if controls is None else 3
+    parts = F.silu(projected).unflatten(-1, (count, heads, -1)).movedim(2, 0)
+    qk = l2_norm(parts[:2], EPS, backend=backend)
+    if controls is None:
+        return qk, (), None
+    raw = project(x, controls, bias, backend=backend)
+    theta, *others = (F.hardsigmoid if hard else torch.sigmoid)(raw).split_with_sizes(
+        [heads] * (raw.shape[-1] // heads), dim=-1
+    )
+    return torch.cat([qk, parts[2:]]), (theta * largest, *others), history
+
+
+_reference = functools.partial(_composed, backend="reference")
+
+
+def _outputs(x: Tensor, history: Tensor | None, layers: Layers) -> _Outputs:
+    weight, convolution, heads, controls, *_ = layers
+    parts, gates = (1, 0) if controls is None else (3, controls.shape[0] // heads)
+    y = x.new_empty(parts, x.shape[0], 1, heads, weight.shape[0] // (parts * heads))
+    return y, (y[0, ..., 0],) * gates, None if convolution is None or controls is None else history
+
+
+_KERNEL = Kernel("memory_inputs", 20, 2)
+
+_operation = Operation(
+    "memory_inputs",
+    [
+        Backend("native", _native, library.refuse, opaque=True),
+        Backend("torch", _composed),
+        Backend("reference", _reference),
+    ],
+    _outputs,
+    [Layers],
+)
