@@ -27,8 +27,7 @@ from titans_build.recipes import StorageError
 from titans_build.recipes.reading import read_file
 from titans_build.tools.data import score
 from titans_build.tools.training import as_settings
-from titans_build.tools.training.side_by_side import Trial
-from titans_build.tools.training.trials import check_trial
+from titans_build.tools.training.trials import Trial, check_trial
 
 HERE = Path(__file__).parent
 JOBS = 2

@@ -17,9 +17,8 @@ from measure import Result, environment, machine_table, run, say, show, table, w
 
 import titans_build as tb
 from titans_build.recipes.reading import read_file
-from titans_build.tools.training.curves import draw
-from titans_build.tools.training.side_by_side import threads_of_each
-from titans_build.tools.training.trials import RESULT
+from titans_build.tools.training.compare_command import draw
+from titans_build.tools.training.trials import RESULT, threads_per_job
 
 HERE = Path(__file__).parent
 
@@ -124,7 +123,7 @@ def main() -> None:
     results: Result = {"program": given.task, "quick": given.quick, "environment": environment(), "skipped": {}}
     jobs = 1 if given.quick else given.jobs
     if jobs > 1:
-        results["environment"]["threads"] = threads_of_each(jobs)
+        results["environment"]["threads"] = threads_per_job(jobs)
     with tempfile.TemporaryDirectory() as temporary:
         runs = given.runs or (Path(temporary) if given.quick else HERE / "runs" / given.task)
         results["done_before"] = [name for name in TASKS[given.task].variants if (runs / name / RESULT).is_file()]

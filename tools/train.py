@@ -6,9 +6,9 @@ from .command_line import Command, Program
 
 
 def _commands() -> dict[str, Command]:
-    from .training import comparing_script, script, searching_script, task_listing
+    from .training import compare_command, search_command, tasks_command, train_command
 
-    modules = {"": script, "compare": comparing_script, "search": searching_script, "tasks": task_listing}
+    modules = {"": train_command, "compare": compare_command, "search": search_command, "tasks": tasks_command}
     return {name: Command.of(module) for name, module in modules.items()}
 
 

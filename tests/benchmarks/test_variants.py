@@ -14,7 +14,7 @@ import pytest
 import titans_build as tb
 from titans_build.recipes.reading import read_file
 from titans_build.tools.training import as_settings
-from titans_build.tools.training.fitting import fit, parameters_of
+from titans_build.tools.training.compare import fit, parameters_of
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

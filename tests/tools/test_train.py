@@ -18,7 +18,7 @@ from tiny_runs import TINY
 import titans_build as tb
 from titans_build.tools.terminal import CommandFailed
 from titans_build.tools.train import main
-from titans_build.tools.training.journal import Journal
+from titans_build.tools.training.log import EventLog
 
 QUICK = ["--batch", 4, "-t", "log_every=2", "-t", "tensorboard=false"]
 
@@ -50,9 +50,9 @@ def test_a_run_from_the_command_line(recipe: Path, tmp_path: Path, capsys: pytes
     assert json.loads((out / "run.json").read_text(encoding="utf-8"))["overrides"] == {"dim": 8}
     # again: there is a run
     assert run(*words) == 2
-    assert "there is a run in this folder; resume it (--resume)" in capsys.readouterr().err
+    assert "this folder has a run; resume it (--resume)" in capsys.readouterr().err
     assert run("--resume", "--out", out, "--steps", 6) == 0
-    assert capsys.readouterr().out.startswith("going on after step 4 of 6, with steps = 6\nstep       6  loss ")
+    assert capsys.readouterr().out.startswith("resuming after step 4 of 6, with steps = 6\nstep       6  loss ")
 
 
 def test_lines_for_machines(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,8 +68,8 @@ def test_lines_for_machines(recipe: Path, tmp_path: Path, capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "expected a RECIPE; --resume goes on with a run without one"),
-        (["mac"], "--data: expected what to train on"),
+        ([], "expected a RECIPE; only --resume works without one"),
+        (["mac"], "--data: expected training data"),
         (["mca", "--data", "copy"], "did you mean 'mac'"),
         (["mac", "--data", "cpoy"], "did you mean 'copy'"),
         (["mac", "--data", "copy", "-t", "stpes=3"], "did you mean 'steps'"),
@@ -109,10 +109,10 @@ def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
 def test_tensorboard_logs_are_written(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    journal = Journal(tmp_path, None, tensorboard=True)
+    journal = EventLog(tmp_path, None, tensorboard=True)
     journal.open(0)
     for step in (1, 2):
-        journal.say("step", step=step, loss=1.0 / step, memories={"a": {"mean": 3.0}})
+        journal.emit("step", step=step, loss=1.0 / step, memories={"a": {"mean": 3.0}})
     journal.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 1.0), (2, 0.5)]
@@ -127,11 +127,11 @@ def test_a_full_disk_ends_the_logs_for_tensorboard_in_one_line(tmp_path: Path, m
     heard: list[Any] = []  # what would be printed as the trace of a thread
     said: list[dict[str, Any]] = []
     monkeypatch.setattr(threading, "excepthook", hear := heard.append)
-    journal = Journal(tmp_path, said.append, tensorboard=True)
+    journal = EventLog(tmp_path, said.append, tensorboard=True)
     journal.open(0)
     monkeypatch.setattr(RecordWriter, "write", full)
     for step in range(1, 200):
-        journal.say("step", step=step, loss=1.0)
+        journal.emit("step", step=step, loss=1.0)
         time.sleep(0.01)
         if any(event["event"] == "warning" for event in said):
             break
@@ -146,7 +146,7 @@ def test_other_threads_are_heard_while_there_are_logs_for_tensorboard(
 ) -> None:
     heard: list[Any] = []
     monkeypatch.setattr(threading, "excepthook", heard.append)
-    journal = Journal(tmp_path, None, tensorboard=True)
+    journal = EventLog(tmp_path, None, tensorboard=True)
     journal.open(0)
     thread = threading.Thread(target=lambda: [][0])
     thread.start()
@@ -156,11 +156,11 @@ def test_other_threads_are_heard_while_there_are_logs_for_tensorboard(
 
 
 def test_a_log_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
-    journal = Journal(tmp_path, None, tensorboard=False)
+    journal = EventLog(tmp_path, None, tensorboard=False)
     journal.open(0)
     (tmp_path / "log.jsonl").mkdir()
     with pytest.raises(CommandFailed, match=r"log\.jsonl: cannot be written: Is a directory"):
-        journal.say("step", step=1, loss=1.0)
+        journal.emit("step", step=1, loss=1.0)
 
 
 def seen_on_a_terminal(monkeypatch: pytest.MonkeyPatch, *words: object) -> str:
@@ -222,7 +222,7 @@ def test_a_run_does_not_end_before_it_is(recipe: Path, tmp_path: Path, capsys: p
     assert run(recipe, "--data", "copy:length=16", "--out", out, "--steps", 4, *QUICK) == 0
     before = (out / "train.yaml").read_bytes()
     assert run("--resume", "--out", out, "-t", "steps=3") == 2
-    assert "steps: the run has done 4 steps: expected at least so many, got 3" in capsys.readouterr().err
+    assert "steps: expected at least the 4 steps that the run has done, got 3" in capsys.readouterr().err
     assert (out / "train.yaml").read_bytes() == before
     # a recipe of no name is called none
     assert run("mac", "--set", "vocab=16", "--resume", "--out", out) == 2

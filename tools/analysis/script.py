@@ -22,7 +22,7 @@ from ..inference.tokenizer import Tokenizer
 from ..options import add_placement, whole_number
 from ..plotting import need_matplotlib
 from ..terminal import UsageError, progress, say, say_json
-from ..training.folder import TRAIN, is_run
+from ..training.run_folder import TRAIN, is_run
 from . import plots
 from .analysis import Plan, analyse
 from .material import Material, from_data, from_file

@@ -20,7 +20,7 @@ from ...recipes import Recipe, StorageError
 from ...recipes.composing import assemble
 from ...recipes.index import INDEX
 from ...registry import show
-from ..training.recomputing import recomputing
+from ..training.train_step import activation_checkpointing
 from .cache import StateCache
 from .checking import expect_whole
 from .config import TitansBuildConfig
@@ -135,7 +135,7 @@ class TitansBuildPreTrainedModel(PreTrainedModel):
             self.model.check_state(state, rows)
             state = trainable(state) if torch.is_grad_enabled() else state
         again = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        with recomputing(self.model, self._checkpoint, self._every) if again else contextlib.nullcontext():
+        with activation_checkpointing(self.model, self._checkpoint, self._every) if again else contextlib.nullcontext():
             hidden, state = self.model.run(x, state, mask)
         if cache is not None:
             cache.read(state, time)

@@ -26,7 +26,7 @@ from ...recipes.storage import STATE_FORMAT
 from ...registry import nearest
 from ..options import placement
 from ..terminal import CommandFailed, UsageError, console
-from ..training.folder import RUN, is_run
+from ..training.run_folder import RUN, is_run
 from .reading import PIECE, Reading, position, readings, split
 from .tokenizer import Tokenizer, open_tokenizer
 

@@ -1,8 +1,8 @@
-"""Training: from a recipe, data and settings to a trained model in a run folder, which can be gone on with."""
+"""Training: from a recipe, data and settings to a trained model, in a run folder that can be resumed."""
 
-from .comparing import compare
-from .running import TrainedRun, train
-from .searching import search
+from .compare import compare
+from .search import search
 from .settings import Settings, Stage, as_settings
+from .train import TrainedRun, train
 
 __all__ = ["Settings", "Stage", "TrainedRun", "as_settings", "compare", "search", "train"]

@@ -1,7 +1,7 @@
-"""One checkpoint on disk: a folder that appears whole or not at all, with checksums, by any number of processes.
+"""Checkpoints on disk: one is a folder that appears whole or not at all, with checksums, written by all processes.
 
-Tensors are in safetensors files, one of each process (``torch.distributed.checkpoint``), and everything else in
-``checkpoint.json``. Reading it runs no code, and any other number of processes can read it.
+Tensors are in safetensors files, one for each process (``torch.distributed.checkpoint``); everything else is in
+``checkpoint.json``. Reading one runs no code, and any number of processes can read it.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,32 +24,37 @@ from ...recipes.replacing import replacing, sync_folder
 from ...registry import show
 from ..terminal import CommandFailed
 from .distributed import Processes
+from .run_folder import write_text
 
 INDEX = "checkpoint.json"
 FORMAT = "titans-build checkpoint"
 VERSION = 1
+_NAME = re.compile(r"step-(\d{8,})")
 
 
 def write(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], processes: Processes) -> None:
-    """Write a checkpoint; every process calls it, with its share of the tensors and the same facts (JSON).
+    """Write a checkpoint. Every process calls this with its shards of the tensors and the same ``facts`` (JSON).
 
-    One that is there already is replaced. Raises ``CommandFailed`` when it cannot be written, on a full disk for one:
-    what was there stays.
+    An existing one is replaced. Raises ``CommandFailed`` if it cannot be written, for example because the disk is
+    full; the existing one is then kept.
     """
     temporary = folder.parent / f".{folder.name}.tmp"
-    with _writing(folder, temporary if processes.main else None):
+    with _write_errors(folder, temporary if processes.main else None):
         if processes.main:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-        processes.wait()
+        processes.barrier()
         _save(temporary, tensors, processes)
-        processes.wait()
+        processes.barrier()
         if processes.main:
             index = {
                 "format": FORMAT,
                 "version": VERSION,
                 "facts": dict(facts),
-                "files": {path.name: _description(path) for path in sorted(temporary.glob("*.safetensors"))},
+                "files": {
+                    path.name: {"bytes": path.stat().st_size, "sha256": _checksum(path)}
+                    for path in sorted(temporary.glob("*.safetensors"))
+                },
             }
             with replacing(temporary / INDEX) as path:
                 path.write_text(json.dumps(index, indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -56,11 +62,11 @@ def write(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any],
                 shutil.rmtree(folder)
             os.rename(temporary, folder)
             sync_folder(folder.parent)
-        processes.wait()
+        processes.barrier()
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """The facts of a whole checkpoint. Raises ``StorageError`` saying what is wrong with one that is damaged."""
+    """The facts of a complete checkpoint. Raises ``StorageError`` that says what is damaged."""
     path = folder / INDEX
     try:
         index = json.loads(path.read_bytes())
@@ -78,88 +84,73 @@ def verify(folder: Path) -> dict[str, Any]:
     for name, expected in files.items():
         if not isinstance(expected, dict) or os.path.basename(name) != name:
             raise StorageError(f"{path}: expected a file's size and checksum, got {show(name)}: {show(expected)}")
-        _check(folder / name, expected)
+        file = folder / name
+        try:
+            size = file.stat().st_size
+            if size != expected.get("bytes"):
+                raise StorageError(f"{file}: damaged: expected {expected.get('bytes')} bytes, got {size}")
+            if _checksum(file) != expected.get("sha256"):
+                raise StorageError(f"{file}: damaged: its checksum does not match")
+        except OSError as error:
+            raise StorageError(f"{file}: cannot be read: {error.strerror or error}") from None
     return facts
 
 
 def read(folder: Path, tensors: dict[str, Tensor], processes: Processes) -> None:
-    """Fill ``tensors``, which have the shapes they were saved with, from a checkpoint that has been verified."""
+    """Fill ``tensors``, which have the saved shapes, from a verified checkpoint."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
     try:
-        with _alone():
-            dcp.load(
-                tensors,
-                storage_reader=HuggingFaceStorageReader(str(folder)),
-                no_dist=processes.world == 1,
-            )
+        with _no_dist_warning():
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=processes.world == 1)
     except (CheckpointException, OSError, RuntimeError, ValueError) as error:
-        first = _cause(error)
-        raise StorageError(f"{folder}: cannot be read into this model: {first}") from first
+        cause = _cause(error)
+        raise StorageError(f"{folder}: cannot be read into this model: {cause}") from cause
 
 
 def _save(folder: Path, tensors: Mapping[str, Tensor], processes: Processes) -> None:
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-    # torch's own format for this holds pickles, which run code when they are read
+    # the default format of torch.distributed.checkpoint contains pickles, which run code when they are read
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    with _alone():
+    with _no_dist_warning():
         dcp.save(dict(tensors), storage_writer=writer, no_dist=processes.world == 1)
 
 
 @contextlib.contextmanager
-def _alone() -> Iterator[None]:
+def _no_dist_warning() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
 
 
 @contextlib.contextmanager
-def _writing(folder: Path, leftover: Path | None) -> Iterator[None]:
-    """Turn whatever hinders writing into one error, and leave nothing half written."""
+def _write_errors(folder: Path, temporary: Path | None) -> Iterator[None]:
+    """Raise ``CommandFailed`` for a failed write, and remove ``temporary`` after any failure."""
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
         yield
-    except (CheckpointException, OSError) as error:
-        first = _cause(error)
-        if leftover is not None:
-            shutil.rmtree(leftover, ignore_errors=True)
-        if not isinstance(first, OSError) and "os error" not in str(first):
-            raise first from None
-        reason = getattr(first, "strerror", None) or first
-        raise CommandFailed(f"{folder}: the checkpoint cannot be written: {reason}") from first
-    except BaseException:
-        if leftover is not None:
-            shutil.rmtree(leftover, ignore_errors=True)
-        raise
+    except BaseException as error:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if not isinstance(error, (CheckpointException, OSError)):
+            raise
+        cause = _cause(error)
+        if not isinstance(cause, OSError) and "os error" not in str(cause):
+            raise cause from None
+        reason = getattr(cause, "strerror", None) or cause
+        raise CommandFailed(f"{folder}: the checkpoint cannot be written: {reason}") from cause
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What went wrong in the first process in which something did."""
-    failures = getattr(error, "failures", None)
-    while failures:
+    """The exception of the first process that failed."""
+    while failures := getattr(error, "failures", None):
         error = next(iter(failures.values()))[0]
-        failures = getattr(error, "failures", None)
     return error
-
-
-def _description(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": _checksum(path)}
-
-
-def _check(path: Path, expected: dict[str, Any]) -> None:
-    try:
-        size = path.stat().st_size
-        if size != expected.get("bytes"):
-            raise StorageError(f"{path}: damaged: expected {expected.get('bytes')} bytes, got {size}")
-        if _checksum(path) != expected.get("sha256"):
-            raise StorageError(f"{path}: damaged: its bytes are not those that were written")
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 def _checksum(path: Path) -> str:
@@ -168,3 +159,57 @@ def _checksum(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+class CheckpointManager:
+    """The checkpoints of a run, ``step-00000100`` each; ``index.json`` names the latest and the best."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, step: int) -> Path:
+        """The folder of a step's checkpoint, which need not exist."""
+        return self.folder / f"step-{step:08d}"
+
+    def steps(self) -> list[int]:
+        """Steps with a checkpoint, complete or damaged, in order."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(found[1]) for path in self.folder.iterdir() if (found := _NAME.fullmatch(path.name)))
+
+    def latest(self, warn: Callable[[str], None]) -> tuple[int, dict[str, Any]] | None:
+        """The last step with a complete checkpoint, and its facts. ``warn`` is called for damaged later ones.
+
+        Raises ``StorageError`` if there are checkpoints and all are damaged.
+        """
+        faults = []
+        for step in reversed(self.steps()):
+            try:
+                facts = verify(self.path(step))
+            except StorageError as error:
+                faults.append(str(error))
+                continue
+            for fault in faults:
+                warn(f"{fault}; resuming from step {step:,}")
+            return step, facts
+        if faults:
+            raise StorageError("all checkpoints are damaged: " + "; ".join(faults))
+        return None
+
+    def prune(self, latest: int, best: int | None, keep: int) -> None:
+        """Write the index, and remove all checkpoints but the ``keep`` latest and the best."""
+        best = best if best is not None and self.path(best).is_dir() else None
+        index = {"latest": self.path(latest).name, "best": None if best is None else self.path(best).name}
+        write_text(self.folder / "index.json", json.dumps(index) + "\n")
+        older = [step for step in self.steps() if step <= latest]
+        # later ones were damaged: the run has resumed from before them
+        later = {step for step in self.steps() if step > latest}
+        for step in ({*older[:-keep]} | later) - {best}:
+            shutil.rmtree(self.path(step), ignore_errors=True)
+
+    def remove_temporary(self) -> None:
+        """Remove what a killed run was writing."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            for path in self.folder.iterdir():
+                if path.name.startswith(".") and path.name.endswith(".tmp"):
+                    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)

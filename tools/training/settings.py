@@ -1,4 +1,4 @@
-"""How a model is trained: every setting with its type, default and meaning, checked as strictly as a recipe is."""
+"""The settings of a training run: each with its type, default and description, validated as strictly as a recipe."""
 
 from __future__ import annotations
 
@@ -22,105 +22,93 @@ class _Checked(BaseModel):
 
 
 class Stage(_Checked):
-    """A part of the run in which some of the parameters train. Each has a learning-rate schedule of its own."""
+    """A part of the run in which a subset of the parameters trains. Each stage has its own learning-rate schedule."""
 
-    steps: Annotated[int, Described(ge=1, description="how long it is")]
+    steps: Annotated[int, Described(ge=1, description="length of the stage")]
     train: Annotated[
         list[str],
-        Described(min_length=1, description="which parameters: patterns of their names, @type of block, ! for not"),
+        Described(min_length=1, description="parameters to train: name patterns, @block type, ! to exclude"),
     ]
-    lr: Annotated[float | None, Described(gt=0, description="largest learning rate; null for the run's")] = None
-    optimizer: Annotated[
-        Literal["keep", "fresh"], Described(description="go on with the optimizer's state, or start it anew")
-    ] = "keep"
+    lr: Annotated[float | None, Described(gt=0, description="peak learning rate; null for the run's")] = None
+    optimizer: Annotated[Literal["keep", "fresh"], Described(description="keep the optimizer's state, or reset it")] = (
+        "keep"
+    )
 
 
 class Settings(_Checked):
-    """Everything about a run but the recipe and the data. Made by ``as_settings``."""
+    """Everything about a run except the recipe and the data. Made by ``as_settings``."""
 
-    steps: Annotated[
-        int, Described(ge=1, description="updates of the parameters; of all stages, where there are some")
-    ] = 1000
-    batch: Annotated[int, Described(ge=1, description="rows of a step, in all processes together")] = 16
-    length: Annotated[int | None, Described(ge=1, description="tokens of a row; null for what the data says")] = None
-    accumulate: Annotated[
-        int, Described(ge=1, description="parts in which a process takes its rows; the same gradients, less memory")
-    ] = 1
+    steps: Annotated[int, Described(ge=1, description="optimizer steps, of all stages together")] = 1000
+    batch: Annotated[int, Described(ge=1, description="rows of a step, over all processes")] = 16
+    length: Annotated[int | None, Described(ge=1, description="tokens of a row; null for the data's own")] = None
+    accumulate: Annotated[int, Described(ge=1, description="gradient accumulation: parts of each process's rows")] = 1
     carry: Annotated[
         Literal["off", "detach"] | Annotated[int, Described(ge=1)],
         Described(
-            description="where rows go on from batch to batch: start each anew (off), keep the state and cut its "
-            "gradients (detach), or read N batches in a step with gradients through the state between them"
+            description="where rows continue from batch to batch: start each batch fresh (off), carry the state "
+            "without gradients (detach), or read N batches in a step with gradients through the state between them"
         ),
     ] = "detach"
-    seed: Annotated[int, Described(ge=0, lt=2**63, description="of the weights, and of the data's order")] = 0
+    seed: Annotated[int, Described(ge=0, lt=2**63, description="of the weights and of the data's order")] = 0
     device: Annotated[str, Described(description="cpu, cuda, ...")] = "cpu"
     dtype: Annotated[Literal["float32", "bfloat16", "float64"], Described(description="of the parameters")] = "float32"
-    autocast: Annotated[
-        Literal["bfloat16"] | None, Described(description="compute in it where that is safe; null for dtype")
-    ] = None
-    recompute: Annotated[
-        bool, Described(description="keep only the layers' inputs, and compute the rest again for backward")
-    ] = False
+    autocast: Annotated[Literal["bfloat16"] | None, Described(description="dtype of torch.autocast; null for none")] = (
+        None
+    )
+    recompute: Annotated[bool, Described(description="activation checkpointing of every layer")] = False
     compile: Annotated[bool, Described(description="torch.compile the model")] = False
 
-    lr: Annotated[float, Described(gt=0, description="largest learning rate")] = 1e-3
-    warmup: Annotated[float, Described(ge=0, lt=1, description="share of the steps in which the rate rises to it")] = (
-        0.05
+    lr: Annotated[float, Described(gt=0, description="peak learning rate")] = 1e-3
+    warmup: Annotated[float, Described(ge=0, lt=1, description="share of the steps with a linear warm-up")] = 0.05
+    final_lr: Annotated[float, Described(ge=0, le=1, description="share of the peak rate left after cosine decay")] = (
+        0.1
     )
-    final_lr: Annotated[
-        float, Described(ge=0, le=1, description="share of it that is left at the end, along a cosine")
-    ] = 0.1
-    betas: Annotated[tuple[float, float], Described(description="AdamW's")] = (0.9, 0.95)
-    eps: Annotated[float, Described(gt=0, description="AdamW's")] = 1e-8
-    weight_decay: Annotated[float, Described(ge=0, description="AdamW's, of what decays")] = 0.1
+    betas: Annotated[tuple[float, float], Described(description="of AdamW")] = (0.9, 0.95)
+    eps: Annotated[float, Described(gt=0, description="of AdamW")] = 1e-8
+    weight_decay: Annotated[float, Described(ge=0, description="of AdamW, for parameters that decay")] = 0.1
     no_decay: Annotated[
         list[str],
-        Described(description="what does not decay besides vectors: patterns as in a stage's train"),
+        Described(description="parameters without weight decay besides vectors: patterns as in a stage's train"),
     ] = ["*bias", "*gain", "*gain_?", "*initial_weights.*", "*initial_momentum.*", "*persistent", "*tokens"]
-    clip: Annotated[float | None, Described(gt=0, description="largest norm of the gradient; null for any")] = 1.0
+    clip: Annotated[float | None, Described(gt=0, description="maximum gradient norm; null for no clipping")] = 1.0
     memory_loss: Annotated[
-        float, Described(ge=0, description="weight of what the memories miss of what they are to store; 0 for none")
+        float, Described(ge=0, description="weight of the memories' reconstruction loss; 0 for none")
     ] = 0.0
     write_cost: Annotated[
-        float, Described(ge=0, description="weight of the shares that memories write and forget; 0 for none")
+        float, Described(ge=0, description="weight of the cost of writing and forgetting; 0 for none")
     ] = 0.0
     ema: Annotated[
         float | None,
         Described(gt=0, lt=1, description="decay of averaged weights, which are validated and saved; null for none"),
     ] = None
-    stages: Annotated[
-        list[Stage], Described(description="one after the other, each with the parameters that train in it")
-    ] = []
+    stages: Annotated[list[Stage], Described(description="stages in order, each with the parameters it trains")] = []
 
     valid_every: Annotated[int | None, Described(ge=1, description="steps between validations; null for none")] = 250
-    valid_batches: Annotated[int, Described(ge=1, description="batches of one validation")] = 8
+    valid_batches: Annotated[int, Described(ge=1, description="batches of a validation")] = 8
     checkpoint_every: Annotated[
-        int | None, Described(ge=1, description="steps between checkpoints; null for one at the end")
+        int | None, Described(ge=1, description="steps between checkpoints; null for only the last")
     ] = 250
-    keep: Annotated[int, Described(ge=1, description="checkpoints that stay, beside the best")] = 2
-    log_every: Annotated[int, Described(ge=1, description="steps between lines of the log")] = 10
+    keep: Annotated[int, Described(ge=1, description="latest checkpoints to keep, besides the best")] = 2
+    log_every: Annotated[int, Described(ge=1, description="steps between log lines")] = 10
     surprise_every: Annotated[
-        int | None, Described(ge=1, description="steps between looks at how surprised memories are; null for none")
+        int | None, Described(ge=1, description="steps between measurements of the memories' surprise; null for none")
     ] = 100
     on_bad: Annotated[
-        Literal["stop", "skip"], Described(description="what to do with a step whose loss or gradient is no number")
+        Literal["stop", "skip"], Described(description="on a nonfinite loss or gradient, or a loss spike")
     ] = "stop"
     spike: Annotated[
-        float | None, Described(gt=0, description="nats above the median of late losses that are as bad; null for any")
+        float | None, Described(gt=0, description="nats above the median of recent losses that are a spike; null: off")
     ] = 3.0
-    tensorboard: Annotated[
-        bool | None, Described(description="write TensorBoard logs; null: where it is installed")
-    ] = None
+    tensorboard: Annotated[bool | None, Described(description="write TensorBoard logs; null: if installed")] = None
 
     @property
-    def parts(self) -> list[Stage]:
-        """The stages; a run without is one, in which everything trains."""
+    def all_stages(self) -> list[Stage]:
+        """The stages. A run without stages is one stage that trains every parameter."""
         return self.stages or [Stage(steps=self.steps, train=["*"])]
 
     @property
     def windows(self) -> int:
-        """Batches that a step reads, one after the other."""
+        """Consecutive batches read in one step."""
         return self.carry if isinstance(self.carry, int) else 1
 
     def to_dict(self) -> dict[str, Any]:
@@ -134,13 +122,13 @@ class Settings(_Checked):
 
 
 FIXED = ("batch", "length", "carry", "seed", "dtype", "ema", "stages")
-"""What a run that goes on cannot change: other rows would follow, or another state would be needed."""
+"""Settings that a resumed run cannot change: the data or the training state depends on them."""
 
 
 def as_settings(given: Settings | Mapping[str, Any] | str | os.PathLike[str] | None = None, /) -> Settings:
     """Settings from a mapping, from a YAML or JSON file, or the defaults.
 
-    Raises ``RecipeError`` with everything that is wrong: unknown keys with the nearest right one, wrong values.
+    Raises ``RecipeError`` with every problem: unknown keys with the nearest valid one, invalid values.
     """
     if isinstance(given, Settings):
         return given
@@ -150,54 +138,53 @@ def as_settings(given: Settings | Mapping[str, Any] | str | os.PathLike[str] | N
         if not isinstance(given, dict):
             raise RecipeError([Problem("", f"expected a mapping of settings, got {show(given)}")], source)
     data = plain(dict(given or {}), source)
-    stages = data.get("stages")
     problems: list[Problem] = []
-    checked: list[Any] = []
-    for index, stage in enumerate(stages if isinstance(stages, list) else []):
-        path = join("stages", index)
-        if not isinstance(stage, dict):
-            problems.append(Problem(path, f"expected a mapping with steps and train, got {show(stage)}"))
-            continue
-        try:
-            checked.append(Stage(**check_settings("stage", fields(Stage), stage, path)))
-        except RecipeError as error:
-            problems += error.problems
+    stages: list[Stage] = []
+    if isinstance(data.get("stages"), list):
+        for index, stage in enumerate(data["stages"]):
+            path = join("stages", index)
+            if not isinstance(stage, dict):
+                problems.append(Problem(path, f"expected a mapping with steps and train, got {show(stage)}"))
+                continue
+            try:
+                stages.append(Stage(**check_settings("stage", fields(Stage), stage, path)))
+            except RecipeError as error:
+                problems += error.problems
+        data["stages"] = []  # checked above, so that problems name the stage's own keys
     values: dict[str, Any] = {}
     try:
-        # stages have been looked at, each key of them by its own name
-        ahead: dict[str, Any] = {"stages": []} if isinstance(stages, list) else {}
-        values = check_settings("settings", fields(Settings), {**data, **ahead})
+        values = check_settings("settings", fields(Settings), data)
     except RecipeError as error:
         problems += error.problems
     if not problems:
-        problems += _together(data, values, checked)
+        problems += _conflicts(data, values, stages)
     if problems:
         raise RecipeError(problems, source)
-    steps = sum(stage.steps for stage in checked) or values["steps"]
-    return Settings(**{**values, "stages": checked, "steps": steps})
+    steps = sum(stage.steps for stage in stages) or values["steps"]
+    return Settings(**{**values, "stages": stages, "steps": steps})
 
 
-def _together(data: dict[str, Any], values: dict[str, Any], stages: list[Stage]) -> list[Problem]:
-    """What is wrong between settings that are each right by themselves."""
+def _conflicts(data: dict[str, Any], values: dict[str, Any], stages: list[Stage]) -> list[Problem]:
+    """Problems between settings that are each valid."""
     problems = []
     if values["batch"] % values["accumulate"]:
         message = f"expected a divisor of batch = {values['batch']}, got {values['accumulate']}"
         problems.append(Problem("accumulate", message))
-    seeing = [name for name in ("memory_loss", "write_cost") if values[name]]
-    if values["compile"] and seeing:
-        message = f"{seeing[0]} looks into the model as it is written, not compiled: leave one of them out"
+    auxiliary = [name for name in ("memory_loss", "write_cost") if values[name]]
+    if values["compile"] and auxiliary:
+        message = f"{auxiliary[0]} observes the memories, which a compiled model does not allow: use only one of them"
         problems.append(Problem("compile", message))
     if not all(0 <= beta < 1 for beta in values["betas"]):
         problems.append(Problem("betas", f"expected two numbers from 0 to under 1, got {list(values['betas'])}"))
     total = sum(stage.steps for stage in stages)
     if stages and data.get("steps", total) != total:
-        problems.append(Problem("steps", f"the stages have {total} steps together, so it is not {data['steps']}"))
+        problems.append(Problem("steps", f"the stages have {total} steps in total, got {data['steps']}"))
     return problems
 
 
 @cache
 def fields(kind: type[BaseModel]) -> dict[str, Field]:
-    """The fields of settings as the registry's, whose checks and words they share."""
+    """The fields of a settings class as fields of the registry, which does the checking."""
     hints = typing.get_type_hints(kind, include_extras=True)
     return {
         name: Field(name, hints[name], Field.REQUIRED if field.is_required() else field.get_default())

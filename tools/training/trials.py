@@ -1,158 +1,167 @@
-"""Many runs, each in a folder of its own: one after the other or side by side, and none twice."""
+"""Trials: many runs, each in its own folder, one after the other or in parallel; finished ones are not run again."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import statistics
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
-from typing import Any
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from ... import recipes
 from ...blocks.language_model import LanguageModel
-from ...recipes import StorageError
-from ...recipes.replacing import replacing
+from ...recipes import Recipe, StorageError
 from ...registry import RecipeError
 from ..data import Source, open_source
 from ..terminal import CommandFailed
-from .beforehand import check_run
 from .distributed import Processes
-from .folder import described, expect_the_same_data, is_run, recorded, writing
-from .journal import LOG, Event, read_log
-from .measuring import validate
-from .running import train
-from .side_by_side import Ended, SideBySide, Told, Trial
-from .stepping import Reader
+from .log import LOG, Event, read_log
+from .preflight import check_run
+from .run_folder import RECIPE, TRAIN, check_same_data, is_run, read_inputs, read_run, write_inputs, write_text
+from .settings import Settings
+from .train import train
+from .train_step import TrainStep, validate
 
 RESULT = "result.json"
-TESTED = 4
-"""Times as many batches as a validation has: what is said in the end may take longer to be known."""
+TEST_BATCHES = 4
+"""Batches of the final test, as a multiple of those of a validation."""
+
+Result = dict[str, Any]
+Listener = Callable[[str, Event], None]
+"""Called with the label of a trial and each of its events, from any thread."""
 
 
-def run_trials(trials: Sequence[Trial], *, jobs: int = 1, told: Told | None = None) -> Iterator[dict[str, Any]]:
-    """Run what has not been run of ``trials`` that ``check_trial`` has let pass, and yield every result, in order.
+class Trial(NamedTuple):
+    """A run to be done. ``label``: its name in messages."""
 
-    A result: ``steps``, ``tokens``, ``tokens_per_second``, ``seconds``, ``parameters``, ``curve`` (validations:
-    ``step``, ``tokens``, ``loss``, ...), ``valid`` (the last of them), ``test`` (as many numbers on rows that nothing
-    was chosen by) and ``frozen`` (the same with the memories frozen, where there are some); or ``failed``: why it came
-    to nothing. With several ``jobs`` each trial is a process, and they share the cores.
-    """
-    tell = told if told is not None else lambda label, event: None
-    try:
-        yield from _run(trials, jobs, tell)
-    except KeyboardInterrupt:
-        said = "interrupted; what has been done is kept: the same command goes on from there"
-        raise KeyboardInterrupt(said) from None
-
-
-def _run(trials: Sequence[Trial], jobs: int, tell: Told) -> Iterator[dict[str, Any]]:
-    if jobs == 1:
-        for trial in trials:
-            yield _done(trial) or _here(trial, tell)
-        return
-    with SideBySide(jobs, tell) as processes:
-        started = [None if _done(trial) else processes.start(trial) for trial in trials]
-        for trial, process in zip(trials, started):
-            yield _done(trial) or _after(trial, process, tell)
+    label: str
+    recipe: Recipe
+    data: Any
+    settings: Settings
+    folder: Path
+    allow_imports: bool = False
 
 
 def check_trial(trial: Trial) -> None:
-    """Raise ``RecipeError`` where a run could not be, and ``StorageError`` where another one is in its folder."""
+    """Raise ``RecipeError`` if the run could not begin, and ``StorageError`` if its folder has a different run."""
     try:
         source = check_run(trial.recipe, trial.data, trial.settings)
     except RecipeError as error:
         raise RecipeError(error.problems, f"{trial.label}: {error.source}") from None
     if not is_run(trial.folder):
         return
-    recipe, data, settings = recorded(trial.folder, allow_imports=trial.allow_imports)
-    differs = [
+    recipe, data, settings = read_inputs(trial.folder, allow_imports=trial.allow_imports)
+    wanted = trial.settings.to_dict()
+    differences = [
         *(["the recipe"] if recipe.fingerprint != trial.recipe.fingerprint else []),
         *([f"data: {data}"] if data != trial.data else []),
-        *(
-            f"{key} = {value}"
-            for key, value in settings.to_dict().items()
-            if value != trial.settings.to_dict()[key] and key != "device"
-        ),
+        *(f"{key} = {value}" for key, value in settings.to_dict().items() if value != wanted[key] and key != "device"),
     ]
-    if differs:
-        raise StorageError(
-            f"{trial.folder}: there is another run in this folder ({', '.join(differs)}): choose another --out"
-        )
-    expect_the_same_data(trial.folder, described(trial.folder).get("data"), source.describe())
+    if differences:
+        found = ", ".join(differences)
+        raise StorageError(f"{trial.folder}: this folder has a different run ({found}): choose another --out")
+    check_same_data(trial.folder, read_run(trial.folder).get("data"), source.describe())
 
 
-def _done(trial: Trial) -> dict[str, Any] | None:
+def run_trials(trials: Sequence[Trial], *, jobs: int = 1, told: Listener | None = None) -> Iterator[Result]:
+    """Run the unfinished ones of ``trials``, which ``check_trial`` has accepted, and yield all results in order.
+
+    A result has ``steps``, ``tokens``, ``tokens_per_second``, ``seconds``, ``parameters``, ``curve`` (the validations:
+    ``step``, ``tokens``, ``loss``, ...), ``valid`` (the last of them), ``test`` (the same metrics on the test split)
+    and ``frozen`` (those with the memories frozen, if the model has some); or only ``failed``, the reason. With several
+    ``jobs`` each trial is a process, and they share the cores.
+    """
+    notify = told if told is not None else lambda label, event: None
     try:
-        found: dict[str, Any] = json.loads((trial.folder / RESULT).read_text(encoding="utf-8"))
+        if jobs == 1:
+            for trial in trials:
+                yield _finished(trial) or _run_here(trial, notify)
+            return
+        with Workers(jobs, notify) as workers:
+            started = [None if _finished(trial) else workers.start(trial) for trial in trials]
+            for trial, future in zip(trials, started):
+                yield _finished(trial) or _collect(trial, future, notify)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; progress is saved: run the same command to resume") from None
+
+
+def _finished(trial: Trial) -> Result | None:
+    try:
+        result: Result = json.loads((trial.folder / RESULT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found
+    return result
 
 
-def _here(trial: Trial, tell: Told) -> dict[str, Any]:
-    """Run it in this process."""
+def _run_here(trial: Trial, notify: Listener) -> Result:
+    def on_event(event: Event) -> None:
+        notify(trial.label, event)
+
     try:
-        train(
-            trial.recipe,
-            trial.data,
-            trial.settings,
-            trial.folder,
-            resume=True,
-            on_event=lambda event: tell(trial.label, event),
-        )
+        train(trial.recipe, trial.data, trial.settings, trial.folder, resume=True, on_event=on_event)
     except CommandFailed:
-        if (found := _stopped(trial, tell)) is None:
+        if (result := _failure(trial, notify)) is None:
             raise
-        return found
-    return finish(trial, tell)
+        return result
+    return _measure(trial, notify)
 
 
-def _after(trial: Trial, process: Future[Ended] | None, tell: Told) -> dict[str, Any]:
-    """The result of what ran in a process of its own."""
-    status, error = process.result() if process is not None else Ended(0, "")
+def _collect(trial: Trial, future: Future[Exit] | None, notify: Listener) -> Result:
+    """The result of a trial that ran in its own process."""
+    status, error = future.result() if future is not None else Exit(0, "")
     if status == 0:
-        return finish(trial, tell)
-    if (found := _stopped(trial, tell)) is not None:
-        return found
+        return _measure(trial, notify)
+    if (result := _failure(trial, notify)) is not None:
+        return result
     raise CommandFailed(f"{trial.label}: {error or f'its process ended with status {status}'}")
 
 
-def _stopped(trial: Trial, tell: Told) -> dict[str, Any] | None:
-    """The result of a run that came to nothing by itself: no full disk, and nobody's Ctrl-C."""
+def _failure(trial: Trial, notify: Listener) -> Result | None:
+    """The result of a run that stopped at a bad step; ``None`` if it ended for another reason (Ctrl-C, a full disk)."""
     last = read_log(trial.folder / LOG)[-1:]
     if not last or last[0]["event"] != "stop" or last[0]["message"] == "interrupted":
         return None
-    return _keep(trial, {"failed": last[0]["message"]}, tell)
+    return _save(trial, {"failed": last[0]["message"]}, notify)
 
 
-def finish(trial: Trial, tell: Told) -> dict[str, Any]:
-    """Measure what has been trained, and keep the result with the run."""
+def _measure(trial: Trial, notify: Listener) -> Result:
+    """Test a trained model, and save the result with the run."""
     settings = trial.settings
     model = recipes.load(trial.folder / "model", device=settings.device, dtype=settings.dtype)
     source = open_source(
         trial.data, rows=settings.batch, length=settings.length, split="test", seed=settings.seed, vocab=model.vocab
     )
-    reader = Reader(model, settings, Processes(device=torch.device(settings.device)))
-    batches = TESTED * settings.valid_batches
-    test = validate(reader, source, batches)
-    frozen = _frozen(model, reader, source, batches)
+    step = TrainStep(model, settings, Processes(device=torch.device(settings.device)))
+    batches = TEST_BATCHES * settings.valid_batches
+    test = validate(step, source, batches)
+    frozen = _test_frozen(model, step, source, batches)
     events = read_log(trial.folder / LOG)
     speeds = [event["tokens_per_second"] for event in events if event["event"] == "step"]
-    per_step = settings.batch * source.length * settings.windows
+    tokens_per_step = settings.batch * source.length * settings.windows
     curve = [
-        {"step": event["step"], "tokens": event["step"] * per_step, **_numbers(event)}
+        {
+            "step": event["step"],
+            "tokens": event["step"] * tokens_per_step,
+            **{key: value for key, value in event.items() if key not in ("event", "step") and value is not None},
+        }
         for event in events
         if event["event"] == "valid"
     ]
-    for name, numbers in (("validation", curve[-1] if curve else {}), ("test", test)):
-        if numbers and not _finite(numbers):
-            return _keep(trial, {"failed": f"its {name} loss is no number"}, tell)
+    for name, metrics in (("validation", curve[-1] if curve else {}), ("test", test)):
+        if metrics and not _all_finite(metrics):
+            return _save(trial, {"failed": f"the {name} loss is not finite"}, notify)
     speed = statistics.median(speeds) if speeds else None
-    tokens = settings.steps * per_step
-    found = {
+    tokens = settings.steps * tokens_per_step
+    result = {
         "steps": settings.steps,
         "tokens": tokens,
         "tokens_per_second": speed,
@@ -163,30 +172,120 @@ def finish(trial: Trial, tell: Told) -> dict[str, Any]:
         "test": test,
         "frozen": frozen,
     }
-    return _keep(trial, found, tell)
+    return _save(trial, result, notify)
 
 
-def _frozen(model: LanguageModel, reader: Reader, source: Source, batches: int) -> dict[str, float] | None:
-    """What is left when the memories learn nothing; ``None`` where there is no memory, or it comes to no number."""
+def _test_frozen(model: LanguageModel, step: TrainStep, source: Source, batches: int) -> dict[str, float] | None:
+    """Metrics with the memories frozen; ``None`` if there is no memory or the metrics are not finite."""
     try:
         memories = model.freeze_memory()
-    except ValueError:  # one that is only written
+    except ValueError:  # a memory that is only written
         return None
     with memories:
-        found = validate(reader, source, batches) if memories.names else None
-    return found if found is not None and _finite(found) else None
+        metrics = validate(step, source, batches) if memories.names else None
+    return metrics if metrics is not None and _all_finite(metrics) else None
 
 
-def _finite(numbers: dict[str, Any]) -> bool:
-    return numbers.get("loss") is not None and all(math.isfinite(number) for number in numbers.values())
+def _all_finite(metrics: dict[str, Any]) -> bool:
+    return metrics.get("loss") is not None and all(math.isfinite(number) for number in metrics.values())
 
 
-def _keep(trial: Trial, found: dict[str, Any], tell: Told) -> dict[str, Any]:
-    with writing(trial.folder / RESULT), replacing(trial.folder / RESULT) as path:
-        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    tell(trial.label, {"event": "result", **found})
-    return found
+def _save(trial: Trial, result: Result, notify: Listener) -> Result:
+    write_text(trial.folder / RESULT, json.dumps(result, indent=1) + "\n")
+    notify(trial.label, {"event": "result", **result})
+    return result
 
 
-def _numbers(event: Event) -> dict[str, Any]:
-    return {key: value for key, value in event.items() if key not in ("event", "step") and value is not None}
+class Exit(NamedTuple):
+    """How a worker process ended."""
+
+    status: int
+    error: str
+
+
+class Workers:
+    """Runs trials in processes, ``jobs`` at a time: ``with Workers(2, told) as workers: workers.start(trial)``.
+
+    If the block is left early, the running processes are terminated, and save a checkpoint as after Ctrl-C.
+    """
+
+    def __init__(self, jobs: int, told: Listener) -> None:
+        self._told = told
+        self._pool = ThreadPoolExecutor(jobs)
+        self._running: set[subprocess.Popen[str]] = set()
+        self._leaving, self._lock = False, threading.Lock()
+        self._environment = {**os.environ, "OMP_NUM_THREADS": str(threads_per_job(jobs))}
+        self._before: Any = None
+
+    def __enter__(self) -> Workers:
+        if threading.current_thread() is threading.main_thread():
+            # handle SIGTERM as Ctrl-C: otherwise the workers would die at their next print, and save nothing
+            self._before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with self._lock:
+            self._leaving = True
+            for process in self._running:
+                process.terminate()
+        self._pool.shutdown(cancel_futures=True)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
+
+    def start(self, trial: Trial) -> Future[Exit]:
+        """Start or resume a trial as soon as a job is free."""
+        return self._pool.submit(self._run, trial)
+
+    def _run(self, trial: Trial) -> Exit:
+        if self._leaving:
+            return Exit(130, "interrupted")
+        if not is_run(trial.folder):
+            write_inputs(trial.folder, trial.recipe, trial.data, trial.settings)
+        command = [sys.executable, "-m", "titans_build.tools.train", str(trial.folder / RECIPE)]
+        command += ["--train", str(trial.folder / TRAIN), "--out", str(trial.folder), "--resume", "--json"]
+        command += ["--allow-imports"] * trial.allow_imports
+        # in a session of its own: Ctrl-C at the terminal must not reach it besides our signal
+        process = subprocess.Popen(
+            command,
+            env=self._environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        with self._lock:
+            self._running.add(process)
+            if self._leaving:
+                process.terminate()
+        error = ""
+        with process, ThreadPoolExecutor(1) as reader:
+            assert process.stdout is not None and process.stderr is not None
+            stderr = reader.submit(process.stderr.read)
+            try:
+                for line in process.stdout:
+                    event = _parse(line)
+                    if "error" in event:
+                        error = event["error"]["message"]
+                    elif "event" in event:
+                        self._told(trial.label, event)
+            except BaseException:  # the process would block once nobody reads its output
+                process.terminate()
+                raise
+            error = error or stderr.result().strip()[-2000:]
+        with self._lock:
+            self._running.discard(process)
+        return Exit(process.returncode, error)
+
+
+def threads_per_job(jobs: int) -> int:
+    """Threads of each process when ``jobs`` processes share the cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // jobs)
+
+
+def _parse(line: str) -> Event:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return {}
+    return event if isinstance(event, dict) else {}

@@ -14,8 +14,8 @@ import torch
 from titans_build.recipes import StorageError
 from titans_build.tools.terminal import CommandFailed
 from titans_build.tools.training import checkpoint
+from titans_build.tools.training.checkpoint import CheckpointManager
 from titans_build.tools.training.distributed import Processes
-from titans_build.tools.training.keeping import Checkpoints
 
 TENSORS = {
     "weights": torch.randn(3, 4),
@@ -79,7 +79,7 @@ def _no_tensors(folder: Path) -> None:
 
 DAMAGE: list[tuple[Callable[[Path], None], str]] = [
     (_truncate, r"damaged: expected \d+ bytes, got \d+"),
-    (_flip, "damaged: its bytes are not those that were written"),
+    (_flip, "damaged: its checksum does not match"),
     (_empty_index, "expected the index of a checkpoint"),
     (_later_version, "expected format version 1, got 2"),
     (_no_tensors, "cannot be read: No such file"),
@@ -90,16 +90,16 @@ DAMAGE: list[tuple[Callable[[Path], None], str]] = [
 def test_damage_is_noticed_and_the_checkpoint_before_it_is_taken(
     folder: Path, damage: Callable[[Path], None], message: str
 ) -> None:
-    kept = Checkpoints(folder.parent)
+    kept = CheckpointManager(folder.parent)
     checkpoint.write(kept.path(5), TENSORS, {"step": 5}, ONE)
     damage(kept.path(5))
     with pytest.raises(StorageError, match=message):
         checkpoint.verify(kept.path(5))
     said: list[str] = []
     assert kept.latest(said.append) == (3, {"step": 3, "loss": 0.1})
-    assert len(said) == 1 and said[0].endswith("; going on from step 3, before it")
+    assert len(said) == 1 and said[0].endswith("; resuming from step 3")
     damage(folder)
-    with pytest.raises(StorageError, match=r"no checkpoint is whole: .*step-00000005.*step-00000003"):
+    with pytest.raises(StorageError, match=r"all checkpoints are damaged: .*step-00000005.*step-00000003"):
         kept.latest(said.append)
 
 

@@ -17,8 +17,8 @@ from titans_build.recipes import StorageError
 from titans_build.registry import RecipeError
 from titans_build.tools.train import main
 from titans_build.tools.training import as_settings, compare, trials
-from titans_build.tools.training.fitting import fit, parameters_of
-from titans_build.tools.training.side_by_side import SideBySide, Trial
+from titans_build.tools.training.compare import fit, parameters_of
+from titans_build.tools.training.trials import Trial, Workers
 
 SETTINGS = {**QUICK, "steps": 2, "valid_every": 1, "valid_batches": 1}
 
@@ -92,7 +92,7 @@ def test_what_was_interrupted_goes_on_and_what_is_finished_is_not_run_again(tmp_
             raise KeyboardInterrupt
 
     settings = {**SETTINGS, "checkpoint_every": 1}
-    with pytest.raises(KeyboardInterrupt, match="the same command goes on from there"):
+    with pytest.raises(KeyboardInterrupt, match="run the same command to resume"):
         compare(recipes, COPY, settings, tmp_path / "parts", told=interrupt)
 
     def note(label: str, event: dict[str, Any]) -> None:
@@ -103,7 +103,7 @@ def test_what_was_interrupted_goes_on_and_what_is_finished_is_not_run_again(tmp_
     assert {label for label, _ in steps} == {"b"}
     for one, other in zip(whole["variants"], parts["variants"]):
         assert one["test"] == other["test"]
-    with pytest.raises(StorageError, match=r"there is another run in this folder \(lr = 0.001\)"):
+    with pytest.raises(StorageError, match=r"this folder has a different run \(lr = 0.001\)"):
         compare(recipes, COPY, {**settings, "lr": 0.5}, tmp_path / "parts")
 
 
@@ -134,7 +134,7 @@ def test_a_variant_that_fails_is_said_to_have_failed(tmp_path: Path) -> None:
 def test_a_loss_that_is_no_number_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trials, "validate", lambda *rest: {"loss": math.nan, "accuracy": 0.0})
     found = compare({"a": of("mac")}, COPY, SETTINGS, tmp_path)
-    assert found["variants"][0]["failed"] == "its test loss is no number"
+    assert found["variants"][0]["failed"] == "the test loss is not finite"
 
 
 def test_a_memory_that_cannot_be_frozen_is_compared_all_the_same(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_data_that_have_changed_are_not_compared_with_what_was_read_before(
     recipe["vocab"] = 256
     compare({"a": recipe}, lines_of_text, SETTINGS, tmp_path / "out")
     (tmp_path / "document-7.txt").write_text("one more", encoding="utf-8")
-    with pytest.raises(RecipeError, match="has changed: put back what it was"):
+    with pytest.raises(RecipeError, match="has changed: restore it"):
         compare({"a": recipe}, lines_of_text, SETTINGS, tmp_path / "out")
 
 
@@ -180,7 +180,7 @@ def test_data_that_have_changed_are_not_compared_with_what_was_read_before(
         ({"../a": "mac"}, {}, "'../a': expected a name that a folder can have"),
         ({"comparison.json": "mac"}, {}, "expected a name that a folder can have"),
         ({"a": "mac"}, {"jobs": 0}, "expected seeds and jobs >= 1"),
-        ({"a": "mac"}, {"lrs": (1e-3, 1e-2)}, "valid_every: the best of several rates"),
+        ({"a": "mac"}, {"lrs": (1e-3, 1e-2)}, "valid_every: expected a number"),
         ({"a": "mac"}, {"dial": "ffn.hiden"}, "did you mean 'hidden'"),
     ],
 )
@@ -201,7 +201,7 @@ def test_processes_that_run_when_the_comparison_is_left_save_themselves(tmp_path
         if event["event"] == "step":
             begun.set()
 
-    with SideBySide(2, told) as processes:
+    with Workers(2, told) as processes:
         ended = processes.start(trial)
         assert begun.wait(120)
     assert ended.result().status == 130 and "interrupted; saved after step" in ended.result().error
@@ -216,7 +216,7 @@ def test_a_process_ends_when_nobody_listens(tmp_path: Path) -> None:
         if event["event"] == "step":
             raise BrokenPipeError
 
-    with SideBySide(2, deaf) as processes, pytest.raises(BrokenPipeError):
+    with Workers(2, deaf) as processes, pytest.raises(BrokenPipeError):
         processes.start(trial).result(120)
 
 
@@ -250,7 +250,7 @@ def test_the_command_prints_a_table_and_draws_a_plot(tmp_path: Path, capsys: pyt
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--set", "layers.nowhere.0.segment=4"], "none of the recipes has it"),
+        (["--set", "layers.nowhere.0.segment=4"], "no recipe has this path"),
         (["--lr", "1e-3,x"], "expected numbers > 0"),
         (["--parameters", "many"], "expected a number >= 1, first or none"),
         (["--jobs", "0"], "expected an integer >= 1"),
@@ -272,7 +272,7 @@ def test_a_comparison_of_nothing_but_failures_has_failed(tmp_path: Path, capsys:
     words = ["compare", files(tmp_path)[0], "--data", COPY, "--out", str(tmp_path / "out"), "--steps", "8"]
     words += ["--batch", "4", "-t", "spike=1e-9", "--lr", "100", "-t", "clip=null", "-t", "tensorboard=false"]
     assert main([*words, "--valid-every", "8"]) == 1
-    assert "every recipe came to nothing; the first: step" in capsys.readouterr().err
+    assert "every recipe failed; the first: step" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["compare", "search"])

@@ -15,7 +15,7 @@ from tiny_runs import QUICK, TINY, environment, logged, losses
 import titans_build as tb
 from titans_build.recipes.packaged import base_names
 from titans_build.tools.training import train
-from titans_build.tools.training.distributed import Processes
+from titans_build.tools.training.distributed import Processes, to_local
 
 SETTINGS = {
     **QUICK,
@@ -116,6 +116,6 @@ def test_rows_that_two_processes_cannot_share_are_one_error(tmp_path: Path) -> N
 
 def test_one_process_alone_has_everything() -> None:
     one = Processes()
-    assert one.main and one.part == (0, 1) and one.total(1.5, 2) == [1.5, 2]
+    assert one.main and (one.rank, one.world) == (0, 1) and one.sum(1.5, 2) == [1.5, 2]
     tensor = torch.ones(2)
-    assert one.rows(tensor) is tensor and one.own_rows(tensor) is tensor
+    assert one.shard_rows(tensor) is tensor and to_local(tensor) is tensor

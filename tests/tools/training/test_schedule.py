@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from titans_build.tools.training.schedule import learning_rate, place_of
+from titans_build.tools.training.optimizer import learning_rate, stage_at
 from titans_build.tools.training.settings import as_settings
 
 
@@ -35,6 +35,6 @@ def test_without_warmup_the_first_step_is_the_largest_and_none_is_zero() -> None
 def test_each_stage_has_a_schedule_of_its_own() -> None:
     stages = [{"steps": 10, "train": ["*"]}, {"steps": 4, "train": ["*"], "lr": 0.1}]
     settings = as_settings({"stages": stages, "lr": 1.0, "warmup": 0.5, "final_lr": 0.1})
-    assert [place_of(step, settings)[::2] for step in (0, 9, 10, 13)] == [(0, 0), (0, 9), (1, 0), (1, 3)]
+    assert [stage_at(step, settings)[::2] for step in (0, 9, 10, 13)] == [(0, 0), (0, 9), (1, 0), (1, 3)]
     alone = as_settings({"steps": 4, "lr": 0.1, "warmup": 0.5, "final_lr": 0.1})
     assert [learning_rate(10 + i, settings) for i in range(4)] == [learning_rate(i, alone) for i in range(4)]

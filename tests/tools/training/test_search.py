@@ -13,7 +13,7 @@ import titans_build as tb
 from titans_build.registry import RecipeError
 from titans_build.tools.train import main
 from titans_build.tools.training import as_settings, search
-from titans_build.tools.training.space import as_space
+from titans_build.tools.training.search import as_space
 
 SETTINGS = {**QUICK, "steps": 2, "valid_every": 2, "valid_batches": 1}
 SPACE = {"recipe": {"layers.mac.0.segment": [4, 8]}, "train": {"lr": [1e-3, 1e-2]}}
@@ -130,14 +130,14 @@ def test_the_command_prints_the_trials(tmp_path: Path, capsys: pytest.CaptureFix
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last["event"] == "search" and len(last["trials"]) == 2
     assert main([*words, "--sampler", "random"]) == 2
-    assert "--trials: expected how many" in capsys.readouterr().err
+    assert "--trials: expected a number" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("space", "message"),
     [
         ({"recpe": {}}, "did you mean 'recipe'"),
-        ({}, "nothing to choose from"),
+        ({}, "expected at least one value to search"),
         ({"train": {"lr": []}}, "train.lr: expected a list of values"),
         ({"train": {"lr": {"low": 1, "hi": 2}}}, "unknown 'hi'"),
         ({"train": {"lr": {"low": 2, "high": 1}}}, "expected low under high"),

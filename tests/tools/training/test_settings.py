@@ -64,12 +64,12 @@ def test_everything_wrong_is_said_at_once_with_its_place_and_the_nearest_name() 
         (
             {"steps": 3, "stages": [{"steps": 4, "train": ["*"]}]},
             "steps",
-            "the stages have 4 steps together, so it is not 3",
+            "the stages have 4 steps in total, got 3",
         ),
         (
             {"compile": True, "write_cost": 0.1},
             "compile",
-            "write_cost looks into the model as it is written, not compiled: leave one of them out",
+            "write_cost observes the memories, which a compiled model does not allow: use only one of them",
         ),
         ({"steps": True}, "steps", "expected integer >= 1, got true"),
         ({"lr": float("nan")}, "lr", "expected a finite number, got nan"),

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from titans_build.tools.training.journal import Event
+from titans_build.tools.training.log import Event
 
 TINY: dict[str, Any] = {
     "version": 1,

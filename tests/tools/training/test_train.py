@@ -15,7 +15,7 @@ import titans_build as tb
 from titans_build.recipes import StorageError
 from titans_build.recipes.reading import read_file
 from titans_build.tools.training import TrainedRun, train
-from titans_build.tools.training.keeping import Checkpoints
+from titans_build.tools.training.checkpoint import CheckpointManager
 
 Train = Callable[..., TrainedRun]
 
@@ -175,9 +175,9 @@ def test_data_that_have_changed_are_not_gone_on_with(quick_train: Train, tmp_pat
     quick_train(recipe={**TINY, "vocab": 256}, data=spec, steps=1)
     before = text.read_bytes()
     text.write_bytes(before.replace(b"W", b"T"))
-    with pytest.raises(tb.RecipeError, match=r"fingerprint: the run was begun with '\w+', and now it is") as caught:
+    with pytest.raises(tb.RecipeError, match=r"fingerprint: the run began with '\w+', now it is") as caught:
         quick_train(recipe=None, data=None, resume=True, steps=2)
-    assert f"{str(text)!r} has changed: put back what it was, or begin a run in another folder" in str(caught.value)
+    assert f"{str(text)!r} has changed: restore it, or start a run in another folder" in str(caught.value)
     text.write_bytes(before)
     assert len(losses(quick_train(recipe=None, data=None, resume=True, steps=2).history)) == 2
 
@@ -201,23 +201,23 @@ def test_settings_may_change_on_the_way_but_not_those_that_others_follow_from(
     with pytest.raises(tb.RecipeError) as caught:
         quick_train(recipe=None, data=None, resume=True, batch=8, seed=1)
     assert dict(caught.value.problems) == {
-        "batch": "the run was begun with 4, and cannot go on with 8",
-        "seed": "the run was begun with 0, and cannot go on with 1",
+        "batch": "the run began with 4 and cannot be resumed with 8",
+        "seed": "the run began with 0 and cannot be resumed with 1",
     }
     with pytest.raises(tb.RecipeError, match=r"the run is of .*, not of this one"):
         quick_train(recipe={**TINY, "dim": 32}, data=None, resume=True)
-    with pytest.raises(tb.RecipeError, match="the run reads 'copy:length=16', and cannot go on with 'mqar'"):
+    with pytest.raises(tb.RecipeError, match="the run reads 'copy:length=16' and cannot be resumed with 'mqar'"):
         quick_train(recipe=None, data="mqar", resume=True)
 
 
 def test_a_damaged_checkpoint_is_said_and_the_one_before_it_gone_on_from(quick_train: Train, tmp_path: Path) -> None:
     whole = quick_train(steps=6, checkpoint_every=2)
-    checkpoints = Checkpoints(tmp_path / "run/checkpoints")
+    checkpoints = CheckpointManager(tmp_path / "run/checkpoints")
     (path,) = checkpoints.path(6).glob("*.safetensors")
     path.write_bytes(path.read_bytes()[:-1])
     run = quick_train(recipe=None, data=None, resume=True)
     (warning,) = (event for event in run.history if event["event"] == "warning")
-    assert "damaged: expected" in warning["message"] and "going on from step 4" in warning["message"]
+    assert "damaged: expected" in warning["message"] and "resuming from step 4" in warning["message"]
     assert losses(run.history) == losses(whole.history) and same_weights(run.model, whole.model)
 
 
@@ -225,8 +225,8 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_gone_on_from(quick_t
     ("change", "message"),
     [
         ({"progress": {"tokens": 7}}, "expected a checkpoint of step 1, got one of 0"),
-        ({"progress": {"stpe": 1}}, "the facts of its index are not those of a run: .*'stpe'"),
-        ({"processes": "two"}, "the facts of its index are not those of a run"),
+        ({"progress": {"stpe": 1}}, "expected the facts of a run in its index: .*'stpe'"),
+        ({"processes": "two"}, "expected the facts of a run in its index"),
         ({"fingerprint": "0"}, "it is of another recipe: expected .*, got '0'"),
     ],
 )
@@ -244,9 +244,9 @@ def test_facts_that_are_not_those_of_the_run(
 
 def test_folders_that_cannot_be_used(quick_train: Train, tmp_path: Path) -> None:
     quick_train(steps=1)
-    with pytest.raises(StorageError, match="there is a run in this folder; resume it"):
+    with pytest.raises(StorageError, match="this folder has a run; resume it"):
         quick_train(steps=1)
-    with pytest.raises(StorageError, match="there is no run in this folder to go on with"):
+    with pytest.raises(StorageError, match="this folder has no run to resume"):
         quick_train(recipe=None, data=None, resume=True, out="none")
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(StorageError, match="file/run: cannot be written: Not a directory"):
@@ -265,7 +265,7 @@ def test_folders_that_cannot_be_used(quick_train: Train, tmp_path: Path) -> None
     [
         ({"data": "cpoy"}, "did you mean 'copy'"),
         ({"data": "copy:vocab=99"}, "the data has 99 tokens, the model only 16"),
-        ({"carry": 4}, "nothing to carry"),
+        ({"carry": 4}, "no state to carry"),
         ({"stages": [{"steps": 1, "train": ["@mmeory"]}]}, "stages.0.train.0: no block of this type"),
     ],
 )

@@ -10,7 +10,13 @@ import torch
 
 import titans_build as tb
 from titans_build.recipes.packaged import base_names
-from titans_build.tools.training.optimiser import Average, groups, idle_patterns, make_optimizer, matching
+from titans_build.tools.training.optimizer import (
+    WeightAverage,
+    make_optimizer,
+    match_parameters,
+    parameter_groups,
+    unmatched_patterns,
+)
 from titans_build.tools.training.settings import as_settings
 
 NO_DECAY = as_settings().no_decay
@@ -28,7 +34,7 @@ def last(name: str) -> str:
 @pytest.mark.parametrize("name", base_names())
 def test_each_parameter_of_a_packaged_recipe_is_in_the_right_group_and_in_one(name: str) -> None:
     model = tb.build(name, device="meta")
-    decay, no_decay = groups(model, NO_DECAY, 0.1)
+    decay, no_decay = parameter_groups(model, NO_DECAY, 0.1)
     assert (decay["weight_decay"], no_decay["weight_decay"]) == (0.1, 0.0)
     names: list[list[str]] = [decay["names"], no_decay["names"]]  # type: ignore[list-item]
     assert sorted(names[0] + names[1]) == sorted(dict(model.named_parameters()))
@@ -44,17 +50,17 @@ def test_learned_momentum_and_vectors_of_unknown_blocks_do_not_decay(tiny: dict[
     model = tb.build(tiny)
     model.layers[0].vector = torch.nn.Parameter(torch.ones(3))
     model.layers[0].matrix = torch.nn.Parameter(torch.ones(3, 3))
-    names: Any = [group["names"] for group in groups(model, NO_DECAY, 0.1)]
+    names: Any = [group["names"] for group in parameter_groups(model, NO_DECAY, 0.1)]
     assert "layers.0.matrix" in names[0] and "layers.0.vector" in names[1]
     assert "layers.1.blocks.0.initial_momentum.0" in names[1]
-    everything: Any = groups(model, ["*"], 0.1)
+    everything: Any = parameter_groups(model, ["*"], 0.1)
     assert everything[0]["names"] == []
 
 
 def test_what_does_not_decay_is_chosen_as_what_trains_is(tiny: dict[str, Any]) -> None:
     model = tb.build(tiny)
-    names: Any = [group["names"] for group in groups(model, ["@memory", "!*.qkv*"], 0.1)]
-    memory = {name for name in matching(model, ["@memory"], "train") if model.get_parameter(name).dim() > 1}
+    names: Any = [group["names"] for group in parameter_groups(model, ["@memory", "!*.qkv*"], 0.1)]
+    memory = {name for name in match_parameters(model, ["@memory"], "train") if model.get_parameter(name).dim() > 1}
     projections = {name for name in memory if ".qkv" in name}
     assert projections and projections <= set(names[0])
     assert memory - projections <= set(names[1])
@@ -62,8 +68,8 @@ def test_what_does_not_decay_is_chosen_as_what_trains_is(tiny: dict[str, Any]) -
 
 def test_a_pattern_that_fits_nothing_is_spoken_of_unless_it_is_a_default(tiny: dict[str, Any]) -> None:
     model = tb.build(tiny)
-    assert idle_patterns(model, NO_DECAY) == []
-    assert idle_patterns(model, [*NO_DECAY, "heads", "@memory"]) == [
+    assert unmatched_patterns(model, NO_DECAY) == []
+    assert unmatched_patterns(model, [*NO_DECAY, "heads", "@memory"]) == [
         f"no_decay.{len(NO_DECAY)}: no parameter has such a name: 'heads'; did you mean 'head'?"
     ]
 
@@ -75,7 +81,7 @@ def test_what_does_not_decay_stays_where_nothing_pulls_it(tiny: dict[str, Any]) 
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    decay: Any = groups(model, NO_DECAY, 0.5)[0]["names"]
+    decay: Any = parameter_groups(model, NO_DECAY, 0.5)[0]["names"]
     for name, parameter in model.named_parameters():
         expected = before[name] * 0.95 if name in decay else before[name]
         torch.testing.assert_close(parameter, expected)
@@ -85,10 +91,10 @@ def test_patterns_choose_by_name_and_by_type_of_block(tiny: dict[str, Any]) -> N
     model = tb.build(tiny)
     names = set(dict(model.named_parameters()))
     memory = {name for name in names if ".memory." in name or ".branches.1." in name}
-    assert matching(model, ["@memory"], "train") == memory
-    assert matching(model, ["!@memory"], "train") == names - memory
-    assert matching(model, ["*"], "train") == names
-    assert matching(model, ["layers.0.*", "!*.gain*", "head"], "train") == {
+    assert match_parameters(model, ["@memory"], "train") == memory
+    assert match_parameters(model, ["!@memory"], "train") == names - memory
+    assert match_parameters(model, ["*"], "train") == names
+    assert match_parameters(model, ["layers.0.*", "!*.gain*", "head"], "train") == {
         name for name in names if name.startswith("layers.0.") and ".gain" not in name
     } | {"head"}
 
@@ -98,12 +104,12 @@ def test_patterns_choose_by_name_and_by_type_of_block(tiny: dict[str, Any]) -> N
     [
         (["@memori"], "train.0", "no block of this type has a parameter: '@memori'; did you mean 'memory'?"),
         (["*", "!heads"], "train.1", "no parameter has such a name: 'heads'; did you mean 'head'?"),
-        (["head", "!head"], "train", "no parameter is left to train by ['head', '!head']"),
+        (["head", "!head"], "train", "['head', '!head'] selects no parameter to train"),
     ],
 )
 def test_patterns_that_choose_nothing(tiny: dict[str, Any], patterns: list[str], path: str, message: str) -> None:
     with pytest.raises(tb.RecipeError) as caught:
-        matching(tb.build(tiny), patterns, "train")
+        match_parameters(tb.build(tiny), patterns, "train")
     assert caught.value.problems == [(path, message)]
 
 
@@ -111,7 +117,7 @@ def test_the_average_is_torchs_and_is_put_in_and_taken_out(tiny: dict[str, Any])
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
     model = tb.build(tiny)
-    average = Average(model, 0.9)
+    average = WeightAverage(model, 0.9)
     reference = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     reference.update_parameters(model)  # the first takes the weights as they are
     generator = torch.Generator().manual_seed(0)

@@ -18,8 +18,8 @@ from tiny_runs import PROGRAM, QUICK, TINY, environment, logged, losses
 
 import titans_build as tb
 from titans_build.tools.train import main
-from titans_build.tools.training import TrainedRun, stopping, train
-from titans_build.tools.training.keeping import Checkpoints
+from titans_build.tools.training import TrainedRun, train, trainer
+from titans_build.tools.training.checkpoint import CheckpointManager
 
 STEPS = 30
 SETTINGS = {
@@ -113,7 +113,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_leaves_with_130(
     out, err = process.communicate(timeout=300)
     assert process.returncode == 130
     (step,) = (event["step"] for line in out.splitlines() if (event := json.loads(line)).get("event") == "stop")
-    assert Checkpoints(tmp_path / "run/checkpoints").steps()[-1] == step < STEPS
+    assert CheckpointManager(tmp_path / "run/checkpoints").steps()[-1] == step < STEPS
     said = f"interrupted; saved after step {step} of {STEPS}: titans-train --resume --out {tmp_path / 'run'}"
     assert err == f"titans-train: error: {said}\n"
     # what it says to type
@@ -123,11 +123,11 @@ def test_ctrl_c_saves_says_how_to_go_on_and_leaves_with_130(
 
 def test_the_second_ctrl_c_leaves_at_once() -> None:
     script = (
-        "import os, runpy, signal\n"
-        f"Stopping = runpy.run_path({stopping.__file__!r})['Stopping']\n"
-        "with Stopping() as stopping:\n"
+        "import os, signal\n"
+        "from titans_build.tools.training.trainer import Interrupt\n"
+        "with Interrupt() as interrupt:\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
-        "    assert stopping.asked\n"
+        "    assert interrupt.requested\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    print('still here')\n"
     )
@@ -137,9 +137,9 @@ def test_the_second_ctrl_c_leaves_at_once() -> None:
 
 def test_handlers_are_put_back() -> None:
     before = signal.getsignal(signal.SIGINT)
-    with stopping.Stopping() as noted:
+    with trainer.Interrupt() as noted:
         assert signal.getsignal(signal.SIGINT) != before
-    assert signal.getsignal(signal.SIGINT) == before and not noted.asked
+    assert signal.getsignal(signal.SIGINT) == before and not noted.requested
 
 
 def test_a_disk_without_room_is_one_error_and_the_checkpoint_before_stays(
@@ -159,4 +159,4 @@ def test_a_disk_without_room_is_one_error_and_the_checkpoint_before_stays(
     )
     assert sorted(path.name for path in folder.iterdir()) == ["index.json", "step-00000002", "step-00000004"]
     run = train(None, None, None, tmp_path / "run", resume=True)
-    assert len(losses(run.history)) == 8 and Checkpoints(folder).steps() == [6, 8]
+    assert len(losses(run.history)) == 8 and CheckpointManager(folder).steps() == [6, 8]

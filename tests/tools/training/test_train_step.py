@@ -16,9 +16,8 @@ from titans_build.blocks.language_model import LanguageModel
 from titans_build.blocks.state import named_tensors
 from titans_build.tools.data import Batch
 from titans_build.tools.training.distributed import Processes
-from titans_build.tools.training.recomputing import recomputing
 from titans_build.tools.training.settings import as_settings
-from titans_build.tools.training.stepping import Read, Reader
+from titans_build.tools.training.train_step import StepResult, TrainStep, activation_checkpointing
 
 ROWS, TIME = 4, 12
 
@@ -41,9 +40,9 @@ def batch(seed: int = 0, *, fresh: bool = True, uneven: bool = False) -> Batch:
 
 def read(
     model: LanguageModel, windows: list[Batch], state: Any = None, **settings: Any
-) -> tuple[Read, dict[str, Tensor]]:
+) -> tuple[StepResult, dict[str, Tensor]]:
     model.zero_grad()
-    done = Reader(model, as_settings({"batch": ROWS, **settings}), Processes()).gradients(windows, state)
+    done = TrainStep(model, as_settings({"batch": ROWS, **settings}), Processes()).gradients(windows, state)
     return done, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -141,7 +140,7 @@ def test_recomputing_gives_the_same_gradients_and_runs_layers_again(memory_loss:
     expected, gradients = read(model, windows, carry=2, memory_loss=memory_loss)
     calls: list[int] = []
     handles = [layer.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1)) for layer in model.layers]
-    with recomputing(model):
+    with activation_checkpointing(model):
         done, found = read(model, windows, carry=2, memory_loss=memory_loss)
     assert len(calls) == 2 * len(windows) * len(model.layers)
     for handle in handles:
@@ -168,7 +167,7 @@ def test_recomputing_keeps_less() -> None:
 
     import contextlib
 
-    assert kept(lambda: recomputing(model)) < kept(contextlib.nullcontext) / 2
+    assert kept(lambda: activation_checkpointing(model)) < kept(contextlib.nullcontext) / 2
 
 
 def test_autocast_computes_in_bfloat16_and_keeps_the_parameters() -> None:
@@ -203,10 +202,10 @@ def test_nothing_given_is_changed() -> None:
 def test_compiled_gradients_are_the_models() -> None:
     model = tb.build({**TINY, "stack": ["mag"], "layers": {"mag": TINY["layers"]["mag"]}})
     settings = as_settings({"batch": ROWS})
-    expected = Reader(model, settings, Processes()).gradients([batch()], None)
+    expected = TrainStep(model, settings, Processes()).gradients([batch()], None)
     plain = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    done = Reader(model, settings, Processes(), torch.compile(model)).gradients([batch()], None)
+    done = TrainStep(model, settings, Processes(), torch.compile(model)).gradients([batch()], None)
     assert done.loss == pytest.approx(expected.loss, rel=1e-5)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, plain[name], rtol=1e-3, atol=1e-5, msg=name)

@@ -1,4 +1,4 @@
-"""``titans-train tasks``: the generated tasks that ``--data`` can name."""
+"""``titans-train tasks``: the generated tasks that ``--data`` accepts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...registry import nearest, show
 from ..tasks import list_tasks, task_rows
 from ..terminal import Columns, UsageError, plain, say_columns, say_json
 
-SUMMARY = "List the tasks that --data can name, with their settings and defaults."
+SUMMARY = "List the tasks that --data accepts, with their settings and defaults."
 EXAMPLES = (
     "titans-train tasks",
     "titans-train tasks 'needle*'      names that match a wildcard",
@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
         tasks = [{**row._asdict(), "fields": [dataclasses.asdict(field) for field in row.fields]} for row in rows]
         say_json({"tasks": tasks}, in_one_line=True)
         return 0
-    table = Columns("task", "what it is", "settings and defaults")
+    table = Columns("task", "description", "settings and defaults")
     for row in rows:
         if row.problem is not None:
             table.add(row.name, Text(f"{row.problem} (from {row.source})", style="yellow"), "")

@@ -8,43 +8,43 @@ from pathlib import Path
 import torch
 
 from titans_build.tools.training import checkpoint
+from titans_build.tools.training.checkpoint import CheckpointManager
 from titans_build.tools.training.distributed import Processes
-from titans_build.tools.training.keeping import Checkpoints
 
 
-def write(kept: Checkpoints, *steps: int) -> None:
+def write(kept: CheckpointManager, *steps: int) -> None:
     for step in steps:
         checkpoint.write(kept.path(step), {"x": torch.ones(1)}, {"step": step}, Processes())
 
 
 def test_the_last_and_the_best_stay(tmp_path: Path) -> None:
-    kept = Checkpoints(tmp_path / "checkpoints")
+    kept = CheckpointManager(tmp_path / "checkpoints")
     assert kept.steps() == [] and kept.latest(print) is None
     write(kept, 10, 20, 30, 40)
-    kept.settle(40, best=10, keep=2)
+    kept.prune(40, best=10, keep=2)
     assert kept.steps() == [10, 30, 40]
     index = json.loads((tmp_path / "checkpoints/index.json").read_text(encoding="utf-8"))
     assert index == {"latest": "step-00000040", "best": "step-00000010"}
-    kept.settle(40, best=None, keep=1)
+    kept.prune(40, best=None, keep=1)
     assert kept.steps() == [40]
 
 
 def test_those_of_a_course_that_was_left_go(tmp_path: Path) -> None:
-    kept = Checkpoints(tmp_path)
+    kept = CheckpointManager(tmp_path)
     write(kept, 5, 10, 15, 20)
     # 15 and 20 were damaged: the run went on from 10 and has come to 12
     write(kept, 12)
-    kept.settle(12, best=None, keep=2)
+    kept.prune(12, best=None, keep=2)
     assert kept.steps() == [10, 12]
 
 
 def test_what_a_killed_run_was_writing_is_cleared_away(tmp_path: Path) -> None:
-    kept = Checkpoints(tmp_path)
+    kept = CheckpointManager(tmp_path)
     write(kept, 5)
     (tmp_path / ".step-00000010.tmp").mkdir()
     (tmp_path / ".step-00000010.tmp/shard.safetensors").write_bytes(b"half")
     (tmp_path / ".index.json.0123456789abcdef.tmp").write_bytes(b"half")
     assert kept.steps() == [5]
-    kept.clear()
+    kept.remove_temporary()
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
-    Checkpoints(tmp_path / "none").clear()
+    CheckpointManager(tmp_path / "none").remove_temporary()

@@ -14,47 +14,47 @@ from tiny_runs import COPY, losses
 import titans_build as tb
 from titans_build.tools.terminal import CommandFailed
 from titans_build.tools.training import TrainedRun, train
-from titans_build.tools.training.loop import Loop
-from titans_build.tools.training.stepping import Reader
-from titans_build.tools.training.watching import FEWEST, Watch, grown
+from titans_build.tools.training.diagnostics import FEWEST, FaultDetector, largest_growth
+from titans_build.tools.training.train_step import TrainStep
+from titans_build.tools.training.trainer import Trainer
 
 Train = Callable[..., TrainedRun]
 MEMORY = "layers.0.blocks.0.memory"
 
 
 def test_a_spike_is_measured_against_the_median_of_late_losses() -> None:
-    watch = Watch(spike=1.0)
+    watch = FaultDetector(spike=1.0)
     for loss in [9.0, *[2.0] * (FEWEST - 1)]:
-        assert watch.fault(loss, 1.0) is None
-    assert watch.fault(3.5, 1.0) == "the loss is 3.5, where it was 2 of late (spike: 1.0)"
-    assert watch.fault(3.0, 1.0) is None
-    assert Watch(spike=None, losses=[2.0] * FEWEST).fault(1e9, 1.0) is None
-    assert Watch(spike=1.0, losses=[2.0] * (FEWEST - 1)).fault(1e9, 1.0) is None
+        assert watch.check(loss, 1.0) is None
+    assert watch.check(3.5, 1.0) == "the loss is 3.5, the median of recent losses 2 (spike: 1.0)"
+    assert watch.check(3.0, 1.0) is None
+    assert FaultDetector(spike=None, losses=[2.0] * FEWEST).check(1e9, 1.0) is None
+    assert FaultDetector(spike=1.0, losses=[2.0] * (FEWEST - 1)).check(1e9, 1.0) is None
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
 def test_what_is_no_number_is_bad_and_not_remembered(number: float) -> None:
-    watch = Watch(spike=None)
-    assert watch.fault(number, 1.0) == f"the loss is {number}"
-    assert watch.fault(2.0, number) == f"the gradient's norm is {number} (the loss is 2)"
+    watch = FaultDetector(spike=None)
+    assert watch.check(number, 1.0) == f"the loss is {number}"
+    assert watch.check(2.0, number) == f"the gradient norm is {number} (the loss is 2)"
     assert list(watch.losses) == []
 
 
 def test_the_memory_that_grew_most_is_named() -> None:
     before = {"a": {"mean": 1.0, "peak": 2.0, "weights": 1.0}, "b": {"mean": 1.0, "peak": 8.0, "weights": 1.0}}
     now = {"a": {"mean": 1.0, "peak": 6.0, "weights": 4.0}, "b": {"mean": 1.0, "peak": 9.0, "weights": 1.0}}
-    said = "the inner update of a has grown most: surprise up to 6, where it was 2, weights of norm 4 (were 1)"
-    assert grown(now, before) == said
+    said = "the inner update of a has grown most: surprise up to 6 (was 2), weights of norm 4 (was 1)"
+    assert largest_growth(now, before) == said
     now["b"]["peak"] = math.nan
-    assert str(grown(now, before)).startswith("the inner update of b has grown most: surprise up to nan")
-    assert grown({}, before) is None
+    assert str(largest_growth(now, before)).startswith("the inner update of b has grown most: surprise up to nan")
+    assert largest_growth({}, before) is None
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     """Let what the first memory is to learn be no number while these steps are taken."""
-    step = Loop._step
+    step = Trainer._step
 
-    def spoilt(self: Loop, *given: Any) -> int:
+    def spoilt(self: Trainer, *given: Any) -> int:
         if self.progress.step + 1 not in steps:
             return step(self, *given)
         learned: Any = self.model.layers[0].blocks[0].memory
@@ -64,7 +64,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
         finally:
             hook.remove()
 
-    monkeypatch.setattr(Loop, "_step", spoilt)
+    monkeypatch.setattr(Trainer, "_step", spoilt)
 
 
 def test_a_run_stops_at_a_bad_step_says_why_and_goes_on_from_before_it(
@@ -78,8 +78,8 @@ def test_a_run_stops_at_a_bad_step_says_why_and_goes_on_from_before_it(
             quick_train(surprise_every=2, checkpoint_every=5)
     said = str(caught.value)
     assert "step 6: the loss is nan; " in said and f"the inner update of {MEMORY} has grown most" in said
-    assert ", where it was " in said and "the gradient of " in said
-    assert f"saved as it was before that step: titans-train --resume --out {tmp_path / 'run'} -t lr=..." in said
+    assert " (was " in said and "the gradient of " in said
+    assert f"saved before that step: titans-train --resume --out {tmp_path / 'run'} -t lr=..." in said
     run = train(None, None, None, tmp_path / "run", resume=True)
     assert losses(run.history) == losses(whole.history)
     assert [event["step"] for event in run.history if event["event"] == "stop"] == [5]
@@ -97,7 +97,7 @@ def test_a_bad_step_is_skipped_where_that_is_asked_for(quick_train: Train, monke
 
 def test_skipping_has_an_end(quick_train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch, *range(3, 100))
-    with pytest.raises(CommandFailed, match=r"step 13 \(10 steps before it were skipped\): the loss is nan"):
+    with pytest.raises(CommandFailed, match=r"step 13 \(after 10 skipped steps\): the loss is nan"):
         quick_train(on_bad="skip", steps=50)
 
 
@@ -111,32 +111,32 @@ def test_a_model_without_memories_is_blamed_by_its_gradients(
         "layers": {"t": [{"type": "attention", "window": 8}]},
         "stack": ["t"],
     }
-    gradients = Reader.gradients
+    gradients = TrainStep.gradients
 
-    def spoilt(self: Reader, *given: Any) -> Any:
+    def spoilt(self: TrainStep, *given: Any) -> Any:
         read = gradients(self, *given)
         assert self.model.head.grad is not None
         self.model.head.grad[0, 0] = math.inf
         return read
 
-    monkeypatch.setattr(Reader, "gradients", spoilt)
-    with pytest.raises(CommandFailed, match=r"the gradient's norm is inf .*; the gradient of head has norm inf"):
+    monkeypatch.setattr(TrainStep, "gradients", spoilt)
+    with pytest.raises(CommandFailed, match=r"the gradient norm is inf .*; the gradient of head has norm inf"):
         quick_train(recipe=plain)
 
 
 def test_a_validation_whose_loss_is_no_number_is_not_the_best(
     quick_train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from titans_build.tools.training import loop
+    from titans_build.tools.training import trainer
 
-    validate = loop.validate
+    validate = trainer.validate
 
     def spoilt(*given: Any) -> dict[str, float]:
         found = validate(*given)
         return {**found, "loss": math.nan} if len(seen) == 1 else found
 
     seen: list[dict[str, Any]] = []
-    monkeypatch.setattr(loop, "validate", spoilt)
+    monkeypatch.setattr(trainer, "validate", spoilt)
     run = quick_train(
         valid_every=2, valid_batches=1, on_event=lambda event: seen.append(event) if event["event"] == "valid" else None
     )

@@ -1,0 +1,98 @@
+"""Diagnostics of a run: nonfinite values and loss spikes, and which memory or parameter they come from."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from ...blocks import observe
+from ...blocks.state import State
+from ..data import Batch
+from .distributed import to_local
+from .train_step import TrainStep
+
+RECENT = 32
+"""Losses whose median a spike is measured against."""
+FEWEST = 8
+"""Losses needed before a spike can be told."""
+
+Surprise = dict[str, dict[str, float]]
+"""For each memory, by its path: ``mean``, ``peak`` and ``weights``."""
+
+
+class FaultDetector:
+    """Detects bad steps: a nonfinite loss or gradient, or a loss ``spike`` nats above the median of recent losses."""
+
+    def __init__(self, spike: float | None, losses: Iterable[float] = ()) -> None:
+        self.spike = spike
+        self.losses = deque(losses, maxlen=RECENT)
+
+    def check(self, loss: float, norm: float) -> str | None:
+        """What is wrong with a step, or ``None``. The loss of a good step is recorded."""
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
+        if not math.isfinite(norm):
+            return f"the gradient norm is {norm} (the loss is {loss:.4g})"
+        if self.spike is not None and len(self.losses) >= FEWEST:
+            median = statistics.median(self.losses)
+            if loss > median + self.spike:
+                return f"the loss is {loss:.4g}, the median of recent losses {median:.4g} (spike: {self.spike})"
+        self.losses.append(loss)
+        return None
+
+
+def memory_surprise(step: TrainStep, batch: Batch, state: State) -> Surprise:
+    """The surprise of every memory for a batch. Nothing is changed.
+
+    ``mean`` and ``peak`` are over the tokens' gradient norms, before clipping; ``weights`` is the largest norm of the
+    memory's weights.
+    """
+    with torch.no_grad(), observe(step.model) as seen:
+        TrainStep(step.model, step.settings, step.processes).forward(batch, state)
+    step.processes.reshard(step.model)
+    found = {}
+    for path, record in seen.memories.items():
+        surprise = record.surprise
+        if batch.mask is not None:
+            surprise = surprise[batch.mask.to(surprise.device)]
+        if surprise.numel():
+            norms = {"mean": surprise.mean(), "peak": surprise.max(), "weights": record.norms.max()}
+            found[path] = {name: float(value) for name, value in norms.items()}
+    return found
+
+
+def finite_only(memories: Surprise) -> Surprise:
+    """The memories whose numbers are all finite."""
+    return {path: norms for path, norms in memories.items() if all(map(math.isfinite, norms.values()))}
+
+
+def largest_growth(now: Surprise, before: Surprise) -> str | None:
+    """A sentence about the memory whose surprise has grown most; ``None`` for a model without memories."""
+    if not now:
+        return None
+
+    def growth(path: str) -> float:
+        ratio = now[path]["peak"] / max(before.get(path, now[path])["peak"], 1e-12)
+        return ratio if math.isfinite(now[path]["peak"]) else math.inf
+
+    worst = max(now, key=growth)
+    norms, earlier = now[worst], before.get(worst)
+    peak, weights = ("", "") if earlier is None else (f" (was {earlier[k]:.3g})" for k in ("peak", "weights"))
+    return (
+        f"the inner update of {worst} has grown most: surprise up to {norms['peak']:.3g}{peak}, "
+        f"weights of norm {norms['weights']:.3g}{weights}"
+    )
+
+
+def largest_gradient(model: nn.Module) -> str | None:
+    """A sentence about the parameter whose gradient is nonfinite, or else the largest."""
+    norms = {n: float(to_local(p.grad).norm()) for n, p in model.named_parameters() if p.grad is not None}
+    if not norms:
+        return None
+    name = max(norms, key=lambda name: norms[name] if math.isfinite(norms[name]) else math.inf)
+    return f"the gradient of {name} has norm {norms[name]:.3g}"

@@ -1,0 +1,147 @@
+"""A run's folder: its recipe, settings and description, from which it can be understood, resumed and repeated."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ...recipes import Recipe, StorageError, load_recipe
+from ...recipes.reading import read_file, write_yaml
+from ...recipes.replacing import replacing
+from ...registry import Problem, RecipeError, show
+from ..terminal import CommandFailed
+from .settings import FIXED, Settings, as_settings
+
+RUN, RECIPE, TRAIN = "run.json", "recipe.yaml", "train.yaml"
+FORMAT = "titans-build run"
+DATA_IDENTITY = ("files", "fingerprint", "tokenizer_hash", "fields", "vocab", "length")
+"""Keys of a source's description that stay the same while its data does."""
+
+
+def is_run(folder: Path) -> bool:
+    """Whether there is a run in a folder."""
+    return (folder / RUN).is_file()
+
+
+def write_inputs(folder: Path, recipe: Recipe, data: Any, settings: Settings) -> None:
+    """Write the recipe, and the settings with the data."""
+    write_text(folder / RECIPE, recipe.to_yaml(), StorageError)
+    write_text(folder / TRAIN, write_yaml({"data": data, **settings.to_dict()}), StorageError)
+
+
+def write_run(
+    folder: Path, recipe: Recipe, data: Any, settings: Settings, description: dict[str, Any], **more: Any
+) -> None:
+    """Write the recipe, the data and settings, and in ``run.json`` everything else that describes the run.
+
+    ``run.json`` is written last: a folder with it is complete.
+    """
+    run = {
+        "format": FORMAT,
+        "recipe": recipe.name,
+        "fingerprint": recipe.fingerprint,
+        "overrides": recipe.overrides,
+        "seed": settings.seed,
+        "data": description,
+        "versions": {
+            **{name: version(name) for name in ("titans-build", "torch", "numpy")},
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+        },
+        **more,
+    }
+    write_inputs(folder, recipe, data, settings)
+    write_text(folder / RUN, json.dumps(run, indent=2, ensure_ascii=False) + "\n", StorageError)
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """``run.json``. Raises ``StorageError`` if it is not the description of a run."""
+    path = folder / RUN
+    try:
+        run = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise StorageError(f"{path}: expected the description of a run: {error}") from None
+    if not isinstance(run, dict) or run.get("format") != FORMAT:
+        raise StorageError(f"{path}: expected the description of a run (format {FORMAT!r}), got {show(run)}")
+    return run
+
+
+def read_inputs(folder: Path, *, allow_imports: bool = False) -> tuple[Recipe, Any, Settings]:
+    """The recipe, data and settings of the run in a folder. Raises ``StorageError`` if there is none."""
+    if not is_run(folder):
+        what = f"there is no {RUN}" if folder.is_dir() else "no such folder"
+        raise StorageError(f"{folder}: {what}; expected the folder of a run")
+    settings = read_file(folder / TRAIN)
+    if not isinstance(settings, dict):
+        raise RecipeError([Problem("", f"expected a mapping of settings, got {show(settings)}")], str(folder / TRAIN))
+    data = settings.pop("data", None)
+    return load_recipe(folder / RECIPE, allow_imports=allow_imports), data, as_settings(settings)
+
+
+def check_same_data(folder: Path, before: Any, now: dict[str, Any]) -> None:
+    """Raise ``RecipeError`` if a run's data, as sources describe them, have changed since it began."""
+    before = before if isinstance(before, dict) else {}
+    problems = [
+        Problem(name.replace("_", " "), f"the run began with {show(before[name])}, now it is {show(now[name])}")
+        for name in DATA_IDENTITY
+        if name in before and name in now and before[name] != now[name]
+    ]
+    if problems:
+        what = show(", ".join(now["text"]) if "text" in now else now.get("task"), 200)
+        problems.append(Problem("", f"{what} has changed: restore it, or start a run in another folder"))
+        raise RecipeError(problems, f"{folder}: --resume: data")
+
+
+def setting_changes(folder: Path, before: Settings, after: Settings) -> dict[str, Any]:
+    """The settings that differ, and their new values. Raises ``RecipeError`` for those in ``FIXED``."""
+    old, new = before.to_dict(), after.to_dict()
+    changes = {key: value for key, value in new.items() if value != old[key]}
+    fixed = [
+        Problem(key, f"the run began with {show(old[key])} and cannot be resumed with {show(new[key])}")
+        for key in changes
+        if key in FIXED
+    ]
+    if fixed:
+        raise RecipeError(fixed, f"{folder}: --resume")
+    return changes
+
+
+def write_text(path: Path, text: str, error: type[Exception] = CommandFailed) -> None:
+    """Replace a file atomically, and make its folder. Raises ``error`` if that fails, as on a full disk."""
+    with write_errors(path, error):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def write_errors(path: Path, error: type[Exception] = CommandFailed) -> Iterator[None]:
+    """Turn an ``OSError`` of the ``with`` block into ``error``, which names ``path``."""
+    try:
+        yield
+    except OSError as failure:
+        raise error(f"{path}: cannot be written: {failure.strerror or failure}") from failure
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from training in this folder. Raises ``StorageError`` if one already does."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such locks
+        yield
+        return
+    with write_errors(folder, StorageError):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "ab")  # noqa: SIM115 - closed below
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise StorageError(f"{folder}: another process is training in this folder") from None
+        yield

@@ -1,0 +1,298 @@
+"""``search``: find the values of a recipe and of settings that train best."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import random
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from ...recipes import Recipe, StorageError, load_recipe
+from ...recipes.loading import Source as RecipeSource
+from ...recipes.reading import plain, read_file, write_yaml
+from ...registry import Problem, RecipeError, nearest, show
+from ..extras import from_extra
+from .run_folder import write_text
+from .settings import Settings, as_settings
+from .trials import Listener, Result, Trial, check_trial, run_trials
+
+Sampler = Literal["grid", "random", "optuna"]
+SAMPLERS: tuple[Sampler, ...] = ("grid", "random", "optuna")
+TRIALS, BEST_RECIPE, BEST_TRAIN = "trials.jsonl", "best-recipe.yaml", "best-train.yaml"
+
+PARTS = ("recipe", "train")
+RANGE = ("low", "high", "log", "step")
+Choice = dict[str, Any]
+"""Values by name: ``train.lr``, ``recipe.layers.lmm.0.max_step``."""
+
+
+class Range(NamedTuple):
+    """Numbers from ``low`` to ``high``, both included; uniform in their logarithm, or only ``low + n * step``."""
+
+    low: float
+    high: float
+    log: bool = False
+    step: float | None = None
+
+    @property
+    def integer(self) -> bool:
+        """Whether the numbers are integers."""
+        return all(isinstance(number, int) for number in (self.low, self.high, self.step or 1))
+
+    def steps(self) -> list[float]:
+        """All numbers of a range with a step."""
+        assert self.step is not None
+        return [self.low + n * self.step for n in range(math.floor((self.high - self.low) / self.step + 1e-9) + 1)]
+
+    def sample(self, share: float) -> float:
+        """The number at ``share``, from 0 to under 1, of the range."""
+        if self.step is not None:
+            steps = self.steps()
+            return steps[math.floor(share * len(steps))]
+        if self.integer and not self.log:
+            return int(self.low + math.floor(share * (self.high - self.low + 1)))
+        low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
+        value = low + share * (high - low)
+        value = math.exp(value) if self.log else value
+        return round(value) if self.integer else float(f"{value:.4g}")
+
+
+class Space(NamedTuple):
+    """A list of values or a range for each name."""
+
+    of: dict[str, list[Any] | Range]
+
+    def grid(self) -> Iterator[Choice]:
+        """All combinations; the last name changes fastest. Raises ``RecipeError`` for a range without a step."""
+        values = []
+        for name, of in self.of.items():
+            if isinstance(of, Range):
+                if of.step is None:
+                    message = "a grid needs a list of values, or a step: a range is for --sampler random or optuna"
+                    raise RecipeError([Problem(name, message)], "space")
+                of = of.steps()
+            values.append(of)
+        return (dict(zip(self.of, chosen)) for chosen in itertools.product(*values))
+
+    def draw(self, seed: int, number: int) -> Choice:
+        """Choice ``number`` of a random search, a function of ``seed`` and ``number`` alone."""
+        generator = random.Random(f"{seed} {number}")
+        return {
+            name: of.sample(generator.random()) if isinstance(of, Range) else generator.choice(of)
+            for name, of in self.of.items()
+        }
+
+
+def as_space(given: Mapping[str, Any] | str | os.PathLike[str]) -> Space:
+    """A space from a mapping or a YAML file::
+
+        recipe:
+          layers.lmm.0.max_step: {low: 0.1, high: 10.0, log: true}
+          layers.lmm.0.chunk: [16, 32, 64]
+        train:
+          lr: [1e-3, 3e-3]
+
+    Raises ``RecipeError`` with every problem.
+    """
+    source = "space"
+    if isinstance(given, (str, os.PathLike)):
+        source, given = str(given), read_file(given)
+    data = plain(given, source)
+    if not isinstance(data, dict):
+        raise RecipeError([Problem("", f"expected a mapping with recipe or train, got {show(data)}")], source)
+    problems = [
+        Problem(str(key), f"unknown; expected recipe or train{nearest(key, PARTS)}") for key in data if key not in PARTS
+    ]
+    found: dict[str, list[Any] | Range] = {}
+    for part in PARTS:
+        values = data.get(part) or {}
+        if not isinstance(values, dict):
+            problems.append(Problem(part, f"expected a mapping of names to values, got {show(values)}"))
+            continue
+        for name, of in values.items():
+            path = f"{part}.{name}"
+            if isinstance(of, list) and of:
+                found[path] = of
+            elif not isinstance(of, dict):
+                problems.append(Problem(path, f"expected a list of values, or low and high, got {show(of)}"))
+            elif wrong := _range_problem(of):
+                problems.append(Problem(path, wrong))
+            else:
+                found[path] = Range(**of)
+    if not found and not problems:
+        problems.append(Problem("", "expected at least one value to search"))
+    if problems:
+        raise RecipeError(problems, source)
+    return Space(found)
+
+
+def _range_problem(of: dict[str, Any]) -> str | None:
+    for key in of:
+        if key not in RANGE:
+            return f"unknown {show(key)}; expected {', '.join(RANGE)}{nearest(key, RANGE)}"
+    low, high, step = (of.get(key) for key in ("low", "high", "step"))
+    log = of.get("log", False)
+    if not _is_number(low) or not _is_number(high):
+        return f"expected numbers low and high, got {show(of)}"
+    if not isinstance(log, bool):
+        return f"log: expected true or false, got {show(log)}"
+    if low >= high:
+        return f"expected low under high, got {show(low)} and {show(high)}"
+    if log and (low <= 0 or step is not None):
+        return "log: expected low > 0, and no step"
+    if step is not None and (not _is_number(step) or step <= 0):
+        return f"step: expected a number > 0, got {show(step)}"
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+# -- the search --------------------------------------------------------------------------------------------------------
+
+
+def search(
+    recipe: RecipeSource,
+    data: str | Mapping[str, Any],
+    settings: Settings | Mapping[str, Any] | str | os.PathLike[str] | None,
+    space: Space | Mapping[str, Any] | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    sampler: Sampler = "grid",
+    trials: int | None = None,
+    seed: int = 0,
+    jobs: int = 1,
+    allow_imports: bool = False,
+    told: Listener | None = None,
+) -> list[Result]:
+    """Train with choices of ``space``, each in a folder under ``out``. Returns the results, the best first.
+
+    ``sampler``: ``grid`` (all combinations, or the first ``trials`` of them), ``random``, or ``optuna``, which learns
+    from earlier results. The best has the lowest validation loss. A result has ``trial``, its number, ``choice``,
+    ``loss`` (``None`` if it failed) and what ``run_trials`` yields. All are in ``out/trials.jsonl``;
+    ``best-recipe.yaml`` and ``best-train.yaml`` are inputs for ``titans-train``.
+
+    An interrupted search resumes. With Optuna and several ``jobs``, that many choices are made at a time.
+    """
+    if sampler not in SAMPLERS:
+        message = f"expected one of {', '.join(SAMPLERS)}, got {show(sampler)}{nearest(sampler, SAMPLERS)}"
+        raise RecipeError([Problem("sampler", message)], "search")
+    loaded = load_recipe(recipe, allow_imports=allow_imports)
+    settings, folder = as_settings(settings), Path(out)
+    if settings.valid_every is None:
+        message = "expected a number: trials are compared by their validation loss"
+        raise RecipeError([Problem("valid_every", message)], "settings")
+    if jobs < 1 or (trials is not None and trials < 1):
+        message = f"expected jobs and trials >= 1, got {show(jobs)} and {show(trials)}"
+        raise RecipeError([Problem("", message)], "search")
+    space = space if isinstance(space, Space) else as_space(space)
+    chooser = Chooser(space, sampler, trials, seed, jobs)
+
+    def trial_of(choice: Choice, number: int) -> Trial:
+        return make_trial(loaded, data, settings, choice, folder, number, allow_imports)
+
+    results: list[Result] = []
+    refused: list[RecipeError] = []
+    while choices := chooser.next(results):
+        planned: list[Trial | str] = []
+        for number, choice in enumerate(choices, len(results)):
+            try:
+                trial = trial_of(choice, number)
+                check_trial(trial)
+                planned.append(trial)
+            except RecipeError as error:
+                if sampler != "optuna":
+                    raise
+                # its choices come up during the search, and may combine values that do not go together
+                refused.append(error)
+                planned.append("; ".join(map(str, error.problems)))
+        runs = run_trials([trial for trial in planned if isinstance(trial, Trial)], jobs=jobs, told=told)
+        for choice, plan in zip(choices, planned):
+            result: Result = next(runs) if isinstance(plan, Trial) else {"failed": plan}
+            loss = None if "failed" in result else result["valid"]["loss"]
+            results.append({"trial": len(results), "choice": choice, "loss": loss, **result})
+            lines = "".join(json.dumps(each) + "\n" for each in results)
+            write_text(folder / TRIALS, lines, StorageError)
+    if refused and len(refused) == len(results):
+        raise refused[0]
+    ranked = sorted(results, key=lambda result: (result["loss"] is None, result["loss"] or 0.0))
+    if ranked and ranked[0]["loss"] is not None:
+        best = trial_of(ranked[0]["choice"], 0)
+        write_text(folder / BEST_RECIPE, best.recipe.to_yaml(), StorageError)
+        write_text(folder / BEST_TRAIN, write_yaml({"data": data, **best.settings.to_dict()}), StorageError)
+    return ranked
+
+
+def make_trial(
+    recipe: Recipe, data: Any, settings: Settings, choice: Choice, folder: Path, number: int, allow_imports: bool
+) -> Trial:
+    """The trial of a choice. Raises ``RecipeError`` for a name that does not exist or an invalid value."""
+    parts: dict[str, dict[str, Any]] = {"recipe": {}, "train": {}}
+    for name, value in choice.items():
+        part, _, path = name.partition(".")
+        parts[part][path] = value
+    changed = load_recipe(recipe, parts["recipe"], allow_imports=allow_imports) if parts["recipe"] else recipe
+    label = f"trial-{number:04d}"
+    settings = as_settings({**settings.to_dict(), **parts["train"]})
+    return Trial(label, changed, data, settings, folder / label, allow_imports)
+
+
+class Chooser:
+    """Makes the next choices from the results so far, and from nothing else: a resumed search repeats its choices."""
+
+    def __init__(self, space: Space, sampler: Sampler, trials: int | None, seed: int, jobs: int) -> None:
+        self._space, self._sampler, self._seed, self._jobs = space, sampler, seed, jobs
+        self._grid = list(space.grid())[:trials] if sampler == "grid" else []
+        if trials is None and sampler != "grid":
+            raise RecipeError([Problem("trials", f"expected a number of trials for {sampler}")], "search")
+        self._count = trials or 0
+        self._optuna: Any = from_extra("optuna", "train", "--sampler optuna") if sampler == "optuna" else None
+
+    def next(self, results: list[Result]) -> list[Choice]:
+        """Choices that can run in parallel; none at the end."""
+        first = len(results)
+        if self._sampler == "grid":
+            return self._grid[first:]
+        if self._sampler == "random":
+            return [self._space.draw(self._seed, number) for number in range(first, self._count)]
+        return self._ask_optuna(results, min(self._jobs, self._count - first))
+
+    def _ask_optuna(self, results: list[Result], count: int) -> list[Choice]:
+        """Tell a new study all results, and ask it for ``count`` choices."""
+        optuna = self._optuna
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        seed = random.Random(f"{self._seed} {len(results)}").getrandbits(32)
+        study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, constant_liar=count > 1))
+        distributions = {name: self._distribution(of) for name, of in self._space.of.items()}
+        states = optuna.trial.TrialState
+        for result in results:
+            # categories are indices, as Optuna's must be plain values and ours may be lists
+            params = {
+                name: value if isinstance(self._space.of[name], Range) else self._space.of[name].index(value)
+                for name, value in result["choice"].items()
+            }
+            state = states.FAIL if result["loss"] is None else states.COMPLETE
+            study.add_trial(
+                optuna.trial.create_trial(state=state, params=params, distributions=distributions, value=result["loss"])
+            )
+        asked = [study.ask(distributions).params for _ in range(count)]
+        return [
+            {
+                name: value if isinstance(of := self._space.of[name], Range) else of[value]
+                for name, value in params.items()
+            }
+            for params in asked
+        ]
+
+    def _distribution(self, of: list[Any] | Range) -> Any:
+        distributions = self._optuna.distributions
+        if not isinstance(of, Range):
+            return distributions.CategoricalDistribution(range(len(of)))
+        if of.integer:
+            return distributions.IntDistribution(of.low, of.high, log=of.log, step=of.step or 1)
+        return distributions.FloatDistribution(of.low, of.high, log=of.log, step=of.step)

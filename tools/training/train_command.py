@@ -1,0 +1,209 @@
+"""``titans-train RECIPE --data SPEC --out RUN``: options, and what is shown while a run trains."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.text import Text
+
+from ...recipes.reading import read_file, read_value
+from ...registry import Problem, RecipeError, show
+from ..options import add_recipe, load, overrides, saved_folder
+from ..terminal import UsageError, complain, console, say, say_json
+from .log import Event
+from .run_folder import RECIPE, is_run
+from .settings import Settings, fields
+from .train import train
+
+SUMMARY = "Train the model of a recipe on data, in a folder that records everything about the run."
+EXAMPLES = (
+    "titans-train mac --data copy --out runs/copy               a generated task (titans-train tasks lists them)",
+    "titans-train mag --data 'src/**/*.py' --out runs/code --steps 2000 --lr 1e-3",
+    "titans-train mac --set dim=64 --data mqar:pairs=8 --out runs/mqar -t warmup=0.1 -t ema=0.99",
+    "titans-train mac --train my.yaml --out runs/mine           settings, and data:, from a file",
+    "titans-train --resume --out runs/copy                      resume from the last checkpoint",
+    "torchrun --nproc-per-node 2 -m titans_build.tools.train mac --data copy --out runs/two",
+)
+
+OPTIONS = ("steps", "batch", "length", "lr", "seed", "device", "valid_every", "checkpoint_every")
+"""Settings that also are options."""
+DATA_EXPECTED = "--data: expected training data: a task (titans-train tasks), a file, a folder or a glob"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Recipe, data, folder and settings."""
+    add_recipe(parser, optional=True, saved="a saved folder, whose weights are the initial ones")
+    parser.add_argument(
+        "--data", metavar="SPEC", help="a task (mqar:pairs=8,length=64), a text file, a folder, or a glob in quotes"
+    )
+    parser.add_argument("--out", required=True, metavar="RUN", help="the run's folder; the model is saved in RUN/model")
+    parser.add_argument("--resume", action="store_true", help="resume the run in RUN, if there is one")
+    add_settings(parser)
+
+
+def add_settings(parser: argparse.ArgumentParser, *, several_lr: bool = False) -> None:
+    """A file of settings, single settings, and options for the most common ones. ``several_lr``: --lr is a list."""
+    parser.add_argument("--train", metavar="FILE", help="settings, and data:, from a YAML or JSON file")
+    parser.add_argument(
+        "-t",
+        "--train-set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change one setting; may be given many times: " + ", ".join(fields(Settings)),
+    )
+    for name in OPTIONS:
+        field = fields(Settings)[name]
+        text = field.description + ("" if field.default is None else f" (default: {field.default})")
+        metavar = {"integer": "N", "number": "X"}.get(field.type_text.split()[0], "NAME")
+        if name == "lr" and several_lr:
+            text, metavar = text + "; the best of several is kept", "X,X,..."
+        parser.add_argument(_option(name), dest=name, metavar=metavar, help=text)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train, and show the events."""
+    out = Path(arguments.out)
+    if not arguments.out:
+        raise UsageError("--out: expected the name of a folder, got none")
+    settings, data = read_settings(arguments)
+    resuming = arguments.resume and is_run(out)
+    if resuming and arguments.recipe is None and arguments.set:
+        raise UsageError("--set: the recipe of a run cannot be changed when it is resumed")
+    source = str(out / RECIPE) if arguments.recipe is None and resuming else arguments.recipe
+    if source is None:
+        raise UsageError(f"expected a RECIPE{'' if arguments.resume else '; only --resume works without one'}")
+    recipe = load(source, arguments)
+    if data is None and not resuming:
+        raise UsageError(DATA_EXPECTED)
+    weights = saved_folder(source)
+    with Display(as_json=arguments.json, quiet=os.environ.get("RANK", "0") != "0") as display:
+        train(recipe, data, settings, out, on_event=display, resume=arguments.resume, weights=weights)
+    return 0
+
+
+def read_settings(arguments: argparse.Namespace) -> tuple[dict[str, Any], Any]:
+    """The settings and the data. Options and ``-t`` override the file."""
+    given: dict[str, Any] = {}
+    if arguments.train is not None:
+        given = read_file(arguments.train)
+        if not isinstance(given, dict):
+            raise RecipeError([Problem("", f"expected a mapping of settings, got {show(given)}")], arguments.train)
+    data = given.pop("data", None)
+    single = overrides(arguments.train_set, "-t", "KEY=VALUE, as in -t lr=1e-3")
+    for name in OPTIONS:
+        text = getattr(arguments, name)
+        if text is None:
+            continue
+        value = read_option(_option(name), text)
+        if single.get(name, value) != value:
+            raise UsageError(f"{_option(name)} {text} and -t {name}={show(single[name])}: expected one of them")
+        single[name] = value
+    return given | single, data if arguments.data is None else arguments.data
+
+
+def read_option(option: str, text: str) -> Any:
+    """The value of an option, read like one in a YAML file. Raises ``RecipeError`` that names the option."""
+    try:
+        return read_value(text)
+    except RecipeError as error:
+        raise RecipeError(error.problems, option) from None
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+# -- the display -------------------------------------------------------------------------------------------------------
+
+
+class Display:
+    """Prints events, as lines of text or JSON, and shows a progress bar on standard error if it is a terminal."""
+
+    def __init__(self, *, as_json: bool, quiet: bool = False) -> None:
+        self.as_json, self.quiet = as_json, quiet
+        self._bar: Any = None
+
+    def __enter__(self) -> Display:
+        if not self.as_json and not self.quiet and sys.stderr.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn("loss {task.fields[loss]}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[speed]} tokens/s"),
+                TimeRemainingColumn(),
+                console=console(sys.stderr),
+                transient=True,
+            )
+            self._task = self._bar.add_task("", total=None, loss="-", speed="-")
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, event: Event) -> None:
+        kind = event["event"]
+        if kind == "tick":
+            if self._bar is not None:
+                speed, loss = f"{event['tokens_per_second']:,.0f}", _number(event["loss"])
+                self._bar.update(self._task, completed=event["step"], total=event["steps"], loss=loss, speed=speed)
+        elif self.as_json:
+            say_json(event, in_one_line=True)
+            sys.stdout.flush()
+        elif kind == "warning":
+            complain(event["message"], "warning")
+        elif (line := _line(event)) is not None:
+            if self._bar is not None and sys.stdout.isatty():
+                # above the bar: both are on the same terminal
+                self._bar.console.print(Text(line), soft_wrap=True)
+            else:
+                say(line)
+                sys.stdout.flush()
+
+
+def metrics_text(event: Event) -> str:
+    """The metrics of a validation: ``loss 1.2345  accuracy 0.5000``."""
+    return "  ".join(
+        f"{key.replace('_', ' ')} {_number(value)}" for key, value in event.items() if key not in ("event", "step")
+    )
+
+
+def _line(event: Event) -> str | None:
+    """An event as a line of text; ``None`` if it is shown otherwise or not at all."""
+    step = f"step {event['step']:>7,}  "
+    match event["event"]:
+        case "start" if event["step"]:
+            changes = ", ".join(f"{key} = {value}" for key, value in event.get("changes", {}).items())
+            resumed = f"resuming after step {event['step']:,} of {event['steps']:,}"
+            return f"{resumed}, with {changes}" if changes else resumed
+        case "step":
+            return (
+                f"{step}loss {_number(event['loss'])}  {event['tokens_per_second']:,.0f} tokens/s  "
+                f"lr {event['lr']:.2e}  gradient {_number(event['gradient'])}"
+            )
+        case "valid":
+            return f"{step}validation: {metrics_text(event)}"
+        case "surprise":
+            means = (f"{path} {_number(memory['mean'])}" for path, memory in event["memories"].items())
+            return f"{step}surprise: " + "  ".join(means)
+        case "stage":
+            return f"{step}stage {event['number'] + 1}: {event['steps']:,} steps of {', '.join(event['train'])}"
+        case "skip":
+            return f"{event['message']}; {event['why']}"
+        case "end":
+            best = event["best"]
+            text = "" if best is None else f"; best validation: loss {_number(best['loss'])} at step {best['step']:,}"
+            return f"done: {event['step']:,} steps; saved to {event['model']}{text}"
+    return None
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
