@@ -123,6 +123,6 @@ def test_a_needle_of_other_settings_is_not_taken_for_this_one(tmp_path: Path, lo
     assert trained["stages"][0]["seconds"] > 0
     settings["train"] = {**settings["train"], "lr": 0.5}
     with pytest.raises(
-        SystemExit, match=r"there is another run in this folder \(lr = 0.003\): choose another --out, or"
+        SystemExit, match=r"this folder has a different run \(lr = 0.003\): choose another --out, or"
     ):
         needle.train(settings["tasks"]["needle"], settings, tmp_path)

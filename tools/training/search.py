@@ -134,8 +134,9 @@ def _range_problem(of: dict[str, Any]) -> str | None:
     for key in of:
         if key not in RANGE:
             return f"unknown {show(key)}; expected {', '.join(RANGE)}{nearest(key, RANGE)}"
-    low, high, step = (of.get(key) for key in ("low", "high", "step"))
-    log = of.get("log", False)
+    low: Any = of.get("low")
+    high: Any = of.get("high")
+    step, log = of.get("step"), of.get("log", False)
     if not _is_number(low) or not _is_number(high):
         return f"expected numbers low and high, got {show(of)}"
     if not isinstance(log, bool):
