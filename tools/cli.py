@@ -6,19 +6,20 @@ from .command_line import Command, Program
 
 
 def _commands() -> dict[str, Command]:
-    from . import build, check, describe, diagram, kernels, listing, new_block, schema
+    from . import diagram
+    from .commands import build, catalogue, new_block
 
-    modules = {
-        "": build,
-        "list": listing,
-        "describe": describe,
-        "check": check,
-        "schema": schema,
-        "kernels": kernels,
-        "diagram": diagram,
-        "new-block": new_block,
+    return {
+        "": build.BUILD,
+        "list": catalogue.LIST,
+        "describe": catalogue.DESCRIBE,
+        "show": catalogue.SHOW,
+        "check": build.CHECK,
+        "schema": catalogue.SCHEMA,
+        "kernels": catalogue.KERNELS,
+        "diagram": Command.of(diagram),
+        "new-block": new_block.NEW_BLOCK,
     }
-    return {name: Command.of(module) for name, module in modules.items()}
 
 
 PROGRAM = Program(

@@ -205,15 +205,11 @@ def problem_list(error: Exception) -> list[dict[str, str]]:
 
 def _fit(line: str, width: int) -> str:
     """An example in lines of ``width``; a remark that has no room beside its command goes under it."""
-    command, gap, remark = re.fullmatch(r"(.*?)(?:( {3,})(\S.*))?", line).groups("")
+    command, gap, remark = line.partition("   ")
     if gap and len(line) + 2 > width:
-        return (
-            f"{_fit(command, width)}\n{textwrap.fill(remark, width, initial_indent=' ' * 6, subsequent_indent=' ' * 6)}"
-        )
+        return _fit(command, width) + "\n" + textwrap.indent(textwrap.fill(remark.strip(), width - 6), " " * 6)
     indent = "" if line.endswith(":") or line.startswith("exit status") else "  "
-    return textwrap.fill(
-        line, width, initial_indent=indent, subsequent_indent=" " * 4, break_long_words=False, break_on_hyphens=False,
-    )  # fmt: skip
+    return textwrap.fill(line, width, initial_indent=indent, subsequent_indent=" " * 4, break_long_words=False)
 
 
 def _is_disk_full(error: BaseException | None) -> bool:

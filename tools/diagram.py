@@ -14,8 +14,8 @@ from .. import recipes
 from ..recipes.composing import assemble
 from ..recipes.replacing import replacing
 from ..registry import RecipeError, lookup
+from .commands.model_summary import Part, on_meta, summarize_layer
 from .options import add_recipe, load
-from .survey import Part, survey_layer, with_shapes
 from .svg import (
     COLOURS,
     FAINT,
@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def draw(recipe: recipes.Recipe, name: str) -> str:
     """The recipe's picture as SVG text."""
-    layers = survey_layers(recipe)
+    layers = summarize_layers(recipe)
     parameters = sum(parameter.numel() for parameter in assemble(recipe).parameters())
     counts = Counter(recipe.expand())
     state = sum(layers[layer].state_bytes * times for layer, times in counts.items())
@@ -98,11 +98,11 @@ def draw(recipe: recipes.Recipe, name: str) -> str:
     return draw_stack(recipe.stack, layers, name, notes, above, below)
 
 
-def survey_layers(recipe: recipes.Recipe) -> dict[str, Part]:
+def summarize_layers(recipe: recipes.Recipe) -> dict[str, Part]:
     """The parts of each named layer. One layer of each name is built, without embedding and head."""
     names = list(dict.fromkeys(recipe.expand()))
-    model = with_shapes(dataclasses.replace(recipe, stack=names, vocab=None, tie=False))
-    return {name: survey_layer(layer, name, recipe) for name, layer in zip(names, model.layers)}
+    model = on_meta(dataclasses.replace(recipe, stack=names, vocab=None, tie=False))
+    return {name: summarize_layer(layer, name, recipe) for name, layer in zip(names, model.layers)}
 
 
 def _block(part: Part) -> Shape:

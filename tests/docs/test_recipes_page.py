@@ -9,7 +9,7 @@ import titans_build as tb
 from titans_build.recipes import packaged_names
 from titans_build.registry import describe, lookup, scratch
 from titans_build.tools.cli import main
-from titans_build.tools.reference import COMMAND, recipe_page
+from titans_build.tools.commands.recipe_reference import COMMAND, recipe_page
 
 PAGE = PAGES["recipes.md"].read_text(encoding="utf-8")
 BUILT_IN = [name for name in tb.list_blocks() if lookup(name).source == "titans_build"]

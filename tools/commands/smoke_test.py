@@ -1,4 +1,4 @@
-"""A model tried on real bytes: does it learn, is streaming the same as one pass, how fast is it, what does it say."""
+"""The smoke test of ``--try``: whether a model learns from bytes and streams exactly, its speed, and some output."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..blocks.language_model import LanguageModel
-from .terminal import UsageError
+from ...blocks.language_model import LanguageModel
+from ...blocks.memory import NeuralMemory
+from ...kernels.dispatch import OPERATIONS, VARIABLE
+from ...recipes import Recipe
+from ...recipes.composing import machine_memory
+from ..terminal import UsageError
+from .model_summary import on_meta
 
 BYTES = 256
 """Token ids are byte values."""
@@ -25,21 +30,24 @@ STEPS = 8
 STREAM = 512
 """Bytes of the comparison between one pass and pieces."""
 CUTS = (1, 7, 64, 3, 129, 1)
-"""Piece lengths, over and over: single bytes, and no multiple of any usual chunk, segment or window."""
+"""Piece lengths, repeated: single bytes, and no multiple of a usual chunk, segment or window."""
 NEW = 64
 """Bytes generated."""
 
 ALLOWED = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 """Largest difference between streaming and one pass, over the largest logit: sums are rounded in another order."""
 AMPLIFIED = 10
-"""A memory may amplify rounding as it goes on (repetitive text, small chunks): streaming may then differ from one pass
-by this many times what rounding alone puts between one pass and the same pass in float64. A mistake in a state is told
-from that by a float64 copy, in which streaming and one pass agree to many digits or are not the same function."""
+"""A memory may amplify rounding errors (repetitive text, small chunks). Streaming may then differ from one pass by this
+many times the difference between one pass and the same pass in float64. A float64 copy of the model tells this from
+an error in a state: in float64 streaming and one pass agree to many digits or compute different functions."""
+COPIES = 7
+"""Copies of the memory's weights that autograd keeps for every token with the reference backend: measured, 7 to 15,
+more where a row has many chunks."""
 
 
 @dataclass(frozen=True)
-class Trial:
-    """What came out. Speeds are tokens per second of one row; bits are per byte, on the bytes trained on."""
+class SmokeTest:
+    """The results. Speeds are tokens per second of one row; bits are per byte, on the bytes trained on."""
 
     STAGES: ClassVar[int] = STEPS + 5
 
@@ -52,7 +60,7 @@ class Trial:
     learns: bool
     cuts: list[int]
     difference: float
-    """Largest, between the logits of streaming and of one pass, in the model's dtype."""
+    """Largest difference between the logits of streaming and of one pass, in the model's dtype."""
     difference_float64: float | None
     """The same in a float64 copy; ``None`` on a device without float64."""
     allowed: float
@@ -64,7 +72,7 @@ class Trial:
     generated: str
 
     @property
-    def fault(self) -> str:
+    def failure(self) -> str:
         """What is wrong, or an empty string."""
         faults = []
         if not self.learns:
@@ -79,8 +87,7 @@ class Trial:
         return "; ".join(faults)
 
     def to_dict(self) -> dict[str, object]:
-        """Plain data; ``None`` for what is no finite number."""
-        # NaN and infinity have no place in JSON
+        """Plain data, with ``None`` for NaN and infinity, which JSON does not have."""
         return {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in dataclasses.asdict(self).items()
@@ -88,7 +95,7 @@ class Trial:
 
 
 def read_bytes(path: str) -> bytes:
-    """The start of a file, as much as a trial can use. Raises ``UsageError`` when there is too little or none."""
+    """The start of a file, as much as the test uses. Raises ``UsageError`` when there is too little or none."""
     try:
         with open(path, "rb") as file:
             text = file.read(ROWS * (LENGTH + 1))
@@ -101,16 +108,56 @@ def read_bytes(path: str) -> bytes:
     return text
 
 
-def length_of(bytes_read: int) -> int:
-    """Bytes per row that are trained on, of a text of so many that ``read_bytes`` gave."""
-    return bytes_read // ROWS - 1
+class MemoryNeed(NamedTuple):
+    """The test's memory against the machine's."""
+
+    text: str
+    """How much, what for, and what would take less."""
+    enough: bool
+    """Whether the machine has it."""
 
 
-def try_out(model: LanguageModel, text: bytes, advance: Callable[[], None] = lambda: None) -> Trial:
+def memory_need(recipe: Recipe, bytes_read: int, dtype: torch.dtype) -> MemoryNeed | None:
+    """The least memory that the test takes on the CPU, when that is more than half of this machine's; else ``None``.
+
+    The operating system ends a process that takes too much without a message, so this is checked before the test.
+    Raises ``BackendError`` when the environment names a backend that does not exist.
+    """
+    have = machine_memory()
+    if have is None:
+        return None
+    model = on_meta(recipe)
+    # training: weights, gradients and Adam's two moments; afterwards a float64 copy beside weights and gradients
+    parameters = sum(tensor.numel() for tensor in model.parameters()) * max(4 * dtype.itemsize, 2 * dtype.itemsize + 8)
+    kept = 0
+    operation = OPERATIONS["memory"]
+    compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    if operation.choose(device="cpu", dtype=compute_dtype) is operation.backends["reference"].run:
+        weights = sum(
+            tensor.numel()
+            for block in model.modules()
+            if isinstance(block, NeuralMemory)
+            for tensor in block.init_state(1).memory.weights
+        )
+        kept = COPIES * ROWS * _length(bytes_read) * weights * compute_dtype.itemsize
+    if parameters + kept <= have / 2:
+        return None
+    text = f"the trial takes at least {(parameters + kept) / 2**30:,.1f} GiB, this machine has {have / 2**30:,.1f} GiB"
+    if kept > parameters:
+        text += (
+            f"\n  the memory's reference keeps its weights for every token; let another backend run the memory "
+            f"({VARIABLE}=reference,memory=torch), or try a smaller recipe or fewer bytes"
+        )
+    else:
+        text += "\n  training takes four times the weights: try a smaller recipe, or --dtype bfloat16"
+    return MemoryNeed(text, parameters + kept <= have)
+
+
+def smoke_test(model: LanguageModel, text: bytes, advance: Callable[[], None] = lambda: None) -> SmokeTest:
     """Train ``model`` a little on ``text`` (in place), and examine it. ``advance`` is called ``STAGES`` times."""
     device = next(model.parameters()).device
     tokens = torch.tensor(list(text), dtype=torch.int64, device=device)
-    length = length_of(len(text))
+    length = _length(len(text))
     batch = tokens[: ROWS * (length + 1)].view(ROWS, length + 1)
     before, after = _train(model, batch, advance)
     stream = tokens[None, :STREAM]
@@ -133,7 +180,7 @@ def try_out(model: LanguageModel, text: bytes, advance: Callable[[], None] = lam
     advance()
     generated, decode = _generate(model, stream[:, -64:])
     advance()
-    return Trial(
+    return SmokeTest(
         bytes_read=len(text),
         rows=ROWS,
         length=length,
@@ -151,6 +198,11 @@ def try_out(model: LanguageModel, text: bytes, advance: Callable[[], None] = lam
         decode=decode,
         generated=generated,
     )
+
+
+def _length(bytes_read: int) -> int:
+    """Bytes per row that are trained on."""
+    return bytes_read // ROWS - 1
 
 
 def _train(model: LanguageModel, batch: Tensor, advance: Callable[[], None]) -> tuple[float, float]:
@@ -210,15 +262,15 @@ def _cuts(length: int) -> list[int]:
 def _generate(model: LanguageModel, prompt: Tensor) -> tuple[str, float]:
     """A few bytes after ``prompt``, and how many come per second once it is read."""
     start = model.generate(prompt, 1, temperature=0.8, top_k=40, seed=0)
-    going_on = {"state": start.state, "logits": start.logits, "temperature": 0.8, "top_k": 40, "seed": 0}
-    generation, seconds = _timed(prompt.device, lambda: model.generate(prompt[:, :0], NEW, **going_on))
+    settings = {"state": start.state, "logits": start.logits, "temperature": 0.8, "top_k": 40, "seed": 0}
+    generation, seconds = _timed(prompt.device, lambda: model.generate(prompt[:, :0], NEW, **settings))
     new = [start.tokens[0, -1].item(), *generation.tokens[0].tolist()]
-    # a model with a larger vocabulary may say what is no byte
+    # a larger vocabulary has tokens that are no bytes
     return bytes(min(int(token), BYTES - 1) for token in new).decode("utf-8", errors="replace"), NEW / seconds
 
 
 def _timed(device: torch.device, work: Callable[[], Any]) -> tuple[Any, float]:
-    """The result of ``work`` and the seconds it took, to the end of what it started on the device."""
+    """The result of ``work`` and the seconds it took, with everything it started on the device."""
     started = time.perf_counter()
     result = work()
     if device.type != "cpu":

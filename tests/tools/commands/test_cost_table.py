@@ -7,19 +7,19 @@ import re
 import pytest
 
 import titans_build as tb
-from titans_build.tools.cost_table import cost_table
-from titans_build.tools.survey import Survey, survey, with_shapes
+from titans_build.tools.commands.cost_table import cost_table
+from titans_build.tools.commands.model_summary import ModelSummary, on_meta, summarize
 from titans_build.tools.terminal import count, in_bytes
 
 NAMES = ["mac", "mag", "two-memories", "transformer", "mac-1.3b"]
 
 
-def surveyed(name: str, **overrides: object) -> Survey:
+def summary_of(name: str, **overrides: object) -> ModelSummary:
     recipe = tb.load_recipe(name, overrides)
-    return survey(with_shapes(recipe), recipe)
+    return summarize(on_meta(recipe), recipe)
 
 
-def words(found: Survey, width: int) -> list[str]:
+def words(found: ModelSummary, width: int) -> list[str]:
     """What is said, without the tree's branches."""
     return sorted(re.sub("[│├└]", " ", "\n".join(line.plain for line in cost_table(found, width))).split())
 
@@ -27,7 +27,7 @@ def words(found: Survey, width: int) -> list[str]:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("width", [36, 40, 52, 60, 72, 80, 100, 120])
 def test_nothing_is_cut_and_nothing_sticks_out(name: str, width: int) -> None:
-    found = surveyed(name)
+    found = summary_of(name)
     lines = [line.plain for line in cost_table(found, width)]
     assert all(len(line) <= width and line == line.rstrip() for line in lines)
     whole = words(found, 1000)
@@ -37,7 +37,7 @@ def test_nothing_is_cut_and_nothing_sticks_out(name: str, width: int) -> None:
 
 @pytest.mark.parametrize("width", [20, 24, 40, 80, 160])
 def test_figures_stand_in_columns_and_are_whole(width: int) -> None:
-    found = surveyed("mac")
+    found = summary_of("mac")
     lines = [line.plain for line in cost_table(found, width)]
     figures = [count(found.parameters), count(found.flops / 2048), in_bytes(found.state_bytes)]
     assert re.search(r"\s+".join(map(re.escape, figures)) + "$", lines[-1])
@@ -49,20 +49,20 @@ def test_figures_stand_in_columns_and_are_whole(width: int) -> None:
 
 
 def test_a_tree_goes_on_past_what_stands_under_a_name() -> None:
-    lines = [line.plain for line in cost_table(surveyed("mac"), 80)]
+    lines = [line.plain for line in cost_table(summary_of("mac"), 80)]
     context = next(index for index, line in enumerate(lines) if line.startswith("├ context"))
     assert lines[context + 1] == "│ │   segment 128, persistent 16, write attended, form sigmoid"
     assert lines[context + 2].startswith("│ ├ memory")
 
 
 def test_a_narrow_table_puts_figures_under_long_names() -> None:
-    lines = [line.plain for line in cost_table(surveyed("mac"), 40)]
+    lines = [line.plain for line in cost_table(summary_of("mac"), 40)]
     attend = lines.index("│ └ attend: attention")
     assert re.fullmatch(r"│ {6,}262,656      984,064  542\.0 KiB", lines[attend + 1])
 
 
 def test_settings_stand_beside_the_names_where_there_is_room() -> None:
-    lines = [line.plain for line in cost_table(surveyed("mac"), 100)]
+    lines = [line.plain for line in cost_table(summary_of("mac"), 100)]
     assert lines[0].split() == ["part", "settings", "parameters", "FLOPs/token", "state/row"]
     memory = next(index for index, line in enumerate(lines) if "memory: memory" in line)
     assert "heads 4, depth 2, expansion 4," in lines[memory]
@@ -70,6 +70,6 @@ def test_settings_stand_beside_the_names_where_there_is_room() -> None:
 
 
 def test_growing_state_is_marked_at_any_width() -> None:
-    found = surveyed("transformer", **{"layers.plain.0.window": None})
+    found = summary_of("transformer", **{"layers.plain.0.window": None})
     for width in (40, 80, 160):
         assert cost_table(found, width)[-1].plain.endswith(" +")

@@ -1,4 +1,4 @@
-"""What a model is made of and what each part costs: the tree behind the table and the diagram."""
+"""The parts of a model with their parameters, FLOPs and state: the tree behind the cost table and the diagram."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..blocks.block import Block
-from ..blocks.language_model import LanguageModel
-from ..blocks.state import State, nbytes
-from ..recipes import Recipe, build
-from ..recipes.composing import state_bytes
+from ...blocks.block import Block
+from ...blocks.language_model import LanguageModel
+from ...blocks.state import State, nbytes
+from ...recipes import Recipe, build
+from ...recipes.composing import state_bytes
 
 LENGTH = 2048
 """Tokens that FLOPs are averaged over: what a window, a chunk or a segment costs depends on how full it is."""
@@ -58,7 +58,7 @@ class Part:
 
 
 @dataclass
-class Survey:
+class ModelSummary:
     """Every part once, and the sums over the whole model."""
 
     parts: list[Part]
@@ -69,24 +69,24 @@ class Survey:
     depth: int
 
 
-def survey(model: LanguageModel, recipe: Recipe) -> Survey:
-    """Take stock of a model that ``build`` made from ``recipe``. Layers of one name are alike and counted together."""
+def summarize(model: LanguageModel, recipe: Recipe) -> ModelSummary:
+    """The summary of a model that ``build`` made from ``recipe``. Layers of one name are alike and counted together."""
     names = recipe.expand()
     parts = []
     if model.embedding is not None:
         parts.append(Part("embedding", "", {"vocab": model.vocab}, model.embedding.numel(), 0, 0))
     for name, count in Counter(names).items():
-        part = survey_layer(model.layers[names.index(name)], name, recipe)  # type: ignore[arg-type]
+        part = summarize_layer(model.layers[names.index(name)], name, recipe)  # type: ignore[arg-type]
         part.count = count
         parts.append(part)
     parts.append(Part("norm", "rms_norm", {}, _parameters(model.norm), model.norm.flops(LENGTH), 0))
     if model.vocab is not None:
         own = 0 if model.head is None else model.head.numel()
         parts.append(Part("head", "", {"tied": model.head is None}, own, 2 * model.dim * model.vocab * LENGTH, 0))
-    # every state says which recipe it is of: by the fingerprint that messages name
+    # every state holds its recipe's fingerprint
     mark = nbytes(model.origin.mark(1, torch.device("meta")))
     parts.append(Part("recipe", "", {"fingerprint": recipe.fingerprint}, 0, 0, mark))
-    found = Survey(
+    found = ModelSummary(
         parts,
         parameters=sum(part.parameters * part.count for part in parts),
         flops=sum(part.flops * part.count for part in parts),
@@ -94,18 +94,16 @@ def survey(model: LanguageModel, recipe: Recipe) -> Survey:
         grows=model.grows,
         depth=len(names),
     )
-    # the parts are counted one by one; the model counts itself as a whole
     assert found.state_bytes == model.state_bytes(), (found.state_bytes, model.state_bytes())
     assert found.parameters == _parameters(model), (found.parameters, _parameters(model))
     assert found.flops == model.flops(LENGTH), (found.flops, model.flops(LENGTH))
     return found
 
 
-def with_shapes(recipe: Recipe, model: LanguageModel | None = None) -> LanguageModel:
-    """A model of ``recipe`` that can be surveyed at no cost: on the meta device, where nothing is computed.
+def on_meta(recipe: Recipe, model: LanguageModel | None = None) -> LanguageModel:
+    """A model of ``recipe`` to summarize: on the meta device, where nothing is allocated or computed.
 
-    Where a block of the user's own cannot make its state there, it is ``model``, which was built from ``recipe``, or
-    one that is built now.
+    Where a user's block cannot make its state there, it is ``model``, which was built from ``recipe``, or a new one.
     """
     dtype = torch.float32 if model is None else next(model.parameters()).dtype
     shapes = build(recipe, device="meta", dtype=dtype)
@@ -114,7 +112,7 @@ def with_shapes(recipe: Recipe, model: LanguageModel | None = None) -> LanguageM
     return build(recipe) if model is None else model
 
 
-def survey_layer(layer: Block, name: str, recipe: Recipe) -> Part:
+def summarize_layer(layer: Block, name: str, recipe: Recipe) -> Part:
     """One layer of the stack and everything inside."""
     with torch.no_grad():
         states = _states(layer)
@@ -122,10 +120,10 @@ def survey_layer(layer: Block, name: str, recipe: Recipe) -> Part:
 
 
 def _shares_of_flops(layer: Block) -> dict[Block, int]:
-    """What every block adds to the FLOPs of the layer around it.
+    """What every block adds to the FLOPs of its layer.
 
-    How often a block runs, and on how many tokens, only the block around it knows. A block's share is therefore
-    what the layer's answer loses when the block answers zero.
+    Only the enclosing block knows how often a block runs, and on how many tokens. A block's share is therefore what
+    the layer's FLOPs lose when the block reports zero.
     """
     whole = layer.flops(LENGTH)
     shares = {layer: whole}
@@ -141,14 +139,14 @@ def _shares_of_flops(layer: Block) -> dict[Block, int]:
 
 
 def _states(layer: Block) -> dict[Block, State]:
-    """The fresh one-row state of every block, as it is inside the layer: after persistent tokens, if there are any."""
+    """The fresh one-row state of every block inside the layer: after persistent tokens, if there are any."""
     states: dict[Block, State] = {}
     asked: list[Block] = []
 
     def listen(block: Block) -> None:
         def note(ask: Callable[..., Any], state_of: Callable[[Any], State]) -> Callable[..., Any]:
             def answer(*arguments: Any) -> Any:
-                # a block may answer by asking itself something else: what its parent gets is what counts
+                # a block may call another of its own methods: only the result that its parent gets counts
                 outermost = block not in asked
                 asked.append(block)
                 try:

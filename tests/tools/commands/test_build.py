@@ -15,7 +15,7 @@ import torch
 import titans_build as tb
 from titans_build.kernels.cpu_runtime import library
 from titans_build.registry import scratch
-from titans_build.tools import trial_memory
+from titans_build.tools.commands import smoke_test
 
 Run = Callable[..., Any]
 
@@ -304,7 +304,7 @@ def test_a_trial_that_this_machine_cannot_hold_is_refused(
     small: Path, text: Path, monkeypatch: pytest.MonkeyPatch, titans_build: Run
 ) -> None:
     monkeypatch.setenv("TITANS_BUILD_BACKEND", "reference")
-    monkeypatch.setattr(trial_memory, "machine_memory", lambda: 2**26)
+    monkeypatch.setattr(smoke_test, "machine_memory", lambda: 2**26)
     result = titans_build(small, "--try", text)
     assert result.status == 2 and result.out == ""
     assert "the trial takes at least" in result.err and "this machine has 0.1 GiB" in result.err
@@ -315,8 +315,8 @@ def test_a_trial_that_takes_most_of_the_memory_is_warned_of(
     small: Path, text: Path, monkeypatch: pytest.MonkeyPatch, titans_build: Run
 ) -> None:
     need = 16 * sum(p.numel() for p in tb.build(small).parameters())
-    monkeypatch.setattr(trial_memory, "machine_memory", lambda: need * 3 // 2)
+    monkeypatch.setattr(smoke_test, "machine_memory", lambda: need * 3 // 2)
     result = titans_build(small, "--try", text)
     assert result.status == 0 and "titans-build: warning: the trial takes at least" in result.err
-    monkeypatch.setattr(trial_memory, "machine_memory", lambda: need * 3)
+    monkeypatch.setattr(smoke_test, "machine_memory", lambda: need * 3)
     assert titans_build(small, "--try", text).err == ""

@@ -1,4 +1,4 @@
-"""The survey's shares: what is inside a block adds up to no more than the block, wherever it stands."""
+"""The summary of a model: the parts of a block add up to no more than the block, wherever it stands."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 import titans_build as tb
 from titans_build.recipes import packaged_names
 from titans_build.registry import scratch
-from titans_build.tools.survey import LENGTH, Part, survey
+from titans_build.tools.commands.model_summary import LENGTH, Part, summarize
 
 BASES = [name for name in packaged_names() if not name.endswith(("m", "b"))]
 
@@ -22,16 +22,16 @@ def every(parts: list[Part]) -> Iterator[Part]:
         yield from every(part.parts)
 
 
-def surveyed(source: object, **overrides: object) -> tuple[torch.nn.Module, list[Part]]:
+def summarized(source: object, **overrides: object) -> tuple[torch.nn.Module, list[Part]]:
     recipe = tb.load_recipe(source, overrides)
     model = tb.build(recipe)
-    found = survey(model, recipe)
+    found = summarize(model, recipe)
     return model, found.parts
 
 
 @pytest.mark.parametrize("name", BASES)
 def test_parts_add_up(name: str) -> None:
-    _, parts = surveyed(name, dim=32)
+    _, parts = summarized(name, dim=32)
     for part in every(parts):
         assert sum(child.parameters for child in part.parts) <= part.parameters
         assert sum(child.flops for child in part.parts) <= part.flops
@@ -40,7 +40,7 @@ def test_parts_add_up(name: str) -> None:
 
 
 def test_shares_are_what_the_block_around_asks_for(small: Path) -> None:
-    model, parts = surveyed(small)
+    model, parts = summarized(small)
     (mac,) = (part for part in parts if part.label == "mac")
     context, block = mac.parts[0], model.layers[2].blocks[0]
     memory, attend = context.parts
@@ -55,7 +55,7 @@ def test_shares_are_what_the_block_around_asks_for(small: Path) -> None:
 
 
 def test_state_is_the_one_after_persistent_tokens(small: Path) -> None:
-    model, parts = surveyed(small)
+    model, parts = summarized(small)
     (mag,) = (part for part in parts if part.label == "mag")
     attention = mag.parts[0].parts[0].parts[0]
     assert attention.type == "attention"
@@ -66,7 +66,7 @@ def test_the_model_is_left_as_it_was(small: Path) -> None:
     recipe = tb.load_recipe(small)
     model = tb.build(recipe)
     before = [sorted(vars(module)) for module in model.modules()]
-    survey(model, recipe)
+    summarize(model, recipe)
     assert [sorted(vars(module)) for module in model.modules()] == before
 
 
@@ -94,7 +94,7 @@ def test_a_combinator_of_ones_own() -> None:
                 return 2 * self.inner.flops(length)
 
         layers = {"a": [{"type": "twice", "what": {"type": "memory", "heads": 2}}]}
-        _, parts = surveyed({"version": 1, "dim": 32, "layers": layers, "stack": ["a"]})
+        _, parts = summarized({"version": 1, "dim": 32, "layers": layers, "stack": ["a"]})
         (twice,) = (part for part in every(parts) if part.type == "twice")
         (inner,) = twice.parts
         # stored under another name than its field's: named by its class

@@ -1,15 +1,16 @@
-"""The reference of recipes as a page of Markdown, made from the same schemas that recipes are checked against."""
+"""The reference of recipes: the packaged ones, and a page of Markdown made from the schemas that check recipes."""
 
 from __future__ import annotations
 
+import importlib.resources
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .. import recipes
-from ..registry import Description, describe, show
-from .listing import base_name, sizes_of, summary
-from .terminal import plain
+from ... import recipes
+from ...registry import Description, describe, show
+from ..terminal import plain
 
 COMMAND = "titans-build schema --markdown"
 HEAD = f"""# Recipes: the reference
@@ -113,3 +114,33 @@ def _markdown(text: str) -> str:
     """A docstring's text: code in single quotes, and no roles."""
     marked = re.sub(r"``([^`]*)``", r"§\1§", re.sub(r":\w+:`~?([^`]*)`", r"``\1``", text))
     return plain(marked).replace("§", "`")
+
+
+# -- packaged recipes --------------------------------------------------------------------------------------------------
+
+
+def recipe_text(name: str) -> str | None:
+    """The file of a packaged recipe; ``None`` for a size of one, and for any other name."""
+    if name not in recipes.packaged_names() or base_name(name) != name:
+        return None
+    return importlib.resources.files(recipes).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def summary(name: str) -> str:
+    """The first sentence of the comment at the head of a packaged recipe's file."""
+    base = base_name(name)
+    lines = itertools.takewhile(lambda line: line.startswith("#"), (recipe_text(base) or "").splitlines())
+    comment = " ".join(line[1:].strip() for line in lines)
+    sentence = re.split(r"\.(?: |$)", comment, maxsplit=1)[0]
+    return sentence if base == name else f"{sentence}; size {name.removeprefix(base + '-')}"
+
+
+def sizes_of(name: str) -> list[str]:
+    """The packaged recipes that are sizes of one: ``mac-170m`` of ``mac``."""
+    return [other for other in recipes.packaged_names() if other != name and base_name(other) == name]
+
+
+def base_name(name: str) -> str:
+    """``mac`` of ``mac-170m``; a recipe that is no size of another is its own base."""
+    base = name.rpartition("-")[0]
+    return base if base in recipes.packaged_names() else name

@@ -11,14 +11,14 @@ import torch
 
 import titans_build as tb
 from titans_build.kernels.dispatch import BackendError
-from titans_build.tools import trial_memory
-from titans_build.tools.trial_memory import large_need
+from titans_build.tools.commands import smoke_test
+from titans_build.tools.commands.smoke_test import memory_need
 
 
 def need(monkeypatch: pytest.MonkeyPatch, recipe: object, bytes_read: int = 1028) -> float:
     """GiB."""
-    monkeypatch.setattr(trial_memory, "machine_memory", lambda: 1)
-    found = large_need(tb.load_recipe(recipe), bytes_read, torch.float32)
+    monkeypatch.setattr(smoke_test, "machine_memory", lambda: 1)
+    found = memory_need(tb.load_recipe(recipe), bytes_read, torch.float32)
     assert found is not None and not found.enough
     return float(re.search(r"least ([\d,.]+) GiB", found.text)[1].replace(",", ""))  # type: ignore[index]
 
@@ -37,16 +37,16 @@ def test_the_reference_of_the_memory_takes_far_more(monkeypatch: pytest.MonkeyPa
 
 def test_what_is_small_beside_the_machine_is_not_spoken_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TITANS_BUILD_BACKEND", raising=False)
-    monkeypatch.setattr(trial_memory, "machine_memory", lambda: 2**34)
-    assert large_need(tb.load_recipe("mac"), 1028, torch.float32) is None
-    monkeypatch.setattr(trial_memory, "machine_memory", lambda: None)
-    assert large_need(tb.load_recipe("mac-1.3b"), 1028, torch.float32) is None
+    monkeypatch.setattr(smoke_test, "machine_memory", lambda: 2**34)
+    assert memory_need(tb.load_recipe("mac"), 1028, torch.float32) is None
+    monkeypatch.setattr(smoke_test, "machine_memory", lambda: None)
+    assert memory_need(tb.load_recipe("mac-1.3b"), 1028, torch.float32) is None
 
 
 def test_a_backend_that_there_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TITANS_BUILD_BACKEND", "memory=magic")
     with pytest.raises(BackendError, match="magic"):
-        large_need(tb.load_recipe("mac"), 1028, torch.float32)
+        memory_need(tb.load_recipe("mac"), 1028, torch.float32)
 
 
 PEAK = """

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 from rich.text import Text
 
-from ..registry import show
-from .survey import LENGTH, Part, Survey
-from .terminal import count, flow, in_bytes
+from ...registry import show
+from ..terminal import count, flow, in_bytes
+from .model_summary import LENGTH, ModelSummary, Part
 
 HEADINGS = ("parameters", "FLOPs/token", "state/row")
 GAP = "  "
@@ -35,7 +35,7 @@ class _Row(NamedTuple):
     style: str = ""
 
 
-def cost_table(found: Survey, width: int) -> list[Text]:
+def cost_table(found: ModelSummary, width: int) -> list[Text]:
     """A line with the headings, then every part and the totals, in lines of at most ``width``."""
     rows = [row for part in found.parts for row in _rows(part, "", "")]
     total = _figures(found.parameters, found.flops, found.state_bytes, found.grows)

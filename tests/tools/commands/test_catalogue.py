@@ -1,4 +1,4 @@
-"""The commands that show and check: ``list``, ``describe``, ``check``, ``schema``, ``kernels``."""
+"""The commands that print and check: ``list``, ``describe``, ``show``, ``check``, ``schema``, ``kernels``."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 import titans_build as tb
-from titans_build import registry
+from titans_build import recipes, registry
 from titans_build.kernels import dispatch
 from titans_build.recipes import packaged_names, recipe_schema
-from titans_build.tools.listing import summary
+from titans_build.tools.commands.recipe_reference import summary
 
 Run = Callable[..., Any]
 
@@ -141,6 +141,18 @@ def test_check_warns_of_what_this_machine_cannot_hold(titans_build: Run) -> None
 @pytest.mark.parametrize("name", packaged_names())
 def test_every_packaged_recipe_is_fine(name: str, titans_build: Run) -> None:
     assert titans_build("check", name).status == 0
+
+
+def test_show_prints_what_loads_as_the_same_recipe(small: Path, titans_build: Run) -> None:
+    text = titans_build("show", "mac").out
+    assert text == (Path(recipes.__file__).parent / "mac.yaml").read_text(encoding="utf-8")
+    for words in (["mac"], ["mag-170m"], [small], ["mac", "--set", "layers.mac.0.segment=8"]):
+        result = titans_build("show", *words)
+        assert (result.status, result.err) == (0, "")
+        overrides = {"layers.mac.0.segment": 8} if "--set" in words else {}
+        expected = tb.load_recipe(words[0], overrides)
+        assert tb.load_recipe(result.out).fingerprint == expected.fingerprint
+        assert titans_build("show", *words, "--json").json == expected.to_dict()
 
 
 def test_schema(titans_build: Run) -> None:

@@ -1,0 +1,292 @@
+"""``titans-build RECIPE`` and ``titans-build check``: models of recipes, what they cost, and whether they work."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.text import Text
+
+from ... import recipes
+from ...blocks.language_model import LanguageModel
+from ...recipes.composing import assemble, shortage, state_bytes
+from ...recipes.index import INDEX
+from ...registry import RecipeError, Unavailable, show
+from ..command_line import Command, problem_list
+from ..options import add_placement, add_recipe, load, overrides, placement, saved_folder, whole_number
+from ..terminal import (
+    PIPED_WIDTH,
+    UsageError,
+    complain,
+    count,
+    edge,
+    flow,
+    in_bytes,
+    progress,
+    say,
+    say_json,
+    say_prose,
+)
+from .cost_table import cost_table
+from .model_summary import LENGTH, ModelSummary, on_meta, summarize
+from .smoke_test import BYTES, SmokeTest, memory_need, read_bytes, smoke_test
+
+# -- build -------------------------------------------------------------------------------------------------------------
+
+
+def _add_build(parser: argparse.ArgumentParser) -> None:
+    add_recipe(parser, saved="a saved folder (with its weights)")
+    add_placement(parser)
+    parser.set_defaults(dtype=None)  # so that a saved model keeps its own
+    parser.add_argument(
+        "--seed",
+        type=whole_number,
+        metavar="N",
+        help="of fresh weights (default: 0), which a saved folder then gets, too",
+    )
+    parser.add_argument("--out", metavar="DIR", help="save recipe and weights here (what --try trains is not saved)")
+    parser.add_argument("--force", action="store_true", help="let --out replace a model that is saved there")
+    parser.add_argument(
+        "--try",
+        dest="text",
+        metavar="TEXTFILE",
+        help="train a few steps on the file's bytes, check that streaming equals one pass, time it, and generate",
+    )
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    """1 when the smoke test of ``--try`` fails."""
+    recipe = load(arguments.recipe, arguments)
+    device, dtype = placement(arguments.device, "float32" if arguments.dtype is None else arguments.dtype)
+    if arguments.out is not None:
+        if not arguments.out:
+            raise UsageError("--out: expected the name of a folder, got none")
+        _check_writable(Path(arguments.out), arguments.force)
+    elif arguments.force:
+        raise UsageError("--force: lets --out DIR replace a saved model, and there is no --out")
+    text = None if arguments.text is None else _text(arguments.text, recipe, device, dtype)
+    folder = saved_folder(arguments.recipe) if arguments.seed is None else None
+    seed = None if folder is not None else arguments.seed or 0
+    if folder is None:
+        model = recipes.build(recipe, device=device, dtype=dtype, seed=seed)
+    else:
+        model = _load(folder, arguments, device)
+    dtype_name = str(next(model.parameters()).dtype).removeprefix("torch.")
+    found = summarize(on_meta(recipe, model), recipe)
+    report: dict[str, Any] = {
+        "recipe": {
+            "name": recipe.name or arguments.recipe,
+            "dim": recipe.dim,
+            "vocab": recipe.vocab,
+            "depth": recipe.depth,
+            "fingerprint": recipe.fingerprint,
+            "overrides": recipe.overrides,
+        },
+        "device": str(device),
+        "dtype": dtype_name,
+        "seed": seed,
+        "weights": None if folder is None else os.path.abspath(folder),
+        "parts": [part.to_dict() for part in found.parts],
+        "totals": {
+            "parameters": found.parameters,
+            "flops_per_token": found.flops / LENGTH,
+            "flops_length": LENGTH,
+            "state_bytes_per_row": found.state_bytes,
+            "state_grows": found.grows,
+        },
+    }
+    if arguments.out is not None:
+        # before anything is printed: a reader that leaves (`| head`) ends the command
+        recipes.save(model, arguments.out)
+        report["out"] = os.path.abspath(arguments.out)
+    if not arguments.json:
+        weights = f"weights of {folder}" if folder is not None else f"seed {seed}"
+        say_prose(_heading(recipe, arguments.recipe, f"{device}, {dtype_name}, {weights}"), "")
+        say(*cost_table(found, edge() or PIPED_WIDTH))
+        say_prose("", _footing(found))
+        if arguments.out is not None:
+            say("", f"saved to {arguments.out}")
+    result = None
+    if text is not None:
+        with progress(f"trying on {arguments.text}", SmokeTest.STAGES) as advance:
+            result = smoke_test(model, text, advance)
+        report["try"] = {"file": arguments.text, **result.to_dict()}
+        if not arguments.json:
+            say("", *_result_lines(result, arguments.text))
+    if arguments.json:
+        say_json(report)
+    if result is not None and result.failure:
+        complain(result.failure)
+        return 1
+    return 0
+
+
+def _text(path: str, recipe: recipes.Recipe, device: torch.device, dtype: torch.dtype) -> bytes:
+    """The bytes for ``--try``. Raises ``UsageError`` where the recipe or this machine's memory does not allow it."""
+    if recipe.vocab is None or recipe.vocab < BYTES:
+        needs = f"the recipe needs vocab >= {BYTES}, it has {show(recipe.vocab)}"
+        raise UsageError(f"--try reads bytes: {needs} (--set vocab={BYTES})")
+    text = read_bytes(path)
+    need = memory_need(recipe, len(text), dtype) if device.type == "cpu" else None
+    if need is not None:
+        if not need.enough:
+            raise UsageError(f"--try {path}: {need.text}")
+        complain(need.text, "warning")
+    return text
+
+
+def _load(folder: Path, arguments: argparse.Namespace, device: torch.device) -> LanguageModel:
+    """The saved model, changed as far as its weights allow."""
+    try:
+        return recipes.load(folder, device=device, dtype=arguments.dtype, overrides=overrides(arguments.set))
+    except RecipeError as error:
+        # the changed recipe was read before, so it is the weights that do not fit
+        raise UsageError(f"{error}\n  --seed N draws fresh weights for the changed recipe") from None
+
+
+def _heading(recipe: recipes.Recipe, source: str, where: str) -> Text:
+    changed = "".join(f", {path} = {show(value)}" for path, value in recipe.overrides.items())
+    vocab = "vectors in, vectors out" if recipe.vocab is None else f"vocab {recipe.vocab:,}"
+    layers = "1 layer" if recipe.depth == 1 else f"{recipe.depth} layers"
+    return Text.assemble((recipe.name or source, "bold"), f": dim {recipe.dim}, {vocab}, {layers}{changed} ({where})")
+
+
+def _footing(found: ModelSummary) -> Text:
+    grows = " State marked + grows with every token read." if found.grows else " The state does not grow."
+    many = " A part marked ×N stands N times in the stack; its row shows one." if found.depth > len(found.parts) else ""
+    return Text(f"FLOPs are forward, averaged over {LENGTH:,} tokens.{many}{grows}", style="dim")
+
+
+def _result_lines(result: SmokeTest, name: str) -> list[Text]:
+    def line(label: str, text: str, good: bool | None = None) -> list[Text]:
+        mark = "" if good is None else "  ok" if good else "  WRONG"
+        words = Text.assemble(text, (mark, "green" if good else "bold red"))
+        first = Text(f"{label:<12}", style="bold")
+        width = edge()
+        return [first.append_text(words)] if width is None else flow(words, width, first, " " * 12)
+
+    exact = "" if result.difference_float64 is None else f"; in float64 {result.difference_float64:.1e}"
+    return [
+        *line("text", f"the first {result.bytes_read:,} bytes of {name}"),
+        *line(
+            "learns",
+            f"{result.bits_before:.2f} -> {result.bits_after:.2f} bits per byte after {result.steps} steps of AdamW "
+            f"on {result.rows} x {result.length} bytes",
+            result.learns,
+        ),
+        *line(
+            "streams",
+            f"{len(result.cuts)} pieces of {min(result.cuts)} to {max(result.cuts)} bytes against one pass: "
+            f"largest difference {result.difference:.1e} of logits up to {result.scale:.1f}{exact}",
+            result.streams,
+        ),
+        *line("speed", f"{result.prefill:,.0f} tokens/s reading, {result.decode:,.0f} tokens/s generating (one row)"),
+        *line("says", show(result.generated, 200)),
+    ]
+
+
+def _check_writable(folder: Path, replace: bool) -> None:
+    """Raise ``UsageError`` where the model cannot be saved, before it is built."""
+    try:
+        place = folder.absolute()
+        while not place.exists():
+            place = place.parent
+        taken = (folder / INDEX).exists()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--out {folder}: {getattr(error, 'strerror', None) or error}") from None
+    if not place.is_dir():
+        raise UsageError(f"--out {folder}: {place} is a file, not a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UsageError(f"--out {folder}: {place} cannot be written to")
+    if taken and not replace:
+        raise UsageError(f"--out {folder}: a model is saved there; --force replaces it, recipe and weights")
+
+
+BUILD = Command(
+    "Build the model that a recipe describes: check it, make it, show what each part costs, save it, try it.",
+    (
+        "titans-build mac                                  what it is made of",
+        "titans-build mac --try README.md                  and does it work, on bytes of text",
+        "titans-build mac --set layers.mac.0.segment=256   with one value changed",
+        "titans-build my.yaml --seed 7 --out models/mine   save recipe and weights",
+        "titans-build mag-170m --dtype bfloat16 --json     for machines",
+    ),
+    _add_build,
+    _build,
+)
+
+# -- check -------------------------------------------------------------------------------------------------------------
+
+
+def _add_recipes(parser: argparse.ArgumentParser) -> None:
+    add_recipe(parser, several=True)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    """2 when any of the recipes is wrong."""
+    results = []
+    for source in arguments.recipes:
+        result: dict[str, Any] = {"recipe": source, "ok": True, "problems": []}
+        try:
+            recipe = load(source, arguments)
+            result |= _measured(recipe)
+            if not arguments.json:
+                say(f"{source}: fine ({', '.join(_figures(result))})")
+                if result["warning"] is not None:
+                    sys.stdout.flush()
+                    complain(f"{source}: {result['warning']}", "warning")
+        except RecipeError as error:
+            result["ok"] = False
+            result["problems"] = problem_list(error)
+            if not arguments.json:
+                sys.stdout.flush()
+                complain(str(error))
+        results.append(result)
+    ok = all(result["ok"] for result in results)
+    if arguments.json:
+        say_json({"ok": ok, "recipes": results})
+    return 0 if ok else 2
+
+
+def _measured(recipe: recipes.Recipe) -> dict[str, Any]:
+    """The model's size, and as a warning why this machine cannot build it, which is no error of the recipe."""
+    try:
+        # on the meta device constructors run, and shapes exist without values
+        model = assemble(recipe)
+    except Unavailable as error:
+        missing = "; ".join(map(str, error.problems))
+        sizes = dict.fromkeys(("state_bytes_per_row", "state_grows"))
+        return {"parameters": None, "depth": recipe.depth, **sizes, "warning": f"cannot be built here: {missing}"}
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "depth": recipe.depth,
+        "state_bytes_per_row": state_bytes(model, recipe),
+        "state_grows": model.grows,
+        "warning": shortage(model, recipe),
+    }
+
+
+def _figures(result: dict[str, Any]) -> Iterator[str]:
+    yield "1 layer" if result["depth"] == 1 else f"{result['depth']} layers"
+    if result["parameters"] is not None:
+        yield f"{count(result['parameters'])} parameters"
+    if result["state_bytes_per_row"] is not None:
+        grows = ", growing with every token" if result["state_grows"] else ""
+        yield f"{in_bytes(result['state_bytes_per_row'])} of state per row{grows}"
+
+
+CHECK = Command(
+    "Validate recipes, all mistakes of each at once, without allocating weights or state.",
+    (
+        "titans-build check my.yaml",
+        "titans-build check recipes/*.yaml",
+        "titans-build check mac --set layers.mac.0.memory.depth=4",
+    ),
+    _add_recipes,
+    _check,
+)
