@@ -1,8 +1,9 @@
-"""``python -m titans_build.tools.gpu_check``: are the kernels right on this GPU, and then, how fast are they.
+"""``python -m titans_build.tools.gpu_check``: checks the kernels on this GPU, then measures their speed.
 
-Parity first: every backend of every operation that a GPU runs, against the reference in float64, outputs and gradients.
-What failed is not timed, nor what may run it. What matters most comes first, and results are written after every
-measurement: a run that is cut short leaves what it has. Compiling takes most of the time, and all cores share it.
+Parity comes first: every backend of every operation that a GPU runs against the reference in float64, outputs and
+gradients. A backend that fails is not timed, nor is anything that may run it. The most important cases come first, and
+results are written after every measurement, so that an interrupted run keeps them. Most of the time is spent compiling,
+on all cores.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import torch
 from ...blocks.placing import as_device
 from ...recipes.replacing import replacing
 from ..terminal import Columns, UsageError, complain, in_bytes, prepare_streams, progress, say, say_columns
-from . import apart, goals, parity, sizes, speed, timing
+from . import goals, parity, speed, timing, workers
 
 PACKAGES = (
     "titans-build", "torch", "triton", "xformers", "titans-pytorch", "flash-linear-attention", "fla-core"
@@ -36,7 +37,7 @@ PACKAGES = (
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """0; 1 where parity failed, and what did was not timed; 2 for what cannot be."""
+    """0; 1 when a backend failed its parity; 2 for bad use."""
     parser = argparse.ArgumentParser(
         prog="python -m titans_build.tools.gpu_check",
         description="Check the kernels against their references on this device, then measure them.",
@@ -47,6 +48,9 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="tiny shapes: whether it runs, not how fast")
     parser.add_argument("--only", choices=("parity", "speed"), help="one of the two; speed alone proves nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="list what would be checked and timed, without running it"
+    )
     parser.add_argument("--minutes", type=_minutes, default=9.0, help="stop measuring after so many (default: 9)")
     parser.add_argument(
         "--processes", type=int, metavar="N",
@@ -58,7 +62,7 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(words)
     prepare_streams()
     try:
-        return _run(arguments)
+        return _list(arguments) if arguments.dry_run else _run(arguments)
     except UsageError as error:
         complain(str(error))
         return 2
@@ -77,6 +81,32 @@ def _minutes(text: str) -> float:
     return minutes
 
 
+def _list(arguments: argparse.Namespace) -> int:
+    """The cases of ``--dry-run``, which any machine can list; backends are those that this machine has."""
+    device = torch.device(arguments.device if torch.cuda.is_available() else "cpu")
+    if arguments.only != "speed":
+        table = Columns("operation", "backends", "precisions", "cases")
+        tasks = parity.tasks(device)
+        for operation in dict.fromkeys(task.operation for task in tasks):
+            of = [task for task in tasks if task.operation == operation]
+            distinct = [", ".join(dict.fromkeys(names)) for names in zip(*((t.backend, t.precision) for t in of))]
+            table.add(operation, *distinct, f"{len({task.case for task in of})}")
+        say(f"parity: {len(tasks)} checks")
+        say_columns(table)
+    if arguments.only != "parity":
+        table = Columns("what", "backend", "shape", "passes")
+        timings = speed.timings(device, getattr(torch, arguments.dtype), _sizes(arguments))
+        for each in timings:
+            table.add(*each[:4])
+        say(f"speed: {len(timings)} cases, the most important first")
+        say_columns(table)
+    return 0
+
+
+def _sizes(arguments: argparse.Namespace) -> timing.Sizes:
+    return timing.QUICK if arguments.quick else timing.FULL
+
+
 def _run(arguments: argparse.Namespace) -> int:
     began = time.monotonic()
     try:
@@ -88,11 +118,11 @@ def _run(arguments: argparse.Namespace) -> int:
     if target is None and device.type == "cuda":
         target = Path("benchmarks/results") / f"gpu-{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
     results: dict[str, Any] = {"environment": environment(name), "quick": arguments.quick, "dtype": arguments.dtype}
-    _write(results, target)  # what cannot be written is found out before the work
+    _write(results, target)  # before the work, so that a file that cannot be written is reported first
     processes = arguments.processes
     if processes is None:
         processes = min(16, os.cpu_count() or 1) if device.type == "cuda" else 0
-    red: dict[str, set[str]] = {}
+    failed: dict[str, set[str]] = {}
     if arguments.only != "speed":
         found = check_parity(device, processes, results, target)
         say_columns(parity_table(found))
@@ -102,9 +132,9 @@ def _run(arguments: argparse.Namespace) -> int:
                     f"{each.operation}, {each.backend}, {each.case}, {each.precision}: "
                     + (each.failed or f"{each.where}: error {each.error:.1e}, at most {each.tolerance:.0e} is right")
                 )
-        red = parity.red(found)
+        failed = parity.failed_backends(found)
     if arguments.only != "parity":
-        rows = check_speed(device, processes, red, arguments, results, target, began)
+        rows = check_speed(device, processes, failed, arguments, results, target, began)
         say("")
         say_columns(speed_table(rows))
         say("")
@@ -113,7 +143,7 @@ def _run(arguments: argparse.Namespace) -> int:
         say_columns(goal_table(goals.goals(rows)))
     if target is not None:
         say("", f"written: {target}")
-    return 1 if red else 0
+    return 1 if failed else 0
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -146,7 +176,7 @@ def _version(name: str) -> str | None:
 
 
 def _write(results: dict[str, Any], target: Path | None) -> None:
-    """Whole or not at all."""
+    """Write the file atomically."""
     if target is None:
         return
     try:
@@ -158,7 +188,7 @@ def _write(results: dict[str, Any], target: Path | None) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no NaN: ``None`` says that there is no number."""
+    """NaN and infinity, which JSON does not have, as ``None``."""
     if isinstance(value, dict):
         return {key: _plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
@@ -172,13 +202,13 @@ def _plain(value: Any) -> Any:
 def check_parity(
     device: torch.device, processes: int, results: dict[str, Any], target: Path | None
 ) -> list[parity.Outcome]:
-    """Every outcome; what is not written to is poisoned with NaN."""
+    """The outcome of every task; memory that a kernel does not write holds NaN."""
     tasks = parity.tasks(device)
     found: list[parity.Outcome] = []
     before = torch.are_deterministic_algorithms_enabled()
     try:
         with progress("parity", len(tasks)) as step:
-            for outcome in apart.outcomes(tasks, device, processes):
+            for outcome in workers.outcomes(tasks, device, processes):
                 found.append(outcome)
                 results["parity"] = [each._asdict() | {"passed": each.passed} for each in found]
                 _write(results, target)
@@ -211,34 +241,34 @@ def parity_table(found: Sequence[parity.Outcome]) -> Columns:
 def check_speed(
     device: torch.device,
     processes: int,
-    red: Mapping[str, set[str]],
+    failed: Mapping[str, set[str]],
     arguments: argparse.Namespace,
     results: dict[str, Any],
     target: Path | None,
     began: float,
-) -> list[timing.Row]:
-    """As many rows as fit into the time, in the order of what matters most."""
-    shapes = sizes.QUICK if arguments.quick else sizes.FULL
+) -> list[timing.Measurement]:
+    """As many measurements as fit into the time, the most important first."""
+    sizes = _sizes(arguments)
     dtype = getattr(torch, arguments.dtype)
     late = lambda: time.monotonic() - began > 60 * arguments.minutes  # noqa: E731
     if processes and not arguments.quick and not late():
-        warmed = apart.warm(device, arguments.dtype, processes)
-        with progress("compiling", len(speed.warming(device, dtype))) as step:
+        warmed = workers.warm(device, arguments.dtype, processes)
+        with progress("compiling", len(speed.warmups(device, dtype))) as step:
             for _ in itertools.takewhile(lambda _: not late(), warmed):
                 step()
-    ceiling = timing.ceiling(device, dtype, shapes)
+    ceiling = timing.ceiling(device, dtype, sizes)
     results["ceiling"] = ceiling._asdict()
     say("", f"measured here: {ceiling.product / 1e12:.3g} TFLOP/s in {arguments.dtype}, {ceiling.copy / 1e9:.4g} GB/s")
-    cases, untimed = speed.timed(speed.cases(device, dtype, shapes), red, device)
+    cases, untimed = speed.without_failed(speed.timings(device, dtype, sizes), failed)
     results["untimed"] = untimed
     for reason in untimed:
         complain(f"not timed: {reason}")
-    rows: list[timing.Row] = []
+    rows: list[timing.Measurement] = []
     with progress("speed", len(cases)) as step:
         for case in cases:
             if late():
                 break
-            rows.append(timing.measure(case, device, shapes, ceiling))
+            rows.append(timing.measure(case, device, sizes, ceiling))
             results["speed"] = [row._asdict() for row in rows]
             results["trends"] = [trend._asdict() for trend in goals.trends(rows)]
             results["goals"] = [goal._asdict() for goal in goals.goals(rows)]
@@ -255,7 +285,7 @@ def check_speed(
     return rows
 
 
-def speed_table(rows: Sequence[timing.Row]) -> Columns:
+def speed_table(rows: Sequence[timing.Measurement]) -> Columns:
     """A line for every measurement."""
     table = Columns("what", "backend", "shape", "passes", "ms", "rate", "share", "tokens/s", "peak", "failed")
     for row in rows:
@@ -276,7 +306,7 @@ def speed_table(rows: Sequence[timing.Row]) -> Columns:
 
 
 def trend_table(trends: Sequence[goals.Trend]) -> Columns:
-    """A line for everything that was measured at several lengths."""
+    """A line for every case that was measured at several lengths."""
     table = Columns("what", "backend", "shape", "passes", "time", "exponent", "peak of a token")
     for trend in trends:
         lengths = f"{trend.lengths[0]:,} to {trend.lengths[-1]:,}"
@@ -286,7 +316,7 @@ def trend_table(trends: Sequence[goals.Trend]) -> Columns:
 
 
 def goal_table(goals: Sequence[goals.Goal]) -> Columns:
-    """Each goal beside what was reached."""
+    """A line for every goal."""
     table = Columns("goal", "wanted", "reached", "met")
     for goal in goals:
         table.add(goal.what, goal.wanted, goal.reached, {None: "", True: "yes", False: "no"}[goal.met])

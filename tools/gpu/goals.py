@@ -1,4 +1,4 @@
-"""What the kernels are to reach on a GPU, beside what was reached."""
+"""The goals for the kernels on a GPU beside what was measured, and how time grows with length."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from .timing import Row
+from .timing import Measurement
 
 
 class Goal(NamedTuple):
@@ -24,7 +24,7 @@ class Goal(NamedTuple):
 
 
 class Trend(NamedTuple):
-    """How one thing goes with the length of the text."""
+    """How the time and memory of one case grow with length."""
 
     what: str
     backend: str
@@ -40,9 +40,9 @@ class Trend(NamedTuple):
 Key = tuple[str, str, str, str]
 
 
-def trends(rows: Sequence[Row]) -> list[Trend]:
-    """Of all that was measured at two lengths or more."""
-    found: dict[Key, dict[int, Row]] = {}
+def trends(rows: Sequence[Measurement]) -> list[Trend]:
+    """The trend of every case that was measured at two lengths or more."""
+    found: dict[Key, dict[int, Measurement]] = {}
     for row in rows:
         length, shape = _length(row)
         if length and not row.failed:
@@ -56,22 +56,22 @@ def trends(rows: Sequence[Row]) -> list[Trend]:
     ]
 
 
-def _length(row: Row) -> tuple[int, str]:
-    """Tokens of a row, of what has any; and the shape without them."""
+def _length(row: Measurement) -> tuple[int, str]:
+    """The length in a measurement's shape, 0 if it has none, and the shape without it."""
     place = re.match(r"(\d+) x (\d+)", row.shape)
     if place is None or row.what == "memory step" or not row.tokens:
         return 0, row.shape
     return int(place[2]), row.shape[: place.start(2)] + "time" + row.shape[place.end(2) :]
 
 
-def _exponent(by: dict[int, Row]) -> float:
+def _exponent(by: dict[int, Measurement]) -> float:
     lengths = sorted(by)
     return statistics.linear_regression(
         [math.log(n) for n in lengths], [math.log(by[n].seconds) for n in lengths]
     ).slope
 
 
-def goals(rows: Sequence[Row]) -> list[Goal]:
+def goals(rows: Sequence[Measurement]) -> list[Goal]:
     """Every goal."""
     found = {(row.what, row.backend, row.shape, row.direction): row for row in rows if not row.failed}
     made = []
@@ -106,14 +106,14 @@ def goals(rows: Sequence[Row]) -> list[Goal]:
     what = "memory, MAG: peak memory of a token at the longest text over the shortest"
     made.append(_goal(what, "at most 1.05", growth, lambda x: x <= 1.05))
     steps = [row for row in found.values() if row[:2] == ("memory step", "triton_step")]
-    # of the floor, half is reading; a state that is moved on has to be written as well, so two is the least
+    # half of the bytes moved are read; a state that changes has to be written as well, so 2 is the least possible
     for what, parts in (("reading its state once", 2), ("moving its state in and out once", 1)):
         ratios = [parts / row.share for row in steps]
         made.append(_goal(f"step of a token: its time over that of {what}", "at most 1.5", ratios, lambda x: x <= 1.5))
     return made
 
 
-def _over(found: dict[Key, Row], one: tuple[str, str], other: tuple[str, str]) -> list[float]:
+def _over(found: dict[Key, Measurement], one: tuple[str, str], other: tuple[str, str]) -> list[float]:
     """The time of ``one`` over that of ``other``, wherever both were measured on the same."""
     pairs = [(row, found.get((*other, *key[2:]))) for key, row in found.items() if key[:2] == one]
     return [row.seconds / beside.seconds for row, beside in pairs if beside]

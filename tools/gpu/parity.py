@@ -1,8 +1,4 @@
-"""Whether every backend on a device computes what the reference computes in float64, outputs and gradients.
-
-On a GPU most of the time goes into compiling kernels, and a kernel that goes astray takes its process along: the cases
-are shared out to processes of their own (``apart``). On a CPU they run here.
-"""
+"""Parity: every backend on a device against the reference in float64, outputs and gradients."""
 
 from __future__ import annotations
 
@@ -38,21 +34,20 @@ class Task(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of a task."""
+    """The result of a task."""
 
     operation: str
     backend: str
     case: str
     precision: str
     error: float
-    """Of all outputs and gradients that which is furthest, for its tolerance; NaN where there is one that should not
-    be."""
+    """The largest error of all outputs and gradients, relative to their tolerances; NaN if there is a NaN."""
     tolerance: float
     refused: str = ""
     failed: str = ""
-    """What it raised instead, if anything."""
+    """The exception, if it raised one."""
     where: str = ""
-    """The output or the gradient of which that is."""
+    """The output or gradient with the largest error."""
 
     @property
     def task(self) -> Task:
@@ -64,7 +59,7 @@ class Outcome(NamedTuple):
 
 
 def tasks(device: torch.device) -> list[Task]:
-    """Every case with every backend but the reference, at the precisions it is for: float32 first, which says most."""
+    """Every case with every backend but the reference, at its precisions; float32, which says most, first."""
     gpu = device.type == "cuda"
     found = []
     for precision in ("float32", "bfloat16", "float16", *(["tf32"] if gpu else [])):
@@ -78,7 +73,7 @@ def tasks(device: torch.device) -> list[Task]:
 
 
 def outcome(task: Task, device: torch.device) -> Outcome:
-    """Run a task. Raises nothing: what a backend raises is its outcome."""
+    """Run a task. An exception of a backend becomes its outcome."""
     case = next(
         case
         for case in gpu_cases.cases(small=device.type != "cuda")
@@ -95,7 +90,7 @@ def outcome(task: Task, device: torch.device) -> Outcome:
         found = {name: x.detach().to("cpu", torch.float64) for name, x in found.items()}
     except dispatch.BackendError as error:
         return said._replace(refused=str(error).rpartition("cannot run: ")[2])
-    except Exception as error:  # a kernel that does not compile, an illegal address: the others are still to be tried
+    except Exception as error:  # a kernel that does not compile, an illegal address: the other tasks still run
         return said._replace(failed=f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0])
     finally:
         torch.set_float32_matmul_precision(before)
@@ -109,7 +104,7 @@ def outcome(task: Task, device: torch.device) -> Outcome:
 
 @contextlib.contextmanager
 def scheduled(schedule: str) -> Iterator[None]:
-    """With kernels of that schedule; ``"auto"``: as it was."""
+    """Use the kernels of a schedule; ``"auto"`` changes nothing."""
     before = os.environ.get(SCHEDULE)
     if schedule != "auto":
         os.environ[SCHEDULE] = schedule
@@ -122,10 +117,10 @@ def scheduled(schedule: str) -> Iterator[None]:
 
 
 def bounds(case: Case, exact: Inputs, expected: dict[str, Tensor], precision: str) -> dict[str, float]:
-    """How far each output and gradient may be off.
+    """The largest error that each output and gradient may have.
 
-    A LayerNorm enlarges what is lost before it, and by how much depends on the numbers: there it is as much as rounding
-    the operands alone does to the exact recurrence, twice, where that is more.
+    A LayerNorm amplifies rounding errors by an amount that depends on the numbers. Behind one it is twice the error
+    that rounding the operands alone causes in the exact recurrence, where that is more.
     """
     most = dict.fromkeys(expected, TOLERANCE[precision])
     if not case.rounds or precision not in DIGITS:
@@ -143,7 +138,7 @@ def _given(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _rounded(name: str, x: Tensor, digits: int) -> Tensor:
-    """Gates and the gain are no operands."""
+    """An operand rounded to ``digits``; gates and the gain are not operands."""
     if not x.is_floating_point() or not (name in ("q", "k", "v") or name.startswith("state")):
         return x
     mantissa, exponent = torch.frexp(x)
@@ -151,7 +146,7 @@ def _rounded(name: str, x: Tensor, digits: int) -> Tensor:
 
 
 def _pass(case: Case, backend: str, inputs: Inputs) -> dict[str, Tensor]:
-    """Outputs, and gradients of all that is real, from a cotangent that is the same every time."""
+    """Outputs, and gradients of every floating-point input, from a fixed cotangent."""
     if not case.learns:
         with torch.no_grad():
             return {f"output {i}": y for i, y in enumerate(case.run(backend, **inputs))}
@@ -175,8 +170,8 @@ def ratio(found: Tensor, expected: Tensor) -> float:
     return error / scale if scale else error
 
 
-def red(outcomes: Sequence[Outcome]) -> dict[str, set[str]]:
-    """By operation, the backends that failed anything."""
+def failed_backends(outcomes: Sequence[Outcome]) -> dict[str, set[str]]:
+    """By operation, the backends that failed any task."""
     found: dict[str, set[str]] = {}
     for each in outcomes:
         if not each.passed:

@@ -1,4 +1,4 @@
-"""One thing that is timed on a device: what it is, how it is run, and what came of it."""
+"""One measurement on a device: what is timed, how often, and the result."""
 
 from __future__ import annotations
 
@@ -13,52 +13,88 @@ import torch
 from torch import Tensor
 
 from ...kernels import dispatch
-from .sizes import Sizes
 
 Run = Callable[[], Any]
+LONG = 2.0
+"""Seconds of a run that is timed only once."""
 
 
-class Row(NamedTuple):
-    """One measurement."""
+class Sizes(NamedTuple):
+    """How large the timed cases are."""
+
+    matrix: int
+    """Side of the square product that the matrix rate is measured with."""
+    copied: int
+    """Bytes of the copy that the bandwidth is measured with."""
+    heads: int
+    """Rows x heads: enough of them to fill the device."""
+    lengths: tuple[int, ...]
+    widths: tuple[tuple[int, int, int], ...]
+    """Of the memories: ``d``, expansion, layers."""
+    chunk: int
+    window: int
+    decoding: int
+    """Rows x heads that decode at a time."""
+    model: str
+    """The size of packaged recipes as a suffix; empty for the small ones."""
+    transformer: dict[str, int]
+    """The transformer of that size. Its vocabulary is that of the models, too."""
+    texts: tuple[int, ...]
+    """Lengths for whole models."""
+    seconds: float
+    """For each case, once it is warm."""
+
+
+FULL = Sizes(
+    8192, 2**32, 128, (2048, 8192, 32768, 131072), ((64, 2, 2), (64, 4, 2), (64, 1, 2), (64, 1, 1), (128, 1, 1)),
+    64, 1024, 2048, "-170m", dict(dim=768, depth=12, vocab=256, heads=12, hidden=4224), (8192, 32768, 131072), 0.4,
+)  # fmt: skip
+QUICK = Sizes(
+    64, 2**16, 2, (32,), ((16, 2, 2), (16, 1, 1)), 16, 16, 4, "",
+    dict(dim=32, depth=1, vocab=256, heads=2, hidden=64), (64,), 0.0,
+)  # fmt: skip
+
+
+class Timing(NamedTuple):
+    """Something to time."""
 
     what: str
     backend: str
     shape: str
     direction: str
     """``"forward"`` or ``"both"``: forward and backward."""
-    seconds: float
-    low: float
-    high: float
-    """Median and quartiles."""
-    flops: float
-    """Useful ones, 0 where bytes are what counts."""
-    bytes: float
-    """That have to be read and written at least, 0 where FLOPs are what counts."""
-    share: float
-    """Of the device's measured matrix rate, or of its bandwidth."""
-    tokens: int
-    peak: int
-    """Bytes allocated at most, inputs and results included; 0 where the device does not say."""
-    failed: str = ""
+    make: Callable[[], Run]
+    """Makes inputs and parameters and returns a function that runs once."""
+    flops: float = 0
+    """Useful ones; 0 where bytes are what counts."""
+    moved: float = 0
+    """Bytes that have to be read and written at least; 0 where FLOPs are what counts."""
+    tokens: int = 0
+    operation: str = ""
+    """Its name in ``dispatch.OPERATIONS``, if it is one operation alone."""
+    rank: int = 0
+    """The lower, the earlier: a run may be cut short."""
 
 
-class Case(NamedTuple):
-    """What is measured; its operation is one of ``dispatch.OPERATIONS``, or a model's name."""
+class Measurement(NamedTuple):
+    """The result."""
 
     what: str
     backend: str
     shape: str
     direction: str
-    make: Callable[[], Run]
-    """Inputs and parameters; what is returned runs it once."""
-    flops: float = 0
-    moved: float = 0
-    """Bytes."""
-    tokens: int = 0
-    operation: str = ""
-    """In the dispatcher, where it is one of those alone."""
-    rank: int = 0
-    """The lower, the earlier: a run may be cut short."""
+    seconds: float
+    low: float
+    high: float
+    """Median and quartiles."""
+    flops: float
+    bytes: float
+    share: float
+    """Of the device's measured matrix rate, or of its bandwidth."""
+    tokens: int
+    peak: int
+    """Bytes allocated at most, inputs and results included; 0 where the device does not report it."""
+    failed: str = ""
 
 
 class Ceiling(NamedTuple):
@@ -66,10 +102,6 @@ class Ceiling(NamedTuple):
 
     product: float
     copy: float
-
-
-LONG = 2.0
-"""Seconds of a run that is not waited for time and again."""
 
 
 def ceiling(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Ceiling:
@@ -83,7 +115,7 @@ def ceiling(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Ceiling:
 
 
 def samples(run: Run, device: torch.device, seconds: float, least: int = 3, most: int = 50) -> list[float]:
-    """Seconds that ``run`` takes, again and again, by the device's own clock; of one that takes long, once."""
+    """Seconds of each run, by the device's own clock. A run that takes ``LONG`` is timed once."""
     warm = math.nan
     for _ in range(2):
         start_s = time.perf_counter()
@@ -109,13 +141,13 @@ def samples(run: Run, device: torch.device, seconds: float, least: int = 3, most
     return found
 
 
-def measure(case: Case, device: torch.device, sizes: Sizes, most: Ceiling) -> Row:
-    """Run a case; one that fails, for want of memory say, is a row that says so."""
+def measure(case: Timing, device: torch.device, sizes: Sizes, most: Ceiling) -> Measurement:
+    """Time a case. A case that fails, out of memory for example, gives a measurement with the reason."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     none = math.nan
-    row = Row(*case[:4], none, none, none, case.flops, case.moved, none, case.tokens, 0)
+    row = Measurement(*case[:4], none, none, none, case.flops, case.moved, none, case.tokens, 0)
     try:
         run = case.make()
         if device.type == "cuda":
@@ -123,7 +155,7 @@ def measure(case: Case, device: torch.device, sizes: Sizes, most: Ceiling) -> Ro
         taken = sorted(samples(run, device, sizes.seconds))
     except dispatch.BackendError as error:
         return row._replace(failed=str(error))
-    except Exception as error:  # of the device, of a compiler, of another library
+    except Exception as error:  # from the device, a compiler or another library
         return row._replace(failed=(str(error).strip() or type(error).__name__).splitlines()[0])
     low, middle, high = statistics.quantiles(taken, n=4) if len(taken) > 1 else taken * 3
     share = case.flops / middle / most.product if case.flops else case.moved / middle / most.copy
@@ -132,30 +164,30 @@ def measure(case: Case, device: torch.device, sizes: Sizes, most: Ceiling) -> Ro
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done what it was told."""
+    """Wait until the device is idle."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def backends(operation: str, device: torch.device, dtype: torch.dtype, **facts: Any) -> list[str]:
-    """Those of an operation that run there, without the references."""
+    """The backends of an operation that run there, without the references."""
     found = dispatch.OPERATIONS[operation].backends.values()
     named = dict(named=True, device=device.type, dtype=dtype, **facts)
     return [b.name for b in found if b.name not in ("reference", "closed_form") and b.refuse(**named) is None]
 
 
 def passes(forward: Callable[[], Tensor], leaves: Sequence[Tensor], both: bool) -> Run:
-    """What runs ``forward`` without gradients, or with ``both`` forth and back, to gradients of the ``leaves``."""
+    """Runs ``forward`` without gradients, or with ``both`` forward and backward to the ``leaves``."""
 
     def alone() -> Tensor:
         with torch.no_grad():
             return forward()
 
-    def forth_and_back() -> Tensor:
+    def forward_and_backward() -> Tensor:
         for leaf in leaves:
             leaf.grad = None
         y = forward()
         y.backward(torch.ones_like(y))
         return y
 
-    return forth_and_back if both else alone
+    return forward_and_backward if both else alone

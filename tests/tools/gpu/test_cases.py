@@ -1,4 +1,4 @@
-"""The cases of the GPU check leave nothing out: what a GPU runs, a case runs."""
+"""The parity cases cover every backend that runs on a GPU."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
-    """With Triton, and an xFormers that passed its trial."""
+    """Triton and xFormers are available."""
     monkeypatch.setattr(availability, "_looked_for", lambda: None)
     monkeypatch.setattr(xformers_attention, "_missing", lambda dtype, width: None)
 
 
-def questions(cases, monkeypatch):
-    """What the dispatcher is told when the cases run: facts, by operation."""
+def facts_of(cases, monkeypatch):
+    """The facts that the cases give the dispatcher, by operation."""
     asked = {}
     choose = Operation.choose
 
@@ -45,7 +45,7 @@ def runs(backend, **facts):
 
 
 def left_out(cases, monkeypatch):
-    asked = questions(cases, monkeypatch)
+    asked = facts_of(cases, monkeypatch)
     return [
         (operation.name, backend.name)
         for operation in OPERATIONS.values()
@@ -61,15 +61,16 @@ def test_every_backend_that_runs_on_a_gpu_has_a_case(monkeypatch):
     assert left_out(cases, monkeypatch) == []
 
 
-def test_what_has_none_is_found(monkeypatch):
+def test_a_backend_without_a_case_is_found(monkeypatch):
     fewer = [case for case in gpu_cases.cases(small=True) if case.learns and case.operation != "gate"]
     found = left_out(fewer, monkeypatch)
     assert ("memory", "triton_step") in found and ("gate", "triton") in found and ("memory", "triton") not in found
-    monkeypatch.setitem(OPERATIONS, "new", Operation("new", [dispatch.Backend("fast", lambda x: x)]))
+    monkeypatch.setitem(OPERATIONS, "new", None)  # removed after the test; an operation registers itself
+    Operation("new", [dispatch.Backend("fast", lambda x: x)])
     assert ("new", "fast") in left_out(fewer, monkeypatch)
 
 
-def test_each_name_is_one_case_and_each_case_is_the_same_every_time():
+def test_cases_have_distinct_names_and_are_deterministic():
     for small in (False, True):
         cases = gpu_cases.cases(small)
         assert len({(case.name, case.operation) for case in cases}) == len(cases)
@@ -79,7 +80,7 @@ def test_each_name_is_one_case_and_each_case_is_the_same_every_time():
             assert all(x.dtype == torch.float64 for x in one.values() if x.is_floating_point())
 
 
-def test_the_small_ones_are_small_and_the_same_otherwise():
+def test_small_cases_are_smaller():
     large, small = gpu_cases.cases(), gpu_cases.cases(small=True)
     assert [case.name for case in large] == [case.name for case in small]
     numbers = lambda case: sum(x.numel() for x in case.make(torch.Generator().manual_seed(0)).values())  # noqa: E731

@@ -1,4 +1,4 @@
-"""The one command for a machine with a GPU, tried on a CPU: what it finds, what it refuses, what it leaves behind."""
+"""``gpu_check`` on a CPU: what it finds, refuses and writes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from titans_build.kernels import dispatch
-from titans_build.tools.gpu import apart, check, parity, sizes, speed
 from titans_build.tools.gpu import cases as gpu_cases
+from titans_build.tools.gpu import check, parity, speed, timing, workers
 
 NAMES = ("one token, decoding", "prefix and window", "gate", "convolution")
 
@@ -45,14 +45,14 @@ def test_parity_then_speed(few_cases, tmp_path, capsys):
     assert "did not fit into --minutes" in capsys.readouterr().err
 
 
-def test_what_is_wrong_is_not_timed(few_cases, tmp_path, monkeypatch, capsys):
+def test_a_backend_that_fails_its_parity_is_not_timed(few_cases, tmp_path, monkeypatch, capsys):
     right = dispatch.OPERATIONS["gate"].backends["torch"]
     wrong = dispatch.Backend("torch", lambda *inputs: right.run(*inputs) * 1.01)
     monkeypatch.setitem(dispatch.OPERATIONS["gate"].backends, "torch", wrong)
     monkeypatch.setattr(dispatch.OPERATIONS["gate"], "_chosen", {})
     of = {("gate", "torch"), ("gate", "triton"), ("memory", "torch"), ("memory block", "auto"), ("model mag", "auto")}
-    every = speed.cases
-    monkeypatch.setattr(speed, "cases", lambda *given: [case for case in every(*given) if case[:2] in of])
+    every = speed.timings
+    monkeypatch.setattr(speed, "timings", lambda *given: [case for case in every(*given) if case[:2] in of])
     target = tmp_path / "cpu.json"
     assert run("--json", str(target)) == 1
     said = capsys.readouterr()
@@ -61,12 +61,12 @@ def test_what_is_wrong_is_not_timed(few_cases, tmp_path, monkeypatch, capsys):
     found = json.loads(target.read_text())
     ran = {(row["what"], row["backend"]) for row in found["speed"]}
     assert ("gate", "torch") not in ran and {("gate", "triton"), ("memory", "torch")} <= ran
-    # of what takes whatever is best, nobody knows what it takes
+    # `auto` may run any backend
     assert not [row for row in found["speed"] if row["backend"] == "auto"]
     assert "model mag: may run what failed its parity: torch of gate" in found["untimed"]
 
 
-def test_a_nan_is_an_error_whatever_else_is_right(monkeypatch):
+def test_one_nan_fails_the_parity(monkeypatch):
     only(monkeypatch, "convolution")
     right = dispatch.OPERATIONS["convolution"].backends["torch"]
     wrong = dispatch.Backend("torch", lambda *inputs: right.run(*inputs).index_fill(1, torch.tensor(0), float("nan")))
@@ -77,8 +77,8 @@ def test_a_nan_is_an_error_whatever_else_is_right(monkeypatch):
     assert {o.backend: o.passed for o in found} == {"triton": True, "torch": False}
 
 
-def test_a_normalised_memory_may_be_off_by_what_its_operands_are_rounded_by():
-    """And nothing else may be, nor at float32."""
+def test_the_tolerance_of_a_normalised_memory_grows_with_rounding():
+    """Only that of a normalised memory, and not at float32."""
     cases = {case.name: case for case in gpu_cases.cases(small=True) if case.operation == "memory"}
     for name, precision, wider in (
         ("two layers", "bfloat16", True), ("two layers", "float32", False), ("no norm", "bfloat16", False),
@@ -92,24 +92,24 @@ def test_a_normalised_memory_may_be_off_by_what_its_operands_are_rounded_by():
         assert (max(found.values()) > least) == wider
 
 
-def test_a_process_that_hangs_is_an_outcome(monkeypatch):
-    monkeypatch.setattr(apart, "PATIENCE", 0.05)
+def test_a_worker_that_hangs_is_a_failed_outcome(monkeypatch):
+    monkeypatch.setattr(workers, "TIMEOUT", 0.05)
     tasks = parity.tasks(torch.device("cpu"))[:2]
-    found = list(apart.outcomes(tasks, torch.device("cpu"), 2))
+    found = list(workers.outcomes(tasks, torch.device("cpu"), 2))
     assert len(found) == 2 and all("its process ended with -9" in each.failed and not each.passed for each in found)
 
 
 @pytest.mark.slow
-def test_processes_find_what_one_finds():
+def test_workers_and_one_process_give_the_same_outcomes():
     names = ("two layers", "gate")
     tasks = [task for task in parity.tasks(torch.device("cpu")) if task.case in names and task.backend != "triton"]
-    found = set(apart.outcomes(tasks, torch.device("cpu"), 2))
+    found = set(workers.outcomes(tasks, torch.device("cpu"), 2))
     assert {each[:4] for each in found} == {(t.operation, t.backend, t.case, t.precision) for t in tasks}
     assert all(each.passed for each in found)
     assert all(parity.outcome(task, torch.device("cpu")).where in {e.where for e in found} for task in tasks[:3])
 
 
-def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+def test_without_a_gpu_it_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert check.main([]) == 2
     assert "has no CUDA GPU" in capsys.readouterr().err
@@ -136,8 +136,16 @@ def test_every_measurement_of_the_check(tmp_path):
     assert len(found["goals"]) == 10 and {"exponent", "bytes"} <= found["trends"][0].keys() if found["trends"] else True
 
 
-def test_what_matters_most_comes_first():
-    cases = speed.cases(torch.device("cpu"), torch.float32, sizes.QUICK)
+def test_the_most_important_cases_come_first():
+    cases = speed.timings(torch.device("cpu"), torch.float32, timing.QUICK)
     ranks = [case.rank for case in cases]
     assert ranks == sorted(ranks)
     assert cases[0].what == "memory" and cases[-1].what.startswith("model") and "compiled" in cases[-1].backend
+
+
+def test_a_dry_run_lists_the_cases_on_any_machine(capsys):
+    assert check.main(["--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert all(operation in out for operation in dispatch.OPERATIONS) and "model mac" in out
+    assert check.main(["--dry-run", "--only", "speed"]) == 0
+    assert "parity" not in capsys.readouterr().out

@@ -7,11 +7,12 @@ import math
 import pytest
 
 from titans_build.tools.gpu.goals import goals, trends
-from titans_build.tools.gpu.timing import Row
+from titans_build.tools.gpu.timing import Measurement
 
 
 def row(what, backend, shape, seconds, direction="both", share=0.0, tokens=1, peak=0, failed=""):
-    return Row(what, backend, shape, direction, seconds, seconds, seconds, 1.0, 0.0, share, tokens, peak, failed)
+    times = (seconds, seconds, seconds)
+    return Measurement(what, backend, shape, direction, *times, 1.0, 0.0, share, tokens, peak, failed)
 
 
 def memory(length, seconds, **facts):
@@ -24,7 +25,7 @@ def reached(rows, of):
     return found.reached, found.met
 
 
-def test_a_trend_is_of_one_thing_at_many_lengths():
+def test_a_trend_spans_the_lengths_of_one_case():
     rows = [memory(n, 3e-6 * n**1.5, peak=n * 128 * 10) for n in (8192, 2048, 32768)]
     rows += [memory(2048, 1.0, direction="forward"), memory(65536, math.nan, failed="out of memory")]
     (trend,) = trends(rows)
@@ -32,7 +33,7 @@ def test_a_trend_is_of_one_thing_at_many_lengths():
     assert trend.exponent == pytest.approx(1.5) and trend.bytes == (10, 10, 10)
 
 
-def test_nothing_measured_is_no_goal_met_and_none_missed():
+def test_without_measurements_no_goal_is_met_or_missed():
     found = goals([])
     assert len(found) == 10 and all(goal.reached == "not measured" and goal.met is None for goal in found)
 

@@ -1,9 +1,9 @@
-"""Processes that share out what a GPU check has to do: each compiles kernels on a core of its own.
+"""Worker processes of the GPU check: each compiles kernels on a core of its own and runs one task at a time.
 
-A process is asked line by line, and answers with a line of JSON. One whose GPU context a kernel has spoiled, or that
-hangs, is replaced, and what it was at is an outcome like any other.
+A worker reads a task as a line of JSON from standard input and answers with a line of JSON. A worker whose CUDA context
+a kernel has corrupted, or that hangs, is replaced, and its task gets an outcome like any other.
 
-``python -m titans_build.tools.gpu.apart DEVICE DTYPE`` is such a process; it reads from standard input.
+``python -m titans_build.tools.gpu.workers DEVICE DTYPE`` is such a process.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ import torch
 from . import parity, speed
 from .parity import Outcome, Task
 
-PATIENCE = 180.0
+TIMEOUT = 180.0
 """Seconds for one task, compiling included."""
-SPOILED = ("CUDA error", "AcceleratorError", "device-side assert", "illegal memory access")
+CORRUPTED = ("CUDA error", "AcceleratorError", "device-side assert", "illegal memory access")
 
 
 def outcomes(tasks: Sequence[Task], device: torch.device, processes: int) -> Iterator[Outcome]:
-    """Of every task, as they come: in this process where ``processes`` is 0."""
+    """The outcome of every task, as they finish. ``processes``: 0 runs them in this process."""
     if not processes:
         deterministic()
         for task in tasks:
@@ -44,25 +44,25 @@ def outcomes(tasks: Sequence[Task], device: torch.device, processes: int) -> Ite
 
 
 def warm(device: torch.device, dtype: str, processes: int) -> Iterator[str]:
-    """Have the kernels of what will be timed compiled, which its process then finds in the compiler's cache.
+    """Compile the kernels to be timed, which this process then finds in the compiler's cache.
 
-    Yields what could not be, or nothing, for each of ``speed.warming``.
+    Yields the error, or an empty string, for each of ``speed.warmups``.
     """
-    count = len(speed.warming(device, getattr(torch, dtype)))
+    count = len(speed.warmups(device, getattr(torch, dtype)))
     if processes:
         for _, answer in _answers([["warm", n] for n in range(count)], [str(device), dtype], processes):
             yield answer if isinstance(answer, str) else ""
 
 
 def deterministic() -> None:
-    """And with it, ``torch.empty`` is filled with NaN: what a kernel leaves unwritten is seen."""
+    """Deterministic algorithms also fill ``torch.empty`` with NaN, which shows what a kernel does not write."""
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def _answers(
     questions: Sequence[Sequence[object]], words: Sequence[str], processes: int
 ) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """The number of each question, and its answer, or what ended the process that was asked."""
+    """The number of each question with its answer, or with the reason why its process ended."""
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in range(len(questions)):
         waiting.put(number)
@@ -84,22 +84,22 @@ def _answers(
                 )  # fmt: skip
                 children.append(child)
             assert child.stdin is not None and child.stdout is not None
-            patience = threading.Timer(PATIENCE, child.kill)
-            patience.start()
+            timer = threading.Timer(TIMEOUT, child.kill)
+            timer.start()
             try:
                 child.stdin.write(json.dumps(questions[number]) + "\n")
                 child.stdin.flush()
                 line = child.stdout.readline()
-            except OSError:  # it is gone
+            except OSError:  # the process has ended
                 line = ""
-            patience.cancel()
+            timer.cancel()
             if line:
                 given.put((number, json.loads(line)))
             if not line or child.poll() is not None:
                 code = child.wait()
                 child = None
                 if not line:
-                    given.put((number, f"its process ended with {code} after at most {PATIENCE:.0f} s"))
+                    given.put((number, f"its process ended with {code} after at most {TIMEOUT:.0f} s"))
 
     threads = [threading.Thread(target=work, daemon=True) for _ in range(min(processes, len(questions)))]
     for thread in threads:
@@ -110,7 +110,7 @@ def _answers(
     finally:
         stop.set()
         for thread in threads:
-            for child in children:  # one may be at a task that nobody waits for any more
+            for child in children:  # it may still be running a task
                 child.kill()
             thread.join()
         for child in children:
@@ -119,22 +119,22 @@ def _answers(
 
 
 def main(words: Sequence[str]) -> None:
-    """Answer until there is nothing more to answer."""
+    """A worker: answer the questions on standard input."""
     device, dtype = torch.device(words[0]), getattr(torch, words[1])
     torch.set_num_threads(1)
-    answers, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no answer
+    answers, sys.stdout = sys.stdout, sys.stderr  # a library may print, too
     for line in sys.stdin:
-        kind, *asked = json.loads(line)
+        kind, *arguments = json.loads(line)
         if kind == "parity":
             deterministic()
-            said = parity.outcome(Task(*asked), device)
-            answer, trouble = said._asdict(), said.failed
+            result = parity.outcome(Task(*arguments), device)
+            answer, error = result._asdict(), result.failed
         else:
             torch.use_deterministic_algorithms(False)
-            trouble = speed.warming(device, dtype)[asked[0]]()
-            answer = {"failed": trouble}
+            error = speed.warmups(device, dtype)[arguments[0]]()
+            answer = {"failed": error}
         print(json.dumps(answer), file=answers, flush=True)
-        if any(word in trouble for word in SPOILED):
+        if any(word in error for word in CORRUPTED):
             break
 
 
