@@ -8,30 +8,14 @@ then with a memory beside attention; nothing is downloaded. Needs titans-build[h
 
 from __future__ import annotations
 
-import json
+import argparse
 import math
 import statistics
 from collections.abc import Callable
 from typing import Any
 
+import measure
 import torch
-from measure import (
-    Result,
-    arguments,
-    environment,
-    installed,
-    interleave,
-    machine_table,
-    megabytes,
-    milliseconds,
-    peak_memory,
-    report_peak,
-    run,
-    say,
-    show,
-    table,
-    write,
-)
 
 import titans_build as tb
 from titans_build.blocks.freezing import freeze
@@ -111,7 +95,7 @@ def loss(model: Any, data: torch.Tensor, length: int) -> float:
 
 
 @torch.no_grad()
-def parity(model: Any, prompts: torch.Tensor, new: int) -> Result:
+def parity(model: Any, prompts: torch.Tensor, new: int) -> measure.Result:
     """Whether what is generated is the same with a cache and without, and padded and alone."""
     rows, time = prompts.shape
 
@@ -141,7 +125,7 @@ def parity(model: Any, prompts: torch.Tensor, new: int) -> Result:
     return {"generate": same, "padding": padding, "padding_difference": apart}
 
 
-def family_row(family: str, quick: bool) -> Result:
+def family_row(family: str, quick: bool) -> measure.Result:
     dim, layers, length = (32, 2, 48) if quick else (128, 4, 256)
     steps, rows, tokens = (3, 2, 2000) if quick else (200, 8, 400_000)
     train, held = text(tokens)
@@ -199,11 +183,11 @@ def layer_steps(case: str, quick: bool) -> dict[str, Callable[[], Any]]:
     return {"training step": train, "reading": read}
 
 
-def overhead(quick: bool) -> list[Result]:
+def overhead(quick: bool) -> list[measure.Result]:
     steps = {case: layer_steps(case, quick) for case in CASES}
     found = []
     for kind in steps[CASES[0]]:
-        samples = interleave({case: steps[case][kind] for case in CASES}, 0 if quick else SECONDS)
+        samples = measure.interleave({case: steps[case][kind] for case in CASES}, 0 if quick else SECONDS)
         for case in CASES:
             ratios = [own / plain for own, plain in zip(samples[case], samples[CASES[0]])]
             found.append(
@@ -213,7 +197,7 @@ def overhead(quick: bool) -> list[Result]:
                     "seconds": statistics.median(samples[case]),
                     "ratio": statistics.median(ratios),
                     "rounds": len(ratios),
-                    "peak": peak_memory(__file__, [case, kind], quick),
+                    "peak": measure.peak_memory(__file__, [case, kind], quick),
                 }
             )
     return found
@@ -226,7 +210,7 @@ def yes(met: bool) -> str:
     return "yes" if met else "NO"
 
 
-def tables(results: Result) -> dict[str, str]:
+def tables(results: measure.Result) -> dict[str, str]:
     head = ("family", "difference at step 0", "greedy", "sampling", "beams", "padded", "logits, padded and alone")
     head += ("perplexity before", "memory live", "memory frozen")
     rows = [
@@ -245,37 +229,30 @@ def tables(results: Result) -> dict[str, str]:
         (
             row["kind"],
             row["case"],
-            milliseconds(row["seconds"]),
+            measure.milliseconds(row["seconds"]),
             f"{row['ratio']:.2f}",
-            megabytes(row["peak"]["peak"] - row["peak"]["inputs"]),
+            measure.megabytes(row["peak"]["peak"] - row["peak"]["inputs"]),
             row["rounds"],
         )
         for row in results["overhead"]
     ]
     return {
-        "families": table(head, rows),
-        "overhead": table(cost_head, costs),
-        "machine": machine_table(results, []),
+        "families": measure.table(head, rows),
+        "overhead": measure.table(cost_head, costs),
+        "machine": measure.machine_table(results, []),
     }
 
 
-def main() -> None:
-    given = arguments(__doc__.partition("\n")[0])
-    if given.peak:
-        case, kind = json.loads(given.peak)
-        report_peak(lambda: layer_steps(case, given.quick)[kind])
-        return
-    say("hf_swap: four families to fit twice each, then one layer side by side")
-    results: Result = {"program": "hf_swap", "quick": given.quick, "environment": environment(), "skipped": {}}
-    results["environment"]["versions"]["transformers"] = installed("transformers")
+def measured(arguments: argparse.Namespace, results: measure.Result) -> measure.Result:
+    results["environment"]["versions"]["transformers"] = measure.installed("transformers")
     families = []
     for family in FAMILIES:
-        families.append(family_row(family, given.quick))
-        say(families[-1])
-    results |= {"families": families, "overhead": overhead(given.quick)}
-    write(results, given.json)
-    show(tables(results))
+        families.append(family_row(family, arguments.quick))
+        measure.say(families[-1])
+    return {"families": families, "overhead": overhead(arguments.quick)}
 
 
 if __name__ == "__main__":
-    run(main)
+    measure.benchmark(
+        "hf_swap", __doc__, "an hour", measured, tables, case=lambda case, quick: layer_steps(case[0], quick)[case[1]]
+    )

@@ -3,7 +3,7 @@
     python benchmarks/kernel_resources.py [--json] [--target sm_90 ...] [--dim 64] [--hidden 128] [--chunk 64]
         [--layers 2] [--operands bfloat16] [--kernel NAME ...]
 
-Every kernel is compiled ahead of time, with the tiles that it would be launched with (``kernels/memory/triton/schedule.py``)
+Every kernel is compiled ahead of time, with the tiles of its launch (``kernels/memory/triton/schedule.py``),
 and what Triton would know of its arguments then: that tensors and the sizes of a model are multiples of 16.
 ``registers`` are a thread's, ``spilled`` the bytes of a thread that they did not hold, ``shared`` the bytes of a
 program. ``dot``: the types that the matrix units are asked for.

@@ -38,25 +38,46 @@ def say(*words: object) -> None:
 # -- the command line --------------------------------------------------------------------------------------------------
 
 
-def arguments(description: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=description)
+def benchmark(
+    name: str,
+    description: str,
+    takes: str,
+    measured: Callable[[argparse.Namespace, Result], Result],
+    tables: Callable[[Result], dict[str, str]],
+    *,
+    case: Callable[[Any, bool], Callable[[], Any]] | None = None,
+    add_options: Callable[[argparse.ArgumentParser], None] | None = None,
+) -> None:
+    """The command line of a benchmark: measure, write the results to ``--json``, and print their tables.
+
+    ``measured(arguments, results)`` returns what is added to the results; it may also change those that are given.
+    ``case(case, quick)`` makes a case of :func:`peak_memory`, which runs it in a process of its own. Ctrl-C stops a run
+    without a stack trace, and without a half-filled result file.
+    """
+    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
+    if add_options is not None:
+        add_options(parser)
     parser.add_argument("--quick", action="store_true", help="tiny shapes, seconds: whether it runs, not how fast")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
-    parser.add_argument("--peak", metavar="CASE", help=argparse.SUPPRESS)  # the process that peak_memory starts
-    return parser.parse_args()
-
-
-def run(program: Callable[[], None]) -> None:
-    """Run a benchmark; Ctrl-C stops it without a trace, and without a half-filled result file."""
+    parser.add_argument("--peak", metavar="CASE", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
     try:
-        program()
+        if arguments.peak is not None and case is not None:
+            report_peak(lambda: case(json.loads(arguments.peak), arguments.quick))
+            return
+        say("seconds" if arguments.quick else f"{takes}, on a machine with nothing else to do; Ctrl-C stops it")
+        results = {"program": name, "quick": arguments.quick, "environment": environment(), "skipped": {}}
+        results |= measured(arguments, results)
+        write(results, arguments.json)
+        for title, text in tables(results).items():
+            print(f"\n{title}\n\n{text}")
     except KeyboardInterrupt:
         say("\nstopped: nothing was written")
         sys.exit(130)
 
 
 def write(results: Result, path: Path | None) -> None:
-    """Write the results, whole or not at all."""
+    """Write the results atomically."""
     results["environment"]["load"].append(os.getloadavg()[0])
     results["seconds"] = round(time.perf_counter() - _BEGAN)
     if path is not None:
@@ -290,8 +311,3 @@ def milliseconds(seconds: float) -> str:
 
 def megabytes(count: int) -> str:
     return f"{count / 1e6:,.0f}"
-
-
-def show(tables: dict[str, str]) -> None:
-    for name, text in tables.items():
-        print(f"\n{name}\n\n{text}")

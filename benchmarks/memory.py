@@ -5,36 +5,13 @@ python benchmarks/memory.py [--quick] [--json FILE]
 
 from __future__ import annotations
 
-import json
+import argparse
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import measure
 import torch
 from baselines import Attention, titans_pytorch_memory
-from measure import (
-    GOALS,
-    Result,
-    arguments,
-    environment,
-    exponent,
-    goal,
-    interleave,
-    machine_table,
-    matrix_product,
-    medium,
-    megabytes,
-    milliseconds,
-    missing,
-    peak_memory,
-    rate,
-    report_peak,
-    run,
-    say,
-    show,
-    summary,
-    table,
-    write,
-)
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -104,7 +81,7 @@ def make(case: Case, sizes: Sizes) -> Callable[[], Any]:
     """Inputs and parameters of a case; what is returned runs it once."""
     torch.manual_seed(0)
     if case.kind.startswith("medium "):
-        return medium(make(case._replace(kind=case.kind.removeprefix("medium ")), sizes))
+        return measure.medium(make(case._replace(kind=case.kind.removeprefix("medium ")), sizes))
     if case.kind == "op":
         return operation(case, sizes)[0]
     module: Any
@@ -194,27 +171,27 @@ def flops(case: Case, sizes: Sizes) -> int | None:
 # -- the measurements --------------------------------------------------------------------------------------------------
 
 
-def times(sizes: Sizes, absent: bool) -> list[Result]:
+def times(sizes: Sizes, absent: bool) -> list[measure.Result]:
     results = []
     for length, seconds in {**sizes.lengths, **sizes.long}.items():
         group = list(cases(sizes, {length: seconds}, absent))
-        say(f"{length} tokens: {len(group)} cases, about {seconds:.0f} s")
+        measure.say(f"{length} tokens: {len(group)} cases, about {seconds:.0f} s")
         long = length in sizes.long
-        samples = interleave(
-            {RATE: matrix_product(sizes.matrix), **{case: make(case, sizes) for case in group}},
+        samples = measure.interleave(
+            {RATE: measure.matrix_product(sizes.matrix), **{case: make(case, sizes) for case in group}},
             seconds,
             # a long case needs no warming: its code ran at every other length
             least=3 if seconds else 1, most=30 if seconds else 1, warm=not long,
         )  # fmt: skip
-        reached = rate(samples[RATE], sizes.matrix)
+        reached = measure.rate(samples[RATE], sizes.matrix)
         results += [
-            {**case._asdict(), "seconds": summary(samples[case]), "flops": flops(case, sizes), "rate": reached}
+            {**case._asdict(), "seconds": measure.summary(samples[case]), "flops": flops(case, sizes), "rate": reached}
             for case in group
         ]
     return results
 
 
-def peaks(sizes: Sizes, absent: bool, quick: bool) -> list[Result]:
+def peaks(sizes: Sizes, absent: bool, quick: bool) -> list[measure.Result]:
     most = max(sizes.lengths)
     if quick:
         wanted = [Case("op", most, True, 4, sizes.chunks[0])]
@@ -226,13 +203,13 @@ def peaks(sizes: Sizes, absent: bool, quick: bool) -> list[Result]:
             if case.backward and case.chunk in (None, sizes.chunks[0])
         ]
     wanted = [case for case in wanted if "medium" not in case.kind]
-    say(f"peak memory: {len(wanted)} processes, about {5 * len(wanted)} s")
-    return [{**case._asdict(), **peak_memory(__file__, case, quick)} for case in wanted]
+    measure.say(f"peak memory: {len(wanted)} processes, about {5 * len(wanted)} s")
+    return [{**case._asdict(), **measure.peak_memory(__file__, case, quick)} for case in wanted]
 
 
-def lever(sizes: Sizes) -> list[Result]:
+def lever(sizes: Sizes) -> list[measure.Result]:
     """What bfloat16 operands would bring: products alone, large and batched as in a chunk, and the operation."""
-    say(f"bfloat16: about {sizes.lever:.0f} s")
+    measure.say(f"bfloat16: about {sizes.lever:.0f} s")
     # a memory that has learned nothing is chaotic: what two runs differ by grows with every chunk
     length = min(sizes.lengths)
     case = Case("op", length, True, 4, sizes.chunks[0])
@@ -253,18 +230,21 @@ def lever(sizes: Sizes) -> list[Result]:
     exact = outcome(torch.float64)[1]()
     errors = {
         precision: max(float((a - b).norm() / b.norm()) for a, b in zip(run(), exact))
-        for precision, run in (("float32", found), ("medium", medium(found)))
+        for precision, run in (("float32", found), ("medium", measure.medium(found)))
     }
     what = f"the operation, {length} tokens, both passes"
-    tried: dict[tuple[str, str], Callable[[], Any]] = {(what, "float32"): operate, (what, "medium"): medium(operate)}
+    tried: dict[tuple[str, str], Callable[[], Any]] = {
+        (what, "float32"): operate,
+        (what, "medium"): measure.medium(operate),
+    }
     for name, (a, b) in operands.items():
         product = lambda a=a, b=b: a @ b  # noqa: E731
         c, d = half[name]
-        tried |= {(name, "float32"): product, (name, "medium"): medium(product)}
+        tried |= {(name, "float32"): product, (name, "medium"): measure.medium(product)}
         tried[name, "bfloat16"] = lambda c=c, d=d: c @ d
-    samples = interleave(tried, sizes.lever, least=3 if sizes.lever else 1, most=30 if sizes.lever else 1)
+    samples = measure.interleave(tried, sizes.lever, least=3 if sizes.lever else 1, most=30 if sizes.lever else 1)
     return [
-        {"what": name, "precision": precision, "seconds": summary(samples[name, precision])}
+        {"what": name, "precision": precision, "seconds": measure.summary(samples[name, precision])}
         | ({"error": f"{errors[precision]:.0e}"} if name == what else {})
         for name, precision in tried
     ]
@@ -273,7 +253,7 @@ def lever(sizes: Sizes) -> list[Result]:
 # -- the tables --------------------------------------------------------------------------------------------------------
 
 
-def tables(results: Result) -> dict[str, str]:
+def tables(results: measure.Result) -> dict[str, str]:
     found = {Case(*(row[field] for field in Case._fields)): row for row in results["times"]}
     median = {case: row["seconds"]["median"] for case, row in found.items()}
     lengths = sorted({case.length for case in found})
@@ -290,9 +270,11 @@ def tables(results: Result) -> dict[str, str]:
             seconds = here["seconds"]
             spread = max(spread, (seconds["high"] - seconds["low"]) / seconds["median"])
             floor = here["flops"] and here["flops"] / here["rate"]
-            cells.append(milliseconds(seconds["median"]) + (f" ({floor / seconds['median']:.0%})" if floor else ""))
+            cells.append(
+                measure.milliseconds(seconds["median"]) + (f" ({floor / seconds['median']:.0%})" if floor else "")
+            )
         measured = [n for n in compared if case._replace(length=n) in median]
-        power = exponent(measured, [median[case._replace(length=n)] for n in measured])
+        power = measure.exponent(measured, [median[case._replace(length=n)] for n in measured])
         return [*cells, f"{spread:.0%}", f"{power:.2f}" if power else None]
 
     def rows(backward: bool) -> list[list[object]]:
@@ -311,30 +293,33 @@ def tables(results: Result) -> dict[str, str]:
     heads = [f"{length:,}" for length in lengths]
     timed = ["ms (share of the floor)", "expansion", "chunk", *heads, "spread", "exponent"]
     return {
-        "goals": table(GOALS, goals(found, results)),
-        "machine": machine_table(results, [row["rate"] for row in results["times"]]),
-        "forward": table(timed, rows(False)),
-        "forward and backward": table(timed, rows(True)),
-        "times faster": table(["the block is faster than", "pass", "expansion", "chunk", *heads], ratios),
-        "peak memory": table(
+        "goals": measure.table(measure.GOALS, goals(found, results)),
+        "machine": measure.machine_table(results, [row["rate"] for row in results["times"]]),
+        "forward": measure.table(timed, rows(False)),
+        "forward and backward": measure.table(timed, rows(True)),
+        "times faster": measure.table(["the block is faster than", "pass", "expansion", "chunk", *heads], ratios),
+        "peak memory": measure.table(
             ["MB", "pass", "tokens", "expansion", "chunk", "above inputs", "with inputs", "whole process"],
             [
                 [KINDS[row["kind"]], _pass(row["backward"]), f"{row['length']:,}", row["expansion"], row["chunk"]]
-                + [megabytes(row["peak"] - row[base] if base else row["peak"]) for base in ("inputs", "imports", "")]
+                + [
+                    measure.megabytes(row["peak"] - row[base] if base else row["peak"])
+                    for base in ("inputs", "imports", "")
+                ]
                 for row in results["peaks"]
             ],
         ),
-        "bfloat16": table(
+        "bfloat16": measure.table(
             ["ms", "precision", "median", "error"],
             [
-                [row["what"], row["precision"], milliseconds(row["seconds"]["median"]), row.get("error")]
+                [row["what"], row["precision"], measure.milliseconds(row["seconds"]["median"]), row.get("error")]
                 for row in results["lever"]
             ],
         ),
     }
 
 
-def goals(found: dict[Case, Result], results: Result) -> list[list[str]]:
+def goals(found: dict[Case, measure.Result], results: measure.Result) -> list[list[str]]:
     median = {case: row["seconds"]["median"] for case, row in found.items()}
     chunk = max(case.chunk for case in found if case.chunk)
     most = results["compared"]
@@ -347,30 +332,30 @@ def goals(found: dict[Case, Result], results: Result) -> list[list[str]]:
                 if case[0] == "op" and case[2:] == (backward, expansion, chunk)
             ]
             what = f"operation, expansion {expansion}, {_pass(backward)}: share of the floor"
-            rows.append(goal(what, f"{share:.0%}", reached, lambda x, y=share: x >= y, "{:.0%}"))
+            rows.append(measure.goal(what, f"{share:.0%}", reached, lambda x, y=share: x >= y, "{:.0%}"))
     for expansion in (4, 1):
         for backward, wanted in ((False, 5), (True, 3)):
             blocks = [case for case in median if case[0] == "block" and case[2:] == (backward, expansion, chunk)]
             pairs = [(case, case._replace(kind="package")) for case in blocks]
             what = f"block, expansion {expansion}, {_pass(backward)}: times faster than titans-pytorch"
             ratios = [median[b] / median[a] for a, b in pairs if b in median]
-            rows.append(goal(what, f"{wanted}", ratios, lambda x, y=wanted: x >= y))
+            rows.append(measure.goal(what, f"{wanted}", ratios, lambda x, y=wanted: x >= y))
             narrow = [(a._replace(kind="medium block"), b) for a, b in pairs]
             ratios = [median[b] / median[a] for a, b in narrow if a in median and b in median]
             if ratios:
                 what = f"block with bfloat16 operands, expansion {expansion}, {_pass(backward)}: times faster"
-                rows.append(goal(what, f"{wanted}", ratios, lambda x, y=wanted: x >= y))
+                rows.append(measure.goal(what, f"{wanted}", ratios, lambda x, y=wanted: x >= y))
             case = max(blocks, key=lambda case: case.length)
             what = f"block, expansion {expansion}, {_pass(backward)}: share of SDPA's time at {case.length:,} tokens"
             ratio = median[case] / median[Case("attention", case.length, backward)]
-            rows.append(goal(what, "under 0.50", [ratio], lambda x: x < 0.5))
+            rows.append(measure.goal(what, "under 0.50", [ratio], lambda x: x < 0.5))
     powers = []
     for case in {case._replace(length=0) for case in found if case.kind in ("op", "block")}:
         lengths = sorted(c.length for c in found if c._replace(length=0) == case and c.length <= most)
-        power = exponent(lengths, [median[case._replace(length=n)] for n in lengths])
+        power = measure.exponent(lengths, [median[case._replace(length=n)] for n in lengths])
         powers += [power] if power else []
     what = "operation and block: exponent of time against length"
-    rows.append(goal(what, "at most 1.05", powers, lambda x: x <= 1.05))
+    rows.append(measure.goal(what, "at most 1.05", powers, lambda x: x <= 1.05))
     for kind, name in (("op", "operation"), ("block", "block")):
         peaks = [
             (row["peak"] - row["imports"]) / 1e6
@@ -378,7 +363,7 @@ def goals(found: dict[Case, Result], results: Result) -> list[list[str]]:
             if row["kind"] == kind and row["length"] == most
         ]
         what = f"{name}: peak MB at {most:,} tokens, inputs and outputs included"
-        rows.append(goal(what, "under 600", peaks, lambda x: x < 600, "{:.0f}"))
+        rows.append(measure.goal(what, "under 600", peaks, lambda x: x < 600, "{:.0f}"))
     return rows
 
 
@@ -386,29 +371,21 @@ def _pass(backward: bool) -> str:
     return "both" if backward else "forward"
 
 
-def main() -> None:
-    args = arguments("The neural memory against titans-pytorch and SDPA attention.")
-    sizes = QUICK if args.quick else FULL
-    if args.peak:
-        case = Case(*json.loads(args.peak))
-        if case.kind == "package":
-            missing()  # imports it
-        report_peak(lambda: make(case, sizes))
-        return
-    say("about 10 seconds" if args.quick else "about 12 minutes; Ctrl-C stops it")
-    results: Result = {
-        "program": "memory",
-        "quick": args.quick,
-        "environment": environment(),
+def measured(arguments: argparse.Namespace, results: measure.Result) -> measure.Result:
+    sizes = QUICK if arguments.quick else FULL
+    results["skipped"] = measure.missing()
+    absent = bool(results["skipped"])
+    return {
         "shape": {"dim": sizes.dim, "heads": sizes.heads, "batch": sizes.batch, "depth": 2},
         "compared": max(sizes.lengths),
-        "skipped": missing(),
+        "times": times(sizes, absent),
+        "peaks": peaks(sizes, absent, arguments.quick),
+        "lever": lever(sizes),
     }
-    absent = bool(results["skipped"])
-    results |= {"times": times(sizes, absent), "peaks": peaks(sizes, absent, args.quick), "lever": lever(sizes)}
-    write(results, args.json)
-    show(tables(results))
 
 
 if __name__ == "__main__":
-    run(main)
+    measure.benchmark(
+        "memory", __doc__, "12 minutes", measured, tables,
+        case=lambda case, quick: make(Case(*case), QUICK if quick else FULL),
+    )  # fmt: skip

@@ -5,37 +5,15 @@ python benchmarks/model.py [--quick] [--json FILE]
 
 from __future__ import annotations
 
+import argparse
 import itertools
-import json
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import measure
 import torch
 from baselines import Transformer, titans_pytorch_mac
-from measure import (
-    GOALS,
-    TITANS_PYTORCH,
-    Result,
-    arguments,
-    environment,
-    goal,
-    interleave,
-    machine_table,
-    matrix_product,
-    medium,
-    megabytes,
-    missing,
-    peak_memory,
-    rate,
-    report_peak,
-    run,
-    say,
-    show,
-    summary,
-    table,
-    write,
-)
 from torch import Tensor, nn
 
 import titans_build as tb
@@ -154,13 +132,13 @@ def training_step(case: Case, sizes: Sizes) -> Callable[[], Any]:
         optimiser.step()
         optimiser.zero_grad()
 
-    return medium(step) if case.medium else step
+    return measure.medium(step) if case.medium else step
 
 
-def training(sizes: Sizes, skipped: dict[str, str], quick: bool) -> list[Result]:
+def training(sizes: Sizes, skipped: dict[str, str], quick: bool) -> list[measure.Result]:
     ready: dict[Case, Callable[[], Any]] = {}
     for case in CASES:
-        if case.kind == "package" and TITANS_PYTORCH in skipped:
+        if case.kind == "package" and measure.TITANS_PYTORCH in skipped:
             continue
         step = training_step(case, sizes)
         try:
@@ -171,17 +149,19 @@ def training(sizes: Sizes, skipped: dict[str, str], quick: bool) -> list[Result]
             skipped[f"{case.name}, expansion {case.expansion}"] = f"{type(error).__name__}: {error}".split("\n")[0]
             continue
         ready[case] = step
-    say(f"training steps: {len(ready)} cases, about {sizes.seconds:.0f} s")
-    samples = interleave({RATE: matrix_product(sizes.matrix), **ready}, sizes.seconds, least=3 if sizes.seconds else 1)
+    measure.say(f"training steps: {len(ready)} cases, about {sizes.seconds:.0f} s")
+    samples = measure.interleave(
+        {RATE: measure.matrix_product(sizes.matrix), **ready}, sizes.seconds, least=3 if sizes.seconds else 1
+    )
     wanted = [case for case in ready if case.expansion == 4 or not quick][: 1 if quick else None]
-    say(f"peak memory: {len(wanted)} processes, about {8 * len(wanted)} s")
-    peaks = {case: peak_memory(__file__, case, quick) for case in wanted}
-    reached = rate(samples[RATE], sizes.matrix)
+    measure.say(f"peak memory: {len(wanted)} processes, about {8 * len(wanted)} s")
+    peaks = {case: measure.peak_memory(__file__, case, quick) for case in wanted}
+    reached = measure.rate(samples[RATE], sizes.matrix)
     return [
         {
             **case._asdict(),
             "parameters": sum(p.numel() for p in model(case, sizes).parameters()),
-            "seconds": summary(samples[case]),
+            "seconds": measure.summary(samples[case]),
             "peak": peaks.get(case),
             "rate": reached,
         }
@@ -239,10 +219,10 @@ def package(module: Any, prompt: Tensor, sizes: Sizes, samples: int) -> list[flo
     return [b - a for a, b in itertools.pairwise(marks)]
 
 
-def generation(sizes: Sizes, skipped: dict[str, str]) -> list[Result]:
+def generation(sizes: Sizes, skipped: dict[str, str]) -> list[measure.Result]:
     cases = [case for case in CASES if not (case.bfloat16 or case.medium)]
     rounds = 5 if sizes.seconds else 1
-    say(f"generation: {rounds} rounds, about {sizes.seconds:.0f} s")
+    measure.say(f"generation: {rounds} rounds, about {sizes.seconds:.0f} s")
     streams: dict[tuple[Case, int], Iterator[None]] = {}
     for case in cases:
         if case.kind == "package":
@@ -258,10 +238,10 @@ def generation(sizes: Sizes, skipped: dict[str, str]) -> list[Result]:
     def sample(stream: Iterator[None]) -> Callable[[], None]:
         return lambda: next(itertools.islice(stream, sizes.tokens - 1, None))
 
-    samples: dict[Any, list[float]] = interleave(
+    samples: dict[Any, list[float]] = measure.interleave(
         {key: sample(stream) for key, stream in streams.items()}, 0, least=rounds
     )
-    if TITANS_PYTORCH not in skipped:
+    if measure.TITANS_PYTORCH not in skipped:
         for case in cases:
             if case.kind == "package":
                 module = model(case, sizes).eval()
@@ -269,7 +249,7 @@ def generation(sizes: Sizes, skipped: dict[str, str]) -> list[Result]:
                     prompt = torch.randint(sizes.vocab, (1, context))
                     samples[case, context] = package(module, prompt, sizes, min(rounds, 3))
     return [
-        {**case._asdict(), "context": context, "seconds": summary([s / sizes.tokens for s in taken])}
+        {**case._asdict(), "context": context, "seconds": measure.summary([s / sizes.tokens for s in taken])}
         for case, context in sorted(samples, key=lambda key: (CASES.index(key[0]), key[1]))
         for taken in [samples[case, context]]
     ]
@@ -278,24 +258,27 @@ def generation(sizes: Sizes, skipped: dict[str, str]) -> list[Result]:
 # -- the tables --------------------------------------------------------------------------------------------------------
 
 
-def tables(results: Result) -> dict[str, str]:
+def tables(results: measure.Result) -> dict[str, str]:
     contexts = sorted({row["context"] for row in results["generation"]})
-    per_token: dict[Case, dict[int, Result]] = {}
+    per_token: dict[Case, dict[int, measure.Result]] = {}
     for row in results["generation"]:
         per_token.setdefault(_case(row), {})[row["context"]] = row["seconds"]
     return {
-        "goals": table(GOALS, goals(results, per_token)),
-        "machine": machine_table(results, [row["rate"] for row in results["training"]]),
-        "training step": table(
+        "goals": measure.table(measure.GOALS, goals(results, per_token)),
+        "machine": measure.machine_table(results, [row["rate"] for row in results["training"]]),
+        "training step": measure.table(
             ["model", "expansion", "parameters", "seconds", "quartiles", "peak MB", "of it above the model"],
             [
                 [_case(row).name, row["expansion"], f"{row['parameters'] / 1e6:.2f} M"]
                 + [f"{row['seconds']['median']:.3f}", f"{row['seconds']['low']:.3f} to {row['seconds']['high']:.3f}"]
-                + [megabytes(row["peak"][a] - (row["peak"][b] if b else 0)) if row["peak"] else None for a, b in PEAKS]
+                + [
+                    measure.megabytes(row["peak"][a] - (row["peak"][b] if b else 0)) if row["peak"] else None
+                    for a, b in PEAKS
+                ]
                 for row in results["training"]
             ],
         ),
-        "generation": table(
+        "generation": measure.table(
             ["tokens per second (ms per token)", "expansion", *(f"after {context:,}" for context in contexts)],
             [
                 [case.name, case.expansion]
@@ -309,7 +292,7 @@ def tables(results: Result) -> dict[str, str]:
     }
 
 
-def goals(results: Result, per_token: dict[Case, dict[int, Result]]) -> list[list[str]]:
+def goals(results: measure.Result, per_token: dict[Case, dict[int, measure.Result]]) -> list[list[str]]:
     rows = []
     steps = {_case(row): row for row in results["training"]}
     for expansion, seconds in ((4, 0.65), (1, 0.45)):
@@ -317,47 +300,38 @@ def goals(results: Result, per_token: dict[Case, dict[int, Result]]) -> list[lis
         step, tokens = steps[case], [found["median"] for found in per_token[case].values()]
         name = f"mac, expansion {expansion}"
         taken = [step["seconds"]["median"]]
-        rows.append(goal(f"{name}: s per step", f"{seconds}", taken, lambda x, y=seconds: x <= y, "{:.3f}"))
+        rows.append(measure.goal(f"{name}: s per step", f"{seconds}", taken, lambda x, y=seconds: x <= y, "{:.3f}"))
         peak = [step["peak"]["peak"] / 1e6] if step["peak"] else []
-        rows.append(goal(f"{name}: peak MB of a step, whole process", "under 1000", peak, lambda x: x < 1000, "{:.0f}"))
+        rows.append(
+            measure.goal(f"{name}: peak MB of a step, whole process", "under 1000", peak, lambda x: x < 1000, "{:.0f}")
+        )
         rate = [1 / seconds for seconds in tokens]
-        rows.append(goal(f"{name}: tokens generated per s", "400", rate, lambda x: x >= 400, "{:.0f}"))
+        rows.append(measure.goal(f"{name}: tokens generated per s", "400", rate, lambda x: x >= 400, "{:.0f}"))
         *_, last = tokens
         what = f"{name}: time of a token at the latest position over the first"
-        rows.append(goal(what, "within 5% of 1", [last / tokens[0]], lambda x: abs(x - 1) <= 0.05, "{:.3f}"))
+        rows.append(measure.goal(what, "within 5% of 1", [last / tokens[0]], lambda x: abs(x - 1) <= 0.05, "{:.3f}"))
     return rows
 
 
 PEAKS = (("peak", ""), ("peak", "inputs"))
 
 
-def _case(row: Result) -> Case:
+def _case(row: measure.Result) -> Case:
     return Case(**{field: row[field] for field in Case._fields if field in row})
 
 
-def main() -> None:
-    args = arguments("Training steps and cached generation of whole models.")
-    sizes = QUICK if args.quick else FULL
-    if args.peak:
-        case = Case(*json.loads(args.peak))
-        if case.kind == "package":
-            missing()  # imports it
-        report_peak(lambda: training_step(case, sizes), repeats=3)
-        return
-    say("about 15 seconds" if args.quick else "about 5 minutes; Ctrl-C stops it")
-    skipped = missing()
-    results: Result = {
-        "program": "model",
-        "quick": args.quick,
-        "environment": environment(),
+def measured(arguments: argparse.Namespace, results: measure.Result) -> measure.Result:
+    sizes = QUICK if arguments.quick else FULL
+    results["skipped"] = skipped = measure.missing()
+    return {
         "shape": sizes._asdict(),
-        "skipped": skipped,
+        "training": training(sizes, skipped, arguments.quick),
+        "generation": generation(sizes, skipped),
     }
-    results["training"] = training(sizes, skipped, args.quick)
-    results["generation"] = generation(sizes, skipped)
-    write(results, args.json)
-    show(tables(results))
 
 
 if __name__ == "__main__":
-    run(main)
+    measure.benchmark(
+        "model", __doc__, "5 minutes", measured, tables,
+        case=lambda case, quick: training_step(Case(*case), QUICK if quick else FULL),
+    )  # fmt: skip

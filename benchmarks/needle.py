@@ -19,8 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import measure
 import torch
-from measure import GOALS, Result, environment, goal, machine_table, resident, run, say, show, table, write
 
 import titans_build as tb
 from titans_build.recipes import StorageError
@@ -44,22 +44,10 @@ QUICK: dict[str, Any] = {
 }
 
 
-def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a few steps and short haystacks: whether it runs")
-    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="needle, needle_kv (default: both)")
-    parser.add_argument(
-        "--runs", type=Path, metavar="FOLDER", help="where the runs are (default: benchmarks/runs/needle)"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
-    parser.add_argument("--read", metavar="CASE", help=argparse.SUPPRESS)  # the process that `find` starts
-    return parser.parse_args()
-
-
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
-def train(task: dict[str, Any], settings: Result, runs: Path) -> Result:
+def train(task: dict[str, Any], settings: measure.Result, runs: Path) -> measure.Result:
     """One run for each length, each going on from the weights of the one before."""
     stages, model, before = [], None, None
     recipe = tb.load_recipe(HERE / "recipes" / "needle.yaml", settings["changes"].get(task["task"]))
@@ -81,7 +69,7 @@ def train(task: dict[str, Any], settings: Result, runs: Path) -> Result:
             file.write_text(json.dumps({**stage, "seconds": took, "valid": last}), encoding="utf-8")
         stages.append(json.loads(file.read_text(encoding="utf-8")))
         before = out / "model"
-        say(f"{runs.name}: {stages[-1]}")
+        measure.say(f"{runs.name}: {stages[-1]}")
     model = tb.load(before)
     return {
         "model": str(before),
@@ -94,7 +82,7 @@ def train(task: dict[str, Any], settings: Result, runs: Path) -> Result:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def find(case: Result) -> Result:
+def find(case: measure.Result) -> measure.Result:
     """What reading haystacks of one length came to, in a process of its own, whose memory is that of this case."""
     command = [sys.executable, __file__, "--read", json.dumps(case)]
     # glibc gives back what is freed only under a fixed threshold: without one the peak tells how it lays out its heap
@@ -102,12 +90,12 @@ def find(case: Result) -> Result:
     done = subprocess.run(command, capture_output=True, text=True, env=one, check=False)
     if done.returncode:
         raise RuntimeError(f"{case}: {done.stderr.strip()[-2000:]}")
-    found: Result = json.loads(done.stdout.splitlines()[-1])
+    found: measure.Result = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
 @torch.no_grad()
-def read(case: Result) -> Result:
+def read(case: measure.Result) -> measure.Result:
     """Read all rows piece by piece; the answers are in the last."""
     model = tb.load(case["model"]).eval()
     source = tb.open_source(
@@ -117,7 +105,7 @@ def read(case: Result) -> Result:
     for batch in source.stream(1, min(case["piece"], case["length"])):
         model(batch.tokens)
         break
-    before, state, found, seconds = resident(), None, None, []
+    before, state, found, seconds = measure.resident(), None, None, []
     for batch in source.stream(0, case["piece"]):
         started = time.perf_counter()
         out = model(batch.tokens, state)
@@ -136,14 +124,14 @@ def read(case: Result) -> Result:
         "first_tenth": statistics.median(seconds[:tenth]),
         "last_tenth": statistics.median(seconds[-tenth:]),
         "before": before,
-        "peak": max(resident("VmHWM"), before),
+        "peak": max(measure.resident("VmHWM"), before),
     }
 
 
 # -- the tables --------------------------------------------------------------------------------------------------------
 
 
-def tables(results: Result) -> dict[str, str]:
+def tables(results: measure.Result) -> dict[str, str]:
     found, rows, training, goals = results["tasks"], [], [], []
     for name, of in found.items():
         steps = sum(stage["steps"] for stage in of["trained"]["stages"])
@@ -167,20 +155,20 @@ def tables(results: Result) -> dict[str, str]:
             )
         short, long = of["read"][0], of["read"][-1]
         goals += [
-            goal(
+            measure.goal(
                 f"{name}: found in {long['length']:,} tokens",
                 f"{WANTED:.0%}",
                 [long["accuracy"]],
                 lambda v: v >= WANTED,
                 "{:.3f}",
             ),
-            goal(
+            measure.goal(
                 f"{name}: peak memory there over that of {short['length']:,} tokens",
                 "at most 1.1",
                 [long["peak"] / short["peak"]],
                 lambda v: v <= 1.1,
             ),
-            goal(
+            measure.goal(
                 f"{name}: time of a piece in the last tenth over the first",
                 "at most 1.1",
                 [long["last_tenth"] / long["first_tenth"]],
@@ -189,56 +177,50 @@ def tables(results: Result) -> dict[str, str]:
         ]
     trained = ("task", "parameters", "state, bytes", "steps", "tokens", "longest haystack", "training")
     return {
-        "goals": table(GOALS, goals),
-        "training": table(trained, training),
-        "reading": table(("task", "haystack, tokens", "needles", "found", "tokens/s", "peak MB"), rows),
-        "machine": machine_table(results, []),
+        "goals": measure.table(measure.GOALS, goals),
+        "training": measure.table(trained, training),
+        "reading": measure.table(("task", "haystack, tokens", "needles", "found", "tokens/s", "peak MB"), rows),
+        "machine": measure.machine_table(results, []),
     }
 
 
-def main() -> None:
-    given = options()
-    if given.read is not None:
-        print(json.dumps(read(json.loads(given.read))))
-        return
-    say("needle: half an hour, on a machine with nothing else to do; --quick takes seconds")
-    settings = read_file(HERE / "settings" / "needle.yaml") | (QUICK if given.quick else {})
-    chosen = given.tasks or list(settings["tasks"])
-    results: Result = {"program": "needle", "quick": given.quick, "environment": environment(), "skipped": {}}
-    results["tasks"] = {}
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--tasks", nargs="+", metavar="TASK", help="needle, needle_kv (default: both)")
+    add("--runs", type=Path, metavar="FOLDER", help="where the runs are (default: benchmarks/runs/needle)")
+
+
+def measured(arguments: argparse.Namespace, results: measure.Result) -> measure.Result:
+    settings = read_file(HERE / "settings" / "needle.yaml") | (QUICK if arguments.quick else {})
+    tasks = {name: settings["tasks"][name] for name in arguments.tasks or settings["tasks"]}
     with tempfile.TemporaryDirectory() as temporary:
-        usual = Path(temporary) if given.quick else HERE / "runs" / "needle"
-        trained = {}
-        results["done_before"] = [
-            f"{name}: {file.parent.name}"
-            for name in chosen
-            for file in sorted(((given.runs or usual) / name).glob("*/stage.json"))
-        ]
-        for name in chosen:
-            trained[name] = train(settings["tasks"][name], settings, (given.runs or usual) / name)
-        with ThreadPoolExecutor(JOBS) as side_by_side:
-            cases = {key: settings[key] for key in ("rows", "piece")}
-            waiting = {
-                (name, length): side_by_side.submit(
-                    find,
-                    {**cases, "model": trained[name]["model"], "task": settings["tasks"][name], "length": length},
-                )
-                for length in settings["lengths"]
-                for name in chosen
-            }
+        runs = arguments.runs or (Path(temporary) if arguments.quick else HERE / "runs" / "needle")
+        done = [f"{name}: {file.parent.name}" for name in tasks for file in sorted((runs / name).glob("*/stage.json"))]
+        trained = {name: train(task, settings, runs / name) for name, task in tasks.items()}
+        cases = [
+            {"rows": settings["rows"], "piece": settings["piece"], "model": trained[name]["model"], "task": task,
+             "length": length}
+            for length in settings["lengths"]
+            for name, task in tasks.items()
+        ]  # fmt: skip
+        with ThreadPoolExecutor(JOBS) as executor:
+            waiting = [executor.submit(find, case) for case in cases]
             try:
-                for (name, _), case in waiting.items():
-                    say(f"{name}: {case.result()}")
-            except BaseException:  # one that was interrupted, too: the others are not begun any more
-                side_by_side.shutdown(wait=False, cancel_futures=True)
+                for case, future in zip(cases, waiting):
+                    measure.say(f"{case['task']['task']}: {future.result()}")
+            except BaseException:  # an interruption, too: the others do not start
+                executor.shutdown(wait=False, cancel_futures=True)
                 raise
-        for name in chosen:
-            read_by = [case.result() for (of, _), case in waiting.items() if of == name]
-            trained[name]["model"] = Path(trained[name]["model"]).parent.name
-            results["tasks"][name] = {"data": settings["tasks"][name], "trained": trained[name], "read": read_by}
-    write(results, given.json)
-    show(tables(results))
+    found = {}
+    for name, task in tasks.items():
+        of = [future.result() for case, future in zip(cases, waiting) if case["task"] is task]
+        trained[name]["model"] = Path(trained[name]["model"]).parent.name
+        found[name] = {"data": task, "trained": trained[name], "read": of}
+    return {"done_before": done, "tasks": found}
 
 
 if __name__ == "__main__":
-    run(main)
+    if sys.argv[1:2] == ["--read"]:  # the process that `find` starts
+        print(json.dumps(read(json.loads(sys.argv[2]))))
+    else:
+        measure.benchmark("needle", __doc__, "half an hour", measured, tables, add_options=add_options)

@@ -9,20 +9,8 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
+import measure
 import torch
-from measure import (
-    Result,
-    arguments,
-    environment,
-    interleave,
-    machine_table,
-    milliseconds,
-    run,
-    say,
-    show,
-    table,
-    write,
-)
 
 import titans_build as tb
 
@@ -63,14 +51,14 @@ def steps(model: Any, tokens: torch.Tensor) -> dict[str, Callable[[], Any]]:
     return {"training step": train, "reading": read, "one token": token}
 
 
-def measure(quick: bool) -> list[Result]:
+def measured(quick: bool) -> list[measure.Result]:
     rows, length = (1, 64) if quick else (4, 1024)
     tokens = torch.randint(256, (rows, length), generator=torch.Generator().manual_seed(0))
     built = {name: tb.build(recipe, seed=0) for name, recipe in recipes(quick).items()}
     of = {name: steps(model, tokens) for name, model in built.items()}
     found = []
     for kind in of["MAG"]:
-        samples = interleave({name: of[name][kind] for name in of}, 0 if quick else SECONDS)
+        samples = measure.interleave({name: of[name][kind] for name in of}, 0 if quick else SECONDS)
         ratios = [mag / window for mag, window in zip(samples["MAG"], samples["window"])]
         found.append(
             {
@@ -87,30 +75,23 @@ def measure(quick: bool) -> list[Result]:
 # -- the tables --------------------------------------------------------------------------------------------------------
 
 
-def tables(results: Result) -> dict[str, str]:
+def tables(results: measure.Result) -> dict[str, str]:
     rows = [
         (
             row["kind"],
             f"{row['tokens']:,}",
-            milliseconds(row["seconds"]["MAG"]),
-            milliseconds(row["seconds"]["window"]),
+            measure.milliseconds(row["seconds"]["MAG"]),
+            measure.milliseconds(row["seconds"]["window"]),
             f"{row['ratio']:.2f}",
             row["rounds"],
         )
         for row in results["steps"]
     ]
     head = ("step", "tokens", "MAG, ms", "window alone, ms", "MAG over window", "rounds")
-    return {"steps": table(head, rows), "machine": machine_table(results, [])}
-
-
-def main() -> None:
-    given = arguments(__doc__.partition("\n")[0])
-    say("overhead: about 4 minutes, on a machine with nothing else to do")
-    results: Result = {"program": "overhead", "quick": given.quick, "environment": environment(), "skipped": {}}
-    results["steps"] = measure(given.quick)
-    write(results, given.json)
-    show(tables(results))
+    return {"steps": measure.table(head, rows), "machine": measure.machine_table(results, [])}
 
 
 if __name__ == "__main__":
-    run(main)
+    measure.benchmark(
+        "overhead", __doc__, "4 minutes", lambda arguments, results: {"steps": measured(arguments.quick)}, tables
+    )

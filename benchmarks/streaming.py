@@ -5,26 +5,14 @@ python benchmarks/streaming.py [--quick] [--json FILE]
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import measure
 import torch
-from measure import (
-    GOALS,
-    Result,
-    arguments,
-    environment,
-    goal,
-    machine_table,
-    resident,
-    run,
-    say,
-    show,
-    table,
-    write,
-)
 from torch import Tensor
 
 import titans_build as tb
@@ -79,7 +67,7 @@ def walk(model: Any, pieces: tuple[Tensor, ...], state: Any) -> Iterator[tuple[C
         yield took, state, all(bool(leaf.isfinite().all()) for leaf in (out.logits, *leaves))
 
 
-def stream(name: str, sizes: Sizes, quick: bool) -> Result:
+def stream(name: str, sizes: Sizes, quick: bool) -> measure.Result:
     # the quick run checks this program; one layer of each kind is enough for that
     overrides = {"stack.0.repeat": 1, "dim": 32} if quick else None
     model = tb.build(tb.load_recipe(name, overrides=overrides))
@@ -98,7 +86,7 @@ def stream(name: str, sizes: Sizes, quick: bool) -> Result:
         if count == len(pieces) - tenth:
             before_last = state
         if count in (tenth, len(pieces)):
-            residents.append(resident())
+            residents.append(measure.resident())
 
     # a machine is never as quiet for minutes as it is for the two pieces that are compared here, in turn
     pairs = [
@@ -123,7 +111,7 @@ def stream(name: str, sizes: Sizes, quick: bool) -> Result:
 # -- the tables --------------------------------------------------------------------------------------------------------
 
 
-def tables(results: Result) -> dict[str, str]:
+def tables(results: measure.Result) -> dict[str, str]:
     piece = results["shape"]["piece"]
     rows = []
     for row in results["recipes"]:
@@ -148,14 +136,16 @@ def tables(results: Result) -> dict[str, str]:
     finite = [float(row["finite"]) for row in found]
     ratios = [last_to_first(row["pairs_cpu"]) for row in found]
     goals = [
-        goal("recipes that stay finite", f"{len(found)}", [sum(finite)], lambda x: x == len(found), "{:.0f}"),
-        goal("recipes of constant state", f"{len(found)}", [sum(fixed)], lambda x: x == len(found), "{:.0f}"),
-        goal("last tenth over first, CPU time", "within 5% of 1", ratios, lambda x: abs(x - 1) <= 0.05, "{:.3f}"),
+        measure.goal("recipes that stay finite", f"{len(found)}", [sum(finite)], lambda x: x == len(found), "{:.0f}"),
+        measure.goal("recipes of constant state", f"{len(found)}", [sum(fixed)], lambda x: x == len(found), "{:.0f}"),
+        measure.goal(
+            "last tenth over first, CPU time", "within 5% of 1", ratios, lambda x: abs(x - 1) <= 0.05, "{:.3f}"
+        ),
     ]
     return {
-        "goals": table(GOALS, goals),
-        "machine": machine_table(results, []),
-        "streaming": table(head, rows),
+        "goals": measure.table(measure.GOALS, goals),
+        "machine": measure.machine_table(results, []),
+        "streaming": measure.table(head, rows),
     }
 
 
@@ -170,25 +160,15 @@ def tenths(pieces: list[float]) -> float:
     return sum(pieces[-tenth:]) / sum(pieces[:tenth])
 
 
-def main() -> None:
-    args = arguments("Every packaged recipe over a long stream, in pieces.")
-    sizes = QUICK if args.quick else FULL
-    say("about 10 seconds" if args.quick else "about 5 minutes; Ctrl-C stops it")
-    results: Result = {
-        "program": "streaming",
-        "quick": args.quick,
-        "environment": environment(),
-        "shape": sizes._asdict(),
-        "skipped": {},
-        "recipes": [],
-    }
+def measured(arguments: argparse.Namespace, results: measure.Result) -> measure.Result:
+    sizes = QUICK if arguments.quick else FULL
+    found = []
     for name in RECIPES:
         began = time.perf_counter()
-        results["recipes"].append(stream(name, sizes, args.quick))
-        say(f"{name}: {sizes.tokens:,} tokens, and the tenths again, {time.perf_counter() - began:.0f} s")
-    write(results, args.json)
-    show(tables(results))
+        found.append(stream(name, sizes, arguments.quick))
+        measure.say(f"{name}: {sizes.tokens:,} tokens, and the tenths again, {time.perf_counter() - began:.0f} s")
+    return {"shape": sizes._asdict(), "recipes": found}
 
 
 if __name__ == "__main__":
-    run(main)
+    measure.benchmark("streaming", __doc__, "5 minutes", measured, tables)

@@ -23,8 +23,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import measure
 import torch
-from measure import GOALS, ROOT, Result, environment, goal, machine_table, milliseconds, run, say, show, table, write
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -161,7 +161,7 @@ def older(commit: str) -> Iterator[Path]:
 
 
 def _git(*words: str) -> str:
-    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(["git", *words], cwd=measure.ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"git {' '.join(words)}: {done.stderr.strip()}")
     return done.stdout.strip()
@@ -171,10 +171,11 @@ def lay_out(tree: Path, place: Path) -> None:
     """The package of a tree as links in ``place``, from where it can be imported without installing it."""
     inside = place / "titans_build"
     inside.mkdir()
-    for part in (tree / "tools" / "titans_build").iterdir():
-        (inside / part.name).symlink_to(part)
-    for part in ("blocks", "kernels", "recipes", "registry", "tools"):
-        (inside / part).symlink_to(tree / part)
+    names = ["blocks", "kernels", "recipes", "registry", "tools", "__init__.py", "py.typed"]
+    public = tree / "tools" / "titans_build"  # of an older commit, whose root was no package
+    for part in [*(public.iterdir() if public.is_dir() else ()), *(tree / name for name in names)]:
+        if part.exists() and not (inside / part.name).exists():
+            (inside / part.name).symlink_to(part)
 
 
 @contextlib.contextmanager
@@ -204,16 +205,18 @@ def process(tree: Path, quick: bool) -> Iterator[Callable[[Case], Any]]:
             child.wait()
 
 
-def measured(sizes: Sizes, commit: str, quick: bool, skipped: dict[str, str]) -> tuple[list[Result], list[Result]]:
+def compared(
+    sizes: Sizes, commit: str, quick: bool, skipped: dict[str, str]
+) -> tuple[list[measure.Result], list[measure.Result]]:
     """Both trees side by side, and the ways of this one."""
     beside: dict[Case, list[list[float]]] = {case: [] for case in cases(sizes, ("torch",))}
     ways: dict[Case, list[float]] = {case: [] for case in cases(sizes, WAYS)}
     with older(commit) as tree, contextlib.ExitStack() as stack:
-        before, now, again = (stack.enter_context(process(each, quick)) for each in (tree, ROOT, tree))
+        before, now, again = (stack.enter_context(process(each, quick)) for each in (tree, measure.ROOT, tree))
         # a process that has compiled is slower at everything, its heap being many times as large
-        other = stack.enter_context(process(ROOT, quick))
+        other = stack.enter_context(process(measure.ROOT, quick))
         for count in range(sizes.rounds):
-            say(f"round {count + 1} of {sizes.rounds}")
+            measure.say(f"round {count + 1} of {sizes.rounds}")
             for case in beside:
                 found: dict[int, Any] = {}
                 for turn in range(len(TREES)):  # each is the first in turn
@@ -250,34 +253,36 @@ def _all_ran(case: Case, found: list[Any], skipped: dict[str, str]) -> bool:
 # -- the tables --------------------------------------------------------------------------------------------------------
 
 
-def tables(results: Result) -> dict[str, str]:
+def tables(results: measure.Result) -> dict[str, str]:
     seconds = {Case(row["what"], row["backward"], row["way"]): row["seconds"] for row in results["ways"]}
     rows = []
     for case in dict.fromkeys(case._replace(way="torch") for case in seconds):
         took = [seconds.get(case._replace(way=way)) for way in WAYS]
         gains = [None if took[0] is None or each is None else f"{took[0] / each:.2f}" for each in took[1:]]
-        cells = [None if each is None else milliseconds(each) for each in took]
+        cells = [None if each is None else measure.milliseconds(each) for each in took]
         rows.append([case.what, _pass(case.backward), *cells, *gains])
     what = "the torch path: its time over that before, the median of pairs"
     ratios = [row["ratio"] for row in results["pairs"]]
     return {
-        "goals": table(GOALS, [goal(what, f"at most {SLOWER}", ratios, lambda x: x <= SLOWER, "{:.3f}")]),
-        "machine": machine_table(results, []),
-        "before and now": table(
+        "goals": measure.table(
+            measure.GOALS, [measure.goal(what, f"at most {SLOWER}", ratios, lambda x: x <= SLOWER, "{:.3f}")]
+        ),
+        "machine": measure.machine_table(results, []),
+        "before and now": measure.table(
             ["processor ms", "pass", "before", "now", "now / before", "before again / before"],
             [
                 [
                     row["what"],
                     _pass(row["backward"]),
-                    milliseconds(row["before"]),
-                    milliseconds(row["now"]),
+                    measure.milliseconds(row["before"]),
+                    measure.milliseconds(row["now"]),
                     f"{row['ratio']:.3f}",
                     f"{row['noise']:.3f}",
                 ]
                 for row in results["pairs"]
             ],
         ),
-        "ways": table(
+        "ways": measure.table(
             ["processor ms", "pass", "torch", "compiled", "C kernels", "faster compiled", "faster in C"],
             rows,
         ),
@@ -288,26 +293,20 @@ def _pass(backward: bool) -> str:
     return "both" if backward else "forward"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="The torch path on a CPU, before and now, compiled, and against C.")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes: whether it runs, not how fast")
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--before", default=BEFORE, metavar="COMMIT", help=f"compare with (default: {BEFORE})")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)  # the process of a tree
-    args = parser.parse_args()
-    sizes = QUICK if args.quick else FULL
-    if args.serve:
-        serve(sizes)
-        return
-    commit = _git("rev-parse", "--short", args.before)
-    skipped: dict[str, str] = {}
-    where = environment() | {"threads": 1}
-    results: Result = {"program": "torch_path", "quick": args.quick, "environment": where, "before": commit}
-    pairs, ways = measured(sizes, commit, args.quick, skipped)
-    results |= {"pairs": pairs, "ways": ways, "skipped": skipped}
-    write(results, args.json)
-    show(tables(results))
+
+
+def measured(arguments: argparse.Namespace, results: measure.Result) -> measure.Result:
+    results["environment"]["threads"] = 1
+    commit = _git("rev-parse", "--short", arguments.before)
+    sizes = QUICK if arguments.quick else FULL
+    pairs, ways = compared(sizes, commit, arguments.quick, results["skipped"])
+    return {"before": commit, "pairs": pairs, "ways": ways}
 
 
 if __name__ == "__main__":
-    run(main)
+    if sys.argv[1:2] == ["--serve"]:  # the process of a tree
+        serve(QUICK if "--quick" in sys.argv else FULL)
+    else:
+        measure.benchmark("torch_path", __doc__, "half an hour", measured, tables, add_options=add_options)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from measure import Result, environment, machine_table, run, say, show, table, write
+import measure
 
 import titans_build as tb
 from titans_build.recipes.reading import read_file
@@ -46,22 +46,7 @@ TASKS = {
 }
 
 
-def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("task", choices=TASKS)
-    parser.add_argument("--quick", action="store_true", help="two steps of two recipes: whether it runs")
-    parser.add_argument(
-        "--jobs", type=int, default=2, metavar="N", help="runs side by side, which share the cores (default: 2)"
-    )
-    parser.add_argument(
-        "--runs", type=Path, metavar="FOLDER", help="where the runs are (default: benchmarks/runs/TASK)"
-    )
-    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="where the plot is written")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
-    return parser.parse_args()
-
-
-def measure(name: str, runs: Path, quick: bool, jobs: int) -> Result:
+def compared(name: str, runs: Path, quick: bool, jobs: int) -> measure.Result:
     task = TASKS[name]
     settings = read_file(HERE / "settings" / f"{name}.yaml")
     data = settings.pop("data")
@@ -82,13 +67,13 @@ def measure(name: str, runs: Path, quick: bool, jobs: int) -> Result:
 def _tell(label: str, event: dict[str, Any]) -> None:
     if event["event"] == "valid":
         numbers = (f"{key} {value:.4f}" for key, value in event.items() if isinstance(value, float))
-        say(f"{label}: step {event['step']:,}  {'  '.join(numbers)}")
+        measure.say(f"{label}: step {event['step']:,}  {'  '.join(numbers)}")
 
 
 # -- the tables --------------------------------------------------------------------------------------------------------
 
 
-def tables(results: Result) -> dict[str, str]:
+def tables(results: measure.Result) -> dict[str, str]:
     task, metric = TASKS[results["program"]], results["comparison"]["metric"]
     name = metric.replace("_", " ")
     rows, frozen = [], any(variant["frozen"] for variant in results["comparison"]["variants"])
@@ -114,27 +99,32 @@ def tables(results: Result) -> dict[str, str]:
     head = ["variant", "parameters", "steps", "tokens", "time", f"test {name}"]
     head += [f">= {task.wanted}"] * (task.wanted is not None) + ["memory frozen"] * frozen
     picture = f"![{name} against tokens](plots/{results['program']}.svg)"
-    return {"results": f"{table(head, rows)}\n\n{picture}", "machine": machine_table(results, [])}
+    return {"results": f"{measure.table(head, rows)}\n\n{picture}", "machine": measure.machine_table(results, [])}
 
 
-def main() -> None:
-    given = options()
-    say(f"{given.task}: tens of minutes, on a machine with nothing else to do; --quick takes seconds")
-    results: Result = {"program": given.task, "quick": given.quick, "environment": environment(), "skipped": {}}
-    jobs = 1 if given.quick else given.jobs
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("task", choices=TASKS)
+    add("--jobs", type=int, default=2, metavar="N", help="runs side by side, which share the cores (default: 2)")
+    add("--runs", type=Path, metavar="FOLDER", help="where the runs are (default: benchmarks/runs/TASK)")
+    add("--plots", type=Path, metavar="FOLDER", help="where the plot is written")
+
+
+def measured(arguments: argparse.Namespace, results: measure.Result) -> measure.Result:
+    name = results["program"] = arguments.task
+    jobs = 1 if arguments.quick else arguments.jobs
     if jobs > 1:
         results["environment"]["threads"] = threads_per_job(jobs)
     with tempfile.TemporaryDirectory() as temporary:
-        runs = given.runs or (Path(temporary) if given.quick else HERE / "runs" / given.task)
-        results["done_before"] = [name for name in TASKS[given.task].variants if (runs / name / RESULT).is_file()]
-        results["comparison"] = measure(given.task, runs, given.quick, jobs)
-    write(results, given.json)
-    show(tables(results))
-    if given.plots is not None:
-        given.plots.mkdir(parents=True, exist_ok=True)
-        for ending, content in draw(results["comparison"], TASKS[given.task].title).items():
-            (given.plots / f"{given.task}.{ending}").write_bytes(content)
+        runs = arguments.runs or (Path(temporary) if arguments.quick else HERE / "runs" / name)
+        done = [each for each in TASKS[name].variants if (runs / each / RESULT).is_file()]
+        found = compared(name, runs, arguments.quick, jobs)
+    if arguments.plots is not None:
+        arguments.plots.mkdir(parents=True, exist_ok=True)
+        for ending, content in draw(found, TASKS[name].title).items():
+            (arguments.plots / f"{name}.{ending}").write_bytes(content)
+    return {"done_before": done, "comparison": found}
 
 
 if __name__ == "__main__":
-    run(main)
+    measure.benchmark("variants", __doc__, "tens of minutes", measured, tables, add_options=add_options)

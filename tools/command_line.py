@@ -27,7 +27,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from .terminal import CommandFailed, UsageError, complain, prepare_streams, say_json, speaking_as
+from .terminal import CommandFailed, UsageError, complain, prepare_streams, program_name, say_json
 
 
 class Command(NamedTuple):
@@ -81,7 +81,7 @@ class Program:
         """
         words = list(sys.argv[1:] if argv is None else argv)
         as_json = "--json" in (words[: words.index("--")] if "--" in words else words)
-        with speaking_as(self.name):
+        with program_name(self.name):
             try:
                 arguments = self.parse(words)
                 status: int = arguments.run(arguments)

@@ -1,4 +1,4 @@
-"""Options that several commands share: which recipe, changed how, from where it may import; and where it runs."""
+"""Options that several commands share: the recipe with its overrides and imports, device and dtype."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def add_recipe(
     optional: bool = False,
     saved: str = "a saved folder (its recipe alone)",
 ) -> None:
-    """The recipe itself and what changes it. ``saved``: what is said of a saved model's folder."""
+    """Add the recipe and ``--set`` and ``--allow-imports``. ``saved``: the help text for a saved model's folder."""
     parser.add_argument(
         "recipes" if several else "recipe",
         nargs="+" if several else "?" if optional else None,
@@ -56,10 +56,10 @@ def saved_folder(source: str) -> Path | None:
 def overrides(
     settings: list[str], option: str = "--set", example: str = "PATH=VALUE, as in --set layers.mac.0.segment=256"
 ) -> dict[str, Any]:
-    """``["dim=64", "tie=true"]`` -> ``{"dim": 64, "tie": True}``; values are read as a recipe file's are.
+    """``["dim=64", "tie=true"]`` -> ``{"dim": 64, "tie": True}``; values are read as those of recipe files.
 
-    ``option``: the one that they were given with; ``example``: what was expected there. Raises ``UsageError`` for what
-    is no setting, and ``RecipeError`` with the paths of values that cannot be read.
+    ``option`` and ``example`` are for error messages. Raises ``UsageError`` for a setting without a path or a value and
+    for one given twice, and ``RecipeError`` with the paths of values that cannot be read.
     """
     found: dict[str, Any] = {}
     problems: list[Problem] = []
@@ -85,14 +85,14 @@ def overrides(
 
 
 def add_placement(parser: argparse.ArgumentParser, dtype: str | None = "float32") -> None:
-    """Device and dtype. ``dtype``: the default; ``None`` is that of a saved model."""
+    """Add ``--device`` and ``--dtype``. ``dtype``: the default; ``None`` is that of a saved model."""
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu (default), cuda, cuda:1, mps")
     default = "the model's own" if dtype is None else dtype
     parser.add_argument("--dtype", default=dtype, metavar="DTYPE", help=f"{', '.join(DTYPES)} (default: {default})")
 
 
 def placement(device_name: str, dtype_name: str) -> tuple[torch.device, torch.dtype]:
-    """The device and dtype asked for. Raises ``UsageError`` when this machine does not have them."""
+    """The device and dtype of these names. Raises ``UsageError`` when this machine does not have them."""
     try:
         device, dtype = as_device(device_name), as_dtype(dtype_name)
     except ValueError as error:

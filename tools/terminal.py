@@ -1,4 +1,4 @@
-"""The terminal: what goes to it, in which form, and the errors that end a command."""
+"""Terminal output: text, tables, JSON and progress bars; and the errors that end a command."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from rich.table import Table
 from rich.text import Text
 
 PIPED_WIDTH = 160
-"""Columns of a table when the output is a file or a pipe, where there is no edge to wrap at."""
+"""Columns of a table when the output is a file or a pipe."""
 NARROWEST = 24
-"""Columns that are written for at least: in fewer there is no room for a word beside a branch of a tree."""
+"""The smallest width that output is wrapped to."""
 
 
 class UsageError(Exception):
-    """The user asked for something that cannot be: exit status 2. The message is shown as it is."""
+    """Bad use of a command: exit status 2. The message is printed as it is."""
 
 
 class CommandFailed(Exception):
-    """What was asked for was right, and came to nothing: exit status 1. The message is shown as it is."""
+    """A command that was used correctly failed: exit status 1. The message is printed as it is."""
 
 
 def console(stream: TextIO | None = None) -> Console:
-    """A console on ``stream`` (standard output), coloured only where a person reads and NO_COLOR is not set."""
+    """A console on ``stream`` (standard output), coloured only on a terminal and when NO_COLOR is not set."""
     stream = stream if stream is not None else sys.stdout
-    return Console(file=stream, width=edge(stream) or PIPED_WIDTH, highlight=False, markup=False, emoji=False)
+    return Console(file=stream, width=terminal_width(stream) or PIPED_WIDTH, highlight=False, markup=False, emoji=False)
 
 
-def edge(stream: TextIO | None = None) -> int | None:
-    """Columns of the terminal behind ``stream`` (standard output), or what COLUMNS says; ``None`` in a pipe."""
+def terminal_width(stream: TextIO | None = None) -> int | None:
+    """Columns of the terminal behind ``stream`` (standard output), or ``$COLUMNS``; ``None`` in a pipe."""
     stream = stream if stream is not None else sys.stdout
     said = os.environ.get("COLUMNS", "")
     if said.isascii() and said.isdigit() and 0 < len(said) < 6 and int(said) > 0:
@@ -47,7 +47,7 @@ def edge(stream: TextIO | None = None) -> int | None:
 
 
 def say(*lines: str | Text) -> None:
-    """Print to standard output, line by line; text is never cut or wrapped by us."""
+    """Print lines to standard output without cutting or wrapping them."""
     for line in lines:
         text = Text(line) if isinstance(line, str) else line
         if not _is_unicode(sys.stdout):
@@ -64,9 +64,9 @@ def _is_unicode(stream: TextIO) -> bool:
 
 
 def prepare_streams() -> None:
-    """Let any text be written to standard output, whatever is at its other end.
+    """Make standard output accept any text.
 
-    Letters it does not have, such as those of a file's name, are escaped; where it is closed, nothing is written.
+    Characters outside of its encoding are escaped. Where it is closed, nothing is written.
     """
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as the process runs
@@ -77,21 +77,21 @@ def prepare_streams() -> None:
 
 
 def say_prose(*paragraphs: str | Text) -> None:
-    """Print text to standard output, wrapped between words where there is an edge."""
-    width = edge()
+    """Print text to standard output, wrapped to the terminal's width."""
+    width = terminal_width()
     for paragraph in paragraphs:
-        say(*([paragraph] if width is None else flow(paragraph, width)))
+        say(*([paragraph] if width is None else wrap(paragraph, width)))
 
 
-def flow(text: str | Text, width: int, first: str | Text = "", under: str | Text = "") -> list[Text]:
-    """``text`` in lines of at most ``width``; the first begins with ``first``, which counts, the others with ``under``.
+def wrap(text: str | Text, width: int, first: str | Text = "", under: str | Text = "") -> list[Text]:
+    """``text`` in lines of at most ``width``; the first begins with ``first``, the others with ``under``.
 
     A word that is longer than a line is broken, not cut.
     """
     lead = Text.assemble(first)
     indent = Text.assemble(under).cell_len
     room = max(width - indent, NARROWEST // 2)
-    # what stands for the lead while lines are found is as wide as it sticks out, and no space that could be trimmed
+    # a placeholder as wide as the lead is longer than the indent, of a character that is not trimmed
     ahead = max(lead.cell_len - indent, 0)
     whole = Text.assemble("x" * ahead, text)
     lines = whole.wrap(console(), room, overflow="fold") or [Text()]
@@ -105,8 +105,8 @@ _program = contextvars.ContextVar("program", default="titans-build")
 
 
 @contextlib.contextmanager
-def speaking_as(program: str) -> Iterator[None]:
-    """What is complained of in the block is said by ``program``."""
+def program_name(program: str) -> Iterator[None]:
+    """Inside the block, messages of :func:`complain` begin with ``program``."""
     token = _program.set(program)
     try:
         yield
@@ -115,34 +115,34 @@ def speaking_as(program: str) -> Iterator[None]:
 
 
 def complain(message: str, label: str = "error") -> None:
-    """One message to standard error, after the name of the program."""
+    """Print a message to standard error, after the name of the program."""
     style = "bold red" if label == "error" else "bold yellow"
     console(sys.stderr).print(Text.assemble((f"{_program.get()}: {label}: ", style), message), soft_wrap=True)
 
 
 def say_json(value: Any, *, in_one_line: bool = False) -> None:
-    """One JSON document to standard output."""
+    """Print a JSON document to standard output."""
     escaped = not _is_unicode(sys.stdout)
     sys.stdout.write(json.dumps(value, indent=None if in_one_line else 2, ensure_ascii=escaped, allow_nan=False) + "\n")
 
 
 class Columns:
-    """Rows under headings: side by side where the words have room, otherwise one cell under the other."""
+    """A table. Where it is wider than the terminal, the cells of a row stand one under the other."""
 
     GAP = 2
     COMFORT = 20
-    """A column of text this wide is read as text; a narrower one is a column of words."""
+    """Width that a column of text has at least."""
 
     def __init__(self, *headings: str) -> None:
         self.headings = headings
         self.rows: list[list[Text]] = []
 
     def add(self, *cells: str | Text) -> None:
-        """One more row, with a cell for each heading."""
+        """Add a row with a cell for each heading."""
         self.rows.append([Text(cell) if isinstance(cell, str) else cell for cell in cells])
 
     def lines(self, width: int) -> list[Text]:
-        """The rows in lines of at most ``width``, without spaces at their ends."""
+        """The table in lines of at most ``width``."""
         least = [self._least(index) for index in range(len(self.headings))]
         if sum(least) + self.GAP * (len(least) - 1) > width:
             return list(self._stacked(width))
@@ -166,20 +166,20 @@ class Columns:
     def _stacked(self, width: int) -> Iterable[Text]:
         for row in self.rows:
             if row[0].plain:
-                yield from flow(row[0], width)
+                yield from wrap(row[0], width)
             for heading, cell in zip(self.headings[1:], row[1:]):
                 if cell.plain:
-                    yield from flow(cell, width, Text(f"  {heading}: ", style="dim"), "    ")
+                    yield from wrap(cell, width, Text(f"  {heading}: ", style="dim"), "    ")
 
 
 def say_columns(rows: Columns) -> None:
-    """Print rows to standard output, as wide as there is room."""
-    say(*rows.lines(edge() or PIPED_WIDTH))
+    """Print a table to standard output."""
+    say(*rows.lines(terminal_width() or PIPED_WIDTH))
 
 
 @contextlib.contextmanager
 def progress(description: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar on standard error while the block runs, if a person is looking; call the yielded function per step."""
+    """A progress bar on standard error, if that is a terminal; call the yielded function after each step."""
     if not sys.stderr.isatty():
         yield lambda: None
         return
@@ -192,12 +192,12 @@ def progress(description: str, total: int) -> Iterator[Callable[[], None]]:
 
 
 def plain(text: str) -> str:
-    """A docstring's text without the marks that only a page of documentation renders."""
+    """A docstring's text without reStructuredText markup."""
     return re.sub(r":\w+:`~?([^`]*)`", r"\1", text).replace("``", "")
 
 
 def paragraphs(text: str) -> list[str]:
-    """A docstring's paragraphs, each in one line to be wrapped anew; what is indented or a list keeps its lines."""
+    """A docstring's paragraphs, each in one line; indented text and lists keep their lines."""
     found: list[str] = []
     for paragraph in re.split(r"\n\s*\n", text.strip("\n")):
         lines = paragraph.splitlines()
@@ -207,7 +207,7 @@ def paragraphs(text: str) -> list[str]:
 
 
 def count(number: float) -> str:
-    """A number as people say it: ``1,234``, ``5.68M``, ``1.31G``."""
+    """A number in short form: ``1,234``, ``5.68M``, ``1.31G``."""
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
         if abs(number) >= size:
             return f"{number / size:.2f}{unit}"

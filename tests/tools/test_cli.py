@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from wrong_recipes import WRONG
 
 from titans_build import __version__
 from titans_build.tools.cli import PROGRAM, main
+from titans_build.tools.terminal import prepare_streams
 
 Run = Callable[..., Any]
 COMMANDS = [name for name in PROGRAM.commands() if name]
@@ -206,22 +208,22 @@ def test_start_up_is_little_more_than_pytorchs() -> None:
     assert check < 1.6 * torch_alone + 0.5
 
 
-def test_no_colours_in_a_pipe_and_none_with_no_color() -> None:
-    for environment in ({}, {"NO_COLOR": "1", "FORCE_COLOR": ""}):
-        done = process("list", **environment)
-        assert done.returncode == 0 and "memory" in done.stdout
-        assert "\x1b" not in done.stdout + done.stderr
+def test_no_colours_in_a_pipe_and_none_with_no_color(titans_build: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for no_color in (None, "1"):
+        if no_color is not None:
+            monkeypatch.setenv("NO_COLOR", no_color)
+        result = titans_build("list")
+        assert result.status == 0 and "memory" in result.out
+        assert "\x1b" not in result.out + result.err
 
 
-def test_a_reader_that_leaves_is_no_fault() -> None:
+def test_a_closed_pipe_is_no_error() -> None:
     command = f"{sys.executable} -c 'from titans_build.tools.cli import run; run()' schema | head -n 1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, timeout=120)
     assert done.stdout == "{\n" and done.stderr == ""
 
 
-@pytest.mark.parametrize(
-    "words", [["list"], ["schema"], ["diagram", "lmm"], ["check", "lmm"], ["lmm", "--json"]], ids=str
-)
+@pytest.mark.parametrize("words", [["list"], ["diagram", "lmm"], ["lmm", "--json"]], ids=str)
 def test_output_that_cannot_be_written(words: list[str]) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("there is no full device here")
@@ -233,29 +235,52 @@ def test_output_that_cannot_be_written(words: list[str]) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_output_without_the_letters(tmp_path: Path) -> None:
-    recipe = tmp_path / "größe.yaml"
+@pytest.fixture
+def run_with_encoding(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
+    """``run_with_encoding("ascii", "check", "mac")`` -> status and what a standard output of that encoding received."""
+
+    def run(encoding: str, *words: str) -> tuple[int, str]:
+        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stream)
+            prepare_streams()
+            status = main(words)
+        return status, stream.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
+
+    return run
+
+
+def test_characters_outside_of_the_encoding_are_escaped(
+    tmp_path: Path, run_with_encoding: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = str(tmp_path / "größe.yaml")
     text = "version: 1\ndim: 32\nlayers: {a: [ffn]}\nstack: [{repeat: 2, of: [a]}]\n"
-    recipe.write_text(text, encoding="utf-8")
-    done = process(str(recipe), PYTHONIOENCODING="ascii")
-    assert done.returncode == 0 and done.stderr == ""
-    assert "gr\\xf6\\xdfe.yaml: dim 32" in done.stdout and "\na x2 " in done.stdout and "\n` ffn " in done.stdout
-    assert json.loads(process(str(recipe), "--json", PYTHONIOENCODING="ascii").stdout)["recipe"]["name"] == str(recipe)
-    picture = process("diagram", str(recipe), PYTHONIOENCODING="ascii").stdout
-    assert picture.isascii() and ElementTree.fromstring(picture)[0].text == str(recipe)
+    Path(recipe).write_text(text, encoding="utf-8")
+    status, out = run_with_encoding("ascii", recipe)
+    assert status == 0 and "gr\\xf6\\xdfe.yaml: dim 32" in out and "\na x2 " in out and "\n` ffn " in out
+    assert json.loads(run_with_encoding("ascii", recipe, "--json")[1])["recipe"]["name"] == recipe
+    picture = run_with_encoding("ascii", "diagram", recipe)[1]
+    assert picture.isascii() and ElementTree.fromstring(picture)[0].text == recipe
+    assert capsys.readouterr().err == ""
 
 
-def test_names_that_are_no_text(tmp_path: Path) -> None:
+def test_file_names_that_are_not_valid_text(
+    tmp_path: Path, run_with_encoding: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     name = os.fsdecode(b"caf\xe9.yaml")
     try:
         (tmp_path / name).write_text("version: 1\ndim: 32\nlayers: {a: [ffn]}\nstack: [a]\n", encoding="utf-8")
     except OSError:
         pytest.skip("the file system takes no such name")
     for words in ((), ("check",), ("diagram",)):
-        done = process(*words, str(tmp_path / name), PYTHONIOENCODING="utf-8")
-        assert done.returncode == 0 and done.stderr == ""
-    ElementTree.fromstring(done.stdout)
-    done = process("check", name, PYTHONIOENCODING="utf-8")
+        status, out = run_with_encoding("utf-8", *words, str(tmp_path / name))
+        assert status == 0
+    ElementTree.fromstring(out)
+    assert capsys.readouterr().err == ""
+
+
+def test_an_error_about_a_file_name_that_is_not_valid_text() -> None:
+    done = process("check", os.fsdecode(b"caf\xe9.yaml"), PYTHONIOENCODING="utf-8")
     assert done.returncode == 2 and "Traceback" not in done.stderr
 
 

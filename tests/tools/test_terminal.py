@@ -1,4 +1,4 @@
-"""Numbers as people read them, and progress that only shows to a person."""
+"""Numbers in short form, wrapped text, tables, and progress bars that only a terminal shows."""
 
 from __future__ import annotations
 
@@ -69,18 +69,18 @@ def test_no_color_is_respected_on_a_terminal(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("said", "width"), [("40", 40), ("5", 24), ("0", None), ("", None), ("wide", None), ("-3", None), ("9" * 50, None)]
 )
-def test_the_edge_is_what_columns_says(said: str, width: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_width_is_that_of_columns(said: str, width: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", said)
-    assert terminal.edge(io.StringIO()) == width
+    assert terminal.terminal_width(io.StringIO()) == width
     if width is None:  # some width that the system knows
-        assert terminal.edge(Screen()) is not None
+        assert terminal.terminal_width(Screen()) is not None
 
 
-def test_flow_wraps_between_words_and_hangs() -> None:
-    lines = terminal.flow("one two three four five six seven", 20, "label: ", "  ")
+def test_wrap_breaks_between_words_and_indents() -> None:
+    lines = terminal.wrap("one two three four five six seven", 20, "label: ", "  ")
     assert [line.plain for line in lines] == ["label: one two three", "  four five six", "  seven"]
-    assert [line.plain for line in terminal.flow("", 20, "label: ")] == ["label:"]
-    folded = [line.plain for line in terminal.flow("x" * 50, 24, "", "    ")]
+    assert [line.plain for line in terminal.wrap("", 20, "label: ")] == ["label:"]
+    folded = [line.plain for line in terminal.wrap("x" * 50, 24, "", "    ")]
     assert "".join(line.strip() for line in folded) == "x" * 50 and all(len(line) <= 24 for line in folded)
 
 
@@ -91,7 +91,7 @@ def rows() -> terminal.Columns:
     return table
 
 
-def test_columns_stand_side_by_side_or_under_each_other() -> None:
+def test_a_table_that_is_too_wide_is_stacked() -> None:
     assert [line.plain for line in rows().lines(50)][:2] == [
         "name   meaning",
         "short  what takes many words to say, more than",

@@ -24,13 +24,13 @@ from ..terminal import (
     UsageError,
     complain,
     count,
-    edge,
-    flow,
     in_bytes,
     progress,
     say,
     say_json,
     say_prose,
+    terminal_width,
+    wrap,
 )
 from .cost_table import cost_table
 from .model_summary import LENGTH, ModelSummary, on_meta, summarize
@@ -107,7 +107,7 @@ def _build(arguments: argparse.Namespace) -> int:
     if not arguments.json:
         weights = f"weights of {folder}" if folder is not None else f"seed {seed}"
         say_prose(_heading(recipe, arguments.recipe, f"{device}, {dtype_name}, {weights}"), "")
-        say(*cost_table(found, edge() or PIPED_WIDTH))
+        say(*cost_table(found, terminal_width() or PIPED_WIDTH))
         say_prose("", _footing(found))
         if arguments.out is not None:
             say("", f"saved to {arguments.out}")
@@ -167,8 +167,8 @@ def _result_lines(result: SmokeTest, name: str) -> list[Text]:
         mark = "" if good is None else "  ok" if good else "  WRONG"
         words = Text.assemble(text, (mark, "green" if good else "bold red"))
         first = Text(f"{label:<12}", style="bold")
-        width = edge()
-        return [first.append_text(words)] if width is None else flow(words, width, first, " " * 12)
+        width = terminal_width()
+        return [first.append_text(words)] if width is None else wrap(words, width, first, " " * 12)
 
     exact = "" if result.difference_float64 is None else f"; in float64 {result.difference_float64:.1e}"
     return [

@@ -20,13 +20,13 @@ from ..terminal import (
     Columns,
     UsageError,
     complain,
-    edge,
     paragraphs,
     plain,
     say,
     say_columns,
     say_json,
     say_prose,
+    terminal_width,
 )
 from .recipe_reference import base_name, block_section, recipe_page, recipe_text, sizes_of, summary
 
@@ -122,7 +122,7 @@ def _describe(arguments: argparse.Namespace) -> int:
         return 0
     say_prose(Text.assemble((description.name, "bold cyan"), f"  ({description.source}, {description.place})"), "")
     doc = plain(description.doc)
-    width = edge()
+    width = terminal_width()
     fits = width is None or all(len(line) <= width for line in doc.splitlines())
     say_prose(*(doc.splitlines() if fits else paragraphs(doc)), "")
     if description.protocols:

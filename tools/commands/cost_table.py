@@ -13,7 +13,7 @@ from typing import NamedTuple
 from rich.text import Text
 
 from ...registry import show
-from ..terminal import count, flow, in_bytes
+from ..terminal import count, in_bytes, wrap
 from .model_summary import LENGTH, ModelSummary, Part
 
 HEADINGS = ("parameters", "FLOPs/token", "state/row")
@@ -120,7 +120,7 @@ def _beside_or_under(name: Text, under: str, figures: str, style: str, width: in
         return [Text.assemble(name, " " * (free - name.cell_len), (shown, style))]
     # the branches go on as far as there is nothing in their way
     branches = Text(under[: max(free - 1, 0)].ljust(free), style="dim")
-    return [*flow(name, width, under=Text(under, style="dim")), Text.assemble(branches, (shown, style))]
+    return [*wrap(name, width, under=Text(under, style="dim")), Text.assemble(branches, (shown, style))]
 
 
 def _settings_under(row: _Row, width: int) -> list[Text]:
