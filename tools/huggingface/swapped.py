@@ -11,9 +11,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ...recipes import StorageError
 from ...registry import show
-from ..swapping.putting_in import frozen_names
-from ..swapping.recording import FIELDS, MODEL_TYPE, VERSION, held, hold
-from ..swapping.swapping import swap
+from ..swapping.config_record import FIELDS, MODEL_TYPE, VERSION, attach_records, records_of
+from ..swapping.swap import frozen_names, swap
 from .checking import expect_whole
 
 AUTO = (
@@ -61,7 +60,7 @@ class SwappedConfig(PreTrainedConfig):
         given = kwargs.pop("return_unused_kwargs", False)
         config, unused = CONFIG_MAPPING[kind].from_dict(dict(data), return_unused_kwargs=True, **kwargs)
         base = type(config)
-        hold(config, architectures[0], record["swaps"])
+        attach_records(config, architectures[0], record["swaps"])
         _make_known(base, type(config), architectures[0])
         return (config, unused) if given else config
 
@@ -84,7 +83,7 @@ def _swapped(kind: Any, config_type: type) -> type:
 
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
             super().__init__(config, *args, **kwargs)
-            for record in held(config):
+            for record in records_of(config):
                 swap(self, **record)
 
         @classmethod

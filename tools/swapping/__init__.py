@@ -1,10 +1,19 @@
-"""Blocks swapped into models from elsewhere: ``swap`` and ``unswap`` them, and carry their ``memory`` between calls."""
+"""Blocks in models from elsewhere: ``swap`` puts them in, ``unswap`` takes them out, ``memory`` carries their state."""
 
-from .adapter import ADAPTERS, Adapter
-from .carrying import Carried, SwappedState, memory
-from .error import SwapError
+from .adapter import ADAPTERS, Adapter, SwapError
 from .plan import Plan
-from .putting_in import swaps
-from .swapping import swap, unswap
+from .state_context import StateContext, SwappedState, memory
+from .swap import swap, swaps, unswap
 
-__all__ = ["ADAPTERS", "Adapter", "Carried", "Plan", "SwapError", "SwappedState", "memory", "swap", "swaps", "unswap"]
+__all__ = [
+    "ADAPTERS",
+    "Adapter",
+    "Plan",
+    "StateContext",
+    "SwapError",
+    "SwappedState",
+    "memory",
+    "swap",
+    "swaps",
+    "unswap",
+]

@@ -1,79 +1,111 @@
-"""How a module is called: which argument the block reads, and what the caller takes back."""
+"""How a module is called: which argument a block reads, and what the caller expects back."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from ...registry import nearest, show
-from .calling import changed, given, parameters
-from .error import SwapError
+
+
+class SwapError(ValueError):
+    """A swap that cannot be made, or a call that does not fit one. Names the module and what was expected."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """What has to be known of a module's ``forward`` for a block to stand beside it or in its place.
+    """Which part of a module's call a block reads and writes: one tensor ``[batch, time, dim]`` in, one out.
 
-    The block reads one tensor ``[batch, time, dim]`` and gives one. Plain data, so that a swap can be written down.
+    Plain data, so that a swap can be written down. Raises ``SwapError`` for a field of the wrong type.
     """
 
     argument: str | None = None
-    """Name of the argument that the block reads; ``None``: the first."""
+    """Name of the argument that the block reads. ``None``: the first."""
     along: tuple[str, ...] = ()
-    """Arguments that are changed with it where they are the same tensor: key and value of self-attention."""
+    """Arguments that change with it where they are the same tensor: key and value of self-attention."""
     foreign: tuple[str, ...] = ()
-    """Arguments that bring in another sequence, or a state, which a block in the module's place could not see."""
+    """Arguments with a second sequence or a state, which a block in the module's place could not read."""
     padding: str | None = None
     """Name of the argument that is true, or minus infinity, at padding: ``[batch, time]``."""
     returns: int | None = 0
-    """Of a module in whose place a block stands: 0 for the tensor, n for a tuple of n that begins with it; ``None``
-    where that is not known, and no block can take its place."""
+    """What the module returns: 0 for a tensor, n for a tuple of n that begins with it. ``None``: not known, in which
+    case no block can replace the module."""
     time_first: bool = False
     """``[time, batch, dim]`` rather than ``[batch, time, dim]``."""
     layer: bool = False
-    """A whole layer with its own residual: blocks in its place are pre-normed and residual, as in a recipe's layer."""
+    """A whole layer with its own residual connection. A block in its place is pre-normed and residual."""
+
+    def __post_init__(self) -> None:
+        count = self.returns is None or (type(self.returns) is int and self.returns >= 0)
+        fits = {
+            "an argument's name, or None": {
+                name: isinstance(getattr(self, name), str | None) for name in ("argument", "padding")
+            },
+            "a tuple of names of arguments": {
+                name: isinstance(getattr(self, name), tuple) and all(isinstance(n, str) for n in getattr(self, name))
+                for name in ("along", "foreign")
+            },
+            "0 for a tensor, n for a tuple of n, or None": {"returns": count},
+            "true or false": {name: isinstance(getattr(self, name), bool) for name in ("time_first", "layer")},
+        }
+        for expected, names in fits.items():
+            for name, right in names.items():
+                if not right:
+                    raise SwapError(f"adapter: {name}: expected {expected}, got {show(getattr(self, name))}")
 
     def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], where: str) -> Tensor:
-        """``[batch, time, dim]`` out of a call. Raises ``SwapError`` where there is no such tensor."""
-        named = given(module, args, kwargs)
+        """``[batch, time, dim]`` from the arguments of a call. Raises ``SwapError`` where there is no such tensor."""
+        named = named_arguments(module, args, kwargs)
         name = self._name(module, named)
         if name not in named:
-            raise SwapError(f"{where}: called without {name!r}, which the block is to read (got {_listed(named)})")
-        return self.batch_first(named[name], where, name)
+            got = ", ".join(named) or "nothing"
+            raise SwapError(f"{where}: called without {name!r}, which the block is to read (got {got})")
+        return self._batch_first(named[name], where, name)
 
-    def call(
+    def with_input(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Tensor
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The same call with ``x`` [batch, time, dim] in place of what the block has read."""
-        named = given(module, args, kwargs)
-        name = self._name(module, named)
-        value = self.as_was(x, named[name])
-        same = {other: value for other in self.along if other in named and named[other] is named[name]}
-        return changed(module, args, kwargs, {name: value, **same})
+        """The same call with ``x`` [batch, time, dim] in place of the tensor that the block reads."""
+        named = named_arguments(module, args, kwargs)
+        read = named[self._name(module, named)]
+        value = self._as(x, read)
+        changes = {name: value for name in (self._name(module, named), *self.along) if named.get(name) is read}
+        positions = zip(_positional_names(module, len(args)), args)
+        return (
+            tuple(changes.get(name, old) for name, old in positions),
+            {name: changes.get(name, old) for name, old in kwargs.items()},
+        )
 
-    def answer(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor, where: str) -> Any:
-        """What the caller of a module expects, of what a block in its place gave: ``[batch, time, dim]``."""
-        named = given(module, args, kwargs)
+    def returned(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor, where: str
+    ) -> Any:
+        """What the caller of a replaced module gets for the block's output ``y`` [batch, time, dim].
+
+        Raises ``SwapError`` for a call with a second sequence or with a state.
+        """
+        named = named_arguments(module, args, kwargs)
         x = named[self._name(module, named)]
         for name in (*self.foreign, *self.along):
             if named.get(name) is not None and named[name] is not x:
                 raise SwapError(
-                    f"{where}: called with {name!r}, which is not what the block in its place reads: cross-attention "
-                    "cannot be replaced, nor what is handed a state of its own; how='beside' leaves it in place"
+                    f"{where}: called with {name!r}, which the block in its place does not read: cross-attention "
+                    "cannot be replaced, nor a module that is given a state; how='beside' keeps the module"
                 )
-        y = self.as_was(y, x)
+        y = self._as(y, x)
         return (y, *[None] * (self.returns - 1)) if self.returns else y
 
-    def result(self, output: Any, where: str) -> Tensor:
-        """``[batch, time, dim]`` out of what a module returned: a tensor, or the first of a tuple or mapping."""
-        return self.batch_first(_first(output), where, "what it returned")
+    def output(self, output: Any, where: str) -> Tensor:
+        """``[batch, time, dim]`` from what a module returned: a tensor, or the first of a tuple or mapping."""
+        return self._batch_first(_first(output), where, "what it returned")
 
-    def with_result(self, output: Any, y: Tensor) -> Any:
+    def with_output(self, output: Any, y: Tensor) -> Any:
         """What a module returned, with ``y`` [batch, time, dim] in place of its tensor."""
-        y = self.as_was(y, _first(output))
+        y = self._as(y, _first(output))
         if isinstance(output, Tensor):
             return y
         if isinstance(output, Mapping):
@@ -82,40 +114,35 @@ class Adapter:
             return output._replace(**{output._fields[0]: y})
         return type(output)([y, *output[1:]])
 
-    def own_padding(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The padding mask that a call brings along, where it is of the tokens that the block reads."""
+    def padding_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The padding mask of a call, if it has one and it is of the tokens that the block reads."""
         if self.padding is None:
             return None
-        named = given(module, args, kwargs)
+        named = named_arguments(module, args, kwargs)
         x = named.get(self._name(module, named))
-        if any(named.get(name) is not x for name in self.along):
-            return None
-        return named.get(self.padding)
+        return named.get(self.padding) if all(named.get(name) is x for name in self.along) else None
 
-    def batch_first(self, x: Any, where: str, name: str) -> Tensor:
-        """``x`` as ``[batch, time, dim]``. Raises ``SwapError``."""
+    def _batch_first(self, x: Any, where: str, name: str) -> Tensor:
         if not isinstance(x, Tensor):
             raise SwapError(f"{where}: {name}: expected a tensor [batch, time, dim], got {type(x).__name__}")
         if x.is_nested or not x.is_floating_point():
-            raise SwapError(f"{where}: {name}: expected floating-point numbers in a dense tensor, got {x.dtype}")
-        if x.dim() == 2 and self.along:  # torch's attention takes a single sequence, too
+            raise SwapError(f"{where}: {name}: expected a dense floating-point tensor, got {x.dtype}")
+        if x.dim() == 2 and self.along:  # torch's attention also takes a single sequence
             return x.unsqueeze(0)
         if x.dim() != 3:
-            kind = "[time, batch, dim]" if self.time_first else "[batch, time, dim]"
-            raise SwapError(f"{where}: {name}: expected {kind}, got {list(x.shape)}")
+            shape = "[time, batch, dim]" if self.time_first else "[batch, time, dim]"
+            raise SwapError(f"{where}: {name}: expected {shape}, got {list(x.shape)}")
         return x.transpose(0, 1) if self.time_first else x
 
-    def as_was(self, y: Tensor, like: Tensor) -> Tensor:
-        """``y`` [batch, time, dim] laid out and typed as ``like``."""
+    def _as(self, y: Tensor, like: Tensor) -> Tensor:
+        """``y`` [batch, time, dim] in the layout and dtype of ``like``."""
         y = y.to(like.dtype)
         if like.dim() == 2:
             return y.squeeze(0)
         return y.transpose(0, 1) if self.time_first else y
 
     def _name(self, module: nn.Module, named: Mapping[str, Any]) -> str:
-        if self.argument is not None:
-            return self.argument
-        return next(iter(parameters(module).positional), None) or next(iter(named), "0")
+        return self.argument or next(iter(signature(module).positional), None) or next(iter(named), "0")
 
 
 PLAIN = Adapter()
@@ -135,6 +162,8 @@ ADAPTERS: dict[str, Adapter] = {
 
 def as_adapter(value: str | Adapter | Mapping[str, Any] | None) -> Adapter | None:
     """An adapter from itself, its name, or its fields as plain data. Raises ``SwapError`` with the nearest name."""
+    if value is None or isinstance(value, Adapter):
+        return value
     if isinstance(value, Mapping):
         fields = [field.name for field in dataclasses.fields(Adapter)]
         for name in value:
@@ -142,40 +171,66 @@ def as_adapter(value: str | Adapter | Mapping[str, Any] | None) -> Adapter | Non
                 raise SwapError(
                     f"adapter: unknown field {show(name)}{nearest(name, fields)} (fields: {', '.join(fields)})"
                 )
-        parts: dict[str, Any] = {name: tuple(p) if isinstance(p, list) else p for name, p in value.items()}
-        value = Adapter(**parts)
-    if isinstance(value, str):
-        if value not in ADAPTERS:
-            known = ", ".join(ADAPTERS)
-            raise SwapError(f"adapter: unknown {show(value)}{nearest(value, ADAPTERS)} (adapters: {known})")
-        return ADAPTERS[value]
-    if value is not None and not isinstance(value, Adapter):
-        raise SwapError(f"adapter: expected a name ({', '.join(ADAPTERS)}) or an Adapter, got {show(value)}")
-    if value is not None:
-        _expect_fields(value)
-    return value
+        parts: dict[str, Any] = {name: tuple(part) if isinstance(part, list) else part for name, part in value.items()}
+        return Adapter(**parts)
+    known = ", ".join(ADAPTERS)
+    if not isinstance(value, str):
+        raise SwapError(f"adapter: expected a name ({known}) or an Adapter, got {show(value)}")
+    if value not in ADAPTERS:
+        raise SwapError(f"adapter: unknown {show(value)}{nearest(value, ADAPTERS)} (adapters: {known})")
+    return ADAPTERS[value]
 
 
-def _expect_fields(adapter: Adapter) -> None:
-    kinds: dict[str, tuple[Callable[[Any], bool], str]] = {
-        "argument": (lambda v: v is None or isinstance(v, str), "the name of an argument, or None"),
-        "along": (_are_names, "a tuple of names of arguments"),
-        "foreign": (_are_names, "a tuple of names of arguments"),
-        "padding": (lambda v: v is None or isinstance(v, str), "the name of an argument, or None"),
-        "returns": (
-            lambda v: v is None or (isinstance(v, int) and not isinstance(v, bool) and v >= 0),
-            "0 for a tensor, n for a tuple of n, or None",
-        ),
-        "time_first": (lambda v: isinstance(v, bool), "true or false"),
-        "layer": (lambda v: isinstance(v, bool), "true or false"),
-    }
-    for name, (fits, expected) in kinds.items():
-        if not fits(getattr(adapter, name)):
-            raise SwapError(f"adapter: {name}: expected {expected}, got {show(getattr(adapter, name))}")
+# -- the arguments of a call by name ---------------------------------------------------------------------------------
 
 
-def _are_names(value: Any) -> bool:
-    return isinstance(value, tuple) and all(isinstance(name, str) for name in value)
+class Signature(NamedTuple):
+    """The arguments of a ``forward``."""
+
+    positional: list[str]
+    names: list[str]
+    required: list[str]
+    variadic: bool
+    """Whether it takes any number of positional arguments."""
+
+
+ORIGINAL = "_original"
+"""Attribute of a module in another's place: that module in a tuple, which keeps it out of the model's tree."""
+
+
+def original(module: nn.Module) -> nn.Module:
+    """The module that a swap has replaced by ``module``, or ``module`` itself."""
+    held = vars(module).get(ORIGINAL)
+    return original(held[0]) if held else module
+
+
+def signature(module: nn.Module) -> Signature:
+    """The signature of a module's ``forward``; of the replaced module's, where it is in the place of another."""
+    kind: Any = type(original(module))
+    return _class_signature(kind)
+
+
+@functools.lru_cache(maxsize=1024)
+def _class_signature(kind: Any) -> Signature:
+    given = list(inspect.signature(kind.forward).parameters.values())[1:]
+    named = [p for p in given if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return Signature(
+        [p.name for p in named if p.kind is not p.KEYWORD_ONLY],
+        [p.name for p in named],
+        [p.name for p in named if p.default is p.empty],
+        any(p.kind is p.VAR_POSITIONAL for p in given),
+    )
+
+
+def _positional_names(module: nn.Module, count: int) -> list[str]:
+    """Names of the first ``count`` positional arguments; their numbers where there are more than names."""
+    names = signature(module).positional
+    return [names[index] if index < len(names) else str(index) for index in range(count)]
+
+
+def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, whichever way they were given."""
+    return {**dict(zip(_positional_names(module, len(args)), args)), **kwargs}
 
 
 def _first(output: Any) -> Any:
@@ -184,7 +239,3 @@ def _first(output: Any) -> Any:
     if isinstance(output, tuple | list):
         return output[0] if output else None
     return output
-
-
-def _listed(named: Mapping[str, Any]) -> str:
-    return ", ".join(named) or "nothing"

@@ -1,15 +1,18 @@
-"""A plan: what a swap puts where, to look at beforehand, to keep, and to carry out again."""
+"""What a swap puts where: the modules that a pattern matches, and the plan, to print, to keep and to repeat."""
 
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
-from ...registry import show
-from .adapter import Adapter
-from .error import SwapError
+from ...registry import nearest, show
+from .adapter import Adapter, SwapError
+from .site import BlockSpec, Gated, Site
 
 HOWS = ("replace", "beside", "before", "after")
 TRAINS = ("all", "memory")
@@ -37,14 +40,14 @@ class Plan:
     """Class of the model."""
     how: str
     block: Any
-    """The description of the block with every field given; ``None`` for a module that was handed over built."""
+    """The block's description with every field given; ``None`` for a block that was given as a module."""
     label: str
-    """What the block is called in the table."""
+    """The block's name in the table."""
     rows: tuple[Row, ...]
     train: str
     gate: float
     frozen: int
-    """Parameters (numbers, not tensors) that do not train any more."""
+    """Number of parameters (elements, not tensors) that the swap freezes."""
 
     @property
     def paths(self) -> list[str]:
@@ -58,9 +61,9 @@ class Plan:
 
     @property
     def record(self) -> dict[str, Any]:
-        """The swap as plain data, fit for JSON: ``tb.swap(model, **record)`` does it again in a model of the same kind.
+        """The swap as plain data, fit for JSON: ``tb.swap(model, **record)`` repeats it in a model of the same kind.
 
-        Raises ``SwapError`` for a block that was handed over built, which no data describes.
+        Raises ``SwapError`` for a block that was given as a module, which no data describes.
         """
         if self.block is None:
             raise SwapError(
@@ -68,7 +71,7 @@ class Plan:
                 "register it (@tb.register) and describe it, block={'type': ...}"
             )
         adapters = {row.path: dataclasses.asdict(row.adapter) for row in self.rows}
-        alike = next(iter(adapters.values()))
+        first = next(iter(adapters.values()))
         return {
             "where": self.paths,
             "block": self.block,
@@ -76,7 +79,7 @@ class Plan:
             "gate": self.gate,
             "train": self.train,
             "dim": {row.path: row.dim for row in self.rows},
-            "adapter": alike if all(adapter == alike for adapter in adapters.values()) else None,
+            "adapter": first if all(adapter == first for adapter in adapters.values()) else None,
         }
 
     def __str__(self) -> str:
@@ -87,23 +90,81 @@ class Plan:
             (row.path, row.kind, str(row.dim), f"{row.parameters:,}", f"{row.device} {str(row.dtype)[6:]}")
             for row in self.rows
         ]
-        widths = [max(map(len, column)) for column in zip(*table)]
-        right = {2, 3}
-        lines = [
-            "  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths))).rstrip()
-            for line in table
-        ]
+        path, kind, dim, count, _ = (max(map(len, column)) for column in zip(*table))
+        lines = [f"  {p:{path}}  {k:{kind}}  {d:>{dim}}  {n:>{count}}  {place}" for p, k, d, n, place in table]
         gate = "" if self.how == "replace" else f"; gates start at {self.gate:g}"
-        tail = f"{self.parameters:,} new parameters{gate}"
-        if self.train == "memory":
-            tail += f"; {self.frozen:,} others do not train"
-        return "\n".join([head, *(f"  {line}" for line in lines), tail])
+        frozen = f"; {self.frozen:,} others do not train" if self.train == "memory" else ""
+        return "\n".join([head, *lines, f"{self.parameters:,} new parameters{gate}{frozen}"])
 
 
-def label_of(block: Any) -> str:
+def label_of(block: BlockSpec) -> str:
     """A block's description in few words."""
     if isinstance(block, dict):
         return str(block.get("type", "block"))
-    if isinstance(block, torch.nn.Module):
+    if isinstance(block, nn.Module):
         return type(block).__name__
     return show(block, 40).strip("'")
+
+
+def match(model: nn.Module, where: str | Sequence[str], every: int = 1, start: int = 0) -> list[tuple[str, nn.Module]]:
+    """Paths and modules that the patterns ``where`` match, in the model's order: each ``every``-th from ``start``.
+
+    A pattern is compared name by name: ``*`` stands for one name or a part of it, ``**`` for any number of names.
+    What swaps have put in is not matched.
+
+    Raises ``SwapError`` for a pattern that matches nothing, modules matched twice, and ones that contain each other.
+    """
+    patterns = [where] if isinstance(where, str) else list(where) if isinstance(where, list | tuple) else []
+    if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
+        raise SwapError(f"where: expected a pattern such as 'layers.*.self_attn', or a list of them, got {show(where)}")
+    inside = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, Site))
+    modules = {
+        path: module
+        for path, module in model.named_modules(remove_duplicate=False)
+        if path and not isinstance(module, Gated) and not path.startswith(inside)
+    }
+    found: dict[str, str] = {}
+    for pattern in patterns:
+        paths = [path for path in modules if _matches(pattern.split("."), path.split("."))]
+        if not paths:
+            hint = _hint(pattern, list(modules))
+            raise SwapError(f"where: {show(pattern)} matches no module of {type(model).__name__}{hint}")
+        for path in paths:
+            if path in found:
+                raise SwapError(f"where: {path} is matched twice: by {show(found[path])} and by {show(pattern)}")
+            found[path] = pattern
+    chosen = [(path, module) for path, module in modules.items() if path in found][start::every]
+    if not chosen:
+        raise SwapError(f"where: {len(found)} modules match, and start={start} is past the last of them")
+    names: dict[nn.Module, str] = {}
+    for path, module in chosen:
+        if module in names:
+            raise SwapError(f"where: {names[module]} and {path} are one and the same module: name one of them")
+        names[module] = path
+        outer = next((other for other, _ in chosen if path.startswith(f"{other}.")), None)
+        if outer is not None:
+            raise SwapError(f"where: {path} is inside of {outer}, which is matched, too: swap one of them")
+    return chosen
+
+
+def _matches(pattern: list[str], path: list[str]) -> bool:
+    if not pattern or not path:
+        return not path and all(part == "**" for part in pattern)
+    if pattern[0] == "**":
+        return _matches(pattern[1:], path) or _matches(pattern, path[1:])
+    return fnmatch.fnmatchcase(path[0], pattern[0]) and _matches(pattern[1:], path[1:])
+
+
+def _hint(pattern: str, paths: list[str]) -> str:
+    """As far as the pattern matches, the names that there are."""
+    parts = pattern.split(".")
+    if "**" in parts:
+        return ""
+    split = [path.split(".") for path in paths]
+    depth = next(d for d in reversed(range(len(parts))) if not d or any(_matches(parts[:d], path) for path in split))
+    names = sorted(
+        {path[depth] for path in split if len(path) > depth and (not depth or _matches(parts[:depth], path[:depth]))}
+    )
+    at = ".".join(parts[:depth]) or "the top"
+    listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    return f"{nearest(parts[depth], names)} (at {at} there are: {listed or 'none'})"

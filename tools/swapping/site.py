@@ -1,33 +1,31 @@
-"""The modules that a swap puts into a model: a block beside, before or after another, or in its place."""
+"""The modules that a swap puts into a model: a block beside, before or after another module, or in its place."""
 
 from __future__ import annotations
 
 import copy
 import secrets
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...blocks import Block
+from ...blocks import Block, materialise
+from ...blocks.layer import Layer
 from ...blocks.normalisation import RMSNorm
 from ...blocks.state import State
-from .adapter import Adapter
-from .calling import BEHIND
-from .error import SwapError
+from ...registry import create, is_block, show
+from .adapter import ORIGINAL, Adapter, SwapError
 
-Answer: TypeAlias = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
-"""From a replacement and a call of it to what the caller gets."""
+BlockSpec = str | dict[str, Any] | list[Any] | nn.Module | Callable[[int], nn.Module]
+"""The description of a block, a built module, or a function from the width to one."""
 
 
 class Site(nn.Module):
-    """A block in another model. It keeps no state: ``frame`` says from what state each call starts.
+    """A block in another model. It keeps no state: ``call.ModelCall`` passes the state of each call.
 
-    ``path``: of the module it was swapped into. ``key``: by which a cache tells its states from those of others.
+    ``path``: of the module it was swapped into. ``key``: tells its states in a cache from those of other sites.
     """
-
-    stands_for_another = False
 
     def __init__(self, block: Block, path: str, how: str, adapter: Adapter) -> None:
         super().__init__()
@@ -35,10 +33,10 @@ class Site(nn.Module):
         self.path, self.how, self.adapter = path, how, adapter
         self.key = secrets.token_hex(8)
         self.spec: Any = None
-        """The block's description with every field given, where it was given as one."""
+        """The block's description with every field given; ``None`` for a block that was given as a module."""
 
     def forward(self, x: Any) -> Any:
-        """Nothing: a container that calls all of its children in turn is left as it was."""
+        """The identity: a container that calls all of its children in turn is unchanged."""
         return x
 
     def run(self, x: Tensor, state: State, mask: Tensor | None) -> tuple[Tensor, State]:
@@ -59,7 +57,7 @@ class Site(nn.Module):
 
 
 class Gated(Site):
-    """``gate * block(norm(x))``, which is added to what is there: nothing at all while the gate is zero."""
+    """``gate * block(norm(x))``, which is added to what is there: zero while the gate is zero."""
 
     def __init__(self, block: Block, path: str, how: str, adapter: Adapter, *, gate: float) -> None:
         super().__init__(block, path, how, adapter)
@@ -79,38 +77,37 @@ class Gated(Site):
 class Replacement(Site):
     """A block in the place of another module, which is kept outside of the model's tree until it is put back.
 
-    The module is asked for attributes that callers look at (``layer_idx``, ``batch_first``), follows the model to
-    other devices and dtypes, and takes its own weights out of a state dict that has them.
+    Attributes that callers read (``layer_idx``, ``batch_first``) are the original module's. The original follows the
+    model to other devices and dtypes, and takes its own weights out of a state dict that has them.
     """
 
-    stands_for_another = True
-
-    def __init__(self, block: Block, path: str, adapter: Adapter, original: nn.Module, answer: Answer) -> None:
+    def __init__(self, block: Block, path: str, adapter: Adapter, module: nn.Module) -> None:
         super().__init__(block, path, "replace", adapter)
-        self.__dict__[BEHIND] = (original,)
-        self.answer = answer
-        """``hooks.replaced``, which knows of the call that each is part of."""
+        self.__dict__[ORIGINAL] = (module,)
+        self.register_load_state_dict_pre_hook(_load_original)
 
     @property
     def original(self) -> nn.Module:
-        """The module in whose place this is."""
-        held: nn.Module = vars(self)[BEHIND][0]
-        return held
+        module: nn.Module = vars(self)[ORIGINAL][0]
+        return module
 
     @property
-    def original_is_there(self) -> bool:
-        """Whether it has values: it has none in a model that was saved with the block in its place, and read back."""
+    def original_has_values(self) -> bool:
+        """False in a model that was saved with the block in the module's place, and read back."""
         return not any(parameter.is_meta for parameter in self.original.parameters())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.answer(self, args, kwargs)
+        from .call import call_replacement  # loads torch's compiler
+
+        return call_replacement(self, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            held = self.__dict__.get(BEHIND)
-            if held is None or (name.startswith("_") and name not in _ASKED_FOR):
+            held = self.__dict__.get(ORIGINAL)
+            # torch's encoder layers read one private attribute of their attention
+            if held is None or (name.startswith("_") and name != "_qkv_same_embed_dim"):
                 raise
             return getattr(held[0], name)
 
@@ -121,25 +118,22 @@ class Replacement(Site):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Replacement:
         super()._apply(fn, recurse)
-        if self.original_is_there:
+        if self.original_has_values:
             self.original._apply(fn, recurse)
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        ours = tuple(f"{name}." for name in self._modules)
-        own = [name for name in self.original.state_dict() if not name.startswith(ours)]
-        found = {name: state_dict.pop(prefix + name) for name in own if prefix + name in state_dict}
-        if found:
-            self.original.load_state_dict(found, strict=False)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
 
-
-_ASKED_FOR = ("_qkv_same_embed_dim",)
-"""Private attributes that torch's own layers look at in the modules they hold."""
+def _load_original(site: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Before a replacement loads its state dict: give the original module the weights that are its own."""
+    ours = tuple(f"{name}." for name, _ in site.named_children())
+    names = [name for name in site.original.state_dict() if not name.startswith(ours)]
+    found = {name: state_dict.pop(prefix + name) for name in names if prefix + name in state_dict}
+    if found:
+        site.original.load_state_dict(found, strict=False)
 
 
 class Stateless(Block):
-    """Any module of ``[batch, time, dim]`` as a block without a state. It is not told of padding, and gets none in."""
+    """Any module of ``[batch, time, dim]`` as a block without a state. Padding is zero in its input and its output."""
 
     def __init__(self, module: nn.Module, dim: int) -> None:
         super().__init__(dim)
@@ -153,22 +147,47 @@ class Stateless(Block):
         return (y if mask is None else y.masked_fill(~mask.unsqueeze(-1), 0.0)), None
 
 
-def sites(module: nn.Module) -> list[Site]:
-    """What was put beside, before and after a module, first to last."""
-    found = [_within(child) for child in module._modules.values()]
-    return [child for child in found if isinstance(child, Site) and not child.stands_for_another]
+def gated_sites(module: nn.Module, *hows: str) -> list[Gated]:
+    """What was put beside, before or after a module, first to last."""
+    found = [_in_use(child) for child in module.children()]
+    return [site for site in found if isinstance(site, Gated) and site.how in hows]
 
 
-def _within(child: nn.Module | None) -> Any:
-    """The site in a wrapper of PEFT's around it (``modules_to_save``): the copy that belongs to the adapter in use."""
+def _in_use(child: nn.Module) -> Any:
+    """The site in PEFT's wrapper around it (``modules_to_save``): the copy that belongs to the active adapter."""
     copies = getattr(child, "modules_to_save", None)
     if isinstance(child, Site) or not isinstance(copies, nn.ModuleDict):
         return child
     wrapper: Any = child
-    used = () if getattr(wrapper, "disable_adapters", False) else getattr(wrapper, "active_adapters", ())
-    return next((copies[name] for name in used if name in copies), wrapper.original_module)
+    active = () if getattr(wrapper, "disable_adapters", False) else getattr(wrapper, "active_adapters", ())
+    return next((copies[name] for name in active if name in copies), wrapper.original_module)
 
 
-def copied(block: nn.Module) -> nn.Module:
-    """A block with parameters of its own."""
-    return copy.deepcopy(block)
+def make_block(
+    spec: BlockSpec, dim: int, device: torch.device, dtype: torch.dtype, seed: int | None, *, layer: bool, meta: bool
+) -> Block:
+    """The block for one place. A built module is copied.
+
+    ``layer``: it takes the place of a whole layer, so a description is of a pre-normed residual layer. ``meta``: a
+    description becomes a block on the meta device, without values. Raises ``RecipeError`` or ``SwapError``.
+    """
+    block: Any
+    if isinstance(spec, str | dict | list):
+        with torch.device("meta"):
+            block = Layer(dim, of=spec if isinstance(spec, list) else [spec]) if layer else create(spec, dim=dim)
+        if meta or device.type == "meta":
+            return block.to(dtype=dtype)
+        materialise(block, device, dtype, seed)
+        return block
+    # a dry run leaves torch's own generator as it was
+    with torch.random.fork_rng([], enabled=seed is not None or meta):
+        if seed is not None:
+            torch.manual_seed(seed)
+        block = copy.deepcopy(spec) if isinstance(spec, nn.Module) else spec(dim)
+    if not isinstance(block, nn.Module):
+        raise SwapError(f"block: the function made {show(block)} of the width {dim}: expected a module")
+    if not is_block(block):
+        block = Stateless(block, dim)
+    if block.dim != dim:
+        raise SwapError(f"block: {type(block).__name__} is of dim {block.dim}, expected {dim}")
+    return block.to(device=device, dtype=dtype)

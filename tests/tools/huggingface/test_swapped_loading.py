@@ -20,7 +20,7 @@ import titans_build as tb
 from titans_build.huggingface import from_pretrained
 from titans_build.recipes import StorageError
 from titans_build.tools.swapping import SwapError, swaps
-from titans_build.tools.swapping.recording import FIELDS
+from titans_build.tools.swapping.config_record import FIELDS
 
 HOWS = {"beside": ("beside",), "replaced": ("replace",), "both": ("before", "replace")}
 

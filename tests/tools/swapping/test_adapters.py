@@ -5,14 +5,15 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from swapped_models import DIM, MEMORY, awake
 from torch import nn
 from torch.testing import assert_close
 
 import titans_build as tb
 from titans_build.tools.swapping import Adapter, SwapError
-from titans_build.tools.swapping.fitting import adapter_of
-from titans_build.tools.swapping.width import width
+from titans_build.tools.swapping.infer import infer_adapter, input_width
+
+DIM = 16
+MEMORY = {"type": "memory", "heads": 2, "chunk": 4}
 
 HOWS = ["beside", "before", "after", "replace"]
 PLACES = ["layers.*", "layers.*.self_attn", "layers.*.norm1", "layers.0.linear1"]
@@ -38,7 +39,7 @@ def run(model, x, padding=None, batch_first=True):
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("where", PLACES)
 @pytest.mark.parametrize("how", HOWS)
-def test_torch_encoders(how, where, batch_first):
+def test_torch_encoders(randomised, how, where, batch_first):
     if where.endswith("linear1") and how in ("beside", "replace"):
         with pytest.raises(SwapError, match="returns another width than it reads"):
             tb.swap(encoder(batch_first), where, MEMORY, how)
@@ -55,7 +56,7 @@ def test_torch_encoders(how, where, batch_first):
                 real = ~padding
                 expected = run(original, x, padding, batch_first)
                 assert_close(run(model, x, padding, batch_first)[real], expected[real], atol=1e-6, rtol=1e-5)
-    awake(model)
+    randomised(model)
     with torch.no_grad():
         together = run(model, x, padding, batch_first)
         assert_close(together[1:2, :4], run(model, x[1:2, :4], None, batch_first), atol=1e-5, rtol=1e-4)
@@ -82,7 +83,7 @@ class Attends(nn.Module):
 
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("how", HOWS)
-def test_torch_attention(how, batch_first):
+def test_torch_attention(randomised, how, batch_first):
     torch.manual_seed(0)
     model, x = Attends(batch_first), vectors()
     put = (lambda x: x) if batch_first else (lambda x: x.transpose(0, 1))
@@ -90,7 +91,7 @@ def test_torch_attention(how, batch_first):
     tb.swap(model, "attention", MEMORY, how)
     if how != "replace":
         assert_close(model(put(x)), expected)
-    awake(model)
+    randomised(model)
     padding = torch.zeros(3, 7, dtype=torch.bool).index_fill(1, torch.tensor([5, 6]), True)
     assert_close(put(model(put(x), padding=padding))[:, :5], put(model(put(x[:, :5]))), atol=1e-5, rtol=1e-4)
     single = model(x[0])  # [time, dim]: one sequence
@@ -103,7 +104,7 @@ def test_torch_attention(how, batch_first):
 
 
 @pytest.mark.parametrize("where", ["decoder.layers.*", "decoder.layers.*.multihead_attn", "encoder.layers.*"])
-def test_an_encoder_and_a_decoder_each_have_their_padding(where):
+def test_encoder_and_decoder_padding(randomised, where):
     torch.manual_seed(0)
     model = nn.Transformer(DIM, 2, 1, 1, 2 * DIM, dropout=0.0, batch_first=True)
     source, target = vectors(2, 6), vectors(2, 5, seed=1)
@@ -112,7 +113,7 @@ def test_an_encoder_and_a_decoder_each_have_their_padding(where):
     tb.swap(model, where, MEMORY, "beside")
     out = model(source, target, src_key_padding_mask=padding, memory_key_padding_mask=padding)
     assert_close(out, expected, atol=1e-6, rtol=1e-5)
-    awake(model)
+    randomised(model)
     out = model(source, target, src_key_padding_mask=padding, memory_key_padding_mask=padding)
     assert_close(out, model(source[:, :4], target), atol=1e-5, rtol=1e-4)
     late = torch.zeros(2, 5, dtype=torch.bool).index_fill(1, torch.tensor([4]), True)
@@ -149,7 +150,7 @@ class Holds(nn.Module):
 
 @pytest.mark.parametrize("kind", ["tuple", "list", "mapping", "named"])
 @pytest.mark.parametrize("how", ["beside", "before", "after"])
-def test_keyword_calls_and_what_comes_along_with_the_tensor(how, kind):
+def test_keyword_calls_and_returned_containers(how, kind):
     torch.manual_seed(0)
     model, x = Holds(kind), vectors()
     expected = model(x)
@@ -164,7 +165,7 @@ def test_keyword_calls_and_what_comes_along_with_the_tensor(how, kind):
     assert_close(y, scaled)
 
 
-def test_a_block_in_the_place_of_a_layer_is_normed_and_residual():
+def test_a_block_in_the_place_of_a_layer_is_pre_normed_and_residual():
     model, x = encoder(True), vectors()
     tb.swap(model, "layers.*", [MEMORY, "ffn"])
     for layer in model.layers:
@@ -175,7 +176,7 @@ def test_a_block_in_the_place_of_a_layer_is_normed_and_residual():
     assert torch.equal(model(x), x)
 
 
-def test_an_adapter_of_ones_own():
+def test_a_custom_adapter():
     class Odd(nn.Module):
         def forward(self, flag, *, states):
             return states, flag, None
@@ -212,7 +213,7 @@ class Branches(nn.Module):
         return (y, None) if both else y
 
 
-def test_what_returns_a_tuple_is_replaced_by_what_returns_one():
+def test_a_replaced_module_that_returned_a_tuple():
     pair = Unpacks(nn.Linear(DIM, DIM))
     for inner in (nn.GRU(DIM, DIM, batch_first=True), nn.Sequential(nn.ReLU(), nn.LSTM(DIM, DIM, batch_first=True))):
         model, x = Unpacks(inner), vectors(2)
@@ -220,7 +221,7 @@ def test_what_returns_a_tuple_is_replaced_by_what_returns_one():
         assert_close(model(x), tb.build_block(MEMORY, dim=DIM)(x)[0])
     model = Unpacks(nn.GRU(DIM, DIM, batch_first=True))
     tb.swap(model, "inner", MEMORY)
-    with pytest.raises(SwapError, match=r"inner: called with 'hx'.*nor what is handed a state of its own"):
+    with pytest.raises(SwapError, match=r"inner: called with 'hx'.*nor a module that is given a state"):
         model(x, torch.zeros(1, 2, DIM))
     with pytest.raises(SwapError, match=r"inner: what Branches\.forward\(x, both\) returns cannot be told"):
         tb.swap(Unpacks(Branches()), "inner", MEMORY)
@@ -228,7 +229,7 @@ def test_what_returns_a_tuple_is_replaced_by_what_returns_one():
     assert pair.inner.adapter == Adapter()
 
 
-def test_a_block_after_a_module_reads_what_that_returns():
+def test_after_reads_the_output():
     torch.manual_seed(0)
     for module, given in (
         (nn.Embedding(5, DIM), torch.tensor([[1, 2, 3, 4]])),
@@ -247,14 +248,14 @@ def test_a_block_after_a_module_reads_what_that_returns():
 
 
 @pytest.mark.parametrize("inner", [nn.Conv1d(DIM, DIM, 3), nn.Sequential(nn.BatchNorm1d(DIM), nn.ReLU())])
-def test_channels_first_is_refused(inner):
+def test_channels_first_modules_are_refused(inner):
     with pytest.raises(
         SwapError, match=r"inner: .* reads \[batch, channels, \.\.\.\], and a block \[batch, time, dim\]"
     ):
         tb.swap(nn.ModuleDict({"inner": inner}), "inner", MEMORY, "beside", dim=DIM)
 
 
-def test_two_swaps_in_one_encoder_and_one_taken_out():
+def test_nested_tensors_stay_off_until_the_last_swap_is_undone():
     model, x = encoder(True).eval(), vectors()
     padding = torch.zeros(3, 7, dtype=torch.bool).index_fill(1, torch.tensor([5, 6]), True)
     first = tb.swap(model, "layers.0", MEMORY, "beside")
@@ -294,6 +295,6 @@ def test_a_mask_of_other_tokens_is_refused():
         (nn.GELU(), Adapter(), None),
     ],
 )
-def test_how_modules_are_called_and_how_wide_they_are(module, expected, wide):
-    assert adapter_of(module) == expected
-    assert width(module) == wide
+def test_inferred_adapter_and_width(module, expected, wide):
+    assert infer_adapter(module) == expected
+    assert input_width(module) == wide

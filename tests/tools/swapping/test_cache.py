@@ -1,14 +1,16 @@
 """States live with the cache of a transformers model: what is done with the cache is done with them."""
 
 import copy
+import functools
 
 import pytest
 import torch
-from swapped_models import MEMORY, awake, tokens
 from torch.testing import assert_close
 
 import titans_build as tb
 from titans_build.tools.swapping import SwapError
+
+MEMORY = {"type": "memory", "heads": 2, "chunk": 4}
 
 transformers = pytest.importorskip("transformers", reason="the extra hf")
 SIZES = dict(
@@ -18,21 +20,29 @@ SIZES = dict(
 PLACES = ["model.layers.*.self_attn", "model.layers.*", "model.layers.*.mlp"]
 
 
-def llama(where=PLACES[0], how="beside", seed=0, **more):
-    torch.manual_seed(seed)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval()
-    tb.swap(model, where, MEMORY, how, **more)
-    return awake(model)
+@pytest.fixture
+def llama(randomised):
+    """``llama(where, how, seed=0, **settings)``: a model with memories in it."""
+
+    def make(where=PLACES[0], how="beside", seed=0, **settings):
+        torch.manual_seed(seed)
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval()
+        tb.swap(model, where, MEMORY, how, **settings)
+        return randomised(model)
+
+    return make
 
 
-def text(rows=2, time=9, seed=0):
-    return tokens(rows, time, seed, least=1, most=37)
+@pytest.fixture
+def text(tokens):
+    """``text(rows=2, time=9, seed=0)``: ids of the model's vocabulary."""
+    return functools.partial(tokens, vocab=37)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("how", ["beside", "before", "after", "replace"])
 @pytest.mark.parametrize("where", PLACES)
-def test_streaming_equals_recomputation(where, how):
+def test_streaming_equals_recomputation(llama, text, where, how):
     model, t = llama(where, how), text()
     whole = model(t).logits
     out = model(t[:, :4], use_cache=True)
@@ -47,7 +57,7 @@ def test_streaming_equals_recomputation(where, how):
 @torch.no_grad()
 @pytest.mark.parametrize("how", ["beside", "replace"])
 @pytest.mark.parametrize("more", [{}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=str)
-def test_generating_with_left_padding(how, more):
+def test_generate_with_left_padding(llama, text, how, more):
     model, t = llama(how=how), text(1, 5)
     padded = torch.cat([torch.cat([torch.zeros(1, 4, dtype=torch.long), t], dim=1), text(1, 9, seed=1)])
     options = {"max_new_tokens": 5, "do_sample": False, **more}
@@ -58,7 +68,7 @@ def test_generating_with_left_padding(how, more):
 
 
 @torch.no_grad()
-def test_a_cache_made_layer_by_layer():
+def test_a_cache_that_creates_its_layers_lazily(llama, text):
     model, t = llama(how="replace", every=2), text()
     for cache in (transformers.DynamicCache(), transformers.DynamicCache(config=model.config)):
         model(t[:, :4], past_key_values=cache)
@@ -67,7 +77,7 @@ def test_a_cache_made_layer_by_layer():
 
 @torch.no_grad()
 @pytest.mark.parametrize("where", ["model.embed_tokens", "model.norm"])
-def test_a_cache_that_only_the_result_shows(where):
+def test_a_cache_found_only_in_the_output(llama, text, where):
     model, t = llama(where, "after"), text()
     out = model(t[:, :4], use_cache=True)
     rest = model(t[:, 4:], past_key_values=out.past_key_values).logits
@@ -76,7 +86,7 @@ def test_a_cache_that_only_the_result_shows(where):
 
 @torch.no_grad()
 @pytest.mark.parametrize("how", ["beside", "replace"])
-def test_rows_of_a_cache_take_their_states_along(how):
+def test_cache_rows_and_states_move_together(llama, text, how):
     model, t = llama(how=how), text(3)
     whole = model(t).logits[:, 4:]
 
@@ -103,7 +113,7 @@ def test_rows_of_a_cache_take_their_states_along(how):
 
 
 @torch.no_grad()
-def test_two_caches_in_turns():
+def test_two_caches_used_alternately(llama, text):
     model, t = llama(), text(2)
     whole = model(t).logits
     caches = [model(t[row : row + 1, :3], use_cache=True).past_key_values for row in range(2)]
@@ -114,7 +124,7 @@ def test_two_caches_in_turns():
 
 
 @torch.no_grad()
-def test_a_state_that_is_carried_goes_into_a_new_cache_and_comes_out_of_it():
+def test_a_new_cache_starts_from_the_carried_state(llama, text):
     model, t = llama("model.layers.*.self_attn", "replace"), text()
     whole = model(t).logits
     with tb.memory(model) as m:
@@ -134,7 +144,7 @@ def model_hidden(model, t):
 
 
 @torch.no_grad()
-def test_a_cache_that_the_memory_has_not_read():
+def test_a_cache_of_another_model_is_refused(llama, text):
     model, t = llama(), text()
     for how, place in (("beside", PLACES[0]), ("replace", PLACES[1])):
         other = llama(place, how, seed=1)
@@ -149,7 +159,7 @@ def test_a_cache_that_the_memory_has_not_read():
 
 @torch.no_grad()
 @pytest.mark.parametrize("how", ["beside", "replace"])
-def test_a_memory_cannot_unread(how):
+def test_cropping_a_cache_is_refused(llama, text, how):
     model, t = llama(how=how), text()
     cache = model(t[:, :4], use_cache=True).past_key_values
     cache.crop(0)
@@ -161,7 +171,7 @@ def test_a_memory_cannot_unread(how):
 
 
 @torch.no_grad()
-def test_a_call_that_fails_half_way_is_noticed(monkeypatch):
+def test_a_cache_of_a_failed_call_is_refused(llama, text, monkeypatch):
     model, t = llama(), text()
     cache = model(t[:, :4], use_cache=True).past_key_values
     monkeypatch.setattr(model.model.layers[1].mlp, "forward", lambda x: 1 / 0)
@@ -173,7 +183,7 @@ def test_a_call_that_fails_half_way_is_noticed(monkeypatch):
 
 
 @torch.no_grad()
-def test_the_rows_of_a_cache_and_of_a_call_agree():
+def test_a_cache_with_another_number_of_rows_is_refused(llama, text):
     model, t = llama("model.layers.*.self_attn", "replace"), text()
     cache = model(t[:, :4], use_cache=True).past_key_values
     with pytest.raises(SwapError, match=r"self_attn: the cache has 2 rows and the call 1"):
@@ -181,7 +191,7 @@ def test_the_rows_of_a_cache_and_of_a_call_agree():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_with_padding(reentrant):
+def test_checkpointing_with_padding(llama, text, reentrant):
     model, t = llama().train(), text()
     padded = t.index_fill(1, torch.tensor([0, 1]), 0)
 
@@ -198,7 +208,7 @@ def test_checkpointing_with_padding(reentrant):
 
 
 @torch.no_grad()
-def test_a_model_called_past_its_hooks():
+def test_forward_called_directly(llama, text):
     # as adapters of weights do, which call the forward of the model that they hold
     model, t = llama(), text()
     mask = torch.ones_like(t).index_fill(1, torch.tensor([0, 1]), 0)
@@ -209,7 +219,7 @@ def test_a_model_called_past_its_hooks():
 
 
 @torch.no_grad()
-def test_an_encoder_and_a_decoder():
+def test_an_encoder_decoder_model(text, randomised):
     torch.manual_seed(0)
     config = transformers.BartConfig(
         vocab_size=37, d_model=16, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2,
@@ -221,7 +231,7 @@ def test_an_encoder_and_a_decoder():
     expected = model.generate(t, max_new_tokens=5, min_new_tokens=5, do_sample=False)
     tb.swap(model, "model.*coder.layers.*.self_attn", MEMORY, "beside")
     assert torch.equal(model.generate(t, max_new_tokens=5, min_new_tokens=5, do_sample=False), expected)
-    awake(model)
+    randomised(model)
     padded = torch.cat([t[:1, :4], torch.zeros(1, 3, dtype=torch.long)], dim=1)
     mask = (torch.cat([padded, t[1:]]) != 0).long()
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "num_beams": 2}

@@ -1,19 +1,20 @@
 """Patterns mean modules by name, and say what they cannot mean."""
 
 import pytest
-from swapped_models import MEMORY, plain
 from torch import nn
 
 import titans_build as tb
 from titans_build.tools.swapping import SwapError
-from titans_build.tools.swapping.matching import match
+from titans_build.tools.swapping.plan import match
+
+MEMORY = {"type": "memory", "heads": 2, "chunk": 4}
 
 
 def paths(model, where, **choice):
     return [path for path, _ in match(model, where, **choice)]
 
 
-def test_stars_stand_for_names():
+def test_patterns(plain):
     model = plain(4)
     assert paths(model, "layers.*") == ["layers.0", "layers.1", "layers.2", "layers.3"]
     assert paths(model, "layers.*.2") == [f"layers.{i}.2" for i in range(4)]
@@ -39,13 +40,13 @@ def test_stars_stand_for_names():
         ([3], "expected a pattern such as"),
     ],
 )
-def test_what_matches_nothing_or_twice(where, said):
+def test_patterns_that_match_nothing_or_twice(plain, where, said):
     with pytest.raises(SwapError) as raised:
         match(plain(), where)
     assert said in str(raised.value)
 
 
-def test_one_module_under_two_names():
+def test_a_module_with_two_names():
     shared = nn.Linear(4, 4)
     model = nn.ModuleDict({"a": shared, "b": shared})
     with pytest.raises(SwapError, match="a and b are one and the same module"):
@@ -53,7 +54,7 @@ def test_one_module_under_two_names():
     assert paths(model, "b") == ["b"]
 
 
-def test_what_was_put_in_is_not_matched():
+def test_swapped_blocks_are_not_matched(plain):
     model = plain()
     tb.swap(model, "layers.0", MEMORY, "beside")
     tb.swap(model, "layers.1", MEMORY, "replace")

@@ -6,12 +6,14 @@ import pickle
 
 import pytest
 import torch
-from swapped_models import DIM, MEMORY, awake, plain, tokens
 from torch import nn
 from torch.testing import assert_close
 
 import titans_build as tb
 from titans_build.tools.swapping import SwapError, swaps
+
+DIM = 16
+MEMORY = {"type": "memory", "heads": 2, "chunk": 4}
 
 ADDED = ("beside", "before", "after")
 
@@ -25,27 +27,27 @@ def tree(model):
 
 
 @pytest.mark.parametrize("how", ADDED)
-def test_a_closed_gate_changes_nothing(how):
+def test_a_zero_gate_changes_nothing(plain, randomised, tokens, how):
     model, t = plain(), tokens()
     expected = model(t)
     tb.swap(model, "layers.*", MEMORY, how)
     assert torch.equal(model(t), expected)
-    assert not torch.equal(awake(model)(t), expected)
+    assert not torch.equal(randomised(model)(t), expected)
 
 
 @pytest.mark.parametrize("how", [*ADDED, "replace"])
-def test_unswapping_restores_the_same_objects_and_bits(how):
+def test_unswap_restores_objects_and_values(plain, randomised, tokens, how):
     model, t = plain(), tokens()
     model.embedding.weight.requires_grad_(False)
     before, expected = tree(model), model(t)
     plan = tb.swap(model, "layers.*", MEMORY, how, start=1, train="memory")
-    assert not torch.equal(awake(model)(t), expected) and tree(model) != before
+    assert not torch.equal(randomised(model)(t), expected) and tree(model) != before
     tb.unswap(model, plan)
     assert tree(model) == before
     assert torch.equal(model(t), expected)
 
 
-def test_gradients_reach_the_gate_at_once_and_the_block_after_a_step():
+def test_gradients_reach_the_gate_first_and_then_the_block(plain, tokens):
     model, t = plain(), tokens()
     tb.swap(model, "layers.*", MEMORY, "beside", every=2, train="memory")
     training = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -59,7 +61,7 @@ def test_gradients_reach_the_gate_at_once_and_the_block_after_a_step():
     assert [name for name, p in training.items() if not p.grad.abs().sum() > 0] == []
 
 
-def test_the_original_names_stay_and_load():
+def test_original_parameter_names_are_kept(plain, tokens):
     model, t = plain(), tokens()
     saved = {name: tensor + 1 for name, tensor in model.state_dict().items()}
     tb.swap(model, "layers.0", MEMORY, "replace")
@@ -71,7 +73,7 @@ def test_the_original_names_stay_and_load():
     assert torch.isfinite(model(t)).all()
 
 
-def test_a_plan_is_data_that_does_it_again():
+def test_a_record_repeats_the_swap(plain, tokens):
     model, t = plain(), tokens()
     record = json.loads(json.dumps(tb.swap(model, "layers.*", MEMORY, "after", gate=0.5, train="memory").record))
     other = plain(seed=1)
@@ -84,7 +86,7 @@ def test_a_plan_is_data_that_does_it_again():
         given.record  # noqa: B018
 
 
-def test_a_dry_run_shows_the_plan_and_changes_nothing():
+def test_dry_run(plain):
     model = plain()
     before = tree(model)
     plan = tb.swap(model, "layers.*", MEMORY, "beside", train="memory", dry_run=True)
@@ -95,12 +97,12 @@ def test_a_dry_run_shows_the_plan_and_changes_nothing():
     assert plan.parameters == sum(p.numel() for n, p in model.named_parameters() if "titans" in n)
 
 
-def test_blocks_take_dtype_device_and_mode_of_the_module_beside_them():
+def test_blocks_take_dtype_device_and_mode_of_their_module(plain, randomised, tokens):
     model = plain().bfloat16().eval()
     tb.swap(model, "layers.*", MEMORY, "beside")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert not any(module.training for module in model.modules())
-    assert awake(model)(tokens()).dtype == torch.bfloat16
+    assert randomised(model)(tokens()).dtype == torch.bfloat16
     with torch.device("meta"):
         model = plain()
     tb.swap(model, "layers.*", MEMORY, "replace")
@@ -111,7 +113,7 @@ def test_blocks_take_dtype_device_and_mode_of_the_module_beside_them():
         assert torch.isfinite(model(tokens()).float()).all()
 
 
-def test_a_block_may_be_a_module_or_a_function():
+def test_a_block_given_as_a_module_or_a_function(plain, tokens):
     model, t = plain(), tokens()
     shared = nn.Linear(DIM, DIM)
     before = shared.weight.clone()
@@ -126,14 +128,14 @@ def test_a_block_may_be_a_module_or_a_function():
     assert isinstance(model.layers[1].titans_2.block, type(built))
 
 
-def test_two_swaps_on_one_module_and_the_order_of_undoing():
+def test_several_swaps_on_one_module(plain, tokens):
     model, t = plain(), tokens()
     expected, before = model(t), tree(model)
     first = tb.swap(model, "layers.*", MEMORY, "beside")
     second = tb.swap(model, ["layers.0", "layers.1"], "ffn", "replace")
     third = tb.swap(model, "layers.0", MEMORY, "after", gate=1.0)
     assert swaps(model) == [first, second, third]
-    with pytest.raises(SwapError, match=r"later swap at layers\.0 rests on that at layers\.0"):
+    with pytest.raises(SwapError, match=r"later swap at layers\.0 stands on that at layers\.0"):
         tb.unswap(model, first)
     tb.unswap(model, third)
     tb.unswap(model, second)
@@ -153,7 +155,7 @@ def _swapped(model):
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 @pytest.mark.parametrize("how", ["beside", "replace"])
-def test_what_is_frozen_stays_so_while_a_swap_trains_the_memory_alone(how, order):
+def test_frozen_parameters_stay_frozen_until_the_last_swap_is_undone(plain, how, order):
     model = plain()
     before = tree(model)
     plans = [
@@ -169,7 +171,7 @@ def test_what_is_frozen_stays_so_while_a_swap_trains_the_memory_alone(how, order
     assert tree(model) == before
 
 
-def test_a_function_draws_from_the_seed_and_leaves_the_generator_alone():
+def test_a_function_draws_from_the_seed(plain):
     def held(**more):
         model = plain()
         state = torch.get_rng_state()
@@ -185,7 +187,7 @@ def test_a_function_draws_from_the_seed_and_leaves_the_generator_alone():
     held(dry_run=True), held(dry_run=True, seed=None)
 
 
-def test_what_was_wrapped_meanwhile_has_to_be_unwrapped_first():
+def test_unswap_refuses_a_module_that_was_wrapped(plain):
     model = plain()
     tb.swap(model, "layers.*", MEMORY, "replace")
     model.layers[1] = nn.Sequential(model.layers[1])
@@ -197,11 +199,11 @@ def test_what_was_wrapped_meanwhile_has_to_be_unwrapped_first():
 
 @pytest.mark.parametrize("copying", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @pytest.mark.parametrize("how", ["beside", "replace"])
-def test_copies_are_models_of_their_own(copying, how):
+def test_copies_are_independent(plain, randomised, tokens, copying, how):
     model, t = plain(), tokens()
     original = model(t)
     tb.swap(model, "layers.*", MEMORY, how, train="memory")
-    expected = awake(model)(t)
+    expected = randomised(model)(t)
     twin = copying(model)
     assert torch.equal(twin(t), expected)
     with tb.memory(model) as m:
@@ -212,7 +214,7 @@ def test_copies_are_models_of_their_own(copying, how):
     assert torch.equal(model(t), expected)
 
 
-def test_a_replaced_module_follows_the_model():
+def test_a_replaced_module_follows_the_model(plain):
     model = plain()
     held = model.layers[0]
     tb.swap(model, "layers.0", MEMORY, "replace")
@@ -253,7 +255,7 @@ def test_a_replaced_module_follows_the_model():
         ({"adapter": {"along": "key"}}, "adapter: along: expected a tuple of names of arguments, got 'key'"),
     ],
 )
-def test_a_wrong_swap_says_so_and_leaves_the_model_alone(change, said):
+def test_wrong_arguments_leave_the_model_unchanged(plain, change, said):
     model = plain()
     before = tree(model)
     with pytest.raises(SwapError) as raised:
@@ -262,7 +264,7 @@ def test_a_wrong_swap_says_so_and_leaves_the_model_alone(change, said):
     assert tree(model) == before
 
 
-def test_a_swap_that_fails_half_way_is_taken_back(monkeypatch):
+def test_a_swap_that_fails_half_way_is_undone(plain, monkeypatch):
     model = plain()
     before = tree(model)
 
@@ -276,21 +278,21 @@ def test_a_swap_that_fails_half_way_is_taken_back(monkeypatch):
     assert tree(model) == before
 
 
-def test_what_cannot_be_swapped_into():
+def test_models_that_cannot_be_swapped_into(plain):
     with pytest.raises(TypeError, match="expected a module, got int"):
         tb.swap(3, "layers.*", MEMORY)
     with pytest.raises(SwapError, match="swap first, then compile"):
         tb.swap(torch.compile(plain()), "layers.*", MEMORY)
     with pytest.raises(SwapError, match="is changed in its recipe"):
         tb.swap(tb.build("lmm", device="meta"), "layers.*", MEMORY)
-    with pytest.raises(SwapError, match=r"needs input2 as well, which a block in its place would not see"):
+    with pytest.raises(SwapError, match=r"needs input2 as well, which a block in its place would not read"):
         tb.swap(nn.ModuleDict({"both": nn.Bilinear(DIM, DIM, DIM)}), "both", MEMORY)
     holder = nn.ModuleDict({"block": tb.build_block("ffn", dim=DIM)})
     with pytest.raises(SwapError, match="blocks nest in a recipe"):
         tb.swap(holder, "block", MEMORY)
 
 
-def test_a_call_that_does_not_fit_names_the_module():
+def test_a_call_that_does_not_fit_is_refused(plain, tokens):
     model = plain()
     tb.swap(model, "layers.1", MEMORY, "beside", dim=2 * DIM)
     with pytest.raises(SwapError, match=r"layers\.1: reads \[2, 9, 16\], and the block in it is of dim 32"):
@@ -308,10 +310,10 @@ def test_a_call_that_does_not_fit_names_the_module():
 
 
 @pytest.mark.parametrize("how", ["beside", "replace"])
-def test_compiled_models(how):
+def test_compiled_models(plain, randomised, tokens, how):
     model, t = plain(2), tokens()
     tb.swap(model, "layers.*", MEMORY, how)
-    expected = awake(model)(t)
+    expected = randomised(model)(t)
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
         assert_close(compiled(t), expected)

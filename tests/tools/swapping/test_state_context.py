@@ -5,23 +5,18 @@ import threading
 
 import pytest
 import torch
-from swapped_models import MEMORY, awake, plain, tokens
 from torch.testing import assert_close
 
 import titans_build as tb
 from titans_build.recipes import StorageError
-from titans_build.tools.swapping import SwapError, frame, recomputing
+from titans_build.tools.swapping import SwapError
 
-
-def swapped(how="beside", seed=0, block=MEMORY, **more):
-    model = plain(seed=seed)
-    tb.swap(model, "layers.*", block, how, **more)
-    return awake(model)
+MEMORY = {"type": "memory", "heads": 2, "chunk": 4}
 
 
 @pytest.mark.parametrize("how", ["beside", "before", "after", "replace"])
 @pytest.mark.parametrize("cuts", [[1], [4], [8], [1, 2, 3], [3, 8]])
-def test_any_cut_gives_the_uncut_outputs(how, cuts):
+def test_a_sequence_in_parts_gives_the_outputs_of_the_whole(swapped, tokens, how, cuts):
     model, t = swapped(how), tokens()
     whole = model(t)
     with tb.memory(model) as m:
@@ -34,7 +29,7 @@ def test_any_cut_gives_the_uncut_outputs(how, cuts):
     assert torch.equal(model(t), whole)  # outside of it every call is fresh
 
 
-def test_a_state_is_a_tree_to_keep_fork_select_and_put_back():
+def test_states_can_be_kept_forked_selected_and_assigned(swapped, tokens):
     model, t = swapped(), tokens(3)
     whole = model(t)
     with tb.memory(model) as m:
@@ -63,7 +58,7 @@ def model_alone(model, t):
         return model(t)
 
 
-def test_gradients_flow_through_a_carried_state():
+def test_gradients_flow_through_a_carried_state(swapped, tokens):
     model, t = swapped(), tokens()
     model(t).square()[:, 5:].sum().backward()
     expected = [p.grad.clone() for p in model.parameters()]
@@ -76,7 +71,7 @@ def test_gradients_flow_through_a_carried_state():
             assert_close(parameter.grad, gradient, atol=1e-4, rtol=1e-3)
 
 
-def test_a_state_of_inference_mode_can_be_trained_from():
+def test_a_state_of_inference_mode_can_be_trained_from(swapped, tokens):
     model, t = swapped(), tokens()
     whole = model(t)
     with tb.memory(model) as m, torch.inference_mode():
@@ -87,7 +82,7 @@ def test_a_state_of_inference_mode_can_be_trained_from():
     y.sum().backward()
 
 
-def test_a_call_that_fails_leaves_nothing_behind():
+def test_a_failed_call_changes_no_state(swapped, tokens):
     model, t = swapped(), tokens()
     whole = model(t)
 
@@ -101,11 +96,11 @@ def test_a_call_that_fails_leaves_nothing_behind():
         with pytest.raises(RuntimeError, match="in the middle"):
             model(t[:, 4:])
         model.between = None
-        assert m.state is kept and frame._current.get() is None
+        assert m.state is kept
         assert_close(model(t[:, 4:]), whole[:, 4:])
 
 
-def test_an_exception_that_is_raised_again_while_it_is_handled():
+def test_a_failed_call_that_raises_the_exception_being_handled(swapped, tokens):
     model, t = swapped(), tokens()
     same = ValueError("once more")
 
@@ -123,7 +118,7 @@ def test_an_exception_that_is_raised_again_while_it_is_handled():
         assert m.state is kept
 
 
-def test_blocks_without_a_state_have_rows_too():
+def test_blocks_without_a_state_have_rows(swapped, tokens):
     model, t = swapped(block="ffn"), tokens(3)
     with tb.memory(model) as m:
         model(t)
@@ -132,7 +127,7 @@ def test_blocks_without_a_state_have_rows_too():
         assert_close(model(t[[2, 0]]), model_alone(model, t[[2, 0]]))
 
 
-def test_a_call_that_is_interrupted_is_no_part_of_the_next():
+def test_an_interrupted_call_has_no_effect(swapped, tokens):
     model, t = swapped(), tokens()
     whole, mask = model(t), torch.ones(2, 9).index_fill(1, torch.tensor([0, 1]), 0)
     x = torch.randn(2, 9, 16)
@@ -141,15 +136,39 @@ def test_a_call_that_is_interrupted_is_no_part_of_the_next():
     def interrupt():
         raise KeyboardInterrupt
 
-    model.between = interrupt
-    with pytest.raises(KeyboardInterrupt):  # no hook is told of it
-        model(t, attention_mask=mask)
-    model.between = None
+    def interrupted(inner):
+        model.between = interrupt
+        with pytest.raises(KeyboardInterrupt):  # of which no hook is told
+            inner(t, attention_mask=mask)
+        model.between = None
+
+    interrupted(model)
+    assert torch.equal(model(t), whole)
     assert torch.equal(model.layers[1](x), alone)
-    assert torch.equal(model(t), whole) and frame._current.get() is None
+    with tb.memory(model) as m:
+        model(t[:, :4])
+        kept = m.state
+        interrupted(model)
+        assert m.state is kept
+        assert_close(model(t[:, 4:]), whole[:, 4:])
+        interrupted(model)
+    assert torch.equal(model.layers[1](x), alone)
 
 
-def test_calls_inside_of_calls_and_handlers():
+def test_a_module_that_calls_itself_is_refused(swapped, tokens):
+    model, t = swapped(), tokens()
+
+    def again():
+        model.between = None
+        model(t)
+
+    model.between = again
+    with pytest.raises(SwapError, match="Plain: called inside of its own call"):
+        model(t)
+    assert torch.isfinite(model(t)).all()
+
+
+def test_nested_calls_and_nested_contexts(swapped, tokens):
     model, t = swapped(), tokens()
     other, whole = copy.deepcopy(model), model(t)
     model.between = lambda: other(t[:1, :3])
@@ -166,7 +185,7 @@ def test_calls_inside_of_calls_and_handlers():
         assert outer.state is None and inner.state is not None  # the innermost carries
 
 
-def test_threads_do_not_mix():
+def test_each_thread_has_its_own_state(swapped, tokens):
     model, t = swapped(), tokens(4)
     whole, done = model(t), {}
 
@@ -190,13 +209,13 @@ def replica(module):
     """As nn.DataParallel makes one for each device."""
     twin = module._replicate_for_data_parallel()
     for name, parameter in module._parameters.items():
-        setattr(twin, name, parameter)
+        setattr(twin, name, None if parameter is None else parameter.view_as(parameter))  # a plain tensor
     for name, child in module._modules.items():
         twin._modules[name] = replica(child)
     return twin
 
 
-def test_replicas():
+def test_data_parallel_replicas(swapped, tokens):
     model, t = swapped(), tokens()
     whole, done = model(t), []
     mask = torch.ones(2, 9).index_fill(1, torch.tensor([0, 1]), 0)
@@ -219,7 +238,7 @@ def test_replicas():
     assert torch.equal(model(t), whole)
 
 
-def test_a_module_called_twice():
+def test_a_module_called_twice_is_refused_with_a_carried_state(swapped, tokens):
     model, t = swapped(), tokens()
     model.layers[1] = model.layers[0]
     assert torch.isfinite(model(t)).all()  # each call is fresh
@@ -229,7 +248,7 @@ def test_a_module_called_twice():
         assert m.state is None
 
 
-def test_saving_and_going_on_elsewhere(tmp_path):
+def test_save_and_load(swapped, tokens, tmp_path):
     model, t = swapped(), tokens()
     whole = model(t)
     with tb.memory(model) as m:
@@ -245,7 +264,7 @@ def test_saving_and_going_on_elsewhere(tmp_path):
         assert_close(twin(t[:, 4:]), whole[:, 4:])
 
 
-def test_parts_of_a_model_that_have_read_other_rows_are_not_saved_as_one(tmp_path):
+def test_states_with_different_rows_are_not_saved(swapped, tmp_path):
     model = swapped()
     with tb.memory(model) as m:
         model.layers[0](torch.randn(2, 4, 16))
@@ -255,7 +274,7 @@ def test_parts_of_a_model_that_have_read_other_rows_are_not_saved_as_one(tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_states_and_files_of_others_are_refused(tmp_path):
+def test_states_and_files_of_other_models_are_refused(plain, swapped, tokens, tmp_path):
     model, t = swapped(), tokens()
     with tb.memory(model) as m:
         model(t)
@@ -285,7 +304,7 @@ def test_states_and_files_of_others_are_refused(tmp_path):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("carries", [False, True])
-def test_what_is_computed_again_starts_from_its_own_call(reentrant, carries):
+def test_checkpointed_layers_start_from_the_state_of_their_call(swapped, tokens, reentrant, carries):
     model, t = swapped(), tokens(time=9)
     left, right = torch.ones(2, 9), torch.ones(2, 9)
     left[0, :3], right[1, 5:] = 0, 0
@@ -307,10 +326,9 @@ def test_what_is_computed_again_starts_from_its_own_call(reentrant, carries):
 
     for got, expected in zip(gradients(reentrant), gradients(None)):
         assert_close(got, expected, atol=1e-4, rtol=1e-4)
-    assert recomputing._passing == {}
 
 
-def test_a_whole_model_that_is_computed_again():
+def test_a_checkpointed_model(swapped, tokens):
     from torch.utils.checkpoint import checkpoint
 
     model, t = swapped(), tokens()
