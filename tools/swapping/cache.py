@@ -7,7 +7,7 @@ the states are in a layer of their own. Imported only where a call has a cache, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,7 @@ from transformers.cache_utils import CacheLayerMixin
 from ...blocks import state as tree
 from ...blocks.state import State
 from .adapter import SwapError
-from .site import Replacement, Site
-
-if TYPE_CHECKING:
-    from .call import Read
+from .site import Read, Replacement, Site
 
 
 class TokenCount(CacheLayerMixin):

@@ -19,7 +19,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from torch.utils.module_tracker import ModuleTracker
 from ...blocks.state import State, batch_size, trainable
 from .adapter import SwapError, named_arguments
 from .padding import Mask, Scope, innermost_mask, scope_of
-from .site import Replacement, Site, gated_sites
+from .site import Read, Replacement, Site, gated_sites
 from .state_context import StateContext, active_context, current_call, expect_no_replica
 
 _eager = functools.partial(
@@ -37,15 +37,6 @@ _eager = functools.partial(
 _tracker = ModuleTracker()  # whose ``is_bw`` says whether a backward pass is running
 _gradients_passed: weakref.WeakKeyDictionary[ModelCall, int] = weakref.WeakKeyDictionary()
 """The calls whose gradients have passed, the last one last, and in which thread."""
-
-
-class Read(NamedTuple):
-    """What a site read in one call."""
-
-    rows: int
-    time: int
-    device: torch.device
-    dtype: torch.dtype
 
 
 class ModelCall:

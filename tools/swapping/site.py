@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import secrets
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,15 @@ from .adapter import ORIGINAL, Adapter, SwapError
 
 BlockSpec = str | dict[str, Any] | list[Any] | nn.Module | Callable[[int], nn.Module]
 """The description of a block, a built module, or a function from the width to one."""
+
+
+class Read(NamedTuple):
+    """What a site read in one call."""
+
+    rows: int
+    time: int
+    device: torch.device
+    dtype: torch.dtype
 
 
 class Site(nn.Module):
@@ -81,9 +90,11 @@ class Replacement(Site):
     model to other devices and dtypes, and takes its own weights out of a state dict that has them.
     """
 
-    def __init__(self, block: Block, path: str, adapter: Adapter, module: nn.Module) -> None:
+    def __init__(self, block: Block, path: str, adapter: Adapter, module: nn.Module, call: Callable[..., Any]) -> None:
+        """``call``: ``call.call_replacement``."""
         super().__init__(block, path, "replace", adapter)
         self.__dict__[ORIGINAL] = (module,)
+        self.call = call
         self.register_load_state_dict_pre_hook(_load_original)
 
     @property
@@ -97,9 +108,7 @@ class Replacement(Site):
         return not any(parameter.is_meta for parameter in self.original.parameters())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        from .call import call_replacement  # loads torch's compiler
-
-        return call_replacement(self, args, kwargs)
+        return self.call(self, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:

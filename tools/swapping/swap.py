@@ -238,11 +238,13 @@ def _apply(model: nn.Module, plan: Plan, blocks: Sequence[Block], frozen: list[s
 
 
 def _install(model: nn.Module, row: Row, block: Block, applied: Applied) -> None:
+    from .call import call_replacement  # loads torch's compiler
+
     plan, module = applied.plan, model.get_submodule(row.path)
     training = module.training
     site: Site
     if plan.how == "replace":
-        site = Replacement(block, row.path, row.adapter, module)
+        site = Replacement(block, row.path, row.adapter, module, call_replacement)
         name = row.path
         model.set_submodule(name, site)
         module = site
