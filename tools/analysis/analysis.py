@@ -13,105 +13,103 @@ from ...blocks.freezing import thawed
 from ...blocks.language_model import LanguageModel
 from ...blocks.live_or_frozen import MemoryCheck, memory_check
 from ...blocks.memory import NeuralMemory
-from .material import Material
-from .pooling import Pool
 from .recall import PLACES, Recall, recall_of
-from .seeing import QUANTITIES, see
+from .recording import QUANTITIES, Bins, record
+from .sample import Sample
 
 FORMAT, VERSION = "titans-build analysis", 1
-PIECE = 64, 512
-"""Tokens that are read at once, at least and at most."""
-FARTHEST = 2048
-"""The largest distance at which a planted pair is asked for."""
-AROUND = 40
+MIN_PIECE, MAX_PIECE = 64, 512
+"""Tokens that are read at once."""
+MAX_DISTANCE = 2048
+"""The largest distance of a query from the planted pair."""
+CONTEXT = 40
 """Tokens shown before and after a surprising one."""
-AT_ONCE = 1024
-"""Bins whose text is made at once."""
-EXCERPT = 24
-"""Characters of a bin's text that are kept at most."""
+BINS_AT_ONCE = 1024
+"""Bins whose text is decoded at once."""
+MAX_EXCERPT = 24
+"""Characters of a bin's text."""
+DIGITS = 5
+"""Of numbers in JSON."""
 
 
 class Plan:
-    """How a text is gone through, known before it is: what a progress bar needs."""
+    """The pieces and stretches in which a text is read, and the number of steps for a progress bar."""
 
-    def __init__(self, model: LanguageModel, material: Material, reset_every: int | None) -> None:
-        time = material.tokens.shape[1]
+    def __init__(self, model: LanguageModel, sample: Sample, reset_every: int | None) -> None:
+        time = sample.tokens.shape[1]
         with thawed(model):
-            self.memories = {name: block.heads for name, block in model.named_modules() if _is_seen(block)}
-        self.piece = min(max(math.ceil(time / 96), PIECE[0]), PIECE[1])
+            self.memories = {name: block.heads for name, block in model.named_modules() if _is_written(block)}
+        self.piece = min(max(math.ceil(time / 96), MIN_PIECE), MAX_PIECE)
         self.reset_every = reset_every if reset_every is not None else min(max(time // 8, 16), 1024)
-        taken = min(time, FARTHEST + FARTHEST // 4)
-        start = min(time - taken, time // 4) // self.piece * self.piece
-        self.stretch = start, min(math.ceil((start + taken) / self.piece) * self.piece, time)
-        self.longest = min(FARTHEST, (self.stretch[1] - start) * 3 // 4)
+        length = min(time, MAX_DISTANCE + MAX_DISTANCE // 4)
+        start = min(time - length, time // 4) // self.piece * self.piece
+        self.stretch = start, min(math.ceil((start + length) / self.piece) * self.piece, time)
+        self.longest = min(MAX_DISTANCE, (self.stretch[1] - start) * 3 // 4)
         cuts = {*range(0, time, self.piece), *range(0, time, self.reset_every)}
         self.steps = math.ceil(time / self.piece) + 3 * len(cuts) + len(self.memories)
 
 
-def _is_seen(block: nn.Module) -> bool:
+def _is_written(block: nn.Module) -> bool:
     return isinstance(block, NeuralMemory) and block.use == "both"
 
 
 def analyse(
     model: LanguageModel,
-    material: Material,
+    sample: Sample,
     plan: Plan,
     *,
     pairs: int = 8,
     seed: int = 0,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Everything but what is known of the model itself. Arrays are NumPy's; ``docs/analyze.md`` has the schema."""
+    """The analysis without ``model``, the description of the model. Arrays are NumPy's; see ``docs/analyze.md``."""
     check = memory_check(
-        model, material.tokens, targets=material.targets, mask=material.mask, reset_every=plan.reset_every,
+        model, sample.tokens, targets=sample.targets, mask=sample.mask, reset_every=plan.reset_every,
         piece=plan.piece, advance=advance,
     )  # fmt: skip
-    row = material.tokens[:1] if material.mask is None else material.tokens[:1, material.mask[0]]
+    row = sample.tokens[:1] if sample.mask is None else sample.tokens[:1, sample.mask[0]]
     with thawed(model):
-        seen = see(model, row, plan.memories, piece=plan.piece, stretch=plan.stretch, advance=advance)
+        recording = record(model, row, plan.memories, piece=plan.piece, stretch=plan.stretch, advance=advance)
     recalls = {}
-    for name, stretch in seen.stretches.items():
+    for name, stretch in recording.stretches.items():
         recalls[name] = recall_of(stretch, longest=plan.longest, pairs=pairs, seed=seed)
         advance()
-    names = [name for name in plan.memories if name in seen.drift]
-    rows, time = material.tokens.shape
-    # a bin of one token has no maximum beside its mean
-    kinds = ("mean", "max") if seen.width > 1 else ("mean",)
+    names = [name for name in plan.memories if name in recording.drift]
+    rows, time = sample.tokens.shape
+    # the maximum of one token is its mean
+    kinds = ("mean", "max") if recording.bin_width > 1 else ("mean",)
     return {
         "format": FORMAT,
         "version": VERSION,
         "text": {
-            "name": material.name,
-            "unit": material.unit,
+            "name": sample.name,
+            "unit": sample.unit,
             "rows": rows,
             "tokens": time,
-            "goes_on": material.goes_on,
+            "goes_on": sample.truncated,
             "shown": row.shape[1],
-            "bin": seen.width,
-            "excerpts": _excerpts(material, row.shape[1], seen.width),
+            "bin": recording.bin_width,
+            "excerpts": _excerpts(sample, row.shape[1], recording.bin_width),
         },
         "memories": [
             {"name": name, "label": label, "heads": plan.memories[name]} for name, label in zip(names, labels(names))
         ],
-        "check": _check(check, material.unit),
+        "check": _check(check, sample.unit),
         "tokens": {
-            quantity: {kind: [getattr(seen.tokens[name][quantity], kind) for name in names] for kind in kinds}
+            quantity: {kind: [getattr(recording.tokens[name][quantity], kind) for name in names] for kind in kinds}
             for quantity in QUANTITIES
         },
-        "peaks": [_peak(material, position, surprise, row.shape[1]) for position, surprise in seen.peaks],
+        "peaks": [_peak(sample, position, surprise, row.shape[1]) for position, surprise in recording.peaks],
         "recall": {
             "planted": pairs * PLACES,
             "from": plan.stretch[0],
             "to": plan.stretch[1],
             "memories": [_recall(recalls[name]) for name in names if name in recalls],
         },
-        "drift": [
-            {"positions": drift.positions, "norm": drift.norm, "distance": drift.distance}
-            for drift in (seen.drift[name] for name in names)
-        ],
+        "drift": [recording.drift[name]._asdict() for name in names],
         "gates": [
-            {"name": name, "label": label, **_gate(model.get_submodule(name), seen.gates[name])}
-            for name, label in zip(seen.gates, labels(list(seen.gates)))
+            {"name": name, "label": label, **_gate(model.get_submodule(name), recording.gates[name])}
+            for name, label in zip(recording.gates, labels(list(recording.gates)))
         ],
     }
 
@@ -145,7 +143,7 @@ def _recall(recall: Recall) -> dict[str, Any]:
 
 
 def half_life(distances: list[int], kept: np.ndarray) -> float | None:
-    """Tokens until a write's effect is half of its largest so far, between distances; ``None`` where more stays."""
+    """Tokens until ``kept`` is half of its largest value so far, interpolated; ``None`` where it stays above."""
     if not np.isfinite(kept).all():
         return None  # nothing was written
     halves = np.maximum.accumulate(kept) / 2
@@ -156,8 +154,8 @@ def half_life(distances: list[int], kept: np.ndarray) -> float | None:
     return None
 
 
-def _gate(block: nn.Module, pool: Pool) -> dict[str, Any]:
-    gate, first, second = pool.mean
+def _gate(block: nn.Module, bins: Bins) -> dict[str, Any]:
+    gate, first, second = bins.mean
     with np.errstate(invalid="ignore", divide="ignore"):
         share = second / (first + second)
     return {
@@ -173,28 +171,29 @@ def _gate(block: nn.Module, pool: Pool) -> dict[str, Any]:
 
 
 def _branches(block: nn.Module) -> list[str]:
-    """What a gate's two branches are called: the memory, or whatever else it is."""
+    """Names of a gate's two branches: ``memory``, or the class of the block."""
     branches = getattr(block, "branches", None)
     if branches is None:
-        return ["attention", "memory"]  # a context's
+        return ["attention", "memory"]  # a context block
     return [
         "memory" if any(isinstance(part, NeuralMemory) for part in branch.modules()) else type(branch).__name__.lower()
         for branch in branches
     ]
 
 
-def _excerpts(material: Material, time: int, width: int) -> list[str]:
+def _excerpts(sample: Sample, time: int, width: int) -> list[str]:
+    """The text of each bin."""
     found = []
-    for first in range(0, time, AT_ONCE * width):
-        words = material.words(first, min(first + AT_ONCE * width, time))
+    for first in range(0, time, BINS_AT_ONCE * width):
+        words = sample.words(first, min(first + BINS_AT_ONCE * width, time))
         texts = ["".join(words[start : start + width]) for start in range(0, len(words), width)]
-        found += [text if len(text) <= EXCERPT else text[: EXCERPT - 1] + "…" for text in texts]
+        found += [text if len(text) <= MAX_EXCERPT else text[: MAX_EXCERPT - 1] + "…" for text in texts]
     return found
 
 
-def _peak(material: Material, position: int, surprise: float, time: int) -> dict[str, Any]:
-    start, stop = max(position - AROUND, 0), min(position + AROUND + 1, time)
-    words = material.words(start, stop)
+def _peak(sample: Sample, position: int, surprise: float, time: int) -> dict[str, Any]:
+    start, stop = max(position - CONTEXT, 0), min(position + CONTEXT + 1, time)
+    words = sample.words(start, stop)
     at = position - start
     return {
         "position": position,
@@ -206,10 +205,23 @@ def _peak(material: Material, position: int, surprise: float, time: int) -> dict
 
 
 def labels(names: list[str]) -> list[str]:
-    """How places are said: ``layers.0.blocks.0.memory`` is ``layer 0`` where it is the only one there."""
-    parted = [name.split(".") for name in names]
-    layers = [f"layer {parts[1]}" if parts[0] == "layers" and len(parts) > 1 else ".".join(parts) for parts in parted]
+    """Short labels of module paths: ``layers.0.blocks.0.memory`` is ``layer 0`` where it is the only one there."""
+    parts = [name.split(".") for name in names]
+    layers = [f"layer {part[1]}" if part[0] == "layers" and len(part) > 1 else ".".join(part) for part in parts]
     return [
         layer if layers.count(layer) == 1 else f"{layer}, {layers[:index].count(layer) + 1} of {layers.count(layer)}"
         for index, layer in enumerate(layers)
     ]
+
+
+def rounded(value: Any) -> Any:
+    """Plain JSON: lists for arrays, ``None`` for NaN and infinity, numbers to ``DIGITS`` digits."""
+    if isinstance(value, np.ndarray):
+        return rounded(value.tolist())
+    if isinstance(value, dict):
+        return {key: rounded(child) for key, child in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(child) for child in value]
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+    return value

@@ -1,9 +1,9 @@
-"""How long a memory can be asked for what was written into it: recall of planted pairs against distance.
+"""How long a memory keeps what was written into it: the recall of planted pairs by distance.
 
-A random key and value, as real keys and values are distributed, take the place of one token of the text: they are
-written with that token's own step size, momentum and forgetting. Then the memory goes on reading the text, and is asked
-for the key after 0, 1, 2, 4, ... further tokens. Beside it runs the memory into which nothing was written at that
-token: what it answers is what the key would have got anyhow. All else, the inputs of the block among it, is the text's.
+A random key and value, with the distribution of real keys and values, replace those of one token of the text. They are
+written with that token's own step size, momentum and forgetting. Then the memory reads the rest of the text, and is
+queried with the key after 0, 1, 2, 4, ... further tokens. A second memory, into which nothing was written at that
+token, gives the answer that the key would get without the pair. All other inputs of the memory are those of the text.
 """
 
 from __future__ import annotations
@@ -18,38 +18,38 @@ from torch.nn.functional import cosine_similarity
 
 from ...blocks.state import map_state
 from ...kernels.memory import MemoryState, Tokens, read_memory, titans_memory
-from .seeing import Stretch
+from .recording import Stretch
 
 PLACES = 4
-"""Tokens of the text whose place pairs take, each in its turn."""
+"""Tokens of the text that are replaced, one at a time."""
 
 
 class Recall(NamedTuple):
     """Means over all planted pairs, float64 ``[heads, distances]``; ``..._error`` are their standard errors."""
 
     distances: list[int]
-    """Tokens read between the write and the question."""
+    """Tokens read between the write and the query."""
     cosine: np.ndarray
     """Between the answer and the planted value."""
     cosine_error: np.ndarray
     cosine_without: np.ndarray
-    """The same where it was never written."""
+    """The same where the pair was never written."""
     relative_error: np.ndarray
-    """Norm of answer minus value over that of the value."""
+    """Norm of answer minus value, relative to the norm of the value."""
     relative_error_without: np.ndarray
     kept: np.ndarray
-    """The share that is left of what the write did to the answer, 1 right after it."""
+    """The share of the write's effect on the answer that is left; 1 right after the write."""
     kept_error: np.ndarray
 
 
 @torch.no_grad()
 def recall_of(stretch: Stretch, *, longest: int, pairs: int, seed: int = 0) -> Recall:
-    """Plant ``pairs`` pairs at each of a few places of ``stretch``.
+    """Plant ``pairs`` pairs at each of ``PLACES`` tokens of ``stretch``.
 
     ``longest``: the largest distance, less than the tokens of the stretch.
     """
     tokens = stretch.tokens
-    # apart enough for their names to stand side by side under a figure
+    # a power of two close to the longest distance is left out, as their labels would overlap
     distances = [0, *(2**power for power in range(longest.bit_length()) if 1.4 * 2**power < longest), longest]
     time = tokens.q.shape[1]
     places = sorted({int(place) for place in np.linspace(0, time - longest - 1, PLACES)})
@@ -57,23 +57,24 @@ def recall_of(stretch: Stretch, *, longest: int, pairs: int, seed: int = 0) -> R
     found: list[Tensor] = []
     memory, at = stretch.before, 0
     for place in places:
-        memory, at = _learn(stretch, tokens.at(slice(at, place)), memory), place
-        k, v = (_like(part, pairs, random) for part in (tokens.k, tokens.v))
+        memory, at = _write(stretch, tokens.at(slice(at, place)), memory), place
+        k, v = (_random_like(part, pairs, random) for part in (tokens.k, tokens.v))
         here = tokens.at(slice(place, place + 1))
-        written = _learn(stretch, _rows(here, pairs)._replace(k=k, v=v), _repeat(memory, pairs))
-        without = _learn(stretch, here._replace(theta=torch.zeros_like(here.theta)), memory)
-        found.append(torch.stack(list(_asked(stretch, tokens, place + 1, distances, written, without, k, v))))
+        written = _write(stretch, _expand(here, pairs)._replace(k=k, v=v), _repeat(memory, pairs))
+        without = _write(stretch, here._replace(theta=torch.zeros_like(here.theta)), memory)
+        found.append(torch.stack(list(_measures(stretch, tokens, place + 1, distances, written, without, k, v))))
     values = torch.cat(found, dim=1).cpu().double()  # [distances, pairs, heads, measures]
-    many = values.shape[1]
-    mean, error = values.mean(1), values.std(1) / many**0.5
-    effect, first = values[..., 4], values[..., 5]
-    ratio = effect.sum(1) / first.sum(1)
-    ratio_error = ((effect - ratio[:, None] * first).square().sum(1) * many / (many - 1)).sqrt() / first.sum(1)
-    table = [mean[..., 0], error[..., 0], *(mean[..., index] for index in (1, 2, 3)), ratio, ratio_error]
+    count = values.shape[1]
+    mean, error = values.mean(1), values.std(1) / count**0.5
+    effect, initial = values[..., 4], values[..., 5]
+    kept = effect.sum(1) / initial.sum(1)
+    residual = effect - kept[:, None] * initial
+    kept_error = (residual.square().sum(1) * count / (count - 1)).sqrt() / initial.sum(1)
+    table = [mean[..., 0], error[..., 0], *(mean[..., index] for index in (1, 2, 3)), kept, kept_error]
     return Recall(distances, *(part.T.numpy() for part in table))
 
 
-def _learn(stretch: Stretch, tokens: Tokens, memory: MemoryState) -> MemoryState:
+def _write(stretch: Stretch, tokens: Tokens, memory: MemoryState) -> MemoryState:
     if tokens.q.shape[1] == 0:
         return memory
     chunk, activation, clip, read, *_ = options = stretch.options
@@ -83,11 +84,11 @@ def _learn(stretch: Stretch, tokens: Tokens, memory: MemoryState) -> MemoryState
     )[1]  # fmt: skip
 
 
-def _answer(stretch: Stretch, keys: Tensor, memory: MemoryState) -> Tensor:
+def _read(stretch: Stretch, keys: Tensor, memory: MemoryState) -> Tensor:
     return read_memory(keys, memory.weights, stretch.options.activation, stretch.norm)
 
 
-def _rows(tokens: Tokens, rows: int) -> Tokens:
+def _expand(tokens: Tokens, rows: int) -> Tokens:
     return tokens.map(lambda part: part.expand(rows, *part.shape[1:]))
 
 
@@ -95,16 +96,16 @@ def _repeat(memory: MemoryState, rows: int) -> MemoryState:
     return map_state(lambda part: part.expand(rows, *part.shape[1:]), memory)
 
 
-def _like(part: Tensor, many: int, random: torch.Generator) -> Tensor:
-    """``many`` random vectors [many, 1, heads, width] of the mean, the spread and the norm of those of ``part``."""
+def _random_like(part: Tensor, count: int, random: torch.Generator) -> Tensor:
+    """``count`` random vectors [count, 1, heads, width] with the mean, the spread and the norm of those of ``part``."""
     vectors = part[0].cpu().double()  # [time, heads, width]
-    drawn = torch.randn(many, 1, *vectors.shape[1:], generator=random, dtype=torch.float64)
+    drawn = torch.randn(count, 1, *vectors.shape[1:], generator=random, dtype=torch.float64)
     drawn = vectors.mean(0) + drawn * vectors.std(0)
     norm = vectors.norm(dim=-1).mean(0).unsqueeze(-1)
     return (drawn * norm / drawn.norm(dim=-1, keepdim=True)).to(part)
 
 
-def _asked(
+def _measures(
     stretch: Stretch,
     tokens: Tokens,
     at: int,
@@ -116,27 +117,26 @@ def _asked(
 ) -> Iterator[Tensor]:
     """For each distance ``[pairs, heads, measures]``."""
     pairs = k.shape[0]
-    first: Tensor | None = None
+    value, size = v[:, 0], v[:, 0].norm(dim=-1)
+    initial: Tensor | None = None
     read = 0
     for distance in distances:
         span = tokens.at(slice(at + read, at + distance))
-        if distance > read:
-            written, without = _learn(stretch, _rows(span, pairs), written), _learn(stretch, span, without)
-            read = distance
-        answer = _answer(stretch, k, written)[:, 0]
-        # every key is a question of the one row that nothing was written into
-        bare = _answer(stretch, k.transpose(0, 1), without)[0]
-        value, change = v[:, 0], answer - bare
-        first = change if first is None else first
-        size = value.norm(dim=-1)
+        written, without = _write(stretch, _expand(span, pairs), written), _write(stretch, span, without)
+        read = distance
+        answer = _read(stretch, k, written)[:, 0]
+        # the memory without the pair has one row, which all keys query
+        other = _read(stretch, k.transpose(0, 1), without)[0]
+        change = answer - other
+        initial = change if initial is None else initial
         yield torch.stack(
             [
                 cosine_similarity(answer, value, dim=-1),
-                cosine_similarity(bare, value, dim=-1),
+                cosine_similarity(other, value, dim=-1),
                 (answer - value).norm(dim=-1) / size,
-                (bare - value).norm(dim=-1) / size,
-                (change * first).sum(-1),
-                first.square().sum(-1),
+                (other - value).norm(dim=-1) / size,
+                (change * initial).sum(-1),
+                initial.square().sum(-1),
             ],
             dim=-1,
         )

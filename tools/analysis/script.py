@@ -24,10 +24,9 @@ from ..plotting import need_matplotlib
 from ..terminal import UsageError, progress, say, say_json
 from ..training.run_folder import TRAIN, is_run
 from . import plots
-from .analysis import Plan, analyse
-from .material import Material, from_data, from_file
-from .page import render
-from .rounding import rounded
+from .analysis import Plan, analyse, rounded
+from .page import need_plotly, render
+from .sample import Sample, from_data, from_file
 
 SUMMARY = "What did a model's memory do with a text? An interactive page, plots and numbers."
 EXAMPLES = (
@@ -57,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--reset", type=whole_number, metavar="N", help="tokens between resets (default: an eighth of the text)")
     add("--pairs", type=whole_number, default=8, metavar="N", help="pairs to plant at each of 4 places (default: 8)")
     add("--seed", type=whole_number, default=0, metavar="N", help="of the planted pairs (default: 0)")
-    add("--no-plots", action="store_true", help="write no PNG and SVG, which need the extra `analyze`")
+    add("--no-plots", action="store_true", help="write no PNG and SVG")
     add_placement(parser, dtype=None)
 
 
@@ -65,18 +64,17 @@ def run(arguments: argparse.Namespace) -> int:
     """Check everything that can be checked first, analyse, write and tell."""
     out = _check(arguments)
     model, tokenizer = open_model(arguments.model, arguments.tokenizer, arguments.device, arguments.dtype)
-    material = _material(arguments, model, tokenizer)
-    material = material.to(arguments.device)
-    time = material.tokens.shape[1]
+    sample = _sample(arguments, model, tokenizer).to(arguments.device)
+    time = sample.tokens.shape[1]
     if arguments.reset is not None and not 1 <= arguments.reset < time:
         raise UsageError(f"--reset {arguments.reset}: expected 1 to {time - 1:,}, fewer than the {time:,} tokens read")
-    plan = Plan(model, material, arguments.reset)
+    plan = Plan(model, sample, arguments.reset)
     if not plan.memories:
         raise UsageError(f"{arguments.model}: {_no_memory(model)}")
     with progress(f"analysing {arguments.model}", plan.steps + 1) as advance:
         analysis = {
             "model": _describe(model, arguments.model),
-            **analyse(model, material, plan, pairs=arguments.pairs, seed=arguments.seed, advance=advance),
+            **analyse(model, sample, plan, pairs=arguments.pairs, seed=arguments.seed, advance=advance),
         }
         if out is not None:
             _write(analysis, out, draw=not arguments.no_plots)
@@ -140,12 +138,13 @@ def _check(arguments: argparse.Namespace) -> Path | None:
         raise UsageError(f"--out {out}: {place} cannot be written to")
     if taken and not arguments.force:
         raise UsageError(f"--out {out}: an analysis is there; --force replaces it")
+    need_plotly()
     if not arguments.no_plots:
         need_matplotlib("analyze", "drawing PNG and SVG plots (--no-plots leaves them out)")
     return out
 
 
-def _material(arguments: argparse.Namespace, model: LanguageModel, tokenizer: Tokenizer) -> Material:
+def _sample(arguments: argparse.Namespace, model: LanguageModel, tokenizer: Tokenizer) -> Sample:
     assert model.vocab is not None
     if arguments.text is not None:
         return from_file(arguments.text, tokenizer, model.vocab, arguments.tokens)

@@ -1,4 +1,4 @@
-"""A real browser without a window, driven over a pipe: nothing but the standard library."""
+"""A headless browser, driven over a pipe with the standard library alone, and an analysis of a small model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 NEEDED = "TITANS_BUILD_NEEDS_BROWSER"
-"""Set where a browser has to be there, so that its absence fails a test instead of leaving it out."""
+"""If set, a missing browser fails the tests instead of skipping them."""
 FLAGS = [
     "--headless=new",
     "--no-sandbox",
@@ -40,12 +40,12 @@ for at, pipe in enumerate(pipes, 3):
     os.dup2(pipe, at)
 os.execv(sys.argv[3], sys.argv[3:])
 """
-"""Becomes a browser, which reads commands from its descriptor 3 and answers on its 4."""
+"""Replaces itself by a browser, which reads commands from descriptor 3 and writes answers to descriptor 4."""
 SECONDS = 60
 
 
 class Browser:
-    """One page; what it asks for, what it says and what goes wrong in it are kept."""
+    """One page; its requests and its errors are recorded."""
 
     def __init__(self, program: str, profile: Path) -> None:
         from_here, self._to = os.pipe()
@@ -101,18 +101,20 @@ class Browser:
             self.requests.append(given["request"]["url"])
 
     def open(self, page: Path) -> None:
-        """Load a page from the disk and wait until it has drawn itself, or said that it cannot."""
+        """Load a page from the disk and wait until all of its plots are drawn."""
         self.errors.clear()
         self.requests.clear()
         self.ask("Page.navigate", url=page.as_uri())
+        plots = "[...document.querySelectorAll('.plotly-graph-div')]"
         self.wait(
-            "document.documentElement?.dataset.ready === 'yes' || document.querySelector('[role=alert]') !== null"
+            f"location.href === '{page.as_uri()}' && document.readyState === 'complete' && {plots}.length > 0 && "
+            f"{plots}.every(plot => plot.querySelector('.main-svg'))"
         )
 
     def wait(self, condition: str) -> None:
         end = time.monotonic() + SECONDS
         while not self.run(condition):
-            assert time.monotonic() < end, f"after {SECONDS} s still not: {condition}; {self.errors}"
+            assert time.monotonic() < end, f"not within {SECONDS} s: {condition}; {self.errors}"
             time.sleep(0.02)
 
     def run(self, script: str) -> Any:
@@ -121,29 +123,14 @@ class Browser:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
-    def window(self, width: int, height: int, *, dark: bool = False, phone: bool = False) -> None:
-        self.ask(
-            "Emulation.setDeviceMetricsOverride",
-            width=width, height=height, deviceScaleFactor=2 if phone else 1, mobile=phone,
-        )  # fmt: skip
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.ask("Emulation.setEmulatedMedia", features=[scheme])
-        self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    def window(self, width: int, height: int) -> None:
+        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
 
     def mouse(self, kind: str, x: float, y: float, **given: Any) -> None:
         self.ask("Input.dispatchMouseEvent", type=f"mouse{kind}", x=x, y=y, **given)
 
-    def click(self, x: float, y: float) -> None:
-        self.mouse("Moved", x, y)
-        self.mouse("Pressed", x, y, button="left", buttons=1, clickCount=1)
-        self.mouse("Released", x, y, button="left", clickCount=1)
-
-    def key(self, key: str, text: str = "") -> None:
-        self.ask("Input.dispatchKeyEvent", type="keyDown", key=key, code=key, text=text)
-        self.ask("Input.dispatchKeyEvent", type="keyUp", key=key, code=key)
-
     def box(self, selector: str) -> tuple[float, float, float, float]:
-        """Left, top, width and height of an element in the window, after it was scrolled into sight."""
+        """Left, top, width and height of an element in the window, after it was scrolled into view."""
         self.run(f"document.querySelector('{selector}').scrollIntoView({{block: 'center', behavior: 'instant'}})")
         rectangle = self.run(f"document.querySelector('{selector}').getBoundingClientRect().toJSON()")
         return rectangle["x"], rectangle["y"], rectangle["width"], rectangle["height"]

@@ -1,10 +1,8 @@
-"""The page in a real browser: it draws, answers to what is chosen, fits a phone, and asks nobody for anything."""
+"""The page in a real browser: it draws the data of the analysis, loads nothing, and shows the text as text."""
 
 from __future__ import annotations
 
-import base64
 import re
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,11 @@ import pytest
 import torch
 
 import titans_build as tb
-from titans_build.tools.analysis import pooling
+from titans_build.tools.analysis import recording
 from titans_build.tools.analysis.analysis import Plan, analyse
-from titans_build.tools.analysis.material import from_file
-from titans_build.tools.analysis.page import pack, render
-from titans_build.tools.inference.tokenizer import ByteTokenizer as Bytes
+from titans_build.tools.analysis.page import render
+from titans_build.tools.analysis.sample import from_file
+from titans_build.tools.inference.tokenizer import ByteTokenizer
 
 RECIPE = """
 version: 1
@@ -30,7 +28,11 @@ layers:
 stack: [mag, mac]
 """
 TEXT = 'a "memory" that <b>learns</b> é & reads </script><script>alert(1)</script><!-- \\u2028 \u2028 and goes on\n' * 9
-FIGURES = ["loss", "gain", "heat", "lines", "spread", "recall", "drift", "gates", "share"]
+LENGTH = 350
+FIGURES = [
+    "loss", "saved", "surprise", "error", "step", "momentum", "forgetting", "recall-kept", "recall-cosine",
+    "recall-relative_error", "drift-distance", "drift-norm", "gates", "branches", "norms",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +40,10 @@ def analysis(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], dict[str,
     model = tb.build(tb.load_recipe(RECIPE), seed=0)
     path = tmp_path_factory.mktemp("text") / "hostile <name>.txt"
     path.write_text(TEXT, encoding="utf-8")
-    material = from_file(str(path), Bytes(), 256, 700)
+    sample = from_file(str(path), ByteTokenizer(), 256, LENGTH)
 
     def make() -> dict[str, Any]:
-        found = analyse(model, material, Plan(model, material, 64), pairs=2)
+        found = analyse(model, sample, Plan(model, sample, 64), pairs=2)
         return {"model": {"name": "small & <b>", "parameters": 1234, "layers": 2}, **found}
 
     return make
@@ -59,206 +61,136 @@ def page(numbers: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> P
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def opened(browser: Any, page: Path) -> Any:
     browser.window(1200, 900)
     browser.open(page)
-    yield browser
-    assert browser.errors == []
-    assert browser.requests == [page.as_uri()]
+    return browser
 
 
-def lines(browser: Any, figure: str) -> int:
-    found: int = browser.run(f"document.querySelectorAll('#{figure}-plot path.line').length")
+def traces(opened: Any, figure: str, kind: str) -> dict[str, list[float]]:
+    """Values of the visible traces by name, as the browser has decoded them."""
+    found: dict[str, list[float]] = opened.run(
+        f"Object.fromEntries(document.getElementById('{figure}-figure')._fullData"
+        ".filter(trace => trace.visible === true && trace.hoverinfo !== 'skip' && trace.name !== 'text')"
+        f".map(trace => [trace.name, Array.from(trace.{kind})]))"
+    )
     return found
 
 
-def picture(browser: Any) -> str:
-    found: str = browser.run("document.querySelector('#heat-plot canvas').toDataURL()")
-    return found
-
-
-def choose(browser: Any, name: str, value: object) -> None:
-    browser.run(
-        f"(() => {{ const s = document.querySelector('select#{name}, select#{name}-choice'); s.value = '{value}';"
-        " s.dispatchEvent(new Event('change')); return s.value; })()"
+def heat_map(opened: Any) -> np.ndarray:
+    """The table of the heat map that is shown for the surprise."""
+    script = (
+        "document.getElementById('surprise-figure')._fullData"
+        ".filter(trace => trace.type === 'heatmap' && trace.visible).map(trace => Array.from(trace.z, row => [...row]))"
     )
+    (table,) = opened.run(script)
+    return np.array(table)
 
 
-def test_everything_is_drawn_and_nothing_goes_wrong(opened: Any, tmp_path: Path) -> None:
-    drawn = opened.run("[...document.querySelectorAll('figure')].map(f => f.id)")
-    assert [name for name in drawn if name != "peaks"] == FIGURES
-    for name in FIGURES:
-        marks = opened.run(f"document.querySelectorAll('#{name}-plot .line').length")
-        assert marks > 0 or name == "heat", name
-        title = opened.run(f"[...document.querySelectorAll('#{name}-plot text.title')].map(t => t.textContent)")
-        assert title and all(title), name  # every axis is named
-        assert opened.run(f"document.querySelector('#{name} figcaption').textContent.length") > 40
-    assert opened.run("document.querySelectorAll('.verdict li').length") == 3
-    assert lines(opened, "loss") == 3 and lines(opened, "lines") == 5
-    colours = opened.run(
-        "(() => { const c = document.querySelector('#heat-plot canvas'), s = new Set();"
-        " const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;"
-        " for (let i = 0; i < d.length; i += 4) s.add(d[i] << 16 | d[i + 1] << 8 | d[i + 2]);"
-        " return [c.height, s.size]; })()"
+def test_every_figure_is_drawn_without_errors_and_requests(opened: Any, tmp_path: Path) -> None:
+    assert opened.run("[...document.querySelectorAll('.js-plotly-plot')].map(plot => plot.id)") == [
+        f"{name}-figure" for name in FIGURES
+    ]
+    assert opened.errors == []
+    assert [url for url in opened.requests if not url.startswith("data:")] == [opened.run("location.href")]
+    titles = opened.run(
+        "[...document.querySelectorAll('.js-plotly-plot')].map(plot => "
+        "[plot.querySelector('.xtitle'), plot.querySelector('.ytitle, .y2title')].every(title => title.textContent))"
     )
-    assert colours[0] == 5 and colours[1] > 20  # a row for each head, in many colours
-    shot = opened.screenshot(tmp_path / "page.png")
-    assert shot[:8] == b"\x89PNG\r\n\x1a\n" and len(shot) > 50_000
+    assert titles == [True] * len(FIGURES)
+    assert opened.run("document.querySelectorAll('h2').length") == len(FIGURES) + 2  # the verdict and the peaks
+    # a figure of a private text has no button that uploads it
+    buttons = opened.run("[...document.querySelectorAll('.modebar-btn')].map(button => button.dataset.title)")
+    assert "Zoom" in buttons and not any("hare" in button or "loud" in button for button in buttons)
+    assert opened.screenshot(tmp_path / "page.png")[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_figures_show_the_data_of_the_analysis(opened: Any, numbers: dict[str, Any]) -> None:
+    heads = ["layer 0, head 0", "layer 0, head 1", "layer 0, head 2", "layer 1, head 0", "layer 1, head 1"]
+    expected = {
+        "loss": list(numbers["check"]["losses"].values()),
+        "surprise": np.concatenate(numbers["tokens"]["surprise"]["mean"]),
+        "forgetting": np.concatenate(numbers["tokens"]["forgetting"]["mean"]),
+        "recall-cosine": np.concatenate([recall["cosine"] for recall in numbers["recall"]["memories"]]),
+        "drift-norm": np.concatenate([drift["norm"] for drift in numbers["drift"]]),
+        "gates": [gate["gate"] for gate in numbers["gates"]],
+        "branches": [gate["share"] for gate in numbers["gates"]],
+    }
+    for figure, lines in expected.items():
+        shown = traces(opened, figure, "y")
+        assert len(shown) == len(lines), figure
+        for drawn, line in zip(shown.values(), lines):
+            np.testing.assert_allclose(drawn, line, rtol=1e-5, err_msg=figure)
+        if len(lines) == 5:
+            assert list(shown) == heads
+    np.testing.assert_allclose(10.0 ** heat_map(opened), expected["surprise"], rtol=1e-4)
 
 
 def test_the_text_is_shown_and_never_run(opened: Any) -> None:
-    assert "hostile <name>.txt" in opened.run("document.getElementById('subject').textContent")
-    read = opened.run("document.querySelector('.reading').textContent")
-    assert "<b>learns</b> é & reads </script><script>alert(1)</script><!-- \\u2028" in read.replace("·", "")
+    assert "hostile <name>.txt" in opened.run("document.querySelector('h1 + p').textContent")
+    panels = opened.run("[...document.querySelectorAll('.reading')].map(panel => panel.textContent)")
+    assert len(panels) == 5 and len(set(panels)) == 1
+    assert panels[0].replace("·", "").startswith(TEXT[:70].replace("\u2028", ""))
     assert opened.run("document.querySelectorAll('.reading b, .reading script').length") == 0
+    # each peak is a link to its token
+    assert opened.run("[...document.querySelectorAll('li a')].every(a => document.querySelector(a.hash))")
 
 
-def test_choosing_a_memory_and_a_head(opened: Any) -> None:
-    before = picture(opened)
-    choose(opened, "memory", 0)
-    assert lines(opened, "lines") == lines(opened, "drift") == lines(opened, "recall") == 3
-    assert opened.run("document.querySelector('#heat-plot canvas').height") == 3
-    assert picture(opened) != before
-    choose(opened, "head", 2)
-    assert lines(opened, "lines") == 1
-    assert opened.run("document.querySelector('#lines .legend').textContent") == "head 2"
-    choose(opened, "memory", 1)  # which has no head 2: all of them are shown
-    assert opened.run("document.getElementById('head').value") == "-1"
-    assert lines(opened, "lines") == 2
-
-
-def test_choosing_what_is_shown(opened: Any) -> None:
-    pictures = set()
-    for quantity in ("surprise", "error", "step", "momentum", "forgetting"):
-        choose(opened, "quantity", quantity)
-        pictures.add(picture(opened))
-        assert quantity.split()[0] in opened.run("document.querySelector('.scale').textContent")
-    assert len(pictures) == 5
-    shared = picture(opened)
-    choose(opened, "scale", "row")
-    assert picture(opened) != shared
-    told = lines(opened, "recall")
-    choose(opened, "metric", "cosine")
-    assert lines(opened, "recall") == 2 * told  # beside each the memory that was never told
-    choose(opened, "drift", "norm")
-    assert "|W|" in opened.run("document.querySelector('#drift-plot text.title').textContent")
-    choose(opened, "gate", 1)
-    assert "layer 1" in opened.run("document.querySelector('#gates figcaption').textContent")
-
-
-def test_pointing_at_a_token(opened: Any, numbers: dict[str, Any]) -> None:
-    x, y, width, _ = opened.box("#heat-plot")
-    opened.mouse("Moved", x + width / 2, y + 20)
-    tip = opened.run("document.querySelector('#heat-plot .tip').textContent")
-    assert tip.startswith("position ") and "head 0" in tip
-    (at,) = re.findall(r"^position (\d+)", tip)
-    assert 300 < int(at) < 400
-    # what is said is what was measured
-    said = [float(value) for value in re.findall(r"head \d: ([\d.]+)(?=layer|$)", tip)]
-    measured = np.concatenate(numbers["tokens"]["surprise"]["mean"])[:, int(at)]
-    assert np.allclose(said, measured, rtol=0.03)
-    # one cursor in all figures along the text, and the token marked in the text
-    assert opened.run("document.querySelectorAll('.plot .cursor').length") == 7
-    assert opened.run("document.querySelectorAll('.reading .here').length") == 1
-    where = opened.run("document.getElementById('where').textContent")
-    opened.mouse("Moved", x + width / 4, y + 20)
-    assert opened.run("document.getElementById('where').textContent") != where
-    opened.click(x + width / 2, y + 4 + 26 * 1.5)  # the second row
-    assert opened.run("[document.getElementById('memory').value, document.getElementById('head').value]") == ["0", "1"]
-    x, y, width, _ = opened.box("#recall-plot")
-    opened.mouse("Moved", x + width / 2, y + 60)
-    assert "tokens later" in opened.run("document.querySelector('#recall-plot .tip').textContent")
-
-
-def test_zooming_and_keys(opened: Any) -> None:
-    shown = lambda: opened.run("document.getElementById('where').textContent")  # noqa: E731
-    assert shown().startswith("tokens 0 to 700")
-    opened.run("document.getElementById('in').click()")
-    assert shown().startswith("tokens 175 to 525")
-    opened.run("document.getElementById('all').click()")
-    assert shown().startswith("tokens 0 to 700")
-    opened.run("document.getElementById('loss-plot').focus()")
-    opened.key("ArrowRight")
-    opened.key("ArrowRight")
-    assert "at 2:" in shown()
-    opened.key("+", "+")
-    assert shown().startswith("tokens 1 to 351")  # around the cursor
-    opened.key("0", "0")
-    x, y, width, _ = opened.box("#lines-plot")
-    opened.mouse("Moved", x + width * 0.4, y + 90)
-    opened.mouse("Pressed", x + width * 0.4, y + 90, button="left", buttons=1, clickCount=1)
-    opened.mouse("Moved", x + width * 0.5, y + 90, buttons=1)
-    assert opened.run("document.querySelectorAll('.brush').length") == 1
-    opened.mouse("Moved", x + width * 0.6, y + 90, buttons=1)
-    opened.mouse("Released", x + width * 0.6, y + 90, button="left", clickCount=1)
-    low, high = (int(word) for word in shown().split(" · ")[0].split() if word.isdigit())
-    assert 240 < low < 290 and 390 < high < 440
-    assert opened.run("document.querySelectorAll('.brush').length") == 0
-    opened.run("document.querySelector('.peaks button').click()")
-    assert opened.run("document.querySelectorAll('.reading .here').length") == 1
-
-
-def test_light_and_dark_and_a_phone(browser: Any, page: Path) -> None:
-    ground = "getComputedStyle(document.body).backgroundColor"
-    browser.window(1200, 900, dark=True)
-    browser.open(page)
-    dark = browser.run(ground)
-    browser.run("document.getElementById('theme').click()")
-    light = browser.run(ground)
-    assert dark != light
-    browser.window(390, 844, phone=True)
-    browser.open(page)
-    assert browser.run(ground) == light
-    assert browser.run("document.documentElement.scrollWidth") <= 390
-    narrow = browser.run("document.querySelector('#loss-plot svg').clientWidth")
-    assert 200 < narrow < 380
-    browser.window(1000, 800)
-    browser.wait(f"document.querySelector('#loss-plot svg').clientWidth > {narrow}")  # it is drawn anew
-    assert browser.errors == []
-
-
-def test_a_long_text_is_pooled(
-    browser: Any, analysis: Callable[[], dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pooling, "CELLS", 0)
-    monkeypatch.setattr(pooling, "FEWEST", 100)
-    path = tmp_path / "pooled.html"
-    path.write_text(render(analysis()), encoding="utf-8")
-    browser.window(1200, 900)
-    browser.open(path)
-    assert "A column stands for 7 tokens" in browser.run("document.querySelector('#heat figcaption').textContent")
-    most = picture(browser)
-    choose(browser, "kind", "mean")
-    assert picture(browser) != most
-    x, y, width, _ = browser.box("#heat-plot")
-    browser.mouse("Moved", x + width / 2, y + 20)
-    tip = browser.run("document.querySelector('#heat-plot .tip').textContent")
-    ((first, last),) = re.findall(r"^positions (\d+) to (\d+), mean", tip)
-    assert int(first) % 7 == 0 and int(last) == int(first) + 6
-    assert browser.errors == []
-
-
-def test_a_packed_table_comes_back() -> None:
-    random = np.random.default_rng(0)
-    table = np.exp(random.normal(0, 3, (3, 50)))
-    table[1, 4] = np.nan
-    table[2] = 5.0
-    packed = pack(table)
-    steps = np.frombuffer(zlib.decompress(base64.b64decode(packed["bytes"])), np.uint8).reshape(3, 50)
-    assert packed["log"] and steps[1, 4] == 255 and (steps[2] == 0).all()
-    low, high = np.log(np.array(packed["ranges"])).T
-    back = np.exp(low[:, None] + (high - low)[:, None] * steps / 254)
-    assert np.nanmax(abs(np.log(back / table))[steps < 255]) <= (high - low).max() / 254
-    linear = pack(np.array([[0.0, 0.5, 1.0], [np.nan] * 3]))
-    assert not linear["log"] and linear["ranges"] == [[0.0, 1.0], [0.0, 0.0]]
-
-
-def test_a_page_is_light(page: Path) -> None:
-    assert page.stat().st_size < 120_000
-    assert "http" not in page.read_text(encoding="utf-8").replace("http://www.w3.org/2000/svg", "").replace(
-        "http-equiv", ""
+def test_the_cursor_shows_the_text_and_the_values(opened: Any, numbers: dict[str, Any]) -> None:
+    x, y, width, _ = opened.box("#surprise-figure .xy .nsewdrag, #surprise-figure [data-subplot=xy]")
+    for step in (0, 5):  # the pointer has to move
+        opened.mouse("Moved", x + width / 2 + step, y + 20)
+    opened.wait("document.querySelector('#surprise-figure .hoverlayer .legend') !== null")
+    texts = opened.run(
+        "[...document.querySelectorAll('#surprise-figure .hoverlayer .legend text')].map(text => text.textContent)"
     )
+    position = int(texts[0])
+    assert LENGTH * 0.45 < position < LENGTH * 0.55
+    around = TEXT.encode()[position - 5 : position]
+    assert around.decode("ascii", errors="ignore").strip() in texts[1]
+    shown = [float(text.partition(" : ")[2]) for text in texts[2:]]
+    measured = np.concatenate(numbers["tokens"]["surprise"]["mean"])[:, position]
+    np.testing.assert_allclose(shown, measured, rtol=0.01)
+
+
+def test_zooming_one_figure_zooms_all_along_the_text(opened: Any) -> None:
+    ranges = "[...document.querySelectorAll('.along-text .js-plotly-plot')].map(plot => plot.layout.xaxis.range)"
+    opened.run("Plotly.relayout('loss-figure', {'xaxis.range': [40, 90]}).then(() => null)")
+    opened.wait(f"{ranges}.every(range => range[0] === 40 && range[1] === 90)")
+    assert opened.run(f"{ranges}.length") == len(FIGURES) - 3  # all but the recall
+    assert opened.run("document.getElementById('recall-kept-figure').layout.xaxis.range[1]") != 90
+    opened.run("Plotly.relayout('gates-figure', {'xaxis.autorange': true}).then(() => null)")
+    opened.wait(f"{ranges}.every(range => range[0] < 40 && range[1] > 90)")
+
+
+def test_menus_choose_the_memory_and_the_scale(opened: Any) -> None:
+    def choose(figure: str, menu: int, button: int) -> None:
+        opened.run(
+            f"(() => {{ const plot = document.getElementById('{figure}-figure'),"
+            f" [data, layout, indices] = plot.layout.updatemenus[{menu}].buttons[{button}].args;"
+            " return Plotly.update(plot, data, layout, indices).then(() => null); })()"
+        )
+
+    for figure in ("surprise", "recall-kept", "drift-norm"):
+        choose(figure, 0, 2)
+        assert list(traces(opened, figure, "y")) == ["layer 1, head 0", "layer 1, head 1"]
+    assert opened.run("document.getElementById('surprise-figure').layout.yaxis.range") == [4.5, 2.5]
+    choose("surprise", 0, 0)
+    assert len(traces(opened, "surprise", "y")) == 5
+    choose("surprise", 1, 1)
+    assert heat_map(opened).min(1).tolist() == [0] * 5 and heat_map(opened).max(1).tolist() == [1] * 5
+    assert opened.errors == []
+
+
+def test_a_long_text_is_pooled(analysis: Callable[[], dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recording, "CELLS", 0)
+    monkeypatch.setattr(recording, "MIN_BINS", 50)
+    pooled = analysis()
+    assert pooled["text"]["bin"] == 7 and len(pooled["text"]["excerpts"]) == 50
+    page = render(pooled)
+    assert "maximum of 7 tokens" in page and "A column stands for 7 tokens" in page
+    assert 'id="t343"' in page and 'id="t344"' not in page
 
 
 def test_the_same_text_gives_the_same_page(
@@ -268,3 +200,18 @@ def test_the_same_text_gives_the_same_page(
     before = torch.get_rng_state()
     assert render(analysis()) == page.read_text(encoding="utf-8")
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_many_heads_start_with_one_memory_under_the_cursor(numbers: dict[str, Any]) -> None:
+    wide = {**numbers, "memories": [{**memory, "heads": 20} for memory in numbers["memories"]]}
+    wide["tokens"] = {
+        quantity: {kind: [np.repeat(table[:1], 20, 0) for table in tables] for kind, tables in kinds.items()}
+        for quantity, kinds in numbers["tokens"].items()
+    }
+    spread = lambda part: {k: np.repeat(v[:1], 20, 0) if isinstance(v, np.ndarray) else v for k, v in part.items()}  # noqa: E731
+    wide["drift"] = [spread(drift) for drift in numbers["drift"]]
+    recalls = [{**spread(recall), "half_life": [None] * 20} for recall in numbers["recall"]["memories"]]
+    wide["recall"] = {**numbers["recall"], "memories": recalls}
+    page = render(wide)
+    assert "Half-lives" not in page
+    assert re.search(r'"hovermode":"closest"', page)

@@ -1,4 +1,4 @@
-"""What is analysed: tokens, what is to be predicted at each, and how a token reads."""
+"""The text that is analysed: its tokens, their targets, and how each token reads."""
 
 from __future__ import annotations
 
@@ -14,90 +14,94 @@ from ..data import open_source
 from ..inference.tokenizer import ByteTokenizer, IdTokenizer, Tokenizer, open_tokenizer
 from ..terminal import UsageError
 
-EXAMPLES = 32
+ROWS = 32
 """Rows of a generated task or of shuffled windows: the first is shown, all count for the losses."""
 LEAD = 16
-"""Tokens before others that are decoded with them: a letter may have begun there."""
+"""Tokens that are decoded before others, as a character may begin in them."""
 BLOCK = 1 << 16
-"""ByteTokenizer that are read from a file at once."""
+"""Bytes that are read from a file at once."""
 
 
-class Material(NamedTuple):
+class Sample(NamedTuple):
     """Rows of tokens; the first is the one that is shown."""
 
     name: str
     tokens: Tensor
     """``[rows, time]`` int64."""
     targets: Tensor
-    """The same: what is to be predicted at each; -100 where nothing counts."""
+    """``[rows, time]`` int64: what is to be predicted at each token; -100 where nothing counts."""
     mask: Tensor | None
-    """The same in bool: which tokens are real; ``None`` where all are."""
+    """``[rows, time]`` bool: which tokens are real; ``None`` where all are."""
     words: Callable[[int, int], list[str]]
-    """What each real token of the first row from one position to another adds to the text, one string for each."""
+    """``words(start, stop)``: the text that each real token of the first row adds, one string for each."""
     unit: str
     """``byte`` or ``token``."""
-    goes_on: bool
-    """There is more than was taken."""
+    truncated: bool
+    """The text is longer than the sample."""
 
-    def to(self, device: str) -> Material:
-        """The same on another device."""
+    def to(self, device: str) -> Sample:
+        """The sample on another device."""
         mask = None if self.mask is None else self.mask.to(device)
         return self._replace(tokens=self.tokens.to(device), targets=self.targets.to(device), mask=mask)
 
 
-def from_file(path: str, tokenizer: Tokenizer, vocab: int, most: int) -> Material:
-    """The first ``most`` tokens of a file. Raises ``UsageError`` for what is no file, too short, or out of vocab."""
+def from_file(path: str, tokenizer: Tokenizer, vocab: int, max_tokens: int) -> Sample:
+    """The first tokens of a file. Raises ``UsageError`` where it is unreadable, short, or not in the vocabulary."""
     parts, count = [], 0
     try:
         for part in tokenizer.encode(_blocks(path)):
             parts.append(part)
             count += len(part)
-            if count > most:
+            if count > max_tokens:
                 break
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-    tokens = torch.cat([*parts, torch.empty(0, dtype=torch.int64)])[:most].unsqueeze(0)
+    tokens = torch.cat([*parts, torch.empty(0, dtype=torch.int64)])[:max_tokens].unsqueeze(0)
     unit = "byte" if isinstance(tokenizer, ByteTokenizer) else "token"
-    _expect_enough(path, tokens.shape[1], unit)
+    _check_length(path, tokens.shape[1], unit)
     if int(tokens.max()) >= vocab:
         at = int((tokens[0] >= vocab).nonzero()[0])
         raise UsageError(
             f"{path}: {unit} {at:,} is {int(tokens[0, at])}, outside the model's vocabulary of {vocab} "
             f"(0 to {vocab - 1}): expected a text as the model was trained on (--tokenizer, or --data SPEC)"
         )
-    return Material(path, tokens, next_tokens(tokens), None, _words(tokenizer, tokens[0].tolist()), unit, count > most)
+    words = _words(tokenizer, tokens[0].tolist())
+    return Sample(path, tokens, next_tokens(tokens), None, words, unit, count > max_tokens)
 
 
 def from_data(
-    spec: str | Sequence[str] | Mapping[str, Any], vocab: int, most: int, length: int | None = None
-) -> Material:
-    """Held-out rows of training data, ``most`` tokens of each. ``length``: of a row, where it is not the data's own.
+    spec: str | Sequence[str] | Mapping[str, Any], vocab: int, max_tokens: int, length: int | None = None
+) -> Sample:
+    """The first ``max_tokens`` tokens of held-out rows of training data. ``length``: of a row, if not the data's own.
 
     Raises ``RecipeError`` or ``UsageError``.
     """
-    source = open_source(spec, rows=EXAMPLES, length=length, split="valid", vocab=vocab)
+    source = open_source(spec, rows=ROWS, length=length, split="valid", vocab=vocab)
     if source.carries:
         source = open_source(spec, rows=1, length=length, split="valid", vocab=vocab)
-    batches, time, goes_on = [source.batch(0)], source.length, source.length > most
-    while source.carries and time < most:
+    batches, time, truncated = [source.batch(0)], source.length, source.length > max_tokens
+    while source.carries and time < max_tokens:
         following = source.batch(len(batches))
         if bool(following.fresh.any()):
             break  # the document ends
         batches.append(following)
         time += source.length
-        goes_on = time >= most
-    tokens = torch.cat([batch.tokens for batch in batches], dim=1)[:, :most]
-    targets = torch.cat([batch.targets for batch in batches], dim=1)[:, :most]
+        truncated = time >= max_tokens
     masks = [batch.tokens >= 0 if batch.mask is None else batch.mask for batch in batches]
-    mask = torch.cat(masks, dim=1)[:, :most]
-    said = source.describe()
-    tokenizer: Tokenizer = open_tokenizer(said.get("tokenizer") or "bytes", vocab) if "text" in said else IdTokenizer()
+    tokens, targets, mask = (
+        torch.cat(parts, dim=1)[:, :max_tokens]
+        for parts in ([batch.tokens for batch in batches], [batch.targets for batch in batches], masks)
+    )
+    description = source.describe()
+    tokenizer: Tokenizer = IdTokenizer()
+    if "text" in description:
+        tokenizer = open_tokenizer(description.get("tokenizer") or "bytes", vocab)
     real = tokens[0][mask[0]]
     name = show(spec, 100).strip("'")
     unit = "byte" if isinstance(tokenizer, ByteTokenizer) else "token"
-    _expect_enough(name, len(real), unit)
+    _check_length(name, len(real), unit)
     words = _words(tokenizer, real.tolist())
-    return Material(name, tokens, targets, None if bool(mask.all()) else mask, words, unit, goes_on)
+    return Sample(name, tokens, targets, None if bool(mask.all()) else mask, words, unit, truncated)
 
 
 def _blocks(path: str) -> Iterator[bytes]:
@@ -110,12 +114,12 @@ def _words(tokenizer: Tokenizer, tokens: list[int]) -> Callable[[int, int], list
     def words(start: int, stop: int) -> list[str]:
         if isinstance(tokenizer, IdTokenizer):
             return [f"{token} " for token in tokens[start:stop]]
-        decoder, before = tokenizer.decoder(), max(start - LEAD, 0)
-        return [decoder.feed(token) for token in tokens[before:stop]][start - before :]
+        decoder, lead = tokenizer.decoder(), max(start - LEAD, 0)
+        return [decoder.feed(token) for token in tokens[lead:stop]][start - lead :]
 
     return words
 
 
-def _expect_enough(name: str, count: int, unit: str) -> None:
+def _check_length(name: str, count: int, unit: str) -> None:
     if count < SHORTEST:
-        raise UsageError(f"{name}: {count} {unit}s: expected at least {SHORTEST}, to see anything of a memory")
+        raise UsageError(f"{name}: {count} {unit}s: expected at least {SHORTEST}, to analyse a memory")
