@@ -15,7 +15,7 @@ DASHES = ("-", "--", ":", "-.")
 SIZE = (9.0, 3.6)
 """Inches."""
 DPI = 150
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.hashsalt": "titans-analyze",  # the same data gives the same bytes
     "svg.fonttype": "none",  # text stays text
     "font.size": 9,

@@ -398,6 +398,7 @@ def _range(analysis: dict[str, Any]) -> list[float]:
 def _band(line: Line) -> Any:
     from plotly.graph_objects import Scatter
 
+    assert line.error is not None
     real = np.isfinite(line.y) & np.isfinite(line.error)
     x, low, high = line.x[real], (line.y - line.error)[real], (line.y + line.error)[real]
     return Scatter(
