@@ -8,7 +8,8 @@ What is measured, each in a process of its own with one thread:
 - Files and functions of the package that run in one forward pass on a CPU, after a first pass: those for which
   ``sys.setprofile`` reports a call. Functions are distinct pairs of file and qualified name, with lambdas and
   comprehensions. ``mac`` is the packaged recipe over 512 tokens, ``memory`` a block of width 64 over 128 tokens.
-- Seconds that ``import titans_build`` takes after ``import torch``: the median of five.
+- Seconds after ``import torch``, with bytecode cached, until ``titans_build`` is imported, until ``tb.build`` is there,
+  and until every public name is: medians of five.
 - Lines and files of code (py, c, h, js, css, html) by folder, without tests, docs and results.
 - Public names: the length of ``titans_build.__all__``.
 """
@@ -31,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SUFFIXES = (".py", ".c", ".h", ".js", ".css", ".html")
 LEFT_OUT = {"tests", "docs", "results", "build", "dist", "runs", "shared"}
 IMPORTS = 5
+IMPORTED = ("titans_build", "build", "all names")
 FACE = "tools/titans_build"  # where versions before the repository was the package had its __init__.py
 
 
@@ -73,13 +75,18 @@ def measure_forward() -> dict[str, Any]:
     return result
 
 
-def measure_import() -> float:
+def measure_import() -> list[float]:
     import torch  # noqa: F401
 
     began = time.perf_counter()
-    import titans_build  # noqa: F401
+    import titans_build as tb
 
-    return time.perf_counter() - began
+    moments = [time.perf_counter()]
+    for names in (["build", "load_recipe"], tb.__all__):
+        for name in names:
+            getattr(tb, name)
+        moments.append(time.perf_counter())
+    return [moment - began for moment in moments]
 
 
 # -- in this process ---------------------------------------------------------------------------------------------------
@@ -103,9 +110,11 @@ def importable(folder: Path, place: Path) -> Path:
     return place
 
 
-def call(task: str, path: Path) -> Any:
-    """What ``task`` measures in a new process that imports the package from ``path``."""
-    environment = {**os.environ, "PYTHONPATH": str(path), "OMP_NUM_THREADS": "1"}
+def call(task: str, path: Path, bytecode: str) -> Any:
+    """What ``task`` measures in a new process that imports the package from ``path``, and keeps its bytecode apart."""
+    settings = {"PYTHONPATH": str(path), "PYTHONPYCACHEPREFIX": bytecode, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **settings}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     done = subprocess.run([sys.executable, __file__, "--task", task], env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"structure.py: error: {path}: {done.stderr.strip()[-2000:]}")
@@ -127,11 +136,12 @@ def code_files(folder: Path) -> Iterator[tuple[str, Path]]:
 def measure(folders: list[Path]) -> list[dict[str, Any]]:
     """Everything about the versions in ``folders``; their imports are timed in turn."""
     with tempfile.TemporaryDirectory() as place:
+        bytecode = str(Path(place, "bytecode"))
         paths = [importable(folder, Path(place, str(number))) for number, folder in enumerate(folders)]
-        results = [call("forward", path) for path in paths]
-        seconds = [[call("import", path) for path in paths] for _ in range(IMPORTS)]
+        results = [call("forward", path, bytecode) for path in paths]
+        seconds = [[call("import", path, bytecode) for path in paths] for _ in range(1 + IMPORTS)][1:]
     for result, folder, taken in zip(results, folders, zip(*seconds)):
-        result["import seconds"] = statistics.median(taken)
+        result["import seconds"] = dict(zip(IMPORTED, map(statistics.median, zip(*taken))))
         installed = folder / "titans_build"
         code: dict[str, dict[str, int]] = {}
         for top, file in code_files(installed if installed.is_dir() else folder):
@@ -149,7 +159,8 @@ def rows(result: dict[str, Any]) -> dict[str, str]:
     for name in (name for name in result if name.startswith(("mac", "memory"))):
         table[f"{name}: files that run"] = f"{result[name]['files']}"
         table[f"{name}: functions that run"] = f"{result[name]['functions']}"
-    table["import after torch"] = f"{result['import seconds']:.2f} s"
+    for name, seconds in result["import seconds"].items():
+        table[f"import after torch: {name}"] = f"{seconds:.2f} s"
     table["public names"] = f"{result['public names']}"
     for name, counted in result["code"].items():
         table[f"{name}: files of code"] = f"{counted['files']:,}"
