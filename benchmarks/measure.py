@@ -16,10 +16,13 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.functional import normalize
 
 ROOT = Path(__file__).parent.parent
 MATRIX = 2048
@@ -142,6 +145,61 @@ def _cpu() -> str:
         return platform.processor() or platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+# -- what is timed -----------------------------------------------------------------------------------------------------
+
+
+def passes(forward: Callable[[], Tensor], leaves: Sequence[Tensor], backward: bool) -> Callable[[], Tensor]:
+    """Runs ``forward`` without gradients, or forward and backward to every leaf from a fixed cotangent."""
+    for leaf in leaves:
+        leaf.requires_grad_(backward)
+    cotangent: Tensor | None = None
+
+    def both() -> Tensor:
+        nonlocal cotangent
+        for leaf in leaves:
+            leaf.grad = None
+        y = forward()
+        if cotangent is None:
+            cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
+        y.backward(cotangent.to(y))
+        return y
+
+    def alone() -> Tensor:
+        with torch.no_grad():
+            return forward()
+
+    return both if backward else alone
+
+
+def memory_operation(
+    batch: int, length: int, heads: int, shapes: Sequence[tuple[int, int]], chunk: int, backend: str = "auto",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Callable[[], Tensor], list[Tensor]]:  # fmt: skip
+    """The memory operation on gates as a fresh block makes them, and the leaves that it gives gradients to.
+
+    ``shapes``: ``(out, in)`` of each layer. The numbers are the same for every ``dtype``, but for how they are held.
+    """
+    from titans_build.kernels.memory import MemoryState, titans_memory
+
+    tokens, width = (batch, length, heads), shapes[0][1]
+    q, k = (normalize(torch.randn(*tokens, width), dim=-1) for _ in range(2))
+    v = torch.randn(*tokens, width)
+    theta, eta, alpha = (torch.sigmoid(torch.randn(tokens) + bias) for bias in (-3, 1, -6))
+    weights = [torch.randn(batch, heads, out, in_) * in_**-0.5 for out, in_ in shapes]
+    leaves = [x.to(dtype) for x in (q, k, v, 0.1 * theta, eta, alpha, torch.ones(heads, width), *weights)]
+
+    def forward() -> Tensor:
+        state = MemoryState.fresh(tuple(leaves[7:]))
+        return titans_memory(*leaves[:6], state, chunk=chunk, norm=leaves[6], backend=backend)[0]
+
+    return forward, leaves
+
+
+def layer_shapes(width: int, expansion: int, depth: int = 2) -> list[tuple[int, int]]:
+    """``(out, in)`` of each layer of a memory."""
+    return [(out, in_) for in_, out in pairwise([width, *[width * expansion] * (depth - 1), width])]
 
 
 # -- time --------------------------------------------------------------------------------------------------------------

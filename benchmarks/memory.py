@@ -13,10 +13,8 @@ import measure
 import torch
 from baselines import Attention, titans_pytorch_memory
 from torch import Tensor
-from torch.nn.functional import normalize
 
 import titans_build as tb
-from titans_build.kernels.memory import MemoryState, titans_memory
 from titans_build.kernels.memory.cost import memory_flops
 
 RATE = "matrix product"
@@ -92,10 +90,10 @@ def make(case: Case, sizes: Sizes) -> Callable[[], Any]:
         module = titans_pytorch_memory(sizes.dim, sizes.heads, case.expansion, case.chunk)
     else:
         module = Attention(sizes.dim, sizes.heads)
-    x = torch.randn(sizes.batch, case.length, sizes.dim, requires_grad=case.backward)
+    x = torch.randn(sizes.batch, case.length, sizes.dim)
     leaves = [x, *module.parameters()]
     first = (lambda out: out) if case.kind == "attention" else (lambda out: out[0])
-    return passes(lambda: first(module(x)), leaves, case.backward, x.shape)
+    return measure.passes(lambda: first(module(x)), leaves, case.backward)
 
 
 def spec(case: Case, sizes: Sizes) -> dict[str, Any]:
@@ -105,53 +103,15 @@ def spec(case: Case, sizes: Sizes) -> dict[str, Any]:
 def operation(
     case: Case, sizes: Sizes, dtype: torch.dtype = torch.float32
 ) -> tuple[Callable[[], Tensor], list[Tensor]]:
-    """The memory operation on gates as a fresh block makes them, and the leaves that it gives gradients to.
-
-    The numbers are the same for every ``dtype``, but for how they are held.
-    """
     assert case.expansion is not None and case.chunk is not None
-    width, chunk = sizes.dim // sizes.heads, case.chunk
-    shape = (sizes.batch, case.length, sizes.heads)
-    q, k = (normalize(torch.randn(*shape, width), dim=-1) for _ in range(2))
-    v = torch.randn(*shape, width)
-    theta, eta, alpha = (torch.sigmoid(torch.randn(shape) + bias) for bias in (-3, 1, -6))
-    weights = [torch.randn(sizes.batch, sizes.heads, out, in_) * in_**-0.5 for out, in_ in layer_shapes(case, sizes)]
-    gain = torch.ones(sizes.heads, width)
-    leaves = [x.to(dtype) for x in (q, k, v, 0.1 * theta, eta, alpha, gain, *weights)]
-    for leaf in leaves:
-        leaf.requires_grad_(case.backward)
-
-    def forward() -> Tensor:
-        state = MemoryState.fresh(tuple(leaves[7:]))
-        return titans_memory(*leaves[:6], state, chunk=chunk, norm=leaves[6])[0]
-
-    return passes(forward, leaves, case.backward, q.shape), leaves
-
-
-def passes(
-    forward: Callable[[], Tensor], leaves: list[Tensor], backward: bool, shape: torch.Size
-) -> Callable[[], Tensor]:
-    """Forward alone, as in inference; or forward and backward to every leaf from a fixed cotangent."""
-    cotangent = torch.randn(shape) if backward else None
-
-    def both() -> Tensor:
-        for leaf in leaves:
-            leaf.grad = None
-        y = forward()
-        y.backward(None if cotangent is None else cotangent.to(y))
-        return y
-
-    def alone() -> Tensor:
-        with torch.no_grad():
-            return forward()
-
-    return both if backward else alone
+    shapes = layer_shapes(case, sizes)
+    forward, leaves = measure.memory_operation(sizes.batch, case.length, sizes.heads, shapes, case.chunk, dtype=dtype)
+    return measure.passes(forward, leaves, case.backward), leaves
 
 
 def layer_shapes(case: Case, sizes: Sizes) -> list[tuple[int, int]]:
     assert case.expansion is not None
-    width = sizes.dim // sizes.heads
-    return [(width * case.expansion, width), (width, width * case.expansion)]
+    return measure.layer_shapes(sizes.dim // sizes.heads, case.expansion)
 
 
 def flops(case: Case, sizes: Sizes) -> int | None:

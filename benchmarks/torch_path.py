@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 import measure
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 BEFORE = "3a39973"
 """The last commit before the kernels for GPUs and the compiler's operators."""
@@ -71,44 +70,16 @@ def cases(sizes: Sizes, ways: tuple[str, ...]) -> list[Case]:
 
 
 def make(case: Case, sizes: Sizes) -> Callable[[], Any]:
-    """Inputs and parameters of a case; what is returned runs it once. Imports whatever tree is the process's."""
+    """Inputs and parameters of a case; the result runs it once. Imports the package of this process's tree."""
     torch.manual_seed(0)
-    forward, leaves = (memory if case.what in MEMORIES else model)(case, sizes)
-    if case.way == "compiled":
-        forward = torch.compile(forward)
-
-    def both() -> None:
-        for leaf in leaves:
-            leaf.grad = None
-        y = forward()
-        y.backward(torch.ones_like(y))
-
-    def alone() -> None:
-        with torch.no_grad():
-            forward()
-
-    return both if case.backward else alone
-
-
-def memory(case: Case, sizes: Sizes) -> tuple[Callable[[], Tensor], list[Tensor]]:
-    from titans_build.kernels.memory import MemoryState, titans_memory
-
-    depth, expansion = MEMORIES[case.what]
-    heads, d, tokens = sizes.heads, sizes.width, (1, sizes.length, sizes.heads)
-    q, k = (normalize(torch.randn(*tokens, d), dim=-1) for _ in range(2))
-    theta, eta, alpha = (torch.sigmoid(torch.randn(tokens) + bias) for bias in (-3, 1, -6))
-    shapes = [(d, d)] if depth == 1 else [(d * expansion, d), (d, d * expansion)]
-    weights = [torch.randn(1, heads, out, in_) * in_**-0.5 for out, in_ in shapes]
-    leaves = [q, k, torch.randn(*tokens, d), 0.1 * theta, eta, alpha, torch.ones(heads, d), *weights]
-    for leaf in leaves:
-        leaf.requires_grad_(case.backward)
-    backend = "native" if case.way == "native" else "torch"
-
-    def forward() -> Tensor:
-        state = MemoryState.fresh(tuple(leaves[7:]))
-        return titans_memory(*leaves[:6], state, chunk=sizes.chunk, norm=leaves[6], backend=backend)[0]
-
-    return forward, leaves
+    if case.what in MEMORIES:
+        backend = "native" if case.way == "native" else "torch"
+        depth, expansion = MEMORIES[case.what]
+        shapes = measure.layer_shapes(sizes.width, expansion, depth)
+        forward, leaves = measure.memory_operation(1, sizes.length, sizes.heads, shapes, sizes.chunk, backend)
+    else:
+        forward, leaves = model(case, sizes)
+    return measure.passes(torch.compile(forward) if case.way == "compiled" else forward, leaves, case.backward)
 
 
 def model(case: Case, sizes: Sizes) -> tuple[Callable[[], Tensor], list[Tensor]]:

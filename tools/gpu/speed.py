@@ -107,15 +107,17 @@ def _memory(
     d, tokens = shapes[0][1], (1, length, rows)
     q, k, v = (torch.randn(*tokens, d, device=device) for _ in range(3))
     theta, eta, alpha = (torch.sigmoid(torch.randn(tokens, device=device) + bias) for bias in (-3, 1, -6))
-    given = [x.to(dtype) for x in (normalize(q, dim=-1), normalize(k, dim=-1), v, 0.1 * theta, eta, alpha)]
+    given = (normalize(q, dim=-1), normalize(k, dim=-1), v, 0.1 * theta, eta, alpha)
+    q, k, v, theta, eta, alpha = (x.to(dtype) for x in given)
+    del given
     weights = [torch.randn(1, rows, out, in_, device=device) * in_**-0.5 for out, in_ in shapes]
     gain = torch.ones(rows, d, device=device, dtype=dtype)
 
     def forward() -> Tensor:
         state = MemoryState.fresh(tuple(weights))
-        return titans_memory(*given, state, chunk=chunk, norm=gain, backend=backend)[0]
+        return titans_memory(q, k, v, theta, eta, alpha, state, chunk=chunk, norm=gain, backend=backend)[0]
 
-    return torch.compile(forward) if compiled else forward, [*given, gain, *weights]
+    return torch.compile(forward) if compiled else forward, [q, k, v, theta, eta, alpha, gain, *weights]
 
 
 def memories(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator[Timing]:
