@@ -24,7 +24,7 @@ import torch
 
 import titans_build as tb
 from titans_build.recipes import StorageError
-from titans_build.recipes.reading import read_file
+from titans_build.recipes.parse import read_file
 from titans_build.tools.data import score
 from titans_build.tools.training import as_settings
 from titans_build.tools.training.trials import Trial, check_trial

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import measure
 
 import titans_build as tb
-from titans_build.recipes.reading import read_file
+from titans_build.recipes.parse import read_file
 from titans_build.tools.training.compare_command import draw
 from titans_build.tools.training.trials import RESULT, threads_per_job
 

@@ -14,11 +14,11 @@ from ..kernels.linear import project
 from ..registry import Spec
 from .block import Blocks, Decoder
 from .decoding import Arrangement, decoder
+from .fingerprint import Origin
 from .freezing import Frozen, freeze, thaw
 from .generation import Generation, generate
 from .layer import Layer
 from .normalisation import RMSNorm
-from .origin import Origin
 from .state import State, named_tensors, nbytes, trainable
 
 IGNORED = -100

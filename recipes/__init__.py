@@ -1,10 +1,10 @@
 """Recipes: reading and checking them, building the models they describe, and keeping both on disk."""
 
-from .composing import as_device, as_dtype, build
+from .build import as_device, as_dtype, build
 from .json_schema import recipe_schema
 from .loading import load_recipe
 from .packaged import packaged_names
-from .reading import read_value
+from .parse import read_value
 from .recipe import Recipe
 from .storage import StorageError, load, load_state, save, save_state
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from ..registry import Problem, RecipeError, list_blocks, nearest, show
-from .index import StorageError, read_index
-from .overriding import override
+from .overrides import override
 from .packaged import base_names, packaged_names, read_packaged
-from .reading import is_recipe_file, plain, read_file, read_text
+from .parse import is_recipe_file, plain, read_file, read_text
 from .recipe import Recipe, check_recipe
+from .saved_format import StorageError, read_index
 
 Source: TypeAlias = "str | os.PathLike[str] | Mapping[str, Any] | Recipe"
 

@@ -6,8 +6,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .overriding import override
-from .reading import read_file
+from .overrides import override
+from .parse import read_file
 
 _FOLDER = Path(__file__).parent
 _SIZES = "sizes"

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from ..registry import MAX_PROBLEMS, Checker, Problem, RecipeError, join, lookup, nearest, show
-from .reading import write_yaml
+from .parse import write_yaml
 
 VERSION = 1
 MAX_DIM = 2**17

@@ -29,12 +29,21 @@ from ..blocks.block import materialise
 from ..blocks.language_model import LanguageModel
 from ..blocks.state import State, map_state, named_tensors
 from ..registry import Problem, RecipeError, show
-from .checksum import Checksum, checksum
-from .composing import as_device, as_dtype, assemble
-from .index import INDEX, MODEL_FORMAT, VERSION, WEIGHTS, StorageError, expect_version, read_index
+from .atomic_write import atomic_write, making_folder
+from .build import as_device, as_dtype, assemble
 from .loading import load_recipe
 from .recipe import Recipe
-from .replacing import making_folder, replacing
+from .saved_format import (
+    INDEX,
+    MODEL_FORMAT,
+    VERSION,
+    WEIGHTS,
+    Checksum,
+    StorageError,
+    checksum,
+    expect_version,
+    read_index,
+)
 
 STATE_FORMAT = "titans-build state"
 
@@ -80,10 +89,10 @@ def save(model: LanguageModel, folder: str | os.PathLike[str]) -> None:
             "tag": tag,
             "checksum": checksum(stored),
         }
-        with replacing(place / weights) as temporary:
+        with atomic_write(place / weights) as temporary:
             save_file(stored, temporary, metadata)
         before = _named_weights(place)
-        with replacing(place / INDEX) as temporary:
+        with atomic_write(place / INDEX) as temporary:
             temporary.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         _clean(place, keep=weights, before=before)
 
@@ -147,7 +156,7 @@ def save_state(state: State, path: str | os.PathLike[str], model: LanguageModel)
         "rows": str(rows),
         "checksum": checksum(stored),
     }
-    with _writing(place), replacing(place) as temporary:
+    with _writing(place), atomic_write(place) as temporary:
         save_file(stored, temporary, metadata)
 
 

@@ -14,8 +14,8 @@ from .catalogue import (
     scratch,
 )
 from .description import Description, FieldDescription, describe
+from .errors import MAX_PROBLEMS, Problem, RecipeError, Unavailable, join, nearest, show
 from .json_schema import DIALECT, block_definitions, block_schema
-from .problem import MAX_PROBLEMS, Problem, RecipeError, Unavailable, join, nearest, show
 from .schema import MAX_INTEGER, Field, fields_of
 from .spec import Needs, Spec
 from .validation import Checker, check_settings, create, is_block, validate

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from .problem import Problem, RecipeError, nearest, show
+from .errors import Problem, RecipeError, nearest, show
 from .schema import Field, fields_of
 
 ENTRY_POINT_GROUP = "titans_build.blocks"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .catalogue import Entry, known_names, lookup
-from .problem import RecipeError
+from .errors import RecipeError
 from .schema import Field, block_places, describe_type
 from .spec import BLOCK_PLACEHOLDER, Needs
 from .validation import CHAIN

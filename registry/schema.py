@@ -16,7 +16,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUndefinedAnnotation
 from pydantic.fields import FieldInfo
 
-from .problem import Problem, join, nearest, show
+from .errors import Problem, join, nearest, show
 from .spec import HoldsBlock, Needs
 
 MAX_INTEGER = 2**63 - 1

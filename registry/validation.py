@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from .catalogue import Entry, known_names, lookup
-from .problem import MAX_PROBLEMS, Problem, RecipeError, join, nearest, show
+from .errors import MAX_PROBLEMS, Problem, RecipeError, join, nearest, show
 from .schema import Field, block_places
 from .spec import Needs
 

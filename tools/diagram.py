@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import recipes
-from ..recipes.composing import assemble
-from ..recipes.replacing import replacing
+from ..recipes.atomic_write import atomic_write
+from ..recipes.build import assemble
 from ..registry import RecipeError, lookup
 from .commands.model_summary import Part, on_meta, summarize_layer
 from .options import add_recipe, load
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     picture = draw(recipe, recipe.name or name)
     if arguments.out is not None:
         try:
-            with replacing(Path(arguments.out)) as temporary:
+            with atomic_write(Path(arguments.out)) as temporary:
                 temporary.write_text(picture, encoding="utf-8")
         except (OSError, ValueError) as error:
             raise UsageError(f"--out {arguments.out}: {getattr(error, 'strerror', None) or error}") from None

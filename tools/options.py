@@ -10,7 +10,7 @@ import torch
 
 from .. import recipes
 from ..blocks.placing import DTYPES, as_device, as_dtype
-from ..recipes.reading import read_value
+from ..recipes.parse import read_value
 from ..registry import Problem, RecipeError, show
 from .terminal import UsageError
 

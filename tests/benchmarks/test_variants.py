@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import titans_build as tb
-from titans_build.recipes.reading import read_file
+from titans_build.recipes.parse import read_file
 from titans_build.tools.training import as_settings
 from titans_build.tools.training.compare import fit, parameters_of
 
@@ -122,7 +122,5 @@ def test_a_needle_of_other_settings_is_not_taken_for_this_one(tmp_path: Path, lo
     trained = needle.train(settings["tasks"]["needle"], settings, tmp_path)
     assert trained["stages"][0]["seconds"] > 0
     settings["train"] = {**settings["train"], "lr": 0.5}
-    with pytest.raises(
-        SystemExit, match=r"this folder has a different run \(lr = 0.003\): choose another --out, or"
-    ):
+    with pytest.raises(SystemExit, match=r"this folder has a different run \(lr = 0.003\): choose another --out, or"):
         needle.train(settings["tasks"]["needle"], settings, tmp_path)

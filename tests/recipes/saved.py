@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from titans_build.recipes.checksum import checksum
+from titans_build.recipes.saved_format import checksum
 
 TINY = """
 version: 1

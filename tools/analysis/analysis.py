@@ -11,8 +11,8 @@ from torch import nn
 
 from ...blocks.freezing import thawed
 from ...blocks.language_model import LanguageModel
-from ...blocks.live_or_frozen import MemoryCheck, memory_check
 from ...blocks.memory import NeuralMemory
+from ...blocks.memory_ablation import MemoryCheck, memory_check
 from .recall import PLACES, Recall, recall_of
 from .recording import QUANTITIES, Bins, record
 from .sample import Sample

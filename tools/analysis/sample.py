@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...blocks.live_or_frozen import SHORTEST, next_tokens
+from ...blocks.memory_ablation import SHORTEST, next_tokens
 from ...registry import show
 from ..data import open_source
 from ..inference.tokenizer import ByteTokenizer, IdTokenizer, Tokenizer, open_tokenizer

@@ -15,8 +15,8 @@ from torch import nn
 
 from ...blocks.language_model import LanguageModel
 from ...recipes import StorageError, load_recipe, packaged_names
-from ...recipes.reading import read_file
-from ...recipes.replacing import making_folder, replacing
+from ...recipes.atomic_write import atomic_write, making_folder
+from ...recipes.parse import read_file
 from ..inference.session import MODEL, find_model, open_model
 from ..inference.tokenizer import Tokenizer
 from ..options import add_placement, whole_number
@@ -201,7 +201,7 @@ def _write(analysis: dict[str, Any], out: Path, *, draw: bool) -> None:
 
 
 def _put(path: Path, content: bytes) -> None:
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(content)
 
 

@@ -14,8 +14,8 @@ from rich.text import Text
 
 from ... import recipes
 from ...blocks.language_model import LanguageModel
-from ...recipes.composing import assemble, shortage, state_bytes
-from ...recipes.index import INDEX
+from ...recipes.build import assemble, shortage, state_bytes
+from ...recipes.saved_format import INDEX
 from ...registry import RecipeError, Unavailable, show
 from ..command_line import Command, problem_list
 from ..options import add_placement, add_recipe, load, overrides, placement, saved_folder, whole_number

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ... import recipes, registry
 from ...kernels import dispatch
-from ...recipes.reading import is_recipe_file
+from ...recipes.parse import is_recipe_file
 from ...registry import nearest, show
 from ..command_line import Command
 from ..options import add_placement, add_recipe, load, placement

@@ -14,7 +14,7 @@ from ...blocks.block import Block
 from ...blocks.language_model import LanguageModel
 from ...blocks.state import State, nbytes
 from ...recipes import Recipe, build
-from ...recipes.composing import state_bytes
+from ...recipes.build import state_bytes
 
 LENGTH = 2048
 """Tokens that FLOPs are averaged over: what a window, a chunk or a segment costs depends on how full it is."""

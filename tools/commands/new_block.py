@@ -16,8 +16,8 @@ from string import Template
 from typing import NamedTuple
 
 from ... import __version__
-from ...recipes.reading import read_value
-from ...recipes.replacing import making_folder, sync_folder
+from ...recipes.atomic_write import making_folder, sync_folder
+from ...recipes.parse import read_value
 from ...registry import NAME_RULE, is_name, list_blocks, list_rows, show
 from ..command_line import Command
 from ..terminal import UsageError, say, say_json

@@ -17,7 +17,7 @@ from ...blocks.language_model import LanguageModel
 from ...blocks.memory import NeuralMemory
 from ...kernels.dispatch import OPERATIONS, VARIABLE
 from ...recipes import Recipe
-from ...recipes.composing import machine_memory
+from ...recipes.build import machine_memory
 from ..terminal import UsageError
 from .model_summary import on_meta
 

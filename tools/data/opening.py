@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from ...recipes.reading import read_value
+from ...recipes.parse import read_value
 from ...registry import Problem, RecipeError, check_settings, fields_of, nearest, show
 from ..tasks import TASKS, list_tasks, make_task
 from .generated import Generated

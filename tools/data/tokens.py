@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...kernels.cpu_runtime.build_cache import folder as cache_folder
-from ...recipes.replacing import replacing
+from ...recipes.atomic_write import atomic_write
 from ...registry import Problem, RecipeError, nearest, show
 from ..randomness import Integers
 from .files import TextFile, read
@@ -103,7 +103,7 @@ def _make(path: Path, files: list[TextFile], encoder: Any, vocab: int) -> None:
     kind = _kind(vocab)
     path.parent.mkdir(parents=True, exist_ok=True)
     ends, count = [], 0
-    with replacing(path) as temporary, open(temporary, "wb") as target:
+    with atomic_write(path) as temporary, open(temporary, "wb") as target:
         for file in files:
             for block in _blocks(file):
                 # what is no UTF-8 is read as U+FFFD: a tokenizer knows text alone

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from ...blocks.placing import as_device
-from ...recipes.replacing import replacing
+from ...recipes.atomic_write import atomic_write
 from ..terminal import Columns, UsageError, complain, in_bytes, prepare_streams, progress, say, say_columns
 from . import goals, parity, speed, timing, workers
 
@@ -181,7 +181,7 @@ def _write(results: dict[str, Any], target: Path | None) -> None:
         return
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(target) as temporary:
+        with atomic_write(target) as temporary:
             temporary.write_text(json.dumps(_plain(results), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UsageError(f"--json {target}: {getattr(error, 'strerror', None) or error}") from None

@@ -17,8 +17,8 @@ from ...blocks.block import materialise
 from ...blocks.language_model import LanguageModel
 from ...blocks.state import trainable
 from ...recipes import Recipe, StorageError
-from ...recipes.composing import assemble
-from ...recipes.index import INDEX
+from ...recipes.build import assemble
+from ...recipes.saved_format import INDEX
 from ...registry import show
 from ..training.train_step import activation_checkpointing
 from .cache import StateCache

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ...recipes.replacing import replacing
+from ...recipes.atomic_write import atomic_write
 from ...registry import show
 from ..plotting import COLOURS, draw
 from ..terminal import Columns, CommandFailed, UsageError, count, say, say_columns, say_json
@@ -164,7 +164,7 @@ def _plot(
         axes.legend()
 
     try:
-        with replacing(Path(arguments.plot)) as temporary:
+        with atomic_write(Path(arguments.plot)) as temporary:
             temporary.write_bytes(draw(plot, formats=["svg"], size=(7.2, 4.0))["svg"])
     except (OSError, ValueError) as error:
         raise UsageError(f"--plot {arguments.plot}: {getattr(error, 'strerror', None) or error}") from None

@@ -20,8 +20,8 @@ from ...blocks.generation import Sampler, steps
 from ...blocks.language_model import LanguageModel
 from ...blocks.state import State, batch_size, named_tensors
 from ...recipes import StorageError, packaged_names
-from ...recipes.index import INDEX
-from ...recipes.reading import read_file
+from ...recipes.parse import read_file
+from ...recipes.saved_format import INDEX
 from ...recipes.storage import STATE_FORMAT
 from ...registry import nearest
 from ..options import placement

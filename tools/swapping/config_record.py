@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from ...recipes.replacing import replacing
+from ...recipes.atomic_write import atomic_write
 from .adapter import SwapError
 from .plan import Plan
 
@@ -102,7 +102,7 @@ def _with_swaps(base: Any) -> type:
                 "titans_build": {"version": VERSION, "into": data.pop("model_type"), "swaps": kept["swaps"]},
                 "config": data,
             }
-            with replacing(Path(json_file_path)) as temporary:
+            with atomic_write(Path(json_file_path)) as temporary:
                 temporary.write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
         def to_dict(self) -> dict[str, Any]:

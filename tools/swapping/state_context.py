@@ -15,11 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ...blocks.origin import Origin
+from ...blocks.fingerprint import Origin
 from ...blocks.state import State, batch_size, map_state, named_tensors
-from ...recipes.checksum import checksum
-from ...recipes.index import VERSION, StorageError, expect_version
-from ...recipes.replacing import replacing
+from ...recipes.atomic_write import atomic_write
+from ...recipes.saved_format import VERSION, StorageError, checksum, expect_version
 from ...registry import show
 from .adapter import SwapError
 from .site import Gated, Site
@@ -139,7 +138,7 @@ class StateContext:
             "checksum": checksum(tensors),
         }
         try:
-            with replacing(place) as temporary:
+            with atomic_write(place) as temporary:
                 save_file(tensors, temporary, metadata)
         except (OSError, SafetensorError) as error:
             raise StorageError(f"{place}: cannot be written: {getattr(error, 'strerror', None) or error}") from error

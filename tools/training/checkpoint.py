@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from ...recipes import StorageError
-from ...recipes.replacing import replacing, sync_folder
+from ...recipes.atomic_write import atomic_write, sync_folder
 from ...registry import show
 from ..terminal import CommandFailed
 from .distributed import Processes
@@ -56,7 +56,7 @@ def write(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any],
                     for path in sorted(temporary.glob("*.safetensors"))
                 },
             }
-            with replacing(temporary / INDEX) as path:
+            with atomic_write(temporary / INDEX) as path:
                 path.write_text(json.dumps(index, indent=2, allow_nan=False) + "\n", encoding="utf-8")
             if folder.exists():
                 shutil.rmtree(folder)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ...recipes import Recipe, load_recipe
-from ...recipes.reading import read_value
-from ...recipes.replacing import replacing
+from ...recipes.atomic_write import atomic_write
+from ...recipes.parse import read_value
 from ...registry import show
 from ..options import overrides
 from ..plotting import COLOURS, DASHES, need_matplotlib
@@ -156,7 +156,7 @@ def _write_plots(result: dict[str, Any], folder: Path) -> list[str]:
         return files
     for ending, content in plots.items():
         file = folder / f"comparison.{ending}"
-        with write_errors(file), replacing(file) as path:
+        with write_errors(file), atomic_write(file) as path:
             path.write_bytes(content)
         files.append(str(file))
     return files

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ...recipes import Recipe, StorageError, load_recipe
-from ...recipes.reading import read_file, write_yaml
-from ...recipes.replacing import replacing
+from ...recipes.atomic_write import atomic_write
+from ...recipes.parse import read_file, write_yaml
 from ...registry import Problem, RecipeError, show
 from ..terminal import CommandFailed
 from .settings import FIXED, Settings, as_settings
@@ -115,7 +115,7 @@ def write_text(path: Path, text: str, error: type[Exception] = CommandFailed) ->
     """Replace a file atomically, and make its folder. Raises ``error`` if that fails, as on a full disk."""
     with write_errors(path, error):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
 

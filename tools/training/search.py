@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from ...recipes import Recipe, StorageError, load_recipe
 from ...recipes.loading import Source as RecipeSource
-from ...recipes.reading import plain, read_file, write_yaml
+from ...recipes.parse import plain, read_file, write_yaml
 from ...registry import Problem, RecipeError, nearest, show
 from ..extras import from_extra
 from .run_folder import write_text

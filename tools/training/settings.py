@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict
 from pydantic import Field as Described
 
-from ...recipes.reading import plain, read_file, write_yaml
+from ...recipes.parse import plain, read_file, write_yaml
 from ...registry import Field, Problem, RecipeError, check_settings, join, show
 
 

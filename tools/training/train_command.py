@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.text import Text
 
-from ...recipes.reading import read_file, read_value
+from ...recipes.parse import read_file, read_value
 from ...registry import Problem, RecipeError, show
 from ..options import add_recipe, load, overrides, saved_folder
 from ..terminal import UsageError, complain, console, say, say_json

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import titans_build as tb
 from titans_build.blocks.language_model import LanguageModel
-from titans_build.blocks.live_or_frozen import memories_of
+from titans_build.blocks.memory_ablation import memories_of
 from titans_build.blocks.state import detach
 from titans_build.tools.analysis import recording
 from titans_build.tools.analysis.recording import (

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import titans_build as tb
-from titans_build.recipes.reading import read_value
+from titans_build.recipes.parse import read_value
 from titans_build.tools import tasks
 
 ROOT = Path(__file__).parents[3]

@@ -13,7 +13,7 @@ from tiny_runs import COPY, QUICK, TINY, logged, losses
 
 import titans_build as tb
 from titans_build.recipes import StorageError
-from titans_build.recipes.reading import read_file
+from titans_build.recipes.parse import read_file
 from titans_build.tools.training import TrainedRun, train
 from titans_build.tools.training.checkpoint import CheckpointManager
 

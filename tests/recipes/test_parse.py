@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from titans_build.recipes.reading import plain, read_file, read_text, read_value, write_yaml
+from titans_build.recipes.parse import plain, read_file, read_text, read_value, write_yaml
 from titans_build.registry import RecipeError
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """A temporary file in the target's folder that takes the target's place when the block ends well.
+def atomic_write(target: Path) -> Iterator[Path]:
+    """Yield a temporary file that replaces ``target`` when the block succeeds.
 
     Of a link, what it points to is replaced. What is no file, such as a device, gets a copy and stays what it is.
     """

@@ -1,6 +1,6 @@
 import torch
 
-from titans_build.recipes.checksum import checksum
+from titans_build.recipes.saved_format import checksum
 
 
 def test_it_is_of_names_and_bytes():

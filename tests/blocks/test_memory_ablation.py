@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 import titans_build as tb
 from titans_build.blocks.language_model import LanguageModel
-from titans_build.blocks.live_or_frozen import Difference, _difference, memories_of, next_tokens, writing_memories
+from titans_build.blocks.memory_ablation import Difference, _difference, memories_of, next_tokens, writing_memories
 from titans_build.blocks.state import named_tensors
 
 LMM = {"type": "memory", "heads": 2, "expansion": 2, "chunk": 4, "conv": 0}
@@ -69,7 +69,7 @@ def test_a_reset_memory_knows_only_what_came_since(tokens: Tensor) -> None:
 
 @pytest.mark.parametrize("block", [MAC, MAG], ids=["mac", "mag"])
 def test_a_reset_leaves_everything_but_memories(block: Any, tokens: Tensor) -> None:
-    from titans_build.blocks.live_or_frozen import with_memories_of
+    from titans_build.blocks.memory_ablation import with_memories_of
 
     model = model_of(block)
     with torch.no_grad():

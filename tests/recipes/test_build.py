@@ -10,7 +10,7 @@ from wrong_recipes import HEAD, PLAIN
 from titans_build import Block
 from titans_build.blocks.state import named_tensors
 from titans_build.recipes import build, load_recipe
-from titans_build.recipes.composing import state_bytes
+from titans_build.recipes.build import state_bytes
 from titans_build.registry import RecipeError, register, scratch
 
 SMALL = PLAIN.replace("dim: 64", "dim: 16")

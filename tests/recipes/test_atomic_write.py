@@ -9,11 +9,11 @@ import pytest
 
 import titans_build as tb
 from titans_build.recipes import StorageError
-from titans_build.recipes.replacing import making_folder, replacing
+from titans_build.recipes.atomic_write import atomic_write, making_folder
 
 
 def write(target, text):
-    with replacing(target) as temporary:
+    with atomic_write(target) as temporary:
         temporary.write_text(text)
 
 
@@ -60,7 +60,7 @@ def test_a_writer_that_replaces_what_it_is_given_replaces_no_device(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    with replacing(pipe) as temporary:
+    with atomic_write(pipe) as temporary:
         new = temporary.with_name("new")
         new.write_bytes(b"content")
         os.replace(new, temporary)  # as safetensors does

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from titans_build import state as st
-from titans_build.blocks.origin import Origin
+from titans_build.blocks.fingerprint import Origin
 from titans_build.recipes import build, load_recipe
 
 RECIPE = {

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from ..blocks.block import check_seed, materialise
+from ..blocks.fingerprint import Origin
 from ..blocks.language_model import LanguageModel
-from ..blocks.origin import Origin
 from ..blocks.placing import as_device, as_dtype
 from ..registry import Problem, RecipeError
 from .loading import Source, load_recipe

@@ -1,12 +1,16 @@
-"""The index of a saved model: ``model.json``, which says what the model is and which file holds its weights."""
+"""The format of saved models and states: ``model.json``, versions, and checksums of tensors."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import zlib
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from ..registry import nearest, show
 
@@ -76,3 +80,27 @@ def expect_version(version: Any, path: Path) -> None:
             f"{path}: expected format version {VERSION}, got {show(version)}; "
             "a file of a later version needs a later titans-build"
         )
+
+
+class Checksum:
+    """CRC-32 of tensors' names and bytes, added one by one in any order that is the same both times."""
+
+    def __init__(self) -> None:
+        self._value = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """One more tensor, contiguous and on the CPU."""
+        self._value = zlib.crc32(name.encode(), self._value)
+        # bytes, whatever the numbers are: numpy has no bfloat16
+        self._value = zlib.crc32(tensor.detach().reshape(-1).view(torch.uint8).numpy().data, self._value)
+
+    def __str__(self) -> str:
+        return f"{self._value:08x}"
+
+
+def checksum(tensors: dict[str, Tensor]) -> str:
+    """Of all of them, sorted by name."""
+    total = Checksum()
+    for name in sorted(tensors):
+        total.add(name, tensors[name])
+    return str(total)
