@@ -1,4 +1,4 @@
-"""The speed of this version beside that of another one, in processes that take turns.
+"""Compare the speed of this version with that of another one, in processes that take turns.
 
 python benchmarks/before_after.py --against FOLDER [--pairs N] [--cases PATTERN ...] [--threads N] [--json FILE]
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import gc
+import itertools
 import json
 import math
 import os
@@ -27,20 +28,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Result, environment, machine_table, milliseconds, run, say, show, table, write
+from measure import Result, benchmark, machine_table, milliseconds, say, table
 
 HERE = Path(__file__).parent
 CASES = [
     "operation forward",
     "operation forward and backward",
     "operation one token",
-    "train memory",
-    *(f"train {name}" for name in ("mac", "lmm")),
+    *(f"train {name}" for name in ("memory", "mac", "lmm")),
     *(f"read {name}" for name in ("mac", "mag", "mal", "lmm")),
     *(f"generate {name} {rows}" for name in ("mac", "mag", "lmm") for rows in ("one row", "four rows")),
 ]
-SAMPLE = 0.005
-"""Seconds that one sample takes at least: as many calls as that needs. Short ones are seldom disturbed."""
+SAMPLE = 0.005  # seconds that one sample takes at least: short ones are seldom disturbed
 RATIO = {"ratio": "this over the other", "lowest": "lowest pair", "highest": "highest pair"}
 
 
@@ -161,40 +160,41 @@ def measure_pair(given: argparse.Namespace, cases: list[str]) -> dict[str, tuple
 
 def tables(results: Result) -> dict[str, str]:
     rows = [
-        (name, milliseconds(row["now"]), milliseconds(row["before"]), *(f"{row[key]:.3f}" for key in RATIO))
+        (name, *(milliseconds(row[key]) for key in ("now", "before")), *(f"{row[key]:.3f}" for key in RATIO))
         for name, row in results["cases"].items()
     ]
     head = ("case", "this version, ms", "the other, ms", *RATIO.values())
     return {"before and after": table(head, rows), "machine": machine_table(results, [])}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def matching(pattern: str) -> list[str]:
+    if not (found := fnmatch.filter(CASES, pattern)):
+        raise argparse.ArgumentTypeError(f"{pattern!r}: expected some of {', '.join(CASES)}")
+    return found
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--against", type=Path, required=True, metavar="FOLDER", help="where the other version is installed")
-    add("--pairs", type=int, default=5, help="pairs of processes (default: 5)")
-    add("--cases", nargs="+", default=["*"], metavar="PATTERN", help="names of cases, with wildcards (default: all)")
-    add("--threads", type=int, default=1, help="of each process (default: 1)")
+    add("--pairs", type=int, choices=range(1, 100), default=5, metavar="N", help="pairs of processes (default: 5)")
+    add("--cases", type=matching, nargs="+", default=[CASES], metavar="PATTERN", help="with wildcards (default: all)")
+    add("--threads", type=int, choices=range(1, 100), default=1, metavar="N", help="of each process (default: 1)")
     add("--seconds", type=float, default=4.0, help="for a case in a pair, both versions together (default: 4)")
-    add("--quick", action="store_true", help="tiny shapes, seconds: whether it runs, not how fast")
-    add("--json", type=Path, metavar="FILE", help="write the results here")
-    given = parser.parse_args()
-    cases = [name for name in CASES if any(fnmatch.fnmatch(name, pattern) for pattern in given.cases)]
-    if not cases or min(given.pairs, given.threads) < 1:
-        parser.error(f"expected --pairs and --threads of at least 1, and --cases among: {', '.join(CASES)}")
+
+
+def measure(given: argparse.Namespace, results: Result) -> Result:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: given.threads])
-    results: Result = {"program": "before_after", "quick": given.quick, "environment": environment(), "skipped": {}}
+    cases = list(dict.fromkeys(itertools.chain(*given.cases)))
     pairs = [measure_pair(given, cases) for _ in range(given.pairs)]
-    results["cases"] = {}
+    found = {}
     for name in cases:
-        ratios = [now / before for now, before in (pair[name] for pair in pairs)]
-        summary = {"ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
+        ratios = sorted(now / before for now, before in (pair[name] for pair in pairs))
         now, before = (min(pair[name][which] for pair in pairs) for which in (0, 1))
-        results["cases"][name] = {"now": now, "before": before, **summary}
-    write(results, given.json)
-    show(tables(results))
+        found[name] = {"now": now, "before": before, "ratio": statistics.median(ratios)}
+        found[name] |= {"lowest": ratios[0], "highest": ratios[-1]}
+    return {"cases": found}
 
 
 if __name__ == "__main__":
-    run(main)
+    benchmark("before_after", __doc__, "about 7 minutes", measure, tables, add_options=add_options)
