@@ -7,25 +7,8 @@ Example::
     model = as_pretrained(tb.load("models/mine"))            # a PreTrainedModel
     model.generate(tokens, num_beams=4, max_new_tokens=64)
     model.save_pretrained("models/hf")
-    model = from_pretrained("models/hf")                     # AutoModelForCausalLM knows it as well
+    model = from_pretrained("models/hf")                     # AutoModelForCausalLM reads it as well
 """
 
-from .tools.huggingface import (
-    StateCache,
-    TitansBuildConfig,
-    TitansBuildForCausalLM,
-    TitansBuildModel,
-    as_pretrained,
-    byte_tokenizer,
-    from_pretrained,
-)
-
-__all__ = [
-    "StateCache",
-    "TitansBuildConfig",
-    "TitansBuildForCausalLM",
-    "TitansBuildModel",
-    "as_pretrained",
-    "byte_tokenizer",
-    "from_pretrained",
-]
+from .tools.huggingface import *  # noqa: F403
+from .tools.huggingface import __all__ as __all__

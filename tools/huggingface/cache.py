@@ -1,4 +1,4 @@
-"""What a model has read, as ``generate`` carries it from one call to the next: a state in place of keys and values."""
+"""The cache of a model of a recipe: its state, in place of keys and values."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ...blocks.state import select
 
 
 class StateCache(Cache):
-    """A cache that holds the state of a titans-build model; the model's calls put the next one into it.
+    """A cache that holds the state of a titans-build model. Each call of the model puts the next state into it.
 
     ``cache.state`` is ``None`` before anything was read, and may be assigned: ``tb.state``, ``tb.save_state`` and
     ``tb.load_state`` work on it. States are never modified, so ``copy.deepcopy(cache)`` is a fork that copies nothing.
     """
 
     def __init__(self, state: ModelState | None = None, length: int = 0) -> None:
-        """``length``: how many tokens ``state`` has been shown in each row, padding included."""
+        """``length``: how many tokens ``state`` has read in each row, padding included."""
         super().__init__(layers=[])
         self.state = state
         self.length = length
@@ -36,10 +36,10 @@ class StateCache(Cache):
         return 0 if self.state is None else len(self.state.layers)
 
     def __bool__(self) -> bool:
-        return True  # there, whatever it has read
+        return True  # also before it has read anything
 
     def read(self, state: ModelState, tokens: int) -> None:
-        """The model has read ``tokens`` more of each row, and this is its state now."""
+        """Set the state of the model after ``tokens`` more of each row."""
         self.state, self.length = state, self.length + tokens
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -68,33 +68,28 @@ class StateCache(Cache):
         return False
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Discard the state."""
         self.state, self.length = None, 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """The rows ``beam_idx``, in this order."""
-        self._select(beam_idx)
+        self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """The rows ``indices``, in this order."""
-        self._select(indices)
+        """Keep the rows ``indices``, in this order."""
+        if self.state is not None:
+            self.state = select(self.state, indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row ``repeats`` times."""
+        """Repeat every row ``repeats`` times."""
         if self.state is not None:
-            self._select(torch.arange(self.batch_size).repeat_interleave(repeats))
+            self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last ``-tokens_to_remove`` tokens: none, or all of them. Raises ``ValueError`` for others."""
-        if tokens_to_remove == 0:
-            return
-        if -tokens_to_remove != self.length:
+        """Remove the last ``-tokens_to_remove`` tokens: none, or all of them. Raises ``ValueError`` for others."""
+        if tokens_to_remove not in (0, -self.length):
             raise ValueError(
                 f"crop({tokens_to_remove}): a memory cannot forget the last of the {self.length} tokens it has "
                 "learned from; copy.deepcopy(cache) before reading them keeps what was"
             )
-        self.reset()
-
-    def _select(self, rows: Tensor) -> None:
-        if self.state is not None:
-            self.state = select(self.state, rows)
+        if tokens_to_remove:
+            self.reset()

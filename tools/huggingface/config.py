@@ -26,7 +26,7 @@ class TitansBuildConfig(PreTrainedConfig):
 
     recipe: Any = None
     recipe_overrides: dict[str, Any] | None = None
-    """What was changed in the recipe when it was loaded, by path. Already applied: a record, not an instruction."""
+    """The overrides the recipe was loaded with, by path. They are applied already."""
     fingerprint: str | None = None
     use_cache: bool = True
     pad_token_id: int | None = None
@@ -35,7 +35,7 @@ class TitansBuildConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Of a ``config.json``, where the recipe is there as a whole: it names no other file to be read."""
+        """From a ``config.json``, which holds the whole recipe and names no other file."""
         for name, nothing in (("recipe", ()), ("recipe_overrides", (None,))):
             value = config_dict.get(name)
             if name in config_dict and not isinstance(value, dict) and value not in nothing:

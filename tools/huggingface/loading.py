@@ -1,25 +1,38 @@
-"""Back from a folder: whatever ``save_pretrained`` or ``tb.save`` has written there."""
+"""Models of transformers back from a folder: of recipes, with swaps in them, or as they are."""
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-from transformers.models.auto import modeling_auto
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from ...recipes import StorageError, load
 from ...registry import show
-from .model import as_pretrained, is_saved_model
-from .swapped import AUTO
+from ..swapping.config_record import FIELDS, MODEL_TYPE, VERSION, attach_records, records_of
+from ..swapping.swap import frozen_names, swap
+from .model import as_pretrained, expect_whole, is_saved_model
+
+AUTO = {
+    "AutoModel": "MODEL_MAPPING",
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "AutoModelForMaskedLM": "MODEL_FOR_MASKED_LM_MAPPING",
+    "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
+    "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
+}
+"""The Auto classes, and their mappings from configurations to classes of models."""
 
 
 def from_pretrained(folder: str | os.PathLike[str], **kwargs: Any) -> Any:
-    """The model in ``folder``: one of a recipe, or one of transformers, with swaps in it or without.
+    """The model in ``folder``, in the class that was saved: whatever ``save_pretrained`` or ``tb.save`` wrote there.
 
-    ``kwargs``: as ``from_pretrained`` of transformers takes them (``dtype``, ``device_map``, ...); of a folder that
-    ``tb.save`` wrote, ``dtype`` alone. The class is the one that was saved. Runs no code from the folder.
+    ``kwargs``: as for ``from_pretrained`` of transformers (``dtype``, ``device_map``, ...); for a folder that
+    ``tb.save`` wrote, ``dtype`` alone. Runs no code from the folder.
 
     Raises ``StorageError`` where the weights are not those of the model that is described, and whatever transformers
     raises for a folder that holds no model.
@@ -32,9 +45,89 @@ def from_pretrained(folder: str | os.PathLike[str], **kwargs: Any) -> Any:
         return as_pretrained(load(place, dtype=None if dtype == "auto" else dtype)).eval()
     config = AutoConfig.from_pretrained(str(place), trust_remote_code=False)
     wanted = (config.architectures or ["?"])[0]
-    for name in AUTO:
-        auto: Any = getattr(modeling_auto, name)
-        kind = auto._model_mapping.get(type(config), None)
-        if getattr(kind, "__name__", None) == wanted:
-            return auto.from_pretrained(str(place), trust_remote_code=False, **kwargs)
+    for auto, _ in _auto_classes(type(config), wanted):
+        return auto.from_pretrained(str(place), trust_remote_code=False, **kwargs)
     raise StorageError(f"{place}: no class {show(wanted)} is known that reads a {type(config).__name__}")
+
+
+class SwappedConfig(PreTrainedConfig):
+    """How ``AutoConfig`` reads the ``config.json`` of a swapped model: as the configuration of the original model.
+
+    It holds the records of the swaps, which are repeated, in order, when a model is made of it.
+    """
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Raises ``StorageError`` for what was written by a later version or by something else."""
+        record, data = config_dict.get("titans_build"), config_dict.get("config")
+        architectures = config_dict.get("architectures")
+        if not isinstance(record, dict) or not isinstance(data, dict) or not isinstance(record.get("swaps"), list):
+            raise StorageError(f"config.json: expected the swaps of a {MODEL_TYPE} model, got {show(config_dict)}")
+        if record.get("version") != VERSION:
+            raise StorageError(
+                f"config.json: expected version {VERSION} of the record of swaps, got {show(record.get('version'))}; "
+                "a later one needs a later titans-build"
+            )
+        for swap_record in record["swaps"]:
+            if not isinstance(swap_record, dict) or set(swap_record) != set(FIELDS):
+                raise StorageError(
+                    f"config.json: swaps: expected each with the keys {', '.join(FIELDS)}, got {show(swap_record)}"
+                )
+        kind = record.get("into")
+        if kind not in CONFIG_MAPPING or not isinstance(architectures, list) or len(architectures) != 1:
+            raise StorageError(
+                f"config.json: swaps into a model of type {show(kind)} (class {show(architectures)}), which this "
+                "transformers does not have"
+            )
+        return_unused = kwargs.pop("return_unused_kwargs", False)
+        config, unused = CONFIG_MAPPING[kind].from_dict(dict(data), return_unused_kwargs=True, **kwargs)
+        original: Any = type(config)
+        attach_records(config, architectures[0], record["swaps"])
+        swapped: Any = type(config)
+        for auto, model_class in _auto_classes(original, architectures[0]):
+            auto.register(swapped, _with_swaps(model_class, swapped), exist_ok=True)
+        return (config, unused) if return_unused else config
+
+
+def _auto_classes(config: type, architecture: str) -> list[tuple[Any, Any]]:
+    """The Auto classes that make an ``architecture`` of a ``config``, each with that class."""
+    found = []
+    for auto, mapping in AUTO.items():
+        kind = getattr(transformers, mapping).get(config, None)
+        if getattr(kind, "__name__", None) == architecture:
+            found.append((getattr(transformers, auto), kind))
+    return found
+
+
+@functools.cache
+def _with_swaps(kind: Any, config_type: type) -> type:
+    """``kind`` with the swaps of its configuration made in ``__init__``. What is read is a ``kind`` again."""
+
+    class WithSwaps(kind):
+        config_class = config_type
+
+        def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+            super().__init__(config, *args, **kwargs)
+            for record in records_of(config):
+                swap(self, **record)
+
+        @classmethod
+        def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+            output_loading_info = kwargs.pop("output_loading_info", False)
+            kwargs.setdefault("use_safetensors", True)
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+            model.__class__ = kind
+            expect_whole(info, str(pretrained_model_name_or_path), f"the {kind.__name__} with its swaps")
+            for name in frozen_names(model):
+                model.get_parameter(name).requires_grad_(False)
+            return (model, info) if output_loading_info else model
+
+    WithSwaps.__name__ = WithSwaps.__qualname__ = kind.__name__
+    return WithSwaps
+
+
+AutoConfig.register(MODEL_TYPE, SwappedConfig, exist_ok=True)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, pad
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from ...blocks.block import materialise
-from ...blocks.language_model import LanguageModel
+from ...blocks.language_model import IGNORED, LanguageModel
 from ...blocks.state import trainable
 from ...recipes import Recipe, StorageError
 from ...recipes.build import assemble
@@ -22,18 +24,33 @@ from ...recipes.saved_format import INDEX
 from ...registry import show
 from ..training.train_step import activation_checkpointing
 from .cache import StateCache
-from .checking import expect_whole
 from .config import TitansBuildConfig
-from .embedding import Embedding
-from .loss import next_token_loss
-from .masking import real_tokens
+
+
+class Embedding(nn.Module):
+    """The embedding of a language model as a module, which transformers asks for: [batch, time] -> [batch, time, dim].
+
+    Its parameter is the model's, which this is no part of.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self._model = (model,)  # not a child: its parameters have their names already
+
+    @property
+    def weight(self) -> Tensor | None:
+        """``[vocab, dim]``."""
+        return self._model[0].embedding
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self._model[0].embed(tokens)
 
 
 class TitansBuildPreTrainedModel(PreTrainedModel):
-    """What the models here share: ``model``, the ``LanguageModel`` that does the work, and how it is saved and read.
+    """Base class of the models here: ``model`` is the ``LanguageModel`` that does the work.
 
-    ``config``: whose recipe it is of; parameters are drawn from torch's global generator. ``model``: a
-    ``LanguageModel`` of that recipe to put in here as it is, instead of a new one.
+    ``config``: with the recipe of the model; parameters are drawn from torch's global generator. ``model``: a
+    ``LanguageModel`` of that recipe to use as it is, instead of a new one.
     """
 
     config_class = TitansBuildConfig
@@ -59,26 +76,31 @@ class TitansBuildPreTrainedModel(PreTrainedModel):
         # with the weights in their file: it tells weights of one recipe from those of another of equal shapes
         self.register_buffer("fingerprint", torch.empty((), dtype=torch.int64, device=device))
         self.gradient_checkpointing = False
-        self._sign()
+        self._set_fingerprint()
         self.post_init()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Of transformers, from safetensors. Raises ``StorageError`` where the weights are not those of the recipe."""
+        """As in transformers, from safetensors. Raises ``StorageError`` for weights that are not of the recipe."""
         place = pretrained_model_name_or_path
         if isinstance(place, str | os.PathLike) and is_saved_model(Path(place)):
             raise StorageError(
                 f"{place}: tb.save wrote this folder: titans_build.huggingface.from_pretrained reads it, too"
             )
-        tell = kwargs.pop("output_loading_info", False)
+        output_loading_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("use_safetensors", True)
         result, info = super().from_pretrained(place, *args, output_loading_info=True, **kwargs)
-        result._expect_whole(info, str(place))
-        return (result, info) if tell else result
+        expect_whole(info, str(place), f"the recipe {show(result.model.recipe.name or '')}")
+        if int(result.fingerprint) != result.model.origin.number:
+            raise StorageError(
+                f"{place}: these are the weights of another recipe than the one in config.json "
+                f"({result.config.fingerprint}), though all shapes are the same"
+            )
+        return (result, info) if output_loading_info else result
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Of transformers: recipe in ``config.json``, weights in safetensors. Modules to import are left out."""
-        self._sign()
+        """As in transformers: recipe in ``config.json``, weights in safetensors. Modules to import are left out."""
+        self._set_fingerprint()
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def get_input_embeddings(self) -> Any:
@@ -97,7 +119,7 @@ class TitansBuildPreTrainedModel(PreTrainedModel):
         return self.get_input_embeddings()
 
     def _init_weights(self, module: Any) -> None:
-        """Blocks have initialised their own parameters."""
+        """Blocks initialise their own parameters."""
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, every_n_layers: int = 1
@@ -125,7 +147,7 @@ class TitansBuildPreTrainedModel(PreTrainedModel):
             )
         if cache is None and (self.config.use_cache if use_cache is None else use_cache):
             cache = StateCache()
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else self._checked(inputs_embeds)
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else self._check_embeddings(inputs_embeds)
         rows, time, _ = x.shape
         mask = real_tokens(attention_mask, rows, time, 0 if cache is None else cache.length)
         if mask is not None:
@@ -134,14 +156,15 @@ class TitansBuildPreTrainedModel(PreTrainedModel):
         if state is not None:
             self.model.check_state(state, rows)
             state = trainable(state) if torch.is_grad_enabled() else state
-        again = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        with activation_checkpointing(self.model, self._checkpoint, self._every) if again else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+                stack.enter_context(activation_checkpointing(self.model, self._checkpoint, self._every))
             hidden, state = self.model.run(x, state, mask)
         if cache is not None:
             cache.read(state, time)
         return hidden, mask, cache
 
-    def _checked(self, embeddings: Tensor) -> Tensor:
+    def _check_embeddings(self, embeddings: Tensor) -> Tensor:
         dtype = self.model.norm.gain.dtype
         if embeddings.dim() != 3 or embeddings.shape[2] != self.model.dim:
             raise ValueError(f"inputs_embeds: expected [batch, time, {self.model.dim}], got {list(embeddings.shape)}")
@@ -149,23 +172,13 @@ class TitansBuildPreTrainedModel(PreTrainedModel):
             raise TypeError(f"inputs_embeds: expected {dtype}, as the model's parameters are, got {embeddings.dtype}")
         return embeddings
 
-    def _sign(self) -> None:
+    def _set_fingerprint(self) -> None:
         if not self.fingerprint.is_meta:
             self.fingerprint.fill_(self.model.origin.number)
 
-    def _expect_whole(self, info: dict[str, Any], place: str) -> None:
-        """Raise ``StorageError`` unless what was read is all of this model, and of its recipe."""
-        recipe: Any = self.model.recipe
-        expect_whole(info, place, f"the recipe {show(recipe.name or '')}")
-        if int(self.fingerprint) != self.model.origin.number:
-            raise StorageError(
-                f"{place}: these are the weights of another recipe than the one in config.json "
-                f"({self.config.fingerprint}), though all shapes are the same"
-            )
-
 
 class TitansBuildModel(TitansBuildPreTrainedModel):
-    """Tokens or vectors in, vectors out: for recipes without a vocabulary, and for heads of one's own."""
+    """Tokens or vectors in, vectors out: for recipes without a vocabulary, and for custom heads."""
 
     def forward(
         self,
@@ -208,21 +221,22 @@ class TitansBuildForCausalLM(TitansBuildPreTrainedModel, GenerationMixin):
         """Read ``input_ids`` [batch, time] int64, or ``inputs_embeds`` [batch, time, dim].
 
         ``attention_mask`` [batch, time], or [batch, before + time] where the cache has read ``before`` tokens: 0 at
-        padding, which may be on either side. ``past_key_values``: goes on from what it has read, and has read these
-        tokens, too, afterwards. ``labels`` [batch, time]: the tokens themselves, shifted here; -100 does not count.
+        padding, which may be on either side. ``past_key_values``: the call continues from it, and adds these tokens to
+        it. ``labels`` [batch, time]: the tokens themselves, shifted here; -100 does not count.
         ``logits_to_keep``: of how many last tokens logits are wanted (0: all), or of which.
 
         Raises ``TypeError`` or ``ValueError`` for a cache of another model, and for wrong shapes and ids.
         """
         hidden, mask, cache = self._read(input_ids, attention_mask, past_key_values, inputs_embeds, use_cache)
+        kept: Any = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         loss = None
         if labels is not None:
             self.model.check_targets(labels, (hidden.shape[0], hidden.shape[1]), "labels")
             logits = self.model.predict(hidden)
             loss = next_token_loss(logits, labels, mask, num_items_in_batch)
-            logits = logits[:, _kept(logits_to_keep)]
+            logits = logits[:, kept]
         else:
-            logits = self.model.predict(hidden[:, _kept(logits_to_keep)])
+            logits = self.model.predict(hidden[:, kept])
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
         return output if return_dict is not False else output.to_tuple()
 
@@ -250,13 +264,55 @@ def as_pretrained(model: LanguageModel) -> TitansBuildModel | TitansBuildForCaus
     return kind(TitansBuildConfig(recipe=recipe), model)
 
 
-def _kept(logits_to_keep: int | Tensor) -> Any:
-    return slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-
-
 def is_saved_model(place: Path) -> bool:
     """Whether ``place`` is a folder that ``tb.save`` wrote."""
     return (place / INDEX).is_file() and not (place / "config.json").exists()
+
+
+def real_tokens(attention_mask: Tensor | None, rows: int, time: int, before: int) -> Tensor | None:
+    """``[rows, time]`` bool, true at real tokens, from ``[rows, time]`` or ``[rows, before + time]``, 0 at padding.
+
+    Raises ``ValueError`` for other shapes.
+    """
+    if attention_mask is None:
+        return None
+    shapes = {(rows, time), (rows, before + time)}
+    if tuple(attention_mask.shape) not in shapes:
+        expected = " or ".join(str(list(shape)) for shape in sorted(shapes))
+        raise ValueError(f"attention_mask: expected {expected}, 0 at padding, got {list(attention_mask.shape)}")
+    return attention_mask[:, attention_mask.shape[1] - time :] != 0
+
+
+def next_token_loss(
+    logits: Tensor, labels: Tensor, mask: Tensor | None = None, count: Tensor | int | None = None
+) -> Tensor:
+    """Mean cross-entropy (nats) of ``labels`` [batch, time] int64 by the ``logits`` [batch, time, vocab] before each.
+
+    Labels are aligned with their own tokens, as in transformers, and are shifted here. -100 does not count, nor does
+    what follows a token where ``mask`` [batch, time] is false: a padded row has the loss of the row alone. ``count``:
+    what to divide the sum by, where it is over more than this batch; by default the labels that count.
+    """
+    targets = pad(labels[:, 1:], (0, 1), value=IGNORED)
+    if mask is not None:
+        targets = targets.masked_fill(~mask, IGNORED)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    total = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    if count is None:
+        count = (targets != IGNORED).sum().clamp(min=1)
+    return total / (count.to(total.device) if isinstance(count, Tensor) else count)
+
+
+def expect_whole(info: Mapping[str, Any], place: str, what: str) -> None:
+    """Raise ``StorageError`` unless transformers' loading info says that a folder held the whole model, and no more.
+
+    transformers itself only warns, and draws what is missing.
+    """
+    wrong = [f"{name} is missing" for name in sorted(info["missing_keys"])]
+    wrong += [f"{name} is not part of the model" for name in sorted(info["unexpected_keys"])]
+    wrong += [f"{name} is {list(got)}, expected {list(want)}" for name, got, want in sorted(info["mismatched_keys"])]
+    if wrong:
+        more = f" and {len(wrong) - 3} more differences" if len(wrong) > 3 else ""
+        raise StorageError(f"{place}: the weights do not fit {what}: {'; '.join(wrong[:3])}{more}")
 
 
 AutoModel.register(TitansBuildConfig, TitansBuildModel, exist_ok=True)

@@ -8,10 +8,10 @@ from transformers import PreTrainedTokenizerFast
 
 
 def byte_tokenizer(pad: int = 0) -> Any:
-    """Each byte of a text's UTF-8 is a token, and its value the id: 256 of them. It pads on the left.
+    """A tokenizer in which each byte of a text's UTF-8 is a token, and its value the id. It pads on the left.
 
     ``pad``: the byte that pads a batch and ends a text. There is no id besides the bytes, so it is left out of decoded
-    text, unless ``skip_special_tokens=False`` says otherwise.
+    text, unless ``skip_special_tokens=False``.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -30,7 +30,7 @@ def byte_tokenizer(pad: int = 0) -> Any:
 
 
 def _letters() -> list[str]:
-    """The letter that stands for each byte in a byte-level vocabulary: itself where it can be seen."""
+    """The letter for each byte in a byte-level vocabulary: itself where it is printable."""
     seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = iter(range(0x100, 0x200))
     return [chr(byte) if byte in seen else chr(next(hidden)) for byte in range(256)]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from titans_build.huggingface import TitansBuildForCausalLM
-from titans_build.tools.huggingface.loss import next_token_loss
+from titans_build.tools.huggingface.model import next_token_loss
 
 
 def by_hand(logits: Tensor, labels: Tensor, counts: Callable[[int, int], bool] = lambda row, t: True) -> float:
