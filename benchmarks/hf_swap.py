@@ -19,7 +19,7 @@ import torch
 
 import titans_build as tb
 from titans_build.blocks.freezing import freeze
-from titans_build.tools.data.standard_library import standard_library
+from titans_build.tools.data.files import standard_library
 
 MEMORY = {"type": "memory", "heads": 4, "chunk": 16}
 FAMILIES = ("llama", "qwen", "mistral", "gpt2")

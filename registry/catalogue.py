@@ -180,10 +180,11 @@ class Catalogue:
         return _scan(self.group, tuple(sys.path))
 
     def _place(self, cls: type) -> str:
-        # what is wrapped is what was written
-        told = inspect.unwrap(vars(cls).get("__init__") or vars(cls).get(self.methods[0]) or type)
-        code = getattr(told, "__code__", None)
-        return f"{code.co_filename}:{code.co_firstlineno}" if code else f"module {cls.__module__}"
+        for name in ("__init__", self.methods[0]):
+            code = getattr(inspect.unwrap(vars(cls).get(name) or type), "__code__", None)
+            if code is not None and code.co_filename != "<string>":  # a dataclass's constructor is in no file
+                return f"{code.co_filename}:{code.co_firstlineno}"
+        return f"module {cls.__module__}"
 
 
 BLOCKS = Catalogue("block", ENTRY_POINT_GROUP, methods=("forward", "init_state"), lead="dim")

@@ -7,7 +7,7 @@ from titans_build.tools.randomness import Draws, Permutation, key_of
 
 
 def draws(rows: int = 100_000, key: int = 1) -> Draws:
-    return Draws.of_rows(key, np.arange(rows))
+    return Draws(key, np.arange(rows))
 
 
 def excess(counts: np.ndarray) -> float:
@@ -19,14 +19,14 @@ def excess(counts: np.ndarray) -> float:
 
 def test_the_numbers_are_the_same_on_every_machine():
     assert key_of("task", 0) == 15207273945522060391
-    assert draws(2).integers("x", 3, 100).tolist() == [[87, 57, 58], [39, 32, 64]]
-    assert draws(2).distinct("x", 3, 100).tolist() == [[93, 73, 97], [82, 46, 57]]
-    assert draws(2).distinct("x", 3, 4).tolist() == [[1, 2, 3], [1, 0, 2]]
-    assert Permutation(3, 10)(np.arange(10)).tolist() == [6, 9, 7, 4, 3, 5, 2, 0, 1, 8]
+    assert draws(2).integers("x", 3, 100).tolist() == [[38, 35, 7], [15, 50, 22]]
+    assert draws(2).distinct("x", 3, 100).tolist() == [[38, 35, 7], [15, 50, 22]]
+    assert draws(2).distinct("x", 3, 4).tolist() == [[2, 1, 3], [0, 2, 3]]
+    assert Permutation(3, 10)(np.arange(10)).tolist() == [5, 3, 8, 7, 1, 6, 0, 4, 2, 9]
 
 
 def test_a_row_is_the_same_alone_and_among_others_and_in_pieces():
-    all_rows, one = draws(10), Draws.of_rows(1, np.array([7]))
+    all_rows, one = draws(10), Draws(1, np.array([7]))
     assert (all_rows.integers("x", 20, 9)[7:8] == one.integers("x", 20, 9)).all()
     assert (all_rows.distinct("x", 5, 100)[7:8] == one.distinct("x", 5, 100)).all()
     pieces = [all_rows.integers("x", 7, 9, start=start) for start in (0, 7, 14)]
@@ -65,12 +65,12 @@ def test_all_of_them_are_a_permutation(of: int):
 
 
 def test_too_many_different_numbers():
-    with pytest.raises(ValueError, match="5 different numbers out of 4"):
+    with pytest.raises(ValueError, match="expected at most 4 different numbers, got 5"):
         draws(1).distinct("x", 5, 4)
 
 
 def test_a_permutation_of_more_than_memory_holds():
-    places = np.array([0, 1, 10**15 - 1])
-    numbers = Permutation(1, 10**15)(places)
-    assert len(set(numbers.tolist())) == 3 and (numbers < 10**15).all() and (numbers >= 0).all()
-    assert (numbers != Permutation(2, 10**15)(places)).all()
+    places = np.array([0, 1, 10**10 - 1])
+    numbers = Permutation(1, 10**10)(places)
+    assert len(set(numbers.tolist())) == 3 and (numbers < 10**10).all() and (numbers >= 0).all()
+    assert (numbers != Permutation(2, 10**10)(places)).all()

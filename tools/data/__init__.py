@@ -1,7 +1,7 @@
-"""Data to train on and to be measured on: generated tasks and text, in batches that are a pure function of a number."""
+"""Data to train on and to test with: generated tasks and text, in batches that are a pure function of their index."""
 
-from .accuracy import Score, accuracy, exact_match, score
-from .opening import open_source
+from .metrics import Score, accuracy, exact_match, score
+from .open_source import open_source
 from .source import SPLITS, Batch, Source, Split
 
 __all__ = ["SPLITS", "Batch", "Score", "Source", "Split", "accuracy", "exact_match", "open_source", "score"]

@@ -1,4 +1,4 @@
-"""What every source of training data gives: batches that are a pure function of their index."""
+"""The interface of a data source: batches that are a pure function of their index."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 
 
 class Batch(NamedTuple):
-    """Rows of tokens and what is to be predicted at each of them."""
+    """Rows of tokens and their targets."""
 
     tokens: Tensor
     """[rows, time] int64."""
     targets: Tensor
-    """[rows, time] int64: what follows each token; -100 (``blocks.language_model.IGNORED``) where nothing counts."""
+    """[rows, time] int64: the next token; -100 (``blocks.language_model.IGNORED``) where nothing counts."""
     mask: Tensor | None
-    """[rows, time] bool: which tokens are real; ``None`` where all are."""
+    """[rows, time] bool: ``False`` for padding; ``None`` if there is none."""
     fresh: Tensor
-    """[rows] bool: the row starts anew here, so that no state may be carried into it."""
+    """[rows] bool: ``True`` if the row does not continue that of the batch before, so that no state is carried."""
 
 
 class Source(Protocol):
-    """Batches by number. The same number gives the same batch, in any process and after any interruption."""
+    """Batches by index. The same index gives the same batch, in any process and after any interruption."""
 
     @property
     def vocab(self) -> int:
@@ -38,21 +38,21 @@ class Source(Protocol):
 
     @property
     def carries(self) -> bool:
-        """Whether the rows of a batch continue those of the batch before, so that state is carried along."""
+        """Whether rows continue those of the batch before, so that state is carried."""
 
     @property
     def batches(self) -> int | None:
-        """Batches in which everything there is comes at least once; ``None`` where there is no end of new rows."""
+        """Batches of one epoch; ``None`` if new rows never end."""
 
     def batch(self, index: int) -> Batch:
-        """The batch of a number, from 0 on, without end: after the last of ``batches`` comes another round."""
+        """The batch of an index >= 0, which has no upper limit: epochs follow each other."""
 
     def describe(self) -> dict[str, Any]:
-        """What the source was made with and what it holds, as JSON."""
+        """How the source was made and what it holds, as JSON."""
 
 
 class Share(NamedTuple):
-    """Which rows of every batch this process has: ``rows`` of ``of`` rows, from ``first`` on."""
+    """This process's rows of every batch: ``rows`` of ``of`` rows, starting with row ``first``."""
 
     first: int
     rows: int
@@ -60,10 +60,7 @@ class Share(NamedTuple):
 
 
 def share_of(rows: int, part: tuple[int, int]) -> Share:
-    """The rows of process ``part = (rank, world)``; all processes' rows together are all rows, in order.
-
-    Raises ``RecipeError`` when ``rows`` do not divide.
-    """
+    """The share of process ``part = (rank, world)``. Raises ``RecipeError`` if the rows cannot be divided evenly."""
     rank, world = part
     if world < 1 or not 0 <= rank < world:
         raise RecipeError([Problem("part", f"expected (rank, world) with 0 <= rank < world, got {show(part)}")], "data")
@@ -76,6 +73,6 @@ def share_of(rows: int, part: tuple[int, int]) -> Share:
 
 
 def check_index(index: int) -> None:
-    """Raise ``ValueError`` for what is no number of a batch."""
+    """Raise ``ValueError`` for an invalid index of a batch."""
     if isinstance(index, bool) or not isinstance(index, int) or index < 0:
         raise ValueError(f"batch({show(index)}): expected integer >= 0")

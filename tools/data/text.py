@@ -1,104 +1,222 @@
-"""Text as a source of batches: what a user may say about it, and what is made of that."""
+"""Text as a data source: windows in random order, or documents in order with the state carried along."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+import numpy as np
+import torch
 from pydantic import Field
 
-from .documents import Bytes, Documents, Spans, fingerprint, spans_of
-from .files import TextFile, find
-from .source import Batch, Share, Split
-from .standard_library import standard_library
-from .tokens import tokenised
-from .windows import Ordered, Shuffled
+from ...blocks.language_model import IGNORED
+from ..randomness import Integers, key_of, permutation
+from .documents import Bytes, Documents, Spans, fingerprint, spans_of, tokenize
+from .files import find, standard_library
+from .source import Batch, Share, Split, check_index
 
-NAMED: dict[str, Callable[[], list[TextFile]]] = {"stdlib": standard_library}
-"""Texts that are on every machine, by name. A file of the same name is ``./stdlib``."""
+NAMED = {"stdlib": standard_library}
+"""Texts that every machine has, by name. A file of the same name is ``./stdlib``."""
 
 
+@dataclass(kw_only=True)
 class Text:
-    """Text out of files; each file is a document."""
+    """What a user may say about text. Each file is a document."""
 
-    def __init__(
-        self,
-        *,
-        text: Annotated[str | list[str], Field(description="files, folders, wildcards; or `stdlib`", min_length=1)],
-        tokenizer: Annotated[
-            str | None, Field(description="a file of the `tokenizers` package; null: every byte is a token")
-        ] = None,
-        documents: Annotated[
-            Literal["shuffled", "ordered"],
-            Field(description="windows in random order, or whole documents with state carried along"),
-        ] = "shuffled",
-        length: Annotated[int, Field(ge=1, le=2**31, description="tokens of a row")] = 512,
-        valid: Annotated[float, Field(ge=0, lt=1, description="share held out to watch training")] = 0.05,
-        test: Annotated[float, Field(ge=0, lt=1, description="share held out to the end")] = 0.05,
-        cache: Annotated[
-            str | None, Field(description="folder for tokenised text; null: the user's cache folder")
-        ] = None,
-    ) -> None:
-        self.patterns = [text] if isinstance(text, str) else text
-        self.tokenizer, self.cache = tokenizer, cache
-        self.documents: Literal["shuffled", "ordered"] = documents
-        self.length, self.valid, self.test = length, valid, test
+    text: Annotated[str | list[str], Field(description="files, folders, wildcards; or `stdlib`", min_length=1)]
+    tokenizer: Annotated[
+        str | None, Field(description="a file of the `tokenizers` package; null: tokens are bytes")
+    ] = None
+    documents: Annotated[
+        Literal["shuffled", "ordered"],
+        Field(description="windows in random order, or whole documents with the state carried along"),
+    ] = "shuffled"
+    length: Annotated[int, Field(ge=1, le=2**31, description="tokens of a row")] = 512
+    valid: Annotated[float, Field(ge=0, lt=1, description="share held out for validation")] = 0.05
+    test: Annotated[float, Field(ge=0, lt=1, description="share held out for the final test")] = 0.05
+    cache: Annotated[str | None, Field(description="folder for tokenized text; null: the user's cache folder")] = None
 
     @classmethod
     def problems(cls, fields: dict[str, Any]) -> Iterable[tuple[str, str]]:
-        """What is wrong between fields."""
+        """Problems between fields that are valid by themselves."""
         if fields["valid"] + fields["test"] >= 1:
-            yield (
-                "valid",
-                f"with {fields['valid']:g} for valid and {fields['test']:g} for test nothing is left to train on",
-            )
-
-    def files(self) -> list[TextFile]:
-        """The documents' files."""
-        if self.patterns[0] in NAMED and len(self.patterns) == 1:
-            return NAMED[self.patterns[0]]()
-        return find(self.patterns)
+            yield "valid", f"{fields['valid']:g} for valid and {fields['test']:g} for test leave nothing to train on"
 
     def open(self, share: Share, split: Split, seed: int) -> TextSource:
-        """The source of a split of it."""
-        files = self.files()
-        documents: Documents = Bytes(files) if self.tokenizer is None else tokenised(files, self.tokenizer, self.cache)
+        """The source of a split. Raises ``RecipeError`` for files that cannot be read."""
+        patterns = [self.text] if isinstance(self.text, str) else self.text
+        files = NAMED[patterns[0]]() if len(patterns) == 1 and patterns[0] in NAMED else find(patterns)
+        documents: Documents = Bytes(files) if self.tokenizer is None else tokenize(files, self.tokenizer, self.cache)
         spans, held_out = spans_of(split, documents, self.valid, self.test)
-        return TextSource(self, documents, spans, held_out, share=share, split=split, seed=seed)
-
-
-class TextSource:
-    """Text in rows: shuffled windows, or documents in order with ``carries``."""
-
-    def __init__(
-        self, text: Text, documents: Documents, spans: Spans, held_out: str, *, share: Share, split: Split, seed: int
-    ) -> None:
-        kind = Ordered if text.documents == "ordered" else Shuffled
-        self._rows = kind(documents, spans, length=text.length, share=share, split=split, seed=seed)
-        self.vocab, self.length, self.carries = documents.vocab, text.length, kind.carries
-        self.batches = self._rows.batches
-        self._said = {
-            "text": text.patterns,
-            "tokenizer": text.tokenizer,
+        source = (OrderedText if self.documents == "ordered" else ShuffledText)(
+            documents, spans, length=self.length, share=share, split=split, seed=seed
+        )
+        source.description = {
+            "text": patterns,
+            "tokenizer": self.tokenizer,
             **documents.describe(),
             "vocab": documents.vocab,
-            "length": text.length,
+            "length": self.length,
             "rows": share.of,
             "split": split,
             "seed": seed,
-            "valid": text.valid,
-            "test": text.test,
+            "valid": self.valid,
+            "test": self.test,
             "held_out": held_out,
             "files": len(documents.names),
             "files_of_this_split": len(set(spans.documents.tolist())),
             "fingerprint": fingerprint(documents),
-            **self._rows.describe(),
+            "documents": self.documents,
+            "windows": source.windows,
+            "tokens": int(spans.lengths.sum()),
         }
+        return source
+
+
+class TextSource:
+    """Text cut into windows of ``length`` tokens; an epoch reads each of them."""
+
+    carries: bool
+    shuffled: str
+    """What the seed decides the order of; a part of the key."""
+
+    def __init__(
+        self, documents: Documents, spans: Spans, *, length: int, share: Share, split: Split, seed: int
+    ) -> None:
+        self.vocab, self.length = documents.vocab, length
+        self.description: dict[str, Any] = {}
+        self._documents, self._spans, self._share, self._split = documents, spans, share, split
+        self._key = key_of(self.shuffled, split, seed)
+        self.windows = self._count_windows()
+
+    @property
+    def batches(self) -> int:
+        """Batches of one epoch."""
+        return -(-self.windows // self._share.of)
 
     def batch(self, index: int) -> Batch:
-        """The batch of a number; ``batches`` of them are one round."""
-        return self._rows.batch(index)
+        """The batch of an index."""
+        raise NotImplementedError
 
     def describe(self) -> dict[str, Any]:
-        """What was opened, how it was split, and ``fingerprint``, which changes when the files do."""
-        return self._said
+        """How the text was opened and split, and its ``fingerprint``, which changes when the files do."""
+        return self.description
+
+    def _count_windows(self) -> int:
+        raise NotImplementedError
+
+    def _epoch_key(self, epoch: int) -> int:
+        return key_of("round", self._key, epoch)
+
+    def _read(self, span: int, start: int, stop: int) -> Any:
+        """Tokens ``start`` to ``stop`` of a span, or to its end."""
+        first = int(self._spans.starts[span])
+        last = int(self._spans.stops[span])
+        return self._documents.read(int(self._spans.documents[span]), first + start, min(first + stop, last))
+
+
+class ShuffledText(TextSource):
+    """Windows of the text laid end to end, each once in an epoch, in an order that the seed decides.
+
+    A window may reach from one document into the next; the first token of a document is never a target. The last window
+    ends where the text ends, so it repeats a part of the one before it. Only a text that is shorter than a window is
+    padded (``mask``). The last batch of an epoch is filled with the first windows of the next. The order is computed
+    window by window.
+    """
+
+    carries, shuffled = False, "windows"
+
+    def _count_windows(self) -> int:
+        self._ends = np.cumsum(self._spans.lengths)
+        self._total = int(self._ends[-1])
+        return -(-self._total // self.length)
+
+    def batch(self, index: int) -> Batch:
+        """Unrelated rows."""
+        check_index(index)
+        numbers = index * self._share.of + self._share.first + np.arange(self._share.rows)
+        epochs, positions = np.divmod(numbers, self.windows)
+        rows = _Rows(self._share.rows, self.length)
+        for epoch in np.unique(epochs):
+            here = np.flatnonzero(epochs == epoch)
+            order = permutation(self._epoch_key(int(epoch)), self.windows)
+            for row, window in zip(here, order(positions[here])):
+                self._fill(rows, int(row), int(window))
+        return rows.batch(np.ones(self._share.rows, bool))
+
+    def _fill(self, rows: _Rows, row: int, window: int) -> None:
+        start = max(0, min(window * self.length, self._total - self.length))
+        stop = min(start + self.length, self._total)
+        column = 0
+        span = int(np.searchsorted(self._ends, start, side="right"))
+        while start + column < stop:
+            within = start + column - int(self._ends[span] - self._spans.lengths[span])
+            count = min(stop - start - column, int(self._spans.lengths[span]) - within)
+            rows.put(row, column, self._read(span, within, within + count + 1), count)
+            column += count
+            span += 1
+
+
+class OrderedText(TextSource):
+    """Every row reads documents from beginning to end, and continues in the next batch.
+
+    Documents are put in an order that the seed decides (in other splits than train they keep theirs), cut into windows
+    and laid end to end. Each row has an equal part of that line, and is ``fresh`` at the start of its part and of every
+    document. A document's last window is padded (``mask``). If the parts are not equal, a row ends with the first
+    window of the next part.
+    """
+
+    carries, shuffled = True, "documents"
+
+    def _count_windows(self) -> int:
+        # a span's last token is only a target
+        self._counts = -(-(self._spans.lengths - 1) // self.length)
+        self._latest: tuple[int, Integers, Integers] | None = None
+        return int(self._counts.sum())
+
+    def batch(self, index: int) -> Batch:
+        """The next window of each row's part."""
+        check_index(index)
+        epoch, step = divmod(index, self.batches)
+        order, ends = self._order(epoch)
+        rows = _Rows(self._share.rows, self.length)
+        fresh = np.zeros(self._share.rows, bool)
+        for row in range(self._share.rows):
+            window = (self._share.first + row) * self.windows // self._share.of + step
+            place = int(np.searchsorted(ends, window, side="right"))
+            span = int(order[place])
+            within = window - int(ends[place] - self._counts[span])
+            start = within * self.length
+            stop = min(start + self.length, int(self._spans.lengths[span]) - 1)
+            rows.put(row, 0, self._read(span, start, stop + 1), stop - start)
+            fresh[row] = step == 0 or within == 0
+        return rows.batch(fresh)
+
+    def _order(self, epoch: int) -> tuple[Integers, Integers]:
+        """The spans in the order of an epoch, and the number of windows up to the end of each."""
+        if self._latest is None or self._latest[0] != epoch:
+            order = np.arange(len(self._counts))
+            if self._split == "train":
+                order = permutation(self._epoch_key(epoch), len(order))(order)
+            self._latest = epoch, order, np.cumsum(self._counts[order])
+        return self._latest[1:]
+
+
+class _Rows:
+    """A batch being filled, initially all padding."""
+
+    def __init__(self, rows: int, length: int) -> None:
+        self.tokens = np.zeros((rows, length), np.int64)
+        self.targets = np.full((rows, length), IGNORED, np.int64)
+        self.mask = np.zeros((rows, length), bool)
+
+    def put(self, row: int, column: int, text: Any, count: int) -> None:
+        """Write ``count`` tokens of ``text``; their targets are the tokens after them in ``text``."""
+        self.tokens[row, column : column + count] = text[:count]
+        self.targets[row, column : column + len(text) - 1] = text[1:]
+        self.mask[row, column : column + count] = True
+
+    def batch(self, fresh: Any) -> Batch:
+        mask = None if self.mask.all() else torch.from_numpy(self.mask)
+        return Batch(torch.from_numpy(self.tokens), torch.from_numpy(self.targets), mask, torch.from_numpy(fresh))

@@ -1,4 +1,4 @@
-"""What a generated task is, and the catalogue of tasks by name."""
+"""The interface of a generated task, and the catalogue of tasks by name."""
 
 from __future__ import annotations
 
@@ -11,24 +11,22 @@ from ...registry import Catalogue, FieldDescription, Problem, RecipeError, check
 from ..randomness import Draws, Integers
 
 IGNORED = -100
-"""The target of a position at which nothing counts."""
+"""The target of a position that does not count."""
 
 Class = TypeVar("Class", bound=type)
 
 
 class Rows(NamedTuple):
-    """Rows as a task makes them, before they are tensors."""
+    """Rows as NumPy arrays, both [rows, time]. Targets are the following tokens where those can be known, or -100."""
 
     tokens: Integers
-    """[rows, time]"""
     targets: Integers
-    """[rows, time]: what follows each token where it can be known, ``IGNORED`` elsewhere."""
 
 
 class Task(abc.ABC):
     """Rows made by a rule. A subclass has a constructor of typed keyword fields, ``rows`` and ``references``.
 
-    A class method ``problems(fields)`` may yield ``(field, message)`` for what one field's type cannot say.
+    The built-in tasks are dataclasses, whose fields are the constructor's.
     """
 
     vocab: int
@@ -38,19 +36,19 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def rows(self, draws: Draws) -> Rows:
-        """One row for each of ``draws.rows``; nothing but ``draws`` may decide what is in it."""
+        """One row for each of ``draws.rows``, decided by nothing but ``draws``."""
 
     @abc.abstractmethod
     def references(self) -> dict[str, float]:
-        """What predictors that do not do the task get right, per counted token, by what they do instead."""
+        """Accuracy of predictors that do not solve the task, by what they do instead."""
 
     def piece(self, draws: Draws, start: int, stop: int) -> Rows:
-        """Positions ``start`` to ``stop`` of the rows. Tasks whose rows may be very long make no more than that."""
+        """Positions ``start`` to ``stop`` of the rows. A task with very long rows makes only these."""
         return Rows(*(part[:, start:stop] for part in self.rows(draws)))
 
     @classmethod
     def problems(cls, fields: dict[str, Any]) -> Iterable[tuple[str, str]]:
-        """What is wrong between fields that are each right by themselves."""
+        """``(field, message)`` for each problem between fields that are valid by themselves."""
         return ()
 
 
@@ -59,10 +57,10 @@ TASKS = Catalogue("task", ENTRY_POINT_GROUP, methods=("rows", "piece", "referenc
 
 
 def register_task(name: str, *, replace: bool = False) -> Callable[[Class], Class]:
-    """Make a subclass of ``Task`` available as data by this name. Its constructor's signature is its schema.
+    """Register a subclass of ``Task`` as data of this name. Its constructor's signature is its schema.
 
-    Raises ``ValueError`` when the name is taken (both places are named) unless ``replace=True``, and ``TypeError``
-    when the class is no task or its signature is no schema.
+    Raises ``ValueError`` if the name is taken, unless ``replace=True``, and ``TypeError`` if the class is no task or
+    its signature is no schema.
     """
     return TASKS.register(name, replace=replace)
 
@@ -73,22 +71,22 @@ def list_tasks(pattern: str = "*") -> list[str]:
 
 
 def make_task(name: str, fields: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The task of a name and the values of all its fields. Raises ``RecipeError`` with all that is wrong."""
+    """The task of a name, and the values of all its fields. Raises ``RecipeError`` with every problem."""
     entry = TASKS.lookup(name)
     values = check_settings(name, entry.fields, fields)
-    wrong = [Problem(field, message) for field, message in entry.cls.problems(values)]  # type: ignore[attr-defined]
-    if wrong:
-        raise RecipeError(wrong, name)
+    problems = [Problem(field, message) for field, message in entry.cls.problems(values)]  # type: ignore[attr-defined]
+    if problems:
+        raise RecipeError(problems, name)
     try:
         return entry.cls(**values), values
+    except RecipeError:
+        raise
     except ValueError as error:
-        if isinstance(error, RecipeError):
-            raise
         raise RecipeError([Problem("", str(error))], name) from error
 
 
 class TaskRow(NamedTuple):
-    """One line of a listing of tasks."""
+    """A task in a listing."""
 
     name: str
     summary: str
@@ -96,11 +94,11 @@ class TaskRow(NamedTuple):
     source: str
     """The package it comes from."""
     problem: str | None
-    """What stops an installed task from being used; its fields are not known then."""
+    """Why an installed task cannot be used. Its fields are unknown then."""
 
 
 def task_rows(pattern: str = "*") -> list[TaskRow]:
-    """The listing for a person, with each task's fields, their types, defaults and meaning."""
+    """The tasks that match, with the types, defaults and descriptions of their fields."""
     rows = []
     for row in TASKS.rows(pattern):
         fields = describe(row.name, TASKS).fields if row.problem is None else []
@@ -109,5 +107,5 @@ def task_rows(pattern: str = "*") -> list[TaskRow]:
 
 
 def scratch() -> contextlib.AbstractContextManager[None]:
-    """Forget, at the end of the ``with`` block, every task registered inside it. For tests and notebooks."""
+    """Forget the tasks registered in the ``with`` block when it ends. For tests and notebooks."""
     return TASKS.scratch()

@@ -14,6 +14,7 @@ from ...recipes import Recipe, StorageError, load_recipe
 from ...recipes.atomic_write import atomic_write
 from ...recipes.parse import read_file, write_yaml
 from ...registry import Problem, RecipeError, show
+from ..randomness import ORDER
 from ..terminal import CommandFailed
 from .settings import FIXED, Settings, as_settings
 
@@ -95,6 +96,14 @@ def check_same_data(folder: Path, before: Any, now: dict[str, Any]) -> None:
         what = show(", ".join(now["text"]) if "text" in now else now.get("task"), 200)
         problems.append(Problem("", f"{what} has changed: restore it, or start a run in another folder"))
         raise RecipeError(problems, f"{folder}: --resume: data")
+
+
+def check_data_order(folder: Path) -> None:
+    """Raise ``RecipeError`` if the run was begun by a version that draws other data for the same seed."""
+    if read_run(folder).get("data_order") != ORDER:
+        message = "the run was begun by an earlier version, which reads the data in another order"
+        remedy = "finish it with that version (titans-build 0.1.0), or start a run in another folder"
+        raise RecipeError([Problem("", f"{message}: {remedy}")], f"{folder}: --resume: data")
 
 
 def setting_changes(folder: Path, before: Settings, after: Settings) -> dict[str, Any]:

@@ -15,12 +15,22 @@ from ...blocks.language_model import LanguageModel
 from ...recipes import Recipe, StorageError, load_recipe
 from ...recipes.loading import Source as RecipeSource
 from ...registry import Problem, RecipeError, show
+from ..randomness import ORDER
 from .checkpoint import CheckpointManager, verify
 from .distributed import Processes, gather_parameters, init_processes
 from .log import Event, EventLog
 from .optimizer import unmatched_patterns
 from .preflight import check_model, find_device, open_sources
-from .run_folder import check_same_data, is_run, locked, read_inputs, read_run, setting_changes, write_run
+from .run_folder import (
+    check_data_order,
+    check_same_data,
+    is_run,
+    locked,
+    read_inputs,
+    read_run,
+    setting_changes,
+    write_run,
+)
 from .settings import Settings, as_settings
 from .train_step import activation_checkpointing
 from .trainer import Interrupt, Trainer
@@ -104,9 +114,18 @@ def train(
         trainer = Trainer(model, source, valid, settings, processes, log, checkpoints, command)
         if processes.main:
             if not resuming or changes:
-                write_run(folder, recipe, data, settings, source.describe(), weights=weights, processes=processes.world)
+                write_run(
+                    folder,
+                    recipe,
+                    data,
+                    settings,
+                    source.describe(),
+                    data_order=run.get("data_order") if resuming else ORDER,
+                    weights=weights,
+                    processes=processes.world,
+                )
             checkpoints.remove_temporary()
-        _begin(trainer, resuming, changes)
+        _begin(trainer, folder, resuming, changes)
         with stack.enter_context(Interrupt()) as interrupt:
             trainer.run(interrupt)
         return _finish(trainer, folder, recipe)
@@ -141,12 +160,14 @@ def _build(recipe: Recipe, settings: Settings, processes: Processes, weights: An
     return model
 
 
-def _begin(trainer: Trainer, resuming: bool, changes: dict[str, Any]) -> None:
+def _begin(trainer: Trainer, folder: Path, resuming: bool, changes: dict[str, Any]) -> None:
     """Load the last complete checkpoint, which the first process finds, and log the start."""
     log = trainer.log
     warnings = unmatched_patterns(trainer.model, trainer.settings.no_decay)
     found = trainer.checkpoints.latest(warnings.append) if resuming and trainer.processes.main else None
     step = int(trainer.processes.sum(found[0] if found else 0)[0])
+    if resuming and step < trainer.settings.steps:
+        check_data_order(folder)
     if step:
         facts = found[1] if found is not None else verify(trainer.checkpoints.path(step))
         trainer.load(step, facts)

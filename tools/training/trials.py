@@ -26,7 +26,17 @@ from ..terminal import CommandFailed
 from .distributed import Processes
 from .log import LOG, Event, read_log
 from .preflight import check_run
-from .run_folder import RECIPE, TRAIN, check_same_data, is_run, read_inputs, read_run, write_inputs, write_text
+from .run_folder import (
+    RECIPE,
+    TRAIN,
+    check_data_order,
+    check_same_data,
+    is_run,
+    read_inputs,
+    read_run,
+    write_inputs,
+    write_text,
+)
 from .settings import Settings
 from .train import train
 from .train_step import TrainStep, validate
@@ -81,6 +91,10 @@ def run_trials(trials: Sequence[Trial], *, jobs: int = 1, told: Listener | None 
     ``jobs`` each trial is a process, and they share the cores.
     """
     notify = told if told is not None else lambda label, event: None
+    if not all(map(_finished, trials)):
+        for trial in trials:  # finished ones, too: all of them are compared on the same rows
+            if is_run(trial.folder):
+                check_data_order(trial.folder)
     try:
         if jobs == 1:
             for trial in trials:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from titans_build.registry import RecipeError
-from titans_build.tools.data.standard_library import standard_library
+from titans_build.tools.data.files import standard_library
 
 
 def test_it_is_the_sources_without_what_differs():
@@ -21,5 +21,5 @@ def test_it_is_the_sources_without_what_differs():
 
 def test_a_python_without_its_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-    with pytest.raises(RecipeError, match="stdlib: this Python comes without its sources in "):
+    with pytest.raises(RecipeError, match="stdlib: this Python has no sources in "):
         standard_library()

@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 import titans_build as tb
 from titans_build.registry import RecipeError
-from titans_build.tools.data import tokens
+from titans_build.tools.data import documents as tokens
+from titans_build.tools.data.documents import tokenize
 from titans_build.tools.data.files import find
-from titans_build.tools.data.tokens import tokenised
 from titans_build.tools.terminal import UsageError
 
 Write = Callable[..., None]
@@ -33,7 +33,7 @@ def tokenizer(folder: Path) -> Tokenizer:
 
 def test_documents_are_their_tokens(folder: Path, write: Write, tokenizer: Tokenizer):
     write({"text/a": TEXT, "text/b": "b" * 50, "text/c": "ü" * 10})
-    made = tokenised(find(["text"]), "tokenizer.json", "cached")
+    made = tokenize(find(["text"]), "tokenizer.json", "cached")
     assert made.vocab == tokenizer.get_vocab_size() and made.vocab <= 300
     for document, content in enumerate((TEXT, "b" * 50, "ü" * 10)):
         wanted = tokenizer.encode(content).ids
@@ -48,7 +48,7 @@ def test_a_large_file_is_read_in_blocks(
 ):
     monkeypatch.setattr(tokens, "BLOCK", 100)
     write({"text": content})
-    made = tokenised(find(["text"]), "tokenizer.json", None)
+    made = tokenize(find(["text"]), "tokenizer.json", None)
     assert made.lengths[0] > 20
     text = tokenizer.decode(made.read(0, 0, int(made.lengths[0])).tolist(), skip_special_tokens=False)
     raw = bytes({sign: byte for byte, sign in byte_signs().items()}[sign] for sign in text.replace(" ", ""))
@@ -65,31 +65,31 @@ def byte_signs() -> dict[int, str]:
 def test_what_is_no_text_is_read_all_the_same(write: Write, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tokens, "BLOCK", 16)
     write({"bytes": bytes(range(128, 256)) * 3})
-    assert tokenised(find(["bytes"]), "tokenizer.json", None).lengths[0] > 100
+    assert tokenize(find(["bytes"]), "tokenizer.json", None).lengths[0] > 100
 
 
 def test_it_is_made_once(folder: Path, write: Write, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
     write({"text": TEXT})
-    first = tokenised(find(["text"]), "tokenizer.json", "cached")
+    first = tokenize(find(["text"]), "tokenizer.json", "cached")
     (kept,) = os.listdir("cached")
     assert kept.endswith(".tokens")
     with monkeypatch.context() as patch:
-        patch.setattr(tokens, "_make", lambda *_: pytest.fail("made again"))
-        again = tokenised(find(["text"]), "tokenizer.json", "cached")
+        patch.setattr(tokens, "_write_tokens", lambda *_: pytest.fail("made again"))
+        again = tokenize(find(["text"]), "tokenizer.json", "cached")
     assert (again.read(0, 0, 20) == first.read(0, 0, 20)).all()
     # another text, and another tokenizer, are another file
     write({"text": TEXT + "more"})
-    assert tokenised(find(["text"]), "tokenizer.json", "cached").lengths[0] > first.lengths[0]
+    assert tokenize(find(["text"]), "tokenizer.json", "cached").lengths[0] > first.lengths[0]
     assert len(os.listdir("cached")) == 2
     content = json.loads((folder / "tokenizer.json").read_text())
     write({"tokenizer.json": json.dumps(content)})
-    tokenised(find(["text"]), "tokenizer.json", "cached")
+    tokenize(find(["text"]), "tokenizer.json", "cached")
     assert len(os.listdir("cached")) == 3
 
 
 def test_by_default_it_is_in_the_users_cache(folder: Path, write: Write, tokenizer: Tokenizer):
     write({"text": TEXT})
-    tokenised(find(["text"]), "tokenizer.json", None)
+    tokenize(find(["text"]), "tokenizer.json", None)
     assert len(list((folder.parent / "cache" / "tokens").iterdir())) == 1
     assert sorted(os.listdir()) == ["text", "tokenizer.json"]
 
@@ -97,10 +97,10 @@ def test_by_default_it_is_in_the_users_cache(folder: Path, write: Write, tokeniz
 @pytest.mark.parametrize("kept", [0, 1, 23, 24, 100, -1])
 def test_a_file_cut_short_is_made_again(folder: Path, write: Write, tokenizer: Tokenizer, kept: int):
     write({"text": TEXT})
-    whole = tokenised(find(["text"]), "tokenizer.json", "cached").lengths[0]
+    whole = tokenize(find(["text"]), "tokenizer.json", "cached").lengths[0]
     (path,) = (folder / "cached").iterdir()
     path.write_bytes(path.read_bytes()[:kept])
-    assert tokenised(find(["text"]), "tokenizer.json", "cached").lengths[0] == whole
+    assert tokenize(find(["text"]), "tokenizer.json", "cached").lengths[0] == whole
 
 
 def test_what_fails_leaves_nothing(folder: Path, write: Write, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
@@ -110,8 +110,8 @@ def test_what_fails_leaves_nothing(folder: Path, write: Write, tokenizer: Tokeni
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(tokens, "_blocks", full)
-    with pytest.raises(RecipeError, match=r"cached: tokenised text cannot be kept there: No space.*another folder"):
-        tokenised(find(["text"]), "tokenizer.json", "cached")
+    with pytest.raises(RecipeError, match=r"cached: tokens cannot be cached there: No space.*another folder"):
+        tokenize(find(["text"]), "tokenizer.json", "cached")
     assert os.listdir("cached") == []
 
 
@@ -137,11 +137,11 @@ def test_as_a_source(write: Write, tokenizer: Tokenizer):
 def test_what_is_no_tokenizer(write: Write, tokenizer: Tokenizer, name: str, message: str):
     write({"text": TEXT})
     with pytest.raises(RecipeError, match=message):
-        tokenised(find(["text"]), name, None)
+        tokenize(find(["text"]), name, None)
 
 
 def test_the_package_is_missing(write: Write, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
     write({"text": TEXT})
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(UsageError, match=r"a tokenizer file needs tokenizers.*pip install 'titans-build\[train\]'"):
-        tokenised(find(["text"]), "tokenizer.json", None)
+        tokenize(find(["text"]), "tokenizer.json", None)

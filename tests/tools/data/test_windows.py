@@ -10,7 +10,7 @@ import torch
 
 from titans_build.tools.data.documents import Spans
 from titans_build.tools.data.source import Batch, share_of
-from titans_build.tools.data.windows import Ordered, Shuffled
+from titans_build.tools.data.text import OrderedText, ShuffledText
 
 IGNORED = -100
 
@@ -56,7 +56,7 @@ def check_targets(batch: Batch) -> None:
 
 
 def test_shuffled_windows_hold_every_token_and_ask_for_each():
-    source = make(Shuffled, 20, 3, 1, 40, 16, length=8)
+    source = make(ShuffledText, 20, 3, 1, 40, 16, length=8)
     assert source.batches == 10
     batches = [source.batch(index) for index in range(10)]
     for batch in batches:
@@ -69,13 +69,13 @@ def test_shuffled_windows_hold_every_token_and_ask_for_each():
 
 
 def test_the_last_window_ends_with_the_text():
-    source = make(Shuffled, 19, length=8)
+    source = make(ShuffledText, 19, length=8)
     starts = sorted(int(source.batch(index).tokens[0, 0]) for index in range(3))
     assert starts == [0, 8, 11] and source.batches == 3
 
 
 def test_a_text_shorter_than_a_window_is_filled_up():
-    batch = make(Shuffled, 3, 2, length=8).batch(0)
+    batch = make(ShuffledText, 3, 2, length=8).batch(0)
     assert batch.tokens.tolist() == [[0, 1, 2, 1000, 1001, 0, 0, 0]]
     assert batch.targets.tolist() == [[1, 2, IGNORED, 1001, IGNORED, IGNORED, IGNORED, IGNORED]]
     assert batch.mask is not None and batch.mask.tolist() == [[True] * 5 + [False] * 3]
@@ -85,22 +85,22 @@ def test_every_round_has_an_order_of_its_own():
     def order(source: Any, first: int) -> list[int]:
         return [int(source.batch(index).tokens[0, 0]) for index in range(first, first + 25)]
 
-    source = make(Shuffled, 200)
-    rounds = [order(source, 0), order(source, 25), order(make(Shuffled, 200, seed=1), 0)]
-    rounds.append(order(make(Shuffled, 200, split="valid"), 0))
+    source = make(ShuffledText, 200)
+    rounds = [order(source, 0), order(source, 25), order(make(ShuffledText, 200, seed=1), 0)]
+    rounds.append(order(make(ShuffledText, 200, split="valid"), 0))
     assert all(sorted(turn) == list(range(0, 200, 8)) for turn in rounds)
     assert len(set(map(tuple, rounds))) == 4
 
 
 def test_rounds_follow_without_a_gap():
     # 25 windows in batches of 4: the seventh batch ends with three of the next round
-    wide, narrow = make(Shuffled, 200, rows=4), make(Shuffled, 200)
+    wide, narrow = make(ShuffledText, 200, rows=4), make(ShuffledText, 200)
     rows = torch.cat([wide.batch(index).tokens for index in range(13)])
     assert (rows == torch.cat([narrow.batch(index).tokens for index in range(52)])).all()
     assert wide.batches == 7
 
 
-@pytest.mark.parametrize("kind", [Shuffled, Ordered])
+@pytest.mark.parametrize("kind", [ShuffledText, OrderedText])
 def test_parts_are_the_whole_in_order_and_batches_come_in_any_order(kind: Any):
     lengths = (30, 41, 9, 100, 2, 55)
     whole = make(kind, *lengths, rows=6)
@@ -117,7 +117,7 @@ def test_parts_are_the_whole_in_order_and_batches_come_in_any_order(kind: Any):
 @pytest.mark.parametrize("rows", [1, 2, 3, 7])
 def test_ordered_rows_continue_each_other(rows: int):
     lengths = (30, 2, 17, 9, 41, 5)
-    source = make(Ordered, *lengths, rows=rows)
+    source = make(OrderedText, *lengths, rows=rows)
     seen: Counter[int] = Counter()
     before: Batch | None = None
     for index in range(source.batches):
@@ -139,7 +139,7 @@ def test_ordered_rows_continue_each_other(rows: int):
 
 
 def test_a_document_that_ends_is_filled_up():
-    source = make(Ordered, 12, 4, split="valid")
+    source = make(OrderedText, 12, 4, split="valid")
     first, second, third = (source.batch(index) for index in range(3))
     assert first.mask is None and first.fresh.tolist() == [True]
     assert second.tokens.tolist() == [[8, 9, 10, 0, 0, 0, 0, 0]] and second.fresh.tolist() == [False]
@@ -152,15 +152,20 @@ def test_documents_come_in_another_order_each_round():
     def order(source: Any, first: int) -> list[int]:
         return [int(source.batch(index).tokens[0, 0]) // 1000 for index in range(first, first + 20)]
 
-    source = make(Ordered, *[9] * 20)
+    source = make(OrderedText, *[9] * 20)
     assert source.batches == 20
-    rounds = [order(source, 0), order(source, 20), order(source, 0), order(make(Ordered, *[9] * 20, split="test"), 0)]
+    rounds = [
+        order(source, 0),
+        order(source, 20),
+        order(source, 0),
+        order(make(OrderedText, *[9] * 20, split="test"), 0),
+    ]
     assert all(sorted(turn) == list(range(20)) for turn in rounds)
     assert rounds[0] == rounds[2] != rounds[1] and rounds[3] == list(range(20))
 
 
 def test_a_hundred_gigabytes_are_no_more_work_than_one():
-    source = make(Shuffled, 10**11, length=1024, rows=2)
+    source = make(ShuffledText, 10**11, length=1024, rows=2)
     assert source.batches == 48_828_125
     check_targets(source.batch(12345))
-    check_targets(make(Ordered, 10**11, 5, length=1024, rows=2).batch(12345))
+    check_targets(make(OrderedText, 10**11, 5, length=1024, rows=2).batch(12345))

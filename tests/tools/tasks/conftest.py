@@ -17,7 +17,7 @@ class Made:
 
     def __init__(self, name: str, rows: int, fields: dict[str, Any]) -> None:
         self.task, self.fields = make_task(name, fields)
-        self.draws = Draws.of_rows(7, np.arange(rows))
+        self.draws = Draws(7, np.arange(rows))
         self.tokens, self.targets = self.task.rows(self.draws)
         self.counts = self.targets != IGNORED
 

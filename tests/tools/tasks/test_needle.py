@@ -83,8 +83,8 @@ def test_pieces_make_the_row(make: Callable[..., Any]):
     ("fields", "message"),
     [
         ({"length": 6, "width": 3}, "length: 6 tokens have no room for a value of 3 and the question"),
-        ({"ask": "place", "depth": 0.5}, "depth: where the needle is cannot be asked"),
-        ({"ask": "place", "length": 18}, "values: expected at most 16, the places a needle can be at, got 17"),
+        ({"ask": "place", "depth": 0.5}, "depth: the place cannot be asked for"),
+        ({"ask": "place", "length": 18}, "values: expected at most 16, the possible places of a needle, got 17"),
         ({"ask": "plaice"}, "ask: expected 'value' or 'place', got 'plaice'; did you mean 'place'"),
         ({"depth": 1.5}, "depth: expected number from 0 to 1 or null, got 1.5"),
     ],

@@ -83,7 +83,7 @@ def test_pieces_make_the_row(make: Callable[..., Any]):
             {"length": 8},
             "length: expected at least 9, for 4 planted at multiples of 2 and 1 tokens of questions, got 8",
         ),
-        ({"depth": 0.5, "queries": 2}, "depth: is that of the one pair asked for, and 2 are"),
+        ({"depth": 0.5, "queries": 2}, "depth: expected a single query, got 2"),
     ],
 )
 def test_what_cannot_be(make: Callable[..., Any], fields: dict[str, Any], message: str):

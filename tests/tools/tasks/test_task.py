@@ -55,7 +55,7 @@ def test_registering():
 
 
 def test_a_taken_name_names_both_places():
-    with pytest.raises(ValueError, match=r"the task name 'mqar' is taken by MultiQueryRecall .*mqar.py.*; Parity \("):
+    with pytest.raises(ValueError, match=r"the task name 'mqar' is taken by MultiQueryRecall .*recall.py.*; Parity \("):
         register_task("mqar")(Parity)
     register_task("mqar", replace=True)(Parity)
     assert isinstance(make_task("mqar", {})[0], Parity)
@@ -156,17 +156,17 @@ def test_an_installed_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_every_task_keeps_its_word(name: str):
     task, _ = make_task(name, {})
-    tokens, targets = task.rows(Draws.of_rows(1, np.arange(64)))
+    tokens, targets = task.rows(Draws(1, np.arange(64)))
     assert tokens.shape == targets.shape == (64, task.length)
     assert tokens.min() >= 0 and tokens.max() < task.vocab
     counted = targets[targets != IGNORED]
     assert counted.size and counted.min() >= 0 and counted.max() < task.vocab
     # each row is one of its own, and the same one whatever stands beside it
     assert len(np.unique(tokens, axis=0)) == 64
-    alone = task.rows(Draws.of_rows(1, np.array([5])))
+    alone = task.rows(Draws(1, np.array([5])))
     assert (alone.tokens[0] == tokens[5]).all() and (alone.targets[0] == targets[5]).all()
     for first, last in ((0, 10), (task.length - 3, task.length)):
-        piece = task.piece(Draws.of_rows(1, np.array([5])), first, last)
+        piece = task.piece(Draws(1, np.array([5])), first, last)
         assert (piece.tokens[0] == tokens[5, first:last]).all() and (piece.targets[0] == targets[5, first:last]).all()
     assert all(0 < accuracy < 1 for accuracy in task.references().values())
     doc = type(task).__doc__ or ""
@@ -176,7 +176,7 @@ def test_every_task_keeps_its_word(name: str):
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_rows_are_made_faster_than_any_model_reads_them(name: str):
     task, _ = make_task(name, {})
-    draws = Draws.of_rows(1, np.arange(256))
+    draws = Draws(1, np.arange(256))
     task.rows(draws)
     started = time.process_time()
     for _ in range(5):

@@ -112,7 +112,7 @@ def test_the_models_vocabulary():
         ({"tsak": "mqar"}, "expected either a task or a text, got {'tsak': 'mqar'}; did you mean 'task'"),
         ({"task": 3}, "task: expected a name, got 3"),
         ({"text": "note.txt", "tokeniser": "x"}, "tokeniser: unknown field of text; did you mean 'tokenizer'"),
-        ({"text": "note.txt", "valid": 0.6, "test": 0.4}, "valid: with 0.6 for valid and 0.4 for test nothing is left"),
+        ({"text": "note.txt", "valid": 0.6, "test": 0.4}, "valid: 0.6 for valid and 0.4 for test leave nothing"),
         ({"text": 3}, "text: expected text .* or list of text"),
         ([], "text: expected at least 1 items, got 0"),
         (3, "expected a task, a path or a mapping, got 3"),

@@ -1,4 +1,4 @@
-"""How often a model's first choice is right: at the tokens that count, and in whole rows."""
+"""Accuracy of a model's most likely tokens, and the share of rows without an error."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from ...blocks.language_model import IGNORED
 
 
 class Score(NamedTuple):
-    """Counts, so that the scores of several batches or processes can be added before they are divided."""
+    """Counts, which can be added over batches and processes before they are divided."""
 
     right: int
     counted: int
     """Tokens whose target counts."""
     rows_right: int
     rows: int
-    """Rows in which at least one target counts."""
+    """Rows with at least one target that counts."""
 
     @property
     def accuracy(self) -> float:
-        """Share of the counted tokens that are right; NaN where none counts."""
+        """Share of the counted tokens that are right; NaN if there is none."""
         return self.right / self.counted if self.counted else float("nan")
 
     @property
     def exact(self) -> float:
-        """Share of rows in which every counted token is right; NaN where none counts."""
+        """Share of rows in which every counted token is right; NaN if there is none."""
         return self.rows_right / self.rows if self.rows else float("nan")
 
     def plus(self, other: Score) -> Score:
-        """Both together."""
+        """The sum of two scores."""
         return Score(*(mine + theirs for mine, theirs in zip(self, other)))
 
 
@@ -41,15 +41,15 @@ def score(logits: Tensor, targets: Tensor) -> Score:
     counts = targets != IGNORED
     right = (logits.argmax(-1) == targets) & counts
     asked = counts.any(-1)
-    whole = asked & (right == counts).all(-1)
-    return Score(int(right.sum()), int(counts.sum()), int(whole.sum()), int(asked.sum()))
+    exact = asked & (right == counts).all(-1)
+    return Score(int(right.sum()), int(counts.sum()), int(exact.sum()), int(asked.sum()))
 
 
 def accuracy(logits: Tensor, targets: Tensor) -> float:
-    """Share of the counted tokens at which the largest logit is the target's; NaN where none counts."""
+    """``score(logits, targets).accuracy``"""
     return score(logits, targets).accuracy
 
 
 def exact_match(logits: Tensor, targets: Tensor) -> float:
-    """Share of the rows in which that is so of every counted token."""
+    """``score(logits, targets).exact``"""
     return score(logits, targets).exact

@@ -1,0 +1,217 @@
+"""``open_source``: from a specification of data, as on a command line or in a file, to a source of batches."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from ...recipes.parse import read_value
+from ...registry import Problem, RecipeError, check_settings, fields_of, nearest, show
+from ..randomness import Draws, Integers, key_of, permutation
+from ..tasks import TASKS, Rows, Task, list_tasks, make_task
+from .source import SPLITS, Batch, Share, Source, Split, check_index, share_of
+from .text import NAMED, Text
+
+MAX_LENGTH = 2**31
+"""Tokens of a row."""
+
+
+def open_source(
+    spec: str | Sequence[str] | Mapping[str, Any],
+    *,
+    rows: int,
+    length: int | None = None,
+    split: Split = "train",
+    seed: int = 0,
+    part: tuple[int, int] = (0, 1),
+    vocab: int | None = None,
+) -> Source:
+    """A source of batches.
+
+    Args:
+        spec: a task (``mqar``, ``mqar:pairs=8,length=64``, ``{task: mqar, pairs: 8}``) or text: a file, a folder, a
+            wildcard, several of these, ``stdlib``, or a mapping ``{text: 'src/**/*.py', documents: ordered, ...}``
+            with the fields of ``Text``. Tasks also have a field ``examples``, the number of different training rows.
+        rows: rows of a batch, over all processes.
+        length: tokens of a row; by default what ``spec`` says.
+        split: train, valid and test share no example.
+        part: (rank, world) of this process.
+        vocab: the model's, which the source's must not exceed.
+
+    Raises ``RecipeError`` for data that cannot be opened.
+    """
+    if split not in SPLITS:
+        problem = Problem("split", f"expected one of {', '.join(SPLITS)}, got {show(split)}{nearest(split, SPLITS)}")
+        raise RecipeError([problem], "data")
+    share = share_of(rows, part)
+    settings = _as_mapping(spec)
+    if length is not None:
+        settings["length"] = length
+    source: Source
+    if "task" in settings:
+        source = _open_task(settings, share, split, seed)
+    else:
+        values = check_settings("text", fields_of(Text, None), settings)
+        problems = [Problem(field, message) for field, message in Text.problems(values)]
+        if problems:
+            raise RecipeError(problems, "text")
+        source = Text(**values).open(share, split, seed)
+    if vocab is not None and source.vocab > vocab:
+        message = f"the data has {source.vocab} tokens, the model only {vocab}: give the recipe `vocab: {source.vocab}`"
+        raise RecipeError([Problem("vocab", message)], "data")
+    return source
+
+
+def _as_mapping(spec: Any) -> dict[str, Any]:
+    """The specification as a mapping with either ``task`` or ``text``."""
+    if isinstance(spec, Mapping):
+        settings = dict(spec)
+        kinds = ["task", "text"]
+        given = settings.keys() & set(kinds)
+        if len(given) != 1:
+            near = "" if given else next((near for key in settings if (near := nearest(key, kinds))), "")
+            raise RecipeError([Problem("", f"expected either a task or a text, got {show(settings)}{near}")], "data")
+        if "task" in settings and not isinstance(settings["task"], str):
+            raise RecipeError([Problem("task", f"expected a name, got {show(settings['task'])}")], "data")
+        return settings
+    if isinstance(spec, (list, tuple)):
+        return {"text": list(spec)}
+    if not isinstance(spec, (str, os.PathLike)):
+        raise RecipeError([Problem("", f"expected a task, a path or a mapping, got {show(spec)}")], "data")
+    text = os.fspath(spec)
+    name, _, fields = text.partition(":")
+    for kind, names in (("task", TASKS.known_names()), ("text", NAMED)):
+        if name in names and isinstance(spec, str):
+            return {kind: name, **_parse_fields(fields)}
+    if os.path.lexists(os.path.expanduser(text)) or glob.has_magic(text) or "/" in text or os.sep in text:
+        return {"text": text}
+    here = [*list_tasks(), *NAMED, *sorted(os.listdir())]
+    raise RecipeError([Problem("", f"{show(text)} is no task and no file{nearest(name, here)}")], "data")
+
+
+def _parse_fields(text: str) -> dict[str, Any]:
+    """``"pairs=8,depth=0.5"`` -> ``{"pairs": 8, "depth": 0.5}``; a comma without NAME= after it belongs to a value."""
+    found: dict[str, Any] = {}
+    for setting in re.split(r",(?=\s*[A-Za-z_]\w*\s*=)", text) if text else []:
+        name, equals, value = setting.partition("=")
+        name = name.strip()
+        if not equals or not name:
+            raise RecipeError([Problem("", f"expected NAME=VALUE, as in mqar:pairs=8, got {show(setting)}")], "data")
+        if name in found:
+            raise RecipeError([Problem(name, "given twice")], "data")
+        found[name] = read_value(value)
+    return found
+
+
+# -- tasks -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class _Common:
+    """Fields of every task besides its own."""
+
+    examples: Annotated[int | None, Field(ge=1, description="different training rows; null for no end")] = None
+
+
+def _open_task(spec: dict[str, Any], share: Share, split: Split, seed: int) -> TaskSource:
+    name = spec.pop("task")
+    common = {key: spec.pop(key) for key in list(spec) if key in fields_of(_Common, None)}
+    examples = check_settings(name, fields_of(_Common, None), common)["examples"]
+    task, fields = make_task(name, spec)
+    return TaskSource(name, task, fields, share=share, split=split, seed=seed, examples=examples)
+
+
+class TaskSource:
+    """Rows of a task. Row ``r`` of batch ``i`` is row ``i * rows + r`` of an endless series, whatever the batch size.
+
+    Each split and each seed is a series of its own. With ``examples``, training has that many different rows, in
+    another order in each epoch; the other splits stay endless.
+    """
+
+    carries = False
+
+    def __init__(
+        self,
+        name: str,
+        task: Task,
+        fields: dict[str, Any],
+        *,
+        share: Share,
+        split: Split,
+        seed: int,
+        examples: int | None,
+    ) -> None:
+        self.task = task
+        self.vocab, self.length = task.vocab, task.length
+        self.examples = examples if split == "train" else None
+        self._name, self._fields, self._share, self._split, self._seed = name, fields, share, split, seed
+        self._key = key_of("task", name, split, seed)
+        for attribute, value in (("vocab", self.vocab), ("length", self.length)):
+            if not isinstance(value, int) or not 1 <= value <= MAX_LENGTH:
+                message = f"expected the task to have an integer from 1 to 2**31, got {show(value)}"
+                raise RecipeError([Problem(attribute, message)], name)
+
+    @property
+    def batches(self) -> int | None:
+        """Batches of one epoch of ``examples``."""
+        return None if self.examples is None else -(-self.examples // self._share.of)
+
+    def batch(self, index: int) -> Batch:
+        """Whole rows, all of them fresh."""
+        return self._batch(self.task.rows(self._draws(index)), 0, self.length)
+
+    def stream(self, index: int, piece: int) -> Iterator[Batch]:
+        """``batch(index)`` in pieces of ``piece`` tokens, between which the state is carried; the first is ``fresh``.
+
+        The needle tasks make one piece at a time, so rows of millions of tokens take no more memory than a piece.
+        """
+        if isinstance(piece, bool) or not isinstance(piece, int) or piece < 1:
+            raise ValueError(f"piece: expected integer >= 1, got {show(piece)}")
+        draws = self._draws(index)
+        for start in range(0, self.length, piece):
+            stop = min(start + piece, self.length)
+            yield self._batch(self.task.piece(draws, start, stop), start, stop)
+
+    def describe(self) -> dict[str, Any]:
+        """The task, its fields, and the accuracy of predictors that do not solve it."""
+        return {
+            "task": self._name,
+            "fields": self._fields,
+            "vocab": self.vocab,
+            "length": self.length,
+            "rows": self._share.of,
+            "split": self._split,
+            "seed": self._seed,
+            "examples": self.examples,
+            "references": self.task.references(),
+        }
+
+    def _draws(self, index: int) -> Draws:
+        check_index(index)
+        return Draws(self._key, self._row_numbers(index))
+
+    def _row_numbers(self, index: int) -> Integers:
+        numbers = index * self._share.of + self._share.first + np.arange(self._share.rows)
+        if self.examples is None:
+            return numbers
+        epochs, numbers = np.divmod(numbers, self.examples)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            numbers[here] = permutation(key_of("round", self._key, int(epoch)), self.examples)(numbers[here])
+        return numbers
+
+    def _batch(self, rows: Rows, start: int, stop: int) -> Batch:
+        tokens, targets = (torch.from_numpy(np.ascontiguousarray(part, dtype=np.int64)) for part in rows)
+        expected = (self._share.rows, stop - start)
+        if tokens.shape != expected or targets.shape != expected:
+            got = f"{tuple(tokens.shape)} and {tuple(targets.shape)}"
+            raise ValueError(f"the task {self._name!r} made tokens and targets of {got}, expected {expected}")
+        return Batch(tokens, targets, None, torch.full((expected[0],), start == 0))
