@@ -216,7 +216,7 @@ def assert_constant(folder: Path, tmp_path: Path, short: int, long: int) -> None
 
 
 def test_memory_does_not_grow_with_the_text(folder: Path, tmp_path: Path) -> None:
-    assert_constant(folder, tmp_path, 2**16, 3 * 2**16)
+    assert_constant(folder, tmp_path, 2**15, 3 * 2**15)
 
 
 @pytest.mark.slow

@@ -47,26 +47,26 @@ def measure(
         session.save(target)
     # ids that stand for no text have no bytes
     bytes_per_token = None if isinstance(session.tokenizer, IdTokenizer) else text.read / read
+    report: dict[str, Any] = {
+        "model": os.path.abspath(arguments.model),
+        "file": arguments.perplexity,
+        "bytes": text.read,
+        "seconds": round(seconds, 6),
+        "tokens_per_second": round(read / max(seconds, 1e-9), 1),
+        "position_before": position_before,
+        "memory_frozen": arguments.no_write,
+        **report_of(live, bytes_per_token),
+        "state": None if target is None else os.path.abspath(target),
+    }
+    if frozen is not None:
+        report["frozen"] = report_of(frozen, bytes_per_token)
     if arguments.plot is not None:
-        _plot(arguments, live, frozen, bytes_per_token)
+        _plot(report, arguments.plot)
     if arguments.json:
-        report: dict[str, Any] = {
-            "model": os.path.abspath(arguments.model),
-            "file": arguments.perplexity,
-            "bytes": text.read,
-            "seconds": round(seconds, 6),
-            "tokens_per_second": round(read / max(seconds, 1e-9), 1),
-            "position_before": position_before,
-            "memory_frozen": arguments.no_write,
-            **_report(live, bytes_per_token),
-            "state": None if target is None else os.path.abspath(target),
-        }
-        if frozen is not None:
-            report["frozen"] = _report(frozen, bytes_per_token)
         say_json(report)
         return 0
-    _print_table(live, frozen, bytes_per_token)
-    say("", f"{read:,} tokens read, {read / max(seconds, 1e-9):,.0f} per second")
+    _print_table(report)
+    say("", f"{read:,} tokens read, {report['tokens_per_second']:,.0f} per second")
     if arguments.plot is not None:
         say(f"wrote {arguments.plot}")
     return 0
@@ -92,70 +92,56 @@ def _perplexity(session: Session, text: Text, edges: tuple[int, ...]) -> Perplex
         return perplexity(session.model, session.pieces(text), session.reading.state, edges=edges, on_piece=update)
 
 
-def _bits(loss: float, bytes_per_token: float) -> float:
-    return loss / math.log(2) / bytes_per_token
+def report_of(found: Perplexity, bytes_per_token: float | None) -> dict[str, Any]:
+    def numbers(part: Perplexity | Bucket) -> dict[str, Any]:
+        bits = math.nan if bytes_per_token is None else part.loss / math.log(2) / bytes_per_token
+        values = {"tokens": part.tokens, "loss": part.loss, "perplexity": part.perplexity, "bits_per_byte": bits}
+        # JSON has neither NaN nor infinity
+        return {key: value if math.isfinite(value) else None for key, value in values.items()}
+
+    buckets = [{"start": bucket.start, "stop": bucket.stop, **numbers(bucket)} for bucket in found.buckets]
+    return {**numbers(found), "buckets": buckets}
 
 
-def _numbers(part: Perplexity | Bucket, bytes_per_token: float | None) -> dict[str, Any]:
-    numbers = {
-        "tokens": part.tokens,
-        "loss": part.loss,
-        "perplexity": part.perplexity,
-        "bits_per_byte": None if bytes_per_token is None else _bits(part.loss, bytes_per_token),
-    }
-    # JSON has no infinity
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in numbers.items()
-    }
+def _print_table(report: dict[str, Any]) -> None:
+    has_bytes, frozen = report["bits_per_byte"] is not None, report.get("frozen")
+    headings = ["loss", *(["bits/byte"] if has_bytes else []), "perplexity"]
+    table = Columns("position", "tokens", *headings, *([f"{name}, frozen" for name in headings] if frozen else []))
 
+    def cells(part: dict[str, Any]) -> list[str]:
+        loss, bits, ppl = (
+            math.nan if part[key] is None else part[key] for key in ("loss", "bits_per_byte", "perplexity")
+        )
+        return [f"{loss:.4f}", *([f"{bits:.3f}"] if has_bytes else []), f"{ppl:,.2f}" if ppl < 1e9 else "> 1e9"]
 
-def _report(found: Perplexity, bytes_per_token: float | None) -> dict[str, Any]:
-    buckets = [
-        {"start": bucket.start, "stop": bucket.stop, **_numbers(bucket, bytes_per_token)} for bucket in found.buckets
-    ]
-    return {**_numbers(found, bytes_per_token), "buckets": buckets}
-
-
-def _print_table(live: Perplexity, frozen: Perplexity | None, bytes_per_token: float | None) -> None:
-    headings = ["position", "tokens", "loss", *(["bits/byte"] if bytes_per_token is not None else []), "perplexity"]
-    if frozen is not None:
-        headings += [f"{name}, frozen" for name in headings[2:]]
-    table = Columns(*headings)
-
-    def cells(part: Perplexity | Bucket) -> list[str]:
-        bits = [] if bytes_per_token is None else [f"{_bits(part.loss, bytes_per_token):.3f}"]
-        return [f"{part.loss:.4f}", *bits, f"{part.perplexity:,.2f}" if part.perplexity < 1e9 else "> 1e9"]
-
-    for index, bucket in enumerate(live.buckets):
-        span = f"{bucket.start:,} - {bucket.stop - 1:,}" if bucket.stop is not None else f"{bucket.start:,} -"
-        other = [] if frozen is None else cells(frozen.buckets[index])
-        table.add(span, count(bucket.tokens), *cells(bucket), *other)
-    table.add("all", count(live.tokens), *cells(live), *([] if frozen is None else cells(frozen)))
+    for index, bucket in enumerate(report["buckets"]):
+        span = f"{bucket['start']:,} - " + (f"{bucket['stop'] - 1:,}" if bucket["stop"] is not None else "")
+        other = cells(frozen["buckets"][index]) if frozen else []
+        table.add(span.rstrip(), count(bucket["tokens"]), *cells(bucket), *other)
+    table.add("all", count(report["tokens"]), *cells(report), *(cells(frozen) if frozen else []))
     say_columns(table)
 
 
-def steps_of(found: Perplexity, bytes_per_token: float | None) -> tuple[list[int], list[float]]:
+def steps_of(report: dict[str, Any]) -> tuple[list[int], list[float]]:
     """Edges and values of the buckets as steps over a logarithmic axis, which has no position 0."""
-    end = found.tokens + 1
-    stops = [min(bucket.stop or end, end) for bucket in found.buckets]
-    first = max(found.buckets[0].start, stops[0] // 2, 1)
-    values = [b.loss if bytes_per_token is None else _bits(b.loss, bytes_per_token) for b in found.buckets]
-    return [first, *stops], values
+    key = "loss" if report["bits_per_byte"] is None else "bits_per_byte"
+    buckets, end = report["buckets"], report["tokens"] + 1
+    stops = [min(bucket["stop"] or end, end) for bucket in buckets]
+    values = [math.nan if bucket[key] is None else bucket[key] for bucket in buckets]
+    return [max(buckets[0]["start"], stops[0] // 2, 1), *stops], values
 
 
-def _plot(
-    arguments: argparse.Namespace, live: Perplexity, frozen: Perplexity | None, bytes_per_token: float | None
-) -> None:
-    unit = "nats per token" if bytes_per_token is None else "bits per byte"
-    name = os.path.basename(arguments.perplexity)
+def _plot(report: dict[str, Any], path: str) -> None:
+    unit = "nats per token" if report["bits_per_byte"] is None else "bits per byte"
+    name = os.path.basename(report["file"])
     title = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name)
-    curves = {"memory frozen" if arguments.no_write else "memory live": live}
-    if frozen is not None:
-        curves["memory frozen"] = frozen
+    curves = {"memory frozen" if report["memory_frozen"] else "memory live": report}
+    if "frozen" in report:
+        curves["memory frozen"] = report["frozen"]
 
     def plot(axes: Any) -> None:
-        for (label, found), colour in zip(curves.items(), COLOURS):
-            edges, values = steps_of(found, bytes_per_token)
+        for (label, curve), colour in zip(curves.items(), COLOURS):
+            edges, values = steps_of(curve)
             axes.stairs(values, edges, baseline=None, color=colour, linewidth=2, label=label)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda position, _: _short(position))
@@ -164,10 +150,10 @@ def _plot(
         axes.legend()
 
     try:
-        with atomic_write(Path(arguments.plot)) as temporary:
+        with atomic_write(Path(path)) as temporary:
             temporary.write_bytes(draw(plot, formats=["svg"], size=(7.2, 4.0))["svg"])
     except (OSError, ValueError) as error:
-        raise UsageError(f"--plot {arguments.plot}: {getattr(error, 'strerror', None) or error}") from None
+        raise UsageError(f"--plot {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _short(position: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -16,7 +17,7 @@ import torch
 import titans_build as tb
 from titans_build.blocks.language_model import LanguageModel
 from titans_build.tools.inference import Bucket, Perplexity, perplexity
-from titans_build.tools.inference.measure import parse_edges, steps_of
+from titans_build.tools.inference.measure import parse_edges, report_of, steps_of
 
 SVG = "{http://www.w3.org/2000/svg}"
 Infer = Callable[..., Any]
@@ -122,11 +123,19 @@ def test_the_plot(folder: Path, infer: Infer, text: Path, tmp_path: Path) -> Non
 )
 def test_the_steps_are_the_buckets(buckets: list[Bucket]) -> None:
     found = Perplexity(sum(bucket.tokens for bucket in buckets), 1.0, buckets, None)
-    edges, values = steps_of(found, bytes_per_token=None)
+    edges, values = steps_of(report_of(found, bytes_per_token=None))
     assert values == [bucket.loss for bucket in buckets]
     assert edges[0] > 0 and all(a < b for a, b in pairwise(edges))
     assert edges[1:-1] == [bucket.stop for bucket in buckets[:-1]] and edges[-1] == found.tokens + 1
-    assert steps_of(found, bytes_per_token=2.0)[1] == [pytest.approx(value / math.log(2) / 2) for value in values]
+    in_bits = steps_of(report_of(found, bytes_per_token=2.0))[1]
+    assert in_bits == [pytest.approx(value / math.log(2) / 2) for value in values]
+
+
+def test_a_nonfinite_loss_is_null() -> None:
+    report = report_of(Perplexity(2, math.nan, [Bucket(0, 128, 2, math.inf)], None), bytes_per_token=1.0)
+    assert (report["loss"], report["perplexity"], report["bits_per_byte"]) == (None, None, None)
+    assert json.loads(json.dumps(report, allow_nan=False))["buckets"][0]["loss"] is None
+    assert math.isnan(steps_of(report)[1][0])
 
 
 def test_the_plot_needs_the_extra(folder: Path, infer: Infer, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
