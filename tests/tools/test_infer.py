@@ -211,12 +211,12 @@ def peak(folder: Path, text: Path, size: int) -> tuple[int, int]:
 def assert_constant(folder: Path, tmp_path: Path, short: int, long: int) -> None:
     (few, small), (many, large) = (peak(folder, tmp_path / "text", size) for size in (short, long))
     assert (few, many) == (short, long)
-    # what varies from run to run is about one MiB; the predictions of one piece alone are that much
+    # 64 KiB are read before memory is at its largest; after that it varies by about one MiB from run to run
     assert large - small < 3 * 2**20
 
 
 def test_memory_does_not_grow_with_the_text(folder: Path, tmp_path: Path) -> None:
-    assert_constant(folder, tmp_path, 2**15, 3 * 2**15)
+    assert_constant(folder, tmp_path, 2**16, 2**17)
 
 
 @pytest.mark.slow
