@@ -143,38 +143,15 @@ def tables(results: measure.Result) -> dict[str, str]:
             (name, f"{parameters:,}", f"{state:,}", f"{steps:,}", f"{tokens / 1e6:.1f}M", longest, f"{seconds:,.0f} s")
         )
         for row in of["read"]:
-            rows.append(
-                (
-                    name,
-                    f"{row['length']:,}",
-                    row["asked"],
-                    f"{row['accuracy']:.3f}",
-                    f"{row['tokens_per_second']:,.0f}",
-                    f"{row['peak'] / 1e6:,.0f}",
-                )
-            )
+            accuracy, speed = f"{row['accuracy']:.3f}", f"{row['tokens_per_second']:,.0f}"
+            rows.append((name, f"{row['length']:,}", row["asked"], accuracy, speed, measure.megabytes(row["peak"])))
         short, long = of["read"][0], of["read"][-1]
-        goals += [
-            measure.goal(
-                f"{name}: found in {long['length']:,} tokens",
-                f"{WANTED:.0%}",
-                [long["accuracy"]],
-                lambda v: v >= WANTED,
-                "{:.3f}",
-            ),
-            measure.goal(
-                f"{name}: peak memory there over that of {short['length']:,} tokens",
-                "at most 1.1",
-                [long["peak"] / short["peak"]],
-                lambda v: v <= 1.1,
-            ),
-            measure.goal(
-                f"{name}: time of a piece in the last tenth over the first",
-                "at most 1.1",
-                [long["last_tenth"] / long["first_tenth"]],
-                lambda v: v <= 1.1,
-            ),
-        ]
+        what = f"{name}: found in {long['length']:,} tokens"
+        goals.append(measure.goal(what, f"{WANTED:.0%}", [long["accuracy"]], lambda v: v >= WANTED, "{:.3f}"))
+        what = f"{name}: peak memory there over that of {short['length']:,} tokens"
+        goals.append(measure.goal(what, "at most 1.1", [long["peak"] / short["peak"]], lambda v: v <= 1.1))
+        what = f"{name}: time of a piece in the last tenth over the first"
+        goals.append(measure.goal(what, "at most 1.1", [long["last_tenth"] / long["first_tenth"]], lambda v: v <= 1.1))
     trained = ("task", "parameters", "state, bytes", "steps", "tokens", "longest haystack", "training")
     return {
         "goals": measure.table(measure.GOALS, goals),

@@ -69,7 +69,7 @@ def test_a_quick_run_writes_its_results_and_prints_their_tables(program: str, qu
         assert text in out
 
 
-def test_without_titans_pytorch_its_rows_are_left_out_and_the_reason_is_given(quick: Any) -> None:
+def test_without_titans_pytorch_its_rows_are_left_out(quick: Any) -> None:
     for program, part in (("memory", "times"), ("model", "training")):
         file, out = quick[program]
         results = json.loads(file.read_text(encoding="utf-8"))
@@ -110,7 +110,7 @@ def test_the_page_is_filled_from_the_result_files(quick: Any, load: Any) -> None
     assert "| memory, the block" not in emptied and "Not measured yet: `make bench-memory`" in emptied
 
 
-def test_the_pages_say_what_the_result_files_say(load: Any) -> None:
+def test_the_pages_match_the_result_files(load: Any) -> None:
     render = load("render")
     assert (BENCHMARKS / "README.md", BENCHMARKS.parent / "README.md") == render.PAGES
     for file in render.PAGES:
@@ -144,7 +144,7 @@ def test_the_exponent_of_a_square_is_two(load: Any) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory by stage is read from /proc")
-def test_a_peak_is_what_a_case_holds_at_once(tmp_path: Path, load: Any) -> None:
+def test_peak_memory(tmp_path: Path, load: Any) -> None:
     script = tmp_path / "case.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r})\n"

@@ -53,7 +53,7 @@ def test_a_comparison_runs(task: str, tmp_path: Path, load: Any) -> None:
 
 
 @pytest.mark.parametrize("task", ["copy", "mqar", "language"])
-def test_the_variants_of_a_comparison_are_of_one_size_and_can_read_its_data(task: str, load: Any) -> None:
+def test_variants_have_one_size_and_read_the_data(task: str, load: Any) -> None:
     of = load("variants").TASKS[task]
     settings = read_file(BENCHMARKS / "settings" / f"{task}.yaml")
     data = settings.pop("data")
@@ -78,7 +78,7 @@ def test_the_needle_runs(tmp_path: Path, load: Any) -> None:
         assert text in out
 
 
-def test_a_needle_that_has_been_trained_is_not_trained_again(tmp_path: Path, load: Any) -> None:
+def test_a_trained_needle_is_not_trained_again(tmp_path: Path, load: Any) -> None:
     needle = load("needle")
     settings = {**read_file(BENCHMARKS / "settings" / "needle.yaml"), **needle.QUICK}
     first = needle.train(settings["tasks"]["needle"], settings, tmp_path)
@@ -93,7 +93,7 @@ def test_the_overhead_runs(tmp_path: Path, load: Any) -> None:
     assert load("overhead").tables(results)["steps"] in out
 
 
-def test_what_the_overhead_is_measured_against_is_mag_without_its_memory(load: Any) -> None:
+def test_the_overhead_baseline_is_mag_without_memory(load: Any) -> None:
     built = load("overhead").recipes(quick=False)
     mag, window = (tb.build(recipe, device="meta") for recipe in (built["MAG"], built["window"]))
     names = {name for name, _ in window.named_parameters()}
@@ -101,7 +101,7 @@ def test_what_the_overhead_is_measured_against_is_mag_without_its_memory(load: A
     assert window.recipe.dim == mag.recipe.dim and window.recipe.depth == mag.recipe.depth
 
 
-def test_a_variant_that_failed_has_a_row(load: Any) -> None:
+def test_a_failed_variant_has_a_row(load: Any) -> None:
     done = {"accuracy": 0.995, "loss": 0.1}
     good = {"name": "mac", "parameters": 1000, "steps": 10, "tokens": 10**6, "seconds": 3.0, "test": done}
     empty = dict.fromkeys(("steps", "tokens", "seconds", "test", "frozen"))
@@ -115,7 +115,7 @@ def test_a_variant_that_failed_has_a_row(load: Any) -> None:
     assert "| done before, by this program | mac" in found["machine"]
 
 
-def test_a_needle_of_other_settings_is_not_taken_for_this_one(tmp_path: Path, load: Any) -> None:
+def test_a_needle_run_with_other_settings_is_refused(tmp_path: Path, load: Any) -> None:
     needle = load("needle")
     settings = {**read_file(BENCHMARKS / "settings" / "needle.yaml"), **needle.QUICK}
     settings["stages"] = {"needle": [{"length": 32, "batch": 4, "steps": 2}]}

@@ -36,7 +36,7 @@ def test_a_quick_run_prints_a_row_for_each_way(name: str, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_page_has_its_command_and_the_rows_that_it_prints(name: str) -> None:
+def test_the_page_shows_the_command_and_its_output(name: str) -> None:
     assert f"python examples/{name}.py" in PAGE
     section = PAGE.partition(f"python examples/{name}.py")[2].partition("\n## ")[0]
     (shown,) = re.findall(r"^```text\n(.*?)^```$", section, flags=re.M | re.S)
@@ -46,7 +46,7 @@ def test_the_page_has_its_command_and_the_rows_that_it_prints(name: str) -> None
     assert all(re.search(rf"^{re.escape(way)}  ", shown, flags=re.M) for way in ways)
 
 
-def test_a_week_sees_nothing_of_later_ones() -> None:
+def test_forecasts_do_not_see_the_future() -> None:
     forecasting = load("forecasting")
     series = forecasting.read_series()
     assert series.steps.shape == (len(series.level), 1) and 400 < len(series.level) - series.held_out < 500
@@ -58,7 +58,7 @@ def test_a_week_sees_nothing_of_later_ones() -> None:
     assert all(forecasting.errors(flat, guess) == [0.0] * 4 for guess in forecasting.without_a_model(flat).values())
 
 
-def test_streams_out_of_step_are_read_as_digits_at_once() -> None:
+def test_streaming_equals_reading_whole_digits() -> None:
     classifier = load("stream_classifier")
     _, digits = classifier.read_digits()
     digits = classifier.Digits(*(part[:13] for part in digits))
@@ -68,7 +68,7 @@ def test_streams_out_of_step_are_read_as_digits_at_once() -> None:
         assert torch.allclose(scores, model(digits.pictures)[0], atol=1e-4)
 
 
-def test_names_are_drawn_anew_in_each_life() -> None:
+def test_each_life_has_its_own_names() -> None:
     online = load("online_learning")
     world = online.World(slice(online.HELD_OUT, None))
     lives = world.lives(200, torch.Generator().manual_seed(0))

@@ -142,7 +142,7 @@ def test_wrong_recipes_are_refused(
     assert checked.status == 2 and fragment in checked.err and "Traceback" not in checked.err
 
 
-def test_refusals_are_json_too(tmp_path: Path, titans_build: Run) -> None:
+def test_errors_as_json(tmp_path: Path, titans_build: Run) -> None:
     result = titans_build("mac", "--set", "layers.mac.0.segmnt=3", "--set", "dim=63", "--json")
     assert result.status == 2
     error = result.json["error"]
@@ -159,7 +159,7 @@ def test_json_may_come_first(titans_build: Run) -> None:
     assert titans_build("--json", "check", "mac").json == titans_build("check", "mac", "--json").json
 
 
-def test_a_saved_model_that_is_damaged_is_refused(tmp_path: Path, titans_build: Run) -> None:
+def test_a_damaged_model_is_refused(tmp_path: Path, titans_build: Run) -> None:
     (tmp_path / "model.json").write_text("{", encoding="utf-8")
     assert_refused(titans_build(tmp_path), "model.json")
 
@@ -202,7 +202,7 @@ def cpu_seconds(*command: str) -> float:
     return min(once(), once())
 
 
-def test_start_up_is_little_more_than_pytorchs() -> None:
+def test_start_up_takes_little_longer_than_importing_torch() -> None:
     torch_alone = cpu_seconds(sys.executable, "-c", "import torch")
     check = cpu_seconds(sys.executable, "-c", "from titans_build.tools.cli import run; run()", "check", "mac")
     assert check < 1.6 * torch_alone + 0.5

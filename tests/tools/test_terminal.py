@@ -43,7 +43,7 @@ class Screen(io.StringIO):
         return True
 
 
-def test_progress_shows_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_shows_only_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     for stream, shown in ((Screen(), True), (io.StringIO(), False)):
         monkeypatch.setattr(sys, "stderr", stream)
         with terminal.progress("working", 2) as advance:
@@ -110,5 +110,5 @@ def test_a_table_that_is_too_wide_is_stacked() -> None:
         assert all(line.cell_len <= width and line.plain == line.plain.rstrip() for line in rows().lines(width))
 
 
-def test_paragraphs_are_one_line_each_and_lists_keep_theirs() -> None:
+def test_paragraphs_become_one_line_and_lists_keep_theirs() -> None:
     assert terminal.paragraphs("a b\nc\n\n- d\n- e\n\nf\ng") == ["a b c", "", "- d", "- e", "", "f g"]

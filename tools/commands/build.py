@@ -135,7 +135,7 @@ def _text(path: str, recipe: recipes.Recipe, device: torch.device, dtype: torch.
     need = memory_need(recipe, len(text), dtype) if device.type == "cpu" else None
     if need is not None:
         if not need.enough:
-            raise UsageError(f"--try {path}: {need.text}")
+            raise UsageError(need.text)
         complain(need.text, "warning")
     return text
 

@@ -142,7 +142,7 @@ def memory_need(recipe: Recipe, bytes_read: int, dtype: torch.dtype) -> MemoryNe
         kept = COPIES * ROWS * _length(bytes_read) * weights * compute_dtype.itemsize
     if parameters + kept <= have / 2:
         return None
-    text = f"the trial takes at least {(parameters + kept) / 2**30:,.1f} GiB, this machine has {have / 2**30:,.1f} GiB"
+    text = f"--try takes at least {(parameters + kept) / 2**30:,.1f} GiB, this machine has {have / 2**30:,.1f} GiB"
     if kept > parameters:
         text += (
             f"\n  the memory's reference keeps its weights for every token; let another backend run the memory "

@@ -151,7 +151,7 @@ def environment(device: str) -> dict[str, Any]:
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "commit": _git("rev-parse", "HEAD"),
-        "modified": bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results")),
+        "modified": bool(_git("status", "--porcelain", "--", ":/", ":(top,exclude)benchmarks/results")),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "cuda": torch.version.cuda,

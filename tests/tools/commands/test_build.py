@@ -1,4 +1,4 @@
-"""``titans-build RECIPE``: the table adds up, what is saved can be loaded, and a trial tells right from wrong."""
+"""``titans-build RECIPE``: its table and JSON, saved models, and the smoke test of ``--try``."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_table_shows_every_part_once(small: Path, titans_build: Run) -> None
     assert result.out.endswith("The state does not grow.\n")
 
 
-def test_a_model_of_one_layer_has_no_layers(small: Path, titans_build: Run) -> None:
+def test_one_layer_is_singular(small: Path, titans_build: Run) -> None:
     words = ["lmm", "--set", "dim=32", "--set", "stack.0.repeat=1"]
     assert "vocab 256, 1 layer, " in titans_build(*words).out
     assert "fine (1 layer, " in titans_build("check", *words).out
@@ -67,13 +67,13 @@ def test_a_plain_build_compiles_nothing(small: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
-def test_a_survey_without_values_counts_what_the_model_has(dtype: str, small: Path, titans_build: Run) -> None:
+def test_the_summary_on_the_meta_device_equals_the_model(dtype: str, small: Path, titans_build: Run) -> None:
     report = titans_build(small, "--dtype", dtype, "--json").json
     assert report["totals"]["state_bytes_per_row"] == tb.build(small, dtype=dtype).state_bytes()
     assert report["dtype"] == dtype
 
 
-def test_a_block_whose_state_needs_values_is_surveyed(small: Path, titans_build: Run) -> None:
+def test_a_block_whose_state_needs_values_is_summarized(small: Path, titans_build: Run) -> None:
     with scratch():
 
         @tb.register("valued")
@@ -150,7 +150,7 @@ def same_weights(a: Path, b: Path) -> bool:
     return all(torch.equal(parameter, theirs[name]) for name, parameter in tb.load(a).named_parameters())
 
 
-def test_a_saved_folder_comes_with_its_weights(saved: Path, tmp_path: Path, titans_build: Run) -> None:
+def test_a_saved_model_keeps_its_weights(saved: Path, tmp_path: Path, titans_build: Run) -> None:
     result = titans_build(saved, "--out", tmp_path / "copy")
     assert result.status == 0 and f"(cpu, bfloat16, weights of {saved})" in result.out
     assert same_weights(saved, tmp_path / "copy")
@@ -160,7 +160,7 @@ def test_a_saved_folder_comes_with_its_weights(saved: Path, tmp_path: Path, tita
     assert report["recipe"]["fingerprint"] == tb.load(saved).recipe.fingerprint
 
 
-def test_a_seed_asks_for_fresh_weights(saved: Path, small: Path, tmp_path: Path, titans_build: Run) -> None:
+def test_a_seed_draws_fresh_weights(saved: Path, small: Path, tmp_path: Path, titans_build: Run) -> None:
     result = titans_build(saved, "--seed", "5", "--out", tmp_path / "fresh", "--json")
     assert result.json["weights"] is None and result.json["seed"] == 5 and result.json["dtype"] == "float32"
     ours = dict(tb.build(small, seed=5).named_parameters())
@@ -181,7 +181,7 @@ def test_a_saved_model_is_tried_with_its_weights(saved: Path, small: Path, text:
     assert before < fresh - 2
 
 
-def test_changes_that_saved_weights_do_not_fit(saved: Path, titans_build: Run) -> None:
+def test_overrides_that_saved_weights_do_not_fit_are_refused(saved: Path, titans_build: Run) -> None:
     assert titans_build(saved, "--set", "layers.mac.0.segment=8").status == 0
     result = titans_build(saved, "--set", "layers.mac.0.memory.depth=3")
     assert result.status == 2 and result.out == ""
@@ -203,7 +203,7 @@ def test_a_saved_model_is_replaced_only_when_asked(saved: Path, small: Path, tit
     assert result.status == 0 and small.exists()
 
 
-def test_a_reader_that_leaves_does_not_cost_what_was_to_be_saved(small: Path, tmp_path: Path) -> None:
+def test_a_closed_pipe_does_not_lose_the_saved_model(small: Path, tmp_path: Path) -> None:
     out = tmp_path / "model"
     command = f"{sys.executable} -c 'from titans_build.tools.cli import run; run()' {small} --out {out} | head -c 1"
     subprocess.run(["bash", "-c", command], capture_output=True, check=True, timeout=120)
@@ -217,13 +217,13 @@ def test_growing_state_is_marked(titans_build: Run) -> None:
     assert titans_build(*words, "--json").json["totals"]["state_grows"] is True
 
 
-def test_a_model_of_vectors(titans_build: Run) -> None:
+def test_a_model_without_a_vocabulary(titans_build: Run) -> None:
     result = titans_build("lmm", "--set", "dim=32", "--set", "vocab=null")
     assert result.status == 0
     assert "vectors in, vectors out" in result.out and "embedding" not in result.out
 
 
-def test_trial_on_text(small: Path, text: Path, tmp_path: Path, titans_build: Run) -> None:
+def test_try_on_text(small: Path, text: Path, tmp_path: Path, titans_build: Run) -> None:
     out = tmp_path / "model"
     result = titans_build(small, "--try", text, "--out", out, "--json")
     assert result.status == 0, result.err
@@ -233,12 +233,12 @@ def test_trial_on_text(small: Path, text: Path, tmp_path: Path, titans_build: Ru
     assert trial["difference_float64"] < 1e-6
     assert sum(trial["cuts"]) == 512 and 1 in trial["cuts"] and len(set(trial["cuts"])) > 3
     assert trial["prefill"] > 0 and trial["decode"] > 0 and trial["generated"]
-    # what the trial trained is not what was saved
+    # the weights that --try trained are not saved
     fresh = dict(tb.build(tb.load_recipe(small)).named_parameters())
     assert all(torch.equal(parameter, fresh[name]) for name, parameter in tb.load(out).named_parameters())
 
 
-def test_trial_for_people(small: Path, text: Path, titans_build: Run) -> None:
+def test_try_prints_its_results(small: Path, text: Path, titans_build: Run) -> None:
     result = titans_build(small, "--try", text)
     assert result.status == 0 and result.err == ""
     found = {line.split()[0] for line in result.out.splitlines() if line}
@@ -247,14 +247,14 @@ def test_trial_for_people(small: Path, text: Path, titans_build: Run) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
-def test_trial_in_every_dtype(dtype: str, small: Path, text: Path, titans_build: Run) -> None:
+def test_try_in_every_dtype(dtype: str, small: Path, text: Path, titans_build: Run) -> None:
     result = titans_build(small, "--try", text, "--dtype", dtype, "--json")
     assert result.status == 0, result.err
     assert result.json["try"]["learns"]
 
 
 @pytest.mark.parametrize("size", [8, 9, 100])
-def test_trial_on_short_text(size: int, small: Path, tmp_path: Path, titans_build: Run) -> None:
+def test_try_on_short_text(size: int, small: Path, tmp_path: Path, titans_build: Run) -> None:
     path = tmp_path / "short.txt"
     path.write_bytes(bytes(range(200, 200 + min(size, 50))) * 2)
     path.write_bytes(path.read_bytes()[:size])
@@ -263,7 +263,7 @@ def test_trial_on_short_text(size: int, small: Path, tmp_path: Path, titans_buil
     assert result.json["try"]["bytes_read"] == size
 
 
-def test_trial_on_too_little_text(small: Path, tmp_path: Path, titans_build: Run) -> None:
+def test_try_on_too_little_text_is_refused(small: Path, tmp_path: Path, titans_build: Run) -> None:
     path = tmp_path / "tiny.txt"
     path.write_bytes(b"")
     result = titans_build(small, "--try", path)
@@ -291,32 +291,30 @@ def test_a_model_that_streams_wrongly_fails(small: Path, text: Path, titans_buil
         assert report.json["try"]["streams"] is False
 
 
-def test_a_folder_that_cannot_be_written_is_refused_before_the_work(
-    small: Path, tmp_path: Path, titans_build: Run
-) -> None:
+def test_a_folder_that_cannot_be_written_is_refused_early(small: Path, tmp_path: Path, titans_build: Run) -> None:
     (tmp_path / "taken").write_text("", encoding="utf-8")
     result = titans_build(small, "--out", tmp_path / "taken")
     assert result.status == 2 and result.out == ""
     assert "taken is a file, not a folder" in result.err
 
 
-def test_a_trial_that_this_machine_cannot_hold_is_refused(
+def test_try_that_needs_too_much_memory_is_refused(
     small: Path, text: Path, monkeypatch: pytest.MonkeyPatch, titans_build: Run
 ) -> None:
     monkeypatch.setenv("TITANS_BUILD_BACKEND", "reference")
     monkeypatch.setattr(smoke_test, "machine_memory", lambda: 2**26)
     result = titans_build(small, "--try", text)
     assert result.status == 2 and result.out == ""
-    assert "the trial takes at least" in result.err and "this machine has 0.1 GiB" in result.err
+    assert "--try takes at least" in result.err and "this machine has 0.1 GiB" in result.err
     assert "TITANS_BUILD_BACKEND=reference,memory=torch" in result.err
 
 
-def test_a_trial_that_takes_most_of_the_memory_is_warned_of(
+def test_try_that_needs_most_of_the_memory_gives_a_warning(
     small: Path, text: Path, monkeypatch: pytest.MonkeyPatch, titans_build: Run
 ) -> None:
     need = 16 * sum(p.numel() for p in tb.build(small).parameters())
     monkeypatch.setattr(smoke_test, "machine_memory", lambda: need * 3 // 2)
     result = titans_build(small, "--try", text)
-    assert result.status == 0 and "titans-build: warning: the trial takes at least" in result.err
+    assert result.status == 0 and "titans-build: warning: --try takes at least" in result.err
     monkeypatch.setattr(smoke_test, "machine_memory", lambda: need * 3)
     assert titans_build(small, "--try", text).err == ""

@@ -120,7 +120,7 @@ def test_check_allocates_no_weights(titans_build: Run) -> None:
     assert report["recipes"][0]["parameters"] == pytest.approx(1.3e9, rel=0.05)
 
 
-def test_check_tells_the_size_of_the_state(small: Path, titans_build: Run) -> None:
+def test_check_prints_the_size_of_the_state(small: Path, titans_build: Run) -> None:
     (report,) = titans_build("check", small, "--json").json["recipes"]
     assert report["state_bytes_per_row"] == tb.build(tb.load_recipe(small)).state_bytes()
     assert report["state_grows"] is False and report["warning"] is None
@@ -130,7 +130,7 @@ def test_check_tells_the_size_of_the_state(small: Path, titans_build: Run) -> No
     assert titans_build(*words, "--json").json["recipes"][0]["state_grows"] is True
 
 
-def test_check_warns_of_what_this_machine_cannot_hold(titans_build: Run) -> None:
+def test_check_warns_of_a_model_too_large_for_the_machine(titans_build: Run) -> None:
     words = ["check", "transformer", "--set", f"layers.plain.0.window={2**24}", "--set", "stack.0.repeat=1000"]
     result = titans_build(*words)
     assert result.status == 0 and "fine (1000 layers" in result.out
@@ -171,7 +171,7 @@ def test_kernels(titans_build: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert out.startswith("on cpu in float32") and out.count("taken") == len(dispatch.OPERATIONS)
 
 
-def test_kernels_says_what_the_environment_changes(titans_build: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_shows_the_effect_of_the_environment(titans_build: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(dispatch.VARIABLE, "attention=reference")
     result = titans_build("kernels")
     assert "with TITANS_BUILD_BACKEND=attention=reference" in result.out
@@ -179,7 +179,9 @@ def test_kernels_says_what_the_environment_changes(titans_build: Run, monkeypatc
     assert [row["backend"] for row in rows if row["operation"] == "attention" and row["chosen"]] == ["reference"]
 
 
-def test_kernels_with_an_environment_that_names_nothing(titans_build: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_refuses_an_unknown_operation_in_the_environment(
+    titans_build: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(dispatch.VARIABLE, "atention=reference")
     result = titans_build("kernels")
     assert result.status == 2 and "atention" in result.err
@@ -189,7 +191,7 @@ def test_kernels_with_an_environment_that_names_nothing(titans_build: Run, monke
 @pytest.mark.parametrize(
     "words", ["list", "list m*", "describe memory", "describe chain", "kernels", "mac", "mag", "check mac lmm"]
 )
-def test_lines_fit_and_end_where_their_words_do(
+def test_lines_fit_the_terminal_without_losing_words(
     words: str, width: str | None, titans_build: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = titans_build(*words.split()).out

@@ -26,7 +26,7 @@ def words(found: ModelSummary, width: int) -> list[str]:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("width", [36, 40, 52, 60, 72, 80, 100, 120])
-def test_nothing_is_cut_and_nothing_sticks_out(name: str, width: int) -> None:
+def test_the_table_fits_every_width_without_losing_words(name: str, width: int) -> None:
     found = summary_of(name)
     lines = [line.plain for line in cost_table(found, width)]
     assert all(len(line) <= width and line == line.rstrip() for line in lines)
@@ -36,7 +36,7 @@ def test_nothing_is_cut_and_nothing_sticks_out(name: str, width: int) -> None:
 
 
 @pytest.mark.parametrize("width", [20, 24, 40, 80, 160])
-def test_figures_stand_in_columns_and_are_whole(width: int) -> None:
+def test_figures_are_aligned_and_whole(width: int) -> None:
     found = summary_of("mac")
     lines = [line.plain for line in cost_table(found, width)]
     figures = [count(found.parameters), count(found.flops / 2048), in_bytes(found.state_bytes)]
@@ -48,20 +48,20 @@ def test_figures_stand_in_columns_and_are_whole(width: int) -> None:
         assert len(ends) <= 2 and len(rows) == 10
 
 
-def test_a_tree_goes_on_past_what_stands_under_a_name() -> None:
+def test_branches_continue_past_settings() -> None:
     lines = [line.plain for line in cost_table(summary_of("mac"), 80)]
     context = next(index for index, line in enumerate(lines) if line.startswith("├ context"))
     assert lines[context + 1] == "│ │   segment 128, persistent 16, write attended, form sigmoid"
     assert lines[context + 2].startswith("│ ├ memory")
 
 
-def test_a_narrow_table_puts_figures_under_long_names() -> None:
+def test_in_a_narrow_table_figures_go_under_long_names() -> None:
     lines = [line.plain for line in cost_table(summary_of("mac"), 40)]
     attend = lines.index("│ └ attend: attention")
     assert re.fullmatch(r"│ {6,}262,656      984,064  542\.0 KiB", lines[attend + 1])
 
 
-def test_settings_stand_beside_the_names_where_there_is_room() -> None:
+def test_in_a_wide_table_settings_are_beside_the_names() -> None:
     lines = [line.plain for line in cost_table(summary_of("mac"), 100)]
     assert lines[0].split() == ["part", "settings", "parameters", "FLOPs/token", "state/row"]
     memory = next(index for index, line in enumerate(lines) if "memory: memory" in line)

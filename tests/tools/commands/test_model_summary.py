@@ -39,7 +39,7 @@ def test_parts_add_up(name: str) -> None:
         assert part.flops >= 0 and part.state_bytes >= 0
 
 
-def test_shares_are_what_the_block_around_asks_for(small: Path) -> None:
+def test_the_cost_of_a_part_is_what_its_parent_uses(small: Path) -> None:
     model, parts = summarized(small)
     (mac,) = (part for part in parts if part.label == "mac")
     context, block = mac.parts[0], model.layers[2].blocks[0]
@@ -54,7 +54,7 @@ def test_shares_are_what_the_block_around_asks_for(small: Path) -> None:
     assert context.state["snapshot"] == memory.state_bytes
 
 
-def test_state_is_the_one_after_persistent_tokens(small: Path) -> None:
+def test_the_state_includes_persistent_tokens(small: Path) -> None:
     model, parts = summarized(small)
     (mag,) = (part for part in parts if part.label == "mag")
     attention = mag.parts[0].parts[0].parts[0]
@@ -62,7 +62,7 @@ def test_state_is_the_one_after_persistent_tokens(small: Path) -> None:
     assert attention.state_bytes == tb.state.nbytes(model.init_state(1).layers[0][0][0])
 
 
-def test_the_model_is_left_as_it_was(small: Path) -> None:
+def test_summarizing_does_not_change_the_model(small: Path) -> None:
     recipe = tb.load_recipe(small)
     model = tb.build(recipe)
     before = [sorted(vars(module)) for module in model.modules()]
@@ -70,7 +70,7 @@ def test_the_model_is_left_as_it_was(small: Path) -> None:
     assert [sorted(vars(module)) for module in model.modules()] == before
 
 
-def test_a_combinator_of_ones_own() -> None:
+def test_a_users_combinator() -> None:
     with scratch():
 
         @tb.register("twice")

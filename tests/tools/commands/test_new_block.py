@@ -43,9 +43,7 @@ def files_under(folder: Path) -> list[str]:
     return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
 
 
-def test_it_writes_a_package_and_says_what_to_do_with_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, titans_build: Run
-) -> None:
+def test_new_block_writes_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, titans_build: Run) -> None:
     monkeypatch.chdir(tmp_path)
     result = titans_build("new-block", "fading_mean")
     assert (result.status, result.err) == (0, "")
@@ -56,7 +54,7 @@ def test_it_writes_a_package_and_says_what_to_do_with_it(
     assert [path.name for path in tmp_path.iterdir()] == ["fading_mean"]
 
 
-def test_json_and_another_folder(tmp_path: Path, titans_build: Run) -> None:
+def test_new_block_json_and_into(tmp_path: Path, titans_build: Run) -> None:
     made = titans_build("new-block", "fading_mean", "--into", tmp_path / "a" / "b", "--json").json
     assert sorted(made.pop("files")) == FILES
     assert made == {
@@ -72,7 +70,7 @@ def test_json_and_another_folder(tmp_path: Path, titans_build: Run) -> None:
 
 
 @pytest.mark.parametrize("what", ["folder", "file", "link"])
-def test_nothing_that_is_there_is_replaced(what: str, tmp_path: Path, titans_build: Run) -> None:
+def test_existing_files_are_not_replaced(what: str, tmp_path: Path, titans_build: Run) -> None:
     place = tmp_path / "fading_mean"
     if what == "folder":
         place.mkdir()
@@ -105,7 +103,7 @@ def test_bad_use_is_refused(words: list[str], fragment: str, titans_build: Run) 
     assert fragment in result.err and "Traceback" not in result.err
 
 
-def test_what_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -115,14 +113,14 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pyte
     assert list(tmp_path.iterdir()) == []
 
 
-def test_its_settings_name_the_block(plugin: Path) -> None:
+def test_the_plugins_pyproject_names_the_block(plugin: Path) -> None:
     settings = tomllib.loads((plugin / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert settings["entry-points"]["titans_build.blocks"] == {"fading_mean": "fading_mean_block:FadingMean"}
     assert settings["dependencies"] == [f"titans-build>={tb.__version__}"]
     assert not any("$" in (plugin / file).read_text(encoding="utf-8") for file in FILES)
 
 
-def test_its_own_tests_pass(plugin: Path) -> None:
+def test_the_plugins_tests_pass(plugin: Path) -> None:
     with scratch():
         for file in FILES[3:]:
             scope: dict[str, Any] = {"__name__": "plugin", "__file__": str(plugin / file)}
@@ -133,7 +131,7 @@ def test_its_own_tests_pass(plugin: Path) -> None:
             test()
 
 
-def test_its_code_is_in_order(plugin: Path) -> None:
+def test_the_plugin_passes_ruff(plugin: Path) -> None:
     pytest.importorskip("ruff")
     for words in (["check", "--isolated"], ["format", "--isolated", "--check", "--line-length", "120"]):
         command = [sys.executable, "-m", "ruff", *words, str(plugin)]
@@ -153,25 +151,25 @@ def test_its_code_is_in_order(plugin: Path) -> None:
         ("field", Names("field", "field-block", "field_block", "FieldBlock")),
     ],
 )
-def test_everything_is_called_after_the_block(block: str, names: Names) -> None:
+def test_names_derived_from_the_block(block: str, names: Names) -> None:
     assert names_of(block) == names
     assert names.module.isidentifier() and names.cls.isidentifier()
     assert not keyword.iskeyword(names.module) and not keyword.iskeyword(names.cls)
 
 
 @pytest.mark.parametrize("block", ["", "1st", "a b", "a.b", "a/b", "../a", "_a", "ä", "x" * 101, "-x"])
-def test_what_cannot_be_a_blocks_name(block: str) -> None:
+def test_invalid_names_are_refused(block: str) -> None:
     with pytest.raises(UsageError, match=r"^NAME .*: a name starts with a letter and has only letters, digits"):
         names_of(block)
 
 
 @pytest.mark.parametrize("block", ["null", "true", "False"])
-def test_what_a_recipe_would_not_read_as_a_name(block: str) -> None:
+def test_yaml_constants_are_refused_as_names(block: str) -> None:
     with pytest.raises(UsageError, match=f"NAME {block}: a recipe would read that as (null|true|false), not as a name"):
         names_of(block)
 
 
-def test_a_name_that_is_taken() -> None:
+def test_taken_names_are_refused() -> None:
     with pytest.raises(UsageError, match=r"NAME memory: there is a block of that name \(from titans_build; .*describe"):
         names_of("memory")
     with scratch():

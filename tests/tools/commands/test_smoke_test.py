@@ -1,4 +1,4 @@
-"""What a trial needs: the estimate against what the reference of the memory really keeps."""
+"""The memory that the smoke test needs: the estimate against the measured peak."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def need(monkeypatch: pytest.MonkeyPatch, recipe: object, bytes_read: int = 1028
     return float(re.search(r"least ([\d,.]+) GiB", found.text)[1].replace(",", ""))  # type: ignore[index]
 
 
-def test_the_reference_of_the_memory_takes_far_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reference_backend_needs_more_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TITANS_BUILD_BACKEND", "memory=torch")
     other = need(monkeypatch, "mac-170m")
     assert 2 < other < 4
@@ -35,7 +35,7 @@ def test_the_reference_of_the_memory_takes_far_more(monkeypatch: pytest.MonkeyPa
     assert need(monkeypatch, "transformer-170m") < 4
 
 
-def test_what_is_small_beside_the_machine_is_not_spoken_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_needs_are_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TITANS_BUILD_BACKEND", raising=False)
     monkeypatch.setattr(smoke_test, "machine_memory", lambda: 2**34)
     assert memory_need(tb.load_recipe("mac"), 1028, torch.float32) is None
@@ -43,7 +43,7 @@ def test_what_is_small_beside_the_machine_is_not_spoken_of(monkeypatch: pytest.M
     assert memory_need(tb.load_recipe("mac-1.3b"), 1028, torch.float32) is None
 
 
-def test_a_backend_that_there_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TITANS_BUILD_BACKEND", "memory=magic")
     with pytest.raises(BackendError, match="magic"):
         memory_need(tb.load_recipe("mac"), 1028, torch.float32)
@@ -66,7 +66,7 @@ print((kibibytes("VmHWM") - before) / 2**20)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux says what a program's memory was at most")
-def test_the_estimate_is_near_what_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_estimate_is_near_the_measured_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TITANS_BUILD_BACKEND", "memory=reference")
     command = [sys.executable, "-c", PEAK]
     taken = float(subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout)

@@ -38,13 +38,13 @@ def test_without_measurements_no_goal_is_met_or_missed():
     assert len(found) == 10 and all(goal.reached == "not measured" and goal.met is None for goal in found)
 
 
-def test_shares_of_the_matrix_rate():
+def test_the_goals_for_shares_of_the_matrix_rate():
     rows = [memory(2048, 1, share=0.41), memory(8192, 1, share=0.5), memory(8192, 1, share=0.1, direction="forward")]
     assert reached(rows, "memory, d 64, expansion 2") == ("41% to 50%", True)
     assert reached([*rows, memory(32768, 1, share=0.39)], "memory, d 64, expansion 2") == ("39% to 50%", False)
 
 
-def test_times_faster_than_others():
+def test_the_goals_against_other_libraries():
     shape = "128 x 2048, d 64, expansion 2"
     rows = [row("memory block", "titans-pytorch", shape, 60.0), row("memory block", "auto", shape, 1.0)]
     assert reached(rows, "memory block") == ("60.0", True)
@@ -54,7 +54,7 @@ def test_times_faster_than_others():
     assert reached(rows, "memory of one layer") == ("1.50", False)
 
 
-def test_models_by_length():
+def test_the_goals_for_models_by_length():
     rows = [
         row(f"model {name}", backend, f"1 x {length}", seconds, tokens=length)
         for length, ours, theirs in ((32768, 1.0, 1.6), (131072, 4.0, 12.0))
@@ -64,7 +64,7 @@ def test_models_by_length():
     assert reached(rows, "MAG past 100,000 tokens") == ("3.00", False)
 
 
-def test_a_step_over_reading_its_state_and_over_moving_it():
+def test_the_goals_of_a_decoding_step():
     """Reading is half of what is moved: a step that moves all of it at full speed takes twice as long."""
     step = row("memory step", "triton_step", "2048 x 1, d 64, expansion 2", 1.0, share=0.8)
     assert reached([step], "step of a token: its time over that of reading") == ("2.50", False)
