@@ -30,7 +30,6 @@ from typing import Any
 import torch
 from measure import Result, benchmark, machine_table, milliseconds, say, table
 
-HERE = Path(__file__).parent
 CASES = [
     "operation forward",
     "operation forward and backward",
@@ -118,7 +117,7 @@ class Worker:
     """A process that imports one version: from ``folder``, or as this process would."""
 
     def __init__(self, folder: Path | None, given: argparse.Namespace) -> None:
-        paths = [str(HERE), *([str(folder)] if folder else []), os.environ.get("PYTHONPATH", "")]
+        paths = [str(Path(__file__).parent), *([str(folder)] if folder else []), os.environ.get("PYTHONPATH", "")]
         settings = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": str(given.threads)}
         command = [sys.executable, "-c", f"import before_after; before_after.work({given.quick}, {given.threads})"]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -191,8 +190,8 @@ def measure(given: argparse.Namespace, results: Result) -> Result:
     for name in cases:
         ratios = sorted(now / before for now, before in (pair[name] for pair in pairs))
         now, before = (min(pair[name][which] for pair in pairs) for which in (0, 1))
-        found[name] = {"now": now, "before": before, "ratio": statistics.median(ratios)}
-        found[name] |= {"lowest": ratios[0], "highest": ratios[-1]}
+        spread = {"ratio": statistics.median(ratios), "lowest": ratios[0], "highest": ratios[-1]}
+        found[name] = {"now": now, "before": before, **spread}
     return {"cases": found}
 
 
