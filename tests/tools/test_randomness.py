@@ -17,7 +17,7 @@ def excess(counts: np.ndarray) -> float:
     return float((((counts - expected) ** 2 / expected).sum() - freedom) / np.sqrt(2 * freedom))
 
 
-def test_the_numbers_are_the_same_on_every_machine():
+def test_numbers_never_change():
     assert key_of("task", 0) == 15207273945522060391
     assert draws(2).integers("x", 3, 100).tolist() == [[38, 35, 7], [15, 50, 22]]
     assert draws(2).distinct("x", 3, 100).tolist() == [[38, 35, 7], [15, 50, 22]]
@@ -25,7 +25,7 @@ def test_the_numbers_are_the_same_on_every_machine():
     assert Permutation(3, 10)(np.arange(10)).tolist() == [5, 3, 8, 7, 1, 6, 0, 4, 2, 9]
 
 
-def test_a_row_is_the_same_alone_and_among_others_and_in_pieces():
+def test_row_is_independent_of_other_rows_and_pieces():
     all_rows, one = draws(10), Draws(1, np.array([7]))
     assert (all_rows.integers("x", 20, 9)[7:8] == one.integers("x", 20, 9)).all()
     assert (all_rows.distinct("x", 5, 100)[7:8] == one.distinct("x", 5, 100)).all()
@@ -35,7 +35,7 @@ def test_a_row_is_the_same_alone_and_among_others_and_in_pieces():
 
 
 @pytest.mark.parametrize("high", [2, 3, 10, 1000])
-def test_numbers_are_even(high: int):
+def test_integers_are_uniform_and_independent(high: int):
     numbers = draws().integers("x", 2, high)
     assert numbers.min() == 0 and numbers.max() == high - 1
     assert excess(np.bincount(numbers[:, 0], minlength=high)) < 5
@@ -44,14 +44,14 @@ def test_numbers_are_even(high: int):
             assert excess(np.bincount(numbers[:, 0] * high + other, minlength=high**2)) < 5
 
 
-def test_uniform_numbers_are_from_zero_to_one():
+def test_uniform_range():
     numbers = draws().uniform("x", 1)
     assert numbers.min() >= 0 and numbers.max() < 1
     assert excess(np.bincount((numbers[:, 0] * 100).astype(int), minlength=100)) < 5
 
 
 @pytest.mark.parametrize("of", [2, 5, 8, 32, 33, 60, 64])
-def test_different_numbers_come_in_every_order_alike(of: int):
+def test_distinct_numbers_are_uniform(of: int):
     numbers = draws().distinct("x", 2, of)
     pairs = np.bincount(numbers[:, 0] * of + numbers[:, 1], minlength=of**2).reshape(of, of)
     assert not np.diagonal(pairs).any()
@@ -59,17 +59,17 @@ def test_different_numbers_come_in_every_order_alike(of: int):
 
 
 @pytest.mark.parametrize("of", [1, 2, 31, 33, 1000, 1025])
-def test_all_of_them_are_a_permutation(of: int):
+def test_permutations(of: int):
     assert (np.sort(draws(5).distinct("x", of, of)) == np.arange(of)).all()
     assert (np.sort(Permutation(4, of)(np.arange(of))) == np.arange(of)).all()
 
 
-def test_too_many_different_numbers():
+def test_distinct_of_too_few():
     with pytest.raises(ValueError, match="expected at most 4 different numbers, got 5"):
         draws(1).distinct("x", 5, 4)
 
 
-def test_a_permutation_of_more_than_memory_holds():
+def test_large_permutation():
     places = np.array([0, 1, 10**10 - 1])
     numbers = Permutation(1, 10**10)(places)
     assert len(set(numbers.tolist())) == 3 and (numbers < 10**10).all() and (numbers >= 0).all()

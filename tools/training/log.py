@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,44 +89,48 @@ class EventLog:
 
 
 class TensorBoardLog:
-    """Scalars in a folder. ``step``: the last one to keep of an earlier log.
+    """Scalars in an event file of TensorBoard. ``step``: the last one that stays of earlier files.
 
-    TensorBoard writes in its own thread. An ``OSError`` there, such as a full disk, is raised by the next call.
+    TensorBoard's own writer has a thread, where nobody would see that the disk is full; this one raises ``OSError``.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboard.compat.proto.event_pb2 import SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self._before = threading.excepthook
-        threading.excepthook = self._excepthook
-        try:
-            self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
-        except BaseException:
-            threading.excepthook = self._before
-            raise
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = open(folder / f"events.out.tfevents.{time.time():.6f}.titans", "wb")  # noqa: SIM115
+        self._records = RecordWriter(self._file)
+        self._write(file_version="brain.Event:2")
+        if step:
+            self._write(step=step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def add(self, event: Event) -> None:
         """Add the numbers of an event, if it is of a kind in ``SCALARS``."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
         if event["event"] not in SCALARS:
             return
+        values = []
         for name, value in event.items():
             for path, number in value.items() if isinstance(value, dict) else [("", value)]:
                 if isinstance(number, dict):
                     number = number.get("mean")
                 if isinstance(number, (int, float)) and name != "step":
-                    self._writer.add_scalar(f"{SCALARS[event['event']]}/{path or name}", number, event["step"])
+                    tag = f"{SCALARS[event['event']]}/{path or name}"
+                    values.append(Summary.Value(tag=tag, simple_value=number))
+        self._write(step=event["step"], summary=Summary(value=values))
+
+    def _write(self, **fields: Any) -> None:
+        from tensorboard.compat.proto import event_pb2
+
+        self._records.write(event_pb2.Event(wall_time=time.time(), **fields).SerializeToString())
+        self._records.flush()
 
     def close(self) -> None:
-        """Finish the files, as far as possible."""
+        """Close the file."""
         with contextlib.suppress(OSError):
-            self._writer.close()
-        if threading.excepthook == self._excepthook:
-            threading.excepthook = self._before
-
-    def _excepthook(self, died: threading.ExceptHookArgs) -> None:
-        # add() raises what the writing thread died of; its traceback would only be noise
-        if not (isinstance(died.exc_value, OSError) and type(died.thread).__module__.startswith("tensorboard.")):
-            self._before(died)
+            self._file.close()
 
 
 def read_log(path: Path) -> list[Event]:

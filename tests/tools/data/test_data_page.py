@@ -17,13 +17,13 @@ SPECS = re.findall(r"^\| `([^`]+)` \|", PAGE.partition("## Splits")[0], flags=re
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_every_spec_opens(spec: str, monkeypatch: pytest.MonkeyPatch):
+def test_specifications_of_the_page_open(spec: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
     source = tb.open_source(read_value(spec) if spec.startswith("{") else spec, rows=2)
     assert source.batch(0).tokens.shape == (2, source.length)
 
 
-def test_there_are_specs_and_every_task_is_named():
+def test_page_lists_every_task():
     assert len(SPECS) >= 7
     assert re.findall(r"^\| `(\w+)` \|", PAGE.partition("## Tasks")[2], flags=re.M) == [
         "copy", "repeat", "needle", "needle_kv", "mqar", "recall", "selective_copy",
@@ -34,7 +34,7 @@ def test_there_are_specs_and_every_task_is_named():
         )
 
 
-def test_the_task_works():
+def test_example_task_of_the_page():
     (code,) = re.findall(r"^```python\n(.*?)^```$", PAGE, flags=re.M | re.S)
     with tasks.scratch():
         scope: dict[str, tb.Task] = {}

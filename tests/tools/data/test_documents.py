@@ -14,7 +14,7 @@ def documents(*sizes: int, prefix: str = "d") -> Bytes:
     return Bytes([TextFile(Path(f"/{i}"), f"{prefix}{i}", size, 0) for i, size in enumerate(sizes)])
 
 
-def test_of_many_documents_whole_ones_are_held_out():
+def test_whole_documents_of_many_are_held_out():
     many = documents(*range(2, 502))
     spans = {split: spans_of(split, many, 0.1, 0.05)[0] for split in SPLITS}
     chosen = [set(span.documents.tolist()) for span in spans.values()]
@@ -29,7 +29,7 @@ def test_of_many_documents_whole_ones_are_held_out():
     assert spans_of("valid", many, 0.1, 0.05)[1] == "documents by the hash of their names"
 
 
-def test_of_few_documents_the_ends_are_held_out():
+def test_ends_of_few_documents_are_held_out():
     few = documents(1000, 100, 10)
     bounds = {}
     for split in SPLITS:
@@ -51,7 +51,7 @@ def test_nothing_held_out():
         spans_of("test", documents(5, 7), 0.05, 0.05)
 
 
-def test_the_fingerprint_is_that_of_what_there_is(tmp_path: Path):
+def test_fingerprint(tmp_path: Path):
     def written(*texts: str, prefix: str = "d") -> str:
         for number, text in enumerate(texts):
             (tmp_path / str(number)).write_text(text, encoding="utf-8")

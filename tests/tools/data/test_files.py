@@ -31,17 +31,17 @@ def test_files_folders_and_wildcards(folder: Path, write: Write):
     assert [(file.size, read(file, 1, 3)) for file in find(["b/d.py"])] == [(3, b"33")]
 
 
-def test_a_file_with_the_letters_of_a_wildcard(write: Write):
+def test_file_name_with_wildcard_characters(write: Write):
     write({"a[1].txt": "x"})
     assert names("a[1].txt") == ["a[1].txt"]
 
 
-def test_a_name_is_the_same_wherever_the_folder_is(folder: Path, write: Write):
+def test_names_are_relative_to_the_folder(folder: Path, write: Write):
     write({"one/x/a": "1", "two/x/a": "1"})
     assert names("one") == names("two") == names("one/**") == ["x/a"]
 
 
-def test_files_without_a_byte_are_left_out(write: Write):
+def test_empty_files_are_left_out(write: Write):
     write({"a/empty": "", "a/full": "x", "b/empty": ""})
     assert names("a") == ["full"]
     with pytest.raises(RecipeError, match="b: there is no text: every file is empty"):
@@ -58,14 +58,14 @@ def test_files_without_a_byte_are_left_out(write: Write):
         ("nothing", "nothing: there is no file in this folder"),
     ],
 )
-def test_what_names_nothing(folder: Path, write: Write, pattern: str, message: str):
+def test_pattern_without_files(folder: Path, write: Write, pattern: str, message: str):
     write({"notes.txt": "x", "source/a.txt": "x"})
     (folder / "nothing").mkdir()
     with pytest.raises(RecipeError, match=message):
         find([pattern])
 
 
-def test_all_mistakes_at_once(folder: Path, write: Write):
+def test_all_problems_are_reported(folder: Path, write: Write):
     write({"a": "x"})
     os.symlink(folder / "gone", folder / "link")
     os.mkfifo(folder / "pipe")
@@ -78,7 +78,7 @@ def test_all_mistakes_at_once(folder: Path, write: Write):
     ]
 
 
-def test_a_file_that_may_not_be_read(folder: Path, write: Write, monkeypatch: pytest.MonkeyPatch):
+def test_unreadable_file(folder: Path, write: Write, monkeypatch: pytest.MonkeyPatch):
     write({"a": "x"})
     real = open
 
@@ -92,7 +92,7 @@ def test_a_file_that_may_not_be_read(folder: Path, write: Write, monkeypatch: py
         find(["a"])
 
 
-def test_a_file_that_changes_meanwhile(folder: Path, write: Write):
+def test_file_that_changes(folder: Path, write: Write):
     write({"a": "xyz"})
     (file,) = find(["a"])
     write({"a": "xyz and more"})

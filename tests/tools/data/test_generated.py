@@ -17,7 +17,7 @@ def rows_of(spec: Any, batches: int, **options: Any) -> list[tuple[int, ...]]:
     return [tuple(row) for index in range(batches) for row in source.batch(index).tokens.tolist()]
 
 
-def test_a_batch_is_a_function_of_its_number_alone():
+def test_batch_is_a_function_of_its_index():
     source = tb.open_source("mqar", rows=4, seed=3)
     later = source.batch(17)
     source.batch(2)
@@ -28,11 +28,11 @@ def test_a_batch_is_a_function_of_its_number_alone():
     assert (source.carries, source.batches, source.vocab, source.length) == (False, None, 256, 64)
 
 
-def test_rows_do_not_depend_on_how_many_a_batch_has():
+def test_rows_do_not_depend_on_the_batch_size():
     assert rows_of("mqar", 6) == rows_of("mqar", 3, rows=8) == rows_of("mqar", 12, rows=2)
 
 
-def test_parts_are_the_whole_in_order():
+def test_shares_equal_the_batch():
     whole = tb.open_source("recall", rows=6).batch(5)
     parts = [tb.open_source("recall", rows=6, part=(rank, 3)).batch(5) for rank in range(3)]
     assert (torch.cat([part.tokens for part in parts]) == whole.tokens).all()
@@ -46,7 +46,7 @@ def test_splits_and_seeds_share_no_row():
     assert not any(one & other for one, other in itertools.combinations(seen, 2))
 
 
-def test_so_many_examples_come_round_in_another_order():
+def test_examples_are_reordered_each_epoch():
     source = tb.open_source("mqar:examples=10", rows=4)
     assert source.batches == 3 and source.describe()["examples"] == 10
     rows = rows_of("mqar:examples=10", 10)
@@ -58,14 +58,14 @@ def test_so_many_examples_come_round_in_another_order():
     assert len(set(rows_of("mqar:examples=10", 10, split="valid"))) == 40
 
 
-def test_another_length_than_trained_on():
+def test_length_overrides_the_task():
     source = tb.open_source("needle:length=64", rows=2, length=300)
     assert source.length == 300 and source.batch(0).tokens.shape == (2, 300)
     assert source.describe()["fields"]["length"] == 300
 
 
 @pytest.mark.parametrize("spec", ["copy", "recall", "needle:width=2", "needle_kv:queries=2"])
-def test_pieces_are_the_batch(spec: str):
+def test_stream_equals_the_batch(spec: str):
     source = tb.open_source(spec, rows=3)
     whole = source.batch(4)
     pieces = list(source.stream(4, 25))
@@ -77,7 +77,7 @@ def test_pieces_are_the_batch(spec: str):
 
 
 @pytest.mark.parametrize("spec", ["needle", "needle_kv:pairs=8"])
-def test_two_million_tokens_take_no_more_memory_than_a_piece(spec: str):
+def test_long_rows_need_the_memory_of_a_piece(spec: str):
     source = tb.open_source(spec, rows=1, length=2_000_000)
     tracemalloc.start()
     tokens = counted = 0
@@ -90,13 +90,13 @@ def test_two_million_tokens_take_no_more_memory_than_a_piece(spec: str):
     assert peak < 2 * 2**20
 
 
-def test_what_is_recorded_is_json():
+def test_description_is_json():
     source = tb.open_source("needle_kv:pairs=2", rows=3, seed=5, split="test")
     said = json.loads(json.dumps(source.describe()))
     assert (said["task"], said["fields"]["pairs"], said["seed"], said["split"]) == ("needle_kv", 2, 5, "test")
     assert said["references"]["any value"] == 1 / 16
 
 
-def test_a_row_of_more_than_can_be_numbered():
+def test_row_too_long():
     with pytest.raises(RecipeError, match="length: expected the task to have an integer from 1 to 2"):
         tb.open_source("needle", rows=1, length=2**40)

@@ -15,7 +15,7 @@ def logits(choices: list[list[int]]) -> torch.Tensor:
     return one_hot(torch.tensor(choices), 4).float()
 
 
-def test_counted_tokens_and_whole_rows():
+def test_score_counts_tokens_and_rows():
     # one wrong in the second row; what stands where nothing counts does not matter
     made = score(logits([[1, 2, 3], [0, 0, 1], [0, 0, 0]]), TARGETS)
     assert made == Score(right=3, counted=4, rows_right=1, rows=2)
@@ -30,11 +30,11 @@ def test_scores_add_up():
     assert parts[0].plus(parts[1]) == whole
 
 
-def test_where_nothing_counts():
+def test_score_without_targets_is_nan():
     made = score(logits([[0, 0, 0]]), TARGETS[2:])
     assert math.isnan(made.accuracy) and math.isnan(made.exact)
 
 
-def test_shapes_must_agree():
+def test_shape_mismatch():
     with pytest.raises(ValueError, match=r"targets: expected \(1, 3\), got \(3, 3\)"):
         score(logits([[0, 0, 0]]), TARGETS)

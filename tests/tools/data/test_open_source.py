@@ -19,7 +19,7 @@ Write = Callable[..., None]
     "spec",
     ["mqar:pairs=8,length=128,power=0.5", {"task": "mqar", "pairs": 8, "length": 128, "power": 0.5}],
 )
-def test_a_task_and_its_fields(spec: Any):
+def test_task_and_its_fields(spec: Any):
     source = tb.open_source(spec, rows=2)
     said = source.describe()
     assert said["fields"] == {"vocab": 256, "length": 128, "pairs": 8, "power": 0.5}
@@ -30,7 +30,7 @@ def test_a_task_and_its_fields(spec: Any):
 @pytest.mark.parametrize(
     "spec", ["note.txt", "./note.txt", "*.txt", ["note.txt"], {"text": "note.txt"}, "folder/", "folder"]
 )
-def test_a_text(write: Write, spec: Any):
+def test_text(write: Write, spec: Any):
     write({"note.txt": "ab" * 500, "folder/note.txt": "ab" * 500})
     source = tb.open_source(spec, rows=3, length=10)
     batch = source.batch(0)
@@ -40,19 +40,19 @@ def test_a_text(write: Write, spec: Any):
     assert (batch.targets[:, :-1] == batch.tokens[:, 1:]).all()
 
 
-def test_a_path_object(folder: Path, write: Write):
+def test_path_object(folder: Path, write: Write):
     write({"mqar": "text of this name " * 30})
     assert tb.open_source("mqar", rows=1).vocab == 256 and "task" in tb.open_source("mqar", rows=1).describe()
     for spec in ("./mqar", folder / "mqar"):
         assert "text" in tb.open_source(spec, rows=1, length=8).describe()
 
 
-def test_a_name_with_a_colon(write: Write):
+def test_file_name_with_a_colon(write: Write):
     write({"notes:1.txt": "some text " * 50})
     assert tb.open_source("notes:1.txt", rows=1, length=8).describe()["files"] == 1
 
 
-def test_the_standard_library():
+def test_standard_library_as_text():
     sources = {split: tb.open_source("stdlib", rows=2, length=64, split=split) for split in SPLITS}
     said = [source.describe() for source in sources.values()]
     assert sum(each["files_of_this_split"] for each in said) == said[0]["files"] > 300
@@ -74,7 +74,7 @@ def test_splits_share_no_text(write: Write):
     assert sum(map(len, seen)) == 200 and min(map(len, seen)) > 2
 
 
-def test_what_is_recorded(write: Write):
+def test_description_of_text(write: Write):
     write({"text/a": "x" * 400, "text/b": "y" * 600})
     source = tb.open_source({"text": "text", "documents": "ordered"}, rows=2, length=32, seed=9)
     said = json.loads(json.dumps(source.describe()))
@@ -89,7 +89,7 @@ def test_what_is_recorded(write: Write):
     assert tb.open_source("text", rows=2, length=32).describe()["fingerprint"] != said["fingerprint"]
 
 
-def test_the_models_vocabulary():
+def test_vocabulary_larger_than_the_models():
     assert tb.open_source("copy", rows=1, vocab=10).vocab == 10
     with pytest.raises(
         RecipeError, match="vocab: the data has 10 tokens, the model only 8: give the recipe `vocab: 10`"
@@ -118,13 +118,13 @@ def test_the_models_vocabulary():
         (3, "expected a task, a path or a mapping, got 3"),
     ],
 )
-def test_what_cannot_be_opened(write: Write, spec: Any, message: str):
+def test_invalid_specifications(write: Write, spec: Any, message: str):
     write({"note.txt": "x" * 100})
     with pytest.raises(RecipeError, match=message):
         tb.open_source(spec, rows=1)
 
 
-def test_what_is_no_split():
+def test_invalid_split():
     with pytest.raises(
         RecipeError, match="split: expected one of train, valid, test, got 'vaild'; did you mean 'valid'"
     ):

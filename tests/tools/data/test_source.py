@@ -8,7 +8,7 @@ from titans_build.registry import RecipeError
 from titans_build.tools.data.source import Share, check_index, share_of
 
 
-def test_shares_are_all_rows_in_order():
+def test_shares_cover_all_rows():
     assert share_of(6, (0, 1)) == Share(0, 6, 6)
     assert [share_of(6, (rank, 3)) for rank in range(3)] == [Share(0, 2, 6), Share(2, 2, 6), Share(4, 2, 6)]
 
@@ -23,12 +23,12 @@ def test_shares_are_all_rows_in_order():
         (6, (0, 0), "part: expected"),
     ],
 )
-def test_what_cannot_be_shared(rows: int, part: tuple[int, int], message: str):
+def test_invalid_shares(rows: int, part: tuple[int, int], message: str):
     with pytest.raises(RecipeError, match=message):
         share_of(rows, part)
 
 
 @pytest.mark.parametrize("index", [-1, 1.0, True, None])
-def test_what_is_no_number_of_a_batch(index: Any):
+def test_invalid_index(index: Any):
     with pytest.raises(ValueError, match="expected integer >= 0"):
         check_index(index)

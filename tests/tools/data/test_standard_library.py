@@ -9,7 +9,7 @@ from titans_build.registry import RecipeError
 from titans_build.tools.data.files import standard_library
 
 
-def test_it_is_the_sources_without_what_differs():
+def test_standard_library_files():
     files = standard_library()
     names = [file.name for file in files]
     assert {"argparse.py", "json/decoder.py", "asyncio/events.py"} <= set(names)
@@ -19,7 +19,7 @@ def test_it_is_the_sources_without_what_differs():
     assert not [name for name in names if left_out & set(name.split("/")) or name.startswith("_sysconfigdata")]
 
 
-def test_a_python_without_its_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_python_without_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(RecipeError, match="stdlib: this Python has no sources in "):
         standard_library()

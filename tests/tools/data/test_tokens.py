@@ -31,7 +31,7 @@ def tokenizer(folder: Path) -> Tokenizer:
     return made
 
 
-def test_documents_are_their_tokens(folder: Path, write: Write, tokenizer: Tokenizer):
+def test_tokens_of_documents(folder: Path, write: Write, tokenizer: Tokenizer):
     write({"text/a": TEXT, "text/b": "b" * 50, "text/c": "ü" * 10})
     made = tokenize(find(["text"]), "tokenizer.json", "cached")
     assert made.vocab == tokenizer.get_vocab_size() and made.vocab <= 300
@@ -43,7 +43,7 @@ def test_documents_are_their_tokens(folder: Path, write: Write, tokenizer: Token
 
 
 @pytest.mark.parametrize("content", [TEXT, TEXT.replace("\n", " "), "ü" * 999, "x" + "ü漢🙂" * 300])
-def test_a_large_file_is_read_in_blocks(
+def test_large_file_is_tokenized_in_blocks(
     write: Write, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, content: str
 ):
     monkeypatch.setattr(tokens, "BLOCK", 100)
@@ -62,13 +62,13 @@ def byte_signs() -> dict[int, str]:
     return {**{byte: chr(byte) for byte in plain}, **{byte: chr(256 + i) for i, byte in enumerate(others)}}
 
 
-def test_what_is_no_text_is_read_all_the_same(write: Write, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
+def test_invalid_utf8_is_read(write: Write, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tokens, "BLOCK", 16)
     write({"bytes": bytes(range(128, 256)) * 3})
     assert tokenize(find(["bytes"]), "tokenizer.json", None).lengths[0] > 100
 
 
-def test_it_is_made_once(folder: Path, write: Write, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
+def test_tokens_are_cached(folder: Path, write: Write, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
     write({"text": TEXT})
     first = tokenize(find(["text"]), "tokenizer.json", "cached")
     (kept,) = os.listdir("cached")
@@ -87,7 +87,7 @@ def test_it_is_made_once(folder: Path, write: Write, tokenizer: Tokenizer, monke
     assert len(os.listdir("cached")) == 3
 
 
-def test_by_default_it_is_in_the_users_cache(folder: Path, write: Write, tokenizer: Tokenizer):
+def test_default_cache_folder(folder: Path, write: Write, tokenizer: Tokenizer):
     write({"text": TEXT})
     tokenize(find(["text"]), "tokenizer.json", None)
     assert len(list((folder.parent / "cache" / "tokens").iterdir())) == 1
@@ -95,7 +95,7 @@ def test_by_default_it_is_in_the_users_cache(folder: Path, write: Write, tokeniz
 
 
 @pytest.mark.parametrize("kept", [0, 1, 23, 24, 100, -1])
-def test_a_file_cut_short_is_made_again(folder: Path, write: Write, tokenizer: Tokenizer, kept: int):
+def test_truncated_cache_is_rebuilt(folder: Path, write: Write, tokenizer: Tokenizer, kept: int):
     write({"text": TEXT})
     whole = tokenize(find(["text"]), "tokenizer.json", "cached").lengths[0]
     (path,) = (folder / "cached").iterdir()
@@ -103,7 +103,7 @@ def test_a_file_cut_short_is_made_again(folder: Path, write: Write, tokenizer: T
     assert tokenize(find(["text"]), "tokenizer.json", "cached").lengths[0] == whole
 
 
-def test_what_fails_leaves_nothing(folder: Path, write: Write, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
+def test_failed_write_leaves_no_file(folder: Path, write: Write, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
     write({"text": TEXT})
 
     def full(*_: object) -> None:
@@ -115,7 +115,7 @@ def test_what_fails_leaves_nothing(folder: Path, write: Write, tokenizer: Tokeni
     assert os.listdir("cached") == []
 
 
-def test_as_a_source(write: Write, tokenizer: Tokenizer):
+def test_source_of_tokenized_text(write: Write, tokenizer: Tokenizer):
     write({"text": TEXT})
     spec = {"text": "text", "tokenizer": "tokenizer.json", "cache": "cached"}
     source = tb.open_source(spec, rows=2, length=16)
@@ -134,13 +134,13 @@ def test_as_a_source(write: Write, tokenizer: Tokenizer):
         (".", r"\.: the tokenizer file cannot be read: Is a directory"),
     ],
 )
-def test_what_is_no_tokenizer(write: Write, tokenizer: Tokenizer, name: str, message: str):
+def test_invalid_tokenizer(write: Write, tokenizer: Tokenizer, name: str, message: str):
     write({"text": TEXT})
     with pytest.raises(RecipeError, match=message):
         tokenize(find(["text"]), name, None)
 
 
-def test_the_package_is_missing(write: Write, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
+def test_missing_package(write: Write, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
     write({"text": TEXT})
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(UsageError, match=r"a tokenizer file needs tokenizers.*pip install 'titans-build\[train\]'"):

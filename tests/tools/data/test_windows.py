@@ -55,7 +55,7 @@ def check_targets(batch: Batch) -> None:
     assert not counted[~real].any() and (batch.tokens[~real] == 0).all()
 
 
-def test_shuffled_windows_hold_every_token_and_ask_for_each():
+def test_shuffled_windows_cover_the_text():
     source = make(ShuffledText, 20, 3, 1, 40, 16, length=8)
     assert source.batches == 10
     batches = [source.batch(index) for index in range(10)]
@@ -68,20 +68,20 @@ def test_shuffled_windows_hold_every_token_and_ask_for_each():
     assert sorted(itertools.chain(*map(targets_of, batches))) == all_targets(20, 3, 1, 40, 16)
 
 
-def test_the_last_window_ends_with_the_text():
+def test_last_window_ends_with_the_text():
     source = make(ShuffledText, 19, length=8)
     starts = sorted(int(source.batch(index).tokens[0, 0]) for index in range(3))
     assert starts == [0, 8, 11] and source.batches == 3
 
 
-def test_a_text_shorter_than_a_window_is_filled_up():
+def test_short_text_is_padded():
     batch = make(ShuffledText, 3, 2, length=8).batch(0)
     assert batch.tokens.tolist() == [[0, 1, 2, 1000, 1001, 0, 0, 0]]
     assert batch.targets.tolist() == [[1, 2, IGNORED, 1001, IGNORED, IGNORED, IGNORED, IGNORED]]
     assert batch.mask is not None and batch.mask.tolist() == [[True] * 5 + [False] * 3]
 
 
-def test_every_round_has_an_order_of_its_own():
+def test_every_epoch_has_its_own_order():
     def order(source: Any, first: int) -> list[int]:
         return [int(source.batch(index).tokens[0, 0]) for index in range(first, first + 25)]
 
@@ -92,7 +92,7 @@ def test_every_round_has_an_order_of_its_own():
     assert len(set(map(tuple, rounds))) == 4
 
 
-def test_rounds_follow_without_a_gap():
+def test_epochs_follow_without_a_gap():
     # 25 windows in batches of 4: the seventh batch ends with three of the next round
     wide, narrow = make(ShuffledText, 200, rows=4), make(ShuffledText, 200)
     rows = torch.cat([wide.batch(index).tokens for index in range(13)])
@@ -101,7 +101,7 @@ def test_rounds_follow_without_a_gap():
 
 
 @pytest.mark.parametrize("kind", [ShuffledText, OrderedText])
-def test_parts_are_the_whole_in_order_and_batches_come_in_any_order(kind: Any):
+def test_shares_equal_the_batch_in_any_order(kind: Any):
     lengths = (30, 41, 9, 100, 2, 55)
     whole = make(kind, *lengths, rows=6)
     parts = [make(kind, *lengths, rows=6, part=(rank, 3)) for rank in range(3)]
@@ -115,7 +115,7 @@ def test_parts_are_the_whole_in_order_and_batches_come_in_any_order(kind: Any):
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 7])
-def test_ordered_rows_continue_each_other(rows: int):
+def test_ordered_rows_continue_in_the_next_batch(rows: int):
     lengths = (30, 2, 17, 9, 41, 5)
     source = make(OrderedText, *lengths, rows=rows)
     seen: Counter[int] = Counter()
@@ -138,7 +138,7 @@ def test_ordered_rows_continue_each_other(rows: int):
         assert set(seen.values()) == {1}
 
 
-def test_a_document_that_ends_is_filled_up():
+def test_last_window_of_a_document_is_padded():
     source = make(OrderedText, 12, 4, split="valid")
     first, second, third = (source.batch(index) for index in range(3))
     assert first.mask is None and first.fresh.tolist() == [True]
@@ -148,7 +148,7 @@ def test_a_document_that_ends_is_filled_up():
     assert third.tokens[0, :3].tolist() == [1000, 1001, 1002] and third.fresh.tolist() == [True]
 
 
-def test_documents_come_in_another_order_each_round():
+def test_documents_are_reordered_each_epoch():
     def order(source: Any, first: int) -> list[int]:
         return [int(source.batch(index).tokens[0, 0]) // 1000 for index in range(first, first + 20)]
 
@@ -164,7 +164,7 @@ def test_documents_come_in_another_order_each_round():
     assert rounds[0] == rounds[2] != rounds[1] and rounds[3] == list(range(20))
 
 
-def test_a_hundred_gigabytes_are_no_more_work_than_one():
+def test_cost_does_not_grow_with_the_text():
     source = make(ShuffledText, 10**11, length=1024, rows=2)
     assert source.batches == 48_828_125
     check_targets(source.batch(12345))

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 
-def test_a_row_is_a_pattern_twice(make: Callable[..., Any]):
+def test_copy_rows(make: Callable[..., Any]):
     made = make("copy", 50)
     assert made.tokens.shape == made.targets.shape == (50, 96)
     assert (made.tokens[:, 48] == 0).all()
@@ -16,7 +16,7 @@ def test_a_row_is_a_pattern_twice(make: Callable[..., Any]):
     assert not made.counts[:, :48].any()
 
 
-def test_what_predictors_get(make: Callable[..., Any]):
+def test_accuracy_of_predictors(make: Callable[..., Any]):
     made = make("copy", 400)
     assert made.right(np.roll(made.tokens, 48, axis=1)) == 1.0
     (chance,) = made.task.references().values()
@@ -24,7 +24,7 @@ def test_what_predictors_get(make: Callable[..., Any]):
     assert all(abs(made.right(np.array(token)) - chance) < made.slack() for token in range(1, 10))
 
 
-def test_patterns_have_no_rule(make: Callable[..., Any]):
+def test_patterns_are_random(make: Callable[..., Any]):
     made = make("copy", 2000)
     # the token before, or the one at any distance but the right one, says nothing about the next
     for distance in (0, 1, 5, 46, 47):

@@ -12,7 +12,7 @@ from titans_build.registry import RecipeError
 @pytest.mark.parametrize(
     ("vocab", "length", "pairs"), [(256, 64, 4), (8192, 64, 4), (8192, 128, 8), (8192, 256, 16), (8192, 512, 64)]
 )
-def test_the_published_sizes(make: Callable[..., Any], vocab: int, length: int, pairs: int):
+def test_published_sizes(make: Callable[..., Any], vocab: int, length: int, pairs: int):
     made = make("mqar", 60, vocab=vocab, length=length, pairs=pairs)
     assert made.tokens.shape == (60, length) and made.tokens.max() < vocab
     assert (made.counts.sum(1) == pairs).all()
@@ -28,7 +28,7 @@ def test_the_published_sizes(make: Callable[..., Any], vocab: int, length: int, 
     assert ((made.tokens[:, :, None] == keys[:, None]).sum(1) == 2).all()
 
 
-def test_what_predictors_get(make: Callable[..., Any]):
+def test_accuracy_of_predictors(make: Callable[..., Any]):
     made = make("mqar", 1000)
     context = 8
 
@@ -47,7 +47,7 @@ def test_what_predictors_get(make: Callable[..., Any]):
         assert abs(simulated[name] - accuracy) < made.slack(), name
 
 
-def test_neither_position_nor_order_gives_a_value_away(make: Callable[..., Any]):
+def test_neither_position_nor_order_predicts_the_value(make: Callable[..., Any]):
     made = make("mqar", 3000)
     assert made.best_position() < 1 / 4 + made.slack()
     # which pair is asked for first, second, ... is chance
@@ -58,7 +58,7 @@ def test_neither_position_nor_order_gives_a_value_away(make: Callable[..., Any])
             assert abs((values == made.tokens[:, 1 + 2 * pair]).mean() - 1 / 4) < 2 / np.sqrt(3000)
 
 
-def test_queries_are_near_by_the_power(make: Callable[..., Any]):
+def test_distribution_of_query_places(make: Callable[..., Any]):
     # one pair: its place has exactly the weights' distribution
     made = make("mqar", 20_000, pairs=1, power=0.01)
     places = (np.nonzero(made.counts)[1] - 2) // 2
@@ -79,12 +79,12 @@ def test_queries_are_near_by_the_power(make: Callable[..., Any]):
         ({"power": 0.0}, "power: expected number > 0 <= 1, got 0.0"),
     ],
 )
-def test_what_cannot_be(make: Callable[..., Any], fields: dict[str, Any], message: str):
+def test_invalid_fields(make: Callable[..., Any], fields: dict[str, Any], message: str):
     with pytest.raises(RecipeError, match=message):
         make("mqar", 1, **fields)
 
 
-def test_as_full_as_can_be(make: Callable[..., Any]):
+def test_as_many_pairs_as_fit(make: Callable[..., Any]):
     made = make("mqar", 20, pairs=16, vocab=34)
     assert (made.counts.sum(1) == 16).all()
     assert made.counts[:, 32::2].all()

@@ -14,7 +14,7 @@ def places(made: Any) -> np.ndarray:
     return (made.tokens == made.task.marker).argmax(1)
 
 
-def test_what_predictors_get(make: Callable[..., Any]):
+def test_accuracy_of_predictors(make: Callable[..., Any]):
     made = make("needle", 1500, width=2)
 
     def perfect(seen: list[int]) -> int:
@@ -29,7 +29,7 @@ def test_what_predictors_get(make: Callable[..., Any]):
     assert all(abs(made.right(np.array(value)) - 1 / 16) < made.slack() for value in range(16))
 
 
-def test_noise_is_nothing_but_noise(make: Callable[..., Any]):
+def test_noise_reveals_nothing(make: Callable[..., Any]):
     made = make("needle", 300)
     assert ((made.tokens < 16).sum(1) == 1).all()
     assert ((made.tokens == 32).sum(1) == 2).all() and (made.tokens[:, -1] == 32).all()
@@ -42,7 +42,7 @@ def test_noise_is_nothing_but_noise(make: Callable[..., Any]):
 
 
 @pytest.mark.parametrize("align", [1, 16])
-def test_the_needle_is_anywhere_or_at_its_depth(make: Callable[..., Any], align: int):
+def test_depth_and_alignment(make: Callable[..., Any], align: int):
     made = make("needle", 4000, align=align)
     at = places(made)
     slots = (256 - 1 - 2) // align + 1
@@ -53,7 +53,7 @@ def test_the_needle_is_anywhere_or_at_its_depth(make: Callable[..., Any], align:
         assert (places(make("needle", 5, align=align, depth=float(depth))) == place).all()
 
 
-def test_where_it_is(make: Callable[..., Any]):
+def test_ask_place(make: Callable[..., Any]):
     made = make("needle", 2000, ask="place", length=67, values=4)
     at, slots = places(made), 65
     assert (made.targets[:, -1] == at * 4 // slots).all()
@@ -66,7 +66,7 @@ def test_where_it_is(make: Callable[..., Any]):
     assert abs((planted == made.targets[:, -1]).mean() - 1 / 4) < made.slack()
 
 
-def test_pieces_make_the_row(make: Callable[..., Any]):
+def test_pieces_equal_the_row(make: Callable[..., Any]):
     made = make("needle", 2, length=5000, width=3)
     for size in (1, 999, 5000):
         if size == 1:
@@ -89,13 +89,13 @@ def test_pieces_make_the_row(make: Callable[..., Any]):
         ({"depth": 1.5}, "depth: expected number from 0 to 1 or null, got 1.5"),
     ],
 )
-def test_what_cannot_be(make: Callable[..., Any], fields: dict[str, Any], message: str):
+def test_invalid_fields(make: Callable[..., Any], fields: dict[str, Any], message: str):
     values = {"values": 17} if fields.get("length") == 18 else {}
     with pytest.raises(RecipeError, match=message):
         make("needle", 1, **fields, **values)
 
 
-def test_the_least_room(make: Callable[..., Any]):
+def test_smallest_length(make: Callable[..., Any]):
     made = make("needle", 3, length=7, width=3)
     assert (made.tokens[:, 0] == made.task.marker).all() and (made.tokens[:, 4] == made.task.marker).all()
     assert (made.targets[:, 4:] == made.tokens[:, 1:4]).all()

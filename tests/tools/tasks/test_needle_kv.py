@@ -15,7 +15,7 @@ def perfect(seen: list[int]) -> int:
 
 
 @pytest.mark.parametrize("fields", [{}, {"queries": 3, "distractors": 5}, {"depth": 0.2, "align": 16}, {"pairs": 16}])
-def test_what_predictors_get(make: Callable[..., Any], fields: dict[str, Any]):
+def test_accuracy_of_predictors(make: Callable[..., Any], fields: dict[str, Any]):
     made = make("needle_kv", 1500, **fields)
     pairs, queries = made.fields["pairs"], made.fields["queries"]
     assert made.by(perfect) == 1.0
@@ -36,7 +36,7 @@ def test_what_predictors_get(make: Callable[..., Any], fields: dict[str, Any]):
         assert abs(simulated[name] - accuracy) < made.slack(), name
 
 
-def test_what_is_planted(make: Callable[..., Any]):
+def test_planted_pairs(make: Callable[..., Any]):
     made = make("needle_kv", 300, queries=2, distractors=3)
     before = made.tokens[:, : -made.task.tail]
     is_key, is_value = before < 16, (before >= 16) & (before < 32)
@@ -49,7 +49,7 @@ def test_what_is_planted(make: Callable[..., Any]):
     assert (made.tokens[:, -2] == made.targets[:, -3]).all()
 
 
-def test_no_position_and_no_order_gives_a_value_away(make: Callable[..., Any]):
+def test_neither_position_nor_order_predicts_the_value(make: Callable[..., Any]):
     made = make("needle_kv", 3000, length=32)
     assert made.best_position() < 1 / 4
     # the pair asked for is the first, second, ... of the row alike
@@ -57,7 +57,7 @@ def test_no_position_and_no_order_gives_a_value_away(make: Callable[..., Any]):
     assert (np.abs(np.bincount(asked, minlength=4) / 3000 - 1 / 4) < 4 * np.sqrt(3 / 16 / 3000)).all()
 
 
-def test_the_pair_asked_for_is_at_its_depth(make: Callable[..., Any]):
+def test_depth_of_the_queried_pair(make: Callable[..., Any]):
     for depth, align in ((0.0, 2), (0.37, 2), (1.0, 2), (1.0, 32), (0.5, 3)):
         made = make("needle_kv", 50, depth=depth, align=align)
         step = align * -(-2 // align)
@@ -66,7 +66,7 @@ def test_the_pair_asked_for_is_at_its_depth(make: Callable[..., Any]):
         assert ((made.tokens[:, :-1] < 16).sum(1) == 4).all()
 
 
-def test_pieces_make_the_row(make: Callable[..., Any]):
+def test_pieces_equal_the_row(make: Callable[..., Any]):
     made = make("needle_kv", 3, length=4000, queries=3, distractors=9)
     for start in range(0, 4000, 333):
         tokens, targets = made.task.piece(made.draws, start, min(start + 333, 4000))
@@ -86,11 +86,11 @@ def test_pieces_make_the_row(make: Callable[..., Any]):
         ({"depth": 0.5, "queries": 2}, "depth: expected a single query, got 2"),
     ],
 )
-def test_what_cannot_be(make: Callable[..., Any], fields: dict[str, Any], message: str):
+def test_invalid_fields(make: Callable[..., Any], fields: dict[str, Any], message: str):
     with pytest.raises(RecipeError, match=message):
         make("needle_kv", 1, **fields)
 
 
-def test_the_least_room(make: Callable[..., Any]):
+def test_smallest_length(make: Callable[..., Any]):
     made = make("needle_kv", 20, length=9)
     assert made.by(perfect) == 1.0

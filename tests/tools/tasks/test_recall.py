@@ -32,7 +32,7 @@ def perfect(keys: int, values: int) -> Callable[[list[int]], int]:
 
 
 @pytest.mark.parametrize("fields", FORMS)
-def test_what_predictors_get(make: Callable[..., Any], fields: dict[str, Any]):
+def test_accuracy_of_predictors(make: Callable[..., Any], fields: dict[str, Any]):
     made = make("recall", 150, **fields)
     task = made.task
     assert made.tokens.shape == (150, 128) and made.tokens.max() == task.vocab - 1 and made.tokens.min() == 0
@@ -43,14 +43,14 @@ def test_what_predictors_get(make: Callable[..., Any], fields: dict[str, Any]):
     assert abs(made.right(guess) - 1 / task.values) < made.slack()
 
 
-def test_what_is_asked_for_follows(make: Callable[..., Any]):
+def test_targets_are_the_next_tokens(make: Callable[..., Any]):
     for fields in FORMS:
         made = make("recall", 50, **fields)
         inside = made.counts[:, :-1]
         assert (made.targets[:, :-1][inside] == made.tokens[:, 1:][inside]).all()
 
 
-def test_every_key_is_asked_for_from_its_second_time_on(make: Callable[..., Any]):
+def test_repeated_keys_are_targets(make: Callable[..., Any]):
     made = make("recall", 50)
     keys = made.tokens[:, ::2]
     for row in range(50):
@@ -59,14 +59,14 @@ def test_every_key_is_asked_for_from_its_second_time_on(make: Callable[..., Any]
     assert not made.counts[:, 1::2].any()
 
 
-def test_the_share_of_noise(make: Callable[..., Any]):
+def test_share_of_noise(make: Callable[..., Any]):
     for fields in FORMS[2:]:
         made = make("recall", 400, **fields)
         noise = made.tokens >= made.task.vocab - made.task.noise_vocab
         assert abs(noise.mean() - made.task.noise) < 0.01
 
 
-def test_no_position_gives_a_value_away(make: Callable[..., Any]):
+def test_no_position_predicts_the_value(make: Callable[..., Any]):
     # the pair asked for is another key's, or by one chance in eight that of the same one
     made = make("recall", 3000)
     late = make("recall", 3000)
@@ -75,13 +75,13 @@ def test_no_position_gives_a_value_away(make: Callable[..., Any]):
     assert made.right(np.roll(made.tokens, 1, axis=1)) < 1 / 4
 
 
-def test_values_are_drawn_anew_for_each_row(make: Callable[..., Any]):
+def test_each_row_draws_its_values(make: Callable[..., Any]):
     made = make("recall", 4000)
     first = made.tokens[:, 0] == 3
     counts = np.bincount(made.tokens[first, 1] - 8, minlength=8)
     assert (np.abs(counts / first.sum() - 1 / 8) < 4 * np.sqrt(1 / 8 / first.sum())).all()
 
 
-def test_what_cannot_be(make: Callable[..., Any]):
+def test_invalid_fields(make: Callable[..., Any]):
     with pytest.raises(RecipeError, match="noise_vocab: 16 tokens of noise leave 0 of the vocab of 16"):
         make("recall", 1, noise=0.2)

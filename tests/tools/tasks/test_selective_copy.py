@@ -9,7 +9,7 @@ import pytest
 from titans_build.registry import RecipeError
 
 
-def test_what_predictors_get(make: Callable[..., Any]):
+def test_accuracy_of_predictors(make: Callable[..., Any]):
     made = make("selective_copy", 500)
     blank, marker = 14, 15
 
@@ -23,7 +23,7 @@ def test_what_predictors_get(make: Callable[..., Any]):
     assert all(abs(made.right(np.array(token)) - 1 / 14) < made.slack() for token in range(14))
 
 
-def test_a_place_says_little_about_what_is_copied_when(make: Callable[..., Any]):
+def test_position_does_not_predict_the_copied_token(make: Callable[..., Any]):
     made = make("selective_copy", 1000)
     # the first place that is ever filled may be the first token; no place can be more than that
     assert made.best_position() < 1 / 14
@@ -31,6 +31,6 @@ def test_a_place_says_little_about_what_is_copied_when(make: Callable[..., Any])
     assert (np.abs(filled - 16 / 240) < 5 * np.sqrt(16 / 240 / 1000)).all()
 
 
-def test_what_cannot_be(make: Callable[..., Any]):
+def test_invalid_fields(make: Callable[..., Any]):
     with pytest.raises(RecipeError, match="copied: 9 tokens and their copies need a length of at least 18, got 17"):
         make("selective_copy", 1, copied=9, length=17)

@@ -41,7 +41,7 @@ def clean() -> Iterator[None]:
         yield
 
 
-def test_registering():
+def test_register_task():
     assert tb.register_task is register_task and tb.list_tasks is list_tasks
     assert register_task("parity")(Parity) is Parity
     assert "parity" in list_tasks() and list_tasks("par*") == ["parity"]
@@ -54,14 +54,14 @@ def test_registering():
     assert (last.tokens == batch.tokens[:, 3:]).all() and last.tokens.shape == (3, 2)
 
 
-def test_a_taken_name_names_both_places():
+def test_taken_name_error_names_both_places():
     with pytest.raises(ValueError, match=r"the task name 'mqar' is taken by MultiQueryRecall .*recall.py.*; Parity \("):
         register_task("mqar")(Parity)
     register_task("mqar", replace=True)(Parity)
     assert isinstance(make_task("mqar", {})[0], Parity)
 
 
-def test_what_is_no_task():
+def test_registering_something_else():
     with pytest.raises(TypeError, match="is no task: it has no rows and no piece and no references and no problems"):
         register_task("number")(int)
 
@@ -72,7 +72,7 @@ def test_what_is_no_task():
         register_task("untyped")(Untyped)
 
 
-def test_tasks_and_blocks_are_apart():
+def test_tasks_and_blocks_have_separate_names():
     with pytest.raises(RecipeError, match="unknown block 'mqar'"):
         lookup("mqar")
     with pytest.raises(RecipeError, match="unknown task 'memory'"):
@@ -80,7 +80,7 @@ def test_tasks_and_blocks_are_apart():
     assert "mqar" not in tb.list_blocks()
 
 
-def test_all_mistakes_at_once():
+def test_all_problems_are_reported():
     with pytest.raises(RecipeError) as caught:
         make_task("mqar", {"pair": 3, "vocab": "many", "length": 8.0})
     assert str(caught.value).splitlines() == [
@@ -93,7 +93,7 @@ def test_all_mistakes_at_once():
         make_task("mqra", {})
 
 
-def test_an_own_objection_is_the_users_mistake():
+def test_value_error_of_a_task_is_a_recipe_error():
     class Picky(Parity):
         def __init__(self, *, length: int = 8) -> None:
             raise ValueError("length: it is a bad day")
@@ -103,7 +103,7 @@ def test_an_own_objection_is_the_users_mistake():
         make_task("picky", {})
 
 
-def test_rows_of_another_shape():
+def test_rows_of_the_wrong_shape():
     class Longer(Parity):
         def rows(self, draws: Draws) -> Rows:
             return Rows(draws.integers("x", self.length + 1, 2), draws.integers("y", self.length, 2))
@@ -115,7 +115,7 @@ def test_rows_of_another_shape():
         tb.open_source("longer", rows=3).batch(0)
 
 
-def test_the_listing():
+def test_listing():
     rows = {row.name: row for row in task_rows()}
     assert list(rows) == BUILT_IN
     assert rows["mqar"].summary.startswith("Recall the values of many keys") and rows["mqar"].problem is None
@@ -124,7 +124,7 @@ def test_the_listing():
     assert all(row.summary.endswith(".") and row.source == "titans_build" for row in rows.values())
 
 
-def test_an_installed_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_installed_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     info = tmp_path / "plug_task-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plug_task\nVersion: 1.0\n")
@@ -154,7 +154,7 @@ def test_an_installed_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_every_task_keeps_its_word(name: str):
+def test_contract_of_tasks(name: str):
     task, _ = make_task(name, {})
     tokens, targets = task.rows(Draws(1, np.arange(64)))
     assert tokens.shape == targets.shape == (64, task.length)
@@ -174,7 +174,7 @@ def test_every_task_keeps_its_word(name: str):
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_rows_are_made_faster_than_any_model_reads_them(name: str):
+def test_speed_of_making_rows(name: str):
     task, _ = make_task(name, {})
     draws = Draws(1, np.arange(256))
     task.rows(draws)

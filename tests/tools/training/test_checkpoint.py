@@ -37,14 +37,14 @@ def folder(tmp_path: Path) -> Path:
     return place
 
 
-def test_what_was_written_is_read_bit_for_bit(folder: Path) -> None:
+def test_round_trip_is_exact(folder: Path) -> None:
     assert checkpoint.verify(folder) == {"step": 3, "loss": 0.1}
     read = {name: torch.zeros_like(tensor) for name, tensor in TENSORS.items()}
     checkpoint.read(folder, read, ONE)
     assert all(torch.equal(read[name], TENSORS[name]) for name in TENSORS)
 
 
-def test_there_is_nothing_in_it_that_runs_when_it_is_read(folder: Path) -> None:
+def test_checkpoint_has_no_pickles(folder: Path) -> None:
     assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".safetensors"]
     for path in folder.iterdir():
         with pytest.raises((pickle.UnpicklingError, ValueError, EOFError, KeyError, IndexError, AttributeError)):
@@ -87,9 +87,7 @@ DAMAGE: list[tuple[Callable[[Path], None], str]] = [
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGE)
-def test_damage_is_noticed_and_the_checkpoint_before_it_is_taken(
-    folder: Path, damage: Callable[[Path], None], message: str
-) -> None:
+def test_damaged_checkpoint_is_skipped(folder: Path, damage: Callable[[Path], None], message: str) -> None:
     kept = CheckpointManager(folder.parent)
     checkpoint.write(kept.path(5), TENSORS, {"step": 5}, ONE)
     damage(kept.path(5))
@@ -103,7 +101,7 @@ def test_damage_is_noticed_and_the_checkpoint_before_it_is_taken(
         kept.latest(said.append)
 
 
-def test_an_index_cannot_name_files_elsewhere(folder: Path) -> None:
+def test_index_cannot_name_files_elsewhere(folder: Path) -> None:
     index = json.loads((folder / checkpoint.INDEX).read_text(encoding="utf-8"))
     index["files"] = {"../secret": {"bytes": 0, "sha256": ""}}
     (folder / checkpoint.INDEX).write_text(json.dumps(index), encoding="utf-8")
@@ -118,7 +116,7 @@ def test_tensors_of_another_model_are_refused(folder: Path) -> None:
         checkpoint.read(folder, {"other": torch.zeros(3)}, ONE)
 
 
-def test_a_failed_write_leaves_what_was_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_keeps_the_existing_checkpoint(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
     def full(*_: object) -> None:
@@ -132,7 +130,7 @@ def test_a_failed_write_leaves_what_was_there(folder: Path, monkeypatch: pytest.
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_writing_again_replaces_it(folder: Path) -> None:
+def test_second_write_replaces_the_first(folder: Path) -> None:
     checkpoint.write(folder, {"weights": torch.ones(2)}, {"step": 4}, ONE)
     assert checkpoint.verify(folder) == {"step": 4}
     assert len(list(folder.iterdir())) == 2

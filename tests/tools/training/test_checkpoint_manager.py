@@ -17,7 +17,7 @@ def write(kept: CheckpointManager, *steps: int) -> None:
         checkpoint.write(kept.path(step), {"x": torch.ones(1)}, {"step": step}, Processes())
 
 
-def test_the_last_and_the_best_stay(tmp_path: Path) -> None:
+def test_prune_keeps_the_latest_and_the_best(tmp_path: Path) -> None:
     kept = CheckpointManager(tmp_path / "checkpoints")
     assert kept.steps() == [] and kept.latest(print) is None
     write(kept, 10, 20, 30, 40)
@@ -29,7 +29,7 @@ def test_the_last_and_the_best_stay(tmp_path: Path) -> None:
     assert kept.steps() == [40]
 
 
-def test_those_of_a_course_that_was_left_go(tmp_path: Path) -> None:
+def test_later_checkpoints_are_removed(tmp_path: Path) -> None:
     kept = CheckpointManager(tmp_path)
     write(kept, 5, 10, 15, 20)
     # 15 and 20 were damaged: the run went on from 10 and has come to 12
@@ -38,7 +38,7 @@ def test_those_of_a_course_that_was_left_go(tmp_path: Path) -> None:
     assert kept.steps() == [10, 12]
 
 
-def test_what_a_killed_run_was_writing_is_cleared_away(tmp_path: Path) -> None:
+def test_temporary_files_are_removed(tmp_path: Path) -> None:
     kept = CheckpointManager(tmp_path)
     write(kept, 5)
     (tmp_path / ".step-00000010.tmp").mkdir()

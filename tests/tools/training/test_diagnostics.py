@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import COPY, losses
 
 import titans_build as tb
 from titans_build.tools.terminal import CommandFailed
@@ -20,9 +19,10 @@ from titans_build.tools.training.trainer import Trainer
 
 Train = Callable[..., TrainedRun]
 MEMORY = "layers.0.blocks.0.memory"
+COPY = "copy:length=16"
 
 
-def test_a_spike_is_measured_against_the_median_of_late_losses() -> None:
+def test_spike_over_the_median_of_recent_losses() -> None:
     watch = FaultDetector(spike=1.0)
     for loss in [9.0, *[2.0] * (FEWEST - 1)]:
         assert watch.check(loss, 1.0) is None
@@ -33,14 +33,14 @@ def test_a_spike_is_measured_against_the_median_of_late_losses() -> None:
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
-def test_what_is_no_number_is_bad_and_not_remembered(number: float) -> None:
+def test_nonfinite_loss_is_a_fault_and_not_recorded(number: float) -> None:
     watch = FaultDetector(spike=None)
     assert watch.check(number, 1.0) == f"the loss is {number}"
     assert watch.check(2.0, number) == f"the gradient norm is {number} (the loss is 2)"
     assert list(watch.losses) == []
 
 
-def test_the_memory_that_grew_most_is_named() -> None:
+def test_memory_with_the_largest_growth_is_named() -> None:
     before = {"a": {"mean": 1.0, "peak": 2.0, "weights": 1.0}, "b": {"mean": 1.0, "peak": 8.0, "weights": 1.0}}
     now = {"a": {"mean": 1.0, "peak": 6.0, "weights": 4.0}, "b": {"mean": 1.0, "peak": 9.0, "weights": 1.0}}
     said = "the inner update of a has grown most: surprise up to 6 (was 2), weights of norm 4 (was 1)"
@@ -67,8 +67,8 @@ def spoil(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     monkeypatch.setattr(Trainer, "_step", spoilt)
 
 
-def test_a_run_stops_at_a_bad_step_says_why_and_goes_on_from_before_it(
-    quick_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_run_stops_at_a_bad_step_and_resumes_before_it(
+    losses: Any, quick_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = quick_train(surprise_every=2, out="whole")
     with monkeypatch.context() as patch:
@@ -86,7 +86,7 @@ def test_a_run_stops_at_a_bad_step_says_why_and_goes_on_from_before_it(
     assert [event["step"] for event in run.history if event["event"] == "checkpoint"] == [5, 6]
 
 
-def test_a_bad_step_is_skipped_where_that_is_asked_for(quick_train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_skip_a_bad_step(losses: Any, quick_train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch, 3)
     run = quick_train(on_bad="skip")
     assert sorted(losses(run.history)) == [1, 2, 4, 5, 6]
@@ -95,15 +95,13 @@ def test_a_bad_step_is_skipped_where_that_is_asked_for(quick_train: Train, monke
     assert run.model is not None and all(bool(p.isfinite().all()) for p in run.model.parameters())
 
 
-def test_skipping_has_an_end(quick_train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_skipped_steps_stop_the_run(quick_train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch, *range(3, 100))
     with pytest.raises(CommandFailed, match=r"step 13 \(after 10 skipped steps\): the loss is nan"):
         quick_train(on_bad="skip", steps=50)
 
 
-def test_a_model_without_memories_is_blamed_by_its_gradients(
-    quick_train: Train, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bad_step_of_a_model_without_memories(quick_train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = {
         "version": 1,
         "dim": 16,
@@ -124,9 +122,7 @@ def test_a_model_without_memories_is_blamed_by_its_gradients(
         quick_train(recipe=plain)
 
 
-def test_a_validation_whose_loss_is_no_number_is_not_the_best(
-    quick_train: Train, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nonfinite_validation_is_not_the_best(quick_train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     from titans_build.tools.training import trainer
 
     validate = trainer.validate
@@ -144,7 +140,7 @@ def test_a_validation_whose_loss_is_no_number_is_not_the_best(
     assert run.best is not None and math.isfinite(run.best["loss"])
 
 
-def test_looking_works_under_autocast(quick_train: Train) -> None:
+def test_surprise_under_autocast(quick_train: Train) -> None:
     run = quick_train(steps=1, surprise_every=1, autocast="bfloat16")
     exact = quick_train(steps=1, surprise_every=1, out="exact")
     found, expected = (
@@ -154,7 +150,7 @@ def test_looking_works_under_autocast(quick_train: Train) -> None:
     assert found == pytest.approx(expected, rel=0.05)
 
 
-def test_looking_changes_nothing(quick_train: Train) -> None:
+def test_measuring_surprise_changes_nothing(losses: Any, quick_train: Train) -> None:
     looked, not_looked = quick_train(surprise_every=1), quick_train(out="blind")
     assert losses(looked.history) == losses(not_looked.history)
     (first, *_) = (event["memories"] for event in looked.history if event["event"] == "surprise")

@@ -10,32 +10,28 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import QUICK, TINY, environment, logged, losses
 
 import titans_build as tb
 from titans_build.recipes.packaged import base_names
 from titans_build.tools.training import train
 from titans_build.tools.training.distributed import Processes, to_local
 
-SETTINGS = {
-    **QUICK,
-    "steps": 6,
-    "checkpoint_every": 3,
-    "valid_every": 3,
-    "valid_batches": 2,
-    "eps": 1e-3,
-    "warmup": 0.0,
-    "final_lr": 1.0,
-}
-"""Adam's first steps are as large for a gradient of 1e-9 as for one of 1; a larger epsilon leaves rounding rounding.
-The rate is the same at every step, however many there are."""
+
+@pytest.fixture
+def settings(quick: dict[str, Any]) -> dict[str, Any]:
+    """Adam's first steps are as large for a gradient of 1e-9 as for one of 1: a larger epsilon keeps rounding small.
+
+    The rate is the same at every step, however many there are.
+    """
+    evaluation = {"checkpoint_every": 3, "valid_every": 3, "valid_batches": 2}
+    return {**quick, **evaluation, "eps": 1e-3, "warmup": 0.0, "final_lr": 1.0}
 
 
 def together(tmp_path: Path, out: str, *words: object, processes: int = 2) -> subprocess.CompletedProcess[str]:
     """``titans-train ... --out OUT`` in several processes."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [*torchrun, "-m", "titans_build.tools.train", *map(str, words), "--out", str(tmp_path / out)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment(), check=False, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 
 def written(tmp_path: Path, recipe: Any, data: Any, settings: dict[str, Any]) -> list[str]:
@@ -50,14 +46,14 @@ def close(a: dict[int, float], b: dict[int, float]) -> None:
         assert a[step] == pytest.approx(b[step], abs=2e-5), step
 
 
-def test_two_processes_train_as_one_and_either_goes_on_with_the_others_checkpoints(
-    tmp_path: Path, lines_of_text: dict[str, Any]
+def test_two_processes_equal_one_and_resume_its_checkpoints(
+    tiny: Any, settings: Any, losses: Any, logged: Any, tmp_path: Path, ordered_text: dict[str, Any]
 ) -> None:
-    recipe = {**TINY, "vocab": 256}
-    settings = {**SETTINGS, "carry": 2, "ema": 0.9, "accumulate": 2, "memory_loss": 0.1, "recompute": True}
-    whole = train(recipe, lines_of_text, {**settings, "steps": 9}, tmp_path / "whole")
+    recipe = {**tiny, "vocab": 256}
+    settings |= {"carry": 2, "ema": 0.9, "accumulate": 2, "memory_loss": 0.1, "recompute": True}
+    whole = train(recipe, ordered_text, {**settings, "steps": 9}, tmp_path / "whole")
     # 1 -> 2
-    train(recipe, lines_of_text, {**settings, "steps": 3}, tmp_path / "run")
+    train(recipe, ordered_text, {**settings, "steps": 3}, tmp_path / "run")
     done = together(tmp_path, "run", "--resume", "--steps", 6, "--json")
     assert done.returncode == 0, done.stderr
     # only one of them speaks
@@ -82,39 +78,41 @@ def test_two_processes_train_as_one_and_either_goes_on_with_the_others_checkpoin
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", base_names())
-def test_every_packaged_recipe_is_trained_by_two_processes(tmp_path: Path, name: str) -> None:
+def test_two_processes_train_every_packaged_recipe(
+    settings: Any, losses: Any, logged: Any, tmp_path: Path, name: str
+) -> None:
     recipe = tb.load_recipe(name, {"dim": 32, "stack.0.repeat": 1})
-    whole = train(recipe, "copy:length=80", SETTINGS, tmp_path / "one")
-    done = together(tmp_path, "two", *written(tmp_path, recipe.to_dict(), "copy:length=80", SETTINGS))
+    whole = train(recipe, "copy:length=80", settings, tmp_path / "one")
+    done = together(tmp_path, "two", *written(tmp_path, recipe.to_dict(), "copy:length=80", settings))
     assert done.returncode == 0, done.stderr
     close(losses(logged(tmp_path / "two")), losses(whole.history))
 
 
 @pytest.mark.slow
-def test_stages_in_two_processes(tmp_path: Path) -> None:
+def test_stages_in_two_processes(tiny: Any, settings: Any, losses: Any, logged: Any, tmp_path: Path) -> None:
     stages = [{"steps": 3, "train": ["!@memory"]}, {"steps": 3, "train": ["@memory"], "optimizer": "fresh"}]
-    settings = {**{key: value for key, value in SETTINGS.items() if key != "steps"}, "stages": stages}
-    whole = train(TINY, "copy:length=16", settings, tmp_path / "one")
-    done = together(tmp_path, "two", *written(tmp_path, TINY, "copy:length=16", settings))
+    settings = {**{key: value for key, value in settings.items() if key != "steps"}, "stages": stages}
+    whole = train(tiny, "copy:length=16", settings, tmp_path / "one")
+    done = together(tmp_path, "two", *written(tmp_path, tiny, "copy:length=16", settings))
     assert done.returncode == 0, done.stderr
     close(losses(logged(tmp_path / "two")), losses(whole.history))
     assert whole.model is not None
     for a, b in zip(tb.load(tmp_path / "two/model").parameters(), whole.model.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
-    start = tb.build(TINY)
+    start = tb.build(tiny)
     for (name, a), b in zip(tb.load(tmp_path / "two/model").named_parameters(), start.parameters()):
         assert not torch.equal(a, b), name
 
 
 @pytest.mark.slow
-def test_rows_that_two_processes_cannot_share_are_one_error(tmp_path: Path) -> None:
-    done = together(tmp_path, "odd", *written(tmp_path, TINY, "copy:length=16", {**SETTINGS, "batch": 3}))
+def test_rows_that_two_processes_cannot_share(tiny: Any, settings: Any, tmp_path: Path) -> None:
+    done = together(tmp_path, "odd", *written(tmp_path, tiny, "copy:length=16", {**settings, "batch": 3}))
     assert done.returncode == 1  # torchrun's own
     assert "3 rows of a batch cannot be shared by 2 processes: give a multiple of 2" in done.stderr
     assert "titans_build/tools" not in done.stderr and not (tmp_path / "odd/run.json").exists()
 
 
-def test_one_process_alone_has_everything() -> None:
+def test_single_process() -> None:
     one = Processes()
     assert one.main and (one.rank, one.world) == (0, 1) and one.sum(1.5, 2) == [1.5, 2]
     tensor = torch.ones(2)

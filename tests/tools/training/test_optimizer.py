@@ -32,7 +32,7 @@ def last(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", base_names())
-def test_each_parameter_of_a_packaged_recipe_is_in_the_right_group_and_in_one(name: str) -> None:
+def test_parameter_groups_of_packaged_recipes(name: str) -> None:
     model = tb.build(name, device="meta")
     decay, no_decay = parameter_groups(model, NO_DECAY, 0.1)
     assert (decay["weight_decay"], no_decay["weight_decay"]) == (0.1, 0.0)
@@ -45,7 +45,7 @@ def test_each_parameter_of_a_packaged_recipe_is_in_the_right_group_and_in_one(na
         assert [id(p) for p in parameters] == [id(dict(model.named_parameters())[n]) for n in held]
 
 
-def test_learned_momentum_and_vectors_of_unknown_blocks_do_not_decay(tiny: dict[str, Any]) -> None:
+def test_no_decay_for_initial_momentum_and_unknown_vectors(tiny: dict[str, Any]) -> None:
     tiny["layers"]["mag"] = [{"type": "memory", "heads": 2, "learn_momentum": True}]
     model = tb.build(tiny)
     model.layers[0].vector = torch.nn.Parameter(torch.ones(3))
@@ -57,7 +57,7 @@ def test_learned_momentum_and_vectors_of_unknown_blocks_do_not_decay(tiny: dict[
     assert everything[0]["names"] == []
 
 
-def test_what_does_not_decay_is_chosen_as_what_trains_is(tiny: dict[str, Any]) -> None:
+def test_no_decay_takes_the_patterns_of_stages(tiny: dict[str, Any]) -> None:
     model = tb.build(tiny)
     names: Any = [group["names"] for group in parameter_groups(model, ["@memory", "!*.qkv*"], 0.1)]
     memory = {name for name in match_parameters(model, ["@memory"], "train") if model.get_parameter(name).dim() > 1}
@@ -66,7 +66,7 @@ def test_what_does_not_decay_is_chosen_as_what_trains_is(tiny: dict[str, Any]) -
     assert memory - projections <= set(names[1])
 
 
-def test_a_pattern_that_fits_nothing_is_spoken_of_unless_it_is_a_default(tiny: dict[str, Any]) -> None:
+def test_unmatched_no_decay_patterns(tiny: dict[str, Any]) -> None:
     model = tb.build(tiny)
     assert unmatched_patterns(model, NO_DECAY) == []
     assert unmatched_patterns(model, [*NO_DECAY, "heads", "@memory"]) == [
@@ -74,7 +74,7 @@ def test_a_pattern_that_fits_nothing_is_spoken_of_unless_it_is_a_default(tiny: d
     ]
 
 
-def test_what_does_not_decay_stays_where_nothing_pulls_it(tiny: dict[str, Any]) -> None:
+def test_weight_decay_changes_only_its_group(tiny: dict[str, Any]) -> None:
     model = tb.build(tiny)
     optimizer = make_optimizer(model, as_settings({"lr": 0.1, "weight_decay": 0.5}), fused=True)
     before = copy.deepcopy(dict(model.named_parameters()))
@@ -87,7 +87,7 @@ def test_what_does_not_decay_stays_where_nothing_pulls_it(tiny: dict[str, Any]) 
         torch.testing.assert_close(parameter, expected)
 
 
-def test_patterns_choose_by_name_and_by_type_of_block(tiny: dict[str, Any]) -> None:
+def test_patterns_match_names_and_block_types(tiny: dict[str, Any]) -> None:
     model = tb.build(tiny)
     names = set(dict(model.named_parameters()))
     memory = {name for name in names if ".memory." in name or ".branches.1." in name}
@@ -107,13 +107,13 @@ def test_patterns_choose_by_name_and_by_type_of_block(tiny: dict[str, Any]) -> N
         (["head", "!head"], "train", "['head', '!head'] selects no parameter to train"),
     ],
 )
-def test_patterns_that_choose_nothing(tiny: dict[str, Any], patterns: list[str], path: str, message: str) -> None:
+def test_unmatched_patterns_of_a_stage(tiny: dict[str, Any], patterns: list[str], path: str, message: str) -> None:
     with pytest.raises(tb.RecipeError) as caught:
         match_parameters(tb.build(tiny), patterns, "train")
     assert caught.value.problems == [(path, message)]
 
 
-def test_the_average_is_torchs_and_is_put_in_and_taken_out(tiny: dict[str, Any]) -> None:
+def test_weight_average_equals_torchs(tiny: dict[str, Any]) -> None:
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
     model = tb.build(tiny)

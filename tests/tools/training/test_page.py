@@ -28,13 +28,13 @@ def parsed(line):
     return PROGRAM.parse(shlex.split(line, comments=True)[1:])
 
 
-def test_the_lines_of_the_page_are_understood():
+def test_commands_of_the_page_parse():
     assert len(LINES) >= 5
     for line in LINES:
         assert parsed(line).out.startswith("runs/")
 
 
-def test_the_search_of_the_page_has_the_space_of_the_page(tmp_path):
+def test_search_example_of_the_page(tmp_path):
     given = parsed(next(line for line in LINES if line.startswith("titans-train search ")))
     start = PAGE.index("```yaml") + 1
     (tmp_path / given.space).write_text("\n".join(PAGE[start : PAGE.index("```", start)]), encoding="utf-8")

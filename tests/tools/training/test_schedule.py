@@ -9,7 +9,7 @@ from titans_build.tools.training.optimizer import learning_rate, stage_at
 from titans_build.tools.training.settings import as_settings
 
 
-def test_it_rises_in_a_line_and_falls_along_a_cosine() -> None:
+def test_linear_warmup_and_cosine_decay() -> None:
     settings = as_settings({"steps": 100, "lr": 2.0, "warmup": 0.1, "final_lr": 0.25})
     rates = [learning_rate(step, settings) for step in range(101)]
     assert rates[:10] == pytest.approx([2.0 * (i + 1) / 11 for i in range(10)])
@@ -25,14 +25,14 @@ def test_it_rises_in_a_line_and_falls_along_a_cosine() -> None:
         cosine.step()
 
 
-def test_without_warmup_the_first_step_is_the_largest_and_none_is_zero() -> None:
+def test_rate_without_warmup_starts_at_the_peak_and_is_never_zero() -> None:
     settings = as_settings({"steps": 3, "lr": 1.0, "warmup": 0.0, "final_lr": 0.0})
     rates = [learning_rate(step, settings) for step in range(3)]
     assert rates[0] == 1.0 and rates == sorted(rates, reverse=True) and rates[-1] > 0
     assert learning_rate(0, as_settings({"steps": 1, "lr": 1.0, "warmup": 0.5})) == 0.5
 
 
-def test_each_stage_has_a_schedule_of_its_own() -> None:
+def test_each_stage_has_its_own_schedule() -> None:
     stages = [{"steps": 10, "train": ["*"]}, {"steps": 4, "train": ["*"], "lr": 0.1}]
     settings = as_settings({"stages": stages, "lr": 1.0, "warmup": 0.5, "final_lr": 0.1})
     assert [stage_at(step, settings)[::2] for step in (0, 9, 10, 13)] == [(0, 0), (0, 9), (1, 0), (1, 3)]

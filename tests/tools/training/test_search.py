@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import COPY, QUICK, TINY
 
 import titans_build as tb
 from titans_build.registry import RecipeError
@@ -15,13 +14,18 @@ from titans_build.tools.train import main
 from titans_build.tools.training import as_settings, search
 from titans_build.tools.training.search import as_space
 
-SETTINGS = {**QUICK, "steps": 2, "valid_every": 2, "valid_batches": 1}
+COPY = "copy:length=16"
 SPACE = {"recipe": {"layers.mac.0.segment": [4, 8]}, "train": {"lr": [1e-3, 1e-2]}}
 RANGES = {"train": {"lr": {"low": 1e-4, "high": 1e-2, "log": True}, "batch": {"low": 2, "high": 6, "step": 2}}}
 
 
-def test_a_grid_tries_all_and_keeps_the_best_ready_to_be_trained(tmp_path: Path) -> None:
-    ranked = search(TINY, COPY, SETTINGS, SPACE, tmp_path)
+@pytest.fixture
+def settings(quick: dict[str, Any]) -> dict[str, Any]:
+    return {**quick, "steps": 2, "valid_every": 2, "valid_batches": 1}
+
+
+def test_grid_search(tiny: dict[str, Any], settings: dict[str, Any], tmp_path: Path) -> None:
+    ranked = search(tiny, COPY, settings, SPACE, tmp_path)
     choices = {tuple(result["choice"].values()) for result in ranked}
     assert choices == {(4, 1e-3), (4, 1e-2), (8, 1e-3), (8, 1e-2)}
     losses = [result["loss"] for result in ranked]
@@ -35,7 +39,7 @@ def test_a_grid_tries_all_and_keeps_the_best_ready_to_be_trained(tmp_path: Path)
     assert valid["loss"] == ranked[0]["loss"]
 
 
-def test_a_random_search_makes_the_same_choices_each_time(tmp_path: Path) -> None:
+def test_random_choices_are_reproducible(tmp_path: Path) -> None:
     space = as_space(RANGES)
     choices = [space.draw(0, number) for number in range(300)]
     assert choices == [space.draw(0, number) for number in range(300)] != [space.draw(1, n) for n in range(300)]
@@ -45,7 +49,7 @@ def test_a_random_search_makes_the_same_choices_each_time(tmp_path: Path) -> Non
     assert {choice["train.batch"] for choice in choices} == {2, 4, 6}
 
 
-def test_a_range_has_a_grid_where_it_has_a_step() -> None:
+def test_grid_of_a_range() -> None:
     assert [choice["train.batch"] for choice in as_space({"train": {"batch": RANGES["train"]["batch"]}}).grid()] == [
         2,
         4,
@@ -56,16 +60,16 @@ def test_a_range_has_a_grid_where_it_has_a_step() -> None:
 
 
 @pytest.mark.parametrize("sampler", ["random", "optuna"])
-def test_a_search_goes_on_where_it_was(sampler: Any, tmp_path: Path) -> None:
+def test_search_resumes(tiny: dict[str, Any], settings: dict[str, Any], sampler: Any, tmp_path: Path) -> None:
     if sampler == "optuna":
         pytest.importorskip("optuna")
-    whole = search(TINY, COPY, SETTINGS, RANGES, tmp_path / "whole", sampler=sampler, trials=3)
-    search(TINY, COPY, SETTINGS, RANGES, tmp_path / "parts", sampler=sampler, trials=2)
+    whole = search(tiny, COPY, settings, RANGES, tmp_path / "whole", sampler=sampler, trials=3)
+    search(tiny, COPY, settings, RANGES, tmp_path / "parts", sampler=sampler, trials=2)
     run: list[str] = []
     parts = search(
-        TINY,
+        tiny,
         COPY,
-        SETTINGS,
+        settings,
         RANGES,
         tmp_path / "parts",
         sampler=sampler,
@@ -80,45 +84,53 @@ def test_a_search_goes_on_where_it_was(sampler: Any, tmp_path: Path) -> None:
     assert [json.loads(line)["trial"] for line in lines] == [0, 1, 2]
 
 
-def test_optuna_is_told_of_lists_and_of_trials_that_failed(tmp_path: Path) -> None:
+def test_optuna_with_lists_and_failed_trials(tiny: dict[str, Any], settings: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     space = {"train": {"betas": [[0.9, 0.95], [0.8, 0.9]], "spike": [1e-9, 5.0]}}
-    settings = {**SETTINGS, "steps": 8, "valid_every": 8, "lr": 10.0, "clip": None}
-    ranked = search(TINY, COPY, settings, space, tmp_path, sampler="optuna", trials=3, seed=1)
+    settings = {**settings, "steps": 8, "valid_every": 8, "lr": 10.0, "clip": None}
+    ranked = search(tiny, COPY, settings, space, tmp_path, sampler="optuna", trials=3, seed=1)
     assert all(as_settings({**settings, "betas": result["choice"]["train.betas"]}) for result in ranked)
     assert [result["loss"] is None for result in ranked] == sorted(result["loss"] is None for result in ranked)
 
 
-def test_what_optuna_puts_together_and_cannot_be_is_a_trial_that_failed(tmp_path: Path) -> None:
+def test_invalid_combination_of_optuna_is_a_failed_trial(
+    tiny: dict[str, Any], settings: dict[str, Any], tmp_path: Path
+) -> None:
     pytest.importorskip("optuna")
     space = {"train": {"batch": [4, 6], "accumulate": [2, 3]}}  # four rows cannot be parted in three
-    ranked = search(TINY, COPY, SETTINGS, space, tmp_path, sampler="optuna", trials=5, seed=7)
+    ranked = search(tiny, COPY, settings, space, tmp_path, sampler="optuna", trials=5, seed=7)
     wrong = [result for result in ranked if result["choice"] == {"train.batch": 4, "train.accumulate": 3}]
     assert wrong and all(result["failed"] == "accumulate: expected a divisor of batch = 4, got 3" for result in wrong)
     assert [result["loss"] is None for result in ranked] == [False] * (5 - len(wrong)) + [True] * len(wrong)
 
 
-def test_a_space_of_nothing_that_can_be_is_refused_by_optuna_too(tmp_path: Path) -> None:
+def test_optuna_refuses_a_space_without_valid_choices(
+    tiny: dict[str, Any], settings: dict[str, Any], tmp_path: Path
+) -> None:
     pytest.importorskip("optuna")
     with pytest.raises(RecipeError, match="stepz: unknown field of settings"):
-        search(TINY, COPY, SETTINGS, {"train": {"stepz": [1]}}, tmp_path, sampler="optuna", trials=2)
+        search(tiny, COPY, settings, {"train": {"stepz": [1]}}, tmp_path, sampler="optuna", trials=2)
 
 
-def test_a_grid_with_what_cannot_be_is_refused_before_anything_is_run(tmp_path: Path) -> None:
+def test_grid_with_an_invalid_combination_is_refused(
+    tiny: dict[str, Any], settings: dict[str, Any], tmp_path: Path
+) -> None:
     space = {"train": {"batch": [4, 6], "accumulate": [2, 3]}}
     with pytest.raises(RecipeError, match="expected a divisor of batch = 4, got 3"):
-        search(TINY, COPY, SETTINGS, space, tmp_path / "out")
+        search(tiny, COPY, settings, space, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("options", [{"jobs": 0}, {"trials": 0}])
-def test_nothing_to_run_is_refused(options: dict[str, int], tmp_path: Path) -> None:
+def test_invalid_jobs_and_trials(
+    tiny: dict[str, Any], settings: dict[str, Any], options: dict[str, int], tmp_path: Path
+) -> None:
     with pytest.raises(RecipeError, match="expected jobs and trials >= 1"):
-        search(TINY, COPY, SETTINGS, SPACE, tmp_path, **options)  # type: ignore[arg-type]
+        search(tiny, COPY, settings, SPACE, tmp_path, **options)  # type: ignore[arg-type]
 
 
-def test_the_command_prints_the_trials(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "tiny.yaml").write_text(json.dumps(TINY), encoding="utf-8")
+def test_search_command(tiny: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "tiny.yaml").write_text(json.dumps(tiny), encoding="utf-8")
     (tmp_path / "space.yaml").write_text("train: {lr: [0.001, 0.01]}\n", encoding="utf-8")
     words = ["search", str(tmp_path / "tiny.yaml"), "--data", COPY, "--space", str(tmp_path / "space.yaml")]
     words += ["--out", str(tmp_path / "out"), "--steps", "2", "--batch", "4", "--valid-every", "2"]
@@ -145,6 +157,6 @@ def test_the_command_prints_the_trials(tmp_path: Path, capsys: pytest.CaptureFix
         ({"train": {"lr": {"low": 0, "high": 1, "step": 0}}}, "step: expected a number > 0"),
     ],
 )
-def test_a_space_that_is_none_says_why(space: dict[str, Any], message: str) -> None:
+def test_invalid_spaces(space: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         as_space(space)

@@ -17,7 +17,7 @@ def problems(given: Any) -> dict[str, str]:
     return {problem.path: problem.message for problem in caught.value.problems}
 
 
-def test_every_setting_has_a_meaning_and_a_default_that_is_right() -> None:
+def test_every_setting_has_a_description_and_a_valid_default() -> None:
     assert as_settings() == as_settings({})
     for name, field in fields(Settings).items():
         assert field.description, name
@@ -25,7 +25,7 @@ def test_every_setting_has_a_meaning_and_a_default_that_is_right() -> None:
         assert as_settings({name: as_settings().to_dict()[name]}) == as_settings()
 
 
-def test_settings_come_back_from_yaml_and_json(tmp_path: Path) -> None:
+def test_settings_round_trip(tmp_path: Path) -> None:
     settings = as_settings(
         {
             "carry": 3,
@@ -41,7 +41,7 @@ def test_settings_come_back_from_yaml_and_json(tmp_path: Path) -> None:
     assert as_settings(settings.to_dict()) == settings
 
 
-def test_everything_wrong_is_said_at_once_with_its_place_and_the_nearest_name() -> None:
+def test_all_problems_are_reported_with_the_nearest_name() -> None:
     found = problems(
         {"stpes": 3, "lr": "fast", "carry": "no", "stages": [{"steps": 2}, {"stps": 1, "train": ["*"]}], "clip": -1}
     )
@@ -77,17 +77,17 @@ def test_everything_wrong_is_said_at_once_with_its_place_and_the_nearest_name() 
         ({"stages": ["core"]}, "stages.0", "expected a mapping with steps and train, got 'core'"),
     ],
 )
-def test_wrong_settings(given: dict[str, Any], path: str, message: str) -> None:
+def test_invalid_settings(given: dict[str, Any], path: str, message: str) -> None:
     assert problems(given) == {path: message}
 
 
-def test_settings_do_not_change() -> None:
+def test_settings_are_frozen() -> None:
     settings = as_settings()
     with pytest.raises(ValueError, match="frozen"):
         settings.steps = 3  # type: ignore[misc]
 
 
-def test_a_file_that_holds_no_settings(tmp_path: Path) -> None:
+def test_invalid_settings_file(tmp_path: Path) -> None:
     path = tmp_path / "list.yaml"
     path.write_text("- a\n", encoding="utf-8")
     assert problems(path) == {"": "expected a mapping of settings, got ['a']"}

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import COPY, QUICK, TINY, logged, losses
 
 import titans_build as tb
 from titans_build.recipes import StorageError
@@ -18,13 +17,16 @@ from titans_build.tools.training import TrainedRun, train
 from titans_build.tools.training.checkpoint import CheckpointManager
 
 Train = Callable[..., TrainedRun]
+COPY = "copy:length=16"
 
 
 def same_weights(a: Any, b: Any) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
-def test_a_run_learns_and_its_folder_says_what_it_was(quick_train: Train, tmp_path: Path) -> None:
+def test_run_learns_and_records_itself(
+    tiny: dict[str, Any], losses: Any, logged: Any, quick_train: Train, tmp_path: Path
+) -> None:
     events: list[dict[str, Any]] = []
     run = quick_train(steps=40, lr=0.02, valid_every=20, valid_batches=2, surprise_every=20, on_event=events.append)
     found = losses(run.history)
@@ -41,7 +43,7 @@ def test_a_run_learns_and_its_folder_says_what_it_was(quick_train: Train, tmp_pa
     described = json.loads((out / "run.json").read_text(encoding="utf-8"))
     assert described["data"]["task"] == "copy" and described["data"]["length"] == 16 and described["seed"] == 0
     assert torch.__version__.startswith(described["versions"]["torch"])
-    assert tb.load_recipe(out / "recipe.yaml") == tb.load_recipe(TINY)
+    assert tb.load_recipe(out / "recipe.yaml") == tb.load_recipe(tiny)
     assert same_weights(tb.load(out / "model"), run.model)
     assert json.loads((out / "checkpoints/index.json").read_text(encoding="utf-8")) == {
         "latest": "step-00000040",
@@ -49,7 +51,7 @@ def test_a_run_learns_and_its_folder_says_what_it_was(quick_train: Train, tmp_pa
     }
 
 
-def test_the_same_settings_give_the_same_run_from_the_recorded_file_too(quick_train: Train, tmp_path: Path) -> None:
+def test_recorded_inputs_repeat_the_run(losses: Any, quick_train: Train, tmp_path: Path) -> None:
     before = torch.get_rng_state()
     first = quick_train(seed=3)
     assert torch.equal(torch.get_rng_state(), before)
@@ -66,11 +68,11 @@ def test_the_same_settings_give_the_same_run_from_the_recorded_file_too(quick_tr
     "settings",
     [{}, {"ema": 0.8}, {"stages": [{"steps": 4, "train": ["!@memory"]}, {"steps": 5, "train": ["@memory"]}]}],
 )
-def test_a_run_that_was_left_and_gone_on_with_is_the_run(
-    quick_train: Train, settings: dict[str, Any], lines_of_text: Any
+def test_resume_is_exact(
+    tiny: dict[str, Any], losses: Any, quick_train: Train, settings: dict[str, Any], ordered_text: Any
 ) -> None:
-    recipe = {**TINY, "vocab": 256}
-    given = {"recipe": recipe, "data": lines_of_text, "carry": 2, "checkpoint_every": 3, "valid_every": 4, **settings}
+    recipe = {**tiny, "vocab": 256}
+    given = {"recipe": recipe, "data": ordered_text, "carry": 2, "checkpoint_every": 3, "valid_every": 4, **settings}
     steps = {} if "stages" in settings else {"steps": 9}
     whole = quick_train(**given, **steps, out="whole")
 
@@ -92,22 +94,24 @@ def test_a_run_that_was_left_and_gone_on_with_is_the_run(
     assert same_weights(again.model, whole.model) and losses(again.history) == losses(whole.history)
 
 
-def test_state_is_carried_where_rows_go_on_and_only_there(quick_train: Train, lines_of_text: Any) -> None:
-    recipe = {**TINY, "vocab": 256}
+def test_state_is_carried_between_batches(
+    tiny: dict[str, Any], losses: Any, quick_train: Train, ordered_text: Any
+) -> None:
+    recipe = {**tiny, "vocab": 256}
     runs = {
-        carry: losses(quick_train(recipe=recipe, data=lines_of_text, carry=carry, steps=3, out=str(carry)).history)
+        carry: losses(quick_train(recipe=recipe, data=ordered_text, carry=carry, steps=3, out=str(carry)).history)
         for carry in ("off", "detach", 1)
     }
     assert runs["detach"] == runs[1]
     assert runs["detach"][1] == runs["off"][1] and runs["detach"][2] != runs["off"][2]
 
 
-def test_stages_train_what_they_say_and_nothing_else(quick_train: Train) -> None:
+def test_stages_train_only_their_parameters(tiny: dict[str, Any], quick_train: Train) -> None:
     stages = [
         {"steps": 2, "train": ["!@memory"]},
         {"steps": 2, "train": ["@memory"], "optimizer": "fresh", "lr": 0.01},
     ]
-    start = tb.build(TINY)
+    start = tb.build(tiny)
     first = quick_train(stages=stages[:1], out="first").model
     both = quick_train(stages=stages).model
     assert first is not None and both is not None
@@ -137,9 +141,11 @@ def test_averaged_weights_are_validated_and_saved(quick_train: Train, tmp_path: 
         assert run.model(batch.tokens, targets=batch.targets).loss.item() == pytest.approx(run.best["loss"], rel=1e-6)
 
 
-def test_training_goes_on_from_saved_weights(quick_train: Train, tmp_path: Path) -> None:
+def test_training_from_saved_weights(
+    tiny: dict[str, Any], quick: dict[str, Any], losses: Any, quick_train: Train, tmp_path: Path
+) -> None:
     first = quick_train(lr=0.01)
-    run = train(tmp_path / "run/model", COPY, {**QUICK, "lr": 1e-12}, tmp_path / "more", weights=tmp_path / "run/model")
+    run = train(tmp_path / "run/model", COPY, {**quick, "lr": 1e-12}, tmp_path / "more", weights=tmp_path / "run/model")
     assert losses(run.history)[1] == pytest.approx(
         losses(quick_train(lr=0.01, steps=7, out="longer").history)[1], abs=0.5
     )
@@ -147,13 +153,15 @@ def test_training_goes_on_from_saved_weights(quick_train: Train, tmp_path: Path)
     for a, b in zip(first.model.parameters(), run.model.parameters()):
         torch.testing.assert_close(a, b)
     with pytest.raises(StorageError, match="of another recipe"):
-        train({**TINY, "stack": ["mag", "mac"]}, COPY, QUICK, tmp_path / "no", weights=tmp_path / "run/model")
+        train({**tiny, "stack": ["mag", "mac"]}, COPY, quick, tmp_path / "no", weights=tmp_path / "run/model")
 
 
-def test_saved_weights_are_begun_with_again_where_no_checkpoint_was_reached(quick_train: Train, tmp_path: Path) -> None:
+def test_run_from_weights_resumes_without_a_checkpoint(
+    quick: dict[str, Any], losses: Any, quick_train: Train, tmp_path: Path
+) -> None:
     quick_train(lr=0.05, steps=3, out="first")
     weights = tmp_path / "first/model"
-    whole = train(weights, COPY, QUICK, tmp_path / "whole", weights=weights)
+    whole = train(weights, COPY, quick, tmp_path / "whole", weights=weights)
 
     class Gone(Exception):
         pass
@@ -163,16 +171,16 @@ def test_saved_weights_are_begun_with_again_where_no_checkpoint_was_reached(quic
             raise Gone
 
     with pytest.raises(Gone):
-        train(weights, COPY, QUICK, tmp_path / "left", weights=weights, on_event=leave)
+        train(weights, COPY, quick, tmp_path / "left", weights=weights, on_event=leave)
     run = train(None, None, {"lr": 1e-3, "log_every": 1}, tmp_path / "left", resume=True)
     assert losses(run.history) == losses(whole.history)
 
 
-def test_data_that_have_changed_are_not_gone_on_with(quick_train: Train, tmp_path: Path) -> None:
+def test_changed_data_is_refused(tiny: dict[str, Any], losses: Any, quick_train: Train, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("What was said. " * 40, encoding="utf-8")
     spec = {"text": str(text), "length": 16}
-    quick_train(recipe={**TINY, "vocab": 256}, data=spec, steps=1)
+    quick_train(recipe={**tiny, "vocab": 256}, data=spec, steps=1)
     before = text.read_bytes()
     text.write_bytes(before.replace(b"W", b"T"))
     with pytest.raises(tb.RecipeError, match=r"fingerprint: the run began with '\w+', now it is") as caught:
@@ -182,14 +190,14 @@ def test_data_that_have_changed_are_not_gone_on_with(quick_train: Train, tmp_pat
     assert len(losses(quick_train(recipe=None, data=None, resume=True, steps=2).history)) == 2
 
 
-def test_bits_per_byte_and_accuracy_of_text(quick_train: Train, lines_of_text: Any) -> None:
-    run = quick_train(recipe={**TINY, "vocab": 256}, data=lines_of_text, valid_every=3, steps=3)
+def test_bits_per_byte_of_text(tiny: dict[str, Any], quick_train: Train, ordered_text: Any) -> None:
+    run = quick_train(recipe={**tiny, "vocab": 256}, data=ordered_text, valid_every=3, steps=3)
     assert run.best is not None and "exact" not in run.best
     assert run.best["bits_per_byte"] == pytest.approx(run.best["loss"] / 0.6931471805599453)
 
 
-def test_settings_may_change_on_the_way_but_not_those_that_others_follow_from(
-    quick_train: Train, tmp_path: Path
+def test_settings_that_a_resumed_run_can_change(
+    tiny: dict[str, Any], losses: Any, quick_train: Train, tmp_path: Path
 ) -> None:
     quick_train(steps=3)
     run = quick_train(recipe=None, data=None, resume=True, steps=5, lr=1e-4)
@@ -205,12 +213,12 @@ def test_settings_may_change_on_the_way_but_not_those_that_others_follow_from(
         "seed": "the run began with 0 and cannot be resumed with 1",
     }
     with pytest.raises(tb.RecipeError, match=r"the run is of .*, not of this one"):
-        quick_train(recipe={**TINY, "dim": 32}, data=None, resume=True)
+        quick_train(recipe={**tiny, "dim": 32}, data=None, resume=True)
     with pytest.raises(tb.RecipeError, match="the run reads 'copy:length=16' and cannot be resumed with 'mqar'"):
         quick_train(recipe=None, data="mqar", resume=True)
 
 
-def test_a_damaged_checkpoint_is_said_and_the_one_before_it_gone_on_from(quick_train: Train, tmp_path: Path) -> None:
+def test_damaged_checkpoint_is_skipped_with_a_warning(losses: Any, quick_train: Train, tmp_path: Path) -> None:
     whole = quick_train(steps=6, checkpoint_every=2)
     checkpoints = CheckpointManager(tmp_path / "run/checkpoints")
     (path,) = checkpoints.path(6).glob("*.safetensors")
@@ -230,9 +238,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_gone_on_from(quick_t
         ({"fingerprint": "0"}, "it is of another recipe: expected .*, got '0'"),
     ],
 )
-def test_facts_that_are_not_those_of_the_run(
-    quick_train: Train, tmp_path: Path, change: dict[str, Any], message: str
-) -> None:
+def test_invalid_checkpoint_facts(quick_train: Train, tmp_path: Path, change: dict[str, Any], message: str) -> None:
     quick_train(steps=1)
     path = tmp_path / "run/checkpoints/step-00000001/checkpoint.json"
     index = json.loads(path.read_text(encoding="utf-8"))
@@ -242,7 +248,7 @@ def test_facts_that_are_not_those_of_the_run(
         quick_train(recipe=None, data=None, resume=True, steps=2)
 
 
-def test_folders_that_cannot_be_used(quick_train: Train, tmp_path: Path) -> None:
+def test_unusable_folders(quick_train: Train, tmp_path: Path) -> None:
     quick_train(steps=1)
     with pytest.raises(StorageError, match="this folder has a run; resume it"):
         quick_train(steps=1)
@@ -269,7 +275,7 @@ def test_folders_that_cannot_be_used(quick_train: Train, tmp_path: Path) -> None
         ({"stages": [{"steps": 1, "train": ["@mmeory"]}]}, "stages.0.train.0: no block of this type"),
     ],
 )
-def test_wrong_runs_are_refused_before_anything_is_written(
+def test_invalid_run_is_refused_before_anything_is_written(
     quick_train: Train, tmp_path: Path, given: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(tb.RecipeError, match=message):
@@ -277,19 +283,17 @@ def test_wrong_runs_are_refused_before_anything_is_written(
     assert not (tmp_path / "run/run.json").exists()
 
 
-def test_a_model_of_vectors_and_one_whose_state_grows(
-    quick_train: Train, lines_of_text: Any, tiny: dict[str, Any]
-) -> None:
+def test_models_that_cannot_be_trained(quick_train: Train, ordered_text: Any, tiny: dict[str, Any]) -> None:
     with pytest.raises(tb.RecipeError, match="without a vocabulary"):
-        quick_train(recipe={**TINY, "vocab": None})
-    growing = {**TINY, "vocab": 256, "layers": {"mac": ["attention"]}, "stack": ["mac"]}
+        quick_train(recipe={**tiny, "vocab": None})
+    growing = {**tiny, "vocab": 256, "layers": {"mac": ["attention"]}, "stack": ["mac"]}
     with pytest.raises(tb.RecipeError, match="grows with every token"):
-        quick_train(recipe=growing, data=lines_of_text)
-    assert quick_train(recipe=growing, data=lines_of_text, carry="off", out="off").model is not None
+        quick_train(recipe=growing, data=ordered_text)
+    assert quick_train(recipe=growing, data=ordered_text, carry="off", out="off").model is not None
 
 
 @pytest.mark.parametrize("name", ["memory_loss", "write_cost"])
-def test_the_auxiliary_loss_is_logged(quick_train: Train, name: str) -> None:
+def test_auxiliary_loss_is_logged(losses: Any, quick_train: Train, name: str) -> None:
     plain, run = quick_train(steps=2), quick_train(steps=2, **{name: 0.5}, out="aux")
     assert all(event[name] > 0 for event in run.history if event["event"] == "step")
     assert losses(plain.history)[1] == losses(run.history)[1] and losses(plain.history)[2] != losses(run.history)[2]

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import TINY
 from torch import Tensor
 
 import titans_build as tb
@@ -22,8 +21,9 @@ from titans_build.tools.training.train_step import StepResult, TrainStep, activa
 ROWS, TIME = 4, 12
 
 
-def build(recipe: Any = TINY) -> LanguageModel:
-    return tb.build(recipe, dtype=torch.float64)
+@pytest.fixture
+def model(tiny: dict[str, Any]) -> LanguageModel:
+    return tb.build(tiny, dtype=torch.float64)
 
 
 def batch(seed: int = 0, *, fresh: bool = True, uneven: bool = False) -> Batch:
@@ -56,8 +56,8 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("memory_loss", [0.0, 0.3])
 @pytest.mark.parametrize("parts", [2, 4])
-def test_parts_of_a_batch_give_its_gradients_however_uneven_they_are(parts: int, memory_loss: float) -> None:
-    model, uneven = build(), batch(uneven=True)
+def test_accumulated_gradients_equal_those_of_the_batch(model: LanguageModel, parts: int, memory_loss: float) -> None:
+    uneven = batch(uneven=True)
     whole, expected = read(model, [uneven], memory_loss=memory_loss)
     done, found = read(model, [uneven], memory_loss=memory_loss, accumulate=parts)
     same(found, expected)
@@ -69,8 +69,8 @@ def test_parts_of_a_batch_give_its_gradients_however_uneven_they_are(parts: int,
 
 
 @pytest.mark.parametrize("name", ["memory_loss", "write_cost"])
-def test_the_loss_is_the_models_and_the_auxiliary_loss_the_memories(name: str) -> None:
-    model, given = build(), batch(uneven=True)
+def test_losses_equal_those_of_the_model_and_its_memories(model: LanguageModel, name: str) -> None:
+    given = batch(uneven=True)
     done, found = read(model, [given], **{name: 0.3})
     model.zero_grad()
     with getattr(tb, name)(model) as auxiliary:
@@ -81,8 +81,7 @@ def test_the_loss_is_the_models_and_the_auxiliary_loss_the_memories(name: str) -
     same(found, {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
 
 
-def test_windows_of_a_step_are_one_long_row_to_the_gradients() -> None:
-    model = build()
+def test_gradients_of_windows_equal_those_of_one_long_row(model: LanguageModel) -> None:
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randint(16, (ROWS, 3 * TIME + 1), generator=generator)
     fresh = torch.tensor([True] * ROWS)
@@ -108,8 +107,7 @@ def test_windows_of_a_step_are_one_long_row_to_the_gradients() -> None:
         assert not b.requires_grad
 
 
-def test_rows_that_start_anew_are_as_if_they_were_alone() -> None:
-    model = build()
+def test_fresh_rows_start_from_the_initial_state(model: LanguageModel) -> None:
     before, _ = read(model, [batch(1)])
     mixed = batch(2, fresh=False)._replace(fresh=torch.tensor([False, True, False, True]))
     done, _ = read(model, [mixed], before.state)
@@ -121,8 +119,7 @@ def test_rows_that_start_anew_are_as_if_they_were_alone() -> None:
     assert old.loss != new.loss
 
 
-def test_what_rows_start_with_is_learned_also_where_only_some_of_them_start() -> None:
-    model = build()
+def test_initial_state_gets_gradients_from_some_fresh_rows(model: LanguageModel) -> None:
     before, _ = read(model, [batch(1)])
     learned = "layers.0.blocks.0.memory.initial_weights.0"
     _, old = read(model, [batch(2, fresh=False)], before.state)
@@ -134,8 +131,7 @@ def test_what_rows_start_with_is_learned_also_where_only_some_of_them_start() ->
 
 
 @pytest.mark.parametrize("memory_loss", [0.0, 0.3])
-def test_recomputing_gives_the_same_gradients_and_runs_layers_again(memory_loss: float) -> None:
-    model = build()
+def test_activation_checkpointing_gives_the_same_gradients(model: LanguageModel, memory_loss: float) -> None:
     windows = [batch(1), batch(2, fresh=False)]
     expected, gradients = read(model, windows, carry=2, memory_loss=memory_loss)
     calls: list[int] = []
@@ -150,8 +146,7 @@ def test_recomputing_gives_the_same_gradients_and_runs_layers_again(memory_loss:
     assert all("forward" not in vars(layer) for layer in model.layers)
 
 
-def test_recomputing_keeps_less() -> None:
-    model = build()
+def test_activation_checkpointing_saves_memory(model: LanguageModel) -> None:
 
     def kept(context: Callable[[], Any]) -> int:
         numbers = 0
@@ -170,8 +165,8 @@ def test_recomputing_keeps_less() -> None:
     assert kept(lambda: activation_checkpointing(model)) < kept(contextlib.nullcontext) / 2
 
 
-def test_autocast_computes_in_bfloat16_and_keeps_the_parameters() -> None:
-    model = tb.build(TINY)
+def test_autocast(tiny: dict[str, Any]) -> None:
+    model = tb.build(tiny)
     exact, _ = read(model, [batch()])
     done, gradients = read(model, [batch()], autocast="bfloat16")
     assert done.loss != exact.loss and done.loss == pytest.approx(exact.loss, rel=0.02)
@@ -180,15 +175,15 @@ def test_autocast_computes_in_bfloat16_and_keeps_the_parameters() -> None:
     assert again.loss == pytest.approx(exact.loss, rel=0.2)
 
 
-def test_a_batch_in_which_nothing_counts_has_loss_zero() -> None:
+def test_batch_without_targets_has_zero_loss(model: LanguageModel) -> None:
     given = batch()
-    done, gradients = read(build(), [given._replace(targets=torch.full_like(given.targets, -100))])
+    done, gradients = read(model, [given._replace(targets=torch.full_like(given.targets, -100))])
     assert done.loss == 0 and done.counted == 0
     assert not any(gradient.any() for gradient in gradients.values())
 
 
-def test_nothing_given_is_changed() -> None:
-    model, given = build(), batch(uneven=True)
+def test_inputs_are_not_modified(model: LanguageModel) -> None:
+    given = batch(uneven=True)
     before, _ = read(model, [batch(1)])
     kept = copy.deepcopy((given, before.state))
     read(model, [given._replace(fresh=torch.tensor([True, False, False, True]))], before.state, accumulate=2)
@@ -199,8 +194,8 @@ def test_nothing_given_is_changed() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_gradients_are_the_models() -> None:
-    model = tb.build({**TINY, "stack": ["mag"], "layers": {"mag": TINY["layers"]["mag"]}})
+def test_compiled_gradients(tiny: dict[str, Any]) -> None:
+    model = tb.build({**tiny, "stack": ["mag"], "layers": {"mag": tiny["layers"]["mag"]}})
     settings = as_settings({"batch": ROWS})
     expected = TrainStep(model, settings, Processes()).gradients([batch()], None)
     plain = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import TINY
 
 import titans_build as tb
-from titans_build.tools.terminal import CommandFailed
 from titans_build.tools.train import main
-from titans_build.tools.training.log import EventLog
 
 QUICK = ["--batch", 4, "-t", "log_every=2", "-t", "tensorboard=false"]
 
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> Path:
+def recipe(tiny: dict[str, Any], tmp_path: Path) -> Path:
     path = tmp_path / "tiny.json"
-    path.write_text(json.dumps(TINY), encoding="utf-8")
+    path.write_text(json.dumps(tiny), encoding="utf-8")
     return path
 
 
@@ -34,7 +29,7 @@ def run(*words: object) -> int:
     return main([str(word) for word in words])
 
 
-def test_a_run_from_the_command_line(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_command(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     words = (recipe, "--set", "dim=8", "--data", "copy:length=16", "--out", out, "--steps", 4, "--lr", "1e-2", *QUICK)
     assert run(*words) == 0
@@ -55,7 +50,7 @@ def test_a_run_from_the_command_line(recipe: Path, tmp_path: Path, capsys: pytes
     assert capsys.readouterr().out.startswith("resuming after step 4 of 6, with steps = 6\nstep       6  loss ")
 
 
-def test_lines_for_machines(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_lines(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "train.yaml").write_text("data: {task: copy, length: 16}\nsteps: 9\nlog_every: 1\n", encoding="utf-8")
     words = (recipe, "--train", tmp_path / "train.yaml", "--out", tmp_path / "run", "--steps", 2)
     assert run(*words, "--batch", 4, "-t", "tensorboard=false", "--json") == 0
@@ -80,16 +75,14 @@ def test_lines_for_machines(recipe: Path, tmp_path: Path, capsys: pytest.Capture
         (["--resume"], "expected a RECIPE"),
     ],
 )
-def test_bad_use_is_one_message(
-    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_use(words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*words, "--out", tmp_path / "run") == 2
     said = capsys.readouterr()
     assert said.err.startswith("titans-train: error: ") and message in said.err and "Traceback" not in said.err
     assert not (tmp_path / "run/run.json").exists()
 
 
-def test_the_tasks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tasks_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("tasks") == 0
     assert all(name in capsys.readouterr().out for name in tb.list_tasks("copy"))
     assert run("tasks", "mq*", "--json") == 0
@@ -104,63 +97,6 @@ def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert "runs/copy" in said and "torchrun" in said
     assert all(name in said for name in ("accumulate", "recompute", "memory_loss", "stages", "on_bad"))
-
-
-def test_tensorboard_logs_are_written(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    journal = EventLog(tmp_path, None, tensorboard=True)
-    journal.open(0)
-    for step in (1, 2):
-        journal.emit("step", step=step, loss=1.0 / step, memories={"a": {"mean": 3.0}})
-    journal.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 1.0), (2, 0.5)]
-
-
-def test_a_full_disk_ends_the_logs_for_tensorboard_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tensorboard.summary.writer.record_writer import RecordWriter
-
-    def full(*rest: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    heard: list[Any] = []  # what would be printed as the trace of a thread
-    said: list[dict[str, Any]] = []
-    monkeypatch.setattr(threading, "excepthook", hear := heard.append)
-    journal = EventLog(tmp_path, said.append, tensorboard=True)
-    journal.open(0)
-    monkeypatch.setattr(RecordWriter, "write", full)
-    for step in range(1, 200):
-        journal.emit("step", step=step, loss=1.0)
-        time.sleep(0.01)
-        if any(event["event"] == "warning" for event in said):
-            break
-    assert [event["message"] for event in said if event["event"] == "warning"] == [
-        "no more TensorBoard logs: No space left on device"
-    ]
-    assert heard == [] and threading.excepthook == hear
-
-
-def test_other_threads_are_heard_while_there_are_logs_for_tensorboard(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    heard: list[Any] = []
-    monkeypatch.setattr(threading, "excepthook", heard.append)
-    journal = EventLog(tmp_path, None, tensorboard=True)
-    journal.open(0)
-    thread = threading.Thread(target=lambda: [][0])
-    thread.start()
-    thread.join()
-    journal.close()
-    assert [died.exc_type for died in heard] == [IndexError]
-
-
-def test_a_log_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
-    journal = EventLog(tmp_path, None, tensorboard=False)
-    journal.open(0)
-    (tmp_path / "log.jsonl").mkdir()
-    with pytest.raises(CommandFailed, match=r"log\.jsonl: cannot be written: Is a directory"):
-        journal.emit("step", step=1, loss=1.0)
 
 
 def seen_on_a_terminal(monkeypatch: pytest.MonkeyPatch, *words: object) -> str:
@@ -185,7 +121,7 @@ def seen_on_a_terminal(monkeypatch: pytest.MonkeyPatch, *words: object) -> str:
     return b"".join(seen).decode()
 
 
-def test_a_bar_is_shown_where_a_person_is_looking(
+def test_progress_bar_on_a_terminal(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = (recipe, "--data", "copy:length=16", "--steps", 3, *QUICK)
@@ -196,7 +132,7 @@ def test_a_bar_is_shown_where_a_person_is_looking(
     assert seen_on_a_terminal(monkeypatch, *words, "--out", tmp_path / "json", "--json") == ""
 
 
-def test_without_tensorboard_one_line_says_so_unless_it_was_asked_for(
+def test_missing_tensorboard_is_a_warning_or_an_error_if_requested(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorboard", None)
@@ -208,16 +144,14 @@ def test_without_tensorboard_one_line_says_so_unless_it_was_asked_for(
     assert "pip install 'titans-build[train]'" in capsys.readouterr().err
 
 
-def test_two_values_for_one_setting_are_refused(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_conflicting_options_are_refused(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = (recipe, "--data", "copy:length=16", "--out", tmp_path / "run", "--batch", 4)
     assert run(*words, "-t", "batch=5") == 2
     assert capsys.readouterr().err.endswith("error: --batch 4 and -t batch=5: expected one of them\n")
     assert run(*words, "-t", "batch=4", "--steps", 1, "-t", "tensorboard=false") == 0
 
 
-def test_a_run_does_not_end_before_it_is(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_with_fewer_steps_is_refused(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     assert run(recipe, "--data", "copy:length=16", "--out", out, "--steps", 4, *QUICK) == 0
     before = (out / "train.yaml").read_bytes()
@@ -229,9 +163,7 @@ def test_a_run_does_not_end_before_it_is(recipe: Path, tmp_path: Path, capsys: p
     assert "the run is of another recipe (" in capsys.readouterr().err
 
 
-def test_a_pattern_that_fits_nothing_is_a_warning(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unmatched_pattern_is_a_warning(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = (recipe, "--data", "copy:length=16", "--out", tmp_path / "run", "--steps", 1, *QUICK)
     assert run(*words, "-t", "no_decay=['*bias', 'heads']") == 0
     said = capsys.readouterr().err
