@@ -1,11 +1,14 @@
-"""The registry: block types by name, their schemas, and blocks made from what a recipe says."""
+"""The registry: block types by name, their schemas, and the creation of blocks from recipes."""
 
 from .catalogue import (
     ENTRY_POINT_GROUP,
     NAME_RULE,
     Catalogue,
+    Description,
     Entry,
+    FieldDescription,
     Row,
+    describe,
     is_name,
     list_blocks,
     list_rows,
@@ -13,11 +16,9 @@ from .catalogue import (
     register,
     scratch,
 )
-from .description import Description, FieldDescription, describe
 from .errors import MAX_PROBLEMS, Problem, RecipeError, Unavailable, join, nearest, show
 from .json_schema import DIALECT, block_definitions, block_schema
-from .schema import MAX_INTEGER, Field, fields_of
-from .spec import Needs, Spec
+from .schema import MAX_INTEGER, Field, Needs, Spec, fields_of
 from .validation import Checker, check_settings, create, is_block, validate
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Catalogues of classes by name, the blocks' first: given by ``@register`` and by installed packages' entry points."""
+"""Catalogues of classes by name, filled by ``@register`` and by the entry points of installed packages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Class = TypeVar("Class", bound=type)
 
 @dataclass(frozen=True)
 class Entry:
-    """A registered class: a block type, or what another catalogue holds."""
+    """A registered class."""
 
     name: str
     cls: type
@@ -42,7 +42,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a listing: what is registered, or an installed one that cannot be used and why."""
+    """One line of a listing. ``problem`` is the reason why an installed class cannot be used."""
 
     name: str
     source: str
@@ -51,10 +51,13 @@ class Row:
 
 
 class Catalogue:
-    """Classes of one kind by name; every kind has the same rules, errors and way of being extended.
+    """The registered classes of one kind, such as blocks or tasks.
 
-    ``kind``: what messages call one (``block``). ``group``: the entry points that provide more of them. ``methods``:
-    what a class must have. ``lead``: the constructor's first parameter, which is no field; ``None`` where all are.
+    Args:
+        kind: the word for one of them in messages (``block``).
+        group: the entry point group of packages that provide more.
+        methods: the methods that a class must have.
+        lead: the first parameter of the constructor, which is not a field; ``None`` if every parameter is a field.
     """
 
     def __init__(self, kind: str, group: str, *, methods: tuple[str, ...], lead: str | None) -> None:
@@ -64,10 +67,10 @@ class Catalogue:
         self._loading: str | None = None  # the entry point being imported just now
 
     def register(self, name: str, *, replace: bool = False) -> Callable[[Class], Class]:
-        """Make a class available under a name; its constructor's signature is its schema.
+        """Register a class under a name. The signature of its constructor is its schema.
 
-        Raises ``ValueError`` when the name is taken (both places are named) unless ``replace=True``, and
-        ``TypeError`` when the class lacks a method of its kind or its signature is no schema.
+        Raises ``ValueError`` if the name is taken and ``replace`` is false, and ``TypeError`` if the class lacks a
+        required method or its signature is not a valid schema.
         """
         if not is_name(name):
             raise ValueError(f"register({show(name)}): {NAME_RULE}")
@@ -95,9 +98,9 @@ class Catalogue:
         return add
 
     def lookup(self, name: str) -> Entry:
-        """The entry of a name, importing the installed package that provides it if need be.
+        """Return the entry of a name. Imports the installed package that provides it if necessary.
 
-        Raises ``RecipeError``: unknown name (with the nearest one), or an installed package that cannot be imported.
+        Raises ``RecipeError`` for an unknown name and for a package that cannot be imported.
         """
         if name in self._entries:
             return self._entries[name]
@@ -108,7 +111,7 @@ class Catalogue:
         if name not in self._broken:
             try:
                 self._load(name, points)
-            # whatever an installed package's import raises is that package's fault, and so is leaving the process
+            # an installed package may raise anything when it is imported, SystemExit included
             except (Exception, SystemExit) as error:
                 self._broken[name] = (
                     f"the installed {self.kind} {name!r} ({_origin(points)}) cannot be used: {_first_line(error)}"
@@ -118,7 +121,7 @@ class Catalogue:
         return self._entries[name]
 
     def known_names(self) -> list[str]:
-        """Every usable name, sorted as people count (``block2`` before ``block10``); nothing is imported."""
+        """All usable names in natural order (``block2`` before ``block10``). Nothing is imported."""
         return sorted({*self._entries, *self._entry_points()}, key=_natural)
 
     def names(self, pattern: str = "*") -> list[str]:
@@ -128,7 +131,7 @@ class Catalogue:
         return [name for name in self.known_names() if fnmatch.fnmatchcase(name, pattern)]
 
     def rows(self, pattern: str = "*") -> list[Row]:
-        """The listing for a person: with summaries, and with what stops an installed one from being used."""
+        """The names that match, with summaries, or with the reason why an installed class cannot be used."""
         rows = []
         for name in self.names(pattern):
             try:
@@ -144,7 +147,7 @@ class Catalogue:
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[None]:
-        """Forget, at the end of the ``with`` block, everything registered inside it. For tests and notebooks."""
+        """Undo, at the end of the ``with`` block, all registrations made inside it. For tests and notebooks."""
         entries, broken = dict(self._entries), dict(self._broken)
         try:
             yield
@@ -169,7 +172,7 @@ class Catalogue:
             self._loading = outer
 
     def _refuse_anothers(self, name: str, loading: str) -> None:
-        """Raise where the package being imported takes a name that another one provides, whichever comes first."""
+        """Raise if the package that is being imported registers a name that another installed package provides."""
         points = self._entry_points()
         mine = {point.dist.name for point in points[loading] if point.dist is not None}
         others = [point for point in points.get(name, ()) if point.dist is not None and point.dist.name not in mine]
@@ -192,20 +195,19 @@ BLOCKS = Catalogue("block", ENTRY_POINT_GROUP, methods=("forward", "init_state")
 
 
 def register(name: str, *, replace: bool = False) -> Callable[[Class], Class]:
-    """Make a class available in recipes as ``type: name``. Its constructor's signature is its schema.
+    """Register a block class, to be used in recipes as ``type: name``. The constructor's signature is its schema.
 
     The constructor takes ``dim`` first and annotated keyword fields after it: ``depth: Annotated[int,
     Field(ge=1, description="layers of the memory")] = 2``. A field annotated ``Spec`` holds another block.
 
-    A class method ``problems(dim, fields)`` may yield ``(field, message)`` for what one field's type cannot say,
-    such as heads that do not divide the width (``dim`` is ``None`` where the width is not known).
+    A class method ``problems(dim, fields)`` may yield ``(field, message)`` for conditions on several values, such as
+    heads that do not divide the width. ``dim`` is ``None`` if the width is not known.
 
-    A class attribute ``delegates = ("of",)`` names fields whose blocks have to have whatever methods another block
-    ``Needs`` of this one: a wrapper reads and writes by asking what it wraps. The blocks are its attributes of the
-    same names.
+    A class attribute ``delegates = ("of",)`` lists the fields whose blocks must have the methods that an enclosing
+    block ``Needs`` of this one. A wrapper uses it to pass ``read`` and ``write`` on to the wrapped block.
 
-    Raises ``ValueError`` when the name is taken (both places are named) unless ``replace=True``, and
-    ``TypeError`` when the class is no block or its signature is no schema.
+    Raises ``ValueError`` if the name is taken and ``replace`` is false, and ``TypeError`` if the class is not a block
+    or its signature is not a valid schema.
     """
     return BLOCKS.register(name, replace=replace)
 
@@ -216,7 +218,7 @@ def lookup(name: str) -> Entry:
 
 
 def known_names() -> list[str]:
-    """Every usable block's name; ``Catalogue.known_names``."""
+    """All usable block names; see ``Catalogue.known_names``."""
     return BLOCKS.known_names()
 
 
@@ -226,17 +228,17 @@ def list_blocks(pattern: str = "*") -> list[str]:
 
 
 def list_rows(pattern: str = "*") -> list[Row]:
-    """The listing for a person: with summaries, and with what stops an installed block from being used."""
+    """The blocks that match, with summaries; see ``Catalogue.rows``."""
     return BLOCKS.rows(pattern)
 
 
 def scratch() -> contextlib.AbstractContextManager[None]:
-    """Forget, at the end of the ``with`` block, every block registered inside it. For tests and notebooks."""
+    """Undo, at the end of the ``with`` block, all registrations of blocks inside it. For tests and notebooks."""
     return BLOCKS.scratch()
 
 
 def is_name(name: Any) -> bool:
-    """Whether something can be registered under ``name``: what ``NAME_RULE`` says."""
+    """Whether ``name`` is a valid name (``NAME_RULE``)."""
     return isinstance(name, str) and re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,99}", name) is not None
 
 
@@ -265,3 +267,59 @@ def _first_line(error: BaseException) -> str:
 
 def _natural(name: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdigit() else (1, part) for part in re.findall(r"[0-9]+|[^0-9]+", name)]
+
+
+PROTOCOLS = {"memory": ("read", "write")}
+"""Protocols beyond ``forward`` and ``init_state``, with their methods."""
+
+
+@dataclass(frozen=True)
+class FieldDescription:
+    """One field of a block type."""
+
+    name: str
+    type: str
+    required: bool
+    default: Any
+    """``None`` when the field is required."""
+    description: str
+
+
+@dataclass(frozen=True)
+class Description:
+    """The description of a block type."""
+
+    name: str
+    summary: str
+    doc: str
+    source: str
+    """The package it comes from."""
+    place: str
+    """``file:line`` of the class."""
+    fields: list[FieldDescription]
+    protocols: list[str]
+    """``["memory"]`` if the block has ``read`` and ``write`` of its own."""
+
+
+def describe(name: str, catalogue: Catalogue = BLOCKS) -> Description:
+    """Describe a registered block, or a class of another catalogue. Raises ``RecipeError`` for an unknown name."""
+    entry = catalogue.lookup(name)
+    return Description(
+        name=entry.name,
+        summary=entry.summary,
+        doc=inspect.getdoc(entry.cls) or "",
+        source=entry.source,
+        place=entry.place,
+        fields=[_describe(field) for field in entry.fields.values()],
+        protocols=[
+            protocol
+            for protocol, methods in PROTOCOLS.items()
+            if all(callable(getattr(entry.cls, method, None)) for method in methods)
+            and not getattr(entry.cls, "delegates", ())
+        ],
+    )
+
+
+def _describe(field: Field) -> FieldDescription:
+    default = None if field.required else field.default
+    return FieldDescription(field.name, field.type_text, field.required, default, field.description)

@@ -1,4 +1,4 @@
-"""What is wrong with a recipe: one ``Problem`` per mistake, all of them in one ``RecipeError``."""
+"""Errors of recipes: one ``Problem`` per mistake, all of them in one ``RecipeError``."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 SHOWN = 20
-"""Problems printed; a file with more than this many mistakes has one cause, not that many."""
+"""Problems that are printed."""
 MAX_PROBLEMS = 100
-"""Problems looked for: explaining each one has its price."""
+"""Problems after which checking stops."""
 
 
 class Problem(NamedTuple):
-    """One mistake and where it stands."""
+    """One mistake in a recipe."""
 
     path: str
     """Dotted path in the file, ``layers.mac.0.memory.depht``; empty for the file as a whole."""
     message: str
-    """What came, what was expected, and the nearest right name if there is one."""
+    """The value, the expected value, and the nearest valid name if there is one."""
 
     def __str__(self) -> str:
         return f"{self.path}: {self.message}" if self.path else self.message
 
 
 class RecipeError(ValueError):
-    """A recipe, or one block of it, cannot be used. ``str()`` is fit to be shown to the user as it is."""
+    """A recipe, or one of its blocks, is invalid. ``str()`` of it is a message for the user."""
 
     def __init__(self, problems: Iterable[Problem], source: str = "recipe") -> None:
         self.problems = list(problems)
@@ -40,11 +40,11 @@ class RecipeError(ValueError):
 
 
 class Unavailable(RecipeError):
-    """A recipe that is right, of which this installation or device cannot make the model: a package is missing, say."""
+    """The recipe is valid, but this installation or device cannot build it: a package is missing, for example."""
 
 
 def show(value: Any, width: int = 60) -> str:
-    """A value as it appears in a message: one line, never long, never a control character."""
+    """Format a value for a message: one short line without control characters."""
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 128:
         # repr of a huge integer is slow, and refused by Python past 4300 digits
         return f"an integer of {value.bit_length()} bits"
@@ -64,7 +64,7 @@ def show(value: Any, width: int = 60) -> str:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """``"; did you mean 'depth'?"`` or, when nothing is near, an empty string."""
+    """``"; did you mean 'depth'?"``, or an empty string if no name is similar."""
     # difflib is quadratic in the length of the words, and no right name is long, nor are there thousands of them
     if not isinstance(name, str) or len(name) > 100:
         return ""
@@ -76,7 +76,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def join(path: str, part: str | int) -> str:
-    """``path`` extended by one key or index; a key that is not a plain word is quoted."""
+    """Append a key or index to a path. A key that is not a plain word is quoted."""
     text = str(part) if isinstance(part, int) else part
     if not text or len(text) > 40 or not text.replace("_", "").replace("-", "").isalnum() or not text.isascii():
         text = show(text, 40)

@@ -1,4 +1,4 @@
-"""JSON Schema of blocks, for editors: completion, and a wavy line under a misspelt field."""
+"""JSON Schema of blocks, for completion and validation in editors."""
 
 from __future__ import annotations
 
@@ -6,21 +6,20 @@ from typing import Any
 
 from .catalogue import Entry, known_names, lookup
 from .errors import RecipeError
-from .schema import Field, block_places, describe_type
-from .spec import BLOCK_PLACEHOLDER, Needs
+from .schema import BLOCK_PLACEHOLDER, Field, Needs, block_places, describe_type
 from .validation import CHAIN
 
 ANY = {"$ref": "#/$defs/any_block"}
 
 
 def block_definitions() -> dict[str, Any]:
-    """``$defs`` of all usable blocks: ``any_block`` and one ``block.NAME`` each, referring to one another."""
+    """The ``$defs`` of all usable blocks: ``any_block``, and ``block.NAME`` for each block."""
     entries = []
     for name in known_names():
         try:
             entries.append(lookup(name))
         except RecipeError:
-            continue  # an installed block that cannot be imported cannot be written in a recipe either
+            continue  # an installed block that cannot be imported cannot be used in a recipe
     definitions = {f"block.{entry.name}": _block(entry) for entry in entries}
     definitions["any_block"] = _one_of([entry.name for entry in entries], lists=True)
     return definitions
@@ -62,7 +61,7 @@ def _field(field: Field) -> dict[str, Any]:
 
 
 def _sample(field: Field) -> Any:
-    # any value that reaches the place of the block; which one does not matter, only the annotation is read
+    # any value with a block in the right place: only the annotation is read
     return [""] if describe_type(field.annotation).startswith("list of") else ""
 
 

@@ -1,4 +1,4 @@
-"""A constructor's signature read as a schema: which fields a block has, their types, defaults and meaning."""
+"""The schema of a block, read from the signature of its constructor: fields, types, defaults and descriptions."""
 
 from __future__ import annotations
 
@@ -10,17 +10,49 @@ import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, TypeAlias, Union
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUndefinedAnnotation
 from pydantic.fields import FieldInfo
 
 from .errors import Problem, join, nearest, show
-from .spec import HoldsBlock, Needs
+
+
+class Needs:
+    """Requires methods of the block in a field: ``Annotated[Spec, Needs("read", "write")]``."""
+
+    def __init__(self, *methods: str) -> None:
+        self.methods = methods
+
+    def missing(self, cls: Any) -> list[str]:
+        """The required methods that ``cls`` (a class or an instance) lacks."""
+        return [method for method in self.methods if not callable(getattr(cls, method, None))]
+
+    def __repr__(self) -> str:
+        return f"Needs({', '.join(map(repr, self.methods))})"
+
+
+class HoldsBlock:
+    """Marks an annotation whose value is a block. Used by ``Spec`` only."""
+
+    def __get_pydantic_json_schema__(self, core_schema: Any, handler: Any) -> dict[str, Any]:
+        return {BLOCK_PLACEHOLDER: True}
+
+
+BLOCK_PLACEHOLDER = "x-titans-build-block"
+"""Placeholder in the JSON Schema of a field, replaced by the schema of a block."""
+
+Spec: TypeAlias = Annotated[Any, HoldsBlock()]
+"""The type of a field that holds a block.
+
+The value is a registered name (``memory``), a mapping ``{type: memory, depth: 2}``, a list of these (short for
+``{type: chain, of: [...]}``) or, in Python only, a built block. The constructor creates the block with
+``create(field, dim=dim)``. ``list[Spec]`` and ``Spec | None`` are supported.
+"""
 
 MAX_INTEGER = 2**63 - 1
-"""Larger integers fit no tensor's shape; refused before anything computes with them."""
+"""Larger integers are refused, because no tensor shape can hold them."""
 
 _REQUIRED: Any = inspect.Parameter.empty
 
@@ -38,12 +70,12 @@ class Field:
 
     @property
     def required(self) -> bool:
-        """Whether it has no default and must be given."""
+        """Whether the field has no default."""
         return self.default is _REQUIRED
 
     @cached_property
     def description(self) -> str:
-        """The text of ``Field(description=...)`` in the annotation; empty when it has none."""
+        """The text of ``Field(description=...)`` in the annotation, or an empty string."""
         for item in _metadata(self.annotation):
             if isinstance(item, FieldInfo) and item.description:
                 return item.description
@@ -51,21 +83,21 @@ class Field:
 
     @cached_property
     def holds_blocks(self) -> bool:
-        """Whether a block may stand somewhere in the field's value."""
+        """Whether the value of the field may contain blocks."""
         return _mentions_block(self.annotation)
 
     @cached_property
     def adapter(self) -> TypeAdapter[Any]:
-        """What checks values against the annotation: no conversions, no NaN, no infinity."""
+        """Validates values strictly: no conversions, no NaN, no infinity."""
         return TypeAdapter(self.annotation, config=ConfigDict(strict=True, allow_inf_nan=False))
 
     @cached_property
     def type_text(self) -> str:
-        """The type as a reader of a recipe wants it: ``integer >= 1``, ``'a' | 'b'``, ``block (read, write)``."""
+        """The type in words: ``integer >= 1``, ``'a' | 'b'``, ``block with read, write``."""
         return describe_type(self.annotation)
 
     def check(self, value: Any, path: str) -> tuple[Any, list[Problem]]:
-        """The value in plain JSON form, and what is wrong with it. Blocks inside it are not looked at."""
+        """Return the value in plain JSON form, and its problems. Blocks inside it are not checked."""
         too_big = _too_big(value)
         if too_big is not None:
             return value, [Problem(path, f"expected {self.type_text}, got {show(too_big)}")]
@@ -80,14 +112,14 @@ class Field:
             return value, [Problem(path, f"expected {self.type_text}, got {show(value)}")]
 
     def to_python(self, value: Any) -> Any:
-        """A checked value as the constructor gets it (a tuple for ``tuple[int, int]``)."""
+        """Convert a checked value to the argument of the constructor (a tuple for ``tuple[int, int]``)."""
         return value if self.holds_blocks else self.adapter.validate_json(json.dumps(value))
 
     def _translate(self, error: ValidationError, value: Any, path: str) -> list[Problem]:
         details = error.errors(include_url=False, include_context=True)
         if len(details) > 1 and _is_union(self.annotation):
             return [Problem(path, f"expected {self.type_text}, got {show(value)}")]
-        if _is_fixed(self.annotation) and any(detail["type"] in _NOT_SO_MANY for detail in details):
+        if _is_fixed(self.annotation) and any(detail["type"] in _WRONG_LENGTH for detail in details):
             return [Problem(path, f"expected {self.type_text}, got {show(value)}")]
         problems = []
         for detail in details:
@@ -109,7 +141,7 @@ class Field:
             return f"expected {detail['ctx']['expected']}, got {show(got)}" + (
                 nearest(got, choices) if isinstance(got, str) else ""
             )
-        if not detail["loc"] and kind in _SAID_BY_THE_TYPE:
+        if not detail["loc"] and kind in _DESCRIBED_BY_TYPE:
             return f"expected {self.type_text}, got {show(got)}"
         if text.startswith("Input should be "):
             return f"expected {text.removeprefix('Input should be ')}, got {show(got)}"
@@ -122,24 +154,24 @@ class Field:
         return f"{text[:1].lower()}{text[1:]}, got {show(got)}"
 
 
-_SAID_BY_THE_TYPE = {
+_DESCRIBED_BY_TYPE = {
     *("int_type", "int_from_float", "int_parsing", "float_type", "bool_type", "string_type", "list_type"),
     *("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number", "multiple_of"),
 }
 
 
-_NOT_SO_MANY = {"missing", "too_long", "tuple_type"}
-"""What is wrong with the value of a ``tuple`` as a whole."""
+_WRONG_LENGTH = {"missing", "too_long", "tuple_type"}
+"""Errors of pydantic that concern a ``tuple`` as a whole."""
 
 
 def fields_of(cls: type, lead: str | None = "dim") -> dict[str, Field]:
-    """The schema of ``cls``: its constructor's parameters after ``lead`` (all of them where that is ``None``).
+    """The schema of ``cls``: the parameters of its constructor after ``lead`` (all of them if ``lead`` is ``None``).
 
-    Raises ``TypeError`` saying what is wrong with the signature, as the author of a block needs to hear it.
+    Raises ``TypeError`` if the signature is not a valid schema.
     """
     where = f"{cls.__name__}.__init__"
     constructor = cls.__init__  # type: ignore[misc]
-    # a class without a constructor of its own has object's, whose (*args, **kwargs) take nothing
+    # the signature of object.__init__ is (*args, **kwargs), but it takes no arguments
     parameters = [] if constructor is object.__init__ else list(inspect.signature(constructor).parameters.values())[1:]
     if lead is not None:
         if not parameters or parameters[0].name != lead:
@@ -169,7 +201,7 @@ def fields_of(cls: type, lead: str | None = "dim") -> dict[str, Field]:
 
 
 def block_places(annotation: Any, value: Any) -> Iterator[tuple[tuple[str | int, ...], Needs | None]]:
-    """The keys leading to every block in ``value``, and what each block needs. ``value`` fits ``annotation``."""
+    """Yield the keys that lead to each block in ``value``, and the methods that the block must have."""
     kind, metadata = _strip(annotation)
     if any(isinstance(item, HoldsBlock) for item in metadata):
         methods = [method for item in metadata if isinstance(item, Needs) for method in item.methods]
@@ -190,7 +222,7 @@ def block_places(annotation: Any, value: Any) -> Iterator[tuple[tuple[str | int,
 
 
 def describe_type(annotation: Any) -> str:
-    """An annotation in the words of a recipe."""
+    """Describe an annotation in words."""
     kind, metadata = _strip(annotation)
     if any(isinstance(item, HoldsBlock) for item in metadata):
         methods = [method for item in metadata if isinstance(item, Needs) for method in item.methods]
@@ -199,7 +231,7 @@ def describe_type(annotation: Any) -> str:
     if kind is type(None):
         text = "null"
     elif _is_union(kind):
-        # a bound on a union is a bound on what is not null in it
+        # a bound on a union applies to the members that are not null
         return " or ".join(
             describe_type(_annotate(option, metadata) if option is not type(None) else option) for option in arguments
         )
@@ -253,7 +285,7 @@ def _is_union(annotation: Any) -> bool:
 
 
 def _is_fixed(annotation: Any) -> bool:
-    """Whether it is a ``tuple`` of so many items."""
+    """Whether it is a ``tuple`` of fixed length."""
     kind = _strip(annotation)[0]
     return typing.get_origin(kind) is tuple and ... not in typing.get_args(kind)
 

@@ -1,4 +1,4 @@
-"""From what a recipe says about a block to a checked, complete description of it, and to the block itself."""
+"""Validation and normalization of block descriptions, and the creation of blocks."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ from typing import Any
 
 from .catalogue import Entry, known_names, lookup
 from .errors import MAX_PROBLEMS, Problem, RecipeError, join, nearest, show
-from .schema import Field, block_places
-from .spec import Needs
+from .schema import Field, Needs, block_places
 
 CHAIN = "chain"
-"""The block that a list of blocks stands for; its field ``of`` is the list."""
+"""A list of blocks is short for this block with the list as its field ``of``."""
 
 MAX_NESTING = 32
 MAX_BLOCKS = 2_000
-"""Blocks written out in one recipe (a layer that the stack repeats counts once)."""
+"""Maximal number of blocks in one recipe (a repeated layer counts once)."""
 
 
 def validate(node: Any, *, dim: int | None = None, path: str = "") -> Any:
-    """The normalised form of a block: ``{type: name, ...}`` with every field given, nested blocks included.
+    """Return the normalized form of a block: ``{type: name, ...}`` with all fields, nested blocks included.
 
-    ``node``: a name, a mapping, a list (a chain), or a built block, which is returned as it is. ``dim``: the
-    width, where known. ``path``: where the node stands, put before every problem's path.
+    Args:
+        node: a name, a mapping, a list (a chain), or a built block, which is returned unchanged.
+        dim: the width, if known.
+        path: the path of the node, used in error messages.
 
-    Raises ``RecipeError`` with all problems at once.
+    Raises ``RecipeError`` with all problems.
     """
     checker = Checker(dim)
     checked = checker.check(node, path)
@@ -34,9 +35,9 @@ def validate(node: Any, *, dim: int | None = None, path: str = "") -> Any:
 
 
 def create(spec: Any, *, dim: int) -> Any:
-    """Build the block that ``spec`` describes, of width ``dim``. A block that is already built is returned.
+    """Build the block that ``spec`` describes, with width ``dim``. A built block is returned unchanged.
 
-    Raises ``RecipeError`` with everything that is wrong with ``spec``.
+    Raises ``RecipeError`` with all problems of ``spec``.
     """
     if not isinstance(dim, int) or isinstance(dim, bool) or dim < 1:
         raise RecipeError([Problem("dim", f"expected integer >= 1, got {show(dim)}")], "block")
@@ -50,19 +51,19 @@ def create(spec: Any, *, dim: int) -> Any:
     except RecipeError:
         raise
     except ValueError as error:
-        # a constructor's own objection is the user's mistake as much as a wrong field is
+        # a ValueError of the constructor is a problem of the description
         raise RecipeError([Problem("", f"{entry.name}: {error}")], "block") from error
 
 
 def is_block(value: Any) -> bool:
-    """Whether ``value`` is a built block (not a class, not a description of one)."""
+    """Whether ``value`` is a built block, and not a class or a description."""
     return not isinstance(value, type) and all(callable(getattr(value, m, None)) for m in ("forward", "init_state"))
 
 
 def check_settings(name: str, fields: dict[str, Field], given: dict[str, Any], path: str = "") -> dict[str, Any]:
-    """Values for every field of what holds no blocks, as its constructor takes them: given, checked, or defaults.
+    """Check ``given`` against ``fields`` and return the arguments of the constructor, defaults included.
 
-    ``name``: what has the fields, for messages. Raises ``RecipeError`` with all problems at once.
+    The fields must not hold blocks. ``name`` is used in messages. Raises ``RecipeError`` with all problems.
     """
     problems = [
         Problem(join(path, key), f"unknown field of {name}{nearest(key, fields)} (fields: {_listed(fields)})")
@@ -84,9 +85,9 @@ def check_settings(name: str, fields: dict[str, Field], given: dict[str, Any], p
 
 
 class Checker:
-    """Checks trees of blocks, collecting ``problems`` instead of stopping at the first one.
+    """Checks trees of blocks and collects all ``problems``.
 
-    One checker serves a whole recipe, so that its limits on blocks and problems are the recipe's.
+    One checker is used for a whole recipe, so its limits on blocks and problems apply to the recipe.
     """
 
     def __init__(self, dim: int | None = None) -> None:
@@ -95,7 +96,7 @@ class Checker:
         self._blocks = 0
 
     def check(self, node: Any, path: str = "") -> Any:
-        """The normalised form of ``node``; of no use when ``problems`` has grown."""
+        """Return the normalized form of ``node``, which is valid if no problem was added."""
         return self._block(node, path, None, 0)
 
     def _block(self, node: Any, path: str, needs: Needs | None, depth: int) -> Any:
@@ -117,7 +118,7 @@ class Checker:
         if given is None or entry is None:
             return node
         self._check_needs(entry.name, entry.cls, needs, path)
-        # the items of a list stand directly under the list's own path in the file
+        # in the file, the items of a list are directly under the path of the list
         return self._fields(entry, given, path, depth, needs, of_path=path if isinstance(node, list) else None)
 
     def _refuse(self, path: str, message: str, node: Any) -> Any:
@@ -137,7 +138,7 @@ class Checker:
                 return node
             hint = next((nearest(key, ["type"]) for key in node if isinstance(key, str) and nearest(key, ["type"])), "")
             named = next((key for key in node if key in known_names()), None)
-            if named is not None:  # {memory: {depth: 2}}, or a name with a colon after it
+            if named is not None:  # {memory: {depth: 2}}
                 hint = f"; a block is written {{type: {named}, ...}}"
             self._refuse(path, f"a block needs a type, got {show(node)}{hint}", node)
             return None
@@ -212,7 +213,7 @@ class Checker:
             if not isinstance(key, str):
                 self._refuse(path, f"expected field names to be text, got {show(key)}", None)
             elif key == "dim":
-                self._refuse(join(path, key), "the width is said once, at the top of the recipe", None)
+                self._refuse(join(path, key), "the width is given once, at the top of the recipe", None)
             elif key != "type" and key not in entry.fields:
                 self._refuse(
                     join(path, key),
@@ -245,12 +246,12 @@ def _fits(name: str, needs: Needs) -> bool:
 
 
 def _delegates(holder: Any) -> tuple[str, ...]:
-    """Fields of a class or built block whose blocks do for it what another block needs of it."""
+    """The fields of a class or built block to which it passes required methods on."""
     return getattr(holder, "delegates", ())
 
 
 def _copy(value: Any) -> Any:
-    """Lists and mappings anew, so that normalising never writes into what the caller gave."""
+    """Copy lists and mappings, so that the argument of the caller is not modified."""
     if isinstance(value, list):
         return [_copy(item) for item in value]
     if isinstance(value, dict):
