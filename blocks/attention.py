@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..kernels.attention import Prefix, attention
 from ..kernels.attention.decode import Cache, cached_attention, prepare_attention
 from ..kernels.linear import prepare_projection, project
-from ..kernels.norm_gate.norm import rms_norm
+from ..kernels.norm_gate import rms_norm
 from ..kernels.padding import align, last
 from ..kernels.rotary import rotate
 from ..registry import register

@@ -9,9 +9,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.linear import project_made
-from ..kernels.norm_gate.gate import swiglu
-from ..kernels.norm_gate.gated_projection import feed_forward, few, prepare_feed_forward
+from ..kernels.dispatch import use_decode_kernel as few
+from ..kernels.linear import project_recomputed as project_made
+from ..kernels.norm_gate import swiglu
+from ..kernels.norm_gate.decode import feed_forward, prepare_feed_forward
 from ..registry import register
 from .block import Block, Decoder, check_input
 from .linear import Linear, plain

@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from ..kernels.norm_gate.gate import gate, prepare_gate
-from ..kernels.norm_gate.norm import rms_norm
+from ..kernels.norm_gate import gate, rms_norm
+from ..kernels.norm_gate.decode import prepare_gate
 from ..registry import Spec, create, register
 from .block import Block, Blocks, Decoder, as_memory, check_input, check_parts, read_flops
 from .decoding import decoder, reader, unobserved

@@ -11,15 +11,16 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import hardsigmoid
 
-from ..kernels.linear import project, project_made
+from ..kernels.dispatch import use_decode_kernel as few
+from ..kernels.linear import project
+from ..kernels.linear import project_recomputed as project_made
 from ..kernels.memory import MemoryState, Options, Tokens, prepare_read, prepare_step, read_memory, titans_memory
 from ..kernels.memory.cost import memory_flops
-from ..kernels.norm_gate.gate import gated_norm
-from ..kernels.norm_gate.gated_projection import few, gated_output, prepare_gated_output
+from ..kernels.norm_gate import gated_norm
+from ..kernels.norm_gate.decode import gated_output, prepare_gated_output
 from ..kernels.padding import Layout, align, last
-from ..kernels.short_conv.memory_inputs import Layers, memory_inputs, memory_query, prepare_inputs
-from ..kernels.short_conv.query import query
-from ..kernels.short_conv.query_key_value import query_key_value
+from ..kernels.short_conv import query, query_key_value
+from ..kernels.short_conv.decode import Layers, memory_inputs, memory_query, prepare_inputs
 from ..registry import register
 from .block import Block, Decoder, check_input, check_kept
 from .linear import Linear, plain

@@ -9,7 +9,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.norm_gate.norm import prepare_rms_norm, rms_norm
+from ..kernels.norm_gate import rms_norm
+from ..kernels.norm_gate.decode import prepare_rms_norm
 from ..registry import register
 from .block import Block, Decoder, check_input
 from .state import State

@@ -1,12 +1,12 @@
-"""What a compiler cannot look into is one operator to it.
+"""Backends that a compiler cannot trace, as one operator each.
 
-A C kernel is no PyTorch code, and a loop over chunks asks for values that are not there yet. While ``torch.compile``
-traces, and only then, a call of such a backend becomes a call of the operator ``titans_build::<operation>``: its
-tensors in a list, and all else about it as text. The operator runs the backend as it is.
+A C kernel is not PyTorch code, and a loop over chunks reads values that do not exist while tracing. While
+``torch.compile`` traces, and only then, a call of such a backend becomes a call of the operator
+``titans_build::<operation>``: its tensors in a list, everything else about it as text. The operator runs the backend.
 
-Backward is an operator too, and the backend's own. The forward operator records what autograd would, and puts out, as
-one output more, a tensor of one byte that stands for the recording, which lives for as long as that tensor does. Should
-the byte have been copied meanwhile (to be kept elsewhere, say), backward records once more.
+Backward is an operator too, and runs the backend's own backward. The forward operator records the backend with autograd
+and returns, as one more output, a tensor of one byte that stands for the recording and keeps it alive. Where the byte
+was copied meanwhile (saved tensors moved elsewhere, say), backward records again.
 """
 
 from __future__ import annotations
@@ -15,30 +15,42 @@ import ast
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from .constant import constant
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def constant(function: F) -> F:
+    """``torch.compiler.assume_constant_result``, which takes a second or more to import, to set this mark."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def format_symint(number: int) -> int | str:
+    """``number`` for a message. Formatting a symbolic number would make a tracer specialise on its value."""
+    return "several" if torch.compiler.is_compiling() else number
+
 
 NAMESPACE = "titans_build"
 
-OPAQUE: dict[str, Opaque] = {}
-"""By the name of the operation."""
+OPAQUE_OPERATIONS: dict[str, OpaqueOperation] = {}
+"""By name."""
 
 
-class Opaque:
-    """An operation some of whose backends are opaque to compilers.
+class OpaqueOperation:
+    """An operation with backends that a compiler cannot trace.
 
     Args:
-        name: the operation's.
-        runs: those backends' functions, by name. They take and return tensors, ``None``, numbers, strings, and
+        name: of the operation.
+        runs: the functions of these backends, by name. They take and return tensors, ``None``, numbers, strings, and
             (named) tuples of them.
-        outputs: from the same arguments, tensors of the shapes and dtypes that are returned, in the same tuples;
-            ``None`` where one is ``None``. What they hold does not matter.
-        tuples: the kinds of named tuples among the arguments.
+        outputs: a function of the same arguments that returns tensors of the right shapes and dtypes, in the same
+            tuples, and ``None`` where an output is ``None``; their values do not matter.
+        tuples: classes of the named tuples among the arguments.
     """
 
     def __init__(
@@ -50,13 +62,13 @@ class Opaque:
     ) -> None:
         self.name, self.runs, self.outputs = name, runs, outputs
         self.tuples = {kind.__name__: kind for kind in tuples}
-        OPAQUE[name] = self
+        OPAQUE_OPERATIONS[name] = self
 
     def call(self, backend: str, *arguments: Any, **options: Any) -> Any:
-        """The operator in place of the backend. A compiler traces this."""
+        """The operator in place of the backend; this is what a compiler traces."""
         tensors: list[Tensor] = []
         numbers: list[int] = []
-        text = describe((backend, arguments, options), tensors, numbers)
+        text = serialize((backend, arguments, options), tensors, numbers)
         # which gradients are wanted is known while tracing
         wanted = [i for i, x in enumerate(tensors) if torch.is_grad_enabled() and x.requires_grad]
         found = operator(self.name)(tensors, numbers, text, wanted)
@@ -65,7 +77,7 @@ class Opaque:
     def arguments(
         self, tensors: Sequence[Tensor], numbers: Sequence[int], text: str
     ) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
-        """What :func:`describe` was given."""
+        """The arguments that :func:`serialize` was given."""
         left, count = iter(tensors), iter(numbers)
 
         def fill(x: Any) -> Any:
@@ -93,23 +105,23 @@ class Opaque:
 
 
 NUMBER = b""
-"""What stands for a whole number in the text."""
+"""Stands for an integer in the text."""
 
 
-def describe(x: Any, tensors: list[Tensor], numbers: list[int]) -> str:
-    """``x`` as a Python literal. Named tuples become lists that begin with their name, and real numbers sets.
+def serialize(x: Any, tensors: list[Tensor], numbers: list[int]) -> str:
+    """``x`` as a Python literal. Named tuples become lists that begin with their name, and floats sets.
 
-    ``...`` and ``NUMBER`` stand for tensors and whole numbers, which are put into the lists: those that a tracer takes
-    for symbols have no text of their own. Of a real number, ``hex`` is what makes a tracer settle on its value.
+    ``...`` and ``NUMBER`` stand for tensors and integers, which are appended to the lists: symbolic integers have no
+    text. ``float.hex`` makes a tracer specialise on a float's value.
     """
     if isinstance(x, Tensor):
         tensors.append(x)
         return "..."
     if isinstance(x, (tuple, list)):
-        inner = "".join([f"{describe(each, tensors, numbers)}," for each in x])
+        inner = "".join([f"{serialize(each, tensors, numbers)}," for each in x])
         return f"[{type(x).__name__!r},{inner}]" if hasattr(x, "_fields") else f"({inner})"
     if isinstance(x, dict):
-        return "{" + "".join([f"{name!r}:{describe(value, tensors, numbers)}," for name, value in x.items()]) + "}"
+        return "{" + "".join([f"{name!r}:{serialize(value, tensors, numbers)}," for name, value in x.items()]) + "}"
     if isinstance(x, float):
         return "{'" + x.hex() + "'}"
     if isinstance(x, int) and not isinstance(x, bool):
@@ -124,7 +136,7 @@ def _parsed(text: str) -> Any:
 
 
 def _rebuild(like: Any, found: Iterator[Tensor]) -> Any:
-    """The tensors ``found`` in the tuples of ``like``."""
+    """The tensors ``found``, in tuples as in ``like``."""
     if isinstance(like, Tensor):
         return next(found)
     if not isinstance(like, (tuple, list)):
@@ -145,12 +157,12 @@ def _tensors(x: Any) -> Iterator[Tensor]:
 
 
 class _Recording(bytearray):
-    """One byte, and what autograd recorded. The tensor made of the byte keeps it alive."""
+    """One byte, and the graph that autograd recorded. The tensor made of the byte keeps both alive."""
 
     given: list[Tensor]
-    """The operator's tensors, cut off from what came before."""
+    """The operator's tensors, detached."""
     edges: list[Any]
-    """For each output, where its gradient enters, or ``None``."""
+    """For each output its ``GradientEdge``, or ``None``."""
 
     def tensor(self) -> Tensor:
         byte = torch.frombuffer(self, dtype=torch.uint8)
@@ -159,12 +171,12 @@ class _Recording(bytearray):
 
 
 _RECORDINGS: WeakValueDictionary[int, _Recording] = WeakValueDictionary()
-"""By the address of the byte, which is no other's while the recording lives."""
+"""By the address of the byte, which is unique while the recording lives."""
 
 
 @contextmanager
 def _with_autograd() -> Iterator[None]:
-    """Inside of an operator, which is called with autograd left behind."""
+    """Switches autograd on inside an operator's implementation. PyTorch has no public name for this."""
     keys, key = torch._C.DispatchKeySet, torch._C.DispatchKey
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for each in (key.AutogradFunctionality, key.ADInplaceOrView):
@@ -175,7 +187,7 @@ def _with_autograd() -> Iterator[None]:
 
 
 def _record(
-    operation: Opaque, tensors: Sequence[Tensor], numbers: Sequence[int], text: str, wanted: Sequence[int]
+    operation: OpaqueOperation, tensors: Sequence[Tensor], numbers: Sequence[int], text: str, wanted: Sequence[int]
 ) -> tuple[Any, Any]:
     recording = _Recording(1)
     with _with_autograd(), torch.enable_grad():
@@ -186,20 +198,20 @@ def _record(
 
 
 def _owned(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Dense, and no two of them, nor one and an input, in one piece of memory: operators promise that."""
-    taken = {x.untyped_storage()._cdata for x in inputs}
+    """The outputs dense, none sharing storage with an input or another output: operators may not."""
+    taken = {x.untyped_storage().data_ptr() for x in inputs}
     owned = []
     for y in outputs:
         y = y.detach().contiguous()
-        if y.untyped_storage()._cdata in taken:
+        if y.untyped_storage().data_ptr() in taken:
             y = y.clone(memory_format=torch.contiguous_format)
-        taken.add(y.untyped_storage()._cdata)
+        taken.add(y.untyped_storage().data_ptr())
         owned.append(y)
     return owned
 
 
 def _forward(
-    operation: Opaque, tensors: list[Tensor], numbers: list[int], text: str, wanted: list[int]
+    operation: OpaqueOperation, tensors: list[Tensor], numbers: list[int], text: str, wanted: list[int]
 ) -> list[Tensor]:
     if not wanted:
         with _with_autograd(), torch.no_grad():
@@ -209,7 +221,7 @@ def _forward(
 
 
 def _forward_shapes(
-    operation: Opaque, tensors: list[Tensor], numbers: list[int], text: str, wanted: list[int]
+    operation: OpaqueOperation, tensors: list[Tensor], numbers: list[int], text: str, wanted: list[int]
 ) -> list[Tensor]:
     _, arguments, options = operation.arguments(tensors, numbers, text)
     outputs = [_like(y) for y in _tensors(operation.outputs(*arguments, **options))]
@@ -217,7 +229,7 @@ def _forward_shapes(
 
 
 def _backward(
-    operation: Opaque,
+    operation: OpaqueOperation,
     grads: list[Tensor],
     tensors: list[Tensor],
     recorded: Tensor,
@@ -231,18 +243,18 @@ def _backward(
     if recording is None:
         recording = _record(operation, tensors, numbers, text, wanted)[1]
     pairs = [(recording.edges[i], grad) for i, grad in zip(given, grads) if recording.edges[i] is not None]
-    asked = [recording.given[i] for i in wanted]
+    inputs = [recording.given[i] for i in wanted]
     if not pairs:
-        return [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in asked]
+        return [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs]
     edges, pushed = zip(*pairs)
     with _with_autograd():
-        # it is released with the byte; before, backward may come once more
-        found = torch.autograd.grad(edges, asked, pushed, retain_graph=True, allow_unused=True, materialize_grads=True)
+        # the graph is released with the byte; until then, backward may run again
+        found = torch.autograd.grad(edges, inputs, pushed, retain_graph=True, allow_unused=True, materialize_grads=True)
     return _owned(found, [*grads, *tensors])
 
 
 def _backward_shapes(
-    operation: Opaque,
+    operation: OpaqueOperation,
     grads: list[Tensor],
     tensors: list[Tensor],
     recorded: Tensor,
@@ -264,26 +276,26 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.save_for_backward(*tensors, output[-1])
 
 
-def _pull(name: str, ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+def _vjp(name: str, ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     *tensors, recorded = ctx.saved_tensors
     given = [i for i, grad in enumerate(grads) if grad is not None]
-    pull = getattr(getattr(torch.ops, NAMESPACE), f"{name}_backward")
-    found = iter(pull([grads[i] for i in given], tensors, recorded, ctx.numbers, ctx.text, ctx.wanted, given))
-    # what is no list of tensors has one gradient, None; a list with nothing in it may be one
+    backward = getattr(getattr(torch.ops, NAMESPACE), f"{name}_backward")
+    found = iter(backward([grads[i] for i in given], tensors, recorded, ctx.numbers, ctx.text, ctx.wanted, given))
+    # the gradient of an argument that is not a list of tensors is None; an empty list counts as a list of tensors
     nothing: list[None] | None = None if ctx.numbers else []
     return [next(found) if i in ctx.wanted else None for i in range(len(tensors))], nothing, None, None
 
 
 def operator(name: str) -> Any:
-    """``titans_build::<name>``, the operator of the operation ``name``; ``_define`` has its signature."""
+    """The operator ``titans_build::<name>``; :func:`_define` has its signature."""
     _define(name)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
 @constant
 def _define(name: str) -> None:
-    """Make the operators of an operation, once: it takes milliseconds. A tracer calls this, and does not trace it."""
-    operation, qualified = OPAQUE[name], f"{NAMESPACE}::{name}"
+    """Define an operation's operators, once: it takes milliseconds. A tracer calls this without tracing it."""
+    operation, qualified = OPAQUE_OPERATIONS[name], f"{NAMESPACE}::{name}"
     if operation in _DEFINED:
         return
     _DEFINED.append(operation)
@@ -295,7 +307,7 @@ def _define(name: str) -> None:
         **options,
     )
     forward.register_fake(functools.partial(_forward_shapes, operation))
-    forward.register_autograd(functools.partial(_pull, name), setup_context=_keep)
+    forward.register_autograd(functools.partial(_vjp, name), setup_context=_keep)
     backward = torch.library.custom_op(
         f"{qualified}_backward",
         functools.partial(_backward, operation),
@@ -306,6 +318,6 @@ def _define(name: str) -> None:
     backward.register_fake(functools.partial(_backward_shapes, operation))
 
 
-_DEFINED: list[Opaque] = []
-# they look at values and keep what they recorded outside of tensors, which a replay of launches would not do
+_DEFINED: list[OpaqueOperation] = []
+# they read values and keep recordings outside of tensors, which a replayed CUDA graph would not
 _TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()

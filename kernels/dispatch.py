@@ -1,51 +1,52 @@
-"""Choosing how an operation runs: its backends, why one was refused, and how to force one.
+"""Choosing how an operation runs: its backends, why one is refused, and how to force one.
 
-An :class:`Operation` lists its backends from the most to the least preferred; the last is the reference, which
-runs everywhere. ``backend="auto"`` takes the first that does not refuse. A backend that was asked for by name,
-as an argument or in the environment, and cannot run is an error: there is no silent fallback.
+An :class:`Operation` lists its backends from the most to the least preferred; the last is the reference, which runs
+everywhere. ``backend="auto"`` takes the first that does not refuse. A backend that is named, as an argument or in the
+environment, and cannot run is an error: there is no silent fallback.
 
 Environment: ``TITANS_BUILD_BACKEND=attention=flex,memory=reference`` names a backend per operation;
-``TITANS_BUILD_BACKEND=reference`` takes it for every operation that has one of that name. An argument other
-than ``"auto"`` wins over the environment.
+``TITANS_BUILD_BACKEND=reference`` takes it for every operation that has one of that name. An argument other than
+``"auto"`` wins over the environment.
 
-Under ``torch.compile`` the choice is the same, made once and for all while it traces; a backend that it cannot look
-into becomes one operator (``compiling.py``). Nothing else is in the graph then: such a backend that finds out at the
-call that it cannot run (:class:`Unable`) is not replaced there, but raises. Name another one, and compile again.
+Under ``torch.compile`` the choice is made once, while tracing; a backend that a tracer cannot follow becomes one
+operator (``custom_op.py``). Such a backend that finds out at the call that it cannot run
+(:class:`BackendUnavailable`) raises there: name another one, and compile again.
+
+The second half of this file holds the questions that operations ask about their tensors.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
-from .constant import constant
-from .custom_op import Opaque
+from .custom_op import OpaqueOperation, constant
 
 VARIABLE = "TITANS_BUILD_BACKEND"
 
 OPERATIONS: dict[str, Operation] = {}
 """Every operation by name, in order of definition."""
 
-# os.environ decodes what it is asked for, which takes longer than choosing; underneath it is a dictionary
-_SETTINGS: Any = getattr(os.environ, "_data", os.environ)
-_SETTING: Any = os.environ.encodekey(VARIABLE) if hasattr(os.environ, "_data") else VARIABLE
-
 _log = logging.getLogger(__name__)
 _logged: set[tuple[str, str, str]] = set()
 
 
 class BackendError(ValueError):
-    """A backend was asked for by name and does not exist or cannot run here."""
+    """A named backend does not exist or cannot run here."""
 
 
-class Unable(BackendError):
-    """Raised by a backend that finds out at the call that it cannot run, before anything came of it."""
+class BackendUnavailable(BackendError):
+    """Raised by a backend that finds out at the call, before it has computed anything, that it cannot run."""
 
 
 def _never(**facts: Any) -> str | None:
@@ -56,11 +57,10 @@ def _never(**facts: Any) -> str | None:
 class Backend:
     """One way to run an operation.
 
-    ``refuse(**facts)`` returns why it cannot run, or ``None``. Every operation gives at least the facts
-    ``device`` (a device type such as ``"cpu"``) and ``dtype``, and ``named=True`` where this backend was asked for by
-    name; a backend ignores the facts it has no opinion on.
-    A backend with an optional dependency imports it inside ``run``, after ``refuse`` has looked for it.
-    ``opaque``: ``run`` is no PyTorch code, or asks for the values of tensors, which no compiler can trace.
+    ``refuse(**facts)`` returns why it cannot run, or ``None``. Every operation gives at least the facts ``device`` (a
+    device type such as ``"cpu"``) and ``dtype``, and ``named=True`` where this backend was named; a backend ignores the
+    facts it has no use for. A backend with an optional dependency imports it inside ``run``.
+    ``opaque``: ``run`` is not PyTorch code, or reads values of tensors, so that no compiler can trace it.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Backend:
     opaque: bool = False
 
 
-class Row(NamedTuple):
+class BackendRow(NamedTuple):
     """A line of :func:`table`."""
 
     operation: str
@@ -78,15 +78,15 @@ class Row(NamedTuple):
     reason: str
     """Why not, or an empty string."""
     chosen: bool
-    """What ``"auto"``, with the environment applied, takes."""
+    """Whether ``"auto"`` takes it, with the environment applied."""
     error: str = ""
-    """What running the operation raises when nothing is chosen, such as a wrong name in the environment."""
+    """What running the operation raises, such as a wrong name in the environment."""
 
 
 class Operation:
     """A named operation and its backends, most preferred first.
 
-    ``outputs`` and ``tuples``: for opaque backends, what ``compiling.Opaque`` asks for.
+    ``outputs`` and ``tuples``: arguments of ``custom_op.OpaqueOperation``, where a backend is opaque.
     """
 
     def __init__(
@@ -99,43 +99,42 @@ class Operation:
         self.name = name
         self.backends = {backend.name: backend for backend in backends}
         self._chosen: dict[Any, Backend] = {}
-        self._unable: dict[str, str] = {}
+        self._unavailable: dict[str, str] = {}
         opaque = {backend.name: backend.run for backend in backends if backend.opaque}
         if bool(opaque) != (outputs is not None):
-            raise ValueError(f"{name}: outputs are to be given where a backend is opaque, and only there")
+            raise ValueError(f"{name}: give outputs exactly where a backend is opaque")
         self._traced: dict[str, Callable[..., Any]] = {}
         if outputs is not None:
-            call = Opaque(name, opaque, outputs, tuples).call
+            call = OpaqueOperation(name, opaque, outputs, tuples).call
             self._traced = {each: functools.partial(call, each) for each in opaque}
         OPERATIONS[name] = self
 
     def choose(self, backend: str = "auto", **facts: Any) -> Callable[..., Any]:
         """The function to run for ``facts``. Raises :class:`BackendError` when a named backend cannot run."""
-        if torch.compiler.is_compiling():  # lengths may be symbols: nothing is kept under them
+        if torch.compiler.is_compiling():  # lengths may be symbols, which cannot be keys of a dictionary
             picked = self._pick(backend, facts)
             return self._traced.get(picked.name, picked.run)
-        # one token asks dozens of times: the answer to the same question is kept
-        question = (backend, _SETTINGS.get(_SETTING), *facts.items())
-        chosen = self._chosen.get(question)
+        key = (backend, os.environ.get(VARIABLE), *facts.items())
+        chosen = self._chosen.get(key)
         if chosen is None:
-            chosen = self._chosen[question] = self._pick(backend, facts)
+            chosen = self._chosen[key] = self._pick(backend, facts)
         return chosen.run
 
-    def instead(self, unable: str, reason: str, backend: str = "auto", **facts: Any) -> Callable[..., Any]:
-        """The function to run where the backend ``unable`` was chosen for ``facts`` and raised :class:`Unable`.
+    def fallback(self, failed: str, reason: str, backend: str = "auto", **facts: Any) -> Callable[..., Any]:
+        """The function to run after the backend ``failed`` raised :class:`BackendUnavailable` for ``facts``.
 
-        From now on ``"auto"`` takes another. Raises :class:`BackendError` when it was asked for by name.
+        From now on ``"auto"`` takes another. Raises :class:`BackendError` where the backend was named.
         """
-        self._unable[unable] = reason
+        self._unavailable[failed] = reason
         self._chosen.clear()
         run = self.choose(backend, **facts)
-        if run is self.backends[unable].run:
-            raise BackendError(f"{self.name}: {unable} was asked for and cannot run: {reason}")
+        if run is self.backends[failed].run:
+            raise BackendError(f"{self.name}: {failed} is named and cannot run: {reason}")
         return run
 
     def why_not(self, backend: Backend, facts: dict[str, Any]) -> str | None:
         """Why ``"auto"`` does not take a backend, or ``None``."""
-        return self._unable.get(backend.name) or backend.refuse(**facts)
+        return self._unavailable.get(backend.name) or backend.refuse(**facts)
 
     def _pick(self, name: str, facts: dict[str, Any]) -> Backend:
         source = f"backend={name!r}"
@@ -178,7 +177,7 @@ def _setting() -> str | None:
 
 
 def _from_environment(setting: str, operation: Operation) -> str:
-    """The backend that ``setting`` names for ``operation``, or ``"auto"``; raises on a name nothing has."""
+    """The backend that ``setting`` names for ``operation``, or ``"auto"``; raises for an unknown name."""
     chosen = "auto"
     for item in setting.split(","):
         target, equals, name = (part.strip() for part in item.partition("="))
@@ -197,10 +196,10 @@ def _from_environment(setting: str, operation: Operation) -> str:
     return chosen
 
 
-def table(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Row]:
+def table(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[BackendRow]:
     """Every operation with every backend: whether it can run on ``device`` with ``dtype``, and if not, why.
 
-    Where the environment asks for what there is not, no backend of the operation is chosen and its rows say so.
+    Where the environment names something unknown, no backend of the operation is chosen and its rows say so.
     """
     rows = []
     for operation in OPERATIONS.values():
@@ -212,5 +211,134 @@ def table(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Row]:
             error = str(problem)
         for backend in operation.backends.values():
             reason = operation.why_not(backend, facts)
-            rows.append(Row(operation.name, backend.name, reason is None, reason or "", backend.name == chosen, error))
+            row = BackendRow(operation.name, backend.name, reason is None, reason or "", backend.name == chosen, error)
+            rows.append(row)
     return rows
+
+
+# -- questions about tensors -------------------------------------------------------------------------------------------
+
+
+def expect_tensors(operation: str, *given: tuple[str, Any], one_dtype: bool = True) -> None:
+    """Raise unless all are floating-point tensors on the device, and of the dtype, of the first.
+
+    ``given``: names and tensors. ``one_dtype=False``: any dtypes. The ``TypeError`` or ``ValueError`` names the
+    operation and the argument. Autocast changes nothing here: which of two dtypes is meant, only the caller knows.
+    """
+    first, like = given[0]
+    for name, x in given:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{operation}: {name}: expected a tensor, got {type(x).__name__}")
+        if not x.is_floating_point():
+            raise TypeError(f"{operation}: {name} is {x.dtype}: expected a floating-point dtype")
+        if one_dtype and x.dtype != like.dtype:
+            raise TypeError(f"{operation}: {name} is {x.dtype}: expected the dtype of {first}, {like.dtype}")
+        if x.device != like.device:
+            raise ValueError(f"{operation}: {name} is on {x.device}: expected the device of {first}, {like.device}")
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd records an operation on these tensors."""
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x is not None and x.requires_grad:
+                return True
+    return False
+
+
+_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
+_PROBE = torch.zeros((), device="cpu")
+
+
+def is_plain_cpu_tensor(*tensors: Tensor | None) -> bool:
+    """Whether a C kernel may read all of these at their addresses (``None`` is skipped).
+
+    False where an operator would do more than compute: tensor subclasses, other layouts and devices, ``torch.jit``
+    tracing, dispatch modes (fake tensors, ``make_fx``), ``torch.func`` transforms, forward-mode differentiation, and a
+    default device other than the CPU, on which outputs would be allocated.
+    """
+    if torch.compiler.is_compiling():
+        return True  # while tracing there are no addresses; the operator in the graph gets ordinary tensors
+    for x in tensors:
+        if x is not None and (
+            type(x) not in _PLAIN_TYPES or not x.is_cpu or x.layout is not torch.strided or x.is_neg()
+        ):
+            return False
+    return (
+        not torch.jit.is_tracing()
+        # inside of forward_ad.dual_level the primal is a new view
+        and forward_ad.unpack_dual(_PROBE).primal is _PROBE
+        # PyTorch has no public names for these two: an active dispatch mode, and an active torch.func transform
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.maybe_current_level() is None
+        and (not torch.overrides.has_torch_function((_PROBE,)) or torch.get_default_device().type == "cpu")
+    )
+
+
+DECODE_TOKENS = 4
+"""Tokens up to which starting an operator, and reading the weights, costs more than arithmetic."""
+REGISTER = 16
+"""Numbers that the C kernels for a few tokens read at once: widths must be a multiple of it."""
+
+
+def use_decode_kernel(x: Tensor, *weights: Tensor | None, all_tensors: bool = False) -> bool:
+    """Whether a C kernel for up to ``DECODE_TOKENS`` tokens takes ``x`` ``[..., in]`` and the weights ``[out, in]``.
+
+    Never under autocast, while compiling, or where gradients are recorded. ``all_tensors``: the operation has no other
+    tensors, so that gradients are recorded only where one of these needs one.
+    """
+    width = x.shape[-1]
+    if needs_grad(x, *weights) if all_tensors else torch.is_grad_enabled():
+        return False
+    if not 0 < x.numel() <= DECODE_TOKENS * width or not x.is_cpu or width % REGISTER:
+        return False
+    for w in weights:
+        if w is not None and (w.dtype != x.dtype or w.shape[-1] % REGISTER):
+            return False
+    return (
+        not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling() and is_plain_cpu_tensor(x, *weights)
+    )
+
+
+def can_prepare(*weights: Tensor | None) -> bool:
+    """Whether a C kernel's call can be prepared once for these weights: dense, plain, and without gradients."""
+    return (
+        not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and all(w is None or w.is_contiguous() for w in weights)
+        and is_plain_cpu_tensor(*weights)
+    )
+
+
+def sum_is_finite(*tensors: Tensor) -> bool:
+    """False where a tensor holds NaN or infinity, and where finite elements overflow when added up.
+
+    The cheapest check there is: one pass over memory, and no tensor of the results.
+    """
+    return math.isfinite(sum([_sum(x.detach()).item() for x in tensors]))
+
+
+def _sum(x: Tensor) -> Tensor:
+    return x.sum(dtype=torch.float32) if x.dtype in _HALF else x.sum()
+
+
+_HALF = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def full_precision(device_type: str) -> AbstractContextManager[object]:
+    """A region without autocast; costs nothing where autocast is off."""
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def half_dtype(x: Tensor) -> str | None:
+    """``"bfloat16"`` or ``"float16"`` where the operands of products of ``x`` may be rounded to it, else ``None``.
+
+    That is where ``x`` has that dtype, or autocast would cast it. Sums and states are never rounded.
+    """
+    dtype = x.dtype
+    if dtype == torch.float32 and not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    return _HALF.get(dtype)

@@ -1,31 +1,28 @@
-"""Attention on the C kernel: arguments handed over, outputs and gradients handed back."""
+"""Attention on the C kernel (cpu.c), forward and backward."""
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..cpu_runtime.call import Kernel, address, tracks
-from ..cpu_runtime.huge_pages import fresh
-from ..cpu_runtime.operands import operands
+from ..cpu_runtime.call import Kernel, address, empty_huge_pages, product_dtype
+from ..dispatch import needs_grad
+from .reference import Prefix
 
-_Prefix: TypeAlias = tuple[Tensor, Tensor, Tensor]
-"""Queries without positions, keys, values: ``attention.Prefix``."""
-
-_run = Kernel("attention_run", 71, 0)
+_KERNEL = Kernel("attention_run", integers=71)
 
 
 def native_attention(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None, start: Tensor | None, prefix: _Prefix | None, step: int
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, start: Tensor | None, prefix: Prefix | None, step: int
 ) -> Tensor:
     """``attention`` in float32 or float64 on a CPU."""
     tensors = (q, k, v) if prefix is None else (q, k, v, *prefix)
     start = None if start is None else start.contiguous()
-    if tracks(*tensors):
-        return _Native.apply(window, step, start, operands(q.dtype), *tensors)
-    return _forward(window, step, start, operands(q.dtype), tensors, None)[0]
+    if needs_grad(*tensors):
+        return _Native.apply(window, step, start, product_dtype(q.dtype), *tensors)
+    return _forward(window, step, start, product_dtype(q.dtype), tensors, None)[0]
 
 
 class _Native(torch.autograd.Function):
@@ -44,11 +41,11 @@ class _Native(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         start, y, lse, *tensors = ctx.saved_tensors
-        # hooks on saved tensors may give them back laid out otherwise
+        # hooks on saved tensors may return other strides
         start, lse = (None if x is None else x.contiguous() for x in (start, lse))
         y, *tensors = _dense(y, *tensors)
         (grad,) = _dense(grad)
-        grads = [fresh(x.shape, x.dtype) for x in tensors]
+        grads = [empty_huge_pages(x.shape, x.dtype) for x in tensors]
         _call(ctx.window, ctx.step, start, ctx.operands, tensors, y, lse, grads, grad)
         return None, None, None, None, *grads
 
@@ -62,7 +59,7 @@ def _forward(
     lse: Tensor | None,
 ) -> tuple[Tensor, list[Tensor]]:
     dense = _dense(*tensors)
-    y = fresh(tensors[0].shape, tensors[0].dtype)
+    y = empty_huge_pages(tensors[0].shape, tensors[0].dtype)
     _call(window, step, start, products, dense, y, lse, None, None)
     return y, dense
 
@@ -83,10 +80,7 @@ def _call(
     grads: list[Tensor] | None,
     grad: Tensor | None,
 ) -> None:
-    """``attend`` of attention.c, field by field; ``tensors`` and ``grads``: q, k, v and perhaps the prefix's.
-
-    ``products``: what ``operands`` said.
-    """
+    """``tensors`` and ``grads``: of q, k, v and perhaps the prefix's. ``products``: the dtype of products."""
     rows, time, heads, d = y.shape
     kv_heads = tensors[1].shape[2]
     sets: list[int] = []
@@ -98,7 +92,7 @@ def _call(
             for i in range(first, first + 3):
                 sets += [0] * 4 if part is None else _sequence(part[i])
         sets += [tensors[first + 1].shape[1], first > 0]
-    _run(
+    _KERNEL(
         products, rows, time, heads, kv_heads, d, window or 0, step, *sets, address(start), *_sequence(y),
         *([0] * 4 if grad is None else _sequence(grad)), address(lse), grads is not None,
         max(1, min(torch.get_num_threads(), rows * kv_heads)),

@@ -1,22 +1,22 @@
-"""Attention of a few new tokens over a cache: from their projection to the outputs, and the cache after them.
+"""Attention of a few new tokens over a cache: from their projection to the outputs, and the next cache.
 
-What ``normalisation``, ``rotary`` and ``attention`` do one after the other. Backends: ``native`` does it all in one C
-kernel, for at one token an operator costs more to start than to run; ``torch`` and ``reference`` call those three.
+RMS norm, rotation and attention, one after the other. Backends: ``native`` is one C kernel (decode_cpu.c), because for
+one token an operator costs more to start than to run; ``torch`` and ``reference`` call the three operations.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..cpu_runtime import library
-from ..cpu_runtime.call import Kernel, plain, prepares, threads_worth
-from ..dispatch import Backend, Operation
-from ..norm_gate.norm import rms_norm
+from ..cpu_runtime.call import Kernel, threads_for
+from ..dispatch import Backend, Operation, can_prepare, is_plain_cpu_tensor
+from ..norm_gate import rms_norm
 from ..rotary import rotate, tables
 from . import Prefix, attention
 
@@ -41,7 +41,7 @@ class Cache(NamedTuple):
 
 
 class Form(NamedTuple):
-    """What is computed, apart from tensors: as of :func:`cached_attention`."""
+    """The arguments of :func:`cached_attention` that are not tensors."""
 
     heads: int
     window: int | None
@@ -65,10 +65,10 @@ def cached_attention(
     Args:
         projected: ``[batch, time, heads + 2 * kv_heads, d]``: queries, keys and values as they were projected.
         gain: ``[heads + kv_heads, d]`` of the RMS norm of queries and keys, or ``None`` for no norm.
-        cache: what was read before; it is left as it is.
+        cache: of the tokens before; not modified.
         window: tokens in sight, a token's own included; ``None`` for all.
         base: of the rotary positions; ``None`` for none.
-        step: a divisor of ``time``: every ``step``-th token asks.
+        step: a divisor of ``time``: every ``step``-th token has a query.
 
     Returns:
         ``[batch, time / step, heads, d]``, and keys and values for the next call: ``window - 1`` slots, or without a
@@ -76,7 +76,7 @@ def cached_attention(
     """
     run = _operation.choose(
         backend, device=projected.device.type, dtype=projected.dtype, same=cache.keys.dtype == projected.dtype,
-        plain=plain(projected, gain, *cache),
+        plain=is_plain_cpu_tensor(projected, gain, *cache),
     )  # fmt: skip
     return run(projected, gain, cache, Form(heads, window, base, step))
 
@@ -84,52 +84,50 @@ def cached_attention(
 def prepare_attention(
     projected: Tensor, gain: Tensor | None, *, heads: int, window: int, base: float | None = None, step: int = 1
 ) -> Callable[[Cache], tuple[Tensor, Tensor, Tensor]] | None:
-    """:func:`cached_attention` for many times as many tokens, or ``None`` where that gains nothing.
+    """:func:`cached_attention` prepared for many calls, or ``None`` where the C kernel does not run.
 
-    ``projected`` is the tensor in which they lie each time; the function of a cache returns one tensor for its
-    outputs, written anew each time, and new ones for keys and values.
+    ``projected`` is filled before each call. The function takes a cache; its outputs are one tensor that every call
+    overwrites, its keys and values new tensors.
     """
     if not (
-        prepares(projected, gain)
+        can_prepare(projected, gain)
         and _operation.choose("auto", device="cpu", dtype=projected.dtype, same=True, plain=True) is _native
     ):
         return None
     return _Prepared(projected, gain, Form(heads, window, base, step))
 
 
-def _composed(
+def _torch(
     projected: Tensor, gain: Tensor | None, cache: Cache, form: Form, backend: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor]:
     heads, window, base, step = form
     time, slots, kv_heads = projected.shape[1], *cache.keys.shape[1:3]
-    plain, v = projected.split_with_sizes((heads + kv_heads, kv_heads), dim=2)
+    unrotated, v = projected.split_with_sizes((heads + kv_heads, kv_heads), dim=2)
     if gain is not None:
-        plain = rms_norm(plain, gain, EPS, backend=backend)
-    rotated = plain
+        unrotated = rms_norm(unrotated, gain, EPS, backend=backend)
+    rotated = unrotated
     if base is not None:
         position = cache.position[:, None] + torch.arange(time, device=projected.device)
-        rotated = rotate(plain, position, base, backend=backend)
+        rotated = rotate(unrotated, position, base, backend=backend)
     prefix = None
-    asking = slice(step - 1, None, step)
+    queries = slice(step - 1, None, step)
     if cache.prefix_keys is not None and cache.prefix_values is not None:
-        prefix = Prefix(plain[:, asking, :heads], cache.prefix_keys, cache.prefix_values)
+        prefix = Prefix(unrotated[:, queries, :heads], cache.prefix_keys, cache.prefix_values)
     k, v = torch.cat((cache.keys, rotated[:, :, heads:]), dim=1), torch.cat((cache.values, v), dim=1)
-    held = cache.cached.tolist()
-    most = max(held, default=0)
-    start = None if min(held, default=0) == most else most - cache.cached
+    cached = cache.cached.tolist()
+    most = max(cached, default=0)
+    start = None if min(cached, default=0) == most else most - cache.cached
     seen = [x[:, slots - most :] for x in (k, v)]
-    asked = rotated[:, asking, :heads]
-    y = attention(asked, *seen, window=window, start=start, prefix=prefix, step=step, backend=backend)
+    y = attention(
+        rotated[:, queries, :heads], *seen, window=window, start=start, prefix=prefix, step=step, backend=backend
+    )
     if window is None:
         return y, k, v
-    # slots that were never filled come along where there were fewer of them
+    # a cache with fewer slots than the window has gets empty ones
     spare = k.shape[1] - (window - 1)
     if spare < 0:
         k, v = (torch.cat((x.new_zeros(x.shape[0], -spare, *x.shape[2:]), x), dim=1) for x in (k, v))
     return y, k[:, max(spare, 0) :], v[:, max(spare, 0) :]
-
-
-_reference = functools.partial(_composed, backend="reference")
 
 
 def _native(projected: Tensor, gain: Tensor | None, cache: Cache, form: Form) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,7 +135,7 @@ def _native(projected: Tensor, gain: Tensor | None, cache: Cache, form: Form) ->
 
 
 class _Prepared:
-    """The kernel's call for ``projected`` where it lies, and one tensor for the outputs."""
+    """The kernel's call for one tensor ``projected`` and one of outputs."""
 
     def __init__(self, projected: Tensor, gain: Tensor | None, form: Form) -> None:
         batch, time, lines, d = projected.shape
@@ -145,7 +143,7 @@ class _Prepared:
         self.time, self.d = time, d
         self.kv_heads = (lines - heads) // 2
         self.y = torch.empty((batch, time // step, heads, d), dtype=projected.dtype)
-        self.call = _KERNEL.prepared(
+        self.call = _KERNEL.prepare(
             projected.dtype, 9, 22, batch, time, heads, self.kv_heads, d, step, projected, gain, self.y, *[0] * 22, EPS
         )
 
@@ -166,12 +164,12 @@ class _Prepared:
             persistent, step = first_keys.shape[1], first_keys.stride()
             first = first_keys.data_ptr(), first_values.data_ptr(), step[0], step[1]
         after = slots + time if self.window is None else self.window - 1
-        if after == slots and keys.is_contiguous():  # asking by shape takes twice as long as asking by example
+        if after == slots and keys.is_contiguous():  # empty_like takes half as long as empty
             new_keys = torch.empty_like(keys)
         else:
             new_keys = torch.empty((batch, after, self.kv_heads, d), dtype=y.dtype)
         new_values = torch.empty_like(new_keys)
-        threads = threads_worth(2 * keys.nbytes)
+        threads = threads_for(2 * keys.nbytes)
         self.call(
             threads, slots, after, persistent, self.window or 0, *places,
             keys.data_ptr(), values.data_ptr(), *keys.stride()[:2], *values.stride()[:2], cached.data_ptr(), *first,
@@ -180,7 +178,7 @@ class _Prepared:
         return y, new_keys, new_values
 
 
-_KERNEL = Kernel("cached_attention", 31, 1)
+_KERNEL = Kernel("cached_attention", integers=31, doubles=1)
 
 
 def _outputs(projected: Tensor, gain: Tensor | None, cache: Cache, form: Form) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,16 +188,12 @@ def _outputs(projected: Tensor, gain: Tensor | None, cache: Cache, form: Form) -
     return projected[:, step - 1 :: step, :heads], kept, kept
 
 
-def _refuse(*, same: bool = True, **facts: Any) -> str | None:
-    return library.refuse(**facts) if same else "takes one dtype"
-
-
 _operation = Operation(
     "cached_attention",
     [
-        Backend("native", _native, _refuse, opaque=True),
-        Backend("torch", _composed, opaque=True),
-        Backend("reference", _reference, opaque=True),
+        Backend("native", _native, library.refuse, opaque=True),
+        Backend("torch", _torch, opaque=True),
+        Backend("reference", functools.partial(_torch, backend="reference"), opaque=True),
     ],
     _outputs,
     [Cache, Form],

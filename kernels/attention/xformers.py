@@ -1,16 +1,15 @@
 """Attention on a GPU through xFormers: masks it knows by name, and one softmax over several of them.
 
-xFormers computes attention under a mask that is an object, not a tensor: causal, with or without a window, the queries
-being the last tokens of the keys. What is more than that is a sum of such parts, which are merged by their log-sum-exp:
+xFormers takes a mask as an object, not a tensor: causal, with or without a window, with queries at the last keys.
+Everything else is composed of such parts, merged by their log-sum-exp:
 
-* a prefix is a part without a mask, with queries of its own;
-* where queries stand at every ``step``-th key, the keys are ``step`` interleaved streams, and each is a causal part of
-  its own: of the stream that ends ``lag`` keys before the last query, a query sees all that is not after it, and of a
-  window of ``w`` keys the last ``(w - lag) / step``, rounded up.
+* a prefix is a part without a mask, with its own queries;
+* where queries stand at every ``step``-th key, the keys are ``step`` interleaved streams, and each is a causal part: of
+  the stream that ends ``lag`` keys before the last query, a query sees the keys not after it, and of a window of ``w``
+  keys the last ``(w - lag) / step``, rounded up.
 
-Only what all of this needs is imported, in ``_library``: where xFormers moves its parts, this is the place. Whether a
-build of it has kernels for a GPU, and whether they are right, is seen on the GPU alone: before it is taken for the
-first time it is tried, forward and backward.
+All of xFormers that is used here is imported in ``_library``. Whether a build has kernels for a GPU, and whether they
+are right, shows on the GPU alone: before their first use they are tried, forward and backward.
 """
 
 from __future__ import annotations
@@ -23,19 +22,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..constant import constant
-from ..dispatch import Unable
+from ..custom_op import constant
+from ..dispatch import BackendUnavailable
 from .reference import Prefix, reference_attention
 
 OLDEST = (0, 0, 35)
 """The first version whose library is for any PyTorch from 2.10 on; older ones are for one version each."""
 WIDEST = 256
-"""Numbers of a head that its kernels take, in steps of ``ALIGNED``."""
+"""Largest head that its kernels take, in steps of ``ALIGNED``."""
 ALIGNED = 8
 KERNELS = (32, 64, 96, 128, 192, 256)
-"""Widths of heads that its kernels are made for; one takes all up to it."""
+"""Widths of heads that its kernels are compiled for; each takes all up to it."""
 OFF = 0.03
-"""Largest ``rms(out - ref) / rms(ref)`` in a trial: what float16 and bfloat16 round is a third of it at most."""
+"""Largest ``rms(out - ref) / rms(ref)`` in a trial: at least three times what rounding to bfloat16 causes."""
 _INSTALL = "pip install 'titans-build[gpu]'"
 
 
@@ -46,9 +45,9 @@ class Part(NamedTuple):
     k: Tensor
     v: Tensor
     causal: bool
-    """The queries are the last tokens of the keys, and see none after them; else every query sees every key."""
+    """Queries stand at the last keys and see none after them; else every query sees every key."""
     window: int | None
-    """Keys in sight where it is causal, a query's own included; ``None``: all."""
+    """Keys in sight where it is causal, the query's own included; ``None``: all."""
 
 
 def xformers_attention(
@@ -56,17 +55,16 @@ def xformers_attention(
 ) -> Tensor:
     """``attention`` in float16 or bfloat16 on a GPU; without ``start``.
 
-    Raises ``Unable`` where xFormers' own checks say no: of forward before it has run, of backward, which has the same
-    ones, in the trial.
+    Raises ``BackendUnavailable`` where xFormers' own checks refuse.
     """
     if start is not None:
-        raise ValueError("start: expected None, which refuse_xformers makes sure of")
+        raise ValueError("start: expected None: refuse_xformers refuses it")
     if not q.numel():
         return torch.zeros_like(q)
     try:
         return _attend(_library(), parts(q, k, v, window, prefix, step))
     except (ImportError, NotImplementedError, ValueError) as error:
-        raise Unable(_said(error)) from error
+        raise BackendUnavailable(_reason(error)) from error
 
 
 def _attend(library: _Library, found: list[Part]) -> Tensor:
@@ -79,7 +77,7 @@ def _attend(library: _Library, found: list[Part]) -> Tensor:
 
 
 def parts(q: Tensor, k: Tensor, v: Tensor, window: int | None, prefix: Prefix | None, step: int) -> list[Part]:
-    """What is seen, as parts that each have a mask of their own and together one softmax."""
+    """The visible keys as parts with a mask each, which share one softmax."""
     heads, keys = q.shape[2], k.shape[1]
     found = []
     for lag in range(step):
@@ -94,7 +92,7 @@ def parts(q: Tensor, k: Tensor, v: Tensor, window: int | None, prefix: Prefix | 
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """Its kernels read 16 bytes at a time, and do not look where."""
+    """Aligned as its kernels assume without a check: they read 16 bytes at a time."""
     apart = [step for step, size in zip(x.stride(), x.shape) if size > 1]
     if x.stride(-1) == 1 and not any(step % ALIGNED for step in apart[:-1]) and not x.storage_offset() % ALIGNED:
         return x
@@ -148,11 +146,11 @@ def refuse_xformers(
 
 @constant
 def _missing(dtype: torch.dtype, width: int) -> str | None:
-    return _looked_for() or _tried(dtype, width)
+    return _installed() or _tried(dtype, width)
 
 
 @functools.cache
-def _looked_for() -> str | None:
+def _installed() -> str | None:
     if importlib.util.find_spec("xformers") is None:
         return f"needs xFormers: {_INSTALL}"
     version = importlib.metadata.version("xformers")
@@ -178,7 +176,7 @@ TRIALS = ((None, 0, 1), (16, 0, 1), (16, 5, 1), (16, 5, 2))
 
 @functools.cache
 def _tried(dtype: torch.dtype, width: int, device: str = "cuda") -> str | None:
-    """Why its kernels do not do here what they should, found out by running them once; or ``None``."""
+    """Why its kernels fail on this GPU, by running them once; or ``None``."""
     deterministic, warning = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -190,7 +188,7 @@ def _tried(dtype: torch.dtype, width: int, device: str = "cuda") -> str | None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # kernels for another GPU fail in their own ways
-        return f"failed when it was tried on this GPU: {type(error).__name__}: {_said(error)}"
+        return f"failed when it was tried on this GPU: {type(error).__name__}: {_reason(error)}"
     finally:
         torch.use_deterministic_algorithms(deterministic, warn_only=warning)
     if all(each <= OFF for each in off):
@@ -199,7 +197,7 @@ def _tried(dtype: torch.dtype, width: int, device: str = "cuda") -> str | None:
 
 
 def _off(dtype: torch.dtype, width: int, device: str, window: int | None, persistent: int, step: int) -> float:
-    """How far outputs and gradients are from what they should be, at most; infinity for NaN."""
+    """The largest error ratio of outputs and gradients; infinity for NaN."""
     random = torch.Generator().manual_seed(0)
     lengths = [40, 40 * step + 16, 40 * step + 16, *([40, persistent, persistent] if persistent else [])]
     given = [torch.randn(2, n, 2, width, generator=random).to(device, dtype) for n in lengths]
@@ -219,8 +217,8 @@ def _off(dtype: torch.dtype, width: int, device: str, window: int | None, persis
     return max(x if x == x else float("inf") for x in off)
 
 
-def _said(error: Exception) -> str:
-    """In one line; xFormers gives its reasons below a first line that repeats the inputs."""
+def _reason(error: Exception) -> str:
+    """One line; xFormers lists its reasons below a line that repeats the inputs."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reasons = [line for line, before in zip(lines[1:], lines) if before.endswith("is not supported because:")]
     return "; ".join(dict.fromkeys(reasons)) or (lines[0] if lines else type(error).__name__)
@@ -237,13 +235,13 @@ class _Library(NamedTuple):
     whole: Any
     """Attention under one mask."""
     partial: Any
-    """The same, to be merged with others."""
+    """The same, for merging."""
     merge: Any
-    """Of such, the softmax over all."""
+    """Merges those into one softmax."""
     masks: Any
     """The module of masks."""
     built: bool
-    """Whether there are kernels that can do all of this."""
+    """Whether this build has the kernels."""
 
 
 @functools.cache

@@ -1,8 +1,9 @@
-"""Calling a C kernel: one packed structure takes half a microsecond, twenty arguments take two."""
+"""Calling a C kernel: one way of passing arguments, threads, fresh memory, and the dtype of products."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import struct
 from collections.abc import Callable
 from typing import Any
@@ -10,18 +11,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .library import library
+from . import library
+
+BYTES_PER_THREAD = 2**17
+"""Bytes that a kernel for a few tokens reads per thread: fewer are read before another thread wakes up."""
+HUGE_PAGE_BYTES = 4 * 2**20
+"""Bytes from which on memory in huge pages is ready sooner."""
 
 
 class Kernel:
-    """The C function ``name``, which takes a structure of ``whole`` int64 or pointers and then ``real`` doubles.
+    """The C function ``name``, which takes a pointer to a structure of int64s and pointers, and then doubles.
 
-    Called with a dtype and the structure's values. Raises ``MemoryError`` where the function returns other than 0.
+    Every C kernel is called this way: packing one structure takes half a microsecond, passing twenty arguments two.
+
+    Args:
+        name: of the function, which returns 0, or another number where there is no memory for its work buffers.
+        integers: how many int64s and pointers the structure has.
+        doubles: how many doubles follow them.
+
+    Called with a dtype, which picks the library, and the structure's values in order. Raises ``MemoryError``.
     """
 
-    def __init__(self, name: str, whole: int, real: int) -> None:
+    def __init__(self, name: str, integers: int, doubles: int = 0) -> None:
         self.name = name
-        self._pack = struct.Struct(f"{whole}q{real}d").pack
+        self._pack = struct.Struct(f"{integers}q{doubles}d").pack
         self._functions: dict[torch.dtype, Callable[[Any], int]] = {}
 
     def __call__(self, dtype: torch.dtype, *values: float) -> None:
@@ -29,81 +42,84 @@ class Kernel:
         if function(self._pack(*values)):
             raise MemoryError(f"{self.name}: no memory left for its work buffers")
 
-    def prepared(
+    def prepare(
         self, dtype: torch.dtype, first: int, count: int, *values: float | Tensor | None
     ) -> Callable[..., None]:
-        """The call with a structure that is filled once: each time, ``count`` values from the ``first`` on are new.
+        """A function of the ``count`` integers from the ``first`` on; the other values stay as they are given here.
 
-        A tensor among the values stands for its address, and what it holds stays alive. One call at a time.
+        A tensor among the values stands for its address and is kept alive. One call at a time.
         """
-        held = [x.detach() for x in values if isinstance(x, Tensor)]
+        kept = [x.detach() for x in values if isinstance(x, Tensor)]
         numbers = [address(x) if x is None or isinstance(x, Tensor) else x for x in values]
         structure = ctypes.create_string_buffer(self._pack(*numbers))
         function = self._functions.get(dtype) or self._find(dtype)
-        put, at = struct.Struct(f"{count}q").pack_into, 8 * first
+        pack_into, offset = struct.Struct(f"{count}q").pack_into, 8 * first
 
-        def call(*new: int, held: Any = held) -> None:
-            put(structure, at, *new)
+        def call(*new: int, kept: Any = kept) -> None:
+            pack_into(structure, offset, *new)
             if function(structure):
                 raise MemoryError(f"{self.name}: no memory left for its work buffers")
 
         return call
 
     def _find(self, dtype: torch.dtype) -> Callable[[Any], int]:
-        # a function pointer of its own: what others set on the library's shared one is not changed
-        function = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p)((self.name, library(dtype)))
+        # a function pointer of its own: attributes that others set on the library's shared one do not change it
+        function = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p)((self.name, library.library(dtype)))
         self._functions[dtype] = function
         return function
 
 
 def address(x: Tensor | None) -> int:
-    """Where the tensor's numbers begin; 0, C's null pointer, for ``None``."""
+    """The address of the first element; 0, C's null pointer, for ``None``."""
     return 0 if x is None else x.data_ptr()
 
 
-_ORDINARY = frozenset({Tensor, torch.nn.Parameter})
-
-
-def plain(*tensors: Tensor | None) -> bool:
-    """Whether a kernel may be given the addresses of these: ordinary tensors on the CPU, watched by nobody.
-
-    Who traces, transforms or differentiates forward has to see operators; numbers written behind the back are lost.
-    """
-    if torch.compiler.is_compiling():
-        return True  # what a compiler traces with is no tensor to look at; what its operators are given is ordinary
-    for x in tensors:
-        if x is not None and (type(x) not in _ORDINARY or not x.is_cpu or x.layout is not torch.strided or x.is_neg()):
-            return False
-    return (
-        torch._C._get_tracing_state() is None
-        and not torch._C._len_torch_dispatch_stack()
-        and torch.autograd.forward_ad._current_level < 0
-        and torch._C._functorch.maybe_current_level() is None
-        # where new tensors go to another device of themselves, results would not be where the kernel writes
-        and (not torch._C._len_torch_function_stack() or torch.get_default_device().type == "cpu")
-    )
-
-
-WORTH_A_THREAD = 2**17
-"""Bytes read by a kernel for a few tokens for which another thread is woken up: some ten microseconds."""
-
-
-def threads_worth(size: int) -> int:
+def threads_for(size: int) -> int:
     """How many threads are worth waking up to read ``size`` bytes."""
-    return min(torch.get_num_threads(), 1 + size // WORTH_A_THREAD)
+    return min(torch.get_num_threads(), 1 + size // BYTES_PER_THREAD)
 
 
-def tracks(*tensors: Tensor | None) -> bool:
-    """Whether autograd has to know of an operation on these."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+def empty_huge_pages(shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """``torch.empty`` on the CPU in float32 or float64; large tensors in huge pages."""
+    x = torch.empty(shape, dtype=dtype, device="cpu")
+    size = x.numel() * x.element_size()
+    if size >= HUGE_PAGE_BYTES:
+        _advise_huge_pages(dtype)(x.data_ptr(), size)
+    return x
 
 
-def prepares(*weights: Tensor | None) -> bool:
-    """Whether a kernel's call can be prepared with these: dense, ordinary, and nothing else is to happen to them."""
-    return (
-        not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-        and all(w is None or w.is_contiguous() for w in weights)
-        and plain(*weights)
-    )
+@functools.cache
+def _advise_huge_pages(dtype: torch.dtype) -> Callable[[int, int], None]:
+    arguments = ctypes.c_void_p, ctypes.c_int64
+    return ctypes.CFUNCTYPE(None, *arguments)(("advise_huge_pages", library.library(dtype)))
+
+
+# -- operands of matrix products ---------------------------------------------------------------------------------------
+
+
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to which the C kernels round the operands of matrix products of ``dtype`` tensors.
+
+    ``torch.set_float32_matmul_precision("medium")`` allows bfloat16 inside float32 products. The kernels for many
+    tokens then round operands to it where the CPU multiplies bfloat16, at twice the speed; sums stay float32, and
+    backward rounds as its forward did. Autocast changes nothing: it is off around these kernels.
+    """
+    return torch.bfloat16 if dtype == torch.float32 and refuse_bfloat16() is None else dtype
+
+
+def refuse_bfloat16() -> str | None:
+    """Why float32 products do not take bfloat16 operands, or ``None``."""
+    # this setting can always be read; torch.get_float32_matmul_precision raises where settings disagree
+    if torch.backends.mkldnn.matmul.fp32_precision != "bf16":  # type: ignore[attr-defined]
+        return "is for bfloat16 operands: torch.set_float32_matmul_precision('medium') allows them"
+    return lacks_bfloat16()
+
+
+@functools.cache
+def lacks_bfloat16() -> str | None:
+    """Why this machine's kernels cannot multiply bfloat16, or ``None``."""
+    try:
+        able = library.library(torch.float32).multiplies_bfloat16()
+    except library.NotBuilt as error:
+        return str(error)
+    return None if able else "needs a CPU that multiplies bfloat16 (AVX512_BF16)"

@@ -1,15 +1,14 @@
 """Building and loading the C kernels: the compiler, the cache, and why there may be none.
 
-The sources lie next to this file and are compiled when a kernel is first wanted, for this machine's registers, once
-for each of float32 and float64, and again for float32 where products take bfloat16 operands (``operands.py``). What was
-built waits in a cache under the hash of everything it was made from, so a second process loads it at once, and another
-machine or version never finds it. Nothing is linked but the C library: the kernels for whole sequences share PyTorch's
-threads, or run on one where the compiler's OpenMP is not the one that PyTorch has loaded; those for a token have their
-own (``pool.h``), as many as PyTorch is told to use. Where there is no compiler the operations run on their PyTorch
-paths.
+The C files of all folders are compiled together when a kernel is first used, for this machine's registers: once for
+each of float32 and float64, and again for float32 with products of bfloat16 operands (``operands.h``). The result lies
+in a cache under the hash of everything it was made from, so that a second process loads it at once and another machine
+or version never finds it. Kernels for whole sequences share PyTorch's threads, or run on one thread where the
+compiler's OpenMP is not the one PyTorch has loaded; kernels for a few tokens have threads of their own
+(``thread_pool.h``). Where there is no compiler, operations run on their PyTorch backends.
 
-Environment: ``CC`` names the compiler (default: cc, gcc or clang, whichever is found); ``TITANS_BUILD_CACHE`` the
-folder of what was built (default: ``titans-build`` in the user's cache folder).
+Environment: ``CC`` names the compiler (default: the first of cc, gcc and clang); ``TITANS_BUILD_CACHE`` the cache's
+folder (default: ``titans-build`` in the user's cache folder).
 """
 
 from __future__ import annotations
@@ -29,36 +28,35 @@ from typing import Any
 
 import torch
 
-from ..constant import constant
+from ..custom_op import constant
 from . import build_cache as cache
 
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-pthread", "-fno-math-errno", "-fno-trapping-math")
 _ONE_THREAD = "static inline int omp_get_thread_num(void) { return 0; }\n"
-"""What stands in for ``omp.h`` where nothing is compiled for threads."""
-_TEXT: dict[str, Any] = {"text": True, "errors": "replace"}  # compilers speak the user's language, in any encoding
+"""Replaces ``omp.h`` where kernels are compiled without threads."""
+_TEXT: dict[str, Any] = {"text": True, "errors": "replace"}  # compilers write in any language and encoding
 BITS = {torch.float32: (32, 32), torch.float64: (64, 64), torch.bfloat16: (32, 16)}
-"""Bits of the numbers and of the operands of products: of the kernels for float32 and float64 tensors, and of those for
-float32 tensors whose products take bfloat16 operands."""
+"""Bits of the numbers, and of the operands of products. ``torch.bfloat16``: float32 tensors, bfloat16 operands."""
 
 _log = logging.getLogger(__name__)
 
 
 class NotBuilt(RuntimeError):
-    """The kernels cannot be had here; the message says why."""
+    """The kernels cannot be built or loaded here; the message says why."""
 
 
 def library(dtype: torch.dtype) -> ctypes.CDLL:
-    """The kernels with operands of ``dtype``, built if need be. Raises :class:`NotBuilt`."""
+    """The kernels whose products take operands of ``dtype``, built if necessary. Raises :class:`NotBuilt`."""
     found = _library(dtype)
     if isinstance(found, str):
         raise NotBuilt(found)
     return found
 
 
-def refuse(*, device: str, dtype: torch.dtype, plain: bool = True, **facts: object) -> str | None:
-    """Why the kernels cannot run, or ``None``; the first question with a right device and dtype builds them.
+def refuse(*, device: str, dtype: torch.dtype, plain: bool = True, same: bool = True, **facts: object) -> str | None:
+    """Why the kernels cannot run, or ``None``; the first call with a device and dtype that fit builds them.
 
-    ``plain``: what ``kernel.plain`` says of the tensors.
+    ``plain``: ``is_plain_cpu_tensor`` of the tensors. ``same``: they all have one dtype.
     """
     if device != "cpu":
         return f"runs on a CPU, not on {device}"
@@ -66,6 +64,8 @@ def refuse(*, device: str, dtype: torch.dtype, plain: bool = True, **facts: obje
         return f"takes float32 and float64, not {dtype}"
     if not plain:
         return "takes ordinary CPU tensors that nothing traces or transforms"
+    if not same:
+        return "takes one dtype"
     return _missing(dtype)
 
 
@@ -77,7 +77,7 @@ def _missing(dtype: torch.dtype) -> str | None:
 
 @functools.cache
 def _library(dtype: torch.dtype) -> ctypes.CDLL | str:
-    """The library, or why there is none: asked for once in a process."""
+    """The library, or why there is none; looked for once in a process."""
     compiler = _compiler()
     if compiler is None:
         named = os.environ.get("CC")
@@ -92,22 +92,20 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | str:
             _log.debug("the C kernels: %s", error)
             reasons.append(str(error))
             continue
-        if reasons:  # an OpenMP that PyTorch has not loaded (clang's), or a compiler without any
+        if reasons:  # an OpenMP that PyTorch has not loaded (clang's), or a compiler without OpenMP
             _log.warning("the CPU kernels run on one thread, not on PyTorch's: with threads they %s", reasons[0])
         return found
     return f"{reasons[0]}; TITANS_BUILD_CACHE names another folder, CC another compiler"
 
 
 class _Failed(Exception):
-    """What was tried and did not work: the rest of a sentence that begins with the kernels."""
+    """Why building or loading failed; the message continues a sentence that begins with "the kernels"."""
 
 
 def _loaded(path: Path) -> ctypes.CDLL:
     try:
-        found = ctypes.CDLL(str(path))
-        found.large_pages.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-        return found
-    except OSError as error:  # above, or a folder nothing may run from
+        return ctypes.CDLL(str(path))
+    except OSError as error:  # such as a folder mounted without the permission to execute
         raise _Failed(f"were built but cannot be loaded: {error}") from None
 
 
@@ -116,7 +114,7 @@ def _compiler() -> list[str] | None:
     if named:
         try:
             command = shlex.split(named)
-        except ValueError:  # a quotation that is not closed
+        except ValueError:  # an unclosed quotation
             return None
         return command if command and shutil.which(command[0]) else None
     found = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
@@ -124,7 +122,7 @@ def _compiler() -> list[str] | None:
 
 
 def _built(compiler: list[str], bits: int, operand: int, threads: bool) -> Path:
-    """The path of the library, compiled now if nobody did before. Raises :class:`_Failed`."""
+    """The path of the library, compiled if it is not in the cache. Raises :class:`_Failed`."""
     try:
         return _build(compiler, bits, operand, threads)
     except (OSError, subprocess.SubprocessError) as error:
@@ -155,24 +153,14 @@ def _build(compiler: list[str], bits: int, operand: int, threads: bool) -> Path:
 
         def compiled(source: Path) -> str:
             output = str(scratch / f"{'-'.join(source.relative_to(here).with_suffix('').parts)}.o")
-            command = [
-                *compiler,
-                *flags,
-                "-I",
-                str(here),
-                f"-DREAL={bits}",
-                f"-DOPERAND={operand}",
-                "-c",
-                str(source),
-                "-o",
-                output,
-            ]
+            defined = ["-I", str(here), f"-DREAL={bits}", f"-DOPERAND={operand}"]
+            command = [*compiler, *flags, *defined, "-c", str(source), "-o", output]
             subprocess.run(command, capture_output=True, check=True, **_TEXT)
             return output
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compiled, [source for source in sources if source.suffix == ".c"]))
-        # without -fopenmp here: its functions are those of the library that PyTorch has loaded, and so are its threads
+        # no -fopenmp here: its functions come from the library that PyTorch has loaded, and so do its threads
         link = [*compiler, "-shared", "-pthread", *objects, "-lm", "-o", str(made)]
         subprocess.run(link, capture_output=True, check=True, **_TEXT)
     return target

@@ -1,8 +1,9 @@
-"""A linear map: of a few tokens as fast as its weights can be read, of many as fast as a CPU can multiply.
+"""Linear maps ``x @ weight.T + bias``.
 
-Backends for few: ``native`` reads the weights once with the C kernel; ``torch`` has them read by the faster of
-PyTorch's matrix products. For many: ``torch`` is PyTorch's own product; ``bfloat16``, the C kernel's, runs where
-``native.operands`` allows it; ``native``, the same kernel's with operands as they are, multiplies large matrices.
+Two operations: ``projection`` for up to ``DECODE_TOKENS`` tokens, where time goes into reading the weights, and
+``linear`` for more. Backends of ``projection``: ``native`` is a C kernel, ``torch`` the faster of PyTorch's products.
+Of ``linear``: ``bfloat16`` is the C kernel with bfloat16 operands, where ``product_dtype`` allows them, ``native`` the
+same kernel with operands as they are, for large matrices, and ``torch`` is ``F.linear``.
 """
 
 from __future__ import annotations
@@ -12,92 +13,71 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..cpu_runtime import library
-from ..cpu_runtime.call import Kernel, address, plain, prepares, threads_worth, tracks
-from ..cpu_runtime.operands import operands, refuse_narrow
-from ..dispatch import Backend, Operation
-from . import cpu as product
+from ..cpu_runtime.call import Kernel, address, product_dtype, refuse_bfloat16, threads_for
+from ..dispatch import (
+    DECODE_TOKENS,
+    Backend,
+    Operation,
+    can_prepare,
+    is_plain_cpu_tensor,
+    needs_grad,
+    use_decode_kernel,
+)
+from . import cpu
 
-FEW = 4
-"""Tokens up to which reading the weights is all that counts."""
 LARGE = 128
-"""Tokens, and numbers of each, from which on the C kernel packs what it multiplies in less time than that saves."""
-REGISTER = 16
-"""Inputs are read in registers of at most this many numbers: what is no multiple of it is left to PyTorch."""
+"""Tokens, inputs and outputs from which on packing the operands pays."""
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` run by :func:`project`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return project(input, self.weight, self.bias)
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
     """``x @ weight.T + bias``: ``x`` ``[..., in]``, ``weight`` ``[out, in]``, ``bias`` ``[out]`` or ``None``.
 
-    ``backend``: of the operation ``projection``, or where there are more tokens than a few, of ``linear``.
+    ``backend``: of the operation ``projection`` for a few tokens without gradients, else of ``linear``.
     """
-    width = weight.shape[1]
-    tokens = x.numel() // width if width else 0
-    if (
-        tokens > FEW
-        or tokens == 0
-        or width % REGISTER
-        or x.shape[-1] != width
-        or not x.is_cpu
-        or x.dtype != weight.dtype
-        or (bias is not None and (bias.dtype != x.dtype or bias.shape != weight.shape[:1]))
-        or tracks(x, weight, bias)
-        or torch.is_autocast_enabled("cpu")
-        or torch.compiler.is_compiling()
-        or not plain(x, weight, bias)
-    ):
-        return _linear_for(x, weight, bias, backend)(x, weight, bias)
-    return _operation.choose(backend, device="cpu", dtype=x.dtype, tokens=tokens)(x, weight, bias)
+    few = use_decode_kernel(x, weight, all_tensors=True)
+    if few and x.shape[-1] == weight.shape[-1] and _fits(bias, x, weight):
+        tokens = x.numel() // x.shape[-1]
+        return _projection.choose(backend, device="cpu", dtype=x.dtype, tokens=tokens)(x, weight, bias)
+    return _choose_linear(x, weight, bias, backend)(x, weight, bias)
 
 
-def prepare_projection(weight: Tensor, y: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """``project`` for many times a few tokens, or ``None`` where that gains nothing.
+def _fits(bias: Tensor | None, x: Tensor, weight: Tensor) -> bool:
+    if bias is None:
+        return True
+    fits = bias.dtype == x.dtype and bias.shape == weight.shape[:1]
+    return fits and not needs_grad(bias) and is_plain_cpu_tensor(bias)
 
-    Returns a function of ``x`` ``[..., in]`` that writes into ``y`` ``[..., out]``, and gives ``y``. Without
-    gradients, and for as long as the weight stays where it is.
+
+def project_recomputed(make: Callable[..., Tensor], weight: Tensor, *inputs: Tensor) -> Tensor:
+    """``make(*inputs) @ weight.T``; backward computes ``make(*inputs)`` again instead of keeping it.
+
+    ``make`` is differentiable, cheap, and draws no random numbers.
     """
-    out, width = weight.shape
-    tokens = y.numel() // out
-    if not (
-        0 < tokens <= FEW
-        and weight.is_cpu
-        and not width % REGISTER
-        and prepares(weight, y)
-        and _operation.choose("auto", device="cpu", dtype=weight.dtype, tokens=tokens) is _native
-    ):
-        return None
-    call = _KERNEL.prepared(weight.dtype, 4, 1, threads_for(weight), tokens, out, width, 0, weight, None, y)
-
-    def run(x: Tensor) -> Tensor:
-        x = x.contiguous()
-        call(x.data_ptr())
-        return y
-
-    return run
-
-
-def project_made(make: Callable[..., Tensor], weight: Tensor, *inputs: Tensor) -> Tensor:
-    """``make(*inputs) @ weight.T``, where backward makes the projection's input again: it is cheap and large.
-
-    ``make`` is differentiable, and draws no random numbers.
-    """
-    if not tracks(weight, *inputs) or torch.compiler.is_compiling():  # which decides what to keep
+    if not needs_grad(weight, *inputs) or torch.compiler.is_compiling():  # a compiler decides itself what to keep
         made = make(*inputs)
-        return _linear_for(made, weight)(made, weight)
-    y: Tensor = _Made.apply(make, weight, *inputs)
+        return _choose_linear(made, weight)(made, weight)
+    y: Tensor = _Recomputed.apply(make, weight, *inputs)
     return y
 
 
-class _Made(torch.autograd.Function):
+class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, make: Callable[..., Tensor], weight: Tensor, *inputs: Tensor) -> Tensor:
         ctx.make = make
         ctx.save_for_backward(weight, *inputs)
         made = make(*inputs)
-        ctx.linear = _linear_for(made, weight)
+        ctx.linear = _choose_linear(made, weight)
         return ctx.linear(made, weight)
 
     @staticmethod
@@ -119,43 +99,35 @@ class _Made(torch.autograd.Function):
         return None, grad_weight, *[next(grads) if x.requires_grad else None for x in given]
 
 
-def _linear_for(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str = "auto") -> Callable[..., Tensor]:
-    """What runs the linear map of many tokens: ``F.linear`` unasked, where anything is out of the ordinary."""
-    unusual = (
-        not x.is_cpu
-        or x.numel() <= FEW * x.shape[-1]
-        or not weight.numel()
-        or x.shape[-1] != weight.shape[1]
-        or any(t is not None and t.dtype != x.dtype for t in (weight, bias))
-        or (bias is not None and bias.shape != weight.shape[:1])
-        or torch.is_autocast_enabled("cpu")
-        or torch.compiler.is_compiling()
-        or not plain(x, weight, bias)
-    )
-    products = None if unusual else operands(x.dtype)
-    large = not unusual and min(x.numel() // x.shape[-1], *weight.shape) >= LARGE
-    return _linear.choose(backend, device=x.device.type, dtype=x.dtype, operands=products, unusual=unusual, large=large)
+def prepare_projection(weight: Tensor, y: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """:func:`project` prepared for many calls of a few tokens, or ``None`` where the C kernel does not run.
+
+    Returns a function of ``x`` ``[..., in]`` that writes into ``y`` ``[..., out]`` and returns it, without gradients.
+    The weight must stay where it is.
+    """
+    out, width = weight.shape
+    tokens = y.numel() // out
+    if not (
+        can_prepare(weight, y)
+        and use_decode_kernel(weight.new_empty(tokens, width), weight)
+        and _projection.choose("auto", device="cpu", dtype=weight.dtype, tokens=tokens) is _native
+    ):
+        return None
+    call = _KERNEL.prepare(
+        weight.dtype, 4, 1, threads_for(weight.nbytes), tokens, out, width, 0, weight, None, y
+    )  # fmt: skip
+
+    def run(x: Tensor) -> Tensor:
+        x = x.contiguous()
+        call(x.data_ptr())
+        return y
+
+    return run
 
 
-def _refuse_native(*, dtype: torch.dtype, large: bool = False, **facts: Any) -> str | None:
-    if dtype != torch.float32:
-        return f"is for float32 numbers, not for {dtype}"
-    if not large:
-        return f"is for ordinary CPU tensors of at least {LARGE} tokens and as many numbers of each, before and after"
-    return library.refuse(dtype=dtype, **facts)
+# -- backends of projection --------------------------------------------------------------------------------------------
 
-
-def _refuse_bfloat16(*, dtype: torch.dtype, unusual: bool = False, **facts: Any) -> str | None:
-    if unusual:
-        return "takes more than a few tokens, in ordinary CPU tensors of one dtype, outside of autocast and compilers"
-    if dtype != torch.float32:
-        return f"is for float32 numbers, not for {dtype}"
-    return library.refuse(dtype=dtype, **facts) or refuse_narrow()
-
-
-def threads_for(*weights: Tensor | None) -> int:
-    """How many threads are worth waking up to read these."""
-    return threads_worth(sum([w.nbytes for w in weights if w is not None]))
+_KERNEL = Kernel("project", integers=8)
 
 
 def _native(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -163,15 +135,16 @@ def _native(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     x, weight, bias = x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
     y = torch.empty((*x.shape[:-1], out), dtype=x.dtype)
     _KERNEL(
-        x.dtype, threads_for(weight), x.numel() // width, out, width,
+        x.dtype, threads_for(weight.nbytes), x.numel() // width, out, width,
         x.data_ptr(), weight.data_ptr(), address(bias), y.data_ptr(),
     )  # fmt: skip
     return y
 
 
-def _halves(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The CPU's matrix-vector product reads weights that are not in a cache at half the speed at which its batched
-    product does. With a token or two, the weights are therefore a batch of two halves, and tokens are columns.
+def _torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Two halves of the weight as a batch, for one or two tokens.
+
+    The CPU's matrix-vector product reads weights from main memory at half the speed of its batched product.
     """
     out, width = weight.shape
     tokens = x.numel() // width
@@ -190,23 +163,59 @@ def _reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias
 
 
+_projection = Operation(
+    "projection",
+    [Backend("native", _native, library.refuse), Backend("torch", _torch), Backend("reference", _reference)],
+)
+
+# -- backends of linear ------------------------------------------------------------------------------------------------
+
+
+def _choose_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str = "auto"
+) -> Callable[..., Tensor]:
+    usual = (
+        x.is_cpu
+        and x.numel() > DECODE_TOKENS * x.shape[-1]
+        and weight.numel() > 0
+        and x.shape[-1] == weight.shape[1]
+        and weight.dtype == x.dtype
+        and (bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1]))
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and is_plain_cpu_tensor(x, weight, bias)
+    )
+    products = product_dtype(x.dtype) if usual else None
+    large = usual and min(x.numel() // x.shape[-1], *weight.shape) >= LARGE
+    return _linear.choose(backend, device=x.device.type, dtype=x.dtype, operands=products, usual=usual, large=large)
+
+
+def _refuse_native(*, dtype: torch.dtype, large: bool = False, **facts: Any) -> str | None:
+    if dtype != torch.float32:
+        return f"is for float32 numbers, not for {dtype}"
+    if not large:
+        return f"is for ordinary CPU tensors of at least {LARGE} tokens and as many numbers of each, before and after"
+    return library.refuse(dtype=dtype, **facts)
+
+
+def _refuse_bfloat16(*, dtype: torch.dtype, usual: bool = True, **facts: Any) -> str | None:
+    if not usual:
+        return "takes more than a few tokens, in ordinary CPU tensors of one dtype, outside of autocast and compilers"
+    if dtype != torch.float32:
+        return f"is for float32 numbers, not for {dtype}"
+    return library.refuse(dtype=dtype, **facts) or refuse_bfloat16()
+
+
 def _linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     y = x @ weight.mT
     return y if bias is None else y + bias
 
 
-_KERNEL = Kernel("project", 8, 0)
-
-_operation = Operation(
-    "projection",
-    [Backend("native", _native, library.refuse), Backend("torch", _halves), Backend("reference", _reference)],
-)
-
 _linear = Operation(
     "linear",
     [
-        Backend("bfloat16", product.linear, _refuse_bfloat16),
-        Backend("native", functools.partial(product.linear, operands=torch.float32), _refuse_native),
+        Backend("bfloat16", cpu.linear, _refuse_bfloat16),
+        Backend("native", functools.partial(cpu.linear, operands=torch.float32), _refuse_native),
         Backend("torch", F.linear),
         Backend("reference", _linear_reference),
     ],

@@ -68,7 +68,7 @@ static void rows_of(const struct call *c, int64_t first, int rows, int64_t p, in
 }
 
 /* Whether this machine's products can take bfloat16 operands. */
-int can_narrow(void) { return CAN_NARROW; }
+int multiplies_bfloat16(void) { return CAN_NARROW; }
 
 /* Returns 1 where there is no memory left. */
 int matrix_product(const struct call *c) {

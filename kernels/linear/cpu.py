@@ -9,17 +9,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..cpu_runtime.call import Kernel, address, tracks
-from ..cpu_runtime.huge_pages import fresh
+from ..cpu_runtime.call import Kernel, address, empty_huge_pages
+from ..dispatch import needs_grad
+
+_KERNEL = Kernel("matrix_product", integers=12)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, operands: torch.dtype = torch.bfloat16) -> Tensor:
-    """``x @ weight.T + bias`` in float32, from operands as they are or rounded; so are its gradients, however often.
+    """``x @ weight.T + bias`` in float32, differentiable any number of times.
 
-    ``x``: ``[..., in]``; ``weight``: ``[out, in]``; ``bias``: ``[out]``. None is empty. ``operands``: float32 or
-    bfloat16.
+    ``x``: ``[..., in]``; ``weight``: ``[out, in]``; ``bias``: ``[out]``. No tensor is empty. ``operands``:
+    torch.float32, or torch.bfloat16 to round the factors of every product to it, in backward too.
     """
-    if not tracks(x, weight, bias):
+    if not needs_grad(x, weight, bias):
         return _linear(x, weight, bias, operands)
     y: Tensor = _Linear.apply(x, weight, bias, operands)
     return y
@@ -36,9 +38,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
-        # a batch of gradients (``is_grads_batched``) looks like one, and has no numbers of its own
-        batched = torch._C._functorch.is_legacy_batchedtensor(grad)
-        multiply = F.linear if batched else functools.partial(linear, operands=ctx.operands)
+        multiply = functools.partial(linear, operands=ctx.operands) if _has_storage(grad) else F.linear
         return (
             multiply(grad, weight.t()) if ctx.needs_input_grad[0] else None,
             multiply(rows.t(), x.reshape(-1, x.shape[-1]).t()) if ctx.needs_input_grad[1] else None,
@@ -47,11 +47,20 @@ class _Linear(torch.autograd.Function):
         )
 
 
+def _has_storage(x: Tensor) -> bool:
+    """False for a batch of gradients (``is_grads_batched``), which looks like one gradient."""
+    try:
+        x.data_ptr()
+    except RuntimeError:
+        return False
+    return True
+
+
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, operands: torch.dtype) -> Tensor:
     out, width = weight.shape
-    rows, right = _laid_out(x.reshape(-1, width)), _laid_out(weight)
+    rows, right = _dense_rows_or_columns(x.reshape(-1, width)), _dense_rows_or_columns(weight)
     bias = None if bias is None else bias.contiguous()
-    y = fresh((*x.shape[:-1], out), x.dtype)
+    y = empty_huge_pages((*x.shape[:-1], out), x.dtype)
     _KERNEL(
         operands, torch.get_num_threads(), len(rows), out, width,
         rows.data_ptr(), *rows.stride(), right.data_ptr(), right.stride(1), right.stride(0),
@@ -60,9 +69,5 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, operands: torch.dtyp
     return y
 
 
-def _laid_out(x: Tensor) -> Tensor:
-    """With its rows or its columns dense."""
+def _dense_rows_or_columns(x: Tensor) -> Tensor:
     return x if 1 in x.stride() else x.contiguous()
-
-
-_KERNEL = Kernel("matrix_product", 12, 0)

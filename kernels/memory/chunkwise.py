@@ -22,7 +22,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from ..precision import full_precision
+from ..dispatch import full_precision
 from .buffers import Adjoint, Scratch, Work
 from .chunk_network import ChunkNetwork
 from .decay import ChunkDecay

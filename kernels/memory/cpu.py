@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..cpu_runtime import library
-from ..cpu_runtime.call import tracks
-from ..cpu_runtime.huge_pages import fresh
-from ..cpu_runtime.operands import operands
+from ..cpu_runtime.call import empty_huge_pages as fresh
+from ..cpu_runtime.call import product_dtype as operands
+from ..dispatch import needs_grad as tracks
 from .activation import NUMBERS
 from .buffers import Scratch
 from .state import MemoryState

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..cpu_runtime.call import prepares
+from ..dispatch import can_prepare as prepares
 from .operation import MEMORY
 from .read import READING
 from .step_cpu import Read, Step

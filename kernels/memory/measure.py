@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..precision import full_precision
+from ..dispatch import full_precision
 from .operation import titans_memory
 from .state import MemoryState
 from .surprise import surprise_at

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..finite_check import surely_finite
+from ..dispatch import sum_is_finite as surely_finite
 from .tokens import Tokens
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..constant import told
-from ..cpu_runtime.call import plain
-from ..dispatch import Backend, Operation
-from ..precision import full_precision, half
-from ..triton_runtime import availability as triton
+from .. import triton_runtime as triton
+from ..custom_op import format_symint as told
+from ..dispatch import Backend, Operation, full_precision
+from ..dispatch import half_dtype as half
+from ..dispatch import is_plain_cpu_tensor as plain
 from .checks import check_memory
 from .chunking import piecewise_memory
 from .closed_form import closed_form_memory

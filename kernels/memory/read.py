@@ -9,11 +9,11 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ..arguments import expect_tensors
-from ..cpu_runtime.call import plain, tracks
-from ..dispatch import Backend, Operation
-from ..precision import full_precision, half
-from ..triton_runtime import availability as triton
+from .. import triton_runtime as triton
+from ..dispatch import Backend, Operation, expect_tensors, full_precision
+from ..dispatch import half_dtype as half
+from ..dispatch import is_plain_cpu_tensor as plain
+from ..dispatch import needs_grad as tracks
 from .activation import ACTIVATIONS
 from .read_cpu import native_reading, refuse_reading
 from .read_torch import torch_reading

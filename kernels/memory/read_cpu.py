@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..cpu_runtime import library
-from ..cpu_runtime.call import Kernel, address, tracks
-from ..cpu_runtime.huge_pages import fresh
-from ..cpu_runtime.operands import operands
+from ..cpu_runtime.call import Kernel, address
+from ..cpu_runtime.call import empty_huge_pages as fresh
+from ..cpu_runtime.call import product_dtype as operands
+from ..dispatch import needs_grad as tracks
 from .activation import NUMBERS
 from .cpu import LAYERS, dense
 

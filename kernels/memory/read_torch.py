@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..cpu_runtime.call import tracks
-from ..precision import full_precision
+from ..dispatch import full_precision
+from ..dispatch import needs_grad as tracks
 from .activation import ACTIVATIONS
 
 EPS = 1e-6

@@ -14,9 +14,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..constant import told
-from ..cpu_runtime.call import threads_worth
+from ..cpu_runtime.call import threads_for as threads_worth
 from ..cpu_runtime.library import library, refuse
+from ..custom_op import format_symint as told
 from .activation import NUMBERS
 from .state import MemoryState
 from .tokens import Options, Tokens

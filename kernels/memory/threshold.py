@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..cpu_runtime.call import tracks
+from ..dispatch import needs_grad as tracks
 from ..padding import Layout, align
 from .read import read_memory
 from .state import MemoryState

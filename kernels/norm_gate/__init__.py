@@ -1,21 +1,275 @@
-"""Norms, and the gates made of them: RMS and L2 normalization, gated norms, SwiGLU, and gated projections."""
+"""Norms and gates: RMS and L2 norm, the gate of two normalised branches, gated norm, and SwiGLU.
 
-from .gate import gate, gated_norm, prepare_gate, silu_gate, swiglu
-from .gated_projection import feed_forward, few, gated_output, prepare_feed_forward, prepare_gated_output
-from .norm import l2_norm, prepare_rms_norm, rms_norm
+All are ``y = norm(a) * f(norm(b))`` with one or both of its parts, a ``Form`` (form.py), and each fused backend is one
+kernel for every form, in one pass over memory each way: ``native`` (cpu.c) on CPUs, ``triton`` (triton.py) on GPUs.
+``torch`` and ``reference`` are in torch_backend.py. Half precision is normalised in float32 and returned in its own
+dtype.
+"""
 
-__all__ = [
-    "feed_forward",
-    "few",
-    "gate",
-    "gated_norm",
-    "gated_output",
-    "l2_norm",
-    "prepare_feed_forward",
-    "prepare_gate",
-    "prepare_gated_output",
-    "prepare_rms_norm",
-    "rms_norm",
-    "silu_gate",
-    "swiglu",
-]
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .. import triton_runtime
+from ..cpu_runtime import library
+from ..cpu_runtime.call import Kernel, address, empty_huge_pages
+from ..dispatch import Backend, Operation, is_plain_cpu_tensor, needs_grad
+from . import torch_backend
+from .form import GATE, GATED_NORM, NORM, SILU_GATE, Form
+
+Arguments: TypeAlias = "tuple[Form, Tensor, Tensor | None, Tensor | None, Tensor | None]"
+"""Form, ``a``, ``b``, and their gains ``[heads, dim]``."""
+
+
+def rms_norm(x: Tensor, gain: Tensor | None = None, eps: float = 1e-6, *, backend: str = "auto") -> Tensor:
+    """``x / sqrt(mean(x^2) + eps) * gain`` over the last dimension.
+
+    ``x``: ``[..., dim]``. ``gain``: broadcasts against ``x`` from the right (``[dim]``, or ``[heads, dim]``), or
+    ``None``.
+    """
+    if gain is not None and gain.dtype != x.dtype:  # under autocast
+        wide = torch.promote_types(x.dtype, gain.dtype)
+        return rms_norm(x.to(wide), gain.to(wide), eps, backend=backend).to(x.dtype)
+    return _choose(RMS_NORM, backend, x, gain)(x, gain, eps)
+
+
+def l2_norm(x: Tensor, eps: float = 1e-6, *, backend: str = "auto") -> Tensor:
+    """``x / sqrt(sum(x^2) + eps)`` over the last dimension: finite, with finite gradients, at zero."""
+    return _choose(_L2_NORM, backend, x)(x, eps)
+
+
+def gate(a: Tensor, b: Tensor, gain_a: Tensor, gain_b: Tensor, eps: float = 1e-6, *, backend: str = "auto") -> Tensor:
+    """``rms_norm(a) * gain_a * sigmoid(rms_norm(b) * gain_b)`` (paper section 4.2).
+
+    ``a``, ``b``: ``[..., dim]`` of one shape; ``gain_a``, ``gain_b``: ``[dim]``. Raises ``ValueError`` otherwise.
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"gate: a {list(a.shape)} and b {list(b.shape)}: expected one shape")
+    for name, gain in (("gain_a", gain_a), ("gain_b", gain_b)):
+        if gain.shape != a.shape[-1:]:
+            raise ValueError(f"gate: {name} {list(gain.shape)}: expected {list(a.shape[-1:])}")
+    return _choose(GATE_OPERATION, backend, a, b, gain_a, gain_b)(a, b, gain_a, gain_b, eps)
+
+
+def gated_norm(y: Tensor, gain: Tensor, g: Tensor, eps: float = 1e-6, *, backend: str = "auto") -> Tensor:
+    """``rms_norm(y) * gain * silu(g)``, heads side by side.
+
+    ``y``: ``[..., heads, dim]``; ``gain``: ``[heads, dim]``; ``g`` and the result: ``[..., heads * dim]``. Raises
+    ``ValueError`` otherwise.
+    """
+    if gain.shape != y.shape[-2:]:
+        raise ValueError(f"gated_norm: gain {list(gain.shape)}: expected {list(y.shape[-2:])}")
+    if g.shape != (*y.shape[:-2], gain.numel()):
+        raise ValueError(f"gated_norm: g {list(g.shape)}: expected {[*y.shape[:-2], gain.numel()]}")
+    return _choose(_GATED_NORM, backend, y, gain, g)(y, gain, g, eps)
+
+
+def swiglu(x: Tensor, *, backend: str = "auto") -> Tensor:
+    """``silu(x[..., :hidden]) * x[..., hidden:]``: ``[..., 2 * hidden]`` -> ``[..., hidden]``.
+
+    Raises ``ValueError`` where the last dimension is odd.
+    """
+    if x.shape[-1] % 2:
+        raise ValueError(f"swiglu: x {list(x.shape)}: expected [..., 2 * hidden]")
+    return _choose(_SWIGLU, backend, x)(x)
+
+
+def _choose(operation: Operation, backend: str, x: Tensor, *others: Tensor | None) -> Callable[..., Tensor]:
+    same = True
+    for other in others:
+        same = same and (other is None or other.dtype == x.dtype)
+    plain = is_plain_cpu_tensor(x, *others)
+    return operation.choose(backend, device=x.device.type, dtype=x.dtype, same=same, plain=plain)
+
+
+# -- the C kernel ------------------------------------------------------------------------------------------------------
+
+FORWARD = Kernel("gated_forward", integers=20, doubles=2)
+_BACKWARD = Kernel("gated_backward", integers=20, doubles=2)
+
+
+def gated(
+    form: Form, a: Tensor, b: Tensor | None = None, gain_a: Tensor | None = None, gain_b: Tensor | None = None
+) -> Tensor:
+    """``norm(a) * f(norm(b))`` in the shape of ``b``, or of ``a`` without one; gains are ``[heads, dim]``."""
+    if gain_a is not None:
+        gain_a = gain_a.contiguous()
+    if gain_b is not None:
+        gain_b = gain_b.contiguous()
+    if needs_grad(a, b, gain_a, gain_b):
+        y: Tensor = _Gated.apply(form, a, b, gain_a, gain_b)
+        return y
+    return _forward(form, a, b, gain_a, gain_b)
+
+
+class _Gated(torch.autograd.Function):
+    """Keeps its inputs alone, which exist anyway."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, form: Form, a: Tensor, b: Tensor | None, gain_a: Tensor | None, gain_b: Tensor | None
+    ) -> Tensor:
+        ctx.form = form
+        ctx.save_for_backward(a, b, gain_a, gain_b)
+        return _forward(form, a, b, gain_a, gain_b)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        a, b, *gains = ctx.saved_tensors
+        # hooks on saved tensors may return other strides
+        gains = [None if gain is None else gain.contiguous() for gain in gains]
+        grads = [None if x is None else empty_huge_pages(x.shape, a.dtype) for x in (a, b)]
+        for gain, wanted in zip(gains, ctx.needs_input_grad[3:]):
+            grads.append(None if gain is None or not wanted else a.new_empty(gain.shape))
+        _backward(ctx.form, grad, [a, b, *gains], grads)
+        return None, *grads
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Both gradients go where they belong: the halves of one tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return _forward(Form(SILU_GATE, 1, x.shape[-1] // 2), *_halves(x), None, None)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        grad_x = empty_huge_pages(x.shape, x.dtype)
+        form = Form(SILU_GATE, 1, x.shape[-1] // 2)
+        _backward(form, grad, [*_halves(x), None, None], [*_halves(grad_x), None, None])
+        return grad_x
+
+
+def _swiglu_native(x: Tensor) -> Tensor:
+    if needs_grad(x):
+        y: Tensor = _SwiGLU.apply(x)
+        return y
+    return _forward(Form(SILU_GATE, 1, x.shape[-1] // 2), *_halves(x), None, None)
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    hidden = x.shape[-1] // 2
+    return x[..., hidden:], x[..., :hidden]
+
+
+def _forward(form: Form, a: Tensor, b: Tensor | None, gain_a: Tensor | None, gain_b: Tensor | None) -> Tensor:
+    kind, heads, dim, divisor, eps = form
+    width = heads * dim
+    y = empty_huge_pages(a.shape if b is None else b.shape, a.dtype)
+    a, a_step = _rows(a, width)
+    b, b_step = _rows(b, width)
+    FORWARD(
+        a.dtype, kind, torch.get_num_threads(), a.numel() // max(width, 1), heads, dim,
+        a.data_ptr(), address(b), a_step, b_step, address(gain_a), address(gain_b), y.data_ptr(),
+        0, 0, 0, 0, 0, 0, 0, 0, divisor, eps,
+    )  # fmt: skip
+    return y
+
+
+def _backward(form: Form, grad: Tensor, inputs: list[Any], grads: list[Any]) -> None:
+    """``inputs``, and their gradients, which are filled: of ``a``, ``b`` and the gains, each perhaps ``None``."""
+    kind, heads, dim, divisor, eps = form
+    (a, b, gain_a, gain_b), (grad_a, grad_b, grad_gain_a, grad_gain_b) = inputs, grads
+    rows = [_rows(x, heads * dim) for x in (a, b, grad, grad_a, grad_b)]
+    (a, a_step), (b, b_step), (grad, grad_step), (grad_a, grad_a_step), (grad_b, grad_b_step) = rows
+    _BACKWARD(
+        a.dtype, kind, torch.get_num_threads(), a.numel() // max(heads * dim, 1), heads, dim,
+        a.data_ptr(), address(b), a_step, b_step, address(gain_a), address(gain_b), 0,
+        grad.data_ptr(), grad_step, grad_a.data_ptr(), address(grad_b), grad_a_step, grad_b_step,
+        address(grad_gain_a), address(grad_gain_b), divisor, eps,
+    )  # fmt: skip
+
+
+def _rows(x: Any, width: int) -> tuple[Any, int]:
+    """The tensor with each token's numbers side by side, and the step between tokens: a view if possible."""
+    if x is None or x.is_contiguous():
+        return x, width
+    x = x.reshape(-1, width)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    return x, x.stride(0)
+
+
+# -- operations --------------------------------------------------------------------------------------------------------
+
+
+def _rms_norm_form(x: Tensor, gain: Tensor | None, eps: float) -> Arguments:
+    dim, heads = x.shape[-1], 1
+    if gain is not None:
+        gain = gain.expand(dim) if gain.dim() == 0 else gain
+        if gain.dim() > x.dim() or gain.shape != x.shape[x.dim() - gain.dim() :]:
+            shape = torch.broadcast_shapes(x.shape, gain.shape)
+            x, gain = x.expand(shape), gain.expand(shape[-gain.dim() :])
+        heads = gain.numel() // dim
+    return Form(NORM, heads, dim, dim, eps), x, None, gain, None
+
+
+def _l2_norm_form(x: Tensor, eps: float) -> Arguments:
+    return Form(NORM, 1, x.shape[-1], 1, eps), x, None, None, None
+
+
+def _gate_form(a: Tensor, b: Tensor, gain_a: Tensor, gain_b: Tensor, eps: float) -> Arguments:
+    dim = a.shape[-1]
+    return Form(GATE, 1, dim, dim, eps), a, b, gain_a, gain_b
+
+
+def _gated_norm_form(y: Tensor, gain: Tensor, g: Tensor, eps: float) -> Arguments:
+    heads, dim = gain.shape
+    return Form(GATED_NORM, heads, dim, dim, eps), y, g, gain, None
+
+
+def _swiglu_form(x: Tensor) -> Arguments:
+    return Form(SILU_GATE, 1, x.shape[-1] // 2), *_halves(x), None, None
+
+
+def _operation(
+    name: str,
+    form: Callable[..., Arguments],
+    torch_: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    outputs: Callable[..., Tensor],
+    native: Callable[..., Tensor] | None = None,
+) -> Operation:
+    def fused(*given: Any) -> Tensor:
+        return gated(*form(*given))
+
+    def fused_triton(*given: Any) -> Tensor:
+        from .triton import gated
+
+        return gated(*form(*given))
+
+    backends = [
+        Backend("native", native or fused, library.refuse, opaque=True),
+        Backend("triton", fused_triton, triton_runtime.refuse),
+        Backend("torch", torch_),
+        Backend("reference", reference),
+    ]
+    return Operation(name, backends, outputs)
+
+
+RMS_NORM = _operation(
+    "rms_norm", _rms_norm_form, torch_backend.rms_norm, torch_backend.rms_norm_reference,
+    lambda x, gain, eps: x if gain is None else x.expand(torch.broadcast_shapes(x.shape, gain.shape)),
+)  # fmt: skip
+_L2_NORM = _operation(
+    "l2_norm", _l2_norm_form, torch_backend.l2_norm, torch_backend.l2_norm_reference, lambda x, eps: x
+)  # fmt: skip
+GATE_OPERATION = _operation(
+    "gate", _gate_form, torch_backend.gate, torch_backend.gate_reference, lambda a, b, *others: a
+)  # fmt: skip
+_GATED_NORM = _operation(
+    "gated_norm", _gated_norm_form, torch_backend.gated_norm, torch_backend.gated_norm_reference,
+    lambda y, gain, g, eps: g,
+)  # fmt: skip
+_SWIGLU = _operation(
+    "swiglu", _swiglu_form, torch_backend.swiglu, torch_backend.swiglu_reference,
+    lambda x: x[..., : x.shape[-1] // 2], native=_swiglu_native,
+)  # fmt: skip

@@ -1,11 +1,11 @@
-"""What normalisations and gates have in common: ``y = norm(a) f(norm(b))``, which a kernel computes in one pass."""
+"""The form ``y = norm(a) * f(norm(b))`` of all norms and gates, as the fused kernels take it."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 NORM, GATE, GATED_NORM, SILU_GATE = range(4)
-"""``norm(a)``; ``norm(a) sigmoid(norm(b))``; ``norm(a) silu(b)``; ``a silu(b)``. As ``enum kind`` of gated.c."""
+"""``norm(a)``; ``norm(a) * sigmoid(norm(b))``; ``norm(a) * silu(b)``; ``a * silu(b)``. As ``enum kind`` of cpu.c."""
 
 
 class Form(NamedTuple):

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_runtime.launch import launch
+from ..triton_runtime import launch
 from .form import GATE, GATED_NORM, NORM, SILU_GATE, Form
 
 _NORM, _GATE, _GATED_NORM, _SILU_GATE = map(tl.constexpr, (NORM, GATE, GATED_NORM, SILU_GATE))

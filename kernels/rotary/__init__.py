@@ -1,22 +1,19 @@
-"""Rotary positions that stay exact however far a sequence has run.
+"""Rotary positions that are exact at any position.
 
-An angle formed in floating point from an absolute position loses bits as the position grows. Here a position
-becomes a phase in 64-bit fixed point, in turns: ``phase = position * frequency`` wraps around by itself, so the
-phase between two tokens is the same integer wherever in the sequence they stand.
+An angle computed in floating point from an absolute position loses bits as the position grows. Here a position becomes
+a phase in 64-bit fixed point, in turns: ``phase = position * frequency`` wraps around by itself, so that the phase
+between two tokens is the same integer at any position.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from ..cpu_runtime import library
-from ..cpu_runtime.call import Kernel, plain, tracks
-from ..cpu_runtime.huge_pages import fresh
 from ..dispatch import Backend, Operation
 
 _TURN = 2**64
@@ -39,12 +36,12 @@ def rotate(x: Tensor, position: Tensor, base: float = 10000.0, *, backend: str =
         raise ValueError(f"rotate: position {list(position.shape)}: expected [{x.shape[0]} or 1, {x.shape[1]}]")
     if not base > 1:
         raise ValueError(f"rotate: base {base}: expected a number above 1")
-    run = _operation.choose(backend, device=x.device.type, dtype=x.dtype, plain=plain(x, position))
-    return run(x, position, float(base))
+    y: Tensor = _operation.choose(backend, device=x.device.type, dtype=x.dtype)(x, position, float(base))
+    return y
 
 
 def _reference(x: Tensor, position: Tensor, base: float) -> Tensor:
-    """One pair at a time, as a complex product; Python's integers do the wrapping."""
+    """One pair at a time, as a complex product, with phases in Python's integers."""
     half = x.shape[-1] // 2
     y = []
     for i, frequency in enumerate(_frequencies(x.shape[-1], base)):
@@ -57,81 +54,50 @@ def _reference(x: Tensor, position: Tensor, base: float) -> Tensor:
 
 
 def _torch(x: Tensor, position: Tensor, base: float) -> Tensor:
-    cos, sin = _tables_of(x, position, base)
+    cos, sin = _cached_tables(x, position, base)
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
-def _native(x: Tensor, position: Tensor, base: float) -> Tensor:
-    cos, sin = _tables_of(x, position, base)
-    if not tracks(x):
-        return _turned(x, cos, sin, False)
-    y: Tensor = _Rotated.apply(x, cos, sin)
-    return y
-
-
-class _Rotated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
-        ctx.tables, ctx.back = (cos, sin), back
-        return _turned(x, cos, sin, back)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        turn = _Rotated.apply if torch.is_grad_enabled() else _turned
-        cos, sin = ctx.tables
-        return turn(grad, cos, sin, not ctx.back), None, None, None
-
-
-def _turned(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
-    batch, time, heads, d = x.shape
-    x = x if x.stride(3) == 1 else x.contiguous()
-    y = fresh(x.shape, x.dtype)
-    _KERNEL(
-        x.dtype, torch.get_num_threads(), batch, time, heads, d, back, x.data_ptr(), *x.stride()[:3],
-        cos.data_ptr(), sin.data_ptr(), cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1), y.data_ptr(),
-    )  # fmt: skip
-    return y
-
-
-def _tables_of(x: Tensor, position: Tensor, base: float) -> tuple[Tensor, Tensor]:
+def _cached_tables(x: Tensor, position: Tensor, base: float) -> tuple[Tensor, Tensor]:
     """As :func:`tables`, for one position of each token."""
     key = (x.shape[-1], base, x.device)
-    if x.is_cpu and position.numel() <= _SOME and not torch.compiler.is_compiling():
-        known = _recent if position.numel() <= _FEW else _lately
-        return known(key, x.dtype, tuple([tuple(row) for row in position.tolist()]))
+    count = position.numel()
+    if x.is_cpu and count <= SEGMENT_POSITIONS and not torch.compiler.is_compiling():
+        cached = _tables_of_few if count <= DECODE_POSITIONS else _tables_of_segment
+        return cached(key, x.dtype, tuple([tuple(row) for row in position.tolist()]))
     return _tables(key, x.dtype, position)
 
 
 def tables(first: Tensor, time: int, d: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``[cos cos]`` and ``[-sin sin]`` of ``time`` tokens from the positions ``first`` int64 ``[batch]`` on, on a CPU.
+    """``[cos cos]`` and ``[-sin sin]`` of ``time`` tokens at positions from ``first`` int64 ``[batch]`` on, on a CPU.
 
-    ``[batch, time, 1, d]``: ``x`` turned is ``x * cos + x.roll(d / 2) * sin``. For the few tokens of decoding.
+    ``[batch, time, 1, d]``: the rotated ``x`` is ``x * cos + x.roll(d / 2) * sin``. For the few tokens of decoding.
     """
     key = (d, float(base), first.device)
-    return _recent(key, dtype, tuple([tuple(range(start, start + time)) for start in first.tolist()]))
+    return _tables_of_few(key, dtype, tuple([tuple(range(start, start + time)) for start in first.tolist()]))
 
 
-_FEW, _SOME = 16, 2048
-"""Positions up to so many are looked up by value: in decoding every layer asks for the same few, and where attention
-begins anew at every segment, every segment of every layer for the same ones."""
+DECODE_POSITIONS, SEGMENT_POSITIONS = 16, 2048
+"""Tables of up to so many positions are cached by value: every layer needs those of the same few tokens in decoding,
+and every segment of every layer the same ones where attention begins anew at each segment."""
 
 
 @functools.lru_cache(maxsize=512)
-def _recent(key: _Key, dtype: torch.dtype, position: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor]:
+def _tables_of_few(key: _Key, dtype: torch.dtype, position: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False):
         return _tables(key, dtype, torch.tensor(position, dtype=torch.int64))
 
 
-_lately = functools.lru_cache(maxsize=8)(_recent.__wrapped__)
+_tables_of_segment = functools.lru_cache(maxsize=8)(_tables_of_few.__wrapped__)
 
 
 def _tables(key: _Key, dtype: torch.dtype, position: Tensor) -> tuple[Tensor, Tensor]:
     """``[cos cos]`` and ``[-sin sin]``, ``[batch, time, 1, d]``."""
-    if key not in _TABLES:
-        _TABLES[key] = _table(*key)
-    frequency, ahead = _TABLES[key]
+    if key not in _FREQUENCIES:
+        _FREQUENCIES[key] = _fixed_point(*key)
+    frequency, ahead = _FREQUENCIES[key]
     phase = torch.addcmul(ahead, position[..., None], frequency)
-    # the phase is exact and less than a turn, so that rounding it only now costs an ulp at any position
+    # the phase is exact and less than a turn: rounding it here costs an ulp at any position
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     table = torch.sin(phase.to(wide) * (2 * math.pi / _TURN)).to(dtype).unsqueeze(2)
     return table[..., : key[0]], table[..., key[0] :]
@@ -142,13 +108,13 @@ def _frequencies(d: int, base: float) -> list[int]:
     return [round(base ** (-2 * i / d) / (2 * math.pi) * _TURN) for i in range(d // 2)]
 
 
-_TABLES: dict[_Key, tuple[Tensor, Tensor]] = {}
+_FREQUENCIES: dict[_Key, tuple[Tensor, Tensor]] = {}
 
 
-def _table(d: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Frequencies ``[2 d]`` and the phases added to them, so that one sine gives ``[cos cos | -sin sin]``.
+def _fixed_point(d: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Frequencies ``[2 d]`` and phases to add, so that one sine gives ``[cos cos | -sin sin]``.
 
-    A sine a quarter of a turn ahead is the cosine, half a turn ahead its own negative.
+    A quarter of a turn ahead the sine is the cosine, half a turn ahead its negative.
     """
     half = d // 2
     with torch.inference_mode(False):
@@ -157,12 +123,9 @@ def _table(d: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
     return frequency, ahead
 
 
-_KERNEL = Kernel("rotate", 15, 0)
-
 _operation = Operation(
     "rotary",
     [
-        Backend("native", _native, library.refuse, opaque=True),
         Backend("torch", _torch),
         Backend("reference", _reference, opaque=True),
     ],

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_runtime.launch import launch
+from ..triton_runtime import launch
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import titans_build as tb
 from titans_build.blocks import watching
 from titans_build.blocks.state import named_tensors
 from titans_build.kernels.memory import read_memory
-from titans_build.kernels.short_conv.query_key_value import query_key_value
+from titans_build.kernels.short_conv import query_key_value
 
 MEMORY = {"type": "memory", "heads": 2, "chunk": 4, "expansion": 1}
 ATTENTION = {"type": "attention", "heads": 2, "window": 6}

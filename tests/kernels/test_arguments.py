@@ -5,7 +5,7 @@ import torch
 
 from titans_build.kernels.memory import read_memory
 from titans_build.kernels.scan import linear_scan
-from titans_build.kernels.short_conv.convolution import causal_convolution
+from titans_build.kernels.short_conv import causal_convolution
 
 Q, WEIGHTS, GAIN = torch.randn(2, 5, 3, 4), (torch.randn(2, 3, 8, 4), torch.randn(2, 3, 4, 8)), torch.randn(3, 4)
 X, TAPS, HISTORY = torch.randn(2, 5, 4), torch.randn(4, 3), torch.randn(2, 2, 4)

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from titans_build.kernels import attention as module
-from titans_build.kernels.attention import Prefix, attention
+from titans_build.kernels.attention import Prefix, attention, sdpa
+from titans_build.kernels.attention.reference import visible_keys
 from titans_build.kernels.cpu_runtime import library
 from titans_build.kernels.dispatch import BackendError
 
@@ -132,7 +132,7 @@ def test_flex_has_no_backward_on_the_cpu(wanted):
 @pytest.mark.parametrize("time, kv_heads", [(1, 2), (90, 4), (90, 2)])
 def test_devices_without_the_merge(monkeypatch, time, past, start, kv_heads, window, prefix):
     """What an accelerator runs, run here: prefix scores by features side by side, groups written out under a mask."""
-    monkeypatch.setattr(module, "_MERGING", ())
+    monkeypatch.setattr(sdpa, "MERGING_DEVICES", ())
     start = None if start is None else torch.tensor(start)
     inputs = tensors(2, time, time + past, 4, kv_heads, prefix)
     y, expected = (run(inputs, window, start, backend) for backend in ("sdpa", "reference"))
@@ -292,7 +292,7 @@ def test_only_queries_that_see_it_hear_of_what_is_not_finite(backend, window, st
     start = None if start is None else torch.tensor(start)
     expected = run(inputs, window, start, backend, step)
     seen = torch.zeros(2, time, 4, dtype=torch.bool)
-    visible = module.visible_keys(time, keys, window, start, "cpu", step).expand(2, -1, -1)
+    visible = visible_keys(time, keys, window, start, "cpu", step).expand(2, -1, -1)
     for name, row, key, head in (("k", 0, 8, 1), ("v", 1, 3, 0), ("v", 1, 20, 1)):
         inputs["qkv".index(name)][row, key, head, 2] = value
         seen[row, :, 2 * head : 2 * head + 2] |= visible[row, :, key, None]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from titans_build.kernels.short_conv.convolution import causal_convolution
+from titans_build.kernels.short_conv import causal_convolution
 
 BACKENDS = ["triton", "torch", "reference"]
 

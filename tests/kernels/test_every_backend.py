@@ -10,15 +10,12 @@ from titans_build.kernels.attention.decode import Cache, cached_attention
 from titans_build.kernels.dispatch import OPERATIONS, VARIABLE, BackendError
 from titans_build.kernels.linear import project
 from titans_build.kernels.memory import MemoryState, read_memory, titans_memory
-from titans_build.kernels.norm_gate.gate import gate, gated_norm, swiglu
-from titans_build.kernels.norm_gate.gated_projection import feed_forward
-from titans_build.kernels.norm_gate.norm import l2_norm, rms_norm
+from titans_build.kernels.norm_gate import gate, gated_norm, l2_norm, rms_norm, swiglu
+from titans_build.kernels.norm_gate.decode import feed_forward
 from titans_build.kernels.rotary import rotate
 from titans_build.kernels.scan import linear_scan
-from titans_build.kernels.short_conv.convolution import causal_convolution
-from titans_build.kernels.short_conv.memory_inputs import Layers, memory_inputs
-from titans_build.kernels.short_conv.query import query
-from titans_build.kernels.short_conv.query_key_value import query_key_value
+from titans_build.kernels.short_conv import causal_convolution, query, query_key_value
+from titans_build.kernels.short_conv.decode import Layers, memory_inputs
 
 
 def new(*shape):

@@ -3,7 +3,8 @@ import torch
 from torch.nn import functional as F
 
 from titans_build.kernels.cpu_runtime import library
-from titans_build.kernels.norm_gate.gate import gate, gated_norm, silu_gate, swiglu
+from titans_build.kernels.norm_gate import gate, gated_norm, swiglu
+from titans_build.kernels.norm_gate.torch_backend import silu_gate
 
 UNBUILT = library.refuse(device="cpu", dtype=torch.float64)
 needs_native = pytest.mark.skipif(UNBUILT is not None, reason=f"C kernels: {UNBUILT}")

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from titans_build.kernels.cpu_runtime import library
-from titans_build.kernels.norm_gate.norm import l2_norm, rms_norm
+from titans_build.kernels.norm_gate import l2_norm, rms_norm
 
 UNBUILT = library.refuse(device="cpu", dtype=torch.float64)
 needs_native = pytest.mark.skipif(UNBUILT is not None, reason=f"C kernels: {UNBUILT}")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from titans_build.kernels.precision import full_precision, half
+from titans_build.kernels.dispatch import full_precision, half_dtype
 
 
 def test_autocast_is_off_inside() -> None:
@@ -18,4 +18,4 @@ def test_autocast_is_off_inside() -> None:
 ])  # fmt: skip
 def test_what_products_are_rounded_to(given, autocast, expected):
     with torch.autocast("cpu", autocast, enabled=autocast is not None):
-        assert half(torch.zeros(1, dtype=given)) == expected
+        assert half_dtype(torch.zeros(1, dtype=given)) == expected

@@ -5,9 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from titans_build.kernels.cpu_runtime import library
-from titans_build.kernels.norm_gate.norm import l2_norm
-from titans_build.kernels.short_conv.convolution import causal_convolution
-from titans_build.kernels.short_conv.query_key_value import query_key_value
+from titans_build.kernels.norm_gate import l2_norm
+from titans_build.kernels.short_conv import causal_convolution, query_key_value
 
 UNBUILT = library.refuse(device="cpu", dtype=torch.float64)
 needs_native = pytest.mark.skipif(UNBUILT is not None, reason=f"C kernels: {UNBUILT}")

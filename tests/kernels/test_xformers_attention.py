@@ -9,7 +9,7 @@ from titans_build.kernels.attention import Prefix, attention
 from titans_build.kernels.attention import xformers as module
 from titans_build.kernels.attention.reference import visible_keys
 from titans_build.kernels.attention.xformers import parts, refuse_xformers, xformers_attention
-from titans_build.kernels.dispatch import OPERATIONS, Backend, BackendError, Unable, table
+from titans_build.kernels.dispatch import OPERATIONS, Backend, BackendError, BackendUnavailable, table
 
 masks = pytest.importorskip("xformers.ops.fmha.attn_bias", reason="xFormers is for Linux")
 
@@ -106,7 +106,7 @@ def test_no_query_and_no_row():
     ],
 )
 def test_what_it_does_not_take(monkeypatch, facts, said):
-    monkeypatch.setattr(module, "_looked_for", lambda: None)
+    monkeypatch.setattr(module, "_installed", lambda: None)
     monkeypatch.setattr(module, "_tried", lambda dtype, width: None)
     whatever = {"device": "cuda", "dtype": torch.bfloat16, "width": 64, "plain": True, "named": True}
     assert refuse_xformers(**whatever) is None
@@ -117,7 +117,7 @@ def missing(monkeypatch, **changed):
     """What is said of the installation."""
     for name, value in changed.items():
         monkeypatch.setattr(module, name, value)
-    return module._looked_for.__wrapped__()
+    return module._installed.__wrapped__()
 
 
 def test_why_it_cannot_be_had(monkeypatch):
@@ -140,7 +140,7 @@ def test_what_is_there_is_what_is_used(monkeypatch):
     monkeypatch.undo()
     library = module._library()
     assert callable(library.whole) and callable(library.partial) and callable(library.merge)
-    said = module._looked_for()
+    said = module._installed()
     assert said is None or "has no FlashAttention beside PyTorch" in said
 
 
@@ -203,7 +203,10 @@ def test_a_trial_passes_what_is_right(monkeypatch, dtype):
 
 def test_a_trial_finds_what_does_not_run(monkeypatch):
     said = "NotImplementedError: requires device with capability >= (8, 0); operator wasn't built"
-    assert trial(monkeypatch, whole=unable) == f"failed when it was tried on this GPU: Unable: {said.split(': ', 1)[1]}"
+    assert (
+        trial(monkeypatch, whole=unable)
+        == f"failed when it was tried on this GPU: BackendUnavailable: {said.split(': ', 1)[1]}"
+    )
     assert "operator wasn't built" in trial(monkeypatch, merge=unable)
 
     def broken(*given, **named):
@@ -235,7 +238,7 @@ def test_a_trial_finds_wrong_numbers(monkeypatch):
 
 
 def test_a_trial_has_a_say(monkeypatch):
-    monkeypatch.setattr(module, "_looked_for", lambda: None)
+    monkeypatch.setattr(module, "_installed", lambda: None)
     monkeypatch.setattr(module, "_tried", lambda dtype, width: f"{dtype}, {width}")
     assert refuse_xformers(device="cuda", dtype=torch.float16, width=72) == "torch.float16, 96"
     rows = {row.backend: row for row in table("cuda", torch.bfloat16) if row.operation == "attention"}
@@ -248,10 +251,10 @@ def failing(monkeypatch):
     operation = OPERATIONS["attention"]
 
     def run(q, k, v, *others):
-        raise Unable("needs more than there is")
+        raise BackendUnavailable("needs more than there is")
 
     monkeypatch.setattr(operation, "_chosen", {})
-    monkeypatch.setattr(operation, "_unable", {})
+    monkeypatch.setattr(operation, "_unavailable", {})
     backends = {"xformers": Backend("xformers", run), "sdpa": operation.backends["sdpa"]}
     monkeypatch.setattr(operation, "backends", backends)
 
@@ -266,7 +269,7 @@ def test_what_fails_at_the_call_is_left_for_the_next(failing):
 
 def test_what_fails_at_the_call_is_an_error_where_it_was_asked_for(failing, monkeypatch):
     q = torch.zeros(1, 5, 2, 8, device="meta")
-    said = "attention: xformers was asked for and cannot run: needs more than there is"
+    said = "attention: xformers is named and cannot run: needs more than there is"
     for _ in range(2):
         with pytest.raises(BackendError, match=said):
             attention(q, q, q, backend="xformers")

@@ -19,15 +19,12 @@ from ...kernels.dispatch import OPERATIONS
 from ...kernels.linear import project
 from ...kernels.memory import MemoryState, titans_memory
 from ...kernels.memory.read import read_memory
-from ...kernels.norm_gate.gate import gate, gated_norm, swiglu
-from ...kernels.norm_gate.gated_projection import feed_forward, gated_output
-from ...kernels.norm_gate.norm import l2_norm, rms_norm
+from ...kernels.norm_gate import gate, gated_norm, l2_norm, rms_norm, swiglu
+from ...kernels.norm_gate.decode import feed_forward, gated_output
 from ...kernels.rotary import rotate
 from ...kernels.scan import linear_scan
-from ...kernels.short_conv.convolution import causal_convolution
-from ...kernels.short_conv.memory_inputs import Layers, memory_inputs
-from ...kernels.short_conv.query import query
-from ...kernels.short_conv.query_key_value import query_key_value
+from ...kernels.short_conv import causal_convolution, query, query_key_value
+from ...kernels.short_conv.decode import Layers, memory_inputs
 
 Inputs = dict[str, Tensor]
 

@@ -16,9 +16,8 @@ from ... import recipes
 from ...kernels.attention import Prefix, attention
 from ...kernels.memory import MemoryState, titans_memory
 from ...kernels.memory.cost import memory_flops
-from ...kernels.norm_gate.gate import gate, swiglu
-from ...kernels.norm_gate.norm import rms_norm
-from ...kernels.short_conv.convolution import causal_convolution
+from ...kernels.norm_gate import gate, rms_norm, swiglu
+from ...kernels.short_conv import causal_convolution
 from ...registry import create
 from .parity import scheduled
 from .timing import FULL, Run, Sizes, Timing, backends, passes, wait

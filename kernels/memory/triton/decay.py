@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...cpu_runtime.call import tracks
-from ...triton_runtime.launch import launch
+from ...dispatch import needs_grad as tracks
+from ...triton_runtime import launch
 from ..decay import ChunkDecay
 from .decay_kernel import decay_backward_kernel, decay_kernel, decay_tiles
 

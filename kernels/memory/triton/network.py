@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_runtime.launch import launch
+from ...triton_runtime import launch
 from ..activation import ACTIVATIONS
 from ..buffers import Adjoint, Scratch, Work
 from ..chunk_network import ChunkNetwork, ReadGrad, WriteGrad

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...cpu_runtime.call import tracks
-from ...triton_runtime.launch import launch
+from ...dispatch import needs_grad as tracks
+from ...triton_runtime import launch
 from ..read_torch import EPS
 from .answer_bwd_kernel import answer_backward_kernel, answer_backward_weights_kernel, stretches
 from .answer_kernel import answer_kernel

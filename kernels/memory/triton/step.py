@@ -8,7 +8,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_runtime.launch import launch
+from ...triton_runtime import launch
 from ..read_torch import EPS
 from ..state import MemoryState
 from ..tokens import Options, Tokens

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from titans_build.kernels.cpu_runtime.library import refuse
-from titans_build.kernels.norm_gate.gated_projection import feed_forward, few, gated_output
+from titans_build.kernels.dispatch import use_decode_kernel as few
+from titans_build.kernels.norm_gate.decode import feed_forward, gated_output
 
 UNBUILT = refuse(device="cpu", dtype=torch.float64)
 NATIVE = pytest.param("native", marks=pytest.mark.skipif(UNBUILT is not None, reason=f"C kernels: {UNBUILT}"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import titans_build.kernels
-from titans_build.kernels.triton_runtime.launch import launch
+from titans_build.kernels.triton_runtime import launch
 
 pytest.importorskip("triton")
 

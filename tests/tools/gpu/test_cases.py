@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from titans_build.kernels import dispatch
+from titans_build.kernels import triton_runtime as availability
 from titans_build.kernels.attention import xformers as xformers_attention
 from titans_build.kernels.dispatch import OPERATIONS, Operation
-from titans_build.kernels.triton_runtime import availability
 from titans_build.tools.gpu import cases as gpu_cases
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -17,7 +17,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
     """Triton and xFormers are available."""
-    monkeypatch.setattr(availability, "_looked_for", lambda: None)
+    monkeypatch.setattr(availability, "_look_for_triton", lambda: None)
     monkeypatch.setattr(xformers_attention, "_missing", lambda dtype, width: None)
 
 

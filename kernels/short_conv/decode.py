@@ -1,7 +1,7 @@
-"""What a memory does with one token before it learns it, or answers it: projections, convolution, lengths and gates.
+"""What a memory computes from one token before writing or reading: projections, convolution, unit length and gates.
 
-For one token these are a dozen operators, each of which costs more to start than to run; the C kernel does them in one.
-Without gradients, and without the many tokens for which the operators of their own are as fast.
+For one token these are a dozen operators, each of which costs more to start than to run; the C kernel (decode_cpu.c)
+does all of it. Nothing here records gradients.
 """
 
 from __future__ import annotations
@@ -15,35 +15,33 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..cpu_runtime import library
-from ..cpu_runtime.call import Kernel, address, prepares
-from ..dispatch import Backend, Operation
-from ..linear import project, threads_for
-from ..norm_gate.norm import l2_norm
-from .convolution import convolve
-
-EPS = 1e-6
+from ..cpu_runtime.call import Kernel, address, threads_for
+from ..dispatch import Backend, Operation, can_prepare
+from ..linear import project
+from ..norm_gate import l2_norm
+from . import EPS, convolve
 
 
 class Inputs(NamedTuple):
-    """One token of each row, as a memory learns it."""
+    """One token of each row, as a memory takes it."""
 
     q: Tensor
     """``[batch, 1, heads, dim]``, of unit length."""
     k: Tensor
-    """The same."""
+    """``[batch, 1, heads, dim]``, of unit length."""
     v: Tensor
     """``[batch, 1, heads, dim]``."""
     gates: tuple[Tensor, ...]
-    """Each ``[batch, 1, heads]``, in the order of the controls; the first, the step size, times ``largest``."""
+    """Each ``[batch, 1, heads]``, in the order of the controls; the first, the step size, times ``max_step``."""
     history: Tensor | None
     """For the next token; ``None`` without a convolution."""
 
 
 class Layers(NamedTuple):
-    """What a token goes through on its way into a memory. For the query alone: without controls."""
+    """The parameters that make a memory's inputs of a token; for the query alone, without controls."""
 
     weight: Tensor
-    """``[3 * heads * dim, in]``: what becomes q, then k, then v; for the query alone the first of them."""
+    """``[3 * heads * dim, in]``: of q, then k, then v; for the query alone ``[heads * dim, in]``."""
     convolution: Tensor | None
     """``[3 * heads * dim, width]``, its last column on the token, or ``None``."""
     heads: int
@@ -51,14 +49,14 @@ class Layers(NamedTuple):
     """``[gates * heads, in]``: each gate is a sigmoid of these products."""
     bias: Tensor | None = None
     """``[gates * heads]``."""
-    largest: float = 1.0
-    """What the first gate is multiplied with."""
+    max_step: float = 1.0
+    """Factor of the first gate."""
     hard: bool = False
-    """Each gate is a hard sigmoid instead: ``(z + 3) / 6``, cut off at exactly 0 and 1."""
+    """Each gate is a hard sigmoid instead: ``(z + 3) / 6``, clamped to 0 and 1."""
 
 
 def memory_inputs(x: Tensor, history: Tensor | None, layers: Layers, *, backend: str = "auto") -> Inputs:
-    """From one token ``x`` ``[batch, 1, in]`` to what a memory learns: what ``gated_projection.few`` accepts.
+    """A memory's inputs from one token ``x`` ``[batch, 1, in]``, where ``use_decode_kernel(x, layers.weight)``.
 
     ``history``: ``[batch, width - 1, 3 * heads * dim]``, what was projected before; ``None`` without a convolution.
     """
@@ -78,22 +76,22 @@ def memory_query(x: Tensor, history: Tensor | None, layers: Layers, *, backend: 
 def prepare_inputs(
     layers: Layers, batch: int
 ) -> tuple[Inputs, Callable[[Tensor, Tensor | None], Tensor | None]] | None:
-    """:func:`memory_inputs`, or without controls :func:`memory_query`, for many times one token of each row.
+    """:func:`memory_inputs`, or without controls :func:`memory_query`, prepared for one token of each row, many times.
 
-    Returns the tensors of the result, and a function of a dense ``x`` ``[batch, 1, in]`` and the history before it,
-    which fills them and returns the next history; ``None`` where that gains nothing. Without controls, the query
-    alone is there, and the history stays.
+    Returns the tensors of the result, and a function of ``x`` ``[batch, 1, in]`` and the history, which fills them and
+    returns the next history; ``None`` where the C kernel does not run. Without controls, every field is the query, and
+    the history is returned as it is.
     """
     weight, convolution, _, controls, bias, *_ = layers
     if not (
-        prepares(weight, convolution, controls, bias)
+        can_prepare(weight, convolution, controls, bias)
         and _operation.choose("auto", device="cpu", dtype=weight.dtype) is _native
     ):
         return None
     y, gate, sizes = _results(layers, batch)
-    learns = controls is not None
-    call = _KERNEL.prepared(
-        weight.dtype, 9, 5, *sizes, *[0] * 5, weight, controls, bias, convolution, y, gate, layers.largest, EPS
+    writes = controls is not None
+    call = _KERNEL.prepare(
+        weight.dtype, 9, 5, *sizes, *[0] * 5, weight, controls, bias, convolution, y, gate, layers.max_step, EPS
     )
 
     def run(x: Tensor, history: Tensor | None) -> Tensor | None:
@@ -101,9 +99,9 @@ def prepare_inputs(
         if history is None:
             call(x.data_ptr(), 0, 0, 0, 0)
             return None
-        history, row, token, new = _histories(history, learns)
+        history, row, token, new = _histories(history, writes)
         call(x.data_ptr(), history.data_ptr(), row, token, address(new))
-        return new if learns else history
+        return new if writes else history
 
     return Inputs(y[0], y[len(y) // 2], y[-1], () if gate is None else gate.unbind(), None), run
 
@@ -113,7 +111,7 @@ _Outputs: TypeAlias = tuple[Tensor, tuple[Tensor, ...], Tensor | None]
 
 
 def _native(x: Tensor, history: Tensor | None, layers: Layers) -> _Outputs:
-    x, weight, largest = x.contiguous(), layers.weight.contiguous(), layers.largest
+    x, weight, max_step = x.contiguous(), layers.weight.contiguous(), layers.max_step
     controls, bias = (None if t is None else t.contiguous() for t in (layers.controls, layers.bias))
     convolution, row, token, new = None, 0, 0, None
     if history is None:
@@ -125,13 +123,13 @@ def _native(x: Tensor, history: Tensor | None, layers: Layers) -> _Outputs:
     _KERNEL(
         x.dtype, *sizes, x.data_ptr(), address(history), row, token, address(new),
         weight.data_ptr(), address(controls), address(bias), address(convolution), y.data_ptr(), address(gate),
-        largest, EPS,
+        max_step, EPS,
     )  # fmt: skip
     return y, () if gate is None else gate.unbind(), new
 
 
 def _results(layers: Layers, batch: int) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:
-    """Tensors for what the kernel computes: outputs, gates; and how many there are of what, as it takes it."""
+    """Empty tensors for the outputs and gates, and the first fields of ``struct call``."""
     weight, convolution, heads, controls, *_ = layers
     channels, width = weight.shape
     parts, gates = (1, 0) if controls is None else (3, controls.shape[0])
@@ -139,18 +137,18 @@ def _results(layers: Layers, batch: int) -> tuple[Tensor, Tensor | None, tuple[i
     taps = 1 if convolution is None else convolution.shape[1]
     y = torch.empty((parts, batch, 1, heads, dim), dtype=weight.dtype)
     gate = torch.empty((gates // heads, batch, 1, heads), dtype=weight.dtype) if gates else None
-    return y, gate, (threads_for(weight), batch, width, heads, dim, taps, gates, parts, layers.hard)
+    return y, gate, (threads_for(weight.nbytes), batch, width, heads, dim, taps, gates, parts, layers.hard)
 
 
-def _histories(history: Tensor, learns: bool) -> tuple[Tensor, int, int, Tensor | None]:
-    """The history with its numbers dense, from row to row, from token to token; and a tensor for the next one."""
+def _histories(history: Tensor, writes: bool) -> tuple[Tensor, int, int, Tensor | None]:
+    """The history with dense channels, its strides of rows and tokens, and an empty tensor for the next one."""
     history = history if history.stride(2) == 1 else history.contiguous()
     row, token, _ = history.stride()
-    return history, row, token, torch.empty_like(history, memory_format=torch.contiguous_format) if learns else None
+    return history, row, token, torch.empty_like(history, memory_format=torch.contiguous_format) if writes else None
 
 
-def _composed(x: Tensor, history: Tensor | None, layers: Layers, backend: str = "auto") -> _Outputs:
-    weight, convolution, heads, controls, bias, largest, hard = layers
+def _torch(x: Tensor, history: Tensor | None, layers: Layers, backend: str = "auto") -> _Outputs:
+    weight, convolution, heads, controls, bias, max_step, hard = layers
     projected, channels = project(x, weight, backend=backend), weight.shape[0]
     if convolution is not None and history is not None:
         past = torch.cat((history[..., :channels], projected), dim=1)
@@ -164,10 +162,7 @@ def _composed(x: Tensor, history: Tensor | None, layers: Layers, backend: str = 
     theta, *others = (F.hardsigmoid if hard else torch.sigmoid)(raw).split_with_sizes(
         [heads] * (raw.shape[-1] // heads), dim=-1
     )
-    return torch.cat([qk, parts[2:]]), (theta * largest, *others), history
-
-
-_reference = functools.partial(_composed, backend="reference")
+    return torch.cat([qk, parts[2:]]), (theta * max_step, *others), history
 
 
 def _outputs(x: Tensor, history: Tensor | None, layers: Layers) -> _Outputs:
@@ -177,14 +172,14 @@ def _outputs(x: Tensor, history: Tensor | None, layers: Layers) -> _Outputs:
     return y, (y[0, ..., 0],) * gates, None if convolution is None or controls is None else history
 
 
-_KERNEL = Kernel("memory_inputs", 20, 2)
+_KERNEL = Kernel("memory_inputs", integers=20, doubles=2)
 
 _operation = Operation(
     "memory_inputs",
     [
         Backend("native", _native, library.refuse, opaque=True),
-        Backend("torch", _composed),
-        Backend("reference", _reference),
+        Backend("torch", _torch),
+        Backend("reference", functools.partial(_torch, backend="reference")),
     ],
     _outputs,
     [Layers],

@@ -10,7 +10,7 @@
 struct call {
     int64_t threads, tokens, in, hidden, out, heads;
     const real *x, *answer;           /* [tokens, in]; where there is no `up`, [tokens, hidden] */
-    const real *gate, *up, *down;     /* [hidden, in] twice, [out, hidden]; whole registers */
+    const real *gate, *up, *down;     /* [hidden, in] twice, [out, hidden]; in and hidden are whole registers */
     const real *gain;                 /* of the answer: [hidden] */
     real *y;                          /* [tokens, out] */
     double eps;
@@ -32,7 +32,7 @@ static void normalise(const struct call *c, const real *answer, real *inner) {
     }
 }
 
-/* WIDTH numbers of weight x, from the o-th on */
+/* WIDTH elements of weight x, from element o on */
 INLINE void some_of(const real *weight, int64_t o, int64_t in, const real *x, real *y) {
     apply(WIDTH, (int)in, weight + o * in, in, x, y + o);
 }
@@ -70,9 +70,14 @@ static void leave(const void *context, int64_t band, int worker) {
     (void)worker;
     const struct scratch *s = context;
     const struct call *c = s->call;
-    for (int64_t o = band * BAND; o < c->out && o < (band + 1) * BAND; o += WIDTH)
-        for (int64_t t = 0; t < c->tokens; t++)
-            some_of(c->down, o, c->hidden, s->inner + t * c->hidden, c->y + t * c->out);
+    for (int64_t o = band * BAND; o < c->out && o < (band + 1) * BAND; o += WIDTH) {
+        int rows = (int)(c->out - o < WIDTH ? c->out - o : WIDTH);
+        for (int64_t t = 0; t < c->tokens; t++) {
+            real some[WIDTH];
+            apply(rows, (int)c->hidden, c->down + o * c->hidden, c->hidden, s->inner + t * c->hidden, some);
+            memcpy(c->y + t * c->out + o, some, (size_t)rows * sizeof(real));
+        }
+    }
 }
 
 int gated_projection(const struct call *c) {

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from titans_build.kernels.cpu_runtime import library
-from titans_build.kernels.cpu_runtime.call import threads_worth
+from titans_build.kernels.cpu_runtime.call import threads_for
 from titans_build.kernels.linear import project
 
 pytestmark = pytest.mark.skipif(
@@ -63,8 +63,8 @@ def test_every_thread_rounds_as_the_caller_does(threads):
 
 def test_small_work_stays_with_one_thread(threads):
     threads(8)
-    assert threads_worth(2**10) == 1
-    assert threads_worth(2**30) == 8
+    assert threads_for(2**10) == 1
+    assert threads_for(2**30) == 8
 
 
 def test_several_callers_at_once(threads):

@@ -1,18 +1,20 @@
 /* From the projected inputs to queries, keys and values: causal depthwise convolution, SiLU, and unit length for the
    queries' and keys' heads, in one pass over memory each way. Backward computes all of it again from the inputs.
 
-   What a token sees are `width` rows: its own and those before it, of which the first ones lie in the history. */
+   A token's convolution takes `width` rows: its own and those before it, the first of which lie in the history. Where
+   queries alone are computed (outputs 1), every token comes right after the history instead. */
 
 #include "cpu_runtime/rows.h"
+#include <omp.h>
 #include <stdlib.h>
 
 enum { TILE = 16, LONGEST = 64 }; /* tokens worked on at a time; taps of a convolution */
 
-/* Inputs and histories have their channels side by side; q, k, v and their gradients, [batch, time, heads, dim], lie
-   densely, as do weight, [3 heads dim, width], and the next history. A null pointer: there is none, or it is not
-   wanted. */
+/* Inputs and histories have dense channels; q, k, v and their gradients, [batch, time, heads, dim], are dense, as are
+   weight, [3 heads dim, width], and the next history. A null pointer: there is none, or it is not needed. Of queries
+   alone, the inputs have a third of the channels, and gradients of weight and history are written in the first third. */
 struct call {
-    int64_t threads, batch, time, heads, dim, width;
+    int64_t threads, batch, time, heads, dim, width, outputs; /* outputs: q, k, v, or q alone */
     const real *inputs, *history;
     int64_t inputs_batch, inputs_time, history_batch, history_time;
     const real *weight;      /* null: no convolution, width 1 */
@@ -23,13 +25,19 @@ struct call {
     double eps;
 };
 
-INLINE int64_t channels_of(const struct call *c) { return 3 * c->heads * c->dim; }
+INLINE int64_t channels_of(const struct call *c) { return c->outputs * c->heads * c->dim; }
 
 /* row p of a batch row's history and inputs, one after the other */
 INLINE const real *past(const struct call *c, int64_t row, int64_t p) {
     int64_t before = c->width - 1;
     return p < before ? c->history + row * c->history_batch + p * c->history_time
                       : c->inputs + row * c->inputs_batch + (p - before) * c->inputs_time;
+}
+
+/* the rows of a token's convolution */
+INLINE void rows_of(int width, const struct call *c, int64_t row, int64_t token, const real **rows) {
+    for (int i = 0; i < width; i++)
+        rows[i] = past(c, row, c->outputs > 1 || i == width - 1 ? token + i : i);
 }
 
 /* weight [channels, width] -> [width, channels], in memory of its own */
@@ -53,9 +61,8 @@ INLINE vec convolved(int width, const real *const *rows, const real *taps, int64
 INLINE void forward(int width, const struct call *c, const real *taps, int64_t row, int64_t token) {
     int64_t dim = c->dim, channels = channels_of(c);
     const real *rows[LONGEST];
-    for (int i = 0; i < width; i++)
-        rows[i] = past(c, row, token + i);
-    for (int part = 0; part < 3; part++)
+    rows_of(width, c, row, token, rows);
+    for (int part = 0; part < c->outputs; part++)
         for (int64_t head = 0; head < c->heads; head++) {
             int64_t at = (part * c->heads + head) * dim;
             real *y = c->qkv[part] + ((row * c->time + token) * c->heads + head) * dim;
@@ -78,10 +85,9 @@ INLINE void forward(int width, const struct call *c, const real *taps, int64_t r
 INLINE void through_heads(int width, const struct call *c, const real *taps, int64_t row, int64_t token, real *out) {
     int64_t dim = c->dim, channels = channels_of(c);
     const real *rows[LONGEST];
-    for (int i = 0; i < width; i++)
-        rows[i] = past(c, row, token + i);
+    rows_of(width, c, row, token, rows);
     real u_of[dim], slope_of[dim];
-    for (int part = 0; part < 3; part++)
+    for (int part = 0; part < c->outputs; part++)
         for (int64_t head = 0; head < c->heads; head++) {
             int64_t at = (part * c->heads + head) * dim;
             const real *grad = c->grad_qkv[part];
@@ -148,7 +154,37 @@ INLINE void through_taps(int width, const struct call *c, const real *taps, cons
     }
 }
 
-/* tokens before the first one: only the tokens behind them look at them */
+/* The same for queries alone: the last tap is on the token itself, all others are on the history. `sums`: [2, channels],
+   over tokens, of the gradients and of their products with the inputs; or null. */
+static void through_last_tap(const struct call *c, const real *taps, const real *grad, int64_t row, int64_t token,
+                             real *sums) {
+    int64_t channels = channels_of(c);
+    const real *x = past(c, row, token + c->width - 1), *own = taps + (c->width - 1) * channels;
+    real *to = c->grad_inputs + (row * c->time + token) * channels;
+    for (int64_t at = 0; at < channels; at += WIDTH) {
+        int64_t n = channels - at;
+        vec g = get_some(grad + at, n);
+        put_some(to + at, g * get_some(own + at, n), n);
+        if (sums) {
+            put_some(sums + at, get_some(sums + at, n) + g, n);
+            put_some(sums + channels + at, get_some(sums + channels + at, n) + g * get_some(x + at, n), n);
+        }
+    }
+}
+
+/* what these sums over a row's tokens add to the gradients of the history and the weight */
+static void through_other_taps(const struct call *c, const real *taps, int64_t row, const real *sums) {
+    int64_t channels = channels_of(c), before = c->width - 1;
+    for (int64_t at = 0; at < channels; at++) {
+        for (int64_t i = 0; i < before; i++) {
+            c->grad_history[(row * before + i) * 3 * channels + at] = sums[at] * taps[i * channels + at];
+            c->grad_weight[at * c->width + i] += sums[at] * past(c, row, i)[at];
+        }
+        c->grad_weight[at * c->width + before] += sums[channels + at];
+    }
+}
+
+/* tokens before the first one: only the tokens after them use them */
 static void through_history(const struct call *c, const real *taps, const real *grads, int64_t row) {
     int64_t channels = channels_of(c);
     real *to = c->grad_history + row * (c->width - 1) * channels;
@@ -215,11 +251,44 @@ int query_key_value_forward(const struct call *c) {
     return 0;
 }
 
+static int query_backward(const struct call *c, const real *taps) {
+    int64_t each = stretches(c), parts = c->batch * each, channels = channels_of(c);
+    real *grads = malloc((size_t)(c->threads * channels) * sizeof(real));
+    real *sums = c->weight ? calloc((size_t)((parts + 1) * 2 * channels), sizeof(real)) : NULL;
+    int failed = !grads || (c->weight && !sums);
+#pragma omp parallel for num_threads(c->threads) schedule(static) if (parts > 1 && c->threads > 1)
+    for (int64_t part = 0; part < parts; part++) {
+        int64_t row = part / each, start = c->time * (part % each) / each, stop = c->time * (part % each + 1) / each;
+        for (int64_t token = start; !failed && token < stop; token++) {
+            real *grad = grads + omp_get_thread_num() * channels;
+            if (c->width == 4)
+                through_heads(4, c, taps, row, token, grad);
+            else
+                through_heads((int)c->width, c, taps, row, token, grad);
+            through_last_tap(c, taps, grad, row, token, sums ? sums + part * 2 * channels : NULL);
+        }
+    }
+    for (int64_t row = 0; sums && !failed && row < c->batch; row++) {
+        real *total = sums + parts * 2 * channels;
+        add_parts(sums + row * each * 2 * channels, each, 2 * channels, total);
+        through_other_taps(c, taps, row, total);
+    }
+    free(grads);
+    free(sums);
+    return failed;
+}
+
+/* of queries alone, gradients of the history and the weight are added to what is there */
 int query_key_value_backward(const struct call *c) {
     int64_t each = stretches(c), parts = c->batch * each, before = c->width - 1, channels = channels_of(c);
     int64_t weights = c->width * channels;
     int failed = 0;
     real *taps = taps_of(c);
+    if (taps && c->outputs == 1) {
+        failed = query_backward(c, taps);
+        free(taps);
+        return failed;
+    }
     real *sums = c->grad_weight ? calloc((size_t)((parts + 1) * weights), sizeof(real)) : NULL;
     if (!taps || (c->grad_weight && !sums)) {
         free(taps);

@@ -17,7 +17,7 @@ struct call {
     const real *taps_of;                                        /* [parts heads dim, taps]; null: no convolution */
     real *y;                                                    /* [parts, batch, heads, dim] */
     real *gate;                                                 /* [gates / heads, batch, heads]; null: not wanted */
-    double largest, eps;                                        /* theta's bound; in the length of q and k */
+    double max_step, eps; /* bound of the first gate; in the length of q and k */
 };
 
 static void finish(const struct call *c, int64_t row, int64_t part, int64_t head, const real *projected) {
@@ -96,7 +96,7 @@ int memory_inputs(const struct call *c) {
                 vec open = c->hard ? hard_logistic(z) : logistic(z);
                 for (int i = 0; i < some; i++) {
                     int64_t kind = (o + i) / c->heads, head = (o + i) % c->heads;
-                    c->gate[(kind * c->batch + row) * c->heads + head] = open[i] * (kind ? 1 : (real)c->largest);
+                    c->gate[(kind * c->batch + row) * c->heads + head] = open[i] * (kind ? 1 : (real)c->max_step);
                 }
             }
     free(projected);

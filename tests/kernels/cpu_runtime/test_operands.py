@@ -14,17 +14,19 @@ import torch
 from torch.nn.functional import linear
 
 import titans_build as tb
-from titans_build.kernels import dispatch, projection
+from titans_build.kernels import dispatch
+from titans_build.kernels import linear as linear_operation
 from titans_build.kernels.attention import Prefix, attention
-from titans_build.kernels.cpu_runtime import operands as module
-from titans_build.kernels.cpu_runtime.operands import operands
+from titans_build.kernels.cpu_runtime import call
+from titans_build.kernels.cpu_runtime.call import product_dtype
 from titans_build.kernels.linear import cpu as product
-from titans_build.kernels.linear import project, project_made
+from titans_build.kernels.linear import project
+from titans_build.kernels.linear import project_recomputed as project_made
 from titans_build.kernels.memory import MemoryState, titans_memory
 from titans_build.kernels.memory.read import read_memory
-from titans_build.kernels.norm_gate.gate import swiglu
+from titans_build.kernels.norm_gate import swiglu
 
-UNABLE = module._cannot()
+UNABLE = call.lacks_bfloat16()
 able = pytest.mark.skipif(UNABLE is not None, reason=f"bfloat16 operands: {UNABLE}")
 LARGEST = 2**-7 + 2**-16
 TOLERANCE = 1e-2
@@ -359,16 +361,16 @@ def test_training_goes_as_in_float32(setting):
 def test_only_where_they_are_allowed(setting):
     x, weight = torch.randn(8, 32), torch.randn(5, 32)
     plain = linear(x, weight)
-    assert operands(torch.float32) == torch.float32 and torch.equal(project(x, weight), plain)
+    assert product_dtype(torch.float32) == torch.float32 and torch.equal(project(x, weight), plain)
     setting("medium")
-    assert operands(torch.float32) == torch.bfloat16 and not torch.equal(project(x, weight), plain)
+    assert product_dtype(torch.float32) == torch.bfloat16 and not torch.equal(project(x, weight), plain)
     wide = x.double(), weight.double()
-    assert operands(torch.float64) == torch.float64 and torch.equal(project(*wide), linear(*wide))
+    assert product_dtype(torch.float64) == torch.float64 and torch.equal(project(*wide), linear(*wide))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(project(x, weight), linear(x, weight))
     assert torch.equal(project(x[:3], weight), project(x[:3], weight, backend="auto"))
     setting("highest")
-    assert operands(torch.float32) == torch.float32 and torch.equal(project(x, weight), plain)
+    assert product_dtype(torch.float32) == torch.float32 and torch.equal(project(x, weight), plain)
 
 
 @able
@@ -376,9 +378,9 @@ def test_the_setting_of_one_backend_counts_too_and_may_be_mixed(setting):
     before = torch.backends.mkldnn.matmul.fp32_precision
     try:
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-        assert operands(torch.float32) == torch.bfloat16
+        assert product_dtype(torch.float32) == torch.bfloat16
         torch.backends.mkldnn.matmul.fp32_precision = "ieee"
-        assert operands(torch.float32) == torch.float32
+        assert product_dtype(torch.float32) == torch.float32
     finally:
         torch.backends.mkldnn.matmul.fp32_precision = before
         setting("highest")
@@ -430,10 +432,10 @@ def test_backends_by_name(setting, monkeypatch):
 
 def test_a_machine_without_the_instructions_computes_as_ever(setting, monkeypatch):
     x, weight = torch.randn(8, 32), torch.randn(5, 32)
-    monkeypatch.setattr(module, "_cannot", lambda: "needs a CPU that multiplies bfloat16")
-    monkeypatch.setattr(projection._linear, "_chosen", {})
+    monkeypatch.setattr(call, "lacks_bfloat16", lambda: "needs a CPU that multiplies bfloat16")
+    monkeypatch.setattr(linear_operation._linear, "_chosen", {})
     setting("medium")
-    assert operands(torch.float32) == torch.float32 and torch.equal(project(x, weight), linear(x, weight))
+    assert product_dtype(torch.float32) == torch.float32 and torch.equal(project(x, weight), linear(x, weight))
     rows = {row.backend: row for row in dispatch.table() if row.operation == "linear"}
     assert rows["bfloat16"].reason == "needs a CPU that multiplies bfloat16"
 

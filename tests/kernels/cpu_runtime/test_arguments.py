@@ -9,9 +9,9 @@ from titans_build.kernels.attention import Prefix, attention
 from titans_build.kernels.cpu_runtime import library
 from titans_build.kernels.linear import project
 from titans_build.kernels.memory import MemoryState, read_memory, titans_memory
-from titans_build.kernels.norm_gate.gated_projection import feed_forward
-from titans_build.kernels.norm_gate.norm import rms_norm
-from titans_build.kernels.short_conv.query_key_value import query_key_value
+from titans_build.kernels.norm_gate import rms_norm
+from titans_build.kernels.norm_gate.decode import feed_forward
+from titans_build.kernels.short_conv import query_key_value
 
 built = pytest.mark.skipif(library._compiler() is None, reason="no C compiler")
 
@@ -104,7 +104,7 @@ def test_a_chunk_as_long_as_any_sequence():
 def test_exponentials_of_anything():
     x = torch.tensor([-3e38, -1e10, -200.0, -87.5, 87.5, 1e10, 3e38])
     gain, x = torch.ones(1, 1), x.view(-1, 1, 1)
-    from titans_build.kernels.norm_gate.gate import gated_norm
+    from titans_build.kernels.norm_gate import gated_norm
 
     ones = torch.ones(7, 1, 1)
     got, expected = (gated_norm(ones, gain, x.view(7, 1), backend=backend) for backend in ("auto", "reference"))
