@@ -211,7 +211,7 @@ def test_values_are_taken_strictly(field: str, value: Any):
         ({"type": "reader", "memory": "store", "pair": "store"}, "list"),
         ({"type": "chain", "of": []}, "at least 1"),
         ([], "empty list"),
-        ({"type": "store", "dim": 8}, "said once"),
+        ({"type": "store", "dim": 8}, "given once"),
         ({"type": "store", 3: 4}, "expected field names to be text"),
         ("no such thing\x1b[2J", "unknown block"),
         (3, "expected a block"),
