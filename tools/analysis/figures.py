@@ -99,6 +99,7 @@ QUANTITY: dict[str, Quantity] = {
 RECALL = {
     "kept": (
         "share of the write's effect",
+        "what is left of the write",
         "The effect of the write on the answer to its key, relative to the effect right after the write. Momentum "
         "continues the write, so the line may rise first. The distance at which it has fallen to half of its largest "
         "value is the half-life of the pair. A line with large swings to both sides belongs to a head in which every "
@@ -106,24 +107,27 @@ RECALL = {
     ),
     "cosine": (
         "cosine of answer and value",
+        "cosine",
         "The cosine between the memory's answer to the planted key and the planted value. Thin lines are those of a "
         "memory without the pair: only what lies above the thin line of the same colour was remembered.",
     ),
     "relative_error": (
         "|answer − value| / |value|",
+        "relative error",
         "The distance of the memory's answer to the planted key from the planted value. Thin lines are those of a "
         "memory without the pair: only what lies below the thin line of the same colour was remembered.",
     ),
 }
-_RECALL_TITLES = {"kept": "what is left of the write", "cosine": "cosine", "relative_error": "relative error"}
 DRIFT = {
     "distance": (
         "|W − W₀| / |W₀|",
+        "distance from the start",
         "The distance of a head's weights from the initial ones, relative to the norm of these. A line that levels off "
         "has writing and forgetting in balance; one that keeps rising will leave the range the model was trained in.",
     ),
     "norm": (
         "|W|",
+        "norm",
         "The Frobenius norm of a head's weights, over all layers of its network. If it falls steadily, the memory "
         "forgets faster than it writes; if it rises without end, it will overflow.",
     ),
@@ -196,19 +200,16 @@ def is_wide(quantity: str, values: np.ndarray) -> bool:
 
 
 def recall(analysis: dict[str, Any], kind: str) -> LineChart:
-    y_label, caption = RECALL[kind]
+    y_label, name, caption = RECALL[kind]
     recalls = analysis["recall"]["memories"]
-    lines = []
-    for line in head_lines(analysis):
-        found, head = recalls[line.memory], line.head
-        at = np.array(found["distances"]) + 1
-        if f"{kind}_without" in found:
-            without = found[f"{kind}_without"][head]
-            lines.append(line.of(at, without)._replace(reference=True))
-        error = found.get(f"{kind}_error")
-        lines.append(line.of(at, found[kind][head])._replace(error=None if error is None else error[head]))
+    at = [np.array(recall["distances"]) + 1 for recall in recalls]
+    errors = [recall[f"{kind}_error"] for recall in recalls] if f"{kind}_error" in recalls[0] else None
+    lines = head_lines(analysis, at, [recall[kind] for recall in recalls], errors=errors)
+    if f"{kind}_without" in recalls[0]:
+        without = head_lines(analysis, at, [recall[f"{kind}_without"] for recall in recalls])
+        lines += [line._replace(reference=True) for line in without]
     thin = "" if kind == "kept" else " (thin: without the pair)"
-    title = f"Recall of planted pairs: {_RECALL_TITLES[kind]}{thin}"
+    title = f"Recall of planted pairs: {name}{thin}"
     return LineChart(
         f"recall-{kind}", title, "tokens read since the write", y_label, lines, caption,
         log_x=True, zero_line=kind == "kept", along_text=False,
@@ -216,13 +217,12 @@ def recall(analysis: dict[str, Any], kind: str) -> LineChart:
 
 
 def drift(analysis: dict[str, Any], kind: str) -> LineChart:
-    y_label, caption = DRIFT[kind]
-    lines = []
-    for line in head_lines(analysis):
-        found = analysis["drift"][line.memory]
-        lines.append(line.of(np.array(found["positions"]), found[kind][line.head]))
-    title = f"Weights of each head's memory: {'distance from the start' if kind == 'distance' else 'norm'}"
-    return LineChart(f"drift-{kind}", title, _position(analysis), y_label, lines, caption)
+    y_label, name, caption = DRIFT[kind]
+    at = [np.array(drift["positions"]) for drift in analysis["drift"]]
+    lines = head_lines(analysis, at, [drift[kind] for drift in analysis["drift"]])
+    return LineChart(
+        f"drift-{kind}", f"Weights of each head's memory: {name}", _position(analysis), y_label, lines, caption
+    )
 
 
 def gates(analysis: dict[str, Any]) -> LineChart:
@@ -281,34 +281,30 @@ def branch_norms(analysis: dict[str, Any]) -> LineChart:
 def quantity_lines(analysis: dict[str, Any], quantity: str) -> list[Line]:
     """The values of a heat map as lines, which are shown on the page alone."""
     kinds = analysis["tokens"][quantity]
+    at = [positions(analysis)] * len(kinds["mean"])
+    return head_lines(analysis, at, kinds["mean"], maxima=kinds.get("max"))
+
+
+def head_lines(
+    analysis: dict[str, Any],
+    at: list[np.ndarray],
+    tables: list[np.ndarray],
+    *,
+    errors: list[np.ndarray] | None = None,
+    maxima: list[np.ndarray] | None = None,
+) -> list[Line]:
+    """A line for each head: a head has its colour, a memory its dashes. Tables are ``[heads, points]`` by memory."""
     lines = []
-    for line in head_lines(analysis):
-        maximum = kinds["max"][line.memory][line.head] if "max" in kinds else None
-        mean = line.of(positions(analysis), kinds["mean"][line.memory][line.head])
-        lines.append(mean._replace(maximum=maximum))
-    return lines
-
-
-class HeadLine(NamedTuple):
-    """How the lines of one head look: a head has its colour, a memory its dashes."""
-
-    memory: int
-    head: int
-    label: str
-    colour: str
-    dash: int
-
-    def of(self, x: np.ndarray, y: np.ndarray) -> Line:
-        return Line(self.label, x, y, self.colour, self.dash, memory=self.memory)
-
-
-def head_lines(analysis: dict[str, Any]) -> Iterator[HeadLine]:
     for index, memory in enumerate(analysis["memories"]):
         heads = memory["heads"]
         for head in range(heads):
             label = f"{memory['label']}, head {head}" if len(analysis["memories"]) > 1 else f"head {head}"
             colour = COLOURS[head] if heads <= len(COLOURS) else _rainbow(head / heads)
-            yield HeadLine(index, head, label, colour, index % len(DASHES))
+            line = Line(label, at[index], tables[index][head], colour, index % len(DASHES), memory=index)
+            error = None if errors is None else errors[index][head]
+            maximum = None if maxima is None else maxima[index][head]
+            lines.append(line._replace(error=error, maximum=maximum))
+    return lines
 
 
 def _rainbow(share: float) -> str:

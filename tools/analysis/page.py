@@ -196,7 +196,7 @@ def _quantity(analysis: dict[str, Any], heat_map: HeatMap) -> str:
         if text["bin"] > 1
         else ""
     )
-    spread = f"mean {np.nanmean(values):.3g}, from {np.nanmin(values):.3g} to {np.nanmax(values):.3g}"
+    spread = f"mean {np.nanmean(values):.4g}, from {np.nanmin(values):.4g} to {np.nanmax(values):.4g}"
     is_open = " open" if name == QUANTITIES[0] else ""
     return (
         f"<h2>{html.escape(heat_map.title)}</h2><p>{html.escape(quantity.caption + pooled)} Over all heads: {spread}; "
@@ -307,10 +307,11 @@ def _quantity_figure(analysis: dict[str, Any], heat_map: HeatMap) -> Any:
     low, high = (values.min(), values.max()) if len(values) else (0.0, 1.0)
     space = np.geomspace if heat_map.log else np.linspace
     edges = space(low, high if high > low else low + (abs(low) or 1), 41)
-    counts, _ = np.histogram(values, edges)
+    shares = 100 * np.histogram(values, edges)[0] / max(len(values), 1)
+    top = shares.max()
     figure.add_trace(
         Bar(
-            x=100 * counts / max(len(values), 1), y=(edges[1:] + edges[:-1]) / 2, width=np.diff(edges), base=0,
+            x=shares, y=(edges[1:] + edges[:-1]) / 2, width=np.diff(edges), base=0,
             orientation="h", xaxis="x2", yaxis="y2", marker_color="#6b7280", hoverinfo="skip", showlegend=False,
         )
     )  # fmt: skip
@@ -319,7 +320,8 @@ def _quantity_figure(analysis: dict[str, Any], heat_map: HeatMap) -> Any:
     figure.update_layout(
         xaxis={"domain": [0, 0.87], "anchor": "y2", "title": heat_map.x_label, "hoverformat": ",.0f"}
         | {"range": _range(analysis)},
-        xaxis2={"domain": [0.885, 1], "anchor": "y2", "title": "share", "ticksuffix": "%", "nticks": 3},
+        xaxis2={"domain": [0.885, 1], "anchor": "y2", "title": "share"}
+        | {"tickvals": [top], "ticktext": [f"{top:.2g}%"]},
         yaxis={
             "domain": [1 - share + 0.04, 1],
             "range": [len(heat_map.table) - 0.5, -0.5],

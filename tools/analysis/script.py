@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from ..inference.session import MODEL, find_model, open_model
 from ..inference.tokenizer import Tokenizer
 from ..options import add_placement, whole_number
 from ..plotting import need_matplotlib
-from ..terminal import UsageError, progress, say, say_json
+from ..terminal import Columns, UsageError, progress, say, say_columns, say_json
 from ..training.run_folder import TRAIN, is_run
 from . import plots
 from .analysis import Plan, analyse, rounded
@@ -38,7 +37,6 @@ EXAMPLES = (
 )
 PAGE, NUMBERS, PLOTS = "index.html", "analysis.json", "plots"
 TOKENS = 8192
-"""Tokens that are read unless said otherwise."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,9 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", metavar="DIR", help=f"write {PAGE}, {NUMBERS} and {PLOTS}/ here; may be left out with --json")
     add("--force", action="store_true", help="let --out replace an analysis that is there")
     add("--tokenizer", metavar="FILE", help="bytes, ids (numbers), or a tokenizer.json (default: the run's, or bytes)")
-    add(
-        "--tokens", type=whole_number, default=TOKENS, metavar="N", help=f"tokens to read at most (default: {TOKENS:,})"
-    )
+    add("--tokens", type=whole_number, default=TOKENS, metavar="N", help=f"most tokens to read (default: {TOKENS:,})")
     add("--reset", type=whole_number, metavar="N", help="tokens between resets (default: an eighth of the text)")
     add("--pairs", type=whole_number, default=8, metavar="N", help="pairs to plant at each of 4 places (default: 8)")
     add("--seed", type=whole_number, default=0, metavar="N", help="of the planted pairs (default: 0)")
@@ -61,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check everything that can be checked first, analyse, write and tell."""
+    """Check the arguments first, then analyse, write the files and print the verdict."""
     out = _check(arguments)
     model, tokenizer = open_model(arguments.model, arguments.tokenizer, arguments.device, arguments.dtype)
     sample = _sample(arguments, model, tokenizer).to(arguments.device)
@@ -84,34 +80,33 @@ def run(arguments: argparse.Namespace) -> int:
         say_json(rounded({**found, **({} if out is None else {"out": os.path.abspath(out)})}))
         return 0
     say(*analysis["check"]["verdict"], "")
-    say(*_table(analysis))
+    say_columns(_table(analysis))
     if out is not None:
         say("", f"open {out / PAGE}")
     return 0
 
 
 def summary(analysis: dict[str, Any]) -> dict[str, Any]:
-    """What ``--json`` prints: everything that is not one number for each bin, stretch or distance."""
+    """What ``--json`` prints: everything but the values along the text and by distance."""
     check = {k: v for k, v in analysis["check"].items() if k not in ("positions", "counts", "losses", "errors")}
     text = {key: value for key, value in analysis["text"].items() if key != "excerpts"}
     gates = [{k: v for k, v in gate.items() if not isinstance(v, np.ndarray)} for gate in analysis["gates"]]
+    lives = [recall["half_life"] for recall in analysis["recall"]["memories"]]
+    lives += [None] * (len(analysis["memories"]) - len(lives))
     memories = []
-    for index, memory in enumerate(analysis["memories"]):
-        means = {
+    for index, (memory, drift, half_life) in enumerate(zip(analysis["memories"], analysis["drift"], lives)):
+        mean = {
             quantity: [float(np.nanmean(row)) for row in kinds["mean"][index]]
             for quantity, kinds in analysis["tokens"].items()
         }
-        drift = analysis["drift"][index]
-        moved, norm = ([row[-1] for row in drift[kind]] for kind in ("distance", "norm"))
-        lives = [recall["half_life"] for recall in analysis["recall"]["memories"][index : index + 1]]
-        half_life = lives[0] if lives else None
-        memories.append({**memory, "mean": means, "moved": moved, "norm": norm, "half_life": half_life})
+        last = {"moved": [row[-1] for row in drift["distance"]], "norm": [row[-1] for row in drift["norm"]]}
+        memories.append({**memory, "mean": mean, **last, "half_life": half_life})
     head = {key: analysis[key] for key in ("format", "version", "model")}
     return {**head, "text": text, "check": check, "memories": memories, "gates": gates}
 
 
 def _check(arguments: argparse.Namespace) -> Path | None:
-    """Raise ``UsageError`` before any work for what could not be done after it; the folder to write to."""
+    """The folder to write to. Raises ``UsageError`` before any work for what would fail after it."""
     if arguments.text is not None and arguments.data is not None:
         raise UsageError("a TEXTFILE and --data: expected one of them")
     if arguments.tokens < 1 or arguments.pairs < 2:
@@ -176,26 +171,23 @@ def _describe(model: LanguageModel, source: str) -> dict[str, Any]:
 def _no_memory(model: nn.Module) -> str:
     frozen = [name for name, child in model.named_modules() if getattr(child, "use", None) in ("read", "write")]
     if frozen:
-        return f"its memories are only read or only written ({frozen[0]}: use): nothing is learned that could be seen"
+        return f"its memories are only read or only written ({frozen[0]}: use): there is nothing to analyse"
     bases = [name for name in packaged_names() if not re.search(r"-\d[\d.]*[mb]$", name)]
     having = [name for name in bases if '"memory"' in json.dumps(load_recipe(name).to_dict())]
     return f"the model has no memory; of the packaged recipes these have one: {', '.join(having)}"
 
 
 def _write(analysis: dict[str, Any], out: Path, *, draw: bool) -> None:
-    """Every file in one step, the page last: where it is, everything is."""
-    files: list[tuple[str, Callable[[], bytes]]] = [
-        (NUMBERS, lambda: (json.dumps(rounded(analysis), ensure_ascii=False, allow_nan=False) + "\n").encode()),
-        (PAGE, lambda: render(analysis).encode()),
-    ]
+    """Write each file atomically; the page is the last, so all files are there where it is."""
+    numbers = json.dumps(rounded(analysis), ensure_ascii=False, allow_nan=False) + "\n"
     try:
         with making_folder(out):
             if draw:
                 with making_folder(out / PLOTS):
                     for name, content in plots.draw(analysis):
                         _put(out / PLOTS / name, content)
-            for name, content_of in files:
-                _put(out / name, content_of())
+            _put(out / NUMBERS, numbers.encode())
+            _put(out / PAGE, render(analysis).encode())
     except OSError as error:
         raise StorageError(f"--out {out}: {error.strerror or error}") from error
 
@@ -205,17 +197,15 @@ def _put(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
-def _table(analysis: dict[str, Any]) -> list[str]:
-    """A line for each head."""
-    lines = [f"{'memory':<24}{'head':>5}{'surprise':>10}{'step':>9}{'moved':>8}{'half of a pair is left after':>31}"]
+def _table(analysis: dict[str, Any]) -> Columns:
+    """A row for each head."""
+    table = Columns("memory", "head", "surprise", "step", "moved", "half-life of a pair")
+    recalls = analysis["recall"]["memories"]
+    longest = recalls[0]["distances"][-1] if recalls else 0
     for memory in summary(analysis)["memories"]:
         for head in range(memory["heads"]):
             life = memory["half_life"][head] if memory["half_life"] else None
-            longest = analysis["recall"]["memories"][0]["distances"][-1] if analysis["recall"]["memories"] else 0
-            said = f"over {longest:,} tokens" if life is None else f"{life:,.0f} tokens"
-            mean = memory["mean"]
-            lines.append(
-                f"{memory['label']:<24}{head:>5}{mean['surprise'][head]:>10.3g}{mean['step'][head]:>9.2g}"
-                f"{memory['moved'][head]:>8.1%}{said:>31}"
-            )
-    return lines
+            tokens = f"over {longest:,} tokens" if life is None else f"{life:,.0f} tokens"
+            surprise, step = (f"{memory['mean'][quantity][head]:.3g}" for quantity in ("surprise", "step"))
+            table.add(memory["label"], str(head), surprise, step, f"{memory['moved'][head]:.1%}", tokens)
+    return table

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from ...blocks.generation import Sampler
 from ..options import add_placement, whole_number
@@ -32,58 +33,34 @@ MAX_NEW_TOKENS = 128
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, the text, the state, how to draw tokens, and what to do."""
     add = parser.add_argument
+    several: Any = {"action": "append", "default": []}
     add("model", metavar="MODEL", help="the folder of a saved model, or of a titans-train run")
-    add(
-        "prompt",
-        nargs="*",
-        default=[],
-        metavar="PROMPT",
-        help="what to read, after the files; words are joined by a space",
-    )
-    add(
-        "--file",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="read this file exactly as it is, of any length; may be given many times; - is standard input, which is "
-        "also read when there is neither PROMPT nor --file",
-    )
+    add("prompt", nargs="*", default=[], metavar="PROMPT", help="text to read after the files; words joined by spaces")
+    file = "read this file exactly as it is; may be repeated; - is standard input, which is the default without PROMPT"
+    add("--file", **several, metavar="FILE", help=file)
     add("--tokenizer", metavar="FILE", help="bytes, ids (numbers), or a tokenizer.json (default: the run's, or bytes)")
     add(
-        "--state", metavar="FILE", help="go on from the state in this file, if it is there, and save it back at the end"
+        "--state",
+        metavar="FILE",
+        help="go on from the state in this file, if there is one, and save it back at the end",
     )
     add("--fork", action="store_true", help="leave the file of --state as it is")
     add("--save", metavar="FILE", help="save the state here at the end, and leave the file of --state as it is")
     add("--no-write", action="store_true", help="freeze the memory: it answers from what it has learned so far")
-    add(
-        "--max-new-tokens",
-        type=whole_number,
-        default=MAX_NEW_TOKENS,
-        metavar="N",
-        help=f"length of an answer (default: {MAX_NEW_TOKENS}; 0: read)",
-    )
-    add("--stop", action="append", default=[], metavar="TEXT", help="end an answer before this text; may be repeated")
+    length = f"length of an answer (default: {MAX_NEW_TOKENS}; 0: read only)"
+    add("--max-new-tokens", type=whole_number, default=MAX_NEW_TOKENS, metavar="N", help=length)
+    add("--stop", **several, metavar="TEXT", help="end an answer before this text; may be repeated")
     add("--temperature", type=float, default=0.0, metavar="T", help="of the draw; 0, the default, takes the likeliest")
     add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
     add("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that reach this probability together")
     add("--seed", type=whole_number, metavar="N", help="draw the same tokens every time")
-    add("--chat", action="store_true", help="talk line by line; also what happens on a terminal without a prompt")
-    add(
-        "--template",
-        default=DEFAULT_TEMPLATE,
-        metavar="TEXT",
-        help=f"what is read for a line: {PLACEHOLDER} is the line, \\n its end (default: {DEFAULT_TEMPLATE})",
-    )
-    add(
-        "--perplexity",
-        metavar="FILE",
-        help="measure how well a text is predicted, by position; the file of --state stays as it is",
-    )
-    add(
-        "--buckets", metavar="N,N,...", help="positions at which --perplexity parts the text (default: 128,256,512,...)"
-    )
+    add("--chat", action="store_true", help="talk line by line; the default on a terminal without a prompt")
+    template = f"text to read for a line: {PLACEHOLDER} is the line, \\n its end (default: {DEFAULT_TEMPLATE})"
+    add("--template", default=DEFAULT_TEMPLATE, metavar="TEXT", help=template)
+    add("--perplexity", metavar="FILE", help="measure how well a text is predicted, by position; saves no --state")
+    add("--buckets", metavar="N,N,...", help="positions at which --perplexity splits the text (default: 128,256,...)")
     add("--compare-frozen", action="store_true", help="--perplexity: read once more with the memory frozen")
-    add("--plot", metavar="FILE.svg", help="--perplexity: a picture of it, by position")
+    add("--plot", metavar="FILE.svg", help="--perplexity: a plot of it, by position (needs the extra `analyze`)")
     add_placement(parser, dtype=None)
 
 
