@@ -221,10 +221,10 @@ def container(
 ) -> Shape:
     """A labelled frame. ``through``: data enters and leaves along the axis."""
     padding, top, bottom = 16, 40, 18
-    wanted = text_width(label, 12, True) + text_width(note, 11) + 24
+    label_width = text_width(label, 12, True) + text_width(note, 11) + 24
     # the label stands left of the incoming line, which would cross it
     left = max(inner.left + padding, text_width(label, 12, True) + text_width(note, 11) + 30 if through else 0)
-    right = max(inner.right + padding, wanted - left, 24)
+    right = max(inner.right + padding, label_width - left, 24)
     height = inner.height + top + bottom
 
     def draw(canvas: Canvas, x: float, y: float) -> None:

@@ -41,7 +41,7 @@ class LineChart(NamedTuple):
     lines: list[Line]
     caption: str
     log_x: bool = False
-    """A logarithmic axis with a tick at each point of the first line, whose label is one less than its position."""
+    """A logarithmic axis with a tick at each point. Labels are one less than positions, as 0 has no logarithm."""
     log_y: bool = False
     y_range: tuple[float, float] | None = None
     zero_line: bool = False
@@ -88,7 +88,7 @@ QUANTITY: dict[str, Quantity] = {
     "momentum": Quantity(
         "Momentum",
         "momentum η",
-        "The decay of past surprise at a token: near 1, an event goes on being written for long.",
+        "The decay of past surprise at a token: near 1, a write continues for many tokens.",
     ),
     "forgetting": Quantity(
         "Forgetting",
@@ -259,7 +259,7 @@ def branches(analysis: dict[str, Any]) -> LineChart:
     return LineChart(
         "branches", "Attention against memory", _position(analysis), "second branch's share of both norms", lines,
         f"{caption} The norms are those of the branches' outputs before they are normalised and combined: they say "
-        "how strong each branch is, not what it is worth, which the losses above say.", y_range=(0, 1),
+        "how strong each branch is, not how much it helps, which the losses above show.", y_range=(0, 1),
     )  # fmt: skip
 
 

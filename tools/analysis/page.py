@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -89,8 +90,10 @@ def render(analysis: dict[str, Any]) -> str:
         f".s{index} {{ background: {colour}; color: {'#fff' if index < SHADES * 0.6 else '#000'}; }}\n"
         for index, colour in enumerate(sample_colorscale("Viridis", SHADES))
     )
-    sections = {"verdict": ("Verdict", _verdict(analysis)), **dict(_figure_sections(analysis))}
-    links = "".join(f'<a href="#{name}">{heading}</a>' for name, (heading, _) in sections.items() if heading)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All-NaN|Mean of empty slice")  # what is missing stays missing
+        sections = {"verdict": ("Verdict", _verdict(analysis)), **dict(_figure_sections(analysis))}
+    links = " ".join(f'<a href="#{name}">{heading}</a>' for name, (heading, _) in sections.items() if heading)
     body = "\n".join(f'<section id="{name}">{content}</section>' for name, (_, content) in sections.items())
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -180,12 +183,12 @@ def _section(analysis: dict[str, Any], chart: LineChart) -> str:
 
 
 def _half_lives(analysis: dict[str, Any]) -> str:
-    said = []
+    lives = []
     for memory, recall in zip(analysis["memories"], analysis["recall"]["memories"]):
         for head, life in enumerate(recall["half_life"]):
             tokens = f"over {recall['distances'][-1]:,}" if life is None else f"{life:,.0f}"
-            said.append(f"{tokens} tokens ({memory['label']}, head {head})")
-    return f" Half-lives: {', '.join(said)}." if len(said) <= MAX_LINES else ""
+            lives.append(f"{tokens} tokens ({memory['label']}, head {head})")
+    return f" Half-lives: {', '.join(lives)}." if len(lives) <= MAX_LINES else ""
 
 
 def _quantity(analysis: dict[str, Any], heat_map: HeatMap) -> str:
@@ -270,11 +273,14 @@ def _figure(**layout: Any) -> Any:
 
 
 def _line_figure(analysis: dict[str, Any], chart: LineChart) -> Any:
-    height = 360 + 22 * (len(chart.lines) // 4)
-    figure = _figure(height=height, showlegend=True)
-    if chart.along_text and len(chart.lines[0].x) == len(analysis["text"]["excerpts"]):
-        figure.add_trace(_text_trace(analysis, chart.lines))
-    for line in chart.lines:
+    figure = _figure(height=360 + 22 * (len(chart.lines) // 4), showlegend=True)
+    lines = chart.lines
+    if chart.along_text and len(lines[0].x) == len(analysis["text"]["excerpts"]):
+        figure.add_trace(_text_trace(analysis, lines))
+    if chart.log_x:  # distances that double are as far apart as categories
+        lines = [line._replace(x=np.array([f"{at - 1:,}" for at in line.x])) for line in lines]
+        figure.update_xaxes(type="category")
+    for line in lines:
         if line.error is not None and len(chart.lines) <= MAX_LINES:
             figure.add_trace(_band(line))
         figure.add_trace(_line_trace(line))
@@ -282,10 +288,6 @@ def _line_figure(analysis: dict[str, Any], chart: LineChart) -> Any:
     if chart.along_text:
         figure.update_xaxes(range=_range(analysis))
     figure.update_yaxes(title=chart.y_label, zeroline=chart.zero_line, zerolinecolor="#9ca3af", range=chart.y_range)
-    if chart.log_x:
-        ticks = chart.lines[0].x
-        # positions are one more than distances, as 0 has no logarithm
-        figure.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{tick - 1:,}" for tick in ticks], minor_ticks="")
     if chart.log_y:
         figure.update_yaxes(type="log")
     _add_memory_menu(analysis, figure)
@@ -342,8 +344,8 @@ def _quantity_figure(analysis: dict[str, Any], heat_map: HeatMap) -> Any:
     )
     _add_memory_menu(analysis, figure, starts.tolist())
     if len(heat_map.table) > 1:
-        scales = [("one scale of colours", [True, False]), ("a scale for each head", [False, True])]
-        _add_menu(figure, [(label, [{"visible": visible}, {}, [0, 1]]) for label, visible in scales], x=0.87)
+        scales = [("one scale", [True, False]), ("one scale per head", [False, True])]
+        _add_menu(figure, [(label, [{"visible": visible}, {}, [0, 1]]) for label, visible in scales], x=1)
     return figure
 
 
@@ -387,10 +389,9 @@ def _line_trace(line: Line) -> Any:
 def _points(x: np.ndarray, y: np.ndarray) -> dict[str, Any]:
     """The points of a line, as small as they can be written."""
     y = np.asarray(y, np.float32)
-    steps = np.diff(x)
-    if len(steps) and (steps == steps[0]).all():
-        return {"x0": x[0], "dx": steps[0], "y": y}
-    return {"x": x, "y": y}
+    steps = np.diff(x) if x.dtype.kind != "U" else []
+    even = len(steps) > 0 and (steps == steps[0]).all()
+    return {"x0": x[0], "dx": steps[0], "y": y} if even else {"x": x, "y": y}
 
 
 def _range(analysis: dict[str, Any]) -> list[float]:
@@ -417,13 +418,13 @@ def _text_trace(analysis: dict[str, Any], lines: list[Line]) -> Any:
     text = analysis["text"]
     parts = [_visible(excerpt) or "·" for excerpt in text["excerpts"]]
     around, gap = (AROUND, "") if text["bin"] == 1 else (1, " ")
-    said = [
+    contexts = [
         f"{gap.join(parts[max(at - around, 0) : at])}<b> {part} </b>{gap.join(parts[at + 1 : at + 1 + around])}"
         for at, part in enumerate(parts)
     ]
     y = np.nanmean(np.stack([line.y for line in lines]), axis=0)
     return Scatter(
-        **_points(positions(analysis), y), mode="lines", opacity=0, name="text", showlegend=False, customdata=said,
+        **_points(positions(analysis), y), mode="lines", opacity=0, name="text", showlegend=False, customdata=contexts,
         hovertemplate="%{customdata}<extra></extra>",
     )  # fmt: skip
 

@@ -29,7 +29,7 @@ class Sample(NamedTuple):
     tokens: Tensor
     """``[rows, time]`` int64."""
     targets: Tensor
-    """``[rows, time]`` int64: what is to be predicted at each token; -100 where nothing counts."""
+    """``[rows, time]`` int64: the target of each token; -100 where there is none."""
     mask: Tensor | None
     """``[rows, time]`` bool: which tokens are real; ``None`` where all are."""
     words: Callable[[int, int], list[str]]

@@ -41,11 +41,11 @@ class _Chat:
         self.done = False
         self.commands: dict[str, tuple[str, Callable[[str], None]]] = {
             "save": ("FILE  save the state now (without FILE: where it is saved at the end)", self._save),
-            "load": ("FILE  go on from the state in FILE", self._load),
+            "load": ("FILE  continue from the state in FILE", self._load),
             "fork": ("[FILE]  leave the state's file as it is; save to FILE at the end, or nowhere", self._fork),
             "freeze": ("  the memory answers from what it has learned so far", self._freeze),
             "thaw": ("  the memory learns again", self._thaw),
-            "reset": ("  forget everything that was read", self._reset),
+            "reset": ("  return to the initial state", self._reset),
             "help": ("  this list", self._help),
             "quit": ("  leave, as Ctrl-D does", self._quit),
         }
@@ -119,7 +119,7 @@ class _Chat:
         if not name:
             raise UsageError("/load: expected the name of a file")
         self.session.load(Path(name))
-        say(f"(goes on from {name}{_saved_at_end(self.target)})")
+        say(f"(continues from {name}{_saved_at_end(self.target)})")
 
     def _fork(self, name: str) -> None:
         target = Path(name) if name else None
@@ -137,11 +137,11 @@ class _Chat:
 
     def _thaw(self, _: str) -> None:
         self.session.model.unfreeze_memory()
-        say("(the memory learns)")
+        say("(the memory learns again)")
 
     def _reset(self, _: str) -> None:
         self.session.reset()
-        say("(everything is forgotten)")
+        say("(the state is reset)")
 
     def _help(self, _: str) -> None:
         for name, (what, _do) in self.commands.items():

@@ -16,13 +16,13 @@ from .generate import answer_prompt
 from .measure import measure, parse_edges
 from .session import STANDARD_INPUT, Session, Text, check_state_file, check_writable, open_model
 
-SUMMARY = "Let a saved model read a text of any length and go on from it; keep what it learned for the next time."
+SUMMARY = "Let a saved model read a text of any length and continue it; keep what it learned for the next time."
 EXAMPLES = (
-    "titans-infer models/mine 'Once upon a time'                   go on from a prompt",
+    "titans-infer models/mine 'Once upon a time'                   continue a prompt",
     "titans-infer models/mine --file book.txt --state book.state   read a book, and keep what was learned",
     "titans-infer models/mine --state book.state 'Who was it?'     ask days later; this is learned, too",
     "titans-infer models/mine --state book.state --fork 'And if?'  ask, and leave the state as it was",
-    "titans-infer models/mine --chat --state me.state              talk; /help lists the commands",
+    "titans-infer models/mine --chat --state me.state              chat; /help lists the commands",
     "titans-infer models/mine --perplexity book.txt                how well it predicts, by position",
     "cat *.log | titans-infer runs/logs --max-new-tokens 0 --json  for machines",
 )
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--state",
         metavar="FILE",
-        help="go on from the state in this file, if there is one, and save it back at the end",
+        help="continue from the state in this file, if there is one, and save it back at the end",
     )
     add("--fork", action="store_true", help="leave the file of --state as it is")
     add("--save", metavar="FILE", help="save the state here at the end, and leave the file of --state as it is")
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
     add("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that reach this probability together")
     add("--seed", type=whole_number, metavar="N", help="draw the same tokens every time")
-    add("--chat", action="store_true", help="talk line by line; the default on a terminal without a prompt")
+    add("--chat", action="store_true", help="chat line by line; the default on a terminal without a prompt")
     template = f"text to read for a line: {PLACEHOLDER} is the line, \\n its end (default: {DEFAULT_TEMPLATE})"
     add("--template", default=DEFAULT_TEMPLATE, metavar="TEXT", help=template)
     add("--perplexity", metavar="FILE", help="measure how well a text is predicted, by position; saves no --state")
@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     if state is not None and state.exists():
         session.load(state)
     elif state is not None and target != state:  # nothing would be saved there
-        raise UsageError(f"--state {state}: no such file, so there is nothing to go on from")
+        raise UsageError(f"--state {state}: no such file, so there is nothing to continue from")
     if model.grows:
         complain("attention without a window: the state, and the time of a token, grow with the text", "warning")
     if arguments.no_write:
@@ -110,13 +110,13 @@ def _check(arguments: argparse.Namespace) -> None:
     """Raise ``UsageError`` for options that do not go together."""
     if arguments.perplexity is not None:
         if stray := _first_given(arguments, "--chat", "PROMPT", "--file", "--stop"):
-            raise UsageError(f"--perplexity measures one file and generates nothing: {stray} has no place there")
+            raise UsageError(f"--perplexity measures one file and generates nothing: it takes no {stray}")
         if arguments.compare_frozen and arguments.no_write:
             raise UsageError("--compare-frozen compares with --no-write: give one of them")
     elif stray := _first_given(arguments, "--buckets", "--compare-frozen", "--plot"):
         raise UsageError(f"{stray}: says how --perplexity FILE measures, and there is no --perplexity")
     if arguments.chat and arguments.json:
-        raise UsageError("--chat: talking has no JSON document; give a prompt for each answer, and --state to go on")
+        raise UsageError("--chat prints no JSON document: give a prompt for each answer, and --state to continue")
     if arguments.chat and STANDARD_INPUT in arguments.file:
         raise UsageError("--chat: its lines come from standard input, which cannot be a --file, too")
     if PLACEHOLDER not in arguments.template:

@@ -248,7 +248,7 @@ class Session:
         """
         if self.reading.logits is None:
             hint = "; a state is what was read, without what comes next: give it at least a line end, $'\\n'"
-            message = "there is nothing to go on from: the prompt is empty"
+            message = "there is nothing to continue: the prompt is empty"
             raise UsageError(message + ("" if self.reading.state is None else hint))
         decoder = self.tokenizer.decoder()
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,26 @@ def test_menus_choose_the_memory_and_the_scale(opened: Any) -> None:
     choose("surprise", 1, 1)
     assert heat_map(opened).min(1).tolist() == [0] * 5 and heat_map(opened).max(1).tolist() == [1] * 5
     assert opened.errors == []
+
+
+def test_the_page_fits_a_narrow_window(opened: Any) -> None:
+    opened.window(400, 800)
+    opened.wait("document.documentElement.scrollWidth <= 400")
+    assert 200 < opened.run("document.querySelector('#gates-figure .main-svg').clientWidth") < 400
+    opened.window(1200, 900)
+    assert opened.errors == []
+
+
+def test_missing_values_and_zeros_are_left_out(numbers: dict[str, Any]) -> None:
+    tables = [table.copy() for table in numbers["tokens"]["forgetting"]["mean"]]
+    tables[0][0], tables[0][1], tables[1][:, 5] = 0.0, np.nan, np.nan
+    nothing = [np.full_like(table, np.nan) for table in tables]
+    zeros = [np.zeros_like(table) for table in tables]
+    changed = {"forgetting": {"mean": tables}, "momentum": {"mean": zeros}, "step": {"mean": nothing}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        page = render({**numbers, "tokens": {**numbers["tokens"], **changed}})
+    assert page.count("plotly-graph-div") > len(FIGURES)
 
 
 def test_a_long_text_is_pooled(analysis: Callable[[], dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,11 +72,11 @@ def test_commands(folder: Path, chat: Infer, tmp_path: Path) -> None:
     for said in (
         f"(saved to {second})",
         f"(saved to {first})",
-        f"(goes on from {second}; the state is saved to {first} at the end)",
+        f"(continues from {second}; the state is saved to {first} at the end)",
         f"(forked; the state is saved to {third} at the end)",
         "memories frozen)",
         "(no memory was left to freeze)",
-        "(the memory learns)",
+        "(the memory learns again)",
         "/fork [FILE]",
     ):
         assert said in result.out
@@ -92,7 +92,7 @@ def test_a_fork_without_a_file_saves_nothing(chat: Infer, tmp_path: Path) -> Non
 
 def test_reset(folder: Path, chat: Infer, tmp_path: Path) -> None:
     result = chat("one", "/reset", "two", words=("--state", tmp_path / "a.state"))
-    assert result.out.partition("(everything is forgotten)\n")[2] == chat("two").out
+    assert result.out.partition("(the state is reset)\n")[2] == chat("two").out
     assert read(folder, tmp_path / "a.state") == 4 + 6
 
 
