@@ -23,8 +23,6 @@ class TokenCount(CacheLayerMixin):
     """In the place of the layer of a replaced attention: the number of tokens that were read, and no keys."""
 
     is_sliding = False
-    is_compileable = False
-    is_croppable = False
     supports_early_init = False
 
     def __init__(self) -> None:
@@ -46,8 +44,6 @@ class TokenCount(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
-    get_max_cache_shape = get_max_length  # its name in earlier versions
-
     def reset(self) -> None:
         self.tokens = 0
 
@@ -60,16 +56,9 @@ class TokenCount(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """There are no rows."""
 
-    def offload(self) -> None:
-        """There is nothing worth moving."""
-
-    def prefetch(self) -> None:
-        """There is nothing to move."""
-
     def crop(self, tokens_to_remove: int) -> None:
         """Nothing for 0. Raises ``SwapError`` for others: a memory cannot unread."""
-        # in earlier versions the number was that of tokens which stay
-        if tokens_to_remove < 0 or 0 < tokens_to_remove < self.tokens:
+        if tokens_to_remove != 0:
             raise SwapError(
                 f"crop({tokens_to_remove}): a memory cannot unread what it has read; keep copy.deepcopy(cache) from "
                 "before the tokens that may have to go (assisted generation, which crops, is not possible)"

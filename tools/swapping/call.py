@@ -186,7 +186,7 @@ def before_forward(
     call = joined or repeated or ModelCall(module, current_call.get())
     if repeated is None:
         if joined is None:
-            current_call.set(call)
+            _open(call)
         call.begin(module, named_arguments(module, args, kwargs))
     for site in gated_sites(module, "before"):
         adapter = site.adapter
@@ -235,6 +235,14 @@ def call_replacement(site: Replacement, args: tuple[Any, ...], kwargs: dict[str,
     x = site.adapter.read(site, args, kwargs, site.path)
     y = call.run(site, x, site.adapter.padding_mask(site, args, kwargs), again)
     return site.adapter.returned(site, args, kwargs, y, site.path)
+
+
+def _open(call: ModelCall) -> None:
+    if not call.in_backward:  # backward passes through earlier calls are over, also where their outputs are kept
+        for earlier in [reference() for reference in _gradients_passed.keyrefs()]:
+            if earlier is not None and earlier.opener is call.opener:
+                _gradients_passed.pop(earlier, None)
+    current_call.set(call)
 
 
 def _joined(module: nn.Module) -> ModelCall | None:

@@ -29,7 +29,7 @@ def read(model: TitansBuildForCausalLM, tokens: Tensor, cache: StateCache | None
     ],
     ids=["reorder", "select", "repeat"],
 )
-def test_rows_go_on_from_what_they_have_read(
+def test_rows_continue_from_their_state(
     model: TitansBuildForCausalLM, tokens: Tensor, change: Callable[[StateCache], None], rows: list[int]
 ) -> None:
     _, cache = read(model, tokens)
@@ -41,7 +41,7 @@ def test_rows_go_on_from_what_they_have_read(
     assert_close(logits, whole[:, 11:])
 
 
-def test_a_copy_is_a_fork(model: TitansBuildForCausalLM, tokens: Tensor) -> None:
+def test_deepcopy_is_a_fork(model: TitansBuildForCausalLM, tokens: Tensor) -> None:
     _, cache = read(model, tokens[:, :5])
     fork = copy.deepcopy(cache)
     assert fork.state is cache.state
@@ -51,7 +51,7 @@ def test_a_copy_is_a_fork(model: TitansBuildForCausalLM, tokens: Tensor) -> None
     assert_close(logits, read(model, tokens)[0][:, 5:])
 
 
-def test_its_state_is_the_model_s(small: Callable[..., TitansBuildForCausalLM], tokens: Tensor) -> None:
+def test_the_state_is_that_of_the_language_model(small: Callable[..., TitansBuildForCausalLM], tokens: Tensor) -> None:
     model = small()
     logits, cache = read(model, tokens)
     inner = model.model(tokens)
@@ -64,7 +64,7 @@ def test_its_state_is_the_model_s(small: Callable[..., TitansBuildForCausalLM], 
     assert_close(read(model, tokens, StateCache(inner.state, 11))[0], read(model, tokens, cache)[0])
 
 
-def test_padding_is_counted_and_not_read(model: TitansBuildForCausalLM, tokens: Tensor) -> None:
+def test_padding_is_counted_but_not_read(model: TitansBuildForCausalLM, tokens: Tensor) -> None:
     mask = torch.ones(3, 14, dtype=torch.long)
     mask[:, :3] = 0
     padded = torch.cat([torch.zeros(3, 3, dtype=torch.long), tokens], dim=1)
@@ -79,7 +79,7 @@ def test_padding_is_counted_and_not_read(model: TitansBuildForCausalLM, tokens: 
             assert_close(more.logits, whole[:, -2:])
 
 
-def test_nothing_read(model: TitansBuildForCausalLM) -> None:
+def test_an_empty_cache(model: TitansBuildForCausalLM) -> None:
     cache = StateCache()
     assert cache
     assert (len(cache), cache.get_seq_length(), cache.batch_size, cache.get_max_length()) == (0, 0, -1, -1)
@@ -88,7 +88,7 @@ def test_nothing_read(model: TitansBuildForCausalLM) -> None:
     assert repr(cache) == "StateCache(nothing read)"
 
 
-def test_forgetting_is_all_or_nothing(model: TitansBuildForCausalLM, tokens: Tensor) -> None:
+def test_crop_removes_all_tokens_or_none(model: TitansBuildForCausalLM, tokens: Tensor) -> None:
     _, cache = read(model, tokens)
     assert repr(cache) == "StateCache(3 x 11 tokens read)"
     assert cache.get_mask_sizes(2, 0) == (13, 0)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 
-def test_a_missing_extra_is_one_clear_error() -> None:
+def test_a_missing_extra_is_one_error() -> None:
     code = """
 import sys
 import titans_build

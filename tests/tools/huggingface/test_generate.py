@@ -27,13 +27,13 @@ def run(model: TitansBuildForCausalLM, tokens: Tensor, **settings: Any) -> Any:
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_with_a_cache_is_as_without_one(model: TitansBuildForCausalLM, tokens: Tensor, how: str) -> None:
+def test_generate_with_and_without_a_cache(model: TitansBuildForCausalLM, tokens: Tensor, how: str) -> None:
     cached = run(model, tokens, **HOW[how])
     assert cached.shape == (3 * HOW[how].get("num_return_sequences", 1), 11 + NEW)
     assert torch.equal(cached, run(model, tokens, use_cache=False, **HOW[how]))
 
 
-def test_greedy_takes_the_likeliest_token_of_the_model_itself(model: TitansBuildForCausalLM, tokens: Tensor) -> None:
+def test_greedy_search_takes_the_likeliest_token(model: TitansBuildForCausalLM, tokens: Tensor) -> None:
     grown = tokens
     for _ in range(NEW):
         grown = torch.cat([grown, model.model(grown).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
@@ -42,7 +42,7 @@ def test_greedy_takes_the_likeliest_token_of_the_model_itself(model: TitansBuild
 
 
 @pytest.mark.parametrize("how", ["greedy", "beams"])
-def test_rows_padded_on_the_left_are_as_each_alone(model: TitansBuildForCausalLM, tokens: Tensor, how: str) -> None:
+def test_left_padded_rows_equal_single_rows(model: TitansBuildForCausalLM, tokens: Tensor, how: str) -> None:
     lengths = [11, 6, 1]
     padded, mask = torch.zeros_like(tokens), torch.zeros_like(tokens)
     for row, length in enumerate(lengths):
@@ -53,11 +53,11 @@ def test_rows_padded_on_the_left_are_as_each_alone(model: TitansBuildForCausalLM
         assert torch.equal(together[row, :, 11:], alone[:, length:])
 
 
-def test_a_prompt_may_be_read_in_chunks(model: TitansBuildForCausalLM, tokens: Tensor) -> None:
+def test_chunked_prefill(model: TitansBuildForCausalLM, tokens: Tensor) -> None:
     assert torch.equal(run(model, tokens, prefill_chunk_size=4), run(model, tokens))
 
 
-def test_it_goes_on_from_the_cache_that_it_returns(model: TitansBuildForCausalLM, tokens: Tensor) -> None:
+def test_generate_continues_from_the_returned_cache(model: TitansBuildForCausalLM, tokens: Tensor) -> None:
     first = run(model, tokens, return_dict_in_generate=True)
     assert isinstance(first.past_key_values, StateCache)
     assert first.past_key_values.get_seq_length() == 11 + NEW - 1  # the last token has not been read
@@ -67,17 +67,17 @@ def test_it_goes_on_from_the_cache_that_it_returns(model: TitansBuildForCausalLM
     assert torch.equal(went_on, run(model, longer, attention_mask=real))
 
 
-def test_from_vectors(model: TitansBuildForCausalLM, tokens: Tensor) -> None:
+def test_generate_from_embeddings(model: TitansBuildForCausalLM, tokens: Tensor) -> None:
     vectors = model.get_input_embeddings()(tokens)
     assert torch.equal(run(model, None, inputs_embeds=vectors), run(model, tokens)[:, 11:])
 
 
-def test_a_model_without_gradients_leaves_none_in_its_cache(model: TitansBuildForCausalLM, tokens: Tensor) -> None:
+def test_generate_leaves_no_gradients_in_the_cache(model: TitansBuildForCausalLM, tokens: Tensor) -> None:
     state = run(model, tokens, return_dict_in_generate=True).past_key_values.state
     assert not any(tensor.requires_grad for tensor in state.layers[0] if isinstance(tensor, Tensor))
 
 
-def test_what_cannot_be_is_refused(small: Callable[..., TitansBuildForCausalLM], tokens: Tensor) -> None:
+def test_unsupported_arguments_are_refused(small: Callable[..., TitansBuildForCausalLM], tokens: Tensor) -> None:
     model = small()
     with pytest.raises(TypeError, match=r"expected the cache of a titans-build model \(StateCache\), got DynamicCache"):
         run(model, tokens, past_key_values=DynamicCache())

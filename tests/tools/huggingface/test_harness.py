@@ -29,7 +29,7 @@ def reader(small: Make) -> TitansBuildForCausalLM:
     return small("mac", torch.float32, vocab=256)
 
 
-def test_the_pipeline_goes_on_from_texts_of_unequal_lengths(reader: TitansBuildForCausalLM) -> None:
+def test_the_pipeline_with_texts_of_unequal_lengths(reader: TitansBuildForCausalLM) -> None:
     speak = pipeline("text-generation", model=reader, tokenizer=byte_tokenizer(), batch_size=2)
     texts = ["once upon a time", "twice"]
     settings = {"max_new_tokens": 6, "do_sample": False, "return_tensors": True}
@@ -49,7 +49,7 @@ def log_likelihood(model: TitansBuildForCausalLM, context: str, continuation: st
     return sum(float(logits[len(before) - 1 + index, token]) for index, token in enumerate(after))
 
 
-def test_a_task_of_the_evaluation_harness(
+def test_the_evaluation_harness(
     reader: TitansBuildForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))

@@ -22,7 +22,7 @@ Make = Callable[..., TitansBuildForCausalLM]
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie": True}], ids=["", "tied"])
-def test_saved_and_read(small: Make, tokens: Tensor, tmp_path: Path, changes: dict[str, bool]) -> None:
+def test_save_and_load(small: Make, tokens: Tensor, tmp_path: Path, changes: dict[str, bool]) -> None:
     model = small("mac", **changes)
     model.save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
@@ -41,7 +41,7 @@ def test_saved_and_read(small: Make, tokens: Tensor, tmp_path: Path, changes: di
     assert_close(again.model(tokens, state).logits, model.model(tokens, state).logits)
 
 
-def test_in_another_dtype_and_in_parts(small: Make, tokens: Tensor, tmp_path: Path) -> None:
+def test_load_shards_in_another_dtype(small: Make, tokens: Tensor, tmp_path: Path) -> None:
     model = small()
     model.save_pretrained(tmp_path, max_shard_size="4KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
@@ -50,7 +50,7 @@ def test_in_another_dtype_and_in_parts(small: Make, tokens: Tensor, tmp_path: Pa
     assert_close(again(tokens).logits, model(tokens).logits.float(), atol=1e-4, rtol=1e-4)
 
 
-def test_what_tb_save_wrote(small: Make, tokens: Tensor, tmp_path: Path) -> None:
+def test_folders_of_tb_save(small: Make, tokens: Tensor, tmp_path: Path) -> None:
     model = small()
     tb.save(model.model, tmp_path / "tb")
     again = from_pretrained(tmp_path / "tb")
@@ -66,7 +66,7 @@ def test_what_tb_save_wrote(small: Make, tokens: Tensor, tmp_path: Path) -> None
     assert_close(tb.load(tmp_path / "again")(tokens).logits, model(tokens).logits)
 
 
-def test_the_hidden_states_of_a_saved_language_model(small: Make, tokens: Tensor, tmp_path: Path) -> None:
+def test_load_as_the_model_without_head(small: Make, tokens: Tensor, tmp_path: Path) -> None:
     model = small()
     model.save_pretrained(tmp_path)
     again = TitansBuildModel.from_pretrained(tmp_path)
@@ -95,7 +95,7 @@ def test_weights_that_do_not_fit_are_refused(small: Make, tmp_path: Path) -> Non
         from_pretrained(tmp_path)
 
 
-def test_weights_of_equal_shapes_and_another_recipe_are_told_apart(small: Make, tmp_path: Path) -> None:
+def test_weights_of_another_recipe_with_equal_shapes_are_refused(small: Make, tmp_path: Path) -> None:
     small().save_pretrained(tmp_path / "one")
     other = small("mac", layers={"mac": [{**small().model.recipe.to_dict()["layers"]["mac"][0], "segment": 5}, "ffn"]})
     other.save_pretrained(tmp_path / "two")
@@ -113,7 +113,7 @@ def test_a_changed_recipe_is_refused(small: Make, tmp_path: Path) -> None:
         from_pretrained(tmp_path)
 
 
-def test_a_folder_s_recipe_is_in_the_folder(small: Make, tmp_path: Path) -> None:
+def test_config_names_no_other_file(small: Make, tmp_path: Path) -> None:
     small().save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "other.yaml").write_text("a secret")
@@ -137,7 +137,7 @@ def test_nothing_is_unpickled(small: Make, tmp_path: Path) -> None:
         from_pretrained(tmp_path)
 
 
-def test_a_folder_that_is_none(tmp_path: Path) -> None:
+def test_missing_and_empty_folders(tmp_path: Path) -> None:
     with pytest.raises((OSError, ValueError), match="empty"):
         from_pretrained(tmp_path / "empty")
     (tmp_path / "empty").mkdir()

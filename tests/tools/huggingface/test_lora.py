@@ -32,7 +32,7 @@ def generated(model: Any, tokens: Tensor, **settings: Any) -> Tensor:
     )
 
 
-def test_adapters_beside_memories(llama: Any, tokens: Tensor, tmp_path: Path) -> None:
+def test_lora_beside_memories(llama: Any, tokens: Tensor, tmp_path: Path) -> None:
     base = llama.swapped("beside")
     base.save_pretrained(tmp_path / "base")
     with torch.no_grad():
@@ -63,7 +63,7 @@ def test_adapters_beside_memories(llama: Any, tokens: Tensor, tmp_path: Path) ->
         assert_close(from_pretrained(tmp_path / "merged")(tokens).logits, logits)
 
 
-def test_memories_in_the_adapter_s_folder(llama: Any, tokens: Tensor, tmp_path: Path) -> None:
+def test_memories_saved_in_the_adapter_folder(llama: Any, tokens: Tensor, tmp_path: Path) -> None:
     model = get_peft_model(llama.swapped("beside"), lora(modules_to_save=["titans"])).eval()
     randomised(model, "lora_B")
     randomised(model, "modules_to_save")
@@ -80,7 +80,7 @@ def test_memories_in_the_adapter_s_folder(llama: Any, tokens: Tensor, tmp_path: 
 
 
 @pytest.mark.parametrize("how", ["beside", "replace"])
-def test_every_linear_layer_the_memory_s_included(llama: Any, tokens: Tensor, how: str) -> None:
+def test_lora_on_every_linear_layer(llama: Any, tokens: Tensor, how: str) -> None:
     base = llama.swapped(how)
     model = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")).eval()
     with torch.no_grad():

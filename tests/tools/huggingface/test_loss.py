@@ -26,7 +26,7 @@ def by_hand(logits: Tensor, labels: Tensor, counts: Callable[[int, int], bool] =
     return sum(losses) / len(losses)
 
 
-def test_each_label_is_predicted_from_the_token_before(model: TitansBuildForCausalLM, tokens: Tensor) -> None:
+def test_loss_against_sums_by_hand(model: TitansBuildForCausalLM, tokens: Tensor) -> None:
     labels = tokens.clone()
     labels[0, 4:6] = -100
     with torch.no_grad():
@@ -37,7 +37,7 @@ def test_each_label_is_predicted_from_the_token_before(model: TitansBuildForCaus
     assert_close(out.loss, model.model(tokens, targets=targets).loss)
 
 
-def test_a_padded_row_has_the_loss_of_the_row_alone(model: TitansBuildForCausalLM, tokens: Tensor) -> None:
+def test_padding_does_not_change_the_loss(model: TitansBuildForCausalLM, tokens: Tensor) -> None:
     with torch.no_grad():
         alone = model(tokens, labels=tokens).loss
         for left in (0, 3, 4):
@@ -47,14 +47,14 @@ def test_a_padded_row_has_the_loss_of_the_row_alone(model: TitansBuildForCausalL
             assert_close(out.loss, alone)
 
 
-def test_what_follows_padding_is_not_predicted_from_it() -> None:
+def test_no_prediction_from_padding() -> None:
     logits, labels = torch.randn(1, 4, 5), torch.tensor([[0, 1, 2, 3]])
     mask = torch.tensor([[False, True, True, True]])
     expected = by_hand(logits, labels, lambda row, t: t > 0)
     assert next_token_loss(logits, labels, mask).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_batch_in_parts_adds_up() -> None:
+def test_losses_of_parts_add_up() -> None:
     logits, labels = torch.randn(4, 7, 5), torch.randint(5, (4, 7))
     labels[1, 2:] = -100  # parts of unequal counts
     count = (labels[:, 1:] != -100).sum()
@@ -63,7 +63,7 @@ def test_a_batch_in_parts_adds_up() -> None:
     assert_close(parts, next_token_loss(logits, labels, count=int(count)))
 
 
-def test_where_nothing_counts_there_is_no_loss() -> None:
+def test_loss_without_labels_is_zero() -> None:
     assert next_token_loss(torch.randn(1, 3, 5), torch.full((1, 3), -100)).item() == 0
 
 

@@ -20,7 +20,7 @@ Make = Callable[..., TitansBuildForCausalLM]
 Recipe = Callable[..., dict[str, Any]]
 
 
-def test_the_auto_classes_know_it(recipe: Recipe) -> None:
+def test_auto_classes(recipe: Recipe) -> None:
     config = AutoConfig.for_model("titans_build", recipe=recipe("mac"))
     assert isinstance(config, TitansBuildConfig)
     assert isinstance(AutoModelForCausalLM.from_config(config), TitansBuildForCausalLM)
@@ -28,7 +28,7 @@ def test_the_auto_classes_know_it(recipe: Recipe) -> None:
     assert AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_a_configuration_is_a_recipe(recipe: Recipe) -> None:
+def test_config_of_a_recipe(recipe: Recipe) -> None:
     config = TitansBuildConfig(recipe=tb.load_recipe(recipe("mac"), overrides={"dim": 32}), eos_token_id=3)
     assert (config.vocab_size, config.hidden_size, config.num_hidden_layers, config.eos_token_id) == (40, 32, 2, 3)
     again = TitansBuildConfig(**config.to_dict())
@@ -41,7 +41,7 @@ def test_a_configuration_is_a_recipe(recipe: Recipe) -> None:
         TitansBuildForCausalLM(TitansBuildConfig())
 
 
-def test_no_module_is_imported_for_a_recipe(recipe: Recipe) -> None:
+def test_config_imports_no_modules(recipe: Recipe) -> None:
     asks = recipe("mac", imports=["antigravity"])
     with pytest.raises(tb.RecipeError, match="asks to import antigravity, which runs that code"):
         TitansBuildConfig(recipe=asks)
@@ -50,14 +50,14 @@ def test_no_module_is_imported_for_a_recipe(recipe: Recipe) -> None:
     assert "imports" not in TitansBuildConfig(recipe=allowed).recipe
 
 
-def test_a_recipe_that_was_changed_in_the_file_is_noticed(recipe: Recipe) -> None:
+def test_a_changed_recipe_in_a_config_is_refused(recipe: Recipe) -> None:
     data = TitansBuildConfig(recipe=recipe("mac")).to_dict()
     data["recipe"]["layers"]["mac"][0]["segment"] = 7
     with pytest.raises(StorageError, match="the recipe of this configuration is not the one that was saved"):
         TitansBuildConfig(**data)
 
 
-def test_one_seed_gives_one_model(recipe: Recipe) -> None:
+def test_same_seed_same_model(recipe: Recipe) -> None:
     config = TitansBuildConfig(recipe=recipe("mac"))
     torch.manual_seed(5)
     first = TitansBuildForCausalLM(config)
@@ -68,7 +68,7 @@ def test_one_seed_gives_one_model(recipe: Recipe) -> None:
         assert not mine.isnan().any()
 
 
-def test_it_shares_the_parameters_of_the_model_it_was_made_of(recipe: Recipe, tokens: Tensor) -> None:
+def test_as_pretrained_shares_parameters(recipe: Recipe, tokens: Tensor) -> None:
     inner = tb.build(recipe("mac"))
     model = as_pretrained(inner)
     assert model.model is inner and isinstance(model, TitansBuildForCausalLM)
@@ -80,7 +80,7 @@ def test_it_shares_the_parameters_of_the_model_it_was_made_of(recipe: Recipe, to
         as_pretrained(torch.nn.Linear(2, 2))
 
 
-def test_logits_of_some_tokens_alone(model: TitansBuildForCausalLM, tokens: Tensor) -> None:
+def test_logits_to_keep(model: TitansBuildForCausalLM, tokens: Tensor) -> None:
     with torch.no_grad():
         every = model(tokens).logits
         assert_close(model(tokens, logits_to_keep=2).logits, every[:, -2:])
@@ -91,7 +91,7 @@ def test_logits_of_some_tokens_alone(model: TitansBuildForCausalLM, tokens: Tens
         assert model(tokens, use_cache=False).past_key_values is None
 
 
-def test_vectors_in_and_out(recipe: Recipe, tokens: Tensor) -> None:
+def test_embeddings_in_and_hidden_states_out(recipe: Recipe, tokens: Tensor) -> None:
     model = as_pretrained(tb.build(recipe("mac", vocab=None)))
     assert isinstance(model, TitansBuildModel) and not model.can_generate()
     x = torch.randn(2, 7, 16)
@@ -105,7 +105,9 @@ def test_vectors_in_and_out(recipe: Recipe, tokens: Tensor) -> None:
         model(tokens)
 
 
-@pytest.mark.parametrize("wrong", ["none", "both", "ids", "mask", "width", "dtype", "labels", "dimensions"])
+@pytest.mark.parametrize(
+    "wrong", ["none", "both", "ids", "mask", "width", "dtype", "labels", "label", "floats", "dimensions"]
+)
 def test_wrong_inputs_are_refused(small: Make, tokens: Tensor, wrong: str) -> None:
     model, x = small(), torch.randn(3, 11, 16, dtype=torch.float64)
     given: dict[str, tuple[dict[str, Any], str]] = {
@@ -125,7 +127,7 @@ def test_wrong_inputs_are_refused(small: Make, tokens: Tensor, wrong: str) -> No
         model(**arguments)
 
 
-def test_the_vocabulary_stays(small: Make) -> None:
+def test_the_vocabulary_cannot_change(small: Make) -> None:
     model = small()
     assert model.resize_token_embeddings(40) is model.get_input_embeddings()
     assert model.get_input_embeddings().weight.shape == (40, 16)
@@ -137,7 +139,7 @@ def test_the_vocabulary_stays(small: Make) -> None:
 
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("name", ["mac", "mag"])
-def test_recomputing_gives_the_same_gradients(small: Make, tokens: Tensor, name: str, every: int) -> None:
+def test_gradient_checkpointing(small: Make, tokens: Tensor, name: str, every: int) -> None:
     model = small(name).train()
     calls: list[int] = []
     for index, layer in enumerate(model.model.layers):
@@ -170,7 +172,7 @@ def test_gradients_flow_through_a_cache(small: Make, tokens: Tensor) -> None:
     assert_close(through, model.model.embedding.grad)
 
 
-def test_inputs_can_be_made_to_require_gradients(small: Make, tokens: Tensor) -> None:
+def test_enable_input_require_grads(small: Make, tokens: Tensor) -> None:
     model = small()
     model.requires_grad_(False)
     model.enable_input_require_grads()

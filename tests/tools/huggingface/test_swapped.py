@@ -14,7 +14,7 @@ from transformers import DynamicCache, StaticCache
 import titans_build as tb
 from titans_build.tools.swapping import SwapError
 
-NEW = 7
+NEW = 4
 HOWS = {"beside": ("beside",), "replaced": ("replace",), "around": ("before", "after")}
 
 
@@ -25,7 +25,7 @@ def run(model: Any, tokens: Tensor, **settings: Any) -> Any:
 
 
 @pytest.mark.parametrize("how", ["beside", "before", "after"])
-def test_at_first_nothing_changes(family: Any, tokens: Tensor, how: str) -> None:
+def test_zero_gates_change_nothing(family: Any, tokens: Tensor, how: str) -> None:
     model = family.plain(torch.float32)
     with torch.no_grad():
         before = model(tokens).logits
@@ -39,7 +39,7 @@ def test_at_first_nothing_changes(family: Any, tokens: Tensor, how: str) -> None
 
 
 @pytest.mark.parametrize("how", HOWS)
-def test_generated_with_a_cache_as_without_one(family: Any, tokens: Tensor, how: str) -> None:
+def test_generate_with_and_without_a_cache(family: Any, tokens: Tensor, how: str) -> None:
     model = family.swapped(*HOWS[how])
     assert not torch.equal(run(model, tokens), run(family.plain(), tokens))
     for settings in ({}, {"do_sample": True, "top_k": 10}, {"num_beams": 3, "num_return_sequences": 2}):
@@ -47,7 +47,7 @@ def test_generated_with_a_cache_as_without_one(family: Any, tokens: Tensor, how:
 
 
 @pytest.mark.parametrize("how", HOWS)
-def test_rows_padded_on_the_left_are_as_each_alone(family: Any, tokens: Tensor, how: str) -> None:
+def test_left_padded_rows_equal_single_rows(family: Any, tokens: Tensor, how: str) -> None:
     model = family.swapped(*HOWS[how])
     lengths = [11, 6, 2]
     padded, mask = torch.zeros_like(tokens), torch.zeros_like(tokens)
@@ -67,7 +67,7 @@ def test_rows_padded_on_the_left_are_as_each_alone(family: Any, tokens: Tensor, 
 
 
 @pytest.mark.parametrize("how", HOWS)
-def test_recomputing_gives_the_same_gradients(family: Any, tokens: Tensor, how: str) -> None:
+def test_gradient_checkpointing(family: Any, tokens: Tensor, how: str) -> None:
     model = family.swapped(*HOWS[how]).train()
     model(tokens, labels=tokens, use_cache=False).loss.backward()
     plain = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -80,7 +80,7 @@ def test_recomputing_gives_the_same_gradients(family: Any, tokens: Tensor, how: 
             assert_close(parameter.grad, plain[name], msg=f"{name}, reentrant {reentrant}")
 
 
-def test_every_second_layer_and_whole_layers(family: Any, tokens: Tensor) -> None:
+def test_some_layers_and_whole_layers(family: Any, tokens: Tensor) -> None:
     model = family.plain()
     tb.swap(model, family.attention, {"type": "memory", "heads": 2, "chunk": 4}, every=2, start=1)
     for settings in ({}, {"num_beams": 3}):
@@ -90,7 +90,7 @@ def test_every_second_layer_and_whole_layers(family: Any, tokens: Tensor) -> Non
     assert torch.equal(run(model, tokens), run(model, tokens, use_cache=False))
 
 
-def test_read_in_pieces_with_a_cache_or_in_a_with_block(family: Any, tokens: Tensor) -> None:
+def test_a_sequence_in_parts_with_a_cache(family: Any, tokens: Tensor) -> None:
     model = family.swapped("beside")
     with torch.no_grad():
         whole = model(tokens).logits
@@ -105,7 +105,7 @@ def test_read_in_pieces_with_a_cache_or_in_a_with_block(family: Any, tokens: Ten
         assert_close(model(tokens[[2, 0], 4:], past_key_values=reordered).logits, rest.logits[[2, 0]])
 
 
-def test_it_goes_on_from_the_cache_that_it_returns(family: Any, tokens: Tensor) -> None:
+def test_generate_continues_from_the_returned_cache(family: Any, tokens: Tensor) -> None:
     for how in HOWS.values():
         model = family.swapped(*how)
         first = run(model, tokens, return_dict_in_generate=True)
@@ -113,7 +113,7 @@ def test_it_goes_on_from_the_cache_that_it_returns(family: Any, tokens: Tensor) 
         assert torch.equal(run(model, longer, past_key_values=first.past_key_values), run(model, longer))
 
 
-def test_caches_that_do_not_fit_are_refused(llama: Any, tokens: Tensor) -> None:
+def test_wrong_caches_are_refused(llama: Any, tokens: Tensor) -> None:
     model, other = llama.swapped("beside"), llama.plain()
     with torch.no_grad():
         foreign = other(tokens, use_cache=True).past_key_values
@@ -129,7 +129,7 @@ def test_caches_that_do_not_fit_are_refused(llama: Any, tokens: Tensor) -> None:
         assert torch.equal(model(tokens, past_key_values=DynamicCache()).logits, model(tokens).logits)
 
 
-def test_a_cache_of_a_fixed_size(llama: Any, tokens: Tensor) -> None:
+def test_static_cache(llama: Any, tokens: Tensor) -> None:
     model = llama.swapped("beside")
     cache = StaticCache(config=model.config, max_cache_len=40)
     with torch.no_grad():
@@ -138,7 +138,7 @@ def test_a_cache_of_a_fixed_size(llama: Any, tokens: Tensor) -> None:
         assert_close(torch.cat([first, rest], dim=1), model(tokens).logits, atol=1e-6, rtol=1e-6)
 
 
-def test_a_forward_that_does_not_fit_leaves_the_model_alone(llama: Any, tokens: Tensor) -> None:
+def test_a_refused_swap_leaves_the_model_unchanged(llama: Any, tokens: Tensor) -> None:
     model = llama.plain()
     with torch.no_grad():
         before = model(tokens).logits

@@ -1,4 +1,4 @@
-"""Swapped models in folders: read back with their swaps, by whoever knows of them, and by nobody else."""
+"""Swapped models in folders: read back with their swaps, and refused by readers that do not know of swaps."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HOWS = {"beside": ("beside",), "replaced": ("replace",), "both": ("before", "rep
 
 
 @pytest.mark.parametrize("how", HOWS)
-def test_saved_and_read(family: Any, tokens: Tensor, tmp_path: Path, how: str) -> None:
+def test_save_and_load(family: Any, tokens: Tensor, tmp_path: Path, how: str) -> None:
     model = family.swapped(*HOWS[how])
     model.save_pretrained(tmp_path)
     for again in (from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)):
@@ -45,12 +45,12 @@ def test_saved_and_read(family: Any, tokens: Tensor, tmp_path: Path, how: str) -
         assert_close(third.to("cpu")(tokens).logits, model(tokens).logits.float(), atol=1e-4, rtol=1e-4)
 
 
-def test_nobody_else_reads_it(llama: Any, tmp_path: Path) -> None:
+def test_readers_that_do_not_know_of_swaps_fail(llama: Any, tmp_path: Path) -> None:
     llama.swapped("beside").save_pretrained(tmp_path)
     code = f"""
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 try:
-    AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})
+    AutoConfig.from_pretrained({str(tmp_path)!r})
 except ValueError as error:
     print(error)
 """
@@ -62,7 +62,7 @@ except ValueError as error:
         AutoModel.from_pretrained(tmp_path)
 
 
-def test_what_was_replaced_is_not_there_to_put_back(llama: Any, tmp_path: Path) -> None:
+def test_replaced_modules_are_not_saved(llama: Any, tmp_path: Path) -> None:
     model = llama.swapped("beside", "replace")
     model.save_pretrained(tmp_path)
     again = from_pretrained(tmp_path)
@@ -87,7 +87,7 @@ def test_frozen_parameters_stay_frozen(llama: Any, tmp_path: Path) -> None:
     assert trained and all(".titans." in name for name in trained)
 
 
-def test_a_configuration_goes_wherever_the_model_goes(llama: Any, tmp_path: Path) -> None:
+def test_copies_of_the_config(llama: Any, tmp_path: Path) -> None:
     model = llama.swapped("beside")
     for config in (copy.deepcopy(model).config, copy.deepcopy(model.config), pickle.loads(pickle.dumps(model.config))):
         assert isinstance(config, type(llama.config()))
@@ -102,7 +102,7 @@ def test_a_configuration_goes_wherever_the_model_goes(llama: Any, tmp_path: Path
     assert "_titans_build_swaps" not in model.config.to_dict()
 
 
-def test_another_model_of_the_same_configuration_is_as_it_was(llama: Any, tokens: Tensor, tmp_path: Path) -> None:
+def test_another_model_of_the_same_config_is_unchanged(llama: Any, tokens: Tensor, tmp_path: Path) -> None:
     config = llama.config()
     swapped, plain = (AutoModelForCausalLM.from_config(config) for _ in range(2))
     tb.swap(swapped, llama.attention, "memory", "beside")
@@ -119,7 +119,7 @@ def test_another_model_of_the_same_configuration_is_as_it_was(llama: Any, tokens
     assert swapped(tokens).past_key_values is None
 
 
-def test_what_cannot_be_written_is_refused_when_saving(llama: Any, tmp_path: Path) -> None:
+def test_swaps_without_a_record_are_not_saved(llama: Any, tmp_path: Path) -> None:
     model = llama.plain()
     tb.swap(model, llama.attention, tb.build_block("memory", dim=16), "beside")
     with pytest.raises(SwapError, match=r"save_pretrained: the block \(NeuralMemory\) was given as a module"):
@@ -169,7 +169,7 @@ def test_damaged_folders_are_refused(llama: Any, tmp_path: Path) -> None:
         from_pretrained(tmp_path)
 
 
-def test_the_trainer_s_checkpoints_hold_the_swap(llama: Any, tokens: Tensor, tmp_path: Path) -> None:
+def test_trainer_checkpoints_hold_the_swap(llama: Any, tokens: Tensor, tmp_path: Path) -> None:
     model = llama.plain(torch.float32)
     tb.swap(model, llama.attention, {"type": "memory", "heads": 2, "chunk": 4}, "beside", train="memory")
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

@@ -8,7 +8,7 @@ from titans_build.huggingface import byte_tokenizer
 
 
 @pytest.mark.parametrize("text", ["a b\n", " naïve  café ", "日本語 🙂", "", "\t<pad>\x01"])
-def test_ids_are_the_bytes_of_a_text(text: str) -> None:
+def test_ids_are_bytes(text: str) -> None:
     tokenizer = byte_tokenizer()
     ids = tokenizer(text)["input_ids"]
     assert ids == list(text.encode())
@@ -22,7 +22,7 @@ def test_every_byte_is_a_token() -> None:
     assert byte_tokenizer(pad=10).pad_token_id == 10
 
 
-def test_a_batch_is_padded_on_the_left() -> None:
+def test_left_padding() -> None:
     batch = byte_tokenizer()(["abc", "a"], padding=True)
     assert batch["input_ids"] == [[97, 98, 99], [0, 0, 97]]
     assert batch["attention_mask"] == [[1, 1, 1], [0, 0, 1]]

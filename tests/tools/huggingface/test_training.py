@@ -39,7 +39,7 @@ def rows() -> list[dict[str, Tensor]]:
     return [{"input_ids": row, "labels": row} for row in drawn]
 
 
-def test_it_trains_and_goes_on_from_a_checkpoint(small: Make, rows: list[Any], tmp_path: Path) -> None:
+def test_training_and_exact_resume(small: Make, rows: list[Any], tmp_path: Path) -> None:
     model = small("mag", torch.float32)
     with torch.no_grad():
         before = model(torch.stack([row["input_ids"] for row in rows]), labels=torch.stack([r["labels"] for r in rows]))
@@ -57,7 +57,7 @@ def test_it_trains_and_goes_on_from_a_checkpoint(small: Make, rows: list[Any], t
         assert_close(mine, other, msg=name)
 
 
-def test_a_step_in_parts_is_the_step(small: Make, rows: list[Any], tmp_path: Path) -> None:
+def test_gradient_accumulation_and_checkpointing(small: Make, rows: list[Any], tmp_path: Path) -> None:
     short = [{**row, "labels": row["labels"].clone()} for row in rows[:4]]
     short[0]["labels"][3:] = -100  # parts of unequal counts
 

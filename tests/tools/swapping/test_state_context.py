@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 import titans_build as tb
 from titans_build.recipes import StorageError
@@ -328,9 +329,21 @@ def test_checkpointed_layers_start_from_the_state_of_their_call(swapped, tokens,
         assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_checkpointed_model(swapped, tokens):
-    from torch.utils.checkpoint import checkpoint
+def test_a_checkpointed_model_after_a_backward_pass_whose_outputs_are_kept(swapped, tokens):
+    model, t = swapped(), tokens()
+    mask = torch.ones(2, 9).index_fill(1, torch.tensor([0, 1, 2]), 0)
+    model(t).square().sum().backward()
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    kept = model(t, attention_mask=mask)
+    kept.sum().backward()
+    model.zero_grad()
+    first = model.embedding.weight.view_as(model.embedding.weight)  # an input that requires gradients
+    checkpoint(lambda _: model(t), first, use_reentrant=True).square().sum().backward()
+    for parameter, gradient in zip(model.parameters(), expected):
+        assert_close(parameter.grad, gradient)
 
+
+def test_a_checkpointed_model(swapped, tokens):
     model, t = swapped(), tokens()
     mask = torch.ones(2, 9).index_fill(1, torch.tensor([0]), 0)
     model(t, attention_mask=mask).square().sum().backward()
