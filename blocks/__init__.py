@@ -1,14 +1,14 @@
 """Blocks: everything between one state and the next. Importing this package registers the built-in ones."""
 
-from . import attention, chain, context, feedforward, foreign, gate, memory, normalisation, persistent, residual
+from . import attention, combinators, context, feedforward, flops, foreign, memory, norm_gate
 from .auxiliary_losses import memory_loss, write_cost
-from .block import Block, materialise
-from .build import build_block
+from .block import Block
+from .build import build_block, materialise
 from .foreign import adapt
 from .language_model import LanguageModel, ModelOutput, ModelState
 from .laws import LawError, check_block
 from .memory_ablation import MemoryCheck, memory_check
-from .observing import observe
+from .observe import observe
 
 __all__ = [
     "Block",
@@ -20,19 +20,17 @@ __all__ = [
     "adapt",
     "attention",
     "build_block",
-    "chain",
     "check_block",
+    "combinators",
     "context",
     "feedforward",
+    "flops",
     "foreign",
-    "gate",
     "materialise",
     "memory",
     "memory_check",
     "memory_loss",
-    "normalisation",
+    "norm_gate",
     "observe",
-    "persistent",
-    "residual",
     "write_cost",
 ]

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.memory import read_memory, titans_memory
-from .watching import Learned, Watch, computing_again
+from .observers import Learned, Observer, recomputing
 
 
-class AuxiliaryLoss(Watch):
+class AuxiliaryLoss(Observer):
     """A mean over real tokens, heads and memories, of what was found so far."""
 
     def __init__(self, model: nn.Module, each: Callable[[nn.Module, Learned], Tensor]) -> None:
@@ -35,7 +35,7 @@ class AuxiliaryLoss(Watch):
         if mask is not None:
             each = torch.where(mask.unsqueeze(-1), each, 0.0)
         total = each.sum()
-        if not computing_again():  # checkpointing wants the same computed, which was counted before
+        if not recomputing():  # checkpointing wants the same computed, which was counted before
             self._found.append(total)
             self._count.append(each.numel() if mask is None else mask.sum() * each.shape[2])
 

@@ -1,12 +1,15 @@
-"""One block, outside a model: built, initialised from a seed, and placed."""
+"""Building blocks: from a description to initialised parameters on a device."""
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
-from ..registry import Spec, create
-from .block import Block, materialise
-from .placing import as_device, as_dtype
+import torch
+from torch import nn
+
+from ..registry import Problem, Spec, Unavailable, create
+from .block import Block
+from .device import as_device, as_dtype
 
 
 def build_block(
@@ -17,11 +20,11 @@ def build_block(
     dtype: torch.dtype | str = torch.float32,
     seed: int | None = 0,
 ) -> Block:
-    """The block of width ``dim`` that ``spec`` describes: a name, ``{"type": name, ...}``, or a list, which is a chain.
+    """Build the block of width ``dim`` that ``spec`` describes: a name, ``{"type": name, ...}``, or a list (a chain).
 
     The same ``seed`` gives the same parameters on every device; ``seed=None`` draws from the global generator.
-    Raises ``RecipeError`` naming everything that is wrong with ``spec``, ``TypeError`` for a built block, and
-    ``ValueError`` for a device or dtype that cannot be had or a seed that is none.
+    Raises ``RecipeError`` naming everything that is wrong with ``spec``, ``TypeError`` for a block that is already
+    built, and ``ValueError`` for a device or dtype that is not available or an invalid seed.
     """
     if isinstance(spec, Block):
         raise TypeError(f"build_block expects the description of a block; this {type(spec).__name__} is already built")
@@ -30,3 +33,47 @@ def build_block(
         block: Block = create(spec, dim=dim)
     materialise(block, device, dtype, seed)
     return block
+
+
+@torch.inference_mode(False)  # parameters created in inference mode could not be trained
+def materialise(module: nn.Module, device: torch.device | str, dtype: torch.dtype | None, seed: int | None) -> None:
+    """Give a module built on the meta device initialised parameters, in place.
+
+    Parameters are drawn in float32 on the CPU's generator, so that one seed gives one model whatever the
+    ``device`` and ``dtype``. ``seed=None`` uses (and advances) the global generator.
+
+    Raises ``RuntimeError`` naming a parameter that no ``reset_parameters`` has set, ``ValueError`` for an invalid seed,
+    and ``Unavailable`` where a block cannot run on the ``device``.
+    """
+    check_seed(seed)
+    refused = [child.refuse(torch.device(device)) for child in module.modules() if isinstance(child, Block)]
+    problems = [Problem("", reason) for reason in dict.fromkeys(refused) if reason is not None]
+    if problems:
+        raise Unavailable(problems, "model")
+    module.to_empty(device="cpu")
+    if dtype is not None:
+        module.float()  # whatever the default dtype was when it was created
+    with torch.no_grad():
+        for tensor in [*module.parameters(), *module.buffers()]:
+            if tensor.is_floating_point():
+                tensor.fill_(float("nan"))
+    devices: list[Any] = []
+    owners: list[Any] = [child for child in module.modules() if isinstance(child, Block) or child is module]
+    # on the CPU whatever the default device is
+    with torch.random.fork_rng(devices, enabled=seed is not None), torch.no_grad(), torch.device("cpu"):
+        if seed is not None:
+            torch.manual_seed(seed)
+        for owner in owners:
+            owner.reset_parameters()
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if tensor.is_floating_point() and tensor.isnan().any():
+            raise RuntimeError(
+                f"{name} {list(tensor.shape)} was left uninitialised: set it in its block's reset_parameters"
+            )
+    module.to(device=device, dtype=dtype)
+
+
+def check_seed(seed: int | None) -> None:
+    """Raise ``ValueError`` unless ``seed`` is an integer of 64 bits, or ``None``."""
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64):
+        raise ValueError(f"seed: expected an integer of 64 bits, got {seed!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -11,12 +12,11 @@ from torch import Tensor, nn
 
 from ..kernels.padding import Layout, align
 from ..registry import Needs, Spec, create, register
-from .block import Block, Decoder, as_memory, as_rows, check_input, check_state
-from .decoding import decoder, reader
-from .gate import Form, Gating
+from .block import Block, as_rows
+from .norm_gate import Form, Gating
+from .observers import active, moved, observers_of, suppressed
+from .segmented import forward_every, halves, limit_window
 from .state import State, reset, select, where
-from .walking import walk
-from .watching import moved, unwatched, watches
 
 
 class ContextState(NamedTuple):
@@ -38,29 +38,29 @@ class Piece(NamedTuple):
     start: int
     stop: int
     begins: list[bool] | Tensor
-    """Per row: the row begins a segment here, other than its first. Bool ``[batch]`` where a compiler traces."""
+    """Per row: whether a segment begins here, other than the row's first. Bool ``[batch]`` under ``torch.compile``."""
     whole: bool
-    """Every row runs through exactly one full segment."""
-    real: Tensor | None
-    """``[batch, stop - start]`` bool: where rows have tokens; ``None`` where all do."""
+    """Whether each row has exactly one full segment here."""
+    valid: Tensor | None
+    """``[batch, stop - start]`` bool: where rows have tokens; ``None`` if everywhere."""
 
 
 @register("context")
 class Context(Block):
-    """Memory as context: attention sees what the memory recalls, and the memory learns what attention makes of it.
+    """Memory as context: attention sees what the memory recalls, and its outputs are written into the memory.
 
     For each segment of tokens ``x_1..x_C`` (equations 21-25, causal at every token):
 
-    1. read    ``h_j = M(x_j)`` from the memory as it stood at the start of the segment;
+    1. read    ``h_j = M(x_j)`` from the memory as it was at the start of the segment;
     2. attend  ``y_j`` from the persistent tokens, ``h_1..h_j`` and ``x_1..x_j``;
     3. write   ``y_j`` into the memory, token by token;
     4. gate    ``o_j = gate(y_j, M_j(y_j))``, read after ``y_j`` is written and before any later one is.
 
-    ``attend`` is given the stream ``h_1, x_1, h_2, x_2, ...`` and asked at the x's, so its being causal is the whole
-    mask, and any causal block can stand there. It starts anew, with the persistent tokens, at every segment.
+    ``attend`` runs over the stream ``h_1, x_1, h_2, x_2, ...``, and its outputs at the x's are used. It may be any
+    causal block. It starts anew, with the persistent tokens, at every segment.
 
-    ``write: inputs`` writes ``x_j`` in place of ``y_j``: the memory no longer waits for attention, and all segments
-    attend at once. That is not the paper's architecture.
+    ``write: inputs`` writes ``x_j`` in place of ``y_j``: the memory then does not wait for attention, and all segments
+    attend at once. This is not the paper's architecture.
     """
 
     def __init__(
@@ -84,26 +84,30 @@ class Context(Block):
         self.write = write
         self.memory = create(memory, dim=dim)
         self.attend = create(attend, dim=dim)
-        self.attend.bound(2 * segment)
+        limit_window(self.attend, 2 * segment)
         self.persistent = nn.Parameter(torch.empty(persistent, dim)) if persistent else None
         self.gate = Gating(dim, form)
         self.period = math.lcm(segment, self.memory.period)
-        self.grows = self.memory.grows or self.attend.grows
 
     def init_state(self, batch_size: int) -> ContextState:
         memory = self.memory.init_state(batch_size)
         position = torch.zeros(batch_size, dtype=torch.int64, device=self.gate.gain_a.device)
-        return ContextState(memory, memory, self._fresh_attend(batch_size), position)
+        return ContextState(memory, memory, self.fresh_attention(batch_size), position)
+
+    def fresh_attention(self, rows: int) -> State:
+        """The state of attention that has seen the persistent tokens and nothing else."""
+        if self.persistent is None:
+            return self.attend.init_state(rows)
+        # all rows start from the same state: it is computed once
+        return as_rows(self.attend.prefix(self.persistent.unsqueeze(0))[1], rows)
 
     def forward(
         self, x: Tensor, state: ContextState | None = None, *, mask: Tensor | None = None
     ) -> tuple[Tensor, ContextState]:
-        check_input(self, x, mask, like=self.gate.gain_a)
         rows, time, _ = x.shape
         fresh = state is None
         if state is None:
             state = self.init_state(rows)
-        check_state(self, state, ContextState, rows)
         run = self._run if self.write == "attended" else self._run_inputs
         if torch.compiler.is_compiling() and not (fresh and mask is None):
             layout, pieces = self._unknown_pieces(x, mask, state.position)
@@ -119,57 +123,38 @@ class Context(Block):
             y, state = run(layout.spread(x), state, pieces)
         return layout.collect(y), state._replace(position=state.position + layout.length)
 
-    def decoder(self, rows: int, *, time: int = 1, step: int = 1) -> Decoder | None:
-        if time != 1 or self.write != "attended":
-            return None
-        recall, learn = reader(as_memory(self.memory), rows), decoder(self.memory, rows)
-        attending, gate, segment = decoder(self.attend, rows, time=2, step=2), self.gate.prepared(rows, 1), self.segment
-
-        def decode(x: Tensor, state: ContextState) -> tuple[Tensor, ContextState]:
-            memory, snapshot, attend, position = state
-            begins = [place > 0 and place % segment == 0 for place in position.tolist()]
-            if any(begins):
-                snapshot = _restart(begins, snapshot, memory)
-                attend = _restart(begins, attend, self._fresh_attend(rows))
-            with unwatched():
-                y, attend = attending(torch.cat((recall(x, snapshot), x), dim=1), attend)
-            m, memory = learn(y, memory)
-            self._tell(y, m)
-            return gate(y, m), ContextState(memory, snapshot, attend, position + 1)
-
-        return decode
-
     def _run(self, x: Tensor, state: ContextState, pieces: list[Piece]) -> tuple[Tensor, ContextState]:
+        """The architecture of the paper, piece by piece."""
         memory, snapshot, attend, position = state
-        ask, answer, learn, finish = walk(self.memory, len(pieces))
+        ask, recall, learn, output = halves(self.memory, len(pieces))
         fresh: State = None
-        attended, answers = [], []
+        attended, read_back = [], []
         for piece, tokens, *asked in zip(pieces, *_cut(pieces, x, *ask(x))):
-            if _any(piece.begins):
-                fresh = fresh if fresh is not None else self._fresh_attend(x.shape[0])
-                snapshot = _restart(piece.begins, snapshot, memory)
-                attend = _restart(piece.begins, attend, fresh)
-            h = answer(asked, snapshot)  # 1. read
-            y, attend = self._attend(h, tokens, attend, piece.real)  # 2. attend
-            m, memory = learn(y, memory, mask=piece.real)  # 3. write each y_j, and read it back
+            if isinstance(piece.begins, Tensor) or any(piece.begins):
+                fresh = self.fresh_attention(x.shape[0]) if fresh is None else fresh
+                snapshot, attend = restart(piece.begins, snapshot, memory), restart(piece.begins, attend, fresh)
+            h = recall(asked, snapshot)  # 1. read
+            y, attend = self._attend(h, tokens, attend, piece.valid)  # 2. attend
+            m, memory = learn(y, memory, mask=piece.valid)  # 3. write
             attended.append(y)
-            answers.append(m)
+            read_back.append(m)
         y = _join(attended, x)
-        m = finish(_join(answers, x), y)
-        self._tell(y, m)
+        m = output(_join(read_back, x), y)
+        if active:
+            self.report(y, m)
         return self.gate(y, m), ContextState(memory, snapshot, attend, position)  # 4. gate
 
     def _run_inputs(self, x: Tensor, state: ContextState, pieces: list[Piece]) -> tuple[Tensor, ContextState]:
-        """``write: inputs``: the whole walk of the memory first, then attention."""
+        """``write: inputs``: first the memory over all pieces, then attention."""
         memory, snapshot, attend, position = state
-        ask, answer, learn, finish = walk(self.memory, len(pieces))
-        recalled, written = [], []
+        ask, recall, learn, output = halves(self.memory, len(pieces))
+        recalled, read_back = [], []
         for piece, tokens, *asked in zip(pieces, *_cut(pieces, x, *ask(x))):
-            if _any(piece.begins):
-                snapshot = _restart(piece.begins, snapshot, memory)
-            recalled.append(answer(asked, snapshot))
-            m, memory = learn(tokens, memory, mask=piece.real)
-            written.append(m)
+            if isinstance(piece.begins, Tensor) or any(piece.begins):
+                snapshot = restart(piece.begins, snapshot, memory)
+            recalled.append(recall(asked, snapshot))
+            m, memory = learn(tokens, memory, mask=piece.valid)
+            read_back.append(m)
         fresh: State = None
         attended = []
         done = 0
@@ -182,38 +167,31 @@ class Context(Block):
                 rows, fold = x.shape[0] * together, (x.shape[0] * together, self.segment, self.dim)
                 h = torch.cat(recalled[done : done + together], dim=1)
                 tokens = x[:, piece.start : piece.start + together * self.segment]
-                y, ends = self._attend(h.reshape(fold), tokens.reshape(fold), self._fresh_attend(rows), None)
+                y, ends = self._attend(h.reshape(fold), tokens.reshape(fold), self.fresh_attention(rows), None)
                 y, attend = y.reshape(h.shape), select(ends, slice(together - 1, None, together))
             else:
-                if _any(piece.begins):
-                    fresh = fresh if fresh is not None else self._fresh_attend(x.shape[0])
-                    attend = _restart(piece.begins, attend, fresh)
-                y, attend = self._attend(recalled[done], x[:, piece.start : piece.stop], attend, piece.real)
+                if isinstance(piece.begins, Tensor) or any(piece.begins):
+                    fresh = self.fresh_attention(x.shape[0]) if fresh is None else fresh
+                    attend = restart(piece.begins, attend, fresh)
+                y, attend = self._attend(recalled[done], x[:, piece.start : piece.stop], attend, piece.valid)
             attended.append(y)
             done += together
-        y, m = _join(attended, x), finish(_join(written, x), x)
-        self._tell(y, m)
+        y, m = _join(attended, x), output(_join(read_back, x), x)
+        if active:
+            self.report(y, m)
         return self.gate(y, m), ContextState(memory, snapshot, attend, position)
 
-    def _attend(self, recalled: Tensor, x: Tensor, state: State, real: Tensor | None) -> tuple[Tensor, State]:
+    def _attend(self, recalled: Tensor, x: Tensor, state: State, valid: Tensor | None) -> tuple[Tensor, State]:
         """Attention at each ``x_j``, which sees ``h_1..h_j`` and ``x_1..x_j``. All ``[rows, time, dim]``."""
-        rows, time, dim = x.shape
-        stream = torch.stack([recalled, x], dim=2).view(rows, 2 * time, dim)
-        mask = None if real is None else real.repeat_interleave(2, dim=1)
-        with unwatched():  # it reads a stream of its own, which begins anew at every segment
-            return self.attend.every(stream, state, step=2, mask=mask)
+        stream = torch.stack([recalled, x], dim=2).flatten(1, 2)
+        mask = None if valid is None else valid.repeat_interleave(2, dim=1)
+        with suppressed() if active else nullcontext():  # the stream is not the sequence that observers see
+            return forward_every(self.attend, stream, state, step=2, mask=mask)
 
-    def _tell(self, y: Tensor, m: Tensor) -> None:
-        """What is gated, to whoever watches."""
-        for watch in watches(self):
-            watch.gated(self, self.gate.opening(m), y, m, None)
-
-    def _fresh_attend(self, rows: int) -> State:
-        """Attention that has seen the persistent tokens and nothing else."""
-        if self.persistent is None:
-            return self.attend.init_state(rows)
-        # every row starts from the same state: it is computed once
-        return as_rows(self.attend.prefix(self.persistent.unsqueeze(0))[1], rows)
+    def report(self, y: Tensor, m: Tensor) -> None:
+        """Tell observers what is gated."""
+        for observer in observers_of(self):
+            observer.gated(self, self.gate.opening(m), y, m, None)
 
     def _pieces(self, positions: list[int], lengths: list[int], filled: Tensor | None) -> list[Piece]:
         """Cut the time axis at every segment boundary of any row that still has tokens."""
@@ -221,22 +199,22 @@ class Context(Block):
         pieces = []
         while start < slots:
             at = [position + start for position in positions]
-            live = [start < length for length in lengths]
-            stop = min(slots, start + min(segment - p % segment for p, here in zip(at, live) if here))
-            # at position 0 the state is as init_state left it, which is how a segment begins
-            begins = [here and p > 0 and p % segment == 0 for p, here in zip(at, live)]
+            present = [start < length for length in lengths]
+            stop = min(slots, start + min(segment - p % segment for p, here in zip(at, present) if here))
+            # at position 0 the state is that of init_state, with which a segment begins
+            begins = [here and p > 0 and p % segment == 0 for p, here in zip(at, present)]
             full = min(lengths) >= stop
             whole = full and stop - start == segment and not any(p % segment for p in at)
-            real = None if full or filled is None else filled[:, start:stop]
-            pieces.append(Piece(start, stop, begins, whole, real))
+            valid = None if full or filled is None else filled[:, start:stop]
+            pieces.append(Piece(start, stop, begins, whole, valid))
             start = stop
         return pieces
 
     def _unknown_pieces(self, x: Tensor, mask: Tensor | None, position: Tensor) -> tuple[Layout, list[Piece]]:
-        """Pieces for rows of which nobody knows, while a compiler traces, where they stand and how long they are.
+        """Pieces while a compiler traces, when the rows' positions and lengths are not known.
 
         Each row's first segment boundary is moved to one slot, and the others follow it: the pieces are then the same
-        for all rows wherever they stand, with a slot or a piece too many where a row begins later.
+        for all rows at any position, with a slot or a piece too many where a row begins later.
         """
         (rows, time, _), segment = x.shape, self.segment
         first = min(time, segment)
@@ -249,10 +227,10 @@ class Context(Block):
         pieces: list[Piece] = []
         start, stop = 0, first
         while start < slots:
-            real = layout.filled[:, start:stop]
-            # behind the first boundary a row begins where its slots do
-            begins = real[:, 0] if pieces else real.any(1) & (phase == 0) & (position > 0)
-            pieces.append(Piece(start, stop, begins, False, real))
+            valid = layout.filled[:, start:stop]
+            # after the first boundary a row begins where its slots do
+            begins = valid[:, 0] if pieces else valid.any(1) & (phase == 0) & (position > 0)
+            pieces.append(Piece(start, stop, begins, False, valid))
             start, stop = stop, min(stop + segment, slots)
         return layout, pieces
 
@@ -261,25 +239,8 @@ class Context(Block):
             nn.init.normal_(self.persistent, std=0.02)
         self.gate.reset_parameters()
 
-    def flops(self, length: int) -> int:
-        # each segment's attention runs over two tokens for every one, after the persistent tokens
-        segments, rest = divmod(length, self.segment)
-        ahead = 0 if self.persistent is None else len(self.persistent)
-        attend = segments * self.attend.every_flops(ahead + 2 * self.segment, 2)
-        if rest:
-            attend += self.attend.every_flops(ahead + 2 * rest, 2)
-        # ``memory.flops`` is of writing each y_j and reading it back; asking for h_j is one read more
-        read = getattr(self.memory, "read_flops", None)
-        recall = read(length) if read is not None else 0
-        return self.memory.flops(length) + recall + attend + 10 * self.dim * length
 
-
-def _any(rows: list[bool] | Tensor) -> bool:
-    """Whether some of the rows are true, or may be."""
-    return isinstance(rows, Tensor) or any(rows)
-
-
-def _restart(rows: list[bool] | Tensor, old: State, new: State) -> State:
+def restart(rows: list[bool] | Tensor, old: State, new: State) -> State:
     """``new`` in the given rows and ``old`` in the others; a plain assignment when all rows restart together."""
     if isinstance(rows, Tensor):
         return where(rows, new, old)
@@ -287,7 +248,7 @@ def _restart(rows: list[bool] | Tensor, old: State, new: State) -> State:
 
 
 def _cut(pieces: list[Piece], *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """Each tensor's stretches. Not slices of it, of which each has a gradient as long as the whole."""
+    """Split each tensor into its pieces. Not by slices, each of which has a gradient as long as the whole."""
     lengths = [piece.stop - piece.start for piece in pieces]
     return [x.split_with_sizes(lengths, dim=1) for x in tensors]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,14 +12,15 @@ from torch.nn.functional import cross_entropy, embedding
 
 from ..kernels.linear import project
 from ..registry import Spec
-from .block import Blocks, Decoder
-from .decoding import Arrangement, decoder
+from . import decode_plans  # noqa: F401 registers the plans
+from .block import Blocks, Expected, check_state
+from .combinators import Layer
+from .decode import Decoder, model_decoder
 from .fingerprint import Origin
 from .freezing import Frozen, freeze, thaw
 from .generation import Generation, generate
-from .layer import Layer
-from .normalisation import RMSNorm
-from .state import State, named_tensors, nbytes, trainable
+from .norm_gate import RMSNorm
+from .state import State, nbytes, trainable
 
 IGNORED = -100
 """A target with this value adds nothing to the loss."""
@@ -74,7 +75,8 @@ class LanguageModel(nn.Module):
         self.layers = Blocks(Layer(dim, of=blocks) for blocks in layers)
         self.norm = RMSNorm(dim)
         self.head = None if vocab is None or tie else nn.Parameter(torch.empty(vocab, dim))
-        self._fresh: tuple[torch.device, torch.dtype, dict[str, Tensor]] | None = None
+        self._first_parameter: tuple[nn.Module, str] | None = None
+        self._expected_state: Expected | None = None
 
     @property
     def grows(self) -> bool:
@@ -163,30 +165,9 @@ class LanguageModel(nn.Module):
             states.append(after)
         return self.norm(x)[0], ModelState(tuple(states), self._mark(x.shape[0]) if state is None else state.recipe)
 
-    def decoder(self, rows: int) -> Callable[[Tensor, ModelState], tuple[Tensor, ModelState]]:
-        """``run`` for many times one token ``[rows, 1, dim]``, from states of this model.
-
-        Without gradients. What is given out as hidden may be written over by the next call. Raises what
-        ``check_state`` does, for the first state and for one of other rows; and for one that fits no more because the
-        model has changed since: parameters, blocks and hooks that are put in or moved are taken as they then are.
-        """
-        arrangement: Arrangement | None = None
-        parts: list[Decoder] = []
-
-        def decode(x: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
-            nonlocal arrangement, parts
-            if arrangement is None or not arrangement.stands() or len(state.recipe) != rows:
-                # what was prepared reads states where they lie, and looks at them no more
-                self.check_state(state, rows)
-                arrangement = Arrangement(self)
-                parts = [decoder(block, rows) for block in (*self.layers, self.norm)]
-            states = []
-            for part, before in zip(parts, state.layers):
-                x, after = part(x, before)
-                states.append(after)
-            return parts[-1](x, None)[0], ModelState(tuple(states), state.recipe)
-
-        return decode
+    def decoder(self, rows: int) -> Decoder:
+        """``run`` for one token ``[rows, 1, dim]`` at a time: see ``decode.model_decoder``."""
+        return model_decoder(self, rows)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """``[batch, time]`` int64 -> ``[batch, time, dim]``, with every check on ``tokens``."""
@@ -268,52 +249,15 @@ class LanguageModel(nn.Module):
         if not isinstance(state, ModelState):
             hint = ": give its .state" if isinstance(getattr(state, "state", None), ModelState) else ""
             raise TypeError(f"state: expected a ModelState (init_state makes one), got {type(state).__name__}{hint}")
-        expected = self._fresh_tensors()
-        try:
-            given = dict(named_tensors(state))
-        except TypeError as error:
-            raise TypeError(f"state: {error}") from None
-        if "recipe" in given:
+        recipe = state.recipe
+        if isinstance(recipe, Tensor) and recipe.dtype == torch.int64:
             # before the shapes: that it is of another recipe says more than the first shape that differs
-            self.origin.check(given["recipe"])
-        for path in [*expected, *given]:
-            if path not in given or path not in expected:
-                whose = "lacks" if path not in given else "also has"
-                raise ValueError(f"the state is of another model: it {whose} {path}")
-        for path, tensor in given.items():
-            fresh = expected[path]
-            if (
-                tensor.dim() != fresh.dim()
-                or tensor.shape[2:] != fresh.shape[2:]
-                or (
-                    # what grows, grows along dimension 1
-                    tensor.shape[1:2] != fresh.shape[1:2] and not self.grows
-                )
-            ):
-                want = ["batch", *fresh.shape[1:]]
-                raise ValueError(f"the state is of another model: {path} is {list(tensor.shape)}, expected {want}")
-            if tensor.shape[0] != rows:
-                raise ValueError(f"the state has {tensor.shape[0]} rows ({path}), the inputs have {rows}")
-            if tensor.dtype != fresh.dtype:
-                raise TypeError(f"state: {path} is {tensor.dtype}, this model keeps it in {fresh.dtype}")
-            if tensor.device != fresh.device:
-                raise ValueError(f"the state is on {tensor.device} ({path}), the model is on {fresh.device}: move one")
+            self.origin.check(recipe)
+        if not torch.compiler.is_compiling():
+            check_state(self, state, rows)
 
     def _mark(self, rows: int) -> Tensor:
         return self.origin.mark(rows, self.norm.gain.device)
-
-    def _fresh_tensors(self) -> dict[str, Tensor]:
-        """Tensors of a fresh one-row state, to compare with; made once for each device and dtype of the model."""
-        weight = next(self.parameters())
-        if self._fresh is None or self._fresh[:2] != (weight.device, weight.dtype):
-            with torch.no_grad():
-                # only what they are is kept, not their memory
-                tensors = {
-                    path: tensor.new_empty(()).expand(tensor.shape)
-                    for path, tensor in named_tensors(self.init_state(1))
-                }
-            self._fresh = (weight.device, weight.dtype, tensors)
-        return self._fresh[2]
 
     def _check(self, name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...] | None) -> None:
         if not isinstance(tensor, Tensor):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -11,21 +11,16 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import hardsigmoid
 
-from ..kernels.dispatch import use_decode_kernel as few
 from ..kernels.linear import project
-from ..kernels.linear import project_recomputed as project_made
-from ..kernels.memory import MemoryState, Options, Tokens, prepare_read, prepare_step, read_memory, titans_memory
-from ..kernels.memory.cost import memory_flops
+from ..kernels.memory import MemoryState, Options, Tokens, read_memory, titans_memory
 from ..kernels.norm_gate import gated_norm
-from ..kernels.norm_gate.decode import gated_output, prepare_gated_output
 from ..kernels.padding import Layout, align, last
 from ..kernels.short_conv import query, query_key_value
-from ..kernels.short_conv.decode import Layers, memory_inputs, memory_query, prepare_inputs
+from ..kernels.short_conv.decode import Layers, memory_inputs, memory_query
 from ..registry import register
-from .block import Block, Decoder, check_input, check_kept
-from .linear import Linear, plain
-from .walking import Walk
-from .watching import Learned, watches
+from .block import Block, check_call
+from .linear import Linear, fuses, gated_output, is_plain
+from .observers import Learned, active, observers_of
 
 
 class NeuralMemoryState(NamedTuple):
@@ -44,7 +39,7 @@ class NeuralMemory(Block):
     """A long-term memory: per head a small network, trained by gradient descent on every token it reads.
 
     Queries and keys are normalised, gates are learned functions of the input, and the output is normalised,
-    gated and projected. ``forward`` writes each token and then reads it back; ``read`` asks without writing.
+    gated and projected. ``forward`` writes each token and then reads it back; ``read`` does not write.
     """
 
     def __init__(
@@ -105,7 +100,6 @@ class NeuralMemory(Block):
         self.conv, self.retrieve, self.use, self.keep = conv, retrieve, use, keep
         self.gating, self.threshold = gating, threshold
         self.period = chunk
-        self.inner = dim
         width = dim // heads
         hidden = width * expansion
         widths = [width, *[hidden] * (depth - 1), width]
@@ -182,271 +176,146 @@ class NeuralMemory(Block):
             if gain is not None:
                 nn.init.ones_(gain)
 
-    # -- state -----------------------------------------------------------------------------------------------------
-
     @property
     def state_dtype(self) -> torch.dtype:
         """Fast weights stay float32 (or wider) whatever the model's dtype."""
         return torch.promote_types(self.output_gain.dtype, torch.float32)
 
     def init_state(self, batch_size: int) -> NeuralMemoryState:
-        learned = lambda part: tuple(  # noqa: E731
-            w.to(self.state_dtype).expand(batch_size, *w.shape) for w in part
-        )
-        weights = learned(self.initial_weights)
-        if not self.momentum:
-            momentum: tuple[Tensor, ...] | None = ()
-        else:
-            momentum = learned(self.initial_momentum) or None
+        dtype = self.state_dtype
+        weights = tuple([w.to(dtype).expand(batch_size, *w.shape) for w in self.initial_weights])
+        learned = tuple([w.to(dtype).expand(batch_size, *w.shape) for w in self.initial_momentum])
         new = self.output_gain.new_zeros
         return NeuralMemoryState(
-            MemoryState.fresh(weights, momentum),
-            new(batch_size, self.conv - 1, 3 * self.inner) if self.conv else None,
+            MemoryState.fresh(weights, (learned or None) if self.momentum else ()),
+            new(batch_size, self.conv - 1, 3 * self.dim) if self.conv else None,
             new(batch_size, self.controls.out_features) if self.gates == "chunk" else None,
         )
-
-    # -- the three uses --------------------------------------------------------------------------------------------
 
     def forward(
         self, x: Tensor, state: NeuralMemoryState | None = None, *, mask: Tensor | None = None
     ) -> tuple[Tensor, NeuralMemoryState]:
         """Write each token, then read it back. ``x``: ``[batch, time, dim]`` -> the same shape, and the new state."""
-        check_input(self, x, mask, like=self.output_gain)
-        if state is None:
-            state = self.init_state(x.shape[0])
-        else:
-            self._check_state(x, state)
-        if mask is None and self._decodes(x):
-            return self._step(x, state)
-        y, state = self._learn(x, state, mask=mask)
+        y, state = self.learn(x, self.init_state(x.shape[0]) if state is None else state, mask=mask)
         if mask is None:
-            return self._finish(y, x), state
-        real = mask.unsqueeze(-1)
-        # whatever stands at a masked token reaches no gradient either
-        return torch.where(real, self._finish(y, torch.where(real, x, 0.0)), 0.0), state
+            return self.output_of(y, x), state
+        valid = mask.unsqueeze(-1)
+        # masked inputs, whatever they are, must not reach gradients either
+        return torch.where(valid, self.output_of(y, torch.where(valid, x, 0.0)), 0.0), state
 
     def read(self, x: Tensor, state: NeuralMemoryState) -> Tensor:
-        """What the memory answers to each token of ``x`` on its own, as if it came next; nothing is written."""
-        self._check_state(x, state)
-        check_input(self, x, None, like=self.output_gain)
-        if self._decodes(x):
-            q = memory_query(x, state.convolution, self._layers(learns=False))
+        """Query the memory with each token of ``x`` as if it came next. Writes nothing."""
+        check_call(self, x, state)
+        if self.one_token(x):
+            q = memory_query(x, state.convolution, self.query_layers())
             y = read_memory(q, state.memory.weights, self.activation, self.norm_gain)
-            return gated_output(y, self.output_gain, x, self.output_gate.weight, self.output.weight)
-        return self._answer(self._ask(x), state)
+            return gated_output(y, self.output_gain, x, self.output_gate, self.output)
+        return self.recall(self.ask(x), state)
 
     def write(self, x: Tensor, state: NeuralMemoryState, mask: Tensor | None = None) -> NeuralMemoryState:
-        """The state after every token of ``x`` was written."""
-        return self.forward(x, state, mask=mask)[1]
+        """Return the state after all tokens of ``x`` were written."""
+        return self(x, state, mask=mask)[1]
 
-    def walk(self) -> Walk:
-        """``read`` and ``forward`` in halves: see ``walking.walk``."""
-
-        def answer(asked: Sequence[Tensor], state: NeuralMemoryState) -> Tensor:
-            self._check_state(asked[0], state)
-            return self._answer(asked, state)
-
-        def learn(
-            x: Tensor, state: NeuralMemoryState, *, mask: Tensor | None = None
-        ) -> tuple[Tensor, NeuralMemoryState]:
-            self._check_state(x, state)
-            return self._learn(x, state, mask=mask)
-
-        return Walk(self._ask, answer, learn, self._finish)
-
-    # -- inside ----------------------------------------------------------------------------------------------------
-
-    def _decodes(self, x: Tensor) -> bool:
-        """Whether this is one token of each row, for which a few kernels do everything: no gradients, no hooks."""
-        if x.shape[1] != 1 or self.gates != "token" or self.use != "both":
-            return False
-        linears = self.qkv, self.controls, self.output_gate, self.output
-        return plain(*linears) and few(x, *[linears[i].weight for i in (0, 2, 3)])
-
-    def decoder(self, rows: int, *, time: int = 1, step: int = 1) -> Decoder | None:
-        finish = self._finisher(rows)
-        if time != 1 or finish is None:
-            return None
-        inputs = prepare_inputs(self._layers(), rows)
-        if inputs is None:
-            return None
-        (q, k, v, gates, _), load = inputs
-        tokens = Tokens(q, k, v, gates[0], gates[1] if self.momentum else None, gates[-1] if self.forgetting else None)
-        write = prepare_step(tokens, self.shapes, self.norm_gain, self._options())
-        if write is None:
-            return None
-
-        def decode(x: Tensor, state: NeuralMemoryState) -> tuple[Tensor, NeuralMemoryState]:
-            if self.use != "both":  # frozen meanwhile
-                return self(x, state)
-            history = load(x, state.convolution)
-            y, memory = write(state.memory)
-            self._tell(tokens, state.memory, memory)
-            return finish(y, x), NeuralMemoryState(memory, history, None)
-
-        return decode
-
-    def reader(self, rows: int) -> Callable[[Tensor, NeuralMemoryState], Tensor] | None:
-        """``read`` for many times one token of each of ``rows`` rows: see ``decoding.reader``."""
-        finish = self._finisher(rows)
-        inputs = prepare_inputs(self._layers(learns=False), rows)
-        if finish is None or inputs is None:
-            return None
-        (q, *_), load = inputs
-        ask = prepare_read(q, self.shapes, self.activation, self.norm_gain)
-        if ask is None:
-            return None
-
-        def read(x: Tensor, state: NeuralMemoryState) -> Tensor:
-            load(x, state.convolution)
-            return finish(ask(state.memory.weights), x)
-
-        return read
-
-    def _layers(self, learns: bool = True) -> Layers:
-        """What makes the memory's inputs of a token, or its query alone."""
-        qkv, controls = self.qkv.weight, self.controls
-        if not learns:
-            return Layers(qkv[: self.inner], self.convolution, self.heads)
-        hard = self.gating == "hard_sigmoid"
-        return Layers(qkv, self.convolution, self.heads, controls.weight, controls.bias, self.max_step, hard)
-
-    def _finisher(self, rows: int) -> Callable[[Tensor, Tensor], Tensor] | None:
-        """``_finish`` for decoding; ``None`` where there is no preparing it."""
-        gate, out = self.output_gate.weight, self.output.weight
-        if not self._decodes(gate.new_empty(rows, 1, self.dim)):
-            return None
-        return prepare_gated_output(self.output_gain, gate, out, (rows, 1))
-
-    def _step(self, x: Tensor, state: NeuralMemoryState) -> tuple[Tensor, NeuralMemoryState]:
-        """``forward`` of what :meth:`_decodes`."""
-        q, k, v, gates, history = memory_inputs(x, state.convolution, self._layers())
-        tokens = Tokens(q, k, v, gates[0], gates[1] if self.momentum else None, gates[-1] if self.forgetting else None)
-        y, memory = self._write(tokens, state.memory)
-        y = gated_output(y, self.output_gain, x, self.output_gate.weight, self.output.weight)
-        return y, NeuralMemoryState(memory, history, None)
-
-    def _ask(self, x: Tensor) -> tuple[Tensor, ...]:
-        # the values and keys are not asked for, unless the layer is not what it was made as
-        projected = project(x, self.qkv.weight[: self.inner]) if plain(self.qkv) else self.qkv(x)[..., : self.inner]
+    def ask(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What ``read`` computes without the state: the query's projection and the output gate."""
+        plain = is_plain(self.qkv)
+        projected = project(x, self.qkv.weight[: self.dim]) if plain else self.qkv(x)[..., : self.dim]
         return projected, self.output_gate(x)
 
-    def _answer(self, asked: Sequence[Tensor], state: NeuralMemoryState) -> Tensor:
+    def recall(self, asked: Sequence[Tensor], state: NeuralMemoryState) -> Tensor:
+        """``read``, given ``ask(x)``."""
         projected, gate = asked
         q = query(projected.to(self.output_gain.dtype), self.convolution, state.convolution, self.heads)
         y = read_memory(q, state.memory.weights, self.activation, self.norm_gain)
-        return self.output(gated_norm(y, self.output_gain, gate))
+        y = self.output(gated_norm(y, self.output_gain, gate))
+        return y
 
-    def _learn(
+    def learn(
         self, x: Tensor, state: NeuralMemoryState, *, mask: Tensor | None = None
     ) -> tuple[Tensor, NeuralMemoryState]:
-        """``forward`` without :meth:`_finish`."""
-        if mask is None:
-            return self._run(x, state, None)
-        layout = align(mask)
-        y, state = self._run(layout.spread(x), state, layout)
-        return layout.collect(y), state
-
-    def _run(self, x: Tensor, state: NeuralMemoryState, layout: Layout | None) -> tuple[Tensor, NeuralMemoryState]:
-        """:meth:`_learn` for rows whose real tokens ``layout`` has put first."""
-        length = None if layout is None else layout.length
-        # under autocast too, what the state keeps is not narrowed
-        q, k, v, history = query_key_value(
-            self.qkv(x).to(self.output_gain.dtype), self.convolution, state.convolution, self.heads, length
-        )
+        """``forward`` up to the operation's outputs ``[batch, time, heads, dim / heads]``."""
+        layout = None if mask is None else align(mask)
+        if layout is not None:
+            x = layout.spread(x)  # valid tokens of each row side by side
+        tokens, history, gates = self.inputs(x, state, None if layout is None else layout.length)
         if self.use == "read":
-            y = read_memory(q, state.memory.weights, self.activation, self.norm_gain)
-            if watches(self):
-                self._tell(Tokens(q, k, v, q.new_zeros(q.shape[:3]), None, None), state.memory, None, layout)
-            return y, state._replace(convolution=history)
-        theta, eta, alpha, held = self._controls(x, state, length)
-        y, memory = self._write(Tokens(q, k, v, theta, eta, alpha), state.memory, layout)
-        return y, NeuralMemoryState(memory, history, held)
+            y, memory = read_memory(tokens.q, state.memory.weights, self.activation, self.norm_gain), None
+        else:
+            y, memory = titans_memory(
+                *tokens, state.memory, self.chunk, self.activation, self.norm_gain,
+                None if layout is None else layout.filled,
+                clip=self.clip, read=self.retrieve, keep=self.keep, threshold=self.threshold,
+            )  # fmt: skip
+        if active:
+            self.report(tokens, state.memory, memory, layout)
+        return y if layout is None else layout.collect(y), NeuralMemoryState(memory or state.memory, history, gates)
 
-    def _write(self, tokens: Tokens, state: MemoryState, layout: Layout | None = None) -> tuple[Tensor, MemoryState]:
-        y, after = titans_memory(
-            *tokens, state, chunk=self.chunk, activation=self.activation, norm=self.norm_gain,
-            mask=None if layout is None else layout.filled, clip=self.clip, read=self.retrieve, keep=self.keep,
-            threshold=self.threshold,
-        )  # fmt: skip
-        self._tell(tokens, state, after, layout)
-        return y, after
-
-    def _tell(
-        self, tokens: Tokens, before: MemoryState, after: MemoryState | None, layout: Layout | None = None
-    ) -> None:
-        """What was written, or with no state after it what would have been, to whoever watches."""
-        for watch in watches(self):
-            watch.learned(self, Learned(tokens, before, after, self.norm_gain, self._options(), layout))
-
-    def _options(self) -> Options:
-        return Options(self.chunk, self.activation, self.clip, self.retrieve, self.keep, threshold=self.threshold)
-
-    def _controls(
+    def inputs(
         self, x: Tensor, state: NeuralMemoryState, length: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """Step size, momentum and forgetting ``[batch, time, heads]``, in the state's dtype; and the held gates."""
-        raw = self.controls(x).to(self.output_gain.dtype)
-        held = state.gates
-        if held is not None:
-            # a chunk's gates are those of its first token: causal, and the same however the sequence is cut
-            position = state.memory.position[:, None] + torch.arange(x.shape[1], device=x.device)
-            first = torch.arange(x.shape[1], device=x.device) - position % self.chunk
-            index = first.clamp(min=0).unsqueeze(-1).expand_as(raw)
-            raw = torch.where((first >= 0).unsqueeze(-1), raw.gather(1, index), held.unsqueeze(1))
-            past = torch.cat([held.unsqueeze(1), raw], dim=1)  # where no token came, those held stay
-            held = past[:, -1] if length is None else last(past, length + 1, 1)[:, 0]
-        parts = (self.heads,) * (raw.shape[-1] // self.heads)
-        curve = hardsigmoid if self.gating == "hard_sigmoid" else torch.sigmoid
-        split = iter(curve(raw.to(self.state_dtype)).split_with_sizes(parts, dim=-1))
-        theta = next(split) * self.max_step
-        return theta, next(split) if self.momentum else None, next(split) if self.forgetting else None, held
+    ) -> tuple[Tokens, Tensor | None, Tensor | None]:
+        """Queries, keys, values and gates of the operation; and the state's next ``convolution`` and ``gates``.
 
-    def _finish(self, y: Tensor, x: Tensor) -> Tensor:
-        """Normalise per head, gate by the input, project."""
+        ``length``: ``[batch]``, the valid tokens at the start of each row; ``None`` for all.
+        """
+        if length is None and self.one_token(x):
+            q, k, v, (theta, *others), history = memory_inputs(x, state.convolution, self.layers())
+            gates = None
+        else:
+            # under autocast, too, what the state keeps is not narrowed
+            projected = self.qkv(x).to(self.output_gain.dtype)
+            q, k, v, history = query_key_value(projected, self.convolution, state.convolution, self.heads, length)
+            if self.use == "read":
+                return Tokens(q, k, v, q.new_zeros(q.shape[:3]), None, None), history, state.gates
+            raw, gates = self._gate_inputs(x, state, length)
+            gate = hardsigmoid if self.gating == "hard_sigmoid" else torch.sigmoid
+            theta, *others = gate(raw.to(self.state_dtype)).split(self.heads, dim=-1)
+            theta = theta * self.max_step
+        eta, alpha = others[0] if self.momentum else None, others[-1] if self.forgetting else None
+        return Tokens(q, k, v, theta, eta, alpha), history, gates
+
+    def _gate_inputs(self, x: Tensor, state: NeuralMemoryState, length: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The gates before their sigmoid, ``[batch, time, gates * heads]``, and those of the running chunk."""
+        raw = self.controls(x).to(self.output_gain.dtype)
+        if state.gates is None:
+            return raw, None
+        # a chunk's gates are those of its first token: causal, and the same however the sequence is cut
+        time = torch.arange(x.shape[1], device=x.device)
+        first = time - (state.memory.position[:, None] + time) % self.chunk
+        index = first.clamp(min=0).unsqueeze(-1).expand_as(raw)
+        raw = torch.where((first >= 0).unsqueeze(-1), raw.gather(1, index), state.gates.unsqueeze(1))
+        past = torch.cat([state.gates.unsqueeze(1), raw], dim=1)  # without a new token, the last ones stay
+        return raw, past[:, -1] if length is None else last(past, length + 1, 1)[:, 0]
+
+    def output_of(self, y: Tensor, x: Tensor) -> Tensor:
+        """Normalise the operation's outputs ``y`` per head, gate them by ``x``, project."""
         if self.use == "write":
             return torch.zeros_like(x)
-        gain, gate, out = self.output_gain, self.output_gate, self.output
-        # an adapter or a hook in a layer's place has to be called
-        if plain(gate, out) and few(x, gate.weight, out.weight):
-            return gated_output(y, gain, x, gate.weight, out.weight)
-        if plain(out):
-            return project_made(gated_norm, out.weight, y, gain, gate(x))
-        return out(gated_norm(y, gain, gate(x)))
+        return gated_output(y, self.output_gain, x, self.output_gate, self.output)
 
-    def _check_state(self, x: Tensor, state: NeuralMemoryState) -> None:
-        if not isinstance(state, NeuralMemoryState):
-            raise TypeError(
-                f"memory: state: expected a NeuralMemoryState (init_state makes one), got {type(state).__name__}"
-            )
-        if state.memory.position.shape[0] != x.shape[0]:
-            raise ValueError(f"memory: state has {state.memory.position.shape[0]} rows: expected x's {x.shape[0]}")
-        rows, inner, dtype = x.shape[0], 3 * self.inner, self.output_gain.dtype
-        weights, momentum, anchor, _ = state.memory
-        for name, part in (("weights", weights), ("momentum", momentum), ("anchor", anchor)):
-            layers = 0 if name == "momentum" and not self.momentum else len(self.shapes)
-            if len(part) != layers:
-                raise ValueError(
-                    f"NeuralMemory: the state is of another block: memory.{name} has {len(part)} layers, "
-                    f"expected {layers}"
-                )
-            for layer, (tensor, shape) in enumerate(zip(part, self.shapes)):
-                check_kept(self, f"memory.{name}.{layer}", tensor, (rows, self.heads, *shape), self.state_dtype)
-        past = (rows, self.conv - 1, inner) if self.conv else None
-        check_kept(self, "convolution", state.convolution, past, dtype)
-        held = (rows, self.controls.out_features) if self.gates == "chunk" else None
-        check_kept(self, "gates", state.gates, held, dtype)
+    # -- for decoding and observers --------------------------------------------------------------------------------
 
-    def read_flops(self, length: int) -> int:
-        """FLOPs of ``read`` for ``length`` tokens: the query's projection, the network, gate and output."""
-        weights = sum(out * width for out, width in self.shapes)
-        return length * 2 * (3 * self.output.weight.numel() + self.heads * weights)
+    def one_token(self, x: Tensor) -> bool:
+        """Whether this is one token per row, without gradients, for which fused kernels run."""
+        usual = x.shape[1] == 1 and self.gates == "token" and self.use == "both"
+        return usual and is_plain(self.controls) and fuses(x, self.qkv, self.output_gate, self.output)
 
-    def flops(self, length: int) -> int:
-        projections = 2 * (self.qkv.weight.numel() + self.controls.weight.numel() + 2 * self.output.weight.numel())
-        convolution = 2 * 3 * self.inner * self.conv
-        if self.use == "read":
-            memory = 2 * sum(out * width for out, width in self.shapes)
-        else:
-            memory = memory_flops(self.shapes, min(self.chunk, length), self.momentum)
-        return length * (projections + convolution + self.heads * memory)
+    def layers(self) -> Layers:
+        """The parameters from a token to the operation's inputs, as the fused kernel takes them."""
+        controls, hard = self.controls, self.gating == "hard_sigmoid"
+        return Layers(
+            self.qkv.weight, self.convolution, self.heads, controls.weight, controls.bias, self.max_step, hard
+        )
+
+    def query_layers(self) -> Layers:
+        """Likewise, for the query alone."""
+        return Layers(self.qkv.weight[: self.dim], self.convolution, self.heads)
+
+    def options(self) -> Options:
+        return Options(self.chunk, self.activation, self.clip, self.retrieve, self.keep, threshold=self.threshold)
+
+    def report(
+        self, tokens: Tokens, before: MemoryState, after: MemoryState | None, layout: Layout | None = None
+    ) -> None:
+        """Tell observers what was written; without a state ``after`` it, what would have been."""
+        for observer in observers_of(self):
+            observer.learned(self, Learned(tokens, before, after, self.norm_gain, self.options(), layout))

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from ..blocks.block import check_seed, materialise
+from ..blocks.build import check_seed, materialise
+from ..blocks.device import as_device, as_dtype
 from ..blocks.fingerprint import Origin
 from ..blocks.language_model import LanguageModel
-from ..blocks.placing import as_device, as_dtype
 from ..registry import Problem, RecipeError
 from .loading import Source, load_recipe
 from .recipe import Recipe

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..blocks.block import materialise
+from ..blocks.build import materialise
 from ..blocks.language_model import LanguageModel
 from ..blocks.state import State, map_state, named_tensors
 from ..registry import Problem, RecipeError, show

@@ -62,7 +62,7 @@ def test_every_import_is_understood() -> None:
     assert {target for targets in IMPORTS.values() for target in targets} <= MODULES.keys()
     # one of each kind
     assert {"blocks.attention", "blocks.block"} <= IMPORTS["blocks"]
-    assert {"registry", "blocks.block"} <= IMPORTS["blocks.chain"]
+    assert {"registry", "blocks.block"} <= IMPORTS["blocks.combinators"]
     assert {"titans_build", "recipes", "tools.terminal"} <= IMPORTS["tools.command_line"]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .. import recipes
-from ..blocks.placing import DTYPES, as_device, as_dtype
+from ..blocks.device import DTYPES, as_device, as_dtype
 from ..recipes.parse import read_value
 from ..registry import Problem, RecipeError, show
 from .terminal import UsageError

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...kernels.padding import align
 from ...registry import Problem, Unavailable, register, show
-from ..block import Block, check_input, check_state
+from ..block import Block
 from ..state import State, batch_size, map_state, named_tensors
 from .rows import by_kind, by_length
 
@@ -67,18 +67,13 @@ class Adapted(Block):
         return AdaptedState(self._checked(fresh(self.inner, batch_size), batch_size), position)
 
     def forward(self, x: Tensor, state: State = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
-        check_input(self, x, mask, like=next(self.inner.parameters(), None))
         if self.declaration.state is None:
-            if state is not None:
-                raise TypeError(f"{self.kind}: state is {type(state).__name__}: expected None, it keeps no state")
             if mask is None:
                 return self._run(x, None)
             real = mask.unsqueeze(-1)
             return torch.where(real, self._run(torch.where(real, x, 0.0), None)[0], 0.0), None
         if state is None:
             state = self.init_state(x.shape[0])
-        else:
-            self._check_state(state, x.shape[0])
         if mask is None:
             return self._read(x, state)
         layout = align(mask)
@@ -147,19 +142,6 @@ class Adapted(Block):
         if found != rows:
             raise ValueError(f"{self.kind}: its state function gave {found} rows: expected {rows}")
         return fresh
-
-    def _check_state(self, state: State, rows: int) -> None:
-        check_state(self, state, AdaptedState, rows)
-        expected = dict(named_tensors(self.init_state(1)))
-        found = dict(named_tensors(state))
-        for name in [*expected, *(name for name in found if name not in expected)]:
-            shapes = [None if name not in all_ else all_[name].shape[1:] for all_ in (found, expected)]
-            if shapes[0] != shapes[1]:
-                got, wanted = ("not there" if shape is None else [rows, *shape] for shape in shapes)
-                raise ValueError(f"{self.kind}: the state is of another block: {name} is {got}, expected {wanted}")
-            if found[name].dtype != expected[name].dtype:
-                dtypes = f"{found[name].dtype}, expected {expected[name].dtype}"
-                raise TypeError(f"{self.kind}: the state is of another block: {name} is {dtypes}")
 
     def refuse(self, device: torch.device) -> str | None:
         ask = self.declaration.refuse

@@ -8,8 +8,8 @@ import torch
 
 from ...registry import Spec
 from ..block import Block
+from ..device import as_device, as_dtype
 from ..language_model import LanguageModel
-from ..placing import as_device, as_dtype
 from . import batch, gradient, sequence, tensors
 from .subject import LawError, Subject
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ...registry import create
-from ..block import Decoder, materialise
-from ..decoding import decoder
+from ..build import materialise
+from ..decode import Decoder, decoder
 from ..language_model import LanguageModel
 from ..state import State, named_tensors, select
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ...registry import create
-from ..block import materialise
+from ..build import materialise
 from ..state import detach, map_state, named_tensors
 from .gradient import gradients
 from .subject import LawError, Subject

@@ -6,7 +6,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import titans_build as tb
-from titans_build.blocks import watching
+from titans_build.blocks import observers
 from titans_build.blocks.state import named_tensors
 from titans_build.kernels.memory import read_memory
 from titans_build.kernels.short_conv import query_key_value
@@ -70,7 +70,7 @@ def test_outputs_are_what_they_are_otherwise(name, masked):
     expected = module(given, mask=mask)
     assert torch.equal(out.logits, expected.logits)
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(named_tensors(out.state), named_tensors(expected.state)))
-    assert value.shape == () and value > 0 and not watching._active
+    assert value.shape == () and value > 0 and not observers.active
     # rows alone have, weighed by their tokens, the same loss
     counts = torch.tensor([11.0, 11.0] if mask is None else mask.sum(1).tolist(), dtype=torch.float64)
     alone = [loss(module, given[b : b + 1] if mask is None else given[b : b + 1, mask[b]])[0] for b in range(2)]

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from titans_build.blocks.block import Block, as_rows, materialise
-from titans_build.blocks.build import build_block
+from titans_build.blocks.block import Block, as_rows
+from titans_build.blocks.build import build_block, materialise
 from titans_build.blocks.laws import check_block
 from titans_build.registry import RecipeError, catalogue
 

@@ -5,6 +5,7 @@ import torch
 
 from titans_build.blocks.build import build_block
 from titans_build.blocks.laws import check_block
+from titans_build.blocks.segmented import limit_window
 from titans_build.registry import RecipeError, validate
 
 MEMORY = {"type": "memory", "heads": 2, "chunk": 4}
@@ -39,7 +40,7 @@ def test_it_repeats_when_all_its_blocks_do_and_grows_when_one_does():
     assert build_block([MEMORY, MEMORY | {"chunk": 6}], dim=16).period == 12
     block = build_block([MEMORY, "attention"], dim=16)
     assert block.grows
-    block.bound(8)
+    limit_window(block, 8)
     assert not block.grows
     assert block.flops(10) == sum(part.flops(10) for part in block.of)
 

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from titans_build.blocks.build import build_block
+from titans_build.blocks.flops import read_flops
 from titans_build.blocks.laws import check_block
 from titans_build.blocks.state import concatenate, named_tensors
 from titans_build.registry import RecipeError, catalogue, validate
@@ -283,7 +284,7 @@ def test_a_wrapper_around_memories_is_a_memory(memory):
     # what is read from one state does not depend on what else is read, and is no write
     recalled = block.read(x, state)
     torch.testing.assert_close(recalled[:, 4:5], block.read(x[:, 4:5], state))
-    assert recalled.shape == y.shape and block.read_flops(9) > 0
+    assert recalled.shape == y.shape and read_flops(block, 9) > 0
     spec = {"type": "context", "segment": 5, "persistent": 2, "memory": memory, "attend": ATTEND}
     check_block(spec, dim=DIM, laws=["causal", "split", "row", "rows", "mask", "meta"], length=13)
 
@@ -316,7 +317,7 @@ def test_foreign_inputs_and_states_are_refused_by_name():
         block(x.double())
     with pytest.raises(TypeError, match="Context: state is AttentionState: expected ContextState"):
         block(x, block.init_state(2).attend)
-    with pytest.raises(ValueError, match="Context: state has 3 rows: expected x's 2"):
+    with pytest.raises(ValueError, match="Context: state has 3 rows, the inputs have 2"):
         block(x, block.init_state(3))
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from titans_build.blocks.block import materialise
+from titans_build.blocks.build import materialise
 from titans_build.blocks.feedforward import FeedForward
 from titans_build.blocks.laws import check_block
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from titans_build.blocks.build import build_block
-from titans_build.blocks.gate import Gating
 from titans_build.blocks.laws import check_block
+from titans_build.blocks.norm_gate import Gating
 from titans_build.registry import RecipeError, validate
 
 ATTENTION = {"type": "attention", "heads": 2, "window": 5}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from titans_build.blocks import state as st
-from titans_build.blocks.block import materialise
+from titans_build.blocks.build import materialise
 from titans_build.blocks.generation import Sampler, generate, read_prompt, steps
 from titans_build.blocks.language_model import LanguageModel
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from titans_build.blocks.block import Block, materialise
+from titans_build.blocks.block import Block
+from titans_build.blocks.build import materialise
+from titans_build.blocks.decode import decode_plan
 from titans_build.blocks.language_model import LanguageModel
 from titans_build.blocks.laws import LAWS, LawError, check_block
 from titans_build.registry import catalogue
@@ -120,12 +122,13 @@ def break_laws(Leaky):
         def forward(self, x, state=None, *, mask=None):
             return super().forward(x, state, mask=mask)
 
-        def decoder(self, rows, *, time=1, step=1):
-            def decode(x, state):
-                y, state = self(x, state)
-                return 1.001 * y, state
+    @decode_plan(PreparesSomethingElse)
+    def _(block, rows, time, step):
+        def decode(x, state):
+            y, state = block(x, state)
+            return 1.001 * y, state
 
-            return decode
+        return decode
 
     @breaks("step")
     class HasAWrongPathForOneToken(Leaky):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from titans_build.blocks.block import materialise
+from titans_build.blocks.build import materialise
+from titans_build.blocks.combinators import Layer
 from titans_build.blocks.laws import check_block
-from titans_build.blocks.layer import Layer
 
 SPECS = [{"type": "memory", "heads": 2, "chunk": 4}, "ffn"]
 

@@ -55,7 +55,7 @@ def test_every_option_obeys_the_laws(options: dict[str, object]) -> None:
 def test_gates_of_a_chunk_are_those_of_its_first_token() -> None:
     block = memory(gates="chunk")
     x = torch.randn(1, 12, 8, dtype=torch.float64)
-    theta, eta, alpha, _ = block._controls(x, block.init_state(1), None)
+    theta, eta, alpha = block.inputs(x, block.init_state(1), None)[0][3:]
     for gate in (theta, eta, alpha):
         assert torch.equal(gate[:, 0:5], gate[:, :1].expand(-1, 5, -1))
         assert torch.equal(gate[:, 5:10], gate[:, 5:6].expand(-1, 5, -1))
@@ -83,7 +83,7 @@ def test_hard_gates_start_as_the_sigmoids_do(heads: int) -> None:
     soft, hard = (tb.build_block(options | {"gating": g}, dim=64, seed=0) for g in ("sigmoid", "hard_sigmoid"))
     assert isinstance(soft, NeuralMemory) and isinstance(hard, NeuralMemory)
     x = torch.randn(4, 500, 64)
-    for a, b in zip(soft._controls(x, soft.init_state(4), None)[:3], hard._controls(x, hard.init_state(4), None)[:3]):
+    for a, b in zip(*(b.inputs(x, b.init_state(4), None)[0][3:] for b in (soft, hard))):
         assert b.min() > 0 and b.max() < 1
         torch.testing.assert_close(a.mean((0, 1)), b.mean((0, 1)), rtol=0.01, atol=0.0)
         torch.testing.assert_close(a.std((0, 1)), b.std((0, 1)), rtol=0.05, atol=0.0)
@@ -261,5 +261,5 @@ def test_bad_input_is_named() -> None:
         block(torch.zeros(1, 3, 5))
     with pytest.raises(ValueError, match="state has 2 rows"):
         block(x, block.init_state(2))
-    with pytest.raises(TypeError, match="expected a NeuralMemoryState"):
+    with pytest.raises(TypeError, match="expected NeuralMemoryState"):
         block(x, (torch.zeros(1),))

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from titans_build.blocks.block import materialise
+from titans_build.blocks.build import materialise
 from titans_build.blocks.laws import check_block
-from titans_build.blocks.normalisation import LayerNorm, RMSNorm
+from titans_build.blocks.norm_gate import LayerNorm, RMSNorm
 
 NORMS = [RMSNorm, LayerNorm]
 

@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 import titans_build as tb
-from titans_build.blocks import watching
+from titans_build.blocks import observers
 from titans_build.blocks.state import named_tensors
 from titans_build.kernels.memory import Options, Tokens, measure_memory
 from titans_build.kernels.short_conv import query_key_value
@@ -83,7 +83,7 @@ def test_the_model_computes_what_it_computes_otherwise(name, masked, dtype):
         assert torch.equal(value.isfinite().all(-1), real) and torch.equal(value.isnan().all(-1), ~real)
     assert torch.equal(record.wrote, real.unsqueeze(-1).expand(-1, -1, 2))
     assert record.norms.shape[0] == 3 and record.norms.shape[2:] == (2, 2) and record.start.shape == (3, 2, 2)
-    assert not watching._active
+    assert not observers.active
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -98,7 +98,7 @@ def test_the_record_is_what_the_block_was_given(masked):
         real = torch.ones(13, dtype=torch.bool) if mask is None else mask[row]
         state = block.init_state(1)
         q, k, v, _ = query_key_value(block.qkv(kept), block.convolution, state.convolution, 2, None)
-        theta, eta, alpha, _ = block._controls(kept, state, None)
+        theta, eta, alpha = block.inputs(kept, state, None)[0][3:]
         options = Options(4, "gelu", 1.0, "after", threshold=6.0)
         expected = measure_memory(Tokens(q, k, v, theta, eta, alpha), state.memory, block.norm_gain, None, options)
         assert 0.1 < expected.held.double().mean() < 0.9
@@ -214,8 +214,8 @@ def test_watches_nest_and_end():
     assert again == (2, 16, 2) and outer.memories[PATHS["mac"]].surprise.shape == (2, 18, 2)
     assert inner.memories["blocks.0.memory"].surprise.shape == (2, 8, 2)
     assert broken.memories[PATHS["mac"]].surprise.shape == (2, 3, 2)
-    assert not watching._active
-    with outer, pytest.raises(RuntimeError, match="already watching"), outer:
+    assert not observers.active
+    with outer, pytest.raises(RuntimeError, match="already active"), outer:
         pass
 
 

@@ -12,7 +12,8 @@ from torch import nn
 
 import titans_build as tb
 from titans_build.blocks import state as st
-from titans_build.blocks.block import Block, materialise
+from titans_build.blocks.block import Block
+from titans_build.blocks.build import materialise
 from titans_build.blocks.language_model import LanguageModel
 from titans_build.blocks.laws import check_block
 from titans_build.blocks.memory import NeuralMemory

@@ -5,6 +5,7 @@ import torch
 
 from titans_build.blocks.build import build_block
 from titans_build.blocks.laws import check_block
+from titans_build.blocks.segmented import limit_window
 from titans_build.registry import RecipeError, validate
 
 MEMORY = {"type": "memory", "heads": 2, "chunk": 4}
@@ -48,7 +49,7 @@ def test_persistent_tokens_have_the_way_round_too():
 def test_a_bound_reaches_the_block():
     block = build_block(around({"type": "attention", "heads": 2}), dim=16)
     assert block.grows
-    block.bound(8)
+    limit_window(block, 8)
     assert not block.grows and block.of.window == 8
 
 

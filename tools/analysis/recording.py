@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ...blocks.language_model import LanguageModel
-from ...blocks.observing import Observed, observe
-from ...blocks.watching import Learned, Watch
+from ...blocks.observe import Observed, observe
+from ...blocks.observers import Learned, Observer
 from ...kernels.memory import MemoryState, Options, Tokens
 
 QUANTITIES = ("surprise", "error", "step", "momentum", "forgetting")
@@ -158,7 +158,7 @@ def _peaks(candidates: list[tuple[float, int]]) -> list[tuple[int, float]]:
     return sorted(chosen)
 
 
-class _Capture(Watch):
+class _Capture(Observer):
     """Keeps the inputs of memories for a while, and measures their weights."""
 
     def __init__(self, model: nn.Module) -> None:

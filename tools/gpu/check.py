@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from ...blocks.placing import as_device
+from ...blocks.device import as_device
 from ...recipes.atomic_write import atomic_write
 from ..terminal import Columns, UsageError, complain, in_bytes, prepare_streams, progress, say, say_columns
 from . import goals, parity, speed, timing, workers

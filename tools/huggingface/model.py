@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from ...blocks.block import materialise
+from ...blocks.build import materialise
 from ...blocks.language_model import IGNORED, LanguageModel
 from ...blocks.state import trainable
 from ...recipes import Recipe, StorageError

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...blocks.placing import DTYPES
+from ...blocks.device import DTYPES
 from ...registry import nearest
 from .adapter import ADAPTERS, HF, PLAIN, Adapter, original, signature
 from .site import Site

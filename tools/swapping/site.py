@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ...blocks import Block, materialise
-from ...blocks.layer import Layer
-from ...blocks.normalisation import RMSNorm
+from ...blocks.combinators import Layer
+from ...blocks.norm_gate import RMSNorm
 from ...blocks.state import State
 from ...registry import create, is_block, show
 from .adapter import ORIGINAL, Adapter, SwapError
@@ -79,7 +79,7 @@ class Gated(Site):
                 self.norm.reset_parameters()
 
     def run(self, x: Tensor, state: State, mask: Tensor | None) -> tuple[Tensor, State]:
-        y, after = super().run(self.norm.normalise(self._cast(x)), state, mask)
+        y, after = super().run(self.norm(self._cast(x))[0], state, mask)
         return self.gate * y, after
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import titans_build as tb
+from titans_build.blocks.flops import every_flops
 from titans_build.recipes import packaged_names
 from titans_build.registry import scratch
 from titans_build.tools.commands.model_summary import LENGTH, Part, summarize
@@ -46,7 +47,7 @@ def test_the_cost_of_a_part_is_what_its_parent_uses(small: Path) -> None:
     memory, attend = context.parts
     assert memory.flops == block.memory.flops(LENGTH)
     # two tokens for each, after the persistent ones, in every segment
-    assert attend.flops == LENGTH // 16 * block.attend.every_flops(3 + 32, 2)
+    assert attend.flops == LENGTH // 16 * every_flops(block.attend, 3 + 32, 2)
     state = model.init_state(1).layers[2][0]
     assert attend.state_bytes == tb.state.nbytes(state.attend)
     assert memory.state_bytes == tb.state.nbytes(state.memory)

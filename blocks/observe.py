@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..kernels.memory import measure_memory
 from ..kernels.padding import Layout
-from .watching import Learned, Watch, computing_again
+from .observers import Learned, Observer, recomputing
 
 
 class MemoryRecord(NamedTuple):
@@ -46,7 +46,7 @@ class GateRecord(NamedTuple):
     """That of the second, which gates; in a context, the memory's."""
 
 
-class Observed(Watch):
+class Observed(Observer):
     """The records so far; calls one after the other, such as the pieces of a stream, are joined along time."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -77,7 +77,7 @@ class Observed(Watch):
     @torch.no_grad()
     def learned(self, memory: nn.Module, learned: Learned) -> None:
         tokens, layout = learned.tokens, learned.layout
-        if computing_again() or (layout is not None and not bool(layout.mask.any())):
+        if recomputing() or (layout is not None and not bool(layout.mask.any())):
             return
         mask = None if layout is None else layout.filled
         surprise, error, held = measure_memory(
@@ -96,7 +96,7 @@ class Observed(Watch):
 
     @torch.no_grad()
     def gated(self, block: nn.Module, gate: Tensor, a: Tensor, b: Tensor, mask: Tensor | None) -> None:
-        if computing_again() or not a.shape[1] or (mask is not None and not bool(mask.any())):
+        if recomputing() or not a.shape[1] or (mask is not None and not bool(mask.any())):
             return
         record: tuple[Tensor, ...] = gate.float().mean(-1), a.float().norm(dim=-1), b.float().norm(dim=-1)
         if mask is not None:

@@ -1,0 +1,215 @@
+"""Blocks that hold blocks: ``chain``, ``residual``, ``gate``, ``persistent``, and the layer of a model.
+
+The state of each mirrors what it holds. A combinator of memories is a memory itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..registry import Spec, create, register
+from .block import Block, Blocks, as_memory, as_rows
+from .norm_gate import Form, Gating, RMSNorm
+from .observers import active, observers_of
+from .segmented import forward_every
+from .state import State
+
+
+@register("chain")
+class Chain(Block):
+    """Blocks in sequence, ``x -> f(x) -> g(f(x)) -> ...``. In a recipe, a list of blocks is a chain.
+
+    Normalisation and the residual connection are the layer's. State: a tuple of the blocks' states. In a chain of
+    memories, each is read with what the one before returns.
+    """
+
+    delegates = ("of",)
+
+    def __init__(
+        self, dim: int, *, of: Annotated[list[Spec], Field(min_length=1, description="the blocks, first to last")]
+    ) -> None:
+        super().__init__(dim)
+        self.of = Blocks(create(spec, dim=dim) for spec in of)
+
+    def init_state(self, batch_size: int) -> State:
+        return tuple(block.init_state(batch_size) for block in self.of)
+
+    def forward(self, x: Tensor, state: State = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
+        states = []
+        for block, before in zip(self.of, state or [None] * len(self.of)):
+            x, after = block(x, before, mask=mask)
+            states.append(after)
+        return x, tuple(states)
+
+    def read(self, x: Tensor, state: State) -> Tensor:
+        for block, before in zip(self.of, state):
+            x = as_memory(block).read(x, before)
+        return x
+
+    def write(self, x: Tensor, state: State, mask: Tensor | None = None) -> State:
+        return self(x, state, mask=mask)[1]
+
+    def prefix(self, tokens: Tensor) -> tuple[Tensor, State]:
+        """The outputs of each block at the persistent tokens are the persistent tokens of the next."""
+        states = []
+        for block in self.of:
+            tokens, state = block.prefix(tokens)
+            states.append(state)
+        return tokens, tuple(states)
+
+
+@register("residual")
+class Residual(Block):
+    """Residual connection, ``x + f(x)``.
+
+    Layers have one around each of their blocks. This is for blocks inside other blocks: as ``attend`` of ``context``,
+    for example, it lets the memory write the token itself as well as what attention found for it. State: that of
+    ``of``.
+    """
+
+    delegates = ("of",)
+
+    def __init__(self, dim: int, *, of: Annotated[Spec, Field(description="the block inside the connection")]) -> None:
+        super().__init__(dim)
+        self.of = create(of, dim=dim)
+
+    def init_state(self, batch_size: int) -> State:
+        return self.of.init_state(batch_size)
+
+    def forward(self, x: Tensor, state: State = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
+        return self.every(x, state, step=1, mask=mask)
+
+    def every(self, x: Tensor, state: State = None, *, step: int, mask: Tensor | None = None) -> tuple[Tensor, State]:
+        """``forward``, with the outputs at every ``step``-th token only."""
+        y, state = forward_every(self.of, x, state, step=step, mask=mask)
+        x = x[:, step - 1 :: step]
+        return y + (x if mask is None else torch.where(mask[:, step - 1 :: step, None], x, 0.0)), state
+
+    def read(self, x: Tensor, state: State) -> Tensor:
+        return x + as_memory(self.of).read(x, state)
+
+    def write(self, x: Tensor, state: State, mask: Tensor | None = None) -> State:
+        return as_memory(self.of).write(x, state, mask)
+
+    def prefix(self, tokens: Tensor) -> tuple[Tensor, State]:
+        y, state = self.of.prefix(tokens)
+        return tokens + y, state
+
+
+@register("gate")
+class Gate(Block):
+    """Two branches over the same inputs, the second gating the first: ``gate(a(x), b(x))``.
+
+    With attention and memory as branches, and persistent tokens before them, this is memory as gate (equations
+    26-28). State: a tuple of the branches' states.
+    """
+
+    delegates = ("branches",)
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        branches: Annotated[
+            list[Spec], Field(min_length=2, max_length=2, description="the block that is gated, and the one that gates")
+        ],
+        form: Annotated[
+            Form, Field(description="norm(a) times sigmoid or silu of norm(b), or plus norm(b)")
+        ] = "sigmoid",
+    ) -> None:
+        super().__init__(dim)
+        self.branches = Blocks(create(spec, dim=dim) for spec in branches)
+        self.gate = Gating(dim, form)
+
+    def init_state(self, batch_size: int) -> State:
+        return tuple(block.init_state(batch_size) for block in self.branches)
+
+    def forward(self, x: Tensor, state: State = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
+        (a, after_a), (b, after_b) = (
+            block(x, before, mask=mask) for block, before in zip(self.branches, state or (None, None))
+        )
+        for observer in observers_of(self) if active else ():
+            observer.gated(self, self.gate.opening(b), a, b, mask)
+        return self.gate(a, b), (after_a, after_b)
+
+    def read(self, x: Tensor, state: State) -> Tensor:
+        return self.gate(*(as_memory(block).read(x, before) for block, before in zip(self.branches, state)))
+
+    def write(self, x: Tensor, state: State, mask: Tensor | None = None) -> State:
+        return self(x, state, mask=mask)[1]
+
+    def prefix(self, tokens: Tensor) -> tuple[Tensor, State]:
+        (a, state_a), (b, state_b) = (block.prefix(tokens) for block in self.branches)
+        return tokens if tokens.is_meta else self.gate(a, b), (state_a, state_b)
+
+
+@register("persistent")
+class Persistent(Block):
+    """Learned tokens before the sequence, ``[P | x]``, with outputs at ``x`` only (equation 19).
+
+    They determine the fresh state: a memory has written them, and attention keeps them visible. From then on the block
+    inside runs unchanged, so persistent tokens cost nothing per token and nothing in decoding. State: that of ``of``.
+    """
+
+    delegates = ("of",)
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        tokens: Annotated[int, Field(ge=1, le=2**16, description="number of learned tokens before the sequence")] = 16,
+        of: Annotated[Spec, Field(description="the block that has read them")],
+    ) -> None:
+        super().__init__(dim)
+        self.of = create(of, dim=dim)
+        self.tokens = nn.Parameter(torch.empty(tokens, dim))
+
+    def init_state(self, batch_size: int) -> State:
+        # all rows start from the same state: it is computed once
+        return as_rows(self.of.prefix(self.tokens.unsqueeze(0))[1], batch_size)
+
+    def forward(self, x: Tensor, state: State = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
+        return self.of(x, self.init_state(x.shape[0]) if state is None else state, mask=mask)
+
+    def read(self, x: Tensor, state: State) -> Tensor:
+        return as_memory(self.of).read(x, state)
+
+    def write(self, x: Tensor, state: State, mask: Tensor | None = None) -> State:
+        return as_memory(self.of).write(x, state, mask)
+
+    def prefix(self, tokens: Tensor) -> tuple[Tensor, State]:
+        """The given tokens come before this block's own."""
+        rows, given, _ = tokens.shape
+        y, state = self.of.prefix(torch.cat([tokens, self.tokens.expand(rows, -1, -1)], dim=1))
+        return y[:, :given], state
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.tokens, std=0.02)
+
+
+class Layer(Block):
+    """``x = x + block(norm(x))`` for each block of a list. State: a tuple of the blocks' states."""
+
+    def __init__(self, dim: int, *, of: Sequence[Spec]) -> None:
+        super().__init__(dim)
+        self.norms = Blocks(RMSNorm(dim) for _ in of)
+        self.blocks = Blocks(create(spec, dim=dim) for spec in of)
+
+    def init_state(self, batch_size: int) -> State:
+        return tuple(block.init_state(batch_size) for block in self.blocks)
+
+    def forward(self, x: Tensor, state: State = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
+        if mask is not None:
+            # the residual connection would carry masked inputs to the outputs
+            x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
+        states = []
+        for norm, block, before in zip(self.norms, self.blocks, state or [None] * len(self.blocks)):
+            y, after = block(norm(x)[0], before, mask=mask)
+            x = x + y
+            states.append(after)
+        return x, tuple(states)

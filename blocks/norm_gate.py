@@ -1,0 +1,88 @@
+"""``rms_norm`` and ``layer_norm`` as blocks, and the gating of one branch by another."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..kernels.norm_gate import gate, rms_norm
+from ..registry import register
+from .block import Block
+from .state import State
+
+Eps = Annotated[float, Field(gt=0, description="added to the mean square before its root")]
+Form = Literal["sigmoid", "silu", "sum"]
+
+
+class Norm(Block):
+    """Normalisation of each token's features, with a learned gain. Stateless."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__(dim)
+        self.eps = eps
+        self.gain = nn.Parameter(torch.empty(dim))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.gain)
+
+
+@register("rms_norm")
+class RMSNorm(Norm):
+    """``x / rms(x) * gain``."""
+
+    def __init__(self, dim: int, *, eps: Eps = 1e-6) -> None:
+        super().__init__(dim, eps)
+
+    def forward(self, x: Tensor, state: State = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
+        y = rms_norm(x, self.gain, self.eps)
+        return y if mask is None else torch.where(mask[..., None], y, 0.0), state
+
+
+@register("layer_norm")
+class LayerNorm(Norm):
+    """``(x - mean(x)) / std(x) * gain``, without a bias."""
+
+    def __init__(self, dim: int, *, eps: Eps = 1e-6) -> None:
+        super().__init__(dim, eps)
+
+    def forward(self, x: Tensor, state: State = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
+        y = F.layer_norm(x, (self.dim,), self.gain, None, self.eps)
+        return y if mask is None else torch.where(mask[..., None], y, 0.0), state
+
+
+class Gating(nn.Module):
+    """``gate(a, b) = norm(a) * sigmoid(norm(b))``, each normalised with a learned vector (paper 4.2).
+
+    Other forms: ``silu`` in place of the sigmoid; ``sum``, ``norm(a) + norm(b)``. Zero inputs give zero in every
+    form, which keeps masked tokens at zero.
+    """
+
+    eps = 1e-6
+
+    def __init__(self, dim: int, form: Form = "sigmoid") -> None:
+        super().__init__()
+        self.form = form
+        self.gain_a = nn.Parameter(torch.empty(dim))
+        self.gain_b = nn.Parameter(torch.empty(dim))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.gain_a)
+        nn.init.ones_(self.gain_b)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """``a``, ``b``, output: ``[..., dim]``."""
+        if self.form == "sigmoid":
+            return gate(a, b, self.gain_a, self.gain_b, self.eps)
+        a, b = rms_norm(a, self.gain_a, self.eps), rms_norm(b, self.gain_b, self.eps)
+        return a * F.silu(b) if self.form == "silu" else a + b
+
+    def opening(self, b: Tensor) -> Tensor:
+        """The factor of the normalised first branch, given the second's outputs ``[..., dim]``; 1 for a sum."""
+        if self.form == "sum":
+            return torch.ones_like(b)
+        b = rms_norm(b, self.gain_b, self.eps)
+        return F.silu(b) if self.form == "silu" else torch.sigmoid(b)
