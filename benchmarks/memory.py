@@ -15,7 +15,7 @@ from baselines import Attention, titans_pytorch_memory
 from torch import Tensor
 
 import titans_build as tb
-from titans_build.kernels.memory.cost import memory_flops
+from titans_build.kernels.memory import memory_flops
 
 RATE = "matrix product"
 KINDS = {

@@ -1,13 +1,487 @@
-"""The neural memory: its state, the operation, and the oracles it is held against."""
+"""The neural memory: a network whose weights are written while it reads (Titans, arXiv 2501.00663, eq. 8-15).
 
-from .decode import prepare_read, prepare_step
-from .measure import Measured, measure_memory
-from .operation import MEMORY, titans_memory
-from .read import read_memory
-from .state import MemoryState
-from .tokens import Options, Tokens
+The operations are in this file: :func:`titans_memory` writes and reads, :func:`read_memory` only reads,
+:func:`measure_memory` tells how surprising each token is. Each checks its arguments and picks a backend.
+
+=====================  ===============================================================================================
+``state.py``           what goes in and comes out: ``MemoryState``, ``Tokens``, ``Options``
+``reference.py``       the oracle: the recurrence token by token, its inner gradient from autograd
+``closed_form.py``     a second oracle, independent of the first: the equations of a chunk as they stand on paper
+``cpu.py``             backend ``native``: many tokens on a CPU, in C, with gradients
+                       (``cpu.c``, ``read_cpu.c``; the mathematics of a chunk is in ``network.h`` and ``decay.h``)
+``step_cpu.py``        backend ``native_step``: one token on a CPU, in C (``step_cpu.c``), and decode plans
+``chunkwise_torch.py`` backend ``torch``: any device and length, as groups of chunks, with its own backward; of it
+                       ``chunk_torch.py`` is the mathematics of a chunk, ``decay_torch.py`` what its gates are as
+                       matrices, ``network_torch.py`` the network at fixed weights and its derivatives
+``step_torch.py``      backend ``step``: one token in few PyTorch operators
+``triton/``            backends ``triton`` and ``triton_step``: the torch path's chunks, and one token, on a GPU
+``surprise.py``        the norm of a token's gradient, and the threshold below which tokens are not written
+=====================  ===============================================================================================
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..custom_op import format_symint
+from ..dispatch import (
+    Backend,
+    Operation,
+    can_prepare,
+    expect_tensors,
+    full_precision,
+    half_dtype,
+    is_plain_cpu_tensor,
+    needs_grad,
+    sum_is_finite,
+)
+from ..triton_runtime import refuse_memory as refuse_triton_memory
+from .chunkwise_torch import chunkwise_memory
+from .closed_form import closed_form_memory
+from .cpu import native_memory, native_read, refuse_native, refuse_native_read
+from .network_torch import ACTIVATIONS, torch_read
+from .reference import reference_memory, reference_read
+from .state import MemoryState, Options, Path, Tokens
+from .step_cpu import ReadPlan, StepPlan, native_step, native_step_read, refuse_native_step
+from .step_torch import torch_step
+from .surprise import ChunkWalk, surprise_at, thresholded_memory
 
 __all__ = [
-    "MEMORY", "Measured", "MemoryState", "Options", "Tokens", "measure_memory", "prepare_read", "prepare_step",
-    "read_memory", "titans_memory",
+    "MEMORY", "READ", "Measured", "MemoryState", "Options", "Tokens", "measure_memory", "memory_flops", "prepare_read",
+    "prepare_step", "read_memory", "titans_memory",
 ]  # fmt: skip
+
+
+def titans_memory(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    theta: Tensor,
+    eta: Tensor | None,
+    alpha: Tensor | None,
+    state: MemoryState,
+    chunk: int = 16,
+    activation: str = "gelu",
+    norm: Tensor | None = None,
+    mask: Tensor | None = None,
+    backend: str = "auto",
+    *,
+    clip: float | None = None,
+    read: str = "after",
+    keep: int | None = None,
+    threshold: float | None = None,
+) -> tuple[Tensor, MemoryState]:
+    """Write every token into a memory that is itself a network, and read the memory at every token (eq. 8-15).
+
+        S_t = eta_t S_{t-1} - theta_t grad |M_{a(t)}(k_t) - v_t|^2      M_t = (1 - alpha_t) M_{t-1} + S_t
+        y_t = M_t(q_t)
+
+    with ``a(t)`` the weights at the start of the token's chunk. Differentiable in every tensor, state included.
+    NaN and infinity propagate: they affect their head's memory from their token on, and no earlier output.
+
+    Args:
+        q, k: ``[batch, time, heads, d_in]``; v: ``[batch, time, heads, d_out]``.
+        theta: step size ``>= 0``, ``[batch, time, heads]``.
+        eta: momentum decay in ``[0, 1]``, or ``None``: no momentum, and the state's momentum is returned as it is.
+        alpha: forgetting in ``[0, 1]``, or ``None``: nothing is forgotten.
+        state: the state to continue from; ``MemoryState.fresh(weights)`` to begin.
+        chunk: tokens per chunk; part of the function that is computed, 1 is the exact online recurrence.
+        activation: ``"identity"``, ``"silu"``, ``"gelu"`` (exact) or ``"relu"`` between the layers.
+        norm: ``None``, or a gain ``[heads, d_out]``: ``M(x) = x + LN(net(x)) * gain`` with eps 1e-6.
+        mask: ``[batch, time]`` bool; a false token changes nothing and its output is zero.
+        backend: ``"auto"``, or the name of one backend (``titans-build kernels`` lists them).
+        clip: scale each token's gradient, all layers of a head together, down to this norm.
+        read: ``"after"`` the token was written (the equation above) or ``"before"`` (``y_t = M_{t-1}(q_t)``).
+        keep: chunks between the states that are kept for backward; larger saves memory and costs no accuracy.
+        threshold: a token whose surprise (the norm of its gradient at its anchor, before any clipping) is below this
+            neither writes nor forgets: its theta and alpha are 0. Earlier momentum continues as its eta says, and the
+            position advances. The comparison itself is not differentiated, and where a surprise equals the threshold to
+            rounding, two backends may decide differently.
+
+    Returns:
+        ``y`` ``[batch, time, heads, d_out]`` in the dtype of ``q``, and the new state (float32 or wider).
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        BackendError: the chosen backend cannot take these arguments; the message says why.
+    """
+    tokens = Tokens(q, k, v, theta, eta, alpha)
+    options = Options(chunk, activation, clip, read, keep, half_dtype(q), threshold)
+    _check_memory(tokens, state, norm, mask, options)
+    tensors = (*tokens, norm, *state.weights, *state.momentum, *state.anchor)
+    compute = torch.promote_types(torch.promote_types(q.dtype, state.weights[0].dtype), torch.float32)
+    run = MEMORY.choose(
+        backend,
+        device=q.device.type,
+        dtype=compute,
+        time=q.shape[1],
+        chunk=chunk,
+        layers=len(state.weights),
+        width=max(q.shape[3], v.shape[3]),
+        plain=is_plain_cpu_tensor(*tensors, mask),
+        grad=needs_grad(*tensors),
+    )
+    if any(x is not None and x.dtype != compute for x in tensors):
+        tokens, state, norm = tokens.map(lambda x: x.to(compute)), state.to(compute), _cast(norm, compute)
+    with full_precision(q.device.type):
+        y, state = run(tokens, state, norm, mask, options)
+    return y.to(q.dtype), state
+
+
+def read_memory(
+    q: Tensor,
+    weights: tuple[Tensor, ...],
+    activation: str = "gelu",
+    norm: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """``M(q)`` for every query on its own, at fixed weights (eq. 15).
+
+    Args:
+        q: ``[batch, time, heads, d_in]``.
+        weights: per layer ``[batch, heads, out, in]``.
+        activation, norm, backend: as of :func:`titans_memory`.
+
+    Returns:
+        ``[batch, time, heads, d_out]`` in the dtype of ``q``; computed in the weights' dtype.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        BackendError: the chosen backend cannot take these arguments; the message says why.
+    """
+    _check_network("read_memory", "weights", q, weights, activation, norm)
+    run = READ.choose(
+        backend,
+        device=q.device.type,
+        dtype=weights[0].dtype,
+        time=q.shape[1],
+        layers=len(weights),
+        width=max(q.shape[3], weights[-1].shape[2]),
+        plain=is_plain_cpu_tensor(q, norm, *weights),
+        grad=needs_grad(q, norm, *weights),
+    )
+    with full_precision(q.device.type):
+        y: Tensor = run(q, weights, activation, _cast(norm, weights[0].dtype), half_dtype(q))
+        return y
+
+
+class Measured(NamedTuple):
+    """What :func:`measure_memory` returns for every token, ``[batch, time, heads]`` each."""
+
+    surprise: Tensor
+    """The norm of its gradient at its anchor, before any clipping; float32 or wider."""
+    error: Tensor
+    """``|M(k) - v|^2`` there."""
+    suppressed: Tensor
+    """Bool: the surprise is below the threshold, and the token is not written."""
+
+
+@torch.no_grad()
+def measure_memory(
+    tokens: Tokens,
+    state: MemoryState,
+    norm: Tensor | None,
+    mask: Tensor | None,
+    options: Options,
+    *,
+    written: bool = True,
+) -> Measured:
+    """How surprising each token is to the memory when :func:`titans_memory` writes them; arguments as there.
+
+    The sequence is written once more, chunk by chunk, which takes several times as long as writing it at once. Values
+    at masked tokens are arbitrary. ``written=False``: nothing is written, and every token is measured at the weights of
+    the state.
+    """
+    compute = torch.promote_types(tokens.k.dtype, state.weights[0].dtype)
+    tokens = tokens._replace(q=tokens.k).map(lambda x: x.to(compute))
+    state, norm = state.to(compute), _cast(norm, compute)
+    with full_precision(tokens.k.device.type):
+        if not written or tokens.k.shape[1] == 0:
+            found = surprise_at(tokens.k, tokens.v, state.weights, options.activation, norm)
+            return Measured(*found, torch.zeros_like(found.norm, dtype=torch.bool))
+        walk = ChunkWalk(tokens, state, norm, mask, options, _write)
+        found = [(*part.surprise, part.suppressed) for part in walk.parts(last=False)]
+        return Measured(*(walk.collect(list(each)) for each in zip(*found)))
+
+
+def memory_flops(shapes: Sequence[tuple[int, int]], chunk: int, momentum: bool = True) -> int:
+    """Useful forward FLOPs per token and head (a multiply-add is 2) of the chunkwise form.
+
+    Args:
+        shapes: ``(out, in)`` of each layer.
+        chunk: tokens per chunk.
+        momentum: whether the state has momentum.
+
+    With ``P`` weights, ``s`` parts of the state: keys forward ``2P``; errors back ``2(P - P_1)``; queries through the
+    state ``2sP``; the state's update ``2sP``; scores and their use ``2 b (sum in + sum out)``. Backward is counted
+    as twice this: recomputation and element-wise work are not useful FLOPs.
+    """
+    total = sum(out * width for out, width in shapes)
+    first = shapes[0][0] * shapes[0][1]
+    scores = 2 * chunk * sum(out + width for out, width in shapes)
+    return 2 * total + 2 * (total - first) + 4 * (2 if momentum else 1) * total + scores
+
+
+def prepare_step(
+    tokens: Tokens, shapes: Sequence[tuple[int, int]], norm: Tensor | None, options: Options
+) -> StepPlan | None:
+    """A decode plan: :func:`titans_memory` for one token per row that is in the same ``tokens`` each time.
+
+    Returns a function of the state (layers of ``shapes`` ``(out, in)``, dtype of the tokens, no gradients), whose ``y``
+    is overwritten by the next call; or ``None`` where a plan would save nothing.
+    """
+    if can_prepare(*tokens, norm):
+        run = MEMORY.choose(
+            device="cpu", dtype=tokens.q.dtype, time=1, chunk=options.chunk, layers=len(shapes), plain=True, grad=False
+        )
+        if run is MEMORY.backends["native_step"].run:
+            return StepPlan(tokens, shapes, norm, options)
+    return None
+
+
+def prepare_read(q: Tensor, shapes: Sequence[tuple[int, int]], activation: str, norm: Tensor | None) -> ReadPlan | None:
+    """The same for :func:`read_memory` with one query per row: a function of the weights."""
+    if can_prepare(q, norm):
+        run = READ.choose(device="cpu", dtype=q.dtype, time=1, layers=len(shapes), plain=True, grad=False)
+        if run is READ.backends["native_step"].run:
+            return ReadPlan(q, shapes, activation, norm)
+    return None
+
+
+# -- arguments ---------------------------------------------------------------------------------------------------------
+
+
+def _check_memory(
+    tokens: Tokens, state: MemoryState, norm: Tensor | None, mask: Tensor | None, options: Options
+) -> None:
+    """Cheap when everything fits, because decoding pays it at every token."""
+    q, k, v, theta, eta, alpha = tokens
+    chunk, activation, clip, read, keep, _, threshold = options
+    if not isinstance(state, MemoryState):
+        raise TypeError(f"state: expected a MemoryState (MemoryState.fresh(weights)), got {type(state).__name__}")
+    parts = [("weights", state.weights), ("momentum", state.momentum), ("anchor", state.anchor)]
+    for name, part in parts:
+        if not isinstance(part, tuple):
+            raise TypeError(f"state.{name}: expected a tuple of tensors, got {type(part).__name__}")
+    gates = [
+        (name, x) for name, x in (("theta", theta), ("eta", eta), ("alpha", alpha)) if x is not None or name == "theta"
+    ]
+    layers = [(f"state.{name}[{l}]", w) for name, part in parts[1:] for l, w in enumerate(part)]
+    expect_tensors("titans_memory", ("q", q), ("k", k), ("v", v), *gates, *layers, one_dtype=False)
+    _check_network("titans_memory", "state.weights", q, state.weights, activation, norm)
+    batch, time, heads, _ = q.shape
+    d_out, dtype = state.weights[-1].shape[2], state.weights[0].dtype
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"state.weights[0]: expected float32 or float64, got {dtype}")
+    for name, given, shape in (("k", k, q.shape), ("v", v, (batch, time, heads, d_out))):
+        if given.shape != shape:
+            raise ValueError(f"{name}: expected {list(shape)} to go with q and state, got {list(given.shape)}")
+    for name, given in gates:
+        if given.shape != (batch, time, heads):
+            raise ValueError(f"{name}: expected {[batch, time, heads]} to go with q, got {list(given.shape)}")
+    shapes = [w.shape for w in state.weights]
+    for name, part in parts[1:]:
+        if name == "momentum" and eta is None and not part:
+            continue
+        if [x.shape for x in part] != shapes:
+            raise ValueError(
+                f"state.{name}: expected the shapes of state.weights {list(map(list, shapes))}, "
+                f"got {[list(x.shape) for x in part]}"
+            )
+        for l, x in enumerate(part):
+            if x.dtype != dtype:
+                raise TypeError(f"state.{name}[{l}]: expected {dtype} as state.weights[0], got {x.dtype}")
+    for name, x, shape, kind in (("state.position", state.position, (batch,), torch.int64),
+                                 ("mask", mask, (batch, time), torch.bool)):  # fmt: skip
+        if x is None and name == "mask":
+            continue
+        if not isinstance(x, Tensor) or x.shape != shape or x.dtype != kind:
+            got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else repr(x)
+            raise ValueError(f"{name}: expected {kind} {list(shape)}, got {got}")
+        if x.device != q.device:
+            raise ValueError(f"{name}: expected device {q.device} as q, got {x.device}")
+    for name, number in (("chunk", chunk), ("keep", keep)):
+        if (isinstance(number, bool) or not isinstance(number, int) or number < 1) and (name, number) != ("keep", None):
+            raise ValueError(f"{name}: expected a whole number >= 1, got {number!r}")
+    for name, bound in (("clip", clip), ("threshold", threshold)):
+        if bound is not None and not (isinstance(bound, (int, float)) and bound > 0):
+            raise ValueError(f"{name}: expected a norm > 0 or None, got {bound!r}")
+    if read not in ("after", "before"):
+        raise ValueError(f"read: expected 'after' or 'before', got {read!r}")
+
+
+def _check_network(
+    operation: str, name: str, q: Tensor, weights: tuple[Tensor, ...], activation: str, norm: Tensor | None
+) -> None:
+    """A network that takes ``q``, whose layers are the tuple called ``name``."""
+    if not isinstance(weights, (tuple, list)) or not weights:
+        raise TypeError(f"{operation}: {name}: expected a tuple of [batch, heads, out, in], one for each layer")
+    layers = [(f"{name}[{l}]", w) for l, w in enumerate(weights)]
+    expect_tensors(operation, ("q", q), *layers, *([] if norm is None else [("norm", norm)]), one_dtype=False)
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        names = ", ".join(sorted(ACTIVATIONS))
+        raise ValueError(f"{operation}: activation: expected one of {names}, got {activation!r}")
+    if q.dim() != 4:
+        raise ValueError(f"{operation}: q: expected [batch, time, heads, d_in], got {list(q.shape)}")
+    batch, _, heads, width = q.shape
+    for layer, w in layers:
+        if w.dim() != 4 or w.shape[0] != batch or w.shape[1] != heads or w.shape[3] != width:
+            raise ValueError(
+                f"{operation}: {layer}: expected [batch={batch}, heads={heads}, out, in={width}] to go with q, "
+                f"got {list(w.shape)}"
+            )
+        if w.dtype != weights[0].dtype:
+            raise TypeError(f"{operation}: {layer}: expected {weights[0].dtype} as {name}[0], got {w.dtype}")
+        width = w.shape[2]
+    if norm is not None and (norm.shape != (heads, width) or width != q.shape[3]):
+        raise ValueError(
+            f"{operation}: norm: expected a gain [{heads}, {width}], with d_in = d_out, "
+            f"got {list(norm.shape)} and d_in={q.shape[3]}"
+        )
+
+
+def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return x if x is None or x.dtype == dtype else x.to(dtype)
+
+
+# -- backends of titans_memory -----------------------------------------------------------------------------------------
+
+
+def _backend(
+    name: str, path: Path, refuse: Callable[..., str | None] = lambda **facts: None, *, thresholds: bool = False
+) -> Backend:
+    """``thresholds``: whether ``path`` applies ``options.threshold`` itself."""
+
+    def run(
+        tokens: Tokens, state: MemoryState, norm: Tensor | None, mask: Tensor | None, options: Options
+    ) -> tuple[Tensor, MemoryState]:
+        write = path
+        if options.threshold is not None and not thresholds:
+            write = functools.partial(thresholded_memory, path)
+        cuts = _first_nonfinite(tokens, mask)
+        if not cuts:
+            return write(tokens, state, norm, mask, options)
+        outputs = []
+        for span in itertools.starmap(slice, itertools.pairwise([0, *cuts, tokens.q.shape[1]])):
+            y, state = write(tokens.at(span), state, norm, None if mask is None else mask[:, span], options)
+            outputs.append(y)
+        return torch.cat(outputs, dim=1), state
+
+    return Backend(name, run, refuse, opaque=True)
+
+
+def _first_nonfinite(tokens: Tokens, mask: Tensor | None) -> list[int]:
+    """Where to cut the sequence so that NaN and infinity do not reach outputs before them, in order.
+
+    Inside a chunk every path but the reference multiplies later tokens by zero, and zero times NaN is NaN. The cuts are
+    before the first token of each row and head that is not finite and not masked; none is needed before token 0. A
+    query affects only its own output. Tensors without values, or transformed ones, are not looked into.
+    """
+    _, k, *others = tokens
+    if k.shape[1] < 2 or torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
+        return []
+    inputs = [x.detach() for x in (k, *others) if x is not None]
+    if k.is_meta or sum_is_finite(*inputs):
+        return []
+    finite = [x.isfinite() for x in inputs]
+    bad = ~torch.stack([x.all(-1) if x.dim() == 4 else x for x in finite]).all(0)
+    if mask is not None:
+        bad &= mask.unsqueeze(-1)
+    first = bad.to(torch.uint8).argmax(1)  # 0 where there is none, too
+    return sorted({*first.flatten().tolist()} - {0})
+
+
+def _write(
+    tokens: Tokens, state: MemoryState, norm: Tensor | None, mask: Tensor | None, options: Options
+) -> tuple[Tensor, MemoryState]:
+    """:func:`titans_memory` with the arguments of a path."""
+    return titans_memory(
+        *tokens, state, options.chunk, options.activation, norm, mask, clip=options.clip, read=options.read
+    )
+
+
+def _triton_memory(*arguments: Any) -> tuple[Tensor, MemoryState]:
+    from .triton.network import triton_memory
+
+    return triton_memory(*arguments)
+
+
+def _triton_step(*arguments: Any) -> tuple[Tensor, MemoryState]:
+    from .triton.step import triton_step
+
+    return triton_step(*arguments)
+
+
+def _refuse_triton(*, chunk: int = 1, **facts: Any) -> str | None:
+    return f"takes chunks of up to 128 tokens, not {chunk}" if chunk > 128 else refuse_triton_memory(**facts)
+
+
+def _one_token(refuse: Callable[..., str | None] = lambda **facts: None) -> Callable[..., str | None]:
+    """``refuse``, of a backend that takes one token per row and has no backward."""
+
+    def refuse_more(*, time: int = 1, grad: bool = False, **facts: Any) -> str | None:
+        if time != 1:
+            return f"takes one token, not {format_symint(time)}"
+        return "has no backward; gradients are wanted" if grad else refuse(**facts)
+
+    return refuse_more
+
+
+MEMORY = Operation(
+    "memory",
+    [
+        _backend("native_step", native_step, _one_token(refuse_native_step), thresholds=True),
+        _backend("triton_step", _triton_step, _one_token(refuse_triton_memory)),
+        _backend("step", torch_step, _one_token(), thresholds=True),
+        _backend("native", native_memory, refuse_native),
+        _backend("triton", _triton_memory, _refuse_triton),
+        _backend("torch", chunkwise_memory),
+        _backend("closed_form", closed_form_memory, thresholds=True),
+        _backend("reference", reference_memory, thresholds=True),
+    ],
+    lambda tokens, state, *others: (tokens.v, state),
+    [Tokens, MemoryState, Options],
+)
+
+
+# -- backends of read_memory -------------------------------------------------------------------------------------------
+
+
+def _read_backend(
+    name: str, path: Callable[..., Tensor], refuse: Callable[..., str | None] = lambda **facts: None, **flags: bool
+) -> Backend:
+    """``path`` takes queries in the weights' dtype. They are cast here, so that a compiled graph has ``q`` itself."""
+
+    def run(q: Tensor, weights: tuple[Tensor, ...], activation: str, norm: Tensor | None, half: str | None) -> Tensor:
+        compute = weights[0].dtype
+        if q.dtype == compute:
+            return path(q, weights, activation, norm)
+        return path(q.to(compute), weights, activation, norm).to(q.dtype)
+
+    return Backend(name, run, refuse, **flags)
+
+
+def _triton_read(*arguments: Any) -> Tensor:
+    from .triton.read import triton_read
+
+    return triton_read(*arguments)
+
+
+READ = Operation(
+    "memory_read",
+    [
+        _read_backend("native_step", native_step_read, _one_token(refuse_native_step), opaque=True),
+        _read_backend("native", native_read, refuse_native_read, opaque=True),
+        Backend("triton", _triton_read, refuse_triton_memory, opaque=True),  # casts what it loads
+        _read_backend("torch", torch_read),
+        _read_backend("reference", reference_read),
+    ],
+    lambda q, weights, *others: q.new_empty(*q.shape[:3], weights[-1].shape[2]),
+)

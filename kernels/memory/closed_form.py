@@ -1,7 +1,7 @@
 """The second oracle: the chunkwise equations written out as they stand on paper, differentiated by autograd.
 
-Independent of ``reference`` (no autograd inside: the errors are back-propagated by hand) and of ``chunkwise``
-(no kept states, no hand-written backward, products of gates as literal products). One row at a time.
+Independent of ``reference`` (no autograd inside: the errors are back-propagated by hand) and of the fast
+paths (no kept states, no hand-written backward, products of gates as literal products). One row at a time.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .state import MemoryState
-from .tokens import Options, Tokens
+from .state import MemoryState, Options, Tokens
 
 _SQRT_HALF = 0.5**0.5
 
@@ -75,24 +74,24 @@ def closed_form_memory(
     chunk, (rows, time), v = options.chunk, tokens.q.shape[:2], tokens.v
     results = []
     for row in range(rows):
-        real = torch.arange(time, device=v.device) if mask is None else mask[row].nonzero()[:, 0]
-        picked = tokens.map(lambda x: x[row, real].transpose(0, 1))  # noqa: B023
+        valid = torch.arange(time, device=v.device) if mask is None else mask[row].nonzero()[:, 0]
+        picked = tokens.map(lambda x: x[row, valid].transpose(0, 1))  # noqa: B023
         at = int(state.position[row])
         weights, anchor = [w[row] for w in state.weights], [w[row] for w in state.anchor]
         momentum = [w[row] for w in state.momentum]
-        done, pieces = 0, []
-        while done < len(real):
+        done, outputs = 0, []
+        while done < len(valid):
             if at % chunk == 0:
                 anchor = weights
-            stop = min(done + chunk - at % chunk, len(real))
+            stop = min(done + chunk - at % chunk, len(valid))
             y, weights, momentum = _chunk(picked.at(slice(done, stop)), weights, momentum, anchor, norm, options)
-            pieces.append(y)
+            outputs.append(y)
             at, done = at + stop - done, stop
-        if len(real) and at % chunk == 0:
+        if len(valid) and at % chunk == 0:
             anchor = weights
         y = v.new_zeros(v.shape[1:])
-        if pieces:
-            y = y.index_copy(0, real, torch.cat(pieces, 1).transpose(0, 1))
+        if outputs:
+            y = y.index_copy(0, valid, torch.cat(outputs, 1).transpose(0, 1))
         results.append((y, weights, momentum, anchor))
     ys, *parts = zip(*results)
     count = torch.full_like(state.position, time) if mask is None else mask.sum(1)
@@ -115,14 +114,14 @@ def _chunk(
     gradients = [2 * error for error in errors]
     square = torch.stack([g.square().sum(-1) * a.square().sum(-1) for g, a in zip(gradients, inputs)]).sum(0)
     if clip is not None:
-        # bounded under the root, which has no derivative at 0
+        # clamped before the root, which has no derivative at 0
         theta = theta * clip / square.clamp(min=clip**2).sqrt()
     if threshold is not None:
         writes = ~(square.sqrt() < threshold)
         theta, alpha = theta * writes, None if alpha is None else alpha * writes
-    decay = _products(torch.ones_like(theta) if alpha is None else 1 - alpha)
-    lasting = _products(torch.zeros_like(theta) if eta is None else eta)
-    A, D, E, H = decay[..., 0], decay[..., 1:], lasting[..., 0], lasting[..., 1:]
+    retention = _products(torch.ones_like(theta) if alpha is None else 1 - alpha)
+    momentum_decay = _products(torch.zeros_like(theta) if eta is None else eta)
+    A, D, E, H = retention[..., 0], retention[..., 1:], momentum_decay[..., 0], momentum_decay[..., 1:]
     C, m = D @ H, (D @ E.unsqueeze(-1)).squeeze(-1)
     keep_momentum = momentum if eta is None or not momentum else None
     if not momentum:

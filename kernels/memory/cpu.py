@@ -1,12 +1,11 @@
-"""The memory operation on the C kernels: arguments handed over, results and gradients handed back.
+"""The memory operation and reading on the C kernels (``cpu.c``, ``read_cpu.c``), for many tokens, with gradients.
 
-The kernels work on one batch row and head at a time and know of phases and masks, so rows need no lining up here.
-What they compute is described in ``network.h``.
+The kernels work on one batch row and head at a time and handle phases and masks, so rows need no lining up here. The
+mathematics is in ``network.h``.
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,95 +13,59 @@ import torch
 from torch import Tensor
 
 from ..cpu_runtime import library
-from ..cpu_runtime.call import empty_huge_pages as fresh
-from ..cpu_runtime.call import product_dtype as operands
-from ..dispatch import needs_grad as tracks
-from .activation import NUMBERS
-from .buffers import Scratch
-from .state import MemoryState
-from .tokens import Options, Tokens
+from ..cpu_runtime.call import Kernel, address, empty_huge_pages, product_dtype
+from ..dispatch import needs_grad
+from .network_torch import ACTIVATION_NUMBERS
+from .state import MemoryState, Options, Tokens
 
 LAYERS = 16
-LONGEST = 256
-"""Tokens of a chunk beyond which its work leaves a core's cache, and the torch path is as good."""
-FARTHEST = 2**24
-"""Tokens of a chunk that a kernel's counters hold, a sequence's length on top."""
+LONGEST_CHUNK = 256
+"""Tokens of a chunk at once beyond which its work leaves a core's cache, and the torch path is as fast."""
+LARGEST_CHUNK = 2**24
+"""Chunk length up to which the kernels' counters hold a position in a chunk plus a sequence's length."""
 KEPT_BYTES = 160 * 2**20
-"""What is kept for backward: the outputs for the queries where they fit, and as many states as fit beside them."""
-KEEPS = (4, 16)
-"""Chunks from one kept state to the next, at least and at most: one more costs what it saves in learning again."""
-MOST = 1024
-"""Chunks that are learned again together at most, whatever was asked for: their work must fit too."""
+"""Kept for backward: the layers' outputs for the queries if they fit, and as many states as fit beside them."""
+KEEP_BETWEEN = (4, 16)
+"""Chunks from one kept state to the next, at least and at most: one more costs what it saves in recomputation."""
+KEEP_LARGEST = 1024
+"""Chunks that are recomputed together at most, whatever ``keep`` says: their work must fit too."""
 
-_SEQUENCES = (*Tokens._fields, "y")
-_SIZES = ("batch", "time", "heads", "layers", "chunk", "activation", "momentum", "normed", "after")
-_KEPT = ("every", "asked_kept")
-
-
-class _Sequence(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "time", "head"))]
+_memory_run = Kernel("memory_run", 14 + LAYERS + 1 + 14 * 4 + 6 + 4 * 3 * LAYERS * 3, 1)
+_read_run = Kernel("read_run", 7 + LAYERS + 1 + 4 * 4 + 2 + 2 * LAYERS * 3, 0)
 
 
-class _Matrices(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "head"))]
+def refuse_native(*, chunk: int = 16, time: int = 1, **facts: Any) -> str | None:
+    """Why the kernel for ``titans_memory`` cannot run, or ``None``."""
+    if min(chunk, time) > LONGEST_CHUNK:
+        return f"takes at most {LONGEST_CHUNK} tokens of a chunk at once, not {min(chunk, time)}"
+    if chunk > LARGEST_CHUNK:
+        return f"takes chunks of at most {LARGEST_CHUNK} tokens, not {chunk}"
+    return refuse_native_read(**facts)
 
 
-_States = (_Matrices * LAYERS) * 3
+def refuse_native_read(*, layers: int = 1, **facts: Any) -> str | None:
+    """Why the kernel for ``read_memory`` cannot run, or ``None``."""
+    return f"takes at most {LAYERS} layers, not {layers}" if layers > LAYERS else library.refuse(**facts)
 
 
-class _Call(ctypes.Structure):
-    """``call`` of memory.c, field by field."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in (*_SIZES, *_KEPT)),
-        ("widths", ctypes.c_int64 * (LAYERS + 1)),
-        ("clip", ctypes.c_double),
-        *((name, _Sequence) for name in _SEQUENCES),
-        *((f"grad_{name}", _Sequence) for name in _SEQUENCES),
-        ("gain", ctypes.c_void_p),
-        ("grad_gain", ctypes.c_void_p),
-        *((name, _States) for name in ("before", "end", "grad_before", "grad_end")),
-        *((name, ctypes.c_void_p) for name in ("phase", "order", "count", "kept", "scratch")),
-        ("kept_numbers", ctypes.c_int64),
-        ("scratch_numbers", ctypes.c_int64),
-    ]
+# -- titans_memory -----------------------------------------------------------------------------------------------------
 
 
 class _Plan(NamedTuple):
-    """What a call computes, apart from its differentiable tensors."""
+    """A call, apart from its differentiable tensors."""
 
     options: Options
     layers: int
     phases: Tensor
-    """``[batch]`` int64: where in its chunk each row stands."""
+    """``[batch]`` int64: each row's position in its chunk."""
     counts: Tensor
-    """``[batch]`` int32: tokens of each row."""
+    """``[batch]`` int32: each row's tokens that are not masked."""
     order: Tensor | None
     """``[batch, time]`` int32: which tokens those are; ``None``: all."""
-    anchor_made: bool
-    """Whether some row's anchor after the call is neither the weights then nor its anchor before."""
+    new_anchor: bool
+    """Whether some row's anchor after the call is neither its weights then nor its anchor before."""
     operands: torch.dtype
-    """Of matrix products: what forward's were, backward's are."""
-
-
-class _Keeping(NamedTuple):
-    """What is kept for backward."""
-
-    every: int
-    """Chunks from one kept state to the next; 0: nothing is kept."""
-    asked: bool
-    """Whether the layers' outputs for the queries are."""
-
-
-def refuse_native(*, chunk: int = 16, time: int = 1, layers: int = 1, **facts: Any) -> str | None:
-    """Why the kernel cannot run, or ``None``."""
-    if min(chunk, time) > LONGEST:
-        return f"takes at most {LONGEST} tokens of a chunk at once, not {min(chunk, time)}"
-    if layers > LAYERS:
-        return f"takes at most {LAYERS} layers, not {layers}"
-    if chunk > FARTHEST:
-        return f"takes chunks of at most {FARTHEST} tokens, not {chunk}"
-    return library.refuse(**facts)
+    """Of matrix products; backward uses what forward used."""
 
 
 def native_memory(
@@ -113,22 +76,22 @@ def native_memory(
     phases = [position % chunk for position in state.position.tolist()]
     counts, order = [time] * len(phases), None
     if mask is not None and not bool(mask.all()):
-        order = torch.argsort(~mask, dim=1, stable=True).to(torch.int32)  # the real tokens of each row come first
+        order = torch.argsort(~mask, dim=1, stable=True).to(torch.int32)  # each row's unmasked tokens come first
         counts = mask.sum(1).tolist()
     if not any(counts):
         return torch.zeros_like(tokens.v), state
-    ends = [phase + count for phase, count in zip(phases, counts)]
-    all_end = all(count and end % chunk == 0 for count, end in zip(counts, ends))
-    none_began = all(not count or (phase and end < chunk) for phase, count, end in zip(phases, counts, ends))
+    rows = [(phase, count, phase + count) for phase, count in zip(phases, counts)]
+    all_end = all(count and end % chunk == 0 for _, count, end in rows)
+    none_began = all(not count or (phase and end < chunk) for phase, count, end in rows)
     layers = len(state.weights)
     plan = _Plan(
         options, layers, torch.tensor(phases), torch.tensor(counts, dtype=torch.int32), order,
-        not (all_end or none_began), operands(tokens.q.dtype),
+        not (all_end or none_began), product_dtype(tokens.q.dtype),
     )  # fmt: skip
     momentum = () if tokens.eta is None else state.momentum
     anchor = state.anchor if any(phases) or not all(counts) else ()
     tensors = [*tokens, norm, *state.weights, *momentum, *anchor]
-    y, *parts = _Native.apply(plan, *tensors) if tracks(*tensors) else _forward(plan, tensors, record=False)[0]
+    y, *parts = _Memory.apply(plan, *tensors) if needs_grad(*tensors) else _forward(plan, tensors)[0]
     weights = tuple(parts[:layers])
     momentum = state.momentum if tokens.eta is None else tuple(parts[layers : 2 * layers])
     anchor = weights if all_end else state.anchor if none_began else tuple(parts[-layers:])
@@ -136,11 +99,11 @@ def native_memory(
     return y, MemoryState(weights, momentum, anchor, state.position + moved)
 
 
-class _Native(torch.autograd.Function):
+class _Memory(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: _Plan, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        results, kept, used, ctx.keeping = _forward(plan, tensors, record=True)
-        ctx.plan = plan
+        ctx.plan, ctx.keep = plan, _keep(plan, tensors)
+        results, kept, used = _forward(plan, tensors, ctx.keep)
         ctx.save_for_backward(kept, *used)
         ctx.set_materialize_grads(False)
         return results
@@ -148,136 +111,177 @@ class _Native(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_y: Tensor | None, *grad_end: Tensor | None) -> tuple[Tensor | None, ...]:
-        plan = ctx.plan
-        kept, *used = ctx.saved_tensors
-        # hooks on saved tensors may give them back laid out otherwise
-        kept, (tokens, gain, state) = kept.contiguous(), _laid_out(used)
-        q = tokens.q
-        call = _call(plan, tokens, gain, state)
-        call.every, call.asked_kept = ctx.keeping
-        call.kept_numbers, call.kept = kept.numel() // max(q.shape[0] * q.shape[2], 1), kept.data_ptr()
-        grad_y = torch.zeros_like(tokens.v) if grad_y is None else dense(grad_y, 1)
-        call.grad_y = _sequence(grad_y)
-        needed = plan.layers * (1 if tokens.eta is None else 2)
+        plan, (kept, *tensors) = ctx.plan, ctx.saved_tensors
+        tokens, gain, state = _dense(tensors)
+        parts = 1 if tokens.eta is None else 2
+        grad_y = torch.zeros_like(tokens.v) if grad_y is None else _dense_last(grad_y, 1)
         grad_end = tuple(
-            (torch.zeros_like(state[i]) if i < needed else None) if g is None else dense(g, 2)
+            (torch.zeros_like(state[i]) if i < parts * plan.layers else None) if g is None else _dense_last(g, 2)
             for i, g in enumerate(grad_end)
         )
-        _hand_over(call.grad_end, grad_end, call)
-        new = fresh if plan.order is None else torch.zeros
+        new = empty_huge_pages if plan.order is None else torch.zeros  # gradients of masked tokens are zero
         grads = tokens.map(lambda x: new(x.shape, dtype=x.dtype))
-        for name, grad in zip(Tokens._fields, grads):
-            setattr(call, f"grad_{name}", _sequence(grad))
-        grad_gain = None
-        if gain is not None:
-            grad_gain = gain.new_empty(q.shape[0], *gain.shape)
-            call.grad_gain = grad_gain.data_ptr()
+        grad_gain = None if gain is None else gain.new_empty(tokens.q.shape[0], *gain.shape)
         grad_state = [torch.empty(x.shape, dtype=x.dtype) for x in state]
-        _hand_over(call.grad_before, grad_state, call)
-        _run(call, q, plan, backward=True)
+        _run(plan, ctx.keep, tokens, gain, state, kept.contiguous(), None, (), (*grads, grad_y), grad_gain,
+             grad_state, grad_end)  # fmt: skip
         return None, *grads, None if grad_gain is None else grad_gain.sum(0), *grad_state
 
 
 def _forward(
-    plan: _Plan, tensors: Sequence[Any], record: bool
-) -> tuple[tuple[Tensor, ...], Tensor | None, Sequence[Tensor | None], _Keeping]:
-    """``y`` and the state's parts; what backward needs: what was kept, the arguments as they were used, and how."""
-    tokens, gain, state = _laid_out(tensors)
-    q, v = tokens.q, tokens.v
-    call = _call(plan, tokens, gain, state)
-    y = (fresh if plan.order is None else torch.zeros)(v.shape, dtype=v.dtype)
-    call.y = _sequence(y)
-    made = plan.layers * (1 + (tokens.eta is not None) + plan.anchor_made)
-    end = [torch.empty(state[i % plan.layers].shape, dtype=q.dtype) for i in range(made)]
-    _hand_over(call.end, end, call)
-    kept, keeping = None, _Keeping(0, False)
-    if record:
-        keeping = _keeping(plan, tokens, state)
-        call.every, call.asked_kept = keeping
-        call.kept_numbers = _room(call, plan, backward=False)[0]
-        kept = fresh((q.shape[0] * q.shape[2] * call.kept_numbers,), q.dtype)
-        call.kept = kept.data_ptr()
-    _run(call, q, plan, backward=False)
-    return (y, *end), kept, (*tokens, gain, *state), keeping
+    plan: _Plan, tensors: Sequence[Any], keep: tuple[int, bool] = (0, False)
+) -> tuple[tuple[Tensor, ...], Tensor | None, Sequence[Tensor | None]]:
+    """``y`` and the state's parts; what is kept for backward; and the arguments as they were used."""
+    tokens, gain, state = _dense(tensors)
+    y = (empty_huge_pages if plan.order is None else torch.zeros)(tokens.v.shape, dtype=tokens.v.dtype)
+    made = plan.layers * (1 + (tokens.eta is not None) + plan.new_anchor)
+    end = [torch.empty(state[i % plan.layers].shape, dtype=y.dtype) for i in range(made)]
+    kept = None
+    if keep[0]:
+        kept = empty_huge_pages((tokens.q.shape[0] * tokens.q.shape[2] * _kept_numbers(plan, tensors, keep),), y.dtype)
+    _run(plan, keep, tokens, gain, state, kept, y, end)
+    return (y, *end), kept, (*tokens, gain, *state)
 
 
-def _laid_out(tensors: Sequence[Any]) -> tuple[Tokens, Tensor | None, list[Tensor]]:
-    """Tokens, gain and state from all of these in a row, laid out as the kernels take them."""
+def _dense(tensors: Sequence[Any]) -> tuple[Tokens, Tensor | None, list[Tensor]]:
+    """Tokens, gain and state, laid out as the kernels take them; hooks on saved tensors may change the layout."""
     q, k, v, theta, eta, alpha, gain, *state = tensors
-    tokens = Tokens(dense(q, 1), dense(k, 1), dense(v, 1), theta, eta, alpha)
-    return tokens, None if gain is None else gain.contiguous(), [dense(x, 2) for x in state]
+    tokens = Tokens(_dense_last(q, 1), _dense_last(k, 1), _dense_last(v, 1), theta, eta, alpha)
+    return tokens, None if gain is None else gain.contiguous(), [_dense_last(x, 2) for x in state]
 
 
-def _call(plan: _Plan, tokens: Tokens, gain: Tensor | None, state: Sequence[Tensor]) -> _Call:
-    call = _Call()
-    chunk, activation, clip, read, *_ = plan.options
-    call.batch, call.time, call.heads, call.widths[0] = tokens.q.shape
-    call.layers, call.chunk, call.activation = plan.layers, chunk, NUMBERS[activation]
-    call.momentum, call.normed, call.after = tokens.eta is not None, gain is not None, read == "after"
-    call.clip = clip or 0
-    for layer, weight in enumerate(state[: plan.layers]):
-        call.widths[layer + 1] = weight.shape[2]
-    for name, x in zip(Tokens._fields, tokens):
-        setattr(call, name, _sequence(x))
-    _hand_over(call.before, state, call)
-    call.phase, call.count = plan.phases.data_ptr(), plan.counts.data_ptr()
-    call.order = None if plan.order is None else plan.order.data_ptr()
-    if gain is not None:
-        call.gain = gain.data_ptr()
-    return call
-
-
-def _hand_over(states: Any, tensors: Sequence[Tensor | None], call: _Call) -> None:
-    """``tensors`` are weights, momentum if there is any, and perhaps the anchor, layer by layer."""
-    for i, x in enumerate(tensors):
-        part, layer = divmod(i, call.layers)
-        if part and not call.momentum:
-            part = 2
-        if x is not None:
-            states[part][layer] = _Matrices(x.data_ptr(), x.stride(0), x.stride(1))
-
-
-def _sequence(x: Tensor | None) -> _Sequence:
-    return _Sequence() if x is None else _Sequence(x.data_ptr(), *x.stride()[:3])
-
-
-def dense(x: Tensor, dims: int) -> Tensor:
-    """``x`` with its last dimensions dense."""
-    stride = x.stride()
-    dense = stride[-1] == 1 and (dims == 1 or stride[-2] == x.shape[-1])
-    return x if dense else x.contiguous()
-
-
-def _keeping(plan: _Plan, tokens: Tokens, state: Sequence[Tensor]) -> _Keeping:
-    q, keep = tokens.q, plan.options.keep
+def _keep(plan: _Plan, tensors: Sequence[Any]) -> tuple[int, bool]:
+    """For backward: chunks between kept states, and whether the layers' outputs for the queries are kept."""
+    q, eta, weights, keep = tensors[0], tensors[4], tensors[7 : 7 + plan.layers], plan.options.keep
     batch, time, heads, _ = q.shape
     chunks = -(-time // plan.options.chunk) + 1
     if keep is not None and keep > 1:
-        return _Keeping(min(keep, chunks, MOST), False)
-    outputs = sum(w.shape[2] for w in state[: plan.layers])
-    left = KEPT_BYTES - batch * time * heads * outputs * q.element_size()
-    asked = left >= 0
-    if keep is not None:
-        return _Keeping(keep, asked)
-    states = chunks * sum(w.numel() for w in state[: plan.layers]) * (1 if tokens.eta is None else 2) * q.element_size()
-    every, most = KEEPS
-    while states > left * every and every < most:
-        every *= 2
-    return _Keeping(every, asked)
+        return min(keep, chunks, KEEP_LARGEST), False
+    left = KEPT_BYTES - batch * time * heads * sum(w.shape[2] for w in weights) * q.element_size()
+    every, most = KEEP_BETWEEN
+    if keep is None:
+        states = chunks * sum(w.numel() for w in weights) * (1 if eta is None else 2) * q.element_size()
+        while states > left * every and every < most:
+            every *= 2
+    return keep or every, left >= 0
 
 
-def _room(call: _Call, plan: _Plan, backward: bool) -> tuple[int, int]:
-    kept, scratch = ctypes.c_int64(), ctypes.c_int64()
-    library.library(plan.operands).memory_room(
-        ctypes.byref(call), int(backward), ctypes.byref(kept), ctypes.byref(scratch)
+def _kept_numbers(plan: _Plan, tensors: Sequence[Any], keep: tuple[int, bool]) -> int:
+    """Numbers that the kernel keeps for one row and head, at most; a row of them is padded to a cache line."""
+    q, eta, weights = tensors[0], tensors[4], tensors[7 : 7 + plan.layers]
+    line = 64 // q.element_size()
+    padded = [(-(-w.shape[2] // line) * line, -(-w.shape[3] // line) * line) for w in weights]
+    chunks = max(-(-(p + c) // plan.options.chunk) for p, c in zip(plan.phases.tolist(), plan.counts.tolist()))
+    states = (chunks - 1) // keep[0] * sum(out * width for out, width in padded) * (1 if eta is None else 2)
+    return states + (q.shape[1] * sum(out for out, _ in padded) if keep[1] else 0)
+
+
+def _run(
+    plan: _Plan,
+    keep: tuple[int, bool],
+    tokens: Tokens,
+    gain: Tensor | None,
+    state: Sequence[Tensor],
+    kept: Tensor | None,
+    y: Tensor | None,
+    end: Sequence[Tensor],
+    grads: Sequence[Tensor | None] = (None,) * 7,
+    grad_gain: Tensor | None = None,
+    grad_state: Sequence[Tensor] = (),
+    grad_end: Sequence[Tensor | None] = (),
+) -> None:
+    """The structure ``call`` of cpu.c, field by field."""
+    options, layers = plan.options, plan.layers
+    batch, time, heads, width = tokens.q.shape
+    momentum, backward, tasks = tokens.eta is not None, bool(grad_state), batch * heads
+    matrices = [0] * (4 * 3 * LAYERS * 3)  # of weights, momentum and anchor
+    for i, part in enumerate((state, end, grad_state, grad_end)):
+        for j, x in enumerate(part):
+            which, layer = divmod(j, layers)
+            if x is not None:
+                at = 3 * (LAYERS * (3 * i + (2 if which and not momentum else which)) + layer)
+                matrices[at : at + 3] = x.data_ptr(), x.stride(0), x.stride(1)
+    _memory_run(
+        plan.operands,
+        batch, time, heads, layers, options.chunk, ACTIVATION_NUMBERS[options.activation], momentum, gain is not None,
+        options.read == "after", backward, max(1, min(torch.get_num_threads(), tasks)),
+        *keep, 0 if kept is None else kept.numel() // max(tasks, 1),
+        width, *(w.shape[2] for w in state[:layers]), *[0] * (LAYERS - layers),
+        *(n for x in (*tokens, y, *grads) for n in ((0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3]))),
+        address(gain), address(grad_gain), plan.phases.data_ptr(), address(plan.order), plan.counts.data_ptr(),
+        address(kept), *matrices, options.clip or 0.0,
+    )  # fmt: skip
+
+
+def _dense_last(x: Tensor, dims: int) -> Tensor:
+    """``x`` with its last dimensions dense."""
+    stride = x.stride()
+    return x if stride[-1] == 1 and (dims == 1 or stride[-2] == x.shape[-1]) else x.contiguous()
+
+
+# -- read_memory -------------------------------------------------------------------------------------------------------
+
+
+def native_read(q: Tensor, weights: Sequence[Tensor], activation: str, norm: Tensor | None) -> Tensor:
+    """``read_memory`` in float32 or float64 on a CPU."""
+    if needs_grad(q, norm, *weights):
+        return _Read.apply(activation, product_dtype(q.dtype), q, norm, *weights)
+    y = empty_huge_pages((*q.shape[:3], weights[-1].shape[2]), q.dtype)
+    _run_read(activation, product_dtype(q.dtype), q, norm, weights, y)
+    return y
+
+
+class _Read(torch.autograd.Function):
+    """Keeps the queries and the weights, which exist anyway, and no hidden value."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, activation: str, products: torch.dtype, q: Tensor, norm: Tensor | None, *weights: Tensor
+    ) -> Tensor:
+        y = empty_huge_pages((*q.shape[:3], weights[-1].shape[2]), q.dtype)
+        ctx.activation, ctx.operands = activation, products
+        ctx.save_for_backward(*_run_read(activation, products, q, norm, weights, y))
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, norm, *weights = ctx.saved_tensors
+        grad_q = empty_huge_pages(q.shape, q.dtype)
+        grad_norm = None if norm is None else norm.new_empty(q.shape[0], *norm.shape)
+        grad_weights = [torch.empty(w.shape, dtype=w.dtype) for w in weights]
+        _run_read(
+            ctx.activation, ctx.operands, q, norm, weights, None, _dense_last(grad, 1), grad_q, grad_norm, grad_weights
+        )
+        return None, None, grad_q, None if grad_norm is None else grad_norm.sum(0), *grad_weights
+
+
+def _run_read(
+    activation: str,
+    products: torch.dtype,
+    q: Tensor,
+    norm: Tensor | None,
+    weights: Sequence[Tensor],
+    y: Tensor | None,
+    grad: Tensor | None = None,
+    grad_q: Tensor | None = None,
+    grad_norm: Tensor | None = None,
+    grad_weights: Sequence[Tensor] = (),
+) -> list[Tensor | None]:
+    """The structure ``call`` of read_cpu.c, field by field; returns queries, gain and weights as they were used."""
+    q, norm, weights = (
+        _dense_last(q, 1),
+        None if norm is None else norm.contiguous(),
+        [_dense_last(w, 2) for w in weights],
     )
-    return kept.value, scratch.value
-
-
-def _run(call: _Call, like: Tensor, plan: _Plan, backward: bool) -> None:
-    threads = max(1, min(torch.get_num_threads(), call.batch * call.heads))
-    call.scratch_numbers = _room(call, plan, backward)[1]
-    scratch = Scratch.of(like)
-    call.scratch = scratch("native", threads, call.scratch_numbers).data_ptr()
-    library.library(plan.operands).memory_run(ctypes.byref(call), int(backward), threads)
-    scratch.release()
+    batch, time, heads, width = q.shape
+    none = LAYERS - len(weights)
+    matrices = lambda part: [n for w in part for n in (w.data_ptr(), w.stride(0), w.stride(1))]  # noqa: E731
+    _read_run(
+        products, batch, time, heads, len(weights), ACTIVATION_NUMBERS[activation], grad is not None,
+        max(1, min(torch.get_num_threads(), batch * heads)), width, *(w.shape[2] for w in weights), *[0] * none,
+        *(n for x in (q, y, grad_q, grad) for n in ((0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3]))),
+        address(norm), address(grad_norm), *matrices(weights), *[0] * (3 * none), *matrices(grad_weights),
+        *[0] * (3 * (LAYERS - len(grad_weights))),
+    )  # fmt: skip
+    return [q, norm, *weights]

@@ -1,8 +1,8 @@
-/* One head's memory network over one chunk: learning from its keys and values, answering its queries, moving on to the
-   next chunk's state, and the derivatives of all that.
+/* One head's memory network over one chunk: the gradients of its tokens, its reads, the state after it, and the
+   derivatives of all that.
 
-   A layer's state is kept transposed, weights [in, out] and momentum [in, out] below, as one matrix of `parts` blocks
-   of rows: so both are a right factor for what runs forward. A copy the other way round is made for what runs back.
+   A layer's state is stored transposed, weights [in, out] and momentum [in, out] below, as one matrix of `parts` blocks
+   of rows, so that both are a right factor in forward products; for products backward there is a copy [out, in].
    Errors d are half gradients; the factor 2 is in the step. */
 
 #pragma once
@@ -15,16 +15,29 @@
 enum { LAYERS = 16, BLOCK = 16 /* tokens of a triangular product worked on together */ };
 
 typedef struct {
-    int layers, parts, most;  /* most: tokens in a chunk at most */
+    int layers, parts, longest; /* parts: 2, or 1 without momentum; longest: most tokens in a chunk */
     int normed, after;        /* the network is residual with LayerNorm; a token is read after it was written */
     enum activation activation;
     real clip;                /* 0: none */
     int in[LAYERS], out[LAYERS];
-    int rows[LAYERS];         /* in, padded: rows of a block of the state, and the width of what goes in */
+    int rows[LAYERS];         /* in, padded: rows of a block of the state, and the width of the layer's input */
     int width[LAYERS];        /* out, padded */
-    int ld;                   /* most, padded */
+    int ld;                   /* longest, padded */
     const real *gain;         /* [width of the last layer] */
 } network;
+
+/* Scratch is taken from one piece of memory; without `next`, `used` counts how much is needed. */
+typedef struct {
+    real *next;
+    size_t used;
+} arena;
+
+static real *take(arena *arena, size_t numbers) {
+    size_t line = 64 / sizeof(real);
+    real *found = arena->next ? arena->next + arena->used : NULL;
+    arena->used += (numbers + line - 1) / line * line;
+    return found;
+}
 
 INLINE size_t state_numbers(const network *net) {
     size_t total = 0;
@@ -33,7 +46,7 @@ INLINE size_t state_numbers(const network *net) {
     return total;
 }
 
-INLINE int outputs(const network *net) { /* numbers that the layers put out for one token */
+INLINE int outputs(const network *net) { /* of all layers, for one token */
     int total = 0;
     for (int l = 0; l < net->layers; l++)
         total += net->width[l];
@@ -45,26 +58,26 @@ typedef struct {
     real *state[LAYERS];   /* at its start, [parts * rows, width] */
     real *z[LAYERS];       /* outputs of the layers for the keys, [n, width] */
     real *error[LAYERS];   /* d, [n, width] */
-    real *pulled[LAYERS];  /* what arrived at the activation from above: d W of the next layer, [n, width] */
-    real *scale;           /* [n]: what brings a token's gradient down to `clip` */
+    real *upstream[LAYERS];  /* d W of the next layer, before the slope, [n, width] */
+    real *scale;           /* [n]: factor that brings a token's gradient down to `clip` */
     real *square;          /* [n]: that gradient's square */
 } chunk;
 
-/* What is worked with on one chunk at a time. */
+/* Work on one chunk at a time. */
 typedef struct {
     real *keys, *values, *queries;                   /* [n, rows[0]] or [n, last width] */
     real *theta, *alpha, *grad_theta, *grad_alpha, *grad_eta;
     decay decay;
-    real *step, *last, *last_momentum;               /* step_s; what it weighs in the weights and momentum at the end */
-    real *read, *carry, *carry_momentum;             /* read's matrix [n, ld], and what a read takes of the start */
+    real *step, *last, *last_momentum;               /* step_s; its coefficient in the weights and momentum at the end */
+    real *read, *carry, *carry_momentum;             /* C step of a read [n, ld]; of the state at the start in a read */
     real *input[LAYERS], *slope[LAYERS], *curvature[LAYERS]; /* for the keys: a_l [n, rows]; at z_l [n, width] */
-    real *reversed[LAYERS];                          /* state transposed: [out, parts * rows] */
-    real *anchor[LAYERS], *anchor_reversed[LAYERS];  /* of a chunk that began in an earlier call */
-    real *asked[LAYERS];                             /* outputs of the layers for the queries, [n, width] */
+    real *transposed[LAYERS];                          /* state transposed: [out, parts * rows] */
+    real *anchor[LAYERS], *anchor_transposed[LAYERS];  /* of a chunk that began in an earlier call */
+    real *query_z[LAYERS];                             /* outputs of the layers for the queries, [n, width] */
     real *gain;
-    real *x, *x_slope, *weighed, *weighed_momentum, *shared, *scores, *mixed, *turned; /* temporaries */
+    real *x, *x_slope, *weighted, *weighted_momentum, *carried, *scores, *weighted_scores, *columns; /* temporaries */
     /* backward */
-    real *grad_state[LAYERS], *grad_reversed[LAYERS], *grad_anchor[LAYERS];
+    real *grad_state[LAYERS], *grad_transposed[LAYERS], *grad_anchor[LAYERS], *grad_last_anchor[LAYERS];
     real *grad_input[LAYERS], *grad_error[LAYERS];
     real *grad_read, *grad_scores, *grad_carry, *grad_carry_momentum, *grad_last, *grad_last_momentum;
     decay_grad decay_grad;
@@ -73,25 +86,25 @@ typedef struct {
 
 /* -- gates ---------------------------------------------------------------------------------------------------------- */
 
-static void find_decay(const network *net, work *w, int n) {
+static void chunk_decay(const network *net, work *w, int n) {
     decay *decay = &w->decay;
     decay->n = n;
     decay->ld = net->ld;
     decay->momentum = net->parts == 2;
     for (int t = 0; t < n; t++)
-        decay->keep[t] = 1 - w->alpha[t];
+        decay->retain[t] = 1 - w->alpha[t];
     decay_matrices(decay);
 }
 
-/* The matrices with the step in them, once it is known how far every token's gradient is clipped. */
-static void weigh(const network *net, work *w, const chunk *c, int n) {
+/* The decay matrices times the steps, once it is known how much every token's gradient is clipped. */
+static void find_coefficients(const network *net, work *w, const chunk *c, int n) {
     const decay *decay = &w->decay;
     int ld = net->ld, delay = !net->after;
     memset(w->step, 0, ld * sizeof(real));
     for (int s = 0; s < n; s++)
         w->step[s] = 2 * w->theta[s] * c->scale[s];
     for (int t = 0; t < n; t++) {
-        int from = t - delay; /* read before it is written, a token finds what its predecessor left */
+        int from = t - delay; /* a read before the token is written sees what its predecessor left */
         w->carry[t] = from < 0 ? 1 : decay->A[from];
         w->carry_momentum[t] = from < 0 ? 0 : decay->m[from];
         for (int s = 0; s < ld; s += WIDTH)
@@ -104,7 +117,7 @@ static void weigh(const network *net, work *w, const chunk *c, int n) {
 }
 
 /* From the gradients of those matrices to the gates', and through the clipping to the errors' and inputs'. */
-static void weigh_backward(const network *net, work *w, const chunk *c, int n) {
+static void coefficients_backward(const network *net, work *w, const chunk *c, int n) {
     decay *decay = &w->decay;
     decay_grad *g = &w->decay_grad;
     int ld = net->ld, delay = !net->after;
@@ -123,7 +136,7 @@ static void weigh_backward(const network *net, work *w, const chunk *c, int n) {
         }
     }
     int end = n - 1;
-    g->A[end] += w->grad_carry[n]; /* what the state at the end takes of the one at the start */
+    g->A[end] += w->grad_carry[n]; /* of the state at the start in the state at the end */
     g->m[end] += w->grad_carry_momentum[n];
     for (int s = 0; s < ld; s += WIDTH) {
         vec step = get(w->step + s), last = get(w->grad_last + s), momentum = get(w->grad_last_momentum + s);
@@ -150,27 +163,31 @@ static void weigh_backward(const network *net, work *w, const chunk *c, int n) {
                 aa += get(a + i) * get(a + i);
             for (int i = 0; i < net->width[l]; i += WIDTH)
                 dd += get(d + i) * get(d + i);
-            real to_d = grad_square * sum(aa), to_a = grad_square * sum(dd);
+            real d_share = grad_square * sum(aa), a_share = grad_square * sum(dd);
             for (int i = 0; i < net->rows[l]; i += WIDTH)
-                put(grad_a + i, get(grad_a + i) + get(a + i) * to_a);
+                put(grad_a + i, get(grad_a + i) + get(a + i) * a_share);
             for (int i = 0; i < net->width[l]; i += WIDTH)
-                put(grad_d + i, get(grad_d + i) + get(d + i) * to_d);
+                put(grad_d + i, get(grad_d + i) + get(d + i) * d_share);
         }
     }
 }
 
-/* -- learn ---------------------------------------------------------------------------------------------------------- */
+/* -- gradients ---------------------------------------------------------------------------------------------------------- */
+
+/* The weights that a chunk's gradients are taken at: [in, out], and [out, in] with rows of `ld` numbers. */
+typedef struct {
+    real *const *weights, *const *transposed;
+    int ld[LAYERS];
+} anchor;
 
 /* Keys forward through the anchor and half errors back: fills the chunk (its state apart) and the inputs and slopes.
-   `anchor` [in, out] and `reversed` [out, ldr] are the weights the gradients are taken at;
-   of the latter the first layer is not needed. */
-static void learn(const network *net, work *w, chunk *c, int n, real *const *anchor, real *const *reversed,
-                  const int *ldr) {
+   The first layer's transposed weights are not needed. */
+static void differentiate(const network *net, work *w, chunk *c, int n, const anchor *anchor) {
     int top = net->layers - 1;
     w->input[0] = w->keys;
     for (int l = 0; l <= top; l++) {
         int width = net->width[l];
-        multiply(n, width, net->in[l], w->input[l], net->rows[l], anchor[l], width, c->z[l], width, SET);
+        multiply(n, width, net->in[l], w->input[l], net->rows[l], anchor->weights[l], width, c->z[l], width, SET);
         if (l < top)
             activate_each(net->activation, n * width, c->z[l], w->input[l + 1], w->slope[l], NULL);
     }
@@ -185,10 +202,10 @@ static void learn(const network *net, work *w, chunk *c, int n, real *const *anc
                 put(d + i, get(z + i) - get(v + i));
     }
     for (int l = top - 1; l >= 0; l--) {
-        multiply(n, net->width[l], net->out[l + 1], c->error[l + 1], net->width[l + 1], reversed[l + 1], ldr[l + 1],
-                 c->pulled[l], net->width[l], SET);
+        multiply(n, net->width[l], net->out[l + 1], c->error[l + 1], net->width[l + 1], anchor->transposed[l + 1],
+                 anchor->ld[l + 1], c->upstream[l], net->width[l], SET);
         for (int i = 0; i < n * net->width[l]; i += WIDTH)
-            put(c->error[l] + i, get(c->pulled[l] + i) * get(w->slope[l] + i));
+            put(c->error[l] + i, get(c->upstream[l] + i) * get(w->slope[l] + i));
     }
     for (int t = 0; t < n; t++) {
         c->scale[t] = 1;
@@ -209,20 +226,20 @@ static void learn(const network *net, work *w, chunk *c, int n, real *const *anc
     }
 }
 
-/* What the errors weigh in the weights (and momentum) at the end: [n, width] each. */
-static void weigh_errors(const network *net, work *w, const chunk *c, int n, int l) {
+/* The errors times their coefficients in the weights (and momentum) at the end: [n, width] each. */
+static void weighted_errors(const network *net, work *w, const chunk *c, int n, int l) {
     int width = net->width[l];
     for (int s = 0; s < n; s++)
         for (int i = 0; i < width; i += WIDTH) {
             vec d = get(c->error[l] + s * width + i);
-            put(w->weighed + s * width + i, d * w->last[s]);
+            put(w->weighted + s * width + i, d * w->last[s]);
             if (net->parts == 2)
-                put(w->weighed_momentum + s * width + i, d * w->last_momentum[s]);
+                put(w->weighted_momentum + s * width + i, d * w->last_momentum[s]);
         }
 }
 
 /* The state after the chunk, in `to`, which may be where the state before it is. */
-static void advance(const network *net, work *w, const chunk *c, int n, real *const *to) {
+static void write_chunk(const network *net, work *w, const chunk *c, int n, real *const *to) {
     real A = w->decay.A[n - 1], E = w->decay.E[n - 1], m = w->decay.m[n - 1];
     for (int l = 0; l < net->layers; l++) {
         int width = net->width[l], size = net->rows[l] * width;
@@ -236,21 +253,21 @@ static void advance(const network *net, work *w, const chunk *c, int n, real *co
         else
             for (int i = 0; i < size; i += WIDTH)
                 put(to[l] + i, get(from + i) * A);
-        weigh_errors(net, w, c, n, l);
-        multiply_transposed(net->in[l], width, n, w->input[l], net->rows[l], w->weighed, width, to[l], width, SUBTRACT);
+        weighted_errors(net, w, c, n, l);
+        multiply_transposed(net->in[l], width, n, w->input[l], net->rows[l], w->weighted, width, to[l], width, SUBTRACT);
         if (net->parts == 2)
-            multiply_transposed(net->in[l], width, n, w->input[l], net->rows[l], w->weighed_momentum, width,
+            multiply_transposed(net->in[l], width, n, w->input[l], net->rows[l], w->weighted_momentum, width,
                                 to[l] + size, width, SUBTRACT);
     }
 }
 
-/* -- answer --------------------------------------------------------------------------------------------------------- */
+/* -- read ----------------------------------------------------------------------------------------------------------- */
 
-/* [A x | m x]: what of the state at the start a read takes, multiplied into what it asks with */
-static void carry(const network *net, const work *w, int n, int l, const real *x, real *shared) {
+/* [A x | m x]: the coefficients of the state at the start, multiplied into the layer's input */
+static void carry(const network *net, const work *w, int n, int l, const real *x, real *carried) {
     int rows = net->rows[l];
     for (int t = 0; t < n; t++) {
-        real *to = shared + (size_t)t * net->parts * rows;
+        real *to = carried + (size_t)t * net->parts * rows;
         for (int i = 0; i < rows; i += WIDTH) {
             vec xi = get(x + t * rows + i);
             put(to + i, xi * w->carry[t]);
@@ -260,101 +277,100 @@ static void carry(const network *net, const work *w, int n, int l, const real *x
     }
 }
 
-/* All queries, each at the weights its token left (or found): the layers' outputs in `asked`. */
-static void answer(const network *net, work *w, const chunk *c, int n, real *const *asked) {
+/* All queries, each at the weights after its token (or before it): the layers' outputs in `query_z`. */
+static void read_chunk(const network *net, work *w, const chunk *c, int n, real *const *query_z) {
     int ld = net->ld;
     const real *x = w->queries;
     for (int l = 0; l < net->layers; l++) {
-        int rows = net->rows[l], width = net->width[l], long_ = net->parts * rows;
+        int rows = net->rows[l], width = net->width[l], stacked = net->parts * rows;
         if (l) {
-            activate_each(net->activation, n * rows, asked[l - 1], w->x, NULL, NULL);
+            activate_each(net->activation, n * rows, query_z[l - 1], w->x, NULL, NULL);
             x = w->x;
         }
-        carry(net, w, n, l, x, w->shared);
-        multiply(n, width, long_, w->shared, long_, c->state[l], width, asked[l], width, SET);
-        transpose(n, net->in[l], w->input[l], rows, w->turned, ld);
-        for (int t = 0; t < n; t += BLOCK) { /* a token takes from those before it, a block from the blocks before it */
+        carry(net, w, n, l, x, w->carried);
+        multiply(n, width, stacked, w->carried, stacked, c->state[l], width, query_z[l], width, SET);
+        transpose(n, net->in[l], w->input[l], rows, w->columns, ld);
+        for (int t = 0; t < n; t += BLOCK) { /* causal: a block of tokens reads what it and earlier blocks wrote */
             int count = least(n - t, BLOCK), seen = least(t + BLOCK, n);
             real *scores = w->scores + t * ld;
             const real *weights = w->read + t * ld;
-            multiply(count, padded(seen), net->in[l], x + t * rows, rows, w->turned, ld, scores, ld, SET);
+            multiply(count, padded(seen), net->in[l], x + t * rows, rows, w->columns, ld, scores, ld, SET);
             for (int r = 0; r < count; r++)
                 for (int s = 0; s < padded(seen); s += WIDTH)
                     put(scores + r * ld + s, get(scores + r * ld + s) * get(weights + r * ld + s));
-            multiply(count, width, seen, scores, ld, c->error[l], width, asked[l] + t * width, width, SUBTRACT);
+            multiply(count, width, seen, scores, ld, c->error[l], width, query_z[l] + t * width, width, SUBTRACT);
         }
     }
 }
 
 /* y, [n, last width], from the last layer's output; may write over it */
-static void conclude(const network *net, work *w, int n, const real *z, real *y) {
+static void read_output(const network *net, work *w, int n, const real *z, real *y) {
     int top = net->layers - 1, width = net->width[top];
     for (int t = 0; t < n; t++, z += width, y += width)
-        if (net->normed) {
-            normalise(net->out[top], z, w->x);
-            for (int i = 0; i < width; i += WIDTH)
-                put(y + i, get(w->queries + t * width + i) + get(w->x + i) * get(net->gain + i));
-        } else
+        if (net->normed)
+            norm_read(net->out[top], w->queries + t * width, net->gain, z, w->x, y);
+        else
             memmove(y, z, width * sizeof(real));
 }
 
 /* -- backward ------------------------------------------------------------------------------------------------------- */
 
-/* Through `advance`. `grad_state` is that of the state at the end and becomes that of the one at the start; sets the
-   gradients of inputs and errors and those of what a token weighs at the end. */
-static void advance_backward(const network *net, work *w, const chunk *c, int n) {
+/* Through `write_chunk`. `grad_state` is of the state at the end and becomes that of the state at the start; sets the
+   gradients of inputs and errors, and of the tokens' coefficients at the end. */
+static void write_chunk_backward(const network *net, work *w, const chunk *c, int n) {
     real A = w->decay.A[n - 1], E = w->decay.E[n - 1], m = w->decay.m[n - 1];
     double grad_A = 0, grad_m = 0, grad_E = 0;
     memset(w->grad_last, 0, net->ld * sizeof(real));
     memset(w->grad_last_momentum, 0, net->ld * sizeof(real));
     for (int l = 0; l < net->layers; l++) {
         int rows = net->rows[l], width = net->width[l], size = rows * width, two = net->parts == 2;
-        real *grad = w->grad_state[l], *felt = w->g, *felt_momentum = w->back;
+        real *grad = w->grad_state[l], *grad_weighted = w->g, *grad_weighted_momentum = w->back;
         const real *from = c->state[l];
-        multiply(n, width, net->in[l], w->input[l], rows, grad, width, felt, width, SET);
+        multiply(n, width, net->in[l], w->input[l], rows, grad, width, grad_weighted, width,
+                 SET);
         if (two)
-            multiply(n, width, net->in[l], w->input[l], rows, grad + size, width, felt_momentum, width, SET);
+            multiply(n, width, net->in[l], w->input[l], rows, grad + size, width, grad_weighted_momentum, width, SET);
         for (int s = 0; s < n; s++) {
             vec along = {}, along_momentum = {};
             real last = w->last[s], last_momentum = w->last_momentum[s];
             for (int i = s * width; i < (s + 1) * width; i += WIDTH) {
-                vec d = get(c->error[l] + i), f = get(felt + i), to_d = f * -last;
+                vec d = get(c->error[l] + i), f = get(grad_weighted + i), grad_d = f * -last;
                 along += d * f;
-                put(w->weighed + i, d * last);
+                put(w->weighted + i, d * last);
                 if (two) {
-                    vec fm = get(felt_momentum + i);
+                    vec fm = get(grad_weighted_momentum + i);
                     along_momentum += d * fm;
-                    to_d -= fm * last_momentum;
-                    put(w->weighed_momentum + i, d * last_momentum);
+                    grad_d -= fm * last_momentum;
+                    put(w->weighted_momentum + i, d * last_momentum);
                 }
-                put(w->grad_error[l] + i, to_d);
+                put(w->grad_error[l] + i, grad_d);
             }
             w->grad_last[s] -= sum(along);
             w->grad_last_momentum[s] -= sum(along_momentum);
         }
         int ldr = net->parts * rows;
-        transpose(net->parts * rows, net->out[l], grad, width, w->grad_reversed[l], ldr);
+        transpose(net->parts * rows, net->out[l], grad, width, w->grad_transposed[l], ldr);
         memset(w->grad_input[l], 0, (size_t)n * rows * sizeof(real));
-        multiply(n, rows, net->out[l], w->weighed, width, w->grad_reversed[l], ldr, w->grad_input[l], rows, SUBTRACT);
+        multiply(n, rows, net->out[l], w->weighted, width, w->grad_transposed[l], ldr, w->grad_input[l], rows, SUBTRACT);
         if (two)
-            multiply(n, rows, net->out[l], w->weighed_momentum, width, w->grad_reversed[l] + rows, ldr,
+            multiply(n, rows, net->out[l], w->weighted_momentum, width, w->grad_transposed[l] + rows, ldr,
                      w->grad_input[l], rows, SUBTRACT);
         for (int row = 0; row < size; row += width) { /* sums that cancel: short ones, added up in double */
-            vec to_A = {}, to_m = {}, to_E = {};
+            vec sum_A = {}, sum_m = {}, sum_E = {};
             for (int i = row; i < row + width; i += WIDTH) {
                 vec g = get(grad + i);
-                to_A += g * get(from + i);
+                sum_A += g * get(from + i);
                 if (two) {
                     vec gm = get(grad + size + i), momentum = get(from + size + i);
-                    to_m += g * momentum;
-                    to_E += gm * momentum;
+                    sum_m += g * momentum;
+                    sum_E += gm * momentum;
                     put(grad + size + i, g * m + gm * E);
                 }
                 put(grad + i, g * A);
             }
-            grad_A += sum(to_A);
-            grad_m += sum(to_m);
-            grad_E += sum(to_E);
+            grad_A += sum(sum_A);
+            grad_m += sum(sum_m);
+            grad_E += sum(sum_E);
         }
     }
     w->grad_carry[n] = (real)grad_A;
@@ -362,9 +378,9 @@ static void advance_backward(const network *net, work *w, const chunk *c, int n)
     w->decay_grad.E = (real)grad_E;
 }
 
-/* Through `answer` and `conclude`, from the gradient of y in `g`; adds to the gradients of state, inputs and errors,
-   sets those of the queries and of what a read weighs. */
-static void answer_backward(const network *net, work *w, const chunk *c, int n, real *const *asked) {
+/* Through `read_chunk` and `read_output`, from the gradient of y in `g`; adds to the gradients of state, inputs and
+   errors, sets those of the queries and of the reads' coefficients. */
+static void read_chunk_backward(const network *net, work *w, const chunk *c, int n, real *const *query_z) {
     int ld = net->ld, top = net->layers - 1;
     real *g = w->g;
     memset(w->grad_read, 0, (size_t)n * ld * sizeof(real));
@@ -373,58 +389,51 @@ static void answer_backward(const network *net, work *w, const chunk *c, int n, 
     if (net->normed) {
         int width = net->width[top];
         memcpy(w->grad_queries, g, (size_t)n * width * sizeof(real));
-        for (int t = 0; t < n; t++) {
-            real inverse = normalise(net->out[top], asked[top] + t * width, w->x), *gt = g + t * width;
-            for (int i = 0; i < width; i += WIDTH) {
-                put(w->grad_gain + i, get(w->grad_gain + i) + get(gt + i) * get(w->x + i));
-                put(gt + i, get(gt + i) * get(net->gain + i));
-            }
-            pull(net->out[top], gt, w->x, inverse, gt);
-        }
+        for (int i = 0; i < n * width; i += width)
+            norm_read_backward(net->out[top], net->gain, query_z[top] + i, w->x, g + i, w->grad_gain);
     } else
         memset(w->grad_queries, 0, (size_t)n * net->rows[0] * sizeof(real));
     for (int l = top; l >= 0; l--) {
-        int rows = net->rows[l], width = net->width[l], long_ = net->parts * rows;
+        int rows = net->rows[l], width = net->width[l], stacked = net->parts * rows;
         const real *x = w->queries;
         if (l) {
-            activate_each(net->activation, n * rows, asked[l - 1], w->x, w->x_slope, NULL);
+            activate_each(net->activation, n * rows, query_z[l - 1], w->x, w->x_slope, NULL);
             x = w->x;
         }
         /* the state's share */
-        carry(net, w, n, l, x, w->shared);
-        multiply_transposed(long_, width, n, w->shared, long_, g, width, w->grad_state[l], width, ADD);
-        real *back = w->shared;
-        multiply(n, long_, net->out[l], g, width, w->reversed[l], long_, back, long_, SET);
+        carry(net, w, n, l, x, w->carried);
+        multiply_transposed(stacked, width, n, w->carried, stacked, g, width, w->grad_state[l], width, ADD);
+        real *back = w->carried;
+        multiply(n, stacked, net->out[l], g, width, w->transposed[l], stacked, back, stacked, SET);
         /* the share of the chunk's own tokens */
-        transpose(n, net->in[l], w->input[l], rows, w->turned, ld);
+        transpose(n, net->in[l], w->input[l], rows, w->columns, ld);
         for (int t = 0; t < n; t += BLOCK)
-            multiply(least(n - t, BLOCK), padded(least(t + BLOCK, n)), net->in[l], x + t * rows, rows, w->turned, ld,
+            multiply(least(n - t, BLOCK), padded(least(t + BLOCK, n)), net->in[l], x + t * rows, rows, w->columns, ld,
                      w->scores + t * ld, ld, SET);
-        transpose(n, net->out[l], c->error[l], width, w->turned, ld);
+        transpose(n, net->out[l], c->error[l], width, w->columns, ld);
         for (int t = 0; t < n; t += BLOCK) {
             int count = least(n - t, BLOCK), seen = least(t + BLOCK, n);
-            multiply(count, padded(seen), net->out[l], g + t * width, width, w->turned, ld, w->grad_scores + t * ld, ld,
+            multiply(count, padded(seen), net->out[l], g + t * width, width, w->columns, ld, w->grad_scores + t * ld, ld,
                      SET);
             for (int r = t; r < t + count; r++)
                 for (int s = r * ld; s < r * ld + padded(seen); s += WIDTH) {
-                    vec score = get(w->scores + s), felt = get(w->grad_scores + s), read = get(w->read + s);
-                    put(w->grad_read + s, get(w->grad_read + s) - felt * score);
-                    put(w->mixed + s, score * read);
-                    put(w->grad_scores + s, felt * read); /* its sign is turned where it is used */
+                    vec score = get(w->scores + s), grad = get(w->grad_scores + s), read = get(w->read + s);
+                    put(w->grad_read + s, get(w->grad_read + s) - grad * score);
+                    put(w->weighted_scores + s, score * read);
+                    put(w->grad_scores + s, grad * read); /* negated where it is used */
                 }
         }
-        for (int s = 0; s < n; s += BLOCK) { /* tokens that a block was read by: itself and those after it */
+        for (int s = 0; s < n; s += BLOCK) { /* a block was read by itself and later blocks */
             int count = least(n - s, BLOCK);
-            multiply_transposed(count, width, n - s, w->mixed + s * ld + s, ld, g + s * width, width,
+            multiply_transposed(count, width, n - s, w->weighted_scores + s * ld + s, ld, g + s * width, width,
                                 w->grad_error[l] + s * width, width, SUBTRACT);
             multiply_transposed(count, rows, n - s, w->grad_scores + s * ld + s, ld, x + s * rows, rows,
                                 w->grad_input[l] + s * rows, rows, SUBTRACT);
         }
-        real *below = l ? w->g : w->grad_queries;
-        /* g was used for the last time: what it becomes may take its place */
+        real *grad_x = l ? w->g : w->grad_queries; /* g is not needed any more */
         for (int t = 0; t < n; t++) {
             vec along = {}, along_momentum = {};
-            const real *from = back + (size_t)t * long_;
+            const real *from = back + (size_t)t * stacked;
             for (int i = 0; i < rows; i += WIDTH) {
                 vec xi = get(x + t * rows + i), b = get(from + i), total = b * w->carry[t];
                 along += xi * b;
@@ -433,24 +442,24 @@ static void answer_backward(const network *net, work *w, const chunk *c, int n, 
                     along_momentum += xi * bm;
                     total += bm * w->carry_momentum[t];
                 }
-                put(below + t * rows + i, l ? total : get(below + t * rows + i) + total);
+                put(grad_x + t * rows + i, l ? total : get(grad_x + t * rows + i) + total);
             }
             w->grad_carry[t] += sum(along);
             w->grad_carry_momentum[t] += sum(along_momentum);
         }
         for (int t = 0; t < n; t += BLOCK)
             multiply(least(n - t, BLOCK), rows, least(t + BLOCK, n), w->grad_scores + t * ld, ld, w->input[l], rows,
-                     below + t * rows, rows, SUBTRACT);
+                     grad_x + t * rows, rows, SUBTRACT);
         if (l)
             for (int i = 0; i < n * rows; i += WIDTH)
                 put(g + i, get(g + i) * get(w->x_slope + i));
     }
 }
 
-/* Through `learn`, once the gradients of inputs and errors are complete: a gradient's gradient. Adds to `onto`, the
-   gradient of the anchor [in, out]; sets those of keys (grad_input[0]) and values. */
-static void learn_backward(const network *net, work *w, const chunk *c, int n, real *const *anchor,
-                           real *const *reversed, const int *ldr, real *const *onto) {
+/* Through `differentiate`, once the gradients of inputs and errors are complete: second order. Adds to `grad_anchor`
+   [in, out]; sets the gradients of keys (grad_input[0]) and values. */
+static void differentiate_backward(const network *net, work *w, const chunk *c, int n, const anchor *anchor,
+                                   real *const *grad_anchor) {
     int top = net->layers - 1;
     /* errors ran down the layers, so their gradient runs up ... */
     for (int l = 0; l < top; l++) {
@@ -458,11 +467,11 @@ static void learn_backward(const network *net, work *w, const chunk *c, int n, r
         real *g = w->grad_error[l];
         for (int i = 0; i < n * width; i += WIDTH) {
             vec gi = get(g + i);
-            put(w->curvature[l] + i, gi * get(c->pulled[l] + i) * get(w->curvature[l] + i));
+            put(w->curvature[l] + i, gi * get(c->upstream[l] + i) * get(w->curvature[l] + i));
             put(g + i, gi * get(w->slope[l] + i));
         }
-        multiply(n, wider, net->in[l + 1], g, width, anchor[l + 1], wider, w->grad_error[l + 1], wider, ADD);
-        multiply_transposed(net->in[l + 1], wider, n, g, width, c->error[l + 1], wider, onto[l + 1], wider, ADD);
+        multiply(n, wider, net->in[l + 1], g, width, anchor->weights[l + 1], wider, w->grad_error[l + 1], wider, ADD);
+        multiply_transposed(net->in[l + 1], wider, n, g, width, c->error[l + 1], wider, grad_anchor[l + 1], wider, ADD);
     }
     /* ... and then the inputs' gradient runs down */
     int width = net->width[top];
@@ -481,8 +490,8 @@ static void learn_backward(const network *net, work *w, const chunk *c, int n, r
     }
     for (int l = top; l >= 0; l--) {
         int rows = net->rows[l], width = net->width[l];
-        multiply_transposed(net->in[l], width, n, w->input[l], rows, g, width, onto[l], width, ADD);
-        multiply(n, rows, net->out[l], g, width, reversed[l], ldr[l], w->grad_input[l], rows, ADD);
+        multiply_transposed(net->in[l], width, n, w->input[l], rows, g, width, grad_anchor[l], width, ADD);
+        multiply(n, rows, net->out[l], g, width, anchor->transposed[l], anchor->ld[l], w->grad_input[l], rows, ADD);
         if (l)
             for (int i = 0; i < n * rows; i += WIDTH)
                 put(g + i, get(w->grad_input[l] + i) * get(w->slope[l - 1] + i) + get(w->curvature[l - 1] + i));

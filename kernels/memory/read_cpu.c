@@ -1,170 +1,143 @@
-/* Asking a memory without teaching it: the network at fixed weights, for many queries, forward and backward.
+/* Reading at fixed weights: the network for many queries, forward and backward.
 
-   A row and head's queries go through all layers a block at a time. Backward goes through them again first, so that
-   nothing but queries and weights has to be kept. */
+   A row and head's queries go through all layers a block at a time. Backward recomputes the layers' outputs first, so
+   that nothing but queries and weights has to be kept. */
 
+#include <omp.h>
 #include <stdlib.h>
 
-#include "cpu_runtime/activation.h"
-#include "layer_norm.h"
 #include "cpu_runtime/tensors.h"
+#include "network.h"
 
-enum { LAYERS = 16, BLOCK = 128 };
+enum { QUERIES = 128 /* of a block */ };
 
 typedef struct {
-    int64_t batch, time, heads, layers, activation;
+    int64_t batch, time, heads, layers, activation, backward, threads;
     int64_t widths[LAYERS + 1];
     tokens q, y, grad_q, grad_y;
     real *gain, *grad_gain; /* [heads, d], [batch, heads, d]; null: no norm */
     matrices weights[LAYERS], grad_weights[LAYERS];
-    int64_t backward, threads;
-} asking;
+} call;
 
 typedef struct {
-    int layers, top, width; /* width: of the widest layer, padded */
-    int in[LAYERS], out[LAYERS];
-    real *straight[LAYERS], *reversed[LAYERS], *grad[LAYERS]; /* [in, out]; [out, in]; [in, out] */
-    real *z[LAYERS];                                          /* outputs of the layers, [block, out] */
-    real *q, *x, *slope, *g, *below, *n, *gain, *grad_gain;
-} room;
+    int top;
+    int in[LAYERS], out[LAYERS], rows[LAYERS], width[LAYERS];   /* rows, width: in, out, padded */
+    real *weights[LAYERS], *transposed[LAYERS], *grad[LAYERS];  /* [in, out]; [out, in]; [in, out] */
+    real *z[LAYERS];                                            /* outputs of the layers, [block, out] */
+    real *q, *x, *slope, *g, *grad_x, *n, *gain, *grad_gain;
+} buffers;
 
-static real *take(real *start, size_t *used, size_t numbers) {
-    real *found = start ? start + *used : NULL;
-    *used += (numbers + 15) / 16 * 16;
-    return found;
-}
-
-static room rooms(const asking *call, real *start, size_t *used) {
-    room r = {.layers = (int)call->layers, .top = (int)call->layers - 1};
-    *used = 0;
-    r.width = padded((int)call->widths[0]);
-    for (int l = 0; l < r.layers; l++) {
-        int in = r.in[l] = (int)call->widths[l], out = r.out[l] = (int)call->widths[l + 1];
-        size_t size = (size_t)padded(in) * padded(out);
-        r.width = most(r.width, padded(out));
-        r.straight[l] = take(start, used, size);
-        r.z[l] = take(start, used, (size_t)BLOCK * padded(out));
+static buffers take_buffers(const call *call, arena *arena) {
+    buffers w = {.top = (int)call->layers - 1};
+    int widest = padded((int)call->widths[0]);
+    for (int l = 0; l <= w.top; l++) {
+        w.in[l] = (int)call->widths[l], w.out[l] = (int)call->widths[l + 1];
+        w.rows[l] = padded(w.in[l]), w.width[l] = padded(w.out[l]);
+        size_t size = (size_t)w.rows[l] * w.width[l];
+        widest = most(widest, w.width[l]);
+        w.weights[l] = take(arena, size);
+        w.z[l] = take(arena, (size_t)QUERIES * w.width[l]);
         if (call->backward) {
-            r.reversed[l] = take(start, used, size);
-            r.grad[l] = take(start, used, size);
+            w.transposed[l] = take(arena, size);
+            w.grad[l] = take(arena, size);
         }
     }
-    real **blocks[] = {&r.q, &r.x, &r.slope, &r.g, &r.below};
+    real **blocks[] = {&w.q, &w.x, &w.slope, &w.g, &w.grad_x}, **rows[] = {&w.n, &w.gain, &w.grad_gain};
     for (size_t i = 0; i < sizeof blocks / sizeof *blocks; i++)
-        *blocks[i] = take(start, used, (size_t)BLOCK * r.width);
-    r.n = take(start, used, r.width);
-    r.gain = take(start, used, r.width);
-    r.grad_gain = take(start, used, r.width);
-    return r;
+        *blocks[i] = take(arena, (size_t)QUERIES * widest);
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
+        *rows[i] = take(arena, widest);
+    return w;
 }
 
-static void forward(const asking *call, room *r, int n) {
-    const real *x = r->q;
-    for (int l = 0; l < r->layers; l++) {
-        int rows = padded(r->in[l]), width = padded(r->out[l]);
-        if (l) {
-            activate_each((enum activation)call->activation, n * rows, r->z[l - 1], r->x, NULL, NULL);
-            x = r->x;
-        }
-        multiply(n, width, r->in[l], x, rows, r->straight[l], width, r->z[l], width, SET);
-    }
+/* a layer's input and, where wanted, the activation's slope there */
+static const real *input(const call *call, buffers *w, int n, int l, real *slope) {
+    if (l == 0)
+        return w->q;
+    activate_each((enum activation)call->activation, n * w->rows[l], w->z[l - 1], w->x, slope, NULL);
+    return w->x;
 }
 
-static void conclude(const asking *call, room *r, const piece *p) {
-    int out = r->out[r->top], width = padded(out);
-    real *z = r->z[r->top];
+static void read_block(const call *call, buffers *w, const piece *p) {
+    for (int l = 0; l <= w->top; l++)
+        multiply(p->n, w->width[l], w->in[l], input(call, w, p->n, l, NULL), w->rows[l], w->weights[l], w->width[l],
+                 w->z[l], w->width[l], SET);
+    if (call->backward)
+        return;
+    int out = w->out[w->top], width = w->width[w->top];
+    real *z = w->z[w->top];
     if (call->gain)
-        for (int t = 0; t < p->n; t++) {
-            normalise(out, z + t * width, r->n);
-            for (int i = 0; i < width; i += WIDTH)
-                put(z + t * width + i, get(r->q + t * width + i) + get(r->n + i) * get(r->gain + i));
-        }
+        for (int i = 0; i < p->n * width; i += width)
+            norm_read(out, w->q + i, w->gain, z + i, w->n, z + i);
     store(&call->y, p, out, z);
 }
 
-static void backward(const asking *call, room *r, const piece *p) {
-    int out = r->out[r->top], last = padded(out), n = p->n;
-    real *g = r->g;
+static void read_block_backward(const call *call, buffers *w, const piece *p) {
+    int out = w->out[w->top], last = w->width[w->top], n = p->n;
+    real *g = w->g;
     load(&call->grad_y, p, out, g);
     if (call->gain)
-        for (int t = 0; t < n; t++) {
-            real *gt = g + t * last, inverse = normalise(out, r->z[r->top] + t * last, r->n);
-            for (int i = 0; i < last; i += WIDTH) {
-                put(r->grad_gain + i, get(r->grad_gain + i) + get(gt + i) * get(r->n + i));
-                put(gt + i, get(gt + i) * get(r->gain + i));
-            }
-            pull(out, gt, r->n, inverse, gt);
-        }
-    for (int l = r->top; l >= 0; l--) {
-        int rows = padded(r->in[l]), width = padded(r->out[l]);
-        const real *x = r->q;
-        if (l) {
-            activate_each((enum activation)call->activation, n * rows, r->z[l - 1], r->x, r->slope, NULL);
-            x = r->x;
-        }
-        multiply_transposed(r->in[l], width, n, x, rows, g, width, r->grad[l], width, ADD);
-        multiply(n, rows, r->out[l], g, width, r->reversed[l], rows, r->below, rows, SET);
+        for (int i = 0; i < n * last; i += last)
+            norm_read_backward(out, w->gain, w->z[w->top] + i, w->n, g + i, w->grad_gain);
+    for (int l = w->top; l >= 0; l--) {
+        int rows = w->rows[l], width = w->width[l];
+        const real *x = input(call, w, n, l, w->slope);
+        multiply_transposed(w->in[l], width, n, x, rows, g, width, w->grad[l], width, ADD);
+        multiply(n, rows, w->out[l], g, width, w->transposed[l], rows, w->grad_x, rows, SET);
         for (int i = 0; i < n * rows; i += WIDTH)
-            put(g + i, l ? get(r->below + i) * get(r->slope + i) : get(r->below + i));
+            put(g + i, l ? get(w->grad_x + i) * get(w->slope + i) : get(w->grad_x + i));
     }
-    if (call->gain) {
-        load(&call->grad_y, p, out, r->below);
+    if (call->gain) { /* the residual */
+        load(&call->grad_y, p, out, w->grad_x);
         for (int i = 0; i < n * last; i += WIDTH)
-            put(g + i, get(g + i) + get(r->below + i));
+            put(g + i, get(g + i) + get(w->grad_x + i));
     }
-    store(&call->grad_q, p, r->in[0], g);
+    store(&call->grad_q, p, w->in[0], g);
 }
 
-static void run_task(const asking *call, int64_t task, real *scratch) {
-    size_t used;
-    room r = rooms(call, scratch, &used);
+static void run_task(const call *call, int64_t task, real *scratch) {
+    arena arena = {scratch, 0};
+    buffers w = take_buffers(call, &arena);
     piece p = {.row = task / call->heads, .head = task % call->heads};
-    int out = r.out[r.top], width = padded(out);
-    for (int l = 0; l < r.layers; l++) {
-        int rows = padded(r.in[l]), wide = padded(r.out[l]);
-        load_matrix(r.in[l], r.out[l], &call->weights[l], p.row, p.head, r.straight[l]);
+    int out = w.out[w.top], width = w.width[w.top];
+    for (int l = 0; l <= w.top; l++) {
+        load_matrix(w.in[l], w.out[l], &call->weights[l], p.row, p.head, w.weights[l]);
         if (call->backward) {
-            transpose(rows, r.out[l], r.straight[l], wide, r.reversed[l], rows);
-            memset(r.grad[l], 0, (size_t)rows * wide * sizeof(real));
+            transpose(w.rows[l], w.out[l], w.weights[l], w.width[l], w.transposed[l], w.rows[l]);
+            memset(w.grad[l], 0, (size_t)w.rows[l] * w.width[l] * sizeof(real));
         }
     }
-    memset(r.grad_gain, 0, width * sizeof(real));
+    memset(w.grad_gain, 0, width * sizeof(real));
     if (call->gain) {
-        memset(r.gain, 0, width * sizeof(real));
-        memcpy(r.gain, call->gain + p.head * out, out * sizeof(real));
+        memset(w.gain, 0, width * sizeof(real));
+        memcpy(w.gain, call->gain + p.head * out, out * sizeof(real));
     }
-    for (int64_t first = 0; first < call->time; first += BLOCK) {
+    for (int64_t first = 0; first < call->time; first += QUERIES) {
         p.first = (int)first;
-        p.n = (int)(call->time - first < BLOCK ? call->time - first : BLOCK);
-        load(&call->q, &p, r.in[0], r.q);
-        forward(call, &r, p.n);
+        p.n = (int)(call->time - first < QUERIES ? call->time - first : QUERIES);
+        load(&call->q, &p, w.in[0], w.q);
+        read_block(call, &w, &p);
         if (call->backward)
-            backward(call, &r, &p);
-        else
-            conclude(call, &r, &p);
+            read_block_backward(call, &w, &p);
     }
     if (!call->backward)
         return;
-    for (int l = 0; l < r.layers; l++)
-        store_matrix(r.in[l], r.out[l], &call->grad_weights[l], p.row, p.head, r.grad[l]);
+    for (int l = 0; l <= w.top; l++)
+        store_matrix(w.in[l], w.out[l], &call->grad_weights[l], p.row, p.head, w.grad[l]);
     if (call->grad_gain)
-        memcpy(call->grad_gain + task * out, r.grad_gain, out * sizeof(real));
+        memcpy(call->grad_gain + task * out, w.grad_gain, out * sizeof(real));
 }
 
 /* Returns 1 where there is no memory left. */
-int read_run(const asking *call) {
-    size_t numbers;
-    int failed = 0;
-    rooms(call, NULL, &numbers);
-#pragma omp parallel num_threads(call->threads) reduction(| : failed)
-    {
-        real *scratch = aligned_alloc(64, (numbers * sizeof(real) + 63) / 64 * 64);
-        failed = !scratch;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < call->batch * call->heads; task++)
-            if (scratch)
-                run_task(call, task, scratch);
-        free(scratch);
-    }
-    return failed;
+int read_run(const call *call) {
+    arena arena = {0};
+    take_buffers(call, &arena);
+    real *scratch = aligned_alloc(64, call->threads * arena.used * sizeof(real));
+    if (!scratch)
+        return 1;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(call->threads)
+    for (int64_t task = 0; task < call->batch * call->heads; task++)
+        run_task(call, task, scratch + omp_get_thread_num() * arena.used);
+    free(scratch);
+    return 0;
 }

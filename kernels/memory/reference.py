@@ -1,6 +1,6 @@
-"""The oracle: the recurrence of the paper, one token at a time, its inner gradient taken by autograd.
+"""The oracle: the paper's recurrence, one token at a time, its inner gradient taken by autograd.
 
-Slow and obvious on purpose, and independent of every other path: nothing here is derived by hand.
+Slow and obvious on purpose, and independent of every other path: nothing in it is derived by hand.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .state import MemoryState
-from .tokens import Options, Tokens
+from .state import MemoryState, Options, Tokens
 
 _FUNCTIONS = {"identity": lambda z: z, "silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
@@ -25,12 +24,17 @@ def memory_network(weights: tuple[Tensor, ...], x: Tensor, activation: str, gain
     return h if gain is None else x + F.layer_norm(h, h.shape[-1:], eps=1e-6) * gain
 
 
+def reference_read(q: Tensor, weights: tuple[Tensor, ...], activation: str, norm: Tensor | None) -> Tensor:
+    """``read_memory`` query by query."""
+    return torch.stack([memory_network(weights, x, activation, norm) for x in q.unbind(1)], dim=1)
+
+
 def reference_memory(
     tokens: Tokens, state: MemoryState, norm: Tensor | None, mask: Tensor | None, options: Options
 ) -> tuple[Tensor, MemoryState]:
     """Equations 8-15 of the paper token by token."""
     if torch.is_inference_mode_enabled():
-        # nothing can be differentiated there, not even in here
+        # nothing can be differentiated in inference mode
         with torch.inference_mode(False), torch.no_grad():
             norm, mask = (None if x is None else x.clone() for x in (norm, mask))
             parts = [tuple(x.clone() for x in part) for part in (state.weights, state.momentum, state.anchor)]
@@ -44,21 +48,21 @@ def reference_memory(
         mask = torch.ones(rows, time, dtype=torch.bool, device=q.device)
     outputs = []
     for t in range(time):
-        real = mask[:, t].view(rows, 1, 1, 1)
-        starts = (position % chunk == 0).view(rows, 1, 1, 1) & real
+        valid = mask[:, t].view(rows, 1, 1, 1)
+        starts = (position % chunk == 0).view(rows, 1, 1, 1) & valid
         anchor = tuple(torch.where(starts, w, a) for w, a in zip(weights, anchor))
         with torch.enable_grad():
             at = tuple(a if a.requires_grad else a.detach().requires_grad_() for a in anchor)
             loss = (memory_network(at, k[:, t], activation, norm) - v[:, t]).square().sum()
             gradients = torch.autograd.grad(loss, at, create_graph=True)
-        held = torch.zeros(rows, q.shape[2], 1, 1, dtype=torch.bool, device=q.device)
+        suppressed = torch.zeros(rows, q.shape[2], 1, 1, dtype=torch.bool, device=q.device)
         if threshold is not None:
-            held = torch.cat([g.flatten(2) for g in gradients], 2).norm(dim=2).view(held.shape) < threshold
+            suppressed = torch.cat([g.flatten(2) for g in gradients], 2).norm(dim=2).view(suppressed.shape) < threshold
         if clip is not None:
             squares = [g.square().sum((-2, -1), keepdim=True) for g in gradients]
-            # bounded under the root: a gradient of nothing has a length of 0, where the root has no derivative
-            length = torch.stack(squares).sum(0).clamp(min=clip**2).sqrt()
-            gradients = tuple(g * (clip / length) for g in gradients)
+            # clamped before the root, which has no derivative at a gradient of zero
+            bound = torch.stack(squares).sum(0).clamp(min=clip**2).sqrt()
+            gradients = tuple(g * (clip / bound) for g in gradients)
         before = weights
 
         def gate(values: Tensor | None, default: float, t: int = t) -> Tensor:
@@ -66,17 +70,17 @@ def reference_memory(
                 return torch.full((rows, q.shape[2], 1, 1), default, dtype=q.dtype, device=q.device)
             return values[:, t, :, None, None]
 
-        step, forget = (torch.where(held, 0.0, gate(x, 0)) for x in (theta, alpha))
+        step, forget = (torch.where(suppressed, 0.0, gate(x, 0)) for x in (theta, alpha))
         if eta is None:
             surprise = tuple(-step * g for g in gradients)
         else:
             surprise = tuple(gate(eta, 0) * s - step * g for s, g in zip(momentum, gradients))
-            momentum = tuple(torch.where(real, new, old) for new, old in zip(surprise, momentum))
-        weights = tuple(torch.where(real, (1 - forget) * w + s, w) for w, s in zip(weights, surprise))
+            momentum = tuple(torch.where(valid, new, old) for new, old in zip(surprise, momentum))
+        weights = tuple(torch.where(valid, (1 - forget) * w + s, w) for w, s in zip(weights, surprise))
         y = memory_network(weights if read == "after" else before, q[:, t], activation, norm)
-        outputs.append(torch.where(real[..., 0], y, torch.zeros_like(y)))
+        outputs.append(torch.where(valid[..., 0], y, torch.zeros_like(y)))
         position = position + mask[:, t]
-        ended = (position % chunk == 0).view(rows, 1, 1, 1) & real
+        ended = (position % chunk == 0).view(rows, 1, 1, 1) & valid
         anchor = tuple(torch.where(ended, w, a) for w, a in zip(weights, anchor))
     y = torch.stack(outputs, 1) if outputs else torch.empty_like(v)
     return y, MemoryState(weights, momentum, anchor, position)

@@ -1,9 +1,9 @@
-"""The state of a neural memory: fast weights, momentum, the anchor of the current chunk, and the position."""
+"""What the memory operation takes and returns: its state, its tokens, and its options."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,11 +12,11 @@ from torch import Tensor
 class MemoryState(NamedTuple):
     """What a memory carries from token to token. Every tensor has the batch row first.
 
-    With ``L`` layers, head ``h`` of row ``b`` holds matrices ``weights[l][b, h]`` of shape ``[out_l, in_l]``.
+    With ``L`` layers, head ``h`` of row ``b`` has matrices ``weights[l][b, h]`` of shape ``[out_l, in_l]``.
     """
 
     weights: tuple[Tensor, ...]
-    """Fast weights ``W_1..W_L`` after the last token read, ``[batch, heads, out, in]``, float32 or float64."""
+    """Fast weights ``W_1..W_L`` after the last token, ``[batch, heads, out, in]``, float32 or float64."""
     momentum: tuple[Tensor, ...]
     """Momentum ``S_1..S_L``, same shapes; ``()`` in a memory that never has momentum."""
     anchor: tuple[Tensor, ...]
@@ -26,51 +26,52 @@ class MemoryState(NamedTuple):
 
     @classmethod
     def fresh(cls, weights: tuple[Tensor, ...], momentum: tuple[Tensor, ...] | None = None) -> MemoryState:
-        """A state that has read nothing: the given initial weights, zero momentum unless given, position zero.
+        """The state before the first token: the given initial weights, momentum zero unless given, position zero.
 
         Args:
-            weights: for each layer ``[batch, heads, out, in]``, float32 or float64, all of one dtype and device; what
-                goes out of a layer goes into the next.
+            weights: for each layer ``[batch, heads, out, in]``, float32 or float64, all of one dtype and device; a
+                layer's ``out`` is the next one's ``in``.
             momentum: of the shapes of the weights; ``()`` in a memory that never has momentum.
 
-        Raises ``ValueError`` or ``TypeError`` naming the tensor that does not fit.
+        Raises:
+            ValueError, TypeError: a tensor does not fit; the message names it.
         """
-        weights = _stack("weights", weights)
+        weights = _tuple_of_tensors("weights", weights)
         if not weights:
             raise ValueError("weights: expected a tuple of [batch, heads, out, in], one for each layer, got none")
         first = weights[0]
         if first.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"weights[0]: expected float32 or float64, got {first.dtype}")
-        width = first.shape[3] if first.dim() == 4 else None
+        rows, width = (first.shape[:2], first.shape[3]) if first.dim() == 4 else (("batch", "heads"), "any")
         for layer, weight in enumerate(weights):
-            if weight.dim() != 4 or weight.shape[:2] != first.shape[:2] or weight.shape[3] != width:
-                rows = ", ".join(map(str, first.shape[:2])) if layer else "batch, heads"
-                into = f"in={width}" if layer else "in"
-                raise ValueError(f"weights[{layer}]: expected [{rows}, out, {into}], got {list(weight.shape)}")
+            if weight.dim() != 4 or weight.shape[:2] != rows or weight.shape[3] != width:
+                raise ValueError(
+                    f"weights[{layer}]: expected [{rows[0]}, {rows[1]}, out, in={width}], got {list(weight.shape)}"
+                )
             width = weight.shape[2]
         if momentum is None:
             momentum = tuple(weight.new_zeros(weight.shape) for weight in weights)
-        momentum = _stack("momentum", momentum)
+        momentum = _tuple_of_tensors("momentum", momentum)
         if momentum and len(momentum) != len(weights):
             raise ValueError(f"momentum: expected one tensor for each of {len(weights)} layers, got {len(momentum)}")
-        for layer, (given, weight) in enumerate(zip(momentum, weights)):
-            if given.shape != weight.shape:
-                raise ValueError(
-                    f"momentum[{layer}]: expected {list(weight.shape)} as weights[{layer}], got {list(given.shape)}"
-                )
         for name, part in (("weights", weights), ("momentum", momentum)):
-            for layer, given in enumerate(part):
-                if given.dtype != first.dtype:
-                    raise TypeError(f"{name}[{layer}]: expected {first.dtype} as weights[0], got {given.dtype}")
-                if given.device != first.device:
-                    raise ValueError(
-                        f"{name}[{layer}]: expected device {first.device} as weights[0], got {given.device}"
-                    )
-        position = torch.zeros(first.shape[0], dtype=torch.int64, device=first.device)
-        return cls(weights, momentum, weights, position)
+            for layer, (x, weight) in enumerate(zip(part, weights)):
+                if x.shape != weight.shape:
+                    raise ValueError(f"{name}[{layer}]: expected the shape {list(weight.shape)} of weights[{layer}], "
+                                     f"got {list(x.shape)}")  # fmt: skip
+                if x.dtype != first.dtype:
+                    raise TypeError(f"{name}[{layer}]: expected {first.dtype} as weights[0], got {x.dtype}")
+                if x.device != first.device:
+                    raise ValueError(f"{name}[{layer}]: expected device {first.device} as weights[0], got {x.device}")
+        return cls(weights, momentum, weights, torch.zeros(first.shape[0], dtype=torch.int64, device=first.device))
+
+    def to(self, dtype: torch.dtype) -> MemoryState:
+        """The same state with its weights, momentum and anchor in ``dtype``."""
+        weights, momentum, anchor = (tuple(x.to(dtype) for x in part) for part in self[:3])
+        return MemoryState(weights, momentum, anchor, self.position)
 
 
-def _stack(name: str, given: Iterable[Tensor]) -> tuple[Tensor, ...]:
+def _tuple_of_tensors(name: str, given: Iterable[Tensor]) -> tuple[Tensor, ...]:
     if isinstance(given, Tensor) or not isinstance(given, Iterable):
         raise TypeError(f"{name}: expected a tuple of tensors, one for each layer, got {type(given).__name__}")
     tensors = tuple(given)
@@ -78,3 +79,52 @@ def _stack(name: str, given: Iterable[Tensor]) -> tuple[Tensor, ...]:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}[{layer}]: expected a tensor, got {type(tensor).__name__}")
     return tensors
+
+
+class Tokens(NamedTuple):
+    """The operation's inputs for each token; a gate that the memory does not have is ``None``."""
+
+    q: Tensor
+    """``[batch, time, heads, d_in]``."""
+    k: Tensor
+    """The same."""
+    v: Tensor
+    """``[batch, time, heads, d_out]``."""
+    theta: Tensor
+    """``[batch, time, heads]``, as the other gates."""
+    eta: Tensor | None
+    alpha: Tensor | None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Tokens:
+        """``function`` of every tensor that is not ``None``."""
+        q, k, v, theta, eta, alpha = self
+        eta, alpha = None if eta is None else function(eta), None if alpha is None else function(alpha)
+        return Tokens(function(q), function(k), function(v), function(theta), eta, alpha)
+
+    def at(self, span: slice) -> Tokens:
+        """The tokens of a span of time."""
+        return self.map(lambda x: x[:, span])
+
+
+class Options(NamedTuple):
+    """What a memory computes from its tensors, and how."""
+
+    chunk: int
+    """Tokens per chunk."""
+    activation: str
+    """Between the network's layers: a name in ``network_torch.ACTIVATIONS``."""
+    clip: float | None
+    """Largest norm of one token's gradient; ``None`` for no bound."""
+    read: str
+    """``"after"`` the token was written, or ``"before"``."""
+    keep: int | None = None
+    """Chunks between the states that are kept for backward; ``None``: each backend's choice."""
+    half: str | None = None
+    """The dtype that operands of matrix products may be rounded to (``half_dtype`` of the queries)."""
+    threshold: float | None = None
+    """Below this surprise a token neither writes nor forgets; ``None``: every token does."""
+
+
+Path: TypeAlias = Callable[[Tokens, MemoryState, Tensor | None, Tensor | None, Options], tuple[Tensor, MemoryState]]
+"""A backend: ``path(tokens, state, norm, mask, options) -> y, state``, arguments as of ``titans_memory``, which has
+checked them and cast all tensors to one dtype."""

@@ -1,8 +1,8 @@
 /* The memory for one token: the recurrence itself, and reading at fixed weights.
 
-   Every batch row and head is on its own. A step reads each matrix of its state once and writes it once: keys run
-   forward through the anchor and errors back, and then each layer's weights and momentum are updated and, in the same
-   pass, multiplied by the query that has come through the layers below. */
+   Every batch row and head is on its own. A step reads each matrix of its state once and writes it once: the key goes
+   forward through the anchor and the error back, and then each layer's weights and momentum are updated and, in the
+   same pass, multiplied by the query that has come through the layers below. */
 
 #include "cpu_runtime/activation.h"
 #include "cpu_runtime/matvec.h"
@@ -11,7 +11,7 @@
 
 #include <stdlib.h>
 
-/* [batch, heads, ...]: of vectors or matrices that are dense, or of single numbers; null: there is none */
+/* [batch, heads, ...] of dense vectors or matrices, or of numbers; null: none */
 typedef struct {
     real *data;
     int64_t row, head;
@@ -22,25 +22,26 @@ typedef struct {
     heads weights, momentum, anchor, new_weights, new_momentum;
 } layer;
 
-enum row { WITHIN, STARTS, MASKED }; /* a row's token: inside its chunk, the first of it, or none at all */
-
 typedef struct {
-    int64_t batch, heads, layers, activation, after, threads;
+    int64_t batch, heads, layers, chunk, activation, after, threads;
     heads q, k, v, theta, eta, alpha, gain, y;
-    layer layer[];
+    const int64_t *position; /* [batch] */
+    const uint8_t *mask;     /* one for each row, `mask_row` apart; null: no token is masked */
+    int64_t mask_row;
+    layer layer[];           /* behind them: two doubles, clip and threshold (0: none) */
 } call;
 
 INLINE real *of(const heads *x, int64_t row, int64_t head) { return x->data + row * x->row + head * x->head; }
 
 /* -- one row and head ----------------------------------------------------------------------------------------------- */
 
-/* Vectors of scratch; those of a layer are side by side, `at[l]` numbers from the first layer's. */
+/* Vectors of scratch; the first four have all layers' vectors one after the other. */
 typedef struct {
-    real *input, *slope, *error, *asked, *key, *value, *query, *gain, *n;
-} room;
+    real *input, *slope, *error, *query_z, *key, *value, *query, *gain, *n;
+} work;
 
-/* Numbers that one thread needs; where there are some from `start` on, `room` is laid out in them. */
-static size_t room_of(const call *call, real *start, room *room) {
+/* Numbers that one thread needs; with a `start`, `work` is laid out from there on. */
+static size_t take_work(const call *call, real *start, work *work) {
     size_t all_layers = 0, widest = padded((int)call->layer[0].in);
     for (int l = 0; l < call->layers; l++) {
         size_t width = padded((int)call->layer[l].out);
@@ -49,12 +50,12 @@ static size_t room_of(const call *call, real *start, room *room) {
     }
     all_layers += widest;
     if (start) {
-        real *next = start, **long_ones[] = {&room->input, &room->slope, &room->error, &room->asked};
-        for (size_t i = 0; i < sizeof long_ones / sizeof *long_ones; i++, next += all_layers)
-            *long_ones[i] = next;
-        real **short_ones[] = {&room->key, &room->value, &room->query, &room->gain, &room->n};
-        for (size_t i = 0; i < sizeof short_ones / sizeof *short_ones; i++, next += widest)
-            *short_ones[i] = next;
+        real *next = start, **of_layers[] = {&work->input, &work->slope, &work->error, &work->query_z};
+        for (size_t i = 0; i < sizeof of_layers / sizeof *of_layers; i++, next += all_layers)
+            *of_layers[i] = next;
+        real **single[] = {&work->key, &work->value, &work->query, &work->gain, &work->n};
+        for (size_t i = 0; i < sizeof single / sizeof *single; i++, next += widest)
+            *single[i] = next;
     }
     return (4 * all_layers + 5 * widest + LINE - 1) / LINE * LINE;
 }
@@ -64,60 +65,57 @@ static void load(const heads *x, int64_t row, int64_t head, int64_t width, real 
 }
 
 /* y = x + n(z) gain, or z */
-static void conclude(const call *call, int width, const real *x, const real *gain, real *z, real *y) {
-    if (call->gain.data) {
-        normalise(width, z, z);
-        for (int i = 0; i < width; i += WIDTH)
-            put(z + i, get(x + i) + get(z + i) * get(gain + i));
-    }
+static void read_output(const call *call, int width, const work *work, real *z, real *y) {
+    if (call->gain.data)
+        norm_read(width, work->query, work->gain, z, work->n, z);
     memcpy(y, z, width * sizeof(real));
 }
 
 /* The error and the inputs of every layer at the anchor; returns the norm of half the gradient. */
-static double learn(const call *call, int64_t row, int64_t head, int starts, const room *room) {
+static double differentiate(const call *call, int64_t row, int64_t head, int starts, const work *work) {
     int top = (int)call->layers - 1, at = 0;
     size_t offset[call->layers + 1];
-    const real *anchor[call->layers], *input = room->key;
+    const real *anchor[call->layers], *input = work->key;
     for (int l = 0; l <= top; l++) {
         const layer *layer = &call->layer[l];
         int out = (int)layer->out;
         anchor[l] = of(starts ? &layer->weights : &layer->anchor, row, head);
         offset[l] = at;
-        apply(out, (int)layer->in, anchor[l], layer->in, input, room->error + at);
+        apply(out, (int)layer->in, anchor[l], layer->in, input, work->error + at);
         if (l < top) {
-            activate_each((enum activation)call->activation, padded(out), room->error + at, room->input + at,
-                          room->slope + at, NULL);
-            input = room->input + at;
+            activate_each((enum activation)call->activation, padded(out), work->error + at, work->input + at,
+                          work->slope + at, NULL);
+            input = work->input + at;
         }
         at += padded(out);
     }
     int width = (int)call->layer[top].out;
-    real *error = room->error + offset[top];
+    real *error = work->error + offset[top];
     if (call->gain.data)
-        norm_error(width, room->key, room->value, room->gain, error, room->n, error);
+        norm_error(width, work->key, work->value, work->gain, error, work->n, error);
     else
         for (int i = 0; i < width; i += WIDTH)
-            put(error + i, get(error + i) - get(room->value + i));
+            put(error + i, get(error + i) - get(work->value + i));
     for (int l = top; l > 0; l--) {
         int out = (int)call->layer[l].out, in = (int)call->layer[l].in;
-        real *below = room->error + offset[l - 1];
-        apply_reversed(out, in, anchor[l], in, room->error + offset[l], below, 0);
+        real *below = work->error + offset[l - 1];
+        apply_reversed(out, in, anchor[l], in, work->error + offset[l], below, 0);
         for (int i = 0; i < in; i += WIDTH)
-            put(below + i, get(below + i) * get(room->slope + offset[l - 1] + i));
+            put(below + i, get(below + i) * get(work->slope + offset[l - 1] + i));
     }
     double total = 0;
     for (int l = 0; l <= top; l++) {
-        const real *input = l ? room->input + offset[l - 1] : room->key;
-        double of_layer = length((int)call->layer[l].out, room->error + offset[l]) *
+        const real *input = l ? work->input + offset[l - 1] : work->key;
+        double of_layer = length((int)call->layer[l].out, work->error + offset[l]) *
                           length((int)call->layer[l].in, input);
         total = hypot(total, of_layer);
     }
     return total;
 }
 
-/* new momentum = lasting momentum - push input^T, new weights = kept weights + that, y = weights x: all in one pass.
-   `push` counts the step's size in. */
-INLINE void update(int out, int in, int with_momentum, int after, real kept, real lasting, const real *push,
+/* new momentum = eta momentum - error input^T, new weights = retain weights + that, y = weights x: all in one pass.
+   The error is times the step. */
+INLINE void update(int out, int in, int with_momentum, int after, real retain, real eta, const real *error,
                    const real *input, const real *weights, const real *momentum, real *new_weights, real *new_momentum,
                    const real *x, real *y) {
     for (int o = 0; o < out; o += WIDTH) {
@@ -126,13 +124,13 @@ INLINE void update(int out, int in, int with_momentum, int after, real kept, rea
             size_t row = (size_t)(o + r) * in;
             for (int i = 0; i < in; i += WIDTH) {
                 __builtin_prefetch(weights + row + AHEAD + i);
-                vec before = get_some(weights + row + i, in - i), surprise = get(input + i) * -push[o + r];
+                vec before = get_some(weights + row + i, in - i), surprise = get(input + i) * -error[o + r];
                 if (with_momentum) {
                     __builtin_prefetch(momentum + row + AHEAD + i);
-                    surprise += get_some(momentum + row + i, in - i) * lasting;
+                    surprise += get_some(momentum + row + i, in - i) * eta;
                     put_some(new_momentum + row + i, surprise, in - i);
                 }
-                vec then = before * kept + surprise;
+                vec then = before * retain + surprise;
                 put_some(new_weights + row + i, then, in - i);
                 total[r] += (after ? then : before) * get(x + i);
             }
@@ -141,17 +139,17 @@ INLINE void update(int out, int in, int with_momentum, int after, real kept, rea
     }
 }
 
-static __attribute__((noinline)) void update_any(int out, int in, int after, real kept, real lasting, const real *push,
+static __attribute__((noinline)) void update_any(int out, int in, int after, real retain, real eta, const real *error,
                                                  const real *input, const real *weights, const real *momentum,
                                                  real *new_weights, real *new_momentum, const real *x, real *y) {
     if (momentum && after)
-        update(out, in, 1, 1, kept, lasting, push, input, weights, momentum, new_weights, new_momentum, x, y);
+        update(out, in, 1, 1, retain, eta, error, input, weights, momentum, new_weights, new_momentum, x, y);
     else if (momentum)
-        update(out, in, 1, 0, kept, lasting, push, input, weights, momentum, new_weights, new_momentum, x, y);
+        update(out, in, 1, 0, retain, eta, error, input, weights, momentum, new_weights, new_momentum, x, y);
     else if (after)
-        update(out, in, 0, 1, kept, 0, push, input, weights, NULL, new_weights, NULL, x, y);
+        update(out, in, 0, 1, retain, 0, error, input, weights, NULL, new_weights, NULL, x, y);
     else
-        update(out, in, 0, 0, kept, 0, push, input, weights, NULL, new_weights, NULL, x, y);
+        update(out, in, 0, 0, retain, 0, error, input, weights, NULL, new_weights, NULL, x, y);
 }
 
 static void copy(const call *call, int64_t row, int64_t head) {
@@ -165,57 +163,57 @@ static void copy(const call *call, int64_t row, int64_t head) {
     memset(of(&call->y, row, head), 0, call->layer[call->layers - 1].out * sizeof(real));
 }
 
-static void step_one(const call *call, int64_t row, int64_t head, enum row kind, double clip, double threshold,
-                     const room *room) {
+static void step_one(const call *call, int64_t row, int64_t head, const work *work) {
     int top = (int)call->layers - 1;
-    if (kind == MASKED) {
+    if (call->mask && !call->mask[row * call->mask_row]) {
         copy(call, row, head);
         return;
     }
-    load(&call->k, row, head, call->layer[0].in, room->key);
-    load(&call->q, row, head, call->layer[0].in, room->query);
-    load(&call->v, row, head, call->layer[top].out, room->value);
+    const double *bounds = (const double *)&call->layer[call->layers], clip = bounds[0], threshold = bounds[1];
+    load(&call->k, row, head, call->layer[0].in, work->key);
+    load(&call->q, row, head, call->layer[0].in, work->query);
+    load(&call->v, row, head, call->layer[top].out, work->value);
     if (call->gain.data)
-        load(&call->gain, row, head, call->layer[top].out, room->gain);
-    double norm = learn(call, row, head, kind == STARTS, room);
-    /* gradients are twice what errors and inputs make */
+        load(&call->gain, row, head, call->layer[top].out, work->gain);
+    double norm = differentiate(call, row, head, call->position[row] % call->chunk == 0, work);
+    /* errors are half gradients */
     double size = 2 * (double)*of(&call->theta, row, head);
     if (clip > 0 && 2 * norm > clip)
         size *= clip / (2 * norm);
-    int held = 2 * norm < threshold; /* what is not a number is not held back */
-    if (held)
+    int suppressed = 2 * norm < threshold; /* NaN is not suppressed */
+    if (suppressed)
         size = 0;
-    real kept = call->alpha.data && !held ? 1 - *of(&call->alpha, row, head) : 1;
-    real lasting = call->eta.data ? *of(&call->eta, row, head) : 0;
-    const real *input = room->key, *x = room->query;
+    real retain = call->alpha.data && !suppressed ? 1 - *of(&call->alpha, row, head) : 1;
+    real eta = call->eta.data ? *of(&call->eta, row, head) : 0;
+    const real *input = work->key, *x = work->query;
     int at = 0;
     for (int l = 0; l <= top; l++) {
         const layer *layer = &call->layer[l];
         int out = (int)layer->out;
-        real *push = room->error + at, *y = room->asked + at;
+        real *error = work->error + at, *y = work->query_z + at;
         for (int i = 0; i < out; i += WIDTH)
-            put(push + i, get(push + i) * (real)size);
-        update_any(out, (int)layer->in, (int)call->after, kept, lasting, push, input, of(&layer->weights, row, head),
+            put(error + i, get(error + i) * (real)size);
+        update_any(out, (int)layer->in, (int)call->after, retain, eta, error, input, of(&layer->weights, row, head),
                    layer->momentum.data ? of(&layer->momentum, row, head) : NULL, of(&layer->new_weights, row, head),
                    layer->momentum.data ? of(&layer->new_momentum, row, head) : NULL, x, y);
         if (l < top)
             activate_each((enum activation)call->activation, padded(out), y, y, NULL, NULL);
-        input = room->input + at, x = y;
+        input = work->input + at, x = y;
         at += padded(out);
     }
     int width = (int)call->layer[top].out;
-    conclude(call, width, room->query, room->gain, room->asked + at - padded(width), of(&call->y, row, head));
+    read_output(call, width, work, work->query_z + at - padded(width), of(&call->y, row, head));
 }
 
-static void read_one(const call *call, int64_t row, int64_t head, const room *room) {
+static void read_one(const call *call, int64_t row, int64_t head, const work *work) {
     int top = (int)call->layers - 1, at = 0;
-    load(&call->q, row, head, call->layer[0].in, room->query);
+    load(&call->q, row, head, call->layer[0].in, work->query);
     if (call->gain.data)
-        load(&call->gain, row, head, call->layer[top].out, room->gain);
-    const real *x = room->query;
+        load(&call->gain, row, head, call->layer[top].out, work->gain);
+    const real *x = work->query;
     for (int l = 0; l <= top; l++) {
         const layer *layer = &call->layer[l];
-        real *y = room->asked + at;
+        real *y = work->query_z + at;
         apply((int)layer->out, (int)layer->in, of(&layer->weights, row, head), layer->in, x, y);
         if (l < top) {
             activate_each((enum activation)call->activation, padded((int)layer->out), y, y, NULL, NULL);
@@ -224,51 +222,42 @@ static void read_one(const call *call, int64_t row, int64_t head, const room *ro
         x = y;
     }
     int width = (int)call->layer[top].out;
-    conclude(call, width, room->query, room->gain, room->asked + at, of(&call->y, row, head));
+    read_output(call, width, work, work->query_z + at, of(&call->y, row, head));
 }
 
 /* -- all of them ---------------------------------------------------------------------------------------------------- */
 
-struct token {
+struct all {
     const call *call;
-    const char *rows;
-    double clip, threshold;
-    const room *rooms; /* one for each thread */
+    const work *work; /* one for each thread */
 };
 
 static void step_part(const void *context, int64_t i, int worker) {
-    const struct token *t = context;
-    int64_t row = i / t->call->heads;
-    step_one(t->call, row, i % t->call->heads, (enum row)t->rows[row], t->clip, t->threshold,
-             &t->rooms[worker]);
+    const struct all *all = context;
+    step_one(all->call, i / all->call->heads, i % all->call->heads, &all->work[worker]);
 }
 
 static void read_part(const void *context, int64_t i, int worker) {
-    const struct token *t = context;
-    read_one(t->call, i / t->call->heads, i % t->call->heads, &t->rooms[worker]);
+    const struct all *all = context;
+    read_one(all->call, i / all->call->heads, i % all->call->heads, &all->work[worker]);
 }
 
-static int run(const call *call, const char *rows, double clip, double threshold, part *part) {
-    size_t numbers = room_of(call, NULL, NULL);
-    room rooms[call->threads];
+static int run(const call *call, part *part) {
+    size_t numbers = take_work(call, NULL, NULL);
+    work work[call->threads];
     real *scratch = aligned_alloc(64, call->threads * numbers * sizeof(real));
     if (!scratch)
         return 1;
     for (int i = 0; i < call->threads; i++)
-        room_of(call, scratch + i * numbers, &rooms[i]);
-    struct token token = {call, rows, clip, threshold, rooms};
-    share_out(call->threads, call->batch * call->heads, part, &token);
+        take_work(call, scratch + i * numbers, &work[i]);
+    struct all all = {call, work};
+    share_out(call->threads, call->batch * call->heads, part, &all);
     free(scratch);
     return 0;
 }
 
-/* One token of each row. `rows`: one `enum row` for each; `clip`: 0 for none; of less surprise than `threshold` a token
-   neither writes nor forgets. Returns 0, or 1: out of memory. */
-int step(const call *call, const char *rows, double clip, double threshold) {
-    return run(call, rows, clip, threshold, step_part);
-}
+/* One token of each row. Returns 0, or 1: out of memory. */
+int memory_step(const call *call) { return run(call, step_part); }
 
 /* One query of each row at fixed weights. */
-int read_token(const call *call, const char *rows, double clip, double threshold) {
-    return run(call, rows, clip, threshold, read_part);
-}
+int memory_step_read(const call *call) { return run(call, read_part); }

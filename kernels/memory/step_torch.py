@@ -1,8 +1,7 @@
-"""One token for decoding: the recurrence itself, in as few passes over the state as there are.
+"""One token for decoding in PyTorch: the recurrence itself, in as few operators and passes over the state as possible.
 
-At this size an operator costs more to start than to run, and the state more to read than to compute with. Vectors are
-therefore multiplied from the right (on a CPU that reads the matrix as fast as memory gives it), norms of gradients are
-products of norms, and constants go where an operator takes one anyway.
+At this size starting an operator takes longer than running it, and reading the state longer than computing with it. The
+norm of a gradient is a product of norms, and constant factors are given to operators that take one anyway.
 """
 
 from __future__ import annotations
@@ -10,21 +9,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .activation import ACTIVATIONS
-from .read_torch import EPS, answer, network, per_row, small
-from .state import MemoryState
-from .tokens import Options, Tokens
+from .network_torch import ACTIVATIONS, EPS, for_few, gain_per_row, layers_one, read_one
+from .state import MemoryState, Options, Tokens
 
 
-def step_memory(
+def torch_step(
     tokens: Tokens, state: MemoryState, norm: Tensor | None, mask: Tensor | None, options: Options
 ) -> tuple[Tensor, MemoryState]:
     """``titans_memory`` for ``time = 1`` without gradients. Rows may be at different positions."""
     q, k, v, theta, eta, alpha = tokens
     chunk, activation, clip, read, *_, threshold = options
     batch, _, heads, _ = q.shape
-    pull = small(ACTIVATIONS[activation].pull)
-    gain = None if norm is None else per_row(norm, batch)
+    vjp = for_few(ACTIVATIONS[activation].vjp)
+    gain = None if norm is None else gain_per_row(norm, batch)
     weights = [w.flatten(0, 1) for w in state.weights]
     phases = [position % chunk for position in state.position.tolist()]
     anchor, next_anchor = weights, state.weights
@@ -37,7 +34,7 @@ def step_memory(
 
     # keys forward through the anchor, half errors back
     key, value = (x.reshape(batch * heads, 1, x.shape[3]) for x in (k, v))
-    inputs, hidden = network(key, anchor, activation)
+    inputs, hidden = layers_one(key, anchor, activation)
     out = hidden[-1]
     if gain is None:
         error = out - value
@@ -52,38 +49,38 @@ def step_memory(
     for layer in range(len(anchor) - 2, -1, -1):
         error = torch.bmm(error, anchor[layer + 1])
         if activation != "identity":
-            error = pull(error, hidden[layer])
+            error = vjp(error, hidden[layer])
         errors.append(error)
     errors.reverse()
 
-    # the step is -2 theta, or -clip theta / max(|gradient / 2|, clip / 2); the number in front waits for addcmul
+    # the step is -2 theta, or -clip theta / max(|gradient / 2|, clip / 2); addcmul takes the constant factor
     size, factor = theta.reshape(batch * heads, 1, 1), -2.0
     half_norm = None if clip is threshold is None else _half_norm(errors, inputs)
-    held = None if half_norm is None or threshold is None else half_norm < threshold / 2
+    suppressed = None if half_norm is None or threshold is None else half_norm < threshold / 2
     if half_norm is not None and clip is not None:
         size, factor = size / half_norm.clamp_min_(clip / 2), -clip
-    lasting = None if eta is None else eta.reshape(batch * heads, 1, 1)
-    retain = None if alpha is None else torch.rsub(alpha, 1).reshape(batch * heads, 1, 1)
-    if held is not None:
-        size = size.masked_fill(held, 0.0)
-        retain = None if retain is None else retain.masked_fill(held, 1.0)
+    momentum_decay = None if eta is None else eta.reshape(batch * heads, 1, 1)
+    retention = None if alpha is None else torch.rsub(alpha, 1).reshape(batch * heads, 1, 1)
+    if suppressed is not None:
+        size = size.masked_fill(suppressed, 0.0)
+        retention = None if retention is None else retention.masked_fill(suppressed, 1.0)
     momentum, after = [], []
     for layer, weight in enumerate(weights):
         push = (errors[layer] * size).mT
-        if lasting is None:
+        if momentum_decay is None:
             surprise = torch.mul(push, inputs[layer]).mul_(factor)
         else:
-            surprise = state.momentum[layer].flatten(0, 1) * lasting
+            surprise = state.momentum[layer].flatten(0, 1) * momentum_decay
             surprise.addcmul_(push, inputs[layer], value=factor)
             momentum.append(surprise)
-        after.append(surprise + weight if retain is None else torch.addcmul(surprise, weight, retain))
+        after.append(surprise + weight if retention is None else torch.addcmul(surprise, weight, retention))
 
     query = q.reshape(batch * heads, 1, q.shape[3])
-    y = answer(query, after if read == "after" else weights, activation, gain).view(batch, 1, heads, v.shape[3])
+    y = read_one(query, after if read == "after" else weights, activation, gain).view(batch, 1, heads, v.shape[3])
 
-    split = lambda parts: tuple([x.view(w.shape) for x, w in zip(parts, state.weights)])  # noqa: E731
-    new_weights = split(after)
-    new_momentum = split(momentum) if lasting is not None else state.momentum
+    per_head = lambda parts: tuple([x.view(w.shape) for x, w in zip(parts, state.weights)])  # noqa: E731
+    new_weights = per_head(after)
+    new_momentum = per_head(momentum) if momentum_decay is not None else state.momentum
     ends = [phase + 1 == chunk for phase in phases]
     if all(ends):
         next_anchor = new_weights
@@ -92,9 +89,9 @@ def step_memory(
         next_anchor = tuple(torch.where(at_end, w, a) for w, a in zip(new_weights, next_anchor))
     if mask is None:
         return y, MemoryState(new_weights, new_momentum, next_anchor, state.position + 1)
-    real = mask.view(batch, 1, 1, 1)
-    keep = lambda new, old: tuple(torch.where(real, a, b) for a, b in zip(new, old))  # noqa: E731
-    return torch.where(real, y, torch.zeros_like(y)), MemoryState(
+    valid = mask.view(batch, 1, 1, 1)
+    keep = lambda new, old: tuple(torch.where(valid, a, b) for a, b in zip(new, old))  # noqa: E731
+    return torch.where(valid, y, torch.zeros_like(y)), MemoryState(
         keep(new_weights, state.weights),
         keep(new_momentum, state.momentum),
         keep(next_anchor, state.anchor),

@@ -17,8 +17,7 @@ from ...kernels.attention import Prefix, attention
 from ...kernels.attention.decode import Cache, cached_attention
 from ...kernels.dispatch import OPERATIONS
 from ...kernels.linear import project
-from ...kernels.memory import MemoryState, titans_memory
-from ...kernels.memory.read import read_memory
+from ...kernels.memory import MemoryState, read_memory, titans_memory
 from ...kernels.norm_gate import gate, gated_norm, l2_norm, rms_norm, swiglu
 from ...kernels.norm_gate.decode import feed_forward, gated_output
 from ...kernels.rotary import rotate

@@ -14,8 +14,7 @@ from torch.nn.functional import cross_entropy, logsigmoid, normalize, scaled_dot
 
 from ... import recipes
 from ...kernels.attention import Prefix, attention
-from ...kernels.memory import MemoryState, titans_memory
-from ...kernels.memory.cost import memory_flops
+from ...kernels.memory import MemoryState, memory_flops, titans_memory
 from ...kernels.norm_gate import gate, rms_norm, swiglu
 from ...kernels.short_conv import causal_convolution
 from ...registry import create

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...dispatch import needs_grad as tracks
+from ...dispatch import needs_grad
 from ...triton_runtime import launch
-from ..decay import ChunkDecay
+from ..decay_torch import ChunkDecay
 from .decay_kernel import decay_backward_kernel, decay_kernel, decay_tiles
 
 _Gates: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
@@ -22,7 +22,7 @@ def triton_decay(
     theta: Tensor, eta: Tensor | None, alpha: Tensor | None, real: Tensor | None, read_after: bool
 ) -> ChunkDecay:
     """``chunk_decay``: gates ``[..., b]`` in float32 or float64."""
-    if tracks(theta, eta, alpha):
+    if needs_grad(theta, eta, alpha):
         return ChunkDecay(*_Decay.apply(theta, eta, alpha, real, read_after))
     return _matrices(theta, eta, alpha, real, read_after)[0]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-NUMBERS = {"identity": 0, "relu": 1, "silu": 2, "gelu": 3}
-_RELU, _SILU, _GELU = (tl.constexpr(NUMBERS[name]) for name in ("relu", "silu", "gelu"))
+from ..network_torch import ACTIVATION_NUMBERS
+
+_RELU, _SILU, _GELU = (tl.constexpr(ACTIVATION_NUMBERS[name]) for name in ("relu", "silu", "gelu"))
 
 
 @triton.jit

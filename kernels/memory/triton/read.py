@@ -9,21 +9,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...dispatch import needs_grad as tracks
+from ...dispatch import needs_grad
 from ...triton_runtime import launch
-from ..read_torch import EPS
+from ..network_torch import ACTIVATION_NUMBERS, EPS
 from .answer_bwd_kernel import answer_backward_kernel, answer_backward_weights_kernel, stretches
 from .answer_kernel import answer_kernel
-from .network_kernel import NUMBERS
 from .schedule import operands, schedule
 
 
-def triton_reading(
+def triton_read(
     q: Tensor, weights: tuple[Tensor, ...], activation: str, norm: Tensor | None, half: str | None
 ) -> Tensor:
-    """``read_memory`` for one or two layers; ``half``: what products are rounded to (``precision.half``)."""
+    """``read_memory`` for one or two layers; ``half``: what products are rounded to (``half_dtype``)."""
     products = operands(weights[0].dtype, None if half is None else getattr(torch, half))
-    if tracks(q, norm, *weights):
+    if needs_grad(q, norm, *weights):
         return _Answered.apply(activation, products, q, norm, *weights)
     return _answer(activation, products, q, norm, weights)
 
@@ -118,7 +117,7 @@ def _fixed(
     """What a kernel is compiled for, and how it is launched."""
     d_out, width = weights[-1].shape[2:]
     known = dict(
-        LAYERS=len(weights), ACTIVATION=NUMBERS[activation], NORM=norm is not None,
+        LAYERS=len(weights), ACTIVATION=ACTIVATION_NUMBERS[activation], NORM=norm is not None,
         WIDE=tl.float64 if weights[0].dtype == torch.float64 else tl.float32,
         **schedule(kernel.__name__, time, weights[0].shape[3], width, d_out), **products,
     )  # fmt: skip

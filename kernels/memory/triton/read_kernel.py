@@ -1,4 +1,4 @@
-"""Reading a group of chunks, in Triton: what ``memory.chunk_network`` does in ``read``.
+"""Reading a group of chunks, in Triton: what ``chunk_torch`` does in ``read``.
 
 The story. Reading has no order: a program answers ``ROWS`` queries of one chunk of one row, at the state that the chunk
 started from and with what the chunk itself has written so far: one decay-weighted product of scores, as in attention.

@@ -9,10 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...triton_runtime import launch
-from ..read_torch import EPS
-from ..state import MemoryState
-from ..tokens import Options, Tokens
-from .network_kernel import NUMBERS
+from ..network_torch import ACTIVATION_NUMBERS, EPS
+from ..state import MemoryState, Options, Tokens
 from .schedule import schedule
 from .step_kernel import step_kernel
 
@@ -38,7 +36,8 @@ def triton_step(
             *([None, None] if chunk == 1 else []), torch.empty(batch, heads, width, dtype=y.dtype, device=y.device),
             heads, d_in, width, d_out, chunk, clip or 0.0, EPS,
             *(n for x in (q, k, v, theta, eta, alpha) for n in _steps(x)), 0 if mask is None else mask.stride(0),
-            LAYERS=layers, ACTIVATION=NUMBERS[activation], MOMENTUM=eta is not None, FORGETTING=alpha is not None,
+            LAYERS=layers, ACTIVATION=ACTIVATION_NUMBERS[activation], MOMENTUM=eta is not None,
+            FORGETTING=alpha is not None,
             NORM=norm is not None, CLIP=clip is not None, MASKED=mask is not None, ANCHORED=chunk > 1,
             AFTER=read == "after", WIDE=tl.float64 if y.dtype == torch.float64 else tl.float32,
             **{name: tiles[name] for name in ("IN", "OUT", "BLOCK", "num_warps", "num_stages")},

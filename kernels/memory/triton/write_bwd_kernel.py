@@ -1,4 +1,4 @@
-"""The backward of writing a group of chunks, in Triton: what ``memory.chunk_network`` does in ``write_backward``.
+"""The backward of writing a group of chunks, in Triton: what ``chunk_torch`` does in ``write_backward``.
 
 The story. A program walks one row's chunks from the last to the first. A write contains a gradient, so its backward is
 of second order: from the state after the chunk to errors and inputs; then up the layers, for errors ran down; through

@@ -1,4 +1,4 @@
-"""Writing a group of chunks, in Triton: what ``memory.chunk_network`` does in ``advance`` and ``recall``.
+"""Writing a group of chunks, in Triton: what ``chunk_torch`` does in ``write`` and ``rewrite``.
 
 The story. Writing is sequential: the gradients of a chunk are taken at the weights that the chunk before it left. A
 program walks one row (a batch row and a head) through its chunks. Per chunk it runs the keys forward through the
@@ -151,7 +151,7 @@ def write_kernel(
 
 
 @triton.jit
-def recall_kernel(
+def rewrite_kernel(
     keys, values, gain, anchor_1, anchor_2, stack_1, stack_2,
     input_2, hidden_1, hidden_2, raw_1, raw_2, error_1, error_2,
     rows, b, d_in, width, d_out, clip, eps,

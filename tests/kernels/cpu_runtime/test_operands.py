@@ -22,8 +22,7 @@ from titans_build.kernels.cpu_runtime.call import product_dtype
 from titans_build.kernels.linear import cpu as product
 from titans_build.kernels.linear import project
 from titans_build.kernels.linear import project_recomputed as project_made
-from titans_build.kernels.memory import MemoryState, titans_memory
-from titans_build.kernels.memory.read import read_memory
+from titans_build.kernels.memory import MemoryState, read_memory, titans_memory
 from titans_build.kernels.norm_gate import swiglu
 
 UNABLE = call.lacks_bfloat16()

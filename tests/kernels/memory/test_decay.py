@@ -2,7 +2,7 @@
 
 import torch
 
-from titans_build.kernels.memory.decay import chunk_decay, interval_products
+from titans_build.kernels.memory.decay_torch import chunk_decay, interval_products
 
 
 def test_products_are_products():

@@ -5,7 +5,6 @@ import torch
 
 from titans_build.kernels.cpu_runtime import library
 from titans_build.kernels.memory import MemoryState, titans_memory
-from titans_build.kernels.memory import operation as module
 
 UNBUILT = library.refuse(device="cpu", dtype=torch.float64)
 NATIVE = pytest.param("native", marks=pytest.mark.skipif(UNBUILT is not None, reason=f"C kernels: {UNBUILT}"))
@@ -58,17 +57,3 @@ def test_what_stands_at_masked_tokens_does_not_matter(backend):
         given[name][~mask] = float("nan")
     got, after = titans_memory(**given, state=fresh(), chunk=5, mask=mask, backend=backend)
     assert torch.equal(got, y) and torch.equal(after.weights[0], state.weights[0])
-
-
-@pytest.mark.parametrize("backend", [NATIVE, "torch"])
-def test_numbers_whose_sum_overflows_are_finite(backend, monkeypatch):
-    given = {name: x.float() for name, x in inputs().items()}
-    given["v"][:, 3:5] = 3e38
-    calls = []
-    monkeypatch.setattr(module, "cuts_before_infinities", lambda *x: calls.append(cut := kept(*x)) or cut)
-    weights = tuple(w.float() for w in fresh().weights)
-    titans_memory(**given, state=MemoryState.fresh(weights), chunk=5, backend=backend)
-    assert calls == [[]]
-
-
-kept = module.cuts_before_infinities

@@ -7,7 +7,7 @@ import torch
 from memory_cases import FAST, NATIVE, Case, assert_agrees, assert_equal, tensors
 
 from titans_build.kernels.memory import MemoryState, Options, Tokens, measure_memory, titans_memory
-from titans_build.kernels.memory.threshold import selective_memory
+from titans_build.kernels.memory.surprise import thresholded_memory
 
 STEP = pytest.param("native_step", marks=NATIVE.marks)
 LOW, MIDDLE, HIGH = 1e-6, 8.0, 1e6
@@ -27,7 +27,7 @@ def measured(case, chunk, threshold, **options):
 
 
 def test_the_threshold_holds_back_some_tokens_and_not_others():
-    held = measured(Case(), 5, MIDDLE).held
+    held = measured(Case(), 5, MIDDLE).suppressed
     assert 0.2 < held.double().mean() < 0.8
 
 
@@ -107,7 +107,7 @@ def test_a_chunk_without_a_write_costs_no_products(momentum, grad, phases):
         raise AssertionError("called")
 
     with torch.set_grad_enabled(grad):
-        y, after = selective_memory(tokens, state, case.norm, None, options._replace(threshold=HIGH), never)
+        y, after = thresholded_memory(never, tokens, state, case.norm, None, options._replace(threshold=HIGH))
         expected = case.run(state, chunk=4, backend="reference", threshold=HIGH)
     assert all(a is b for a, b in zip(after.weights, weights))
     assert_equal(tensors((y, after)), tensors(expected))
@@ -137,7 +137,7 @@ def test_quiet_chunks_between_loud_ones():
         case.v[:, 4:12] = answered[:, 4:12]  # nothing surprises there
         case.alpha[:, :4] = 0
         case.theta[:, :4] = 0
-    held = measured(case, 4, 1.0).held[0, :, 0]
+    held = measured(case, 4, 1.0).suppressed[0, :, 0]
     assert held[4:12].all() and not held[12:].all()
     assert_agrees(case, chunk=4, threshold=1.0)
 
@@ -172,7 +172,7 @@ def test_measuring_is_what_the_recurrence_meets(masked, phases, threshold):
             for a, b in zip((found.surprise, found.error), expected):
                 torch.testing.assert_close(a[:, t][real], b[:, 0][real], rtol=1e-9, atol=1e-10)
             if threshold is not None:
-                assert torch.equal(found.held[:, t][real], expected.norm[:, 0][real] < threshold)
+                assert torch.equal(found.suppressed[:, t][real], expected.norm[:, 0][real] < threshold)
             at = slice(t, t + 1)
             _, state = case.run(state, at, chunk=4, backend="reference", clip=0.5, threshold=threshold)
 

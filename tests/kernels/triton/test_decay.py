@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from titans_build.kernels.memory.decay import ChunkDecay, chunk_decay
+from titans_build.kernels.memory.decay_torch import ChunkDecay, chunk_decay
 from titans_build.kernels.memory.triton.decay import triton_decay
 
 pytest.importorskip("triton")

@@ -7,8 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from titans_build.kernels.dispatch import BackendError
-from titans_build.kernels.memory import read_memory
-from titans_build.kernels.memory.read import READING
+from titans_build.kernels.memory import READ, read_memory
 from titans_build.kernels.memory.triton import answer_bwd_kernel as memory_answer_backward
 from titans_build.kernels.memory.triton import read as triton_reading
 
@@ -83,8 +82,8 @@ def test_it_says_what_it_does_not_take():
         (dict(width=256), "heads of up to 128 numbers, not 256"),
     ):
         with pytest.raises(BackendError, match=reason):
-            READING.choose("triton", **{**facts, **wrong})
-    assert "asked for by name" in READING.backends["triton"].refuse(**facts)
+            READ.choose("triton", **{**facts, **wrong})
+    assert "asked for by name" in READ.backends["triton"].refuse(**facts)
 
 
 @pytest.mark.parametrize("depth", [1, 2])

@@ -1,8 +1,8 @@
-"""How much of every past write is left: products of gates over all intervals of a chunk.
+"""The gates of a chunk as matrices: products of gates over all intervals of its tokens.
 
 With ``f`` the per-token factors, ``P[t, r] = prod_{r < j <= t} f_j`` for ``r <= t`` is lower triangular with ones on
-its diagonal. Products are taken as products: no logarithm and no quotient, so a factor of exactly 0 or 1 is exact,
-and so is the gradient at it.
+its diagonal. Products are computed as products, without logarithms or quotients, so that a factor of exactly 0 or 1 is
+exact, and so is its gradient.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _IntervalProducts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_start: Tensor) -> Tensor:
-        # dP[t, r] / df_j = P[t, j] P[j-1, r] for r < j <= t: the product with the factor itself left out
+        # dP[t, r] / df_j = P[t, j] P[j-1, r] for r < j <= t: the product with the factor itself kept out
         products, start = ctx.saved_tensors
         before = torch.cat([torch.ones_like(start[..., :1]), start[..., :-1]], dim=-1)
         passed = grad_start.unsqueeze(-1) * before.unsqueeze(-2)
@@ -41,53 +41,53 @@ def interval_products(factors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class ChunkDecay(NamedTuple):
-    """The gates of a chunk of ``b`` tokens as the matrices its products need.
+    """Coefficients for a chunk of ``b`` tokens.
 
-    ``s`` counts what the state stacks: 2 (weights, momentum), or 1 where there is no momentum.
+    The state has ``s`` parts: 2 (weights, momentum), or 1 without momentum.
     """
 
     read: Tensor
-    """``[..., b, b]``: what the (half) gradient of token ``s`` weighs in the weights that token ``t`` reads."""
+    """``[..., b, b]``: of the (half) gradient of token ``s`` in the weights that token ``t`` reads."""
     carry: Tensor
-    """``[..., b, s]``: what the state at the start weighs in the weights that token ``t`` reads."""
+    """``[..., b, s]``: of the state at the chunk's start in the weights that token ``t`` reads."""
     write: Tensor
-    """``[..., b, s]``: what the (half) gradient of each token weighs in the weights and momentum at the end."""
+    """``[..., b, s]``: of the (half) gradient of each token in the weights and momentum at the chunk's end."""
     mix: Tensor
-    """``[..., s, s]``: the state at the end, from the state at the start."""
+    """``[..., s, s]``: of the state at the chunk's start in the state at its end."""
 
 
 def chunk_decay(
-    theta: Tensor, eta: Tensor | None, alpha: Tensor | None, real: Tensor | None, read_after: bool
+    theta: Tensor, eta: Tensor | None, alpha: Tensor | None, valid: Tensor | None, read_after: bool
 ) -> ChunkDecay:
     """Gates ``[..., b]`` -> matrices; ``eta=None``: no momentum, ``alpha=None``: no forgetting. Differentiable.
 
-    ``real`` ``[..., b]``, or ``None`` for all: 0 where a slot holds no token. Its gates must be the identity (theta
-    0, eta 1, alpha 0); what no gate can say is that such a slot does not add the momentum to the weights again.
+    ``valid`` ``[..., b]``, or ``None`` for all: 0 where a slot has no token. Its gates must be the identity (theta 0,
+    eta 1, alpha 0); that such a slot does not add the momentum to the weights again, no gate can say.
 
     The inner loss is a plain sum of squares; its factor 2 is folded in here, next to the step size.
     """
     step = (2 * theta).unsqueeze(-2)
+    # D, H, C = D H, and what they make of the state at the start: A, E, m
     if alpha is None:
         ones = torch.ones(*theta.shape[-1:], *theta.shape[-1:], dtype=theta.dtype, device=theta.device).tril_()
-        retain, left = ones.expand(*theta.shape, theta.shape[-1]), torch.ones_like(theta)
+        D, A = ones.expand(*theta.shape, theta.shape[-1]), torch.ones_like(theta)
     else:
-        retain, left = interval_products(1 - alpha)
-    left = left.unsqueeze(-1)
+        D, A = interval_products(1 - alpha)
     if eta is None:
-        weigh, carry, mix = retain, left, left[..., -1:, :]
-        write = (weigh[..., -1:, :] * step).mT
+        C, carry = D, A.unsqueeze(-1)
+        write, mix = (C[..., -1:, :] * step).mT, carry[..., -1:, :]
     else:
-        lasting, lasted = interval_products(eta)
-        added = retain if real is None else retain * real.unsqueeze(-2)
-        weigh = added @ lasting
-        carry = torch.cat([left, added @ lasted.unsqueeze(-1)], dim=-1)
-        write = torch.cat([weigh[..., -1:, :] * step, lasting[..., -1:, :] * step], dim=-2).mT
-        below = lasted[..., -1:, None]
-        mix = torch.cat([carry[..., -1:, :], torch.cat([torch.zeros_like(below), below], dim=-1)], dim=-2)
+        H, E = interval_products(eta)
+        added = D if valid is None else D * valid.unsqueeze(-2)
+        C, m = added @ H, added @ E.unsqueeze(-1)
+        carry = torch.cat([A.unsqueeze(-1), m], dim=-1)
+        write = torch.cat([C[..., -1:, :] * step, H[..., -1:, :] * step], dim=-2).mT
+        E_end = E[..., -1:, None]
+        mix = torch.cat([carry[..., -1:, :], torch.cat([torch.zeros_like(E_end), E_end], dim=-1)], dim=-2)
     if not read_after:
         # token t reads what its predecessor left: every row moves down by one, the first reads the start
-        weigh = torch.cat([torch.zeros_like(weigh[..., :1, :]), weigh[..., :-1, :]], dim=-2)
+        C = torch.cat([torch.zeros_like(C[..., :1, :]), C[..., :-1, :]], dim=-2)
         first = torch.zeros_like(carry[..., :1, :])
         first[..., 0] = 1
         carry = torch.cat([first, carry[..., :-1, :]], dim=-2)
-    return ChunkDecay(weigh * step, carry, write.contiguous(), mix)
+    return ChunkDecay(C * step, carry, write.contiguous(), mix)

@@ -1,0 +1,409 @@
+"""The mathematics of a group of chunks in PyTorch: writing, reading, and the derivatives of both.
+
+Tensors are ``[chunks, rows, b, width]``, a row being a batch row and a head. Errors ``d`` are half gradients; the
+factor 2 is in the decay matrices. The state of a layer is one stack ``[rows, s, out, in]``: weights, then momentum.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from .decay_torch import ChunkDecay, chunk_decay
+from .network_torch import ACTIVATIONS, EPS, layer_norm_vjp, square_sum
+
+SCRATCH_BYTES = 128 * 2**20
+"""Work buffers up to this size are kept for the next call."""
+
+
+class Scratch:
+    """Named work buffers that are reused: a fresh page costs more than the arithmetic done on it."""
+
+    _local = threading.local()
+
+    def __init__(self, like: Tensor) -> None:
+        self._dtype, self._device = like.dtype, like.device
+        self._buffers: dict[str, Tensor] = {}
+
+    @classmethod
+    def of(cls, like: Tensor) -> Scratch:
+        """This thread's buffers in the dtype and on the device of ``like``."""
+        known = cls._local.__dict__.setdefault("known", {})
+        key = (like.dtype, like.device)
+        if key not in known:
+            known[key] = cls(like)
+        return known[key]
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        """An uninitialised contiguous tensor; the next call with this name reuses its memory."""
+        size = math.prod(shape)
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < size:
+            with torch.inference_mode(False):
+                buffer = self._buffers[name] = torch.empty(size, dtype=self._dtype, device=self._device)
+        return buffer[:size].view(shape)
+
+    def release(self) -> None:
+        """The call is over: buffers larger than ``SCRATCH_BYTES`` together are freed."""
+        if sum(buffer.numel() * buffer.element_size() for buffer in self._buffers.values()) > SCRATCH_BYTES:
+            self._buffers.clear()
+
+
+class Written(NamedTuple):
+    """What writing a group computes for its reads and its backward. Lists have an entry for each layer."""
+
+    stacks: list[Tensor]
+    """The state at every chunk start and at the end: ``[chunks + 1, rows, s, out, in]``."""
+    inputs: list[Tensor]
+    """``a_l``: ``[chunks, rows, b, in]``; the first are the keys themselves and are set by the writer."""
+    outputs: list[Tensor]
+    """``z_l`` before the activation, and the last layer's output: ``[chunks, rows, b, out]``."""
+    upstream: list[Tensor]
+    """``d_{l+1} W_{l+1}``, before the slope at ``z_l``: of layers below the last; for backward only."""
+    unclipped: list[Tensor]
+    """``d_l`` before clipping: ``[chunks, rows, b, out]``; the same tensors as ``errors`` where nothing is clipped."""
+    errors: list[Tensor]
+    """``d_l``."""
+
+    @classmethod
+    def allocate(
+        cls, chunks: int, rows: int, b: int, stacks: Sequence[Tensor], scratch: Scratch, *, backward: bool, clip: bool
+    ) -> Written:
+        """For ``chunks`` chunks of ``b`` tokens and states like ``stacks`` ``[rows, s, out, in]``, from ``scratch``."""
+        shapes = [stack.shape[-3:] for stack in stacks]
+        token = lambda name, l, width: scratch(f"{name} {l}", chunks, rows, b, width)  # noqa: E731
+        outs = list(enumerate(out for _, out, _ in shapes))
+        unclipped = [token("unclipped", l, out) for l, out in outs]
+        return cls(
+            [scratch(f"stack {l}", chunks + 1, rows, *shape) for l, shape in enumerate(shapes)],
+            [token("input", l, width) for l, (_, _, width) in enumerate(shapes)],
+            [token("output", l, out) for l, out in outs],
+            [token("upstream", l, out) for l, out in outs[:-1]] if backward else [],
+            unclipped,
+            [token("error", l, out) for l, out in outs] if clip else unclipped,
+        )
+
+    def first(self, chunks: int) -> Written:
+        """The same buffers for a smaller group."""
+        unclipped = [x[:chunks] for x in self.unclipped]
+        errors = unclipped if self.errors is self.unclipped else [x[:chunks] for x in self.errors]
+        inputs, outputs, upstream = ([x[:chunks] for x in part] for part in (self.inputs, self.outputs, self.upstream))
+        return Written([x[: chunks + 1] for x in self.stacks], inputs, outputs, upstream, unclipped, errors)
+
+    def at(self, i: int | slice) -> Written:
+        """Chunk ``i``, or several as one batch of ``chunks * rows``; stacks are those at chunk starts."""
+        pick = (lambda x: x[i]) if isinstance(i, int) else (lambda x: x[i].flatten(0, 1))
+        unclipped = [pick(x) for x in self.unclipped]
+        errors = unclipped if self.errors is self.unclipped else [pick(x) for x in self.errors]
+        inputs, outputs, upstream = ([pick(x) for x in part] for part in (self.inputs, self.outputs, self.upstream))
+        chunks = len(self.unclipped[0])
+        return Written([pick(x[:chunks]) for x in self.stacks], inputs, outputs, upstream, unclipped, errors)
+
+
+class WrittenGrad(NamedTuple):
+    """Gradients of a group's stacks, inputs and errors: reads set them, writes add to them."""
+
+    stacks: list[Tensor]
+    inputs: list[Tensor]
+    errors: list[Tensor]
+
+    @classmethod
+    def allocate(cls, written: Written, scratch: Scratch) -> WrittenGrad:
+        like = lambda name, part: [scratch(f"grad {name} {l}", *x.shape) for l, x in enumerate(part)]  # noqa: E731
+        return cls(like("stack", written.stacks), like("input", written.inputs), like("error", written.errors))
+
+    def first(self, chunks: int) -> WrittenGrad:
+        """The same buffers for a smaller group."""
+        inputs, errors = ([x[:chunks] for x in part] for part in (self.inputs, self.errors))
+        return WrittenGrad([x[: chunks + 1] for x in self.stacks], inputs, errors)
+
+
+class ChunkNetwork:
+    """The memory network ``M``; ``gain`` ``[rows, 1, d]`` is given when ``M(x) = x + LN(net(x)) * gain``."""
+
+    decay = staticmethod(chunk_decay)
+
+    def __init__(self, activation: str, gain: Tensor | None, clip: float | None, scratch: Scratch) -> None:
+        self.activation, self.gain, self.clip, self.scratch = ACTIVATIONS[activation], gain, clip, scratch
+
+    # -- write ---------------------------------------------------------------------------------------------------
+
+    def write(
+        self, keys: Tensor, values: Tensor, decay: ChunkDecay, written: Written, anchor: list[Tensor] | None
+    ) -> None:
+        """Write chunk after chunk from ``written.stacks[l][0]`` on; fills everything in ``written``."""
+        written.inputs[0] = keys
+        for i in range(len(keys)):
+            now = written.at(i)
+            weights = anchor if i == 0 and anchor is not None else [stack[:, 0] for stack in now.stacks]
+            self._differentiate(values[i], weights, now, self.gain)
+            for buffer, stack, a, d in zip(written.stacks, now.stacks, now.inputs, now.errors):
+                after = buffer[i + 1]
+                torch.bmm(decay.mix[i], stack.flatten(2), out=after.flatten(2))
+                after.flatten(1, 2).baddbmm_(self._times(decay.write[i], d, "weighted").mT, a, alpha=-1)
+
+    def rewrite(
+        self, keys: Tensor, values: Tensor, written: Written, anchor: list[Tensor] | None, outputs_known: bool
+    ) -> None:
+        """Fill what ``write`` fills, all chunks in one batch, given the state at every chunk start."""
+        written.inputs[0] = keys
+        if anchor is not None:
+            self._differentiate(values[0], anchor, written.at(0), self.gain, outputs_known)
+        rest = slice(0 if anchor is None else 1, None)
+        chunks = len(keys[rest])
+        if chunks:
+            batch = written.at(rest)
+            gain = None if self.gain is None else self.gain.repeat(chunks, 1, 1)
+            weights = [stack[:, 0] for stack in batch.stacks]
+            self._differentiate(values[rest].flatten(0, 1), weights, batch, gain, outputs_known)
+
+    def _differentiate(
+        self, values: Tensor, weights: list[Tensor], to: Written, gain: Tensor | None, outputs_known: bool = False
+    ) -> None:
+        """Keys forward through ``weights``, half errors back; fills ``to`` apart from its stacks."""
+        last = len(weights) - 1
+        for l, weight in enumerate(weights):
+            if l:
+                self.activation.value(to.outputs[l - 1], out=to.inputs[l])
+            if not outputs_known:
+                torch.bmm(to.inputs[l], weight.mT, out=to.outputs[l])
+        z = to.outputs[last]
+        if gain is None:
+            torch.sub(z, values, out=to.unclipped[last])
+        else:
+            n, _, inverse = torch.native_layer_norm(z, z.shape[-1:], None, None, EPS)
+            g = torch.addcmul(to.inputs[0], n, gain).sub_(values).mul_(gain)
+            to.unclipped[last].copy_(layer_norm_vjp(g, n, inverse))
+        for l in range(last - 1, -1, -1):
+            g = to.upstream[l] if to.upstream else self.scratch("upstream", *to.unclipped[l].shape)
+            torch.bmm(to.unclipped[l + 1], weights[l + 1], out=g)
+            self.activation.vjp(g, to.outputs[l], out=to.unclipped[l])
+        if self.clip is not None:
+            scale = self._clip_scale(to)[0].unsqueeze(-1)
+            for unclipped, error in zip(to.unclipped, to.errors):
+                torch.mul(unclipped, scale, out=error)
+
+    def _clip_scale(self, of: Written) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+        """Per token: the factor that brings its gradient's norm down to ``clip``; the norm's square and factors."""
+        assert self.clip is not None
+        error_squares = [square_sum(x) for x in of.unclipped]
+        input_squares = [square_sum(x) for x in of.inputs]
+        square = cast(Tensor, sum(d * a for d, a in zip(error_squares, input_squares))) * 4
+        return self.clip / square.sqrt().clamp_(min=self.clip), square, error_squares, input_squares
+
+    def _times(self, coefficients: Tensor, x: Tensor, name: str) -> Tensor:
+        """``x`` times each part's coefficient: ``[..., b, s]`` and ``[..., b, out]`` -> ``[..., b, s * out]``."""
+        s = coefficients.shape[-1]
+        to = self.scratch(name, *x.shape[:-1], s, x.shape[-1])
+        return torch.mul(coefficients.unsqueeze(-1), x.unsqueeze(-2), out=to).flatten(-2)
+
+    # -- read ----------------------------------------------------------------------------------------------------
+
+    def read(self, queries: Tensor, decay: ChunkDecay, written: Written, query_activations: list[Tensor]) -> Tensor:
+        """All of the group's queries, each at the weights after its token (or before it).
+
+        ``query_activations``: where to keep each layer's output ``Z_l`` ``[chunks, rows, b, out]``, or ``[]``.
+        """
+        state = written.at(slice(None))
+        read, carry = decay.read.flatten(0, 1), decay.carry.flatten(0, 1)
+        x = z = queries.flatten(0, 1)
+        new = lambda name, width: self.scratch(name, *x.shape[:2], width)  # noqa: E731
+        for l, (stack, a, d) in enumerate(zip(state.stacks, state.inputs, state.errors)):
+            s, out, width = stack.shape[1:]
+            if l:
+                x = self.activation.value(z, out=new("x", width))
+            z = query_activations[l].flatten(0, 1) if query_activations else new(f"z {l % 2}", out)
+            if width < out:
+                # the coefficients of the state's parts are multiplied in where the layer is narrow
+                for part in range(s):
+                    weighted = torch.mul(x, carry[..., part : part + 1], out=new("weighted x", width))
+                    torch.baddbmm(z, weighted, stack[:, part].mT, beta=min(part, 1), out=z)
+            else:
+                carried = torch.bmm(x, stack.flatten(1, 2).mT, out=new("carried", s * out)).unflatten(-1, (s, out))
+                torch.mul(carried[:, :, 0], carry[..., :1], out=z)
+                if s == 2:
+                    z.addcmul_(carried[:, :, 1], carry[..., 1:])
+            scores = torch.bmm(x, a.mT, out=new("scores", x.shape[1])).mul_(read)
+            z.baddbmm_(scores, d, alpha=-1)
+        y = z.view(queries.shape[:-1] + z.shape[-1:])
+        if self.gain is None:
+            return y.clone() if query_activations else y
+        return torch.addcmul(queries, torch.native_layer_norm(y, y.shape[-1:], None, None, EPS)[0], self.gain)
+
+    def read_backward(
+        self,
+        grad_y: Tensor,
+        queries: Tensor,
+        decay: ChunkDecay,
+        written: Written,
+        query_activations: list[Tensor],
+        grad: WrittenGrad,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Gradients of the queries, of ``decay.read``, ``decay.carry`` and gain; sets ``grad`` but the last stacks."""
+        state = written.at(slice(None))
+        read, carry = decay.read.flatten(0, 1), decay.carry.flatten(0, 1)
+        g, grad_gain = grad_y, None
+        if self.gain is not None:
+            z = query_activations[-1]
+            n, _, inverse = torch.native_layer_norm(z, z.shape[-1:], None, None, EPS)
+            grad_gain = (grad_y * n).sum((0, 2)).unsqueeze(1)
+            g = layer_norm_vjp(grad_y * self.gain, n, inverse)
+        g = g.flatten(0, 1)
+        grad_read, grad_carry = torch.zeros_like(read), torch.zeros_like(carry)
+        for l in range(len(state.stacks) - 1, -1, -1):
+            stack, a, d = state.stacks[l], state.inputs[l], state.errors[l]
+            z = query_activations[l - 1].flatten(0, 1) if l else queries.flatten(0, 1)
+            x = self.activation.value(z, out=self.scratch("x", *z.shape)) if l else z
+            weighted = self._times(carry, g, "weighted")
+            torch.bmm(weighted.mT, x, out=grad.stacks[l][:-1].flatten(0, 1).flatten(1, 2))
+            grad_x = self.scratch(f"grad x {l % 2}", *x.shape)
+            for part in range(stack.shape[1]):
+                back = torch.bmm(g, stack[:, part], out=self.scratch("back", *x.shape))
+                grad_carry[..., part] += torch.mul(x, back, out=self.scratch("product", *x.shape)).sum(-1)
+                if part:
+                    grad_x.addcmul_(back, carry[..., part : part + 1])
+                else:
+                    torch.mul(back, carry[..., :1], out=grad_x)
+            scores = torch.bmm(x, a.mT, out=self.scratch("scores", *read.shape))
+            grad_scores = torch.bmm(g, d.mT, out=self.scratch("grad scores", *read.shape)).neg_()
+            grad_read.addcmul_(grad_scores, scores)
+            torch.bmm(scores.mul_(read).mT, g, out=grad.errors[l].flatten(0, 1)).neg_()
+            grad_scores.mul_(read)
+            torch.bmm(grad_scores.mT, x, out=grad.inputs[l].flatten(0, 1))
+            grad_x.baddbmm_(grad_scores, a)
+            g = self.activation.vjp(grad_x, z, out=self.scratch("vjp", *z.shape)) if l else grad_x
+        g = g.view(queries.shape)
+        if self.gain is not None:
+            g += grad_y
+        return g, grad_read.view(decay.read.shape), grad_carry.view(decay.carry.shape), grad_gain
+
+    # -- backward of write -----------------------------------------------------------------------------------------
+
+    def write_backward(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        decay: ChunkDecay,
+        written: Written,
+        grad: WrittenGrad,
+        anchor: list[Tensor] | None,
+        grad_anchor: list[Tensor] | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Chunk by chunk in reverse, from the gradient of the state after the group in ``grad.stacks[l][-1]``.
+
+        Returns the gradients of the values, of ``decay.write``, ``decay.mix`` and the gain. Afterwards
+        ``grad.stacks[l][0]`` is the gradient of the state before the group and ``grad.inputs[0]`` that of the keys.
+        Adds to ``grad_anchor`` where the first chunk has an anchor of its own.
+        """
+        layers, s = len(written.stacks), decay.mix.shape[-1]
+        grad_gain = None if self.gain is None else torch.zeros_like(self.gain)
+        grad_values = torch.empty_like(values)
+        weighted = [self._times(decay.write, d, f"weighted {l}") for l, d in enumerate(written.errors)]
+        grad_weighted = [self.scratch(f"grad weighted {l}", *x.shape) for l, x in enumerate(weighted)]
+        # z_l is not needed once its slope and curvature are known, nor is upstream
+        slopes: list[Tensor] = []
+        curvatures: list[Tensor | None] = [None] * (layers - 1)
+        for l, (z, upstream) in enumerate(zip(written.outputs, written.upstream)):
+            if self.activation.second is not None:
+                curvatures[l] = upstream.mul_(
+                    self.activation.second(z, self.scratch("second", *z.shape), self.scratch("square", *z.shape))
+                )
+            slopes.append(self.activation.vjp(self.scratch("second", *z.shape).fill_(1), z, out=z))
+        write = decay.write.unsqueeze(-1)
+        for i in range(len(keys) - 1, -1, -1):
+            now = written.at(i)
+            weights = anchor if anchor is not None and i == 0 else [stack[:, 0] for stack in now.stacks]
+            grad_start = [buffer[i] for buffer in grad.stacks]
+            grad_weights = grad_anchor if grad_anchor is not None and i == 0 else [x[:, 0] for x in grad_start]
+            grad_inputs, grad_errors = [x[i] for x in grad.inputs], [x[i] for x in grad.errors]
+            # through the state at the chunk's end: mix state - (write errors)^T inputs
+            for l in range(layers):
+                grad_end = grad.stacks[l][i + 1]
+                torch.bmm(now.inputs[l], grad_end.flatten(1, 2).mT, out=grad_weighted[l][i])
+                for part, g in enumerate(grad_weighted[l][i].unflatten(-1, (s, -1)).unbind(2)):
+                    grad_errors[l].addcmul_(g, write[i, :, :, part], value=-1)
+                grad_inputs[l].baddbmm_(weighted[l][i], grad_end.flatten(1, 2), alpha=-1)
+                grad_start[l].flatten(2).baddbmm_(decay.mix[i].mT, grad_end.flatten(2))
+            if self.clip is not None:
+                self._clip_backward(now, grad_errors, grad_inputs)
+
+            # errors run down the layers, so their gradient runs up ...
+            through_slope: list[Tensor | None] = [None] * (layers - 1)
+            grad_upstream: list[Tensor] = []
+            for l in range(layers - 1):
+                g, curvature = grad_errors[l], curvatures[l]
+                if curvature is not None:
+                    through_slope[l] = torch.mul(g, curvature[i], out=self.scratch(f"through slope {l}", *g.shape))
+                grad_upstream.append(g.mul_(slopes[l][i]))
+                grad_errors[l + 1].baddbmm_(grad_upstream[-1], weights[l + 1].mT)
+            # ... and then the inputs' gradient runs down
+            g = grad_errors[-1]
+            if grad_gain is not None:
+                g = self._error_backward(keys[i], values[i], now, g, grad_inputs[0], grad_gain, grad_values[i])
+            for l in range(layers - 1, -1, -1):
+                if l < layers - 1:
+                    g, curved = grad_inputs[l + 1].mul_(slopes[l][i]), through_slope[l]
+                    if curved is not None:
+                        g += curved
+                grad_weight = torch.bmm(g.mT, now.inputs[l], out=self.scratch("grad weight", *weights[l].shape))
+                if l:
+                    grad_weight.baddbmm_(now.unclipped[l].mT, grad_upstream[l - 1])
+                grad_weights[l].add_(grad_weight)
+                grad_inputs[l].baddbmm_(g, weights[l])
+        if self.gain is None:
+            torch.neg(grad.errors[-1], out=grad_values)
+        grad_write, grad_mix = torch.zeros_like(decay.write), torch.zeros_like(decay.mix)
+        for l in range(layers):
+            grad_write -= grad_weighted[l].unflatten(-1, (s, -1)).mul_(written.errors[l].unsqueeze(3)).sum(-1)
+            start = written.stacks[l][: len(keys)].flatten(3).flatten(0, 1)
+            grad_mix.flatten(0, 1).baddbmm_(grad.stacks[l][1:].flatten(3).flatten(0, 1), start.mT)
+        return grad_values, grad_write, grad_mix, grad_gain
+
+    def _clip_backward(self, now: Written, grad_errors: list[Tensor], grad_inputs: list[Tensor]) -> None:
+        """Through ``d = scale * unclipped`` with ``scale = clip / |surprise|`` where that is below one."""
+        scale, square, error_squares, input_squares = self._clip_scale(now)
+        grad_scale = sum((g * d).sum(-1) for g, d in zip(grad_errors, now.unclipped))
+        # d scale / d square = -scale / (2 square), and square is 4 sum |d|^2 |a|^2
+        grad_square = torch.where(scale < 1, -4 * grad_scale * scale / square, torch.zeros_like(scale))
+        for g, h, d, a, dd, aa in zip(
+            grad_errors, grad_inputs, now.unclipped, now.inputs, error_squares, input_squares
+        ):
+            g.mul_(scale.unsqueeze(-1)).addcmul_(d, (grad_square * aa).unsqueeze(-1))
+            h.addcmul_(a, (grad_square * dd).unsqueeze(-1))
+
+    def _error_backward(
+        self,
+        key: Tensor,
+        value: Tensor,
+        now: Written,
+        g: Tensor,
+        grad_key: Tensor,
+        grad_gain: Tensor,
+        grad_value: Tensor,
+    ) -> Tensor:
+        """From the error ``J ((M(k) - v) * gain)`` to the last layer's output (returned), key, value and gain.
+
+        ``J = (I - 1 1^T / d - n n^T / d) / sigma`` is LayerNorm's Jacobian at ``z``; it is symmetric.
+        """
+        gain, z, error = self.gain, now.outputs[-1], now.unclipped[-1]
+        assert gain is not None
+        n, _, inverse = torch.native_layer_norm(z, z.shape[-1:], None, None, EPS)
+        residual = torch.addcmul(key, n, gain).sub_(value)
+        u = residual * gain
+        grad_u = layer_norm_vjp(g, n, inverse)
+        grad_residual = torch.mul(grad_u, gain, out=grad_value)
+        p = g * inverse
+        # the error depends on z through the inner n, through the n of its own projection, and through 1 / sigma
+        grad_n = grad_residual * gain
+        grad_n.addcmul_(p, (u * n).mean(-1, keepdim=True), value=-1)
+        grad_n.addcmul_(u, (p * n).mean(-1, keepdim=True), value=-1)
+        grad_gain += (grad_u * residual).addcmul_(grad_residual, n).sum(1, keepdim=True)
+        grad_key += grad_residual
+        grad_value.neg_()
+        through_sigma = (p * error).mean(-1, keepdim=True)
+        return layer_norm_vjp(grad_n, n, inverse).addcmul_(n, through_sigma, value=-1)

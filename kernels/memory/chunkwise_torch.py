@@ -1,0 +1,321 @@
+"""The torch path of the memory operation: the chunkwise form with its own backward, for any device and any sequence.
+
+A sequence is cut at chunk boundaries, and rows at different phases of their chunks are lined up. Tokens then are
+``[chunks, rows, b, d]`` (a row is a batch row and a head) and are worked on a group of chunks at a time:
+
+* Writing goes chunk by chunk, because each chunk's gradients are taken at the weights it starts from: keys forward,
+  errors back, and the state on by one product with the gates (``mix``) and one with the errors.
+* Reading then takes all queries of the group at once, in large batched products.
+* Backward goes through the groups from the last to the first. From the states at chunk starts, which were kept or are
+  computed again from the one at the group's start, everything else is recomputed; reads are differentiated in one
+  batch, writes chunk by chunk in reverse. A write contains a gradient, so its backward is of second order.
+
+``chunk_torch.ChunkNetwork`` computes a group; ``triton.network.TritonNetwork`` does the same in Triton kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias, overload
+
+import torch
+from torch import Tensor
+
+from ..dispatch import full_precision
+from ..padding import align
+from .chunk_torch import ChunkNetwork, Scratch, Written, WrittenGrad
+from .decay_torch import ChunkDecay
+from .network_torch import gain_per_row
+from .state import MemoryState, Options, Tokens
+
+GROUP = 8
+"""Chunks worked on together: enough for large products, few enough that their work stays near the cache."""
+KEPT_BYTES = 160 * 2**20
+"""Every chunk's starting state is kept for backward up to this size (beyond it one in ``GROUP`` or fewer), and so are
+the network's hidden values (beyond it they are recomputed)."""
+
+_Network: TypeAlias = Callable[..., ChunkNetwork]
+_Stack: TypeAlias = tuple[Tensor, ...]
+
+
+# -- any sequence as whole chunks --------------------------------------------------------------------------------------
+
+
+def chunkwise_memory(
+    tokens: Tokens,
+    state: MemoryState,
+    norm: Tensor | None,
+    mask: Tensor | None,
+    options: Options,
+    network: _Network = ChunkNetwork,
+) -> tuple[Tensor, MemoryState]:
+    """``titans_memory`` for any length, positions and mask."""
+    if tokens.q.shape[1] == 0:
+        return torch.zeros_like(tokens.v), state
+    phases = [position % options.chunk for position in state.position.tolist()]
+    if mask is not None and bool(mask.all()):
+        mask = None
+    if mask is None and len(set(phases)) == 1:
+        return _aligned(tokens, state, norm, phases[0], options, network)
+    return _ragged(tokens, state, norm, phases, mask, options, network)
+
+
+def _aligned(
+    tokens: Tokens, state: MemoryState, norm: Tensor | None, phase: int, options: Options, network: _Network
+) -> tuple[Tensor, MemoryState]:
+    """All rows at one phase: the rest of the current chunk, then whole chunks, then the beginning of the last."""
+    chunk, time = options.chunk, tokens.q.shape[1]
+    head = min(time, -phase % chunk)
+    last = time - (time - head) % chunk  # where the last chunk begins, if it does at all
+    spans = [(head, head), (last, chunk), (time, time - last)]
+    anchor, outputs = state.anchor if phase else state.weights, []
+    for stop, y, after in _spans(tokens, state, norm, None, anchor if phase else None, spans, options, network):
+        outputs.append(y)
+        if (phase + stop) % chunk == 0:
+            anchor = after.weights
+    return _joined(outputs), after._replace(anchor=anchor, position=state.position + time)
+
+
+def _ragged(
+    tokens: Tokens, state: MemoryState, norm: Tensor | None, phases: list[int], mask: Tensor | None, options: Options,
+    network: _Network,
+) -> tuple[Tensor, MemoryState]:  # fmt: skip
+    """Rows at different phases, or masked tokens: each row's tokens are placed in a grid of chunks.
+
+    Empty slots are identity updates (theta = 0, alpha = 0, eta = 1, and no momentum added). A row's anchor is the
+    weights at the start of its last chunk, so spans end wherever some row's last chunk begins.
+    """
+    chunk, theta = options.chunk, tokens.theta
+    if mask is None:
+        mask = torch.ones(theta.shape[:2], dtype=torch.bool, device=theta.device)
+    phase = torch.tensor(phases, device=theta.device)
+    layout = align(mask, phase)
+    if layout.source.shape[1] > chunk:
+        layout = align(mask, phase, multiple=chunk)
+    slots = layout.source.shape[1]
+    if slots == 0:  # every token is masked, and every row at a chunk start
+        return torch.zeros_like(tokens.v), state
+    size = min(slots, chunk)
+    eta = None if tokens.eta is None else layout.spread(tokens.eta, empty=1.0)
+    tokens = tokens._replace(eta=None).map(layout.spread)._replace(eta=eta)
+    valid = layout.filled.unsqueeze(-1).expand_as(tokens.theta).to(tokens.theta)
+
+    last = (phase + layout.length) // chunk * size  # the slot at which each row's last chunk begins
+    pick = lambda rows, new, old: tuple(torch.where(rows.view(-1, 1, 1, 1), a, b) for a, b in zip(new, old))  # noqa: E731
+    anchor, outputs = pick(phase > 0, state.anchor, state.weights), []
+    spans = [(stop, size) for stop in sorted({*last.tolist(), slots})]
+    for stop, y, after in _spans(tokens, state, norm, valid, anchor, spans, options, network):
+        outputs.append(y)
+        anchor = pick(last == stop, after.weights, anchor)
+    anchor = pick(layout.length > 0, anchor, state.anchor)
+    y = layout.collect(_joined(outputs))
+    return y, after._replace(anchor=anchor, position=state.position + layout.length)
+
+
+def _spans(
+    tokens: Tokens, state: MemoryState, norm: Tensor | None, valid: Tensor | None, anchor: _Stack | None,
+    spans: list[tuple[int, int]], options: Options, network: _Network,
+) -> Iterator[tuple[int, Tensor, MemoryState]]:  # fmt: skip
+    """One span of whole chunks after the other, each given by the token it ends before and its chunk length.
+
+    Yields the end, the outputs, and the state with the weights and momentum there. ``anchor`` is the first span's,
+    where that begins inside a chunk. ``valid`` ``[batch, time, heads]`` is 0 at slots without a token.
+    """
+    layers, start = len(state.weights), 0
+    weights, momentum = state.weights, () if tokens.eta is None else state.momentum
+    for stop, chunk in spans:
+        if stop == start:
+            continue
+        span = slice(start, stop)
+        y, *stacks = _Chunkwise.apply(
+            options._replace(chunk=chunk), network, layers, None if valid is None else valid[:, span],
+            *tokens.at(span), norm, *weights, *momentum, *(anchor or ()),
+        )  # fmt: skip
+        weights, momentum = tuple(stacks[:layers]), tuple(stacks[layers:])
+        yield stop, y, state._replace(weights=weights, momentum=momentum or state.momentum)
+        start, anchor = stop, None
+
+
+def _joined(outputs: list[Tensor]) -> Tensor:
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+
+
+# -- whole chunks, a group at a time -----------------------------------------------------------------------------------
+
+
+class _Chunkwise(torch.autograd.Function):
+    """``time`` tokens, a multiple of ``options.chunk``, that start at a chunk boundary -> ``y``, weights, momentum."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, options: Options, network: _Network, layers: int, valid: Tensor | None, *tensors: Any
+    ) -> tuple[Tensor, ...]:
+        q, k, v, theta, eta, alpha, gain, *state = tensors
+        b = options.chunk
+        batch, time, heads, _ = q.shape
+        s = 1 if eta is None else 2
+        anchor = [_rows(w) for w in state[s * layers :]] or None
+        stacks = [torch.stack([_rows(state[l + part * layers]) for part in range(s)], dim=1) for l in range(layers)]
+        chunks = time // b
+        keep, activations_kept = 0, False
+        if any(ctx.needs_input_grad):
+            keep = options.keep or _affordable_keep(chunks, sum(x.numel() * x.element_size() for x in stacks))
+            activations = 2 * batch * time * heads * sum(x.shape[2] for x in stacks) * q.element_size()
+            activations_kept = options.keep in (None, 1) and activations <= KEPT_BYTES
+        size = min(chunks, keep if keep > 1 else GROUP)
+
+        y = q.new_empty(batch, time, heads, v.shape[-1])
+        scratch = Scratch.of(q)
+        net = network(options.activation, None if gain is None else gain_per_row(gain, batch), options.clip, scratch)
+        buffers = Written.allocate(
+            size, batch * heads, b, stacks, scratch, backward=False, clip=options.clip is not None
+        )
+        # where every state is kept, it is computed in the place it is kept at
+        kept = [x.new_empty(chunks + 1 if keep == 1 else -(-chunks // size), *x.shape) for x in stacks] if keep else []
+        token = lambda x: q.new_empty(chunks, batch * heads, b, x.shape[2])  # noqa: E731
+        key_activations = [token(x) for x in stacks] if activations_kept else []
+        query_activations = [token(x) for x in stacks] if activations_kept else []
+        for group, (first, times) in enumerate(_groups(chunks, size, b)):
+            gates = [None if x is None else _chunks(x, times, b) for x in (theta, eta, alpha, valid)]
+            decay = net.decay(*gates, options.read == "after")
+            span = slice(first, first + decay.mix.shape[0])
+            written = buffers.first(decay.mix.shape[0])
+            if activations_kept:
+                written.outputs[:] = [x[span] for x in key_activations]
+            if keep == 1:
+                written.stacks[:] = [store[first : span.stop + 1] for store in kept]
+            if keep != 1 or first == 0:
+                for buffer, stack in zip(written.stacks, stacks):
+                    buffer[0] = stack
+            net.write(_chunks(k, times, b), _chunks(v, times, b), decay, written, anchor if first == 0 else None)
+            if keep > 1:
+                for store, buffer in zip(kept, written.stacks):
+                    store[group] = buffer[0]
+            _scatter(y, net.read(_chunks(q, times, b), decay, written, [x[span] for x in query_activations]), times, b)
+            stacks = [buffer[-1] for buffer in written.stacks]
+        if keep:
+            ctx.save_for_backward(
+                q, k, v, theta, eta, alpha, gain, *key_activations, *query_activations, *state[s * layers :], *kept
+            )
+            ctx.options, ctx.network, ctx.layers, ctx.valid, ctx.size = options, network, layers, valid, size
+            ctx.all_kept, ctx.activations_kept = keep == 1, activations_kept
+        scratch.release()
+        final = [stack[:, part].clone().unflatten(0, (batch, heads)) for part in range(s) for stack in stacks]
+        return (y, *final)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_y: Tensor, *grad_state: Tensor) -> tuple[Tensor | None, ...]:
+        with full_precision(grad_y.device.type):
+            return _backward(ctx, grad_y, *grad_state)
+
+
+def _backward(ctx: Any, grad_y: Tensor, *grad_state: Tensor) -> tuple[Tensor | None, ...]:
+    options, layers, size = ctx.options, ctx.layers, ctx.size
+    b, clip = options.chunk, options.clip
+    q, k, v, theta, eta, alpha, gain, *rest = ctx.saved_tensors
+    at = 2 * layers if ctx.activations_kept else 0
+    key_activations, query_activations = rest[: at // 2], rest[at // 2 : at]
+    anchor, kept = [_rows(w) for w in rest[at:-layers]] or None, rest[-layers:]
+    batch, time, heads, _ = q.shape
+    s = 1 if eta is None else 2
+    chunks = time // b
+    scratch = Scratch.of(q)
+    net = ctx.network(options.activation, None if gain is None else gain_per_row(gain, batch), clip, scratch)
+    buffers = Written.allocate(size, batch * heads, b, kept, scratch, backward=True, clip=clip is not None)
+    grad_buffers = WrittenGrad.allocate(buffers, scratch)
+
+    grads = Tokens(q, k, v, theta, eta, alpha).map(lambda x: x.new_empty(x.shape))
+    grad_gain: Any = None if net.gain is None else torch.zeros_like(net.gain)
+    grad_anchor = [torch.zeros_like(w) for w in anchor] if anchor else None
+    grad_end = [torch.stack([_rows(grad_state[l + part * layers]) for part in range(s)], dim=1) for l in range(layers)]
+    for group, (first, times) in reversed(list(enumerate(_groups(chunks, size, b)))):
+        with torch.enable_grad():
+            gates: list[Any] = [
+                None if x is None else _chunks(x, times, b).requires_grad_() for x in (theta, eta, alpha)
+            ]
+            graph = net.decay(gates[0], gates[1], gates[2], _chunks(ctx.valid, times, b), options.read == "after")
+        decay = ChunkDecay(*(x.detach() for x in graph))
+        keys, values, queries = (_chunks(x, times, b) for x in (k, v, q))
+        own = anchor if first == 0 else None
+        written, grad = buffers.first(len(keys)), grad_buffers.first(len(keys))
+        for buffer, end in zip(grad.stacks, grad_end):
+            buffer[-1] = end  # before anything else: it may be the first entry of these same buffers
+        span = slice(first, first + len(keys))
+        if ctx.activations_kept:
+            for buffer, store in zip(written.outputs, key_activations):
+                buffer.copy_(store[span])
+        if ctx.all_kept:
+            written.stacks[:] = [store[span] for store in kept]
+            net.rewrite(keys, values, written, own, outputs_known=ctx.activations_kept)
+        else:
+            for buffer, store in zip(written.stacks, kept):
+                buffer[0] = store[group]
+            net.write(keys, values, decay, written, own)
+        if ctx.activations_kept:
+            reading = [x[span] for x in query_activations]
+        else:
+            reading = [scratch(f"query activation {l}", *x.shape) for l, x in enumerate(written.outputs)]
+            net.read(queries, decay, written, reading)
+        grad_q, grad_read, grad_carry, gain_read = net.read_backward(
+            _chunks(grad_y, times, b), queries, decay, written, reading, grad
+        )
+        grad_v, grad_write, grad_mix, gain_write = net.write_backward(
+            keys, values, decay, written, grad, own, grad_anchor if own else None
+        )
+        grad_end = [buffer[0] for buffer in grad.stacks]
+
+        for x, value in ((grads.q, grad_q), (grads.k, grad.inputs[0]), (grads.v, grad_v)):
+            _scatter(x, value, times, b)
+        reached = [(x, g) for x, g in zip(graph, (grad_read, grad_carry, grad_write, grad_mix)) if x.requires_grad]
+        wanted = [x for x in gates if x is not None]
+        grad_gates = iter(torch.autograd.grad([x for x, _ in reached], wanted, [g for _, g in reached]))
+        for gate in (grads.theta, grads.eta, grads.alpha):
+            if gate is not None:
+                _scatter(gate, next(grad_gates), times, b)
+        if gain_read is not None and gain_write is not None:
+            grad_gain += gain_read + gain_write
+    scratch.release()
+    state = [stack[:, part].clone() for part in range(s) for stack in grad_end] + (grad_anchor or [])
+    if grad_gain is not None:
+        grad_gain = grad_gain.view(batch, heads, -1).sum(0)
+    return (None, None, None, None, *grads, grad_gain, *(x.unflatten(0, (batch, heads)) for x in state))
+
+
+def _affordable_keep(chunks: int, state_bytes: int) -> int:
+    """Chunks between kept states: all are kept while they fit ``KEPT_BYTES``, else one in 8, 16, 32, ..."""
+    if chunks * state_bytes <= KEPT_BYTES:
+        return 1
+    keep = GROUP
+    while chunks * state_bytes > keep * KEPT_BYTES:
+        keep *= 2
+    return keep
+
+
+def _groups(chunks: int, size: int, b: int) -> list[tuple[int, slice]]:
+    """The first chunk, and the tokens, of every group."""
+    return [(first, slice(first * b, min(first + size, chunks) * b)) for first in range(0, chunks, size)]
+
+
+def _view(x: Tensor, times: slice, b: int) -> Tensor:
+    return x[:, times].unflatten(1, (-1, b)).movedim(3, 1).movedim(2, 0)
+
+
+@overload
+def _chunks(x: Tensor, times: slice, b: int) -> Tensor: ...
+@overload
+def _chunks(x: None, times: slice, b: int) -> None: ...
+def _chunks(x: Tensor | None, times: slice, b: int) -> Tensor | None:
+    """``[batch, time, heads, ...]`` -> the group's ``[chunks, rows, b, ...]``, detached and contiguous."""
+    return None if x is None else _view(x.detach(), times, b).contiguous().flatten(1, 2)
+
+
+def _scatter(x: Tensor, group: Tensor, times: slice, b: int) -> None:
+    """The inverse: copies the group's values into their place in ``x``."""
+    view = _view(x, times, b)
+    view.copy_(group.view(view.shape))
+
+
+def _rows(w: Tensor) -> Tensor:
+    """``[batch, heads, ...]`` -> ``[rows, ...]``, contiguous: a network may ignore strides."""
+    return w.reshape(-1, *w.shape[2:]).contiguous()

@@ -1,0 +1,183 @@
+"""The memory network at fixed weights in PyTorch: its activations, its LayerNorm, and reading."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..dispatch import full_precision, needs_grad
+
+EPS = 1e-6
+_aten = torch.ops.aten
+
+
+# -- activations -------------------------------------------------------------------------------------------------------
+
+
+class Activation(NamedTuple):
+    """An elementwise function with the two derivatives that training through a memory needs."""
+
+    value: Callable[..., Tensor]
+    """``(z, out=None) -> value(z)``."""
+    vjp: Callable[..., Tensor]
+    """``(g, z, out=None) -> g * value'(z)``: one fused pass."""
+    second: Callable[[Tensor, Tensor, Tensor], Tensor] | None
+    """``(z, out, scratch) -> value''(z)`` in ``out``; ``None`` where it is zero everywhere."""
+
+
+def _silu_second(z: Tensor, out: Tensor, scratch: Tensor) -> Tensor:
+    # s' (2 + z (1 - 2 s)) with s the logistic function and s' = s (1 - s)
+    s = torch.sigmoid(z, out=scratch)
+    torch.addcmul(s, s, s, value=-1, out=out)
+    return out.mul_(s.mul_(-2).add_(1).mul_(z).add_(2))
+
+
+def _gelu_second(z: Tensor, out: Tensor, scratch: Tensor) -> Tensor:
+    # value = z Phi(z), so value'' = phi(z) (2 - z^2) with phi the normal density
+    square = torch.mul(z, z, out=scratch)
+    torch.mul(square, -0.5, out=out).exp_()
+    scale = 1 / math.sqrt(2 * math.pi)
+    return out.mul_(square.mul_(-scale).add_(2 * scale))
+
+
+def _either(allocating: Callable[..., Tensor], writing: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """One function of the two forms of an operator: allocating, and writing into ``out``."""
+
+    def call(*tensors: Tensor, out: Tensor | None = None) -> Tensor:
+        return allocating(*tensors) if out is None else writing(*tensors, out)
+
+    return call
+
+
+ACTIVATIONS = {
+    "identity": Activation(
+        _either(lambda z: z, lambda z, out: out.copy_(z)), _either(lambda g, z: g, lambda g, z, out: out.copy_(g)), None
+    ),
+    "relu": Activation(
+        _either(torch.relu, lambda z, out: _aten.relu.out(z, out=out)),
+        _either(
+            lambda g, z: _aten.threshold_backward(g, z, 0),
+            lambda g, z, out: _aten.threshold_backward.grad_input(g, z, 0, grad_input=out),
+        ),
+        None,
+    ),
+    "silu": Activation(
+        _either(_aten.silu, lambda z, out: _aten.silu.out(z, out=out)),
+        _either(_aten.silu_backward, lambda g, z, out: _aten.silu_backward.grad_input(g, z, grad_input=out)),
+        _silu_second,
+    ),
+    "gelu": Activation(
+        _either(F.gelu, lambda z, out: _aten.gelu.out(z, out=out)),
+        _either(_aten.gelu_backward, lambda g, z, out: _aten.gelu_backward.grad_input(g, z, grad_input=out)),
+        _gelu_second,
+    ),
+}
+ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
+"""As ``enum activation`` of the C kernels and the Triton kernels number them."""
+
+
+# -- LayerNorm and norms -----------------------------------------------------------------------------------------------
+
+
+def layer_norm_vjp(g: Tensor, n: Tensor, inverse: Tensor) -> Tensor:
+    """The vector-Jacobian product of ``z -> n = (z - mean) / sigma``; ``inverse`` is ``1 / sigma``.
+
+    The fused backward is given ``n`` itself, of mean 0 and deviation 1: from ``z`` it would lose digits by
+    cancellation where sigma is small.
+    """
+    mask, zero, one = [True, False, False], torch.zeros_like(inverse), torch.ones_like(inverse)
+    return _aten.native_layer_norm_backward(g, n, n.shape[-1:], zero, one, None, None, mask)[0].mul_(inverse)
+
+
+def square_sum(x: Tensor) -> Tensor:
+    """``[..., d] -> [...]``: each vector's squared length."""
+    return torch.linalg.vecdot(x, x)
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def torch_read(q: Tensor, weights: tuple[Tensor, ...], activation: str, norm: Tensor | None) -> Tensor:
+    """``read_memory`` on any device."""
+    if needs_grad(q, norm, *weights) and not torch.compiler.is_compiling():  # a compiler decides itself what to keep
+        return _Recomputed.apply(activation, q, norm, *weights)
+    batch, time, heads, _ = q.shape
+    if time > 1:
+        return _network(q, weights, activation, norm)
+    gain = None if norm is None else gain_per_row(norm, batch)
+    y = read_one(q.reshape(batch * heads, 1, -1), [w.flatten(0, 1) for w in weights], activation, gain)
+    return y.view(batch, 1, heads, -1)
+
+
+def _network(q: Tensor, weights: Sequence[Tensor], activation: str, norm: Tensor | None) -> Tensor:
+    h = x = q.transpose(1, 2)
+    for layer, weight in enumerate(weights):
+        h = (ACTIVATIONS[activation].value(h) if layer else h) @ weight.mT
+    if norm is not None:
+        h = x + F.layer_norm(h, h.shape[-1:], eps=EPS) * norm.unsqueeze(1)
+    return h.transpose(1, 2)
+
+
+class _Recomputed(torch.autograd.Function):
+    """Keeps the queries and the weights, which exist anyway, and no hidden value."""
+
+    @staticmethod
+    def forward(ctx: Any, activation: str, q: Tensor, norm: Tensor | None, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(q, norm, *weights)
+        ctx.activation = activation
+        return _network(q, weights, activation, norm)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved: list[Any] = [
+            None if x is None else x.detach().requires_grad_(need)
+            for x, need in zip(ctx.saved_tensors, ctx.needs_input_grad[1:])
+        ]
+        q, norm, *weights = saved
+        with torch.enable_grad(), full_precision(grad.device.type):
+            y = _network(q, weights, ctx.activation, norm)
+        wanted = [x for x in saved if x is not None and x.requires_grad]
+        grads = iter(torch.autograd.grad(y, wanted, grad))
+        return None, *(next(grads) if x is not None and x.requires_grad else None for x in saved)
+
+
+# -- one token per row, without gradients: every tensor is [rows, 1, width], a row being a batch row and a head --------
+
+
+def read_one(query: Tensor, weights: list[Tensor], activation: str, gain: Tensor | None) -> Tensor:
+    """``M(query)`` for one token of each row: query ``[rows, 1, d_in]``, weights ``[rows, out, in]``."""
+    y = layers_one(query, weights, activation)[1][-1]
+    if gain is None:
+        return y
+    return torch.addcmul(query, torch.native_layer_norm(y, y.shape[-1:], None, None, EPS)[0], gain)
+
+
+def layers_one(x: Tensor, weights: list[Tensor], activation: str) -> tuple[list[Tensor], list[Tensor]]:
+    """The layers' inputs and outputs for the network's input ``x``."""
+    value = for_few(ACTIVATIONS[activation].value)
+    inputs: list[Tensor] = []
+    outputs: list[Tensor] = []
+    for weight in weights:
+        inputs.append(x if not inputs else outputs[-1] if activation == "identity" else value(outputs[-1]))
+        # the transpose's strides matter: the same column as a contiguous tensor takes seven times as long
+        outputs.append(torch.bmm(weight, inputs[-1].mT).view(x.shape[0], 1, -1))
+    return inputs, outputs
+
+
+def for_few(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """An elementwise function of ``[rows, x, y]``, made fast for few numbers.
+
+    PyTorch hands contiguous tensors to a library that takes longer to set up than these take to compute.
+    """
+    return lambda *tensors: function(*[x.transpose(0, 2) for x in tensors]).transpose(0, 2)
+
+
+def gain_per_row(gain: Tensor, batch: int) -> Tensor:
+    """``[heads, d] -> [rows, 1, d]``."""
+    return gain.expand(batch, *gain.shape).reshape(-1, 1, gain.shape[-1])
