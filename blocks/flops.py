@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import cast
 
-from ..kernels.memory.cost import memory_flops
+from ..kernels.memory import memory_flops
 from .attention import Attention
 from .block import Block, count_flops
 from .combinators import Chain, Gate, Layer, Persistent, Residual
