@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,14 +51,20 @@ def no_edge(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def titans_build(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    """``titans_build("check", "mac")`` -> status, standard output, standard error."""
+def run_command(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """``run_command(main, "check", "mac")`` -> status, standard output, standard error."""
 
-    def run(*words: object) -> Result:
+    def run(main: Callable[[list[str]], int], *words: object) -> Result:
         status = main([str(word) for word in words])
         return Result(status, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture
+def titans_build(run_command: Callable[..., Result]) -> Callable[..., Result]:
+    """``titans_build("check", "mac")`` -> status, standard output, standard error."""
+    return partial(run_command, main)
 
 
 @pytest.fixture

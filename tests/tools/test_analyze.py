@@ -6,8 +6,9 @@ import json
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
@@ -25,18 +26,12 @@ stack: [mag]
 """
 
 
-class Result(NamedTuple):
-    status: int
-    out: str
-    err: str
+Run = Callable[..., Any]
 
 
 @pytest.fixture
-def analyze(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    def run(*words: object) -> Result:
-        return Result(main([str(word) for word in words]), *capsys.readouterr())
-
-    return run
+def analyze(run_command: Run) -> Run:
+    return partial(run_command, main)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +48,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_page_plots_and_numbers(analyze: Callable[..., Result], model: Path, text: Path, tmp_path: Path) -> None:
+def test_page_plots_and_numbers(analyze: Run, model: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "what"
     done = analyze(model, text, "--out", out, "--tokens", 256, "--pairs", 2, "--reset", 100)
     assert done.status == 0 and done.err == ""
@@ -88,7 +83,7 @@ def test_page_plots_and_numbers(analyze: Callable[..., Result], model: Path, tex
 
 
 def test_json_alone_writes_nothing(
-    analyze: Callable[..., Result], model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    analyze: Run, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     done = analyze(model, text, "--json", "--pairs", 2)
@@ -103,7 +98,7 @@ def test_json_alone_writes_nothing(
     assert found["text"]["tokens"] == 370 and not found["text"]["goes_on"]
 
 
-def test_a_generated_task(analyze: Callable[..., Result], model: Path, tmp_path: Path) -> None:
+def test_a_generated_task(analyze: Run, model: Path, tmp_path: Path) -> None:
     done = analyze(model, "--data", "copy", "--out", tmp_path / "what", "--no-plots", "--pairs", 2)
     assert done.status == 0, done.err
     assert "bits per token" in done.out
@@ -111,7 +106,7 @@ def test_a_generated_task(analyze: Callable[..., Result], model: Path, tmp_path:
     assert numbers["text"]["rows"] == 32 and numbers["text"]["unit"] == "token"
 
 
-def test_data_of_a_run(analyze: Callable[..., Result], model: Path, text: Path, tmp_path: Path) -> None:
+def test_data_of_a_run(analyze: Run, model: Path, text: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     tb.save(tb.load(model), run / "model")
     alone = analyze(run, "--json")
@@ -143,16 +138,14 @@ def test_data_of_a_run(analyze: Callable[..., Result], model: Path, text: Path, 
         (["MODEL", "TEXT", "--jsn"], "--json"),
     ],
 )
-def test_invalid_use_is_refused(
-    analyze: Callable[..., Result], model: Path, text: Path, words: list[str], message: str
-) -> None:
+def test_invalid_use_is_refused(analyze: Run, model: Path, text: Path, words: list[str], message: str) -> None:
     done = analyze(*[{"MODEL": model, "TEXT": text}.get(word, word) for word in words])
     assert done.status == 2
     assert message in done.err and "Traceback" not in done.err
     assert done.err.startswith("titans-analyze: error: ")
 
 
-def test_a_model_without_a_memory(analyze: Callable[..., Result], text: Path, tmp_path: Path) -> None:
+def test_a_model_without_a_memory(analyze: Run, text: Path, tmp_path: Path) -> None:
     recipe = RECIPE.replace("{type: memory, heads: 2, expansion: 2, chunk: 4}", "{type: attention, window: 4}")
     tb.save(tb.build(tb.load_recipe(recipe), seed=0), tmp_path / "none")
     done = analyze(tmp_path / "none", text, "--json")
@@ -176,7 +169,7 @@ def test_a_model_without_a_memory(analyze: Callable[..., Result], text: Path, tm
     ],
 )
 def test_a_missing_extra_is_named(
-    analyze: Callable[..., Result],
+    analyze: Run,
     model: Path,
     text: Path,
     tmp_path: Path,
@@ -196,7 +189,7 @@ def test_a_missing_extra_is_named(
     assert out.exists() == (status == 0 and "OUT" in options)
 
 
-def test_help_has_examples(analyze: Callable[..., Result]) -> None:
+def test_help_has_examples(analyze: Run) -> None:
     done = analyze("--help")
     assert done.status == 0
     assert "titans-analyze models/mine book.txt --out what" in done.out and "--no-plots" in done.out

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import io
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
@@ -36,19 +35,6 @@ SMALL = {
 }
 
 
-class Result(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-Infer = Callable[..., Result]
-
-
 class Input:
     """Standard input that is no terminal."""
 
@@ -59,19 +45,13 @@ class Input:
         return False
 
 
-@pytest.fixture(autouse=True)
-def no_edge(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("COLUMNS", raising=False)
-
-
 @pytest.fixture
-def infer(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Infer:
+def infer(run_command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """``infer(folder, "hello", stdin=b"")`` -> status, standard output, standard error."""
 
-    def run(*words: object, stdin: bytes = b"") -> Result:
+    def run(*words: object, stdin: bytes = b"") -> Any:
         monkeypatch.setattr(sys, "stdin", Input(stdin))
-        status = main([str(word) for word in words])
-        return Result(status, *capsys.readouterr())
+        return run_command(main, *words)
 
     return run
 
