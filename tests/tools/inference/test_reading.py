@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 
@@ -19,17 +20,19 @@ def tokens(count: int, rows: int = 1) -> torch.Tensor:
     return torch.randint(256, (rows, count), generator=torch.Generator().manual_seed(0))
 
 
-def test_pieces_give_the_state_of_one_pass(model: LanguageModel) -> None:
-    text = tokens(300, rows=2)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)], ids=str)
+def test_pieces_give_the_state_of_one_pass(model: LanguageModel, dtype: torch.dtype, tolerance: float) -> None:
+    model, text = copy.deepcopy(model).to(dtype), tokens(300, rows=2)
     with torch.no_grad():
         whole = model(text)
     for pieces in (text, iter(text.split([1, 7, 0, 64, 3, 200, 25], dim=1))):
         reading = read_text(model, pieces)
         assert reading.tokens == 300
         assert reading.logits is not None
-        torch.testing.assert_close(reading.logits, whole.logits[:, -1], atol=1e-4, rtol=1e-4)
-        for (name, a), (_, b) in zip(tb.state.named_tensors(reading.state), tb.state.named_tensors(whole.state)):
-            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4, msg=name)
+        torch.testing.assert_close(reading.logits, whole.logits[:, -1], atol=tolerance, rtol=tolerance)
+        if dtype is torch.float64:  # an untrained memory multiplies the rounding of float32 in its keys
+            for (name, a), (_, b) in zip(tb.state.named_tensors(reading.state), tb.state.named_tensors(whole.state)):
+                torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance, msg=name)
 
 
 def test_reading_continues_from_a_state_and_does_not_change_it(model: LanguageModel) -> None:
