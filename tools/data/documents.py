@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,42 +29,25 @@ _FORMAT = "titans-build tokens 1"
 _END = struct.Struct("<qqq")
 
 
-class Documents(Protocol):
-    """Documents by number."""
-
-    @property
-    def vocab(self) -> int:
-        """Tokens are from 0 to ``vocab - 1``."""
-
-    @property
-    def lengths(self) -> Integers:
-        """[documents] tokens of each."""
-
-    @property
-    def names(self) -> Sequence[str]:
-        """Names, by which documents are held out."""
-
-    def read(self, document: int, start: int, stop: int) -> NDArray[Any]:
-        """Tokens ``start`` to ``stop`` of a document, any integer dtype."""
-
-    def describe(self) -> dict[str, Any]:
-        """What the tokens are, as JSON."""
-
-
 class Bytes:
-    """Files whose bytes are the tokens. Only their names and sizes are held in memory."""
+    """Files whose bytes are the tokens. Only their names and sizes are held in memory.
+
+    ``lengths``: [documents] tokens of each. ``names``: by which documents are held out.
+    """
 
     vocab = 256
 
     def __init__(self, files: list[TextFile]) -> None:
         self.files = files
         self.names = [file.name for file in files]
-        self.lengths = np.array([file.size for file in files], np.int64)
+        self.lengths: Integers = np.array([file.size for file in files], np.int64)
 
-    def read(self, document: int, start: int, stop: int) -> NDArray[np.uint8]:
+    def read(self, document: int, start: int, stop: int) -> NDArray[Any]:
+        """Tokens ``start`` to ``stop`` of a document."""
         return np.frombuffer(read(self.files[document], start, stop), np.uint8)
 
     def describe(self) -> dict[str, Any]:
+        """What the tokens are, as JSON."""
         return {"tokens_are": "bytes"}
 
 
@@ -156,6 +139,9 @@ class Tokenized:
 
     def describe(self) -> dict[str, Any]:
         return {"tokens_are": "tokenizer", "tokenizer_hash": self._digest}
+
+
+Documents = Bytes | Tokenized
 
 
 def tokenize(files: list[TextFile], tokenizer: str, cache: str | None) -> Tokenized:

@@ -43,13 +43,3 @@ def score(logits: Tensor, targets: Tensor) -> Score:
     asked = counts.any(-1)
     exact = asked & (right == counts).all(-1)
     return Score(int(right.sum()), int(counts.sum()), int(exact.sum()), int(asked.sum()))
-
-
-def accuracy(logits: Tensor, targets: Tensor) -> float:
-    """``score(logits, targets).accuracy``"""
-    return score(logits, targets).accuracy
-
-
-def exact_match(logits: Tensor, targets: Tensor) -> float:
-    """``score(logits, targets).exact``"""
-    return score(logits, targets).exact

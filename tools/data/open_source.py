@@ -6,15 +6,14 @@ import glob
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field as Described
 
 from ...recipes.parse import read_value
-from ...registry import Problem, RecipeError, check_settings, fields_of, nearest, show
+from ...registry import Field, Problem, RecipeError, check_settings, fields_of, nearest, show
 from ..randomness import Draws, Integers, key_of, permutation
 from ..tasks import TASKS, Rows, Task, list_tasks, make_task
 from .source import SPLITS, Batch, Share, Source, Split, check_index, share_of
@@ -114,17 +113,18 @@ def _parse_fields(text: str) -> dict[str, Any]:
 # -- tasks -------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(kw_only=True)
-class _Common:
-    """Fields of every task besides its own."""
-
-    examples: Annotated[int | None, Field(ge=1, description="different training rows; null for no end")] = None
+EXAMPLES = Field(
+    "examples",
+    Annotated[int | None, Described(ge=1, description="different training rows; null for no end")],
+    None,
+)
+"""A field of every task besides its own."""
 
 
 def _open_task(spec: dict[str, Any], share: Share, split: Split, seed: int) -> TaskSource:
     name = spec.pop("task")
-    common = {key: spec.pop(key) for key in list(spec) if key in fields_of(_Common, None)}
-    examples = check_settings(name, fields_of(_Common, None), common)["examples"]
+    common = {key: spec.pop(key) for key in list(spec) if key == EXAMPLES.name}
+    examples = check_settings(name, {EXAMPLES.name: EXAMPLES}, common)[EXAMPLES.name]
     task, fields = make_task(name, spec)
     return TaskSource(name, task, fields, share=share, split=split, seed=seed, examples=examples)
 

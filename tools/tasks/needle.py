@@ -13,8 +13,7 @@ from ..randomness import Draws, Integers
 from .task import IGNORED, Rows, Task, register_task
 
 _Depth = Annotated[
-    float | None,
-    Field(ge=0, le=1, description="position of the needle: 0 at the start, 1 at the end; null: anywhere"),
+    float | None, Field(ge=0, le=1, description="position of the needle: 0 at the start, 1 at the end; null: anywhere")
 ]
 
 

@@ -24,7 +24,7 @@ from ...recipes.atomic_write import atomic_write, sync_folder
 from ...registry import show
 from ..terminal import CommandFailed
 from .distributed import Processes
-from .run_folder import write_text
+from .run_folder import read_json, write_text
 
 INDEX = "checkpoint.json"
 FORMAT = "titans-build checkpoint"
@@ -68,14 +68,7 @@ def write(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any],
 def verify(folder: Path) -> dict[str, Any]:
     """The facts of a complete checkpoint. Raises ``StorageError`` that says what is damaged."""
     path = folder / INDEX
-    try:
-        index = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise StorageError(f"{path}: no such file; expected a checkpoint") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise StorageError(f"{path}: expected the index of a checkpoint: {error}") from None
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise StorageError(f"{path}: expected the index of a checkpoint (format {FORMAT!r}), got {show(index)}")
+    index = read_json(path, FORMAT, "the index of a checkpoint")
     if index.get("version") != VERSION:
         raise StorageError(f"{path}: expected format version {VERSION}, got {show(index.get('version'))}")
     files, facts = index.get("files"), index.get("facts")

@@ -12,7 +12,7 @@ from ...recipes import Recipe, load_recipe
 from ...recipes.atomic_write import atomic_write
 from ...recipes.parse import read_value
 from ...registry import show
-from ..options import overrides
+from ..options import add_recipe, overrides
 from ..plotting import COLOURS, DASHES, need_matplotlib
 from ..plotting import draw as draw_files
 from ..terminal import Columns, CommandFailed, UsageError, complain, count, say, say_columns, say_json
@@ -33,18 +33,8 @@ LABELS = {"accuracy": "accuracy", "bits_per_byte": "bits per byte", "loss": "los
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Recipes, data, folder, how sizes are made equal, and settings."""
-    parser.add_argument(
-        "recipes", nargs="+", metavar="RECIPE", help="a packaged recipe or a file; NAME=RECIPE gives it a name"
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="PATH=VALUE",
-        help="change one value in every recipe that has the path; may be given many times",
-    )
-    parser.add_argument(
-        "--allow-imports", action="store_true", help="import the modules that recipes name: runs their code"
+    add_recipe(
+        parser, several=True, saved="a saved folder; NAME=RECIPE gives it a name; --set changes those with the path"
     )
     add_trials(parser, "a folder for each run, and the results")
     parser.add_argument(

@@ -62,14 +62,19 @@ def write_run(
 
 def read_run(folder: Path) -> dict[str, Any]:
     """``run.json``. Raises ``StorageError`` if it is not the description of a run."""
-    path = folder / RUN
+    return read_json(folder / RUN, FORMAT, "the description of a run")
+
+
+def read_json(path: Path, format: str, what: str) -> dict[str, Any]:
+    """A JSON file of this ``format``. Raises ``StorageError``, which says that ``what`` was expected."""
     try:
-        run = json.loads(path.read_bytes())
+        found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise StorageError(f"{path}: expected the description of a run: {error}") from None
-    if not isinstance(run, dict) or run.get("format") != FORMAT:
-        raise StorageError(f"{path}: expected the description of a run (format {FORMAT!r}), got {show(run)}")
-    return run
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise StorageError(f"{path}: expected {what}: {reason}") from None
+    if not isinstance(found, dict) or found.get("format") != format:
+        raise StorageError(f"{path}: expected {what} (format {format!r}), got {show(found)}")
+    return found
 
 
 def read_inputs(folder: Path, *, allow_imports: bool = False) -> tuple[Recipe, Any, Settings]:

@@ -8,13 +8,16 @@ import math
 import os
 import random
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import Field
 
 from ...recipes import Recipe, StorageError, load_recipe
 from ...recipes.loading import Source as RecipeSource
 from ...recipes.parse import plain, read_file, write_yaml
-from ...registry import Problem, RecipeError, nearest, show
+from ...registry import Problem, RecipeError, check_settings, fields_of, nearest, show
 from ..extras import from_extra
 from .run_folder import write_text
 from .settings import Settings, as_settings
@@ -25,18 +28,18 @@ SAMPLERS: tuple[Sampler, ...] = ("grid", "random", "optuna")
 TRIALS, BEST_RECIPE, BEST_TRAIN = "trials.jsonl", "best-recipe.yaml", "best-train.yaml"
 
 PARTS = ("recipe", "train")
-RANGE = ("low", "high", "log", "step")
 Choice = dict[str, Any]
 """Values by name: ``train.lr``, ``recipe.layers.lmm.0.max_step``."""
 
 
-class Range(NamedTuple):
+@dataclass(kw_only=True)
+class Range:
     """Numbers from ``low`` to ``high``, both included; uniform in their logarithm, or only ``low + n * step``."""
 
-    low: float
-    high: float
+    low: int | float
+    high: int | float
     log: bool = False
-    step: float | None = None
+    step: Annotated[int | float | None, Field(gt=0)] = None
 
     @property
     def integer(self) -> bool:
@@ -117,12 +120,16 @@ def as_space(given: Mapping[str, Any] | str | os.PathLike[str]) -> Space:
             path = f"{part}.{name}"
             if isinstance(of, list) and of:
                 found[path] = of
-            elif not isinstance(of, dict):
-                problems.append(Problem(path, f"expected a list of values, or low and high, got {show(of)}"))
-            elif wrong := _range_problem(of):
-                problems.append(Problem(path, wrong))
+            elif isinstance(of, dict):
+                try:
+                    chosen = Range(**check_settings("range", fields_of(Range, None), of, path))
+                except RecipeError as error:
+                    problems += error.problems
+                    continue
+                problems += [Problem(path, message) for message in _conflicts(chosen)]
+                found[path] = chosen
             else:
-                found[path] = Range(**of)
+                problems.append(Problem(path, f"expected a list of values, or low and high, got {show(of)}"))
     if not found and not problems:
         problems.append(Problem("", "expected at least one value to search"))
     if problems:
@@ -130,28 +137,12 @@ def as_space(given: Mapping[str, Any] | str | os.PathLike[str]) -> Space:
     return Space(found)
 
 
-def _range_problem(of: dict[str, Any]) -> str | None:
-    for key in of:
-        if key not in RANGE:
-            return f"unknown {show(key)}; expected {', '.join(RANGE)}{nearest(key, RANGE)}"
-    low: Any = of.get("low")
-    high: Any = of.get("high")
-    step, log = of.get("step"), of.get("log", False)
-    if not _is_number(low) or not _is_number(high):
-        return f"expected numbers low and high, got {show(of)}"
-    if not isinstance(log, bool):
-        return f"log: expected true or false, got {show(log)}"
-    if low >= high:
-        return f"expected low under high, got {show(low)} and {show(high)}"
-    if log and (low <= 0 or step is not None):
-        return "log: expected low > 0, and no step"
-    if step is not None and (not _is_number(step) or step <= 0):
-        return f"step: expected a number > 0, got {show(step)}"
-    return None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _conflicts(of: Range) -> Iterator[str]:
+    """Problems between the fields of a range."""
+    if of.low >= of.high:
+        yield f"expected low under high, got {show(of.low)} and {show(of.high)}"
+    if of.log and (of.low <= 0 or of.step is not None):
+        yield "log: expected low > 0, and no step"
 
 
 # -- the search --------------------------------------------------------------------------------------------------------
@@ -274,7 +265,7 @@ class Chooser:
         for result in results:
             # categories are indices, as Optuna's must be plain values and ours may be lists
             params = {
-                name: value if isinstance(self._space.of[name], Range) else self._space.of[name].index(value)
+                name: value if isinstance(of := self._space.of[name], Range) else of.index(value)
                 for name, value in result["choice"].items()
             }
             state = states.FAIL if result["loss"] is None else states.COMPLETE

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict
 from pydantic import Field as Described
 
-from ...recipes.parse import plain, read_file, write_yaml
+from ...recipes.parse import plain, read_file
 from ...registry import Field, Problem, RecipeError, check_settings, join, show
 
 
@@ -26,8 +26,7 @@ class Stage(_Checked):
 
     steps: Annotated[int, Described(ge=1, description="length of the stage")]
     train: Annotated[
-        list[str],
-        Described(min_length=1, description="parameters to train: name patterns, @block type, ! to exclude"),
+        list[str], Described(min_length=1, description="parameters to train: name patterns, @block type, ! to exclude")
     ]
     lr: Annotated[float | None, Described(gt=0, description="peak learning rate; null for the run's")] = None
     optimizer: Annotated[Literal["keep", "fresh"], Described(description="keep the optimizer's state, or reset it")] = (
@@ -115,10 +114,6 @@ class Settings(_Checked):
         """Plain data that ``as_settings`` reads back as equal settings."""
         data: dict[str, Any] = json.loads(self.model_dump_json())
         return data
-
-    def to_yaml(self) -> str:
-        """``to_dict`` as YAML."""
-        return write_yaml(self.to_dict())
 
 
 FIXED = ("batch", "length", "carry", "seed", "dtype", "ema", "stages")

@@ -12,10 +12,7 @@ from ..tasks import list_tasks, task_rows
 from ..terminal import Columns, UsageError, plain, say_columns, say_json
 
 SUMMARY = "List the tasks that --data accepts, with their settings and defaults."
-EXAMPLES = (
-    "titans-train tasks",
-    "titans-train tasks 'needle*'      names that match a wildcard",
-)
+EXAMPLES = ("titans-train tasks", "titans-train tasks 'needle*'      names that match a wildcard")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

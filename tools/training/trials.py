@@ -98,12 +98,12 @@ def run_trials(trials: Sequence[Trial], *, jobs: int = 1, told: Listener | None 
     try:
         if jobs == 1:
             for trial in trials:
-                yield _finished(trial) or _run_here(trial, notify)
+                yield _finished(trial) or _collect(trial, _train_here(trial, notify), notify)
             return
         with Workers(jobs, notify) as workers:
             started = [None if _finished(trial) else workers.start(trial) for trial in trials]
             for trial, future in zip(trials, started):
-                yield _finished(trial) or _collect(trial, future, notify)
+                yield _finished(trial) or _collect(trial, future.result() if future is not None else None, notify)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; progress is saved: run the same command to resume") from None
 
@@ -116,34 +116,26 @@ def _finished(trial: Trial) -> Result | None:
     return result
 
 
-def _run_here(trial: Trial, notify: Listener) -> Result:
+def _train_here(trial: Trial, notify: Listener) -> str | None:
+    """Train in this process. Returns the error, or ``None``."""
+
     def on_event(event: Event) -> None:
         notify(trial.label, event)
 
     try:
         train(trial.recipe, trial.data, trial.settings, trial.folder, resume=True, on_event=on_event)
-    except CommandFailed:
-        if (result := _failure(trial, notify)) is None:
-            raise
-        return result
-    return _measure(trial, notify)
+    except CommandFailed as error:
+        return str(error)
+    return None
 
 
-def _collect(trial: Trial, future: Future[Exit] | None, notify: Listener) -> Result:
-    """The result of a trial that ran in its own process."""
-    status, error = future.result() if future is not None else Exit(0, "")
-    if status == 0:
+def _collect(trial: Trial, error: str | None, notify: Listener) -> Result:
+    """The result of a trial that has been trained. Raises ``CommandFailed`` unless it stopped at a bad step."""
+    if error is None:
         return _measure(trial, notify)
-    if (result := _failure(trial, notify)) is not None:
-        return result
-    raise CommandFailed(f"{trial.label}: {error or f'its process ended with status {status}'}")
-
-
-def _failure(trial: Trial, notify: Listener) -> Result | None:
-    """The result of a run that stopped at a bad step; ``None`` if it ended for another reason (Ctrl-C, a full disk)."""
     last = read_log(trial.folder / LOG)[-1:]
     if not last or last[0]["event"] != "stop" or last[0]["message"] == "interrupted":
-        return None
+        raise CommandFailed(f"{trial.label}: {error}")
     return _save(trial, {"failed": last[0]["message"]}, notify)
 
 
@@ -210,13 +202,6 @@ def _save(trial: Trial, result: Result, notify: Listener) -> Result:
     return result
 
 
-class Exit(NamedTuple):
-    """How a worker process ended."""
-
-    status: int
-    error: str
-
-
 class Workers:
     """Runs trials in processes, ``jobs`` at a time: ``with Workers(2, told) as workers: workers.start(trial)``.
 
@@ -246,13 +231,13 @@ class Workers:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
 
-    def start(self, trial: Trial) -> Future[Exit]:
-        """Start or resume a trial as soon as a job is free."""
+    def start(self, trial: Trial) -> Future[str | None]:
+        """Train a trial as soon as a job is free. The future's result is the error, or ``None``."""
         return self._pool.submit(self._run, trial)
 
-    def _run(self, trial: Trial) -> Exit:
+    def _run(self, trial: Trial) -> str | None:
         if self._leaving:
-            return Exit(130, "interrupted")
+            return "interrupted"
         if not is_run(trial.folder):
             write_inputs(trial.folder, trial.recipe, trial.data, trial.settings)
         command = [sys.executable, "-m", "titans_build.tools.train", str(trial.folder / RECIPE)]
@@ -285,10 +270,10 @@ class Workers:
             except BaseException:  # the process would block once nobody reads its output
                 process.terminate()
                 raise
-            error = error or stderr.result().strip()[-2000:]
+            error = error or stderr.result().strip()[-2000:] or f"its process ended with status {process.wait()}"
         with self._lock:
             self._running.discard(process)
-        return Exit(process.returncode, error)
+        return error if process.returncode else None
 
 
 def threads_per_job(jobs: int) -> int:

@@ -16,8 +16,7 @@ Write = Callable[..., None]
 
 
 @pytest.mark.parametrize(
-    "spec",
-    ["mqar:pairs=8,length=128,power=0.5", {"task": "mqar", "pairs": 8, "length": 128, "power": 0.5}],
+    "spec", ["mqar:pairs=8,length=128,power=0.5", {"task": "mqar", "pairs": 8, "length": 128, "power": 0.5}]
 )
 def test_task_and_its_fields(spec: Any):
     source = tb.open_source(spec, rows=2)

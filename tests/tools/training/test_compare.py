@@ -226,7 +226,7 @@ def test_terminated_workers_save_a_checkpoint(settings: dict[str, Any], of: Any,
     with Workers(2, told) as processes:
         ended = processes.start(trial)
         assert begun.wait(120)
-    assert ended.result().status == 130 and "interrupted; saved after step" in ended.result().error
+    assert "interrupted; saved after step" in str(ended.result())
     assert (tmp_path / "a" / "checkpoints" / "index.json").is_file()
 
 

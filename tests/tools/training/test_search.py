@@ -151,10 +151,10 @@ def test_search_command(tiny: dict[str, Any], tmp_path: Path, capsys: pytest.Cap
         ({"recpe": {}}, "did you mean 'recipe'"),
         ({}, "expected at least one value to search"),
         ({"train": {"lr": []}}, "train.lr: expected a list of values"),
-        ({"train": {"lr": {"low": 1, "hi": 2}}}, "unknown 'hi'"),
+        ({"train": {"lr": {"low": 1, "hi": 2}}}, "train.lr.hi: unknown field"),
         ({"train": {"lr": {"low": 2, "high": 1}}}, "expected low under high"),
         ({"train": {"lr": {"low": 0, "high": 1, "log": True}}}, "log: expected low > 0"),
-        ({"train": {"lr": {"low": 0, "high": 1, "step": 0}}}, "step: expected a number > 0"),
+        ({"train": {"lr": {"low": 0, "high": 1, "step": 0}}}, "train.lr.step: expected integer > 0"),
     ],
 )
 def test_invalid_spaces(space: dict[str, Any], message: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import titans_build as tb
+from titans_build.recipes.parse import write_yaml
 from titans_build.tools.training.settings import Settings, as_settings, fields
 
 
@@ -35,7 +36,7 @@ def test_settings_round_trip(tmp_path: Path) -> None:
         }
     )
     assert settings.steps == 6 and settings.windows == 3 and settings.betas == (0.8, 0.99)
-    (tmp_path / "s.yaml").write_text(settings.to_yaml(), encoding="utf-8")
+    (tmp_path / "s.yaml").write_text(write_yaml(settings.to_dict()), encoding="utf-8")
     (tmp_path / "s.json").write_text(settings.model_dump_json(), encoding="utf-8")
     assert as_settings(tmp_path / "s.yaml") == as_settings(str(tmp_path / "s.json")) == settings
     assert as_settings(settings.to_dict()) == settings
@@ -61,11 +62,7 @@ def test_all_problems_are_reported_with_the_nearest_name() -> None:
         ({"betas": [0.9, 0.9, 0.9]}, "betas", "expected list of (number, number), got [0.9, 0.9, 0.9]"),
         ({"betas": 0.9}, "betas", "expected list of (number, number), got 0.9"),
         ({"betas": [0.9, 1.0]}, "betas", "expected two numbers from 0 to under 1, got [0.9, 1.0]"),
-        (
-            {"steps": 3, "stages": [{"steps": 4, "train": ["*"]}]},
-            "steps",
-            "the stages have 4 steps in total, got 3",
-        ),
+        ({"steps": 3, "stages": [{"steps": 4, "train": ["*"]}]}, "steps", "the stages have 4 steps in total, got 3"),
         (
             {"compile": True, "write_cost": 0.1},
             "compile",

@@ -107,10 +107,7 @@ def test_state_is_carried_between_batches(
 
 
 def test_stages_train_only_their_parameters(tiny: dict[str, Any], quick_train: Train) -> None:
-    stages = [
-        {"steps": 2, "train": ["!@memory"]},
-        {"steps": 2, "train": ["@memory"], "optimizer": "fresh", "lr": 0.01},
-    ]
+    stages = [{"steps": 2, "train": ["!@memory"]}, {"steps": 2, "train": ["@memory"], "optimizer": "fresh", "lr": 0.01}]
     start = tb.build(tiny)
     first = quick_train(stages=stages[:1], out="first").model
     both = quick_train(stages=stages).model
