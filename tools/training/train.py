@@ -102,7 +102,10 @@ def train(
         if settings.steps < done:
             message = f"expected at least the {done:,} steps that the run has done, got {settings.steps:,}"
             raise RecipeError([Problem("steps", message)], "settings")
-        weights = run.get("weights") if resuming else None if weights is None else os.path.abspath(weights)
+        if resuming:
+            weights = run.get("weights")
+        elif weights is not None:
+            weights = os.path.abspath(weights)
         model = _build(recipe, settings, processes, None if done else weights)
         check_model(model, source, settings)
         torch.manual_seed(settings.seed + processes.rank)
@@ -112,6 +115,10 @@ def train(
             stack.enter_context(activation_checkpointing(model))
         command = _resume_command(folder, processes)
         trainer = Trainer(model, source, valid, settings, processes, log, checkpoints, command)
+        warnings = unmatched_patterns(model, settings.no_decay)
+        found = checkpoints.latest(warnings.append) if resuming and processes.main else None
+        if resuming and processes.main and (found is None or found[0] < settings.steps):
+            check_data_order(folder)
         if processes.main:
             if not resuming or changes:
                 write_run(
@@ -125,7 +132,7 @@ def train(
                     processes=processes.world,
                 )
             checkpoints.remove_temporary()
-        _begin(trainer, folder, resuming, changes)
+        _begin(trainer, found, warnings, changes)
         with stack.enter_context(Interrupt()) as interrupt:
             trainer.run(interrupt)
         return _finish(trainer, folder, recipe)
@@ -160,17 +167,14 @@ def _build(recipe: Recipe, settings: Settings, processes: Processes, weights: An
     return model
 
 
-def _begin(trainer: Trainer, folder: Path, resuming: bool, changes: dict[str, Any]) -> None:
-    """Load the last complete checkpoint, which the first process finds, and log the start."""
-    log = trainer.log
-    warnings = unmatched_patterns(trainer.model, trainer.settings.no_decay)
-    found = trainer.checkpoints.latest(warnings.append) if resuming and trainer.processes.main else None
-    step = int(trainer.processes.sum(found[0] if found else 0)[0])
-    if resuming and step < trainer.settings.steps:
-        check_data_order(folder)
+def _begin(
+    trainer: Trainer, checkpoint: tuple[int, dict[str, Any]] | None, warnings: list[str], changes: dict[str, Any]
+) -> None:
+    """Load the checkpoint, which the first process has found, and log the start."""
+    step = int(trainer.processes.sum(checkpoint[0] if checkpoint else 0)[0])
     if step:
-        facts = found[1] if found is not None else verify(trainer.checkpoints.path(step))
-        trainer.load(step, facts)
+        trainer.load(step, checkpoint[1] if checkpoint else verify(trainer.checkpoints.path(step)))
+    log = trainer.log
     log.open(step)
     for warning in warnings:
         log.emit("warning", step=step, message=warning)

@@ -125,6 +125,16 @@ def test_interrupted_comparison_resumes(settings: dict[str, Any], of: Any, tmp_p
         compare(recipes, COPY, {**settings, "lr": 0.5}, tmp_path / "parts")
 
 
+def test_comparison_of_an_earlier_data_order_is_not_continued(settings: Any, of: Any, tmp_path: Path) -> None:
+    whole = compare({"a": of("mag")}, COPY, settings, tmp_path)
+    path = tmp_path / "a/run.json"
+    run = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**run, "data_order": None}), encoding="utf-8")
+    assert compare({"a": of("mag")}, COPY, settings, tmp_path) == whole
+    with pytest.raises(RecipeError, match="begun by an earlier version"):
+        compare({"a": of("mag"), "b": of("mac")}, COPY, settings, tmp_path, parameters=None)
+
+
 def test_parallel_runs_equal_sequential_ones(settings: dict[str, Any], of: Any, tmp_path: Path) -> None:
     recipes = {"a": of("mac"), "b": of("mag")}
     heard: list[tuple[str, str]] = []

@@ -66,30 +66,29 @@ def test_recorded_inputs_repeat_the_run(losses: Any, quick_train: Train, tmp_pat
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"ema": 0.8}, {"stages": [{"steps": 4, "train": ["!@memory"]}, {"steps": 5, "train": ["@memory"]}]}],
+    [{"steps": 6, "ema": 0.8}, {"stages": [{"steps": 2, "train": ["!@memory"]}, {"steps": 4, "train": ["@memory"]}]}],
 )
 def test_resume_is_exact(
     tiny: dict[str, Any], losses: Any, quick_train: Train, settings: dict[str, Any], ordered_text: Any
 ) -> None:
     recipe = {**tiny, "vocab": 256}
-    given = {"recipe": recipe, "data": ordered_text, "carry": 2, "checkpoint_every": 3, "valid_every": 4, **settings}
-    steps = {} if "stages" in settings else {"steps": 9}
-    whole = quick_train(**given, **steps, out="whole")
+    given = {"recipe": recipe, "data": ordered_text, "carry": 2, "checkpoint_every": 2, "valid_every": 3, **settings}
+    whole = quick_train(**given, out="whole")
 
     class Gone(Exception):
         pass
 
     def leave(event: dict[str, Any]) -> None:
-        if event["event"] == "tick" and event["step"] == 8:
+        if event["event"] == "tick" and event["step"] == 5:
             raise Gone
 
     with pytest.raises(Gone):
-        quick_train(**given, **steps, on_event=leave)
+        quick_train(**given, on_event=leave)
     run = quick_train(recipe=None, data=None, resume=True)
     assert losses(run.history) == losses(whole.history)
     assert same_weights(run.model, whole.model) and run.best == whole.best
-    assert [event["step"] for event in run.history if event["event"] == "start"] == [0, 6]
-    # and one that has ended stays as it is
+    assert [event["step"] for event in run.history if event["event"] == "start"] == [0, 4]
+    # a finished run stays as it is
     again = quick_train(recipe=None, data=None, resume=True)
     assert same_weights(again.model, whole.model) and losses(again.history) == losses(whole.history)
 
@@ -185,6 +184,20 @@ def test_changed_data_is_refused(tiny: dict[str, Any], losses: Any, quick_train:
     assert f"{str(text)!r} has changed: restore it, or start a run in another folder" in str(caught.value)
     text.write_bytes(before)
     assert len(losses(quick_train(recipe=None, data=None, resume=True, steps=2).history)) == 2
+
+
+def test_run_of_an_earlier_data_order_is_not_continued(quick_train: Train, tmp_path: Path) -> None:
+    quick_train(steps=2)
+    path = tmp_path / "run/run.json"
+    run = json.loads(path.read_text(encoding="utf-8"))
+    del run["data_order"]  # version 0.1.0 recorded none
+    path.write_text(json.dumps(run), encoding="utf-8")
+    assert quick_train(recipe=None, data=None, resume=True, lr=0.1).model is not None
+    before = [file.read_bytes() for file in (path, tmp_path / "run/train.yaml")]
+    with pytest.raises(tb.RecipeError, match="begun by an earlier version, which reads the data in another order"):
+        quick_train(recipe=None, data=None, resume=True, steps=3)
+    assert [file.read_bytes() for file in (path, tmp_path / "run/train.yaml")] == before
+    assert json.loads(before[0])["data_order"] is None
 
 
 def test_bits_per_byte_of_text(tiny: dict[str, Any], quick_train: Train, ordered_text: Any) -> None:
