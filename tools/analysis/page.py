@@ -30,7 +30,7 @@ SHADES = 16
 AROUND = 12
 """Tokens shown before and after the one under the cursor."""
 MAX_LINES = 24
-"""Lines whose values are listed together under the cursor, and whose bands are drawn."""
+"""Lines at most that have a legend and bands, and whose values are listed together under the cursor."""
 FONT = "system-ui, -apple-system, Segoe UI, Roboto, sans-serif"
 CONFIG = {
     "responsive": True,
@@ -38,7 +38,6 @@ CONFIG = {
     "modeBarButtonsToRemove": ["select2d", "lasso2d"],
     # by default a figure, and the text with it, can be uploaded to a server of Plotly
     "showSendToCloud": False,
-    "plotlyServerURL": "",
 }
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"
 """Forbids the page to load anything."""
@@ -266,14 +265,13 @@ def _figure(**layout: Any) -> Any:
             "hovermode": "x unified",
             "hoverlabel": {"namelength": -1},
             "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom"},
-            "uirevision": True,
             **layout,
         }
     )
 
 
 def _line_figure(analysis: dict[str, Any], chart: LineChart) -> Any:
-    figure = _figure(height=360 + 22 * (len(chart.lines) // 4), showlegend=True)
+    figure = _figure(height=360 + _legend_height(chart.lines), showlegend=True)
     lines = chart.lines
     if chart.along_text and len(lines[0].x) == len(analysis["text"]["excerpts"]):
         figure.add_trace(_text_trace(analysis, lines))
@@ -296,27 +294,16 @@ def _line_figure(analysis: dict[str, Any], chart: LineChart) -> Any:
 
 def _quantity_figure(analysis: dict[str, Any], heat_map: HeatMap) -> Any:
     """The heat map above the lines of the same heads, over one axis; beside the lines the distribution of values."""
-    from plotly.graph_objects import Bar
-
     lines = quantity_lines(analysis, heat_map.name)
-    figure = _figure(height=470 + 16 * len(heat_map.table) + 22 * (len(lines) // 4), hoversubplots="axis")
-    share = min(0.25 + 0.02 * len(heat_map.table), 0.6)
-    figure.add_traces(list(_heat_traces(heat_map, 1 - share)))
+    rows = min(len(heat_map.table), 32)
+    figure = _figure(height=470 + 16 * rows + _legend_height(lines), hoversubplots="axis")
+    height = min(0.25 + 0.02 * rows, 0.6)
+    figure.add_traces(list(_heat_traces(heat_map, 1 - height)))
     figure.add_trace(_text_trace(analysis, lines).update(yaxis="y2"))
     figure.add_traces([_line_trace(line).update(yaxis="y2") for line in lines])
-    values = np.concatenate([line.y for line in lines])
-    values = values[np.isfinite(values) & ((values > 0) | (not heat_map.log))]
-    low, high = (values.min(), values.max()) if len(values) else (0.0, 1.0)
-    space = np.geomspace if heat_map.log else np.linspace
-    edges = space(low, high if high > low else low + (abs(low) or 1), 41)
-    shares = 100 * np.histogram(values, edges)[0] / max(len(values), 1)
-    top = shares.max()
-    figure.add_trace(
-        Bar(
-            x=shares, y=(edges[1:] + edges[:-1]) / 2, width=np.diff(edges), base=0,
-            orientation="h", xaxis="x2", yaxis="y2", marker_color="#6b7280", hoverinfo="skip", showlegend=False,
-        )
-    )  # fmt: skip
+    bars = _histogram(np.concatenate([line.y for line in lines]), heat_map.log)
+    figure.add_trace(bars)
+    top = max(bars.x)
     starts = np.cumsum([0, *heat_map.sizes])
     labels = [memory["label"] for memory in analysis["memories"]]
     figure.update_layout(
@@ -325,13 +312,13 @@ def _quantity_figure(analysis: dict[str, Any], heat_map: HeatMap) -> Any:
         xaxis2={"domain": [0.885, 1], "anchor": "y2", "title": "share"}
         | {"tickvals": [top], "ticktext": [f"{top:.2g}%"]},
         yaxis={
-            "domain": [1 - share + 0.04, 1],
+            "domain": [1 - height + 0.04, 1],
             "range": [len(heat_map.table) - 0.5, -0.5],
             "tickvals": (starts[1:] + starts[:-1] - 1) / 2,
             "ticktext": labels,
         },
         yaxis2={
-            "domain": [0, 1 - share],
+            "domain": [0, 1 - height],
             "title": heat_map.colour_label,
             "type": "log" if heat_map.log else "linear",
             "nticks": 8,
@@ -347,6 +334,21 @@ def _quantity_figure(analysis: dict[str, Any], heat_map: HeatMap) -> Any:
         scales = [("one scale", [True, False]), ("one scale per head", [False, True])]
         _add_menu(figure, [(label, [{"visible": visible}, {}, [0, 1]]) for label, visible in scales], x=1)
     return figure
+
+
+def _histogram(values: np.ndarray, log: bool) -> Any:
+    """Horizontal bars of the shares of the values, in percent."""
+    from plotly.graph_objects import Bar
+
+    values = values[np.isfinite(values) & ((values > 0) | (not log))]
+    low, high = (values.min(), values.max()) if len(values) else (1.0, 2.0)
+    space = np.geomspace if log else np.linspace
+    edges = space(low, high if high > low else low + (abs(low) or 1), 41)
+    return Bar(
+        x=100 * np.histogram(values, edges)[0] / max(len(values), 1), y=(edges[1:] + edges[:-1]) / 2,
+        width=np.diff(edges), base=0, orientation="h", xaxis="x2", yaxis="y2", marker_color="#6b7280",
+        hoverinfo="skip", showlegend=False,
+    )  # fmt: skip
 
 
 def _heat_traces(heat_map: HeatMap, bottom: float) -> Iterator[Any]:
@@ -392,6 +394,10 @@ def _points(x: np.ndarray, y: np.ndarray) -> dict[str, Any]:
     steps = np.diff(x) if x.dtype.kind != "U" else []
     even = len(steps) > 0 and (steps == steps[0]).all()
     return {"x0": x[0], "dx": steps[0], "y": y} if even else {"x": x, "y": y}
+
+
+def _legend_height(lines: list[Line]) -> int:
+    return 22 * (min(len(lines), MAX_LINES) // 4)
 
 
 def _range(analysis: dict[str, Any]) -> list[float]:
@@ -441,7 +447,8 @@ def _add_memory_menu(analysis: dict[str, Any], figure: Any, starts: list[int] | 
         (None, "all memories"),
         *((i, memory["label"]) for i, memory in enumerate(analysis["memories"])),
     ]:
-        layout: dict[str, Any] = {"hovermode": "closest" if many and chosen is None else "x unified"}
+        listed = not many or chosen is not None
+        layout: dict[str, Any] = {"hovermode": "x unified" if listed else "closest", "showlegend": listed}
         if starts is not None:
             first, last = (0, starts[-1]) if chosen is None else (starts[chosen], starts[chosen + 1])
             layout["yaxis.range"] = [last - 0.5, first - 0.5]
@@ -449,7 +456,7 @@ def _add_memory_menu(analysis: dict[str, Any], figure: Any, starts: list[int] | 
         buttons.append((label, [{"visible": shown}, layout, owned]))
     _add_menu(figure, buttons, x=0)
     if many:
-        figure.update_layout(hovermode="closest")
+        figure.update_layout(hovermode="closest", showlegend=False)
 
 
 def _add_menu(figure: Any, buttons: list[tuple[str, list[Any]]], x: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -223,7 +222,7 @@ def test_the_same_text_gives_the_same_page(
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_many_heads_start_with_one_memory_under_the_cursor(numbers: dict[str, Any]) -> None:
+def test_many_heads_have_no_legend_and_no_common_cursor(browser: Any, numbers: dict[str, Any], tmp_path: Path) -> None:
     wide = {**numbers, "memories": [{**memory, "heads": 20} for memory in numbers["memories"]]}
     wide["tokens"] = {
         quantity: {kind: [np.repeat(table[:1], 20, 0) for table in tables] for kind, tables in kinds.items()}
@@ -233,6 +232,11 @@ def test_many_heads_start_with_one_memory_under_the_cursor(numbers: dict[str, An
     wide["drift"] = [spread(drift) for drift in numbers["drift"]]
     recalls = [{**spread(recall), "half_life": [None] * 20} for recall in numbers["recall"]["memories"]]
     wide["recall"] = {**numbers["recall"], "memories": recalls}
-    page = render(wide)
-    assert "Half-lives" not in page
-    assert re.search(r'"hovermode":"closest"', page)
+    path = tmp_path / "wide.html"
+    path.write_text(render(wide), encoding="utf-8")
+    browser.open(path)
+    assert "Half-lives" not in browser.run("document.body.textContent")
+    for figure in ("surprise", "recall-kept", "drift-norm"):
+        layout = f"document.getElementById('{figure}-figure')._fullLayout"
+        assert browser.run(f"[{layout}.hovermode, {layout}.showlegend]") == ["closest", False]
+    assert browser.errors == []
