@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -71,25 +70,6 @@ class Transformer(nn.Module):
     def loss(self, text: Tensor) -> Tensor:
         """``text`` [batch, time + 1]: the mean cross-entropy of each token's successor."""
         return cross_entropy(self(text[:, :-1]).flatten(0, 1), text[:, 1:].flatten())
-
-
-def titans_pytorch_memory(dim: int, heads: int, expansion: int, chunk: int) -> Callable[[Tensor], Any]:
-    """Its neural memory, at the same width, heads, depth, expansion and chunk.
-
-    Without ``batch_size`` all gradients are taken at the initial weights, which is another, cheaper function.
-    """
-    from titans_pytorch import MemoryMLP, NeuralMemory
-
-    width = dim // heads
-    return NeuralMemory(
-        dim=dim,
-        heads=heads,
-        dim_head=width,
-        chunk_size=chunk,
-        batch_size=chunk,
-        max_grad_norm=1.0,
-        model=MemoryMLP(dim=width, depth=2, expansion_factor=expansion),
-    )
 
 
 def titans_pytorch_mac(

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import gc
 import json
-import math
 import os
 import platform
 import statistics
@@ -16,13 +15,10 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import normalize
 
 ROOT = Path(__file__).parent.parent
 MATRIX = 2048
@@ -48,14 +44,14 @@ def benchmark(
     measured: Callable[[argparse.Namespace, Result], Result],
     tables: Callable[[Result], dict[str, str]],
     *,
-    case: Callable[[Any, bool], Callable[[], Any]] | None = None,
+    peak_case: Callable[[Any, bool], Callable[[], Callable[[], Any]]] | None = None,
     add_options: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> None:
     """The command line of a benchmark: measure, write the results to ``--json``, and print their tables.
 
     ``measured(arguments, results)`` returns what is added to the results; it may also change those that are given.
-    ``case(case, quick)`` makes a case of :func:`peak_memory`, which runs it in a process of its own. Ctrl-C stops a run
-    without a stack trace, and without a half-filled result file.
+    ``peak_case(case, quick)`` imports what a case of :func:`peak_memory` needs and returns what makes it. Ctrl-C stops
+    a run without a stack trace, and without a half-filled result file.
     """
     parser = argparse.ArgumentParser(description=description.partition("\n")[0])
     if add_options is not None:
@@ -65,8 +61,8 @@ def benchmark(
     parser.add_argument("--peak", metavar="CASE", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     try:
-        if arguments.peak is not None and case is not None:
-            report_peak(lambda: case(json.loads(arguments.peak), arguments.quick))
+        if arguments.peak is not None and peak_case is not None:
+            report_peak(peak_case(json.loads(arguments.peak), arguments.quick))
             return
         say("seconds" if arguments.quick else f"{takes}, on a machine with nothing else to do; Ctrl-C stops it")
         results = {"program": name, "quick": arguments.quick, "environment": environment(), "skipped": {}}
@@ -147,68 +143,18 @@ def _cpu() -> str:
     return names[0] if names else platform.machine()
 
 
-# -- what is timed -----------------------------------------------------------------------------------------------------
-
-
-def passes(forward: Callable[[], Tensor], leaves: Sequence[Tensor], backward: bool) -> Callable[[], Tensor]:
-    """Runs ``forward`` without gradients, or forward and backward to every leaf from a fixed cotangent."""
-    for leaf in leaves:
-        leaf.requires_grad_(backward)
-    cotangent: Tensor | None = None
-
-    def both() -> Tensor:
-        nonlocal cotangent
-        for leaf in leaves:
-            leaf.grad = None
-        y = forward()
-        if cotangent is None:
-            cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
-        y.backward(cotangent.to(y))
-        return y
-
-    def alone() -> Tensor:
-        with torch.no_grad():
-            return forward()
-
-    return both if backward else alone
-
-
-def memory_operation(
-    batch: int, length: int, heads: int, shapes: Sequence[tuple[int, int]], chunk: int, backend: str = "auto",
-    dtype: torch.dtype = torch.float32,
-) -> tuple[Callable[[], Tensor], list[Tensor]]:  # fmt: skip
-    """The memory operation on gates as a fresh block makes them, and the leaves that it gives gradients to.
-
-    ``shapes``: ``(out, in)`` of each layer. The numbers are the same for every ``dtype``, but for how they are held.
-    """
-    from titans_build.kernels.memory import MemoryState, titans_memory
-
-    tokens, width = (batch, length, heads), shapes[0][1]
-    q, k = (normalize(torch.randn(*tokens, width), dim=-1) for _ in range(2))
-    v = torch.randn(*tokens, width)
-    theta, eta, alpha = (torch.sigmoid(torch.randn(tokens) + bias) for bias in (-3, 1, -6))
-    weights = [torch.randn(batch, heads, out, in_) * in_**-0.5 for out, in_ in shapes]
-    leaves = [x.to(dtype) for x in (q, k, v, 0.1 * theta, eta, alpha, torch.ones(heads, width), *weights)]
-
-    def forward() -> Tensor:
-        state = MemoryState.fresh(tuple(leaves[7:]))
-        return titans_memory(*leaves[:6], state, chunk=chunk, norm=leaves[6], backend=backend)[0]
-
-    return forward, leaves
-
-
-def layer_shapes(width: int, expansion: int, depth: int = 2) -> list[tuple[int, int]]:
-    """``(out, in)`` of each layer of a memory."""
-    return [(out, in_) for in_, out in pairwise([width, *[width * expansion] * (depth - 1), width])]
-
-
 # -- time --------------------------------------------------------------------------------------------------------------
 
 
 def interleave(
-    cases: dict[Any, Callable[[], Any]], seconds: float, least: int = 3, most: int = 30, warm: bool = True
+    cases: dict[Any, Callable[[], Any]],
+    seconds: float,
+    least: int = 3,
+    most: int = 30,
+    warm: bool = True,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Any, list[float]]:
-    """Wall seconds of each case, all cases once a round: a disturbance or a change of clock meets them all alike.
+    """Seconds of each case, all cases once a round: a disturbance or a change of clock meets them all alike.
 
     One round to ``warm`` up, then ``least`` to ``most`` rounds, as many as fit into ``seconds``. Every other round runs
     backwards, so that no case always follows the same one.
@@ -222,9 +168,9 @@ def interleave(
             break
         for name in list(cases)[:: -1 if count % 2 else 1]:
             gc.collect()
-            start = time.perf_counter()
+            start = clock()
             cases[name]()
-            samples[name].append(time.perf_counter() - start)
+            samples[name].append(clock() - start)
     return samples
 
 
@@ -259,13 +205,6 @@ def medium(function: Callable[[], Any]) -> Callable[[], Any]:
     return run
 
 
-def exponent(lengths: Sequence[int], seconds: Sequence[float]) -> float | None:
-    """``p`` of the best fit ``seconds = c * length ** p``."""
-    if len(lengths) < 2:
-        return None
-    return statistics.linear_regression([math.log(n) for n in lengths], [math.log(s) for s in seconds]).slope
-
-
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
@@ -287,6 +226,8 @@ def report_peak(make: Callable[[], Callable[[], Any]], repeats: int = 2) -> None
     x = torch.ones(256, 256, requires_grad=True)
     (x @ x).sum().backward()
     del x
+    import titans_build.recipes  # noqa: F401 - what every case needs
+
     stages = {"imports": resident()}
     case = make()
     gc.collect()
@@ -352,11 +293,10 @@ def goal(
     what: str, wanted: str, values: Iterable[float], met: Callable[[float], bool], form: str = "{:.2f}"
 ) -> list[str]:
     """A row of a table of goals: the range that was measured, and whether all of it meets the goal."""
-    found = sorted(values)
-    if not found:
-        return [what, wanted, "not measured", ""]
-    ends = dict.fromkeys(form.format(value) for value in (found[0], found[-1]))
-    return [what, wanted, " to ".join(ends), "yes" if all(met(value) for value in found) else "no"]
+    from titans_build.tools.gpu.goals import goal_of
+
+    found = goal_of(what, wanted, values, met, form)
+    return [what, wanted, found.reached, {None: "", True: "yes", False: "no"}[found.met]]
 
 
 GOALS = ("goal", "wanted", "measured", "met")

@@ -11,11 +11,14 @@ from typing import Any, NamedTuple
 
 import measure
 import torch
-from baselines import Attention, titans_pytorch_memory
+from baselines import Attention
 from torch import Tensor
 
 import titans_build as tb
 from titans_build.kernels.memory import memory_flops
+from titans_build.tools.gpu.goals import exponent
+from titans_build.tools.gpu.speed import layer_shapes, memory_operation, titans_pytorch_memory
+from titans_build.tools.gpu.timing import passes
 
 RATE = "matrix product"
 KINDS = {
@@ -93,32 +96,36 @@ def make(case: Case, sizes: Sizes) -> Callable[[], Any]:
     x = torch.randn(sizes.batch, case.length, sizes.dim)
     leaves = [x, *module.parameters()]
     first = (lambda out: out) if case.kind == "attention" else (lambda out: out[0])
-    return measure.passes(lambda: first(module(x)), leaves, case.backward)
+    return timed(lambda: first(module(x)), leaves, case.backward)
 
 
 def spec(case: Case, sizes: Sizes) -> dict[str, Any]:
     return {"type": "memory", "heads": sizes.heads, "depth": 2, "expansion": case.expansion, "chunk": case.chunk}
 
 
-def operation(
-    case: Case, sizes: Sizes, dtype: torch.dtype = torch.float32
-) -> tuple[Callable[[], Tensor], list[Tensor]]:
-    assert case.expansion is not None and case.chunk is not None
-    shapes = layer_shapes(case, sizes)
-    forward, leaves = measure.memory_operation(sizes.batch, case.length, sizes.heads, shapes, case.chunk, dtype=dtype)
-    return measure.passes(forward, leaves, case.backward), leaves
+def operation(case: Case, sizes: Sizes, dtype: torch.dtype = torch.float32) -> tuple[Any, list[Tensor]]:
+    assert case.chunk is not None
+    types = {"dtype": dtype, "state_dtype": dtype}
+    forward, leaves = memory_operation(sizes.batch, case.length, sizes.heads, shapes(case, sizes), case.chunk, **types)
+    return timed(forward, leaves, case.backward), leaves
 
 
-def layer_shapes(case: Case, sizes: Sizes) -> list[tuple[int, int]]:
+def timed(forward: Callable[[], Tensor], leaves: list[Tensor], backward: bool) -> Callable[[], Any]:
+    for leaf in leaves:
+        leaf.requires_grad_(backward)
+    return passes(forward, leaves, backward)
+
+
+def shapes(case: Case, sizes: Sizes) -> list[tuple[int, int]]:
     assert case.expansion is not None
-    return measure.layer_shapes(sizes.dim // sizes.heads, case.expansion)
+    return layer_shapes(sizes.dim // sizes.heads, case.expansion, 2)
 
 
 def flops(case: Case, sizes: Sizes) -> int | None:
     """Useful FLOPs: the least that this case has to compute. ``None`` for another library's."""
     if case.kind in ("op", "medium op"):
         assert case.chunk is not None
-        count = case.length * sizes.heads * memory_flops(layer_shapes(case, sizes), case.chunk)
+        count = case.length * sizes.heads * memory_flops(shapes(case, sizes), case.chunk)
     elif case.kind in ("block", "medium block"):
         count = tb.build_block(spec(case, sizes), dim=sizes.dim, device="cpu").flops(case.length)
     elif case.kind == "attention":
@@ -234,7 +241,7 @@ def tables(results: measure.Result) -> dict[str, str]:
                 measure.milliseconds(seconds["median"]) + (f" ({floor / seconds['median']:.0%})" if floor else "")
             )
         measured = [n for n in compared if case._replace(length=n) in median]
-        power = measure.exponent(measured, [median[case._replace(length=n)] for n in measured])
+        power = exponent(measured, [median[case._replace(length=n)] for n in measured])
         return [*cells, f"{spread:.0%}", f"{power:.2f}" if power else None]
 
     def rows(backward: bool) -> list[list[object]]:
@@ -312,7 +319,7 @@ def goals(found: dict[Case, measure.Result], results: measure.Result) -> list[li
     powers = []
     for case in {case._replace(length=0) for case in found if case.kind in ("op", "block")}:
         lengths = sorted(c.length for c in found if c._replace(length=0) == case and c.length <= most)
-        power = measure.exponent(lengths, [median[case._replace(length=n)] for n in lengths])
+        power = exponent(lengths, [median[case._replace(length=n)] for n in lengths])
         powers += [power] if power else []
     what = "operation and block: exponent of time against length"
     rows.append(measure.goal(what, "at most 1.05", powers, lambda x: x <= 1.05))
@@ -344,8 +351,12 @@ def measured(arguments: argparse.Namespace, results: measure.Result) -> measure.
     }
 
 
+def peak_case(case: list[Any], quick: bool) -> Callable[[], Callable[[], Any]]:
+    found = Case(*case)
+    if found.kind == "package":
+        measure.missing()  # imports it
+    return lambda: make(found, QUICK if quick else FULL)
+
+
 if __name__ == "__main__":
-    measure.benchmark(
-        "memory", __doc__, "12 minutes", measured, tables,
-        case=lambda case, quick: make(Case(*case), QUICK if quick else FULL),
-    )  # fmt: skip
+    measure.benchmark("memory", __doc__, "12 minutes", measured, tables, peak_case=peak_case)

@@ -200,4 +200,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--read"]:  # the process that `find` starts
         print(json.dumps(read(json.loads(sys.argv[2]))))
     else:
-        measure.benchmark("needle", __doc__, "half an hour", measured, tables, add_options=add_options)
+        measure.benchmark("needle", __doc__, "15 minutes", measured, tables, add_options=add_options)

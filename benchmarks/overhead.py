@@ -93,5 +93,5 @@ def tables(results: measure.Result) -> dict[str, str]:
 
 if __name__ == "__main__":
     measure.benchmark(
-        "overhead", __doc__, "4 minutes", lambda arguments, results: {"steps": measured(arguments.quick)}, tables
+        "overhead", __doc__, "2 minutes", lambda arguments, results: {"steps": measured(arguments.quick)}, tables
     )

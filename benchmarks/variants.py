@@ -127,4 +127,4 @@ def measured(arguments: argparse.Namespace, results: measure.Result) -> measure.
 
 
 if __name__ == "__main__":
-    measure.benchmark("variants", __doc__, "tens of minutes", measured, tables, add_options=add_options)
+    measure.benchmark("variants", __doc__, "20 minutes", measured, tables, add_options=add_options)

@@ -49,9 +49,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str
     found = {}
     for program in PROGRAMS:
         file = tmp_path_factory.getbasetemp() / "results" / f"{program}.json"
-        # a checkout need not have the older commit
-        words = ["--before", "HEAD"] if program == "torch_path" else []
-        process = start([str(BENCHMARKS / f"{program}.py"), "--quick", "--json", str(file), *words])
+        process = start([str(BENCHMARKS / f"{program}.py"), "--quick", "--json", str(file)])
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
         found[program] = (file, out)
@@ -88,9 +86,8 @@ def test_every_case_is_measured(quick: Any) -> None:
     contexts = {(row["kind"], row["context"]) for row in results["model"]["generation"]}
     assert {("mac", 1_000), ("transformer", 1_000), ("plain", 16)} <= contexts and ("plain", 1_000) not in contexts
     assert [row["recipe"] for row in results["streaming"]["recipes"] if not row["finite"]] == []
-    path = results["torch_path"]
-    assert all(row["before"] > 0 and row["now"] > 0 for row in path["pairs"]) and len(path["pairs"]) == 2
-    assert {"torch", "compiled"} <= {row["way"] for row in path["ways"]}
+    ways = results["torch_path"]["ways"]
+    assert {"torch", "compiled"} <= {row["way"] for row in ways} and all(row["seconds"] > 0 for row in ways)
 
 
 def test_every_packaged_recipe_is_streamed(load: Any) -> None:
@@ -135,12 +132,6 @@ def test_cases_take_turns_in_both_directions(load: Any) -> None:
     samples = load("measure").interleave({name: lambda name=name: calls.append(name) for name in "abc"}, 0, least=2)
     assert "".join(calls) == "abc" + "abc" + "cba"
     assert {name: len(taken) for name, taken in samples.items()} == {"a": 2, "b": 2, "c": 2}
-
-
-def test_the_exponent_of_a_square_is_two(load: Any) -> None:
-    measure = load("measure")
-    assert measure.exponent([1, 2, 4], [3.0, 12.0, 48.0]) == pytest.approx(2)
-    assert measure.exponent([1], [3.0]) is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory by stage is read from /proc")

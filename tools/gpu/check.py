@@ -83,7 +83,7 @@ def _minutes(text: str) -> float:
 
 def _list(arguments: argparse.Namespace) -> int:
     """The cases of ``--dry-run``, which any machine can list; backends are those that this machine has."""
-    device = torch.device(arguments.device if torch.cuda.is_available() else "cpu")
+    device = _device(arguments.device if torch.cuda.is_available() else "cpu")
     if arguments.only != "speed":
         table = Columns("operation", "backends", "precisions", "cases")
         tasks = parity.tasks(device)
@@ -107,24 +107,29 @@ def _sizes(arguments: argparse.Namespace) -> timing.Sizes:
     return timing.QUICK if arguments.quick else timing.FULL
 
 
+def _device(name: str) -> torch.device:
+    try:
+        return as_device(name)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UsageError(f"--device {name}: {error}") from None
+
+
 def _run(arguments: argparse.Namespace) -> int:
     began = time.monotonic()
-    try:
-        device = as_device(arguments.device)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise UsageError(f"--device {arguments.device}: {error}") from None
+    device = _device(arguments.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     target = arguments.json
     if target is None and device.type == "cuda":
         target = Path("benchmarks/results") / f"gpu-{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
-    results: dict[str, Any] = {"environment": environment(name), "quick": arguments.quick, "dtype": arguments.dtype}
-    _write(results, target)  # before the work, so that a file that cannot be written is reported first
+    report = Report(target)
+    # before the work, so that a file that cannot be written is reported first
+    report.add(environment=environment(name), quick=arguments.quick, dtype=arguments.dtype)
     processes = arguments.processes
     if processes is None:
         processes = min(16, os.cpu_count() or 1) if device.type == "cuda" else 0
     failed: dict[str, set[str]] = {}
     if arguments.only != "speed":
-        found = check_parity(device, processes, results, target)
+        found = check_parity(device, processes, report)
         say_columns(parity_table(found))
         for each in found:
             if not each.passed:
@@ -134,7 +139,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 )
         failed = parity.failed_backends(found)
     if arguments.only != "parity":
-        rows = check_speed(device, processes, failed, arguments, results, target, began)
+        rows = check_speed(device, processes, failed, arguments, report, began)
         say("")
         say_columns(speed_table(rows))
         say("")
@@ -175,16 +180,24 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _write(results: dict[str, Any], target: Path | None) -> None:
-    """Write the file atomically."""
-    if target is None:
-        return
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(target) as temporary:
-            temporary.write_text(json.dumps(_plain(results), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--json {target}: {getattr(error, 'strerror', None) or error}") from None
+class Report:
+    """The results, which are written to a file, if there is one, with every addition."""
+
+    def __init__(self, file: Path | None) -> None:
+        self.file = file
+        self.results: dict[str, Any] = {}
+
+    def add(self, **results: Any) -> None:
+        self.results |= results
+        if self.file is None:
+            return
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(self.file) as temporary:
+                text = json.dumps(_plain(self.results), indent=1, allow_nan=False)
+                temporary.write_text(text + "\n", encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--json {self.file}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _plain(value: Any) -> Any:
@@ -199,9 +212,7 @@ def _plain(value: Any) -> Any:
 # -- parity ------------------------------------------------------------------------------------------------------------
 
 
-def check_parity(
-    device: torch.device, processes: int, results: dict[str, Any], target: Path | None
-) -> list[parity.Outcome]:
+def check_parity(device: torch.device, processes: int, report: Report) -> list[parity.Outcome]:
     """The outcome of every task; memory that a kernel does not write holds NaN."""
     tasks = parity.tasks(device)
     found: list[parity.Outcome] = []
@@ -210,8 +221,7 @@ def check_parity(
         with progress("parity", len(tasks)) as step:
             for outcome in workers.outcomes(tasks, device, processes):
                 found.append(outcome)
-                results["parity"] = [each._asdict() | {"passed": each.passed} for each in found]
-                _write(results, target)
+                report.add(parity=[each._asdict() | {"passed": each.passed} for each in found])
                 step()
     finally:
         torch.use_deterministic_algorithms(before)
@@ -243,8 +253,7 @@ def check_speed(
     processes: int,
     failed: Mapping[str, set[str]],
     arguments: argparse.Namespace,
-    results: dict[str, Any],
-    target: Path | None,
+    report: Report,
     began: float,
 ) -> list[timing.Measurement]:
     """As many measurements as fit into the time, the most important first."""
@@ -257,10 +266,9 @@ def check_speed(
             for _ in itertools.takewhile(lambda _: not late(), warmed):
                 step()
     ceiling = timing.ceiling(device, dtype, sizes)
-    results["ceiling"] = ceiling._asdict()
     say("", f"measured here: {ceiling.product / 1e12:.3g} TFLOP/s in {arguments.dtype}, {ceiling.copy / 1e9:.4g} GB/s")
     cases, untimed = speed.without_failed(speed.timings(device, dtype, sizes), failed)
-    results["untimed"] = untimed
+    report.add(ceiling=ceiling._asdict(), untimed=untimed)
     for reason in untimed:
         complain(f"not timed: {reason}")
     rows: list[timing.Measurement] = []
@@ -269,19 +277,16 @@ def check_speed(
             if late():
                 break
             rows.append(timing.measure(case, device, sizes, ceiling))
-            results["speed"] = [row._asdict() for row in rows]
-            results["trends"] = [trend._asdict() for trend in goals.trends(rows)]
-            results["goals"] = [goal._asdict() for goal in goals.goals(rows)]
-            _write(results, target)
+            report.add(
+                speed=[row._asdict() for row in rows],
+                trends=[trend._asdict() for trend in goals.trends(rows)],
+                goals=[goal._asdict() for goal in goals.goals(rows)],
+            )
             step()
-    results["left_out"] = [
-        f"{case.what}, {case.backend}, {case.shape}, {case.direction}" for case in cases[len(rows) :]
-    ]
-    _write(results, target)
-    if results["left_out"]:
-        complain(
-            f"{len(results['left_out'])} of {len(cases)} cases did not fit into --minutes {arguments.minutes:g}", "note"
-        )
+    left_out = [f"{case.what}, {case.backend}, {case.shape}, {case.direction}" for case in cases[len(rows) :]]
+    report.add(left_out=left_out)
+    if left_out:
+        complain(f"{len(left_out)} of {len(cases)} cases did not fit into --minutes {arguments.minutes:g}", "note")
     return rows
 
 

@@ -47,13 +47,14 @@ def trends(rows: Sequence[Measurement]) -> list[Trend]:
         length, shape = _length(row)
         if length and not row.failed:
             found.setdefault((row.what, row.backend, shape, row.direction), {})[length] = row
-    return [
-        Trend(
-            *key, tuple(sorted(by)), _exponent(by), tuple(by[n].peak / by[n].tokens for n in sorted(by) if by[n].peak)
-        )
-        for key, by in found.items()
-        if len(by) > 1
-    ]
+    made = []
+    for key, by in found.items():
+        lengths = sorted(by)
+        power = exponent(lengths, [by[n].seconds for n in lengths])
+        if power is not None:
+            peaks = tuple(by[n].peak / by[n].tokens for n in lengths if by[n].peak)
+            made.append(Trend(*key, tuple(lengths), power, peaks))
+    return made
 
 
 def _length(row: Measurement) -> tuple[int, str]:
@@ -64,11 +65,11 @@ def _length(row: Measurement) -> tuple[int, str]:
     return int(place[2]), row.shape[: place.start(2)] + "time" + row.shape[place.end(2) :]
 
 
-def _exponent(by: dict[int, Measurement]) -> float:
-    lengths = sorted(by)
-    return statistics.linear_regression(
-        [math.log(n) for n in lengths], [math.log(by[n].seconds) for n in lengths]
-    ).slope
+def exponent(lengths: Sequence[int], seconds: Sequence[float]) -> float | None:
+    """``p`` of the best fit ``seconds = c * length ** p``; ``None`` for a single length."""
+    if len(lengths) < 2:
+        return None
+    return statistics.linear_regression([math.log(n) for n in lengths], [math.log(s) for s in seconds]).slope
 
 
 def goals(rows: Sequence[Measurement]) -> list[Goal]:
@@ -83,12 +84,12 @@ def goals(rows: Sequence[Measurement]) -> list[Goal]:
             if (what, backend, direction) == ("memory", "triton", "both") and shape in where
         ]
         what = f"memory, d 64, expansion {expansion}, both passes: share of the measured matrix rate"
-        made.append(_goal(what, "40%", shares, lambda x: x >= 0.4, "{:.0%}"))
+        made.append(goal_of(what, "40%", shares, lambda x: x >= 0.4, "{:.0%}"))
     ratios = _over(found, ("memory block", "titans-pytorch"), ("memory block", "auto"))
-    made.append(_goal("memory block: times faster than titans-pytorch's", "50", ratios, lambda x: x >= 50, "{:.1f}"))
+    made.append(goal_of("memory block: times faster than titans-pytorch's", "50", ratios, lambda x: x >= 50, "{:.1f}"))
     ratios = _over(found, ("memory", "triton"), ("memory", "fla gated delta rule"))
     what = "memory of one layer: its time over the gated delta rule's, of as large a state"
-    made.append(_goal(what, "at most 1", ratios, lambda x: x <= 1, "{:.2f}"))
+    made.append(goal_of(what, "at most 1", ratios, lambda x: x <= 1, "{:.2f}"))
     for most, least, wanted in ((100_000, 32_000, 1.5), (math.inf, 100_000, 3.2)):
         pairs = [
             (found.get(("model transformer", "SDPA", row.shape, "both")), row)
@@ -98,18 +99,20 @@ def goals(rows: Sequence[Measurement]) -> list[Goal]:
         ratios = [one.seconds / row.seconds for one, row in pairs if one]
         where = "past 100,000 tokens" if least == 100_000 else "at 32,768 tokens"
         what = f"MAG {where}: times faster than a FlashAttention transformer of its size"
-        made.append(_goal(what, f"{wanted}", ratios, functools.partial(operator.le, wanted), "{:.2f}"))
+        made.append(goal_of(what, f"{wanted}", ratios, functools.partial(operator.le, wanted), "{:.2f}"))
     ours = [t for t in trends(rows) if (t.what, t.backend) in (("memory", "triton"), ("model mag", "auto"))]
     exponents = [t.exponent for t in ours]
-    made.append(_goal("memory, MAG: exponent of time against length", "at most 1.05", exponents, lambda x: x <= 1.05))
+    made.append(goal_of("memory, MAG: exponent of time against length", "at most 1.05", exponents, lambda x: x <= 1.05))
     growth = [t.bytes[-1] / t.bytes[0] for t in ours if len(t.bytes) > 1]
     what = "memory, MAG: peak memory of a token at the longest text over the shortest"
-    made.append(_goal(what, "at most 1.05", growth, lambda x: x <= 1.05))
+    made.append(goal_of(what, "at most 1.05", growth, lambda x: x <= 1.05))
     steps = [row for row in found.values() if row[:2] == ("memory step", "triton_step")]
     # half of the bytes moved are read; a state that changes has to be written as well, so 2 is the least possible
     for what, parts in (("reading its state once", 2), ("moving its state in and out once", 1)):
         ratios = [parts / row.share for row in steps]
-        made.append(_goal(f"step of a token: its time over that of {what}", "at most 1.5", ratios, lambda x: x <= 1.5))
+        made.append(
+            goal_of(f"step of a token: its time over that of {what}", "at most 1.5", ratios, lambda x: x <= 1.5)
+        )
     return made
 
 
@@ -119,7 +122,10 @@ def _over(found: dict[Key, Measurement], one: tuple[str, str], other: tuple[str,
     return [row.seconds / beside.seconds for row, beside in pairs if beside]
 
 
-def _goal(what: str, wanted: str, values: Iterable[float], met: Callable[[float], bool], form: str = "{:.2f}") -> Goal:
+def goal_of(
+    what: str, wanted: str, values: Iterable[float], met: Callable[[float], bool], form: str = "{:.2f}"
+) -> Goal:
+    """The range of what was measured, and whether all of it meets the goal."""
     found = sorted(values)
     if not found:
         return Goal(what, wanted, "not measured", None)

@@ -88,40 +88,48 @@ def _autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCo
 # -- the memory operation ----------------------------------------------------------------------------------------------
 
 
-def _layer_shapes(d: int, expansion: int, layers: int) -> list[tuple[int, int]]:
+def layer_shapes(d: int, expansion: int, layers: int) -> list[tuple[int, int]]:
     """``(out, in)`` of each layer."""
     return [(out, in_) for in_, out in pairwise([d, *[d * expansion] * (layers - 1), d])]
+
+
+def memory_operation(
+    batch: int, length: int, heads: int, shapes: Sequence[tuple[int, int]], chunk: int, backend: str = "auto",
+    device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, state_dtype: torch.dtype = torch.float32,
+) -> tuple[Callable[[], Tensor], list[Tensor]]:  # fmt: skip
+    """The operation on random tokens with gates as a fresh block makes them, and the leaves that get gradients.
+
+    The numbers are the same for every dtype, but for rounding.
+    """
+    d, tokens = shapes[0][1], (batch, length, heads)
+    q, k, v = (torch.randn(*tokens, d, device=device) for _ in range(3))
+    theta, eta, alpha = (torch.sigmoid(torch.randn(tokens, device=device) + bias) for bias in (-3, 1, -6))
+    drawn = (normalize(q, dim=-1), normalize(k, dim=-1), v, 0.1 * theta, eta, alpha)
+    q, k, v, theta, eta, alpha = (x.to(dtype) for x in drawn)
+    del drawn
+    weights = [torch.randn(batch, heads, out, in_, device=device).to(state_dtype) * in_**-0.5 for out, in_ in shapes]
+    gain = torch.ones(heads, d, device=device, dtype=dtype)
+
+    def forward() -> Tensor:
+        state = MemoryState.fresh(tuple(weights))
+        return titans_memory(q, k, v, theta, eta, alpha, state, chunk=chunk, norm=gain, backend=backend)[0]
+
+    return forward, [q, k, v, theta, eta, alpha, gain, *weights]
 
 
 def _memory_shape(rows: int, length: int, d: int, expansion: int, layers: int) -> str:
     return f"{rows} x {length}, d {d}, " + (f"expansion {expansion}" if layers > 1 else "one layer")
 
 
-def _memory(
-    device: torch.device, dtype: torch.dtype, rows: int, length: int, shapes: list[tuple[int, int]], chunk: int,
-    backend: str, compiled: bool = False,
-) -> tuple[Callable[[], Tensor], list[Tensor]]:  # fmt: skip
-    """The operation on random tokens with gates as a fresh block makes them."""
-    d, tokens = shapes[0][1], (1, length, rows)
-    q, k, v = (torch.randn(*tokens, d, device=device) for _ in range(3))
-    theta, eta, alpha = (torch.sigmoid(torch.randn(tokens, device=device) + bias) for bias in (-3, 1, -6))
-    given = (normalize(q, dim=-1), normalize(k, dim=-1), v, 0.1 * theta, eta, alpha)
-    q, k, v, theta, eta, alpha = (x.to(dtype) for x in given)
-    del given
-    weights = [torch.randn(1, rows, out, in_, device=device) * in_**-0.5 for out, in_ in shapes]
-    gain = torch.ones(rows, d, device=device, dtype=dtype)
-
-    def forward() -> Tensor:
-        state = MemoryState.fresh(tuple(weights))
-        return titans_memory(q, k, v, theta, eta, alpha, state, chunk=chunk, norm=gain, backend=backend)[0]
-
-    return torch.compile(forward) if compiled else forward, [q, k, v, theta, eta, alpha, gain, *weights]
-
-
 def memories(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator[Timing]:
     """The memory operation on every backend; PyTorch's also compiled, and Triton's by each schedule."""
+
+    def start_memory(length: int, shapes: list[tuple[int, int]], backend: str, compiled: bool) -> Any:
+        forward, leaves = memory_operation(1, length, sizes.heads, shapes, sizes.chunk, backend, device, dtype)
+        return torch.compile(forward) if compiled else forward, leaves
+
     for length, (d, expansion, layers) in product(sizes.lengths, sizes.widths):
-        shape, shapes = _memory_shape(sizes.heads, length, d, expansion, layers), _layer_shapes(d, expansion, layers)
+        shape, shapes = _memory_shape(sizes.heads, length, d, expansion, layers), layer_shapes(d, expansion, layers)
         tokens = sizes.heads * length
         useful = tokens * memory_flops(shapes, sizes.chunk)
         facts = dict(time=length, chunk=sizes.chunk, layers=layers, width=d, grad=True)
@@ -137,9 +145,7 @@ def memories(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator
             if length == sizes.lengths[0] and backend == "triton":
                 ways += [(f"{backend}, {schedule}", 5, True, False, schedule) for schedule in ("resident", "streamed")]
             for name, place, both, compiled, schedule in ways:
-                start = functools.partial(
-                    _memory, device, dtype, sizes.heads, length, shapes, sizes.chunk, backend, compiled
-                )
+                start = functools.partial(start_memory, length, shapes, backend, compiled)
                 yield Timing(
                     "memory", name, shape, _direction(both), _timed(start, both, schedule), useful * (3 if both else 1),
                     tokens=tokens, operation="memory", rank=place,
@@ -150,17 +156,30 @@ def decoding(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator
     """One token of many rows: reading and writing the state is what takes the time."""
     rows = sizes.decoding
     for d, expansion, layers in sizes.widths:
-        shapes = _layer_shapes(d, expansion, layers)
+        shapes = layer_shapes(d, expansion, layers)
         moved = rows * sum(out * in_ for out, in_ in shapes) * 6 * 4  # weights, momentum, anchor: in and out
         facts = dict(time=1, chunk=sizes.chunk, layers=layers, width=d, grad=False)
         for backend in backends("memory", device, torch.float32, **facts):
-            start = functools.partial(_memory, device, dtype, rows, 1, shapes, sizes.chunk, backend)
+            start = functools.partial(memory_operation, 1, 1, rows, shapes, sizes.chunk, backend, device, dtype)
             shape = _memory_shape(rows, 1, d, expansion, layers)
             make = _timed(start, False)
             yield Timing("memory step", backend, shape, "forward", make, 0, moved, rows, "memory", rank=2)
 
 
 # -- memories with their projections, and other libraries' -------------------------------------------------------------
+
+
+def titans_pytorch_memory(dim: int, heads: int, expansion: int, chunk: int) -> nn.Module:
+    """The memory of titans-pytorch, of two layers.
+
+    Without ``batch_size`` all gradients would be taken at the initial weights, which is another, cheaper function.
+    """
+    from titans_pytorch import MemoryMLP, NeuralMemory
+
+    return NeuralMemory(
+        dim=dim, heads=heads, dim_head=dim // heads, chunk_size=chunk, batch_size=chunk, max_grad_norm=1.0,
+        model=MemoryMLP(dim=dim // heads, depth=2, expansion_factor=expansion),
+    )  # fmt: skip
 
 
 def memory_blocks(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator[Timing]:
@@ -173,13 +192,7 @@ def memory_blocks(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Ite
         return create(spec, dim=heads * d)
 
     def theirs(length: int, d: int, expansion: int) -> nn.Module:
-        from titans_pytorch import MemoryMLP, NeuralMemory
-
-        # gradients at each chunk's weights, as ours
-        return NeuralMemory(
-            dim=heads * d, heads=heads, dim_head=d, chunk_size=sizes.chunk, batch_size=sizes.chunk, max_grad_norm=1.0,
-            model=MemoryMLP(dim=d, depth=2, expansion_factor=expansion),
-        )  # fmt: skip
+        return titans_pytorch_memory(heads * d, heads, expansion, sizes.chunk)
 
     def start(module: Callable[..., nn.Module], length: int, d: int, expansion: int) -> Any:
         block = module(length, d, expansion).to(device)

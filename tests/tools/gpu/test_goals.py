@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from titans_build.tools.gpu.goals import goals, trends
+from titans_build.tools.gpu.goals import exponent, goals, trends
 from titans_build.tools.gpu.timing import Measurement
 
 
@@ -69,3 +69,8 @@ def test_the_goals_of_a_decoding_step():
     step = row("memory step", "triton_step", "2048 x 1, d 64, expansion 2", 1.0, share=0.8)
     assert reached([step], "step of a token: its time over that of reading") == ("2.50", False)
     assert reached([step], "step of a token: its time over that of moving") == ("1.25", True)
+
+
+def test_the_exponent_of_a_square_is_two():
+    assert exponent([1, 2, 4], [3.0, 12.0, 48.0]) == pytest.approx(2)
+    assert exponent([1], [3.0]) is None
