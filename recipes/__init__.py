@@ -1,4 +1,4 @@
-"""Recipes: reading and checking them, building the models they describe, and keeping both on disk."""
+"""Recipes: loading and checking them, building their models, and saving and loading models and states."""
 
 from .build import as_device, as_dtype, build
 from .json_schema import recipe_schema
@@ -6,7 +6,9 @@ from .loading import load_recipe
 from .packaged import packaged_names
 from .parse import read_value
 from .recipe import Recipe
-from .storage import StorageError, load, load_state, save, save_state
+from .saved_format import StorageError
+from .saved_state import load_state, save_state
+from .storage import load, save
 
 __all__ = [
     "Recipe",

@@ -1,4 +1,4 @@
-"""Writing files so that whoever reads them finds the old one or the new one, whole, whatever happens meanwhile."""
+"""Atomic replacement of files: a reader finds the complete old file or the complete new one at any time."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pathlib import Path
 def atomic_write(target: Path) -> Iterator[Path]:
     """Yield a temporary file that replaces ``target`` when the block succeeds.
 
-    Of a link, what it points to is replaced. What is no file, such as a device, gets a copy and stays what it is.
+    For a link, the file it points to is replaced. For a device or a pipe, the content is copied to it.
     """
     target = target.resolve()
     if target.exists() and not target.is_file():
-        # never handed out itself: a writer such as safetensors' puts a file of its own in the place of what it is given
+        # not yielded itself: writers such as that of safetensors replace the file at the path they are given
         with tempfile.TemporaryDirectory() as folder:
             temporary = Path(folder, "content")
             yield temporary
@@ -42,7 +42,7 @@ def atomic_write(target: Path) -> Iterator[Path]:
 
 
 def _mode(target: Path) -> int:
-    """The permissions that the target has, or that any new file gets: nobody's alone, unless it was before."""
+    """The permissions of the target, or those of a new file."""
     with contextlib.suppress(FileNotFoundError):
         return stat.S_IMODE(target.stat().st_mode)
     mask = os.umask(0)
@@ -52,7 +52,7 @@ def _mode(target: Path) -> int:
 
 @contextlib.contextmanager
 def making_folder(folder: Path) -> Iterator[None]:
-    """The folder is there; it, and what had to be made above it, is gone again if the block fails with it empty."""
+    """Create ``folder`` and its parents. If the block fails, those that were created and are empty are removed."""
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def making_folder(folder: Path) -> Iterator[None]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` outlast a power cut, where the system can."""
+    """Make a rename in ``folder`` durable, where the system supports it."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""From a recipe to a model on a device."""
+"""Builds the model of a recipe on a device."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ..blocks.build import check_seed, materialise
 from ..blocks.device import as_device, as_dtype
 from ..blocks.fingerprint import Origin
 from ..blocks.language_model import LanguageModel
-from ..registry import Problem, RecipeError
 from .loading import Source, load_recipe
+from .parse import recipe_error
 from .recipe import Recipe
 
 
@@ -26,14 +26,14 @@ def build(
     dtype: torch.dtype | str = torch.float32,
     seed: int | None = 0,
 ) -> LanguageModel:
-    """The model that a recipe describes, with fresh parameters. ``model.recipe`` is the recipe.
+    """Build the model of a recipe, with newly initialised parameters. ``model.recipe`` is the recipe.
 
-    ``recipe``: a ``Recipe``, or anything ``load_recipe`` takes. ``device``: on ``"meta"`` the model has shapes and
-    no values. ``dtype``: of the parameters, as a torch dtype or its name. ``seed``: one seed gives one model on
-    every device; ``None`` draws from the global generator.
+    ``recipe``: a ``Recipe``, or an argument of ``load_recipe``. ``device``: on ``"meta"`` the model has shapes but
+    no values. ``dtype``: of the parameters, as a torch dtype or its name. ``seed``: the same seed gives the same model
+    on every device; ``None`` uses the global generator.
 
-    Raises ``RecipeError`` for what is wrong with the recipe, a model too large for the machine's memory included,
-    and ``ValueError`` for a device or dtype that cannot be had or a seed that is none.
+    Raises ``RecipeError`` if the recipe is invalid or the model is too large for the machine's memory, and
+    ``ValueError`` for an unavailable device, a dtype that parameters cannot have, or an invalid seed.
     """
     check_seed(seed)
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
@@ -42,16 +42,16 @@ def build(
     if device.type == "meta":
         model.to(dtype=dtype)
         return model
-    # the system would end the process without a word
+    # checked first, because the system kills a process that runs out of memory
     lacking = shortage(model, recipe, dtype)
     if lacking is not None:
-        raise RecipeError([Problem("", lacking)], recipe.name or "recipe")
+        raise recipe_error(recipe.name or "recipe", lacking)
     materialise(model, device, dtype, seed)
     return model
 
 
 def assemble(recipe: Recipe) -> LanguageModel:
-    """The model on the meta device: every shape, no values."""
+    """Build the model on the meta device."""
     layers = [copy.deepcopy(recipe.layers[name]) for name in recipe.expand()]
     origin = Origin(recipe.fingerprint, recipe.name or "")
     with _possible(recipe), torch.device("meta"):
@@ -61,10 +61,10 @@ def assemble(recipe: Recipe) -> LanguageModel:
 
 
 def state_bytes(model: LanguageModel, recipe: Recipe) -> int | None:
-    """Bytes of one row's fresh state in a model that may be on the meta device, where nothing is allocated.
+    """Bytes of the initial state of one row. On the meta device nothing is allocated.
 
-    ``None`` where a block of the user's own cannot make its state there. Raises ``RecipeError`` for a state that is
-    too large for any tensor.
+    ``None`` if a custom block cannot create its state on that device. Raises ``RecipeError`` if the state is too large
+    for any tensor.
     """
     with _possible(recipe):
         try:
@@ -76,11 +76,11 @@ def state_bytes(model: LanguageModel, recipe: Recipe) -> int | None:
 
 
 def shortage(model: LanguageModel, recipe: Recipe, dtype: torch.dtype = torch.float32) -> str | None:
-    """Why this machine's memory cannot hold a model that is on the meta device, in words; ``None`` if it can."""
+    """Why a model on the meta device does not fit into the memory of this machine. ``None`` if it does."""
     have = machine_memory()
     if have is None:
         return None
-    # parameters are drawn in float32 on the CPU, whatever they become
+    # parameters are initialised in float32 on the CPU, and converted afterwards
     parameters = sum(tensor.numel() for tensor in model.parameters()) * max(4, dtype.itemsize)
     state = state_bytes(model, recipe) or 0
     if parameters + state <= have:
@@ -92,27 +92,27 @@ def shortage(model: LanguageModel, recipe: Recipe, dtype: torch.dtype = torch.fl
 
 
 def machine_memory() -> int | None:
-    """Bytes of this machine's memory, or of the part of it that a container may use; ``None`` where none can be had."""
+    """Bytes of memory of this machine, or of the container this process runs in. ``None`` if unknown."""
     try:
         have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return None
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # "max", where there is no limit
+        with contextlib.suppress(OSError, ValueError):  # "max": no limit
             have = min(have, int(Path(limit).read_text(encoding="ascii")))
     return have
 
 
 @contextlib.contextmanager
 def _possible(recipe: Recipe) -> Iterator[None]:
-    """Turn a shape too large for any tensor into a ``RecipeError``; torch's names neither the block nor the recipe."""
+    """Raise ``RecipeError`` in place of torch's error for a shape that is too large for any tensor."""
     try:
         yield
     except (RuntimeError, TypeError) as error:
         if not _too_large(error):
             raise
         first = str(error).partition("\n")[0]
-        raise RecipeError([Problem("", f"no such model can exist: {first}")], recipe.name or "recipe") from error
+        raise recipe_error(recipe.name or "recipe", f"no such model can exist: {first}") from error
 
 
 def _too_large(error: Exception) -> bool:

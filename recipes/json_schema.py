@@ -9,10 +9,10 @@ from .recipe import MAX_DIM, MAX_VOCAB, VERSION
 
 
 def recipe_schema() -> dict[str, Any]:
-    """The JSON Schema (2020-12) of recipes with the blocks that are registered now.
+    """The JSON Schema (2020-12) of recipes with the blocks that are currently registered.
 
-    It says what one value may be on its own; rules between values (heads that divide the width, unused layers)
-    are only checked when the recipe is read.
+    It covers single values. Rules between values (heads that divide the width, unused layers) are checked when a recipe
+    is loaded.
     """
     layer_name = {"pattern": "^[A-Za-z_][A-Za-z0-9_-]{0,63}$"}
     definitions = block_definitions()
@@ -39,8 +39,8 @@ def recipe_schema() -> dict[str, Any]:
         "title": "titans-build recipe",
         "type": "object",
         "properties": {
-            "version": {"const": VERSION, "description": "Of the format."},
-            "name": {"type": "string", "description": "What the model is called; of no effect."},
+            "version": {"const": VERSION, "description": "Version of the format."},
+            "name": {"type": "string", "description": "Name of the model, without effect on it."},
             "dim": {"type": "integer", "minimum": 1, "maximum": MAX_DIM, "description": "Width of every block."},
             "vocab": {
                 "type": ["integer", "null"],

@@ -1,17 +1,17 @@
-"""``load_recipe``: one entrance for packaged names, files, text and plain data."""
+"""Loads recipes: from packaged names, files, text, plain data and saved models, with overrides of single values."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from ..registry import Problem, RecipeError, list_blocks, nearest, show
-from .overrides import override
-from .packaged import base_names, packaged_names, read_packaged
-from .parse import is_recipe_file, plain, read_file, read_text
+from ..registry import Problem, RecipeError, list_blocks, lookup, nearest, show
+from .parse import is_recipe_file, plain, read_file, read_text, recipe_error
 from .recipe import Recipe, check_recipe
 from .saved_format import StorageError, read_index
 
@@ -22,45 +22,46 @@ def load_recipe(source: Source, overrides: Mapping[str, Any] | None = None, allo
     """Read and check a recipe.
 
     ``source``: a packaged name (``"mac"``, ``"mac-170m"``), a path to a YAML or JSON file, YAML or JSON text, a
-    mapping, a recipe, or the folder of a saved model. A packaged name goes before a file of the same name; write
-    ``./mac`` for the file.
+    mapping, a recipe, or the folder of a saved model. A packaged name takes precedence over a file of the same name,
+    which can be given as ``./mac``.
 
-    ``overrides``: values by path, ``{"layers.mac.0.segment": 256}``. They are checked like the rest and kept in
+    ``overrides``: values by path, ``{"layers.mac.0.segment": 256}``. They are checked like the rest, and recorded in
     ``recipe.overrides`` and in what is saved.
 
-    ``allow_imports``: whether modules under ``imports:`` may be imported, which runs their code.
+    ``allow_imports``: whether to import the modules under ``imports:``, which runs their code.
 
-    Raises ``RecipeError`` listing every problem with its path.
+    Raises ``RecipeError`` with all problems and their paths.
     """
     data, label, earlier = _read(source)
-    changes: dict[str, Any] = {}
     problems: list[Problem] = []
-    if overrides is not None:
-        if not isinstance(overrides, Mapping):
-            raise RecipeError([Problem("", f"expected overrides as a mapping, got {show(overrides)}")], label)
-        for path, value in overrides.items():
-            try:
-                changes[path] = plain(value, label)
-            except RecipeError as error:
-                problems += [Problem(str(path), problem.message) for problem in error.problems]
-        if isinstance(data, dict):
-            problems += override(data, plain(changes, label))
+    if overrides is None:
+        overrides = {}
+    if not isinstance(overrides, Mapping):
+        raise recipe_error(label, f"expected overrides as a mapping, got {show(overrides)}")
+    values: dict[str, Any] = {}
+    for path, value in overrides.items():
+        try:
+            values[path] = plain(value, label)
+        except RecipeError as error:
+            problems += [Problem(str(path), problem.message) for problem in error.problems]
+    if isinstance(data, dict):
+        problems += apply_overrides(data, plain(values, label))
     try:
         recipe = check_recipe(data, source=label, allow_imports=allow_imports)
     except RecipeError as error:
         raise RecipeError([*problems, *error.problems], label) from None
     if problems:
         raise RecipeError(problems, label)
-    return dataclasses.replace(recipe, overrides={**earlier, **changes})
+    return dataclasses.replace(recipe, overrides={**earlier, **values})
 
 
 class _Read(NamedTuple):
     data: Any
-    """Plain, and freshly made."""
+    """Plain data, a new copy."""
     label: str
-    """What to call it in messages."""
+    """Name of the source in messages."""
     overrides: Mapping[str, Any] = {}
-    """What had been changed before it came here."""
+    """Overrides that were applied earlier."""
 
 
 def _read(source: Source) -> _Read:
@@ -72,34 +73,35 @@ def _read(source: Source) -> _Read:
     if isinstance(source, os.PathLike):
         return _read_path(Path(source), str(source))
     if not isinstance(source, str):
-        raise _fail("recipe", f"expected a packaged name, a path, YAML text or a mapping, got {show(source)}")
+        raise recipe_error("recipe", f"expected a packaged name, a path, YAML text or a mapping, got {show(source)}")
     if source in packaged_names():
         return _Read(read_packaged(source), source)
     if not source.strip():
-        raise _fail("recipe", "empty: expected a recipe")
+        raise recipe_error("recipe", "empty: expected a recipe")
     if "\n" in source or source.lstrip().startswith("{"):
         return _Read(read_text(source), "recipe")
     if _exists(source) or is_recipe_file(Path(source)) or "/" in source or os.sep in source:
         return _read_path(Path(source), source)
     if ": " in source or source.endswith(":"):
         return _Read(read_text(source), "recipe")
-    names = packaged_names()
+    known = f"packaged: {', '.join(base_names())}; sizes as in mac-170m"
     if source in list_blocks():
-        raise _fail(show(source), f"a block, not a recipe; titans-build describe {source} describes it ({_list()})")
-    raise _fail(show(source), f"no packaged recipe and no file of that name{nearest(source, names)} ({_list()})")
+        raise recipe_error(show(source), f"a block, not a recipe; see titans-build describe {source} ({known})")
+    similar = nearest(source, packaged_names())
+    raise recipe_error(show(source), f"no packaged recipe and no file of that name{similar} ({known})")
 
 
 def _read_path(path: Path, label: str) -> _Read:
     try:
         folder = path.is_dir()
-    except (OSError, ValueError):  # too long a name, or one that no file can have: reading it says so
+    except (OSError, ValueError):  # not a possible name; reading it raises the error
         folder = False
     if not folder:
         return _Read(read_file(path), label)
     try:
         index = read_index(path)
     except StorageError as error:
-        raise _fail(label, str(error).removeprefix(f"{path}: ")) from None
+        raise recipe_error(label, str(error).removeprefix(f"{path}: ")) from None
     return _Read(index["recipe"], label, index["overrides"])
 
 
@@ -110,9 +112,122 @@ def _exists(name: str) -> bool:
         return False
 
 
-def _list() -> str:
-    return "packaged: " + ", ".join(base_names()) + "; sizes as in mac-170m"
+# Packaged recipes: a YAML file each, and the sizes of the published models as overrides of them.
+
+_FOLDER = Path(__file__).parent
+_SIZES = "sizes"
 
 
-def _fail(source: str, message: str) -> RecipeError:
-    return RecipeError([Problem("", message)], source)
+def packaged_names() -> list[str]:
+    """Names of all packaged recipes: ``mac``, ..., and their sizes: ``mac-170m``, ..."""
+    return [*base_names(), *(f"{base}-{size}" for size, bases in _sizes().items() for base in bases)]
+
+
+def base_names() -> list[str]:
+    """Names of the packaged recipes that have their own file, without the sizes."""
+    return sorted(path.stem for path in _FOLDER.glob("*.yaml") if path.stem != _SIZES)
+
+
+def read_packaged(name: str) -> dict[str, Any]:
+    """Plain data of the packaged recipe ``name``, one of ``packaged_names()``."""
+    if name in base_names():
+        data: dict[str, Any] = read_file(_FOLDER / f"{name}.yaml")
+    else:
+        base, _, size = name.rpartition("-")
+        data = read_packaged(base)
+        problems = apply_overrides(data, _sizes()[size][base])
+        if problems:
+            raise ValueError(f"{_SIZES}.yaml, {name}: {'; '.join(map(str, problems))}")
+    data["name"] = name
+    return data
+
+
+@cache
+def _sizes() -> dict[str, dict[str, dict[str, Any]]]:
+    """Size -> base recipe -> overrides. ``sizes.yaml`` describes its format."""
+    data = read_file(_FOLDER / f"{_SIZES}.yaml")
+    return {
+        size: {
+            base: {
+                "dim": shape["dim"],
+                "vocab": data["vocab"],
+                "tie": data["tie"],
+                **dict.fromkeys(places["depth"], shape["depth"]),
+                **dict.fromkeys(places["heads"], shape["heads"]),
+                **dict.fromkeys(places["hidden"], shape["hidden"][base]),
+                **data["settings"][base],
+            }
+            for base, places in data["places"].items()
+        }
+        for size, shape in data["sizes"].items()
+    }
+
+
+def apply_overrides(data: dict[str, Any], overrides: Mapping[str, Any]) -> list[Problem]:
+    """Set the value at each path of ``overrides`` in ``data``, in place. Return a problem for each invalid path.
+
+    A path may pass through a block that the recipe gives by its bare name or leaves at its default. The values and
+    the last key of a path are not checked here, but with the whole recipe.
+    """
+    problems = []
+    for path, value in overrides.items():
+        try:
+            _set(data, path, value)
+        except _InvalidPath as error:
+            problems.append(Problem(show(path, 100).strip("'"), str(error)))
+    return problems
+
+
+class _InvalidPath(Exception):
+    pass
+
+
+def _set(data: Any, path: Any, value: Any) -> None:
+    keys = path.split(".") if isinstance(path, str) else []
+    if not keys or not all(keys):
+        raise _InvalidPath("expected a path such as layers.mac.0.segment")
+    container = data
+    for depth, key in enumerate(keys[:-1]):
+        container = _container(container, key, ".".join(keys[:depth]))
+    last, where = keys[-1], ".".join(keys[:-1])
+    container[_index(container, last, where) if isinstance(container, list) else last] = value
+
+
+def _container(parent: Any, key: str, where: str) -> Any:
+    """Return the mapping or list at ``key`` of ``parent``. A bare name is written out, a default is filled in."""
+    place: Any = key
+    if isinstance(parent, list):
+        if key == "of" and where:
+            return parent  # a list of blocks is short for a chain, whose field is `of`
+        place = _index(parent, key, where)
+    elif key not in parent:
+        parent[key] = _default(parent, key, where)
+    if isinstance(parent[place], str):
+        parent[place] = {"type": parent[place]}
+    if not isinstance(parent[place], (dict, list)):
+        path = f"{where}.{key}" if where else key
+        raise _InvalidPath(f"{path} is {show(parent[place])}, which has nothing inside")
+    return parent[place]
+
+
+def _index(items: list[Any], key: str, where: str) -> int:
+    if not key.isascii() or not key.isdigit() or len(key) > 9 or int(key) >= len(items):
+        raise _InvalidPath(f"{where} is a list: expected a number from 0 to {len(items) - 1}, got {show(key)}")
+    return int(key)
+
+
+def _default(block: dict[str, Any], key: str, where: str) -> Any:
+    """The default of a field that the recipe does not give, if it is a block."""
+    try:
+        fields = lookup(block.get("type", "")).fields
+    except (RecipeError, TypeError):  # reported when the recipe is checked
+        fields = {}
+    field = fields.get(key)
+    if field is None:
+        known = [name for name in [*block, *fields] if isinstance(name, str)]
+        raise _InvalidPath(f"there is no {show(key)} in {where or 'the recipe'}{nearest(key, known)}")
+    if field.required:
+        raise _InvalidPath(f"{where}.{key} is not given")
+    if not field.holds_blocks or field.default is None:
+        raise _InvalidPath(f"{where}.{key} is {show(field.default)}, which has nothing inside")
+    return copy.deepcopy(field.default)

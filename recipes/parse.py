@@ -1,8 +1,7 @@
-"""Recipe text to plain data: strict, bounded, and never running anything.
+"""Reads YAML and JSON text into plain data, within limits and without running code from the text.
 
-YAML is read event by event rather than by PyYAML's constructors. That gives the YAML 1.2 meaning of scalars
-(``1e-3`` is a number, ``no`` and ``on`` are text), lets every limit act before anything is built, and reports all
-duplicate keys, tags and bad numbers of a file at once.
+YAML is read from PyYAML's events, not with its constructors, so that scalars have the meaning of YAML 1.2 (``1e-3`` is
+a number, ``no`` and ``on`` are text), and so that all duplicate keys, tags and bad numbers are reported at once.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from ..registry import MAX_INTEGER, Problem, RecipeError, join, show
 
 MAX_BYTES = 128 * 1024
 MAX_NODES = 20_000
-"""Values in one file, each use of an alias counted in full."""
+"""Values in one file. Each use of an alias counts in full."""
 MAX_DEPTH = 64
 MAX_DIGITS = 30
 
@@ -35,33 +34,43 @@ _WORDS: dict[str, Any] = {
 }
 
 
+def recipe_error(source: str, message: str) -> RecipeError:
+    """A ``RecipeError`` about ``source`` as a whole."""
+    return RecipeError([Problem("", message)], source)
+
+
+def is_recipe_file(path: Path) -> bool:
+    """Whether the suffix of a file name is that of YAML or JSON."""
+    return path.suffix.lower() in (".yaml", ".yml", ".json")
+
+
 def read_file(path: str | os.PathLike[str]) -> Any:
-    """Plain data from a YAML or JSON file. Raises ``RecipeError`` naming the file."""
+    """Read plain data from a YAML or JSON file. Raises ``RecipeError`` naming the file."""
     source = str(path)
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise _fail(source, "not a regular file")
+            raise recipe_error(source, "not a regular file")
         with open(path, "rb") as file:
             raw = file.read(MAX_BYTES + 1)
+    except RecipeError:
+        raise
     except (FileNotFoundError, NotADirectoryError):
-        raise _fail(source, "no such file") from None
+        raise recipe_error(source, "no such file") from None
     except (OSError, ValueError) as error:
-        if isinstance(error, RecipeError):
-            raise
-        raise _fail(source, f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise recipe_error(source, f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if len(raw) > MAX_BYTES:
-        raise _fail(source, f"larger than {MAX_BYTES // 1024} KiB: not a recipe")
+        raise recipe_error(source, f"larger than {MAX_BYTES // 1024} KiB: not a recipe")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise _fail(source, f"not UTF-8 text: byte {raw[error.start]:#04x} at offset {error.start}") from None
+        raise recipe_error(source, f"not UTF-8 text: byte {raw[error.start]:#04x} at offset {error.start}") from None
     return read_text(text, source)
 
 
 def read_text(text: str, source: str = "recipe") -> Any:
-    """Plain data from YAML or JSON text. Raises ``RecipeError`` with all problems of the text."""
+    """Read plain data from YAML or JSON text. Raises ``RecipeError`` with all problems of the text."""
     if len(text) > MAX_BYTES:
-        raise _fail(source, f"larger than {MAX_BYTES // 1024} KiB: not a recipe")
+        raise recipe_error(source, f"larger than {MAX_BYTES // 1024} KiB: not a recipe")
     try:
         if text.lstrip().startswith("{"):
             # most JSON is YAML, but not all of it: tabs, escapes
@@ -69,51 +78,52 @@ def read_text(text: str, source: str = "recipe") -> Any:
                 return plain(json.loads(text, object_pairs_hook=_Pairs, parse_int=_integer), source)
             except json.JSONDecodeError:
                 pass
-        return plain(_Reader(text).document(), source)
+        reader = _Reader(text, source)
+        return _plain(reader.document(), source, reader.problems)
+    except RecipeError:
+        raise
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         what = ", ".join(part for part in (error.context, error.problem) if part)
-        raise _fail(source, f"not valid YAML: {where}{what}") from None
+        raise recipe_error(source, f"not valid YAML: {where}{what}") from None
     except yaml.reader.ReaderError as error:
-        raise _fail(source, f"not text: character {error.character:#04x} at offset {error.position}") from None
-    except _Refused as error:
-        raise RecipeError(error.problems, source) from None
+        raise recipe_error(source, f"not text: character {error.character:#04x} at offset {error.position}") from None
     except RecursionError:
-        raise _fail(source, f"nested more than {MAX_DEPTH} deep") from None
+        raise recipe_error(source, f"nested more than {MAX_DEPTH} deep") from None
     except (yaml.YAMLError, ValueError) as error:
-        if isinstance(error, RecipeError):
-            raise
-        raise _fail(source, f"not valid YAML: {error}") from None
+        raise recipe_error(source, f"not valid YAML: {error}") from None
 
 
 def read_value(text: str) -> Any:
-    """One value as it would stand in a recipe: ``read_value("256")`` is 256, ``"[a, b]"`` a list, ``""`` is null."""
+    """Read one value of a recipe: ``read_value("256")`` is 256, ``"[a, b]"`` is a list, ``""`` is null."""
     return None if not text.strip() else read_text(text, "value")
 
 
 def plain(data: Any, source: str = "recipe") -> Any:
-    """A deep copy of ``data`` made of mappings with text keys, lists, text, finite numbers, booleans and null.
+    """Copy ``data``, which may contain mappings with text keys, lists, text, finite numbers, booleans and null.
 
-    Raises ``RecipeError`` with all that is something else, too large, too deep or too much.
+    Raises ``RecipeError`` with everything else it contains, or if it is too large or nested too deeply.
     """
-    problems: list[Problem] = []
+    return _plain(data, source, [])
+
+
+def _plain(data: Any, source: str, problems: list[Problem]) -> Any:
     count = 0
 
     def copy(value: Any, path: str, depth: int) -> Any:
         nonlocal count
         count += 1
         if count > MAX_NODES:
-            raise _fail(source, f"more than {MAX_NODES} values: not a recipe")
+            raise recipe_error(source, f"more than {MAX_NODES} values, aliases counted in full: not a recipe")
         if depth > MAX_DEPTH:
-            raise _fail(source, f"nested more than {MAX_DEPTH} deep")
+            raise recipe_error(source, f"nested more than {MAX_DEPTH} deep")
         if isinstance(value, _Pairs):
-            for key in value.repeated:
-                problems.append(Problem(join(path, key), "the key is given twice"))
+            problems.extend(Problem(join(path, key), "the key is given twice") for key in value.repeated)
         if isinstance(value, dict):
-            for key in value:
-                if not isinstance(key, str):
-                    problems.append(Problem(path, f"expected keys to be text, got {show(key)}"))
+            problems.extend(
+                Problem(path, f"expected keys to be text, got {show(key)}") for key in value if not isinstance(key, str)
+            )
             return {key: copy(item, join(path, key), depth + 1) for key, item in value.items() if isinstance(key, str)}
         if isinstance(value, (list, tuple)):
             return [copy(item, join(path, index), depth + 1) for index, item in enumerate(value)]
@@ -138,13 +148,8 @@ def write_yaml(data: Any) -> str:
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)
 
 
-class _Refused(Exception):
-    def __init__(self, problems: list[Problem]) -> None:
-        self.problems = problems
-
-
 class _Pairs(dict[Any, Any]):
-    """A JSON object that remembers which of its keys were given more than once."""
+    """A JSON object that records which of its keys were given more than once."""
 
     def __init__(self, pairs: list[tuple[str, Any]]) -> None:
         super().__init__(pairs)
@@ -153,51 +158,51 @@ class _Pairs(dict[Any, Any]):
 
 
 class _TooLong(str):
-    """An integer in JSON text with more digits than any number of a recipe."""
+    """The digits of an integer that is too long to convert."""
 
 
 def _integer(text: str) -> int | str:
-    # Python itself refuses thousands of digits, in words of its own
-    return int(text) if len(text) <= MAX_DIGITS else _TooLong(text)
+    # Python refuses thousands of digits, with a message of its own
+    if len(text) > MAX_DIGITS:
+        return _TooLong(text)
+    return int(text, 0) if text[:2] in ("0x", "0o") else int(text)
+
+
+_UNFINISHED = object()
+"""The value of an anchor while the value it names is being read."""
 
 
 class _Reader:
-    """Builds one document from YAML events, keeping count of what it costs."""
+    """Builds the data of one document from YAML events. Problems that do not prevent this are collected."""
 
-    def __init__(self, text: str) -> None:
-        self._events: Iterator[yaml.Event] = yaml.parse(text, Loader=yaml.SafeLoader)
-        self._problems: list[Problem] = []
-        self._anchors: dict[str, tuple[Any, int]] = {}
-        self._nodes = 0
+    def __init__(self, text: str, source: str) -> None:
+        self.problems: list[Problem] = []
+        self._source = source
+        self._events: Iterator[Any] = yaml.parse(text, Loader=yaml.SafeLoader)
+        self._anchors: dict[str, Any] = {}
 
     def document(self) -> Any:
         next(self._events)  # stream start
         if isinstance(next(self._events), yaml.StreamEndEvent):
-            raise _Refused([Problem("", "empty: expected a recipe")])
+            raise recipe_error(self._source, "empty: expected a recipe")
         data = self._node(next(self._events), "", 0)
         next(self._events)  # document end
         if not isinstance(next(self._events), yaml.StreamEndEvent):
-            raise _Refused([Problem("", "more than one document: expected a single recipe")])
-        if self._problems:
-            raise _Refused(self._problems)
+            raise recipe_error(self._source, "more than one document: expected a single recipe")
         return data
 
-    def _node(self, event: yaml.Event, path: str, depth: int) -> Any:
-        if depth > MAX_DEPTH:
-            raise _Refused([Problem("", f"nested more than {MAX_DEPTH} deep")])
+    def _node(self, event: Any, path: str, depth: int) -> Any:
+        if depth > MAX_DEPTH:  # here too: PyYAML takes quadratic time
+            raise recipe_error(self._source, f"nested more than {MAX_DEPTH} deep")
         if isinstance(event, yaml.AliasEvent):
-            return self._alias(event, path)
-        assert isinstance(event, yaml.NodeEvent)
-        before = self._nodes
-        self._spend(1)
-        # the anchor is known from here on, so that a node that holds itself is told from an unknown one
+            return self._alias(event.anchor, path)
         if event.anchor is not None:
-            self._anchors[event.anchor] = (_UNFINISHED, 0)
-        if event.tag is not None:  # type: ignore[attr-defined]
-            self._problems.append(Problem(path, f"tags are not allowed, got {show(event.tag)}"))  # type: ignore[attr-defined]
+            self._anchors[event.anchor] = _UNFINISHED
+        if event.tag is not None:
+            self.problems.append(Problem(path, f"tags are not allowed, got {show(event.tag)}"))
         value: Any
         if isinstance(event, yaml.ScalarEvent):
-            value = self._scalar(event, path)
+            value = _scalar(event.value) if event.implicit[0] else event.value  # not implicit: quoted, a block of text
         elif isinstance(event, yaml.SequenceStartEvent):
             value = []
             while not isinstance(item := next(self._events), yaml.SequenceEndEvent):
@@ -205,65 +210,48 @@ class _Reader:
         else:
             value = self._mapping(path, depth)
         if event.anchor is not None:
-            self._anchors[event.anchor] = (value, self._nodes - before)
+            self._anchors[event.anchor] = value
         return value
 
     def _mapping(self, path: str, depth: int) -> dict[str, Any]:
         value: dict[str, Any] = {}
         lines: dict[str, int] = {}
         while not isinstance(event := next(self._events), yaml.MappingEndEvent):
-            line = event.start_mark.line + 1  # type: ignore[union-attr] # events from text have their marks
+            line = event.start_mark.line + 1
             key = self._node(event, path, depth + 1)
             if not isinstance(key, str):
-                self._problems.append(Problem(path, f"line {line}: expected keys to be text, got {show(key)}"))
+                self.problems.append(Problem(path, f"line {line}: expected keys to be text, got {show(key)}"))
                 key = show(key)
             elif key == "<<":
-                self._problems.append(Problem(path, f"line {line}: merge keys (<<) are not part of a recipe"))
+                self.problems.append(Problem(path, f"line {line}: merge keys (<<) are not part of a recipe"))
             elif key in lines:
-                self._problems.append(
-                    Problem(join(path, key), f"the key is given twice, on lines {lines[key]} and {line}")
-                )
+                twice = f"the key is given twice, on lines {lines[key]} and {line}"
+                self.problems.append(Problem(join(path, key), twice))
             lines[key] = line
             value[key] = self._node(next(self._events), join(path, key), depth + 1)
         return value
 
-    def _alias(self, event: yaml.AliasEvent, path: str) -> Any:
-        if event.anchor not in self._anchors:
-            raise _Refused([Problem(path, f"unknown alias *{show(event.anchor)}")])
-        value, nodes = self._anchors[event.anchor]
-        if value is _UNFINISHED:
-            raise _Refused([Problem(path, f"the alias *{event.anchor} stands inside what it names")])
-        self._spend(nodes)
-        return value
-
-    def _scalar(self, event: yaml.ScalarEvent, path: str) -> Any:
-        text = event.value
-        if not event.implicit[0]:  # quoted, or a block of text
-            return text
-        if text in _WORDS:
-            return _WORDS[text]
-        if _INTEGER.fullmatch(text):
-            if len(text) > MAX_DIGITS:
-                self._problems.append(Problem(path, f"an integer of {len(text)} digits is too large for a recipe"))
-                return 0
-            return int(text, 0) if text[:2] in ("0x", "0o") else int(text)
-        if _FLOAT.fullmatch(text):
-            return float(
-                text.replace(".inf", "inf").replace(".Inf", "inf").replace(".INF", "inf").lower().replace(".nan", "nan")
-            )
-        return text
-
-    def _spend(self, nodes: int) -> None:
-        self._nodes += nodes
-        if self._nodes > MAX_NODES:
-            raise _Refused([Problem("", f"more than {MAX_NODES} values, aliases counted in full: not a recipe")])
+    def _alias(self, name: str, path: str) -> Any:
+        if name not in self._anchors:
+            raise RecipeError([Problem(path, f"unknown alias *{show(name)}")], self._source)
+        if self._anchors[name] is _UNFINISHED:
+            raise RecipeError([Problem(path, f"the alias *{name} is inside the value that it names")], self._source)
+        return self._anchors[name]
 
 
-_UNFINISHED = object()
+def _scalar(text: str) -> Any:
+    if text in _WORDS:
+        return _WORDS[text]
+    if _INTEGER.fullmatch(text):
+        return _integer(text)
+    if _FLOAT.fullmatch(text):
+        lower = text.lower()
+        return float(lower.replace(".inf", "inf").replace(".nan", "nan"))
+    return text
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what only YAML 1.2 takes for a number, and writes no aliases."""
+    """Quotes text that YAML 1.2 reads as a number, and writes no aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -273,12 +261,3 @@ for _pattern in (_INTEGER, _FLOAT):
     _Dumper.add_implicit_resolver(
         "tag:yaml.org,2002:str-like-number", re.compile(f"^(?:{_pattern.pattern})$"), list("-+.0123456789")
     )
-
-
-def _fail(source: str, message: str) -> RecipeError:
-    return RecipeError([Problem("", message)], source)
-
-
-def is_recipe_file(path: Path) -> bool:
-    """Whether a file name says that it is a recipe."""
-    return path.suffix.lower() in (".yaml", ".yml", ".json")

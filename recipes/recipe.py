@@ -1,4 +1,4 @@
-"""The recipe: what a model is, checked and complete."""
+"""``Recipe``: the complete, checked description of a model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VERSION = 1
 MAX_DIM = 2**17
 MAX_VOCAB = 2**24
 MAX_LAYERS = 1024
-"""Layers in the stack with every repeat written out."""
+"""Layers in the stack, with repeats expanded."""
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 _KEYS = ("version", "name", "dim", "vocab", "tie", "imports", "layers", "stack")
@@ -27,34 +27,34 @@ _REQUIRED = ("version", "dim", "layers", "stack")
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A checked recipe. Made by ``load_recipe``; equal recipes describe the same model."""
+    """A checked recipe, created by ``load_recipe``. Equal recipes describe the same model."""
 
     dim: int
     layers: dict[str, list[dict[str, Any]]]
-    """Layer name -> its blocks, each in full form: ``{type: name, ...}`` with every field given."""
+    """Layer name -> its blocks, each in full form: ``{type: name, ...}`` with all fields."""
     stack: list[Any]
     """Layer names and ``{repeat: n, of: [...]}``, as in the file."""
     vocab: int | None = None
-    """``None``: the model takes and gives vectors, it has no embedding and no head."""
+    """Number of tokens. ``None``: the model maps vectors to vectors, without embedding and head."""
     tie: bool = False
-    """The head's weight is the embedding's."""
+    """Whether the head shares the weight of the embedding."""
     name: str | None = None
     imports: list[str] = dataclasses.field(default_factory=list)
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict, compare=False)
-    """What was changed when it was loaded, by path. Already applied: a record, not an instruction."""
+    """Overrides by path that have already been applied."""
     version: int = VERSION
 
     def expand(self) -> list[str]:
-        """The layer names from first to last, every repeat written out. Its length is the depth."""
+        """Layer names from first to last, with repeats expanded."""
         return list(_expand(self.stack))
 
     @property
     def depth(self) -> int:
-        """Layers in the model."""
+        """Number of layers in the model."""
         return len(self.expand())
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data that ``load_recipe`` reads back as an equal recipe."""
+        """Plain data from which ``load_recipe`` creates an equal recipe."""
         data = {
             "version": self.version,
             "name": self.name,
@@ -81,32 +81,35 @@ class Recipe:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits, the same for recipes of the same model whatever they are called.
+        """16 hex digits that identify the model. The names of the recipe and of its layers' imports do not matter.
 
-        Fields at their defaults do not count, so that a release that adds one still knows what was saved before it.
+        Fields at their defaults are left out, so that a release may add a field and still load what was saved before.
         """
         data = self.to_dict()
-        layers = {name: [_said(block) for block in blocks] for name, blocks in data["layers"].items()}
+        layers = {name: [_without_defaults(block) for block in blocks] for name, blocks in data["layers"].items()}
         same = {key: data[key] for key in ("version", "dim", "vocab", "tie")}
         same |= {"layers": layers, "stack": self.expand()}
         return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _said(value: Any) -> Any:
-    """A block in full form, or a field's value that may hold some, without what is at its default."""
+def _without_defaults(value: Any) -> Any:
+    """Remove the fields at their defaults from a block in full form, or from the blocks in a field's value."""
     if isinstance(value, list):
-        return [_said(part) for part in value]
+        return [_without_defaults(part) for part in value]
     if not isinstance(value, dict) or not isinstance(value.get("type"), str):
         return value
     fields = lookup(value["type"]).fields
     given = {name: part for name, part in value.items() if name == "type" or part != fields[name].default}
-    return {name: _said(part) if name != "type" and fields[name].holds_blocks else part for name, part in given.items()}
+    return {
+        name: _without_defaults(part) if name != "type" and fields[name].holds_blocks else part
+        for name, part in given.items()
+    }
 
 
 def check_recipe(data: Any, *, source: str = "recipe", allow_imports: bool = False) -> Recipe:
-    """The recipe that plain ``data`` describes. Raises ``RecipeError`` with everything that is wrong with it.
+    """Check plain ``data`` and create its recipe. Raises ``RecipeError`` with all problems.
 
-    ``allow_imports``: whether the modules under ``imports:`` may be imported, which runs their code.
+    ``allow_imports``: whether to import the modules under ``imports:``, which runs their code.
     """
     if not isinstance(data, dict):
         raise RecipeError(
@@ -178,13 +181,13 @@ def _imports(modules: Any, allowed: bool) -> Iterator[Problem]:
         for index, module in enumerate(modules):
             try:
                 importlib.import_module(module)
-            except Exception as error:  # whatever the user's module raises is about that module
+            except Exception as error:  # any error of the user's module
                 first = str(error).partition("\n")[0]
                 yield Problem(f"imports.{index}", f"cannot import {module}: {type(error).__name__}: {first}")
 
 
 def _layers(layers: Any, checker: Checker) -> dict[str, Any] | None:
-    """The layers with every block in full form; ``None`` when it cannot even be said which layers there are."""
+    """The layers with all blocks in full form. ``None`` if the names of the layers are unknown."""
 
     def refuse(path: str, message: str) -> None:
         checker.problems.append(Problem(path, message))
@@ -206,16 +209,16 @@ def _layers(layers: Any, checker: Checker) -> dict[str, Any] | None:
 
 
 def _stack(stack: Any, layers: dict[str, Any] | None) -> list[Problem]:
-    """``layers``: ``None`` when it is not known which there are; no name is then called unknown."""
+    """Check the stack. ``layers``: ``None`` if their names are unknown; no layer is then reported as unknown."""
     problems: list[Problem] = []
     used: set[str] = set()
-    unread = False  # a part that may have named any layer
+    unread = False  # whether an invalid part may have named any layer
 
     def refuse(path: str, message: str) -> None:
         problems.append(Problem(path, message))
 
     def count(items: Any, path: str) -> int:
-        """Layers in ``items`` with every repeat written out."""
+        """Number of layers in ``items``, with repeats expanded."""
         nonlocal unread
         if not isinstance(items, list) or not items:
             unread = True
@@ -246,8 +249,8 @@ def _stack(stack: Any, layers: dict[str, Any] | None) -> list[Problem]:
 
     total = count(stack, "stack")
     if total > MAX_LAYERS:
-        refuse("stack", f"{show(total)} layers when written out; at most {MAX_LAYERS} are allowed")
-    if not unread:  # else a layer may seem unused that is only named in the wrong way
+        refuse("stack", f"{show(total)} layers with repeats expanded; at most {MAX_LAYERS} are allowed")
+    if not unread:
         for name in layers or ():
             if name not in used:
                 refuse(

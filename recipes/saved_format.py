@@ -1,52 +1,58 @@
-"""The format of saved models and states: ``model.json``, versions, and checksums of tensors."""
+"""The files of saved models and states: ``model.json``, safetensors files, versions and checksums."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import zlib
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 from ..registry import nearest, show
+from .recipe import Recipe
 
 INDEX = "model.json"
 MODEL_FORMAT = "titans-build model"
+STATE_FORMAT = "titans-build state"
 VERSION = 1
-"""Of the formats of saved models and states."""
+"""Version of the formats of saved models and states."""
 WEIGHTS = re.compile(r"weights-[0-9a-f]{16}\.safetensors")
-"""Names of weights files; every save makes a new one."""
+"""Names of files of weights. Each save creates a new name."""
 
 _MAX_BYTES = 4 * 1024 * 1024
 
 
 class StorageError(ValueError):
-    """A file is not what it should be; the message says what came and what was expected."""
+    """A file or folder is not the saved model or state that was expected, or cannot be read or written."""
 
 
-def read_index(place: Path) -> dict[str, Any]:
-    """The index in the folder ``place``: a recipe, its recorded overrides, and the name of the weights file.
+def read_index(folder: Path) -> dict[str, Any]:
+    """Read ``model.json`` in ``folder``: the recipe, its recorded overrides, and the name of the file of weights.
 
-    Raises ``StorageError`` when the folder holds no saved model, or one that a later release wrote.
+    Raises ``StorageError`` if the folder contains no saved model, or one of a later version.
     """
-    path = place / INDEX
+    path = folder / INDEX
     try:
-        if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+        if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would block
             raise StorageError(f"{path}: not a regular file; expected the index of a saved model")
         with open(path, "rb") as file:
             raw = file.read(_MAX_BYTES + 1)
+    except StorageError:
+        raise
     except (FileNotFoundError, NotADirectoryError):
-        if os.path.isdir(place):
-            raise StorageError(f"{place}: expected a saved model, but there is no {INDEX}") from None
-        what = "not a folder" if os.path.exists(place) else "no such folder"
-        raise StorageError(f"{place}: {what}; expected a saved model") from None
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        if isinstance(error, StorageError):
-            raise
+        if os.path.isdir(folder):
+            raise StorageError(f"{folder}: expected a saved model, but there is no {INDEX}") from None
+        what = "not a folder" if os.path.exists(folder) else "no such folder"
+        raise StorageError(f"{folder}: {what}; expected a saved model") from None
+    except (OSError, ValueError) as error:  # ValueError: the path contains a NUL character
         raise StorageError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if len(raw) > _MAX_BYTES:
         raise StorageError(f"{path}: larger than {_MAX_BYTES // 2**20} MiB: not a saved model's index")
@@ -74,7 +80,7 @@ def read_index(place: Path) -> dict[str, Any]:
 
 
 def expect_version(version: Any, path: Path) -> None:
-    """Raise ``StorageError`` unless ``version``, read from ``path``, is the one that is written here."""
+    """Raise ``StorageError`` unless ``version``, read from ``path``, is ``VERSION``."""
     if str(version) != str(VERSION):
         raise StorageError(
             f"{path}: expected format version {VERSION}, got {show(version)}; "
@@ -82,25 +88,89 @@ def expect_version(version: Any, path: Path) -> None:
         )
 
 
-class Checksum:
-    """CRC-32 of tensors' names and bytes, added one by one in any order that is the same both times."""
-
-    def __init__(self) -> None:
-        self._value = 0
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """One more tensor, contiguous and on the CPU."""
-        self._value = zlib.crc32(name.encode(), self._value)
-        # bytes, whatever the numbers are: numpy has no bfloat16
-        self._value = zlib.crc32(tensor.detach().reshape(-1).view(torch.uint8).numpy().data, self._value)
-
-    def __str__(self) -> str:
-        return f"{self._value:08x}"
-
-
 def checksum(tensors: dict[str, Tensor]) -> str:
-    """Of all of them, sorted by name."""
-    total = Checksum()
+    """CRC-32 of the names and bytes of contiguous tensors on the CPU, sorted by name: 8 hex digits."""
+    value = 0
     for name in sorted(tensors):
-        total.add(name, tensors[name])
-    return str(total)
+        value = add_to_checksum(value, name, tensors[name])
+    return f"{value:08x}"
+
+
+def add_to_checksum(value: int, name: str, tensor: Tensor) -> int:
+    """Continue a checksum, which is 0 at the start, with the next tensor by name."""
+    value = zlib.crc32(name.encode(), value)
+    # as bytes, because NumPy has no bfloat16
+    return zlib.crc32(tensor.detach().reshape(-1).view(torch.uint8).numpy().data, value)
+
+
+def expect_checksum(metadata: dict[str, str], read: str, path: Path) -> None:
+    """Raise ``StorageError`` unless ``read`` is the saved checksum. Files of early versions have none."""
+    if metadata.get("checksum", read) != read:
+        raise StorageError(
+            f"{path}: damaged: the tensors differ from those that were saved "
+            f"(checksum {read}, expected {show(metadata['checksum'])})"
+        )
+
+
+def storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as safetensors accepts them: contiguous, on the CPU, and without shared memory.
+
+    Most tensors of a state are views that share memory, and are copied. Weights usually need no copy.
+    """
+    users = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
+
+    def convert(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        if tensor.is_cpu and tensor.is_contiguous() and users[tensor.untyped_storage().data_ptr()] == 1:
+            return tensor
+        return tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+    return {name: convert(tensor) for name, tensor in tensors.items()}
+
+
+@contextlib.contextmanager
+def open_tensors(path: Path, kind: str) -> Iterator[Any]:
+    """Open a safetensors file of format ``kind``. Raises ``StorageError``, or ``FileNotFoundError``."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != kind:
+                raise StorageError(f"{path}: expected a file of format {kind!r}, got {show(metadata.get('format'))}")
+            expect_version(metadata.get("version"), path)
+            yield file
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError) as error:
+        size = path.stat().st_size if path.exists() else 0
+        raise StorageError(f"{path}: expected a complete safetensors file, got {size} bytes: {error}") from None
+
+
+@contextlib.contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Raise ``StorageError`` in place of errors of the file system and of safetensors."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
+
+
+def as_path(given: Any, name: str) -> Path:
+    """The argument ``name`` as a path. Raises ``TypeError`` if it is none."""
+    try:
+        return Path(given)
+    except TypeError:
+        raise TypeError(f"{name}: expected a path, got {show(given)}") from None
+
+
+def recipe_of(model: nn.Module) -> Recipe:
+    """The recipe of ``model``. Raises ``StorageError`` if it has none."""
+    recipe = getattr(model, "recipe", None)
+    if not isinstance(recipe, Recipe):
+        raise StorageError(f"expected a model made by build() or load(), got {type(model).__name__} without a recipe")
+    return recipe
+
+
+def list_differences(differences: list[str]) -> str:
+    """The first three of ``differences``, and the number of the others."""
+    more = f" and {len(differences) - 3} more differences" if len(differences) > 3 else ""
+    return "; ".join(differences[:3]) + more

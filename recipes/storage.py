@@ -1,9 +1,9 @@
-"""Models and states on disk: safetensors and a recipe, replaced in one step, read back without running anything.
+"""Saves and loads models: a folder with an index, ``model.json``, and a safetensors file of weights.
 
-A model is a folder with one index, ``model.json`` (the recipe by registered names, the name of the weights file,
-the format's version), and one weights file whose name is new at every save. A save writes the weights first and
-renames the index into place last. Whoever reads the index, at any moment and after a kill at any moment, finds
-the old model or the new one, whole: the old weights are removed only when no index names them any more.
+The index contains the recipe, with registered names of blocks, and the name of the file of weights, which is new at
+every save. A save writes the weights first and then replaces the index. The old weights are removed once no index
+names them. A reader therefore finds the complete old model or the complete new one at any time, also after a save
+was killed.
 """
 
 from __future__ import annotations
@@ -15,19 +15,16 @@ import os
 import re
 import secrets
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..blocks.build import materialise
 from ..blocks.language_model import LanguageModel
-from ..blocks.state import State, map_state, named_tensors
 from ..registry import Problem, RecipeError, show
 from .atomic_write import atomic_write, making_folder
 from .build import as_device, as_dtype, assemble
@@ -38,31 +35,35 @@ from .saved_format import (
     MODEL_FORMAT,
     VERSION,
     WEIGHTS,
-    Checksum,
     StorageError,
+    add_to_checksum,
+    as_path,
     checksum,
-    expect_version,
+    expect_checksum,
+    list_differences,
+    open_tensors,
     read_index,
+    recipe_of,
+    storable,
+    write_errors,
 )
 
-STATE_FORMAT = "titans-build state"
-
-_LEFTOVER = re.compile(r"\.[\w.-]+\.[0-9a-f]{16}\.tmp")
+_TEMPORARY = re.compile(r"\.[\w.-]+\.[0-9a-f]{16}\.tmp")
 _STALE_SECONDS = 3600
-"""Age at which a file that no index names is taken for the leftover of a killed save, not for one in progress."""
+"""Age from which a file that no index names is removed. A younger one may belong to a save in progress."""
 
 
 def save(model: LanguageModel, folder: str | os.PathLike[str]) -> None:
-    """Write ``model`` into ``folder``, made if need be; a model that was there is replaced in one step.
+    """Write ``model`` into ``folder``, which is created if needed. A model in it is replaced atomically.
 
-    The parameters keep their dtypes. What the recipe's ``imports:`` says is left out: a saved model names blocks by
-    their registered names only.
+    The parameters keep their dtypes. ``imports:`` of the recipe is not saved: a saved model identifies blocks by their
+    registered names only.
 
-    Raises ``StorageError`` when the model is not one that ``build`` or ``load`` made, no longer has the parameters
-    of its recipe, is on the meta device, or when the folder cannot be written.
+    Raises ``StorageError`` if the model was not created by ``build`` or ``load``, if its parameters are no longer those
+    of its recipe, if it is on the meta device, or if the folder cannot be written.
     """
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
-    recipe = _recipe_of(model)
+    recipe = recipe_of(model)
+    model = next(module for module in model.modules() if isinstance(module, LanguageModel))  # without a wrapper
     tensors = _tensors(model)
     _expect_same(_shapes(tensors), _shapes(_tensors(assemble(recipe))), "the model", recipe)
     if any(tensor.is_meta for tensor in tensors.values()):
@@ -79,9 +80,9 @@ def save(model: LanguageModel, folder: str | os.PathLike[str]) -> None:
         "fingerprint": recipe.fingerprint,
         "weights": weights,
     }
-    place = _path(folder, "folder")
-    with _writing(place), making_folder(place):
-        stored = _stored(tensors)
+    place = as_path(folder, "folder")
+    with write_errors(place), making_folder(place):
+        stored = storable(tensors)
         metadata = {
             "format": MODEL_FORMAT,
             "version": str(VERSION),
@@ -91,10 +92,10 @@ def save(model: LanguageModel, folder: str | os.PathLike[str]) -> None:
         }
         with atomic_write(place / weights) as temporary:
             save_file(stored, temporary, metadata)
-        before = _named_weights(place)
+        replaced = _named_weights(place)
         with atomic_write(place / INDEX) as temporary:
             temporary.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        _clean(place, keep=weights, before=before)
+        _remove_old(place, keep=weights, replaced=replaced)
 
 
 def load(
@@ -103,95 +104,34 @@ def load(
     dtype: torch.dtype | str | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> LanguageModel:
-    """The model saved in ``folder``, on ``device``. ``dtype``: of its parameters; ``None`` keeps the saved ones.
+    """Load the model in ``folder`` onto ``device``. ``dtype``: of its parameters; ``None`` keeps the saved dtypes.
 
-    ``overrides``: values of its recipe to change by path, as in ``load_recipe``, as long as the saved weights fit:
-    ``{"layers.mac.0.segment": 256}``. The result is a model of another recipe, and refuses the states of this one.
+    ``overrides``: values of its recipe by path, as in ``load_recipe``, for which the saved weights still fit:
+    ``{"layers.mac.0.segment": 256}``. The result is a model of another recipe, and rejects states of the saved one.
 
-    Runs no code from the folder. Blocks that are not built in have to be registered (their module imported, or their
-    package installed) beforehand.
+    Runs no code from the folder. Custom blocks must be registered beforehand, by importing their module or installing
+    their package.
 
-    Raises ``StorageError`` when the folder holds no model, or a damaged or foreign one, ``RecipeError`` for overrides
-    that are wrong or that change the weights, and ``ValueError`` for a device or dtype that cannot be had.
+    Raises ``StorageError`` if the folder contains no saved model or a damaged one, ``RecipeError`` for overrides that
+    are invalid or do not fit the weights, and ``ValueError`` for an unavailable device or an invalid dtype.
     """
     device = as_device(device)
     target = None if dtype is None else as_dtype(dtype)
-    place = _path(folder, "folder")
+    place = as_path(folder, "folder")
     misses = 0
     for _ in range(100):
         index = read_index(place)
         try:
             return _load(place, index, device, target, overrides or {})
         except FileNotFoundError:
-            # a save has replaced the model between the two reads, unless the same weights are missing again and again
+            # a save replaced the model between the two reads, unless the same weights are missing every time
             misses += _named_weights(place) == index["weights"] and not (place / index["weights"]).exists()
             if misses == 5:
                 break
     raise StorageError(f"{place / index['weights']}: the weights that {INDEX} names are missing")
 
 
-def _path(given: Any, name: str) -> Path:
-    try:
-        return Path(given)
-    except TypeError:
-        raise TypeError(f"{name}: expected a path, got {show(given)}") from None
-
-
-def save_state(state: State, path: str | os.PathLike[str], model: LanguageModel) -> None:
-    """Write a state of ``model`` to one safetensors file, replaced in one step.
-
-    Raises ``StorageError`` when the state is not one of this model, or the file cannot be written.
-    """
-    recipe = _recipe_of(model)
-    tensors = {_state_name(name): tensor for name, tensor in named_tensors(state)}
-    rows = _rows(tensors, "the state")
-    _check_state(tensors, model, rows, "the state")
-    place = _path(path, "path")
-    stored = _stored(tensors)
-    metadata = {
-        "format": STATE_FORMAT,
-        "version": str(VERSION),
-        "fingerprint": recipe.fingerprint,
-        "recipe": recipe.name or "",
-        "rows": str(rows),
-        "checksum": checksum(stored),
-    }
-    with _writing(place), atomic_write(place) as temporary:
-        save_file(stored, temporary, metadata)
-
-
-def load_state(path: str | os.PathLike[str], model: LanguageModel) -> State:
-    """The state in a file, on the device of ``model`` and in the dtypes that ``model`` keeps its state in.
-
-    Where those are the dtypes it was saved in, it is bit for bit what was saved; to a model of another dtype its
-    floating-point tensors are rounded.
-
-    Raises ``StorageError`` when the file is no state, is damaged, or belongs to a model of another recipe.
-    """
-    recipe = _recipe_of(model)
-    place = _path(path, "path")
-    if not place.is_file():
-        raise StorageError(f"{place}: {'not a file' if place.exists() else 'no such file'}; expected a saved state")
-    with _reading(place, STATE_FORMAT) as file:
-        metadata = file.metadata()
-        if metadata.get("fingerprint") != recipe.fingerprint:
-            raise StorageError(
-                f"{place}: the state belongs to another recipe: it was saved with "
-                f"{show(metadata.get('recipe') or 'a recipe')} ({metadata.get('fingerprint')}), the model is of "
-                f"{show(recipe.name or 'a recipe')} ({recipe.fingerprint})"
-            )
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    _expect_whole(metadata, checksum(tensors), place)
-    rows = _rows(tensors, str(place))
-    if metadata.get("rows") != str(rows):
-        raise StorageError(f"{place}: expected {metadata.get('rows')} rows, got {rows}")
-    template = _check_state(tensors, model, rows, str(place))
-    names = iter([_state_name(name) for name, _ in named_tensors(template)])
-    device = next(model.parameters()).device
-    return map_state(lambda fresh: tensors[next(names)].to(device, fresh.dtype, copy=True), template)
-
-
-@torch.inference_mode(False)  # parameters made in it could not be trained
+@torch.inference_mode(False)  # parameters created in inference mode cannot be trained
 def _load(
     place: Path,
     index: dict[str, Any],
@@ -203,13 +143,13 @@ def _load(
         saved = dataclasses.replace(load_recipe(index["recipe"]), overrides=index["overrides"])
     except RecipeError as error:
         unknown = any("unknown block" in problem.message for problem in error.problems)
-        hint = "\n  a block of your own has to be registered before loading: import its module first" if unknown else ""
+        hint = "\n  custom blocks must be registered before loading: import their module first" if unknown else ""
         raise StorageError(f"{place / INDEX}: {error}{hint}") from None
     recipe = _changed(saved, overrides)
     model = assemble(recipe)
     expected = _tensors(model)
     path = place / index["weights"]
-    with _reading(path, MODEL_FORMAT) as file:
+    with open_tensors(path, MODEL_FORMAT) as file:
         metadata = file.metadata()
         if metadata.get("tag") != _tag(path.name) or metadata.get("fingerprint") != saved.fingerprint:
             raise StorageError(f"{path}: these are the weights of another model than the one {INDEX} describes")
@@ -217,25 +157,25 @@ def _load(
         _expect_same(
             {name: tuple(file.get_slice(name).get_shape()) for name in names}, _shapes(expected), str(path), recipe
         )
-        tensors, read = {}, Checksum()
+        tensors, read = {}, 0
         for name in sorted(names):
             tensor = file.get_tensor(name)
-            read.add(name, tensor)
+            read = add_to_checksum(read, name, tensor)
             if tensor.dtype != expected[name].dtype and not (
                 tensor.is_floating_point() and expected[name].is_floating_point()
             ):
                 raise StorageError(f"{path}: {name}: expected {expected[name].dtype}, got {tensor.dtype}")
-            # a copy, not the file's pages: what happens to the file later is nothing to the model
+            # a copy, since the tensor of the file is mapped memory
             tensors[name] = tensor.to(device, dtype if tensor.is_floating_point() else None, copy=True)
-    _expect_whole(metadata, str(read), path)
+    expect_checksum(metadata, f"{read:08x}", path)
     if any(name not in tensors for name, _ in model.named_buffers()):
-        materialise(model, device, dtype, seed=0)  # for buffers that are computed, not saved
+        materialise(model, device, dtype, seed=0)  # computes the buffers that are not saved
     _assign(model, tensors)
     return model
 
 
 def _changed(saved: Recipe, overrides: Mapping[str, Any]) -> Recipe:
-    """``saved`` with ``overrides``. Raises ``RecipeError`` when its weights would not be those of the result."""
+    """Apply ``overrides`` to ``saved``. Raises ``RecipeError`` if they change the parameters."""
     if not overrides:
         return saved
     before = _shapes(_tensors(assemble(saved)))
@@ -247,7 +187,7 @@ def _changed(saved: Recipe, overrides: Mapping[str, Any]) -> Recipe:
     if found:
         problems = []
         for path, value in overrides.items():
-            with contextlib.suppress(RecipeError):  # right together, but not alone
+            with contextlib.suppress(RecipeError):  # valid together, but not alone
                 if alone := differences({path: value}):
                     problems.append(Problem(str(path), _does_not_fit(alone)))
         raise RecipeError(problems or [Problem("", _does_not_fit(found))], f"overrides of {saved.name or 'recipe'}")
@@ -255,23 +195,20 @@ def _changed(saved: Recipe, overrides: Mapping[str, Any]) -> Recipe:
 
 
 def _does_not_fit(differences: list[str]) -> str:
-    return f"the saved weights do not fit this change: {_first(differences)}; build() makes a new model of it"
+    return f"the saved weights do not fit this change: {list_differences(differences)}; build() makes a new model of it"
 
 
 def _assign(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put saved tensors in the place of the model's own, also where two modules share one."""
+    """Replace the parameters and buffers of ``model``. Parameters that modules share stay shared."""
     new: dict[int, Tensor] = {}
     for name, old in _tensors(model).items():
-        tensor = tensors[name]
         is_parameter = isinstance(old, nn.Parameter)
-        new[id(old)] = nn.Parameter(tensor, requires_grad=old.requires_grad) if is_parameter else tensor
-    for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            held.update({name: new[id(mine)] for name, mine in held.items() if id(mine) in new})  # type: ignore[misc]
+        new[id(old)] = nn.Parameter(tensors[name], old.requires_grad) if is_parameter else tensors[name]
+    model.load_state_dict({name: new[id(old)] for name, old in model.state_dict(keep_vars=True).items()}, assign=True)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and the buffers that are saved, each tensor once."""
+    """Parameters and persistent buffers. A shared tensor occurs once."""
     saved = set(model.state_dict(keep_vars=True))
     return {**dict(model.named_parameters()), **{name: b for name, b in model.named_buffers() if name in saved}}
 
@@ -285,7 +222,7 @@ def _expect_same(
 ) -> None:
     differences = _differences(found, expected)
     if differences:
-        raise StorageError(f"{what} does not fit the recipe {show(recipe.name or '')}: {_first(differences)}")
+        raise StorageError(f"{what} does not fit the recipe {show(recipe.name or '')}: {list_differences(differences)}")
 
 
 def _differences(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> list[str]:
@@ -300,109 +237,8 @@ def _differences(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[in
     ]
 
 
-def _first(differences: list[str]) -> str:
-    more = f" and {len(differences) - 3} more differences" if len(differences) > 3 else ""
-    return "; ".join(differences[:3]) + more
-
-
-def _check_state(tensors: dict[str, Tensor], model: LanguageModel, rows: int, what: str) -> State:
-    """Raises ``StorageError`` unless ``tensors`` are a state of ``model``; returns a fresh state of it."""
-    with torch.no_grad():
-        template = model.init_state(max(rows, 1))
-    expected = {_state_name(name): tensor for name, tensor in named_tensors(template)}
-    wrong = [f"{name} is missing" for name in expected if name not in tensors]
-    wrong += [f"{name} is not part of this model's state" for name in tensors if name not in expected]
-    grows = any(getattr(module, "grows", False) for module in model.modules())
-    for name in expected.keys() & tensors.keys():
-        came, fresh = tensors[name], expected[name]
-        # a state that grows does so along dimension 1, time
-        fixed = (0, *range(2 if grows else 1, fresh.dim()))
-        if came.dim() != fresh.dim() or any(came.shape[d] != fresh.shape[d] for d in fixed):
-            wrong.append(f"{name} is {list(came.shape)}, expected {list(fresh.shape)}")
-        elif came.dtype != fresh.dtype and not (came.is_floating_point() and fresh.is_floating_point()):
-            wrong.append(f"{name} is {came.dtype}, expected {fresh.dtype}")
-    if wrong:
-        raise StorageError(f"{what} is not a state of this model: {_first(wrong)}")
-    try:
-        model.origin.check(tensors[_state_name("recipe")])
-    except ValueError as error:
-        raise StorageError(f"{what}: {error}") from None
-    return template
-
-
-def _rows(tensors: dict[str, Tensor], what: str) -> int:
-    counts = {name: tensor.shape[0] if tensor.dim() else None for name, tensor in tensors.items()}
-    if len(set(counts.values())) > 1 or None in counts.values():
-        shown = "; ".join(f"{name} has {count}" for name, count in list(counts.items())[:3])
-        raise StorageError(f"{what}: the tensors disagree about the number of rows: {shown}")
-    return next(iter(counts.values()), 0) or 0
-
-
-def _state_name(path: str) -> str:
-    return f"state.{path}" if path else "state"
-
-
-def _recipe_of(model: nn.Module) -> Recipe:
-    recipe = getattr(model, "recipe", None)
-    if not isinstance(recipe, Recipe):
-        raise StorageError(f"expected a model made by build() or load(), got {type(model).__name__} without a recipe")
-    return recipe
-
-
-def _stored(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as safetensors takes them: contiguous, on the CPU, and no two in the same memory.
-
-    States are full of views that share memory; a model's weights are fine as they are, and are not copied.
-    """
-    holders = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
-
-    def stored(tensor: Tensor) -> Tensor:
-        tensor = tensor.detach()
-        if tensor.is_cpu and tensor.is_contiguous() and holders[tensor.untyped_storage().data_ptr()] == 1:
-            return tensor
-        return tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
-
-    return {name: stored(tensor) for name, tensor in tensors.items()}
-
-
-def _expect_whole(metadata: dict[str, str], read: str, path: Path) -> None:
-    """Raise ``StorageError`` where the tensors are not those that were saved; files of before checksums have none."""
-    if metadata.get("checksum", read) != read:
-        raise StorageError(
-            f"{path}: damaged: the numbers in it are not those that were saved "
-            f"(checksum {read}, expected {show(metadata['checksum'])})"
-        )
-
-
 def _tag(weights: str) -> str:
     return weights.removeprefix("weights-").removesuffix(".safetensors")
-
-
-@contextlib.contextmanager
-def _reading(path: Path, kind: str) -> Iterator[Any]:
-    """An open safetensors file of the right kind and version."""
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != kind:
-                raise StorageError(f"{path}: expected a file of format {kind!r}, got {show(metadata.get('format'))}")
-            expect_version(metadata.get("version"), path)
-            yield file
-    except FileNotFoundError:
-        raise
-    except (SafetensorError, OSError) as error:
-        size = path.stat().st_size if path.exists() else 0
-        raise StorageError(
-            f"{path}: expected a whole safetensors file, got {size} bytes that are none: {error}"
-        ) from None
-
-
-@contextlib.contextmanager
-def _writing(place: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise StorageError(f"{place}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _named_weights(place: Path) -> str | None:
@@ -412,11 +248,11 @@ def _named_weights(place: Path) -> str | None:
         return None
 
 
-def _clean(place: Path, keep: str, before: str | None) -> None:
-    """Remove the replaced weights, and what killed saves have left behind."""
+def _remove_old(place: Path, keep: str, replaced: str | None) -> None:
+    """Remove the replaced weights, and stale files of saves that were killed."""
     old = time.time() - _STALE_SECONDS
     for path in place.iterdir():
-        ours = WEIGHTS.fullmatch(path.name) is not None or _LEFTOVER.fullmatch(path.name) is not None
+        ours = WEIGHTS.fullmatch(path.name) is not None or _TEMPORARY.fullmatch(path.name) is not None
         with contextlib.suppress(OSError):
-            if path.name == before != keep or (ours and path.name != keep and path.stat().st_mtime < old):
+            if path.name == replaced != keep or (ours and path.name != keep and path.stat().st_mtime < old):
                 path.unlink()

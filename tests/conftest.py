@@ -6,8 +6,12 @@ Without a GPU, the Triton kernels run in Triton's interpreter, where a test asks
 from __future__ import annotations
 
 import os
+import runpy
 import signal
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
@@ -16,3 +20,16 @@ if not torch.cuda.is_available():
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # a shell's background jobs ignore Ctrl-C and pass that on, also to the commands that tests interrupt
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+WRONG_RECIPES: list[Any] = runpy.run_path(str(Path(__file__).parent / "recipes" / "wrong_recipes.py"))["WRONG"]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test with the argument ``wrong_recipe`` runs for each invalid recipe: ``(name, text, fragment)``."""
+    if "wrong_recipe" in metafunc.fixturenames:
+        metafunc.parametrize("wrong_recipe", WRONG_RECIPES, ids=[name for name, _, _ in WRONG_RECIPES])
+
+
+@pytest.fixture(scope="session")
+def wrong_recipes() -> list[Any]:
+    return WRONG_RECIPES

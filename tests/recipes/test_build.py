@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from wrong_recipes import HEAD, PLAIN
 
 from titans_build import Block
 from titans_build.blocks.state import named_tensors
@@ -13,7 +12,8 @@ from titans_build.recipes import build, load_recipe
 from titans_build.recipes.build import state_bytes
 from titans_build.registry import RecipeError, register, scratch
 
-SMALL = PLAIN.replace("dim: 64", "dim: 16")
+HEAD = "version: 1\ndim: 64\nvocab: 256\n"
+SMALL = HEAD.replace("dim: 64", "dim: 16") + "layers:\n  plain: [attention, ffn]\nstack: [plain]\n"
 
 
 def test_the_stack_in_order():

@@ -6,7 +6,7 @@ import torch
 import titans_build as tb
 from titans_build.blocks.state import named_tensors
 from titans_build.kernels.dispatch import VARIABLE
-from titans_build.recipes.packaged import base_names
+from titans_build.recipes.loading import base_names
 
 SMALL = {"dim": 32, "vocab": 40, "stack.0.repeat": 1}
 # the segments and windows of these are shorter than the sequence, and no divisors of it

@@ -6,7 +6,7 @@ import torch
 import titans_build as tb
 from titans_build.blocks.state import detach, named_tensors
 from titans_build.kernels.dispatch import OPERATIONS, VARIABLE
-from titans_build.recipes.packaged import base_names
+from titans_build.recipes.loading import base_names
 
 IN_PYTORCH = "attention=sdpa,memory=torch," + ",".join(
     f"{name}=torch" for name, operation in OPERATIONS.items() if name != "memory" and "torch" in operation.backends

@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from wrong_recipes import PLAIN
 
 from titans_build.recipes import load_recipe
 from titans_build.registry import RecipeError
+
+PLAIN = "version: 1\ndim: 64\nvocab: 256\nlayers:\n  plain: [attention, ffn]\nstack: [plain]\n"
 
 
 def test_every_kind_of_source_gives_the_same_recipe(tmp_path: Path):

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import yaml
-from wrong_recipes import HEAD, PLAIN, WRONG, with_layer, with_stack
 
 import titans_build as tb
 from titans_build.recipes import Recipe, load_recipe, packaged_names
 from titans_build.recipes.recipe import check_recipe
 from titans_build.registry import RecipeError, scratch
 
+HEAD = "version: 1\ndim: 64\nvocab: 256\n"
+PLAIN = HEAD + "layers:\n  plain: [attention, ffn]\nstack: [plain]\n"
 NESTED = (
     HEAD
     + """
@@ -28,6 +29,14 @@ layers:
 stack: [{repeat: 2, of: [mal, {repeat: 3, of: [mac]}]}, mal]
 """
 )
+
+
+def with_layer(blocks: str) -> str:
+    return f"{HEAD}layers:\n  mac: {blocks}\nstack: [mac]\n"
+
+
+def with_stack(stack: str) -> str:
+    return f"{HEAD}layers:\n  plain: [attention, ffn]\n  mac: [memory]\nstack: {stack}\n"
 
 
 def test_what_is_left_out_is_filled_in():
@@ -93,8 +102,8 @@ def test_the_fingerprint_is_the_models_and_not_the_names():
     assert load_recipe(NESTED, {"dim": 128}).fingerprint != recipe.fingerprint
 
 
-@pytest.mark.parametrize(("name", "text", "fragment"), WRONG, ids=[name for name, _, _ in WRONG])
-def test_wrong_recipes_are_refused(name: str, text: str | bytes, fragment: str, tmp_path: Path):
+def test_wrong_recipes_are_refused(wrong_recipe: tuple[str, Any, str], tmp_path: Path):
+    _, text, fragment = wrong_recipe
     path = tmp_path / "wrong.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     start = time.perf_counter()
@@ -110,9 +119,9 @@ def test_wrong_recipes_are_refused(name: str, text: str | bytes, fragment: str, 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux alone")
-def test_wrong_recipes_cost_little_memory(tmp_path: Path):
+def test_wrong_recipes_cost_little_memory(tmp_path: Path, wrong_recipes: list[Any]):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _, text, _ in WRONG:
+    for _, text, _ in wrong_recipes:
         path = tmp_path / "wrong.yaml"
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
         with pytest.raises(RecipeError):

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from saved import OTHER, TINY, edit_index, same, values, weights_of
 from torch import Tensor, nn
 
 from titans_build import Block, register
@@ -28,8 +27,8 @@ def nothing_registered_stays() -> Iterator[None]:
 
 class TestModels:
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
-    def test_what_is_saved_is_what_loads(self, tmp_path: Path, dtype: str):
-        model = build(TINY, dtype=dtype, seed=3)
+    def test_what_is_saved_is_what_loads(self, tmp_path: Path, dtype: str, tiny: str, same: Any, values: Any):
+        model = build(tiny, dtype=dtype, seed=3)
         save(model, tmp_path / "a" / "b")
         loaded = load(tmp_path / "a" / "b")
         assert same(values(model), values(loaded))
@@ -38,7 +37,7 @@ class TestModels:
         tokens = torch.arange(14).view(2, 7)
         assert torch.equal(loaded(tokens).logits, model(tokens).logits)
 
-    def test_dtype_and_device_of_choice(self, tmp_path: Path, model: LanguageModel):
+    def test_dtype_and_device_of_choice(self, tmp_path: Path, model: LanguageModel, same: Any, values: Any):
         save(model, tmp_path)
         half = load(tmp_path, dtype=torch.bfloat16)
         assert same(values(half), {name: tensor.bfloat16() for name, tensor in values(model).items()})
@@ -47,30 +46,30 @@ class TestModels:
         with pytest.raises(ValueError, match="unknown device 'gpu'"):
             load(tmp_path, device="gpu")
 
-    def test_a_tied_head_stays_tied(self, tmp_path: Path):
-        model = build(TINY + "tie: true\n")
+    def test_a_tied_head_stays_tied(self, tmp_path: Path, tiny: str, same: Any, values: Any):
+        model = build(tiny + "tie: true\n")
         save(model, tmp_path)
         loaded = load(tmp_path)
         assert len(list(loaded.parameters())) == len(list(model.parameters()))
         assert same(values(model), values(loaded))
 
-    def test_overrides_are_applied_and_recorded(self, tmp_path: Path):
-        recipe = load_recipe(TINY, {"layers.mag.0.of.branches.1.depth": 1, "dim": 8})
+    def test_overrides_are_applied_and_recorded(self, tmp_path: Path, tiny: str):
+        recipe = load_recipe(tiny, {"layers.mag.0.of.branches.1.depth": 1, "dim": 8})
         save(build(recipe), tmp_path)
         loaded = load(tmp_path).recipe
         assert loaded == recipe and loaded.dim == 8
         assert loaded.overrides == {"layers.mag.0.of.branches.1.depth": 1, "dim": 8}
 
-    def test_a_folder_s_recipe_keeps_what_was_changed(self, tmp_path: Path):
-        save(build(load_recipe(TINY, {"dim": 8})), tmp_path)
+    def test_a_folder_s_recipe_keeps_what_was_changed(self, tmp_path: Path, tiny: str):
+        save(build(load_recipe(tiny, {"dim": 8})), tmp_path)
         assert load_recipe(tmp_path).overrides == {"dim": 8}
         assert load_recipe(tmp_path, {"layers.mag.0.tokens": 3}).overrides == {"dim": 8, "layers.mag.0.tokens": 3}
 
-    def test_overrides_that_the_weights_fit(self, tmp_path: Path):
-        save(build(load_recipe(TINY, {"dim": 8}), seed=3), tmp_path)
+    def test_overrides_that_the_weights_fit(self, tmp_path: Path, tiny: str, same: Any, values: Any):
+        save(build(load_recipe(tiny, {"dim": 8}), seed=3), tmp_path)
         changes = {"layers.mag.0.of.branches.1.chunk": 8, "layers.mag.0.of.branches.0.window": 6}
         loaded = load(tmp_path, overrides=changes)
-        expected = build(load_recipe(TINY, {"dim": 8, **changes}), seed=3)
+        expected = build(load_recipe(tiny, {"dim": 8, **changes}), seed=3)
         assert loaded.recipe == expected.recipe and loaded.recipe.overrides == {"dim": 8, **changes}
         assert same(values(loaded), values(expected))
         tokens = torch.arange(20).view(1, 20)
@@ -104,7 +103,7 @@ class TestModels:
         assert "1 problem\n" in str(caught.value)
 
     def test_weights_are_written_from_where_they_are(
-        self, tmp_path: Path, model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+        self, tmp_path: Path, model: LanguageModel, monkeypatch: pytest.MonkeyPatch, same: Any, values: Any
     ):
         written: dict[str, Tensor] = {}
 
@@ -126,18 +125,20 @@ class TestModels:
         with pytest.raises(RecipeError, match=r"there is no model\.json"):
             load_recipe(tmp_path.parent)
 
-    def test_saving_again_replaces(self, tmp_path: Path, model: LanguageModel):
+    def test_saving_again_replaces(self, tmp_path: Path, model: LanguageModel, other: str, weights_of: Any):
         save(model, tmp_path)
         (tmp_path / "notes.txt").write_text("mine")
-        save(build(OTHER, seed=4), tmp_path)
-        assert load(tmp_path).recipe == load_recipe(OTHER)
+        save(build(other, seed=4), tmp_path)
+        assert load(tmp_path).recipe == load_recipe(other)
         assert sorted(path.name for path in tmp_path.iterdir()) == [
             "model.json",
             "notes.txt",
             weights_of(tmp_path).name,
         ]
 
-    def test_leftovers_of_killed_saves_are_removed_when_old(self, tmp_path: Path, model: LanguageModel):
+    def test_leftovers_of_killed_saves_are_removed_when_old(
+        self, tmp_path: Path, model: LanguageModel, same: Any, values: Any
+    ):
         save(model, tmp_path)
         leftovers = [tmp_path / f"weights-{'0' * 16}.safetensors", tmp_path / f".model.json.{'0' * 16}.tmp"]
         fresh = tmp_path / f"weights-{'1' * 16}.safetensors"  # perhaps of a save that is going on
@@ -149,7 +150,7 @@ class TestModels:
         assert not any(path.exists() for path in leftovers) and fresh.exists()
         assert same(values(load(tmp_path)), values(model))
 
-    def test_import_paths_are_not_saved(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def test_import_paths_are_not_saved(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: str):
         (tmp_path / "my_blocks_here.py").write_text(
             "from titans_build import Block, register\n"
             "@register('my_own')\n"
@@ -159,7 +160,7 @@ class TestModels:
         )
         monkeypatch.syspath_prepend(str(tmp_path))
         with scratch():
-            recipe = load_recipe("imports: [my_blocks_here]\n" + TINY.replace("- ffn", "- my_own"), allow_imports=True)
+            recipe = load_recipe("imports: [my_blocks_here]\n" + tiny.replace("- ffn", "- my_own"), allow_imports=True)
             save(build(recipe), tmp_path / "model")
             assert "my_own" in (tmp_path / "model" / "model.json").read_text()
             for path in (tmp_path / "model").iterdir():
@@ -168,18 +169,18 @@ class TestModels:
         with pytest.raises(StorageError, match=r"unknown block 'my_own'(.|\n)*import its module first"):
             load(tmp_path / "model")
 
-    def test_a_recipe_that_asks_for_imports_runs_nothing(self, tmp_path: Path, model: LanguageModel):
+    def test_a_recipe_that_asks_for_imports_runs_nothing(self, tmp_path: Path, model: LanguageModel, edit_index: Any):
         save(model, tmp_path)
         edit_index(tmp_path, recipe={**model.recipe.to_dict(), "imports": ["antigravity"]})
         with pytest.raises(StorageError, match="asks to import antigravity"):
             load(tmp_path)
         assert "antigravity" not in sys.modules
 
-    def test_models_that_cannot_be_saved(self, tmp_path: Path, model: LanguageModel):
+    def test_models_that_cannot_be_saved(self, tmp_path: Path, model: LanguageModel, tiny: str):
         with pytest.raises(StorageError, match="Linear without a recipe"):
             save(nn.Linear(2, 2), tmp_path)  # type: ignore[arg-type]
         with pytest.raises(StorageError, match="meta device"):
-            save(build(TINY, device="meta"), tmp_path)
+            save(build(tiny, device="meta"), tmp_path)
         model.extra = nn.Parameter(torch.zeros(2))  # type: ignore[assignment]
         with pytest.raises(StorageError, match="extra is not part of the model"):
             save(model, tmp_path)
@@ -192,7 +193,7 @@ class TestModels:
         with pytest.raises(StorageError, match="cannot be written"):
             save(model, "/dev/null/model")
 
-    def test_buffers(self, tmp_path: Path):
+    def test_buffers(self, tmp_path: Path, tiny: str):
         with scratch():
 
             @register("buffered")
@@ -209,7 +210,7 @@ class TestModels:
                 def forward(self, x: Tensor, state: Any = None, *, mask: Any = None) -> Any:
                     return x * self.ramp, None
 
-            model = build(TINY.replace("- ffn", "- buffered"))
+            model = build(tiny.replace("- ffn", "- buffered"))
             buffered = model.get_submodule("layers.0.blocks.1")
             buffered.seen += 5
             save(model, tmp_path)

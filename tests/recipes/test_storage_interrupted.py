@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from saved import OTHER, TINY, same, values
 
 from titans_build.blocks.language_model import LanguageModel
 from titans_build.recipes import StorageError, build, load, save, storage
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_kill_at_any_moment_leaves_a_whole_model(tmp_path: Path):
+def test_a_kill_at_any_moment_leaves_a_whole_model(tmp_path: Path, tiny: str, other: str, same: Any, values: Any):
     """A process that dies at the k-th step of a save, for every k, leaves the old model or the new one."""
-    old, new = build(TINY, seed=0), build(OTHER, seed=1)
+    old, new = build(tiny, seed=0), build(other, seed=1)
     outcomes = []
     for step in range(100):
         folder = tmp_path / str(step)
@@ -64,7 +63,7 @@ def _die_at(step: int) -> None:
 
 @pytest.mark.parametrize("failing", ["save_file", "os.fsync", "os.replace"])
 def test_a_save_that_fails_leaves_the_old_model_and_nothing_else(
-    tmp_path: Path, model: LanguageModel, monkeypatch: pytest.MonkeyPatch, failing: str
+    tmp_path: Path, model: LanguageModel, monkeypatch: pytest.MonkeyPatch, failing: str, other: str
 ):
     save(model, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -75,13 +74,13 @@ def test_a_save_that_fails_leaves_the_old_model_and_nothing_else(
     with monkeypatch.context() as patch:
         patch.setattr(f"titans_build.recipes.storage.{failing}", fail)
         with pytest.raises(StorageError, match="cannot be written: No space left on device"):
-            save(build(OTHER), tmp_path)
+            save(build(other), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_reader_beside_a_writer(tmp_path: Path):
+def test_a_reader_beside_a_writer(tmp_path: Path, tiny: str, same: Any, values: Any):
     """A load while saves go on finds one of the saved models."""
-    models = [build(TINY, seed=seed) for seed in range(2)]
+    models = [build(tiny, seed=seed) for seed in range(2)]
     save(models[0], tmp_path)
     stop = threading.Event()
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from saved import GROWING, OTHER, TINY, rewrite, same, weights_of
 from torch import Tensor, nn
 
 from titans_build.blocks.language_model import LanguageModel
@@ -19,10 +18,10 @@ class TestStates:
     def tensors(self, state: Any) -> dict[str, Tensor]:
         return dict(named_tensors(state))
 
-    @pytest.mark.parametrize("text", [TINY, GROWING], ids=["bounded", "growing"])
+    @pytest.mark.parametrize("recipe", ["tiny", "growing"])
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-    def test_bit_for_bit(self, tmp_path: Path, text: str, dtype: str):
-        model = build(text, dtype=dtype)
+    def test_bit_for_bit(self, tmp_path: Path, recipe: str, dtype: str, same: Any, request: Any):
+        model = build(request.getfixturevalue(recipe), dtype=dtype)
         tokens = torch.arange(20).view(2, 10)
         with torch.no_grad():
             state = model(tokens[:, :7]).state
@@ -33,9 +32,11 @@ class TestStates:
             assert torch.equal(model(tokens[:, 7:], loaded).logits, model(tokens[:, 7:], state).logits)
 
     @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
-    def test_a_model_of_another_dtype_takes_it(self, tmp_path: Path, model: LanguageModel, state: Any, dtype: str):
+    def test_a_model_of_another_dtype_takes_it(
+        self, tmp_path: Path, model: LanguageModel, state: Any, dtype: str, tiny: str
+    ):
         save_state(state, tmp_path / "s", model)
-        other = build(TINY, dtype=dtype, seed=3)
+        other = build(tiny, dtype=dtype, seed=3)
         loaded = self.tensors(load_state(tmp_path / "s", other))
         for name, fresh in self.tensors(other.init_state(2)).items():
             assert loaded[name].dtype == fresh.dtype
@@ -44,28 +45,28 @@ class TestStates:
             out = other(torch.arange(6).view(2, 3), load_state(tmp_path / "s", other))
         assert bool(out.logits.isfinite().all())
 
-    def test_fresh_states(self, tmp_path: Path, model: LanguageModel):
+    def test_fresh_states(self, tmp_path: Path, model: LanguageModel, same: Any):
         state = model.init_state(3)
         save_state(state, tmp_path / "s", model)
         assert same(self.tensors(load_state(tmp_path / "s", model)), self.tensors(state))
 
-    def test_a_model_of_the_same_recipe_takes_it(self, tmp_path: Path, model: LanguageModel, state: Any):
+    def test_a_model_of_the_same_recipe_takes_it(self, tmp_path: Path, model: LanguageModel, state: Any, same: Any):
         save_state(state, tmp_path / "s", model)
         save(model, tmp_path / "model")
         assert same(self.tensors(load_state(tmp_path / "s", load(tmp_path / "model"))), self.tensors(state))
 
-    def test_a_stateless_model(self, tmp_path: Path):
-        model = build(TINY[: TINY.index("layers")] + "layers: {a: [ffn]}\nstack: [a]\n")
+    def test_a_stateless_model(self, tmp_path: Path, tiny: str):
+        model = build(tiny[: tiny.index("layers")] + "layers: {a: [ffn]}\nstack: [a]\n")
         state = model(torch.zeros(2, 3, dtype=torch.int64)).state
         save_state(state, tmp_path / "s", model)
         loaded = load_state(tmp_path / "s", model)
         assert loaded.layers == state.layers == ((None,),) and torch.equal(loaded.recipe, state.recipe)
 
     def test_a_state_of_equal_shapes_from_another_recipe_is_not_saved_as_ones_own(
-        self, tmp_path: Path, model: LanguageModel, state: Any
+        self, tmp_path: Path, model: LanguageModel, state: Any, tiny: str, other: str
     ):
         with pytest.raises(StorageError, match=r"it is of 'tiny' \(\w+\), the model of 'tiny' \(\w+\)"):
-            save_state(state, tmp_path / "s", build(OTHER))
+            save_state(state, tmp_path / "s", build(other))
         assert not (tmp_path / "s").exists()
 
     @pytest.fixture
@@ -82,30 +83,31 @@ class TestStates:
         content = bytearray(saved.read_bytes())
         content[-1] ^= 1
         saved.write_bytes(content)
-        self.refused(saved, model, "s.safetensors: damaged: the numbers in it are not those that were saved")
+        self.refused(saved, model, "s.safetensors: damaged: the tensors differ from those that were saved")
 
-    def test_a_state_of_another_recipe(self, saved: Path, model: LanguageModel):
-        other = build(OTHER)
-        self.refused(saved, other, "belongs to another recipe", model.recipe.fingerprint, other.recipe.fingerprint)
+    def test_a_state_of_another_recipe(self, saved: Path, model: LanguageModel, other: str):
+        stranger = build(other)
+        fingerprints = model.recipe.fingerprint, stranger.recipe.fingerprint
+        self.refused(saved, stranger, "belongs to another recipe", *fingerprints)
 
     @pytest.mark.parametrize("keep", [0, 5, 8, 200, -1])
     def test_truncated(self, saved: Path, model: LanguageModel, keep: int):
         saved.write_bytes(saved.read_bytes()[:keep])
-        self.refused(saved, model, "expected a whole safetensors file")
+        self.refused(saved, model, "expected a complete safetensors file")
 
-    def test_foreign(self, saved: Path, model: LanguageModel, tmp_path: Path):
+    def test_foreign(self, saved: Path, model: LanguageModel, tmp_path: Path, weights_of: Any):
         saved.write_bytes(b"text\n" * 100)
-        self.refused(saved, model, "expected a whole safetensors file")
+        self.refused(saved, model, "expected a complete safetensors file")
         save(model, tmp_path / "model")
         self.refused(weights_of(tmp_path / "model"), model, "expected a file of format 'titans-build state'")
         self.refused(tmp_path / "model", model, "not a file; expected a saved state")
         self.refused(tmp_path / "nowhere", model, "no such file; expected a saved state")
 
-    def test_a_later_version(self, saved: Path, model: LanguageModel):
+    def test_a_later_version(self, saved: Path, model: LanguageModel, rewrite: Any):
         rewrite(saved, lambda tensors: None, version="7")
         self.refused(saved, model, "expected format version 1, got '7'")
 
-    def test_rows_that_disagree(self, saved: Path, model: LanguageModel):
+    def test_rows_that_disagree(self, saved: Path, model: LanguageModel, rewrite: Any):
         original = saved.read_bytes()
         rewrite(saved, lambda tensors: tensors.update({(name := min(tensors)): tensors[name][:1]}))
         self.refused(saved, model, "disagree about the number of rows")
@@ -113,7 +115,7 @@ class TestStates:
         rewrite(saved, lambda tensors: tensors.update({name: tensor[:1] for name, tensor in tensors.items()}))
         self.refused(saved, model, "expected 2 rows, got 1")
 
-    def test_shapes_names_and_kinds(self, saved: Path, model: LanguageModel):
+    def test_shapes_names_and_kinds(self, saved: Path, model: LanguageModel, rewrite: Any):
         original = saved.read_bytes()
         rewrite(saved, lambda tensors: tensors.update({(name := max(tensors)): tensors[name][..., None]}))
         self.refused(saved, model, "is not a state of this model")
@@ -127,9 +129,9 @@ class TestStates:
         rewrite(saved, lambda tensors: tensors.update({(name := min(tensors)): tensors[name].to(torch.complex64)}))
         self.refused(saved, model, "complex64")
 
-    def test_saving_something_else(self, tmp_path: Path, model: LanguageModel, state: Any):
+    def test_saving_something_else(self, tmp_path: Path, model: LanguageModel, state: Any, growing: str):
         with pytest.raises(StorageError, match="is not a state of this model"):
-            save_state(build(GROWING).init_state(2), tmp_path / "s", model)
+            save_state(build(growing).init_state(2), tmp_path / "s", model)
         with pytest.raises(StorageError, match="without a recipe"):
             save_state(state, tmp_path / "s", nn.Linear(2, 2))  # type: ignore[arg-type]
         with pytest.raises(StorageError, match="cannot be written"):

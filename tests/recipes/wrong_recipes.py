@@ -1,12 +1,10 @@
 # ruff: noqa: E501
-"""Recipes that must be refused: ``(name, text, fragment)``, the fragment being part of the message.
+"""Invalid recipes: ``(name, text, fragment)``. The error message contains ``fragment``; ``bytes`` are not valid text.
 
-Texts are ``str``, or ``bytes`` for what is not text. The command line is tested with the same list.
+The fixture ``wrong_recipe`` of ``tests/conftest.py`` runs a test for each of them.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 HEAD = "version: 1\ndim: 64\nvocab: 256\n"
 PLAIN = HEAD + "layers:\n  plain: [attention, ffn]\nstack: [plain]\n"
@@ -173,7 +171,7 @@ WRONG: list[tuple[str, str | bytes, str]] = [
     ("number for a key", HEAD + "layers:\n  1: [ffn]\nstack: [1]\n", "expected keys to be text, got 1"),
     ("list for a key", HEAD + "layers:\n  ? [a, b]\n  : [ffn]\nstack: [a]\n", "expected keys to be text"),
     ("unknown alias", with_layer("[*nothing]"), "alias"),
-    ("alias to itself", with_layer("&loop [*loop]"), "stands inside what it names"),
+    ("alias to itself", with_layer("&loop [*loop]"), "is inside the value that it names"),
     ("alias bomb", alias_bomb(), "aliases counted in full"),
     ("deep lists", HEAD + "layers: " + nested_flow(5000) + "\nstack: [a]\n", "nested more than"),
     ("deep blocks", with_layer("[" + nested_flow(40) + "]"), "nested more than"),
@@ -195,10 +193,3 @@ WRONG: list[tuple[str, str | bytes, str]] = [
     ("import of a path", "imports: ['../evil.py']\n" + PLAIN, "imports.0: expected the name of a module"),
     ("imports as text", "imports: os\n" + PLAIN, "imports: expected a list of modules"),
 ]  # fmt: skip
-
-
-def texts() -> Iterator[tuple[str, str, str]]:
-    """Those of ``WRONG`` that are text."""
-    for name, text, fragment in WRONG:
-        if isinstance(text, str):
-            yield name, text, fragment

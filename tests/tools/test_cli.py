@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from wrong_recipes import WRONG
 
 from titans_build import __version__
 from titans_build.tools.cli import PROGRAM, main
@@ -131,10 +130,8 @@ def test_bad_use_is_refused(words: tuple[str, ...], fragment: str, titans_build:
     assert_refused(titans_build(*words), fragment)
 
 
-@pytest.mark.parametrize(("name", "text", "fragment"), WRONG, ids=[name for name, _, _ in WRONG])
-def test_wrong_recipes_are_refused(
-    name: str, text: str | bytes, fragment: str, tmp_path: Path, titans_build: Run
-) -> None:
+def test_wrong_recipes_are_refused(wrong_recipe: tuple[str, Any, str], tmp_path: Path, titans_build: Run) -> None:
+    _, text, fragment = wrong_recipe
     path = tmp_path / "wrong.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     assert_refused(titans_build(path), fragment)

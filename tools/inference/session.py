@@ -21,8 +21,7 @@ from ...blocks.language_model import LanguageModel
 from ...blocks.state import State, batch_size, named_tensors
 from ...recipes import StorageError, packaged_names
 from ...recipes.parse import read_file
-from ...recipes.saved_format import INDEX
-from ...recipes.storage import STATE_FORMAT
+from ...recipes.saved_format import INDEX, STATE_FORMAT
 from ...registry import nearest
 from ..options import placement
 from ..terminal import CommandFailed, UsageError, console

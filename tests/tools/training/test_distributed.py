@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import titans_build as tb
-from titans_build.recipes.packaged import base_names
+from titans_build.recipes.loading import base_names
 from titans_build.tools.training import train
 from titans_build.tools.training.distributed import Processes, to_local
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import titans_build as tb
-from titans_build.recipes.packaged import base_names
+from titans_build.recipes.loading import base_names
 from titans_build.tools.training.optimizer import (
     WeightAverage,
     make_optimizer,
