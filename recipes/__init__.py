@@ -2,8 +2,7 @@
 
 from .build import as_device, as_dtype, build
 from .json_schema import recipe_schema
-from .loading import load_recipe
-from .packaged import packaged_names
+from .loading import load_recipe, packaged_names
 from .parse import read_value
 from .recipe import Recipe
 from .saved_format import StorageError

@@ -166,7 +166,7 @@ class TestModels:
             for path in (tmp_path / "model").iterdir():
                 assert b"my_blocks_here" not in path.read_bytes()
             assert load(tmp_path / "model").recipe.fingerprint == recipe.fingerprint
-        with pytest.raises(StorageError, match=r"unknown block 'my_own'(.|\n)*import its module first"):
+        with pytest.raises(StorageError, match=r"unknown block 'my_own'(.|\n)*import their module first"):
             load(tmp_path / "model")
 
     def test_a_recipe_that_asks_for_imports_runs_nothing(self, tmp_path: Path, model: LanguageModel, edit_index: Any):

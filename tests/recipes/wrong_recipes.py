@@ -86,7 +86,7 @@ WRONG: list[tuple[str, str | bytes, str]] = [
     ("layer named with a dot", PLAIN.replace("plain", "a.b"), "a layer's name starts with a letter"),
     ("missing field", with_layer("[{type: persistent, tokens: 4}]"), "layers.mac.0: persistent needs the field 'of'"),
     ("one branch", with_layer("[{type: gate, branches: [attention]}]"), "layers.mac.0.branches: "),
-    ("dim inside a block", with_layer("[{type: memory, dim: 64}]"), "layers.mac.0.dim: the width is said once"),
+    ("dim inside a block", with_layer("[{type: memory, dim: 64}]"), "layers.mac.0.dim: the width is given once"),
     ("attention as a memory", with_layer("[{type: context, memory: attention}]"), "layers.mac.0.memory: expected a block with read and write (memory"),
     ("chain with an ffn as a memory", with_layer("[{type: context, memory: [memory, ffn]}]"), "layers.mac.0.memory.1: expected a block with read and write (memory; or chain,"),
     ("attention behind persistent tokens as a memory", with_layer("[{type: context, memory: {type: persistent, of: attention}}]"), "layers.mac.0.memory.of: expected a block with read and write (memory"),

@@ -83,7 +83,7 @@ def test_version(titans_build: Run) -> None:
         (("m" * 5000,), "no packaged recipe and no file of that name"),
         (("m" * 300 + ".yaml",), "File name too long"),
         (("check", "m" * 300 + "/" + "x" * 5000), "File name too long"),
-        (("memory",), "a block, not a recipe; titans-build describe memory describes it"),
+        (("memory",), "a block, not a recipe; see titans-build describe memory"),
         (("check", "memory"), "a block, not a recipe"),
         (("nowhere/file.yaml",), "no such file"),
         (("mac", "--set", "dim"), "expected PATH=VALUE"),
