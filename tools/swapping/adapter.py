@@ -58,38 +58,28 @@ class Adapter:
                 if not right:
                     raise SwapError(f"adapter: {name}: expected {expected}, got {show(getattr(self, name))}")
 
-    def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], where: str) -> Tensor:
+    def read(self, arguments: Arguments, where: str) -> Tensor:
         """``[batch, time, dim]`` from the arguments of a call. Raises ``SwapError`` where there is no such tensor."""
-        named = named_arguments(module, args, kwargs)
-        name = self._name(module, named)
-        if name not in named:
-            got = ", ".join(named) or "nothing"
+        name = self.argument or arguments.first
+        if name not in arguments.named:
+            got = ", ".join(arguments.named) or "nothing"
             raise SwapError(f"{where}: called without {name!r}, which the block is to read (got {got})")
-        return self._batch_first(named[name], where, name)
+        return self._batch_first(arguments.named[name], where, name)
 
-    def with_input(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Tensor
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def with_input(self, arguments: Arguments, x: Tensor) -> Arguments:
         """The same call with ``x`` [batch, time, dim] in place of the tensor that the block reads."""
-        named = named_arguments(module, args, kwargs)
-        read = named[self._name(module, named)]
-        value = self._as(x, read)
-        changes = {name: value for name in (self._name(module, named), *self.along) if named.get(name) is read}
-        positions = zip(_positional_names(module, len(args)), args)
-        return (
-            tuple(changes.get(name, old) for name, old in positions),
-            {name: changes.get(name, old) for name, old in kwargs.items()},
-        )
+        old = arguments.named[self.argument or arguments.first]
+        new = self._as(x, old)
+        names = (self.argument or arguments.first, *self.along)
+        return arguments.changed({name: new for name in names if arguments.named.get(name) is old})
 
-    def returned(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor, where: str
-    ) -> Any:
+    def returned(self, arguments: Arguments, y: Tensor, where: str) -> Any:
         """What the caller of a replaced module gets for the block's output ``y`` [batch, time, dim].
 
         Raises ``SwapError`` for a call with a second sequence or with a state.
         """
-        named = named_arguments(module, args, kwargs)
-        x = named[self._name(module, named)]
+        named = arguments.named
+        x = named[self.argument or arguments.first]
         for name in (*self.foreign, *self.along):
             if named.get(name) is not None and named[name] is not x:
                 raise SwapError(
@@ -114,13 +104,13 @@ class Adapter:
             return output._replace(**{output._fields[0]: y})
         return type(output)([y, *output[1:]])
 
-    def padding_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def padding_mask(self, arguments: Arguments) -> Any:
         """The padding mask of a call, if it has one and it is of the tokens that the block reads."""
         if self.padding is None:
             return None
-        named = named_arguments(module, args, kwargs)
-        x = named.get(self._name(module, named))
-        return named.get(self.padding) if all(named.get(name) is x for name in self.along) else None
+        x = arguments.named.get(self.argument or arguments.first)
+        same = all(arguments.named.get(name) is x for name in self.along)
+        return arguments.named.get(self.padding) if same else None
 
     def _batch_first(self, x: Any, where: str, name: str) -> Tensor:
         if not isinstance(x, Tensor):
@@ -140,9 +130,6 @@ class Adapter:
         if like.dim() == 2:
             return y.squeeze(0)
         return y.transpose(0, 1) if self.time_first else y
-
-    def _name(self, module: nn.Module, named: Mapping[str, Any]) -> str:
-        return self.argument or next(iter(signature(module).positional), None) or next(iter(named), "0")
 
 
 PLAIN = Adapter()
@@ -222,15 +209,22 @@ def _class_signature(kind: Any) -> Signature:
     )
 
 
-def _positional_names(module: nn.Module, count: int) -> list[str]:
-    """Names of the first ``count`` positional arguments; their numbers where there are more than names."""
-    names = signature(module).positional
-    return [names[index] if index < len(names) else str(index) for index in range(count)]
+class Arguments:
+    """The arguments of a call of ``module``, by name, whichever way they were given."""
 
+    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.module, self.args, self.kwargs = module, args, kwargs
+        names = signature(module).positional
+        self._positions = [names[index] if index < len(names) else str(index) for index in range(len(args))]
+        self.named = {**dict(zip(self._positions, args)), **kwargs}
+        """Those beyond the names by their number."""
+        self.first = names[0] if names else next(iter(self.named), "0")
+        """Name of the first argument, given or not."""
 
-def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name, whichever way they were given."""
-    return {**dict(zip(_positional_names(module, len(args)), args)), **kwargs}
+    def changed(self, changes: Mapping[str, Any]) -> Arguments:
+        """The same call with other values for arguments that it has."""
+        args = tuple(changes.get(name, old) for name, old in zip(self._positions, self.args))
+        return Arguments(self.module, args, {name: changes.get(name, old) for name, old in self.kwargs.items()})
 
 
 def _first(output: Any) -> Any:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.module_tracker import ModuleTracker
 
 from ...blocks.state import State, batch_size, trainable
-from .adapter import SwapError, named_arguments
+from .adapter import Arguments, SwapError
 from .padding import Mask, Scope, innermost_mask, scope_of
 from .site import Read, Replacement, Site, gated_sites
 from .state_context import StateContext, active_context, current_call, expect_no_replica
@@ -58,11 +58,13 @@ class ModelCall:
         self._after: dict[Site, State] = {}
         self._read: dict[Site, Read] = {}
 
-    def begin(self, module: nn.Module, named: Mapping[str, Any]) -> None:
+    def begin(self, arguments: Arguments) -> None:
+        """A call of one of the members has begun."""
+        module = arguments.module
         inside_decoder = any(scope.new_sequence for scope in self.running.values())
-        self.running[module] = scope_of(module, named, inside_decoder)
+        self.running[module] = scope_of(module, arguments.named, inside_decoder)
         if self.cache is None:
-            self.cache = _cache_among(named.values())
+            self.cache = _cache_among(arguments.named.values())
             if self.cache is not None:
                 from .cache import tokens_read
 
@@ -96,8 +98,8 @@ class ModelCall:
             current_call.set(self.outer)
             self.cache, self.outer, self._after = None, None, {}
 
-    def run(self, site: Site, x: Tensor, padding: Any, again: bool) -> Tensor:
-        """What the site's block makes of ``x`` [batch, time, dim]. ``padding``: a mask given to the very module.
+    def run(self, site: Site, x: Tensor, arguments: Arguments, again: bool) -> Tensor:
+        """What the site's block makes of ``x`` [batch, time, dim], read in a call with ``arguments``.
 
         ``again``: this repeats a part of a call that has ended, from what it started from, and changes nothing.
         """
@@ -109,7 +111,8 @@ class ModelCall:
             )
         if again:
             return site.run(x, trainable(self._before.get(site)), self._recorded_mask(site, time))[0]
-        mask, state = self._mask(site, padding, rows, time), self._start(site, rows, time)
+        mask = self._mask(site, site.adapter.padding_mask(arguments), rows, time)
+        state = self._start(site, rows, time)
         y, self._after[site] = site.run(x, state, mask)
         self._read[site] = Read(rows, time, x.device, x.dtype)
         return y
@@ -181,20 +184,19 @@ def before_forward(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Join or open a call, and add what stands before the module."""
+    arguments = Arguments(module, args, kwargs)
     joined = _joined(module)
     repeated = _repeated(module) if joined is None else None
     call = joined or repeated or ModelCall(module, current_call.get())
     if repeated is None:
         if joined is None:
             _open(call)
-        call.begin(module, named_arguments(module, args, kwargs))
+        call.begin(arguments)
     for site in gated_sites(module, "before"):
-        adapter = site.adapter
-        x = adapter.read(module, args, kwargs, site.path)
-        padding = adapter.padding_mask(module, args, kwargs)
-        y = call.run(site, x, padding, again=repeated is not None)
-        args, kwargs = adapter.with_input(module, args, kwargs, x + y.to(x.dtype))
-    return args, kwargs
+        x = site.adapter.read(arguments, site.path)
+        y = call.run(site, x, arguments, again=repeated is not None)
+        arguments = site.adapter.with_input(arguments, x + y.to(x.dtype))
+    return arguments.args, arguments.kwargs
 
 
 @_eager
@@ -203,12 +205,13 @@ def after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     call, again = _running_or_repeated(module)
     if call is None:
         raise SwapError(f"{type(module).__name__}: called inside of its own call, or swapped while it was running")
+    arguments = Arguments(module, args, kwargs)
     for site in gated_sites(module, "beside", "after"):
-        adapter = site.adapter
-        x = adapter.read(module, args, kwargs, site.path) if site.how == "beside" else None
-        result = adapter.output(output, site.path)
-        y = call.run(site, result if x is None else x, adapter.padding_mask(module, args, kwargs), again)
-        output = adapter.with_output(output, result + y.to(result.dtype))
+        beside = site.how == "beside"
+        x = site.adapter.read(arguments, site.path) if beside else site.adapter.output(output, site.path)
+        y = call.run(site, x, arguments, again)
+        result = site.adapter.output(output, site.path)
+        output = site.adapter.with_output(output, result + y.to(result.dtype))
     if torch.is_grad_enabled():
         for tensor in _tensors(output):
             if tensor.grad_fn is not None:
@@ -232,15 +235,15 @@ def call_replacement(site: Replacement, args: tuple[Any, ...], kwargs: dict[str,
     call, again = _running_or_repeated(site)
     if call is None:  # called past its hooks
         return site(*args, **kwargs)
-    x = site.adapter.read(site, args, kwargs, site.path)
-    y = call.run(site, x, site.adapter.padding_mask(site, args, kwargs), again)
-    return site.adapter.returned(site, args, kwargs, y, site.path)
+    arguments = Arguments(site, args, kwargs)
+    y = call.run(site, site.adapter.read(arguments, site.path), arguments, again)
+    return site.adapter.returned(arguments, y, site.path)
 
 
 def _open(call: ModelCall) -> None:
-    if not call.in_backward:  # backward passes through earlier calls are over, also where their outputs are kept
+    if not call.in_backward:  # a backward pass through an earlier call is over, even if its outputs are kept
         for earlier in [reference() for reference in _gradients_passed.keyrefs()]:
-            if earlier is not None and earlier.opener is call.opener:
+            if earlier is not None and call.opener in earlier.members:
                 _gradients_passed.pop(earlier, None)
     current_call.set(call)
 
@@ -253,7 +256,7 @@ def _joined(module: nn.Module) -> ModelCall | None:
         if call.in_backward == backward and module in call.members:
             if module not in call.running:
                 return call
-            # KeyboardInterrupt ended that call, which no hook is told of
+            # KeyboardInterrupt ended that call, which hooks do not see
             current_call.set(call.outer)
         call = call.outer
     return None

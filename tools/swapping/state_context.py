@@ -25,7 +25,8 @@ from .site import Gated, Site
 
 FORMAT = "titans-build memories"
 
-_active: ContextVar[tuple[StateContext, ...]] = ContextVar("titans_build_memory", default=())
+_active: ContextVar[tuple[tuple[StateContext, Any], ...]] = ContextVar("titans_build_memory", default=())
+"""Those that this thread is in, each with the ``call.ModelCall`` around it."""
 _entered: list[StateContext] = []
 """Those that any thread has entered."""
 current_call: ContextVar[Any] = ContextVar("titans_build_model_call", default=None)
@@ -65,7 +66,6 @@ class StateContext:
             hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16],
             f"memories of {type(model).__name__}",
         )
-        self._calls_around: list[Any] = []
         self._state: SwappedState | None = None
         self.state = state
 
@@ -99,19 +99,16 @@ class StateContext:
         return self._origin.number.to_bytes(8, "big", signed=True).hex()
 
     def __enter__(self) -> StateContext:
-        _active.set((*_active.get(), self))
+        _active.set((*_active.get(), (self, current_call.get())))
         _entered.append(self)
-        self._calls_around.append(current_call.get())
         return self
 
     def __exit__(self, *exception: object) -> None:
         active = list(_active.get())
-        del active[len(active) - 1 - active[::-1].index(self)]
+        _, call = active.pop(max(index for index, (context, _) in enumerate(active) if context is self))
         _active.set(tuple(active))
+        current_call.set(call)  # a call that KeyboardInterrupt ended in here is still open: hooks do not see it
         _entered.remove(self)
-        current_call.set(
-            self._calls_around.pop()
-        )  # also where KeyboardInterrupt ended a call, of which no hook is told
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write ``state`` to one safetensors file, atomically.
@@ -215,7 +212,7 @@ def memory(model: nn.Module, state: SwappedState | None = None) -> StateContext:
 
 def active_context(site: Site) -> StateContext | None:
     """The innermost ``with`` block of this thread that carries the state of a site."""
-    return next((context for context in reversed(_active.get()) if context.has(site)), None)
+    return next((context for context, _ in reversed(_active.get()) if context.has(site)), None)
 
 
 def expect_no_replica(site: Site) -> None:

@@ -1,4 +1,4 @@
-"""Models small enough to be run often, and nothing that could ask a server for anything."""
+"""Small models for the tests, and no network access."""
 
 from __future__ import annotations
 

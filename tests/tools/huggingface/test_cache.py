@@ -1,4 +1,4 @@
-"""The cache: rows in another order, repeated, forked and forgotten, as if the tokens had been read that way."""
+"""StateCache: reordered, repeated, copied and reset rows give what reading those tokens gives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Without the extra: nothing is imported that is not there, and whoever asks is told what to install."""
+"""Without the extra hf: transformers is not imported, and the error says what to install."""
 
 from __future__ import annotations
 

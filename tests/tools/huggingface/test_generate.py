@@ -1,4 +1,4 @@
-"""``generate`` with the state in a cache is what it is without a cache, and what the model itself generates."""
+"""``generate`` gives the same with a cache, without one, and by the language model itself."""
 
 from __future__ import annotations
 

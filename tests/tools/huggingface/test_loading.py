@@ -1,4 +1,4 @@
-"""Models in folders: written and read by transformers, by ``tb.save``, and by neither whole."""
+"""Models in folders of transformers and of ``tb.save``, and damaged folders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PEFT's adapters in a model that has memories, too."""
+"""LoRA adapters of PEFT in a model with memories."""
 
 from __future__ import annotations
 

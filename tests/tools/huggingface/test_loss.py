@@ -1,4 +1,4 @@
-"""Labels stand at their own tokens, and are shifted here: against sums written out one by one."""
+"""The loss against sums by hand. Labels are aligned with their own tokens, and shifted inside."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models of recipes as transformers sees them: classes, what they are called with, training, gradients."""
+"""Models of recipes in transformers: classes, arguments, gradients."""
 
 from __future__ import annotations
 

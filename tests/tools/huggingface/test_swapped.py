@@ -1,4 +1,4 @@
-"""Memories in the models of transformers: the same at first, cached as computed anew, padded as alone."""
+"""Memories in the models of transformers: zero gates, caches, padding, gradient checkpointing."""
 
 from __future__ import annotations
 

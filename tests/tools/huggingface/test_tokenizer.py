@@ -1,4 +1,4 @@
-"""Tokens that are bytes: ids are their values."""
+"""The byte tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The library's ``Trainer`` on models of recipes."""
+"""``Trainer`` of transformers on models of recipes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A block fits the call of the module it stands at: torch's layers, time first, masks of padding, tuples, mappings."""
+"""Blocks in torch's layers and in modules of other signatures: time first, padding masks, tuples, mappings."""
 
 import copy
 from typing import NamedTuple

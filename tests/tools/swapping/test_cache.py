@@ -1,4 +1,4 @@
-"""States live with the cache of a transformers model: what is done with the cache is done with them."""
+"""States in the cache of a transformers model follow every operation on the cache."""
 
 import copy
 import functools

@@ -1,4 +1,4 @@
-"""Patterns mean modules by name, and say what they cannot mean."""
+"""Patterns of module paths, and the errors for those that match nothing."""
 
 import pytest
 from torch import nn

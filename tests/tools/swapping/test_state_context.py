@@ -1,4 +1,4 @@
-"""State is carried by an explicit context alone: cut, kept, put back, reordered, saved; nothing is left in a model."""
+"""``tb.memory`` carries states from call to call, and nothing else does."""
 
 import copy
 import threading
@@ -139,7 +139,7 @@ def test_an_interrupted_call_has_no_effect(swapped, tokens):
 
     def interrupted(inner):
         model.between = interrupt
-        with pytest.raises(KeyboardInterrupt):  # of which no hook is told
+        with pytest.raises(KeyboardInterrupt):  # which hooks do not see
             inner(t, attention_mask=mask)
         model.between = None
 

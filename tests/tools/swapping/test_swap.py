@@ -1,4 +1,4 @@
-"""A swap leaves a model computing what it did, can be taken back without a trace, and is refused as a whole."""
+"""``tb.swap`` and ``tb.unswap``: exact at zero gates, exactly undone, refused as a whole."""
 
 import copy
 import json
