@@ -129,7 +129,7 @@ def _open_task(spec: dict[str, Any], share: Share, split: Split, seed: int) -> T
     return TaskSource(name, task, fields, share=share, split=split, seed=seed, examples=examples)
 
 
-class TaskSource:
+class TaskSource(Source):
     """Rows of a task. Row ``r`` of batch ``i`` is row ``i * rows + r`` of an endless series, whatever the batch size.
 
     Each split and each seed is a series of its own. With ``examples``, training has that many different rows, in
@@ -152,17 +152,13 @@ class TaskSource:
         self.task = task
         self.vocab, self.length = task.vocab, task.length
         self.examples = examples if split == "train" else None
+        self.batches = None if self.examples is None else -(-self.examples // share.of)
         self._name, self._fields, self._share, self._split, self._seed = name, fields, share, split, seed
         self._key = key_of("task", name, split, seed)
         for attribute, value in (("vocab", self.vocab), ("length", self.length)):
             if not isinstance(value, int) or not 1 <= value <= MAX_LENGTH:
                 message = f"expected the task to have an integer from 1 to 2**31, got {show(value)}"
                 raise RecipeError([Problem(attribute, message)], name)
-
-    @property
-    def batches(self) -> int | None:
-        """Batches of one epoch of ``examples``."""
-        return None if self.examples is None else -(-self.examples // self._share.of)
 
     def batch(self, index: int) -> Batch:
         """Whole rows, all of them fresh."""

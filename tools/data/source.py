@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, Protocol
+import abc
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -25,28 +26,23 @@ class Batch(NamedTuple):
     """[rows] bool: ``True`` if the row does not continue that of the batch before, so that no state is carried."""
 
 
-class Source(Protocol):
+class Source(abc.ABC):
     """Batches by index. The same index gives the same batch, in any process and after any interruption."""
 
-    @property
-    def vocab(self) -> int:
-        """Tokens are from 0 to ``vocab - 1``."""
+    vocab: int
+    """Tokens are from 0 to ``vocab - 1``."""
+    length: int
+    """Tokens of each row of a batch."""
+    carries: bool
+    """Whether rows continue those of the batch before, so that state is carried."""
+    batches: int | None
+    """Batches of one epoch; ``None`` if new rows never end."""
 
-    @property
-    def length(self) -> int:
-        """Tokens of each row of a batch."""
-
-    @property
-    def carries(self) -> bool:
-        """Whether rows continue those of the batch before, so that state is carried."""
-
-    @property
-    def batches(self) -> int | None:
-        """Batches of one epoch; ``None`` if new rows never end."""
-
+    @abc.abstractmethod
     def batch(self, index: int) -> Batch:
         """The batch of an index >= 0, which has no upper limit: epochs follow each other."""
 
+    @abc.abstractmethod
     def describe(self) -> dict[str, Any]:
         """How the source was made and what it holds, as JSON."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -14,7 +15,7 @@ from ...blocks.language_model import IGNORED
 from ..randomness import Integers, key_of, permutation
 from .documents import Bytes, Documents, Spans, fingerprint, spans_of, tokenize
 from .files import find, standard_library
-from .source import Batch, Share, Split, check_index
+from .source import Batch, Share, Source, Split, check_index
 
 NAMED = {"stdlib": standard_library}
 """Texts that every machine has, by name. A file of the same name is ``./stdlib``."""
@@ -74,10 +75,10 @@ class Text:
         return source
 
 
-class TextSource:
+class TextSource(Source):
     """Text cut into windows of ``length`` tokens; an epoch reads each of them."""
 
-    carries: bool
+    batches: int
     shuffled: str
     """What the seed decides the order of; a part of the key."""
 
@@ -89,22 +90,14 @@ class TextSource:
         self._documents, self._spans, self._share, self._split = documents, spans, share, split
         self._key = key_of(self.shuffled, split, seed)
         self.windows = self._count_windows()
-
-    @property
-    def batches(self) -> int:
-        """Batches of one epoch."""
-        return -(-self.windows // self._share.of)
-
-    def batch(self, index: int) -> Batch:
-        """The batch of an index."""
-        raise NotImplementedError
+        self.batches = -(-self.windows // share.of)
 
     def describe(self) -> dict[str, Any]:
         """How the text was opened and split, and its ``fingerprint``, which changes when the files do."""
         return self.description
 
-    def _count_windows(self) -> int:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _count_windows(self) -> int: ...
 
     def _epoch_key(self, epoch: int) -> int:
         return key_of("round", self._key, epoch)

@@ -91,7 +91,7 @@ class EventLog:
 class TensorBoardLog:
     """Scalars in an event file of TensorBoard. ``step``: the last one that stays of earlier files.
 
-    TensorBoard's own writer has a thread, where nobody would see that the disk is full; this one raises ``OSError``.
+    TensorBoard's own writer uses a thread, where a full disk goes unnoticed; this one raises ``OSError``.
     """
 
     def __init__(self, folder: Path, step: int) -> None:

@@ -1,4 +1,4 @@
-"""One checkpoint: it appears whole or not at all, damage is noticed, and reading it runs no code."""
+"""One checkpoint: complete or absent, protected by checksums, and without code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Comparing recipes: as large as each other, told apart by what was not trained on, and none run twice."""
+"""Comparisons: models of equal size, tests on held-out data, resuming, and parallel runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bad steps: told from good ones, blamed on a block, and stopped at or skipped."""
+"""Bad steps: detected, explained, and stopped at or skipped."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_measuring_surprise_changes_nothing(losses: Any, quick_train: Train) -> 
     looked, not_looked = quick_train(surprise_every=1), quick_train(out="blind")
     assert losses(looked.history) == losses(not_looked.history)
     (first, *_) = (event["memories"] for event in looked.history if event["event"] == "surprise")
-    # what it saw is what `tb.observe` sees of the first batch
+    # the same numbers as `tb.observe`
     batch = tb.open_source(COPY, rows=4).batch(0)
     model = tb.build(tb.load_recipe(looked.out / "recipe.yaml"))
     with torch.no_grad(), tb.observe(model) as seen:

@@ -1,4 +1,4 @@
-"""Two processes against one: the same losses, and checkpoints that either number goes on from."""
+"""Two processes against one: the same losses, and checkpoints that either number of processes resumes."""
 
 from __future__ import annotations
 

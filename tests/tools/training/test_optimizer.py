@@ -1,4 +1,4 @@
-"""Groups, patterns and averages of parameters."""
+"""Parameter groups, patterns and averaged weights."""
 
 from __future__ import annotations
 

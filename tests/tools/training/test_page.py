@@ -1,4 +1,4 @@
-"""docs/train.md lists the settings that there are, and what it shows to be typed can be typed."""
+"""docs/train.md lists the settings, and its commands parse."""
 
 import json
 import shlex

@@ -1,4 +1,4 @@
-"""Searching: the samplers, what is kept of the trials, and going on."""
+"""Searches: samplers, results and resuming."""
 
 from __future__ import annotations
 

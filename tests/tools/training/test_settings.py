@@ -1,4 +1,4 @@
-"""Settings: what may be said, what is refused and how, and that they come back from a file as they were."""
+"""Settings: validation and round trips."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``tb.train``: what a run does and leaves behind, stages, averages, carried state, and going on with it."""
+"""``tb.train``: what a run does and records, stages, averages, carried state, and resuming."""
 
 from __future__ import annotations
 

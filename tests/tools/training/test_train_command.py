@@ -1,4 +1,4 @@
-"""``titans-train``: what is typed, what is printed, and how it leaves."""
+"""``titans-train``: options, output and exit statuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One step's gradients: parts and windows against the whole, and how far gradients flow through a carried state."""
+"""Gradients of a step: accumulated and over windows, and their flow through a carried state."""
 
 from __future__ import annotations
 
