@@ -1,4 +1,4 @@
-"""Parameter groups, patterns and averaged weights."""
+"""Parameter groups, patterns, averaged weights and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import titans_build as tb
 from titans_build.recipes.loading import base_names
 from titans_build.tools.training.optimizer import (
     WeightAverage,
+    learning_rate,
     make_optimizer,
     match_parameters,
     parameter_groups,
+    stage_at,
     unmatched_patterns,
 )
 from titans_build.tools.training.settings import as_settings
@@ -133,3 +135,34 @@ def test_weight_average_equals_torchs(tiny: dict[str, Any]) -> None:
             assert torch.equal(parameter, dict(model.named_parameters())[name])
             assert not torch.equal(parameter, before[name])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_linear_warmup_and_cosine_decay() -> None:
+    settings = as_settings({"steps": 100, "lr": 2.0, "warmup": 0.1, "final_lr": 0.25})
+    rates = [learning_rate(step, settings) for step in range(101)]
+    assert rates[:10] == pytest.approx([2.0 * (i + 1) / 11 for i in range(10)])
+    assert max(rates) == rates[10] == 2.0
+    assert rates[55] == pytest.approx((2.0 + 0.5) / 2)
+    assert rates[99] == pytest.approx(0.5, abs=1e-3) and rates[99] > 0.5
+    # torch's own, from the top on
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 90, eta_min=0.5)
+    for rate in rates[10:100]:
+        assert rate == pytest.approx(cosine.get_last_lr()[0])
+        optimizer.step()
+        cosine.step()
+
+
+def test_rate_without_warmup_starts_at_the_peak_and_is_never_zero() -> None:
+    settings = as_settings({"steps": 3, "lr": 1.0, "warmup": 0.0, "final_lr": 0.0})
+    rates = [learning_rate(step, settings) for step in range(3)]
+    assert rates[0] == 1.0 and rates == sorted(rates, reverse=True) and rates[-1] > 0
+    assert learning_rate(0, as_settings({"steps": 1, "lr": 1.0, "warmup": 0.5})) == 0.5
+
+
+def test_each_stage_has_its_own_schedule() -> None:
+    stages = [{"steps": 10, "train": ["*"]}, {"steps": 4, "train": ["*"], "lr": 0.1}]
+    settings = as_settings({"stages": stages, "lr": 1.0, "warmup": 0.5, "final_lr": 0.1})
+    assert [stage_at(step, settings)[::2] for step in (0, 9, 10, 13)] == [(0, 0), (0, 9), (1, 0), (1, 3)]
+    alone = as_settings({"steps": 4, "lr": 0.1, "warmup": 0.5, "final_lr": 0.1})
+    assert [learning_rate(10 + i, settings) for i in range(4)] == [learning_rate(i, alone) for i in range(4)]
