@@ -391,9 +391,9 @@ def _line_trace(line: Line) -> Any:
 def _points(x: np.ndarray, y: np.ndarray) -> dict[str, Any]:
     """The points of a line, as small as they can be written."""
     y = np.asarray(y, np.float32)
-    steps = np.diff(x) if x.dtype.kind != "U" else []
-    even = len(steps) > 0 and (steps == steps[0]).all()
-    return {"x0": x[0], "dx": steps[0], "y": y} if even else {"x": x, "y": y}
+    if x.dtype.kind == "U" or len(x) < 2 or np.ptp(np.diff(x)) > 0:
+        return {"x": x, "y": y}
+    return {"x0": x[0], "dx": x[1] - x[0], "y": y}
 
 
 def _legend_height(lines: list[Line]) -> int:
