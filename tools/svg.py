@@ -11,6 +11,16 @@ from dataclasses import dataclass
 from xml.sax.saxutils import escape, quoteattr
 
 INK, FAINT, FLOW = "#1f2937", "#6b7280", "#475569"
+COLOURS = {  # fill, edge
+    "memory": ("#fef3c7", "#d97706"),
+    "attention": ("#dbeafe", "#3b82f6"),
+    "mixer": ("#ede9fe", "#8b5cf6"),
+    "plain": ("#dcfce7", "#22a05a"),
+    "norm": ("#f3f4f6", "#9ca3af"),
+    "gate": ("#fce7f3", "#db2777"),
+    "state": ("#fff7ed", "#ea580c"),
+    "ends": ("#ffffff", "#94a3b8"),
+}
 GAP = 24
 """Pixels between one shape and the next below it."""
 FONT = "Helvetica Neue, Helvetica, Arial, Liberation Sans, DejaVu Sans, sans-serif"
@@ -124,18 +134,6 @@ def _towards(corner: tuple[float, float], other: tuple[float, float], distance: 
     length = (dx * dx + dy * dy) ** 0.5
     share = min(distance, length / 2) / length if length else 0.0
     return corner[0] + dx * share, corner[1] + dy * share
-
-
-COLOURS = {  # fill, edge
-    "memory": ("#fef3c7", "#d97706"),
-    "attention": ("#dbeafe", "#3b82f6"),
-    "mixer": ("#ede9fe", "#8b5cf6"),
-    "plain": ("#dcfce7", "#22a05a"),
-    "norm": ("#f3f4f6", "#9ca3af"),
-    "gate": ("#fce7f3", "#db2777"),
-    "state": ("#fff7ed", "#ea580c"),
-    "ends": ("#ffffff", "#94a3b8"),
-}
 
 
 @dataclass(frozen=True)
