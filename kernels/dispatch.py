@@ -120,6 +120,16 @@ class Operation:
             chosen = self._chosen[key] = self._pick(backend, facts)
         return chosen.run
 
+    def choose_for(self, backend: str, x: Tensor, *others: Tensor | None, **facts: Any) -> Callable[..., Any]:
+        """:meth:`choose` with facts about the tensors: ``device`` and ``dtype`` of ``x``, and of all of them ``same``
+        (they have one dtype) and ``plain`` (:func:`is_plain_cpu_tensor`).
+        """
+        same = True
+        for other in others:
+            same = same and (other is None or other.dtype == x.dtype)
+        plain = is_plain_cpu_tensor(x, *others)
+        return self.choose(backend, device=x.device.type, dtype=x.dtype, same=same, plain=plain, **facts)
+
     def fallback(self, failed: str, reason: str, backend: str = "auto", **facts: Any) -> Callable[..., Any]:
         """The function to run after the backend ``failed`` raised :class:`BackendUnavailable` for ``facts``.
 
@@ -316,11 +326,11 @@ def sum_is_finite(*tensors: Tensor) -> bool:
 
     The cheapest check there is: one pass over memory, and no tensor of the results.
     """
-    return math.isfinite(sum([_sum(x.detach()).item() for x in tensors]))
-
-
-def _sum(x: Tensor) -> Tensor:
-    return x.sum(dtype=torch.float32) if x.dtype in _HALF else x.sum()
+    total = 0.0
+    for x in tensors:
+        x = x.detach()
+        total += (x.sum(dtype=torch.float32) if x.dtype in _HALF else x.sum()).item()
+    return math.isfinite(total)
 
 
 _HALF = {torch.bfloat16: "bfloat16", torch.float16: "float16"}

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import triton_runtime
 from ..cpu_runtime import library
 from ..cpu_runtime.call import Kernel, address, empty_huge_pages
-from ..dispatch import Backend, Operation, is_plain_cpu_tensor, needs_grad
+from ..dispatch import Backend, Operation, needs_grad
 from . import torch_backend
 from .form import GATE, GATED_NORM, NORM, SILU_GATE, Form
 
@@ -34,12 +34,14 @@ def rms_norm(x: Tensor, gain: Tensor | None = None, eps: float = 1e-6, *, backen
     if gain is not None and gain.dtype != x.dtype:  # under autocast
         wide = torch.promote_types(x.dtype, gain.dtype)
         return rms_norm(x.to(wide), gain.to(wide), eps, backend=backend).to(x.dtype)
-    return _choose(RMS_NORM, backend, x, gain)(x, gain, eps)
+    result: Tensor = RMS_NORM.choose_for(backend, x, gain)(x, gain, eps)
+    return result
 
 
 def l2_norm(x: Tensor, eps: float = 1e-6, *, backend: str = "auto") -> Tensor:
     """``x / sqrt(sum(x^2) + eps)`` over the last dimension: finite, with finite gradients, at zero."""
-    return _choose(_L2_NORM, backend, x)(x, eps)
+    result: Tensor = _L2_NORM.choose_for(backend, x)(x, eps)
+    return result
 
 
 def gate(a: Tensor, b: Tensor, gain_a: Tensor, gain_b: Tensor, eps: float = 1e-6, *, backend: str = "auto") -> Tensor:
@@ -52,7 +54,8 @@ def gate(a: Tensor, b: Tensor, gain_a: Tensor, gain_b: Tensor, eps: float = 1e-6
     for name, gain in (("gain_a", gain_a), ("gain_b", gain_b)):
         if gain.shape != a.shape[-1:]:
             raise ValueError(f"gate: {name} {list(gain.shape)}: expected {list(a.shape[-1:])}")
-    return _choose(GATE_OPERATION, backend, a, b, gain_a, gain_b)(a, b, gain_a, gain_b, eps)
+    result: Tensor = GATE_OPERATION.choose_for(backend, a, b, gain_a, gain_b)(a, b, gain_a, gain_b, eps)
+    return result
 
 
 def gated_norm(y: Tensor, gain: Tensor, g: Tensor, eps: float = 1e-6, *, backend: str = "auto") -> Tensor:
@@ -65,7 +68,8 @@ def gated_norm(y: Tensor, gain: Tensor, g: Tensor, eps: float = 1e-6, *, backend
         raise ValueError(f"gated_norm: gain {list(gain.shape)}: expected {list(y.shape[-2:])}")
     if g.shape != (*y.shape[:-2], gain.numel()):
         raise ValueError(f"gated_norm: g {list(g.shape)}: expected {[*y.shape[:-2], gain.numel()]}")
-    return _choose(_GATED_NORM, backend, y, gain, g)(y, gain, g, eps)
+    result: Tensor = _GATED_NORM.choose_for(backend, y, gain, g)(y, gain, g, eps)
+    return result
 
 
 def swiglu(x: Tensor, *, backend: str = "auto") -> Tensor:
@@ -75,15 +79,8 @@ def swiglu(x: Tensor, *, backend: str = "auto") -> Tensor:
     """
     if x.shape[-1] % 2:
         raise ValueError(f"swiglu: x {list(x.shape)}: expected [..., 2 * hidden]")
-    return _choose(_SWIGLU, backend, x)(x)
-
-
-def _choose(operation: Operation, backend: str, x: Tensor, *others: Tensor | None) -> Callable[..., Tensor]:
-    same = True
-    for other in others:
-        same = same and (other is None or other.dtype == x.dtype)
-    plain = is_plain_cpu_tensor(x, *others)
-    return operation.choose(backend, device=x.device.type, dtype=x.dtype, same=same, plain=plain)
+    result: Tensor = _SWIGLU.choose_for(backend, x)(x)
+    return result
 
 
 # -- the C kernel ------------------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def _cached_tables(x: Tensor, position: Tensor, base: float) -> tuple[Tensor, Te
     count = position.numel()
     if x.is_cpu and count <= SEGMENT_POSITIONS and not torch.compiler.is_compiling():
         cached = _tables_of_few if count <= DECODE_POSITIONS else _tables_of_segment
-        return cached(key, x.dtype, tuple([tuple(row) for row in position.tolist()]))
+        return cached(key, x.dtype, tuple(map(tuple, position.tolist())))
     return _tables(key, x.dtype, position)
 
 

@@ -176,9 +176,8 @@ def query_key_value(
         has_values = not (length.is_meta or torch.compiler.is_compiling())
         if has_values and bool(((length < 0) | (length > projected.shape[1])).any()):
             raise ValueError(f"query_key_value: length {length.tolist()}: expected 0 .. {projected.shape[1]}")
-    result: QueryKeyValue = _choose(_query_key_value, backend, projected, weight, history, length)(
-        projected, weight, history, heads, length
-    )
+    run = _choose(_query_key_value, backend, projected, weight, history, length)
+    result: QueryKeyValue = run(projected, weight, history, heads, length)
     return result
 
 
@@ -208,23 +207,17 @@ def query(
         if history is None or history.shape != (batch, weight.shape[1] - 1, weight.shape[0]):
             found = None if history is None else list(history.shape)
             raise ValueError(f"query: history {found}: expected {[batch, weight.shape[1] - 1, weight.shape[0]]}")
-    run = _choose(_query, backend, projected, weight, history, None)
+    run = _choose(_query, backend, projected, weight, history)
     q: Tensor = run(projected, weight, history, heads)
     return q
 
 
 def _choose(
-    operation: Operation,
-    backend: str,
-    projected: Tensor,
-    weight: Tensor | None,
-    history: Tensor | None,
-    length: Tensor | None,
+    operation: Operation, backend: str, projected: Tensor, weight: Tensor | None, *others: Tensor | None
 ) -> Any:
     return operation.choose(
         backend, device=projected.device.type, dtype=projected.dtype, width=1 if weight is None else weight.shape[1],
-        same=weight is None or weight.dtype == projected.dtype,
-        plain=is_plain_cpu_tensor(projected, weight, history, length),
+        same=weight is None or weight.dtype == projected.dtype, plain=is_plain_cpu_tensor(projected, weight, *others),
     )  # fmt: skip
 
 
@@ -314,7 +307,7 @@ class _QueryKeyValue(torch.autograd.Function):
             grad_history = torch.empty(history.shape, dtype=history.dtype) if ctx.needs_input_grad[2] else None
         _BACKWARD(
             projected.dtype, *_inputs(projected, weight, history, ctx.heads, length, ctx.outputs), 0, 0, 0, 0,
-            *[address(x) for x in (*grad_qkv, grad_next, grad_projected, grad_history, grad_weight)], EPS,
+            *map(address, (*grad_qkv, grad_next, grad_projected, grad_history, grad_weight)), EPS,
         )  # fmt: skip
         return grad_projected, grad_weight, grad_history, None, None, None
 
@@ -335,7 +328,7 @@ def _forward(
     after = None if history is None or outputs == 1 else torch.empty(history.shape, dtype=dtype)
     _FORWARD(
         dtype, *_inputs(projected, weight, history, heads, length, outputs),
-        *[address(x) for x in (q, k, v, after)], 0, 0, 0, 0, 0, 0, 0, EPS,
+        *map(address, (q, k, v, after)), 0, 0, 0, 0, 0, 0, 0, EPS,
     )  # fmt: skip
     return (q, k, v, after), (projected, weight, history, length)
 
