@@ -7,20 +7,11 @@ import titans_build.kernels  # noqa: F401  (defines the operations)
 from titans_build.kernels import custom_op
 from titans_build.kernels.attention import Prefix, attention
 from titans_build.kernels.attention.decode import Cache, Form
-from titans_build.kernels.cpu_runtime import library
 from titans_build.kernels.custom_op import OPAQUE_OPERATIONS, serialize
 from titans_build.kernels.dispatch import OPERATIONS
 from titans_build.kernels.memory import MemoryState, Options, Tokens, titans_memory
 from titans_build.kernels.norm_gate import rms_norm
 from titans_build.kernels.short_conv.decode import Layers
-
-UNBUILT = library.refuse(device="cpu", dtype=torch.float64)
-built = pytest.mark.skipif(UNBUILT is not None, reason=f"C kernels: {UNBUILT}")
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 def new(*shape, grad=True):
@@ -108,14 +99,14 @@ def arguments(name, grad=True):
     return OPERATIONS[name.split(",")[0]].backends[backend].run, given, options, (tensors, numbers, text, wanted)
 
 
-@built
+@pytest.mark.c_kernels
 @pytest.mark.parametrize("name", CASES)
 def test_by_pytorchs_own_checks(name):
     _, _, _, given = arguments(name)
     torch.library.opcheck(custom_op.operator(name.split(",")[0]), given)
 
 
-@built
+@pytest.mark.c_kernels
 @pytest.mark.parametrize("name", CASES)
 def test_the_operator_is_the_backend(name):
     run, given, options, (tensors, numbers, text, wanted) = arguments(name)
@@ -134,7 +125,7 @@ def test_the_operator_is_the_backend(name):
     torch.testing.assert_close(gradients(found), gradients(expected), rtol=0, atol=0)
 
 
-@built
+@pytest.mark.c_kernels
 @pytest.mark.parametrize("name", ["memory", "attention, all of it"])
 def test_backward_where_the_recording_was_left_behind(name):
     """Who keeps saved tensors elsewhere gives back a copy of the byte that stands for the recording."""
@@ -150,7 +141,7 @@ def test_backward_where_the_recording_was_left_behind(name):
         torch.testing.assert_close(gradients(), expected, rtol=0, atol=0)
 
 
-@built
+@pytest.mark.c_kernels
 def test_a_recording_goes_with_what_was_saved():
     _, _, _, (tensors, numbers, text, wanted) = arguments("memory")
     found = custom_op.operator("memory")(tensors, numbers, text, wanted)
@@ -174,7 +165,7 @@ def compiled(function):
     return torch.compile(function, backend="aot_eager", fullgraph=True)
 
 
-@built
+@pytest.mark.c_kernels
 def test_compiled_a_memory_keeps_what_is_not_finite_from_what_came_before():
     (tokens, before, norm, _, options), _ = memory()
     tokens = tokens._replace(v=tokens.v.detach().index_fill(1, torch.tensor([5]), float("nan")))
@@ -184,7 +175,7 @@ def test_compiled_a_memory_keeps_what_is_not_finite_from_what_came_before():
     assert y[:, :5].isfinite().all() and not y[:, 5:].isfinite().all()
 
 
-@built
+@pytest.mark.c_kernels
 def test_compiled_attention_keeps_what_is_not_finite_from_who_does_not_see_it():
     q, k, v = (new(1, 6, 2, 4) for _ in range(3))
     v = v.detach().index_fill(1, torch.tensor([3]), float("inf"))
@@ -193,7 +184,7 @@ def test_compiled_attention_keeps_what_is_not_finite_from_who_does_not_see_it():
     assert y[:, [0, 1, 2, 5]].isfinite().all() and y[:, 3:5].isnan().all()
 
 
-@built
+@pytest.mark.c_kernels
 def test_the_choice_of_a_backend_holds_while_compiling(monkeypatch):
     """By argument and by environment, and what cannot run is an error there too."""
     x = new(2, 8)
@@ -206,14 +197,14 @@ def test_the_choice_of_a_backend_holds_while_compiling(monkeypatch):
         compiled(lambda: rms_norm(x))()
 
 
-@built
+@pytest.mark.c_kernels
 def test_no_gradient_is_recorded_where_none_is_wanted():
     q = new(1, 5, 2, 4, grad=False)
     y = compiled(lambda: attention(q, q, q))()
     assert not y.requires_grad and len(custom_op._RECORDINGS) == 0
 
 
-@built
+@pytest.mark.c_kernels
 @pytest.mark.parametrize("dynamic", [True, None])
 def test_lengths_and_numbers_that_are_symbols(dynamic):
     """With ``dynamic=True`` from the first call on, else from the second length on, and no length compiles again."""

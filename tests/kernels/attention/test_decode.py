@@ -6,11 +6,8 @@ import pytest
 import torch
 
 from titans_build.kernels.attention.decode import Cache, cached_attention
-from titans_build.kernels.cpu_runtime.library import refuse
 
-UNBUILT = refuse(device="cpu", dtype=torch.float64)
-NATIVE = pytest.param("native", marks=pytest.mark.skipif(UNBUILT is not None, reason=f"C kernels: {UNBUILT}"))
-BACKENDS = [NATIVE, "torch"]
+BACKENDS = ["native", "torch"]
 
 
 def case(dtype, batch, time, heads, kv_heads, d, window, slots, persistent, normed):

@@ -20,8 +20,7 @@ from titans_build.kernels.attention import Prefix, attention
 from titans_build.kernels.cpu_runtime import call
 from titans_build.kernels.cpu_runtime.call import product_dtype
 from titans_build.kernels.linear import cpu as product
-from titans_build.kernels.linear import project
-from titans_build.kernels.linear import project_recomputed as project_made
+from titans_build.kernels.linear import project, project_recomputed
 from titans_build.kernels.memory import MemoryState, read_memory, titans_memory
 from titans_build.kernels.norm_gate import swiglu
 
@@ -29,11 +28,6 @@ UNABLE = call.lacks_bfloat16()
 able = pytest.mark.skipif(UNABLE is not None, reason=f"bfloat16 operands: {UNABLE}")
 LARGEST = 2**-7 + 2**-16
 TOLERANCE = 1e-2
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 @pytest.fixture
@@ -142,7 +136,7 @@ def test_gradients_of_gradients(medium):
 @able
 def test_a_projection_of_what_is_made_again(medium):
     inner, weight = torch.randn(2, 70, 64, requires_grad=True), torch.randn(48, 32, requires_grad=True)
-    y = project_made(swiglu, weight, inner)
+    y = project_recomputed(swiglu, weight, inner)
     made = swiglu(inner.detach())
     assert_product(y.flatten(0, 1), made.flatten(0, 1), weight.t())
     grad = torch.randn_like(y)
@@ -151,7 +145,7 @@ def test_a_projection_of_what_is_made_again(medium):
     expected = torch.autograd.grad(linear(swiglu(wide[0]), wide[1]), wide, grad.double())
     assert all(error_ratio(a, b) < TOLERANCE for a, b in zip(got, expected, strict=True))
     with torch.no_grad():
-        assert torch.equal(project_made(swiglu, weight, inner), y)
+        assert torch.equal(project_recomputed(swiglu, weight, inner), y)
 
 
 # -- memory and attention ----------------------------------------------------------------------------------------------
@@ -392,7 +386,7 @@ def test_backward_takes_what_forward_took(setting):
     q, k, v = (torch.randn(1, 70, 2, 16, requires_grad=True) for _ in range(3))
 
     def run():
-        return project(x, weight), project_made(torch.tanh, weight, x), attention(q, k, v)
+        return project(x, weight), project_recomputed(torch.tanh, weight, x), attention(q, k, v)
 
     def back(made):
         seeds = (grad, grad, torch.ones_like(q))

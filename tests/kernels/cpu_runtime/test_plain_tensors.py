@@ -6,19 +6,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 from titans_build.kernels.attention import Prefix, attention
-from titans_build.kernels.cpu_runtime import library
 from titans_build.kernels.linear import project
 from titans_build.kernels.memory import MemoryState, read_memory, titans_memory
 from titans_build.kernels.norm_gate import rms_norm
 from titans_build.kernels.norm_gate.decode import feed_forward
 from titans_build.kernels.short_conv import query_key_value
-
-built = pytest.mark.skipif(library._compiler() is None, reason="no C compiler")
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +84,7 @@ def test_tensors_without_numbers():
     assert rms_norm(torch.randn(2, 5, device="meta"), torch.randn(5, device="meta")).is_meta
 
 
-@built
+@pytest.mark.c_kernels
 def test_a_chunk_as_long_as_any_sequence():
     x, gate = torch.randn(1, 5, 1, 4), torch.full((1, 5, 1), 0.1)
     state = MemoryState.fresh((torch.randn(1, 1, 4, 4),))

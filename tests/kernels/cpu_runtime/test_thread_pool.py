@@ -9,13 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from titans_build.kernels.cpu_runtime import library
 from titans_build.kernels.cpu_runtime.call import threads_for
 from titans_build.kernels.linear import project
 
-pytestmark = pytest.mark.skipif(
-    library.refuse(device="cpu", dtype=torch.float32) is not None, reason="the kernels cannot be built here"
-)
+pytestmark = pytest.mark.c_kernels
 
 
 @pytest.fixture

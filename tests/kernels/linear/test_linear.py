@@ -4,11 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from titans_build.kernels.cpu_runtime import library
 from titans_build.kernels.dispatch import BackendError, table
 from titans_build.kernels.linear import project
-
-UNBUILT = library.refuse(device="cpu", dtype=torch.float32)
 
 
 @pytest.mark.parametrize("lead", [(1,), (2,), (1, 1), (1, 2), (2, 1), (3, 1), (2, 5), (0, 4)])
@@ -69,7 +66,7 @@ def test_gradients_and_autocast():
         assert project(x.detach(), weight.detach()).dtype == torch.bfloat16
 
 
-@pytest.mark.skipif(UNBUILT is not None, reason=f"C kernels: {UNBUILT}")
+@pytest.mark.c_kernels
 @pytest.mark.parametrize("lead, width, out", [((128,), 128, 128), ((2, 150), 200, 131)])
 @pytest.mark.parametrize("biased", [False, True])
 def test_large_float32_products_are_the_c_kernel_s(lead, width, out, biased):

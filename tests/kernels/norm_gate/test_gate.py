@@ -2,13 +2,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from titans_build.kernels.cpu_runtime import library
 from titans_build.kernels.norm_gate import gate, gated_norm, swiglu
 from titans_build.kernels.norm_gate.torch_backend import silu_gate
 
-UNBUILT = library.refuse(device="cpu", dtype=torch.float64)
-needs_native = pytest.mark.skipif(UNBUILT is not None, reason=f"C kernels: {UNBUILT}")
-BACKENDS = [pytest.param("native", marks=needs_native), "triton", "torch", "reference"]
+BACKENDS = ["native", "triton", "torch", "reference"]
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 OPERATIONS = {
     gate: lambda time, heads, dim: [(2, time, dim), (2, time, dim), (dim,), (dim,)],
@@ -60,7 +57,7 @@ def test_gradients(operation, backend):
     assert torch.autograd.gradcheck(lambda *a: operation(*a, backend=backend), given)
 
 
-@needs_native
+@pytest.mark.c_kernels
 @each
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("time, heads, dim", [(0, 2, 8), (1, 1, 64), (15, 3, 17), (63, 2, 5), (3000, 2, 16)])
@@ -87,7 +84,7 @@ def test_any_strides_and_zeros(operation, backend):
     assert all(x.isfinite().all() for x in gradients(operation, [x * 0 for x in given], backend=backend))
 
 
-@needs_native
+@pytest.mark.c_kernels
 @each
 def test_the_result_does_not_depend_on_the_threads(operation):
     given, threads = [x.float() for x in inputs(operation, 3000, 2, 16)], torch.get_num_threads()

@@ -3,12 +3,9 @@
 import pytest
 import torch
 
-from titans_build.kernels.cpu_runtime.library import refuse
 from titans_build.kernels.short_conv.decode import Layers, memory_inputs, memory_query
 
-UNBUILT = refuse(device="cpu", dtype=torch.float64)
-NATIVE = pytest.param("native", marks=pytest.mark.skipif(UNBUILT is not None, reason=f"C kernels: {UNBUILT}"))
-BACKENDS = [NATIVE, "torch"]
+BACKENDS = ["native", "torch"]
 
 
 def tensors(asked, given, backend):

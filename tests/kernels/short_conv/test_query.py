@@ -3,12 +3,9 @@
 import pytest
 import torch
 
-from titans_build.kernels.cpu_runtime import library
 from titans_build.kernels.short_conv import query, query_key_value
 
-UNBUILT = library.refuse(device="cpu", dtype=torch.float64)
-needs_native = pytest.mark.skipif(UNBUILT is not None, reason=f"C kernels: {UNBUILT}")
-BACKENDS = [pytest.param("native", marks=needs_native), "torch", "reference"]
+BACKENDS = ["native", "torch", "reference"]
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
@@ -54,7 +51,7 @@ def test_gradients(backend, time, width):
     assert torch.autograd.gradcheck(lambda *given: query(*given, 2, backend=backend), given)
 
 
-@needs_native
+@pytest.mark.c_kernels
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("width", [0, 1, 2, 4, 64])
 @pytest.mark.parametrize("time", [1, 63, 1500])
@@ -66,7 +63,7 @@ def test_native_equals_the_reference(time, width, heads, dim, dtype):
     assert max(error(a, b) for a, b in zip(found, expected)) < TOLERANCE[dtype]
 
 
-@needs_native
+@pytest.mark.c_kernels
 def test_threads_change_no_bit():
     given, threads = inputs(1, 1500, 2, 33), torch.get_num_threads()
     found = []
