@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from ...recipes import StorageError, load
 from ...registry import show
 from ..swapping.config_record import FIELDS, MODEL_TYPE, VERSION, attach_records, records_of
-from ..swapping.swap import frozen_names, swap
+from ..swapping.install import frozen_names, swap
 from .model import as_pretrained, expect_whole, is_saved_model
 
 AUTO = {

@@ -1,9 +1,9 @@
 """Blocks in models from elsewhere: ``swap`` puts them in, ``unswap`` takes them out, ``memory`` carries their state."""
 
 from .adapter import ADAPTERS, Adapter, SwapError
+from .install import swap, swaps, unswap
 from .plan import Plan
 from .state_context import StateContext, SwappedState, memory
-from .swap import swap, swaps, unswap
 
 __all__ = [
     "ADAPTERS",

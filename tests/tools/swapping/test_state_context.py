@@ -1,7 +1,9 @@
 """``tb.memory`` carries states from call to call, and nothing else does."""
 
 import copy
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -341,6 +343,22 @@ def test_a_checkpointed_model_after_a_backward_pass_whose_outputs_are_kept(swapp
     checkpoint(lambda _: model(t), first, use_reentrant=True).square().sum().backward()
     for parameter, gradient in zip(model.parameters(), expected):
         assert_close(parameter.grad, gradient)
+
+
+def test_states_are_freed_after_the_backward_pass(swapped, tokens):
+    model, t = swapped(), tokens()
+    model.reentrant = False
+    with tb.memory(model) as m:
+        model(t[:, :4])
+        m.state = tb.state.detach(m.state)
+        started_from = [weakref.ref(tensor) for _, tensor in tb.state.named_tensors(m.state)]
+        loss = model(t[:, 4:]).sum()
+        m.state = None
+    assert any(reference() is not None for reference in started_from)  # what is computed again starts from it
+    loss.backward()
+    del loss
+    gc.collect()
+    assert [reference() for reference in started_from] == [None] * len(started_from)
 
 
 def test_a_checkpointed_model(swapped, tokens):
