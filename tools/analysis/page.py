@@ -32,6 +32,7 @@ AROUND = 12
 MAX_LINES = 24
 """Lines at most that have a legend and bands, and whose values are listed together under the cursor."""
 FONT = "system-ui, -apple-system, Segoe UI, Roboto, sans-serif"
+AXIS = {"gridcolor": "#e5e7eb", "zeroline": False, "zerolinecolor": "#9ca3af", "automargin": True}
 CONFIG = {
     "responsive": True,
     "displaylogo": False,
@@ -259,8 +260,8 @@ def _figure(**layout: Any) -> Any:
 
     return Figure(
         layout={
-            "template": "plotly_white",
-            "font": {"family": FONT, "size": 13},
+            "template": "none",
+            "font": {"family": FONT, "size": 13, "color": "#374151"},
             "margin": {"l": 70, "r": 20, "t": 40, "b": 50},
             "hovermode": "x unified",
             "hoverlabel": {"namelength": -1},
@@ -282,10 +283,10 @@ def _line_figure(analysis: dict[str, Any], chart: LineChart) -> Any:
         if line.error is not None and len(chart.lines) <= MAX_LINES:
             figure.add_trace(_band(line))
         figure.add_trace(_line_trace(line))
-    figure.update_xaxes(title=chart.x_label, hoverformat=",.0f")
+    figure.update_xaxes(AXIS, title=chart.x_label, hoverformat=",.0f")
     if chart.along_text:
         figure.update_xaxes(range=_range(analysis))
-    figure.update_yaxes(title=chart.y_label, zeroline=chart.zero_line, zerolinecolor="#9ca3af", range=chart.y_range)
+    figure.update_yaxes(AXIS, title=chart.y_label, zeroline=chart.zero_line, range=chart.y_range)
     if chart.log_y:
         figure.update_yaxes(type="log")
     _add_memory_menu(analysis, figure)
@@ -329,6 +330,8 @@ def _quantity_figure(analysis: dict[str, Any], heat_map: HeatMap) -> Any:
             for start in starts[1:-1]
         ],
     )
+    figure.update_xaxes(AXIS)
+    figure.update_yaxes(AXIS)
     _add_memory_menu(analysis, figure, starts.tolist())
     if len(heat_map.table) > 1:
         scales = [("one scale", [True, False]), ("one scale per head", [False, True])]
