@@ -1,6 +1,6 @@
-"""Blocks from elsewhere: any module by :func:`adapt`, and by name those of a few libraries."""
+"""Modules from other libraries as blocks: :func:`adapt` for any module, and registered blocks for some libraries."""
 
-from . import fla_layers, hf, mamba_ssm
+from . import fla, hf, mamba_ssm
 from .adapter import Adapted, AdaptedState, adapt
 
-__all__ = ["Adapted", "AdaptedState", "adapt", "fla_layers", "hf", "mamba_ssm"]
+__all__ = ["Adapted", "AdaptedState", "adapt", "fla", "hf", "mamba_ssm"]

@@ -1,40 +1,42 @@
-"""``adapt``: any module as a block, from a function that makes it and a few that say how it keeps its state."""
+"""``adapt`` registers any PyTorch module as a block, given functions that describe its state."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ...kernels.padding import align
 from ...registry import Problem, Unavailable, register, show
 from ..block import Block
-from ..state import State, batch_size, map_state, named_tensors
-from .rows import by_kind, by_length
+from ..state import State, batch_size, concatenate, map_state, named_tensors, select
 
 Make: TypeAlias = Callable[..., nn.Module]
 Fresh: TypeAlias = Callable[[Any, int], State]
-"""From the module and a number of rows to what it carries at the start: a tree of tensors with the rows first."""
+"""``(module, rows)`` -> the initial state: a tree of tensors ``[rows, ...]``."""
 Run: TypeAlias = Callable[[Any, Tensor, State], tuple[Tensor, State]]
-"""From the module, tokens ``[rows, time, dim]`` and what it carries to the outputs and what it carries then."""
+"""``(module, x [rows, time, dim], state)`` -> outputs and the next state."""
 
 
 class AdaptedState(NamedTuple):
-    """What an adapted module carries from token to token."""
+    """The state of an adapted module."""
 
     carried: State
-    """The module's own, as its ``state`` function lays it out."""
+    """The state of the module, with the structure of its ``state`` function."""
     position: Tensor
-    """``[batch]`` int64: tokens read."""
+    """``[batch]`` int64: number of tokens so far."""
 
 
 class Declaration(NamedTuple):
-    """How a module from elsewhere is used: what :func:`adapt` was told."""
+    """The arguments of :func:`adapt`."""
 
     make: Make
     state: Fresh | None
@@ -44,19 +46,19 @@ class Declaration(NamedTuple):
 
 
 class Adapted(Block):
-    """A block around a module from elsewhere; :func:`adapt` makes a subclass for each kind of module.
+    """A block that runs the module ``inner``. :func:`adapt` creates a subclass for each kind of module.
 
-    The module sees rows of equal length without padding, and copies of what it carries, which it may write into.
+    The module receives rows of equal length without padding, and copies of the state, which it may modify.
     """
 
     declaration: ClassVar[Declaration]
     kind: ClassVar[str]
-    """The name in a recipe."""
+    """The registered name."""
 
     def __init__(self, dim: int, **fields: Any) -> None:
         super().__init__(dim)
         self.fields = fields
-        self.inner = self._made()
+        self.inner = self._make()
 
     def init_state(self, batch_size: int) -> AdaptedState | None:
         fresh = self.declaration.state
@@ -70,122 +72,160 @@ class Adapted(Block):
         if self.declaration.state is None:
             if mask is None:
                 return self._run(x, None)
-            real = mask.unsqueeze(-1)
-            return torch.where(real, self._run(torch.where(real, x, 0.0), None)[0], 0.0), None
+            valid = mask.unsqueeze(-1)
+            return torch.where(valid, self._run(torch.where(valid, x, 0.0), None)[0], 0.0), None
         if state is None:
             state = self.init_state(x.shape[0])
         if mask is None:
-            return self._read(x, state)
+            return self._run_unpadded(x, state)
         layout = align(mask)
-        y, state = by_length(self._read, layout.spread(x), state, layout.length.tolist())
+        y, state = run_grouped_by_length(self._run_unpadded, layout.spread(x), state, layout.length.tolist())
         return layout.collect(y), state
 
-    def _read(self, x: Tensor, state: AdaptedState) -> tuple[Tensor, AdaptedState]:
-        """Tokens without padding, after rows that may be at different positions."""
-        time = x.shape[1]
-        if time == 0:
+    def _run_unpadded(self, x: Tensor, state: AdaptedState) -> tuple[Tensor, AdaptedState]:
+        """Process tokens without padding. The rows of the state may be at different positions."""
+        if x.shape[1] == 0:
             return x, state
         if self.declaration.step is None:
-            y, carried = self._run(x, state.carried)
-            return y, AdaptedState(carried, state.position + time)
-        # such a module reads many tokens at once only from its beginning
-        begun = [int(position > 0) for position in state.position.tolist()]
-        return by_kind(self._go_on, x, state, begun)
+            return self._run_pieces(x, state, started=False)
+        # with a step function, only fresh rows may process several tokens at once
+        started = [int(position > 0) for position in state.position.tolist()]
+        return run_grouped(self._run_pieces, x, state, started)
 
-    def _go_on(self, x: Tensor, state: AdaptedState, begun: int) -> tuple[Tensor, AdaptedState]:
+    def _run_pieces(self, x: Tensor, state: AdaptedState, started: int) -> tuple[Tensor, AdaptedState]:
         carried, outputs = state.carried, []
-        for part in x.split(1, dim=1) if begun else (x,):
-            y, carried = self._run(part, carried, begun=bool(begun))
+        for piece in x.split(1, dim=1) if started else (x,):
+            y, carried = self._run(piece, carried, started=bool(started))
             outputs.append(y)
         return torch.cat(outputs, dim=1), AdaptedState(carried, state.position + x.shape[1])
 
-    def _run(self, x: Tensor, carried: State, begun: bool = False) -> tuple[Tensor, State]:
-        """The module itself, once."""
-        run = self.declaration.step if begun else self.declaration.run
+    def _run(self, x: Tensor, carried: State, started: bool = False) -> tuple[Tensor, State]:
+        """Run the module once."""
+        run = self.declaration.step if started else self.declaration.run
         if self.declaration.state is None:
             y, after = self.inner(x) if run is None else run(self.inner, x, None), None
         else:
-            # the module may write into what it is given, which is nobody else's
             given = map_state(lambda tensor: tensor.clone(), carried)
-            made = self.inner(x, given) if run is None else run(self.inner, x, given)
-            if not isinstance(made, tuple) or len(made) != 2:
-                got = f"{len(made)} things" if isinstance(made, tuple) else type(made).__name__
-                raise TypeError(f"{self.kind}: the module made {got}: expected (outputs, what it carries)")
-            y, after = made
-            after = self._like(after, carried)
+            result = self.inner(x, given) if run is None else run(self.inner, x, given)
+            if not isinstance(result, tuple) or len(result) != 2:
+                got = f"{len(result)} values" if isinstance(result, tuple) else type(result).__name__
+                raise TypeError(f"{self.kind}: the module returned {got}: expected (outputs, state)")
+            y, after = result[0], self._converted(result[1], carried)
         if not isinstance(y, Tensor) or y.shape != x.shape:
-            shape = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
-            raise ValueError(f"{self.kind}: the module made {shape} of {list(x.shape)}: expected the same shape")
+            got = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
+            raise ValueError(f"{self.kind}: the module returned {got} for inputs {list(x.shape)}: expected this shape")
         return y.to(x.dtype), after
 
-    def _like(self, after: State, before: State) -> State:
-        """What the module carries now, in the dtypes that were declared; its shapes must be those."""
+    def _converted(self, after: State, before: State) -> State:
+        """Convert the returned state to the declared dtypes, and check its shapes."""
 
-        def same(new: Tensor, old: Tensor) -> Tensor:
+        def convert(new: Tensor, old: Tensor) -> Tensor:
             if new.shape != old.shape:
-                raise ValueError(
-                    f"{self.kind}: the module carries {list(new.shape)} where its state was declared as "
-                    f"{list(old.shape)}"
-                )
+                shapes = f"{list(new.shape)}, declared as {list(old.shape)}"
+                raise ValueError(f"{self.kind}: the module returned a state of shape {shapes}")
             return new.to(old.dtype)
 
         try:
-            return map_state(same, after, before)
+            return map_state(convert, after, before)
         except TypeError as error:
-            raise TypeError(f"{self.kind}: what the module carries is not what was declared: {error}") from None
+            raise TypeError(f"{self.kind}: the returned state differs from the declared one: {error}") from None
 
     def _checked(self, fresh: State, rows: int) -> State:
         try:
-            found = batch_size(fresh)  # whose errors say which tensor lacks the rows
+            found = batch_size(fresh)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{self.kind}: its state function: {error}") from None
         if found != rows:
-            raise ValueError(f"{self.kind}: its state function gave {found} rows: expected {rows}")
+            raise ValueError(f"{self.kind}: its state function returned {found} rows: expected {rows}")
         return fresh
 
     def refuse(self, device: torch.device) -> str | None:
-        ask = self.declaration.refuse
-        said = None if ask is None else ask(device)
-        return None if said is None else f"{self.kind}: {said}"
+        refuse = self.declaration.refuse
+        reason = None if refuse is None else refuse(device)
+        return None if reason is None else f"{self.kind}: {reason}"
 
     def reset_parameters(self) -> None:
-        """As the module's own constructor does it: one more is made, and its values are taken over."""
-        with torch.device("cpu"), _nothing_left_to_chance():
-            made = self._made()
-        mine = {**dict(self.inner.named_parameters()), **dict(self.inner.named_buffers())}
+        """Create the module again, and copy the values of the new one."""
+        with torch.device("cpu"), _empty_as_nan():
+            new = self._make()
+        own = {**dict(self.inner.named_parameters()), **dict(self.inner.named_buffers())}
         with torch.no_grad():
-            for name, tensor in [*made.named_parameters(), *made.named_buffers()]:
-                if mine[name] is tensor:
-                    raise ValueError(
-                        f"{self.kind}: the function made the same {name} twice: expected a new module each time"
-                    )
-                mine[name].copy_(tensor)
+            for name, tensor in [*new.named_parameters(), *new.named_buffers()]:
+                if own[name] is tensor:
+                    raise ValueError(f"{self.kind}: the function returned {name} of an earlier call: expected new ones")
+                own[name].copy_(tensor)
 
     def flops(self, length: int) -> int:
-        """The matrix products, and two multiply-adds for every number that is carried: it is read, and written."""
+        """The matrix products, and for each token and number of the state two multiply-adds: a read and a write."""
         state = self.init_state(1)
-        carried = 0 if state is None else sum(tensor.numel() for _, tensor in named_tensors(state.carried))
-        return super().flops(length) + 4 * carried * length
+        size = 0 if state is None else sum(tensor.numel() for _, tensor in named_tensors(state.carried))
+        return super().flops(length) + 4 * size * length
 
-    def _made(self) -> nn.Module:
+    def _make(self) -> nn.Module:
         try:
-            made = self.declaration.make(self.dim, **self.fields)
+            module = self.declaration.make(self.dim, **self.fields)
         except ImportError as error:
             raise Unavailable([Problem("", f"{self.kind}: {error}")], "block") from error
-        if not isinstance(made, nn.Module):
-            raise TypeError(f"{self.kind}: the function made {type(made).__name__}: expected an nn.Module")
-        return made
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"{self.kind}: the function returned {type(module).__name__}: expected an nn.Module")
+        return module
 
 
 @contextlib.contextmanager
-def _nothing_left_to_chance() -> Iterator[None]:
-    """What is made and given no values is NaN, which is then found, rather than what lay in memory before."""
+def _empty_as_nan() -> Iterator[None]:
+    """Fill ``torch.empty`` with NaN, so that ``materialise`` finds tensors that are left uninitialised."""
     mode, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(mode, warn_only=warn)
+
+
+def run_grouped_by_length(
+    run: Callable[[Tensor, State], tuple[Tensor, State]], x: Tensor, state: State, lengths: Sequence[int]
+) -> tuple[Tensor, State]:
+    """Apply ``run`` to the first ``lengths[b]`` tokens of each row of ``x`` [batch, time, dim]. The rest becomes zero.
+
+    Rows of equal length are processed together, without padding. Rows of length 0 keep their state.
+    """
+
+    def run_group(x: Tensor, state: State, length: int) -> tuple[Tensor, State]:
+        if length == 0:
+            return torch.zeros_like(x), state
+        y, state = run(x[:, :length], state)
+        return F.pad(y, (0, 0, 0, x.shape[1] - length)), state
+
+    return run_grouped(run_group, x, state, lengths)
+
+
+def run_grouped(
+    run: Callable[[Tensor, State, int], tuple[Tensor, State]], x: Tensor, state: State, groups: Sequence[int]
+) -> tuple[Tensor, State]:
+    """Apply ``run(x, state, group)`` to the rows of each group, and return all rows in their order."""
+    if len(set(groups)) == 1:
+        return run(x, state, groups[0])
+    members: dict[int, list[int]] = {}
+    for row, group in enumerate(groups):
+        members.setdefault(group, []).append(row)
+    outputs, states = zip(*(run(x[rows], select(state, rows), group) for group, rows in members.items()))
+    order = torch.tensor([row for rows in members.values() for row in rows], device=x.device).argsort()
+    return torch.cat(outputs).index_select(0, order), select(concatenate(states), order)
+
+
+def import_package(module: str, distribution: str, install: str) -> Any:
+    """Import ``module`` of ``distribution``, which ``pip install`` ``install`` provides.
+
+    Raises ``ImportError`` with that command if it is not installed or cannot be imported.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as that there is no GPU; ``refuse`` reports it where it matters
+            return importlib.import_module(module)
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name in (module.partition(".")[0], module)
+        problem = "which is not installed" if missing else f"which cannot be imported ({error})"
+        raise ImportError(f"needs {distribution}, {problem}: pip install '{install}'") from error
 
 
 def adapt(
@@ -198,34 +238,34 @@ def adapt(
     problems: Callable[[int | None, dict[str, Any]], Iterable[tuple[str, str]]] | None = None,
     replace: bool = False,
 ) -> Callable[[Make], type[Adapted]]:
-    """Register a function that makes a module as the block ``name``; its signature is the block's schema.
+    """Register a function that creates a module as the block ``name``. Its signature is the schema of the block.
 
     The function takes ``dim`` and annotated keyword fields, like the constructor of a ``Block``, and returns an
-    ``nn.Module``, initialised as it should be. In its place stands the class of the block from then on::
+    initialised ``nn.Module``. The decorated name refers to the class of the block::
 
         @tb.adapt("gru", state=lambda gru, rows: gru.weight_ih_l0.new_zeros(rows, gru.hidden_size), run=read)
         def gru(dim: int, *, bias: bool = True) -> nn.Module:
             return nn.GRU(dim, dim, bias=bias, batch_first=True)
 
-    ``state(module, rows)``: what the module carries before the first token: a tensor, or named tuples of tensors, each
-    ``[rows, ...]`` and of the same shape ever after; ``None`` for a module that treats every token on its own.
-    ``run(module, x, carried)``: outputs and what is carried after ``x`` [rows, time, dim], with no padding in it; by
-    default the module is called with the same two, and one without state with ``x`` alone. What it is given to carry
-    is a copy that it may write into. ``step``: likewise for one token, in a module that can read several at once only
-    from its beginning; the block then goes on token by token. ``refuse(device)``: why it cannot run there, in words, or
-    ``None``. ``problems(dim, fields)``: what is wrong with fields together, as ``(field, message)``.
+    ``state(module, rows)``: returns the initial state: a tensor, or named tuples of tensors, each ``[rows, ...]`` and
+    of constant shape. ``None``: the module has no state. ``run(module, x, state)``: returns the outputs and the next
+    state after ``x`` [rows, time, dim], which has no padding. By default ``module(x, state)``, or ``module(x)`` without
+    a state. The state it receives is a copy, which it may modify. ``step``: the same for one token, if ``run`` can only
+    start from the initial state; further tokens are then processed one by one. ``refuse(device)``: returns why the
+    module cannot run on the device, or ``None``. ``problems(dim, fields)``: yields problems that concern several
+    fields, as ``(field, message)``.
 
-    Whether the block that comes of it obeys the laws, ``check_block`` can say. Raises what ``register`` does.
+    ``check_block`` tests whether the block obeys the laws. Raises the errors of ``register``.
     """
     for argument, given in {"state": state, "run": run, "step": step, "refuse": refuse, "problems": problems}.items():
         if given is not None and not callable(given):
             raise TypeError(f"adapt({show(name)}): {argument} is {show(given)}: expected a function")
-    if not isinstance(name, str):  # as a decorator without its parentheses is
+    if not isinstance(name, str):  # such as for a decorator without parentheses
         raise TypeError(f"adapt({show(name)}): expected the block's name, as in @adapt('gru')")
     if step is not None and state is None:
-        raise ValueError(f"adapt({name!r}): step goes on from a state, and there is no state function")
+        raise ValueError(f"adapt({name!r}): step continues from a state, and there is no state function")
 
-    def add(make: Make) -> type[Adapted]:
+    def decorate(make: Make) -> type[Adapted]:
         def construct(self: Adapted, dim: int, **fields: Any) -> None:
             Adapted.__init__(self, dim, **fields)
 
@@ -247,4 +287,4 @@ def adapt(
             body["problems"] = staticmethod(problems)
         return register(name, replace=replace)(type(make.__name__, (Adapted,), body))
 
-    return add
+    return decorate

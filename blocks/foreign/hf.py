@@ -1,14 +1,14 @@
-"""Mixers of Hugging Face transformers that keep a recurrent state, as blocks: ``hf_...``, with the extra ``hf``.
+"""Recurrent mixers of Hugging Face transformers as blocks: ``hf_...``, with the extra ``hf``.
 
-They are plain PyTorch and run anywhere. Any other mixer of that library that keeps its state in a cache of one
-convolution and one recurrence is adapted likewise: ``adapt(..., state=..., run=run)``.
+They are implemented in PyTorch and run on any device. Other mixers of the library whose cache contains a convolution
+and a recurrence can be adapted with ``mixer`` and ``run``.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import inspect
-import types
 from collections.abc import Iterable
 from typing import Annotated, Any, NamedTuple
 
@@ -16,23 +16,22 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from .adapter import adapt
-from .package import package
+from .adapter import adapt, import_package
 
 INSTALL = "titans-build[hf]"
 
 
 class MixerState(NamedTuple):
-    """What a mixer keeps in its cache."""
+    """The states of a mixer in its cache."""
 
     convolution: Tensor
-    """``[batch, channels, width]``: the last inputs of the convolution, in the model's dtype."""
+    """``[batch, channels, width]``, in the dtype of the model: the last inputs of the convolution."""
     recurrent: Tensor
-    """``[batch, heads, ...]`` float32: of the recurrence."""
+    """``[batch, heads, ...]`` float32: the state of the recurrence."""
 
 
 class Cache:
-    """A cache of one layer, as mixers use one. It writes into no tensor itself."""
+    """A cache of one layer, with the interface that mixers expect. It modifies no tensor."""
 
     def __init__(self, state: MixerState) -> None:
         self.convolution, self.recurrent = state
@@ -50,11 +49,11 @@ class Cache:
         return False
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, **_: Any) -> Tensor:
-        """Put ``conv_states`` [batch, channels, time] behind what was kept, and keep the last of both."""
+        """Append ``conv_states`` [batch, channels, time] to the last inputs. Return both, and keep the end."""
         width = self.convolution.shape[-1]
-        seen = torch.cat([self.convolution, conv_states], dim=-1)
-        self.convolution = seen[..., -width:].clone()
-        return seen
+        inputs = torch.cat([self.convolution, conv_states], dim=-1)
+        self.convolution = inputs[..., -width:].clone()
+        return inputs
 
     def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, **_: Any) -> Tensor:
         self.recurrent = recurrent_states
@@ -62,16 +61,16 @@ class Cache:
 
 
 def run(mixer: Any, x: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
-    """A mixer on ``x`` [batch, time, dim] after ``state``, which may be written over."""
+    """Run a mixer on ``x`` [batch, time, dim] after ``state``, which may be modified."""
     cache = Cache(state)
     if x.shape[1] > 1 or not torch.is_grad_enabled():
         return mixer(x, cache_params=cache), MixerState(cache.convolution, cache.recurrent)
 
-    def kept(tensor: Tensor) -> Tensor:
+    def copy_state(tensor: Tensor) -> Tensor:
         return tensor.clone() if tensor.data_ptr() == state.recurrent.data_ptr() else tensor
 
-    # a single token's state is written over, and backward needs the one before
-    with torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor):
+    # with a single token the state is modified in place, and backward needs the one before
+    with torch.autograd.graph.saved_tensors_hooks(copy_state, lambda tensor: tensor):
         y = mixer(x, cache_params=cache)
     return y, MixerState(cache.convolution, cache.recurrent)
 
@@ -85,59 +84,65 @@ def _state(convolution: nn.Conv1d, rows: int, recurrent: tuple[int, ...]) -> Mix
 
 
 def mixer(model: str, name: str, **config: Any) -> nn.Module:
-    """The mixer class ``name`` of the model type ``model``, made and initialised as in such a model of one layer.
+    """Create the mixer class ``name`` of the model type ``model``, initialised as in a model with one layer.
 
-    Raises ``ImportError`` that says how to install transformers where it, or the model in it, is missing.
+    Raises ``ImportError`` if transformers is not installed or does not have the model.
     """
-    # not by AutoConfig, where flash-linear-attention puts its own models in the place of some of these
-    configurations = package(f"transformers.models.{model}.configuration_{model}", "transformers", INSTALL)
+    # not with AutoConfig, where flash-linear-attention replaces some models by its own
+    configurations = _module(f"{model}.configuration_{model}")
     (kind,) = (kind for kind in vars(configurations).values() if getattr(kind, "model_type", None) == model)
     configuration = kind(num_hidden_layers=1, **config)
-    made: nn.Module = _anywhere(model, name)(configuration, layer_idx=0)
-    # some of what a mixer has is left to the model to initialise
-    made.apply(_model(model)(configuration)._init_weights)
-    return made
+    created: nn.Module = _on_any_device(model, name)(configuration, layer_idx=0)
+    # some parameters of a mixer are initialised by the model that contains it
+    container = _model_class(model)(configuration)
+    container.add_module("mixer", created)
+    container.initialize_weights()
+    return created
 
 
-def _model(model: str) -> Any:
-    """The class that models of this type are made of, which knows how their parts are initialised."""
-    library = package("transformers", "transformers", INSTALL)
-    modules = _modeling(model)
+def _module(name: str) -> Any:
+    return import_package(f"transformers.models.{name}", "transformers", INSTALL)
+
+
+def _model_class(model: str) -> Any:
+    """The base class of the models of this type, which initialises their modules."""
+    modeling = _module(f"{model}.modeling_{model}")
+    base = import_package("transformers", "transformers", INSTALL).PreTrainedModel
     return next(
-        kind
-        for kind in vars(modules).values()
-        if isinstance(kind, type) and issubclass(kind, library.PreTrainedModel) and kind.__module__ == modules.__name__
+        cls
+        for cls in vars(modeling).values()
+        if isinstance(cls, type) and issubclass(cls, base) and cls.__module__ == modeling.__name__
     )
 
 
-def _modeling(model: str) -> Any:
-    return package(f"transformers.models.{model}.modeling_{model}", "transformers", INSTALL)
-
-
 @functools.cache
-def _anywhere(model: str, name: str) -> Any:
-    """The mixer's class, which runs on PyTorch alone where there is no GPU.
+def _on_any_device(model: str, name: str) -> Any:
+    """The class of the mixer, with the functions in PyTorch on a CPU.
 
-    With flash-linear-attention or mamba-ssm installed, the functions that a mixer calls are theirs, on a CPU as well,
-    where those do not run. Each of them wraps the one in PyTorch.
+    Where flash-linear-attention or mamba-ssm is installed, transformers wraps these functions, and calls kernels that
+    need a GPU in their place, on a CPU as well. On a CPU the forward method is therefore that of a second copy of the
+    module, in which the functions are unwrapped.
     """
-    found: Any = getattr(_modeling(model), name)
-    forward = inspect.unwrap(found.forward)
-    unwrapped = {
-        name: inspect.unwrap(value) if inspect.isfunction(value) else value
-        for name, value in forward.__globals__.items()
-    }
-    plain = types.FunctionType(forward.__code__, unwrapped, name, forward.__defaults__, forward.__closure__)
+    modeling = _module(f"{model}.modeling_{model}")
+    base: Any = getattr(modeling, name)
+    spec = importlib.util.find_spec(modeling.__name__)
+    assert spec is not None and spec.loader is not None
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    for attribute, value in list(vars(copy).items()):
+        if inspect.isfunction(value):
+            setattr(copy, attribute, inspect.unwrap(value))
+    in_pytorch = getattr(copy, name)
 
-    class Mixer(found):
+    class Mixer(base):
         def forward(self, hidden_states: Tensor, **given: Any) -> Any:
-            run = plain if hidden_states.is_cpu else found.forward
-            return run(self, hidden_states, **given)
+            cls = in_pytorch if hidden_states.is_cpu else base
+            return cls.forward(self, hidden_states, **given)
 
     return Mixer
 
 
-Heads = Annotated[int, Field(ge=1, description="heads, each with a state of its own")]
+Heads = Annotated[int, Field(ge=1, description="heads, each with its own state")]
 KeyDim = Annotated[int | None, Field(ge=1, description="width of a head's keys; null for dim / heads")]
 Conv = Annotated[int, Field(ge=2, le=64, description="width of the causal convolution")]
 
@@ -167,10 +172,10 @@ def gated_deltanet(
     value_dim: Annotated[int | None, Field(ge=1, description="width of a head's values; null for dim / heads")] = None,
     conv: Conv = 4,
 ) -> nn.Module:
-    """The gated delta rule (arXiv 2412.06464) as transformers has it for Qwen3-Next, in plain PyTorch.
+    """The gated delta rule (arXiv 2412.06464) of Qwen3-Next in transformers, in PyTorch.
 
-    A matrix per head that forgets (a gate per head and token), learns by the delta rule, and is read. Its recurrence is
-    computed in float32 whatever the model's dtype.
+    A matrix per head, with a decay per head and token, updated by the delta rule. The recurrence is computed in float32
+    for all dtypes of the model.
     """
     return mixer(
         "qwen3_next",
@@ -196,13 +201,13 @@ def mamba2(
     *,
     heads: Heads = 8,
     expand: Annotated[int, Field(ge=1, le=64, description="inner width over dim; heads divide the inner width")] = 2,
-    state_size: Annotated[int, Field(ge=1, description="numbers of state for each inner feature")] = 64,
+    state_size: Annotated[int, Field(ge=1, description="size of the state of each inner feature")] = 64,
     conv: Conv = 4,
-    chunk: Annotated[int, Field(ge=1, description="tokens computed at once; no part of the function")] = 64,
+    chunk: Annotated[int, Field(ge=1, description="tokens per chunk; does not change the result")] = 64,
 ) -> nn.Module:
-    """Mamba-2 (arXiv 2405.21060) as transformers has it, in plain PyTorch: a state space with one decay per head.
+    """Mamba-2 (arXiv 2405.21060) of transformers, in PyTorch: a state space model with one decay per head.
 
-    Its recurrence is computed in float32 whatever the model's dtype.
+    The recurrence is computed in float32 for all dtypes of the model.
     """
     return mixer(
         "mamba2",

@@ -1,8 +1,8 @@
-"""Mixers of mamba-ssm as blocks: ``mamba_ssm_...``, with that package, which needs a GPU.
+"""Mixers of the package mamba-ssm as blocks: ``mamba_ssm_...``. They need a GPU.
 
-They keep their state in tensors that are handed to them and written over, and go on from a state one token at a time.
-Any other module with ``allocate_inference_cache`` and ``forward(x, inference_params=...)`` is adapted likewise:
-``adapt(..., state=fresh, run=begin, step=step)``.
+They modify the tensors of their state in place, and continue from a state one token at a time. Other modules with
+``allocate_inference_cache`` and ``forward(x, inference_params=...)`` can be adapted with ``fresh``, ``begin`` and
+``step``.
 """
 
 from __future__ import annotations
@@ -15,39 +15,37 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from .adapter import adapt
-from .package import package
+from .adapter import adapt, import_package
 
 
 class MixerState(NamedTuple):
-    """What a mixer writes over, in the model's dtype."""
+    """The tensors that a mixer modifies, in the dtype of the model."""
 
     convolution: Tensor
     """``[batch, channels, width]``: the last inputs of the convolution."""
     recurrent: Tensor
-    """``[batch, heads, ...]``: of the state space."""
+    """``[batch, heads, ...]``: the state of the state space model."""
 
 
 def fresh(mixer: Any, rows: int) -> MixerState:
-    """Zeros, in the shapes that the mixer says."""
+    """The initial state, with the shapes that the mixer declares."""
     return MixerState(*mixer.allocate_inference_cache(rows, 1))
 
 
 def begin(mixer: Any, x: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
-    """A mixer on its first tokens ``[batch, time, dim]``; ``state`` is written over."""
+    """Run a mixer on its first tokens ``[batch, time, dim]``. ``state`` is modified."""
     return _call(mixer, x, state, 0)
 
 
 def step(mixer: Any, x: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
-    """A mixer on one token ``[batch, 1, dim]`` after ``state``, which is written over."""
+    """Run a mixer on one token ``[batch, 1, dim]`` after ``state``, which is modified."""
     return _call(mixer, x, state, 1)
 
 
-def _call(mixer: Any, x: Tensor, state: MixerState, read: int) -> tuple[Tensor, MixerState]:
-    known = SimpleNamespace(
-        key_value_memory_dict={mixer.layer_idx: tuple(state)}, seqlen_offset=read, batch_size_offset=0
-    )
-    return mixer(x, inference_params=known), state
+def _call(mixer: Any, x: Tensor, state: MixerState, offset: int) -> tuple[Tensor, MixerState]:
+    cache = {mixer.layer_idx: tuple(state)}
+    params = SimpleNamespace(key_value_memory_dict=cache, seqlen_offset=offset, batch_size_offset=0)
+    return mixer(x, inference_params=params), state
 
 
 def _refuse(device: torch.device) -> str | None:
@@ -70,10 +68,10 @@ def mamba2(
     *,
     head_dim: Annotated[int, Field(ge=1, description="width of a head; divides the inner width")] = 64,
     expand: Annotated[int, Field(ge=1, le=64, description="inner width over dim")] = 2,
-    state_size: Annotated[int, Field(ge=1, description="numbers of state for each inner feature")] = 128,
+    state_size: Annotated[int, Field(ge=1, description="size of the state of each inner feature")] = 128,
     conv: Annotated[int, Field(ge=2, le=4, description="width of the causal convolution")] = 4,
 ) -> nn.Module:
-    """Mamba-2 (arXiv 2405.21060) as its authors have it: a state space with one decay per head."""
-    mixer = package("mamba_ssm", "mamba-ssm", "mamba-ssm causal-conv1d").Mamba2
-    made: nn.Module = mixer(d_model=dim, d_state=state_size, d_conv=conv, expand=expand, headdim=head_dim, layer_idx=0)
-    return made
+    """Mamba-2 (arXiv 2405.21060) by its authors: a state space model with one decay per head."""
+    cls = import_package("mamba_ssm", "mamba-ssm", "mamba-ssm causal-conv1d").Mamba2
+    created: nn.Module = cls(d_model=dim, d_state=state_size, d_conv=conv, expand=expand, headdim=head_dim, layer_idx=0)
+    return created

@@ -36,7 +36,7 @@ def recipe(block: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module", autouse=True)
 def defined() -> None:
-    """Kernels are for the interpreter if it is asked for when they are defined, and some tests ask for none."""
+    """Defines the kernels while ``TRITON_INTERPRET`` is set, which some tests delete."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         importlib.import_module("fla.layers")
@@ -44,7 +44,7 @@ def defined() -> None:
 
 @pytest.fixture
 def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels take the first of their configurations: there is nothing to time in the interpreter."""
+    """Kernels use their first configuration, without timing them in the interpreter."""
     if DEVICE == "cpu":
         from triton.runtime.autotuner import Autotuner
 
@@ -52,7 +52,7 @@ def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_has_its_shapes_without_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shapes_on_the_meta_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     model = tb.build(recipe(small(name)), device="meta")
     assert sum(parameter.numel() for parameter in model.parameters()) > 3 * 32 * 32
@@ -63,7 +63,7 @@ def test_it_has_its_shapes_without_a_gpu(name: str, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
-def test_a_device_without_kernels_is_refused_when_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_without_kernels_is_an_error_at_building(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     loaded = tb.load_recipe(recipe(["fla_gla", "fla_gla", "fla_kda"]))
     with pytest.raises(Unavailable) as refused:
@@ -72,7 +72,7 @@ def test_a_device_without_kernels_is_refused_when_it_is_built(monkeypatch: pytes
     assert "run on a GPU, not on cpu: build it with device cuda" in str(refused.value)
 
 
-def test_without_the_library_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_an_error_with_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "fla"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "fla", None)
@@ -96,15 +96,15 @@ def test_without_the_library_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPat
         ({"type": "fla_kda", "hedas": 2}, "hedas: unknown field of fla_kda; did you mean 'heads'"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_it_is_built(block: dict[str, Any], message: str) -> None:
+def test_invalid_fields_are_errors_of_the_recipe(block: dict[str, Any], message: str) -> None:
     with pytest.raises(tb.RecipeError, match=f"layers.one.0.{message}"):
         tb.load_recipe(recipe(block))
 
 
 @pytest.mark.usefixtures("untimed")
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in EVERYDAY else SLOW) for n in NAMES])
-def test_cut_and_padded_it_gives_what_each_row_gives_alone(name: str) -> None:
-    """Two pieces, the first with padding left, right and inside, so that rows are at different positions after it."""
+def test_split_and_padded_rows_equal_single_rows(name: str) -> None:
+    """Two pieces. The first has left, right and inner padding, so that the rows are at different positions after it."""
     torch.manual_seed(0)
     block = tb.build_block(small(name), dim=32, device=DEVICE)
     mask = torch.tensor([[0, 0, 1, 1], [1, 0, 0, 1], [1, 1, 1, 0]], device=DEVICE).bool()
@@ -125,23 +125,23 @@ def test_cut_and_padded_it_gives_what_each_row_gives_alone(name: str) -> None:
 
 @SLOW
 @pytest.mark.usefixtures("untimed")
-# that of many products takes no float32, and the interpreter does not run it in bfloat16
+# gated_deltaproduct does not support float32, and the interpreter does not run it in bfloat16
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "fla_gated_deltaproduct"])
-def test_it_obeys_the_laws_that_need_no_gradient(name: str) -> None:
-    """The interpreter does not run every backward kernel; float32 is what the kernels compute in."""
+def test_laws_without_gradients(name: str) -> None:
+    """The interpreter does not run every backward kernel. The kernels compute in float32."""
     laws = ["meta", "step", "row", "mask", "dtype", "position"]
     tb.check_block(small(name), dim=32, dtype=torch.float32, laws=laws, length=6, cuts=2, device=DEVICE)
 
 
 @pytest.mark.usefixtures("untimed")
-def test_a_dtype_that_a_layer_refuses_is_one_error() -> None:
+def test_an_unsupported_dtype_is_an_error() -> None:
     block = tb.build_block(small("fla_gated_deltaproduct"), dim=32, device=DEVICE)
     with pytest.raises(ValueError, match=r"GatedDeltaProduct.* torch.float32: .*float32"):
         block(torch.randn(1, 3, 32, device=DEVICE))
 
 
 def projected(layer: Any, x: Tensor, which: str, width: int) -> Tensor:
-    """A layer's queries, keys or values: projection, causal convolution, SiLU."""
+    """Queries, keys or values of a layer: projection, causal convolution, SiLU."""
     y = getattr(layer, f"{which}_proj")(x).transpose(1, 2)
     taps = getattr(layer, f"{which}_conv1d").weight
     y = F.conv1d(F.pad(y, (taps.shape[-1] - 1, 0)), taps, groups=taps.shape[0])
@@ -149,7 +149,7 @@ def projected(layer: Any, x: Tensor, which: str, width: int) -> Tensor:
 
 
 @pytest.mark.usefixtures("untimed")
-def test_the_gated_deltanet_is_the_librarys_own_reference() -> None:
+def test_gated_deltanet_against_the_reference_of_the_library() -> None:
     torch.manual_seed(0)
     block = tb.build_block({**small("fla_gated_deltanet"), "expand_v": 0.5}, dim=32, device=DEVICE)
     layer, x = block.inner, torch.randn(2, 7, 32, device=DEVICE)

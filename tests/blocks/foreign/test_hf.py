@@ -1,4 +1,4 @@
-"""Mixers of transformers as blocks: the laws, gradients, and what transformers makes of the same weights."""
+"""Mixers of transformers as blocks: the laws, gradients, and the outputs of transformers with the same weights."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ DELTA = {"type": "hf_gated_deltanet", "heads": 2, "value_dim": 6}
 MAMBA = {"type": "hf_mamba2", "heads": 4, "state_size": 8, "chunk": 4}
 SPECS = pytest.mark.parametrize("spec", [DELTA, MAMBA], ids=["gated deltanet", "mamba2"])
 FORWARD = [law for law in LAWS if law != "gradient"]
-"""The law about gradients takes finite differences in float64; these compute their recurrences in float32."""
+"""The gradient law uses finite differences in float64. These mixers compute their recurrences in float32."""
 
 
 @SPECS
-def test_it_obeys_the_laws(spec: dict[str, Any]) -> None:
+def test_mixers_obey_the_laws(spec: dict[str, Any]) -> None:
     tb.check_block(spec, dim=16, dtype=torch.float32, laws=FORWARD, endurance=300, cuts=12)
 
 
 @SPECS
 @pytest.mark.parametrize("cut", [1, 6, 10])
-def test_gradients_flow_through_a_state(spec: dict[str, Any], cut: int) -> None:
-    """A single token, whose state is written over in transformers, before and after others."""
+def test_gradients_through_a_state(spec: dict[str, Any], cut: int) -> None:
+    """Also for a single token, whose state transformers modifies in place."""
     block = tb.build_block(spec, dim=16)
     x, weights = torch.randn(2, 11, 16, requires_grad=True), torch.randn(2, 11, 16)
     leaves = [x, *block.parameters()]
@@ -41,7 +41,7 @@ def test_gradients_flow_through_a_state(spec: dict[str, Any], cut: int) -> None:
 
 
 @SPECS
-def test_the_step_along_a_gradient_is_what_it_promises(spec: dict[str, Any]) -> None:
+def test_gradient_against_a_finite_difference(spec: dict[str, Any]) -> None:
     torch.manual_seed(0)
     block = tb.build_block(spec, dim=16)
     _, state = block(torch.randn(2, 3, 16))
@@ -54,7 +54,7 @@ def test_the_step_along_a_gradient_is_what_it_promises(spec: dict[str, Any]) -> 
     assert float(ahead - behind) / 2 == pytest.approx(float((gradient * step).sum()), rel=0.01)
 
 
-def test_mamba2_is_what_transformers_makes_of_the_same_weights_and_its_own_cache() -> None:
+def test_mamba2_against_transformers_with_its_own_cache() -> None:
     block = tb.build_block(MAMBA, dim=16)
     config = Mamba2Config(
         hidden_size=16, num_hidden_layers=1, num_heads=4, head_dim=8, state_size=8, n_groups=1, chunk_size=4
@@ -73,8 +73,8 @@ def test_mamba2_is_what_transformers_makes_of_the_same_weights_and_its_own_cache
     torch.testing.assert_close(state.carried.convolution, layer.conv_states[0], rtol=1e-5, atol=1e-5)
 
 
-def test_the_gated_deltanet_is_the_gated_delta_rule() -> None:
-    """Against the rule written out, token by token, with the layer's own projections."""
+def test_gated_deltanet_against_the_recurrence() -> None:
+    """The gated delta rule token by token, with the projections of the layer."""
     block = tb.build_block({**DELTA, "value_dim": None}, dim=8, dtype=torch.float32)
     mixer, x = block.inner, torch.randn(1, 9, 8)
     with torch.no_grad():
@@ -97,15 +97,15 @@ def test_the_gated_deltanet_is_the_gated_delta_rule() -> None:
 
 
 @SPECS
-def test_it_starts_as_the_library_starts_it(spec: dict[str, Any]) -> None:
-    """Models of each type draw the weights of linear maps with a deviation of their own."""
+def test_initialisation_is_that_of_the_model(spec: dict[str, Any]) -> None:
+    """Each type of model has its own standard deviation for the weights of linear maps."""
     block = tb.build_block(spec, dim=64)
     name, deviation = ("in_proj_qkvz", 0.02) if spec is DELTA else ("in_proj", 0.1)
     assert float(getattr(block.inner, name).weight.detach().std()) == pytest.approx(deviation, rel=0.1)
     assert block.inner.A_log.isfinite().all() and (block.inner.A_log.exp() < 17).all()
 
 
-def test_heads_have_to_divide() -> None:
+def test_heads_must_divide_the_width() -> None:
     with pytest.raises(tb.RecipeError, match="heads: 3 heads do not divide the width 16; give key_dim and value_dim"):
         tb.build_block({"type": "hf_gated_deltanet", "heads": 3}, dim=16)
     assert tb.build_block({**DELTA, "heads": 3, "key_dim": 4}, dim=16).inner.key_dim == 12
@@ -113,7 +113,7 @@ def test_heads_have_to_divide() -> None:
         tb.build_block({"type": "hf_mamba2", "heads": 5}, dim=16)
 
 
-def test_a_recipe_of_three_and_one_runs_with_it() -> None:
+def test_mixer_in_a_packaged_recipe() -> None:
     recipe = tb.load_recipe(
         "deltas-and-mac",
         overrides={"dim": 32, "layers.delta.0": "hf_gated_deltanet", "layers.mac.0.segment": 8, "stack.0.repeat": 1},

@@ -1,4 +1,4 @@
-"""The protocol of mamba-ssm's mixers, by a stand-in that keeps to it: the package itself needs a GPU to be built."""
+"""The interface of the mixers of mamba-ssm, with a substitute in PyTorch: the package itself needs a GPU."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 import titans_build as tb
 from titans_build.blocks.foreign.mamba_ssm import begin, fresh, step
-from titans_build.registry import Unavailable, scratch
+from titans_build.registry import Unavailable
 
 
 class Mamba2(nn.Module):
-    """A state space with one decay per head; states are written over, and after the first call it takes one token."""
+    """A state space model with one decay per head. States are modified, and later calls take a single token."""
 
     def __init__(
         self, d_model: int, d_state: int, d_conv: int, expand: int, headdim: int, layer_idx: int | None = None
@@ -58,17 +58,16 @@ def of(block: Any, dim: int) -> dict[str, Any]:
     return {"version": 1, "dim": dim, "layers": {"one": [block]}, "stack": ["one"]}
 
 
-def test_the_protocol_keeps_the_laws() -> None:
-    with scratch():
+@pytest.mark.usefixtures("own_registry")
+def test_mixers_obey_the_laws() -> None:
+    @tb.adapt("their_mamba", state=fresh, run=begin, step=step)
+    def their_mamba(dim: int) -> nn.Module:
+        return Mamba2(dim, d_state=3, d_conv=4, expand=2, headdim=4, layer_idx=0)
 
-        @tb.adapt("their_mamba", state=fresh, run=begin, step=step)
-        def their_mamba(dim: int) -> nn.Module:
-            return Mamba2(dim, d_state=3, d_conv=4, expand=2, headdim=4, layer_idx=0)
-
-        tb.check_block("their_mamba", dim=8, endurance=200, length=11)
+    tb.check_block("their_mamba", dim=8, endurance=200, length=11)
 
 
-def test_the_block_makes_the_packages_mixer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_block_creates_the_mixer_of_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     package = ModuleType("mamba_ssm")
     package.Mamba2 = Mamba2  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "mamba_ssm", package)
@@ -81,7 +80,7 @@ def test_the_block_makes_the_packages_mixer(monkeypatch: pytest.MonkeyPatch) -> 
         tb.build(recipe)
 
 
-def test_without_the_package_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_an_error_with_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mamba_ssm", None)
     recipe = tb.load_recipe(of("mamba_ssm_mamba2", 64))
     message = "mamba_ssm_mamba2: needs mamba-ssm, which is not installed: pip install 'mamba-ssm causal-conv1d'"
@@ -89,6 +88,6 @@ def test_without_the_package_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPat
         tb.build(recipe)
 
 
-def test_heads_have_to_divide() -> None:
+def test_heads_must_divide_the_width() -> None:
     with pytest.raises(tb.RecipeError, match="head_dim: 5 does not divide the inner width 128"):
         tb.load_recipe(of({"type": "mamba_ssm_mamba2", "head_dim": 5}, 64))

@@ -1,34 +1,43 @@
-"""Modules as other libraries write them, and how each is declared."""
+"""Modules as other libraries write them, adapted as blocks."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, NamedTuple
 
+import pytest
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 import titans_build as tb
+from titans_build.registry import scratch
 
 
-class LongShort(NamedTuple):
+@pytest.fixture
+def own_registry() -> Iterator[None]:
+    """Blocks that a test registers are removed after it."""
+    with scratch():
+        yield
+
+
+class LSTMState(NamedTuple):
     hidden: Tensor
     cell: Tensor
 
 
-def register_lstm() -> type:
-    def fresh(lstm: nn.LSTM, rows: int) -> LongShort:
+@pytest.fixture(name="lstm")
+def register_lstm(own_registry: None) -> type:
+    def fresh(lstm: nn.LSTM, rows: int) -> LSTMState:
         zeros = lstm.weight_ih_l0.new_zeros(rows, lstm.num_layers, lstm.hidden_size)
-        return LongShort(zeros, zeros)
+        return LSTMState(zeros, zeros)
 
-    def run(lstm: nn.LSTM, x: Tensor, state: LongShort) -> tuple[Tensor, LongShort]:
+    def run(lstm: nn.LSTM, x: Tensor, state: LSTMState) -> tuple[Tensor, LSTMState]:
         y, after = lstm(x, tuple(part.transpose(0, 1).contiguous() for part in state))
-        return y, LongShort(*(part.transpose(0, 1) for part in after))
+        return y, LSTMState(*(part.transpose(0, 1) for part in after))
 
     @tb.adapt("lstm", state=fresh, run=run)
-    def lstm(
-        dim: int, *, layers: Annotated[int, Field(ge=1, le=8, description="one above the other")] = 1
-    ) -> nn.Module:
+    def lstm(dim: int, *, layers: Annotated[int, Field(ge=1, le=8, description="layers of the LSTM")] = 1) -> nn.Module:
         """A long short-term memory."""
         return nn.LSTM(dim, dim, layers, batch_first=True)
 
@@ -36,7 +45,7 @@ def register_lstm() -> type:
 
 
 class Stepping(nn.Module):
-    """A leaky sum that is begun with any number of tokens, goes on one at a time, and writes over its state."""
+    """A leaky sum that starts with any number of tokens, continues one at a time, and modifies its state."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -45,7 +54,7 @@ class Stepping(nn.Module):
         self.register_buffer("scale", torch.full((dim,), 0.5), persistent=False)
 
     def begin(self, x: Tensor, level: Tensor) -> Tensor:
-        assert not level.any(), "only from its beginning"
+        assert not level.any(), "only from the initial state"
         outputs = []
         for token in x.unbind(1):
             outputs.append(self.step(token.unsqueeze(1), level))
@@ -58,7 +67,8 @@ class Stepping(nn.Module):
         return (after * self.scale).unsqueeze(1)
 
 
-def register_stepping() -> type:
+@pytest.fixture(name="stepping")
+def register_stepping(own_registry: None) -> type:
     @tb.adapt(
         "stepping",
         state=lambda module, rows: module.decay.new_zeros(rows, len(module.decay)),
@@ -72,7 +82,8 @@ def register_stepping() -> type:
     return stepping
 
 
-def register_pointwise() -> type:
+@pytest.fixture(name="pointwise")
+def register_pointwise(own_registry: None) -> type:
     @tb.adapt("pointwise")
     def pointwise(dim: int, *, hidden: int = 8) -> nn.Module:
         """Two linear maps."""
