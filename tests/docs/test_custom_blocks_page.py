@@ -14,22 +14,21 @@ from typing import Any
 
 import pytest
 import torch
-from pages import PAGES, ROOT, command_lines, fences
 
 import titans_build as tb
 from titans_build.blocks.laws import LawError
 from titans_build.registry import lookup, scratch
 from titans_build.tools.cli import main
 
-PAGE = PAGES["custom-blocks.md"].read_text(encoding="utf-8")
+PAGE = "custom-blocks.md"
 POINT = "[titans_build.blocks]\nmoving_average = moving_average_block:MovingAverage\n"
 
 
 @pytest.fixture
-def followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def followed(page: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder in which the page's first command has been typed, with the package importable but not installed."""
     monkeypatch.chdir(tmp_path)
-    first, *_ = command_lines(PAGE, "titans-build")
+    first, *_ = page.command_lines("titans-build")
     assert main(first) == 0
     source = tmp_path / "moving_average" / "src"
     info = source / "moving_average_block-0.1.0.dist-info"
@@ -42,8 +41,8 @@ def followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     sys.modules.pop("moving_average_block", None)
 
 
-def test_the_commands_work_in_their_order(followed: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _, *rest = command_lines(PAGE, "titans-build")
+def test_the_commands_work_in_order(page: Any, followed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, *rest = page.command_lines("titans-build")
     assert len(rest) == 2
     for words in rest:
         # what --try does is tested elsewhere, and on this page where a wheel is tried
@@ -53,10 +52,10 @@ def test_the_commands_work_in_their_order(followed: Path, capsys: pytest.Capture
     assert "span   number > 1" in out and "moving_average" in out.partition("dim 64")[2]
 
 
-def test_what_is_shown_is_what_is_written(followed: Path) -> None:
+def test_the_page_shows_the_files_that_are_written(page: Any, followed: Path) -> None:
     made = followed / "moving_average"
-    assert fences(PAGE, "python")[0] == (made / "src/moving_average_block/__init__.py").read_text(encoding="utf-8")
-    table = re.findall(r"^\| `([\w./]+)` \|", PAGE.partition("## 2.")[0], flags=re.M)
+    assert page.fences("python")[0] == (made / "src/moving_average_block/__init__.py").read_text(encoding="utf-8")
+    table = re.findall(r"^\| `([\w./]+)` \|", page.text.partition("## 2.")[0], flags=re.M)
     files = {file.relative_to(made).as_posix() for file in made.rglob("*") if file.is_file()}
     assert set(table) == {file for file in files if ".dist-info" not in file}
     settings = (made / "pyproject.toml").read_text(encoding="utf-8")
@@ -78,11 +77,11 @@ def test_what_is_shown_is_what_is_written(followed: Path) -> None:
     ],
 )
 def test_a_package_that_does_not_work_is_one_error(
-    code: str, reason: str, followed: Path, capsys: pytest.CaptureFixture[str]
+    page: Any, code: str, reason: str, followed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("moving_average/src/moving_average_block/__init__.py").write_text(code, encoding="utf-8")
     said = "the installed block 'moving_average' (moving-average-block) cannot be used: "
-    assert said.replace("moving_average", "x").replace("moving-average-block", "package") + "..." in PAGE
+    assert said.replace("moving_average", "x").replace("moving-average-block", "package") + "..." in page.text
     for words in (
         ["moving_average/recipe.yaml"],
         ["describe", "moving_average"],
@@ -207,8 +206,10 @@ def test_the_plain_block_obeys_the_laws() -> None:
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_each_mistake_is_found_by_the_law_that_is_named(mistake: str) -> None:
-    rows = dict(re.findall(r"^\| (.+?) \| (`\w+`.*) \|$", PAGE.partition("## 3.")[2].partition("## 4.")[0], flags=re.M))
+def test_each_mistake_violates_the_listed_law(page: Any, mistake: str) -> None:
+    rows = dict(
+        re.findall(r"^\| (.+?) \| (`\w+`.*) \|$", page.text.partition("## 3.")[2].partition("## 4.")[0], flags=re.M)
+    )
     assert list(rows) == list(MISTAKES)
     found = set()
     for cls in MISTAKES[mistake]:
@@ -221,15 +222,28 @@ def test_each_mistake_is_found_by_the_law_that_is_named(mistake: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_stranger_follows_the_page_with_a_wheel(tmp_path: Path) -> None:
+def test_the_page_works_with_an_installed_wheel(page: Any, root: Path, tmp_path: Path) -> None:
     """A new environment that has the wheel, and of everything else what is installed here: nothing of this folder."""
     source, wheels, home = tmp_path / "source", tmp_path / "wheels", tmp_path / "home"
-    for name in ("pyproject.toml", "README.md", "LICENSE", "blocks", "kernels", "recipes", "registry", "tools"):
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in (
+        "pyproject.toml",
+        "setup.py",
+        "README.md",
+        "LICENSE",
+        "__init__.py",
+        "huggingface.py",
+        "py.typed",
+        "blocks",
+        "kernels",
+        "recipes",
+        "registry",
+        "tools",
+    ):
+        if (root / name).is_dir():
+            shutil.copytree(root / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             source.mkdir(exist_ok=True)
-            shutil.copy(ROOT / name, source / name)
+            shutil.copy(root / name, source / name)
     offline = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     environment = {**os.environ, **offline, "OMP_NUM_THREADS": "1", "TITANS_BUILD_CACHE": str(tmp_path / "cache")}
     environment.pop("PYTHONPATH", None)
@@ -257,7 +271,7 @@ def test_a_stranger_follows_the_page_with_a_wheel(tmp_path: Path) -> None:
     place = run(python, "-c", "import titans_build.blocks as b; print(b.__file__)").strip()
     assert Path(place).is_relative_to(site)
 
-    lines = [line for block in fences(PAGE, "sh") for line in block.splitlines()]
+    lines = [line for block in page.fences("sh") for line in block.splitlines()]
     assert [line.split()[0] for line in lines] == ["titans-build", "pip", "python", "titans-build", "titans-build"]
     said = {line: run("bash", "-c", line) for line in lines}
     assert "3 passed" in said[lines[2]]

@@ -1,66 +1,57 @@
-"""Every page of docs/ and the README: its code runs, its links lead somewhere, its pictures are current."""
+"""All pages of the documentation and the README: code runs, links are valid, commands and pictures are current."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
-from pages import PAGES, ROOT, command_lines, fences, run_python
 
-from titans_build.registry import scratch
-from titans_build.tools import tasks
-from titans_build.tools.cli import main
+from titans_build.tools import analyze, cli, infer, train
 
 
-@pytest.mark.parametrize("name", [name for name, file in PAGES.items() if fences(file.read_text("utf-8"), "python")])
-def test_the_python_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_code_runs(
+    any_page: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing_stays_registered: None
+) -> None:
     monkeypatch.chdir(tmp_path)
-    with scratch(), tasks.scratch():
-        run_python(PAGES[name].read_text(encoding="utf-8"), name)
+    any_page.run_python()
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
 
 
 def anchors(text: str) -> set[str]:
-    """What can be linked to inside of a page: its headings, as they are made into anchors."""
-    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S), flags=re.M)
+    """The anchors of the headings."""
+    headings = re.findall(r"^#+ (.*)$", without_code(text), flags=re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_links_lead_somewhere(name: str) -> None:
-    page = PAGES[name]
-    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
-    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+def test_links_are_valid(any_page: Any) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", without_code(any_page.text)):
         if re.match(r"[a-z]+:", link):
             continue
         file, _, anchor = link.partition("#")
-        target = page.parent / file if file else page
+        target = any_page.file.parent / file if file else any_page.file
         assert target.exists(), link
         assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
 
 
-def test_the_index_names_every_page() -> None:
-    index = PAGES["README.md"].read_text(encoding="utf-8")
+def test_the_index_lists_every_page(root: Path) -> None:
+    index = (root / "docs" / "README.md").read_text(encoding="utf-8")
     named = set(re.findall(r"\]\(([\w-]+\.md)\)", index))
-    assert named == set(PAGES) - {"README.md", "/README.md"}
+    assert named == {file.name for file in (root / "docs").glob("*.md")} - {"README.md"}
 
 
-def test_every_picture_is_what_its_command_draws(tmp_path: Path) -> None:
-    drawn = {file.stem for file in (ROOT / "docs" / "pictures").glob("*.svg")}
-    assert drawn == {"mac", "mag", "mal"}
-    for name in drawn:
-        file = tmp_path / f"{name}.svg"
-        assert main(["diagram", name, "--out", str(file)]) == 0
-        now = (ROOT / "docs" / "pictures" / file.name).read_text(encoding="utf-8")
-        assert file.read_text(encoding="utf-8") == now, f"titans-build diagram {name} --out docs/pictures/{name}.svg"
+@pytest.mark.parametrize("name", ["mac", "mag", "mal"])
+def test_pictures_are_current(name: str, root: Path, tmp_path: Path) -> None:
+    file, committed = tmp_path / f"{name}.svg", root / "docs" / "pictures" / f"{name}.svg"
+    assert cli.main(["diagram", name, "--out", str(file)]) == 0
+    assert file.read_text("utf-8") == committed.read_text("utf-8"), f"titans-build diagram {name} --out {committed}"
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_commands_are_ones_that_there_are(name: str) -> None:
-    from titans_build.tools import analyze, cli, infer, train
-
-    programs = {module.PROGRAM.name: module.PROGRAM for module in (analyze, cli, infer, train)}
-    text = PAGES[name].read_text(encoding="utf-8")
-    for program in programs.values():
-        for words in command_lines(text, program.name):
-            program.parse(words)  # raises where there is no such option
+@pytest.mark.parametrize("module", [analyze, cli, infer, train], ids=lambda module: module.PROGRAM.name)
+def test_command_lines_are_accepted(module: Any, any_page: Any) -> None:
+    for words in any_page.command_lines(module.PROGRAM.name):
+        module.PROGRAM.parse(words)  # raises UsageError for an unknown option

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
-from pages import PAGES
 
 import titans_build as tb
 from titans_build.recipes import packaged_names
@@ -11,27 +12,27 @@ from titans_build.registry import describe, lookup, scratch
 from titans_build.tools.cli import main
 from titans_build.tools.commands.recipe_reference import COMMAND, recipe_page
 
-PAGE = PAGES["recipes.md"].read_text(encoding="utf-8")
+PAGE = "recipes.md"
 BUILT_IN = [name for name in tb.list_blocks() if lookup(name).source == "titans_build"]
 
 
-def test_the_page_is_current() -> None:
-    assert recipe_page(BUILT_IN) == PAGE, f"the schemas have changed: {COMMAND} > docs/recipes.md"
+def test_the_page_is_current(page: Any) -> None:
+    assert recipe_page(BUILT_IN) == page.text, f"the schemas have changed: {COMMAND} > docs/recipes.md"
 
 
-def test_every_block_field_and_recipe_is_in_it() -> None:
+def test_every_block_field_and_recipe_is_listed(page: Any) -> None:
     for name in BUILT_IN:
-        section = PAGE.partition(f"\n### {name}\n")[2].partition("\n###")[0]
+        section = page.text.partition(f"\n### {name}\n")[2].partition("\n###")[0]
         assert all(f"| `{field.name}` |" in section for field in describe(name).fields)
-    assert all(f"`{name}`" in PAGE for name in packaged_names())
+    assert all(f"`{name}`" in page.text for name in packaged_names())
     # nothing of a docstring's marks is left
-    assert "``" not in PAGE and ":meth:" not in PAGE and "§" not in PAGE
+    assert "``" not in page.text and ":meth:" not in page.text and "§" not in page.text
 
 
-def test_the_command_writes_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_the_page(page: Any, capsys: pytest.CaptureFixture[str]) -> None:
     words = COMMAND.split()[1:]
     assert main(words) == 0
-    assert capsys.readouterr().out == PAGE
+    assert capsys.readouterr().out == page.text
     assert main([*words, "--json"]) == 0
     assert '"markdown": "# Recipes' in capsys.readouterr().out
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-
-from pages import PAGES
+from typing import Any
 
 from titans_build.blocks.laws import LAWS
 
+PAGE = "state.md"
 
-def test_every_law_is_on_the_page_in_the_order_of_checking() -> None:
-    section = PAGES["state.md"].read_text(encoding="utf-8").partition("## The laws")[2]
+
+def test_all_laws_are_listed_in_order(page: Any) -> None:
+    section = page.text.partition("## The laws")[2]
     assert re.findall(r"^\| `(\w+)` \|", section, flags=re.M) == list(LAWS)
