@@ -130,11 +130,10 @@ def _shares_of_flops(layer: Block) -> dict[Block, int]:
     for block in _blocks(layer):
         if block is not layer:
             block.flops = lambda length: 0  # type: ignore[method-assign]
-            block.every_flops = lambda length, step: 0  # type: ignore[method-assign]
             try:
                 shares[block] = whole - layer.flops(LENGTH)
             finally:
-                del block.flops, block.every_flops
+                del block.flops
     return shares
 
 
