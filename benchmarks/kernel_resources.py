@@ -31,16 +31,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from titans_build.kernels.memory.triton import answer_bwd_kernel as memory_answer_backward
-from titans_build.kernels.memory.triton import answer_kernel as memory_answer
-from titans_build.kernels.memory.triton import decay_kernel as memory_decay
-from titans_build.kernels.memory.triton import read_bwd_kernel as memory_read_backward
-from titans_build.kernels.memory.triton import read_kernel as memory_read
-from titans_build.kernels.memory.triton import resident_bwd_kernel as memory_resident_backward
-from titans_build.kernels.memory.triton import resident_kernel as memory_resident
-from titans_build.kernels.memory.triton import step_kernel as memory_step
-from titans_build.kernels.memory.triton import write_bwd_kernel as memory_write_backward
-from titans_build.kernels.memory.triton import write_kernel as memory_write
+from titans_build.kernels.memory.triton import decay, read, read_kernels, step, write_backward_kernels, write_kernels
 from titans_build.kernels.memory.triton.schedule import RESIDENT, operands, resident, schedule
 from titans_build.kernels.norm_gate import triton as gated
 from titans_build.kernels.norm_gate.form import GATE
@@ -48,18 +39,18 @@ from titans_build.kernels.short_conv import triton as convolution
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 MEMORY = (
-    memory_write.write_kernel,
-    memory_resident.write_resident_kernel,
-    memory_write.recall_kernel,
-    memory_read.read_kernel,
-    memory_read_backward.read_backward_kernel,
-    memory_read_backward.read_backward_state_kernel,
-    memory_write_backward.write_backward_kernel,
-    memory_resident_backward.write_backward_resident_kernel,
-    memory_step.step_kernel,
-    memory_answer.answer_kernel,
-    memory_answer_backward.answer_backward_kernel,
-    memory_answer_backward.answer_backward_weights_kernel,
+    write_kernels.write_kernel,
+    write_kernels.write_resident_kernel,
+    write_kernels.rewrite_kernel,
+    read_kernels.read_kernel,
+    read_kernels.read_backward_kernel,
+    read_kernels.read_backward_state_kernel,
+    write_backward_kernels.write_backward_kernel,
+    write_backward_kernels.write_backward_resident_kernel,
+    step.step_kernel,
+    read.read_fixed_kernel,
+    read.read_fixed_backward_kernel,
+    read.read_fixed_backward_weights_kernel,
 )
 PRODUCTS = {
     "bfloat16": operands(torch.float32, torch.bfloat16),
@@ -95,11 +86,11 @@ def kernels(
         LAYERS=layers, PARTS=2, ACTIVATION=3 if layers == 2 else 0, NORM=True, CLIP=True, ANCHORED=True, KEEP=True,
         MOMENTUM=True, FORGETTING=True, MASKED=True, AFTER=True, WIDE=wide, **PRODUCTS[products],
     )  # fmt: skip
-    for kernel in (memory_decay.decay_kernel, memory_decay.decay_backward_kernel):
-        yield kernel, net | memory_decay.decay_tiles(chunk), dict(b=chunk)
+    for kernel in (decay.decay_kernel, decay.decay_backward_kernel):
+        yield kernel, net | decay.decay_tiles(chunk), dict(b=chunk)
     for kernel in MEMORY:
         if kernel.__name__ in RESIDENT.values():
-            backward = kernel is memory_resident_backward.write_backward_resident_kernel
+            backward = kernel is write_backward_kernels.write_backward_resident_kernel
             if not resident(layers, 2, dim, hidden, dim, PRODUCTS[products], backward=backward):
                 continue
         tiles = schedule(kernel.__name__, chunk, dim, hidden, dim, layers=layers)

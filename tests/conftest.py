@@ -5,10 +5,13 @@ Without a GPU, the Triton kernels run in Triton's interpreter, where a test asks
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import runpy
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -33,3 +36,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="session")
 def wrong_recipes() -> list[Any]:
     return WRONG_RECIPES
+
+
+@pytest.fixture(scope="session")
+def fla_reference() -> Callable[[str], ModuleType]:
+    """flash-linear-attention's own slow reference of a rule. Importing the library itself would look for a GPU."""
+
+    def load(rule: str) -> ModuleType:
+        found = importlib.util.find_spec("fla")
+        assert found is not None and found.submodule_search_locations, "the tests need flash-linear-attention"
+        path = Path(found.submodule_search_locations[0]) / "ops" / rule / "naive.py"
+        spec = importlib.util.spec_from_file_location(f"naive_{rule}", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load

@@ -207,8 +207,8 @@ def measure_memory(
             found = surprise_at(tokens.k, tokens.v, state.weights, options.activation, norm)
             return Measured(*found, torch.zeros_like(found.norm, dtype=torch.bool))
         walk = ChunkWalk(tokens, state, norm, mask, options, _write)
-        found = [(*part.surprise, part.suppressed) for part in walk.parts(last=False)]
-        return Measured(*(walk.collect(list(each)) for each in zip(*found)))
+        parts = [(*part.surprise, part.suppressed) for part in walk.parts(last=False)]
+        return Measured(*(walk.collect(list(each)) for each in zip(*parts)))
 
 
 def memory_flops(shapes: Sequence[tuple[int, int]], chunk: int, momentum: bool = True) -> int:
@@ -270,43 +270,38 @@ def _check_memory(
     for name, part in parts:
         if not isinstance(part, tuple):
             raise TypeError(f"state.{name}: expected a tuple of tensors, got {type(part).__name__}")
-    gates = [
-        (name, x) for name, x in (("theta", theta), ("eta", eta), ("alpha", alpha)) if x is not None or name == "theta"
-    ]
-    layers = [(f"state.{name}[{l}]", w) for name, part in parts[1:] for l, w in enumerate(part)]
-    expect_tensors("titans_memory", ("q", q), ("k", k), ("v", v), *gates, *layers, one_dtype=False)
     _check_network("titans_memory", "state.weights", q, state.weights, activation, norm)
     batch, time, heads, _ = q.shape
-    d_out, dtype = state.weights[-1].shape[2], state.weights[0].dtype
-    if dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"state.weights[0]: expected float32 or float64, got {dtype}")
-    for name, given, shape in (("k", k, q.shape), ("v", v, (batch, time, heads, d_out))):
-        if given.shape != shape:
-            raise ValueError(f"{name}: expected {list(shape)} to go with q and state, got {list(given.shape)}")
-    for name, given in gates:
-        if given.shape != (batch, time, heads):
-            raise ValueError(f"{name}: expected {[batch, time, heads]} to go with q, got {list(given.shape)}")
-    shapes = [w.shape for w in state.weights]
+    weights, per_token = state.weights, (batch, time, heads)
+    if weights[0].dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"state.weights[0]: expected float32 or float64, got {weights[0].dtype}")
+    expected: list[tuple[str, Tensor, tuple[int, ...]]] = [
+        ("k", k, q.shape), ("v", v, (*per_token, weights[-1].shape[2])), ("theta", theta, per_token)
+    ]  # fmt: skip
+    expected += [(name, x, per_token) for name, x in (("eta", eta), ("alpha", alpha)) if x is not None]
     for name, part in parts[1:]:
-        if name == "momentum" and eta is None and not part:
-            continue
-        if [x.shape for x in part] != shapes:
+        if len(part) != len(weights) and (part or name != "momentum" or eta is not None):
             raise ValueError(
-                f"state.{name}: expected the shapes of state.weights {list(map(list, shapes))}, "
-                f"got {[list(x.shape) for x in part]}"
+                f"state.{name}: expected the shapes of state.weights, {len(weights)} tensors, got {len(part)}"
             )
-        for l, x in enumerate(part):
-            if x.dtype != dtype:
-                raise TypeError(f"state.{name}[{l}]: expected {dtype} as state.weights[0], got {x.dtype}")
-    for name, x, shape, kind in (("state.position", state.position, (batch,), torch.int64),
-                                 ("mask", mask, (batch, time), torch.bool)):  # fmt: skip
-        if x is None and name == "mask":
-            continue
-        if not isinstance(x, Tensor) or x.shape != shape or x.dtype != kind:
-            got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else repr(x)
-            raise ValueError(f"{name}: expected {kind} {list(shape)}, got {got}")
-        if x.device != q.device:
-            raise ValueError(f"{name}: expected device {q.device} as q, got {x.device}")
+        expected += [(f"state.{name}[{l}]", x, w.shape) for l, (x, w) in enumerate(zip(part, weights))]
+    expect_tensors("titans_memory", ("q", q), *[(name, x) for name, x, _ in expected], one_dtype=False)
+    for name, x, shape in expected:
+        if x.shape != shape:
+            raise ValueError(f"{name}: expected {list(shape)} to go with q and state.weights, got {list(x.shape)}")
+        if name.startswith("state") and x.dtype != weights[0].dtype:
+            raise TypeError(f"{name}: expected {weights[0].dtype} as state.weights[0], got {x.dtype}")
+    others: list[tuple[str, Any, tuple[int, ...], torch.dtype]] = [
+        ("state.position", state.position, (batch,), torch.int64)
+    ]
+    if mask is not None:
+        others.append(("mask", mask, (batch, time), torch.bool))
+    for name, other, shape, dtype in others:
+        if not isinstance(other, Tensor) or other.shape != shape or other.dtype != dtype:
+            got = f"{other.dtype} {list(other.shape)}" if isinstance(other, Tensor) else repr(other)
+            raise ValueError(f"{name}: expected {dtype} {list(shape)}, got {got}")
+        if other.device != q.device:
+            raise ValueError(f"{name}: expected device {q.device} as q, got {other.device}")
     for name, number in (("chunk", chunk), ("keep", keep)):
         if (isinstance(number, bool) or not isinstance(number, int) or number < 1) and (name, number) != ("keep", None):
             raise ValueError(f"{name}: expected a whole number >= 1, got {number!r}")

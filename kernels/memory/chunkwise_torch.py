@@ -176,8 +176,8 @@ class _Chunkwise(torch.autograd.Function):
         key_activations = [token(x) for x in stacks] if activations_kept else []
         query_activations = [token(x) for x in stacks] if activations_kept else []
         for group, (first, times) in enumerate(_groups(chunks, size, b)):
-            gates = [None if x is None else _chunks(x, times, b) for x in (theta, eta, alpha, valid)]
-            decay = net.decay(*gates, options.read == "after")
+            gates: list[Any] = [None if x is None else _chunks(x, times, b) for x in (theta, eta, alpha, valid)]
+            decay = net.decay(gates[0], gates[1], gates[2], gates[3], options.read == "after")
             span = slice(first, first + decay.mix.shape[0])
             written = buffers.first(decay.mix.shape[0])
             if activations_kept:

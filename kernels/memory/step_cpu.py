@@ -29,12 +29,14 @@ def native_step(
     tokens: Tokens, state: MemoryState, norm: Tensor | None, mask: Tensor | None, options: Options
 ) -> tuple[Tensor, MemoryState]:
     """``titans_memory`` for ``time = 1`` without gradients. Rows may be at different positions."""
-    return StepPlan(tokens, [weight.shape[2:] for weight in state.weights], norm, options, once=True)(state, mask)
+    return StepPlan(tokens, [(weight.shape[2], weight.shape[3]) for weight in state.weights], norm, options, once=True)(
+        state, mask
+    )
 
 
 def native_step_read(q: Tensor, weights: Sequence[Tensor], activation: str, norm: Tensor | None) -> Tensor:
     """``read_memory`` for one query per row, without gradients."""
-    return ReadPlan(q, [weight.shape[2:] for weight in weights], activation, norm, once=True)(weights)
+    return ReadPlan(q, [(weight.shape[2], weight.shape[3]) for weight in weights], activation, norm, once=True)(weights)
 
 
 class StepPlan:

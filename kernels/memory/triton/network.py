@@ -17,13 +17,10 @@ from ..decay_torch import ChunkDecay
 from ..network_torch import ACTIVATION_NUMBERS, EPS
 from ..state import MemoryState, Options, Tokens
 from .decay import triton_decay
-from .read_bwd_kernel import read_backward_kernel, read_backward_state_kernel
-from .read_kernel import read_kernel
-from .resident_bwd_kernel import write_backward_resident_kernel
-from .resident_kernel import write_resident_kernel
+from .read_kernels import read_backward_kernel, read_backward_state_kernel, read_kernel
 from .schedule import operands, resident, schedule
-from .write_bwd_kernel import write_backward_kernel
-from .write_kernel import rewrite_kernel, write_kernel
+from .write_backward_kernels import write_backward_kernel, write_backward_resident_kernel
+from .write_kernels import rewrite_kernel, write_kernel, write_resident_kernel
 
 
 def triton_memory(

@@ -1,4 +1,8 @@
-"""Reading at fixed weights on the Triton kernels, with gradients."""
+"""Reading at fixed weights on Triton kernels, with gradients.
+
+A program takes ``ROWS`` queries of one row (a batch row and a head) through the network, ``BLOCK`` hidden units at a
+time, so that hidden values never leave it. It reads the weights once for every ``ROWS`` queries.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +16,8 @@ from torch import Tensor
 from ...dispatch import needs_grad
 from ...triton_runtime import launch
 from ..network_torch import ACTIVATION_NUMBERS, EPS
-from .answer_bwd_kernel import answer_backward_kernel, answer_backward_weights_kernel, stretches
-from .answer_kernel import answer_kernel
 from .schedule import operands, schedule
+from .tiles import activate, dot, layer_norm, layer_norm_vjp, load, load_gain, slope, store
 
 
 def triton_read(
@@ -23,11 +26,11 @@ def triton_read(
     """``read_memory`` for one or two layers; ``half``: what products are rounded to (``half_dtype``)."""
     products = operands(weights[0].dtype, None if half is None else getattr(torch, half))
     if needs_grad(q, norm, *weights):
-        return _Answered.apply(activation, products, q, norm, *weights)
-    return _answer(activation, products, q, norm, weights)
+        return _Read.apply(activation, products, q, norm, *weights)
+    return _forward(activation, products, q, norm, weights)
 
 
-class _Answered(torch.autograd.Function):
+class _Read(torch.autograd.Function):
     """Keeps the queries and the weights, which exist anyway, and no hidden value."""
 
     @staticmethod
@@ -36,18 +39,18 @@ class _Answered(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(q, norm, *weights)
         ctx.activation, ctx.products = activation, products
-        return _answer(activation, products, q, norm, weights)
+        return _forward(activation, products, q, norm, weights)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, norm, *weights = ctx.saved_tensors
         learned = any(ctx.needs_input_grad[4:])
-        grad_q, grad_norm, grad_weights = _pull(ctx.activation, ctx.products, grad, q, norm, weights, learned)
+        grad_q, grad_norm, grad_weights = _backward(ctx.activation, ctx.products, grad, q, norm, weights, learned)
         return None, None, grad_q, grad_norm, *grad_weights
 
 
-def _answer(
+def _forward(
     activation: str, products: dict[str, Any], q: Tensor, norm: Tensor | None, weights: tuple[Tensor, ...]
 ) -> Tensor:
     batch, time, heads, d_in = q.shape
@@ -55,16 +58,16 @@ def _answer(
     y = torch.empty(batch, time, heads, d_out, dtype=q.dtype, device=q.device)
     if not y.numel():
         return y
-    q, fixed = _dense(q), _fixed(answer_kernel, activation, products, time, norm, weights)
+    q, fixed = _dense(q), _fixed(read_fixed_kernel, activation, products, time, norm, weights)
     launch(
-        answer_kernel, (batch * heads * triton.cdiv(time, fixed["ROWS"]),),
+        read_fixed_kernel, (batch * heads * triton.cdiv(time, fixed["ROWS"]),),
         q, *_two(weights), None if norm is None else norm.contiguous(), y,
         time, heads, d_in, width, d_out, EPS, *_steps(q), **fixed,
     )  # fmt: skip
     return y
 
 
-def _pull(
+def _backward(
     activation: str,
     products: dict[str, Any],
     grad: Tensor,
@@ -81,15 +84,15 @@ def _pull(
         return torch.zeros_like(q), None if norm is None else torch.zeros_like(norm), none
     q, grad, two = _dense(q), _dense(grad), _two(weights)
     wide = lambda *shape: torch.empty(shape, dtype=weights[0].dtype, device=q.device)  # noqa: E731
-    fixed = _fixed(answer_backward_kernel, activation, products, time, norm, weights)
+    fixed = _fixed(read_fixed_backward_kernel, activation, products, time, norm, weights)
     blocks = triton.cdiv(time, fixed["ROWS"])
     grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    pushed, grad_gain = grad, None
+    grad_z, grad_gain = grad, None
     if norm is not None:
-        pushed, grad_gain = wide(batch, heads, time, d_out).transpose(1, 2), wide(batch, heads, blocks, d_out)
+        grad_z, grad_gain = wide(batch, heads, time, d_out).transpose(1, 2), wide(batch, heads, blocks, d_out)
     launch(
-        answer_backward_kernel, (batch * heads * blocks,),
-        grad, q, *two, None if norm is None else norm.contiguous(), grad_q, pushed, grad_gain,
+        read_fixed_backward_kernel, (batch * heads * blocks,),
+        grad, q, *two, None if norm is None else norm.contiguous(), grad_q, grad_z, grad_gain,
         time, heads, d_in, width, d_out, EPS, *_steps(q), *_steps(grad), **fixed,
     )  # fmt: skip
     grad_norm = None if grad_gain is None else grad_gain.sum((0, 2))
@@ -97,11 +100,11 @@ def _pull(
         return grad_q, grad_norm, [None] * len(weights)
     stretch, parts = stretches(time)
     sums = [wide(parts, *w.shape) for w in weights]
-    fixed = _fixed(answer_backward_weights_kernel, activation, products, time, norm, weights)
+    fixed = _fixed(read_fixed_backward_weights_kernel, activation, products, time, norm, weights)
     launch(
-        answer_backward_weights_kernel, (batch * heads, triton.cdiv(width, fixed["BLOCK"]), parts),
-        q, pushed, *two, sums[0], sums[-1],
-        time, heads, stretch, d_in, width, d_out, *_steps(q), *_steps(pushed), **fixed,
+        read_fixed_backward_weights_kernel, (batch * heads, triton.cdiv(width, fixed["BLOCK"]), parts),
+        q, grad_z, *two, sums[0], sums[-1],
+        time, heads, stretch, d_in, width, d_out, *_steps(q), *_steps(grad_z), **fixed,
     )  # fmt: skip
     return grad_q, grad_norm, [x.sum(0) if parts > 1 else x[0] for x in sums]
 
@@ -138,3 +141,176 @@ def _two(weights: tuple[Tensor, ...] | list[Tensor]) -> tuple[Tensor, Tensor]:
 def _steps(x: Tensor) -> tuple[int, int, int]:
     """From batch row to batch row, from token to token and from head to head of ``[batch, time, heads, ...]``."""
     return x.stride(0), x.stride(1), x.stride(2)
+
+
+# -- kernels --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def queries(q, t, column, time, columns, step, WIDE: tl.constexpr):
+    inside = (t < time)[:, None] & (column < columns)[None, :]
+    return tl.load(q + t[:, None].to(tl.int64) * step + column[None, :], mask=inside, other=0.0).to(WIDE)
+
+
+@triton.jit
+def place(time, ROWS: tl.constexpr):
+    """The row that a program has, and which block of its queries: on one axis, since the others end at 65,535."""
+    program, blocks = tl.program_id(0), tl.cdiv(time, ROWS)
+    return (program // blocks).to(tl.int64), program % blocks
+
+
+@triton.jit
+def read_fixed_kernel(
+    q, weight_1, weight_2, gain, y,
+    time, heads, d_in, width, d_out, eps, q_row, q_step, q_head,
+    LAYERS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr,
+    ROWS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
+    OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``ROWS`` queries of one row. Layers as in ``step_kernel``; ``q_step`` is from token to token."""
+    at, block = place(time, ROWS)
+    row, head = at // heads, at % heads
+    t = block * ROWS + tl.arange(0, ROWS)
+    i, o = tl.arange(0, IN), tl.arange(0, OUT)
+    q += row * q_row + head * q_head
+    z = tl.zeros((ROWS, OUT), WIDE)
+    if LAYERS == 2:
+        query = queries(q, t, i, time, d_in, q_step, WIDE)
+    for h0 in range(0, width, BLOCK):
+        h = h0 + tl.arange(0, BLOCK)
+        if LAYERS == 2:
+            tile_1 = load(weight_1 + at * width * d_in, h, i, width, d_in, WIDE)
+            x = activate(dot(query, tl.trans(tile_1), OPERAND, WIDE, PRECISION), ACTIVATION)
+        else:
+            x = queries(q, t, h, time, width, q_step, WIDE)
+        tile = load(weight_2 + at * d_out * width, o, h, d_out, width, WIDE)
+        z += dot(x, tl.trans(tile), OPERAND, WIDE, PRECISION)
+    if NORM:
+        n, _ = layer_norm(z, o < d_out, d_out, eps)
+        z = queries(q, t, o, time, d_in, q_step, WIDE) + n * load_gain(gain, head, o, d_out, OUT, NORM, WIDE)[None, :]
+    inside = (t < time)[:, None] & (o < d_out)[None, :]
+    tl.store(y + ((row * time + t[:, None]) * heads + head) * d_out + o[None, :], z, mask=inside)
+
+
+# -- backward ---------------------------------------------------------------------------------------------------
+#
+# Two launches whose programs have no order. Hidden values are recomputed wherever they are needed, so that none of
+# them is ever in global memory. The first launch is the queries' side: ``ROWS`` queries of one row take the gradient
+# of their outputs back through LayerNorm and down the layers, and store the gradient of the last layer's output
+# (``grad_z``). The second is the weights' side: a program has ``BLOCK`` hidden units of one row, whose rows of the
+# first layer and columns of the last stay in registers, and adds up their gradients over a stretch of the row's
+# queries. Nothing is added between programs: the sums of the stretches, and those of the gain, are added afterwards,
+# in a fixed order.
+#
+# A query costs ``5 P`` and ``4 P`` FLOP (``3 P`` in the first launch without LayerNorm), of which ``4 P`` are the
+# gradients themselves and the rest is recomputation.
+
+
+@triton.jit
+def read_fixed_backward_kernel(
+    grad_y, q, weight_1, weight_2, gain, grad_q, grad_z, grad_gain,
+    time, heads, d_in, width, d_out, eps, q_row, q_step, q_head, y_row, y_step, y_head,
+    LAYERS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr,
+    ROWS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
+    OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``ROWS`` queries of one row. Layers as in ``step_kernel``; ``y_step`` is from token to token of ``grad_y``.
+
+    Without ``NORM``, ``grad_z`` would be ``grad_y``, and is not written.
+    """
+    at, block = place(time, ROWS)
+    row, head = at // heads, at % heads
+    t = block * ROWS + tl.arange(0, ROWS)
+    i, o = tl.arange(0, IN), tl.arange(0, OUT)
+    q += row * q_row + head * q_head
+    grad_y += row * y_row + head * y_head
+    if LAYERS == 2:
+        query = queries(q, t, i, time, d_in, q_step, WIDE)
+    g = queries(grad_y, t, o, time, d_out, y_step, WIDE)
+    if NORM:
+        z = tl.zeros((ROWS, OUT), WIDE)
+        for h0 in range(0, width, BLOCK):
+            h = h0 + tl.arange(0, BLOCK)
+            if LAYERS == 2:
+                tile_1 = load(weight_1 + at * width * d_in, h, i, width, d_in, WIDE)
+                x = activate(dot(query, tl.trans(tile_1), OPERAND, WIDE, PRECISION), ACTIVATION)
+            else:
+                x = queries(q, t, h, time, width, q_step, WIDE)
+            tile = load(weight_2 + at * d_out * width, o, h, d_out, width, WIDE)
+            z += dot(x, tl.trans(tile), OPERAND, WIDE, PRECISION)
+        n, inverse = layer_norm(z, o < d_out, d_out, eps)
+        sums = grad_gain + tl.program_id(0).to(tl.int64) * d_out + o
+        tl.store(sums, tl.sum(g * n, axis=0), mask=o < d_out)
+        gain_o = load_gain(gain, head, o, d_out, OUT, NORM, WIDE)
+        g = layer_norm_vjp(g * gain_o[None, :], n, inverse, o < d_out, d_out)
+        store(grad_z + at * time * d_out, t.to(tl.int64), o, time, d_out, g)
+
+    dq = tl.zeros((ROWS, IN), WIDE)
+    first = ((row * time + t[:, None]) * heads + head) * (width if LAYERS == 1 else d_in)
+    for h0 in range(0, width, BLOCK):
+        h = h0 + tl.arange(0, BLOCK)
+        tile = load(weight_2 + at * d_out * width, o, h, d_out, width, WIDE)
+        dx = dot(g, tile, OPERAND, WIDE, PRECISION)
+        if LAYERS == 2:
+            tile_1 = load(weight_1 + at * width * d_in, h, i, width, d_in, WIDE)
+            below = dot(query, tl.trans(tile_1), OPERAND, WIDE, PRECISION)
+            dq += dot(dx * slope(below, ACTIVATION), tile_1, OPERAND, WIDE, PRECISION)
+        else:
+            if NORM:  # a residual network is as wide at its end as at its beginning
+                dx += queries(grad_y, t, h, time, d_out, y_step, WIDE)
+            tl.store(grad_q + first + h[None, :], dx, mask=(t < time)[:, None] & (h < width)[None, :])
+    if LAYERS == 2:
+        if NORM:
+            dq += queries(grad_y, t, i, time, d_out, y_step, WIDE)
+        tl.store(grad_q + first + i[None, :], dq, mask=(t < time)[:, None] & (i < d_in)[None, :])
+
+
+@triton.jit
+def read_fixed_backward_weights_kernel(
+    q, grad_z, weight_1, weight_2, grad_weight_1, grad_weight_2,
+    time, heads, stretch, d_in, width, d_out, q_row, q_step, q_head, p_row, p_step, p_head,
+    LAYERS: tl.constexpr, ACTIVATION: tl.constexpr,
+    ROWS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
+    OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``BLOCK`` hidden units of one row, over a stretch of its queries."""
+    at = tl.program_id(0).to(tl.int64)
+    row, head = at // heads, at % heads
+    i, o = tl.arange(0, IN), tl.arange(0, OUT)
+    h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    q += row * q_row + head * q_head
+    grad_z += row * p_row + head * p_head
+    first = tl.program_id(2) * stretch
+    d2 = tl.zeros((OUT, BLOCK), WIDE)
+    if LAYERS == 2:
+        d1 = tl.zeros((BLOCK, IN), WIDE)
+        tile_1 = load(weight_1 + at * width * d_in, h, i, width, d_in, WIDE)
+        tile = load(weight_2 + at * d_out * width, o, h, d_out, width, WIDE)
+    for t0 in range(first, tl.minimum(first + stretch, time), ROWS):
+        t = t0 + tl.arange(0, ROWS)
+        g = queries(grad_z, t, o, time, d_out, p_step, WIDE)
+        if LAYERS == 2:
+            query = queries(q, t, i, time, d_in, q_step, WIDE)
+            below = dot(query, tl.trans(tile_1), OPERAND, WIDE, PRECISION)
+            x = activate(below, ACTIVATION)
+            dbelow = dot(g, tile, OPERAND, WIDE, PRECISION) * slope(below, ACTIVATION)
+            d1 += dot(tl.trans(dbelow), query, OPERAND, WIDE, PRECISION)
+        else:
+            x = queries(q, t, h, time, width, q_step, WIDE)
+        d2 += dot(tl.trans(g), x, OPERAND, WIDE, PRECISION)
+    part = tl.program_id(2) * tl.num_programs(0) + at
+    store(grad_weight_2 + part * d_out * width, o, h, d_out, width, d2)
+    if LAYERS == 2:
+        store(grad_weight_1 + part * width * d_in, h, i, width, d_in, d1)
+
+
+STRETCHES = 16
+"""Stretches of a row's queries at most, each with gradients of its own of all the row's weights."""
+SHORTEST = 512
+"""Queries of a stretch at least, so that reading them takes longer than writing and adding up these."""
+
+
+def stretches(time: int) -> tuple[int, int]:
+    """The queries of a stretch, and how many stretches there are."""
+    stretch = triton.cdiv(triton.cdiv(time, SHORTEST), STRETCHES) * SHORTEST
+    return stretch, triton.cdiv(time, stretch)

@@ -1,10 +1,22 @@
-"""One token on the Triton kernel. No gradients. Waits for nothing: no number of the state is asked for on the host."""
+"""One token on a Triton kernel, in one launch and without gradients. Does not wait for the GPU.
+
+A program has one row (a batch row and a head). It takes the key through the anchor's weights, ``BLOCK`` hidden units at
+a time, and then goes over the state once: for each block of hidden units it takes the error back, updates weights and
+momentum, and reads them with the query. All products are of matrices and vectors, so that the time is that of moving
+the state: weights, momentum and anchor are read and written once each, ``12 d width`` float32 numbers for a network ``d
+-> width -> d`` (``8 d width`` with chunks of one token, which have no anchor). What is needed again comes from the
+cache: the anchor's last layer and, where the chunk starts, the weights.
+
+The kernel itself finds out where a row is in its chunk. The anchor is therefore written at every token, though it only
+changes at the ends of chunks: that is faster than waiting for the GPU.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -12,7 +24,7 @@ from ...triton_runtime import launch
 from ..network_torch import ACTIVATION_NUMBERS, EPS
 from ..state import MemoryState, Options, Tokens
 from .schedule import schedule
-from .step_kernel import step_kernel
+from .tiles import activate, layer_norm, layer_norm_vjp, load, slope, store
 
 
 def triton_step(
@@ -46,7 +58,7 @@ def triton_step(
     return y, MemoryState(
         weights,
         state.momentum if eta is None else momentum,
-        # a masked token leaves the anchor, which with chunks of one token nobody looks at again
+        # with chunks of one token the anchor is the weights, except at a masked token
         anchor[0] if anchor else _anchor(weights, state, mask),
         state.position + (1 if mask is None else mask[:, 0]),
     )
@@ -55,8 +67,8 @@ def triton_step(
 def _anchor(weights: tuple[Tensor, ...], state: MemoryState, mask: Tensor | None) -> tuple[Tensor, ...]:
     if mask is None:
         return weights
-    real = mask.view(-1, 1, 1, 1)
-    return tuple([torch.where(real, new, old) for new, old in zip(weights, state.anchor)])
+    valid = mask.view(-1, 1, 1, 1)
+    return tuple([torch.where(valid, new, old) for new, old in zip(weights, state.anchor)])
 
 
 def _dense(part: tuple[Tensor, ...]) -> list[Tensor]:
@@ -71,3 +83,173 @@ def _two(layers: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
 def _steps(x: Any) -> tuple[int, int]:
     """From batch row to batch row and from head to head, of ``[batch, 1, heads, ...]``."""
     return (0, 0) if x is None else (x.stride(0), x.stride(2))
+
+
+# -- kernel ----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _vector(x, column, columns, WIDE: tl.constexpr):
+    return tl.load(x + column, mask=column < columns, other=0.0).to(WIDE)
+
+
+@triton.jit
+def _times(matrix, x):
+    """``matrix x``."""
+    return tl.sum(matrix * x[None, :], axis=1)
+
+
+@triton.jit
+def _transposed_times(matrix, g):
+    """``matrix^T g``."""
+    return tl.sum(matrix * g[:, None], axis=0)
+
+
+@triton.jit
+def _update(weight, momentum, new_weight, new_momentum, new_anchor, r, c, rows, columns,
+          added, momentum_decay, retention, valid, ends,
+          MOMENTUM: tl.constexpr, FORGETTING: tl.constexpr, ANCHORED: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """A tile of a layer before and after the token; a masked token changes nothing, whatever its values."""
+    old = load(weight, r, c, rows, columns, WIDE)
+    surprise = added
+    if MOMENTUM:
+        before = load(momentum, r, c, rows, columns, WIDE)
+        surprise += momentum_decay * before
+        store(new_momentum, r, c, rows, columns, tl.where(valid, surprise, before))
+    new = old
+    if FORGETTING:
+        new = retention * old
+    new = tl.where(valid, new + surprise, old)
+    store(new_weight, r, c, rows, columns, new)
+    if ANCHORED:  # known when compiling, and the rest is not  # noqa: SIM102
+        if ends:
+            store(new_anchor, r, c, rows, columns, new)
+    return old, new
+
+
+@triton.jit
+def step_kernel(
+    q, k, v, theta, eta, alpha, gain, mask, position,
+    weight_1, weight_2, momentum_1, momentum_2, anchor_1, anchor_2,
+    y, new_weight_1, new_weight_2, new_momentum_1, new_momentum_2, new_anchor_1, new_anchor_2, hidden,
+    heads, d_in, width, d_out, chunk, clip, eps,
+    q_row, q_head, k_row, k_head, v_row, v_head,
+    theta_row, theta_head, eta_row, eta_head, alpha_row, alpha_head, mask_row,
+    LAYERS: tl.constexpr, ACTIVATION: tl.constexpr, MOMENTUM: tl.constexpr, FORGETTING: tl.constexpr,
+    NORM: tl.constexpr, CLIP: tl.constexpr, MASKED: tl.constexpr, ANCHORED: tl.constexpr, AFTER: tl.constexpr,
+    IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One row. Depth 2: ``d_in -> width -> d_out``; depth 1, ``width -> d_out``, in layer 2's place.
+
+    State tensors are dense ``[batch, heads, out, in]``; ``*_row`` and ``*_head`` are steps from batch row to batch row
+    and from head to head. ``ANCHORED``: chunks are longer than one token. ``hidden``: room for ``width`` numbers a row.
+    """
+    at = tl.program_id(0).to(tl.int64)
+    row, head = at // heads, at % heads
+    i, o = tl.arange(0, IN), tl.arange(0, OUT)
+    size_1, size_2 = width * d_in, d_out * width
+    q += row * q_row + head * q_head
+    k += row * k_row + head * k_head
+    weight_1 += at * size_1
+    weight_2 += at * size_2
+    valid = True
+    if MASKED:
+        valid = tl.load(mask + row * mask_row) != 0
+    a_1, a_2, inside, ends = weight_1, weight_2, False, False
+    if ANCHORED:
+        phase = tl.load(position + row) % chunk
+        inside = (phase != 0) | (valid == 0)  # then the anchor stays what it is
+        ends = (phase + 1 == chunk) & valid
+        new_anchor_1 += at * size_1
+        new_anchor_2 += at * size_2
+        if inside:
+            a_1, a_2 = anchor_1 + at * size_1, anchor_2 + at * size_2
+
+    # the key forward through the anchor
+    key, value = _vector(k, i, d_in, WIDE), _vector(v + row * v_row + head * v_head, o, d_out, WIDE)
+    z = tl.zeros((OUT,), WIDE)
+    squares = 0.0  # of the last layer's input
+    for h0 in range(0, width, BLOCK):
+        h = h0 + tl.arange(0, BLOCK)
+        if LAYERS == 2:
+            tile_1 = load(a_1, h, i, width, d_in, WIDE)
+            below = _times(tile_1, key)
+            tl.store(hidden + at * width + h, below, mask=h < width)
+            a = activate(below, ACTIVATION)
+        else:
+            a = _vector(k, h, width, WIDE)
+        tile = load(a_2, o, h, d_out, width, WIDE)
+        z += _times(tile, a)
+        squares += tl.sum(a * a)
+        if ANCHORED:  # noqa: SIM102
+            if ends == 0:
+                if LAYERS == 2:
+                    store(new_anchor_1, h, i, width, d_in, tile_1)
+                store(new_anchor_2, o, h, d_out, width, tile)
+
+    # the error
+    gain_o = tl.full((OUT,), 1.0, WIDE)
+    if NORM:
+        gain_o = _vector(gain + head * d_out, o, d_out, WIDE)
+        n, inverse = layer_norm(z[None, :], o < d_out, d_out, eps)
+        residual = _vector(k, o, d_in, WIDE)
+        miss = (residual - value)[None, :] + n * gain_o[None, :]
+        error = tl.sum(layer_norm_vjp(miss * gain_o[None, :], n, inverse, o < d_out, d_out), axis=0)
+    else:
+        error = z - value
+    tl.debug_barrier()
+
+    step = 2 * tl.load(theta + row * theta_row + head * theta_head).to(WIDE)
+    if CLIP:
+        squares *= tl.sum(error * error)
+        if LAYERS == 2:
+            error_squares = 0.0
+            for h0 in range(0, width, BLOCK):
+                h = h0 + tl.arange(0, BLOCK)
+                below = _vector(hidden + at * width, h, width, WIDE)
+                e = _transposed_times(load(a_2, o, h, d_out, width, WIDE), error) * slope(below, ACTIVATION)
+                error_squares += tl.sum(e * e)
+            squares += error_squares * tl.sum(key * key)
+        # a norm that is NaN makes the step NaN, as on every path
+        norm = 2 * tl.sqrt(squares)
+        step = tl.where(norm > clip, step * (clip / norm), step * (1 + 0 * norm))
+    momentum_decay, retention = 0.0, 1.0
+    if MOMENTUM:
+        momentum_decay = tl.load(eta + row * eta_row + head * eta_head).to(WIDE)
+        momentum_1 += at * size_1
+        momentum_2 += at * size_2
+        new_momentum_1 += at * size_1
+        new_momentum_2 += at * size_2
+    if FORGETTING:
+        retention = 1 - tl.load(alpha + row * alpha_row + head * alpha_head).to(WIDE)
+    new_weight_1 += at * size_1
+    new_weight_2 += at * size_2
+
+    # the state after the token, and the query through it
+    query = _vector(q, i, d_in, WIDE)
+    z = tl.zeros((OUT,), WIDE)
+    for h0 in range(0, width, BLOCK):
+        h = h0 + tl.arange(0, BLOCK)
+        if LAYERS == 2:
+            below = _vector(hidden + at * width, h, width, WIDE)
+            a = activate(below, ACTIVATION)
+            e = _transposed_times(load(a_2, o, h, d_out, width, WIDE), error) * slope(below, ACTIVATION)
+            old_1, new_1 = _update(
+                weight_1, momentum_1, new_weight_1, new_momentum_1, new_anchor_1, h, i, width, d_in,
+                -(step * e)[:, None] * key[None, :], momentum_decay, retention, valid, ends,
+                MOMENTUM, FORGETTING, ANCHORED, WIDE,
+            )  # fmt: skip
+            x = activate(_times(new_1 if AFTER else old_1, query), ACTIVATION)
+        else:
+            a = _vector(k, h, width, WIDE)
+            x = _vector(q, h, width, WIDE)
+        old, new = _update(
+            weight_2, momentum_2, new_weight_2, new_momentum_2, new_anchor_2, o, h, d_out, width,
+            -(step * error)[:, None] * a[None, :], momentum_decay, retention, valid, ends,
+            MOMENTUM, FORGETTING, ANCHORED, WIDE,
+        )  # fmt: skip
+        z += _times(new if AFTER else old, x)
+    if NORM:
+        n, _ = layer_norm(z[None, :], o < d_out, d_out, eps)
+        z = _vector(q, o, d_in, WIDE) + tl.sum(n, axis=0) * gain_o
+    tl.store(y + at * d_out + o, tl.where(valid, z, 0.0), mask=o < d_out)

@@ -6,11 +6,12 @@ import importlib
 import importlib.util
 import sys
 import warnings
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from fla_references import reference
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -149,7 +150,7 @@ def projected(layer: Any, x: Tensor, which: str, width: int) -> Tensor:
 
 
 @pytest.mark.usefixtures("untimed")
-def test_gated_deltanet_against_the_reference_of_the_library() -> None:
+def test_gated_deltanet_against_the_reference_of_the_library(fla_reference: Callable[[str], ModuleType]) -> None:
     torch.manual_seed(0)
     block = tb.build_block({**small("fla_gated_deltanet"), "expand_v": 0.5}, dim=32, device=DEVICE)
     layer, x = block.inner, torch.randn(2, 7, 32, device=DEVICE)
@@ -158,7 +159,7 @@ def test_gated_deltanet_against_the_reference_of_the_library() -> None:
         q, k = (F.normalize(projected(layer, x, which, 16), dim=-1) for which in "qk")
         v = projected(layer, x, "v", 8)
         decay = -layer.A_log.exp() * F.softplus(layer.a_proj(x) + layer.dt_bias)
-        o, matrix = reference("gated_delta_rule").naive_recurrent_gated_delta_rule(
+        o, matrix = fla_reference("gated_delta_rule").naive_recurrent_gated_delta_rule(
             q, k, v, layer.b_proj(x).sigmoid(), decay, output_final_state=True
         )
         normed = F.rms_norm(o, (8,), eps=layer.o_norm.eps) * layer.o_norm.weight

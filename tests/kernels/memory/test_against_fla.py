@@ -5,11 +5,12 @@ Their files are run as they stand, without importing the library, whose import l
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from fla_references import reference
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -43,18 +44,18 @@ def same(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_the_gated_delta_rule(given: dict[str, Tensor]) -> None:
+def test_the_gated_delta_rule(given: dict[str, Tensor], fla_reference: Callable[[str], ModuleType]) -> None:
     """It takes the error after it forgets: with the decay drawn out of the error, the value is divided by it."""
     keep = given["keep"]
-    expected: Any = reference("gated_delta_rule").naive_recurrent_gated_delta_rule(
+    expected: Any = fla_reference("gated_delta_rule").naive_recurrent_gated_delta_rule(
         given["q"], given["k"], given["v"], given["step"], keep.log(), 1.0, given["start"], output_final_state=True
     )
     same(memory(given, given["v"] / keep.unsqueeze(-1), given["step"] * keep, None), expected)
 
 
-def test_the_momentum_delta_rule(given: dict[str, Tensor]) -> None:
+def test_the_momentum_delta_rule(given: dict[str, Tensor], fla_reference: Callable[[str], ModuleType]) -> None:
     """Its momentum has the sign of the gradient, and what of it is added, here all, is another gate of its own."""
-    y, (matrix, _) = reference("momentum_delta_rule").recurrent_momentum_delta_rule_ref(
+    y, (matrix, _) = fla_reference("momentum_delta_rule").recurrent_momentum_delta_rule_ref(
         given["q"], given["k"], given["v"], given["keep"].log(), given["carry"].log(), p=given["k"],
         beta=torch.ones_like(given["step"]), eta=given["step"], scale=1.0, initial_S=given["start"],
         output_final_state=True,

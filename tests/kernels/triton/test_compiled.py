@@ -78,5 +78,5 @@ def test_a_state_that_stays(target, sizes):
 def test_the_largest_state_that_stays():
     """Two layers, 64 x 64: forward alone, without a spill on the GPU it is made for."""
     rows = compiled("sm_90", dim=64, hidden=64, kernel="resident")
-    assert [row["kernel"] for row in rows] == ["memory_resident.write_resident_kernel"]
+    assert [row["kernel"] for row in rows] == ["write_kernels.write_resident_kernel"]
     assert_fits(rows, "sm_90", 0)

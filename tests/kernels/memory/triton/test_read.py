@@ -8,8 +8,7 @@ from torch.testing import assert_close
 
 from titans_build.kernels.dispatch import BackendError
 from titans_build.kernels.memory import READ, read_memory
-from titans_build.kernels.memory.triton import answer_bwd_kernel as memory_answer_backward
-from titans_build.kernels.memory.triton import read as triton_reading
+from titans_build.kernels.memory.triton import read as triton_read
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
@@ -95,9 +94,9 @@ def test_its_backward_in_half_precision(depth, activation):
 
 def test_sums_of_several_stretches(monkeypatch):
     """And every run gives the same bits."""
-    monkeypatch.setattr(memory_answer_backward, "LEAST", 32)
-    monkeypatch.setattr(memory_answer_backward, "PARTS", 2)
-    assert memory_answer_backward.stretches(100) == (64, 2)
+    monkeypatch.setattr(triton_read, "SHORTEST", 32)
+    monkeypatch.setattr(triton_read, "STRETCHES", 2)
+    assert triton_read.stretches(100) == (64, 2)
     leaves = inputs(time=100, batch=1)
     agree(leaves)
     assert all(map(torch.equal, results(leaves, "triton"), results(leaves, "triton")))
@@ -105,13 +104,13 @@ def test_sums_of_several_stretches(monkeypatch):
 
 @pytest.mark.parametrize("time, expected", [(1, (512, 1)), (8192, (512, 16)), (8193, (1024, 9)), (2**20, (2**16, 16))])
 def test_stretches(time, expected):
-    assert memory_answer_backward.stretches(time) == expected
+    assert triton_read.stretches(time) == expected
 
 
 def test_a_grid_that_a_gpu_takes(monkeypatch):
     """Of any length: along all axes of a grid but the first, a GPU takes 65,535 programs."""
     grids = []
-    monkeypatch.setattr(triton_reading, "launch", lambda kernel, grid, *tensors, **fixed: grids.append(grid))
+    monkeypatch.setattr(triton_read, "launch", lambda kernel, grid, *tensors, **fixed: grids.append(grid))
     q = torch.zeros(1, 2**22, 1, 1, requires_grad=True)
     weights = torch.zeros(1, 1, 1, 1, requires_grad=True)
     read_memory(q, (weights,), norm=torch.ones(1, 1), backend="triton").sum().backward()

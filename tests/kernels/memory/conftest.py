@@ -1,4 +1,4 @@
-"""Random memories for the tests of the operation, and what it means that paths agree."""
+"""Random memories for the tests of the operation, and what it means that backends agree."""
 
 import itertools
 
@@ -9,11 +9,22 @@ from titans_build.kernels.cpu_runtime import library
 from titans_build.kernels.memory import MemoryState, titans_memory
 
 UNBUILT = library.refuse(device="cpu", dtype=torch.float64)
-NATIVE = pytest.param("native", marks=pytest.mark.skipif(UNBUILT is not None, reason=f"C kernels: {UNBUILT}"))
-FAST = [NATIVE, "torch"]
 
 
-class Case:
+@pytest.fixture(autouse=True)
+def built(request):
+    """Skips the C backends where there is no compiler."""
+    parameters = request.node.callspec.params.values() if hasattr(request.node, "callspec") else ()
+    if UNBUILT is not None and any(x in ("native", "native_step") for x in parameters if isinstance(x, str)):
+        pytest.skip(f"C kernels: {UNBUILT}")
+
+
+@pytest.fixture(scope="session")
+def memory_case():
+    return MemoryCase
+
+
+class MemoryCase:
     """Random inputs of a memory, with gates that include exact 0 and 1."""
 
     def __init__(self, *, batch=2, time=14, heads=2, d_in=4, d_out=4, depth=2, expansion=2, norm=True, momentum=True,
@@ -76,24 +87,23 @@ class Case:
         grads = torch.autograd.grad(total, self.leaves, allow_unused=True)
         return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, self.leaves)]
 
+    @staticmethod
+    def tensors(result):
+        y, state = result
+        return [y, *state.weights, *state.momentum, *state.anchor]
 
-def tensors(result):
-    y, state = result
-    return [y, *state.weights, *state.momentum, *state.anchor]
+    @staticmethod
+    def assert_equal(got, expected, tolerance=1e-10):
+        for a, b in zip(got, expected, strict=True):
+            assert a.shape == b.shape
+            scale = max(1.0, b.abs().max().item()) if b.numel() else 1.0
+            assert (a - b).abs().max().item() <= tolerance * scale if b.numel() else True
 
-
-def assert_equal(got, expected, tolerance=1e-10):
-    for a, b in zip(got, expected, strict=True):
-        assert a.shape == b.shape
-        scale = max(1.0, b.abs().max().item()) if b.numel() else 1.0
-        assert (a - b).abs().max().item() <= tolerance * scale if b.numel() else True
-
-
-def assert_agrees(case, **options):
-    """The fast paths against both oracles: outputs, final state, every gradient."""
-    oracle = tensors(case.run(backend="reference", **options))
-    oracle_grads = case.gradients(oracle)
-    for backend in ("torch", "closed_form", *(["native"] if UNBUILT is None else [])):
-        result = tensors(case.run(backend=backend, **options))
-        assert_equal(result, oracle)
-        assert_equal(case.gradients(result), oracle_grads)
+    def assert_agrees(self, **options):
+        """The fast backends against both oracles: outputs, final state, every gradient."""
+        oracle = self.tensors(self.run(backend="reference", **options))
+        oracle_grads = self.gradients(oracle)
+        for backend in ("torch", "closed_form", *(["native"] if UNBUILT is None else [])):
+            result = self.tensors(self.run(backend=backend, **options))
+            self.assert_equal(result, oracle)
+            self.assert_equal(self.gradients(result), oracle_grads)

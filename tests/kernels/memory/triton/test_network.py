@@ -15,11 +15,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
 @pytest.fixture(autouse=True)
 def streamed(monkeypatch):
-    """Whatever the size; the schedule that keeps the state has tests of its own, ``test_memory_resident.py``."""
+    """Whatever the size; the schedule that keeps the state has tests of its own, ``test_resident.py``."""
     monkeypatch.setenv("TITANS_BUILD_SCHEDULE", "streamed")
 
 
-def inputs(time=9, d_in=6, d_out=None, hidden=10, depth=2, batch=2, heads=2, seed=0, edges=False):
+def inputs(time=9, d_in=6, d_out=None, hidden=10, depth=2, batch=1, heads=2, seed=0, edges=False):
     g = torch.Generator().manual_seed(seed)
     randn = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
     rand = lambda *shape: torch.rand(*shape, generator=g, dtype=torch.float64)  # noqa: E731
@@ -80,7 +80,7 @@ def test_gates_that_are_not_there(momentum, forgetting, depth):
 
 @pytest.mark.parametrize("read", ["after", "before"])
 def test_gates_at_their_ends(read):
-    agree(inputs(time=13, edges=True), chunk=5, read=read, clip=1.0)
+    agree(inputs(time=13, heads=1, edges=True), chunk=5, read=read, clip=1.0)
 
 
 @pytest.mark.parametrize("time, chunk", [(1, 1), (3, 1), (15, 16), (17, 16), (20, 7)])
@@ -96,11 +96,11 @@ def test_widths(d_in, d_out, hidden):
 
 def test_rows_at_different_places_and_masked_tokens():
     mask = torch.rand(2, 11, generator=torch.Generator().manual_seed(0)) < 0.7
-    agree(inputs(time=11), chunk=4, position=torch.tensor([3, 0]), mask=mask, clip=1.0)
+    agree(inputs(time=11, batch=2), chunk=4, position=torch.tensor([3, 0]), mask=mask, clip=1.0)
 
 
 def test_split_anywhere():
-    leaves = inputs(time=11)
+    leaves = inputs(time=10, d_in=4, hidden=5, heads=1)
     whole = results(leaves, "triton", chunk=4)
     for cuts in ((1,), (4, 6), (3, 8, 9)):
         for a, b in zip(results(leaves, "triton", chunk=4, cuts=cuts), whole):
@@ -108,13 +108,13 @@ def test_split_anywhere():
 
 
 def test_states_kept_now_and_then():
-    leaves = inputs(time=40, batch=1, heads=1)
-    for a, b in zip(results(leaves, "triton", chunk=4, keep=3), results(leaves, "triton", chunk=4, keep=1)):
+    leaves = inputs(time=20, d_in=4, hidden=5, heads=1)
+    for a, b in zip(results(leaves, "triton", chunk=2, keep=3), results(leaves, "triton", chunk=4, keep=1)):
         assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
 def test_float32():
-    leaves = [x.float() for x in inputs(time=20, d_in=16, hidden=32)]
+    leaves = [x.float() for x in inputs(time=20, d_in=16, hidden=32, heads=1)]
     exact = results([x.double() for x in leaves], "reference", chunk=8)
     for got, expected in zip(results(leaves, "triton", chunk=8), exact):
         for a, b in zip(got, expected):
@@ -173,7 +173,7 @@ def test_chunks_shorter_than_a_tile(chunk, oracle):
     """Many of them: more than a group, whole and in part, with rows at different phases and tokens that are masked."""
     mask = torch.ones(2, 11, dtype=torch.bool)
     mask[1, 4] = False
-    leaves = inputs(time=11, d_in=4, hidden=5, heads=1, edges=True)
+    leaves = inputs(time=11, d_in=4, hidden=5, batch=2, heads=1, edges=True)
     agree(leaves, oracle=oracle, chunk=chunk, clip=1.0, position=torch.tensor([4, 0]), mask=mask)
 
 
@@ -186,7 +186,7 @@ def test_strides():
 @pytest.mark.parametrize("heads", [1, 2])
 def test_states_that_are_laid_out_otherwise(heads):
     """Weights and anchor column by column, and a gain that with one head is the same memory for every row."""
-    *others, first, last = inputs(time=5, heads=heads)
+    *others, first, last = inputs(time=5, batch=2, heads=heads)
     agree([*others, *(w.mT.contiguous().mT for w in (first, last))], chunk=4, position=1)
 
 

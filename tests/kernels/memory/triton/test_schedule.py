@@ -7,7 +7,7 @@ from titans_build.kernels.dispatch import BackendError
 
 pytest.importorskip("triton")
 
-from titans_build.kernels.memory.triton.schedule import VARIABLE, held, operands, resident, schedule
+from titans_build.kernels.memory.triton.schedule import VARIABLE, operands, resident, schedule, state_bytes
 
 HALF, FULL = operands(torch.float32, torch.bfloat16), operands(torch.float32)
 
@@ -23,16 +23,17 @@ def test_what_stays(layers, parts, d, width, forward, backward):
 
 
 def test_it_goes_by_the_tiles_that_are_kept():
-    assert held(2, 2, 32, 64, 32, backward=False) == 3 * 2 * 32 * 64 * 4
-    assert held(1, 1, 64, 64, 64, backward=True) == 3 * 64 * 64 * 4
-    assert held(2, 2, 17, 33, 5, backward=False) == 3 * (32 + 16) * 64 * 4, "tiles are powers of two, from 16 on"
-    assert held(2, 2, 32, 64, 32, backward=False, wide=torch.float64) == 2 * held(2, 2, 32, 64, 32, backward=False)
+    assert state_bytes(2, 2, 32, 64, 32, backward=False) == 3 * 2 * 32 * 64 * 4
+    assert state_bytes(1, 1, 64, 64, 64, backward=True) == 3 * 64 * 64 * 4
+    assert state_bytes(2, 2, 17, 33, 5, backward=False) == 3 * (32 + 16) * 64 * 4, "tiles are powers of two, from 16 on"
+    double = state_bytes(2, 2, 32, 64, 32, backward=False, wide=torch.float64)
+    assert double == 2 * state_bytes(2, 2, 32, 64, 32, backward=False)
 
 
 def test_a_state_stays_whole_or_not_at_all(monkeypatch):
     """However many hidden units there are: tiles that end before them would leave the rest out."""
     assert schedule("write_resident_kernel", 16, 16, 600, 16)["WIDTH"] == 1024
-    assert held(2, 1, 16, 600, 16, backward=True) == 3 * 1024 * 32 * 4
+    assert state_bytes(2, 1, 16, 600, 16, backward=True) == 3 * 1024 * 32 * 4
     monkeypatch.setenv(VARIABLE, "resident")
     with pytest.raises(BackendError, match="take 384 KiB of registers in backward"):
         resident(2, 1, 16, 600, 16, FULL, backward=False)

@@ -1,0 +1,184 @@
+"""What the kernels of the memory coefficient: tiles of matrices, activations, LayerNorm, and the inner loss.
+
+A chunk's tokens lie together, ``b`` of them: ``first`` is the number of the chunk's first token, counted over all
+chunks and rows. What lies outside of a matrix is loaded as zero and not stored.
+"""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+from ..network_torch import ACTIVATION_NUMBERS
+
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+_BFLOAT16 = tl.constexpr(tl.bfloat16)
+
+
+@triton.jit
+def _rounded(x, LOST: tl.constexpr):
+    """float32 without its last bits, to the nearest, to even where two are as near: bfloat16 loses 16, TF32 13.
+
+    For the interpreter, which leaves TF32 out, cuts bfloat16 off, and multiplies its bits as if it were whole numbers.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    half = (1 << (LOST - 1)) - 1
+    return ((bits + half + ((bits >> LOST) & 1)) & -(1 << LOST)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load(x, row, column, rows, columns, WIDE: tl.constexpr):
+    """A tile of a matrix of ``columns`` columns."""
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    return tl.load(x + row[:, None] * columns + column[None, :], mask=inside, other=0.0).to(WIDE)
+
+
+@triton.jit
+def store(x, row, column, rows, columns, values):
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    tl.store(x + row[:, None] * columns + column[None, :], values, mask=inside)
+
+
+@triton.jit
+def load_tokens(x, first, t, column, b, columns, WIDE: tl.constexpr):
+    """Some columns of a chunk's tokens."""
+    return load(x + first * columns, t, column, b, columns, WIDE)
+
+
+@triton.jit
+def store_tokens(x, first, t, column, b, columns, values):
+    store(x + first * columns, t, column, b, columns, values)
+
+
+@triton.jit
+def dot(a, b, OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):
+    """Operands in their type, sums in the wide one."""
+    if _INTERPRETED:
+        if OPERAND == _BFLOAT16:
+            a, b = _rounded(a, 16), _rounded(b, 16)
+        elif PRECISION == "tf32":
+            a, b = _rounded(a, 13), _rounded(b, 13)
+        else:
+            a, b = a.to(OPERAND), b.to(OPERAND)
+        product = tl.dot(a, b, input_precision="ieee", out_dtype=WIDE)
+    else:
+        product = tl.dot(a.to(OPERAND), b.to(OPERAND), input_precision=PRECISION, out_dtype=WIDE)
+    return product
+
+
+@triton.jit
+def coefficient(matrix, first, t, b, part, PARTS: tl.constexpr, WIDE: tl.constexpr):
+    """What each token weighs for one part of the state (0 weights, 1 momentum), as a column."""
+    return tl.load(matrix + (first + t) * PARTS + part, mask=t < b, other=0.0).to(WIDE)[:, None]
+
+
+@triton.jit
+def in_part(values, part, WIDE: tl.constexpr):
+    """One number for each token, in the column of its part of the state."""
+    return tl.where(tl.arange(0, 2) == part, 1.0, 0.0).to(WIDE)[None, :] * values[:, None]
+
+
+@triton.jit
+def load_gain(gain, row, o, d_out, OUT: tl.constexpr, NORM: tl.constexpr, WIDE: tl.constexpr):
+    """The gain of a row, or ones."""
+    found = tl.full((OUT,), 1.0, WIDE)
+    if NORM:
+        found = tl.load(gain + row * d_out + o, mask=o < d_out, other=0.0).to(WIDE)
+    return found
+
+
+# -- activations and LayerNorm --------------------------------------------------------------------------------------
+
+_RELU, _SILU, _GELU = (tl.constexpr(ACTIVATION_NUMBERS[name]) for name in ("relu", "silu", "gelu"))
+
+
+@triton.jit
+def activate(z, ACTIVATION: tl.constexpr):
+    if ACTIVATION == _RELU:
+        z = tl.maximum(z, 0.0)
+    elif ACTIVATION == _SILU:
+        z = z / (1 + tl.exp(-z))
+    elif ACTIVATION == _GELU:
+        z = z * 0.5 * (1 + tl.erf(z * 0.7071067811865476))
+    return z
+
+
+@triton.jit
+def slope(z, ACTIVATION: tl.constexpr):
+    """The first derivative."""
+    if ACTIVATION == _RELU:
+        first = tl.where(z > 0, 1.0, 0.0).to(z.dtype)
+    elif ACTIVATION == _SILU:
+        s = 1 / (1 + tl.exp(-z))
+        first = s + z * s * (1 - s)
+    elif ACTIVATION == _GELU:
+        first = 0.5 * (1 + tl.erf(z * 0.7071067811865476)) + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
+    else:
+        first = tl.full(z.shape, 1.0, z.dtype)
+    return first
+
+
+@triton.jit
+def curvature(z, ACTIVATION: tl.constexpr):
+    """The second derivative."""
+    if ACTIVATION == _SILU:
+        s = 1 / (1 + tl.exp(-z))
+        second = s * (1 - s) * (2 + z * (1 - 2 * s))
+    elif ACTIVATION == _GELU:
+        second = tl.exp(-0.5 * z * z) * 0.3989422804014327 * (2 - z * z)
+    else:
+        second = tl.zeros(z.shape, z.dtype)
+    return second
+
+
+@triton.jit
+def layer_norm(z, inside, width, eps):
+    """``(z - mean) / sigma`` over the columns that are inside, and ``1 / sigma``."""
+    mean = tl.sum(z, axis=1)[:, None] / width
+    centred = tl.where(inside[None, :], z - mean, 0.0)
+    inverse = 1 / tl.sqrt(tl.sum(centred * centred, axis=1)[:, None] / width + eps)
+    return centred * inverse, inverse
+
+
+@triton.jit
+def layer_norm_vjp(g, n, inverse, inside, width):
+    """The vector-Jacobian product of ``layer_norm``."""
+    g_mean = tl.sum(g, axis=1)[:, None] / width
+    along = tl.sum(g * n, axis=1)[:, None] / width
+    return tl.where(inside[None, :], (g - g_mean - n * along) * inverse, 0.0)
+
+
+# -- the inner loss ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def output_error(z, residual, v, gain_o, inside, d_out, eps, NORM: tl.constexpr):
+    """The (half) error at the last layer's output ``z`` ``[tokens, d_out]``; ``residual`` are the keys, for a norm."""
+    if NORM:
+        n, inverse = layer_norm(z, inside, d_out, eps)
+        error = layer_norm_vjp((residual + n * gain_o[None, :] - v) * gain_o[None, :], n, inverse, inside, d_out)
+    else:
+        error = z - v
+    return error
+
+
+@triton.jit
+def output_error_backward(g, error, z, residual, v, gain_o, inside, d_out, eps):
+    """From the gradient ``g`` of ``error = output_error(z, ...)`` with a norm: to ``z``, to the residual, and the gain.
+
+    The gradient of the values is the negative of the residual's. The gain's is not summed over tokens.
+    """
+    n, inverse = layer_norm(z, inside, d_out, eps)
+    off = residual + n * gain_o[None, :] - v
+    u = off * gain_o[None, :]
+    du = layer_norm_vjp(g, n, inverse, inside, d_out)
+    doff = du * gain_o[None, :]
+    # the error depends on z through the inner n, through the n of its own projection, and through 1 / sigma
+    p = g * inverse
+    dn = doff * gain_o[None, :]
+    dn -= p * (tl.sum(u * n, axis=1)[:, None] / d_out)
+    dn -= u * (tl.sum(p * n, axis=1)[:, None] / d_out)
+    dz = layer_norm_vjp(dn, n, inverse, inside, d_out) - n * (tl.sum(p * error, axis=1)[:, None] / d_out)
+    return dz, doff, du * off + doff * n

@@ -1,0 +1,444 @@
+"""The backward of writing a group of chunks: ``ChunkNetwork.write_backward`` as Triton kernels.
+
+A program goes through one row's chunks from the last to the first. A write contains a gradient, so its backward is of
+second order: from the state after the chunk to errors and inputs; then up the layers, because errors ran down; through
+the loss; and down the layers again. All of this is separate for each token, and ``ROWS`` tokens are worked on at a
+time. A last pass, tile by tile, mix_ws up the gradient of the weights over the tokens and takes the gradient of the
+state from after the chunk to before it.
+
+``grad_error`` are overwritten with the gradient of each layer's output, and ``grad_input_2`` with that of the hidden
+layer, for the last pass to multiply. ``write_backward_resident_kernel`` mix_ww the state's gradient in registers.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .tiles import (
+    coefficient,
+    curvature,
+    dot,
+    load,
+    load_gain,
+    load_tokens,
+    output_error_backward,
+    slope,
+    store,
+    store_tokens,
+)
+from .write_kernels import factor
+
+
+@triton.jit
+def _state_backward(mix, dmix, at, start, later, before, r, c, rows_of, columns, size,
+                PARTS: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """A tile of the gradient of the state before a chunk, through ``mix``; and the gradient of ``mix``."""
+    four = tl.arange(0, 4)
+    for part in tl.static_range(PARTS):
+        total = load(before + part * size, r, c, rows_of, columns, WIDE)
+        here = load(start + part * size, r, c, rows_of, columns, WIDE)
+        for other in tl.static_range(PARTS):
+            after = load(later + other * size, r, c, rows_of, columns, WIDE)
+            total += tl.load(mix + (at * PARTS + other) * PARTS + part).to(WIDE) * after
+            dmix += tl.where(four == other * 2 + part, 1.0, 0.0).to(WIDE) * tl.sum(after * here)
+        store(before + part * size, r, c, rows_of, columns, total)
+    return dmix
+
+
+@triton.jit
+def _over_tokens(total, left, right, first, r, c, b, rows_of, columns,
+                 ROWS: tl.constexpr, OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """``total + left^T right``: a tile of a layer's gradient."""
+    for t0 in range(0, b, ROWS):
+        t = t0 + tl.arange(0, ROWS)
+        x, y = load_tokens(left, first, t, r, b, rows_of, WIDE), load_tokens(right, first, t, c, b, columns, WIDE)
+        total += dot(tl.trans(x), y, OPERAND, WIDE, PRECISION)
+    return total
+
+
+@triton.jit
+def write_backward_kernel(
+    keys, values, gain, mix, write, anchor_1, anchor_2, stack_1, stack_2,
+    input_2, output_1, output_2, unclipped_1, unclipped_2, error_1, error_2,
+    grad_stack_1, grad_stack_2, grad_keys, grad_input_2, grad_error_1, grad_error_2,
+    grad_values, grad_write, grad_mix, grad_gain, grad_anchor_1, grad_anchor_2,
+    chunks, rows, b, d_in, width, d_out, clip, eps,
+    LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr,
+    ANCHORED: tl.constexpr, ROWS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
+    OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Every chunk of one row, the last first. The gradients that reads have left are added to where they lie."""
+    row = tl.program_id(0).to(tl.int64)
+    i, o, four = tl.arange(0, IN), tl.arange(0, OUT), tl.arange(0, 4)
+    size_1, size_2 = width * d_in, d_out * width
+    gain_o = load_gain(gain, row, o, d_out, OUT, NORM, WIDE)
+    dgain = tl.zeros((OUT,), WIDE)
+    for done in range(chunks):
+        chunk = chunks - 1 - done
+        at = chunk * rows + row
+        first = at * b
+        state_1, state_2 = stack_1 + at * PARTS * size_1, stack_2 + at * PARTS * size_2
+        before_1, before_2 = grad_stack_1 + at * PARTS * size_1, grad_stack_2 + at * PARTS * size_2
+        later = (at + rows) * PARTS
+        later_1, later_2 = grad_stack_1 + later * size_1, grad_stack_2 + later * size_2
+        w_1, w_2, grad_weights_1, grad_weights_2 = state_1, state_2, before_1, before_2
+        if ANCHORED:  # known when compiling, and the rest is not  # noqa: SIM102
+            if chunk == 0:
+                w_1, w_2 = anchor_1 + row * size_1, anchor_2 + row * size_2
+                grad_weights_1, grad_weights_2 = grad_anchor_1 + row * size_1, grad_anchor_2 + row * size_2
+        for t0 in range(0, b, ROWS):
+            t = t0 + tl.arange(0, ROWS)
+            valid = (t < b)[:, None]
+
+            # through the state after the chunk: mix state - (write errors)^T inputs
+            error = load_tokens(error_2, first, t, o, b, d_out, WIDE)
+            derror = load_tokens(grad_error_2, first, t, o, b, d_out, WIDE)
+            for part in tl.static_range(PARTS):
+                weight = coefficient(write, first, t, b, part, PARTS, WIDE)
+                dweight = tl.zeros((ROWS,), WIDE)
+                back = tl.zeros((ROWS, OUT), WIDE)
+                for h0 in range(0, width, BLOCK):
+                    h = h0 + tl.arange(0, BLOCK)
+                    after_2 = load(later_2 + part * size_2, o, h, d_out, width, WIDE)
+                    a = load_tokens(input_2, first, t, h, b, width, WIDE)
+                    back += dot(a, tl.trans(after_2), OPERAND, WIDE, PRECISION)
+                    da = load_tokens(grad_input_2, first, t, h, b, width, WIDE)
+                    da -= dot(error * weight, after_2, OPERAND, WIDE, PRECISION)
+                    store_tokens(grad_input_2, first, t, h, b, width, da)
+                if LAYERS == 2:
+                    k = load_tokens(keys, first, t, i, b, d_in, WIDE)
+                    dk = load_tokens(grad_keys, first, t, i, b, d_in, WIDE)
+                    for h0 in range(0, width, BLOCK):
+                        h = h0 + tl.arange(0, BLOCK)
+                        after_1 = load(later_1 + part * size_1, h, i, width, d_in, WIDE)
+                        e = load_tokens(error_1, first, t, h, b, width, WIDE)
+                        grad_scores_1 = dot(k, tl.trans(after_1), OPERAND, WIDE, PRECISION)
+                        dweight -= tl.sum(grad_scores_1 * e, axis=1)
+                        de = load_tokens(grad_error_1, first, t, h, b, width, WIDE)
+                        store_tokens(grad_error_1, first, t, h, b, width, de - grad_scores_1 * weight)
+                        dk -= dot(e * weight, after_1, OPERAND, WIDE, PRECISION)
+                    store_tokens(grad_keys, first, t, i, b, d_in, dk)
+                derror -= back * weight
+                dweight -= tl.sum(back * error, axis=1)
+                tl.store(grad_write + (first + t) * PARTS + part, dweight, mask=t < b)
+                tl.debug_barrier()
+
+            # through errors = scale unclipped, where scale = clip / |surprise| below one
+            unclipped = load_tokens(unclipped_2, first, t, o, b, d_out, WIDE)
+            squares_raw = tl.sum(unclipped * unclipped, axis=1)
+            squares_k, squares_1 = tl.zeros((ROWS,), WIDE), tl.zeros((ROWS,), WIDE)  # of keys and of unclipped_1
+            dsquare = tl.zeros((ROWS,), WIDE)
+            if CLIP:
+                squares_2, dscale = tl.zeros((ROWS,), WIDE), tl.sum(derror * unclipped, axis=1)
+                for h0 in range(0, width, BLOCK):
+                    h = h0 + tl.arange(0, BLOCK)
+                    a = load_tokens(input_2, first, t, h, b, width, WIDE)
+                    squares_2 += tl.sum(a * a, axis=1)
+                    if LAYERS == 2:
+                        e = load_tokens(unclipped_1, first, t, h, b, width, WIDE)
+                        squares_1 += tl.sum(e * e, axis=1)
+                        dscale += tl.sum(load_tokens(grad_error_1, first, t, h, b, width, WIDE) * e, axis=1)
+                square = 4 * squares_raw * squares_2
+                if LAYERS == 2:
+                    k = load_tokens(keys, first, t, i, b, d_in, WIDE)
+                    squares_k = tl.sum(k * k, axis=1)
+                    square += 4 * squares_1 * squares_k
+                scale = clip / tl.maximum(tl.sqrt(square), clip)
+                dsquare = tl.where(scale < 1, -4 * dscale * scale / square, 0.0)
+                derror = derror * scale[:, None] + unclipped * (dsquare * squares_2)[:, None]
+
+            # errors run down the layers, so their gradient runs up ...
+            if LAYERS == 2:
+                for h0 in range(0, width, BLOCK):
+                    h = h0 + tl.arange(0, BLOCK)
+                    de = load_tokens(grad_error_1, first, t, h, b, width, WIDE)
+                    if CLIP:
+                        e = load_tokens(unclipped_1, first, t, h, b, width, WIDE)
+                        de = de * scale[:, None] + e * (dsquare * squares_k)[:, None]
+                        store_tokens(grad_error_1, first, t, h, b, width, de)
+                    below = load_tokens(output_1, first, t, h, b, width, WIDE)
+                    w = load(w_2, o, h, d_out, width, WIDE)
+                    derror += dot(de * slope(below, ACTIVATION), tl.trans(w), OPERAND, WIDE, PRECISION)
+
+            # ... through the loss ...
+            g = derror
+            if NORM:
+                z = load_tokens(output_2, first, t, o, b, d_out, WIDE)
+                v = load_tokens(values, first, t, o, b, d_out, WIDE)
+                residual = load_tokens(keys, first, t, o, b, d_in, WIDE)
+                g, dresidual_out, dgains = output_error_backward(
+                    derror, unclipped, z, residual, v, gain_o, o < d_out, d_out, eps
+                )
+                dgain += tl.sum(tl.where(valid, dgains, 0.0), axis=0)
+                store_tokens(grad_values, first, t, o, b, d_out, -dresidual_out)
+                # a residual network is as wide at its end as at its beginning
+                dresidual = load_tokens(grad_keys, first, t, o, b, d_in, WIDE) + dresidual_out
+                tl.debug_barrier()
+                store_tokens(grad_keys, first, t, o, b, d_in, dresidual)
+            else:
+                store_tokens(grad_values, first, t, o, b, d_out, -g)
+            g = tl.where(valid, g, 0.0)
+            store_tokens(grad_error_2, first, t, o, b, d_out, g)
+            tl.debug_barrier()
+
+            # ... and then the inputs' gradient runs down
+            if LAYERS == 2:
+                dk = load_tokens(grad_keys, first, t, i, b, d_in, WIDE)
+                if CLIP:
+                    k = load_tokens(keys, first, t, i, b, d_in, WIDE)
+                    dk += k * (dsquare * squares_1)[:, None]
+            for h0 in range(0, width, BLOCK):
+                h = h0 + tl.arange(0, BLOCK)
+                w = load(w_2, o, h, d_out, width, WIDE)
+                da = load_tokens(grad_input_2, first, t, h, b, width, WIDE) + dot(g, w, OPERAND, WIDE, PRECISION)
+                if CLIP:
+                    a = load_tokens(input_2, first, t, h, b, width, WIDE)
+                    da += a * (dsquare * squares_raw)[:, None]
+                if LAYERS == 2:
+                    below = load_tokens(output_1, first, t, h, b, width, WIDE)
+                    de = load_tokens(grad_error_1, first, t, h, b, width, WIDE)
+                    rise = slope(below, ACTIVATION)
+                    upstream = dot(unclipped, w, OPERAND, WIDE, PRECISION)
+                    da = tl.where(valid, da * rise + de * upstream * curvature(below, ACTIVATION), 0.0)
+                    tile_1 = load(w_1, h, i, width, d_in, WIDE)
+                    dk += dot(da, tile_1, OPERAND, WIDE, PRECISION)
+                    store_tokens(grad_error_1, first, t, h, b, width, de * rise)
+                store_tokens(grad_input_2, first, t, h, b, width, da)
+            if LAYERS == 2:
+                store_tokens(grad_keys, first, t, i, b, d_in, dk)
+            tl.debug_barrier()
+
+        # the gradients of weights and state, over all of the chunk's tokens
+        dmix = tl.zeros((4,), WIDE)
+        for h0 in range(0, width, BLOCK):
+            h = h0 + tl.arange(0, BLOCK)
+            dmix = _state_backward(mix, dmix, at, state_2, later_2, before_2, o, h, d_out, width, size_2, PARTS, WIDE)
+            if LAYERS == 2:
+                dmix = _state_backward(mix, dmix, at, state_1, later_1, before_1, h, i, width, d_in, size_1,
+                                     PARTS, WIDE)  # fmt: skip
+            tl.debug_barrier()
+            dw = load(grad_weights_2, o, h, d_out, width, WIDE)
+            dw = _over_tokens(dw, grad_error_2, input_2, first, o, h, b, d_out, width,
+                                ROWS, OPERAND, WIDE, PRECISION)  # fmt: skip
+            if LAYERS == 2:
+                dw = _over_tokens(dw, unclipped_2, grad_error_1, first, o, h, b, d_out, width,
+                                    ROWS, OPERAND, WIDE, PRECISION)  # fmt: skip
+                dw_1 = load(grad_weights_1, h, i, width, d_in, WIDE)
+                dw_1 = _over_tokens(dw_1, grad_input_2, keys, first, h, i, b, width, d_in,
+                                      ROWS, OPERAND, WIDE, PRECISION)  # fmt: skip
+                store(grad_weights_1, h, i, width, d_in, dw_1)
+            store(grad_weights_2, o, h, d_out, width, dw)
+        tl.store(grad_mix + (at * PARTS + four // 2) * PARTS + four % 2, dmix,
+                 mask=(four // 2 < PARTS) & (four % 2 < PARTS))  # fmt: skip
+        tl.debug_barrier()
+    if NORM:
+        tl.store(grad_gain + row * d_out + o, dgain, mask=o < d_out)
+
+
+# -- the state's gradient in registers ---------------------------------------------------------------------
+#
+# The gradient of the state after the chunk, weights and momentum of all layers, is in tiles that the loop over the
+# chunks carries. Beside these ``PARTS`` tiles of each layer there are the weights that the chunk's gradients were taken
+# at, and their own gradient: ``PARTS + 2`` in all.
+
+
+@triton.jit
+def _add_dmix(dmix, after, here, part, other):
+    """Adds to ``dmix`` that of ``other`` of the state before the chunk in ``part`` of the state after it."""
+    return dmix + tl.where(tl.arange(0, 4) == part * 2 + other, 1.0, 0.0).to(dmix.dtype) * tl.sum(after * here)
+
+
+@triton.jit
+def write_backward_resident_kernel(
+    keys, values, gain, mix, write, anchor_1, anchor_2, stack_1, stack_2,
+    input_2, output_1, output_2, unclipped_1, unclipped_2, error_1, error_2,
+    grad_stack_1, grad_stack_2, grad_keys, grad_input_2, grad_error_1, grad_error_2,
+    grad_values, grad_write, grad_mix, grad_gain, grad_anchor_1, grad_anchor_2,
+    chunks, rows, b, d_in, width, d_out, clip, eps,
+    LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr,
+    ANCHORED: tl.constexpr, ROWS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, WIDTH: tl.constexpr,
+    OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Every chunk of one row, the last first. Of the gradients that reads have left, only the first state's grows.
+
+    ``g`` is the gradient of the weights after the chunk, ``r`` that of the momentum. At depth 1 ``grad_input_2`` is the
+    keys' gradient.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    i, o, h, four = tl.arange(0, IN), tl.arange(0, OUT), tl.arange(0, WIDTH), tl.arange(0, 4)
+    size_1, size_2 = width * d_in, d_out * width
+    gain_o = load_gain(gain, row, o, d_out, OUT, NORM, WIDE)
+    dgain = tl.zeros((OUT,), WIDE)
+    last = chunks * rows + row
+    g_2 = load(grad_stack_2 + last * PARTS * size_2, o, h, d_out, width, WIDE)
+    if LAYERS == 2:
+        g_1 = load(grad_stack_1 + last * PARTS * size_1, h, i, width, d_in, WIDE)
+    if PARTS == 2:
+        r_2 = load(grad_stack_2 + (last * PARTS + 1) * size_2, o, h, d_out, width, WIDE)
+        if LAYERS == 2:
+            r_1 = load(grad_stack_1 + (last * PARTS + 1) * size_1, h, i, width, d_in, WIDE)
+    for done in range(chunks):
+        chunk = chunks - 1 - done
+        at = chunk * rows + row
+        first = at * b
+        state_1, state_2 = stack_1 + at * PARTS * size_1, stack_2 + at * PARTS * size_2
+        before_1, before_2 = grad_stack_1 + at * PARTS * size_1, grad_stack_2 + at * PARTS * size_2
+
+        # the gradient of mix
+        w_2 = load(state_2, o, h, d_out, width, WIDE)
+        dmix = _add_dmix(tl.zeros((4,), WIDE), g_2, w_2, 0, 0)
+        if LAYERS == 2:
+            w_1 = load(state_1, h, i, width, d_in, WIDE)
+            dmix = _add_dmix(dmix, g_1, w_1, 0, 0)
+        if PARTS == 2:
+            s = load(state_2 + size_2, o, h, d_out, width, WIDE)
+            dmix = _add_dmix(_add_dmix(_add_dmix(dmix, g_2, s, 0, 1), r_2, w_2, 1, 0), r_2, s, 1, 1)
+            if LAYERS == 2:
+                s = load(state_1 + size_1, h, i, width, d_in, WIDE)
+                dmix = _add_dmix(_add_dmix(_add_dmix(dmix, g_1, s, 0, 1), r_1, w_1, 1, 0), r_1, s, 1, 1)
+        tl.store(grad_mix + (at * PARTS + four // 2) * PARTS + four % 2, dmix,
+                 mask=(four // 2 < PARTS) & (four % 2 < PARTS))  # fmt: skip
+        if ANCHORED:
+            w_2 = load(tl.where(chunk == 0, anchor_2 + row * size_2, state_2), o, h, d_out, width, WIDE)
+            if LAYERS == 2:
+                w_1 = load(tl.where(chunk == 0, anchor_1 + row * size_1, state_1), h, i, width, d_in, WIDE)
+
+        dw_2 = tl.zeros((OUT, WIDTH), WIDE)
+        if LAYERS == 2:
+            dw_1 = tl.zeros((WIDTH, IN), WIDE)
+        for t0 in range(0, b, ROWS):
+            t = t0 + tl.arange(0, ROWS)
+            valid = (t < b)[:, None]
+            unclipped = load_tokens(unclipped_2, first, t, o, b, d_out, WIDE)
+            a = load_tokens(input_2, first, t, h, b, width, WIDE)
+            k = a
+            if LAYERS == 2:
+                k = load_tokens(keys, first, t, i, b, d_in, WIDE)
+                unclipped_below = load_tokens(unclipped_1, first, t, h, b, width, WIDE)
+            error, squares_2 = unclipped, tl.sum(a * a, axis=1)
+            if CLIP:
+                error = load_tokens(error_2, first, t, o, b, d_out, WIDE)
+
+            # through the state after the chunk: mix state - (write errors)^T inputs
+            weight = -coefficient(write, first, t, b, 0, PARTS, WIDE)
+            back = dot(a, tl.trans(g_2), OPERAND, WIDE, PRECISION)
+            dweight = -tl.sum(back * error, axis=1)
+            derror = load_tokens(grad_error_2, first, t, o, b, d_out, WIDE) + back * weight
+            da = load_tokens(grad_input_2, first, t, h, b, width, WIDE)
+            da += dot(error * weight, g_2, OPERAND, WIDE, PRECISION)
+            if PARTS == 2:
+                weight_s = -coefficient(write, first, t, b, 1, PARTS, WIDE)
+                back = dot(a, tl.trans(r_2), OPERAND, WIDE, PRECISION)
+                dweight_s = -tl.sum(back * error, axis=1)
+                derror += back * weight_s
+                da += dot(error * weight_s, r_2, OPERAND, WIDE, PRECISION)
+            if LAYERS == 2:
+                e = unclipped_below
+                if CLIP:
+                    e = load_tokens(error_1, first, t, h, b, width, WIDE)
+                grad_scores_1 = dot(k, tl.trans(g_1), OPERAND, WIDE, PRECISION)
+                dweight -= tl.sum(grad_scores_1 * e, axis=1)
+                de = load_tokens(grad_error_1, first, t, h, b, width, WIDE) + grad_scores_1 * weight
+                dk = load_tokens(grad_keys, first, t, i, b, d_in, WIDE)
+                dk += dot(e * weight, g_1, OPERAND, WIDE, PRECISION)
+                if PARTS == 2:
+                    grad_scores_1 = dot(k, tl.trans(r_1), OPERAND, WIDE, PRECISION)
+                    dweight_s -= tl.sum(grad_scores_1 * e, axis=1)
+                    de += grad_scores_1 * weight_s
+                    dk += dot(e * weight_s, r_1, OPERAND, WIDE, PRECISION)
+            tl.store(grad_write + (first + t) * PARTS, dweight, mask=t < b)
+            if PARTS == 2:
+                tl.store(grad_write + (first + t) * PARTS + 1, dweight_s, mask=t < b)
+
+            # through errors = scale unclipped, where scale = clip / |surprise| below one
+            squares_raw = tl.sum(unclipped * unclipped, axis=1)
+            if CLIP:
+                square, dscale = 4 * squares_raw * squares_2, tl.sum(derror * unclipped, axis=1)
+                if LAYERS == 2:
+                    squares_1, squares_k = tl.sum(unclipped_below * unclipped_below, axis=1), tl.sum(k * k, axis=1)
+                    square += 4 * squares_1 * squares_k
+                    dscale += tl.sum(de * unclipped_below, axis=1)
+                scale = clip / tl.maximum(tl.sqrt(square), clip)
+                dsquare = tl.where(scale < 1, -4 * dscale * scale / square, 0.0)
+                derror = derror * scale[:, None] + unclipped * (dsquare * squares_2)[:, None]
+                da += a * (dsquare * squares_raw)[:, None]
+                if LAYERS == 2:
+                    de = de * scale[:, None] + unclipped_below * (dsquare * squares_k)[:, None]
+                    dk += k * (dsquare * squares_1)[:, None]
+
+            # errors run down the layers, so their gradient runs up ...
+            if LAYERS == 2:
+                below = load_tokens(output_1, first, t, h, b, width, WIDE)
+                rise = slope(below, ACTIVATION)
+                grad_upstream = de * rise
+                derror += dot(grad_upstream, tl.trans(w_2), OPERAND, WIDE, PRECISION)
+                dw_2 += dot(tl.trans(unclipped), grad_upstream, OPERAND, WIDE, PRECISION)
+
+            # ... through the loss ...
+            g = derror
+            if NORM:
+                z = load_tokens(output_2, first, t, o, b, d_out, WIDE)
+                v = load_tokens(values, first, t, o, b, d_out, WIDE)
+                g, dresidual_out, dgains = output_error_backward(g, unclipped, z, k, v, gain_o, o < d_out, d_out, eps)
+                dgain += tl.sum(tl.where(valid, dgains, 0.0), axis=0)
+                store_tokens(grad_values, first, t, o, b, d_out, -dresidual_out)
+                if LAYERS == 2:  # with a norm, keys are as wide as values
+                    dk += dresidual_out
+                else:
+                    da += dresidual_out
+            else:
+                store_tokens(grad_values, first, t, o, b, d_out, -g)
+            g = tl.where(valid, g, 0.0)
+
+            # ... and then the inputs' gradient runs down
+            dw_2 += dot(tl.trans(g), a, OPERAND, WIDE, PRECISION)
+            da += dot(g, w_2, OPERAND, WIDE, PRECISION)
+            if LAYERS == 2:
+                upstream = dot(unclipped, w_2, OPERAND, WIDE, PRECISION)
+                da = tl.where(valid, da * rise + de * upstream * curvature(below, ACTIVATION), 0.0)
+                dw_1 += dot(tl.trans(da), k, OPERAND, WIDE, PRECISION)
+                dk += dot(da, w_1, OPERAND, WIDE, PRECISION)
+                store_tokens(grad_keys, first, t, i, b, d_in, dk)
+            else:
+                store_tokens(grad_input_2, first, t, h, b, width, da)
+
+        # the weights' own gradient is added to the chunk's start, or to the anchor's
+        if ANCHORED:
+            grad_weights_2, high_2 = grad_anchor_2 + row * size_2, tl.where(chunk == 0, d_out, 0)
+            store(grad_weights_2, o, h, high_2, width, load(grad_weights_2, o, h, high_2, width, WIDE) + dw_2)
+            dw_2 = tl.where(chunk == 0, 0.0, dw_2)
+            if LAYERS == 2:
+                grad_weights_1, high_1 = grad_anchor_1 + row * size_1, tl.where(chunk == 0, width, 0)
+                store(grad_weights_1, h, i, high_1, d_in, load(grad_weights_1, h, i, high_1, d_in, WIDE) + dw_1)
+                dw_1 = tl.where(chunk == 0, 0.0, dw_1)
+
+        # the state's gradient, from after the chunk to before it
+        mix_ww = factor(mix, at, 0, 0, PARTS, WIDE)
+        dw_2 += load(before_2, o, h, d_out, width, WIDE) + mix_ww * g_2
+        if LAYERS == 2:
+            dw_1 += load(before_1, h, i, width, d_in, WIDE) + mix_ww * g_1
+        if PARTS == 2:
+            mix_ws, mix_sw, mix_ss = (
+                factor(mix, at, 0, 1, PARTS, WIDE),
+                factor(mix, at, 1, 0, PARTS, WIDE),
+                factor(mix, at, 1, 1, PARTS, WIDE),
+            )
+            dw_2 += mix_sw * r_2
+            r_2 = load(before_2 + size_2, o, h, d_out, width, WIDE) + mix_ws * g_2 + mix_ss * r_2
+            if LAYERS == 2:
+                dw_1 += mix_sw * r_1
+                r_1 = load(before_1 + size_1, h, i, width, d_in, WIDE) + mix_ws * g_1 + mix_ss * r_1
+        g_2 = dw_2
+        if LAYERS == 2:
+            g_1 = dw_1
+
+    store(grad_stack_2 + row * PARTS * size_2, o, h, d_out, width, g_2)
+    if LAYERS == 2:
+        store(grad_stack_1 + row * PARTS * size_1, h, i, width, d_in, g_1)
+    if PARTS == 2:
+        store(grad_stack_2 + (row * PARTS + 1) * size_2, o, h, d_out, width, r_2)
+        if LAYERS == 2:
+            store(grad_stack_1 + (row * PARTS + 1) * size_1, h, i, width, d_in, r_1)
+    if NORM:
+        tl.store(grad_gain + row * d_out + o, dgain, mask=o < d_out)

@@ -1,0 +1,296 @@
+"""Writing a group of chunks: ``write`` and ``rewrite`` of ``chunk_torch.ChunkNetwork`` as Triton kernels.
+
+Writing is sequential: the gradients of a chunk are taken at the weights that the chunk before it left. A program goes
+through the chunks of one row (a batch row and a head). Per chunk it runs the keys forward through the weights and
+errors back, ``ROWS`` tokens at a time, and then updates the state by one product with the gates (``mix``) and one with
+the errors. It works on ``BLOCK`` units of the hidden layer at a time, so that it holds a few tiles of tokens x units
+and nothing of the state, which streams through the L2 cache. Each chunk's starting state is left in global memory for
+reads and for the backward pass.
+
+``write_resident_kernel`` does the same with the state in registers, where it fits.
+
+LayerNorm's Jacobian amplifies the rounding errors of the first products, and its derivative does so again. In half
+precision they are therefore ``FINE``; with bfloat16 there, gradients were off by twice as much.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .tiles import activate, coefficient, dot, load, load_gain, load_tokens, output_error, slope, store, store_tokens
+
+
+@triton.jit
+def _differentiate(
+    keys, values, w_1, w_2, gain_o, input_2, output_1, output_2, unclipped_1, unclipped_2, error_1, error_2,
+    first, t, b, d_in, width, d_out, clip, eps,
+    LAYERS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr,
+    ROWS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr, FINE: tl.constexpr, FINE_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Some tokens of a chunk: keys forward through the weights, half errors back."""
+    i, o = tl.arange(0, IN), tl.arange(0, OUT)
+    k = load_tokens(keys, first, t, i, b, d_in, WIDE)
+    v = load_tokens(values, first, t, o, b, d_out, WIDE)
+
+    # keys forward
+    z = tl.zeros((ROWS, OUT), WIDE)
+    squares = tl.zeros((ROWS,), WIDE)  # of the last layer's input
+    for h0 in range(0, width, BLOCK):
+        h = h0 + tl.arange(0, BLOCK)
+        if LAYERS == 2:
+            tile_1 = load(w_1, h, i, width, d_in, WIDE)
+            below = dot(k, tl.trans(tile_1), FINE, WIDE, FINE_PRECISION)
+            store_tokens(output_1, first, t, h, b, width, below)
+            a = activate(below, ACTIVATION)
+            store_tokens(input_2, first, t, h, b, width, a)
+        else:
+            a = load_tokens(input_2, first, t, h, b, width, WIDE)
+        squares += tl.sum(a * a, axis=1)
+        w = load(w_2, o, h, d_out, width, WIDE)
+        z += dot(a, tl.trans(w), FINE, WIDE, FINE_PRECISION)
+    store_tokens(output_2, first, t, o, b, d_out, z)
+
+    # errors back
+    residual = z
+    if NORM:
+        residual = load_tokens(keys, first, t, o, b, d_in, WIDE)
+    error = output_error(z, residual, v, gain_o, o < d_out, d_out, eps, NORM)
+    error = tl.where((t < b)[:, None], error, 0.0)
+    store_tokens(unclipped_2, first, t, o, b, d_out, error)
+    squares *= tl.sum(error * error, axis=1)
+    if LAYERS == 2:
+        tl.debug_barrier()
+        pushed = tl.zeros((ROWS,), WIDE)
+        for h0 in range(0, width, BLOCK):
+            h = h0 + tl.arange(0, BLOCK)
+            w = load(w_2, o, h, d_out, width, WIDE)
+            below = load_tokens(output_1, first, t, h, b, width, WIDE)
+            e = dot(error, w, FINE, WIDE, FINE_PRECISION) * slope(below, ACTIVATION)
+            store_tokens(unclipped_1, first, t, h, b, width, e)
+            pushed += tl.sum(e * e, axis=1)
+        squares += pushed * tl.sum(k * k, axis=1)
+    if CLIP:
+        scale = clip / tl.maximum(tl.sqrt(4 * squares), clip)
+        store_tokens(error_2, first, t, o, b, d_out, error * scale[:, None])
+        if LAYERS == 2:
+            tl.debug_barrier()
+            for h0 in range(0, width, BLOCK):
+                h = h0 + tl.arange(0, BLOCK)
+                e = load_tokens(unclipped_1, first, t, h, b, width, WIDE)
+                store_tokens(error_1, first, t, h, b, width, e * scale[:, None])
+
+
+@triton.jit
+def _advance(stack, after, mix, write, errors, inputs, out, width, b, at,
+             PARTS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, ROWS: tl.constexpr,
+             OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """One layer's state after a chunk: ``mix state - (write errors)^T inputs``, tile by tile."""
+    first, size = at * b, out * width
+    for o0 in range(0, out, BLOCK_OUT):
+        o = o0 + tl.arange(0, BLOCK_OUT)
+        for i0 in range(0, width, BLOCK_IN):
+            i = i0 + tl.arange(0, BLOCK_IN)
+            for part in tl.static_range(PARTS):
+                total = tl.zeros((BLOCK_OUT, BLOCK_IN), WIDE)
+                for t0 in range(0, b, ROWS):
+                    t = t0 + tl.arange(0, ROWS)
+                    d = load_tokens(errors, first, t, o, b, out, WIDE) * coefficient(
+                        write, first, t, b, part, PARTS, WIDE
+                    )
+                    a = load_tokens(inputs, first, t, i, b, width, WIDE)
+                    total -= dot(tl.trans(d), a, OPERAND, WIDE, PRECISION)
+                for other in tl.static_range(PARTS):
+                    factor = tl.load(mix + (at * PARTS + part) * PARTS + other).to(WIDE)
+                    total += factor * load(stack + other * size, o, i, out, width, WIDE)
+                store(after + part * size, o, i, out, width, total)
+
+
+@triton.jit
+def write_kernel(
+    keys, values, gain, mix, write, anchor_1, anchor_2, stack_1, stack_2,
+    input_2, output_1, output_2, unclipped_1, unclipped_2, error_1, error_2,
+    chunks, rows, b, d_in, width, d_out, clip, eps,
+    LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr,
+    ANCHORED: tl.constexpr, ROWS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
+    OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, FINE: tl.constexpr,
+    FINE_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Every chunk of one row. Depth 2: ``d_in -> width -> d_out``.
+
+    Depth 1, ``width -> d_out`` with ``width = d_in``, is layer 2 alone, and ``input_2`` are the keys.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    o = tl.arange(0, OUT)
+    gain_o = load_gain(gain, row, o, d_out, OUT, NORM, WIDE)
+    size_1, size_2 = width * d_in, d_out * width
+    for chunk in range(chunks):
+        at = chunk * rows + row
+        first = at * b
+        state_1, state_2 = stack_1 + at * PARTS * size_1, stack_2 + at * PARTS * size_2
+        w_1, w_2 = state_1, state_2
+        if ANCHORED:  # known when compiling, and the rest is not  # noqa: SIM102
+            if chunk == 0:
+                w_1, w_2 = anchor_1 + row * size_1, anchor_2 + row * size_2
+        for t0 in range(0, b, ROWS):
+            _differentiate(
+                keys, values, w_1, w_2, gain_o, input_2, output_1, output_2, unclipped_1, unclipped_2, error_1, error_2,
+                first, t0 + tl.arange(0, ROWS), b, d_in, width, d_out, clip, eps,
+                LAYERS, ACTIVATION, NORM, CLIP, ROWS, IN, OUT, BLOCK, WIDE, FINE, FINE_PRECISION,
+            )  # fmt: skip
+        tl.debug_barrier()
+
+        # the state after the chunk
+        later = (at + rows) * PARTS
+        next_1, next_2 = stack_1 + later * size_1, stack_2 + later * size_2
+        if LAYERS == 2:
+            _advance(state_1, next_1, mix, write, error_1, keys, width, d_in, b, at,
+                     PARTS, BLOCK, IN, ROWS, OPERAND, WIDE, PRECISION)  # fmt: skip
+        _advance(state_2, next_2, mix, write, error_2, input_2, d_out, width, b, at,
+                 PARTS, OUT, BLOCK, ROWS, OPERAND, WIDE, PRECISION)  # fmt: skip
+        tl.debug_barrier()
+
+
+@triton.jit
+def rewrite_kernel(
+    keys, values, gain, anchor_1, anchor_2, stack_1, stack_2,
+    input_2, output_1, output_2, unclipped_1, unclipped_2, error_1, error_2,
+    rows, b, d_in, width, d_out, clip, eps,
+    LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr,
+    ANCHORED: tl.constexpr, ROWS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr, FINE: tl.constexpr, FINE_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What ``write_kernel`` stores for ``ROWS`` tokens, from known states: programs in any order."""
+    at = tl.program_id(0).to(tl.int64)  # chunk * rows + row
+    row, o = at % rows, tl.arange(0, OUT)
+    gain_o = load_gain(gain, row, o, d_out, OUT, NORM, WIDE)
+    w_1, w_2 = stack_1 + at * PARTS * width * d_in, stack_2 + at * PARTS * d_out * width
+    if ANCHORED:  # known when compiling, and the rest is not  # noqa: SIM102
+        if at < rows:
+            w_1, w_2 = anchor_1 + row * width * d_in, anchor_2 + row * d_out * width
+    _differentiate(
+        keys, values, w_1, w_2, gain_o, input_2, output_1, output_2, unclipped_1, unclipped_2, error_1, error_2,
+        at * b, tl.program_id(1) * ROWS + tl.arange(0, ROWS), b, d_in, width, d_out, clip, eps,
+        LAYERS, ACTIVATION, NORM, CLIP, ROWS, IN, OUT, BLOCK, WIDE, FINE, FINE_PRECISION,
+    )  # fmt: skip
+
+
+# -- the state in registers --------------------------------------------------------------------------------
+#
+# Weights and momentum of all layers are whole tiles that the loop over the chunks carries in registers. Nothing that is
+# written is read again, so that no step waits for memory. A chunk's gradients are taken at the weights that it began
+# with, while its tokens come ``ROWS`` at a time: two generations of weights are in registers at once, the one that
+# gradients are taken at and the one that they are added to. That is ``PARTS + 1`` tiles for each layer.
+
+
+@triton.jit
+def factor(mix, at, part, other, PARTS: tl.constexpr, WIDE: tl.constexpr):
+    """The coefficient of one part of the state at a chunk's start in another at its end."""
+    return tl.load(mix + (at * PARTS + part) * PARTS + other).to(WIDE)
+
+
+@triton.jit
+def write_resident_kernel(
+    keys, values, gain, mix, write, anchor_1, anchor_2, stack_1, stack_2,
+    input_2, output_1, output_2, unclipped_1, unclipped_2, error_1, error_2,
+    chunks, rows, b, d_in, width, d_out, clip, eps,
+    LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr,
+    ANCHORED: tl.constexpr, ROWS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, WIDTH: tl.constexpr,
+    OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, FINE: tl.constexpr,
+    FINE_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Every chunk of one row. Layers as in ``write_kernel``.
+
+    ``x`` are the weights, ``s`` the momentum, and ``w`` the weights that the chunk's gradients are taken at.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    i, o, h = tl.arange(0, IN), tl.arange(0, OUT), tl.arange(0, WIDTH)
+    gain_o = load_gain(gain, row, o, d_out, OUT, NORM, WIDE)
+    size_1, size_2 = width * d_in, d_out * width
+    x_2 = load(stack_2 + row * PARTS * size_2, o, h, d_out, width, WIDE)
+    w_2 = load(anchor_2 + row * size_2, o, h, d_out, width, WIDE) if ANCHORED else x_2
+    if LAYERS == 2:
+        x_1 = load(stack_1 + row * PARTS * size_1, h, i, width, d_in, WIDE)
+        w_1 = load(anchor_1 + row * size_1, h, i, width, d_in, WIDE) if ANCHORED else x_1
+    if PARTS == 2:
+        s_2 = load(stack_2 + (row * PARTS + 1) * size_2, o, h, d_out, width, WIDE)
+        if LAYERS == 2:
+            s_1 = load(stack_1 + (row * PARTS + 1) * size_1, h, i, width, d_in, WIDE)
+    for chunk in range(chunks):
+        at = chunk * rows + row
+        first = at * b
+
+        # the state at the chunk's end, without what its tokens add
+        mix_ww = factor(mix, at, 0, 0, PARTS, WIDE)
+        if PARTS == 2:
+            mix_ws, mix_sw, mix_ss = (
+                factor(mix, at, 0, 1, PARTS, WIDE),
+                factor(mix, at, 1, 0, PARTS, WIDE),
+                factor(mix, at, 1, 1, PARTS, WIDE),
+            )
+            x_2, s_2 = mix_ww * x_2 + mix_ws * s_2, mix_sw * x_2 + mix_ss * s_2
+            if LAYERS == 2:
+                x_1, s_1 = mix_ww * x_1 + mix_ws * s_1, mix_sw * x_1 + mix_ss * s_1
+        else:
+            x_2 = mix_ww * x_2
+            if LAYERS == 2:
+                x_1 = mix_ww * x_1
+
+        for t0 in range(0, b, ROWS):
+            t = t0 + tl.arange(0, ROWS)
+            # keys forward
+            if LAYERS == 2:
+                k = load_tokens(keys, first, t, i, b, d_in, WIDE)
+                below = dot(k, tl.trans(w_1), FINE, WIDE, FINE_PRECISION)
+                store_tokens(output_1, first, t, h, b, width, below)
+                a = activate(below, ACTIVATION)
+                store_tokens(input_2, first, t, h, b, width, a)
+            else:
+                a = load_tokens(input_2, first, t, h, b, width, WIDE)
+                k = a
+            z = dot(a, tl.trans(w_2), FINE, WIDE, FINE_PRECISION)
+            store_tokens(output_2, first, t, o, b, d_out, z)
+
+            # errors back; with a norm, keys are as wide as values
+            v = load_tokens(values, first, t, o, b, d_out, WIDE)
+            error = output_error(z, k, v, gain_o, o < d_out, d_out, eps, NORM)
+            error = tl.where((t < b)[:, None], error, 0.0)
+            store_tokens(unclipped_2, first, t, o, b, d_out, error)
+            if LAYERS == 2:
+                e = dot(error, w_2, FINE, WIDE, FINE_PRECISION) * slope(below, ACTIVATION)
+                store_tokens(unclipped_1, first, t, h, b, width, e)
+            if CLIP:
+                squares = tl.sum(a * a, axis=1) * tl.sum(error * error, axis=1)
+                if LAYERS == 2:
+                    squares += tl.sum(k * k, axis=1) * tl.sum(e * e, axis=1)
+                scale = clip / tl.maximum(tl.sqrt(4 * squares), clip)
+                error *= scale[:, None]
+                store_tokens(error_2, first, t, o, b, d_out, error)
+                if LAYERS == 2:
+                    e *= scale[:, None]
+                    store_tokens(error_1, first, t, h, b, width, e)
+
+            # what these tokens add, negated: the matrix unit mix_ws in place
+            weight = -coefficient(write, first, t, b, 0, PARTS, WIDE)
+            x_2 += dot(tl.trans(error * weight), a, OPERAND, WIDE, PRECISION)
+            if LAYERS == 2:
+                x_1 += dot(tl.trans(e * weight), k, OPERAND, WIDE, PRECISION)
+            if PARTS == 2:
+                weight_s = -coefficient(write, first, t, b, 1, PARTS, WIDE)
+                s_2 += dot(tl.trans(error * weight_s), a, OPERAND, WIDE, PRECISION)
+                if LAYERS == 2:
+                    s_1 += dot(tl.trans(e * weight_s), k, OPERAND, WIDE, PRECISION)
+
+        # the next chunk's state
+        w_2 = x_2
+        after_2 = stack_2 + (at + rows) * PARTS * size_2
+        store(after_2, o, h, d_out, width, x_2)
+        if LAYERS == 2:
+            w_1 = x_1
+            after_1 = stack_1 + (at + rows) * PARTS * size_1
+            store(after_1, h, i, width, d_in, x_1)
+        if PARTS == 2:
+            store(after_2 + size_2, o, h, d_out, width, s_2)
+            if LAYERS == 2:
+                store(after_1 + size_1, h, i, width, d_in, s_1)
