@@ -167,8 +167,9 @@ def read_memory(
         plain=is_plain_cpu_tensor(q, norm, *weights),
         grad=needs_grad(q, norm, *weights),
     )
+    half = half_dtype(q)  # which autocast may decide
     with full_precision(q.device.type):
-        y: Tensor = run(q, weights, activation, _cast(norm, weights[0].dtype), half_dtype(q))
+        y: Tensor = run(q, weights, activation, _cast(norm, weights[0].dtype), half)
         return y
 
 
