@@ -1,4 +1,4 @@
-"""The laws that every block obeys, checked by running it."""
+"""The laws that every block obeys, and ``check_block``, which tests them."""
 
 from .check import LAWS, check_block
 from .subject import LawError

@@ -1,4 +1,4 @@
-"""``check_block``: a block is run under every law, which is what makes a custom block safe to nest."""
+"""``check_block``: tests a block against every law. Blocks that obey them can be combined freely."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ...registry import Spec
 from ..block import Block
 from ..device import as_device, as_dtype
 from ..language_model import LanguageModel
-from . import batch, gradient, sequence, tensors
+from . import batch, sequence, tensors
 from .subject import LawError, Subject
 
 LAWS: dict[str, Callable[[Subject], None]] = {
@@ -23,13 +23,13 @@ LAWS: dict[str, Callable[[Subject], None]] = {
     "row": batch.row,
     "rows": batch.rows,
     "mask": batch.mask,
-    "gradient": gradient.gradient,
+    "gradient": tensors.gradient,
     "save": tensors.save,
     "dtype": tensors.dtype,
     "position": sequence.position,
     "endurance": sequence.endurance,
 }
-"""Every law by name, in the order they are checked; the first line of each function says what it demands."""
+"""All laws by name, in the order in which they are checked. The docstrings of the functions state them."""
 
 
 def check_block(
@@ -44,19 +44,19 @@ def check_block(
     endurance: int = 100_000,
     device: torch.device | str = "cpu",
 ) -> dict[str, float]:
-    """Check that a block obeys the laws; return the largest difference seen under each law.
+    """Check that a block obeys the laws. Return the largest difference under each law.
 
-    ``block``: a registered name, ``{"type": name, ...}``, a list, a built block or a whole model. What is passed in
-    is copied, and every parameter of the copy is randomised first: a zero at the start hides what it multiplies.
-    ``dim``: the width (that of a built block is its own). ``dtype``: what most laws run in; tolerances follow it.
-    ``laws``: names from ``LAWS``, all by default. ``length``: tokens in a sequence; by default a prime, and so no
-    multiple of any chunk, segment or window, that passes the block's period and fills its buffers. ``cuts``: at
-    most so many cut points, ``None`` for every one (short sequences are always cut everywhere). ``endurance``:
-    tokens streamed under that law, which takes most of the time.
+    ``block``: a registered name, ``{"type": name, ...}``, a list, a built block or a model. It is copied, and all
+    parameters of the copy are randomised, since a parameter that starts at zero hides what it multiplies. ``dim``: the
+    width, unless the block is built. ``dtype``: of most laws; it determines the tolerances. ``laws``: names of
+    ``LAWS``, by default all. ``length``: tokens of a sequence. The default is a prime number, so that it is no multiple
+    of a chunk, segment or window, and exceeds the period of the block and the size of its buffers. ``cuts``: the
+    maximum number of cut points, or ``None`` for all; short sequences are cut everywhere. ``endurance``: the number of
+    tokens under that law, which takes most of the time.
 
-    Raises ``LawError`` at the first law that fails, naming the law, the shapes and the largest difference. Laws are
-    checked in an order in which the first to fail is the cause and not a consequence. Raises ``RecipeError`` for a
-    description that is wrong, and ``ValueError`` for another argument that is.
+    Raises ``LawError`` for the first law that is violated, with the law, the shapes and the largest difference. The
+    order of the laws is such that the first error is the cause of later ones. Raises ``RecipeError`` for an invalid
+    description of a block, and ``ValueError`` for other invalid arguments.
     """
     if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 4):
         raise ValueError(f"length: expected an integer >= 4, so that there is something to cut, got {length!r}")
@@ -69,7 +69,7 @@ def check_block(
     differences = {}
     for law in LAWS:
         if law in chosen:
-            subject.largest = 0.0
+            subject.law, subject.largest = law, 0.0
             try:
                 LAWS[law](subject)
             except LawError:

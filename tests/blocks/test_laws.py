@@ -1,4 +1,4 @@
-"""``check_block``: every law passes for good blocks, and for each law a block broken in that way alone is caught."""
+"""``check_block``: correct blocks pass all laws, and for each law a block that violates only this one is found."""
 
 import copy
 from typing import NamedTuple
@@ -17,13 +17,13 @@ from titans_build.registry import catalogue
 QUICK = {"dim": 8, "endurance": 1000}
 
 
-def test_a_good_block_obeys_every_law(leaky):
+def test_a_correct_block_passes(leaky):
     differences = check_block("leaky", **QUICK)
     assert list(differences) == list(LAWS)
     assert all(difference < 1e-9 for difference in differences.values())
 
 
-def test_a_stateless_block_obeys_every_law(leaky):
+def test_a_stateless_block_passes(leaky):
     class Double(Block):
         def forward(self, x, state=None, *, mask=None):
             return (2 * x if mask is None else (2 * x).masked_fill(~mask.unsqueeze(-1), 0.0)), None
@@ -32,7 +32,7 @@ def test_a_stateless_block_obeys_every_law(leaky):
     check_block("double", **QUICK)
 
 
-def test_an_instance_and_a_model_are_checked_and_left_as_they_were(leaky):
+def test_built_blocks_and_models_are_copied(leaky):
     block = leaky(8)
     materialise(block, "cpu", torch.float32, 3)
     before = copy.deepcopy(block.state_dict())
@@ -45,14 +45,14 @@ def test_an_instance_and_a_model_are_checked_and_left_as_they_were(leaky):
     check_block(model, endurance=300)
 
 
-def test_laws_are_chosen_by_name(leaky):
+def test_selected_laws(leaky):
     assert list(check_block("leaky", dim=8, laws=["step", "causal"])) == ["causal", "step"]
     with pytest.raises(ValueError, match=r"unknown law 'causality'.*purity"):
         check_block("leaky", dim=8, laws=["causality"])
 
 
 def break_laws(Leaky):
-    """Blocks that are ``Leaky`` with one fault each. Built per test: ``Leaky`` is a fixture's class."""
+    """``Leaky`` with one fault each. Created per test, because ``Leaky`` is the class of a fixture."""
     faults = []
 
     def breaks(law):
@@ -79,7 +79,7 @@ def break_laws(Leaky):
             return super().output(level, x) + 1e-13 * torch.rand_like(x)
 
     @breaks("meta")
-    class HoldsATensorThatIsNoParameter(Leaky):
+    class HasATensorThatIsNoParameter(Leaky):
         def __init__(self, dim: int) -> None:
             super().__init__(dim)
             self.scale = torch.linspace(0, 1, dim).double()
@@ -118,11 +118,11 @@ def break_laws(Leaky):
             return y + (0.01 * before if mask is None else 0), state
 
     @breaks("step")
-    class PreparesSomethingElse(Leaky):
+    class HasAWrongDecoder(Leaky):
         def forward(self, x, state=None, *, mask=None):
             return super().forward(x, state, mask=mask)
 
-    @decode_plan(PreparesSomethingElse)
+    @decode_plan(HasAWrongDecoder)
     def _(block, rows, time, step):
         def decode(x, state):
             y, state = block(x, state)
@@ -143,7 +143,7 @@ def break_laws(Leaky):
             return y + (0.01 * y.mean(dim=0, keepdim=True) if mask is None else 0), state
 
     @breaks("row")
-    class TakesTheFirstRowsPositionForAll(Leaky):
+    class UsesThePositionOfTheFirstRow(Leaky):
         period = 4
 
         def forward(self, x, state=None, *, mask=None):
@@ -155,7 +155,7 @@ def break_laws(Leaky):
             return y + 0.01 * phase.unsqueeze(-1) * x, after
 
     @breaks("rows")
-    class SharesALeafBetweenRows(Leaky):
+    class SharesATensorBetweenRows(Leaky):
         def init_state(self, batch_size):
             return super().init_state(batch_size)._replace(position=torch.zeros(1, dtype=torch.int64))
 
@@ -171,7 +171,7 @@ def break_laws(Leaky):
             return (y if mask is None else y.masked_fill(~mask.unsqueeze(-1), 0.0)), state
 
     @breaks("mask")
-    class AnswersAtMaskedTokens(Leaky):
+    class HasOutputsAtMaskedTokens(Leaky):
         def forward(self, x, state=None, *, mask=None):
             y, state = super().forward(x, state, mask=mask)
             return y if mask is None else y + 1e-3 * (~mask).unsqueeze(-1), state
@@ -188,7 +188,7 @@ def break_laws(Leaky):
             return y.detach() + 1.001 * (y - y.detach())
 
     @breaks("save")
-    class KeepsWhatNoFileHolds(Leaky):
+    class HasAStateThatNoFileSupports(Leaky):
         def init_state(self, batch_size):
             level, position = super().init_state(batch_size)
             return ComplexState(level, torch.zeros_like(level, dtype=torch.complex128), position)
@@ -228,7 +228,7 @@ class ComplexState(NamedTuple):
 
 
 @pytest.mark.parametrize("law", LAWS)
-def test_a_block_that_breaks_one_law_is_caught_under_its_name(leaky, law):
+def test_a_violation_is_found_under_its_law(leaky, law):
     faults = [cls for broken, cls in break_laws(leaky) if broken == law]
     assert faults
     for cls in faults:
@@ -239,8 +239,8 @@ def test_a_block_that_breaks_one_law_is_caught_under_its_name(leaky, law):
         assert caught.value.law == law, cls
 
 
-def test_a_state_that_grows_must_say_so(leaky):
-    class Hoards(Block):
+def test_a_growing_state_must_be_declared(leaky):
+    class KeepsAllInputs(Block):
         def init_state(self, batch_size):
             return (torch.zeros(batch_size, 0, self.dim),)
 
@@ -248,29 +248,29 @@ def test_a_state_that_grows_must_say_so(leaky):
             seen = torch.cat([self.init_state(x.shape[0])[0] if state is None else state[0], x], dim=1)
             return x, (seen,)
 
-    catalogue.register("hoards")(Hoards)
+    catalogue.register("keeps_all")(KeepsAllInputs)
     with pytest.raises(LawError, match="grows"):
-        check_block("hoards", laws=["endurance"], **QUICK)
-    Hoards.grows = True
-    check_block("hoards", laws=["endurance"], **QUICK)
+        check_block("keeps_all", laws=["endurance"], **QUICK)
+    KeepsAllInputs.grows = True
+    check_block("keeps_all", laws=["endurance"], **QUICK)
 
 
 @pytest.mark.parametrize("length", [0, 3, 9.0, True])
-def test_a_length_without_anything_to_cut_is_refused(length):
+def test_an_invalid_length_is_an_error(length):
     with pytest.raises(ValueError, match="length: expected an integer >= 4"):
         check_block("ffn", dim=8, length=length)
 
 
 @pytest.mark.parametrize("length", [4, 5, 6])
-def test_short_sequences_are_checked(leaky, length):
+def test_short_sequences(leaky, length):
     check_block("leaky", dim=8, length=length, endurance=50)
 
 
-def test_one_law_by_its_name():
+def test_a_single_law():
     assert list(check_block("ffn", dim=8, laws="split")) == ["split"]
 
 
-def test_outputs_of_another_shape_are_refused_with_both_shapes(leaky):
+def test_outputs_of_another_shape_are_an_error(leaky):
     class DropsAFeature(leaky):
         def forward(self, x, state=None, *, mask=None):
             y, state = super().forward(x, state, mask=mask)
@@ -286,9 +286,9 @@ class CountingState(NamedTuple):
     seen: Tensor
 
 
-def test_a_counter_of_tokens_is_called_position(leaky):
+def test_a_counter_of_tokens_must_be_named_position(leaky):
     class CountsUnderAnotherName(leaky):
-        """Its outputs depend on where it is, by a leaf that the law about positions does not know."""
+        """Its outputs depend on a position that the law does not move."""
 
         def init_state(self, batch_size):
             return CountingState(*super().init_state(batch_size))
@@ -306,11 +306,11 @@ def test_a_counter_of_tokens_is_called_position(leaky):
 
 
 @pytest.mark.parametrize("window", [5, None])
-def test_a_count_of_slots_in_use_is_no_counter_of_tokens(window):
+def test_a_number_of_used_slots_is_no_counter_of_tokens(window):
     check_block({"type": "attention", "heads": 2, "window": window}, laws=["position"], **QUICK)
 
 
-def test_an_error_names_shapes_and_the_largest_difference(leaky):
+def test_errors_contain_shapes_and_the_largest_difference(leaky):
     faults = dict(break_laws(leaky))
     catalogue.register("broken")(faults["mask"])
     with pytest.raises(LawError, match=r"law 'mask': .*masked tokens, \[.*\]: largest difference 0.001") as caught:
@@ -318,7 +318,7 @@ def test_an_error_names_shapes_and_the_largest_difference(leaky):
     assert caught.value.difference == pytest.approx(1e-3)
 
 
-def test_the_block_s_own_exception_is_reported_under_the_law(leaky):
+def test_exceptions_of_the_block_are_reported_under_the_law(leaky):
     class Refuses(leaky):
         def forward(self, x, state=None, *, mask=None):
             if mask is not None:
@@ -330,9 +330,9 @@ def test_the_block_s_own_exception_is_reported_under_the_law(leaky):
         check_block("refuses", dim=8, laws=["mask"])
 
 
-def test_randomising_reveals_what_zeros_hide(leaky):
+def test_parameters_that_start_at_zero_are_randomised(leaky):
     class ZeroInitialised(leaky):
-        """Its fault is multiplied by a parameter that starts at zero."""
+        """A parameter that starts at zero multiplies its fault."""
 
         def __init__(self, dim: int) -> None:
             super().__init__(dim)
