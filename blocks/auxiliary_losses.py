@@ -1,4 +1,4 @@
-"""Losses to train with beside a model's own: how well its memories predict what they learn, and how much they write."""
+"""Auxiliary losses for training: the prediction error of the memories, and how much they write and forget."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from .observers import Learned, Observer, recomputing
 
 
 class AuxiliaryLoss(Observer):
-    """A mean over real tokens, heads and memories, of what was found so far."""
+    """A mean over valid tokens, heads and memories, of all calls inside the ``with`` block."""
 
     def __init__(self, model: nn.Module, each: Callable[[nn.Module, Learned], Tensor]) -> None:
-        """``each``: what a memory's call costs for each token and head, ``[batch, time, heads]``."""
+        """``each``: returns the loss of one call of a memory by token and head, ``[batch, time, heads]``."""
         super().__init__(model)
         self._each = each
         self._like = next(model.parameters(), torch.zeros(()))
-        self._found: list[Tensor] = []
-        self._count: list[Tensor | int] = []
+        self._sums: list[Tensor] = []
+        self._counts: list[Tensor | int] = []
 
     def value(self) -> Tensor:
-        """The mean so far: a number in float32 or wider; 0 where there is no memory."""
-        if not self._found:
+        """The mean so far: a scalar in float32 or wider. 0 without a memory."""
+        if not self._sums:
             return self._like.new_zeros((), dtype=torch.promote_types(self._like.dtype, torch.float32))
-        total = torch.stack([x.to(self._found[0].device) for x in self._found]).sum()
-        count = sum(int(count) for count in self._count)
+        total = torch.stack([x.to(self._sums[0].device) for x in self._sums]).sum()
+        count = sum(int(count) for count in self._counts)
         return total / max(count, 1)
 
     def learned(self, memory: nn.Module, learned: Learned) -> None:
-        each, mask = self._each(memory, learned), _real(learned)
+        each, mask = self._each(memory, learned), _valid(learned)
         if mask is not None:
             each = torch.where(mask.unsqueeze(-1), each, 0.0)
         total = each.sum()
-        if not recomputing():  # checkpointing wants the same computed, which was counted before
-            self._found.append(total)
-            self._count.append(each.numel() if mask is None else mask.sum() * each.shape[2])
+        if not recomputing():  # the first computation was counted
+            self._sums.append(total)
+            self._counts.append(each.numel() if mask is None else mask.sum() * each.shape[2])
 
 
 def memory_loss(model: nn.Module) -> AuxiliaryLoss:
-    """The auxiliary loss of a model's memories: the mean of ``|M(k_t) - v_t|^2`` before token t is written.
+    """The prediction error of the memories of a model: the mean of ``|M(k_t) - v_t|^2`` before token t is written.
 
     Example::
 
@@ -49,45 +49,44 @@ def memory_loss(model: nn.Module) -> AuxiliaryLoss:
             loss = model(tokens, targets=targets).loss
             (loss + 0.1 * aux.value()).backward()
 
-    ``M`` is each memory as it stands after the tokens before t, a frozen one as it is. Differentiable in everything
-    that the model is; outputs and states are what they are otherwise. Calls inside of one ``with`` block count
-    together, masked and persistent tokens do not, nor does what reads inside of a context's ``attend``. With activation
-    checkpointing, ``backward`` has to be called inside, for the forward pass is then repeated. Costs each memory's
-    operation once more; a compiled model runs uncompiled meanwhile.
+    ``M`` is the memory after the tokens before t; a frozen memory does not change. The loss is differentiable with
+    respect to all parameters and inputs, and does not change outputs and states. It is the mean over all calls inside
+    one ``with`` block, without masked and persistent tokens, and without memories inside the ``attend`` of a context.
+    With activation checkpointing, ``backward`` must be called inside, because it repeats the forward pass. The memory
+    operation is computed a second time. A compiled model runs uncompiled.
     """
-    return AuxiliaryLoss(model, _missed)
+    return AuxiliaryLoss(model, _prediction_errors)
 
 
 def write_cost(model: nn.Module) -> AuxiliaryLoss:
-    """What writing costs: the mean of ``theta_t / max_step + alpha_t``, the shares written and forgotten at each token.
+    """The cost of writing: the mean of ``theta_t / max_step + alpha_t``, the step size and the decay of each token.
 
-    A memory pays nothing for what it writes and forgets on a short text, and everything on a long one: each token
-    that is not worth keeping wears away what is kept. With this beside the loss, times a small factor, gates close
-    where they do not help; those that ``gating: hard_sigmoid`` makes close entirely, and what a memory holds then
-    outlasts any number of such tokens. A threshold's decisions are not counted. Used as :func:`memory_loss`, and next
-    to free.
+    On a long text, every token that is written and forgets degrades what the memory contains. Added to the loss with a
+    small factor, this closes the gates where they do not reduce the loss. With ``gating: hard_sigmoid`` they close
+    completely, and the content of the memory then survives any number of such tokens. The threshold is not taken into
+    account. Used like :func:`memory_loss`, at negligible cost.
     """
-    return AuxiliaryLoss(model, _written)
+    return AuxiliaryLoss(model, _gate_sums)
 
 
-def _missed(memory: nn.Module, learned: Learned) -> Tensor:
+def _prediction_errors(memory: nn.Module, learned: Learned) -> Tensor:
     (_, k, v, theta, eta, alpha), state, options = learned.tokens, learned.before, learned.options
     if learned.after is None:
         predicted = read_memory(k, state.weights, options.activation, learned.norm)
     else:
         predicted, _ = titans_memory(
-            k, k, v, theta, eta, alpha, state, options.chunk, options.activation, learned.norm, _real(learned),
+            k, k, v, theta, eta, alpha, state, options.chunk, options.activation, learned.norm, _valid(learned),
             clip=options.clip, read="before", keep=options.keep, threshold=options.threshold,
         )  # fmt: skip
     wide = state.weights[0].dtype
     return (predicted.to(wide) - v.to(wide)).square().sum(-1)
 
 
-def _written(memory: nn.Module, learned: Learned) -> Tensor:
+def _gate_sums(memory: nn.Module, learned: Learned) -> Tensor:
     theta, alpha = learned.tokens.theta, learned.tokens.alpha
-    share = theta / getattr(memory, "max_step", 1.0)
-    return share if alpha is None else share + alpha
+    step = theta / getattr(memory, "max_step", 1.0)
+    return step if alpha is None else step + alpha
 
 
-def _real(learned: Learned) -> Tensor | None:
+def _valid(learned: Learned) -> Tensor | None:
     return None if learned.layout is None else learned.layout.filled

@@ -1,9 +1,9 @@
-"""Does a model's memory change while the model reads, and does that help? Measured on a text, with its uncertainty.
+"""Ablation of the memories of a model on a text: losses with and without writing, with standard errors.
 
-The text is read three times, from a fresh state each time: with memories *live*, as ever; *frozen*, so that they answer
-from their initial weights; and *reset* to a fresh memory every so many tokens, so that they know only what was read
-lately. Attention, convolutions and everything else go on as ever in all three. What live saves against frozen is what
-writing is worth; what it saves against reset is what is remembered from farther back.
+The text is processed three times from a fresh state: with *live* memories, unchanged; with *frozen* memories, which are
+read with their initial weights and never written; and with memories that are *reset* to their initial state at regular
+intervals. Attention, convolutions and everything else run unchanged. Frozen minus live is the benefit of writing, reset
+minus live the benefit of what was written before the last reset.
 """
 
 from __future__ import annotations
@@ -24,74 +24,75 @@ from .memory import NeuralMemoryState
 from .state import State
 
 SHORTEST = 32
-"""Tokens of a row that can be checked: in fewer there is nothing to compare."""
+"""Minimum number of tokens of a row."""
 BLOCKS = 64
-"""Stretches that a row is cut into at most, and ``TOKENS_PER_BLOCK`` tokens that one has at least."""
+"""Maximum number of blocks of consecutive tokens that a row is divided into."""
 TOKENS_PER_BLOCK = 16
-FEWEST = 8
-"""Stretches that neighbours are joined down to, at most, for a standard error."""
+"""Minimum number of tokens of a block."""
+FEWEST_BLOCKS = 8
+"""Blocks are merged for the standard error as long as at least this many remain."""
 ROWS = 16
-"""From so many rows on each is one observation; with fewer, each stretch of each is."""
+"""Number of rows from which each row is one observation. With fewer rows, each block is one."""
 CERTAIN = 2.0
-"""Standard errors from which on a difference is called one."""
+"""Number of standard errors beyond which a difference is significant."""
 
 
 class Difference(NamedTuple):
-    """A mean difference of losses (nats per token, positive: live is better) and its standard error."""
+    """A mean difference of losses in nats per token (positive: live is better), and its standard error."""
 
     mean: float
     error: float
 
     @property
     def is_certain(self) -> bool:
-        """Farther from zero than ``CERTAIN`` standard errors."""
+        """Whether the mean is more than ``CERTAIN`` standard errors from zero."""
         return abs(self.mean) > CERTAIN * self.error
 
 
 class MemoryCheck(NamedTuple):
-    """What :func:`memory_check` found. Losses are means over the targets that count, in nats."""
+    """The results of :func:`memory_check`. Losses are means over the targets, in nats."""
 
     moved: float
-    """How far live memories went from their initial weights, as a share of the norm of these."""
+    """Distance of the weights of live memories from the initial ones, relative to the norm of these."""
     live: float
     frozen: float
     reset: float
     reset_every: int
     """Tokens between resets."""
     writing: Difference
-    """Frozen minus live: what it is worth that memories are written."""
+    """Frozen minus live: the benefit of writing."""
     reaching_back: Difference
-    """Reset minus live: what it is worth that they are written for longer than ``reset_every`` tokens."""
+    """Reset minus live: the benefit of what was written before the last reset."""
     positions: Tensor
-    """``[blocks]`` int64: where each stretch of the rows begins, for the tensors below."""
+    """``[blocks]`` int64: the first position of each block, for the tensors below."""
     counts: Tensor
-    """``[blocks]``: targets that count in it; float64, as the others."""
+    """``[blocks]`` float64: number of targets."""
     losses: Tensor
-    """``[3, blocks]``: mean losses live, frozen and reset; NaN where nothing counts."""
+    """``[3, blocks]`` float64: mean losses live, frozen and reset. NaN without targets."""
     errors: Tensor
-    """``[2, blocks]``: standard errors of frozen minus live and reset minus live over the tokens of a stretch."""
+    """``[2, blocks]`` float64: standard errors of frozen minus live and reset minus live over the tokens."""
 
     @property
     def changes(self) -> bool:
-        """Whether memories change at test time."""
+        """Whether the memories change at test time."""
         return self.moved > 0
 
     @property
     def helps(self) -> bool:
-        """Whether writing them lowers the loss, beyond ``CERTAIN`` standard errors."""
+        """Whether writing lowers the loss significantly."""
         return self.writing.mean > 0 and self.writing.is_certain
 
     def __str__(self) -> str:
         return "\n".join(self.verdict())
 
     def verdict(self, unit: str = "token") -> list[str]:
-        """Three sentences with means and standard errors in bits per ``unit``; positive: live is better."""
+        """Three sentences, with means and standard errors in bits per ``unit`` (positive: live is better)."""
         bits = 1 / math.log(2)
 
-        def judged(difference: Difference, other: str, better: str, worse: str, open_: str) -> str:
-            said = open_ if not difference.is_certain else better if difference.mean > 0 else worse
+        def sentence(difference: Difference, other: str, better: str, worse: str, unclear: str) -> str:
+            result = unclear if not difference.is_certain else better if difference.mean > 0 else worse
             mean, error = difference.mean * bits, difference.error * bits
-            return f"{said}: {other} - live = {mean:+.4f} ± {error:.4f} bits per {unit}, of {self.live * bits:.4f}"
+            return f"{result}: {other} - live = {mean:+.4f} ± {error:.4f} bits per {unit}, of {self.live * bits:.4f}"
 
         changes = (
             f"memory changes at test time: its weights moved by {self.moved:.1%} of their norm"
@@ -101,14 +102,14 @@ class MemoryCheck(NamedTuple):
         every = f"a reset every {self.reset_every:,} tokens"
         return [
             changes,
-            judged(
+            sentence(
                 self.writing,
                 "frozen",
                 "writing helps, live beats frozen",
                 "writing hurts, frozen beats live",
                 "no difference shown between live and frozen",
             ),
-            judged(
+            sentence(
                 self.reaching_back,
                 "reset",
                 f"it reaches back, live beats {every}",
@@ -128,18 +129,18 @@ def memory_check(
     piece: int = 512,
     advance: Callable[[], None] = lambda: None,
 ) -> MemoryCheck:
-    """Read ``tokens`` [batch, time] int64 with memories live, frozen and reset, and compare the losses.
+    """Compare the losses on ``tokens`` [batch, time] int64 with memories live, frozen and reset.
 
-    ``targets`` [batch, time] int64: as the model takes them, -100 where nothing counts; by default the next tokens.
-    ``mask`` [batch, time] bool: false at tokens that are none.
-    ``reset_every``: tokens between resets; by default an eighth of the time, between 16 and 1,024. ``piece``: tokens
-    read at once; it changes nothing but the memory that is needed. ``advance`` is called after each piece.
+    ``targets`` [batch, time] int64: -100 at positions without a target; by default the next tokens. ``mask`` [batch,
+    time] bool: true at valid tokens. ``reset_every``: tokens between resets; by default an eighth of the time, between
+    16 and 1,024. ``piece``: tokens per call, which affects only the use of device memory. ``advance``: called after
+    each piece.
 
-    Standard errors are of means over stretches of the text, of at least 16 tokens and as long as it takes for these not
-    to depend on each other, or over rows, from 16 of them on.
+    With at least 16 rows, standard errors are those of the mean over rows. With fewer, they are those of the mean over
+    blocks of at least 16 tokens, which are merged to account for their correlation.
 
-    The model is left as it was. Raises ``ValueError`` for a model whose memories are never written, one without a
-    vocabulary, and for a text of under 32 tokens a row or without targets that count.
+    The model is not changed. Raises ``ValueError`` for a model without a vocabulary or without memories that are
+    written, and for rows of under 32 tokens or without targets.
     """
     names = writing_memories(model)
     if not names:
@@ -158,8 +159,8 @@ def memory_check(
         reset_every = min(max(time // 8, 16), 1024)
     if not 1 <= reset_every < time:
         raise ValueError(f"memory_check: reset_every {reset_every}: expected 1 to {time - 1}, fewer than the tokens")
-    long = max(TOKENS_PER_BLOCK, math.ceil(time / BLOCKS))
-    sums = torch.zeros(5, rows, math.ceil(time / long), dtype=torch.float64)
+    size = max(TOKENS_PER_BLOCK, math.ceil(time / BLOCKS))
+    sums = torch.zeros(5, rows, math.ceil(time / size), dtype=torch.float64)
     squares, counts = torch.zeros_like(sums[:2]), torch.zeros_like(sums[0])
     with thawed(model), torch.no_grad():
         fresh = model.init_state(rows)
@@ -167,28 +168,28 @@ def memory_check(
         cuts = sorted({*range(0, time, piece), *range(0, time, reset_every), time})
         for start, stop in pairwise(cuts):
             part, wanted = tokens[:, start:stop], targets[:, start:stop]
-            real = None if mask is None else mask[:, start:stop]
+            valid = None if mask is None else mask[:, start:stop]
             if start % reset_every == 0:
                 reset = with_memories_of(reset, fresh)
             losses = []
             for state in (live, reset):
-                out = model(part, state, real)
+                out = model(part, state, valid)
                 losses.append((token_losses(out.logits, wanted), out.state))
                 advance()
             with freeze(model):
-                out = model(part, frozen, real)
+                out = model(part, frozen, valid)
             advance()
-            (lived, live), (forgot, reset), froze = *losses, token_losses(out.logits, wanted)
-            frozen = out.state
-            values = torch.stack([lived, froze, forgot, froze - lived, forgot - lived])
-            block = torch.arange(start, stop) // long
+            (of_live, live), (of_reset, reset) = losses
+            of_frozen, frozen = token_losses(out.logits, wanted), out.state
+            values = torch.stack([of_live, of_frozen, of_reset, of_frozen - of_live, of_reset - of_live])
+            block = torch.arange(start, stop) // size
             sums.index_add_(2, block, values)
             squares.index_add_(2, block, values[3:].square())
             counts.index_add_(1, block, (wanted != IGNORED).cpu().double())
         moved = distance(live, fresh)
     per_block = counts.sum(0)
-    means = sums.sum(1) / per_block  # NaN where nothing counts
-    spread = (squares.sum(1) / per_block - means[3:].square()).clamp(min=0) * per_block / (per_block - 1)
+    means = sums.sum(1) / per_block  # NaN without targets
+    variance = (squares.sum(1) / per_block - means[3:].square()).clamp(min=0) * per_block / (per_block - 1)
     overall = (sums.sum((1, 2)) / counts.sum()).tolist()
     live_loss, frozen_loss, reset_loss, *_ = overall
     return MemoryCheck(
@@ -197,35 +198,35 @@ def memory_check(
         frozen=frozen_loss,
         reset=reset_loss,
         reset_every=reset_every,
-        writing=_difference(sums[3], counts),
-        reaching_back=_difference(sums[4], counts),
-        positions=torch.arange(0, time, long),
+        writing=mean_with_error(sums[3], counts),
+        reaching_back=mean_with_error(sums[4], counts),
+        positions=torch.arange(0, time, size),
         counts=per_block,
         losses=means[:3],
-        errors=(spread / per_block).sqrt(),
+        errors=(variance / per_block).sqrt(),
     )
 
 
 def writing_memories(model: nn.Module) -> list[str]:
-    """Where the memories are that are written and read, frozen ones included: ``layers.0.blocks.0.memory``."""
+    """Names of the memories that are written and read, including frozen ones: ``layers.0.blocks.0.memory``."""
     with thawed(model):
         return [name for name, child in model.named_modules() if getattr(child, "use", None) == "both"]
 
 
 def next_tokens(tokens: Tensor) -> Tensor:
-    """What follows each of ``tokens`` [batch, time]; after the last nothing counts."""
+    """The targets of ``tokens`` [batch, time]: the next token, and none for the last."""
     return torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], IGNORED)], dim=1)
 
 
 def token_losses(logits: Tensor | None, targets: Tensor) -> Tensor:
-    """Cross-entropy (nats) of each target [batch, time], float64 on the CPU; zero where nothing counts."""
+    """Cross-entropy of each target [batch, time] in nats, float64 on the CPU. Zero without a target."""
     assert logits is not None
     losses = cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
     return losses.view(targets.shape).cpu().double()
 
 
 def memories_of(state: State) -> list[MemoryState]:
-    """Every memory in the tree that goes on learning: not the snapshot that a ``context`` block reads from."""
+    """The memories in a state. The snapshot that a ``context`` block reads from is not included."""
     if isinstance(state, MemoryState):
         return [state]
     if not isinstance(state, tuple):
@@ -235,11 +236,11 @@ def memories_of(state: State) -> list[MemoryState]:
 
 
 def with_memories_of(state: State, other: State) -> State:
-    """``state`` with all its memories replaced by those of ``other``, a state of the same model and rows."""
+    """Replace the memories of ``state`` by those of ``other``, a state of the same model and rows."""
     if isinstance(state, MemoryState):
         return other
     if isinstance(state, NeuralMemoryState):
-        # gates that are held for a chunk are of the chunk that the memory is in; the convolution's past is no memory
+        # the gates of the current chunk belong to the memory, the inputs of the convolution do not
         return state._replace(memory=other.memory, gates=other.gates)
     if not isinstance(state, tuple):
         return state
@@ -248,13 +249,13 @@ def with_memories_of(state: State, other: State) -> State:
 
 
 def distance(state: State, fresh: State) -> float:
-    """How far the weights of all memories are from those of ``fresh``, as a share of the norm of these."""
-    far, norm = 0.0, 0.0
+    """Distance of the weights of all memories from those of ``fresh``, relative to the norm of these."""
+    squared, norm = 0.0, 0.0
     for memory, start in zip(memories_of(state), memories_of(fresh)):
         for weight, first in zip(memory.weights, start.weights):
-            far += float((weight - first).square().sum())
+            squared += float((weight - first).square().sum())
             norm += float(first.square().sum())
-    return math.sqrt(far / norm) if norm else 0.0
+    return math.sqrt(squared / norm) if norm else 0.0
 
 
 def _named(state: tuple[Any, ...]) -> list[tuple[str, Any]]:
@@ -262,33 +263,32 @@ def _named(state: tuple[Any, ...]) -> list[tuple[str, Any]]:
     return list(zip(names, state))
 
 
-def _difference(sums: Tensor, counts: Tensor) -> Difference:
-    """Mean of ``sums`` over ``counts``, both ``[rows, stretches]``, and its standard error.
+def mean_with_error(sums: Tensor, counts: Tensor) -> Difference:
+    """Mean of ``sums / counts``, both ``[rows, blocks]``, and its standard error.
 
-    With few rows stretches are the observations. Neighbours may depend on each other, which makes the error of their
-    mean look too small; so neighbours are joined, again and again, and the largest of the errors counts.
+    With few rows the blocks are the observations. Correlation of neighbouring blocks makes the standard error too
+    small. Neighbours are therefore merged repeatedly, and the largest standard error is returned.
     """
     mean = float(sums.sum() / counts.sum())
     if len(sums) >= ROWS:
         return Difference(mean, _error(sums.sum(1), counts.sum(1)))
     errors = [_error(sums, counts)]
-    while sums.shape[1] >= 2 * FEWEST:
-        sums, counts = (_joined(x) for x in (sums, counts))
+    while sums.shape[1] >= 2 * FEWEST_BLOCKS:
+        sums, counts = (_merge_neighbours(x) for x in (sums, counts))
         errors.append(_error(sums, counts))
     return Difference(mean, max(errors))
 
 
 def _error(sums: Tensor, counts: Tensor) -> float:
-    """The standard error of ``sums.sum() / counts.sum()``, each entry being one observation of several tokens."""
-    real = counts > 0
-    sums, counts = sums[real], counts[real]
-    many = len(sums)
-    if many < 2:
+    """The standard error of ``sums.sum() / counts.sum()``. Each entry is one observation of several tokens."""
+    sums, counts = sums[counts > 0], counts[counts > 0]
+    n = len(sums)
+    if n < 2:
         return math.inf
-    spread = (sums - sums.sum() / counts.sum() * counts).square().sum() * many / (many - 1)
-    return float(spread.sqrt() / counts.sum())
+    deviation = (sums - sums.sum() / counts.sum() * counts).square().sum() * n / (n - 1)
+    return float(deviation.sqrt() / counts.sum())
 
 
-def _joined(x: Tensor) -> Tensor:
-    """Each two neighbours as one; a last one alone stays alone."""
+def _merge_neighbours(x: Tensor) -> Tensor:
+    """Sums of pairs of neighbours. With an odd number, the last one remains."""
     return torch.nn.functional.pad(x, (0, x.shape[1] % 2)).unflatten(1, (-1, 2)).sum(-1)

@@ -179,7 +179,7 @@ class _Reader:
         self.problems: list[Problem] = []
         self._source = source
         self._events: Iterator[Any] = yaml.parse(text, Loader=yaml.SafeLoader)
-        self._anchors: dict[str, Any] = {}
+        self._anchors: dict[str | None, Any] = {}
 
     def document(self) -> Any:
         next(self._events)  # stream start
@@ -231,7 +231,7 @@ class _Reader:
             value[key] = self._node(next(self._events), join(path, key), depth + 1)
         return value
 
-    def _alias(self, name: str, path: str) -> Any:
+    def _alias(self, name: str | None, path: str) -> Any:
         if name not in self._anchors:
             raise RecipeError([Problem(path, f"unknown alias *{show(name)}")], self._source)
         if self._anchors[name] is _UNFINISHED:

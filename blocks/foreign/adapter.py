@@ -112,8 +112,10 @@ class Adapted(Block):
                 raise TypeError(f"{self.kind}: the module returned {got}: expected (outputs, state)")
             y, after = result[0], self._converted(result[1], carried)
         if not isinstance(y, Tensor) or y.shape != x.shape:
-            got = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
-            raise ValueError(f"{self.kind}: the module returned {got} for inputs {list(x.shape)}: expected this shape")
+            shape = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
+            raise ValueError(
+                f"{self.kind}: the module returned {shape} for inputs {list(x.shape)}: expected this shape"
+            )
         return y.to(x.dtype), after
 
     def _converted(self, after: State, before: State) -> State:

@@ -1,4 +1,4 @@
-"""The memory loss is the error of what a memory predicts of each token before it learns it; writing has its cost."""
+"""``memory_loss`` is the prediction error before each token is written, ``write_cost`` the mean of the gates."""
 
 import pytest
 import torch
@@ -42,8 +42,8 @@ def loss(module, given, mask=None):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_it_is_the_error_before_each_token_is_written(masked, frozen):
-    """One token at a time: what the state answers to its key, against its value."""
+def test_memory_loss_against_single_tokens(masked, frozen):
+    """Reads the memory with the key of each token before it is written, and compares with the value."""
     block = tb.build_block(MEMORY, dim=8, dtype=torch.float64, seed=0)
     x, mask = torch.randn(2, 11, 8, dtype=torch.float64), MASK if masked else None
     block.use = "read" if frozen else "both"
@@ -64,14 +64,14 @@ def test_it_is_the_error_before_each_token_is_written(masked, frozen):
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("masked", [False, True])
-def test_outputs_are_what_they_are_otherwise(name, masked):
+def test_outputs_and_states_do_not_change(name, masked):
     module, given, mask = model(name, layers=2), tokens(), MASK if masked else None
     value, out = loss(module, given, mask)
     expected = module(given, mask=mask)
     assert torch.equal(out.logits, expected.logits)
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(named_tensors(out.state), named_tensors(expected.state)))
     assert value.shape == () and value > 0 and not observers.active
-    # rows alone have, weighed by their tokens, the same loss
+    # the loss is the mean of those of single rows, weighted by their tokens
     counts = torch.tensor([11.0, 11.0] if mask is None else mask.sum(1).tolist(), dtype=torch.float64)
     alone = [loss(module, given[b : b + 1] if mask is None else given[b : b + 1, mask[b]])[0] for b in range(2)]
     assert_close(value, (torch.stack(alone) * counts).sum() / counts.sum())
@@ -79,7 +79,7 @@ def test_outputs_are_what_they_are_otherwise(name, masked):
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("masked", [False, True])
-def test_its_gradient_is_that_of_finite_differences(name, masked):
+def test_gradient_against_finite_differences(name, masked):
     module, given, mask = model(name), tokens(), MASK if masked else None
     parameters = dict(module.named_parameters())
     with torch.no_grad():
@@ -110,7 +110,7 @@ def test_its_gradient_is_that_of_finite_differences(name, masked):
         assert found == pytest.approx((seen[0] - seen[1]) / 2e-5, rel=1e-5, abs=1e-7), path
 
 
-def test_calls_count_together_and_token_by_token_is_the_whole():
+def test_several_calls_give_the_mean_over_all_tokens():
     module, given = model("mac"), tokens()
     whole, _ = loss(module, given)
     with torch.no_grad(), tb.memory_loss(module) as aux:
@@ -123,21 +123,21 @@ def test_calls_count_together_and_token_by_token_is_the_whole():
     assert aux.value() > 0
 
 
-def test_a_narrow_model_has_a_wide_loss():
+def test_the_loss_of_a_bfloat16_model_is_float32():
     module = model("mag", dtype=torch.bfloat16)
     value, _ = loss(module, tokens())
     assert value.dtype == torch.float32
     assert_close(value.double(), loss(module.double(), tokens())[0], rtol=0.05, atol=0.0)
 
 
-def test_without_a_memory_it_is_zero():
+def test_a_model_without_memory_has_loss_zero():
     block = tb.build_block("ffn", dim=8)
     with tb.memory_loss(block) as aux:
         block(torch.randn(1, 3, 8))
     assert aux.value() == 0 and aux.value().dtype == torch.float32
 
 
-def test_a_call_without_a_real_token_counts_nothing():
+def test_a_call_without_valid_tokens():
     module = model("lmm")
     value, _ = loss(module, tokens(), torch.zeros(2, 11, dtype=torch.bool))
     assert value == 0
@@ -164,12 +164,12 @@ def test_with_activation_checkpointing():
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("masked", [False, True])
-def test_writing_costs_the_shares_that_are_written_and_forgotten(name, masked):
+def test_write_cost_is_the_mean_of_the_gates(name, masked):
     module, given, mask = model(name, layers=2), tokens(), MASK if masked else None
     with tb.write_cost(module) as cost, tb.observe(module) as seen:
         out = module(given, mask=mask)
     assert torch.equal(out.logits, module(given, mask=mask).logits)
-    if name != "selective":  # a threshold holds back what is counted all the same
+    if name != "selective":  # the cost includes tokens below the threshold
         shares = [(record.step / 0.1 + record.forgetting) for record in seen.memories.values()]
         assert_close(cost.value().float(), torch.stack(shares).nanmean())
     cost.value().backward()
@@ -177,7 +177,7 @@ def test_writing_costs_the_shares_that_are_written_and_forgotten(name, masked):
     assert controls and all(p.grad is not None and p.grad.abs().sum() > 0 for p in controls)
 
 
-def test_gates_close_where_writing_is_all_there_is_to_save():
+def test_the_write_cost_closes_hard_gates():
     module = model("selective", dtype=torch.float32)
     optimizer = torch.optim.SGD([p for path, p in module.named_parameters() if "controls" in path], lr=0.5)
     for _ in range(40):

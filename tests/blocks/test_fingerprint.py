@@ -1,4 +1,4 @@
-"""A state knows which recipe it is of, and a model refuses those of another even where every shape agrees."""
+"""States contain the fingerprint of the recipe, and a model rejects those of another recipe with equal shapes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def shapes(state):
     return {path: (tensor.shape, tensor.dtype) for path, tensor in st.named_tensors(state)}
 
 
-def test_a_state_of_equal_shapes_from_another_recipe_is_refused_by_name():
+def test_a_state_of_another_recipe_with_equal_shapes_is_an_error():
     model, other = build(RECIPE), build(OTHER)
     foreign = other(TOKENS).state
     assert shapes(foreign) == shapes(model(TOKENS).state)
@@ -45,7 +45,7 @@ def test_a_state_of_equal_shapes_from_another_recipe_is_refused_by_name():
         model.generate(TOKENS[:, :0], 3, foreign, logits=torch.zeros(2, 32))
 
 
-def test_one_foreign_row_among_others_is_found():
+def test_a_single_row_of_another_recipe_is_an_error():
     model = build(RECIPE)
     mixed = st.concatenate([model.init_state(1), build(OTHER).init_state(1)])
     with pytest.raises(ValueError, match="of another recipe"):
@@ -53,7 +53,7 @@ def test_one_foreign_row_among_others_is_found():
     model(TOKENS[:1], st.select(mixed, [0]))
 
 
-def test_it_is_the_recipe_that_counts_not_the_weights_or_what_it_is_called():
+def test_weights_and_names_do_not_matter():
     state = build(RECIPE, seed=0)(TOKENS).state
     build(RECIPE, seed=1)(TOKENS, state)
     build(RECIPE | {"name": "otherwise"})(TOKENS, state)
@@ -71,21 +71,21 @@ def test_it_is_the_recipe_that_counts_not_the_weights_or_what_it_is_called():
         lambda s: copy.deepcopy(st.detach(s)),
     ],
 )
-def test_every_operation_on_states_carries_it_along(operation):
+def test_operations_on_states_keep_the_fingerprint(operation):
     model = build(RECIPE)
     state = operation(model(TOKENS).state)
     assert all(tensor.shape[0] == 2 for _, tensor in st.named_tensors(state))
     assert torch.equal(model(TOKENS, state).state.recipe, state.recipe)
 
 
-def test_models_made_by_hand_share_one():
+def test_models_without_a_recipe_share_a_fingerprint():
     assert Origin().mark(3, torch.device("cpu")).tolist() == [0, 0, 0]
     Origin().check(Origin().mark(2, torch.device("cpu")))
     with pytest.raises(ValueError, match="of a recipe with fingerprint ffffffffffffffff"):
         Origin().check(Origin("f" * 16).mark(2, torch.device("cpu")))
 
 
-def test_marks_without_values_are_let_through():
+def test_fingerprints_on_the_meta_device_are_not_compared():
     model = build(RECIPE, device="meta")
     assert model.init_state(2).recipe.is_meta
     Origin().check(model.init_state(2).recipe)

@@ -1,4 +1,4 @@
-"""Memory live, frozen and reset: the losses are those of the runs themselves, and the verdict follows from them."""
+"""``memory_check``: losses with memories live, frozen and reset, their standard errors, and the verdict."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from torch.nn.functional import cross_entropy
 
 import titans_build as tb
 from titans_build.blocks.language_model import LanguageModel
-from titans_build.blocks.memory_ablation import Difference, _difference, memories_of, next_tokens, writing_memories
+from titans_build.blocks.memory_ablation import (
+    Difference,
+    mean_with_error,
+    memories_of,
+    next_tokens,
+    with_memories_of,
+    writing_memories,
+)
 from titans_build.blocks.state import named_tensors
 
 LMM = {"type": "memory", "heads": 2, "expansion": 2, "chunk": 4, "conv": 0}
@@ -34,7 +41,7 @@ def tokens() -> Tensor:
 
 
 @pytest.mark.parametrize("block", [LMM, MAC, MAG], ids=["lmm", "mac", "mag"])
-def test_live_and_frozen_are_the_models_own_losses(block: Any, tokens: Tensor) -> None:
+def test_live_and_frozen_losses_are_those_of_the_model(block: Any, tokens: Tensor) -> None:
     model = model_of(block)
     check = tb.memory_check(model, tokens, piece=20)
     targets = next_tokens(tokens)
@@ -55,8 +62,8 @@ def test_live_and_frozen_are_the_models_own_losses(block: Any, tokens: Tensor) -
     assert check.changes
 
 
-def test_a_reset_memory_knows_only_what_came_since(tokens: Tensor) -> None:
-    # with nothing but a memory in the model, the stretches between resets are texts of their own
+def test_reset_losses_are_those_of_separate_texts(tokens: Tensor) -> None:
+    # a model without attention and convolutions processes the parts between resets independently
     model = model_of(LMM)
     check = tb.memory_check(model, tokens, reset_every=24)
     targets = next_tokens(tokens)
@@ -68,9 +75,7 @@ def test_a_reset_memory_knows_only_what_came_since(tokens: Tensor) -> None:
 
 
 @pytest.mark.parametrize("block", [MAC, MAG], ids=["mac", "mag"])
-def test_a_reset_leaves_everything_but_memories(block: Any, tokens: Tensor) -> None:
-    from titans_build.blocks.memory_ablation import with_memories_of
-
+def test_a_reset_changes_memories_only(block: Any, tokens: Tensor) -> None:
     model = model_of(block)
     with torch.no_grad():
         fresh, state = model.init_state(2), model(tokens).state
@@ -80,17 +85,17 @@ def test_a_reset_leaves_everything_but_memories(block: Any, tokens: Tensor) -> N
         inside = ".weights." in name or ".momentum." in name or ".anchor." in name or name.endswith("gates")
         of_memory = inside or name.endswith(("memory.position", "1.memory.position"))
         assert torch.equal(tensor, first[name] if of_memory else before[name]), name
-    assert len(memories_of(state)) == 1  # the snapshot is no second one
+    assert len(memories_of(state)) == 1  # without the snapshot
 
 
-def test_the_size_of_pieces_changes_nothing(tokens: Tensor) -> None:
+def test_the_size_of_pieces_does_not_change_results(tokens: Tensor) -> None:
     model = model_of(MAC)
     one, many = tb.memory_check(model, tokens), tb.memory_check(model, tokens, piece=7)
     assert torch.allclose(one.losses, many.losses, atol=1e-5)
     assert one.writing.error == pytest.approx(many.writing.error, rel=1e-3)
 
 
-def test_masked_tokens_count_for_nothing(tokens: Tensor) -> None:
+def test_masked_tokens_are_ignored(tokens: Tensor) -> None:
     model = model_of(MAG)
     mask = torch.ones_like(tokens, dtype=torch.bool)
     mask[:, 64:] = False
@@ -103,7 +108,7 @@ def test_masked_tokens_count_for_nothing(tokens: Tensor) -> None:
     assert masked.losses[:, -1].isnan().all()
 
 
-def test_the_model_is_left_as_it_was(tokens: Tensor) -> None:
+def test_the_model_is_not_changed(tokens: Tensor) -> None:
     model = model_of(LMM)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     calls: list[None] = []
@@ -118,7 +123,7 @@ def test_the_model_is_left_as_it_was(tokens: Tensor) -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_a_memory_that_does_not_learn_is_found_out(tokens: Tensor) -> None:
+def test_a_memory_that_does_not_change(tokens: Tensor) -> None:
     model = model_of({**LMM, "forgetting": False})
     memory: Any = model.get_submodule(writing_memories(model)[0])
     with torch.no_grad():
@@ -130,8 +135,8 @@ def test_a_memory_that_does_not_learn_is_found_out(tokens: Tensor) -> None:
     assert "does not change" in str(check)
 
 
-def test_a_model_that_learned_to_use_its_memory_is_helped_by_it() -> None:
-    # what follows a token in a row is only in that row: nothing but the memory can know it
+def test_a_trained_model_benefits_from_its_memory() -> None:
+    # each row repeats its own permutation: only the memory can predict the next token
     def rows(count: int) -> Tensor:
         return torch.stack([torch.randperm(20, generator=random)[:6] for _ in range(count)]).repeat(1, 8)
 
@@ -139,7 +144,7 @@ def test_a_model_that_learned_to_use_its_memory_is_helped_by_it() -> None:
     plain = {"heads": 1, "depth": 1, "chunk": 1, "conv": 2, "norm": False, "momentum": False, "clip": None}
     model = model_of(LMM, dim=32, layers={"a": [{"type": "memory", "max_step": 1.0, **plain}]})
     memory: Any = model.get_submodule(writing_memories(model)[0])
-    with torch.no_grad():  # the start of the way: keys are asked like queries, and lie one token back
+    with torch.no_grad():  # initialised near a solution: keys are the queries of the previous token
         memory.qkv.weight[32:64] = memory.qkv.weight[:32]
         memory.convolution[32:64] = torch.tensor([1.0, 0.0])
         memory.initial_weights[0].zero_()
@@ -157,7 +162,7 @@ def test_a_model_that_learned_to_use_its_memory_is_helped_by_it() -> None:
     assert "writing helps" in str(check) and "it reaches back" in str(check)
 
 
-def test_the_verdict_follows_the_numbers(tokens: Tensor) -> None:
+def test_verdicts(tokens: Tensor) -> None:
     check = tb.memory_check(model_of(LMM), tokens)
     nat = math.log(2)
     hurts = check._replace(live=5 * nat, writing=Difference(-3 * nat, nat), reaching_back=Difference(nat, nat))
@@ -170,32 +175,32 @@ def test_the_verdict_follows_the_numbers(tokens: Tensor) -> None:
     assert "writing helps" in str(helps) and "holds on too long" in str(helps)
 
 
-def test_standard_errors_are_those_of_a_mean_over_stretches() -> None:
+def test_standard_error_of_a_mean_over_blocks() -> None:
     sums, counts = torch.tensor([[3.0, 5.0, 1.0, 0.0]]).double(), torch.tensor([[1.0, 1.0, 1.0, 0.0]]).double()
-    mean, error = _difference(sums, counts)
+    mean, error = mean_with_error(sums, counts)
     assert mean == pytest.approx(3.0)
-    assert error == pytest.approx(2 / math.sqrt(3))  # the sample's deviation is 2
-    assert _difference(sums[:, :1], counts[:, :1]).error == math.inf
-    # many rows are observations of their own
+    assert error == pytest.approx(2 / math.sqrt(3))  # the standard deviation of the sample is 2
+    assert mean_with_error(sums[:, :1], counts[:, :1]).error == math.inf
+    # many rows are the observations
     rows = torch.arange(16.0).double()[:, None].expand(16, 5)
-    assert _difference(rows, torch.ones_like(rows)).error == pytest.approx(float(rows[:, 0].std()) / 4)
+    assert mean_with_error(rows, torch.ones_like(rows)).error == pytest.approx(float(rows[:, 0].std()) / 4)
 
 
-def test_stretches_that_depend_on_each_other_do_not_make_a_difference_certain() -> None:
-    # noise that lasts for eight stretches: as 64 observations it would look three times as certain as it is
+def test_correlated_blocks_have_a_larger_standard_error() -> None:
+    # noise that is constant over eight blocks: with 64 observations the error would be three times too small
     random = torch.Generator().manual_seed(0)
     wrong = naive = 0
     for _ in range(200):
         noise = torch.randn(1, 8, generator=random).double().repeat_interleave(8, dim=1)
-        found = _difference(noise, torch.ones_like(noise))
+        found = mean_with_error(noise, torch.ones_like(noise))
         wrong += found.is_certain
         naive += abs(float(noise.mean())) > 2 * float(noise.std()) / 8
-    assert wrong < 30 < 80 < naive  # of a normal mean of 8, one in twelve is beyond two errors
+    assert wrong < 30 < 80 < naive  # the mean of 8 normal values is beyond two standard errors in one case of twelve
     independent = torch.randn(200, 1, 64, generator=random).double()
-    assert sum(_difference(x, torch.ones_like(x)).is_certain for x in independent) < 14
+    assert sum(mean_with_error(x, torch.ones_like(x)).is_certain for x in independent) < 14
 
 
-def test_what_cannot_be_checked_is_refused(tokens: Tensor) -> None:
+def test_invalid_arguments_are_errors(tokens: Tensor) -> None:
     with pytest.raises(ValueError, match="no memory that is both written and read"):
         tb.memory_check(model_of({"type": "attention", "window": 8}), tokens)
     with pytest.raises(ValueError, match="no vocabulary"):
