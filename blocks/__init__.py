@@ -1,6 +1,6 @@
 """Blocks: everything between one state and the next. Importing this package registers the built-in ones."""
 
-from . import attention, combinators, context, feedforward, flops, foreign, memory, norm_gate
+from . import attention, combinators, context, feedforward, flops, foreign, layers, memory
 from .auxiliary_losses import memory_loss, write_cost
 from .block import Block
 from .build import build_block, materialise
@@ -26,11 +26,11 @@ __all__ = [
     "feedforward",
     "flops",
     "foreign",
+    "layers",
     "materialise",
     "memory",
     "memory_check",
     "memory_loss",
-    "norm_gate",
     "observe",
     "write_cost",
 ]

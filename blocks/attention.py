@@ -19,7 +19,7 @@ from ..kernels.padding import align, last
 from ..kernels.rotary import rotate
 from ..registry import register
 from .block import Block, check_input
-from .linear import Linear, is_plain
+from .layers import Linear, is_plain
 
 FEW = 4
 """Tokens up to which an operator takes longer to start than to run, so that one kernel does it all."""

@@ -5,15 +5,15 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, cast
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from .freezing import thawed
 from .observers import suppressed
-from .state import State, map_state, nbytes
+from .state import State, map_state, named_tensors, nbytes
 
 
 class _OfChildren:
@@ -60,7 +60,7 @@ class Block(nn.Module):
         super().__init__()
         self.dim = dim
         self._first_parameter: tuple[nn.Module, str] | None = None
-        self._expected_state: Expected | None = None
+        self._expected_state: tuple[Any, State] | None = None
 
     def init_state(self, batch_size: int) -> State:
         """Return a fresh state of ``batch_size`` rows: learned initial values, not zeros. ``None``: stateless."""
@@ -140,8 +140,9 @@ def as_memory(block: Block) -> Memory:
 class Blocks(nn.ModuleList):
     """Child blocks, in order: a ``ModuleList`` whose items type checkers know to be blocks."""
 
-    def __iter__(self) -> Iterator[Block]:
-        return super().__iter__()  # type: ignore[return-value]
+    if TYPE_CHECKING:
+
+        def __iter__(self) -> Iterator[Block]: ...
 
 
 def child_blocks(module: nn.Module) -> Iterator[Block]:
@@ -164,7 +165,7 @@ def _reset_own(module: Any) -> None:
 
 def as_rows(state: State, rows: int) -> State:
     """Expand a one-row state to ``rows`` rows without copying."""
-    return map_state(lambda tensor: tensor.expand(rows, *tensor.shape[1:]), state)
+    return state if rows == 1 else map_state(lambda tensor: tensor.expand(rows, *tensor.shape[1:]), state)
 
 
 # -- checks ------------------------------------------------------------------------------------------------------------
@@ -234,126 +235,76 @@ def _check_like(block: Block, x: Tensor, name: str) -> None:
         raise ValueError(f"{kind}: {name} is on {x.device}: expected {like.device}, as the block's parameters are")
 
 
-class Expected(NamedTuple):
-    """The state that a module expects for some number of rows."""
-
-    state: State
-    """A tree as of ``init_state``, with a :class:`Leaf` for each tensor."""
-    key: Any
-    """What it was computed for."""
-
-
-class Leaf:
-    """Shape, dtype and device of one tensor of a state."""
-
-    __slots__ = ("device", "dtype", "shape")
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
-
-
 def check_state(module: Any, state: State, rows: int) -> None:
     """Raise ``TypeError`` or ``ValueError`` unless ``state`` is a state of ``module`` with ``rows`` rows.
 
-    Structure, shapes, dtypes and devices must be those of ``init_state(rows)``, or of ``prefix`` where a block keeps
-    persistent tokens apart. Dimension 1 may differ where the state grows. What is expected is computed once.
+    Structure, shapes and dtypes must be those of ``init_state(rows)``, or of ``prefix`` where a block keeps persistent
+    tokens apart. Dimension 1 may differ where the state grows. What is expected is kept, on the meta device.
     """
     like = _parameter(module)
-    key = (rows, None) if like is None else (rows, like.dtype, like.device)
-    expected = module._expected_state
-    if expected is None or expected.key != key:
-        expected = module._expected_state = Expected(_describe(module, rows), key)
-    if not (_fits(state, expected.state, False) or (module.grows and _fits(state, expected.state, True))):
+    key = (rows, None, None) if like is None else (rows, like.dtype, like.device)
+    if module._expected_state is None or module._expected_state[0] != key:
+        module._expected_state = key, map_state(lambda x: torch.empty_like(x, device="meta"), _fresh(module, rows))
+    _, expected = module._expected_state
+    if not (_fits(state, expected, key[2], False) or (module.grows and _fits(state, expected, key[2], True))):
         module._expected_state = None  # the module may have changed
-        _Comparison(module, rows).run(state)
+        _compare(module, state, rows)
 
 
-def _describe(module: Any, rows: int, prefix: bool = False) -> State:
+def _fresh(module: Any, rows: int, prefix: bool = False) -> State:
+    """The state that ``init_state``, or ``prefix`` with one token, returns; without gradients, checks and observers."""
     inside, _call.inside = _call.inside, True
     try:
         with torch.no_grad(), suppressed():
             if not prefix:
-                return map_state(Leaf, module.init_state(rows))  # type: ignore[arg-type]
+                return module.init_state(rows)
             like = _parameter(module)
-            tokens = torch.zeros(rows, 1, module.dim) if like is None else like.new_zeros(rows, 1, module.dim)
-            return map_state(Leaf, module.prefix(tokens)[1])  # type: ignore[arg-type]
+            return module.prefix((torch.zeros(()) if like is None else like).new_zeros(rows, 1, module.dim))[1]
     finally:
         _call.inside = inside
 
 
-def _fits(state: State, expected: State, grows: bool) -> bool:
-    if type(expected) is Leaf:
-        if not isinstance(state, Tensor) or state.dtype is not expected.dtype or state.device != expected.device:
+def _fits(state: State, expected: State, device: torch.device | None, grows: bool) -> bool:
+    if isinstance(expected, Tensor):
+        if not isinstance(state, Tensor) or state.dtype is not expected.dtype:
+            return False
+        if device is not None and state.device != device:
             return False
         shape, wanted = state.shape, expected.shape
         return shape == wanted or (
-            grows and len(shape) == len(wanted) and _without_time(shape) == _without_time(wanted)
+            grows and len(shape) == len(wanted) and shape[:1] == wanted[:1] and shape[2:] == wanted[2:]
         )
     if type(state) is not type(expected) or expected is None:
         return state is expected
-    return len(state) == len(expected) and all(map(_fits, state, expected, (grows,) * len(expected)))
+    return len(state) == len(expected) and all(_fits(*parts, device, grows) for parts in zip(state, expected))
 
 
-def _without_time(shape: Sequence[int]) -> list[int]:
-    return [*shape[:1], *shape[2:]]
-
-
-class _Comparison:
-    """Finds where a state differs from what a module expects."""
-
-    def __init__(self, module: Any, rows: int) -> None:
-        self.module, self.rows = module, rows
-        self.name = type(module).__name__
-        self.kind = "block" if isinstance(module, Block) else "model"
-        # the number of slots of a cache depends on the bound at the time
-        self.grows = module.grows or hasattr(module, "bound")
-
-    def run(self, state: State) -> None:
-        fresh = _describe(self.module, self.rows)
-        if _kind(state) != _kind(fresh):
-            raise TypeError(f"{self.name}: state is {_kind(state)}: expected {_kind(fresh)}")
-        prefixed = _describe(self.module, self.rows, prefix=True) if isinstance(self.module, Block) else fresh
-        self._compare("", state, fresh, prefixed)
-
-    def _compare(self, path: str, state: State, fresh: State, prefixed: State) -> None:
-        """``prefixed``: the corresponding part of a state with persistent tokens, which may have more tensors."""
-        free = self.grows
-        if fresh is None and state is not None:
-            fresh, free = prefixed, True
-        if _kind(state) != _kind(fresh):
-            got = "not there" if state is None else _show(state)
-            raise ValueError(f"{self._of_another(path)} {got}, expected {_show(fresh)}")
-        if isinstance(state, Tensor):
-            self._compare_tensor(path, state, fresh, free)
-        elif state is not None:
-            names = getattr(fresh, "_fields", range(len(fresh)))
-            for name, *parts in zip(names, state, fresh, prefixed if _kind(prefixed) == _kind(fresh) else fresh):
-                self._compare(f"{path}.{name}" if path else str(name), *parts)
-
-    def _compare_tensor(self, path: str, tensor: Tensor, expected: Leaf, free: bool) -> None:
-        shape, wanted = list(tensor.shape), [*map(str, expected.shape)]
-        if free and len(wanted) > 1:
-            wanted[1] = "any"
-        if len(shape) != len(wanted) or any(m not in (str(n), "any") for n, m in zip(shape[1:], wanted[1:])):
-            raise ValueError(f"{self._of_another(path)} {shape}, expected [{', '.join(wanted)}]")
-        if shape[:1] != list(expected.shape[:1]):
-            raise ValueError(f"{self.name}: state has {shape[0]} rows, the inputs have {self.rows} ({path})")
-        if tensor.device != expected.device:
-            raise ValueError(f"{self.name}: state is on {tensor.device}, expected {expected.device} ({path})")
+def _compare(module: Any, state: State, rows: int) -> None:
+    """Find where ``state`` differs from what ``module`` expects. Raises nothing if it does not."""
+    name = type(module).__name__
+    other = f"{name}: the state is of another {'block' if isinstance(module, Block) else 'model'}"
+    fresh = _fresh(module, rows)
+    kinds = [f"a tuple of {len(s)}" if type(s) is tuple else type(s).__name__ for s in (state, fresh)]
+    if kinds[0] != kinds[1]:
+        raise TypeError(f"{name}: state is {kinds[0]}: expected {kinds[1]}")
+    given, expected = dict(named_tensors(state)), dict(named_tensors(fresh))
+    # persistent tokens may be kept apart, and a cache have been made before it was bounded
+    optional = dict(named_tensors(_fresh(module, rows, prefix=True))) if isinstance(module, Block) else {}
+    grows = module.grows or hasattr(module, "bound")
+    for path in [*expected, *given]:
+        tensor, wanted = given.get(path), expected.get(path)
+        any_length = grows or wanted is None
+        wanted = optional.get(path) if wanted is None else wanted
+        if tensor is None or wanted is None:
+            shapes = ["absent" if x is None else list(x.shape) for x in (tensor, wanted)]
+            raise ValueError(f"{other}: {path} is {shapes[0]}, expected {shapes[1]}")
+        shape = ["any" if any_length and i == 1 else n for i, n in enumerate(wanted.shape)]
+        if tensor.dim() != len(shape) or any(n not in (m, "any") for m, n in zip(tensor.shape[1:], shape[1:])):
+            raise ValueError(f"{other}: {path} is {list(tensor.shape)}, expected [{', '.join(map(str, shape))}]")
+        if tensor.shape[:1] != wanted.shape[:1]:
+            raise ValueError(f"{name}: state has {tensor.shape[0]} rows, the inputs have {rows} ({path})")
+        if tensor.device != wanted.device:
+            raise ValueError(f"{name}: state is on {tensor.device}, expected {wanted.device} ({path})")
         autocast = tensor.is_floating_point() and torch.is_autocast_enabled(tensor.device.type)
-        if tensor.dtype != expected.dtype and not (autocast and expected.dtype.is_floating_point):
-            raise TypeError(f"{self._of_another(path)} {tensor.dtype}, expected {expected.dtype}")
-
-    def _of_another(self, path: str) -> str:
-        return f"{self.name}: the state is of another {self.kind}: {path or 'it'} is"
-
-
-def _kind(state: State) -> str:
-    """What a part of a state is, without its shape."""
-    if state is None or isinstance(state, (Tensor, Leaf)):
-        return "None" if state is None else "Tensor"
-    return f"a tuple of {len(state)}" if type(state) is tuple else type(state).__name__
-
-
-def _show(state: State) -> str:
-    return str(list(state.shape)) if isinstance(state, (Tensor, Leaf)) else _kind(state)
+        if tensor.dtype != wanted.dtype and not (autocast and wanted.is_floating_point()):
+            raise TypeError(f"{other}: {path} is {tensor.dtype}, expected {wanted.dtype}")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..registry import Spec, create, register
 from .block import Block, Blocks, as_memory, as_rows
-from .norm_gate import Form, Gating, RMSNorm
+from .layers import Form, Gating, RMSNorm
 from .observers import active, observers_of
 from .segmented import forward_every
 from .state import State

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..kernels.padding import Layout, align
 from ..registry import Needs, Spec, create, register
 from .block import Block, as_rows
-from .norm_gate import Form, Gating
+from .layers import Form, Gating
 from .observers import active, moved, observers_of, suppressed
 from .segmented import forward_every, halves, limit_window
 from .state import State, reset, select, where

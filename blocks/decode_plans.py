@@ -18,9 +18,8 @@ from .combinators import Chain, Gate, Layer, Persistent, Residual
 from .context import Context, ContextState, restart
 from .decode import Decoder, Reader, decode_plan, decoder, read_plan, reader
 from .feedforward import FeedForward
-from .linear import has_hooks, is_plain
+from .layers import Gating, RMSNorm, has_hooks, is_plain
 from .memory import NeuralMemory, NeuralMemoryState
-from .norm_gate import Gating, RMSNorm
 from .observers import active, observers_of, suppressed
 from .state import State
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..registry import register
 from .block import Block
-from .linear import Linear, feed_forward, linear_of
+from .layers import Linear, feed_forward, linear_of
 from .state import State
 
 

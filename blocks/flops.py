@@ -11,8 +11,8 @@ from .block import Block, count_flops
 from .combinators import Chain, Gate, Layer, Persistent, Residual
 from .context import Context
 from .feedforward import FeedForward
+from .layers import LayerNorm, RMSNorm
 from .memory import NeuralMemory
-from .norm_gate import LayerNorm, RMSNorm
 
 GATING = 10
 """For each feature: two norms, a sigmoid and a product."""

@@ -13,13 +13,13 @@ from torch.nn.functional import cross_entropy, embedding
 from ..kernels.linear import project
 from ..registry import Spec
 from . import decode_plans  # noqa: F401 registers the plans
-from .block import Blocks, Expected, check_state
+from .block import Blocks, check_state
 from .combinators import Layer
 from .decode import Decoder, model_decoder
 from .fingerprint import Origin
 from .freezing import Frozen, freeze, thaw
 from .generation import Generation, generate
-from .norm_gate import RMSNorm
+from .layers import RMSNorm
 from .state import State, nbytes, trainable
 
 IGNORED = -100
@@ -76,7 +76,7 @@ class LanguageModel(nn.Module):
         self.norm = RMSNorm(dim)
         self.head = None if vocab is None or tie else nn.Parameter(torch.empty(vocab, dim))
         self._first_parameter: tuple[nn.Module, str] | None = None
-        self._expected_state: Expected | None = None
+        self._expected_state: tuple[object, State] | None = None
 
     @property
     def grows(self) -> bool:

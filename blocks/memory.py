@@ -19,7 +19,7 @@ from ..kernels.short_conv import query, query_key_value
 from ..kernels.short_conv.decode import Layers, memory_inputs, memory_query
 from ..registry import register
 from .block import Block, check_call
-from .linear import Linear, fuses, gated_output, is_plain
+from .layers import Linear, fuses, gated_output, is_plain
 from .observers import Learned, active, observers_of
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .block import Block, as_memory
-from .linear import has_hooks
+from .layers import has_hooks
 from .memory import NeuralMemory
 from .state import State
 

@@ -18,14 +18,14 @@ MEMORY = {"type": "memory", "heads": 2, "chunk": 4}
     [
         ({"conv": 8}, {"conv": 2}, r"convolution is \[2, 1, 48\], expected \[2, 7, 48\]"),
         ({"conv": 4}, {"conv": 8}, r"convolution is \[2, 7, 48\], expected \[2, 3, 48\]"),
-        ({"conv": 4}, {"conv": 0}, r"convolution is not there, expected \[2, 3, 48\]"),
-        ({"conv": 0}, {"conv": 4}, r"convolution is \[2, 3, 48\], expected None"),
-        ({"depth": 3}, {"depth": 1}, "memory.weights is a tuple of 1, expected a tuple of 3"),
-        ({"depth": 1}, {"depth": 3}, "memory.weights is a tuple of 3, expected a tuple of 1"),
+        ({"conv": 4}, {"conv": 0}, r"convolution is absent, expected \[2, 3, 48\]"),
+        ({"conv": 0}, {"conv": 4}, r"convolution is \[2, 3, 48\], expected absent"),
+        ({"depth": 3}, {"depth": 1}, r"memory.weights.\d is"),
+        ({"depth": 1}, {"depth": 3}, r"memory.weights.\d is"),
         ({"expansion": 1}, {"expansion": 4}, r"memory.weights.0 is \[2, 2, 32, 8\], expected \[2, 2, 8, 8\]"),
-        ({"momentum": False}, {}, "memory.momentum is a tuple of 2, expected a tuple of 0"),
-        ({}, {"momentum": False}, "memory.momentum is a tuple of 0, expected a tuple of 2"),
-        ({}, {"gates": "chunk"}, r"gates is \[2, 6\], expected None"),
+        ({"momentum": False}, {}, "memory.momentum.0 is .*, expected absent"),
+        ({}, {"momentum": False}, "memory.momentum.0 is absent, expected"),
+        ({}, {"gates": "chunk"}, r"gates is \[2, 6\], expected absent"),
         ({}, {"heads": 4}, r"memory.weights.0 is \[2, 4,"),
         (
             {"type": "attention", "window": 8},
@@ -75,7 +75,7 @@ def test_every_piece_of_a_context_asks_whose_state_it_is():
     x = torch.randn(2, 9, 16)
     _, state = theirs(x)
     for tokens in (1, 3, 9):
-        with pytest.raises(ValueError, match=r"convolution is .*, expected None"):
+        with pytest.raises(ValueError, match=r"convolution is .*, expected absent"):
             ours(x[:, :tokens], state)
 
 

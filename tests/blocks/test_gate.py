@@ -5,7 +5,7 @@ import torch
 
 from titans_build.blocks.build import build_block
 from titans_build.blocks.laws import check_block
-from titans_build.blocks.norm_gate import Gating
+from titans_build.blocks.layers import Gating
 from titans_build.registry import RecipeError, validate
 
 ATTENTION = {"type": "attention", "heads": 2, "window": 5}

@@ -3,7 +3,7 @@ import torch
 
 from titans_build.blocks.build import materialise
 from titans_build.blocks.laws import check_block
-from titans_build.blocks.norm_gate import LayerNorm, RMSNorm
+from titans_build.blocks.layers import LayerNorm, RMSNorm
 
 NORMS = [RMSNorm, LayerNorm]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...blocks import Block, materialise
 from ...blocks.combinators import Layer
-from ...blocks.norm_gate import RMSNorm
+from ...blocks.layers import RMSNorm
 from ...blocks.state import State
 from ...registry import create, is_block, show
 from .adapter import ORIGINAL, Adapter, SwapError
