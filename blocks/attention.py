@@ -201,7 +201,7 @@ class Attention(Block):
             q = project(x[:, step - 1 :: step], weight[:own])
             k, v = project(x, weight[own:]).split_with_sizes((shared, shared), dim=-1)
         # under autocast the products are narrow; the state is not
-        q, k, v = (rearrange(y.to(weight.dtype), "b t (h d) -> b t h d", d=self.head_dim) for y in (q, k, v))
+        q, k, v = [rearrange(y.to(weight.dtype), "b t (h d) -> b t h d", d=self.head_dim) for y in (q, k, v)]
         if self.gain is not None:
             q, k = rms_norm(q, self.gain[: self.heads]), rms_norm(k, self.gain[self.heads :])
         return q, k, v
@@ -218,13 +218,14 @@ class Attention(Block):
             cached = cached.clamp(max=slots)
         if length is None:
             spare = k.shape[1] - slots
-            # a view with a few spare slots is free; with many, it would keep everything read alive with the state
-            k, v = (x[:, spare:] if spare <= slots else x[:, spare:].clone() for x in (k, v))
+            k, v = k[:, spare:], v[:, spare:]
+            if spare > slots:  # a view would keep everything read alive with the state
+                k, v = k.clone(), v.clone()
         else:
             # a row that is full while another is not may have fewer slots before it than its neighbours need
             before = max(0, slots - (k.shape[1] - time))
             end = length + (before + k.shape[1] - time)
-            k, v = (last(F.pad(x, (0, 0, 0, 0, before, 0)), end, slots) for x in (k, v))
+            k, v = [last(F.pad(x, (0, 0, 0, 0, before, 0)), end, slots) for x in (k, v)]
         return state._replace(keys=k, values=v, cached=cached, position=state.position + read)
 
     def _check_slots(self, state: AttentionState) -> None:

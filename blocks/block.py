@@ -302,7 +302,7 @@ def _compare(module: Any, state: State, rows: int) -> None:
         if tensor.dim() != len(shape) or any(n not in (m, "any") for m, n in zip(tensor.shape[1:], shape[1:])):
             raise ValueError(f"{other}: {path} is {list(tensor.shape)}, expected [{', '.join(map(str, shape))}]")
         if tensor.shape[:1] != wanted.shape[:1]:
-            raise ValueError(f"{name}: state has {tensor.shape[0]} rows, the inputs have {rows} ({path})")
+            raise ValueError(f"{name}: the state has {tensor.shape[0]} rows ({path}), the inputs have {rows}")
         if tensor.device != wanted.device:
             raise ValueError(f"{name}: state is on {tensor.device}, expected {wanted.device} ({path})")
         autocast = tensor.is_floating_point() and torch.is_autocast_enabled(tensor.device.type)

@@ -10,12 +10,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..kernels.padding import Layout, align
+from ..kernels.padding import align
 from ..registry import Needs, Spec, create, register
 from .block import Block, as_rows
 from .layers import Form, Gating
 from .observers import active, moved, observers_of, suppressed
-from .segmented import forward_every, halves, limit_window
+from .segmented import Piece, forward_every, halves, join, limit_window, pieces_of, split, traced_pieces
 from .state import State, reset, select, where
 
 
@@ -30,19 +30,6 @@ class ContextState(NamedTuple):
     """What attention has seen: the persistent tokens, and this segment so far."""
     position: Tensor
     """``[batch]`` int64: tokens read."""
-
-
-class Piece(NamedTuple):
-    """A stretch of time in which no row crosses a segment boundary."""
-
-    start: int
-    stop: int
-    begins: list[bool] | Tensor
-    """Per row: whether a segment begins here, other than the row's first. Bool ``[batch]`` under ``torch.compile``."""
-    whole: bool
-    """Whether each row has exactly one full segment here."""
-    valid: Tensor | None
-    """``[batch, stop - start]`` bool: where rows have tokens; ``None`` if everywhere."""
 
 
 @register("context")
@@ -110,15 +97,15 @@ class Context(Block):
             state = self.init_state(rows)
         run = self._run if self.write == "attended" else self._run_inputs
         if torch.compiler.is_compiling() and not (fresh and mask is None):
-            layout, pieces = self._unknown_pieces(x, mask, state.position)
+            layout, pieces = traced_pieces(self.segment, x, mask, state.position)
             y, state = run(layout.spread(x), state, pieces)
             return layout.collect(y), state._replace(position=state.position + layout.length)
         positions = [0] * rows if fresh else state.position.tolist()
         if mask is None:
-            y, state = run(x, state, self._pieces(positions, [time] * rows, None))
+            y, state = run(x, state, pieces_of(self.segment, positions, [time] * rows, None))
             return y, state._replace(position=state.position + time)
         layout = align(mask)
-        pieces = self._pieces(positions, layout.length.tolist(), layout.filled)
+        pieces = pieces_of(self.segment, positions, layout.length.tolist(), layout.filled)
         with moved(self, layout):
             y, state = run(layout.spread(x), state, pieces)
         return layout.collect(y), state._replace(position=state.position + layout.length)
@@ -129,7 +116,7 @@ class Context(Block):
         ask, recall, learn, output = halves(self.memory, len(pieces))
         fresh: State = None
         attended, read_back = [], []
-        for piece, tokens, *asked in zip(pieces, *_cut(pieces, x, *ask(x))):
+        for piece, tokens, *asked in split(pieces, x, *ask(x)):
             if isinstance(piece.begins, Tensor) or any(piece.begins):
                 fresh = self.fresh_attention(x.shape[0]) if fresh is None else fresh
                 snapshot, attend = restart(piece.begins, snapshot, memory), restart(piece.begins, attend, fresh)
@@ -138,8 +125,8 @@ class Context(Block):
             m, memory = learn(y, memory, mask=piece.valid)  # 3. write
             attended.append(y)
             read_back.append(m)
-        y = _join(attended, x)
-        m = output(_join(read_back, x), y)
+        y = join(attended, x)
+        m = output(join(read_back, x), y)
         if active:
             self.report(y, m)
         return self.gate(y, m), ContextState(memory, snapshot, attend, position)  # 4. gate
@@ -149,7 +136,7 @@ class Context(Block):
         memory, snapshot, attend, position = state
         ask, recall, learn, output = halves(self.memory, len(pieces))
         recalled, read_back = [], []
-        for piece, tokens, *asked in zip(pieces, *_cut(pieces, x, *ask(x))):
+        for piece, tokens, *asked in split(pieces, x, *ask(x)):
             if isinstance(piece.begins, Tensor) or any(piece.begins):
                 snapshot = restart(piece.begins, snapshot, memory)
             recalled.append(recall(asked, snapshot))
@@ -176,7 +163,7 @@ class Context(Block):
                 y, attend = self._attend(recalled[done], x[:, piece.start : piece.stop], attend, piece.valid)
             attended.append(y)
             done += together
-        y, m = _join(attended, x), output(_join(read_back, x), x)
+        y, m = join(attended, x), output(join(read_back, x), x)
         if active:
             self.report(y, m)
         return self.gate(y, m), ContextState(memory, snapshot, attend, position)
@@ -193,47 +180,6 @@ class Context(Block):
         for observer in observers_of(self):
             observer.gated(self, self.gate.opening(m), y, m, None)
 
-    def _pieces(self, positions: list[int], lengths: list[int], filled: Tensor | None) -> list[Piece]:
-        """Cut the time axis at every segment boundary of any row that still has tokens."""
-        segment, slots, start = self.segment, max(lengths) if lengths else 0, 0
-        pieces = []
-        while start < slots:
-            at = [position + start for position in positions]
-            present = [start < length for length in lengths]
-            stop = min(slots, start + min(segment - p % segment for p, here in zip(at, present) if here))
-            # at position 0 the state is that of init_state, with which a segment begins
-            begins = [here and p > 0 and p % segment == 0 for p, here in zip(at, present)]
-            full = min(lengths) >= stop
-            whole = full and stop - start == segment and not any(p % segment for p in at)
-            valid = None if full or filled is None else filled[:, start:stop]
-            pieces.append(Piece(start, stop, begins, whole, valid))
-            start = stop
-        return pieces
-
-    def _unknown_pieces(self, x: Tensor, mask: Tensor | None, position: Tensor) -> tuple[Layout, list[Piece]]:
-        """Pieces while a compiler traces, when the rows' positions and lengths are not known.
-
-        Each row's first segment boundary is moved to one slot, and the others follow it: the pieces are then the same
-        for all rows at any position, with a slot or a piece too many where a row begins later.
-        """
-        (rows, time, _), segment = x.shape, self.segment
-        first = min(time, segment)
-        phase = position % segment
-        offset = first - (segment - phase).clamp(max=first)
-        if mask is None:
-            mask = torch.ones(rows, time, dtype=torch.bool, device=x.device)
-        slots = max(first + time - 1, 0)
-        layout = align(mask, offset, slots=slots)
-        pieces: list[Piece] = []
-        start, stop = 0, first
-        while start < slots:
-            valid = layout.filled[:, start:stop]
-            # after the first boundary a row begins where its slots do
-            begins = valid[:, 0] if pieces else valid.any(1) & (phase == 0) & (position > 0)
-            pieces.append(Piece(start, stop, begins, False, valid))
-            start, stop = stop, min(stop + segment, slots)
-        return layout, pieces
-
     def reset_parameters(self) -> None:
         if self.persistent is not None:
             nn.init.normal_(self.persistent, std=0.02)
@@ -245,15 +191,3 @@ def restart(rows: list[bool] | Tensor, old: State, new: State) -> State:
     if isinstance(rows, Tensor):
         return where(rows, new, old)
     return new if all(rows) else reset(old, rows, new)
-
-
-def _cut(pieces: list[Piece], *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """Split each tensor into its pieces. Not by slices, each of which has a gradient as long as the whole."""
-    lengths = [piece.stop - piece.start for piece in pieces]
-    return [x.split_with_sizes(lengths, dim=1) for x in tensors]
-
-
-def _join(pieces: list[Tensor], like: Tensor) -> Tensor:
-    if len(pieces) == 1:
-        return pieces[0]
-    return torch.cat(pieces, dim=1) if pieces else like

@@ -126,7 +126,7 @@ class LanguageModel(nn.Module):
             raise ValueError("give either tokens [batch, time] or embeddings=[batch, time, dim], and not both")
         recording = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if recording:  # autograd keeps its arguments, and refuses to keep tensors of inference mode
-            tokens, embeddings, mask, targets = (_ordinary(x) for x in (tokens, embeddings, mask, targets))
+            tokens, embeddings, mask, targets = map(_ordinary, (tokens, embeddings, mask, targets))
         if tokens is not None:
             x = self.embed(tokens)
         else:
@@ -177,7 +177,7 @@ class LanguageModel(nn.Module):
         if tokens.dim() != 2 or tokens.shape[0] < 1:
             raise ValueError(f"tokens: expected [batch, time] with at least one row, got {list(tokens.shape)}")
         self._check_range("tokens", tokens)
-        return self.lookup(tokens)
+        return embedding(tokens, self.embedding)
 
     def lookup(self, tokens: Tensor) -> Tensor:
         """``embed`` without the checks, for tokens that the model itself has drawn."""
@@ -257,7 +257,7 @@ class LanguageModel(nn.Module):
             check_state(self, state, rows)
 
     def _mark(self, rows: int) -> Tensor:
-        return self.origin.mark(rows, self.norm.gain.device)
+        return torch.full((rows,), self.origin.number, dtype=torch.int64, device=self.norm.gain.device)
 
     def _check(self, name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...] | None) -> None:
         if not isinstance(tensor, Tensor):
@@ -285,7 +285,7 @@ class LanguageModel(nn.Module):
             return
         if ignored is not None:
             ids = ids.masked_fill(ids == ignored, 0)
-        low, high = (int(bound) for bound in torch.aminmax(ids))
+        low, high = map(int, torch.aminmax(ids))
         assert self.vocab is not None
         if low < 0 or high >= self.vocab:
             wrong = low if low < 0 else high

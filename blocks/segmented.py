@@ -1,4 +1,4 @@
-"""What ``context`` asks of the blocks inside it, with defaults for blocks that define only the contract of a block.
+"""Segments of a sequence, and what ``context`` asks of its blocks, with defaults for those that know only the contract.
 
 A block may define ``every`` (outputs at some tokens only) and ``bound`` (it starts anew after so many tokens). The
 neural memory is split into what waits for its state and what does not: the latter runs once for all segments.
@@ -7,12 +7,13 @@ neural memory is split into what waits for its state and what does not: the latt
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..kernels.padding import Layout, align
 from .block import Block, as_memory
 from .layers import has_hooks
 from .memory import NeuralMemory
@@ -76,3 +77,75 @@ def halves(memory: Block, pieces: int) -> Halves:
     if splits and isinstance(memory, NeuralMemory) and runs_its_class(memory, "forward", "read"):
         return Halves(memory.ask, memory.recall, memory.learn, memory.output_of)
     return Halves(lambda x: (x,), lambda asked, state: as_memory(memory).read(asked[0], state), memory, lambda y, x: y)
+
+
+# -- segments ----------------------------------------------------------------------------------------------------------
+
+
+class Piece(NamedTuple):
+    """A stretch of time in which no row crosses a segment boundary."""
+
+    start: int
+    stop: int
+    begins: list[bool] | Tensor
+    """Per row: whether a segment begins here, other than the row's first. Bool ``[batch]`` under ``torch.compile``."""
+    whole: bool
+    """Whether each row has exactly one full segment here."""
+    valid: Tensor | None
+    """``[batch, stop - start]`` bool: where rows have tokens; ``None`` if everywhere."""
+
+
+def pieces_of(segment: int, positions: list[int], lengths: list[int], filled: Tensor | None) -> list[Piece]:
+    """Cut the time axis at every segment boundary of any row that still has tokens."""
+    slots, start = max(lengths, default=0), 0
+    pieces = []
+    while start < slots:
+        at = [position + start for position in positions]
+        present = [start < length for length in lengths]
+        stop = min(slots, start + min(segment - p % segment for p, here in zip(at, present) if here))
+        # at position 0 the state is that of init_state, with which a segment begins
+        begins = [here and p > 0 and p % segment == 0 for p, here in zip(at, present)]
+        full = min(lengths) >= stop
+        whole = full and stop - start == segment and not any(p % segment for p in at)
+        valid = None if full or filled is None else filled[:, start:stop]
+        pieces.append(Piece(start, stop, begins, whole, valid))
+        start = stop
+    return pieces
+
+
+def traced_pieces(segment: int, x: Tensor, mask: Tensor | None, position: Tensor) -> tuple[Layout, list[Piece]]:
+    """Pieces while a compiler traces, when the rows' positions and lengths are not known.
+
+    Each row's first segment boundary is moved to one slot, and the others follow it: the pieces are then the same
+    for all rows at any position, with a slot or a piece too many where a row begins later.
+    """
+    rows, time, _ = x.shape
+    first = min(time, segment)
+    phase = position % segment
+    offset = first - (segment - phase).clamp(max=first)
+    if mask is None:
+        mask = torch.ones(rows, time, dtype=torch.bool, device=x.device)
+    slots = max(first + time - 1, 0)
+    layout = align(mask, offset, slots=slots)
+    pieces: list[Piece] = []
+    start, stop = 0, first
+    while start < slots:
+        valid = layout.filled[:, start:stop]
+        # after the first boundary a row begins where its slots do
+        begins = valid[:, 0] if pieces else valid.any(1) & (phase == 0) & (position > 0)
+        pieces.append(Piece(start, stop, begins, False, valid))
+        start, stop = stop, min(stop + segment, slots)
+    return layout, pieces
+
+
+def split(pieces: list[Piece], *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
+    """Each piece with its part of the tensors. Not by slices, each of which has a gradient as long as the whole."""
+    lengths = [piece.stop - piece.start for piece in pieces]
+    return zip(pieces, *[x.split_with_sizes(lengths, dim=1) for x in tensors])
+
+
+def join(parts: list[Tensor], like: Tensor) -> Tensor:
+    """The parts along time; ``like`` if there are none."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts, dim=1) if parts else like
