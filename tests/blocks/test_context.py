@@ -317,7 +317,7 @@ def test_foreign_inputs_and_states_are_refused_by_name():
         block(x.double())
     with pytest.raises(TypeError, match="Context: state is AttentionState: expected ContextState"):
         block(x, block.init_state(2).attend)
-    with pytest.raises(ValueError, match="Context: state has 3 rows .*, the inputs have 2"):
+    with pytest.raises(ValueError, match=r"Context: the state has 3 rows .*, the inputs have 2"):
         block(x, block.init_state(3))
 
 

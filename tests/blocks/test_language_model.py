@@ -170,7 +170,7 @@ def test_nothing_that_is_passed_in_changes():
         ),
         (lambda m: {"embeddings": torch.zeros(2, 3, 8).double()}, ValueError, r"\[batch, time, 16\], got \[2, 3, 8\]"),
         (lambda m: {"embeddings": torch.full((2, 3, 16), torch.nan).double()}, ValueError, "NaN"),
-        (lambda m: {"tokens": ids(2, 3), "state": m.init_state(3)}, ValueError, "3 rows .*, the inputs have 2"),
+        (lambda m: {"tokens": ids(2, 3), "state": m.init_state(3)}, ValueError, r"3 rows .*, the inputs have 2"),
         (
             lambda m: {"tokens": ids(2, 3), "state": make(layers=[["ffn"]]).init_state(2)},
             ValueError,
