@@ -1,4 +1,4 @@
-"""Files that are replaced whole: what the target is stays what it is."""
+"""Atomic replacement of files, links and devices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def write(target, text):
         temporary.write_text(text)
 
 
-def test_a_link_stays_a_link(tmp_path):
+def test_the_target_of_a_link_is_replaced(tmp_path):
     real, link = tmp_path / "real", tmp_path / "link"
     real.write_text("old")
     link.symlink_to(real)
@@ -25,7 +25,7 @@ def test_a_link_stays_a_link(tmp_path):
     assert link.is_symlink() and real.read_text() == "new"
 
 
-def test_what_was_for_one_alone_stays_so(tmp_path):
+def test_permissions_are_kept(tmp_path):
     private = tmp_path / "private"
     private.write_text("old")
     private.chmod(0o600)
@@ -47,7 +47,7 @@ def test_a_long_name(tmp_path):
     assert [path.read_text() for path in tmp_path.iterdir()] == ["new"]
 
 
-def test_a_folder_that_nothing_came_into_goes_again(tmp_path):
+def test_empty_folders_are_removed_after_an_error(tmp_path):
     with pytest.raises(OSError, match="long"), making_folder(tmp_path / "a" / "b" / ("c" * 300)):
         pass
     with pytest.raises(ZeroDivisionError), making_folder(tmp_path / "a" / "b"):
@@ -56,7 +56,7 @@ def test_a_folder_that_nothing_came_into_goes_again(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes here")
-def test_a_writer_that_replaces_what_it_is_given_replaces_no_device(tmp_path):
+def test_a_writer_that_replaces_its_file_does_not_replace_a_device(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
@@ -69,12 +69,12 @@ def test_a_writer_that_replaces_what_it_is_given_replaces_no_device(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes here")
-def test_a_pipe_is_no_saved_model(tmp_path):
+def test_a_pipe_in_place_of_the_index_is_an_error(tmp_path):
     os.mkfifo(tmp_path / "model.json")
     with pytest.raises(StorageError, match="not a regular file"):
         tb.load(tmp_path)
 
 
-def test_a_name_that_no_file_can_have():
+def test_a_path_with_a_nul_character_is_an_error():
     with pytest.raises(StorageError, match="null"):
         tb.load("a\0b")

@@ -72,25 +72,25 @@ def test_without_a_vocabulary():
         ({"dtype": torch.int64}, "expected a dtype for parameters"),
     ],
 )
-def test_places_that_do_not_exist(arguments: dict[str, Any], fragment: str):
+def test_invalid_devices_and_dtypes(arguments: dict[str, Any], fragment: str):
     with pytest.raises(ValueError, match=fragment):
         build(SMALL, **arguments)
 
 
-def test_a_model_too_large_for_memory_is_refused_before_it_is_made():
+def test_a_model_larger_than_memory_is_an_error():
     text = HEAD.replace("dim: 64", "dim: 131072") + "layers: {a: [attention, ffn]}\nstack: [{repeat: 50, of: [a]}]\n"
     with pytest.raises(RecipeError, match=r"GiB for its parameters and .* this machine has"):
         build(text)
 
 
-def test_a_state_too_large_for_memory_is_refused_before_it_is_made():
+def test_a_state_larger_than_memory_is_an_error():
     text = HEAD + f"layers: {{a: [{{type: attention, window: {2**24}}}]}}\nstack: [{{repeat: 500, of: [a]}}]\n"
     with pytest.raises(RecipeError, match=r"and [\d,]{4,}\.0 GiB for the state of one row; this machine has"):
         build(text)
 
 
 @pytest.mark.parametrize("name", ["mac", "mag", "mal", "lmm", "transformer", "two-memories"])
-def test_the_state_s_size_is_known_without_making_it(name: str):
+def test_state_bytes_on_the_meta_device(name: str):
     recipe = load_recipe(name)
     model, made = build(recipe, device="meta"), build(recipe)
     assert state_bytes(model, recipe) == made.state_bytes()
@@ -98,7 +98,7 @@ def test_the_state_s_size_is_known_without_making_it(name: str):
     assert there == [(path, tensor.shape, tensor.dtype) for path, tensor in named_tensors(made.init_state(2))]
 
 
-def test_a_block_that_cannot_make_its_state_on_the_meta_device_has_no_known_size():
+def test_state_bytes_of_a_block_without_support_for_the_meta_device():
     class Looks(Block):
         def __init__(self, dim: int) -> None:
             super().__init__(dim)
@@ -133,6 +133,6 @@ def test_shapes_that_overflow():
 
 
 @pytest.mark.parametrize("seed", ["a", 1.5, True, 2**64])
-def test_a_seed_that_is_none(seed: object):
+def test_an_invalid_seed(seed: object):
     with pytest.raises(ValueError, match="seed: expected an integer of 64 bits, got"):
         build(SMALL, seed=seed)  # type: ignore[arg-type]

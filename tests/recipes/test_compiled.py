@@ -1,4 +1,4 @@
-"""``torch.compile`` of whole models, in one graph: every packaged recipe gives what it gives otherwise."""
+"""``torch.compile`` of models in one graph: every packaged recipe gives the results of eager mode."""
 
 import pytest
 import torch
@@ -67,7 +67,7 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("name", EVERYDAY)
-def test_a_training_step_and_no_second_compilation(name):
+def test_a_training_step_compiles_once(name):
     module = model(name)
     run = compiled(module)
     for _ in range(2):
@@ -80,8 +80,8 @@ def test_a_training_step_and_no_second_compilation(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", base_names())
-def test_in_pytorch_alone(name, monkeypatch):
-    """Where there is no C compiler for the kernels."""
+def test_with_the_pytorch_backends(name, monkeypatch):
+    """As on a machine without a C compiler."""
     monkeypatch.setenv(VARIABLE, PYTORCH)
     module = model(name)
     given, targets = tokens(), tokens()
@@ -92,10 +92,10 @@ def test_in_pytorch_alone(name, monkeypatch):
 @pytest.mark.parametrize("dynamic", [True, None])
 @pytest.mark.parametrize("by", ["auto", "PyTorch"])
 @pytest.mark.parametrize("name", base_names())
-def test_a_length_that_is_a_symbol(name, by, dynamic, monkeypatch):
-    """From the first call on, or from the second one that differs: no length compiles a model once more.
+def test_dynamic_lengths(name, by, dynamic, monkeypatch):
+    """A model is compiled once, or twice if the second length makes it dynamic.
 
-    All these lengths are of as many segments of ``mac``, each of which is there in its graph.
+    All lengths have the same number of segments, since the graph of ``mac`` contains each segment.
     """
     monkeypatch.setenv(VARIABLE, PYTORCH if by == "PyTorch" else "")
     module = model(name)
@@ -132,8 +132,8 @@ def test_another_length(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("mask", [False, True])
 @pytest.mark.parametrize("name", base_names())
-def test_reading_on_from_a_state(name, mask):
-    """Rows that stand at different places, pieces of one token and of many, and padding."""
+def test_continuing_from_a_state(name, mask):
+    """Rows at different positions, pieces of one and of many tokens, and padding."""
     module, run = model(name), None
     state = other = None
     run = compiled(lambda *given, **named: module(*given, **named))
@@ -150,7 +150,7 @@ def test_reading_on_from_a_state(name, mask):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", base_names())
-def test_by_the_default_compiler(name):
+def test_the_inductor_backend(name):
     module = model(name)
     given, targets = tokens(), tokens()
     same(step(compiled(module, "inductor"), module, given, targets), step(module, module, given, targets))

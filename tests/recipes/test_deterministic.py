@@ -1,4 +1,4 @@
-"""``torch.use_deterministic_algorithms(True)``: every path runs, and twice gives the same bits."""
+"""``torch.use_deterministic_algorithms(True)``: all operations support it, and two runs are bit-identical."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 
 @pytest.fixture
 def deterministic(monkeypatch):
-    """What is not written to holds NaN there, so that nobody can read it unseen. On more than one thread."""
+    """Deterministic mode, in which ``torch.empty`` is filled with NaN, on several threads."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     threads = torch.get_num_threads()
     torch.set_num_threads(3)

@@ -66,7 +66,7 @@ def schema() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", packaged_names())
-def test_packaged_recipes_fit(name: str, schema: dict[str, Any]):
+def test_packaged_recipes_match_the_schema(name: str, schema: dict[str, Any]):
     assert fits(load_recipe(name).to_dict(), schema, schema)
 
 
@@ -98,7 +98,7 @@ def test_every_block_is_defined_and_every_reference_resolves(schema: dict[str, A
         (lambda r: r.update(stack=[{"repeat": 2}]), False),
     ],
 )
-def test_what_editors_will_underline(change: Any, good: bool, schema: dict[str, Any]):
+def test_invalid_recipes_do_not_match_the_schema(change: Any, good: bool, schema: dict[str, Any]):
     data = load_recipe("mac").to_dict()
     change(data)
     assert fits(data, schema, schema) is good

@@ -43,7 +43,7 @@ from titans_build.registry import RecipeError
         ("{a: b}", {"a": "b"}),
     ],
 )
-def test_scalars_mean_what_yaml_1_2_says(text: str, value: Any):
+def test_scalars_of_yaml_1_2(text: str, value: Any):
     read = read_value(text)
     assert read == value and type(read) is type(value)
 
@@ -76,7 +76,7 @@ def test_scalars_mean_what_yaml_1_2_says(text: str, value: Any):
         {"unicode": "Größe \u2028 \U0001f600", "lines": "a\nb\n", "spaces": "  a  ", "colon": "a: b # c"},
     ],
 )
-def test_what_is_written_reads_back(data: Any):
+def test_written_yaml_reads_back(data: Any):
     assert read_text(write_yaml(data)) == data
     assert yaml.safe_load(write_yaml(data)) == data
 
@@ -91,7 +91,7 @@ def test_json_with_tabs_and_escapes():
     assert read_text('{\n\t"a": "\\u00e9\\/"\n}') == {"a": "é/"}
 
 
-def test_a_byte_order_mark_is_no_matter(tmp_path: Path):
+def test_a_byte_order_mark_is_ignored(tmp_path: Path):
     (tmp_path / "bom.yaml").write_bytes(b"\xef\xbb\xbfa: 1\n")
     assert read_file(tmp_path / "bom.yaml") == {"a": 1}
 

@@ -39,7 +39,7 @@ def with_stack(stack: str) -> str:
     return f"{HEAD}layers:\n  plain: [attention, ffn]\n  mac: [memory]\nstack: {stack}\n"
 
 
-def test_what_is_left_out_is_filled_in():
+def test_defaults_are_filled_in():
     recipe = load_recipe(PLAIN)
     assert (recipe.version, recipe.dim, recipe.vocab, recipe.tie, recipe.name) == (1, 64, 256, False, None)
     attention, ffn = recipe.layers["plain"]
@@ -47,14 +47,14 @@ def test_what_is_left_out_is_filled_in():
     assert ffn["type"] == "ffn"
 
 
-def test_the_stack_is_written_out():
+def test_repeats_are_expanded():
     recipe = load_recipe(NESTED)
     assert recipe.expand() == ["mal", "mac", "mac", "mac"] * 2 + ["mal"]
     assert recipe.depth == 9
 
 
 @pytest.mark.parametrize("source", [PLAIN, NESTED, *packaged_names()], ids=lambda s: s if len(s) < 40 else None)
-def test_a_recipe_survives_yaml_and_json(source: str):
+def test_round_trip_through_yaml_and_json(source: str):
     recipe = load_recipe(source)
     assert load_recipe(recipe.to_yaml()) == recipe
     assert load_recipe(recipe.to_json()) == recipe
@@ -64,7 +64,7 @@ def test_a_recipe_survives_yaml_and_json(source: str):
     assert json.loads(recipe.to_json()) == yaml.safe_load(recipe.to_yaml()) == recipe.to_dict()
 
 
-def test_a_field_that_is_new_changes_no_fingerprint():
+def test_a_new_field_does_not_change_fingerprints():
     with scratch():
 
         class Before(tb.Block):
@@ -93,7 +93,7 @@ def test_a_field_that_is_new_changes_no_fingerprint():
         assert fingerprint(After, deeper) != fingerprint(After, inside)
 
 
-def test_the_fingerprint_is_the_models_and_not_the_names():
+def test_fingerprints_do_not_depend_on_names():
     recipe = load_recipe(NESTED)
     assert load_recipe(NESTED + "name: other\n").fingerprint == recipe.fingerprint
     unrolled = load_recipe(NESTED, {"stack": recipe.expand()})
@@ -119,7 +119,7 @@ def test_wrong_recipes_are_refused(wrong_recipe: tuple[str, Any, str], tmp_path:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux alone")
-def test_wrong_recipes_cost_little_memory(tmp_path: Path, wrong_recipes: list[Any]):
+def test_wrong_recipes_need_little_memory(tmp_path: Path, wrong_recipes: list[Any]):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _, text, _ in wrong_recipes:
         path = tmp_path / "wrong.yaml"
@@ -167,25 +167,25 @@ extra: 1
         (with_stack("[mca, plain]"), ["stack.0", "layers.mac"]),
     ],
 )
-def test_what_could_not_be_read_makes_no_second_problem(text: str, paths: list[str]):
+def test_an_invalid_part_is_reported_once(text: str, paths: list[str]):
     with pytest.raises(RecipeError) as caught:
         load_recipe(text)
     assert [problem.path for problem in caught.value.problems] == paths
 
 
-def test_a_list_keeps_its_paths():
+def test_paths_inside_a_list_of_blocks():
     with pytest.raises(RecipeError) as caught:
         load_recipe(with_layer("[{type: persistent, of: [memory, {type: attention, windw: 8}]}]"))
     assert [problem.path for problem in caught.value.problems] == ["layers.mac.0.of.1.windw"]
 
 
 @pytest.mark.parametrize("data", [None, 3, [], "x", {}, {"version": 1}])
-def test_data_that_is_no_recipe(data: Any):
+def test_invalid_data(data: Any):
     with pytest.raises(RecipeError):
         check_recipe(data)
 
 
-def test_only_plain_data_makes_a_recipe():
+def test_data_that_is_not_plain():
     data = load_recipe(PLAIN).to_dict()
     data["layers"]["plain"][0] = object()
     data["dim"] = 2**70
@@ -200,7 +200,7 @@ def test_only_plain_data_makes_a_recipe():
         load_recipe(loop)
 
 
-def test_what_is_given_is_not_modified():
+def test_arguments_are_not_modified():
     data = {"version": 1, "dim": 64, "layers": {"a": ["memory", "ffn"]}, "stack": ["a"]}
     before = json.dumps(data)
     recipe = load_recipe(data, {"layers.a.0.depth": 3, "stack.0": "a"})
@@ -242,7 +242,7 @@ class Mine(Block):
             load_recipe(text, allow_imports=True)
 
 
-def test_recipes_are_values():
+def test_recipes_are_immutable_and_comparable():
     assert isinstance(load_recipe(PLAIN), Recipe)
     assert load_recipe(PLAIN) == load_recipe(PLAIN)
     with pytest.raises(AttributeError):
@@ -275,7 +275,7 @@ def places(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("odd", ODD, ids=lambda odd: type(odd).__name__)
-def test_an_odd_value_anywhere_is_refused_or_survives_writing(odd: Any):
+def test_any_value_at_any_place_is_an_error_or_round_trips(odd: Any):
     text = load_recipe("mag").to_json()
     for path in places(json.loads(text)):
         data = holder = json.loads(text)

@@ -1,4 +1,4 @@
-"""Models in folders: what is saved is what loads."""
+"""Saving and loading of models."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def nothing_registered_stays() -> Iterator[None]:
 
 class TestModels:
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
-    def test_what_is_saved_is_what_loads(self, tmp_path: Path, dtype: str, tiny: str, same: Any, values: Any):
+    def test_parameters_are_bit_identical_after_loading(
+        self, tmp_path: Path, dtype: str, tiny: str, same: Any, values: Any
+    ):
         model = build(tiny, dtype=dtype, seed=3)
         save(model, tmp_path / "a" / "b")
         loaded = load(tmp_path / "a" / "b")
@@ -37,7 +39,7 @@ class TestModels:
         tokens = torch.arange(14).view(2, 7)
         assert torch.equal(loaded(tokens).logits, model(tokens).logits)
 
-    def test_dtype_and_device_of_choice(self, tmp_path: Path, model: LanguageModel, same: Any, values: Any):
+    def test_loading_with_a_dtype_and_device(self, tmp_path: Path, model: LanguageModel, same: Any, values: Any):
         save(model, tmp_path)
         half = load(tmp_path, dtype=torch.bfloat16)
         assert same(values(half), {name: tensor.bfloat16() for name, tensor in values(model).items()})
@@ -46,7 +48,7 @@ class TestModels:
         with pytest.raises(ValueError, match="unknown device 'gpu'"):
             load(tmp_path, device="gpu")
 
-    def test_a_tied_head_stays_tied(self, tmp_path: Path, tiny: str, same: Any, values: Any):
+    def test_a_tied_head_is_tied_after_loading(self, tmp_path: Path, tiny: str, same: Any, values: Any):
         model = build(tiny + "tie: true\n")
         save(model, tmp_path)
         loaded = load(tmp_path)
@@ -60,12 +62,12 @@ class TestModels:
         assert loaded == recipe and loaded.dim == 8
         assert loaded.overrides == {"layers.mag.0.of.branches.1.depth": 1, "dim": 8}
 
-    def test_a_folder_s_recipe_keeps_what_was_changed(self, tmp_path: Path, tiny: str):
+    def test_the_recipe_of_a_folder_has_its_overrides(self, tmp_path: Path, tiny: str):
         save(build(load_recipe(tiny, {"dim": 8})), tmp_path)
         assert load_recipe(tmp_path).overrides == {"dim": 8}
         assert load_recipe(tmp_path, {"layers.mag.0.tokens": 3}).overrides == {"dim": 8, "layers.mag.0.tokens": 3}
 
-    def test_overrides_that_the_weights_fit(self, tmp_path: Path, tiny: str, same: Any, values: Any):
+    def test_loading_with_overrides(self, tmp_path: Path, tiny: str, same: Any, values: Any):
         save(build(load_recipe(tiny, {"dim": 8}), seed=3), tmp_path)
         changes = {"layers.mag.0.of.branches.1.chunk": 8, "layers.mag.0.of.branches.0.window": 6}
         loaded = load(tmp_path, overrides=changes)
@@ -93,7 +95,7 @@ class TestModels:
             ({"vocab": "many"}, "vocab: expected an integer"),
         ],
     )
-    def test_overrides_that_are_refused(
+    def test_loading_with_invalid_overrides(
         self, tmp_path: Path, model: LanguageModel, changes: dict[str, Any], fragment: str
     ):
         save(model, tmp_path)
@@ -102,7 +104,7 @@ class TestModels:
         assert fragment in str(caught.value), str(caught.value)
         assert "1 problem\n" in str(caught.value)
 
-    def test_weights_are_written_from_where_they_are(
+    def test_contiguous_weights_are_saved_without_a_copy(
         self, tmp_path: Path, model: LanguageModel, monkeypatch: pytest.MonkeyPatch, same: Any, values: Any
     ):
         written: dict[str, Tensor] = {}
@@ -119,13 +121,13 @@ class TestModels:
         assert copied == ["embedding"]
         assert same(values(load(tmp_path)), values(model))
 
-    def test_a_folder_is_a_recipe_too(self, tmp_path: Path, model: LanguageModel):
+    def test_a_folder_as_the_source_of_a_recipe(self, tmp_path: Path, model: LanguageModel):
         save(model, tmp_path)
         assert load_recipe(tmp_path) == load_recipe(str(tmp_path)) == model.recipe
         with pytest.raises(RecipeError, match=r"there is no model\.json"):
             load_recipe(tmp_path.parent)
 
-    def test_saving_again_replaces(self, tmp_path: Path, model: LanguageModel, other: str, weights_of: Any):
+    def test_saving_again_replaces_the_model(self, tmp_path: Path, model: LanguageModel, other: str, weights_of: Any):
         save(model, tmp_path)
         (tmp_path / "notes.txt").write_text("mine")
         save(build(other, seed=4), tmp_path)
@@ -136,7 +138,7 @@ class TestModels:
             weights_of(tmp_path).name,
         ]
 
-    def test_leftovers_of_killed_saves_are_removed_when_old(
+    def test_stale_files_of_killed_saves_are_removed(
         self, tmp_path: Path, model: LanguageModel, same: Any, values: Any
     ):
         save(model, tmp_path)
@@ -169,7 +171,7 @@ class TestModels:
         with pytest.raises(StorageError, match=r"unknown block 'my_own'(.|\n)*import their module first"):
             load(tmp_path / "model")
 
-    def test_a_recipe_that_asks_for_imports_runs_nothing(self, tmp_path: Path, model: LanguageModel, edit_index: Any):
+    def test_imports_of_a_saved_recipe_are_not_run(self, tmp_path: Path, model: LanguageModel, edit_index: Any):
         save(model, tmp_path)
         edit_index(tmp_path, recipe={**model.recipe.to_dict(), "imports": ["antigravity"]})
         with pytest.raises(StorageError, match="asks to import antigravity"):
@@ -186,7 +188,7 @@ class TestModels:
             save(model, tmp_path)
         assert list(tmp_path.iterdir()) == []
 
-    def test_places_that_cannot_be_written(self, tmp_path: Path, model: LanguageModel):
+    def test_folders_that_cannot_be_written(self, tmp_path: Path, model: LanguageModel):
         (tmp_path / "file").write_text("")
         with pytest.raises(StorageError, match="cannot be written"):
             save(model, tmp_path / "file")

@@ -1,4 +1,4 @@
-"""Folders that hold no whole model: each is refused, and the message says what is wrong with which file."""
+"""Damaged models: each is an error that names the file and the problem."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ class TestDamagedModels:
         self.refused(saved, "expected a complete safetensors file")
 
     @pytest.mark.parametrize("content", [b"not safetensors at all", b"\xff" * 1000, b"PK\x03\x04" + b"\x00" * 500])
-    def test_foreign_weights(self, saved: Path, content: bytes, weights_of: Any):
+    def test_weights_that_are_no_safetensors_file(self, saved: Path, content: bytes, weights_of: Any):
         weights_of(saved).write_bytes(content)
         self.refused(saved, "expected a complete safetensors file")
 
     @pytest.mark.parametrize("place", [-1, -1000])
-    def test_numbers_that_changed(self, saved: Path, place: int, weights_of: Any):
+    def test_changed_bytes(self, saved: Path, place: int, weights_of: Any):
         content = bytearray(weights_of(saved).read_bytes())
         content[place] ^= 1
         weights_of(saved).write_bytes(content)
         self.refused(saved, "damaged: the tensors differ from those that were saved (checksum ")
 
-    def test_weights_of_another_program(self, saved: Path, weights_of: Any):
+    def test_weights_without_metadata(self, saved: Path, weights_of: Any):
         save_file({"a": torch.zeros(2)}, weights_of(saved))
         self.refused(saved, "expected a file of format 'titans-build model', got null")
 
@@ -61,7 +61,7 @@ class TestDamagedModels:
         weights_of(saved).write_bytes(weights_of(other).read_bytes())
         self.refused(saved, "these are the weights of another model")
 
-    def test_an_index_with_what_no_index_has(self, saved: Path, edit_index: Any):
+    def test_an_index_with_an_unknown_key(self, saved: Path, edit_index: Any):
         edit_index(saved, overides={"dim": 3})
         self.refused(saved, "model.json: 'overides': unknown key; did you mean 'overrides'?")
         with pytest.raises(RecipeError, match="unknown key; did you mean 'overrides'"):
@@ -75,14 +75,14 @@ class TestDamagedModels:
         rewrite(weights_of(saved), lambda tensors: None, version="2")
         self.refused(saved, "expected format version 1, got '2'; a file of a later version")
 
-    def test_tensors_that_do_not_fit(self, saved: Path, weights_of: Any, rewrite: Any):
+    def test_missing_and_unexpected_tensors(self, saved: Path, weights_of: Any, rewrite: Any):
         path = weights_of(saved)
         rewrite(path, lambda tensors: tensors.pop("norm.weight" if "norm.weight" in tensors else "norm.gain"))
         self.refused(saved, "is missing")
         rewrite(path, lambda tensors: tensors.update(extra=torch.zeros(1)))
         self.refused(saved, "extra is not part of the model")
 
-    def test_a_tensor_of_another_shape_or_kind(self, saved: Path, weights_of: Any, rewrite: Any):
+    def test_a_tensor_of_another_shape_or_dtype(self, saved: Path, weights_of: Any, rewrite: Any):
         path = weights_of(saved)
         original = path.read_bytes()
         rewrite(path, lambda tensors: tensors.update(embedding=torch.zeros(33, 16)))
@@ -130,7 +130,7 @@ class TestDamagedModels:
         edit_index(saved, recipe=load_recipe(other).to_dict())
         self.refused(saved, "these are the weights of another model")
 
-    def test_no_model_there(self, saved: Path, weights_of: Any):
+    def test_folders_without_a_model(self, saved: Path, weights_of: Any):
         self.refused(saved / "nowhere", "no such folder; expected a saved model")
         self.refused(weights_of(saved), "not a folder; expected a saved model")
         (saved / "empty").mkdir()

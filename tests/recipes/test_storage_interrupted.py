@@ -1,4 +1,4 @@
-"""Saves that are killed, that fail, or that go on while someone reads: there is always one whole model."""
+"""Saves that are killed, that fail, or that run during a load: there is a complete model at any time."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from titans_build.recipes import StorageError, build, load, save, storage
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_kill_at_any_moment_leaves_a_whole_model(tmp_path: Path, tiny: str, other: str, same: Any, values: Any):
-    """A process that dies at the k-th step of a save, for every k, leaves the old model or the new one."""
+def test_a_save_killed_at_any_time_leaves_a_complete_model(
+    tmp_path: Path, tiny: str, other: str, same: Any, values: Any
+):
+    """For every k, a process that is killed at the k-th step of a save leaves the old model or the new one."""
     old, new = build(tiny, seed=0), build(other, seed=1)
     outcomes = []
     for step in range(100):
@@ -41,7 +43,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_model(tmp_path: Path, tiny: str, ot
 
 
 def _die_at(step: int) -> None:
-    """End this process, without any clean-up, at the ``step``-th call that touches the disk."""
+    """Exit without clean-up at the ``step``-th call that accesses the disk."""
     remaining = step
 
     def mortal(function: Any) -> Any:
@@ -62,7 +64,7 @@ def _die_at(step: int) -> None:
 
 
 @pytest.mark.parametrize("failing", ["save_file", "os.fsync", "os.replace"])
-def test_a_save_that_fails_leaves_the_old_model_and_nothing_else(
+def test_a_failed_save_leaves_the_old_model_only(
     tmp_path: Path, model: LanguageModel, monkeypatch: pytest.MonkeyPatch, failing: str, other: str
 ):
     save(model, tmp_path)
@@ -78,8 +80,8 @@ def test_a_save_that_fails_leaves_the_old_model_and_nothing_else(
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_reader_beside_a_writer(tmp_path: Path, tiny: str, same: Any, values: Any):
-    """A load while saves go on finds one of the saved models."""
+def test_loading_during_saves(tmp_path: Path, tiny: str, same: Any, values: Any):
+    """A load during saves returns one of the saved models."""
     models = [build(tiny, seed=seed) for seed in range(2)]
     save(models[0], tmp_path)
     stop = threading.Event()

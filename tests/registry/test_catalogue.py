@@ -41,7 +41,7 @@ def test_registering():
     assert isinstance(create("a_thing", dim=4), Thing)
 
 
-def test_a_taken_name_names_both_places():
+def test_a_duplicate_name_is_an_error_with_both_places():
     register("a_thing")(Thing)
 
     class Other(Thing):
@@ -59,24 +59,24 @@ def test_a_taken_name_names_both_places():
 
 
 @pytest.mark.parametrize("name", ["", "1st", "a b", "a.b", "a/b", "ä", "x" * 101, 3, None])
-def test_names_that_cannot_be(name: Any):
+def test_invalid_names(name: Any):
     with pytest.raises(ValueError, match="a name starts with a letter"):
         register(name)
 
 
-def test_what_is_no_block():
+def test_invalid_classes():
     with pytest.raises(TypeError, match="has no forward and no init_state"):
         register("number")(int)
     with pytest.raises(TypeError, match="is no block"):
         register("function")(lambda dim: None)  # type: ignore[arg-type,type-var]
 
 
-def test_unknown_names_get_the_nearest():
+def test_unknown_names_suggest_the_nearest():
     with pytest.raises(RecipeError, match="unknown block 'memroy'; did you mean 'memory'"):
         lookup("memroy")
 
 
-def test_listing_is_naturally_sorted_and_matched():
+def test_lists_are_naturally_sorted_and_filtered():
     for name in ("zz10", "zz9", "zz1"):
         register(name)(Thing)
     assert list_blocks("zz*") == ["zz1", "zz9", "zz10"]
@@ -86,7 +86,7 @@ def test_listing_is_naturally_sorted_and_matched():
     assert list_blocks("*mem*") == ["memory"] == titans_build.list_blocks("*mem*")
 
 
-def test_scratch_forgets():
+def test_scratch_restores_the_catalogue():
     with scratch():
         register("for_now")(Thing)
         assert "for_now" in list_blocks()
@@ -125,7 +125,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
         sys.modules.pop(name, None)
 
 
-def test_an_installed_block_is_imported_when_it_is_used(install: Install):
+def test_installed_blocks_are_imported_at_first_use(install: Install):
     install("plug_one", SOURCE + "register('plugged')(Base)\n", {"plugged": "plug_one:Base"})
     assert "plugged" in list_blocks()
     assert "plug_one" not in sys.modules
@@ -158,7 +158,7 @@ def test_an_entry_point_may_name_a_module_or_a_class_without_decorator(install: 
         ("import sys; sys.exit('not for this machine')", "plug_bad", "SystemExit: not for this machine"),
     ],
 )
-def test_a_broken_one_is_one_clear_error(install: Install, source: str, target: str, reason: str):
+def test_a_broken_entry_point_is_an_error(install: Install, source: str, target: str, reason: str):
     install("plug_bad", source, {"broken": target})
     memory = lookup("memory").cls
     for _ in range(2):  # and the same one when asked again
@@ -175,7 +175,7 @@ def test_a_broken_one_is_one_clear_error(install: Install, source: str, target: 
     assert "extra" not in list_blocks()
 
 
-def test_a_built_in_is_never_shadowed(install: Install):
+def test_built_in_blocks_are_not_replaced_by_packages(install: Install):
     install("plug_shadow", SOURCE, {"memory": "plug_shadow:Base"})
     assert lookup("memory").source == "titans_build"
     assert "plug_shadow" not in sys.modules
@@ -194,7 +194,7 @@ def test_two_packages_with_one_name(install: Install):
 
 
 @pytest.mark.parametrize("first", ["greedy", "hers"])
-def test_a_package_may_not_take_anothers_name(install: Install, first: str):
+def test_a_package_registers_its_own_names_only(install: Install, first: str):
     install("plug_greedy", SOURCE + "register('greedy')(Base)\nregister('hers')(Base)\n", {"greedy": "plug_greedy"})
     install("plug_hers", SOURCE, {"hers": "plug_hers:Base"})
     for name in (first, "hers"):
@@ -208,6 +208,6 @@ def test_a_package_may_not_take_anothers_name(install: Install, first: str):
         lookup("greedy")
 
 
-def test_a_pattern_is_text():
+def test_a_pattern_must_be_text():
     with pytest.raises(TypeError, match=r"pattern: expected text with wildcards .*, got 5"):
         list_blocks(5)  # type: ignore[arg-type]

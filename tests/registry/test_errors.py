@@ -7,14 +7,14 @@ import pytest
 from titans_build.registry import Problem, RecipeError, join, nearest, show
 
 
-def test_the_message_is_for_the_user():
+def test_messages():
     error = RecipeError([Problem("layers.a.0", "wrong"), Problem("", "also wrong")], "a.yaml")
     assert str(error) == "a.yaml: 2 problems\n  layers.a.0: wrong\n  also wrong"
     assert str(RecipeError([Problem("dim", "wrong")])) == "recipe: 1 problem\n  dim: wrong"
     assert isinstance(error, ValueError)
 
 
-def test_many_problems_are_cut_short_in_print_only():
+def test_many_problems_are_shortened_in_the_message_only():
     error = RecipeError(Problem(str(i), "x") for i in range(50))
     assert len(error.problems) == 50
     assert str(error).endswith("\n  ... and 30 more") and str(error).count("\n") == 21
@@ -37,7 +37,7 @@ def test_values_in_messages(value: Any, text: str):
 
 
 @pytest.mark.parametrize("value", ["x" * 10**6, ["y" * 10**6] * 9, {"z" * 10**6: ["z" * 10**6]}, list(range(10**6))])
-def test_values_in_messages_are_short(value: Any):
+def test_values_in_messages_are_shortened(value: Any):
     assert len(show(value)) <= 60
 
 

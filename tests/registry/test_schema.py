@@ -45,7 +45,7 @@ class Colour(enum.Enum):
         (Annotated[list[Spec], Field(min_length=1)], "list of block (at least 1)"),
     ],
 )
-def test_types_in_words(annotation: Any, text: str):
+def test_descriptions_of_types(annotation: Any, text: str):
     assert describe_type(annotation) == text
 
 
@@ -83,14 +83,14 @@ def bad_signatures() -> list[tuple[Any, str]]:
 
 
 @pytest.mark.parametrize(("cls", "fragment"), bad_signatures())
-def test_signatures_that_are_no_schema(cls: Any, fragment: str):
+def test_invalid_signatures(cls: Any, fragment: str):
     with pytest.raises(TypeError, match=fragment):
         fields_of(cls)
     with scratch(), pytest.raises(TypeError, match=fragment):
         register("bad_one")(cls)
 
 
-def test_a_value_goes_to_plain_data_and_back():
+def test_conversion_to_plain_data_and_back():
     class Rich(Thing):
         def __init__(
             self,
@@ -141,7 +141,7 @@ def test_describe():
 
 
 @pytest.mark.parametrize("name", list_blocks())
-def test_every_block_says_what_it_and_its_fields_are(name: str):
+def test_all_blocks_and_fields_have_descriptions(name: str):
     description = describe(name)
     assert description.summary.endswith(".") or description.summary.endswith(":")
     assert all(field.description for field in description.fields), [

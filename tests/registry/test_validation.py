@@ -119,13 +119,13 @@ def test_a_list_is_a_chain():
     assert validate(checked) == checked
 
 
-def test_what_is_given_is_not_modified():
+def test_arguments_are_not_modified():
     node = {"type": "reader", "memory": "store", "body": ["store"]}
     validate(node)
     assert node == {"type": "reader", "memory": "store", "body": ["store"]}
 
 
-def test_create_hands_over_python_values():
+def test_create_passes_python_values():
     block = create({"type": "reader", "memory": {"type": "store", "rate": 1, "pair": [3, 4]}}, dim=8)
     assert block.memory.pair == (3, 4)
     assert block.memory.rate == 1.0 and isinstance(block.memory.rate, float)
@@ -190,7 +190,7 @@ def test_all_problems_at_once_with_paths_and_nearest_names():
         ("kind", {"type": "store"}),
     ],
 )
-def test_values_are_taken_strictly(field: str, value: Any):
+def test_values_are_not_converted(field: str, value: Any):
     found = problems({"type": "store", field: value})
     assert all(path.split(".")[0] == field for path in found), found
     assert all("got" in message and len(message) < 300 for message in found.values())
@@ -223,12 +223,12 @@ def test_malformed_nodes(node: Any, fragment: str):
     assert "\x1b" not in messages
 
 
-def test_cross_field_checks_wait_for_sound_fields():
+def test_cross_field_checks_run_on_valid_fields_only():
     assert list(problems({"type": "heads", "heads": "x"})) == ["heads"]
     assert validate({"type": "heads", "heads": 3})["heads"] == 3  # width not known
 
 
-def test_nesting_and_number_are_bounded():
+def test_limits_of_nesting_and_number():
     deep: Any = "store"
     for _ in range(40):
         deep = {"type": "chain", "of": [deep]}
@@ -236,7 +236,7 @@ def test_nesting_and_number_are_bounded():
     assert any("more than 2000 blocks" in message for message in problems(["store"] * 20_000).values())
 
 
-def test_a_constructor_that_objects_is_a_recipe_error():
+def test_an_error_of_a_constructor_is_a_recipe_error():
     with scratch():
 
         @register("moody")
@@ -268,7 +268,7 @@ class Wrapper(Thing):
     def write(self, x: Any, state: Any, mask: Any = None) -> Any: ...
 
 
-def test_a_wrapper_can_what_is_needed_of_it_when_all_it_wraps_can():
+def test_a_wrapper_has_the_methods_of_the_blocks_inside():
     register("wrapper")(Wrapper)
 
     def reader(*of: Any) -> Any:
@@ -292,7 +292,7 @@ class Settings:
     ) -> None: ...
 
 
-def test_settings_of_what_is_no_block():
+def test_settings_of_other_classes():
     fields = fields_of(Settings, None)
     given = {"size": 4, "shape": [5, 6]}
     assert check_settings("thing", fields, given) == {"size": 4, "shape": (5, 6), "name": "x"}
@@ -300,7 +300,7 @@ def test_settings_of_what_is_no_block():
     assert fields_of(object, None) == {}
 
 
-def test_all_that_is_wrong_with_settings():
+def test_all_problems_of_settings_at_once():
     with pytest.raises(RecipeError) as caught:
         check_settings("thing", fields_of(Settings, None), {"nam": 1, "shape": [5]}, "train.data")
     assert str(caught.value).splitlines() == [

@@ -1,4 +1,4 @@
-"""States in files: what is saved is what loads, and nothing else does."""
+"""Saving and loading of states."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ class TestStates:
 
     @pytest.mark.parametrize("recipe", ["tiny", "growing"])
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-    def test_bit_for_bit(self, tmp_path: Path, recipe: str, dtype: str, same: Any, request: Any):
+    def test_states_are_bit_identical_after_loading(
+        self, tmp_path: Path, recipe: str, dtype: str, same: Any, request: Any
+    ):
         model = build(request.getfixturevalue(recipe), dtype=dtype)
         tokens = torch.arange(20).view(2, 10)
         with torch.no_grad():
@@ -32,7 +34,7 @@ class TestStates:
             assert torch.equal(model(tokens[:, 7:], loaded).logits, model(tokens[:, 7:], state).logits)
 
     @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
-    def test_a_model_of_another_dtype_takes_it(
+    def test_loading_into_a_model_of_another_dtype(
         self, tmp_path: Path, model: LanguageModel, state: Any, dtype: str, tiny: str
     ):
         save_state(state, tmp_path / "s", model)
@@ -50,7 +52,7 @@ class TestStates:
         save_state(state, tmp_path / "s", model)
         assert same(self.tensors(load_state(tmp_path / "s", model)), self.tensors(state))
 
-    def test_a_model_of_the_same_recipe_takes_it(self, tmp_path: Path, model: LanguageModel, state: Any, same: Any):
+    def test_loading_into_a_loaded_model(self, tmp_path: Path, model: LanguageModel, state: Any, same: Any):
         save_state(state, tmp_path / "s", model)
         save(model, tmp_path / "model")
         assert same(self.tensors(load_state(tmp_path / "s", load(tmp_path / "model"))), self.tensors(state))
@@ -62,7 +64,7 @@ class TestStates:
         loaded = load_state(tmp_path / "s", model)
         assert loaded.layers == state.layers == ((None,),) and torch.equal(loaded.recipe, state.recipe)
 
-    def test_a_state_of_equal_shapes_from_another_recipe_is_not_saved_as_ones_own(
+    def test_saving_a_state_of_another_recipe_is_an_error(
         self, tmp_path: Path, model: LanguageModel, state: Any, tiny: str, other: str
     ):
         with pytest.raises(StorageError, match=r"it is of 'tiny' \(\w+\), the model of 'tiny' \(\w+\)"):
@@ -79,7 +81,7 @@ class TestStates:
             load_state(path, model)
         assert all(fragment in str(caught.value) for fragment in fragments), str(caught.value)
 
-    def test_numbers_that_changed(self, saved: Path, model: LanguageModel):
+    def test_changed_bytes(self, saved: Path, model: LanguageModel):
         content = bytearray(saved.read_bytes())
         content[-1] ^= 1
         saved.write_bytes(content)
@@ -95,7 +97,7 @@ class TestStates:
         saved.write_bytes(saved.read_bytes()[:keep])
         self.refused(saved, model, "expected a complete safetensors file")
 
-    def test_foreign(self, saved: Path, model: LanguageModel, tmp_path: Path, weights_of: Any):
+    def test_files_that_are_no_states(self, saved: Path, model: LanguageModel, tmp_path: Path, weights_of: Any):
         saved.write_bytes(b"text\n" * 100)
         self.refused(saved, model, "expected a complete safetensors file")
         save(model, tmp_path / "model")
@@ -115,7 +117,7 @@ class TestStates:
         rewrite(saved, lambda tensors: tensors.update({name: tensor[:1] for name, tensor in tensors.items()}))
         self.refused(saved, model, "expected 2 rows, got 1")
 
-    def test_shapes_names_and_kinds(self, saved: Path, model: LanguageModel, rewrite: Any):
+    def test_shapes_names_and_dtypes(self, saved: Path, model: LanguageModel, rewrite: Any):
         original = saved.read_bytes()
         rewrite(saved, lambda tensors: tensors.update({(name := max(tensors)): tensors[name][..., None]}))
         self.refused(saved, model, "is not a state of this model")
@@ -129,7 +131,7 @@ class TestStates:
         rewrite(saved, lambda tensors: tensors.update({(name := min(tensors)): tensors[name].to(torch.complex64)}))
         self.refused(saved, model, "complex64")
 
-    def test_saving_something_else(self, tmp_path: Path, model: LanguageModel, state: Any, growing: str):
+    def test_invalid_arguments_of_save_state(self, tmp_path: Path, model: LanguageModel, state: Any, growing: str):
         with pytest.raises(StorageError, match="is not a state of this model"):
             save_state(build(growing).init_state(2), tmp_path / "s", model)
         with pytest.raises(StorageError, match="without a recipe"):
@@ -138,7 +140,7 @@ class TestStates:
             save_state(state, tmp_path / "nowhere" / "s", model)
         assert list(tmp_path.iterdir()) == []
 
-    def test_replacing_leaves_nothing_behind(self, saved: Path, model: LanguageModel):
+    def test_saving_again_replaces_the_state(self, saved: Path, model: LanguageModel):
         save_state(model.init_state(1), saved, model)
         assert [path.name for path in saved.parent.iterdir()] == [saved.name]
         assert torch.equal(
