@@ -1,8 +1,8 @@
 /* Causal attention with a window and a prefix, forward and backward, for one row and key-value head at a time.
 
-   Scores never exist as a whole: a block of queries meets a tile of keys, and a running maximum and sum per query make
-   one softmax of all the tiles, the prefix's among them. Backward recomputes the scores from what forward leaves, the
-   logarithm of every query's sum. Tiles that no query of a block sees are skipped. */
+   Scores are computed for a block of queries and a tile of keys at a time, and a running maximum and sum per query make
+   one softmax over all tiles, the prefix's included. Backward recomputes the scores from the log-sum-exp of every query.
+   Tiles that no query of a block sees are skipped. */
 
 #include <stdlib.h>
 
@@ -16,17 +16,17 @@ typedef struct {
     int64_t batch, time, head;
 } sequence;
 
-/* Keys that are met together: those of the sequence, or the prefix. */
+/* A set of keys: those of the sequence, or the prefix. */
 typedef struct {
     sequence q, k, v, grad_q, grad_k, grad_v;
     int64_t count;
-    int64_t seen; /* all of them always, in place of what is before a query */
+    int64_t always; /* every query sees all of them */
 } keys;
 
 typedef struct {
     int64_t batch, time, heads, kv_heads, d, window, step; /* window 0: none; step: keys from a query to the next */
     keys sets[2];
-    int64_t *start; /* [batch]: the first key of each row that counts; null: all do */
+    int64_t *start; /* [batch]: the first visible key of each row; null: 0 */
     sequence y, grad_y;
     real *lse; /* [batch, heads, time]; null: there will be no backward */
     int64_t backward, threads;
@@ -36,7 +36,7 @@ typedef struct {
     real *k, *v;          /* [count, width] */
     real *kt, *vt;        /* transposed tile by tile: [tiles][width][KEYS] */
     real *grad_k, *grad_v;
-} held;
+} packed_keys;
 
 static size_t tiles_of(const keys *set) { return (size_t)(set->count + KEYS - 1) / KEYS; }
 
@@ -46,7 +46,7 @@ static real *take(real **next, size_t numbers) {
     return found;
 }
 
-static void hold(const attend *call, const keys *set, held *to, int backward, real **next) {
+static void allocate_keys(const attend *call, const keys *set, packed_keys *to, int backward, real **next) {
     size_t width = padded((int)call->d), numbers = tiles_of(set) * KEYS * width;
     to->k = backward ? take(next, numbers) : NULL;
     to->v = take(next, numbers);
@@ -82,7 +82,7 @@ static void store_rows(const sequence *x, int64_t row, int64_t head, int64_t fir
     }
 }
 
-static void load_keys(const attend *call, const keys *set, int64_t row, int64_t head, held *to, int backward,
+static void load_keys(const attend *call, const keys *set, int64_t row, int64_t head, packed_keys *to, int backward,
                       real *rows) {
     int d = (int)call->d, width = padded(d);
     for (size_t tile = 0; tile < tiles_of(set); tile++) {
@@ -100,23 +100,23 @@ static void load_keys(const attend *call, const keys *set, int64_t row, int64_t 
     }
 }
 
-/* The keys [from, to) that query i sees. */
+/* The keys [from, to) that a query sees. */
 typedef struct {
     int64_t from, to;
-} sight;
+} range;
 
-static sight sees(const attend *call, const keys *set, int64_t row, int64_t i) {
-    if (set->seen)
-        return (sight){0, set->count};
+static range visible(const attend *call, const keys *set, int64_t row, int64_t i) {
+    if (set->always)
+        return (range){0, set->count};
     int64_t place = set->count - 1 - (call->time - 1 - i) * call->step;
     int64_t from = call->window ? place - call->window + 1 : 0;
     int64_t start = call->start ? call->start[row] : 0;
     from = from > start ? from : start;
-    return (sight){from > 0 ? from : 0, place + 1};
+    return (range){from > 0 ? from : 0, place + 1};
 }
 
-/* Of a tile's KEYS, those that count for query i, as numbers of the tile. */
-static sight within(sight s, int64_t first) {
+/* The same within a tile that begins at key `first`. */
+static range in_tile(range s, int64_t first) {
     s.from = s.from > first ? s.from - first : 0;
     s.to = s.to - first < KEYS ? s.to - first : KEYS;
     return s;
@@ -129,30 +129,30 @@ static const real places[KEYS] = {
     122,     123,     124,     125,      126,      127,
 };
 
-INLINE ints counts(int j, sight s) {
+INLINE ints counts(int j, range s) {
     vec place = get(places + j);
     return (place >= (real)s.from) & (place < (real)s.to);
 }
 
 typedef struct {
-    held held[2];
-    real *q[2], *grad_q[2], *y, *grad_y, *scores, *felt, *rows;
+    packed_keys packed[2];
+    real *q[2], *grad_q[2], *y, *grad_y, *scores, *grad_scores, *rows;
     real *most, *total, *delta;
-} room;
+} workspace;
 
-static room rooms(const attend *call, real *scratch, int backward, size_t *numbers) {
+static workspace workspace_of(const attend *call, real *scratch, int backward, size_t *numbers) {
     size_t block = (size_t)QUERIES * padded((int)call->d), pairs = QUERIES * KEYS;
     real *start = scratch ? scratch : (real *)64, *next = start;
-    room r = {0};
+    workspace r = {0};
     for (int s = 0; s < 2; s++) {
-        hold(call, &call->sets[s], &r.held[s], backward, &next);
+        allocate_keys(call, &call->sets[s], &r.packed[s], backward, &next);
         r.q[s] = take(&next, block);
         r.grad_q[s] = backward ? take(&next, block) : NULL;
     }
     r.y = take(&next, block);
     r.grad_y = backward ? take(&next, block) : NULL;
     r.scores = take(&next, pairs);
-    r.felt = backward ? take(&next, pairs) : NULL;
+    r.grad_scores = backward ? take(&next, pairs) : NULL;
     r.rows = backward ? NULL : take(&next, (size_t)KEYS * padded((int)call->d));
     r.most = take(&next, QUERIES);
     r.total = take(&next, QUERIES);
@@ -162,7 +162,7 @@ static room rooms(const attend *call, real *scratch, int backward, size_t *numbe
     return r;
 }
 
-static void forward_block(const attend *call, room *r, int64_t row, int64_t head, int64_t first, int n) {
+static void forward_block(const attend *call, workspace *r, int64_t row, int64_t head, int64_t first, int n) {
     int d = (int)call->d, width = padded(d);
     real scale = (real)(1 / sqrt((double)d));
     for (int i = 0; i < n; i++) {
@@ -175,13 +175,13 @@ static void forward_block(const attend *call, room *r, int64_t row, int64_t head
         if (!set->count)
             continue;
         load_rows(&set->q, row, head, first, n, d, r->q[s], scale);
-        sight low = sees(call, set, row, first), high = sees(call, set, row, first + n - 1);
+        range low = visible(call, set, row, first), high = visible(call, set, row, first + n - 1);
         for (int64_t tile = low.from / KEYS; tile * KEYS < high.to; tile++) {
             size_t place = (size_t)tile * KEYS * width;
-            int reach = padded((int)within(high, tile * KEYS).to);
-            multiply(n, reach, d, r->q[s], width, r->held[s].kt + place, KEYS, r->scores, KEYS, SET);
+            int reach = padded((int)in_tile(high, tile * KEYS).to);
+            multiply(n, reach, d, r->q[s], width, r->packed[s].kt + place, KEYS, r->scores, KEYS, SET);
             for (int i = 0; i < n; i++) {
-                sight mine = within(sees(call, set, row, first + i), tile * KEYS);
+                range mine = in_tile(visible(call, set, row, first + i), tile * KEYS);
                 real *score = r->scores + i * KEYS, before = r->most[i], now;
                 vec top = all(before);
                 for (int j = 0; j < reach; j += WIDTH) {
@@ -209,7 +209,7 @@ static void forward_block(const attend *call, room *r, int64_t row, int64_t head
                         put(r->y + j, get(r->y + j) * left);
             }
             int count = least((int)(set->count - tile * KEYS), reach);
-            multiply(n, width, count, r->scores, KEYS, r->held[s].v + place, width, r->y, width, ADD);
+            multiply(n, width, count, r->scores, KEYS, r->packed[s].v + place, width, r->y, width, ADD);
         }
     }
     for (int i = 0; i < n; i++) {
@@ -223,7 +223,7 @@ static void forward_block(const attend *call, room *r, int64_t row, int64_t head
     store_rows(&call->y, row, head, first, n, d, r->y, 1);
 }
 
-static void backward_block(const attend *call, room *r, int64_t row, int64_t head, int64_t first, int n) {
+static void backward_block(const attend *call, workspace *r, int64_t row, int64_t head, int64_t first, int n) {
     int d = (int)call->d, width = padded(d);
     real scale = (real)(1 / sqrt((double)d));
     const real *lse = call->lse + (row * call->heads + head) * call->time + first;
@@ -241,27 +241,27 @@ static void backward_block(const attend *call, room *r, int64_t row, int64_t hea
             continue;
         load_rows(&set->q, row, head, first, n, d, r->q[s], scale);
         memset(r->grad_q[s], 0, (size_t)n * width * sizeof(real));
-        sight low = sees(call, set, row, first), high = sees(call, set, row, first + n - 1);
+        range low = visible(call, set, row, first), high = visible(call, set, row, first + n - 1);
         for (int64_t tile = low.from / KEYS; tile * KEYS < high.to; tile++) {
             size_t place = (size_t)tile * KEYS * width;
-            int reach = padded((int)within(high, tile * KEYS).to);
+            int reach = padded((int)in_tile(high, tile * KEYS).to);
             int count = least((int)(set->count - tile * KEYS), reach);
-            multiply(n, reach, d, r->q[s], width, r->held[s].kt + place, KEYS, r->scores, KEYS, SET);
-            multiply(n, reach, d, r->grad_y, width, r->held[s].vt + place, KEYS, r->felt, KEYS, SET);
+            multiply(n, reach, d, r->q[s], width, r->packed[s].kt + place, KEYS, r->scores, KEYS, SET);
+            multiply(n, reach, d, r->grad_y, width, r->packed[s].vt + place, KEYS, r->grad_scores, KEYS, SET);
             for (int i = 0; i < n; i++) {
-                sight mine = within(sees(call, set, row, first + i), tile * KEYS);
-                real *score = r->scores + i * KEYS, *felt = r->felt + i * KEYS;
+                range mine = in_tile(visible(call, set, row, first + i), tile * KEYS);
+                real *score = r->scores + i * KEYS, *grad_scores = r->grad_scores + i * KEYS;
                 for (int j = 0; j < reach; j += WIDTH) {
                     vec x = get(score + j) - lse[i]; /* above zero by rounding at most */
                     vec p = pick(counts(j, mine), exponential(pick(x > 0, (vec){}, x)), (vec){});
                     put(score + j, p);
-                    put(felt + j, pick(counts(j, mine), p * (get(felt + j) - r->delta[i]), (vec){}));
+                    put(grad_scores + j, pick(counts(j, mine), p * (get(grad_scores + j) - r->delta[i]), (vec){}));
                 }
             }
-            multiply_transposed(count, width, n, r->scores, KEYS, r->grad_y, width, r->held[s].grad_v + place, width,
+            multiply_transposed(count, width, n, r->scores, KEYS, r->grad_y, width, r->packed[s].grad_v + place, width,
                                 ADD);
-            multiply_transposed(count, width, n, r->felt, KEYS, r->q[s], width, r->held[s].grad_k + place, width, ADD);
-            multiply(n, width, count, r->felt, KEYS, r->held[s].k + place, width, r->grad_q[s], width, ADD);
+            multiply_transposed(count, width, n, r->grad_scores, KEYS, r->q[s], width, r->packed[s].grad_k + place, width, ADD);
+            multiply(n, width, count, r->grad_scores, KEYS, r->packed[s].k + place, width, r->grad_q[s], width, ADD);
         }
         store_rows(&set->grad_q, row, head, first, n, d, r->grad_q[s], scale);
     }
@@ -270,9 +270,9 @@ static void backward_block(const attend *call, room *r, int64_t row, int64_t hea
 static void run_task(const attend *call, int64_t task, real *scratch) {
     int64_t row = task / call->kv_heads, shared = task % call->kv_heads, group = call->heads / call->kv_heads;
     int backward = (int)call->backward;
-    room r = rooms(call, scratch, backward, NULL);
+    workspace r = workspace_of(call, scratch, backward, NULL);
     for (int s = 0; s < 2; s++)
-        load_keys(call, &call->sets[s], row, shared, &r.held[s], backward, r.rows);
+        load_keys(call, &call->sets[s], row, shared, &r.packed[s], backward, r.rows);
     for (int64_t head = shared * group; head < (shared + 1) * group; head++)
         for (int64_t first = 0; first < call->time; first += QUERIES) {
             int n = (int)(call->time - first < QUERIES ? call->time - first : QUERIES);
@@ -283,8 +283,8 @@ static void run_task(const attend *call, int64_t task, real *scratch) {
         }
     for (int s = 0; backward && s < 2; s++) {
         const keys *set = &call->sets[s];
-        store_rows(&set->grad_k, row, shared, 0, set->count, (int)call->d, r.held[s].grad_k, 1);
-        store_rows(&set->grad_v, row, shared, 0, set->count, (int)call->d, r.held[s].grad_v, 1);
+        store_rows(&set->grad_k, row, shared, 0, set->count, (int)call->d, r.packed[s].grad_k, 1);
+        store_rows(&set->grad_v, row, shared, 0, set->count, (int)call->d, r.packed[s].grad_v, 1);
     }
 }
 
@@ -292,7 +292,7 @@ static void run_task(const attend *call, int64_t task, real *scratch) {
 int attention_run(const attend *call) {
     size_t numbers;
     int failed = 0;
-    rooms(call, NULL, (int)call->backward, &numbers);
+    workspace_of(call, NULL, (int)call->backward, &numbers);
 #pragma omp parallel num_threads(call->threads) reduction(| : failed)
     {
         real *scratch = aligned_alloc(64, (numbers * sizeof(real) + 63) / 64 * 64);

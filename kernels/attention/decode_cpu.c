@@ -2,7 +2,7 @@
 
    A task is one key-value head of one batch row, with the query heads that share it. Its queries and keys are normalised
    and rotated, and each query meets, in one softmax, the persistent tokens (which have no position: the query before its
-   rotation), the cached tokens in its window, and the new ones up to itself. The cache moves on beside them. */
+   rotation), the cached tokens in its window, and the new ones up to itself. The next cache is written beside them. */
 
 #include "cpu_runtime/matvec.h"
 #include "cpu_runtime/thread_pool.h"
@@ -11,7 +11,7 @@
 
 struct call {
     int64_t batch, time, heads, kv_heads, dim;
-    int64_t step;                                 /* every step-th token asks: a divisor of time */
+    int64_t step;                                 /* every step-th token has a query: a divisor of time */
     const real *projected;                        /* [batch, time, heads + 2 kv_heads, dim] */
     const real *gain;                             /* [heads + kv_heads, dim]; null: no normalisation */
     real *y;                                      /* [batch, time / step, heads, dim] */
@@ -82,8 +82,8 @@ INLINE void softmax(int n, real *score) {
         put(score + i, get(score + i) * share);
 }
 
-/* The cached tokens move on in the cache, by as many slots as there are new tokens; slots that hold none are zero. */
-static void move_on(const struct call *c, int64_t row, const real *from, int64_t slot_step, real *to) {
+/* The cached tokens in the next cache, earlier by the number of new tokens; empty slots are zero. */
+static void shift_cache(const struct call *c, int64_t row, const real *from, int64_t slot_step, real *to) {
     int64_t step = c->kv_heads * c->dim, left = c->new_slots - c->time;
     if (left <= 0)
         return;
@@ -99,7 +99,7 @@ static void move_on(const struct call *c, int64_t row, const real *from, int64_t
             memcpy(to + slot * step, from + slot * slot_step, step * sizeof(real));
 }
 
-/* A new token's key or value, behind them. */
+/* A new token's key or value, after them. */
 INLINE void append(const struct call *c, int64_t row, int64_t head, int64_t t, const real *token, real *to) {
     int64_t slot = c->new_slots - c->time + t;
     if (slot >= 0)
@@ -125,7 +125,7 @@ static void attend(const struct call *c, int64_t row, int64_t head, real *scratc
     int first = (int)c->persistent;
     vec scale = all((real)(1 / sqrt((double)dim)));
     for (int i = 0; i < group * (time / (int)c->step); i++) {
-        int asking = i / group, t = (asking + 1) * (int)c->step - 1;
+        int index = i / group, t = (index + 1) * (int)c->step - 1;
         int64_t q_head = head * group + i % group;
         normalise(c, q_head, projected + (t * all_heads + q_head) * dim, plain);
         for (int j = 0; j < dim; j += WIDTH)
@@ -144,7 +144,7 @@ static void attend(const struct call *c, int64_t row, int64_t head, real *scratc
         apply_reversed(first, dim, first_values, c->persistent_token, score, out, 0);
         apply_reversed(old, dim, old_values + slot * c->values_slot, c->values_slot, score + first, out, 1);
         apply_reversed(fresh, dim, values + from * all_heads * dim, all_heads * dim, score + first + old, out, 1);
-        memcpy(c->y + ((row * (time / c->step) + asking) * c->heads + q_head) * dim, out, dim * sizeof(real));
+        memcpy(c->y + ((row * (time / c->step) + index) * c->heads + q_head) * dim, out, dim * sizeof(real));
     }
 }
 
@@ -154,20 +154,20 @@ struct job {
     size_t numbers; /* of one thread */
 };
 
-/* Rows and heads first, then what moves on in the caches: nothing of it reads what another writes. */
+/* Rows and heads first, then the caches of keys and values: no part reads what another writes. */
 static void run_part(const void *context, int64_t i, int worker) {
     const struct job *job = context;
     const struct call *c = job->call;
-    int64_t asking = c->batch * c->kv_heads;
-    if (i < asking) {
+    int64_t attending = c->batch * c->kv_heads;
+    if (i < attending) {
         attend(c, i / c->kv_heads, i % c->kv_heads, job->scratch + worker * job->numbers);
         return;
     }
-    int64_t row = (i - asking) / 2;
-    if ((i - asking) % 2)
-        move_on(c, row, c->values + row * c->values_batch, c->values_slot, c->new_values);
+    int64_t row = (i - attending) / 2;
+    if ((i - attending) % 2)
+        shift_cache(c, row, c->values + row * c->values_batch, c->values_slot, c->new_values);
     else
-        move_on(c, row, c->keys + row * c->keys_batch, c->keys_slot, c->new_keys);
+        shift_cache(c, row, c->keys + row * c->keys_batch, c->keys_slot, c->new_keys);
 }
 
 int cached_attention(const struct call *c) {

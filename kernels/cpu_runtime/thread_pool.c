@@ -1,4 +1,4 @@
-/* Threads that wait for work, and the one job at a time that they share: see pool.h. */
+/* Threads that wait for work, and the one job at a time that they share: see thread_pool.h. */
 
 #include "thread_pool.h"
 
@@ -40,7 +40,7 @@ static struct {
     .done = PTHREAD_COND_INITIALIZER,
 };
 
-static void rest(void) {
+static void pause_briefly(void) {
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_ia32_pause();
 #elif defined(__aarch64__)
@@ -82,7 +82,7 @@ static int has_place(uint64_t state, uint64_t last) { return (state & PLACES) &&
 /* The state with a place in it, in a job after the `last`. */
 static uint64_t wait_for_place(uint64_t last) {
     uint64_t state;
-    for (int i = 0; i < SPINS; i++, rest())
+    for (int i = 0; i < SPINS; i++, pause_briefly())
         if (has_place(state = atomic_load(&pool.state), last))
             return state;
     pthread_mutex_lock(&pool.mutex);
@@ -112,8 +112,8 @@ static void *work(void *unused) {
     return unused;
 }
 
-/* A forked child has this memory and none of the threads. */
-static void forget(void) {
+/* A forked child has this memory but no threads. */
+static void reset_in_child(void) {
     atomic_flag_clear(&pool.taken);
     pool.workers = 0;
     atomic_store(&pool.state, 0);
@@ -124,11 +124,11 @@ static void forget(void) {
     pthread_cond_init(&pool.done, NULL);
 }
 
-/* That many workers, or as many as the system grants. They leave signals to the threads that were there before. */
-static void employ(int64_t wanted) {
+/* Up to that many workers, as the system allows. Signals stay with the other threads. */
+static void add_workers(int64_t wanted) {
     static int registered;
     if (!registered)
-        registered = !pthread_atfork(NULL, NULL, forget);
+        registered = !pthread_atfork(NULL, NULL, reset_in_child);
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
@@ -157,10 +157,10 @@ static void open_job(int64_t places) {
     pthread_mutex_unlock(&pool.mutex);
 }
 
-/* Nobody enters any more; those who have are waited for. */
+/* Closes the job to further threads and waits for those inside. */
 static void close_job(void) {
     int entered = (int)(atomic_fetch_and(&pool.state, ~PLACES) & ENTERED);
-    for (int i = 0; i < SPINS; i++, rest())
+    for (int i = 0; i < SPINS; i++, pause_briefly())
         if (atomic_load(&pool.left) == entered)
             return;
     pthread_mutex_lock(&pool.mutex);
@@ -181,7 +181,7 @@ void share_out(int64_t threads, int64_t parts, part *part, const void *context) 
         return;
     }
     if (pool.workers < places)
-        employ(places);
+        add_workers(places);
     pool.part = part, pool.context = context, pool.parts = parts, pool.modes = modes();
     open_job(places);
     take_parts(0);

@@ -1,5 +1,5 @@
 /* A gated hidden layer for a few tokens, y = down (silu(gate x) * inner): feed-forward networks, where inner is `up x`,
-   and the end of a memory, where inner is what it answered, normalised. Each weight is read once for all tokens. */
+   and the output of a memory, where inner is its normalised answer. Each weight is read once for all tokens. */
 
 #include "cpu_runtime/activation.h"
 #include "cpu_runtime/matvec.h"
@@ -42,7 +42,7 @@ struct scratch {
     real *gate, *inner; /* [tokens, hidden] */
 };
 
-static void enter(const void *context, int64_t band, int worker) {
+static void gate_and_up(const void *context, int64_t band, int worker) {
     (void)worker;
     const struct scratch *s = context;
     const struct call *c = s->call;
@@ -55,7 +55,7 @@ static void enter(const void *context, int64_t band, int worker) {
         }
 }
 
-static void meet(const struct scratch *s, int64_t t) {
+static void multiply_gate(const struct scratch *s, int64_t t) {
     const struct call *c = s->call;
     real *to = s->inner + t * c->hidden;
     if (!c->up)
@@ -66,7 +66,7 @@ static void meet(const struct scratch *s, int64_t t) {
     }
 }
 
-static void leave(const void *context, int64_t band, int worker) {
+static void project_down(const void *context, int64_t band, int worker) {
     (void)worker;
     const struct scratch *s = context;
     const struct call *c = s->call;
@@ -85,10 +85,10 @@ int gated_projection(const struct call *c) {
     if (!scratch)
         return 1;
     struct scratch s = {c, scratch, scratch + c->tokens * c->hidden};
-    share_out(c->threads, bands_of(c->hidden), enter, &s);
+    share_out(c->threads, bands_of(c->hidden), gate_and_up, &s);
     for (int64_t t = 0; t < c->tokens; t++)
-        meet(&s, t);
-    share_out(c->threads, bands_of(c->out), leave, &s);
+        multiply_gate(&s, t);
+    share_out(c->threads, bands_of(c->out), project_down, &s);
     free(scratch);
     return 0;
 }

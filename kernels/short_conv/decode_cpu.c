@@ -1,4 +1,4 @@
-/* What a memory does with one token before it learns it: projections, convolution, SiLU, unit length, and the gates. */
+/* A memory's inputs from one token: projections, convolution, SiLU, unit length, and the gates. */
 
 #include "cpu_runtime/activation.h"
 #include "cpu_runtime/matvec.h"
