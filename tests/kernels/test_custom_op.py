@@ -101,14 +101,14 @@ def arguments(name, grad=True):
 
 @pytest.mark.c_kernels
 @pytest.mark.parametrize("name", CASES)
-def test_by_pytorchs_own_checks(name):
+def test_opcheck(name):
     _, _, _, given = arguments(name)
     torch.library.opcheck(custom_op.operator(name.split(",")[0]), given)
 
 
 @pytest.mark.c_kernels
 @pytest.mark.parametrize("name", CASES)
-def test_the_operator_is_the_backend(name):
+def test_the_operator_equals_the_backend(name):
     run, given, options, (tensors, numbers, text, wanted) = arguments(name)
     found = custom_op.operator(name.split(",")[0])(tensors, numbers, text, wanted)
     expected = list(custom_op._tensors(run(*given, **options)))
@@ -127,7 +127,7 @@ def test_the_operator_is_the_backend(name):
 
 @pytest.mark.c_kernels
 @pytest.mark.parametrize("name", ["memory", "attention, all of it"])
-def test_backward_where_the_recording_was_left_behind(name):
+def test_backward_after_saved_tensors_were_copied(name):
     """Who keeps saved tensors elsewhere gives back a copy of the byte that stands for the recording."""
     _, _, _, (tensors, numbers, text, wanted) = arguments(name)
     operator, asked = custom_op.operator(name.split(",")[0]), [tensors[i] for i in wanted]
@@ -142,7 +142,7 @@ def test_backward_where_the_recording_was_left_behind(name):
 
 
 @pytest.mark.c_kernels
-def test_a_recording_goes_with_what_was_saved():
+def test_a_recording_is_freed_with_its_saved_tensors():
     _, _, _, (tensors, numbers, text, wanted) = arguments("memory")
     found = custom_op.operator("memory")(tensors, numbers, text, wanted)
     assert len(custom_op._RECORDINGS) == 1
@@ -166,7 +166,7 @@ def compiled(function):
 
 
 @pytest.mark.c_kernels
-def test_compiled_a_memory_keeps_what_is_not_finite_from_what_came_before():
+def test_a_compiled_memory_confines_nonfinite_values_to_later_tokens():
     (tokens, before, norm, _, options), _ = memory()
     tokens = tokens._replace(v=tokens.v.detach().index_fill(1, torch.tensor([5]), float("nan")))
     run = lambda: titans_memory(*tokens, before, options.chunk, norm=norm, clip=options.clip)  # noqa: E731
@@ -176,7 +176,7 @@ def test_compiled_a_memory_keeps_what_is_not_finite_from_what_came_before():
 
 
 @pytest.mark.c_kernels
-def test_compiled_attention_keeps_what_is_not_finite_from_who_does_not_see_it():
+def test_compiled_attention_confines_nonfinite_values():
     q, k, v = (new(1, 6, 2, 4) for _ in range(3))
     v = v.detach().index_fill(1, torch.tensor([3]), float("inf"))
     y = compiled(lambda: attention(q, k, v, window=2))()
@@ -206,7 +206,7 @@ def test_no_gradient_is_recorded_where_none_is_wanted():
 
 @pytest.mark.c_kernels
 @pytest.mark.parametrize("dynamic", [True, None])
-def test_lengths_and_numbers_that_are_symbols(dynamic):
+def test_symbolic_lengths_and_numbers(dynamic):
     """With ``dynamic=True`` from the first call on, else from the second length on, and no length compiles again."""
 
     class Module(torch.nn.Module):

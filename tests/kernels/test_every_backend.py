@@ -58,7 +58,7 @@ def test_every_operation_is_here(name):
 
 
 @pytest.mark.parametrize("by", ["argument", "environment"])
-def test_each_runs_as_asked_or_says_why_not(name, by, monkeypatch):
+def test_a_named_backend_runs_or_says_why_not(name, by, monkeypatch):
     expected = CALLS[name](backend="reference")
     operation, ran = OPERATIONS[name], []
     for backend in operation.backends.values():
@@ -77,7 +77,7 @@ def test_each_runs_as_asked_or_says_why_not(name, by, monkeypatch):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_what_there_is_not_is_an_error(name, monkeypatch):
+def test_an_unknown_backend_is_an_error(name, monkeypatch):
     with pytest.raises(BackendError, match=f"{name}: backend='quickest': no such backend"):
         CALLS[name](backend="quickest")
     monkeypatch.setenv(VARIABLE, f"{name}=quickest")

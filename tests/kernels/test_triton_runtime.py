@@ -72,7 +72,7 @@ def test_tensors_on_different_devices(gpus, other):
     assert not kernel.started
 
 
-def test_tensors_that_are_not_there(gpus):
+def test_missing_tensors(gpus):
     kernel, x = Kernel(), on(1)
     launch(kernel, (1,), None, 2, x)
     assert kernel.started[0][-1] == 1
@@ -80,7 +80,7 @@ def test_tensors_that_are_not_there(gpus):
     assert kernel.started[1][-1] == 0
 
 
-def test_every_kernel_is_started_so():
+def test_every_kernel_is_launched_through_launch():
     """No file of the package starts one of its own."""
     package = Path(titans_build.kernels.__file__).parent
     starts = re.compile(r"kernel\[.*\]\(")

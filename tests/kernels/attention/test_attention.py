@@ -123,7 +123,7 @@ def test_flex_has_no_backward_on_the_cpu(wanted):
 @pytest.mark.parametrize("past, start", [(0, None), (20, [20, 3])])
 @pytest.mark.parametrize("time, kv_heads", [(1, 2), (90, 4), (90, 2)])
 def test_devices_without_the_merge(monkeypatch, time, past, start, kv_heads, window, prefix):
-    """What an accelerator runs, run here: prefix scores by features side by side, groups written out under a mask."""
+    """The path of accelerators: prefix scores by features side by side, groups of heads repeated under a mask."""
     monkeypatch.setattr(sdpa, "MERGING_DEVICES", ())
     start = None if start is None else torch.tensor(start)
     inputs = tensors(2, time, time + past, 4, kv_heads, prefix)
@@ -196,7 +196,7 @@ def test_inputs_are_left_alone_and_may_be_strided():
     assert start.tolist() == [0, 4]
 
 
-def test_what_stands_in_unfilled_slots_does_not_matter():
+def test_unfilled_slots_do_not_matter():
     inputs = tensors(2, 3, 9, 2, 2, 2, grad=False)
     start = torch.tensor([4, 2])
     y = run(inputs, None, start, "sdpa")
@@ -278,7 +278,7 @@ def test_arguments_of_other_kinds(change, error, message, autocast):
 @pytest.mark.parametrize("prefix", [0, 3])
 @pytest.mark.parametrize("window, start, step", [(None, None, 1), (5, None, 1), (None, [4, 0], 1), (7, [0, 9], 3)])
 @pytest.mark.parametrize("backend", [*FAST, "reference"])
-def test_only_queries_that_see_it_hear_of_what_is_not_finite(backend, window, start, step, prefix, value):
+def test_nonfinite_keys_and_values_are_confined_to_queries_that_see_them(backend, window, start, step, prefix, value):
     time, keys = (20, 23) if step == 1 else (7, 21)
     inputs = tensors(2, time, keys, 4, 2, prefix, grad=False)
     start = None if start is None else torch.tensor(start)

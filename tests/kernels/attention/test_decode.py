@@ -27,7 +27,7 @@ def case(dtype, batch, time, heads, kv_heads, d, window, slots, persistent, norm
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("window, slots", [(None, 0), (None, 7), (1, 0), (2, 1), (5, 4), (40, 39)])
 @pytest.mark.parametrize("heads, kv_heads, d", [(4, 4, 8), (4, 2, 64), (3, 1, 6)])
-def test_is_its_parts(backend, dtype, window, slots, heads, kv_heads, d):
+def test_equals_the_three_operations(backend, dtype, window, slots, heads, kv_heads, d):
     choices = (1, 3), (1, 2, 3), (0, 5), (None, 1e4), (True, False)
     for batch, time, persistent, base, normed in itertools.product(*choices):
         projected, gain, cache = case(dtype, batch, time, heads, kv_heads, d, window, slots, persistent, normed)
@@ -40,7 +40,7 @@ def test_is_its_parts(backend, dtype, window, slots, heads, kv_heads, d):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_is_given_stays_as_it_is(backend):
+def test_inputs_are_not_modified(backend):
     given = projected, gain, cache = case(torch.float32, 2, 2, 4, 2, 8, 5, 4, 3, True)
     tensors = [projected, gain, *cache]
     before = [x.clone() for x in tensors]

@@ -57,7 +57,7 @@ def tensors(time, keys, heads=4, kv_heads=2, prefix=3, rows=2):
 
 
 @pytest.mark.parametrize("time, keys, window, step", CASES)
-def test_the_masks_together_are_ours(time, keys, window, step):
+def test_the_masks_together_are_the_definition(time, keys, window, step):
     """Every key in sight is in one part's mask, and no other is in any."""
     q, _, v, *_ = tensors(time, keys, kv_heads=4)
     place = torch.arange(keys, dtype=torch.float64).view(1, keys, 1, 1)
@@ -105,7 +105,7 @@ def test_no_query_and_no_row():
         (dict(grad=True, deterministic=True), "differ from run to run"),
     ],
 )
-def test_what_it_does_not_take(monkeypatch, facts, said):
+def test_refusals(monkeypatch, facts, said):
     monkeypatch.setattr(module, "_installed", lambda: None)
     monkeypatch.setattr(module, "_tried", lambda dtype, width: None)
     whatever = {"device": "cuda", "dtype": torch.bfloat16, "width": 64, "plain": True, "named": True}
@@ -120,7 +120,7 @@ def missing(monkeypatch, **changed):
     return module._installed.__wrapped__()
 
 
-def test_why_it_cannot_be_had(monkeypatch):
+def test_reasons_that_it_is_missing(monkeypatch):
     built = module._library()
     assert missing(monkeypatch) is None
     assert "has no FlashAttention" in missing(monkeypatch, _library=lambda: built._replace(built=False))
@@ -135,7 +135,7 @@ def test_why_it_cannot_be_had(monkeypatch):
     assert missing(monkeypatch) == "needs xFormers: pip install 'titans-build[gpu]'"
 
 
-def test_what_is_there_is_what_is_used(monkeypatch):
+def test_an_installed_version_is_used(monkeypatch):
     """The names that the adapter imports, in the version that is installed."""
     monkeypatch.undo()
     library = module._library()
@@ -160,7 +160,7 @@ def misaligned():
     return q, k, v
 
 
-def test_its_kernels_are_given_what_they_can_read(monkeypatch):
+def test_tensors_are_aligned_for_its_kernels(monkeypatch):
     given = []
     spy = lambda *tensors, attn_bias: (given.extend(tensors), whole(*tensors, attn_bias=attn_bias))[1]  # noqa: E731
     monkeypatch.setattr(module, "_library", lambda: module._Library(spy, partial, merge, masks, True))
@@ -237,7 +237,7 @@ def test_a_trial_finds_wrong_numbers(monkeypatch):
     assert "off by up to inf" in trial(monkeypatch, whole=spoiled)
 
 
-def test_a_trial_has_a_say(monkeypatch):
+def test_a_failed_trial_is_a_refusal(monkeypatch):
     monkeypatch.setattr(module, "_installed", lambda: None)
     monkeypatch.setattr(module, "_tried", lambda dtype, width: f"{dtype}, {width}")
     assert refuse_xformers(device="cuda", dtype=torch.float16, width=72) == "torch.float16, 96"
@@ -259,7 +259,7 @@ def failing(monkeypatch):
     monkeypatch.setattr(operation, "backends", backends)
 
 
-def test_what_fails_at_the_call_is_left_for_the_next(failing):
+def test_a_backend_that_fails_at_the_call_is_replaced(failing):
     q = torch.zeros(1, 5, 2, 8, device="meta")
     for _ in range(2):
         assert attention(q, q, q, window=3).shape == q.shape
@@ -267,7 +267,7 @@ def test_what_fails_at_the_call_is_left_for_the_next(failing):
     assert rows["xformers"].reason == "needs more than there is" and rows["sdpa"].chosen
 
 
-def test_what_fails_at_the_call_is_an_error_where_it_was_asked_for(failing, monkeypatch):
+def test_a_named_backend_that_fails_at_the_call_is_an_error(failing, monkeypatch):
     q = torch.zeros(1, 5, 2, 8, device="meta")
     said = "attention: xformers is named and cannot run: needs more than there is"
     for _ in range(2):

@@ -100,7 +100,7 @@ def test_factors_in_any_strides(medium):
 
 
 @able
-def test_ties_go_to_even_and_numbers_of_any_size_stay_what_they_are(medium):
+def test_rounding_to_nearest_even_at_any_magnitude(medium):
     x = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 1 + 2**-8 + 2**-23, 3e38, 1e-37, 0.0, float("inf")])
     y = project(x[:, None].expand(8, 1), torch.ones(1, 1))[:, 0]
     assert y.tolist() == [1, 1 + 2**-6, -1, 1 + 2**-7, *x[4:6].bfloat16().tolist(), 0, float("inf")]
@@ -134,7 +134,7 @@ def test_gradients_of_gradients(medium):
 
 
 @able
-def test_a_projection_of_what_is_made_again(medium):
+def test_project_recomputed(medium):
     inner, weight = torch.randn(2, 70, 64, requires_grad=True), torch.randn(48, 32, requires_grad=True)
     y = project_recomputed(swiglu, weight, inner)
     made = swiglu(inner.detach())
@@ -282,7 +282,7 @@ def equal(a, b):
 
 
 @able
-def test_a_model_is_what_it_was_to_the_last_bit_when_the_setting_is_taken_back(setting):
+def test_resetting_the_precision_restores_every_bit(setting):
     model, text = mac(), torch.randint(64, (2, 101))
     before = step_of(model, text)
     setting("medium")
@@ -298,7 +298,7 @@ def test_a_model_is_what_it_was_to_the_last_bit_when_the_setting_is_taken_back(s
 
 
 @able
-def test_a_model_stays_causal_and_changes_nothing_it_is_given(medium):
+def test_a_model_stays_causal_and_does_not_modify_inputs(medium):
     model, text = mac(), torch.randint(64, (2, 100))
     parameters = [p.detach().clone() for p in model.parameters()]
     first = model(text).logits
@@ -351,7 +351,7 @@ def test_training_goes_as_in_float32(setting):
 
 
 @able
-def test_only_where_they_are_allowed(setting):
+def test_bfloat16_is_used_only_where_it_is_allowed(setting):
     x, weight = torch.randn(8, 32), torch.randn(5, 32)
     plain = linear(x, weight)
     assert product_dtype(torch.float32) == torch.float32 and torch.equal(project(x, weight), plain)
@@ -380,7 +380,7 @@ def test_the_setting_of_one_backend_counts_too_and_may_be_mixed(setting):
 
 
 @able
-def test_backward_takes_what_forward_took(setting):
+def test_backward_uses_the_operands_of_forward(setting):
     x, weight = torch.randn(20, 32, requires_grad=True), torch.randn(5, 32, requires_grad=True)
     grad = torch.randn(20, 5)
     q, k, v = (torch.randn(1, 70, 2, 16, requires_grad=True) for _ in range(3))
@@ -423,7 +423,7 @@ def test_backends_by_name(setting, monkeypatch):
         project(x, weight)
 
 
-def test_a_machine_without_the_instructions_computes_as_ever(setting, monkeypatch):
+def test_without_the_instructions_products_are_float32(setting, monkeypatch):
     x, weight = torch.randn(8, 32), torch.randn(5, 32)
     monkeypatch.setattr(call, "lacks_bfloat16", lambda: "needs a CPU that multiplies bfloat16")
     monkeypatch.setattr(linear_operation._linear, "_chosen", {})

@@ -89,13 +89,13 @@ def test_two_processes_may_build_at_once(tmp_path):
 
 @built
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
-def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):
+def test_a_read_only_cache(tmp_path):
     tmp_path.chmod(0o500)
     assert "building" in python(MEMORY, TITANS_BUILD_CACHE=str(tmp_path / "in")).stderr
 
 
 @built
-def test_a_file_where_the_cache_should_be_is_done_without(tmp_path):
+def test_a_file_in_place_of_the_cache(tmp_path):
     (tmp_path / "file").write_text("")
     assert "building" in python(MEMORY, TITANS_BUILD_CACHE=str(tmp_path / "file")).stderr
 
@@ -146,7 +146,7 @@ def age(path, days):
 
 
 @built
-def test_what_nobody_has_used_for_a_month_goes_when_something_new_is_built(tmp_path):
+def test_libraries_unused_for_a_month_are_removed_at_the_next_build(tmp_path):
     environment = dict(TITANS_BUILD_CACHE=str(tmp_path), CC=a_compiler(tmp_path, ""))
     old, recent, foreign = (tmp_path / f"{name}.so" for name in ("kernels-32-0123456789", "kernels-64-32-0a", "notes"))
     unfinished = tmp_path / "building-a1b2"

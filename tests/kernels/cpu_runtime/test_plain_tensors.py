@@ -28,7 +28,7 @@ from titans_build.kernels.short_conv import query_key_value
         lambda: query_key_value(torch.randn(3, 2, 6), None, None, 1, torch.tensor([1, 1, 1], dtype=torch.int32)),
     ],
 )
-def test_what_does_not_fit_is_an_error(call):
+def test_mismatched_arguments_are_errors(call):
     with torch.no_grad(), pytest.raises((ValueError, TypeError, RuntimeError)):
         call()
 

@@ -13,7 +13,7 @@ BACKENDS = ["native", "torch"]
 @pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-10), (torch.float32, 2e-3)])
 @pytest.mark.parametrize("lead", [(1, 1), (1, 3), (2, 2)])
 @pytest.mark.parametrize("width, hidden, out", [(16, 32, 16), (64, 176, 64)])
-def test_is_its_parts(backend, dtype, atol, lead, width, hidden, out):
+def test_equals_the_separate_operations(backend, dtype, atol, lead, width, hidden, out):
     torch.manual_seed(0)
     randn = lambda *shape: torch.randn(*shape, dtype=dtype)  # noqa: E731
     x, gate_up, down = randn(*lead, width), randn(2 * hidden, width), randn(out, hidden)
@@ -27,7 +27,7 @@ def test_is_its_parts(backend, dtype, atol, lead, width, hidden, out):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=atol)
 
 
-def test_what_is_left_to_the_operators():
+def test_when_the_decode_kernel_is_used():
     x, weight = torch.randn(1, 1, 16), torch.randn(32, 16)
     assert not use_decode_kernel(x, weight)
     with torch.no_grad():

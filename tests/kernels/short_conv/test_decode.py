@@ -21,7 +21,7 @@ def tensors(asked, given, backend):
 @pytest.mark.parametrize("taps", [0, 1, 2, 4])
 @pytest.mark.parametrize("gates", [1, 3])
 @pytest.mark.parametrize("asked", ["all", "all, hard", "query"])
-def test_is_its_parts(backend, dtype, atol, batch, taps, gates, asked):
+def test_equals_the_separate_operations(backend, dtype, atol, batch, taps, gates, asked):
     torch.manual_seed(0)
     randn = lambda *shape: torch.randn(*shape, dtype=dtype)  # noqa: E731
     heads, dim, width = 4, 12, 32

@@ -85,7 +85,7 @@ def test_threads_change_no_bit():
         (lambda p, w, h: (p, w, None), "history None: expected [2, 3, 30]"),
     ],
 )
-def test_what_does_not_fit_is_named(change, words):
+def test_errors_name_the_argument(change, words):
     with pytest.raises(ValueError) as raised:
         query(*change(*inputs()), 2)
     assert words in str(raised.value)
