@@ -6,11 +6,11 @@ is measured when it is made and drawn when its place is known, so a container on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from xml.sax.saxutils import escape, quoteattr
+from xml.etree import ElementTree
 
-INK, FAINT, FLOW = "#1f2937", "#6b7280", "#475569"
+INK, FAINT, FLOW, FRAME = "#1f2937", "#6b7280", "#475569", "#cbd5e1"
 COLOURS = {  # fill, edge
     "memory": ("#fef3c7", "#d97706"),
     "attention": ("#dbeafe", "#3b82f6"),
@@ -38,98 +38,81 @@ class Canvas:
     """Collects marks, in the order they are painted. Lengths are pixels, the origin is top left."""
 
     def __init__(self) -> None:
-        self.marks: list[str] = []
+        self.marks: list[ElementTree.Element] = []
+
+    def mark(self, tag: str, **attributes: object) -> ElementTree.Element:
+        """Add an element; ``stroke_width=2`` is the attribute ``stroke-width="2"``."""
+        shown = {name: f"{value:.1f}" if isinstance(value, float) else str(value) for name, value in attributes.items()}
+        self.marks.append(ElementTree.Element(tag, {name.replace("_", "-"): value for name, value in shown.items()}))
+        return self.marks[-1]
 
     def rectangle(
-        self,
-        x: float,
-        y: float,
-        width: float,
-        height: float,
-        *,
-        fill: str,
-        stroke: str = "none",
-        radius: float = 8,
-        dashed: bool = False,
-        thickness: float = 1.25,
-    ) -> None:
+        self, x: float, y: float, width: float, height: float, fill: str, stroke: str, radius: float = 8
+    ) -> ElementTree.Element:
         """A rectangle with round corners; ``x`` and ``y`` are its upper left corner."""
-        dash = ' stroke-dasharray="5 4"' if dashed else ""
-        self.marks.append(
-            f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" rx="{radius:.1f}" '
-            f'fill="{fill}" stroke="{stroke}" stroke-width="{thickness}"{dash}/>'
-        )
-
-    def circle(self, x: float, y: float, radius: float, *, fill: str, stroke: str) -> None:
-        """A circle; ``x`` and ``y`` are its centre."""
-        self.marks.append(
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" fill="{fill}" stroke="{stroke}" stroke-width="1.25"/>'
+        return self.mark(
+            "rect", x=x, y=y, width=width, height=height, rx=radius, fill=fill, stroke=stroke, stroke_width=1.25
         )
 
     def line(
         self,
         points: Sequence[tuple[float, float]],
         *,
-        stroke: str,
-        arrow: bool = False,
-        both: bool = False,
-        thickness: float = 1.5,
-        bend: float = 7,
+        start: bool = False,
+        end: bool = False,
+        stroke: str = FLOW,
+        stroke_width: float = 1.5,
     ) -> None:
-        """A path through ``points`` with rounded corners, and an arrowhead at its end (or at both ends)."""
+        """A path through ``points`` with rounded corners. ``start``, ``end``: whether it has an arrowhead there."""
         path = f"M{points[0][0]:.1f} {points[0][1]:.1f}"
         for before, corner, after in zip(points, points[1:], points[2:]):
-            a, b = _towards(corner, before, bend), _towards(corner, after, bend)
+            a, b = _towards(corner, before), _towards(corner, after)
             path += f"L{a[0]:.1f} {a[1]:.1f}Q{corner[0]:.1f} {corner[1]:.1f} {b[0]:.1f} {b[1]:.1f}"
         path += f"L{points[-1][0]:.1f} {points[-1][1]:.1f}"
-        ends = (' marker-end="url(#arrow)"' if arrow or both else "") + (' marker-start="url(#arrow)"' if both else "")
-        self.marks.append(f'<path d="{path}" fill="none" stroke="{stroke}" stroke-width="{thickness}"{ends}/>')
+        heads = {name: "url(#arrow)" for name, has in (("marker_start", start), ("marker_end", end)) if has}
+        self.mark("path", d=path, fill="none", stroke=stroke, stroke_width=stroke_width, **heads)
 
-    def cylinder(self, x: float, y: float, width: float, height: float, *, fill: str, stroke: str) -> None:
-        """A cylinder, the sign of a store; ``height`` includes its lids."""
-        lid = min(7.0, height / 5)
-        wall, half = height - 2 * lid, width / 2
+    def cylinder(self, x: float, y: float, width: float, height: float) -> None:
+        """A cylinder, the sign of a state; ``height`` includes its lids."""
+        fill, edge = COLOURS["state"]
+        lid, half = min(7.0, height / 5), width / 2
+        wall = height - 2 * lid
         sides = f"M{x:.1f} {y + lid:.1f}v{wall:.1f}a{half:.1f} {lid:.1f} 0 0 0 {width:.1f} 0v{-wall:.1f}"
-        self.marks.append(f'<path d="{sides}" fill="{fill}" stroke="{stroke}" stroke-width="1.25"/>')
-        self.marks.append(
-            f'<ellipse cx="{x + half:.1f}" cy="{y + lid:.1f}" rx="{half:.1f}" ry="{lid:.1f}" '
-            f'fill="{fill}" stroke="{stroke}" stroke-width="1.25"/>'
-        )
+        self.mark("path", d=sides, fill=fill, stroke=edge, stroke_width=1.25)
+        self.mark("ellipse", cx=x + half, cy=y + lid, rx=half, ry=lid, fill=fill, stroke=edge, stroke_width=1.25)
 
     def text(
-        self,
-        x: float,
-        y: float,
-        text: str,
-        *,
-        size: float = 12,
-        colour: str = "#1f2937",
-        bold: bool = False,
+        self, x: float, y: float, text: str, *, size: float = 11, colour: str = INK, bold: bool = False,
         anchor: str = "middle",
-        italic: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """``y`` is the middle of the line."""
-        weight = ' font-weight="600"' if bold else ""
-        style = ' font-style="italic"' if italic else ""
-        self.marks.append(
-            f'<text x="{x:.1f}" y="{y + size * 0.35:.1f}" font-size="{size}" fill="{colour}" '
-            f'text-anchor="{anchor}"{weight}{style}>{escape(text)}</text>'
+        weight = {"font_weight": 600} if bold else {}
+        mark = self.mark("text", x=x, y=y + size * 0.35, font_size=size, fill=colour, text_anchor=anchor, **weight)
+        mark.text = text
+
+    def document(self, width: float, height: float, title: str) -> str:
+        """The finished file."""
+        size = {"width": f"{width:.0f}", "height": f"{height:.0f}"}
+        root = ElementTree.Element(
+            "svg",
+            {"xmlns": "http://www.w3.org/2000/svg", **size, "viewBox": f"0 0 {width:.0f} {height:.0f}"}
+            | {"font-family": FONT, "role": "img"},
         )
-
-    def document(self, width: float, height: float, title: str, arrow: str) -> str:
-        """The finished file; ``arrow`` is the colour of arrowheads."""
-        head = (
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
-            f'viewBox="0 0 {width:.0f} {height:.0f}" font-family={quoteattr(FONT)} role="img">'
-            f"<title>{escape(title)}</title>"
-            '<defs><marker id="arrow" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="6.5" markerHeight="6.5" '
-            f'orient="auto-start-reverse"><path d="M0 0.6L8 4L0 7.4z" fill="{arrow}"/></marker></defs>'
-            f'<rect width="{width:.0f}" height="{height:.0f}" fill="#ffffff"/>'
+        ElementTree.SubElement(root, "title").text = title
+        arrow = ElementTree.SubElement(
+            ElementTree.SubElement(root, "defs"),
+            "marker",
+            {"id": "arrow", "viewBox": "0 0 8 8", "refX": "7", "refY": "4", "markerWidth": "6.5"}
+            | {"markerHeight": "6.5", "orient": "auto-start-reverse"},
         )
-        return "\n".join([head, *self.marks, "</svg>"]) + "\n"
+        ElementTree.SubElement(arrow, "path", {"d": "M0 0.6L8 4L0 7.4z", "fill": FLOW})
+        ElementTree.SubElement(root, "rect", {**size, "fill": "#ffffff"})
+        root.extend(self.marks)
+        ElementTree.indent(root, "")
+        return ElementTree.tostring(root, encoding="unicode") + "\n"
 
 
-def _towards(corner: tuple[float, float], other: tuple[float, float], distance: float) -> tuple[float, float]:
+def _towards(corner: tuple[float, float], other: tuple[float, float], distance: float = 7) -> tuple[float, float]:
     dx, dy = other[0] - corner[0], other[1] - corner[1]
     length = (dx * dx + dy * dy) ** 0.5
     share = min(distance, length / 2) / length if length else 0.0
@@ -147,19 +130,16 @@ class Shape:
     open: bool = False
     """It begins with a line, not with an edge: a line that leads to it has no arrowhead."""
 
-    @property
-    def width(self) -> float:
-        """Pixels from the left edge to the right one."""
-        return self.left + self.right
 
-
-def column(shapes: Sequence[Shape], gap: float = GAP) -> Shape:
-    """Shapes below each other, with an arrow from each to the next."""
+def column(shapes: Sequence[Shape], gap: float = GAP, *, labels: Sequence[str] = (), flow: bool = True) -> Shape:
+    """Shapes below each other. ``flow``: with an arrow from each to the next; ``labels`` are those of the arrows."""
 
     def draw(canvas: Canvas, x: float, y: float) -> None:
         for index, shape in enumerate(shapes):
-            if index and gap:
-                canvas.line([(x, y - gap), (x, y)], stroke=FLOW, arrow=not shape.open)
+            if index and gap and flow:
+                canvas.line([(x, y - gap), (x, y)], end=not shape.open)
+            if 0 < index <= len(labels):
+                canvas.text(x + 9, y - gap / 2, labels[index - 1], anchor="start")
             shape.draw(canvas, x, y)
             y += shape.height + gap
 
@@ -167,79 +147,77 @@ def column(shapes: Sequence[Shape], gap: float = GAP) -> Shape:
     return Shape(max(s.left for s in shapes), max(s.right for s in shapes), height, draw, shapes[0].open)
 
 
-def box(title: str, lines: Sequence[str] = (), colour: str = "plain", least: float = 0, small: bool = False) -> Shape:
-    """A block without inner blocks."""
-    size, padding = (11, 10) if small else (13, 14)
-    width = max([text_width(title, size, True), *(text_width(line, 11) for line in lines)]) + 2 * padding
-    half = max(width, least) / 2
-    height = (22 if small else 32) + 15 * len(lines)
+def box(
+    title: str, lines: Sequence[str] = (), colour: str = "plain", *, least: float = 0, small: bool = False
+) -> Shape:
+    """A block without inner blocks, ``least`` pixels wide."""
+    size, padding, head = (11, 10, 22) if small else (13, 14, 32)
+    half = max(text_width(title, size, True) + 2 * padding, _width(lines) + 2 * padding, least) / 2
+    height = head + 15 * len(lines)
 
     def draw(canvas: Canvas, x: float, y: float) -> None:
-        fill, edge = COLOURS[colour]
-        canvas.rectangle(x - half, y, 2 * half, height, fill=fill, stroke=edge, radius=11 if small else 8)
-        canvas.text(x, y + (11 if small else 17), title, size=size, bold=True)
+        canvas.rectangle(x - half, y, 2 * half, height, *COLOURS[colour], radius=11 if small else 8)
+        canvas.text(x, y + head / 2, title, size=size, bold=True)
         for index, line in enumerate(lines):
-            canvas.text(x, y + (26 if small else 34) + 15 * index, line, size=11, colour=FAINT)
+            canvas.text(x, y + head + 2 + 15 * index, line, colour=FAINT)
 
     return Shape(half, half, height, draw)
 
 
-def store(lines: Sequence[str]) -> Shape:
-    """The state of a block."""
-    half = (max(text_width(line, 10.5, index == 0) for index, line in enumerate(lines)) + 20) / 2
-    height = 24 + 14 * len(lines)
+def _width(lines: Sequence[str], bold: bool = False) -> float:
+    return max((text_width(line, 11, bold) for line in lines), default=0.0)
+
+
+def with_state(
+    shapes: Sequence[Shape], lines: Sequence[str], writes: Mapping[int, bool], labels: Sequence[str] = ()
+) -> Shape:
+    """Shapes below each other and, to their right, the state that some of them read; ``lines`` stand in it.
+
+    ``writes``: the indices of the shapes that read the state, and whether they write it, too.
+    """
+    inner = column(shapes, labels=labels)
+    reach, width = 26, _width(lines, bold=True) + 20
+    tall = max(inner.height, 24 + 14 * len(lines))  # it may stand out above and below a low shape
 
     def draw(canvas: Canvas, x: float, y: float) -> None:
-        fill, edge = COLOURS["state"]
-        canvas.cylinder(x - half, y, 2 * half, height, fill=fill, stroke=edge)
+        left, middle = x + inner.right + reach, y + inner.height / 2
+        canvas.cylinder(left, middle - tall / 2, width, tall)
         for index, line in enumerate(lines):
-            canvas.text(x, y + 24 + 14 * index, line, size=10.5, colour=INK if index == 0 else FAINT, bold=index == 0)
+            at = middle + 5 + 14 * (index - (len(lines) - 1) / 2)
+            canvas.text(left + width / 2, at, line, bold=index == 0, colour=FAINT if index else INK)
+        inner.draw(canvas, x, y)
+        for index, shape in enumerate(shapes):
+            if index in writes:
+                at = y + shape.height / 2
+                canvas.line([(x + shape.right, at), (left, at)], start=True, end=writes[index])
+            y += shape.height + GAP
 
-    return Shape(half, half, height, draw)
-
-
-def with_state(shape: Shape, state: Shape, reach: float = 26) -> Shape:
-    """A block and, to its right, the state that it reads and writes."""
-    height = max(shape.height, state.height)
-
-    def draw(canvas: Canvas, x: float, y: float) -> None:
-        if shape.height < height:  # the axis continues above and below a block that is lower than its state
-            canvas.line([(x, y), (x, y + (height - shape.height) / 2)], stroke=FLOW, arrow=True)
-            canvas.line([(x, y + height / 2), (x, y + height)], stroke=FLOW)
-        top, middle = y + (height - shape.height) / 2, y + height / 2
-        shape.draw(canvas, x, top)
-        canvas.line([(x + shape.right, middle), (x + shape.right + reach, middle)], stroke=FLOW, both=True)
-        state.draw(canvas, x + shape.right + reach + state.left, y + (height - state.height) / 2)
-
-    return Shape(shape.left, shape.right + reach + state.width, height, draw, open=shape.height < height)
+    return Shape(inner.left, inner.right + reach + width, inner.height, draw, inner.open)
 
 
 def container(
-    inner: Shape, label: str, note: str = "", *, dashed: bool = False, fill: str = "#ffffff", through: bool = True
+    inner: Shape, label: str, note: str = "", *, dashed: bool = False, fill: str = "#ffffff", flow: bool = True
 ) -> Shape:
-    """A labelled frame. ``through``: data enters and leaves along the axis."""
+    """A labelled frame. ``flow``: data enters and leaves along the axis."""
     padding, top, bottom = 16, 40, 18
-    label_width = text_width(label, 12, True) + text_width(note, 11) + 24
+    label_width = text_width(label, 12, True) + text_width(note, 11) + 30
     # the label stands left of the incoming line, which would cross it
-    left = max(inner.left + padding, text_width(label, 12, True) + text_width(note, 11) + 30 if through else 0)
+    left = max(inner.left + padding, label_width if flow else 0)
     right = max(inner.right + padding, label_width - left, 24)
     height = inner.height + top + bottom
 
     def draw(canvas: Canvas, x: float, y: float) -> None:
-        canvas.rectangle(x - left, y, left + right, height, fill=fill, stroke="#cbd5e1", radius=12, dashed=dashed)
+        frame = canvas.rectangle(x - left, y, left + right, height, fill, FRAME, radius=12)
+        if dashed:
+            frame.set("stroke-dasharray", "5 4")
         canvas.text(x - left + 14, y + 17, label, size=12, bold=True, anchor="start")
-        canvas.text(x - left + 22 + text_width(label, 12, True), y + 17, note, size=11, colour=FAINT, anchor="start")
-        if through:
-            canvas.line([(x, y), (x, y + top)], stroke=FLOW, arrow=not inner.open)
-            canvas.line([(x, y + height - bottom), (x, y + height)], stroke=FLOW)
+        canvas.text(x - left + 22 + text_width(label, 12, True), y + 17, note, colour=FAINT, anchor="start")
+        if flow:
+            canvas.line([(x, y), (x, y + top)], end=not inner.open)
+            canvas.line([(x, y + height - bottom), (x, y + height)])
         inner.draw(canvas, x, y + top)
 
     return Shape(left, right, height, draw)
-
-
-def pre_normed(inner: Shape) -> Shape:
-    """A norm and then ``inner``."""
-    return column([box("norm", colour="norm", small=True), inner], 16)
 
 
 def residual(body: Shape) -> Shape:
@@ -249,40 +227,66 @@ def residual(body: Shape) -> Shape:
     height = ahead + body.height + after + 2 * radius
 
     def draw(canvas: Canvas, x: float, y: float) -> None:
-        bottom = y + height - radius
-        canvas.line([(x, y), (x, y + ahead)], stroke=FLOW, arrow=not body.open)
-        canvas.line([(x, y + 6), (x - lane, y + 6), (x - lane, bottom), (x - radius, bottom)], stroke=FLOW, arrow=True)
+        sum_at = y + height - radius
+        canvas.line([(x, y), (x, y + ahead)], end=not body.open)
+        canvas.line([(x, y + 6), (x - lane, y + 6), (x - lane, sum_at), (x - radius, sum_at)], end=True)
         body.draw(canvas, x, y + ahead)
-        canvas.line([(x, bottom - radius - after), (x, bottom - radius)], stroke=FLOW, arrow=True)
-        canvas.circle(x, bottom, radius, fill="#ffffff", stroke=FLOW)
-        canvas.line([(x - 4.5, bottom), (x + 4.5, bottom)], stroke=FLOW)
-        canvas.line([(x, bottom - 4.5), (x, bottom + 4.5)], stroke=FLOW)
+        canvas.line([(x, sum_at - radius - after), (x, sum_at - radius)], end=True)
+        canvas.mark("circle", cx=x, cy=sum_at, r=radius, fill="#ffffff", stroke=FLOW, stroke_width=1.25)
+        canvas.text(x, sum_at, "+", size=16, colour=FLOW)
 
     return Shape(lane + 4, body.right, height, draw, open=True)
+
+
+def branches(a: Shape, b: Shape, join: Shape) -> Shape:
+    """Two shapes beside each other, named ``a`` and ``b``, whose outputs meet in ``join``."""
+    ahead, after = 30, 34
+    # both branches are as close to the axis as they fit
+    to_a, to_b = a.right + 14, b.left + 14
+    tall = ahead + max(a.height, b.height)
+
+    def draw(canvas: Canvas, x: float, y: float) -> None:
+        below = y + tall
+        for name, branch, side, distance in (("a", a, -1, to_a), ("b", b, 1, to_b)):
+            at, inlet = x + side * distance, x + side * min(distance, join.left - 16)
+            canvas.line([(x, y), (x, y + 8), (at, y + 8), (at, y + ahead)], end=not branch.open)
+            branch.draw(canvas, at, y + ahead)
+            outlet = [(at, y + ahead + branch.height), (at, below + 12), (inlet, below + 12), (inlet, below + after)]
+            canvas.line(outlet, end=True)
+            canvas.text(inlet + side * 11, below + after - 10, name)
+        join.draw(canvas, x, below + after)
+
+    return Shape(
+        max(a.left + to_a, join.left), max(b.right + to_b, join.right), tall + after + join.height, draw, open=True
+    )
 
 
 def repeated(inner: Shape, times: int) -> Shape:
     """A bracket at the right that says that ``inner`` is repeated ``times`` times."""
     if times == 1:
         return inner
-    label = f"×{times}"
+    label, colour = f"×{times}", "#9333ea"
 
     def draw(canvas: Canvas, x: float, y: float) -> None:
         inner.draw(canvas, x, y)
-        edge = x + inner.right + 20
-        points = [(edge - 9, y + 2), (edge, y + 2), (edge, y + inner.height - 2), (edge - 9, y + inner.height - 2)]
-        canvas.line(points, stroke="#9333ea", thickness=2.5, bend=5)
-        canvas.text(edge + 9, y + inner.height / 2, label, size=18, bold=True, colour="#9333ea", anchor="start")
+        edge, bottom = x + inner.right + 20, y + inner.height
+        canvas.line([(edge - 9, y), (edge, y), (edge, bottom), (edge - 9, bottom)], stroke=colour, stroke_width=2.5)
+        canvas.text(edge + 9, (y + bottom) / 2, label, size=18, bold=True, colour=colour, anchor="start")
 
     return Shape(inner.left, inner.right + 34 + text_width(label, 18, True), inner.height, draw, inner.open)
 
 
-def squares(canvas: Canvas, x: float, y: float, letters: Sequence[str], size: float = 17) -> None:
-    """A row of tokens, each a square with a letter, that starts at ``x``; ``y`` is its middle."""
-    tints = {"P": COLOURS["mixer"], "h": COLOURS["memory"], "x": COLOURS["ends"]}
-    for index, letter in enumerate(letters):
-        left = x + index * (size + 3)
-        if letter in tints:
-            fill, edge = tints[letter]
-            canvas.rectangle(left, y - size / 2, size, size, fill=fill, stroke=edge, radius=3, thickness=1)
-        canvas.text(left + size / 2, y, letter, size=10.5, italic=letter != "P", colour=INK)
+def legend(entries: Mapping[str, str]) -> Shape:
+    """Colours, by name, and what they mean, in a row that starts at the axis."""
+    widths = [38 + text_width(text, 11) for text in entries.values()]
+
+    def draw(canvas: Canvas, x: float, y: float) -> None:
+        for (colour, text), width in zip(entries.items(), widths):
+            if colour == "state":
+                canvas.cylinder(x, y, 15, 18)
+            else:
+                canvas.rectangle(x, y + 2, 15, 14, *COLOURS[colour], radius=3)
+            canvas.text(x + 22, y + 9, text, colour=FAINT, anchor="start")
+            x += width
+
+    return Shape(0, sum(widths), 18, draw)

@@ -75,15 +75,15 @@ def test_mac_shows_the_four_steps_and_their_order() -> None:
     heights = {element.text: float(element.get("y", 0)) for element in root.iter(f"{SVG}text")}
     steps = ["1  read", "2  attend", "3  write", "4  gate"]
     assert [heights[step] for step in steps] == sorted(heights[step] for step in steps)
-    assert "P: 16 learned tokens" in heights and "segments of 128 tokens" in heights
+    assert "causal, over 16 learned tokens, h and x" in heights and "segments of 128 tokens" in heights
     assert any(text.startswith("snapshot ") for text in texts(picture))
 
 
 def test_what_is_written_is_said() -> None:
     written = {"layers.mac.0.write": "inputs", "layers.mac.0.persistent": 0}
     words = texts(draw(tb.load_recipe("mac", {"dim": 32, **written}), "mac"))
-    assert "x into the memory," in words and "M(x)" in words
-    assert not any(text.startswith("P: ") for text in words)
+    assert "x into the memory," in words and "y and M(x)" in words
+    assert not any("learned tokens" in text for text in words)
 
 
 def test_nested_repeats_and_layers_drawn_once() -> None:
