@@ -16,7 +16,7 @@ from . import decode_plans  # noqa: F401 registers the plans
 from .block import Blocks, check_state
 from .combinators import Layer
 from .decode import Decoder, model_decoder
-from .fingerprint import Origin
+from .fingerprint import Fingerprint
 from .freezing import Frozen, freeze, thaw
 from .generation import Generation, generate
 from .layers import RMSNorm
@@ -31,7 +31,7 @@ class ModelState(NamedTuple):
 
     layers: tuple[State, ...]
     recipe: Tensor
-    """``[batch]`` int64: the fingerprint of the recipe whose model it is of (``Origin``)."""
+    """``[batch]`` int64: the fingerprint of the recipe whose model it is of (``Fingerprint``)."""
 
 
 class ModelOutput(NamedTuple):
@@ -52,8 +52,8 @@ class LanguageModel(nn.Module):
 
     ``layers``: for each layer from first to last, its list of blocks. ``vocab``: number of token ids; ``None``
     leaves out embedding and head, for inputs that are not tokens. ``tie``: the head's weights are the embedding's.
-    Biases there are none. Everything is initialised by ``materialise``. ``origin``: the recipe, whose mark the model's
-    states bear; it refuses those of another.
+    Biases there are none. Everything is initialised by ``materialise``. ``fingerprint``: that of the
+    recipe, which the states contain; states of other recipes are rejected.
     """
 
     def __init__(
@@ -63,14 +63,14 @@ class LanguageModel(nn.Module):
         vocab: int | None = None,
         layers: Sequence[Sequence[Spec]],
         tie: bool = False,
-        origin: Origin | None = None,
+        fingerprint: Fingerprint | None = None,
     ) -> None:
         super().__init__()
         if tie and vocab is None:
             raise ValueError("tie=True needs a vocabulary: there is no embedding to share with the head")
         self.dim = dim
         self.vocab = vocab
-        self.origin = origin if origin is not None else Origin()
+        self.fingerprint = fingerprint if fingerprint is not None else Fingerprint()
         self.embedding = None if vocab is None else nn.Parameter(torch.empty(vocab, dim))
         self.layers = Blocks(Layer(dim, of=blocks) for blocks in layers)
         self.norm = RMSNorm(dim)
@@ -252,12 +252,12 @@ class LanguageModel(nn.Module):
         recipe = state.recipe
         if isinstance(recipe, Tensor) and recipe.dtype == torch.int64:
             # before the shapes: that it is of another recipe says more than the first shape that differs
-            self.origin.check(recipe)
+            self.fingerprint.check(recipe)
         if not torch.compiler.is_compiling():
             check_state(self, state, rows)
 
     def _mark(self, rows: int) -> Tensor:
-        return torch.full((rows,), self.origin.number, dtype=torch.int64, device=self.norm.gain.device)
+        return torch.full((rows,), self.fingerprint.number, dtype=torch.int64, device=self.norm.gain.device)
 
     def _check(self, name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...] | None) -> None:
         if not isinstance(tensor, Tensor):

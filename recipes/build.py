@@ -12,7 +12,7 @@ import torch
 
 from ..blocks.build import check_seed, materialise
 from ..blocks.device import as_device, as_dtype
-from ..blocks.fingerprint import Origin
+from ..blocks.fingerprint import Fingerprint
 from ..blocks.language_model import LanguageModel
 from .loading import Source, load_recipe
 from .parse import recipe_error
@@ -53,9 +53,9 @@ def build(
 def assemble(recipe: Recipe) -> LanguageModel:
     """Build the model on the meta device."""
     layers = [copy.deepcopy(recipe.layers[name]) for name in recipe.expand()]
-    origin = Origin(recipe.fingerprint, recipe.name or "")
+    fingerprint = Fingerprint(recipe.fingerprint, recipe.name or "")
     with _possible(recipe), torch.device("meta"):
-        model = LanguageModel(recipe.dim, vocab=recipe.vocab, layers=layers, tie=recipe.tie, origin=origin)
+        model = LanguageModel(recipe.dim, vocab=recipe.vocab, layers=layers, tie=recipe.tie, fingerprint=fingerprint)
     model.recipe = recipe  # type: ignore[assignment] # torch declares every attribute a tensor or a module
     return model
 

@@ -112,7 +112,7 @@ def _check(tensors: dict[str, Tensor], model: LanguageModel, rows: int, what: st
     if wrong:
         raise StorageError(f"{what} is not a state of this model: {list_differences(wrong)}")
     try:
-        model.origin.check(tensors["state.recipe"])
+        model.fingerprint.check(tensors["state.recipe"])
     except ValueError as error:
         raise StorageError(f"{what}: {error}") from None
     return fresh

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from titans_build import state as st
-from titans_build.blocks.fingerprint import Origin
+from titans_build.blocks.fingerprint import Fingerprint
 from titans_build.recipes import build, load_recipe
 
 RECIPE = {
@@ -79,13 +79,13 @@ def test_operations_on_states_keep_the_fingerprint(operation):
 
 
 def test_models_without_a_recipe_share_a_fingerprint():
-    assert Origin().mark(3, torch.device("cpu")).tolist() == [0, 0, 0]
-    Origin().check(Origin().mark(2, torch.device("cpu")))
+    assert Fingerprint().rows(3, torch.device("cpu")).tolist() == [0, 0, 0]
+    Fingerprint().check(Fingerprint().rows(2, torch.device("cpu")))
     with pytest.raises(ValueError, match="of a recipe with fingerprint ffffffffffffffff"):
-        Origin().check(Origin("f" * 16).mark(2, torch.device("cpu")))
+        Fingerprint().check(Fingerprint("f" * 16).rows(2, torch.device("cpu")))
 
 
 def test_fingerprints_on_the_meta_device_are_not_compared():
     model = build(RECIPE, device="meta")
     assert model.init_state(2).recipe.is_meta
-    Origin().check(model.init_state(2).recipe)
+    Fingerprint().check(model.init_state(2).recipe)

@@ -156,7 +156,7 @@ def _sample(arguments: argparse.Namespace, model: LanguageModel, tokenizer: Toke
 
 
 def _describe(model: LanguageModel, source: str) -> dict[str, Any]:
-    recipe = model.origin
+    recipe = model.fingerprint
     return {
         "name": getattr(recipe, "name", None) or Path(source).name,
         "source": source,

@@ -91,7 +91,7 @@ class TitansBuildPreTrainedModel(PreTrainedModel):
         kwargs.setdefault("use_safetensors", True)
         result, info = super().from_pretrained(place, *args, output_loading_info=True, **kwargs)
         expect_whole(info, str(place), f"the recipe {show(result.model.recipe.name or '')}")
-        if int(result.fingerprint) != result.model.origin.number:
+        if int(result.fingerprint) != result.model.fingerprint.number:
             raise StorageError(
                 f"{place}: these are the weights of another recipe than the one in config.json "
                 f"({result.config.fingerprint}), though all shapes are the same"
@@ -174,7 +174,7 @@ class TitansBuildPreTrainedModel(PreTrainedModel):
 
     def _set_fingerprint(self) -> None:
         if not self.fingerprint.is_meta:
-            self.fingerprint.fill_(self.model.origin.number)
+            self.fingerprint.fill_(self.model.fingerprint.number)
 
 
 class TitansBuildModel(TitansBuildPreTrainedModel):

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ...blocks.fingerprint import Origin
+from ...blocks.fingerprint import Fingerprint
 from ...blocks.state import State, batch_size, map_state, named_tensors
 from ...recipes.atomic_write import atomic_write
 from ...recipes.saved_format import VERSION, StorageError, checksum, expect_version
@@ -62,7 +62,7 @@ class StateContext:
         self.names = [name.rpartition(".")[0] if isinstance(site, Gated) else name for name, site in found.items()]
         """Where the memories are: paths of the modules they were swapped into, in the order of ``state.sites``."""
         described = [(name, site.how, site.spec, _shapes(site)) for name, site in zip(self.names, self._index)]
-        self._origin = Origin(
+        self._fingerprint = Fingerprint(
             hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16],
             f"memories of {type(model).__name__}",
         )
@@ -81,7 +81,7 @@ class StateContext:
                 got = f"one with {len(state.sites)} sites" if isinstance(state, SwappedState) else type(state).__name__
                 raise SwapError(f"memory: state: expected what m.state was, with {len(self._index)} sites, got {got}")
             try:
-                self._origin.check(state.origin)
+                self._fingerprint.check(state.origin)
                 batch_size(state)
             except ValueError as error:
                 raise SwapError(f"memory: {error}") from None
@@ -96,7 +96,7 @@ class StateContext:
     @property
     def fingerprint(self) -> str:
         """16 hex digits, the same for models with the same memories in the same places."""
-        return self._origin.number.to_bytes(8, "big", signed=True).hex()
+        return self._fingerprint.number.to_bytes(8, "big", signed=True).hex()
 
     def __enter__(self) -> StateContext:
         _active.set((*_active.get(), (self, current_call.get())))
@@ -192,7 +192,7 @@ class StateContext:
 
     def _mark(self, rows: int) -> Tensor:
         devices = (parameter.device for site in self._index for parameter in site.parameters())
-        return self._origin.mark(rows, next(devices, torch.device("cpu")))
+        return self._fingerprint.rows(rows, next(devices, torch.device("cpu")))
 
 
 def memory(model: nn.Module, state: SwappedState | None = None) -> StateContext:
