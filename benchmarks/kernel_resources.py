@@ -111,7 +111,8 @@ def compiled(kernel: Any, fixed: dict[str, Any], sizes: dict[str, int], target: 
     where = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
     options = {name: fixed[name] for name in ("num_warps", "num_stages") if name in fixed}
     done = triton.compile(ASTSource(kernel, signature, constants, known), target=where, options=options)
-    row = dict(kernel=f"{kernel.__module__.rsplit('.', 1)[1]}.{kernel.__name__}", target=target)
+    module = kernel.__module__.removeprefix("titans_build.kernels.")
+    row = dict(kernel=f"{module}.{kernel.__name__}", target=target)
     row |= {name: fixed[name] for name in ("ROWS", "KEYS", "BLOCK", "WIDTH") if name in fixed and name in names}
     row |= dict(warps=done.metadata.num_warps, shared=done.metadata.shared)
     return row | (_nvidia(done.asm) if nvidia else _amd(done.asm))

@@ -1,10 +1,10 @@
 /* The memory operation on a CPU, forward and backward: every batch row and head on its own, chunk after chunk, with
    all of a chunk's work in the cache of one core.
 
-   For backward, forward keeps the state every `every` chunks and, where told to, the layers' outputs for the queries;
-   those for the keys are cheaper to recompute than to keep. Backward goes through these groups of chunks from the last
-   to the first: it recomputes a group's chunks from the state that was kept, and then differentiates them one by one in
-   reverse. */
+   For backward, forward keeps the state every `every` chunks and, with `activations_kept`, the layers' outputs for the
+   queries; those for the keys are cheaper to recompute than to keep. Backward goes through these groups of chunks from
+   the last to the first: it recomputes a group's chunks from the state that was kept, and then differentiates them one
+   by one in reverse. */
 
 #include "network.h"
 #include "cpu_runtime/tensors.h"
@@ -201,15 +201,15 @@ static void load_tokens(const task *t, const piece *p, work *w) {
 }
 
 /* The weights that chunk i's gradients are taken at, both ways round: those at its start, or the given anchor. `whole`:
-   the first layer and momentum are wanted transposed, too. `there`: all of that was computed before. */
-static anchor anchor_of(const task *t, work *w, const chunk *c, int i, int whole, int there) {
+   the first layer and momentum are wanted transposed, too. `cached`: all of that was computed before. */
+static anchor anchor_of(const task *t, work *w, const chunk *c, int i, int whole, int cached) {
     const network *net = &t->net;
     int given = i == 0 && t->phase > 0;
     anchor found = {given ? w->anchor : c->state, given ? w->anchor_transposed : w->transposed, {0}};
     for (int l = 0; l < net->layers; l++) {
         int rows = net->rows[l], ld = (whole ? net->parts : 1) * rows;
         found.ld[l] = given ? rows : ld;
-        if (there)
+        if (cached)
             continue;
         if (given && (l || whole))
             transpose(rows, net->out[l], w->anchor[l], net->width[l], w->anchor_transposed[l], rows);
@@ -358,13 +358,13 @@ static void backward_task(const call *call, int64_t index, real *scratch) {
         for (int i = stop - 1; i >= start; i--) {
             chunk *c = &group[i - start];
             piece p = tokens_of_chunk(&t, i);
-            int given = i == 0 && t.phase > 0, there = i == stop - 1; /* the work on the last one is still there */
-            if (!there) {
+            int given = i == 0 && t.phase > 0, cached = i == stop - 1; /* the last one was just recomputed */
+            if (!cached) {
                 load_tokens(&t, &p, &w);
                 find_coefficients(net, &w, c, p.n);
                 w.input[0] = w.keys;
             }
-            anchor anchor = anchor_of(&t, &w, c, i, 1, there);
+            anchor anchor = anchor_of(&t, &w, c, i, 1, cached);
             for (int l = 0; l < top; l++)
                 activate_each(net->activation, p.n * net->width[l], c->z[l], w.input[l + 1], w.slope[l],
                               w.curvature[l]);

@@ -53,7 +53,7 @@ INLINE int outputs(const network *net) { /* of all layers, for one token */
     return total;
 }
 
-/* A chunk as it was learned: what is needed to go on from it and to differentiate it. */
+/* A chunk's state and gradients: what is needed to write it and to differentiate through it. */
 typedef struct {
     real *state[LAYERS];   /* at its start, [parts * rows, width] */
     real *z[LAYERS];       /* outputs of the layers for the keys, [n, width] */

@@ -253,8 +253,8 @@ def read_fixed_backward_kernel(
         dx = dot(g, tile, OPERAND, WIDE, PRECISION)
         if LAYERS == 2:
             tile_1 = load(weight_1 + at * width * d_in, h, i, width, d_in, WIDE)
-            below = dot(query, tl.trans(tile_1), OPERAND, WIDE, PRECISION)
-            dq += dot(dx * slope(below, ACTIVATION), tile_1, OPERAND, WIDE, PRECISION)
+            preact = dot(query, tl.trans(tile_1), OPERAND, WIDE, PRECISION)
+            dq += dot(dx * slope(preact, ACTIVATION), tile_1, OPERAND, WIDE, PRECISION)
         else:
             if NORM:  # a residual network is as wide at its end as at its beginning
                 dx += queries(grad_y, t, h, time, d_out, y_step, WIDE)
@@ -291,10 +291,10 @@ def read_fixed_backward_weights_kernel(
         g = queries(grad_z, t, o, time, d_out, p_step, WIDE)
         if LAYERS == 2:
             query = queries(q, t, i, time, d_in, q_step, WIDE)
-            below = dot(query, tl.trans(tile_1), OPERAND, WIDE, PRECISION)
-            x = activate(below, ACTIVATION)
-            dbelow = dot(g, tile, OPERAND, WIDE, PRECISION) * slope(below, ACTIVATION)
-            d1 += dot(tl.trans(dbelow), query, OPERAND, WIDE, PRECISION)
+            preact = dot(query, tl.trans(tile_1), OPERAND, WIDE, PRECISION)
+            x = activate(preact, ACTIVATION)
+            dpreact = dot(g, tile, OPERAND, WIDE, PRECISION) * slope(preact, ACTIVATION)
+            d1 += dot(tl.trans(dpreact), query, OPERAND, WIDE, PRECISION)
         else:
             x = queries(q, t, h, time, width, q_step, WIDE)
         d2 += dot(tl.trans(g), x, OPERAND, WIDE, PRECISION)

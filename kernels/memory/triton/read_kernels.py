@@ -57,19 +57,19 @@ def read_kernel(
     for h0 in range(0, width, BLOCK):
         h = h0 + tl.arange(0, BLOCK)
         if LAYERS == 2:
-            below = tl.zeros((ROWS, BLOCK), WIDE)
+            preact = tl.zeros((ROWS, BLOCK), WIDE)
             for s0 in range(0, b, KEYS):
                 s = s0 + tl.arange(0, KEYS)
                 weighted = load_tokens(scores_1, first, t, s, b, b, WIDE)
-                below -= dot(weighted, load_tokens(error_1, first, s, h, b, width, WIDE), OPERAND, WIDE, PRECISION)
+                preact -= dot(weighted, load_tokens(error_1, first, s, h, b, width, WIDE), OPERAND, WIDE, PRECISION)
             for part in tl.static_range(PARTS):
                 w_1 = load(stack_1 + (at * PARTS + part) * size_1, h, i, width, d_in, WIDE)
                 product = dot(q, tl.trans(w_1), OPERAND, WIDE, PRECISION)
-                below += coefficient(carry, first, t, b, part, PARTS, WIDE) * product
-            store_tokens(z_1, first, t, h, b, width, below)
+                preact += coefficient(carry, first, t, b, part, PARTS, WIDE) * product
+            store_tokens(z_1, first, t, h, b, width, preact)
         else:
-            below = load_tokens(z_1, first, t, h, b, width, WIDE)
-        x = activate(below, ACTIVATION)
+            preact = load_tokens(z_1, first, t, h, b, width, WIDE)
+        x = activate(preact, ACTIVATION)
         for part in tl.static_range(PARTS):
             w = load(stack_2 + (at * PARTS + part) * size_2, o, h, d_out, width, WIDE)
             product = dot(x, tl.trans(w), OPERAND, WIDE, PRECISION)
@@ -152,8 +152,8 @@ def read_backward_kernel(
     dq = tl.zeros((ROWS, IN), WIDE)
     for h0 in range(0, width, BLOCK):
         h = h0 + tl.arange(0, BLOCK)
-        below = load_tokens(z_1, first, t, h, b, width, WIDE)
-        x = activate(below, ACTIVATION)
+        preact = load_tokens(z_1, first, t, h, b, width, WIDE)
+        x = activate(preact, ACTIVATION)
         dx = tl.zeros((ROWS, BLOCK), WIDE)
         for s0 in range(0, b, KEYS):
             s = s0 + tl.arange(0, KEYS)
@@ -169,12 +169,12 @@ def read_backward_kernel(
                 dx += load_tokens(grad_y, first, t, h, b, d_out, WIDE)
             store_tokens(grad_queries, first, t, h, b, width, dx)
         else:
-            dbelow = dx * slope(below, ACTIVATION)
-            store_tokens(grad_z_1, first, t, h, b, width, dbelow)
+            dpreact = dx * slope(preact, ACTIVATION)
+            store_tokens(grad_z_1, first, t, h, b, width, dpreact)
             q = load_tokens(queries, first, t, i, b, d_in, WIDE)
             for part in tl.static_range(PARTS):
                 w_1 = load(stack_1 + (at * PARTS + part) * size_1, h, i, width, d_in, WIDE)
-                back_1 = dot(dbelow, w_1, OPERAND, WIDE, PRECISION)
+                back_1 = dot(dpreact, w_1, OPERAND, WIDE, PRECISION)
                 dcarry += in_part(tl.sum(q * back_1, axis=1), part, WIDE)
                 dq += coefficient(carry, first, t, b, part, PARTS, WIDE) * back_1
     tl.store(grad_carry + (first + t[:, None]) * PARTS + p[None, :], dcarry,
@@ -189,9 +189,9 @@ def read_backward_kernel(
             dscores = tl.zeros((ROWS, KEYS), WIDE)
             for h0 in range(0, width, BLOCK):
                 h = h0 + tl.arange(0, BLOCK)
-                dbelow = load_tokens(grad_z_1, first, t, h, b, width, WIDE)
+                dpreact = load_tokens(grad_z_1, first, t, h, b, width, WIDE)
                 e = load_tokens(error_1, first, s, h, b, width, WIDE)
-                dscores -= dot(dbelow, tl.trans(e), OPERAND, WIDE, PRECISION)
+                dscores -= dot(dpreact, tl.trans(e), OPERAND, WIDE, PRECISION)
             k = load_tokens(keys, first, s, i, b, d_in, WIDE)
             scores = dot(q, tl.trans(k), OPERAND, WIDE, PRECISION)
             decay = load_tokens(read, first, t, s, b, b, WIDE)

@@ -173,9 +173,9 @@ def step_kernel(
         h = h0 + tl.arange(0, BLOCK)
         if LAYERS == 2:
             tile_1 = load(a_1, h, i, width, d_in, WIDE)
-            below = _times(tile_1, key)
-            tl.store(hidden + at * width + h, below, mask=h < width)
-            a = activate(below, ACTIVATION)
+            preact = _times(tile_1, key)
+            tl.store(hidden + at * width + h, preact, mask=h < width)
+            a = activate(preact, ACTIVATION)
         else:
             a = _vector(k, h, width, WIDE)
         tile = load(a_2, o, h, d_out, width, WIDE)
@@ -206,8 +206,8 @@ def step_kernel(
             error_squares = 0.0
             for h0 in range(0, width, BLOCK):
                 h = h0 + tl.arange(0, BLOCK)
-                below = _vector(hidden + at * width, h, width, WIDE)
-                e = _transposed_times(load(a_2, o, h, d_out, width, WIDE), error) * slope(below, ACTIVATION)
+                preact = _vector(hidden + at * width, h, width, WIDE)
+                e = _transposed_times(load(a_2, o, h, d_out, width, WIDE), error) * slope(preact, ACTIVATION)
                 error_squares += tl.sum(e * e)
             squares += error_squares * tl.sum(key * key)
         # a norm that is NaN makes the step NaN, as on every path
@@ -231,9 +231,9 @@ def step_kernel(
     for h0 in range(0, width, BLOCK):
         h = h0 + tl.arange(0, BLOCK)
         if LAYERS == 2:
-            below = _vector(hidden + at * width, h, width, WIDE)
-            a = activate(below, ACTIVATION)
-            e = _transposed_times(load(a_2, o, h, d_out, width, WIDE), error) * slope(below, ACTIVATION)
+            preact = _vector(hidden + at * width, h, width, WIDE)
+            a = activate(preact, ACTIVATION)
+            e = _transposed_times(load(a_2, o, h, d_out, width, WIDE), error) * slope(preact, ACTIVATION)
             old_1, new_1 = _update(
                 weight_1, momentum_1, new_weight_1, new_momentum_1, new_anchor_1, h, i, width, d_in,
                 -(step * e)[:, None] * key[None, :], momentum_decay, retention, valid, ends,

@@ -157,9 +157,9 @@ def write_backward_kernel(
                         e = load_tokens(unclipped_1, first, t, h, b, width, WIDE)
                         de = de * scale[:, None] + e * (dsquare * squares_k)[:, None]
                         store_tokens(grad_error_1, first, t, h, b, width, de)
-                    below = load_tokens(output_1, first, t, h, b, width, WIDE)
+                    preact = load_tokens(output_1, first, t, h, b, width, WIDE)
                     w = load(w_2, o, h, d_out, width, WIDE)
-                    derror += dot(de * slope(below, ACTIVATION), tl.trans(w), OPERAND, WIDE, PRECISION)
+                    derror += dot(de * slope(preact, ACTIVATION), tl.trans(w), OPERAND, WIDE, PRECISION)
 
             # ... through the loss ...
             g = derror
@@ -196,11 +196,11 @@ def write_backward_kernel(
                     a = load_tokens(input_2, first, t, h, b, width, WIDE)
                     da += a * (dsquare * squares_raw)[:, None]
                 if LAYERS == 2:
-                    below = load_tokens(output_1, first, t, h, b, width, WIDE)
+                    preact = load_tokens(output_1, first, t, h, b, width, WIDE)
                     de = load_tokens(grad_error_1, first, t, h, b, width, WIDE)
-                    rise = slope(below, ACTIVATION)
+                    rise = slope(preact, ACTIVATION)
                     upstream = dot(unclipped, w, OPERAND, WIDE, PRECISION)
-                    da = tl.where(valid, da * rise + de * upstream * curvature(below, ACTIVATION), 0.0)
+                    da = tl.where(valid, da * rise + de * upstream * curvature(preact, ACTIVATION), 0.0)
                     tile_1 = load(w_1, h, i, width, d_in, WIDE)
                     dk += dot(da, tile_1, OPERAND, WIDE, PRECISION)
                     store_tokens(grad_error_1, first, t, h, b, width, de * rise)
@@ -315,7 +315,7 @@ def write_backward_resident_kernel(
             k = a
             if LAYERS == 2:
                 k = load_tokens(keys, first, t, i, b, d_in, WIDE)
-                unclipped_below = load_tokens(unclipped_1, first, t, h, b, width, WIDE)
+                unclipped_hidden = load_tokens(unclipped_1, first, t, h, b, width, WIDE)
             error, squares_2 = unclipped, tl.sum(a * a, axis=1)
             if CLIP:
                 error = load_tokens(error_2, first, t, o, b, d_out, WIDE)
@@ -334,7 +334,7 @@ def write_backward_resident_kernel(
                 derror += back * weight_s
                 da += dot(error * weight_s, r_2, OPERAND, WIDE, PRECISION)
             if LAYERS == 2:
-                e = unclipped_below
+                e = unclipped_hidden
                 if CLIP:
                     e = load_tokens(error_1, first, t, h, b, width, WIDE)
                 grad_scores_1 = dot(k, tl.trans(g_1), OPERAND, WIDE, PRECISION)
@@ -356,21 +356,21 @@ def write_backward_resident_kernel(
             if CLIP:
                 square, dscale = 4 * squares_raw * squares_2, tl.sum(derror * unclipped, axis=1)
                 if LAYERS == 2:
-                    squares_1, squares_k = tl.sum(unclipped_below * unclipped_below, axis=1), tl.sum(k * k, axis=1)
+                    squares_1, squares_k = tl.sum(unclipped_hidden * unclipped_hidden, axis=1), tl.sum(k * k, axis=1)
                     square += 4 * squares_1 * squares_k
-                    dscale += tl.sum(de * unclipped_below, axis=1)
+                    dscale += tl.sum(de * unclipped_hidden, axis=1)
                 scale = clip / tl.maximum(tl.sqrt(square), clip)
                 dsquare = tl.where(scale < 1, -4 * dscale * scale / square, 0.0)
                 derror = derror * scale[:, None] + unclipped * (dsquare * squares_2)[:, None]
                 da += a * (dsquare * squares_raw)[:, None]
                 if LAYERS == 2:
-                    de = de * scale[:, None] + unclipped_below * (dsquare * squares_k)[:, None]
+                    de = de * scale[:, None] + unclipped_hidden * (dsquare * squares_k)[:, None]
                     dk += k * (dsquare * squares_1)[:, None]
 
             # errors run down the layers, so their gradient runs up ...
             if LAYERS == 2:
-                below = load_tokens(output_1, first, t, h, b, width, WIDE)
-                rise = slope(below, ACTIVATION)
+                preact = load_tokens(output_1, first, t, h, b, width, WIDE)
+                rise = slope(preact, ACTIVATION)
                 grad_upstream = de * rise
                 derror += dot(grad_upstream, tl.trans(w_2), OPERAND, WIDE, PRECISION)
                 dw_2 += dot(tl.trans(unclipped), grad_upstream, OPERAND, WIDE, PRECISION)
@@ -396,7 +396,7 @@ def write_backward_resident_kernel(
             da += dot(g, w_2, OPERAND, WIDE, PRECISION)
             if LAYERS == 2:
                 upstream = dot(unclipped, w_2, OPERAND, WIDE, PRECISION)
-                da = tl.where(valid, da * rise + de * upstream * curvature(below, ACTIVATION), 0.0)
+                da = tl.where(valid, da * rise + de * upstream * curvature(preact, ACTIVATION), 0.0)
                 dw_1 += dot(tl.trans(da), k, OPERAND, WIDE, PRECISION)
                 dk += dot(da, w_1, OPERAND, WIDE, PRECISION)
                 store_tokens(grad_keys, first, t, i, b, d_in, dk)

@@ -41,9 +41,9 @@ def _differentiate(
         h = h0 + tl.arange(0, BLOCK)
         if LAYERS == 2:
             tile_1 = load(w_1, h, i, width, d_in, WIDE)
-            below = dot(k, tl.trans(tile_1), FINE, WIDE, FINE_PRECISION)
-            store_tokens(output_1, first, t, h, b, width, below)
-            a = activate(below, ACTIVATION)
+            preact = dot(k, tl.trans(tile_1), FINE, WIDE, FINE_PRECISION)
+            store_tokens(output_1, first, t, h, b, width, preact)
+            a = activate(preact, ACTIVATION)
             store_tokens(input_2, first, t, h, b, width, a)
         else:
             a = load_tokens(input_2, first, t, h, b, width, WIDE)
@@ -62,15 +62,15 @@ def _differentiate(
     squares *= tl.sum(error * error, axis=1)
     if LAYERS == 2:
         tl.debug_barrier()
-        pushed = tl.zeros((ROWS,), WIDE)
+        error_squares = tl.zeros((ROWS,), WIDE)
         for h0 in range(0, width, BLOCK):
             h = h0 + tl.arange(0, BLOCK)
             w = load(w_2, o, h, d_out, width, WIDE)
-            below = load_tokens(output_1, first, t, h, b, width, WIDE)
-            e = dot(error, w, FINE, WIDE, FINE_PRECISION) * slope(below, ACTIVATION)
+            preact = load_tokens(output_1, first, t, h, b, width, WIDE)
+            e = dot(error, w, FINE, WIDE, FINE_PRECISION) * slope(preact, ACTIVATION)
             store_tokens(unclipped_1, first, t, h, b, width, e)
-            pushed += tl.sum(e * e, axis=1)
-        squares += pushed * tl.sum(k * k, axis=1)
+            error_squares += tl.sum(e * e, axis=1)
+        squares += error_squares * tl.sum(k * k, axis=1)
     if CLIP:
         scale = clip / tl.maximum(tl.sqrt(4 * squares), clip)
         store_tokens(error_2, first, t, o, b, d_out, error * scale[:, None])
@@ -242,9 +242,9 @@ def write_resident_kernel(
             # keys forward
             if LAYERS == 2:
                 k = load_tokens(keys, first, t, i, b, d_in, WIDE)
-                below = dot(k, tl.trans(w_1), FINE, WIDE, FINE_PRECISION)
-                store_tokens(output_1, first, t, h, b, width, below)
-                a = activate(below, ACTIVATION)
+                preact = dot(k, tl.trans(w_1), FINE, WIDE, FINE_PRECISION)
+                store_tokens(output_1, first, t, h, b, width, preact)
+                a = activate(preact, ACTIVATION)
                 store_tokens(input_2, first, t, h, b, width, a)
             else:
                 a = load_tokens(input_2, first, t, h, b, width, WIDE)
@@ -258,7 +258,7 @@ def write_resident_kernel(
             error = tl.where((t < b)[:, None], error, 0.0)
             store_tokens(unclipped_2, first, t, o, b, d_out, error)
             if LAYERS == 2:
-                e = dot(error, w_2, FINE, WIDE, FINE_PRECISION) * slope(below, ACTIVATION)
+                e = dot(error, w_2, FINE, WIDE, FINE_PRECISION) * slope(preact, ACTIVATION)
                 store_tokens(unclipped_1, first, t, h, b, width, e)
             if CLIP:
                 squares = tl.sum(a * a, axis=1) * tl.sum(error * error, axis=1)
