@@ -70,7 +70,10 @@ def test_the_largest_memory(target, operands):
 def test_a_state_that_stays(target, sizes):
     """The largest memories whose state stays in registers both ways: a thread spills at most 1 KiB, AMD's 2 KiB."""
     rows = compiled(target, **sizes, chunk=64, kernel="resident")
-    assert [row["kernel"].rpartition(".")[2] for row in rows] == ["write_resident_kernel", "write_backward_resident_kernel"]
+    assert [row["kernel"].rpartition(".")[2] for row in rows] == [
+        "write_resident_kernel",
+        "write_backward_resident_kernel",
+    ]
     assert_fits(rows, target, 1024 if target.startswith("sm_") else 2048)
 
 
