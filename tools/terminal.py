@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -127,14 +127,18 @@ def say_json(value: Any, *, in_one_line: bool = False) -> None:
 
 
 class Columns:
-    """A table. Where it is wider than the terminal, the cells of a row stand one under the other."""
+    """A table. Where it is wider than the terminal, the cells of a row stand one under the other.
+
+    The columns named in ``right`` are aligned to the right. A column whose cells have several lines keeps these lines.
+    """
 
     GAP = 2
     COMFORT = 20
-    """Width that a column of text has at least."""
+    """The width to which columns of text are narrowed at most."""
 
-    def __init__(self, *headings: str) -> None:
+    def __init__(self, *headings: str, right: Sequence[str] = ()) -> None:
         self.headings = headings
+        self.right = right
         self.rows: list[list[Text]] = []
 
     def add(self, *cells: str | Text) -> None:
@@ -143,12 +147,13 @@ class Columns:
 
     def lines(self, width: int) -> list[Text]:
         """The table in lines of at most ``width``."""
-        least = [self._least(index) for index in range(len(self.headings))]
+        least = [self._least_width(index) for index in range(len(self.headings))]
         if sum(least) + self.GAP * (len(least) - 1) > width:
             return list(self._stacked(width))
         table = Table(box=None, pad_edge=False, padding=(0, self.GAP, 0, 0), header_style="bold", show_edge=False)
         for heading, narrow in zip(self.headings, least):
-            table.add_column(heading, min_width=narrow, overflow="fold")
+            justify = "right" if heading in self.right else "left"
+            table.add_column(heading, min_width=narrow, overflow="fold", justify=justify)
         for row in self.rows:
             table.add_row(*row)
         target = console()
@@ -158,12 +163,15 @@ class Columns:
             line.rstrip()
         return lines
 
-    def _least(self, index: int) -> int:
+    def _least_width(self, index: int) -> int:
         cells = [self.headings[index], *(row[index].plain for row in self.rows)]
-        word = max(len(word) for cell in cells for word in (cell.split() or [""]))
-        return min(max(map(len, cells)), max(word, self.COMFORT), 2 * self.COMFORT)
+        natural = max(len(line) for cell in cells for line in cell.splitlines() or [""])
+        if self.headings[index] in self.right or any("\n" in cell for cell in cells):
+            return natural
+        longest_word = max(len(word) for cell in cells for word in cell.split() or [""])
+        return min(natural, max(longest_word, self.COMFORT), 2 * self.COMFORT)
 
-    def _stacked(self, width: int) -> Iterable[Text]:
+    def _stacked(self, width: int) -> Iterator[Text]:
         for row in self.rows:
             if row[0].plain:
                 yield from wrap(row[0], width)

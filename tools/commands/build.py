@@ -20,13 +20,13 @@ from ...registry import RecipeError, Unavailable, show
 from ..command_line import Command, problem_list
 from ..options import add_placement, add_recipe, load, overrides, placement, saved_folder, whole_number
 from ..terminal import (
-    PIPED_WIDTH,
     UsageError,
     complain,
     count,
     in_bytes,
     progress,
     say,
+    say_columns,
     say_json,
     say_prose,
     terminal_width,
@@ -34,7 +34,7 @@ from ..terminal import (
 )
 from .cost_table import cost_table
 from .model_summary import LENGTH, ModelSummary, on_meta, summarize
-from .smoke_test import BYTES, SmokeTest, memory_need, read_bytes, smoke_test
+from .smoke_test import BYTES, SmokeTest, check_memory, read_bytes, smoke_test
 
 # -- build -------------------------------------------------------------------------------------------------------------
 
@@ -107,7 +107,7 @@ def _build(arguments: argparse.Namespace) -> int:
     if not arguments.json:
         weights = f"weights of {folder}" if folder is not None else f"seed {seed}"
         say_prose(_heading(recipe, arguments.recipe, f"{device}, {dtype_name}, {weights}"), "")
-        say(*cost_table(found, terminal_width() or PIPED_WIDTH))
+        say_columns(cost_table(found))
         say_prose("", _footing(found))
         if arguments.out is not None:
             say("", f"saved to {arguments.out}")
@@ -132,11 +132,8 @@ def _text(path: str, recipe: recipes.Recipe, device: torch.device, dtype: torch.
         needs = f"the recipe needs vocab >= {BYTES}, it has {show(recipe.vocab)}"
         raise UsageError(f"--try reads bytes: {needs} (--set vocab={BYTES})")
     text = read_bytes(path)
-    need = memory_need(recipe, len(text), dtype) if device.type == "cpu" else None
-    if need is not None:
-        if not need.enough:
-            raise UsageError(need.text)
-        complain(need.text, "warning")
+    if device.type == "cpu":
+        check_memory(recipe, len(text), dtype)
     return text
 
 

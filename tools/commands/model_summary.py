@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...blocks.block import Block
+from ...blocks.combinators import Persistent
+from ...blocks.context import Context
 from ...blocks.language_model import LanguageModel
-from ...blocks.state import State, nbytes
+from ...blocks.state import nbytes
 from ...recipes import Recipe, build
 from ...recipes.build import state_bytes
 
@@ -115,8 +117,7 @@ def on_meta(recipe: Recipe, model: LanguageModel | None = None) -> LanguageModel
 def summarize_layer(layer: Block, name: str, recipe: Recipe) -> Part:
     """One layer of the stack and everything inside."""
     with torch.no_grad():
-        states = _states(layer)
-    return _part(layer, name, {"type": "layer", "blocks": recipe.layers[name]}, _shares_of_flops(layer), states)
+        return _part(layer, name, {"type": "layer", "blocks": recipe.layers[name]}, _shares_of_flops(layer))
 
 
 def _shares_of_flops(layer: Block) -> dict[Block, int]:
@@ -127,8 +128,8 @@ def _shares_of_flops(layer: Block) -> dict[Block, int]:
     """
     whole = layer.flops(LENGTH)
     shares = {layer: whole}
-    for block in _blocks(layer):
-        if block is not layer:
+    for block in layer.modules():
+        if isinstance(block, Block) and block is not layer:
             block.flops = lambda length: 0  # type: ignore[method-assign]
             try:
                 shares[block] = whole - layer.flops(LENGTH)
@@ -137,48 +138,11 @@ def _shares_of_flops(layer: Block) -> dict[Block, int]:
     return shares
 
 
-def _states(layer: Block) -> dict[Block, State]:
-    """The fresh one-row state of every block inside the layer: after persistent tokens, if there are any."""
-    states: dict[Block, State] = {}
-    asked: list[Block] = []
-
-    def listen(block: Block) -> None:
-        def note(ask: Callable[..., Any], state_of: Callable[[Any], State]) -> Callable[..., Any]:
-            def answer(*arguments: Any) -> Any:
-                # a block may call another of its own methods: only the result that its parent gets counts
-                outermost = block not in asked
-                asked.append(block)
-                try:
-                    result = ask(*arguments)
-                finally:
-                    asked.pop()
-                if outermost:
-                    states[block] = state_of(result)
-                return result
-
-            return answer
-
-        block.init_state = note(block.init_state, lambda state: state)  # type: ignore[method-assign]
-        block.prefix = note(block.prefix, lambda answer: answer[1])  # type: ignore[method-assign]
-
-    blocks = _blocks(layer)
-    for block in blocks:
-        listen(block)
-    try:
-        layer.init_state(1)
-    finally:
-        for block in blocks:
-            del block.init_state, block.prefix
-    return states
-
-
-def _blocks(layer: Block) -> list[Block]:
-    return [module for module in layer.modules() if isinstance(module, Block)]
-
-
-def _part(block: Block, label: str, node: Any, flops: dict[Block, int], states: dict[Block, State]) -> Part:
+def _part(block: Block, label: str, node: Any, flops: dict[Block, int], prefix: Tensor | None = None) -> Part:
+    """``prefix``: the persistent tokens that the fresh state of the block has seen."""
     node = node if isinstance(node, dict) else {"type": type(block).__name__}
-    state = states.get(block)
+    state = block.init_state(1) if prefix is None else block.prefix(prefix)[1]
+    inside = _persistent_tokens(block, prefix)
     names = getattr(state, "_fields", ())
     return Part(
         label=label,
@@ -189,8 +153,18 @@ def _part(block: Block, label: str, node: Any, flops: dict[Block, int], states: 
         state_bytes=nbytes(state),
         state={name: nbytes(child) for name, child in zip(names, state or ())} if names else {},
         grows=block.grows,
-        parts=[_part(child, path, _at(node, path), flops, states) for path, child in _children(block)],
+        parts=[_part(child, path, _at(node, path), flops, inside) for path, child in _children(block)],
     )
+
+
+def _persistent_tokens(block: Block, given: Tensor | None) -> Tensor | None:
+    """The persistent tokens before those of the blocks inside ``block``, which itself has seen those ``given``."""
+    if isinstance(block, Context):
+        return None if block.persistent is None else block.persistent.unsqueeze(0)
+    if not isinstance(block, Persistent):
+        return given
+    own = block.tokens.unsqueeze(0)
+    return own if given is None else torch.cat([given, own], dim=1)
 
 
 def _children(module: nn.Module, path: str = "") -> Iterator[tuple[str, Block]]:

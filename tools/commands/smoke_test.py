@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from ...blocks.memory import NeuralMemory
 from ...kernels.dispatch import OPERATIONS, VARIABLE
 from ...recipes import Recipe
 from ...recipes.build import machine_memory
-from ..terminal import UsageError
+from ..terminal import UsageError, complain
 from .model_summary import on_meta
 
 BYTES = 256
@@ -108,24 +108,16 @@ def read_bytes(path: str) -> bytes:
     return text
 
 
-class MemoryNeed(NamedTuple):
-    """The test's memory against the machine's."""
+def check_memory(recipe: Recipe, bytes_read: int, dtype: torch.dtype) -> None:
+    """Compare the least memory that the test takes on the CPU with that of this machine.
 
-    text: str
-    """How much, what for, and what would take less."""
-    enough: bool
-    """Whether the machine has it."""
-
-
-def memory_need(recipe: Recipe, bytes_read: int, dtype: torch.dtype) -> MemoryNeed | None:
-    """The least memory that the test takes on the CPU, when that is more than half of this machine's; else ``None``.
-
-    The operating system ends a process that takes too much without a message, so this is checked before the test.
-    Raises ``BackendError`` when the environment names a backend that does not exist.
+    The operating system ends a process that takes too much without a message. Prints a warning for more than half of
+    the memory and raises ``UsageError`` for more than all of it. Raises ``BackendError`` when the environment names a
+    backend that does not exist.
     """
     have = machine_memory()
     if have is None:
-        return None
+        return
     model = on_meta(recipe)
     # training: weights, gradients and Adam's two moments; afterwards a float64 copy beside weights and gradients
     parameters = sum(tensor.numel() for tensor in model.parameters()) * max(4 * dtype.itemsize, 2 * dtype.itemsize + 8)
@@ -133,24 +125,22 @@ def memory_need(recipe: Recipe, bytes_read: int, dtype: torch.dtype) -> MemoryNe
     operation = OPERATIONS["memory"]
     compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     if operation.choose(device="cpu", dtype=compute_dtype) is operation.backends["reference"].run:
-        weights = sum(
-            tensor.numel()
-            for block in model.modules()
-            if isinstance(block, NeuralMemory)
-            for tensor in block.init_state(1).memory.weights
-        )
+        memories = [block.init_state(1).memory for block in model.modules() if isinstance(block, NeuralMemory)]
+        weights = sum(tensor.numel() for memory in memories for tensor in memory.weights)
         kept = COPIES * ROWS * _length(bytes_read) * weights * compute_dtype.itemsize
     if parameters + kept <= have / 2:
-        return None
-    text = f"--try takes at least {(parameters + kept) / 2**30:,.1f} GiB, this machine has {have / 2**30:,.1f} GiB"
+        return
     if kept > parameters:
-        text += (
-            f"\n  the memory's reference keeps its weights for every token; let another backend run the memory "
+        why = (
+            "the memory's reference keeps its weights for every token; let another backend run the memory "
             f"({VARIABLE}=reference,memory=torch), or try a smaller recipe or fewer bytes"
         )
     else:
-        text += "\n  training takes four times the weights: try a smaller recipe, or --dtype bfloat16"
-    return MemoryNeed(text, parameters + kept <= have)
+        why = "training takes four times the weights: try a smaller recipe, or --dtype bfloat16"
+    text = f"--try takes at least {(parameters + kept) / 2**30:,.1f} GiB, this machine has {have / 2**30:,.1f} GiB"
+    if parameters + kept > have:
+        raise UsageError(f"{text}\n  {why}")
+    complain(f"{text}\n  {why}", "warning")
 
 
 def smoke_test(model: LanguageModel, text: bytes, advance: Callable[[], None] = lambda: None) -> SmokeTest:

@@ -261,7 +261,7 @@ def check_speed(
     dtype = getattr(torch, arguments.dtype)
     late = lambda: time.monotonic() - began > 60 * arguments.minutes  # noqa: E731
     if processes and not arguments.quick and not late():
-        warmed = workers.warm(device, arguments.dtype, processes)
+        warmed = workers.warm(device, dtype, processes)
         with progress("compiling", len(speed.warmups(device, dtype))) as step:
             for _ in itertools.takewhile(lambda _: not late(), warmed):
                 step()

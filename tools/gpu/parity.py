@@ -72,6 +72,12 @@ def tasks(device: torch.device) -> list[Task]:
     return found
 
 
+def no_outcome(task: Task, failed: str = "") -> Outcome:
+    return Outcome(
+        task.operation, task.backend, task.case, task.precision, math.nan, TOLERANCE[task.precision], "", failed
+    )
+
+
 def outcome(task: Task, device: torch.device) -> Outcome:
     """Run a task. An exception of a backend becomes its outcome."""
     case = next(
@@ -80,7 +86,7 @@ def outcome(task: Task, device: torch.device) -> Outcome:
         if (case.name, case.operation) == (task.case, task.operation)
     )
     dtype = torch.float32 if task.precision == "tf32" else getattr(torch, task.precision)
-    said = Outcome(task.operation, task.backend, task.case, task.precision, math.nan, TOLERANCE[task.precision])
+    said = no_outcome(task)
     given = {name: _given(name, x, dtype) for name, x in case.make(torch.Generator().manual_seed(0)).items()}
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if task.precision == "tf32" else "highest")

@@ -1,20 +1,17 @@
 """Worker processes of the GPU check: each compiles kernels on a core of its own and runs one task at a time.
 
-A worker reads a task as a line of JSON from standard input and answers with a line of JSON. A worker whose CUDA context
-a kernel has corrupted, or that hangs, is replaced, and its task gets an outcome like any other.
-
-``python -m titans_build.tools.gpu.workers DEVICE DTYPE`` is such a process.
+A worker that a kernel has ended, whose CUDA context a kernel has corrupted, or that hangs is replaced, and its task
+gets an outcome like any other.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import queue
-import subprocess
-import sys
+import multiprocessing
+import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -31,27 +28,20 @@ def outcomes(tasks: Sequence[Task], device: torch.device, processes: int) -> Ite
     """The outcome of every task, as they finish. ``processes``: 0 runs them in this process."""
     if not processes:
         deterministic()
-        for task in tasks:
-            yield parity.outcome(task, device)
+        yield from (parity.outcome(task, device) for task in tasks)
         return
-    for number, answer in _answers([["parity", *task] for task in tasks], [str(device), "float32"], processes):
-        task = tasks[number]
-        if isinstance(answer, str):
-            most = parity.TOLERANCE[task.precision]
-            yield Outcome(task.operation, task.backend, task.case, task.precision, math.nan, most, failed=answer)
-        else:
-            yield Outcome(**answer)
+    for task, outcome, failure in _run_all(check, [(task, str(device)) for task in tasks], processes):
+        yield outcome or parity.no_outcome(task[0], failed=failure)
 
 
-def warm(device: torch.device, dtype: str, processes: int) -> Iterator[str]:
+def warm(device: torch.device, dtype: torch.dtype, processes: int) -> Iterator[str]:
     """Compile the kernels to be timed, which this process then finds in the compiler's cache.
 
     Yields the error, or an empty string, for each of ``speed.warmups``.
     """
-    count = len(speed.warmups(device, getattr(torch, dtype)))
-    if processes:
-        for _, answer in _answers([["warm", n] for n in range(count)], [str(device), dtype], processes):
-            yield answer if isinstance(answer, str) else ""
+    tasks = [(number, str(device), dtype) for number in range(len(speed.warmups(device, dtype)))]
+    for _, _, failure in _run_all(compile_kernel, tasks, processes):
+        yield failure
 
 
 def deterministic() -> None:
@@ -59,84 +49,90 @@ def deterministic() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def _answers(
-    questions: Sequence[Sequence[object]], words: Sequence[str], processes: int
-) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """The number of each question with its answer, or with the reason why its process ended."""
-    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for number in range(len(questions)):
-        waiting.put(number)
-    given: queue.SimpleQueue[tuple[int, dict[str, Any] | str]] = queue.SimpleQueue()
-    stop = threading.Event()
-    children: list[subprocess.Popen[str]] = []
+# -- what a worker runs: a function returns its result, and why it failed or an empty string ---------------------------
 
-    def work() -> None:
-        child: subprocess.Popen[str] | None = None
-        while not stop.is_set():
-            try:
-                number = waiting.get_nowait()
-            except queue.Empty:
-                break
-            if child is None:
-                child = subprocess.Popen(
-                    [sys.executable, "-m", __name__, *words],
-                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                )  # fmt: skip
-                children.append(child)
-            assert child.stdin is not None and child.stdout is not None
-            timer = threading.Timer(TIMEOUT, child.kill)
-            timer.start()
-            try:
-                child.stdin.write(json.dumps(questions[number]) + "\n")
-                child.stdin.flush()
-                line = child.stdout.readline()
-            except OSError:  # the process has ended
-                line = ""
-            timer.cancel()
-            if line:
-                given.put((number, json.loads(line)))
-            if not line or child.poll() is not None:
-                code = child.wait()
-                child = None
-                if not line:
-                    given.put((number, f"its process ended with {code} after at most {TIMEOUT:.0f} s"))
 
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(processes, len(questions)))]
-    for thread in threads:
-        thread.start()
+def check(task: Task, device: str) -> tuple[Outcome, str]:
+    deterministic()
+    outcome = parity.outcome(task, torch.device(device))
+    return outcome, outcome.failed
+
+
+def compile_kernel(number: int, device: str, dtype: torch.dtype) -> tuple[None, str]:
+    return None, speed.warmups(torch.device(device), dtype)[number]()
+
+
+# -- the processes -----------------------------------------------------------------------------------------------------
+
+
+def _run_all(
+    function: Callable[..., tuple[Any, str]], tasks: Sequence[Any], processes: int
+) -> Iterator[tuple[Any, Any, str]]:
+    """The arguments of each call of ``function`` with what it returned, as they finish."""
+    workers: list[_Worker] = []
+    own = threading.local()
+
+    def run(arguments: tuple[Any, ...]) -> tuple[Any, str]:
+        if not hasattr(own, "worker"):
+            own.worker = _Worker()
+            workers.append(own.worker)
+        answer: tuple[Any, str] = own.worker.run(function, arguments)
+        return answer
+
+    pool = ThreadPoolExecutor(processes)
     try:
-        for _ in questions:
-            yield given.get()
+        futures = {pool.submit(run, task): task for task in tasks}
+        for future in as_completed(futures):
+            yield futures[future], *future.result()
     finally:
-        stop.set()
-        for thread in threads:
-            for child in children:  # it may still be running a task
-                child.kill()
-            thread.join()
-        for child in children:
-            child.kill()
-            child.wait()
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in workers:  # it may still be running a task
+            worker.stop()
 
 
-def main(words: Sequence[str]) -> None:
-    """A worker: answer the questions on standard input."""
-    device, dtype = torch.device(words[0]), getattr(torch, words[1])
+class _Worker:
+    """A process that runs one function at a time, and is started again after it has ended."""
+
+    process: multiprocessing.process.BaseProcess | None = None
+
+    def run(self, function: Callable[..., tuple[Any, str]], arguments: tuple[Any, ...]) -> tuple[Any, str]:
+        """What ``function`` returns in the process; ``None`` and the reason if the process ends."""
+        if self.process is None:
+            context = multiprocessing.get_context("spawn")
+            self.pipe, theirs = context.Pipe()
+            self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            self.process.start()
+            theirs.close()  # so that the end of the process is noticed here
+        try:
+            self.pipe.send((function, arguments))
+            if self.pipe.poll(TIMEOUT):
+                result, failure = self.pipe.recv()
+                if any(word in failure for word in CORRUPTED):
+                    self.stop()
+                return result, failure
+        except (EOFError, OSError):  # the process has ended
+            pass
+        return None, f"its process ended with {self.stop()} after at most {TIMEOUT:.0f} s"
+
+    def stop(self) -> int | None:
+        """End the process and return its exit code."""
+        process, self.process = self.process, None
+        if process is None:
+            return None
+        process.kill()
+        process.join()
+        return process.exitcode
+
+
+def _serve(pipe: Connection) -> None:
+    """Run functions until the other end of ``pipe`` is closed. Compilers may print; nothing of it is shown."""
     torch.set_num_threads(1)
-    answers, sys.stdout = sys.stdout, sys.stderr  # a library may print, too
-    for line in sys.stdin:
-        kind, *arguments = json.loads(line)
-        if kind == "parity":
-            deterministic()
-            result = parity.outcome(Task(*arguments), device)
-            answer, error = result._asdict(), result.failed
-        else:
-            torch.use_deterministic_algorithms(False)
-            error = speed.warmups(device, dtype)[arguments[0]]()
-            answer = {"failed": error}
-        print(json.dumps(answer), file=answers, flush=True)
-        if any(word in error for word in CORRUPTED):
-            break
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+    while True:
+        try:
+            function, arguments = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(function(*arguments))

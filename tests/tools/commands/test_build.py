@@ -25,7 +25,8 @@ def test_the_table_shows_every_part_once(small: Path, titans_build: Run) -> None
     assert result.status == 0 and result.err == ""
     lines = result.out.splitlines()
     assert lines[0] == "small: dim 32, vocab 256, 3 layers (cpu, float32, seed 0)"
-    names = [re.split(r"(?<=\w) {2,}", line)[0].rstrip() for line in lines[3:-2]]
+    figures = r"  [\d,.]+[MG]? +[\d,.]+[MG]? +(-|[\d.]+ (B|KiB|MiB))$"
+    names = [re.sub(figures, "", line).rstrip() for line in lines[3:-2] if re.search(figures, line)]
     assert names == [
         "embedding",
         "mag ×2",
@@ -44,8 +45,6 @@ def test_the_table_shows_every_part_once(small: Path, titans_build: Run) -> None
         "recipe",
         "total",
     ]
-    figures = r"  [\d,.]+[MG]? +[\d,.]+[MG]? +(-|[\d.]+ (B|KiB|MiB))"
-    assert all(re.search(figures + "$", line) for line in lines[3:-2])
     assert result.out.endswith("The state does not grow.\n")
 
 

@@ -12,15 +12,16 @@ import torch
 import titans_build as tb
 from titans_build.kernels.dispatch import BackendError
 from titans_build.tools.commands import smoke_test
-from titans_build.tools.commands.smoke_test import memory_need
+from titans_build.tools.commands.smoke_test import check_memory
+from titans_build.tools.terminal import UsageError
 
 
 def need(monkeypatch: pytest.MonkeyPatch, recipe: object, bytes_read: int = 1028) -> float:
     """GiB."""
     monkeypatch.setattr(smoke_test, "machine_memory", lambda: 1)
-    found = memory_need(tb.load_recipe(recipe), bytes_read, torch.float32)
-    assert found is not None and not found.enough
-    return float(re.search(r"least ([\d,.]+) GiB", found.text)[1].replace(",", ""))  # type: ignore[index]
+    with pytest.raises(UsageError) as refused:
+        check_memory(tb.load_recipe(recipe), bytes_read, torch.float32)
+    return float(re.search(r"least ([\d,.]+) GiB", str(refused.value))[1].replace(",", ""))  # type: ignore[index]
 
 
 def test_the_reference_backend_needs_more_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,18 +36,29 @@ def test_the_reference_backend_needs_more_memory(monkeypatch: pytest.MonkeyPatch
     assert need(monkeypatch, "transformer-170m") < 4
 
 
-def test_small_needs_are_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_needs_are_not_reported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delenv("TITANS_BUILD_BACKEND", raising=False)
     monkeypatch.setattr(smoke_test, "machine_memory", lambda: 2**34)
-    assert memory_need(tb.load_recipe("mac"), 1028, torch.float32) is None
+    check_memory(tb.load_recipe("mac"), 1028, torch.float32)
     monkeypatch.setattr(smoke_test, "machine_memory", lambda: None)
-    assert memory_need(tb.load_recipe("mac-1.3b"), 1028, torch.float32) is None
+    check_memory(tb.load_recipe("mac-1.3b"), 1028, torch.float32)
+    assert capsys.readouterr().err == ""
+
+
+def test_more_than_half_of_the_memory_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TITANS_BUILD_BACKEND", "memory=torch")
+    needed = need(monkeypatch, "mac-170m")
+    monkeypatch.setattr(smoke_test, "machine_memory", lambda: int(1.5 * needed * 2**30))
+    check_memory(tb.load_recipe("mac-170m"), 1028, torch.float32)
+    assert "warning: --try takes at least" in capsys.readouterr().err
 
 
 def test_an_unknown_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TITANS_BUILD_BACKEND", "memory=magic")
     with pytest.raises(BackendError, match="magic"):
-        memory_need(tb.load_recipe("mac"), 1028, torch.float32)
+        check_memory(tb.load_recipe("mac"), 1028, torch.float32)
 
 
 PEAK = """
