@@ -17,7 +17,7 @@ import measure
 
 import titans_build as tb
 from titans_build.recipes.parse import read_file
-from titans_build.tools.training.compare_command import draw
+from titans_build.tools.training.commands import draw
 from titans_build.tools.training.trials import RESULT, threads_per_job
 
 HERE = Path(__file__).parent

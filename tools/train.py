@@ -6,10 +6,10 @@ from .command_line import Command, Program
 
 
 def _commands() -> dict[str, Command]:
-    from .training import compare_command, search_command, tasks_command, train_command
+    from .training import train_command
+    from .training.commands import COMMANDS
 
-    modules = {"": train_command, "compare": compare_command, "search": search_command, "tasks": tasks_command}
-    return {name: Command.of(module) for name, module in modules.items()}
+    return {"": Command.of(train_command), **COMMANDS}
 
 
 PROGRAM = Program(

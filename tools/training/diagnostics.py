@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -25,25 +24,20 @@ Surprise = dict[str, dict[str, float]]
 """For each memory, by its path: ``mean``, ``peak`` and ``weights``."""
 
 
-class FaultDetector:
-    """Detects bad steps: a nonfinite loss or gradient, or a loss ``spike`` nats above the median of recent losses."""
+def find_fault(loss: float, norm: float, losses: Sequence[float], spike: float | None) -> str | None:
+    """What is wrong with a step, or ``None``: a nonfinite loss or gradient norm, or a loss spike.
 
-    def __init__(self, spike: float | None, losses: Iterable[float] = ()) -> None:
-        self.spike = spike
-        self.losses = deque(losses, maxlen=RECENT)
-
-    def check(self, loss: float, norm: float) -> str | None:
-        """What is wrong with a step, or ``None``. The loss of a good step is recorded."""
-        if not math.isfinite(loss):
-            return f"the loss is {loss}"
-        if not math.isfinite(norm):
-            return f"the gradient norm is {norm} (the loss is {loss:.4g})"
-        if self.spike is not None and len(self.losses) >= FEWEST:
-            median = statistics.median(self.losses)
-            if loss > median + self.spike:
-                return f"the loss is {loss:.4g}, the median of recent losses {median:.4g} (spike: {self.spike})"
-        self.losses.append(loss)
-        return None
+    A spike is a loss more than ``spike`` nats above the median of ``losses``, those of recent good steps.
+    """
+    if not math.isfinite(loss):
+        return f"the loss is {loss}"
+    if not math.isfinite(norm):
+        return f"the gradient norm is {norm} (the loss is {loss:.4g})"
+    if spike is not None and len(losses) >= FEWEST:
+        median = statistics.median(losses)
+        if loss > median + spike:
+            return f"the loss is {loss:.4g}, the median of recent losses {median:.4g} (spike: {spike})"
+    return None
 
 
 def memory_surprise(step: TrainStep, batch: Batch, state: State) -> Surprise:
@@ -53,7 +47,7 @@ def memory_surprise(step: TrainStep, batch: Batch, state: State) -> Surprise:
     memory's weights.
     """
     with torch.no_grad(), observe(step.model) as seen:
-        TrainStep(step.model, step.settings, step.processes).forward(batch, state)
+        step.forward(batch, state)
     step.processes.reshard(step.model)
     found = {}
     for path, record in seen.memories.items():
@@ -64,11 +58,6 @@ def memory_surprise(step: TrainStep, batch: Batch, state: State) -> Surprise:
             norms = {"mean": surprise.mean(), "peak": surprise.max(), "weights": record.norms.max()}
             found[path] = {name: float(value) for name, value in norms.items()}
     return found
-
-
-def finite_only(memories: Surprise) -> Surprise:
-    """The memories whose numbers are all finite."""
-    return {path: norms for path, norms in memories.items() if all(map(math.isfinite, norms.values()))}
 
 
 def largest_growth(now: Surprise, before: Surprise) -> str | None:

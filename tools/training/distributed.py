@@ -8,7 +8,7 @@ import warnings
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...blocks.language_model import LanguageModel
 from ...blocks.state import State, map_state
@@ -92,11 +92,6 @@ def to_local(tensor: Tensor) -> Tensor:
 def full_tensor(tensor: Tensor) -> Tensor:
     """The whole tensor, gathered from all processes."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def gather_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter whole, on the CPU."""
-    return {name: full_tensor(parameter.detach()).cpu() for name, parameter in model.named_parameters()}
 
 
 def _copy_states(layer: Any) -> None:

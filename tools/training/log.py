@@ -135,17 +135,17 @@ class TensorBoardLog:
 
 def read_log(path: Path) -> list[Event]:
     """The events of a log file; none if there is no file. A line left incomplete by a killed process is skipped."""
-    events: list[Event] = []
-    if not path.exists():
-        return events
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict):
-            events.append(event)
-    return events
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    return [event for line in lines if (event := parse_event(line)) is not None]
+
+
+def parse_event(line: str) -> Event | None:
+    """The event in a line of JSON; ``None`` if the line is anything else."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) else None
 
 
 def _line(event: Event) -> str:

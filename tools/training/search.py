@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
 import os
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -30,6 +31,10 @@ TRIALS, BEST_RECIPE, BEST_TRAIN = "trials.jsonl", "best-recipe.yaml", "best-trai
 PARTS = ("recipe", "train")
 Choice = dict[str, Any]
 """Values by name: ``train.lr``, ``recipe.layers.lmm.0.max_step``."""
+
+
+Space = dict[str, "list[Any] | Range"]
+"""A list of values or a range for each name."""
 
 
 @dataclass(kw_only=True)
@@ -64,33 +69,7 @@ class Range:
         return round(value) if self.integer else float(f"{value:.4g}")
 
 
-class Space(NamedTuple):
-    """A list of values or a range for each name."""
-
-    of: dict[str, list[Any] | Range]
-
-    def grid(self) -> Iterator[Choice]:
-        """All combinations; the last name changes fastest. Raises ``RecipeError`` for a range without a step."""
-        values = []
-        for name, of in self.of.items():
-            if isinstance(of, Range):
-                if of.step is None:
-                    message = "a grid needs a list of values, or a step: a range is for --sampler random or optuna"
-                    raise RecipeError([Problem(name, message)], "space")
-                of = of.steps()
-            values.append(of)
-        return (dict(zip(self.of, chosen)) for chosen in itertools.product(*values))
-
-    def draw(self, seed: int, number: int) -> Choice:
-        """Choice ``number`` of a random search, a function of ``seed`` and ``number`` alone."""
-        generator = random.Random(f"{seed} {number}")
-        return {
-            name: of.sample(generator.random()) if isinstance(of, Range) else generator.choice(of)
-            for name, of in self.of.items()
-        }
-
-
-def as_space(given: Mapping[str, Any] | str | os.PathLike[str]) -> Space:
+def read_space(given: Mapping[str, Any] | str | os.PathLike[str]) -> Space:
     """A space from a mapping or a YAML file::
 
         recipe:
@@ -110,7 +89,7 @@ def as_space(given: Mapping[str, Any] | str | os.PathLike[str]) -> Space:
     problems = [
         Problem(str(key), f"unknown; expected recipe or train{nearest(key, PARTS)}") for key in data if key not in PARTS
     ]
-    found: dict[str, list[Any] | Range] = {}
+    found: Space = {}
     for part in PARTS:
         values = data.get(part) or {}
         if not isinstance(values, dict):
@@ -126,7 +105,11 @@ def as_space(given: Mapping[str, Any] | str | os.PathLike[str]) -> Space:
                 except RecipeError as error:
                     problems += error.problems
                     continue
-                problems += [Problem(path, message) for message in _conflicts(chosen)]
+                if chosen.low >= chosen.high:
+                    message = f"expected low under high, got {show(chosen.low)} and {show(chosen.high)}"
+                    problems.append(Problem(path, message))
+                if chosen.log and (chosen.low <= 0 or chosen.step is not None):
+                    problems.append(Problem(path, "log: expected low > 0, and no step"))
                 found[path] = chosen
             else:
                 problems.append(Problem(path, f"expected a list of values, or low and high, got {show(of)}"))
@@ -134,15 +117,7 @@ def as_space(given: Mapping[str, Any] | str | os.PathLike[str]) -> Space:
         problems.append(Problem("", "expected at least one value to search"))
     if problems:
         raise RecipeError(problems, source)
-    return Space(found)
-
-
-def _conflicts(of: Range) -> Iterator[str]:
-    """Problems between the fields of a range."""
-    if of.low >= of.high:
-        yield f"expected low under high, got {show(of.low)} and {show(of.high)}"
-    if of.log and (of.low <= 0 or of.step is not None):
-        yield "log: expected low > 0, and no step"
+    return found
 
 
 # -- the search --------------------------------------------------------------------------------------------------------
@@ -152,7 +127,7 @@ def search(
     recipe: RecipeSource,
     data: str | Mapping[str, Any],
     settings: Settings | Mapping[str, Any] | str | os.PathLike[str] | None,
-    space: Space | Mapping[str, Any] | str | os.PathLike[str],
+    space: Mapping[str, Any] | str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
     sampler: Sampler = "grid",
@@ -182,15 +157,11 @@ def search(
     if jobs < 1 or (trials is not None and trials < 1):
         message = f"expected jobs and trials >= 1, got {show(jobs)} and {show(trials)}"
         raise RecipeError([Problem("", message)], "search")
-    space = space if isinstance(space, Space) else as_space(space)
-    chooser = Chooser(space, sampler, trials, seed, jobs)
-
-    def trial_of(choice: Choice, number: int) -> Trial:
-        return make_trial(loaded, data, settings, choice, folder, number, allow_imports)
-
+    space = read_space(space)
+    trial_of = functools.partial(make_trial, loaded, data, settings, folder, allow_imports)
     results: list[Result] = []
     refused: list[RecipeError] = []
-    while choices := chooser.next(results):
+    while choices := choose(space, sampler, trials, seed, jobs, results):
         planned: list[Trial | str] = []
         for number, choice in enumerate(choices, len(results)):
             try:
@@ -221,7 +192,7 @@ def search(
 
 
 def make_trial(
-    recipe: Recipe, data: Any, settings: Settings, choice: Choice, folder: Path, number: int, allow_imports: bool
+    recipe: Recipe, data: Any, settings: Settings, folder: Path, allow_imports: bool, choice: Choice, number: int
 ) -> Trial:
     """The trial of a choice. Raises ``RecipeError`` for a name that does not exist or an invalid value."""
     parts: dict[str, dict[str, Any]] = {"recipe": {}, "train": {}}
@@ -234,57 +205,67 @@ def make_trial(
     return Trial(label, changed, data, settings, folder / label, allow_imports)
 
 
-class Chooser:
-    """Makes the next choices from the results so far, and from nothing else: a resumed search repeats its choices."""
+def choose(
+    space: Space, sampler: Sampler, trials: int | None, seed: int, jobs: int, results: Sequence[Result]
+) -> list[Choice]:
+    """The next choices, which can run in parallel; none at the end.
 
-    def __init__(self, space: Space, sampler: Sampler, trials: int | None, seed: int, jobs: int) -> None:
-        self._space, self._sampler, self._seed, self._jobs = space, sampler, seed, jobs
-        self._grid = list(space.grid())[:trials] if sampler == "grid" else []
-        if trials is None and sampler != "grid":
-            raise RecipeError([Problem("trials", f"expected a number of trials for {sampler}")], "search")
-        self._count = trials or 0
-        self._optuna: Any = from_extra("optuna", "train", "--sampler optuna") if sampler == "optuna" else None
+    They depend on the results so far and on nothing else: a resumed search repeats its choices.
+    """
+    done = len(results)
+    if sampler == "grid":
+        return grid(space)[done:trials]
+    if trials is None:
+        raise RecipeError([Problem("trials", f"expected a number of trials for {sampler}")], "search")
+    if sampler == "random":
+        return [draw(space, seed, number) for number in range(done, trials)]
+    return _ask_optuna(space, seed, results, min(jobs, trials - done))
 
-    def next(self, results: list[Result]) -> list[Choice]:
-        """Choices that can run in parallel; none at the end."""
-        first = len(results)
-        if self._sampler == "grid":
-            return self._grid[first:]
-        if self._sampler == "random":
-            return [self._space.draw(self._seed, number) for number in range(first, self._count)]
-        return self._ask_optuna(results, min(self._jobs, self._count - first))
 
-    def _ask_optuna(self, results: list[Result], count: int) -> list[Choice]:
-        """Tell a new study all results, and ask it for ``count`` choices."""
-        optuna = self._optuna
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        seed = random.Random(f"{self._seed} {len(results)}").getrandbits(32)
-        study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, constant_liar=count > 1))
-        distributions = {name: self._distribution(of) for name, of in self._space.of.items()}
-        states = optuna.trial.TrialState
-        for result in results:
-            # categories are indices, as Optuna's must be plain values and ours may be lists
-            params = {
-                name: value if isinstance(of := self._space.of[name], Range) else of.index(value)
-                for name, value in result["choice"].items()
-            }
-            state = states.FAIL if result["loss"] is None else states.COMPLETE
-            study.add_trial(
-                optuna.trial.create_trial(state=state, params=params, distributions=distributions, value=result["loss"])
-            )
-        asked = [study.ask(distributions).params for _ in range(count)]
-        return [
-            {
-                name: value if isinstance(of := self._space.of[name], Range) else of[value]
-                for name, value in params.items()
-            }
-            for params in asked
-        ]
+def grid(space: Space) -> list[Choice]:
+    """All combinations; the last name changes fastest. Raises ``RecipeError`` for a range without a step."""
+    values = []
+    for name, of in space.items():
+        if isinstance(of, Range):
+            if of.step is None:
+                message = "a grid needs a list of values, or a step: a range is for --sampler random or optuna"
+                raise RecipeError([Problem(name, message)], "space")
+            of = of.steps()
+        values.append(of)
+    return [dict(zip(space, chosen)) for chosen in itertools.product(*values)]
 
-    def _distribution(self, of: list[Any] | Range) -> Any:
-        distributions = self._optuna.distributions
+
+def draw(space: Space, seed: int, number: int) -> Choice:
+    """Choice ``number`` of a random search, a function of ``seed`` and ``number`` alone."""
+    generator = random.Random(f"{seed} {number}")
+    return {
+        name: of.sample(generator.random()) if isinstance(of, Range) else generator.choice(of)
+        for name, of in space.items()
+    }
+
+
+def _ask_optuna(space: Space, seed: int, results: Sequence[Result], count: int) -> list[Choice]:
+    """Tell a new study all results, and ask it for ``count`` choices."""
+    optuna = from_extra("optuna", "train", "--sampler optuna")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    seed = random.Random(f"{seed} {len(results)}").getrandbits(32)
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, constant_liar=count > 1))
+    distributions: dict[str, Any] = {}
+    for name, of in space.items():
         if not isinstance(of, Range):
-            return distributions.CategoricalDistribution(range(len(of)))
-        if of.integer:
-            return distributions.IntDistribution(of.low, of.high, log=of.log, step=of.step or 1)
-        return distributions.FloatDistribution(of.low, of.high, log=of.log, step=of.step)
+            # indices, as Optuna's categories must be plain values and ours may be lists
+            distributions[name] = optuna.distributions.CategoricalDistribution(range(len(of)))
+        elif of.integer:
+            step = of.step or 1
+            distributions[name] = optuna.distributions.IntDistribution(of.low, of.high, log=of.log, step=step)
+        else:
+            distributions[name] = optuna.distributions.FloatDistribution(of.low, of.high, log=of.log, step=of.step)
+    lists = {name: of for name, of in space.items() if not isinstance(of, Range)}
+    for result in results:
+        params = {name: lists[name].index(v) if name in lists else v for name, v in result["choice"].items()}
+        state = optuna.trial.TrialState.FAIL if result["loss"] is None else optuna.trial.TrialState.COMPLETE
+        study.add_trial(
+            optuna.trial.create_trial(state=state, params=params, distributions=distributions, value=result["loss"])
+        )
+    asked = [study.ask(distributions).params for _ in range(count)]
+    return [{name: lists[name][v] if name in lists else v for name, v in params.items()} for params in asked]

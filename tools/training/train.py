@@ -15,12 +15,12 @@ from ...blocks.language_model import LanguageModel
 from ...recipes import Recipe, StorageError, load_recipe
 from ...recipes.loading import Source as RecipeSource
 from ...registry import Problem, RecipeError, show
+from ..data import Source, open_source
 from ..randomness import ORDER
 from .checkpoint import CheckpointManager, verify
-from .distributed import Processes, gather_parameters, init_processes
+from .distributed import Processes, full_tensor, init_processes
 from .log import Event, EventLog
-from .optimizer import unmatched_patterns
-from .preflight import check_model, find_device, open_sources
+from .optimizer import trainable_parameters, unmatched_patterns
 from .run_folder import (
     check_data_order,
     check_same_data,
@@ -78,10 +78,11 @@ def train(
     """
     folder = Path(out)
     resuming = resume and is_run(folder)
-    changes: dict[str, Any] = {}
     run: dict[str, Any] = {}
+    changes: dict[str, Any] = {}
     if resuming:
         run = read_run(folder)
+        weights = run.get("weights")
         recipe, data, settings, changes = _resumed_inputs(folder, recipe, data, settings)
     elif is_run(folder):
         raise StorageError(f"{folder}: this folder has a run; resume it (--resume), or choose another folder")
@@ -89,11 +90,10 @@ def train(
         raise StorageError(f"{folder}: this folder has no run to resume; give a recipe and data to start one")
     settings = as_settings(settings)
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    device = find_device(settings.device)
-    devices: list[int] | None = [] if device.type == "cpu" else None
+    device = _find_device(settings.device)
     processes = init_processes(device)
-    with torch.random.fork_rng(devices), contextlib.ExitStack() as stack:
-        source, valid = open_sources(recipe, data, settings, processes)
+    with torch.random.fork_rng([] if device.type == "cpu" else None), contextlib.ExitStack() as stack:
+        source, valid = _open_sources(recipe, data, settings, processes)
         check_same_data(folder, run.get("data"), source.describe())
         if processes.main:
             stack.enter_context(locked(folder))
@@ -102,40 +102,51 @@ def train(
         if settings.steps < done:
             message = f"expected at least the {done:,} steps that the run has done, got {settings.steps:,}"
             raise RecipeError([Problem("steps", message)], "settings")
-        if resuming:
-            weights = run.get("weights")
-        elif weights is not None:
-            weights = os.path.abspath(weights)
-        model = _build(recipe, settings, processes, None if done else weights)
-        check_model(model, source, settings)
+        placement: dict[str, Any] = {"device": processes.device, "dtype": settings.dtype}
+        if weights is None or done:
+            model = recipes.build(recipe, **placement, seed=settings.seed)
+        else:
+            model = recipes.load(weights, **placement, overrides=recipe.overrides)
+            if model.recipe.fingerprint != recipe.fingerprint:  # type: ignore[union-attr]
+                name = show(recipe.name or "this one")
+                raise StorageError(f"{weights}: the saved model is of another recipe than {name}")
+        _check_model(model, source, settings)
         torch.manual_seed(settings.seed + processes.rank)
         log = EventLog(folder if processes.main else None, on_event, tensorboard=settings.tensorboard)
         stack.callback(log.close)
         if settings.recompute:
             stack.enter_context(activation_checkpointing(model))
-        command = _resume_command(folder, processes)
+        command = "titans-train"
+        if processes.world > 1:
+            command = f"torchrun --nproc-per-node {processes.world} -m titans_build.tools.train"
+        command += f" --resume --out {folder}"
         trainer = Trainer(model, source, valid, settings, processes, log, checkpoints, command)
+
         warnings = unmatched_patterns(model, settings.no_decay)
-        found = checkpoints.latest(warnings.append) if resuming and processes.main else None
-        if resuming and processes.main and (found is None or found[0] < settings.steps):
-            check_data_order(folder)
+        step, facts = 0, None
         if processes.main:
+            if resuming:
+                step, facts = checkpoints.latest(warnings.append) or (0, None)
+                if step < settings.steps:
+                    check_data_order(folder)
             if not resuming or changes:
-                write_run(
-                    folder,
-                    recipe,
-                    data,
-                    settings,
-                    source.describe(),
-                    data_order=run.get("data_order") if resuming else ORDER,
-                    weights=weights,
-                    processes=processes.world,
-                )
+                more = {
+                    "data_order": run.get("data_order") if resuming else ORDER,
+                    "weights": None if weights is None else os.path.abspath(weights),
+                    "processes": processes.world,
+                }
+                write_run(folder, recipe, data, settings, source.describe(), **more)
             checkpoints.remove_temporary()
-        _begin(trainer, found, warnings, changes)
-        with stack.enter_context(Interrupt()) as interrupt:
+        step = int(processes.sum(step)[0])  # the other processes have 0
+        if step:
+            trainer.load(step, facts or verify(checkpoints.path(step)))
+        log.open(step)
+        for warning in warnings:
+            log.emit("warning", step=step, message=warning)
+        log.emit("start", step=step, steps=settings.steps, **({"changes": changes} if changes else {}))
+        with Interrupt() as interrupt:
             trainer.run(interrupt)
-        return _finish(trainer, folder, recipe)
+            return _finish(trainer, folder, recipe)
 
 
 def _resumed_inputs(
@@ -158,44 +169,17 @@ def _resumed_inputs(
     return known, known_data, after, setting_changes(folder, before, after)
 
 
-def _build(recipe: Recipe, settings: Settings, processes: Processes, weights: Any) -> LanguageModel:
-    if weights is None:
-        return recipes.build(recipe, device=processes.device, dtype=settings.dtype, seed=settings.seed)
-    model = recipes.load(weights, device=processes.device, dtype=settings.dtype, overrides=recipe.overrides)
-    if model.recipe.fingerprint != recipe.fingerprint:  # type: ignore[union-attr]
-        raise StorageError(f"{weights}: the saved model is of another recipe than {show(recipe.name or 'this one')}")
-    return model
-
-
-def _begin(
-    trainer: Trainer, checkpoint: tuple[int, dict[str, Any]] | None, warnings: list[str], changes: dict[str, Any]
-) -> None:
-    """Load the checkpoint, which the first process has found, and log the start."""
-    step = int(trainer.processes.sum(checkpoint[0] if checkpoint else 0)[0])
-    if step:
-        trainer.load(step, checkpoint[1] if checkpoint else verify(trainer.checkpoints.path(step)))
-    log = trainer.log
-    log.open(step)
-    for warning in warnings:
-        log.emit("warning", step=step, message=warning)
-    log.emit("start", step=step, steps=trainer.settings.steps, **({"changes": changes} if changes else {}))
-
-
 def _finish(trainer: Trainer, folder: Path, recipe: Recipe) -> TrainedRun:
     if trainer.average is not None:
         trainer.average.swap()
     processes = trainer.processes
     model: LanguageModel | None = trainer.model
     if processes.world > 1:
-        tensors = gather_parameters(trainer.model)
-        model = None
-        if processes.main:
-            model = recipes.build(recipe, dtype=trainer.settings.dtype)
-            with torch.no_grad():
-                for name, parameter in model.named_parameters():
-                    parameter.copy_(tensors[name])
-    if processes.main:
-        assert model is not None
+        weights = {name: full_tensor(parameter.detach()).cpu() for name, parameter in trainer.model.named_parameters()}
+        model = recipes.build(recipe, dtype=trainer.settings.dtype) if processes.main else None
+        if model is not None:
+            model.load_state_dict(weights, strict=False)
+    if model is not None:
         for parameter in model.parameters():
             parameter.requires_grad_(True)
             parameter.grad = None
@@ -206,8 +190,57 @@ def _finish(trainer: Trainer, folder: Path, recipe: Recipe) -> TrainedRun:
     return TrainedRun(model, trainer.log.history, progress.best, folder)
 
 
-def _resume_command(folder: Path, processes: Processes) -> str:
-    command = "titans-train"
-    if processes.world > 1:
-        command = f"torchrun --nproc-per-node {processes.world} -m titans_build.tools.train"
-    return f"{command} --resume --out {folder}"
+# -- checks before a run begins ----------------------------------------------------------------------------------------
+
+
+def check_run(recipe: Recipe, data: Any, settings: Settings) -> Source:
+    """The training data. Raises ``RecipeError`` if a run of one process could not begin. Allocates no weights."""
+    source, _ = _open_sources(recipe, data, settings, Processes(device=_find_device(settings.device)))
+    _check_model(recipes.build(recipe, device="meta"), source, settings)
+    return source
+
+
+def _find_device(name: str) -> torch.device:
+    """The device of this name. Raises ``RecipeError`` if this machine has none."""
+    try:
+        return recipes.as_device(name)
+    except ValueError as error:
+        raise RecipeError([Problem("device", str(error))], "settings") from None
+
+
+def _open_sources(recipe: Recipe, data: Any, settings: Settings, processes: Processes) -> tuple[Source, Source | None]:
+    """This process's part of the training and validation data. Raises ``RecipeError``."""
+    if recipe.vocab is None:
+        message = "a model without a vocabulary cannot read tokens"
+        raise RecipeError([Problem("vocab", message)], recipe.name or "recipe")
+
+    def opened(split: Any) -> Source:
+        return open_source(
+            data,
+            rows=settings.batch,
+            length=settings.length,
+            split=split,
+            seed=settings.seed,
+            part=(processes.rank, processes.world),
+            vocab=recipe.vocab,
+        )
+
+    source, valid = opened("train"), opened("valid") if settings.valid_every else None
+    rows = settings.batch // processes.world
+    if rows % settings.accumulate:
+        message = f"expected a divisor of the {rows} rows of each of {processes.world} processes"
+        raise RecipeError([Problem("accumulate", f"{message}, got {settings.accumulate}")], "settings")
+    if settings.windows > 1 and not source.carries:
+        message = (
+            f"the data's rows do not continue from batch to batch: there is no state to carry over {settings.carry}"
+        )
+        raise RecipeError([Problem("carry", message)], "settings")
+    return source, valid
+
+
+def _check_model(model: LanguageModel, source: Source, settings: Settings) -> None:
+    """Raise ``RecipeError`` if a model cannot be trained with the settings."""
+    trainable_parameters(model, settings)
+    if source.carries and settings.carry != "off" and model.grows:
+        message = "the model's state grows with every token (attention without a window): set a window, or carry: off"
+        raise RecipeError([Problem("carry", message)], "settings")

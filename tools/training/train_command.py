@@ -31,62 +31,54 @@ EXAMPLES = (
 
 OPTIONS = ("steps", "batch", "length", "lr", "seed", "device", "valid_every", "checkpoint_every")
 """Settings that also are options."""
-DATA_EXPECTED = "--data: expected training data: a task (titans-train tasks), a file, a folder or a glob"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Recipe, data, folder and settings."""
     add_recipe(parser, optional=True, saved="a saved folder, whose weights are the initial ones")
-    parser.add_argument(
-        "--data", metavar="SPEC", help="a task (mqar:pairs=8,length=64), a text file, a folder, or a glob in quotes"
-    )
-    parser.add_argument("--out", required=True, metavar="RUN", help="the run's folder; the model is saved in RUN/model")
-    parser.add_argument("--resume", action="store_true", help="resume the run in RUN, if there is one")
+    add = parser.add_argument
+    add("--data", metavar="SPEC", help="a task (mqar:pairs=8,length=64), a text file, a folder, or a glob in quotes")
+    add("--out", required=True, metavar="RUN", help="the run's folder; the model is saved in RUN/model")
+    add("--resume", action="store_true", help="resume the run in RUN, if there is one")
     add_settings(parser)
 
 
 def add_settings(parser: argparse.ArgumentParser, *, several_lr: bool = False) -> None:
     """A file of settings, single settings, and options for the most common ones. ``several_lr``: --lr is a list."""
-    parser.add_argument("--train", metavar="FILE", help="settings, and data:, from a YAML or JSON file")
-    parser.add_argument(
-        "-t",
-        "--train-set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change one setting; may be given many times: " + ", ".join(fields(Settings)),
-    )
+    add, settings = parser.add_argument, fields(Settings)
+    add("--train", metavar="FILE", help="settings, and data:, from a YAML or JSON file")
+    text = "change one setting; may be given many times: " + ", ".join(settings)
+    add("-t", "--train-set", action="append", default=[], metavar="KEY=VALUE", help=text)
     for name in OPTIONS:
-        field = fields(Settings)[name]
+        field = settings[name]
         text = field.description + ("" if field.default is None else f" (default: {field.default})")
         metavar = {"integer": "N", "number": "X"}.get(field.type_text.split()[0], "NAME")
         if name == "lr" and several_lr:
             text, metavar = text + "; the best of several is kept", "X,X,..."
-        parser.add_argument(_option(name), dest=name, metavar=metavar, help=text)
+        add(_option(name), dest=name, metavar=metavar, help=text)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Train, and show the events."""
-    out = Path(arguments.out)
     if not arguments.out:
         raise UsageError("--out: expected the name of a folder, got none")
-    settings, data = read_settings(arguments)
+    out = Path(arguments.out)
     resuming = arguments.resume and is_run(out)
-    if resuming and arguments.recipe is None and arguments.set:
-        raise UsageError("--set: the recipe of a run cannot be changed when it is resumed")
-    source = str(out / RECIPE) if arguments.recipe is None and resuming else arguments.recipe
+    source = arguments.recipe
     if source is None:
-        raise UsageError(f"expected a RECIPE{'' if arguments.resume else '; only --resume works without one'}")
-    recipe = load(source, arguments)
-    if data is None and not resuming:
-        raise UsageError(DATA_EXPECTED)
-    weights = saved_folder(source)
+        if not resuming:
+            raise UsageError(f"expected a RECIPE{'' if arguments.resume else '; only --resume works without one'}")
+        if arguments.set:
+            raise UsageError("--set: the recipe of a run cannot be changed when it is resumed")
+        source = str(out / RECIPE)
+    settings, data = read_settings(arguments, need_data=not resuming)
+    recipe, weights = load(source, arguments), saved_folder(source)
     with Display(as_json=arguments.json, quiet=os.environ.get("RANK", "0") != "0") as display:
         train(recipe, data, settings, out, on_event=display, resume=arguments.resume, weights=weights)
     return 0
 
 
-def read_settings(arguments: argparse.Namespace) -> tuple[dict[str, Any], Any]:
+def read_settings(arguments: argparse.Namespace, *, need_data: bool) -> tuple[dict[str, Any], Any]:
     """The settings and the data. Options and ``-t`` override the file."""
     given: dict[str, Any] = {}
     if arguments.train is not None:
@@ -94,6 +86,10 @@ def read_settings(arguments: argparse.Namespace) -> tuple[dict[str, Any], Any]:
         if not isinstance(given, dict):
             raise RecipeError([Problem("", f"expected a mapping of settings, got {show(given)}")], arguments.train)
     data = given.pop("data", None)
+    if arguments.data is not None:
+        data = arguments.data
+    if data is None and need_data:
+        raise UsageError("--data: expected training data: a task (titans-train tasks), a file, a folder or a glob")
     single = overrides(arguments.train_set, "-t", "KEY=VALUE, as in -t lr=1e-3")
     for name in OPTIONS:
         text = getattr(arguments, name)
@@ -103,7 +99,7 @@ def read_settings(arguments: argparse.Namespace) -> tuple[dict[str, Any], Any]:
         if single.get(name, value) != value:
             raise UsageError(f"{_option(name)} {text} and -t {name}={show(single[name])}: expected one of them")
         single[name] = value
-    return given | single, data if arguments.data is None else arguments.data
+    return given | single, data
 
 
 def read_option(option: str, text: str) -> Any:

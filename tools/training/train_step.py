@@ -30,24 +30,16 @@ class StepResult(NamedTuple):
     """Mean over the targets that count, in nats."""
     auxiliary: dict[str, float]
     """Unweighted auxiliary losses; only those whose weight is not 0."""
-    counted: int
-    """Number of targets that count."""
     state: State
     """The state after the step, of this process's rows, detached."""
 
 
 class TrainStep:
-    """Runs a model on batches. ``run``: the compiled model, if there is one."""
+    """Runs a model on batches."""
 
-    def __init__(
-        self,
-        model: LanguageModel,
-        settings: Settings,
-        processes: Processes,
-        run: Callable[..., ModelOutput] | None = None,
-    ) -> None:
+    def __init__(self, model: LanguageModel, settings: Settings, processes: Processes) -> None:
         self.model, self.settings, self.processes = model, settings, processes
-        self.run = run if run is not None else model
+        self.compiled = torch.compile(model) if settings.compile else model
 
     def gradients(self, windows: Sequence[Batch], state: State) -> StepResult:
         """Add the gradients of the mean loss over ``windows``, consecutive batches, to the parameters.
@@ -83,21 +75,20 @@ class TrainStep:
         return StepResult(
             total / max(counted, 1),
             {name: value / max(tokens, 1) for name, value in zip(weights, found)},
-            counted,
             concatenate(states) if len(states) > 1 else states[0],
         )
 
     def _summed_loss(self, windows: Sequence[Batch], state: State) -> tuple[Tensor, State]:
         losses = []
         for batch in windows:
-            out = self.forward(batch, state)
+            out = self.forward(batch, state, self.compiled)
             assert out.loss is not None
             losses.append(out.loss * _targets(batch))
             state = out.state
         return torch.stack(losses).sum(), state
 
-    def forward(self, batch: Batch, state: State) -> ModelOutput:
-        """The model's output for a batch. Rows that are ``fresh`` start from the model's initial state."""
+    def forward(self, batch: Batch, state: State, run: Callable[..., ModelOutput] | None = None) -> ModelOutput:
+        """The output of the model, or of ``run``, for a batch. Rows that are ``fresh`` start from the initial state."""
         device = self.processes.device
         tokens, targets = batch.tokens.to(device), batch.targets.to(device)
         mask = None if batch.mask is None else batch.mask.to(device)
@@ -107,7 +98,7 @@ class TrainStep:
         if self.settings.autocast is not None:
             precision = torch.autocast(device.type, getattr(torch, self.settings.autocast))
         with precision:
-            return self.run(tokens, state=state, mask=mask, targets=targets)
+            return (run or self.model)(tokens, state=state, mask=mask, targets=targets)
 
     def _reset_fresh(self, state: State, fresh: Tensor) -> State:
         (count,) = self.processes.sum(int(fresh.sum()))

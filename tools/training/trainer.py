@@ -1,4 +1,4 @@
-"""The training loop: read, update, validate, save; stop or skip at a bad step; stop when interrupted."""
+"""The training loop: update, validate, save; stop or skip at a bad step; stop when interrupted; load a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ import os
 import signal
 import threading
 import time
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...blocks.language_model import LanguageModel
-from ...blocks.state import State
+from ...blocks.state import State, map_state, named_tensors
 from ...recipes import StorageError
 from ...registry import show
 from ..data import Batch, Source
 from ..terminal import CommandFailed
 from . import checkpoint
 from .checkpoint import CheckpointManager
-from .diagnostics import FaultDetector, finite_only, largest_gradient, largest_growth, memory_surprise
-from .distributed import Processes, full_tensor
+from .diagnostics import RECENT, Surprise, find_fault, largest_gradient, largest_growth, memory_surprise
+from .distributed import Processes, full_tensor, to_local
 from .log import EventLog
 from .optimizer import WeightAverage, learning_rate, make_optimizer, stage_at, trainable_parameters
 from .settings import Settings
-from .train_state import Progress, TrainState, random_names
-from .train_step import AUXILIARY, StepResult, TrainStep, validate
+from .train_step import AUXILIARY, TrainStep, validate
 
 MAX_SKIPPED = 10
 """Bad steps in a row that are skipped before the run stops."""
@@ -52,7 +53,6 @@ class Interrupt:
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._before.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
@@ -60,8 +60,28 @@ class Interrupt:
         self.requested = True
 
 
+@dataclass
+class Progress:
+    """The part of the training state that JSON holds exactly."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    """The latest losses of good steps, which ``find_fault`` compares with."""
+    best: dict[str, float] | None = None
+    surprise: Surprise = field(default_factory=dict)
+    """The latest finite surprise of each memory."""
+    skipped: int = 0
+    """Bad steps skipped since the last good one."""
+
+
 class Trainer:
-    """A run from its current step to its last. ``resume``: the command that resumes it, for messages."""
+    """A run from its current step to its last. ``resume``: the command that resumes it, for messages.
+
+    The training state is the model, the optimizer, the averaged weights, the carried ``state``, ``progress`` and the
+    random number generators. ``save`` and ``load`` know all of it.
+    """
 
     def __init__(
         self,
@@ -78,65 +98,13 @@ class Trainer:
         self.processes, self.log, self.checkpoints, self.resume = processes, log, checkpoints, resume
         self.trainable = trainable_parameters(model, settings)
         processes.shard(model, reshard_after_forward=not any(getattr(settings, name) for name in AUXILIARY))
-        self.step = TrainStep(model, settings, processes, torch.compile(model) if settings.compile else None)
+        self.step = TrainStep(model, settings, processes)
         self.optimizer = make_optimizer(model, settings, fused=processes.world == 1)
         self.average = None if settings.ema is None else WeightAverage(model, settings.ema)
         self.carries = source.carries and settings.carry != "off"
         self.state: State = None
         self.progress = Progress()
         self.saved: int | None = None
-        self.faults = FaultDetector(settings.spike)
-
-    # -- checkpoints -----------------------------------------------------------------------------------------------
-
-    def _train_state(self) -> TrainState:
-        rows = self.settings.batch // self.processes.world
-        return TrainState(self.model, self.optimizer, self.average, self.state, rows, self.processes)
-
-    def save(self) -> None:
-        """Write a checkpoint, unless this step has one: while it was replaced there would be none."""
-        progress = self.progress
-        if self.saved == progress.step:
-            return
-        progress.losses = list(self.faults.losses)
-        tensors = self._train_state().tensors()
-        facts = {
-            "progress": vars(progress),
-            "fingerprint": self.model.recipe.fingerprint,  # type: ignore[union-attr]
-            "processes": self.processes.world,
-            "device": self.processes.device.type,
-            "batch": progress.step * self.settings.windows,
-            "tensors": sorted(name for name in tensors if not name.startswith("random.")),
-        }
-        folder = self.checkpoints.path(progress.step)
-        checkpoint.write(folder, tensors, facts, self.processes)
-        if self.processes.main:
-            best = None if progress.best is None else int(progress.best["step"])
-            self.checkpoints.prune(progress.step, best, self.settings.keep)
-        self.saved = progress.step
-        self.log.emit("checkpoint", step=progress.step, path=str(folder))
-
-    def load(self, step: int, facts: dict[str, Any]) -> None:
-        """Resume from the checkpoint of a step, which has been verified."""
-        folder = self.checkpoints.path(step)
-        try:
-            progress, names = Progress(**facts["progress"]), set(facts["tensors"])
-            names |= random_names(facts["processes"], facts.get("device", "cpu"))
-        except (KeyError, TypeError) as error:
-            raise StorageError(f"{folder}: expected the facts of a run in its index: {error}") from None
-        if progress.step != step:
-            raise StorageError(f"{folder}: expected a checkpoint of step {step}, got one of {show(progress.step)}")
-        fingerprint = self.model.recipe.fingerprint  # type: ignore[union-attr]
-        if facts.get("fingerprint") != fingerprint:
-            # a later version may give a block a field that it had not
-            found = show(facts.get("fingerprint"))
-            raise StorageError(f"{folder}: it is of another recipe: expected {fingerprint}, got {found}")
-        train_state = self._train_state()
-        tensors = train_state.prepare(names)
-        checkpoint.read(folder, tensors, self.processes)
-        train_state.restore(tensors)
-        self.state, self.progress, self.saved = train_state.state, progress, step
-        self.faults = FaultDetector(self.settings.spike, progress.losses)
 
     # -- the loop --------------------------------------------------------------------------------------------------
 
@@ -150,11 +118,9 @@ class Trainer:
             if position.number != stage:
                 stage = position.number
                 self._begin_stage(stage, first_step=position.step == 0 and stage > 0)
-            started = time.perf_counter()
-            windows = [self.source.batch(progress.step * settings.windows + i) for i in range(settings.windows)]
-            progress.skipped = self._step(windows, started)
+            self._step()
             if settings.valid_every and self.valid and self._due(settings.valid_every):
-                self._validate()
+                self._validate(self.valid)
             last = progress.step == settings.steps
             best = progress.best is not None and progress.best["step"] == progress.step
             (interrupted,) = self.processes.sum(interrupt.requested)
@@ -178,76 +144,160 @@ class Trainer:
         if self.settings.stages:
             self.log.emit("stage", step=self.progress.step, number=index, train=stage.train, steps=stage.steps)
 
-    def _step(self, windows: list[Batch], started: float) -> int:
-        """One update, or none if the step is bad. Returns the number of consecutive bad steps."""
-        settings, progress = self.settings, self.progress
-        memories = {}
+    def _step(self) -> None:
+        """Read the next batches and update the parameters, unless the step is bad."""
+        settings, progress, started = self.settings, self.progress, time.perf_counter()
+        windows = [self.source.batch(progress.step * settings.windows + i) for i in range(settings.windows)]
+        surprise: Surprise = {}
         if settings.surprise_every and (progress.step + 1) % settings.surprise_every == 0:
-            memories = memory_surprise(self.step, windows[0], self.state)
-            if memories:
-                self.log.emit("surprise", step=progress.step + 1, memories=memories)
+            surprise = memory_surprise(self.step, windows[0], self.state)
+            if surprise:
+                self.log.emit("surprise", step=progress.step + 1, memories=surprise)
         rate = learning_rate(progress.step, settings)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        result = self.step.gradients(windows, self.state)
+        loss, auxiliary, state = self.step.gradients(windows, self.state)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = float(full_tensor(total))
-        fault = self.faults.check(result.loss, norm)
+        fault = find_fault(loss, norm, progress.losses, settings.spike)
         if fault is not None:
-            return self._bad_step(fault, windows)
+            self._bad_step(fault, windows)
+            return
         if settings.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, settings.clip, total)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update()
-        self.state = result.state if self.carries else None
-        progress.surprise |= finite_only(memories)
-        self._log_step(result, rate, norm, windows, started)
-        return 0
+        self.state = state if self.carries else None
 
-    def _log_step(self, result: StepResult, rate: float, norm: float, windows: list[Batch], started: float) -> None:
-        progress = self.progress
-        progress.step += 1
         tokens = sum(batch.tokens.numel() for batch in windows) * self.processes.world
         seconds = time.perf_counter() - started
+        progress.step += 1
         progress.tokens += tokens
         progress.seconds += seconds
-        numbers = {"loss": result.loss, "tokens_per_second": tokens / seconds}
-        self.log.emit("tick", step=progress.step, steps=self.settings.steps, **numbers)
-        if self._due(self.settings.log_every):
-            numbers |= result.auxiliary
+        progress.losses = [*progress.losses, loss][-RECENT:]
+        progress.surprise |= {
+            path: norms for path, norms in surprise.items() if all(map(math.isfinite, norms.values()))
+        }
+        progress.skipped = 0
+        numbers = {"loss": loss, "tokens_per_second": tokens / seconds}
+        self.log.emit("tick", step=progress.step, steps=settings.steps, **numbers)
+        if self._due(settings.log_every):
+            numbers |= auxiliary
             self.log.emit("step", step=progress.step, **numbers, lr=rate, gradient=norm, tokens=progress.tokens)
 
-    def _validate(self) -> None:
-        assert self.valid is not None
-        progress = self.progress
-        with self.average if self.average is not None else contextlib.nullcontext():
-            found = validate(
-                TrainStep(self.model, self.settings, self.processes), self.valid, self.settings.valid_batches
-            )
-        if math.isfinite(found["loss"]) and (progress.best is None or found["loss"] < progress.best["loss"]):
-            progress.best = {"step": progress.step, **found}
-        self.log.emit("valid", step=progress.step, **found)
-
-    def _bad_step(self, fault: str, windows: list[Batch]) -> int:
+    def _bad_step(self, fault: str, windows: list[Batch]) -> None:
         """Log a bad step and its likely cause. The parameters and the carried state stay as before the step."""
-        number = self.progress.step + 1
+        progress, number = self.progress, self.progress.step + 1
         surprise = memory_surprise(self.step, windows[0], self.state)
-        reasons = [largest_growth(surprise, self.progress.surprise), largest_gradient(self.model)]
+        reasons = [largest_growth(surprise, progress.surprise), largest_gradient(self.model)]
         why = "; ".join(reason for reason in reasons if reason)
         self.optimizer.zero_grad(set_to_none=True)
-        skipped = self.progress.skipped + 1
-        if self.settings.on_bad == "skip" and skipped <= MAX_SKIPPED:
-            self.progress.step = number
+        if self.settings.on_bad == "skip" and progress.skipped < MAX_SKIPPED:
+            progress.step = number
+            progress.skipped += 1
             self.log.emit("skip", step=number, message=f"step {number:,} is skipped: {fault}", why=why)
-            return skipped
+            return
         self.save()
-        many = f" (after {MAX_SKIPPED} skipped steps)" if skipped > MAX_SKIPPED else ""
+        many = f" (after {MAX_SKIPPED} skipped steps)" if progress.skipped >= MAX_SKIPPED else ""
         message = f"step {number:,}{many}: {fault}; {why}"
-        self.log.emit("stop", step=self.progress.step, message=message)
+        self.log.emit("stop", step=progress.step, message=message)
         raise CommandFailed(
             f"{message}\nsaved before that step: {self.resume} -t lr=... resumes with a lower rate, "
             "-t on_bad=skip without the step"
         )
+
+    def _validate(self, source: Source) -> None:
+        progress = self.progress
+        with self.average if self.average is not None else contextlib.nullcontext():
+            found = validate(self.step, source, self.settings.valid_batches)
+        if math.isfinite(found["loss"]) and (progress.best is None or found["loss"] < progress.best["loss"]):
+            progress.best = {"step": progress.step, **found}
+        self.log.emit("valid", step=progress.step, **found)
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write a checkpoint, unless this step has one: while it was replaced there would be none."""
+        progress = self.progress
+        if self.saved == progress.step:
+            return
+        tensors = self._tensors()
+        facts = {
+            "progress": vars(progress),
+            "fingerprint": self.model.recipe.fingerprint,  # type: ignore[union-attr]
+            "processes": self.processes.world,
+            "device": self.processes.device.type,
+            "batch": progress.step * self.settings.windows,
+            "tensors": sorted(name for name in tensors if not name.startswith("random.")),
+        }
+        folder = self.checkpoints.path(progress.step)
+        checkpoint.write(folder, tensors, facts, self.processes)
+        if self.processes.main:
+            best = None if progress.best is None else int(progress.best["step"])
+            self.checkpoints.prune(progress.step, best, self.settings.keep)
+        self.saved = progress.step
+        self.log.emit("checkpoint", step=progress.step, path=str(folder))
+
+    def load(self, step: int, facts: dict[str, Any]) -> None:
+        """Resume from the checkpoint of a step. ``facts``: its own, from ``checkpoint.verify``."""
+        folder = self.checkpoints.path(step)
+        try:
+            progress, names = Progress(**facts["progress"]), set(facts["tensors"])
+            kinds = ("cpu", facts.get("device", "cpu"))
+            names |= {f"random.{rank}.{kind}" for rank in range(facts["processes"]) for kind in kinds}
+        except (KeyError, TypeError) as error:
+            raise StorageError(f"{folder}: expected the facts of a run in its index: {error}") from None
+        if progress.step != step:
+            raise StorageError(f"{folder}: expected a checkpoint of step {step}, got one of {show(progress.step)}")
+        fingerprint = self.model.recipe.fingerprint  # type: ignore[union-attr]
+        if facts.get("fingerprint") != fingerprint:
+            # a later version may give a block a field that it had not
+            found = show(facts.get("fingerprint"))
+            raise StorageError(f"{folder}: it is of another recipe: expected {fingerprint}, got {found}")
+        for name, parameter in self.model.named_parameters():
+            if f"optimizer.{name}.exp_avg" in names:
+                count = torch.zeros((), device=parameter.device if self.optimizer.defaults.get("fused") else "cpu")
+                moments = {key: torch.zeros_like(parameter.detach()) for key in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[parameter] = {"step": count, **moments}
+        if any(name.startswith("state.") for name in names):
+            with torch.no_grad():
+                rows = self.settings.batch // self.processes.world
+                self.state = map_state(_contiguous_copy, self.model.init_state(rows))
+        # a checkpoint of fewer processes has no generator state for the others
+        tensors = {name: x for name, x in self._tensors().items() if name in names or not name.startswith("random.")}
+        # fills the weights, the moments and the averages in place; the others are copies
+        checkpoint.read(folder, tensors, self.processes)
+        if self.state is not None:
+            carried = iter([to_local(tensors[f"state.{path}"]) for path, _ in named_tensors(self.state)])
+            self.state = map_state(lambda _: next(carried), self.state)
+        for name, generator in self._generators().items():
+            if name in tensors:
+                generator.set_rng_state(tensors[name])
+        self.progress, self.saved = progress, step
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The tensors of the training state by name; with several processes, this one's shards."""
+        # parameters, and the buffers that are saved
+        found = {f"model.{name}": tensor.detach() for name, tensor in self.model.state_dict(keep_vars=True).items()}
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                found[f"optimizer.{name}.{key}"] = value
+        if self.average is not None:
+            found |= {f"average.{name}": tensor for name, tensor in self.average.tensors.items()}
+        for path, tensor in named_tensors(self.state):
+            # a state tensor may be a view of a larger one
+            found[f"state.{path}"] = self.processes.shard_rows(_contiguous_copy(tensor))
+        return found | {name: generator.get_rng_state() for name, generator in self._generators().items()}
+
+    def _generators(self) -> dict[str, Any]:
+        """This process's random number generators, as the modules that get and set their states."""
+        kind, rank = self.processes.device.type, self.processes.rank
+        found = {f"random.{rank}.cpu": torch.random}
+        return found if kind == "cpu" else found | {f"random.{rank}.{kind}": torch.get_device_module(kind)}
+
+
+def _contiguous_copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone(memory_format=torch.contiguous_format)

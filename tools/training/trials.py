@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -24,8 +25,7 @@ from ...registry import RecipeError
 from ..data import Source, open_source
 from ..terminal import CommandFailed
 from .distributed import Processes
-from .log import LOG, Event, read_log
-from .preflight import check_run
+from .log import LOG, Event, parse_event, read_log
 from .run_folder import (
     RECIPE,
     TRAIN,
@@ -38,7 +38,7 @@ from .run_folder import (
     write_text,
 )
 from .settings import Settings
-from .train import train
+from .train import check_run, train
 from .train_step import TrainStep, validate
 
 RESULT = "result.json"
@@ -118,10 +118,7 @@ def _finished(trial: Trial) -> Result | None:
 
 def _train_here(trial: Trial, notify: Listener) -> str | None:
     """Train in this process. Returns the error, or ``None``."""
-
-    def on_event(event: Event) -> None:
-        notify(trial.label, event)
-
+    on_event = functools.partial(notify, trial.label)
     try:
         train(trial.recipe, trial.data, trial.settings, trial.folder, resume=True, on_event=on_event)
     except CommandFailed as error:
@@ -151,20 +148,16 @@ def _measure(trial: Trial, notify: Listener) -> Result:
     test = validate(step, source, batches)
     frozen = _test_frozen(model, step, source, batches)
     events = read_log(trial.folder / LOG)
-    speeds = [event["tokens_per_second"] for event in events if event["event"] == "step"]
     tokens_per_step = settings.batch * source.length * settings.windows
-    curve = [
-        {
-            "step": event["step"],
-            "tokens": event["step"] * tokens_per_step,
-            **{key: value for key, value in event.items() if key not in ("event", "step") and value is not None},
-        }
-        for event in events
-        if event["event"] == "valid"
-    ]
+    curve = []
+    for event in events:
+        if event["event"] == "valid":
+            metrics = {key: value for key, value in event.items() if key not in ("event", "step") and value is not None}
+            curve.append({"step": event["step"], "tokens": event["step"] * tokens_per_step, **metrics})
     for name, metrics in (("validation", curve[-1] if curve else {}), ("test", test)):
         if metrics and not _all_finite(metrics):
             return _save(trial, {"failed": f"the {name} loss is not finite"}, notify)
+    speeds = [event["tokens_per_second"] for event in events if event["event"] == "step"]
     speed = statistics.median(speeds) if speeds else None
     tokens = settings.steps * tokens_per_step
     result = {
@@ -214,10 +207,11 @@ class Workers:
         self._running: set[subprocess.Popen[str]] = set()
         self._leaving, self._lock = False, threading.Lock()
         self._environment = {**os.environ, "OMP_NUM_THREADS": str(threads_per_job(jobs))}
+        self._main = threading.current_thread() is threading.main_thread()
         self._before: Any = None
 
     def __enter__(self) -> Workers:
-        if threading.current_thread() is threading.main_thread():
+        if self._main:
             # handle SIGTERM as Ctrl-C: otherwise the workers would die at their next print, and save nothing
             self._before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         return self
@@ -228,7 +222,7 @@ class Workers:
             for process in self._running:
                 process.terminate()
         self._pool.shutdown(cancel_futures=True)
-        if threading.current_thread() is threading.main_thread():
+        if self._main:
             signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
 
     def start(self, trial: Trial) -> Future[str | None]:
@@ -236,55 +230,47 @@ class Workers:
         return self._pool.submit(self._run, trial)
 
     def _run(self, trial: Trial) -> str | None:
-        if self._leaving:
-            return "interrupted"
         if not is_run(trial.folder):
             write_inputs(trial.folder, trial.recipe, trial.data, trial.settings)
         command = [sys.executable, "-m", "titans_build.tools.train", str(trial.folder / RECIPE)]
         command += ["--train", str(trial.folder / TRAIN), "--out", str(trial.folder), "--resume", "--json"]
         command += ["--allow-imports"] * trial.allow_imports
-        # in a session of its own: Ctrl-C at the terminal must not reach it besides our signal
-        process = subprocess.Popen(
-            command,
-            env=self._environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
         with self._lock:
-            self._running.add(process)
             if self._leaving:
-                process.terminate()
-        error = ""
-        with process, ThreadPoolExecutor(1) as reader:
-            assert process.stdout is not None and process.stderr is not None
-            stderr = reader.submit(process.stderr.read)
+                return "interrupted"
+            # in a session of its own: Ctrl-C at the terminal must not reach it besides our signal
+            process = subprocess.Popen(
+                command,
+                env=self._environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+            self._running.add(process)
+        error, rest = "", ""
+        with process:
+            assert process.stdout is not None
             try:
                 for line in process.stdout:
-                    event = _parse(line)
-                    if "error" in event:
+                    event = parse_event(line)
+                    if event is None:
+                        rest = (rest + line)[-2000:]
+                    elif "error" in event:
                         error = event["error"]["message"]
                     elif "event" in event:
                         self._told(trial.label, event)
             except BaseException:  # the process would block once nobody reads its output
                 process.terminate()
                 raise
-            error = error or stderr.result().strip()[-2000:] or f"its process ended with status {process.wait()}"
         with self._lock:
             self._running.discard(process)
-        return error if process.returncode else None
+        if not process.returncode:
+            return None
+        return error or rest.strip() or f"its process ended with status {process.returncode}"
 
 
 def threads_per_job(jobs: int) -> int:
     """Threads of each process when ``jobs`` processes share the cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // jobs)
-
-
-def _parse(line: str) -> Event:
-    try:
-        event = json.loads(line)
-    except ValueError:
-        return {}
-    return event if isinstance(event, dict) else {}

@@ -13,7 +13,7 @@ import torch
 import titans_build as tb
 from titans_build.tools.terminal import CommandFailed
 from titans_build.tools.training import TrainedRun, train
-from titans_build.tools.training.diagnostics import FEWEST, FaultDetector, largest_growth
+from titans_build.tools.training.diagnostics import FEWEST, find_fault, largest_growth
 from titans_build.tools.training.train_step import TrainStep
 from titans_build.tools.training.trainer import Trainer
 
@@ -23,21 +23,17 @@ COPY = "copy:length=16"
 
 
 def test_spike_over_the_median_of_recent_losses() -> None:
-    watch = FaultDetector(spike=1.0)
-    for loss in [9.0, *[2.0] * (FEWEST - 1)]:
-        assert watch.check(loss, 1.0) is None
-    assert watch.check(3.5, 1.0) == "the loss is 3.5, the median of recent losses 2 (spike: 1.0)"
-    assert watch.check(3.0, 1.0) is None
-    assert FaultDetector(spike=None, losses=[2.0] * FEWEST).check(1e9, 1.0) is None
-    assert FaultDetector(spike=1.0, losses=[2.0] * (FEWEST - 1)).check(1e9, 1.0) is None
+    losses = [9.0, *[2.0] * (FEWEST - 1)]
+    assert find_fault(3.5, 1.0, losses, 1.0) == "the loss is 3.5, the median of recent losses 2 (spike: 1.0)"
+    assert find_fault(3.0, 1.0, losses, 1.0) is None
+    assert find_fault(1e9, 1.0, losses, None) is None
+    assert find_fault(1e9, 1.0, losses[1:], 1.0) is None
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
-def test_nonfinite_loss_is_a_fault_and_not_recorded(number: float) -> None:
-    watch = FaultDetector(spike=None)
-    assert watch.check(number, 1.0) == f"the loss is {number}"
-    assert watch.check(2.0, number) == f"the gradient norm is {number} (the loss is 2)"
-    assert list(watch.losses) == []
+def test_nonfinite_loss_or_gradient_is_a_fault(number: float) -> None:
+    assert find_fault(number, 1.0, [], None) == f"the loss is {number}"
+    assert find_fault(2.0, number, [], None) == f"the gradient norm is {number} (the loss is 2)"
 
 
 def test_memory_with_the_largest_growth_is_named() -> None:

@@ -9,7 +9,7 @@ import pytest
 import titans_build as tb
 from titans_build.tools.train import PROGRAM
 from titans_build.tools.training import as_settings
-from titans_build.tools.training.search import Chooser, as_space, make_trial
+from titans_build.tools.training.search import choose, make_trial, read_space
 from titans_build.tools.training.settings import Settings, Stage
 from titans_build.tools.training.trials import check_trial
 
@@ -38,9 +38,8 @@ def test_search_example_of_the_page(tmp_path):
     given = parsed(next(line for line in LINES if line.startswith("titans-train search ")))
     start = PAGE.index("```yaml") + 1
     (tmp_path / given.space).write_text("\n".join(PAGE[start : PAGE.index("```", start)]), encoding="utf-8")
-    chooser = Chooser(as_space(tmp_path / given.space), given.sampler, given.trials, 0, 1)
-    choices = chooser.next([])
+    choices = choose(read_space(tmp_path / given.space), given.sampler, given.trials, 0, 1, [])
     assert len(choices) == given.trials
     recipe, settings = tb.load_recipe(given.recipe), as_settings()
     for choice in choices:
-        check_trial(make_trial(recipe, given.data, settings, choice, tmp_path / "out", 0, False))
+        check_trial(make_trial(recipe, given.data, settings, tmp_path / "out", False, choice, 0))

@@ -12,7 +12,7 @@ import titans_build as tb
 from titans_build.registry import RecipeError
 from titans_build.tools.train import main
 from titans_build.tools.training import as_settings, search
-from titans_build.tools.training.search import as_space
+from titans_build.tools.training.search import draw, grid, read_space
 
 COPY = "copy:length=16"
 SPACE = {"recipe": {"layers.mac.0.segment": [4, 8]}, "train": {"lr": [1e-3, 1e-2]}}
@@ -40,9 +40,9 @@ def test_grid_search(tiny: dict[str, Any], settings: dict[str, Any], tmp_path: P
 
 
 def test_random_choices_are_reproducible(tmp_path: Path) -> None:
-    space = as_space(RANGES)
-    choices = [space.draw(0, number) for number in range(300)]
-    assert choices == [space.draw(0, number) for number in range(300)] != [space.draw(1, n) for n in range(300)]
+    space = read_space(RANGES)
+    choices = [draw(space, 0, number) for number in range(300)]
+    assert choices == [draw(space, 0, number) for number in range(300)] != [draw(space, 1, n) for n in range(300)]
     assert all(1e-4 <= choice["train.lr"] <= 1e-2 for choice in choices)
     # evenly in its logarithm: half of them are below the geometric mean
     assert 100 < sum(choice["train.lr"] < 1e-3 for choice in choices) < 200
@@ -50,13 +50,10 @@ def test_random_choices_are_reproducible(tmp_path: Path) -> None:
 
 
 def test_grid_of_a_range() -> None:
-    assert [choice["train.batch"] for choice in as_space({"train": {"batch": RANGES["train"]["batch"]}}).grid()] == [
-        2,
-        4,
-        6,
-    ]
+    space = read_space({"train": {"batch": RANGES["train"]["batch"]}})
+    assert [choice["train.batch"] for choice in grid(space)] == [2, 4, 6]
     with pytest.raises(RecipeError, match=r"train.lr: a grid needs a list of values"):
-        as_space(RANGES).grid()
+        grid(read_space(RANGES))
 
 
 @pytest.mark.parametrize("sampler", ["random", "optuna"])
@@ -159,4 +156,4 @@ def test_search_command(tiny: dict[str, Any], tmp_path: Path, capsys: pytest.Cap
 )
 def test_invalid_spaces(space: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        as_space(space)
+        read_space(space)
