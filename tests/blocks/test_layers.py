@@ -3,7 +3,7 @@ import torch
 
 from titans_build.blocks.build import materialise
 from titans_build.blocks.laws import check_block
-from titans_build.blocks.layers import LayerNorm, RMSNorm
+from titans_build.blocks.layers import Gating, LayerNorm, RMSNorm
 
 NORMS = [RMSNorm, LayerNorm]
 
@@ -17,7 +17,7 @@ def make(cls, **fields):
 
 
 @pytest.mark.parametrize("cls", NORMS)
-def test_against_the_definition(cls):
+def test_norms_are_their_formulas(cls):
     block, x = make(cls, eps=1e-2), torch.randn(2, 5, 8, dtype=torch.float64) + 3
     centred = x if cls is RMSNorm else x - x.mean(-1, keepdim=True)
     expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-2).sqrt() * block.gain
@@ -25,7 +25,7 @@ def test_against_the_definition(cls):
 
 
 @pytest.mark.parametrize("cls", NORMS)
-def test_masked_outputs_are_zero_whatever_stands_there(cls):
+def test_norms_are_zero_at_masked_tokens(cls):
     block, x = make(cls), torch.randn(2, 3, 8, dtype=torch.float64)
     mask = torch.tensor([[True, False, True], [False, False, True]])
     x[~mask] = float("nan")
@@ -34,10 +34,32 @@ def test_masked_outputs_are_zero_whatever_stands_there(cls):
 
 
 @pytest.mark.parametrize("name", ["rms_norm", "layer_norm"])
-def test_the_laws(name):
+def test_norms_obey_the_laws(name):
     check_block(name, dim=8, endurance=200)
 
 
-def test_a_wrong_width_is_refused():
+def test_wrong_width_is_refused():
     with pytest.raises(ValueError, match=r"RMSNorm: x \[2, 8\]: expected \[batch, time, 8\]"):
         make(RMSNorm)(torch.randn(2, 8))
+
+
+@pytest.mark.parametrize(
+    "form, expected",
+    [
+        ("sigmoid", lambda a, b: a / (1 + torch.exp(-b))),
+        ("silu", lambda a, b: a * b / (1 + torch.exp(-b))),
+        ("sum", lambda a, b: a + b),
+    ],
+)
+def test_gating_forms(form, expected):
+    gating = Gating(6, form).double()
+    a, b = torch.randn(2, 3, 6, dtype=torch.float64), torch.randn(2, 3, 6, dtype=torch.float64)
+    with torch.no_grad():
+        gating.gain_a.copy_(torch.randn(6))
+        gating.gain_b.copy_(torch.randn(6))
+
+        def normed(x, gain):
+            return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * gain
+
+        torch.testing.assert_close(gating(a, b), expected(normed(a, gating.gain_a), normed(b, gating.gain_b)))
+        assert torch.equal(gating(torch.zeros_like(a), torch.zeros_like(b)), torch.zeros_like(a))
