@@ -1,4 +1,4 @@
-"""``attention``: causal self-attention, full or over a sliding window, with persistent tokens always in sight."""
+"""``attention``: causal self-attention, full or over a sliding window, with persistent tokens always visible."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ class Block(nn.Module):
         super().__init__()
         self.dim = dim
         self._first_parameter: tuple[nn.Module, str] | None = None
-        self._expected_state: tuple[Any, State] | None = None
+        self._expected_states: dict[Any, State] = {}
 
     def init_state(self, batch_size: int) -> State:
         """Return a fresh state of ``batch_size`` rows: learned initial values, not zeros. ``None``: stateless."""
@@ -235,6 +235,11 @@ def _check_like(block: Block, x: Tensor, name: str) -> None:
         raise ValueError(f"{kind}: {name} is on {x.device}: expected {like.device}, as the block's parameters are")
 
 
+_KEPT = 16
+"""Numbers of rows for which the expected state is kept."""
+_MISSING = object()
+
+
 def check_state(module: Any, state: State, rows: int) -> None:
     """Raise ``TypeError`` or ``ValueError`` unless ``state`` is a state of ``module`` with ``rows`` rows.
 
@@ -243,11 +248,14 @@ def check_state(module: Any, state: State, rows: int) -> None:
     """
     like = _parameter(module)
     key = (rows, None, None) if like is None else (rows, like.dtype, like.device)
-    if module._expected_state is None or module._expected_state[0] != key:
-        module._expected_state = key, map_state(lambda x: torch.empty_like(x, device="meta"), _fresh(module, rows))
-    _, expected = module._expected_state
+    expected = module._expected_states.get(key, _MISSING)
+    if expected is _MISSING:
+        expected = map_state(lambda x: torch.empty_like(x, device="meta"), _fresh(module, rows))
+        if len(module._expected_states) >= _KEPT:
+            module._expected_states.clear()
+        module._expected_states[key] = expected
     if not (_fits(state, expected, key[2], False) or (module.grows and _fits(state, expected, key[2], True))):
-        module._expected_state = None  # the module may have changed
+        module._expected_states.clear()  # the module may have changed
         _compare(module, state, rows)
 
 
@@ -294,17 +302,18 @@ def _compare(module: Any, state: State, rows: int) -> None:
     for path in [*expected, *given]:
         tensor, wanted = given.get(path), expected.get(path)
         any_length = grows or wanted is None
+        at = path or "it"  # a state that is one tensor
         wanted = optional.get(path) if wanted is None else wanted
         if tensor is None or wanted is None:
             shapes = ["absent" if x is None else list(x.shape) for x in (tensor, wanted)]
-            raise ValueError(f"{other}: {path} is {shapes[0]}, expected {shapes[1]}")
+            raise ValueError(f"{other}: {at} is {shapes[0]}, expected {shapes[1]}")
         shape = ["any" if any_length and i == 1 else n for i, n in enumerate(wanted.shape)]
         if tensor.dim() != len(shape) or any(n not in (m, "any") for m, n in zip(tensor.shape[1:], shape[1:])):
-            raise ValueError(f"{other}: {path} is {list(tensor.shape)}, expected [{', '.join(map(str, shape))}]")
+            raise ValueError(f"{other}: {at} is {list(tensor.shape)}, expected [{', '.join(map(str, shape))}]")
         if tensor.shape[:1] != wanted.shape[:1]:
-            raise ValueError(f"{name}: the state has {tensor.shape[0]} rows ({path}), the inputs have {rows}")
+            raise ValueError(f"{name}: the state has {tensor.shape[0]} rows ({at}), the inputs have {rows}")
         if tensor.device != wanted.device:
-            raise ValueError(f"{name}: state is on {tensor.device}, expected {wanted.device} ({path})")
+            raise ValueError(f"{name}: state is on {tensor.device}, expected {wanted.device} ({at})")
         autocast = tensor.is_floating_point() and torch.is_autocast_enabled(tensor.device.type)
         if tensor.dtype != wanted.dtype and not (autocast and wanted.is_floating_point()):
-            raise TypeError(f"{other}: {path} is {tensor.dtype}, expected {wanted.dtype}")
+            raise TypeError(f"{other}: {at} is {tensor.dtype}, expected {wanted.dtype}")

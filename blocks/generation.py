@@ -15,7 +15,7 @@ from .state import State, trainable
 
 
 class Model(Protocol):
-    """What generation asks of a model; ``LanguageModel`` says what each answers."""
+    """The methods of a model that generation uses; ``LanguageModel`` documents them."""
 
     vocab: int | None
 
@@ -34,13 +34,13 @@ class Generation(NamedTuple):
     tokens: Tensor
     """``[batch, prompt + new]`` int64: the prompt as it was given, then the new tokens."""
     state: State
-    """Has read every real token of ``tokens``, the last new one included."""
+    """Has read every valid token of ``tokens``, the last new one included."""
     logits: Tensor
     """``[batch, vocab]``: the prediction of the token after the last."""
 
 
 class Step(NamedTuple):
-    """One new token in each row, and where the model stands now that it has read it."""
+    """One new token in each row, and the state after it."""
 
     token: Tensor
     """``[batch]`` int64."""
@@ -73,14 +73,14 @@ def generate(
     ``temperature`` 0 takes the likeliest token. Otherwise tokens are drawn from the ``top_k`` likeliest, and among
     them from the likeliest that together reach probability ``top_p``. ``seed``: an integer, a generator on the
     model's device, or ``None`` for a draw that cannot be repeated; PyTorch's global generator is not touched.
-    ``mask`` [batch, time] bool: true at real tokens, for prompts of unequal length padded on either side.
+    ``mask`` [batch, time] bool: true at valid tokens, for prompts of unequal length padded on either side.
 
     The returned state has read all of the returned tokens, so a further prompt goes straight on:
-    ``generate(model, more, state=gen.state)``. To go on without one, hand over the prediction too:
+    ``generate(model, more, state=gen.state)``. To continue without new tokens, pass the prediction too:
     ``generate(model, gen.tokens[:, :0], state=gen.state, logits=gen.logits)`` continues exactly.
 
     Gradients are not tracked. Raises ``ValueError`` or ``TypeError`` for settings out of range, for a row without
-    any real token to go on from, for predictions that are not finite (a diverged model), and for whatever the model's
+    any valid token to continue, for predictions that are not finite (a diverged model), and for whatever the model's
     ``forward`` refuses.
     """
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
@@ -128,7 +128,7 @@ def read_prompt(
         return logits, state
     if mask is None:
         return model.predict(hidden[:, -1]), state
-    # each row's last real token, wherever the padding is
+    # each row's last valid token, wherever the padding is
     index = (mask * torch.arange(time, device=mask.device)).argmax(dim=1)
     predicted = model.predict(hidden[torch.arange(rows, device=mask.device), index])
     if logits is not None:

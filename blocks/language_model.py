@@ -42,7 +42,7 @@ class ModelOutput(NamedTuple):
     loss: Tensor | None
     """Mean cross-entropy (nats) over the targets that count, at least float32; ``None`` without targets."""
     state: ModelState
-    """To go on from: it has read every token so far."""
+    """The state after all tokens."""
     hidden: Tensor
     """``[batch, time, dim]``: the outputs of the stack, normalised."""
 
@@ -76,7 +76,7 @@ class LanguageModel(nn.Module):
         self.norm = RMSNorm(dim)
         self.head = None if vocab is None or tie else nn.Parameter(torch.empty(vocab, dim))
         self._first_parameter: tuple[nn.Module, str] | None = None
-        self._expected_state: tuple[object, State] | None = None
+        self._expected_states: dict[object, State] = {}
 
     @property
     def grows(self) -> bool:
@@ -113,9 +113,9 @@ class LanguageModel(nn.Module):
         """Read ``tokens`` [batch, time] int64, or ``embeddings`` [batch, time, dim] of the model's dtype.
 
         ``state``: what an earlier call returned, or ``None`` for a fresh one. ``mask`` [batch, time] bool: true at
-        real tokens; the others leave the state as it was. ``targets`` [batch, time] int64: the token that follows
+        valid tokens; the others leave the state as it was. ``targets`` [batch, time] int64: the token that follows
         each token (they are not shifted here); -100 and masked positions do not count. ``check_finite``: whether to
-        refuse embeddings that hold NaN or infinity at real tokens. Under ``torch.compile`` nothing is refused for its
+        refuse embeddings that hold NaN or infinity at valid tokens. Under ``torch.compile`` nothing is refused for its
         values.
 
         Nothing that is passed in is changed. It may have been made in inference mode: where gradients are recorded,
@@ -139,7 +139,7 @@ class LanguageModel(nn.Module):
         if embeddings is not None and check_finite and not torch.compiler.is_compiling():
             finite = embeddings.isfinite().all(dim=-1)
             if not bool((finite if mask is None else finite | ~mask).all()):
-                raise ValueError("embeddings hold NaN or infinity at real tokens (check_finite=False allows it)")
+                raise ValueError("embeddings hold NaN or infinity at valid tokens (check_finite=False allows it)")
         if targets is not None:
             self.check_targets(targets, (rows, time))
         if state is not None:

@@ -222,9 +222,9 @@ class NeuralMemory(Block):
         projected = project(x, self.qkv.weight[: self.dim]) if plain else self.qkv(x)[..., : self.dim]
         return projected, self.output_gate(x)
 
-    def recall(self, asked: Sequence[Tensor], state: NeuralMemoryState) -> Tensor:
+    def recall(self, query_and_gate: Sequence[Tensor], state: NeuralMemoryState) -> Tensor:
         """``read``, given ``ask(x)``."""
-        projected, gate = asked
+        projected, gate = query_and_gate
         q = query(projected.to(self.output_gain.dtype), self.convolution, state.convolution, self.heads)
         y = read_memory(q, state.memory.weights, self.activation, self.norm_gain)
         y = self.output(gated_norm(y, self.output_gain, gate))

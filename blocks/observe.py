@@ -15,18 +15,18 @@ from .observers import Learned, Observer, recomputing
 
 
 class MemoryRecord(NamedTuple):
-    """What one memory did. ``[batch, time, heads]`` float32 each where not said otherwise; NaN at masked tokens."""
+    """What one memory computed: ``[batch, time, heads]`` float32 unless stated otherwise; NaN at masked tokens."""
 
     surprise: Tensor
     """The norm of each token's gradient at the weights its chunk began with, before any clipping."""
     error: Tensor
     """``|M(k) - v|^2`` at the same weights."""
     step: Tensor
-    """The step size theta; 0 where the token was held back by a threshold, or the memory frozen."""
+    """The step size theta; 0 where a threshold suppressed the token, or in a frozen memory."""
     momentum: Tensor
     """The momentum's decay eta; 0 where there is none, or the memory frozen."""
     forgetting: Tensor
-    """alpha; 0 where nothing is forgotten, the token was held back, or the memory frozen."""
+    """alpha; 0 without forgetting, where a threshold suppressed the token, or in a frozen memory."""
     wrote: Tensor
     """Bool: the token's gradient was written, which takes a step above 0. False at masked tokens."""
     norms: Tensor
@@ -36,7 +36,7 @@ class MemoryRecord(NamedTuple):
 
 
 class GateRecord(NamedTuple):
-    """What one gate did, ``[batch, time]`` float32 each, NaN at masked tokens."""
+    """What one gate computed: ``[batch, time]`` float32, NaN at masked tokens."""
 
     gate: Tensor
     """The mean over features of what the first branch is multiplied with; 1 where branches are added."""
@@ -80,11 +80,11 @@ class Observed(Observer):
         if recomputing() or (layout is not None and not bool(layout.mask.any())):
             return
         mask = None if layout is None else layout.filled
-        surprise, error, held = measure_memory(
+        surprise, error, suppressed = measure_memory(
             tokens, learned.before, learned.norm, mask, learned.options, written=learned.after is not None
         )
         theta, eta, alpha = (torch.zeros_like(tokens.theta) if gate is None else gate for gate in tokens[3:])
-        theta, alpha = theta.masked_fill(held, 0.0), alpha.masked_fill(held, 0.0)
+        theta, alpha = theta.masked_fill(suppressed, 0.0), alpha.masked_fill(suppressed, 0.0)
         record = (surprise, error, theta, eta, alpha, theta > 0)
         norms = self._norms.setdefault(memory, [])
         if not norms:
@@ -146,7 +146,7 @@ def _norms(weights: tuple[Tensor, ...]) -> Tensor:
 
 
 def _kept(x: Tensor) -> Tensor:
-    """In float32, and in memory that nobody else writes to."""
+    """A copy, in float32 unless bool."""
     return x.clone() if x.dtype == torch.bool else x.to(torch.float32, copy=True)
 
 

@@ -76,7 +76,7 @@ def halves(memory: Block, pieces: int) -> Halves:
     splits = pieces > 1 and type(memory) is NeuralMemory and not torch.compiler.is_compiling()
     if splits and isinstance(memory, NeuralMemory) and runs_its_class(memory, "forward", "read"):
         return Halves(memory.ask, memory.recall, memory.learn, memory.output_of)
-    return Halves(lambda x: (x,), lambda asked, state: as_memory(memory).read(asked[0], state), memory, lambda y, x: y)
+    return Halves(lambda x: (x,), lambda x, state: as_memory(memory).read(x[0], state), memory, lambda y, x: y)
 
 
 # -- segments ----------------------------------------------------------------------------------------------------------
