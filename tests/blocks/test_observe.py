@@ -101,12 +101,12 @@ def test_the_record_is_what_the_block_was_given(masked):
         theta, eta, alpha = block.inputs(kept, state, None)[0][3:]
         options = Options(4, "gelu", 1.0, "after", threshold=6.0)
         expected = measure_memory(Tokens(q, k, v, theta, eta, alpha), state.memory, block.norm_gain, None, options)
-        assert 0.1 < expected.held.double().mean() < 0.9
-        zeroed = [gate.masked_fill(expected.held, 0.0) for gate in (theta, alpha)]
+        assert 0.1 < expected.suppressed.double().mean() < 0.9
+        zeroed = [gate.masked_fill(expected.suppressed, 0.0) for gate in (theta, alpha)]
         wanted = expected.surprise, expected.error, zeroed[0], eta, zeroed[1]
         for found, value in zip(record, wanted):
             assert_close(found[row, real], value[0].float())
-        assert torch.equal(record.wrote[row, real], ~expected.held[0])
+        assert torch.equal(record.wrote[row, real], ~expected.suppressed[0])
     norms = torch.stack([w.norm(dim=(-2, -1)) for w in after.memory.weights], -1)
     assert_close(record.norms, norms.float().unsqueeze(1))
     fresh = torch.stack([w.norm(dim=(-2, -1)) for w in block.init_state(3).memory.weights], -1)
