@@ -55,7 +55,7 @@ CASES = {
     "memory, masked": ("native", lambda: memory(mask=MASK)),
     "memory, in PyTorch": ("torch", memory),
     "memory, without momentum": ("torch", lambda: memory(momentum=False)),
-    "memory_read": ("native", lambda: ((new(2, 5, 2, 4), state().weights, "gelu", new(2, 4)), {})),
+    "memory_read": ("native", lambda: ((new(2, 5, 2, 4), state().weights, "gelu", new(2, 4), None), {})),
     "rms_norm": ("native", lambda: ((new(2, 5, 3, 4), new(3, 4), 1e-6), {})),
     "l2_norm": ("native", lambda: ((new(2, 5, 4), 1e-6), {})),
     "gate": ("native", lambda: ((new(2, 5, 4), new(2, 5, 4), new(4), new(4), 1e-6), {})),

@@ -33,6 +33,6 @@ def test_when_the_decode_kernel_is_used():
     with torch.no_grad():
         assert use_decode_kernel(x, weight) and use_decode_kernel(torch.randn(2, 2, 16), weight)
         assert not use_decode_kernel(torch.randn(1, 5, 16), weight) and not use_decode_kernel(x[:, :0], weight)
-        assert not use_decode_kernel(x, torch.randn(30, 16)) and not use_decode_kernel(x, weight.double())
+        assert not use_decode_kernel(x, torch.randn(32, 18)) and not use_decode_kernel(x, weight.double())
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert not use_decode_kernel(x, weight)
