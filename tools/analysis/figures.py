@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,89 @@ from .recording import QUANTITIES
 
 WIDE = 30
 """Ratio of the largest to the smallest value from which a scale is logarithmic."""
+MAX_LINES = 24
+"""Lines at most whose names and errors are shown."""
+TEXTS = {
+    "loss": (
+        "Loss along the text",
+        "loss ({unit})",
+        "Means over stretches of the text. Where the live line lies below the frozen one, writing to the memory has "
+        "made the next tokens easier to predict.",
+    ),
+    "saved": (
+        "Loss that the live memory saves (bands: one standard error)",
+        "saved ({unit})",
+        "Above zero, the live memory predicts better than the other one.",
+    ),
+    "surprise": (
+        "Surprise",
+        "surprise (norm of the gradient)",
+        "The norm of the gradient of the memory's loss at a token, before clipping.",
+    ),
+    "error": (
+        "Error",
+        "error |M(k) − v|²",
+        "The squared distance of the memory's output for a token's key from the token's value.",
+    ),
+    "step": (
+        "Step size",
+        "step size θ",
+        "The step size of the memory's gradient descent at a token; 0 means that the token is not written.",
+    ),
+    "momentum": (
+        "Momentum",
+        "momentum η",
+        "The decay of past surprise at a token: near 1, a write continues for many tokens.",
+    ),
+    "forgetting": (
+        "Forgetting",
+        "forgetting α",
+        "The share of the memory's weights that is removed at a token: 0.01 halves them in 69 tokens.",
+    ),
+    "recall-kept": (
+        "Recall of planted pairs: what is left of the write",
+        "share of the write's effect",
+        "The effect of the write on the output for its key, relative to the effect right after the write. Momentum "
+        "continues the write, so the line may rise first. The half-life is the distance at which it has fallen to half "
+        "of its largest value. In a head whose line swings to both sides, small changes grow: it recalls nothing.",
+    ),
+    "recall-cosine": (
+        "Recall of planted pairs: cosine (thin: without the pair)",
+        "cosine of output and value",
+        "Of the memory's output for the planted key and the planted value. Only what lies above the thin line of the "
+        "same colour was remembered.",
+    ),
+    "recall-relative_error": (
+        "Recall of planted pairs: relative error (thin: without the pair)",
+        "|output − value| / |value|",
+        "Of the memory's output for the planted key. Only what lies below the thin line of the same colour was "
+        "remembered.",
+    ),
+    "drift-distance": (
+        "Weights of each head's memory: distance from the start",
+        "|W − W₀| / |W₀|",
+        "If a line levels off, writing and forgetting are in balance; if it keeps rising, the weights will leave the "
+        "range that the model was trained in.",
+    ),
+    "drift-norm": (
+        "Weights of each head's memory: norm",
+        "|W|",
+        "Over all layers of a head's network. If it falls steadily, the memory forgets faster than it writes; if it "
+        "rises without end, it will overflow.",
+    ),
+    "gates": ("Gate use", "gate, mean over features", "A flat line at one half is a gate that does not choose."),
+    "branches": (
+        "Attention against memory",
+        "second branch's share of both norms",
+        "The norms are taken before the normalization: they say how strong each branch is, not how much it helps.",
+    ),
+    "norms": (
+        "Norms of both branches",
+        "norm of the branch's output",
+        "Solid lines are the first branch of a gate, dashed lines the second.",
+    ),
+}
+"""Title, label of the values, and caption of each figure."""
 
 
 class Line(NamedTuple):
@@ -33,164 +116,87 @@ class Line(NamedTuple):
     """The largest value of the tokens that ``y`` is the mean of."""
 
 
-class LineChart(NamedTuple):
+class Figure(NamedTuple):
     name: str
+    """That of its files, too."""
     title: str
     x_label: str
     y_label: str
-    lines: list[Line]
     caption: str
+    lines: list[Line]
     log_x: bool = False
     """A logarithmic axis with a tick at each point. Labels are one less than positions, as 0 has no logarithm."""
     log_y: bool = False
     y_range: tuple[float, float] | None = None
     zero_line: bool = False
-    along_text: bool = True
+    is_heat_map: bool = False
+    """The files show the lines as the rows of a heat map, and the page has both."""
+
+    @property
+    def table(self) -> np.ndarray:
+        """The rows of the heat map; a bin's value is its maximum."""
+        return np.stack([line.y if line.maximum is None else line.maximum for line in self.lines])
 
 
-class HeatMap(NamedTuple):
-    name: str
-    title: str
-    x_label: str
-    colour_label: str
-    table: np.ndarray
-    """``[rows, bins]``."""
-    sizes: list[int]
-    """Rows of each memory."""
-    time: int
-    """Tokens of all bins."""
-    log: bool
-
-
-class Quantity(NamedTuple):
-    title: str
-    axis: str
-    caption: str
-
-
-QUANTITY: dict[str, Quantity] = {
-    "surprise": Quantity(
-        "Surprise",
-        "surprise (norm of the gradient)",
-        "The norm of the gradient of the memory's loss for a token's key and value, before clipping: how badly the "
-        "memory predicted this token.",
-    ),
-    "error": Quantity(
-        "Error",
-        "error |M(k) − v|²",
-        "The squared distance between the memory's answer to a token's key and the token's value.",
-    ),
-    "step": Quantity(
-        "Step size",
-        "step size θ",
-        "The step size of the memory's gradient descent at a token; 0 means that the token is not written.",
-    ),
-    "momentum": Quantity(
-        "Momentum",
-        "momentum η",
-        "The decay of past surprise at a token: near 1, a write continues for many tokens.",
-    ),
-    "forgetting": Quantity(
-        "Forgetting",
-        "forgetting α",
-        "The share of the memory's weights that is removed at a token: 0.01 halves what was there in 69 tokens.",
-    ),
-}
-RECALL = {
-    "kept": (
-        "share of the write's effect",
-        "what is left of the write",
-        "The effect of the write on the answer to its key, relative to the effect right after the write. Momentum "
-        "continues the write, so the line may rise first. The distance at which it has fallen to half of its largest "
-        "value is the half-life of the pair. A line with large swings to both sides belongs to a head in which every "
-        "small change grows: it recalls nothing.",
-    ),
-    "cosine": (
-        "cosine of answer and value",
-        "cosine",
-        "The cosine between the memory's answer to the planted key and the planted value. Thin lines are those of a "
-        "memory without the pair: only what lies above the thin line of the same colour was remembered.",
-    ),
-    "relative_error": (
-        "|answer − value| / |value|",
-        "relative error",
-        "The distance of the memory's answer to the planted key from the planted value. Thin lines are those of a "
-        "memory without the pair: only what lies below the thin line of the same colour was remembered.",
-    ),
-}
-DRIFT = {
-    "distance": (
-        "|W − W₀| / |W₀|",
-        "distance from the start",
-        "The distance of a head's weights from the initial ones, relative to the norm of these. A line that levels off "
-        "has writing and forgetting in balance; one that keeps rising will leave the range the model was trained in.",
-    ),
-    "norm": (
-        "|W|",
-        "norm",
-        "The Frobenius norm of a head's weights, over all layers of its network. If it falls steadily, the memory "
-        "forgets faster than it writes; if it rises without end, it will overflow.",
-    ),
-}
-
-
-def figures(analysis: dict[str, Any]) -> Iterator[LineChart | HeatMap]:
-    """The figures of which PNG and SVG files are written; a figure's name is that of its files."""
-    yield loss(analysis)
-    yield saved(analysis)
+def figures(analysis: dict[str, Any]) -> Iterator[Figure]:
+    """All figures but that of :func:`branch_norms`."""
+    yield from _losses(analysis)
     for quantity in QUANTITIES:
-        yield heat_map(analysis, quantity)
+        yield _quantity(analysis, quantity)
     if analysis["recall"]["memories"]:
-        for kind in RECALL:
-            yield recall(analysis, kind)
-    for kind in DRIFT:
-        yield drift(analysis, kind)
-    if analysis["gates"]:
-        yield gates(analysis)
-        yield branches(analysis)
-
-
-def loss(analysis: dict[str, Any]) -> LineChart:
-    check = analysis["check"]
-    at = _middles(analysis)
-    lines = [
-        Line(label, at, check["losses"][key], COLOURS[colour], dash)
-        for dash, ((key, label), colour) in enumerate(zip(_modes(check).items(), (0, 4, 2)))
-    ]
-    return LineChart(
-        "loss", "Loss along the text", _position(analysis), f"loss ({check['unit']})", lines,
-        "Each point is the mean over a stretch of the text. Where the live line lies below the frozen one, having "
-        "written the text so far makes the next token easier to predict.",
-    )  # fmt: skip
-
-
-def saved(analysis: dict[str, Any]) -> LineChart:
-    check = analysis["check"]
-    at = _middles(analysis)
-    lines = [
-        Line(
-            f"{_modes(check)[key]} minus live", at, check["losses"][key] - check["losses"]["live"],
-            COLOURS[colour], dash, error=check["errors"][key],
+        for kind in ("kept", "cosine", "relative_error"):
+            yield _recall(analysis, kind)
+    at = [np.array(drift["positions"]) for drift in analysis["drift"]]
+    for kind in ("distance", "norm"):
+        yield _figure(
+            analysis, f"drift-{kind}", _head_lines(analysis, at, [drift[kind] for drift in analysis["drift"]])
         )
-        for dash, (key, colour) in enumerate((("frozen", 4), ("reset", 2)))
-    ]  # fmt: skip
-    return LineChart(
-        "saved", "Loss that the live memory saves (bands: one standard error)", _position(analysis),
-        f"saved ({check['unit']})", lines,
-        "Above zero, the live memory predicts better than the other one. The band is one standard error over the "
-        "tokens of the stretch.", zero_line=True,
-    )  # fmt: skip
+    if analysis["gates"]:
+        yield from _gates(analysis)
 
 
-def heat_map(analysis: dict[str, Any], quantity: str) -> HeatMap:
-    kinds, text = analysis["tokens"][quantity], analysis["text"]
-    tables = kinds.get("max", kinds["mean"])
-    table = np.concatenate(tables)
-    pooled = f", maximum of {text['bin']} tokens" if text["bin"] > 1 else ""
-    return HeatMap(
-        quantity, f"{quantity.capitalize()} of each head{pooled}", _position(analysis), QUANTITY[quantity].axis,
-        table, [len(part) for part in tables], text["shown"], is_wide(quantity, table),
-    )  # fmt: skip
+def _figure(
+    analysis: dict[str, Any], name: str, lines: list[Line], facts: Sequence[str] = (), **options: Any
+) -> Figure:
+    """``facts`` are added to the caption."""
+    title, y_label, caption = TEXTS[name]
+    x_label = f"position in the text ({analysis['text']['unit']}s)"
+    found = Figure(name, title, x_label, y_label.format(unit=analysis["check"]["unit"]), caption, lines)
+    return found._replace(caption=" ".join([caption, *facts]), **options)
+
+
+def _losses(analysis: dict[str, Any]) -> Iterator[Figure]:
+    check = analysis["check"]
+    edges = np.array([*check["positions"], analysis["text"]["tokens"]])
+    at, losses, reset = (edges[1:] + edges[:-1]) / 2, check["losses"], f"reset every {check['reset_every']:,}"
+    live, frozen_colour, reset_colour = COLOURS[0], COLOURS[4], COLOURS[2]
+    lines = [
+        Line("live", at, losses["live"], live),
+        Line("frozen", at, losses["frozen"], frozen_colour, 1),
+        Line(reset, at, losses["reset"], reset_colour, 2),
+    ]
+    yield _figure(analysis, "loss", lines)
+    saved = [
+        line._replace(label=f"{line.label} minus live", y=line.y - losses["live"], error=error, dash=dash)
+        for dash, (line, error) in enumerate(zip(lines[1:], check["errors"].values()))
+    ]
+    yield _figure(analysis, "saved", saved, zero_line=True)
+
+
+def _quantity(analysis: dict[str, Any], name: str) -> Figure:
+    kinds, width = analysis["tokens"][name], analysis["text"]["bin"]
+    lines = _head_lines(analysis, [positions(analysis)] * len(kinds["mean"]), kinds["mean"], maximum=kinds.get("max"))
+    facts = [
+        "The bars at the right are the distribution of the values. The text under the cursor stands above the values."
+    ]
+    values = np.concatenate(kinds["mean"])
+    if len(values := values[np.isfinite(values)]):
+        facts.append(f"Over all heads: mean {values.mean():.4g}, from {values.min():.4g} to {values.max():.4g}.")
+    if width > 1:
+        facts.insert(0, f"A column stands for {width} tokens: its colour is their maximum, the line their mean.")
+    found = _figure(analysis, name, lines, facts, is_heat_map=True)
+    pooled = f", maximum of {width} tokens" if width > 1 else ""
+    return found._replace(title=f"{found.title} of each head{pooled}", log_y=is_wide(name, found.table))
 
 
 def is_wide(quantity: str, values: np.ndarray) -> bool:
@@ -199,101 +205,57 @@ def is_wide(quantity: str, values: np.ndarray) -> bool:
     return len(real) > 0 and quantity != "momentum" and bool(real.max() > WIDE * real.min())
 
 
-def recall(analysis: dict[str, Any], kind: str) -> LineChart:
-    y_label, name, caption = RECALL[kind]
+def _recall(analysis: dict[str, Any], kind: str) -> Figure:
     recalls = analysis["recall"]["memories"]
     at = [np.array(recall["distances"]) + 1 for recall in recalls]
     errors = [recall[f"{kind}_error"] for recall in recalls] if f"{kind}_error" in recalls[0] else None
-    lines = head_lines(analysis, at, [recall[kind] for recall in recalls], errors=errors)
-    if f"{kind}_without" in recalls[0]:
-        without = head_lines(analysis, at, [recall[f"{kind}_without"] for recall in recalls])
+    lines = _head_lines(analysis, at, [recall[kind] for recall in recalls], error=errors)
+    facts = [f"Means and standard errors (bands) are over {analysis['recall']['planted']} pairs."]
+    if kind == "kept" and len(lines) <= MAX_LINES:
+        lives = [
+            f"{'over ' if life is None else ''}{life or recall['distances'][-1]:,.0f} tokens"
+            for recall in recalls
+            for life in recall["half_life"]
+        ]
+        facts.insert(0, f"Half-lives: {', '.join(f'{life} ({line.label})' for life, line in zip(lives, lines))}.")
+    elif kind != "kept":
+        without = _head_lines(analysis, at, [recall[f"{kind}_without"] for recall in recalls])
         lines += [line._replace(reference=True) for line in without]
-    thin = "" if kind == "kept" else " (thin: without the pair)"
-    title = f"Recall of planted pairs: {name}{thin}"
-    return LineChart(
-        f"recall-{kind}", title, "tokens read since the write", y_label, lines, caption,
-        log_x=True, zero_line=kind == "kept", along_text=False,
-    )  # fmt: skip
+    options = {"x_label": "tokens read since the write", "log_x": True, "zero_line": kind == "kept"}
+    return _figure(analysis, f"recall-{kind}", lines, facts, **options)
 
 
-def drift(analysis: dict[str, Any], kind: str) -> LineChart:
-    y_label, name, caption = DRIFT[kind]
-    at = [np.array(drift["positions"]) for drift in analysis["drift"]]
-    lines = head_lines(analysis, at, [drift[kind] for drift in analysis["drift"]])
-    return LineChart(
-        f"drift-{kind}", f"Weights of each head's memory: {name}", _position(analysis), y_label, lines, caption
-    )
-
-
-def gates(analysis: dict[str, Any]) -> LineChart:
+def _gates(analysis: dict[str, Any]) -> Iterator[Figure]:
     at = positions(analysis)
-    lines = [
-        Line(gate["label"], at, gate["gate"], COLOURS[index % len(COLOURS)])
-        for index, gate in enumerate(analysis["gates"])
-    ]
-    forms = {"sigmoid": "the sigmoid", "silu": "SiLU", "sum": "1, as the branches are added,"}
-    caption = " ".join(
-        f"{gate['label']}: {gate['branches'][0]} is multiplied by {forms.get(gate['form'], 'the gate')} of the "
-        f"normalised output of {gate['branches'][1]}; mean over the text {gate['mean_gate']:.3g}."
-        for gate in analysis["gates"]
-    )
-    return LineChart(
-        "gates", "Gate use", _position(analysis), "gate, mean over features", lines,
-        f"{caption} A flat line at one half is a gate that does not choose.",
-    )  # fmt: skip
+    uses, shares, use_facts, share_facts = [], [], [], []
+    for index, gate in enumerate(analysis["gates"]):
+        label, (first, second), colour = gate["label"], gate["branches"], COLOURS[index % len(COLOURS)]
+        uses.append(Line(label, at, gate["gate"], colour))
+        form = gate["form"] or "its own gate"
+        use_facts.append(f"{label}: {first} is combined with {second} ({form}); mean gate {gate['mean_gate']:.3g}.")
+        shares.append(Line(f"{label}: {second} beside {first}", at, gate["share"], colour))
+        share_facts.append(f"{label}: {second} has {gate['mean_share']:.1%} on the mean of the text.")
+    yield _figure(analysis, "gates", uses, use_facts)
+    yield _figure(analysis, "branches", shares, share_facts, y_range=(0, 1))
 
 
-def branches(analysis: dict[str, Any]) -> LineChart:
-    at = positions(analysis)
-    lines = [
-        Line(
-            f"{gate['label']}: {gate['branches'][1]} beside {gate['branches'][0]}", at, gate["share"],
-            COLOURS[index % len(COLOURS)],
-        )
-        for index, gate in enumerate(analysis["gates"])
-    ]  # fmt: skip
-    caption = " ".join(
-        f"{gate['label']}: {gate['branches'][1]} has {gate['mean_share']:.1%} on the mean of the text."
-        for gate in analysis["gates"]
-    )
-    return LineChart(
-        "branches", "Attention against memory", _position(analysis), "second branch's share of both norms", lines,
-        f"{caption} The norms are those of the branches' outputs before they are normalised and combined: they say "
-        "how strong each branch is, not how much it helps, which the losses above show.", y_range=(0, 1),
-    )  # fmt: skip
-
-
-def branch_norms(analysis: dict[str, Any]) -> LineChart:
+def branch_norms(analysis: dict[str, Any]) -> Figure:
     """Shown on the page alone."""
-    at = positions(analysis)
     lines = [
-        Line(f"{gate['label']}: {gate['branches'][branch]}", at, gate[key], COLOURS[index % len(COLOURS)], branch)
+        Line(f"{gate['label']}: {name}", positions(analysis), gate[key], COLOURS[index % len(COLOURS)], dash)
         for index, gate in enumerate(analysis["gates"])
-        for branch, key in enumerate(("first", "second"))
+        for dash, (name, key) in enumerate(zip(gate["branches"], ("first", "second")))
     ]
-    return LineChart(
-        "norms", "Norms of both branches", _position(analysis), "norm of the branch's output", lines,
-        "Solid lines are the first branch of a gate, dashed lines the second.",
-        log_y=is_wide("norms", np.concatenate([line.y for line in lines])),
-    )  # fmt: skip
+    return _figure(analysis, "norms", lines, log_y=is_wide("norms", np.concatenate([line.y for line in lines])))
 
 
-def quantity_lines(analysis: dict[str, Any], quantity: str) -> list[Line]:
-    """The values of a heat map as lines, which are shown on the page alone."""
-    kinds = analysis["tokens"][quantity]
-    at = [positions(analysis)] * len(kinds["mean"])
-    return head_lines(analysis, at, kinds["mean"], maxima=kinds.get("max"))
-
-
-def head_lines(
-    analysis: dict[str, Any],
-    at: list[np.ndarray],
-    tables: list[np.ndarray],
-    *,
-    errors: list[np.ndarray] | None = None,
-    maxima: list[np.ndarray] | None = None,
+def _head_lines(
+    analysis: dict[str, Any], at: list[np.ndarray], tables: list[np.ndarray], **more: list[np.ndarray] | None
 ) -> list[Line]:
-    """A line for each head: a head has its colour, a memory its dashes. Tables are ``[heads, points]`` by memory."""
+    """A line for each head: a head has its colour, a memory its dashes. Tables are ``[heads, points]`` by memory.
+
+    ``more``: tables of other fields of ``Line``.
+    """
     lines = []
     for index, memory in enumerate(analysis["memories"]):
         heads = memory["heads"]
@@ -301,9 +263,9 @@ def head_lines(
             label = f"{memory['label']}, head {head}" if len(analysis["memories"]) > 1 else f"head {head}"
             colour = COLOURS[head] if heads <= len(COLOURS) else _rainbow(head / heads)
             line = Line(label, at[index], tables[index][head], colour, index % len(DASHES), memory=index)
-            error = None if errors is None else errors[index][head]
-            maximum = None if maxima is None else maxima[index][head]
-            lines.append(line._replace(error=error, maximum=maximum))
+            lines.append(
+                line._replace(**{name: parts[index][head] for name, parts in more.items() if parts is not None})
+            )
     return lines
 
 
@@ -316,16 +278,3 @@ def positions(analysis: dict[str, Any]) -> np.ndarray:
     """Of the centres of the bins; a bin of one token is at the token's position."""
     text = analysis["text"]
     return np.arange(math.ceil(text["shown"] / text["bin"])) * text["bin"] + (text["bin"] - 1) / 2
-
-
-def _middles(analysis: dict[str, Any]) -> np.ndarray:
-    edges = np.array([*analysis["check"]["positions"], analysis["text"]["tokens"]])
-    return (edges[1:] + edges[:-1]) / 2
-
-
-def _position(analysis: dict[str, Any]) -> str:
-    return f"position in the text ({analysis['text']['unit']}s)"
-
-
-def _modes(check: dict[str, Any]) -> dict[str, str]:
-    return {"live": "live", "frozen": "frozen", "reset": f"reset every {check['reset_every']:,}"}

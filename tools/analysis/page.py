@@ -11,17 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..extras import from_extra
-from .figures import (
-    QUANTITY,
-    HeatMap,
-    Line,
-    LineChart,
-    branch_norms,
-    figures,
-    is_wide,
-    positions,
-    quantity_lines,
-)
+from .figures import MAX_LINES, TEXTS, Figure, Line, branch_norms, figures, is_wide
 from .recording import QUANTITIES
 
 DASHES = ("solid", "dash", "dot", "dashdot")
@@ -29,8 +19,6 @@ SHADES = 16
 """Colours of the text."""
 AROUND = 12
 """Tokens shown before and after the one under the cursor."""
-MAX_LINES = 24
-"""Lines at most that have a legend and bands, and whose values are listed together under the cursor."""
 FONT = "system-ui, -apple-system, Segoe UI, Roboto, sans-serif"
 AXIS = {"gridcolor": "#e5e7eb", "zeroline": False, "zerolinecolor": "#9ca3af", "automargin": True}
 CONFIG = {
@@ -133,16 +121,22 @@ def _subject(analysis: dict[str, Any]) -> str:
 def _figure_sections(analysis: dict[str, Any]) -> Iterator[tuple[str, tuple[str, str]]]:
     """Names of sections, with their heading in the navigation, which may be empty, and their content."""
     headings = {"loss": "Loss", "recall-kept": "Recall", "drift-distance": "Weights", "gates": "Gates"}
-    for figure in figures(analysis):
-        if isinstance(figure, HeatMap):
-            yield figure.name, (QUANTITY[figure.name].title, _quantity(analysis, figure))
-            if figure.name == QUANTITIES[-1] and analysis["peaks"]:
-                yield "peaks", ("Most surprising", _peaks(analysis))
-        else:
-            yield figure.name, (headings.get(figure.name, ""), _section(analysis, figure))
-    if analysis["gates"]:
-        norms = branch_norms(analysis)
-        yield norms.name, ("", _section(analysis, norms))
+    shown = [*figures(analysis), *([branch_norms(analysis)] if analysis["gates"] else [])]
+    for figure in shown:
+        heading = TEXTS[figure.name][0] if figure.is_heat_map else headings.get(figure.name, "")
+        content = (
+            f"<h2>{html.escape(figure.title)}</h2><p>{html.escape(figure.caption)}</p>"
+            f'<div class="{"" if figure.log_x else "along-text"}">{_plot(analysis, figure)}</div>'
+        )
+        if figure.is_heat_map:
+            content += (
+                f"<details{' open' if figure.name == QUANTITIES[0] else ''}><summary>The text, coloured by its "
+                f"{heading.lower()} (mean of all heads, from low, dark, to high, bright)</summary>"
+                f'<div class="reading">{_coloured_text(analysis, figure.name)}</div></details>'
+            )
+        yield figure.name, (heading, content)
+        if figure.name == QUANTITIES[-1] and analysis["peaks"]:
+            yield "peaks", ("Most surprising", _peaks(analysis))
 
 
 def _verdict(analysis: dict[str, Any]) -> str:
@@ -166,47 +160,6 @@ def _verdict(analysis: dict[str, Any]) -> str:
         "<p>The text is read three times from the initial state: with the memory live; frozen at its initial weights; "
         "and reset to these every so many tokens. Everything else is the same. Above zero in the last column, the live "
         "memory is better. A difference counts from two standard errors, taken over stretches of the text.</p>"
-    )
-
-
-def _section(analysis: dict[str, Any], chart: LineChart) -> str:
-    caption = chart.caption
-    if chart.name == "recall-kept":
-        caption += _half_lives(analysis)
-    if chart.name.startswith("recall"):
-        caption += f" Means and standard errors (bands) are over {analysis['recall']['planted']} pairs."
-    kind = "along-text" if chart.along_text else ""
-    return (
-        f"<h2>{html.escape(chart.title)}</h2><p>{html.escape(caption)}</p>"
-        f'<div class="{kind}">{_html(_line_figure(analysis, chart), f"{chart.name}-figure")}</div>'
-    )
-
-
-def _half_lives(analysis: dict[str, Any]) -> str:
-    lives = []
-    for memory, recall in zip(analysis["memories"], analysis["recall"]["memories"]):
-        for head, life in enumerate(recall["half_life"]):
-            tokens = f"over {recall['distances'][-1]:,}" if life is None else f"{life:,.0f}"
-            lives.append(f"{tokens} tokens ({memory['label']}, head {head})")
-    return f" Half-lives: {', '.join(lives)}." if len(lives) <= MAX_LINES else ""
-
-
-def _quantity(analysis: dict[str, Any], heat_map: HeatMap) -> str:
-    name, text, quantity = heat_map.name, analysis["text"], QUANTITY[heat_map.name]
-    values = np.concatenate(analysis["tokens"][name]["mean"])
-    pooled = (
-        f" A column stands for {text['bin']} tokens: its colour is their maximum, the line their mean."
-        if text["bin"] > 1
-        else ""
-    )
-    spread = f"mean {np.nanmean(values):.4g}, from {np.nanmin(values):.4g} to {np.nanmax(values):.4g}"
-    is_open = " open" if name == QUANTITIES[0] else ""
-    return (
-        f"<h2>{html.escape(heat_map.title)}</h2><p>{html.escape(quantity.caption + pooled)} Over all heads: {spread}; "
-        "the bars at the right are the distribution of the values. The text under the cursor stands above the values."
-        f'</p><div class="along-text">{_html(_quantity_figure(analysis, heat_map), f"{name}-figure")}</div>'
-        f"<details{is_open}><summary>The text, coloured by its {quantity.title.lower()} (mean of all heads, from low, "
-        f'dark, to high, bright)</summary><div class="reading">{_coloured_text(analysis, name)}</div></details>'
     )
 
 
@@ -248,147 +201,62 @@ def _visible(text: str, newline: str = "↵") -> str:
 # -- figures -----------------------------------------------------------------------------------------------------------
 
 
-def _html(figure: Any, name: str) -> str:
-    from plotly.io import to_html
+def _plot(analysis: dict[str, Any], figure: Figure) -> str:
+    """The lines of a figure, and above them its heat map, if it has one, as HTML."""
+    from plotly.graph_objects import Figure as Plot
 
-    found: str = to_html(figure, CONFIG, include_plotlyjs=False, full_html=False, div_id=name)
-    return found
-
-
-def _figure(**layout: Any) -> Any:
-    from plotly.graph_objects import Figure
-
-    return Figure(
+    many = len(figure.lines) > MAX_LINES
+    plot = Plot(
         layout={
             "template": "none",
             "font": {"family": FONT, "size": 13, "color": "#374151"},
             "margin": {"l": 70, "r": 20, "t": 40, "b": 50},
+            "height": 360 + 22 * (min(len(figure.lines), MAX_LINES) // 4),
             "hovermode": "x unified",
+            "hoversubplots": "axis",
             "hoverlabel": {"namelength": -1},
             "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom"},
-            **layout,
+            "showlegend": True,
+            "xaxis": {**AXIS, "title": figure.x_label, "hoverformat": ",.0f"},
+            "yaxis": {**AXIS, "title": figure.y_label, "zeroline": figure.zero_line, "range": figure.y_range}
+            | {"type": "log" if figure.log_y else "linear", "nticks": 8},
         }
     )
+    if figure.log_x:  # distances that double are as far apart as categories
+        plot.update_xaxes(type="category")
+    else:
+        plot.update_xaxes(range=[-0.5, analysis["text"]["shown"] - 0.5])
+        if len(figure.lines[0].x) == len(analysis["text"]["excerpts"]):
+            plot.add_trace(_text_trace(analysis, figure.lines))
+    for line in figure.lines:
+        _add_line(plot, line, np.array([f"{at - 1:,}" for at in line.x]) if figure.log_x else line.x, band=not many)
+    _add_memory_menu(analysis, figure, plot)
+    if figure.is_heat_map:
+        _add_heat_map(analysis, figure, plot)
+    found: str = plot.to_html(CONFIG, include_plotlyjs=False, full_html=False, div_id=f"{figure.name}-figure")
+    return found
 
 
-def _line_figure(analysis: dict[str, Any], chart: LineChart) -> Any:
-    figure = _figure(height=360 + _legend_height(chart.lines), showlegend=True)
-    lines = chart.lines
-    if chart.along_text and len(lines[0].x) == len(analysis["text"]["excerpts"]):
-        figure.add_trace(_text_trace(analysis, lines))
-    if chart.log_x:  # distances that double are as far apart as categories
-        lines = [line._replace(x=np.array([f"{at - 1:,}" for at in line.x])) for line in lines]
-        figure.update_xaxes(type="category")
-    for line in lines:
-        if line.error is not None and len(chart.lines) <= MAX_LINES:
-            figure.add_trace(_band(line))
-        figure.add_trace(_line_trace(line))
-    figure.update_xaxes(AXIS, title=chart.x_label, hoverformat=",.0f")
-    if chart.along_text:
-        figure.update_xaxes(range=_range(analysis))
-    figure.update_yaxes(AXIS, title=chart.y_label, zeroline=chart.zero_line, range=chart.y_range)
-    if chart.log_y:
-        figure.update_yaxes(type="log")
-    _add_memory_menu(analysis, figure)
-    return figure
-
-
-def _quantity_figure(analysis: dict[str, Any], heat_map: HeatMap) -> Any:
-    """The heat map above the lines of the same heads, over one axis; beside the lines the distribution of values."""
-    lines = quantity_lines(analysis, heat_map.name)
-    rows = min(len(heat_map.table), 32)
-    figure = _figure(height=470 + 16 * rows + _legend_height(lines), hoversubplots="axis")
-    height = min(0.25 + 0.02 * rows, 0.6)
-    figure.add_traces(list(_heat_traces(heat_map, 1 - height)))
-    figure.add_trace(_text_trace(analysis, lines).update(yaxis="y2"))
-    figure.add_traces([_line_trace(line).update(yaxis="y2") for line in lines])
-    bars = _histogram(np.concatenate([line.y for line in lines]), heat_map.log)
-    figure.add_trace(bars)
-    top = max(bars.x)
-    starts = np.cumsum([0, *heat_map.sizes])
-    labels = [memory["label"] for memory in analysis["memories"]]
-    figure.update_layout(
-        xaxis={"domain": [0, 0.87], "anchor": "y2", "title": heat_map.x_label, "hoverformat": ",.0f"}
-        | {"range": _range(analysis)},
-        xaxis2={"domain": [0.885, 1], "anchor": "y2", "title": "share"}
-        | {"tickvals": [top], "ticktext": [f"{top:.2g}%"]},
-        yaxis={
-            "domain": [1 - height + 0.04, 1],
-            "range": [len(heat_map.table) - 0.5, -0.5],
-            "tickvals": (starts[1:] + starts[:-1] - 1) / 2,
-            "ticktext": labels,
-        },
-        yaxis2={
-            "domain": [0, 1 - height],
-            "title": heat_map.colour_label,
-            "type": "log" if heat_map.log else "linear",
-            "nticks": 8,
-        },
-        shapes=[
-            {"type": "line", "xref": "x domain", "x0": 0, "x1": 1, "y0": start - 0.5, "y1": start - 0.5}
-            | {"line": {"color": "white", "width": 2}}
-            for start in starts[1:-1]
-        ],
-    )
-    figure.update_xaxes(AXIS)
-    figure.update_yaxes(AXIS)
-    _add_memory_menu(analysis, figure, starts.tolist())
-    if len(heat_map.table) > 1:
-        scales = [("one scale", [True, False]), ("one scale per head", [False, True])]
-        _add_menu(figure, [(label, [{"visible": visible}, {}, [0, 1]]) for label, visible in scales], x=1)
-    return figure
-
-
-def _histogram(values: np.ndarray, log: bool) -> Any:
-    """Horizontal bars of the shares of the values, in percent."""
-    from plotly.graph_objects import Bar
-
-    values = values[np.isfinite(values) & ((values > 0) | (not log))]
-    low, high = (values.min(), values.max()) if len(values) else (1.0, 2.0)
-    space = np.geomspace if log else np.linspace
-    edges = space(low, high if high > low else low + (abs(low) or 1), 41)
-    return Bar(
-        x=100 * np.histogram(values, edges)[0] / max(len(values), 1), y=(edges[1:] + edges[:-1]) / 2,
-        width=np.diff(edges), base=0, orientation="h", xaxis="x2", yaxis="y2", marker_color="#6b7280",
-        hoverinfo="skip", showlegend=False,
-    )  # fmt: skip
-
-
-def _heat_traces(heat_map: HeatMap, bottom: float) -> Iterator[Any]:
-    """The table in one scale of colours, and in a scale for each row, which a menu chooses."""
-    from plotly.graph_objects import Heatmap
-
-    table = heat_map.table.astype(float)
-    if heat_map.log:
-        table = np.log10(np.where(table > 0, table, np.nan))
-    width = heat_map.time / table.shape[1]
-    # the lines below have the values under the cursor
-    trace = partial(Heatmap, x0=(width - 1) / 2, dx=width, colorscale="Viridis", hoverinfo="skip", name="all heads")
-    bar = {"x": 0.88, "y": bottom + 0.04, "yanchor": "bottom", "len": 1 - bottom - 0.04, "thickness": 14}
-    if heat_map.log and np.isfinite(table).any():
-        powers = np.arange(np.floor(np.nanmin(table)), np.ceil(np.nanmax(table)) + 1)
-        bar |= {"tickvals": powers, "ticktext": [f"{10.0**power:g}" for power in powers]}
-    yield trace(z=table.astype(np.float32), colorbar=bar)
-    if len(table) > 1:
-        low, high = np.nanmin(table, 1, keepdims=True), np.nanmax(table, 1, keepdims=True)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            shares = ((table - low) / (high - low)).astype(np.float32)
-        own = {**bar, "tickvals": [0, 1], "ticktext": ["lowest", "highest"]}
-        yield trace(z=shares, zmin=0, zmax=1, colorbar=own, visible=False)
-
-
-def _line_trace(line: Line) -> Any:
+def _add_line(plot: Any, line: Line, x: np.ndarray, *, band: bool) -> None:
     from plotly.graph_objects import Scatter
 
-    thin = {"opacity": 0.45, "showlegend": False, "hoverinfo": "skip"} if line.reference else {}
-    maximum = {} if line.maximum is None else {"customdata": line.maximum}
-    error = {} if line.error is None else {"customdata": line.error}
-    suffix = " ± %{customdata:.2g}" if error else ", maximum %{customdata:.3g}" if maximum else ""
-    return Scatter(
-        **_points(line.x, line.y), mode="lines", name=line.label, legendgroup=line.label, meta=line.memory,
-        line={"color": line.colour, "dash": DASHES[line.dash], "width": 1 if line.reference else 1.7},
-        hovertemplate=None if thin else f"%{{y:.3g}}{suffix}", **thin, **maximum, **error,
-    )  # fmt: skip
+    owner = {"name": line.label, "legendgroup": line.label, "meta": line.memory, "mode": "lines"}
+    hidden = {"showlegend": False, "hoverinfo": "skip"}
+    style: dict[str, Any] = {"hovertemplate": "%{y:.3g}"}
+    if line.reference:
+        style = {"line_width": 1, "opacity": 0.45, **hidden}
+    elif line.error is not None:
+        style = {"customdata": line.error, "hovertemplate": "%{y:.3g} ± %{customdata:.2g}"}
+    elif line.maximum is not None:
+        style = {"customdata": line.maximum, "hovertemplate": "%{y:.3g}, maximum %{customdata:.3g}"}
+    if line.error is not None and band:
+        real = np.isfinite(line.y) & np.isfinite(line.error)
+        high, low = (line.y + line.error)[real], (line.y - line.error)[real]
+        edges = {"x": np.concatenate([x[real], x[real][::-1]]), "y": np.concatenate([high, low[::-1]])}
+        fill = {"fill": "toself", "line_width": 0, "fillcolor": line.colour, "opacity": 0.18}
+        plot.add_trace(Scatter(**edges, **fill, **owner, **hidden))
+    dash = DASHES[line.dash]
+    plot.add_trace(Scatter(**_points(x, line.y), line_color=line.colour, line_dash=dash, **owner, **style))
 
 
 def _points(x: np.ndarray, y: np.ndarray) -> dict[str, Any]:
@@ -397,27 +265,6 @@ def _points(x: np.ndarray, y: np.ndarray) -> dict[str, Any]:
     if x.dtype.kind == "U" or len(x) < 2 or np.ptp(np.diff(x)) > 0:
         return {"x": x, "y": y}
     return {"x0": x[0], "dx": x[1] - x[0], "y": y}
-
-
-def _legend_height(lines: list[Line]) -> int:
-    return 22 * (min(len(lines), MAX_LINES) // 4)
-
-
-def _range(analysis: dict[str, Any]) -> list[float]:
-    return [-0.5, analysis["text"]["shown"] - 0.5]
-
-
-def _band(line: Line) -> Any:
-    from plotly.graph_objects import Scatter
-
-    assert line.error is not None
-    real = np.isfinite(line.y) & np.isfinite(line.error)
-    x, low, high = line.x[real], (line.y - line.error)[real], (line.y + line.error)[real]
-    return Scatter(
-        x=np.concatenate([x, x[::-1]]), y=np.concatenate([high, low[::-1]]), fill="toself", mode="lines",
-        line={"width": 0}, fillcolor=line.colour, opacity=0.18, name=line.label, legendgroup=line.label,
-        meta=line.memory, showlegend=False, hoverinfo="skip",
-    )  # fmt: skip
 
 
 def _text_trace(analysis: dict[str, Any], lines: list[Line]) -> Any:
@@ -433,38 +280,93 @@ def _text_trace(analysis: dict[str, Any], lines: list[Line]) -> Any:
     ]
     y = np.nanmean(np.stack([line.y for line in lines]), axis=0)
     return Scatter(
-        **_points(positions(analysis), y), mode="lines", opacity=0, name="text", showlegend=False, customdata=contexts,
+        **_points(lines[0].x, y), mode="lines", opacity=0, name="text", showlegend=False, customdata=contexts,
         hovertemplate="%{customdata}<extra></extra>",
     )  # fmt: skip
 
 
-def _add_memory_menu(analysis: dict[str, Any], figure: Any, starts: list[int] | None = None) -> None:
-    """Choose the memory whose lines are shown. ``starts``: the first row of each memory in a heat map."""
-    owned = [index for index, trace in enumerate(figure.data) if trace.meta is not None]
-    memories = [figure.data[index].meta for index in owned]
-    if len(set(memories)) < 2:
+def _add_heat_map(analysis: dict[str, Any], figure: Figure, plot: Any) -> None:
+    """The heat map above the lines, over one axis, and beside the lines the distribution of their values."""
+    from plotly.graph_objects import Bar, Heatmap
+
+    table, starts = figure.table.astype(float), _first_rows(analysis)
+    if figure.log_y:
+        table = np.log10(np.where(table > 0, table, np.nan))
+    rows = min(len(table), 32)
+    bottom = 1 - min(0.25 + 0.02 * rows, 0.6)
+    bar = {"x": 0.88, "y": bottom + 0.04, "yanchor": "bottom", "len": 1 - bottom - 0.04, "thickness": 14}
+    if figure.log_y and np.isfinite(table).any():
+        powers = np.arange(np.floor(np.nanmin(table)), np.ceil(np.nanmax(table)) + 1)
+        bar |= {"tickvals": powers, "ticktext": [f"{10.0**power:g}" for power in powers]}
+    x = figure.lines[0].x
+    # the lines below have the values under the cursor
+    trace = partial(
+        Heatmap, x0=x[0], dx=x[1] - x[0], yaxis="y2", colorscale="Viridis", hoverinfo="skip", name="all heads"
+    )
+    scales = len(plot.data), len(plot.data) + 1
+    plot.add_trace(trace(z=table.astype(np.float32), colorbar=bar))
+    if len(table) > 1:
+        low, high = np.nanmin(table, 1, keepdims=True), np.nanmax(table, 1, keepdims=True)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            shares = ((table - low) / (high - low)).astype(np.float32)
+        own = {**bar, "tickvals": [0, 1], "ticktext": ["lowest", "highest"]}
+        plot.add_trace(trace(z=shares, zmin=0, zmax=1, colorbar=own, visible=False))
+        choices = [("one scale", [True, False]), ("one scale per head", [False, True])]
+        _add_menu(plot, [(label, [{"visible": visible}, {}, scales]) for label, visible in choices], x=1)
+    values = np.concatenate([line.y for line in figure.lines])
+    values = values[np.isfinite(values) & ((values > 0) | (not figure.log_y))]
+    least, most = (values.min(), values.max()) if len(values) else (1.0, 2.0)
+    space = np.geomspace if figure.log_y else np.linspace
+    edges = space(least, most if most > least else least + (abs(least) or 1), 41)
+    shares = 100 * np.histogram(values, edges)[0] / max(len(values), 1)
+    plot.add_trace(
+        Bar(
+            x=shares, y=(edges[1:] + edges[:-1]) / 2, width=np.diff(edges), base=0, orientation="h", xaxis="x2",
+            marker_color="#6b7280", hoverinfo="skip", showlegend=False,
+        )
+    )  # fmt: skip
+    plot.update_layout(
+        height=plot.layout.height + 110 + 16 * rows,
+        xaxis={"domain": [0, 0.87], "anchor": "y"},
+        xaxis2={**AXIS, "domain": [0.885, 1], "anchor": "y", "title": "share"}
+        | {"tickvals": [max(shares)], "ticktext": [f"{max(shares):.2g}%"]},
+        yaxis={"domain": [0, bottom]},
+        yaxis2={**AXIS, "domain": [bottom + 0.04, 1], "range": [len(table) - 0.5, -0.5]}
+        | {"tickvals": (starts[1:] + starts[:-1] - 1) / 2}
+        | {"ticktext": [memory["label"] for memory in analysis["memories"]]},
+    )
+    for start in starts[1:-1]:
+        plot.add_hline(start - 0.5, yref="y2", line={"color": "white", "width": 2})
+
+
+def _first_rows(analysis: dict[str, Any]) -> np.ndarray:
+    """Of each memory in a heat map, and the number of all rows."""
+    return np.cumsum([0, *(memory["heads"] for memory in analysis["memories"])])
+
+
+def _add_memory_menu(analysis: dict[str, Any], figure: Figure, plot: Any) -> None:
+    """Choose the memory whose lines are shown."""
+    owned = [index for index, trace in enumerate(plot.data) if trace.meta is not None]
+    if len({plot.data[index].meta for index in owned}) < 2:
         return
-    many = len({figure.data[index].name for index in owned}) > MAX_LINES
+    many, starts = len({line.label for line in figure.lines}) > MAX_LINES, _first_rows(analysis)
     buttons = []
-    for chosen, label in [
-        (None, "all memories"),
-        *((i, memory["label"]) for i, memory in enumerate(analysis["memories"])),
-    ]:
-        listed = not many or chosen is not None
+    for chosen, label in enumerate(["all memories", *(memory["label"] for memory in analysis["memories"])]):
+        listed = not many or chosen > 0
         layout: dict[str, Any] = {"hovermode": "x unified" if listed else "closest", "showlegend": listed}
-        if starts is not None:
-            first, last = (0, starts[-1]) if chosen is None else (starts[chosen], starts[chosen + 1])
-            layout["yaxis.range"] = [last - 0.5, first - 0.5]
-        shown = [chosen is None or memory == chosen for memory in memories]
-        buttons.append((label, [{"visible": shown}, layout, owned]))
-    _add_menu(figure, buttons, x=0)
+        if figure.is_heat_map:
+            first, last = (starts[chosen - 1], starts[chosen]) if chosen else (0, starts[-1])
+            layout["yaxis2.range"] = [last - 0.5, first - 0.5]
+        visible = [chosen in (0, plot.data[index].meta + 1) for index in owned]
+        buttons.append((label, [{"visible": visible}, layout, owned]))
+    _add_menu(plot, buttons, x=0)
     if many:
-        figure.update_layout(hovermode="closest", showlegend=False)
+        plot.update_layout(hovermode="closest", showlegend=False)
 
 
-def _add_menu(figure: Any, buttons: list[tuple[str, list[Any]]], x: float) -> None:
+def _add_menu(plot: Any, buttons: list[tuple[str, list[Any]]], x: float) -> None:
     menu = {
         "buttons": [{"label": label, "method": "update", "args": args} for label, args in buttons],
         "x": x, "xanchor": "left" if x == 0 else "right", "y": 1, "yanchor": "bottom", "pad": {"b": 6},
     }  # fmt: skip
-    figure.update_layout(updatemenus=[*figure.layout.updatemenus, menu], margin_t=60)
+    plot.update_layout(updatemenus=[*plot.layout.updatemenus, menu], margin_t=60)

@@ -11,62 +11,58 @@ import numpy as np
 
 from .. import plotting
 from ..plotting import DASHES
-from .figures import HeatMap, LineChart, figures
+from .figures import MAX_LINES, Figure, figures
 
 MAX_POINTS = 300
 """Of a line; longer ones are averaged."""
-MAX_LABELS = 32
-"""Lines that are listed in a legend."""
 
 
 def draw(analysis: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
     """Yields names and contents of files."""
     labels = [memory["label"] for memory in analysis["memories"]]
     for figure in figures(analysis):
-        plot = partial(_heat_map, figure, labels) if isinstance(figure, HeatMap) else partial(_line_chart, figure)
+        plot = partial(_heat_map, figure, labels) if figure.is_heat_map else partial(_lines, figure)
         for ending, content in plotting.draw(plot).items():
             yield f"{figure.name}.{ending}", content
 
 
-def _line_chart(chart: LineChart, axes: Any) -> None:
-    for line in chart.lines:
+def _lines(figure: Figure, axes: Any) -> None:
+    for line in figure.lines:
         x, y = _averaged(line.x), _averaged(line.y)
         if line.reference:
             axes.plot(x, y, color=line.colour, linewidth=0.7, alpha=0.5)
             continue
         axes.plot(x, y, DASHES[line.dash], color=line.colour, label=line.label)
-        if line.error is not None and len(chart.lines) <= MAX_LABELS:
+        if line.error is not None and len(figure.lines) <= MAX_LINES:
             axes.fill_between(x, y - line.error, y + line.error, color=line.colour, alpha=0.2, linewidth=0)
-    if chart.zero_line:
+    if figure.zero_line:
         axes.axhline(0, color="grey", linewidth=0.8)
-    if chart.log_x:
-        ticks = chart.lines[0].x
+    if figure.log_x:
+        ticks = figure.lines[0].x
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [f"{tick - 1:,}" for tick in ticks])
         axes.minorticks_off()
-    if chart.y_range is not None:
-        axes.set_ylim(chart.y_range)
-    axes.set(title=chart.title, xlabel=chart.x_label, ylabel=chart.y_label)
-    if len(axes.get_lines()) <= MAX_LABELS:
+    axes.set(title=figure.title, xlabel=figure.x_label, ylabel=figure.y_label, ylim=figure.y_range)
+    if len(figure.lines) <= MAX_LINES:
         outside = {"fontsize": 7, "loc": "upper left", "bbox_to_anchor": (1, 1)}
-        axes.legend(**(outside if len(chart.lines) > 3 else {}))
+        axes.legend(**(outside if len(figure.lines) > 3 else {}))
 
 
-def _heat_map(figure: HeatMap, labels: list[str], axes: Any) -> None:
+def _heat_map(figure: Figure, labels: list[str], axes: Any) -> None:
     from matplotlib.colors import LogNorm
 
+    table, x = figure.table, figure.lines[0].x
     picture = axes.imshow(
-        np.where(figure.table > 0, figure.table, np.nan) if figure.log else figure.table,
-        aspect="auto", interpolation="nearest", cmap="viridis", extent=(0, figure.time, len(figure.table), 0),
-        norm=LogNorm() if figure.log else None,
+        np.where(table > 0, table, np.nan) if figure.log_y else table, aspect="auto", interpolation="nearest",
+        cmap="viridis", extent=(0, x[0] + x[-1] + 1, len(table), 0), norm=LogNorm() if figure.log_y else None,
     )  # fmt: skip
-    starts = np.cumsum([0, *figure.sizes])[:-1]
-    axes.set_yticks(starts + np.array(figure.sizes) / 2, labels)
-    for start in starts[1:]:
+    edges = np.searchsorted([line.memory for line in figure.lines], range(len(labels) + 1))
+    axes.set_yticks((edges[1:] + edges[:-1]) / 2, labels)
+    for start in edges[1:-1]:
         axes.axhline(start, color="white", linewidth=1.5)
     axes.grid(False)
     axes.set(title=figure.title, xlabel=figure.x_label)
-    axes.figure.colorbar(picture, ax=axes, label=figure.colour_label, pad=0.01)
+    axes.figure.colorbar(picture, ax=axes, label=figure.y_label, pad=0.01)
 
 
 def _averaged(values: np.ndarray) -> np.ndarray:

@@ -138,7 +138,7 @@ def test_the_text_is_shown_and_never_run(opened: Any) -> None:
 
 
 def test_the_cursor_shows_the_text_and_the_values(opened: Any, numbers: dict[str, Any]) -> None:
-    x, y, width, _ = opened.box("#surprise-figure .xy .nsewdrag, #surprise-figure [data-subplot=xy]")
+    x, y, width, _ = opened.box("#surprise-figure .xy2 .nsewdrag, #surprise-figure [data-subplot=xy2]")
     for step in (0, 5):  # the pointer has to move
         opened.mouse("Moved", x + width / 2 + step, y + 20)
     opened.wait("document.querySelector('#surprise-figure .hoverlayer .legend') !== null")
@@ -175,7 +175,7 @@ def test_menus_choose_the_memory_and_the_scale(opened: Any) -> None:
     for figure in ("surprise", "recall-kept", "drift-norm"):
         choose(figure, 0, 2)
         assert list(traces(opened, figure, "y")) == ["layer 1, head 0", "layer 1, head 1"]
-    assert opened.run("document.getElementById('surprise-figure').layout.yaxis.range") == [4.5, 2.5]
+    assert opened.run("document.getElementById('surprise-figure').layout.yaxis2.range") == [4.5, 2.5]
     choose("surprise", 0, 0)
     assert len(traces(opened, "surprise", "y")) == 5
     choose("surprise", 1, 1)
