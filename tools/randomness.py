@@ -94,7 +94,7 @@ class Permutation:
     """The integers from 0 to ``size - 1`` in a random order that ``key`` decides, of which no list is made.
 
     It is a Feistel network whose round functions are tables of random words, about ``sqrt(size)`` in each. A result
-    that is not under ``size`` goes through the network again. ``permutation`` keeps the latest ones.
+    that is not under ``size`` goes through the network again.
     """
 
     def __init__(self, key: int, size: int) -> None:
@@ -121,4 +121,14 @@ class Permutation:
         return (left << self._right) | right
 
 
-permutation = functools.lru_cache(maxsize=8)(Permutation)
+_permutation = functools.lru_cache(maxsize=8)(Permutation)
+
+
+def shuffled(key: int, numbers: Integers, size: int) -> Integers:
+    """Items ``numbers`` of an endless series of epochs. Each has the integers under ``size`` in its own order."""
+    epochs, positions = np.divmod(numbers, size)
+    found = np.empty_like(numbers)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        found[here] = _permutation(key_of("round", key, int(epoch)), size)(positions[here])
+    return found

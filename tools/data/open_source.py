@@ -14,9 +14,9 @@ from pydantic import Field as Described
 
 from ...recipes.parse import read_value
 from ...registry import Field, Problem, RecipeError, check_settings, fields_of, nearest, show
-from ..randomness import Draws, Integers, key_of, permutation
+from ..randomness import Draws, key_of, shuffled
 from ..tasks import TASKS, Rows, Task, list_tasks, make_task
-from .source import SPLITS, Batch, Share, Source, Split, check_index, share_of
+from .source import SPLITS, Batch, Share, Source, Split, share_of
 from .text import NAMED, Text
 
 MAX_LENGTH = 2**31
@@ -58,11 +58,7 @@ def open_source(
     if "task" in settings:
         source = _open_task(settings, share, split, seed)
     else:
-        values = check_settings("text", fields_of(Text, None), settings)
-        problems = [Problem(field, message) for field, message in Text.problems(values)]
-        if problems:
-            raise RecipeError(problems, "text")
-        source = Text(**values).open(share, split, seed)
+        source = Text(**check_settings("text", fields_of(Text, None), settings)).open(share, split, seed)
     if vocab is not None and source.vocab > vocab:
         message = f"the data has {source.vocab} tokens, the model only {vocab}: give the recipe `vocab: {source.vocab}`"
         raise RecipeError([Problem("vocab", message)], "data")
@@ -113,18 +109,13 @@ def _parse_fields(text: str) -> dict[str, Any]:
 # -- tasks -------------------------------------------------------------------------------------------------------------
 
 
-EXAMPLES = Field(
-    "examples",
-    Annotated[int | None, Described(ge=1, description="different training rows; null for no end")],
-    None,
-)
+EXAMPLES = Annotated[int | None, Described(ge=1, description="different training rows; null for no end")]
 """A field of every task besides its own."""
 
 
 def _open_task(spec: dict[str, Any], share: Share, split: Split, seed: int) -> TaskSource:
-    name = spec.pop("task")
-    common = {key: spec.pop(key) for key in list(spec) if key == EXAMPLES.name}
-    examples = check_settings(name, {EXAMPLES.name: EXAMPLES}, common)[EXAMPLES.name]
+    name, examples = spec.pop("task"), spec.pop("examples", None)
+    check_settings(name, {"examples": Field("examples", EXAMPLES, None)}, {"examples": examples})
     task, fields = make_task(name, spec)
     return TaskSource(name, task, fields, share=share, split=split, seed=seed, examples=examples)
 
@@ -191,18 +182,8 @@ class TaskSource(Source):
         }
 
     def _draws(self, index: int) -> Draws:
-        check_index(index)
-        return Draws(self._key, self._row_numbers(index))
-
-    def _row_numbers(self, index: int) -> Integers:
-        numbers = index * self._share.of + self._share.first + np.arange(self._share.rows)
-        if self.examples is None:
-            return numbers
-        epochs, numbers = np.divmod(numbers, self.examples)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            numbers[here] = permutation(key_of("round", self._key, int(epoch)), self.examples)(numbers[here])
-        return numbers
+        numbers = self._share.numbers(index)
+        return Draws(self._key, numbers if self.examples is None else shuffled(self._key, numbers, self.examples))
 
     def _batch(self, rows: Rows, start: int, stop: int) -> Batch:
         tokens, targets = (torch.from_numpy(np.ascontiguousarray(part, dtype=np.int64)) for part in rows)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import abc
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from ...registry import Problem, RecipeError, show
+from ..randomness import Integers
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
@@ -54,6 +56,15 @@ class Share(NamedTuple):
     rows: int
     of: int
 
+    def numbers(self, index: int) -> Integers:
+        """[rows] where the rows of batch ``index`` stand in the endless series of all rows.
+
+        Raises ``ValueError`` for an invalid index.
+        """
+        if isinstance(index, bool) or not isinstance(index, int) or index < 0:
+            raise ValueError(f"batch({show(index)}): expected integer >= 0")
+        return index * self.of + self.first + np.arange(self.rows)
+
 
 def share_of(rows: int, part: tuple[int, int]) -> Share:
     """The share of process ``part = (rank, world)``. Raises ``RecipeError`` if the rows cannot be divided evenly."""
@@ -66,9 +77,3 @@ def share_of(rows: int, part: tuple[int, int]) -> Share:
         message = f"{rows} rows of a batch cannot be shared by {world} processes: give a multiple of {world}"
         raise RecipeError([Problem("rows", message)], "data")
     return Share(rank * (rows // world), rows // world, rows)
-
-
-def check_index(index: int) -> None:
-    """Raise ``ValueError`` for an invalid index of a batch."""
-    if isinstance(index, bool) or not isinstance(index, int) or index < 0:
-        raise ValueError(f"batch({show(index)}): expected integer >= 0")

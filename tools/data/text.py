@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -12,10 +11,11 @@ import torch
 from pydantic import Field
 
 from ...blocks.language_model import IGNORED
-from ..randomness import Integers, key_of, permutation
+from ...registry import Problem, RecipeError
+from ..randomness import Integers, key_of, shuffled
 from .documents import Bytes, Documents, Spans, fingerprint, spans_of, tokenize
 from .files import find, standard_library
-from .source import Batch, Share, Source, Split, check_index
+from .source import Batch, Share, Source, Split
 
 NAMED = {"stdlib": standard_library}
 """Texts that every machine has, by name. A file of the same name is ``./stdlib``."""
@@ -38,14 +38,11 @@ class Text:
     test: Annotated[float, Field(ge=0, lt=1, description="share held out for the final test")] = 0.05
     cache: Annotated[str | None, Field(description="folder for tokenized text; null: the user's cache folder")] = None
 
-    @classmethod
-    def problems(cls, fields: dict[str, Any]) -> Iterable[tuple[str, str]]:
-        """Problems between fields that are valid by themselves."""
-        if fields["valid"] + fields["test"] >= 1:
-            yield "valid", f"{fields['valid']:g} for valid and {fields['test']:g} for test leave nothing to train on"
-
     def open(self, share: Share, split: Split, seed: int) -> TextSource:
         """The source of a split. Raises ``RecipeError`` for files that cannot be read."""
+        if self.valid + self.test >= 1:
+            message = f"{self.valid:g} for valid and {self.test:g} for test leave nothing to train on"
+            raise RecipeError([Problem("valid", message)], "text")
         patterns = [self.text] if isinstance(self.text, str) else self.text
         files = NAMED[patterns[0]]() if len(patterns) == 1 and patterns[0] in NAMED else find(patterns)
         documents: Documents = Bytes(files) if self.tokenizer is None else tokenize(files, self.tokenizer, self.cache)
@@ -99,9 +96,6 @@ class TextSource(Source):
     @abc.abstractmethod
     def _count_windows(self) -> int: ...
 
-    def _epoch_key(self, epoch: int) -> int:
-        return key_of("round", self._key, epoch)
-
     def _read(self, span: int, start: int, stop: int) -> Any:
         """Tokens ``start`` to ``stop`` of a span, or to its end."""
         first = int(self._spans.starts[span])
@@ -127,15 +121,9 @@ class ShuffledText(TextSource):
 
     def batch(self, index: int) -> Batch:
         """Unrelated rows."""
-        check_index(index)
-        numbers = index * self._share.of + self._share.first + np.arange(self._share.rows)
-        epochs, positions = np.divmod(numbers, self.windows)
         rows = _Rows(self._share.rows, self.length)
-        for epoch in np.unique(epochs):
-            here = np.flatnonzero(epochs == epoch)
-            order = permutation(self._epoch_key(int(epoch)), self.windows)
-            for row, window in zip(here, order(positions[here])):
-                self._fill(rows, int(row), int(window))
+        for row, window in enumerate(shuffled(self._key, self._share.numbers(index), self.windows)):
+            self._fill(rows, row, int(window))
         return rows.batch(np.ones(self._share.rows, bool))
 
     def _fill(self, rows: _Rows, row: int, window: int) -> None:
@@ -170,13 +158,13 @@ class OrderedText(TextSource):
 
     def batch(self, index: int) -> Batch:
         """The next window of each row's part."""
-        check_index(index)
+        numbers = self._share.numbers(index) - index * self._share.of
         epoch, step = divmod(index, self.batches)
         order, ends = self._order(epoch)
         rows = _Rows(self._share.rows, self.length)
         fresh = np.zeros(self._share.rows, bool)
-        for row in range(self._share.rows):
-            window = (self._share.first + row) * self.windows // self._share.of + step
+        for row, number in enumerate(numbers.tolist()):
+            window = number * self.windows // self._share.of + step
             place = int(np.searchsorted(ends, window, side="right"))
             span = int(order[place])
             within = window - int(ends[place] - self._counts[span])
@@ -191,7 +179,7 @@ class OrderedText(TextSource):
         if self._latest is None or self._latest[0] != epoch:
             order = np.arange(len(self._counts))
             if self._split == "train":
-                order = permutation(self._epoch_key(epoch), len(order))(order)
+                order = shuffled(self._key, epoch * len(order) + order, len(order))
             self._latest = epoch, order, np.cumsum(self._counts[order])
         return self._latest[1:]
 

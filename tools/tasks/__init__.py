@@ -1,19 +1,7 @@
 """Generated tasks by name: rows made by a rule, without end, each a pure function of its index."""
 
 from . import copying, needle, recall  # noqa: F401 - they register the built-in tasks
-from .task import (
-    ENTRY_POINT_GROUP,
-    IGNORED,
-    TASKS,
-    Rows,
-    Task,
-    TaskRow,
-    list_tasks,
-    make_task,
-    register_task,
-    scratch,
-    task_rows,
-)
+from .task import ENTRY_POINT_GROUP, IGNORED, TASKS, Rows, Task, list_tasks, make_task, register_task, scratch
 
 __all__ = [
     "ENTRY_POINT_GROUP",
@@ -21,10 +9,8 @@ __all__ = [
     "TASKS",
     "Rows",
     "Task",
-    "TaskRow",
     "list_tasks",
     "make_task",
     "register_task",
     "scratch",
-    "task_rows",
 ]

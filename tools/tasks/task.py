@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
-from ...registry import Catalogue, FieldDescription, Problem, RecipeError, check_settings, describe
+from ...registry import Catalogue, Problem, RecipeError, check_settings
 from ..randomness import Draws, Integers
 
 IGNORED = -100
@@ -83,27 +83,6 @@ def make_task(name: str, fields: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         raise
     except ValueError as error:
         raise RecipeError([Problem("", str(error))], name) from error
-
-
-class TaskRow(NamedTuple):
-    """A task in a listing."""
-
-    name: str
-    summary: str
-    fields: list[FieldDescription]
-    source: str
-    """The package it comes from."""
-    problem: str | None
-    """Why an installed task cannot be used. Its fields are unknown then."""
-
-
-def task_rows(pattern: str = "*") -> list[TaskRow]:
-    """The tasks that match, with the types, defaults and descriptions of their fields."""
-    rows = []
-    for row in TASKS.rows(pattern):
-        fields = describe(row.name, TASKS).fields if row.problem is None else []
-        rows.append(TaskRow(row.name, row.summary, fields, row.source, row.problem))
-    return rows
 
 
 def scratch() -> contextlib.AbstractContextManager[None]:

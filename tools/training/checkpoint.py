@@ -38,24 +38,27 @@ def write(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any],
     An existing one is replaced. Raises ``CommandFailed`` if it cannot be written, for example because the disk is
     full; the existing one is then kept.
     """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
     temporary = folder.parent / f".{folder.name}.tmp"
-    with _write_errors(folder, temporary if processes.main else None):
+    try:
         if processes.main:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         processes.barrier()
-        _save(temporary, tensors, processes)
+        # the default format of torch.distributed.checkpoint contains pickles, which run code when they are read
+        writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+        with _no_dist_warning():
+            dcp.save(dict(tensors), storage_writer=writer, no_dist=processes.world == 1)
         processes.barrier()
         if processes.main:
-            index = {
-                "format": FORMAT,
-                "version": VERSION,
-                "facts": dict(facts),
-                "files": {
-                    path.name: {"bytes": path.stat().st_size, "sha256": _checksum(path)}
-                    for path in sorted(temporary.glob("*.safetensors"))
-                },
+            files = {
+                path.name: {"bytes": path.stat().st_size, "sha256": _checksum(path)}
+                for path in sorted(temporary.glob("*.safetensors"))
             }
+            index = {"format": FORMAT, "version": VERSION, "facts": dict(facts), "files": files}
             with atomic_write(temporary / INDEX) as path:
                 path.write_text(json.dumps(index, indent=2, allow_nan=False) + "\n", encoding="utf-8")
             if folder.exists():
@@ -63,6 +66,16 @@ def write(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any],
             os.rename(temporary, folder)
             sync_folder(folder.parent)
         processes.barrier()
+    except BaseException as error:
+        if processes.main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if not isinstance(error, (CheckpointException, OSError)):
+            raise
+        cause = _cause(error)
+        if not isinstance(cause, OSError) and "os error" not in str(cause):  # safetensors raises its own class
+            raise cause from None
+        reason = getattr(cause, "strerror", None) or cause
+        raise CommandFailed(f"{folder}: the checkpoint cannot be written: {reason}") from cause
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -103,40 +116,11 @@ def read(folder: Path, tensors: dict[str, Tensor], processes: Processes) -> None
         raise StorageError(f"{folder}: cannot be read into this model: {cause}") from cause
 
 
-def _save(folder: Path, tensors: Mapping[str, Tensor], processes: Processes) -> None:
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-
-    # the default format of torch.distributed.checkpoint contains pickles, which run code when they are read
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    with _no_dist_warning():
-        dcp.save(dict(tensors), storage_writer=writer, no_dist=processes.world == 1)
-
-
 @contextlib.contextmanager
 def _no_dist_warning() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
-
-
-@contextlib.contextmanager
-def _write_errors(folder: Path, temporary: Path | None) -> Iterator[None]:
-    """Raise ``CommandFailed`` for a failed write, and remove ``temporary`` after any failure."""
-    from torch.distributed.checkpoint.api import CheckpointException
-
-    try:
-        yield
-    except BaseException as error:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-        if not isinstance(error, (CheckpointException, OSError)):
-            raise
-        cause = _cause(error)
-        if not isinstance(cause, OSError) and "os error" not in str(cause):
-            raise cause from None
-        reason = getattr(cause, "strerror", None) or cause
-        raise CommandFailed(f"{folder}: the checkpoint cannot be written: {reason}") from cause
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 import threading
 from pathlib import Path
@@ -14,12 +13,12 @@ from rich.text import Text
 from ...recipes import Recipe, load_recipe
 from ...recipes.atomic_write import atomic_write
 from ...recipes.parse import read_value
-from ...registry import nearest, show
+from ...registry import describe, nearest, show
 from ..command_line import Command
 from ..options import add_recipe, load, overrides, whole_number
 from ..plotting import COLOURS, DASHES, need_matplotlib
 from ..plotting import draw as draw_files
-from ..tasks import list_tasks, task_rows
+from ..tasks import TASKS
 from ..terminal import Columns, CommandFailed, UsageError, complain, count, plain, say, say_columns, say_json
 from .compare import COMPARISON, DIAL, TOLERANCE, compare
 from .log import Event
@@ -297,20 +296,21 @@ def _add_tasks(parser: argparse.ArgumentParser) -> None:
 
 
 def _tasks(arguments: argparse.Namespace) -> int:
-    rows = task_rows(arguments.pattern)
+    rows = TASKS.rows(arguments.pattern)
     if not rows:
-        raise UsageError(f"no task is called {show(arguments.pattern)}{nearest(arguments.pattern, list_tasks())}")
+        raise UsageError(f"no task is called {show(arguments.pattern)}{nearest(arguments.pattern, TASKS.names())}")
+    fields = [[] if row.problem else describe(row.name, TASKS).fields for row in rows]
     if arguments.json:
-        tasks = [{**row._asdict(), "fields": [dataclasses.asdict(field) for field in row.fields]} for row in rows]
+        tasks = [{**vars(row), "fields": list(map(vars, each))} for row, each in zip(rows, fields)]
         say_json({"tasks": tasks}, in_one_line=True)
         return 0
     table = Columns("task", "description", "settings and defaults")
-    for row in rows:
+    for row, each in zip(rows, fields):
         if row.problem is not None:
             table.add(row.name, Text(f"{row.problem} (from {row.source})", style="yellow"), "")
             continue
         source = "" if row.source == "titans_build" else f" (from {row.source})"
-        settings = ", ".join(f.name if f.required else f"{f.name}={show(f.default)}" for f in row.fields)
+        settings = ", ".join(f.name if f.required else f"{f.name}={show(f.default)}" for f in each)
         table.add(Text(row.name, style="bold cyan"), plain(row.summary) + source, settings)
     say_columns(table)
     return 0

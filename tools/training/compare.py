@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 import os
 import statistics
@@ -114,19 +115,17 @@ def _check(recipes: Mapping[str, Any], settings: Settings, lrs: Sequence[float],
 
 def _summary(runs: list[Result]) -> Result:
     """A variant's numbers: the means over the seeds, for the learning rate with the lowest validation loss."""
-    by_rate: dict[float, list[Result]] = {}
-    for run in runs:
-        by_rate.setdefault(run["lr"], []).append(run)
-    complete = {lr: group for lr, group in by_rate.items() if all("failed" not in run for run in group)}
+    complete: dict[float, list[Result]] = {}
+    for lr in dict.fromkeys(run["lr"] for run in runs):
+        group = [run for run in runs if run["lr"] == lr]
+        if all("failed" not in run for run in group):
+            complete[lr] = group
     if not complete:
         failed = next(run["failed"] for run in runs if "failed" in run)
         empty = dict.fromkeys(("lr", "steps", "tokens", "seconds", "test", "frozen", "spread", "curve"))
         return {**empty, "failed": failed, "runs": runs}
-    best = (
-        min(complete, key=lambda lr: _mean(complete[lr], "valid")["loss"])
-        if len(complete) > 1
-        else next(iter(complete))
-    )
+    # a single rate needs no validation
+    best = min(complete, key=lambda lr: _mean(complete[lr], "valid")["loss"] if len(complete) > 1 else 0.0)
     kept = complete[best]
     tests = [run["test"] for run in kept]
     return {
@@ -172,7 +171,13 @@ def fit(recipe: Recipe, target: int, dial: str = DIAL, name: str = "recipe") -> 
     ``RecipeError`` if the recipe has no such block, or no value of the field gives that size.
     """
     kind, _, field = dial.partition(".")
-    _check_dial(kind, field, dial)
+    try:
+        fields = list(lookup(kind).fields)
+    except RecipeError as error:
+        raise RecipeError(error.problems, "--fit") from None
+    if field not in fields:
+        message = f"expected BLOCK.FIELD with a field of {kind}, got {show(dial)}{nearest(field, fields)}"
+        raise RecipeError([Problem("", message)], "--fit")
     size = parameters_of(recipe)
     if _close(size, target):
         return Fitted(recipe, size, {})
@@ -188,16 +193,15 @@ def fit(recipe: Recipe, target: int, dial: str = DIAL, name: str = "recipe") -> 
         return parameters_of(with_value(value))
 
     # the size grows with the value: bisect to the last value below the target and the first above it
-    low, high, least = 1, 2, size_at(1)
+    high = 2
     while high < LARGEST and size_at(high) <= target:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if size_at(middle) <= target else (low, middle)
-    sizes = {value: size_at(value) for value in (low, high)}
+        high *= 2
+    values = range(high // 2, high + 1)
+    above = bisect.bisect(values, target, key=size_at)
+    sizes = {value: size_at(value) for value in values[max(above - 1, 0) : above + 1]}
     best = min(sizes, key=lambda value: abs(sizes[value] - target))
     if not _close(sizes[best], target):
-        reach = f"at least {least:,}" if least > target else f"{sizes[best]:,} at {dial} = {best}"
+        reach = f"at least {size_at(1):,}" if size_at(1) > target else f"{sizes[best]:,} at {dial} = {best}"
         message = f"cannot be fitted to {target:,} parameters with {dial}: it has {reach}; give other --parameters"
         raise RecipeError([Problem("", message)], name)
     return Fitted(with_value(best), sizes[best], dict.fromkeys(paths, best))
@@ -205,16 +209,6 @@ def fit(recipe: Recipe, target: int, dial: str = DIAL, name: str = "recipe") -> 
 
 def _close(parameters: int, target: int) -> bool:
     return abs(parameters - target) <= TOLERANCE * target
-
-
-def _check_dial(kind: str, field: str, dial: str) -> None:
-    try:
-        spec = lookup(kind)
-    except RecipeError as error:
-        raise RecipeError(error.problems, "--fit") from None
-    if field not in spec.fields:
-        message = f"expected BLOCK.FIELD with a field of {kind}, got {show(dial)}{nearest(field, list(spec.fields))}"
-        raise RecipeError([Problem("", message)], "--fit")
 
 
 def _blocks(given: Any, kind: str) -> Iterator[str]:

@@ -44,20 +44,15 @@ class EventLog:
         if path.exists():
             self.history = [event for event in read_log(path) if event.get("step", 0) <= step]
             write_text(path, "".join(map(_line, self.history)))
-        if self._wanted is not False:
-            self._open_tensorboard(step)
-
-    def _open_tensorboard(self, step: int) -> None:
-        assert self._folder is not None
+        if self._wanted is False:
+            return
         try:
             from_extra("tensorboard", "train", "tensorboard: true")
+            self._tensorboard = TensorBoardLog(self._folder / "tensorboard", step)
         except UsageError as error:
             if self._wanted:
                 raise
             self.emit("warning", step=step, message=f"no TensorBoard logs: {str(error).partition(' needs ')[2]}")
-            return
-        try:
-            self._tensorboard = TensorBoardLog(self._folder / "tensorboard", step)
         except OSError as error:
             self._stop_tensorboard(step, error)
 
@@ -109,16 +104,15 @@ class TensorBoardLog:
         """Add the numbers of an event, if it is of a kind in ``SCALARS``."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        if event["event"] not in SCALARS:
+        prefix = SCALARS.get(event["event"])
+        if prefix is None:
             return
-        values = []
-        for name, value in event.items():
-            for path, number in value.items() if isinstance(value, dict) else [("", value)]:
-                if isinstance(number, dict):
-                    number = number.get("mean")
-                if isinstance(number, (int, float)) and name != "step":
-                    tag = f"{SCALARS[event['event']]}/{path or name}"
-                    values.append(Summary.Value(tag=tag, simple_value=number))
+        means = {path: memory.get("mean") for path, memory in event.get("memories", {}).items()}
+        values = [
+            Summary.Value(tag=f"{prefix}/{name}", simple_value=number)
+            for name, number in {**event, **means}.items()
+            if name != "step" and isinstance(number, (int, float))
+        ]
         self._write(step=event["step"], summary=Summary(value=values))
 
     def _write(self, **fields: Any) -> None:

@@ -106,30 +106,25 @@ def _in_blocks(model: nn.Module, kind: str) -> set[str]:
     return {name for name, _ in model.named_parameters() if any(name.startswith(f"{block}.") for block in blocks)}
 
 
-def parameter_groups(model: nn.Module, no_decay: Sequence[str], decay: float) -> list[dict[str, object]]:
-    """The parameter groups ``decay`` and ``no_decay`` of AdamW, with the names in each.
+def make_optimizer(model: nn.Module, settings: Settings, *, fused: bool) -> torch.optim.AdamW:
+    """AdamW over all parameters, in the groups ``decay`` and ``no_decay``.
 
     Vectors and scalars never decay. Of the rest, those that ``no_decay`` selects do not (``match_parameters``): gains
-    per head, the memories' initial weights, learned tokens. Each parameter is in one group.
+    per head, the memories' initial weights, learned tokens. Parameters that a stage does not train have no gradient and
+    do not change.
     """
-    kept, _ = _select(model, no_decay)
-    names: dict[str, list[str]] = {"decay": [], "no_decay": []}
-    parameters: dict[str, list[Tensor]] = {"decay": [], "no_decay": []}
+    selected, _ = _select(model, settings.no_decay)
+    groups: dict[str, list[tuple[str, Tensor]]] = {"decay": [], "no_decay": []}
     for name, parameter in model.named_parameters():
-        group = "no_decay" if parameter.dim() < 2 or name in kept else "decay"
-        names[group].append(name)
-        parameters[group].append(parameter)
-    return [
-        {"name": group, "params": parameters[group], "names": names[group], "weight_decay": weight}
-        for group, weight in (("decay", decay), ("no_decay", 0.0))
-    ]
-
-
-def make_optimizer(model: nn.Module, settings: Settings, *, fused: bool) -> torch.optim.AdamW:
-    """AdamW over all parameters. Those that a stage does not train have no gradient and do not change."""
-    groups = parameter_groups(model, settings.no_decay, settings.weight_decay)
-    kept = [{key: value for key, value in group.items() if key != "names"} for group in groups if group["params"]]
-    return torch.optim.AdamW(kept, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=fused or None)
+        groups["no_decay" if parameter.dim() < 2 or name in selected else "decay"].append((name, parameter))
+    weights = {"decay": settings.weight_decay, "no_decay": 0.0}
+    return torch.optim.AdamW(
+        [{"name": name, "params": group, "weight_decay": weights[name]} for name, group in groups.items() if group],
+        lr=settings.lr,
+        betas=settings.betas,
+        eps=settings.eps,
+        fused=fused or None,
+    )
 
 
 class WeightAverage:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
-import typing
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
-from pydantic import Field as Described
+from pydantic import BaseModel, ConfigDict, Field
 
 from ...recipes.parse import plain, read_file
-from ...registry import Field, Problem, RecipeError, check_settings, join, show
+from ...registry import Field as SchemaField
+from ...registry import Problem, RecipeError, check_settings, join, show
 
 
 class _Checked(BaseModel):
@@ -24,81 +22,62 @@ class _Checked(BaseModel):
 class Stage(_Checked):
     """A part of the run in which a subset of the parameters trains. Each stage has its own learning-rate schedule."""
 
-    steps: Annotated[int, Described(ge=1, description="length of the stage")]
-    train: Annotated[
-        list[str], Described(min_length=1, description="parameters to train: name patterns, @block type, ! to exclude")
-    ]
-    lr: Annotated[float | None, Described(gt=0, description="peak learning rate; null for the run's")] = None
-    optimizer: Annotated[Literal["keep", "fresh"], Described(description="keep the optimizer's state, or reset it")] = (
-        "keep"
-    )
+    steps: int = Field(ge=1, description="length of the stage")
+    train: list[str] = Field(min_length=1, description="parameters to train: name patterns, @block type, ! to exclude")
+    lr: float | None = Field(None, gt=0, description="peak learning rate; null for the run's")
+    optimizer: Literal["keep", "fresh"] = Field("keep", description="keep the optimizer's state, or reset it")
 
 
 class Settings(_Checked):
     """Everything about a run except the recipe and the data. Made by ``as_settings``."""
 
-    steps: Annotated[int, Described(ge=1, description="optimizer steps, of all stages together")] = 1000
-    batch: Annotated[int, Described(ge=1, description="rows of a step, over all processes")] = 16
-    length: Annotated[int | None, Described(ge=1, description="tokens of a row; null for the data's own")] = None
-    accumulate: Annotated[int, Described(ge=1, description="gradient accumulation: parts of each process's rows")] = 1
-    carry: Annotated[
-        Literal["off", "detach"] | Annotated[int, Described(ge=1)],
-        Described(
-            description="where rows continue from batch to batch: start each batch fresh (off), carry the state "
-            "without gradients (detach), or read N batches in a step with gradients through the state between them"
-        ),
-    ] = "detach"
-    seed: Annotated[int, Described(ge=0, lt=2**63, description="of the weights and of the data's order")] = 0
-    device: Annotated[str, Described(description="cpu, cuda, ...")] = "cpu"
-    dtype: Annotated[Literal["float32", "bfloat16", "float64"], Described(description="of the parameters")] = "float32"
-    autocast: Annotated[Literal["bfloat16"] | None, Described(description="dtype of torch.autocast; null for none")] = (
-        None
+    steps: int = Field(1000, ge=1, description="optimizer steps, of all stages together")
+    batch: int = Field(16, ge=1, description="rows of a step, over all processes")
+    length: int | None = Field(None, ge=1, description="tokens of a row; null for the data's own")
+    accumulate: int = Field(1, ge=1, description="gradient accumulation: parts of each process's rows")
+    carry: Literal["off", "detach"] | Annotated[int, Field(ge=1)] = Field(
+        "detach",
+        description="where rows continue from batch to batch: start each batch fresh (off), carry the state "
+        "without gradients (detach), or read N batches in a step with gradients through the state between them",
     )
-    recompute: Annotated[bool, Described(description="activation checkpointing of every layer")] = False
-    compile: Annotated[bool, Described(description="torch.compile the model")] = False
+    seed: int = Field(0, ge=0, lt=2**63, description="of the weights and of the data's order")
+    device: str = Field("cpu", description="cpu, cuda, ...")
+    dtype: Literal["float32", "bfloat16", "float64"] = Field("float32", description="of the parameters")
+    autocast: Literal["bfloat16"] | None = Field(None, description="dtype of torch.autocast; null for none")
+    recompute: bool = Field(False, description="activation checkpointing of every layer")
+    compile: bool = Field(False, description="torch.compile the model")
 
-    lr: Annotated[float, Described(gt=0, description="peak learning rate")] = 1e-3
-    warmup: Annotated[float, Described(ge=0, lt=1, description="share of the steps with a linear warm-up")] = 0.05
-    final_lr: Annotated[float, Described(ge=0, le=1, description="share of the peak rate left after cosine decay")] = (
-        0.1
+    lr: float = Field(1e-3, gt=0, description="peak learning rate")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps with a linear warm-up")
+    final_lr: float = Field(0.1, ge=0, le=1, description="share of the peak rate left after cosine decay")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="of AdamW")
+    eps: float = Field(1e-8, gt=0, description="of AdamW")
+    weight_decay: float = Field(0.1, ge=0, description="of AdamW, for parameters that decay")
+    no_decay: list[str] = Field(
+        ["*bias", "*gain", "*gain_?", "*initial_weights.*", "*initial_momentum.*", "*persistent", "*tokens"],
+        description="parameters without weight decay besides vectors: patterns as in a stage's train",
     )
-    betas: Annotated[tuple[float, float], Described(description="of AdamW")] = (0.9, 0.95)
-    eps: Annotated[float, Described(gt=0, description="of AdamW")] = 1e-8
-    weight_decay: Annotated[float, Described(ge=0, description="of AdamW, for parameters that decay")] = 0.1
-    no_decay: Annotated[
-        list[str],
-        Described(description="parameters without weight decay besides vectors: patterns as in a stage's train"),
-    ] = ["*bias", "*gain", "*gain_?", "*initial_weights.*", "*initial_momentum.*", "*persistent", "*tokens"]
-    clip: Annotated[float | None, Described(gt=0, description="maximum gradient norm; null for no clipping")] = 1.0
-    memory_loss: Annotated[
-        float, Described(ge=0, description="weight of the memories' reconstruction loss; 0 for none")
-    ] = 0.0
-    write_cost: Annotated[
-        float, Described(ge=0, description="weight of the cost of writing and forgetting; 0 for none")
-    ] = 0.0
-    ema: Annotated[
-        float | None,
-        Described(gt=0, lt=1, description="decay of averaged weights, which are validated and saved; null for none"),
-    ] = None
-    stages: Annotated[list[Stage], Described(description="stages in order, each with the parameters it trains")] = []
+    clip: float | None = Field(1.0, gt=0, description="maximum gradient norm; null for no clipping")
+    memory_loss: float = Field(0.0, ge=0, description="weight of the memories' reconstruction loss; 0 for none")
+    write_cost: float = Field(0.0, ge=0, description="weight of the cost of writing and forgetting; 0 for none")
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay of averaged weights, which are validated and saved; null for none"
+    )
+    stages: list[Stage] = Field([], description="stages in order, each with the parameters it trains")
 
-    valid_every: Annotated[int | None, Described(ge=1, description="steps between validations; null for none")] = 250
-    valid_batches: Annotated[int, Described(ge=1, description="batches of a validation")] = 8
-    checkpoint_every: Annotated[
-        int | None, Described(ge=1, description="steps between checkpoints; null for only the last")
-    ] = 250
-    keep: Annotated[int, Described(ge=1, description="latest checkpoints to keep, besides the best")] = 2
-    log_every: Annotated[int, Described(ge=1, description="steps between log lines")] = 10
-    surprise_every: Annotated[
-        int | None, Described(ge=1, description="steps between measurements of the memories' surprise; null for none")
-    ] = 100
-    on_bad: Annotated[
-        Literal["stop", "skip"], Described(description="on a nonfinite loss or gradient, or a loss spike")
-    ] = "stop"
-    spike: Annotated[
-        float | None, Described(gt=0, description="nats above the median of recent losses that are a spike; null: off")
-    ] = 3.0
-    tensorboard: Annotated[bool | None, Described(description="write TensorBoard logs; null: if installed")] = None
+    valid_every: int | None = Field(250, ge=1, description="steps between validations; null for none")
+    valid_batches: int = Field(8, ge=1, description="batches of a validation")
+    checkpoint_every: int | None = Field(250, ge=1, description="steps between checkpoints; null for only the last")
+    keep: int = Field(2, ge=1, description="latest checkpoints to keep, besides the best")
+    log_every: int = Field(10, ge=1, description="steps between log lines")
+    surprise_every: int | None = Field(
+        100, ge=1, description="steps between measurements of the memories' surprise; null for none"
+    )
+    on_bad: Literal["stop", "skip"] = Field("stop", description="on a nonfinite loss or gradient, or a loss spike")
+    spike: float | None = Field(
+        3.0, gt=0, description="nats above the median of recent losses that are a spike; null: off"
+    )
+    tensorboard: bool | None = Field(None, description="write TensorBoard logs; null: if installed")
 
     @property
     def all_stages(self) -> list[Stage]:
@@ -112,8 +91,7 @@ class Settings(_Checked):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that ``as_settings`` reads back as equal settings."""
-        data: dict[str, Any] = json.loads(self.model_dump_json())
-        return data
+        return self.model_dump(mode="json")
 
 
 FIXED = ("batch", "length", "carry", "seed", "dtype", "ema", "stages")
@@ -178,10 +156,11 @@ def _conflicts(data: dict[str, Any], values: dict[str, Any], stages: list[Stage]
 
 
 @cache
-def fields(kind: type[BaseModel]) -> dict[str, Field]:
+def fields(kind: type[BaseModel]) -> dict[str, SchemaField]:
     """The fields of a settings class as fields of the registry, which does the checking."""
-    hints = typing.get_type_hints(kind, include_extras=True)
     return {
-        name: Field(name, hints[name], Field.REQUIRED if field.is_required() else field.get_default())
-        for name, field in kind.model_fields.items()
+        name: SchemaField(
+            name, Annotated[info.annotation, info], SchemaField.REQUIRED if info.is_required() else info.get_default()
+        )
+        for name, info in kind.model_fields.items()
     }

@@ -127,17 +127,24 @@ def _train_here(trial: Trial, notify: Listener) -> str | None:
 
 
 def _collect(trial: Trial, error: str | None, notify: Listener) -> Result:
-    """The result of a trial that has been trained. Raises ``CommandFailed`` unless it stopped at a bad step."""
+    """The result of a trial that has been trained, which is saved with the run.
+
+    Raises ``CommandFailed`` if an ``error`` other than a bad step ended the training.
+    """
     if error is None:
-        return _measure(trial, notify)
-    last = read_log(trial.folder / LOG)[-1:]
-    if not last or last[0]["event"] != "stop" or last[0]["message"] == "interrupted":
-        raise CommandFailed(f"{trial.label}: {error}")
-    return _save(trial, {"failed": last[0]["message"]}, notify)
+        result = _measure(trial)
+    else:
+        last = read_log(trial.folder / LOG)[-1:]
+        if not last or last[0]["event"] != "stop" or last[0]["message"] == "interrupted":
+            raise CommandFailed(f"{trial.label}: {error}")
+        result = {"failed": last[0]["message"]}
+    write_text(trial.folder / RESULT, json.dumps(result, indent=1) + "\n")
+    notify(trial.label, {"event": "result", **result})
+    return result
 
 
-def _measure(trial: Trial, notify: Listener) -> Result:
-    """Test a trained model, and save the result with the run."""
+def _measure(trial: Trial) -> Result:
+    """Test a trained model."""
     settings = trial.settings
     model = recipes.load(trial.folder / "model", device=settings.device, dtype=settings.dtype)
     source = open_source(
@@ -156,11 +163,11 @@ def _measure(trial: Trial, notify: Listener) -> Result:
             curve.append({"step": event["step"], "tokens": event["step"] * tokens_per_step, **metrics})
     for name, metrics in (("validation", curve[-1] if curve else {}), ("test", test)):
         if metrics and not _all_finite(metrics):
-            return _save(trial, {"failed": f"the {name} loss is not finite"}, notify)
+            return {"failed": f"the {name} loss is not finite"}
     speeds = [event["tokens_per_second"] for event in events if event["event"] == "step"]
     speed = statistics.median(speeds) if speeds else None
     tokens = settings.steps * tokens_per_step
-    result = {
+    return {
         "steps": settings.steps,
         "tokens": tokens,
         "tokens_per_second": speed,
@@ -171,7 +178,6 @@ def _measure(trial: Trial, notify: Listener) -> Result:
         "test": test,
         "frozen": frozen,
     }
-    return _save(trial, result, notify)
 
 
 def _test_frozen(model: LanguageModel, step: TrainStep, source: Source, batches: int) -> dict[str, float] | None:
@@ -187,12 +193,6 @@ def _test_frozen(model: LanguageModel, step: TrainStep, source: Source, batches:
 
 def _all_finite(metrics: dict[str, Any]) -> bool:
     return metrics.get("loss") is not None and all(math.isfinite(number) for number in metrics.values())
-
-
-def _save(trial: Trial, result: Result, notify: Listener) -> Result:
-    write_text(trial.folder / RESULT, json.dumps(result, indent=1) + "\n")
-    notify(trial.label, {"event": "result", **result})
-    return result
 
 
 class Workers:

@@ -5,12 +5,13 @@ from typing import Any
 import pytest
 
 from titans_build.registry import RecipeError
-from titans_build.tools.data.source import Share, check_index, share_of
+from titans_build.tools.data.source import Share, share_of
 
 
 def test_shares_cover_all_rows():
     assert share_of(6, (0, 1)) == Share(0, 6, 6)
     assert [share_of(6, (rank, 3)) for rank in range(3)] == [Share(0, 2, 6), Share(2, 2, 6), Share(4, 2, 6)]
+    assert share_of(6, (1, 3)).numbers(2).tolist() == [14, 15]
 
 
 @pytest.mark.parametrize(
@@ -31,4 +32,4 @@ def test_invalid_shares(rows: int, part: tuple[int, int], message: str):
 @pytest.mark.parametrize("index", [-1, 1.0, True, None])
 def test_invalid_index(index: Any):
     with pytest.raises(ValueError, match="expected integer >= 0"):
-        check_index(index)
+        share_of(4, (0, 1)).numbers(index)

@@ -14,7 +14,7 @@ import titans_build as tb
 from titans_build.registry import RecipeError, lookup
 from titans_build.tools import tasks
 from titans_build.tools.randomness import Draws
-from titans_build.tools.tasks import IGNORED, Rows, Task, list_tasks, make_task, register_task, task_rows
+from titans_build.tools.tasks import IGNORED, TASKS, Rows, Task, list_tasks, make_task, register_task
 
 BUILT_IN = ["copy", "mqar", "needle", "needle_kv", "recall", "repeat", "selective_copy"]
 
@@ -116,11 +116,11 @@ def test_rows_of_the_wrong_shape():
 
 
 def test_listing():
-    rows = {row.name: row for row in task_rows()}
+    rows = {row.name: row for row in TASKS.rows()}
     assert list(rows) == BUILT_IN
     assert rows["mqar"].summary.startswith("Recall the values of many keys") and rows["mqar"].problem is None
-    assert [field.name for field in rows["copy"].fields] == ["vocab", "length"]
-    assert all(field.description for row in rows.values() for field in row.fields)
+    assert list(TASKS.lookup("copy").fields) == ["vocab", "length"]
+    assert all(field.description for name in rows for field in TASKS.lookup(name).fields.values())
     assert all(row.summary.endswith(".") and row.source == "titans_build" for row in rows.values())
 
 
@@ -147,7 +147,7 @@ def test_installed_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         assert tb.open_source("plugged:length=2", rows=1).batch(0).tokens.tolist() == [[0, 0]]
         with pytest.raises(RecipeError, match=r"the installed task 'broken' \(plug_task\) cannot be used: ModuleNotFo"):
             tb.open_source("broken", rows=1)
-        problems = {row.problem for row in task_rows("broken")} | {row.problem for row in task_rows("mqar")}
+        problems = {row.problem for row in TASKS.rows("broken")} | {row.problem for row in TASKS.rows("mqar")}
         assert "ignored: 'mqar' is built in" in problems and len(problems) == 3
     finally:
         sys.modules.pop("plug_task", None)

@@ -15,7 +15,6 @@ from titans_build.tools.training.optimizer import (
     learning_rate,
     make_optimizer,
     match_parameters,
-    parameter_groups,
     stage_at,
     unmatched_patterns,
 )
@@ -33,18 +32,24 @@ def last(name: str) -> str:
     return parts[-2] if parts[-1].isdigit() else parts[-1]
 
 
+def groups(model: torch.nn.Module, no_decay: list[str] = NO_DECAY) -> dict[str, list[str]]:
+    """The names of the parameters in each group."""
+    optimizer = make_optimizer(model, as_settings({"no_decay": no_decay, "weight_decay": 0.1}), fused=False)
+    for group in optimizer.param_groups:
+        assert group["weight_decay"] == (0.1 if group["name"] == "decay" else 0.0)
+        assert all(
+            p is model.get_parameter(name) for name, p in zip(group["param_names"], group["params"], strict=True)
+        )
+    return {group["name"]: group["param_names"] for group in optimizer.param_groups}
+
+
 @pytest.mark.parametrize("name", base_names())
 def test_parameter_groups_of_packaged_recipes(name: str) -> None:
     model = tb.build(name, device="meta")
-    decay, no_decay = parameter_groups(model, NO_DECAY, 0.1)
-    assert (decay["weight_decay"], no_decay["weight_decay"]) == (0.1, 0.0)
-    names: list[list[str]] = [decay["names"], no_decay["names"]]  # type: ignore[list-item]
-    assert sorted(names[0] + names[1]) == sorted(dict(model.named_parameters()))
-    assert {last(name) for name in names[0]} <= DECAYING
-    assert {last(name) for name in names[1]} <= STAYING | {"initial_weights", "initial_momentum"}
-    for group, held in zip((decay, no_decay), names):
-        parameters: Any = group["params"]
-        assert [id(p) for p in parameters] == [id(dict(model.named_parameters())[n]) for n in held]
+    found = groups(model)
+    assert sorted(found["decay"] + found["no_decay"]) == sorted(dict(model.named_parameters()))
+    assert {last(name) for name in found["decay"]} <= DECAYING
+    assert {last(name) for name in found["no_decay"]} <= STAYING | {"initial_weights", "initial_momentum"}
 
 
 def test_no_decay_for_initial_momentum_and_unknown_vectors(tiny: dict[str, Any]) -> None:
@@ -52,20 +57,19 @@ def test_no_decay_for_initial_momentum_and_unknown_vectors(tiny: dict[str, Any])
     model = tb.build(tiny)
     model.layers[0].vector = torch.nn.Parameter(torch.ones(3))
     model.layers[0].matrix = torch.nn.Parameter(torch.ones(3, 3))
-    names: Any = [group["names"] for group in parameter_groups(model, NO_DECAY, 0.1)]
-    assert "layers.0.matrix" in names[0] and "layers.0.vector" in names[1]
-    assert "layers.1.blocks.0.initial_momentum.0" in names[1]
-    everything: Any = parameter_groups(model, ["*"], 0.1)
-    assert everything[0]["names"] == []
+    found = groups(model)
+    assert "layers.0.matrix" in found["decay"] and "layers.0.vector" in found["no_decay"]
+    assert "layers.1.blocks.0.initial_momentum.0" in found["no_decay"]
+    assert list(groups(model, ["*"])) == ["no_decay"]
 
 
 def test_no_decay_takes_the_patterns_of_stages(tiny: dict[str, Any]) -> None:
     model = tb.build(tiny)
-    names: Any = [group["names"] for group in parameter_groups(model, ["@memory", "!*.qkv*"], 0.1)]
+    found = groups(model, ["@memory", "!*.qkv*"])
     memory = {name for name in match_parameters(model, ["@memory"], "train") if model.get_parameter(name).dim() > 1}
     projections = {name for name in memory if ".qkv" in name}
-    assert projections and projections <= set(names[0])
-    assert memory - projections <= set(names[1])
+    assert projections and projections <= set(found["decay"])
+    assert memory - projections <= set(found["no_decay"])
 
 
 def test_unmatched_no_decay_patterns(tiny: dict[str, Any]) -> None:
@@ -83,7 +87,7 @@ def test_weight_decay_changes_only_its_group(tiny: dict[str, Any]) -> None:
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    decay: Any = parameter_groups(model, NO_DECAY, 0.5)[0]["names"]
+    decay = groups(model)["decay"]
     for name, parameter in model.named_parameters():
         expected = before[name] * 0.95 if name in decay else before[name]
         torch.testing.assert_close(parameter, expected)
