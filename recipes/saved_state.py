@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import torch
 from safetensors.torch import save_file
@@ -33,21 +34,12 @@ def save_state(state: State, path: str | os.PathLike[str], model: LanguageModel)
     Raises ``StorageError`` if ``state`` is not a state of this model, or if the file cannot be written.
     """
     recipe = recipe_of(model)
-    tensors = _named(state)
+    tensors = dict(named_tensors(state, "state"))
+    _expect_state_of(model, tensors, "the state")
     rows = _rows(tensors, "the state")
-    _check(tensors, model, rows, "the state")
-    file = as_path(path, "path")
-    stored = storable(tensors)
-    metadata = {
-        "format": STATE_FORMAT,
-        "version": str(VERSION),
-        "fingerprint": recipe.fingerprint,
-        "recipe": recipe.name or "",
-        "rows": str(rows),
-        "checksum": checksum(stored),
-    }
-    with write_errors(file), atomic_write(file) as temporary:
-        save_file(stored, temporary, metadata)
+    write_state_file(
+        path, STATE_FORMAT, tensors, fingerprint=recipe.fingerprint, recipe=recipe.name or "", rows=str(rows)
+    )
 
 
 def load_state(path: str | os.PathLike[str], model: LanguageModel) -> State:
@@ -59,30 +51,84 @@ def load_state(path: str | os.PathLike[str], model: LanguageModel) -> State:
     Raises ``StorageError`` if the file is not a saved state, is damaged, or belongs to a model of another recipe.
     """
     recipe = recipe_of(model)
+    metadata, tensors = read_state_file(path, STATE_FORMAT)
+    if metadata.get("fingerprint") != recipe.fingerprint:
+        raise StorageError(
+            f"{path}: the state belongs to another recipe: it was saved with "
+            f"{show(metadata.get('recipe') or 'a recipe')} ({metadata.get('fingerprint')}), the model is of "
+            f"{show(recipe.name or 'a recipe')} ({recipe.fingerprint})"
+        )
+    rows = _rows(tensors, str(path))
+    if metadata.get("rows") != str(rows):
+        raise StorageError(f"{path}: expected {metadata.get('rows')} rows, got {rows}")
+    return fill_state(_expect_state_of(model, tensors, str(path)), tensors, "state")
+
+
+def write_state_file(path: str | os.PathLike[str], kind: str, tensors: dict[str, Tensor], **metadata: str) -> None:
+    """Write ``tensors`` to a safetensors file of format ``kind``, which is replaced atomically.
+
+    Raises ``StorageError`` if the file cannot be written.
+    """
+    file = as_path(path, "path")
+    stored = storable(tensors)
+    header = {"format": kind, "version": str(VERSION), **metadata, "checksum": checksum(stored)}
+    with write_errors(file), atomic_write(file) as temporary:
+        save_file(stored, temporary, header)
+
+
+def read_state_file(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The metadata and the tensors of a file that ``write_state_file`` wrote.
+
+    Raises ``StorageError`` if the file is missing, damaged, or of another format.
+    """
     place = as_path(path, "path")
     if not place.is_file():
         raise StorageError(f"{place}: {'not a file' if place.exists() else 'no such file'}; expected a saved state")
-    with open_tensors(place, STATE_FORMAT) as file:
+    with open_tensors(place, kind) as file:
         metadata = file.metadata()
-        if metadata.get("fingerprint") != recipe.fingerprint:
-            raise StorageError(
-                f"{place}: the state belongs to another recipe: it was saved with "
-                f"{show(metadata.get('recipe') or 'a recipe')} ({metadata.get('fingerprint')}), the model is of "
-                f"{show(recipe.name or 'a recipe')} ({recipe.fingerprint})"
-            )
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     expect_checksum(metadata, checksum(tensors), place)
-    rows = _rows(tensors, str(place))
-    if metadata.get("rows") != str(rows):
-        raise StorageError(f"{place}: expected {metadata.get('rows')} rows, got {rows}")
-    fresh = _check(tensors, model, rows, str(place))
-    names = iter(_named(fresh))
-    device = next(model.parameters()).device
-    return map_state(lambda old: tensors[next(names)].to(device, old.dtype, copy=True), fresh)
+    return metadata, tensors
 
 
-def _named(state: State) -> dict[str, Tensor]:
-    return {f"state.{path}" if path else "state": tensor for path, tensor in named_tensors(state)}
+def expect_state(
+    init_state: Callable[[int], State], tensors: dict[str, Tensor], grows: bool, what: str, prefix: str = ""
+) -> State:
+    """Raise ``StorageError`` unless ``tensors`` are those of a state by their dotted paths. Return a fresh state.
+
+    ``grows``: whether the state may be longer along dimension 1, time, than a fresh one.
+    """
+    with torch.no_grad():
+        fresh = init_state(max(_rows(tensors, what), 1))
+    expected = dict(named_tensors(fresh, prefix))
+    wrong = [f"{name} is missing" for name in expected if name not in tensors]
+    wrong += [f"{name} is not part of this model's state" for name in tensors if name not in expected]
+    for name in expected.keys() & tensors.keys():
+        found, wanted = tensors[name], expected[name]
+        fixed = (0, *range(2 if grows else 1, wanted.dim()))
+        if found.dim() != wanted.dim() or any(found.shape[d] != wanted.shape[d] for d in fixed):
+            wrong.append(f"{name} is {list(found.shape)}, expected {list(wanted.shape)}")
+        elif found.dtype != wanted.dtype and not (found.is_floating_point() and wanted.is_floating_point()):
+            wrong.append(f"{name} is {found.dtype}, expected {wanted.dtype}")
+    if wrong:
+        raise StorageError(f"{what} is not a state of this model: {list_differences(wrong)}")
+    return fresh
+
+
+def fill_state(fresh: State, tensors: dict[str, Tensor], prefix: str = "") -> State:
+    """A copy of ``tensors`` as a state, on the devices and in the dtypes of ``fresh``."""
+    names = iter([name for name, _ in named_tensors(fresh, prefix)])
+    return map_state(lambda old: tensors[next(names)].to(old.device, old.dtype, copy=True), fresh)
+
+
+def _expect_state_of(model: LanguageModel, tensors: dict[str, Tensor], what: str) -> State:
+    grows = any(getattr(module, "grows", False) for module in model.modules())
+    fresh = expect_state(model.init_state, tensors, grows, what, "state")
+    try:
+        model.fingerprint.check(tensors["state.recipe"])
+    except ValueError as error:
+        raise StorageError(f"{what}: {error}") from None
+    return fresh
 
 
 def _rows(tensors: dict[str, Tensor], what: str) -> int:
@@ -91,28 +137,3 @@ def _rows(tensors: dict[str, Tensor], what: str) -> int:
         shown = "; ".join(f"{name} has {count}" for name, count in list(counts.items())[:3])
         raise StorageError(f"{what}: the tensors disagree about the number of rows: {shown}")
     return next(iter(counts.values()), 0) or 0
-
-
-def _check(tensors: dict[str, Tensor], model: LanguageModel, rows: int, what: str) -> State:
-    """Raise ``StorageError`` unless ``tensors`` are a state of ``model``. Return a fresh state."""
-    with torch.no_grad():
-        fresh = model.init_state(max(rows, 1))
-    expected = _named(fresh)
-    wrong = [f"{name} is missing" for name in expected if name not in tensors]
-    wrong += [f"{name} is not part of this model's state" for name in tensors if name not in expected]
-    grows = any(getattr(module, "grows", False) for module in model.modules())
-    for name in expected.keys() & tensors.keys():
-        found, wanted = tensors[name], expected[name]
-        # a state that grows does so along dimension 1, time
-        fixed = (0, *range(2 if grows else 1, wanted.dim()))
-        if found.dim() != wanted.dim() or any(found.shape[d] != wanted.shape[d] for d in fixed):
-            wrong.append(f"{name} is {list(found.shape)}, expected {list(wanted.shape)}")
-        elif found.dtype != wanted.dtype and not (found.is_floating_point() and wanted.is_floating_point()):
-            wrong.append(f"{name} is {found.dtype}, expected {wanted.dtype}")
-    if wrong:
-        raise StorageError(f"{what} is not a state of this model: {list_differences(wrong)}")
-    try:
-        model.fingerprint.check(tensors["state.recipe"])
-    except ValueError as error:
-        raise StorageError(f"{what}: {error}") from None
-    return fresh

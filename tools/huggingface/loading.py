@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from ...recipes import StorageError, load
 from ...registry import show
-from ..swapping.config_record import FIELDS, MODEL_TYPE, VERSION, attach_records, records_of
+from ..swapping.config_record import FIELDS, MODEL_TYPE, VERSION, config_from_record, records_of
 from ..swapping.install import frozen_names, swap
 from .model import as_pretrained, expect_whole, is_saved_model
 
@@ -61,34 +61,32 @@ class SwappedConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Raises ``StorageError`` for what was written by a later version or by something else."""
-        record, data = config_dict.get("titans_build"), config_dict.get("config")
-        architectures = config_dict.get("architectures")
-        if not isinstance(record, dict) or not isinstance(data, dict) or not isinstance(record.get("swaps"), list):
+        record, architectures = config_dict.get("titans_build"), config_dict.get("architectures")
+        record = record if isinstance(record, dict) else {}
+        kind, swaps = record.get("into"), record.get("swaps")
+        if not isinstance(swaps, list) or not isinstance(config_dict.get("config"), dict):
             raise StorageError(f"config.json: expected the swaps of a {MODEL_TYPE} model, got {show(config_dict)}")
         if record.get("version") != VERSION:
             raise StorageError(
                 f"config.json: expected version {VERSION} of the record of swaps, got {show(record.get('version'))}; "
                 "a later one needs a later titans-build"
             )
-        for swap_record in record["swaps"]:
-            if not isinstance(swap_record, dict) or set(swap_record) != set(FIELDS):
-                raise StorageError(
-                    f"config.json: swaps: expected each with the keys {', '.join(FIELDS)}, got {show(swap_record)}"
-                )
-        kind = record.get("into")
+        odd = [one for one in swaps if not isinstance(one, dict) or set(one) != set(FIELDS)]
+        if odd:
+            raise StorageError(
+                f"config.json: swaps: expected each with the keys {', '.join(FIELDS)}, got {show(odd[0])}"
+            )
         if kind not in CONFIG_MAPPING or not isinstance(architectures, list) or len(architectures) != 1:
             raise StorageError(
                 f"config.json: swaps into a model of type {show(kind)} (class {show(architectures)}), which this "
                 "transformers does not have"
             )
-        return_unused = kwargs.pop("return_unused_kwargs", False)
-        config, unused = CONFIG_MAPPING[kind].from_dict(dict(data), return_unused_kwargs=True, **kwargs)
-        original: Any = type(config)
-        attach_records(config, architectures[0], record["swaps"])
-        swapped: Any = type(config)
+        original = CONFIG_MAPPING[kind]
+        result = config_from_record(original, config_dict, **kwargs)
+        swapped: Any = type(result[0] if isinstance(result, tuple) else result)
         for auto, model_class in _auto_classes(original, architectures[0]):
             auto.register(swapped, _with_swaps(model_class, swapped), exist_ok=True)
-        return (config, unused) if return_unused else config
+        return result
 
 
 def _auto_classes(config: type, architecture: str) -> list[tuple[Any, Any]]:

@@ -20,7 +20,7 @@ from ...blocks.language_model import IGNORED, LanguageModel
 from ...blocks.state import trainable
 from ...recipes import Recipe, StorageError
 from ...recipes.build import assemble
-from ...recipes.saved_format import INDEX
+from ...recipes.saved_format import INDEX, list_differences
 from ...registry import show
 from ..training.train_step import activation_checkpointing
 from .cache import StateCache
@@ -84,9 +84,7 @@ class TitansBuildPreTrainedModel(PreTrainedModel):
         """As in transformers, from safetensors. Raises ``StorageError`` for weights that are not of the recipe."""
         place = pretrained_model_name_or_path
         if isinstance(place, str | os.PathLike) and is_saved_model(Path(place)):
-            raise StorageError(
-                f"{place}: tb.save wrote this folder: titans_build.huggingface.from_pretrained reads it, too"
-            )
+            raise StorageError(f"{place}: a folder of tb.save: titans_build.huggingface.from_pretrained reads it, too")
         output_loading_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("use_safetensors", True)
         result, info = super().from_pretrained(place, *args, output_loading_info=True, **kwargs)
@@ -142,9 +140,8 @@ class TitansBuildPreTrainedModel(PreTrainedModel):
             raise ValueError("give either input_ids [batch, time] or inputs_embeds [batch, time, dim], and not both")
         cache = past_key_values
         if cache is not None and not isinstance(cache, StateCache):
-            raise TypeError(
-                f"past_key_values: expected the cache of a titans-build model (StateCache), got {type(cache).__name__}"
-            )
+            kind = type(cache).__name__
+            raise TypeError(f"past_key_values: expected the cache of a titans-build model (StateCache), got {kind}")
         if cache is None and (self.config.use_cache if use_cache is None else use_cache):
             cache = StateCache()
         x = self.embed_tokens(input_ids) if inputs_embeds is None else self._check_embeddings(inputs_embeds)
@@ -311,8 +308,7 @@ def expect_whole(info: Mapping[str, Any], place: str, what: str) -> None:
     wrong += [f"{name} is not part of the model" for name in sorted(info["unexpected_keys"])]
     wrong += [f"{name} is {list(got)}, expected {list(want)}" for name, got, want in sorted(info["mismatched_keys"])]
     if wrong:
-        more = f" and {len(wrong) - 3} more differences" if len(wrong) > 3 else ""
-        raise StorageError(f"{place}: the weights do not fit {what}: {'; '.join(wrong[:3])}{more}")
+        raise StorageError(f"{place}: the weights do not fit {what}: {list_differences(wrong)}")
 
 
 AutoModel.register(TitansBuildConfig, TitansBuildModel, exist_ok=True)

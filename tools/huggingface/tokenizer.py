@@ -1,10 +1,11 @@
-"""A tokenizer of transformers whose tokens are bytes, for models that were trained on those."""
+"""A tokenizer of transformers whose tokens are bytes."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 
 def byte_tokenizer(pad: int = 0) -> Any:
@@ -15,8 +16,8 @@ def byte_tokenizer(pad: int = 0) -> Any:
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    letters = _letters()
-    tokenizer = Tokenizer(models.BPE(vocab={letter: byte for byte, letter in enumerate(letters)}, merges=[]))
+    letters = bytes_to_unicode()
+    tokenizer = Tokenizer(models.BPE(vocab={letter: byte for byte, letter in letters.items()}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
@@ -27,10 +28,3 @@ def byte_tokenizer(pad: int = 0) -> Any:
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )
-
-
-def _letters() -> list[str]:
-    """The letter for each byte in a byte-level vocabulary: itself where it is printable."""
-    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = iter(range(0x100, 0x200))
-    return [chr(byte) if byte in seen else chr(next(hidden)) for byte in range(256)]

@@ -21,7 +21,7 @@ class SwapError(ValueError):
 class Adapter:
     """Which part of a module's call a block reads and writes: one tensor ``[batch, time, dim]`` in, one out.
 
-    Plain data, so that a swap can be written down. Raises ``SwapError`` for a field of the wrong type.
+    Plain data, so that a swap can be saved. Raises ``SwapError`` for a field of the wrong type.
     """
 
     argument: str | None = None
@@ -33,44 +33,40 @@ class Adapter:
     padding: str | None = None
     """Name of the argument that is true, or minus infinity, at padding: ``[batch, time]``."""
     returns: int | None = 0
-    """What the module returns: 0 for a tensor, n for a tuple of n that begins with it. ``None``: not known, in which
-    case no block can replace the module."""
+    """0 for a tensor, n for a tuple of n that begins with it. ``None``: unknown, and the module cannot be replaced."""
     time_first: bool = False
     """``[time, batch, dim]`` rather than ``[batch, time, dim]``."""
     layer: bool = False
     """A whole layer with its own residual connection. A block in its place is pre-normed and residual."""
 
     def __post_init__(self) -> None:
-        count = self.returns is None or (type(self.returns) is int and self.returns >= 0)
-        fits = {
-            "an argument's name, or None": {
-                name: isinstance(getattr(self, name), str | None) for name in ("argument", "padding")
-            },
-            "a tuple of names of arguments": {
-                name: isinstance(getattr(self, name), tuple) and all(isinstance(n, str) for n in getattr(self, name))
-                for name in ("along", "foreign")
-            },
-            "0 for a tensor, n for a tuple of n, or None": {"returns": count},
-            "true or false": {name: isinstance(getattr(self, name), bool) for name in ("time_first", "layer")},
-        }
-        for expected, names in fits.items():
-            for name, right in names.items():
-                if not right:
-                    raise SwapError(f"adapter: {name}: expected {expected}, got {show(getattr(self, name))}")
+        name, names = "an argument's name, or None", "a tuple of names of arguments"
+        counts = self.returns is None or (type(self.returns) is int and self.returns >= 0)
+        for field, expected, valid in (
+            ("argument", name, isinstance(self.argument, str | None)),
+            ("padding", name, isinstance(self.padding, str | None)),
+            ("along", names, isinstance(self.along, tuple) and all(isinstance(n, str) for n in self.along)),
+            ("foreign", names, isinstance(self.foreign, tuple) and all(isinstance(n, str) for n in self.foreign)),
+            ("returns", "0 for a tensor, n for a tuple of n, or None", counts),
+            ("time_first", "true or false", isinstance(self.time_first, bool)),
+            ("layer", "true or false", isinstance(self.layer, bool)),
+        ):
+            if not valid:
+                raise SwapError(f"adapter: {field}: expected {expected}, got {show(getattr(self, field))}")
 
     def read(self, arguments: Arguments, where: str) -> Tensor:
-        """``[batch, time, dim]`` from the arguments of a call. Raises ``SwapError`` where there is no such tensor."""
+        """``[batch, time, dim]`` from the arguments of a call. Raises ``SwapError`` if there is no such tensor."""
         name = self.argument or arguments.first
         if name not in arguments.named:
             got = ", ".join(arguments.named) or "nothing"
-            raise SwapError(f"{where}: called without {name!r}, which the block is to read (got {got})")
-        return self._batch_first(arguments.named[name], where, name)
+            raise SwapError(f"{where}: called without {name!r}, which the block reads (got {got})")
+        return self._batch_first(arguments.named[name], f"{where}: {name}")
 
     def with_input(self, arguments: Arguments, x: Tensor) -> Arguments:
         """The same call with ``x`` [batch, time, dim] in place of the tensor that the block reads."""
-        old = arguments.named[self.argument or arguments.first]
-        new = self._as(x, old)
         names = (self.argument or arguments.first, *self.along)
+        old = arguments.named[names[0]]
+        new = self._as(x, old)
         return arguments.changed({name: new for name in names if arguments.named.get(name) is old})
 
     def returned(self, arguments: Arguments, y: Tensor, where: str) -> Any:
@@ -78,10 +74,9 @@ class Adapter:
 
         Raises ``SwapError`` for a call with a second sequence or with a state.
         """
-        named = arguments.named
-        x = named[self.argument or arguments.first]
+        x = arguments.named[self.argument or arguments.first]
         for name in (*self.foreign, *self.along):
-            if named.get(name) is not None and named[name] is not x:
+            if arguments.named.get(name) is not None and arguments.named[name] is not x:
                 raise SwapError(
                     f"{where}: called with {name!r}, which the block in its place does not read: cross-attention "
                     "cannot be replaced, nor a module that is given a state; how='beside' keeps the module"
@@ -91,7 +86,7 @@ class Adapter:
 
     def output(self, output: Any, where: str) -> Tensor:
         """``[batch, time, dim]`` from what a module returned: a tensor, or the first of a tuple or mapping."""
-        return self._batch_first(_first(output), where, "what it returned")
+        return self._batch_first(_first(output), f"{where}: its output")
 
     def with_output(self, output: Any, y: Tensor) -> Any:
         """What a module returned, with ``y`` [batch, time, dim] in place of its tensor."""
@@ -106,22 +101,21 @@ class Adapter:
 
     def padding_mask(self, arguments: Arguments) -> Any:
         """The padding mask of a call, if it has one and it is of the tokens that the block reads."""
-        if self.padding is None:
+        named = arguments.named
+        x = named.get(self.argument or arguments.first)
+        if self.padding is None or any(named.get(name) is not x for name in self.along):
             return None
-        x = arguments.named.get(self.argument or arguments.first)
-        same = all(arguments.named.get(name) is x for name in self.along)
-        return arguments.named.get(self.padding) if same else None
+        return named.get(self.padding)
 
-    def _batch_first(self, x: Any, where: str, name: str) -> Tensor:
-        if not isinstance(x, Tensor):
-            raise SwapError(f"{where}: {name}: expected a tensor [batch, time, dim], got {type(x).__name__}")
-        if x.is_nested or not x.is_floating_point():
-            raise SwapError(f"{where}: {name}: expected a dense floating-point tensor, got {x.dtype}")
+    def _batch_first(self, x: Any, what: str) -> Tensor:
+        if not isinstance(x, Tensor) or x.is_nested or not x.is_floating_point():
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise SwapError(f"{what}: expected a dense floating-point tensor [batch, time, dim], got {got}")
         if x.dim() == 2 and self.along:  # torch's attention also takes a single sequence
             return x.unsqueeze(0)
         if x.dim() != 3:
-            shape = "[time, batch, dim]" if self.time_first else "[batch, time, dim]"
-            raise SwapError(f"{where}: {name}: expected {shape}, got {list(x.shape)}")
+            expected = "[time, batch, dim]" if self.time_first else "[batch, time, dim]"
+            raise SwapError(f"{what}: expected {expected}, got {list(x.shape)}")
         return x.transpose(0, 1) if self.time_first else x
 
     def _as(self, y: Tensor, like: Tensor) -> Tensor:
@@ -153,18 +147,15 @@ def as_adapter(value: str | Adapter | Mapping[str, Any] | None) -> Adapter | Non
         return value
     if isinstance(value, Mapping):
         fields = [field.name for field in dataclasses.fields(Adapter)]
-        for name in value:
-            if name not in fields:
-                raise SwapError(
-                    f"adapter: unknown field {show(name)}{nearest(name, fields)} (fields: {', '.join(fields)})"
-                )
+        unknown = next((name for name in value if name not in fields), None)
+        if unknown is not None:
+            near = nearest(unknown, fields)
+            raise SwapError(f"adapter: unknown field {show(unknown)}{near} (fields: {', '.join(fields)})")
         parts: dict[str, Any] = {name: tuple(part) if isinstance(part, list) else part for name, part in value.items()}
         return Adapter(**parts)
-    known = ", ".join(ADAPTERS)
-    if not isinstance(value, str):
-        raise SwapError(f"adapter: expected a name ({known}) or an Adapter, got {show(value)}")
-    if value not in ADAPTERS:
-        raise SwapError(f"adapter: unknown {show(value)}{nearest(value, ADAPTERS)} (adapters: {known})")
+    if not isinstance(value, str) or value not in ADAPTERS:
+        near, known = nearest(value, ADAPTERS), ", ".join(ADAPTERS)
+        raise SwapError(f"adapter: expected an Adapter or one of {known}; unknown {show(value)}{near}")
     return ADAPTERS[value]
 
 
@@ -172,7 +163,7 @@ def as_adapter(value: str | Adapter | Mapping[str, Any] | None) -> Adapter | Non
 
 
 class Signature(NamedTuple):
-    """The arguments of a ``forward``."""
+    """The arguments of a ``forward``, by name."""
 
     positional: list[str]
     names: list[str]
@@ -182,7 +173,7 @@ class Signature(NamedTuple):
 
 
 ORIGINAL = "_original"
-"""Attribute of a module in another's place: that module in a tuple, which keeps it out of the model's tree."""
+"""Attribute of a replacement: the replaced module in a tuple, which keeps it out of the model's tree."""
 
 
 def original(module: nn.Module) -> nn.Module:
@@ -192,7 +183,7 @@ def original(module: nn.Module) -> nn.Module:
 
 
 def signature(module: nn.Module) -> Signature:
-    """The signature of a module's ``forward``; of the replaced module's, where it is in the place of another."""
+    """The signature of a module's ``forward``; for a replacement, that of the replaced module."""
     kind: Any = type(original(module))
     return _class_signature(kind)
 
@@ -210,14 +201,13 @@ def _class_signature(kind: Any) -> Signature:
 
 
 class Arguments:
-    """The arguments of a call of ``module``, by name, whichever way they were given."""
+    """The arguments of a call of ``module`` by name, whether positional or keyword; ``*args`` by their position."""
 
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.module, self.args, self.kwargs = module, args, kwargs
         names = signature(module).positional
         self._positions = [names[index] if index < len(names) else str(index) for index in range(len(args))]
         self.named = {**dict(zip(self._positions, args)), **kwargs}
-        """Those beyond the names by their number."""
         self.first = names[0] if names else next(iter(self.named), "0")
         """Name of the first argument, given or not."""
 

@@ -1,7 +1,7 @@
-"""What ``save_pretrained`` writes of a swapped model: its swaps as data, in a configuration of a type of its own.
+"""What ``save_pretrained`` writes for a swapped model: its swaps as data, in a configuration of a type of its own.
 
-A reader that does not know of swaps then fails, rather than reading the model without them. In every other respect the
-configuration is that of the model. transformers is not imported here.
+A reader that does not know of swaps therefore fails, and does not load the model without them. In every other respect
+the configuration is that of the model. This file does not import transformers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SWAPS = "_titans_build_swaps"
 
 
 def record_swaps(model: nn.Module, plans: Sequence[Plan]) -> None:
-    """Let the configuration of a transformers model hold ``plans``, the swaps in it now. Others are left alone."""
+    """Record ``plans``, the swaps in ``model`` now, in its configuration, if it is a model of transformers."""
     transformers: Any = sys.modules.get("transformers.modeling_utils")
     if transformers is None or not isinstance(model, transformers.PreTrainedModel):
         return
@@ -42,7 +42,7 @@ def record_swaps(model: nn.Module, plans: Sequence[Plan]) -> None:
 
 
 def attach_records(config: Any, model_class: str, records: Sequence[dict[str, Any] | str]) -> None:
-    """Let ``config`` be written with swaps: the records of those in a ``model_class``, or why there is no record."""
+    """Add the records of swaps in a ``model_class`` to ``config``. A string says why there is no record."""
     if _SWAPS not in vars(config):
         kind: Any = type(config)
         config.__class__ = _with_swaps(kind)
@@ -50,14 +50,14 @@ def attach_records(config: Any, model_class: str, records: Sequence[dict[str, An
 
 
 def records_of(config: Any) -> list[dict[str, Any]]:
-    """The records of the swaps that ``config`` holds."""
+    """The records of swaps in ``config``."""
     return list(vars(config).get(_SWAPS, {}).get("swaps", ()))
 
 
 def _own_config(model: Any) -> Any:
-    """The configuration of ``model``, copied if other models may have the same one.
+    """The configuration of ``model``, copied, since other models may have the same one.
 
-    That of a model without a head stays: it may be part of another model, which has to know when it is saved.
+    That of a model without a head is not copied: the model may be part of another, which checks it when it is saved.
     """
     shared = model.config
     if model.base_model is model:
@@ -77,49 +77,43 @@ def _record(plan: Plan) -> dict[str, Any] | str:
 
 
 @functools.cache
-def _with_swaps(base: Any) -> type:
+def _with_swaps(base: Any) -> Any:
     """The class of configurations ``base`` with swaps."""
 
     class WithSwaps(base):
         def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
-            """Raises ``SwapError`` for a swap without a record, and for one made in a part of the model alone."""
+            """Raises ``SwapError`` for a swap without a record, and for one in a part of the model."""
             data = json.loads(self.to_json_string(use_diff=use_diff))
-            kept = vars(self)[_SWAPS]
-            problem = next((record for record in kept["swaps"] if isinstance(record, str)), None)
+            model_class, records = vars(self)[_SWAPS].values()
+            problem = next((record for record in records if isinstance(record, str)), None)
+            saved = data.get("architectures") or [model_class]
+            if problem is None and model_class not in saved:
+                problem = (
+                    f"the swap was made in the {model_class} that is part of this {saved[0]}: swap into the whole "
+                    "model, by paths from its top"
+                )
             if problem is not None:
                 raise SwapError(f"save_pretrained: {problem}")
-            saved = data.get("architectures") or [kept["of"]]
-            if kept["of"] not in saved:
-                raise SwapError(
-                    f"save_pretrained: the swap was made in the {kept['of']} that is part of this {saved[0]}: swap "
-                    "into the whole model, by paths from its top"
-                )
             whole = {
                 "model_type": MODEL_TYPE,
                 "architectures": saved,
                 # no dtype, on purpose: a class that is named outright reads any file as its own, and fails here
                 "dtype": "this model has swaps in it: read it with titans_build.huggingface",
-                "titans_build": {"version": VERSION, "into": data.pop("model_type"), "swaps": kept["swaps"]},
+                "titans_build": {"version": VERSION, "into": data.pop("model_type"), "swaps": records},
                 "config": data,
             }
             with atomic_write(Path(json_file_path)) as temporary:
                 temporary.write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
         def to_dict(self) -> dict[str, Any]:
-            data: dict[str, Any] = super().to_dict()
-            data.pop(_SWAPS, None)
-            return data
+            return {name: value for name, value in super().to_dict().items() if name != _SWAPS}
 
         @classmethod
         def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
             """From a folder with swaps or without: PEFT reads a model's configuration again by its class."""
-            swapped = config_dict.get("model_type") == MODEL_TYPE
-            return_unused = kwargs.pop("return_unused_kwargs", False)
-            data = dict(config_dict["config"] if swapped else config_dict)
-            config, unused = base.from_dict(data, return_unused_kwargs=True, **kwargs)
-            if swapped:
-                attach_records(config, config_dict["architectures"][0], config_dict["titans_build"]["swaps"])
-            return (config, unused) if return_unused else config
+            if config_dict.get("model_type") != MODEL_TYPE:
+                return base.from_dict(config_dict, **kwargs)
+            return config_from_record(base, config_dict, **kwargs)
 
         def __reduce_ex__(self, protocol: Any) -> Any:
             return _restore, (base, dict(vars(self)))
@@ -128,8 +122,16 @@ def _with_swaps(base: Any) -> type:
     return WithSwaps
 
 
+def config_from_record(base: Any, written: dict[str, Any], **kwargs: Any) -> Any:
+    """``base.from_dict`` of the original configuration in ``written``, with the records of its swaps."""
+    return_unused = kwargs.pop("return_unused_kwargs", False)
+    config, unused = base.from_dict(dict(written["config"]), return_unused_kwargs=True, **kwargs)
+    attach_records(config, written["architectures"][0], written["titans_build"]["swaps"])
+    return (config, unused) if return_unused else config
+
+
 def _restore(base: Any, values: dict[str, Any]) -> Any:
-    """A copy of a configuration, whose class another process may not have made yet."""
+    """A copy of a configuration, in a process that may not have created its class yet."""
     config: Any = object.__new__(_with_swaps(base))
     vars(config).update(values)
     return config

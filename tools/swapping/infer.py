@@ -1,4 +1,4 @@
-"""What a module's class and source tell of it: how it is called, how wide it is, where its parameters are."""
+"""What a module's class and source say about it: how it is called, how wide it is, where its parameters are."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,7 @@ from torch import nn
 
 from ...blocks.device import DTYPES
 from ...registry import nearest
-from .adapter import ADAPTERS, HF, PLAIN, Adapter, original, signature
-from .site import Site
+from .adapter import ADAPTERS, HF, PLAIN, Adapter, SwapError, original, signature
 
 _LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 _CHANNELS_FIRST = (
@@ -29,7 +28,7 @@ _CHANNELS_FIRST = (
 def infer_adapter(module: nn.Module, ancestors: Sequence[nn.Module] = ()) -> Adapter:
     """The adapter that fits ``module``.
 
-    ``ancestors``: the modules that it is in, outermost first. Torch's own layers say whether time comes first.
+    ``ancestors``: the modules around it, outermost first. Torch's own layers say whether time comes first.
     """
     if isinstance(module, nn.MultiheadAttention):
         return dataclasses.replace(ADAPTERS["multihead_attention"], time_first=not module.batch_first)
@@ -47,49 +46,52 @@ def infer_adapter(module: nn.Module, ancestors: Sequence[nn.Module] = ()) -> Ada
         return Adapter(foreign=("hx",), returns=2, time_first=not module.batch_first)
     last = _last_called(module)
     batch_first = [_is_batch_first(outer) for outer in ancestors if isinstance(outer, _LAYERS)]
-    return dataclasses.replace(
-        PLAIN,
-        returns=2 if isinstance(last, nn.RNNBase) else _returned(last, otherwise=0),
-        time_first=not all(batch_first[-1:]),
-    )
+    returned = 2 if isinstance(last, nn.RNNBase) else _returned(last, otherwise=0)
+    return Adapter(returns=returned, time_first=not all(batch_first[-1:]))
 
 
-def mismatch(module: nn.Module, adapter: Adapter, replaced: bool) -> str | None:
-    """Why ``module`` cannot be called as ``adapter`` says; ``None`` where nothing speaks against it."""
+def check_adapter(module: nn.Module, adapter: Adapter, replaced: bool) -> None:
+    """Raise ``SwapError`` if ``module`` cannot be called, or ``replaced``, as ``adapter`` says."""
     taken = signature(module)
     kind = type(module).__name__
     if type(module).forward is nn.Module.forward:
-        return f"{kind} has no forward: it only holds modules; name the modules in it"
-    if isinstance(_first_called(module), _CHANNELS_FIRST):
-        return f"{kind} reads [batch, channels, ...], and a block [batch, time, dim]: name a module that reads that"
-    said = f"{kind}.forward({', '.join(taken.names)})"
+        raise SwapError(f"{kind} has no forward: it only holds modules; name the modules in it")
+    first = module
+    while isinstance(first, nn.Sequential) and len(first):
+        first = first[0]
+    if isinstance(first, _CHANNELS_FIRST):
+        raise SwapError(
+            f"{kind} reads [batch, channels, ...], and a block [batch, time, dim]: name a module that reads that"
+        )
+    forward = f"{kind}.forward({', '.join(taken.names)})"
     if adapter.argument is not None and adapter.argument not in taken.names:
-        return f"{said} has no argument {adapter.argument!r}{nearest(adapter.argument, taken.names)}"
+        raise SwapError(f"{forward} has no argument {adapter.argument!r}{nearest(adapter.argument, taken.names)}")
     if not taken.names and not taken.variadic:
-        return f"{said} takes nothing that a block could read"
+        raise SwapError(f"{forward} takes no argument that a block could read")
     if replaced and adapter.returns is None:
-        return (
-            f"what {said} returns cannot be told from its source; give it: "
+        raise SwapError(
+            f"what {forward} returns cannot be told from its source; give it: "
             f"adapter={{'argument': {adapter.argument!r}, 'layer': {adapter.layer}, 'returns': 0}} for a tensor, "
             "n for a tuple of n that begins with it"
         )
     unread = [name for name in taken.required if name != (adapter.argument or next(iter(taken.names)))]
-    if replaced and dataclasses.replace(adapter, time_first=False, returns=0) == PLAIN and unread:
-        return (
-            f"{said} needs {' and '.join(unread)} as well, which a block in its place would not read; "
+    if replaced and unread and dataclasses.replace(adapter, time_first=False, returns=0) == PLAIN:
+        raise SwapError(
+            f"{forward} also needs {' and '.join(unread)}, which a block in its place does not read; "
             f"if that is right, give adapter=Adapter(argument={taken.names[0]!r}, returns=...)"
         )
-    return None
 
 
 def input_width(module: nn.Module) -> int | None:
-    """Size of the last dimension of what ``module`` reads; ``None`` where it cannot be told."""
-    if isinstance(module, Site):
-        return module.block.dim
+    """Size of the last dimension of what ``module`` reads; ``None`` if it is unknown."""
+    found: Any
+    if original(module) is not module:
+        found = module.block
+        return int(found.dim)
     if isinstance(module, nn.RNNBase):
         return module.input_size
     for name in ("embed_dim", "hidden_size", "d_model", "n_embd", "dim"):
-        found: Any = getattr(module, name, None)
+        found = getattr(module, name, None)
         if type(found) is int and found > 0:
             return found
     if isinstance(module, _LAYERS) and getattr(module, "self_attn", None) is not None:
@@ -104,24 +106,16 @@ def output_width(module: nn.Module) -> int | None:
     """The same of what it returns."""
     module = _last_called(module)
     if isinstance(module, nn.RNNBase):
-        return _rnn_output(module)
+        return (module.proj_size or module.hidden_size) * (2 if module.bidirectional else 1)
     if isinstance(module, nn.Embedding):
         return module.embedding_dim
     return module.out_features if isinstance(module, nn.Linear) else input_width(module)
 
 
-def keeps_width(module: nn.Module) -> bool:
-    """False where a module is known to return another width than it reads."""
-    if isinstance(module, nn.RNNBase):
-        return module.input_size == _rnn_output(module)
-    return not isinstance(module, nn.Linear) or module.in_features == module.out_features
-
-
 def device_and_dtype(module: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Those of a module's floating-point parameters, or else of the model's."""
-    known = DTYPES.values()
     parameters = [*original(module).parameters(), *model.parameters()]
-    parameter = next((p for p in parameters if p.dtype in known), None)
+    parameter = next((p for p in parameters if p.dtype in DTYPES.values()), None)
     if parameter is None:
         return torch.device("cpu"), torch.get_default_dtype()
     return parameter.device, parameter.dtype
@@ -138,20 +132,10 @@ def _is_attention(module: nn.Module) -> bool:
     return (hasattr(module, "layer_idx") and bool(re.search("attention", kind, re.I))) or kind.endswith("Attention")
 
 
-def _first_called(module: nn.Module) -> nn.Module:
-    while isinstance(module, nn.Sequential) and len(module):
-        module = module[0]
-    return module
-
-
 def _last_called(module: nn.Module) -> nn.Module:
     while isinstance(module, nn.Sequential) and len(module):
         module = module[-1]
     return module
-
-
-def _rnn_output(module: nn.RNNBase) -> int:
-    return (module.proj_size or module.hidden_size) * (2 if module.bidirectional else 1)
 
 
 def _layer_width(module: nn.Module) -> int | None:
@@ -170,25 +154,15 @@ def _layer_width(module: nn.Module) -> int | None:
 
 
 def _returned(module: nn.Module, otherwise: int | None = None) -> int | None:
-    """How many values ``forward`` returns: 0 for a tensor, n for a tuple; ``None`` where that cannot be told.
+    """How many values ``forward`` returns: 0 for a tensor, n for a tuple; ``None`` if the source does not say.
 
     Told by its ``return`` statements, and only then by its annotation, which may be out of date. ``otherwise``: the
-    answer where every statement returns one value of a type that nothing says.
+    answer if every statement returns one value of unknown type.
     """
-    forward = inspect.unwrap(type(original(module)).forward)
-    counts = _return_statements(forward)
-    if len(counts) == 1 and counts != {0}:
-        return counts.pop()
-    annotated = _annotated(forward)
-    return otherwise if annotated is None and counts <= {0} else annotated
-
-
-def _return_statements(forward: Callable[..., Any]) -> set[int]:
-    """The length of the tuple in each ``return`` of the source, 0 where there is none; empty without a source."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(type(original(module)).forward))))
     except (OSError, TypeError, SyntaxError):
-        return set()
+        return otherwise
     values = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return) and node.value is not None]
     counts = set()
     for value in values:
@@ -196,19 +170,24 @@ def _return_statements(forward: Callable[..., Any]) -> set[int]:
             values += [value.body, value.orelse]
         else:
             counts.add(len(value.elts) if isinstance(value, ast.Tuple) else 0)
-    return counts
+    if len(counts) == 1 and counts != {0}:
+        return counts.pop()
+    annotated = _annotated(getattr(tree.body[0], "returns", None))
+    return otherwise if annotated is None and counts <= {0} else annotated
 
 
-def _annotated(forward: Callable[..., Any]) -> int | None:
-    annotation = inspect.signature(forward).return_annotation
-    text = (annotation if isinstance(annotation, str) else str(annotation)).replace("typing.", "").replace("torch.", "")
-    found = re.match(r"(?:Optional\[)?[Tt]uple\[(.*)\]", text)
-    if found is None:
-        return 0 if re.match(r"(\w*Tensor|<class '\w*Tensor'>)", text) else None
-    depth, count = 0, 1
-    for letter in found.group(1):
-        depth += (letter in "[(") - (letter in ")]")
-        if depth < 0:
-            break
-        count += letter == "," and depth == 0
-    return count
+def _annotated(node: ast.expr | None) -> int | None:
+    """The same by a return annotation: ``Tensor``, ``tuple[...]``, ``Optional[...]``, the first of a union."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        node = ast.parse(node.value, mode="eval").body
+    if isinstance(node, ast.BinOp):
+        return _annotated(node.left)
+    if isinstance(node, ast.Subscript):
+        kind = ast.unparse(node.value).rpartition(".")[2]
+        if kind == "Optional":
+            return _annotated(node.slice)
+        if kind.lower() == "tuple":
+            return len(node.slice.elts) if isinstance(node.slice, ast.Tuple) else 1
+    elif node is not None and ast.unparse(node).endswith("Tensor"):
+        return 0
+    return None

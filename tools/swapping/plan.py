@@ -1,4 +1,4 @@
-"""What a swap puts where: the modules that a pattern matches, and the plan, to print, to keep and to repeat."""
+"""The modules that a pattern matches, and the plan of a swap, which can be printed, saved and repeated."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from torch import nn
 
 from ...registry import nearest, show
 from .adapter import Adapter, SwapError
-from .site import BlockSpec, Gated, Site
+from .site import Gated, Site
 
 HOWS = ("replace", "beside", "before", "after")
-TRAINS = ("all", "memory")
 
 
 class Row(NamedTuple):
@@ -23,10 +22,10 @@ class Row(NamedTuple):
 
     path: str
     kind: str
-    """Class of the module that is there."""
+    """Class of the module at ``path``."""
     dim: int
     parameters: int
-    """Of what is put in."""
+    """Number of new parameters."""
     device: torch.device
     dtype: torch.dtype
     adapter: Adapter
@@ -56,22 +55,21 @@ class Plan:
 
     @property
     def parameters(self) -> int:
-        """Of everything that is put in."""
+        """Number of new parameters."""
         return sum(row.parameters for row in self.rows)
 
     @property
     def record(self) -> dict[str, Any]:
         """The swap as plain data, fit for JSON: ``tb.swap(model, **record)`` repeats it in a model of the same kind.
 
-        Raises ``SwapError`` for a block that was given as a module, which no data describes.
+        Raises ``SwapError`` for a block that was given as a module.
         """
         if self.block is None:
             raise SwapError(
-                f"the block ({self.label}) was given as a module, which cannot be written down: "
+                f"the block ({self.label}) was given as a module, and has no record: "
                 "register it (@tb.register) and describe it, block={'type': ...}"
             )
-        adapters = {row.path: dataclasses.asdict(row.adapter) for row in self.rows}
-        first = next(iter(adapters.values()))
+        first, *others = (dataclasses.asdict(row.adapter) for row in self.rows)
         return {
             "where": self.paths,
             "block": self.block,
@@ -79,11 +77,11 @@ class Plan:
             "gate": self.gate,
             "train": self.train,
             "dim": {row.path: row.dim for row in self.rows},
-            "adapter": first if all(adapter == first for adapter in adapters.values()) else None,
+            "adapter": first if all(adapter == first for adapter in others) else None,
         }
 
     def __str__(self) -> str:
-        where = {"replace": "in the place of", "beside": "beside", "before": "before", "after": "after"}[self.how]
+        where = "in the place of" if self.how == "replace" else self.how
         head = f"{self.model}: {self.label} {where} {len(self.rows)} module{'' if len(self.rows) == 1 else 's'}"
         table = [("module", "class", "dim", "parameters", "on")]
         table += [
@@ -97,20 +95,11 @@ class Plan:
         return "\n".join([head, *lines, f"{self.parameters:,} new parameters{gate}{frozen}"])
 
 
-def label_of(block: BlockSpec) -> str:
-    """A block's description in few words."""
-    if isinstance(block, dict):
-        return str(block.get("type", "block"))
-    if isinstance(block, nn.Module):
-        return type(block).__name__
-    return show(block, 40).strip("'")
-
-
-def match(model: nn.Module, where: str | Sequence[str], every: int = 1, start: int = 0) -> list[tuple[str, nn.Module]]:
-    """Paths and modules that the patterns ``where`` match, in the model's order: each ``every``-th from ``start``.
+def match(model: nn.Module, where: str | Sequence[str], every: int = 1, start: int = 0) -> dict[str, nn.Module]:
+    """Modules by path that the patterns ``where`` match, in the model's order: each ``every``-th from ``start``.
 
     A pattern is compared name by name: ``*`` stands for one name or a part of it, ``**`` for any number of names.
-    What swaps have put in is not matched.
+    Blocks that swaps have installed are not matched.
 
     Raises ``SwapError`` for a pattern that matches nothing, modules matched twice, and ones that contain each other.
     """
@@ -127,23 +116,23 @@ def match(model: nn.Module, where: str | Sequence[str], every: int = 1, start: i
     for pattern in patterns:
         paths = [path for path in modules if _matches(pattern.split("."), path.split("."))]
         if not paths:
-            hint = _hint(pattern, list(modules))
-            raise SwapError(f"where: {show(pattern)} matches no module of {type(model).__name__}{hint}")
+            raise SwapError(
+                f"where: {show(pattern)} matches no module of {type(model).__name__}{_hint(pattern, list(modules))}"
+            )
         for path in paths:
             if path in found:
                 raise SwapError(f"where: {path} is matched twice: by {show(found[path])} and by {show(pattern)}")
             found[path] = pattern
-    chosen = [(path, module) for path, module in modules.items() if path in found][start::every]
+    chosen = dict([(path, module) for path, module in modules.items() if path in found][start::every])
     if not chosen:
         raise SwapError(f"where: {len(found)} modules match, and start={start} is past the last of them")
     names: dict[nn.Module, str] = {}
-    for path, module in chosen:
-        if module in names:
+    for path, module in chosen.items():
+        if names.setdefault(module, path) != path:
             raise SwapError(f"where: {names[module]} and {path} are one and the same module: name one of them")
-        names[module] = path
-        outer = next((other for other, _ in chosen if path.startswith(f"{other}.")), None)
+        outer = next((other for other in chosen if path.startswith(f"{other}.")), None)
         if outer is not None:
-            raise SwapError(f"where: {path} is inside of {outer}, which is matched, too: swap one of them")
+            raise SwapError(f"where: {path} is inside {outer}, which is matched, too: swap one of them")
     return chosen
 
 
@@ -156,15 +145,13 @@ def _matches(pattern: list[str], path: list[str]) -> bool:
 
 
 def _hint(pattern: str, paths: list[str]) -> str:
-    """As far as the pattern matches, the names that there are."""
+    """The names that the model has where the pattern stops matching."""
     parts = pattern.split(".")
     if "**" in parts:
         return ""
-    split = [path.split(".") for path in paths]
-    depth = next(d for d in reversed(range(len(parts))) if not d or any(_matches(parts[:d], path) for path in split))
-    names = sorted(
-        {path[depth] for path in split if len(path) > depth and (not depth or _matches(parts[:depth], path[:depth]))}
-    )
+    split = [[], *(path.split(".") for path in paths)]
+    depth = max(d for d in range(len(parts)) if any(_matches(parts[:d], path) for path in split))
+    names = sorted({path[depth] for path in split if len(path) > depth and _matches(parts[:depth], path[:depth])})
     at = ".".join(parts[:depth]) or "the top"
     listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
     return f"{nearest(parts[depth], names)} (at {at} there are: {listed or 'none'})"

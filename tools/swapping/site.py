@@ -1,4 +1,4 @@
-"""The modules that a swap puts into a model: a block beside, before or after another module, or in its place."""
+"""The modules that a swap installs in a model: a block beside, before or after another module, or in its place."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ BlockSpec = str | dict[str, Any] | list[Any] | nn.Module | Callable[[int], nn.Mo
 """The description of a block, a built module, or a function from the width to one."""
 
 
-class Read(NamedTuple):
-    """What a site read in one call."""
+class Result(NamedTuple):
+    """What a site leaves after one call."""
 
+    state: State
     rows: int
     time: int
     device: torch.device
@@ -33,19 +34,18 @@ class Read(NamedTuple):
 class Site(nn.Module):
     """A block in another model. It keeps no state: ``call.ModelCall`` passes the state of each call.
 
-    ``path``: of the module it was swapped into. ``key``: tells its states in a cache from those of other sites.
+    ``path``: of the module it was swapped into. ``key``: identifies its states in a cache. ``spec``: the block's
+    description with every field given; ``None`` for a block that was given as a module.
     """
 
-    def __init__(self, block: Block, path: str, how: str, adapter: Adapter) -> None:
+    def __init__(self, block: Block, path: str, how: str, adapter: Adapter, spec: Any) -> None:
         super().__init__()
         self.block = block
-        self.path, self.how, self.adapter = path, how, adapter
+        self.path, self.how, self.adapter, self.spec = path, how, adapter, spec
         self.key = secrets.token_hex(8)
-        self.spec: Any = None
-        """The block's description with every field given; ``None`` for a block that was given as a module."""
 
     def forward(self, x: Any) -> Any:
-        """The identity: a container that calls all of its children in turn is unchanged."""
+        """The identity, so that a container that calls all of its children in turn is unchanged."""
         return x
 
     def run(self, x: Tensor, state: State, mask: Tensor | None) -> tuple[Tensor, State]:
@@ -57,7 +57,7 @@ class Site(nn.Module):
 
     def _cast(self, x: Tensor) -> Tensor:
         parameter = next(self.block.parameters(), None)
-        if parameter is None or x.dtype == parameter.dtype or torch.is_autocast_enabled(x.device.type):
+        if parameter is None or torch.is_autocast_enabled(x.device.type):
             return x
         return x.to(parameter.dtype)
 
@@ -66,17 +66,15 @@ class Site(nn.Module):
 
 
 class Gated(Site):
-    """``gate * block(norm(x))``, which is added to what is there: zero while the gate is zero."""
+    """``gate * block(norm(x))``, which is added to another tensor: zero while the gate is zero."""
 
-    def __init__(self, block: Block, path: str, how: str, adapter: Adapter, *, gate: float) -> None:
-        super().__init__(block, path, how, adapter)
+    def __init__(self, block: Block, path: str, how: str, adapter: Adapter, spec: Any, gate: float) -> None:
+        super().__init__(block, path, how, adapter, spec)
         like = next(block.parameters(), torch.empty(0))
         with torch.device(like.device):
             self.norm = RMSNorm(block.dim).to(like.dtype)
             self.gate = nn.Parameter(torch.full((block.dim,), gate, dtype=like.dtype))
-        if not like.is_meta:
-            with torch.no_grad():
-                self.norm.reset_parameters()
+        self.norm.reset_parameters()
 
     def run(self, x: Tensor, state: State, mask: Tensor | None) -> tuple[Tensor, State]:
         y, after = super().run(self.norm(self._cast(x))[0], state, mask)
@@ -84,17 +82,15 @@ class Gated(Site):
 
 
 class Replacement(Site):
-    """A block in the place of another module, which is kept outside of the model's tree until it is put back.
+    """A block in the place of another module, which is kept outside the model's tree until ``unswap``.
 
     Attributes that callers read (``layer_idx``, ``batch_first``) are the original module's. The original follows the
-    model to other devices and dtypes, and takes its own weights out of a state dict that has them.
+    model to other devices and dtypes, and takes its own weights from a state dict that has them.
     """
 
-    def __init__(self, block: Block, path: str, adapter: Adapter, module: nn.Module, call: Callable[..., Any]) -> None:
-        """``call``: ``call.call_replacement``."""
-        super().__init__(block, path, "replace", adapter)
+    def __init__(self, block: Block, path: str, adapter: Adapter, spec: Any, module: nn.Module) -> None:
+        super().__init__(block, path, "replace", adapter, spec)
         self.__dict__[ORIGINAL] = (module,)
-        self.call = call
         self.register_load_state_dict_pre_hook(_load_original)
 
     @property
@@ -104,11 +100,13 @@ class Replacement(Site):
 
     @property
     def original_has_values(self) -> bool:
-        """False in a model that was saved with the block in the module's place, and read back."""
+        """False in a model that was saved after the swap, and loaded."""
         return not any(parameter.is_meta for parameter in self.original.parameters())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.call(self, args, kwargs)
+        from .call import call_replacement  # which imports this module
+
+        return call_replacement(self, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -149,15 +147,14 @@ class Stateless(Block):
         self.module = module
 
     def forward(self, x: Tensor, state: State = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
-        if mask is not None:
-            x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
-        y = self.module(x)
+        real = torch.ones_like(x[..., :1], dtype=torch.bool) if mask is None else mask.unsqueeze(-1)
+        y = self.module(x.masked_fill(~real, 0.0))
         y = y[0] if isinstance(y, tuple) else y
-        return (y if mask is None else y.masked_fill(~mask.unsqueeze(-1), 0.0)), None
+        return y.masked_fill(~real, 0.0), None
 
 
 def gated_sites(module: nn.Module, *hows: str) -> list[Gated]:
-    """What was put beside, before or after a module, first to last."""
+    """The blocks beside, before or after a module, in the order of their swaps."""
     found = [_in_use(child) for child in module.children()]
     return [site for site in found if isinstance(site, Gated) and site.how in hows]
 
@@ -177,8 +174,8 @@ def make_block(
 ) -> Block:
     """The block for one place. A built module is copied.
 
-    ``layer``: it takes the place of a whole layer, so a description is of a pre-normed residual layer. ``meta``: a
-    description becomes a block on the meta device, without values. Raises ``RecipeError`` or ``SwapError``.
+    ``layer``: it replaces a whole layer, so a description is of a pre-normed residual layer. ``meta``: a description
+    becomes a block on the meta device, without values. Raises ``RecipeError`` or ``SwapError``.
     """
     block: Any
     if isinstance(spec, str | dict | list):
@@ -194,7 +191,7 @@ def make_block(
             torch.manual_seed(seed)
         block = copy.deepcopy(spec) if isinstance(spec, nn.Module) else spec(dim)
     if not isinstance(block, nn.Module):
-        raise SwapError(f"block: the function made {show(block)} of the width {dim}: expected a module")
+        raise SwapError(f"block: the function returned {show(block)} for the width {dim}: expected a module")
     if not is_block(block):
         block = Stateless(block, dim)
     if block.dim != dim:

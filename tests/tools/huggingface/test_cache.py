@@ -82,7 +82,7 @@ def test_padding_is_counted_but_not_read(model: TitansBuildForCausalLM, tokens: 
 def test_an_empty_cache(model: TitansBuildForCausalLM) -> None:
     cache = StateCache()
     assert cache
-    assert (len(cache), cache.get_seq_length(), cache.batch_size, cache.get_max_length()) == (0, 0, -1, -1)
+    assert (cache.get_seq_length(), cache.batch_size, cache.get_max_length()) == (0, -1, -1)
     cache.reorder_cache(torch.tensor([0]))
     assert cache.state is None and not cache.has_previous_state()
     assert repr(cache) == "StateCache(nothing read)"

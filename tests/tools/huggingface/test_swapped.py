@@ -123,7 +123,7 @@ def test_wrong_caches_are_refused(llama: Any, tokens: Tensor) -> None:
         with pytest.raises(SwapError, match="holds no state of this memory"):
             model(tokens[:, :1], past_key_values=foreign)
         mine = model(tokens, use_cache=True).past_key_values
-        with pytest.raises(SwapError, match="a memory cannot unread"):
+        with pytest.raises(SwapError, match="a memory cannot forget"):
             mine.crop(-2)
         # none that was refused has touched the model
         assert torch.equal(model(tokens, past_key_values=DynamicCache()).logits, model(tokens).logits)

@@ -66,7 +66,7 @@ def test_replaced_modules_are_not_saved(llama: Any, tmp_path: Path) -> None:
     model = llama.swapped("beside", "replace")
     model.save_pretrained(tmp_path)
     again = from_pretrained(tmp_path)
-    with pytest.raises(SwapError, match="the module that was replaced was not saved with this model"):
+    with pytest.raises(SwapError, match="the replaced module was not saved with this model"):
         tb.unswap(again)
     # what stood beside others goes
     llama.swapped("beside").save_pretrained(tmp_path)

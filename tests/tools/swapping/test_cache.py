@@ -163,7 +163,7 @@ def test_cropping_a_cache_is_refused(llama, text, how):
     model, t = llama(how=how), text()
     cache = model(t[:, :4], use_cache=True).past_key_values
     cache.crop(0)
-    with pytest.raises(SwapError, match=r"crop\(-1\): a memory cannot unread"):
+    with pytest.raises(SwapError, match=r"crop\(-1\): a memory cannot forget"):
         cache.crop(-1)
     if how == "beside":  # whose keys have been cropped by then
         with pytest.raises(SwapError, match="holds 3 tokens, and the memory's states in it have read 4"):

@@ -82,7 +82,7 @@ def test_a_record_repeats_the_swap(plain, tokens):
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(t), model(t))
     given = tb.swap(plain(), "layers.0", nn.Linear(DIM, DIM), "beside")
-    with pytest.raises(SwapError, match="given as a module, which cannot be written down"):
+    with pytest.raises(SwapError, match="was given as a module, and has no record"):
         given.record  # noqa: B018
 
 
@@ -135,7 +135,7 @@ def test_several_swaps_on_one_module(plain, tokens):
     second = tb.swap(model, ["layers.0", "layers.1"], "ffn", "replace")
     third = tb.swap(model, "layers.0", MEMORY, "after", gate=1.0)
     assert swaps(model) == [first, second, third]
-    with pytest.raises(SwapError, match=r"later swap at layers\.0 stands on that at layers\.0"):
+    with pytest.raises(SwapError, match=r"there is a later swap at layers\.0: undo it before the one at layers\.0"):
         tb.unswap(model, first)
     tb.unswap(model, third)
     tb.unswap(model, second)
@@ -238,7 +238,7 @@ def test_a_replaced_module_follows_the_model(plain):
         ({"block": {"type": "memori"}}, "layers.1: type: unknown block 'memori'; did you mean 'memory'"),
         ({"block": {"type": "memory", "heads": 3}}, "layers.0: heads: 3 heads do not divide the width 16"),
         ({"block": 3}, "block: expected a description"),
-        ({"block": lambda dim: dim}, "the function made 16 of the width 16: expected a module"),
+        ({"block": lambda dim: dim}, "the function returned 16 for the width 16: expected a module"),
         ({"block": tb.build_block(MEMORY, dim=8)}, "NeuralMemory is of dim 8, expected 16"),
         ({"adapter": "hf_atention"}, "unknown 'hf_atention'; did you mean 'hf_attention'"),
         ({"adapter": {"argumnt": "x"}}, "unknown field 'argumnt'; did you mean 'argument'"),
@@ -285,7 +285,7 @@ def test_models_that_cannot_be_swapped_into(plain):
         tb.swap(torch.compile(plain()), "layers.*", MEMORY)
     with pytest.raises(SwapError, match="is changed in its recipe"):
         tb.swap(tb.build("lmm", device="meta"), "layers.*", MEMORY)
-    with pytest.raises(SwapError, match=r"needs input2 as well, which a block in its place would not read"):
+    with pytest.raises(SwapError, match=r"also needs input2, which a block in its place does not read"):
         tb.swap(nn.ModuleDict({"both": nn.Bilinear(DIM, DIM, DIM)}), "both", MEMORY)
     holder = nn.ModuleDict({"block": tb.build_block("ffn", dim=DIM)})
     with pytest.raises(SwapError, match="blocks nest in a recipe"):

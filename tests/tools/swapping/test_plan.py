@@ -11,7 +11,7 @@ MEMORY = {"type": "memory", "heads": 2, "chunk": 4}
 
 
 def paths(model, where, **choice):
-    return [path for path, _ in match(model, where, **choice)]
+    return list(match(model, where, **choice))
 
 
 def test_patterns(plain):
@@ -34,7 +34,7 @@ def test_patterns(plain):
         ("head.weight", "(at head there are: none)"),
         ("**.attention", "matches no module"),
         (["layers.*", "layers.1"], "layers.1 is matched twice: by 'layers.*' and by 'layers.1'"),
-        (["layers.1", "layers.1.0"], "layers.1.0 is inside of layers.1, which is matched, too"),
+        (["layers.1", "layers.1.0"], "layers.1.0 is inside layers.1, which is matched, too"),
         ("", "expected a pattern such as"),
         ([], "expected a pattern such as"),
         ([3], "expected a pattern such as"),
