@@ -13,7 +13,7 @@ from torch import nn
 from ...blocks import Block, LanguageModel
 from ...registry import RecipeError, nearest, show, validate
 from .adapter import Adapter, SwapError, as_adapter
-from .call import HOOKS
+from .call import HOOKS, call_replacement
 from .config_record import record_swaps
 from .infer import check_adapter, device_and_dtype, infer_adapter, input_width, output_width
 from .plan import HOWS, Plan, Row, match
@@ -248,7 +248,7 @@ def _install(model: nn.Module, row: Row, block: Block, applied: Applied) -> None
     training, name = module.training, row.path
     site: Site
     if plan.how == "replace":
-        site = Replacement(block, row.path, row.adapter, plan.block, module)
+        site = Replacement(block, row.path, row.adapter, plan.block, module, call_replacement)
         model.set_submodule(name, site)
         module = site
     else:

@@ -88,9 +88,12 @@ class Replacement(Site):
     model to other devices and dtypes, and takes its own weights from a state dict that has them.
     """
 
-    def __init__(self, block: Block, path: str, adapter: Adapter, spec: Any, module: nn.Module) -> None:
+    def __init__(
+        self, block: Block, path: str, adapter: Adapter, spec: Any, module: nn.Module, call: Callable[..., Any]
+    ) -> None:
+        """``call``: ``call.call_replacement``, which this file cannot import."""
         super().__init__(block, path, "replace", adapter, spec)
-        self.__dict__[ORIGINAL] = (module,)
+        self.__dict__[ORIGINAL], self.call = (module,), call
         self.register_load_state_dict_pre_hook(_load_original)
 
     @property
@@ -104,9 +107,7 @@ class Replacement(Site):
         return not any(parameter.is_meta for parameter in self.original.parameters())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        from .call import call_replacement  # which imports this module
-
-        return call_replacement(self, args, kwargs)
+        return self.call(self, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:
