@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from xml.etree import ElementTree
+from xml.sax.saxutils import escape
 
 INK, FAINT, FLOW, FRAME = "#1f2937", "#6b7280", "#475569", "#cbd5e1"
 COLOURS = {  # fill, edge
@@ -92,24 +93,15 @@ class Canvas:
 
     def document(self, width: float, height: float, title: str) -> str:
         """The finished file."""
-        size = {"width": f"{width:.0f}", "height": f"{height:.0f}"}
-        root = ElementTree.Element(
-            "svg",
-            {"xmlns": "http://www.w3.org/2000/svg", **size, "viewBox": f"0 0 {width:.0f} {height:.0f}"}
-            | {"font-family": FONT, "role": "img"},
+        head = (
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
+            f'viewBox="0 0 {width:.0f} {height:.0f}" font-family="{FONT}" role="img">\n<title>{escape(title)}</title>\n'
+            '<defs><marker id="arrow" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="6.5" markerHeight="6.5" '
+            f'orient="auto-start-reverse"><path d="M0 0.6L8 4L0 7.4z" fill="{FLOW}"/></marker></defs>\n'
+            f'<rect width="{width:.0f}" height="{height:.0f}" fill="#ffffff"/>'
         )
-        ElementTree.SubElement(root, "title").text = title
-        arrow = ElementTree.SubElement(
-            ElementTree.SubElement(root, "defs"),
-            "marker",
-            {"id": "arrow", "viewBox": "0 0 8 8", "refX": "7", "refY": "4", "markerWidth": "6.5"}
-            | {"markerHeight": "6.5", "orient": "auto-start-reverse"},
-        )
-        ElementTree.SubElement(arrow, "path", {"d": "M0 0.6L8 4L0 7.4z", "fill": FLOW})
-        ElementTree.SubElement(root, "rect", {**size, "fill": "#ffffff"})
-        root.extend(self.marks)
-        ElementTree.indent(root, "")
-        return ElementTree.tostring(root, encoding="unicode") + "\n"
+        marks = (ElementTree.tostring(mark, encoding="unicode") for mark in self.marks)
+        return "\n".join([head, *marks, "</svg>\n"])
 
 
 def _towards(corner: tuple[float, float], other: tuple[float, float], distance: float = 7) -> tuple[float, float]:

@@ -274,6 +274,11 @@ def _rainbow(share: float) -> str:
     return f"#{red:02x}{green:02x}{blue:02x}"
 
 
+def first_rows(analysis: dict[str, Any]) -> np.ndarray:
+    """The first row of each memory in a heat map, and the number of all rows."""
+    return np.cumsum([0, *(memory["heads"] for memory in analysis["memories"])])
+
+
 def positions(analysis: dict[str, Any]) -> np.ndarray:
     """Of the centres of the bins; a bin of one token is at the token's position."""
     text = analysis["text"]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..extras import from_extra
-from .figures import MAX_LINES, TEXTS, Figure, Line, branch_norms, figures, is_wide
+from .figures import MAX_LINES, TEXTS, Figure, Line, branch_norms, figures, first_rows, is_wide
 from .recording import QUANTITIES
 
 DASHES = ("solid", "dash", "dot", "dashdot")
@@ -289,7 +289,7 @@ def _add_heat_map(analysis: dict[str, Any], figure: Figure, plot: Any) -> None:
     """The heat map above the lines, over one axis, and beside the lines the distribution of their values."""
     from plotly.graph_objects import Bar, Heatmap
 
-    table, starts = figure.table.astype(float), _first_rows(analysis)
+    table, starts = figure.table.astype(float), first_rows(analysis)
     if figure.log_y:
         table = np.log10(np.where(table > 0, table, np.nan))
     rows = min(len(table), 32)
@@ -339,17 +339,12 @@ def _add_heat_map(analysis: dict[str, Any], figure: Figure, plot: Any) -> None:
         plot.add_hline(start - 0.5, yref="y2", line={"color": "white", "width": 2})
 
 
-def _first_rows(analysis: dict[str, Any]) -> np.ndarray:
-    """Of each memory in a heat map, and the number of all rows."""
-    return np.cumsum([0, *(memory["heads"] for memory in analysis["memories"])])
-
-
 def _add_memory_menu(analysis: dict[str, Any], figure: Figure, plot: Any) -> None:
     """Choose the memory whose lines are shown."""
     owned = [index for index, trace in enumerate(plot.data) if trace.meta is not None]
     if len({plot.data[index].meta for index in owned}) < 2:
         return
-    many, starts = len({line.label for line in figure.lines}) > MAX_LINES, _first_rows(analysis)
+    many, starts = len({line.label for line in figure.lines}) > MAX_LINES, first_rows(analysis)
     buttons = []
     for chosen, label in enumerate(["all memories", *(memory["label"] for memory in analysis["memories"])]):
         listed = not many or chosen > 0

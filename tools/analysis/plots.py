@@ -11,7 +11,7 @@ import numpy as np
 
 from .. import plotting
 from ..plotting import DASHES
-from .figures import MAX_LINES, Figure, figures
+from .figures import MAX_LINES, Figure, figures, first_rows
 
 MAX_POINTS = 300
 """Of a line; longer ones are averaged."""
@@ -21,7 +21,9 @@ def draw(analysis: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
     """Yields names and contents of files."""
     labels = [memory["label"] for memory in analysis["memories"]]
     for figure in figures(analysis):
-        plot = partial(_heat_map, figure, labels) if figure.is_heat_map else partial(_lines, figure)
+        plot = (
+            partial(_heat_map, figure, labels, first_rows(analysis)) if figure.is_heat_map else partial(_lines, figure)
+        )
         for ending, content in plotting.draw(plot).items():
             yield f"{figure.name}.{ending}", content
 
@@ -48,7 +50,7 @@ def _lines(figure: Figure, axes: Any) -> None:
         axes.legend(**(outside if len(figure.lines) > 3 else {}))
 
 
-def _heat_map(figure: Figure, labels: list[str], axes: Any) -> None:
+def _heat_map(figure: Figure, labels: list[str], edges: np.ndarray, axes: Any) -> None:
     from matplotlib.colors import LogNorm
 
     table, x = figure.table, figure.lines[0].x
@@ -56,7 +58,6 @@ def _heat_map(figure: Figure, labels: list[str], axes: Any) -> None:
         np.where(table > 0, table, np.nan) if figure.log_y else table, aspect="auto", interpolation="nearest",
         cmap="viridis", extent=(0, x[0] + x[-1] + 1, len(table), 0), norm=LogNorm() if figure.log_y else None,
     )  # fmt: skip
-    edges = np.searchsorted([line.memory for line in figure.lines], range(len(labels) + 1))
     axes.set_yticks((edges[1:] + edges[:-1]) / 2, labels)
     for start in edges[1:-1]:
         axes.axhline(start, color="white", linewidth=1.5)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,15 +11,14 @@ from torch import Tensor
 from ...blocks.memory_ablation import SHORTEST, next_tokens
 from ...registry import show
 from ..data import open_source
-from ..inference.tokenizer import ByteTokenizer, IdTokenizer, Tokenizer, open_tokenizer
+from ..inference.session import Text
+from ..inference.tokenizer import ByteTokenizer, IdTokenizer, Tokenizer, check_ids, open_tokenizer
 from ..terminal import UsageError
 
 ROWS = 32
 """Rows of a generated task or of shuffled windows: the first is shown, all count for the losses."""
 LEAD = 16
 """Tokens that are decoded before others, as a character may begin in them."""
-BLOCK = 1 << 16
-"""Bytes that are read from a file at once."""
 
 
 class Sample(NamedTuple):
@@ -47,24 +46,16 @@ class Sample(NamedTuple):
 
 def from_file(path: str, tokenizer: Tokenizer, vocab: int, max_tokens: int) -> Sample:
     """The first tokens of a file. Raises ``UsageError`` where it is unreadable, short, or not in the vocabulary."""
-    parts, count = [], 0
-    try:
-        for part in tokenizer.encode(_blocks(path)):
-            parts.append(part)
-            count += len(part)
-            if count > max_tokens:
-                break
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-    tokens = torch.cat([*parts, torch.empty(0, dtype=torch.int64)])[:max_tokens].unsqueeze(0)
+    parts, count = [torch.empty(0, dtype=torch.int64)], 0
+    for part in tokenizer.encode(Text([path], [], "TEXTFILE")):
+        parts.append(part)
+        count += len(part)
+        if count > max_tokens:
+            break
+    tokens = torch.cat(parts)[:max_tokens].unsqueeze(0)
+    check_ids(tokens[0], vocab, path)
     unit = "byte" if isinstance(tokenizer, ByteTokenizer) else "token"
     _check_length(path, tokens.shape[1], unit)
-    if int(tokens.max()) >= vocab:
-        at = int((tokens[0] >= vocab).nonzero()[0])
-        raise UsageError(
-            f"{path}: {unit} {at:,} is {int(tokens[0, at])}, outside the model's vocabulary of {vocab} "
-            f"(0 to {vocab - 1}): expected a text as the model was trained on (--tokenizer, or --data SPEC)"
-        )
     words = _words(tokenizer, tokens[0].tolist())
     return Sample(path, tokens, next_tokens(tokens), None, words, unit, count > max_tokens)
 
@@ -102,12 +93,6 @@ def from_data(
     _check_length(name, len(real), unit)
     words = _words(tokenizer, real.tolist())
     return Sample(name, tokens, targets, None if bool(mask.all()) else mask, words, unit, truncated)
-
-
-def _blocks(path: str) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            yield block
 
 
 def _words(tokenizer: Tokenizer, tokens: list[int]) -> Callable[[int, int], list[str]]:

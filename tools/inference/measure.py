@@ -15,7 +15,7 @@ from ...registry import show
 from ..plotting import COLOURS, draw
 from ..terminal import Columns, CommandFailed, UsageError, count, say, say_columns, say_json
 from .reading import DOUBLING, Bucket, Perplexity, Reading, perplexity
-from .session import Session, Text, reading_progress
+from .session import Session, Text, reading_progress, usage_errors
 from .tokenizer import IdTokenizer
 
 UNITS = {"": 1, "k": 2**10, "m": 2**20}
@@ -144,19 +144,11 @@ def _plot(report: dict[str, Any], path: str) -> None:
             edges, values = steps_of(curve)
             axes.stairs(values, edges, baseline=None, color=colour, linewidth=2, label=label)
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(lambda position, _: _short(position))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set(xlabel="position in the text (tokens)", ylabel=unit)
         axes.set_title(f"{title}: {unit}", parse_math=False)
         axes.legend()
 
-    try:
-        with atomic_write(Path(path)) as temporary:
-            temporary.write_bytes(draw(plot, formats=["svg"], size=(7.2, 4.0))["svg"])
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--plot {path}: {getattr(error, 'strerror', None) or error}") from None
-
-
-def _short(position: float) -> str:
-    """``512``, ``16k``, ``1M``."""
-    size, unit = next(((s, u) for s, u in ((2**20, "M"), (2**10, "k")) if position >= s), (1, ""))
-    return f"{position / size:g}{unit}"
+    picture = draw(plot, formats=["svg"], size=(7.2, 4.0))["svg"]
+    with usage_errors(f"--plot {path}"), atomic_write(Path(path)) as temporary:
+        temporary.write_bytes(picture)

@@ -174,7 +174,4 @@ def _losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _exp(loss: float) -> float:
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf
+    return float(torch.tensor(loss, dtype=torch.float64).exp())  # infinity where math.exp raises

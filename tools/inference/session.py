@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import io
+import itertools
 import os
 import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,7 +19,7 @@ from torch import Tensor
 from ... import recipes
 from ...blocks.generation import Sampler, steps
 from ...blocks.language_model import LanguageModel
-from ...blocks.state import State, batch_size, named_tensors
+from ...blocks.state import batch_size, named_tensors
 from ...recipes import StorageError, packaged_names
 from ...recipes.parse import read_file
 from ...recipes.saved_format import INDEX, STATE_FORMAT
@@ -27,7 +28,7 @@ from ..options import placement
 from ..terminal import CommandFailed, UsageError, console
 from ..training.run_folder import RUN, is_run
 from .reading import PIECE, Reading, position, readings, split
-from .tokenizer import Tokenizer, open_tokenizer
+from .tokenizer import Tokenizer, check_ids, open_tokenizer
 
 MODEL = "model"
 """The model's folder inside of a run's."""
@@ -40,6 +41,16 @@ MAX_CANDIDATES = 1000
 BLOCK = 2**16
 """Bytes that are read from a file at once."""
 STANDARD_INPUT = "-"
+
+
+@contextlib.contextmanager
+def usage_errors(subject: str) -> Iterator[None]:
+    """Turn errors of the file system inside the block into ``UsageError``, which begins with ``subject``."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{subject}: {getattr(error, 'strerror', None) or error}") from None
+
 
 # -- the model ---------------------------------------------------------------------------------------------------------
 
@@ -64,31 +75,30 @@ def open_model(
 def find_model(name: str) -> Path:
     """The folder of a saved model, or that of the model of a run. Raises ``UsageError`` with the nearest name."""
     folder = Path(name)
-    try:
-        if (folder / INDEX).exists():
-            return folder
-        if (folder / MODEL / INDEX).exists():
-            return folder / MODEL
-        if is_run(folder):
-            raise UsageError(
-                f"{name}: this run has not saved its model yet (no {MODEL}/{INDEX}), which it does at its end"
-            )
-        if folder.is_dir():
-            inside = _models_in(folder)
-            hint = f"; did you mean {str(folder / inside[0])!r}?" if inside else ""
-            raise UsageError(f"{name}: no saved model is in this folder (no {INDEX}){hint}")
-        if folder.exists():
-            hint = f"; its folder is {str(folder.parent)!r}" if folder.name == INDEX else ""
-            raise UsageError(f"{name}: a file; expected the folder of a saved model{hint}")
-        if name in packaged_names():
-            raise UsageError(
-                f"{name}: a recipe, not a saved model: `titans-build {name} --out DIR` saves one with fresh weights, "
-                "titans-train a trained one"
-            )
-        hint = nearest(folder.name, _models_in(folder.parent)) if folder.parent.is_dir() else ""
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{name}: {getattr(error, 'strerror', None) or error}") from None
-    raise UsageError(f"{name}: no such folder{hint}; expected a saved model, or the folder of a titans-train run")
+    with usage_errors(name):
+        for place in (folder, folder / MODEL):
+            if (place / INDEX).exists():
+                return place
+        raise UsageError(f"{name}: {_why_no_model(folder)}")
+
+
+def _why_no_model(folder: Path) -> str:
+    if is_run(folder):
+        return f"this run has not saved its model yet (no {MODEL}/{INDEX}), which it does at its end"
+    if folder.is_dir():
+        inside = _models_in(folder)
+        hint = f"; did you mean {str(folder / inside[0])!r}?" if inside else ""
+        return f"no saved model is in this folder (no {INDEX}){hint}"
+    if folder.exists():
+        hint = f"; its folder is {str(folder.parent)!r}" if folder.name == INDEX else ""
+        return f"a file; expected the folder of a saved model{hint}"
+    if str(folder) in packaged_names():
+        return (
+            f"a recipe, not a saved model: `titans-build {folder} --out DIR` saves one with fresh weights, "
+            "titans-train a trained one"
+        )
+    hint = nearest(folder.name, _models_in(folder.parent)) if folder.parent.is_dir() else ""
+    return f"no such folder{hint}; expected a saved model, or the folder of a titans-train run"
 
 
 def _tokenizer_of(run: Path) -> str | None:
@@ -105,13 +115,8 @@ def _tokenizer_of(run: Path) -> str | None:
 
 def _models_in(folder: Path) -> list[str]:
     """Names of the folders in ``folder`` that hold a model, or a run with one."""
-    found = []
-    for index, place in enumerate(folder.iterdir()):
-        if index >= MAX_CANDIDATES:
-            break
-        if (place / INDEX).exists() or (place / MODEL / INDEX).exists():
-            found.append(place.name)
-    return sorted(found)
+    places = itertools.islice(folder.iterdir(), MAX_CANDIDATES)
+    return sorted(place.name for place in places if (place / INDEX).exists() or (place / MODEL / INDEX).exists())
 
 
 # -- the text ----------------------------------------------------------------------------------------------------------
@@ -134,7 +139,10 @@ class Text:
 
     def __iter__(self) -> Iterator[bytes]:
         for name in self.files:
-            with self._usage_errors(name), _opened(name) as file:
+            if name == STANDARD_INPUT and sys.stdin is None:
+                raise UsageError("standard input is closed: give a prompt or --file FILE")
+            with usage_errors(f"{self.option} {name}"), contextlib.ExitStack() as opened:
+                file: Any = sys.stdin.buffer if name == STANDARD_INPUT else opened.enter_context(open(name, "rb"))
                 # read1 returns what a pipe holds now instead of waiting for a full block
                 while block := file.read1(BLOCK):
                     self.read += len(block)
@@ -146,7 +154,7 @@ class Text:
     def _size(self, name: str) -> int | None:
         if name == STANDARD_INPUT:
             return None
-        with self._usage_errors(name):
+        with usage_errors(f"{self.option} {name}"):
             found = os.stat(name)
             if stat.S_ISDIR(found.st_mode):
                 raise UsageError(f"{self.option} {name}: a folder; expected a file")
@@ -154,25 +162,6 @@ class Text:
                 return None
             with open(name, "rb"):
                 return found.st_size
-
-    @contextlib.contextmanager
-    def _usage_errors(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{self.option} {name}: {getattr(error, 'strerror', None) or error}") from None
-
-
-@contextlib.contextmanager
-def _opened(name: str) -> Iterator[io.BufferedReader]:
-    if name == STANDARD_INPUT:
-        if sys.stdin is None:
-            raise UsageError("standard input is closed: give a prompt or --file FILE")
-        assert isinstance(sys.stdin.buffer, io.BufferedReader)
-        yield sys.stdin.buffer
-        return
-    with open(name, "rb") as file:
-        yield file
 
 
 @contextlib.contextmanager
@@ -228,7 +217,7 @@ class Session:
         """``text`` in token ids ``[1, time]`` on the model's device, in pieces of ``PIECE`` tokens."""
         held: list[Tensor] = []
         for ids in self.tokenizer.encode(text):
-            self._check_ids(ids)
+            check_ids(ids, self.model.vocab, f"--tokenizer {self.tokenizer.name}")
             held.append(ids)
             if sum(map(len, held)) >= PIECE:
                 joined = torch.cat(held)
@@ -272,7 +261,10 @@ class Session:
 
     def save(self, path: Path) -> None:
         """Write the state to a file atomically. Raises ``CommandFailed`` for a state with NaN or infinity."""
-        state = self.reading.state if self.reading.state is not None else self._initial_state()
+        state = self.reading.state
+        if state is None:
+            with torch.no_grad():
+                state = self.model.init_state(1)
         for name, tensor in named_tensors(state):
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                 raise CommandFailed(
@@ -284,45 +276,28 @@ class Session:
         """Return to the initial state."""
         self.reading, self.loaded_position = Reading(None, None, 0), 0
 
-    def _initial_state(self) -> State:
-        with torch.no_grad():
-            return self.model.init_state(1)
-
-    def _check_ids(self, ids: Tensor) -> None:
-        vocab = self.model.vocab
-        assert vocab is not None
-        if len(ids) and int(ids.max()) >= vocab:
-            raise UsageError(
-                f"--tokenizer {self.tokenizer.name}: token id {int(ids.max())} is outside of the model's vocabulary of "
-                f"{vocab:,} (0 to {vocab - 1:,})"
-            )
-
 
 def check_state_file(path: Path, option: str) -> None:
     """Raise ``UsageError`` where a state could not be written to ``path``, or would replace another kind of file."""
     check_writable(path, option)
-    if path.is_file() and not _is_state(path, option):
+    if not path.is_file():
+        return
+    with usage_errors(f"{option} {path}"):
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                is_state = (file.metadata() or {}).get("format") == STATE_FORMAT
+        except SafetensorError:
+            is_state = False
+    if not is_state:
         raise UsageError(f"{option} {path}: there is a file that is no saved state, which would be replaced")
 
 
 def check_writable(path: Path, option: str) -> None:
     """Raise ``UsageError`` where no file could be written to ``path``."""
-    try:
+    with usage_errors(f"{option} {path}"):
         if path.is_dir():
             raise UsageError(f"{option} {path}: a folder; expected the name of a file")
         if not path.absolute().parent.is_dir():
             raise UsageError(f"{option} {path}: there is no folder {path.absolute().parent}")
         if not os.access(path.resolve().parent, os.W_OK | os.X_OK):
             raise UsageError(f"{option} {path}: {path.resolve().parent} cannot be written to")
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{option} {path}: {getattr(error, 'strerror', None) or error}") from None
-
-
-def _is_state(path: Path, option: str) -> bool:
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return (file.metadata() or {}).get("format") == STATE_FORMAT
-    except SafetensorError:
-        return False
-    except OSError as error:
-        raise UsageError(f"{option} {path}: {error.strerror or error}") from None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -95,19 +96,7 @@ class IdTokenizer:
         return torch.tensor([int(word) for word in words], dtype=torch.int64)
 
     def decoder(self) -> Decoder:
-        return _IdDecoder()
-
-
-class _IdDecoder:
-    def __init__(self) -> None:
-        self.separator = ""
-
-    def feed(self, token: int) -> str:
-        separator, self.separator = self.separator, " "
-        return f"{separator}{token}"
-
-    def finish(self) -> str:
-        return ""
+        return _Decoder(lambda ids: " ".join(map(str, ids)))
 
 
 class FileTokenizer:
@@ -140,14 +129,14 @@ class FileTokenizer:
         return torch.tensor(ids, dtype=torch.int64)
 
     def decoder(self) -> Decoder:
-        return _FileDecoder(self.tokenizer)
+        return _Decoder(partial(self.tokenizer.decode, skip_special_tokens=False))
 
 
-class _FileDecoder:
+class _Decoder:
     """A token's text depends on those before it (a space) and may need those after it (the rest of a character)."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, text_of: Callable[[list[int]], str]) -> None:
+        self.text_of = text_of
         self.previous: list[int] = []
         self.pending: list[int] = []
 
@@ -164,8 +153,14 @@ class _FileDecoder:
         return text
 
     def _text(self) -> str:
-        known = self.tokenizer.decode(self.previous, skip_special_tokens=False)
-        return str(self.tokenizer.decode(self.previous + self.pending, skip_special_tokens=False))[len(known) :]
+        return self.text_of(self.previous + self.pending)[len(self.text_of(self.previous)) :]
+
+
+def check_ids(ids: Tensor, vocab: int | None, source: str) -> None:
+    """Raise ``UsageError``, which begins with ``source``, for ids outside of a model's vocabulary."""
+    if vocab is not None and len(ids) and int(ids.max()) >= vocab:
+        allowed = f"the model's vocabulary of {vocab:,} (0 to {vocab - 1:,})"
+        raise UsageError(f"{source}: token id {int(ids.max())} is outside of {allowed}")
 
 
 def open_tokenizer(name: str, vocab: int) -> Tokenizer:

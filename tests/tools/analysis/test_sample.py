@@ -35,7 +35,7 @@ def test_invalid_files_are_refused(tmp_path: Path) -> None:
         from_file(str(short), ByteTokenizer(), 256, 100)
     with pytest.raises(UsageError, match=r"nothing\.txt: No such file"):
         from_file(str(tmp_path / "nothing.txt"), ByteTokenizer(), 256, 100)
-    with pytest.raises(UsageError, match=r"token 60 is 99, outside the model's vocabulary of 10 \(0 to 9\)"):
+    with pytest.raises(UsageError, match=r"token id 99 is outside of the model's vocabulary of 10 \(0 to 9\)"):
         from_file(str(ids), IdTokenizer(), 10, 100)
     assert from_file(str(ids), IdTokenizer(), 100, 100).words(59, 61) == ["3 ", "99 "]
 
