@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 import titans_build as tb
 from titans_build.blocks.freezing import freeze
 from titans_build.tools.data.files import standard_library
+from titans_build.tools.gpu.report import installed
 
 MEMORY = {"type": "memory", "heads": 4, "chunk": 16}
 FAMILIES = ("llama", "qwen", "mistral", "gpt2")
@@ -185,22 +185,11 @@ def layer_steps(case: str, quick: bool) -> dict[str, Callable[[], Any]]:
 
 def overhead(quick: bool) -> list[measure.Result]:
     steps = {case: layer_steps(case, quick) for case in CASES}
-    found = []
-    for kind in steps[CASES[0]]:
-        samples = measure.interleave({case: steps[case][kind] for case in CASES}, 0 if quick else SECONDS)
-        for case in CASES:
-            ratios = [own / plain for own, plain in zip(samples[case], samples[CASES[0]])]
-            found.append(
-                {
-                    "kind": kind,
-                    "case": case,
-                    "seconds": statistics.median(samples[case]),
-                    "ratio": statistics.median(ratios),
-                    "rounds": len(ratios),
-                    "peak": measure.peak_memory(__file__, [case, kind], quick),
-                }
-            )
-    return found
+    return [
+        {"kind": kind, "case": case, **row, "peak": measure.peak_memory(__file__, [case, kind], quick)}
+        for kind in steps[CASES[0]]
+        for case, row in measure.compare({case: steps[case][kind] for case in CASES}, 0 if quick else SECONDS).items()
+    ]
 
 
 # -- the tables --------------------------------------------------------------------------------------------------------
@@ -244,7 +233,7 @@ def tables(results: measure.Result) -> dict[str, str]:
 
 
 def measured(arguments: argparse.Namespace, results: measure.Result) -> measure.Result:
-    results["environment"]["versions"]["transformers"] = measure.installed("transformers")
+    results["environment"]["versions"]["transformers"] = installed("transformers")
     families = []
     for family in FAMILIES:
         families.append(family_row(family, arguments.quick))

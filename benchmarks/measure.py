@@ -13,18 +13,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-ROOT = Path(__file__).parent.parent
 MATRIX = 2048
 """Side of the square float32 product whose rate is the machine's."""
 TITANS_PYTORCH = "titans-pytorch"
-WRITTEN = ("results", "plots", "README.md")
 
 Result = dict[str, Any]
 
@@ -77,13 +73,12 @@ def benchmark(
 
 def write(results: Result, path: Path | None) -> None:
     """Write the results atomically."""
+    from titans_build.tools.gpu.report import write_json
+
     results["environment"]["load"].append(os.getloadavg()[0])
     results["seconds"] = round(time.perf_counter() - _BEGAN)
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_json(path, results)
         say(f"written: {path}")
     say(f"took {results['seconds']} s")
 
@@ -96,13 +91,10 @@ _BEGAN = time.perf_counter()
 
 def environment() -> Result:
     """Versions, commit and machine."""
+    from titans_build.tools.gpu import report
+
     return {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "commit": _git("rev-parse", "HEAD"),
-        # results, their plots and their page change with every run
-        "modified": bool(_git("status", "--porcelain", "--", ".", *(f":!benchmarks/{name}" for name in WRITTEN))),
-        "python": platform.python_version(),
-        "versions": {name: installed(name) for name in ("titans-build", "torch", TITANS_PYTORCH)},
+        **report.environment(("titans-build", "torch", TITANS_PYTORCH)),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
@@ -112,14 +104,6 @@ def environment() -> Result:
     }
 
 
-def installed(name: str) -> str | None:
-    """The installed version of a distribution, or ``None``."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 def missing() -> dict[str, str]:
     """What cannot be compared with here, and why: ``{name: reason}``."""
     try:
@@ -127,11 +111,6 @@ def missing() -> dict[str, str]:
     except ImportError as error:
         return {TITANS_PYTORCH: f"{error}; pip install titans-pytorch==0.5.5"}
     return {}
-
-
-def _git(*words: str) -> str | None:
-    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _cpu() -> str:
@@ -172,6 +151,20 @@ def interleave(
             cases[name]()
             samples[name].append(clock() - start)
     return samples
+
+
+def compare(cases: dict[str, Callable[[], Any]], seconds: float) -> dict[str, Result]:
+    """Median seconds of each case, and the median over the rounds of its time over that of the first case."""
+    samples = interleave(cases, seconds)
+    first = next(iter(samples.values()))
+    return {
+        name: {
+            "seconds": statistics.median(taken),
+            "ratio": statistics.median(a / b for a, b in zip(taken, first)),
+            "rounds": len(taken),
+        }
+        for name, taken in samples.items()
+    }
 
 
 def summary(samples: Sequence[float]) -> Result:
@@ -291,12 +284,11 @@ def machine_table(results: Result, rates: Sequence[float]) -> str:
 
 def goal(
     what: str, wanted: str, values: Iterable[float], met: Callable[[float], bool], form: str = "{:.2f}"
-) -> list[str]:
+) -> tuple[str, ...]:
     """A row of a table of goals: the range that was measured, and whether all of it meets the goal."""
     from titans_build.tools.gpu.goals import goal_of
 
-    found = goal_of(what, wanted, values, met, form)
-    return [what, wanted, found.reached, {None: "", True: "yes", False: "no"}[found.met]]
+    return goal_of(what, wanted, values, met, form).cells
 
 
 GOALS = ("goal", "wanted", "measured", "met")

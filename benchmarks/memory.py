@@ -220,59 +220,50 @@ def lever(sizes: Sizes) -> list[measure.Result]:
 # -- the tables --------------------------------------------------------------------------------------------------------
 
 
+Series = dict[int, measure.Result]
+"""The rows of one case by length."""
+
+
 def tables(results: measure.Result) -> dict[str, str]:
-    found = {Case(*(row[field] for field in Case._fields)): row for row in results["times"]}
-    median = {case: row["seconds"]["median"] for case, row in found.items()}
-    lengths = sorted({case.length for case in found})
-    compared = [length for length in lengths if length <= results["compared"]]
+    series: dict[Case, Series] = {}
+    for row in results["times"]:
+        case = Case(*(row[field] for field in Case._fields))
+        series.setdefault(case._replace(length=0), {})[case.length] = row
+    lengths = sorted({length for rows in series.values() for length in rows})
+    compared = results["compared"]
 
-    def row_of(case: Case) -> list[object]:
-        cells: list[object] = []
-        spread = 0.0
-        for length in lengths:
-            here = found.get(case._replace(length=length))
-            if here is None:
-                cells.append(None)
-                continue
-            seconds = here["seconds"]
-            spread = max(spread, (seconds["high"] - seconds["low"]) / seconds["median"])
-            floor = here["flops"] and here["flops"] / here["rate"]
-            cells.append(
-                measure.milliseconds(seconds["median"]) + (f" ({floor / seconds['median']:.0%})" if floor else "")
-            )
-        measured = [n for n in compared if case._replace(length=n) in median]
-        power = exponent(measured, [median[case._replace(length=n)] for n in measured])
-        return [*cells, f"{spread:.0%}", f"{power:.2f}" if power else None]
-
-    def rows(backward: bool) -> list[list[object]]:
-        wanted = dict.fromkeys(case._replace(length=0) for case in found if case.backward == backward)
-        return [[KINDS[case.kind], case.expansion, case.chunk, *row_of(case)] for case in wanted]
+    def times(backward: bool) -> list[list[object]]:
+        return [
+            [KINDS[case.kind], case.expansion, case.chunk]
+            + [_time(rows[length]) if length in rows else None for length in lengths]
+            + [f"{max(map(_spread, rows.values())):.0%}", f"{power:.2f}" if power else None]
+            for case, rows in series.items()
+            if case.backward == backward
+            for power in [_exponent(rows, compared)]
+        ]
 
     ratios = []
     for kind in ("package", "attention"):
-        for case in dict.fromkeys(case._replace(length=0) for case in found if case.kind == "block"):
-            other = case._replace(kind=kind) if kind == "package" else Case(kind, 0, case.backward)
-            pairs = [(case._replace(length=n), other._replace(length=n)) for n in lengths]
-            cells = [f"{median[b] / median[a]:.2f}" if a in median and b in median else None for a, b in pairs]
-            if any(cells):
-                ratios.append([KINDS[kind], _pass(case.backward), case.expansion, case.chunk, *cells])
+        for case, rows in series.items():
+            if case.kind == "block":
+                faster = _times_faster(rows, series.get(_other(case, kind), {}))
+                cells = [f"{faster[length]:.2f}" if length in faster else None for length in lengths]
+                if faster:
+                    ratios.append([KINDS[kind], _pass(case.backward), case.expansion, case.chunk, *cells])
 
     heads = [f"{length:,}" for length in lengths]
     timed = ["ms (share of the floor)", "expansion", "chunk", *heads, "spread", "exponent"]
     return {
-        "goals": measure.table(measure.GOALS, goals(found, results)),
+        "goals": measure.table(measure.GOALS, goals(series, results)),
         "machine": measure.machine_table(results, [row["rate"] for row in results["times"]]),
-        "forward": measure.table(timed, rows(False)),
-        "forward and backward": measure.table(timed, rows(True)),
+        "forward": measure.table(timed, times(False)),
+        "forward and backward": measure.table(timed, times(True)),
         "times faster": measure.table(["the block is faster than", "pass", "expansion", "chunk", *heads], ratios),
         "peak memory": measure.table(
             ["MB", "pass", "tokens", "expansion", "chunk", "above inputs", "with inputs", "whole process"],
             [
                 [KINDS[row["kind"]], _pass(row["backward"]), f"{row['length']:,}", row["expansion"], row["chunk"]]
-                + [
-                    measure.megabytes(row["peak"] - row[base] if base else row["peak"])
-                    for base in ("inputs", "imports", "")
-                ]
+                + [measure.megabytes(row["peak"] - below) for below in (row["inputs"], row["imports"], 0)]
                 for row in results["peaks"]
             ],
         ),
@@ -286,52 +277,70 @@ def tables(results: measure.Result) -> dict[str, str]:
     }
 
 
-def goals(found: dict[Case, measure.Result], results: measure.Result) -> list[list[str]]:
-    median = {case: row["seconds"]["median"] for case, row in found.items()}
-    chunk = max(case.chunk for case in found if case.chunk)
+def _median(row: measure.Result) -> float:
+    return row["seconds"]["median"]
+
+
+def _share(row: measure.Result) -> float:
+    """Share of the floor."""
+    return row["flops"] / row["rate"] / _median(row)
+
+
+def _time(row: measure.Result) -> str:
+    return measure.milliseconds(_median(row)) + (f" ({_share(row):.0%})" if row["flops"] else "")
+
+
+def _spread(row: measure.Result) -> float:
+    return (row["seconds"]["high"] - row["seconds"]["low"]) / _median(row)
+
+
+def _exponent(rows: Series, most: int) -> float | None:
+    lengths = sorted(length for length in rows if length <= most)
+    return exponent(lengths, [_median(rows[length]) for length in lengths])
+
+
+def _other(case: Case, kind: str) -> Case:
+    """The case of another kind that ``case`` is compared with."""
+    return Case(kind, 0, case.backward) if kind == "attention" else case._replace(kind=kind)
+
+
+def _times_faster(rows: Series, others: Series) -> dict[int, float]:
+    return {length: _median(others[length]) / _median(row) for length, row in rows.items() if length in others}
+
+
+def goals(series: dict[Case, Series], results: measure.Result) -> list[tuple[str, ...]]:
+    chunk = max(case.chunk for case in series if case.chunk)
     most = results["compared"]
-    rows = []
+    made = []
     for expansion, share in ((4, 0.7), (1, 0.6)):
         for backward in (False, True):
-            reached = [
-                row["flops"] / row["rate"] / median[case]
-                for case, row in found.items()
-                if case[0] == "op" and case[2:] == (backward, expansion, chunk)
-            ]
+            shares = map(_share, series[Case("op", 0, backward, expansion, chunk)].values())
             what = f"operation, expansion {expansion}, {_pass(backward)}: share of the floor"
-            rows.append(measure.goal(what, f"{share:.0%}", reached, lambda x, y=share: x >= y, "{:.0%}"))
+            made.append(measure.goal(what, f"{share:.0%}", shares, lambda x, y=share: x >= y, "{:.0%}"))
     for expansion in (4, 1):
         for backward, wanted in ((False, 5), (True, 3)):
-            blocks = [case for case in median if case[0] == "block" and case[2:] == (backward, expansion, chunk)]
-            pairs = [(case, case._replace(kind="package")) for case in blocks]
-            what = f"block, expansion {expansion}, {_pass(backward)}: times faster than titans-pytorch"
-            ratios = [median[b] / median[a] for a, b in pairs if b in median]
-            rows.append(measure.goal(what, f"{wanted}", ratios, lambda x, y=wanted: x >= y))
-            narrow = [(a._replace(kind="medium block"), b) for a, b in pairs]
-            ratios = [median[b] / median[a] for a, b in narrow if a in median and b in median]
-            if ratios:
-                what = f"block with bfloat16 operands, expansion {expansion}, {_pass(backward)}: times faster"
-                rows.append(measure.goal(what, f"{wanted}", ratios, lambda x, y=wanted: x >= y))
-            case = max(blocks, key=lambda case: case.length)
-            what = f"block, expansion {expansion}, {_pass(backward)}: share of SDPA's time at {case.length:,} tokens"
-            ratio = median[case] / median[Case("attention", case.length, backward)]
-            rows.append(measure.goal(what, "under 0.50", [ratio], lambda x: x < 0.5))
-    powers = []
-    for case in {case._replace(length=0) for case in found if case.kind in ("op", "block")}:
-        lengths = sorted(c.length for c in found if c._replace(length=0) == case and c.length <= most)
-        power = exponent(lengths, [median[case._replace(length=n)] for n in lengths])
-        powers += [power] if power else []
+            case = Case("block", 0, backward, expansion, chunk)
+            name = f"expansion {expansion}, {_pass(backward)}"
+            block, package = series[case], series.get(_other(case, "package"), {})
+            faster = _times_faster(block, package).values()
+            what = f"block, {name}: times faster than titans-pytorch"
+            made.append(measure.goal(what, f"{wanted}", faster, lambda x, y=wanted: x >= y))
+            if faster := _times_faster(series.get(_other(case, "medium block"), {}), package).values():
+                what = f"block with bfloat16 operands, {name}: times faster"
+                made.append(measure.goal(what, f"{wanted}", faster, lambda x, y=wanted: x >= y))
+            longest = max(block)
+            what = f"block, {name}: share of SDPA's time at {longest:,} tokens"
+            ratio = _median(block[longest]) / _median(series[_other(case, "attention")][longest])
+            made.append(measure.goal(what, "under 0.50", [ratio], lambda x: x < 0.5))
+    powers = [_exponent(rows, most) for case, rows in series.items() if case.kind in ("op", "block")]
     what = "operation and block: exponent of time against length"
-    rows.append(measure.goal(what, "at most 1.05", powers, lambda x: x <= 1.05))
+    made.append(measure.goal(what, "at most 1.05", [x for x in powers if x], lambda x: x <= 1.05))
     for kind, name in (("op", "operation"), ("block", "block")):
-        peaks = [
-            (row["peak"] - row["imports"]) / 1e6
-            for row in results["peaks"]
-            if row["kind"] == kind and row["length"] == most
-        ]
+        rows = [row for row in results["peaks"] if row["kind"] == kind and row["length"] == most]
+        peaks = [(row["peak"] - row["imports"]) / 1e6 for row in rows]
         what = f"{name}: peak MB at {most:,} tokens, inputs and outputs included"
-        rows.append(measure.goal(what, "under 600", peaks, lambda x: x < 600, "{:.0f}"))
-    return rows
+        made.append(measure.goal(what, "under 600", peaks, lambda x: x < 600, "{:.0f}"))
+    return made
 
 
 def _pass(backward: bool) -> str:

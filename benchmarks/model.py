@@ -292,7 +292,7 @@ def tables(results: measure.Result) -> dict[str, str]:
     }
 
 
-def goals(results: measure.Result, per_token: dict[Case, dict[int, measure.Result]]) -> list[list[str]]:
+def goals(results: measure.Result, per_token: dict[Case, dict[int, measure.Result]]) -> list[tuple[str, ...]]:
     rows = []
     steps = {_case(row): row for row in results["training"]}
     for expansion, seconds in ((4, 0.65), (1, 0.45)):

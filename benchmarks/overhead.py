@@ -5,7 +5,6 @@ python benchmarks/overhead.py [--quick] [--json FILE]
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -52,21 +51,19 @@ def steps(model: Any, tokens: torch.Tensor) -> dict[str, Callable[[], Any]]:
 
 
 def measured(quick: bool) -> list[measure.Result]:
-    rows, length = (1, 64) if quick else (4, 1024)
-    tokens = torch.randint(256, (rows, length), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(256, (1, 64) if quick else (4, 1024), generator=torch.Generator().manual_seed(0))
     built = {name: tb.build(recipe, seed=0) for name, recipe in recipes(quick).items()}
     of = {name: steps(model, tokens) for name, model in built.items()}
     found = []
     for kind in of["MAG"]:
-        samples = measure.interleave({name: of[name][kind] for name in of}, 0 if quick else SECONDS)
-        ratios = [mag / window for mag, window in zip(samples["MAG"], samples["window"])]
+        rows = measure.compare({name: of[name][kind] for name in ("window", "MAG")}, 0 if quick else SECONDS)
         found.append(
             {
                 "kind": kind,
-                "tokens": rows * length if kind != "one token" else rows,
-                "seconds": {name: statistics.median(times) for name, times in samples.items()},
-                "ratio": statistics.median(ratios),
-                "rounds": len(ratios),
+                "tokens": tokens.numel() if kind != "one token" else len(tokens),
+                "seconds": {name: row["seconds"] for name, row in rows.items()},
+                "ratio": rows["MAG"]["ratio"],
+                "rounds": rows["MAG"]["rounds"],
             }
         )
     return found

@@ -10,26 +10,22 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import os
 import platform
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...blocks.device import as_device
-from ...recipes.atomic_write import atomic_write
+from ..options import placement
 from ..terminal import Columns, UsageError, complain, in_bytes, prepare_streams, progress, say, say_columns
 from . import goals, parity, speed, timing, workers
+from .report import environment, write_json
 
 PACKAGES = (
     "titans-build", "torch", "triton", "xformers", "titans-pytorch", "flash-linear-attention", "fla-core"
@@ -62,7 +58,7 @@ def main(words: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(words)
     prepare_streams()
     try:
-        return _list(arguments) if arguments.dry_run else _run(arguments)
+        return _dry_run(arguments) if arguments.dry_run else _run(arguments)
     except UsageError as error:
         complain(str(error))
         return 2
@@ -81,9 +77,9 @@ def _minutes(text: str) -> float:
     return minutes
 
 
-def _list(arguments: argparse.Namespace) -> int:
-    """The cases of ``--dry-run``, which any machine can list; backends are those that this machine has."""
-    device = _device(arguments.device if torch.cuda.is_available() else "cpu")
+def _dry_run(arguments: argparse.Namespace) -> int:
+    """List the cases, on any machine; the backends are those that this machine has."""
+    device, dtype = placement(arguments.device if torch.cuda.is_available() else "cpu", arguments.dtype)
     if arguments.only != "speed":
         table = Columns("operation", "backends", "precisions", "cases")
         tasks = parity.tasks(device)
@@ -95,7 +91,7 @@ def _list(arguments: argparse.Namespace) -> int:
         say_columns(table)
     if arguments.only != "parity":
         table = Columns("what", "backend", "shape", "passes")
-        timings = speed.timings(device, getattr(torch, arguments.dtype), _sizes(arguments))
+        timings = speed.timings(device, dtype, _sizes(arguments))
         for each in timings:
             table.add(*each[:4])
         say(f"speed: {len(timings)} cases, the most important first")
@@ -107,23 +103,17 @@ def _sizes(arguments: argparse.Namespace) -> timing.Sizes:
     return timing.QUICK if arguments.quick else timing.FULL
 
 
-def _device(name: str) -> torch.device:
-    try:
-        return as_device(name)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise UsageError(f"--device {name}: {error}") from None
-
-
 def _run(arguments: argparse.Namespace) -> int:
     began = time.monotonic()
-    device = _device(arguments.device)
+    device, dtype = placement(arguments.device, arguments.dtype)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     target = arguments.json
     if target is None and device.type == "cuda":
         target = Path("benchmarks/results") / f"gpu-{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
     report = Report(target)
     # before the work, so that a file that cannot be written is reported first
-    report.add(environment=environment(name), quick=arguments.quick, dtype=arguments.dtype)
+    where = {**environment(PACKAGES), "cuda": torch.version.cuda, "device": name}
+    report.add(environment=where, quick=arguments.quick, dtype=arguments.dtype)
     processes = arguments.processes
     if processes is None:
         processes = min(16, os.cpu_count() or 1) if device.type == "cuda" else 0
@@ -139,45 +129,13 @@ def _run(arguments: argparse.Namespace) -> int:
                 )
         failed = parity.failed_backends(found)
     if arguments.only != "parity":
-        rows = check_speed(device, processes, failed, arguments, report, began)
-        say("")
-        say_columns(speed_table(rows))
-        say("")
-        say_columns(trend_table(goals.trends(rows)))
-        say("")
-        say_columns(goal_table(goals.goals(rows)))
+        rows = measure_speed(device, dtype, processes, failed, arguments, report, began)
+        for table in (speed_table(rows), trend_table(goals.trends(rows)), goal_table(goals.goals(rows))):
+            say("")
+            say_columns(table)
     if target is not None:
         say("", f"written: {target}")
     return 1 if failed else 0
-
-
-def environment(device: str) -> dict[str, Any]:
-    """Versions, commit and device."""
-    return {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "commit": _git("rev-parse", "HEAD"),
-        "modified": bool(_git("status", "--porcelain", "--", ":/", ":(top,exclude)benchmarks/results")),
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
-        "cuda": torch.version.cuda,
-        "device": device,
-    }
-
-
-def _git(*words: str) -> str | None:
-    here = Path(__file__).resolve().parent
-    try:
-        done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 class Report:
@@ -189,24 +147,11 @@ class Report:
 
     def add(self, **results: Any) -> None:
         self.results |= results
-        if self.file is None:
-            return
-        try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(self.file) as temporary:
-                text = json.dumps(_plain(self.results), indent=1, allow_nan=False)
-                temporary.write_text(text + "\n", encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise UsageError(f"--json {self.file}: {getattr(error, 'strerror', None) or error}") from None
-
-
-def _plain(value: Any) -> Any:
-    """NaN and infinity, which JSON does not have, as ``None``."""
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        if self.file is not None:
+            try:
+                write_json(self.file, self.results)
+            except (OSError, ValueError) as error:
+                raise UsageError(f"--json {self.file}: {getattr(error, 'strerror', None) or error}") from None
 
 
 # -- parity ------------------------------------------------------------------------------------------------------------
@@ -248,8 +193,9 @@ def parity_table(found: Sequence[parity.Outcome]) -> Columns:
 # -- speed -------------------------------------------------------------------------------------------------------------
 
 
-def check_speed(
+def measure_speed(
     device: torch.device,
+    dtype: torch.dtype,
     processes: int,
     failed: Mapping[str, set[str]],
     arguments: argparse.Namespace,
@@ -258,7 +204,6 @@ def check_speed(
 ) -> list[timing.Measurement]:
     """As many measurements as fit into the time, the most important first."""
     sizes = _sizes(arguments)
-    dtype = getattr(torch, arguments.dtype)
     late = lambda: time.monotonic() - began > 60 * arguments.minutes  # noqa: E731
     if processes and not arguments.quick and not late():
         warmed = workers.warm(device, dtype, processes)
@@ -324,5 +269,5 @@ def goal_table(goals: Sequence[goals.Goal]) -> Columns:
     """A line for every goal."""
     table = Columns("goal", "wanted", "reached", "met")
     for goal in goals:
-        table.add(goal.what, goal.wanted, goal.reached, {None: "", True: "yes", False: "no"}[goal.met])
+        table.add(*goal.cells)
     return table

@@ -22,6 +22,11 @@ class Goal(NamedTuple):
     met: bool | None
     """``None`` where nothing was measured."""
 
+    @property
+    def cells(self) -> tuple[str, str, str, str]:
+        """A row of a table."""
+        return self.what, self.wanted, self.reached, {None: "", True: "yes", False: "no"}[self.met]
+
 
 class Trend(NamedTuple):
     """How the time and memory of one case grow with length."""
