@@ -1,4 +1,4 @@
-"""What the benchmarks compare with: causal SDPA attention, a plain transformer made of it, and titans-pytorch."""
+"""Baselines of the benchmarks: causal SDPA attention, a plain transformer, and titans-pytorch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Attention(nn.Module):
         return self.out(scaled_dot_product_attention(q, k, v, is_causal=time > 1).transpose(1, 2).flatten(2))
 
     def flops(self, length: int) -> int:
-        """Forward, one row: the projections, then the scores and values of every pair in sight."""
+        """Forward FLOPs of one row: the projections, and two products for every visible pair."""
         weights = self.qkv.weight.numel() + self.out.weight.numel()
         return 2 * length * weights + 2 * self.out.weight.shape[0] * length * (length + 1)
 
@@ -46,7 +46,7 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The plainest GPT: learned positions, LayerNorm, full attention, GELU; a cache allocated once."""
+    """A GPT with learned positions, LayerNorm, full attention and GELU, and a preallocated cache."""
 
     def __init__(self, dim: int, heads: int, depth: int, vocab: int, slots: int) -> None:
         super().__init__()
@@ -75,10 +75,9 @@ class Transformer(nn.Module):
 def titans_pytorch_mac(
     dim: int, heads: int, depth: int, vocab: int, segment: int, chunk: int, persistent: int, expansion: int
 ) -> Any:
-    """Its memory-as-context transformer, of the same shape, without its optional extra work.
+    """The memory-as-context transformer of titans-pytorch, with one residual stream and no long-term memory tokens.
 
-    One residual stream instead of four hyper-connected ones, and no long-term memory tokens. Its per-head initial
-    weights are views that repeat one head, which no optimiser can update in place; here they are written out.
+    Its initial weights are one head expanded to all heads, which no optimizer can update in place. They are copied.
     """
     from titans_pytorch import MemoryAsContextTransformer, MemoryMLP
 

@@ -65,7 +65,7 @@ def operation(time: int, backward: bool) -> Callable[[], Any]:
 
 
 def case(name: str, quick: bool) -> Callable[[], Any]:
-    """What a case calls. Public names alone, so that every version has them."""
+    """The function that a case calls. It uses public names only, which every version has."""
     import titans_build as tb
 
     kind, which, *rows = name.split(" ", 2)
@@ -103,10 +103,10 @@ def work(quick: bool, threads: int) -> None:
     for line in sys.stdin:
         name, calls = json.loads(line)
         if name not in ready:
-            ready = {name: case(name, quick)}  # of the cases before nothing is needed any more
+            ready = {name: case(name, quick)}  # frees the case before
             ready[name]()
             gc.collect()
-            gc.freeze()  # what is there already is not looked through again
+            gc.freeze()  # later collections ignore the objects that exist now
         began = clock()
         for _ in range(calls):
             ready[name]()

@@ -1,9 +1,9 @@
-"""Memories in models of transformers: whether they compute what they should, whether they help, and what they cost.
+"""Memories in models of transformers: equality with and without a cache, perplexity, and cost.
 
 python benchmarks/hf_swap.py [--quick] [--json FILE]
 
-Models are built from their configurations and fitted here on the Python standard library's sources, first without and
-then with a memory beside attention; nothing is downloaded. Needs titans-build[hf].
+Models are built from their configurations and trained on the sources of the Python standard library, first without and
+then with a memory beside attention. Nothing is downloaded. Needs titans-build[hf].
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from titans_build.tools.gpu.report import installed
 MEMORY = {"type": "memory", "heads": 4, "chunk": 16}
 FAMILIES = ("llama", "qwen", "mistral", "gpt2")
 WINDOW = 64
-"""Mistral's, so that there is something that attention does not see."""
+"""The attention window of the Mistral model, shorter than its texts."""
 SECONDS = 20.0
-"""For the rounds of one kind of step."""
+"""Seconds for the rounds of one kind of step."""
 
 
 def config(family: str, dim: int, layers: int, length: int) -> Any:
-    """Of a model over bytes; byte 0 pads."""
+    """The configuration of a model over bytes, padded with byte 0."""
     import transformers
 
     tokens = {"vocab_size": 256, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
@@ -55,11 +55,11 @@ def built(family: str, dim: int, layers: int, length: int) -> Any:
     return AutoModelForCausalLM.from_config(config(family, dim, layers, length))
 
 
-# -- what it computes, and whether it helps ----------------------------------------------------------------------------
+# -- equality and perplexity -----------------------------------------------------------------------------------------
 
 
 def text(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bytes to fit on, and bytes of other files to read afterwards."""
+    """Bytes to train on, and bytes of held-out files."""
     files = [file for file in standard_library() if file.size > 2000]
     parts: tuple[bytearray, bytearray] = (bytearray(), bytearray())
     for index, file in enumerate(files):
@@ -70,7 +70,7 @@ def text(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def fit(model: Any, data: torch.Tensor, steps: int, rows: int, length: int) -> None:
-    """``steps`` of AdamW on windows drawn at random, the same ones for every model."""
+    """Train for ``steps`` of AdamW on random windows, the same for every model."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
     generator = torch.Generator().manual_seed(0)
@@ -88,7 +88,7 @@ def fit(model: Any, data: torch.Tensor, steps: int, rows: int, length: int) -> N
 
 @torch.no_grad()
 def loss(model: Any, data: torch.Tensor, length: int) -> float:
-    """Nats per token of windows side by side, each from a fresh state, rows of eight at a time."""
+    """Nats per token over all windows, each from a fresh state, in batches of eight."""
     windows = data[: len(data) // length * length].view(-1, length)
     parts = windows.split(8)
     return sum(float(model(input_ids=part, labels=part).loss) * len(part) for part in parts) / len(windows)
@@ -96,7 +96,7 @@ def loss(model: Any, data: torch.Tensor, length: int) -> float:
 
 @torch.no_grad()
 def parity(model: Any, prompts: torch.Tensor, new: int) -> measure.Result:
-    """Whether what is generated is the same with a cache and without, and padded and alone."""
+    """Whether generation is the same with and without a cache, and with and without padding."""
     rows, time = prompts.shape
 
     def speak(tokens: torch.Tensor, mask: torch.Tensor | None = None, **how: Any) -> torch.Tensor:
@@ -154,13 +154,13 @@ def family_row(family: str, quick: bool) -> measure.Result:
     }
 
 
-# -- what a swap costs -------------------------------------------------------------------------------------------------
+# -- the cost of a swap ------------------------------------------------------------------------------------------------
 
 CASES = ("as it was", "memory beside attention", "memory in attention's place")
 
 
 def layer_of(case: str, quick: bool) -> tuple[Any, torch.Tensor]:
-    """A model of one Llama layer without head to speak of, swapped or not, and tokens for it."""
+    """A Llama model of one layer without a head, swapped or not, and its input."""
     dim, length = (32, 64) if quick else (512, 1024)
     model = built("llama", dim, 1, length).model
     if case != CASES[0]:

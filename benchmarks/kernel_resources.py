@@ -1,12 +1,11 @@
-"""What the compiler says that each Triton kernel takes, for GPUs that need not be there.
+"""The registers and memory of each Triton kernel, compiled for GPUs that need not be installed.
 
     python benchmarks/kernel_resources.py [--json] [--target sm_90 ...] [--dim 64] [--hidden 128] [--chunk 64]
         [--layers 2] [--operands bfloat16] [--kernel NAME ...]
 
-Every kernel is compiled ahead of time, with the tiles of its launch (``kernels/memory/triton/schedule.py``),
-and what Triton would know of its arguments then: that tensors and the sizes of a model are multiples of 16.
-``registers`` are a thread's, ``spilled`` the bytes of a thread that they did not hold, ``shared`` the bytes of a
-program. ``dot``: the types that the matrix units are asked for.
+Every kernel is compiled ahead of time, with the tiles of its launch (``kernels/memory/triton/schedule.py``) and the
+assumption that addresses and sizes of the model are multiples of 16. ``registers``: per thread. ``spilled``: bytes per
+thread in local memory. ``shared``: bytes of shared memory per program. ``dot``: operand types of the matrix units.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.pop("TRITON_INTERPRET", None)  # with it, what is defined below are no kernels to be compiled
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as it was before Triton asked; unset, it warns
+os.environ.pop("TRITON_INTERPRET", None)  # its kernels cannot be compiled
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton warns if it is not set
 
 import torch
 import triton
@@ -60,7 +59,7 @@ PRODUCTS = {
 }
 REAL = ("divisor", "eps", "clip")
 WHOLE = re.compile(r"tokens|dim|heads|.*_(?:step|row|head)|stretch|time|problems|chunks?|rows|d_in|width|d_out|b")
-"""Arguments that are no tensors; in the gated kernels ``b`` is one."""
+"""Integer arguments. In the gated kernels ``b`` is a tensor."""
 
 
 TYPED = {"mask": "*i1", "position": "*i64"}
@@ -69,9 +68,9 @@ TYPED = {"mask": "*i1", "position": "*i64"}
 def kernels(
     dim: int, hidden: int, chunk: int, products: str, layers: int = 2
 ) -> Iterator[tuple[Any, dict[str, Any], dict[str, int]]]:
-    """Every kernel, what it is compiled for, and those of its sizes that are known.
+    """Every kernel with its constants and its known sizes.
 
-    Those that keep the state are among them where the rule of ``schedule.py`` takes them.
+    Resident kernels are included where the rule of ``schedule.py`` would choose them.
     """
     hidden = dim if layers == 1 else hidden
     wide = tl.float32
@@ -99,7 +98,7 @@ def kernels(
 
 
 def compiled(kernel: Any, fixed: dict[str, Any], sizes: dict[str, int], target: str) -> dict[str, Any]:
-    """One line of the report."""
+    """Compile a kernel and return its row of the report."""
     names = kernel.arg_names
     whole = lambda n: n in sizes or (WHOLE.fullmatch(n) and not (n == "b" and "a_step" in names))  # noqa: E731
     kind = lambda n: "fp32" if n in REAL else "i32" if whole(n) else TYPED.get(n, "*fp32")  # noqa: E731
@@ -140,7 +139,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="a line of JSON for each kernel and target")
     parser.add_argument("--target", nargs="+", default=TARGETS)
-    parser.add_argument("--kernel", nargs="+", help="those whose name has one of these in it")
+    parser.add_argument("--kernel", nargs="+", help="only kernels whose name contains one of these")
     for name, default in (("dim", 64), ("hidden", 128), ("chunk", 64)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--layers", type=int, choices=(1, 2), default=2)

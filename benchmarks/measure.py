@@ -1,4 +1,4 @@
-"""How every benchmark measures: interleaved times, peak memory in a process of its own, and what it ran on."""
+"""What the benchmarks share: the command line, interleaved timing, peak memory, tables, and the environment."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def benchmark(
     peak_case: Callable[[Any, bool], Callable[[], Callable[[], Any]]] | None = None,
     add_options: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> None:
-    """The command line of a benchmark: measure, write the results to ``--json``, and print their tables.
+    """The command line of a benchmark: measure, write the results to ``--json``, and print the tables.
 
-    ``measured(arguments, results)`` returns what is added to the results; it may also change those that are given.
-    ``peak_case(case, quick)`` imports what a case of :func:`peak_memory` needs and returns what makes it. Ctrl-C stops
-    a run without a stack trace, and without a half-filled result file.
+    ``measured(arguments, results)`` returns the results to add; it may also change those that are given.
+    ``peak_case(case, quick)`` imports what a case of :func:`peak_memory` needs and returns a function that creates it.
+    Ctrl-C ends a run without a stack trace and without a result file.
     """
     parser = argparse.ArgumentParser(description=description.partition("\n")[0])
     if add_options is not None:
@@ -105,7 +105,7 @@ def environment() -> Result:
 
 
 def missing() -> dict[str, str]:
-    """What cannot be compared with here, and why: ``{name: reason}``."""
+    """The libraries to compare with that are not installed: ``{name: reason}``."""
     try:
         import titans_pytorch  # noqa: F401
     except ImportError as error:
@@ -133,10 +133,10 @@ def interleave(
     warm: bool = True,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Any, list[float]]:
-    """Seconds of each case, all cases once a round: a disturbance or a change of clock meets them all alike.
+    """Seconds of each case. Every round runs all cases once, so that other load on the machine affects all of them.
 
     One round to ``warm`` up, then ``least`` to ``most`` rounds, as many as fit into ``seconds``. Every other round runs
-    backwards, so that no case always follows the same one.
+    in reverse order, so that no case always follows the same one.
     """
     for case in cases.values() if warm else ():
         case()
@@ -168,14 +168,14 @@ def compare(cases: dict[str, Callable[[], Any]], seconds: float) -> dict[str, Re
 
 
 def summary(samples: Sequence[float]) -> Result:
-    """Median, quartiles and best of some samples, and how many there were."""
+    """Median, quartiles, minimum and number of the samples."""
     ordered = sorted(samples)
     low, _, high = statistics.quantiles(ordered, n=4) if len(ordered) > 1 else ordered * 3
     return {"median": statistics.median(ordered), "low": low, "high": high, "best": ordered[0], "count": len(ordered)}
 
 
 def matrix_product(size: int = MATRIX) -> Callable[[], Any]:
-    """A case to interleave with the others: what it takes is what the float32 floor is made of."""
+    """A case to interleave with the others: a product of square float32 matrices, for :func:`rate`."""
     a, b = torch.randn(size, size), torch.randn(size, size)
     return lambda: a @ b
 
@@ -186,7 +186,7 @@ def rate(samples: Sequence[float], size: int = MATRIX) -> float:
 
 
 def medium(function: Callable[[], Any]) -> Callable[[], Any]:
-    """``function``, while it runs allowed to round the operands of float32 products to bfloat16."""
+    """``function`` with float32 matrix products of ``"medium"`` precision, which may round operands to bfloat16."""
 
     def run() -> Any:
         torch.set_float32_matmul_precision("medium")
@@ -202,7 +202,7 @@ def medium(function: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def peak_memory(script: str, case: object, quick: bool) -> Result:
-    """What ``script --peak CASE`` reports of itself: see :func:`report_peak`."""
+    """Run ``script --peak CASE`` and return the output of its :func:`report_peak`."""
     command = [sys.executable, script, "--peak", json.dumps(case)] + ["--quick"] * quick
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -211,21 +211,21 @@ def peak_memory(script: str, case: object, quick: bool) -> Result:
 
 
 def report_peak(make: Callable[[], Callable[[], Any]], repeats: int = 2) -> None:
-    """In a fresh process: make a case, run it, and print resident bytes at each stage.
+    """Create a case in this new process, run it, and print the resident bytes at each stage.
 
-    ``imports``: everything loaded and the linear algebra started. ``inputs``: with the inputs and parameters too.
-    ``peak``: the most there ever was while the case ran (its outputs included).
+    ``imports``: after imports and a first matrix product. ``inputs``: with inputs and parameters. ``peak``: the maximum
+    while the case ran, outputs included.
     """
     x = torch.ones(256, 256, requires_grad=True)
     (x @ x).sum().backward()
     del x
-    import titans_build.recipes  # noqa: F401 - what every case needs
+    import titans_build.recipes  # noqa: F401 - every case needs it
 
     stages = {"imports": resident()}
     case = make()
     gc.collect()
     stages["inputs"] = resident()
-    _forget_peak()
+    _reset_peak()
     for _ in range(repeats):
         case()
     stages["peak"] = max(resident("VmHWM"), stages["inputs"])
@@ -235,15 +235,15 @@ def report_peak(make: Callable[[], Callable[[], Any]], repeats: int = 2) -> None
 def resident(field: str = "VmRSS") -> int:
     try:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux: the peak is all there is
+    except OSError:  # not Linux: only the peak is known
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def _forget_peak() -> None:
-    # where it cannot be forgotten, imports peak below what follows in every case that matters
+def _reset_peak() -> None:
+    # where it cannot be reset, the peak of the imports is lower than that of every large case
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
@@ -252,7 +252,7 @@ def _forget_peak() -> None:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table with aligned columns, which reads as well in a terminal. ``None`` is an empty cell."""
+    """A Markdown table with aligned columns. ``None`` is an empty cell."""
     cells = [list(head), *(["" if cell is None else str(cell) for cell in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     numeric = [i > 0 and all(row[i][:1].isdigit() or not row[i] for row in cells[1:]) for i in range(len(head))]
@@ -285,7 +285,7 @@ def machine_table(results: Result, rates: Sequence[float]) -> str:
 def goal(
     what: str, wanted: str, values: Iterable[float], met: Callable[[float], bool], form: str = "{:.2f}"
 ) -> tuple[str, ...]:
-    """A row of a table of goals: the range that was measured, and whether all of it meets the goal."""
+    """A row of a table of goals: the range of the measured values, and whether all of them meet the goal."""
     from titans_build.tools.gpu.goals import goal_of
 
     return goal_of(what, wanted, values, met, form).cells

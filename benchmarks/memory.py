@@ -41,7 +41,7 @@ class Sizes(NamedTuple):
     long: dict[int, float]
     """Likewise, for the block and attention only."""
     small_chunks: int
-    """titans-pytorch at the small chunk is measured up to here: its time grows with the square of the length."""
+    """The longest sequence for titans-pytorch at the small chunk: its time grows with the square of the length."""
     lever: float
     matrix: int
 
@@ -59,7 +59,7 @@ class Case(NamedTuple):
 
 
 def cases(sizes: Sizes, lengths: dict[int, float], absent: bool) -> Iterator[Case]:
-    """What is measured at these lengths, in the order of the tables."""
+    """The cases at these lengths, in the order of the tables."""
     most = max(sizes.lengths)
     for length in lengths:
         for backward in (False, True):
@@ -79,7 +79,7 @@ def cases(sizes: Sizes, lengths: dict[int, float], absent: bool) -> Iterator[Cas
 
 
 def make(case: Case, sizes: Sizes) -> Callable[[], Any]:
-    """Inputs and parameters of a case; what is returned runs it once."""
+    """Create inputs and parameters of a case, and return a function that runs it once."""
     torch.manual_seed(0)
     if case.kind.startswith("medium "):
         return measure.medium(make(case._replace(kind=case.kind.removeprefix("medium ")), sizes))
@@ -122,7 +122,7 @@ def shapes(case: Case, sizes: Sizes) -> list[tuple[int, int]]:
 
 
 def flops(case: Case, sizes: Sizes) -> int | None:
-    """Useful FLOPs: the least that this case has to compute. ``None`` for another library's."""
+    """Useful FLOPs of a case; ``None`` for titans-pytorch."""
     if case.kind in ("op", "medium op"):
         assert case.chunk is not None
         count = case.length * sizes.heads * memory_flops(shapes(case, sizes), case.chunk)
@@ -147,7 +147,7 @@ def times(sizes: Sizes, absent: bool) -> list[measure.Result]:
         samples = measure.interleave(
             {RATE: measure.matrix_product(sizes.matrix), **{case: make(case, sizes) for case in group}},
             seconds,
-            # a long case needs no warming: its code ran at every other length
+            # a long case needs no warm-up: its code has run at all other lengths
             least=3 if seconds else 1, most=30 if seconds else 1, warm=not long,
         )  # fmt: skip
         reached = measure.rate(samples[RATE], sizes.matrix)
@@ -175,9 +175,9 @@ def peaks(sizes: Sizes, absent: bool, quick: bool) -> list[measure.Result]:
 
 
 def lever(sizes: Sizes) -> list[measure.Result]:
-    """What bfloat16 operands would bring: products alone, large and batched as in a chunk, and the operation."""
+    """The effect of bfloat16 operands: on single products, large and batched as in a chunk, and on the operation."""
     measure.say(f"bfloat16: about {sizes.lever:.0f} s")
-    # a memory that has learned nothing is chaotic: what two runs differ by grows with every chunk
+    # an untrained memory is chaotic: a difference between two runs grows with every chunk
     length = min(sizes.lengths)
     case = Case("op", length, True, 4, sizes.chunks[0])
     width, hidden = sizes.dim // sizes.heads, 4 * sizes.dim // sizes.heads

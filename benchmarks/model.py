@@ -34,9 +34,9 @@ class Sizes(NamedTuple):
     time: int
     contexts: tuple[int, ...]
     late: int
-    """A position to generate at that a million tokens have gone before."""
+    """A late position to generate at."""
     tokens: int
-    """New tokens in one sample: a whole segment, so that every sample crosses the same boundaries."""
+    """New tokens in one sample: a whole segment, so that every sample has the same segment boundaries."""
     seconds: float
     matrix: int
 
@@ -111,7 +111,7 @@ def model(case: Case, sizes: Sizes) -> nn.Module:
 
 
 def training_step(case: Case, sizes: Sizes) -> Callable[[], Any]:
-    """Forward, backward and AdamW on one batch; runs once and raises if its loss is not finite."""
+    """Forward, backward and AdamW on one batch. The step raises ``FloatingPointError`` if the loss is not finite."""
     module = model(case, sizes)
     text = torch.randint(sizes.vocab, (sizes.batch, sizes.time + 1))
     optimiser = torch.optim.AdamW(module.parameters(), lr=1e-3)
@@ -173,7 +173,7 @@ def training(sizes: Sizes, skipped: dict[str, str], quick: bool) -> list[measure
 
 
 def late(state: Any, tokens: int) -> Any:
-    """The same state ``tokens`` later, a multiple of the model's period: everything but the positions stays."""
+    """The state with its positions moved by ``tokens``, a multiple of the model's period."""
     if not isinstance(state, tuple):
         return state
     if not hasattr(state, "_fields"):
@@ -186,7 +186,7 @@ def late(state: Any, tokens: int) -> Any:
 
 @torch.no_grad()
 def ours(module: Any, prompt: Tensor, position: int) -> Iterator[None]:
-    """Yields whenever a new token has been read, after ``prompt``, at ``position`` or the first later one that fits."""
+    """Generate after ``prompt``, from ``position`` or the next multiple of the period on; yields after every token."""
     logits, state = read_prompt(module, prompt)
     ahead = position - prompt.shape[1]
     state = late(state, -(-ahead // module.period) * module.period if ahead > 0 else 0)
@@ -198,7 +198,7 @@ def ours(module: Any, prompt: Tensor, position: int) -> Iterator[None]:
 def plain(module: Transformer, prompt: Tensor, sizes: Sizes) -> Iterator[None]:
     caches = module.empty_cache(1)
     logits = module(prompt, caches)
-    # after one sample the cache goes back to where it was: it has an end
+    # the cache is limited: every sample starts at the same slot
     for count in itertools.count():
         token = logits[:, -1:].argmax(dim=-1)
         logits = module(token, caches, prompt.shape[1] + count % sizes.tokens)
@@ -206,7 +206,7 @@ def plain(module: Transformer, prompt: Tensor, sizes: Sizes) -> Iterator[None]:
 
 
 def package(module: Any, prompt: Tensor, sizes: Sizes, samples: int) -> list[float]:
-    """Seconds of each sample, timed between the tokens of one call: it has no other way to go on."""
+    """Seconds of each sample, timed between the tokens of one call, because generation cannot be continued."""
     ticks: list[float] = []
 
     def tick(logits: Tensor, **_: Any) -> Tensor:

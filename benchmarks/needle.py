@@ -1,8 +1,8 @@
-"""The needle at 2M tokens: trained for minutes on short haystacks, then asked in ever longer ones.
+"""The needle in 2M tokens: a memory trained for minutes on short haystacks, then tested on longer ones.
 
 python benchmarks/needle.py [--quick] [--runs FOLDER] [--json FILE]
 
-What was interrupted goes on where it was; the haystacks are read again.
+An interrupted training is resumed; the haystacks are read again.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from titans_build.tools.training.trials import Trial, check_trial
 
 HERE = Path(__file__).parent
 JOBS = 2
-"""Haystacks that are read at once, with one thread each."""
+"""Haystacks that are read at a time, each with one thread."""
 WANTED = 0.94
-"""Share of the needles that are to be found in the longest haystack."""
+"""The goal for the accuracy in the longest haystack."""
 QUICK: dict[str, Any] = {
     "stages": {
         task: [{"length": length, "batch": 4, "steps": 2} for length in (32, 64)] for task in ("needle", "needle_kv")
@@ -48,7 +48,7 @@ QUICK: dict[str, Any] = {
 
 
 def train(task: dict[str, Any], settings: measure.Result, runs: Path) -> measure.Result:
-    """One run for each length, each going on from the weights of the one before."""
+    """One run for each length, which starts from the weights of the run before."""
     stages, model, before = [], None, None
     recipe = tb.load_recipe(HERE / "recipes" / "needle.yaml", settings["changes"].get(task["task"]))
     for number, stage in enumerate(settings["stages"][task["task"]]):
@@ -61,7 +61,7 @@ def train(task: dict[str, Any], settings: measure.Result, runs: Path) -> measure
             sys.exit(f"{error}, or remove it")
         if not file.is_file():
             done = tb.train(recipe, task, whole, out, resume=True, weights=before)
-            # of the steps, wherever it was interrupted
+            # from the speed of single steps: the run may have been interrupted
             speeds = [event["tokens_per_second"] for event in done.history if event["event"] == "step"]
             took = stage["steps"] * stage["batch"] * stage["length"] / statistics.median(speeds)
             seen = [event for event in done.history if event["event"] == "valid"]
@@ -83,9 +83,9 @@ def train(task: dict[str, Any], settings: measure.Result, runs: Path) -> measure
 
 
 def find(case: measure.Result) -> measure.Result:
-    """What reading haystacks of one length came to, in a process of its own, whose memory is that of this case."""
+    """The result of :func:`read` in a process of its own, whose peak memory is that of this case."""
     command = [sys.executable, __file__, "--read", json.dumps(case)]
-    # glibc gives back what is freed only under a fixed threshold: without one the peak tells how it lays out its heap
+    # without a fixed threshold glibc keeps freed memory, and the peak depends on the layout of its heap
     one = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}
     done = subprocess.run(command, capture_output=True, text=True, env=one, check=False)
     if done.returncode:
@@ -96,12 +96,12 @@ def find(case: measure.Result) -> measure.Result:
 
 @torch.no_grad()
 def read(case: measure.Result) -> measure.Result:
-    """Read all rows piece by piece; the answers are in the last."""
+    """Read all rows piece by piece and score the answers, which are in the last piece."""
     model = tb.load(case["model"]).eval()
     source = tb.open_source(
         {**case["task"], "length": case["length"]}, rows=case["rows"], split="test", vocab=model.vocab
     )
-    # everything that is allocated once has been, before memory is looked at
+    # allocate everything that is allocated once before measuring memory
     for batch in source.stream(1, min(case["piece"], case["length"])):
         model(batch.tokens)
         break
@@ -185,7 +185,7 @@ def measured(arguments: argparse.Namespace, results: measure.Result) -> measure.
             try:
                 for case, future in zip(cases, waiting):
                     measure.say(f"{case['task']['task']}: {future.result()}")
-            except BaseException:  # an interruption, too: the others do not start
+            except BaseException:  # also on Ctrl-C: do not start the others
                 executor.shutdown(wait=False, cancel_futures=True)
                 raise
     found = {}

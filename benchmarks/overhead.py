@@ -1,4 +1,4 @@
-"""What the memory adds: a MAG step over a step of the same model with its windows alone, at equal width.
+"""The cost of the memory: a step of MAG over a step of the same model with attention alone.
 
 python benchmarks/overhead.py [--quick] [--json FILE]
 """
@@ -19,7 +19,7 @@ SECONDS = 60.0
 
 
 def recipes(quick: bool) -> dict[str, Any]:
-    """The packaged MAG, and what is left of it when the memory and the gate are taken out."""
+    """The packaged MAG, and the same recipe without memories and gates."""
     small = {"dim": 32, "stack.0.repeat": 1} if quick else None
     mag = tb.load_recipe(MAG, small)
     data = mag.to_dict()
@@ -29,7 +29,7 @@ def recipes(quick: bool) -> dict[str, Any]:
 
 
 def steps(model: Any, tokens: torch.Tensor) -> dict[str, Callable[[], Any]]:
-    """Training, reading, and one token more."""
+    """A training step, a forward pass, and a decoding step."""
 
     def train() -> None:
         model.zero_grad()

@@ -1,4 +1,4 @@
-"""Write the tables of benchmarks/README.md and of the README from the result files: no figure in them is typed by hand.
+"""Write the tables of benchmarks/README.md and of the README from the result files.
 
 python benchmarks/render.py [--check]
 """
@@ -35,7 +35,7 @@ PLACE = re.compile(r"(<!-- (\w+): ([\w ]+) -->\n).*?(<!-- end -->)", re.S)
 
 
 def render(page: str, results: Path) -> str:
-    """``page`` with the text between every ``<!-- program: table -->`` and ``<!-- end -->`` renewed."""
+    """``page`` with new text between every ``<!-- program: table -->`` and ``<!-- end -->``."""
     tables: dict[str, dict[str, str]] = {}
     for program, make in TABLES.items():
         file = results / f"{program}.json"
@@ -60,7 +60,7 @@ def main() -> None:
         if after == before:
             continue
         if "--check" in sys.argv[1:]:
-            sys.exit(f"{file.relative_to(HERE.parent)} is not what the result files say: python benchmarks/render.py")
+            sys.exit(f"{file.relative_to(HERE.parent)} does not match the result files: python benchmarks/render.py")
         file.write_text(after, encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""Every packaged recipe over 100,000 tokens, in pieces: finite, in constant memory, and at a constant pace?
+"""Stability, memory and speed of every packaged recipe over 100,000 tokens, read in pieces.
 
 python benchmarks/streaming.py [--quick] [--json FILE]
 """
@@ -34,9 +34,9 @@ RECIPES = (
 class Sizes(NamedTuple):
     tokens: int
     piece: int
-    """Tokens in one call: no multiple of a chunk or segment, as a stream that comes from elsewhere would be."""
+    """Tokens in one call, not a multiple of a chunk or segment."""
     rounds: int
-    """How often the first and the last tenth are read again, in turn."""
+    """How often the first and the last tenth are read again."""
 
 
 FULL = Sizes(100_000, 1_000, 4)
@@ -56,7 +56,7 @@ class Clock(NamedTuple):
 
 
 def walk(model: Any, pieces: tuple[Tensor, ...], state: Any) -> Iterator[tuple[Clock, Any, bool]]:
-    """Read one piece after another: what each took, the state after it, and whether everything is finite."""
+    """Read piece after piece. Yields the time, the state, and whether logits and state are finite."""
     for piece in pieces:
         start = Clock.now()
         with torch.no_grad():
@@ -68,7 +68,7 @@ def walk(model: Any, pieces: tuple[Tensor, ...], state: Any) -> Iterator[tuple[C
 
 
 def stream(name: str, sizes: Sizes, quick: bool) -> measure.Result:
-    # the quick run checks this program; one layer of each kind is enough for that
+    # for a test of this program one layer of each kind is enough
     overrides = {"stack.0.repeat": 1, "dim": 32} if quick else None
     model = tb.build(tb.load_recipe(name, overrides=overrides))
     text = torch.randint(model.vocab, (1, sizes.tokens), generator=torch.Generator().manual_seed(0))
@@ -88,7 +88,7 @@ def stream(name: str, sizes: Sizes, quick: bool) -> measure.Result:
         if count in (tenth, len(pieces)):
             residents.append(measure.resident())
 
-    # a machine is never as quiet for minutes as it is for the two pieces that are compared here, in turn
+    # other load on the machine affects both pieces of a pair, which are read one after the other
     pairs = [
         (first, last)
         for _ in range(sizes.rounds)
@@ -150,12 +150,12 @@ def tables(results: measure.Result) -> dict[str, str]:
 
 
 def last_to_first(pairs: list[list[float]]) -> float:
-    """The typical ratio of a piece of the last tenth to its partner in the first, measured one after the other."""
+    """The median over pairs of the time of a piece of the last tenth over that of a piece of the first."""
     return statistics.median(last / first for first, last in pairs)
 
 
 def tenths(pieces: list[float]) -> float:
-    """Total time of the last tenth over that of the first, as it was in the one pass over everything."""
+    """Total time of the last tenth over that of the first, in one pass over all pieces."""
     tenth = len(pieces) // 10
     return sum(pieces[-tenth:]) / sum(pieces[:tenth])
 

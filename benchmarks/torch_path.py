@@ -1,9 +1,9 @@
-"""PyTorch's path on a CPU: as it is, compiled, and beside the C kernels.
+"""The PyTorch backend on a CPU: eager, compiled, and compared with the C kernels.
 
 python benchmarks/torch_path.py [--quick] [--json FILE]
 
-Seconds are of the processor, and one thread does it all, so that other processes on the machine count for little.
-``TITANS_BUILD_BACKEND=torch,attention=sdpa python benchmarks/before_after.py`` compares the path of two versions.
+Times are processor time of one thread, which other processes on the machine affect little.
+``TITANS_BUILD_BACKEND=torch,attention=sdpa python benchmarks/before_after.py`` compares the backend of two versions.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Case(NamedTuple):
     what: str
     backward: bool
     way: str
-    """``"torch"``, ``"compiled"``: that through ``torch.compile``, or ``"native"``: the C kernels."""
+    """``"torch"``, ``"compiled"`` (the same through ``torch.compile``), or ``"native"`` (the C kernels)."""
 
 
 class Sizes(NamedTuple):
@@ -53,7 +53,7 @@ WAYS = ("torch", "compiled", "native")
 
 
 def make(case: Case, sizes: Sizes) -> Callable[[], Any]:
-    """Inputs and parameters of a case; the result runs it once."""
+    """Create inputs and parameters of a case, and return a function that runs it once."""
     torch.manual_seed(0)
     if case.what in MEMORIES:
         backend = "native" if case.way == "native" else "torch"

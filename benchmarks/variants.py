@@ -1,8 +1,8 @@
-"""The variants side by side on one task, at equal parameters and tokens: what each learns, and how soon.
+"""Training of the variants on one task, with equal numbers of parameters and tokens.
 
 python benchmarks/variants.py copy|mqar|language [--quick] [--jobs N] [--runs FOLDER] [--json FILE]
 
-What was interrupted goes on where it was.
+An interrupted run is resumed.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class Task(NamedTuple):
 
     title: str
     variants: tuple[str, ...]
-    """Of ``recipes/``; the first one's size is that of all."""
+    """Names in ``recipes/``. All have as many parameters as the first."""
     wanted: float | None = None
-    """Accuracy that the variants with a memory are to reach."""
+    """The accuracy that is the goal of the variants with a memory."""
     changes: Mapping[str, dict[str, Any]] = {}
-    """What is changed in some of the recipes."""
+    """Overrides of some of the recipes."""
     quick: Mapping[str, Any] = {}
-    """What is changed in the settings for a quick run."""
+    """Overrides of the settings for a quick run."""
 
 
 FIVE = ("mac", "mag", "mal", "lmm", "transformer")
@@ -59,7 +59,7 @@ def compared(name: str, runs: Path, quick: bool, jobs: int) -> measure.Result:
     }
     found = tb.compare(recipes, data, settings, runs, jobs=jobs, told=_tell)
     for variant in found["variants"]:
-        # curves of single runs would be most of the file
+        # the curves of single runs would be most of the file
         variant["runs"] = [{key: value for key, value in each.items() if key != "curve"} for each in variant["runs"]]
     return found
 

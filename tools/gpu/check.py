@@ -1,9 +1,9 @@
-"""``python -m titans_build.tools.gpu_check``: checks the kernels on this GPU, then measures their speed.
+"""``python -m titans_build.tools.gpu_check``: tests the kernels on this GPU, then measures their speed.
 
-Parity comes first: every backend of every operation that a GPU runs against the reference in float64, outputs and
-gradients. A backend that fails is not timed, nor is anything that may run it. The most important cases come first, and
-results are written after every measurement, so that an interrupted run keeps them. Most of the time is spent compiling,
-on all cores.
+Parity comes first: the outputs and gradients of every backend of every operation against the reference in float64.
+A backend that fails is not timed, nor is any case that may run it. The most important cases are timed first, and the
+results are written after every measurement, so that an interrupted run keeps them. Most of the time goes into
+compiling, on all cores.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 class Report:
-    """The results, which are written to a file, if there is one, with every addition."""
+    """The results. Every addition writes them to the file, if there is one."""
 
     def __init__(self, file: Path | None) -> None:
         self.file = file
@@ -202,7 +202,7 @@ def measure_speed(
     report: Report,
     began: float,
 ) -> list[timing.Measurement]:
-    """As many measurements as fit into the time, the most important first."""
+    """Time as many cases as fit into ``--minutes``, the most important first."""
     sizes = _sizes(arguments)
     late = lambda: time.monotonic() - began > 60 * arguments.minutes  # noqa: E731
     if processes and not arguments.quick and not late():

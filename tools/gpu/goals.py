@@ -1,4 +1,4 @@
-"""The goals for the kernels on a GPU beside what was measured, and how time grows with length."""
+"""The goals for the kernels on a GPU, compared with the measurements, and the growth of time with length."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ class Trend(NamedTuple):
     exponent: float
     """``p`` of the best fit ``time = c * length ** p``."""
     bytes: tuple[float, ...]
-    """Peak memory of each token, at each length; empty where the device does not say."""
+    """Peak memory per token, at each length; empty where the device does not report it."""
 
 
 Key = tuple[str, str, str, str]
 
 
 def trends(rows: Sequence[Measurement]) -> list[Trend]:
-    """The trend of every case that was measured at two lengths or more."""
+    """The trend of every case that was measured at two or more lengths."""
     found: dict[Key, dict[int, Measurement]] = {}
     for row in rows:
         length, shape = _length(row)
@@ -122,7 +122,7 @@ def goals(rows: Sequence[Measurement]) -> list[Goal]:
 
 
 def _over(found: dict[Key, Measurement], one: tuple[str, str], other: tuple[str, str]) -> list[float]:
-    """The time of ``one`` over that of ``other``, wherever both were measured on the same."""
+    """The time of ``one`` over that of ``other``, for each shape and direction that both have."""
     pairs = [(row, found.get((*other, *key[2:]))) for key, row in found.items() if key[:2] == one]
     return [row.seconds / beside.seconds for row, beside in pairs if beside]
 

@@ -21,7 +21,7 @@ DIGITS = {"tf32": 11, "bfloat16": 8, "float16": 11}
 """Binary digits of an operand."""
 REFERENCE = "reference"
 SCHEDULE = "TITANS_BUILD_SCHEDULE"
-"""``kernels.memory.triton.schedule.VARIABLE``, which is read without Triton here."""
+"""``kernels.memory.triton.schedule.VARIABLE``, copied because that module imports Triton."""
 
 
 class Task(NamedTuple):
@@ -59,12 +59,12 @@ class Outcome(NamedTuple):
 
 
 def tasks(device: torch.device) -> list[Task]:
-    """Every case with every backend but the reference, at its precisions; float32, which says most, first."""
+    """Every case with every backend except the reference, at its precisions; float32 first."""
     gpu = device.type == "cuda"
     found = []
     for precision in ("float32", "bfloat16", "float16", *(["tf32"] if gpu else [])):
         for case in gpu_cases.cases(small=not gpu):
-            if case.thorough or precision == "float32" or (gpu and precision == "bfloat16"):
+            if case.all_precisions or precision == "float32" or (gpu and precision == "bfloat16"):
                 backends = [name for name in dispatch.OPERATIONS[case.operation].backends if name != REFERENCE]
                 if case.schedule != "auto":
                     backends = ["triton"]
@@ -73,20 +73,21 @@ def tasks(device: torch.device) -> list[Task]:
 
 
 def no_outcome(task: Task, failed: str = "") -> Outcome:
+    """The outcome of a task without a result."""
     return Outcome(
         task.operation, task.backend, task.case, task.precision, math.nan, TOLERANCE[task.precision], "", failed
     )
 
 
 def outcome(task: Task, device: torch.device) -> Outcome:
-    """Run a task. An exception of a backend becomes its outcome."""
+    """Run a task. An exception that a backend raises is returned as the outcome."""
     case = next(
         case
         for case in gpu_cases.cases(small=device.type != "cuda")
         if (case.name, case.operation) == (task.case, task.operation)
     )
     dtype = torch.float32 if task.precision == "tf32" else getattr(torch, task.precision)
-    said = no_outcome(task)
+    nothing = no_outcome(task)
     given = {name: _given(name, x, dtype) for name, x in case.make(torch.Generator().manual_seed(0)).items()}
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if task.precision == "tf32" else "highest")
@@ -95,9 +96,9 @@ def outcome(task: Task, device: torch.device) -> Outcome:
             found = _pass(case, task.backend, {name: x.to(device) for name, x in given.items()})
         found = {name: x.detach().to("cpu", torch.float64) for name, x in found.items()}
     except dispatch.BackendError as error:
-        return said._replace(refused=str(error).rpartition("cannot run: ")[2])
+        return nothing._replace(refused=str(error).rpartition("cannot run: ")[2])
     except Exception as error:  # a kernel that does not compile, an illegal address: the other tasks still run
-        return said._replace(failed=f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0])
+        return nothing._replace(failed=f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0])
     finally:
         torch.set_float32_matmul_precision(before)
     exact = {name: x.double() if x.is_floating_point() else x for name, x in given.items()}
@@ -105,7 +106,7 @@ def outcome(task: Task, device: torch.device) -> Outcome:
     most = bounds(case, exact, expected, task.precision)
     ratios = {name: ratio(x, expected[name]) for name, x in found.items()}
     worst = max(ratios, key=lambda name: (math.isnan(ratios[name]), ratios[name] / most[name]))
-    return said._replace(error=ratios[worst], tolerance=most[worst], where=worst)
+    return nothing._replace(error=ratios[worst], tolerance=most[worst], where=worst)
 
 
 @contextlib.contextmanager
@@ -125,11 +126,11 @@ def scheduled(schedule: str) -> Iterator[None]:
 def bounds(case: Case, exact: Inputs, expected: dict[str, Tensor], precision: str) -> dict[str, float]:
     """The largest error that each output and gradient may have.
 
-    A LayerNorm amplifies rounding errors by an amount that depends on the numbers. Behind one it is twice the error
-    that rounding the operands alone causes in the exact recurrence, where that is more.
+    A LayerNorm amplifies rounding errors by a factor that depends on the data. With one, the bound is twice the error
+    that rounding the operands causes in the exact recurrence, if that is larger than the tolerance.
     """
     most = dict.fromkeys(expected, TOLERANCE[precision])
-    if not case.rounds or precision not in DIGITS:
+    if not case.layer_norm or precision not in DIGITS:
         return most
     near = _pass(case, REFERENCE, {name: _rounded(name, x, DIGITS[precision]) for name, x in exact.items()})
     return {name: max(most[name], 2 * ratio(near[name].detach(), right)) for name, right in expected.items()}
@@ -153,20 +154,20 @@ def _rounded(name: str, x: Tensor, digits: int) -> Tensor:
 
 def _pass(case: Case, backend: str, inputs: Inputs) -> dict[str, Tensor]:
     """Outputs, and gradients of every floating-point input, from a fixed cotangent."""
-    if not case.learns:
+    if not case.backward:
         with torch.no_grad():
             return {f"output {i}": y for i, y in enumerate(case.run(backend, **inputs))}
     leaves = {name: x.detach().clone().requires_grad_() if x.is_floating_point() else x for name, x in inputs.items()}
     made = list(case.run(backend, **leaves))
     random = torch.Generator().manual_seed(1)
     cotangents = [torch.randn(y.shape, generator=random, dtype=torch.float64).to(y) for y in made]
-    real = {name: x for name, x in leaves.items() if x.requires_grad}
-    grads = torch.autograd.grad(made, list(real.values()), cotangents, allow_unused=True)
-    pushed = {
+    inputs_with_grad = {name: x for name, x in leaves.items() if x.requires_grad}
+    grads = torch.autograd.grad(made, list(inputs_with_grad.values()), cotangents, allow_unused=True)
+    gradients = {
         f"gradient of {name}": torch.zeros_like(x) if grad is None else grad
-        for (name, x), grad in zip(real.items(), grads)
+        for (name, x), grad in zip(inputs_with_grad.items(), grads)
     }
-    return {f"output {i}": y for i, y in enumerate(made)} | pushed
+    return {f"output {i}": y for i, y in enumerate(made)} | gradients
 
 
 def ratio(found: Tensor, expected: Tensor) -> float:

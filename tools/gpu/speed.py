@@ -1,4 +1,4 @@
-"""What is timed on a GPU, in which order: memories, attention, bandwidth-bound operations, models, other libraries."""
+"""The cases to time on a GPU: memories, attention, bandwidth-bound operations, models, other libraries."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from .parity import scheduled
 from .timing import FULL, Run, Sizes, Timing, backends, passes, wait
 
 Start = Callable[[], tuple[Callable[[], Tensor], list[Tensor]]]
-"""Makes what runs forward, and the leaves that it gives gradients to."""
+"""Returns the forward pass, and the leaves that get gradients."""
 
 
 def timings(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> list[Timing]:
-    """Everything, the most important first: a run may be cut short."""
+    """All cases, the most important first: the time may end before the last."""
     kinds = (memories, memory_blocks, linear_memories, decoding, models, attentions, bandwidth_bound)
     return sorted((each for kind in kinds for each in kind(device, dtype, sizes)), key=lambda each: each.rank)
 
 
 def without_failed(every: Sequence[Timing], failed: Mapping[str, set[str]]) -> tuple[list[Timing], list[str]]:
-    """Those that run no backend that ``failed`` its parity, by operation; and why the others are left out."""
+    """The cases that run no backend that ``failed`` its parity, and the reasons for leaving out the others."""
     reasons: dict[str, None] = {}
     kept = []
     for each in every:
@@ -47,7 +47,7 @@ def without_failed(every: Sequence[Timing], failed: Mapping[str, set[str]]) -> t
 
 
 def warmups(device: torch.device, dtype: torch.dtype) -> list[Callable[[], str]]:
-    """Functions that each run one of the kernels once, so that it is compiled, and return the error, if any."""
+    """Functions that run a kernel once, so that it is compiled. Each returns the error, or an empty string."""
 
     def once(each: Timing) -> str:
         try:
@@ -97,9 +97,9 @@ def memory_operation(
     batch: int, length: int, heads: int, shapes: Sequence[tuple[int, int]], chunk: int, backend: str = "auto",
     device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, state_dtype: torch.dtype = torch.float32,
 ) -> tuple[Callable[[], Tensor], list[Tensor]]:  # fmt: skip
-    """The operation on random tokens with gates as a fresh block makes them, and the leaves that get gradients.
+    """The operation on random tokens with the gates of a new block, and the leaves that get gradients.
 
-    The numbers are the same for every dtype, but for rounding.
+    The inputs are the same for every dtype except for rounding.
     """
     d, tokens = shapes[0][1], (batch, length, heads)
     q, k, v = (torch.randn(*tokens, d, device=device) for _ in range(3))
@@ -153,7 +153,7 @@ def memories(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator
 
 
 def decoding(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator[Timing]:
-    """One token of many rows: reading and writing the state is what takes the time."""
+    """One token of many rows. Reading and writing the state takes most of the time."""
     rows = sizes.decoding
     for d, expansion, layers in sizes.widths:
         shapes = layer_shapes(d, expansion, layers)
@@ -170,9 +170,9 @@ def decoding(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator
 
 
 def titans_pytorch_memory(dim: int, heads: int, expansion: int, chunk: int) -> nn.Module:
-    """The memory of titans-pytorch, of two layers.
+    """The memory of titans-pytorch, with two layers.
 
-    Without ``batch_size`` all gradients would be taken at the initial weights, which is another, cheaper function.
+    Without ``batch_size`` it would compute all gradients at the initial weights, a different, cheaper function.
     """
     from titans_pytorch import MemoryMLP, NeuralMemory
 
@@ -183,7 +183,7 @@ def titans_pytorch_memory(dim: int, heads: int, expansion: int, chunk: int) -> n
 
 
 def memory_blocks(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator[Timing]:
-    """The memory block, and the memory of titans-pytorch, which has projections as well; of two layers."""
+    """The memory block, and the memory of titans-pytorch, which also has projections; both with two layers."""
     heads = min(4, sizes.heads)
     rows = sizes.heads // heads
 
@@ -215,7 +215,7 @@ def memory_blocks(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Ite
 
 
 def linear_memories(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator[Timing]:
-    """The linear memories of flash-linear-attention, with a state of ``d x d`` for every row, as one layer has."""
+    """The linear memories of flash-linear-attention, whose state of ``d x d`` is that of a memory of one layer."""
     rows = sizes.heads
 
     def random(length: int, *shape: int) -> Tensor:
@@ -260,7 +260,7 @@ def linear_memories(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> I
 
 
 def attentions(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator[Timing]:
-    """A window with a prefix, and all tokens."""
+    """Attention with a window and a prefix, and full causal attention."""
     heads, d, persistent = 16 if sizes.seconds else 2, 64, 16
 
     def start(length: int, window: int | None, backend: str) -> Any:
@@ -290,8 +290,8 @@ def bandwidth_bound(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> I
     """Norm, gate, SwiGLU and convolution."""
     rows, width = sizes.lengths[-1], 1024 if sizes.seconds else 32
     gain, taps = torch.ones(width, device=device, dtype=dtype), torch.randn(width, 4, device=device, dtype=dtype)
-    # numbers read and written for each element, forward alone and both ways: backward reads the inputs and the result's
-    # gradient, and writes as many gradients
+    # elements read and written for each element of x, in the forward pass and in both: the backward pass reads the
+    # inputs and the gradient of the output, and writes a gradient for each input
     kinds: list[tuple[str, str, int, Callable[..., Tensor], float, float]] = [
         ("rms_norm", "RMSNorm", 1, lambda b, x: rms_norm(x, gain, backend=b), 2, 5),
         ("gate", "gate", 2, lambda b, x, y: gate(x, y, gain, gain, backend=b), 3, 8),
@@ -315,7 +315,7 @@ def bandwidth_bound(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> I
 
 
 def models(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator[Timing]:
-    """Forward and backward of whole models of one size, under autocast; two of them compiled, too."""
+    """Forward and backward of whole models of one size, under autocast. Two of them also compiled."""
     for length, name in product(sizes.texts, ("transformer", "mag", "mac", "mal", "lmm")):
         main = name in ("transformer", "mag")
         for compiled in (False, True) if main and length == sizes.texts[0] else (False,):
@@ -350,7 +350,7 @@ def _model(
 
 
 class Transformer(nn.Module):
-    """A plain transformer to compare with: full causal attention through SDPA, and SwiGLU."""
+    """The transformer to compare with: full causal SDPA attention and SwiGLU."""
 
     def __init__(self, dim: int, depth: int, vocab: int, heads: int, hidden: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""One measurement on a device: what is timed, how often, and the result."""
+"""Timing one case on a device."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from ...kernels import dispatch
 
 Run = Callable[[], Any]
 LONG = 2.0
-"""Seconds of a run that is timed only once."""
+"""Seconds after which a run is timed only once."""
 
 
 class Sizes(NamedTuple):
-    """How large the timed cases are."""
+    """Sizes of the timed cases."""
 
     matrix: int
-    """Side of the square product that the matrix rate is measured with."""
+    """Side of the square matrices whose product gives the matrix rate."""
     copied: int
-    """Bytes of the copy that the bandwidth is measured with."""
+    """Bytes of the copy that gives the bandwidth."""
     heads: int
-    """Rows x heads: enough of them to fill the device."""
+    """Rows x heads, enough to fill the device."""
     lengths: tuple[int, ...]
     widths: tuple[tuple[int, int, int], ...]
-    """Of the memories: ``d``, expansion, layers."""
+    """``(d, expansion, layers)`` of the memories."""
     chunk: int
     window: int
     decoding: int
-    """Rows x heads that decode at a time."""
+    """Rows x heads of a decoding step."""
     model: str
-    """The size of packaged recipes as a suffix; empty for the small ones."""
+    """The suffix of the packaged recipes; empty for the small ones."""
     transformer: dict[str, int]
-    """The transformer of that size. Its vocabulary is that of the models, too."""
+    """Arguments of the transformer of that size. The other models have its vocabulary."""
     texts: tuple[int, ...]
-    """Lengths for whole models."""
+    """Lengths of the texts for whole models."""
     seconds: float
-    """For each case, once it is warm."""
+    """Seconds to measure each case after the warm-up."""
 
 
 FULL = Sizes(
@@ -56,7 +56,7 @@ QUICK = Sizes(
 
 
 class Timing(NamedTuple):
-    """Something to time."""
+    """A case to time."""
 
     what: str
     backend: str
@@ -66,18 +66,18 @@ class Timing(NamedTuple):
     make: Callable[[], Run]
     """Makes inputs and parameters and returns a function that runs once."""
     flops: float = 0
-    """Useful ones; 0 where bytes are what counts."""
+    """Useful FLOPs; 0 where memory bandwidth is the limit."""
     moved: float = 0
-    """Bytes that have to be read and written at least; 0 where FLOPs are what counts."""
+    """Bytes that must be read and written; 0 where FLOPs are the limit."""
     tokens: int = 0
     operation: str = ""
-    """Its name in ``dispatch.OPERATIONS``, if it is one operation alone."""
+    """The name in ``dispatch.OPERATIONS`` if the case is a single operation."""
     rank: int = 0
-    """The lower, the earlier: a run may be cut short."""
+    """Cases of lower rank are measured first."""
 
 
 class Measurement(NamedTuple):
-    """The result."""
+    """The result of timing a case."""
 
     what: str
     backend: str
@@ -90,22 +90,22 @@ class Measurement(NamedTuple):
     flops: float
     bytes: float
     share: float
-    """Of the device's measured matrix rate, or of its bandwidth."""
+    """The share of the measured matrix rate, or of the measured bandwidth."""
     tokens: int
     peak: int
-    """Bytes allocated at most, inputs and results included; 0 where the device does not report it."""
+    """Peak of allocated bytes, with inputs and results; 0 where the device does not report it."""
     failed: str = ""
 
 
 class Ceiling(NamedTuple):
-    """What the device was measured to do: FLOP/s of a large matrix product in a dtype, bytes/s of a copy."""
+    """Measured limits of the device: FLOP/s of a large matrix product, bytes/s of a copy."""
 
     product: float
     copy: float
 
 
 def ceiling(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Ceiling:
-    """Measured on random numbers: products of zeros draw less power and run faster."""
+    """Measure the limits, with random numbers: products of zeros draw less power and run faster."""
     a, b = (torch.randn(sizes.matrix, sizes.matrix, device=device).to(dtype) for _ in range(2))
     product = statistics.median(samples(lambda: a @ b, device, max(sizes.seconds, 0.5)))
     x = torch.empty(sizes.copied, dtype=torch.uint8, device=device)
@@ -115,7 +115,7 @@ def ceiling(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Ceiling:
 
 
 def samples(run: Run, device: torch.device, seconds: float, least: int = 3, most: int = 50) -> list[float]:
-    """Seconds of each run, by the device's own clock. A run that takes ``LONG`` is timed once."""
+    """Seconds of each run, measured with CUDA events on a GPU. A run that takes longer than ``LONG`` is timed once."""
     warm = math.nan
     for _ in range(2):
         start_s = time.perf_counter()
@@ -142,7 +142,7 @@ def samples(run: Run, device: torch.device, seconds: float, least: int = 3, most
 
 
 def measure(case: Timing, device: torch.device, sizes: Sizes, most: Ceiling) -> Measurement:
-    """Time a case. A case that fails, out of memory for example, gives a measurement with the reason."""
+    """Time a case. If it fails, for example for lack of memory, the measurement holds the reason."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -170,14 +170,14 @@ def wait(device: torch.device) -> None:
 
 
 def backends(operation: str, device: torch.device, dtype: torch.dtype, **facts: Any) -> list[str]:
-    """The backends of an operation that run there, without the references."""
+    """The backends of an operation that run on ``device``, without the references."""
     found = dispatch.OPERATIONS[operation].backends.values()
     named = dict(named=True, device=device.type, dtype=dtype, **facts)
     return [b.name for b in found if b.name not in ("reference", "closed_form") and b.refuse(**named) is None]
 
 
 def passes(forward: Callable[[], Tensor], leaves: Sequence[Tensor], both: bool) -> Run:
-    """Runs ``forward`` without gradients, or with ``both`` forward and backward to the ``leaves``."""
+    """Return a function that runs ``forward`` without gradients or, with ``both``, forward and backward."""
 
     def alone() -> Tensor:
         with torch.no_grad():

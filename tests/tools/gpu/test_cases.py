@@ -34,8 +34,8 @@ def facts_of(cases, monkeypatch):
     for case in cases:
         inputs = case.make(torch.Generator().manual_seed(0))
         for x in inputs.values():
-            x.requires_grad_(case.learns and x.is_floating_point())
-        with torch.set_grad_enabled(case.learns):
+            x.requires_grad_(case.backward and x.is_floating_point())
+        with torch.set_grad_enabled(case.backward):
             case.run("reference", **inputs)
     return asked
 
@@ -62,7 +62,7 @@ def test_every_backend_that_runs_on_a_gpu_has_a_case(monkeypatch):
 
 
 def test_a_backend_without_a_case_is_found(monkeypatch):
-    fewer = [case for case in gpu_cases.cases(small=True) if case.learns and case.operation != "gate"]
+    fewer = [case for case in gpu_cases.cases(small=True) if case.backward and case.operation != "gate"]
     found = left_out(fewer, monkeypatch)
     assert ("memory", "triton_step") in found and ("gate", "triton") in found and ("memory", "triton") not in found
     monkeypatch.setitem(OPERATIONS, "new", None)  # removed after the test; an operation registers itself
