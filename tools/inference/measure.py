@@ -14,8 +14,8 @@ from ...recipes.atomic_write import atomic_write
 from ...registry import show
 from ..plotting import COLOURS, draw
 from ..terminal import Columns, CommandFailed, UsageError, count, say, say_columns, say_json
-from .reading import DOUBLING, Bucket, Perplexity, Reading, perplexity
-from .session import Session, Text, reading_progress, usage_errors
+from .reading import DOUBLING, Bucket, Perplexity, perplexity
+from .session import Reading, Session, Text, reading_progress, usage_errors
 from .tokenizer import IdTokenizer
 
 UNITS = {"": 1, "k": 2**10, "m": 2**20}

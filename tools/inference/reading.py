@@ -1,4 +1,4 @@
-"""Reading a text of any length piece by piece, in constant memory, and measuring how well a model predicts it."""
+"""Reading a text of any length piece by piece, in constant memory: how far, and how well it is predicted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ...blocks.generation import read_prompt
 from ...blocks.language_model import LanguageModel
 from ...blocks.state import State, named_tensors
 
@@ -22,41 +21,6 @@ DOUBLING = tuple(2**power for power in range(7, 62))
 
 MAX_LOGITS = 2**24
 """Logits that are held at once: pieces are shorter where the vocabulary is large."""
-
-
-class Reading(NamedTuple):
-    """The position of a model in a text."""
-
-    state: State
-    """The state after every token so far."""
-    logits: Tensor | None
-    """``[batch, vocab]``: the prediction of the next token; ``None`` before the first."""
-    tokens: int
-    """Tokens of each row that were read."""
-
-
-def read_text(model: LanguageModel, pieces: Tensor | Iterable[Tensor], state: State = None) -> Reading:
-    """Read ``pieces``, int64 ``[batch, time]`` of any lengths, from ``state`` (fresh by default), without gradients.
-
-    Holds one piece and one state in memory: an iterator may yield a text of any length. A tensor is split into pieces.
-    The split changes nothing but rounding. Raises what the model's ``forward`` raises: token ids outside of its
-    vocabulary, a state of another model.
-    """
-    reading = Reading(state, None, 0)
-    for reading in readings(model, pieces, state):  # noqa: B007 - the last one is the result
-        pass
-    return reading
-
-
-def readings(model: LanguageModel, pieces: Tensor | Iterable[Tensor], state: State = None) -> Iterator[Reading]:
-    """Like :func:`read_text`, with one ``Reading`` after each piece, to show progress or to stop early."""
-    tokens = 0
-    for piece in split(pieces):
-        if piece.shape[1] == 0:
-            continue
-        logits, state = read_prompt(model, piece, state)
-        tokens += piece.shape[1]
-        yield Reading(state, logits, tokens)
 
 
 def split(pieces: Tensor | Iterable[Tensor], size: int = PIECE) -> Iterator[Tensor]:

@@ -10,16 +10,16 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ... import recipes
-from ...blocks.generation import Sampler, steps
+from ...blocks.generation import Sampler, read_prompt, steps
 from ...blocks.language_model import LanguageModel
-from ...blocks.state import batch_size, named_tensors
+from ...blocks.state import State, batch_size, named_tensors
 from ...recipes import StorageError, packaged_names
 from ...recipes.parse import read_file
 from ...recipes.saved_format import INDEX, STATE_FORMAT
@@ -27,7 +27,7 @@ from ...registry import nearest
 from ..options import placement
 from ..terminal import CommandFailed, UsageError, console
 from ..training.run_folder import RUN, is_run
-from .reading import PIECE, Reading, position, readings, split
+from .reading import PIECE, position
 from .tokenizer import Tokenizer, check_ids, open_tokenizer
 
 MODEL = "model"
@@ -186,6 +186,17 @@ def reading_progress(text: Text, description: str) -> Iterator[Callable[[int], N
 # -- the session -------------------------------------------------------------------------------------------------------
 
 
+class Reading(NamedTuple):
+    """The position of a model in a text."""
+
+    state: State
+    """The state after every token so far."""
+    logits: Tensor | None
+    """``[1, vocab]``: the prediction of the next token; ``None`` before the first."""
+    tokens: int
+    """Tokens that were read in this session."""
+
+
 class Session:
     """One row that reads and writes. An interruption leaves it after the last complete piece or token."""
 
@@ -208,24 +219,23 @@ class Session:
         Raises ``UsageError`` for text that has no token ids of the model.
         """
         start = self.reading
-        for reading in readings(self.model, self.pieces(text), start.state):
-            self.reading = reading._replace(tokens=start.tokens + reading.tokens)
-            on_piece(reading.tokens)
+        for piece in self.pieces(text):
+            logits, state = read_prompt(self.model, piece, self.reading.state)
+            self.reading = Reading(state, logits, self.reading.tokens + piece.shape[1])
+            on_piece(self.reading.tokens - start.tokens)
         return self.reading.tokens - start.tokens
 
     def pieces(self, text: Iterable[bytes]) -> Iterator[Tensor]:
         """``text`` in token ids ``[1, time]`` on the model's device, in pieces of ``PIECE`` tokens."""
-        held: list[Tensor] = []
+        held = torch.empty(0, dtype=torch.int64)
         for ids in self.tokenizer.encode(text):
             check_ids(ids, self.model.vocab, f"--tokenizer {self.tokenizer.name}")
-            held.append(ids)
-            if sum(map(len, held)) >= PIECE:
-                joined = torch.cat(held)
-                ready = len(joined) - len(joined) % PIECE
-                held = [joined[ready:]]
-                yield from (piece.to(self.device) for piece in split(joined[None, :ready]))
-        if held:
-            yield from (piece.to(self.device) for piece in split(torch.cat(held)[None]))
+            held = torch.cat([held, ids])
+            while len(held) >= PIECE:
+                yield held[None, :PIECE].to(self.device)
+                held = held[PIECE:]
+        if len(held):
+            yield held[None].to(self.device)
 
     def generate(
         self, max_new_tokens: int, sampler: Sampler, on_token: Callable[[int], None] = lambda token: None

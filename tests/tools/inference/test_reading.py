@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 import titans_build as tb
 from titans_build.blocks.language_model import LanguageModel
-from titans_build.tools.inference import Perplexity, perplexity, position, read_text, readings
+from titans_build.tools.inference import Perplexity, perplexity, position
 from titans_build.tools.inference.reading import PIECE, split
 
 
@@ -26,59 +25,29 @@ def test_pieces_give_the_state_of_one_pass(model: LanguageModel, dtype: torch.dt
     with torch.no_grad():
         whole = model(text)
     for pieces in (text, iter(text.split([1, 7, 0, 64, 3, 200, 25], dim=1))):
-        reading = read_text(model, pieces)
-        assert reading.tokens == 300
-        assert reading.logits is not None
-        torch.testing.assert_close(reading.logits, whole.logits[:, -1], atol=tolerance, rtol=tolerance)
+        state = perplexity(model, pieces).state
+        following = [model.generate(text[:, :1], 1, state=before).logits for before in (state, whole.state)]
+        torch.testing.assert_close(*following, atol=tolerance, rtol=tolerance)
         if dtype is torch.float64:  # an untrained memory multiplies the rounding of float32 in its keys
-            for (name, a), (_, b) in zip(tb.state.named_tensors(reading.state), tb.state.named_tensors(whole.state)):
+            for (name, a), (_, b) in zip(tb.state.named_tensors(state), tb.state.named_tensors(whole.state)):
                 torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance, msg=name)
-
-
-def test_reading_continues_from_a_state_and_does_not_change_it(model: LanguageModel) -> None:
-    text = tokens(50)
-    first = read_text(model, text[:, :20])
-    before = [tensor.clone() for _, tensor in tb.state.named_tensors(first.state)]
-    rest = read_text(model, text[:, 20:], first.state)
-    torch.testing.assert_close(rest.logits, read_text(model, text).logits, atol=1e-4, rtol=1e-4)
-    assert rest.tokens == 30
-    assert all(torch.equal(a, b) for a, (_, b) in zip(before, tb.state.named_tensors(first.state)))
-
-
-def test_reading_nothing_returns_the_given_state(model: LanguageModel) -> None:
-    state = model.init_state(1)
-    assert read_text(model, [], state) == (state, None, 0)
-    assert read_text(model, tokens(0)) == (None, None, 0)
 
 
 def test_a_long_tensor_is_split() -> None:
     assert [piece.shape[1] for piece in split(tokens(2 * PIECE + 5))] == [PIECE, PIECE, 5]
 
 
-def test_reading_can_stop_early(model: LanguageModel) -> None:
-    yielded = []
-
-    def endless() -> Iterator[torch.Tensor]:
-        while True:
-            yielded.append(10)
-            yield tokens(10)
-
-    for reading in readings(model, endless()):
-        if reading.tokens >= 30:
-            break
-    assert len(yielded) == 3
-
-
 def test_ids_outside_of_the_vocabulary_are_refused(model: LanguageModel) -> None:
     with pytest.raises(ValueError, match="id 256 is outside the vocabulary of 256"):
-        read_text(model, [tokens(4), torch.tensor([[256]])])
+        perplexity(model, [tokens(4), torch.tensor([[256]])])
 
 
 @pytest.mark.parametrize("name", ["mac", "mag", "mal", "lmm", "transformer"])
 def test_position_counts_tokens(name: str) -> None:
     model = tb.build(tb.load_recipe(name, overrides={"dim": 32, "stack.0.repeat": 1}))
     for count in (1, 10, 150):
-        assert position(model, read_text(model, tokens(count)).state) == count
+        with torch.no_grad():
+            assert position(model, model(tokens(count)).state) == count
     assert position(model, model.init_state(1)) == 0
 
 
@@ -126,11 +95,13 @@ def test_given_edges(model: LanguageModel) -> None:
             perplexity(model, text, edges=edges)
 
 
-def test_perplexity_continues_from_a_state(model: LanguageModel) -> None:
+def test_perplexity_continues_from_a_state_and_does_not_change_it(model: LanguageModel) -> None:
     text = tokens(60)
     with torch.no_grad():
         state = model(text[:, :20]).state
+    before = [tensor.clone() for _, tensor in tb.state.named_tensors(state)]
     found = perplexity(model, text[:, 20:], state)
+    assert all(torch.equal(a, b) for a, (_, b) in zip(before, tb.state.named_tensors(state)))
     assert found.loss == pytest.approx(float(whole_losses(model, text[:, 20:], state).mean()), abs=1e-4)
     assert perplexity(model, text[:, 20:]).loss != pytest.approx(found.loss, abs=1e-6)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 import sys
@@ -137,7 +138,19 @@ def test_blocks_of_any_size_become_pieces(model: LanguageModel, size: int) -> No
     text = bytes(range(256)) * 12
     pieces = list(Session(model, ByteTokenizer()).pieces(text[at : at + size] for at in range(0, len(text), size)))
     assert bytes(torch.cat(pieces, dim=1)[0].tolist()) == text
-    assert [piece.shape[1] for piece in pieces if piece.shape[1]] == [PIECE] * 3
+    assert [piece.shape[1] for piece in pieces] == [PIECE] * 3
+
+
+def test_a_session_reads_as_one_pass_of_the_model(model: LanguageModel) -> None:
+    model = copy.deepcopy(model).double()  # an untrained memory multiplies the rounding of float32
+    text = bytes(range(256)) * 5
+    session = Session(model, ByteTokenizer())
+    for part in (text[:100], b"", text[100:]):
+        session.read([part])
+    with torch.no_grad():
+        logits = model(torch.tensor([list(text)])).logits[:, -1]
+    assert session.reading.logits is not None and session.reading.tokens == len(text)
+    torch.testing.assert_close(session.reading.logits, logits, atol=1e-9, rtol=1e-9)
 
 
 def test_position_counts_all_sessions(model: LanguageModel, tmp_path: Path) -> None:
