@@ -25,7 +25,6 @@ from .svg import (
     branches,
     column,
     container,
-    legend,
     repeated,
     residual,
     text_width,
@@ -44,7 +43,7 @@ LEGEND = {
     "mixer": "other, with state",
     "plain": "without state",
     "gate": "gate",
-    "state": "state of one row, carried from token to token",
+    "state": "state of one row",
 }
 
 
@@ -100,17 +99,20 @@ def draw(recipe: recipes.Recipe, title: str) -> str:
         head = box("head, tied to the embedding" if recipe.tie else "head", least=120)
         body = column([tokens, embedding, stack, norm, head, logits])
 
-    canvas, colours = Canvas(), legend(LEGEND)
+    canvas, legend = Canvas(), [box(text, colour=colour, small=True) for colour, text in LEGEND.items()]
     margin, top = 28, 64 + 18 * len(notes)
     heading = max(text_width(title, 20, True), *(text_width(note, 12) for note in notes))
-    width = max(body.left + body.right, heading, colours.right)
+    width = max(body.left + body.right, heading, sum(2 * entry.right + 10 for entry in legend))
     canvas.text(margin, 34, title, size=20, bold=True, anchor="start")
     for index, note in enumerate(notes):
         canvas.text(margin, 60 + 18 * index, note, size=12, colour=FAINT, anchor="start")
     body.draw(canvas, margin + (width - body.left - body.right) / 2 + body.left, top)
     bottom = top + body.height + 24
-    colours.draw(canvas, margin, bottom)
-    return canvas.document(width + 2 * margin, bottom + colours.height + 16, title)
+    x = float(margin)
+    for entry in legend:
+        entry.draw(canvas, x + entry.left, bottom)
+        x += entry.left + entry.right + 10
+    return canvas.document(width + 2 * margin, bottom + 40, title)
 
 
 def _summarize_layers(recipe: recipes.Recipe) -> dict[str, Part]:

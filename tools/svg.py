@@ -266,19 +266,3 @@ def repeated(inner: Shape, times: int) -> Shape:
         canvas.text(edge + 9, (y + bottom) / 2, label, size=18, bold=True, colour=colour, anchor="start")
 
     return Shape(inner.left, inner.right + 34 + text_width(label, 18, True), inner.height, draw, inner.open)
-
-
-def legend(entries: Mapping[str, str]) -> Shape:
-    """Colours, by name, and what they mean, in a row that starts at the axis."""
-    widths = [38 + text_width(text, 11) for text in entries.values()]
-
-    def draw(canvas: Canvas, x: float, y: float) -> None:
-        for (colour, text), width in zip(entries.items(), widths):
-            if colour == "state":
-                canvas.cylinder(x, y, 15, 18)
-            else:
-                canvas.rectangle(x, y + 2, 15, 14, *COLOURS[colour], radius=3)
-            canvas.text(x + 22, y + 9, text, colour=FAINT, anchor="start")
-            x += width
-
-    return Shape(0, sum(widths), 18, draw)

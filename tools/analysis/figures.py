@@ -20,8 +20,7 @@ TEXTS = {
     "loss": (
         "Loss along the text",
         "loss ({unit})",
-        "Means over stretches of the text. Where the live line lies below the frozen one, writing to the memory has "
-        "made the next tokens easier to predict.",
+        "Means over stretches of the text. Below the frozen line, the live memory predicts better.",
     ),
     "saved": (
         "Loss that the live memory saves (bands: one standard error)",
@@ -33,25 +32,13 @@ TEXTS = {
         "surprise (norm of the gradient)",
         "The norm of the gradient of the memory's loss at a token, before clipping.",
     ),
-    "error": (
-        "Error",
-        "error |M(k) − v|²",
-        "The squared distance of the memory's output for a token's key from the token's value.",
-    ),
-    "step": (
-        "Step size",
-        "step size θ",
-        "The step size of the memory's gradient descent at a token; 0 means that the token is not written.",
-    ),
-    "momentum": (
-        "Momentum",
-        "momentum η",
-        "The decay of past surprise at a token: near 1, a write continues for many tokens.",
-    ),
+    "error": ("Error", "error |M(k) − v|²", "The squared distance of the memory's output for a key from the value."),
+    "step": ("Step size", "step size θ", "That of the gradient descent at a token; 0: the token is not written."),
+    "momentum": ("Momentum", "momentum η", "The decay of past surprise: near 1, a write continues for many tokens."),
     "forgetting": (
         "Forgetting",
         "forgetting α",
-        "The share of the memory's weights that is removed at a token: 0.01 halves them in 69 tokens.",
+        "The share of the weights that is removed: 0.01 halves them in 69 tokens.",
     ),
     "recall-kept": (
         "Recall of planted pairs: what is left of the write",
@@ -63,26 +50,22 @@ TEXTS = {
     "recall-cosine": (
         "Recall of planted pairs: cosine (thin: without the pair)",
         "cosine of output and value",
-        "Of the memory's output for the planted key and the planted value. Only what lies above the thin line of the "
-        "same colour was remembered.",
+        "Only what lies above the thin line of the same colour was remembered.",
     ),
     "recall-relative_error": (
         "Recall of planted pairs: relative error (thin: without the pair)",
         "|output − value| / |value|",
-        "Of the memory's output for the planted key. Only what lies below the thin line of the same colour was "
-        "remembered.",
+        "Only what lies below the thin line of the same colour was remembered.",
     ),
     "drift-distance": (
         "Weights of each head's memory: distance from the start",
         "|W − W₀| / |W₀|",
-        "If a line levels off, writing and forgetting are in balance; if it keeps rising, the weights will leave the "
-        "range that the model was trained in.",
+        "If a line levels off, writing and forgetting balance; if it keeps rising, they leave the trained range.",
     ),
     "drift-norm": (
         "Weights of each head's memory: norm",
         "|W|",
-        "Over all layers of a head's network. If it falls steadily, the memory forgets faster than it writes; if it "
-        "rises without end, it will overflow.",
+        "If it falls steadily, the memory forgets faster than it writes; if it rises without end, it will overflow.",
     ),
     "gates": ("Gate use", "gate, mean over features", "A flat line at one half is a gate that does not choose."),
     "branches": (
