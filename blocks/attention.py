@@ -22,14 +22,14 @@ from .block import Block, check_input
 from .layers import Linear, is_plain
 
 FEW = 4
-"""Tokens up to which an operator takes longer to start than to run, so that one kernel does it all."""
+"""Number of tokens up to which one fused kernel is faster than several operators."""
 
 
 class AttentionState(NamedTuple):
-    """The keys and values that later tokens may still see.
+    """The key-value cache.
 
-    There are ``window - 1`` slots where the window is bounded, and otherwise as many as the row that has read
-    the most tokens needs. The newest token is in the last slot; slots that hold none are zero.
+    With a window there are ``window - 1`` slots, otherwise as many as the longest row has tokens. The last token is in
+    the last slot. Empty slots are zero.
     """
 
     keys: Tensor
@@ -37,36 +37,37 @@ class AttentionState(NamedTuple):
     values: Tensor
     """``[batch, slots, kv_heads, d]``."""
     cached: Tensor
-    """``[batch]`` int64: slots that hold a token."""
+    """``[batch]`` int64: number of slots in use."""
     position: Tensor
-    """``[batch]`` int64: tokens read. Only the rotation depends on it."""
+    """``[batch]`` int64: number of tokens processed. Only the rotation depends on it."""
     prefix_keys: Tensor | None
-    """``[batch, P, kv_heads, d]``, normalised and not rotated; ``None`` where there are no persistent tokens."""
+    """``[batch, P, kv_heads, d]``, normalised and not rotated; ``None`` without persistent tokens."""
     prefix_values: Tensor | None
     """``[batch, P, kv_heads, d]``."""
 
 
 @register("attention")
 class Attention(Block):
-    """Causal softmax attention with rotary positions, grouped key-value heads and an optional window.
+    """Causal softmax attention with rotary embeddings, grouped key-value heads and an optional sliding window.
 
-    Persistent tokens (:meth:`prefix`) have no position and never leave the window. The state is bounded if
-    ``window`` is set or an enclosing block has called :meth:`bound`; otherwise it grows.
+    Persistent tokens have no position and remain visible beyond the window. State: the keys and values. It grows with
+    the number of tokens unless ``window`` is set or the block is inside ``context``.
     """
 
     def __init__(
         self,
         dim: int,
         *,
-        heads: Annotated[int, Field(ge=1, description="query heads, each of width dim / heads")] = 4,
+        heads: Annotated[int, Field(ge=1, description="number of query heads, each of width dim / heads")] = 4,
         kv_heads: Annotated[
-            int | None, Field(ge=1, description="key and value heads, shared by groups of query heads; null for heads")
+            int | None, Field(ge=1, description="number of key-value heads, a divisor of heads; null for heads")
         ] = None,
         window: Annotated[
-            int | None, Field(ge=1, le=2**24, description="tokens in sight, a token's own included; null for all")
+            int | None,
+            Field(ge=1, le=2**24, description="tokens that each token sees, including itself; null for all"),
         ] = None,
-        rope: Annotated[float | None, Field(gt=1, description="base of the rotary positions; null for none")] = 10000.0,
-        qk_norm: Annotated[bool, Field(description="RMS-normalise queries and keys, with a gain per head")] = True,
+        rope: Annotated[float | None, Field(gt=1, description="base of rotary embeddings; null for none")] = 10000.0,
+        qk_norm: Annotated[bool, Field(description="RMS-normalise queries and keys, with a learned gain")] = True,
     ) -> None:
         super().__init__(dim)
         fields = {"heads": heads, "kv_heads": kv_heads, "rope": rope}
@@ -111,10 +112,10 @@ class Attention(Block):
         return AttentionState(empty, empty, zero, zero, None, None)
 
     def prefix(self, tokens: Tensor) -> tuple[Tensor, AttentionState]:
-        """A fresh state with persistent ``tokens`` [batch, count, dim] visible to all later tokens.
+        """Return the outputs at persistent ``tokens`` [batch, count, dim], and a fresh state in which they are visible.
 
-        The outputs at them attend causally among themselves, without positions. They are not counted in
-        ``position`` and ``cached``.
+        Persistent tokens attend causally to each other, without positions. ``position`` and ``cached`` do not count
+        them.
         """
         check_input(self, tokens, name="tokens")
         state = self.init_state(tokens.shape[0])
@@ -133,7 +134,7 @@ class Attention(Block):
     def every(
         self, x: Tensor, state: AttentionState | None = None, *, step: int, mask: Tensor | None = None
     ) -> tuple[Tensor, AttentionState]:
-        """``forward``, with the outputs at every ``step``-th token only: other tokens have no query."""
+        """``forward``, with outputs at every ``step``-th token only. No queries are computed for other tokens."""
         if state is not None:
             self._check_slots(state)
         if mask is not None:
@@ -149,7 +150,7 @@ class Attention(Block):
     def _run(
         self, x: Tensor, state: AttentionState | None, length: Tensor | None, step: int
     ) -> tuple[Tensor, AttentionState]:
-        """``x``: valid tokens first in each row; ``length``: ``[batch]``, how many, or ``None`` for all."""
+        """``x`` has the valid tokens of each row first; ``length`` [batch] is their number, ``None`` if all are."""
         rows, time, _ = x.shape
         fresh = state is None
         if state is None:
@@ -161,7 +162,7 @@ class Attention(Block):
         if state.prefix_keys is not None and state.prefix_values is not None:
             prefix = Prefix(q, state.prefix_keys, state.prefix_values)
         if self.rope is not None:
-            # rows at one position share their rotation
+            # rows at the same position share their rotation
             same = fresh
             if not fresh and x.is_cpu and not torch.compiler.is_compiling():
                 same = len(set(state.position.tolist())) == 1
@@ -180,7 +181,7 @@ class Attention(Block):
         return self.out(y.flatten(2)), self._advance(state, k, v, length, time)
 
     def _run_few(self, x: Tensor, state: AttentionState, step: int) -> tuple[Tensor, AttentionState]:
-        """``_run`` in fewer operators, for a few tokens without gradients."""
+        """``_run`` with fewer operators, for few tokens without gradients."""
         heads = self.qkv(x).to(self.qkv.weight.dtype).unflatten(-1, (-1, self.head_dim))
         y, keys, values = cached_attention(
             heads, self.gain, Cache(*state), heads=self.heads, window=self.window, base=self.rope, step=step
@@ -200,18 +201,18 @@ class Attention(Block):
         else:
             q = project(x[:, step - 1 :: step], weight[:own])
             k, v = project(x, weight[own:]).split_with_sizes((shared, shared), dim=-1)
-        # under autocast the products are narrow; the state is not
+        # under autocast, the state keeps its dtype
         q, k, v = [rearrange(y.to(weight.dtype), "b t (h d) -> b t h d", d=self.head_dim) for y in (q, k, v)]
         if self.gain is not None:
             q, k = rms_norm(q, self.gain[: self.heads]), rms_norm(k, self.gain[self.heads :])
         return q, k, v
 
     def _advance(self, state: AttentionState, k: Tensor, v: Tensor, length: Tensor | None, time: int) -> AttentionState:
-        """The state after ``k`` and ``v``, the last ``time`` of which are new; ``length`` as in :meth:`_run`."""
+        """Return the state after ``k`` and ``v``, whose last ``time`` slots are new. ``length`` as in :meth:`_run`."""
         read = time if length is None else length
         cached = state.cached + read
         if self.window is None:
-            # the number of slots in use is not known to a compiler: the state then has room for all
+            # the compiler does not know the number of slots in use: the state then keeps all
             slots = k.shape[1] if length is None or torch.compiler.is_compiling() else int(cached.max())
         else:
             slots = self.window - 1
@@ -219,17 +220,17 @@ class Attention(Block):
         if length is None:
             spare = k.shape[1] - slots
             k, v = k[:, spare:], v[:, spare:]
-            if spare > slots:  # a view would keep everything read alive with the state
+            if spare > slots:  # a view would keep the keys and values of all tokens alive
                 k, v = k.clone(), v.clone()
         else:
-            # a row that is full while another is not may have fewer slots before it than its neighbours need
+            # rows with more valid tokens need fewer of the slots before them than other rows
             before = max(0, slots - (k.shape[1] - time))
             end = length + (before + k.shape[1] - time)
             k, v = [last(F.pad(x, (0, 0, 0, 0, before, 0)), end, slots) for x in (k, v)]
         return state._replace(keys=k, values=v, cached=cached, position=state.position + read)
 
     def _check_slots(self, state: AttentionState) -> None:
-        """A cache made under another window is accepted if it holds what is visible."""
+        """Raise unless the cache has all visible tokens. A cache of another window may have them."""
         slots = state.keys.shape[1]
         if state.values.shape[1] != slots:
             raise ValueError(f"{type(self).__name__}: state has {slots} keys and {state.values.shape[1]} values")
@@ -242,8 +243,8 @@ class Attention(Block):
                 )
 
     def reset_parameters(self) -> None:
-        # 1 / sqrt(fan_in) keeps unit variance at every width, where a fixed 0.02 would only at one. What goes to
-        # the residual stream starts smaller: a block cannot know the depth, and fifty branches of 0.2^2 add 2
+        # 1 / sqrt(fan_in) keeps unit variance at every width. The output is smaller, because the residual stream sums
+        # the branches and a block does not know their number: the variance of fifty, 0.2^2 each, is 2
         nn.init.normal_(self.qkv.weight, std=self.dim**-0.5)
         nn.init.normal_(self.out.weight, std=0.2 * self.dim**-0.5)
         if self.gain is not None:
@@ -251,9 +252,9 @@ class Attention(Block):
 
 
 def _used_slots(state: AttentionState, time: int) -> tuple[int, Tensor | None]:
-    """How many of the last slots hold a token in some row, and the first of them in each row (``None``: all).
+    """Return the largest number of slots in use of any row, and the first of them in each row (``None``: all in use).
 
-    Looking costs a synchronisation on an accelerator. For one token, attention over a few empty slots is cheaper.
+    Reading the number synchronises an accelerator. For one token, attention over a few empty slots is cheaper.
     """
     slots = state.keys.shape[1]
     if not slots:

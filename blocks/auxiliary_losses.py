@@ -12,10 +12,12 @@ from .observers import Learned, Observer, recomputing
 
 
 class AuxiliaryLoss(Observer):
-    """A mean over valid tokens, heads and memories, of all calls inside the ``with`` block."""
+    """The mean of a loss over the valid tokens, heads and memories of all calls inside the ``with`` block.
+
+    ``each`` returns the loss of one call of a memory for each token and head, ``[batch, time, heads]``.
+    """
 
     def __init__(self, model: nn.Module, each: Callable[[nn.Module, Learned], Tensor]) -> None:
-        """``each``: returns the loss of one call of a memory by token and head, ``[batch, time, heads]``."""
         super().__init__(model)
         self._each = each
         self._like = next(model.parameters(), torch.zeros(()))
@@ -23,7 +25,7 @@ class AuxiliaryLoss(Observer):
         self._counts: list[Tensor | int] = []
 
     def value(self) -> Tensor:
-        """The mean so far: a scalar in float32 or wider. 0 without a memory."""
+        """Return the mean so far, a scalar of dtype float32 or float64. 0 if no memory was called."""
         if not self._sums:
             return self._like.new_zeros((), dtype=torch.promote_types(self._like.dtype, torch.float32))
         total = torch.stack([x.to(self._sums[0].device) for x in self._sums]).sum()
@@ -35,7 +37,7 @@ class AuxiliaryLoss(Observer):
         if mask is not None:
             each = torch.where(mask.unsqueeze(-1), each, 0.0)
         total = each.sum()
-        if not recomputing():  # the first computation was counted
+        if not recomputing():  # activation checkpointing repeats calls that are counted already
             self._sums.append(total)
             self._counts.append(each.numel() if mask is None else mask.sum() * each.shape[2])
 
@@ -49,11 +51,11 @@ def memory_loss(model: nn.Module) -> AuxiliaryLoss:
             loss = model(tokens, targets=targets).loss
             (loss + 0.1 * aux.value()).backward()
 
-    ``M`` is the memory after the tokens before t; a frozen memory does not change. The loss is differentiable with
-    respect to all parameters and inputs, and does not change outputs and states. It is the mean over all calls inside
-    one ``with`` block, without masked and persistent tokens, and without memories inside the ``attend`` of a context.
-    With activation checkpointing, ``backward`` must be called inside, because it repeats the forward pass. The memory
-    operation is computed a second time. A compiled model runs uncompiled.
+    ``M`` is the memory after the tokens before t. A frozen memory does not change. The loss is differentiable with
+    respect to all parameters and inputs. It is the mean over all calls inside one ``with`` block, without masked and
+    persistent tokens, and without memories inside the ``attend`` of a ``context``. Outputs and states do not change.
+    With activation checkpointing, ``backward`` must be called inside the block, because it repeats the forward pass.
+    The memory operation is computed twice. A compiled model runs uncompiled.
     """
     return AuxiliaryLoss(model, _prediction_errors)
 
@@ -61,10 +63,10 @@ def memory_loss(model: nn.Module) -> AuxiliaryLoss:
 def write_cost(model: nn.Module) -> AuxiliaryLoss:
     """The cost of writing: the mean of ``theta_t / max_step + alpha_t``, the step size and the decay of each token.
 
-    On a long text, every token that is written and forgets degrades what the memory contains. Added to the loss with a
-    small factor, this closes the gates where they do not reduce the loss. With ``gating: hard_sigmoid`` they close
-    completely, and the content of the memory then survives any number of such tokens. The threshold is not taken into
-    account. Used like :func:`memory_loss`, at negligible cost.
+    Every write and every decay overwrites a part of the memory. Added to the loss with a small factor, this loss closes
+    the gates at tokens where they do not reduce the loss. With ``gating: hard_sigmoid`` they close completely, and the
+    memory then keeps its content over any number of such tokens. The threshold is not taken into account. Used like
+    :func:`memory_loss`, at negligible cost.
     """
     return AuxiliaryLoss(model, _gate_sums)
 

@@ -1,6 +1,6 @@
-"""Blocks that hold blocks: ``chain``, ``residual``, ``gate``, ``persistent``, and the layer of a model.
+"""Blocks that contain blocks: ``chain``, ``residual``, ``gate``, ``persistent``, and the layer of a model.
 
-The state of each mirrors what it holds. A combinator of memories is a memory itself.
+A combinator of memories is a memory itself.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from .state import State
 
 @register("chain")
 class Chain(Block):
-    """Blocks in sequence, ``x -> f(x) -> g(f(x)) -> ...``. In a recipe, a list of blocks is a chain.
+    """A sequence of blocks, ``x -> f(x) -> g(f(x)) -> ...``. In a recipe, a list of blocks is a chain.
 
-    Normalisation and the residual connection are the layer's. State: a tuple of the blocks' states. In a chain of
-    memories, each is read with what the one before returns.
+    It has no normalisation and no residual connections of its own. A chain of memories is read in sequence too: the
+    output of each memory is the query of the next. State: a tuple of the states of the blocks.
     """
 
     delegates = ("of",)
 
     def __init__(
-        self, dim: int, *, of: Annotated[list[Spec], Field(min_length=1, description="the blocks, first to last")]
+        self, dim: int, *, of: Annotated[list[Spec], Field(min_length=1, description="the blocks in order")]
     ) -> None:
         super().__init__(dim)
         self.of = Blocks(create(spec, dim=dim) for spec in of)
@@ -55,7 +55,7 @@ class Chain(Block):
         return self(x, state, mask=mask)[1]
 
     def prefix(self, tokens: Tensor) -> tuple[Tensor, State]:
-        """The outputs of each block at the persistent tokens are the persistent tokens of the next."""
+        """The outputs of each block at the persistent tokens are the persistent tokens of the next block."""
         states = []
         for block in self.of:
             tokens, state = block.prefix(tokens)
@@ -67,9 +67,9 @@ class Chain(Block):
 class Residual(Block):
     """Residual connection, ``x + f(x)``.
 
-    Layers have one around each of their blocks. This is for blocks inside other blocks: as ``attend`` of ``context``,
-    for example, it lets the memory write the token itself as well as what attention found for it. State: that of
-    ``of``.
+    A layer of a model has a residual connection around each of its blocks. This block is for blocks inside other
+    blocks, such as ``attend`` of ``context``: the memory then stores the sum of each token and its attention output.
+    State: that of ``of``.
     """
 
     delegates = ("of",)
@@ -103,10 +103,10 @@ class Residual(Block):
 
 @register("gate")
 class Gate(Block):
-    """Two branches over the same inputs, the second gating the first: ``gate(a(x), b(x))``.
+    """Two parallel branches, of which the second gates the first: ``norm(a(x)) * sigmoid(norm(b(x)))``.
 
-    With attention and memory as branches, and persistent tokens before them, this is memory as gate (equations
-    26-28). State: a tuple of the branches' states.
+    With attention and a memory as branches, inside ``persistent``, this is memory as gate (equations 26-28). State: a
+    tuple of the states of the branches.
     """
 
     delegates = ("branches",)
@@ -115,11 +115,9 @@ class Gate(Block):
         self,
         dim: int,
         *,
-        branches: Annotated[
-            list[Spec], Field(min_length=2, max_length=2, description="the block that is gated, and the one that gates")
-        ],
+        branches: Annotated[list[Spec], Field(min_length=2, max_length=2, description="the branches a and b")],
         form: Annotated[
-            Form, Field(description="norm(a) times sigmoid or silu of norm(b), or plus norm(b)")
+            Form, Field(description="norm(a) * sigmoid(norm(b)), norm(a) * silu(norm(b)), or norm(a) + norm(b)")
         ] = "sigmoid",
     ) -> None:
         super().__init__(dim)
@@ -152,8 +150,8 @@ class Gate(Block):
 class Persistent(Block):
     """Learned tokens before the sequence, ``[P | x]``, with outputs at ``x`` only (equation 19).
 
-    They determine the fresh state: a memory has written them, and attention keeps them visible. From then on the block
-    inside runs unchanged, so persistent tokens cost nothing per token and nothing in decoding. State: that of ``of``.
+    They are processed once, by ``init_state``: a memory writes them, and attention keeps them visible to every later
+    token, even beyond its window. State: that of ``of``.
     """
 
     delegates = ("of",)
@@ -163,7 +161,7 @@ class Persistent(Block):
         dim: int,
         *,
         tokens: Annotated[int, Field(ge=1, le=2**16, description="number of learned tokens before the sequence")] = 16,
-        of: Annotated[Spec, Field(description="the block that has read them")],
+        of: Annotated[Spec, Field(description="the block inside")],
     ) -> None:
         super().__init__(dim)
         self.of = create(of, dim=dim)
@@ -183,7 +181,7 @@ class Persistent(Block):
         return as_memory(self.of).write(x, state, mask)
 
     def prefix(self, tokens: Tensor) -> tuple[Tensor, State]:
-        """The given tokens come before this block's own."""
+        """The given tokens come before the tokens of this block."""
         rows, given, _ = tokens.shape
         y, state = self.of.prefix(torch.cat([tokens, self.tokens.expand(rows, -1, -1)], dim=1))
         return y[:, :given], state
@@ -205,7 +203,7 @@ class Layer(Block):
 
     def forward(self, x: Tensor, state: State = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
         if mask is not None:
-            # the residual connection would carry masked inputs to the outputs
+            # otherwise the residual connection would pass masked inputs to the outputs
             x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
         states = []
         for norm, block, before in zip(self.norms, self.blocks, state or [None] * len(self.blocks)):

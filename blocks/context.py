@@ -1,4 +1,4 @@
-"""``context``: memory as context (MAC). Read, attend, write, gate, segment by segment (paper 4.2)."""
+"""``context``: memory as context (MAC): read, attend, write and gate, segment by segment (equations 21-25)."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ from .state import State, reset, select, where
 
 
 class ContextState(NamedTuple):
-    """What a context block carries from token to token."""
+    """The state of a context block."""
 
     memory: State
-    """The memory after the last token written."""
+    """The memory after the last token."""
     snapshot: State
-    """The memory as it stood at the start of the current segment: what is read from."""
+    """The memory at the start of the current segment, from which tokens of the segment are read."""
     attend: State
-    """What attention has seen: the persistent tokens, and this segment so far."""
+    """The state of ``attend`` after the persistent tokens and the tokens of the current segment."""
     position: Tensor
-    """``[batch]`` int64: tokens read."""
+    """``[batch]`` int64: number of tokens processed."""
 
 
 @register("context")
 class Context(Block):
-    """Memory as context: attention sees what the memory recalls, and its outputs are written into the memory.
+    """Memory as context: attention over persistent tokens, memory reads and a segment; its outputs are memorised.
 
     For each segment of tokens ``x_1..x_C`` (equations 21-25, causal at every token):
 
-    1. read    ``h_j = M(x_j)`` from the memory as it was at the start of the segment;
-    2. attend  ``y_j`` from the persistent tokens, ``h_1..h_j`` and ``x_1..x_j``;
-    3. write   ``y_j`` into the memory, token by token;
-    4. gate    ``o_j = gate(y_j, M_j(y_j))``, read after ``y_j`` is written and before any later one is.
+    1. read    ``h_j = M(x_j)``, with the memory M at the start of the segment;
+    2. attend  ``y_j`` is the attention output at ``x_j``, over the persistent tokens, ``h_1..h_j`` and ``x_1..x_j``;
+    3. write   ``y_j`` is written into the memory, which gives ``M_j``;
+    4. gate    ``o_j = gate(y_j, M_j(y_j))``.
 
-    ``attend`` runs over the stream ``h_1, x_1, h_2, x_2, ...``, and its outputs at the x's are used. It may be any
-    causal block. It starts anew, with the persistent tokens, at every segment.
+    ``attend`` may be any causal block. It processes ``h_1, x_1, h_2, x_2, ...`` after the persistent tokens, and starts
+    from a fresh state at every segment.
 
-    ``write: inputs`` writes ``x_j`` in place of ``y_j``: the memory then does not wait for attention, and all segments
-    attend at once. This is not the paper's architecture.
+    With ``write: inputs``, ``x_j`` is written in place of ``y_j``. The memory is then independent of attention, and all
+    segments attend in parallel. This is not the architecture of the paper.
     """
 
     def __init__(
@@ -55,15 +55,15 @@ class Context(Block):
         dim: int,
         *,
         segment: Annotated[int, Field(ge=1, le=2**20, description="tokens per segment")] = 128,
-        persistent: Annotated[int, Field(ge=0, le=2**16, description="learned tokens that attention always sees")] = 16,
-        memory: Annotated[Spec, Needs("read", "write"), Field(description="what is read and written")] = "memory",
-        attend: Annotated[Spec, Field(description="any causal block; starts anew at every segment")] = "attention",
+        persistent: Annotated[int, Field(ge=0, le=2**16, description="number of persistent tokens")] = 16,
+        memory: Annotated[Spec, Needs("read", "write"), Field(description="the memory")] = "memory",
+        attend: Annotated[Spec, Field(description="the attention, or any other causal block")] = "attention",
         write: Annotated[
             Literal["attended", "inputs"],
-            Field(description="what is written: attention's outputs (the paper's), or inputs (segments in parallel)"),
+            Field(description="write the attention outputs, as in the paper, or the inputs (segments in parallel)"),
         ] = "attended",
         form: Annotated[
-            Form, Field(description="norm(y) times sigmoid or silu of norm(m), or plus norm(m)")
+            Form, Field(description="norm(y) * sigmoid(norm(m)), norm(y) * silu(norm(m)), or norm(y) + norm(m)")
         ] = "sigmoid",
     ) -> None:
         super().__init__(dim)
@@ -82,10 +82,10 @@ class Context(Block):
         return ContextState(memory, memory, self.fresh_attention(batch_size), position)
 
     def fresh_attention(self, rows: int) -> State:
-        """The state of attention that has seen the persistent tokens and nothing else."""
+        """Return the state of ``attend`` after the persistent tokens."""
         if self.persistent is None:
             return self.attend.init_state(rows)
-        # all rows start from the same state: it is computed once
+        # equal for all rows, so it is computed once
         return as_rows(self.attend.prefix(self.persistent.unsqueeze(0))[1], rows)
 
     def forward(
@@ -150,7 +150,7 @@ class Context(Block):
             while piece.whole and done + together < len(pieces) and pieces[done + together].whole:
                 together += 1
             if together > 1:
-                # full segments do not see each other: each is a row of one batch
+                # full segments are independent of each other: each is a row of one batch
                 rows, fold = x.shape[0] * together, (x.shape[0] * together, self.segment, self.dim)
                 h = torch.cat(recalled[done : done + together], dim=1)
                 tokens = x[:, piece.start : piece.start + together * self.segment]
@@ -169,14 +169,14 @@ class Context(Block):
         return self.gate(y, m), ContextState(memory, snapshot, attend, position)
 
     def _attend(self, recalled: Tensor, x: Tensor, state: State, valid: Tensor | None) -> tuple[Tensor, State]:
-        """Attention at each ``x_j``, which sees ``h_1..h_j`` and ``x_1..x_j``. All ``[rows, time, dim]``."""
+        """Return the output at each ``x_j``, which sees ``h_1..h_j`` and ``x_1..x_j``. All ``[rows, time, dim]``."""
         stream = torch.stack([recalled, x], dim=2).flatten(1, 2)
         mask = None if valid is None else valid.repeat_interleave(2, dim=1)
-        with suppressed() if active else nullcontext():  # the stream is not the sequence that observers see
+        with suppressed() if active else nullcontext():  # observers see the sequence, not this stream
             return forward_every(self.attend, stream, state, step=2, mask=mask)
 
     def report(self, y: Tensor, m: Tensor) -> None:
-        """Tell observers what is gated."""
+        """Report the inputs of the gate to the observers."""
         for observer in observers_of(self):
             observer.gated(self, self.gate.opening(m), y, m, None)
 
@@ -187,7 +187,7 @@ class Context(Block):
 
 
 def restart(rows: list[bool] | Tensor, old: State, new: State) -> State:
-    """``new`` in the given rows and ``old`` in the others; a plain assignment when all rows restart together."""
+    """Return ``new`` in the given rows and ``old`` in the others, without a copy if all rows restart."""
     if isinstance(rows, Tensor):
         return where(rows, new, old)
     return new if all(rows) else reset(old, rows, new)

@@ -1,4 +1,4 @@
-"""``ffn``: the feed-forward network, applied to each token on its own."""
+"""``ffn``: the position-wise feed-forward network."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from .state import State
 
 @register("ffn")
 class FeedForward(Block):
-    """``down(silu(gate(x)) * up(x))`` (SwiGLU), or ``down(gelu(up(x)))``. Stateless.
+    """Feed-forward network: SwiGLU, ``down(silu(gate(x)) * up(x))``, or ``down(gelu(up(x)))``. Stateless.
 
-    The default hidden width gives 8 dim^2 weights in both kinds: 8/3 dim for SwiGLU, rounded up to a multiple of 16,
-    and 4 dim for GELU.
+    With the default hidden width, both kinds have 8 dim^2 weights: 8/3 dim for SwiGLU, rounded up to a multiple of
+    16, and 4 dim for GELU.
     """
 
     def __init__(
         self,
         dim: int,
         *,
-        kind: Annotated[Literal["swiglu", "gelu"], Field(description="gated SiLU, or plain GELU")] = "swiglu",
+        kind: Annotated[Literal["swiglu", "gelu"], Field(description="activation: SwiGLU or GELU")] = "swiglu",
         hidden: Annotated[
             int | None, Field(ge=1, le=2**20, description="hidden width; null for 8/3 dim (swiglu) or 4 dim (gelu)")
         ] = None,
@@ -47,6 +47,6 @@ class FeedForward(Block):
         return y if mask is None else torch.where(mask[..., None], y, 0.0), state
 
     def reset_parameters(self) -> None:
-        # as in attention: unit variance at every width, and a fifth of it into the residual stream
+        # as in attention: unit variance at every width, and a fifth of it for the residual stream
         nn.init.normal_(self.up.weight, std=self.dim**-0.5)
         nn.init.normal_(self.down.weight, std=0.2 * self.down.in_features**-0.5)

@@ -1,7 +1,7 @@
-"""Freezing memories: they answer from what they have learned so far and learn nothing more, until they are thawed.
+"""Freezing memories: a frozen memory is read, and its state does not change.
 
-Every block with an attribute ``use`` that it looks at in each call takes part: ``both`` writes and reads, ``read``
-reads alone. A frozen memory is one whose ``use`` is ``read`` for the time being, so a state is never touched.
+Freezing sets the attribute ``use`` of a memory from ``both`` to ``read`` and thawing restores it. This works for every
+block that looks up ``use`` in each call. States are not modified.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ _BEFORE = "_use_before_it_was_frozen"
 
 
 class Frozen:
-    """Memories that were frozen together. They are thawed by ``thaw``, or at the end of a ``with`` block."""
+    """Memories that were frozen by one call of :func:`freeze`. As a context manager, it thaws them at the end."""
 
     def __init__(self, memories: dict[str, nn.Module]) -> None:
         self.names = list(memories)
-        """Where they are: ``layers.0.blocks.0.memory``."""
+        """Module paths of the memories: ``layers.0.blocks.0.memory``."""
         self._memories = list(memories.values())
         _freeze(self._memories)
 
     def thaw(self) -> None:
-        """Let them write again; those that were frozen before stay so."""
+        """Thaw these memories. Memories that were already frozen before remain frozen."""
         for memory in self._memories:
             thaw(memory)
 
@@ -37,20 +37,20 @@ class Frozen:
 
 
 def freeze(module: nn.Module) -> Frozen:
-    """Freeze every memory in ``module`` that still writes, from now on.
+    """Freeze all memories in ``module`` that are written, until they are thawed.
 
-    Raises ``ValueError`` for a memory that is only written (``use: write``): there would be nothing left of it.
+    Raises ``ValueError`` for a memory that is written and not read (``use: write``).
     """
     uses = ("both", "write")
     writing = {name: child for name, child in module.named_modules() if getattr(child, "use", None) in uses}
     for name, memory in writing.items():
         if memory.use == "write":
-            raise ValueError(f"{name or type(memory).__name__}: only written (use: write), so it cannot be frozen")
+            raise ValueError(f"{name or type(memory).__name__}: cannot be frozen: it is never read (use: write)")
     return Frozen(writing)
 
 
 def thaw(module: nn.Module) -> list[nn.Module]:
-    """Let every frozen memory in ``module`` write again; they are returned."""
+    """Thaw all frozen memories in ``module`` and return them."""
     memories: list[Any] = [child for child in module.modules() if hasattr(child, _BEFORE)]
     for memory in memories:
         memory.use = vars(memory).pop(_BEFORE)
@@ -59,7 +59,7 @@ def thaw(module: nn.Module) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def thawed(module: nn.Module) -> Iterator[None]:
-    """Whatever is frozen in ``module`` writes for the length of a ``with`` block."""
+    """Thaw the frozen memories in ``module`` inside a ``with`` block, and freeze them again at its end."""
     memories = thaw(module)
     try:
         yield

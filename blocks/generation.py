@@ -1,4 +1,4 @@
-"""Generation: the prompt in one pass, then one token at a time from the state."""
+"""Generation: the prompt is processed in one pass, then one token at a time from the state."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ class Model(Protocol):
 
 
 class Generation(NamedTuple):
-    """A prompt that was continued, and what is needed to continue it further."""
+    """The result of :func:`generate`. Its state and logits are sufficient to continue exactly."""
 
     tokens: Tensor
-    """``[batch, prompt + new]`` int64: the prompt as it was given, then the new tokens."""
+    """``[batch, prompt + new]`` int64: the prompt, then the new tokens."""
     state: State
-    """Has read every valid token of ``tokens``, the last new one included."""
+    """The state after all valid tokens of ``tokens``, including the last."""
     logits: Tensor
-    """``[batch, vocab]``: the prediction of the token after the last."""
+    """``[batch, vocab]``: the prediction of the next token."""
 
 
 class Step(NamedTuple):
-    """One new token in each row, and the state after it."""
+    """One new token of each row, and the state after it."""
 
     token: Tensor
     """``[batch]`` int64."""
     state: State
     logits: Tensor
-    """``[batch, vocab]``: the prediction of the token after this one."""
+    """``[batch, vocab]``: the prediction of the next token."""
 
     def trainable(self) -> Step:
-        """The same in ordinary tensors, which gradients may be taken through: a copy of those of inference mode."""
+        """Return a copy in ordinary tensors. Autograd does not accept those of inference mode."""
         copy: Step = trainable(self)
         return copy
 
@@ -68,20 +68,27 @@ def generate(
     mask: Tensor | None = None,
     logits: Tensor | None = None,
 ) -> Generation:
-    """Continue ``tokens`` [batch, time] int64 by ``max_new_tokens`` tokens, from ``state`` (fresh if not given).
+    """Continue ``tokens`` [batch, time] int64 by ``max_new_tokens`` tokens.
 
-    ``temperature`` 0 takes the likeliest token. Otherwise tokens are drawn from the ``top_k`` likeliest, and among
-    them from the likeliest that together reach probability ``top_p``. ``seed``: an integer, a generator on the
-    model's device, or ``None`` for a draw that cannot be repeated; PyTorch's global generator is not touched.
-    ``mask`` [batch, time] bool: true at valid tokens, for prompts of unequal length padded on either side.
+    Args:
+        model: a ``LanguageModel`` with a vocabulary.
+        tokens: the prompt.
+        max_new_tokens: number of new tokens.
+        state: the state before the prompt; by default a fresh one.
+        temperature: divides the logits. 0 is greedy: the most likely token is taken.
+        top_k: sample from the ``top_k`` most likely tokens only.
+        top_p: sample from the most likely tokens only, up to the first at which their probability reaches ``top_p``.
+        seed: an integer, a generator on the model's device, or ``None`` for a random seed. PyTorch's global generator
+            is not used.
+        mask: ``[batch, time]`` bool, true at valid tokens. Prompts of unequal length may be padded on either side.
+        logits: ``[batch, vocab]``, the prediction for rows without a valid token in ``tokens``.
 
-    The returned state has read all of the returned tokens, so a further prompt goes straight on:
-    ``generate(model, more, state=gen.state)``. To continue without new tokens, pass the prediction too:
-    ``generate(model, gen.tokens[:, :0], state=gen.state, logits=gen.logits)`` continues exactly.
+    The returned state includes all returned tokens, so ``generate(model, more, state=gen.state)`` continues with a
+    further prompt. To continue without one, pass the logits too:
+    ``generate(model, gen.tokens[:, :0], state=gen.state, logits=gen.logits)`` gives the tokens of one longer call.
 
-    Gradients are not tracked. Raises ``ValueError`` or ``TypeError`` for settings out of range, for a row without
-    any valid token to continue, for predictions that are not finite (a diverged model), and for whatever the model's
-    ``forward`` refuses.
+    Gradients are not tracked. Raises ``ValueError`` or ``TypeError`` for arguments out of range, for a row without a
+    valid token and without ``logits``, for logits that are not finite, and for inputs that ``forward`` refuses.
     """
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens: expected an integer >= 0, got {max_new_tokens!r}")
@@ -106,9 +113,9 @@ def read_prompt(
     mask: Tensor | None = None,
     logits: Tensor | None = None,
 ) -> tuple[Tensor, State]:
-    """Read a prompt; return the prediction ``[batch, vocab]`` of the token after each row's last, and the state.
+    """Process a prompt; return the logits ``[batch, vocab]`` at the last valid token of each row, and the state.
 
-    ``logits`` [batch, vocab] is the prediction of rows in which the prompt has no token.
+    ``logits`` [batch, vocab] is returned for rows in which the prompt has no valid token.
     """
     x = model.embed(tokens)
     rows, time, _ = x.shape
@@ -119,7 +126,7 @@ def read_prompt(
     present = torch.full((rows,), time > 0, device=tokens.device) if mask is None else mask.any(dim=1)
     absent = (~present).nonzero().flatten().tolist()
     if absent and logits is None:
-        raise ValueError(f"tokens: row {absent[0]} has no real token to go on from, and no logits were given")
+        raise ValueError(f"tokens: row {absent[0]} has no valid token, and no logits were given")
     if logits is not None:
         _check_logits(logits, (rows, model.vocab), tokens.device)
     hidden, state = model.run(x, state, mask)
@@ -128,7 +135,7 @@ def read_prompt(
         return logits, state
     if mask is None:
         return model.predict(hidden[:, -1]), state
-    # each row's last valid token, wherever the padding is
+    # the last valid token of each row, with padding on either side
     index = (mask * torch.arange(time, device=mask.device)).argmax(dim=1)
     predicted = model.predict(hidden[torch.arange(rows, device=mask.device), index])
     if logits is not None:
@@ -149,32 +156,32 @@ def _check_logits(logits: Tensor, shape: tuple[int, int | None], device: torch.d
 
 @torch.inference_mode()
 def steps(model: Model, logits: Tensor, state: State, sampler: Sampler, count: int) -> Iterator[Step]:
-    """Yield ``count`` new tokens one at a time, for a caller that shows them as they come or stops early.
+    """Yield ``count`` new tokens one at a time, for streaming output or stopping early.
 
-    What is yielded can be read, kept and passed on, but not trained from: it is made in inference mode, which saves
-    a seventh of the time. ``Step.trainable`` is a copy without that limit.
+    Tensors are computed in inference mode, which takes a seventh less time. Autograd does not accept them;
+    :meth:`Step.trainable` returns a copy that it accepts.
     """
     _keep_freed_memory(logits)
     decode = model.decoder(logits.shape[0])
     for _ in range(count):
         token = sampler(logits)
-        # straight to the stack: what the sampler drew needs none of the checks on a caller's tokens
+        # sampled tokens need no checks
         hidden, state = decode(model.lookup(token.unsqueeze(1)), state)
         logits = model.predict(hidden[:, 0])
         yield Step(token, state, logits)
 
 
 def _keep_freed_memory(like: Tensor) -> None:
-    """Stop the C library from returning a state's memory to the system at every token, and asking for it again.
+    """Raise malloc's threshold for ``mmap``, so that memory of states is reused and not returned to the system.
 
-    It does so beyond a threshold, which it raises when a larger block is freed. Nothing is written to this one.
+    glibc raises the threshold to the size of the largest block that was freed. The block is never written to.
     """
     if like.is_cpu:
         torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
 
 
 class Sampler:
-    """Draws tokens from predictions, with a random generator of its own."""
+    """Samples tokens from logits with its own random generator. The arguments are those of :func:`generate`."""
 
     def __init__(
         self,
@@ -203,21 +210,21 @@ class Sampler:
                 self.generator.manual_seed(seed)
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """``[batch, vocab]`` -> ``[batch]`` int64. A token at minus infinity is never drawn.
+        """Sample one token of each row: ``[batch, vocab]`` -> ``[batch]`` int64. Logits of ``-inf`` exclude tokens.
 
-        Raises ``ValueError`` for a row that holds NaN or infinity, or no finite number at all.
+        Raises ``ValueError`` for a row with NaN or ``inf``, or without a finite value.
         """
         largest, likeliest = logits.max(dim=-1)
-        for row, value in enumerate(largest.tolist()):  # NaN and infinity are larger than all else
+        for row, value in enumerate(largest.tolist()):  # max propagates NaN
             if not math.isfinite(value):
                 raise ValueError(
-                    f"logits: the largest of row {row} is {value}, so no token can be drawn: the given logits, the "
-                    "state or the model's weights are not finite"
+                    f"logits: the maximum of row {row} is {value}: expected a finite number (the given logits, the "
+                    "state or the weights of the model are not finite)"
                 )
         if self.temperature == 0:
             return likeliest
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        # the largest becomes 0 first, so that a tiny temperature cannot overflow
+        # the maximum is subtracted first, so that a small temperature does not overflow
         logits = (logits - largest.unsqueeze(-1)) / self.temperature
         limit = logits.shape[-1] if self.top_k is None else min(self.top_k, logits.shape[-1])
         ids = None
@@ -225,7 +232,7 @@ class Sampler:
             logits, ids = logits.topk(limit, dim=-1)
         probability = logits.softmax(dim=-1)
         if self.top_p is not None:
-            # likeliest first: a token stays while those before it have not reached top_p (the first always stays)
+            # sorted: a token is kept while the sum before it is below top_p, so the first is always kept
             before = probability.cumsum(dim=-1) - probability
             probability = probability.masked_fill(before >= self.top_p, 0.0)
         drawn = torch.multinomial(probability, 1, generator=self.generator)

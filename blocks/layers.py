@@ -20,19 +20,19 @@ from ..registry import register
 from .block import Block
 from .state import State
 
-Eps = Annotated[float, Field(gt=0, description="added to the mean square before its root")]
+Eps = Annotated[float, Field(gt=0, description="added to the mean square (or the variance) for numerical stability")]
 Form = Literal["sigmoid", "silu", "sum"]
 
 
 class Linear(nn.Linear):
-    """``nn.Linear``, fast for one token too. The block that holds it initialises it."""
+    """``nn.Linear`` with a faster product for few tokens. It is initialised by the block that contains it."""
 
     def forward(self, input: Tensor) -> Tensor:
         return project(input, self.weight, self.bias)
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling ``module`` runs more than its ``forward``: hooks, or code that was compiled."""
+    """Whether calling ``module`` runs hooks or compiled code, and not only its ``forward``."""
     everywhere: Any = torch.nn.modules.module
     return bool(
         module._forward_hooks
@@ -48,7 +48,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def is_plain(*layers: nn.Module) -> bool:
-    """Whether calling each layer is ``project`` and nothing more: not replaced, not parametrised, without hooks."""
+    """Whether each layer is an unmodified :class:`Linear`: not replaced, not parametrised and without hooks."""
     for layer in layers:
         if type(layer) is not Linear:
             return False
@@ -58,7 +58,7 @@ def is_plain(*layers: nn.Module) -> bool:
 
 
 def fuses(x: Tensor, *layers: nn.Module) -> bool:
-    """Whether one kernel runs ``layers`` and what is between them: plain layers, a few tokens, no gradients."""
+    """Whether one kernel may replace ``layers`` and the functions between them: plain layers, few tokens, no grad."""
     if torch.is_grad_enabled() or not is_plain(*layers):
         return False
     weights: Any = [layer.weight for layer in layers]
@@ -66,7 +66,7 @@ def fuses(x: Tensor, *layers: nn.Module) -> bool:
 
 
 def linear_of(layer: nn.Module, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """``layer(function(*inputs))``, where backward computes the layer's input again: it is cheap and large."""
+    """``layer(function(*inputs))``. Backward recomputes the input of the layer, which is large and cheap."""
     if is_plain(layer):
         return project_recomputed(function, layer.weight, *inputs)  # type: ignore[arg-type]
     y: Tensor = layer(function(*inputs))
@@ -104,7 +104,7 @@ class Norm(Block):
 
 @register("rms_norm")
 class RMSNorm(Norm):
-    """``x / rms(x) * gain``."""
+    """Root mean square normalisation, ``x / rms(x) * gain``."""
 
     def __init__(self, dim: int, *, eps: Eps = 1e-6) -> None:
         super().__init__(dim, eps)
@@ -116,7 +116,7 @@ class RMSNorm(Norm):
 
 @register("layer_norm")
 class LayerNorm(Norm):
-    """``(x - mean(x)) / std(x) * gain``, without a bias."""
+    """Layer normalisation without a bias, ``(x - mean(x)) / std(x) * gain``."""
 
     def __init__(self, dim: int, *, eps: Eps = 1e-6) -> None:
         super().__init__(dim, eps)
@@ -127,10 +127,10 @@ class LayerNorm(Norm):
 
 
 class Gating(nn.Module):
-    """``gate(a, b) = norm(a) * sigmoid(norm(b))``, each normalised with a learned vector (paper 4.2).
+    """``gate(a, b) = norm(a) * sigmoid(norm(b))``, with RMS norms that have learned gains (paper 4.2).
 
-    Other forms: ``silu`` in place of the sigmoid; ``sum``, ``norm(a) + norm(b)``. Zero inputs give zero in every
-    form, which keeps masked tokens at zero.
+    The form ``silu`` is ``norm(a) * silu(norm(b))``, and ``sum`` is ``norm(a) + norm(b)``. Zero inputs give zero
+    outputs in every form, so outputs at masked tokens are zero.
     """
 
     eps = 1e-6
@@ -153,7 +153,7 @@ class Gating(nn.Module):
         return a * F.silu(b) if self.form == "silu" else a + b
 
     def opening(self, b: Tensor) -> Tensor:
-        """The factor of the normalised first branch, given the second's outputs ``[..., dim]``; 1 for a sum."""
+        """Return the factor of ``norm(a)`` for ``b``, both ``[..., dim]``. 1 for the form ``sum``."""
         if self.form == "sum":
             return torch.ones_like(b)
         b = rms_norm(b, self.gain_b, self.eps)

@@ -24,73 +24,75 @@ from .observers import Learned, active, observers_of
 
 
 class NeuralMemoryState(NamedTuple):
-    """What a memory block carries from token to token. Every tensor has the batch row first."""
+    """The state of a memory block."""
 
     memory: MemoryState
     """Fast weights, momentum, anchor and position."""
     convolution: Tensor | None
-    """``[batch, width - 1, 3 * inner]``: the projected inputs the convolution still needs."""
+    """``[batch, conv - 1, 3 * dim]``: the last inputs of the convolution; ``None`` without a convolution."""
     gates: Tensor | None
-    """``[batch, gates * heads]``: the running chunk's gates, where gates are constant over a chunk."""
+    """``[batch, gates * heads]``: the gates of the current chunk; ``None`` unless gates are constant over a chunk."""
 
 
 @register("memory")
 class NeuralMemory(Block):
-    """A long-term memory: per head a small network, trained by gradient descent on every token it reads.
+    """Neural long-term memory: a small network per head, trained by gradient descent on each token (section 3).
 
-    Queries and keys are normalised, gates are learned functions of the input, and the output is normalised,
-    gated and projected. ``forward`` writes each token and then reads it back; ``read`` does not write.
+    Each token has a query, a key and a value. Writing takes a gradient step on ``|M(k) - v|^2``, with momentum and
+    weight decay, whose rates are learned functions of the token. Reading returns ``M(q)``, normalised, gated and
+    projected. ``forward`` writes and reads each token, ``read`` only reads. State: the weights of the networks.
     """
 
     def __init__(
         self,
         dim: int,
         *,
-        heads: Annotated[int, Field(ge=1, description="independent memories, each of width dim / heads")] = 4,
-        depth: Annotated[int, Field(ge=1, le=16, description="layers of the memory network")] = 2,
+        heads: Annotated[int, Field(ge=1, description="number of heads, each a memory of width dim / heads")] = 4,
+        depth: Annotated[int, Field(ge=1, le=16, description="number of layers of the memory network")] = 2,
         expansion: Annotated[
-            int, Field(ge=1, le=64, description="hidden width of the network over its input width")
+            int, Field(ge=1, le=64, description="hidden width of the memory network over its input width")
         ] = 4,
         chunk: Annotated[
-            int, Field(ge=1, le=65536, description="tokens whose gradients share one anchor; part of the function")
+            int,
+            Field(ge=1, le=65536, description="tokens per chunk; gradients are taken at the weights before it"),
         ] = 16,
         activation: Annotated[
-            Literal["identity", "silu", "gelu", "relu"], Field(description="between the network's layers")
+            Literal["identity", "silu", "gelu", "relu"], Field(description="activation of the memory network")
         ] = "gelu",
         norm: Annotated[bool, Field(description="M(x) = x + LayerNorm(net(x)) rather than net(x)")] = True,
         conv: Annotated[
             int, Field(ge=0, le=64, description="width of the causal convolution on q, k, v; 0 for none")
         ] = 4,
-        momentum: Annotated[bool, Field(description="past surprise carries on (eta)")] = True,
-        forgetting: Annotated[bool, Field(description="weights decay (alpha)")] = True,
+        momentum: Annotated[bool, Field(description="momentum: past gradients decay by eta per token")] = True,
+        forgetting: Annotated[bool, Field(description="weight decay: weights decay by 1 - alpha per token")] = True,
         gates: Annotated[
             Literal["token", "chunk"],
-            Field(description="gates per token, or constant over a chunk (its first token's)"),
+            Field(description="gates of each token, or those of the first token for the whole chunk"),
         ] = "token",
         gating: Annotated[
             Literal["sigmoid", "hard_sigmoid"],
-            Field(description="what makes gates of numbers; hard: linear, cut off at exactly 0 and 1"),
+            Field(description="function of the gates; hard_sigmoid reaches exactly 0 and 1"),
         ] = "sigmoid",
-        max_step: Annotated[float, Field(gt=0, description="largest step size theta of a token")] = 0.1,
+        max_step: Annotated[float, Field(gt=0, description="maximum of the step size theta")] = 0.1,
         clip: Annotated[
-            float | None, Field(gt=0, description="largest norm of one token's gradient; null for no bound")
+            float | None, Field(gt=0, description="maximum gradient norm of one token; null for no clipping")
         ] = 1.0,
         threshold: Annotated[
             float | None,
-            Field(gt=0, description="tokens of less surprise (gradient norm) neither write nor forget; null: all do"),
+            Field(gt=0, description="tokens with a smaller gradient norm neither write nor decay; null for none"),
         ] = None,
         retrieve: Annotated[
-            Literal["after", "before"], Field(description="read a token's query after or before the token is written")
+            Literal["after", "before"], Field(description="read each token after or before it is written")
         ] = "after",
         use: Annotated[
             Literal["both", "read", "write"],
-            Field(description="write and read; read a frozen memory; or write and output zero"),
+            Field(description="write and read; read only (frozen); or write only, with outputs of zero"),
         ] = "both",
-        learn_momentum: Annotated[bool, Field(description="the initial momentum is learned too (else zero)")] = False,
+        learn_momentum: Annotated[bool, Field(description="learn the initial momentum; zero otherwise")] = False,
         keep: Annotated[
             int | None,
             Field(
-                ge=1, description="chunks between states kept for backward; null: as few as fit a fixed share of memory"
+                ge=1, description="chunks between the states kept for backward; null to choose by the memory they need"
             ),
         ] = None,
     ) -> None:
@@ -125,23 +127,23 @@ class NeuralMemory(Block):
             yield "learn_momentum", "there is no momentum to learn: momentum is false"
 
     def reset_parameters(self) -> None:
-        """Initialise for a memory that learns at once, keeps what it learned, and does not explode.
+        """Initialise all parameters.
 
         ================  ==========================================================================
-        projections       normal, 1 / sqrt(dim): unit-variance input gives unit-variance output
-        convolution       the current token passes (last tap about 1), and of the past as much in all: normal,
-                          1 / sqrt(taps). From near zero, what belongs to the token before would be learned late
-        theta             bias -3: 0.05 of the largest step. Gradients of the outer training pass through every
-                          update; from about 0.1 on they grow with the length and overflow by 4,096 tokens
-        eta               bias 1: 0.73 of the momentum carries on
-        alpha             bias -4 .. -8 over the heads: half-lives of about 40 to 2,000 tokens
-        network           normal. Under LayerNorm a step moves the output by step / |output|^2, so the weights start
-                          wide: 1 in the first and last layer, 1.5 / sqrt(in) between; else 1 / sqrt(in)
+        projections       normal, std 1 / sqrt(dim): inputs of unit variance give outputs of unit variance
+        convolution       normal, std 1 / sqrt(taps), plus 1 at the current token. With smaller values of the past
+                          taps, associations with the previous token are learned late
+        theta             bias -3: 0.05 of max_step. Gradients of the outer training pass through every update;
+                          from about 0.1 on they grow with the length and overflow by 4,096 tokens
+        eta               bias 1: a momentum decay of 0.73
+        alpha             bias -4 to -8 over the heads: half-lives of about 40 to 2,000 tokens
+        network           normal, std 1 / sqrt(in). Under LayerNorm, a step moves the output by step / |output|^2, so
+                          the std is larger: 1 in the first and last layer, 1.5 / sqrt(in) in the others
         gains             1
-        output            zero-free but small, 0.5 / sqrt(dim): a new layer perturbs the residual stream little
+        output            normal, std 0.5 / sqrt(dim): small, so that a new layer changes the residual stream little
         ================  ==========================================================================
 
-        Hard gates start at the values of the sigmoids above, and as steep: a fresh memory cuts none off.
+        With ``hard_sigmoid``, the gates start with the values and slopes of the sigmoids above.
         """
         scale = self.dim**-0.5
         for linear, std in (
@@ -178,7 +180,7 @@ class NeuralMemory(Block):
 
     @property
     def state_dtype(self) -> torch.dtype:
-        """Fast weights stay float32 (or wider) whatever the model's dtype."""
+        """The dtype of the fast weights: that of the parameters, but at least float32."""
         return torch.promote_types(self.output_gain.dtype, torch.float32)
 
     def init_state(self, batch_size: int) -> NeuralMemoryState:
@@ -195,16 +197,16 @@ class NeuralMemory(Block):
     def forward(
         self, x: Tensor, state: NeuralMemoryState | None = None, *, mask: Tensor | None = None
     ) -> tuple[Tensor, NeuralMemoryState]:
-        """Write each token, then read it back. ``x``: ``[batch, time, dim]`` -> the same shape, and the new state."""
+        """Write and read each token. ``x``: ``[batch, time, dim]`` -> outputs of the same shape, and the new state."""
         y, state = self.learn(x, self.init_state(x.shape[0]) if state is None else state, mask=mask)
         if mask is None:
             return self.output_of(y, x), state
         valid = mask.unsqueeze(-1)
-        # masked inputs, whatever they are, must not reach gradients either
+        # masked inputs may be NaN, which must not reach gradients
         return torch.where(valid, self.output_of(y, torch.where(valid, x, 0.0)), 0.0), state
 
     def read(self, x: Tensor, state: NeuralMemoryState) -> Tensor:
-        """Query the memory with each token of ``x`` as if it came next. Writes nothing."""
+        """Query the memory with each token of ``x`` [batch, time, dim] as if it came next. Does not write."""
         check_call(self, x, state)
         if self.one_token(x):
             q = memory_query(x, state.convolution, self.query_layers())
@@ -213,17 +215,17 @@ class NeuralMemory(Block):
         return self.recall(self.ask(x), state)
 
     def write(self, x: Tensor, state: NeuralMemoryState, mask: Tensor | None = None) -> NeuralMemoryState:
-        """Return the state after all tokens of ``x`` were written."""
+        """Return the state after all tokens of ``x`` are written."""
         return self(x, state, mask=mask)[1]
 
     def ask(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What ``read`` computes without the state: the query's projection and the output gate."""
+        """Compute the part of ``read`` that does not depend on the state: projected queries and the output gate."""
         plain = is_plain(self.qkv)
         projected = project(x, self.qkv.weight[: self.dim]) if plain else self.qkv(x)[..., : self.dim]
         return projected, self.output_gate(x)
 
     def recall(self, query_and_gate: Sequence[Tensor], state: NeuralMemoryState) -> Tensor:
-        """``read``, given ``ask(x)``."""
+        """Compute ``read`` from the result of ``ask(x)``."""
         projected, gate = query_and_gate
         q = query(projected.to(self.output_gain.dtype), self.convolution, state.convolution, self.heads)
         y = read_memory(q, state.memory.weights, self.activation, self.norm_gain)
@@ -233,10 +235,10 @@ class NeuralMemory(Block):
     def learn(
         self, x: Tensor, state: NeuralMemoryState, *, mask: Tensor | None = None
     ) -> tuple[Tensor, NeuralMemoryState]:
-        """``forward`` up to the operation's outputs ``[batch, time, heads, dim / heads]``."""
+        """Compute ``forward`` up to the outputs of the operation, ``[batch, time, heads, dim / heads]``."""
         layout = None if mask is None else align(mask)
         if layout is not None:
-            x = layout.spread(x)  # valid tokens of each row side by side
+            x = layout.spread(x)  # the valid tokens of each row first
         tokens, history, gates = self.inputs(x, state, None if layout is None else layout.length)
         if self.use == "read":
             y, memory = read_memory(tokens.q, state.memory.weights, self.activation, self.norm_gain), None
@@ -253,15 +255,15 @@ class NeuralMemory(Block):
     def inputs(
         self, x: Tensor, state: NeuralMemoryState, length: Tensor | None
     ) -> tuple[Tokens, Tensor | None, Tensor | None]:
-        """Queries, keys, values and gates of the operation; and the state's next ``convolution`` and ``gates``.
+        """Return the inputs of the operation, and the fields ``convolution`` and ``gates`` of the next state.
 
-        ``length``: ``[batch]``, the valid tokens at the start of each row; ``None`` for all.
+        ``length``: ``[batch]``, the number of valid tokens at the start of each row; ``None`` if all are valid.
         """
         if length is None and self.one_token(x):
             q, k, v, (theta, *others), history = memory_inputs(x, state.convolution, self.layers())
             gates = None
         else:
-            # under autocast, too, what the state keeps is not narrowed
+            # under autocast, the state keeps its dtype
             projected = self.qkv(x).to(self.output_gain.dtype)
             q, k, v, history = query_key_value(projected, self.convolution, state.convolution, self.heads, length)
             if self.use == "read":
@@ -274,20 +276,20 @@ class NeuralMemory(Block):
         return Tokens(q, k, v, theta, eta, alpha), history, gates
 
     def _gate_inputs(self, x: Tensor, state: NeuralMemoryState, length: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The gates before their sigmoid, ``[batch, time, gates * heads]``, and those of the running chunk."""
+        """Return gates before the sigmoid, ``[batch, time, gates * heads]``, and those of the current chunk."""
         raw = self.controls(x).to(self.output_gain.dtype)
         if state.gates is None:
             return raw, None
-        # a chunk's gates are those of its first token: causal, and the same however the sequence is cut
+        # the gates of the first token of each chunk: causal, and independent of how the sequence is split
         time = torch.arange(x.shape[1], device=x.device)
         first = time - (state.memory.position[:, None] + time) % self.chunk
         index = first.clamp(min=0).unsqueeze(-1).expand_as(raw)
         raw = torch.where((first >= 0).unsqueeze(-1), raw.gather(1, index), state.gates.unsqueeze(1))
-        past = torch.cat([state.gates.unsqueeze(1), raw], dim=1)  # without a new token, the last ones stay
+        past = torch.cat([state.gates.unsqueeze(1), raw], dim=1)  # those of the state, if there is no new token
         return raw, past[:, -1] if length is None else last(past, length + 1, 1)[:, 0]
 
     def output_of(self, y: Tensor, x: Tensor) -> Tensor:
-        """Normalise the operation's outputs ``y`` per head, gate them by ``x``, project."""
+        """Normalise the outputs ``y`` of the operation per head, gate them by ``x`` and project them."""
         if self.use == "write":
             return torch.zeros_like(x)
         return gated_output(y, self.output_gain, x, self.output_gate, self.output)
@@ -295,19 +297,19 @@ class NeuralMemory(Block):
     # -- for decoding and observers --------------------------------------------------------------------------------
 
     def one_token(self, x: Tensor) -> bool:
-        """Whether this is one token per row, without gradients, for which fused kernels run."""
+        """Whether fused kernels run for ``x``: one token per row, no gradients, and layers that are not modified."""
         usual = x.shape[1] == 1 and self.gates == "token" and self.use == "both"
         return usual and is_plain(self.controls) and fuses(x, self.qkv, self.output_gate, self.output)
 
     def layers(self) -> Layers:
-        """The parameters from a token to the operation's inputs, as the fused kernel takes them."""
+        """Return the parameters of the fused kernel that computes the inputs of the operation."""
         controls, hard = self.controls, self.gating == "hard_sigmoid"
         return Layers(
             self.qkv.weight, self.convolution, self.heads, controls.weight, controls.bias, self.max_step, hard
         )
 
     def query_layers(self) -> Layers:
-        """Likewise, for the query alone."""
+        """Return the parameters of the fused kernel that computes queries only."""
         return Layers(self.qkv.weight[: self.dim], self.convolution, self.heads)
 
     def options(self) -> Options:
@@ -316,6 +318,6 @@ class NeuralMemory(Block):
     def report(
         self, tokens: Tokens, before: MemoryState, after: MemoryState | None, layout: Layout | None = None
     ) -> None:
-        """Tell observers what was written; without a state ``after`` it, what would have been."""
+        """Report a call of the operation to the observers. ``after`` is ``None`` if the memory is frozen."""
         for observer in observers_of(self):
             observer.learned(self, Learned(tokens, before, after, self.norm_gain, self.options(), layout))

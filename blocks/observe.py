@@ -1,4 +1,4 @@
-"""``observe``: what the memories and gates of a model did with every token, while it runs as ever."""
+"""``observe``: records the surprise, gates and weight norms of a model's memories for every token."""
 
 from __future__ import annotations
 
@@ -15,39 +15,40 @@ from .observers import Learned, Observer, recomputing
 
 
 class MemoryRecord(NamedTuple):
-    """What one memory computed: ``[batch, time, heads]`` float32 unless stated otherwise; NaN at masked tokens."""
+    """The record of one memory: ``[batch, time, heads]`` float32 unless stated otherwise. NaN at masked tokens."""
 
     surprise: Tensor
-    """The norm of each token's gradient at the weights its chunk began with, before any clipping."""
+    """The norm of each token's gradient at the weights at the start of its chunk, before clipping."""
     error: Tensor
     """``|M(k) - v|^2`` at the same weights."""
     step: Tensor
-    """The step size theta; 0 where a threshold suppressed the token, or in a frozen memory."""
+    """The step size theta; 0 for tokens below the threshold, and in a frozen memory."""
     momentum: Tensor
-    """The momentum's decay eta; 0 where there is none, or the memory frozen."""
+    """The momentum decay eta; 0 without momentum, and in a frozen memory."""
     forgetting: Tensor
-    """alpha; 0 without forgetting, where a threshold suppressed the token, or in a frozen memory."""
+    """The weight decay alpha; 0 without forgetting, for tokens below the threshold, and in a frozen memory."""
     wrote: Tensor
-    """Bool: the token's gradient was written, which takes a step above 0. False at masked tokens."""
+    """Bool: whether the gradient of the token was written, which requires a step above 0. False at masked tokens."""
     norms: Tensor
-    """``[batch, calls, heads, layers]``: Frobenius norms of the weights after each call (a context's segment, too)."""
+    """``[batch, calls, heads, layers]``: Frobenius norms of the weights after each call. A ``context`` block calls its
+    memory once per segment."""
     start: Tensor
-    """``[batch, heads, layers]``: those before the first call."""
+    """``[batch, heads, layers]``: Frobenius norms of the weights before the first call."""
 
 
 class GateRecord(NamedTuple):
-    """What one gate computed: ``[batch, time]`` float32, NaN at masked tokens."""
+    """The record of one gate: ``[batch, time]`` float32. NaN at masked tokens."""
 
     gate: Tensor
-    """The mean over features of what the first branch is multiplied with; 1 where branches are added."""
+    """The mean over features of the factor of the first branch; 1 if the branches are added."""
     first: Tensor
-    """The norm of the first branch's output; in a context, attention's."""
+    """The norm of the output of the first branch; in a ``context``, that of attention."""
     second: Tensor
-    """That of the second, which gates; in a context, the memory's."""
+    """The norm of the output of the second branch; in a ``context``, that of the memory."""
 
 
 class Observed(Observer):
-    """The records so far; calls one after the other, such as the pieces of a stream, are joined along time."""
+    """The records so far. Consecutive calls, such as the parts of a stream, are concatenated along time."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -57,7 +58,7 @@ class Observed(Observer):
 
     @property
     def memories(self) -> dict[str, MemoryRecord]:
-        """By module path. Raises ``ValueError`` where calls had different numbers of rows."""
+        """Records of memories by module path. Raises ``ValueError`` if calls had different numbers of rows."""
         records = {}
         for memory, name in self._names.items():
             if memory in self._tokens:
@@ -70,7 +71,7 @@ class Observed(Observer):
 
     @property
     def gates(self) -> dict[str, GateRecord]:
-        """Of ``gate`` and ``context`` blocks, likewise."""
+        """Records of ``gate`` and ``context`` blocks by module path. Raises ``ValueError`` as ``memories`` does."""
         named = [(name, self._gates[block]) for block, name in self._names.items() if block in self._gates]
         return {name: GateRecord(*_joined(name, calls)) for name, calls in named}
 
@@ -122,7 +123,7 @@ class Observed(Observer):
 
 
 def observe(model: nn.Module) -> Observed:
-    """Record what the memories and gates of ``model`` do inside a ``with`` block.
+    """Record what the memories and gates of ``model`` compute inside a ``with`` block.
 
     Example::
 
@@ -130,12 +131,11 @@ def observe(model: nn.Module) -> Observed:
             out = model(tokens)
         seen.memories["layers.0.blocks.0.memory"].surprise      # [batch, time, heads]
 
-    Outputs, states and gradients are what they are otherwise; the records are detached and belong to the caller. Calls
-    one after the other are joined along time, so a stream can be read in pieces or token by token; one in which every
-    token is masked leaves no record. Left out is what is no part of the sequence: persistent tokens, and blocks in a
-    context's ``attend``, which read a stream of their own that begins anew at every segment. A forward pass that
-    checkpointing repeats inside of a backward one is not recorded again. Costs about another forward pass and more;
-    a compiled model runs uncompiled meanwhile.
+    Outputs, states and gradients do not change. Records are detached. Those of consecutive calls are concatenated along
+    time, so a stream may be processed in parts or token by token. A call without valid tokens is not recorded.
+    Persistent tokens and blocks inside the ``attend`` of a ``context`` are not recorded, because they are not part of
+    the sequence. Forward passes that activation checkpointing repeats are recorded once. Recording takes at least the
+    time of another forward pass. A compiled model runs uncompiled.
     """
     return Observed(model)
 
@@ -146,12 +146,12 @@ def _norms(weights: tuple[Tensor, ...]) -> Tensor:
 
 
 def _kept(x: Tensor) -> Tensor:
-    """A copy, in float32 unless bool."""
+    """Return a copy, in float32 unless bool."""
     return x.clone() if x.dtype == torch.bool else x.to(torch.float32, copy=True)
 
 
 def _put_back(x: Tensor, layout: Layout) -> Tensor:
-    """Where the tokens stood before ``layout`` moved them; NaN, or false, at masked ones."""
+    """Return the original order of tokens that ``layout`` has moved, with NaN, or false, at masked ones."""
     y = layout.collect(x)
     if y.dtype == torch.bool:
         return y
@@ -161,7 +161,5 @@ def _put_back(x: Tensor, layout: Layout) -> Tensor:
 def _joined(name: str, calls: list[tuple[Tensor, ...]]) -> list[Tensor]:
     rows = sorted({call[0].shape[0] for call in calls})
     if len(rows) > 1:
-        raise ValueError(
-            f"{name or 'the model'}: calls of {' and '.join(map(str, rows))} rows do not continue each other"
-        )
+        raise ValueError(f"{name or 'the model'}: calls with different numbers of rows: {', '.join(map(str, rows))}")
     return [torch.cat(parts, dim=1) if len(parts) > 1 else parts[0] for parts in zip(*calls)]

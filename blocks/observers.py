@@ -1,8 +1,8 @@
-"""Observers: they receive what the memories and gates of a model compute, while it runs unchanged.
+"""Observers receive the intermediate results of memories and gates while a model runs.
 
-An observer is active inside a ``with`` block and knows the model's modules by identity. Nothing is attached to them, so
-they are copied, saved and compiled as usual. Without an active observer a block checks one empty list. Compiled code
-does not report; while an observer is active, compiled models run eagerly.
+An observer is active inside a ``with`` block and identifies the modules of its model by identity. Nothing is attached
+to the modules, which can be copied, saved and compiled as usual. Without active observers, a block checks one empty
+list. Compiled code does not report. Compiled models therefore run eagerly while an observer is active.
 """
 
 from __future__ import annotations
@@ -27,15 +27,18 @@ class Learned(NamedTuple):
     tokens: Tokens
     before: MemoryState
     after: MemoryState | None
-    """``None`` in a frozen memory, whose state does not change. Its gates are zero."""
+    """``None`` for a frozen memory, whose state does not change and whose gates are zero."""
     norm: Tensor | None
     options: Options
     layout: Layout | None
-    """Where the tokens stood if there was a mask: valid tokens are moved together for the call."""
+    """The original places of the tokens, if a mask was given. Valid tokens of a row are moved together for the call."""
 
 
 class Observer:
-    """Receives what the modules of ``model`` compute between entering and leaving. One use at a time."""
+    """Base class: a context manager whose methods are called by the blocks of ``model``. It cannot be nested in itself.
+
+    Raises ``TypeError`` if ``model`` is not a module.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):
@@ -45,18 +48,18 @@ class Observer:
         self._contexts = contextlib.ExitStack()
 
     def learned(self, memory: nn.Module, learned: Learned) -> None:
-        """A memory has read and written."""
+        """Called after each call of the memory operation."""
 
     def gated(self, block: nn.Module, gate: Tensor, a: Tensor, b: Tensor, mask: Tensor | None) -> None:
-        """A block has multiplied ``a`` by ``gate``, a function of ``b``; all ``[batch, time, dim]``."""
+        """Called after ``block`` has multiplied ``a`` by ``gate``, a function of ``b``; all ``[batch, time, dim]``."""
 
     def moved(self, block: nn.Module, layout: Layout) -> contextlib.AbstractContextManager[None]:
-        """Inside this context, ``block`` and its children report tokens that ``layout`` has moved."""
+        """Return a context inside which ``block`` and its children process tokens that ``layout`` has moved."""
         return contextlib.nullcontext()
 
     def __enter__(self) -> Any:
         if self in active:
-            raise RuntimeError("this observer is already active: use another one for a nested `with`")
+            raise RuntimeError("this observer is already active: create another one for a nested `with` block")
         active.append(self)
         self._contexts.enter_context(_Backward())
         if "torch._dynamo" in sys.modules:
@@ -73,21 +76,21 @@ active: list[Observer] = []
 
 class _Thread(threading.local):
     suppressed = 0
-    """Depth of nested ``suppressed``."""
+    """Number of nested ``suppressed`` contexts."""
 
 
 _thread = _Thread()
 
 
 def observers_of(block: nn.Module) -> Iterable[Observer]:
-    """The active observers of this block."""
+    """Return the active observers of the model that ``block`` is part of."""
     if torch.compiler.is_compiling() or not active or _thread.suppressed:
         return ()
     return [observer for observer in active if block in observer._names]
 
 
 def suppressed() -> contextlib.AbstractContextManager[None]:
-    """Inside this context nothing is reported from this thread: it is not part of the sequence."""
+    """Return a context inside which this thread does not report, for computations that are not part of the sequence."""
     return contextlib.nullcontext() if torch.compiler.is_compiling() or not active else _suppress()
 
 
@@ -102,7 +105,7 @@ def _suppress() -> Iterator[None]:
 
 @contextlib.contextmanager
 def moved(block: nn.Module, layout: Layout) -> Iterator[None]:
-    """``block`` processes tokens that ``layout`` has moved: observers are told where they stood."""
+    """Inside this context, ``block`` processes tokens that ``layout`` has moved. Observers restore their places."""
     with contextlib.ExitStack() as stack:
         for observer in observers_of(block):
             stack.enter_context(observer.moved(block, layout))
@@ -110,12 +113,12 @@ def moved(block: nn.Module, layout: Layout) -> Iterator[None]:
 
 
 def recomputing() -> bool:
-    """Whether autograd runs backward, so that a forward pass is one that activation checkpointing repeats."""
+    """Whether a backward pass is running, inside which activation checkpointing repeats forward passes."""
     return _Backward.depth > 0
 
 
 class _Backward(TorchFunctionMode):
-    """Counts the backward passes that are running."""
+    """Counts the backward passes that are currently running."""
 
     depth = 0
 

@@ -1,7 +1,7 @@
-"""Segments of a sequence, and what ``context`` asks of its blocks, with defaults for those that know only the contract.
+"""Segments of a sequence, and the optional methods of blocks that ``context`` uses.
 
-A block may define ``every`` (outputs at some tokens only) and ``bound`` (it starts anew after so many tokens). The
-neural memory is split into what waits for its state and what does not: the latter runs once for all segments.
+A block may define ``every``, which computes outputs at some tokens only, and ``bound``, which limits its window. Other
+blocks are called as usual. The part of the neural memory that does not depend on its state runs once for all segments.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def forward_every(
 ) -> tuple[Tensor, State]:
     """``block(x, state, mask=mask)``, with the outputs at every ``step``-th token only, ``[batch, time / step, dim]``.
 
-    ``time`` is a multiple of ``step``, and ``mask`` the same for all tokens of a step. ``block.every`` is used where it
-    belongs to the block's ``forward``.
+    ``time`` is a multiple of ``step``, and ``mask`` is equal for all tokens of a step. ``block.every`` is used if the
+    class that defines ``forward`` defines it too.
     """
     if step == 1:
         return block(x, state, mask=mask)
@@ -44,12 +44,12 @@ def _has_every(kind: Any) -> bool:
 
 
 def runs_its_class(block: nn.Module, *methods: str) -> bool:
-    """Whether calling the block runs what its class defines: no hooks, and none of ``methods`` replaced."""
+    """Whether calling the block runs the methods of its class: it has no hooks, and none of ``methods`` is replaced."""
     return not (has_hooks(block) or any(method in vars(block) for method in methods))
 
 
 def limit_window(block: Block, tokens: int) -> None:
-    """Tell ``block`` that it starts anew after at most ``tokens`` tokens, so that attention keeps no more of them."""
+    """Limit the windows of ``block`` and its delegates, which process at most ``tokens`` tokens from a fresh state."""
     bound: Any = getattr(block, "bound", None)
     if bound is not None:
         bound(tokens)
@@ -60,19 +60,23 @@ def limit_window(block: Block, tokens: int) -> None:
 
 
 class Halves(NamedTuple):
-    """``read(x, state)`` is ``recall(ask(x), state)``; ``forward`` is ``learn(x, state)``, then ``output(y, x)``."""
+    """``read(x, state)`` is ``recall(ask(x), state)``, and ``forward`` is ``learn(x, state)`` followed by ``output``.
+
+    ``ask`` and ``output`` do not depend on the state, so they are computed for all segments at once.
+    """
 
     ask: Callable[[Tensor], tuple[Tensor, ...]]
-    """Needs no state. Each result is ``[batch, time, ...]``."""
+    """``ask(x)``: tensors ``[batch, time, ...]``."""
     recall: Callable[[Sequence[Tensor], State], Tensor]
+    """``recall(ask(x), state)``: the memory's response ``[batch, time, dim]``."""
     learn: Callable[..., tuple[Tensor, State]]
-    """Takes ``mask=`` too."""
+    """``learn(x, state, mask=mask)``: the inputs of ``output`` and the next state."""
     output: Callable[[Tensor, Tensor], Tensor]
-    """Needs no state. Its results at masked tokens are not used."""
+    """``output(y, x)``: the memory's outputs ``[batch, time, dim]``. Those at masked tokens are not used."""
 
 
 def halves(memory: Block, pieces: int) -> Halves:
-    """Split the methods of ``memory`` for a sequence that is read in ``pieces``."""
+    """Split the methods of ``memory`` for a sequence of ``pieces`` parts."""
     splits = pieces > 1 and type(memory) is NeuralMemory and not torch.compiler.is_compiling()
     if splits and isinstance(memory, NeuralMemory) and runs_its_class(memory, "forward", "read"):
         return Halves(memory.ask, memory.recall, memory.learn, memory.output_of)
@@ -83,27 +87,27 @@ def halves(memory: Block, pieces: int) -> Halves:
 
 
 class Piece(NamedTuple):
-    """A stretch of time in which no row crosses a segment boundary."""
+    """A range of the time axis in which no row crosses a segment boundary."""
 
     start: int
     stop: int
     begins: list[bool] | Tensor
-    """Per row: whether a segment begins here, other than the row's first. Bool ``[batch]`` under ``torch.compile``."""
+    """For each row, whether a segment other than its first begins at ``start``. A tensor under ``torch.compile``."""
     whole: bool
-    """Whether each row has exactly one full segment here."""
+    """Whether the range is exactly one full segment of every row."""
     valid: Tensor | None
-    """``[batch, stop - start]`` bool: where rows have tokens; ``None`` if everywhere."""
+    """``[batch, stop - start]`` bool: true at valid tokens; ``None`` if all are valid."""
 
 
 def pieces_of(segment: int, positions: list[int], lengths: list[int], filled: Tensor | None) -> list[Piece]:
-    """Cut the time axis at every segment boundary of any row that still has tokens."""
+    """Divide the time axis at every segment boundary of the rows that still have tokens."""
     slots, start = max(lengths, default=0), 0
     pieces = []
     while start < slots:
         at = [position + start for position in positions]
         present = [start < length for length in lengths]
         stop = min(slots, start + min(segment - p % segment for p, here in zip(at, present) if here))
-        # at position 0 the state is that of init_state, with which a segment begins
+        # at position 0 the state is that of init_state: nothing to restart
         begins = [here and p > 0 and p % segment == 0 for p, here in zip(at, present)]
         full = min(lengths) >= stop
         whole = full and stop - start == segment and not any(p % segment for p in at)
@@ -114,10 +118,10 @@ def pieces_of(segment: int, positions: list[int], lengths: list[int], filled: Te
 
 
 def traced_pieces(segment: int, x: Tensor, mask: Tensor | None, position: Tensor) -> tuple[Layout, list[Piece]]:
-    """Pieces while a compiler traces, when the rows' positions and lengths are not known.
+    """The pieces under ``torch.compile``, which does not know the positions and lengths of rows.
 
-    Each row's first segment boundary is moved to one slot, and the others follow it: the pieces are then the same
-    for all rows at any position, with a slot or a piece too many where a row begins later.
+    The first segment boundary of each row is moved to the same slot. The pieces are then equal for all rows and
+    positions. Rows that begin later have empty slots.
     """
     rows, time, _ = x.shape
     first = min(time, segment)
@@ -131,7 +135,7 @@ def traced_pieces(segment: int, x: Tensor, mask: Tensor | None, position: Tensor
     start, stop = 0, first
     while start < slots:
         valid = layout.filled[:, start:stop]
-        # after the first boundary a row begins where its slots do
+        # after the first boundary, every row with a token here begins a segment
         begins = valid[:, 0] if pieces else valid.any(1) & (phase == 0) & (position > 0)
         pieces.append(Piece(start, stop, begins, False, valid))
         start, stop = stop, min(stop + segment, slots)
@@ -139,13 +143,13 @@ def traced_pieces(segment: int, x: Tensor, mask: Tensor | None, position: Tensor
 
 
 def split(pieces: list[Piece], *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
-    """Each piece with its part of the tensors. Not by slices, each of which has a gradient as long as the whole."""
+    """Yield each piece with its part of the tensors. The gradient of a slice would be as long as the whole tensor."""
     lengths = [piece.stop - piece.start for piece in pieces]
     return zip(pieces, *[x.split_with_sizes(lengths, dim=1) for x in tensors])
 
 
 def join(parts: list[Tensor], like: Tensor) -> Tensor:
-    """The parts along time; ``like`` if there are none."""
+    """Concatenate the parts along time. Returns ``like`` if there are none."""
     if len(parts) == 1:
         return parts[0]
     return torch.cat(parts, dim=1) if parts else like

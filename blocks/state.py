@@ -1,12 +1,12 @@
-"""The state tree: what a model carries from one token to the next, and the few operations on it.
+"""States: what a model carries from one token to the next, and operations on them.
 
-A state is an immutable tree: named tuples (and tuples) whose leaves are tensors, or ``None`` where a block
-keeps nothing. Two invariants make every operation here generic, so that no block writes its own:
+A state is an immutable tree of named tuples and tuples. Its leaves are tensors, or ``None`` for a block without state.
+The operations work for the states of all blocks, because two rules hold for every state:
 
-* every tensor has the batch row as dimension 0;
-* nothing a caller passes in is ever modified.
+* dimension 0 of every tensor is the batch;
+* tensors of a state are never modified in place.
 
-A snapshot is therefore the reference itself, and a fork is using it twice.
+A snapshot of a state is therefore a reference to it, and several continuations may start from one state.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 State: TypeAlias = Any
-"""A named tuple or tuple of states, a tensor with the batch row first, or ``None``."""
+"""A named tuple or tuple of states, a tensor ``[batch, ...]``, or ``None``."""
 
 
 def map_state(function: Callable[..., Tensor], state: State, *others: State) -> State:
-    """Apply ``function`` to corresponding tensors of one or more states of equal structure.
+    """Apply ``function`` to the corresponding tensors of one or more states of equal structure.
 
-    Raises ``TypeError``, saying where, when the structures differ or a leaf is neither tensor nor ``None``.
+    Raises ``TypeError`` if the structures differ or a leaf is neither a tensor nor ``None``. The message has its path.
     """
     return _map(function, (), state, *others)
 
@@ -58,7 +58,7 @@ def _at(path: tuple[object, ...]) -> str:
 
 
 def named_tensors(state: State, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield ``(dotted path, tensor)`` for every tensor, in a fixed order: ``layers.0.memory.weights.1``."""
+    """Yield ``(path, tensor)`` for every tensor in a fixed order. A path is dotted: ``layers.0.memory.weights.1``."""
     if isinstance(state, Tensor):
         yield path, state
     elif isinstance(state, tuple):
@@ -70,35 +70,38 @@ def named_tensors(state: State, path: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def batch_size(state: State) -> int | None:
-    """Rows in the state; ``None`` when it holds no tensor. Raises ``ValueError`` when tensors disagree or have none."""
+    """Return the number of rows of a state, or ``None`` if it has no tensors.
+
+    Raises ``ValueError`` if a tensor has no dimensions or the tensors have different numbers of rows.
+    """
     rows: int | None = None
     first = ""
     for path, tensor in named_tensors(state):
         if tensor.dim() == 0:
-            raise ValueError(f"state {path or 'tensor'} is a single number: dimension 0 must be the rows")
+            raise ValueError(f"state {path or 'tensor'} is a scalar: expected a tensor with the batch as dimension 0")
         if rows is None:
             rows, first = tensor.shape[0], path
         elif tensor.shape[0] != rows:
-            raise ValueError(f"state rows disagree: {first} has {rows}, {path} has {tensor.shape[0]}")
+            raise ValueError(f"state has different numbers of rows: {first} has {rows}, {path} has {tensor.shape[0]}")
     return rows
 
 
 def detach(state: State) -> State:
-    """The same values without their history: the only thing that cuts gradients between two calls."""
+    """Return the state detached from the graph. Without it, gradients flow from each call into the calls before."""
     return map_state(lambda tensor: tensor.detach(), state)
 
 
 def trainable(state: State) -> State:
-    """The same in ordinary tensors, which gradients may be taken through: those of inference mode are copied."""
+    """Return the state with copies of the tensors of inference mode, which autograd does not accept."""
     if not any(tensor.is_inference() for _, tensor in named_tensors(state)):
         return state
     return map_state(lambda tensor: tensor.clone() if tensor.is_inference() else tensor, state)
 
 
 def to(state: State, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> State:
-    """Move to ``device``; cast floating-point tensors to ``dtype``, a floating-point one. Integers keep their type.
+    """Move a state to ``device`` and cast its floating-point tensors to ``dtype``. Other tensors keep their dtype.
 
-    Raises ``TypeError`` for another ``dtype``.
+    Raises ``TypeError`` if ``dtype`` is not a floating-point dtype.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype: expected a floating-point torch.dtype or None, got {dtype!r}")
@@ -108,10 +111,10 @@ def to(state: State, device: torch.device | str | None = None, dtype: torch.dtyp
 
 
 def select(state: State, rows: Tensor | Sequence[int] | slice) -> State:
-    """The given rows, in the given order, repeats allowed: beam search and batch reordering.
+    """Select rows of a state, in the given order and with repetitions, as beam search does.
 
-    ``rows``: integers, negative ones from the end, or one bool for each row. Raises ``TypeError`` and, for a row that
-    is not there, ``IndexError``.
+    ``rows``: integers, where negative ones count from the end, a slice, or one bool per row. Raises ``IndexError`` for
+    a row out of range and ``TypeError`` for other values.
     """
     if isinstance(rows, slice):
         return map_state(lambda tensor: tensor[rows], state)
@@ -123,9 +126,9 @@ def select(state: State, rows: Tensor | Sequence[int] | slice) -> State:
 
 
 def concatenate(states: Sequence[State]) -> State:
-    """One state holding the rows of all the given states, in order.
+    """Concatenate the rows of several states into one state.
 
-    Raises ``TypeError`` or ``ValueError`` for states of different structure, dtypes, devices or widths.
+    Raises ``TypeError`` or ``ValueError`` for states of different structures, dtypes, devices or shapes of rows.
     """
     if isinstance(states, Tensor) or hasattr(states, "_fields"):
         raise TypeError(f"concatenate: expected a list of states, got one {type(states).__name__}")
@@ -143,13 +146,13 @@ def concatenate(states: Sequence[State]) -> State:
 
 
 def where(rows: Tensor, state: State, other: State) -> State:
-    """Row by row: ``state`` where ``rows`` (bool ``[batch]``) is true, ``other`` elsewhere.
+    """Take the rows of ``state`` where ``rows`` (bool ``[batch]``) is true, and those of ``other`` elsewhere.
 
-    Raises ``TypeError`` or ``ValueError`` for states that differ in structure, dtype, device or shape.
+    Raises ``TypeError`` or ``ValueError`` for states of different structures, dtypes, devices or shapes.
     """
     sizes = batch_size(state), batch_size(other)
     if sizes[0] != sizes[1]:
-        raise ValueError(f"where: states of {sizes[0]} and {sizes[1]} rows: expected as many")
+        raise ValueError(f"where: states of {sizes[0]} and {sizes[1]} rows: expected equal numbers of rows")
     if sizes[0] is None:
         return state
     if not isinstance(rows, Tensor) or rows.dtype != torch.bool or rows.shape != (sizes[0],):
@@ -159,29 +162,29 @@ def where(rows: Tensor, state: State, other: State) -> State:
 
 
 def reset(state: State, rows: Tensor | Sequence[int], fresh: State) -> State:
-    """Start the given rows anew: their values come from ``fresh``, ``init_state`` of the same batch size or of 1.
+    """Replace the given rows of ``state`` by those of ``fresh``, the result of ``init_state`` for all rows or for one.
 
-    ``rows``: integers, negative ones from the end, or one bool for each row. Raises ``TypeError`` or ``ValueError``
-    for states that do not fit each other, and ``IndexError`` for a row that is not there.
+    ``rows``: integers, where negative ones count from the end, or one bool per row. Raises ``IndexError`` for a row out
+    of range, and ``TypeError`` or ``ValueError`` for states of different structures, dtypes, devices or shapes.
     """
     size = batch_size(state)
     if size is None:
         return state
     given = batch_size(fresh)
     if given not in (size, 1, None):
-        raise ValueError(f"reset: fresh has {given} rows: expected {size}, as the state, or 1")
+        raise ValueError(f"reset: fresh has {given} rows: expected 1, or {size} as the state has")
     chosen = torch.zeros(size, dtype=torch.bool, device="cpu")
     chosen[_index(rows, size).cpu()] = True
     return _choose("reset", chosen, fresh, state)
 
 
 def nbytes(state: State) -> int:
-    """Bytes of all tensors, each counted in full (a broadcast view counts as if it were written out)."""
+    """Return the size of all tensors in bytes. An expanded tensor counts in full, although it shares memory."""
     return sum(tensor.numel() * tensor.element_size() for _, tensor in named_tensors(state))
 
 
 def _index(rows: Any, size: int) -> Tensor:
-    """``rows`` of a state of ``size`` rows as an int64 vector of row numbers >= 0."""
+    """Return ``rows`` of a state of ``size`` rows as an int64 vector of row numbers >= 0."""
     try:
         given = rows if isinstance(rows, Tensor) else torch.as_tensor(rows, device="cpu")
     except (TypeError, ValueError, RuntimeError):
@@ -190,19 +193,19 @@ def _index(rows: Any, size: int) -> Tensor:
         given = given.long()
     if given.dtype == torch.bool:
         if given.shape != (size,):
-            raise IndexError(f"rows: bools {list(given.shape)}: expected one for each of the state's {size} rows")
+            raise IndexError(f"rows: bools {list(given.shape)}: expected one for each of the {size} rows of the state")
         return given.nonzero().flatten()
     if given.dim() > 1 or given.is_floating_point() or given.is_complex():
         raise TypeError(f"rows: expected a list of row numbers or bools, got {given.dtype} {list(given.shape)}")
     index = given.long().reshape(-1)
     wrong = index[(index < -size) | (index >= size)]
     if wrong.numel():
-        raise IndexError(f"rows: there is no row {int(wrong[0])} in a state of {size} rows")
+        raise IndexError(f"rows: row {int(wrong[0])} is out of range for a state of {size} rows")
     return torch.where(index < 0, index + size, index)
 
 
 def _choose(name: str, rows: Tensor, state: State, other: State) -> State:
-    """Row by row ``state`` where ``rows`` is true, else ``other``; one of the two may have a single row for all."""
+    """Take rows of ``state`` where ``rows`` is true, else of ``other``. A state of one row is used for all rows."""
 
     def choose(here: Tensor, there: Tensor) -> Tensor:
         if here.shape[1:] != there.shape[1:]:
@@ -217,10 +220,8 @@ def _choose(name: str, rows: Tensor, state: State, other: State) -> State:
 
 
 def _expect_alike(name: str, *tensors: Tensor) -> None:
-    """Raise unless the tensors, the same one of each state, share dtype and device: no operation here changes them."""
+    """Raise unless corresponding tensors have one dtype and device. They are not converted implicitly."""
     if len({tensor.dtype for tensor in tensors}) > 1:
         raise TypeError(f"{name}: states of different dtypes: {', '.join(str(tensor.dtype) for tensor in tensors)}")
     if len({tensor.device for tensor in tensors}) > 1:
-        raise ValueError(
-            f"{name}: states on different devices: {', '.join(str(tensor.device) for tensor in tensors)}: move them"
-        )
+        raise ValueError(f"{name}: states on different devices: {', '.join(str(tensor.device) for tensor in tensors)}")

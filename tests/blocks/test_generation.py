@@ -169,7 +169,7 @@ def test_a_step_can_be_gone_on_from_at_once_and_trained_from_as_a_copy(model):
         ({"top_k": 0}, ValueError, "top_k"),
         ({"top_p": 0.0}, ValueError, "top_p"),
         ({"top_p": 1.1}, ValueError, "top_p"),
-        ({"mask": torch.tensor([[True, True], [False, False]])}, ValueError, "row 1 has no real token"),
+        ({"mask": torch.tensor([[True, True], [False, False]])}, ValueError, "row 1 has no valid token"),
         ({"mask": torch.ones(2, 3, dtype=torch.bool)}, ValueError, "mask"),
         ({"logits": torch.zeros(2, 5)}, ValueError, r"logits: .*\[2, 13\]"),
         ({"logits": [1]}, TypeError, "logits: expected a tensor .*, got list"),
@@ -177,7 +177,7 @@ def test_a_step_can_be_gone_on_from_at_once_and_trained_from_as_a_copy(model):
         ({"logits": torch.zeros(2, VOCAB, device="meta")}, ValueError, "logits: expected device cpu .* got meta"),
         ({"tokens": ids(2, 2).int()}, TypeError, "tokens"),
         ({"tokens": ids(2, 2) + VOCAB}, ValueError, "outside the vocabulary"),
-        ({"tokens": ids(2, 0)}, ValueError, "row 0 has no real token"),
+        ({"tokens": ids(2, 0)}, ValueError, "row 0 has no valid token"),
     ],
 )
 def test_wrong_settings_are_refused_in_words(model, arguments, error, message):
@@ -190,9 +190,9 @@ def test_wrong_settings_are_refused_in_words(model, arguments, error, message):
 def test_no_token_is_drawn_from_what_is_not_finite(settings, value):
     logits = torch.zeros(2, 4)
     logits[1, 2] = value
-    with pytest.raises(ValueError, match=f"largest of row 1 is {value}"):
+    with pytest.raises(ValueError, match=f"maximum of row 1 is {value}"):
         Sampler(**settings)(logits)
-    with pytest.raises(ValueError, match="largest of row 0 is -inf"):
+    with pytest.raises(ValueError, match="maximum of row 0 is -inf"):
         Sampler(**settings)(torch.full((1, 4), float("-inf")))
 
 

@@ -239,7 +239,7 @@ def test_calls_of_other_rows_cannot_be_joined():
     with torch.no_grad(), tb.observe(module) as seen:
         module(tokens(rows=2))
         module(tokens(rows=3))
-    with pytest.raises(ValueError, match=r"layers.0.blocks.0.memory: calls of 2 and 3 rows"):
+    with pytest.raises(ValueError, match=r"layers.0.blocks.0.memory: calls with different numbers of rows: 2, 3"):
         _ = seen.memories
 
 

@@ -92,9 +92,9 @@ def test_no_row_at_all():
 @pytest.mark.parametrize(
     "rows, error, message",
     [
-        ([5], IndexError, "there is no row 5 in a state of 3 rows"),
-        ([0, -4], IndexError, "there is no row -4 in a state of 3 rows"),
-        ([True], IndexError, r"bools \[1\]: expected one for each of the state's 3 rows"),
+        ([5], IndexError, "row 5 is out of range for a state of 3 rows"),
+        ([0, -4], IndexError, "row -4 is out of range for a state of 3 rows"),
+        ([True], IndexError, r"bools \[1\]: expected one for each of the 3 rows"),
         ([0.5], TypeError, "row numbers or bools, got torch.float32"),
         ([[0, 1]], TypeError, r"row numbers or bools, got torch.int64 \[1, 2\]"),
         (None, TypeError, "row numbers or bools, got None"),
@@ -118,13 +118,13 @@ def test_rows_that_are_not_there_are_refused(rows, error, message):
         (lambda a: st.where(torch.tensor([True]), a, a), TypeError, r"rows: expected bool \[3\], got torch.bool \[1\]"),
         (lambda a: st.where([True] * 3, a, a), TypeError, r"rows: expected bool \[3\], got \[True"),
         (lambda a: st.where(torch.ones(3).bool(), a, make(2)), ValueError, "states of 3 and 2 rows"),
-        (lambda a: st.reset(a, [0], make(2)), ValueError, "fresh has 2 rows: expected 3"),
+        (lambda a: st.reset(a, [0], make(2)), ValueError, "fresh has 2 rows: expected 1, or 3"),
         (lambda a: st.reset(a, [0], st.to(a, dtype=torch.half)), TypeError, "different dtypes"),
         (lambda a: st.reset(a, [0], a._replace(position=torch.zeros(3, 1))), ValueError, "rows of different shapes"),
         (lambda a: st.reset(a, [0], a._replace(rest=None)), TypeError, "differ in structure at rest: "),
         (lambda a: st.to(a, dtype=torch.int32), TypeError, "floating-point torch.dtype or None, got torch.int32"),
         (lambda a: st.to(a, dtype="half"), TypeError, "floating-point torch.dtype or None, got 'half'"),
-        (lambda a: st.batch_size(torch.tensor(1.0)), ValueError, "dimension 0 must be the rows"),
+        (lambda a: st.batch_size(torch.tensor(1.0)), ValueError, "batch as dimension 0"),
     ],
 )
 def test_states_that_do_not_fit_are_refused_in_words(call, error, message):

@@ -272,7 +272,7 @@ def test_states_with_different_rows_are_not_saved(swapped, tmp_path):
     with tb.memory(model) as m:
         model.layers[0](torch.randn(2, 4, 16))
         model.layers[1](torch.randn(3, 4, 16))
-        with pytest.raises(StorageError, match="not saved: state rows disagree"):
+        with pytest.raises(StorageError, match="not saved: state has different numbers of rows"):
             m.save(tmp_path / "state")
     assert list(tmp_path.iterdir()) == []
 
