@@ -24,8 +24,8 @@ class Stage(_Checked):
 
     steps: int = Field(ge=1, description="length of the stage")
     train: list[str] = Field(min_length=1, description="parameters to train: name patterns, @block type, ! to exclude")
-    lr: float | None = Field(None, gt=0, description="peak learning rate; null for the run's")
-    optimizer: Literal["keep", "fresh"] = Field("keep", description="keep the optimizer's state, or reset it")
+    lr: float | None = Field(default=None, gt=0, description="peak learning rate; null for the run's")
+    optimizer: Literal["keep", "fresh"] = Field(default="keep", description="keep the optimizer's state, or reset it")
 
 
 class Settings(_Checked):

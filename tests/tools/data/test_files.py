@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import os
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from titans_build.registry import RecipeError
-from titans_build.tools.data.files import find, read
+from titans_build.tools.data.files import find, read, standard_library
 
 Write = Callable[..., None]
 
@@ -101,3 +102,19 @@ def test_file_that_changes(folder: Path, write: Write):
     (folder / "a").unlink()
     with pytest.raises(RecipeError, match="a: cannot be read: No such file"):
         read(file, 0, 2)
+
+
+def test_standard_library_files():
+    files = standard_library()
+    names = [file.name for file in files]
+    assert {"argparse.py", "json/decoder.py", "asyncio/events.py"} <= set(names)
+    assert sum(file.size for file in files) > 5_000_000
+    assert names == sorted(names) and all(name.endswith(".py") for name in names)
+    left_out = {"site-packages", "dist-packages", "test", "tests", "encodings", "__pycache__"}
+    assert not [name for name in names if left_out & set(name.split("/")) or name.startswith("_sysconfigdata")]
+
+
+def test_python_without_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(RecipeError, match="stdlib: this Python has no sources in "):
+        standard_library()
