@@ -24,7 +24,7 @@ from .compare import COMPARISON, DIAL, TOLERANCE, compare
 from .log import Event
 from .run_folder import write_errors
 from .search import BEST_RECIPE, BEST_TRAIN, SAMPLERS, TRIALS, search
-from .train_command import add_settings, metrics_text, read_option, read_settings
+from .train_command import add_settings, metrics_text, read_option, settings_and_data
 from .trials import Result
 
 SIZE = (7.0, 4.2)
@@ -81,7 +81,7 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
 
 def _compare(arguments: argparse.Namespace) -> int:
     lrs = _learning_rates(arguments)
-    settings, data = read_settings(arguments, need_data=True)
+    settings, data = settings_and_data(arguments, need_data=True)
     result = compare(
         _named_recipes(arguments),
         data,
@@ -244,7 +244,7 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
 
 
 def _search(arguments: argparse.Namespace) -> int:
-    settings, data = read_settings(arguments, need_data=True)
+    settings, data = settings_and_data(arguments, need_data=True)
     if arguments.trials is None and arguments.sampler != "grid":
         raise UsageError(f"--trials: expected a number for --sampler {arguments.sampler}")
     ranked = search(

@@ -12,11 +12,11 @@ from typing import Any
 
 from ...recipes import Recipe, StorageError, load_recipe
 from ...recipes.atomic_write import atomic_write
-from ...recipes.parse import read_file, write_yaml
+from ...recipes.parse import write_yaml
 from ...registry import Problem, RecipeError, show
 from ..randomness import ORDER
 from ..terminal import CommandFailed
-from .settings import FIXED, Settings, as_settings
+from .settings import FIXED, Settings, as_settings, read_settings
 
 RUN, RECIPE, TRAIN = "run.json", "recipe.yaml", "train.yaml"
 FORMAT = "titans-build run"
@@ -82,9 +82,7 @@ def read_inputs(folder: Path, *, allow_imports: bool = False) -> tuple[Recipe, A
     if not is_run(folder):
         what = f"there is no {RUN}" if folder.is_dir() else "no such folder"
         raise StorageError(f"{folder}: {what}; expected the folder of a run")
-    settings = read_file(folder / TRAIN)
-    if not isinstance(settings, dict):
-        raise RecipeError([Problem("", f"expected a mapping of settings, got {show(settings)}")], str(folder / TRAIN))
+    settings = read_settings(folder / TRAIN)
     data = settings.pop("data", None)
     return load_recipe(folder / RECIPE, allow_imports=allow_imports), data, as_settings(settings)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -107,9 +106,7 @@ def as_settings(given: Settings | Mapping[str, Any] | str | os.PathLike[str] | N
         return given
     source = "settings"
     if isinstance(given, (str, os.PathLike)):
-        source, given = str(given), read_file(Path(given))
-        if not isinstance(given, dict):
-            raise RecipeError([Problem("", f"expected a mapping of settings, got {show(given)}")], source)
+        source, given = str(given), read_settings(given)
     data = plain(dict(given or {}), source)
     problems: list[Problem] = []
     stages: list[Stage] = []
@@ -135,6 +132,14 @@ def as_settings(given: Settings | Mapping[str, Any] | str | os.PathLike[str] | N
         raise RecipeError(problems, source)
     steps = sum(stage.steps for stage in stages) or values["steps"]
     return Settings(**{**values, "stages": stages, "steps": steps})
+
+
+def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The mapping in a file of settings, unchecked. Raises ``RecipeError`` if the file holds anything else."""
+    found = read_file(path)
+    if not isinstance(found, dict):
+        raise RecipeError([Problem("", f"expected a mapping of settings, got {show(found)}")], str(path))
+    return found
 
 
 def _conflicts(data: dict[str, Any], values: dict[str, Any], stages: list[Stage]) -> list[Problem]:

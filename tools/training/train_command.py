@@ -10,13 +10,13 @@ from typing import Any
 
 from rich.text import Text
 
-from ...recipes.parse import read_file, read_value
-from ...registry import Problem, RecipeError, show
+from ...recipes.parse import read_value
+from ...registry import RecipeError, show
 from ..options import add_recipe, load, overrides, saved_folder
 from ..terminal import UsageError, complain, console, say, say_json
 from .log import Event
 from .run_folder import RECIPE, is_run
-from .settings import Settings, fields
+from .settings import Settings, fields, read_settings
 from .train import train
 
 SUMMARY = "Train the model of a recipe on data, in a folder that records everything about the run."
@@ -71,20 +71,16 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.set:
             raise UsageError("--set: the recipe of a run cannot be changed when it is resumed")
         source = str(out / RECIPE)
-    settings, data = read_settings(arguments, need_data=not resuming)
+    settings, data = settings_and_data(arguments, need_data=not resuming)
     recipe, weights = load(source, arguments), saved_folder(source)
     with Display(as_json=arguments.json, quiet=os.environ.get("RANK", "0") != "0") as display:
         train(recipe, data, settings, out, on_event=display, resume=arguments.resume, weights=weights)
     return 0
 
 
-def read_settings(arguments: argparse.Namespace, *, need_data: bool) -> tuple[dict[str, Any], Any]:
+def settings_and_data(arguments: argparse.Namespace, *, need_data: bool) -> tuple[dict[str, Any], Any]:
     """The settings and the data. Options and ``-t`` override the file."""
-    given: dict[str, Any] = {}
-    if arguments.train is not None:
-        given = read_file(arguments.train)
-        if not isinstance(given, dict):
-            raise RecipeError([Problem("", f"expected a mapping of settings, got {show(given)}")], arguments.train)
+    given = {} if arguments.train is None else read_settings(arguments.train)
     data = given.pop("data", None)
     if arguments.data is not None:
         data = arguments.data
