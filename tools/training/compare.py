@@ -72,22 +72,21 @@ def compare(
     if on_fit is not None:
         for name, variant in fitted.items():
             on_fit(name, variant.parameters, variant.changes)
-    trials: dict[tuple[str, float, int], Trial] = {}
+    trials: dict[str, list[Trial]] = {name: [] for name in fitted}
     for name, variant in fitted.items():
         for lr in lrs or (settings.lr,):
-            for seed in range(settings.seed, settings.seed + seeds):
-                parts = [name, *([f"lr-{lr!r}"] if lrs else []), *([f"seed-{seed - settings.seed}"] * (seeds > 1))]
-                changed = as_settings({**settings.to_dict(), "lr": lr, "seed": seed})
-                trials[name, lr, seed] = Trial(
-                    "/".join(parts), variant.recipe, data, changed, folder.joinpath(*parts), allow_imports
-                )
-    for trial in trials.values():
+            for seed in range(seeds):
+                label = "/".join([name, *[f"lr-{lr!r}"] * bool(lrs), *[f"seed-{seed}"] * (seeds > 1)])
+                changed = as_settings({**settings.to_dict(), "lr": lr, "seed": settings.seed + seed})
+                trials[name].append(Trial(label, variant.recipe, data, changed, folder / label, allow_imports))
+    in_order = [trial for group in trials.values() for trial in group]
+    for trial in in_order:
         check_trial(trial)
-    runs = dict(zip(trials, run_trials(list(trials.values()), jobs=jobs, told=told)))
+    results = run_trials(in_order, jobs=jobs, told=told)
     variants = []
     for name, variant in fitted.items():
-        mine = [{"lr": lr, "seed": seed, **run} for (of, lr, seed), run in runs.items() if of == name]
-        variants.append({"name": name, "parameters": variant.parameters, "changes": variant.changes, **_summary(mine)})
+        runs = [{"lr": trial.settings.lr, "seed": trial.settings.seed, **next(results)} for trial in trials[name]]
+        variants.append({"name": name, "parameters": variant.parameters, "changes": variant.changes, **_summary(runs)})
     # the accuracy of text is that of its most likely bytes, and says little
     metrics = METRICS if "task" in description else METRICS[1:]
     metric = next((m for m in metrics if any(m in (v["test"] or {}) for v in variants)), METRICS[-1])

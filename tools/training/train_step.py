@@ -98,7 +98,7 @@ class TrainStep:
         if self.settings.autocast is not None:
             precision = torch.autocast(device.type, getattr(torch, self.settings.autocast))
         with precision:
-            return (run or self.model)(tokens, state=state, mask=mask, targets=targets)
+            return (self.model if run is None else run)(tokens, state=state, mask=mask, targets=targets)
 
     def _reset_fresh(self, state: State, fresh: Tensor) -> State:
         (count,) = self.processes.sum(int(fresh.sum()))

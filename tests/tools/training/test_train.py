@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -307,3 +308,14 @@ def test_auxiliary_loss_is_logged(losses: Any, quick_train: Train, name: str) ->
     plain, run = quick_train(steps=2), quick_train(steps=2, **{name: 0.5}, out="aux")
     assert all(event[name] > 0 for event in run.history if event["event"] == "step")
     assert losses(plain.history)[1] == losses(run.history)[1] and losses(plain.history)[2] != losses(run.history)[2]
+
+
+def test_compiled_model_trains_the_same(
+    tiny: dict[str, Any], quick_train: Train, losses: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the eager backend compiles in seconds
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    recipe = {**tiny, "layers": {"lmm": [{"type": "memory", "heads": 2, "chunk": 4}]}, "stack": ["lmm"]}
+    options = {"recipe": recipe, "steps": 2, "surprise_every": 2, "valid_every": 2, "valid_batches": 1}
+    run = quick_train(**options, compile=True)
+    assert losses(run.history) == pytest.approx(losses(quick_train(**options, out="eager").history), rel=1e-5)
