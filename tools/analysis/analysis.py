@@ -13,7 +13,7 @@ from ...blocks.freezing import thawed
 from ...blocks.language_model import LanguageModel
 from ...blocks.memory import NeuralMemory
 from ...blocks.memory_ablation import MemoryCheck, memory_check
-from .recall import PLACES, Recall, recall_of
+from .recall import PLACES, recall_of
 from .recording import QUANTITIES, Bins, record
 from .sample import Sample
 
@@ -24,8 +24,6 @@ MAX_DISTANCE = 2048
 """The largest distance of a query from the planted pair."""
 CONTEXT = 40
 """Tokens shown before and after a surprising one."""
-BINS_AT_ONCE = 1024
-"""Bins whose text is decoded at once."""
 MAX_EXCERPT = 24
 """Characters of a bin's text."""
 DIGITS = 5
@@ -104,7 +102,7 @@ def analyse(
             "planted": pairs * PLACES,
             "from": plan.stretch[0],
             "to": plan.stretch[1],
-            "memories": [_recall(recalls[name]) for name in names if name in recalls],
+            "memories": [recalls[name]._asdict() for name in names if name in recalls],
         },
         "drift": [recording.drift[name]._asdict() for name in names],
         "gates": [
@@ -136,24 +134,6 @@ def _check(check: MemoryCheck, unit: str) -> dict[str, Any]:
     }
 
 
-def _recall(recall: Recall) -> dict[str, Any]:
-    found: dict[str, Any] = recall._asdict()
-    found["half_life"] = [half_life(recall.distances, kept) for kept in recall.kept]
-    return found
-
-
-def half_life(distances: list[int], kept: np.ndarray) -> float | None:
-    """Tokens until ``kept`` is half of its largest value so far, interpolated; ``None`` where it stays above."""
-    if not np.isfinite(kept).all():
-        return None  # nothing was written
-    halves = np.maximum.accumulate(kept) / 2
-    for at in range(1, len(distances)):
-        if kept[at] < halves[at]:
-            share = (kept[at - 1] - halves[at]) / (kept[at - 1] - kept[at])
-            return float(distances[at - 1] + share * (distances[at] - distances[at - 1]))
-    return None
-
-
 def _gate(block: nn.Module, bins: Bins) -> dict[str, Any]:
     gate, first, second = bins.mean
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -183,12 +163,8 @@ def _branches(block: nn.Module) -> list[str]:
 
 def _excerpts(sample: Sample, time: int, width: int) -> list[str]:
     """The text of each bin."""
-    found = []
-    for first in range(0, time, BINS_AT_ONCE * width):
-        words = sample.words(first, min(first + BINS_AT_ONCE * width, time))
-        texts = ["".join(words[start : start + width]) for start in range(0, len(words), width)]
-        found += [text if len(text) <= MAX_EXCERPT else text[: MAX_EXCERPT - 1] + "…" for text in texts]
-    return found
+    texts = ["".join(sample.words(start, min(start + width, time))) for start in range(0, time, width)]
+    return [text if len(text) <= MAX_EXCERPT else text[: MAX_EXCERPT - 1] + "…" for text in texts]
 
 
 def _peak(sample: Sample, position: int, surprise: float, time: int) -> dict[str, Any]:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from ...blocks.observers import Learned
 from ...blocks.state import map_state
 from ...kernels.memory import MemoryState, Tokens, read_memory, titans_memory
-from .recording import Stretch
 
 PLACES = 4
 """Tokens of the text that are replaced, one at a time."""
@@ -40,10 +40,12 @@ class Recall(NamedTuple):
     kept: np.ndarray
     """The share of the write's effect on the answer that is left; 1 right after the write."""
     kept_error: np.ndarray
+    half_life: list[float | None]
+    """Of ``kept``, by head."""
 
 
 @torch.no_grad()
-def recall_of(stretch: Stretch, *, longest: int, pairs: int, seed: int = 0) -> Recall:
+def recall_of(stretch: Learned, *, longest: int, pairs: int, seed: int = 0) -> Recall:
     """Plant ``pairs`` pairs at each of ``PLACES`` tokens of ``stretch``.
 
     ``longest``: the largest distance, less than the tokens of the stretch.
@@ -65,16 +67,37 @@ def recall_of(stretch: Stretch, *, longest: int, pairs: int, seed: int = 0) -> R
         found.append(torch.stack(list(_measures(stretch, tokens, place + 1, distances, written, without, k, v))))
     values = torch.cat(found, dim=1).cpu().double()  # [distances, pairs, heads, measures]
     count = values.shape[1]
-    mean, error = values.mean(1), values.std(1) / count**0.5
+    mean, error = (part.permute(2, 1, 0).numpy() for part in (values.mean(1), values.std(1) / count**0.5))
     effect, initial = values[..., 4], values[..., 5]
     kept = effect.sum(1) / initial.sum(1)
     residual = effect - kept[:, None] * initial
     kept_error = (residual.square().sum(1) * count / (count - 1)).sqrt() / initial.sum(1)
-    table = [mean[..., 0], error[..., 0], *(mean[..., index] for index in (1, 2, 3)), kept, kept_error]
-    return Recall(distances, *(part.T.numpy() for part in table))
+    return Recall(
+        distances,
+        cosine=mean[0],
+        cosine_error=error[0],
+        cosine_without=mean[1],
+        relative_error=mean[2],
+        relative_error_without=mean[3],
+        kept=kept.T.numpy(),
+        kept_error=kept_error.T.numpy(),
+        half_life=[half_life(distances, head) for head in kept.T.numpy()],
+    )
 
 
-def _write(stretch: Stretch, tokens: Tokens, memory: MemoryState) -> MemoryState:
+def half_life(distances: list[int], kept: np.ndarray) -> float | None:
+    """Tokens until ``kept`` is half of its largest value so far, interpolated; ``None`` where it stays above."""
+    if not np.isfinite(kept).all():
+        return None  # nothing was written
+    halves = np.maximum.accumulate(kept) / 2
+    for at in range(1, len(distances)):
+        if kept[at] < halves[at]:
+            share = (kept[at - 1] - halves[at]) / (kept[at - 1] - kept[at])
+            return float(distances[at - 1] + share * (distances[at] - distances[at - 1]))
+    return None
+
+
+def _write(stretch: Learned, tokens: Tokens, memory: MemoryState) -> MemoryState:
     if tokens.q.shape[1] == 0:
         return memory
     chunk, activation, clip, read, *_ = options = stretch.options
@@ -84,7 +107,7 @@ def _write(stretch: Stretch, tokens: Tokens, memory: MemoryState) -> MemoryState
     )[1]  # fmt: skip
 
 
-def _read(stretch: Stretch, keys: Tensor, memory: MemoryState) -> Tensor:
+def _read(stretch: Learned, keys: Tensor, memory: MemoryState) -> Tensor:
     return read_memory(keys, memory.weights, stretch.options.activation, stretch.norm)
 
 
@@ -106,7 +129,7 @@ def _random_like(part: Tensor, count: int, random: torch.Generator) -> Tensor:
 
 
 def _measures(
-    stretch: Stretch,
+    stretch: Learned,
     tokens: Tokens,
     at: int,
     distances: list[int],

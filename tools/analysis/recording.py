@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...blocks.language_model import LanguageModel
 from ...blocks.observe import Observed, observe
 from ...blocks.observers import Learned, Observer
-from ...kernels.memory import MemoryState, Options, Tokens
+from ...kernels.memory import MemoryState, Tokens
 
 QUANTITIES = ("surprise", "error", "step", "momentum", "forgetting")
 """The fields of ``MemoryRecord`` that are recorded for each token and head."""
@@ -38,15 +38,6 @@ class Drift(NamedTuple):
     """From the initial weights, relative to the norm of these."""
 
 
-class Stretch(NamedTuple):
-    """The inputs of a memory during a part of the text, of one row, and its state before."""
-
-    tokens: Tokens
-    before: MemoryState
-    norm: Tensor | None
-    options: Options
-
-
 class Recording(NamedTuple):
     """All that was recorded of a text. Keys are module paths."""
 
@@ -55,7 +46,8 @@ class Recording(NamedTuple):
     tokens: dict[str, dict[str, Bins]]
     """Memory -> quantity -> rows are heads."""
     drift: dict[str, Drift]
-    stretches: dict[str, Stretch]
+    stretches: dict[str, Learned]
+    """The inputs of each memory during a part of the text, as those of one call."""
     gates: dict[str, Bins]
     """Gate -> rows are the mean gate, the norm of the first branch, and that of the second."""
     peaks: list[tuple[int, float]]
@@ -195,12 +187,12 @@ class _Capture(Observer):
             found[name] = Drift(list(positions), torch.stack(norms, 1).numpy(), torch.stack(distances, 1).numpy())
         return found
 
-    def stretches(self) -> dict[str, Stretch]:
+    def stretches(self) -> dict[str, Learned]:
         found = {}
         for name, calls in self._inputs.items():
             joined = [None if part[0] is None else torch.cat(part, dim=1) for part in zip(*(c.tokens for c in calls))]
             tokens: Any = joined  # in the order of the fields
-            found[name] = Stretch(Tokens(*tokens), calls[0].before, calls[0].norm, calls[0].options)
+            found[name] = calls[0]._replace(tokens=Tokens(*tokens))
         return found
 
 

@@ -54,10 +54,9 @@ def from_file(path: str, tokenizer: Tokenizer, vocab: int, max_tokens: int) -> S
             break
     tokens = torch.cat(parts)[:max_tokens].unsqueeze(0)
     check_ids(tokens[0], vocab, path)
-    unit = "byte" if isinstance(tokenizer, ByteTokenizer) else "token"
-    _check_length(path, tokens.shape[1], unit)
-    words = _words(tokenizer, tokens[0].tolist())
-    return Sample(path, tokens, next_tokens(tokens), None, words, unit, count > max_tokens)
+    return _sample(
+        path, tokenizer, tokens, next_tokens(tokens), torch.ones_like(tokens, dtype=torch.bool), count > max_tokens
+    )
 
 
 def from_data(
@@ -87,24 +86,19 @@ def from_data(
     tokenizer: Tokenizer = IdTokenizer()
     if "text" in description:
         tokenizer = open_tokenizer(description.get("tokenizer") or "bytes", vocab)
-    real = tokens[0][mask[0]]
-    name = show(spec, 100).strip("'")
+    return _sample(show(spec, 100).strip("'"), tokenizer, tokens, targets, mask, truncated)
+
+
+def _sample(name: str, tokenizer: Tokenizer, tokens: Tensor, targets: Tensor, mask: Tensor, truncated: bool) -> Sample:
     unit = "byte" if isinstance(tokenizer, ByteTokenizer) else "token"
-    _check_length(name, len(real), unit)
-    words = _words(tokenizer, real.tolist())
-    return Sample(name, tokens, targets, None if bool(mask.all()) else mask, words, unit, truncated)
+    real = tokens[0][mask[0]].tolist()
+    if len(real) < SHORTEST:
+        raise UsageError(f"{name}: {len(real)} {unit}s: expected at least {SHORTEST}, to analyse a memory")
 
-
-def _words(tokenizer: Tokenizer, tokens: list[int]) -> Callable[[int, int], list[str]]:
     def words(start: int, stop: int) -> list[str]:
         if isinstance(tokenizer, IdTokenizer):
-            return [f"{token} " for token in tokens[start:stop]]
+            return [f"{token} " for token in real[start:stop]]
         decoder, lead = tokenizer.decoder(), max(start - LEAD, 0)
-        return [decoder.feed(token) for token in tokens[lead:stop]][start - lead :]
+        return [decoder.feed(token) for token in real[lead:stop]][start - lead :]
 
-    return words
-
-
-def _check_length(name: str, count: int, unit: str) -> None:
-    if count < SHORTEST:
-        raise UsageError(f"{name}: {count} {unit}s: expected at least {SHORTEST}, to analyse a memory")
+    return Sample(name, tokens, targets, None if bool(mask.all()) else mask, words, unit, truncated)

@@ -6,7 +6,7 @@ import codecs
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,30 +21,6 @@ MAX_PENDING = 64
 """Tokens that may wait for the rest of a character; more than any character needs."""
 
 
-class Decoder(Protocol):
-    """Turns one stream of tokens into text."""
-
-    def feed(self, token: int) -> str:
-        """The text that ``token`` completes; may be empty."""
-
-    def finish(self) -> str:
-        """The text of a character that was left incomplete."""
-
-
-class Tokenizer(Protocol):
-    """One way to write text in token ids."""
-
-    name: str
-    size: int | None
-    """All ids are below this; ``None`` where that is not known."""
-
-    def encode(self, text: Iterable[bytes]) -> Iterator[Tensor]:
-        """Blocks of a text -> int64 ``[time]`` each, in constant memory. Raises ``UsageError`` for invalid text."""
-
-    def decoder(self) -> Decoder:
-        """A decoder for a new stream."""
-
-
 class ByteTokenizer:
     """A token is a byte, whatever the bytes are."""
 
@@ -55,12 +31,12 @@ class ByteTokenizer:
         for block in text:
             yield torch.frombuffer(bytearray(block), dtype=torch.uint8).long() if block else torch.empty(0).long()
 
-    def decoder(self) -> Decoder:
+    def decoder(self) -> ByteDecoder:
         """Decodes UTF-8; invalid bytes become U+FFFD."""
-        return _ByteDecoder()
+        return ByteDecoder()
 
 
-class _ByteDecoder:
+class ByteDecoder:
     def __init__(self) -> None:
         self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
@@ -96,7 +72,7 @@ class IdTokenizer:
         return torch.tensor([int(word) for word in words], dtype=torch.int64)
 
     def decoder(self) -> Decoder:
-        return _Decoder(lambda ids: " ".join(map(str, ids)))
+        return Decoder(lambda ids: " ".join(map(str, ids)))
 
 
 class FileTokenizer:
@@ -129,10 +105,10 @@ class FileTokenizer:
         return torch.tensor(ids, dtype=torch.int64)
 
     def decoder(self) -> Decoder:
-        return _Decoder(partial(self.tokenizer.decode, skip_special_tokens=False))
+        return Decoder(partial(self.tokenizer.decode, skip_special_tokens=False))
 
 
-class _Decoder:
+class Decoder:
     """A token's text depends on those before it (a space) and may need those after it (the rest of a character)."""
 
     def __init__(self, text_of: Callable[[list[int]], str]) -> None:
@@ -154,6 +130,15 @@ class _Decoder:
 
     def _text(self) -> str:
         return self.text_of(self.previous + self.pending)[len(self.text_of(self.previous)) :]
+
+
+Tokenizer: TypeAlias = ByteTokenizer | IdTokenizer | FileTokenizer
+"""One way to write text in token ids, which are all below ``size``; ``None``: not known.
+
+``encode`` takes blocks of a text and yields int64 ``[time]`` blocks of ids, in constant memory. It raises
+``UsageError`` for invalid text. ``decoder()`` decodes a new stream: ``feed(token)`` returns the text that a token
+completes, which may be empty, and ``finish()`` that of a character which was left incomplete.
+"""
 
 
 def check_ids(ids: Tensor, vocab: int | None, source: str) -> None:

@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from titans_build.tools.analysis.analysis import half_life, labels, rounded
+from titans_build.tools.analysis.analysis import labels, rounded
+from titans_build.tools.analysis.recall import half_life
 
 
 def test_half_life() -> None:

@@ -8,20 +8,19 @@ import numpy as np
 import pytest
 import torch
 
+from titans_build.blocks.observers import Learned
 from titans_build.kernels.memory import MemoryState, Options, Tokens
-from titans_build.tools.analysis.analysis import half_life
-from titans_build.tools.analysis.recall import recall_of
-from titans_build.tools.analysis.recording import Stretch
+from titans_build.tools.analysis.recall import half_life, recall_of
 
 
-def stretch(*, alpha: float, theta: float, eta: float | None = None, time: int = 41) -> Stretch:
+def stretch(*, alpha: float, theta: float, eta: float | None = None, time: int = 41) -> Learned:
     """A linear memory of two heads with zero initial weights and the same forgetting at every token."""
     random = torch.Generator().manual_seed(0)
     draw = lambda: torch.nn.functional.normalize(torch.randn(1, time, 2, 6, generator=random), dim=-1)  # noqa: E731
     full = lambda value: torch.full((1, time, 2), value)  # noqa: E731
     tokens = Tokens(draw(), draw(), 3 * draw(), full(theta), None if eta is None else full(eta), full(alpha))
     before = MemoryState.fresh((torch.zeros(1, 2, 6, 6),), () if eta is None else None)
-    return Stretch(tokens, before, None, Options(1, "identity", None, "after"))
+    return Learned(tokens, before, None, None, Options(1, "identity", None, "after"), None)
 
 
 def test_an_empty_memory_answers_a_planted_key_exactly() -> None:
