@@ -19,12 +19,12 @@ from .commands.model_summary import Part, on_meta, summarize_layer
 from .options import add_recipe, load
 from .svg import (
     FAINT,
-    Canvas,
     Shape,
     box,
     branches,
     column,
     container,
+    document,
     repeated,
     residual,
     text_width,
@@ -99,20 +99,20 @@ def draw(recipe: recipes.Recipe, title: str) -> str:
         head = box("head, tied to the embedding" if recipe.tie else "head", least=120)
         body = column([tokens, embedding, stack, norm, head, logits])
 
-    canvas, legend = Canvas(), [box(text, colour=colour, small=True) for colour, text in LEGEND.items()]
-    margin, top = 28, 64 + 18 * len(notes)
+    legend = [box(text, colour=colour, small=True) for colour, text in LEGEND.items()]
     heading = max(text_width(title, 20, True), *(text_width(note, 12) for note in notes))
     width = max(body.left + body.right, heading, sum(2 * entry.right + 10 for entry in legend))
-    canvas.text(margin, 34, title, size=20, bold=True, anchor="start")
+    margin, top = 28, 64 + 18 * len(notes)
+    picture = Shape(0, width + 2 * margin, top + body.height + 64)
+    picture.text(margin, 34, title, size=20, bold=True, text_anchor="start")
     for index, note in enumerate(notes):
-        canvas.text(margin, 60 + 18 * index, note, size=12, colour=FAINT, anchor="start")
-    body.draw(canvas, margin + (width - body.left - body.right) / 2 + body.left, top)
-    bottom = top + body.height + 24
+        picture.text(margin, 60 + 18 * index, note, size=12, fill=FAINT, text_anchor="start")
+    picture.place(body, margin + (width - body.left - body.right) / 2 + body.left, top)
     x = float(margin)
     for entry in legend:
-        entry.draw(canvas, x + entry.left, bottom)
+        picture.place(entry, x + entry.left, picture.height - 40)
         x += entry.left + entry.right + 10
-    return canvas.document(width + 2 * margin, bottom + 40, title)
+    return document(picture, title)
 
 
 def _summarize_layers(recipe: recipes.Recipe) -> dict[str, Part]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +29,39 @@ def small_picture(recipe: object, **overrides: object) -> str:
     return draw(tb.load_recipe(recipe, overrides), "a <name> & more")
 
 
+def marks(
+    element: ElementTree.Element, x: float = 0, y: float = 0
+) -> Iterator[tuple[ElementTree.Element, float, float]]:
+    """The marks of a picture with the origins of their coordinates."""
+    for child in element:
+        moved = re.fullmatch(r"translate\((-?[\d.]+) (-?[\d.]+)\)", child.get("transform", "translate(0 0)"))
+        assert moved
+        origin = x + float(moved[1]), y + float(moved[2])
+        yield child, *origin
+        if child.tag == f"{SVG}g":
+            yield from marks(child, *origin)
+
+
 @pytest.mark.parametrize("name", BASES)
 def test_everything_is_inside_the_frame(name: str) -> None:
     root = ElementTree.fromstring(small_picture(name, dim=32))
     width, height = float(root.get("width", 0)), float(root.get("height", 0))
-    for mark in root.iter():
+    seen = set()
+    for mark, left, top in marks(root):
+        seen.add(mark.tag.removeprefix(SVG))
+        x, y = left + float(mark.get("x", 0)), top + float(mark.get("y", 0))
         if mark.tag == f"{SVG}rect":
-            x, y = float(mark.get("x", 0)), float(mark.get("y", 0))
             assert 0 <= x <= x + float(mark.get("width", 0)) <= width + 1
             assert 0 <= y <= y + float(mark.get("height", 0)) <= height + 1
         elif mark.tag == f"{SVG}text":
-            x, long = float(mark.get("x", 0)), text_width(mark.text or "", float(mark.get("font-size", 0)))
-            left = {"start": x, "middle": x - long / 2, "end": x - long}[mark.get("text-anchor", "start")]
-            assert left >= 0 and left + long <= width, mark.text
-            assert 0 < float(mark.get("y", 0)) < height
+            long = text_width(mark.text or "", float(mark.get("font-size", 0)))
+            x -= {"start": 0, "middle": long / 2, "end": long}[mark.get("text-anchor", "start")]
+            assert 0 <= x <= x + long <= width, mark.text
+            assert 0 < y < height
         elif mark.tag == f"{SVG}path" and mark.get("stroke"):
             for x, y in re.findall(r"[ML](-?[\d.]+) (-?[\d.]+)", mark.get("d", "")):
-                assert 0 <= float(x) <= width and 0 <= float(y) <= height
+                assert 0 <= left + float(x) <= width and 0 <= top + float(y) <= height
+    assert {"rect", "text", "path"} <= seen
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -71,8 +87,7 @@ def test_every_block_and_repeat_is_drawn(name: str) -> None:
 
 def test_mac_shows_the_four_steps_and_their_order() -> None:
     picture = small_picture("mac", dim=32)
-    root = ElementTree.fromstring(picture)
-    heights = {element.text: float(element.get("y", 0)) for element in root.iter(f"{SVG}text")}
+    heights = {mark.text: top + float(mark.get("y", 0)) for mark, _, top in marks(ElementTree.fromstring(picture))}
     steps = ["1  read", "2  attend", "3  write", "4  gate"]
     assert [heights[step] for step in steps] == sorted(heights[step] for step in steps)
     assert "causal, over 16 learned tokens, h and x" in heights and "segments of 128 tokens" in heights

@@ -16,7 +16,7 @@ from ...blocks.language_model import LanguageModel
 from ...recipes import StorageError, load_recipe, packaged_names
 from ...recipes.atomic_write import atomic_write, making_folder
 from ...recipes.parse import read_file
-from ..inference.session import MODEL, find_model, open_model
+from ..inference.session import MODEL, find_model, open_model, usage_errors
 from ..inference.tokenizer import Tokenizer
 from ..options import add_placement, whole_number
 from ..plotting import need_matplotlib
@@ -76,8 +76,8 @@ def run(arguments: argparse.Namespace) -> int:
             _write(analysis, out, draw=not arguments.no_plots)
         advance()
     if arguments.json:
-        found = summary(analysis)
-        say_json(rounded({**found, **({} if out is None else {"out": os.path.abspath(out)})}))
+        written = {} if out is None else {"out": os.path.abspath(out)}
+        say_json(rounded({**summary(analysis), **written}))
         return 0
     say(*analysis["check"]["verdict"], "")
     say_columns(_table(analysis))
@@ -109,8 +109,9 @@ def _check(arguments: argparse.Namespace) -> Path | None:
     """The folder to write to. Raises ``UsageError`` before any work for what would fail after it."""
     if arguments.text is not None and arguments.data is not None:
         raise UsageError("a TEXTFILE and --data: expected one of them")
-    if arguments.tokens < 1 or arguments.pairs < 2:
-        raise UsageError("--tokens: expected at least 1" if arguments.tokens < 1 else "--pairs: expected at least 2")
+    for option, value, least in (("--tokens", arguments.tokens, 1), ("--pairs", arguments.pairs, 2)):
+        if value < least:
+            raise UsageError(f"{option}: expected at least {least}")
     if arguments.out is None:
         if not arguments.json:
             raise UsageError("--out DIR: where the page is written to is missing (it may be left out with --json)")
@@ -120,13 +121,9 @@ def _check(arguments: argparse.Namespace) -> Path | None:
     if not arguments.out:
         raise UsageError("--out: expected the name of a folder, got none")
     out = Path(arguments.out)
-    try:
-        place = out.absolute()
-        while not place.exists():
-            place = place.parent
+    with usage_errors(f"--out {out}"):
+        place = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
         taken = (out / PAGE).exists() or (out / NUMBERS).exists()
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--out {out}: {getattr(error, 'strerror', None) or error}") from None
     if not place.is_dir():
         raise UsageError(f"--out {out}: {place} is a file, not a folder")
     if not os.access(place, os.W_OK | os.X_OK):
