@@ -1,6 +1,6 @@
-"""titans-build models in the transformers library, and its models with memories in them, on disk.
+"""Recipe models in transformers, and the files of transformers models with memories in them.
 
-Importing this package imports transformers, and tells its Auto classes about models of recipes.
+Importing this package imports transformers, and registers recipe models with its Auto classes.
 """
 
 from ..extras import from_extra

@@ -1,4 +1,4 @@
-"""The configuration of a model in the transformers library: a recipe, and the fingerprint that it had."""
+"""The configuration of a recipe model in transformers: the recipe and its fingerprint."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class TitansBuildConfig(PreTrainedConfig):
     ``vocab_size``, ``hidden_size`` and ``num_hidden_layers`` are read from the recipe. Token ids such as
     ``eos_token_id`` are those of transformers, which saves them beside it.
 
-    Raises ``RecipeError`` for a recipe that is wrong, or that asks for modules to be imported: reading a folder runs
-    no code. ``StorageError`` when a saved recipe is not the one that was saved.
+    Raises ``RecipeError`` for an invalid recipe, and for one that asks for modules to be imported: reading a folder
+    runs no code. ``StorageError`` if the recipe does not match its saved fingerprint.
     """
 
     model_type = "titans_build"
@@ -26,7 +26,7 @@ class TitansBuildConfig(PreTrainedConfig):
 
     recipe: Any = None
     recipe_overrides: dict[str, Any] | None = None
-    """The overrides the recipe was loaded with, by path. They are applied already."""
+    """The overrides that the recipe was loaded with, by path. ``recipe`` contains them."""
     fingerprint: str | None = None
     use_cache: bool = True
     pad_token_id: int | None = None
@@ -36,15 +36,15 @@ class TitansBuildConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """From a ``config.json``, which holds the whole recipe and names no other file."""
-        for name, nothing in (("recipe", ()), ("recipe_overrides", (None,))):
-            value = config_dict.get(name)
-            if name in config_dict and not isinstance(value, dict) and value not in nothing:
+        for name, value in config_dict.items():
+            optional = name == "recipe_overrides" and value is None
+            if name in ("recipe", "recipe_overrides") and not isinstance(value, dict) and not optional:
                 raise StorageError(f"config.json: {name}: expected a mapping, got {show(value)}")
         return super().from_dict(config_dict, **kwargs)
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.recipe is not None:
-            # what is saved names blocks by their registered names only: nothing is imported to read it
+            # the configuration identifies blocks by their registered names: reading it imports nothing
             given = dataclasses.replace(self.recipe, imports=[]) if isinstance(self.recipe, Recipe) else self.recipe
             checked = load_recipe(given)
             if self.fingerprint not in (None, checked.fingerprint):
@@ -54,13 +54,13 @@ class TitansBuildConfig(PreTrainedConfig):
                 )
             self.recipe_overrides = {**(self.recipe_overrides or {}), **checked.overrides}
             self.recipe, self.fingerprint = checked.to_dict(), checked.fingerprint
-        # a property of the class, and in files of other libraries a number
+        # properties here, and values in files
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "tie_word_embeddings"):
             kwargs.pop(name, None)
         super().__post_init__(**kwargs)
 
     def checked(self) -> Recipe:
-        """The recipe, as ``build`` takes it. Raises ``ValueError`` where there is none."""
+        """The recipe, as ``build`` takes it. Raises ``ValueError`` if there is none."""
         if self.recipe is None:
             raise ValueError("TitansBuildConfig: expected recipe=, whatever load_recipe takes, got none")
         return dataclasses.replace(load_recipe(self.recipe), overrides=dict(self.recipe_overrides or {}))

@@ -1,4 +1,4 @@
-"""Models of transformers back from a folder: of recipes, with swaps in them, or as they are."""
+"""Loads models of transformers from folders: recipe models, models with swaps, and others."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def from_pretrained(folder: str | os.PathLike[str], **kwargs: Any) -> Any:
     ``kwargs``: as for ``from_pretrained`` of transformers (``dtype``, ``device_map``, ...); for a folder that
     ``tb.save`` wrote, ``dtype`` alone. Runs no code from the folder.
 
-    Raises ``StorageError`` where the weights are not those of the model that is described, and whatever transformers
-    raises for a folder that holds no model.
+    Raises ``StorageError`` if the weights do not belong to the configuration, and what transformers raises for a folder
+    without a model.
     """
     place = Path(folder)
     if is_saved_model(place):
@@ -51,9 +51,9 @@ def from_pretrained(folder: str | os.PathLike[str], **kwargs: Any) -> Any:
 
 
 class SwappedConfig(PreTrainedConfig):
-    """How ``AutoConfig`` reads the ``config.json`` of a swapped model: as the configuration of the original model.
+    """The ``config.json`` of a swapped model. ``AutoConfig`` reads it as the configuration of the original model.
 
-    It holds the records of the swaps, which are repeated, in order, when a model is made of it.
+    It contains the records of the swaps, which are repeated, in order, when a model is created from it.
     """
 
     model_type = MODEL_TYPE
@@ -90,7 +90,7 @@ class SwappedConfig(PreTrainedConfig):
 
 
 def _auto_classes(config: type, architecture: str) -> list[tuple[Any, Any]]:
-    """The Auto classes that make an ``architecture`` of a ``config``, each with that class."""
+    """The Auto classes that create an ``architecture`` from a ``config``, each with that class."""
     found = []
     for auto, mapping in AUTO.items():
         kind = getattr(transformers, mapping).get(config, None)
@@ -101,7 +101,7 @@ def _auto_classes(config: type, architecture: str) -> list[tuple[Any, Any]]:
 
 @functools.cache
 def _with_swaps(kind: Any, config_type: type) -> type:
-    """``kind`` with the swaps of its configuration made in ``__init__``. What is read is a ``kind`` again."""
+    """A subclass of ``kind`` that makes the swaps of its configuration in ``__init__``. Loading returns a ``kind``."""
 
     class WithSwaps(kind):
         config_class = config_type

@@ -1,4 +1,4 @@
-"""Models of recipes as models of transformers: generate, Trainer, pipelines and evaluation harnesses run on them."""
+"""Recipe models as models of transformers, for ``generate``, ``Trainer``, pipelines and evaluation harnesses."""
 
 from __future__ import annotations
 
@@ -28,14 +28,11 @@ from .config import TitansBuildConfig
 
 
 class Embedding(nn.Module):
-    """The embedding of a language model as a module, which transformers asks for: [batch, time] -> [batch, time, dim].
-
-    Its parameter is the model's, which this is no part of.
-    """
+    """The embedding of a language model as a module, as transformers expects: [batch, time] -> [batch, time, dim]."""
 
     def __init__(self, model: LanguageModel) -> None:
         super().__init__()
-        self._model = (model,)  # not a child: its parameters have their names already
+        self._model = (model,)  # not a child: the model registers its own parameters
 
     @property
     def weight(self) -> Tensor | None:
@@ -47,10 +44,10 @@ class Embedding(nn.Module):
 
 
 class TitansBuildPreTrainedModel(PreTrainedModel):
-    """Base class of the models here: ``model`` is the ``LanguageModel`` that does the work.
+    """Base class. ``model`` is the ``LanguageModel`` inside.
 
-    ``config``: with the recipe of the model; parameters are drawn from torch's global generator. ``model``: a
-    ``LanguageModel`` of that recipe to use as it is, instead of a new one.
+    ``config``: contains the recipe; parameters are drawn from torch's global generator. ``model``: a
+    ``LanguageModel`` of that recipe, in place of a new one.
     """
 
     config_class = TitansBuildConfig
@@ -73,7 +70,7 @@ class TitansBuildPreTrainedModel(PreTrainedModel):
         self.model = model
         self.embed_tokens = Embedding(model)
         device = torch.empty(0).device if torch.empty(0).is_meta else model.norm.gain.device
-        # with the weights in their file: it tells weights of one recipe from those of another of equal shapes
+        # saved with the weights, to reject the weights of another recipe with equal shapes
         self.register_buffer("fingerprint", torch.empty((), dtype=torch.int64, device=device))
         self.gradient_checkpointing = False
         self._set_fingerprint()
@@ -108,11 +105,11 @@ class TitansBuildPreTrainedModel(PreTrainedModel):
         raise ValueError("the embedding is part of the recipe: it cannot be replaced")
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Raises ``ValueError`` for another number than there is: the vocabulary is part of the recipe."""
+        """Raises ``ValueError`` for a new number: the vocabulary is part of the recipe."""
         if new_num_tokens not in (None, self.model.vocab):
             raise ValueError(
                 f"the vocabulary is part of the recipe: {self.model.vocab} ids, and not {new_num_tokens}; "
-                "build a model of a recipe with another vocab"
+                "build a model of another recipe"
             )
         return self.get_input_embeddings()
 
@@ -123,7 +120,7 @@ class TitansBuildPreTrainedModel(PreTrainedModel):
         self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, every_n_layers: int = 1
     ) -> None:
         if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
-            raise ValueError("use_reentrant=True: gradients reach states, which are trees of tensors, in the other way")
+            raise ValueError("use_reentrant=True is not supported: it does not pass gradients through trees of tensors")
         self.gradient_checkpointing = enable
         self._checkpoint, self._every = gradient_checkpointing_func, every_n_layers
 
@@ -175,7 +172,7 @@ class TitansBuildPreTrainedModel(PreTrainedModel):
 
 
 class TitansBuildModel(TitansBuildPreTrainedModel):
-    """Tokens or vectors in, vectors out: for recipes without a vocabulary, and for custom heads."""
+    """Returns hidden states: for recipes without a vocabulary, and for custom heads."""
 
     def forward(
         self,
@@ -195,7 +192,7 @@ class TitansBuildModel(TitansBuildPreTrainedModel):
 class TitansBuildForCausalLM(TitansBuildPreTrainedModel, GenerationMixin):
     """A language model of a recipe with all of ``generate``: greedy, sampling, beams, streamers.
 
-    Not assisted generation: what a memory has learned from a draft cannot be taken back.
+    Assisted generation is not supported, because a memory cannot be rolled back.
     """
 
     def __init__(self, config: TitansBuildConfig, model: LanguageModel | None = None) -> None:
@@ -243,16 +240,16 @@ class TitansBuildForCausalLM(TitansBuildPreTrainedModel, GenerationMixin):
         if generation_config.cache_implementation is not None:
             raise ValueError(
                 f"cache_implementation={generation_config.cache_implementation!r}: a titans-build model carries a "
-                "state, and there is one implementation of it"
+                "state, which has one implementation"
             )
         if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = StateCache()
 
 
 def as_pretrained(model: LanguageModel) -> TitansBuildModel | TitansBuildForCausalLM:
-    """A model that ``tb.build`` or ``tb.load`` made, as one of transformers. They share their parameters.
+    """A model of ``tb.build`` or ``tb.load`` as a model of transformers, with the same parameters.
 
-    ``result.model`` is the given one again, for ``tb.save`` and everything else here.
+    ``result.model`` is ``model``, for ``tb.save`` and other functions of this library.
     """
     recipe = getattr(model, "recipe", None)
     if not isinstance(recipe, Recipe):

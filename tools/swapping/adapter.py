@@ -6,8 +6,9 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
+from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from ...registry import nearest, show
@@ -32,7 +33,7 @@ class Adapter:
     """Arguments with a second sequence or a state, which a block in the module's place could not read."""
     padding: str | None = None
     """Name of the argument that is true, or minus infinity, at padding: ``[batch, time]``."""
-    returns: int | None = 0
+    returns: NonNegativeInt | None = 0
     """0 for a tensor, n for a tuple of n that begins with it. ``None``: unknown, and the module cannot be replaced."""
     time_first: bool = False
     """``[time, batch, dim]`` rather than ``[batch, time, dim]``."""
@@ -40,19 +41,12 @@ class Adapter:
     """A whole layer with its own residual connection. A block in its place is pre-normed and residual."""
 
     def __post_init__(self) -> None:
-        name, names = "an argument's name, or None", "a tuple of names of arguments"
-        counts = self.returns is None or (type(self.returns) is int and self.returns >= 0)
-        for field, expected, valid in (
-            ("argument", name, isinstance(self.argument, str | None)),
-            ("padding", name, isinstance(self.padding, str | None)),
-            ("along", names, isinstance(self.along, tuple) and all(isinstance(n, str) for n in self.along)),
-            ("foreign", names, isinstance(self.foreign, tuple) and all(isinstance(n, str) for n in self.foreign)),
-            ("returns", "0 for a tensor, n for a tuple of n, or None", counts),
-            ("time_first", "true or false", isinstance(self.time_first, bool)),
-            ("layer", "true or false", isinstance(self.layer, bool)),
-        ):
-            if not valid:
-                raise SwapError(f"adapter: {field}: expected {expected}, got {show(getattr(self, field))}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            try:
+                _checker(field.name).validate_python(value, strict=True)
+            except ValidationError:
+                raise SwapError(f"adapter: {field.name}: expected {field.type}, got {show(value)}") from None
 
     def read(self, arguments: Arguments, where: str) -> Tensor:
         """``[batch, time, dim]`` from the arguments of a call. Raises ``SwapError`` if there is no such tensor."""
@@ -124,6 +118,11 @@ class Adapter:
         if like.dim() == 2:
             return y.squeeze(0)
         return y.transpose(0, 1) if self.time_first else y
+
+
+@functools.cache
+def _checker(field: str) -> TypeAdapter[Any]:
+    return TypeAdapter(get_type_hints(Adapter, include_extras=True)[field])
 
 
 PLAIN = Adapter()

@@ -27,7 +27,7 @@ from ...blocks.state import State, batch_size, trainable
 from .adapter import Arguments, SwapError
 from .padding import Mask, Scope, innermost_mask, scope_of
 from .site import Replacement, Result, Site, gated_sites
-from .state_context import StateContext, active_context, current_call
+from .state_context import active_context, current_call
 
 _eager = functools.partial(
     torch.compiler.disable, reason="states are carried in Python objects; compile the model without fullgraph=True"
@@ -68,13 +68,9 @@ class ModelCall:
         if module is self.opener and self._results:
             if self.cache is not None:
                 self.cache.store(self._results, self.opener)
-            contexts: dict[StateContext, dict[Site, Result]] = {}
-            for site, result in self._results.items():
-                context = active_context(site)
-                if context is not None:
-                    contexts.setdefault(context, {})[site] = result
-            for context, results in contexts.items():
-                context.advance(results)
+            contexts = {site: active_context(site) for site in self._results}
+            for context in {context for context in contexts.values() if context is not None}:
+                context.advance({site: result for site, result in self._results.items() if contexts[site] is context})
         self.leave(module)
 
     def leave(self, module: nn.Module) -> None:
@@ -130,14 +126,13 @@ class ModelCall:
 
     def _recorded_mask(self, site: Site, time: int) -> Tensor | None:
         masks = [mask for mask in self._masks.get(site, ()) if mask is None or mask.shape[1] == time] or [None]
-        first = masks[0]
         for mask in masks[1:]:
-            if mask is not first and (mask is None or first is None or not torch.equal(mask, first)):
+            if mask is not masks[0] and (mask is None or masks[0] is None or not torch.equal(mask, masks[0])):
                 raise SwapError(
                     f"{site.path}: was called several times with different masks in one call of the model, and "
                     "gradient checkpointing runs one of these calls again: which one is unknown"
                 )
-        return first
+        return masks[0]
 
     def _start(self, site: Site, rows: int, time: int) -> State:
         """The state that the site continues from; ``None`` for a fresh one."""

@@ -148,10 +148,10 @@ class Stateless(Block):
         self.module = module
 
     def forward(self, x: Tensor, state: State = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
-        real = torch.ones_like(x[..., :1], dtype=torch.bool) if mask is None else mask.unsqueeze(-1)
-        y = self.module(x.masked_fill(~real, 0.0))
+        padding = None if mask is None else ~mask.unsqueeze(-1)
+        y = self.module(x if padding is None else x.masked_fill(padding, 0.0))
         y = y[0] if isinstance(y, tuple) else y
-        return y.masked_fill(~real, 0.0), None
+        return y if padding is None else y.masked_fill(padding, 0.0), None
 
 
 def gated_sites(module: nn.Module, *hows: str) -> list[Gated]:

@@ -40,7 +40,14 @@ class SwappedState(NamedTuple):
 
 
 class StateContext:
-    """Carries the states of a model's memories: inside its ``with`` block each call continues from the last one.
+    """Carries the states of a swapped model's memories: each call continues from the one before::
+
+        with tb.memory(model) as m:
+            model(first)
+            before = m.state                    # a snapshot: nothing changes it
+            model(second)                       # has read first and second
+            m.state = before                    # as if second had not been read
+        m.save("notes.safetensors")
 
     ``state`` is what the next call starts from. It may be read, kept, changed with ``tb.state``, and assigned; ``None``
     is a fresh one. It belongs to the thread, or task, that has entered the block. A call that fails or is interrupted
@@ -49,6 +56,8 @@ class StateContext:
 
     ``names``: paths of the modules that the memories were swapped into, in the order of ``state.sites``.
     ``fingerprint``: 16 hex digits, the same for models with the same memories in the same places.
+
+    Raises ``SwapError`` for a model without memories.
     """
 
     def __init__(self, model: nn.Module, state: SwappedState | None = None) -> None:
@@ -60,7 +69,11 @@ class StateContext:
             raise SwapError(f"memory: {type(model).__name__} has no memory in it: tb.swap puts one in")
         self._index = {site: index for index, site in enumerate(found.values())}
         self.names = [name.rpartition(".")[0] if isinstance(site, Gated) else name for name, site in found.items()]
-        described = [(name, site.how, site.spec, _shapes(site)) for name, site in zip(self.names, self._index)]
+        described = []
+        for name, site in zip(self.names, self._index):
+            with torch.no_grad():
+                shapes = _shapes(site.block.init_state(1))
+            described.append([name, site.how, site.spec, [shapes, sum(p.numel() for p in site.block.parameters())]])
         self.fingerprint = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
         self._fingerprint = Fingerprint(self.fingerprint, f"memories of {type(model).__name__}")
         self.state = state
@@ -149,19 +162,7 @@ class StateContext:
         return self._fingerprint.rows(rows, next(devices, torch.device("cpu")))
 
 
-def memory(model: nn.Module, state: SwappedState | None = None) -> StateContext:
-    """Carry the states of a swapped model's memories from call to call::
-
-        with tb.memory(model) as m:
-            model(first)
-            before = m.state                    # a snapshot: nothing changes it
-            model(second)                       # has read first and second
-            m.state = before                    # as if second had not been read
-        m.save("notes.safetensors")
-
-    ``state``: what to start from; ``None`` for a fresh one. Raises ``SwapError`` for a model without memories.
-    """
-    return StateContext(model, state)
+memory = StateContext
 
 
 def active_context(site: Site) -> StateContext | None:
@@ -179,15 +180,8 @@ def active_context(site: Site) -> StateContext | None:
     return found
 
 
-def _shapes(site: Site) -> Any:
-    with torch.no_grad():
-        return _described(site.block.init_state(1)), sum(p.numel() for p in site.block.parameters())
-
-
-def _described(state: State) -> Any:
+def _shapes(state: State) -> Any:
     """The shapes and dtypes of a state and the names of its parts, as plain data."""
     if isinstance(state, Tensor):
         return [list(state.shape), str(state.dtype)]
-    if isinstance(state, tuple):
-        return [type(state).__name__, *map(_described, state)]
-    return None
+    return [type(state).__name__, *map(_shapes, state)] if isinstance(state, tuple) else None

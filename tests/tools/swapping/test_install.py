@@ -251,8 +251,8 @@ def test_a_replaced_module_follows_the_model(plain):
         ({"where": 3}, "where: expected a pattern such as 'layers.*.self_attn', or a list of them, got 3"),
         ({"seed": "1"}, "seed: expected an integer, or None for torch's own generator, got '1'"),
         ({"gate": float("nan")}, "gate: expected a number, got nan"),
-        ({"adapter": {"returns": "two"}}, "adapter: returns: expected 0 for a tensor, n for a tuple of n, or None"),
-        ({"adapter": {"along": "key"}}, "adapter: along: expected a tuple of names of arguments, got 'key'"),
+        ({"adapter": {"returns": "two"}}, "adapter: returns: expected NonNegativeInt | None, got 'two'"),
+        ({"adapter": {"along": "key"}}, "adapter: along: expected tuple[str, ...], got 'key'"),
     ],
 )
 def test_wrong_arguments_leave_the_model_unchanged(plain, change, said):
