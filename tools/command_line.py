@@ -1,4 +1,4 @@
-"""What the console scripts share: subcommands, ``--help``, ``--json``, error messages and exit statuses.
+"""The console scripts: subcommands, ``--help``, ``--json``, error messages and exit statuses.
 
 A script is a ``Program``. A command is a ``Command``, or a module with ``SUMMARY``, ``EXAMPLES``, ``add_arguments`` and
 ``run``::
@@ -34,9 +34,9 @@ class Command(NamedTuple):
     """One command of a program."""
 
     summary: str
-    """One line: what it does."""
+    """One line that says what the command does."""
     examples: Sequence[str]
-    """Command lines, each with a remark three or more spaces after it."""
+    """Command lines, each with an optional remark after three or more spaces."""
     add_arguments: Callable[[argparse.ArgumentParser], None]
     """Adds every argument except ``--json`` and ``--help``."""
     run: Callable[[argparse.Namespace], int]
@@ -51,9 +51,9 @@ class Command(NamedTuple):
 class Program:
     """A console script.
 
-    ``commands``: imports and returns the commands by name. The one named ``""`` runs when the first word of the command
-    line names no other. ``saving_memory``: what to try when memory runs out. ``json_lines``: ``--json`` prints one JSON
-    document per line as things happen, not one at the end.
+    ``commands``: imports and returns the commands by name. The command ``""`` runs if the first word is not the name of
+    another one. ``saving_memory``: advice for when memory runs out. ``json_lines``: ``--json`` prints one JSON document
+    per line, as events happen, instead of one at the end.
     """
 
     def __init__(
@@ -72,12 +72,12 @@ class Program:
     def main(self, argv: Sequence[str] | None = None) -> int:
         """Run the command line ``argv`` (``sys.argv`` if not given) and return its exit status.
 
-        An exception that a command raises becomes one message on standard error, and with ``--json`` a document, too:
+        An exception that a command raises is reported as a message on standard error and, with ``--json``, a document:
 
         * 2, bad use: ``UsageError``, ``RecipeError``, ``StorageError``, ``BackendError``;
         * 1, failure: ``CommandFailed``, a full disk, too little memory, a closed pipe on standard output;
         * 1 with a stack trace, a bug: any other exception;
-        * 130, interrupted: ``KeyboardInterrupt``. Its text, if it has one, is the message.
+        * 130, interrupted: ``KeyboardInterrupt``. The message is its text, if it has one.
         """
         words = list(sys.argv[1:] if argv is None else argv)
         as_json = "--json" in (words[: words.index("--")] if "--" in words else words)
@@ -91,7 +91,7 @@ class Program:
                 return leaving.code if isinstance(leaving.code, int) else 0
             except KeyboardInterrupt as interrupt:
                 return self._report(str(interrupt) or "interrupted", 130, as_json)
-            except BrokenPipeError:  # the reader (`| head`) has gone
+            except BrokenPipeError:  # the reader (`| head`) has ended
                 _discard_output()
                 return 1
             except Exception as error:
@@ -166,7 +166,7 @@ class Program:
         return status
 
     def _with_hint(self, message: str, words: list[str]) -> str:
-        """``message``, and the right command where the first word, which names none, looks like one."""
+        """``message`` with the command that was probably meant, if the first word is not one."""
         commands = [name for name in self.commands() if name]
         if not commands or not words or words[0] in commands:
             return message
@@ -204,7 +204,7 @@ def problem_list(error: Exception) -> list[dict[str, str]]:
 
 
 def _fit(line: str, width: int) -> str:
-    """An example in lines of ``width``; a remark that has no room beside its command goes under it."""
+    """Wrap an example to ``width``. A remark that does not fit beside its command goes below it."""
     command, gap, remark = line.partition("   ")
     if gap and len(line) + 2 > width:
         return _fit(command, width) + "\n" + textwrap.indent(textwrap.fill(remark.strip(), width - 6), " " * 6)
@@ -213,9 +213,9 @@ def _fit(line: str, width: int) -> str:
 
 
 def _is_disk_full(error: BaseException | None) -> bool:
-    """Whether a disk was full or failed, which no other command line could have avoided."""
+    """Whether a disk was full or failed, which is no error of the command line."""
     full = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-    # safetensors passes the system's message on as text
+    # safetensors passes on the message of the system only
     return (isinstance(error, OSError) and error.errno in full) or "No space left on device" in str(error)
 
 
@@ -225,5 +225,5 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _discard_output() -> None:
-    # keeps the interpreter from reporting the same error once more when it exits
+    # or the interpreter would report the same error again when it exits
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

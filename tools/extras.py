@@ -1,4 +1,4 @@
-"""Packages that only some options need, which come with an extra."""
+"""Optional dependencies: packages of an extra."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from .terminal import UsageError
 
 
 def from_extra(module: str, extra: str, purpose: str) -> Any:
-    """Import ``module``, which comes with ``titans-build[extra]`` and is needed for ``purpose``: ``--plot``.
+    """Import ``module`` of ``titans-build[extra]``, which ``purpose`` (such as ``--plot``) needs.
 
-    Raises ``UsageError`` that says how to install it where it is missing.
+    Raises ``UsageError`` with the command that installs it if it is missing.
     """
     try:
         return importlib.import_module(module)

@@ -1,4 +1,4 @@
-"""Options that several commands share: the recipe with its overrides and imports, device and dtype."""
+"""Options of several commands: the recipe with its overrides and imports, device and dtype."""
 
 from __future__ import annotations
 
@@ -44,22 +44,22 @@ def add_recipe(
 
 
 def load(source: str, arguments: argparse.Namespace) -> recipes.Recipe:
-    """The recipe that the command line describes. Raises ``RecipeError`` or ``UsageError``."""
+    """The recipe of the command line, with its overrides. Raises ``RecipeError`` or ``UsageError``."""
     return recipes.load_recipe(source, overrides=overrides(arguments.set), allow_imports=arguments.allow_imports)
 
 
 def saved_folder(source: str) -> Path | None:
-    """The folder that ``source``, a recipe that was loaded, names; ``None`` when it is no folder."""
+    """The folder of a saved model if ``source``, which was loaded as a recipe, is one."""
     return Path(source) if source not in recipes.packaged_names() and Path(source).is_dir() else None
 
 
 def overrides(
     settings: list[str], option: str = "--set", example: str = "PATH=VALUE, as in --set layers.mac.0.segment=256"
 ) -> dict[str, Any]:
-    """``["dim=64", "tie=true"]`` -> ``{"dim": 64, "tie": True}``; values are read as those of recipe files.
+    """``["dim=64", "tie=true"]`` -> ``{"dim": 64, "tie": True}``; values are parsed as in recipe files.
 
-    ``option`` and ``example`` are for error messages. Raises ``UsageError`` for a setting without a path or a value and
-    for one given twice, and ``RecipeError`` with the paths of values that cannot be read.
+    ``option`` and ``example`` are used in error messages. Raises ``UsageError`` for a setting that has no path or no
+    value or is given twice, and ``RecipeError`` with the paths of values that cannot be parsed.
     """
     found: dict[str, Any] = {}
     problems: list[Problem] = []
@@ -92,7 +92,7 @@ def add_placement(parser: argparse.ArgumentParser, dtype: str | None = "float32"
 
 
 def placement(device_name: str, dtype_name: str) -> tuple[torch.device, torch.dtype]:
-    """The device and dtype of these names. Raises ``UsageError`` when this machine does not have them."""
+    """The device and dtype of these names. Raises ``UsageError`` if this machine does not have them."""
     try:
         device, dtype = as_device(device_name), as_dtype(dtype_name)
     except ValueError as error:
@@ -103,7 +103,7 @@ def placement(device_name: str, dtype_name: str) -> tuple[torch.device, torch.dt
 
 
 def whole_number(text: str) -> int:
-    """For ``add_argument(type=whole_number)``: an integer from 0 on, such as a seed."""
+    """For ``add_argument(type=whole_number)``: an integer of at least 0, such as a seed."""
     try:
         number = int(text)
     except ValueError:

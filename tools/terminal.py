@@ -32,13 +32,13 @@ class CommandFailed(Exception):
 
 
 def console(stream: TextIO | None = None) -> Console:
-    """A console on ``stream`` (standard output), coloured only on a terminal and when NO_COLOR is not set."""
+    """A console on ``stream`` (default: standard output). Colours need a terminal and no ``NO_COLOR``."""
     stream = stream if stream is not None else sys.stdout
     return Console(file=stream, width=terminal_width(stream) or PIPED_WIDTH, highlight=False, markup=False, emoji=False)
 
 
 def terminal_width(stream: TextIO | None = None) -> int | None:
-    """Columns of the terminal behind ``stream`` (standard output), or ``$COLUMNS``; ``None`` in a pipe."""
+    """``$COLUMNS``, or the width of the terminal of ``stream`` (default: standard output); ``None`` in a pipe."""
     stream = stream if stream is not None else sys.stdout
     said = os.environ.get("COLUMNS", "")
     if said.isascii() and said.isdigit() and 0 < len(said) < 6 and int(said) > 0:
@@ -47,7 +47,7 @@ def terminal_width(stream: TextIO | None = None) -> int | None:
 
 
 def say(*lines: str | Text) -> None:
-    """Print lines to standard output without cutting or wrapping them."""
+    """Print lines to standard output as they are, without wrapping."""
     for line in lines:
         text = Text(line) if isinstance(line, str) else line
         if not _is_unicode(sys.stdout):
@@ -64,9 +64,9 @@ def _is_unicode(stream: TextIO) -> bool:
 
 
 def prepare_streams() -> None:
-    """Make standard output accept any text.
+    """Make standard output accept any text: characters outside of its encoding are escaped.
 
-    Characters outside of its encoding are escaped. Where it is closed, nothing is written.
+    If a stream is closed, what is written to it is discarded.
     """
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as the process runs
@@ -91,7 +91,7 @@ def wrap(text: str | Text, width: int, first: str | Text = "", under: str | Text
     lead = Text.assemble(first)
     indent = Text.assemble(under).cell_len
     room = max(width - indent, NARROWEST // 2)
-    # a placeholder as wide as the lead is longer than the indent, of a character that is not trimmed
+    # a placeholder reserves the room that the lead takes beyond the indent; spaces would be trimmed
     ahead = max(lead.cell_len - indent, 0)
     whole = Text.assemble("x" * ahead, text)
     lines = whole.wrap(console(), room, overflow="fold") or [Text()]
@@ -115,7 +115,7 @@ def program_name(program: str) -> Iterator[None]:
 
 
 def complain(message: str, label: str = "error") -> None:
-    """Print a message to standard error, after the name of the program."""
+    """Print ``PROGRAM: LABEL: MESSAGE`` to standard error."""
     style = "bold red" if label == "error" else "bold yellow"
     console(sys.stderr).print(Text.assemble((f"{_program.get()}: {label}: ", style), message), soft_wrap=True)
 

@@ -113,7 +113,7 @@ def test_version(titans_build: Run) -> None:
         (("mac", "--out", "/dev/null/model"), "/dev/null is a file, not a folder"),
         (("describe",), "required: BLOCK"),
         (("describe", "memry"), "did you mean 'memory'?"),
-        (("describe", "mac"), "'mac' is a recipe, not a block: `titans-build mac` shows what it is made of"),
+        (("describe", "mac"), "'mac' is a recipe, not a block: `titans-build mac` shows its parts"),
         (("describe", "my.yaml"), "'my.yaml' is a recipe"),
         (("schema", "mac-170m"), "'mac-170m' is a recipe, not a block"),
         (("check",), "required: RECIPE"),

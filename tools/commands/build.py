@@ -1,4 +1,4 @@
-"""``titans-build RECIPE`` and ``titans-build check``: models of recipes, what they cost, and whether they work."""
+"""``titans-build RECIPE`` and ``titans-build check``: build, measure, save and test the model of a recipe."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ from .smoke_test import BYTES, SmokeTest, check_memory, read_bytes, smoke_test
 def _add_build(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser, saved="a saved folder (with its weights)")
     add_placement(parser)
-    parser.set_defaults(dtype=None)  # so that a saved model keeps its own
+    parser.set_defaults(dtype=None)  # a saved model keeps its own
     parser.add_argument(
         "--seed",
         type=whole_number,
         metavar="N",
-        help="of fresh weights (default: 0), which a saved folder then gets, too",
+        help="of new weights (default: 0), also for a saved folder",
     )
     parser.add_argument("--out", metavar="DIR", help="save recipe and weights here (what --try trains is not saved)")
     parser.add_argument("--force", action="store_true", help="let --out replace a model that is saved there")
@@ -60,7 +60,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
 
 
 def _build(arguments: argparse.Namespace) -> int:
-    """1 when the smoke test of ``--try`` fails."""
+    """1 if the smoke test of ``--try`` fails."""
     recipe = load(arguments.recipe, arguments)
     device, dtype = placement(arguments.device, "float32" if arguments.dtype is None else arguments.dtype)
     if arguments.out is not None:
@@ -101,7 +101,7 @@ def _build(arguments: argparse.Namespace) -> int:
         },
     }
     if arguments.out is not None:
-        # before anything is printed: a reader that leaves (`| head`) ends the command
+        # before anything is printed: the end of a reader (`| head`) ends the command
         recipes.save(model, arguments.out)
         report["out"] = os.path.abspath(arguments.out)
     if not arguments.json:
@@ -138,12 +138,12 @@ def _text(path: str, recipe: recipes.Recipe, device: torch.device, dtype: torch.
 
 
 def _load(folder: Path, arguments: argparse.Namespace, device: torch.device) -> LanguageModel:
-    """The saved model, changed as far as its weights allow."""
+    """The saved model, with the overrides that its weights allow."""
     try:
         return recipes.load(folder, device=device, dtype=arguments.dtype, overrides=overrides(arguments.set))
     except RecipeError as error:
-        # the changed recipe was read before, so it is the weights that do not fit
-        raise UsageError(f"{error}\n  --seed N draws fresh weights for the changed recipe") from None
+        # the recipe has been loaded, so the weights do not fit
+        raise UsageError(f"{error}\n  --seed N initialises new weights for the changed recipe") from None
 
 
 def _heading(recipe: recipes.Recipe, source: str, where: str) -> Text:
@@ -155,7 +155,7 @@ def _heading(recipe: recipes.Recipe, source: str, where: str) -> Text:
 
 def _footing(found: ModelSummary) -> Text:
     grows = " State marked + grows with every token read." if found.grows else " The state does not grow."
-    many = " A part marked ×N stands N times in the stack; its row shows one." if found.depth > len(found.parts) else ""
+    many = " A part marked ×N occurs N times in the stack; its row shows one." if found.depth > len(found.parts) else ""
     return Text(f"FLOPs are forward, averaged over {LENGTH:,} tokens.{many}{grows}", style="dim")
 
 
@@ -188,7 +188,7 @@ def _result_lines(result: SmokeTest, name: str) -> list[Text]:
 
 
 def _check_writable(folder: Path, replace: bool) -> None:
-    """Raise ``UsageError`` where the model cannot be saved, before it is built."""
+    """Raise ``UsageError`` if the model cannot be saved, before it is built."""
     try:
         place = folder.absolute()
         while not place.exists():
@@ -205,10 +205,10 @@ def _check_writable(folder: Path, replace: bool) -> None:
 
 
 BUILD = Command(
-    "Build the model that a recipe describes: check it, make it, show what each part costs, save it, try it.",
+    "Build the model of a recipe: check it, show the cost of each part, save it, and try it.",
     (
-        "titans-build mac                                  what it is made of",
-        "titans-build mac --try README.md                  and does it work, on bytes of text",
+        "titans-build mac                                  its parts and their cost",
+        "titans-build mac --try README.md                  a test on the bytes of a text",
         "titans-build mac --set layers.mac.0.segment=256   with one value changed",
         "titans-build my.yaml --seed 7 --out models/mine   save recipe and weights",
         "titans-build mag-170m --dtype bfloat16 --json     for machines",
@@ -225,7 +225,7 @@ def _add_recipes(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    """2 when any of the recipes is wrong."""
+    """2 if any of the recipes is invalid."""
     results = []
     for source in arguments.recipes:
         result: dict[str, Any] = {"recipe": source, "ok": True, "problems": []}
@@ -251,9 +251,9 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _measured(recipe: recipes.Recipe) -> dict[str, Any]:
-    """The model's size, and as a warning why this machine cannot build it, which is no error of the recipe."""
+    """The size of the model and, as a warning, why this machine cannot build it."""
     try:
-        # on the meta device constructors run, and shapes exist without values
+        # on the meta device: shapes without values
         model = assemble(recipe)
     except Unavailable as error:
         missing = "; ".join(map(str, error.problems))
@@ -278,7 +278,7 @@ def _figures(result: dict[str, Any]) -> Iterator[str]:
 
 
 CHECK = Command(
-    "Validate recipes, all mistakes of each at once, without allocating weights or state.",
+    "Validate recipes and report all errors, without allocating weights or state.",
     (
         "titans-build check my.yaml",
         "titans-build check recipes/*.yaml",

@@ -1,4 +1,4 @@
-"""``titans-build list``, ``describe``, ``show``, ``schema`` and ``kernels``: what recipes can name and what runs it."""
+"""``titans-build list``, ``describe``, ``show``, ``schema`` and ``kernels``: the blocks, recipes and backends."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _say_blocks(rows: list[registry.Row], fields: dict[str, list[registry.FieldDescription]]) -> None:
-    table = Columns("block", "what it is", "fields and defaults")
+    table = Columns("block", "description", "fields and defaults")
     for row in rows:
         if row.problem is not None:
             table.add(row.name, Text(f"{row.problem} (from {row.source})", style="yellow"), "")
@@ -85,7 +85,7 @@ def _say_blocks(rows: list[registry.Row], fields: dict[str, list[registry.FieldD
 
 
 def _say_recipes(packaged: list[str]) -> None:
-    table = Columns("recipe", "what it is", "sizes")
+    table = Columns("recipe", "description", "sizes")
     for name in packaged:
         base = base_name(name)
         if base == name or base not in packaged:
@@ -93,11 +93,11 @@ def _say_recipes(packaged: list[str]) -> None:
             table.add(Text(name, style="bold cyan"), summary(name), " ".join(sizes))
     say_columns(table)
     if any(base_name(name) != name for name in packaged):
-        say_prose("", Text("a size is part of the name: titans-build mac-170m", style="dim"))
+        say_prose("", Text("a size is a suffix of the name: titans-build mac-170m", style="dim"))
 
 
 LIST = Command(
-    "List the blocks a recipe can name, with their defaults, and the packaged recipes.",
+    "List the blocks with their defaults, and the packaged recipes.",
     (
         "titans-build list",
         "titans-build list '*mem*'      names that match a wildcard",
@@ -126,7 +126,7 @@ def _describe(arguments: argparse.Namespace) -> int:
     fits = width is None or all(len(line) <= width for line in doc.splitlines())
     say_prose(*(doc.splitlines() if fits else paragraphs(doc)), "")
     if description.protocols:
-        say_prose(f"Can stand where a recipe needs: {', '.join(description.protocols)}", "")
+        say_prose(f"Can be used where a recipe needs: {', '.join(description.protocols)}", "")
     if not description.fields:
         say("It has no fields.")
         return 0
@@ -139,17 +139,17 @@ def _describe(arguments: argparse.Namespace) -> int:
 
 
 def _refuse_recipe(name: str) -> None:
-    """Raise ``UsageError`` when ``name`` is that of a recipe and of no block."""
+    """Raise ``UsageError`` if ``name`` is a recipe and not a block."""
     if name not in registry.list_blocks() and (name in recipes.packaged_names() or is_recipe_file(Path(name))):
         shown = show(name, 200)
         raise UsageError(
-            f"{shown} is a recipe, not a block: `titans-build {name}` shows what it is made of, "
+            f"{shown} is a recipe, not a block: `titans-build {name}` shows its parts, "
             f"`titans-build diagram {name}` draws it"
         )
 
 
 DESCRIBE = Command(
-    "Describe a block: what it computes, its fields, their types, defaults and meaning.",
+    "Describe a block and its fields: types, defaults and meaning.",
     ("titans-build describe memory", "titans-build describe context --json"),
     _add_block,
     _describe,
@@ -169,7 +169,7 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 SHOW = Command(
-    "Print a recipe as YAML: a packaged one as its file is, any other with every field written out.",
+    "Print a recipe as YAML: the file of a packaged one, any other with all fields.",
     (
         "titans-build show mac",
         "titans-build show mac > my.yaml                        a recipe to start from",
@@ -184,14 +184,14 @@ SHOW = Command(
 
 def _add_schema(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("block", nargs="?", metavar="BLOCK", help="one block's schema instead of the whole recipe's")
-    parser.add_argument("--markdown", action="store_true", help="a page to read instead of a schema for editors")
+    parser.add_argument("--markdown", action="store_true", help="print a page in Markdown instead of a JSON Schema")
 
 
 def _schema(arguments: argparse.Namespace) -> int:
     if arguments.block is not None:
         _refuse_recipe(arguments.block)
     if not arguments.markdown:
-        # always JSON: --json changes nothing
+        # a schema is JSON with or without --json
         say_json(recipes.recipe_schema() if arguments.block is None else registry.block_schema(arguments.block))
         return 0
     usable = [row.name for row in registry.list_rows() if row.problem is None]
@@ -204,11 +204,11 @@ def _schema(arguments: argparse.Namespace) -> int:
 
 
 SCHEMA = Command(
-    "Print the JSON Schema of recipe files, or of one block, for editors that complete and underline.",
+    "Print the JSON Schema of recipe files, or of one block, for completion and checking in editors.",
     (
         "titans-build schema > titans-recipe.schema.json",
         "titans-build schema memory",
-        "titans-build schema --markdown > recipes.md    the reference of all blocks, installed ones too",
+        "titans-build schema --markdown > recipes.md    the reference of all installed blocks",
         "put `# yaml-language-server: $schema=titans-recipe.schema.json` at the top of a recipe to use it",
     ),
     _add_schema,
@@ -219,10 +219,10 @@ SCHEMA = Command(
 
 
 def _kernels(arguments: argparse.Namespace) -> int:
-    """2 when the environment names a backend that does not exist."""
+    """2 if the environment names a backend that does not exist."""
     device, dtype = placement(arguments.device, arguments.dtype)
     rows = dispatch.table(device.type, dtype)
-    # running any such operation would fail with the same message
+    # running these operations would fail with the same message
     problems = list(dict.fromkeys(row.error for row in rows if row.error))
     for problem in problems:
         complain(problem)
@@ -243,7 +243,7 @@ def _kernels(arguments: argparse.Namespace) -> int:
 
 
 KERNELS = Command(
-    "Show every operation, its backends, which one is taken, and why the others are not.",
+    "Show the backends of every operation: which one is used, and why the others are not.",
     (
         "titans-build kernels",
         "titans-build kernels --device cuda --dtype bfloat16",

@@ -19,19 +19,19 @@ from ...recipes import Recipe, build
 from ...recipes.build import state_bytes
 
 LENGTH = 2048
-"""Tokens that FLOPs are averaged over: what a window, a chunk or a segment costs depends on how full it is."""
+"""Tokens that FLOPs are averaged over: the cost of a window, a chunk or a segment depends on how full it is."""
 
 
 @dataclass
 class Part:
-    """A block of the model, or one of the few things around the blocks. Figures include the parts inside."""
+    """A block, or another part of the model such as the embedding. Figures include the parts inside."""
 
     label: str
-    """The field of the enclosing block that holds it, such as ``memory`` or ``branches.0``; or a layer's name."""
+    """The field of the enclosing block, such as ``memory`` or ``branches.0``, or the name of the layer."""
     type: str
     """The block's registered name."""
     fields: dict[str, Any]
-    """What the recipe says about it, blocks inside left out."""
+    """Its fields in the recipe, without the blocks inside."""
     parameters: int
     flops: int
     """For ``LENGTH`` tokens of one row."""
@@ -41,7 +41,7 @@ class Part:
     """Bytes of each named part of the state."""
     grows: bool = False
     count: int = 1
-    """How often the stack has it; the figures are those of one."""
+    """How often it occurs in the stack; the figures are those of one."""
     parts: list[Part] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -103,9 +103,9 @@ def summarize(model: LanguageModel, recipe: Recipe) -> ModelSummary:
 
 
 def on_meta(recipe: Recipe, model: LanguageModel | None = None) -> LanguageModel:
-    """A model of ``recipe`` to summarize: on the meta device, where nothing is allocated or computed.
+    """A model of ``recipe`` to summarize, on the meta device, where nothing is allocated or computed.
 
-    Where a user's block cannot make its state there, it is ``model``, which was built from ``recipe``, or a new one.
+    If a custom block cannot create its state there: ``model``, which was built from ``recipe``, or a new one.
     """
     dtype = torch.float32 if model is None else next(model.parameters()).dtype
     shapes = build(recipe, device="meta", dtype=dtype)
@@ -121,7 +121,7 @@ def summarize_layer(layer: Block, name: str, recipe: Recipe) -> Part:
 
 
 def _shares_of_flops(layer: Block) -> dict[Block, int]:
-    """What every block adds to the FLOPs of its layer.
+    """The FLOPs of every block within its layer.
 
     Only the enclosing block knows how often a block runs, and on how many tokens. A block's share is therefore what
     the layer's FLOPs lose when the block reports zero.
@@ -179,7 +179,7 @@ def _children(module: nn.Module, path: str = "") -> Iterator[tuple[str, Block]]:
 
 
 def _at(node: Any, path: str) -> Any:
-    """What the recipe says at ``path`` inside a block, if blocks are stored under their fields' names."""
+    """The part of the recipe at ``path`` inside a block, if blocks are stored under the names of their fields."""
     for key in path.split("."):
         if isinstance(node, list) and key.isdigit() and int(key) < len(node):
             node = node[int(key)]

@@ -10,13 +10,12 @@ import os
 import re
 import shlex
 import shutil
-import tempfile
 from pathlib import Path
 from string import Template
 from typing import NamedTuple
 
 from ... import __version__
-from ...recipes.atomic_write import making_folder, sync_folder
+from ...recipes.atomic_write import making_folder
 from ...recipes.parse import read_value
 from ...registry import NAME_RULE, is_name, list_blocks, list_rows, show
 from ..command_line import Command
@@ -32,14 +31,14 @@ FILES = {
 }
 """The plugin's files, and the templates they are made from."""
 TAKEN_BY_TEMPLATE = {"Annotated", "Field", "Tensor"}
-"""Names that the block's module imports, which its class must not take."""
+"""Names that the module of the block imports and its class must not have."""
 
 
 class Names(NamedTuple):
     """The names of a plugin."""
 
     block: str
-    """In a recipe: ``moving_average``. The folder is called so, too."""
+    """In recipes, and of the folder: ``moving_average``."""
     package: str
     """For pip: ``moving-average-block``."""
     module: str
@@ -51,7 +50,7 @@ class Names(NamedTuple):
 def names_of(block: str) -> Names:
     """The names of a plugin for a block called ``block``.
 
-    Raises ``UsageError`` for a name that no block can have, and for that of a built-in or installed block.
+    Raises ``UsageError`` for an invalid name and for the name of an existing block.
     """
     if not is_name(block):
         raise UsageError(f"NAME {show(block)}: {NAME_RULE}")
@@ -73,51 +72,40 @@ def names_of(block: str) -> Names:
 
 
 def write_plugin(names: Names, into: Path) -> tuple[Path, list[str]]:
-    """Make the folder ``into/names.block``, all of it or none, and return it with the names of its files.
+    """Create the folder ``into/names.block`` and return it with the names of its files. On an error nothing is left.
 
-    ``into`` is made where it is missing. Raises ``UsageError`` when the folder exists or cannot be made.
+    ``into`` is created if it does not exist. Raises ``UsageError`` if the folder exists or cannot be created.
     """
     folder = into / names.block
     values = {**names._asdict(), "version": __version__}
-    written = []
+    texts = {
+        Template(name).substitute(values): importlib.resources.files(template).joinpath(source).read_text("utf-8")
+        for name, source in FILES.items()
+    }
     try:
         if folder.exists() or folder.is_symlink():
             raise UsageError(f"{folder}: is there already; nothing was written (--into FOLDER: make it elsewhere)")
         with making_folder(into):
-            # written beside its place and moved there in one step
-            temporary = Path(tempfile.mkdtemp(prefix=f".{names.block[:100]}.", dir=into))
+            folder.mkdir()
             try:
-                for name, source in FILES.items():
-                    file = temporary / Template(name).substitute(values)
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    text = importlib.resources.files(template).joinpath(source).read_text(encoding="utf-8")
-                    file.write_text(Template(text).substitute(values), encoding="utf-8")
-                    written.append(file.relative_to(temporary).as_posix())
-                _use_default_permissions(temporary)
-                os.rename(temporary, folder)
+                for name, text in texts.items():
+                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                    (folder / name).write_text(Template(text).substitute(values), encoding="utf-8")
             except BaseException:
-                shutil.rmtree(temporary, ignore_errors=True)
+                shutil.rmtree(folder, ignore_errors=True)
                 raise
-            sync_folder(into)
     except (OSError, ValueError) as error:  # ValueError: a character that no file name can have
         raise UsageError(f"{folder}: cannot be made: {getattr(error, 'strerror', None) or error}") from None
-    return folder, written
-
-
-def _use_default_permissions(folder: Path) -> None:
-    """Give the folder the permissions of a new one; a temporary folder is private to its owner."""
-    mask = os.umask(0)
-    os.umask(mask)
-    folder.chmod(0o777 & ~mask)
+    return folder, list(texts)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", metavar="NAME", help="what recipes will call the block; the folder is called so, too")
+    parser.add_argument("name", metavar="NAME", help="the name of the block in recipes, and of the folder")
     parser.add_argument(
         "--into",
         default=".",
         metavar="FOLDER",
-        help="where the package's folder is made (default: here); nothing that is there is replaced",
+        help="where the folder of the package is created (default: here); existing files are not replaced",
     )
 
 
@@ -137,10 +125,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 NEW_BLOCK = Command(
-    "Start a package that adds a block of your own: the block, a test of the laws, a recipe.",
+    "Create a package for a block of your own: the block, a test of the laws, a recipe.",
     (
-        "titans-build new-block moving_average                   makes the folder moving_average",
-        "titans-build new-block moving_average --into plugins    makes it in the folder plugins",
+        "titans-build new-block moving_average                   creates the folder moving_average",
+        "titans-build new-block moving_average --into plugins    creates it in the folder plugins",
     ),
     _add_arguments,
     _run,

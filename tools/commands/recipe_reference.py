@@ -1,4 +1,4 @@
-"""The reference of recipes: the packaged ones, and a page of Markdown made from the schemas that check recipes."""
+"""The reference of recipes: a Markdown page from the schemas that validate them, and the packaged recipes."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ HEAD = f"""# Recipes: the reference
 
 <!-- written by `{COMMAND} > docs/recipes.md` -->
 
-A recipe is a YAML or JSON file that says what a model is. What the words mean is in [concepts.md](concepts.md); this
-page is made by `{COMMAND}` from the schemas that recipes are checked with. `titans-build describe BLOCK`
-shows a part of it in the terminal, and `titans-build schema` prints a JSON Schema for editors.
+A recipe is a YAML or JSON file that describes a model. [concepts.md](concepts.md) explains the terms. `{COMMAND}`
+generates this page from the schemas that validate recipes. `titans-build describe BLOCK` prints a part of it, and
+`titans-build schema` prints a JSON Schema for editors.
 
-A block is written in one of three ways, wherever one may stand:
+A block can be written in three ways:
 
-| written | is |
+| written | meaning |
 | --- | --- |
 | `memory` | the block of that name, with its defaults |
-| `{{type: memory, depth: 1}}` | with fields of its own |
-| `[memory, ffn]` | a chain: one after the other |
+| `{{type: memory, depth: 1}}` | a block with values for some fields |
+| `[memory, ffn]` | a chain of blocks |
 
-The width is said once, as `dim`. Unknown fields and names are refused with the nearest right one, and all mistakes of
-a file are told at once, each with its path, as in `layers.mac.0.memory.depht`. By the same paths
-`--set layers.mac.0.segment=256` and `load_recipe(..., overrides={{...}})` change one value."""
+`dim` is the width of all blocks. Unknown fields and names are rejected; the message names the nearest valid one. All
+errors of a file are reported at once, each with its path, such as `layers.mac.0.memory.depht`. The same paths change
+values: `--set layers.mac.0.segment=256`, or `load_recipe(..., overrides={{...}})`."""
 
 
 def recipe_page(blocks: Sequence[str]) -> str:
@@ -49,7 +49,7 @@ def block_section(name: str) -> list[str]:
     if description.source != "titans_build":
         parts.append(f"From the package `{description.source}`.")
     if description.protocols:
-        parts.append(f"Can stand where a recipe needs a {' or a '.join(description.protocols)}.")
+        parts.append(f"Can be used where a recipe needs a {' or a '.join(description.protocols)}.")
     return [*parts, _fields(description)]
 
 
@@ -63,7 +63,7 @@ def _file() -> Iterator[str]:
     pattern = schema["properties"]["layers"]["propertyNames"]["pattern"]
     yield (
         "An item of `stack` is the name of a layer, or `{repeat: 2, of: [...]}` around further items.\n"
-        f"Layers have names that match `{pattern}`, and each is to be in the stack."
+        f"Layers have names that match `{pattern}`, and each must occur in the stack."
     )
 
 
@@ -83,7 +83,7 @@ _KINDS = {"array": "list", "object": "mapping", "string": "text", "boolean": "tr
 
 def _contents(blocks: Sequence[str]) -> str:
     rows = [[f"[`{name}`](#{name})", _markdown(describe(name).doc.partition("\n")[0])] for name in blocks]
-    return _table(["block", "what it is"], rows)
+    return _table(["block", "description"], rows)
 
 
 def _fields(description: Description) -> str:
@@ -102,7 +102,7 @@ def _packaged() -> str:
         for name in recipes.packaged_names()
         if base_name(name) == name
     ]
-    return _table(["recipe", "what it is", "sizes"], rows)
+    return _table(["recipe", "description", "sizes"], rows)
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -25,29 +25,29 @@ BYTES = 256
 """Token ids are byte values."""
 
 ROWS, LENGTH = 4, 256
-"""Rows and bytes per row that are trained on; a shorter text gives shorter rows."""
+"""Rows and bytes per row of the training batch; a shorter text gives shorter rows."""
 STEPS = 8
 STREAM = 512
-"""Bytes of the comparison between one pass and pieces."""
+"""Bytes of the comparison between one pass and streaming."""
 CUTS = (1, 7, 64, 3, 129, 1)
-"""Piece lengths, repeated: single bytes, and no multiple of a usual chunk, segment or window."""
+"""Lengths of the pieces, repeated: single bytes, and lengths that fit no usual chunk, segment or window."""
 NEW = 64
 """Bytes generated."""
 
 ALLOWED = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
-"""Largest difference between streaming and one pass, over the largest logit: sums are rounded in another order."""
+"""Largest difference between streaming and one pass, over the largest logit: the order of rounding differs."""
 AMPLIFIED = 10
-"""A memory may amplify rounding errors (repetitive text, small chunks). Streaming may then differ from one pass by this
-many times the difference between one pass and the same pass in float64. A float64 copy of the model tells this from
-an error in a state: in float64 streaming and one pass agree to many digits or compute different functions."""
+"""A memory may amplify rounding errors (repetitive text, small chunks). Streaming may therefore differ from one pass by
+this factor times the difference between one pass and the same pass in float64. A float64 copy of the model shows errors
+in a state: there, streaming and one pass agree to many digits unless they compute different functions."""
 COPIES = 7
-"""Copies of the memory's weights that autograd keeps for every token with the reference backend: measured, 7 to 15,
-more where a row has many chunks."""
+"""Copies of the memory's weights that autograd keeps for every token with the reference backend: measured 7 to 15, more
+for rows of many chunks."""
 
 
 @dataclass(frozen=True)
 class SmokeTest:
-    """The results. Speeds are tokens per second of one row; bits are per byte, on the bytes trained on."""
+    """The results. Speeds are tokens per second of one row; bits are per byte, on the training batch."""
 
     STAGES: ClassVar[int] = STEPS + 5
 
@@ -73,7 +73,7 @@ class SmokeTest:
 
     @property
     def failure(self) -> str:
-        """What is wrong, or an empty string."""
+        """The reason of the failure, or an empty string."""
         faults = []
         if not self.learns:
             faults.append(
@@ -95,7 +95,7 @@ class SmokeTest:
 
 
 def read_bytes(path: str) -> bytes:
-    """The start of a file, as much as the test uses. Raises ``UsageError`` when there is too little or none."""
+    """The bytes at the start of a file that the test uses. Raises ``UsageError`` if there are too few."""
     try:
         with open(path, "rb") as file:
             text = file.read(ROWS * (LENGTH + 1))
@@ -109,7 +109,7 @@ def read_bytes(path: str) -> bytes:
 
 
 def check_memory(recipe: Recipe, bytes_read: int, dtype: torch.dtype) -> None:
-    """Compare the least memory that the test takes on the CPU with that of this machine.
+    """Compare the memory that the test needs at least on the CPU with that of this machine.
 
     The operating system ends a process that takes too much without a message. Prints a warning for more than half of
     the memory and raises ``UsageError`` for more than all of it. Raises ``BackendError`` when the environment names a
@@ -144,14 +144,14 @@ def check_memory(recipe: Recipe, bytes_read: int, dtype: torch.dtype) -> None:
 
 
 def smoke_test(model: LanguageModel, text: bytes, advance: Callable[[], None] = lambda: None) -> SmokeTest:
-    """Train ``model`` a little on ``text`` (in place), and examine it. ``advance`` is called ``STAGES`` times."""
+    """Train ``model`` (in place) for a few steps on ``text``, and test it. Calls ``advance`` ``STAGES`` times."""
     device = next(model.parameters()).device
     tokens = torch.tensor(list(text), dtype=torch.int64, device=device)
     length = _length(len(text))
     batch = tokens[: ROWS * (length + 1)].view(ROWS, length + 1)
     before, after = _train(model, batch, advance)
     stream = tokens[None, :STREAM]
-    # the first run also warms up what the second is timed on
+    # the first run is also the warm-up of the second
     whole, _ = _timed(device, lambda: _logits(model, stream))
     advance()
     again, seconds = _timed(device, lambda: _logits(model, stream))
@@ -191,16 +191,16 @@ def smoke_test(model: LanguageModel, text: bytes, advance: Callable[[], None] = 
 
 
 def _length(bytes_read: int) -> int:
-    """Bytes per row that are trained on."""
+    """Bytes per row of the training batch."""
     return bytes_read // ROWS - 1
 
 
 def _train(model: LanguageModel, batch: Tensor, advance: Callable[[], None]) -> tuple[float, float]:
     """Bits per byte before and after a few steps on ``batch`` [rows, length + 1]."""
     inputs, targets = batch[:, :-1], batch[:, 1:]
-    # Adam moves every weight by about the rate, and the wider a model is, the less each of its weights may move
+    # Adam changes every weight by about the rate, and weights of a wider model must change less
     rate = 0.75 / max(model.dim, BYTES)
-    # Adam's epsilon must be a number of the weights' type: 1e-8 is zero in float16
+    # 1e-8, Adam's usual epsilon, is zero in float16
     epsilon = max(1e-8, torch.finfo(next(model.parameters()).dtype).smallest_normal)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, eps=epsilon)
     before = math.nan
@@ -250,17 +250,17 @@ def _cuts(length: int) -> list[int]:
 
 
 def _generate(model: LanguageModel, prompt: Tensor) -> tuple[str, float]:
-    """A few bytes after ``prompt``, and how many come per second once it is read."""
+    """A few bytes generated after ``prompt``, and the speed in bytes per second."""
     start = model.generate(prompt, 1, temperature=0.8, top_k=40, seed=0)
     settings = {"state": start.state, "logits": start.logits, "temperature": 0.8, "top_k": 40, "seed": 0}
     generation, seconds = _timed(prompt.device, lambda: model.generate(prompt[:, :0], NEW, **settings))
     new = [start.tokens[0, -1].item(), *generation.tokens[0].tolist()]
-    # a larger vocabulary has tokens that are no bytes
+    # a larger vocabulary has tokens that are not bytes
     return bytes(min(int(token), BYTES - 1) for token in new).decode("utf-8", errors="replace"), NEW / seconds
 
 
 def _timed(device: torch.device, work: Callable[[], Any]) -> tuple[Any, float]:
-    """The result of ``work`` and the seconds it took, with everything it started on the device."""
+    """The result of ``work`` and its seconds, including the work it started on the device."""
     started = time.perf_counter()
     result = work()
     if device.type != "cpu":

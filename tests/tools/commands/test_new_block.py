@@ -104,10 +104,14 @@ def test_bad_use_is_refused(words: list[str], fragment: str, titans_build: Run) 
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments: object) -> None:
-        raise OSError(28, "No space left on device")
+    write = Path.write_text
 
-    monkeypatch.setattr(os, "rename", refuse)
+    def refuse_tests(self: Path, *arguments: Any, **named: Any) -> int:
+        if self.name.startswith("test_"):
+            raise OSError(28, "No space left on device")
+        return write(self, *arguments, **named)
+
+    monkeypatch.setattr(Path, "write_text", refuse_tests)
     with pytest.raises(UsageError, match="fading_mean: cannot be made: No space left on device"):
         write_plugin(names_of("fading_mean"), tmp_path / "plugins")
     assert list(tmp_path.iterdir()) == []
