@@ -1,14 +1,13 @@
-"""Forecast a real series: weekly carbon dioxide at Mauna Loa, by a neural memory that reads it week by week.
+"""Forecast a time series, weekly carbon dioxide at Mauna Loa, with a neural memory.
 
     python examples/forecasting.py            # half a minute on one core
-    python examples/forecasting.py --quick    # seconds: to see that it runs
+    python examples/forecasting.py --quick    # a test of the program, in seconds
 
-The model is LMM, memories and feed-forward networks without any attention, on vectors instead of tokens. All it is
-shown of a week is how the value has changed since the week before, and it forecasts the change over the next 1, 4, 13
-and 26 weeks: what season it is, and how fast the value has been growing, has to be in its state. It is trained on the
-series up to 1992 and then reads on, one week at a time, through the years after that, with its weights as they are. The
-errors there are compared with those of two forecasts that need no model: the last value (naive), and the value of the
-same week a year before with a year's growth added (seasonal naive).
+The model is LMM (memories and feed-forward networks, no attention) on vectors instead of tokens. Its input for a week
+is the change since the week before, and its output the change over the next 1, 4, 13 and 26 weeks. The season and the
+rate of growth must be in its state. It is trained on the series up to 1992. It then reads the following years, one week
+at a time, with constant weights. Its errors are compared with those of two simple forecasts: the last value (naive),
+and the value of the same week in the year before plus the growth of a year (seasonal naive).
 
 The series comes with statsmodels: pip install 'titans-build[examples]'
 """
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 import titans_build as tb
 
 AHEAD = (1, 4, 13, 26)
-"""Weeks ahead that are forecast."""
+"""Forecast horizons in weeks."""
 YEAR = 52
 RECIPE = """
 version: 1
@@ -39,22 +38,22 @@ stack: [{repeat: 2, of: [lmm]}]
 
 
 class Series(NamedTuple):
-    """One row for each week from which a year can be looked back."""
+    """One row for each week after the first year."""
 
     level: Tensor
     """``[weeks]``, parts per million."""
     steps: Tensor
-    """``[weeks, 1]``: the change since the week before, over the usual one."""
+    """``[weeks, 1]``: the change since the week before, over its standard deviation."""
     held_out: int
-    """The first week of the years that are forecast."""
+    """The first week of the test years."""
 
 
 def read_series() -> Series:
-    """The series without its gaps. Nothing in a week's row is of a later week."""
+    """The series with its gaps filled. The row of a week contains nothing of a later week."""
     from statsmodels.datasets import co2
 
     data = co2.load_pandas().data["co2"]
-    # a missing week has the value before it; interpolating would look into the future
+    # a missing week gets the value before it: interpolation would use the future
     level = data.ffill().to_numpy()
     weeks = np.arange(YEAR, len(level))
     steps = level[weeks] - level[weeks - 1]
@@ -64,7 +63,7 @@ def read_series() -> Series:
 
 
 class Forecaster(nn.Module):
-    """A week's change in, forecast changes out: a linear map into the model's width, the model, a linear map out."""
+    """From the change of a week to the forecast changes: a linear layer, the model, a linear layer."""
 
     def __init__(self, scale: Tensor) -> None:
         super().__init__()
@@ -72,7 +71,7 @@ class Forecaster(nn.Module):
         torch.manual_seed(0)
         self.into = nn.Linear(1, self.body.dim)
         self.out = nn.Linear(self.body.dim, len(AHEAD))
-        self.register_buffer("scale", scale)  # [ahead]: how large a change is
+        self.register_buffer("scale", scale)  # [ahead]: the root mean square of the changes
 
     def forward(self, steps: Tensor, state: object = None) -> tuple[Tensor, object]:
         """``[rows, weeks, 1]`` and a state -> changes ``[rows, weeks, ahead]`` in ppm, and the next state."""
@@ -81,7 +80,7 @@ class Forecaster(nn.Module):
 
 
 def changes(level: Tensor) -> Tensor:
-    """``[weeks, ahead]``: what is to be forecast; NaN where the series has ended."""
+    """``[weeks, ahead]``: the targets; NaN after the end of the series."""
     wanted = torch.full((len(level), len(AHEAD)), torch.nan)
     for column, ahead in enumerate(AHEAD):
         wanted[:-ahead, column] = level[ahead:] - level[:-ahead]
@@ -89,10 +88,10 @@ def changes(level: Tensor) -> Tensor:
 
 
 def train(series: Series, epochs: int, piece: int = 128, rows: int = 8) -> Forecaster:
-    """Fit a forecaster to the years before ``series.held_out``, targets included.
+    """Train a forecaster on the years before ``series.held_out``, targets included.
 
-    In an epoch each of some rows starts at a week of its own and reads on, piece by piece; the state goes from piece to
-    piece, and gradients stay within one.
+    In an epoch each row starts at a random week and reads piece by piece. The state is carried from piece to piece;
+    gradients are computed within a piece.
     """
     level, steps = series.level[: series.held_out], series.steps[: series.held_out]
     wanted = changes(level)
@@ -124,7 +123,7 @@ def train(series: Series, epochs: int, piece: int = 128, rows: int = 8) -> Forec
 
 @torch.no_grad()
 def forecast(model: Forecaster, series: Series, carry: bool) -> Tensor:
-    """``[held-out weeks, ahead]`` in ppm, one week at a time; ``carry``: with the state of all that was read."""
+    """Forecasts ``[held-out weeks, ahead]`` in ppm, week by week. ``carry``: with the state of all weeks before."""
     _, state = model(series.steps[None, : series.held_out])
     found = []
     for week in range(series.held_out, len(series.steps)):
@@ -135,7 +134,7 @@ def forecast(model: Forecaster, series: Series, carry: bool) -> Tensor:
 
 
 def errors(series: Series, found: Tensor) -> list[float]:
-    """Mean absolute error in ppm for each of ``AHEAD``, over the held-out weeks whose future is known."""
+    """Mean absolute error in ppm for each of ``AHEAD``, over the held-out weeks with a known target."""
     late = series.level[series.held_out :]
     return [
         float((found[: len(late) - ahead, column] - late[ahead:]).abs().mean()) for column, ahead in enumerate(AHEAD)
@@ -143,7 +142,7 @@ def errors(series: Series, found: Tensor) -> list[float]:
 
 
 def without_a_model(series: Series) -> dict[str, Tensor]:
-    """The forecasts ``[held-out weeks, ahead]`` that are to be beaten."""
+    """The simple forecasts ``[held-out weeks, ahead]``."""
     weeks = torch.arange(series.held_out, len(series.level))
     now, growth = series.level[weeks], series.level[weeks] - series.level[weeks - YEAR]
     return {
@@ -153,10 +152,10 @@ def without_a_model(series: Series) -> dict[str, Tensor]:
 
 
 def main(argv: list[str] | None = None) -> dict[str, list[float]]:
-    """Train, forecast, and print the errors, which are also returned by the name of the forecast."""
+    """Train, forecast, and print the errors. Returns them by the name of the forecast."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs: no figures to quote")
-    parser.add_argument("--epochs", type=int, default=40, help="times the series is gone through (default: 40)")
+    parser.add_argument("--quick", action="store_true", help="a test of the program with a few steps")
+    parser.add_argument("--epochs", type=int, default=40, help="passes over the series (default: 40)")
     arguments = parser.parse_args(argv)
     series = read_series()
     print(f"{len(series.level)} weeks, of which the last {len(series.level) - series.held_out} are held out")

@@ -1,15 +1,15 @@
-"""Learn while in use: a memory kept over episodes against one that is reset with each.
+"""Learn during use: a memory that is kept over episodes against one that is reset in each.
 
     python examples/online_learning.py            # half a minute on one core
-    python examples/online_learning.py --quick    # seconds: to see that it runs
+    python examples/online_learning.py --quick    # a test of the program, in seconds
 
-In each life the ten digits have got new names, drawn at random. An episode shows twelve pictures; the model says a name
-for each, and then is told the right one. The weights stay what they are: the names can be learned into the state alone.
-After six episodes the life ends. The model was trained on many lives, with other pictures.
+A life assigns new random names to the ten digits. It has six episodes of twelve pictures. The model predicts the name
+of each picture and is then given the right one. Its weights are constant, so it can learn the names only in its state.
+It is trained on many lives with other pictures.
 
-Printed is how often the name is right, episode by episode: with the memory kept over the episodes of a life, and with
-one that starts each of them afresh. Beside them is the nearest neighbour among the pictures that have been named so far
-in this life, which keeps them all, where the model's state stays as large as it was.
+The program prints the accuracy in each episode: with the memory kept over the episodes of a life, with the memory reset
+at each episode, and of the nearest neighbour among all pictures named before in this life. The nearest neighbour stores
+every picture, while the state of the model has a constant size.
 
 The digits come with scikit-learn: pip install 'titans-build[examples]'
 """
@@ -29,7 +29,7 @@ EPISODES, SHOWN = 6, 12
 """Episodes of a life, and pictures in each."""
 NAMES, FEATURES = 10, 9
 HELD_OUT = -400
-"""The first of the pictures that nothing is trained on."""
+"""The first held-out picture."""
 RECIPE = """
 version: 1
 dim: 64
@@ -43,44 +43,44 @@ layers:
       chunk: 8
       conv: 0
       momentum: false
-      max_step: 3.0           # large steps, not clipped: what is told once is to be known
+      max_step: 3.0           # large steps without clipping: one example must suffice
       clip: null
-      retrieve: before        # at the picture alone it is asked what was told of pictures like it
+      retrieve: before        # a picture without a name reads what was written for similar ones
     - {type: ffn, hidden: 128}
 stack: [lmm, lmm]
 """
 
 
 class Lives(NamedTuple):
-    """What is shown, ``[lives, pictures, 9]``, and what it is called there, ``[lives, pictures]``."""
+    """Pictures ``[lives, pictures, 9]`` and their names ``[lives, pictures]``."""
 
     pictures: Tensor
     names: Tensor
 
 
 class World:
-    """A part of the digits, from which lives are drawn."""
+    """The digits from which lives are drawn."""
 
     def __init__(self, part: slice) -> None:
         from sklearn.datasets import load_digits
         from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
         data = load_digits()
-        # nine features in which digits lie apart, found in the pictures that are trained on
+        # nine discriminant features, fitted to the training pictures
         found = LinearDiscriminantAnalysis().fit(data.data[:HELD_OUT], data.target[:HELD_OUT])
         features = torch.from_numpy(found.transform(data.data)).float()
         self.pictures = (features / features[:HELD_OUT].std(0))[part]
         self.digits = torch.from_numpy(data.target[part]).long()
 
     def lives(self, count: int, draws: torch.Generator) -> Lives:
-        """``count`` lives, each with names of its own."""
+        """``count`` lives, each with its own names."""
         shown = torch.randint(len(self.digits), (count, EPISODES * SHOWN), generator=draws)
         names = torch.rand(count, NAMES, generator=draws).argsort(dim=1)
         return Lives(self.pictures[shown], names.gather(1, self.digits[shown]))
 
 
 class Learner(nn.Module):
-    """Each picture is two tokens: the picture, at which a name is said; and the picture with its right name."""
+    """Each picture is two tokens: the picture, where the name is predicted, and the picture with its right name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,17 +90,17 @@ class Learner(nn.Module):
         self.out = nn.Linear(self.body.dim, NAMES)
 
     def forward(self, lives: Lives, state: object = None) -> tuple[Tensor, object]:
-        """Some pictures of lives, and a state -> scores of the names ``[lives, pictures, 10]``, and the next state."""
+        """Pictures of lives and a state -> scores of the names ``[lives, pictures, 10]`` and the next state."""
         rows, time, _ = lives.pictures.shape
-        asked = torch.cat([lives.pictures, torch.zeros(rows, time, NAMES + 1)], dim=2)
-        told = torch.cat([lives.pictures, one_hot(lives.names, NAMES), torch.ones(rows, time, 1)], dim=2)
-        tokens = torch.stack([asked, told], dim=2).flatten(1, 2)
+        unnamed = torch.cat([lives.pictures, torch.zeros(rows, time, NAMES + 1)], dim=2)
+        named = torch.cat([lives.pictures, one_hot(lives.names, NAMES), torch.ones(rows, time, 1)], dim=2)
+        tokens = torch.stack([unnamed, named], dim=2).flatten(1, 2)
         read = self.body(embeddings=self.into(tokens), state=state)
         return self.out(read.hidden[:, ::2]), read.state
 
 
 def train(world: World, steps: int, rows: int = 16) -> Learner:
-    """A learner that was trained on ``steps`` times ``rows`` lives."""
+    """Train a learner on ``steps`` batches of ``rows`` lives."""
     model = Learner()
     optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=5e-3, total_steps=steps)
@@ -121,7 +121,7 @@ def train(world: World, steps: int, rows: int = 16) -> Learner:
 
 @torch.no_grad()
 def live(model: Learner, lives: Lives, keep: bool) -> list[float]:
-    """The share of right names in each episode; ``keep``: with the state of the episodes before."""
+    """The accuracy in each episode. ``keep``: with the state of the episodes before."""
     found, state = [], None
     for start in range(0, EPISODES * SHOWN, SHOWN):
         episode = Lives(*(part[:, start : start + SHOWN] for part in lives))
@@ -131,7 +131,7 @@ def live(model: Learner, lives: Lives, keep: bool) -> list[float]:
 
 
 def nearest_neighbour(lives: Lives) -> list[float]:
-    """The share of right names in each episode, with every picture of the life kept and looked through."""
+    """The accuracy in each episode of the nearest neighbour among all earlier pictures of the life."""
     distance = torch.cdist(lives.pictures, lives.pictures)
     earlier = torch.ones_like(distance, dtype=torch.bool).tril(-1)
     nearest = distance.masked_fill(~earlier, torch.inf).argmin(dim=2)
@@ -141,9 +141,9 @@ def nearest_neighbour(lives: Lives) -> list[float]:
 
 
 def main(argv: list[str] | None = None) -> dict[str, list[float]]:
-    """Train, live, and print how often the names are right, which is also returned."""
+    """Train, run the lives, and print the accuracies. Returns them by the method."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs: no figures to quote")
+    parser.add_argument("--quick", action="store_true", help="a test of the program with a few steps")
     parser.add_argument("--steps", type=int, default=400, help="training steps (default: 400)")
     arguments = parser.parse_args(argv)
     model = train(World(slice(None, HELD_OUT)), 2 if arguments.quick else arguments.steps)
@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[float]]:
         "nearest neighbour, all pictures kept": nearest_neighbour(lives),
     }
     print(f"\n{count} lives with held-out pictures; a guess is right {1 / NAMES:.0%} of the time")
-    print(f"names right in episode: {'':14}" + "".join(f"{episode:7}" for episode in range(1, EPISODES + 1)))
+    print(f"accuracy in episode: {'':17}" + "".join(f"{episode:7}" for episode in range(1, EPISODES + 1)))
     for name, row in found.items():
         print(f"{name:38}" + "".join(f"{share:7.1%}" for share in row))
     return found

@@ -1,16 +1,15 @@
-"""Classify streams while they come in: handwritten digits, a line of pixels at a time, with the state carried.
+"""Classify a stream of handwritten digits, one line of pixels at a time.
 
     python examples/stream_classifier.py            # half a minute on one core
-    python examples/stream_classifier.py --quick    # seconds: to see that it runs
+    python examples/stream_classifier.py --quick    # a test of the program, in seconds
 
-A stream is one digit after another without end, and each digit is 8 lines of 8 pixels. The model sees a line, says what
-it takes the digit for, and waits for the next one. Between lines there is nothing but its state. Many streams are read
-at once, as rows of a batch; their digits begin at different times, and the row of a stream whose digit is over is reset
-while the others go on.
+A stream is a sequence of digits, each of 8 lines of 8 pixels. The model classifies the digit after every line; between
+lines only its state is kept. Several streams are read at a time, as rows of a batch. Their digits begin at different
+times: the state of a row is reset when its digit ends, while the other rows continue.
 
-Printed is how many of the held-out digits are told after each line; by the same model without its state; and by
-logistic regression on the whole picture. It also checks that reading in step gives what reading each digit at once
-gives.
+The program prints the accuracy on held-out digits after each line: of the model, of the same model without its state,
+and of logistic regression on the whole picture. It also checks that reading line by line gives the same scores as
+reading each digit at once.
 
 The digits come with scikit-learn: pip install 'titans-build[examples]'
 """
@@ -41,14 +40,14 @@ stack: [{repeat: 2, of: [mag]}]
 
 
 class Digits(NamedTuple):
-    """Pictures ``[digits, 8, 8]`` from 0 to 1, and what they show, ``[digits]``."""
+    """Pictures ``[digits, 8, 8]`` with values from 0 to 1, and their labels ``[digits]``."""
 
     pictures: Tensor
     labels: Tensor
 
 
 def read_digits() -> tuple[Digits, Digits]:
-    """1,397 digits to train on, and the last 400 of the file to be tested on."""
+    """1,397 digits for training, and the last 400 of the file for the test."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
@@ -57,7 +56,7 @@ def read_digits() -> tuple[Digits, Digits]:
 
 
 class Classifier(nn.Module):
-    """A line of pixels in, ten scores out: a linear map into the model's width, the model, a linear map out of it."""
+    """From a line of pixels to ten scores: a linear layer, the model, a linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +72,7 @@ class Classifier(nn.Module):
 
 
 def train(digits: Digits, epochs: int, rows: int = 64) -> Classifier:
-    """Fit a classifier to say what each digit is after every one of its lines."""
+    """Train a classifier to predict the digit after every line."""
     model = Classifier()
     batches = len(digits.labels) // rows
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
@@ -98,9 +97,9 @@ def train(digits: Digits, epochs: int, rows: int = 64) -> Classifier:
 
 @torch.no_grad()
 def read_streams(model: Classifier, digits: Digits, streams: int = 8) -> Tensor:
-    """Every digit's scores ``[digits, lines, 10]``, read a line at a time in ``streams`` rows that are out of step."""
+    """The scores ``[digits, lines, 10]`` of all digits, read line by line in ``streams`` rows that start one by one."""
     fresh = model.body.init_state(streams)
-    # stream s has the digits s, s + streams, ...; it begins s ticks later, and its reading goes on from digit to digit
+    # stream s has the digits s, s + streams, ... and starts at tick s
     queues = [list(range(stream, len(digits.labels), streams)) for stream in range(streams)]
     scores, state = torch.zeros(len(digits.labels), LINES, 10), fresh
     for tick in range(LINES * max(map(len, queues)) + streams):
@@ -109,32 +108,32 @@ def read_streams(model: Classifier, digits: Digits, streams: int = 8) -> Tensor:
         if not reading:
             break
         new = [row for row in reading if ticks[row] % LINES == 0]
-        state = tb.state.reset(state, new, fresh)  # their last digit is over
+        state = tb.state.reset(state, new, fresh)  # their last digit has ended
         now = tb.state.select(state, reading)
         at = [(queues[row][ticks[row] // LINES], ticks[row] % LINES) for row in reading]
         lines = torch.stack([digits.pictures[digit, line] for digit, line in at])
-        said, now = model(lines[:, None], now)
-        for (digit, line), score in zip(at, said[:, 0]):
+        output, now = model(lines[:, None], now)
+        for (digit, line), score in zip(at, output[:, 0]):
             scores[digit, line] = score
-        # the rows that were read have moved on, and the others are what they were
+        # put the new states of the rows that were read back between those of the other rows
         order = [len(reading) + row if row not in reading else reading.index(row) for row in range(streams)]
         state = tb.state.select(tb.state.concatenate([now, state]), order)
     return scores
 
 
-def told(scores: Tensor, digits: Digits) -> list[float]:
-    """The share of digits that is told after each line."""
+def accuracy(scores: Tensor, digits: Digits) -> list[float]:
+    """The accuracy after each line."""
     return [float(share) for share in (scores.argmax(-1) == digits.labels[:, None]).float().mean(0)]
 
 
 @torch.no_grad()
 def without_state(model: Classifier, digits: Digits) -> Tensor:
-    """The scores ``[digits, lines, 10]`` of lines that are each read from a fresh state."""
+    """The scores ``[digits, lines, 10]`` if every line is read from a fresh state."""
     return model(digits.pictures.view(-1, 1, 8))[0].view(-1, LINES, 10)
 
 
 def logistic_regression(train: Digits, test: Digits) -> float:
-    """The share that is told from whole pictures."""
+    """The accuracy of logistic regression on whole pictures."""
     from sklearn.linear_model import LogisticRegression
 
     fitted = LogisticRegression(max_iter=1000).fit(train.pictures.flatten(1).numpy(), train.labels.numpy())
@@ -142,10 +141,10 @@ def logistic_regression(train: Digits, test: Digits) -> float:
 
 
 def main(argv: list[str] | None = None) -> dict[str, list[float]]:
-    """Train, read the streams, and print what is told, which is also returned by the way of reading."""
+    """Train, read the streams, and print the accuracies. Returns them by the way of reading."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs: no figures to quote")
-    parser.add_argument("--epochs", type=int, default=30, help="times the digits are gone through (default: 30)")
+    parser.add_argument("--quick", action="store_true", help="a test of the program with a few steps")
+    parser.add_argument("--epochs", type=int, default=30, help="passes over the digits (default: 30)")
     arguments = parser.parse_args(argv)
     train_on, test_on = read_digits()
     if arguments.quick:
@@ -156,13 +155,13 @@ def main(argv: list[str] | None = None) -> dict[str, list[float]]:
         at_once = model(test_on.pictures)[0]
     difference = float((scores - at_once).abs().max())
     assert torch.allclose(scores, at_once, atol=1e-3), difference
-    print(f"\n{len(test_on.labels)} held-out digits; in step and at once differ by {difference:.1e} at most")
+    print(f"\n{len(test_on.labels)} held-out digits; line by line and at once differ by {difference:.1e} at most")
     found = {
-        "state carried": told(scores, test_on),
-        "state dropped every line": told(without_state(model, test_on), test_on),
+        "state carried": accuracy(scores, test_on),
+        "state dropped every line": accuracy(without_state(model, test_on), test_on),
         "logistic regression, whole picture": [logistic_regression(train_on, test_on)],
     }
-    print(f"share told after lines: {'':12}" + "".join(f"{line:7}" for line in range(1, LINES + 1)))
+    print(f"accuracy after line: {'':15}" + "".join(f"{line:7}" for line in range(1, LINES + 1)))
     for name, row in found.items():
         print(f"{name:36}" + " " * 7 * (LINES - len(row)) + "".join(f"{share:7.1%}" for share in row))
     return found
