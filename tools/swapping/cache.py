@@ -95,8 +95,7 @@ class CallCache:
             if self.past != layer.tokens:
                 raise SwapError(
                     f"the cache holds {self.past} tokens, and the memory's states in it have read {layer.tokens}: it "
-                    "was cropped, or a call failed. A memory cannot be rolled back: start a new cache, or copy one "
-                    "beforehand"
+                    "was cropped, or a call failed. A memory cannot be rolled back: start a new cache"
                 )
             return True
         # the layers that this call has passed already have stored its keys

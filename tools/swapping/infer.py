@@ -70,7 +70,7 @@ def check_adapter(module: nn.Module, adapter: Adapter, replaced: bool) -> None:
         raise SwapError(f"{forward} takes no argument that a block could read")
     if replaced and adapter.returns is None:
         raise SwapError(
-            f"what {forward} returns cannot be told from its source; give it: "
+            f"the source of {forward} does not say what it returns; give it: "
             f"adapter={{'argument': {adapter.argument!r}, 'layer': {adapter.layer}, 'returns': 0}} for a tensor, "
             "n for a tuple of n that begins with it"
         )

@@ -188,13 +188,13 @@ def _row(
     check_adapter(module, adapter, how == "replace")
     reads, returns = input_width(module), output_width(module)
     if how in ("replace", "beside") and isinstance(module, nn.Linear | nn.RNNBase) and reads != returns:
-        raise SwapError(f"{module} returns another width than it reads: no block does")
+        raise SwapError(f"{module} returns another width than it reads, which a block cannot")
     width = dim.get(path) if isinstance(dim, Mapping) else dim
     if width is None:
         width = returns if how == "after" else reads
     if width is None:
-        does = "returns" if how == "after" else "reads"
-        raise SwapError(f"the width of what {kind} {does} cannot be told: say it, dim=...")
+        side = "output" if how == "after" else "input"
+        raise SwapError(f"the width of the {side} of {kind} is unknown: give it, dim=...")
     if type(width) is not int or width < 1:
         raise SwapError(f"dim: expected an integer >= 1, got {show(width)}")
     return Row(path, kind, width, 0, *device_and_dtype(module, model), adapter)

@@ -183,7 +183,7 @@ def test_a_custom_adapter():
 
     model, x = nn.ModuleDict({"odd": Odd()}), vectors()
     adapter = Adapter(argument="states", returns=3, time_first=True)
-    with pytest.raises(SwapError, match="the width of what Odd reads cannot be told"):
+    with pytest.raises(SwapError, match="the width of the input of Odd is unknown"):
         tb.swap(model, "odd", MEMORY, adapter=adapter)
     tb.swap(model, "odd", MEMORY, adapter=adapter, dim=DIM)
     y, *rest = model["odd"](1, states=x.transpose(0, 1))
@@ -223,7 +223,9 @@ def test_a_replaced_module_that_returned_a_tuple():
     tb.swap(model, "inner", MEMORY)
     with pytest.raises(SwapError, match=r"inner: called with 'hx'.*nor a module that is given a state"):
         model(x, torch.zeros(1, 2, DIM))
-    with pytest.raises(SwapError, match=r"inner: what Branches\.forward\(x, both\) returns cannot be told"):
+    with pytest.raises(
+        SwapError, match=r"inner: the source of Branches\.forward\(x, both\) does not say what"
+    ):
         tb.swap(Unpacks(Branches()), "inner", MEMORY)
     tb.swap(pair, "inner", MEMORY)
     assert pair.inner.adapter == Adapter()

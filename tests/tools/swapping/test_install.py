@@ -244,7 +244,7 @@ def test_a_replaced_module_follows_the_model(plain):
         ({"adapter": {"argumnt": "x"}}, "unknown field 'argumnt'; did you mean 'argument'"),
         ({"adapter": {"argument": "inputs"}}, "has no argument 'inputs'; did you mean 'input'"),
         ({"where": "layers"}, "layers: ModuleList has no forward"),
-        ({"where": "embedding"}, "the width of what Embedding reads cannot be told: say it, dim="),
+        ({"where": "embedding"}, "the width of the input of Embedding is unknown: give it, dim="),
         ({"where": "layers.*.0", "how": "replace"}, "returns another width than it reads"),
         ({"dim": 0}, "dim: expected an integer >= 1, got 0"),
         ({"dim": {"layers.9": 16}}, "dim: 'layers.9' is no module of this swap; did you mean 'layers.2'"),
