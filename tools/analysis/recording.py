@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...blocks.language_model import LanguageModel
-from ...blocks.observe import Observed, observe
+from ...blocks.observe import observe
 from ...blocks.observers import Learned, Observer
 from ...kernels.memory import MemoryState, Tokens
 
@@ -109,7 +108,7 @@ def record(
     width = bin_width(time, len(QUANTITIES) * sum(memories.values()))
     bins = {name: {quantity: Bins(heads, time, width) for quantity in QUANTITIES} for name, heads in memories.items()}
     gates: dict[str, Bins] = {}
-    candidates: list[tuple[float, int]] = []
+    surprises = [torch.empty(0)]
     capture = _Capture(model)
     measured_every = piece * math.ceil(time / piece / DRIFT_POINTS)
     state: Any = None
@@ -125,28 +124,23 @@ def record(
             for name, gate in observed.gates.items():
                 pool = gates.setdefault(name, Bins(3, time, width))
                 pool.add(torch.stack([gate.gate[0], gate.first[0], gate.second[0]], dim=-1))
-            candidates = heapq.nlargest(PEAKS * PEAK_DISTANCE, candidates + _surprises(start, observed))
+            if observed.memories:
+                every_head = torch.cat([memory.surprise[0] for memory in observed.memories.values()], dim=-1)
+                surprises.append(every_head.nanmean(-1).nan_to_num(0.0).cpu())
             if stop % measured_every == 0 or stop == time:
                 capture.measure(stop)
             advance()
-    return Recording(width, bins, capture.drift(), capture.stretches(), gates, _peaks(candidates))
+    return Recording(width, bins, capture.drift(), capture.stretches(), gates, _peaks(torch.cat(surprises)))
 
 
-def _surprises(start: int, observed: Observed) -> list[tuple[float, int]]:
-    """Mean surprise over all heads, and position, of the most surprising tokens of a piece."""
-    surprises = [memory.surprise[0] for memory in observed.memories.values()]
-    if not surprises:
-        return []
-    mean = torch.cat(surprises, dim=-1).nanmean(-1).nan_to_num(0.0)
-    values, places = mean.topk(min(len(mean), PEAKS * PEAK_DISTANCE))
-    return [(value, start + place) for value, place in zip(values.tolist(), places.tolist())]
-
-
-def _peaks(candidates: list[tuple[float, int]]) -> list[tuple[int, float]]:
+def _peaks(surprise: Tensor) -> list[tuple[int, float]]:
+    """The largest of ``surprise`` [time] that are not close to each other."""
     chosen: list[tuple[int, float]] = []
-    for value, position in candidates:
-        if len(chosen) < PEAKS and all(abs(position - other) >= PEAK_DISTANCE for other, _ in chosen):
-            chosen.append((position, value))
+    for position in surprise.argsort(descending=True).tolist():
+        if len(chosen) == PEAKS:
+            break
+        if all(abs(position - other) >= PEAK_DISTANCE for other, _ in chosen):
+            chosen.append((position, float(surprise[position])))
     return sorted(chosen)
 
 

@@ -13,7 +13,7 @@ from ...recipes import StorageError
 from ...registry import nearest
 from ..terminal import CommandFailed, UsageError, complain, say
 from .generate import Printer, before_stop, read_with_progress, saving_state
-from .session import Session, Text, check_state_file
+from .session import Session, Text, check_state_file, usage_errors
 
 PLACEHOLDER = "{line}"
 """Replaced by the line in a template."""
@@ -21,20 +21,20 @@ DEFAULT_TEMPLATE = PLACEHOLDER + r"\n"
 PROMPT = "> "
 
 
-def chat(session: Session, text: Text, sampler: Sampler, arguments: argparse.Namespace, target: Path | None) -> int:
-    """Read ``text``, chat until the input ends, and save the state to ``target``, if given. Returns the exit status."""
-    loop = _Chat(session, sampler, arguments, target)
-    with saving_state(session, lambda: loop.target):
+def chat(session: Session, text: Text, sampler: Sampler, arguments: argparse.Namespace) -> int:
+    """Read ``text``, chat until the input ends, and save the state. Returns the exit status."""
+    loop = _Chat(session, sampler, arguments)
+    with saving_state(session):
         read_with_progress(session, text)
         if loop.interactive:
-            say(f"/help lists the commands; {'/quit or Ctrl-D leaves'}{_saved_at_end(target)}")
+            say(f"/help lists the commands; {'/quit or Ctrl-D leaves'}{_saved_at_end(session)}")
         loop.run()
     return 0
 
 
 class _Chat:
-    def __init__(self, session: Session, sampler: Sampler, arguments: argparse.Namespace, target: Path | None) -> None:
-        self.session, self.sampler, self.target = session, sampler, target
+    def __init__(self, session: Session, sampler: Sampler, arguments: argparse.Namespace) -> None:
+        self.session, self.sampler = session, sampler
         self.max_new_tokens, self.stops = arguments.max_new_tokens, arguments.stop
         self.template = unescaped(arguments.template)
         self.interactive = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
@@ -108,7 +108,7 @@ class _Chat:
                 printer.write("" if printer.at_line_start else "\n")  # separates the answers
 
     def _save(self, name: str) -> None:
-        path = Path(name) if name else self.target
+        path = Path(name) if name else self.session.target
         if path is None:
             raise UsageError("/save: expected the name of a file, since there is no --state to save to")
         check_state_file(path, "/save")
@@ -119,20 +119,18 @@ class _Chat:
         if not name:
             raise UsageError("/load: expected the name of a file")
         self.session.load(Path(name))
-        say(f"(continues from {name}{_saved_at_end(self.target)})")
+        say(f"(continues from {name}{_saved_at_end(self.session)})")
 
     def _fork(self, name: str) -> None:
         target = Path(name) if name else None
         if target is not None:
             check_state_file(target, "/fork")
-        self.target = target
-        say(f"(forked{_saved_at_end(target) or ': nothing is saved at the end'})")
+        self.session.target = target
+        say(f"(forked{_saved_at_end(self.session) or ': nothing is saved at the end'})")
 
     def _freeze(self, _: str) -> None:
-        try:
+        with usage_errors("/freeze"):
             frozen = self.session.model.freeze_memory()
-        except ValueError as error:
-            raise UsageError(f"/freeze: {error}") from None
         say(f"({len(frozen.names)} memories frozen)" if frozen.names else "(no memory was left to freeze)")
 
     def _thaw(self, _: str) -> None:
@@ -153,8 +151,8 @@ class _Chat:
         self.done = True
 
 
-def _saved_at_end(target: Path | None) -> str:
-    return "" if target is None else f"; the state is saved to {target} at the end"
+def _saved_at_end(session: Session) -> str:
+    return "" if session.target is None else f"; the state is saved to {session.target} at the end"
 
 
 def unescaped(text: str) -> str:

@@ -7,21 +7,19 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 
 from ...blocks.generation import Sampler
 from ..terminal import say, say_json
 from .session import Session, Text, reading_progress
 
 
-def answer_prompt(
-    session: Session, text: Text, sampler: Sampler, arguments: argparse.Namespace, target: Path | None
-) -> int:
-    """Read ``text``, generate what follows it, and save the state to ``target``, if given. Returns the exit status."""
+def answer_prompt(session: Session, text: Text, sampler: Sampler, arguments: argparse.Namespace) -> int:
+    """Read ``text``, generate what follows it, and save the state. Returns the exit status."""
+    target = session.target
     answer: list[str] = []
     tokens: list[int] = []
-    with saving_state(session, lambda: target):
+    with saving_state(session):
         start = time.perf_counter()
         read = read_with_progress(session, text)
         reading_seconds = time.perf_counter() - start
@@ -64,23 +62,22 @@ def read_with_progress(session: Session, text: Text) -> int:
 
 
 @contextlib.contextmanager
-def saving_state(session: Session, target_of: Callable[[], Path | None]) -> Iterator[None]:
-    """Save the state to the file ``target_of()`` when the block ends, is interrupted, or its output pipe closes."""
+def saving_state(session: Session) -> Iterator[None]:
+    """Save the state to the session's target when the block ends, is interrupted, or its output pipe closes."""
     try:
         yield
     except (KeyboardInterrupt, BrokenPipeError) as ending:
-        target = target_of()
-        if target is None or session.reading.tokens == 0:
+        if session.target is None or session.reading.tokens == 0:
             raise
-        session.save(target)
+        session.save(session.target)
         if isinstance(ending, BrokenPipeError):
             raise
         raise KeyboardInterrupt(
-            f"interrupted; the state after {session.reading.tokens:,} tokens of this session is saved to {target}"
+            f"interrupted; the state after {session.reading.tokens:,} tokens of this session is saved to "
+            f"{session.target}"
         ) from None
-    target = target_of()
-    if target is not None:
-        session.save(target)
+    if session.target is not None:
+        session.save(session.target)
 
 
 def _pace(tokens: int, seconds: float) -> dict[str, float]:

@@ -21,11 +21,8 @@ from .tokenizer import IdTokenizer
 UNITS = {"": 1, "k": 2**10, "m": 2**20}
 
 
-def measure(
-    session: Session, text: Text, edges: tuple[int, ...], arguments: argparse.Namespace, target: Path | None
-) -> int:
-    """Measure, print, plot, and save the state after the text to ``target``, if given. Returns the exit status."""
-    state, position_before = session.reading.state, session.position
+def measure(session: Session, text: Text, edges: tuple[int, ...], arguments: argparse.Namespace) -> int:
+    """Measure, print, plot, and save the state after the text to the session's target. Returns the exit status."""
     start = time.perf_counter()
     live = _perplexity(session, text, edges)
     seconds = time.perf_counter() - start
@@ -35,16 +32,9 @@ def measure(
         raise CommandFailed("the loss is not finite: the model has diverged on this text")
     frozen = None
     if arguments.compare_frozen:
-        session.reading = Reading(state, None, 0)
-        try:
-            with session.model.freeze_memory():
-                frozen = _perplexity(session, Text(text.files, [], text.option), edges)
-        except ValueError as error:
-            raise UsageError(f"--compare-frozen: {error}") from None
+        with usage_errors("--compare-frozen"), session.model.freeze_memory():
+            frozen = _perplexity(session, Text(text.files, [], text.option), edges)
     read = live.tokens + 1  # the first token is not predicted
-    if target is not None:
-        session.reading = Reading(live.state, None, read)
-        session.save(target)
     # ids that stand for no text have no bytes
     bytes_per_token = None if isinstance(session.tokenizer, IdTokenizer) else text.read / read
     report: dict[str, Any] = {
@@ -53,13 +43,16 @@ def measure(
         "bytes": text.read,
         "seconds": round(seconds, 6),
         "tokens_per_second": round(read / max(seconds, 1e-9), 1),
-        "position_before": position_before,
+        "position_before": session.position,
         "memory_frozen": arguments.no_write,
         **report_of(live, bytes_per_token),
-        "state": None if target is None else os.path.abspath(target),
+        "state": None if session.target is None else os.path.abspath(session.target),
     }
     if frozen is not None:
         report["frozen"] = report_of(frozen, bytes_per_token)
+    if session.target is not None:
+        session.reading = Reading(live.state, None, read)
+        session.save(session.target)
     if arguments.plot is not None:
         _plot(report, arguments.plot)
     if arguments.json:

@@ -14,7 +14,7 @@ from ..terminal import UsageError, complain
 from .chat import DEFAULT_TEMPLATE, PLACEHOLDER, chat
 from .generate import answer_prompt
 from .measure import measure, parse_edges
-from .session import STANDARD_INPUT, Session, Text, check_state_file, check_writable, open_model
+from .session import STANDARD_INPUT, Session, Text, check_state_file, check_writable, open_model, usage_errors
 
 SUMMARY = "Let a saved model read a text of any length and continue it; keep what it learned for the next time."
 EXAMPLES = (
@@ -67,8 +67,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Check everything that can be checked before the model is loaded, and then do it."""
     _check(arguments)
-    state = None if arguments.state is None else _path(arguments.state, "--state")
-    target = _target(arguments, state)
+    state = None if arguments.state is None else Path(arguments.state)
+    target = state if arguments.save is None else Path(arguments.save)
+    if arguments.save is None and (arguments.fork or arguments.perplexity is not None):  # measuring saves no state
+        target = None
+    if target is not None:
+        check_state_file(target, "--state" if arguments.save is None else "--save")
     files = [arguments.perplexity] if arguments.perplexity is not None else arguments.file
     chatting = arguments.chat
     if not files and not arguments.prompt and not chatting:
@@ -79,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("--compare-frozen reads the text twice, which standard input or another pipe cannot be")
     edges = parse_edges(arguments.buckets)
     model, tokenizer = open_model(arguments.model, arguments.tokenizer, arguments.device, arguments.dtype)
-    session = Session(model, tokenizer)
+    session = Session(model, tokenizer, target)
     if state is not None and state.exists():
         session.load(state)
     elif state is not None and target != state:  # nothing would be saved there
@@ -87,14 +91,12 @@ def run(arguments: argparse.Namespace) -> int:
     if model.grows:
         complain("attention without a window: the state, and the time of a token, grow with the text", "warning")
     if arguments.no_write:
-        try:
+        with usage_errors("--no-write"):
             frozen = model.freeze_memory()
-        except ValueError as error:
-            raise UsageError(f"--no-write: {error}") from None
         if not frozen.names:
             complain("--no-write: this model has no memory that could be frozen", "warning")
     if arguments.perplexity is not None:
-        return measure(session, text, edges, arguments, target)
+        return measure(session, text, edges, arguments)
     try:
         sampler = Sampler(
             arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed, device=session.device
@@ -102,8 +104,8 @@ def run(arguments: argparse.Namespace) -> int:
     except (TypeError, ValueError) as error:
         raise UsageError(f"--{str(error).replace('_', '-')}") from None
     if chatting:
-        return chat(session, text, sampler, arguments, target)
-    return answer_prompt(session, text, sampler, arguments, target)
+        return chat(session, text, sampler, arguments)
+    return answer_prompt(session, text, sampler, arguments)
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -128,6 +130,9 @@ def _check(arguments: argparse.Namespace) -> None:
             raise UsageError(f"--plot {arguments.plot}: the picture is SVG; expected a name that ends in .svg")
         check_writable(Path(arguments.plot), "--plot")
         need_matplotlib("analyze", "--plot")
+    for option, name in (("--state", arguments.state), ("--save", arguments.save)):
+        if name == "":
+            raise UsageError(f"{option}: expected the name of a file, got none")
     if arguments.fork and arguments.state is None:
         raise UsageError("--fork: leaves the file of --state as it is, and there is no --state")
 
@@ -135,21 +140,3 @@ def _check(arguments: argparse.Namespace) -> None:
 def _first_given(arguments: argparse.Namespace, *options: str) -> str | None:
     names = {option: option.removeprefix("--").replace("-", "_").lower() for option in options}
     return next((option for option, name in names.items() if getattr(arguments, name)), None)
-
-
-def _target(arguments: argparse.Namespace, state: Path | None) -> Path | None:
-    """The file that the state is saved to at the end."""
-    if arguments.save is not None:
-        target = _path(arguments.save, "--save")
-        check_state_file(target, "--save")
-        return target
-    if state is None or arguments.fork or arguments.perplexity is not None:  # measuring leaves the state as it is
-        return None
-    check_state_file(state, "--state")
-    return state
-
-
-def _path(name: str, option: str) -> Path:
-    if not name:
-        raise UsageError(f"{option}: expected the name of a file, got none")
-    return Path(name)

@@ -45,7 +45,7 @@ STANDARD_INPUT = "-"
 
 @contextlib.contextmanager
 def usage_errors(subject: str) -> Iterator[None]:
-    """Turn errors of the file system inside the block into ``UsageError``, which begins with ``subject``."""
+    """Turn ``OSError`` and ``ValueError`` inside the block into ``UsageError``, which begins with ``subject``."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -200,8 +200,9 @@ class Reading(NamedTuple):
 class Session:
     """One row that reads and writes. An interruption leaves it after the last complete piece or token."""
 
-    def __init__(self, model: LanguageModel, tokenizer: Tokenizer) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, target: Path | None = None) -> None:
+        """``target``: the file that the state is saved to at the end."""
+        self.model, self.tokenizer, self.target = model, tokenizer, target
         self.device = next(model.parameters()).device
         self.reading = Reading(None, None, 0)
         """Replaced as a whole, so that an interruption finds it consistent. ``tokens`` counts from the loaded state."""

@@ -114,35 +114,35 @@ def test_ids_in_and_out(folder: Path, infer: Infer, model: LanguageModel) -> Non
     assert [int(word) for word in result.out.split()] == generated(model, "\1\2\3", 4)
 
 
-def session(model: LanguageModel) -> Session:
-    return Session(model, ByteTokenizer())
+def session(model: LanguageModel, target: Path | None = None) -> Session:
+    return Session(model, ByteTokenizer(), target)
 
 
 def test_an_interruption_saves_complete_pieces(model: LanguageModel, tmp_path: Path) -> None:
     state = tmp_path / "a.state"
-    reading = session(model)
+    reading = session(model, state)
 
     def interrupted() -> Iterator[bytes]:
         yield b"x" * 1500
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt) as interrupt, saving_state(reading, lambda: state):
+    with pytest.raises(KeyboardInterrupt) as interrupt, saving_state(reading):
         reading.read(interrupted())
     assert str(interrupt.value) == f"interrupted; the state after 1,024 tokens of this session is saved to {state}"
     assert position(model, tb.load_state(state, model)) == 1024
 
 
 def test_an_interruption_before_anything_was_read_writes_nothing(model: LanguageModel, tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt) as interrupt, saving_state(session(model), lambda: tmp_path / "a.state"):
+    with pytest.raises(KeyboardInterrupt) as interrupt, saving_state(session(model, tmp_path / "a.state")):
         raise KeyboardInterrupt
     assert str(interrupt.value) == "" and not list(tmp_path.iterdir())
 
 
 def test_an_interrupted_answer_saves_complete_tokens(model: LanguageModel, tmp_path: Path) -> None:
     state = tmp_path / "a.state"
-    reading = session(model)
+    reading = session(model, state)
     reading.read([PROMPT.encode()])
-    with pytest.raises(KeyboardInterrupt), saving_state(reading, lambda: state):
+    with pytest.raises(KeyboardInterrupt), saving_state(reading):
         for index, _ in enumerate(reading.generate(1000, Sampler(1.0, seed=0))):
             if index == 5:
                 raise KeyboardInterrupt
