@@ -152,8 +152,9 @@ class Columns:
             return list(self._stacked(width))
         table = Table(box=None, pad_edge=False, padding=(0, self.GAP, 0, 0), header_style="bold", show_edge=False)
         for heading, narrow in zip(self.headings, least):
-            justify = "right" if heading in self.right else "left"
-            table.add_column(heading, min_width=narrow, overflow="fold", justify=justify)
+            table.add_column(
+                heading, min_width=narrow, overflow="fold", justify="right" if heading in self.right else "left"
+            )
         for row in self.rows:
             table.add_row(*row)
         target = console()

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from ..custom_op import constant
 from ..dispatch import Backend, Operation
 
 _TURN = 2**64
@@ -93,14 +95,13 @@ _tables_of_segment = functools.lru_cache(maxsize=8)(_tables_of_few.__wrapped__)
 
 def _tables(key: _Key, dtype: torch.dtype, position: Tensor) -> tuple[Tensor, Tensor]:
     """``[cos cos]`` and ``[-sin sin]``, ``[batch, time, 1, d]``."""
-    if key not in _FREQUENCIES:
-        _FREQUENCIES[key] = _fixed_point(*key)
-    frequency, ahead = _FREQUENCIES[key]
+    d, base, device = key
+    frequency, ahead = _fixed_point(operator.index(d), base, device).unbind()  # no symbolic number is constant
     phase = torch.addcmul(ahead, position[..., None], frequency)
     # the phase is exact and less than a turn: rounding it here costs an ulp at any position
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     table = torch.sin(phase.to(wide) * (2 * math.pi / _TURN)).to(dtype).unsqueeze(2)
-    return table[..., : key[0]], table[..., key[0] :]
+    return table[..., :d], table[..., d:]
 
 
 def _frequencies(d: int, base: float) -> list[int]:
@@ -108,19 +109,24 @@ def _frequencies(d: int, base: float) -> list[int]:
     return [round(base ** (-2 * i / d) / (2 * math.pi) * _TURN) for i in range(d // 2)]
 
 
-_FREQUENCIES: dict[_Key, tuple[Tensor, Tensor]] = {}
+_FIXED_POINT: dict[_Key, Tensor] = {}
 
 
-def _fixed_point(d: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Frequencies ``[2 d]`` and phases to add, so that one sine gives ``[cos cos | -sin sin]``.
+@constant  # in a compiled graph, which then has no guard on what is cached
+def _fixed_point(d: int, base: float, device: torch.device) -> Tensor:
+    """Frequencies, and phases to add so that one sine gives ``[cos cos | -sin sin]``: int64 ``[2, 2 d]``.
 
     A quarter of a turn ahead the sine is the cosine, half a turn ahead its negative.
     """
-    half = d // 2
-    with torch.inference_mode(False):
-        frequency = torch.tensor(_frequencies(d, base) * 4, dtype=torch.int64, device=device)
-        ahead = torch.tensor([_TURN // 4] * d + [-_TURN // 2] * half + [0] * half, dtype=torch.int64, device=device)
-    return frequency, ahead
+    table = _FIXED_POINT.get((d, base, device))
+    if table is None:
+        half = d // 2
+        ahead = [_TURN // 4] * d + [-_TURN // 2] * half + [0] * half
+        with torch.inference_mode(False):
+            table = torch.tensor([_frequencies(d, base) * 4, ahead], dtype=torch.int64, device=device)
+        if type(table) is Tensor:  # no fake tensor of torch.export
+            _FIXED_POINT[d, base, device] = table
+    return table
 
 
 _operation = Operation(

@@ -90,7 +90,13 @@ def test_a_float_position_is_refused():
         rotate(torch.randn(2, 3, 2, 4), torch.zeros(2, 3))
 
 
-def test_compiled_whole():
+@pytest.mark.parametrize("base, dynamic", [(71.0, None), (73.0, True)])
+def test_compiled_once(base, dynamic):
+    """In one graph, which stays valid when the frequencies of a new base have been cached."""
     x, position = torch.randn(2, 3, 2, 8), torch.tensor([[0, 5, 2**21]])
-    compiled = torch.compile(rotate, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x, position), rotate(x, position))
+    compiled = torch.compile(rotate, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    first = compiled(x, position, base)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        again = compiled(x, position, base)
+    for y in (first, again):
+        torch.testing.assert_close(y, rotate(x, position, base))

@@ -50,7 +50,7 @@ def compile_only(kernel: Any, grid: tuple[int, ...], *arguments: Any, **fixed: A
     ASTSource(kernel, signature, constants, known).make_ir(
         TARGET, options, BACKEND.get_codegen_implementation(options), BACKEND.get_module_map(), context
     )
-    print(kernel.__module__.rpartition(".")[2], kernel.__name__)
+    print(f"{kernel.__module__}.{kernel.__name__}".removeprefix("titans_build.kernels."))
 
 
 def ones(*shape: int, dtype: torch.dtype = torch.float32, learned: bool = True) -> Tensor:
