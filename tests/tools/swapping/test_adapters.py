@@ -223,9 +223,7 @@ def test_a_replaced_module_that_returned_a_tuple():
     tb.swap(model, "inner", MEMORY)
     with pytest.raises(SwapError, match=r"inner: called with 'hx'.*nor a module that is given a state"):
         model(x, torch.zeros(1, 2, DIM))
-    with pytest.raises(
-        SwapError, match=r"inner: the source of Branches\.forward\(x, both\) does not say what"
-    ):
+    with pytest.raises(SwapError, match=r"inner: the source of Branches\.forward\(x, both\) does not say what"):
         tb.swap(Unpacks(Branches()), "inner", MEMORY)
     tb.swap(pair, "inner", MEMORY)
     assert pair.inner.adapter == Adapter()
