@@ -1,4 +1,4 @@
-"""Every built-in block, in every kind of setting that changes its function, obeys every law."""
+"""All registered blocks obey all laws, in every setting that changes their function."""
 
 import pytest
 import torch
@@ -19,30 +19,50 @@ SPECS = {
     "attention, window": WINDOW,
     "attention, one key head": WINDOW | {"kv_heads": 1, "qk_norm": False},
     "attention, no positions": WINDOW | {"rope": None},
+    "attention, window of one token": ATTENTION | {"window": 1},
+    "attention, window longer than the sequence": ATTENTION | {"heads": 4, "window": 70, "kv_heads": 2},
+    "attention, one key head and no positions": ATTENTION | {"kv_heads": 1, "rope": None},
     "chain": [MEMORY, WINDOW, "ffn"],
     "context": CONTEXT,
+    "context, silu and a window": CONTEXT | {"form": "silu", "attend": ATTENTION | {"window": 5}},
     "context, inputs written": CONTEXT | {"write": "inputs"},
+    "context, inputs written, sum and a window": CONTEXT
+    | {"write": "inputs", "form": "sum", "attend": ATTENTION | {"window": 5}},
+    "context of a residual": CONTEXT | {"attend": {"type": "residual", "of": WINDOW}},
     "ffn": "ffn",
     "ffn, gelu": {"type": "ffn", "kind": "gelu"},
     "gate": {"type": "gate", "branches": [WINDOW, MEMORY]},
+    "gate, silu": {"type": "gate", "branches": [WINDOW, MEMORY], "form": "silu"},
+    "gate, sum": {"type": "gate", "branches": [WINDOW, MEMORY], "form": "sum"},
     "layer_norm": "layer_norm",
     "memory": MEMORY,
-    "memory, deep": MEMORY | {"depth": 4, "chunk": 3, "expansion": 2},
+    "memory, deep": MEMORY | {"depth": 4, "chunk": 3, "expansion": 2, "activation": "silu"},
+    "memory, relu without norm": MEMORY | {"activation": "relu", "norm": False},
     "memory, linear and online": MEMORY | {"depth": 1, "chunk": 1, "norm": False, "activation": "identity"},
     "memory, no convolution": MEMORY | {"conv": 0},
+    "memory, convolution of one token": MEMORY | {"conv": 1},
     "memory, no momentum": MEMORY | {"momentum": False},
-    "memory, nothing forgotten": MEMORY | {"forgetting": False},
+    "memory, no forgetting": MEMORY | {"forgetting": False},
+    "memory, no momentum and no forgetting": MEMORY
+    | {"momentum": False, "forgetting": False, "activation": "identity"},
     "memory, gates per chunk": MEMORY | {"gates": "chunk"},
-    "memory, no bound on surprise": MEMORY | {"clip": None},
+    "memory, gates per chunk, no momentum and no convolution": MEMORY
+    | {"gates": "chunk", "momentum": False, "conv": 0},
+    "memory, no clipping": MEMORY | {"clip": None},
     "memory, read before written": MEMORY | {"retrieve": "before"},
     "memory, frozen": MEMORY | {"use": "read"},
     "memory, written only": MEMORY | {"use": "write"},
     "memory, learned momentum": MEMORY | {"learn_momentum": True},
     "memory, hard gates": MEMORY | {"gating": "hard_sigmoid"},
-    "memory, surprising tokens alone": MEMORY | {"threshold": 6.0},
-    "context, hard gates, surprising tokens alone": CONTEXT
+    "memory, hard gates per chunk": MEMORY | {"gating": "hard_sigmoid", "gates": "chunk"},
+    "memory, threshold": MEMORY | {"threshold": 6.0},
+    "memory, threshold and hard gates": MEMORY | {"threshold": 4.0, "momentum": False, "gating": "hard_sigmoid"},
+    "memory, threshold, no clipping, read before written": MEMORY
+    | {"threshold": 4.0, "clip": None, "retrieve": "before", "forgetting": False},
+    "context, threshold and hard gates": CONTEXT
     | {"memory": MEMORY | {"gating": "hard_sigmoid", "threshold": 3.0, "momentum": False}},
     "persistent": {"type": "persistent", "tokens": 3, "of": {"type": "gate", "branches": [WINDOW, MEMORY]}},
+    "persistent chain": {"type": "persistent", "tokens": 3, "of": [MEMORY, WINDOW]},
     "residual": {"type": "residual", "of": [WINDOW, MEMORY]},
     "rms_norm": "rms_norm",
 }
@@ -52,20 +72,20 @@ def type_of(spec):
     return "chain" if isinstance(spec, list) else spec if isinstance(spec, str) else spec["type"]
 
 
-def test_no_built_in_block_is_missing_here():
+def test_all_built_in_blocks_are_tested():
     built_in = {name for name in list_blocks() if lookup(name).source == catalogue.__name__.partition(".")[0]}
-    elsewhere = {name for name in built_in if issubclass(lookup(name).cls, Adapted)}  # in tests of their own
+    elsewhere = {name for name in built_in if issubclass(lookup(name).cls, Adapted)}  # tested in foreign/
     assert {type_of(spec) for spec in SPECS.values()} == built_in - elsewhere
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-def test_it_obeys_every_law(spec):
+def test_laws(spec):
     check_block(spec, dim=DIM, endurance=1000)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({type_of(spec) for spec in SPECS.values()} - {"chain", "gate", "persistent"}))
-def test_with_its_defaults_it_obeys_every_law(name):
+def test_laws_with_defaults(name):
     check_block(name)
 
 
@@ -80,7 +100,7 @@ def test_with_its_defaults_it_obeys_every_law(name):
     ],
 )
 @pytest.mark.parametrize("name", ["memory", "attention", "rms_norm"])
-def test_inputs_that_do_not_fit_are_refused_in_words(name, change, error, message):
+def test_invalid_inputs_are_errors(name, change, error, message):
     block = build_block(name, dim=16)
     given = dict(x=torch.randn(2, 3, 16)) | change
     with pytest.raises(error, match=f": {message}"):

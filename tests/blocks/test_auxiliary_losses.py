@@ -130,7 +130,7 @@ def test_the_loss_of_a_bfloat16_model_is_float32():
     assert_close(value.double(), loss(module.double(), tokens())[0], rtol=0.05, atol=0.0)
 
 
-def test_a_model_without_memory_has_loss_zero():
+def test_the_loss_of_a_model_without_memories_is_zero():
     block = tb.build_block("ffn", dim=8)
     with tb.memory_loss(block) as aux:
         block(torch.randn(1, 3, 8))

@@ -10,14 +10,14 @@ from titans_build.blocks.laws import check_block
 from titans_build.registry import RecipeError, catalogue
 
 
-def test_one_seed_gives_one_block():
+def test_a_seed_determines_the_block():
     first, again, other = (build_block("memory", dim=16, seed=seed) for seed in (3, 3, 4))
     for name, parameter in first.named_parameters():
         assert torch.equal(parameter, again.get_parameter(name))
     assert not torch.equal(first.qkv.weight, other.qkv.weight)
 
 
-def test_the_global_generator_is_left_alone_unless_asked_for():
+def test_the_global_generator_is_used_without_a_seed_only():
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
@@ -30,12 +30,12 @@ def test_the_global_generator_is_left_alone_unless_asked_for():
     assert not torch.equal(torch.rand(3), expected)
 
 
-def test_another_dtype_is_the_same_block_rounded():
+def test_another_dtype_gives_rounded_parameters():
     wide, narrow = build_block("ffn", dim=16), build_block("ffn", dim=16, dtype=torch.bfloat16)
     assert torch.equal(wide.up.weight.bfloat16(), narrow.up.weight)
 
 
-def test_lists_are_chains_and_mistakes_are_named():
+def test_lists_are_chains_and_errors_have_paths():
     assert type(build_block(["ffn", "ffn"], dim=16)).__name__ == "Chain"
     with pytest.raises(RecipeError, match=r"dept.*depth"):
         build_block({"type": "memory", "dept": 2}, dim=16)
@@ -69,7 +69,7 @@ class Counted(Block):
         nn.init.ones_(self.weight)
 
 
-def test_each_block_initialises_what_it_owns_once():
+def test_each_parameter_is_initialised_once_by_its_block():
     Counted.resets = 0
     with torch.device("meta"):
         block = Holder(8)
@@ -78,7 +78,7 @@ def test_each_block_initialises_what_it_owns_once():
     assert block.linear[0].weight.std() > 0
 
 
-def test_a_parameter_that_nobody_initialises_is_named():
+def test_an_uninitialised_parameter_is_an_error():
     class Forgets(Holder):
         def reset_parameters(self):
             nn.init.ones_(self.scale)
@@ -89,7 +89,7 @@ def test_a_parameter_that_nobody_initialises_is_named():
             build_block("forgets", dim=8)
 
 
-def test_dtypes_go_by_name_too():
+def test_dtypes_by_name():
     assert next(build_block("ffn", dim=8, dtype="bfloat16").parameters()).dtype == torch.bfloat16
 
 
@@ -102,13 +102,13 @@ def test_dtypes_go_by_name_too():
         ({"device": "cuda:99"}, "device cuda:99: "),
     ],
 )
-def test_places_that_cannot_be_had_are_refused(arguments, message):
+def test_unavailable_devices_are_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         build_block("ffn", dim=8, **arguments)
     with pytest.raises(ValueError, match=message):
         check_block("ffn", dim=8, laws=["split"], **arguments)
 
 
-def test_rows_of_a_shared_state_take_no_memory():
+def test_expanding_a_state_to_rows_does_not_copy():
     state = as_rows((torch.zeros(1, 4), None), 100)
     assert state[0].shape == (100, 4) and state[0].untyped_storage().nbytes() == 16

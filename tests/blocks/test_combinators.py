@@ -49,16 +49,12 @@ def test_chain_period_growth_and_flops():
     assert block.flops(10) == sum(part.flops(10) for part in block.of)
 
 
-def test_empty_chain_is_refused():
+def test_an_empty_chain_is_an_error():
     with pytest.raises(RecipeError, match="of"):
         validate({"type": "chain", "of": []})
 
 
-def test_chain_obeys_the_laws():
-    check_block([MEMORY, WINDOW, "ffn"], dim=16, endurance=1000)
-
-
-def test_chain_refuses_another_state():
+def test_chain_with_a_state_of_another_block():
     block, x = build_block({"type": "chain", "of": [MEMORY, WINDOW]}, dim=8), torch.zeros(2, 3, 8)
     with pytest.raises(TypeError, match="Chain: state is a tuple of 3: expected a tuple of 2"):
         block(x, (None, None, None))
@@ -110,11 +106,6 @@ def test_residual_passes_on_the_window_limit():
     assert not block.grows and block.of.window == 8
 
 
-def test_residual_obeys_the_laws_in_a_context():
-    spec = {"type": "context", "segment": 6, "persistent": 2, "memory": MEMORY, "attend": residual(WINDOW)}
-    check_block(spec, dim=16, endurance=1000)
-
-
 # -- gate -------------------------------------------------------------------------------------------------------------
 
 
@@ -145,12 +136,7 @@ def test_gate_has_two_branches(branches):
         validate({"type": "gate", "branches": branches}, dim=16)
 
 
-@pytest.mark.parametrize("form", ["sigmoid", "silu", "sum"])
-def test_gate_obeys_the_laws(form):
-    check_block({"type": "gate", "branches": [WINDOW, MEMORY], "form": form}, dim=16, endurance=1000)
-
-
-def test_gate_refuses_another_state():
+def test_gate_with_a_state_of_another_block():
     block, x = build_block({"type": "gate", "branches": [WINDOW, MEMORY]}, dim=8), torch.zeros(2, 3, 8)
     with pytest.raises(TypeError, match="Gate: state is a tuple of 3: expected a tuple of 2"):
         block(x, (None, None, None))
@@ -210,19 +196,13 @@ def test_nested_persistent_tokens_outer_first():
     torch.testing.assert_close(block.of.prefix(block.tokens[None])[0], expected[:, :3])
 
 
-def test_rows_share_the_memory_of_a_fresh_state():
+def test_rows_of_a_fresh_state_share_memory():
     block = persistent(MEMORY)
     state = block.init_state(64)
     assert (
         state.memory.weights[0].untyped_storage().nbytes()
         == block.init_state(1).memory.weights[0].untyped_storage().nbytes()
     )
-
-
-def test_persistent_obeys_the_laws():
-    gate = {"type": "gate", "branches": [WINDOW, MEMORY]}
-    check_block({"type": "persistent", "tokens": 3, "of": gate}, dim=16, endurance=1000)
-    check_block({"type": "persistent", "tokens": 3, "of": [MEMORY, WINDOW]}, dim=16, endurance=1000)
 
 
 # -- layer ------------------------------------------------------------------------------------------------------------
@@ -259,11 +239,11 @@ def test_layer_output_is_zero_at_masked_tokens():
     assert y.isfinite().all() and state[0].memory.weights[0].isfinite().all()
 
 
-def test_layer_obeys_the_laws():
-    check_block(layer_of(), endurance=1000)
+def test_laws_of_a_layer():
+    check_block(layer_of(), endurance=300)
 
 
-def test_layer_refuses_another_state():
+def test_layer_with_a_state_of_another_block():
     layer = Layer(16, of=LAYER)
     materialise(layer, "cpu", torch.float32, 0)
     with pytest.raises(TypeError, match="Layer: state is a tuple of 1: expected a tuple of 2"):

@@ -95,7 +95,7 @@ def token_by_token(block, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("write", ["attended", "inputs"])
 @pytest.mark.parametrize("persistent", [0, 3])
 @pytest.mark.parametrize("segment", [1, 5, 6])
-def test_it_is_what_its_definition_says_token_by_token(write, persistent, segment):
+def test_outputs_equal_the_definition_computed_token_by_token(write, persistent, segment):
     block = make(write=write, persistent=persistent, segment=segment)
     x = noise(2, 23, DIM)
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_it_is_what_its_definition_says_token_by_token(write, persistent, segmen
             torch.testing.assert_close(got[row], token_by_token(block, x[row]), rtol=1e-9, atol=1e-10)
 
 
-def test_any_causal_block_can_attend_and_any_memory_can_be_written(leaky):
+def test_any_causal_block_as_attention_and_any_memory(leaky):
     """The same definition with a leaky integrator in either place, whose steps are written out here."""
     block = make(memory="leaky", attend="leaky", persistent=2)
 
@@ -131,7 +131,7 @@ def test_any_causal_block_can_attend_and_any_memory_can_be_written(leaky):
 
 
 @pytest.mark.parametrize("write", ["attended", "inputs"])
-def test_no_output_sees_a_later_token(write):
+def test_outputs_do_not_depend_on_later_tokens(write):
     block = make(write=write)
     x = noise(2, 20, DIM)
     with torch.no_grad():
@@ -163,7 +163,7 @@ def test_without_the_write_the_outputs_change():
     assert difference[:6].max() == 0 and difference[6:].min() > 1e-3
 
 
-def test_a_segment_recalls_from_its_start_and_not_from_later_writes():
+def test_a_segment_reads_the_memory_at_its_start():
     block = make(segment=4)
     x = noise(1, 8, DIM)
     seen = []
@@ -185,7 +185,7 @@ def test_a_segment_recalls_from_its_start_and_not_from_later_writes():
 
 
 @pytest.mark.parametrize("write", ["attended", "inputs"])
-def test_full_segments_attend_together_only_when_inputs_are_written(write):
+def test_full_segments_attend_in_parallel_only_if_inputs_are_written(write):
     block = make(write=write, segment=4)
     shapes = []
     every = type(block.attend).every
@@ -203,7 +203,7 @@ def test_full_segments_attend_together_only_when_inputs_are_written(write):
 
 
 @pytest.mark.parametrize("write", ["attended", "inputs"])
-def test_rows_at_every_phase_of_a_segment_run_together(write):
+def test_rows_at_different_positions_of_their_segments(write):
     block = make(write=write, segment=5)
     phases = list(range(7))
     x, before = noise(len(phases), 13, DIM), noise(len(phases), 7, DIM, seed=2)
@@ -220,7 +220,7 @@ def test_rows_at_every_phase_of_a_segment_run_together(write):
             assert int(after.position[row]) == int(ended.position[0])
 
 
-def test_the_state_does_not_grow_with_what_was_read():
+def test_the_state_does_not_grow():
     block = make()
     with torch.no_grad():
         shapes = [
@@ -231,22 +231,7 @@ def test_the_state_does_not_grow_with_what_was_read():
     assert not block.grows
 
 
-@pytest.mark.parametrize("write", ["attended", "inputs"])
-@pytest.mark.parametrize("form", ["sigmoid", "silu", "sum"])
-def test_it_obeys_the_laws(write, form):
-    spec = {
-        "type": "context",
-        "segment": 6,
-        "persistent": 2,
-        "memory": {"type": "memory", "heads": 2, "chunk": 4},
-        "attend": {"type": "attention", "heads": 2, "window": 5 if form == "silu" else None},
-        "write": write,
-        "form": form,
-    }
-    check_block(spec, dim=DIM, endurance=1500)
-
-
-def test_contexts_nest():
+def test_nested_contexts():
     inner = {"type": "context", "segment": 3, "persistent": 1, "memory": {"type": "memory", "heads": 2, "chunk": 2},
              "attend": {"type": "attention", "heads": 2}}  # fmt: skip
     outer = inner | {"segment": 4, "attend": inner}
@@ -261,7 +246,7 @@ def test_every_parameter_gets_a_gradient():
         assert parameter.grad is not None and bool((parameter.grad != 0).any()), name
 
 
-def test_a_memory_needs_read_and_write():
+def test_a_memory_must_have_read_and_write():
     with pytest.raises(RecipeError, match=r"memory.*read and write"):
         validate({"type": "context", "memory": "attention"}, dim=DIM)
 
@@ -297,18 +282,18 @@ def test_a_wrapper_around_memories_is_a_memory(memory):
         ({"type": "gate", "branches": ["attention", MEMORY]}, r"memory\.branches\.0: .*got 'attention'"),
     ],
 )
-def test_a_wrapper_around_anything_else_is_not(memory, place):
+def test_a_wrapper_around_another_block_is_no_memory(memory, place):
     with pytest.raises(RecipeError, match=place):
         validate({"type": "context", "memory": memory}, dim=DIM)
 
 
-def test_counting_matches_the_state():
+def test_state_bytes_and_flops():
     block = make(persistent=16, segment=8)
     assert block.state_bytes() == sum(t.numel() * t.element_size() for _, t in named_tensors(block.init_state(1)))
     assert block.flops(16) > block.flops(8) > block.memory.flops(8)
 
 
-def test_foreign_inputs_and_states_are_refused_by_name():
+def test_invalid_inputs_and_states_are_errors():
     block = build_block({"type": "context", "segment": 4, "attend": "attention"}, dim=DIM)
     x = torch.zeros(2, 3, DIM)
     with pytest.raises(ValueError, match=r"Context: x \[2, 3, 15\]: expected \[batch, time, 16\]"):
@@ -321,7 +306,7 @@ def test_foreign_inputs_and_states_are_refused_by_name():
         block(x, block.init_state(3))
 
 
-def test_recalling_is_counted_where_the_memory_says_what_it_costs(leaky):
+def test_flops_of_reading_a_custom_memory(leaky):
     plain = build_block({"type": "context", "segment": 4, "memory": "leaky"}, dim=DIM).flops(10)
 
     class Counted(leaky):
@@ -342,6 +327,6 @@ def test_recalling_is_counted_where_the_memory_says_what_it_costs(leaky):
         ({"type": "ffn", "hidden": 10**12}, "hidden: expected .* 1 to 1048576"),
     ],
 )
-def test_absurd_sizes_are_refused(spec, message):
+def test_sizes_out_of_range_are_errors(spec, message):
     with pytest.raises(RecipeError, match=message):
         validate(spec, dim=DIM)

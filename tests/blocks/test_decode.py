@@ -107,7 +107,7 @@ def one_by_one(block, x, state):
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
 @pytest.mark.parametrize("name", BLOCKS)
-def test_it_is_forward(name, rows):
+def test_decoder_gives_the_outputs_and_state_of_forward(name, rows):
     block, x = made(BLOCKS[name]), tokens(rows, 13)
     with torch.no_grad():
         expected, last = block(x, block.init_state(rows))
@@ -117,7 +117,7 @@ def test_it_is_forward(name, rows):
 
 
 @pytest.mark.parametrize("name", ["memory", "attention", "chain", "gate", "context"])
-def test_rows_may_stand_at_different_places(name):
+def test_rows_at_different_positions(name):
     block, x = made(BLOCKS[name]), tokens(2, 9)
     mask = torch.arange(5) < torch.tensor([[5], [2]])
     with torch.no_grad():
@@ -129,7 +129,7 @@ def test_rows_may_stand_at_different_places(name):
 
 
 @pytest.mark.parametrize("name", ["memory", "attention", "context", "persistent"])
-def test_states_that_were_given_out_stay_as_they_were(name):
+def test_earlier_states_are_not_modified(name):
     block, x = made(BLOCKS[name]), tokens(1, 10)
     with torch.inference_mode():
         decode, state = decoder(block, 1), block.init_state(1)
@@ -158,7 +158,7 @@ def test_states_that_were_given_out_stay_as_they_were(name):
     ],
     ids=["memory", "chain", "gate", "persistent", "not prepared"],
 )
-def test_reading_is_read(spec):
+def test_reader_gives_the_outputs_of_read(spec):
     block, x = made(spec).blocks[0], tokens(2, 4)
     with torch.inference_mode():
         state = block.write(tokens(2, 5, seed=1), block.init_state(2))
@@ -166,7 +166,7 @@ def test_reading_is_read(spec):
         assert_close(ask(x[:, :1], state), block.read(x[:, :1], state), rtol=1e-10, atol=1e-12)
 
 
-def test_a_block_of_others_may_keep_what_it_is_given():
+def test_a_custom_block_may_keep_its_input():
     with torch.device("meta"):
         layer = Layer(32, of=["rms_norm", [ATTENTION, Shift(32), "ffn"]])
     block, x = made(layer), tokens(2, 6)
@@ -176,7 +176,7 @@ def test_a_block_of_others_may_keep_what_it_is_given():
     assert_close(y, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_a_forward_of_its_own_is_called():
+def test_the_forward_of_a_subclass_is_called():
     with torch.device("meta"):
         layer = Layer(32, of=[Doubled(32, heads=2, window=4)])
     block, x = made(layer), tokens(1, 6)
@@ -197,7 +197,7 @@ def test_hooks_are_called(path):
     assert len(calls) >= 3
 
 
-def test_a_forward_put_into_one_block_is_called():
+def test_a_replaced_forward_of_an_instance_is_called():
     block, x = made(MEMORY), tokens(1, 3)
     calls, forward = [], block.blocks[0].forward
     block.blocks[0].forward = lambda *args, **named: calls.append(args) or forward(*args, **named)
@@ -205,7 +205,7 @@ def test_a_forward_put_into_one_block_is_called():
     assert len(calls) == 3
 
 
-def test_wrong_outputs_of_a_block_are_named():
+def test_invalid_outputs_of_a_block_are_errors():
     class Narrow(Shift):
         def forward(self, x, state=None, *, mask=None):
             return x[..., :4], state
@@ -225,7 +225,7 @@ def greedy(model, logits, state, count):
 
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("recipe", SMALL)
-def test_packaged_models_decode_as_they_run(recipe, rows):
+def test_decoding_packaged_models_equals_forward(recipe, rows):
     loaded = tb.load_recipe(recipe, overrides={"dim": 32})
     model = tb.build(loaded, dtype=torch.float64, seed=0)
     prompt = torch.randint(256, (rows, 40), generator=torch.Generator().manual_seed(0))
@@ -250,7 +250,7 @@ def prompt():
     return torch.arange(20)[None] % 256
 
 
-def test_it_is_prepared_where_there_are_kernels(model, prompt, monkeypatch):
+def test_plans_are_used_where_kernels_exist(model, prompt, monkeypatch):
     if library.refuse(device="cpu", dtype=torch.float64):
         pytest.skip("no C compiler")
     logits, state = read_prompt(model, prompt)
@@ -263,7 +263,7 @@ def test_it_is_prepared_where_there_are_kernels(model, prompt, monkeypatch):
     assert len(greedy(model, logits, state, 12)) == 12
 
 
-def test_two_generations_of_one_model_do_not_meet(model, prompt):
+def test_two_decoders_of_one_model_are_independent(model, prompt):
     starts = [read_prompt(model, prompt), read_prompt(model, prompt.flip(1))]
     alone = [[step.logits for step in greedy(model, *start, 9)] for start in starts]
     together = [steps(model, *start, Sampler(), 9) for start in starts]
@@ -272,7 +272,7 @@ def test_two_generations_of_one_model_do_not_meet(model, prompt):
         assert_close([pair[i].logits for pair in both], alone[i], rtol=0, atol=0)
 
 
-def test_threads_do_not_meet(model, prompt):
+def test_decoders_in_several_threads_are_independent(model, prompt):
     starts = [read_prompt(model, prompt), read_prompt(model, prompt.flip(1))]
     alone = [[step.logits for step in greedy(model, *start, 40)] for start in starts]
     found = [None, None]
@@ -289,7 +289,7 @@ def test_threads_do_not_meet(model, prompt):
         assert_close(found[i], alone[i], rtol=1e-12, atol=1e-12)
 
 
-def test_memory_can_be_frozen_on_the_way(model, prompt):
+def test_memory_frozen_between_tokens(model, prompt):
     start = read_prompt(model, prompt)
     given = steps(model, *start, Sampler(), 6)
     states = [next(given).state for _ in range(3)]
@@ -301,7 +301,7 @@ def test_memory_can_be_frozen_on_the_way(model, prompt):
     assert torch.equal(weights[3], weights[2]) and torch.equal(weights[5], weights[2])
 
 
-def test_new_values_of_parameters_are_used_at_once(model, prompt):
+def test_changed_parameters_are_used(model, prompt):
     """In place, and where a tensor is put in a parameter's place."""
     start = read_prompt(model, prompt)
     for change in (lambda p: p.mul_(1.5), lambda p: setattr(p, "data", p.detach() * 1.5)):
@@ -334,7 +334,7 @@ def hooked(model):
 
 
 @pytest.mark.parametrize("change", [swapped_in, assigned, replaced, hooked])
-def test_what_is_put_into_the_model_is_used_at_once(model, prompt, change):
+def test_replaced_modules_and_hooks_are_used(model, prompt, change):
     given = steps(model, *read_prompt(model, prompt), Sampler(), 3)
     next(given)
     step = next(given)
@@ -345,7 +345,7 @@ def test_what_is_put_into_the_model_is_used_at_once(model, prompt, change):
         assert_close(after.logits, model.predict(hidden[:, 0]), rtol=1e-9, atol=1e-10)
 
 
-def test_a_state_that_fits_no_more_is_refused(model, prompt):
+def test_a_state_that_no_longer_fits_is_an_error(model, prompt):
     given = steps(model, *read_prompt(model, prompt), Sampler(), 3)
     next(given)
     model.float()
@@ -354,7 +354,7 @@ def test_a_state_that_fits_no_more_is_refused(model, prompt):
 
 
 @pytest.mark.parametrize("logits, rows", [(1, 2), (2, 1)])
-def test_a_state_of_other_rows_than_the_logits_is_refused(model, prompt, logits, rows):
+def test_a_state_with_other_rows_than_the_logits_is_an_error(model, prompt, logits, rows):
     predicted, state = read_prompt(model, prompt.expand(2, -1))
     given = steps(model, predicted[:logits], tb.state.select(state, slice(rows)), Sampler(), 2)
     with pytest.raises(ValueError, match=f"state has {rows} rows"):
@@ -362,7 +362,7 @@ def test_a_state_of_other_rows_than_the_logits_is_refused(model, prompt, logits,
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_a_backend_that_was_asked_for_is_taken(model, prompt, backend, monkeypatch):
+def test_the_selected_backend_is_used(model, prompt, backend, monkeypatch):
     start = read_prompt(model, prompt)
     expected = [step.logits for step in greedy(model, *start, 5)]
     setting = "memory=step,memory_read=torch,cached_attention=torch,projection=torch,gated_projection=torch"

@@ -53,7 +53,7 @@ def test_a_single_row_of_another_recipe_is_an_error():
     model(TOKENS[:1], st.select(mixed, [0]))
 
 
-def test_weights_and_names_do_not_matter():
+def test_fingerprints_do_not_depend_on_weights_and_names():
     state = build(RECIPE, seed=0)(TOKENS).state
     build(RECIPE, seed=1)(TOKENS, state)
     build(RECIPE | {"name": "otherwise"})(TOKENS, state)

@@ -40,7 +40,7 @@ MEMORY = {"type": "memory", "heads": 2, "chunk": 4}
         ({"type": "attention"}, {"type": "attention", "heads": 4}, r"keys is \[2, 5, 4"),
     ],
 )
-def test_a_foreign_state_is_refused(ours, theirs, said, tokens, gradients):
+def test_a_state_of_another_block_is_an_error(ours, theirs, said, tokens, gradients):
     base = lambda spec: {"type": "attention", "heads": 2} if "type" in spec else MEMORY  # noqa: E731
     block, other = (tb.build_block({**base(spec), **spec}, dim=16) for spec in (ours, theirs))
     x = torch.randn(2, 5, 16)
@@ -52,7 +52,7 @@ def test_a_foreign_state_is_refused(ours, theirs, said, tokens, gradients):
 @pytest.mark.parametrize("spec", [MEMORY, {"type": "attention", "heads": 2}, {"type": "attention", "window": 4}])
 @pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("gradients", [True, False])
-def test_a_state_of_another_dtype_or_of_fewer_rows_is_refused(spec, tokens, gradients):
+def test_a_state_of_another_dtype_or_number_of_rows_is_an_error(spec, tokens, gradients):
     block = tb.build_block(spec, dim=16)
     x = torch.randn(2, 5, 16)
     _, state = block.prefix(x[:, :1])
@@ -68,7 +68,7 @@ def test_a_state_of_another_dtype_or_of_fewer_rows_is_refused(spec, tokens, grad
                     block(x[:, :tokens], wide)
 
 
-def test_every_piece_of_a_context_asks_whose_state_it_is():
+def test_states_inside_a_context_are_checked():
     ours, theirs = (
         tb.build_block({"type": "context", "segment": 4, "memory": {**MEMORY, "conv": conv}}, dim=16) for conv in (0, 4)
     )
@@ -79,7 +79,7 @@ def test_every_piece_of_a_context_asks_whose_state_it_is():
             ours(x[:, :tokens], state)
 
 
-def test_a_state_from_before_the_window_was_bound():
+def test_a_state_created_before_bound_was_called():
     x = torch.randn(2, 12, 16)
     for window in (None, 8):
         block = tb.build_block({"type": "attention", "heads": 2, "window": window}, dim=16)
@@ -91,7 +91,7 @@ def test_a_state_from_before_the_window_was_bound():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_stands_at_masked_tokens_reaches_no_gradient(value):
+def test_masked_nan_inputs_do_not_reach_gradients(value):
     block = tb.build_block(MEMORY, dim=16)
     x, mask = torch.randn(2, 6, 16), torch.tensor([[True] * 6, [False] * 3 + [True] * 3])
     x[~mask] = value
@@ -101,7 +101,7 @@ def test_what_stands_at_masked_tokens_reaches_no_gradient(value):
 
 
 @pytest.mark.parametrize("spec", [MEMORY, {"type": "attention", "heads": 2}])
-def test_ones_own_is_taken_whatever_it_has_read(spec):
+def test_states_of_the_block_are_accepted_after_any_input(spec):
     block = tb.build_block(spec, dim=16)
     x = torch.randn(2, 5, 16)
     _, state = block.prefix(x[:, :2])

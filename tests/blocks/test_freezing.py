@@ -51,7 +51,7 @@ def same(left, right):
     return left.keys() == right.keys() and all(torch.equal(left[path], right[path]) for path in left)
 
 
-def test_what_a_memory_holds_stays(model):
+def test_a_frozen_memory_does_not_change(model):
     state = model(ids(7)).state
     with model.freeze_memory() as frozen:
         assert frozen.names == NAMES
@@ -60,7 +60,7 @@ def test_what_a_memory_holds_stays(model):
     assert not same(memories(model(ids(13, seed=1), state).state), memories(state))
 
 
-def test_it_answers_as_the_recipe_with_use_read_does(model):
+def test_freezing_equals_use_read_in_the_recipe(model):
     paths = ["layers.mac.0.memory", "layers.mag.0.of.branches.1", "layers.lmm.0"]
     reading = build(load_recipe(RECIPE, {f"{path}.use": "read" for path in paths}), dtype=torch.float64)
     reading.load_state_dict(model.state_dict())
@@ -70,7 +70,7 @@ def test_it_answers_as_the_recipe_with_use_read_does(model):
         torch.testing.assert_close(model(ids(9), state).logits, reading(ids(9), theirs).logits, rtol=0, atol=0)
 
 
-def test_streaming_frozen_is_reading_frozen(model):
+def test_streaming_a_frozen_model_equals_one_pass(model):
     state, tokens = model(ids(7)).state, ids(11, seed=1)
     with model.freeze_memory():
         whole = model(tokens, state)
@@ -83,7 +83,7 @@ def test_streaming_frozen_is_reading_frozen(model):
     assert same(memories(running), memories(state))
 
 
-def test_generating_frozen_is_reading_frozen(model):
+def test_generation_with_a_frozen_model_equals_one_pass(model):
     state = model(ids(7)).state
     with model.freeze_memory():
         generation = model.generate(ids(3), 9, state)
@@ -94,7 +94,7 @@ def test_generating_frozen_is_reading_frozen(model):
     assert not same(memories(model.generate(ids(3), 9, state).state), memories(state))
 
 
-def test_a_thawed_memory_goes_on_from_where_it_stood():
+def test_a_thawed_memory_continues_from_its_state():
     block = build_block(MEMORY | {"conv": 0}, dim=16, dtype=torch.float64)
     x = torch.randn(2, 20, 16, dtype=torch.float64)
     _, state = block(x[:, :6])  # two tokens into a chunk
@@ -105,7 +105,7 @@ def test_a_thawed_memory_goes_on_from_where_it_stood():
     assert torch.equal(y, expected) and same(memories((got,)), memories((ended,)))
 
 
-def test_a_fresh_state_holds_its_persistent_tokens_frozen_or_not(model):
+def test_persistent_tokens_are_written_even_if_frozen(model):
     fresh = model.init_state(2)
     with model.freeze_memory():
         frozen = model.init_state(2)
@@ -114,7 +114,7 @@ def test_a_fresh_state_holds_its_persistent_tokens_frozen_or_not(model):
     assert fresh.layers[1][0][1].memory.position.tolist() == [3, 3]
 
 
-def test_until_it_is_thawed(model):
+def test_memories_are_frozen_until_thawed(model):
     def learns():
         state = model.init_state(2)
         return not same(memories(model(ids(5), state).state), memories(state))
@@ -136,7 +136,7 @@ def test_until_it_is_thawed(model):
     assert learns()
 
 
-def test_a_copy_and_a_saved_model(model, tmp_path):
+def test_copies_and_saved_models(model, tmp_path):
     model.freeze_memory()
     twin = copy.deepcopy(model)
     twin.unfreeze_memory()
@@ -145,21 +145,21 @@ def test_a_copy_and_a_saved_model(model, tmp_path):
     assert load(tmp_path).layers[2].blocks[0].use == "both"  # freezing is of the moment, not of the recipe
 
 
-def test_a_memory_that_is_only_written_cannot_be_frozen():
+def test_a_memory_with_use_write_cannot_be_frozen():
     model = build(RECIPE | {"layers": {"a": [MEMORY, MEMORY | {"use": "write"}]}, "stack": ["a"]})
     with pytest.raises(ValueError, match=r"layers.0.blocks.1: cannot be frozen"):
         model.freeze_memory()
     assert model.layers[0].blocks[0].use == "both"
 
 
-def test_a_memory_that_only_reads_is_none_to_freeze_or_thaw():
+def test_a_memory_with_use_read_is_neither_frozen_nor_thawed():
     model = build(RECIPE | {"layers": {"a": [MEMORY | {"use": "read"}]}, "stack": ["a"]})
     assert model.freeze_memory().names == []
     model.unfreeze_memory()
     assert model.layers[0].blocks[0].use == "read"
 
 
-def test_any_block_with_a_use_takes_part():
+def test_custom_blocks_with_an_attribute_use_are_frozen():
     class Counter(Block):
         def __init__(self) -> None:
             super().__init__(1)

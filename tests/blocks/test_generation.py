@@ -45,14 +45,14 @@ def greedy_from_scratch(model, tokens, count):
     return tokens
 
 
-def test_greedy_is_the_whole_model_run_anew_for_every_token(model):
+def test_greedy_generation_equals_forward_on_all_tokens(model):
     prompt = ids(3, 7)
     gen = model.generate(prompt, 15)
     assert torch.equal(gen.tokens, greedy_from_scratch(model, prompt, 15))
     assert len(gen.tokens[:, 7:].unique()) > 3
 
 
-def test_the_state_has_read_everything(model):
+def test_the_state_includes_all_returned_tokens(model):
     gen = model.generate(ids(2, 4), 9)
     out = model(gen.tokens)
     for (path, got), (_, expected) in zip(st.named_tensors(gen.state), st.named_tensors(out.state)):
@@ -65,7 +65,7 @@ def test_the_state_has_read_everything(model):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_going_on_is_the_longer_run(model, temperature):
+def test_continued_generation_equals_one_call(model, temperature):
     prompt = ids(2, 5)
     whole = model.generate(prompt, 12, temperature=temperature, seed=torch.Generator().manual_seed(3))
     generator = torch.Generator().manual_seed(3)
@@ -76,7 +76,7 @@ def test_going_on_is_the_longer_run(model, temperature):
     assert torch.equal(torch.cat([first.tokens, rest.tokens], dim=1), whole.tokens)
 
 
-def test_padded_rows_go_on_as_they_would_alone(model):
+def test_padded_rows_equal_single_rows(model):
     tokens = ids(3, 8)
     mask = torch.ones(3, 8, dtype=torch.bool)
     mask[0, :3] = False  # left
@@ -89,7 +89,7 @@ def test_padded_rows_go_on_as_they_would_alone(model):
     assert torch.equal(gen.tokens[:, :8], tokens)
 
 
-def test_a_row_without_prompt_goes_on_from_given_logits(model):
+def test_a_row_without_a_prompt_starts_from_given_logits(model):
     first = model.generate(ids(2, 5), 4)
     tokens = ids(2, 3, seed=2)
     mask = torch.tensor([[False] * 3, [True] * 3])
@@ -100,7 +100,7 @@ def test_a_row_without_prompt_goes_on_from_given_logits(model):
     assert torch.equal(gen.tokens[1, 3:], spoken.tokens[0, 3:])
 
 
-def test_a_seed_repeats_and_the_global_generator_is_left_alone(model):
+def test_seeds_are_reproducible_and_the_global_generator_is_not_used(model):
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
@@ -111,7 +111,7 @@ def test_a_seed_repeats_and_the_global_generator_is_left_alone(model):
     assert not torch.equal(runs[3], runs[4])
 
 
-def test_no_gradient_is_tracked_and_the_state_can_be_trained_from(model):
+def test_gradients_are_not_tracked_and_the_state_can_be_trained_from(model):
     gen = model.generate(ids(1, 4), 3)
     assert not any(tensor.requires_grad for _, tensor in st.named_tensors(gen.state))
     tokens = ids(1, 4, seed=3)
@@ -121,14 +121,14 @@ def test_no_gradient_is_tracked_and_the_state_can_be_trained_from(model):
     assert loss.requires_grad
 
 
-def test_zero_new_tokens_read_the_prompt(model):
+def test_zero_new_tokens(model):
     prompt = ids(2, 4)
     gen = model.generate(prompt, 0)
     assert torch.equal(gen.tokens, prompt)
     torch.testing.assert_close(gen.logits, model(prompt).logits[:, -1].detach())
 
 
-def test_steps_yield_tokens_as_they_come(model):
+def test_steps_yield_single_tokens(model):
     prompt = ids(1, 4)
     logits, state = read_prompt(model, prompt)
     seen = []
@@ -139,7 +139,7 @@ def test_steps_yield_tokens_as_they_come(model):
     assert seen == model.generate(prompt, 5).tokens[0, 4:].tolist()
 
 
-def test_a_step_can_be_gone_on_from_at_once_and_trained_from_as_a_copy(model):
+def test_steps_can_be_continued_and_copies_can_be_trained_from(model):
     prompt, tokens = ids(1, 4), ids(1, 3, seed=4)
     logits, state = read_prompt(model, prompt)
     for step in steps(model, logits, state, Sampler(), 3):
@@ -180,14 +180,14 @@ def test_a_step_can_be_gone_on_from_at_once_and_trained_from_as_a_copy(model):
         ({"tokens": ids(2, 0)}, ValueError, "row 0 has no valid token"),
     ],
 )
-def test_wrong_settings_are_refused_in_words(model, arguments, error, message):
+def test_invalid_arguments_are_errors(model, arguments, error, message):
     with pytest.raises(error, match=message):
         generate(model, **({"tokens": ids(2, 2)} | arguments))
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 2}, {"top_p": 0.5}])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_no_token_is_drawn_from_what_is_not_finite(settings, value):
+def test_sampling_from_nonfinite_logits_is_an_error(settings, value):
     logits = torch.zeros(2, 4)
     logits[1, 2] = value
     with pytest.raises(ValueError, match=f"maximum of row 1 is {value}"):
@@ -196,13 +196,13 @@ def test_no_token_is_drawn_from_what_is_not_finite(settings, value):
         Sampler(**settings)(torch.full((1, 4), float("-inf")))
 
 
-def test_tokens_can_be_ruled_out():
+def test_tokens_at_minus_infinity_are_never_sampled():
     logits = torch.tensor([[float("-inf"), 0.0, float("-inf")]]).expand(50, -1)
     for settings in ({}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}):
         assert Sampler(seed=0, **settings)(logits).unique().tolist() == [1]
 
 
-def test_a_model_that_has_diverged_says_so(model):
+def test_a_diverged_model_is_an_error(model):
     state = model.init_state(1)
     logits = torch.full((1, VOCAB), float("nan"))
     for temperature in (0.0, 1.0):
@@ -210,7 +210,7 @@ def test_a_model_that_has_diverged_says_so(model):
             model.generate(ids(1, 0), 2, state=state, logits=logits, temperature=temperature)
 
 
-def test_a_state_of_other_rows_is_refused(model):
+def test_a_state_with_other_rows_is_an_error(model):
     with pytest.raises(ValueError, match="3 rows"):
         model.generate(ids(2, 3), 2, state=model.init_state(3))
 
@@ -238,7 +238,7 @@ PROBABILITY = torch.tensor([0.4, 0.3, 0.2, 0.1])
         ({"temperature": 1e-30}, torch.tensor([1.0, 0, 0, 0])),
     ],
 )
-def test_tokens_are_drawn_with_the_right_frequencies(settings, expected):
+def test_frequencies_of_sampled_tokens(settings, expected):
     # in another order than by probability, as a vocabulary is
     order = torch.tensor([2, 0, 3, 1])
     got = frequencies(Sampler(**({"temperature": 1.0, "seed": 0} | settings)), PROBABILITY[order].log().tolist())

@@ -34,7 +34,7 @@ def ids(*shape, vocab=13, seed=0):
     return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_it_is_embedding_layers_norm_and_head():
+def test_forward_is_embedding_layers_norm_and_head():
     model = make()
     tokens = ids(2, 9)
     x = model.embedding[tokens]
@@ -56,13 +56,13 @@ def test_a_tied_head_is_the_embedding():
         make(vocab=None, tie=True)
 
 
-def test_a_fresh_model_predicts_nothing_in_particular():
+def test_a_fresh_model_predicts_uniformly():
     tokens = ids(4, 33)
     loss = make()(tokens[:, :-1], targets=tokens[:, 1:]).loss
     assert abs(loss.item() - math.log(13)) < 0.1
 
 
-def test_loss_is_the_mean_over_targets_that_count():
+def test_the_loss_is_the_mean_over_targets():
     model = make()
     tokens, targets = ids(2, 9), ids(2, 9, seed=1)
     mask = torch.ones(2, 9, dtype=torch.bool)
@@ -76,7 +76,7 @@ def test_loss_is_the_mean_over_targets_that_count():
     assert half(tokens, targets=ids(2, 9)).loss.dtype == torch.float32
 
 
-def test_pieces_give_what_one_pass_gives():
+def test_split_sequences_equal_one_pass():
     model = make()
     tokens = ids(2, 23)
     whole = model(tokens)
@@ -90,7 +90,7 @@ def test_pieces_give_what_one_pass_gives():
         torch.testing.assert_close(got, expected, msg=path)
 
 
-def test_tokens_embeddings_and_an_all_true_mask_are_the_same_call():
+def test_tokens_embeddings_and_a_mask_of_true_are_equivalent():
     model = make()
     tokens = ids(2, 9)
     out = model(tokens)
@@ -116,7 +116,7 @@ def test_state_paths_mirror_the_stack():
     assert "layers.1.0.keys" in paths
 
 
-def test_no_tokens_change_nothing():
+def test_empty_sequences_do_not_change_the_state():
     model = make()
     state = model(ids(2, 5)).state
     out = model(ids(2, 0), state=state)
@@ -125,7 +125,7 @@ def test_no_tokens_change_nothing():
     assert torch.equal(model(ids(2, 4), state=fresh).logits, model(ids(2, 4)).logits)
 
 
-def test_nothing_that_is_passed_in_changes():
+def test_arguments_are_not_modified():
     model = make()
     tokens, mask, targets = ids(2, 9), torch.rand(2, 9) > 0.3, ids(2, 9, seed=1)
     state = model(ids(2, 3)).state
@@ -197,7 +197,7 @@ def test_nothing_that_is_passed_in_changes():
         (lambda m: {"tokens": ids(2, 3), "state": {"layers": []}}, TypeError, "state: .*dict"),
     ],
 )
-def test_wrong_arguments_are_refused_in_words(arguments, error, message):
+def test_invalid_arguments_are_errors(arguments, error, message):
     model = make()
     with pytest.raises(error, match=message):
         model(**arguments(model))
@@ -209,7 +209,7 @@ def test_a_state_has_at_least_one_row(size):
         make().init_state(size)
 
 
-def test_nan_is_let_through_when_asked_and_ignored_where_masked():
+def test_nan_inputs_without_the_check_and_at_masked_tokens():
     model = make()
     x = torch.randn(1, 4, 16, dtype=torch.float64)
     x[0, 1] = torch.nan
@@ -219,7 +219,7 @@ def test_nan_is_let_through_when_asked_and_ignored_where_masked():
     torch.testing.assert_close(got, model(embeddings=x[:, [0, 2, 3]]).hidden[0])
 
 
-def test_a_state_that_grew_is_accepted():
+def test_a_grown_state_is_accepted():
     model = make(layers=[[{"type": "attention", "heads": 2}]])
     assert model.grows
     tokens = ids(2, 9)
@@ -235,7 +235,7 @@ def test_gradients_flow_through_the_state():
     assert model.layers[0].blocks[0].memory.qkv.weight.grad.abs().max() > 0
 
 
-def test_what_holds_a_state_is_no_state():
+def test_containers_of_a_state_are_errors():
     model = make()
     for other in (model(ids(1, 3)), model.generate(ids(1, 3), 1)):
         with pytest.raises(TypeError, match=r"state: expected a ModelState .*, got [A-Z][A-Za-z]*: give its .state"):
@@ -244,7 +244,7 @@ def test_what_holds_a_state_is_no_state():
         model(ids(1, 3), state=tuple(model.init_state(1)))
 
 
-def test_a_model_without_values_says_so():
+def test_a_model_on_the_meta_device_is_an_error():
     model = make().to("meta")
     for given in ({"tokens": ids(1, 3).to("meta")}, {"embeddings": torch.zeros(1, 3, 16).double().to("meta")}):
         with pytest.raises(ValueError, match="the model is on the meta device: it has shapes, and no values"):
@@ -252,13 +252,13 @@ def test_a_model_without_values_says_so():
 
 
 @pytest.mark.parametrize("length", [-1, 2.0, True])
-def test_flops_of_no_length_are_refused(length):
+def test_flops_of_an_invalid_length_are_errors(length):
     with pytest.raises(ValueError, match="length: expected an integer >= 0"):
         make().flops(length)
 
 
 @pytest.mark.parametrize("given", ["tokens", "embeddings"])
-def test_what_inference_mode_made_can_be_trained_on(given):
+def test_states_of_inference_mode_can_be_trained_from(given):
     model, tokens = make(), ids(2, 5)
     with torch.inference_mode():
         inside = tokens.clone()
@@ -275,7 +275,7 @@ def test_what_inference_mode_made_can_be_trained_on(given):
     assert all(torch.equal(before[path], tensor) for path, tensor in st.named_tensors(state))
 
 
-def test_a_model_made_in_inference_mode_can_be_trained():
+def test_a_model_built_in_inference_mode_can_be_trained():
     with torch.inference_mode():
         model = make()
     model(ids(1, 3), targets=ids(1, 3)).loss.backward()
@@ -283,7 +283,7 @@ def test_a_model_made_in_inference_mode_can_be_trained():
 
 
 @pytest.mark.filterwarnings("error")
-def test_training_under_autocast_is_silent():
+def test_training_under_autocast_gives_no_warnings():
     model = make().float()
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
     tokens = ids(2, 17)
@@ -305,7 +305,7 @@ def test_training_under_autocast_is_silent():
 
 
 @pytest.mark.parametrize("token", [1, 7, 23])
-def test_nothing_before_a_token_that_is_not_finite_hears_of_it(token):
+def test_a_nonfinite_token_does_not_affect_earlier_outputs(token):
     model = make()
     x = torch.randn(2, 24, 16, dtype=torch.float64)
     spoiled = x.clone()
@@ -317,7 +317,7 @@ def test_nothing_before_a_token_that_is_not_finite_hears_of_it(token):
     assert bool(got[0, token].isnan().all())
 
 
-def test_one_step_of_an_optimiser_and_a_round_trip_of_weights():
+def test_optimiser_step_and_state_dict():
     model = make()
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
     tokens = ids(2, 17)
@@ -334,14 +334,14 @@ def test_one_step_of_an_optimiser_and_a_round_trip_of_weights():
     assert torch.equal(other(tokens).logits, model(tokens).logits)
 
 
-def test_moving_the_model_moves_what_it_compares_states_with():
+def test_states_are_checked_after_moving_the_model():
     model = make()
     model(ids(1, 3), state=model.init_state(1))
     model.float()
     assert model(ids(1, 3), state=model.init_state(1)).logits.dtype == torch.float32
 
 
-def test_counts_are_sums_over_its_parts():
+def test_flops_and_bytes_are_sums_over_the_blocks():
     model = make()
     assert model.flops(10) == sum(layer.flops(10) for layer in model.layers) + model.norm.flops(10) + 2 * 16 * 13 * 10
     assert model.state_bytes() == st.nbytes(model.init_state(1))
@@ -349,5 +349,5 @@ def test_counts_are_sums_over_its_parts():
 
 
 @pytest.mark.parametrize("vocab", [None, 13])
-def test_it_obeys_the_laws(vocab):
+def test_laws(vocab):
     check_block(make(vocab), endurance=600)

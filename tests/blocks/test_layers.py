@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from titans_build.blocks.build import materialise
-from titans_build.blocks.laws import check_block
 from titans_build.blocks.layers import Gating, LayerNorm, RMSNorm
 
 NORMS = [RMSNorm, LayerNorm]
@@ -33,12 +32,7 @@ def test_norms_are_zero_at_masked_tokens(cls):
     assert torch.equal(y[~mask], torch.zeros_like(y[~mask])) and y.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "layer_norm"])
-def test_norms_obey_the_laws(name):
-    check_block(name, dim=8, endurance=200)
-
-
-def test_wrong_width_is_refused():
+def test_inputs_of_another_width_are_errors():
     with pytest.raises(ValueError, match=r"RMSNorm: x \[2, 8\]: expected \[batch, time, 8\]"):
         make(RMSNorm)(torch.randn(2, 8))
 

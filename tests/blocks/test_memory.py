@@ -8,7 +8,6 @@ from titans_build.blocks.memory import NeuralMemory
 from titans_build.registry import RecipeError
 
 SMALL = {"type": "memory", "heads": 2, "chunk": 5, "expansion": 2}
-LAWS = ["split", "step", "causal", "row", "mask", "rows", "purity", "gradient"]
 
 
 def memory(dim: int = 8, **options: object) -> NeuralMemory:
@@ -19,37 +18,6 @@ def memory(dim: int = 8, **options: object) -> NeuralMemory:
         for parameter in block.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return block
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"depth": 1},
-        {"depth": 4, "activation": "silu"},
-        {"activation": "relu", "norm": False},
-        {"conv": 0},
-        {"conv": 1},
-        {"momentum": False},
-        {"forgetting": False},
-        {"momentum": False, "forgetting": False, "activation": "identity"},
-        {"gates": "chunk"},
-        {"gates": "chunk", "momentum": False, "conv": 0},
-        {"clip": None},
-        {"retrieve": "before"},
-        {"learn_momentum": True},
-        {"gating": "hard_sigmoid"},
-        {"gating": "hard_sigmoid", "gates": "chunk"},
-        {"threshold": 4.0},
-        {"threshold": 4.0, "momentum": False, "gating": "hard_sigmoid"},
-        {"threshold": 4.0, "clip": None, "retrieve": "before", "forgetting": False},
-        {"use": "read"},
-        {"use": "write"},
-        {"heads": 1, "chunk": 1},
-    ],
-    ids=str,
-)
-def test_every_option_obeys_the_laws(options: dict[str, object]) -> None:
-    tb.check_block(SMALL | options, dim=8, laws=LAWS)
 
 
 def test_gates_of_a_chunk_are_those_of_its_first_token() -> None:
@@ -63,7 +31,7 @@ def test_gates_of_a_chunk_are_those_of_its_first_token() -> None:
 
 
 @pytest.mark.parametrize("gates", ["token", "chunk"])
-def test_a_piece_without_a_token_changes_nothing(gates: str) -> None:
+def test_empty_and_masked_inputs_do_not_change_the_state(gates: str) -> None:
     block = memory(gates=gates)
     state = block(torch.randn(2, 7, 8, dtype=torch.float64), block.init_state(2))[1]
     for x, mask in (
@@ -77,7 +45,7 @@ def test_a_piece_without_a_token_changes_nothing(gates: str) -> None:
 
 
 @pytest.mark.parametrize("heads", [1, 4])
-def test_hard_gates_start_as_the_sigmoids_do(heads: int) -> None:
+def test_hard_gates_are_initialised_like_sigmoids(heads: int) -> None:
     """Equal values and equal spread, and none is cut off: every one has a gradient."""
     options = {"heads": heads, "chunk": 5, "type": "memory"}
     soft, hard = (tb.build_block(options | {"gating": g}, dim=64, seed=0) for g in ("sigmoid", "hard_sigmoid"))
@@ -91,7 +59,7 @@ def test_hard_gates_start_as_the_sigmoids_do(heads: int) -> None:
 
 @pytest.mark.parametrize("time", [1, 7])
 @pytest.mark.parametrize("grad", [False, True])
-def test_hard_gates_are_exactly_zero_and_one(time: int, grad: bool) -> None:
+def test_hard_gates_reach_zero_and_one(time: int, grad: bool) -> None:
     """Shut, a memory stays bit by bit what it was; wide open, it forgets all there was."""
     block = memory(dim=32, gating="hard_sigmoid", momentum=False)
     x = torch.randn(1, time, 32, dtype=torch.float64)
@@ -109,7 +77,7 @@ def test_hard_gates_are_exactly_zero_and_one(time: int, grad: bool) -> None:
         assert not gone.any()
 
 
-def test_a_threshold_reaches_the_operation() -> None:
+def test_threshold() -> None:
     block, free = memory(threshold=4.0), memory()
     x = torch.randn(2, 12, 8, dtype=torch.float64)
     with tb.observe(block) as seen:
@@ -123,7 +91,7 @@ def test_a_threshold_reaches_the_operation() -> None:
     assert all(torch.equal(w[1], p) for w, p in zip(state.memory.weights, quiet.initial_weights))
 
 
-def test_reading_does_not_write_and_asks_as_if_next() -> None:
+def test_read_does_not_write_and_reads_each_token_as_the_next() -> None:
     block = memory()
     x = torch.randn(2, 7, 8, dtype=torch.float64)
     _, state = block(x)
@@ -136,7 +104,7 @@ def test_reading_does_not_write_and_asks_as_if_next() -> None:
     assert torch.allclose(block(x[:, 3:4], state)[0], asked[:, 3:4], atol=1e-12)
 
 
-def test_writing_is_forward_without_its_output() -> None:
+def test_write_returns_the_state_of_forward() -> None:
     block = memory()
     x = torch.randn(2, 7, 8, dtype=torch.float64)
     mask = torch.rand(2, 7) > 0.3
@@ -145,7 +113,7 @@ def test_writing_is_forward_without_its_output() -> None:
         assert torch.equal(a, b), path
 
 
-def test_uses() -> None:
+def test_use() -> None:
     x = torch.randn(1, 9, 8, dtype=torch.float64)
     both, frozen, silent = (memory(use=use) for use in ("both", "read", "write"))
     fresh = frozen.init_state(1)
@@ -155,7 +123,7 @@ def test_uses() -> None:
     assert all(torch.equal(a, b) for a, b in zip(state.memory.weights, both(x)[1].memory.weights))
 
 
-def test_a_fresh_memory_is_the_learned_one() -> None:
+def test_a_fresh_state_has_the_learned_initial_weights() -> None:
     block = memory(learn_momentum=True)
     state = block.init_state(3).memory
     for part, learned in ((state.weights, block.initial_weights), (state.momentum, block.initial_momentum)):
@@ -163,14 +131,14 @@ def test_a_fresh_memory_is_the_learned_one() -> None:
     assert all(w.any() for w in state.weights)
 
 
-def test_a_narrow_model_keeps_a_wide_state() -> None:
+def test_the_state_of_a_bfloat16_model_is_float32() -> None:
     block = tb.build_block(SMALL, dim=8, dtype=torch.bfloat16)
     y, state = block(torch.randn(1, 6, 8, dtype=torch.bfloat16))
     assert y.dtype == torch.bfloat16
     assert all(w.dtype == torch.float32 for w in (*state.memory.weights, *state.memory.momentum))
 
 
-def test_the_state_holds_no_more_than_itself() -> None:
+def test_the_state_shares_no_larger_memory() -> None:
     block = memory()
     with torch.no_grad():
         for length in (10, 1000):
@@ -187,14 +155,14 @@ def test_flops_count_the_products() -> None:
     assert block.flops(8) == 8 * (projections + 2 * per_head)
 
 
-def test_what_does_not_fit_is_said() -> None:
+def test_invalid_fields_are_errors() -> None:
     with pytest.raises(RecipeError, match="5 heads do not divide the width 8"):
         tb.build_block({"type": "memory", "heads": 5}, dim=8)
     with pytest.raises(RecipeError, match="momentum is false"):
         tb.build_block({"type": "memory", "momentum": False, "learn_momentum": True}, dim=8)
 
 
-def test_autocast_keeps_the_state_as_it_is() -> None:
+def test_autocast_does_not_change_dtypes_of_the_state() -> None:
     block = tb.build_block(SMALL | {"gates": "chunk"}, dim=8)
     x = torch.randn(2, 9, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -207,9 +175,7 @@ def test_autocast_keeps_the_state_as_it_is() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"conv": 0, "retrieve": "before"}, {"gates": "chunk", "use": "read"}], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
-def test_every_backend_gives_the_same(
-    options: dict[str, object], masked: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_backends_agree(options: dict[str, object], masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     block = memory(**options)
     x = torch.randn(2, 23, 8, dtype=torch.float64, requires_grad=True)
     mask = torch.rand(2, 23) > 0.3 if masked else None
@@ -226,7 +192,7 @@ def test_every_backend_gives_the_same(
             torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
 
 
-def test_one_token_teaches_what_is_trained_alone() -> None:
+def test_gradients_of_one_token_for_single_parameters() -> None:
     block = memory(dim=32).requires_grad_(False)
     x = torch.randn(1, 1, 32, dtype=torch.float64)
     for parameter in (block.output_gain, block.initial_weights[0], block.convolution, block.output.weight):
@@ -236,7 +202,7 @@ def test_one_token_teaches_what_is_trained_alone() -> None:
         parameter.requires_grad_(False)
 
 
-def test_a_layer_may_be_replaced() -> None:
+def test_hooked_and_replaced_layers_are_called() -> None:
     block, x = memory(dim=32), torch.randn(1, 1, 32, dtype=torch.float64)
     with torch.no_grad():
         expected = block(x)[0]
@@ -252,7 +218,7 @@ def test_a_layer_may_be_replaced() -> None:
             setattr(block, name, layer)
 
 
-def test_bad_input_is_named() -> None:
+def test_invalid_inputs_are_errors() -> None:
     block = tb.build_block(SMALL, dim=8)
     x = torch.zeros(1, 3, 8)
     with pytest.raises(ValueError, match="mask"):

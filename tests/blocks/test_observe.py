@@ -59,7 +59,7 @@ def same(a, b):
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_the_model_computes_what_it_computes_otherwise(name, masked, dtype):
+def test_observing_does_not_change_results(name, masked, dtype):
     module, given = model(name, dtype), tokens(rows=3)
     mask = padded() if masked else None
 
@@ -87,7 +87,7 @@ def test_the_model_computes_what_it_computes_otherwise(name, masked, dtype):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_record_is_what_the_block_was_given(masked):
+def test_records_equal_the_inputs_of_the_operation(masked):
     block = tb.build_block({**MEMORY, "threshold": 6.0}, dim=16, dtype=torch.float64, seed=0)
     x, mask = torch.randn(3, 13, 16, dtype=torch.float64), padded() if masked else None
     with torch.no_grad(), tb.observe(block) as seen:
@@ -114,7 +114,7 @@ def test_the_record_is_what_the_block_was_given(masked):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_padding_leaves_gaps_and_nothing_else(name):
+def test_records_are_nan_at_masked_tokens_only(name):
     module, given, mask = model(name), tokens(rows=3), padded()
     with torch.no_grad():
         with tb.observe(module) as seen:
@@ -132,7 +132,7 @@ def test_padding_leaves_gaps_and_nothing_else(name):
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("pieces", [(13,), (4, 1, 6, 2), (1,) * 13])
-def test_a_stream_in_pieces_is_the_whole(name, pieces):
+def test_records_of_a_stream_equal_those_of_one_pass(name, pieces):
     module, given = model(name), tokens()
     with torch.no_grad():
         with tb.observe(module) as whole:
@@ -151,7 +151,7 @@ def test_a_stream_in_pieces_is_the_whole(name, pieces):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_generating_is_recorded_token_by_token(name):
+def test_generation_is_recorded_for_each_token(name):
     module, given = model(name, torch.float32, 32), tokens()
     expected = module.generate(given, 7).tokens
     with tb.observe(module) as seen:
@@ -168,7 +168,7 @@ def test_generating_is_recorded_token_by_token(name):
 
 
 @pytest.mark.parametrize("name", ["mac", "mag"])
-def test_a_frozen_memory_is_surprised_and_writes_nothing(name):
+def test_records_of_a_frozen_memory(name):
     module, given = model(name), tokens()
     with torch.no_grad(), module.freeze_memory():
         expected = module(given).logits
@@ -180,7 +180,7 @@ def test_a_frozen_memory_is_surprised_and_writes_nothing(name):
     assert torch.equal(record.norms[:, -1], record.start)
 
 
-def test_the_gate_is_what_the_first_branch_is_multiplied_with():
+def test_gate_records_equal_the_factor_of_the_first_branch():
     module, given = model("mag"), tokens()
     gate = module.layers[0].blocks[0].of
     outputs = []
@@ -197,7 +197,7 @@ def test_the_gate_is_what_the_first_branch_is_multiplied_with():
     assert_close(record.gate, torch.sigmoid(normed).mean(-1).float())
 
 
-def test_watches_nest_and_end():
+def test_observers_are_nested():
     module, given = model(), tokens()
     with torch.no_grad():
         with tb.observe(module) as outer:
@@ -219,14 +219,14 @@ def test_watches_nest_and_end():
         pass
 
 
-def test_another_model_is_not_seen():
+def test_other_models_are_not_recorded():
     module, other = model(), model()
     with torch.no_grad(), tb.observe(module) as seen:
         other(tokens())
     assert seen.memories == {} and seen.gates == {}
 
 
-def test_a_model_that_is_watched_is_copied_and_pickled_as_ever():
+def test_an_observed_model_can_be_copied_and_pickled():
     module, given = model(), tokens()
     with tb.observe(module) as seen:
         twin, thawed = copy.deepcopy(module), pickle.loads(pickle.dumps(module))
@@ -234,7 +234,7 @@ def test_a_model_that_is_watched_is_copied_and_pickled_as_ever():
     assert seen.memories == {}
 
 
-def test_calls_of_other_rows_cannot_be_joined():
+def test_calls_with_different_numbers_of_rows_are_errors():
     module = model()
     with torch.no_grad(), tb.observe(module) as seen:
         module(tokens(rows=2))
@@ -244,19 +244,19 @@ def test_calls_of_other_rows_cannot_be_joined():
 
 
 @pytest.mark.parametrize("name", ["mac", "mag"])
-def test_a_call_without_a_real_token_leaves_no_record(name):
+def test_calls_without_valid_tokens_are_not_recorded(name):
     module = model(name)
     with torch.no_grad(), tb.observe(module) as seen:
         module(tokens(), mask=torch.zeros(2, 13, dtype=torch.bool))
     assert seen.memories == {} and seen.gates == {}
 
 
-def test_what_is_no_module_is_refused():
+def test_a_model_must_be_a_module():
     with pytest.raises(TypeError, match="model: expected a module, got str"):
         tb.observe("mac")
 
 
-def test_what_was_compiled_is_seen_as_it_is_written():
+def test_compiled_models_run_eagerly_while_observed():
     block, x = tb.build_block(MEMORY, dim=16, seed=0), torch.randn(2, 13, 16)
     torch._dynamo.reset()
     run = torch.compile(block, backend="eager", fullgraph=True)
@@ -270,7 +270,7 @@ def test_what_was_compiled_is_seen_as_it_is_written():
 
 
 @pytest.mark.parametrize("name", ["mac", "mag"])
-def test_under_autocast_surprise_is_measured_in_full_precision(name):
+def test_surprise_under_autocast_is_computed_in_float32(name):
     built, read = model(name, torch.float32), tokens()
     with torch.no_grad(), tb.observe(built) as exact:
         built(read)
@@ -281,7 +281,7 @@ def test_under_autocast_surprise_is_measured_in_full_precision(name):
     assert_close(found, expected, rtol=0.1, atol=0.05 * float(expected.mean()))
 
 
-def test_a_forward_pass_that_is_repeated_for_gradients_is_recorded_once():
+def test_activation_checkpointing_is_recorded_once():
     module, given = model(), tokens()
     for layer in module.layers:
         whole = layer.forward

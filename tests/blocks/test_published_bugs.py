@@ -15,7 +15,7 @@ from titans_build.blocks import state as st
 from titans_build.blocks.block import Block
 from titans_build.blocks.build import materialise
 from titans_build.blocks.language_model import LanguageModel
-from titans_build.blocks.laws import check_block
+from titans_build.blocks.laws import LAWS, check_block
 from titans_build.blocks.memory import NeuralMemory
 from titans_build.recipes import packaged_names
 from titans_build.registry import catalogue
@@ -69,7 +69,7 @@ def uniform(rows, time, seed):
     return torch.randint(VOCAB, (rows, time), generator=torch.Generator().manual_seed(seed))
 
 
-def loss_after_training_on_noise(model, steps=60):
+def loss_after_training_on_noise(model, steps=30):
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for step in range(steps):
@@ -87,42 +87,43 @@ def test_independent_random_tokens_cannot_be_predicted(name):
     assert loss_after_training_on_noise(make(name)) > math.log(VOCAB) - 0.01
 
 
-def test_the_probe_finds_a_leak():
-    """The same training with one token of look-ahead: the probe above can fail."""
+def test_training_on_random_tokens_detects_a_leak():
+    """Negative control of the test above, with a tenth of the next token in each output."""
 
     class LooksAhead(Block):
         def forward(self, x, state=None, *, mask=None):
-            return torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], dim=1), None
+            return x + 0.1 * torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], dim=1), None
 
     with catalogue.scratch():
         catalogue.register("looks_ahead")(LooksAhead)
         model = LanguageModel(16, vocab=VOCAB, layers=[["looks_ahead", "ffn"]])
         materialise(model, "cpu", torch.float32, 0)
-    assert loss_after_training_on_noise(model) < math.log(VOCAB) - 0.5
+    assert loss_after_training_on_noise(model) < math.log(VOCAB) - 0.3
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_cut_of_every_recipe_gives_the_whole(name):
+def test_all_splits_give_the_whole(name):
     model = make(name, dtype=torch.float64)
     # parameters are randomised by the check; 41 is no multiple of any chunk, segment or window, and passes them all
     check_block(model, laws=["split", "step"], length=41, cuts=None)
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_obeys_the_laws(name):
-    check_block(make(name), length=37, cuts=8, endurance=600)
+def test_laws(name):
+    laws = [law for law in LAWS if law not in ("split", "step")]  # tested above at every cut
+    check_block(make(name), laws=laws, length=37, endurance=600)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_endures_a_hundred_thousand_tokens(name):
+def test_a_hundred_thousand_tokens(name):
     # segments and chunks as they are: it is the tokens that are many
     recipe = shrink(tb.load_recipe(name).to_dict(), ["dim", "vocab", "heads", "hidden", "repeat"])
     check_block(tb.build(recipe), laws=["endurance"])
 
 
 @pytest.mark.parametrize("name", WITH_MEMORY)
-def test_deleting_the_write_changes_the_outputs(name):
+def test_outputs_depend_on_writing(name):
     model = randomise(make(name, dtype=torch.float64))
     frozen = make(name, dtype=torch.float64, use="read")
     frozen.load_state_dict(model.state_dict())
@@ -143,7 +144,7 @@ def test_every_parameter_gets_a_gradient(name):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_parameter_can_be_stepped_and_loaded(name):
+def test_optimiser_step_and_state_dict(name):
     model, tokens = make(name), uniform(4, 41, seed=1)
     for parameter in model.parameters():
         assert parameter.is_contiguous() and parameter.is_leaf
@@ -160,7 +161,7 @@ def test_every_parameter_can_be_stepped_and_loaded(name):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_the_state_s_size_does_not_depend_on_the_prompt(name):
+def test_the_size_of_the_state_does_not_depend_on_the_prompt(name):
     model = make(name)
     with torch.no_grad():
         sizes = {st.nbytes(model(uniform(1, time, seed=time)).state) for time in (1, 2, 17, 200)}
@@ -168,7 +169,7 @@ def test_the_state_s_size_does_not_depend_on_the_prompt(name):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_saved_state_keeps_nothing_else_alive(name):
+def test_a_state_shares_no_larger_memory(name):
     """What a state's tensors hold in memory, views of larger tensors included, stays near what they say."""
     model = make(name)
     with torch.no_grad():
@@ -192,7 +193,7 @@ def test_sixteen_thousand_tokens_stay_finite_at_every_depth(depth):
 
 @pytest.mark.parametrize("chunk", [16, 64])
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
-def test_training_through_four_thousand_tokens_does_not_explode(depth, chunk):
+def test_gradients_through_four_thousand_tokens_do_not_explode(depth, chunk):
     """Every update is differentiated through: the last outputs must not depend most on the first tokens."""
     block = tb.build_block({"type": "memory", "depth": depth, "heads": 1, "chunk": chunk}, dim=64, seed=depth)
     x = torch.randn(1, 4096, 64, generator=torch.Generator().manual_seed(depth)).requires_grad_()
@@ -203,7 +204,7 @@ def test_training_through_four_thousand_tokens_does_not_explode(depth, chunk):
     assert all(parameter.grad.isfinite().all() for parameter in block.parameters())
 
 
-def test_it_is_the_bound_on_surprise_that_keeps_it_finite():
+def test_a_memory_without_clipping_overflows():
     """Without it the same rule, at the same step size, overflows: which default does it."""
     spec = {"type": "memory", "depth": 4, "heads": 2, "chunk": 64, "max_step": 1.0, "norm": False}
     x = torch.randn(1, 4096, 16, generator=torch.Generator().manual_seed(0))

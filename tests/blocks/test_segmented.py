@@ -21,7 +21,7 @@ def is_split(memory):
 
 @pytest.mark.parametrize("fields", [{}, {"conv": 0}, {"use": "read"}, {"use": "write"}, {"gates": "chunk"}])
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_halves_are_read_and_forward(fields, masked):
+def test_halves_equal_read_and_forward(fields, masked):
     memory = make(**fields)
     torch.manual_seed(0)
     x = torch.randn(2, 11, DIM, dtype=torch.float64)
@@ -57,7 +57,7 @@ def derived(memory):
 
 
 @pytest.mark.parametrize("change", [hooked, replaced, derived])
-def test_changed_memories_are_called(change):
+def test_modified_memories_are_called(change):
     memory = make()
     change(memory)
     assert not is_split(memory)
@@ -71,7 +71,7 @@ class Doubled(Attention):
 
 @pytest.mark.parametrize("kind", [Attention, Doubled])
 @pytest.mark.parametrize("hook", [False, True])
-def test_outputs_at_some_tokens_are_those_of_forward(kind, hook):
+def test_forward_every_equals_forward(kind, hook):
     block = build_block({"type": "attention", "heads": 2}, dim=DIM, dtype=torch.float64)
     block.__class__ = kind
     x, calls = torch.randn(2, 6, DIM, dtype=torch.float64), []

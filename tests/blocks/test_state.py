@@ -33,13 +33,13 @@ def same(a, b):
     return all(x[0] == y[0] and x[1].dtype == y[1].dtype and torch.equal(x[1], y[1]) for x, y in pairs)
 
 
-def test_tensors_have_dotted_paths_in_a_fixed_order():
+def test_named_tensors():
     assert [path for path, _ in st.named_tensors((make(), None))] == [
         *("0.weights.0", "0.weights.1", "0.position", "0.rest.1"),
     ]
 
 
-def test_map_keeps_the_structure_and_none():
+def test_map_state_keeps_the_structure():
     mapped = st.map_state(lambda a, b: a + b, make(), make(start=1))
     assert type(mapped) is Pair and mapped.rest[0] is None
     assert torch.equal(mapped.position, torch.tensor([1, 3, 5]))
@@ -55,7 +55,7 @@ def test_map_keeps_the_structure_and_none():
         make()._replace(position=None),
     ],
 )
-def test_states_of_different_structure_are_refused(other):
+def test_states_of_different_structures_are_errors(other):
     with pytest.raises(TypeError, match="differ in structure"):
         st.map_state(torch.add, make(), other)
     with pytest.raises(TypeError, match="differ in structure"):
@@ -63,14 +63,14 @@ def test_states_of_different_structure_are_refused(other):
 
 
 @pytest.mark.parametrize("wrong", [[torch.zeros(2)], {"a": torch.zeros(2)}, 3, "text"])
-def test_what_is_no_state_is_refused(wrong):
+def test_values_that_are_no_states_are_errors(wrong):
     with pytest.raises(TypeError, match="tree of named tuples"):
         st.map_state(torch.clone, (wrong,))
     with pytest.raises(TypeError, match="tree of named tuples"):
         list(st.named_tensors((wrong,)))
 
 
-def test_select_takes_rows_in_order_with_repeats():
+def test_select_with_order_and_repetitions():
     state = make()
     for rows in ([2, 0, 0], torch.tensor([2, 0, 0])):
         assert torch.equal(st.select(state, rows).position, torch.tensor([2, 0, 0]))
@@ -80,11 +80,11 @@ def test_select_takes_rows_in_order_with_repeats():
 
 
 @pytest.mark.parametrize("rows", [torch.tensor([-1, 0]), [-1, 0], (2, -3)])
-def test_rows_may_be_counted_from_the_end(rows):
+def test_negative_row_numbers(rows):
     assert torch.equal(st.select(make(), rows).position, torch.tensor([2, 0]))
 
 
-def test_no_row_at_all():
+def test_empty_selections():
     assert st.batch_size(st.select(make(), [])) == 0
     assert same(st.reset(make(), [], make(start=100)), make())
 
@@ -101,7 +101,7 @@ def test_no_row_at_all():
         ("ab", TypeError, "row numbers or bools, got 'ab'"),
     ],
 )
-def test_rows_that_are_not_there_are_refused(rows, error, message):
+def test_invalid_rows_are_errors(rows, error, message):
     with pytest.raises(error, match=message):
         st.select(make(), rows)
     with pytest.raises(error, match=message):
@@ -127,16 +127,16 @@ def test_rows_that_are_not_there_are_refused(rows, error, message):
         (lambda a: st.batch_size(torch.tensor(1.0)), ValueError, "batch as dimension 0"),
     ],
 )
-def test_states_that_do_not_fit_are_refused_in_words(call, error, message):
+def test_invalid_arguments_are_errors(call, error, message):
     with pytest.raises(error, match=message):
         call(make())
 
 
-def test_one_fresh_row_serves_all():
+def test_reset_with_one_fresh_row():
     assert torch.equal(st.reset(make(), [0, 2], make(1, start=9)).position, torch.tensor([9, 1, 9]))
 
 
-def test_what_inference_mode_made_can_be_trained_from_as_a_copy():
+def test_trainable_copies_tensors_of_inference_mode():
     state = make()
     with torch.inference_mode():
         state = state._replace(weights=(state.weights[0] * 2,))
@@ -145,7 +145,7 @@ def test_what_inference_mode_made_can_be_trained_from_as_a_copy():
     assert copy.position is state.position
 
 
-def test_concatenate_undoes_select():
+def test_concatenate_is_the_inverse_of_select():
     state = make()
     assert same(st.concatenate([st.select(state, [0]), st.select(state, slice(1, None))]), state)
     with pytest.raises(ValueError, match="at least one"):
@@ -155,7 +155,7 @@ def test_concatenate_undoes_select():
 @pytest.mark.parametrize(
     "rows", [[1], torch.tensor([1]), torch.tensor([False, True, False]), [False, True, False], [-2]]
 )
-def test_reset_gives_rows_their_fresh_values(rows):
+def test_reset(rows):
     state, fresh = make(), make(start=100)
     after = st.reset(state, rows, fresh)
     assert torch.equal(after.position, torch.tensor([0, 101, 2]))
@@ -164,26 +164,26 @@ def test_reset_gives_rows_their_fresh_values(rows):
     assert st.reset((None,), rows, (None,)) == (None,)
 
 
-def test_where_chooses_row_by_row():
+def test_where():
     chosen = st.where(torch.tensor([True, False, True]), make(), make(start=100))
     assert torch.equal(chosen.position, torch.tensor([0, 101, 2]))
 
 
-def test_rows_are_counted_and_must_agree():
+def test_batch_size():
     assert st.batch_size(make()) == 3
     assert st.batch_size((None, None)) is None
     with pytest.raises(ValueError, match="position has 3"):
         st.batch_size(make()._replace(weights=(torch.zeros(2, 2),)))
 
 
-def test_to_casts_floats_alone():
+def test_to_casts_floating_point_tensors_only():
     moved = st.to(make(), dtype=torch.bfloat16)
     assert moved.weights[0].dtype == moved.weights[1].dtype == torch.bfloat16
     assert moved.position.dtype == torch.int64
     assert st.to(make(), device="meta").position.device.type == "meta"
 
 
-def test_detach_cuts_the_history_and_keeps_the_values():
+def test_detach():
     leaf = torch.ones(3, 2, requires_grad=True)
     state = make()._replace(weights=(leaf * 2,))
     cut = st.detach(state)
@@ -191,13 +191,13 @@ def test_detach_cuts_the_history_and_keeps_the_values():
     assert state.weights[0].requires_grad
 
 
-def test_bytes_are_counted_in_full_for_shared_memory():
+def test_nbytes_counts_expanded_tensors_in_full():
     state = make()
     assert st.nbytes(state) == 3 * (2 * 4 + 2 * 8 + 8 + 4)
     assert st.nbytes(torch.zeros(1, 5).expand(7, 5)) == 7 * 5 * 4
 
 
-def test_rows_that_start_anew_learn_through_the_fresh_state():
+def test_gradients_through_reset_rows():
     """What a row carried gets no gradient where it was reset, and the learned initial state does."""
     block = tb.build_block({"type": "memory", "heads": 2, "chunk": 4}, dim=8, dtype=torch.float64, seed=0)
     _, carried = block(torch.randn(3, 5, 8, dtype=torch.float64))

@@ -106,10 +106,10 @@ def test_wrong_recipes_are_refused(wrong_recipe: tuple[str, Any, str], tmp_path:
     _, text, fragment = wrong_recipe
     path = tmp_path / "wrong.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(RecipeError) as caught:
         load_recipe(path)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2  # also while other processes use the cores
     message = str(caught.value)
     assert fragment in message
     headline, *lines = message.split("\n")
