@@ -147,12 +147,16 @@ class Catalogue:
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[None]:
-        """Undo, at the end of the ``with`` block, all registrations made inside it. For tests and notebooks."""
+        """Undo, at the end of the ``with`` block, all registrations made inside it. For tests and notebooks.
+
+        Built-in classes that are imported for the first time inside the block stay: they are not registered again.
+        """
         entries, broken = dict(self._entries), dict(self._broken)
         try:
             yield
         finally:
-            self._entries, self._broken = entries, broken
+            built_in = {name: entry for name, entry in self._entries.items() if _is_built_in(entry)}
+            self._entries, self._broken = {**built_in, **entries}, broken
 
     def _load(self, name: str, points: list[importlib.metadata.EntryPoint]) -> None:
         if len(points) > 1:

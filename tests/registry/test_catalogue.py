@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -211,3 +212,12 @@ def test_a_package_registers_its_own_names_only(install: Install, first: str):
 def test_a_pattern_must_be_text():
     with pytest.raises(TypeError, match=r"pattern: expected text with wildcards .*, got 5"):
         list_blocks(5)  # type: ignore[arg-type]
+
+
+def test_scratch_keeps_built_in_blocks_that_are_imported_inside() -> None:
+    code = (
+        "from titans_build.registry import scratch, list_blocks\n"
+        "with scratch():\n    import titans_build.blocks\n"
+        "assert 'persistent' in list_blocks()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
