@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from pydantic import Field as Described
 
-from ...recipes.parse import read_value
+from ...recipes.parse import read_value, recipe_error
 from ...registry import Field, Problem, RecipeError, check_settings, fields_of, nearest, show
 from ..randomness import Draws, key_of, shuffled
 from ..tasks import TASKS, Rows, Task, list_tasks, make_task
@@ -73,14 +73,14 @@ def _as_mapping(spec: Any) -> dict[str, Any]:
         given = settings.keys() & set(kinds)
         if len(given) != 1:
             near = "" if given else next((near for key in settings if (near := nearest(key, kinds))), "")
-            raise RecipeError([Problem("", f"expected either a task or a text, got {show(settings)}{near}")], "data")
+            raise recipe_error("data", f"expected either a task or a text, got {show(settings)}{near}")
         if "task" in settings and not isinstance(settings["task"], str):
             raise RecipeError([Problem("task", f"expected a name, got {show(settings['task'])}")], "data")
         return settings
     if isinstance(spec, (list, tuple)):
         return {"text": list(spec)}
     if not isinstance(spec, (str, os.PathLike)):
-        raise RecipeError([Problem("", f"expected a task, a path or a mapping, got {show(spec)}")], "data")
+        raise recipe_error("data", f"expected a task, a path or a mapping, got {show(spec)}")
     text = os.fspath(spec)
     name, _, fields = text.partition(":")
     for kind, names in (("task", TASKS.known_names()), ("text", NAMED)):
@@ -89,7 +89,7 @@ def _as_mapping(spec: Any) -> dict[str, Any]:
     if os.path.lexists(os.path.expanduser(text)) or glob.has_magic(text) or "/" in text or os.sep in text:
         return {"text": text}
     here = [*list_tasks(), *NAMED, *sorted(os.listdir())]
-    raise RecipeError([Problem("", f"{show(text)} is no task and no file{nearest(name, here)}")], "data")
+    raise recipe_error("data", f"{show(text)} is no task and no file{nearest(name, here)}")
 
 
 def _parse_fields(text: str) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def _parse_fields(text: str) -> dict[str, Any]:
         name, equals, value = setting.partition("=")
         name = name.strip()
         if not equals or not name:
-            raise RecipeError([Problem("", f"expected NAME=VALUE, as in mqar:pairs=8, got {show(setting)}")], "data")
+            raise recipe_error("data", f"expected NAME=VALUE, as in mqar:pairs=8, got {show(setting)}")
         if name in found:
             raise RecipeError([Problem(name, "given twice")], "data")
         found[name] = read_value(value)

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from ...recipes import Recipe, build, load_recipe
 from ...recipes.loading import Source as RecipeSource
+from ...recipes.parse import recipe_error
 from ...registry import Problem, RecipeError, lookup, nearest, show
 from ..data import open_source
 from .run_folder import write_text
@@ -176,14 +177,14 @@ def fit(recipe: Recipe, target: int, dial: str = DIAL, name: str = "recipe") -> 
         raise RecipeError(error.problems, "--fit") from None
     if field not in fields:
         message = f"expected BLOCK.FIELD with a field of {kind}, got {show(dial)}{nearest(field, fields)}"
-        raise RecipeError([Problem("", message)], "--fit")
+        raise recipe_error("--fit", message)
     size = parameters_of(recipe)
     if _close(size, target):
         return Fitted(recipe, size, {})
     paths = [f"layers.{path}.{field}" for path in _blocks(recipe.layers, kind)]
     if not paths:
         message = f"has {size:,} parameters, not {target:,}, and no {kind} to fit: another --fit, or --parameters none"
-        raise RecipeError([Problem("", message)], name)
+        raise recipe_error(name, message)
 
     def with_value(value: int) -> Recipe:
         return load_recipe(recipe, dict.fromkeys(paths, value), allow_imports=True)
@@ -202,7 +203,7 @@ def fit(recipe: Recipe, target: int, dial: str = DIAL, name: str = "recipe") -> 
     if not _close(sizes[best], target):
         reach = f"at least {size_at(1):,}" if size_at(1) > target else f"{sizes[best]:,} at {dial} = {best}"
         message = f"cannot be fitted to {target:,} parameters with {dial}: it has {reach}; give other --parameters"
-        raise RecipeError([Problem("", message)], name)
+        raise recipe_error(name, message)
     return Fitted(with_value(best), sizes[best], dict.fromkeys(paths, best))
 
 

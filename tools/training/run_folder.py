@@ -12,7 +12,7 @@ from typing import Any
 
 from ...recipes import Recipe, StorageError, load_recipe
 from ...recipes.atomic_write import atomic_write
-from ...recipes.parse import write_yaml
+from ...recipes.parse import recipe_error, write_yaml
 from ...registry import Problem, RecipeError, show
 from ..randomness import ORDER
 from ..terminal import CommandFailed
@@ -106,7 +106,7 @@ def check_data_order(folder: Path) -> None:
     if read_run(folder).get("data_order") != ORDER:
         message = "the run was begun by an earlier version, which reads the data in another order"
         remedy = "finish it with that version (titans-build 0.1.0), or start a run in another folder"
-        raise RecipeError([Problem("", f"{message}: {remedy}")], f"{folder}: --resume: data")
+        raise recipe_error(f"{folder}: --resume: data", f"{message}: {remedy}")
 
 
 def setting_changes(folder: Path, before: Settings, after: Settings) -> dict[str, Any]:

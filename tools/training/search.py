@@ -17,7 +17,7 @@ from pydantic import Field
 
 from ...recipes import Recipe, StorageError, load_recipe
 from ...recipes.loading import Source as RecipeSource
-from ...recipes.parse import plain, read_file, write_yaml
+from ...recipes.parse import plain, read_file, recipe_error, write_yaml
 from ...registry import Problem, RecipeError, check_settings, fields_of, nearest, show
 from ..extras import from_extra
 from .run_folder import write_text
@@ -85,7 +85,7 @@ def read_space(given: Mapping[str, Any] | str | os.PathLike[str]) -> Space:
         source, given = str(given), read_file(given)
     data = plain(given, source)
     if not isinstance(data, dict):
-        raise RecipeError([Problem("", f"expected a mapping with recipe or train, got {show(data)}")], source)
+        raise recipe_error(source, f"expected a mapping with recipe or train, got {show(data)}")
     problems = [
         Problem(str(key), f"unknown; expected recipe or train{nearest(key, PARTS)}") for key in data if key not in PARTS
     ]
@@ -155,8 +155,7 @@ def search(
         message = "expected a number: trials are compared by their validation loss"
         raise RecipeError([Problem("valid_every", message)], "settings")
     if jobs < 1 or (trials is not None and trials < 1):
-        message = f"expected jobs and trials >= 1, got {show(jobs)} and {show(trials)}"
-        raise RecipeError([Problem("", message)], "search")
+        raise recipe_error("search", f"expected jobs and trials >= 1, got {show(jobs)} and {show(trials)}")
     space = read_space(space)
     trial_of = functools.partial(make_trial, loaded, data, settings, folder, allow_imports)
     results: list[Result] = []

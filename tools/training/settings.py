@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ...recipes.parse import plain, read_file
+from ...recipes.parse import plain, read_file, recipe_error
 from ...registry import Field as SchemaField
 from ...registry import Problem, RecipeError, check_settings, join, show
 
@@ -138,7 +138,7 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The mapping in a file of settings, unchecked. Raises ``RecipeError`` if the file holds anything else."""
     found = read_file(path)
     if not isinstance(found, dict):
-        raise RecipeError([Problem("", f"expected a mapping of settings, got {show(found)}")], str(path))
+        raise recipe_error(str(path), f"expected a mapping of settings, got {show(found)}")
     return found
 
 

@@ -14,6 +14,7 @@ from ... import recipes
 from ...blocks.language_model import LanguageModel
 from ...recipes import Recipe, StorageError, load_recipe
 from ...recipes.loading import Source as RecipeSource
+from ...recipes.parse import recipe_error
 from ...registry import Problem, RecipeError, show
 from ..data import Source, open_source
 from ..randomness import ORDER
@@ -146,7 +147,7 @@ def train(
         log.emit("start", step=step, steps=settings.steps, **({"changes": changes} if changes else {}))
         with Interrupt() as interrupt:
             trainer.run(interrupt)
-            return _finish(trainer, folder, recipe)
+        return _finish(trainer, folder, recipe)
 
 
 def _resumed_inputs(
@@ -159,10 +160,9 @@ def _resumed_inputs(
         if given.fingerprint != known.fingerprint:
             whose = "another recipe" if known.name is None else show(known.name)
             message = f"the run is of {whose} ({known.fingerprint}), not of this one ({given.fingerprint})"
-            raise RecipeError([Problem("", message)], given.name or "recipe")
+            raise recipe_error(given.name or "recipe", message)
     if data is not None and data != known_data:
-        message = f"the run reads {show(known_data)} and cannot be resumed with {show(data)}"
-        raise RecipeError([Problem("", message)], "data")
+        raise recipe_error("data", f"the run reads {show(known_data)} and cannot be resumed with {show(data)}")
     if isinstance(settings, Mapping):
         settings = {**before.to_dict(), **settings}
     after = before if settings is None else as_settings(settings)
