@@ -151,12 +151,11 @@ def _figure(
 def _losses(analysis: dict[str, Any]) -> Iterator[Figure]:
     check = analysis["check"]
     edges = np.array([*check["positions"], analysis["text"]["tokens"]])
-    at, losses, reset = (edges[1:] + edges[:-1]) / 2, check["losses"], f"reset every {check['reset_every']:,}"
-    live, frozen_colour, reset_colour = COLOURS[0], COLOURS[4], COLOURS[2]
+    at, losses = (edges[1:] + edges[:-1]) / 2, check["losses"]
     lines = [
-        Line("live", at, losses["live"], live),
-        Line("frozen", at, losses["frozen"], frozen_colour, 1),
-        Line(reset, at, losses["reset"], reset_colour, 2),
+        Line("live", at, losses["live"], COLOURS[0]),
+        Line("frozen", at, losses["frozen"], COLOURS[4], 1),
+        Line(f"reset every {check['reset_every']:,}", at, losses["reset"], COLOURS[2], 2),
     ]
     yield _figure(analysis, "loss", lines)
     saved = [
