@@ -1,4 +1,4 @@
-"""The block: one interface that makes attention, memory, convolution and feed-forward networks interchangeable."""
+"""``Block``: the common interface of attention, memories, convolutions and feed-forward networks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .state import State, map_state, named_tensors, nbytes
 
 
 class _OfChildren:
-    """An attribute that is computed from the blocks directly inside, until a class or an instance sets it."""
+    """An attribute that is computed from the blocks inside, unless a class or an instance sets it."""
 
     def __init__(self, name: str, combine: Any) -> None:
         self.name, self.combine = name, combine
@@ -28,33 +28,33 @@ class _OfChildren:
 
 
 class Block(nn.Module):
-    """A map ``(x, state) -> (y, state)`` over ``[batch, time, dim]``; subclass it and ``@register`` it.
+    """Base class of all blocks: a causal map ``(x, state) -> (y, state)`` of sequences ``[batch, time, dim]``.
 
-    A subclass defines ``init_state``, ``forward`` and ``reset_parameters``. Its constructor takes ``dim`` first and
-    everything else by keyword; that signature is its schema in a recipe. Fields typed ``Spec`` hold other blocks,
-    created with ``create(field, dim=dim)``.
+    A subclass defines ``init_state``, ``forward`` and ``reset_parameters``, and is registered with ``@register(name)``.
+    Its constructor takes ``dim`` first and all other arguments by keyword. The signature is its schema in a recipe.
+    Fields of type ``Spec`` are other blocks, which ``create(field, dim=dim)`` creates.
 
     The contract, which ``check_block`` tests:
 
-    * any cut of the time axis gives the uncut outputs and final state; ``time = 1`` is decoding;
-    * no output depends on a later token; no row depends on another row;
-    * a token where ``mask`` is false leaves the state unchanged, and its output is zero;
-    * inputs and states that are passed in are never modified;
+    * a sequence may be split at any token, with the same outputs and final state; ``time = 1`` is decoding;
+    * outputs do not depend on later tokens or on other rows;
+    * tokens where ``mask`` is false do not change the state, and their outputs are zero;
+    * inputs and states are not modified;
     * a counter of tokens is an int64 tensor of the state named ``position``.
 
-    Calling a block checks the inputs and the state before ``forward`` runs. A state is expected to have the structure,
-    shapes and dtypes of ``init_state``.
+    Calling a block checks the inputs and the state before ``forward`` runs. A state must have the structure, shapes and
+    dtypes of ``init_state``.
     """
 
     grows: bool = cast(bool, _OfChildren("grows", any))
-    """True if the state grows with the number of tokens. By default: if that of any block inside does."""
+    """Whether the state grows with the number of tokens. By default, whether that of any block inside does."""
 
     period: int = cast(int, _OfChildren("period", lambda periods: math.lcm(*periods)))
-    """Shifting all positions by a multiple of ``period`` leaves the outputs unchanged. By default: the least common
+    """Shifting all positions by a multiple of ``period`` leaves the outputs unchanged. By default, the least common
     multiple of the periods of the blocks inside."""
 
     delegates: tuple[str, ...] = ()
-    """The fields of a wrapper that hold the blocks to which it passes on its tokens, ``read`` and ``write``."""
+    """Names of the fields of a wrapper whose blocks process its tokens, and to which ``read`` and ``write`` pass on."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -63,11 +63,14 @@ class Block(nn.Module):
         self._expected_states: dict[Any, State] = {}
 
     def init_state(self, batch_size: int) -> State:
-        """Return a fresh state of ``batch_size`` rows: learned initial values, not zeros. ``None``: stateless."""
+        """Return a fresh state of ``batch_size`` rows, with learned initial values. ``None`` by default: stateless."""
         return None
 
     def forward(self, x: Tensor, state: State = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
-        """Process ``x`` [batch, time, dim]. ``mask`` [batch, time] bool: true at valid tokens. No ``state``: fresh."""
+        """Process ``x`` [batch, time, dim] from ``state``, by default a fresh one.
+
+        ``mask`` [batch, time] bool is true at valid tokens. Returns outputs of the shape of ``x`` and the next state.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define forward(x, state, *, mask)")
 
     def __call__(self, x: Tensor, state: State = None, **named: Any) -> Any:
@@ -84,14 +87,14 @@ class Block(nn.Module):
             _call.inside = False
 
     def prefix(self, tokens: Tensor) -> tuple[Tensor, State]:
-        """Return a fresh state that has seen persistent ``tokens`` [batch, count, dim], and the outputs at them.
+        """Return the outputs at persistent ``tokens`` [batch, count, dim], and the fresh state after them.
 
-        By default they are ordinary first tokens. Attention keeps them visible to all later tokens. On the meta device
-        a bounded state has its shapes from the start, and nothing is computed (torch would import sympy for it).
+        By default they are processed as ordinary first tokens. Attention keeps them visible to all later tokens. On the
+        meta device, a bounded state is returned without computing (torch would import sympy).
         """
         if tokens.is_meta and not self.grows:
             return tokens, self.init_state(tokens.shape[0])
-        # a fresh memory has written its persistent tokens, frozen or not; they are no part of the observed sequence
+        # persistent tokens are written even if memories are frozen, and are not part of the observed sequence
         with thawed(self), suppressed():
             return cast("tuple[Tensor, State]", self(tokens, self.init_state(tokens.shape[0])))
 
@@ -100,7 +103,7 @@ class Block(nn.Module):
         return None
 
     def reset_parameters(self) -> None:
-        """Initialise the parameters this block owns, not those of child blocks. Must not depend on old values."""
+        """Initialise the parameters of this block, not those of child blocks. Must not depend on previous values."""
         for child in self.children():
             _reset_own(child)
 
@@ -109,36 +112,36 @@ class Block(nn.Module):
         return count_flops(self, length)
 
     def state_bytes(self) -> int:
-        """Bytes of state for one row."""
+        """Size of the state of one row in bytes."""
         with torch.no_grad():
             return nbytes(self.init_state(1))
 
 
 @functools.singledispatch
 def count_flops(block: Block, length: int) -> int:
-    """``Block.flops`` by class: ``flops.py`` registers the built-in ones. By default the products with all matrices."""
+    """Implements ``Block.flops`` by class (see ``flops.py``). By default, the products with all matrices."""
     return 2 * length * sum(p.numel() for p in block.parameters() if p.dim() > 1)
 
 
 class Memory(Protocol):
-    """What a block defines in addition to stand where the neural memory stands."""
+    """The methods of a block that can be the memory of ``context``."""
 
     def read(self, x: Tensor, state: State) -> Tensor:
-        """Query the memory with each token of ``x`` [batch, time, dim] as if it came next. Writes nothing."""
+        """Query the memory with each token of ``x`` [batch, time, dim] as if it came next. Does not write."""
         ...
 
     def write(self, x: Tensor, state: State, mask: Tensor | None = None) -> State:
-        """Return the state after all tokens of ``x`` were written: that of ``forward``."""
+        """Return the state after all tokens of ``x`` are written, which is that of ``forward``."""
         ...
 
 
 def as_memory(block: Block) -> Memory:
-    """``block``, typed as a memory. Validation has made sure that it can read and write."""
+    """Cast ``block`` to a memory. Validation has checked that it has ``read`` and ``write``."""
     return cast(Memory, block)
 
 
 class Blocks(nn.ModuleList):
-    """Child blocks, in order: a ``ModuleList`` whose items type checkers know to be blocks."""
+    """A ``ModuleList`` whose items are blocks for type checkers."""
 
     if TYPE_CHECKING:
 
@@ -146,7 +149,7 @@ class Blocks(nn.ModuleList):
 
 
 def child_blocks(module: nn.Module) -> Iterator[Block]:
-    """Yield the blocks directly inside ``module``, through other modules such as ``ModuleList``."""
+    """Yield the child blocks of ``module``, also those inside other modules such as ``ModuleList``."""
     for child in module.children():
         if isinstance(child, Block):
             yield child
@@ -180,7 +183,7 @@ _call = _Call()
 
 
 def check_call(block: Block, x: Tensor, state: State) -> None:
-    """The checks of a call, for another method that takes inputs and a state: ``read`` of a memory."""
+    """Check inputs and state as a call does, for other methods such as ``read``."""
     check_input(block, x)
     if not (_call.inside or torch.compiler.is_compiling()):
         check_state(block, state, x.shape[0])
@@ -212,7 +215,7 @@ def check_input(block: Block, x: Tensor, mask: Tensor | None = None, name: str =
 
 
 def _parameter(block: Any) -> Tensor | None:
-    """The first floating-point parameter of the block. Where it was found is kept, for finding it takes long."""
+    """Return the first floating-point parameter of the block. Its place is cached, because the search is slow."""
     if block._first_parameter is None:
         floating = (name for name, parameter in block.named_parameters() if parameter.is_floating_point())
         path, _, name = next(floating, "").rpartition(".")
@@ -223,7 +226,7 @@ def _parameter(block: Any) -> Tensor | None:
 
 
 def _check_like(block: Block, x: Tensor, name: str) -> None:
-    """Compare with the parameters as they are now: modules may have been replaced."""
+    """Raise if the dtype or device differs from that of the current parameters. Modules may have been replaced."""
     block._first_parameter = None
     like, kind = _parameter(block), type(block).__name__
     if like is None:
@@ -236,15 +239,15 @@ def _check_like(block: Block, x: Tensor, name: str) -> None:
 
 
 _KEPT = 16
-"""Numbers of rows for which the expected state is kept."""
+"""Maximum number of cached expected states."""
 _MISSING = object()
 
 
 def check_state(module: Any, state: State, rows: int) -> None:
     """Raise ``TypeError`` or ``ValueError`` unless ``state`` is a state of ``module`` with ``rows`` rows.
 
-    Structure, shapes and dtypes must be those of ``init_state(rows)``, or of ``prefix`` where a block keeps persistent
-    tokens apart. Dimension 1 may differ where the state grows. What is expected is kept, on the meta device.
+    Structure, shapes and dtypes must be those of ``init_state(rows)``, or of ``prefix`` if a block stores persistent
+    tokens separately. Dimension 1 may differ if the state grows. Expected states are cached on the meta device.
     """
     like = _parameter(module)
     key = (rows, None, None) if like is None else (rows, like.dtype, like.device)
@@ -260,7 +263,7 @@ def check_state(module: Any, state: State, rows: int) -> None:
 
 
 def _fresh(module: Any, rows: int, prefix: bool = False) -> State:
-    """The state that ``init_state``, or ``prefix`` with one token, returns; without gradients, checks and observers."""
+    """Call ``init_state``, or ``prefix`` with one token, without gradients, checks and observers. Return the state."""
     inside, _call.inside = _call.inside, True
     try:
         with torch.no_grad(), suppressed():
@@ -288,7 +291,7 @@ def _fits(state: State, expected: State, device: torch.device | None, grows: boo
 
 
 def _compare(module: Any, state: State, rows: int) -> None:
-    """Find where ``state`` differs from what ``module`` expects. Raises nothing if it does not."""
+    """Raise an error that names the first difference between ``state`` and the state that ``module`` expects."""
     name = type(module).__name__
     other = f"{name}: the state is of another {'block' if isinstance(module, Block) else 'model'}"
     fresh = _fresh(module, rows)
@@ -296,7 +299,7 @@ def _compare(module: Any, state: State, rows: int) -> None:
     if kinds[0] != kinds[1]:
         raise TypeError(f"{name}: state is {kinds[0]}: expected {kinds[1]}")
     given, expected = dict(named_tensors(state)), dict(named_tensors(fresh))
-    # persistent tokens may be kept apart, and a cache have been made before it was bounded
+    # persistent tokens may be stored separately, and a cache may have been created before ``bound`` was called
     optional = dict(named_tensors(_fresh(module, rows, prefix=True))) if isinstance(module, Block) else {}
     grows = module.grows or hasattr(module, "bound")
     for path in [*expected, *given]:

@@ -1,4 +1,4 @@
-"""Building blocks: from a description to initialised parameters on a device."""
+"""Building blocks from their specifications, and initialising parameters."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def build_block(
     dtype: torch.dtype | str = torch.float32,
     seed: int | None = 0,
 ) -> Block:
-    """Build the block of width ``dim`` that ``spec`` describes: a name, ``{"type": name, ...}``, or a list (a chain).
+    """Build a block of width ``dim``. ``spec``: a name, ``{"type": name, ...}``, or a list (a chain).
 
-    The same ``seed`` gives the same parameters on every device; ``seed=None`` draws from the global generator.
-    Raises ``RecipeError`` naming everything that is wrong with ``spec``, ``TypeError`` for a block that is already
-    built, and ``ValueError`` for a device or dtype that is not available or an invalid seed.
+    The same ``seed`` gives the same parameters on every device. ``seed=None`` uses the global generator. Raises
+    ``RecipeError`` with all problems of ``spec``, ``TypeError`` for a block that is already built, and ``ValueError``
+    for an unavailable device, an invalid dtype or an invalid seed.
     """
     if isinstance(spec, Block):
         raise TypeError(f"build_block expects the description of a block; this {type(spec).__name__} is already built")
@@ -37,13 +37,13 @@ def build_block(
 
 @torch.inference_mode(False)  # parameters created in inference mode could not be trained
 def materialise(module: nn.Module, device: torch.device | str, dtype: torch.dtype | None, seed: int | None) -> None:
-    """Give a module built on the meta device initialised parameters, in place.
+    """Initialise the parameters of a module built on the meta device, in place.
 
-    Parameters are drawn in float32 on the CPU's generator, so that one seed gives one model whatever the
-    ``device`` and ``dtype``. ``seed=None`` uses (and advances) the global generator.
+    Parameters are drawn in float32 on the CPU, so the same seed gives the same parameters for every ``device`` and
+    ``dtype``. ``seed=None`` uses the global generator.
 
-    Raises ``RuntimeError`` naming a parameter that no ``reset_parameters`` has set, ``ValueError`` for an invalid seed,
-    and ``Unavailable`` where a block cannot run on the ``device``.
+    Raises ``RuntimeError`` for a parameter that no ``reset_parameters`` initialises, ``ValueError`` for an invalid
+    seed, and ``Unavailable`` if a block cannot run on ``device``.
     """
     check_seed(seed)
     refused = [child.refuse(torch.device(device)) for child in module.modules() if isinstance(child, Block)]
@@ -52,14 +52,14 @@ def materialise(module: nn.Module, device: torch.device | str, dtype: torch.dtyp
         raise Unavailable(problems, "model")
     module.to_empty(device="cpu")
     if dtype is not None:
-        module.float()  # whatever the default dtype was when it was created
+        module.float()  # the default dtype may have been another when it was created
     with torch.no_grad():
         for tensor in [*module.parameters(), *module.buffers()]:
             if tensor.is_floating_point():
                 tensor.fill_(float("nan"))
     devices: list[Any] = []
     owners: list[Any] = [child for child in module.modules() if isinstance(child, Block) or child is module]
-    # on the CPU whatever the default device is
+    # on the CPU, although the default device may be another
     with torch.random.fork_rng(devices, enabled=seed is not None), torch.no_grad(), torch.device("cpu"):
         if seed is not None:
             torch.manual_seed(seed)
@@ -68,7 +68,7 @@ def materialise(module: nn.Module, device: torch.device | str, dtype: torch.dtyp
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if tensor.is_floating_point() and tensor.isnan().any():
             raise RuntimeError(
-                f"{name} {list(tensor.shape)} was left uninitialised: set it in its block's reset_parameters"
+                f"{name} {list(tensor.shape)} was left uninitialised: set it in reset_parameters of its block"
             )
     module.to(device=device, dtype=dtype)
 

@@ -1,4 +1,4 @@
-"""Where parameters may live and in what numbers: devices and dtypes, as they are or by name."""
+"""Devices and dtypes of parameters, given as objects or by name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DTYPES = {
 
 
 def as_device(device: torch.device | str) -> torch.device:
-    """A device that exists here. Raises ``ValueError``."""
+    """Return ``device`` as a ``torch.device``. Raises ``ValueError`` if it is not available."""
     try:
         device = torch.device(device)
     except (RuntimeError, TypeError):
@@ -29,16 +29,16 @@ def as_device(device: torch.device | str) -> torch.device:
     if device.type not in ("cpu", "meta"):
         try:
             torch.ones(1, device=device).item()
-        # every backend reports its absence in its own way: AssertionError, NotImplementedError, RuntimeError
+        # backends that are missing raise different errors: AssertionError, NotImplementedError, RuntimeError
         except Exception as error:
-            # the first sentence: what follows it lists all that torch could have been built with
+            # the first sentence only: the others list all devices that torch may be built with
             first = str(error).partition("\n")[0].partition(". ")[0]
             raise ValueError(f"device {device}: cannot be used on this machine: {first}") from None
     return device
 
 
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """A floating-point dtype from itself or its name. Raises ``ValueError`` with the nearest name."""
+    """Return ``dtype`` as a ``torch.dtype``. Raises ``ValueError`` unless it is one of ``DTYPES``."""
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise ValueError(f"unknown dtype {show(dtype)}{nearest(dtype, DTYPES)} (dtypes: {', '.join(DTYPES)})")

@@ -1,4 +1,4 @@
-"""The model: an embedding, a stack of layers, a norm and a head; or the stack alone, over any embeddings."""
+"""The model: an embedding, a stack of layers, a norm and a head, or only a stack of layers and a norm."""
 
 from __future__ import annotations
 
@@ -23,37 +23,42 @@ from .layers import RMSNorm
 from .state import State, nbytes, trainable
 
 IGNORED = -100
-"""A target with this value adds nothing to the loss."""
+"""Targets with this value are ignored by the loss."""
 
 
 class ModelState(NamedTuple):
-    """What a model carries from one token to the next: one tree per layer, mirroring the recipe's."""
+    """The state of a model."""
 
     layers: tuple[State, ...]
+    """The states of the layers."""
     recipe: Tensor
-    """``[batch]`` int64: the fingerprint of the recipe whose model it is of (``Fingerprint``)."""
+    """``[batch]`` int64: the fingerprint of the model's recipe (``Fingerprint``)."""
 
 
 class ModelOutput(NamedTuple):
-    """What one call of a model returns."""
+    """The result of one call of a model."""
 
     logits: Tensor | None
-    """``[batch, time, vocab]``, for the token after each; ``None`` without a vocabulary."""
+    """``[batch, time, vocab]``: predictions of the next tokens. ``None`` without a vocabulary."""
     loss: Tensor | None
-    """Mean cross-entropy (nats) over the targets that count, at least float32; ``None`` without targets."""
+    """The mean cross-entropy of the targets in nats, in float32 or wider. ``None`` without targets."""
     state: ModelState
     """The state after all tokens."""
     hidden: Tensor
-    """``[batch, time, dim]``: the outputs of the stack, normalised."""
+    """``[batch, time, dim]``: the normalised outputs of the last layer."""
 
 
 class LanguageModel(nn.Module):
-    """A stack of layers between an embedding and a head.
+    """A stack of layers between an embedding and a head, both without biases.
 
-    ``layers``: for each layer from first to last, its list of blocks. ``vocab``: number of token ids; ``None``
-    leaves out embedding and head, for inputs that are not tokens. ``tie``: the head's weights are the embedding's.
-    Biases there are none. Everything is initialised by ``materialise``. ``fingerprint``: that of the
-    recipe, which the states contain; states of other recipes are rejected.
+    Args:
+        dim: width of the model.
+        vocab: number of token ids. ``None`` omits embedding and head, for inputs that are vectors.
+        layers: the blocks of each layer, from the first layer to the last.
+        tie: whether the head shares the weights of the embedding.
+        fingerprint: that of the recipe. States contain it, and states of other recipes are errors.
+
+    Parameters are initialised by ``materialise``, not by the constructor.
     """
 
     def __init__(
@@ -80,22 +85,22 @@ class LanguageModel(nn.Module):
 
     @property
     def grows(self) -> bool:
-        """True when the state grows with the number of tokens read."""
+        """Whether the state grows with the number of tokens."""
         return any(layer.grows for layer in self.layers)
 
     @property
     def period(self) -> int:
-        """Shifting every position by a multiple of this many tokens leaves the outputs unchanged."""
+        """Shifting all positions by a multiple of ``period`` leaves the outputs unchanged."""
         return math.lcm(*(layer.period for layer in self.layers))
 
     def reset_parameters(self) -> None:
-        """Embedding and head: normal, of deviation 0.02. The blocks initialise their own."""
+        """Initialise embedding and head: normal, std 0.02. Blocks initialise their own parameters."""
         for weight in (self.embedding, self.head):
             if weight is not None:
                 nn.init.normal_(weight, std=0.02)
 
     def init_state(self, batch_size: int) -> ModelState:
-        """A fresh state of ``batch_size`` rows: learned initial values, not zeros."""
+        """Return a fresh state of ``batch_size`` rows: learned initial values, not zeros."""
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size: expected an integer >= 1, got {batch_size!r}")
         return ModelState(tuple(layer.init_state(batch_size) for layer in self.layers), self._mark(batch_size))
@@ -110,22 +115,25 @@ class LanguageModel(nn.Module):
         embeddings: Tensor | None = None,
         check_finite: bool = True,
     ) -> ModelOutput:
-        """Read ``tokens`` [batch, time] int64, or ``embeddings`` [batch, time, dim] of the model's dtype.
+        """Process a batch of sequences.
 
-        ``state``: what an earlier call returned, or ``None`` for a fresh one. ``mask`` [batch, time] bool: true at
-        valid tokens; the others leave the state as it was. ``targets`` [batch, time] int64: the token that follows
-        each token (they are not shifted here); -100 and masked positions do not count. ``check_finite``: whether to
-        refuse embeddings that hold NaN or infinity at valid tokens. Under ``torch.compile`` nothing is refused for its
-        values.
+        Args:
+            tokens: ``[batch, time]`` int64.
+            state: the state returned by an earlier call, by default a fresh one.
+            mask: ``[batch, time]`` bool, true at valid tokens. Other tokens do not change the state.
+            targets: ``[batch, time]`` int64, the next token of each token: they are not shifted. -100 and masked
+                targets are ignored.
+            embeddings: ``[batch, time, dim]`` of the model's dtype, in place of ``tokens``.
+            check_finite: raise for embeddings with NaN or infinity at valid tokens.
 
-        Nothing that is passed in is changed. It may have been made in inference mode: where gradients are recorded,
-        the model works on a copy. Raises ``TypeError`` for a wrong dtype and ``ValueError`` for a wrong shape, device,
-        token id, or a state of other rows or of another model; each says what was expected.
+        Arguments are not modified. Tensors of inference mode are copied if gradients are recorded. Raises ``TypeError``
+        for a wrong dtype, and ``ValueError`` for a wrong shape or device, a token id out of range, or a state of
+        another model or number of rows. Under ``torch.compile``, values are not checked.
         """
         if (tokens is None) == (embeddings is None):
             raise ValueError("give either tokens [batch, time] or embeddings=[batch, time, dim], and not both")
         recording = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if recording:  # autograd keeps its arguments, and refuses to keep tensors of inference mode
+        if recording:  # autograd cannot save tensors of inference mode
             tokens, embeddings, mask, targets = map(_ordinary, (tokens, embeddings, mask, targets))
         if tokens is not None:
             x = self.embed(tokens)
@@ -154,11 +162,11 @@ class LanguageModel(nn.Module):
         return ModelOutput(logits, loss, state, hidden)
 
     def run(self, x: Tensor, state: ModelState | None, mask: Tensor | None) -> tuple[Tensor, ModelState]:
-        """The stack on checked inputs: ``x`` [batch, time, dim] -> hidden [batch, time, dim], state."""
+        """Run layers and norm without checks: ``x`` [batch, time, dim] -> hidden ``[batch, time, dim]``, state."""
         if x.shape[1] == 0:
             return x, state if state is not None else self.init_state(x.shape[0])
         if mask is not None and not torch.compiler.is_compiling() and bool(mask.all()):
-            mask = None  # nothing is hidden: every block takes its unmasked path
+            mask = None  # all tokens are valid: blocks are faster without a mask
         states = []
         for layer, before in zip(self.layers, [None] * len(self.layers) if state is None else state.layers):
             x, after = layer(x, before, mask=mask)
@@ -166,11 +174,11 @@ class LanguageModel(nn.Module):
         return self.norm(x)[0], ModelState(tuple(states), self._mark(x.shape[0]) if state is None else state.recipe)
 
     def decoder(self, rows: int) -> Decoder:
-        """``run`` for one token ``[rows, 1, dim]`` at a time: see ``decode.model_decoder``."""
+        """Return a function like ``run`` for one token ``[rows, 1, dim]`` at a time: see ``decode.model_decoder``."""
         return model_decoder(self, rows)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """``[batch, time]`` int64 -> ``[batch, time, dim]``, with every check on ``tokens``."""
+        """Check and embed tokens: ``[batch, time]`` int64 -> ``[batch, time, dim]``."""
         if self.embedding is None:
             raise ValueError("this model has no vocabulary (vocab: null): give embeddings=[batch, time, dim]")
         self._check("tokens", tokens, torch.int64, None)
@@ -180,12 +188,12 @@ class LanguageModel(nn.Module):
         return embedding(tokens, self.embedding)
 
     def lookup(self, tokens: Tensor) -> Tensor:
-        """``embed`` without the checks, for tokens that the model itself has drawn."""
+        """``embed`` without checks, for sampled tokens."""
         assert self.embedding is not None
         return embedding(tokens, self.embedding)
 
     def predict(self, hidden: Tensor) -> Tensor:
-        """``[..., dim]`` -> logits ``[..., vocab]``."""
+        """Return the logits: ``[..., dim]`` -> ``[..., vocab]``."""
         weight = self.head if self.head is not None else self.embedding
         if weight is None:
             raise ValueError("this model has no vocabulary (vocab: null), so it has no logits")
@@ -208,21 +216,21 @@ class LanguageModel(nn.Module):
         return generate(self, tokens, max_new_tokens, state, temperature, top_k, top_p, seed, mask=mask, logits=logits)
 
     def freeze_memory(self) -> Frozen:
-        """From now on memories are read and not written, whatever the model reads or generates, from any state.
+        """Freeze all memories: they are read and not written.
 
-        Until ``unfreeze_memory``, or for the length of ``with model.freeze_memory():``. Attention, convolutions and
-        all else go on as ever, and so do states. A state's memory holds afterwards what it held before, and goes on
-        learning from there; a fresh state holds its persistent tokens, frozen or not. Raises ``ValueError`` where a
-        memory is only written (``use: write``).
+        They are frozen until ``unfreeze_memory`` is called, or until the end of ``with model.freeze_memory():``. The
+        memories in a state do not change. Other parts of a state, such as the cache of attention, do. Persistent
+        tokens are written into a fresh state even if its memories are frozen. Raises ``ValueError`` for a memory that
+        is written and not read (``use: write``).
         """
         return freeze(self)
 
     def unfreeze_memory(self) -> None:
-        """Let every memory that ``freeze_memory`` froze write again."""
+        """Thaw all frozen memories."""
         thaw(self)
 
     def flops(self, length: int) -> int:
-        """Forward FLOPs (a multiply-add is 2) for one row of ``length`` tokens from a fresh state."""
+        """Forward FLOPs (a multiply-add counts 2) for one row of ``length`` tokens from a fresh state."""
         if isinstance(length, bool) or not isinstance(length, int) or length < 0:
             raise ValueError(f"length: expected an integer >= 0, got {length!r}")
         head = 0 if self.vocab is None else 2 * self.dim * self.vocab * length
@@ -251,7 +259,7 @@ class LanguageModel(nn.Module):
             raise TypeError(f"state: expected a ModelState (init_state makes one), got {type(state).__name__}{hint}")
         recipe = state.recipe
         if isinstance(recipe, Tensor) and recipe.dtype == torch.int64:
-            # before the shapes: that it is of another recipe says more than the first shape that differs
+            # checked before the shapes, because its message names both recipes
             self.fingerprint.check(recipe)
         if not torch.compiler.is_compiling():
             check_state(self, state, rows)
@@ -300,5 +308,5 @@ def _loss(logits: Tensor, targets: Tensor) -> Tensor:
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     total = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
-    # a batch in which nothing counts has loss 0, not 0/0
+    # the loss of a batch without targets is 0, not 0 / 0
     return total / (targets != IGNORED).sum().clamp(min=1)
