@@ -96,7 +96,7 @@ def make(case: Case, sizes: Sizes) -> Callable[[], Any]:
     x = torch.randn(sizes.batch, case.length, sizes.dim)
     leaves = [x, *module.parameters()]
     first = (lambda out: out) if case.kind == "attention" else (lambda out: out[0])
-    return timed(lambda: first(module(x)), leaves, case.backward)
+    return passes(lambda: first(module(x)), leaves, case.backward)
 
 
 def spec(case: Case, sizes: Sizes) -> dict[str, Any]:
@@ -107,13 +107,7 @@ def operation(case: Case, sizes: Sizes, dtype: torch.dtype = torch.float32) -> t
     assert case.chunk is not None
     types = {"dtype": dtype, "state_dtype": dtype}
     forward, leaves = memory_operation(sizes.batch, case.length, sizes.heads, shapes(case, sizes), case.chunk, **types)
-    return timed(forward, leaves, case.backward), leaves
-
-
-def timed(forward: Callable[[], Tensor], leaves: list[Tensor], backward: bool) -> Callable[[], Any]:
-    for leaf in leaves:
-        leaf.requires_grad_(backward)
-    return passes(forward, leaves, backward)
+    return passes(forward, leaves, case.backward), leaves
 
 
 def shapes(case: Case, sizes: Sizes) -> list[tuple[int, int]]:

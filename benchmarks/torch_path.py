@@ -62,8 +62,6 @@ def make(case: Case, sizes: Sizes) -> Callable[[], Any]:
         forward, leaves = memory_operation(1, sizes.length, sizes.heads, shapes, sizes.chunk, backend)
     else:
         forward, leaves = model(case, sizes)
-    for leaf in leaves:
-        leaf.requires_grad_(case.backward)
     once = passes(torch.compile(forward) if case.way == "compiled" else forward, leaves, case.backward)
 
     def run() -> None:

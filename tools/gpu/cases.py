@@ -241,27 +241,6 @@ def _attention_case(
     return Case(name, "attention", make, run)
 
 
-def _gate_inputs(random: torch.Generator) -> Inputs:
-    gains = {f"gain_{x}": 1 + _randn(random, 96, scale=0.1) for x in "ab"}
-    return {"a": _randn(random, 2, 100, 96), "b": _randn(random, 2, 100, 96), **gains}
-
-
-def _convolution_inputs(random: torch.Generator) -> Inputs:
-    return {"x": _randn(random, 2, 100, 96), "weight": _randn(random, 96, 4), "history": _randn(random, 2, 3, 96)}
-
-
-def _gated_norm_inputs(random: torch.Generator) -> Inputs:
-    return {"y": _randn(random, 2, 100, 4, 24), "gain": _randn(random, 4, 24), "g": _randn(random, 2, 100, 96)}
-
-
-def _rotary_inputs(random: torch.Generator) -> Inputs:
-    return {"x": _randn(random, 2, 100, 4, 32), "position": torch.arange(100).expand(2, -1).clone()}
-
-
-def _run_gate(backend: str, a: Tensor, b: Tensor, gain_a: Tensor, gain_b: Tensor) -> list[Tensor]:
-    return [gate(a, b, gain_a, gain_b, backend=backend)]
-
-
 _ATTENTIONS = (
     _attention_case("causal", 100, None),
     _attention_case("window", 150, 32),
@@ -274,52 +253,61 @@ _ATTENTIONS = (
 )
 
 
-def _query_inputs(random: torch.Generator) -> Inputs:
-    """The projection of one token, and the weights and history of a convolution."""
-    convolution = {"weight": _randn(random, 96, 4), "history": _randn(random, 2, 3, 96)}
-    return {"projected": _randn(random, 2, 1, 96), **convolution}
+_WEIGHTS = ("weight", "convolution", "controls", "gate", "gate_up", "down")
+
+
+def _normal(**shapes: tuple[int, ...]) -> Callable[[torch.Generator], Inputs]:
+    """Makes normal inputs of these shapes. Weights are scaled by their width; gains have a mean of 1."""
+
+    def make(random: torch.Generator) -> Inputs:
+        found = {}
+        for name, shape in shapes.items():
+            x = _randn(random, *shape, scale=shape[-1] ** -0.5 if name in _WEIGHTS else 1)
+            found[name] = 1 + 0.1 * x if name.startswith("gain") else x
+        return found
+
+    return make
+
+
+def _rotary_inputs(random: torch.Generator) -> Inputs:
+    return {"x": _randn(random, 2, 100, 4, 32), "position": torch.arange(100).expand(2, -1).clone()}
 
 
 def _query_key_value_inputs(random: torch.Generator) -> Inputs:
-    return {**_query_inputs(random), "projected": _randn(random, 2, 50, 96), "length": torch.tensor([50, 31])}
+    made = _normal(projected=(2, 50, 96), weight=(96, 4), history=(2, 3, 96))(random)
+    return {**made, "length": torch.tensor([50, 31])}
+
+
+def _cached_attention_inputs(random: torch.Generator) -> Inputs:
+    slots, prefix = (2, 9, 2, 32), (2, 3, 2, 32)
+    shapes = dict(keys=slots, values=slots, prefix_keys=prefix, prefix_values=prefix)
+    found = _normal(projected=(2, 2, 8, 32), gain=(6, 32), **shapes)(random)
+    for name in ("keys", "values"):
+        found[name][1, :5] = 0  # slots without a token
+    return {**found, "cached": torch.tensor([9, 4]), "position": torch.tensor([30, 4])}
+
+
+def _scan_inputs(random: torch.Generator) -> Inputs:
+    made = _normal(gates=(2, 100, 3, 8), inputs=(2, 100, 3, 8), start=(2, 3, 8))(random)
+    return {**made, "gates": torch.sigmoid(made["gates"] + 1)}
+
+
+def _run_gate(backend: str, a: Tensor, b: Tensor, gain_a: Tensor, gain_b: Tensor) -> list[Tensor]:
+    return [gate(a, b, gain_a, gain_b, backend=backend)]
 
 
 def _run_query(backend: str, projected: Tensor, weight: Tensor, history: Tensor) -> list[Tensor]:
-    return [query(projected[..., :32].contiguous(), weight, history, 4, backend=backend)]
+    return [query(projected, weight, history, 4, backend=backend)]
 
 
 def _run_query_key_value(backend: str, **given: Tensor) -> list[Tensor]:
     return [x for x in query_key_value(**given, heads=4, backend=backend) if x is not None]
 
 
-def _linear_inputs(tokens: int) -> Callable[[torch.Generator], Inputs]:
-    def make(random: torch.Generator) -> Inputs:
-        return {"x": _randn(random, tokens, 96), "weight": _randn(random, 64, 96), "bias": _randn(random, 64)}
-
-    return make
-
-
 def _run_projection(backend: str, x: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
     """``project`` calls this operation on a CPU only."""
     facts = dict(device=x.device.type, dtype=x.dtype, tokens=x.shape[0])
     return [OPERATIONS["projection"].choose(backend, **facts)(x, weight, bias)]
-
-
-def _feed_forward_inputs(random: torch.Generator) -> Inputs:
-    weights = {"gate_up": _randn(random, 128, 96, scale=0.1), "down": _randn(random, 96, 64, scale=0.1)}
-    return {"x": _randn(random, 2, 1, 96), **weights}
-
-
-def _gated_output_inputs(random: torch.Generator) -> Inputs:
-    weights = {"gate": _randn(random, 96, 96, scale=0.1), "down": _randn(random, 96, 96, scale=0.1)}
-    answer = {"answer": _randn(random, 2, 1, 4, 24), "gain": 1 + _randn(random, 4, 24, scale=0.1)}
-    return {**answer, "x": _randn(random, 2, 1, 96), **weights}
-
-
-def _memory_inputs(random: torch.Generator) -> Inputs:
-    weights = {"weight": _randn(random, 96, 48, scale=0.1), "convolution": _randn(random, 96, 4)}
-    controls = {"controls": _randn(random, 12, 48, scale=0.1), "bias": _randn(random, 12)}
-    return {"x": _randn(random, 2, 1, 48), "history": _randn(random, 2, 3, 96), **weights, **controls}
 
 
 def _run_memory_inputs(
@@ -330,47 +318,36 @@ def _run_memory_inputs(
     return [q, k, v, *gates, *([] if after is None else [after])]
 
 
-def _cached_attention_inputs(random: torch.Generator) -> Inputs:
-    found = {"projected": _randn(random, 2, 2, 8, 32), "gain": 1 + _randn(random, 6, 32, scale=0.1)}
-    for name, slots in (("keys", 9), ("values", 9), ("prefix_keys", 3), ("prefix_values", 3)):
-        found[name] = _randn(random, 2, slots, 2, 32)
-    for name in ("keys", "values"):
-        found[name][1, :5] = 0  # slots that hold no token
-    return {**found, "cached": torch.tensor([9, 4]), "position": torch.tensor([30, 4])}
-
-
 def _run_cached_attention(backend: str, projected: Tensor, gain: Tensor, **cache: Tensor) -> list[Tensor]:
     return list(cached_attention(projected, gain, Cache(**cache), heads=4, window=10, base=1e4, backend=backend))
 
 
-def _scan_inputs(random: torch.Generator) -> Inputs:
-    gates, inputs = torch.sigmoid(_randn(random, 2, 100, 3, 8) + 1), _randn(random, 2, 100, 3, 8)
-    return {"gates": gates, "inputs": inputs, "start": _randn(random, 2, 3, 8)}
-
-
 _OTHERS = (
-    Case("gate", "gate", _gate_inputs, _run_gate),
-    Case("gated norm", "gated_norm", _gated_norm_inputs, lambda backend, **x: [gated_norm(**x, backend=backend)]),
-    Case("SwiGLU", "swiglu", lambda r: {"x": _randn(r, 2, 100, 192)}, lambda b, x: [swiglu(x, backend=b)]),
-    Case(
-        "RMSNorm",
-        "rms_norm",
-        lambda random: {"x": _randn(random, 2, 100, 96), "gain": _randn(random, 96)},
-        lambda backend, x, gain: [rms_norm(x, gain, backend=backend)],
-    ),
-    Case("L2 norm", "l2_norm", lambda r: {"x": _randn(r, 2, 100, 4, 24)}, lambda b, x: [l2_norm(x, backend=b)]),
-    Case("convolution", "convolution", _convolution_inputs, lambda b, **x: [causal_convolution(**x, backend=b)]),
+    Case("gate", "gate", _normal(a=(2, 100, 96), b=(2, 100, 96), gain_a=(96,), gain_b=(96,)), _run_gate),
+    Case("gated norm", "gated_norm", _normal(y=(2, 100, 4, 24), gain=(4, 24), g=(2, 100, 96)),
+         lambda backend, **x: [gated_norm(**x, backend=backend)]),
+    Case("SwiGLU", "swiglu", _normal(x=(2, 100, 192)), lambda backend, x: [swiglu(x, backend=backend)]),
+    Case("RMSNorm", "rms_norm", _normal(x=(2, 100, 96), gain=(96,)),
+         lambda backend, x, gain: [rms_norm(x, gain, backend=backend)]),
+    Case("L2 norm", "l2_norm", _normal(x=(2, 100, 4, 24)), lambda backend, x: [l2_norm(x, backend=backend)]),
+    Case("convolution", "convolution", _normal(x=(2, 100, 96), weight=(96, 4), history=(2, 3, 96)),
+         lambda backend, **x: [causal_convolution(**x, backend=backend)]),
     Case("rotary", "rotary", _rotary_inputs, lambda backend, x, position: [rotate(x, position, backend=backend)]),
-    Case("query", "query", _query_inputs, _run_query),
+    Case("query", "query", _normal(projected=(2, 1, 32), weight=(96, 4), history=(2, 3, 96)), _run_query),
     Case("query, key and value", "query_key_value", _query_key_value_inputs, _run_query_key_value),
-    Case("projection of a few", "projection", _linear_inputs(2), _run_projection, backward=False),
-    Case("projection of many", "linear", _linear_inputs(150), lambda b, **given: [project(**given, backend=b)]),
-    Case("feed-forward, decoding", "gated_projection", _feed_forward_inputs,
-         lambda b, **given: [feed_forward(**given, backend=b)], backward=False),
-    Case("gated output, decoding", "gated_projection", _gated_output_inputs,
-         lambda b, **given: [gated_output(**given, backend=b)], backward=False),
-    Case("memory inputs, decoding", "memory_inputs", _memory_inputs, _run_memory_inputs, backward=False),
+    Case("projection of a few", "projection", _normal(x=(2, 96), weight=(64, 96), bias=(64,)), _run_projection,
+         backward=False),
+    Case("projection of many", "linear", _normal(x=(150, 96), weight=(64, 96), bias=(64,)),
+         lambda backend, **x: [project(**x, backend=backend)]),
+    Case("feed-forward, decoding", "gated_projection", _normal(x=(2, 1, 96), gate_up=(128, 96), down=(96, 64)),
+         lambda backend, **x: [feed_forward(**x, backend=backend)], backward=False),
+    Case("gated output, decoding", "gated_projection",
+         _normal(answer=(2, 1, 4, 24), gain=(4, 24), x=(2, 1, 96), gate=(96, 96), down=(96, 96)),
+         lambda backend, **x: [gated_output(**x, backend=backend)], backward=False),
+    Case("memory inputs, decoding", "memory_inputs",
+         _normal(x=(2, 1, 48), history=(2, 3, 96), weight=(96, 48), convolution=(96, 4), controls=(12, 48), bias=(12,)),
+         _run_memory_inputs, backward=False),
     Case("cached attention, decoding", "cached_attention", _cached_attention_inputs, _run_cached_attention,
          backward=False),
-    Case("scan", "linear_scan", _scan_inputs, lambda b, **given: [linear_scan(**given, backend=b)]),
+    Case("scan", "linear_scan", _scan_inputs, lambda backend, **x: [linear_scan(**x, backend=backend)]),
 )  # fmt: skip

@@ -73,10 +73,7 @@ def _direction(both: bool) -> str:
 def _timed(start: Start, both: bool, schedule: str = "auto") -> Callable[[], Run]:
     def make() -> Run:
         torch.manual_seed(0)
-        forward, leaves = start()
-        for leaf in leaves:
-            leaf.requires_grad_(both)
-        return scheduled(schedule)(passes(forward, leaves, both))
+        return scheduled(schedule)(passes(*start(), both))
 
     return make
 

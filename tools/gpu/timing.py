@@ -177,7 +177,12 @@ def backends(operation: str, device: torch.device, dtype: torch.dtype, **facts: 
 
 
 def passes(forward: Callable[[], Tensor], leaves: Sequence[Tensor], both: bool) -> Run:
-    """Return a function that runs ``forward`` without gradients or, with ``both``, forward and backward."""
+    """Return a function that runs ``forward`` without gradients or, with ``both``, forward and backward.
+
+    The ``leaves`` get gradients with ``both``, and need none without.
+    """
+    for leaf in leaves:
+        leaf.requires_grad_(both)
 
     def alone() -> Tensor:
         with torch.no_grad():
