@@ -100,12 +100,14 @@ def kernels(
 def compiled(kernel: Any, fixed: dict[str, Any], sizes: dict[str, int], target: str) -> dict[str, Any]:
     """Compile a kernel and return its row of the report."""
     names = kernel.arg_names
-    whole = lambda n: n in sizes or (WHOLE.fullmatch(n) and not (n == "b" and "a_step" in names))  # noqa: E731
-    kind = lambda n: "fp32" if n in REAL else "i32" if whole(n) else TYPED.get(n, "*fp32")  # noqa: E731
-    signature = {n: "constexpr" if n in fixed else kind(n) for n in names}
-    constants = {(names.index(n),): value for n, value in fixed.items() if n in names}
-    round_ = lambda n: signature[n].startswith("*") or (n in sizes and sizes[n] % 16 == 0)  # noqa: E731
-    known = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if round_(n)}
+    signature = {name: "constexpr" if name in fixed else _type(name, names, sizes) for name in names}
+    constants = {(names.index(name),): value for name, value in fixed.items() if name in names}
+    divisible = [
+        index
+        for index, name in enumerate(names)
+        if signature[name].startswith("*") or (name in sizes and sizes[name] % 16 == 0)
+    ]
+    known = {(index,): [["tt.divisibility", 16]] for index in divisible}
     nvidia = target.startswith("sm_")
     where = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
     options = {name: fixed[name] for name in ("num_warps", "num_stages") if name in fixed}
@@ -115,6 +117,15 @@ def compiled(kernel: Any, fixed: dict[str, Any], sizes: dict[str, int], target: 
     row |= {name: fixed[name] for name in ("ROWS", "KEYS", "BLOCK", "WIDTH") if name in fixed and name in names}
     row |= dict(warps=done.metadata.num_warps, shared=done.metadata.shared)
     return row | (_nvidia(done.asm) if nvidia else _amd(done.asm))
+
+
+def _type(name: str, names: list[str], sizes: dict[str, int]) -> str:
+    if name in REAL:
+        return "fp32"
+    gated = name == "b" and "a_step" in names
+    if name in sizes or (WHOLE.fullmatch(name) and not gated):
+        return "i32"
+    return TYPED.get(name, "*fp32")
 
 
 def _nvidia(asm: dict[str, Any]) -> dict[str, Any]:
@@ -135,7 +146,7 @@ def _amd(asm: dict[str, Any]) -> dict[str, Any]:
     return dict(registers=registers, spilled=count("private_segment_fixed_size"), dot=" ".join(sorted(set(dots))))
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="a line of JSON for each kernel and target")
     parser.add_argument("--target", nargs="+", default=TARGETS)
@@ -144,13 +155,15 @@ def main(arguments: list[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--layers", type=int, choices=(1, 2), default=2)
     parser.add_argument("--operands", choices=PRODUCTS, default="bfloat16")
-    asked = parser.parse_args(arguments)
-    for target in asked.target:
-        for kernel, fixed, sizes in kernels(asked.dim, asked.hidden, asked.chunk, asked.operands, asked.layers):
-            if asked.kernel and not any(name in kernel.__name__ for name in asked.kernel):
+    arguments = parser.parse_args(words)
+    for target in arguments.target:
+        for kernel, fixed, sizes in kernels(
+            arguments.dim, arguments.hidden, arguments.chunk, arguments.operands, arguments.layers
+        ):
+            if arguments.kernel and not any(name in kernel.__name__ for name in arguments.kernel):
                 continue
             row = compiled(kernel, fixed, sizes, target)
-            print(json.dumps(row) if asked.json else "  ".join(f"{n} {x}" for n, x in row.items()), flush=True)
+            print(json.dumps(row) if arguments.json else "  ".join(f"{n} {x}" for n, x in row.items()), flush=True)
 
 
 if __name__ == "__main__":
