@@ -72,17 +72,17 @@ def text(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
 def fit(model: Any, data: torch.Tensor, steps: int, rows: int, length: int) -> None:
     """Train for ``steps`` of AdamW on random windows, the same for every model."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
     generator = torch.Generator().manual_seed(0)
     model.train()
     for _ in range(steps):
         starts = torch.randint(len(data) - length, (rows,), generator=generator)
         batch = torch.stack([data[start : start + length] for start in starts.tolist()])
         loss = model(input_ids=batch, labels=batch, use_cache=False).loss
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimiser.step()
+        optimizer.step()
     model.eval()
 
 

@@ -114,7 +114,7 @@ def training_step(case: Case, sizes: Sizes) -> Callable[[], Any]:
     """Forward, backward and AdamW on one batch. The step raises ``FloatingPointError`` if the loss is not finite."""
     module = model(case, sizes)
     text = torch.randint(sizes.vocab, (sizes.batch, sizes.time + 1))
-    optimiser = torch.optim.AdamW(module.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
 
     def loss() -> Tensor:
         if case.kind == "plain":
@@ -129,8 +129,8 @@ def training_step(case: Case, sizes: Sizes) -> Callable[[], Any]:
         if not value.isfinite():
             raise FloatingPointError(f"the loss is {value.item()}")
         value.backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
 
     return measure.medium(step) if case.medium else step
 

@@ -3,7 +3,7 @@
 from . import attention, combinators, context, feedforward, flops, foreign, layers, memory
 from .auxiliary_losses import memory_loss, write_cost
 from .block import Block
-from .build import build_block, materialise
+from .build import build_block, materialize
 from .foreign import adapt
 from .language_model import LanguageModel, ModelOutput, ModelState
 from .laws import LawError, check_block
@@ -27,7 +27,7 @@ __all__ = [
     "flops",
     "foreign",
     "layers",
-    "materialise",
+    "materialize",
     "memory",
     "memory_check",
     "memory_loss",

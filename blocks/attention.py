@@ -33,7 +33,7 @@ class AttentionState(NamedTuple):
     """
 
     keys: Tensor
-    """``[batch, slots, kv_heads, d]``, normalised and rotated, in the model's dtype."""
+    """``[batch, slots, kv_heads, d]``, normalized and rotated, in the model's dtype."""
     values: Tensor
     """``[batch, slots, kv_heads, d]``."""
     cached: Tensor
@@ -41,7 +41,7 @@ class AttentionState(NamedTuple):
     position: Tensor
     """``[batch]`` int64: number of tokens processed. Only the rotation depends on it."""
     prefix_keys: Tensor | None
-    """``[batch, P, kv_heads, d]``, normalised and not rotated; ``None`` without persistent tokens."""
+    """``[batch, P, kv_heads, d]``, normalized and not rotated; ``None`` without persistent tokens."""
     prefix_values: Tensor | None
     """``[batch, P, kv_heads, d]``."""
 
@@ -67,7 +67,7 @@ class Attention(Block):
             Field(ge=1, le=2**24, description="tokens that each token sees, including itself; null for all"),
         ] = None,
         rope: Annotated[float | None, Field(gt=1, description="base of rotary embeddings; null for none")] = 10000.0,
-        qk_norm: Annotated[bool, Field(description="RMS-normalise queries and keys, with a learned gain")] = True,
+        qk_norm: Annotated[bool, Field(description="RMS-normalize queries and keys, with a learned gain")] = True,
     ) -> None:
         super().__init__(dim)
         fields = {"heads": heads, "kv_heads": kv_heads, "rope": rope}
@@ -254,7 +254,7 @@ class Attention(Block):
 def _used_slots(state: AttentionState, time: int) -> tuple[int, Tensor | None]:
     """Return the largest number of slots in use of any row, and the first of them in each row (``None``: all in use).
 
-    Reading the number synchronises an accelerator. For one token, attention over a few empty slots is cheaper.
+    Reading the number synchronizes an accelerator. For one token, attention over a few empty slots is cheaper.
     """
     slots = state.keys.shape[1]
     if not slots:

@@ -103,7 +103,7 @@ class Block(nn.Module):
         return None
 
     def reset_parameters(self) -> None:
-        """Initialise the parameters of this block, not those of child blocks. Must not depend on previous values."""
+        """Initialize the parameters of this block, not those of child blocks. Must not depend on previous values."""
         for child in self.children():
             _reset_own(child)
 

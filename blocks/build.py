@@ -1,4 +1,4 @@
-"""Building blocks from their specifications, and initialising parameters."""
+"""Building blocks from their specifications, and initializing parameters."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def build_block(
     device, dtype = as_device(device), as_dtype(dtype)
     with torch.device("meta"):
         block: Block = create(spec, dim=dim)
-    materialise(block, device, dtype, seed)
+    materialize(block, device, dtype, seed)
     return block
 
 
 @torch.inference_mode(False)  # parameters created in inference mode could not be trained
-def materialise(module: nn.Module, device: torch.device | str, dtype: torch.dtype | None, seed: int | None) -> None:
-    """Initialise the parameters of a module built on the meta device, in place.
+def materialize(module: nn.Module, device: torch.device | str, dtype: torch.dtype | None, seed: int | None) -> None:
+    """Initialize the parameters of a module built on the meta device, in place.
 
     Parameters are drawn in float32 on the CPU, so the same seed gives the same parameters for every ``device`` and
     ``dtype``. ``seed=None`` uses the global generator.
 
-    Raises ``RuntimeError`` for a parameter that no ``reset_parameters`` initialises, ``ValueError`` for an invalid
+    Raises ``RuntimeError`` for a parameter that no ``reset_parameters`` initializes, ``ValueError`` for an invalid
     seed, and ``Unavailable`` if a block cannot run on ``device``.
     """
     check_seed(seed)
@@ -68,7 +68,7 @@ def materialise(module: nn.Module, device: torch.device | str, dtype: torch.dtyp
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if tensor.is_floating_point() and tensor.isnan().any():
             raise RuntimeError(
-                f"{name} {list(tensor.shape)} was left uninitialised: set it in reset_parameters of its block"
+                f"{name} {list(tensor.shape)} was left uninitialized: set it in reset_parameters of its block"
             )
     module.to(device=device, dtype=dtype)
 

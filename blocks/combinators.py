@@ -24,7 +24,7 @@ from .state import State
 class Chain(Block):
     """A sequence of blocks, ``x -> f(x) -> g(f(x)) -> ...``. In a recipe, a list of blocks is a chain.
 
-    It has no normalisation and no residual connections of its own. A chain of memories is read in sequence too: the
+    It has no normalization and no residual connections of its own. A chain of memories is read in sequence too: the
     output of each memory is the query of the next. State: a tuple of the states of the blocks.
     """
 

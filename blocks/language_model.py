@@ -45,7 +45,7 @@ class ModelOutput(NamedTuple):
     state: ModelState
     """The state after all tokens."""
     hidden: Tensor
-    """``[batch, time, dim]``: the normalised outputs of the last layer."""
+    """``[batch, time, dim]``: the normalized outputs of the last layer."""
 
 
 class LanguageModel(nn.Module):
@@ -58,7 +58,7 @@ class LanguageModel(nn.Module):
         tie: whether the head shares the weights of the embedding.
         fingerprint: that of the recipe. States contain it, and states of other recipes are errors.
 
-    Parameters are initialised by ``materialise``, not by the constructor.
+    Parameters are initialized by ``materialize``, not by the constructor.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class LanguageModel(nn.Module):
         return math.lcm(*(layer.period for layer in self.layers))
 
     def reset_parameters(self) -> None:
-        """Initialise embedding and head: normal, std 0.02. Blocks initialise their own parameters."""
+        """Initialize embedding and head: normal, std 0.02. Blocks initialize their own parameters."""
         for weight in (self.embedding, self.head):
             if weight is not None:
                 nn.init.normal_(weight, std=0.02)

@@ -25,7 +25,7 @@ Form = Literal["sigmoid", "silu", "sum"]
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` with a faster product for few tokens. It is initialised by the block that contains it."""
+    """``nn.Linear`` with a faster product for few tokens. It is initialized by the block that contains it."""
 
     def forward(self, input: Tensor) -> Tensor:
         return project(input, self.weight, self.bias)
@@ -76,7 +76,7 @@ def linear_of(layer: nn.Module, function: Callable[..., Tensor], *inputs: Tensor
 def gated_output(y: Tensor, gain: Tensor, x: Tensor, gate: nn.Module, out: nn.Module) -> Tensor:
     """``out(rms_norm(y) * gain * silu(gate(x)))``.
 
-    ``y``: ``[batch, time, heads, d]``, normalised per head; ``gain``: ``[heads, d]``; ``x``: ``[batch, time, dim]``.
+    ``y``: ``[batch, time, heads, d]``, normalized per head; ``gain``: ``[heads, d]``; ``x``: ``[batch, time, dim]``.
     """
     if fuses(x, gate, out):
         return decode.gated_output(y, gain, x, gate.weight, out.weight)  # type: ignore[arg-type]
@@ -91,7 +91,7 @@ def feed_forward(x: Tensor, up: nn.Module, down: nn.Module) -> Tensor:
 
 
 class Norm(Block):
-    """Normalisation of each token's features, with a learned gain. Stateless."""
+    """Normalization of each token's features, with a learned gain. Stateless."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__(dim)
@@ -104,7 +104,7 @@ class Norm(Block):
 
 @register("rms_norm")
 class RMSNorm(Norm):
-    """Root mean square normalisation, ``x / rms(x) * gain``."""
+    """Root mean square normalization, ``x / rms(x) * gain``."""
 
     def __init__(self, dim: int, *, eps: Eps = 1e-6) -> None:
         super().__init__(dim, eps)
@@ -116,7 +116,7 @@ class RMSNorm(Norm):
 
 @register("layer_norm")
 class LayerNorm(Norm):
-    """Layer normalisation without a bias, ``(x - mean(x)) / std(x) * gain``."""
+    """Layer normalization without a bias, ``(x - mean(x)) / std(x) * gain``."""
 
     def __init__(self, dim: int, *, eps: Eps = 1e-6) -> None:
         super().__init__(dim, eps)

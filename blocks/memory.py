@@ -39,7 +39,7 @@ class NeuralMemory(Block):
     """Neural long-term memory: a small network per head, trained by gradient descent on each token (section 3).
 
     Each token has a query, a key and a value. Writing takes a gradient step on ``|M(k) - v|^2``, with momentum and
-    weight decay, whose rates are learned functions of the token. Reading returns ``M(q)``, normalised, gated and
+    weight decay, whose rates are learned functions of the token. Reading returns ``M(q)``, normalized, gated and
     projected. ``forward`` writes and reads each token, ``read`` only reads. State: the weights of the networks.
     """
 
@@ -127,7 +127,7 @@ class NeuralMemory(Block):
             yield "learn_momentum", "there is no momentum to learn: momentum is false"
 
     def reset_parameters(self) -> None:
-        """Initialise all parameters.
+        """Initialize all parameters.
 
         ================  ==========================================================================
         projections       normal, std 1 / sqrt(dim): inputs of unit variance give outputs of unit variance
@@ -289,7 +289,7 @@ class NeuralMemory(Block):
         return raw, past[:, -1] if length is None else last(past, length + 1, 1)[:, 0]
 
     def output_of(self, y: Tensor, x: Tensor) -> Tensor:
-        """Normalise the outputs ``y`` of the operation per head, gate them by ``x`` and project them."""
+        """Normalize the outputs ``y`` of the operation per head, gate them by ``x`` and project them."""
         if self.use == "write":
             return torch.zeros_like(x)
         return gated_output(y, self.output_gain, x, self.output_gate, self.output)

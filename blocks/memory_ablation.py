@@ -266,15 +266,15 @@ def _named(state: tuple[Any, ...]) -> list[tuple[str, Any]]:
 def mean_with_error(sums: Tensor, counts: Tensor) -> Difference:
     """Mean of ``sums / counts``, both ``[rows, blocks]``, and its standard error.
 
-    With few rows the blocks are the observations. Correlation of neighbouring blocks makes the standard error too
-    small. Neighbours are therefore merged repeatedly, and the largest standard error is returned.
+    With few rows the blocks are the observations. Correlation of neighboring blocks makes the standard error too
+    small. Neighbors are therefore merged repeatedly, and the largest standard error is returned.
     """
     mean = float(sums.sum() / counts.sum())
     if len(sums) >= ROWS:
         return Difference(mean, _error(sums.sum(1), counts.sum(1)))
     errors = [_error(sums, counts)]
     while sums.shape[1] >= 2 * FEWEST_BLOCKS:
-        sums, counts = (_merge_neighbours(x) for x in (sums, counts))
+        sums, counts = (_merge_neighbors(x) for x in (sums, counts))
         errors.append(_error(sums, counts))
     return Difference(mean, max(errors))
 
@@ -289,6 +289,6 @@ def _error(sums: Tensor, counts: Tensor) -> float:
     return float(deviation.sqrt() / counts.sum())
 
 
-def _merge_neighbours(x: Tensor) -> Tensor:
-    """Sums of pairs of neighbours. With an odd number, the last one remains."""
+def _merge_neighbors(x: Tensor) -> Tensor:
+    """Sums of pairs of neighbors. With an odd number, the last one remains."""
     return torch.nn.functional.pad(x, (0, x.shape[1] % 2)).unflatten(1, (-1, 2)).sum(-1)

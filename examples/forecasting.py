@@ -98,8 +98,8 @@ def train(series: Series, epochs: int, piece: int = 128, rows: int = 8) -> Forec
     scale = wanted.nan_to_num().pow(2).mean(0).sqrt()
     model = Forecaster(scale)
     pieces = (len(level) - 4 * piece) // piece
-    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=3e-3, total_steps=epochs * pieces)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=epochs * pieces)
     draws = torch.Generator().manual_seed(0)
     for epoch in range(epochs):
         starts = torch.randint(len(level) - pieces * piece, (rows,), generator=draws)
@@ -110,10 +110,10 @@ def train(series: Series, epochs: int, piece: int = 128, rows: int = 8) -> Forec
             state = tb.state.detach(state)
             miss = (forecast - wanted[weeks]) / scale
             loss = miss[~miss.isnan()].abs().mean()
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimiser.step()
+            optimizer.step()
             schedule.step()
             total += float(loss.detach())
         if epoch % max(1, epochs // 5) == 0 or epoch == epochs - 1:

@@ -8,7 +8,7 @@ of each picture and is then given the right one. Its weights are constant, so it
 It is trained on many lives with other pictures.
 
 The program prints the accuracy in each episode: with the memory kept over the episodes of a life, with the memory reset
-at each episode, and of the nearest neighbour among all pictures named before in this life. The nearest neighbour stores
+at each episode, and of the nearest neighbor among all pictures named before in this life. The nearest neighbor stores
 every picture, while the state of the model has a constant size.
 
 The digits come with scikit-learn: pip install 'titans-build[examples]'
@@ -102,17 +102,17 @@ class Learner(nn.Module):
 def train(world: World, steps: int, rows: int = 16) -> Learner:
     """Train a learner on ``steps`` batches of ``rows`` lives."""
     model = Learner()
-    optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=5e-3, total_steps=steps)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=steps)
     draws = torch.Generator().manual_seed(0)
     for step in range(steps):
         lives = world.lives(rows, draws)
         scores, _ = model(lives)
         loss = nn.functional.cross_entropy(scores.flatten(0, 1), lives.names.flatten())
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
+        optimizer.step()
         schedule.step()
         if step % max(1, steps // 8) == 0 or step == steps - 1:
             print(f"step {step:4d}: loss {float(loss.detach()):.3f}", flush=True)
@@ -130,8 +130,8 @@ def live(model: Learner, lives: Lives, keep: bool) -> list[float]:
     return found
 
 
-def nearest_neighbour(lives: Lives) -> list[float]:
-    """The accuracy in each episode of the nearest neighbour among all earlier pictures of the life."""
+def nearest_neighbor(lives: Lives) -> list[float]:
+    """The accuracy in each episode of the nearest neighbor among all earlier pictures of the life."""
     distance = torch.cdist(lives.pictures, lives.pictures)
     earlier = torch.ones_like(distance, dtype=torch.bool).tril(-1)
     nearest = distance.masked_fill(~earlier, torch.inf).argmin(dim=2)
@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[float]]:
     found = {
         "memory kept": live(model, lives, keep=True),
         "memory reset with each episode": live(model, lives, keep=False),
-        "nearest neighbour, all pictures kept": nearest_neighbour(lives),
+        "nearest neighbor, all pictures kept": nearest_neighbor(lives),
     }
     print(f"\n{count} lives with held-out pictures; a guess is right {1 / NAMES:.0%} of the time")
     print(f"accuracy in episode: {'':17}" + "".join(f"{episode:7}" for episode in range(1, EPISODES + 1)))

@@ -75,8 +75,8 @@ def train(digits: Digits, epochs: int, rows: int = 64) -> Classifier:
     """Train a classifier to predict the digit after every line."""
     model = Classifier()
     batches = len(digits.labels) // rows
-    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=3e-3, total_steps=epochs * batches)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=epochs * batches)
     draws = torch.Generator().manual_seed(0)
     for epoch in range(epochs):
         total = 0.0
@@ -84,10 +84,10 @@ def train(digits: Digits, epochs: int, rows: int = 64) -> Classifier:
             scores, _ = model(digits.pictures[batch])
             wanted = digits.labels[batch, None].expand(-1, LINES)
             loss = nn.functional.cross_entropy(scores.flatten(0, 1), wanted.flatten())
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimiser.step()
+            optimizer.step()
             schedule.step()
             total += float(loss.detach())
         if epoch % max(1, epochs // 5) == 0 or epoch == epochs - 1:

@@ -31,7 +31,7 @@ def constant(function: F) -> F:
 
 
 def format_symint(number: int) -> int | str:
-    """``number`` for a message. Formatting a symbolic number would make a tracer specialise on its value."""
+    """``number`` for a message. Formatting a symbolic number would make a tracer specialize on its value."""
     return "several" if torch.compiler.is_compiling() else number
 
 
@@ -112,7 +112,7 @@ def serialize(x: Any, tensors: list[Tensor], numbers: list[int]) -> str:
     """``x`` as a Python literal. Named tuples become lists that begin with their name, and floats sets.
 
     ``...`` and ``NUMBER`` stand for tensors and integers, which are appended to the lists: symbolic integers have no
-    text. ``float.hex`` makes a tracer specialise on a float's value.
+    text. ``float.hex`` makes a tracer specialize on a float's value.
     """
     if isinstance(x, Tensor):
         tensors.append(x)

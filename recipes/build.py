@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..blocks.build import check_seed, materialise
+from ..blocks.build import check_seed, materialize
 from ..blocks.device import as_device, as_dtype
 from ..blocks.fingerprint import Fingerprint
 from ..blocks.language_model import LanguageModel
@@ -26,7 +26,7 @@ def build(
     dtype: torch.dtype | str = torch.float32,
     seed: int | None = 0,
 ) -> LanguageModel:
-    """Build the model of a recipe, with newly initialised parameters. ``model.recipe`` is the recipe.
+    """Build the model of a recipe, with newly initialized parameters. ``model.recipe`` is the recipe.
 
     ``recipe``: a ``Recipe``, or an argument of ``load_recipe``. ``device``: on ``"meta"`` the model has shapes but
     no values. ``dtype``: of the parameters, as a torch dtype or its name. ``seed``: the same seed gives the same model
@@ -46,7 +46,7 @@ def build(
     lacking = shortage(model, recipe, dtype)
     if lacking is not None:
         raise recipe_error(recipe.name or "recipe", lacking)
-    materialise(model, device, dtype, seed)
+    materialize(model, device, dtype, seed)
     return model
 
 
@@ -80,7 +80,7 @@ def shortage(model: LanguageModel, recipe: Recipe, dtype: torch.dtype = torch.fl
     have = machine_memory()
     if have is None:
         return None
-    # parameters are initialised in float32 on the CPU, and converted afterwards
+    # parameters are initialized in float32 on the CPU, and converted afterwards
     parameters = sum(tensor.numel() for tensor in model.parameters()) * max(4, dtype.itemsize)
     state = state_bytes(model, recipe) or 0
     if parameters + state <= have:

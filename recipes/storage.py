@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..blocks.build import materialise
+from ..blocks.build import materialize
 from ..blocks.language_model import LanguageModel
 from ..registry import Problem, RecipeError, show
 from .atomic_write import atomic_write, making_folder
@@ -169,7 +169,7 @@ def _load(
             tensors[name] = tensor.to(device, dtype if tensor.is_floating_point() else None, copy=True)
     expect_checksum(metadata, f"{read:08x}", path)
     if any(name not in tensors for name, _ in model.named_buffers()):
-        materialise(model, device, dtype, seed=0)  # computes the buffers that are not saved
+        materialize(model, device, dtype, seed=0)  # computes the buffers that are not saved
     _assign(model, tensors)
     return model
 

@@ -90,8 +90,8 @@ def draw(recipe: recipes.Recipe, title: str) -> str:
         f"{count(parameters)} parameters  ·  {recipe.depth} layers  ·  dim {recipe.dim}",
         f"state of a row: {in_bytes(state)}, {growth}",
     ]
-    stack, norm = _stack(recipe.stack, layers, set()), box("norm", colour="norm", small=True)
-    vectors, tokens, logits = (box(name, colour="ends", small=True) for name in ("vectors", "tokens", "logits"))
+    stack, norm = _stack(recipe.stack, layers, set()), box("norm", color="norm", small=True)
+    vectors, tokens, logits = (box(name, color="ends", small=True) for name in ("vectors", "tokens", "logits"))
     if recipe.vocab is None:
         body = column([vectors, stack, norm, vectors])
     else:
@@ -99,7 +99,7 @@ def draw(recipe: recipes.Recipe, title: str) -> str:
         head = box("head, tied to the embedding" if recipe.tie else "head", least=120)
         body = column([tokens, embedding, stack, norm, head, logits])
 
-    legend = [box(text, colour=colour, small=True) for colour, text in LEGEND.items()]
+    legend = [box(text, color=color, small=True) for color, text in LEGEND.items()]
     heading = max(text_width(title, 20, True), *(text_width(note, 12) for note in notes))
     width = max(body.left + body.right, heading, sum(2 * entry.right + 10 for entry in legend))
     margin, top = 28, 64 + 18 * len(notes)
@@ -141,7 +141,7 @@ def _stack(stack: Sequence[Any], layers: dict[str, Part], drawn: set[str]) -> Sh
 
 def _layer(part: Part) -> Shape:
     """A named layer: its blocks, each pre-normed and residual."""
-    norm = box("norm", colour="norm", small=True)
+    norm = box("norm", color="norm", small=True)
     body = column([residual(column([norm, _block(block)], 16)) for block in part.parts], 0)
     return container(body, part.label, f"{count(part.parameters)} parameters", fill="#f8fafc")
 
@@ -149,7 +149,7 @@ def _layer(part: Part) -> Shape:
 def _block(part: Part) -> Shape:
     """A block with everything inside it."""
     if not part.parts:
-        shape = box(part.type, _settings(part), _colour(part), least=120)
+        shape = box(part.type, _settings(part), _color(part), least=120)
         if not part.state_bytes and not part.grows:
             return shape
         return with_state(
@@ -169,8 +169,8 @@ def _block(part: Part) -> Shape:
         join = box("gate", [_formula(part, "a", "b")], "gate", least=120)
         return container(branches(inner[0], inner[1], join), "gate", "two branches")
     # a user's combinator: the order of its blocks is not known here, so no arrows are drawn
-    labelled = [container(shape, child.label, flow=False) for shape, child in zip(inner, part.parts)]
-    return container(column(labelled, 10, flow=False), part.type, ", ".join(_settings(part)), flow=False)
+    labeled = [container(shape, child.label, flow=False) for shape, child in zip(inner, part.parts)]
+    return container(column(labeled, 10, flow=False), part.type, ", ".join(_settings(part)), flow=False)
 
 
 def _context(part: Part) -> Shape:
@@ -192,7 +192,7 @@ def _context(part: Part) -> Shape:
     return container(body, "context", f"segments of {part.fields.get('segment')} tokens")
 
 
-def _colour(part: Part) -> str:
+def _color(part: Part) -> str:
     try:
         cls = lookup(part.type).cls
     except RecipeError:

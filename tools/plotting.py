@@ -1,4 +1,4 @@
-"""Drawing PNG and SVG files with Matplotlib: the colours, the style, and the same bytes for the same data."""
+"""Drawing PNG and SVG files with Matplotlib: the colors, the style, and the same bytes for the same data."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 from .extras import from_extra
 
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
-"""The colours of Okabe and Ito, which colour-blind readers can tell apart."""
+COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
+"""The colors of Okabe and Ito, which color-blind readers can tell apart."""
 DASHES = ("-", "--", ":", "-.")
 SIZE = (9.0, 3.6)
 """Inches."""

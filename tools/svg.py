@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
 INK, FAINT, FLOW, FRAME = "#1f2937", "#6b7280", "#475569", "#cbd5e1"
-COLOURS = {  # fill, edge
+COLORS = {  # fill, edge
     "memory": ("#fef3c7", "#d97706"),
     "attention": ("#dbeafe", "#3b82f6"),
     "mixer": ("#ede9fe", "#8b5cf6"),
@@ -118,14 +118,12 @@ def column(shapes: Sequence[Shape], gap: float = GAP, *, labels: Sequence[str] =
     return found
 
 
-def box(
-    title: str, lines: Sequence[str] = (), colour: str = "plain", *, least: float = 0, small: bool = False
-) -> Shape:
+def box(title: str, lines: Sequence[str] = (), color: str = "plain", *, least: float = 0, small: bool = False) -> Shape:
     """A block without inner blocks, at least ``least`` pixels wide."""
     size, padding, head = (11, 10, 22) if small else (13, 14, 32)
     half = max(text_width(title, size, True) + 2 * padding, _width(lines) + 2 * padding, least) / 2
     found = Shape(half, half, head + 15 * len(lines))
-    found.rectangle(-half, 0, 2 * half, found.height, *COLOURS[colour], radius=11 if small else 8)
+    found.rectangle(-half, 0, 2 * half, found.height, *COLORS[color], radius=11 if small else 8)
     found.text(0, head / 2, title, size=size, bold=True)
     for index, line in enumerate(lines):
         found.text(0, head + 2 + 15 * index, line, fill=FAINT)
@@ -148,7 +146,7 @@ def with_state(
     found = Shape(inner.left, left + width, inner.height, open=inner.open)
     tall = max(inner.height, 24 + 14 * len(lines))  # it may stand out above and below a low shape
     lid, half, top = min(7.0, tall / 5), width / 2, (inner.height - tall) / 2
-    fill, edge = COLOURS["state"]
+    fill, edge = COLORS["state"]
     look = {"fill": fill, "stroke": edge, "stroke_width": 1.25}
     wall = f"v{tall - 2 * lid:.1f}a{half:.1f} {lid:.1f} 0 0 0 {width:.1f} 0v{2 * lid - tall:.1f}"
     found.mark("path", d=f"M{left:.1f} {top + lid:.1f}{wall}", **look)
@@ -169,7 +167,7 @@ def with_state(
 def container(
     inner: Shape, label: str, note: str = "", *, dashed: bool = False, fill: str = "#ffffff", flow: bool = True
 ) -> Shape:
-    """A labelled frame. ``flow``: data enters and leaves along the axis."""
+    """A labeled frame. ``flow``: data enters and leaves along the axis."""
     padding, top, bottom = 16, 40, 18
     label_width = text_width(label, 12, True) + text_width(note, 11) + 30
     # the label stands left of the incoming line, which would cross it
@@ -226,10 +224,10 @@ def repeated(inner: Shape, times: int) -> Shape:
     """A bracket at the right that says that ``inner`` is repeated ``times`` times."""
     if times == 1:
         return inner
-    label, colour, edge = f"×{times}", "#9333ea", inner.right + 20
+    label, color, edge = f"×{times}", "#9333ea", inner.right + 20
     found = Shape(inner.left, edge + 14 + text_width(label, 18, True), inner.height, open=inner.open)
     found.place(inner, 0, 0)
     corners = (edge - 9, 0.0), (edge, 0.0), (edge, inner.height), (edge - 9, inner.height)
-    found.line(*corners, stroke=colour, stroke_width=2.5)
-    found.text(edge + 9, inner.height / 2, label, size=18, bold=True, fill=colour, text_anchor="start")
+    found.line(*corners, stroke=color, stroke_width=2.5)
+    found.text(edge + 9, inner.height / 2, label, size=18, bold=True, fill=color, text_anchor="start")
     return found

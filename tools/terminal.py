@@ -32,7 +32,7 @@ class CommandFailed(Exception):
 
 
 def console(stream: TextIO | None = None) -> Console:
-    """A console on ``stream`` (default: standard output). Colours need a terminal and no ``NO_COLOR``."""
+    """A console on ``stream`` (default: standard output). Colors need a terminal and no ``NO_COLOR``."""
     stream = stream if stream is not None else sys.stdout
     return Console(file=stream, width=terminal_width(stream) or PIPED_WIDTH, highlight=False, markup=False, emoji=False)
 

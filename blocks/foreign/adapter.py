@@ -175,7 +175,7 @@ class Adapted(Block):
 
 @contextlib.contextmanager
 def _empty_as_nan() -> Iterator[None]:
-    """Fill ``torch.empty`` with NaN, so that ``materialise`` finds tensors that are left uninitialised."""
+    """Fill ``torch.empty`` with NaN, so that ``materialize`` finds tensors that are left uninitialized."""
     mode, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -243,7 +243,7 @@ def adapt(
     """Register a function that creates a module as the block ``name``. Its signature is the schema of the block.
 
     The function takes ``dim`` and annotated keyword fields, like the constructor of a ``Block``, and returns an
-    initialised ``nn.Module``. The decorated name refers to the class of the block::
+    initialized ``nn.Module``. The decorated name refers to the class of the block::
 
         @tb.adapt("gru", state=lambda gru, rows: gru.weight_ih_l0.new_zeros(rows, gru.hidden_size), run=read)
         def gru(dim: int, *, bias: bool = True) -> nn.Module:

@@ -84,7 +84,7 @@ def _state(convolution: nn.Conv1d, rows: int, recurrent: tuple[int, ...]) -> Mix
 
 
 def mixer(model: str, name: str, **config: Any) -> nn.Module:
-    """Create the mixer class ``name`` of the model type ``model``, initialised as in a model with one layer.
+    """Create the mixer class ``name`` of the model type ``model``, initialized as in a model with one layer.
 
     Raises ``ImportError`` if transformers is not installed or does not have the model.
     """
@@ -93,7 +93,7 @@ def mixer(model: str, name: str, **config: Any) -> nn.Module:
     (kind,) = (kind for kind in vars(configurations).values() if getattr(kind, "model_type", None) == model)
     configuration = kind(num_hidden_layers=1, **config)
     created: nn.Module = _on_any_device(model, name)(configuration, layer_idx=0)
-    # some parameters of a mixer are initialised by the model that contains it
+    # some parameters of a mixer are initialized by the model that contains it
     container = _model_class(model)(configuration)
     container.add_module("mixer", created)
     container.initialize_weights()
@@ -105,7 +105,7 @@ def _module(name: str) -> Any:
 
 
 def _model_class(model: str) -> Any:
-    """The base class of the models of this type, which initialises their modules."""
+    """The base class of the models of this type, which initializes their modules."""
     modeling = _module(f"{model}.modeling_{model}")
     base = import_package("transformers", "transformers", INSTALL).PreTrainedModel
     return next(

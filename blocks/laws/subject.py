@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...registry import create
-from ..build import materialise
+from ..build import materialize
 from ..decode import Decoder, decoder
 from ..language_model import LanguageModel
 from ..state import State, named_tensors
@@ -67,7 +67,7 @@ class Subject:
             # not created on the meta device, which only the law "meta" tests
             initial = create(block, dim=dim)
             try:
-                materialise(initial, "cpu", torch.float32, seed)
+                materialize(initial, "cpu", torch.float32, seed)
             except RuntimeError as error:
                 raise LawError("meta", str(error)) from error
         self.initial = initial.to(device=device)

@@ -1,4 +1,4 @@
-"""Laws about tensors: purity, determinism, initialisation on the meta device, gradients, saving and dtypes."""
+"""Laws about tensors: purity, determinism, initialization on the meta device, gradients, saving and dtypes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...registry import create
-from ..build import materialise
+from ..build import materialize
 from ..state import State, detach, map_state, named_tensors
 from .subject import Result, Subject
 
@@ -51,7 +51,7 @@ def determinism(subject: Subject) -> None:
 
 
 def meta(subject: Subject) -> None:
-    """Built on the meta device and then materialised with the same seed = built directly."""
+    """Built on the meta device and then materialized with the same seed = built directly."""
     given = subject.given
     if isinstance(given, nn.Module):
         direct, meta = copy.deepcopy(given), copy.deepcopy(given).to("meta")
@@ -60,7 +60,7 @@ def meta(subject: Subject) -> None:
         with torch.device("meta"):
             meta = create(given, dim=subject.dim)
     for module in (direct, meta):
-        materialise(module, subject.device, subject.dtype, subject.seed)
+        materialize(module, subject.device, subject.dtype, subject.seed)
     for name, tensor in direct.state_dict().items():
         subject.same(f"{name}, built on meta", meta.state_dict()[name], tensor, 0.0)
     x = subject.tokens(2, subject.length)

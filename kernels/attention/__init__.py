@@ -53,7 +53,7 @@ def attention(
 ) -> Tensor:
     """Attend from ``q`` ``[batch, T, heads, d]`` to ``k``, ``v`` ``[batch, S, kv_heads, d]``.
 
-    ``kv_heads`` divides ``heads``; neighbouring query heads share one. ``window``: tokens in sight, the query's
+    ``kv_heads`` divides ``heads``; neighboring query heads share one. ``window``: tokens in sight, the query's
     own included. ``start``: int64 ``[batch]``, the first key of each row that holds a token. ``step``: keys from one
     query's place to the next one's, so that ``S > (T - 1) step``. Scores are scaled by ``d ** -0.5``. Returns
     ``[batch, T, heads, d]`` in ``q``'s dtype.

@@ -27,7 +27,7 @@ class Cache(NamedTuple):
     """Keys and values of the tokens before; the newest in the last slot, zeros in slots that hold none."""
 
     keys: Tensor
-    """``[batch, slots, kv_heads, d]``, normalised and rotated."""
+    """``[batch, slots, kv_heads, d]``, normalized and rotated."""
     values: Tensor
     """``[batch, slots, kv_heads, d]``."""
     cached: Tensor
@@ -35,7 +35,7 @@ class Cache(NamedTuple):
     position: Tensor
     """``[batch]`` int64: tokens read, which is the position of the first new one."""
     prefix_keys: Tensor | None
-    """``[batch, P, kv_heads, d]``: persistent tokens, normalised and not rotated; or ``None``."""
+    """``[batch, P, kv_heads, d]``: persistent tokens, normalized and not rotated; or ``None``."""
     prefix_values: Tensor | None
     """``[batch, P, kv_heads, d]``."""
 

@@ -1,6 +1,6 @@
 /* Attention of a few new tokens over a cache: from their projections to the outputs and the cache after them.
 
-   A task is one key-value head of one batch row, with the query heads that share it. Its queries and keys are normalised
+   A task is one key-value head of one batch row, with the query heads that share it. Its queries and keys are normalized
    and rotated, and each query meets, in one softmax, the persistent tokens (which have no position: the query before its
    rotation), the cached tokens in its window, and the new ones up to itself. The next cache is written beside them. */
 
@@ -13,7 +13,7 @@ struct call {
     int64_t batch, time, heads, kv_heads, dim;
     int64_t step;                                 /* every step-th token has a query: a divisor of time */
     const real *projected;                        /* [batch, time, heads + 2 kv_heads, dim] */
-    const real *gain;                             /* [heads + kv_heads, dim]; null: no normalisation */
+    const real *gain;                             /* [heads + kv_heads, dim]; null: no normalization */
     real *y;                                      /* [batch, time / step, heads, dim] */
     int64_t threads;
     int64_t slots, new_slots, persistent, window; /* window 0: all */
@@ -29,7 +29,7 @@ struct call {
 };
 
 /* x / rms(x) gain, or x: padded */
-INLINE void normalise(const struct call *c, int64_t head, const real *x, real *y) {
+INLINE void normalize(const struct call *c, int64_t head, const real *x, real *y) {
     int dim = (int)c->dim;
     vec squares = {};
     for (int i = 0; i < dim; i += WIDTH) {
@@ -113,7 +113,7 @@ static void attend(const struct call *c, int64_t row, int64_t head, real *scratc
     real *keys = scratch, *plain = keys + (size_t)time * ld, *query = plain + ld, *out = query + ld, *score = out + ld;
     const real *values = projected + (c->heads + c->kv_heads + head) * dim;
     for (int t = 0; t < time; t++) {
-        normalise(c, c->heads + head, projected + (t * all_heads + c->heads + head) * dim, plain);
+        normalize(c, c->heads + head, projected + (t * all_heads + c->heads + head) * dim, plain);
         rotate(c, row, t, plain, keys + t * ld);
         append(c, row, head, t, keys + t * ld, c->new_keys);
         append(c, row, head, t, values + t * all_heads * dim, c->new_values);
@@ -127,7 +127,7 @@ static void attend(const struct call *c, int64_t row, int64_t head, real *scratc
     for (int i = 0; i < group * (time / (int)c->step); i++) {
         int index = i / group, t = (index + 1) * (int)c->step - 1;
         int64_t q_head = head * group + i % group;
-        normalise(c, q_head, projected + (t * all_heads + q_head) * dim, plain);
+        normalize(c, q_head, projected + (t * all_heads + q_head) * dim, plain);
         for (int j = 0; j < dim; j += WIDTH)
             put(plain + j, get(plain + j) * scale);
         rotate(c, row, t, plain, query);

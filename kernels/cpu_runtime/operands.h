@@ -2,7 +2,7 @@
    bfloat16.
 
    A machine with an instruction for it multiplies two pairs of bfloat16 numbers, and adds both products to a float sum,
-   in the time of one product of floats. Two neighbours along the inner dimension are such a pair: a word, which
+   in the time of one product of floats. Two neighbors along the inner dimension are such a pair: a word, which
    takes the place of one number. What is rounded is what goes into a product; sums, and everything else, are float. */
 
 #pragma once
@@ -27,7 +27,7 @@ INLINE vec pair_rows(vec first, vec second) {
                                            5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     return (vec)_mm512_permutexvar_epi16(order, both);
 }
-/* of two neighbours each, a word */
+/* of two neighbors each, a word */
 INLINE vec pair_columns(vec first, vec second) { return (vec)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
 INLINE vec add_product(vec total, vec left, vec right) {
     return (vec)_mm512_dpbf16_ps((__m512)total, (__m512bh)left, (__m512bh)right);

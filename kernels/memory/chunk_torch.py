@@ -40,7 +40,7 @@ class Scratch:
         return known[key]
 
     def __call__(self, name: str, *shape: int) -> Tensor:
-        """An uninitialised contiguous tensor; the next call with this name reuses its memory."""
+        """An uninitialized contiguous tensor; the next call with this name reuses its memory."""
         size = math.prod(shape)
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < size:

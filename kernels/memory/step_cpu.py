@@ -160,7 +160,7 @@ def _kernel(name: str, layers: int) -> Kernel:
 
 
 def _empty_like(x: Tensor) -> Tensor:
-    """Dense and uninitialised. Allocating by shape takes twice as long as by example."""
+    """Dense and uninitialized. Allocating by shape takes twice as long as by example."""
     return torch.empty_like(x) if x.is_contiguous() else torch.empty(x.shape, dtype=x.dtype)
 
 

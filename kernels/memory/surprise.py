@@ -160,7 +160,7 @@ def thresholded_memory(
         return walk.collect(outputs), state
     with torch.no_grad():
         suppressed = [part.suppressed for part in walk.parts(last=False)]
-    # neighbouring spans are written as one, unless they differ in whether anything is written at all
+    # neighboring spans are written as one, unless they differ in whether anything is written at all
     quiet = map(walk.all_suppressed, walk.spans, suppressed)
     for _, group in itertools.groupby(zip(quiet, walk.spans, suppressed), key=lambda each: each[0]):
         _, spans, which = zip(*group)

@@ -1,8 +1,8 @@
-"""Norms and gates: RMS and L2 norm, the gate of two normalised branches, gated norm, and SwiGLU.
+"""Norms and gates: RMS and L2 norm, the gate of two normalized branches, gated norm, and SwiGLU.
 
 All are ``y = norm(a) * f(norm(b))`` with one or both of its parts, a ``Form`` (form.py), and each fused backend is one
 kernel for every form, in one pass over memory each way: ``native`` (cpu.c) on CPUs, ``triton`` (triton.py) on GPUs.
-``torch`` and ``reference`` are in torch_backend.py. Half precision is normalised in float32 and returned in its own
+``torch`` and ``reference`` are in torch_backend.py. Half precision is normalized in float32 and returned in its own
 dtype.
 """
 

@@ -1,7 +1,7 @@
-/* y = norm(a) f(norm(b)): the normalisations and gates around attention and memory, one pass over memory each way.
+/* y = norm(a) f(norm(b)): the normalizations and gates around attention and memory, one pass over memory each way.
 
    A token is `heads` vectors of `dim` numbers side by side, and the next token lies a step further. Each vector is
-   normalised on its own, x / sqrt(|x|^2 / divisor + eps), and scaled by the gain of its head. Backward computes it all
+   normalized on its own, x / sqrt(|x|^2 / divisor + eps), and scaled by the gain of its head. Backward computes it all
    again from a and b: reading them is all it takes, and nothing else was kept. */
 
 #include "cpu_runtime/rows.h"

@@ -45,7 +45,7 @@ def gated_output(
 ) -> Tensor:
     """``down (silu(gate x) * rms_norm(answer) gain)`` for a few tokens: where ``use_decode_kernel(x, gate, down)``.
 
-    ``answer``: ``[..., heads, dim]``, each head normalised on its own. ``gain``: ``[heads, dim]``. ``x``:
+    ``answer``: ``[..., heads, dim]``, each head normalized on its own. ``gain``: ``[heads, dim]``. ``x``:
     ``[..., in]``. ``gate``: ``[heads * dim, in]``. ``down``: ``[out, heads * dim]``.
     """
     run = _gated_projection.choose(backend, device=x.device.type, dtype=x.dtype)

@@ -1,5 +1,5 @@
 /* A gated hidden layer for a few tokens, y = down (silu(gate x) * inner): feed-forward networks, where inner is `up x`,
-   and the output of a memory, where inner is its normalised answer. Each weight is read once for all tokens. */
+   and the output of a memory, where inner is its normalized answer. Each weight is read once for all tokens. */
 
 #include "cpu_runtime/activation.h"
 #include "cpu_runtime/matvec.h"
@@ -17,7 +17,7 @@ struct call {
 };
 
 /* inner = answer / rms(answer) gain, head by head */
-static void normalise(const struct call *c, const real *answer, real *inner) {
+static void normalize(const struct call *c, const real *answer, real *inner) {
     int dim = (int)(c->hidden / c->heads);
     for (int64_t at = 0; at < c->hidden; at += dim) {
         vec squares = {};
@@ -59,7 +59,7 @@ static void multiply_gate(const struct scratch *s, int64_t t) {
     const struct call *c = s->call;
     real *to = s->inner + t * c->hidden;
     if (!c->up)
-        normalise(c, c->answer + t * c->hidden, to);
+        normalize(c, c->answer + t * c->hidden, to);
     for (int64_t i = 0; i < c->hidden; i += WIDTH) {
         vec z = get(s->gate + t * c->hidden + i);
         put(to + i, get(to + i) * z * logistic(z));

@@ -22,7 +22,7 @@ def rms_norm(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
         length = torch.linalg.vector_norm(x, 2, -1, True).hypot_(root)
         return torch.addcdiv(zero, x if gain is None else x * gain, length, value=dim**0.5)
     if _in_full(x):
-        return _Normalise.apply(x, gain, x.shape[-1], eps)
+        return _Normalize.apply(x, gain, x.shape[-1], eps)
     if gain is None or gain.shape == x.shape[-1:]:
         return F.rms_norm(x, x.shape[-1:], gain, eps)
     return F.rms_norm(x, x.shape[-1:], None, eps) * gain
@@ -38,7 +38,7 @@ def l2_norm(x: Tensor, eps: float) -> Tensor:
     if _in_full(x) and not needs_grad(x):
         return x / torch.linalg.vector_norm(x, 2, -1, True).hypot_(_constants(eps, x.dtype)[1])
     if _in_full(x):
-        return _Normalise.apply(x, None, 1, eps)
+        return _Normalize.apply(x, None, 1, eps)
     # x / sqrt(sum + eps) = x / sqrt(mean + eps / dim) / sqrt(dim)
     dim = x.shape[-1]
     return F.rms_norm(x, (dim,), None, eps / dim) * dim**-0.5
@@ -97,7 +97,7 @@ class _SiluGate(torch.autograd.Function):
         return F.silu(g).mul_(grad), torch.ops.aten.silu_backward(grad * y, g)
 
 
-class _Normalise(torch.autograd.Function):
+class _Normalize(torch.autograd.Function):
     """``x / sqrt(sum(x^2) / count + eps) * gain``; backward keeps the input and one number per vector."""
 
     @staticmethod

@@ -1,9 +1,9 @@
-"""``y = norm(a) f(norm(b))`` in Triton: the normalisations and gates around attention and memory.
+"""``y = norm(a) f(norm(b))`` in Triton: the normalizations and gates around attention and memory.
 
-The story. A token is ``heads`` vectors of ``dim`` numbers; each vector is normalised on its own,
+The story. A token is ``heads`` vectors of ``dim`` numbers; each vector is normalized on its own,
 ``x / sqrt(|x|^2 / divisor + eps)``, and scaled by the gain of its head. A program takes one head of a stretch of
 tokens, ``ROWS`` vectors at a time, and reads each number once. Nothing is kept for backward but the inputs: it
-normalises again, and adds up the gradients of the gains over its own stretch. These sums are added in one fixed order,
+normalizes again, and adds up the gradients of the gains over its own stretch. These sums are added in one fixed order,
 so that every run gives the same bits.
 
 Bytes: forward reads ``a`` (and ``b``) and writes ``y``; backward reads those and ``grad`` and writes their gradients.

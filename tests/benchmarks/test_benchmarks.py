@@ -36,7 +36,7 @@ def start(argv: list[str]) -> subprocess.Popen[str]:
 
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Import a benchmark by its name, as its neighbours do."""
+    """Import a benchmark by its name, as its neighbors do."""
     import importlib
 
     monkeypatch.syspath_prepend(str(BENCHMARKS))

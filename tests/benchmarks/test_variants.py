@@ -21,7 +21,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Import a benchmark by its name, as its neighbours do."""
+    """Import a benchmark by its name, as its neighbors do."""
     import importlib
 
     monkeypatch.syspath_prepend(str(BENCHMARKS))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from titans_build.blocks.attention import Attention
-from titans_build.blocks.build import materialise
+from titans_build.blocks.build import materialize
 from titans_build.blocks.state import map_state, named_tensors, select
 from titans_build.registry import RecipeError, create, validate
 
@@ -25,7 +25,7 @@ prefixed = pytest.mark.parametrize("prefix", [0, 3])
 
 def make(dtype=torch.float64, **fields):
     block = Attention(DIM, **fields)
-    materialise(block, "cpu", dtype, seed=0)
+    materialize(block, "cpu", dtype, seed=0)
     if block.gain is not None:
         with torch.no_grad():  # a gain of one hides whose it is
             block.gain.uniform_(0.5, 2.0, generator=torch.Generator().manual_seed(1))

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from titans_build.blocks.block import Block, as_rows
-from titans_build.blocks.build import build_block, materialise
+from titans_build.blocks.build import build_block, materialize
 from titans_build.blocks.laws import check_block
 from titans_build.registry import RecipeError, catalogue
 
@@ -69,23 +69,23 @@ class Counted(Block):
         nn.init.ones_(self.weight)
 
 
-def test_each_parameter_is_initialised_once_by_its_block():
+def test_each_parameter_is_initialized_once_by_its_block():
     Counted.resets = 0
     with torch.device("meta"):
         block = Holder(8)
-    materialise(block, "cpu", torch.float32, 0)
+    materialize(block, "cpu", torch.float32, 0)
     assert Counted.resets == 2
     assert block.linear[0].weight.std() > 0
 
 
-def test_an_uninitialised_parameter_is_an_error():
+def test_an_uninitialized_parameter_is_an_error():
     class Forgets(Holder):
         def reset_parameters(self):
             nn.init.ones_(self.scale)
 
     with catalogue.scratch():
         catalogue.register("forgets")(Forgets)
-        with pytest.raises(RuntimeError, match=r"linear.0.weight \[8, 8\] was left uninitialised"):
+        with pytest.raises(RuntimeError, match=r"linear.0.weight \[8, 8\] was left uninitialized"):
             build_block("forgets", dim=8)
 
 

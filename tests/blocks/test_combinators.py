@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from titans_build.blocks.build import build_block, materialise
+from titans_build.blocks.build import build_block, materialize
 from titans_build.blocks.combinators import Layer
 from titans_build.blocks.laws import check_block
 from titans_build.blocks.segmented import limit_window
@@ -214,11 +214,11 @@ LAYER = [{"type": "memory", "heads": 2, "chunk": 4}, "ffn"]
 def layer_of(dtype=torch.float32):
     with torch.device("meta"):
         layer = Layer(16, of=LAYER)
-    materialise(layer, "cpu", dtype, 0)
+    materialize(layer, "cpu", dtype, 0)
     return layer
 
 
-def test_layer_is_pre_normalised_and_residual():
+def test_layer_is_pre_normalized_and_residual():
     layer = layer_of()
     x = torch.randn(2, 9, 16)
     y, state = layer(x)
@@ -245,6 +245,6 @@ def test_laws_of_a_layer():
 
 def test_layer_with_a_state_of_another_block():
     layer = Layer(16, of=LAYER)
-    materialise(layer, "cpu", torch.float32, 0)
+    materialize(layer, "cpu", torch.float32, 0)
     with pytest.raises(TypeError, match="Layer: state is a tuple of 1: expected a tuple of 2"):
         layer(torch.zeros(2, 3, 16), layer.init_state(2)[:1])

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 import titans_build as tb
 from titans_build.blocks.attention import Attention
 from titans_build.blocks.block import Block
-from titans_build.blocks.build import materialise
+from titans_build.blocks.build import materialize
 from titans_build.blocks.combinators import Gate, Layer
 from titans_build.blocks.context import Context
 from titans_build.blocks.decode import decoder, reader
@@ -82,7 +82,7 @@ class Doubled(Attention):
 def made(spec, dim=32, dtype=torch.float64):
     with torch.device("meta"):
         block = spec if isinstance(spec, Block) else Layer(dim, of=[spec])
-    materialise(block, "cpu", dtype, 0)
+    materialize(block, "cpu", dtype, 0)
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from titans_build.blocks.build import materialise
+from titans_build.blocks.build import materialize
 from titans_build.blocks.feedforward import FeedForward
 
 KINDS = ["swiglu", "gelu"]
@@ -10,7 +10,7 @@ KINDS = ["swiglu", "gelu"]
 
 def make(**fields):
     block = FeedForward(16, **fields)
-    materialise(block, "cpu", torch.float64, seed=0)
+    materialize(block, "cpu", torch.float64, seed=0)
     return block
 
 

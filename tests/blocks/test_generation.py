@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from titans_build.blocks import state as st
-from titans_build.blocks.build import materialise
+from titans_build.blocks.build import materialize
 from titans_build.blocks.generation import Sampler, generate, read_prompt, steps
 from titans_build.blocks.language_model import LanguageModel
 
@@ -25,7 +25,7 @@ def model():
         model = LanguageModel(
             16, vocab=VOCAB, layers=[[CONTEXT, "ffn"], [{"type": "attention", "heads": 2, "window": 6}]]
         )
-    materialise(model, "cpu", torch.float64, 0)
+    materialize(model, "cpu", torch.float64, 0)
     with torch.no_grad():
         # sure of itself: rounding must not decide between tokens
         model.head.mul_(40)

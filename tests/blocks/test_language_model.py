@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from titans_build.blocks import state as st
-from titans_build.blocks.build import materialise
+from titans_build.blocks.build import materialize
 from titans_build.blocks.language_model import LanguageModel
 from titans_build.blocks.laws import check_block
 
@@ -26,7 +26,7 @@ WINDOW = {"type": "attention", "heads": 2, "window": 6}
 def make(vocab=13, layers=([CONTEXT, "ffn"], [WINDOW, "ffn"]), tie=False, dtype=torch.float64, seed=0):
     with torch.device("meta"):
         model = LanguageModel(16, vocab=vocab, layers=layers, tie=tie)
-    materialise(model, "cpu", dtype, seed)
+    materialize(model, "cpu", dtype, seed)
     return model
 
 
@@ -285,7 +285,7 @@ def test_a_model_built_in_inference_mode_can_be_trained():
 @pytest.mark.filterwarnings("error")
 def test_training_under_autocast_gives_no_warnings():
     model = make().float()
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     tokens = ids(2, 17)
     losses = []
     always = torch.is_warn_always_enabled()
@@ -294,9 +294,9 @@ def test_training_under_autocast_gives_no_warnings():
         for _ in range(6):
             with torch.autocast("cpu", torch.bfloat16):
                 loss = model(tokens[:, :-1], targets=tokens[:, 1:]).loss
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
             losses.append(float(loss.detach()))
     finally:
         torch.set_warn_always(always)
@@ -317,17 +317,17 @@ def test_a_nonfinite_token_does_not_affect_earlier_outputs(token):
     assert bool(got[0, token].isnan().all())
 
 
-def test_optimiser_step_and_state_dict():
+def test_optimizer_step_and_state_dict():
     model = make()
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     tokens = ids(2, 17)
     losses = []
     for _ in range(5):
         loss = model(tokens[:, :-1], targets=tokens[:, 1:]).loss
         losses.append(float(loss.detach()))
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     assert losses[-1] < losses[0]
     other = make(seed=1)
     other.load_state_dict(model.state_dict())

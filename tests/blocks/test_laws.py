@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from titans_build.blocks.block import Block
-from titans_build.blocks.build import materialise
+from titans_build.blocks.build import materialize
 from titans_build.blocks.decode import decode_plan
 from titans_build.blocks.language_model import LanguageModel
 from titans_build.blocks.laws import LAWS, LawError, check_block
@@ -34,14 +34,14 @@ def test_a_stateless_block_passes(leaky):
 
 def test_built_blocks_and_models_are_copied(leaky):
     block = leaky(8)
-    materialise(block, "cpu", torch.float32, 3)
+    materialize(block, "cpu", torch.float32, 3)
     before = copy.deepcopy(block.state_dict())
     check_block(block, laws=["split", "gradient", "meta", "dtype"])
     assert all(torch.equal(before[name], tensor) for name, tensor in block.state_dict().items())
     assert block.weight.dtype == torch.float32
 
     model = LanguageModel(8, vocab=11, layers=[["leaky"], ["leaky", "leaky"]])
-    materialise(model, "cpu", torch.float32, 0)
+    materialize(model, "cpu", torch.float32, 0)
     check_block(model, endurance=300)
 
 
@@ -88,13 +88,13 @@ def break_laws(Leaky):
             return super().output(level, x) * self.scale.to(x.dtype)
 
     @breaks("meta")
-    class ForgetsToInitialise(Leaky):
+    class ForgetsToInitialize(Leaky):
         def reset_parameters(self):
             torch.nn.init.ones_(self.start)
             torch.nn.init.ones_(self.decay)
 
     @breaks("meta")
-    class InitialisesFromOldValues(Leaky):
+    class InitializesFromOldValues(Leaky):
         def __init__(self, dim: int) -> None:
             super().__init__(dim)
             self.scale = torch.rand(())
@@ -331,7 +331,7 @@ def test_exceptions_of_the_block_are_reported_under_the_law(leaky):
 
 
 def test_parameters_that_start_at_zero_are_randomised(leaky):
-    class ZeroInitialised(leaky):
+    class ZeroInitialized(leaky):
         """A parameter that starts at zero multiplies its fault."""
 
         def __init__(self, dim: int) -> None:
@@ -346,6 +346,6 @@ def test_parameters_that_start_at_zero_are_randomised(leaky):
             y, after = super().forward(x, state, mask=mask)
             return y + self.late * (state is None), after
 
-    catalogue.register("zero")(ZeroInitialised)
+    catalogue.register("zero")(ZeroInitialized)
     with pytest.raises(LawError, match="law 'split'"):
         check_block("zero", dim=8, laws=["split"])

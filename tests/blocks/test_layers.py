@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from titans_build.blocks.build import materialise
+from titans_build.blocks.build import materialize
 from titans_build.blocks.layers import Gating, LayerNorm, RMSNorm
 
 NORMS = [RMSNorm, LayerNorm]
@@ -9,7 +9,7 @@ NORMS = [RMSNorm, LayerNorm]
 
 def make(cls, **fields):
     block = cls(8, **fields)
-    materialise(block, "cpu", torch.float64, seed=0)
+    materialize(block, "cpu", torch.float64, seed=0)
     with torch.no_grad():
         block.gain.normal_()
     return block
@@ -18,8 +18,8 @@ def make(cls, **fields):
 @pytest.mark.parametrize("cls", NORMS)
 def test_norms_are_their_formulas(cls):
     block, x = make(cls, eps=1e-2), torch.randn(2, 5, 8, dtype=torch.float64) + 3
-    centred = x if cls is RMSNorm else x - x.mean(-1, keepdim=True)
-    expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-2).sqrt() * block.gain
+    centered = x if cls is RMSNorm else x - x.mean(-1, keepdim=True)
+    expected = centered / (centered.square().mean(-1, keepdim=True) + 1e-2).sqrt() * block.gain
     torch.testing.assert_close(block(x)[0], expected, rtol=0, atol=1e-12)
 
 

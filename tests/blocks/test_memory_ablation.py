@@ -144,18 +144,18 @@ def test_a_trained_model_benefits_from_its_memory() -> None:
     plain = {"heads": 1, "depth": 1, "chunk": 1, "conv": 2, "norm": False, "momentum": False, "clip": None}
     model = model_of(LMM, dim=32, layers={"a": [{"type": "memory", "max_step": 1.0, **plain}]})
     memory: Any = model.get_submodule(writing_memories(model)[0])
-    with torch.no_grad():  # initialised near a solution: keys are the queries of the previous token
+    with torch.no_grad():  # initialized near a solution: keys are the queries of the previous token
         memory.qkv.weight[32:64] = memory.qkv.weight[:32]
         memory.convolution[32:64] = torch.tensor([1.0, 0.0])
         memory.initial_weights[0].zero_()
         memory.controls.bias[0] = 0
         model.embedding.normal_(generator=random)
-    optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(100):
         tokens = rows(8)[:, :20]
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         model(tokens[:, :-1], targets=tokens[:, 1:]).loss.backward()
-        optimiser.step()
+        optimizer.step()
     check = tb.memory_check(model, rows(16))
     assert check.helps and check.writing.mean > 1 and check.writing.mean > 10 * check.writing.error, str(check)
     assert check.reaching_back.mean > 0 and check.reaching_back.is_certain

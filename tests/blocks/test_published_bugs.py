@@ -13,7 +13,7 @@ from torch import nn
 import titans_build as tb
 from titans_build.blocks import state as st
 from titans_build.blocks.block import Block
-from titans_build.blocks.build import materialise
+from titans_build.blocks.build import materialize
 from titans_build.blocks.language_model import LanguageModel
 from titans_build.blocks.laws import LAWS, check_block
 from titans_build.blocks.memory import NeuralMemory
@@ -70,15 +70,15 @@ def uniform(rows, time, seed):
 
 
 def loss_after_training_on_noise(model, steps=30):
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for step in range(steps):
         tokens = uniform(16, 22, seed=step)
         loss = model(tokens[:, :-1], targets=tokens[:, 1:]).loss
         losses.append(loss.item())
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     return sum(losses[-10:]) / 10
 
 
@@ -97,7 +97,7 @@ def test_training_on_random_tokens_detects_a_leak():
     with catalogue.scratch():
         catalogue.register("looks_ahead")(LooksAhead)
         model = LanguageModel(16, vocab=VOCAB, layers=[["looks_ahead", "ffn"]])
-        materialise(model, "cpu", torch.float32, 0)
+        materialize(model, "cpu", torch.float32, 0)
     assert loss_after_training_on_noise(model) < math.log(VOCAB) - 0.3
 
 
@@ -144,14 +144,14 @@ def test_every_parameter_gets_a_gradient(name):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_optimiser_step_and_state_dict(name):
+def test_optimizer_step_and_state_dict(name):
     model, tokens = make(name), uniform(4, 41, seed=1)
     for parameter in model.parameters():
         assert parameter.is_contiguous() and parameter.is_leaf
     before = {path: tensor.clone() for path, tensor in model.state_dict().items()}
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     model(tokens[:, :-1], targets=tokens[:, 1:]).loss.backward()
-    optimiser.step()
+    optimizer.step()
     after = model.state_dict()
     assert all(not torch.equal(after[path], tensor) for path, tensor in before.items())
     other = make(name, seed=1)
@@ -180,7 +180,7 @@ def test_a_state_shares_no_larger_memory(name):
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
 def test_sixteen_thousand_tokens_stay_finite_at_every_depth(depth):
-    """Gradients at the chunk's start, random initialisation, a whole sequence at once."""
+    """Gradients at the chunk's start, random initialization, a whole sequence at once."""
     block = tb.build_block({"type": "memory", "depth": depth, "heads": 2, "chunk": 64}, dim=16, seed=depth)
     x = torch.randn(1, 16_384, 16, generator=torch.Generator().manual_seed(depth))
     with torch.no_grad():

@@ -16,7 +16,7 @@ class Thing:
     def forward(self, x: Any, state: Any = None, *, mask: Any = None) -> Any: ...
 
 
-class Colour(enum.Enum):
+class Color(enum.Enum):
     RED = "red"
 
 
@@ -96,14 +96,14 @@ def test_conversion_to_plain_data_and_back():
             self,
             dim: int,
             *,
-            colour: Colour = Colour.RED,
+            color: Color = Color.RED,
             pair: tuple[int, ...] = (),
             table: dict[str, float] | None = None,
         ) -> None: ...
 
     fields = fields_of(Rich)
-    assert fields["colour"].check("red", "colour") == ("red", [])
-    assert fields["colour"].to_python("red") is Colour.RED
+    assert fields["color"].check("red", "color") == ("red", [])
+    assert fields["color"].to_python("red") is Color.RED
     assert fields["pair"].check([1, 2], "pair") == ([1, 2], []) and fields["pair"].to_python([1, 2]) == (1, 2)
     assert fields["table"].check({"a": 1}, "table") == ({"a": 1.0}, [])
     (problem,) = fields["table"].check({"a": "x"}, "table")[1]

@@ -205,7 +205,7 @@ def test_start_up_takes_little_longer_than_importing_torch() -> None:
     assert check < 1.6 * torch_alone + 0.5
 
 
-def test_no_colours_in_a_pipe_and_none_with_no_color(titans_build: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_colors_in_a_pipe_and_none_with_no_color(titans_build: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     for no_color in (None, "1"):
         if no_color is not None:
             monkeypatch.setenv("NO_COLOR", no_color)

@@ -39,7 +39,7 @@ def test_integers_are_uniform_and_independent(high: int):
     numbers = draws().integers("x", 2, high)
     assert numbers.min() == 0 and numbers.max() == high - 1
     assert excess(np.bincount(numbers[:, 0], minlength=high)) < 5
-    if high <= 10:  # neighbours have nothing to do with one another, nor have streams and keys
+    if high <= 10:  # neighbors have nothing to do with one another, nor have streams and keys
         for other in (numbers[:, 1], draws().integers("y", 1, high)[:, 0], draws(key=2).integers("x", 1, high)[:, 0]):
             assert excess(np.bincount(numbers[:, 0] * high + other, minlength=high**2)) < 5
 

@@ -56,13 +56,13 @@ def test_no_color_is_respected_on_a_terminal(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("TERM", "xterm-256color")
     for name in ("FORCE_COLOR", "NO_COLOR"):
         monkeypatch.delenv(name, raising=False)
-    for setting, coloured in ((None, True), ("1", False)):
+    for setting, colored in ((None, True), ("1", False)):
         if setting is not None:
             monkeypatch.setenv("NO_COLOR", setting)
         stream = Screen()
         monkeypatch.setattr(sys, "stderr", stream)
         terminal.complain("something")
-        assert ("\x1b[1;31m" in stream.getvalue()) is coloured
+        assert ("\x1b[1;31m" in stream.getvalue()) is colored
         assert "something" in stream.getvalue()
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..plotting import COLOURS, DASHES
+from ..plotting import COLORS, DASHES
 from .recording import QUANTITIES
 
 WIDE = 30
@@ -50,12 +50,12 @@ TEXTS = {
     "recall-cosine": (
         "Recall of planted pairs: cosine (thin: without the pair)",
         "cosine of output and value",
-        "Only what lies above the thin line of the same colour was remembered.",
+        "Only what lies above the thin line of the same color was remembered.",
     ),
     "recall-relative_error": (
         "Recall of planted pairs: relative error (thin: without the pair)",
         "|output − value| / |value|",
-        "Only what lies below the thin line of the same colour was remembered.",
+        "Only what lies below the thin line of the same color was remembered.",
     ),
     "drift-distance": (
         "Weights of each head's memory: distance from the start",
@@ -86,7 +86,7 @@ class Line(NamedTuple):
     label: str
     x: np.ndarray
     y: np.ndarray
-    colour: str
+    color: str
     dash: int = 0
     """Index of ``DASHES``."""
     error: np.ndarray | None = None
@@ -153,9 +153,9 @@ def _losses(analysis: dict[str, Any]) -> Iterator[Figure]:
     edges = np.array([*check["positions"], analysis["text"]["tokens"]])
     at, losses = (edges[1:] + edges[:-1]) / 2, check["losses"]
     lines = [
-        Line("live", at, losses["live"], COLOURS[0]),
-        Line("frozen", at, losses["frozen"], COLOURS[4], 1),
-        Line(f"reset every {check['reset_every']:,}", at, losses["reset"], COLOURS[2], 2),
+        Line("live", at, losses["live"], COLORS[0]),
+        Line("frozen", at, losses["frozen"], COLORS[4], 1),
+        Line(f"reset every {check['reset_every']:,}", at, losses["reset"], COLORS[2], 2),
     ]
     yield _figure(analysis, "loss", lines)
     saved = [
@@ -175,7 +175,7 @@ def _quantity(analysis: dict[str, Any], name: str) -> Figure:
     if len(values := values[np.isfinite(values)]):
         facts.append(f"Over all heads: mean {values.mean():.4g}, from {values.min():.4g} to {values.max():.4g}.")
     if width > 1:
-        facts.insert(0, f"A column stands for {width} tokens: its colour is their maximum, the line their mean.")
+        facts.insert(0, f"A column stands for {width} tokens: its color is their maximum, the line their mean.")
     found = _figure(analysis, name, lines, facts, is_heat_map=True)
     pooled = f", maximum of {width} tokens" if width > 1 else ""
     return found._replace(title=f"{found.title} of each head{pooled}", log_y=is_wide(name, found.table))
@@ -211,11 +211,11 @@ def _gates(analysis: dict[str, Any]) -> Iterator[Figure]:
     at = positions(analysis)
     uses, shares, use_facts, share_facts = [], [], [], []
     for index, gate in enumerate(analysis["gates"]):
-        label, (first, second), colour = gate["label"], gate["branches"], COLOURS[index % len(COLOURS)]
-        uses.append(Line(label, at, gate["gate"], colour))
+        label, (first, second), color = gate["label"], gate["branches"], COLORS[index % len(COLORS)]
+        uses.append(Line(label, at, gate["gate"], color))
         form = gate["form"] or "its own gate"
         use_facts.append(f"{label}: {first} is combined with {second} ({form}); mean gate {gate['mean_gate']:.3g}.")
-        shares.append(Line(f"{label}: {second} beside {first}", at, gate["share"], colour))
+        shares.append(Line(f"{label}: {second} beside {first}", at, gate["share"], color))
         share_facts.append(f"{label}: {second} has {gate['mean_share']:.1%} on the mean of the text.")
     yield _figure(analysis, "gates", uses, use_facts)
     yield _figure(analysis, "branches", shares, share_facts, y_range=(0, 1))
@@ -224,7 +224,7 @@ def _gates(analysis: dict[str, Any]) -> Iterator[Figure]:
 def branch_norms(analysis: dict[str, Any]) -> Figure:
     """Shown on the page alone."""
     lines = [
-        Line(f"{gate['label']}: {name}", positions(analysis), gate[key], COLOURS[index % len(COLOURS)], dash)
+        Line(f"{gate['label']}: {name}", positions(analysis), gate[key], COLORS[index % len(COLORS)], dash)
         for index, gate in enumerate(analysis["gates"])
         for dash, (name, key) in enumerate(zip(gate["branches"], ("first", "second")))
     ]
@@ -234,7 +234,7 @@ def branch_norms(analysis: dict[str, Any]) -> Figure:
 def _head_lines(
     analysis: dict[str, Any], at: list[np.ndarray], tables: list[np.ndarray], **more: list[np.ndarray] | None
 ) -> list[Line]:
-    """A line for each head: a head has its colour, a memory its dashes. Tables are ``[heads, points]`` by memory.
+    """A line for each head: a head has its color, a memory its dashes. Tables are ``[heads, points]`` by memory.
 
     ``more``: tables of other fields of ``Line``.
     """
@@ -243,8 +243,8 @@ def _head_lines(
         heads = memory["heads"]
         for head in range(heads):
             label = f"{memory['label']}, head {head}" if len(analysis["memories"]) > 1 else f"head {head}"
-            colour = COLOURS[head] if heads <= len(COLOURS) else _rainbow(head / heads)
-            line = Line(label, at[index], tables[index][head], colour, index % len(DASHES), memory=index)
+            color = COLORS[head] if heads <= len(COLORS) else _rainbow(head / heads)
+            line = Line(label, at[index], tables[index][head], color, index % len(DASHES), memory=index)
             lines.append(
                 line._replace(**{name: parts[index][head] for name, parts in more.items() if parts is not None})
             )
@@ -262,6 +262,6 @@ def first_rows(analysis: dict[str, Any]) -> np.ndarray:
 
 
 def positions(analysis: dict[str, Any]) -> np.ndarray:
-    """Of the centres of the bins; a bin of one token is at the token's position."""
+    """Of the centers of the bins; a bin of one token is at the token's position."""
     text = analysis["text"]
     return np.arange(math.ceil(text["shown"] / text["bin"])) * text["bin"] + (text["bin"] - 1) / 2

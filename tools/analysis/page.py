@@ -16,7 +16,7 @@ from .recording import QUANTITIES
 
 DASHES = ("solid", "dash", "dot", "dashdot")
 SHADES = 16
-"""Colours of the text."""
+"""Colors of the text."""
 AROUND = 12
 """Tokens shown before and after the one under the cursor."""
 FONT = "system-ui, -apple-system, Segoe UI, Roboto, sans-serif"
@@ -75,8 +75,8 @@ def render(analysis: dict[str, Any]) -> str:
 
     title = html.escape(f"Memory of {analysis['model']['name']} on {analysis['text']['name']}")
     shades = "".join(
-        f".s{index} {{ background: {colour}; color: {'#fff' if index < SHADES * 0.6 else '#000'}; }}\n"
-        for index, colour in enumerate(sample_colorscale("Viridis", SHADES))
+        f".s{index} {{ background: {color}; color: {'#fff' if index < SHADES * 0.6 else '#000'}; }}\n"
+        for index, color in enumerate(sample_colorscale("Viridis", SHADES))
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "All-NaN|Mean of empty slice")  # what is missing stays missing
@@ -130,9 +130,9 @@ def _figure_sections(analysis: dict[str, Any]) -> Iterator[tuple[str, tuple[str,
         )
         if figure.is_heat_map:
             content += (
-                f"<details{' open' if figure.name == QUANTITIES[0] else ''}><summary>The text, coloured by its "
+                f"<details{' open' if figure.name == QUANTITIES[0] else ''}><summary>The text, colored by its "
                 f"{heading.lower()} (mean of all heads, from low, dark, to high, bright)</summary>"
-                f'<div class="reading">{_coloured_text(analysis, figure.name)}</div></details>'
+                f'<div class="reading">{_colored_text(analysis, figure.name)}</div></details>'
             )
         yield figure.name, (heading, content)
         if figure.name == QUANTITIES[-1] and analysis["peaks"]:
@@ -163,8 +163,8 @@ def _verdict(analysis: dict[str, Any]) -> str:
     )
 
 
-def _coloured_text(analysis: dict[str, Any], quantity: str) -> str:
-    """Each bin in the colour of its rank between the 2nd and the 98th percentile; a link leads to its position."""
+def _colored_text(analysis: dict[str, Any], quantity: str) -> str:
+    """Each bin in the color of its rank between the 2nd and the 98th percentile; a link leads to its position."""
     text = analysis["text"]
     values = np.nanmean(np.concatenate(analysis["tokens"][quantity]["mean"]), axis=0)
     if is_wide(quantity, values):
@@ -253,10 +253,10 @@ def _add_line(plot: Any, line: Line, x: np.ndarray, *, band: bool) -> None:
         real = np.isfinite(line.y) & np.isfinite(line.error)
         high, low = (line.y + line.error)[real], (line.y - line.error)[real]
         edges = {"x": np.concatenate([x[real], x[real][::-1]]), "y": np.concatenate([high, low[::-1]])}
-        fill = {"fill": "toself", "line_width": 0, "fillcolor": line.colour, "opacity": 0.18}
+        fill = {"fill": "toself", "line_width": 0, "fillcolor": line.color, "opacity": 0.18}
         plot.add_trace(Scatter(**edges, **fill, **owner, **hidden))
     dash = DASHES[line.dash]
-    plot.add_trace(Scatter(**_points(x, line.y), line_color=line.colour, line_dash=dash, **owner, **style))
+    plot.add_trace(Scatter(**_points(x, line.y), line_color=line.color, line_dash=dash, **owner, **style))
 
 
 def _points(x: np.ndarray, y: np.ndarray) -> dict[str, Any]:

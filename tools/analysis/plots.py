@@ -32,13 +32,13 @@ def _lines(figure: Figure, axes: Any) -> None:
     for line in figure.lines:
         x, y = _averaged(line.x), _averaged(line.y)
         if line.reference:
-            axes.plot(x, y, color=line.colour, linewidth=0.7, alpha=0.5)
+            axes.plot(x, y, color=line.color, linewidth=0.7, alpha=0.5)
             continue
-        axes.plot(x, y, DASHES[line.dash], color=line.colour, label=line.label)
+        axes.plot(x, y, DASHES[line.dash], color=line.color, label=line.label)
         if line.error is not None and len(figure.lines) <= MAX_LINES:
-            axes.fill_between(x, y - line.error, y + line.error, color=line.colour, alpha=0.2, linewidth=0)
+            axes.fill_between(x, y - line.error, y + line.error, color=line.color, alpha=0.2, linewidth=0)
     if figure.zero_line:
-        axes.axhline(0, color="grey", linewidth=0.8)
+        axes.axhline(0, color="gray", linewidth=0.8)
     if figure.log_x:
         ticks = figure.lines[0].x
         axes.set_xscale("log", base=2)
@@ -67,7 +67,7 @@ def _heat_map(figure: Figure, labels: list[str], edges: np.ndarray, axes: Any) -
 
 
 def _averaged(values: np.ndarray) -> np.ndarray:
-    """Means of equally many neighbours, without NaN, ``MAX_POINTS`` at most."""
+    """Means of equally many neighbors, without NaN, ``MAX_POINTS`` at most."""
     width = math.ceil(len(values) / MAX_POINTS)
     if width == 1:
         return values

@@ -143,7 +143,7 @@ def _load(folder: Path, arguments: argparse.Namespace, device: torch.device) -> 
         return recipes.load(folder, device=device, dtype=arguments.dtype, overrides=overrides(arguments.set))
     except RecipeError as error:
         # the recipe has been loaded, so the weights do not fit
-        raise UsageError(f"{error}\n  --seed N initialises new weights for the changed recipe") from None
+        raise UsageError(f"{error}\n  --seed N initializes new weights for the changed recipe") from None
 
 
 def _heading(recipe: recipes.Recipe, source: str, where: str) -> Text:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from ...blocks.build import materialise
+from ...blocks.build import materialize
 from ...blocks.language_model import IGNORED, LanguageModel
 from ...blocks.state import trainable
 from ...recipes import Recipe, StorageError
@@ -66,7 +66,7 @@ class TitansBuildPreTrainedModel(PreTrainedModel):
             if torch.empty(0).is_meta:  # from_pretrained: values come from the files
                 model.to(dtype=torch.get_default_dtype())
             else:
-                materialise(model, "cpu", torch.get_default_dtype(), seed=None)
+                materialize(model, "cpu", torch.get_default_dtype(), seed=None)
         self.model = model
         self.embed_tokens = Embedding(model)
         device = torch.empty(0).device if torch.empty(0).is_meta else model.norm.gain.device
@@ -114,7 +114,7 @@ class TitansBuildPreTrainedModel(PreTrainedModel):
         return self.get_input_embeddings()
 
     def _init_weights(self, module: Any) -> None:
-        """Blocks initialise their own parameters."""
+        """Blocks initialize their own parameters."""
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, every_n_layers: int = 1
@@ -183,7 +183,7 @@ class TitansBuildModel(TitansBuildPreTrainedModel):
         use_cache: bool | None = None,
         return_dict: bool | None = None,
     ) -> Any:
-        """``last_hidden_state`` [batch, time, dim], normalised; arguments as of ``TitansBuildForCausalLM``."""
+        """``last_hidden_state`` [batch, time, dim], normalized; arguments as of ``TitansBuildForCausalLM``."""
         hidden, _, cache = self._read(input_ids, attention_mask, past_key_values, inputs_embeds, use_cache)
         output = BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
         return output if return_dict is not False else output.to_tuple()

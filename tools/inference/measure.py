@@ -12,7 +12,7 @@ from typing import Any
 
 from ...recipes.atomic_write import atomic_write
 from ...registry import show
-from ..plotting import COLOURS, draw
+from ..plotting import COLORS, draw
 from ..terminal import Columns, CommandFailed, UsageError, count, say, say_columns, say_json
 from .reading import DOUBLING, Bucket, Perplexity, perplexity
 from .session import Reading, Session, Text, reading_progress, usage_errors
@@ -133,9 +133,9 @@ def _plot(report: dict[str, Any], path: str) -> None:
         curves["memory frozen"] = report["frozen"]
 
     def plot(axes: Any) -> None:
-        for (label, curve), colour in zip(curves.items(), COLOURS):
+        for (label, curve), color in zip(curves.items(), COLORS):
             edges, values = steps_of(curve)
-            axes.stairs(values, edges, baseline=None, color=colour, linewidth=2, label=label)
+            axes.stairs(values, edges, baseline=None, color=color, linewidth=2, label=label)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set(xlabel="position in the text (tokens)", ylabel=unit)

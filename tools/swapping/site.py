@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...blocks import Block, materialise
+from ...blocks import Block, materialize
 from ...blocks.combinators import Layer
 from ...blocks.layers import RMSNorm
 from ...blocks.state import State
@@ -184,7 +184,7 @@ def make_block(
             block = Layer(dim, of=spec if isinstance(spec, list) else [spec]) if layer else create(spec, dim=dim)
         if meta or device.type == "meta":
             return block.to(dtype=dtype)
-        materialise(block, device, dtype, seed)
+        materialize(block, device, dtype, seed)
         return block
     # a dry run leaves torch's own generator as it was
     with torch.random.fork_rng([], enabled=seed is not None or meta):

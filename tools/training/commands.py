@@ -16,7 +16,7 @@ from ...recipes.parse import read_value
 from ...registry import describe, nearest, show
 from ..command_line import Command
 from ..options import add_recipe, load, overrides, whole_number
-from ..plotting import COLOURS, DASHES, need_matplotlib
+from ..plotting import COLORS, DASHES, need_matplotlib
 from ..plotting import draw as draw_files
 from ..tasks import TASKS
 from ..terminal import Columns, CommandFailed, UsageError, complain, count, plain, say, say_columns, say_json
@@ -143,8 +143,8 @@ def draw(result: dict[str, Any], title: str) -> dict[str, bytes]:
             points = [(point["tokens"], point[metric]) for point in variant["curve"] or () if metric in point]
             axes.plot(
                 *zip(*points or [(0, float("nan"))]),
-                DASHES[index // len(COLOURS) % len(DASHES)],
-                color=COLOURS[index % len(COLOURS)],
+                DASHES[index // len(COLORS) % len(DASHES)],
+                color=COLORS[index % len(COLORS)],
                 label=variant["name"],
             )
         axes.set_xlabel("training tokens")

@@ -137,9 +137,9 @@ def curvature(z, ACTIVATION: tl.constexpr):
 def layer_norm(z, inside, width, eps):
     """``(z - mean) / sigma`` over the columns that are inside, and ``1 / sigma``."""
     mean = tl.sum(z, axis=1)[:, None] / width
-    centred = tl.where(inside[None, :], z - mean, 0.0)
-    inverse = 1 / tl.sqrt(tl.sum(centred * centred, axis=1)[:, None] / width + eps)
-    return centred * inverse, inverse
+    centered = tl.where(inside[None, :], z - mean, 0.0)
+    inverse = 1 / tl.sqrt(tl.sum(centered * centered, axis=1)[:, None] / width + eps)
+    return centered * inverse, inverse
 
 
 @triton.jit

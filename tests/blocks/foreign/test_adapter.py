@@ -53,14 +53,14 @@ def test_parameters_and_buffers_are_those_of_the_created_module(stepping: Any) -
     assert all(torch.equal(own[name], expected[name]) for name in own)
 
 
-def test_an_uninitialised_parameter_is_an_error() -> None:
+def test_an_uninitialized_parameter_is_an_error() -> None:
     @tb.adapt("careless")
     def careless(dim: int) -> nn.Module:
         made = nn.Linear(dim, dim)
         made.scale = nn.Parameter(torch.empty(dim))
         return made
 
-    with pytest.raises(RuntimeError, match=r"inner\.scale \[3\] was left uninitialised"):
+    with pytest.raises(RuntimeError, match=r"inner\.scale \[3\] was left uninitialized"):
         tb.build_block("careless", dim=3)
     assert not torch.are_deterministic_algorithms_enabled()
 

@@ -97,7 +97,7 @@ def test_gated_deltanet_against_the_recurrence() -> None:
 
 
 @SPECS
-def test_initialisation_is_that_of_the_model(spec: dict[str, Any]) -> None:
+def test_initialization_is_that_of_the_model(spec: dict[str, Any]) -> None:
     """Each type of model has its own standard deviation for the weights of linear maps."""
     block = tb.build_block(spec, dim=64)
     name, deviation = ("in_proj_qkvz", 0.02) if spec is DELTA else ("in_proj", 0.1)

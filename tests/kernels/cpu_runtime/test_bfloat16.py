@@ -330,13 +330,13 @@ def test_training_goes_as_in_float32(setting):
 
     def train():
         model = mac()
-        optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         losses = []
         for _ in range(30):
             loss = model(text[:, :-1], targets=text[:, 1:]).loss
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
             losses.append(loss.item())
         return torch.tensor(losses)
 

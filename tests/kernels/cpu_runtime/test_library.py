@@ -109,7 +109,7 @@ def test_a_broken_file_in_the_cache_is_built_again(tmp_path):
 
 
 def a_compiler(folder, script):
-    """A compiler of one's own around the real one, told not to optimise much: it has to be quick."""
+    """A compiler of one's own around the real one, told not to optimize much: it has to be quick."""
     path = folder / "cc"
     path.write_text(f'#!/bin/sh\nreal={library._compiler()[0]}\n{script}\nexec $real "$@" -O1\n')
     path.chmod(0o755)

@@ -57,7 +57,7 @@ def test_zero_is_finite(norm, backend):
 
 @pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
 @pytest.mark.parametrize("norm", [rms_norm, l2_norm])
-def test_half_precision_is_normalised_wide(norm, backend):
+def test_half_precision_is_normalized_wide(norm, backend):
     # the sum of squares of 300 * 64 values overflows float16 and drowns in bfloat16
     for dtype in (torch.float16, torch.bfloat16):
         x = (torch.randn(3, 64) * 300).to(dtype)

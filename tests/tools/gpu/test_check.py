@@ -77,8 +77,8 @@ def test_one_nan_fails_the_parity(monkeypatch):
     assert {o.backend: o.passed for o in found} == {"triton": True, "torch": False}
 
 
-def test_the_tolerance_of_a_normalised_memory_grows_with_rounding():
-    """Only that of a normalised memory, and not at float32."""
+def test_the_tolerance_of_a_normalized_memory_grows_with_rounding():
+    """Only that of a normalized memory, and not at float32."""
     cases = {case.name: case for case in gpu_cases.cases(small=True) if case.operation == "memory"}
     for name, precision, wider in (
         ("two layers", "bfloat16", True), ("two layers", "float32", False), ("no norm", "bfloat16", False),

@@ -54,9 +54,9 @@ def test_gradients_reach_the_gate_first_and_then_the_block(plain, tokens):
     assert {name.split(".titans.")[0] for name in training} == {"layers.0", "layers.2"}
     model(t).square().sum().backward()
     assert all(p.grad.abs().sum() > 0 for name, p in training.items() if name.endswith("gate"))
-    optimiser = torch.optim.SGD(training.values(), lr=0.1)
-    optimiser.step()
-    optimiser.zero_grad()
+    optimizer = torch.optim.SGD(training.values(), lr=0.1)
+    optimizer.step()
+    optimizer.zero_grad()
     model(t).square().sum().backward()
     assert [name for name, p in training.items() if not p.grad.abs().sum() > 0] == []
 
