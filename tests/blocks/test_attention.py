@@ -1,4 +1,4 @@
-"""Attention against itself written out densely, however its tokens are cut, padded, batched or placed."""
+"""Attention against a dense implementation, for split, padded and batched sequences at any position."""
 
 import itertools
 
@@ -27,7 +27,7 @@ def make(dtype=torch.float64, **fields):
     block = Attention(DIM, **fields)
     materialize(block, "cpu", dtype, seed=0)
     if block.gain is not None:
-        with torch.no_grad():  # a gain of one hides whose it is
+        with torch.no_grad():  # gains of one would hide mistakes
             block.gain.uniform_(0.5, 2.0, generator=torch.Generator().manual_seed(1))
     return block
 
@@ -41,7 +41,7 @@ def fresh(block, rows, prefix):
 
 
 def densely(block, x, tokens):
-    """All of it at once for rows that start fresh: complex rotation, repeated key heads, a full mask."""
+    """Dense attention from a fresh state: complex rotation, repeated key heads, a full mask."""
     heads, d = block.heads, block.head_dim
 
     def project(x):
@@ -132,7 +132,7 @@ def test_one_token_at_a_time(fields, prefix, time):
 @prefixed
 @pytest.mark.parametrize("more", [1, 4, 80])
 def test_masks_and_rows_at_different_positions(fields, prefix, more):
-    """Left, right, inner and whole-row padding, twice in a row, against each row alone without any."""
+    """Left, right, inner and whole-row padding in two calls, against each row without padding."""
     block = make(**fields)
     hide = [(), (0, 1, 2), (5, 6), (2, 4, 5), range(7)]
     mask = torch.ones(5, 7 + more, dtype=torch.bool)
@@ -148,7 +148,7 @@ def test_masks_and_rows_at_different_positions(fields, prefix, more):
         alone, end = block(x[row : row + 1, mask[row]], fresh(block, 1, prefix))
         same(y[row : row + 1, mask[row]], alone)
         mine = select(state, [row])
-        if block.window is None:  # the batch keeps as many slots as its fullest row needs
+        if block.window is None:  # the batch has as many slots as its longest row needs
             spare = mine.keys.shape[1] - end.keys.shape[1]
             assert not mine.keys[:, :spare].any() and not mine.values[:, :spare].any()
             mine = mine._replace(keys=mine.keys[:, spare:], values=mine.values[:, spare:])
@@ -239,7 +239,7 @@ def test_bfloat16():
 def test_persistent_tokens_attend_causally_to_each_other():
     block, tokens = make(window=2, rope=None), noise(1, 6, DIM)
     y, state = block.prefix(tokens)
-    block.window = None  # persistent tokens see each other whatever the window
+    block.window = None  # the window does not apply to persistent tokens
     same(y, block(tokens)[0])
     assert state.position.tolist() == [0] and state.prefix_keys.shape == (1, 6, 4, 4)
 

@@ -1,4 +1,4 @@
-"""Building one block, and giving what was built on the meta device its parameters."""
+"""Building blocks, and initialising parameters of modules on the meta device."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def test_lists_are_chains_and_errors_have_paths():
 
 
 class Holder(Block):
-    """Parameters of its own, a module that is no block, and blocks inside a container."""
+    """Has its own parameters, a module that is no block, and blocks inside a container."""
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim)

@@ -1,4 +1,4 @@
-"""Blocks that hold blocks: chain, residual, gate, persistent, and the layer of a model."""
+"""Blocks that contain blocks: chain, residual, gate, persistent, and the layer of a model."""
 
 import pytest
 import torch
@@ -176,11 +176,11 @@ def test_persistent_tokens_are_visible_beyond_the_window():
 
 
 def test_memory_as_layer_is_a_persistent_chain():
-    """[P | x] runs through the memory; attention over its outputs always sees those at P."""
+    """The memory processes [P | x]; attention over its outputs always sees those at P."""
     block = persistent([MEMORY, {"type": "attention", "heads": 2, "rope": None}])
     x = torch.randn(2, 9, 16, dtype=torch.float64)
     memory, attention = block.of.of
-    # without positions and without a window, tokens that are always in sight are ordinary first tokens
+    # without positions and without a window, persistent tokens are ordinary first tokens
     expected, _ = attention(memory(joined(block, x))[0])
     torch.testing.assert_close(block(x)[0], expected[:, 3:])
 

@@ -1,4 +1,4 @@
-"""The context block against a literal reading of its definition: one token at a time, everything from scratch."""
+"""The ``context`` block against its definition, computed token by token without its code."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def noise(*shape, seed=1):
 
 
 def attend_from_scratch(attention, persistent: Tensor, stream: list[Tensor]) -> Tensor:
-    """What the last of ``stream`` (one row, each ``[dim]``) gets out of attention over ``[P | stream]``."""
+    """The attention output at the last token of ``stream`` (tokens ``[dim]`` of one row), over ``[P | stream]``."""
     width = DIM // HEADS
 
     def project(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,7 +76,7 @@ def gate_from_scratch(gating, y: Tensor, m: Tensor) -> Tensor:
 
 
 def token_by_token(block, x: Tensor) -> Tensor:
-    """One row ``[time, dim]``: read from the snapshot, attend over everything in sight, write, read back, gate."""
+    """Outputs for one row ``[time, dim]``: read, attend, write and gate, for each token."""
     memory = block.memory.init_state(1)
     persistent = block.persistent if block.persistent is not None else x[:0]
     outputs = []
@@ -105,7 +105,7 @@ def test_outputs_equal_the_definition_computed_token_by_token(write, persistent,
 
 
 def test_any_causal_block_as_attention_and_any_memory(leaky):
-    """The same definition with a leaky integrator in either place, whose steps are written out here."""
+    """The same definition with a leaky integrator as memory and as attention, computed here step by step."""
     block = make(memory="leaky", attend="leaky", persistent=2)
 
     def step(part, level, x):
@@ -144,12 +144,12 @@ def test_outputs_do_not_depend_on_later_tokens(write):
             assert not torch.allclose(got[:, t], y[:, t])
 
 
-def test_without_the_write_the_outputs_change():
+def test_outputs_depend_on_writing():
     block = make()
     x = noise(1, 20, DIM)
     with torch.no_grad():
         forward = type(block.memory).forward
-        # a forward of its own is called, piece by piece, both times
+        # its own forward is called for each piece, in both calls
         block.memory.forward = forward.__get__(block.memory)
         y, _ = block(x)
 
@@ -158,7 +158,7 @@ def test_without_the_write_the_outputs_change():
 
         block.memory.forward = forgets.__get__(block.memory)
         got, _ = block(x)
-    # within one call a segment still reads back what it writes; from the second on, what it recalls is missing
+    # the first segment reads the initial memory in both calls
     difference = (got - y).abs().amax(dim=(0, 2))
     assert difference[:6].max() == 0 and difference[6:].min() > 1e-3
 
@@ -266,7 +266,7 @@ def test_a_wrapper_around_memories_is_a_memory(memory):
     y, state = block(x)
     written = dict(named_tensors(block.write(x, block.init_state(2))))
     assert all(torch.equal(written[path], tensor) for path, tensor in named_tensors(state))
-    # what is read from one state does not depend on what else is read, and is no write
+    # reading does not write, and tokens are read independently of each other
     recalled = block.read(x, state)
     torch.testing.assert_close(recalled[:, 4:5], block.read(x[:, 4:5], state))
     assert recalled.shape == y.shape and read_flops(block, 9) > 0

@@ -1,4 +1,4 @@
-"""A prepared decoder is ``forward`` for one token, whatever the stack, the state it starts from, and who looks on."""
+"""Decoders give the outputs and states of ``forward``, for all stacks, starting states, hooks and observers."""
 
 import copy
 import threading
@@ -58,7 +58,7 @@ BLOCKS = {
 
 
 class Shift(Block):
-    """Adds the token before, and keeps in its state the very tensor that it was given."""
+    """Adds the previous token. Its state is the tensor that it was given, not a copy."""
 
     def init_state(self, batch_size):
         return torch.zeros(batch_size, 1, self.dim, dtype=torch.float64)
@@ -94,7 +94,7 @@ def tokens(rows, time, dim=32, seed=0):
 
 
 def one_by_one(block, x, state):
-    """Outputs and final state of a prepared decoder, and every state on the way."""
+    """Outputs and final state of a decoder, and all states in between."""
     outputs, states = [], [state]
     with torch.inference_mode():
         decode = decoder(block, x.shape[0])
@@ -138,7 +138,7 @@ def test_earlier_states_are_not_modified(name):
             kept.append(state)
             copies.append(map_state(torch.clone, state))
             _, state = decode(token.unsqueeze(1), state)
-        # gone back to one in the middle, it goes on from there
+        # continuing again from a state in the middle
         for at in (3, 7):
             again, _ = decode(x[:, at : at + 1], kept[at])
             expected, _ = block(x[:, at : at + 1], kept[at])
@@ -302,7 +302,7 @@ def test_memory_frozen_between_tokens(model, prompt):
 
 
 def test_changed_parameters_are_used(model, prompt):
-    """In place, and where a tensor is put in a parameter's place."""
+    """Changed in place, and replaced by another tensor."""
     start = read_prompt(model, prompt)
     for change in (lambda p: p.mul_(1.5), lambda p: setattr(p, "data", p.detach() * 1.5)):
         given = steps(model, *start, Sampler(), 2)

@@ -1,4 +1,4 @@
-"""A state of another block is refused, before anything is done with it."""
+"""States of other blocks are errors."""
 
 from __future__ import annotations
 

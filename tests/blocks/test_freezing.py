@@ -1,4 +1,4 @@
-"""A frozen memory is read and not written; what it holds is what it held, and it goes on learning from there."""
+"""A frozen memory is read and not written. Thawed, it continues from the same state."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def ids(time, rows=2, seed=0):
 
 
 def memories(state):
-    """What the memories hold: weights, momentum, anchors, positions and the running chunk's gates."""
+    """The states of the memories: weights, momentum, anchors, positions and the gates of the current chunk."""
     parts = (".weights.", ".momentum.", ".anchor.", "memory.position", ".gates")
     return {
         path: tensor
@@ -123,7 +123,7 @@ def test_memories_are_frozen_until_thawed(model):
     assert not learns()
     with model.freeze_memory() as inner:
         assert inner.names == []
-    assert not learns()  # what was frozen before the `with` block stays so after it
+    assert not learns()  # memories that were frozen before the `with` block remain frozen
     model.unfreeze_memory()
     model.unfreeze_memory()
     assert learns()
@@ -142,7 +142,7 @@ def test_copies_and_saved_models(model, tmp_path):
     twin.unfreeze_memory()
     assert model.layers[2].blocks[0].use == "read" and twin.layers[2].blocks[0].use == "both"
     save(model, tmp_path)
-    assert load(tmp_path).layers[2].blocks[0].use == "both"  # freezing is of the moment, not of the recipe
+    assert load(tmp_path).layers[2].blocks[0].use == "both"  # freezing does not change the recipe
 
 
 def test_a_memory_with_use_write_cannot_be_frozen():
@@ -175,6 +175,6 @@ def test_custom_blocks_with_an_attribute_use_are_frozen():
     block = Counter()
     with freeze(block):
         assert block(torch.zeros(1, 3, 1))[1] == 0
-        # what a fresh memory holds has been written into it, frozen or not
+        # persistent tokens are written into a fresh memory even if it is frozen
         assert block.prefix(torch.zeros(1, 3, 1))[1] == 3 and block.use == "read"
     assert block(torch.zeros(1, 3, 1))[1] == 3

@@ -1,4 +1,4 @@
-"""Generation: one token at a time from the state is the model run over everything so far."""
+"""Generation: one token at a time from the state equals running the model on all tokens."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def model():
         )
     materialize(model, "cpu", torch.float64, 0)
     with torch.no_grad():
-        # sure of itself: rounding must not decide between tokens
+        # confident predictions, so that rounding does not decide between tokens
         model.head.mul_(40)
         for layer in model.layers:
             layer.blocks[0].get_parameter("attend.out.weight" if layer is model.layers[0] else "out.weight").mul_(10)
@@ -239,7 +239,7 @@ PROBABILITY = torch.tensor([0.4, 0.3, 0.2, 0.1])
     ],
 )
 def test_frequencies_of_sampled_tokens(settings, expected):
-    # in another order than by probability, as a vocabulary is
+    # not sorted by probability, like a vocabulary
     order = torch.tensor([2, 0, 3, 1])
     got = frequencies(Sampler(**({"temperature": 1.0, "seed": 0} | settings)), PROBABILITY[order].log().tolist())
     torch.testing.assert_close(got, expected[order], atol=0.03, rtol=0)

@@ -1,4 +1,4 @@
-"""The whole model: what it computes, what it refuses, and that its state is all there is to going on."""
+"""The model: outputs, losses, invalid arguments, and continuing from a state."""
 
 import copy
 import math
@@ -264,7 +264,7 @@ def test_states_of_inference_mode_can_be_trained_from(given):
         inside = tokens.clone()
         mask = torch.tensor([[False, True, True, True, True], [True] * 5])
         state = model(inside).state
-        # a parameter's lookup: any embeddings
+        # any embeddings
         inputs = {"tokens": inside} if given == "tokens" else {"embeddings": model.lookup(inside).clone()}
     before = {path: tensor.clone() for path, tensor in st.named_tensors(state)}
     loss = model(**inputs, state=state, mask=mask, targets=inside).loss
@@ -289,7 +289,7 @@ def test_training_under_autocast_gives_no_warnings():
     tokens = ids(2, 17)
     losses = []
     always = torch.is_warn_always_enabled()
-    torch.set_warn_always(True)  # some of PyTorch's come once in a process
+    torch.set_warn_always(True)  # PyTorch issues some warnings once per process
     try:
         for _ in range(6):
             with torch.autocast("cpu", torch.bfloat16):

@@ -288,7 +288,7 @@ class CountingState(NamedTuple):
 
 def test_a_counter_of_tokens_must_be_named_position(leaky):
     class CountsUnderAnotherName(leaky):
-        """Its outputs depend on a position that the law does not move."""
+        """Outputs depend on a position that the law does not move."""
 
         def init_state(self, batch_size):
             return CountingState(*super().init_state(batch_size))

@@ -1,4 +1,4 @@
-"""The neural memory block: every option obeys every law, and does what its name says."""
+"""The neural memory block and its options."""
 
 import pytest
 import torch
@@ -45,8 +45,8 @@ def test_empty_and_masked_inputs_do_not_change_the_state(gates: str) -> None:
 
 
 @pytest.mark.parametrize("heads", [1, 4])
-def test_hard_gates_are_initialized_like_sigmoids(heads: int) -> None:
-    """Equal values and equal spread, and none is cut off: every one has a gradient."""
+def test_hard_gates_are_initialised_like_sigmoids(heads: int) -> None:
+    """Equal means and deviations, and no gate is saturated: all have gradients."""
     options = {"heads": heads, "chunk": 5, "type": "memory"}
     soft, hard = (tb.build_block(options | {"gating": g}, dim=64, seed=0) for g in ("sigmoid", "hard_sigmoid"))
     assert isinstance(soft, NeuralMemory) and isinstance(hard, NeuralMemory)
@@ -60,7 +60,7 @@ def test_hard_gates_are_initialized_like_sigmoids(heads: int) -> None:
 @pytest.mark.parametrize("time", [1, 7])
 @pytest.mark.parametrize("grad", [False, True])
 def test_hard_gates_reach_zero_and_one(time: int, grad: bool) -> None:
-    """Shut, a memory stays bit by bit what it was; wide open, it forgets all there was."""
+    """With closed gates a memory is bit-identical; with fully open gates it forgets everything."""
     block = memory(dim=32, gating="hard_sigmoid", momentum=False)
     x = torch.randn(1, time, 32, dtype=torch.float64)
     with torch.no_grad():
@@ -98,7 +98,7 @@ def test_read_does_not_write_and_reads_each_token_as_the_next() -> None:
     before = [t.clone() for _, t in tb.state.named_tensors(state)]
     asked = block.read(x, state)
     assert all(torch.equal(a, b) for a, (_, b) in zip(before, tb.state.named_tensors(state)))
-    # each token on its own: alone, in any company, and equal to what a read-only block answers next
+    # tokens are read independently of each other, and as a read-only block reads the next token
     assert torch.allclose(block.read(x[:, 3:4], state), asked[:, 3:4], atol=1e-12)
     block.use = "read"
     assert torch.allclose(block(x[:, 3:4], state)[0], asked[:, 3:4], atol=1e-12)

@@ -1,4 +1,4 @@
-"""Watching a model changes nothing in it, and says of every token what the memory did with it."""
+"""``observe`` records every token of every memory, and does not change the model."""
 
 import copy
 import pickle

@@ -30,7 +30,7 @@ SMALL = {
     "heads": lambda _: 2,
     "hidden": lambda _: 24,
     "repeat": lambda _: 1,
-    # about a sixteenth, and different numbers stay different
+    # about a sixteenth; different numbers remain different
     "chunk": lambda chunk: max(2, chunk // 16),
     "segment": lambda segment: max(2, segment // 16),
     "window": lambda window: max(2, window // 32) - 1,
@@ -104,7 +104,7 @@ def test_training_on_random_tokens_detects_a_leak():
 @pytest.mark.parametrize("name", RECIPES)
 def test_all_splits_give_the_whole(name):
     model = make(name, dtype=torch.float64)
-    # parameters are randomised by the check; 41 is no multiple of any chunk, segment or window, and passes them all
+    # check_block randomises the parameters; 41 is larger than every chunk, segment and window, and no multiple of one
     check_block(model, laws=["split", "step"], length=41, cuts=None)
 
 
@@ -117,7 +117,7 @@ def test_laws(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_hundred_thousand_tokens(name):
-    # segments and chunks as they are: it is the tokens that are many
+    # with the original segments and chunks
     recipe = shrink(tb.load_recipe(name).to_dict(), ["dim", "vocab", "heads", "hidden", "repeat"])
     check_block(tb.build(recipe), laws=["endurance"])
 
@@ -170,7 +170,7 @@ def test_the_size_of_the_state_does_not_depend_on_the_prompt(name):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_state_shares_no_larger_memory(name):
-    """What a state's tensors hold in memory, views of larger tensors included, stays near what they say."""
+    """The storages of a state, which may be larger than its tensors, are of bounded size."""
     model = make(name)
     with torch.no_grad():
         state = model(uniform(1, 400, seed=0)).state
@@ -180,21 +180,21 @@ def test_a_state_shares_no_larger_memory(name):
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
 def test_sixteen_thousand_tokens_stay_finite_at_every_depth(depth):
-    """Gradients at the chunk's start, random initialization, a whole sequence at once."""
+    """The initialised memory in one call, with gradients taken at the start of each chunk."""
     block = tb.build_block({"type": "memory", "depth": depth, "heads": 2, "chunk": 64}, dim=16, seed=depth)
     x = torch.randn(1, 16_384, 16, generator=torch.Generator().manual_seed(depth))
     with torch.no_grad():
         y, state = block(x)
     assert y.isfinite().all()
     assert all(tensor.isfinite().all() for _, tensor in st.named_tensors(state))
-    # finite because it is bounded, not because the overflow is yet to come
+    # bounded, and not only before an overflow
     assert max(float(weight.abs().max()) for weight in state.memory.weights) < 100
 
 
 @pytest.mark.parametrize("chunk", [16, 64])
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
 def test_gradients_through_four_thousand_tokens_do_not_explode(depth, chunk):
-    """Every update is differentiated through: the last outputs must not depend most on the first tokens."""
+    """Backward through all updates: the last outputs depend less on the first tokens than on the last."""
     block = tb.build_block({"type": "memory", "depth": depth, "heads": 1, "chunk": chunk}, dim=64, seed=depth)
     x = torch.randn(1, 4096, 64, generator=torch.Generator().manual_seed(depth)).requires_grad_()
     y, _ = block(x)
@@ -205,7 +205,7 @@ def test_gradients_through_four_thousand_tokens_do_not_explode(depth, chunk):
 
 
 def test_a_memory_without_clipping_overflows():
-    """Without it the same rule, at the same step size, overflows: which default does it."""
+    """Negative control: the default ``clip`` is what keeps outputs finite."""
     spec = {"type": "memory", "depth": 4, "heads": 2, "chunk": 64, "max_step": 1.0, "norm": False}
     x = torch.randn(1, 4096, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What ``context`` asks of its blocks: the halves of a memory, and outputs at some tokens only."""
+"""The methods of blocks that ``context`` uses: the halves of a memory, and outputs at some tokens only."""
 
 import pytest
 import torch

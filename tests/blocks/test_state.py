@@ -1,4 +1,4 @@
-"""The state tree and the operations on it."""
+"""States and operations on them."""
 
 from typing import NamedTuple
 
@@ -198,7 +198,7 @@ def test_nbytes_counts_expanded_tensors_in_full():
 
 
 def test_gradients_through_reset_rows():
-    """What a row carried gets no gradient where it was reset, and the learned initial state does."""
+    """The previous state of a reset row has no gradient, and the learned initial state has."""
     block = tb.build_block({"type": "memory", "heads": 2, "chunk": 4}, dim=8, dtype=torch.float64, seed=0)
     _, carried = block(torch.randn(3, 5, 8, dtype=torch.float64))
     carried = st.map_state(lambda x: x.detach().requires_grad_(x.is_floating_point()), carried)
