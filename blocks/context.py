@@ -34,7 +34,7 @@ class ContextState(NamedTuple):
 
 @register("context")
 class Context(Block):
-    """Memory as context: attention over persistent tokens, memory reads and a segment; its outputs are memorised.
+    """Memory as context: attention over persistent tokens, memory reads and a segment; its outputs are memorized.
 
     For each segment of tokens ``x_1..x_C`` (equations 21-25, causal at every token):
 

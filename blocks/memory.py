@@ -50,7 +50,7 @@ class NeuralMemory(Block):
         heads: Annotated[int, Field(ge=1, description="number of heads, each a memory of width dim / heads")] = 4,
         depth: Annotated[int, Field(ge=1, le=16, description="number of layers of the memory network")] = 2,
         expansion: Annotated[
-            int, Field(ge=1, le=64, description="hidden width of the memory network over its input width")
+            int, Field(ge=1, le=64, description="hidden width of the memory network relative to its input")
         ] = 4,
         chunk: Annotated[
             int,

@@ -131,10 +131,10 @@ def refuse(device: torch.device) -> str | None:
     )
 
 
-Heads = Annotated[int, Field(ge=1, description="heads, each with its own state")]
+Heads = Annotated[int, Field(ge=1, description="number of heads, each with its own state")]
 HeadDim = Annotated[int | None, Field(ge=1, description="width of a head's keys; null for dim / heads")]
-ExpandValue = Annotated[float, Field(gt=0, le=64, description="width of a head's values over that of its keys")]
-OverDim = Annotated[float, Field(gt=0, le=64, description="width of all heads' values over dim")]
+ExpandValue = Annotated[float, Field(gt=0, le=64, description="width of a head's values relative to its keys")]
+OverDim = Annotated[float, Field(gt=0, le=64, description="total width of the values relative to dim")]
 Conv = Annotated[int, Field(ge=0, le=64, description="width of the causal convolutions on q, k, v; 0 for none")]
 Negative = Annotated[bool, Field(description="step sizes up to 2, which allow negative eigenvalues of the transition")]
 
@@ -185,7 +185,7 @@ def delta_net(
     dim: int,
     *,
     heads: Heads = 4,
-    expand_k: Annotated[float, Field(gt=0, le=64, description="width of all heads' keys over dim")] = 1.0,
+    expand_k: Annotated[float, Field(gt=0, le=64, description="total width of the keys relative to dim")] = 1.0,
     expand_v: OverDim = 1.0,
     conv: Conv = 4,
     negative: Negative = False,
@@ -325,7 +325,7 @@ def gated_linear_attention(
     dim: int,
     *,
     heads: Heads = 4,
-    expand_k: Annotated[float, Field(gt=0, le=64, description="width of all heads' keys over dim")] = 0.5,
+    expand_k: Annotated[float, Field(gt=0, le=64, description="total width of the keys relative to dim")] = 0.5,
     expand_v: OverDim = 1.0,
     conv: Conv = 0,
 ) -> nn.Module:
@@ -351,7 +351,7 @@ def gated_slot_attention(
     dim: int,
     *,
     heads: Heads = 4,
-    slots: Annotated[int, Field(ge=1, description="slots per head, each with a key and a value")] = 64,
+    slots: Annotated[int, Field(ge=1, description="number of slots per head, each with a key and a value")] = 64,
     conv: Conv = 0,
 ) -> nn.Module:
     """Gated slot attention (arXiv 2409.07146): softmax attention over a fixed number of decaying slots."""
@@ -386,7 +386,7 @@ def mamba2(
     dim: int,
     *,
     heads: Heads = 8,
-    expand: Annotated[int, Field(ge=1, le=64, description="inner width over dim; heads divide the inner width")] = 2,
+    expand: Annotated[int, Field(ge=1, le=64, description="inner width relative to dim; a multiple of heads")] = 2,
     state_size: Annotated[int, Field(ge=1, description="size of the state of each inner feature")] = 64,
     conv: Annotated[int, Field(ge=2, le=64, description="width of the causal convolution")] = 4,
 ) -> nn.Module:

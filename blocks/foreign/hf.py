@@ -142,7 +142,7 @@ def _on_any_device(model: str, name: str) -> Any:
     return Mixer
 
 
-Heads = Annotated[int, Field(ge=1, description="heads, each with its own state")]
+Heads = Annotated[int, Field(ge=1, description="number of heads, each with its own state")]
 KeyDim = Annotated[int | None, Field(ge=1, description="width of a head's keys; null for dim / heads")]
 Conv = Annotated[int, Field(ge=2, le=64, description="width of the causal convolution")]
 
@@ -200,7 +200,7 @@ def mamba2(
     dim: int,
     *,
     heads: Heads = 8,
-    expand: Annotated[int, Field(ge=1, le=64, description="inner width over dim; heads divide the inner width")] = 2,
+    expand: Annotated[int, Field(ge=1, le=64, description="inner width relative to dim; a multiple of heads")] = 2,
     state_size: Annotated[int, Field(ge=1, description="size of the state of each inner feature")] = 64,
     conv: Conv = 4,
     chunk: Annotated[int, Field(ge=1, description="tokens per chunk; does not change the result")] = 64,

@@ -66,8 +66,8 @@ def _of_inner(dim: int | None, fields: dict[str, Any]) -> Iterable[tuple[str, st
 def mamba2(
     dim: int,
     *,
-    head_dim: Annotated[int, Field(ge=1, description="width of a head; divides the inner width")] = 64,
-    expand: Annotated[int, Field(ge=1, le=64, description="inner width over dim")] = 2,
+    head_dim: Annotated[int, Field(ge=1, description="width of a head, a divisor of the inner width")] = 64,
+    expand: Annotated[int, Field(ge=1, le=64, description="inner width relative to dim")] = 2,
     state_size: Annotated[int, Field(ge=1, description="size of the state of each inner feature")] = 128,
     conv: Annotated[int, Field(ge=2, le=4, description="width of the causal convolution")] = 4,
 ) -> nn.Module:

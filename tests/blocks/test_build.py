@@ -1,4 +1,4 @@
-"""Building blocks, and initialising parameters of modules on the meta device."""
+"""Building blocks, and initializing parameters of modules on the meta device."""
 
 import pytest
 import torch

@@ -45,7 +45,7 @@ def test_empty_and_masked_inputs_do_not_change_the_state(gates: str) -> None:
 
 
 @pytest.mark.parametrize("heads", [1, 4])
-def test_hard_gates_are_initialised_like_sigmoids(heads: int) -> None:
+def test_hard_gates_are_initialized_like_sigmoids(heads: int) -> None:
     """Equal means and deviations, and no gate is saturated: all have gradients."""
     options = {"heads": heads, "chunk": 5, "type": "memory"}
     soft, hard = (tb.build_block(options | {"gating": g}, dim=64, seed=0) for g in ("sigmoid", "hard_sigmoid"))

@@ -180,7 +180,7 @@ def test_a_state_shares_no_larger_memory(name):
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
 def test_sixteen_thousand_tokens_stay_finite_at_every_depth(depth):
-    """The initialised memory in one call, with gradients taken at the start of each chunk."""
+    """The initialized memory in one call, with gradients taken at the start of each chunk."""
     block = tb.build_block({"type": "memory", "depth": depth, "heads": 2, "chunk": 64}, dim=16, seed=depth)
     x = torch.randn(1, 16_384, 16, generator=torch.Generator().manual_seed(depth))
     with torch.no_grad():
