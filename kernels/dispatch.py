@@ -17,6 +17,7 @@ The second half of this file holds the questions that operations ask about their
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import logging
 import math
@@ -36,6 +37,14 @@ VARIABLE = "TITANS_BUILD_BACKEND"
 
 OPERATIONS: dict[str, Operation] = {}
 """Every operation by name, in order of definition."""
+
+# os.environ takes two microseconds to find a variable unset, as long as a small operation; C's getenv a tenth of one
+_getenv: Callable[[bytes], bytes | None] = (
+    ctypes.PYFUNCTYPE(ctypes.c_char_p, ctypes.c_char_p)(("getenv", ctypes.pythonapi))
+    if os.name == "posix"
+    else lambda name: os.environ.get(name.decode(), "").encode()
+)
+_VARIABLE = VARIABLE.encode()
 
 _log = logging.getLogger(__name__)
 _logged: set[tuple[str, str, str]] = set()
@@ -109,26 +118,28 @@ class Operation:
             self._traced = {each: functools.partial(call, each) for each in opaque}
         OPERATIONS[name] = self
 
-    def choose(self, backend: str = "auto", **facts: Any) -> Callable[..., Any]:
-        """The function to run for ``facts``. Raises :class:`BackendError` when a named backend cannot run."""
+    def choose(self, backend: str = "auto", *tensors: Tensor | None, **facts: Any) -> Callable[..., Any]:
+        """The function to run for ``facts``. Raises :class:`BackendError` when a named backend cannot run.
+
+        From ``tensors`` come the facts that are not given: ``device`` and ``dtype`` of the first, and of all of them
+        ``same`` (they have one dtype) and ``plain`` (:func:`is_plain_cpu_tensor`).
+        """
+        if tensors:
+            x: Any = tensors[0]
+            dtype, same = x.dtype, True
+            for other in tensors:
+                if other is not None and other.dtype != dtype:
+                    same = False
+            device, plain = "cpu" if x.is_cpu else x.device.type, is_plain_cpu_tensor(*tensors)
+            facts = {"device": device, "dtype": dtype, "same": same, "plain": plain, **facts}
         if torch.compiler.is_compiling():  # lengths may be symbols, which cannot be keys of a dictionary
             picked = self._pick(backend, facts)
             return self._traced.get(picked.name, picked.run)
-        key = (backend, os.environ.get(VARIABLE), *facts.items())
+        key = (backend, _getenv(_VARIABLE), *facts.items())
         chosen = self._chosen.get(key)
         if chosen is None:
             chosen = self._chosen[key] = self._pick(backend, facts)
         return chosen.run
-
-    def choose_for(self, backend: str, x: Tensor, *others: Tensor | None, **facts: Any) -> Callable[..., Any]:
-        """:meth:`choose` with facts about the tensors: ``device`` and ``dtype`` of ``x``, and of all of them ``same``
-        (they have one dtype) and ``plain`` (:func:`is_plain_cpu_tensor`).
-        """
-        same = True
-        for other in others:
-            same = same and (other is None or other.dtype == x.dtype)
-        plain = is_plain_cpu_tensor(x, *others)
-        return self.choose(backend, device=x.device.type, dtype=x.dtype, same=same, plain=plain, **facts)
 
     def fallback(self, failed: str, reason: str, backend: str = "auto", **facts: Any) -> Callable[..., Any]:
         """The function to run after the backend ``failed`` raised :class:`BackendUnavailable` for ``facts``.
@@ -229,14 +240,15 @@ def table(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Backe
 # -- questions about tensors -------------------------------------------------------------------------------------------
 
 
-def expect_tensors(operation: str, *given: tuple[str, Any], one_dtype: bool = True) -> None:
+def expect_tensors(operation: str, *given: tuple[Any, ...], one_dtype: bool = True) -> None:
     """Raise unless all are floating-point tensors on the device, and of the dtype, of the first.
 
-    ``given``: names and tensors. ``one_dtype=False``: any dtypes. The ``TypeError`` or ``ValueError`` names the
-    operation and the argument. Autocast changes nothing here: which of two dtypes is meant, only the caller knows.
+    ``given``: tuples that begin with a name and a tensor. ``one_dtype=False``: any dtypes. The ``TypeError`` or
+    ``ValueError`` names the operation and the argument. Autocast changes nothing here: which of two dtypes is meant,
+    only the caller knows.
     """
-    first, like = given[0]
-    for name, x in given:
+    first, like, *_ = given[0]
+    for name, x, *_ in given:
         if not isinstance(x, Tensor):
             raise TypeError(f"{operation}: {name}: expected a tensor, got {type(x).__name__}")
         if not x.is_floating_point():
@@ -321,13 +333,15 @@ def can_prepare(*weights: Tensor | None) -> bool:
     )
 
 
-def sum_is_finite(*tensors: Tensor) -> bool:
+def sum_is_finite(*tensors: Tensor | None) -> bool:
     """False where a tensor holds NaN or infinity, and where finite elements overflow when added up.
 
     The cheapest check there is: one pass over memory, and no tensor of the results.
     """
     total = 0.0
     for x in tensors:
+        if x is None:
+            continue
         x = x.detach()
         total += (x.sum(dtype=torch.float32) if x.dtype in _HALF else x.sum()).item()
     return math.isfinite(total)

@@ -20,9 +20,12 @@ def native_attention(
     """``attention`` in float32 or float64 on a CPU."""
     tensors = (q, k, v) if prefix is None else (q, k, v, *prefix)
     start = None if start is None else start.contiguous()
+    products = product_dtype(q.dtype)
     if needs_grad(*tensors):
-        return _Native.apply(window, step, start, product_dtype(q.dtype), *tensors)
-    return _forward(window, step, start, product_dtype(q.dtype), tensors, None)[0]
+        return _Native.apply(window, step, start, products, *tensors)
+    y = empty_huge_pages(q.shape, q.dtype)
+    _call(window, step, start, products, _dense(*tensors), y, None, None, None)
+    return y
 
 
 class _Native(torch.autograd.Function):
@@ -32,7 +35,8 @@ class _Native(torch.autograd.Function):
     ) -> Tensor:
         q = tensors[0]
         lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1])
-        y, used = _forward(window, step, start, products, tensors, lse)
+        used, y = _dense(*tensors), empty_huge_pages(q.shape, q.dtype)
+        _call(window, step, start, products, used, y, lse, None, None)
         ctx.window, ctx.step, ctx.operands = window, step, products
         ctx.save_for_backward(start, y, lse, *used)
         return y
@@ -50,23 +54,12 @@ class _Native(torch.autograd.Function):
         return None, None, None, None, *grads
 
 
-def _forward(
-    window: int | None,
-    step: int,
-    start: Tensor | None,
-    products: torch.dtype,
-    tensors: tuple[Tensor, ...],
-    lse: Tensor | None,
-) -> tuple[Tensor, list[Tensor]]:
-    dense = _dense(*tensors)
-    y = empty_huge_pages(tensors[0].shape, tensors[0].dtype)
-    _call(window, step, start, products, dense, y, lse, None, None)
-    return y, dense
-
-
 def _dense(*tensors: Tensor) -> list[Tensor]:
     """With their last dimension dense."""
-    return [x if x.stride(3) == 1 else x.contiguous() for x in tensors]
+    dense = []
+    for x in tensors:
+        dense.append(x if x.stride(3) == 1 else x.contiguous())
+    return dense
 
 
 def _call(
@@ -90,14 +83,11 @@ def _call(
             continue
         for part in (tensors, grads):
             for i in range(first, first + 3):
-                sets += [0] * 4 if part is None else _sequence(part[i])
+                sets += (0, 0, 0, 0) if part is None else (part[i].data_ptr(), *part[i].stride()[:3])
         sets += [tensors[first + 1].shape[1], first > 0]
     _KERNEL(
-        products, rows, time, heads, kv_heads, d, window or 0, step, *sets, address(start), *_sequence(y),
-        *([0] * 4 if grad is None else _sequence(grad)), address(lse), grads is not None,
+        products, rows, time, heads, kv_heads, d, window or 0, step, *sets, address(start),
+        y.data_ptr(), *y.stride()[:3], *((0, 0, 0, 0) if grad is None else (grad.data_ptr(), *grad.stride()[:3])),
+        address(lse), grads is not None,
         max(1, min(torch.get_num_threads(), rows * kv_heads)),
     )  # fmt: skip
-
-
-def _sequence(x: Tensor) -> list[int]:
-    return [x.data_ptr(), *x.stride()[:3]]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..cpu_runtime import library
 from ..cpu_runtime.call import Kernel, threads_for
-from ..dispatch import Backend, Operation, can_prepare, is_plain_cpu_tensor
+from ..dispatch import Backend, Operation, can_prepare
 from ..norm_gate import rms_norm
 from ..rotary import rotate, tables
 from . import Prefix, attention
@@ -74,10 +74,8 @@ def cached_attention(
         ``[batch, time / step, heads, d]``, and keys and values for the next call: ``window - 1`` slots, or without a
         window ``time`` more than there were.
     """
-    run = _operation.choose(
-        backend, device=projected.device.type, dtype=projected.dtype, same=cache.keys.dtype == projected.dtype,
-        plain=is_plain_cpu_tensor(projected, gain, *cache),
-    )  # fmt: skip
+    same = cache.keys.dtype == projected.dtype  # positions are integers
+    run = _operation.choose(backend, projected, gain, *cache, same=same)
     return run(projected, gain, cache, Form(heads, window, base, step))
 
 

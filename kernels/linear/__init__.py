@@ -46,15 +46,14 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: s
     ``backend``: of the operation ``projection`` for a few tokens without gradients, else of ``linear``.
     """
     few = use_decode_kernel(x, weight, all_tensors=True)
-    if few and x.shape[-1] == weight.shape[-1] and _fits(bias, x, weight):
-        tokens = x.numel() // x.shape[-1]
+    width = x.shape[-1]
+    if few and width == weight.shape[-1] and (bias is None or _fits(bias, x, weight)):
+        tokens = x.numel() // width
         return _projection.choose(backend, device="cpu", dtype=x.dtype, tokens=tokens)(x, weight, bias)
     return _choose_linear(x, weight, bias, backend)(x, weight, bias)
 
 
-def _fits(bias: Tensor | None, x: Tensor, weight: Tensor) -> bool:
-    if bias is None:
-        return True
+def _fits(bias: Tensor, x: Tensor, weight: Tensor) -> bool:
     fits = bias.dtype == x.dtype and bias.shape == weight.shape[:1]
     return fits and not needs_grad(bias) and is_plain_cpu_tensor(bias)
 
@@ -174,19 +173,20 @@ _projection = Operation(
 def _choose_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str = "auto"
 ) -> Callable[..., Tensor]:
+    products, large, width = None, False, x.shape[-1]
     usual = (
         x.is_cpu
-        and x.numel() > DECODE_TOKENS * x.shape[-1]
+        and x.numel() > DECODE_TOKENS * width
         and weight.numel() > 0
-        and x.shape[-1] == weight.shape[1]
+        and width == weight.shape[1]
         and weight.dtype == x.dtype
         and (bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1]))
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and is_plain_cpu_tensor(x, weight, bias)
     )
-    products = product_dtype(x.dtype) if usual else None
-    large = usual and min(x.numel() // x.shape[-1], *weight.shape) >= LARGE
+    if usual:
+        products, large = product_dtype(x.dtype), min(x.numel() // width, *weight.shape) >= LARGE
     return _linear.choose(backend, device=x.device.type, dtype=x.dtype, operands=products, usual=usual, large=large)
 
 

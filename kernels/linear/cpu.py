@@ -21,9 +21,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, operands: t
     ``x``: ``[..., in]``; ``weight``: ``[out, in]``; ``bias``: ``[out]``. No tensor is empty. ``operands``:
     torch.float32, or torch.bfloat16 to round the factors of every product to it, in backward too.
     """
-    if not needs_grad(x, weight, bias):
-        return _linear(x, weight, bias, operands)
-    y: Tensor = _Linear.apply(x, weight, bias, operands)
+    if needs_grad(x, weight, bias):
+        y: Tensor = _Linear.apply(x, weight, bias, operands)
+        return y
+    out, width = weight.shape
+    rows = x.reshape(-1, width)
+    # rows or columns must be dense
+    rows = rows if 1 in rows.stride() else rows.contiguous()
+    weight = weight if 1 in weight.stride() else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    y = empty_huge_pages((*x.shape[:-1], out), x.dtype)
+    _KERNEL(
+        operands, torch.get_num_threads(), len(rows), out, width,
+        rows.data_ptr(), *rows.stride(), weight.data_ptr(), weight.stride(1), weight.stride(0),
+        address(bias), y.data_ptr(),
+    )  # fmt: skip
     return y
 
 
@@ -32,7 +44,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, operands: torch.dtype) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.operands = operands
-        return _linear(x, weight, bias, operands)
+        return linear(x, weight, bias, operands=operands)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -54,20 +66,3 @@ def _has_storage(x: Tensor) -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, operands: torch.dtype) -> Tensor:
-    out, width = weight.shape
-    rows, right = _dense_rows_or_columns(x.reshape(-1, width)), _dense_rows_or_columns(weight)
-    bias = None if bias is None else bias.contiguous()
-    y = empty_huge_pages((*x.shape[:-1], out), x.dtype)
-    _KERNEL(
-        operands, torch.get_num_threads(), len(rows), out, width,
-        rows.data_ptr(), *rows.stride(), right.data_ptr(), right.stride(1), right.stride(0),
-        address(bias), y.data_ptr(),
-    )  # fmt: skip
-    return y
-
-
-def _dense_rows_or_columns(x: Tensor) -> Tensor:
-    return x if 1 in x.stride() else x.contiguous()

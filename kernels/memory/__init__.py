@@ -37,7 +37,6 @@ from ..dispatch import (
     expect_tensors,
     full_precision,
     half_dtype,
-    is_plain_cpu_tensor,
     needs_grad,
     sum_is_finite,
 )
@@ -118,17 +117,20 @@ def titans_memory(
     compute = torch.promote_types(torch.promote_types(q.dtype, state.weights[0].dtype), torch.float32)
     run = MEMORY.choose(
         backend,
-        device=q.device.type,
+        *tensors,
+        mask,
         dtype=compute,
+        same=True,  # they are cast
         time=q.shape[1],
         chunk=chunk,
         layers=len(state.weights),
         width=max(q.shape[3], v.shape[3]),
-        plain=is_plain_cpu_tensor(*tensors, mask),
         grad=needs_grad(*tensors),
     )
-    if any(x is not None and x.dtype != compute for x in tensors):
-        tokens, state, norm = tokens.map(lambda x: x.to(compute)), state.to(compute), _cast(norm, compute)
+    for x in tensors:
+        if x is not None and x.dtype != compute:
+            tokens, state, norm = tokens.map(lambda x: x.to(compute)), state.to(compute), _cast(norm, compute)
+            break
     with full_precision(q.device.type):
         y, state = run(tokens, state, norm, mask, options)
     return y.to(q.dtype), state
@@ -157,19 +159,23 @@ def read_memory(
         BackendError: the chosen backend cannot take these arguments; the message says why.
     """
     _check_network("read_memory", "weights", q, weights, activation, norm)
+    compute = weights[0].dtype
     run = READ.choose(
         backend,
-        device=q.device.type,
-        dtype=weights[0].dtype,
+        q,
+        norm,
+        *weights,
+        dtype=compute,
+        same=True,  # they are cast
         time=q.shape[1],
         layers=len(weights),
         width=max(q.shape[3], weights[-1].shape[2]),
-        plain=is_plain_cpu_tensor(q, norm, *weights),
         grad=needs_grad(q, norm, *weights),
     )
     half = half_dtype(q)  # which autocast may decide
     with full_precision(q.device.type):
-        y: Tensor = run(q, weights, activation, _cast(norm, weights[0].dtype), half)
+        norm = norm if norm is None or norm.dtype == compute else norm.to(compute)
+        y: Tensor = run(q, weights, activation, norm, half)
         return y
 
 
@@ -279,14 +285,16 @@ def _check_memory(
     expected: list[tuple[str, Tensor, tuple[int, ...]]] = [
         ("k", k, q.shape), ("v", v, (*per_token, weights[-1].shape[2])), ("theta", theta, per_token)
     ]  # fmt: skip
-    expected += [(name, x, per_token) for name, x in (("eta", eta), ("alpha", alpha)) if x is not None]
+    expected += [("eta", eta, per_token)] if eta is not None else []
+    expected += [("alpha", alpha, per_token)] if alpha is not None else []
     for name, part in parts[1:]:
         if len(part) != len(weights) and (part or name != "momentum" or eta is not None):
             raise ValueError(
                 f"state.{name}: expected the shapes of state.weights, {len(weights)} tensors, got {len(part)}"
             )
-        expected += [(f"state.{name}[{l}]", x, w.shape) for l, (x, w) in enumerate(zip(part, weights))]
-    expect_tensors("titans_memory", ("q", q), *[(name, x) for name, x, _ in expected], one_dtype=False)
+        for l, (x, w) in enumerate(zip(part, weights)):
+            expected.append((f"state.{name}[{l}]", x, w.shape))
+    expect_tensors("titans_memory", ("q", q), *expected, one_dtype=False)
     for name, x, shape in expected:
         if x.shape != shape:
             raise ValueError(f"{name}: expected {list(shape)} to go with q and state.weights, got {list(x.shape)}")
@@ -319,15 +327,17 @@ def _check_network(
     """A network that takes ``q``, whose layers are the tuple called ``name``."""
     if not isinstance(weights, (tuple, list)) or not weights:
         raise TypeError(f"{operation}: {name}: expected a tuple of [batch, heads, out, in], one for each layer")
-    layers = [(f"{name}[{l}]", w) for l, w in enumerate(weights)]
-    expect_tensors(operation, ("q", q), *layers, *([] if norm is None else [("norm", norm)]), one_dtype=False)
+    given: list[tuple[str, Any]] = [("q", q)]
+    for l, w in enumerate(weights):
+        given.append((f"{name}[{l}]", w))
+    expect_tensors(operation, *given, *([] if norm is None else [("norm", norm)]), one_dtype=False)
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         names = ", ".join(sorted(ACTIVATIONS))
         raise ValueError(f"{operation}: activation: expected one of {names}, got {activation!r}")
     if q.dim() != 4:
         raise ValueError(f"{operation}: q: expected [batch, time, heads, d_in], got {list(q.shape)}")
     batch, _, heads, width = q.shape
-    for layer, w in layers:
+    for layer, w in given[1:]:
         if w.dim() != 4 or w.shape[0] != batch or w.shape[1] != heads or w.shape[3] != width:
             raise ValueError(
                 f"{operation}: {layer}: expected [batch={batch}, heads={heads}, out, in={width}] to go with q, "
@@ -383,10 +393,9 @@ def _first_nonfinite(tokens: Tokens, mask: Tensor | None) -> list[int]:
     _, k, *others = tokens
     if k.shape[1] < 2 or torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
         return []
-    inputs = [x.detach() for x in (k, *others) if x is not None]
-    if k.is_meta or sum_is_finite(*inputs):
+    if k.is_meta or sum_is_finite(k, *others):
         return []
-    finite = [x.isfinite() for x in inputs]
+    finite = [x.detach().isfinite() for x in (k, *others) if x is not None]
     bad = ~torch.stack([x.all(-1) if x.dim() == 4 else x for x in finite]).all(0)
     if mask is not None:
         bad &= mask.unsqueeze(-1)

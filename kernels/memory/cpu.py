@@ -73,16 +73,19 @@ def native_memory(
 ) -> tuple[Tensor, MemoryState]:
     """``titans_memory`` for any length, positions and mask, in float32 or float64 on a CPU."""
     chunk, time = options.chunk, tokens.q.shape[1]
-    phases = [position % chunk for position in state.position.tolist()]
-    counts, order = [time] * len(phases), None
+    positions = state.position.tolist()
+    counts, order = [time] * len(positions), None
     if mask is not None and not bool(mask.all()):
         order = torch.argsort(~mask, dim=1, stable=True).to(torch.int32)  # each row's unmasked tokens come first
         counts = mask.sum(1).tolist()
     if not any(counts):
         return torch.zeros_like(tokens.v), state
-    rows = [(phase, count, phase + count) for phase, count in zip(phases, counts)]
-    all_end = all(count and end % chunk == 0 for _, count, end in rows)
-    none_began = all(not count or (phase and end < chunk) for phase, count, end in rows)
+    phases, all_end, none_began = [], True, True
+    for position, count in zip(positions, counts):
+        phase = position % chunk
+        phases.append(phase)
+        all_end = all_end and count > 0 and (phase + count) % chunk == 0
+        none_began = none_began and (count == 0 or (phase > 0 and phase + count < chunk))
     layers = len(state.weights)
     plan = _Plan(
         options, layers, torch.tensor(phases), torch.tensor(counts, dtype=torch.int32), order,
@@ -114,9 +117,9 @@ class _Memory(torch.autograd.Function):
         plan, (kept, *tensors) = ctx.plan, ctx.saved_tensors
         tokens, gain, state = _dense(tensors)
         parts = 1 if tokens.eta is None else 2
-        grad_y = torch.zeros_like(tokens.v) if grad_y is None else _dense_last(grad_y, 1)
+        grad_y = torch.zeros_like(tokens.v) if grad_y is None else _dense_vectors(grad_y)
         grad_end = tuple(
-            (torch.zeros_like(state[i]) if i < parts * plan.layers else None) if g is None else _dense_last(g, 2)
+            (torch.zeros_like(state[i]) if i < parts * plan.layers else None) if g is None else _dense_matrices(g)
             for i, g in enumerate(grad_end)
         )
         new = empty_huge_pages if plan.order is None else torch.zeros  # gradients of masked tokens are zero
@@ -135,7 +138,9 @@ def _forward(
     tokens, gain, state = _dense(tensors)
     y = (empty_huge_pages if plan.order is None else torch.zeros)(tokens.v.shape, dtype=tokens.v.dtype)
     made = plan.layers * (1 + (tokens.eta is not None) + plan.new_anchor)
-    end = [torch.empty(state[i % plan.layers].shape, dtype=y.dtype) for i in range(made)]
+    end = []
+    for i in range(made):
+        end.append(torch.empty(state[i % plan.layers].shape, dtype=y.dtype))
     kept = None
     if keep[0]:
         kept = empty_huge_pages((tokens.q.shape[0] * tokens.q.shape[2] * _kept_numbers(plan, tensors, keep),), y.dtype)
@@ -146,8 +151,8 @@ def _forward(
 def _dense(tensors: Sequence[Any]) -> tuple[Tokens, Tensor | None, list[Tensor]]:
     """Tokens, gain and state, laid out as the kernels take them; hooks on saved tensors may change the layout."""
     q, k, v, theta, eta, alpha, gain, *state = tensors
-    tokens = Tokens(_dense_last(q, 1), _dense_last(k, 1), _dense_last(v, 1), theta, eta, alpha)
-    return tokens, None if gain is None else gain.contiguous(), [_dense_last(x, 2) for x in state]
+    tokens = Tokens(_dense_vectors(q), _dense_vectors(k), _dense_vectors(v), theta, eta, alpha)
+    return tokens, None if gain is None else gain.contiguous(), list(map(_dense_matrices, state))
 
 
 def _keep(plan: _Plan, tensors: Sequence[Any]) -> tuple[int, bool]:
@@ -201,22 +206,30 @@ def _run(
             if x is not None:
                 at = 3 * (LAYERS * (3 * i + (2 if which and not momentum else which)) + layer)
                 matrices[at : at + 3] = x.data_ptr(), x.stride(0), x.stride(1)
+    widths, places = [width], list[int]()
+    for w in state[:layers]:
+        widths.append(w.shape[2])
+    for x in (*tokens, y, *grads):
+        places += (0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3])
     _memory_run(
         plan.operands,
         batch, time, heads, layers, options.chunk, ACTIVATION_NUMBERS[options.activation], momentum, gain is not None,
         options.read == "after", backward, max(1, min(torch.get_num_threads(), tasks)),
         *keep, 0 if kept is None else kept.numel() // max(tasks, 1),
-        width, *(w.shape[2] for w in state[:layers]), *[0] * (LAYERS - layers),
-        *(n for x in (*tokens, y, *grads) for n in ((0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3]))),
+        *widths, *[0] * (LAYERS - layers), *places,
         address(gain), address(grad_gain), plan.phases.data_ptr(), address(plan.order), plan.counts.data_ptr(),
         address(kept), *matrices, options.clip or 0.0,
     )  # fmt: skip
 
 
-def _dense_last(x: Tensor, dims: int) -> Tensor:
-    """``x`` with its last dimensions dense."""
-    stride = x.stride()
-    return x if stride[-1] == 1 and (dims == 1 or stride[-2] == x.shape[-1]) else x.contiguous()
+def _dense_vectors(x: Tensor) -> Tensor:
+    """``x`` with its last dimension dense."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _dense_matrices(x: Tensor) -> Tensor:
+    """``x`` with its last two dimensions dense."""
+    return x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous()
 
 
 # -- read_memory -------------------------------------------------------------------------------------------------------
@@ -251,7 +264,7 @@ class _Read(torch.autograd.Function):
         grad_norm = None if norm is None else norm.new_empty(q.shape[0], *norm.shape)
         grad_weights = [torch.empty(w.shape, dtype=w.dtype) for w in weights]
         _run_read(
-            ctx.activation, ctx.operands, q, norm, weights, None, _dense_last(grad, 1), grad_q, grad_norm, grad_weights
+            ctx.activation, ctx.operands, q, norm, weights, None, _dense_vectors(grad), grad_q, grad_norm, grad_weights
         )
         return None, None, grad_q, None if grad_norm is None else grad_norm.sum(0), *grad_weights
 
@@ -269,19 +282,20 @@ def _run_read(
     grad_weights: Sequence[Tensor] = (),
 ) -> list[Tensor | None]:
     """The structure ``call`` of read_cpu.c, field by field; returns queries, gain and weights as they were used."""
-    q, norm, weights = (
-        _dense_last(q, 1),
-        None if norm is None else norm.contiguous(),
-        [_dense_last(w, 2) for w in weights],
-    )
+    q, norm, weights = _dense_vectors(q), None if norm is None else norm.contiguous(), [*map(_dense_matrices, weights)]
     batch, time, heads, width = q.shape
-    none = LAYERS - len(weights)
-    matrices = lambda part: [n for w in part for n in (w.data_ptr(), w.stride(0), w.stride(1))]  # noqa: E731
+    widths, places, matrices = [width], list[int](), list[int]()
+    for w in weights:
+        widths.append(w.shape[2])
+    for x in (q, y, grad_q, grad):
+        places += (0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3])
+    for part in (weights, grad_weights):
+        for w in part:
+            matrices += w.data_ptr(), w.stride(0), w.stride(1)
+        matrices += [0] * (3 * (LAYERS - len(part)))
     _read_run(
         products, batch, time, heads, len(weights), ACTIVATION_NUMBERS[activation], grad is not None,
-        max(1, min(torch.get_num_threads(), batch * heads)), width, *(w.shape[2] for w in weights), *[0] * none,
-        *(n for x in (q, y, grad_q, grad) for n in ((0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3]))),
-        address(norm), address(grad_norm), *matrices(weights), *[0] * (3 * none), *matrices(grad_weights),
-        *[0] * (3 * (LAYERS - len(grad_weights))),
+        max(1, min(torch.get_num_threads(), batch * heads)), *widths, *[0] * (LAYERS - len(weights)), *places,
+        address(norm), address(grad_norm), *matrices,
     )  # fmt: skip
     return [q, norm, *weights]

@@ -9,7 +9,7 @@ dtype.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +21,6 @@ from ..dispatch import Backend, Operation, needs_grad
 from . import torch_backend
 from .form import GATE, GATED_NORM, NORM, SILU_GATE, Form
 
-Arguments: TypeAlias = "tuple[Form, Tensor, Tensor | None, Tensor | None, Tensor | None]"
-"""Form, ``a``, ``b``, and their gains ``[heads, dim]``."""
-
 
 def rms_norm(x: Tensor, gain: Tensor | None = None, eps: float = 1e-6, *, backend: str = "auto") -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * gain`` over the last dimension.
@@ -34,13 +31,20 @@ def rms_norm(x: Tensor, gain: Tensor | None = None, eps: float = 1e-6, *, backen
     if gain is not None and gain.dtype != x.dtype:  # under autocast
         wide = torch.promote_types(x.dtype, gain.dtype)
         return rms_norm(x.to(wide), gain.to(wide), eps, backend=backend).to(x.dtype)
-    result: Tensor = RMS_NORM.choose_for(backend, x, gain)(x, gain, eps)
+    dim, heads = x.shape[-1], 1
+    if gain is not None:
+        gain = gain.expand(dim) if gain.dim() == 0 else gain
+        if gain.dim() > x.dim() or gain.shape != x.shape[x.dim() - gain.dim() :]:
+            shape = torch.broadcast_shapes(x.shape, gain.shape)
+            x, gain = x.expand(shape), gain.expand(shape[-gain.dim() :])
+        heads = gain.numel() // max(dim, 1)
+    result: Tensor = RMS_NORM.choose(backend, x, gain)(Form(NORM, heads, dim, dim, eps), x, None, gain, None)
     return result
 
 
 def l2_norm(x: Tensor, eps: float = 1e-6, *, backend: str = "auto") -> Tensor:
     """``x / sqrt(sum(x^2) + eps)`` over the last dimension: finite, with finite gradients, at zero."""
-    result: Tensor = _L2_NORM.choose_for(backend, x)(x, eps)
+    result: Tensor = _L2_NORM.choose(backend, x)(Form(NORM, 1, x.shape[-1], 1, eps), x, None, None, None)
     return result
 
 
@@ -51,10 +55,12 @@ def gate(a: Tensor, b: Tensor, gain_a: Tensor, gain_b: Tensor, eps: float = 1e-6
     """
     if a.shape != b.shape:
         raise ValueError(f"gate: a {list(a.shape)} and b {list(b.shape)}: expected one shape")
+    dim = a.shape[-1]
     for name, gain in (("gain_a", gain_a), ("gain_b", gain_b)):
-        if gain.shape != a.shape[-1:]:
-            raise ValueError(f"gate: {name} {list(gain.shape)}: expected {list(a.shape[-1:])}")
-    result: Tensor = GATE_OPERATION.choose_for(backend, a, b, gain_a, gain_b)(a, b, gain_a, gain_b, eps)
+        if gain.shape != (dim,):
+            raise ValueError(f"gate: {name} {list(gain.shape)}: expected [{dim}]")
+    run = GATE_OPERATION.choose(backend, a, b, gain_a, gain_b)
+    result: Tensor = run(Form(GATE, 1, dim, dim, eps), a, b, gain_a, gain_b)
     return result
 
 
@@ -68,7 +74,8 @@ def gated_norm(y: Tensor, gain: Tensor, g: Tensor, eps: float = 1e-6, *, backend
         raise ValueError(f"gated_norm: gain {list(gain.shape)}: expected {list(y.shape[-2:])}")
     if g.shape != (*y.shape[:-2], gain.numel()):
         raise ValueError(f"gated_norm: g {list(g.shape)}: expected {[*y.shape[:-2], gain.numel()]}")
-    result: Tensor = _GATED_NORM.choose_for(backend, y, gain, g)(y, gain, g, eps)
+    heads, dim = gain.shape
+    result: Tensor = _GATED_NORM.choose(backend, y, gain, g)(Form(GATED_NORM, heads, dim, dim, eps), y, g, gain, None)
     return result
 
 
@@ -79,7 +86,7 @@ def swiglu(x: Tensor, *, backend: str = "auto") -> Tensor:
     """
     if x.shape[-1] % 2:
         raise ValueError(f"swiglu: x {list(x.shape)}: expected [..., 2 * hidden]")
-    result: Tensor = _SWIGLU.choose_for(backend, x)(x)
+    result: Tensor = _SWIGLU.choose(backend, x)(x)
     return result
 
 
@@ -93,14 +100,22 @@ def gated(
     form: Form, a: Tensor, b: Tensor | None = None, gain_a: Tensor | None = None, gain_b: Tensor | None = None
 ) -> Tensor:
     """``norm(a) * f(norm(b))`` in the shape of ``b``, or of ``a`` without one; gains are ``[heads, dim]``."""
-    if gain_a is not None:
-        gain_a = gain_a.contiguous()
-    if gain_b is not None:
-        gain_b = gain_b.contiguous()
     if needs_grad(a, b, gain_a, gain_b):
         y: Tensor = _Gated.apply(form, a, b, gain_a, gain_b)
         return y
-    return _forward(form, a, b, gain_a, gain_b)
+    kind, heads, dim, divisor, eps = form
+    width = heads * dim
+    y = empty_huge_pages(a.shape if b is None else b.shape, a.dtype)
+    a, a_step = _rows(a, width)
+    b, b_step = _rows(b, width)
+    gain_a = None if gain_a is None else gain_a.contiguous()
+    gain_b = None if gain_b is None else gain_b.contiguous()
+    FORWARD(
+        a.dtype, kind, torch.get_num_threads(), a.numel() // max(width, 1), heads, dim,
+        a.data_ptr(), address(b), a_step, b_step, address(gain_a), address(gain_b), y.data_ptr(),
+        0, 0, 0, 0, 0, 0, 0, 0, divisor, eps,
+    )  # fmt: skip
+    return y
 
 
 class _Gated(torch.autograd.Function):
@@ -112,7 +127,7 @@ class _Gated(torch.autograd.Function):
     ) -> Tensor:
         ctx.form = form
         ctx.save_for_backward(a, b, gain_a, gain_b)
-        return _forward(form, a, b, gain_a, gain_b)
+        return gated(form, a, b, gain_a, gain_b)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -127,48 +142,31 @@ class _Gated(torch.autograd.Function):
         return None, *grads
 
 
+def _swiglu_native(x: Tensor) -> Tensor:
+    if needs_grad(x):
+        y: Tensor = _SwiGLU.apply(x)
+        return y
+    gate, up = x.chunk(2, dim=-1)
+    return gated(Form(SILU_GATE, 1, gate.shape[-1]), up, gate)
+
+
 class _SwiGLU(torch.autograd.Function):
     """Both gradients go where they belong: the halves of one tensor."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return _forward(Form(SILU_GATE, 1, x.shape[-1] // 2), *_halves(x), None, None)
+        return _swiglu_native(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         grad_x = empty_huge_pages(x.shape, x.dtype)
-        form = Form(SILU_GATE, 1, x.shape[-1] // 2)
-        _backward(form, grad, [*_halves(x), None, None], [*_halves(grad_x), None, None])
+        (gate, up), (grad_gate, grad_up) = x.chunk(2, dim=-1), grad_x.chunk(2, dim=-1)
+        form = Form(SILU_GATE, 1, gate.shape[-1])
+        _backward(form, grad, [up, gate, None, None], [grad_up, grad_gate, None, None])
         return grad_x
-
-
-def _swiglu_native(x: Tensor) -> Tensor:
-    if needs_grad(x):
-        y: Tensor = _SwiGLU.apply(x)
-        return y
-    return _forward(Form(SILU_GATE, 1, x.shape[-1] // 2), *_halves(x), None, None)
-
-
-def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
-    hidden = x.shape[-1] // 2
-    return x[..., hidden:], x[..., :hidden]
-
-
-def _forward(form: Form, a: Tensor, b: Tensor | None, gain_a: Tensor | None, gain_b: Tensor | None) -> Tensor:
-    kind, heads, dim, divisor, eps = form
-    width = heads * dim
-    y = empty_huge_pages(a.shape if b is None else b.shape, a.dtype)
-    a, a_step = _rows(a, width)
-    b, b_step = _rows(b, width)
-    FORWARD(
-        a.dtype, kind, torch.get_num_threads(), a.numel() // max(width, 1), heads, dim,
-        a.data_ptr(), address(b), a_step, b_step, address(gain_a), address(gain_b), y.data_ptr(),
-        0, 0, 0, 0, 0, 0, 0, 0, divisor, eps,
-    )  # fmt: skip
-    return y
 
 
 def _backward(form: Form, grad: Tensor, inputs: list[Any], grads: list[Any]) -> None:
@@ -198,75 +196,55 @@ def _rows(x: Any, width: int) -> tuple[Any, int]:
 # -- operations --------------------------------------------------------------------------------------------------------
 
 
-def _rms_norm_form(x: Tensor, gain: Tensor | None, eps: float) -> Arguments:
-    dim, heads = x.shape[-1], 1
-    if gain is not None:
-        gain = gain.expand(dim) if gain.dim() == 0 else gain
-        if gain.dim() > x.dim() or gain.shape != x.shape[x.dim() - gain.dim() :]:
-            shape = torch.broadcast_shapes(x.shape, gain.shape)
-            x, gain = x.expand(shape), gain.expand(shape[-gain.dim() :])
-        heads = gain.numel() // dim
-    return Form(NORM, heads, dim, dim, eps), x, None, gain, None
+def _triton(*arguments: Any) -> Tensor:
+    from .triton import gated
+
+    return gated(*arguments)
 
 
-def _l2_norm_form(x: Tensor, eps: float) -> Arguments:
-    return Form(NORM, 1, x.shape[-1], 1, eps), x, None, None, None
+def _swiglu_triton(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return _triton(Form(SILU_GATE, 1, gate.shape[-1]), up, gate, None, None)
 
 
-def _gate_form(a: Tensor, b: Tensor, gain_a: Tensor, gain_b: Tensor, eps: float) -> Arguments:
-    dim = a.shape[-1]
-    return Form(GATE, 1, dim, dim, eps), a, b, gain_a, gain_b
-
-
-def _gated_norm_form(y: Tensor, gain: Tensor, g: Tensor, eps: float) -> Arguments:
-    heads, dim = gain.shape
-    return Form(GATED_NORM, heads, dim, dim, eps), y, g, gain, None
-
-
-def _swiglu_form(x: Tensor) -> Arguments:
-    return Form(SILU_GATE, 1, x.shape[-1] // 2), *_halves(x), None, None
-
-
-def _operation(
-    name: str,
-    form: Callable[..., Arguments],
-    torch_: Callable[..., Tensor],
-    reference: Callable[..., Tensor],
-    outputs: Callable[..., Tensor],
-    native: Callable[..., Tensor] | None = None,
-) -> Operation:
-    def fused(*given: Any) -> Tensor:
-        return gated(*form(*given))
-
-    def fused_triton(*given: Any) -> Tensor:
-        from .triton import gated
-
-        return gated(*form(*given))
-
+def _operation(name: str, torch_: Callable[..., Tensor], reference: Callable[..., Tensor]) -> Operation:
+    """Its backends take a form, ``a``, ``b``, and their gains ``[heads, dim]``, of which some are ``None``."""
     backends = [
-        Backend("native", native or fused, library.refuse, opaque=True),
-        Backend("triton", fused_triton, triton_runtime.refuse),
+        Backend("native", gated, library.refuse, opaque=True),
+        Backend("triton", _triton, triton_runtime.refuse),
         Backend("torch", torch_),
         Backend("reference", reference),
     ]
-    return Operation(name, backends, outputs)
+    return Operation(name, backends, lambda form, a, b, *gains: a if b is None else b, [Form])
 
 
 RMS_NORM = _operation(
-    "rms_norm", _rms_norm_form, torch_backend.rms_norm, torch_backend.rms_norm_reference,
-    lambda x, gain, eps: x if gain is None else x.expand(torch.broadcast_shapes(x.shape, gain.shape)),
-)  # fmt: skip
+    "rms_norm",
+    lambda form, x, b, gain, _: torch_backend.rms_norm(x, gain, form.eps),
+    lambda form, x, b, gain, _: torch_backend.rms_norm_reference(x, gain, form.eps),
+)
 _L2_NORM = _operation(
-    "l2_norm", _l2_norm_form, torch_backend.l2_norm, torch_backend.l2_norm_reference, lambda x, eps: x
-)  # fmt: skip
+    "l2_norm",
+    lambda form, x, *others: torch_backend.l2_norm(x, form.eps),
+    lambda form, x, *others: torch_backend.l2_norm_reference(x, form.eps),
+)
 GATE_OPERATION = _operation(
-    "gate", _gate_form, torch_backend.gate, torch_backend.gate_reference, lambda a, b, *others: a
-)  # fmt: skip
+    "gate",
+    lambda form, *tensors: torch_backend.gate(*tensors, form.eps),
+    lambda form, *tensors: torch_backend.gate_reference(*tensors, form.eps),
+)
 _GATED_NORM = _operation(
-    "gated_norm", _gated_norm_form, torch_backend.gated_norm, torch_backend.gated_norm_reference,
-    lambda y, gain, g, eps: g,
-)  # fmt: skip
-_SWIGLU = _operation(
-    "swiglu", _swiglu_form, torch_backend.swiglu, torch_backend.swiglu_reference,
-    lambda x: x[..., : x.shape[-1] // 2], native=_swiglu_native,
-)  # fmt: skip
+    "gated_norm",
+    lambda form, y, g, gain, _: torch_backend.gated_norm(y, gain, g, form.eps),
+    lambda form, y, g, gain, _: torch_backend.gated_norm_reference(y, gain, g, form.eps),
+)
+_SWIGLU = Operation(
+    "swiglu",
+    [
+        Backend("native", _swiglu_native, library.refuse, opaque=True),
+        Backend("triton", _swiglu_triton, triton_runtime.refuse),
+        Backend("torch", torch_backend.swiglu),
+        Backend("reference", torch_backend.swiglu_reference),
+    ],
+    lambda x: x[..., : x.shape[-1] // 2],
+)

@@ -56,18 +56,13 @@ def _reference(x: Tensor, position: Tensor, base: float) -> Tensor:
 
 
 def _torch(x: Tensor, position: Tensor, base: float) -> Tensor:
-    cos, sin = _cached_tables(x, position, base)
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
-
-
-def _cached_tables(x: Tensor, position: Tensor, base: float) -> tuple[Tensor, Tensor]:
-    """As :func:`tables`, for one position of each token."""
-    key = (x.shape[-1], base, x.device)
-    count = position.numel()
-    if x.is_cpu and count <= SEGMENT_POSITIONS and not torch.compiler.is_compiling():
+    key, count = (x.shape[-1], base, x.device), position.numel()
+    if not x.is_cpu or count > SEGMENT_POSITIONS or torch.compiler.is_compiling():
+        cos, sin = _tables(key, x.dtype, position)
+    else:
         cached = _tables_of_few if count <= DECODE_POSITIONS else _tables_of_segment
-        return cached(key, x.dtype, tuple(map(tuple, position.tolist())))
-    return _tables(key, x.dtype, position)
+        cos, sin = cached(key, x.dtype, tuple(map(tuple, position.tolist())))
+    return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 def tables(first: Tensor, time: int, d: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -94,7 +89,7 @@ _tables_of_segment = functools.lru_cache(maxsize=8)(_tables_of_few.__wrapped__)
 
 
 def _tables(key: _Key, dtype: torch.dtype, position: Tensor) -> tuple[Tensor, Tensor]:
-    """``[cos cos]`` and ``[-sin sin]``, ``[batch, time, 1, d]``."""
+    """As :func:`tables`, for one position of each token."""
     d, base, device = key
     frequency, ahead = _fixed_point(operator.index(d), base, device).unbind()  # no symbolic number is constant
     phase = torch.addcmul(ahead, position[..., None], frequency)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from .. import triton_runtime
 from ..cpu_runtime import library
 from ..cpu_runtime.call import Kernel, address, empty_huge_pages
-from ..dispatch import Backend, Operation, expect_tensors, is_plain_cpu_tensor, needs_grad
+from ..dispatch import Backend, Operation, expect_tensors, needs_grad
 from ..norm_gate import l2_norm
 from ..padding import last
 
@@ -55,8 +55,7 @@ def causal_convolution(x: Tensor, weight: Tensor, history: Tensor | None = None,
 def convolve(inputs: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor:
     """:func:`causal_convolution` of ``inputs`` ``[batch, width - 1 + time, dim]`` that begin with their history."""
     same = weight.dtype == inputs.dtype
-    run = _convolution.choose(backend, device=inputs.device.type, dtype=inputs.dtype, same=same)
-    y: Tensor = run(inputs, weight)
+    y: Tensor = _convolution.choose(backend, device=inputs.device.type, dtype=inputs.dtype, same=same)(inputs, weight)
     return y
 
 
@@ -176,7 +175,8 @@ def query_key_value(
         has_values = not (length.is_meta or torch.compiler.is_compiling())
         if has_values and bool(((length < 0) | (length > projected.shape[1])).any()):
             raise ValueError(f"query_key_value: length {length.tolist()}: expected 0 .. {projected.shape[1]}")
-    run = _choose(_query_key_value, backend, projected, weight, history, length)
+    width, same = (1, True) if weight is None else (weight.shape[1], weight.dtype == projected.dtype)
+    run = _query_key_value.choose(backend, projected, weight, history, length, width=width, same=same)
     result: QueryKeyValue = run(projected, weight, history, heads, length)
     return result
 
@@ -207,18 +207,10 @@ def query(
         if history is None or history.shape != (batch, weight.shape[1] - 1, weight.shape[0]):
             found = None if history is None else list(history.shape)
             raise ValueError(f"query: history {found}: expected {[batch, weight.shape[1] - 1, weight.shape[0]]}")
-    run = _choose(_query, backend, projected, weight, history)
+    width, same = (1, True) if weight is None else (weight.shape[1], weight.dtype == projected.dtype)
+    run = _query.choose(backend, projected, weight, history, width=width, same=same)
     q: Tensor = run(projected, weight, history, heads)
     return q
-
-
-def _choose(
-    operation: Operation, backend: str, projected: Tensor, weight: Tensor | None, *others: Tensor | None
-) -> Any:
-    return operation.choose(
-        backend, device=projected.device.type, dtype=projected.dtype, width=1 if weight is None else weight.shape[1],
-        same=weight is None or weight.dtype == projected.dtype, plain=is_plain_cpu_tensor(projected, weight, *others),
-    )  # fmt: skip
 
 
 def _query_key_value_torch(
@@ -273,29 +265,46 @@ def _query_native(projected: Tensor, weight: Tensor | None, history: Tensor | No
 def _run(
     projected: Tensor, weight: Tensor | None, history: Tensor | None, heads: int, length: Tensor | None, outputs: int
 ) -> Any:
+    """q, k, v (``None`` where there is only q) and the next history."""
     if weight is None or history is None:
         history = None
     elif history.dtype != projected.dtype:
         history = history.to(projected.dtype)
-    given = projected, weight, history, heads, length, outputs
-    return _QueryKeyValue.apply(*given) if needs_grad(projected, weight, history) else _forward(*given)[0]
+    if needs_grad(projected, weight, history):
+        return _QueryKeyValue.apply(projected, weight, history, heads, length, outputs)
+    if projected.stride(2) != 1:
+        projected = projected.contiguous()
+    if history is not None and history.stride(2) != 1:
+        history = history.contiguous()
+    weight = None if weight is None else weight.contiguous()
+    (batch, time, channels), dtype = projected.shape, projected.dtype
+    k = v = after = None
+    if outputs == 1:
+        q = empty_huge_pages((batch, time, heads, channels // heads), dtype)
+    else:  # one piece of memory: large ones return to the system at once
+        q, k, v = empty_huge_pages((3, batch, time, heads, channels // (3 * heads)), dtype).unbind()
+        after = None if history is None else torch.empty(history.shape, dtype=dtype)
+    _FORWARD(
+        dtype, *_inputs(projected, weight, history, heads, length, outputs),
+        *map(address, (q, k, v, after)), 0, 0, 0, 0, 0, 0, 0, EPS,
+    )  # fmt: skip
+    return q, k, v, after
 
 
 class _QueryKeyValue(torch.autograd.Function):
     """Keeps its inputs, and computes everything again in backward."""
 
     @staticmethod
-    def forward(ctx: Any, *given: Any) -> tuple[Tensor | None, ...]:
-        results, saved = _forward(*given)
-        ctx.save_for_backward(*saved)
-        _, _, _, ctx.heads, _, ctx.outputs = given
+    def forward(ctx: Any, *given: Any) -> Any:
+        projected, weight, history, ctx.heads, length, ctx.outputs = given
+        ctx.save_for_backward(projected, weight, history, length)
         ctx.set_materialize_grads(False)
-        return results
+        return _run(*given)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        # hooks on saved tensors may return other strides
+        # any strides: as they were given, or as hooks on saved tensors return them
         saved: Any = [None if x is None else x.contiguous() for x in ctx.saved_tensors]
         projected, weight, history, length = saved
         *grad_qkv, grad_next = (None if grad is None else grad.contiguous() for grad in grads)
@@ -310,27 +319,6 @@ class _QueryKeyValue(torch.autograd.Function):
             *map(address, (*grad_qkv, grad_next, grad_projected, grad_history, grad_weight)), EPS,
         )  # fmt: skip
         return grad_projected, grad_weight, grad_history, None, None, None
-
-
-def _forward(
-    projected: Tensor, weight: Tensor | None, history: Tensor | None, heads: int, length: Tensor | None, outputs: int
-) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
-    """q, k, v (``None`` where there is only q) and the next history; and the inputs as the kernel took them."""
-    if projected.stride(2) != 1:
-        projected = projected.contiguous()
-    if history is not None and history.stride(2) != 1:
-        history = history.contiguous()
-    weight = None if weight is None else weight.contiguous()
-    (batch, time, channels), dtype = projected.shape, projected.dtype
-    # one piece of memory: large ones return to the system at once
-    parts = empty_huge_pages((outputs, batch, time, heads, channels // (outputs * heads)), dtype).unbind()
-    q, k, v = parts if outputs == 3 else (*parts, None, None)
-    after = None if history is None or outputs == 1 else torch.empty(history.shape, dtype=dtype)
-    _FORWARD(
-        dtype, *_inputs(projected, weight, history, heads, length, outputs),
-        *map(address, (q, k, v, after)), 0, 0, 0, 0, 0, 0, 0, EPS,
-    )  # fmt: skip
-    return (q, k, v, after), (projected, weight, history, length)
 
 
 def _inputs(

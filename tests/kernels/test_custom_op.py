@@ -10,7 +10,7 @@ from titans_build.kernels.attention.decode import Cache, Form
 from titans_build.kernels.custom_op import OPAQUE_OPERATIONS, serialize
 from titans_build.kernels.dispatch import OPERATIONS
 from titans_build.kernels.memory import MemoryState, Options, Tokens, titans_memory
-from titans_build.kernels.norm_gate import rms_norm
+from titans_build.kernels.norm_gate import form, rms_norm
 from titans_build.kernels.short_conv.decode import Layers
 
 
@@ -56,10 +56,16 @@ CASES = {
     "memory, in PyTorch": ("torch", memory),
     "memory, without momentum": ("torch", lambda: memory(momentum=False)),
     "memory_read": ("native", lambda: ((new(2, 5, 2, 4), state().weights, "gelu", new(2, 4), None), {})),
-    "rms_norm": ("native", lambda: ((new(2, 5, 3, 4), new(3, 4), 1e-6), {})),
-    "l2_norm": ("native", lambda: ((new(2, 5, 4), 1e-6), {})),
-    "gate": ("native", lambda: ((new(2, 5, 4), new(2, 5, 4), new(4), new(4), 1e-6), {})),
-    "gated_norm": ("native", lambda: ((new(2, 5, 2, 4), new(2, 4), new(2, 5, 8), 1e-6), {})),
+    "rms_norm": ("native", lambda: ((form.Form(form.NORM, 3, 4, 4, 1e-6), new(2, 5, 3, 4), None, new(3, 4), None), {})),
+    "l2_norm": ("native", lambda: ((form.Form(form.NORM, 1, 4, 1, 1e-6), new(2, 5, 4), None, None, None), {})),
+    "gate": (
+        "native",
+        lambda: ((form.Form(form.GATE, 1, 4, 4, 1e-6), new(2, 5, 4), new(2, 5, 4), new(4), new(4)), {}),
+    ),
+    "gated_norm": (
+        "native",
+        lambda: ((form.Form(form.GATED_NORM, 2, 4, 4, 1e-6), new(2, 5, 2, 4), new(2, 5, 8), new(2, 4), None), {}),
+    ),
     "swiglu": ("native", lambda: ((new(2, 5, 8),), {})),
     "rotary": ("reference", lambda: ((new(2, 3, 2, 4), torch.tensor([[5, 6, 7]]), 10000.0), {})),
     "query": ("native", lambda: ((new(2, 5, 8), new(24, 3), new(2, 2, 24), 2), {})),
