@@ -6,20 +6,18 @@ from collections.abc import Iterator
 from typing import Annotated, Any, NamedTuple
 
 import torch
-from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..kernels.attention import Prefix, attention
 from ..kernels.attention.decode import Cache, cached_attention
-from ..kernels.linear import project
+from ..kernels.linear import Linear, is_plain, project
 from ..kernels.norm_gate import rms_norm
 from ..kernels.padding import align, last
 from ..kernels.rotary import rotate
 from ..registry import register
 from .block import Block, check_input
-from .layers import Linear, is_plain
 
 FEW = 4
 """Number of tokens up to which one fused kernel is faster than several operators."""
@@ -194,15 +192,17 @@ class Attention(Block):
 
     def _project(self, x: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries at every ``step``-th token, keys and values, ``[batch, .., heads or kv_heads, d]``, not rotated."""
-        weight, own, shared = self.qkv.weight, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        # under autocast, the state keeps its dtype
+        weight, shape, shared = self.qkv.weight, (-1, self.head_dim), self.kv_heads
         if step == 1 or not is_plain(self.qkv):
-            q, k, v = self.qkv(x).split_with_sizes((own, shared, shared), dim=-1)
+            heads = self.qkv(x).to(weight.dtype).unflatten(-1, shape)
+            q, k, v = heads.split_with_sizes((self.heads, shared, shared), dim=2)
             q = q[:, step - 1 :: step]
         else:
-            q = project(x[:, step - 1 :: step], weight[:own])
-            k, v = project(x, weight[own:]).split_with_sizes((shared, shared), dim=-1)
-        # under autocast, the state keeps its dtype
-        q, k, v = [rearrange(y.to(weight.dtype), "b t (h d) -> b t h d", d=self.head_dim) for y in (q, k, v)]
+            own = self.heads * self.head_dim
+            q = project(x[:, step - 1 :: step], weight[:own]).to(weight.dtype).unflatten(-1, shape)
+            heads = project(x, weight[own:]).to(weight.dtype).unflatten(-1, shape)
+            k, v = heads.split_with_sizes((shared, shared), dim=2)
         if self.gain is not None:
             q, k = rms_norm(q, self.gain[: self.heads]), rms_norm(k, self.gain[self.heads :])
         return q, k, v

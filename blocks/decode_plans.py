@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.attention.decode import Cache, prepare_attention
-from ..kernels.linear import prepare_projection
+from ..kernels.linear import has_hooks, is_plain, prepare_projection
 from ..kernels.memory import Tokens, prepare_read, prepare_step
 from ..kernels.norm_gate.decode import prepare_feed_forward, prepare_gate, prepare_gated_output, prepare_rms_norm
 from ..kernels.short_conv.decode import prepare_inputs
@@ -18,7 +18,7 @@ from .combinators import Chain, Gate, Layer, Persistent, Residual
 from .context import Context, ContextState, restart
 from .decode import Decoder, Reader, decode_plan, decoder, read_plan, reader
 from .feedforward import FeedForward
-from .layers import Gating, RMSNorm, has_hooks, is_plain
+from .layers import Gating, RMSNorm
 from .memory import NeuralMemory, NeuralMemoryState
 from .observers import active, observers_of, suppressed
 from .state import State

@@ -9,9 +9,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..kernels.linear import Linear, fuses, linear_of
+from ..kernels.norm_gate import decode, swiglu
 from ..registry import register
 from .block import Block
-from .layers import Linear, feed_forward, linear_of
 from .state import State
 
 
@@ -42,8 +43,12 @@ class FeedForward(Block):
         self.down = Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor, state: State = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
-        swiglu = self.kind == "swiglu"
-        y = feed_forward(x, self.up, self.down) if swiglu else linear_of(self.down, F.gelu, self.up(x))
+        if self.kind == "gelu":
+            y = linear_of(self.down, F.gelu, self.up(x))
+        elif fuses(x, self.up, self.down):
+            y = decode.feed_forward(x, self.up.weight, self.down.weight)
+        else:
+            y = linear_of(self.down, swiglu, self.up(x))
         return y if mask is None else torch.where(mask[..., None], y, 0.0), state
 
     def reset_parameters(self) -> None:

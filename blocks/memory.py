@@ -11,15 +11,14 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import hardsigmoid
 
-from ..kernels.linear import project
+from ..kernels.linear import Linear, fuses, is_plain, linear_of, project
 from ..kernels.memory import MemoryState, Options, Tokens, read_memory, titans_memory
-from ..kernels.norm_gate import gated_norm
+from ..kernels.norm_gate import decode, gated_norm
 from ..kernels.padding import Layout, align, last
 from ..kernels.short_conv import query, query_key_value
 from ..kernels.short_conv.decode import Layers, memory_inputs, memory_query
 from ..registry import register
 from .block import Block, check_call
-from .layers import Linear, fuses, gated_output, is_plain
 from .observers import Learned, active, observers_of
 
 
@@ -184,12 +183,17 @@ class NeuralMemory(Block):
         return torch.promote_types(self.output_gain.dtype, torch.float32)
 
     def init_state(self, batch_size: int) -> NeuralMemoryState:
-        dtype = self.state_dtype
-        weights = tuple([w.to(dtype).expand(batch_size, *w.shape) for w in self.initial_weights])
-        learned = tuple([w.to(dtype).expand(batch_size, *w.shape) for w in self.initial_momentum])
-        new = self.output_gain.new_zeros
+        new, dtype = self.output_gain.new_zeros, self.state_dtype
+        weights, momentum = [], []
+        for weight in self.initial_weights:
+            weights.append(weight.to(dtype).expand(batch_size, *weight.shape))
+        for weight in self.initial_momentum:
+            momentum.append(weight.to(dtype).expand(batch_size, *weight.shape))
+        if self.momentum and not momentum:
+            for weight in weights:
+                momentum.append(weight.new_zeros(weight.shape))
         return NeuralMemoryState(
-            MemoryState.fresh(weights, (learned or None) if self.momentum else ()),
+            MemoryState(tuple(weights), tuple(momentum), tuple(weights), new(batch_size, dtype=torch.int64)),
             new(batch_size, self.conv - 1, 3 * self.dim) if self.conv else None,
             new(batch_size, self.controls.out_features) if self.gates == "chunk" else None,
         )
@@ -211,7 +215,7 @@ class NeuralMemory(Block):
         if self.one_token(x):
             q = memory_query(x, state.convolution, self.query_layers())
             y = read_memory(q, state.memory.weights, self.activation, self.norm_gain)
-            return gated_output(y, self.output_gain, x, self.output_gate, self.output)
+            return decode.gated_output(y, self.output_gain, x, self.output_gate.weight, self.output.weight)
         return self.recall(self.ask(x), state)
 
     def write(self, x: Tensor, state: NeuralMemoryState, mask: Tensor | None = None) -> NeuralMemoryState:
@@ -259,7 +263,7 @@ class NeuralMemory(Block):
 
         ``length``: ``[batch]``, the number of valid tokens at the start of each row; ``None`` if all are valid.
         """
-        if length is None and self.one_token(x):
+        if length is None and x.shape[1] == 1 and self.one_token(x):
             q, k, v, (theta, *others), history = memory_inputs(x, state.convolution, self.layers())
             gates = None
         else:
@@ -268,31 +272,37 @@ class NeuralMemory(Block):
             q, k, v, history = query_key_value(projected, self.convolution, state.convolution, self.heads, length)
             if self.use == "read":
                 return Tokens(q, k, v, q.new_zeros(q.shape[:3]), None, None), history, state.gates
-            raw, gates = self._gate_inputs(x, state, length)
+            raw, gates = self.controls(x).to(projected.dtype), state.gates
+            if gates is not None:
+                raw, gates = self._gates_of_chunks(raw, gates, state.memory.position, length)
             gate = hardsigmoid if self.gating == "hard_sigmoid" else torch.sigmoid
             theta, *others = gate(raw.to(self.state_dtype)).split(self.heads, dim=-1)
             theta = theta * self.max_step
         eta, alpha = others[0] if self.momentum else None, others[-1] if self.forgetting else None
         return Tokens(q, k, v, theta, eta, alpha), history, gates
 
-    def _gate_inputs(self, x: Tensor, state: NeuralMemoryState, length: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return gates before the sigmoid, ``[batch, time, gates * heads]``, and those of the current chunk."""
-        raw = self.controls(x).to(self.output_gain.dtype)
-        if state.gates is None:
-            return raw, None
-        # the gates of the first token of each chunk: causal, and independent of how the sequence is split
-        time = torch.arange(x.shape[1], device=x.device)
-        first = time - (state.memory.position[:, None] + time) % self.chunk
+    def _gates_of_chunks(
+        self, raw: Tensor, gates: Tensor, position: Tensor, length: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return each token's gates as those of the first token of its chunk, and those of the current chunk.
+
+        ``raw``: gates before the sigmoid, ``[batch, time, gates * heads]``. ``gates``: those of the chunk before.
+        """
+        # causal, and independent of how the sequence is split
+        time = torch.arange(raw.shape[1], device=raw.device)
+        first = time - (position[:, None] + time) % self.chunk
         index = first.clamp(min=0).unsqueeze(-1).expand_as(raw)
-        raw = torch.where((first >= 0).unsqueeze(-1), raw.gather(1, index), state.gates.unsqueeze(1))
-        past = torch.cat([state.gates.unsqueeze(1), raw], dim=1)  # those of the state, if there is no new token
+        raw = torch.where((first >= 0).unsqueeze(-1), raw.gather(1, index), gates.unsqueeze(1))
+        past = torch.cat([gates.unsqueeze(1), raw], dim=1)  # those of the state, if there is no new token
         return raw, past[:, -1] if length is None else last(past, length + 1, 1)[:, 0]
 
     def output_of(self, y: Tensor, x: Tensor) -> Tensor:
         """Normalize the outputs ``y`` of the operation per head, gate them by ``x`` and project them."""
         if self.use == "write":
             return torch.zeros_like(x)
-        return gated_output(y, self.output_gain, x, self.output_gate, self.output)
+        if fuses(x, self.output_gate, self.output):
+            return decode.gated_output(y, self.output_gain, x, self.output_gate.weight, self.output.weight)
+        return linear_of(self.output, gated_norm, y, self.output_gain, self.output_gate(x))
 
     # -- for decoding and observers --------------------------------------------------------------------------------
 

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..kernels.linear import has_hooks
 from ..kernels.padding import Layout, align
 from .block import Block, as_memory
-from .layers import has_hooks
 from .memory import NeuralMemory
 from .state import State
 
@@ -45,7 +45,7 @@ def _has_every(kind: Any) -> bool:
 
 def runs_its_class(block: nn.Module, *methods: str) -> bool:
     """Whether calling the block runs the methods of its class: it has no hooks, and none of ``methods`` is replaced."""
-    return not (has_hooks(block) or any(method in vars(block) for method in methods))
+    return not has_hooks(block) and vars(block).keys().isdisjoint(methods)
 
 
 def limit_window(block: Block, tokens: int) -> None:
@@ -104,13 +104,16 @@ def pieces_of(segment: int, positions: list[int], lengths: list[int], filled: Te
     slots, start = max(lengths, default=0), 0
     pieces = []
     while start < slots:
-        at = [position + start for position in positions]
-        present = [start < length for length in lengths]
-        stop = min(slots, start + min(segment - p % segment for p, here in zip(at, present) if here))
-        # at position 0 the state is that of init_state: nothing to restart
-        begins = [here and p > 0 and p % segment == 0 for p, here in zip(at, present)]
+        stop, begins, aligned = slots, [], True
+        for position, length in zip(positions, lengths):
+            present, phase = start < length, (position + start) % segment
+            if present:
+                stop = min(stop, start + segment - phase)
+            # at position 0 the state is that of init_state: nothing to restart
+            begins.append(present and phase == 0 and position + start > 0)
+            aligned = aligned and phase == 0
         full = min(lengths) >= stop
-        whole = full and stop - start == segment and not any(p % segment for p in at)
+        whole = full and aligned and stop - start == segment
         valid = None if full or filled is None else filled[:, start:stop]
         pieces.append(Piece(start, stop, begins, whole, valid))
         start = stop
@@ -144,8 +147,12 @@ def traced_pieces(segment: int, x: Tensor, mask: Tensor | None, position: Tensor
 
 def split(pieces: list[Piece], *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
     """Yield each piece with its part of the tensors. The gradient of a slice would be as long as the whole tensor."""
-    lengths = [piece.stop - piece.start for piece in pieces]
-    return zip(pieces, *[x.split_with_sizes(lengths, dim=1) for x in tensors])
+    lengths, parts = [], []
+    for piece in pieces:
+        lengths.append(piece.stop - piece.start)
+    for x in tensors:
+        parts.append(x.split_with_sizes(lengths, dim=1))
+    return zip(pieces, *parts)
 
 
 def join(parts: list[Tensor], like: Tensor) -> Tensor:

@@ -34,10 +34,52 @@ LARGE = 128
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` run by :func:`project`."""
+    """``nn.Linear`` run by :func:`project`. It is initialized by the block that contains it."""
 
     def forward(self, input: Tensor) -> Tensor:
         return project(input, self.weight, self.bias)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling ``module`` runs hooks or compiled code, and not only its ``forward``."""
+    everywhere: Any = torch.nn.modules.module
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._compiled_call_impl is not None
+        or everywhere._global_forward_hooks
+        or everywhere._global_forward_pre_hooks
+        or everywhere._global_backward_hooks
+        or everywhere._global_backward_pre_hooks
+    )
+
+
+def is_plain(*layers: nn.Module) -> bool:
+    """Whether each layer is an unmodified :class:`Linear`: not replaced, not parametrized and without hooks."""
+    for layer in layers:
+        if type(layer) is not Linear:
+            return False
+        if has_hooks(layer):
+            return False
+    return True
+
+
+def fuses(x: Tensor, *layers: nn.Module) -> bool:
+    """Whether one kernel may replace ``layers`` and the functions between them: plain layers, few tokens, no grad."""
+    if torch.is_grad_enabled() or x.numel() > DECODE_TOKENS * x.shape[-1] or not is_plain(*layers):
+        return False
+    weights: Any = [layer.weight for layer in layers]
+    return use_decode_kernel(x, *weights)
+
+
+def linear_of(layer: nn.Module, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """``layer(function(*inputs))``. Backward recomputes the input of the layer, which is large and cheap."""
+    if is_plain(layer):
+        return project_recomputed(function, layer.weight, *inputs)  # type: ignore[arg-type]
+    y: Tensor = layer(function(*inputs))
+    return y
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
@@ -45,8 +87,8 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: s
 
     ``backend``: of the operation ``projection`` for a few tokens without gradients, else of ``linear``.
     """
-    few = use_decode_kernel(x, weight, all_tensors=True)
     width = x.shape[-1]
+    few = x.numel() <= DECODE_TOKENS * width and use_decode_kernel(x, weight, all_tensors=True)
     if few and width == weight.shape[-1] and (bias is None or _fits(bias, x, weight)):
         tokens = x.numel() // width
         return _projection.choose(backend, device="cpu", dtype=x.dtype, tokens=tokens)(x, weight, bias)

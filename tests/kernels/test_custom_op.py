@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import titans_build.kernels  # noqa: F401  (defines the operations)
+import titans_build.kernels.norm_gate.decode  # noqa: F401  (and gated_projection)
 from titans_build.kernels import custom_op
 from titans_build.kernels.attention import Prefix, attention
 from titans_build.kernels.attention.decode import Cache, Form
