@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import titans_build.kernels  # noqa: F401  (defines the operations)
+import titans_build.kernels
 import titans_build.kernels.norm_gate.decode  # noqa: F401  (and gated_projection)
 from titans_build.kernels import custom_op
 from titans_build.kernels.attention import Prefix, attention
