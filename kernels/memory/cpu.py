@@ -206,7 +206,8 @@ def _run(
             if x is not None:
                 at = 3 * (LAYERS * (3 * i + (2 if which and not momentum else which)) + layer)
                 matrices[at : at + 3] = x.data_ptr(), x.stride(0), x.stride(1)
-    widths, places = [width], []
+    widths: list[int] = [width]
+    places: list[int] = []
     for w in state[:layers]:
         widths.append(w.shape[2])
     for x in (*tokens, y, *grads):
@@ -284,7 +285,9 @@ def _run_read(
     """The structure ``call`` of read_cpu.c, field by field; returns queries, gain and weights as they were used."""
     q, norm, weights = _dense_vectors(q), None if norm is None else norm.contiguous(), [*map(_dense_matrices, weights)]
     batch, time, heads, width = q.shape
-    widths, places, matrices = [width], [], []
+    widths: list[int] = [width]
+    places: list[int] = []
+    matrices: list[int] = []
     for w in weights:
         widths.append(w.shape[2])
     for x in (q, y, grad_q, grad):

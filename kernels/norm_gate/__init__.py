@@ -230,8 +230,8 @@ _L2_NORM = _operation(
 )
 GATE_OPERATION = _operation(
     "gate",
-    lambda form, *tensors: torch_backend.gate(*tensors, form.eps),
-    lambda form, *tensors: torch_backend.gate_reference(*tensors, form.eps),
+    lambda form, a, b, gain_a, gain_b: torch_backend.gate(a, b, gain_a, gain_b, form.eps),
+    lambda form, a, b, gain_a, gain_b: torch_backend.gate_reference(a, b, gain_a, gain_b, form.eps),
 )
 _GATED_NORM = _operation(
     "gated_norm",
