@@ -7,9 +7,10 @@ method replaced. Any other block is called as usual.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor, nn
 
@@ -24,18 +25,32 @@ Reader: TypeAlias = Callable[[Tensor, State], Tensor]
 Plan: TypeAlias = Callable[..., Decoder | None]
 """``plan(block, rows, time, step)``; ``None`` where there is nothing to prepare."""
 
+_P = TypeVar("_P")
 _DECODE: dict[type, Plan] = {}
 _READ: dict[type, Callable[..., Reader | None]] = {}
 
 
 def decode_plan(kind: type[Block]) -> Callable[[Plan], Plan]:
-    """Register ``plan(block, rows, time, step)``, which prepares :func:`decoder` for blocks of the class ``kind``."""
-    return lambda plan: _DECODE.setdefault(kind, plan)
+    """Register ``plan(block, rows, time, step)``, which prepares :func:`decoder` for blocks of the class ``kind``.
+
+    Raises ``ValueError`` if the class has a plan.
+    """
+    return functools.partial(_register, _DECODE, kind)
 
 
 def read_plan(kind: type[Block]) -> Callable[[Callable[..., Reader | None]], Callable[..., Reader | None]]:
-    """Register ``plan(memory, rows)``, which prepares :func:`reader` for memories of the class ``kind``."""
-    return lambda plan: _READ.setdefault(kind, plan)
+    """Register ``plan(memory, rows)``, which prepares :func:`reader` for memories of the class ``kind``.
+
+    Raises ``ValueError`` if the class has a plan.
+    """
+    return functools.partial(_register, _READ, kind)
+
+
+def _register(plans: dict[type, _P], kind: type, plan: _P) -> _P:
+    if kind in plans:
+        raise ValueError(f"{kind.__name__} already has such a plan")
+    plans[kind] = plan
+    return plan
 
 
 def decoder(block: Block, rows: int, *, time: int = 1, step: int = 1) -> Decoder:
@@ -52,7 +67,7 @@ def decoder(block: Block, rows: int, *, time: int = 1, step: int = 1) -> Decoder
     expected = (rows, time // step, block.dim)
 
     def call(x: Tensor, state: State) -> tuple[Tensor, State]:
-        # a block may keep its input in its state, and a plan's outputs are written over
+        # Clone: the block may store `x` in its state, and a plan overwrites `x` at the next token.
         y, state = forward_every(block, x.clone(), state, step=step)
         if y.shape != expected or y.dtype is not x.dtype:
             kind = type(block).__name__
@@ -63,7 +78,7 @@ def decoder(block: Block, rows: int, *, time: int = 1, step: int = 1) -> Decoder
 
 
 def reader(memory: Memory, rows: int) -> Reader:
-    """The same for ``memory.read`` of one token ``[rows, 1, dim]``."""
+    """A function that reads ``memory`` with one token ``[rows, 1, dim]`` after a state. Valid as :func:`decoder` is."""
     plan = _READ.get(type(memory))
     if plan is not None and isinstance(memory, nn.Module) and runs_its_class(memory, "read"):
         prepared = plan(memory, rows)
@@ -72,8 +87,8 @@ def reader(memory: Memory, rows: int) -> Reader:
     return lambda x, state: memory.read(x.clone(), state).contiguous()
 
 
-class Arrangement:
-    """The modules, parameters and hooks of a module at one time: what decoders are valid for."""
+class ModuleSnapshot:
+    """The modules, parameters and hooks of a module at one time. Decoders are valid until one of them changes."""
 
     def __init__(self, module: nn.Module) -> None:
         self._tables: list[dict[Any, Any]] = [
@@ -100,15 +115,15 @@ def model_decoder(model: Any, rows: int) -> Decoder:
     parameters, blocks and hooks that are put in or moved. Raises what ``model.check_state`` raises for the first state,
     for one of other rows, and for one that no longer fits the model.
     """
-    arrangement: Arrangement | None = None
+    snapshot: ModuleSnapshot | None = None
     parts: list[Decoder] = []
 
     def decode(x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        nonlocal arrangement, parts
-        if arrangement is None or not arrangement.unchanged() or len(state.recipe) != rows:
+        nonlocal snapshot, parts
+        if snapshot is None or not snapshot.unchanged() or len(state.recipe) != rows:
             # plans read states where they are, without checks
             model.check_state(state, rows)
-            arrangement = Arrangement(model)
+            snapshot = ModuleSnapshot(model)
             parts = [decoder(block, rows) for block in (*model.layers, model.norm)]
         states = []
         for part, before in zip(parts, state.layers):
@@ -119,4 +134,4 @@ def model_decoder(model: Any, rows: int) -> Decoder:
     return decode
 
 
-__all__ = ["Arrangement", "Decoder", "Reader", "decode_plan", "decoder", "model_decoder", "read_plan", "reader"]
+__all__ = ["Decoder", "ModuleSnapshot", "Reader", "decode_plan", "decoder", "model_decoder", "read_plan", "reader"]

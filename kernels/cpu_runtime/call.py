@@ -25,11 +25,13 @@ class Kernel:
     Every C kernel is called this way: packing one structure takes half a microsecond, passing twenty arguments two.
 
     Args:
-        name: of the function, which returns 0, or another number where there is no memory for its work buffers.
+        name: of the function. It returns 0, 1 if there is no memory for its work buffers, or 2 if a buffer that it was
+            given is too small.
         integers: how many int64s and pointers the structure has.
         doubles: how many doubles follow them.
 
-    Called with a dtype, which picks the library, and the structure's values in order. Raises ``MemoryError``.
+    Called with a dtype, which picks the library, and the structure's values in order. Raises ``MemoryError`` for
+    1 and ``RuntimeError`` for 2.
     """
 
     def __init__(self, name: str, integers: int, doubles: int = 0) -> None:
@@ -39,8 +41,8 @@ class Kernel:
 
     def __call__(self, dtype: torch.dtype, *values: float) -> None:
         function = self._functions.get(dtype) or self._find(dtype)
-        if function(self._pack(*values)):
-            raise MemoryError(f"{self.name}: no memory left for its work buffers")
+        if code := function(self._pack(*values)):
+            raise self._error(code)
 
     def prepare(
         self, dtype: torch.dtype, first: int, count: int, *values: float | Tensor | None
@@ -57,10 +59,15 @@ class Kernel:
 
         def call(*new: int, kept: Any = kept) -> None:
             pack_into(structure, offset, *new)
-            if function(structure):
-                raise MemoryError(f"{self.name}: no memory left for its work buffers")
+            if code := function(structure):
+                raise self._error(code)
 
         return call
+
+    def _error(self, code: int) -> Exception:
+        if code == 1:
+            return MemoryError(f"{self.name}: no memory left for its work buffers")
+        return RuntimeError(f"{self.name}: a buffer that it was given is too small")
 
     def _find(self, dtype: torch.dtype) -> Callable[[Any], int]:
         # a function pointer of its own: attributes that others set on the library's shared one do not change it

@@ -5,8 +5,8 @@ The operations are in this file: :func:`titans_memory` writes and reads, :func:`
 
 =====================  ===============================================================================================
 ``state.py``           what goes in and comes out: ``MemoryState``, ``Tokens``, ``Options``
-``reference.py``       the oracle: the recurrence token by token, its inner gradient from autograd
-``closed_form.py``     a second oracle, independent of the first: the equations of a chunk as they stand on paper
+``reference.py``       the reference implementation: the recurrence token by token, its inner gradient from autograd
+``closed_form.py``     a second, independent reference: the equations of a chunk, term by term
 ``cpu.py``             backend ``native``: many tokens on a CPU, in C, with gradients
                        (``cpu.c``, ``read_cpu.c``; the mathematics of a chunk is in ``network.h`` and ``decay.h``)
 ``step_cpu.py``        backend ``native_step``: one token on a CPU, in C (``step_cpu.c``), and decode plans
@@ -14,7 +14,7 @@ The operations are in this file: :func:`titans_memory` writes and reads, :func:`
                        ``chunk_torch.py`` is the mathematics of a chunk, ``decay_torch.py`` what its gates are as
                        matrices, ``network_torch.py`` the network at fixed weights and its derivatives
 ``step_torch.py``      backend ``step``: one token in few PyTorch operators
-``triton/``            backends ``triton`` and ``triton_step``: the torch path's chunks, and one token, on a GPU
+``triton/``            backends ``triton`` and ``triton_step``: the chunks of ``torch``, and one token, on a GPU
 ``surprise.py``        the norm of a token's gradient, and the threshold below which tokens are not written
 =====================  ===============================================================================================
 """
@@ -46,7 +46,7 @@ from .closed_form import closed_form_memory
 from .cpu import native_memory, native_read, refuse_native, refuse_native_read
 from .network_torch import ACTIVATIONS, torch_read
 from .reference import reference_memory, reference_read
-from .state import MemoryState, Options, Path, Tokens
+from .state import BackendFunction, MemoryState, Options, Tokens
 from .step_cpu import ReadPlan, StepPlan, native_step, native_step_read, refuse_native_step
 from .step_torch import torch_step
 from .surprise import ChunkWalk, surprise_at, thresholded_memory
@@ -81,7 +81,7 @@ def titans_memory(
         S_t = eta_t S_{t-1} - theta_t grad |M_{a(t)}(k_t) - v_t|^2      M_t = (1 - alpha_t) M_{t-1} + S_t
         y_t = M_t(q_t)
 
-    with ``a(t)`` the weights at the start of the token's chunk. Differentiable in every tensor, state included.
+    ``M_{a(t)}``: the weights at the start of the chunk of token ``t``. Differentiable in every tensor, state included.
     NaN and infinity propagate: they affect their head's memory from their token on, and no earlier output.
 
     Args:
@@ -200,7 +200,9 @@ def measure_memory(
     *,
     written: bool = True,
 ) -> Measured:
-    """How surprising each token is to the memory when :func:`titans_memory` writes them; arguments as there.
+    """Measure the surprise of each token when :func:`titans_memory` writes the sequence.
+
+    The arguments are those of :func:`titans_memory`, grouped: ``(Tokens, state, norm, mask, Options)``.
 
     The sequence is written once more, chunk by chunk, which takes several times as long as writing it at once. Values
     at masked tokens are arbitrary. ``written=False``: nothing is written, and every token is measured at the weights of
@@ -239,7 +241,9 @@ def memory_flops(shapes: Sequence[tuple[int, int]], chunk: int, momentum: bool =
 def prepare_step(
     tokens: Tokens, shapes: Sequence[tuple[int, int]], norm: Tensor | None, options: Options
 ) -> StepPlan | None:
-    """A decode plan: :func:`titans_memory` for one token per row that is in the same ``tokens`` each time.
+    """Prepare repeated one-token calls of :func:`titans_memory`.
+
+    The caller writes each new token into the same tensors ``tokens``.
 
     Returns a function of the state (layers of ``shapes`` ``(out, in)``, dtype of the tokens, no gradients), whose ``y``
     is overwritten by the next call; or ``None`` where a plan would save nothing.
@@ -268,7 +272,7 @@ def prepare_read(q: Tensor, shapes: Sequence[tuple[int, int]], activation: str, 
 def _check_memory(
     tokens: Tokens, state: MemoryState, norm: Tensor | None, mask: Tensor | None, options: Options
 ) -> None:
-    """Cheap when everything fits, because decoding pays it at every token."""
+    """Raise if an argument has a wrong type, shape, dtype or device. Fast, because it runs at every decoded token."""
     q, k, v, theta, eta, alpha = tokens
     chunk, activation, clip, read, keep, _, threshold = options
     if not isinstance(state, MemoryState):
@@ -361,16 +365,20 @@ def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _backend(
-    name: str, path: Path, refuse: Callable[..., str | None] = lambda **facts: None, *, thresholds: bool = False
+    name: str,
+    function: BackendFunction,
+    refuse: Callable[..., str | None] = lambda **facts: None,
+    *,
+    thresholds: bool = False,
 ) -> Backend:
-    """``thresholds``: whether ``path`` applies ``options.threshold`` itself."""
+    """``thresholds``: whether ``function`` applies ``options.threshold`` itself."""
 
     def run(
         tokens: Tokens, state: MemoryState, norm: Tensor | None, mask: Tensor | None, options: Options
     ) -> tuple[Tensor, MemoryState]:
-        write = path
+        write = function
         if options.threshold is not None and not thresholds:
-            write = functools.partial(thresholded_memory, path)
+            write = functools.partial(thresholded_memory, function)
         cuts = _first_nonfinite(tokens, mask)
         if not cuts:
             return write(tokens, state, norm, mask, options)
@@ -386,9 +394,9 @@ def _backend(
 def _first_nonfinite(tokens: Tokens, mask: Tensor | None) -> list[int]:
     """Where to cut the sequence so that NaN and infinity do not reach outputs before them, in order.
 
-    Inside a chunk every path but the reference multiplies later tokens by zero, and zero times NaN is NaN. The cuts are
-    before the first token of each row and head that is not finite and not masked; none is needed before token 0. A
-    query affects only its own output. Tensors without values, or transformed ones, are not looked into.
+    Inside a chunk every backend but the reference multiplies later tokens by zero, and zero times NaN is NaN. The
+    cuts are before the first token of each row and head that is not finite and not masked; none is needed before token
+    0. A query affects only its own output. Tensors without values, or transformed ones, are not looked into.
     """
     _, k, *others = tokens
     if k.shape[1] < 2 or torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
@@ -406,7 +414,7 @@ def _first_nonfinite(tokens: Tokens, mask: Tensor | None) -> list[int]:
 def _write(
     tokens: Tokens, state: MemoryState, norm: Tensor | None, mask: Tensor | None, options: Options
 ) -> tuple[Tensor, MemoryState]:
-    """:func:`titans_memory` with the arguments of a path."""
+    """:func:`titans_memory` with the arguments of a :data:`BackendFunction`."""
     return titans_memory(
         *tokens, state, options.chunk, options.activation, norm, mask, clip=options.clip, read=options.read
     )

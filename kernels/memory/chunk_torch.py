@@ -1,7 +1,8 @@
 """The mathematics of a group of chunks in PyTorch: writing, reading, and the derivatives of both.
 
-Tensors are ``[chunks, rows, b, width]``, a row being a batch row and a head. Errors ``d`` are half gradients; the
-factor 2 is in the decay matrices. The state of a layer is one stack ``[rows, s, out, in]``: weights, then momentum.
+Tensors are ``[chunks, rows, b, width]``, a row being a batch row and a head. The error ``d_l`` is half the
+gradient of the loss with respect to ``z_l``; the factor 2 is in the decay matrices. The state of a layer is one stack
+``[rows, s, out, in]``: weights, then momentum.
 """
 
 from __future__ import annotations
@@ -365,7 +366,7 @@ class ChunkNetwork:
         return grad_values, grad_write, grad_mix, grad_gain
 
     def _clip_backward(self, now: Written, grad_errors: list[Tensor], grad_inputs: list[Tensor]) -> None:
-        """Through ``d = scale * unclipped`` with ``scale = clip / |surprise|`` where that is below one."""
+        """Through ``d = scale * unclipped`` with ``scale = clip / |gradient|`` where that is below one."""
         scale, square, error_squares, input_squares = self._clip_scale(now)
         grad_scale = sum((g * d).sum(-1) for g, d in zip(grad_errors, now.unclipped))
         # d scale / d square = -scale / (2 square), and square is 4 sum |d|^2 |a|^2

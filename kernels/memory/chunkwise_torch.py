@@ -1,4 +1,4 @@
-"""The torch path of the memory operation: the chunkwise form with its own backward, for any device and any sequence.
+"""The torch backend of the memory operation: the chunkwise form with its own backward, for any device and any sequence.
 
 A sequence is cut at chunk boundaries, and rows at different phases of their chunks are lined up. Tokens then are
 ``[chunks, rows, b, d]`` (a row is a batch row and a head) and are worked on a group of chunks at a time:
@@ -65,9 +65,9 @@ def _aligned(
 ) -> tuple[Tensor, MemoryState]:
     """All rows at one phase: the rest of the current chunk, then whole chunks, then the beginning of the last."""
     chunk, time = options.chunk, tokens.q.shape[1]
-    head = min(time, -phase % chunk)
-    last = time - (time - head) % chunk  # where the last chunk begins, if it does at all
-    spans = [(head, head), (last, chunk), (time, time - last)]
+    lead = min(time, -phase % chunk)
+    last = time - (time - lead) % chunk  # where the last chunk begins, if it does at all
+    spans = [(lead, lead), (last, chunk), (time, time - last)]
     anchor, outputs = state.anchor if phase else state.weights, []
     for stop, y, after in _spans(tokens, state, norm, None, anchor if phase else None, spans, options, network):
         outputs.append(y)

@@ -1,7 +1,23 @@
-"""The second oracle: the chunkwise equations written out as they stand on paper, differentiated by autograd.
+"""A second, independent reference: the chunkwise equations term by term, differentiated by autograd.
 
-Independent of ``reference`` (no autograd inside: the errors are back-propagated by hand) and of the fast
-paths (no kept states, no hand-written backward, products of gates as literal products). One row at a time.
+Independent of ``reference`` (errors are back-propagated by hand, not by autograd) and of the fast backends (no kept
+states, no hand-written backward, products of gates as literal products). One row at a time.
+
+With weights ``W`` and momentum ``S`` before the first token, for ``s <= r <= t``::
+
+    A_t  = prod_{j <= t} (1 - alpha_j)         E_t  = prod_{j <= t} eta_j
+    D_tr = prod_{r < j <= t} (1 - alpha_j)     H_rs = prod_{s < j <= r} eta_j
+    C    = D H                                 m    = D E
+
+``D`` and ``H`` are lower triangular with ones on the diagonal. Let ``a_s`` be the input of a layer at key ``s``,
+``g_s`` the gradient of the loss with respect to its output, and ``theta_s`` the step size after clipping. After token
+``t``::
+
+    weights   A_t W + m_t S - sum_s C_ts theta_s g_s a_s^T
+    momentum  E_t S - sum_s H_ts theta_s g_s a_s^T
+
+``Ar``, ``mr`` and ``Cr`` are ``A``, ``m`` and ``C`` for the weights that are read at each token: after token ``t``, or
+after token ``t - 1`` with ``read="before"``. Without momentum, ``H`` is the identity, and ``E`` and ``m`` are zero.
 """
 
 from __future__ import annotations
@@ -30,19 +46,24 @@ def _value_and_slope(z: Tensor, activation: str) -> tuple[Tensor, Tensor]:
 
 
 def _products(factors: Tensor) -> Tensor:
-    """``[heads, b] -> [heads, b, b + 1]``: entry ``[t, r]`` is the product over ``r <= j <= t`` (1 if empty)."""
+    """``[heads, b] -> [heads, b, b + 1]``: column 0 is the product over ``j <= t``, and column ``r + 1`` that over
+    ``r < j <= t``: 1 for ``r = t``, and 0 for ``r > t``.
+    """
     b = factors.shape[-1]
     shapes = ((b, (b, 1, 1)), (b + 1, (1, b + 1, 1)), (b, (1, 1, b)))
-    t, r, j = (torch.arange(n, device=factors.device).view(shape) for n, shape in shapes)
-    chosen = (r <= j) & (j <= t)
+    t, column, j = (torch.arange(n, device=factors.device).view(shape) for n, shape in shapes)
+    chosen = (column <= j) & (j <= t)
     full = torch.where(chosen, factors[:, None, None, :], torch.ones_like(factors[:, :1, None, None])).prod(-1)
-    return full * (r <= t + 1).squeeze(-1).to(factors)
+    return full * (column <= t + 1).squeeze(-1).to(factors)
 
 
 def _errors(
     weights: list[Tensor], keys: Tensor, values: Tensor, activation: str, gain: Tensor | None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Inputs ``a_l`` and half-gradients ``d_l`` of every layer; keys ``[heads, b, d]``."""
+    """The inputs ``a_l`` of every layer, and half the gradient of the loss with respect to its outputs.
+
+    ``keys``, ``values``: ``[heads, b, d]``.
+    """
     inputs: list[Tensor] = []
     slopes: list[Tensor] = []
     h = keys

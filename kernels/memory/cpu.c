@@ -200,8 +200,8 @@ static void load_tokens(const task *t, const piece *p, work *w) {
     chunk_decay(net, w, p->n);
 }
 
-/* The weights that chunk i's gradients are taken at, both ways round: those at its start, or the given anchor. `whole`:
-   the first layer and momentum are wanted transposed, too. `cached`: all of that was computed before. */
+/* The weights that chunk i's gradients are taken at, and their transposes: those at its start, or the given anchor.
+   whole: also transpose layer 0 and the momentum. cached: the transposes are up to date. */
 static anchor anchor_of(const task *t, work *w, const chunk *c, int i, int whole, int cached) {
     const network *net = &t->net;
     int given = i == 0 && t->phase > 0;
@@ -395,7 +395,7 @@ static void backward_task(const call *call, int64_t index, real *scratch) {
 
 /* -- entry ---------------------------------------------------------------------------------------------------------- */
 
-/* Returns 1 where there is no memory left, or less was given than is to be kept. */
+/* Returns 1 if there is no memory for the work buffers, and 2 if `kept` is too small. */
 int memory_run(const call *call) {
     network net = network_of(call);
     arena arena = {0};
@@ -404,11 +404,11 @@ int memory_run(const call *call) {
     take_work(&net, &arena, &w, (int)call->backward);
     for (int64_t i = 0; i < (call->backward ? call->every : 1); i++)
         take_chunk(&net, &arena, &c);
+    if (kept_numbers(call, &net) > call->kept_numbers)
+        return 2;
     real *scratch = aligned_alloc(64, call->threads * arena.used * sizeof(real));
-    if (!scratch || kept_numbers(call, &net) > call->kept_numbers) {
-        free(scratch);
+    if (!scratch)
         return 1;
-    }
 #pragma omp parallel for schedule(dynamic, 1) num_threads(call->threads)
     for (int64_t i = 0; i < call->batch * call->heads; i++) {
         real *own = scratch + omp_get_thread_num() * arena.used;

@@ -20,7 +20,7 @@ from .state import MemoryState, Options, Tokens
 
 LAYERS = 16
 LONGEST_CHUNK = 256
-"""Tokens of a chunk at once beyond which its work leaves a core's cache, and the torch path is as fast."""
+"""Tokens of a chunk at once beyond which its work leaves a core's cache, and the torch backend is as fast."""
 LARGEST_CHUNK = 2**24
 """Chunk length up to which the kernels' counters hold a position in a chunk plus a sequence's length."""
 KEPT_BYTES = 160 * 2**20
@@ -30,7 +30,10 @@ KEEP_BETWEEN = (4, 16)
 KEEP_LARGEST = 1024
 """Chunks that are recomputed together at most, whatever ``keep`` says: their work must fit too."""
 
+# the fields of `call` in cpu.c: batch .. kept_numbers, widths, q .. grad_y, gain .. kept; the doubles are clip
+# matrices are an address and two strides, for weights, momentum and anchor: before, end, grad_before, grad_end
 _memory_run = Kernel("memory_run", 14 + LAYERS + 1 + 14 * 4 + 6 + 4 * 3 * LAYERS * 3, 1)
+# the fields of `call` in read_cpu.c: batch .. threads, widths, q .. grad_y, norm and grad_norm, weights and gradients
 _read_run = Kernel("read_run", 7 + LAYERS + 1 + 4 * 4 + 2 + 2 * LAYERS * 3, 0)
 
 

@@ -47,11 +47,11 @@ class ChunkDecay(NamedTuple):
     """
 
     read: Tensor
-    """``[..., b, b]``: of the (half) gradient of token ``s`` in the weights that token ``t`` reads."""
+    """``[..., b, b]``: of the error times input of token ``s`` in the weights that are read at token ``t``."""
     carry: Tensor
-    """``[..., b, s]``: of the state at the chunk's start in the weights that token ``t`` reads."""
+    """``[..., b, s]``: of the state at the chunk's start in the weights that are read at token ``t``."""
     write: Tensor
-    """``[..., b, s]``: of the (half) gradient of each token in the weights and momentum at the chunk's end."""
+    """``[..., b, s]``: of the error times input of each token in the weights and momentum at the chunk's end."""
     mix: Tensor
     """``[..., s, s]``: of the state at the chunk's start in the state at its end."""
 
@@ -61,13 +61,14 @@ def chunk_decay(
 ) -> ChunkDecay:
     """Gates ``[..., b]`` -> matrices; ``eta=None``: no momentum, ``alpha=None``: no forgetting. Differentiable.
 
-    ``valid`` ``[..., b]``, or ``None`` for all: 0 where a slot has no token. Its gates must be the identity (theta 0,
-    eta 1, alpha 0); that such a slot does not add the momentum to the weights again, no gate can say.
+    ``valid`` ``[..., b]``, or ``None`` for all: 0 where a slot has no token. The gates of such a slot must be theta 0,
+    eta 1 and alpha 0. ``valid`` keeps the momentum from being added to the weights at an empty slot; no gate value
+    expresses this.
 
     The inner loss is a plain sum of squares; its factor 2 is folded in here, next to the step size.
     """
     step = (2 * theta).unsqueeze(-2)
-    # D, H, C = D H, and what they make of the state at the start: A, E, m
+    # names as in closed_form.py
     if alpha is None:
         ones = torch.ones(*theta.shape[-1:], *theta.shape[-1:], dtype=theta.dtype, device=theta.device).tril_()
         D, A = ones.expand(*theta.shape, theta.shape[-1]), torch.ones_like(theta)
@@ -85,7 +86,7 @@ def chunk_decay(
         E_end = E[..., -1:, None]
         mix = torch.cat([carry[..., -1:, :], torch.cat([torch.zeros_like(E_end), E_end], dim=-1)], dim=-2)
     if not read_after:
-        # token t reads what its predecessor left: every row moves down by one, the first reads the start
+        # token t reads the weights after token t - 1: rows move down by one, and the first token reads the start
         C = torch.cat([torch.zeros_like(C[..., :1, :]), C[..., :-1, :]], dim=-2)
         first = torch.zeros_like(carry[..., :1, :])
         first[..., 0] = 1

@@ -3,7 +3,8 @@
 
    A layer's state is stored transposed, weights [in, out] and momentum [in, out] below, as one matrix of `parts` blocks
    of rows, so that both are a right factor in forward products; for products backward there is a copy [out, in].
-   Errors d are half gradients; the factor 2 is in the step. */
+   The error d_l is half the gradient of the loss with respect to z_l, the output of layer l. The factor 2 is in the
+   step. */
 
 #pragma once
 
@@ -57,10 +58,10 @@ INLINE int outputs(const network *net) { /* of all layers, for one token */
 typedef struct {
     real *state[LAYERS];   /* at its start, [parts * rows, width] */
     real *z[LAYERS];       /* outputs of the layers for the keys, [n, width] */
-    real *error[LAYERS];   /* d, [n, width] */
-    real *upstream[LAYERS];  /* d W of the next layer, before the slope, [n, width] */
-    real *scale;           /* [n]: factor that brings a token's gradient down to `clip` */
-    real *square;          /* [n]: that gradient's square */
+    real *error[LAYERS];   /* d_l, [n, width] */
+    real *upstream[LAYERS];  /* d_{l+1} W_{l+1}, before the slope at z_l, [n, width] */
+    real *scale;           /* [n]: factor that reduces the norm of a token's gradient to `clip`; at most 1 */
+    real *square;          /* [n]: the square of that norm, before the factor */
 } chunk;
 
 /* Work on one chunk at a time. */
@@ -68,15 +69,20 @@ typedef struct {
     real *keys, *values, *queries;                   /* [n, rows[0]] or [n, last width] */
     real *theta, *alpha, *grad_theta, *grad_alpha, *grad_eta;
     decay decay;
-    real *step, *last, *last_momentum;               /* step_s; its coefficient in the weights and momentum at the end */
-    real *read, *carry, *carry_momentum;             /* C step of a read [n, ld]; of the state at the start in a read */
-    real *input[LAYERS], *slope[LAYERS], *curvature[LAYERS]; /* for the keys: a_l [n, rows]; at z_l [n, width] */
+    real *step;            /* [n]: 2 theta_s times the factor of clipping */
+    real *last;            /* [n]: coefficient of d_s a_s^T in the weights after the last token, subtracted */
+    real *last_momentum;   /* [n]: the same in the momentum after the last token */
+    real *read;            /* [n, ld]: coefficient of d_s a_s^T in the weights that are read at token t, subtracted */
+    real *carry;           /* [n]: coefficient of the weights at the chunk's start in the weights that are read at t */
+    real *carry_momentum;  /* [n]: coefficient of the momentum at the chunk's start in them */
+    real *input[LAYERS];   /* a_l, the input of layer l for the keys, [n, rows] */
+    real *slope[LAYERS], *curvature[LAYERS]; /* first and second derivative of the activation at z_l, [n, width] */
     real *transposed[LAYERS];                          /* state transposed: [out, parts * rows] */
     real *anchor[LAYERS], *anchor_transposed[LAYERS];  /* of a chunk that began in an earlier call */
     real *query_z[LAYERS];                             /* outputs of the layers for the queries, [n, width] */
-    real *gain;
+    real *gain;                                        /* of the LayerNorm, [width of the last layer], padded with 0 */
     real *x, *x_slope, *weighted, *weighted_momentum, *carried, *scores, *weighted_scores, *columns; /* temporaries */
-    /* backward */
+    /* backward: grad_x is the gradient of x, and g that of a layer's output */
     real *grad_state[LAYERS], *grad_transposed[LAYERS], *grad_anchor[LAYERS], *grad_last_anchor[LAYERS];
     real *grad_input[LAYERS], *grad_error[LAYERS];
     real *grad_read, *grad_scores, *grad_carry, *grad_carry_momentum, *grad_last, *grad_last_momentum;

@@ -1,6 +1,6 @@
-"""The oracle: the paper's recurrence, one token at a time, its inner gradient taken by autograd.
+"""The reference implementation: the paper's recurrence, one token at a time, its inner gradient taken by autograd.
 
-Slow and obvious on purpose, and independent of every other path: nothing in it is derived by hand.
+Slow and obvious on purpose, and independent of every other backend: nothing in it is derived by hand.
 """
 
 from __future__ import annotations
@@ -72,11 +72,11 @@ def reference_memory(
 
         step, forget = (torch.where(suppressed, 0.0, gate(x, 0)) for x in (theta, alpha))
         if eta is None:
-            surprise = tuple(-step * g for g in gradients)
+            moved = tuple(-step * g for g in gradients)
         else:
-            surprise = tuple(gate(eta, 0) * s - step * g for s, g in zip(momentum, gradients))
-            momentum = tuple(torch.where(valid, new, old) for new, old in zip(surprise, momentum))
-        weights = tuple(torch.where(valid, (1 - forget) * w + s, w) for w, s in zip(weights, surprise))
+            moved = tuple(gate(eta, 0) * s - step * g for s, g in zip(momentum, gradients))
+            momentum = tuple(torch.where(valid, new, old) for new, old in zip(moved, momentum))
+        weights = tuple(torch.where(valid, (1 - forget) * w + s, w) for w, s in zip(weights, moved))
         y = memory_network(weights if read == "after" else before, q[:, t], activation, norm)
         outputs.append(torch.where(valid[..., 0], y, torch.zeros_like(y)))
         position = position + mask[:, t]

@@ -125,6 +125,8 @@ class Options(NamedTuple):
     """Below this surprise a token neither writes nor forgets; ``None``: every token does."""
 
 
-Path: TypeAlias = Callable[[Tokens, MemoryState, Tensor | None, Tensor | None, Options], tuple[Tensor, MemoryState]]
-"""A backend: ``path(tokens, state, norm, mask, options) -> y, state``, arguments as of ``titans_memory``, which has
-checked them and cast all tensors to one dtype."""
+BackendFunction: TypeAlias = Callable[
+    [Tokens, MemoryState, Tensor | None, Tensor | None, Options], tuple[Tensor, MemoryState]
+]
+"""``backend(tokens, state, norm, mask, options) -> y, state``, arguments as of ``titans_memory``, which has checked
+them and cast all tensors to one dtype."""

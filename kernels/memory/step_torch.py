@@ -68,12 +68,12 @@ def torch_step(
     for layer, weight in enumerate(weights):
         push = (errors[layer] * size).mT
         if momentum_decay is None:
-            surprise = torch.mul(push, inputs[layer]).mul_(factor)
+            moved = torch.mul(push, inputs[layer]).mul_(factor)
         else:
-            surprise = state.momentum[layer].flatten(0, 1) * momentum_decay
-            surprise.addcmul_(push, inputs[layer], value=factor)
-            momentum.append(surprise)
-        after.append(surprise + weight if retention is None else torch.addcmul(surprise, weight, retention))
+            moved = state.momentum[layer].flatten(0, 1) * momentum_decay
+            moved.addcmul_(push, inputs[layer], value=factor)
+            momentum.append(moved)
+        after.append(moved + weight if retention is None else torch.addcmul(moved, weight, retention))
 
     query = q.reshape(batch * heads, 1, q.shape[3])
     y = read_one(query, after if read == "after" else weights, activation, gain).view(batch, 1, heads, v.shape[3])

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..dispatch import needs_grad
 from ..padding import Layout, align
 from .network_torch import ACTIVATIONS, EPS, layer_norm_vjp, square_sum, torch_read
-from .state import MemoryState, Options, Path, Tokens
+from .state import BackendFunction, MemoryState, Options, Tokens
 
 
 class Surprise(NamedTuple):
@@ -71,12 +71,13 @@ class Part(NamedTuple):
 
 
 class ChunkWalk:
-    """A sequence cut so that no row begins a chunk inside one of ``spans``, with ``path`` to write it."""
+    """Cuts the sequence at chunk starts. ``backend`` writes a span."""
 
     def __init__(
-        self, tokens: Tokens, state: MemoryState, norm: Tensor | None, mask: Tensor | None, options: Options, path: Path
-    ) -> None:
-        self.tokens, self.valid, self.state, self.norm, self.path = tokens, mask, state, norm, path
+        self, tokens: Tokens, state: MemoryState, norm: Tensor | None, mask: Tensor | None, options: Options,
+        backend: BackendFunction,
+    ) -> None:  # fmt: skip
+        self.tokens, self.valid, self.state, self.norm, self.backend = tokens, mask, state, norm, backend
         self.options, self.threshold = options._replace(threshold=None), options.threshold
         self.layout: Layout | None = None
         time, chunk = tokens.k.shape[1], options.chunk
@@ -106,7 +107,7 @@ class ChunkWalk:
                 inside = torch.tensor([phase > 0 for phase in self.phases], device=state.position.device)
                 anchor = _pick(inside, state.anchor, state.weights)
             found = surprise_at(tokens.k, tokens.v, anchor, self.options.activation, self.norm)
-            suppressed = found.norm < (self.threshold or 0.0)  # NaN is not suppressed, on any path
+            suppressed = found.norm < (self.threshold or 0.0)  # NaN is not suppressed, on any backend
             y = None
             if last or span is not self.spans[-1]:
                 y, state = self.write(span, suppressed, state)
@@ -122,7 +123,7 @@ class ChunkWalk:
             if self.threshold is not None:
                 alpha = None if tokens.alpha is None else tokens.alpha.masked_fill(suppressed, 0.0)
                 tokens = tokens._replace(theta=tokens.theta.masked_fill(suppressed, 0.0), alpha=alpha)
-            return self.path(tokens, state, self.norm, valid, self.options)
+            return self.backend(tokens, state, self.norm, valid, self.options)
         y = torch_read(tokens.q, state.weights, self.options.activation, self.norm)
         count = torch.full_like(state.position, y.shape[1]) if valid is None else valid.sum(1)
         phase = state.position % self.options.chunk
@@ -145,12 +146,17 @@ class ChunkWalk:
 
 
 def thresholded_memory(
-    path: Path, tokens: Tokens, state: MemoryState, norm: Tensor | None, mask: Tensor | None, options: Options
+    backend: BackendFunction,
+    tokens: Tokens,
+    state: MemoryState,
+    norm: Tensor | None,
+    mask: Tensor | None,
+    options: Options,
 ) -> tuple[Tensor, MemoryState]:
-    """``path`` with ``options.threshold``, for a path that does not apply it itself."""
+    """Apply ``options.threshold`` with a ``backend`` that does not apply it itself."""
     if tokens.q.shape[1] == 0:
         return torch.zeros_like(tokens.v), state
-    walk = ChunkWalk(tokens, state, norm, mask, options, path)
+    walk = ChunkWalk(tokens, state, norm, mask, options, backend)
     outputs: list[Tensor] = []
     if not needs_grad(*tokens, norm, *state.weights, *state.momentum, *state.anchor):
         for part in walk.parts():

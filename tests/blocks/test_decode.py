@@ -14,7 +14,7 @@ from titans_build.blocks.block import Block
 from titans_build.blocks.build import materialize
 from titans_build.blocks.combinators import Gate, Layer
 from titans_build.blocks.context import Context
-from titans_build.blocks.decode import decoder, reader
+from titans_build.blocks.decode import decode_plan, decoder, read_plan, reader
 from titans_build.blocks.generation import Sampler, read_prompt, steps
 from titans_build.blocks.memory import NeuralMemory
 from titans_build.blocks.state import map_state, named_tensors
@@ -55,6 +55,22 @@ BLOCKS = {
     },
     "context of a memory with a way round": {**CONTEXT, "memory": {"type": "residual", "of": MEMORY}},
 }
+
+
+@pytest.mark.parametrize("register", [decode_plan, read_plan])
+def test_a_class_has_one_plan_of_a_kind(register):
+    class Planned:
+        pass
+
+    def first(*arguments):
+        return None
+
+    def second(*arguments):
+        return None
+
+    assert register(Planned)(first) is first
+    with pytest.raises(ValueError, match="Planned"):
+        register(Planned)(second)
 
 
 class Shift(Block):

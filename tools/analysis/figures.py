@@ -34,7 +34,7 @@ TEXTS = {
     ),
     "error": ("Error", "error |M(k) − v|²", "The squared distance of the memory's output for a key from the value."),
     "step": ("Step size", "step size θ", "That of the gradient descent at a token; 0: the token is not written."),
-    "momentum": ("Momentum", "momentum η", "The decay of past surprise: near 1, a write continues for many tokens."),
+    "momentum": ("Momentum", "momentum η", "The decay of the momentum: near 1, a write continues for many tokens."),
     "forgetting": (
         "Forgetting",
         "forgetting α",

@@ -111,15 +111,15 @@ def _update(weight, momentum, new_weight, new_momentum, new_anchor, r, c, rows, 
           MOMENTUM: tl.constexpr, FORGETTING: tl.constexpr, ANCHORED: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
     """A tile of a layer before and after the token; a masked token changes nothing, whatever its values."""
     old = load(weight, r, c, rows, columns, WIDE)
-    surprise = added
+    moved = added
     if MOMENTUM:
         before = load(momentum, r, c, rows, columns, WIDE)
-        surprise += momentum_decay * before
-        store(new_momentum, r, c, rows, columns, tl.where(valid, surprise, before))
+        moved += momentum_decay * before
+        store(new_momentum, r, c, rows, columns, tl.where(valid, moved, before))
     new = old
     if FORGETTING:
         new = retention * old
-    new = tl.where(valid, new + surprise, old)
+    new = tl.where(valid, new + moved, old)
     store(new_weight, r, c, rows, columns, new)
     if ANCHORED:  # known when compiling, and the rest is not  # noqa: SIM102
         if ends:
@@ -210,7 +210,7 @@ def step_kernel(
                 e = _transposed_times(load(a_2, o, h, d_out, width, WIDE), error) * slope(preact, ACTIVATION)
                 error_squares += tl.sum(e * e)
             squares += error_squares * tl.sum(key * key)
-        # a norm that is NaN makes the step NaN, as on every path
+        # a norm that is NaN makes the step NaN, as on every backend
         norm = 2 * tl.sqrt(squares)
         step = tl.where(norm > clip, step * (clip / norm), step * (1 + 0 * norm))
     momentum_decay, retention = 0.0, 1.0

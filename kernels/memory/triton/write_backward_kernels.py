@@ -124,7 +124,7 @@ def write_backward_kernel(
                 tl.store(grad_write + (first + t) * PARTS + part, dweight, mask=t < b)
                 tl.debug_barrier()
 
-            # through errors = scale unclipped, where scale = clip / |surprise| below one
+            # through errors = scale unclipped, where scale = clip / |gradient| below one
             unclipped = load_tokens(unclipped_2, first, t, o, b, d_out, WIDE)
             squares_raw = tl.sum(unclipped * unclipped, axis=1)
             squares_k, squares_1 = tl.zeros((ROWS,), WIDE), tl.zeros((ROWS,), WIDE)  # of keys and of unclipped_1
@@ -351,7 +351,7 @@ def write_backward_resident_kernel(
             if PARTS == 2:
                 tl.store(grad_write + (first + t) * PARTS + 1, dweight_s, mask=t < b)
 
-            # through errors = scale unclipped, where scale = clip / |surprise| below one
+            # through errors = scale unclipped, where scale = clip / |gradient| below one
             squares_raw = tl.sum(unclipped * unclipped, axis=1)
             if CLIP:
                 square, dscale = 4 * squares_raw * squares_2, tl.sum(derror * unclipped, axis=1)
