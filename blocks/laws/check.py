@@ -47,7 +47,7 @@ def check_block(
     """Check that a block obeys the laws. Return the largest difference under each law.
 
     ``block``: a registered name, ``{"type": name, ...}``, a list, a built block or a model. It is copied, and all
-    parameters of the copy are randomised, since a parameter that starts at zero hides what it multiplies. ``dim``: the
+    parameters of the copy are randomized, since a parameter that starts at zero hides what it multiplies. ``dim``: the
     width, unless the block is built. ``dtype``: of most laws; it determines the tolerances. ``laws``: names of
     ``LAWS``, by default all. ``length``: tokens of a sequence. The default is a prime number, so that it is no multiple
     of a chunk, segment or window, and exceeds the period of the block and the size of its buffers. ``cuts``: the

@@ -38,7 +38,7 @@ class Result(NamedTuple):
 
 
 class Subject:
-    """A copy of a block or model with randomised parameters, and the methods that the laws use."""
+    """A copy of a block or model with randomized parameters, and the methods that the laws use."""
 
     def __init__(
         self,

@@ -330,7 +330,7 @@ def test_exceptions_of_the_block_are_reported_under_the_law(leaky):
         check_block("refuses", dim=8, laws=["mask"])
 
 
-def test_parameters_that_start_at_zero_are_randomised(leaky):
+def test_parameters_that_start_at_zero_are_randomized(leaky):
     class ZeroInitialized(leaky):
         """A parameter that starts at zero multiplies its fault."""
 

@@ -56,7 +56,7 @@ def make(name, dtype=torch.float32, seed=0, **changes):
     return tb.build(tb.load_recipe(shrink(tb.load_recipe(name).to_dict(), **changes)), dtype=dtype, seed=seed)
 
 
-def randomise(model):
+def randomize(model):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -104,7 +104,7 @@ def test_training_on_random_tokens_detects_a_leak():
 @pytest.mark.parametrize("name", RECIPES)
 def test_all_splits_give_the_whole(name):
     model = make(name, dtype=torch.float64)
-    # check_block randomises the parameters; 41 is larger than every chunk, segment and window, and no multiple of one
+    # check_block randomizes the parameters; 41 is larger than every chunk, segment and window, and no multiple of one
     check_block(model, laws=["split", "step"], length=41, cuts=None)
 
 
@@ -124,7 +124,7 @@ def test_a_hundred_thousand_tokens(name):
 
 @pytest.mark.parametrize("name", WITH_MEMORY)
 def test_outputs_depend_on_writing(name):
-    model = randomise(make(name, dtype=torch.float64))
+    model = randomize(make(name, dtype=torch.float64))
     frozen = make(name, dtype=torch.float64, use="read")
     frozen.load_state_dict(model.state_dict())
     tokens = uniform(2, 21, seed=1)
@@ -135,7 +135,7 @@ def test_outputs_depend_on_writing(name):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_parameter_gets_a_gradient(name):
-    model = randomise(make(name))
+    model = randomize(make(name))
     tokens = uniform(4, 41, seed=1)
     model(tokens[:, :-1], targets=tokens[:, 1:]).loss.backward()
     for path, parameter in model.named_parameters():
