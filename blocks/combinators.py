@@ -117,7 +117,10 @@ class Gate(Block):
         *,
         branches: Annotated[list[Spec], Field(min_length=2, max_length=2, description="the branches a and b")],
         form: Annotated[
-            Form, Field(description="norm(a) * sigmoid(norm(b)), norm(a) * silu(norm(b)), or norm(a) + norm(b)")
+            Form,
+            Field(
+                description="sigmoid: norm(a) * sigmoid(norm(b)); silu: norm(a) * silu(norm(b)); sum: norm(a) + norm(b)"
+            ),
         ] = "sigmoid",
     ) -> None:
         super().__init__(dim)
@@ -132,7 +135,7 @@ class Gate(Block):
             block(x, before, mask=mask) for block, before in zip(self.branches, state or (None, None))
         )
         for observer in observers_of(self) if active else ():
-            observer.gated(self, self.gate.opening(b), a, b, mask)
+            observer.gated(self, self.gate.gate_values(b), a, b, mask)
         return self.gate(a, b), (after_a, after_b)
 
     def read(self, x: Tensor, state: State) -> Tensor:

@@ -15,7 +15,7 @@ from ..registry import Needs, Spec, create, register
 from .block import Block, as_rows
 from .layers import Form, Gating
 from .observers import active, moved, observers_of, suppressed
-from .segmented import Piece, forward_every, halves, join, limit_window, pieces_of, split, traced_pieces
+from .segmented import Piece, forward_every, join, limit_window, pieces_of, split, split_memory, traced_pieces
 from .state import State, reset, select, where
 
 
@@ -63,7 +63,10 @@ class Context(Block):
             Field(description="write the attention outputs, as in the paper, or the inputs (segments in parallel)"),
         ] = "attended",
         form: Annotated[
-            Form, Field(description="norm(y) * sigmoid(norm(m)), norm(y) * silu(norm(m)), or norm(y) + norm(m)")
+            Form,
+            Field(
+                description="sigmoid: norm(y) * sigmoid(norm(m)); silu: norm(y) * silu(norm(m)); sum: norm(y) + norm(m)"
+            ),
         ] = "sigmoid",
     ) -> None:
         super().__init__(dim)
@@ -113,16 +116,16 @@ class Context(Block):
     def _run(self, x: Tensor, state: ContextState, pieces: list[Piece]) -> tuple[Tensor, ContextState]:
         """The architecture of the paper, piece by piece."""
         memory, snapshot, attend, position = state
-        ask, recall, learn, output = halves(self.memory, len(pieces))
+        project, read, update, output = split_memory(self.memory, len(pieces))
         fresh: State = None
         attended, read_back = [], []
-        for piece, tokens, *asked in split(pieces, x, *ask(x)):
+        for piece, tokens, *projected in split(pieces, x, *project(x)):
             if isinstance(piece.begins, Tensor) or any(piece.begins):
                 fresh = self.fresh_attention(x.shape[0]) if fresh is None else fresh
                 snapshot, attend = restart(piece.begins, snapshot, memory), restart(piece.begins, attend, fresh)
-            h = recall(asked, snapshot)  # 1. read
+            h = read(projected, snapshot)  # 1. read
             y, attend = self._attend(h, tokens, attend, piece.valid)  # 2. attend
-            m, memory = learn(y, memory, mask=piece.valid)  # 3. write
+            m, memory = update(y, memory, mask=piece.valid)  # 3. write
             attended.append(y)
             read_back.append(m)
         y = join(attended, x)
@@ -134,13 +137,13 @@ class Context(Block):
     def _run_inputs(self, x: Tensor, state: ContextState, pieces: list[Piece]) -> tuple[Tensor, ContextState]:
         """``write: inputs``: first the memory over all pieces, then attention."""
         memory, snapshot, attend, position = state
-        ask, recall, learn, output = halves(self.memory, len(pieces))
+        project, read, update, output = split_memory(self.memory, len(pieces))
         recalled, read_back = [], []
-        for piece, tokens, *asked in split(pieces, x, *ask(x)):
+        for piece, tokens, *projected in split(pieces, x, *project(x)):
             if isinstance(piece.begins, Tensor) or any(piece.begins):
                 snapshot = restart(piece.begins, snapshot, memory)
-            recalled.append(recall(asked, snapshot))
-            m, memory = learn(tokens, memory, mask=piece.valid)
+            recalled.append(read(projected, snapshot))
+            m, memory = update(tokens, memory, mask=piece.valid)
             read_back.append(m)
         fresh: State = None
         attended = []
@@ -178,7 +181,7 @@ class Context(Block):
     def report(self, y: Tensor, m: Tensor) -> None:
         """Report the inputs of the gate to the observers."""
         for observer in observers_of(self):
-            observer.gated(self, self.gate.opening(m), y, m, None)
+            observer.gated(self, self.gate.gate_values(m), y, m, None)
 
     def reset_parameters(self) -> None:
         if self.persistent is not None:

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias, TypeVar
 from torch import Tensor, nn
 
 from .block import Block, Memory
-from .segmented import forward_every, runs_its_class
+from .segmented import forward_every, is_unmodified
 from .state import State
 
 Decoder: TypeAlias = Callable[[Tensor, State], tuple[Tensor, State]]
@@ -60,7 +60,7 @@ def decoder(block: Block, rows: int, *, time: int = 1, step: int = 1) -> Decoder
     outputs; inputs and states are not modified.
     """
     plan = _DECODE.get(type(block))
-    if plan is not None and runs_its_class(block, "forward", "every"):
+    if plan is not None and is_unmodified(block, "forward", "every"):
         prepared = plan(block, rows, time, step)
         if prepared is not None:
             return prepared
@@ -80,7 +80,7 @@ def decoder(block: Block, rows: int, *, time: int = 1, step: int = 1) -> Decoder
 def reader(memory: Memory, rows: int) -> Reader:
     """A function that reads ``memory`` with one token ``[rows, 1, dim]`` after a state. Valid as :func:`decoder` is."""
     plan = _READ.get(type(memory))
-    if plan is not None and isinstance(memory, nn.Module) and runs_its_class(memory, "read"):
+    if plan is not None and isinstance(memory, nn.Module) and is_unmodified(memory, "read"):
         prepared = plan(memory, rows)
         if prepared is not None:
             return prepared

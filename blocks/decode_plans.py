@@ -128,7 +128,7 @@ def _gate(block: Gate, rows: int, time: int, step: int) -> Decoder | None:
         a, after_a = left(x, state[0])
         b, after_b = right(x, state[1])
         for observer in observers_of(block) if active else ():
-            observer.gated(block, block.gate.opening(b), a, b, None)
+            observer.gated(block, block.gate.gate_values(b), a, b, None)
         return gate(a, b), (after_a, after_b)
 
     return decode

@@ -80,7 +80,7 @@ class Gating(nn.Module):
         a, b = rms_norm(a, self.gain_a, self.eps), rms_norm(b, self.gain_b, self.eps)
         return a * F.silu(b) if self.form == "silu" else a + b
 
-    def opening(self, b: Tensor) -> Tensor:
+    def gate_values(self, b: Tensor) -> Tensor:
         """Return the factor of ``norm(a)`` for ``b``, both ``[..., dim]``. 1 for the form ``sum``."""
         if self.form == "sum":
             return torch.ones_like(b)

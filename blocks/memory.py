@@ -53,7 +53,12 @@ class NeuralMemory(Block):
         ] = 4,
         chunk: Annotated[
             int,
-            Field(ge=1, le=65536, description="tokens per chunk; gradients are taken at the weights before it"),
+            Field(
+                ge=1,
+                le=65536,
+                description="tokens whose gradients are taken at the weights at the start of the chunk; "
+                "part of the function",
+            ),
         ] = 16,
         activation: Annotated[
             Literal["identity", "silu", "gelu", "relu"], Field(description="activation of the memory network")
@@ -62,7 +67,7 @@ class NeuralMemory(Block):
         conv: Annotated[
             int, Field(ge=0, le=64, description="width of the causal convolution on q, k, v; 0 for none")
         ] = 4,
-        momentum: Annotated[bool, Field(description="momentum: past gradients decay by eta per token")] = True,
+        momentum: Annotated[bool, Field(description="momentum with decay eta")] = True,
         forgetting: Annotated[bool, Field(description="weight decay: weights decay by 1 - alpha per token")] = True,
         gates: Annotated[
             Literal["token", "chunk"],
@@ -70,7 +75,7 @@ class NeuralMemory(Block):
         ] = "token",
         gating: Annotated[
             Literal["sigmoid", "hard_sigmoid"],
-            Field(description="function of the gates; hard_sigmoid reaches exactly 0 and 1"),
+            Field(description="activation of the gates; hard_sigmoid is linear and clamps to exactly 0 and 1"),
         ] = "sigmoid",
         max_step: Annotated[float, Field(gt=0, description="maximum of the step size theta")] = 0.1,
         clip: Annotated[
@@ -130,8 +135,8 @@ class NeuralMemory(Block):
 
         ================  ==========================================================================
         projections       normal, std 1 / sqrt(dim): inputs of unit variance give outputs of unit variance
-        convolution       normal, std 1 / sqrt(taps), plus 1 at the current token. With smaller values of the past
-                          taps, associations with the previous token are learned late
+        convolution       normal, std 1 / sqrt(taps), plus 1 at the current token. With taps near zero, training takes
+                          long to use the previous token
         theta             bias -3: 0.05 of max_step. Gradients of the outer training pass through every update;
                           from about 0.1 on they grow with the length and overflow by 4,096 tokens
         eta               bias 1: a momentum decay of 0.73
@@ -142,7 +147,8 @@ class NeuralMemory(Block):
         output            normal, std 0.5 / sqrt(dim): small, so that a new layer changes the residual stream little
         ================  ==========================================================================
 
-        With ``hard_sigmoid``, the gates start with the values and slopes of the sigmoids above.
+        With ``hard_sigmoid``, values and slopes at initialization equal those of the sigmoid, so that no gate
+        saturates.
         """
         scale = self.dim**-0.5
         for linear, std in (

@@ -1,7 +1,7 @@
-"""Segments of a sequence, and the optional methods of blocks that ``context`` uses.
+"""Splits sequences at segment boundaries. Also: optional methods that ``context`` calls if a block defines them.
 
-A block may define ``every``, which computes outputs at some tokens only, and ``bound``, which limits its window. Other
-blocks are called as usual. The part of the neural memory that does not depend on its state runs once for all segments.
+``every`` computes outputs at some tokens only, and ``bound`` limits a window. Other blocks are called as usual. The
+part of the neural memory that does not depend on its state runs once for all segments.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def forward_every(
     if step == 1:
         return block(x, state, mask=mask)
     kind: Any = type(block)
-    if _has_every(kind) and runs_its_class(block, "forward"):
+    if _has_every(kind) and is_unmodified(block, "forward"):
         return block.every(x, state, step=step, mask=mask)  # type: ignore[operator]
     y, state = block(x, state, mask=mask)
     return y[:, step - 1 :: step], state
@@ -43,7 +43,7 @@ def _has_every(kind: Any) -> bool:
     return "every" in vars(next(parent for parent in kind.__mro__ if "forward" in vars(parent)))
 
 
-def runs_its_class(block: nn.Module, *methods: str) -> bool:
+def is_unmodified(block: nn.Module, *methods: str) -> bool:
     """Whether calling the block runs the methods of its class: it has no hooks, and none of ``methods`` is replaced."""
     for method in methods:
         if method in vars(block):
@@ -62,28 +62,29 @@ def limit_window(block: Block, tokens: int) -> None:
             limit_window(child, tokens)
 
 
-class Halves(NamedTuple):
-    """``read(x, state)`` is ``recall(ask(x), state)``, and ``forward`` is ``learn(x, state)`` followed by ``output``.
+class SplitMemory(NamedTuple):
+    """A memory in four parts. The parts that need no state, ``project`` and ``output``, run once for all segments.
 
-    ``ask`` and ``output`` do not depend on the state, so they are computed for all segments at once.
+    ``memory.read(x, state)`` is ``read(project(x), state)``. ``memory(x, state)`` is ``update(x, state)``, followed by
+    ``output``.
     """
 
-    ask: Callable[[Tensor], tuple[Tensor, ...]]
-    """``ask(x)``: tensors ``[batch, time, ...]``."""
-    recall: Callable[[Sequence[Tensor], State], Tensor]
-    """``recall(ask(x), state)``: the memory's response ``[batch, time, dim]``."""
-    learn: Callable[..., tuple[Tensor, State]]
-    """``learn(x, state, mask=mask)``: the inputs of ``output`` and the next state."""
+    project: Callable[[Tensor], tuple[Tensor, ...]]
+    """``project(x)``: tensors ``[batch, time, ...]``."""
+    read: Callable[[Sequence[Tensor], State], Tensor]
+    """``read(project(x), state)``: the memory's response ``[batch, time, dim]``."""
+    update: Callable[..., tuple[Tensor, State]]
+    """``update(x, state, mask=mask)``: the inputs of ``output`` and the next state."""
     output: Callable[[Tensor, Tensor], Tensor]
     """``output(y, x)``: the memory's outputs ``[batch, time, dim]``. Those at masked tokens are not used."""
 
 
-def halves(memory: Block, pieces: int) -> Halves:
+def split_memory(memory: Block, pieces: int) -> SplitMemory:
     """Split the methods of ``memory`` for a sequence of ``pieces`` parts."""
     splits = pieces > 1 and type(memory) is NeuralMemory and not torch.compiler.is_compiling()
-    if splits and isinstance(memory, NeuralMemory) and runs_its_class(memory, "forward", "read"):
-        return Halves(memory.ask, memory.recall, memory.learn, memory.output_of)
-    return Halves(lambda x: (x,), lambda x, state: as_memory(memory).read(x[0], state), memory, lambda y, x: y)
+    if splits and isinstance(memory, NeuralMemory) and is_unmodified(memory, "forward", "read"):
+        return SplitMemory(memory.ask, memory.recall, memory.learn, memory.output_of)
+    return SplitMemory(lambda x: (x,), lambda x, state: as_memory(memory).read(x[0], state), memory, lambda y, x: y)
 
 
 # -- segments ----------------------------------------------------------------------------------------------------------
@@ -124,10 +125,10 @@ def pieces_of(segment: int, positions: list[int], lengths: list[int], filled: Te
 
 
 def traced_pieces(segment: int, x: Tensor, mask: Tensor | None, position: Tensor) -> tuple[Layout, list[Piece]]:
-    """The pieces under ``torch.compile``, which does not know the positions and lengths of rows.
+    """Returns pieces whose boundaries do not depend on data, for ``torch.compile``.
 
-    The first segment boundary of each row is moved to the same slot. The pieces are then equal for all rows and
-    positions. Rows that begin later have empty slots.
+    Row b is shifted right so that its first segment boundary is at slot ``min(time, segment)``. Some rows then have
+    empty slots or an empty piece.
     """
     rows, time, _ = x.shape
     first = min(time, segment)

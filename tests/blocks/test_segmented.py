@@ -1,4 +1,4 @@
-"""The methods of blocks that ``context`` uses: the halves of a memory, and outputs at some tokens only."""
+"""The methods of blocks that ``context`` uses: the parts of a memory, and outputs at some tokens only."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from titans_build.blocks.attention import Attention
 from titans_build.blocks.build import build_block
 from titans_build.blocks.memory import NeuralMemory
-from titans_build.blocks.segmented import forward_every, halves
+from titans_build.blocks.segmented import forward_every, split_memory
 
 DIM = 8
 
@@ -16,12 +16,12 @@ def make(**fields):
 
 
 def is_split(memory):
-    return halves(memory, 2).learn != memory
+    return split_memory(memory, 2).update != memory
 
 
 @pytest.mark.parametrize("fields", [{}, {"conv": 0}, {"use": "read"}, {"use": "write"}, {"gates": "chunk"}])
 @pytest.mark.parametrize("masked", [False, True])
-def test_halves_equal_read_and_forward(fields, masked):
+def test_parts_equal_read_and_forward(fields, masked):
     memory = make(**fields)
     torch.manual_seed(0)
     x = torch.randn(2, 11, DIM, dtype=torch.float64)
@@ -29,9 +29,9 @@ def test_halves_equal_read_and_forward(fields, masked):
     state = memory.write(torch.randn(2, 5, DIM, dtype=torch.float64), memory.init_state(2))
     y, after = memory(x, state, mask=mask)
     assert is_split(memory)
-    ask, recall, learn, output = halves(memory, 2)
-    torch.testing.assert_close(recall(ask(x), state), memory.read(x, state))
-    raw, learned = learn(x, state, mask=mask)
+    project, read, update, output = split_memory(memory, 2)
+    torch.testing.assert_close(read(project(x), state), memory.read(x, state))
+    raw, learned = update(x, state, mask=mask)
     got = output(raw, x)
     torch.testing.assert_close(got if mask is None else got * mask.unsqueeze(-1), y)
     torch.testing.assert_close(learned.memory.weights, after.memory.weights)
@@ -39,7 +39,7 @@ def test_halves_equal_read_and_forward(fields, masked):
 
 def test_a_single_piece_calls_the_memory():
     memory = make()
-    assert halves(memory, 1).learn == memory
+    assert split_memory(memory, 1).update == memory
 
 
 def hooked(memory):

@@ -126,7 +126,7 @@ def _describe(arguments: argparse.Namespace) -> int:
     fits = width is None or all(len(line) <= width for line in doc.splitlines())
     say_prose(*(doc.splitlines() if fits else paragraphs(doc)), "")
     if description.protocols:
-        say_prose(f"Can be used where a recipe needs: {', '.join(description.protocols)}", "")
+        say_prose(f"Usable as: {', '.join(description.protocols)}", "")
     if not description.fields:
         say("It has no fields.")
         return 0

@@ -49,7 +49,7 @@ def block_section(name: str) -> list[str]:
     if description.source != "titans_build":
         parts.append(f"From the package `{description.source}`.")
     if description.protocols:
-        parts.append(f"Can be used where a recipe needs a {' or a '.join(description.protocols)}.")
+        parts.append(f"Usable as: {', '.join(description.protocols)}.")
     return [*parts, _fields(description)]
 
 
