@@ -258,7 +258,11 @@ def prepare_step(
 
 
 def prepare_read(q: Tensor, shapes: Sequence[tuple[int, int]], activation: str, norm: Tensor | None) -> ReadPlan | None:
-    """The same for :func:`read_memory` with one query per row: a function of the weights."""
+    """Prepare repeated calls of :func:`read_memory` with one query per row.
+
+    The caller writes each new query into the same tensor ``q``. Returns a function of the weights, whose result is
+    overwritten by the next call; or ``None`` where a plan would save nothing.
+    """
     if can_prepare(q, norm):
         run = READ.choose(device="cpu", dtype=q.dtype, time=1, layers=len(shapes), plain=True, grad=False)
         if run is READ.backends["native_step"].run:
@@ -468,15 +472,15 @@ MEMORY = Operation(
 
 
 def _read_backend(
-    name: str, path: Callable[..., Tensor], refuse: Callable[..., str | None] = lambda **facts: None, **flags: bool
+    name: str, function: Callable[..., Tensor], refuse: Callable[..., str | None] = lambda **facts: None, **flags: bool
 ) -> Backend:
-    """``path`` takes queries in the weights' dtype. They are cast here, so that a compiled graph has ``q`` itself."""
+    """``function`` takes queries in the weights' dtype. Cast here, so that a compiled graph has ``q`` itself."""
 
     def run(q: Tensor, weights: tuple[Tensor, ...], activation: str, norm: Tensor | None, half: str | None) -> Tensor:
         compute = weights[0].dtype
         if q.dtype == compute:
-            return path(q, weights, activation, norm)
-        return path(q.to(compute), weights, activation, norm).to(q.dtype)
+            return function(q, weights, activation, norm)
+        return function(q.to(compute), weights, activation, norm).to(q.dtype)
 
     return Backend(name, run, refuse, **flags)
 

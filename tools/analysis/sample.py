@@ -1,4 +1,4 @@
-"""The text that is analysed: its tokens, their targets, and how each token reads."""
+"""The text that is analyzed: its tokens, their targets, and how each token reads."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ class MemoryCase:
             assert (a - b).abs().max().item() <= tolerance * scale if b.numel() else True
 
     def assert_agrees(self, **options):
-        """The fast backends against both oracles: outputs, final state, every gradient."""
+        """The fast backends against both references: outputs, final state, every gradient."""
         oracle = self.tensors(self.run(backend="reference", **options))
         oracle_grads = self.gradients(oracle)
         for backend in ("torch", "closed_form", *(["native"] if UNBUILT is None else [])):

@@ -60,7 +60,7 @@ def test_float32_is_as_close_as_float32_can_be(time, chunk, activation):
     )
     for x, oracle, expected in zip(got, narrow, exact, strict=True):
         assert x.dtype == torch.float32
-        # the gradient of alpha is a sum that cancels: there the oracle in float32 is off by up to 2e-5 itself
+        # the gradient of alpha is a sum that cancels: there the reference in float32 is off by up to 2e-5 itself
         assert error_ratio(x, expected) < max(1e-5, 2 * error_ratio(oracle, expected))
 
 

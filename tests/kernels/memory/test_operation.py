@@ -1,4 +1,4 @@
-"""The memory operation against both oracles, its laws of state, and its refusals."""
+"""The memory operation against both references, its laws of state, and its refusals."""
 
 import itertools
 

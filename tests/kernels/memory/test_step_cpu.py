@@ -1,4 +1,4 @@
-"""One token on the C kernels: the recurrence of the oracle, whatever the options, widths and strides."""
+"""One token on the C kernels: the recurrence of the reference, whatever the options, widths and strides."""
 
 import itertools
 

@@ -155,7 +155,7 @@ def test_what_is_not_a_number_is_not_held_back(memory_case, backend):
 @pytest.mark.parametrize("phases", [None, [3, 0, 2, 5]])
 @pytest.mark.parametrize("threshold", [None, 4.0])
 def test_measuring_is_what_the_recurrence_meets(memory_case, masked, phases, threshold):
-    """Against the surprise of every token at the anchor that the oracle's state has just before it."""
+    """Against the surprise of every token at the anchor that the reference's state has just before it."""
     from titans_build.kernels.memory.surprise import surprise_at
 
     mask = masks(4, 13) if masked else None

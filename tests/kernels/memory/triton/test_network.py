@@ -1,4 +1,4 @@
-"""The Triton memory in Triton's interpreter, forward and backward, against the per-token oracle."""
+"""The Triton memory in Triton's interpreter, forward and backward, against the per-token reference."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Reading at fixed weights on the Triton kernel, in Triton's interpreter, against the oracle."""
+"""Reading at fixed weights on the Triton kernel, in Triton's interpreter, against the reference."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Writing with the state in registers, forward and backward, in Triton's interpreter, against both oracles."""
+"""Writing with the state in registers, forward and backward, in Triton's interpreter, against both references."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""One token on the Triton kernel, in Triton's interpreter: the recurrence of both oracles, whatever the options."""
+"""One token on the Triton kernel, in Triton's interpreter: the recurrence of both references, whatever the options."""
 
 import itertools
 
