@@ -30,10 +30,11 @@ KEEP_BETWEEN = (4, 16)
 KEEP_LARGEST = 1024
 """Chunks that are recomputed together at most, whatever ``keep`` says: their work must fit too."""
 
-# the fields of `call` in cpu.c: batch .. kept_numbers, widths, q .. grad_y, gain .. kept; the doubles are clip
-# matrices are an address and two strides, for weights, momentum and anchor: before, end, grad_before, grad_end
+# The fields of `call` in cpu.c, one term each: batch to kept_numbers; widths; q to grad_y, each an address and three
+# strides; gain, grad_gain, phase, order, count and kept; before, end, grad_before and grad_end, each an address and two
+# strides for weights, momentum and anchor of every layer. The double is clip.
 _memory_run = Kernel("memory_run", 14 + LAYERS + 1 + 14 * 4 + 6 + 4 * 3 * LAYERS * 3, 1)
-# the fields of `call` in read_cpu.c: batch .. threads, widths, q .. grad_y, norm and grad_norm, weights and gradients
+# In read_cpu.c: batch to threads; widths; q, y, grad_q and grad_y; gain and grad_gain; weights and grad_weights.
 _read_run = Kernel("read_run", 7 + LAYERS + 1 + 4 * 4 + 2 + 2 * LAYERS * 3, 0)
 
 

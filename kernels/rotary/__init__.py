@@ -91,7 +91,7 @@ _tables_of_segment = functools.lru_cache(maxsize=8)(_tables_of_few.__wrapped__)
 def _tables(key: _Key, dtype: torch.dtype, position: Tensor) -> tuple[Tensor, Tensor]:
     """As :func:`tables`, for one position of each token."""
     d, base, device = key
-    # a constant takes no symbolic number: index and hex make a tracer specialise on values
+    # a constant takes no symbolic number: index and hex make a tracer specialize on values
     frequency, ahead = _fixed_point(operator.index(d), float.fromhex(base.hex()), device).unbind()
     phase = torch.addcmul(ahead, position[..., None], frequency)
     # the phase is exact and less than a turn: rounding it here costs an ulp at any position
