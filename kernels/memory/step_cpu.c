@@ -124,13 +124,13 @@ INLINE void update(int out, int in, int with_momentum, int after, real retain, r
             size_t row = (size_t)(o + r) * in;
             for (int i = 0; i < in; i += WIDTH) {
                 __builtin_prefetch(weights + row + AHEAD + i);
-                vec before = get_some(weights + row + i, in - i), surprise = get(input + i) * -error[o + r];
+                vec before = get_some(weights + row + i, in - i), moved = get(input + i) * -error[o + r];
                 if (with_momentum) {
                     __builtin_prefetch(momentum + row + AHEAD + i);
-                    surprise += get_some(momentum + row + i, in - i) * eta;
-                    put_some(new_momentum + row + i, surprise, in - i);
+                    moved += get_some(momentum + row + i, in - i) * eta;
+                    put_some(new_momentum + row + i, moved, in - i);
                 }
-                vec then = before * retain + surprise;
+                vec then = before * retain + moved;
                 put_some(new_weights + row + i, then, in - i);
                 total[r] += (after ? then : before) * get(x + i);
             }
@@ -176,7 +176,7 @@ static void step_one(const call *call, int64_t row, int64_t head, const work *wo
     if (call->gain.data)
         load(&call->gain, row, head, call->layer[top].out, work->gain);
     double norm = differentiate(call, row, head, call->position[row] % call->chunk == 0, work);
-    /* errors are half gradients */
+    /* error_l is half the gradient of the loss with respect to the output of layer l */
     double size = 2 * (double)*of(&call->theta, row, head);
     if (clip > 0 && 2 * norm > clip)
         size *= clip / (2 * norm);
