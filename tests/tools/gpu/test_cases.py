@@ -26,9 +26,11 @@ def facts_of(cases, monkeypatch):
     asked = {}
     choose = Operation.choose
 
-    def spy(self, backend="auto", **facts):
-        asked.setdefault(self.name, []).append(facts)
-        return choose(self, backend, **facts)
+    def spy(self, backend="auto", *tensors, **facts):
+        dtypes = {x.dtype for x in tensors if x is not None}
+        of_tensors = {"same": len(dtypes) == 1, "plain": True} if tensors else {}
+        asked.setdefault(self.name, []).append({**of_tensors, **facts})
+        return choose(self, backend, *tensors, **facts)
 
     monkeypatch.setattr(Operation, "choose", spy)
     for case in cases:
