@@ -156,6 +156,29 @@ class Adapted(Block):
                 if own[name] is tensor:
                     raise ValueError(f"{self.kind}: the function returned {name} of an earlier call: expected new ones")
                 own[name].copy_(tensor)
+        self._check_state_is_used()
+
+    def _check_state_is_used(self) -> None:
+        """Raise unless two calls give the outputs of one, where float32 on the CPU is what the module runs on."""
+        reference = next(self.inner.parameters(), None)
+        if self.declaration.state is None or reference is None or reference.dtype != torch.float32:
+            return
+        if not reference.is_cpu or self.refuse(reference.device) is not None:
+            return
+        training = [(module, module.training) for module in self.inner.modules()]
+        self.inner.eval()
+        x = torch.randn(1, 8, self.dim, generator=torch.Generator().manual_seed(0))
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            whole, _ = self(x)
+            y, state = self(x[:, :-1])
+            last, _ = self(x[:, -1:], state)
+        for module, mode in training:
+            module.training = mode
+        difference = (torch.cat([y, last], dim=1) - whole).abs().max()
+        if difference > 1e-3 * whole.abs().max():
+            reason = "8 tokens in two calls with its state have other outputs than in one call (largest difference"
+            hint = f"{float(difference):.1e}): check that the state reaches the module, in this version of its library"
+            raise Unavailable([Problem("", f"{self.kind}: {reason} {hint}")], "block")
 
     def flops(self, length: int) -> int:
         """The matrix products, and for each token and number of the state two multiply-adds: a read and a write."""
@@ -228,6 +251,23 @@ def import_package(module: str, distribution: str, install: str) -> Any:
         missing = isinstance(error, ModuleNotFoundError) and error.name in (module.partition(".")[0], module)
         problem = "which is not installed" if missing else f"which cannot be imported ({error})"
         raise ImportError(f"needs {distribution}, {problem}: pip install '{install}'") from error
+
+
+@functools.cache
+def cache_argument(forward: Callable[..., Any]) -> str:
+    """The name of the argument of ``forward``, a method, that takes a cache. It differs between versions of libraries.
+
+    Raises ``ImportError`` if it has none of the known names: the module would run without its state.
+    """
+    known = ("cache", "past_key_values", "cache_params", "inference_params")
+    parameters = inspect.signature(forward).parameters
+    found = next((name for name in known if name in parameters), None)
+    if found is None:
+        raise ImportError(
+            f"{forward.__qualname__} ({forward.__module__}) takes {', '.join(list(parameters)[1:])}: expected a cache "
+            f"under one of the names {', '.join(known)}; install another version of {forward.__module__.split('.')[0]}"
+        )
+    return found
 
 
 def adapt(

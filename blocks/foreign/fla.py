@@ -7,6 +7,7 @@ the library can be adapted with ``layer``, ``zeros``, ``run`` and ``refuse``.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import warnings
@@ -17,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from .adapter import adapt, import_package
+from .adapter import adapt, cache_argument, import_package
 
 Tensors: TypeAlias = "Tensor | tuple[Tensor, ...] | None"
 
@@ -60,6 +61,7 @@ def layer(name: str, dim: int, **fields: Any) -> nn.Module:
         cls = getattr(layers, name, None)
         if cls is None:
             raise ImportError(f"needs a flash-linear-attention that has {name}: pip install -U 'titans-build[fla]'")
+        cache_argument(cls.forward)
         created: nn.Module = cls(hidden_size=dim, layer_idx=0, **fields)
     return created
 
@@ -98,15 +100,45 @@ def run_with_stacked_states(layer: nn.Module, x: Tensor, state: LayerState) -> t
 
 
 def _call(layer: nn.Module, x: Tensor, cache: Cache) -> tuple[Tensor, LayerState]:
+    if x.is_cpu:
+        _interpret()
     # in evaluation mode some layers use kernels without a backward pass
     layer.train(torch.is_grad_enabled())
     try:
-        y = layer(x, past_key_values=cache, use_cache=True)[0]
+        y = layer(x, use_cache=True, **{cache_argument(type(layer).forward): cache})[0]
     except AssertionError as error:  # an unsupported dtype
         raise ValueError(f"{type(layer).__name__} of flash-linear-attention, given {x.dtype}: {error}") from error
     assert cache.entry is not None
     parts = (cache.entry["recurrent_state"], cache.entry.get("conv_state"))
     return y, LayerState(*(tuple(part) if isinstance(part, list) else part for part in parts))
+
+
+@functools.cache
+def _interpret() -> None:
+    """Activate a driver for Triton's interpreter: the autotuner asks for one, and a CPU has none.
+
+    It times no kernel, so that the autotuner chooses the first of its configurations.
+    """
+    from triton.backends.driver import DriverBase
+    from triton.runtime import driver
+
+    class Interpreter(DriverBase):
+        @classmethod
+        def is_active(cls) -> bool:
+            return False  # not to be chosen by Triton
+
+        def get_benchmarker(self) -> Any:
+            return lambda kernel_call, quantiles, **_: [0.0 for _ in quantiles]
+
+        def get_current_target(self) -> Any:
+            raise RuntimeError("the kernels are not interpreted: set TRITON_INTERPRET=1 before Python starts")
+
+        get_current_device = get_active_torch_device = map_python_to_cpp_type = get_current_target
+
+    try:
+        _ = driver.active
+    except RuntimeError:  # no GPU
+        driver.set_active(Interpreter())
 
 
 def zeros(layer: Any, rows: int, *recurrent: tuple[int, ...]) -> LayerState:

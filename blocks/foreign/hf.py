@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from .adapter import adapt, import_package
+from .adapter import adapt, cache_argument, import_package
 
 INSTALL = "titans-build[hf]"
 
@@ -63,15 +63,16 @@ class Cache:
 def run(mixer: Any, x: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
     """Run a mixer on ``x`` [batch, time, dim] after ``state``, which may be modified."""
     cache = Cache(state)
+    named = {cache_argument(type(mixer).forward): cache}
     if x.shape[1] > 1 or not torch.is_grad_enabled():
-        return mixer(x, cache_params=cache), MixerState(cache.convolution, cache.recurrent)
+        return mixer(x, **named), MixerState(cache.convolution, cache.recurrent)
 
     def copy_state(tensor: Tensor) -> Tensor:
         return tensor.clone() if tensor.data_ptr() == state.recurrent.data_ptr() else tensor
 
     # with a single token the state is modified in place, and backward needs the one before
     with torch.autograd.graph.saved_tensors_hooks(copy_state, lambda tensor: tensor):
-        y = mixer(x, cache_params=cache)
+        y = mixer(x, **named)
     return y, MixerState(cache.convolution, cache.recurrent)
 
 
@@ -86,7 +87,7 @@ def _state(convolution: nn.Conv1d, rows: int, recurrent: tuple[int, ...]) -> Mix
 def mixer(model: str, name: str, **config: Any) -> nn.Module:
     """Create the mixer class ``name`` of the model type ``model``, initialized as in a model with one layer.
 
-    Raises ``ImportError`` if transformers is not installed or does not have the model.
+    Raises ``ImportError`` if transformers is not installed, does not have the model, or has a mixer without a cache.
     """
     # not with AutoConfig, where flash-linear-attention replaces some models by its own
     configurations = _module(f"{model}.configuration_{model}")
@@ -125,6 +126,7 @@ def _on_any_device(model: str, name: str) -> Any:
     """
     modeling = _module(f"{model}.modeling_{model}")
     base: Any = getattr(modeling, name)
+    cache_argument(base.forward)
     spec = importlib.util.find_spec(modeling.__name__)
     assert spec is not None and spec.loader is not None
     copy = importlib.util.module_from_spec(spec)
@@ -135,6 +137,7 @@ def _on_any_device(model: str, name: str) -> Any:
     in_pytorch = getattr(copy, name)
 
     class Mixer(base):
+        @functools.wraps(base.forward)
         def forward(self, hidden_states: Tensor, **given: Any) -> Any:
             cls = in_pytorch if hidden_states.is_cpu else base
             return cls.forward(self, hidden_states, **given)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
+import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -41,15 +43,6 @@ def defined() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         importlib.import_module("fla.layers")
-
-
-@pytest.fixture
-def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels use their first configuration, without timing them in the interpreter."""
-    if DEVICE == "cpu":
-        from triton.runtime.autotuner import Autotuner
-
-        monkeypatch.setattr(Autotuner, "do_bench", property(lambda self: lambda call, quantiles: [0.0] * 3))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -102,7 +95,6 @@ def test_invalid_fields_are_errors_of_the_recipe(block: dict[str, Any], message:
         tb.load_recipe(recipe(block))
 
 
-@pytest.mark.usefixtures("untimed")
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in EVERYDAY else SLOW) for n in NAMES])
 def test_split_and_padded_rows_equal_single_rows(name: str) -> None:
     """Two pieces. The first has left, right and inner padding, so that the rows are at different positions after it."""
@@ -125,7 +117,6 @@ def test_split_and_padded_rows_equal_single_rows(name: str) -> None:
 
 
 @SLOW
-@pytest.mark.usefixtures("untimed")
 # gated_deltaproduct does not support float32, and the interpreter does not run it in bfloat16
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "fla_gated_deltaproduct"])
 def test_laws_without_gradients(name: str) -> None:
@@ -134,11 +125,23 @@ def test_laws_without_gradients(name: str) -> None:
     tb.check_block(small(name), dim=32, dtype=torch.float32, laws=laws, length=6, cuts=2, device=DEVICE)
 
 
-@pytest.mark.usefixtures("untimed")
 def test_an_unsupported_dtype_is_an_error() -> None:
     block = tb.build_block(small("fla_gated_deltaproduct"), dim=32, device=DEVICE)
     with pytest.raises(ValueError, match=r"GatedDeltaProduct.* torch.float32: .*float32"):
         block(torch.randn(1, 3, 32, device=DEVICE))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
+def test_kernels_that_are_defined_without_the_interpreter_are_an_error(tmp_path: Path) -> None:
+    script = tmp_path / "late.py"
+    script.write_text(
+        "import os, fla.layers, titans_build as tb\n"
+        "os.environ['TRITON_INTERPRET'] = '1'\n"
+        "tb.build_block({'type': 'fla_gla', 'heads': 2}, dim=32)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
+    assert done.stderr.endswith("the kernels are not interpreted: set TRITON_INTERPRET=1 before Python starts\n")
 
 
 def projected(layer: Any, x: Tensor, which: str, width: int) -> Tensor:
@@ -149,7 +152,6 @@ def projected(layer: Any, x: Tensor, which: str, width: int) -> Tensor:
     return F.silu(y).transpose(1, 2).unflatten(-1, (-1, width))
 
 
-@pytest.mark.usefixtures("untimed")
 def test_gated_deltanet_against_the_reference_of_the_library(fla_reference: Callable[[str], ModuleType]) -> None:
     torch.manual_seed(0)
     block = tb.build_block({**small("fla_gated_deltanet"), "expand_v": 0.5}, dim=32, device=DEVICE)

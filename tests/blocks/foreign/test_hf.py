@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 from transformers import DynamicCache, Mamba2Config
+from transformers.models.mamba.modeling_mamba import MambaMixer
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 import titans_build as tb
+from titans_build.blocks.foreign import hf
+from titans_build.blocks.foreign.adapter import cache_argument
 from titans_build.blocks.laws import LAWS
 from titans_build.blocks.state import named_tensors
 
@@ -64,7 +67,7 @@ def test_mamba2_against_transformers_with_its_own_cache() -> None:
     cache, state, x = DynamicCache(config=config), None, torch.randn(2, 12, 16)
     with torch.no_grad():
         for piece in x.split([5, 1, 1, 4, 1], dim=1):
-            expected = mixer(piece, cache_params=cache)
+            expected = mixer(piece, **{cache_argument(Mamba2Mixer.forward): cache})
             y, state = block(piece, state)
             torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
     layer = cache.layers[0]
@@ -127,3 +130,15 @@ def test_mixer_in_a_packaged_recipe() -> None:
     names = [name for name, _ in named_tensors(whole.state)]
     assert "layers.0.0.carried.recurrent" in names
     assert isinstance(model.layers[0].blocks[0].inner.conv1d, torch.nn.Conv1d)
+
+
+def test_a_mixer_whose_cache_has_an_unknown_name_is_an_error_when_created(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(self: Any, hidden_states: torch.Tensor, memory: Any = None, **kwargs: Any) -> torch.Tensor:
+        return hidden_states
+
+    monkeypatch.setattr(MambaMixer, "forward", forward)
+    with pytest.raises(
+        ImportError,
+        match="takes hidden_states, memory, kwargs: expected a cache under one of the names cache, past_key",
+    ):
+        hf.mixer("mamba", "MambaMixer", hidden_size=8)
