@@ -8,7 +8,7 @@ compiler's OpenMP is not the one PyTorch has loaded; kernels for a few tokens ha
 (``thread_pool.h``). Where there is no compiler, operations run on their PyTorch backends.
 
 Environment: ``CC`` names the compiler (default: the first of cc, gcc and clang); ``TITANS_BUILD_CACHE`` the cache's
-folder (default: ``titans-build`` in the user's cache folder).
+folder (default: ``titans-build`` in the user's cache folder), which has to be writable by its owner alone.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shlex
 import shutil
+import signal
+import struct
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
+import time
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,9 @@ _ONE_THREAD = "static inline int omp_get_thread_num(void) { return 0; }\n"
 _TEXT: dict[str, Any] = {"text": True, "errors": "replace"}  # compilers write in any language and encoding
 BITS = {torch.float32: (32, 32), torch.float64: (64, 64), torch.bfloat16: (32, 16)}
 """Bits of the numbers, and of the operands of products. ``torch.bfloat16``: float32 tensors, bfloat16 operands."""
+
+SECONDS = 180
+"""For which a compiler may take to build a library; it takes 5 to 20."""
 
 _log = logging.getLogger(__name__)
 
@@ -78,35 +84,61 @@ def _missing(dtype: torch.dtype) -> str | None:
 @functools.cache
 def _library(dtype: torch.dtype) -> ctypes.CDLL | str:
     """The library, or why there is none; looked for once in a process."""
+    try:
+        return load(dtype)
+    except NotBuilt as error:
+        return str(error)
+
+
+def load(dtype: torch.dtype) -> ctypes.CDLL:
+    """The library from the cache, or built and put into it. Raises :class:`NotBuilt`, after a warning if one failed."""
     compiler = _compiler()
     if compiler is None:
         named = os.environ.get("CC")
         if named:
-            return f"needs a C compiler: CC names {named!r}, which is not there"
-        return "needs a C compiler: install gcc or clang, or name one in CC"
-    reasons = []
+            raise NotBuilt(f"needs a C compiler: CC names {named!r}, which is not there")
+        raise NotBuilt("needs a C compiler: install gcc or clang, or name one in CC")
+    reasons: list[str] = []
     for threads in (True, False):
         try:
-            found = _loaded(_built(compiler, *BITS[dtype], threads))
-        except _Failed as error:
-            _log.debug("the C kernels: %s", error)
-            reasons.append(str(error))
-            continue
-        if reasons:  # an OpenMP that PyTorch has not loaded (clang's), or a compiler without OpenMP
-            _log.warning("the CPU kernels run on one thread, not on PyTorch's: with threads they %s", reasons[0])
-        return found
-    return f"{reasons[0]}; TITANS_BUILD_CACHE names another folder, CC another compiler"
+            found = _found_or_built(compiler, *BITS[dtype], threads)
+        except subprocess.TimeoutExpired:
+            reasons.insert(0, f"could not be built by {shlex.join(compiler)}: it takes too long")
+            break
+        except (OSError, subprocess.SubprocessError) as error:
+            said = (getattr(error, "stderr", None) or str(error)).strip()
+            first = said.splitlines()[0] if said else type(error).__name__
+            reasons.append(f"could not be built by {shlex.join(compiler)}: {first}")
+        except _Unusable as error:
+            reasons.append(f"were built but cannot be loaded: {error}")
+        else:
+            if reasons:  # an OpenMP that PyTorch has not loaded (clang's), or a compiler without OpenMP
+                _log.warning("the CPU kernels run on one thread, not on PyTorch's: with threads they %s", reasons[0])
+            return found
+    cache.warn_once(f"the CPU kernels {reasons[0]}; operations run on slower backends")
+    raise NotBuilt(f"{reasons[0]}; TITANS_BUILD_CACHE names another folder, CC another compiler")
 
 
-class _Failed(Exception):
-    """Why building or loading failed; the message continues a sentence that begins with "the kernels"."""
+class _Unusable(Exception):
+    """Why a library cannot be used."""
 
 
-def _loaded(path: Path) -> ctypes.CDLL:
+def _opened(path: Path, functions: list[str]) -> ctypes.CDLL:
+    with path.open("rb") as file:
+        header = file.read(64)
+        if header[:5] == b"\x7fELF\x02" and len(header) == 64:
+            # linkers write the table of sections last; a process that loads a file cut short is killed
+            (table,), (size, sections) = struct.unpack_from("Q", header, 40), struct.unpack_from("HH", header, 58)
+            if table + size * sections > file.seek(0, os.SEEK_END):
+                raise _Unusable("a part of the file is missing")
     try:
-        return ctypes.CDLL(str(path))
+        opened = ctypes.CDLL(str(path))
     except OSError as error:  # such as a folder mounted without the permission to execute
-        raise _Failed(f"were built but cannot be loaded: {error}") from None
+        raise _Unusable(str(error)) from None
+    missing = [name for name in functions if not hasattr(opened, name)]
+    if missing:
+        raise _Unusable(f"it has no {', '.join(missing)}")
+    return opened
 
 
 def _compiler() -> list[str] | None:
@@ -121,49 +153,74 @@ def _compiler() -> list[str] | None:
     return [found] if found else None
 
 
-def _built(compiler: list[str], bits: int, operand: int, threads: bool) -> Path:
-    """The path of the library, compiled if it is not in the cache. Raises :class:`_Failed`."""
-    try:
-        return _build(compiler, bits, operand, threads)
-    except (OSError, subprocess.SubprocessError) as error:
-        said = (getattr(error, "stderr", None) or str(error)).strip()
-        first = said.splitlines()[0] if said else type(error).__name__
-        raise _Failed(f"could not be built by {shlex.join(compiler)}: {first}") from None
-
-
-def _build(compiler: list[str], bits: int, operand: int, threads: bool) -> Path:
+def _found_or_built(compiler: list[str], bits: int, operand: int, threads: bool) -> ctypes.CDLL:
     here = Path(__file__).parents[1]
     sources = sorted([*here.rglob("*.c"), *here.rglob("*.h")])
     flags = [*FLAGS, "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"]
     flags += ["-fopenmp"] if threads else []
-    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, **_TEXT).stdout
+    version = _run([[*compiler, "--version"]], SECONDS / 6)
     texts = [f"{s.relative_to(here)}\0{s.read_text()}" for s in sources] + ([] if threads else [_ONE_THREAD])
+    functions = re.findall(r"^(?:int|void) (\w+)\(", "\n".join(texts), re.MULTILINE)
     made_from = "\0".join([version, _processor(), *flags, *texts])
     name = f"kernels-{bits}-{operand}-{hashlib.sha256(made_from.encode()).hexdigest()[:20]}.so"
-    target = cache.folder() / name
-    if cache.found(target):
-        return target
+    found = cache.find(name)
+    if found is not None:
+        return _opened(found, functions)
     what = f"float{bits}" + (f" with bfloat{operand} operands" if operand < bits else "")
     _log.warning("building the CPU kernels for %s with %s (once; a few seconds)", what, compiler[0])
-    with cache.adding(target) as made:
+    with cache.adding(cache.folder() / name) as made:
         scratch = made.parent
         if not threads:
             (scratch / "omp.h").write_text(_ONE_THREAD)
             flags += ["-I", str(scratch)]
-
-        def compiled(source: Path) -> str:
-            output = str(scratch / f"{'-'.join(source.relative_to(here).with_suffix('').parts)}.o")
-            defined = ["-I", str(here), f"-DREAL={bits}", f"-DOPERAND={operand}"]
-            command = [*compiler, *flags, *defined, "-c", str(source), "-o", output]
-            subprocess.run(command, capture_output=True, check=True, **_TEXT)
-            return output
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(compiled, [source for source in sources if source.suffix == ".c"]))
+        objects = {
+            str(scratch / f"{'-'.join(source.relative_to(here).with_suffix('').parts)}.o"): str(source)
+            for source in sources
+            if source.suffix == ".c"
+        }
+        common = [*compiler, *flags, "-I", str(here), f"-DREAL={bits}", f"-DOPERAND={operand}", "-c"]
+        _run([[*common, source, "-o", output] for output, source in objects.items()], SECONDS)
         # no -fopenmp here: its functions come from the library that PyTorch has loaded, and so do its threads
-        link = [*compiler, "-shared", "-pthread", *objects, "-lm", "-o", str(made)]
-        subprocess.run(link, capture_output=True, check=True, **_TEXT)
-    return target
+        _run([[*compiler, "-shared", "-pthread", *objects, "-lm", "-o", str(made)]], SECONDS)
+        return _opened(made, functions)
+
+
+def _run(commands: list[list[str]], seconds: float) -> str:
+    """Run the commands, as many at a time as there are processors; what they print.
+
+    Where one fails, or they take longer than ``seconds``, those that still run are killed with all their children.
+    """
+    end, running, printed = time.monotonic() + seconds, list[subprocess.Popen[str]](), ""
+
+    def wait() -> str:
+        process = running[0]
+        output, errors = process.communicate(timeout=end - time.monotonic())
+        running.pop(0)
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, process.args, output, errors)
+        return output
+
+    try:
+        for command in commands:
+            if len(running) == (os.cpu_count() or 1):
+                printed += wait()
+            pipe = subprocess.PIPE
+            running.append(
+                subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, start_new_session=True, **_TEXT
+                )
+            )
+        while running:
+            printed += wait()
+    except BaseException:
+        for process in running:
+            if os.name == "posix":
+                os.killpg(process.pid, signal.SIGKILL)
+            else:
+                process.kill()
+            process.wait()
+        raise
+    return printed
 
 
 def _processor() -> str:
