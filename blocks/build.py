@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..registry import Problem, Spec, Unavailable, create
 from .block import Block
@@ -42,8 +42,11 @@ def materialize(module: nn.Module, device: torch.device | str, dtype: torch.dtyp
     Parameters are drawn in float32 on the CPU, so the same seed gives the same parameters for every ``device`` and
     ``dtype``. ``seed=None`` uses the global generator.
 
-    Raises ``RuntimeError`` for a parameter that no ``reset_parameters`` initializes, ``ValueError`` for an invalid
-    seed, and ``Unavailable`` if a block cannot run on ``device``.
+    Modules that are not blocks, such as ``nn.Linear``, are initialized by their own ``reset_parameters``, except for
+    what the block that contains them has set.
+
+    Raises ``RuntimeError`` for a parameter or buffer that no ``reset_parameters`` initializes, ``ValueError`` for an
+    invalid seed, and ``Unavailable`` if a block cannot run on ``device``.
     """
     check_seed(seed)
     refused = [child.refuse(torch.device(device)) for child in module.modules() if isinstance(child, Block)]
@@ -55,8 +58,7 @@ def materialize(module: nn.Module, device: torch.device | str, dtype: torch.dtyp
         module.float()  # the default dtype may have been another when it was created
     with torch.no_grad():
         for tensor in [*module.parameters(), *module.buffers()]:
-            if tensor.is_floating_point():
-                tensor.fill_(float("nan"))
+            _bytes_of_bool(tensor).fill_(_unset(tensor.dtype))
     devices: list[Any] = []
     owners: list[Any] = [child for child in module.modules() if isinstance(child, Block) or child is module]
     # on the CPU, although the default device may be another
@@ -65,12 +67,41 @@ def materialize(module: nn.Module, device: torch.device | str, dtype: torch.dtyp
             torch.manual_seed(seed)
         for owner in owners:
             owner.reset_parameters()
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if tensor.is_floating_point() and tensor.isnan().any():
-            raise RuntimeError(
-                f"{name} {list(tensor.shape)} was left uninitialized: set it in reset_parameters of its block"
-            )
+        for name, child in module.named_modules():
+            _initialize_rest(child, name, child in owners)
     module.to(device=device, dtype=dtype)
+
+
+def _initialize_rest(module: Any, name: str, reset: bool) -> None:
+    """Call ``reset_parameters`` of a module for its own tensors that are not set, unless it was called (``reset``)."""
+    own = dict([*module.named_parameters(name, recurse=False), *module.named_buffers(name, recurse=False)])
+    left = {name for name, tensor in own.items() if _is_unset(tensor)}
+    if left and not reset and hasattr(module, "reset_parameters"):
+        kept = {name: tensor.clone() for name, tensor in own.items() if name not in left}
+        module.reset_parameters()
+        for name, value in kept.items():
+            own[name].copy_(value)
+        left = {name for name in left if _is_unset(own[name])}
+    for name in sorted(left):
+        raise RuntimeError(
+            f"{name} {list(own[name].shape)} was left uninitialized: set it in reset_parameters of its block"
+        )
+
+
+def _unset(dtype: torch.dtype) -> float:
+    """The value that marks elements as not set: NaN, or for integers one that is not used otherwise."""
+    if dtype.is_floating_point or dtype.is_complex:
+        return float("nan")
+    return torch.iinfo(torch.uint8 if dtype == torch.bool else dtype).max // 3 * 2
+
+
+def _is_unset(tensor: Tensor) -> bool:
+    value = _unset(tensor.dtype)
+    return bool((tensor.isnan() if value != value else _bytes_of_bool(tensor) == value).any())
+
+
+def _bytes_of_bool(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
 
 
 def check_seed(seed: int | None) -> None:

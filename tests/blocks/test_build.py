@@ -6,7 +6,7 @@ from torch import nn
 
 from titans_build.blocks.block import Block, as_rows
 from titans_build.blocks.build import build_block, materialize
-from titans_build.blocks.laws import check_block
+from titans_build.blocks.laws import LawError, check_block
 from titans_build.registry import RecipeError, catalogue
 
 
@@ -78,15 +78,52 @@ def test_each_parameter_is_initialized_once_by_its_block():
     assert block.linear[0].weight.std() > 0
 
 
-def test_an_uninitialized_parameter_is_an_error():
+class OfModules(Block):
+    """Modules of torch, of which ``reset_parameters`` sets one weight."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self.scale = nn.Parameter(torch.empty(dim))
+        self.linear = nn.Sequential(nn.Linear(dim, dim), nn.GRU(dim, dim), nn.BatchNorm1d(dim))
+        self.out = nn.Linear(dim, dim)
+
+    def reset_parameters(self):
+        nn.init.ones_(self.scale)
+        nn.init.zeros_(self.out.weight)
+
+
+def test_modules_of_torch_are_initialized_by_themselves_unless_the_block_does_it():
+    with catalogue.scratch():
+        catalogue.register("of_modules")(OfModules)
+        block, again = build_block("of_modules", dim=8, seed=1), build_block("of_modules", dim=8, seed=1)
+    limit = 8**-0.5
+    for name in ("linear.0.weight", "linear.0.bias", "linear.1.weight_hh_l0", "out.bias"):
+        parameter = block.get_parameter(name)
+        assert 0 < parameter.abs().max() <= limit and torch.equal(parameter, again.get_parameter(name))
+    assert not block.out.weight.any() and block.linear[2].running_var.eq(1).all()
+    assert block.linear[2].num_batches_tracked == 0
+
+
+@pytest.mark.parametrize(
+    "values",
+    [torch.ones(8), torch.ones(8, 8, dtype=torch.bool).tril(), torch.arange(8), torch.ones(8, dtype=torch.complex64)],
+    ids=lambda values: str(values.dtype),
+)
+def test_an_uninitialized_parameter_or_buffer_is_an_error(values):
     class Forgets(Holder):
-        def reset_parameters(self):
-            nn.init.ones_(self.scale)
+        def __init__(self, dim: int) -> None:
+            super().__init__(dim)
+            if values.is_floating_point():
+                self.table = nn.Parameter(values)
+            else:
+                self.register_buffer("table", values)
 
     with catalogue.scratch():
         catalogue.register("forgets")(Forgets)
-        with pytest.raises(RuntimeError, match=r"linear.0.weight \[8, 8\] was left uninitialized"):
+        with pytest.raises(RuntimeError, match=r"table \[8.*\] was left uninitialized"):
             build_block("forgets", dim=8)
+        with pytest.raises(LawError, match="law 'meta': table"):
+            check_block("forgets", dim=8)
 
 
 def test_dtypes_by_name():
