@@ -14,13 +14,14 @@ except UsageError as error:
 from .cache import StateCache
 from .config import TitansBuildConfig
 from .loading import from_pretrained
-from .model import TitansBuildForCausalLM, TitansBuildModel, as_pretrained
+from .model import TitansBuildForCausalLM, TitansBuildForSequenceClassification, TitansBuildModel, as_pretrained
 from .tokenizer import byte_tokenizer
 
 __all__ = [
     "StateCache",
     "TitansBuildConfig",
     "TitansBuildForCausalLM",
+    "TitansBuildForSequenceClassification",
     "TitansBuildModel",
     "as_pretrained",
     "byte_tokenizer",

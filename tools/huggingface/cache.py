@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from torch import Tensor
 from transformers import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ...blocks.language_model import ModelState
 from ..swapping.cache import StateLayer
+
+CACHE = next(field.name for field in fields(BaseModelOutputWithPast) if field.name in ("cache", "past_key_values"))
+"""The name of the cache in outputs and in ``generate``: ``cache`` from transformers 5.24 on."""
 
 
 class StateCache(Cache):

@@ -22,7 +22,7 @@ class TitansBuildConfig(PreTrainedConfig):
     """
 
     model_type = "titans_build"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - transformers adds a list to it
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 - transformers adds a list to it
 
     recipe: Any = None
     recipe_overrides: dict[str, Any] | None = None

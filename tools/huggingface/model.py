@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationMixin,
+    PreTrainedModel,
+)
+from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from ...blocks.build import materialize
@@ -23,7 +30,8 @@ from ...recipes.build import assemble
 from ...recipes.saved_format import INDEX, list_differences
 from ...registry import show
 from ..training.train_step import activation_checkpointing
-from .cache import StateCache
+from .arguments import chosen_states, expect_one_document, given_cache, real_tokens
+from .cache import CACHE, StateCache
 from .config import TitansBuildConfig
 
 
@@ -43,38 +51,56 @@ class Embedding(nn.Module):
         return self._model[0].embed(tokens)
 
 
-class TitansBuildPreTrainedModel(PreTrainedModel):
-    """Base class. ``model`` is the ``LanguageModel`` inside.
+class Head(nn.Module):
+    """The head of a language model as a module, as transformers expects: [..., dim] -> [..., vocab]."""
 
-    ``config``: contains the recipe; parameters are drawn from torch's global generator. ``model``: a
-    ``LanguageModel`` of that recipe, in place of a new one.
-    """
+    bias = None
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self._model = (model,)
+
+    @property
+    def weight(self) -> Tensor | None:
+        """``[vocab, dim]``; that of the embedding where the recipe ties them."""
+        model = self._model[0]
+        return model.embedding if model.head is None else model.head
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self._model[0].predict(hidden)
+
+
+class TitansBuildPreTrainedModel(PreTrainedModel):
+    """Base class of the models below."""
 
     config_class = TitansBuildConfig
-    base_model_prefix = ""
+    base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
     _is_stateful = True
     _no_split_modules = frozenset({"Layer"})
-    _skip_keys_device_placement = frozenset({"past_key_values"})
+    _skip_keys_device_placement = frozenset({"cache", "past_key_values"})
 
-    def __init__(self, config: TitansBuildConfig, model: LanguageModel | None = None) -> None:
-        super().__init__(config)
+    def _hold(self, model: LanguageModel | None) -> None:
+        """Set ``model``, by default a new one of the recipe, its embedding, and the fingerprint that is saved."""
         if model is None:
-            model = assemble(config.checked())
+            model = assemble(self.config.checked())
             if torch.empty(0).is_meta:  # from_pretrained: values come from the files
                 model.to(dtype=torch.get_default_dtype())
             else:
                 materialize(model, "cpu", torch.get_default_dtype(), seed=None)
         self.model = model
         self.embed_tokens = Embedding(model)
-        device = torch.empty(0).device if torch.empty(0).is_meta else model.norm.gain.device
         # saved with the weights, to reject the weights of another recipe with equal shapes
-        self.register_buffer("fingerprint", torch.empty((), dtype=torch.int64, device=device))
+        self.register_buffer("fingerprint", torch.tensor(model.fingerprint.number, device=model.norm.gain.device))
         self.gradient_checkpointing = False
-        self._set_fingerprint()
         self.post_init()
+
+    @property
+    def _holder(self) -> TitansBuildPreTrainedModel:
+        """The module that holds the ``LanguageModel``: this one, or the one below a head."""
+        return self if isinstance(self.model, LanguageModel) else self.model
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -85,8 +111,11 @@ class TitansBuildPreTrainedModel(PreTrainedModel):
         output_loading_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("use_safetensors", True)
         result, info = super().from_pretrained(place, *args, output_loading_info=True, **kwargs)
-        expect_whole(info, str(place), f"the recipe {show(result.model.recipe.name or '')}")
-        if int(result.fingerprint) != result.model.fingerprint.number:
+        model, saved = result._holder, result.config.architectures or [cls.__name__]
+        # a classifier is made from a language model, or the other way around: the head of the one is new, or left out
+        strict = info if cls.__name__ in saved else {kind: _without_score(names) for kind, names in info.items()}
+        expect_whole(strict, str(place), f"the recipe {show(model.model.recipe.name or '')}")
+        if int(model.fingerprint) != model.model.fingerprint.number:
             raise StorageError(
                 f"{place}: these are the weights of another recipe than the one in config.json "
                 f"({result.config.fingerprint}), though all shapes are the same"
@@ -95,20 +124,24 @@ class TitansBuildPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As in transformers: recipe in ``config.json``, weights in safetensors. Modules to import are left out."""
-        self._set_fingerprint()
+        model = self._holder
+        model.fingerprint = torch.tensor(model.model.fingerprint.number)
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def get_input_embeddings(self) -> Any:
-        return self.embed_tokens if self.model.vocab is not None else None
+        return self._holder.embed_tokens if self.config.vocab_size is not None else None
 
     def set_input_embeddings(self, value: Any) -> None:
         raise ValueError("the embedding is part of the recipe: it cannot be replaced")
 
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
+        raise ValueError("the head is part of the recipe: it cannot be replaced")
+
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
         """Raises ``ValueError`` for a new number: the vocabulary is part of the recipe."""
-        if new_num_tokens not in (None, self.model.vocab):
+        if new_num_tokens not in (None, self.config.vocab_size):
             raise ValueError(
-                f"the vocabulary is part of the recipe: {self.model.vocab} ids, and not {new_num_tokens}; "
+                f"the vocabulary is part of the recipe: {self.config.vocab_size} ids, and not {new_num_tokens}; "
                 "build a model of another recipe"
             )
         return self.get_input_embeddings()
@@ -121,42 +154,75 @@ class TitansBuildPreTrainedModel(PreTrainedModel):
     ) -> None:
         if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
             raise ValueError("use_reentrant=True is not supported: it does not pass gradients through trees of tensors")
-        self.gradient_checkpointing = enable
-        self._checkpoint, self._every = gradient_checkpointing_func, every_n_layers
+        for model in (self, self.base_model):
+            model.gradient_checkpointing = enable
+            model._checkpoint, model._every = gradient_checkpointing_func, every_n_layers
 
-    def _read(
+
+class TitansBuildModel(TitansBuildPreTrainedModel):
+    """Returns hidden states: for recipes without a vocabulary, and below heads. ``model`` is the ``LanguageModel``.
+
+    ``config``: contains the recipe; parameters are drawn from torch's global generator. ``model``: a
+    ``LanguageModel`` of that recipe, in place of a new one.
+    """
+
+    def __init__(self, config: TitansBuildConfig, model: LanguageModel | None = None) -> None:
+        super().__init__(config)
+        self._hold(model)
+
+    @property
+    def base_model(self) -> Any:
+        return self
+
+    def forward(
         self,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        past_key_values: Any,
-        inputs_embeds: Tensor | None,
-        use_cache: bool | None,
-    ) -> tuple[Tensor, Tensor | None, StateCache | None]:
-        """Hidden states ``[batch, time, dim]``, the mask of real tokens, and the cache, which has read them."""
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: StateCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
+        return_dict: bool | None = None,
+        cache: StateCache | None = None,
+        **documents: Any,
+    ) -> Any:
+        """``last_hidden_state`` [batch, time, dim], normalized; arguments as of ``TitansBuildForCausalLM``."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids [batch, time] or inputs_embeds [batch, time, dim], and not both")
-        cache = past_key_values
-        if cache is not None and not isinstance(cache, StateCache):
-            kind = type(cache).__name__
-            raise TypeError(f"past_key_values: expected the cache of a titans-build model (StateCache), got {kind}")
+        if self.config.output_attentions if output_attentions is None else output_attentions:
+            raise ValueError("output_attentions: a recipe model returns no attention weights")
+        cache = given_cache(cache, past_key_values)
         if cache is None and (self.config.use_cache if use_cache is None else use_cache):
             cache = StateCache()
         x = self.embed_tokens(input_ids) if inputs_embeds is None else self._check_embeddings(inputs_embeds)
         rows, time, _ = x.shape
-        mask = real_tokens(attention_mask, rows, time, 0 if cache is None else cache.length)
+        before = 0 if cache is None else cache.length
+        mask = real_tokens(attention_mask, rows, time, before)
         if mask is not None:
             self.model.check_mask(mask, (rows, time))
+        expect_one_document(position_ids, documents, mask, (rows, time), before)
         state = None if cache is None else cache.state
         if state is not None:
             self.model.check_state(state, rows)
             state = trainable(state) if torch.is_grad_enabled() else state
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        hidden_states = [x]
         with contextlib.ExitStack() as stack:
-            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            if wanted or not isinstance(wanted, bool):
+                for layer in self.model.layers:
+                    keep = layer.register_forward_hook(lambda _, args, output: hidden_states.append(output[0]))
+                    stack.callback(keep.remove)
+            if self.gradient_checkpointing and self.model.training and torch.is_grad_enabled():
                 stack.enter_context(activation_checkpointing(self.model, self._checkpoint, self._every))
             hidden, state = self.model.run(x, state, mask)
         if cache is not None:
             cache.read(state, time)
-        return hidden, mask, cache
+        output = BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE: cache})
+        if len(hidden_states) > 1:  # the last is normalized, as in transformers
+            output.hidden_states = chosen_states([*hidden_states[:-1], hidden], wanted)
+        return output if return_dict is not False else output.to_tuple()
 
     def _check_embeddings(self, embeddings: Tensor) -> Tensor:
         dtype = self.model.norm.gain.dtype
@@ -166,72 +232,87 @@ class TitansBuildPreTrainedModel(PreTrainedModel):
             raise TypeError(f"inputs_embeds: expected {dtype}, as the model's parameters are, got {embeddings.dtype}")
         return embeddings
 
-    def _set_fingerprint(self) -> None:
-        if not self.fingerprint.is_meta:
-            self.fingerprint.fill_(self.model.fingerprint.number)
-
-
-class TitansBuildModel(TitansBuildPreTrainedModel):
-    """Returns hidden states: for recipes without a vocabulary, and for custom heads."""
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        past_key_values: StateCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> Any:
-        """``last_hidden_state`` [batch, time, dim], normalized; arguments as of ``TitansBuildForCausalLM``."""
-        hidden, _, cache = self._read(input_ids, attention_mask, past_key_values, inputs_embeds, use_cache)
-        output = BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
-        return output if return_dict is not False else output.to_tuple()
-
 
 class TitansBuildForCausalLM(TitansBuildPreTrainedModel, GenerationMixin):
     """A language model of a recipe with all of ``generate``: greedy, sampling, beams, streamers.
 
-    Assisted generation is not supported, because a memory cannot be rolled back.
+    ``model`` is the ``LanguageModel``, and ``base_model`` a ``TitansBuildModel`` with the same parameters. Assisted
+    generation is not supported, because a memory cannot be rolled back.
     """
 
     def __init__(self, config: TitansBuildConfig, model: LanguageModel | None = None) -> None:
-        super().__init__(config, model)
-        if self.model.vocab is None:
+        super().__init__(config)
+        base = TitansBuildModel(config, model)
+        if base.model.vocab is None:
             raise ValueError("a recipe without vocab has no logits: TitansBuildModel is the class for it")
+        self._base = (base,)  # not a child: its parameters are those of model
+        self._hold(base.model)
+        self.embed_tokens = base.embed_tokens
+        self.lm_head = Head(base.model)
+
+    @property
+    def base_model(self) -> Any:
+        return self._base[0]
 
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: StateCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
+        cache: StateCache | None = None,
+        **documents: Any,
     ) -> Any:
         """Read ``input_ids`` [batch, time] int64, or ``inputs_embeds`` [batch, time, dim].
 
         ``attention_mask`` [batch, time], or [batch, before + time] where the cache has read ``before`` tokens: 0 at
-        padding, which may be on either side. ``past_key_values``: the call continues from it, and adds these tokens to
-        it. ``labels`` [batch, time]: the tokens themselves, shifted here; -100 does not count.
-        ``logits_to_keep``: of how many last tokens logits are wanted (0: all), or of which.
+        padding, which may be anywhere, and else 1. ``cache``, or ``past_key_values``: the call continues from it, and
+        adds these tokens to it. ``labels`` [batch, time]: the tokens themselves, shifted here; -100 does not count.
+        ``logits_to_keep``: of how many last tokens logits are wanted (0: all), or of which. ``output_hidden_states``:
+        also the inputs of the first layer and the outputs of each, the last of them normalized, or those of these
+        numbers. ``position_ids`` and ``documents`` (``cu_seq_lens_q``, ``seq_idx`` ...): of one document in each row.
 
-        Raises ``TypeError`` or ``ValueError`` for a cache of another model, and for wrong shapes and ids.
+        Raises ``TypeError`` or ``ValueError`` for a cache of another model, for wrong shapes and ids, and for several
+        documents in a row.
         """
-        hidden, mask, cache = self._read(input_ids, attention_mask, past_key_values, inputs_embeds, use_cache)
+        read = self.base_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            cache=cache,
+            **documents,
+        )
+        hidden = read.last_hidden_state
         kept: Any = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         loss = None
         if labels is not None:
-            self.model.check_targets(labels, (hidden.shape[0], hidden.shape[1]), "labels")
-            logits = self.model.predict(hidden)
+            rows, time, _ = hidden.shape
+            self.model.check_targets(labels, (rows, time), "labels")
+            logits = self.lm_head(hidden)
+            mask = real_tokens(attention_mask, rows, time)
             loss = next_token_loss(logits, labels, mask, num_items_in_batch)
             logits = logits[:, kept]
         else:
-            logits = self.model.predict(hidden[:, kept])
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+            logits = self.lm_head(hidden[:, kept])
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            hidden_states=read.hidden_states,
+            **{CACHE: read.get(CACHE, None)},
+        )
         return output if return_dict is not False else output.to_tuple()
 
     def _prepare_cache_for_generation(
@@ -242,8 +323,27 @@ class TitansBuildForCausalLM(TitansBuildPreTrainedModel, GenerationMixin):
                 f"cache_implementation={generation_config.cache_implementation!r}: a titans-build model carries a "
                 "state, which has one implementation"
             )
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = StateCache()
+        given = given_cache(model_kwargs.pop("cache", None), model_kwargs.pop("past_key_values", None))
+        if given is not None or generation_config.use_cache:
+            model_kwargs[CACHE] = StateCache() if given is None else given
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises ``NotImplementedError``. ``generate_batch`` calls it."""
+        raise NotImplementedError(
+            "continuous batching packs requests into one row and keeps their keys and values in pages: a recipe model "
+            "carries a state instead; use generate with a padded batch and attention_mask"
+        )
+
+
+class TitansBuildForSequenceClassification(GenericForSequenceClassification, TitansBuildPreTrainedModel):
+    """A linear layer over the hidden state of each row's last token, as in transformers: for rewards and classes.
+
+    ``model`` is a ``TitansBuildModel``.
+    """
+
+    def _init_weights(self, module: Any) -> None:
+        if module is self.score:
+            torch.nn.init.normal_(module.weight, std=0.02)
 
 
 def as_pretrained(model: LanguageModel) -> TitansBuildModel | TitansBuildForCausalLM:
@@ -263,32 +363,23 @@ def is_saved_model(place: Path) -> bool:
     return (place / INDEX).is_file() and not (place / "config.json").exists()
 
 
-def real_tokens(attention_mask: Tensor | None, rows: int, time: int, before: int) -> Tensor | None:
-    """``[rows, time]`` bool, true at real tokens, from ``[rows, time]`` or ``[rows, before + time]``, 0 at padding.
-
-    Raises ``ValueError`` for other shapes.
-    """
-    if attention_mask is None:
-        return None
-    shapes = {(rows, time), (rows, before + time)}
-    if tuple(attention_mask.shape) not in shapes:
-        expected = " or ".join(str(list(shape)) for shape in sorted(shapes))
-        raise ValueError(f"attention_mask: expected {expected}, 0 at padding, got {list(attention_mask.shape)}")
-    return attention_mask[:, attention_mask.shape[1] - time :] != 0
-
-
 def next_token_loss(
     logits: Tensor, labels: Tensor, mask: Tensor | None = None, count: Tensor | int | None = None
 ) -> Tensor:
     """Mean cross-entropy (nats) of ``labels`` [batch, time] int64 by the ``logits`` [batch, time, vocab] before each.
 
-    Labels are aligned with their own tokens, as in transformers, and are shifted here. -100 does not count, nor does
-    what follows a token where ``mask`` [batch, time] is false: a padded row has the loss of the row alone. ``count``:
-    what to divide the sum by, where it is over more than this batch; by default the labels that count.
+    Labels are aligned with their own tokens, as in transformers, and are shifted here, over padding, where ``mask``
+    [batch, time] is false: a padded row has the loss of the row alone, whatever its labels at padding. -100 does not
+    count. ``count``: what to divide the sum by, where it is over more than this batch; by default the labels that
+    count.
     """
-    targets = pad(labels[:, 1:], (0, 1), value=IGNORED)
-    if mask is not None:
-        targets = targets.masked_fill(~mask, IGNORED)
+    if mask is None:
+        targets = pad(labels[:, 1:], (0, 1), value=IGNORED)
+    else:
+        time = labels.shape[1]
+        places = torch.where(mask, torch.arange(time, device=mask.device), time)
+        following = pad(places[:, 1:].flip(-1).cummin(-1).values.flip(-1), (0, 1), value=time)
+        targets = pad(labels, (0, 1), value=IGNORED).gather(1, following).masked_fill(~mask, IGNORED)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     total = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
     if count is None:
@@ -308,5 +399,11 @@ def expect_whole(info: Mapping[str, Any], place: str, what: str) -> None:
         raise StorageError(f"{place}: the weights do not fit {what}: {list_differences(wrong)}")
 
 
+def _without_score(names: Any) -> Any:
+    """Without the names of a classifier's head."""
+    return [name for name in names if not str(name[0] if isinstance(name, tuple) else name).startswith("score.")]
+
+
 AutoModel.register(TitansBuildConfig, TitansBuildModel, exist_ok=True)
 AutoModelForCausalLM.register(TitansBuildConfig, TitansBuildForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(TitansBuildConfig, TitansBuildForSequenceClassification, exist_ok=True)
