@@ -10,6 +10,9 @@ from transformers import AutoConfig, PreTrainedConfig
 from ...recipes import Recipe, StorageError, load_recipe
 from ...registry import show
 
+READ_FROM_RECIPE = ("vocab_size", "hidden_size", "num_hidden_layers", "tie_word_embeddings")
+"""Properties of a configuration, which its files contain for other readers."""
+
 
 class TitansBuildConfig(PreTrainedConfig):
     """``TitansBuildConfig(recipe=...)``: whatever ``load_recipe`` takes. It is kept and saved as plain data.
@@ -54,10 +57,13 @@ class TitansBuildConfig(PreTrainedConfig):
                 )
             self.recipe_overrides = {**(self.recipe_overrides or {}), **checked.overrides}
             self.recipe, self.fingerprint = checked.to_dict(), checked.fingerprint
-        # properties here, and values in files
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "tie_word_embeddings"):
+        for name in READ_FROM_RECIPE:
             kwargs.pop(name, None)
         super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, with what is read from the recipe: PEFT and other readers look for it there."""
+        return {**super().to_dict(), **{name: getattr(self, name) for name in READ_FROM_RECIPE}}
 
     def checked(self) -> Recipe:
         """The recipe, as ``build`` takes it. Raises ``ValueError`` if there is none."""
@@ -72,6 +78,10 @@ class TitansBuildConfig(PreTrainedConfig):
     @property
     def hidden_size(self) -> int | None:
         return None if self.recipe is None else self.recipe["dim"]
+
+    @property
+    def tie_word_embeddings(self) -> bool:
+        return bool(self.recipe) and bool(self.recipe.get("tie"))
 
     @property
     def num_hidden_layers(self) -> int | None:

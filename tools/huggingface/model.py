@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,12 +36,27 @@ from .cache import CACHE, StateCache
 from .config import TitansBuildConfig
 
 
-class Embedding(nn.Module):
-    """The embedding of a language model as a module, as transformers expects: [batch, time] -> [batch, time, dim]."""
+class _Part(nn.Module):
+    """A view of parameters that the language model registers, as a module."""
 
     def __init__(self, model: LanguageModel) -> None:
         super().__init__()
-        self._model = (model,)  # not a child: the model registers its own parameters
+        self._model = (model,)  # not a child
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Part:
+        if id(self._model[0]) not in memo:
+            raise ValueError(
+                f"{type(self).__name__}: has no parameters of its own, so it is copied with its model only; PEFT's "
+                "modules_to_save cannot train it: set requires_grad of model.get_input_embeddings().weight or "
+                "model.get_output_embeddings().weight, and save the whole model"
+            )
+        made = type(self).__new__(type(self))
+        vars(made).update(copy.deepcopy(vars(self), memo))
+        return made
+
+
+class Embedding(_Part):
+    """The embedding of a language model as a module, as transformers expects: [batch, time] -> [batch, time, dim]."""
 
     @property
     def weight(self) -> Tensor | None:
@@ -51,14 +67,10 @@ class Embedding(nn.Module):
         return self._model[0].embed(tokens)
 
 
-class Head(nn.Module):
+class Head(_Part):
     """The head of a language model as a module, as transformers expects: [..., dim] -> [..., vocab]."""
 
     bias = None
-
-    def __init__(self, model: LanguageModel) -> None:
-        super().__init__()
-        self._model = (model,)
 
     @property
     def weight(self) -> Tensor | None:
@@ -92,6 +104,7 @@ class TitansBuildPreTrainedModel(PreTrainedModel):
                 materialize(model, "cpu", torch.get_default_dtype(), seed=None)
         self.model = model
         self.embed_tokens = Embedding(model)
+        self.embeddings = nn.ModuleDict({"word_embeddings": self.embed_tokens})  # where PEFT's prompt tuning looks
         # saved with the weights, to reject the weights of another recipe with equal shapes
         self.register_buffer("fingerprint", torch.tensor(model.fingerprint.number, device=model.norm.gain.device))
         self.gradient_checkpointing = False
@@ -247,8 +260,8 @@ class TitansBuildForCausalLM(TitansBuildPreTrainedModel, GenerationMixin):
             raise ValueError("a recipe without vocab has no logits: TitansBuildModel is the class for it")
         self._base = (base,)  # not a child: its parameters are those of model
         self._hold(base.model)
-        self.embed_tokens = base.embed_tokens
         self.lm_head = Head(base.model)
+        base.embed_tokens = self.embed_tokens  # hooks are put on the one of this model
 
     @property
     def base_model(self) -> Any:
