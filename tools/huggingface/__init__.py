@@ -11,13 +11,16 @@ try:
 except UsageError as error:
     raise ImportError(str(error)) from None
 
+from ..training.optimizer import parameter_groups
 from .cache import StateCache
 from .config import TitansBuildConfig
 from .loading import from_pretrained
 from .model import TitansBuildForCausalLM, TitansBuildForSequenceClassification, TitansBuildModel, as_pretrained
 from .tokenizer import byte_tokenizer
+from .weight_decay import DecayMixin
 
 __all__ = [
+    "DecayMixin",
     "StateCache",
     "TitansBuildConfig",
     "TitansBuildForCausalLM",
@@ -26,4 +29,5 @@ __all__ = [
     "as_pretrained",
     "byte_tokenizer",
     "from_pretrained",
+    "parameter_groups",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -106,20 +106,27 @@ def _in_blocks(model: nn.Module, kind: str) -> set[str]:
     return {name for name, _ in model.named_parameters() if any(name.startswith(f"{block}.") for block in blocks)}
 
 
-def make_optimizer(model: nn.Module, settings: Settings, *, fused: bool) -> torch.optim.AdamW:
-    """AdamW over all parameters, in the groups ``decay`` and ``no_decay``.
+def parameter_groups(
+    model: nn.Module, weight_decay: float, no_decay: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
+    """The parameters of ``model`` for an optimizer of torch, in the groups ``decay`` and ``no_decay``.
 
-    Vectors and scalars never decay. Of the rest, those that ``no_decay`` selects do not (``match_parameters``): gains
-    per head, the memories' initial weights, learned tokens. Parameters that a stage does not train have no gradient and
-    do not change.
+    Vectors and scalars never decay. Of the rest, those that ``no_decay`` selects do not (``match_parameters``), by
+    default gains per head, the memories' initial weights, and learned tokens. ``model`` may be any: a recipe model, one
+    with swaps, or one with adapters of PEFT.
     """
-    selected, _ = _select(model, settings.no_decay)
+    selected, _ = _select(model, Settings.model_fields["no_decay"].default if no_decay is None else no_decay)
     groups: dict[str, list[tuple[str, Tensor]]] = {"decay": [], "no_decay": []}
     for name, parameter in model.named_parameters():
         groups["no_decay" if parameter.dim() < 2 or name in selected else "decay"].append((name, parameter))
-    weights = {"decay": settings.weight_decay, "no_decay": 0.0}
+    weights = {"decay": weight_decay, "no_decay": 0.0}
+    return [{"name": name, "params": group, "weight_decay": weights[name]} for name, group in groups.items() if group]
+
+
+def make_optimizer(model: nn.Module, settings: Settings, *, fused: bool) -> torch.optim.AdamW:
+    """AdamW over all parameters: those that a stage does not train have no gradient and do not change."""
     return torch.optim.AdamW(
-        [{"name": name, "params": group, "weight_decay": weights[name]} for name, group in groups.items() if group],
+        parameter_groups(model, settings.weight_decay, settings.no_decay),
         lr=settings.lr,
         betas=settings.betas,
         eps=settings.eps,

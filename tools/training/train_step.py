@@ -163,11 +163,9 @@ def activation_checkpointing(
     and output of a layer, so gradients through it are the same. No module is wrapped: parameters keep their names.
     """
     by = functools.partial(checkpoint, use_reentrant=False) if by is None else by
-    layers: list[Any] = list(model.layers)[::every]
-    for layer in layers:
-        layer.forward = functools.partial(by, layer.forward)
-    try:
+    with contextlib.ExitStack() as stack:
+        for layer in list(model.layers)[::every]:
+            hooked = "forward" in vars(layer)  # by accelerate, for example
+            stack.callback(setattr if hooked else delattr, layer, "forward", *([layer.forward] if hooked else []))
+            layer.forward = functools.partial(by, layer.forward)
         yield
-    finally:
-        for layer in layers:
-            vars(layer).pop("forward", None)

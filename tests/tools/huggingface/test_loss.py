@@ -37,14 +37,36 @@ def test_loss_against_sums_by_hand(model: TitansBuildForCausalLM, tokens: Tensor
     assert_close(out.loss, model.model(tokens, targets=targets).loss)
 
 
-def test_padding_does_not_change_the_loss(model: TitansBuildForCausalLM, tokens: Tensor) -> None:
+@pytest.mark.parametrize("at_padding", [-100, 0, 7])
+@pytest.mark.parametrize("places", [[0, 1, 2], [11, 11], [4, 4, 4], [0, 5, 5, 9, 11]])
+def test_padding_does_not_change_the_loss(
+    model: TitansBuildForCausalLM, tokens: Tensor, places: list[int], at_padding: int
+) -> None:
+    labels = tokens.clone()
+    labels[1, 3:5] = -100
+
+    def padded(rows: Tensor, value: int) -> Tensor:
+        """``rows`` with ``value`` before each of ``places``."""
+        parts = [torch.nn.functional.pad(part, (0, 1), value=value) for part in rows.tensor_split(places, dim=1)]
+        return torch.cat(parts, dim=1)[:, :-1]
+
+    mask, inputs = padded(torch.ones_like(tokens), 0), padded(tokens, 0)
     with torch.no_grad():
-        alone = model(tokens, labels=tokens).loss
-        for left in (0, 3, 4):
-            padded = torch.nn.functional.pad(tokens, (left, 4 - left))
-            mask = torch.nn.functional.pad(torch.ones_like(tokens), (left, 4 - left))
-            out = model(padded, attention_mask=mask, labels=padded.masked_fill(mask == 0, -100))
+        for count in (None, 7):
+            alone = model(tokens, labels=labels, num_items_in_batch=count).loss
+            out = model(inputs, attention_mask=mask, labels=padded(labels, at_padding), num_items_in_batch=count)
             assert_close(out.loss, alone)
+
+
+def test_rows_of_unequal_lengths_have_the_sum_of_their_losses(model: TitansBuildForCausalLM, tokens: Tensor) -> None:
+    mask = torch.ones_like(tokens)
+    mask[0, 6:] = mask[1, :4] = 0
+    with torch.no_grad():
+        rows = [
+            model(row[m.bool()][None], labels=row[m.bool()][None], num_items_in_batch=1).loss
+            for row, m in zip(tokens, mask)
+        ]
+        assert_close(model(tokens, attention_mask=mask, labels=tokens).loss, sum(rows) / (int(mask.sum()) - 3))
 
 
 def test_no_prediction_from_padding() -> None:

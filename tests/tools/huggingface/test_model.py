@@ -10,10 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
+from accelerate.hooks import ModelHook, add_hook_to_module
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import titans_build as tb
-from titans_build.huggingface import TitansBuildConfig, TitansBuildForCausalLM, TitansBuildModel, as_pretrained
+from titans_build.huggingface import (
+    StateCache,
+    TitansBuildConfig,
+    TitansBuildForCausalLM,
+    TitansBuildModel,
+    as_pretrained,
+)
 from titans_build.recipes import StorageError
 
 Make = Callable[..., TitansBuildForCausalLM]
@@ -105,8 +112,148 @@ def test_embeddings_in_and_hidden_states_out(recipe: Recipe, tokens: Tensor) -> 
         model(tokens)
 
 
+def test_hidden_states(model: TitansBuildForCausalLM, tokens: Tensor) -> None:
+    with torch.no_grad():
+        expected = [model.model.embed(tokens)]
+        for layer in model.model.layers:
+            expected.append(layer(expected[-1])[0])
+        expected[-1] = model.model(tokens).hidden
+        out = model(tokens, labels=tokens, output_hidden_states=True)
+        assert_close(out.hidden_states, tuple(expected))
+        assert_close(out.logits, model(tokens).logits)
+        assert model(tokens).hidden_states is None
+        for which, kept in ((1, {1}), (0, {0}), ([-1, 0], {0, 2})):
+            chosen = model(tokens, output_hidden_states=which).hidden_states
+            assert {index for index, state in enumerate(chosen) if state is not None} == kept
+            assert all(torch.equal(chosen[index], out.hidden_states[index]) for index in kept)
+        assert model(tokens, output_hidden_states=True, use_cache=False, return_dict=False)[1][0].shape == (3, 11, 16)
+
+
+def test_hidden_states_have_gradients_under_checkpointing(small: Make, tokens: Tensor) -> None:
+    model, gradients = small().train(), []
+    for enable in (model.activation_checkpointing_disable, model.activation_checkpointing_enable):
+        enable()
+        model.zero_grad()
+        states = model(tokens, output_hidden_states=True).hidden_states
+        torch.stack(states).square().sum().backward()
+        gradients.append(model.model.embedding.grad.clone())
+    assert_close(*gradients)
+
+
+def test_the_base_model_and_the_head(model: TitansBuildForCausalLM, tokens: Tensor) -> None:
+    with torch.no_grad():
+        expected = model.model(tokens)
+        for base in (model.base_model, model.get_decoder(), copy.deepcopy(model).base_model):
+            assert isinstance(base, TitansBuildModel)
+            assert_close(base(tokens).last_hidden_state, expected.hidden)
+        head = model.get_output_embeddings()
+        assert_close(head(expected.hidden), expected.logits)
+        assert_close(expected.hidden @ head.weight.T, expected.logits)
+        assert head.bias is None
+    assert model.base_model.model is model.model and model.base_model.base_model is model.base_model
+    assert sum(1 for _ in model.named_parameters()) == sum(1 for _ in model.model.named_parameters())
+
+
+def test_the_head_of_tied_weights_is_the_embedding(small: Make) -> None:
+    model = small("mag", tie=True)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert model.config.tie_word_embeddings and not small("mag").config.tie_word_embeddings
+
+
+def test_hooks_of_embedding_head_and_base_model_run(small: Make, tokens: Tensor) -> None:
+    model, calls = small(), []
+    for name in ("embed_tokens", "lm_head", "base_model"):
+        getattr(model, name).register_forward_hook(lambda *_, name=name: calls.append(name))
+    model(tokens)
+    assert calls == ["embed_tokens", "base_model", "lm_head"]
+
+
+def test_a_forward_that_was_set_on_a_layer_survives_checkpointing(small: Make, tokens: Tensor) -> None:
+    model, calls = small().train(), []
+
+    class Count(ModelHook):
+        def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+            calls.append(module)
+            return args, kwargs
+
+    model.activation_checkpointing_enable()
+    add_hook_to_module(model.model.layers[0], Count())
+    for expected in (2, 4):  # in the forward pass, and when it is recomputed
+        model(tokens, labels=tokens).loss.backward()
+        assert len(calls) == expected
+
+
+def test_both_names_of_the_cache(small: Make, tokens: Tensor) -> None:
+    model = small()
+    with torch.no_grad():
+        whole = model(tokens).logits[:, 5:]
+        for name in ("cache", "past_key_values"):
+            cache = StateCache()
+            model(tokens[:, :5], **{name: cache})
+            assert_close(model(tokens[:, 5:], **{name: cache}).logits, whole)
+    with pytest.raises(TypeError, match="two names of one argument"):
+        model(tokens, cache=cache, past_key_values=cache)
+
+
+ROW = torch.arange(11)
+PACKED = torch.cat([torch.arange(6), torch.arange(5)])
+
+
 @pytest.mark.parametrize(
-    "wrong", ["none", "both", "ids", "mask", "width", "dtype", "labels", "label", "floats", "dimensions"]
+    "given",
+    [
+        {"position_ids": PACKED[None]},
+        {"position_ids": torch.stack([ROW, PACKED, ROW])},
+        {"position_ids": (ROW + 3)[None]},
+        {"cu_seq_lens_q": torch.tensor([0, 6, 11]), "max_length_q": 6},
+        {"seq_idx": (ROW >= 6).int()[None]},
+        {"attention_mask": torch.tensor([[1] * 6 + [2] * 5] * 3)},
+        {"attention_mask": torch.zeros(3, 11)[:, None].expand(3, 11, 11)[:, None]},
+        {"attention_mask": torch.tensor([[0.0] * 8 + [-1e9] * 3] * 3)},
+    ],
+    ids=["positions", "one row", "shifted", "lengths", "numbers", "mask of numbers", "4-D mask", "additive mask"],
+)
+def test_several_documents_in_a_row_are_refused(small: Make, tokens: Tensor, given: dict[str, Any]) -> None:
+    model = small()
+    for call in (model, model.base_model):
+        with pytest.raises(ValueError, match=r"give one document a row, with padding \(packing=False"):
+            call(tokens, **given)
+
+
+def test_positions_of_one_document_change_nothing(small: Make, tokens: Tensor) -> None:
+    model, mask = small(), torch.ones(3, 11, dtype=torch.long)
+    mask[0, :4] = mask[1, 5:7] = mask[2, 9:] = 0
+    one = {"cu_seq_lens_q": torch.tensor([0, 11]), "seq_idx": torch.zeros(1, 11), "max_length_q": 11}
+    with torch.no_grad():
+        expected = model(tokens, attention_mask=mask).logits
+        for positions in (ROW[None], ROW.expand(3, 11), (mask.cumsum(-1) - 1).clamp(min=0)):
+            assert_close(model(tokens, attention_mask=mask, position_ids=positions, **one).logits, expected)
+            assert_close(model(tokens, attention_mask=mask.bool(), position_ids=positions).logits, expected)
+        cache = StateCache()
+        first = model(tokens[:, :5], cache=cache, position_ids=ROW[None, :5]).logits
+        rest = model(tokens[:, 5:], cache=copy.deepcopy(cache), position_ids=ROW[None, 5:]).logits
+        assert_close(torch.cat([first, rest], dim=1), model(tokens).logits)
+    with pytest.raises(ValueError, match="give one document a row"):
+        model(tokens[:, 5:], cache=cache, position_ids=PACKED[None, 3:9])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "none",
+        "both",
+        "ids",
+        "mask",
+        "width",
+        "dtype",
+        "labels",
+        "label",
+        "floats",
+        "dimensions",
+        "attentions",
+        "positions",
+        "unknown",
+    ],
 )
 def test_wrong_inputs_are_refused(small: Make, tokens: Tensor, wrong: str) -> None:
     model, x = small(), torch.randn(3, 11, 16, dtype=torch.float64)
@@ -120,6 +267,9 @@ def test_wrong_inputs_are_refused(small: Make, tokens: Tensor, wrong: str) -> No
         "labels": ({"input_ids": tokens, "labels": tokens[:, 1:]}, r"labels: expected .*\[3, 11\], got \[3, 10\]"),
         "label": ({"input_ids": tokens, "labels": tokens + 40}, "labels: id .* outside the vocabulary of 40"),
         "floats": ({"input_ids": tokens, "labels": tokens.float()}, "labels: expected torch.int64, got torch.float32"),
+        "attentions": ({"input_ids": tokens, "output_attentions": True}, "returns no attention weights"),
+        "positions": ({"input_ids": tokens, "position_ids": tokens[:, 1:]}, r"position_ids: expected \[3, 11\]"),
+        "unknown": ({"input_ids": tokens, "token_type_ids": tokens}, "takes no argument 'token_type_ids'"),
         "dimensions": ({"input_ids": tokens, "attention_mask": torch.ones(3, 1, 11, 11)}, "0 at padding"),
     }
     arguments, message = given[wrong]
@@ -135,6 +285,8 @@ def test_the_vocabulary_cannot_change(small: Make) -> None:
         model.resize_token_embeddings(41)
     with pytest.raises(ValueError, match="cannot be replaced"):
         model.set_input_embeddings(torch.nn.Embedding(40, 16))
+    with pytest.raises(ValueError, match="cannot be replaced"):
+        model.set_output_embeddings(torch.nn.Linear(16, 40))
 
 
 @pytest.mark.parametrize("every", [1, 2])
