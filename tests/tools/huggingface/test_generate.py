@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.testing import assert_close
 from transformers import DynamicCache
 
 from titans_build.huggingface import StateCache, TitansBuildForCausalLM
@@ -83,5 +84,21 @@ def test_unsupported_arguments_are_refused(small: Callable[..., TitansBuildForCa
         run(model, tokens, past_key_values=DynamicCache())
     with pytest.raises(ValueError, match="cache_implementation='static': a titans-build model carries a state"):
         run(model, tokens, cache_implementation="static")
-    with pytest.raises(ValueError, match="assisted generation is not supported"):
-        run(model, tokens[:1], assistant_model=model)
+    for settings in ({"assistant_model": model}, {"prompt_lookup_num_tokens": 2}):
+        with pytest.raises(ValueError, match="assisted generation is not supported"):
+            run(model, tokens[:1], **settings)
+    for batch in (model.generate_batch, model.init_continuous_batching):
+        with pytest.raises(NotImplementedError, match="use generate with a padded batch and attention_mask"):
+            batch(tokens.tolist())
+    with pytest.raises(ValueError, match="returns no attention weights"):
+        run(model, tokens, output_attentions=True, return_dict_in_generate=True)
+
+
+def test_guidance_and_hidden_states(small: Callable[..., TitansBuildForCausalLM], tokens: Tensor) -> None:
+    model = small()
+    negative = {"guidance_scale": 1.5, "negative_prompt_ids": tokens[:, :4]}
+    assert torch.equal(run(model, tokens, **negative), run(model, tokens, use_cache=False, **negative))
+    out = run(model, tokens, return_dict_in_generate=True, output_hidden_states=True, output_logits=True)
+    assert len(out.hidden_states) == len(out.logits) == NEW
+    with torch.no_grad():
+        assert_close(model.lm_head(out.hidden_states[0][-1])[:, -1].float(), out.logits[0])

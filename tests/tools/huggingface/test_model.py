@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import Tensor
 from torch.testing import assert_close
-from accelerate.hooks import ModelHook, add_hook_to_module
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import titans_build as tb

@@ -1,4 +1,4 @@
-"""``Trainer`` of transformers on models of recipes."""
+"""``Trainer`` of transformers, and TRL's, on models of recipes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
 
-from titans_build.huggingface import TitansBuildForCausalLM, from_pretrained
+from titans_build.huggingface import TitansBuildForCausalLM, byte_tokenizer, from_pretrained
 
 Make = Callable[..., TitansBuildForCausalLM]
 
@@ -73,3 +76,51 @@ def test_gradient_accumulation_and_checkpointing(small: Make, rows: list[Any], t
     for name, parameter in whole.items():
         assert_close(parts[name], parameter, msg=name)
         assert_close(recomputed[name], parameter, msg=name)
+
+
+def test_the_best_model_is_loaded_at_the_end(small: Make, rows: list[Any], tmp_path: Path) -> None:
+    model = small("mag", torch.float32)
+    settings = arguments(
+        tmp_path, learning_rate=0.3, load_best_model_at_end=True, eval_strategy="steps", eval_steps=2, optim="sgd"
+    )
+    trainer = Trainer(model=model, args=settings, train_dataset=rows, eval_dataset=rows)
+    trainer.train()
+    losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    assert set(losses) == {2, 4}
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses.values()), rel=1e-6)
+    best = from_pretrained(tmp_path / f"checkpoint-{min(losses, key=losses.__getitem__)}")
+    for (name, mine), other in zip(model.named_parameters(), best.parameters(), strict=True):
+        assert torch.equal(mine, other), name
+
+
+TEXTS = ["once upon a time", "there was", "a memory that", "read"]
+
+
+def fine_tuning(model: Any, folder: Path, **changes: Any) -> SFTTrainer:
+    """One step over ``TEXTS``."""
+    settings = {"max_steps": 1, "per_device_train_batch_size": 4, "optim": "sgd", "learning_rate": 0.1}
+    settings |= {"max_length": 24, "max_grad_norm": 0, "save_strategy": "no", "lr_scheduler_type": "constant"}
+    settings |= {"report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True}
+    data = Dataset.from_dict({"text": TEXTS})
+    args = SFTConfig(str(folder), **(settings | changes))
+    return SFTTrainer(model=model, args=args, train_dataset=data, processing_class=byte_tokenizer())
+
+
+def test_supervised_fine_tuning_by_trl(small: Make, tmp_path: Path) -> None:
+    """It reads hidden states by ``base_model``, and the head's weights; its texts end with the byte 0."""
+    model, by_hand = small("mac", torch.float32, vocab=256), small("mac", torch.float32, vocab=256)
+    fine_tuning(model, tmp_path).train()
+    rows = [torch.tensor([[*text.encode(), 0]]) for text in TEXTS]
+    count = sum(row.shape[1] - 1 for row in rows)
+    torch.stack([by_hand(row, labels=row, num_items_in_batch=count).loss for row in rows]).sum().backward()
+    for (name, mine), other in zip(model.named_parameters(), by_hand.parameters(), strict=True):
+        assert_close(mine, other - 0.1 * other.grad, msg=name, atol=1e-4, rtol=1e-4)
+    adapted = get_peft_model(small("mac", torch.float32, vocab=256), LoraConfig(r=2, target_modules="all-linear"))
+    fine_tuning(adapted, tmp_path).train()
+    assert any(p.any() for name, p in adapted.named_parameters() if "lora_B" in name)
+
+
+def test_packed_rows_of_trl_are_refused(small: Make, tmp_path: Path) -> None:
+    for changes in ({"packing": True}, {"padding_free": True, "max_length": None}):
+        with pytest.raises(ValueError, match=r"documents in a row, expected one: .* \(packing=False"):
+            fine_tuning(small("mac", torch.float32, vocab=256), tmp_path, **changes).train()
