@@ -163,9 +163,14 @@ def activation_checkpointing(
     and output of a layer, so gradients through it are the same. No module is wrapped: parameters keep their names.
     """
     by = functools.partial(checkpoint, use_reentrant=False) if by is None else by
-    with contextlib.ExitStack() as stack:
-        for layer in list(model.layers)[::every]:
-            hooked = "forward" in vars(layer)  # by accelerate, for example
-            stack.callback(setattr if hooked else delattr, layer, "forward", *([layer.forward] if hooked else []))
-            layer.forward = functools.partial(by, layer.forward)
+    layers: list[Any] = list(model.layers)[::every]
+    before = [vars(layer).get("forward") for layer in layers]  # set by hooks of accelerate
+    for layer in layers:
+        layer.forward = functools.partial(by, layer.forward)
+    try:
         yield
+    finally:
+        for layer, forward in zip(layers, before):
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
