@@ -68,21 +68,20 @@ def attention(
         prefix = None
     grad = needs_grad(q, k, v, *(() if prefix is None else prefix))
     plain = is_plain_cpu_tensor(q, k, v, start, *(() if prefix is None else prefix))
-    if q.is_cpu:
-        run = _operation.choose(backend, device="cpu", dtype=q.dtype, grad=grad, plain=plain)
-        y: Tensor = run(q, k, v, window, start, prefix, step)
-        return y
-    facts: dict[str, Any] = dict(
-        device=q.device.type, dtype=q.dtype, grad=grad, plain=plain, width=q.shape[3],
-        start=start is not None, gaps=step > 1 and k.shape[1] < q.shape[1] * step,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-    )  # fmt: skip
-    run = _operation.choose(backend, **facts)
+    facts: dict[str, Any] = dict(device=q.device.type, dtype=q.dtype, grad=grad, plain=plain)
+    if not q.is_cpu:
+        facts |= dict(
+            width=q.shape[3], start=start is not None, gaps=step > 1 and k.shape[1] < q.shape[1] * step,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )  # fmt: skip
+    run: Callable[..., Tensor] = _operation.choose(backend, **facts)
+    if not q.numel():  # libraries refuse a batch of no rows, or no queries
+        run = reference_attention
     try:
-        y = run(q, k, v, window, start, prefix, step)
+        return run(q, k, v, window, start, prefix, step)
     except BackendUnavailable as error:
-        y = _operation.fallback("xformers", str(error), backend, **facts)(q, k, v, window, start, prefix, step)
-    return y
+        run = _operation.fallback("xformers", str(error), backend, **facts)
+        return run(q, k, v, window, start, prefix, step)
 
 
 def _check(
@@ -138,25 +137,30 @@ def _check(
             raise ValueError(f"attention: prefix.v {list(prefix.v.shape)}: expected {list(prefix.k.shape)}")
 
 
-def _confine_nonfinite(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _confine_nonfinite(attend: Callable[..., Tensor], *, adds_mask: bool = False) -> Callable[..., Tensor]:
     """On a CPU, ``attend`` without NaN and infinity, and NaN for the queries that see one.
 
     Masked scores are multiplied by zero, and zero times NaN is NaN. On other devices a check would wait for the device.
+    ``adds_mask``: ``attend`` hides a score by adding ``-inf``, which is NaN where the product of finite numbers
+    overflowed. The reference then replaces it.
     """
 
     def run(
         q: Tensor, k: Tensor, v: Tensor, window: int | None, start: Tensor | None, prefix: Prefix | None, step: int
     ) -> Tensor:
-        checked = (
-            q.shape[1] > 1 and q.is_cpu and not torch.compiler.is_compiling() and is_plain_cpu_tensor(q, k, v, start)
-        )
-        if not checked or sum_is_finite(k, v):
-            return attend(q, k, v, window, start, prefix, step)
-        nonfinite = ~(k.isfinite().all(-1) & v.isfinite().all(-1))
-        saw = _sees_any(nonfinite, q.shape[1], window, start, step)
-        k, v = (x.masked_fill(nonfinite.unsqueeze(-1), 0.0) for x in (k, v))
-        y = attend(q, k, v, window, start, prefix, step)
-        return y.masked_fill(saw.repeat_interleave(q.shape[2] // k.shape[2], dim=2).unsqueeze(-1), math.nan)
+        options = (window, start, prefix, step)
+        hides = q.shape[1] > 1 or start is not None or (window is not None and window < k.shape[1])
+        if not (hides and q.is_cpu and not torch.compiler.is_compiling() and is_plain_cpu_tensor(q, k, v, start)):
+            return attend(q, k, v, *options)
+        saw = None
+        if not sum_is_finite(k, v):
+            nonfinite = ~(k.isfinite().all(-1) & v.isfinite().all(-1))
+            saw = _sees_any(nonfinite, q.shape[1], window, start, step).repeat_interleave(q.shape[2] // k.shape[2], 2)
+            k, v = (x.masked_fill(nonfinite.unsqueeze(-1), 0.0) for x in (k, v))
+        y = attend(q, k, v, *options)
+        if adds_mask and not sum_is_finite(y):
+            y = reference_attention(q, k, v, *options)
+        return y if saw is None else y.masked_fill(saw.unsqueeze(-1), math.nan)
 
     return run
 
@@ -180,7 +184,7 @@ _operation = Operation(
     [
         Backend("native", _confine_nonfinite(native_attention), library.refuse, opaque=True),
         Backend("xformers", xformers_attention, refuse_xformers, opaque=True),
-        Backend("sdpa", _confine_nonfinite(sdpa_attention)),
+        Backend("sdpa", _confine_nonfinite(sdpa_attention, adds_mask=True)),
         Backend("flex", _confine_nonfinite(flex_attention), refuse_flex),
         Backend("reference", _confine_nonfinite(reference_attention)),
     ],

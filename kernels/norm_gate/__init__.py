@@ -3,7 +3,8 @@
 All are ``y = norm(a) * f(norm(b))`` with one or both of its parts, a ``Form`` (form.py), and each fused backend is one
 kernel for every form, in one pass over memory each way: ``native`` (cpu.c) on CPUs, ``triton`` (triton.py) on GPUs.
 ``torch`` and ``reference`` are in torch_backend.py. Half precision is normalized in float32 and returned in its own
-dtype.
+dtype. As in ``torch.nn.functional.rms_norm``, a vector of finite numbers whose squares overflow (elements above 1e19 in
+float32) becomes zero.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ def rms_norm(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
         dim = x.shape[-1]
         zero, root = _constants(dim * eps, x.dtype)
         length = torch.linalg.vector_norm(x, 2, -1, True).hypot_(root)
-        return torch.addcdiv(zero, x if gain is None else x * gain, length, value=dim**0.5)
+        y = torch.addcdiv(zero, x, length, value=dim**0.5)
+        return y if gain is None else y.mul_(gain)
     if _in_full(x):
         return _Normalize.apply(x, gain, x.shape[-1], eps)
     if gain is None or gain.shape == x.shape[-1:]:

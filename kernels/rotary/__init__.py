@@ -48,7 +48,7 @@ def _reference(x: Tensor, position: Tensor, base: float) -> Tensor:
     y = []
     for i, frequency in enumerate(_frequencies(x.shape[-1], base)):
         turns = [[(place * frequency % _TURN) / _TURN for place in row] for row in position.tolist()]
-        angle = 2 * math.pi * torch.tensor(turns, dtype=torch.float64, device=x.device)[..., None]
+        angle = 2 * math.pi * torch.tensor(turns, dtype=torch.float64, device=x.device).view(*position.shape, 1)
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         real, imaginary = x[..., i], x[..., i + half]
         y.append(torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos)))
@@ -57,7 +57,7 @@ def _reference(x: Tensor, position: Tensor, base: float) -> Tensor:
 
 def _torch(x: Tensor, position: Tensor, base: float) -> Tensor:
     key, count = (x.shape[-1], base, x.device), position.numel()
-    if not x.is_cpu or count > SEGMENT_POSITIONS or torch.compiler.is_compiling():
+    if not x.is_cpu or torch.compiler.is_compiling() or not 0 < count <= SEGMENT_POSITIONS:
         cos, sin = _tables(key, x.dtype, position)
     else:
         cached = _tables_of_few if count <= DECODE_POSITIONS else _tables_of_segment

@@ -32,8 +32,6 @@ def linear_scan(gates: Tensor, inputs: Tensor, start: Tensor | None = None, *, b
         raise ValueError(f"gates {list(gates.shape)}: expected sizes of inputs {list(inputs.shape)}, or 1") from None
     if start is not None and start.shape != inputs[:, 0:0].sum(1).shape:
         raise ValueError(f"start {list(start.shape)}: expected {[inputs.shape[0], *inputs.shape[2:]]} as inputs")
-    if inputs.shape[1] == 0:
-        return inputs
     if start is not None:
         first = inputs[:, :1] + gates[:, :1] * start.unsqueeze(1)
         inputs = torch.cat([first, inputs[:, 1:]], dim=1)
@@ -69,10 +67,10 @@ def _doubled(gates: Tensor, inputs: Tensor) -> Tensor:
 
 
 def _reference(gates: Tensor, inputs: Tensor) -> Tensor:
-    x = [inputs[:, 0]]
-    for t in range(1, inputs.shape[1]):
-        x.append(gates[:, t] * x[-1] + inputs[:, t])
-    return torch.stack(x, dim=1)
+    x: list[Tensor] = []
+    for t in range(inputs.shape[1]):
+        x.append(gates[:, t] * x[-1] + inputs[:, t] if x else inputs[:, t])
+    return torch.stack(x, dim=1) if x else gates * inputs
 
 
 LINEAR_SCAN = Operation("linear_scan", [Backend("doubling", _Doubling.apply), Backend("reference", _reference)])

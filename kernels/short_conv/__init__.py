@@ -61,7 +61,7 @@ def convolve(inputs: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor
 
 def _convolve_reference(inputs: Tensor, weight: Tensor) -> Tensor:
     if inputs.shape[1] < weight.shape[1]:
-        return inputs[:, :0]  # a history and no token, which conv1d refuses
+        return inputs[:, :0] * weight[:, 0]  # a history and no token, which conv1d refuses
     return F.conv1d(inputs.transpose(1, 2), weight[:, None], groups=weight.shape[0]).transpose(1, 2)
 
 

@@ -92,7 +92,7 @@ int memory_inputs(const struct call *c) {
                 int some = (int)(c->gates - o < WIDTH ? c->gates - o : WIDTH);
                 real raw[WIDTH];
                 apply(some, (int)c->in, c->controls + o * c->in, c->in, c->x + row * c->in, raw);
-                vec z = get(raw) + get_some(c->bias + o, some);
+                vec z = get(raw) + (c->bias ? get_some(c->bias + o, some) : (vec){});
                 vec open = c->hard ? hard_logistic(z) : logistic(z);
                 for (int i = 0; i < some; i++) {
                     int64_t kind = (o + i) / c->heads, head = (o + i) % c->heads;

@@ -276,10 +276,22 @@ def test_arguments_of_other_kinds(change, error, message, autocast):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("prefix", [0, 3])
-@pytest.mark.parametrize("window, start, step", [(None, None, 1), (5, None, 1), (None, [4, 0], 1), (7, [0, 9], 3)])
+@pytest.mark.parametrize(
+    "time, window, start, step",
+    [
+        (20, None, None, 1),
+        (20, 5, None, 1),
+        (20, None, [4, 0], 1),
+        (7, 7, [0, 9], 3),
+        (1, 4, None, 1),
+        (1, None, [9, 0], 1),
+    ],
+)
 @pytest.mark.parametrize("backend", [*FAST, "reference"])
-def test_nonfinite_keys_and_values_are_confined_to_queries_that_see_them(backend, window, start, step, prefix, value):
-    time, keys = (20, 23) if step == 1 else (7, 21)
+def test_nonfinite_keys_and_values_are_confined_to_queries_that_see_them(
+    backend, time, window, start, step, prefix, value
+):
+    keys = 23 if step == 1 else 21
     inputs = tensors(2, time, keys, 4, 2, prefix, grad=False)
     start = None if start is None else torch.tensor(start)
     expected = run(inputs, window, start, backend, step)
@@ -296,6 +308,21 @@ def test_nonfinite_keys_and_values_are_confined_to_queries_that_see_them(backend
     torch.testing.assert_close(y[~seen], expected[~seen], rtol=0, atol=TOLERANCE)
     gradients = torch.autograd.grad(y[~seen].sum(), inputs, allow_unused=True, materialize_grads=True)
     assert all(bool(gradient.isfinite().all()) for gradient in gradients)
+
+
+@pytest.mark.parametrize("prefix", [0, 3])
+@pytest.mark.parametrize("time, window, start", [(70, 20, None), (20, None, [4, 0]), (20, None, [0, 0]), (1, 4, None)])
+@pytest.mark.parametrize("backend", [*FAST, "flex", "reference"])
+def test_scores_that_overflow_do_not_reach_queries_that_do_not_see_the_key(backend, time, window, start, prefix):
+    inputs = tensors(2, time, time + 3, 4, 2, prefix, torch.float32, grad=False)
+    start = None if start is None else torch.tensor(start)
+    expected = run(inputs, window, start, backend)
+    hidden = torch.ones(2, time, 4, dtype=torch.bool)
+    for key in (1, time // 2):
+        inputs[1][0, key, 1, 2] = torch.finfo(torch.float32).max
+        hidden[0, :, 2:] &= ~visible_keys(time, time + 3, window, start, "cpu").expand(2, -1, -1)[0, :, key, None]
+    y = run(inputs, window, start, backend)
+    torch.testing.assert_close(y[hidden], expected[hidden], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("place", range(6))
