@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, embedding
 
+from ..kernels.autograd import transforming
 from ..kernels.linear import project
 from ..registry import Spec
 from . import decode_plans  # noqa: F401 registers the plans
@@ -289,7 +290,7 @@ class LanguageModel(nn.Module):
             raise ValueError(f"embeddings: expected [batch, time, {self.dim}], got {list(embeddings.shape)}")
 
     def _check_range(self, name: str, ids: Tensor, ignored: int | None = None) -> None:
-        if ids.numel() == 0 or torch.compiler.is_compiling():
+        if ids.numel() == 0 or torch.compiler.is_compiling() or transforming():
             return
         if ignored is not None:
             ids = ids.masked_fill(ids == ignored, 0)

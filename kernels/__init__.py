@@ -20,9 +20,9 @@ are short. Beside it, as far as an operation has them:
 - ``triton.py``, ``triton/``: GPU kernels;
 - ``decode.py``, ``decode_cpu.c``: a few tokens without gradients, where an operator costs more to start than to run.
 
-For all of them: ``dispatch.py`` chooses the backend, ``custom_op.py`` makes backends visible to ``torch.compile``,
-``cpu_runtime/`` builds and calls the C kernels, ``triton_runtime.py`` launches Triton's, and ``padding.py`` moves the
-real tokens of padded rows together.
+For all of them: ``dispatch.py`` chooses the backend, ``autograd.py`` differentiates gradients, ``custom_op.py`` makes
+backends visible to ``torch.compile``, ``cpu_runtime/`` builds and calls the C kernels, ``triton_runtime.py`` launches
+Triton's, and ``padding.py`` moves the real tokens of padded rows together.
 """
 
 from . import attention, linear, memory, norm_gate, rotary, scan, short_conv

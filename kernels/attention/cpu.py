@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autograd import differentiable
 from ..cpu_runtime.call import Kernel, address, empty_huge_pages, product_dtype
 from ..dispatch import needs_grad
-from .reference import Prefix
+from .reference import Prefix, reference_attention
 
 _KERNEL = Kernel("attention_run", integers=71)
 
@@ -28,6 +29,11 @@ def native_attention(
     return y
 
 
+def _formula(ctx: Any, *tensors: Tensor) -> Tensor:
+    q, k, v, *prefix = tensors
+    return reference_attention(q, k, v, ctx.window, ctx.start, Prefix(*prefix) if prefix else None, ctx.step)
+
+
 class _Native(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -35,22 +41,20 @@ class _Native(torch.autograd.Function):
     ) -> Tensor:
         q = tensors[0]
         lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1])
-        used, y = _dense(*tensors), empty_huge_pages(q.shape, q.dtype)
-        _call(window, step, start, products, used, y, lse, None, None)
-        ctx.window, ctx.step, ctx.operands = window, step, products
-        ctx.save_for_backward(start, y, lse, *used)
+        y = empty_huge_pages(q.shape, q.dtype)
+        _call(window, step, start, products, _dense(*tensors), y, lse, None, None)
+        ctx.window, ctx.step, ctx.start, ctx.operands = window, step, start, products
+        ctx.save_for_backward(*tensors, y, lse)
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable(_formula, first=4)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        start, y, lse, *tensors = ctx.saved_tensors
+        *tensors, y, lse = ctx.saved_tensors
         # hooks on saved tensors may return other strides
-        start, lse = (None if x is None else x.contiguous() for x in (start, lse))
-        y, *tensors = _dense(y, *tensors)
-        (grad,) = _dense(grad)
+        y, grad, *tensors = _dense(y, grad, *tensors)
         grads = [empty_huge_pages(x.shape, x.dtype) for x in tensors]
-        _call(ctx.window, ctx.step, start, ctx.operands, tensors, y, lse, grads, grad)
+        _call(ctx.window, ctx.step, ctx.start, ctx.operands, tensors, y, lse.contiguous(), grads, grad)
         return None, None, None, None, *grads
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .reference import Prefix, visible_keys
+from ..autograd import differentiable, transforming
+from .reference import Prefix, reference_attention, visible_keys
 
 JOINT_QUERIES = 16
 """Queries up to which a prefix is scored by plain matrix products, which are fewer steps than merging kernels."""
@@ -18,6 +19,8 @@ JOINT_QUERIES = 16
 def sdpa_attention(
     q: Tensor, k: Tensor, v: Tensor, window: int | None, start: Tensor | None, prefix: Prefix | None, step: int
 ) -> Tensor:
+    if transforming():  # the fused kernels have no forward-mode derivatives
+        return reference_attention(q, k, v, window, start, prefix, step)
     time = q.shape[1]
     reach = (time - 1) * step + 1  # keys from the first query's place to the end
     if window is not None:
@@ -155,12 +158,26 @@ def _per_kv_head(q: Tensor, k: Tensor) -> Tensor:
     return q if q.shape[1] == k.shape[1] else q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1])
 
 
+def _merged_formula(
+    ctx: Any, q: Tensor, k: Tensor, v: Tensor, pq: Tensor, pk: Tensor, pv: Tensor, hidden: Tensor | None
+) -> Tensor:
+    early, score = (
+        (_per_kv_head(x, y) @ y.mT).view(*q.shape[:3], -1) * q.shape[-1] ** -0.5 for x, y in ((pq, pk), (q, k))
+    )
+    if hidden is not None:
+        score = score + hidden
+    elif ctx.causal:
+        score = score.masked_fill(_ahead(q.shape[2], q.device), float("-inf"))
+    weight = torch.cat((early, score), dim=-1).softmax(dim=-1)
+    return (_per_kv_head(weight, k) @ torch.cat((pv, v), dim=2)).view(q.shape)
+
+
 class _Merged(torch.autograd.Function):
     """The fused CPU kernel over the keys, plain products over the few prefix keys, one softmax over both.
 
     The kernel returns the log-sum-exp of its scores, which makes the merge exact. Its backward recomputes the
     weights from a log-sum-exp and an output that it is given: given the joint ones, it returns the gradients
-    of the joint softmax. First derivatives only.
+    of the joint softmax.
     """
 
     @staticmethod
@@ -175,6 +192,7 @@ class _Merged(torch.autograd.Function):
         hidden: Tensor | None,
         causal: bool,
     ) -> Tensor:
+        given = q, k, v
         q, k, v = _dense(q, k, v)
         y, late = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=hidden)
         if hidden is not None:  # the kernel returns 0 where there was nothing to sum
@@ -185,12 +203,12 @@ class _Merged(torch.autograd.Function):
         weight = torch.exp(score - both[..., None])
         early = (_per_kv_head(weight.to(q.dtype), pk) @ pv).view(q.shape)
         y = torch.addcmul(early, y, torch.exp(late - both)[..., None]).to(q.dtype)
-        ctx.save_for_backward(q, k, v, pq, pk, pv, hidden, y, both, weight)
+        ctx.save_for_backward(*given, pq, pk, pv, hidden, y, both, weight)
         ctx.causal = causal
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable(_merged_formula, stop=7)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, pq, pk, pv, hidden, y, both, weight = ctx.saved_tensors
         q, k, v, y, grad = _dense(q, k, v, y, grad)  # hooks on saved tensors may return other strides

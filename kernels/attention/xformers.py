@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..autograd import refuse_second_derivative
 from ..custom_op import constant
 from ..dispatch import BackendUnavailable
 from .reference import Prefix, reference_attention
@@ -62,7 +63,8 @@ def xformers_attention(
     if not q.numel():
         return torch.zeros_like(q)
     try:
-        return _attend(_library(), parts(q, k, v, window, prefix, step))
+        y = _attend(_library(), parts(q, k, v, window, prefix, step))
+        return refuse_second_derivative(y, "attention: xformers; name another, such as backend='reference'")
     except (ImportError, NotImplementedError, ValueError) as error:
         raise BackendUnavailable(_reason(error)) from error
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..autograd import differentiable, transforming
 from ..cpu_runtime import library
 from ..cpu_runtime.call import Kernel, address, product_dtype, refuse_bfloat16, threads_for
 from ..dispatch import (
@@ -105,11 +106,16 @@ def project_recomputed(make: Callable[..., Tensor], weight: Tensor, *inputs: Ten
 
     ``make`` is differentiable, cheap, and draws no random numbers.
     """
-    if not needs_grad(weight, *inputs) or torch.compiler.is_compiling():  # a compiler decides itself what to keep
+    # a compiler decides itself what to keep
+    if not needs_grad(weight, *inputs) or torch.compiler.is_compiling() or transforming():
         made = make(*inputs)
         return _choose_linear(made, weight)(made, weight)
     y: Tensor = _Recomputed.apply(make, weight, *inputs)
     return y
+
+
+def _formula(ctx: Any, weight: Tensor, *inputs: Tensor) -> Tensor:
+    return F.linear(ctx.make(*inputs), weight)
 
 
 class _Recomputed(torch.autograd.Function):
@@ -122,7 +128,7 @@ class _Recomputed(torch.autograd.Function):
         return ctx.linear(made, weight)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable(_formula, first=1)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, *inputs = ctx.saved_tensors
         given = [x.detach().requires_grad_(need) for x, need in zip(inputs, ctx.needs_input_grad[2:])]

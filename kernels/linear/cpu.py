@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..autograd import has_storage
 from ..cpu_runtime.call import Kernel, address, empty_huge_pages
 from ..dispatch import needs_grad
 
@@ -50,19 +51,10 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
-        multiply = functools.partial(linear, operands=ctx.operands) if _has_storage(grad) else F.linear
+        multiply = functools.partial(linear, operands=ctx.operands) if has_storage(grad) else F.linear
         return (
             multiply(grad, weight.t()) if ctx.needs_input_grad[0] else None,
             multiply(rows.t(), x.reshape(-1, x.shape[-1]).t()) if ctx.needs_input_grad[1] else None,
             rows.sum(0) if ctx.needs_input_grad[2] else None,
             None,
         )
-
-
-def _has_storage(x: Tensor) -> bool:
-    """False for a batch of gradients (``is_grads_batched``), which looks like one gradient."""
-    try:
-        x.data_ptr()
-    except RuntimeError:
-        return False
-    return True

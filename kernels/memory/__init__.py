@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..autograd import transforming
 from ..custom_op import format_symint
 from ..dispatch import (
     Backend,
@@ -37,6 +38,7 @@ from ..dispatch import (
     expect_tensors,
     full_precision,
     half_dtype,
+    is_plain_cpu_tensor,
     needs_grad,
     sum_is_finite,
 )
@@ -115,12 +117,13 @@ def titans_memory(
     _check_memory(tokens, state, norm, mask, options)
     tensors = (*tokens, norm, *state.weights, *state.momentum, *state.anchor)
     compute = torch.promote_types(torch.promote_types(q.dtype, state.weights[0].dtype), torch.float32)
+    plain = is_plain_cpu_tensor(*tensors, mask)
     run = MEMORY.choose(
         backend,
-        *tensors,
-        mask,
+        device=q.device.type,
         dtype=compute,
-        same=True,  # they are cast
+        plain=plain,
+        transformed=not plain and transforming(),
         time=q.shape[1],
         chunk=chunk,
         layers=len(state.weights),
@@ -377,6 +380,11 @@ def _backend(
 ) -> Backend:
     """``thresholds``: whether ``function`` applies ``options.threshold`` itself."""
 
+    def refuse_more(*, transformed: bool = False, **facts: Any) -> str | None:
+        if transformed and function not in (closed_form_memory, reference_memory):
+            return "takes no torch.func transform and no forward-mode derivative, as backend='closed_form' does"
+        return refuse(**facts)
+
     def run(
         tokens: Tokens, state: MemoryState, norm: Tensor | None, mask: Tensor | None, options: Options
     ) -> tuple[Tensor, MemoryState]:
@@ -392,7 +400,7 @@ def _backend(
             outputs.append(y)
         return torch.cat(outputs, dim=1), state
 
-    return Backend(name, run, refuse, opaque=True)
+    return Backend(name, run, refuse_more, opaque=True)
 
 
 def _first_nonfinite(tokens: Tokens, mask: Tensor | None) -> list[int]:
@@ -403,9 +411,7 @@ def _first_nonfinite(tokens: Tokens, mask: Tensor | None) -> list[int]:
     0. A query affects only its own output. Tensors without values, or transformed ones, are not looked into.
     """
     _, k, *others = tokens
-    if k.shape[1] < 2 or torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
-        return []
-    if k.is_meta or sum_is_finite(k, *others):
+    if k.shape[1] < 2 or torch.compiler.is_compiling() or k.is_meta or transforming() or sum_is_finite(k, *others):
         return []
     finite = [x.detach().isfinite() for x in (k, *others) if x is not None]
     bad = ~torch.stack([x.all(-1) if x.dim() == 4 else x for x in finite]).all(0)

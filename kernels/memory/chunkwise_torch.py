@@ -21,9 +21,11 @@ from typing import Any, TypeAlias, overload
 import torch
 from torch import Tensor
 
+from ..autograd import differentiable
 from ..dispatch import full_precision
 from ..padding import align
 from .chunk_torch import ChunkNetwork, Scratch, Written, WrittenGrad
+from .closed_form import closed_form_memory
 from .decay_torch import ChunkDecay
 from .network_torch import gain_per_row
 from .state import MemoryState, Options, Tokens
@@ -143,6 +145,23 @@ def _joined(outputs: list[Tensor]) -> Tensor:
 # -- whole chunks, a group at a time -----------------------------------------------------------------------------------
 
 
+def _formula(ctx: Any, *tensors: Any) -> tuple[Tensor, ...]:
+    q, k, v, theta, eta, alpha, gain, *state = tensors
+    options, layers, mask, position = ctx.options, ctx.layers, None, torch.zeros(len(q), dtype=torch.int64)
+    weights, momentum, anchor = (tuple(state[i * layers : (i + 1) * layers]) for i in range(3))
+    if eta is None:
+        momentum, anchor = (), momentum
+    if ctx.valid is not None:  # a row's first token has its place in the chunk
+        mask = ctx.valid[..., 0] > 0
+        position = mask.to(torch.uint8).argmax(1)
+    elif anchor:  # the rest of a chunk
+        options, position = options._replace(chunk=options.chunk + 1), position + 1
+    before = MemoryState(weights, momentum, anchor or weights, position)
+    with full_precision(q.device.type):
+        y, after = closed_form_memory(Tokens(q, k, v, theta, eta, alpha), before, gain, mask, options)
+    return (y, *after.weights, *after.momentum)
+
+
 class _Chunkwise(torch.autograd.Function):
     """``time`` tokens, a multiple of ``options.chunk``, that start at a chunk boundary -> ``y``, weights, momentum."""
 
@@ -194,9 +213,7 @@ class _Chunkwise(torch.autograd.Function):
             _scatter(y, net.read(_chunks(q, times, b), decay, written, [x[span] for x in query_activations]), times, b)
             stacks = [buffer[-1] for buffer in written.stacks]
         if keep:
-            ctx.save_for_backward(
-                q, k, v, theta, eta, alpha, gain, *key_activations, *query_activations, *state[s * layers :], *kept
-            )
+            ctx.save_for_backward(*tensors, *key_activations, *query_activations, *kept)
             ctx.options, ctx.network, ctx.layers, ctx.valid, ctx.size = options, network, layers, valid, size
             ctx.all_kept, ctx.activations_kept = keep == 1, activations_kept
         scratch.release()
@@ -204,7 +221,7 @@ class _Chunkwise(torch.autograd.Function):
         return (y, *final)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable(_formula, first=4)
     def backward(ctx: Any, grad_y: Tensor, *grad_state: Tensor) -> tuple[Tensor | None, ...]:
         with full_precision(grad_y.device.type):
             return _backward(ctx, grad_y, *grad_state)
@@ -213,12 +230,15 @@ class _Chunkwise(torch.autograd.Function):
 def _backward(ctx: Any, grad_y: Tensor, *grad_state: Tensor) -> tuple[Tensor | None, ...]:
     options, layers, size = ctx.options, ctx.layers, ctx.size
     b, clip = options.chunk, options.clip
-    q, k, v, theta, eta, alpha, gain, *rest = ctx.saved_tensors
-    at = 2 * layers if ctx.activations_kept else 0
-    key_activations, query_activations = rest[: at // 2], rest[at // 2 : at]
-    anchor, kept = [_rows(w) for w in rest[at:-layers]] or None, rest[-layers:]
+    q, k, v, theta, eta, alpha, gain, *state = ctx.saved_tensors
+    state, kept = state[:-layers], state[-layers:]
+    key_activations: list[Tensor] = []
+    query_activations: list[Tensor] = []
+    if ctx.activations_kept:
+        state, key_activations, query_activations = state[: -2 * layers], state[-2 * layers : -layers], state[-layers:]
     batch, time, heads, _ = q.shape
     s = 1 if eta is None else 2
+    anchor = [_rows(w) for w in state[s * layers :]] or None
     chunks = time // b
     scratch = Scratch.of(q)
     net = ctx.network(options.activation, None if gain is None else gain_per_row(gain, batch), clip, scratch)

@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..autograd import differentiable
 from ..cpu_runtime import library
 from ..cpu_runtime.call import Kernel, address, empty_huge_pages, product_dtype
 from ..dispatch import needs_grad
-from .network_torch import ACTIVATION_NUMBERS
+from .closed_form import closed_form_memory
+from .network_torch import ACTIVATION_NUMBERS, read_formula
 from .state import MemoryState, Options, Tokens
 
 LAYERS = 16
@@ -59,6 +61,8 @@ class _Plan(NamedTuple):
     """A call, apart from its differentiable tensors."""
 
     options: Options
+    mask: Tensor | None
+    position: Tensor
     layers: int
     phases: Tensor
     """``[batch]`` int64: each row's position in its chunk."""
@@ -92,7 +96,7 @@ def native_memory(
         none_began = none_began and (count == 0 or (phase > 0 and phase + count < chunk))
     layers = len(state.weights)
     plan = _Plan(
-        options, layers, torch.tensor(phases), torch.tensor(counts, dtype=torch.int32), order,
+        options, mask, state.position, layers, torch.tensor(phases), torch.tensor(counts, dtype=torch.int32), order,
         not (all_end or none_began), product_dtype(tokens.q.dtype),
     )  # fmt: skip
     momentum = () if tokens.eta is None else state.momentum
@@ -106,19 +110,30 @@ def native_memory(
     return y, MemoryState(weights, momentum, anchor, state.position + moved)
 
 
+def _formula(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+    plan = ctx.plan
+    q, k, v, theta, eta, alpha, gain, *state = tensors
+    weights, momentum, anchor = (tuple(state[i * plan.layers : (i + 1) * plan.layers]) for i in range(3))
+    if eta is None:
+        momentum, anchor = (), momentum
+    before = MemoryState(weights, momentum, anchor or weights, plan.position)
+    y, after = closed_form_memory(Tokens(q, k, v, theta, eta, alpha), before, gain, plan.mask, plan.options)
+    return (y, *after.weights, *after.momentum, *(after.anchor if plan.new_anchor else ()))
+
+
 class _Memory(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: _Plan, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         ctx.plan, ctx.keep = plan, _keep(plan, tensors)
-        results, kept, used = _forward(plan, tensors, ctx.keep)
-        ctx.save_for_backward(kept, *used)
+        results, kept = _forward(plan, tensors, ctx.keep)
+        ctx.save_for_backward(*tensors, kept)
         ctx.set_materialize_grads(False)
         return results
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable(_formula, first=1)
     def backward(ctx: Any, grad_y: Tensor | None, *grad_end: Tensor | None) -> tuple[Tensor | None, ...]:
-        plan, (kept, *tensors) = ctx.plan, ctx.saved_tensors
+        plan, (*tensors, kept) = ctx.plan, ctx.saved_tensors
         tokens, gain, state = _dense(tensors)
         parts = 1 if tokens.eta is None else 2
         grad_y = torch.zeros_like(tokens.v) if grad_y is None else _dense_vectors(grad_y)
@@ -137,8 +152,8 @@ class _Memory(torch.autograd.Function):
 
 def _forward(
     plan: _Plan, tensors: Sequence[Any], keep: tuple[int, bool] = (0, False)
-) -> tuple[tuple[Tensor, ...], Tensor | None, Sequence[Tensor | None]]:
-    """``y`` and the state's parts; what is kept for backward; and the arguments as they were used."""
+) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """``y`` and the state's parts; what is kept for backward."""
     tokens, gain, state = _dense(tensors)
     y = (empty_huge_pages if plan.order is None else torch.zeros)(tokens.v.shape, dtype=tokens.v.dtype)
     made = plan.layers * (1 + (tokens.eta is not None) + plan.new_anchor)
@@ -149,7 +164,7 @@ def _forward(
     if keep[0]:
         kept = empty_huge_pages((tokens.q.shape[0] * tokens.q.shape[2] * _kept_numbers(plan, tensors, keep),), y.dtype)
     _run(plan, keep, tokens, gain, state, kept, y, end)
-    return (y, *end), kept, (*tokens, gain, *state)
+    return (y, *end), kept
 
 
 def _dense(tensors: Sequence[Any]) -> tuple[Tokens, Tensor | None, list[Tensor]]:
@@ -258,11 +273,12 @@ class _Read(torch.autograd.Function):
     ) -> Tensor:
         y = empty_huge_pages((*q.shape[:3], weights[-1].shape[2]), q.dtype)
         ctx.activation, ctx.operands = activation, products
-        ctx.save_for_backward(*_run_read(activation, products, q, norm, weights, y))
+        ctx.save_for_backward(q, norm, *weights)
+        _run_read(activation, products, q, norm, weights, y)
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable(read_formula, first=2)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, norm, *weights = ctx.saved_tensors
         grad_q = empty_huge_pages(q.shape, q.dtype)
@@ -285,8 +301,8 @@ def _run_read(
     grad_q: Tensor | None = None,
     grad_norm: Tensor | None = None,
     grad_weights: Sequence[Tensor] = (),
-) -> list[Tensor | None]:
-    """The structure ``call`` of read_cpu.c, field by field; returns queries, gain and weights as they were used."""
+) -> None:
+    """The structure ``call`` of read_cpu.c, field by field."""
     q, norm, weights = _dense_vectors(q), None if norm is None else norm.contiguous(), [*map(_dense_matrices, weights)]
     batch, time, heads, width = q.shape
     widths: list[int] = [width]
@@ -305,4 +321,3 @@ def _run_read(
         max(1, min(torch.get_num_threads(), batch * heads)), *widths, *[0] * (LAYERS - len(weights)), *places,
         address(norm), address(grad_norm), *matrices,
     )  # fmt: skip
-    return [q, norm, *weights]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..autograd import gradient_of, transforming
 from ..dispatch import full_precision, needs_grad
 
 EPS = 1e-6
@@ -104,10 +105,12 @@ def square_sum(x: Tensor) -> Tensor:
 
 def torch_read(q: Tensor, weights: tuple[Tensor, ...], activation: str, norm: Tensor | None) -> Tensor:
     """``read_memory`` on any device."""
-    if needs_grad(q, norm, *weights) and not torch.compiler.is_compiling():  # a compiler decides itself what to keep
-        return _Recomputed.apply(activation, q, norm, *weights)
     batch, time, heads, _ = q.shape
-    if time > 1:
+    transformed = transforming()
+    # a compiler decides itself what to keep
+    if needs_grad(q, norm, *weights) and not torch.compiler.is_compiling() and not transformed:
+        return _Recomputed.apply(activation, q, norm, *weights)
+    if time > 1 or transformed:
         return _network(q, weights, activation, norm)
     gain = None if norm is None else gain_per_row(norm, batch)
     y = read_one(q.reshape(batch * heads, 1, -1), [w.flatten(0, 1) for w in weights], activation, gain)
@@ -123,6 +126,12 @@ def _network(q: Tensor, weights: Sequence[Tensor], activation: str, norm: Tensor
     return h.transpose(1, 2)
 
 
+def read_formula(ctx: Any, q: Tensor, norm: Tensor | None, *weights: Tensor) -> Tensor:
+    """What the functions of autograd for reading compute, in differentiable operators."""
+    with full_precision(q.device.type):
+        return _network(q.to(weights[0].dtype), weights, ctx.activation, norm).to(q.dtype)
+
+
 class _Recomputed(torch.autograd.Function):
     """Keeps the queries and the weights, which exist anyway, and no hidden value."""
 
@@ -132,19 +141,7 @@ class _Recomputed(torch.autograd.Function):
         ctx.activation = activation
         return _network(q, weights, activation, norm)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved: list[Any] = [
-            None if x is None else x.detach().requires_grad_(need)
-            for x, need in zip(ctx.saved_tensors, ctx.needs_input_grad[1:])
-        ]
-        q, norm, *weights = saved
-        with torch.enable_grad(), full_precision(grad.device.type):
-            y = _network(q, weights, ctx.activation, norm)
-        wanted = [x for x in saved if x is not None and x.requires_grad]
-        grads = iter(torch.autograd.grad(y, wanted, grad))
-        return None, *(next(grads) if x is not None and x.requires_grad else None for x in saved)
+    backward = staticmethod(gradient_of(read_formula, first=1))
 
 
 # -- one token per row, without gradients: every tensor is [rows, 1, width], a row being a batch row and a head --------

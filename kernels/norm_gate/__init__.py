@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import triton_runtime
+from ..autograd import differentiable
 from ..cpu_runtime import library
 from ..cpu_runtime.call import Kernel, address, empty_huge_pages
 from ..dispatch import Backend, Operation, needs_grad
@@ -131,7 +132,7 @@ class _Gated(torch.autograd.Function):
         return gated(form, a, b, gain_a, gain_b)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable(lambda ctx, *tensors: torch_backend.formula(ctx.form, *tensors), first=1)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         a, b, *gains = ctx.saved_tensors
         # hooks on saved tensors may return other strides
@@ -160,7 +161,7 @@ class _SwiGLU(torch.autograd.Function):
         return _swiglu_native(x)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable(lambda ctx, x: torch_backend.swiglu_reference(x))
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         grad_x = empty_huge_pages(x.shape, x.dtype)

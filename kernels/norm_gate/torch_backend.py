@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..autograd import differentiable, transforming
 from ..dispatch import is_plain_cpu_tensor, needs_grad
+from .form import GATE, NORM, SILU_GATE, Form
 
 
 def rms_norm(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
@@ -80,8 +82,8 @@ def silu_gate(y: Tensor, g: Tensor) -> Tensor:
     """``y * silu(g)`` for two tensors of one shape; backward keeps these two and computes ``silu`` again."""
     if y.dtype != g.dtype:  # under autocast
         return y * F.silu(g)
-    if not torch.is_grad_enabled():
-        return F.silu(g).mul_(y)
+    if not torch.is_grad_enabled() or transforming():
+        return F.silu(g) * y
     return _SiluGate.apply(y, g)
 
 
@@ -92,10 +94,14 @@ class _SiluGate(torch.autograd.Function):
         return F.silu(g).mul_(y)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable(lambda ctx, y, g: F.silu(g) * y)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         y, g = ctx.saved_tensors
         return F.silu(g).mul_(grad), torch.ops.aten.silu_backward(grad * y, g)
+
+
+def _normalize_formula(ctx: Any, x: Tensor, gain: Tensor | None) -> Tensor:
+    return formula(Form(NORM, 1, x.shape[-1], ctx.count, ctx.eps), x, None, gain, None)
 
 
 class _Normalize(torch.autograd.Function):
@@ -108,11 +114,11 @@ class _Normalize(torch.autograd.Function):
         inverse = length.reciprocal_().mul_(count**0.5)
         y = x * inverse
         ctx.save_for_backward(x, gain, inverse)
-        ctx.count = count
+        ctx.count, ctx.eps = count, eps
         return y if gain is None else y.mul_(gain)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable(_normalize_formula, stop=2)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, gain, inverse = ctx.saved_tensors
         grad_gain, grad_normed = None, grad
@@ -122,6 +128,23 @@ class _Normalize(torch.autograd.Function):
                 grad_gain = (grad * x).mul_(inverse).sum_to_size(gain.shape)
         along = torch.linalg.vecdot(grad_normed, x).unsqueeze(-1) * inverse.square().mul_(inverse).mul_(-1 / ctx.count)
         return torch.addcmul(grad_normed * inverse, x, along), grad_gain, None, None
+
+
+def formula(
+    form: Form, a: Tensor, b: Tensor | None = None, gain_a: Tensor | None = None, gain_b: Tensor | None = None
+) -> Tensor:
+    """Any form, in differentiable operators."""
+
+    def norm(x: Tensor, gain: Tensor | None) -> Tensor:
+        y = x / torch.sqrt(x.square().sum(dim=-1, keepdim=True) / form.divisor + form.eps)
+        return y if gain is None else y * gain
+
+    if form.kind == NORM:
+        return norm(a, gain_a)
+    assert b is not None
+    if form.kind == GATE:
+        return norm(a, gain_a) * torch.sigmoid(norm(b, gain_b))
+    return (a if form.kind == SILU_GATE else norm(a, gain_a)).reshape(b.shape) * F.silu(b)
 
 
 def _in_full(x: Tensor) -> bool:

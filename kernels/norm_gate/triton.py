@@ -17,7 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..autograd import differentiable
 from ..triton_runtime import launch
+from . import torch_backend
 from .form import GATE, GATED_NORM, NORM, SILU_GATE, Form
 
 _NORM, _GATE, _GATED_NORM, _SILU_GATE = map(tl.constexpr, (NORM, GATE, GATED_NORM, SILU_GATE))
@@ -227,6 +229,7 @@ def _keep(ctx, inputs, output):
     ctx.save_for_backward(a, b, gain_a, gain_b)
 
 
+@differentiable(lambda ctx, *tensors: torch_backend.formula(Form(*ctx.form), *tensors), stop=4)
 def _backward(ctx, grad):
     found = gated_backward_operator(grad, *ctx.saved_tensors, *ctx.form)
     return *(g if x is not None else None for g, x in zip(found, ctx.saved_tensors)), *[None] * 5

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autograd import transforming
 from ..dispatch import Backend, Operation, expect_tensors
 
 
@@ -66,6 +67,11 @@ def _doubled(gates: Tensor, inputs: Tensor) -> Tensor:
     return b
 
 
+def _scan(gates: Tensor, inputs: Tensor) -> Tensor:
+    x: Tensor = (_doubled if transforming() else _Doubling.apply)(gates, inputs)
+    return x
+
+
 def _reference(gates: Tensor, inputs: Tensor) -> Tensor:
     x: list[Tensor] = []
     for t in range(inputs.shape[1]):
@@ -73,4 +79,4 @@ def _reference(gates: Tensor, inputs: Tensor) -> Tensor:
     return torch.stack(x, dim=1) if x else gates * inputs
 
 
-LINEAR_SCAN = Operation("linear_scan", [Backend("doubling", _Doubling.apply), Backend("reference", _reference)])
+LINEAR_SCAN = Operation("linear_scan", [Backend("doubling", _scan), Backend("reference", _reference)])

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import triton_runtime
+from ..autograd import differentiable, transforming
 from ..cpu_runtime import library
 from ..cpu_runtime.call import Kernel, address, empty_huge_pages
 from ..dispatch import Backend, Operation, expect_tensors, needs_grad
@@ -67,6 +68,8 @@ def _convolve_reference(inputs: Tensor, weight: Tensor) -> Tensor:
 
 def _convolve_torch(inputs: Tensor, weight: Tensor) -> Tensor:
     """A sum of shifted products, without conv1d's transpositions."""
+    if transforming():
+        return _convolve_reference(inputs, weight)
     if inputs.shape[1] == weight.shape[1]:
         return (inputs * weight.t()).sum(dim=1, keepdim=True)
     y: Tensor = _ShiftedSum.apply(inputs, weight)
@@ -88,7 +91,7 @@ class _ShiftedSum(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable(lambda ctx, inputs, weight: _convolve_reference(inputs, weight))
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         inputs, weight = ctx.saved_tensors
         taps = weight.t().contiguous()
@@ -291,22 +294,28 @@ def _run(
     return q, k, v, after
 
 
+def _formula(ctx: Any, projected: Tensor, weight: Tensor | None, history: Tensor | None) -> Any:
+    if ctx.outputs == 1:
+        return _query_torch(projected, weight, history, ctx.heads, "reference")
+    return _query_key_value_torch(projected, weight, history, ctx.heads, ctx.length, "reference")
+
+
 class _QueryKeyValue(torch.autograd.Function):
     """Keeps its inputs, and computes everything again in backward."""
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Any:
-        projected, weight, history, ctx.heads, length, ctx.outputs = given
-        ctx.save_for_backward(projected, weight, history, length)
+        projected, weight, history, ctx.heads, ctx.length, ctx.outputs = given
+        ctx.save_for_backward(projected, weight, history)
         ctx.set_materialize_grads(False)
         return _run(*given)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable(_formula, stop=3)
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         # any strides: as they were given, or as hooks on saved tensors return them
         saved: Any = [None if x is None else x.contiguous() for x in ctx.saved_tensors]
-        projected, weight, history, length = saved
+        projected, weight, history = saved
         *grad_qkv, grad_next = (None if grad is None else grad.contiguous() for grad in grads)
         grad_projected = empty_huge_pages(projected.shape, projected.dtype)
         if ctx.outputs == 1:  # of all channels, added to in the queries'
@@ -315,7 +324,7 @@ class _QueryKeyValue(torch.autograd.Function):
             grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
             grad_history = torch.empty(history.shape, dtype=history.dtype) if ctx.needs_input_grad[2] else None
         _BACKWARD(
-            projected.dtype, *_inputs(projected, weight, history, ctx.heads, length, ctx.outputs), 0, 0, 0, 0,
+            projected.dtype, *_inputs(projected, weight, history, ctx.heads, ctx.length, ctx.outputs), 0, 0, 0, 0,
             *map(address, (*grad_qkv, grad_next, grad_projected, grad_history, grad_weight)), EPS,
         )  # fmt: skip
         return grad_projected, grad_weight, grad_history, None, None, None

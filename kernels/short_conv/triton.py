@@ -15,7 +15,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
+from ..autograd import differentiable
 from ..triton_runtime import launch
 
 
@@ -134,9 +136,12 @@ def _keep(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-convolution_operator.register_autograd(
-    lambda ctx, grad: convolution_backward_operator(grad, *ctx.saved_tensors), setup_context=_keep
-)
+@differentiable(lambda ctx, inputs, weight: F.conv1d(inputs.mT, weight[:, None], groups=len(weight)).mT)
+def _backward(ctx, grad):
+    return convolution_backward_operator(grad, *ctx.saved_tensors)
+
+
+convolution_operator.register_autograd(_backward, setup_context=_keep)
 
 
 def convolve(inputs: Tensor, weight: Tensor) -> Tensor:

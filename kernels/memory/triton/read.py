@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...autograd import differentiable
 from ...dispatch import needs_grad
 from ...triton_runtime import launch
-from ..network_torch import ACTIVATION_NUMBERS, EPS
+from ..network_torch import ACTIVATION_NUMBERS, EPS, read_formula
 from .schedule import operands, schedule
 from .tiles import activate, dot, layer_norm, layer_norm_vjp, load, load_gain, slope, store
 
@@ -42,7 +43,7 @@ class _Read(torch.autograd.Function):
         return _forward(activation, products, q, norm, weights)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable(read_formula, first=2)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, norm, *weights = ctx.saved_tensors
         learned = any(ctx.needs_input_grad[4:])
