@@ -16,7 +16,7 @@ from .cache import StateCache
 from .config import TitansBuildConfig
 from .loading import from_pretrained
 from .model import TitansBuildForCausalLM, TitansBuildForSequenceClassification, TitansBuildModel, as_pretrained
-from .tokenizer import byte_tokenizer
+from .tokenizer import byte_tokenizer, tokenizer_of
 from .weight_decay import DecayMixin
 
 __all__ = [
@@ -30,4 +30,5 @@ __all__ = [
     "byte_tokenizer",
     "from_pretrained",
     "parameter_groups",
+    "tokenizer_of",
 ]

@@ -1,10 +1,13 @@
-"""The byte tokenizer."""
+"""The tokenizers of models, and that of bytes."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from titans_build.huggingface import byte_tokenizer
+from titans_build.huggingface import byte_tokenizer, from_pretrained, tokenizer_of
 
 
 @pytest.mark.parametrize("text", ["a b\n", " naïve  café ", "日本語 🙂", "", "\t<pad>\x01"])
@@ -27,3 +30,14 @@ def test_left_padding() -> None:
     assert batch["input_ids"] == [[97, 98, 99], [0, 0, 97]]
     assert batch["attention_mask"] == [[1, 1, 1], [0, 0, 1]]
     assert set(batch) == {"input_ids", "attention_mask"}
+
+
+def test_the_tokenizer_of_a_model(small: Any, llama: Any, tmp_path: Path) -> None:
+    reader = small("mag", vocab=256)
+    assert tokenizer_of(reader)("abc")["input_ids"] == [97, 98, 99]
+    reader.save_pretrained(tmp_path / "model")
+    byte_tokenizer(pad=10).save_pretrained(tmp_path / "model")
+    assert tokenizer_of(from_pretrained(tmp_path / "model")).pad_token_id == 10
+    for model in (small("mag"), llama.plain()):
+        with pytest.raises(ValueError, match="no tokenizer was saved with this model of 40 token ids"):
+            tokenizer_of(model)
