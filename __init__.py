@@ -17,7 +17,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .blocks import Block, adapt, build_block, check_block, memory_check, memory_loss, observe, state, write_cost
+    from .blocks import (
+        Block,
+        NeuralMemory,
+        adapt,
+        build_block,
+        check_block,
+        memory_check,
+        memory_loss,
+        observe,
+        state,
+        write_cost,
+    )
     from .recipes import build, load, load_recipe, load_state, save, save_state
     from .registry import RecipeError, Spec, create, describe, list_blocks, register
     from .tools.data import open_source
@@ -30,6 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Block",
+    "NeuralMemory",
     "RecipeError",
     "Spec",
     "Task",

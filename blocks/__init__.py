@@ -7,6 +7,7 @@ from .build import build_block, materialize
 from .foreign import adapt
 from .language_model import LanguageModel, ModelOutput, ModelState
 from .laws import LawError, check_block
+from .memory import NeuralMemory
 from .memory_ablation import MemoryCheck, memory_check
 from .observe import observe
 
@@ -17,6 +18,7 @@ __all__ = [
     "MemoryCheck",
     "ModelOutput",
     "ModelState",
+    "NeuralMemory",
     "adapt",
     "attention",
     "build_block",

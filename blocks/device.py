@@ -13,13 +13,24 @@ DTYPES = {
     "float64": torch.float64,
 }
 
+_SYNONYMS = {
+    "gpu": "cuda",
+    "fp32": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "fp64": "float64",
+}
+"""What other programs call these devices and dtypes; used in error messages."""
+
 
 def as_device(device: torch.device | str) -> torch.device:
     """Return ``device`` as a ``torch.device``. Raises ``ValueError`` if it is not available."""
     try:
         device = torch.device(device)
     except (RuntimeError, TypeError):
-        raise ValueError(f"unknown device {show(device)}: expected cpu, cuda, cuda:1 or mps") from None
+        near = nearest(_SYNONYMS.get(str(device), str(device)), ("cpu", "cuda", "mps"))
+        raise ValueError(f"unknown device {show(device)}{near} (devices: cpu, cuda, cuda:1, mps)") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device}: this machine, or this build of torch, has no CUDA GPU")
     if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
@@ -41,7 +52,8 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
     """Return ``dtype`` as a ``torch.dtype``. Raises ``ValueError`` unless it is one of ``DTYPES``."""
     if isinstance(dtype, str):
         if dtype not in DTYPES:
-            raise ValueError(f"unknown dtype {show(dtype)}{nearest(dtype, DTYPES)} (dtypes: {', '.join(DTYPES)})")
+            near = nearest(_SYNONYMS.get(dtype, dtype), DTYPES)
+            raise ValueError(f"unknown dtype {show(dtype)}{near} (dtypes: {', '.join(DTYPES)})")
         return DTYPES[dtype]
     if dtype not in DTYPES.values():
         raise ValueError(f"expected a dtype for parameters ({', '.join(DTYPES)}), got {show(dtype)}")

@@ -40,6 +40,9 @@ class NeuralMemory(Block):
     Each token has a query, a key and a value. Writing takes a gradient step on ``|M(k) - v|^2``, with momentum and
     weight decay, whose rates are learned functions of the token. Reading returns ``M(q)``, normalized, gated and
     projected. ``forward`` writes and reads each token, ``read`` only reads. State: the weights of the networks.
+
+    ``NeuralMemory(dim=64)`` is a module with initialized parameters. Raises ``ValueError`` for heads that do not divide
+    ``dim``.
     """
 
     def __init__(
@@ -101,6 +104,10 @@ class NeuralMemory(Block):
         ] = None,
     ) -> None:
         super().__init__(dim)
+        for field, problem in self.problems(
+            dim, {"heads": heads, "momentum": momentum, "learn_momentum": learn_momentum}
+        ):
+            raise ValueError(f"{field}: {problem}")
         self.heads, self.chunk, self.activation, self.clip = heads, chunk, activation, clip
         self.momentum, self.forgetting, self.gates, self.max_step = momentum, forgetting, gates, max_step
         self.conv, self.retrieve, self.use, self.keep = conv, retrieve, use, keep
@@ -122,6 +129,9 @@ class NeuralMemory(Block):
         self.output_gain = nn.Parameter(torch.empty(heads, width))
         self.output_gate = Linear(dim, dim, bias=False)
         self.output = Linear(dim, dim, bias=False)
+        if not self.output_gain.is_meta:
+            with torch.no_grad():
+                self.reset_parameters()
 
     @classmethod
     def problems(cls, dim: int | None, fields: dict[str, Any]) -> Iterable[tuple[str, str]]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,18 +26,21 @@ def build(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | str = torch.float32,
     seed: int | None = 0,
+    overrides: Mapping[str, Any] | None = None,
 ) -> LanguageModel:
     """Build the model of a recipe, with newly initialized parameters. ``model.recipe`` is the recipe.
 
-    ``recipe``: a ``Recipe``, or an argument of ``load_recipe``. ``device``: on ``"meta"`` the model has shapes but
-    no values. ``dtype``: of the parameters, as a torch dtype or its name. ``seed``: the same seed gives the same model
-    on every device; ``None`` uses the global generator.
+    ``recipe``: a ``Recipe``, or an argument of ``load_recipe``. ``overrides``: values by path, as in ``load_recipe``:
+    ``build("mac", overrides={"dim": 64})``. ``device``: on ``"meta"`` the model has shapes but no values. ``dtype``: of
+    the parameters, as a torch dtype or its name. ``seed``: the same seed gives the same model on every device; ``None``
+    uses the global generator.
 
     Raises ``RecipeError`` if the recipe is invalid or the model is too large for the machine's memory, and
     ``ValueError`` for an unavailable device, a dtype that parameters cannot have, or an invalid seed.
     """
     check_seed(seed)
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    if not isinstance(recipe, Recipe) or overrides:
+        recipe = load_recipe(recipe, overrides)
     device, dtype = as_device(device), as_dtype(dtype)
     model = assemble(recipe)
     if device.type == "meta":

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import difflib
+import itertools
+import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from ..registry import Problem, RecipeError, list_blocks, lookup, nearest, show
 from .parse import is_recipe_file, plain, read_file, read_text, recipe_error
-from .recipe import Recipe, check_recipe
+from .recipe import KEYS, Recipe, check_recipe
 from .saved_format import StorageError, read_index
 
 Source: TypeAlias = "str | os.PathLike[str] | Mapping[str, Any] | Recipe"
@@ -49,9 +53,12 @@ def load_recipe(source: Source, overrides: Mapping[str, Any] | None = None, allo
     try:
         recipe = check_recipe(data, source=label, allow_imports=allow_imports)
     except RecipeError as error:
-        raise RecipeError([*problems, *error.problems], label) from None
+        problems += error.problems
     if problems:
-        raise RecipeError(problems, label)
+        known = list(itertools.islice(_paths(data), MAX_PATHS))
+        unknown = [problem.path in values or problem.message.startswith("unknown ") for problem in problems]
+        hinted = [_with_nearest_path(each, known) if fits else each for each, fits in zip(problems, unknown)]
+        raise RecipeError(hinted, label)
     return dataclasses.replace(recipe, overrides={**earlier, **values})
 
 
@@ -87,8 +94,7 @@ def _read(source: Source) -> _Read:
     known = f"packaged: {', '.join(base_names())}; sizes as in mac-170m"
     if source in list_blocks():
         raise recipe_error(show(source), f"a block, not a recipe; see titans-build describe {source} ({known})")
-    similar = nearest(source, packaged_names())
-    raise recipe_error(show(source), f"no packaged recipe and no file of that name{similar} ({known})")
+    raise recipe_error(show(source), f"no packaged recipe and no file of that name{_nearest_recipe(source)} ({known})")
 
 
 def _read_path(path: Path, label: str) -> _Read:
@@ -110,6 +116,22 @@ def _exists(name: str) -> bool:
         return os.path.exists(name)
     except ValueError:  # a NUL character
         return False
+
+
+def _nearest_recipe(name: str) -> str:
+    """As ``nearest``; of a size that there is not, the nearest number: ``mac-170m`` for ``mac-200m``."""
+    base, _, size = name.lower().rpartition("-")
+    sizes = {_parameters(known): known for known in _sizes()}
+    if not base or math.isnan(_parameters(size)):
+        return nearest(name, packaged_names())
+    near = min(sizes, key=lambda number: abs(math.log(number / _parameters(size))))
+    return nearest(f"{base}-{sizes[near]}", packaged_names())
+
+
+def _parameters(size: str) -> float:
+    """``170e6`` of ``170m``; NaN of what is no size."""
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([mb])", size)
+    return float(match[1]) * {"m": 1e6, "b": 1e9}[match[2]] or math.nan if match else math.nan
 
 
 # Packaged recipes: a YAML file each, and the sizes of the published models as overrides of them.
@@ -180,6 +202,63 @@ def apply_overrides(data: dict[str, Any], overrides: Mapping[str, Any]) -> list[
 
 class _InvalidPath(Exception):
     pass
+
+
+# The paths that a recipe has, for the message about one that it has not.
+
+MAX_PATHS = 10_000
+"""Paths that are compared with an unknown one."""
+
+
+def _with_nearest_path(problem: Problem, known: list[str]) -> Problem:
+    """``problem`` of an unknown path with those that were probably meant: ``layers.mac.0.segment`` for ``segment``."""
+    *keys, last = problem.path.split(".")
+    if problem.path in known or "did you mean" in problem.message or keys[:1] == ["stack"]:
+        return problem
+    if not any(path.endswith(f".{last}") for path in known):
+        matches = difflib.get_close_matches(last[:100], {path.rpartition(".")[2] for path in known}, n=1)
+        last = matches[0] if matches else last
+    found = [path for path in known if path.endswith(f".{last}")]
+    found = [path for path in found if _is_part([*keys, last], path)] or found
+    found.sort(key=len)
+    if f"{'.'.join(keys)}.{last}" in found:
+        found = [f"{'.'.join(keys)}.{last}"]
+    hint = f"; did you mean {' or '.join(map(repr, found[:3]))}?" if found else ""
+    return Problem(problem.path, problem.message + hint)
+
+
+def _is_part(keys: list[str], path: str) -> bool:
+    """Whether ``path`` has all ``keys`` in this order, the last one at its end."""
+    rest = iter(path.split("."))
+    return all(key in rest for key in keys) and not any(True for _ in rest)
+
+
+def _paths(data: Any) -> Iterator[str]:
+    """The paths of all values of a recipe, those at their defaults included."""
+    if isinstance(data, dict):
+        yield from KEYS
+        layers = data.get("layers")
+        for name, blocks in layers.items() if isinstance(layers, dict) else ():
+            yield f"layers.{name}"
+            yield from _block_paths(blocks, f"layers.{name}")
+
+
+def _block_paths(block: Any, path: str) -> Iterator[str]:
+    if isinstance(block, list):
+        for index, part in enumerate(block):
+            yield f"{path}.{index}"
+            yield from _block_paths(part, f"{path}.{index}")
+        return
+    block = {"type": block} if isinstance(block, str) else block
+    try:
+        fields = lookup(block["type"]).fields
+    except (RecipeError, TypeError, KeyError):  # reported when the recipe is checked
+        return
+    yield f"{path}.type"
+    for name, field in fields.items():
+        yield f"{path}.{name}"
+        if field.holds_blocks:
+            yield from _block_paths(block.get(name, field.default), f"{path}.{name}")
 
 
 def _set(data: Any, path: Any, value: Any) -> None:

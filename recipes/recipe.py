@@ -21,7 +21,7 @@ MAX_LAYERS = 1024
 """Layers in the stack, with repeats expanded."""
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
-_KEYS = ("version", "name", "dim", "vocab", "tie", "imports", "layers", "stack")
+KEYS = ("version", "name", "dim", "vocab", "tie", "imports", "layers", "stack")
 _REQUIRED = ("version", "dim", "layers", "stack")
 
 
@@ -138,8 +138,8 @@ def check_recipe(data: Any, *, source: str = "recipe", allow_imports: bool = Fal
 
 def _top_level(data: dict[str, Any]) -> Iterator[Problem]:
     for key in list(data)[:MAX_PROBLEMS]:
-        if key not in _KEYS:
-            yield Problem(join("", key), f"unknown key{nearest(key, _KEYS)} (keys: {', '.join(_KEYS)})")
+        if key not in KEYS:
+            yield Problem(join("", key), f"unknown key{nearest(key, KEYS)} (keys: {', '.join(KEYS)})")
     for key in _REQUIRED:
         if key not in data:
             hint = f"; this release reads version {VERSION}" if key == "version" else ""

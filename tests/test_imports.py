@@ -13,6 +13,7 @@ BELOW = {
     "tools": {"titans_build", "recipes", "blocks", "registry", "kernels"},
     "titans_build": {"tools", "recipes", "blocks", "registry"},
     "huggingface": {"tools"},
+    "__main__": {"tools"},
     "recipes": {"blocks", "registry"},
     "blocks": {"registry", "kernels"},
     "registry": set(),
@@ -24,7 +25,8 @@ FOLDERS = [name for name in BELOW if (ROOT / name).is_dir()]
 
 def modules() -> dict[str, Path]:
     """Every module by its name in the package, ``blocks.memory``, a folder's ``__init__`` by that of the folder."""
-    found = {"titans_build": ROOT / "__init__.py", "huggingface": ROOT / "huggingface.py"}
+    found = {"titans_build": ROOT / "__init__.py"}
+    found |= {name: ROOT / f"{name}.py" for name in ("__main__", "huggingface")}
     for file in (file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py")):
         parts = file.relative_to(ROOT).with_suffix("").parts
         found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file

@@ -61,6 +61,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
         "README.md",
         "LICENSE",
         "__init__.py",
+        "__main__.py",
         "huggingface.py",
         "py.typed",
         *FOLDERS,
@@ -109,7 +110,7 @@ def test_the_facade_offers_the_promised_names() -> None:
 
     promised = [
         "load_recipe", "build", "save", "load", "save_state", "load_state", "register", "Block", "Spec",
-        "create", "check_block", "list_blocks", "describe", "build_block", "state", "RecipeError",
+        "create", "check_block", "NeuralMemory", "list_blocks", "describe", "build_block", "state", "RecipeError",
         "__version__", "Task", "register_task", "list_tasks", "open_source", "train", "observe", "memory_loss",
         "memory_check", "adapt", "perplexity", "write_cost", "compare", "search", "swap", "unswap", "memory",
     ]  # fmt: skip

@@ -229,3 +229,19 @@ def test_invalid_inputs_are_errors() -> None:
         block(x, block.init_state(2))
     with pytest.raises(TypeError, match="expected NeuralMemoryState"):
         block(x, (torch.zeros(1),))
+
+
+def test_the_class_alone_is_a_module_with_initialized_parameters() -> None:
+    torch.manual_seed(0)
+    alone = tb.NeuralMemory(dim=8)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        alone.reset_parameters()
+        before = [parameter.clone() for parameter in alone.parameters()]
+    torch.manual_seed(0)
+    assert all(torch.equal(a, b) for a, b in zip(before, tb.NeuralMemory(dim=8).parameters()))
+    x = torch.randn(2, 9, 8)
+    y, _ = alone(x)
+    assert torch.allclose(torch.cat([alone(x[:, :4])[0], alone(x[:, 4:], alone(x[:, :4])[1])[0]], 1), y, atol=1e-5)
+    with pytest.raises(ValueError, match="heads: 4 heads do not divide the width 9"):
+        tb.NeuralMemory(dim=9)

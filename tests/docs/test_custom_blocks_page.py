@@ -231,6 +231,7 @@ def test_the_page_works_with_an_installed_wheel(page: Any, root: Path, tmp_path:
         "README.md",
         "LICENSE",
         "__init__.py",
+        "__main__.py",
         "huggingface.py",
         "py.typed",
         "blocks",

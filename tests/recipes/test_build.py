@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -136,3 +137,14 @@ def test_shapes_that_overflow():
 def test_an_invalid_seed(seed: object):
     with pytest.raises(ValueError, match="seed: expected an integer of 64 bits, got"):
         build(SMALL, seed=seed)  # type: ignore[arg-type]
+
+
+def test_overrides_are_those_of_load_recipe(tmp_path: Path) -> None:
+    overrides = {"dim": 16, "layers.mac.0.segment": 8}
+    (tmp_path / "mine.yaml").write_text(load_recipe("mac").to_yaml(), encoding="utf-8")
+    for source in ("mac", tmp_path / "mine.yaml", load_recipe("mac")):
+        model = build(source, device="meta", overrides=overrides)
+        assert model.dim == 16 and model.layers[0].blocks[0].segment == 8
+        assert model.recipe.overrides == overrides
+    with pytest.raises(RecipeError, match=r"did you mean 'layers\.mac\.0\.segment'"):
+        build("mac", overrides={"segment": 8})

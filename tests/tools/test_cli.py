@@ -65,6 +65,9 @@ def test_help_fits_the_terminal(command: str, titans_build: Run, monkeypatch: py
 
 def test_version(titans_build: Run) -> None:
     assert titans_build("--version") == (0, f"titans-build {__version__}\n", "")
+    command = [sys.executable, "-m", "titans_build", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout == f"titans-build {__version__}\n"
 
 
 @pytest.mark.parametrize(
@@ -94,14 +97,24 @@ def test_version(titans_build: Run) -> None:
         (("mac", "--set", "a={b: !!int 3}"), "  a.b: tags are not allowed"),
         (("mac", "--set", "dim=wide"), "dim: expected an integer"),
         (("mac", "--set", "layers.mac.0.segmnt=3"), "did you mean 'segment'?"),
+        (("mac", "--set", "segment=64"), "did you mean 'layers.mac.0.segment'?"),
+        (("mac", "--set", "segmnt=64"), "did you mean 'layers.mac.0.segment'?"),
+        (("mac", "--set", "mac.0.segment=64"), "did you mean 'layers.mac.0.segment'?"),
+        (("mac", "--set", "layers.mac.segment=64"), "did you mean 'layers.mac.0.segment'?"),
+        (("mac", "--set", "layers.mac.0.chunk=64"), "did you mean 'layers.mac.0.memory.chunk'?"),
+        (("mac", "--set", "heads=4"), "did you mean 'layers.mac.0.memory.heads' or 'layers.mac.0.attend.heads'?"),
+        (("mac-200m",), "did you mean 'mac-170m'?"),
+        (("mca-1b",), "did you mean 'mac-1.3b'?"),
         (("mac", "--set", "layers.mca.0.segment=3"), "layers.mca"),
         (("mac", "--set", "layers.mac.1.kind.x=3"), "layers.mac.1.kind is 'swiglu', which has nothing inside"),
         (("mac", "--seed", "-1"), "--seed: expected an integer from 0"),
         (("mac", "--seed", "1.5"), "--seed: expected an integer from 0"),
         (("mac", "--dtype", "float23"), "did you mean 'float32'?"),
+        (("mac", "--dtype", "fp16"), "did you mean 'float16'?"),
         (("mac", "--dtype", "int64"), "int64"),
         (("mac", "--dtype", ""), "unknown dtype ''"),
-        (("mac", "--device", "gpu"), "unknown device 'gpu': expected cpu, cuda, cuda:1 or mps\n"),
+        (("mac", "--device", "gpu"), "unknown device 'gpu'; did you mean 'cuda'? (devices: cpu, cuda, cuda:1, mps)\n"),
+        (("mac", "--device", "cdua"), "did you mean 'cuda'?"),
         (("mac", "--device", "fpga"), "from the 'FPGA' backend\n"),
         (("mac", "--force"), "--force: lets --out DIR replace a saved model, and there is no --out"),
         (("mac", "--device", "meta"), "titans-build check"),
