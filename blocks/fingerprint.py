@@ -15,9 +15,13 @@ class Fingerprint:
     tensor with the rows first, the fingerprint is selected, concatenated, moved and saved with the rest of a state.
     """
 
-    def __init__(self, fingerprint: str = "0" * 16, name: str = "") -> None:
-        """``fingerprint``: 16 hex digits, zeros for models without a recipe. ``name``: of the recipe, for messages."""
+    def __init__(self, fingerprint: str = "0" * 16, name: str = "", earlier: str | None = None) -> None:
+        """``fingerprint``: 16 hex digits, zeros for models without a recipe. ``name``: of the recipe, for messages.
+
+        ``earlier``: what earlier versions wrote into states of this recipe.
+        """
         self.number = int.from_bytes(bytes.fromhex(fingerprint), "big", signed=True)
+        self.earlier = int.from_bytes(bytes.fromhex(earlier or fingerprint), "big", signed=True)
         if name:
             _names[self.number] = name
 
@@ -29,7 +33,7 @@ class Fingerprint:
         """Raise ``ValueError`` with both recipes unless all values of ``found`` are this fingerprint."""
         if found.is_meta or torch.compiler.is_compiling():  # no values to compare
             return
-        other = next((number for number in found.flatten().tolist() if number != self.number), None)
+        other = next((number for number in found.flatten().tolist() if number not in (self.number, self.earlier)), None)
         if other is not None:
             recipes = f"it is of {_describe(int(other))}, the model of {_describe(self.number)}"
             raise ValueError(f"the state is of another recipe: {recipes}")

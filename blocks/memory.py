@@ -17,7 +17,7 @@ from ..kernels.norm_gate import decode, gated_norm
 from ..kernels.padding import Layout, align, last
 from ..kernels.short_conv import query, query_key_value
 from ..kernels.short_conv.decode import Layers, memory_inputs, memory_query
-from ..registry import register
+from ..registry import SameFunction, register
 from .block import Block, check_call
 from .observers import Learned, active, observers_of
 
@@ -98,6 +98,7 @@ class NeuralMemory(Block):
         learn_momentum: Annotated[bool, Field(description="learn the initial momentum; zero otherwise")] = False,
         keep: Annotated[
             int | None,
+            SameFunction(),
             Field(
                 ge=1, description="chunks between the states kept for backward; null to choose by the memory they need"
             ),

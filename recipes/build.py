@@ -57,7 +57,7 @@ def build(
 def assemble(recipe: Recipe) -> LanguageModel:
     """Build the model on the meta device."""
     layers = [copy.deepcopy(recipe.layers[name]) for name in recipe.expand()]
-    fingerprint = Fingerprint(recipe.fingerprint, recipe.name or "")
+    fingerprint = Fingerprint(recipe.fingerprint, recipe.name or "", recipe.earlier_fingerprint)
     with _possible(recipe), torch.device("meta"):
         model = LanguageModel(recipe.dim, vocab=recipe.vocab, layers=layers, tie=recipe.tie, fingerprint=fingerprint)
     model.recipe = recipe  # type: ignore[assignment] # torch declares every attribute a tensor or a module

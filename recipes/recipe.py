@@ -7,7 +7,7 @@ import hashlib
 import importlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -83,13 +83,36 @@ class Recipe:
     def fingerprint(self) -> str:
         """16 hex digits that identify the model. The names of the recipe and of its layers' imports do not matter.
 
-        Fields at their defaults are left out, so that a release may add a field and still load what was saved before.
+        Fields at their defaults are left out, so that a release may add a field and still load what was saved before,
+        and so are fields marked ``SameFunction``.
         """
+        return self._hash(function_fields)
+
+    @cached_property
+    def earlier_fingerprint(self) -> str:
+        """The fingerprint that earlier versions wrote, of which fields marked ``SameFunction`` were a part."""
+        return self._hash(lambda block: block)
+
+    def _hash(self, select: Callable[[Any], Any]) -> str:
         data = self.to_dict()
-        layers = {name: [_without_defaults(block) for block in blocks] for name, blocks in data["layers"].items()}
+        layers = {name: _without_defaults(select(blocks)) for name, blocks in data["layers"].items()}
         same = {key: data[key] for key in ("version", "dim", "vocab", "tie")}
         same |= {"layers": layers, "stack": self.expand()}
         return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def function_fields(value: Any) -> Any:
+    """A block in plain form, or the blocks in a field's value, without the fields marked ``SameFunction``."""
+    if isinstance(value, list):
+        return [function_fields(part) for part in value]
+    if not isinstance(value, dict) or not isinstance(value.get("type"), str):
+        return value
+    fields = lookup(value["type"]).fields
+    return {
+        name: function_fields(part) if name in fields and fields[name].holds_blocks else part
+        for name, part in value.items()
+        if name not in fields or fields[name].changes_function
+    }
 
 
 def _without_defaults(value: Any) -> Any:

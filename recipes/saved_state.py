@@ -52,7 +52,7 @@ def load_state(path: str | os.PathLike[str], model: LanguageModel) -> State:
     """
     recipe = recipe_of(model)
     metadata, tensors = read_state_file(path, STATE_FORMAT)
-    if metadata.get("fingerprint") != recipe.fingerprint:
+    if metadata.get("fingerprint") not in (recipe.fingerprint, recipe.earlier_fingerprint):
         raise StorageError(
             f"{path}: the state belongs to another recipe: it was saved with "
             f"{show(metadata.get('recipe') or 'a recipe')} ({metadata.get('fingerprint')}), the model is of "

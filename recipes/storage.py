@@ -151,7 +151,8 @@ def _load(
     path = place / index["weights"]
     with open_tensors(path, MODEL_FORMAT) as file:
         metadata = file.metadata()
-        if metadata.get("tag") != _tag(path.name) or metadata.get("fingerprint") != saved.fingerprint:
+        known = (saved.fingerprint, saved.earlier_fingerprint)
+        if metadata.get("tag") != _tag(path.name) or metadata.get("fingerprint") not in known:
             raise StorageError(f"{path}: these are the weights of another model than the one {INDEX} describes")
         names = list(file.keys())
         _expect_same(

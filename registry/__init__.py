@@ -18,7 +18,7 @@ from .catalogue import (
 )
 from .errors import MAX_PROBLEMS, Problem, RecipeError, Unavailable, join, nearest, show
 from .json_schema import DIALECT, block_definitions, block_schema
-from .schema import MAX_INTEGER, Field, Needs, Spec, fields_of
+from .schema import MAX_INTEGER, Field, Needs, SameFunction, Spec, fields_of
 from .validation import Checker, check_settings, create, is_block, validate
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "Problem",
     "RecipeError",
     "Row",
+    "SameFunction",
     "Spec",
     "Unavailable",
     "block_definitions",

@@ -33,6 +33,13 @@ class Needs:
         return f"Needs({', '.join(map(repr, self.methods))})"
 
 
+class SameFunction:
+    """Marks a field that changes how a block computes, and not what: ``Annotated[int | None, SameFunction()]``.
+
+    Recipes that differ in such fields alone have one fingerprint, and take each other's states.
+    """
+
+
 class HoldsBlock:
     """Marks an annotation whose value is a block. Used by ``Spec`` only."""
 
@@ -85,6 +92,11 @@ class Field:
     def holds_blocks(self) -> bool:
         """Whether the value of the field may contain blocks."""
         return _mentions_block(self.annotation)
+
+    @cached_property
+    def changes_function(self) -> bool:
+        """Whether the field is not marked ``SameFunction``."""
+        return not any(isinstance(item, SameFunction) for item in _metadata(self.annotation))
 
     @cached_property
     def adapter(self) -> TypeAdapter[Any]:

@@ -9,7 +9,7 @@ import torch
 
 from titans_build import state as st
 from titans_build.blocks.fingerprint import Fingerprint
-from titans_build.recipes import build, load_recipe
+from titans_build.recipes import build, load_recipe, load_state, save_state
 
 RECIPE = {
     "version": 1,
@@ -89,3 +89,19 @@ def test_fingerprints_on_the_meta_device_are_not_compared():
     model = build(RECIPE, device="meta")
     assert model.init_state(2).recipe.is_meta
     Fingerprint().check(model.init_state(2).recipe)
+
+
+def test_fields_that_change_no_function_are_no_part_of_the_fingerprint(tmp_path):
+    """Saved states and models of one ``keep`` are those of any other, and of the fingerprint before this rule."""
+    plain, kept = load_recipe(RECIPE), load_recipe(RECIPE, {"layers.a.0.keep": 4})
+    assert kept.fingerprint == plain.fingerprint == plain.earlier_fingerprint != kept.earlier_fingerprint
+    model, other = build(plain, seed=0), build(kept, seed=0)
+    state = model(TOKENS).state
+    torch.testing.assert_close(other(TOKENS, state).logits, model(TOKENS, state).logits)
+    save_state(state, tmp_path / "state", model)
+    load_state(tmp_path / "state", other)
+
+    earlier = Fingerprint(kept.earlier_fingerprint).number
+    other(TOKENS, state._replace(recipe=torch.full_like(state.recipe, earlier)))
+    with pytest.raises(ValueError, match="of another recipe"):
+        model(TOKENS, state._replace(recipe=torch.full_like(state.recipe, earlier)))

@@ -50,7 +50,7 @@ class TitansBuildConfig(PreTrainedConfig):
             # the configuration identifies blocks by their registered names: reading it imports nothing
             given = dataclasses.replace(self.recipe, imports=[]) if isinstance(self.recipe, Recipe) else self.recipe
             checked = load_recipe(given)
-            if self.fingerprint not in (None, checked.fingerprint):
+            if self.fingerprint not in (None, checked.fingerprint, checked.earlier_fingerprint):
                 raise StorageError(
                     f"the recipe of this configuration is not the one that was saved: its fingerprint is "
                     f"{checked.fingerprint}, expected {show(self.fingerprint)}"

@@ -128,7 +128,8 @@ class TitansBuildPreTrainedModel(PreTrainedModel):
         # a classifier is made from a language model, or the other way around: the head of the one is new, or left out
         strict = info if cls.__name__ in saved else {kind: _without_score(names) for kind, names in info.items()}
         expect_whole(strict, str(place), f"the recipe {show(model.model.recipe.name or '')}")
-        if int(model.fingerprint) != model.model.fingerprint.number:
+        known = model.model.fingerprint
+        if int(model.fingerprint) not in (known.number, known.earlier):
             raise StorageError(
                 f"{place}: these are the weights of another recipe than the one in config.json "
                 f"({result.config.fingerprint}), though all shapes are the same"

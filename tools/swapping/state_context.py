@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...blocks.fingerprint import Fingerprint
 from ...blocks.state import State, batch_size, named_tensors
+from ...recipes.recipe import function_fields
 from ...recipes.saved_format import StorageError
 from ...recipes.saved_state import expect_state, fill_state, read_state_file, write_state_file
 from ...registry import show
@@ -69,13 +70,17 @@ class StateContext:
             raise SwapError(f"memory: {type(model).__name__} has no memory in it: tb.swap puts one in")
         self._index = {site: index for index, site in enumerate(found.values())}
         self.names = [name.rpartition(".")[0] if isinstance(site, Gated) else name for name, site in found.items()]
-        described = []
+        described: list[list[Any]] = []
         for name, site in zip(self.names, self._index):
             with torch.no_grad():
                 shapes = _shapes(site.block.init_state(1))
             described.append([name, site.how, site.spec, [shapes, sum(p.numel() for p in site.block.parameters())]])
-        self.fingerprint = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
-        self._fingerprint = Fingerprint(self.fingerprint, f"memories of {type(model).__name__}")
+        # of earlier versions, fields that change no function were a part
+        self.earlier_fingerprint = _hash(described)
+        self.fingerprint = _hash([[name, how, function_fields(spec), sizes] for name, how, spec, sizes in described])
+        self._fingerprint = Fingerprint(
+            self.fingerprint, f"memories of {type(model).__name__}", self.earlier_fingerprint
+        )
         self.state = state
 
     @property
@@ -135,7 +140,7 @@ class StateContext:
         Raises ``StorageError`` if the file is not a saved state, is damaged, or is of other memories.
         """
         metadata, tensors = read_state_file(path, FORMAT)
-        if metadata.get("fingerprint") != self.fingerprint:
+        if metadata.get("fingerprint") not in (self.fingerprint, self.earlier_fingerprint):
             raise StorageError(
                 f"{path}: the state is of other memories: of {show(metadata.get('sites'))} "
                 f"({metadata.get('fingerprint')}); the model's are {show(', '.join(self.names))} ({self.fingerprint})"
@@ -178,6 +183,10 @@ def active_context(site: Site) -> StateContext | None:
             "thread: use one process for each device (DistributedDataParallel), or call the model itself"
         )
     return found
+
+
+def _hash(described: list[list[Any]]) -> str:
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _shapes(state: State) -> Any:

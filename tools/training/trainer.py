@@ -252,11 +252,11 @@ class Trainer:
             raise StorageError(f"{folder}: expected the facts of a run in its index: {error}") from None
         if progress.step != step:
             raise StorageError(f"{folder}: expected a checkpoint of step {step}, got one of {show(progress.step)}")
-        fingerprint = self.model.recipe.fingerprint  # type: ignore[union-attr]
-        if facts.get("fingerprint") != fingerprint:
+        recipe: Any = self.model.recipe
+        if facts.get("fingerprint") not in (recipe.fingerprint, recipe.earlier_fingerprint):
             # a later version may give a block a field that it had not
             found = show(facts.get("fingerprint"))
-            raise StorageError(f"{folder}: it is of another recipe: expected {fingerprint}, got {found}")
+            raise StorageError(f"{folder}: it is of another recipe: expected {recipe.fingerprint}, got {found}")
         for name, parameter in self.model.named_parameters():
             if f"optimizer.{name}.exp_avg" in names:
                 count = torch.zeros((), device=parameter.device if self.optimizer.defaults.get("fused") else "cpu")
