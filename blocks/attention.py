@@ -12,12 +12,13 @@ from torch.nn import functional as F
 
 from ..kernels.attention import Prefix, attention
 from ..kernels.attention.decode import Cache, cached_attention
-from ..kernels.linear import Linear, is_plain, project
+from ..kernels.linear import project
 from ..kernels.norm_gate import rms_norm
 from ..kernels.padding import align, last
 from ..kernels.rotary import rotate
 from ..registry import register
-from .block import Block, check_input
+from .block import Block, check_input, like_of
+from .layers import Linear, is_plain
 
 FEW = 4
 """Number of tokens up to which one fused kernel is faster than several operators."""
@@ -103,10 +104,12 @@ class Attention(Block):
         self.window = tokens if self.window is None else min(self.window, tokens)
 
     def init_state(self, batch_size: int) -> AttentionState:
-        weight = self.qkv.weight
+        like = like_of(self)
+        if like is None:  # the weights are quantized to integers
+            like = torch.empty(0, device=self.qkv.weight.device)
         slots = 0 if self.window is None else self.window - 1
-        empty = weight.new_zeros(batch_size, slots, self.kv_heads, self.head_dim)
-        zero = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
+        empty = like.new_zeros(batch_size, slots, self.kv_heads, self.head_dim)
+        zero = like.new_zeros(batch_size, dtype=torch.int64)
         return AttentionState(empty, empty, zero, zero, None, None)
 
     def prefix(self, tokens: Tensor) -> tuple[Tensor, AttentionState]:
@@ -120,9 +123,9 @@ class Attention(Block):
         if tokens.is_meta:
             kept = tokens.new_empty(*tokens.shape[:2], self.kv_heads, self.head_dim)
             return tokens, state._replace(prefix_keys=kept, prefix_values=kept)
-        q, k, v = self._project(tokens, 1)
+        q, k, v = self._project(tokens, 1, state.keys.dtype)
         y = attention(q, k, v)
-        return self.out(y.flatten(2)), state._replace(prefix_keys=k, prefix_values=v)
+        return self.out(y.flatten(2).to(tokens.dtype)), state._replace(prefix_keys=k, prefix_values=v)
 
     def forward(
         self, x: Tensor, state: AttentionState | None = None, *, mask: Tensor | None = None
@@ -134,7 +137,11 @@ class Attention(Block):
     ) -> tuple[Tensor, AttentionState]:
         """``forward``, with outputs at every ``step``-th token only. No queries are computed for other tokens."""
         if state is not None:
-            self._check_slots(state)
+            slots = state.keys.shape[1]
+            if state.values.shape[1] != slots:
+                raise ValueError(f"{type(self).__name__}: state has {slots} keys and {state.values.shape[1]} values")
+            if self.window is not None and slots < self.window - 1:
+                self._expect_visible_tokens(state)
         if mask is not None:
             layout = align(mask)
             y, state = self._run(layout.spread(x), state, layout.length, step)
@@ -155,7 +162,7 @@ class Attention(Block):
             state = self.init_state(rows)
         if time == 0:  # nothing but padding
             return x, state
-        q, k, v = self._project(x, step)
+        q, k, v = self._project(x, step, state.keys.dtype)
         prefix = None
         if state.prefix_keys is not None and state.prefix_values is not None:
             prefix = Prefix(q, state.prefix_keys, state.prefix_values)
@@ -170,17 +177,17 @@ class Attention(Block):
             q, k = rotate(q, position[:, step - 1 :: step], self.rope), rotate(k, position, self.rope)
 
         slots = state.keys.shape[1]
-        used, start = (0, None) if fresh else _used_slots(state, time)
+        used, start = (0, None) if fresh or not slots else _used_slots(state, time)
         if used or length is not None or self.window is None or time < slots:
             k, v = torch.cat((state.keys, k), dim=1), torch.cat((state.values, v), dim=1)
         unused = k.shape[1] - used - time
         seen_k, seen_v = (k[:, unused:], v[:, unused:]) if unused else (k, v)
         y = attention(q, seen_k, seen_v, window=self.window, start=start, prefix=prefix, step=step)
-        return self.out(y.flatten(2)), self._advance(state, k, v, length, time)
+        return self.out(y.flatten(2).to(x.dtype)), self._advance(state, k, v, length, time)
 
     def _run_few(self, x: Tensor, state: AttentionState, step: int) -> tuple[Tensor, AttentionState]:
         """``_run`` with fewer operators, for few tokens without gradients."""
-        heads = self.qkv(x).to(self.qkv.weight.dtype).unflatten(-1, (-1, self.head_dim))
+        heads = self.qkv(x).to(state.keys.dtype).unflatten(-1, (-1, self.head_dim))
         y, keys, values = cached_attention(
             heads, self.gain, Cache(*state), heads=self.heads, window=self.window, base=self.rope, step=step
         )
@@ -188,20 +195,23 @@ class Attention(Block):
         if self.window is not None:
             cached = cached.clamp_(max=self.window - 1)
         position = state.position + x.shape[1]
-        return self.out(y.flatten(2)), state._replace(keys=keys, values=values, cached=cached, position=position)
+        y = self.out(y.flatten(2).to(x.dtype))
+        return y, state._replace(keys=keys, values=values, cached=cached, position=position)
 
-    def _project(self, x: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries at every ``step``-th token, keys and values, ``[batch, .., heads or kv_heads, d]``, not rotated."""
-        # under autocast, the state keeps its dtype
-        weight, shape, shared = self.qkv.weight, (-1, self.head_dim), self.kv_heads
+    def _project(self, x: Tensor, step: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries at every ``step``-th token, keys and values, ``[batch, .., heads or kv_heads, d]``, not rotated.
+
+        ``dtype``: that of the state, which it keeps under autocast.
+        """
+        shape, shared = (-1, self.head_dim), self.kv_heads
         if step == 1 or not is_plain(self.qkv):
-            heads = self.qkv(x).to(weight.dtype).unflatten(-1, shape)
+            heads = self.qkv(x).to(dtype).unflatten(-1, shape)
             q, k, v = heads.split_with_sizes((self.heads, shared, shared), dim=2)
             q = q[:, step - 1 :: step]
         else:
-            own = self.heads * self.head_dim
-            q = project(x[:, step - 1 :: step], weight[:own]).to(weight.dtype).unflatten(-1, shape)
-            heads = project(x, weight[own:]).to(weight.dtype).unflatten(-1, shape)
+            weight, own = self.qkv.weight, self.heads * self.head_dim
+            q = project(x[:, step - 1 :: step], weight[:own]).to(dtype).unflatten(-1, shape)
+            heads = project(x, weight[own:]).to(dtype).unflatten(-1, shape)
             k, v = heads.split_with_sizes((shared, shared), dim=2)
         if self.gain is not None:
             q, k = rms_norm(q, self.gain[: self.heads]), rms_norm(k, self.gain[self.heads :])
@@ -229,18 +239,15 @@ class Attention(Block):
             k, v = [last(F.pad(x, (0, 0, 0, 0, before, 0)), end, slots) for x in (k, v)]
         return state._replace(keys=k, values=v, cached=cached, position=state.position + read)
 
-    def _check_slots(self, state: AttentionState) -> None:
-        """Raise unless the cache has all visible tokens. A cache of another window may have them."""
-        slots = state.keys.shape[1]
-        if state.values.shape[1] != slots:
-            raise ValueError(f"{type(self).__name__}: state has {slots} keys and {state.values.shape[1]} values")
-        if self.window is not None and slots < self.window - 1 and not torch.compiler.is_compiling():
-            missing = state.cached < state.position.clamp(max=self.window - 1)
-            if not missing.is_meta and bool(missing.any()):
-                raise ValueError(
-                    f"{type(self).__name__}: the state is of another block: it holds the last {slots} tokens, "
-                    f"expected {self.window - 1}"
-                )
+    def _expect_visible_tokens(self, state: AttentionState) -> None:
+        """Raise unless the cache of a smaller window has all visible tokens."""
+        assert self.window is not None
+        missing = state.cached < state.position.clamp(max=self.window - 1)
+        if not torch.compiler.is_compiling() and not missing.is_meta and bool(missing.any()):
+            raise ValueError(
+                f"{type(self).__name__}: the state is of another block: it holds the last {state.keys.shape[1]} "
+                f"tokens, expected {self.window - 1}"
+            )
 
     def reset_parameters(self) -> None:
         # 1 / sqrt(fan_in) keeps unit variance at every width. The output is smaller, because the residual stream sums
@@ -257,8 +264,6 @@ def _used_slots(state: AttentionState, time: int) -> tuple[int, Tensor | None]:
     Reading the number synchronizes an accelerator. For one token, attention over a few empty slots is cheaper.
     """
     slots = state.keys.shape[1]
-    if not slots:
-        return 0, None
     if torch.compiler.is_compiling() or (time == 1 and state.cached.device.type != "cpu"):
         return slots, slots - state.cached
     cached = state.cached.tolist()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+import sys
 import threading
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,59 @@ from torch import Tensor, nn
 from .freezing import thawed
 from .observers import suppressed
 from .state import State, map_state, named_tensors, nbytes
+
+_T = TypeVar("_T")
+
+
+def is_unmodified(module: nn.Module, *methods: str) -> bool:
+    """Whether calling ``module`` runs ``methods`` of its class and nothing else.
+
+    False with hooks, after ``module.compile()``, and if the instance has its own version of one of ``methods``, such as
+    the ``forward`` that accelerate sets. PyTorch has no public function that says whether a module has hooks.
+    """
+    for method in methods:
+        if method in vars(module):
+            return False
+    everywhere: Any = torch.nn.modules.module
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._compiled_call_impl is not None
+        or everywhere._global_forward_hooks
+        or everywhere._global_forward_pre_hooks
+        or everywhere._global_backward_hooks
+        or everywhere._global_backward_pre_hooks
+    )
+
+
+def with_parameters(method: Callable[..., _T]) -> Callable[..., _T]:
+    """Make a method read the parameters of its module while accelerate keeps them elsewhere.
+
+    accelerate loads offloaded parameters for ``forward`` only.
+    """
+
+    @functools.wraps(method)
+    def run(self: Any, *args: Any, **named: Any) -> _T:
+        if "forward" not in vars(self) or "accelerate" not in sys.modules:
+            return method(self, *args, **named)
+        with contextlib.ExitStack() as stack:
+            for module in (self, *(child for child in self.children() if isinstance(child, nn.ParameterList))):
+                stack.enter_context(_loaded(module))
+            return method(self, *args, **named)
+
+    return run
+
+
+def _loaded(module: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """A context inside which the module's own parameters are loaded, if accelerate has offloaded them."""
+    if not any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+        return contextlib.nullcontext()
+    from accelerate.utils import align_module_device
+
+    loaded: contextlib.AbstractContextManager[None] = align_module_device(module)
+    return loaded
 
 
 class _OfChildren:
@@ -56,10 +111,21 @@ class Block(nn.Module):
     delegates: tuple[str, ...] = ()
     """Names of the fields of a wrapper whose blocks process its tokens, and to which ``read`` and ``write`` pass on."""
 
+    has_every = False
+    """Whether the class that defines ``forward`` defines ``every`` too, which ``context`` then calls."""
+
+    def __init_subclass__(cls, **named: Any) -> None:
+        super().__init_subclass__(**named)
+        own = vars(cls)
+        if "forward" in own:
+            cls.has_every = "every" in own
+        for name in {"init_state", "prefix", "read"} & own.keys():
+            setattr(cls, name, with_parameters(own[name]))
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.dim = dim
-        self._first_parameter: tuple[nn.Module, str] | None = None
+        self._parameter: tuple[nn.Module, str] | None = None
         self._expected_states: dict[Any, State] = {}
 
     def init_state(self, batch_size: int) -> State:
@@ -200,7 +266,8 @@ def check_input(block: Block, x: Tensor, mask: Tensor | None = None, name: str =
     if x.dim() != 3 or x.shape[2] != block.dim:
         raise ValueError(f"{kind}: {name} {list(x.shape)}: expected [batch, time, {block.dim}]")
     if not torch.compiler.is_compiling():
-        like = _parameter(block)
+        owner, parameter = block._parameter or _find_parameter(block)
+        like = getattr(owner, parameter) if parameter else None
         if like is not None and (x.dtype is not like.dtype or x.device != like.device):
             _check_like(block, x, name)
     if mask is not None:
@@ -214,27 +281,44 @@ def check_input(block: Block, x: Tensor, mask: Tensor | None = None, name: str =
             raise ValueError(f"{kind}: mask {list(mask.shape)}: expected {list(x.shape[:2])}")
 
 
-def _parameter(block: Any) -> Tensor | None:
-    """Return the first floating-point parameter of the block. Its place is cached, because the search is slow."""
-    if block._first_parameter is None:
-        floating = (name for name, parameter in block.named_parameters() if parameter.is_floating_point())
-        path, _, name = next(floating, "").rpartition(".")
-        # not registered as a child
-        vars(block)["_first_parameter"] = block.get_submodule(path), name
-    owner, name = block._first_parameter
-    return getattr(owner, name) if name else None
+def _find_parameter(module: Any) -> tuple[nn.Module, str]:
+    """Return the owner and the name of the smallest floating-point parameter: "" if there is none. Cache them."""
+    sizes = {name: x.numel() for name, x in module.named_parameters() if x.is_floating_point()}
+    path, _, name = min(sizes, key=sizes.__getitem__, default="").rpartition(".")
+    # not registered as a child
+    vars(module)["_parameter"] = place = module.get_submodule(path), name
+    return place
+
+
+def like_of(module: Any) -> Any:
+    """Return a floating-point parameter, for the dtype and device of the module; ``None`` if there is none."""
+    owner, name = module._parameter or _find_parameter(module)
+    with _loaded(owner) if "accelerate" in sys.modules else contextlib.nullcontext():
+        return getattr(owner, name) if name else None
+
+
+def initial_state(block: Block, rows: int) -> State:
+    """``block.init_state(rows)``; if FSDP has sharded the parameters, by a call without tokens, which gathers them."""
+    like = like_of(block)
+    if like is None or not is_sharded(like):
+        return block.init_state(rows)
+    return block(torch.zeros(rows, 0, block.dim, dtype=like.dtype, device=like.device))[1]
+
+
+def is_sharded(x: Tensor) -> bool:
+    """Whether this process has only a part of ``x``."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
 
 
 def _check_like(block: Block, x: Tensor, name: str) -> None:
     """Raise if the dtype or device differs from that of the current parameters. Modules may have been replaced."""
-    block._first_parameter = None
-    like, kind = _parameter(block), type(block).__name__
-    if like is None:
-        return
+    owner, parameter = _find_parameter(block)
+    like, kind = getattr(owner, parameter) if parameter else x, type(block).__name__
     autocast = x.is_floating_point() and not x.is_meta and torch.is_autocast_enabled(x.device.type)
     if not autocast and all(x.dtype != parameter.dtype for parameter in block.parameters()):
         raise TypeError(f"{kind}: {name} is {x.dtype}: expected {like.dtype}, as the block's parameters are")
-    if x.device != like.device:
+    if x.device != like.device and is_unmodified(owner, "forward"):  # otherwise it may be offloaded
         raise ValueError(f"{kind}: {name} is on {x.device}: expected {like.device}, as the block's parameters are")
 
 
@@ -249,7 +333,7 @@ def check_state(module: Any, state: State, rows: int) -> None:
     Structure, shapes and dtypes must be those of ``init_state(rows)``, or of ``prefix`` if a block stores persistent
     tokens separately. Dimension 1 may differ if the state grows. Expected states are cached on the meta device.
     """
-    like = _parameter(module)
+    like = like_of(module)
     key = (rows, None, None) if like is None else (rows, like.dtype, like.device)
     expected = module._expected_states.get(key, _MISSING)
     if expected is _MISSING:
@@ -268,8 +352,8 @@ def _fresh(module: Any, rows: int, prefix: bool = False) -> State:
     try:
         with torch.no_grad(), suppressed():
             if not prefix:
-                return module.init_state(rows)
-            like = _parameter(module)
+                return initial_state(module, rows) if isinstance(module, Block) else module.init_state(rows)
+            like = like_of(module)
             return module.prefix((torch.zeros(()) if like is None else like).new_zeros(rows, 1, module.dim))[1]
     finally:
         _call.inside = inside

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..kernels.padding import align
 from ..registry import Needs, Spec, create, register
-from .block import Block, as_rows
+from .block import Block, as_rows, like_of
 from .layers import Form, Gating
 from .observers import active, moved, observers_of, suppressed
 from .segmented import Piece, forward_every, join, limit_window, pieces_of, split, split_memory, traced_pieces
@@ -81,7 +81,7 @@ class Context(Block):
 
     def init_state(self, batch_size: int) -> ContextState:
         memory = self.memory.init_state(batch_size)
-        position = torch.zeros(batch_size, dtype=torch.int64, device=self.gate.gain_a.device)
+        position = like_of(self).new_zeros(batch_size, dtype=torch.int64)
         return ContextState(memory, memory, self.fresh_attention(batch_size), position)
 
     def fresh_attention(self, rows: int) -> State:

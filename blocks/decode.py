@@ -14,8 +14,8 @@ from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor, nn
 
-from .block import Block, Memory
-from .segmented import forward_every, is_unmodified
+from .block import Block, Memory, is_unmodified
+from .segmented import forward_every
 from .state import State
 
 Decoder: TypeAlias = Callable[[Tensor, State], tuple[Tensor, State]]

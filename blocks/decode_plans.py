@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 from ..kernels.attention.decode import Cache, prepare_attention
-from ..kernels.linear import has_hooks, is_plain, prepare_projection
+from ..kernels.linear import prepare_projection
 from ..kernels.memory import Tokens, prepare_read, prepare_step
 from ..kernels.norm_gate.decode import prepare_feed_forward, prepare_gate, prepare_gated_output, prepare_rms_norm
 from ..kernels.short_conv.decode import prepare_inputs
 from .attention import FEW, Attention, AttentionState
-from .block import as_memory
+from .block import as_memory, is_unmodified
 from .combinators import Chain, Gate, Layer, Persistent, Residual
 from .context import Context, ContextState, restart
 from .decode import Decoder, Reader, decode_plan, decoder, read_plan, reader
 from .feedforward import FeedForward
-from .layers import Gating, RMSNorm
+from .layers import Gating, RMSNorm, is_plain
 from .memory import NeuralMemory, NeuralMemoryState
 from .observers import active, observers_of, suppressed
 from .state import State
@@ -112,7 +112,7 @@ def _rms_norm(block: RMSNorm, rows: int, time: int, step: int) -> Decoder | None
 
 def _gating(gating: Gating, rows: int, time: int) -> Callable[[Tensor, Tensor], Tensor]:
     run = None
-    if gating.form == "sigmoid" and type(gating) is Gating and not has_hooks(gating):
+    if gating.form == "sigmoid" and type(gating) is Gating and is_unmodified(gating, "forward"):
         run = prepare_gate(gating.gain_a, gating.gain_b, (rows, time), gating.eps)
     return gating if run is None else run
 

@@ -25,10 +25,6 @@ class Fingerprint:
         if name:
             _names[self.number] = name
 
-    def rows(self, rows: int, device: torch.device) -> Tensor:
-        """The fingerprint of a state: ``[rows]`` int64."""
-        return torch.full((rows,), self.number, dtype=torch.int64, device=device)
-
     def check(self, found: Tensor) -> None:
         """Raise ``ValueError`` with both recipes unless all values of ``found`` are this fingerprint."""
         if found.is_meta or torch.compiler.is_compiling():  # no values to compare

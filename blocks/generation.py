@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .block import is_unmodified
 from .build import check_seed
 from .state import State, trainable
 
@@ -19,6 +20,7 @@ class Model(Protocol):
 
     vocab: int | None
 
+    def __call__(self, tokens: Tensor, state: Any, mask: Tensor | None = None) -> Any: ...
     def check_mask(self, mask: Tensor, shape: tuple[int, int]) -> None: ...
     def check_state(self, state: Any, rows: int) -> None: ...
     def embed(self, tokens: Tensor) -> Tensor: ...
@@ -117,30 +119,39 @@ def read_prompt(
 
     ``logits`` [batch, vocab] is returned for rows in which the prompt has no valid token.
     """
-    x = model.embed(tokens)
-    rows, time, _ = x.shape
-    if mask is not None:
-        model.check_mask(mask, (rows, time))
-    if state is not None:
-        model.check_state(state, rows)
+    if calls(model):
+        out = model(tokens, state, mask)
+        hidden, state, predict = out.logits, out.state, Tensor.clone
+    else:
+        x = model.embed(tokens)
+        if mask is not None:
+            model.check_mask(mask, (x.shape[0], x.shape[1]))
+        if state is not None:
+            model.check_state(state, x.shape[0])
+        (hidden, state), predict = model.run(x, state, mask), model.predict
+    rows, time = tokens.shape
     present = torch.full((rows,), time > 0, device=tokens.device) if mask is None else mask.any(dim=1)
     absent = (~present).nonzero().flatten().tolist()
     if absent and logits is None:
         raise ValueError(f"tokens: row {absent[0]} has no valid token, and no logits were given")
     if logits is not None:
         _check_logits(logits, (rows, model.vocab), tokens.device)
-    hidden, state = model.run(x, state, mask)
     if len(absent) == rows:
         assert logits is not None
         return logits, state
     if mask is None:
-        return model.predict(hidden[:, -1]), state
+        return predict(hidden[:, -1]), state
     # the last valid token of each row, with padding on either side
     index = (mask * torch.arange(time, device=mask.device)).argmax(dim=1)
-    predicted = model.predict(hidden[torch.arange(rows, device=mask.device), index])
+    predicted = predict(hidden[torch.arange(rows, device=mask.device), index])
     if logits is not None:
         predicted = torch.where(present.unsqueeze(1), predicted, logits.to(predicted.dtype))
     return predicted, state
+
+
+def calls(model: Any) -> bool:
+    """Whether the model is called for every token: hooks, accelerate and FSDP act on calls of the whole model."""
+    return not is_unmodified(model, "forward")
 
 
 def _check_logits(logits: Tensor, shape: tuple[int, int | None], device: torch.device) -> None:
@@ -165,9 +176,13 @@ def steps(model: Model, logits: Tensor, state: State, sampler: Sampler, count: i
     decode = model.decoder(logits.shape[0])
     for _ in range(count):
         token = sampler(logits)
-        # sampled tokens need no checks
-        hidden, state = decode(model.lookup(token.unsqueeze(1)), state)
-        logits = model.predict(hidden[:, 0])
+        if calls(model):
+            out = model(token.unsqueeze(1), state)
+            state, logits = out.state, out.logits[:, 0]
+        else:
+            # sampled tokens need no checks
+            hidden, state = decode(model.lookup(token.unsqueeze(1)), state)
+            logits = model.predict(hidden[:, 0])
         yield Step(token, state, logits)
 
 

@@ -14,7 +14,7 @@ from ..kernels.autograd import transforming
 from ..kernels.linear import project
 from ..registry import Spec
 from . import decode_plans  # noqa: F401 registers the plans
-from .block import Blocks, check_state
+from .block import Blocks, check_state, initial_state, is_sharded, like_of, with_parameters
 from .combinators import Layer
 from .decode import Decoder, model_decoder
 from .fingerprint import Fingerprint
@@ -81,7 +81,7 @@ class LanguageModel(nn.Module):
         self.layers = Blocks(Layer(dim, of=blocks) for blocks in layers)
         self.norm = RMSNorm(dim)
         self.head = None if vocab is None or tie else nn.Parameter(torch.empty(vocab, dim))
-        self._first_parameter: tuple[nn.Module, str] | None = None
+        self._parameter: tuple[nn.Module, str] | None = None
         self._expected_states: dict[object, State] = {}
 
     @property
@@ -104,7 +104,14 @@ class LanguageModel(nn.Module):
         """Return a fresh state of ``batch_size`` rows: learned initial values, not zeros."""
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size: expected an integer >= 1, got {batch_size!r}")
-        return ModelState(tuple(layer.init_state(batch_size) for layer in self.layers), self._mark(batch_size))
+        like = like_of(self)
+        if is_sharded(self.norm.gain):  # a call gathers the parameters
+            x = torch.zeros(batch_size, 0, self.dim, dtype=like.dtype, device=like.device)
+            state: ModelState = self(embeddings=x).state
+            return state
+        layers = tuple(initial_state(layer, batch_size) for layer in self.layers)
+        number = torch.full((batch_size,), self.fingerprint.number, dtype=torch.int64, device=like.device)
+        return ModelState(layers, number)
 
     def forward(
         self,
@@ -172,12 +179,16 @@ class LanguageModel(nn.Module):
         for layer, before in zip(self.layers, [None] * len(self.layers) if state is None else state.layers):
             x, after = layer(x, before, mask=mask)
             states.append(after)
-        return self.norm(x)[0], ModelState(tuple(states), self._mark(x.shape[0]) if state is None else state.recipe)
+        x, _ = self.norm(x)
+        if state is None:
+            return x, ModelState(tuple(states), x.new_full(x.shape[:1], self.fingerprint.number, dtype=torch.int64))
+        return x, ModelState(tuple(states), state.recipe)
 
     def decoder(self, rows: int) -> Decoder:
         """Return a function like ``run`` for one token ``[rows, 1, dim]`` at a time: see ``decode.model_decoder``."""
         return model_decoder(self, rows)
 
+    @with_parameters
     def embed(self, tokens: Tensor) -> Tensor:
         """Check and embed tokens: ``[batch, time]`` int64 -> ``[batch, time, dim]``."""
         if self.embedding is None:
@@ -188,11 +199,13 @@ class LanguageModel(nn.Module):
         self._check_range("tokens", tokens)
         return embedding(tokens, self.embedding)
 
+    @with_parameters
     def lookup(self, tokens: Tensor) -> Tensor:
         """``embed`` without checks, for sampled tokens."""
         assert self.embedding is not None
         return embedding(tokens, self.embedding)
 
+    @with_parameters
     def predict(self, hidden: Tensor) -> Tensor:
         """Return the logits: ``[..., dim]`` -> ``[..., vocab]``."""
         weight = self.head if self.head is not None else self.embedding
@@ -265,9 +278,6 @@ class LanguageModel(nn.Module):
         if not torch.compiler.is_compiling():
             check_state(self, state, rows)
 
-    def _mark(self, rows: int) -> Tensor:
-        return torch.full((rows,), self.fingerprint.number, dtype=torch.int64, device=self.norm.gain.device)
-
     def _check(self, name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...] | None) -> None:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
@@ -275,14 +285,14 @@ class LanguageModel(nn.Module):
             raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
         if shape is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name}: expected [batch, time] = {list(shape)}, got {list(tensor.shape)}")
-        device = next(self.parameters()).device
+        device = like_of(self).device
         if tensor.device != device:
             raise ValueError(f"{name} are on {tensor.device}, the model is on {device}: move one of them")
         if device.type == "meta":
             raise ValueError(f"{name}: the model is on the meta device: it has shapes, and no values to compute with")
 
     def _check_embeddings(self, embeddings: Tensor) -> None:
-        dtype = next(self.parameters()).dtype
+        dtype = like_of(self).dtype
         if isinstance(embeddings, Tensor) and embeddings.is_floating_point() and not embeddings.is_meta:
             dtype = embeddings.dtype if torch.is_autocast_enabled(embeddings.device.type) else dtype
         self._check("embeddings", embeddings, dtype, None)

@@ -1,21 +1,65 @@
-"""Norms and gating, the layers inside blocks. ``rms_norm`` and ``layer_norm`` are blocks themselves."""
+"""Linear layers, norms and gating, the layers inside blocks. ``rms_norm`` and ``layer_norm`` are blocks themselves."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..kernels.dispatch import DECODE_TOKENS, use_decode_kernel
+from ..kernels.linear import project, project_recomputed
 from ..kernels.norm_gate import gate, rms_norm
 from ..registry import register
-from .block import Block
+from .block import Block, is_unmodified, with_parameters
 from .state import State
 
 Eps = Annotated[float, Field(gt=0, description="added to the mean square (or the variance) for numerical stability")]
 Form = Literal["sigmoid", "silu", "sum"]
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` run by ``project``. It is initialized by the block that contains it.
+
+    A block calls it, except where :func:`is_plain` or :func:`fuses` says that the block may read the weights.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return project(input, self.weight, self.bias)
+
+
+def is_plain(*layers: nn.Module) -> bool:
+    """Whether calling each layer is the product with its weights, so that a block may read them and not call it.
+
+    True for a :class:`Linear` as it was made. False if it was replaced or parametrized (LoRA, quantization), has hooks
+    (pruning) or a ``forward`` of its own (offloading), or if its weights are no ordinary tensors (DTensor, torchao).
+    """
+    for layer in layers:
+        if type(layer) is not Linear or not is_unmodified(layer, "forward") or type(layer.weight) not in _ORDINARY:
+            return False
+    return True
+
+
+_ORDINARY = (nn.Parameter, Tensor)
+
+
+def fuses(x: Tensor, *layers: nn.Module) -> bool:
+    """Whether one kernel may replace ``layers`` and the functions between them: plain layers, few tokens, no grad."""
+    if torch.is_grad_enabled() or x.numel() > DECODE_TOKENS * x.shape[-1] or not is_plain(*layers):
+        return False
+    weights: Any = [layer.weight for layer in layers]
+    return use_decode_kernel(x, *weights)
+
+
+def linear_of(layer: nn.Module, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """``layer(function(*inputs))``. Backward recomputes the input of the layer, which is large and cheap."""
+    if is_plain(layer):
+        return project_recomputed(function, layer.weight, *inputs)  # type: ignore[arg-type]
+    y: Tensor = layer(function(*inputs))
+    return y
 
 
 class Norm(Block):
@@ -80,6 +124,7 @@ class Gating(nn.Module):
         a, b = rms_norm(a, self.gain_a, self.eps), rms_norm(b, self.gain_b, self.eps)
         return a * F.silu(b) if self.form == "silu" else a + b
 
+    @with_parameters
     def gate_values(self, b: Tensor) -> Tensor:
         """Return the factor of ``norm(a)`` for ``b``, both ``[..., dim]``. 1 for the form ``sum``."""
         if self.form == "sum":

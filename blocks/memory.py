@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import hardsigmoid
 
-from ..kernels.linear import Linear, fuses, is_plain, linear_of, project
+from ..kernels.linear import project
 from ..kernels.memory import MemoryState, Options, Tokens, read_memory, titans_memory
 from ..kernels.norm_gate import decode, gated_norm
 from ..kernels.padding import Layout, align, last
@@ -19,6 +19,7 @@ from ..kernels.short_conv import query, query_key_value
 from ..kernels.short_conv.decode import Layers, memory_inputs, memory_query
 from ..registry import SameFunction, register
 from .block import Block, check_call
+from .layers import Linear, fuses, is_plain, linear_of
 from .observers import Learned, active, observers_of
 
 
@@ -212,7 +213,7 @@ class NeuralMemory(Block):
         return NeuralMemoryState(
             MemoryState(tuple(weights), tuple(momentum), tuple(weights), new(batch_size, dtype=torch.int64)),
             new(batch_size, self.conv - 1, 3 * self.dim) if self.conv else None,
-            new(batch_size, self.controls.out_features) if self.gates == "chunk" else None,
+            new(batch_size, self.heads * (1 + self.momentum + self.forgetting)) if self.gates == "chunk" else None,
         )
 
     def forward(

@@ -6,16 +6,14 @@ part of the neural memory that does not depend on its state runs once for all se
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..kernels.linear import has_hooks
 from ..kernels.padding import Layout, align
-from .block import Block, as_memory
+from .block import Block, as_memory, is_unmodified
 from .memory import NeuralMemory
 from .state import State
 
@@ -30,25 +28,10 @@ def forward_every(
     """
     if step == 1:
         return block(x, state, mask=mask)
-    kind: Any = type(block)
-    if _has_every(kind) and is_unmodified(block, "forward"):
+    if block.has_every and is_unmodified(block, "forward"):
         return block.every(x, state, step=step, mask=mask)  # type: ignore[operator]
     y, state = block(x, state, mask=mask)
     return y[:, step - 1 :: step], state
-
-
-@functools.cache
-def _has_every(kind: Any) -> bool:
-    """Whether the class that defines ``forward`` defines ``every`` too."""
-    return "every" in vars(next(parent for parent in kind.__mro__ if "forward" in vars(parent)))
-
-
-def is_unmodified(block: nn.Module, *methods: str) -> bool:
-    """Whether calling the block runs the methods of its class: it has no hooks, and none of ``methods`` is replaced."""
-    for method in methods:
-        if method in vars(block):
-            return False
-    return not has_hooks(block)
 
 
 def limit_window(block: Block, tokens: int) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..autograd import differentiable, transforming
@@ -32,55 +32,6 @@ from . import cpu
 
 LARGE = 128
 """Tokens, inputs and outputs from which on packing the operands pays."""
-
-
-class Linear(nn.Linear):
-    """``nn.Linear`` run by :func:`project`. It is initialized by the block that contains it."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return project(input, self.weight, self.bias)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling ``module`` runs hooks or compiled code, and not only its ``forward``."""
-    everywhere: Any = torch.nn.modules.module
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or module._compiled_call_impl is not None
-        or everywhere._global_forward_hooks
-        or everywhere._global_forward_pre_hooks
-        or everywhere._global_backward_hooks
-        or everywhere._global_backward_pre_hooks
-    )
-
-
-def is_plain(*layers: nn.Module) -> bool:
-    """Whether each layer is an unmodified :class:`Linear`: not replaced, not parametrized and without hooks."""
-    for layer in layers:
-        if type(layer) is not Linear:
-            return False
-        if has_hooks(layer):
-            return False
-    return True
-
-
-def fuses(x: Tensor, *layers: nn.Module) -> bool:
-    """Whether one kernel may replace ``layers`` and the functions between them: plain layers, few tokens, no grad."""
-    if torch.is_grad_enabled() or x.numel() > DECODE_TOKENS * x.shape[-1] or not is_plain(*layers):
-        return False
-    weights: Any = [layer.weight for layer in layers]
-    return use_decode_kernel(x, *weights)
-
-
-def linear_of(layer: nn.Module, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """``layer(function(*inputs))``. Backward recomputes the input of the layer, which is large and cheap."""
-    if is_plain(layer):
-        return project_recomputed(function, layer.weight, *inputs)  # type: ignore[arg-type]
-    y: Tensor = layer(function(*inputs))
-    return y
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
