@@ -65,7 +65,7 @@ def _loaded(module: nn.Module) -> contextlib.AbstractContextManager[None]:
     """A context inside which the module's own parameters are loaded, if accelerate has offloaded them."""
     if not any(parameter.is_meta for parameter in module.parameters(recurse=False)):
         return contextlib.nullcontext()
-    from accelerate.utils import align_module_device
+    from accelerate.utils import align_module_device  # type: ignore[import-untyped]
 
     loaded: contextlib.AbstractContextManager[None] = align_module_device(module)
     return loaded

@@ -119,16 +119,17 @@ def read_prompt(
 
     ``logits`` [batch, vocab] is returned for rows in which the prompt has no valid token.
     """
-    if calls(model):
+    called = _calls(model)
+    if called:
         out = model(tokens, state, mask)
-        hidden, state, predict = out.logits, out.state, Tensor.clone
+        hidden, state = out.logits, out.state
     else:
         x = model.embed(tokens)
         if mask is not None:
             model.check_mask(mask, (x.shape[0], x.shape[1]))
         if state is not None:
             model.check_state(state, x.shape[0])
-        (hidden, state), predict = model.run(x, state, mask), model.predict
+        hidden, state = model.run(x, state, mask)
     rows, time = tokens.shape
     present = torch.full((rows,), time > 0, device=tokens.device) if mask is None else mask.any(dim=1)
     absent = (~present).nonzero().flatten().tolist()
@@ -140,16 +141,17 @@ def read_prompt(
         assert logits is not None
         return logits, state
     if mask is None:
-        return predict(hidden[:, -1]), state
+        return (hidden[:, -1] if called else model.predict(hidden[:, -1])), state
     # the last valid token of each row, with padding on either side
     index = (mask * torch.arange(time, device=mask.device)).argmax(dim=1)
-    predicted = predict(hidden[torch.arange(rows, device=mask.device), index])
+    last = hidden[torch.arange(rows, device=mask.device), index]
+    predicted = last if called else model.predict(last)
     if logits is not None:
         predicted = torch.where(present.unsqueeze(1), predicted, logits.to(predicted.dtype))
     return predicted, state
 
 
-def calls(model: Any) -> bool:
+def _calls(model: Any) -> bool:
     """Whether the model is called for every token: hooks, accelerate and FSDP act on calls of the whole model."""
     return not is_unmodified(model, "forward")
 
@@ -176,7 +178,7 @@ def steps(model: Model, logits: Tensor, state: State, sampler: Sampler, count: i
     decode = model.decoder(logits.shape[0])
     for _ in range(count):
         token = sampler(logits)
-        if calls(model):
+        if _calls(model):
             out = model(token.unsqueeze(1), state)
             state, logits = out.state, out.logits[:, 0]
         else:

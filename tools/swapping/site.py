@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...blocks import Block, materialize
+from ...blocks.block import with_parameters
 from ...blocks.combinators import Layer
 from ...blocks.layers import RMSNorm
 from ...blocks.state import State
@@ -76,6 +77,7 @@ class Gated(Site):
             self.gate = nn.Parameter(torch.full((block.dim,), gate, dtype=like.dtype))
         self.norm.reset_parameters()
 
+    @with_parameters
     def run(self, x: Tensor, state: State, mask: Tensor | None) -> tuple[Tensor, State]:
         y, after = super().run(self.norm(self._cast(x))[0], state, mask)
         return self.gate * y, after
