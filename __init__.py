@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .blocks import (
         Block,
+        LawError,
         NeuralMemory,
         adapt,
         build_block,
@@ -29,22 +30,28 @@ if TYPE_CHECKING:
         state,
         write_cost,
     )
-    from .recipes import build, load, load_recipe, load_state, save, save_state
-    from .registry import RecipeError, Spec, create, describe, list_blocks, register
+    from .kernels.dispatch import BackendError
+    from .recipes import StorageError, build, load, load_recipe, load_state, save, save_state
+    from .registry import RecipeError, Spec, Unavailable, create, describe, list_blocks, register
     from .tools.data import open_source
     from .tools.inference import perplexity
-    from .tools.swapping import memory, swap, unswap
+    from .tools.swapping import SwapError, memory, swap, unswap
     from .tools.tasks import Task, list_tasks, register_task
     from .tools.training import compare, search, train
 
     __version__: str
 
 __all__ = [
+    "BackendError",
     "Block",
+    "LawError",
     "NeuralMemory",
     "RecipeError",
     "Spec",
+    "StorageError",
+    "SwapError",
     "Task",
+    "Unavailable",
     "__version__",
     "adapt",
     "build",
@@ -80,11 +87,14 @@ _PACKAGES = ("blocks", "kernels", "recipes", "registry", "tools")
 
 # the packages that the names above come from, where it is not `blocks`
 _HOMES = {
-    **dict.fromkeys(("build", "load", "load_recipe", "load_state", "save", "save_state"), "recipes"),
-    **dict.fromkeys(("RecipeError", "Spec", "create", "describe", "list_blocks", "register"), "registry"),
+    "BackendError": "kernels.dispatch",
+    **dict.fromkeys(("StorageError", "build", "load", "load_recipe", "load_state", "save", "save_state"), "recipes"),
+    **dict.fromkeys(
+        ("RecipeError", "Spec", "Unavailable", "create", "describe", "list_blocks", "register"), "registry"
+    ),
     "open_source": "tools.data",
     "perplexity": "tools.inference",
-    **dict.fromkeys(("memory", "swap", "unswap"), "tools.swapping"),
+    **dict.fromkeys(("SwapError", "memory", "swap", "unswap"), "tools.swapping"),
     **dict.fromkeys(("Task", "list_tasks", "register_task"), "tools.tasks"),
     **dict.fromkeys(("compare", "search", "train"), "tools.training"),
 }

@@ -103,10 +103,10 @@ class Residual(Block):
 
 @register("gate")
 class Gate(Block):
-    """Two parallel branches, of which the second gates the first: ``norm(a(x)) * sigmoid(norm(b(x)))``.
+    """Parallel branches, of which the others gate the first: ``norm(a(x)) * sigmoid(norm(b(x)))``.
 
-    With attention and a memory as branches, inside ``persistent``, this is memory as gate (equations 26-28). State: a
-    tuple of the states of the branches.
+    With attention and a memory as branches, inside ``persistent``, this is memory as gate (equations 26-28). Each
+    further branch is a further factor, or a summand. State: a tuple of the states of the branches.
     """
 
     delegates = ("branches",)
@@ -115,7 +115,7 @@ class Gate(Block):
         self,
         dim: int,
         *,
-        branches: Annotated[list[Spec], Field(min_length=2, max_length=2, description="the branches a and b")],
+        branches: Annotated[list[Spec], Field(min_length=2, max_length=26, description="the branches a, b, ...")],
         form: Annotated[
             Form,
             Field(
@@ -125,18 +125,26 @@ class Gate(Block):
     ) -> None:
         super().__init__(dim)
         self.branches = Blocks(create(spec, dim=dim) for spec in branches)
-        self.gate = Gating(dim, form)
+        self.gate = Gating(dim, form, len(branches))
 
     def init_state(self, batch_size: int) -> State:
         return tuple(block.init_state(batch_size) for block in self.branches)
 
     def forward(self, x: Tensor, state: State = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
-        (a, after_a), (b, after_b) = (
-            block(x, before, mask=mask) for block, before in zip(self.branches, state or (None, None))
-        )
+        outputs, states = [], []
+        for block, before in zip(self.branches, state or [None] * len(self.branches)):
+            y, after = block(x, before, mask=mask)
+            outputs.append(y)
+            states.append(after)
+        self.observe(outputs, mask)
+        return self.gate(*outputs), tuple(states)
+
+    def observe(self, outputs: Sequence[Tensor], mask: Tensor | None) -> None:
+        """Report the outputs of the branches to active observers."""
         for observer in observers_of(self) if active else ():
-            observer.gated(self, self.gate.gate_values(b), a, b, mask)
-        return self.gate(a, b), (after_a, after_b)
+            a, *others = outputs
+            b = others[0] if len(others) == 1 else torch.cat(others, dim=-1)
+            observer.gated(self, self.gate.gate_values(*others), a, b, mask)
 
     def read(self, x: Tensor, state: State) -> Tensor:
         return self.gate(*(as_memory(block).read(x, before) for block, before in zip(self.branches, state)))
@@ -145,8 +153,8 @@ class Gate(Block):
         return self(x, state, mask=mask)[1]
 
     def prefix(self, tokens: Tensor) -> tuple[Tensor, State]:
-        (a, state_a), (b, state_b) = (block.prefix(tokens) for block in self.branches)
-        return tokens if tokens.is_meta else self.gate(a, b), (state_a, state_b)
+        outputs, states = zip(*(block.prefix(tokens) for block in self.branches))
+        return tokens if tokens.is_meta else self.gate(*outputs), states
 
 
 @register("persistent")

@@ -20,7 +20,7 @@ from .decode import Decoder, Reader, decode_plan, decoder, read_plan, reader
 from .feedforward import FeedForward
 from .layers import Gating, RMSNorm, is_plain
 from .memory import NeuralMemory, NeuralMemoryState
-from .observers import active, observers_of, suppressed
+from .observers import active, suppressed
 from .state import State
 
 
@@ -110,9 +110,10 @@ def _rms_norm(block: RMSNorm, rows: int, time: int, step: int) -> Decoder | None
     return None if run is None else lambda x, state: (run(x), state)
 
 
-def _gating(gating: Gating, rows: int, time: int) -> Callable[[Tensor, Tensor], Tensor]:
+def _gating(gating: Gating, rows: int, time: int) -> Callable[..., Tensor]:
     run = None
-    if gating.form == "sigmoid" and type(gating) is Gating and is_unmodified(gating, "forward"):
+    exact = type(gating) is Gating and is_unmodified(gating, "forward")
+    if gating.form == "sigmoid" and not gating.others and exact:
         run = prepare_gate(gating.gain_a, gating.gain_b, (rows, time), gating.eps)
     return gating if run is None else run
 
@@ -121,24 +122,26 @@ def _gating(gating: Gating, rows: int, time: int) -> Callable[[Tensor, Tensor], 
 def _gate(block: Gate, rows: int, time: int, step: int) -> Decoder | None:
     if step != 1:
         return None
-    left, right = (decoder(branch, rows, time=time) for branch in block.branches)
+    parts = [decoder(branch, rows, time=time) for branch in block.branches]
     gate = _gating(block.gate, rows, time)
 
     def decode(x: Tensor, state: State) -> tuple[Tensor, State]:
-        a, after_a = left(x, state[0])
-        b, after_b = right(x, state[1])
-        for observer in observers_of(block) if active else ():
-            observer.gated(block, block.gate.gate_values(b), a, b, None)
-        return gate(a, b), (after_a, after_b)
+        outputs, states = [], []
+        for part, before in zip(parts, state):
+            y, after = part(x, before)
+            outputs.append(y)
+            states.append(after)
+        block.observe(outputs, None)
+        return gate(*outputs), tuple(states)
 
     return decode
 
 
 @read_plan(Gate)
 def _read_gate(block: Gate, rows: int) -> Reader:
-    left, right = (reader(as_memory(branch), rows) for branch in block.branches)
+    parts = [reader(as_memory(branch), rows) for branch in block.branches]
     gate = _gating(block.gate, rows, 1)
-    return lambda x, state: gate(left(x, state[0]), right(x, state[1]))
+    return lambda x, state: gate(*[part(x, before) for part, before in zip(parts, state)])
 
 
 @decode_plan(Chain)

@@ -112,14 +112,18 @@ def _(block: Residual, length: int) -> int:
     return read_flops(block.of, length) + length * block.dim
 
 
+def _gating_flops(block: Gate, length: int) -> int:
+    return len(block.branches) * GATING // 2 * block.dim * length
+
+
 @count_flops.register
 def _(block: Gate, length: int) -> int:
-    return sum(child.flops(length) for child in block.branches) + GATING * block.dim * length
+    return sum(child.flops(length) for child in block.branches) + _gating_flops(block, length)
 
 
 @read_flops.register
 def _(block: Gate, length: int) -> int:
-    return sum(read_flops(child, length) for child in block.branches) + GATING * block.dim * length
+    return sum(read_flops(child, length) for child in block.branches) + _gating_flops(block, length)
 
 
 @count_flops.register

@@ -132,7 +132,7 @@ class LanguageModel(nn.Module):
             targets: ``[batch, time]`` int64, the next token of each token: they are not shifted. -100 and masked
                 targets are ignored.
             embeddings: ``[batch, time, dim]`` of the model's dtype, in place of ``tokens``.
-            check_finite: raise for embeddings with NaN or infinity at valid tokens.
+            check_finite: raise for embeddings with NaN, infinity or values whose squares overflow at valid tokens.
 
         Arguments are not modified. Tensors of inference mode are copied if gradients are recorded. Raises ``TypeError``
         for a wrong dtype, and ``ValueError`` for a wrong shape or device, a token id out of range, or a state of
@@ -153,9 +153,14 @@ class LanguageModel(nn.Module):
         if mask is not None:
             self.check_mask(mask, (rows, time))
         if embeddings is not None and check_finite and not torch.compiler.is_compiling():
-            finite = embeddings.isfinite().all(dim=-1)
+            # norms square their inputs in float32 or wider: where that overflows, they return zeros
+            wide = embeddings.detach().to(torch.promote_types(embeddings.dtype, torch.float32))
+            finite = wide.square().sum(dim=-1).isfinite()
             if not bool((finite if mask is None else finite | ~mask).all()):
-                raise ValueError("embeddings hold NaN or infinity at valid tokens (check_finite=False allows it)")
+                raise ValueError(
+                    "embeddings hold NaN, infinity or values too large to be squared at valid tokens "
+                    "(check_finite=False allows it)"
+                )
         if targets is not None:
             self.check_targets(targets, (rows, time))
         if state is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -101,33 +102,47 @@ class LayerNorm(Norm):
 class Gating(nn.Module):
     """``gate(a, b) = norm(a) * sigmoid(norm(b))``, with RMS norms that have learned gains (paper 4.2).
 
-    The form ``silu`` is ``norm(a) * silu(norm(b))``, and ``sum`` is ``norm(a) + norm(b)``. Zero inputs give zero
-    outputs in every form, so outputs at masked tokens are zero.
+    The form ``silu`` is ``norm(a) * silu(norm(b))``, and ``sum`` is ``norm(a) + norm(b)``. Each further input is a
+    further factor, or a summand. Zero inputs give zero outputs in every form, so outputs at masked tokens are zero.
     """
 
     eps = 1e-6
 
-    def __init__(self, dim: int, form: Form = "sigmoid") -> None:
+    def __init__(self, dim: int, form: Form = "sigmoid", branches: int = 2) -> None:
         super().__init__()
         self.form = form
         self.gain_a = nn.Parameter(torch.empty(dim))
         self.gain_b = nn.Parameter(torch.empty(dim))
+        self.others = [f"gain_{letter}" for letter in string.ascii_lowercase[2:branches]]
+        """The names of the gains of further inputs."""
+        for name in self.others:
+            self.register_parameter(name, nn.Parameter(torch.empty(dim)))
 
     def reset_parameters(self) -> None:
-        nn.init.ones_(self.gain_a)
-        nn.init.ones_(self.gain_b)
+        for gain in self.parameters():
+            nn.init.ones_(gain)
 
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """``a``, ``b``, output: ``[..., dim]``."""
+    def forward(self, a: Tensor, b: Tensor, *others: Tensor) -> Tensor:
+        """Inputs and output: ``[..., dim]``."""
         if self.form == "sigmoid":
-            return gate(a, b, self.gain_a, self.gain_b, self.eps)
-        a, b = rms_norm(a, self.gain_a, self.eps), rms_norm(b, self.gain_b, self.eps)
-        return a * F.silu(b) if self.form == "silu" else a + b
+            y = gate(a, b, self.gain_a, self.gain_b, self.eps)
+        else:
+            a, b = rms_norm(a, self.gain_a, self.eps), rms_norm(b, self.gain_b, self.eps)
+            y = a * F.silu(b) if self.form == "silu" else a + b
+        for x, name in zip(others, self.others):
+            x = rms_norm(x, getattr(self, name), self.eps)
+            y = y + x if self.form == "sum" else y * self._activation(x)
+        return y
 
     @with_parameters
-    def gate_values(self, b: Tensor) -> Tensor:
-        """Return the factor of ``norm(a)`` for ``b``, both ``[..., dim]``. 1 for the form ``sum``."""
+    def gate_values(self, b: Tensor, *others: Tensor) -> Tensor:
+        """Return the factor of ``norm(a)`` for the other inputs, all ``[..., dim]``. 1 for the form ``sum``."""
         if self.form == "sum":
             return torch.ones_like(b)
-        b = rms_norm(b, self.gain_b, self.eps)
-        return F.silu(b) if self.form == "silu" else torch.sigmoid(b)
+        values = self._activation(rms_norm(b, self.gain_b, self.eps))
+        for x, name in zip(others, self.others):
+            values = values * self._activation(rms_norm(x, getattr(self, name), self.eps))
+        return values
+
+    def _activation(self, x: Tensor) -> Tensor:
+        return F.silu(x) if self.form == "silu" else torch.sigmoid(x)

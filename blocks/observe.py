@@ -44,7 +44,7 @@ class GateRecord(NamedTuple):
     first: Tensor
     """The norm of the output of the first branch; in a ``context``, that of attention."""
     second: Tensor
-    """The norm of the output of the second branch; in a ``context``, that of the memory."""
+    """The norm of the output of the second branch, or of all after the first; in a ``context``, that of the memory."""
 
 
 class Observed(Observer):

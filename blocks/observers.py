@@ -51,7 +51,10 @@ class Observer:
         """Called after each call of the memory operation."""
 
     def gated(self, block: nn.Module, gate: Tensor, a: Tensor, b: Tensor, mask: Tensor | None) -> None:
-        """Called after ``block`` has multiplied ``a`` by ``gate``, a function of ``b``; all ``[batch, time, dim]``."""
+        """Called after ``block`` has multiplied ``a`` by ``gate``, a function of ``b``; all ``[batch, time, dim]``.
+
+        With more than two branches, ``b`` is the concatenated outputs of all but the first.
+        """
 
     def moved(self, block: nn.Module, layout: Layout) -> contextlib.AbstractContextManager[None]:
         """Return a context inside which ``block`` and its children process tokens that ``layout`` has moved."""

@@ -20,18 +20,14 @@ def recipe_schema() -> dict[str, Any]:
         "type": "array",
         "minItems": 1,
         "items": {
-            "anyOf": [
-                {"type": "string", **layer_name},
-                {
-                    "type": "object",
-                    "properties": {
-                        "repeat": {"type": "integer", "minimum": 1},
-                        "of": {"$ref": "#/$defs/stack"},
-                    },
-                    "required": ["repeat", "of"],
-                    "additionalProperties": False,
-                },
-            ]
+            "type": ["string", "object"],
+            "if": {"type": "object"},
+            "then": {
+                "properties": {"repeat": {"type": "integer", "minimum": 1}, "of": {"$ref": "#/$defs/stack"}},
+                "required": ["repeat", "of"],
+                "additionalProperties": False,
+            },
+            "else": layer_name,
         },
     }
     return {

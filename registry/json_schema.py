@@ -69,6 +69,13 @@ def _insert(schema: Any, block: dict[str, Any]) -> Any:
     if isinstance(schema, dict):
         if BLOCK_PLACEHOLDER in schema:
             return dict(block)
+        options = schema.get("anyOf", ())
+        others = [option for option in options if BLOCK_PLACEHOLDER not in option]
+        if len(others) < len(options):
+            return {key: value for key, value in schema.items() if key != "anyOf"} | {
+                "if": {"anyOf": others},
+                "else": dict(block),
+            }
         return {key: _insert(value, block) for key, value in schema.items()}
     if isinstance(schema, list):
         return [_insert(item, block) for item in schema]
@@ -87,8 +94,16 @@ def _fitting(needs: Needs) -> list[str]:
 
 
 def _one_of(names: list[str], *, lists: bool) -> dict[str, Any]:
-    options: list[dict[str, Any]] = [{"enum": names}] if names else []
-    options += [{"$ref": f"#/$defs/block.{name}"} for name in names]
-    if lists:
-        options.append({"type": "array", "items": ANY, "minItems": 1})
-    return {"anyOf": options}
+    """A block of one of these names. Errors are those of its own type, since each form and type is a condition."""
+    rules = [
+        ({"type": "string"}, {"enum": names}),
+        ({"type": "object"}, {"properties": {"type": {"enum": names}}, "required": ["type"]}),
+        ({"type": "array"}, {"items": ANY, "minItems": 1}),
+    ]
+    for name in names:
+        is_type = {"type": "object", "properties": {"type": {"const": name}}, "required": ["type"]}
+        rules.append((is_type, {"$ref": f"#/$defs/block.{name}"}))
+    return {
+        "type": ["string", "object", *(["array"] if lists else [])],
+        "allOf": [{"if": condition, "then": rule} for condition, rule in rules],
+    }

@@ -268,9 +268,9 @@ _BOUNDS = {"ge": ">= {}", "gt": "> {}", "le": "<= {}", "lt": "< {}", "multiple_o
 def _bounds(metadata: tuple[Any, ...]) -> Iterator[str]:
     flat = [part for item in metadata for part in (item.metadata if isinstance(item, FieldInfo) else [item])]
     limits = {bound: limit for bound in _BOUNDS for item in flat if (limit := getattr(item, bound, None)) is not None}
-    if limits.get("min_length", 0) == limits.get("max_length"):
-        yield f"(exactly {limits.pop('min_length')})"
-        del limits["max_length"]
+    if "min_length" in limits and "max_length" in limits:
+        least, most = limits.pop("min_length"), limits.pop("max_length")
+        yield f"(exactly {least})" if least == most else f"({least} to {most})"
     if "ge" in limits and "le" in limits:
         yield f"from {limits.pop('ge')} to {limits.pop('le')}"
     for bound, limit in limits.items():

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 BELOW = {
     "tools": {"titans_build", "recipes", "blocks", "registry", "kernels"},
-    "titans_build": {"tools", "recipes", "blocks", "registry"},
+    "titans_build": {"tools", "recipes", "blocks", "registry", "kernels"},
     "huggingface": {"tools"},
     "__main__": {"tools"},
     "recipes": {"blocks", "registry"},

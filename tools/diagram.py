@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import string
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -166,8 +167,9 @@ def _block(part: Part) -> Shape:
         note = f"{part.fields.get('tokens')} learned tokens, read before the first"
         return container(inner[0], "persistent", note, dashed=True)
     if part.type == "gate":
-        join = box("gate", [_formula(part, "a", "b")], "gate", least=120)
-        return container(branches(inner[0], inner[1], join), "gate", "two branches")
+        join = box("gate", [_formula(part, *string.ascii_lowercase[: len(inner)])], "gate", least=120)
+        count = "two" if len(inner) == 2 else str(len(inner))
+        return container(branches(inner, join), "gate", f"{count} branches")
     # a user's combinator: the order of its blocks is not known here, so no arrows are drawn
     labeled = [container(shape, child.label, flow=False) for shape, child in zip(inner, part.parts)]
     return container(column(labeled, 10, flow=False), part.type, ", ".join(_settings(part)), flow=False)
@@ -216,6 +218,7 @@ def _size(part: Part) -> str:
     return in_bytes(part.state_bytes) + (" +" if part.grows else "")
 
 
-def _formula(part: Part, a: str, b: str) -> str:
-    formulas = {"silu": f"norm({a}) · silu(norm({b}))", "sum": f"norm({a}) + norm({b})"}
-    return formulas.get(str(part.fields.get("form")), f"norm({a}) · σ(norm({b}))")
+def _formula(part: Part, a: str, *others: str) -> str:
+    form = {"silu": "silu(norm({}))", "sum": "norm({})"}.get(str(part.fields.get("form")), "σ(norm({}))")
+    between = " + " if part.fields.get("form") == "sum" else " · "
+    return between.join([f"norm({a})", *(form.format(b) for b in others)])

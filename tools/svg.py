@@ -6,6 +6,7 @@ A shape is attached to a vertical line, its axis: data enters at the top of the 
 from __future__ import annotations
 
 import copy
+import string
 from collections.abc import Mapping, Sequence
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
@@ -200,21 +201,32 @@ def residual(body: Shape) -> Shape:
     return found
 
 
-def branches(a: Shape, b: Shape, join: Shape) -> Shape:
-    """Two shapes beside each other, named ``a`` and ``b``, whose outputs meet in ``join``."""
+def branches(shapes: Sequence[Shape], join: Shape) -> Shape:
+    """Shapes beside each other, named ``a``, ``b``, ..., whose outputs meet in ``join``."""
     ahead, after = 30, 34
-    below = ahead + max(a.height, b.height)
-    # both branches are as close to the axis as they fit
-    at_a, at_b = -a.right - 14, b.left + 14
+    below = ahead + max(shape.height for shape in shapes)
+    # all branches are as close to the axis as they fit, half of them at each side
+    half = len(shapes) // 2
+    placed: list[tuple[float, int, int]] = []  # horizontal position, side, number at this side
+    for side, row in ((-1, shapes[:half][::-1]), (1, shapes[half:])):
+        edge = 14.0
+        for number, shape in enumerate(row):
+            placed.append((side * (edge + (shape.right if side < 0 else shape.left)), side, number))
+            edge += shape.left + shape.right + 28
+    placed[:half] = placed[:half][::-1]
     found = Shape(
-        max(a.left - at_a, join.left), max(b.right + at_b, join.right), below + after + join.height, open=True
+        max(shapes[0].left - placed[0][0], join.left),
+        max(shapes[-1].right + placed[-1][0], join.right),
+        below + after + join.height,
+        open=True,
     )
-    for name, branch, at in (("a", a, at_a), ("b", b, at_b)):
-        side = -1 if at < 0 else 1
-        inlet = side * min(abs(at), join.left - 16)
-        found.line((0, 0), (0, 8), (at, 8), (at, ahead), end=not branch.open)
-        found.place(branch, at, ahead)
-        found.line((at, ahead + branch.height), (at, below + 12), (inlet, below + 12), (inlet, below + after), end=True)
+    for name, shape, (at, side, number) in zip(string.ascii_lowercase, shapes, placed):
+        count = half if side < 0 else len(shapes) - half
+        inlet = side * min(abs(at), (join.left - 16) * (number + 1) / count)
+        turn = below + 12 + 10 * number / count
+        found.line((0, 0), (0, 8), (at, 8), (at, ahead), end=not shape.open)
+        found.place(shape, at, ahead)
+        found.line((at, ahead + shape.height), (at, turn), (inlet, turn), (inlet, below + after), end=True)
         found.text(inlet + 11 * side, below + after - 10, name)
     found.place(join, 0, below + after)
     return found

@@ -34,6 +34,7 @@ SPECS = {
     "gate": {"type": "gate", "branches": [WINDOW, MEMORY]},
     "gate, silu": {"type": "gate", "branches": [WINDOW, MEMORY], "form": "silu"},
     "gate, sum": {"type": "gate", "branches": [WINDOW, MEMORY], "form": "sum"},
+    "gate, three branches": {"type": "gate", "branches": [WINDOW, MEMORY, "ffn"]},
     "layer_norm": "layer_norm",
     "memory": MEMORY,
     "memory, deep": MEMORY | {"depth": 4, "chunk": 3, "expansion": 2, "activation": "silu"},

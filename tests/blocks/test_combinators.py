@@ -129,11 +129,30 @@ def test_gate_passes_persistent_tokens_to_both_branches():
     assert torch.equal(state[1].memory.position, memory.memory.position)
 
 
-@pytest.mark.parametrize("branches", [["ffn"], ["ffn", "ffn", "ffn"]])
-def test_gate_has_two_branches(branches):
-    words = rf"branches: expected at {'least' if len(branches) < 2 else 'most'} 2 blocks, got {len(branches)}$"
-    with pytest.raises(RecipeError, match=words):
-        validate({"type": "gate", "branches": branches}, dim=16)
+@pytest.mark.parametrize("count, bound", [(1, "least 2"), (27, "most 26")])
+def test_gate_has_two_to_26_branches(count, bound):
+    with pytest.raises(RecipeError, match=rf"branches: expected at {bound} blocks, got {count}$"):
+        validate({"type": "gate", "branches": ["ffn"] * count}, dim=16)
+
+
+@pytest.mark.parametrize("form", ["sigmoid", "silu", "sum"])
+def test_gate_of_three_branches(form):
+    """Each branch after the second is a further factor, or a summand, with a gain of its own."""
+    block = build_block({"type": "gate", "branches": ["ffn", "ffn", "rms_norm"], "form": form}, dim=8)
+    assert [name for name, _ in block.gate.named_parameters()] == ["gain_a", "gain_b", "gain_c"]
+    x = torch.randn(2, 5, 8)
+    with torch.no_grad():
+        for index, gain in enumerate(block.gate.parameters()):
+            gain.fill_(1 + index / 2)
+        a, b, c = (
+            torch.nn.functional.rms_norm(branch(x)[0], (8,), eps=1e-6) * (1 + index / 2)
+            for index, branch in enumerate(block.branches)
+        )
+        factors = {"sigmoid": torch.sigmoid, "silu": torch.nn.functional.silu}
+        expected = a + b + c if form == "sum" else a * factors[form](b) * factors[form](c)
+        y, state = block(x)
+    assert len(state) == 3
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_gate_with_a_state_of_another_block():

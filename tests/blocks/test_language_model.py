@@ -209,6 +209,20 @@ def test_a_state_has_at_least_one_row(size):
         make().init_state(size)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_embeddings_whose_squares_overflow_are_an_error(dtype):
+    """Norms would make zeros of them."""
+    model = make().to(dtype)
+    x = torch.randn(1, 4, 16).to(dtype)
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    x[0, 2] = 1e18
+    assert model(embeddings=x).hidden[0, 2].any()
+    x[0, 2], mask[0, 2] = 1e30, False
+    with pytest.raises(ValueError, match="embeddings hold NaN, infinity or values too large to be squared"):
+        model(embeddings=x)
+    assert model(embeddings=x, mask=mask).hidden.isfinite().all()
+
+
 def test_nan_inputs_without_the_check_and_at_masked_tokens():
     model = make()
     x = torch.randn(1, 4, 16, dtype=torch.float64)

@@ -14,6 +14,12 @@ def fits(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> bool:
     """The part of JSON Schema that recipe schemas use, checked independently of how they are made."""
     if "$ref" in schema and not fits(value, root["$defs"][schema["$ref"].removeprefix("#/$defs/")], root):
         return False
+    if "if" in schema:
+        branch = "then" if fits(value, schema["if"], root) else "else"
+        if not fits(value, schema.get(branch, {}), root):
+            return False
+    if not all(fits(value, rule, root) for rule in schema.get("allOf", ())):
+        return False
     if "anyOf" in schema and not any(fits(value, option, root) for option in schema["anyOf"]):
         return False
     if "const" in schema and value != schema["const"]:
@@ -68,6 +74,17 @@ def schema() -> dict[str, Any]:
 @pytest.mark.parametrize("name", packaged_names())
 def test_packaged_recipes_match_the_schema(name: str, schema: dict[str, Any]):
     assert fits(load_recipe(name).to_dict(), schema, schema)
+
+
+def test_only_the_rules_of_its_own_type_apply_to_a_block(schema: dict[str, Any]):
+    """A validator reports an error inside a block once, not once for each type of block."""
+    for name in ("any_block", "block.context"):
+        definition = schema["$defs"][name]
+        rules = definition if name == "any_block" else definition["properties"]["memory"]
+        block = {"type": "memory", "depht": 3}
+        failing = [rule for rule in rules["allOf"] if not fits(block, rule, schema)]
+        assert [rule["then"] for rule in failing] == [{"$ref": "#/$defs/block.memory"}]
+        assert not any("anyOf" in rule for rule in rules["allOf"])
 
 
 def test_every_block_is_defined_and_every_reference_resolves(schema: dict[str, Any]):

@@ -122,7 +122,7 @@ WRONG: list[tuple[str, str | bytes, str]] = [
     ("dim with a unit", PLAIN.replace("dim: 64", "dim: 64k"), "dim: expected an integer from 1 to 131072, got '64k'"),
     ("kv_heads that do not divide", with_layer("[{type: attention, heads: 4, kv_heads: 3}]"), "layers.mac.0.kv_heads: expected a divisor of heads = 4, got 3"),
     ("rotations of an odd width", HEAD.replace("64", "60") + "layers: {a: [{type: attention, heads: 20}]}\nstack: [a]\n", "layers.a.0.rope: expected null, or heads of even width"),
-    ("three branches", with_layer("[{type: gate, branches: [attention, memory, ffn]}]"), "layers.mac.0.branches: expected at most 2 blocks, got 3"),
+    ("27 branches", with_layer(f"[{{type: gate, branches: [{', '.join(['ffn'] * 27)}]}}]"), "layers.mac.0.branches: expected at most 26 blocks, got 27"),
     ("branches by name", with_layer("[{type: gate, branches: {a: attention, b: memory}}]"), "layers.mac.0.branches: expected list of block"),
     ("hidden beyond any tensor", with_layer("[{type: ffn, hidden: 4611686018427387904}]"), "layers.mac.0.hidden: expected integer from 1 to"),
     ("context for a memory", with_layer("[{type: context, memory: {type: context}}]"), "layers.mac.0.memory: expected a block with read and write"),

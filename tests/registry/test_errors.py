@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import builtins
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import titans_build as tb
 from titans_build.registry import Problem, RecipeError, join, nearest, show
 
 
@@ -61,3 +65,12 @@ def test_nearest(name: Any, names: list[str], found: str | None):
 def test_paths():
     assert join("", "a") == "a" and join("a", 0) == "a.0" and join("a", "b-c_d") == "a.b-c_d"
     assert join("a", "b.c") == "a.'b.c'" and join("a", "") == "a.''" and join("a", "\x1b") == r"a.'\x1b'"
+
+
+def test_the_errors_of_the_page_are_public_names():
+    page = (Path(__file__).parents[2] / "docs" / "concepts.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `tb\.(\w+)` \(an? `(?:tb\.)?(\w+)`\) \|", page, flags=re.M)
+    assert len(rows) == 6
+    for name, base in rows:
+        assert name in tb.__all__
+        assert issubclass(getattr(tb, name), getattr(tb, base, None) or getattr(builtins, base))

@@ -42,6 +42,7 @@ class Color(enum.Enum):
         (list[Spec], "list of block"),
         (Annotated[Spec, Needs("read", "write")], "block with read, write"),
         (Annotated[list[Spec], Field(min_length=2, max_length=2)], "list of block (exactly 2)"),
+        (Annotated[list[Spec], Field(min_length=2, max_length=26)], "list of block (2 to 26)"),
         (Annotated[list[Spec], Field(min_length=1)], "list of block (at least 1)"),
     ],
 )

@@ -151,14 +151,15 @@ def _gate(block: nn.Module, bins: Bins) -> dict[str, Any]:
 
 
 def _branches(block: nn.Module) -> list[str]:
-    """Names of a gate's two branches: ``memory``, or the class of the block."""
+    """Names of a gate's first branch and of the others: ``memory``, or the class of the block."""
     branches = getattr(block, "branches", None)
     if branches is None:
         return ["attention", "memory"]  # a context block
-    return [
+    first, *others = (
         "memory" if any(isinstance(part, NeuralMemory) for part in branch.modules()) else type(branch).__name__.lower()
         for branch in branches
-    ]
+    )
+    return [first, " and ".join(others)]
 
 
 def _excerpts(sample: Sample, time: int, width: int) -> list[str]:

@@ -54,9 +54,12 @@ def _rows(part: Part, branch: str = "", indent: str = "") -> Iterator[tuple[Text
     for line in textwrap.wrap(words, SETTINGS_WIDTH - len(under), break_on_hyphens=False):
         text.append("\n" + under + line.replace("\u00a0", " "), style="dim")
     yield text, _figures(part.parameters, part.flops, part.state_bytes, part.grows)
+    own = {name: size for name, size in part.state.items() if part.parts and name not in [p.label for p in part.parts]}
     for index, child in enumerate(part.parts):
-        last = index == len(part.parts) - 1
+        last = index == len(part.parts) - 1 and not own
         yield from _rows(child, indent + ("└ " if last else "├ "), indent + ("  " if last else "│ "))
+    if own:  # such as the snapshot of the memory that a context reads
+        yield Text.assemble((indent + "└ ", "dim"), ", ".join(own)), ("-", "-", in_bytes(sum(own.values())))
 
 
 def _figures(parameters: int, flops: int, state: int, grows: bool) -> tuple[str, str, str]:
