@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from .registry import RecipeError, Spec, Unavailable, create, describe, list_blocks, register
     from .tools.data import open_source
     from .tools.inference import perplexity
-    from .tools.swapping import SwapError, memory, swap, unswap
+    from .tools.swapping import SwapError, load_swaps, memory, save_swaps, swap, unswap
     from .tools.tasks import Task, list_tasks, register_task
     from .tools.training import compare, search, train
 
@@ -65,6 +65,7 @@ __all__ = [
     "load",
     "load_recipe",
     "load_state",
+    "load_swaps",
     "memory",
     "memory_check",
     "memory_loss",
@@ -75,6 +76,7 @@ __all__ = [
     "register_task",
     "save",
     "save_state",
+    "save_swaps",
     "search",
     "state",
     "swap",
@@ -94,7 +96,7 @@ _HOMES = {
     ),
     "open_source": "tools.data",
     "perplexity": "tools.inference",
-    **dict.fromkeys(("SwapError", "memory", "swap", "unswap"), "tools.swapping"),
+    **dict.fromkeys(("SwapError", "load_swaps", "memory", "save_swaps", "swap", "unswap"), "tools.swapping"),
     **dict.fromkeys(("Task", "list_tasks", "register_task"), "tools.tasks"),
     **dict.fromkeys(("compare", "search", "train"), "tools.training"),
 }

@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple, get_type_hints
 
+import torch
 from pydantic import NonNegativeInt, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
@@ -158,6 +159,12 @@ def as_adapter(value: str | Adapter | Mapping[str, Any] | None) -> Adapter | Non
     return ADAPTERS[value]
 
 
+NO_CONTINUOUS_BATCHING = (
+    "continuous batching (generate_batch) lays the tokens of all requests in one row, which a memory would read as one "
+    "text: use generate"
+)
+
+
 # -- the arguments of a call by name ---------------------------------------------------------------------------------
 
 
@@ -179,6 +186,16 @@ def original(module: nn.Module) -> nn.Module:
     """The module that a swap has replaced by ``module``, or ``module`` itself."""
     held = vars(module).get(ORIGINAL)
     return original(held[0]) if held else module
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model in what ``torch.compile(model)`` returned, or ``model`` itself."""
+    return next(model.children()) if isinstance(model, _compiled_class()) else model
+
+
+@functools.cache
+def _compiled_class() -> type:
+    return type(torch.compile(nn.Identity()))
 
 
 def signature(module: nn.Module) -> Signature:

@@ -75,6 +75,12 @@ class StateLayer(CacheLayerMixin):
             self.reset()
 
 
+class MemoryLayer(StateLayer):
+    """In a cache with keys and values. A cache of fixed size stays one with it, so that masks are made for its size."""
+
+    is_compileable = True
+
+
 class CallCache:
     """The cache of one call of a swapped model.
 
@@ -120,12 +126,14 @@ class CallCache:
         """Put the states after the call into the cache. Counts the tokens of layers whose attention was replaced."""
         layers, layer = self.cache.layers, _state_layer(self.cache)
         if layer is None:
-            layer = StateLayer()
+            layer = MemoryLayer()
             replicate = self.cache.layer_class_to_replicate
             if replicate is not None:  # layers are created when they are first used: create all, to append the states
                 count = 1 + max((getattr(module, "layer_idx", None) or 0 for module in opener.modules()), default=0)
                 layers.extend(replicate() for _ in range(count - len(layers)))
             layers.append(layer)
+            if hasattr(self.cache, "set_linear_cache"):  # MiniMax's, which has a second list as long as the layers
+                self.cache.set_linear_cache(len(layers) - 1, [])
         for site, (_, rows, time, device, dtype) in results.items():
             replaced = site.original.modules() if isinstance(site, Replacement) else ()
             indices = {getattr(module, "layer_idx", None) for module in replaced}
@@ -135,7 +143,7 @@ class CallCache:
                     layers[index].update(nothing, nothing)
                     continue
                 if not isinstance(layers[index], StateLayer):
-                    layers[index] = StateLayer()
+                    layers[index] = MemoryLayer()
                 layers[index].tokens += time
         layer.states = {**layer.states, **{site.key: result.state for site, result in results.items()}}
         layer.tokens = _tokens_read(self.cache) or layer.tokens + max(result.time for result in results.values())
@@ -143,9 +151,12 @@ class CallCache:
 
 def _tokens_read(cache: Any) -> int:
     try:
-        return int(cache.get_seq_length())
+        count = int(cache.get_seq_length())
     except ValueError:  # none of its layers counts tokens
         return 0
+    # the first layer may have no keys, and does not count
+    kept = [layer for layer in cache.layers if isinstance(layer, CacheLayerMixin) and not isinstance(layer, StateLayer)]
+    return count or max((int(layer.get_seq_length()) for layer in kept), default=0)
 
 
 def _state_layer(cache: Any) -> StateLayer | None:

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.utils.module_tracker import ModuleTracker
 
 from ...blocks.state import State, batch_size, trainable
-from .adapter import Arguments, SwapError
-from .padding import Mask, Scope, innermost_mask, scope_of
+from .adapter import NO_CONTINUOUS_BATCHING, Arguments, SwapError
+from .padding import Mask, Scope, expect_one_document, innermost_mask, scope_of
 from .site import Replacement, Result, Site, gated_sites
 from .state_context import active_context, current_call
 
@@ -60,6 +60,9 @@ class ModelCall:
         self.running[arguments.module] = scope_of(arguments.module, arguments.named, inside_decoder)
         # a cache that is not among the arguments of the opener was created inside this call
         self._look_for_cache(arguments.named.values(), created=arguments.module is not self.opener)
+        if arguments.module is self.opener:
+            past = None if self.cache is None else self.cache.past
+            expect_one_document(arguments.named, past, type(self.opener).__name__)
 
     def end(self, module: nn.Module, output: Any) -> None:
         """The call of ``module`` has succeeded. That of the opener stores the new states."""
@@ -102,11 +105,14 @@ class ModelCall:
 
     def _look_for_cache(self, values: Any, created: bool) -> None:
         transformers: Any = sys.modules.get("transformers.cache_utils")  # no cache was made if it is not imported
+        batching: Any = sys.modules.get("transformers.generation.continuous_batching")
         if self.cache is not None or transformers is None:
             return
         for value in values:
             if isinstance(value, transformers.EncoderDecoderCache):
                 value = value.self_attention_cache  # the decoder's own
+            if batching is not None and isinstance(value, batching.PagedAttentionCache):
+                raise SwapError(NO_CONTINUOUS_BATCHING)
             if isinstance(value, transformers.Cache):
                 from .cache import CallCache
 

@@ -105,11 +105,36 @@ def input_width(module: nn.Module) -> int | None:
 def output_width(module: nn.Module) -> int | None:
     """The same of what it returns."""
     module = _last_called(module)
-    if isinstance(module, nn.RNNBase):
-        return (module.proj_size or module.hidden_size) * (2 if module.bidirectional else 1)
-    if isinstance(module, nn.Embedding):
-        return module.embedding_dim
-    return module.out_features if isinstance(module, nn.Linear) else input_width(module)
+    possible = _output_widths(module)
+    if possible is not None and len(possible) == 1:
+        return possible.pop()
+    return input_width(module)
+
+
+def cannot_return(module: nn.Module, width: int) -> bool:
+    """Whether ``module`` surely returns another width than ``width``."""
+    possible = _output_widths(_last_called(module))
+    return possible is not None and bool(possible) and not possible & {1, width}  # 1 scales any width
+
+
+def _output_widths(module: nn.Module) -> set[int] | None:
+    """The widths that the layers in ``module`` return, one of which it returns itself; ``None`` if one is unknown."""
+    found = set()
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            found.add(layer.out_features)
+        elif isinstance(layer, nn.Embedding):
+            found.add(layer.embedding_dim)
+        elif isinstance(layer, nn.RNNBase):
+            found.add((layer.proj_size or layer.hidden_size) * (2 if layer.bidirectional else 1))
+        elif _is_conv1d(layer):
+            found.add(int(layer.weight.shape[1]))  # type: ignore[index]
+        elif next(layer.parameters(recurse=False), None) is not None:
+            width = None if isinstance(layer, nn.MultiheadAttention) else _layer_width(layer)
+            if width is None:
+                return None
+            found.add(width)
+    return found
 
 
 def device_and_dtype(module: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:
@@ -146,11 +171,16 @@ def _layer_width(module: nn.Module) -> int | None:
         return int(module.normalized_shape[-1])
     if isinstance(module, nn.MultiheadAttention):
         return module.embed_dim
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # GPT-2's linear layer, weight [in, out]
+    if _is_conv1d(module):
         return int(weight.shape[0])
     if type(module).__name__.endswith("RMSNorm") and weight is not None:
         return int(weight.shape[-1])
     return None
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's linear layer, weight [in, out]."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def _returned(module: nn.Module, otherwise: int | None = None) -> int | None:

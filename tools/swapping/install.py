@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,10 +13,10 @@ from torch import nn
 
 from ...blocks import Block, LanguageModel
 from ...registry import RecipeError, nearest, show, validate
-from .adapter import Adapter, SwapError, as_adapter
+from ...registry.validation import CHAIN
+from .adapter import Adapter, SwapError, as_adapter, uncompiled
 from .call import HOOKS, call_replacement
-from .config_record import record_swaps
-from .infer import check_adapter, device_and_dtype, infer_adapter, input_width, output_width
+from .infer import cannot_return, check_adapter, device_and_dtype, infer_adapter, input_width, output_width
 from .plan import HOWS, Plan, Row, match
 from .site import BlockSpec, Gated, Replacement, Site, make_block
 
@@ -27,6 +28,10 @@ _HOOKS = "_titans_build_hooks"
 """Attribute of a module with blocks in it: the handles of its hooks."""
 _NESTED = "_titans_build_nested_tensor"
 """Attribute of an ``nn.TransformerEncoder`` that used nested tensors before a swap."""
+
+
+LAYER = "layer"
+"""``type`` in the record of a list of blocks in a whole layer's place: each is pre-normed and residual."""
 
 
 class Applied(NamedTuple):
@@ -82,14 +87,18 @@ def swap(
     for index, (path, module) in enumerate(chosen.items()):
         try:
             row = _row(model, path, module, how, given, dim)
-            if isinstance(block, str | dict | list):
+            layer = row.adapter.layer and how == "replace"
+            if layer and isinstance(block, dict) and block.get("type") == LAYER and set(block) == {"type", "of"}:
+                block = block["of"]
+            if layer and isinstance(block, list):
+                spec = {**validate(block, dim=row.dim), "type": LAYER}
+            elif isinstance(block, str | dict | list):
                 spec = validate(block, dim=row.dim)
             elif not callable(block):
                 raise SwapError(
                     "block: expected a description ({'type': 'memory', ...}), a module, or a function from the width "
                     f"to one, got {show(block)}"
                 )
-            layer = row.adapter.layer and how == "replace"
             drawn = None if seed is None else seed + index
             made = make_block(block, row.dim, row.device, row.dtype, drawn, layer=layer, meta=dry_run)
         except (SwapError, RecipeError, ValueError, TypeError) as error:
@@ -119,7 +128,7 @@ def unswap(model: nn.Module, plan: Plan | None = None) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"unswap: model: expected a module, got {type(model).__name__}")
-    model = getattr(model, "_orig_mod", model)
+    model = uncompiled(model)
     applied = [(module, one) for module in model.modules() for one in vars(module).get(_SWAPS, ())]
     if not applied:
         raise SwapError(f"unswap: {type(model).__name__} has no swaps in it")
@@ -140,12 +149,18 @@ def unswap(model: nn.Module, plan: Plan | None = None) -> None:
 
 def swaps(model: nn.Module) -> list[Plan]:
     """The plans of the swaps that were made in ``model`` itself, first to last."""
-    return [applied.plan for applied in vars(getattr(model, "_orig_mod", model)).get(_SWAPS, ())]
+    return [applied.plan for applied in vars(uncompiled(model)).get(_SWAPS, ())]
 
 
 def frozen_names(model: nn.Module) -> list[str]:
     """Names of the parameters of ``model`` that swaps with ``train="memory"`` froze."""
     return list(vars(model).get(_FROZEN, ()))
+
+
+def sites_of_swaps(model: nn.Module) -> list[tuple[Plan, dict[str, Any]]]:
+    """The plans of the swaps in ``model``, first to last, each with the sites by the paths of the plan."""
+    found = vars(uncompiled(model)).get(_SWAPS, ())
+    return [(one.plan, {path: model.get_submodule(name) for path, (name, _) in one.sites.items()}) for one in found]
 
 
 # -- making the plan -------------------------------------------------------------------------------------------------
@@ -154,7 +169,7 @@ def frozen_names(model: nn.Module) -> list[str]:
 def _check_settings(model: Any, how: Any, every: Any, start: Any, train: Any, gate: Any, seed: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"swap: model: expected a module, got {type(model).__name__}")
-    if hasattr(model, "_orig_mod") or any(child._compiled_call_impl is not None for child in model.modules()):
+    if any(uncompiled(child) is not child for child in model.modules()):
         raise SwapError("swap: the model is compiled: swap first, then compile")
     if isinstance(model, LanguageModel):
         raise SwapError("swap: a model of titans-build is changed in its recipe, where blocks nest and share one state")
@@ -187,8 +202,6 @@ def _row(
         adapter = infer_adapter(module, [model.get_submodule(above) for above in _ancestors(path)])
     check_adapter(module, adapter, how == "replace")
     reads, returns = input_width(module), output_width(module)
-    if how in ("replace", "beside") and isinstance(module, nn.Linear | nn.RNNBase) and reads != returns:
-        raise SwapError(f"{module} returns another width than it reads, which a block cannot")
     width = dim.get(path) if isinstance(dim, Mapping) else dim
     if width is None:
         width = returns if how == "after" else reads
@@ -197,6 +210,8 @@ def _row(
         raise SwapError(f"the width of the {side} of {kind} is unknown: give it, dim=...")
     if type(width) is not int or width < 1:
         raise SwapError(f"dim: expected an integer >= 1, got {show(width)}")
+    if how in ("replace", "beside") and cannot_return(module, width):
+        raise SwapError(f"{kind} reads the width {width} and returns another width than it reads, which a block cannot")
     return Row(path, kind, width, 0, *device_and_dtype(module, model), adapter)
 
 
@@ -237,7 +252,7 @@ def _apply(model: nn.Module, plan: Plan, blocks: Sequence[Block], frozen: list[s
             _install(model, row, block, applied)
         for name in frozen:
             model.get_parameter(name).requires_grad_(False)
-        record_swaps(model, swaps(model))
+        _follow(model)
     except BaseException:
         _undo(model, applied)
         raise
@@ -245,14 +260,16 @@ def _apply(model: nn.Module, plan: Plan, blocks: Sequence[Block], frozen: list[s
 
 def _install(model: nn.Module, row: Row, block: Block, applied: Applied) -> None:
     plan, module = applied.plan, model.get_submodule(row.path)
-    training, name = module.training, row.path
+    training, name, spec = module.training, row.path, plan.block
+    if isinstance(spec, dict) and spec["type"] == LAYER:
+        spec = {**spec, "type": CHAIN}  # as in the fingerprints of states that were saved before LAYER was recorded
     site: Site
     if plan.how == "replace":
-        site = Replacement(block, row.path, row.adapter, plan.block, module, call_replacement)
+        site = Replacement(block, row.path, row.adapter, spec, module, call_replacement)
         model.set_submodule(name, site)
         module = site
     else:
-        site = Gated(block, row.path, plan.how, row.adapter, plan.block, plan.gate)
+        site = Gated(block, row.path, plan.how, row.adapter, spec, plan.gate)
         last = next(name for name in ("titans", *(f"titans_{n}" for n in range(2, 1000))) if not hasattr(module, name))
         module.add_module(last, site)
         name = f"{row.path}.{last}"
@@ -269,7 +286,7 @@ def _undo(model: nn.Module, applied: Applied) -> None:
         site = model.get_submodule(name)
         above, _, last = name.rpartition(".")
         if isinstance(site, Replacement):
-            model.set_submodule(name, site.original)
+            model.set_submodule(name, site.restored())
         else:
             delattr(model.get_submodule(above), last)
     for module in model.modules():
@@ -284,9 +301,19 @@ def _undo(model: nn.Module, applied: Applied) -> None:
         for name in vars(model).pop(_FROZEN, ()):
             with contextlib.suppress(AttributeError):  # not in the model any more
                 model.get_parameter(name).requires_grad_(True)
-    record_swaps(model, swaps(model))
+    _follow(model)
     if not remaining:
         delattr(model, _SWAPS)
+
+
+def _follow(model: nn.Module) -> None:
+    """After a swap: code that was compiled before it is not run, and a model of transformers saves its swaps."""
+    torch.compiler.reset()
+    transformers: Any = sys.modules.get("transformers.modeling_utils")
+    if transformers is not None and isinstance(model, transformers.PreTrainedModel):
+        from .pretrained import follow_swaps
+
+        follow_swaps(model, swaps(model))
 
 
 def _add_hooks(module: nn.Module) -> None:

@@ -29,8 +29,7 @@ class Mask(NamedTuple):
         elif mask.dim() != 4:
             real = mask != 0
         else:  # every real token attends to itself at least, and nothing attends to padding
-            attended = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask != 0
-            real = attended.flatten(1, 2).any(dim=1)
+            real = _attended(mask).flatten(1, 2).any(dim=1)
         if real.shape[0] == 1:
             real = real.expand(rows, -1)
         if real.shape[0] != rows or real.shape[1] < time:
@@ -44,6 +43,45 @@ class Mask(NamedTuple):
             end = past + time
         real = real[:, end - time : end]
         return None if bool(real.all()) else real
+
+
+def expect_one_document(named: Mapping[str, Any], past: int | None, where: str) -> None:
+    """Raise ``SwapError`` for a call with several documents in one row, which a memory would read as one.
+
+    They are told by the arguments with which transformers keeps them apart: positions that start again, ``seq_idx``,
+    ``cu_seq_lens_q``, or a mask ``[batch, 1, time, time so far]`` with a token that does not attend to the one before.
+    ``past``: the number of tokens read before, if known.
+    """
+    mask = _mask_tensor(named)
+    starts, of_document, positions = (named.get(name) for name in ("cu_seq_lens_q", "seq_idx", "position_ids"))
+    found = None
+    if isinstance(starts, Tensor) and bool((starts.diff() > 0).sum() > 1):
+        found = "cu_seq_lens_q has several documents"
+    elif isinstance(of_document, Tensor) and bool((of_document.diff() != 0).any()):
+        found = "seq_idx has several documents"
+    elif mask is not None and mask.dim() == 2 and not mask.is_floating_point() and bool((mask > 1).any()):
+        found = "attention_mask has numbers of documents"
+    elif isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] > 1:
+        again = positions.diff() < 0
+        if mask is not None and mask.dim() == 2 and mask.shape[1] >= positions.shape[1]:
+            real = mask[:, -positions.shape[1] :] != 0
+            again = again & real[:, 1:] & real[:, :-1]  # positions of padding are arbitrary
+        if bool(again.any()):
+            found = "position_ids start again"
+    if found is None and mask is not None and mask.dim() == 4 and mask.shape[2] > 1:
+        attended = _attended(mask).any(dim=1)
+        time, size = attended.shape[1:]
+        first = past if past is not None and past + time <= size else size - time
+        this = attended[:, :, first : first + time]
+        real = this.any(dim=1)
+        before = this[:, 1:, :-1].diagonal(dim1=1, dim2=2)
+        if bool((real[:, 1:] & real[:, :-1] & ~before).any()):
+            found = f"the attention mask {list(mask.shape)} has a token that does not attend to the one before it"
+    if found is not None:
+        raise SwapError(
+            f"{where}: {found}: several documents in one row (packing). A memory would read them as one; "
+            "give each document a row of its own, padded"
+        )
 
 
 class Scope(NamedTuple):
@@ -64,16 +102,29 @@ def scope_of(module: nn.Module, named: Mapping[str, Any], inside_decoder: bool) 
     names = signature(module).names
     decodes = "tgt_key_padding_mask" in names and "src_key_padding_mask" not in names
     new = not inside_decoder and (decodes or isinstance(named.get("encoder_hidden_states"), Tensor))
-    mask = named.get("attention_mask")
-    if isinstance(mask, Mapping):  # one for each kind of layer
-        mask = mask.get("full_attention", next(iter(mask.values()), None))
-    if isinstance(mask, Tensor) and mask.dim() in (2, 4):
+    mask = _mask_tensor(named)
+    if mask is not None:
         return Scope(Mask(mask, marks_padding=False), new)
     if not isinstance(module, nn.MultiheadAttention):  # whose mask is of the keys
         for name in ("tgt_key_padding_mask",) if decodes else ("src_key_padding_mask", "key_padding_mask"):
             if isinstance(named.get(name), Tensor):
                 return Scope(Mask(named[name], marks_padding=True), new)
     return Scope(None, new)
+
+
+def _mask_tensor(named: Mapping[str, Any]) -> Tensor | None:
+    """``attention_mask``, of tokens ``[batch, time]`` or of scores ``[batch, heads, time, time so far]``."""
+    mask = named.get("attention_mask")
+    if isinstance(mask, Mapping):  # one for each kind of layer
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if isinstance(mask, Tensor) and mask.dim() == 3:
+        mask = mask.unsqueeze(1)
+    return mask if isinstance(mask, Tensor) and mask.dim() in (2, 4) else None
+
+
+def _attended(mask: Tensor) -> Tensor:
+    """Where a mask ``[batch, heads, time, time so far]`` lets a token attend."""
+    return mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask != 0
 
 
 def innermost_mask(scopes: Iterable[Scope]) -> Mask | None:

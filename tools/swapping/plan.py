@@ -15,6 +15,8 @@ from .adapter import Adapter, SwapError
 from .site import Gated, Site
 
 HOWS = ("replace", "beside", "before", "after")
+FIELDS = ("where", "block", "how", "gate", "train", "dim", "adapter")
+"""Of ``Plan.record``."""
 
 
 class Row(NamedTuple):
@@ -134,6 +136,23 @@ def match(model: nn.Module, where: str | Sequence[str], every: int = 1, start: i
         if outer is not None:
             raise SwapError(f"where: {path} is inside {outer}, which is matched, too: swap one of them")
     return chosen
+
+
+def moved(record: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """``Plan.record`` with the paths that its modules have in ``model``, which may be the model that was swapped with
+    another head, or inside another model."""
+    paths, names = record["where"], {name for name, _ in model.named_modules(remove_duplicate=False)}
+    if not isinstance(paths, list) or all(path in names for path in paths):
+        return record
+    shorter = f"{getattr(model, 'base_model_prefix', '')}."
+    prefixes = {name.removesuffix(paths[0]) for name in names if name.endswith(f".{paths[0]}")}
+    choices = [{path: path.removeprefix(shorter) for path in paths}, *({p: q + p for p in paths} for q in prefixes)]
+    fit = [choice for choice in choices if all(path in names for path in choice.values())]
+    if len(fit) != 1:
+        return record  # the swap names the paths that the model does not have
+    dim = record["dim"]
+    dim = {fit[0].get(path, path): width for path, width in dim.items()} if isinstance(dim, dict) else dim
+    return {**record, "where": list(fit[0].values()), "dim": dim}
 
 
 def _matches(pattern: list[str], path: list[str]) -> bool:

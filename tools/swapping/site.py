@@ -17,6 +17,7 @@ from ...blocks.layers import RMSNorm
 from ...blocks.state import State
 from ...registry import create, is_block, show
 from .adapter import ORIGINAL, Adapter, SwapError
+from .infer import device_and_dtype
 
 BlockSpec = str | dict[str, Any] | list[Any] | nn.Module | Callable[[int], nn.Module]
 """The description of a block, a built module, or a function from the width to one."""
@@ -86,8 +87,8 @@ class Gated(Site):
 class Replacement(Site):
     """A block in the place of another module, which is kept outside the model's tree until ``unswap``.
 
-    Attributes that callers read (``layer_idx``, ``batch_first``) are the original module's. The original follows the
-    model to other devices and dtypes, and takes its own weights from a state dict that has them.
+    Attributes that callers read (``layer_idx``, ``batch_first``) are the original module's. The original takes its own
+    weights from a state dict that has them, and ``restored`` moves it to where the model is by then.
     """
 
     def __init__(
@@ -97,6 +98,11 @@ class Replacement(Site):
         super().__init__(block, path, "replace", adapter, spec)
         self.__dict__[ORIGINAL], self.call = (module,), call
         self.register_load_state_dict_pre_hook(_load_original)
+        device, dtype = device_and_dtype(module, block)
+        self.register_buffer("follows", torch.empty(0, device=device, dtype=dtype), persistent=False)
+
+    follows: Tensor
+    """Empty: moved with the model to other devices and dtypes."""
 
     @property
     def original(self) -> nn.Module:
@@ -126,11 +132,12 @@ class Replacement(Site):
         self.original.train(mode)
         return self
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Replacement:
-        super()._apply(fn, recurse)
-        if self.original_has_values:
-            self.original._apply(fn, recurse)
-        return self
+    def restored(self) -> nn.Module:
+        """The original module, on the device and in the dtype that the model has now."""
+        now, wanted = device_and_dtype(self.original, self), (self.follows.device, self.follows.dtype)
+        if self.original_has_values and not self.follows.is_meta and now != wanted:
+            self.original.to(*wanted)
+        return self.original
 
 
 def _load_original(site: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

@@ -18,7 +18,7 @@ from ...recipes.recipe import function_fields
 from ...recipes.saved_format import StorageError
 from ...recipes.saved_state import expect_state, fill_state, read_state_file, write_state_file
 from ...registry import show
-from .adapter import SwapError
+from .adapter import SwapError, uncompiled
 from .site import Gated, Result, Site
 
 FORMAT = "titans-build memories"
@@ -64,7 +64,7 @@ class StateContext:
     def __init__(self, model: nn.Module, state: SwappedState | None = None) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"memory: model: expected a module, got {type(model).__name__}")
-        model = getattr(model, "_orig_mod", model)  # of a compiled model
+        model = uncompiled(model)
         found = {name: module for name, module in model.named_modules() if isinstance(module, Site)}
         if not found:
             raise SwapError(f"memory: {type(model).__name__} has no memory in it: tb.swap puts one in")
