@@ -211,7 +211,7 @@ def _row(
     if type(width) is not int or width < 1:
         raise SwapError(f"dim: expected an integer >= 1, got {show(width)}")
     if how in ("replace", "beside") and cannot_return(module, width):
-        raise SwapError(f"{kind} reads the width {width} and returns another width than it reads, which a block cannot")
+        raise SwapError(f"{kind} does not return the width {width}, which a block that reads it returns")
     return Row(path, kind, width, 0, *device_and_dtype(module, model), adapter)
 
 

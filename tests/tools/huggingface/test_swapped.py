@@ -146,7 +146,7 @@ def test_a_refused_swap_leaves_the_model_unchanged(llama: Any, tokens: Tensor) -
         for where, message in (
             ("model.rotary_emb", "position_ids"),
             ("model.layers", "ModuleList has no forward"),
-            ("model.layers.*.mlp.up_proj", "returns another width"),
+            ("model.layers.*.mlp.up_proj", "Linear does not return the width 16"),
             ("model.layers.*.self_atn", "self_attn"),
         ):
             with pytest.raises(SwapError, match=message):

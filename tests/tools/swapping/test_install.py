@@ -219,11 +219,17 @@ def test_a_replaced_module_follows_the_model(plain):
     held = model.layers[0]
     tb.swap(model, "layers.0", MEMORY, "replace")
     model.double().eval()
-    assert held[0].weight.dtype == torch.float64 and not held.training
+    assert not held.training
     held.layer_idx = 7  # which callers look at
     assert model.layers[0].layer_idx == 7 and model.layers[0].original is held
     with pytest.raises(AttributeError, match="no attribute 'layer_index'"):
         model.layers[0].layer_index  # noqa: B018
+    tb.unswap(model)
+    assert model.layers[0] is held and held[0].weight.dtype == torch.float64
+    tb.swap(model, "layers.0", nn.Identity(), "replace", dim=DIM)  # without parameters that are moved
+    model.float()
+    tb.unswap(model)
+    assert held[0].weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -245,7 +251,7 @@ def test_a_replaced_module_follows_the_model(plain):
         ({"adapter": {"argument": "inputs"}}, "has no argument 'inputs'; did you mean 'input'"),
         ({"where": "layers"}, "layers: ModuleList has no forward"),
         ({"where": "embedding"}, "the width of the input of Embedding is unknown: give it, dim="),
-        ({"where": "layers.*.0", "how": "replace"}, "returns another width than it reads"),
+        ({"where": "layers.*.0", "how": "replace"}, "does not return the width 16"),
         ({"dim": 0}, "dim: expected an integer >= 1, got 0"),
         ({"dim": {"layers.9": 16}}, "dim: 'layers.9' is no module of this swap; did you mean 'layers.2'"),
         ({"where": 3}, "where: expected a pattern such as 'layers.*.self_attn', or a list of them, got 3"),
@@ -294,7 +300,9 @@ def test_models_that_cannot_be_swapped_into(plain):
 
 def test_a_call_that_does_not_fit_is_refused(plain, tokens):
     model = plain()
-    tb.swap(model, "layers.1", MEMORY, "beside", dim=2 * DIM)
+    with pytest.raises(SwapError, match=r"layers\.1: Sequential does not return the width 32"):
+        tb.swap(model, "layers.1", MEMORY, "beside", dim=2 * DIM)
+    tb.swap(model, "layers.1", MEMORY, "before", dim=2 * DIM)
     with pytest.raises(SwapError, match=r"layers\.1: reads \[2, 9, 16\], and the block in it is of dim 32"):
         model(tokens())
     tb.unswap(model)
