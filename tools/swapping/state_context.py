@@ -105,7 +105,9 @@ class StateContext:
         """A fresh state of ``batch_size`` rows, as every call without a state starts from."""
         if type(batch_size) is not int or batch_size < 1:
             raise ValueError(f"batch_size: expected an integer >= 1, got {show(batch_size)}")
-        return SwappedState(tuple(site.block.init_state(batch_size) for site in self._index), self._mark(batch_size))
+        devices = (parameter.device for site in self._index for parameter in site.parameters())
+        mark = self._mark(batch_size, next(devices, torch.device("cpu")))
+        return SwappedState(tuple(site.block.init_state(batch_size) for site in self._index), mark)
 
     def __enter__(self) -> StateContext:
         _active.set((*_active.get(), (self, current_call.get())))
@@ -156,15 +158,14 @@ class StateContext:
 
     def advance(self, results: Mapping[Site, Result]) -> None:
         """A call has succeeded, with these results."""
-        rows = next(iter(results.values())).rows
+        _, rows, _, device, _ = next(iter(results.values()))
         old = (None,) * len(self._index) if self._state is None else self._state.sites
         new = tuple(results[site].state if site in results else before for site, before in zip(self._index, old))
-        same = self._state is not None and len(self._state.origin) == rows
-        self._state = SwappedState(new, self._state.origin if same and self._state is not None else self._mark(rows))
+        mark = None if self._state is None else self._state.origin
+        self._state = SwappedState(new, self._mark(rows, device) if mark is None or len(mark) != rows else mark)
 
-    def _mark(self, rows: int) -> Tensor:
-        devices = (parameter.device for site in self._index for parameter in site.parameters())
-        return self._fingerprint.rows(rows, next(devices, torch.device("cpu")))
+    def _mark(self, rows: int, device: torch.device) -> Tensor:
+        return torch.full((rows,), self._fingerprint.number, dtype=torch.int64, device=device)
 
 
 memory = StateContext
