@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +31,10 @@ _NESTED = "_titans_build_nested_tensor"
 
 LAYER = "layer"
 """``type`` in the record of a list of blocks in a whole layer's place: each is pre-normed and residual."""
+
+
+FOLLOWERS: list[Callable[[nn.Module], None]] = []
+"""Called with a model after each swap and each that is undone."""
 
 
 class Applied(NamedTuple):
@@ -307,13 +310,10 @@ def _undo(model: nn.Module, applied: Applied) -> None:
 
 
 def _follow(model: nn.Module) -> None:
-    """After a swap: code that was compiled before it is not run, and a model of transformers saves its swaps."""
+    """After a swap: code that was compiled before it is not run."""
     torch.compiler.reset()
-    transformers: Any = sys.modules.get("transformers.modeling_utils")
-    if transformers is not None and isinstance(model, transformers.PreTrainedModel):
-        from .pretrained import follow_swaps
-
-        follow_swaps(model, swaps(model))
+    for follow in FOLLOWERS:
+        follow(model)
 
 
 def _add_hooks(module: nn.Module) -> None:

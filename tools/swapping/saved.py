@@ -1,9 +1,11 @@
-"""Memories without their model: a file with the swaps of a model and the weights of their blocks."""
+"""Saves swaps: without their model, in a file with the weights of their blocks, or with a model of transformers."""
 
 from __future__ import annotations
 
 import json
 import os
+import sys
+from typing import Any
 
 from torch import nn
 
@@ -11,7 +13,7 @@ from ...recipes.saved_format import StorageError
 from ...recipes.saved_state import read_state_file, write_state_file
 from ...registry import show
 from .adapter import SwapError
-from .install import sites_of_swaps, swap, swaps, unswap
+from .install import FOLLOWERS, sites_of_swaps, swap, swaps, unswap
 from .plan import FIELDS, Plan, moved
 
 FORMAT = "titans-build swaps"
@@ -66,3 +68,15 @@ def load_swaps(model: nn.Module, path: str | os.PathLike[str]) -> list[Plan]:
             raise StorageError(f"{path}: the weights do not fit the swaps: {error}") from None
         raise
     return made
+
+
+def _follow(model: nn.Module) -> None:
+    """Have a model of transformers save its swaps."""
+    transformers: Any = sys.modules.get("transformers.modeling_utils")
+    if transformers is not None and isinstance(model, transformers.PreTrainedModel):
+        from .pretrained import follow_swaps
+
+        follow_swaps(model, swaps(model))
+
+
+FOLLOWERS.append(_follow)
