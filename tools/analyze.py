@@ -15,6 +15,7 @@ PROGRAM = Program(
     "titans-analyze",
     _commands,
     saving_memory="try fewer --tokens, fewer --pairs, or --device of another machine",
+    needs_reader=False,
 )
 main, run = PROGRAM.main, PROGRAM.run
 

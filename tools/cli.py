@@ -23,6 +23,9 @@ def _commands() -> dict[str, Command]:
 
 
 PROGRAM = Program(
-    "titans-build", _commands, saving_memory="try a smaller recipe, --dtype bfloat16, or fewer bytes to --try"
+    "titans-build",
+    _commands,
+    saving_memory="try a smaller recipe, --dtype bfloat16, or fewer bytes to --try",
+    needs_reader=False,
 )
 main, run = PROGRAM.main, PROGRAM.run

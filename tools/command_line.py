@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
+import functools
 import os
 import re
 import shutil
@@ -27,7 +28,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from .terminal import CommandFailed, UsageError, complain, prepare_streams, program_name, say_json
+from .terminal import NARROWEST, CommandFailed, UsageError, complain, discard_output, prepare_streams, program, say_json
 
 
 class Command(NamedTuple):
@@ -53,7 +54,8 @@ class Program:
 
     ``commands``: imports and returns the commands by name. The command ``""`` runs if the first word is not the name of
     another one. ``saving_memory``: advice for when memory runs out. ``json_lines``: ``--json`` prints one JSON document
-    per line, as events happen, instead of one at the end.
+    per line, as events happen, instead of one at the end. ``needs_reader``: whether the end of the reader of its output
+    (``| head``) ends the program, with status 1. Otherwise it goes on, and the status is that of the command.
     """
 
     def __init__(
@@ -63,11 +65,13 @@ class Program:
         *,
         saving_memory: str = "try a smaller model, or --dtype bfloat16",
         json_lines: bool = False,
+        needs_reader: bool = True,
     ) -> None:
         self.name = name
         self.commands = commands
         self.saving_memory = saving_memory
         self.json_lines = json_lines
+        self.needs_reader = needs_reader
 
     def main(self, argv: Sequence[str] | None = None) -> int:
         """Run the command line ``argv`` (``sys.argv`` if not given) and return its exit status.
@@ -81,7 +85,7 @@ class Program:
         """
         words = list(sys.argv[1:] if argv is None else argv)
         as_json = "--json" in (words[: words.index("--")] if "--" in words else words)
-        with program_name(self.name):
+        with program(self.name, needs_reader=self.needs_reader):
             try:
                 arguments = self.parse(words)
                 status: int = arguments.run(arguments)
@@ -92,13 +96,15 @@ class Program:
             except KeyboardInterrupt as interrupt:
                 return self._report(str(interrupt) or "interrupted", 130, as_json)
             except BrokenPipeError:  # the reader (`| head`) has ended
-                _discard_output()
+                discard_output()
                 return 1
             except Exception as error:
                 return self._report_error(error, words, as_json)
 
     def run(self) -> NoReturn:
         """The console script."""
+        # set before torch is loaded: threads that wait actively take the cores of those that work, if both are few
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         prepare_streams()
         sys.exit(self.main())
 
@@ -113,7 +119,7 @@ class Program:
 
     def _parser(self, name: str, commands: Mapping[str, Command]) -> argparse.ArgumentParser:
         command = commands[name]
-        width = max(shutil.get_terminal_size().columns - 2, 24)
+        width = max(shutil.get_terminal_size().columns - 2, NARROWEST)
         rows = ["examples:", *command.examples, "", "exit status: 0 done, 1 it failed, 2 bad use"]
         others = [f"{self.name} {other:<10}   {each.summary}" for other, each in commands.items() if other]
         if others and not name:
@@ -122,7 +128,7 @@ class Program:
             prog=f"{self.name} {name}".strip(),
             description=textwrap.fill(command.summary, width),
             epilog="\n".join(_fit(row, width) for row in rows),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=width),
             allow_abbrev=False,
         )
         if not name:
@@ -149,7 +155,7 @@ class Program:
         if isinstance(error, CommandFailed):
             return self._report(str(error), 1, as_json)
         if _is_disk_full(error):
-            _discard_output()
+            discard_output()
             reason = getattr(error, "strerror", error)
             return self._report(f"the output cannot be written: {reason}", 1, as_json=False)
         if _is_out_of_memory(error):
@@ -168,17 +174,17 @@ class Program:
     def _with_hint(self, message: str, words: list[str]) -> str:
         """``message`` with the command that was probably meant, if the first word is not one."""
         commands = [name for name in self.commands() if name]
-        if not commands or not words or words[0] in commands:
+        first = words[0] if words else ""
+        if not commands or not first or first in commands or os.path.lexists(first[:200]):
             return message
-        first = words[0]
-        near = difflib.get_close_matches(first, commands, n=1) if len(first) < 40 else []
+        near = [] if {".", "/"} & set(first) else difflib.get_close_matches(first[:40], commands, n=1)
         late = next((word for word in words if word in commands), None)
         if first in ("help", "version"):
             hint = f"try: {' '.join([self.name, *words[1:2]])} --{first}"
         elif first == self.name.rpartition("-")[2]:
             hint = f"there is no command {first!r}: {self.name} {' '.join(words[1:])}"
         elif near:
-            hint = f"there is a command {near[0]!r}"
+            return f"there is no command {first!r}; did you mean {near[0]!r}?\ntry: {self.name} --help"
         elif late and message.startswith("unrecognized arguments"):
             hint = f"the command comes first: {self.name} {late} ..."
         else:
@@ -222,8 +228,3 @@ def _is_disk_full(error: BaseException | None) -> bool:
 def _is_out_of_memory(error: Exception) -> bool:
     text = str(error)
     return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
-
-
-def _discard_output() -> None:
-    # or the interpreter would report the same error again when it exits
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

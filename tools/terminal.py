@@ -31,10 +31,17 @@ class CommandFailed(Exception):
     """A command that was used correctly failed: exit status 1. The message is printed as it is."""
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Raise the error, where rich would end the process."""
+        raise
+
+
 def console(stream: TextIO | None = None) -> Console:
     """A console on ``stream`` (default: standard output). Colors need a terminal and no ``NO_COLOR``."""
     stream = stream if stream is not None else sys.stdout
-    return Console(file=stream, width=terminal_width(stream) or PIPED_WIDTH, highlight=False, markup=False, emoji=False)
+    width = terminal_width(stream) or PIPED_WIDTH
+    return _Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
 
 
 def terminal_width(stream: TextIO | None = None) -> int | None:
@@ -47,16 +54,50 @@ def terminal_width(stream: TextIO | None = None) -> int | None:
 
 
 def say(*lines: str | Text) -> None:
-    """Print lines to standard output as they are, without wrapping."""
-    for line in lines:
-        text = Text(line) if isinstance(line, str) else line
-        if not _is_unicode(sys.stdout):
-            text = text.copy()
-            text.plain = text.plain.translate(_IN_ASCII)
-        console().print(text, soft_wrap=True)
+    """Print lines to standard output without wrapping them. Control characters are escaped."""
+    with _heard():
+        for line in lines:
+            console().print(_printable(line, sys.stdout), soft_wrap=True)
 
 
 _IN_ASCII = str.maketrans({"│": "|", "├": "|", "└": "`", "×": "x"})
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+"""Characters that may command a terminal or reorder its text, except for newlines and tabs."""
+
+
+def escape_controls(text: str) -> str:
+    """``text`` with an escape sequence such as ``\\x1b`` for each control character but newlines and tabs."""
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def _printable(line: str | Text, stream: TextIO) -> Text:
+    """``line`` without control characters and in the stream's encoding. What is printed may come from any file."""
+    if isinstance(line, str):
+        text = Text(escape_controls(line))
+    else:
+        edges = sorted({edge for match in _CONTROLS.finditer(line.plain) for edge in match.span()})
+        pieces = line.divide(edges) if edges else [line]
+        text = Text.assemble(*(Text(escape_controls(p.plain)) if _CONTROLS.match(p.plain) else p for p in pieces))
+    if not _is_unicode(stream):
+        text.plain = text.plain.translate(_IN_ASCII)
+    return text
+
+
+@contextlib.contextmanager
+def _heard() -> Iterator[None]:
+    """Where a program does not need the reader of its output: if that has ended (``| head``), discard the output."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if _needs_reader.get():
+            raise
+        discard_output()
+
+
+def discard_output() -> None:
+    """Discard what is written to standard output from now on, and what is in its buffer."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _is_unicode(stream: TextIO) -> bool:
@@ -102,28 +143,37 @@ def wrap(text: str | Text, width: int, first: str | Text = "", under: str | Text
 
 
 _program = contextvars.ContextVar("program", default="titans-build")
+_needs_reader = contextvars.ContextVar("needs_reader", default=True)
 
 
 @contextlib.contextmanager
-def program_name(program: str) -> Iterator[None]:
-    """Inside the block, messages of :func:`complain` begin with ``program``."""
-    token = _program.set(program)
+def program(name: str, *, needs_reader: bool = True) -> Iterator[None]:
+    """Inside the block, messages of :func:`complain` begin with ``name``.
+
+    ``needs_reader``: whether printing raises ``BrokenPipeError`` if the reader of standard output has ended.
+    """
+    tokens = _program.set(name), _needs_reader.set(needs_reader)
     try:
         yield
     finally:
-        _program.reset(token)
+        _program.reset(tokens[0])
+        _needs_reader.reset(tokens[1])
 
 
 def complain(message: str, label: str = "error") -> None:
-    """Print ``PROGRAM: LABEL: MESSAGE`` to standard error."""
+    """Print ``PROGRAM: LABEL: MESSAGE`` to standard error. Control characters are escaped."""
     style = "bold red" if label == "error" else "bold yellow"
-    console(sys.stderr).print(Text.assemble((f"{_program.get()}: {label}: ", style), message), soft_wrap=True)
+    text = _printable(Text.assemble((f"{_program.get()}: {label}: ", style), message), sys.stderr)
+    with contextlib.suppress(BrokenPipeError):  # nobody reads it, and the exit status says the same
+        console(sys.stderr).print(text, soft_wrap=True)
 
 
 def say_json(value: Any, *, in_one_line: bool = False) -> None:
     """Print a JSON document to standard output."""
     escaped = not _is_unicode(sys.stdout)
-    sys.stdout.write(json.dumps(value, indent=None if in_one_line else 2, ensure_ascii=escaped, allow_nan=False) + "\n")
+    text = json.dumps(value, indent=None if in_one_line else 2, ensure_ascii=escaped, allow_nan=False)
+    with _heard():
+        sys.stdout.write(text + "\n")
 
 
 class Columns:
@@ -194,9 +244,10 @@ def progress(description: str, total: int) -> Iterator[Callable[[], None]]:
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    parts = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    description_column = TextColumn("{task.description}", markup=False)
+    parts = (description_column, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*parts, console=console(sys.stderr), transient=True) as bar:
-        task = bar.add_task(description, total=total)
+        task = bar.add_task(escape_controls(description), total=total)
         yield lambda: bar.advance(task)
 
 

@@ -77,8 +77,9 @@ def test_version(titans_build: Run) -> None:
         (("mac", "--sett", "dim=3"), "unrecognized arguments: --sett"),
         (("mac", "extra"), "unrecognized arguments: extra"),
         (("mcc",), "no packaged recipe and no file of that name; did you mean 'mac'?"),
-        (("lst",), "there is a command 'list'"),
-        (("chek", "mac"), "there is a command 'check'"),
+        (("lst",), "there is no command 'lst'; did you mean 'list'?\n"),
+        (("chek", "mac"), "there is no command 'chek'; did you mean 'check'?\n"),
+        (("check.yaml",), "check.yaml: 1 problem\n  no such file"),
         (("--set", "dim=64", "check", "mac"), "the command comes first: titans-build check ..."),
         (("build", "mac", "--seed", "3"), "there is no command 'build': titans-build mac --seed 3"),
         (("help", "check"), "titans-build check --help"),
@@ -227,10 +228,30 @@ def test_no_colors_in_a_pipe_and_none_with_no_color(titans_build: Run, monkeypat
         assert "\x1b" not in result.out + result.err
 
 
-def test_a_closed_pipe_is_no_error() -> None:
-    command = f"{sys.executable} -c 'from titans_build.tools.cli import run; run()' schema | head -n 1"
+@pytest.mark.parametrize(
+    ("words", "reader", "status", "output"),
+    [
+        ("schema", "head -n 1", 0, "{\n"),
+        ("list", "head -n 1", 0, None),
+        ("list --json", "true", 0, ""),
+        ("check mac nowhere.yaml mag 2>/dev/null", "true", 2, ""),
+        ("nowhere.yaml --json 2>&1", "true", 2, ""),
+    ],
+)
+def test_the_status_does_not_depend_on_the_reader(words: str, reader: str, status: int, output: str | None) -> None:
+    command = f"{sys.executable} -m titans_build {words} | {reader}; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, timeout=120)
-    assert done.stdout == "{\n" and done.stderr == ""
+    assert (done.returncode, done.stderr) == (status, "")
+    assert done.stdout.startswith("block ") if output is None else done.stdout == output
+
+
+def test_no_control_character_of_a_file_reaches_the_terminal(tmp_path: Path, titans_build: Run) -> None:
+    path = tmp_path / "red\x1b[31m\x9b31m\u202e.yaml"
+    path.write_text("version: 1\ndim: 32\nlayers: {a: [ffn]}\nstack: [a]\n", encoding="utf-8")
+    for words in ((path,), ("check", path), (f"{path}x",)):
+        result = titans_build(*words)
+        assert "\\x1b[31m\\x9b31m\\u202e" in result.out + result.err
+        assert not {"\x1b", "\x9b", "\u202e"} & set(result.out + result.err)
 
 
 @pytest.mark.parametrize("words", [["list"], ["diagram", "lmm"], ["lmm", "--json"]], ids=str)

@@ -145,7 +145,7 @@ def test_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
     assert both.main(["--version"]) == 0
     assert capsys.readouterr().out == f"titans-count {__version__}\n"
     for words, fragment in (
-        (["compar", "a", "--x"], "'compare'"),
+        (["compar", "a", "--x"], "there is no command 'compar'; did you mean 'compare'?\n"),
         (["count", "a", "--x"], "titans-count a --x"),
         (["--x", "compare", "a"], "titans-count compare ..."),
     ):
