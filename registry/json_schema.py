@@ -95,7 +95,7 @@ def _fitting(needs: Needs) -> list[str]:
 
 def _one_of(names: list[str], *, lists: bool) -> dict[str, Any]:
     """A block of one of these names. Errors are those of its own type, since each form and type is a condition."""
-    rules = [
+    rules: list[tuple[dict[str, Any], dict[str, Any]]] = [
         ({"type": "string"}, {"enum": names}),
         ({"type": "object"}, {"properties": {"type": {"enum": names}}, "required": ["type"]}),
         ({"type": "array"}, {"items": ANY, "minItems": 1}),
