@@ -1,6 +1,8 @@
 # make demo       build the MAC recipe and try it on this repository's README
 # make test       the everyday suite            make test-slow   the long tests
 # make check      ruff and mypy                 make clean       remove .venv and what was built
+# make test-versions  a part of the tests with the oldest and newest versions of Python, torch and transformers that are
+#                 allowed: tests/versions.py; an hour and several GB; VERSIONS="--python 3.12 --torch newest" for a part
 # make bench-memory bench-model bench-streaming bench-torch_path
 # make bench-copy bench-mqar bench-language bench-needle bench-overhead bench-hf_swap
 #                 minutes each, on a machine with nothing else to do: benchmarks/
@@ -13,7 +15,7 @@ FOLDERS := blocks kernels recipes registry tools
 # one thread for each of pytest's workers: more of them than cores makes small tensors many times slower
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
 
-.PHONY: demo test test-slow check clean bench-memory bench-model bench-streaming bench-torch_path bench-copy bench-mqar bench-language bench-needle bench-overhead bench-hf_swap
+.PHONY: demo test test-slow test-versions check clean bench-memory bench-model bench-streaming bench-torch_path bench-copy bench-mqar bench-language bench-needle bench-overhead bench-hf_swap
 
 demo: .venv/.installed
 	.venv/bin/titans-build mac --try README.md
@@ -23,6 +25,9 @@ test: .venv/.installed-dev
 
 test-slow: .venv/.installed-dev
 	$(PYTEST) -m slow
+
+test-versions:
+	$(PYTHON) tests/versions.py $(VERSIONS)
 
 # the checkout may have any name: through the link mypy sees the package by its own
 check: .venv/.installed-dev
