@@ -18,7 +18,7 @@ from ..kernels.padding import align, last
 from ..kernels.rotary import rotate
 from ..registry import register
 from .block import Block, check_input, like_of
-from .layers import Linear, is_plain
+from .layers import is_plain, linear
 
 FEW = 4
 """Number of tokens up to which one fused kernel is faster than several operators."""
@@ -77,8 +77,8 @@ class Attention(Block):
         self.window = window
         self.rope = rope
         self.head_dim = dim // heads
-        self.qkv = Linear(dim, (heads + 2 * self.kv_heads) * self.head_dim, bias=False)
-        self.out = Linear(dim, dim, bias=False)
+        self.qkv = nn.Linear(dim, (heads + 2 * self.kv_heads) * self.head_dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
         self.gain = nn.Parameter(torch.empty(heads + self.kv_heads, self.head_dim)) if qk_norm else None
 
     @classmethod
@@ -125,7 +125,7 @@ class Attention(Block):
             return tokens, state._replace(prefix_keys=kept, prefix_values=kept)
         q, k, v = self._project(tokens, 1, state.keys.dtype)
         y = attention(q, k, v)
-        return self.out(y.flatten(2).to(tokens.dtype)), state._replace(prefix_keys=k, prefix_values=v)
+        return linear(self.out, y.flatten(2).to(tokens.dtype)), state._replace(prefix_keys=k, prefix_values=v)
 
     def forward(
         self, x: Tensor, state: AttentionState | None = None, *, mask: Tensor | None = None
@@ -183,11 +183,11 @@ class Attention(Block):
         unused = k.shape[1] - used - time
         seen_k, seen_v = (k[:, unused:], v[:, unused:]) if unused else (k, v)
         y = attention(q, seen_k, seen_v, window=self.window, start=start, prefix=prefix, step=step)
-        return self.out(y.flatten(2).to(x.dtype)), self._advance(state, k, v, length, time)
+        return linear(self.out, y.flatten(2).to(x.dtype)), self._advance(state, k, v, length, time)
 
     def _run_few(self, x: Tensor, state: AttentionState, step: int) -> tuple[Tensor, AttentionState]:
         """``_run`` with fewer operators, for few tokens without gradients."""
-        heads = self.qkv(x).to(state.keys.dtype).unflatten(-1, (-1, self.head_dim))
+        heads = linear(self.qkv, x).to(state.keys.dtype).unflatten(-1, (-1, self.head_dim))
         y, keys, values = cached_attention(
             heads, self.gain, Cache(*state), heads=self.heads, window=self.window, base=self.rope, step=step
         )
@@ -195,7 +195,7 @@ class Attention(Block):
         if self.window is not None:
             cached = cached.clamp_(max=self.window - 1)
         position = state.position + x.shape[1]
-        y = self.out(y.flatten(2).to(x.dtype))
+        y = linear(self.out, y.flatten(2).to(x.dtype))
         return y, state._replace(keys=keys, values=values, cached=cached, position=position)
 
     def _project(self, x: Tensor, step: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -205,7 +205,7 @@ class Attention(Block):
         """
         shape, shared = (-1, self.head_dim), self.kv_heads
         if step == 1 or not is_plain(self.qkv):
-            heads = self.qkv(x).to(dtype).unflatten(-1, shape)
+            heads = linear(self.qkv, x).to(dtype).unflatten(-1, shape)
             q, k, v = heads.split_with_sizes((self.heads, shared, shared), dim=2)
             q = q[:, step - 1 :: step]
         else:

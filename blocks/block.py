@@ -282,9 +282,16 @@ def check_input(block: Block, x: Tensor, mask: Tensor | None = None, name: str =
 
 
 def _find_parameter(module: Any) -> tuple[nn.Module, str]:
-    """Return the owner and the name of the smallest floating-point parameter: "" if there is none. Cache them."""
-    sizes = {name: x.numel() for name, x in module.named_parameters() if x.is_floating_point()}
-    path, _, name = min(sizes, key=sizes.__getitem__, default="").rpartition(".")
+    """Return the owner and the name of a floating-point parameter: "" if there is none. Cache them.
+
+    Parameters of linear layers come last, because other modules take the place of these.
+    """
+    places = []
+    for path, owner in module.named_modules():
+        for name, x in owner.named_parameters(recurse=False):
+            if x.is_floating_point():
+                places.append((isinstance(owner, nn.Linear), path, name))
+    _, path, name = min(places, default=(False, "", ""))
     # not registered as a child
     vars(module)["_parameter"] = place = module.get_submodule(path), name
     return place

@@ -68,16 +68,18 @@ def _read_memory(block: NeuralMemory, rows: int) -> Reader | None:
 
 
 def _memory_output(block: NeuralMemory, rows: int) -> Callable[[Tensor, Tensor], Tensor] | None:
-    gate, out = block.output_gate.weight, block.output.weight
-    if not block.one_token(gate.new_empty(rows, 1, block.dim)):
+    if not block.one_token(block.output_gain.new_empty(rows, 1, block.dim)):
         return None
-    return prepare_gated_output(block.output_gain, gate, out, (rows, 1))
+    return prepare_gated_output(block.output_gain, block.output_gate.weight, block.output.weight, (rows, 1))
 
 
 @decode_plan(Attention)
 def _attention(block: Attention, rows: int, time: int, step: int) -> Decoder | None:
-    window, weight, out = block.window, block.qkv.weight, block.out.weight
-    if window is None or time > FEW or time % step or not is_plain(block.qkv, block.out) or not weight.is_cpu:
+    window = block.window
+    if window is None or time > FEW or time % step or not is_plain(block.qkv, block.out):
+        return None
+    weight, out = block.qkv.weight, block.out.weight
+    if not weight.is_cpu:
         return None
     heads = weight.new_empty(rows, time, len(weight) // block.head_dim, block.head_dim)
     load = prepare_projection(weight, heads.flatten(2))

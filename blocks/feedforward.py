@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..kernels.norm_gate import decode, swiglu
 from ..registry import register
 from .block import Block
-from .layers import Linear, fuses, linear_of
+from .layers import fuses, linear, linear_of
 from .state import State
 
 
@@ -39,16 +39,16 @@ class FeedForward(Block):
         if hidden is None:
             hidden = -(-8 * dim // 48) * 16 if kind == "swiglu" else 4 * dim
         self.kind = kind
-        self.up = Linear(dim, 2 * hidden if kind == "swiglu" else hidden, bias=False)
-        self.down = Linear(hidden, dim, bias=False)
+        self.up = nn.Linear(dim, 2 * hidden if kind == "swiglu" else hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor, state: State = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
         if self.kind == "gelu":
-            y = linear_of(self.down, F.gelu, self.up(x))
+            y = linear_of(self.down, F.gelu, linear(self.up, x))
         elif fuses(x, self.up, self.down):
             y = decode.feed_forward(x, self.up.weight, self.down.weight)
         else:
-            y = linear_of(self.down, swiglu, self.up(x))
+            y = linear_of(self.down, swiglu, linear(self.up, x))
         return y if mask is None else torch.where(mask[..., None], y, 0.0), state
 
     def reset_parameters(self) -> None:

@@ -22,24 +22,14 @@ Eps = Annotated[float, Field(gt=0, description="added to the mean square (or the
 Form = Literal["sigmoid", "silu", "sum"]
 
 
-class Linear(nn.Linear):
-    """``nn.Linear`` run by ``project``. It is initialized by the block that contains it.
-
-    A block calls it, except where :func:`is_plain` or :func:`fuses` says that the block may read the weights.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        return project(input, self.weight, self.bias)
-
-
 def is_plain(*layers: nn.Module) -> bool:
     """Whether calling each layer is the product with its weights, so that a block may read them and not call it.
 
-    True for a :class:`Linear` as it was made. False if it was replaced or parametrized (LoRA, quantization), has hooks
+    True for an ``nn.Linear`` as it was made. False if it was replaced or parametrized (LoRA, quantization), has hooks
     (pruning) or a ``forward`` of its own (offloading), or if its weights are no ordinary tensors (DTensor, torchao).
     """
     for layer in layers:
-        if type(layer) is not Linear or not is_unmodified(layer, "forward") or type(layer.weight) not in _ORDINARY:
+        if type(layer) is not nn.Linear or not is_unmodified(layer, "forward") or type(layer.weight) not in _ORDINARY:
             return False
     return True
 
@@ -53,6 +43,14 @@ def fuses(x: Tensor, *layers: nn.Module) -> bool:
         return False
     weights: Any = [layer.weight for layer in layers]
     return use_decode_kernel(x, *weights)
+
+
+def linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """``layer(x)``, by ``project`` if the layer is plain."""
+    if is_plain(layer):
+        return project(x, layer.weight, layer.bias)  # type: ignore[arg-type]
+    y: Tensor = layer(x)
+    return y
 
 
 def linear_of(layer: nn.Module, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from ..kernels.short_conv import query, query_key_value
 from ..kernels.short_conv.decode import Layers, memory_inputs, memory_query
 from ..registry import SameFunction, register
 from .block import Block, check_call
-from .layers import Linear, fuses, is_plain, linear_of
+from .layers import fuses, is_plain, linear, linear_of
 from .observers import Learned, active, observers_of
 
 
@@ -120,17 +120,17 @@ class NeuralMemory(Block):
         widths = [width, *[hidden] * (depth - 1), width]
         self.shapes = [(out, in_) for in_, out in pairwise(widths)]
 
-        self.qkv = Linear(dim, 3 * dim, bias=False)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.convolution = nn.Parameter(torch.empty(3 * dim, conv)) if conv else None
-        self.controls = Linear(dim, heads * (1 + momentum + forgetting))
+        self.controls = nn.Linear(dim, heads * (1 + momentum + forgetting))
         self.initial_weights = nn.ParameterList([torch.empty(heads, *shape) for shape in self.shapes])
         self.initial_momentum = nn.ParameterList(
             [torch.empty(heads, *shape) for shape in self.shapes] if momentum and learn_momentum else []
         )
         self.norm_gain = nn.Parameter(torch.empty(heads, width)) if norm else None
         self.output_gain = nn.Parameter(torch.empty(heads, width))
-        self.output_gate = Linear(dim, dim, bias=False)
-        self.output = Linear(dim, dim, bias=False)
+        self.output_gate = nn.Linear(dim, dim, bias=False)
+        self.output = nn.Linear(dim, dim, bias=False)
         if not self.output_gain.is_meta:
             with torch.no_grad():
                 self.reset_parameters()
@@ -163,13 +163,13 @@ class NeuralMemory(Block):
         saturates.
         """
         scale = self.dim**-0.5
-        for linear, std in (
+        for layer, std in (
             (self.qkv, scale),
             (self.output_gate, scale),
             (self.output, 0.5 * scale),
             (self.controls, 0.1 * scale),
         ):
-            nn.init.normal_(linear.weight, std=std)
+            nn.init.normal_(layer.weight, std=std)
         biases = [torch.full((self.heads,), -3.0)]
         if self.momentum:
             biases.append(torch.ones(self.heads))
@@ -243,15 +243,15 @@ class NeuralMemory(Block):
     def ask(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the part of ``read`` that does not depend on the state: projected queries and the output gate."""
         plain = is_plain(self.qkv)
-        projected = project(x, self.qkv.weight[: self.dim]) if plain else self.qkv(x)[..., : self.dim]
-        return projected, self.output_gate(x)
+        projected = project(x, self.qkv.weight[: self.dim]) if plain else linear(self.qkv, x)[..., : self.dim]
+        return projected, linear(self.output_gate, x)
 
     def recall(self, query_and_gate: Sequence[Tensor], state: NeuralMemoryState) -> Tensor:
         """Compute ``read`` from the result of ``ask(x)``."""
         projected, gate = query_and_gate
         q = query(projected.to(self.output_gain.dtype), self.convolution, state.convolution, self.heads)
         y = read_memory(q, state.memory.weights, self.activation, self.norm_gain)
-        y = self.output(gated_norm(y, self.output_gain, gate))
+        y = linear(self.output, gated_norm(y, self.output_gain, gate))
         return y
 
     def learn(
@@ -286,11 +286,11 @@ class NeuralMemory(Block):
             gates = None
         else:
             # under autocast, the state keeps its dtype
-            projected = self.qkv(x).to(self.output_gain.dtype)
+            projected = linear(self.qkv, x).to(self.output_gain.dtype)
             q, k, v, history = query_key_value(projected, self.convolution, state.convolution, self.heads, length)
             if self.use == "read":
                 return Tokens(q, k, v, q.new_zeros(q.shape[:3]), None, None), history, state.gates
-            raw, gates = self.controls(x).to(projected.dtype), state.gates
+            raw, gates = linear(self.controls, x).to(projected.dtype), state.gates
             if gates is not None:
                 raw, gates = self._gates_of_chunks(raw, gates, state.memory.position, length)
             gate = hardsigmoid if self.gating == "hard_sigmoid" else torch.sigmoid
@@ -320,7 +320,7 @@ class NeuralMemory(Block):
             return torch.zeros_like(x)
         if fuses(x, self.output_gate, self.output):
             return decode.gated_output(y, self.output_gain, x, self.output_gate.weight, self.output.weight)
-        return linear_of(self.output, gated_norm, y, self.output_gain, self.output_gate(x))
+        return linear_of(self.output, gated_norm, y, self.output_gain, linear(self.output_gate, x))
 
     # -- for decoding and observers --------------------------------------------------------------------------------
 

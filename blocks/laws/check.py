@@ -10,7 +10,7 @@ from ...registry import Spec
 from ..block import Block
 from ..device import as_device, as_dtype
 from ..language_model import LanguageModel
-from . import batch, sequence, tensors
+from . import batch, modified, sequence, tensors
 from .subject import LawError, Subject
 
 LAWS: dict[str, Callable[[Subject], None]] = {
@@ -23,6 +23,7 @@ LAWS: dict[str, Callable[[Subject], None]] = {
     "row": batch.row,
     "rows": batch.rows,
     "mask": batch.mask,
+    "hooked": modified.hooked,
     "gradient": tensors.gradient,
     "save": tensors.save,
     "dtype": tensors.dtype,

@@ -97,11 +97,12 @@ class Subject:
             raise LawError("shape", f"inputs {list(x.shape)} gave outputs {list(y.shape)}: expected the same shape")
         return Result(y, state)
 
-    def decoder(self, rows: int) -> Decoder:
-        """The decoder of the subject, with the outputs of :meth:`run`."""
-        if not isinstance(self.module, LanguageModel):
-            return decoder(self.module, rows)
-        model, decode = self.module, self.module.decoder(rows)
+    def decoder(self, rows: int, module: Any = None) -> Decoder:
+        """The decoder of ``module``, by default of the subject, with the outputs of :meth:`run`."""
+        model = self.module if module is None else module
+        if not isinstance(model, LanguageModel):
+            return decoder(model, rows)
+        decode = model.decoder(rows)
 
         def run(x: Tensor, state: State) -> tuple[Tensor, State]:
             hidden, state = decode(x, state)

@@ -12,6 +12,7 @@ from titans_build.blocks.build import materialize
 from titans_build.blocks.decode import decode_plan
 from titans_build.blocks.language_model import LanguageModel
 from titans_build.blocks.laws import LAWS, LawError, check_block
+from titans_build.blocks.layers import RMSNorm
 from titans_build.registry import catalogue
 
 QUICK = {"dim": 8, "endurance": 1000}
@@ -175,6 +176,37 @@ def break_laws(Leaky):
         def forward(self, x, state=None, *, mask=None):
             y, state = super().forward(x, state, mask=mask)
             return y if mask is None else y + 1e-3 * (~mask).unsqueeze(-1), state
+
+    class HasALayer(Leaky):
+        def __init__(self, dim: int) -> None:
+            super().__init__(dim)
+            self.layer = torch.nn.Linear(dim, dim)
+
+        def reset_parameters(self):
+            super().reset_parameters()
+            self.layer.reset_parameters()
+
+    @breaks("hooked")
+    class ReadsTheWeightsOfALayer(HasALayer):
+        def output(self, level, x):
+            return super().output(level, torch.nn.functional.linear(x, self.layer.weight, self.layer.bias))
+
+    @breaks("hooked")
+    class ReadsTheWeightsForOneToken(HasALayer):
+        def forward(self, x, state=None, *, mask=None):
+            y, state = super().forward(x, state, mask=mask)
+            one, layer = x.shape[1] == 1 and mask is None, self.layer
+            z = torch.nn.functional.linear(y, layer.weight, layer.bias) if one else layer(y)
+            return (z if mask is None else z.masked_fill(~mask.unsqueeze(-1), 0.0)), state
+
+    @breaks("hooked")
+    class DoesNotCallABlockInside(Leaky):
+        def __init__(self, dim: int) -> None:
+            super().__init__(dim)
+            self.inside = RMSNorm(dim)
+
+        def output(self, level, x):
+            return super().output(level, self.inside.forward(x)[0])
 
     @breaks("gradient")
     class DetachesItsState(Leaky):
