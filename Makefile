@@ -18,6 +18,7 @@ PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
 .PHONY: demo test test-slow test-versions check clean bench-memory bench-model bench-streaming bench-torch_path bench-copy bench-mqar bench-language bench-needle bench-overhead bench-hf_swap
 
 demo: .venv/.installed
+	@echo "building the MAC recipe and trying it on README.md: about 10 seconds"
 	.venv/bin/titans-build mac --try README.md
 
 test: .venv/.installed-dev
@@ -57,6 +58,7 @@ bench-hf_swap: .venv/.installed-hf
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "titans-build needs Python 3.10 or newer: PYTHON=/path/to/python3 make ..." >&2; exit 1; }
 	$(PYTHON) -m venv .venv
+	@echo "installing titans-build with PyTorch and its other dependencies into .venv: some minutes"
 
 .venv/.installed: .venv/bin/python $(SETTINGS)
 	$(PIP) install --editable . --constraint constraints.txt

@@ -24,7 +24,6 @@ from ..terminal import (
     complain,
     count,
     in_bytes,
-    progress,
     say,
     say_columns,
     say_json,
@@ -113,8 +112,11 @@ def _build(arguments: argparse.Namespace) -> int:
             say("", f"saved to {arguments.out}")
     result = None
     if text is not None:
-        with progress(f"trying on {arguments.text}", SmokeTest.STAGES) as advance:
-            result = smoke_test(model, text, advance)
+        if arguments.json:
+            result = smoke_test(model, text)
+        else:
+            say("")
+            result = smoke_test(model, text, _announce)
         report["try"] = {"file": arguments.text, **result.to_dict()}
         if not arguments.json:
             say("", *_result_lines(result, arguments.text))
@@ -155,8 +157,13 @@ def _heading(recipe: recipes.Recipe, source: str, where: str) -> Text:
 
 def _footing(found: ModelSummary) -> Text:
     grows = " State marked + grows with every token read." if found.grows else " The state does not grow."
-    many = " A part marked ×N occurs N times in the stack; its row shows one." if found.depth > len(found.parts) else ""
+    repeated = any(part.count > 1 for part in found.parts)
+    many = " A part marked ×N occurs N times in the stack; its row shows one." if repeated else ""
     return Text(f"FLOPs are forward, averaged over {LENGTH:,} tokens.{many}{grows}", style="dim")
+
+
+def _announce(part: str) -> None:
+    say(Text(part, style="dim"))
 
 
 def _result_lines(result: SmokeTest, name: str) -> list[Text]:

@@ -68,7 +68,6 @@ class ModelSummary:
     flops: int
     state_bytes: int
     grows: bool
-    depth: int
 
 
 def summarize(model: LanguageModel, recipe: Recipe) -> ModelSummary:
@@ -94,7 +93,6 @@ def summarize(model: LanguageModel, recipe: Recipe) -> ModelSummary:
         flops=sum(part.flops * part.count for part in parts),
         state_bytes=sum(part.state_bytes * part.count for part in parts),
         grows=model.grows,
-        depth=len(names),
     )
     assert found.state_bytes == model.state_bytes(), (found.state_bytes, model.state_bytes())
     assert found.parameters == _parameters(model), (found.parameters, _parameters(model))

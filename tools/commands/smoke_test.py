@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,10 +24,10 @@ from .model_summary import on_meta
 BYTES = 256
 """Token ids are byte values."""
 
-ROWS, LENGTH = 4, 256
+ROWS, LENGTH = 2, 192
 """Rows and bytes per row of the training batch; a shorter text gives shorter rows."""
-STEPS = 8
-STREAM = 512
+STEPS = 6
+STREAM = 384
 """Bytes of the comparison between one pass and streaming."""
 CUTS = (1, 7, 64, 3, 129, 1)
 """Lengths of the pieces, repeated: single bytes, and lengths that fit no usual chunk, segment or window."""
@@ -48,8 +48,6 @@ for rows of many chunks."""
 @dataclass(frozen=True)
 class SmokeTest:
     """The results. Speeds are tokens per second of one row; bits are per byte, on the training batch."""
-
-    STAGES: ClassVar[int] = STEPS + 5
 
     bytes_read: int
     rows: int
@@ -143,33 +141,32 @@ def check_memory(recipe: Recipe, bytes_read: int, dtype: torch.dtype) -> None:
     complain(f"{text}\n  {why}", "warning")
 
 
-def smoke_test(model: LanguageModel, text: bytes, advance: Callable[[], None] = lambda: None) -> SmokeTest:
-    """Train ``model`` (in place) for a few steps on ``text``, and test it. Calls ``advance`` ``STAGES`` times."""
+def smoke_test(model: LanguageModel, text: bytes, announce: Callable[[str], None] = lambda text: None) -> SmokeTest:
+    """Train ``model`` (in place) for a few steps on ``text``, and test it. Calls ``announce`` before each long part."""
     device = next(model.parameters()).device
     tokens = torch.tensor(list(text), dtype=torch.int64, device=device)
     length = _length(len(text))
     batch = tokens[: ROWS * (length + 1)].view(ROWS, length + 1)
-    before, after = _train(model, batch, advance)
+    announce(f"training for {STEPS} steps on {ROWS} x {length} bytes ...")
+    before, after = _train(model, batch)
     stream = tokens[None, :STREAM]
-    # the first run is also the warm-up of the second
-    whole, _ = _timed(device, lambda: _logits(model, stream))
-    advance()
-    again, seconds = _timed(device, lambda: _logits(model, stream))
-    advance()
+    announce(f"reading {stream.shape[1]} bytes at once and in pieces ...")
+    if device.type != "cpu":
+        _logits(model, stream)  # compiles kernels
+    whole, seconds = _timed(device, lambda: _logits(model, stream))
     cuts = _cuts(stream.shape[1])
     difference = _difference(_stream(model, stream, cuts), whole)
     scale = float(whole.abs().max())
     allowed = ALLOWED[next(model.parameters()).dtype] * scale
-    advance()
     exact = None
     if device.type != "mps":
+        announce("the same in float64 ...")
         double = copy.deepcopy(model).double()
         exactly = _logits(double, stream)
         exact = _difference(_stream(double, stream, cuts), exactly)
         allowed = max(allowed, AMPLIFIED * _difference(whole, exactly))
-    advance()
+    announce(f"generating {NEW} bytes ...")
     generated, decode = _generate(model, stream[:, -64:])
-    advance()
     return SmokeTest(
         bytes_read=len(text),
         rows=ROWS,
@@ -184,7 +181,7 @@ def smoke_test(model: LanguageModel, text: bytes, advance: Callable[[], None] = 
         allowed=allowed,
         scale=scale,
         streams=difference <= allowed and (exact is None or exact <= ALLOWED[torch.float64] * scale),
-        prefill=again.shape[1] / seconds,
+        prefill=whole.shape[1] / seconds,
         decode=decode,
         generated=generated,
     )
@@ -195,7 +192,7 @@ def _length(bytes_read: int) -> int:
     return bytes_read // ROWS - 1
 
 
-def _train(model: LanguageModel, batch: Tensor, advance: Callable[[], None]) -> tuple[float, float]:
+def _train(model: LanguageModel, batch: Tensor) -> tuple[float, float]:
     """Bits per byte before and after a few steps on ``batch`` [rows, length + 1]."""
     inputs, targets = batch[:, :-1], batch[:, 1:]
     # Adam changes every weight by about the rate, and weights of a wider model must change less
@@ -212,7 +209,6 @@ def _train(model: LanguageModel, batch: Tensor, advance: Callable[[], None]) -> 
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        advance()
     with torch.no_grad():
         after = _bits(model(inputs, targets=targets).loss)
     return before, after

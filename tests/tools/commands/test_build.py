@@ -25,7 +25,7 @@ def test_the_table_shows_every_part_once(small: Path, titans_build: Run) -> None
     assert result.status == 0 and result.err == ""
     lines = result.out.splitlines()
     assert lines[0] == "small: dim 32, vocab 256, 3 layers (cpu, float32, seed 0)"
-    figures = r"  [\d,.]+[MG]? +[\d,.]+[MG]? +(-|[\d.]+ (B|KiB|MiB))$"
+    figures = r"  ([\d,.]+[MG]?|-) +([\d,.]+[MG]?|-) +(-|[\d.]+ (B|KiB|MiB))$"
     names = [re.sub(figures, "", line).rstrip() for line in lines[3:-2] if re.search(figures, line)]
     assert names == [
         "embedding",
@@ -38,14 +38,17 @@ def test_the_table_shows_every_part_once(small: Path, titans_build: Run) -> None
         "mac",
         "├ context",
         "│ ├ memory: memory",
-        "│ └ attend: attention",
+        "│ ├ attend: attention",
+        "│ └ snapshot, position",
         "└ ffn",
         "norm: rms_norm",
         "head",
         "recipe",
         "total",
     ]
-    assert result.out.endswith("The state does not grow.\n")
+    said = "A part marked ×N occurs N times in the stack; its row shows one. The state does not grow.\n"
+    assert result.out.endswith(said)
+    assert "marked ×N" not in titans_build("lmm", "--set", "dim=32", "--set", "stack.0.repeat=1").out
 
 
 def test_one_layer_is_singular(small: Path, titans_build: Run) -> None:
@@ -230,7 +233,7 @@ def test_try_on_text(small: Path, text: Path, tmp_path: Path, titans_build: Run)
     assert trial["bits_after"] < trial["bits_before"] < 9
     assert trial["learns"] and trial["streams"] and trial["difference"] <= trial["allowed"]
     assert trial["difference_float64"] < 1e-6
-    assert sum(trial["cuts"]) == 512 and 1 in trial["cuts"] and len(set(trial["cuts"])) > 3
+    assert sum(trial["cuts"]) == 384 and 1 in trial["cuts"] and len(set(trial["cuts"])) > 3
     assert trial["prefill"] > 0 and trial["decode"] > 0 and trial["generated"]
     # the weights that --try trained are not saved
     fresh = dict(tb.build(tb.load_recipe(small)).named_parameters())
@@ -242,7 +245,9 @@ def test_try_prints_its_results(small: Path, text: Path, titans_build: Run) -> N
     assert result.status == 0 and result.err == ""
     found = {line.split()[0] for line in result.out.splitlines() if line}
     assert {"text", "learns", "streams", "speed", "says"} <= found
-    assert "bits per byte after 8 steps" in result.out and result.out.count("  ok") == 2
+    # a line before each part that takes long
+    assert {"training", "reading", "the", "generating"} <= found
+    assert "bits per byte after 6 steps" in result.out and result.out.count("  ok") == 2
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])

@@ -44,7 +44,7 @@ def test_figures_are_aligned_and_whole() -> None:
         head, *rows = (line for line in lines(found, width) if re.search(r"(?:row|[KMG]iB| B| -)$", line))
         assert head.split() == ["part", "parameters", "FLOPs/token", "state/row"]
         assert rows[-1].split(maxsplit=3) == ["total", *figures]
-        assert len(rows) == 10 and {len(row) for row in rows} == {len(head)}
+        assert len(rows) == 11 and {len(row) for row in rows} == {len(head)}
 
 
 def test_branches_continue_past_settings() -> None:
@@ -57,7 +57,7 @@ def test_branches_continue_past_settings() -> None:
 
 def test_in_a_narrow_terminal_figures_are_below_the_names() -> None:
     table = lines(summary_of("mac"), 40)
-    attend = table.index("│ └ attend: attention")
+    attend = table.index("│ ├ attend: attention")
     assert table[attend + 2 :][:3] == ["  parameters: 262,656", "  FLOPs/token: 984,064", "  state/row: 542.0 KiB"]
 
 
