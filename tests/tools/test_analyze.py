@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
@@ -53,7 +54,8 @@ def test_page_plots_and_numbers(analyze: Run, model: Path, text: Path, tmp_path:
     done = analyze(model, text, "--out", out, "--tokens", 256, "--pairs", 2, "--reset", 100)
     assert done.status == 0 and done.err == ""
     assert "memory changes at test time" in done.out and "a reset every 100 tokens" in done.out
-    assert f"open {out / 'index.html'}" in done.out
+    assert f"open {out / 'index.html'}" in done.out and "counted from 0" in done.out
+    assert "counted from 0" in (out / "index.html").read_text(encoding="utf-8")
     numbers = json.loads((out / "analysis.json").read_text(encoding="utf-8"))
     assert (numbers["format"], numbers["version"]) == ("titans-build analysis", 1)
     assert numbers["model"]["name"] == "tiny" and numbers["text"]["tokens"] == 256 and numbers["text"]["goes_on"]
@@ -193,3 +195,21 @@ def test_help_has_examples(analyze: Run) -> None:
     done = analyze("--help")
     assert done.status == 0
     assert "titans-analyze models/mine book.txt --out what" in done.out and "--no-plots" in done.out
+
+
+def test_the_name_is_that_of_the_recipe_and_file_names_need_not_be_text(
+    analyze: Run, model: Path, text: Path, tmp_path: Path
+) -> None:
+    folder, odd = model.parent / "saved", tmp_path / os.fsdecode(b"caf\xe9.txt")
+    if not folder.exists():
+        folder.symlink_to(model)
+    try:
+        odd.write_bytes(text.read_bytes())
+    except OSError:
+        pytest.skip("the file system takes no such name")
+    out = tmp_path / "what"
+    done = analyze(folder, odd, "--out", out, "--tokens", 64, "--pairs", 2, "--no-plots")
+    assert done.status == 0, done.err
+    page = (out / "index.html").read_text(encoding="utf-8")
+    assert f"tiny in {folder}" in page and "caf\\udce9.txt" in page
+    assert json.loads((out / "analysis.json").read_text(encoding="utf-8"))["model"]["name"] == "tiny"

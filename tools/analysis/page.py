@@ -6,6 +6,7 @@ import html
 import warnings
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from ..extras import from_extra
 from .figures import MAX_LINES, TEXTS, Figure, Line, branch_norms, figures, first_rows, is_wide
 from .recording import QUANTITIES
 
+COUNTED = "Layers and heads are counted from 0, the layer after the input."
 DASHES = ("solid", "dash", "dot", "dashdot")
 SHADES = 16
 """Colors of the text."""
@@ -97,7 +99,7 @@ def render(analysis: dict[str, Any]) -> str:
 <body>
 <h1>What did the memory do?</h1>
 <p>{html.escape(_subject(analysis))}. Drag in a figure to zoom, double-click to see all of it again; a click on a line's
-name hides the line, a double-click shows it alone. All numbers are in <code>analysis.json</code>.</p>
+name hides the line, a double-click shows it alone. {COUNTED} All numbers are in <code>analysis.json</code>.</p>
 <nav>{links}</nav>
 {body}
 <script>{LINKED_ZOOM}</script>
@@ -112,7 +114,8 @@ def _subject(analysis: dict[str, Any]) -> str:
     rows = f", first of {text['rows']} rows" if text["rows"] > 1 else ""
     name = text["name"].replace("\\", "/").rpartition("/")[2]
     size = f"{model['parameters']:,} parameters"
-    return f"{model['name']}, {size}, on {first}{text['tokens']:,} {text['unit']}s of {name}{rows}"
+    where = "" if Path(model["source"]).name == model["name"] else f" in {model['source']}"
+    return f"{model['name']}{where}, {size}, on {first}{text['tokens']:,} {text['unit']}s of {name}{rows}"
 
 
 # -- sections ----------------------------------------------------------------------------------------------------------

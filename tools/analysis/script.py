@@ -24,7 +24,7 @@ from ..terminal import Columns, UsageError, progress, say, say_columns, say_json
 from ..training.run_folder import TRAIN, is_run
 from . import plots
 from .analysis import Plan, analyse, rounded
-from .page import need_plotly, render
+from .page import COUNTED, need_plotly, render
 from .sample import Sample, from_data, from_file
 
 SUMMARY = "What did a model's memory do with a text? An interactive page, plots and numbers."
@@ -81,6 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     say(*analysis["check"]["verdict"], "")
     say_columns(_table(analysis))
+    say("", COUNTED)
     if out is not None:
         say("", f"open {out / PAGE}")
     return 0
@@ -153,9 +154,9 @@ def _sample(arguments: argparse.Namespace, model: LanguageModel, tokenizer: Toke
 
 
 def _describe(model: LanguageModel, source: str) -> dict[str, Any]:
-    recipe = model.fingerprint
+    recipe: Any = model.recipe
     return {
-        "name": getattr(recipe, "name", None) or Path(source).name,
+        "name": recipe.name or Path(source).name,
         "source": source,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "layers": len(model.layers),
@@ -183,8 +184,9 @@ def _write(analysis: dict[str, Any], out: Path, *, draw: bool) -> None:
                 with making_folder(out / PLOTS):
                     for name, content in plots.draw(analysis):
                         _put(out / PLOTS / name, content)
-            _put(out / NUMBERS, numbers.encode())
-            _put(out / PAGE, render(analysis).encode())
+            # names of files that are not valid text are escaped
+            _put(out / NUMBERS, numbers.encode("utf-8", "backslashreplace"))
+            _put(out / PAGE, render(analysis).encode("utf-8", "backslashreplace"))
     except OSError as error:
         raise StorageError(f"--out {out}: {error.strerror or error}") from error
 

@@ -44,7 +44,7 @@ def analysis(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], dict[str,
 
     def make() -> dict[str, Any]:
         found = analyse(model, sample, Plan(model, sample, 64), pairs=2)
-        return {"model": {"name": "small & <b>", "parameters": 1234, "layers": 2}, **found}
+        return {"model": {"name": "small & <b>", "source": "runs/<i>", "parameters": 1234, "layers": 2}, **found}
 
     return make
 
