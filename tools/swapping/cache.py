@@ -108,7 +108,7 @@ class CallCache:
         if self.past or _tokens_read(self.cache) not in (0, time):
             raise SwapError(
                 f"the cache has read {self.past or _tokens_read(self.cache)} tokens without the memory: it is of "
-                "another model, or of this one before the swap; start a new cache"
+                "another model, of this one before the swap, or of prefix tuning (prompt tuning works)"
             )
         return False
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -174,6 +175,13 @@ def _check_settings(model: Any, how: Any, every: Any, start: Any, train: Any, ga
         raise TypeError(f"swap: model: expected a module, got {type(model).__name__}")
     if any(uncompiled(child) is not child for child in model.modules()):
         raise SwapError("swap: the model is compiled: swap first, then compile")
+    peft: Any = sys.modules.get("peft")
+    adapters = () if peft is None else (peft.PeftModel, peft.tuners.tuners_utils.BaseTunerLayer)
+    if any(isinstance(child, adapters) for child in model.modules()):
+        raise SwapError(
+            "swap: the model has adapters of PEFT, which are saved without the blocks of swaps: swap first, then "
+            "get_peft_model(model, LoraConfig(..., modules_to_save=['titans']))"
+        )
     if isinstance(model, LanguageModel):
         raise SwapError("swap: a model of titans-build is changed in its recipe, where blocks nest and share one state")
     number = type(gate) in (int, float) and math.isfinite(gate)

@@ -63,19 +63,14 @@ def expect_one_document(named: Mapping[str, Any], past: int | None, where: str) 
         found = "attention_mask has numbers of documents"
     elif isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] > 1:
         again = positions.diff() < 0
-        if mask is not None and mask.dim() == 2 and mask.shape[1] >= positions.shape[1]:
-            real = mask[:, -positions.shape[1] :] != 0
-            again = again & real[:, 1:] & real[:, :-1]  # positions of padding are arbitrary
-        if bool(again.any()):
-            found = "position_ids start again"
+        if mask is not None:  # positions of padding are arbitrary
+            again = again & _real_pairs(mask, positions.shape[1], past, where)
+        found = "position_ids start again" if bool(again.any()) else None
     if found is None and mask is not None and mask.dim() == 4 and mask.shape[2] > 1:
-        attended = _attended(mask).any(dim=1)
-        time, size = attended.shape[1:]
+        time, size = mask.shape[2:]
         first = past if past is not None and past + time <= size else size - time
-        this = attended[:, :, first : first + time]
-        real = this.any(dim=1)
-        before = this[:, 1:, :-1].diagonal(dim1=1, dim2=2)
-        if bool((real[:, 1:] & real[:, :-1] & ~before).any()):
+        before = _attended(mask).any(dim=1)[:, 1:, first : first + time - 1].diagonal(dim1=1, dim2=2)
+        if bool((_real_pairs(mask, time, past, where) & ~before).any()):
             found = f"the attention mask {list(mask.shape)} has a token that does not attend to the one before it"
     if found is not None:
         raise SwapError(
@@ -122,9 +117,16 @@ def _mask_tensor(named: Mapping[str, Any]) -> Tensor | None:
     return mask if isinstance(mask, Tensor) and mask.dim() in (2, 4) else None
 
 
+def _real_pairs(mask: Tensor, time: int, past: int | None, where: str) -> Tensor:
+    """Where a token and the one before it are real: ``[batch, time - 1]``."""
+    real = Mask(mask, marks_padding=False).real_tokens(mask.shape[0], time, past, where)
+    return mask.new_ones(1, 1, dtype=torch.bool) if real is None else real[:, 1:] & real[:, :-1]
+
+
 def _attended(mask: Tensor) -> Tensor:
     """Where a mask ``[batch, heads, time, time so far]`` lets a token attend."""
-    return mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask != 0
+    # masks are made with minus infinity, the smallest number, or -10,000; less is a bias
+    return mask > -9_000.0 if mask.is_floating_point() else mask != 0
 
 
 def innermost_mask(scopes: Iterable[Scope]) -> Mask | None:

@@ -118,11 +118,11 @@ class Family(NamedTuple):
         model = AutoModelForCausalLM.from_config(self.config(**changes)).to(dtype).eval()
         return randomised(model)
 
-    def swapped(self, *hows: str, dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
+    def swapped(self, *hows: str, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
         """With a memory in both layers, or in as many ways as are given; what was put in is randomised, too."""
-        model = self.plain(dtype)
+        model = self.plain(dtype, **changes)
         for how in hows:
-            tb.swap(model, self.attention, MEMORY, how, **settings)
+            tb.swap(model, self.attention, MEMORY, how)
         generator = torch.Generator().manual_seed(9)
         with torch.no_grad():
             for name, parameter in model.named_parameters():

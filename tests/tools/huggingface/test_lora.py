@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor
 from torch.testing import assert_close
 
+import titans_build as tb
 from titans_build.huggingface import from_pretrained
+from titans_build.tools.swapping import SwapError
 
 
 def lora(**settings: Any) -> LoraConfig:
@@ -77,6 +79,34 @@ def test_memories_saved_in_the_adapter_folder(llama: Any, tokens: Tensor, tmp_pa
     assert torch.equal(generated(model, tokens), generated(model, tokens, use_cache=False))
     model(input_ids=tokens, labels=tokens).loss.backward()
     assert any("modules_to_save" in name and p.grad is not None for name, p in model.named_parameters())
+
+
+def test_memories_and_an_adapter_without_the_model(llama: Any, tokens: Tensor, tmp_path: Path) -> None:
+    base = llama.swapped("beside")
+    tb.save_swaps(base, tmp_path / "memories.safetensors")
+    model = get_peft_model(base, lora(modules_to_save=["titans"])).eval()
+    randomised(model, "lora_B")
+    randomised(model, "modules_to_save")
+    model.save_pretrained(tmp_path)
+    again = llama.plain()
+    tb.load_swaps(again, tmp_path / "memories.safetensors")
+    with torch.no_grad():
+        assert_close(PeftModel.from_pretrained(again, tmp_path).eval()(tokens).logits, model(tokens).logits)
+
+
+def test_other_methods_of_peft(llama: Any, tokens: Tensor) -> None:
+    adapted = get_peft_model(llama.plain(), lora())
+    for model, where in ((adapted, f"**.{llama.attention[6:]}"), (adapted.get_base_model(), llama.attention)):
+        with pytest.raises(
+            SwapError, match=r"swap first, then get_peft_model\(model, LoraConfig"
+        ):
+            tb.swap(model, where, "memory", "beside")
+    tb.swap(adapted.merge_and_unload(), llama.attention, "memory", "beside")
+    prompt = get_peft_model(llama.swapped("beside"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    assert torch.equal(generated(prompt.eval(), tokens), generated(prompt, tokens, use_cache=False))
+    prefix = get_peft_model(llama.swapped("beside"), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(SwapError, match=r"3 tokens without the memory: .* or of prefix tuning \(prompt tuning works\)"):
+        prefix(tokens)
 
 
 @pytest.mark.parametrize("how", ["beside", "replace"])

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import DynamicCache, StaticCache
+from transformers import (
+    DataCollatorWithFlattening,
+    DynamicCache,
+    GenerationConfig,
+    MiniMaxConfig,
+    MiniMaxForCausalLM,
+    StaticCache,
+)
 
 import titans_build as tb
+from titans_build.huggingface import from_pretrained
 from titans_build.tools.swapping import SwapError
 
 NEW = 4
@@ -129,13 +139,103 @@ def test_wrong_caches_are_refused(llama: Any, tokens: Tensor) -> None:
         assert torch.equal(model(tokens, past_key_values=DynamicCache()).logits, model(tokens).logits)
 
 
-def test_static_cache(llama: Any, tokens: Tensor) -> None:
-    model = llama.swapped("beside")
-    cache = StaticCache(config=model.config, max_cache_len=40)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_caches_of_fixed_size(llama: Any, tokens: Tensor, attention: str) -> None:
+    for model in (llama.swapped("beside", attn_implementation=attention), llama.swapped("replace")):
+        cache = StaticCache(config=model.config, max_cache_len=40)
+        with torch.no_grad():
+            first = model(tokens[:, :5], past_key_values=cache).logits
+            rest = model(tokens[:, 5:], past_key_values=cache).logits
+            whole = model(tokens).logits
+        assert_close(torch.cat([first, rest], dim=1), whole, atol=1e-6, rtol=1e-6)
+        logits = [
+            torch.stack(run(model, tokens, return_dict_in_generate=True, output_logits=True, **settings).logits)
+            for settings in ({"use_cache": False}, {"cache_implementation": "static"})
+        ]
+        assert_close(*logits, atol=1e-6, rtol=1e-6)
+
+
+def test_a_cache_with_two_kinds_of_layers(tokens: Tensor) -> None:
+    sizes = {
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_key_value_heads": 2,
+        "num_local_experts": 2,
+        "block_size": 4,
+        "head_dim": 4,
+        "pad_token_id": 0,
+    }
+    for kinds in (["full_attention", "linear_attention"], ["linear_attention", "full_attention"]):
+        config = MiniMaxConfig(**sizes, num_hidden_layers=2, num_attention_heads=4, layer_types=kinds)
+        torch.manual_seed(0)
+        model = MiniMaxForCausalLM(config).eval()
+        tb.swap(model, "model.layers.*.self_attn", {"type": "memory", "heads": 2, "chunk": 4}, "beside", gate=0.5)
+        for settings in ({}, {"num_beams": 3}):
+            assert torch.equal(run(model, tokens, **settings), run(model, tokens, use_cache=False, **settings))
+
+
+@pytest.mark.parametrize("where", ["model", "model.model"])
+def test_rows_of_several_documents_are_refused(llama: Any, tokens: Tensor, where: str) -> None:
+    model = llama.plain()
+    part = model if where == "model" else model.model
+    tb.swap(part, llama.attention.removeprefix("model." if where != "model" else ""), "memory", "beside", gate=0.5)
+    a, b = tokens[0], tokens[1]
+    packed = DataCollatorWithFlattening(return_tensors="pt", return_flash_attn_kwargs=True, return_seq_idx=True)(
+        [{"input_ids": a.tolist()}, {"input_ids": b.tolist()}]
+    )
+    row, positions = packed["input_ids"], packed["position_ids"]
+    apart = torch.block_diag(*[torch.ones(len(a), len(a)).tril()] * 2)
+    for settings, message in (
+        ({"position_ids": positions}, "position_ids start again"),
+        ({"position_ids": positions, "attention_mask": torch.ones_like(row)}, "position_ids start again"),
+        ({"cu_seq_lens_q": packed["cu_seq_lens_q"]}, "cu_seq_lens_q has several documents"),
+        ({"seq_idx": packed["seq_idx"]}, "seq_idx has several documents"),
+        ({"attention_mask": torch.tensor([[1] * len(a) + [2] * len(b)])}, "numbers of documents"),
+        ({"attention_mask": apart[None, None].bool()}, r"attention mask \[1, 1, 22, 22\] has a token"),
+        ({"attention_mask": (apart[None, None] - 1).double() * 1e9}, r"attention mask \[1, 1, 22, 22\] has a token"),
+    ):
+        with pytest.raises(SwapError, match=f"{message}.*several documents in one row"):
+            model(row, use_cache=False, **settings)
+    # one document is not refused, nor are positions at padding
+    real = torch.ones_like(row)
+    real[:, :3] = 0
+    alone = {
+        "position_ids": (real.cumsum(-1) - 1).masked_fill(real == 0, 1),
+        "cu_seq_lens_q": torch.tensor([0, row.shape[1]], dtype=torch.int32),
+        "seq_idx": torch.zeros_like(row),
+        "attention_mask": torch.ones(1, 1, row.shape[1], row.shape[1]).tril().bool() & (real[:, None, None] == 1),
+    }
     with torch.no_grad():
-        first = model(tokens[:, :5], past_key_values=cache).logits
-        rest = model(tokens[:, 5:], past_key_values=cache).logits
-        assert_close(torch.cat([first, rest], dim=1), model(tokens).logits, atol=1e-6, rtol=1e-6)
+        expected = model(row, attention_mask=real, position_ids=alone["position_ids"]).logits[:, 3:]
+        assert_close(model(row, **alone).logits[:, 3:], expected)
+
+
+def test_continuous_batching_is_refused(llama: Any, tokens: Tensor) -> None:
+    model = llama.swapped("beside")
+    with pytest.raises(SwapError, match=r"continuous batching \(generate_batch\) .* use generate"):
+        model.generate_batch(tokens.tolist(), GenerationConfig(max_new_tokens=2))
+
+
+@pytest.mark.parametrize("how", ["beside", "replace"])
+def test_offloaded_models(llama: Any, tokens: Tensor, how: str, tmp_path: Path) -> None:
+    expected = llama.swapped(how)(tokens).logits
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    places |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    llama.swapped(how).save_pretrained(tmp_path / "saved")
+    cpu = torch.device("cpu")
+    for model in (
+        cpu_offload(llama.swapped(how), execution_device=cpu),
+        disk_offload(llama.swapped(how), tmp_path / "offloaded", execution_device=cpu),
+        from_pretrained(tmp_path / "saved", device_map=places, offload_folder=tmp_path / "loaded"),
+    ):
+        assert any(parameter.is_meta for parameter in model.parameters())
+        with torch.no_grad():
+            assert_close(model(tokens).logits, expected)
+            with tb.memory(model):
+                parts = [model(tokens[:, :4]).logits, model(tokens[:, 4:]).logits]
+        assert torch.equal(run(model, tokens), run(model, tokens, use_cache=False))
+        assert parts[0].shape[1] + parts[1].shape[1] == tokens.shape[1]
 
 
 def test_a_refused_swap_leaves_the_model_unchanged(llama: Any, tokens: Tensor) -> None:

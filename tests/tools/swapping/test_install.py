@@ -86,6 +86,18 @@ def test_a_record_repeats_the_swap(plain, tokens):
         given.record  # noqa: B018
 
 
+def test_a_record_repeats_a_list_in_the_place_of_a_layer():
+    layer = nn.TransformerEncoderLayer(d_model=DIM, nhead=2, dim_feedforward=16, batch_first=True, dropout=0.0)
+    one, two = (nn.TransformerEncoder(layer, num_layers=2).eval() for _ in range(2))
+    plan = tb.swap(one, "layers.*", [MEMORY, "ffn"], "replace")
+    assert plan.record["block"]["type"] == "layer"
+    again = tb.swap(two, **json.loads(json.dumps(plan.record)))
+    assert again.record == plan.record
+    two.load_state_dict(one.state_dict())
+    x = torch.randn(2, 7, DIM)
+    assert torch.equal(one(x), two(x))
+
+
 def test_dry_run(plain):
     model = plain()
     before = tree(model)
@@ -315,6 +327,44 @@ def test_a_call_that_does_not_fit_is_refused(plain, tokens):
     tb.swap(model, "layers.0", lambda dim: nn.Linear(dim, 3), "beside")
     with pytest.raises(SwapError, match=r"layers\.0: the block made \[2, 9, 3\] of \[2, 9, 16\]"):
         model(tokens())
+
+
+class Widens(nn.Module):
+    """Reads another width than it returns, as the second layer of BERT's feed-forward network does."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense, self.norm = nn.Linear(24, DIM), nn.LayerNorm(DIM)
+
+    def forward(self, hidden_states, residual):
+        return self.norm(self.dense(hidden_states) + residual)
+
+
+def test_widths_that_do_not_fit_are_refused_by_the_swap():
+    model = nn.ModuleDict({"output": Widens(), "mlp": nn.Sequential(nn.Linear(DIM, 24), nn.GELU(), nn.Linear(24, 8))})
+    for how in ("replace", "beside"):
+        with pytest.raises(SwapError, match=r"mlp: Sequential does not return the width 16"):
+            tb.swap(model, "mlp", MEMORY, how)
+    with pytest.raises(SwapError, match=r"output: Widens does not return the width 24"):
+        tb.swap(model, "output", MEMORY, "beside")
+    before = model["output"](torch.ones(1, 3, 24), torch.ones(1, 3, DIM))
+    plan = tb.swap(model, "output", MEMORY, "after")
+    assert plan.rows[0].dim == DIM
+    tb.swap(model, "output", MEMORY, "before")
+    assert torch.equal(model["output"](torch.ones(1, 3, 24), torch.ones(1, 3, DIM)), before)
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_swap_into_a_compiled_model(plain, tokens, inner):
+    model, t = plain(2), tokens()
+    (model.layers[0] if inner else model).compile(backend="eager")
+    before = model(t)
+    tb.swap(model, "layers.*", MEMORY, "beside", gate=0.5)
+    expected = plain(2)
+    tb.swap(expected, "layers.*", MEMORY, "beside", gate=0.5)
+    assert_close(model(t), expected(t))
+    tb.unswap(model)
+    assert_close(model(t), before)
 
 
 @pytest.mark.parametrize("how", ["beside", "replace"])
