@@ -36,7 +36,7 @@ def register() -> None:
     from .huggingface import from_pretrained, tokenizer_of
 
     @register_model("titans")
-    class TitansLM(HFLM):  # type: ignore[misc] # the harness has no types
+    class TitansLM(HFLM):
         """``pretrained``: a folder. ``tokenizer``: another one, by default that of the model."""
 
         def __init__(

@@ -123,6 +123,12 @@ class TitansBuildPreTrainedModel(PreTrainedModel):
             raise StorageError(f"{place}: a folder of tb.save: titans_build.huggingface.from_pretrained reads it, too")
         output_loading_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("use_safetensors", True)
+        quantization = kwargs.get("quantization_config")
+        if getattr(quantization, "llm_int8_skip_modules", ()) is None:
+            quantization = kwargs["quantization_config"] = copy.copy(quantization)
+            quantization.llm_int8_skip_modules = narrow_layers(
+                kwargs.get("config") or cls.config_class.from_pretrained(place)
+            )
         result, info = super().from_pretrained(place, *args, output_loading_info=True, **kwargs)
         model, saved = result._holder, result.config.architectures or [cls.__name__]
         # a classifier is made from a language model, or the other way around: the head of the one is new, or left out
@@ -138,6 +144,8 @@ class TitansBuildPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As in transformers: recipe in ``config.json``, weights in safetensors. Modules to import are left out."""
+        if getattr(getattr(self.config, "quantization_config", None), "quant_method", None) == "torchao":
+            raise ValueError("a recipe model quantized by torchao cannot be saved; quantize it when it is loaded")
         model = self._holder
         model.fingerprint = torch.tensor(model.model.fingerprint.number)
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -329,6 +337,13 @@ class TitansBuildForCausalLM(TitansBuildPreTrainedModel, GenerationMixin):
         )
         return output if return_dict is not False else output.to_tuple()
 
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As in transformers. The cache is ``past_key_values`` in every version: PEFT looks for it there."""
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        if "cache" in inputs:
+            inputs["past_key_values"] = inputs.pop("cache")
+        return inputs
+
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
@@ -399,6 +414,16 @@ def next_token_loss(
     if count is None:
         count = (targets != IGNORED).sum().clamp(min=1)
     return total / (count.to(total.device) if isinstance(count, Tensor) else count)
+
+
+def narrow_layers(config: TitansBuildConfig) -> list[str]:
+    """Names of linear layers that 4-bit kernels of bitsandbytes do not run on a processor: the gates of memories."""
+    layers = assemble(config.checked()).named_modules(prefix="model")
+    return [
+        name
+        for name, layer in layers
+        if isinstance(layer, nn.Linear) and (layer.in_features % 64 or layer.out_features % 32)
+    ]
 
 
 def expect_whole(info: Mapping[str, Any], place: str, what: str) -> None:
