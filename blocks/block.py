@@ -44,26 +44,42 @@ def is_unmodified(module: nn.Module, *methods: str) -> bool:
 
 
 def with_parameters(method: Callable[..., _T]) -> Callable[..., _T]:
-    """Make a method read the parameters of its module while accelerate keeps them elsewhere.
+    """Make a method load the parameters of its module if accelerate has offloaded them.
 
-    accelerate loads offloaded parameters for ``forward`` only.
+    accelerate loads them for ``forward`` only, and FSDP gathers them for calls of the modules that it was given. Raises
+    ``RuntimeError`` where they cannot be had.
     """
 
     @functools.wraps(method)
     def run(self: Any, *args: Any, **named: Any) -> _T:
+        if "torch.distributed.tensor" in sys.modules and is_sharded(like_of(self)):
+            raise _missing(self, method, "sharded", "given to fully_shard")
         if "forward" not in vars(self) or "accelerate" not in sys.modules:
             return method(self, *args, **named)
         with contextlib.ExitStack() as stack:
             for module in (self, *(child for child in self.children() if isinstance(child, nn.ParameterList))):
                 stack.enter_context(_loaded(module))
+            if _has_meta(self) and not all(parameter.is_meta for parameter in self.parameters()):
+                raise _missing(self, method, "offloaded", "given to accelerate")
             return method(self, *args, **named)
 
     return run
 
 
+def _missing(module: nn.Module, method: Callable[..., Any], how: str, given: str) -> RuntimeError:
+    return RuntimeError(
+        f"{type(module).__name__}.{method.__name__}: the parameters are {how}, and there only while the module {given} "
+        "is called: give a module around this one, such as a layer of the model"
+    )
+
+
+def _has_meta(module: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in module.parameters(recurse=False))
+
+
 def _loaded(module: nn.Module) -> contextlib.AbstractContextManager[None]:
     """A context inside which the module's own parameters are loaded, if accelerate has offloaded them."""
-    if not any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+    if not _has_meta(module):
         return contextlib.nullcontext()
     from accelerate.utils import align_module_device  # type: ignore[import-untyped]
 
@@ -284,14 +300,15 @@ def check_input(block: Block, x: Tensor, mask: Tensor | None = None, name: str =
 def _find_parameter(module: Any) -> tuple[nn.Module, str]:
     """Return the owner and the name of a floating-point parameter: "" if there is none. Cache them.
 
-    Parameters of linear layers come last, because other modules take the place of these.
+    Those of linear layers come late, because other modules take their place, and those of the module itself come last,
+    because those of the outermost module cannot be loaded if accelerate has offloaded them.
     """
     places = []
     for path, owner in module.named_modules():
         for name, x in owner.named_parameters(recurse=False):
             if x.is_floating_point():
-                places.append((isinstance(owner, nn.Linear), path, name))
-    _, path, name = min(places, default=(False, "", ""))
+                places.append((2 if owner is module else isinstance(owner, nn.Linear), path, name))
+    _, path, name = min(places, default=(0, "", ""))
     # not registered as a child
     vars(module)["_parameter"] = place = module.get_submodule(path), name
     return place
@@ -305,14 +322,14 @@ def like_of(module: Any) -> Any:
 
 
 def initial_state(block: Block, rows: int) -> State:
-    """``block.init_state(rows)``; if FSDP has sharded the parameters, by a call without tokens, which gathers them."""
+    """``block.init_state(rows)``; by a call without tokens if the parameters are there for calls only."""
     like = like_of(block)
-    if like is None or not is_sharded(like):
+    if like is None or like.is_meta or not (is_sharded(like) or _has_meta(block)):
         return block.init_state(rows)
     return block(torch.zeros(rows, 0, block.dim, dtype=like.dtype, device=like.device))[1]
 
 
-def is_sharded(x: Tensor) -> bool:
+def is_sharded(x: Tensor | None) -> bool:
     """Whether this process has only a part of ``x``."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)

@@ -22,18 +22,23 @@ Eps = Annotated[float, Field(gt=0, description="added to the mean square (or the
 Form = Literal["sigmoid", "silu", "sum"]
 
 
+class SmallLinear(nn.Linear):
+    """``nn.Linear`` of few outputs, such as gates. bitsandbytes does not quantize it: its kernels take 32 outputs."""
+
+
 def is_plain(*layers: nn.Module) -> bool:
     """Whether calling each layer is the product with its weights, so that a block may read them and not call it.
 
-    True for an ``nn.Linear`` as it was made. False if it was replaced or parametrized (LoRA, quantization), has hooks
+    True for a linear layer as it was made. False if it was replaced or parametrized (LoRA, quantization), has hooks
     (pruning) or a ``forward`` of its own (offloading), or if its weights are no ordinary tensors (DTensor, torchao).
     """
     for layer in layers:
-        if type(layer) is not nn.Linear or not is_unmodified(layer, "forward") or type(layer.weight) not in _ORDINARY:
+        if type(layer) not in _LINEAR or not is_unmodified(layer, "forward") or type(layer.weight) not in _ORDINARY:
             return False
     return True
 
 
+_LINEAR = (nn.Linear, SmallLinear)
 _ORDINARY = (nn.Parameter, Tensor)
 
 

@@ -19,7 +19,7 @@ from ..kernels.short_conv import query, query_key_value
 from ..kernels.short_conv.decode import Layers, memory_inputs, memory_query
 from ..registry import SameFunction, register
 from .block import Block, check_call
-from .layers import fuses, is_plain, linear, linear_of
+from .layers import SmallLinear, fuses, is_plain, linear, linear_of
 from .observers import Learned, active, observers_of
 
 
@@ -122,7 +122,7 @@ class NeuralMemory(Block):
 
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.convolution = nn.Parameter(torch.empty(3 * dim, conv)) if conv else None
-        self.controls = nn.Linear(dim, heads * (1 + momentum + forgetting))
+        self.controls = SmallLinear(dim, heads * (1 + momentum + forgetting))
         self.initial_weights = nn.ParameterList([torch.empty(heads, *shape) for shape in self.shapes])
         self.initial_momentum = nn.ParameterList(
             [torch.empty(heads, *shape) for shape in self.shapes] if momentum and learn_momentum else []
@@ -163,13 +163,13 @@ class NeuralMemory(Block):
         saturates.
         """
         scale = self.dim**-0.5
-        for layer, std in (
+        for projection, std in (
             (self.qkv, scale),
             (self.output_gate, scale),
             (self.output, 0.5 * scale),
             (self.controls, 0.1 * scale),
         ):
-            nn.init.normal_(layer.weight, std=std)
+            nn.init.normal_(projection.weight, std=std)
         biases = [torch.full((self.heads,), -3.0)]
         if self.momentum:
             biases.append(torch.ones(self.heads))
@@ -203,10 +203,11 @@ class NeuralMemory(Block):
     def init_state(self, batch_size: int) -> NeuralMemoryState:
         new, dtype = self.output_gain.new_zeros, self.state_dtype
         weights, momentum = [], []
+        # copies, because the optimizer changes parameters in place, and FSDP frees their memory
         for weight in self.initial_weights:
-            weights.append(weight.to(dtype).expand(batch_size, *weight.shape))
+            weights.append(weight.to(dtype, copy=True).expand(batch_size, *weight.shape))
         for weight in self.initial_momentum:
-            momentum.append(weight.to(dtype).expand(batch_size, *weight.shape))
+            momentum.append(weight.to(dtype, copy=True).expand(batch_size, *weight.shape))
         if self.momentum and not momentum:
             for weight in weights:
                 momentum.append(weight.new_zeros(weight.shape))
