@@ -69,12 +69,29 @@ class ModelCall:
         if isinstance(output, Mapping | tuple | list):
             self._look_for_cache(output.values() if isinstance(output, Mapping) else output, created=True)
         if module is self.opener and self._results:
+            self._expect_all_layers(output)
             if self.cache is not None:
                 self.cache.store(self._results, self.opener)
             contexts = {site: active_context(site) for site in self._results}
             for context in {context for context in contexts.values() if context is not None}:
                 context.advance({site: result for site, result in self._results.items() if contexts[site] is context})
         self.leave(module)
+
+    def _expect_all_layers(self, output: Any) -> None:
+        """Raise ``SwapError`` for hidden states or attentions without the layers that blocks have taken the place of.
+
+        transformers records them by the classes of modules.
+        """
+        config = getattr(self.opener, "config", None)
+        layers = getattr(config.get_text_config(), "num_hidden_layers", 0) if hasattr(config, "get_text_config") else 0
+        replaced = [site for site in self._results if isinstance(site, Replacement)]
+        for name, wanted in (("hidden_states", layers + 1), ("attentions", layers)):
+            found = output.get(name) if isinstance(output, Mapping) else None
+            if replaced and isinstance(found, tuple) and 0 < len(found) < wanted:
+                raise SwapError(
+                    f"output_{name}: transformers recorded {len(found)} of {wanted}, without {replaced[0].path}, in "
+                    "whose place a block is; a forward hook on the modules sees all of them"
+                )
 
     def leave(self, module: nn.Module) -> None:
         """The call of ``module`` has ended, with or without success."""

@@ -330,7 +330,8 @@ def _add_hooks(module: nn.Module) -> None:
         before, after, always = HOOKS
         vars(module)[_HOOKS] = [
             module.register_forward_pre_hook(before, with_kwargs=True),
-            module.register_forward_hook(after, with_kwargs=True),
+            # before hooks that were there already: they see what the module returns now
+            module.register_forward_hook(after, with_kwargs=True, prepend=True),
             module.register_forward_hook(always, always_call=True),
         ]
     # nested tensors, in which an encoder packs padded batches, are understood by torch's own layers only

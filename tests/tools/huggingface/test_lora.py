@@ -97,9 +97,7 @@ def test_memories_and_an_adapter_without_the_model(llama: Any, tokens: Tensor, t
 def test_other_methods_of_peft(llama: Any, tokens: Tensor) -> None:
     adapted = get_peft_model(llama.plain(), lora())
     for model, where in ((adapted, f"**.{llama.attention[6:]}"), (adapted.get_base_model(), llama.attention)):
-        with pytest.raises(
-            SwapError, match=r"swap first, then get_peft_model\(model, LoraConfig"
-        ):
+        with pytest.raises(SwapError, match=r"swap first, then get_peft_model\(model, LoraConfig"):
             tb.swap(model, where, "memory", "beside")
     tb.swap(adapted.merge_and_unload(), llama.attention, "memory", "beside")
     prompt = get_peft_model(llama.swapped("beside"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))

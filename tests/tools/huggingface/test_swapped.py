@@ -211,6 +211,28 @@ def test_rows_of_several_documents_are_refused(llama: Any, tokens: Tensor, where
         assert_close(model(row, **alone).logits[:, 3:], expected)
 
 
+@pytest.mark.parametrize("asked_before", [False, True])
+def test_hidden_states_and_attentions(llama: Any, tokens: Tensor, asked_before: bool) -> None:
+    ask = {"output_hidden_states": True, "output_attentions": True}
+    for where, how in ((llama.layer, "beside"), (llama.layer, "after"), (llama.attention, "beside")):
+        model = llama.plain(attn_implementation="eager")
+        if asked_before:
+            model(tokens, **ask)
+        tb.swap(model, where, "memory", how, gate=0.5)
+        read: list[Tensor] = []
+        for layer in model.model.layers:
+            layer.register_forward_pre_hook(lambda _, args, read=read: read.append(args[0]))
+        out = model(tokens, **ask)
+        assert len(out.attentions) == 2 and len(out.hidden_states) == 3
+        for got, expected in zip(out.hidden_states, read):
+            assert torch.equal(got, expected)
+    for where, name in ((llama.layer, "hidden_states"), (llama.attention, "attentions")):
+        model = llama.plain(attn_implementation="eager")
+        tb.swap(model, where, "memory", "replace", start=1)
+        with pytest.raises(SwapError, match=rf"output_{name}: transformers recorded \d of \d, without model.layers.1"):
+            model(tokens, **{f"output_{name}": True})
+
+
 def test_continuous_batching_is_refused(llama: Any, tokens: Tensor) -> None:
     model = llama.swapped("beside")
     with pytest.raises(SwapError, match=r"continuous batching \(generate_batch\) .* use generate"):

@@ -104,7 +104,12 @@ def test_any_class_is_read_back(head: str, how: str, tmp_path: Path) -> None:
     # a model without a head may be part of another, whose configuration it shares
     assert ("quantization_config" in model.config.to_dict()) == (kind == "Model")
     assert model.config.to_dict().keys() >= before.keys()
-    for again in (from_pretrained(tmp_path), type(model).from_pretrained(tmp_path)):
+    config = copy.deepcopy(model.config)
+    for again in (
+        from_pretrained(tmp_path),
+        from_pretrained(tmp_path, config=config),
+        type(model).from_pretrained(tmp_path),
+    ):
         assert type(again) is type(model)
         assert ("quantization_config" in again.config.to_dict()) == (kind == "Model")
         with torch.no_grad():
