@@ -124,7 +124,7 @@ class TitansBuildPreTrainedModel(PreTrainedModel):
         output_loading_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("use_safetensors", True)
         quantization = kwargs.get("quantization_config")
-        if getattr(quantization, "llm_int8_skip_modules", ()) is None:
+        if quantization is not None and getattr(quantization, "llm_int8_skip_modules", ()) is None:
             quantization = kwargs["quantization_config"] = copy.copy(quantization)
             quantization.llm_int8_skip_modules = narrow_layers(
                 kwargs.get("config") or cls.config_class.from_pretrained(place)
