@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,11 @@ from ..training.train_step import activation_checkpointing
 from .arguments import chosen_states, expect_one_document, given_cache, real_tokens
 from .cache import CACHE, StateCache
 from .config import TitansBuildConfig
+
+LABELS_TAKEN_OUT = (
+    "Trainer took the labels out to compute the loss itself. For label_smoothing_factor it does not shift them, as it "
+    "does for the models of transformers: do not use that. A compute_loss_func has to shift them"
+)
 
 
 class _Part(nn.Module):
@@ -328,6 +334,8 @@ class TitansBuildForCausalLM(TitansBuildPreTrainedModel, GenerationMixin):
             loss = next_token_loss(logits, labels, mask, num_items_in_batch)
             logits = logits[:, kept]
         else:
+            if num_items_in_batch is not None:
+                warnings.warn(LABELS_TAKEN_OUT, stacklevel=2)
             logits = self.lm_head(hidden[:, kept])
         output = CausalLMOutputWithPast(
             loss=loss,
@@ -342,6 +350,7 @@ class TitansBuildForCausalLM(TitansBuildPreTrainedModel, GenerationMixin):
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         if "cache" in inputs:
             inputs["past_key_values"] = inputs.pop("cache")
+        inputs.pop("tokenizer", None)  # of stop_strings
         return inputs
 
     def _prepare_cache_for_generation(

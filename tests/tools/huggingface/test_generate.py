@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import DynamicCache
 
-from titans_build.huggingface import StateCache, TitansBuildForCausalLM
+from titans_build.huggingface import StateCache, TitansBuildForCausalLM, byte_tokenizer
 
 HOW = {
     "greedy": {"do_sample": False},
@@ -71,6 +71,14 @@ def test_generate_continues_from_the_returned_cache(model: TitansBuildForCausalL
 def test_generate_from_embeddings(model: TitansBuildForCausalLM, tokens: Tensor) -> None:
     vectors = model.get_input_embeddings()(tokens)
     assert torch.equal(run(model, None, inputs_embeds=vectors), run(model, tokens)[:, 11:])
+
+
+def test_stop_strings(small: Callable[..., TitansBuildForCausalLM], tokens: Tensor) -> None:
+    model = small(vocab=256)
+    plain = run(model, tokens[:1])
+    end = next(place for place in range(11, 11 + NEW) if plain[0, place] < 128)  # a character of one byte
+    out = run(model, tokens[:1], stop_strings=[chr(int(plain[0, end]))], tokenizer=byte_tokenizer())
+    assert torch.equal(out, plain[:, : end + 1])
 
 
 def test_generate_leaves_no_gradients_in_the_cache(model: TitansBuildForCausalLM, tokens: Tensor) -> None:

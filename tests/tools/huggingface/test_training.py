@@ -93,6 +93,12 @@ def test_the_best_model_is_loaded_at_the_end(small: Make, rows: list[Any], tmp_p
         assert torch.equal(mine, other), name
 
 
+def test_label_smoothing_of_trainer_is_warned_of(small: Make, rows: list[Any], tmp_path: Path) -> None:
+    settings = arguments(tmp_path, max_steps=1, save_strategy="no", label_smoothing_factor=0.1)
+    with pytest.warns(UserWarning, match="For label_smoothing_factor it does not shift them"):
+        Trainer(model=small("mag", torch.float32), args=settings, train_dataset=rows).train()
+
+
 TEXTS = ["once upon a time", "there was", "a memory that", "read"]
 
 
