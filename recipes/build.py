@@ -28,7 +28,8 @@ def build(
     seed: int | None = 0,
     overrides: Mapping[str, Any] | None = None,
 ) -> LanguageModel:
-    """Build the model of a recipe, with newly initialized parameters. ``model.recipe`` is the recipe.
+    """Build the model of a recipe, with newly initialized parameters. ``model.recipe`` is the recipe, and
+    ``model.tokenizer`` ``None``.
 
     ``recipe``: a ``Recipe``, or an argument of ``load_recipe``. ``overrides``: values by path, as in ``load_recipe``:
     ``build("mac", overrides={"dim": 64})``. ``device``: on ``"meta"`` the model has shapes but no values. ``dtype``: of
@@ -61,6 +62,7 @@ def assemble(recipe: Recipe) -> LanguageModel:
     with _possible(recipe), torch.device("meta"):
         model = LanguageModel(recipe.dim, vocab=recipe.vocab, layers=layers, tie=recipe.tie, fingerprint=fingerprint)
     model.recipe = recipe  # type: ignore[assignment] # torch declares every attribute a tensor or a module
+    model.tokenizer = None  # type: ignore[assignment]
     return model
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 from ..registry import Problem, RecipeError, list_blocks, lookup, nearest, show
 from .parse import is_recipe_file, plain, read_file, read_text, recipe_error
 from .recipe import KEYS, Recipe, check_recipe
-from .saved_format import StorageError, read_index
+from .saved_format import StorageError, read_index, saved_folder
 
 Source: TypeAlias = "str | os.PathLike[str] | Mapping[str, Any] | Recipe"
 
@@ -26,8 +26,8 @@ def load_recipe(source: Source, overrides: Mapping[str, Any] | None = None, allo
     """Read and check a recipe.
 
     ``source``: a packaged name (``"mac"``, ``"mac-170m"``), a path to a YAML or JSON file, YAML or JSON text, a
-    mapping, a recipe, or the folder of a saved model. A packaged name takes precedence over a file of the same name,
-    which can be given as ``./mac``.
+    mapping, a recipe, or the folder of a saved model or of a run. A packaged name takes precedence over a file of the
+    same name, which can be given as ``./mac``.
 
     ``overrides``: values by path, ``{"layers.mac.0.segment": 256}``. They are checked like the rest, and recorded in
     ``recipe.overrides`` and in what is saved.
@@ -105,7 +105,7 @@ def _read_path(path: Path, label: str) -> _Read:
     if not folder:
         return _Read(read_file(path), label)
     try:
-        index = read_index(path)
+        index = read_index(saved_folder(path))
     except StorageError as error:
         raise recipe_error(label, str(error).removeprefix(f"{path}: ")) from None
     return _Read(index["recipe"], label, index["overrides"])

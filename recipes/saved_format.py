@@ -17,9 +17,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..registry import nearest, show
+from .atomic_write import read_regular
 from .recipe import Recipe
 
 INDEX = "model.json"
+TOKENIZER = "tokenizer.json"
+"""The tokenizer of a model, beside its index, as the ``tokenizers`` package and transformers read it."""
+MODEL = "model"
+"""The folder of the model inside of that of a run of ``tb.train``."""
+RUN = "run.json"
+"""The description of a run, in its folder."""
 MODEL_FORMAT = "titans-build model"
 STATE_FORMAT = "titans-build state"
 VERSION = 1
@@ -34,20 +41,29 @@ class StorageError(ValueError):
     """A file or folder is not the saved model or state that was expected, or cannot be read or written."""
 
 
+def saved_folder(folder: Path) -> Path:
+    """The folder of the saved model: that of its model for the folder of a run, otherwise ``folder``."""
+    try:
+        is_run = (folder / RUN).is_file() or (folder / MODEL / INDEX).is_file()
+        return folder / MODEL if is_run and not (folder / INDEX).exists() else folder
+    except (OSError, ValueError):  # not a possible name; reading it raises the error
+        return folder
+
+
 def read_index(folder: Path) -> dict[str, Any]:
     """Read ``model.json`` in ``folder``: the recipe, its recorded overrides, and the name of the file of weights.
+    A model with a tokenizer also has the checksum of its file.
 
     Raises ``StorageError`` if the folder contains no saved model, or one of a later version.
     """
     path = folder / INDEX
     try:
-        if os.path.exists(path) and not os.path.isfile(path):  # opening a pipe would block
-            raise StorageError(f"{path}: not a regular file; expected the index of a saved model")
-        with open(path, "rb") as file:
-            raw = file.read(_MAX_BYTES + 1)
-    except StorageError:
-        raise
+        raw = read_regular(path, _MAX_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):
+        if folder.name == MODEL and (folder.parent / RUN).is_file():
+            where = f"no {MODEL}/{INDEX}"
+            message = f"this run has not saved its model yet ({where}), which it does at its end"
+            raise StorageError(f"{folder.parent}: {message}") from None
         if os.path.isdir(folder):
             raise StorageError(f"{folder}: expected a saved model, but there is no {INDEX}") from None
         what = "not a folder" if os.path.exists(folder) else "no such folder"
@@ -65,13 +81,15 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise StorageError(f"{path}: expected the index of a saved model (format {MODEL_FORMAT!r}), got {show(index)}")
     expect_version(index.get("version"), path)
     kinds = {"recipe": dict, "overrides": dict, "fingerprint": str, "weights": str}
-    known = ("format", "version", *kinds)
+    known = ("format", "version", *kinds, "tokenizer")
     for key in index:
         if key not in known:
             raise StorageError(f"{path}: {show(key)}: unknown key{nearest(key, known)} (keys: {', '.join(known)})")
     for key, kind in kinds.items():
         if not isinstance(index.get(key), kind):
             raise StorageError(f"{path}: {key}: expected {kind.__name__}, got {show(index.get(key))}")
+    if not isinstance(index.get("tokenizer", ""), str):
+        raise StorageError(f"{path}: tokenizer: expected a checksum, got {show(index['tokenizer'])}")
     if not WEIGHTS.fullmatch(index["weights"]):
         raise StorageError(
             f"{path}: weights: expected weights-<16 hex digits>.safetensors, got {show(index['weights'])}"
@@ -132,6 +150,8 @@ def storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def open_tensors(path: Path, kind: str) -> Iterator[Any]:
     """Open a safetensors file of format ``kind``. Raises ``StorageError``, or ``FileNotFoundError``."""
     try:
+        if not path.is_file() and path.exists():  # opening a pipe would wait
+            raise OSError("not a regular file")
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != kind:

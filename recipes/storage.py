@@ -4,15 +4,17 @@ The index contains the recipe, with registered names of blocks, and the name of 
 every save. A save writes the weights first and then replaces the index. The old weights are removed once no index
 names them. A reader therefore finds the complete old model or the complete new one at any time, also after a save
 was killed.
+
+The model's tokenizer, if it has one, is beside it in ``tokenizer.json``, and its checksum is in the index.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
-import re
 import secrets
 import time
 from collections.abc import Mapping
@@ -26,13 +28,14 @@ from torch import Tensor, nn
 from ..blocks.build import materialize
 from ..blocks.language_model import LanguageModel
 from ..registry import Problem, RecipeError, show
-from .atomic_write import atomic_write, making_folder
+from .atomic_write import STALE_SECONDS, atomic_write, making_folder, read_regular, remove_stale
 from .build import as_device, as_dtype, assemble
 from .loading import load_recipe
 from .recipe import Recipe
 from .saved_format import (
     INDEX,
     MODEL_FORMAT,
+    TOKENIZER,
     VERSION,
     WEIGHTS,
     StorageError,
@@ -44,23 +47,21 @@ from .saved_format import (
     open_tensors,
     read_index,
     recipe_of,
+    saved_folder,
     storable,
     write_errors,
 )
 
-_TEMPORARY = re.compile(r"\.[\w.-]+\.[0-9a-f]{16}\.tmp")
-_STALE_SECONDS = 3600
-"""Age from which a file that no index names is removed. A younger one may belong to a save in progress."""
 
+def save(model: LanguageModel, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Write ``model`` into ``folder``, which is created if needed. A model of the same recipe in it is replaced
+    atomically, one of another recipe only with ``overwrite=True``.
 
-def save(model: LanguageModel, folder: str | os.PathLike[str]) -> None:
-    """Write ``model`` into ``folder``, which is created if needed. A model in it is replaced atomically.
-
-    The parameters keep their dtypes. ``imports:`` of the recipe is not saved: a saved model identifies blocks by their
-    registered names only.
+    The parameters keep their dtypes. ``model.tokenizer``, the text of a ``tokenizer.json`` or ``None``, is saved beside
+    them. ``imports:`` of the recipe is not saved: a saved model identifies blocks by their registered names only.
 
     Raises ``StorageError`` if the model was not created by ``build`` or ``load``, if its parameters are no longer those
-    of its recipe, if it is on the meta device, or if the folder cannot be written.
+    of its recipe, if it is on the meta device, if another model is in the folder, or if it cannot be written.
     """
     recipe = recipe_of(model)
     model = next(module for module in model.modules() if isinstance(module, LanguageModel))  # without a wrapper
@@ -68,6 +69,11 @@ def save(model: LanguageModel, folder: str | os.PathLike[str]) -> None:
     _expect_same(_shapes(tensors), _shapes(_tensors(assemble(recipe))), "the model", recipe)
     if any(tensor.is_meta for tensor in tensors.values()):
         raise StorageError("the model is on the meta device: it has no values to save")
+    place = as_path(folder, "folder")
+    replaced = _index_in(place)
+    if replaced.get("fingerprint", recipe.fingerprint) != recipe.fingerprint and not overwrite:
+        raise StorageError(f"{place}: a model of another recipe is saved there: overwrite=True replaces it")
+    tokenizer = _tokenizer_of(model)
     tag = secrets.token_hex(8)
     weights = f"weights-{tag}.safetensors"
     saved = recipe.to_dict()
@@ -80,7 +86,8 @@ def save(model: LanguageModel, folder: str | os.PathLike[str]) -> None:
         "fingerprint": recipe.fingerprint,
         "weights": weights,
     }
-    place = as_path(folder, "folder")
+    if tokenizer is not None:
+        index["tokenizer"] = hashlib.sha256(tokenizer).hexdigest()
     with write_errors(place), making_folder(place):
         stored = storable(tensors)
         metadata = {
@@ -92,10 +99,15 @@ def save(model: LanguageModel, folder: str | os.PathLike[str]) -> None:
         }
         with atomic_write(place / weights) as temporary:
             save_file(stored, temporary, metadata)
-        replaced = _named_weights(place)
+        # before the index: one that names no tokenizer must not be found beside a tokenizer of the model before
+        if tokenizer is not None:
+            with atomic_write(place / TOKENIZER) as temporary:
+                temporary.write_bytes(tokenizer)
+        elif "tokenizer" in replaced:
+            (place / TOKENIZER).unlink(missing_ok=True)
         with atomic_write(place / INDEX) as temporary:
             temporary.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        _remove_old(place, keep=weights, replaced=replaced)
+        _remove_old(place, keep=weights, replaced=replaced.get("weights"))
 
 
 def load(
@@ -104,7 +116,8 @@ def load(
     dtype: torch.dtype | str | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> LanguageModel:
-    """Load the model in ``folder`` onto ``device``. ``dtype``: of its parameters; ``None`` keeps the saved dtypes.
+    """Load the model in ``folder``, or that of the run in it, onto ``device``. ``dtype``: of its parameters; ``None``
+    keeps the saved dtypes. ``model.tokenizer`` is the text of its ``tokenizer.json``, or ``None``.
 
     ``overrides``: values of its recipe by path, as in ``load_recipe``, for which the saved weights still fit:
     ``{"layers.mac.0.segment": 256}``. The result is a model of another recipe, and rejects states of the saved one.
@@ -117,7 +130,7 @@ def load(
     """
     device = as_device(device)
     target = None if dtype is None else as_dtype(dtype)
-    place = as_path(folder, "folder")
+    place = saved_folder(as_path(folder, "folder"))
     misses = 0
     for _ in range(100):
         index = read_index(place)
@@ -125,9 +138,12 @@ def load(
             return _load(place, index, device, target, overrides or {})
         except FileNotFoundError:
             # a save replaced the model between the two reads, unless the same weights are missing every time
-            misses += _named_weights(place) == index["weights"] and not (place / index["weights"]).exists()
+            misses += _index_in(place).get("weights") == index["weights"]
             if misses == 5:
                 break
+    if (place / index["weights"]).exists():
+        message = f"the tokenizer is missing, or is not the one that {INDEX} names"
+        raise StorageError(f"{place / TOKENIZER}: {message}: restore it, or save the model again")
     raise StorageError(f"{place / index['weights']}: the weights that {INDEX} names are missing")
 
 
@@ -172,7 +188,41 @@ def _load(
     if any(name not in tensors for name, _ in model.named_buffers()):
         materialize(model, device, dtype, seed=0)  # computes the buffers that are not saved
     _assign(model, tensors)
+    model.tokenizer = saved_tokenizer(place, index)  # type: ignore[assignment]
     return model
+
+
+def saved_tokenizer(place: Path, index: dict[str, Any]) -> str | None:
+    """The text of the tokenizer in the folder of a saved model with this index, or ``None``.
+
+    Raises ``FileNotFoundError`` if it is not the tokenizer that the index names.
+    """
+    path = place / TOKENIZER
+    try:
+        raw = read_regular(path)
+        if hashlib.sha256(raw).hexdigest() != index.get("tokenizer", hashlib.sha256(raw).hexdigest()):
+            raise FileNotFoundError(path)
+        return raw.decode("utf-8")
+    except FileNotFoundError:
+        if "tokenizer" in index:
+            raise
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise StorageError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _tokenizer_of(model: LanguageModel) -> bytes | None:
+    """The content of the model's ``tokenizer.json``. Raises ``StorageError`` if it cannot be one."""
+    text: Any = getattr(model, "tokenizer", None)
+    if text is None:
+        return None
+    try:
+        found = json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        found = None
+    if not isinstance(text, str) or not isinstance(found, dict) or "model" not in found:
+        raise StorageError(f"model.tokenizer: expected the text of a {TOKENIZER}, or None, got {show(text)}")
+    return text.encode("utf-8", "surrogatepass")
 
 
 def _changed(saved: Recipe, overrides: Mapping[str, Any]) -> Recipe:
@@ -242,18 +292,20 @@ def _tag(weights: str) -> str:
     return weights.removeprefix("weights-").removesuffix(".safetensors")
 
 
-def _named_weights(place: Path) -> str | None:
+def _index_in(place: Path) -> dict[str, Any]:
+    """The index in a folder, or an empty one."""
     try:
-        return str(read_index(place)["weights"])
+        return read_index(place)
     except StorageError:
-        return None
+        return {}
 
 
 def _remove_old(place: Path, keep: str, replaced: str | None) -> None:
     """Remove the replaced weights, and stale files of saves that were killed."""
-    old = time.time() - _STALE_SECONDS
+    remove_stale(place)
     for path in place.iterdir():
-        ours = WEIGHTS.fullmatch(path.name) is not None or _TEMPORARY.fullmatch(path.name) is not None
         with contextlib.suppress(OSError):
-            if path.name == replaced != keep or (ours and path.name != keep and path.stat().st_mtime < old):
-                path.unlink()
+            if path.name != keep and WEIGHTS.fullmatch(path.name):
+                stale = path.stat().st_mtime <= time.time() - STALE_SECONDS
+                if path.name == replaced or stale:
+                    path.unlink()

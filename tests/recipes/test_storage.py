@@ -67,6 +67,43 @@ class TestModels:
         assert load_recipe(tmp_path).overrides == {"dim": 8}
         assert load_recipe(tmp_path, {"layers.mag.0.tokens": 3}).overrides == {"dim": 8, "layers.mag.0.tokens": 3}
 
+    def test_the_tokenizer_is_kept_by_copies(self, tmp_path: Path, model: LanguageModel):
+        a, b = tmp_path / "a", tmp_path / "b"
+        save(model, a)
+        assert model.tokenizer is None and load(a).tokenizer is None
+        model.tokenizer = '{"model": {"type": "BPE"}}'  # type: ignore[assignment]
+        save(model, a)
+        copy = load(a)
+        save(copy, b)
+        assert load(b).tokenizer == copy.tokenizer == model.tokenizer == (b / "tokenizer.json").read_text()
+        # with another one beside it the model would read other tokens
+        (a / "tokenizer.json").write_text('{"model": {"type": "WordPiece"}}')
+        with pytest.raises(StorageError, match=r"tokenizer.json: the tokenizer is missing, or is not the one that mod"):
+            load(a)
+        copy.tokenizer = None  # type: ignore[assignment]
+        save(copy, b)
+        assert load(b).tokenizer is None and not (b / "tokenizer.json").exists()
+        copy.tokenizer = "tok.json"  # type: ignore[assignment]
+        with pytest.raises(StorageError, match=r"expected the text of a tokenizer.json, or None, got 'tok.json'"):
+            save(copy, b)
+
+    def test_another_model_is_replaced_only_on_request(self, tmp_path: Path, model: LanguageModel, other: str):
+        save(model, tmp_path)
+        save(model, tmp_path)
+        with pytest.raises(StorageError, match="a model of another recipe is saved there: overwrite=True replaces it"):
+            save(build(other), tmp_path)
+        assert load(tmp_path).recipe == model.recipe
+        save(build(other), tmp_path, overwrite=True)
+        assert load(tmp_path).recipe == load_recipe(other)
+
+    def test_the_model_of_a_run_is_loaded_from_the_folder_of_the_run(self, tmp_path: Path, model: LanguageModel):
+        (tmp_path / "run.json").write_text("{}")
+        for read in (load, load_recipe):
+            with pytest.raises((StorageError, RecipeError), match="this run has not saved its model yet"):
+                read(tmp_path)
+        save(model, tmp_path / "model")
+        assert load(tmp_path).recipe == model.recipe == load_recipe(tmp_path)
+
     def test_loading_with_overrides(self, tmp_path: Path, tiny: str, same: Any, values: Any):
         save(build(load_recipe(tiny, {"dim": 8}), seed=3), tmp_path)
         changes = {"layers.mag.0.of.branches.1.chunk": 8, "layers.mag.0.of.branches.0.window": 6}
@@ -79,7 +116,7 @@ class TestModels:
         # it is a model of another recipe: states of the saved one are not its own
         with pytest.raises(ValueError, match="the state is"):
             loaded(tokens, load(tmp_path).init_state(1))
-        save(loaded, tmp_path)
+        save(loaded, tmp_path, overwrite=True)
         assert load(tmp_path).recipe == expected.recipe
 
     @pytest.mark.parametrize(
@@ -130,7 +167,7 @@ class TestModels:
     def test_saving_again_replaces_the_model(self, tmp_path: Path, model: LanguageModel, other: str, weights_of: Any):
         save(model, tmp_path)
         (tmp_path / "notes.txt").write_text("mine")
-        save(build(other, seed=4), tmp_path)
+        save(build(other, seed=4), tmp_path, overwrite=True)
         assert load(tmp_path).recipe == load_recipe(other)
         assert sorted(path.name for path in tmp_path.iterdir()) == [
             "model.json",

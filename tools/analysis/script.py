@@ -21,7 +21,7 @@ from ..inference.tokenizer import Tokenizer
 from ..options import add_placement, whole_number
 from ..plotting import need_matplotlib
 from ..terminal import Columns, UsageError, progress, say, say_columns, say_json
-from ..training.run_folder import TRAIN, is_run
+from ..training.run_folder import TRAIN, data_of_model, data_of_run, is_run
 from . import plots
 from .analysis import Plan, analyse, rounded
 from .page import COUNTED, need_plotly, render
@@ -142,7 +142,7 @@ def _sample(arguments: argparse.Namespace, model: LanguageModel, tokenizer: Toke
     if arguments.text is not None:
         return from_file(arguments.text, tokenizer, model.vocab, arguments.tokens)
     if arguments.data is not None:
-        return from_data(arguments.data, model.vocab, arguments.tokens)
+        return from_data(data_of_model(arguments.model, arguments.data), model.vocab, arguments.tokens)
     folder = find_model(arguments.model)
     if folder.name != MODEL or not is_run(folder.parent):
         raise UsageError(f"{arguments.model}: a saved model, not a titans-train run: give a TEXTFILE or --data SPEC")
@@ -150,7 +150,7 @@ def _sample(arguments: argparse.Namespace, model: LanguageModel, tokenizer: Toke
     data = recorded.get("data") if isinstance(recorded, dict) else None
     if not isinstance(data, (str, list, dict)):
         raise UsageError(f"{folder.parent / TRAIN}: no data is named there: give a TEXTFILE or --data SPEC")
-    return from_data(data, model.vocab, arguments.tokens, recorded.get("length"))
+    return from_data(data_of_run(folder.parent, data), model.vocab, arguments.tokens, recorded.get("length"))
 
 
 def _describe(model: LanguageModel, source: str) -> dict[str, Any]:

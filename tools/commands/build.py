@@ -101,7 +101,7 @@ def _build(arguments: argparse.Namespace) -> int:
     }
     if arguments.out is not None:
         # before anything is printed: the end of a reader (`| head`) ends the command
-        recipes.save(model, arguments.out)
+        recipes.save(model, arguments.out, overwrite=arguments.force)
         report["out"] = os.path.abspath(arguments.out)
     if not arguments.json:
         weights = f"weights of {folder}" if folder is not None else f"seed {seed}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,19 +13,19 @@ from numpy.typing import NDArray
 
 from ...kernels.cpu_runtime.build_cache import folder as cache_folder
 from ...recipes.atomic_write import atomic_write
-from ...registry import Problem, RecipeError, nearest, show
+from ...registry import Problem, RecipeError
 from ..randomness import Integers, key_of
-from .files import TextFile, read
+from .files import TextFile, label, read
+from .records import BLOCK, documents_in, has_records
 from .source import Split
+from .tokenizer import TokenizerFile
 
 FEW = 5
 """Whole documents are held out if at least so many are expected in each split, otherwise the ends of documents."""
 SAMPLED_DOCUMENTS, SAMPLED_TOKENS = 256, 1024
 """Documents that a fingerprint samples at most, and tokens at each of their sampled positions."""
-BLOCK = 2**20
-"""Bytes that are tokenized at once. A block ends with a line if it contains one."""
-_FORMAT = "titans-build tokens 1"
-_END = struct.Struct("<qqq")
+_FORMAT = "titans-build tokens 2"
+_END = struct.Struct("<qqqq")
 
 
 class Bytes:
@@ -109,26 +108,31 @@ def fingerprint(documents: Documents) -> str:
     return f"{key_of(*documents.names, *documents.lengths.tolist(), documents.vocab, content):016x}"
 
 
-# -- tokenizers --------------------------------------------------------------------------------------------------------
+# -- tokens in a file --------------------------------------------------------------------------------------------------
 
 
-class Tokenized:
-    """Documents in one memory-mapped file: all tokens, where each document ends, and the counts of both."""
+class Stored:
+    """Documents in one memory-mapped file: all tokens, where each document ends, documents of each file, and counts."""
 
-    def __init__(self, path: Path, files: list[TextFile], vocab: int, digest: str) -> None:
-        self.vocab = vocab
-        self.names = [file.name for file in files]
-        self._digest = digest
-        dtype = _token_dtype(vocab)
+    def __init__(self, path: Path, files: list[TextFile], tokenizer: TokenizerFile | None) -> None:
+        self.vocab = Bytes.vocab if tokenizer is None else tokenizer.size
+        self._tokenizer = tokenizer
+        dtype = _token_dtype(self.vocab)
         size = path.stat().st_size
         with open(path, "rb") as file:
             file.seek(max(0, size - _END.size))
             tail = file.read()
-            count, tokens, width = _END.unpack(tail) if len(tail) == _END.size else (0, 0, 0)
-            if (count, width) != (len(files), dtype.itemsize) or size != tokens * width + 8 * count + _END.size:
+            count, tokens, width, self._bytes = _END.unpack(tail) if len(tail) == _END.size else (0, 0, 0, 0)
+            numbers = count + len(files)
+            if width != dtype.itemsize or size != tokens * width + 8 * numbers + _END.size:
                 raise ValueError("cut short")
             file.seek(tokens * width)
-            ends = np.frombuffer(file.read(8 * count), "<i8").astype(np.int64)
+            ends, counts = np.split(np.frombuffer(file.read(8 * numbers), "<i8").astype(np.int64), [count])
+        self.names = [
+            f"{file.name}:{number}" if has_records(file) else file.name
+            for file, many in zip(files, counts.tolist())
+            for number in range(1, many + 1)
+        ]
         self.lengths: Integers = np.diff(ends, prepend=0)
         self._starts = ends - self.lengths
         self._tokens = np.memmap(path, dtype, "r", shape=(tokens,)) if tokens else np.zeros(0, dtype)
@@ -138,92 +142,68 @@ class Tokenized:
         return self._tokens[first + start : first + stop]
 
     def describe(self) -> dict[str, Any]:
-        return {"tokens_are": "tokenizer", "tokenizer_hash": self._digest}
+        if self._tokenizer is None:
+            return {"tokens_are": "bytes"}
+        rate = self._bytes / max(len(self._tokens), 1)
+        return {"tokens_are": "tokenizer", "tokenizer_hash": _digest(self._tokenizer), "bytes_per_token": rate}
 
 
-Documents = Bytes | Tokenized
+Documents = Bytes | Stored
 
 
-def tokenize(files: list[TextFile], tokenizer: str, cache: str | None) -> Tokenized:
-    """The files' tokens, from the cache if it has them.
+def store(files: list[TextFile], tokenizer: TokenizerFile | None, field: str, cache: str | None) -> Stored:
+    """The files' documents as tokens, or bytes if ``tokenizer`` is ``None``, from the cache if it has them.
 
-    The name of the cached file is a hash of everything it was made from, so that it is never out of date and several
-    processes may make it at once. Raises ``RecipeError`` for an invalid tokenizer and for a folder that cannot be
-    written, and ``UsageError`` if the package is missing.
+    ``field``: the field of a record that has its text. The name of the cached file is a hash of everything it was made
+    from, so that it is never out of date and several processes may make it at once. Raises ``RecipeError`` for invalid
+    files and for a folder that cannot be written.
     """
-    from ..extras import from_extra
-
-    package = from_extra("tokenizers", "train", "a tokenizer file")
-    content = _read_tokenizer(Path(tokenizer))
-    digest = hashlib.sha256(content).hexdigest()
-    try:
-        encoder = package.Tokenizer.from_str(content.decode("utf-8"))
-    except Exception as error:  # the package raises no narrower class
-        raise _problem(tokenizer, f"not a file of the tokenizers package: {show(str(error), 100)}") from None
-    vocab = encoder.get_vocab_size(with_added_tokens=True)
-    made_from = [_FORMAT, digest, BLOCK, [(str(file.path), file.size, file.modified) for file in files]]
-    name = hashlib.sha256(json.dumps(made_from).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    records = [field] if any(map(has_records, files)) else []
+    digest = None if tokenizer is None else _digest(tokenizer)
+    made_from = [_FORMAT, digest, BLOCK, *records, [(str(file.path), file.size, file.modified) for file in files]]
+    name = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
     folder = Path(cache) if cache is not None else cache_folder() / "tokens"
     path = folder / f"{name}.tokens"
     try:
-        if not path.is_file():
-            _write_tokens(path, files, encoder, vocab)
-        try:
-            return Tokenized(path, files, vocab, digest)
-        except ValueError:  # cut short by a full disk or an unfinished copy
-            _write_tokens(path, files, encoder, vocab)
-            return Tokenized(path, files, vocab, digest)
+        if path.is_file():
+            try:
+                return Stored(path, files, tokenizer)
+            except ValueError:  # cut short by a full disk or an unfinished copy
+                pass
+        _write_tokens(path, files, tokenizer, field)
+        return Stored(path, files, tokenizer)
     except OSError as error:
         message = f"tokens cannot be cached there: {error.strerror or error}; name another folder under `cache`"
-        raise _problem(str(folder), message) from None
+        raise RecipeError([Problem(label(str(folder)), message)], "data") from None
 
 
-def _read_tokenizer(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        near = nearest(path.name, sorted(p.name for p in path.parent.iterdir())) if path.parent.is_dir() else ""
-        raise _problem(str(path), f"the tokenizer file cannot be read: {error.strerror or error}{near}") from None
-
-
-def _write_tokens(path: Path, files: list[TextFile], encoder: Any, vocab: int) -> None:
-    dtype = _token_dtype(vocab)
+def _write_tokens(path: Path, files: list[TextFile], tokenizer: TokenizerFile | None, field: str) -> None:
+    dtype = _token_dtype(Bytes.vocab if tokenizer is None else tokenizer.size)
     path.parent.mkdir(parents=True, exist_ok=True)
-    ends, count = [], 0
+    ends: list[int] = []
+    counts: list[int] = []
+    tokens = size = 0
     with atomic_write(path) as temporary, open(temporary, "wb") as target:
         for file in files:
-            for block in _blocks(file):
-                # invalid UTF-8 becomes U+FFFD: tokenizers take text only
-                tokens = encoder.encode(block.decode("utf-8", "replace"), add_special_tokens=False).ids
-                target.write(np.array(tokens, dtype).tobytes())
-                count += len(tokens)
-            ends.append(count)
-        target.write(np.array(ends, "<i8").tobytes())
-        target.write(_END.pack(len(files), count, dtype.itemsize))
+            before = len(ends)
+            for document in documents_in(file, field):
+                for block in document:
+                    size += len(block)
+                    if tokenizer is not None:
+                        # invalid UTF-8 becomes U+FFFD: tokenizers take text only
+                        ids = tokenizer.encoder.encode(block.decode("utf-8", "replace"), add_special_tokens=False).ids
+                        block = np.array(ids, dtype).tobytes()
+                    target.write(block)
+                    tokens += len(block) // dtype.itemsize
+                ends.append(tokens)
+            counts.append(len(ends) - before)
+        target.write(np.array([*ends, *counts], "<i8").tobytes())
+        target.write(_END.pack(len(ends), tokens, dtype.itemsize, size))
 
 
-def _blocks(file: TextFile) -> Iterator[bytes]:
-    """The file in blocks of about ``BLOCK`` bytes that end with a line, or at least with a whole character."""
-    start = 0
-    while start < file.size:
-        block = read(file, start, min(start + BLOCK, file.size))
-        if start + len(block) < file.size:
-            block = block[: block.rfind(b"\n") + 1 or _last_character(block)]
-        start += len(block)
-        yield block
-
-
-def _last_character(block: bytes) -> int:
-    """The start of the last character, which may continue after the block; the block's end if it is not UTF-8."""
-    for back in range(1, min(4, len(block)) + 1):
-        if block[-back] & 0xC0 != 0x80:
-            return len(block) - back or len(block)
-    return len(block)
+def _digest(tokenizer: TokenizerFile) -> str:
+    return hashlib.sha256(tokenizer.text.encode()).hexdigest()
 
 
 def _token_dtype(vocab: int) -> np.dtype[Any]:
-    return np.dtype("<u2") if vocab <= 2**16 else np.dtype("<u4")
-
-
-def _problem(place: str, message: str) -> RecipeError:
-    return RecipeError([Problem(show(place, 200).strip("'"), message)], "data")
+    return np.dtype("u1" if vocab <= 2**8 else "<u2" if vocab <= 2**16 else "<u4")

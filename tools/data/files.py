@@ -38,7 +38,7 @@ def find(patterns: Sequence[str]) -> list[TextFile]:
     for pattern in patterns:
         root, paths = _expand(pattern)
         if not paths:
-            problems.append(Problem(_label(pattern), _why_none(pattern)))
+            problems.append(Problem(label(pattern), _why_none(pattern)))
         for path in paths:
             if path not in found:
                 found[path] = _text_file(path, root)
@@ -47,7 +47,7 @@ def find(patterns: Sequence[str]) -> list[TextFile]:
         raise RecipeError(problems, "data")
     files = _nonempty(list(found.values()))
     if not files:
-        raise RecipeError([Problem(", ".join(map(_label, patterns)), "there is no text: every file is empty")], "data")
+        raise RecipeError([Problem(", ".join(map(label, patterns)), "there is no text: every file is empty")], "data")
     return files
 
 
@@ -72,22 +72,27 @@ def read(file: TextFile, start: int, stop: int) -> bytes:
     try:
         with open(file.path, "rb", buffering=0) as opened:
             if os.fstat(opened.fileno()).st_size != file.size:
-                raise RecipeError([Problem(_label(str(file.path)), "has changed since it was opened as data")], "data")
+                raise changed(file)
             opened.seek(start)
             return opened.read(stop - start)
     except OSError as error:
-        raise RecipeError([_unreadable(file.path, error)], "data") from None
+        raise RecipeError([unreadable(file.path, error)], "data") from None
+
+
+def changed(file: TextFile) -> RecipeError:
+    """The error about a file whose size is no longer that with which it was found."""
+    return RecipeError([Problem(label(str(file.path)), "has changed since it was opened as data")], "data")
 
 
 def _text_file(path: Path, root: Path) -> TextFile | Problem:
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
-            return Problem(_label(str(path)), "not a regular file")
+            return Problem(label(str(path)), "not a regular file")
         with open(path, "rb"):
             return TextFile(path, path.relative_to(root).as_posix(), status.st_size, status.st_mtime_ns)
     except OSError as error:
-        return _unreadable(path, error)
+        return unreadable(path, error)
 
 
 def _nonempty(files: Sequence[TextFile | Problem]) -> list[TextFile]:
@@ -133,9 +138,11 @@ def _why_none(pattern: str) -> str:
     return f"no such file or folder{near}" if path == given else f"there is no folder {path}{near}"
 
 
-def _unreadable(path: Path, error: OSError) -> Problem:
-    return Problem(_label(str(path)), f"cannot be read: {error.strerror or error}")
+def unreadable(path: Path, error: OSError) -> Problem:
+    """The problem of a file that the system does not let be read."""
+    return Problem(label(str(path)), f"cannot be read: {error.strerror or error}")
 
 
-def _label(text: str) -> str:
+def label(text: str) -> str:
+    """A path as it stands in a message."""
     return show(text, 200).strip("'")

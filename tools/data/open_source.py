@@ -38,7 +38,8 @@ def open_source(
     Args:
         spec: a task (``mqar``, ``mqar:pairs=8,length=64``, ``{task: mqar, pairs: 8}``) or text: a file, a folder, a
             wildcard, several of these, ``stdlib``, or a mapping ``{text: 'src/**/*.py', documents: ordered, ...}``
-            with the fields of ``Text``. Tasks also have a field ``examples``, the number of different training rows.
+            with the fields of ``Text``, which may also be given as YAML text. Tasks also have a field ``examples``, the
+            number of different training rows.
         rows: rows of a batch, over all processes.
         length: tokens of a row; by default what ``spec`` says.
         split: train, valid and test share no example.
@@ -51,7 +52,7 @@ def open_source(
         problem = Problem("split", f"expected one of {', '.join(SPLITS)}, got {show(split)}{nearest(split, SPLITS)}")
         raise RecipeError([problem], "data")
     share = share_of(rows, part)
-    settings = _as_mapping(spec)
+    settings = as_mapping(spec)
     if length is not None:
         settings["length"] = length
     source: Source
@@ -65,7 +66,7 @@ def open_source(
     return source
 
 
-def _as_mapping(spec: Any) -> dict[str, Any]:
+def as_mapping(spec: Any) -> dict[str, Any]:
     """The specification as a mapping with either ``task`` or ``text``."""
     if isinstance(spec, Mapping):
         settings = dict(spec)
@@ -82,6 +83,8 @@ def _as_mapping(spec: Any) -> dict[str, Any]:
     if not isinstance(spec, (str, os.PathLike)):
         raise recipe_error("data", f"expected a task, a path or a mapping, got {show(spec)}")
     text = os.fspath(spec)
+    if text.lstrip().startswith("{"):
+        return as_mapping(read_value(text))
     name, _, fields = text.partition(":")
     for kind, names in (("task", TASKS.known_names()), ("text", NAMED)):
         if name in names and isinstance(spec, str):
@@ -90,6 +93,15 @@ def _as_mapping(spec: Any) -> dict[str, Any]:
         return {"text": text}
     here = [*list_tasks(), *NAMED, *sorted(os.listdir())]
     raise recipe_error("data", f"{show(text)} is no task and no file{nearest(name, here)}")
+
+
+def with_tokenizer(spec: Any, tokenizer: str) -> dict[str, Any]:
+    """A specification of text with this tokenizer, or ``"bytes"``. Raises ``RecipeError`` for that of a task."""
+    settings = as_mapping(spec)
+    if "task" in settings:
+        message = f"the tokens of {settings['task']} are numbers, and need no tokenizer"
+        raise RecipeError([Problem("tokenizer", message)], "data")
+    return {**settings, "tokenizer": tokenizer}
 
 
 def _parse_fields(text: str) -> dict[str, Any]:

@@ -39,6 +39,8 @@ class Source(abc.ABC):
     """Whether rows continue those of the batch before, so that state is carried."""
     batches: int | None
     """Batches of one epoch; ``None`` if new rows never end."""
+    tokenizer: str | None = None
+    """The text of the ``tokenizer.json`` that made the tokens; ``None`` for bytes and tasks."""
 
     @abc.abstractmethod
     def batch(self, index: int) -> Batch:

@@ -13,9 +13,11 @@ from pydantic import Field
 from ...blocks.language_model import IGNORED
 from ...registry import Problem, RecipeError
 from ..randomness import Integers, key_of, shuffled
-from .documents import Bytes, Documents, Spans, fingerprint, spans_of, tokenize
+from .documents import Bytes, Documents, Spans, fingerprint, spans_of, store
 from .files import find, standard_library
+from .records import is_text
 from .source import Batch, Share, Source, Split
+from .tokenizer import BYTES, read_tokenizer
 
 NAMED = {"stdlib": standard_library}
 """Texts that every machine has, by name. A file of the same name is ``./stdlib``."""
@@ -23,12 +25,13 @@ NAMED = {"stdlib": standard_library}
 
 @dataclass(kw_only=True)
 class Text:
-    """What a user may say about text. Each file is a document."""
+    """What a user may say about text. Each file is a document; of JSON lines and parquet, each record is one."""
 
     text: Annotated[str | list[str], Field(description="files, folders, wildcards; or `stdlib`", min_length=1)]
     tokenizer: Annotated[
-        str | None, Field(description="a file of the `tokenizers` package; null: tokens are bytes")
+        str | None, Field(description="a tokenizer.json, or a folder or cached name with one; null: tokens are bytes")
     ] = None
+    field: Annotated[str, Field(description="field of a record (JSON lines, parquet) that has the text")] = "text"
     documents: Annotated[
         Literal["shuffled", "ordered"],
         Field(description="windows in random order, or whole documents with the state carried along"),
@@ -36,7 +39,7 @@ class Text:
     length: Annotated[int, Field(ge=1, le=2**31, description="tokens of a row")] = 512
     valid: Annotated[float, Field(ge=0, lt=1, description="share held out for validation")] = 0.05
     test: Annotated[float, Field(ge=0, lt=1, description="share held out for the final test")] = 0.05
-    cache: Annotated[str | None, Field(description="folder for tokenized text; null: the user's cache folder")] = None
+    cache: Annotated[str | None, Field(description="folder for tokens; null: the user's cache folder")] = None
 
     def open(self, share: Share, split: Split, seed: int) -> TextSource:
         """The source of a split. Raises ``RecipeError`` for files that cannot be read."""
@@ -45,11 +48,17 @@ class Text:
             raise RecipeError([Problem("valid", message)], "text")
         patterns = [self.text] if isinstance(self.text, str) else self.text
         files = NAMED[patterns[0]]() if len(patterns) == 1 and patterns[0] in NAMED else find(patterns)
-        documents: Documents = Bytes(files) if self.tokenizer is None else tokenize(files, self.tokenizer, self.cache)
+        tokenizer = None if self.tokenizer in (None, BYTES) else read_tokenizer(str(self.tokenizer))
+        documents: Documents
+        if tokenizer is None and all(map(is_text, files)):
+            documents = Bytes(files)
+        else:
+            documents = store(files, tokenizer, self.field, self.cache)
         spans, held_out = spans_of(split, documents, self.valid, self.test)
         source = (OrderedText if self.documents == "ordered" else ShuffledText)(
             documents, spans, length=self.length, share=share, split=split, seed=seed
         )
+        source.tokenizer = None if tokenizer is None else tokenizer.text
         source.description = {
             "text": patterns,
             "tokenizer": self.tokenizer,
@@ -62,7 +71,7 @@ class Text:
             "valid": self.valid,
             "test": self.test,
             "held_out": held_out,
-            "files": len(documents.names),
+            "files": len(files),
             "files_of_this_split": len(set(spans.documents.tolist())),
             "fingerprint": fingerprint(documents),
             "documents": self.documents,

@@ -10,13 +10,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ...recipes.atomic_write import atomic_write
 from ...registry import show
 from ..plotting import COLORS, draw
 from ..terminal import Columns, CommandFailed, UsageError, count, say, say_columns, say_json
 from .reading import DOUBLING, Bucket, Perplexity, perplexity
 from .session import Reading, Session, Text, reading_progress, usage_errors
-from .tokenizer import IdTokenizer
 
 UNITS = {"": 1, "k": 2**10, "m": 2**20}
 
@@ -24,7 +26,7 @@ UNITS = {"": 1, "k": 2**10, "m": 2**20}
 def measure(session: Session, text: Text, edges: tuple[int, ...], arguments: argparse.Namespace) -> int:
     """Measure, print, plot, and save the state after the text to the session's target. Returns the exit status."""
     start = time.perf_counter()
-    live = _perplexity(session, text, edges)
+    live, lengths = _perplexity(session, text, edges)
     seconds = time.perf_counter() - start
     if live.tokens == 0:
         raise CommandFailed(f"{arguments.perplexity}: a text of one token or none: there is nothing to predict")
@@ -33,10 +35,8 @@ def measure(session: Session, text: Text, edges: tuple[int, ...], arguments: arg
     frozen = None
     if arguments.compare_frozen:
         with usage_errors("--compare-frozen"), session.model.freeze_memory():
-            frozen = _perplexity(session, Text(text.files, [], text.option), edges)
+            frozen, _ = _perplexity(session, Text(text.files, [], text.option), edges)
     read = live.tokens + 1  # the first token is not predicted
-    # ids that stand for no text have no bytes
-    bytes_per_token = None if isinstance(session.tokenizer, IdTokenizer) else text.read / read
     report: dict[str, Any] = {
         "model": os.path.abspath(arguments.model),
         "file": arguments.perplexity,
@@ -45,11 +45,11 @@ def measure(session: Session, text: Text, edges: tuple[int, ...], arguments: arg
         "tokens_per_second": round(read / max(seconds, 1e-9), 1),
         "position_before": session.position,
         "memory_frozen": arguments.no_write,
-        **report_of(live, bytes_per_token),
+        **report_of(live, lengths),
         "state": None if session.target is None else os.path.abspath(session.target),
     }
     if frozen is not None:
-        report["frozen"] = report_of(frozen, bytes_per_token)
+        report["frozen"] = report_of(frozen, lengths)
     if session.target is not None:
         session.reading = Reading(live.state, None, read)
         session.save(session.target)
@@ -80,14 +80,42 @@ def parse_edges(text: str | None) -> tuple[int, ...]:
     return tuple(edges)
 
 
-def _perplexity(session: Session, text: Text, edges: tuple[int, ...]) -> Perplexity:
+class ByteCounts:
+    """The bytes of the predicted tokens by bucket. The first token of a text is not predicted."""
+
+    def __init__(self, edges: tuple[int, ...]) -> None:
+        self.edges = torch.tensor(edges, dtype=torch.int64)
+        self.sums = torch.zeros(len(edges) + 1, dtype=torch.int64)
+        self.tokens = 0
+
+    def __call__(self, lengths: Tensor) -> None:
+        """Count the next tokens, with these bytes."""
+        if not self.tokens:
+            lengths = torch.cat([lengths.new_zeros(1), lengths[1:]])[: len(lengths)]
+        positions = torch.arange(self.tokens, self.tokens + len(lengths))
+        self.sums.index_add_(0, torch.bucketize(positions, self.edges, right=True), lengths)
+        self.tokens += len(lengths)
+
+    def of(self, part: Perplexity | Bucket) -> int:
+        """The bytes of a bucket, or of the whole text; 0 where ids stand for no text."""
+        if isinstance(part, Perplexity):
+            return int(self.sums.sum())
+        return int(self.sums[int(torch.bucketize(torch.tensor(part.start), self.edges, right=True))])
+
+
+def _perplexity(session: Session, text: Text, edges: tuple[int, ...]) -> tuple[Perplexity, ByteCounts]:
+    lengths = ByteCounts(edges)
     with reading_progress(text, "measuring") as update:
-        return perplexity(session.model, session.pieces(text), session.reading.state, edges=edges, on_piece=update)
+        pieces = session.pieces(text, lengths)
+        return perplexity(session.model, pieces, session.reading.state, edges=edges, on_piece=update), lengths
 
 
-def report_of(found: Perplexity, bytes_per_token: float | None) -> dict[str, Any]:
+def report_of(found: Perplexity, lengths: ByteCounts) -> dict[str, Any]:
+    """The numbers of a text and of its buckets, as JSON."""
+
     def numbers(part: Perplexity | Bucket) -> dict[str, Any]:
-        bits = math.nan if bytes_per_token is None else part.loss / math.log(2) / bytes_per_token
+        size = lengths.of(part)
+        bits = part.loss * part.tokens / math.log(2) / size if size else math.nan
         values = {"tokens": part.tokens, "loss": part.loss, "perplexity": part.perplexity, "bits_per_byte": bits}
         # JSON has neither NaN nor infinity
         return {key: value if math.isfinite(value) else None for key, value in values.items()}

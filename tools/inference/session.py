@@ -22,18 +22,13 @@ from ...blocks.language_model import LanguageModel
 from ...blocks.state import State, batch_size, named_tensors
 from ...recipes import StorageError, packaged_names
 from ...recipes.parse import read_file
-from ...recipes.saved_format import INDEX, STATE_FORMAT
+from ...recipes.saved_format import INDEX, MODEL, RUN, STATE_FORMAT, TOKENIZER, saved_folder
 from ...registry import nearest
 from ..options import placement
 from ..terminal import CommandFailed, UsageError, console
-from ..training.run_folder import RUN, is_run
+from ..training.run_folder import is_run
 from .reading import PIECE, position
-from .tokenizer import Tokenizer, check_ids, open_tokenizer
-
-MODEL = "model"
-"""The model's folder inside of a run's."""
-TOKENIZER = "tokenizer.json"
-"""Of a run's folder; takes precedence over the tokenizer that the run's settings name."""
+from .tokenizer import Lengths, Tokenizer, check_ids, open_tokenizer
 
 MAX_CANDIDATES = 1000
 """Folders that are searched for the nearest name."""
@@ -58,27 +53,33 @@ def usage_errors(subject: str) -> Iterator[None]:
 def open_model(
     name: str, tokenizer: str | None, device_name: str, dtype_name: str | None
 ) -> tuple[LanguageModel, Tokenizer]:
-    """The model in evaluation mode and its tokenizer: ``bytes``, ``ids``, a file, or ``None`` for the run's own.
+    """The model in evaluation mode and its tokenizer: ``bytes``, ``ids``, a file, or ``None`` for its own, or bytes.
 
-    Raises ``UsageError`` and ``StorageError``.
+    Raises ``UsageError``, ``RecipeError`` and ``StorageError``, and ``UsageError`` for a model of more tokens than
+    bytes that has no tokenizer.
     """
     folder = find_model(name)
     device, _ = placement(device_name, dtype_name or "float32")
     model = recipes.load(folder, device=device, dtype=dtype_name).eval()
     if model.vocab is None:
         raise UsageError(f"{name}: a model of vectors (vocab: null), which neither reads nor writes text")
-    if tokenizer is None:
-        tokenizer = (_tokenizer_of(folder.parent) if folder.name == MODEL else None) or "bytes"
-    return model, open_tokenizer(tokenizer, model.vocab)
+    if tokenizer is None and model.tokenizer is not None:
+        return model, open_tokenizer(str(folder / TOKENIZER), model.vocab, model.tokenizer)  # type: ignore[arg-type]
+    if tokenizer is None and folder.name == MODEL:
+        tokenizer = _tokenizer_of(folder.parent)
+    if tokenizer is None and model.vocab > 256:
+        message = f"{name}: the model has {model.vocab:,} tokens, and no tokenizer is saved with it"
+        raise UsageError(f"{message}: give --tokenizer FILE, or bytes or ids if it was trained on those")
+    return model, open_tokenizer(tokenizer or "bytes", model.vocab)
 
 
 def find_model(name: str) -> Path:
     """The folder of a saved model, or that of the model of a run. Raises ``UsageError`` with the nearest name."""
     folder = Path(name)
     with usage_errors(name):
-        for place in (folder, folder / MODEL):
-            if (place / INDEX).exists():
-                return place
+        place = saved_folder(folder)
+        if (place / INDEX).exists():
+            return place
         raise UsageError(f"{name}: {_why_no_model(folder)}")
 
 
@@ -102,15 +103,17 @@ def _why_no_model(folder: Path) -> str:
 
 
 def _tokenizer_of(run: Path) -> str | None:
-    """The tokenizer of a run's data; ``None`` where it was bytes."""
+    """The tokenizer of the data of a run by an earlier version, which saved none with the model."""
     if (run / TOKENIZER).is_file():
         return str(run / TOKENIZER)
     if not is_run(run):
         return None
     recorded = read_file(run / RUN)
     data = recorded.get("data") if isinstance(recorded, dict) else None
-    name = data.get("tokenizer") if isinstance(data, dict) else None
-    return name if isinstance(name, str) else None
+    if not isinstance(data, dict):
+        return None
+    name = data.get("tokenizer")
+    return name if isinstance(name, str) else "bytes" if data.get("tokens_are") == "bytes" else None
 
 
 def _models_in(folder: Path) -> list[str]:
@@ -226,10 +229,13 @@ class Session:
             on_piece(self.reading.tokens - start.tokens)
         return self.reading.tokens - start.tokens
 
-    def pieces(self, text: Iterable[bytes]) -> Iterator[Tensor]:
-        """``text`` in token ids ``[1, time]`` on the model's device, in pieces of ``PIECE`` tokens."""
+    def pieces(self, text: Iterable[bytes], on_lengths: Lengths | None = None) -> Iterator[Tensor]:
+        """``text`` in token ids ``[1, time]`` on the model's device, in pieces of ``PIECE`` tokens.
+
+        ``on_lengths``: called with the bytes of the tokens, ahead of the pieces.
+        """
         held = torch.empty(0, dtype=torch.int64)
-        for ids in self.tokenizer.encode(text):
+        for ids in self.tokenizer.encode(text, on_lengths):
             check_ids(ids, self.model.vocab, f"--tokenizer {self.tokenizer.name}")
             held = torch.cat([held, ids])
             while len(held) >= PIECE:

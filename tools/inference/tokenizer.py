@@ -5,14 +5,13 @@ from __future__ import annotations
 import codecs
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from ...registry import show
-from ..extras import from_extra
+from ..data.tokenizer import TokenizerFile, parse_tokenizer, read_tokenizer
 from ..terminal import UsageError
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -21,14 +20,20 @@ MAX_PENDING = 64
 """Tokens that may wait for the rest of a character; more than any character needs."""
 
 
+Lengths: TypeAlias = Callable[[Tensor], None]
+"""Called with int64 ``[time]``: the bytes of text of each token."""
+
+
 class ByteTokenizer:
     """A token is a byte, whatever the bytes are."""
 
     name = "bytes"
     size: int | None = 256
 
-    def encode(self, text: Iterable[bytes]) -> Iterator[Tensor]:
+    def encode(self, text: Iterable[bytes], on_lengths: Lengths | None = None) -> Iterator[Tensor]:
         for block in text:
+            if on_lengths is not None:
+                on_lengths(torch.ones(len(block), dtype=torch.int64))
             yield torch.frombuffer(bytearray(block), dtype=torch.uint8).long() if block else torch.empty(0).long()
 
     def decoder(self) -> ByteDecoder:
@@ -56,7 +61,7 @@ class IdTokenizer:
     name = "ids"
     size: int | None = None
 
-    def encode(self, text: Iterable[bytes]) -> Iterator[Tensor]:
+    def encode(self, text: Iterable[bytes], on_lengths: Lengths | None = None) -> Iterator[Tensor]:
         pending = b""
         for block in text:
             words = (pending + block).split()
@@ -78,18 +83,12 @@ class IdTokenizer:
 class FileTokenizer:
     """The tokenizer of a ``tokenizer.json``. Long text is split after line ends; each part is tokenized on its own."""
 
-    def __init__(self, path: Path) -> None:
-        package = from_extra("tokenizers", "train", f"--tokenizer {path}")
-        try:
-            self.tokenizer: Any = package.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UsageError(f"--tokenizer {path}: {error.strerror or error}") from None
-        except Exception as error:  # the package raises nothing narrower
-            raise UsageError(f"--tokenizer {path}: expected a file of the tokenizers package: {error}") from None
-        self.name = str(path)
-        self.size: int | None = self.tokenizer.get_vocab_size()
+    def __init__(self, file: TokenizerFile, name: str) -> None:
+        self.tokenizer = file.encoder
+        self.name = name
+        self.size: int | None = file.size
 
-    def encode(self, text: Iterable[bytes]) -> Iterator[Tensor]:
+    def encode(self, text: Iterable[bytes], on_lengths: Lengths | None = None) -> Iterator[Tensor]:
         utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         pending = ""
         for block in text:
@@ -97,12 +96,19 @@ class FileTokenizer:
             # split after the last line end; without one, before the last space; without one, at the end
             end = max(pending.rfind("\n") + 1, pending.rfind(" ") if "\n" not in pending else 0) or len(pending)
             ready, pending = pending[:end], pending[end:]
-            yield self._ids(ready)
-        yield self._ids(pending + utf8.decode(b"", final=True))
+            yield self._ids(ready, on_lengths)
+        yield self._ids(pending + utf8.decode(b"", final=True), on_lengths)
 
-    def _ids(self, text: str) -> Tensor:
-        ids = self.tokenizer.encode(text, add_special_tokens=False).ids if text else []
-        return torch.tensor(ids, dtype=torch.int64)
+    def _ids(self, text: str, on_lengths: Lengths | None) -> Tensor:
+        found = self.tokenizer.encode(text, add_special_tokens=False)
+        if on_lengths is not None and found.ids:
+            points = torch.frombuffer(bytearray(text.encode("utf-32-le")), dtype=torch.int32)
+            sizes = 1 + (points >= 0x80).long() + (points >= 0x800) + (points >= 0x10000)
+            before = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
+            # a token takes what lies between the end of the one before and its own, the last one also the rest
+            ends = torch.tensor([end for _, end in found.offsets[:-1]] + [len(text)]).cummax(0).values
+            on_lengths(before[ends].diff(prepend=torch.zeros(1, dtype=torch.int64)))
+        return torch.tensor(found.ids, dtype=torch.int64)
 
     def decoder(self) -> Decoder:
         return Decoder(partial(self.tokenizer.decode, skip_special_tokens=False))
@@ -135,9 +141,10 @@ class Decoder:
 Tokenizer: TypeAlias = ByteTokenizer | IdTokenizer | FileTokenizer
 """One way to write text in token ids, which are all below ``size``; ``None``: not known.
 
-``encode`` takes blocks of a text and yields int64 ``[time]`` blocks of ids, in constant memory. It raises
-``UsageError`` for invalid text. ``decoder()`` decodes a new stream: ``feed(token)`` returns the text that a token
-completes, which may be empty, and ``finish()`` that of a character which was left incomplete.
+``encode`` takes blocks of a text and yields int64 ``[time]`` blocks of ids, in constant memory. ``on_lengths`` is
+called before each block with the bytes of its tokens, if ids stand for text. It raises ``UsageError`` for invalid text.
+``decoder()`` decodes a new stream: ``feed(token)`` returns the text that a token completes, which may be empty, and
+``finish()`` that of a character which was left incomplete.
 """
 
 
@@ -148,10 +155,15 @@ def check_ids(ids: Tensor, vocab: int | None, source: str) -> None:
         raise UsageError(f"{source}: token id {int(ids.max())} is outside of {allowed}")
 
 
-def open_tokenizer(name: str, vocab: int) -> Tokenizer:
-    """``bytes``, ``ids`` or the name of a file, for a model of ``vocab`` token ids. Raises ``UsageError``."""
+def open_tokenizer(name: str, vocab: int, text: str | None = None) -> Tokenizer:
+    """``bytes``, ``ids`` or what ``read_tokenizer`` takes, for a model of ``vocab`` token ids; or, with ``text``, the
+    tokenizer of the text of a file with this name. Raises ``UsageError`` and ``RecipeError``.
+    """
     tokenizer: Tokenizer
-    tokenizer = ByteTokenizer() if name == "bytes" else IdTokenizer() if name == "ids" else FileTokenizer(Path(name))
+    if text is None and name in ("bytes", "ids"):
+        tokenizer = ByteTokenizer() if name == "bytes" else IdTokenizer()
+    else:
+        tokenizer = FileTokenizer(read_tokenizer(name) if text is None else parse_tokenizer(text, name), name)
     if tokenizer.size is not None and tokenizer.size > vocab:
         hint = "; --tokenizer ids reads and writes numbers" if name == "bytes" else ""
         raise UsageError(

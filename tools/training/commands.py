@@ -15,6 +15,9 @@ from ...recipes.atomic_write import atomic_write
 from ...recipes.parse import read_value
 from ...registry import describe, nearest, show
 from ..command_line import Command
+from ..data.files import find
+from ..data.records import documents_in
+from ..data.tokenizer import train_tokenizer
 from ..options import add_recipe, load, overrides, whole_number
 from ..plotting import COLORS, DASHES, need_matplotlib
 from ..plotting import draw as draw_files
@@ -22,7 +25,7 @@ from ..tasks import TASKS
 from ..terminal import Columns, CommandFailed, UsageError, complain, count, plain, say, say_columns, say_json
 from .compare import COMPARISON, DIAL, TOLERANCE, compare
 from .log import Event
-from .run_folder import write_errors
+from .run_folder import write_errors, write_text
 from .search import BEST_RECIPE, BEST_TRAIN, SAMPLERS, TRIALS, search
 from .train_command import add_settings, metrics_text, read_option, settings_and_data
 from .trials import Result
@@ -286,6 +289,41 @@ def _trials_table(ranked: list[Result]) -> Columns:
     return columns
 
 
+# -- tokenizer ---------------------------------------------------------------------------------------------------------
+
+
+def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("texts", nargs="+", metavar="TEXTS", help="text files, JSON lines, parquet, folders or wildcards")
+    add("--vocab", type=_positive, default=8000, metavar="N", help="most tokens, from 256 on (default: 8000)")
+    add("--field", default="text", metavar="NAME", help="field of a record that has its text (default: text)")
+    add("--out", required=True, metavar="FILE", help="the file that is written, as in tokenizer.json")
+
+
+def _tokenizer(arguments: argparse.Namespace) -> int:
+    out = Path(arguments.out)
+    if arguments.vocab < 256:
+        raise UsageError(f"--vocab {arguments.vocab}: expected at least 256, one token for each byte")
+    if out.exists():
+        raise UsageError(f"--out {out}: there is such a file, and nothing is replaced")
+    files = find(arguments.texts)
+    documents = (document for file in files for document in documents_in(file, arguments.field))
+    made = train_tokenizer(
+        (block.decode("utf-8", "replace") for blocks in documents for block in blocks), arguments.vocab
+    )
+    size = made.get_vocab_size()
+    write_text(out, made.to_str(pretty=True))
+    if arguments.json:
+        say_json({"event": "tokenizer", "vocab": size, "file": str(out)}, in_one_line=True)
+        return 0
+    if size < arguments.vocab:
+        complain(f"the texts give only {size:,} tokens, not {arguments.vocab:,}", "warning")
+    say(
+        f"{size:,} tokens, written to {out}", f"train with it: titans-train RECIPE --set vocab={size} --tokenizer {out}"
+    )
+    return 0
+
+
 # -- tasks -------------------------------------------------------------------------------------------------------------
 
 
@@ -335,6 +373,12 @@ COMMANDS = {
         ),
         _add_search,
         _search,
+    ),
+    "tokenizer": Command(
+        "Train a tokenizer on texts: byte-level BPE, which encodes any text.",
+        ("titans-train tokenizer texts/ --vocab 8000 --out tok.json",),
+        _add_tokenizer,
+        _tokenizer,
     ),
     "tasks": Command(
         "List the tasks that --data accepts, with their settings and defaults.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import platform
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -13,12 +14,16 @@ from typing import Any
 from ...recipes import Recipe, StorageError, load_recipe
 from ...recipes.atomic_write import atomic_write
 from ...recipes.parse import recipe_error, write_yaml
+from ...recipes.saved_format import RUN, TOKENIZER, saved_folder
 from ...registry import Problem, RecipeError, show
+from ..data import Source
+from ..data.open_source import as_mapping, with_tokenizer
+from ..data.tokenizer import BYTES
 from ..randomness import ORDER
 from ..terminal import CommandFailed
 from .settings import FIXED, Settings, as_settings, read_settings
 
-RUN, RECIPE, TRAIN = "run.json", "recipe.yaml", "train.yaml"
+RECIPE, TRAIN = "recipe.yaml", "train.yaml"
 FORMAT = "titans-build run"
 DATA_IDENTITY = ("files", "fingerprint", "tokenizer_hash", "fields", "vocab", "length")
 """Keys of a source's description that stay the same while its data does."""
@@ -35,10 +40,8 @@ def write_inputs(folder: Path, recipe: Recipe, data: Any, settings: Settings) ->
     write_text(folder / TRAIN, write_yaml({"data": data, **settings.to_dict()}), StorageError)
 
 
-def write_run(
-    folder: Path, recipe: Recipe, data: Any, settings: Settings, description: dict[str, Any], **more: Any
-) -> None:
-    """Write the recipe, the data and settings, and in ``run.json`` everything else that describes the run.
+def write_run(folder: Path, recipe: Recipe, data: Any, settings: Settings, source: Source, **more: Any) -> None:
+    """Write the recipe, the data and settings, the tokenizer, and in ``run.json`` everything else about the run.
 
     ``run.json`` is written last: a folder with it is complete.
     """
@@ -48,7 +51,7 @@ def write_run(
         "fingerprint": recipe.fingerprint,
         "overrides": recipe.overrides,
         "seed": settings.seed,
-        "data": description,
+        "data": source.describe(),
         "versions": {
             **{name: version(name) for name in ("titans-build", "torch", "numpy")},
             "python": platform.python_version(),
@@ -57,6 +60,8 @@ def write_run(
         **more,
     }
     write_inputs(folder, recipe, data, settings)
+    if source.tokenizer is not None:
+        write_text(folder / TOKENIZER, source.tokenizer, StorageError)
     write_text(folder / RUN, json.dumps(run, indent=2, ensure_ascii=False) + "\n", StorageError)
 
 
@@ -85,6 +90,26 @@ def read_inputs(folder: Path, *, allow_imports: bool = False) -> tuple[Recipe, A
     settings = read_settings(folder / TRAIN)
     data = settings.pop("data", None)
     return load_recipe(folder / RECIPE, allow_imports=allow_imports), data, as_settings(settings)
+
+
+def data_of_run(folder: Path, data: Any) -> Any:
+    """The data of the run in a folder, with the tokenizer that is kept there."""
+    if "task" in as_mapping(data):
+        return data
+    if (folder / TOKENIZER).is_file():
+        return with_tokenizer(data, str(folder / TOKENIZER))
+    described = read_run(folder).get("data")
+    # earlier versions trained models of any vocabulary on bytes
+    in_bytes = isinstance(described, dict) and described.get("tokens_are") == "bytes"
+    return with_tokenizer(data, BYTES) if in_bytes else data
+
+
+def data_of_model(folder: str | os.PathLike[str] | None, data: Any) -> Any:
+    """The data, read with the tokenizer of the saved model in ``folder``, if it has one and the data name none."""
+    if folder is None or "task" in (spec := as_mapping(data)) or spec.get("tokenizer") is not None:
+        return data
+    saved = saved_folder(Path(folder)) / TOKENIZER
+    return with_tokenizer(data, str(saved)) if saved.is_file() else data
 
 
 def check_same_data(folder: Path, before: Any, now: dict[str, Any]) -> None:

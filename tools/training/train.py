@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from ...recipes.loading import Source as RecipeSource
 from ...recipes.parse import recipe_error
 from ...registry import Problem, RecipeError, show
 from ..data import Source, open_source
+from ..data.open_source import as_mapping
 from ..randomness import ORDER
 from .checkpoint import CheckpointManager, verify
 from .distributed import Processes, full_tensor, init_processes
@@ -25,6 +27,8 @@ from .optimizer import trainable_parameters, unmatched_patterns
 from .run_folder import (
     check_data_order,
     check_same_data,
+    data_of_model,
+    data_of_run,
     is_run,
     locked,
     read_inputs,
@@ -94,7 +98,8 @@ def train(
     device = _find_device(settings.device)
     processes = init_processes(device)
     with torch.random.fork_rng([] if device.type == "cpu" else None), contextlib.ExitStack() as stack:
-        source, valid = _open_sources(recipe, data, settings, processes)
+        tokenized = data_of_run(folder, data) if resuming else data_of_model(weights, data)
+        source, valid = _open_sources(recipe, tokenized, settings, processes)
         check_same_data(folder, run.get("data"), source.describe())
         if processes.main:
             stack.enter_context(locked(folder))
@@ -111,6 +116,9 @@ def train(
             if model.recipe.fingerprint != recipe.fingerprint:  # type: ignore[union-attr]
                 name = show(recipe.name or "this one")
                 raise StorageError(f"{weights}: the saved model is of another recipe than {name}")
+            if "text" in as_mapping(data) and not _same_tokenizer(model.tokenizer, source.tokenizer):  # type: ignore[arg-type]
+                raise StorageError(f"{weights}: the saved model has another tokenizer than the data")
+        model.tokenizer = source.tokenizer or model.tokenizer  # type: ignore[assignment]
         _check_model(model, source, settings)
         torch.manual_seed(settings.seed + processes.rank)
         log = EventLog(folder if processes.main else None, on_event, tensorboard=settings.tensorboard)
@@ -136,7 +144,7 @@ def train(
                     "weights": None if weights is None else os.path.abspath(weights),
                     "processes": processes.world,
                 }
-                write_run(folder, recipe, data, settings, source.describe(), **more)
+                write_run(folder, recipe, data, settings, source, **more)
             checkpoints.remove_temporary()
         step = int(processes.sum(step)[0])  # the other processes have 0
         if step:
@@ -169,6 +177,11 @@ def _resumed_inputs(
     return known, known_data, after, setting_changes(folder, before, after)
 
 
+def _same_tokenizer(saved: str | None, given: str | None) -> bool:
+    """Whether a saved model can be trained on the tokens of a tokenizer. One without a tokenizer takes any."""
+    return saved in (None, given) or (given is not None and json.loads(saved) == json.loads(given))
+
+
 def _finish(trainer: Trainer, folder: Path, recipe: Recipe) -> TrainedRun:
     if trainer.average is not None:
         trainer.average.swap()
@@ -179,6 +192,7 @@ def _finish(trainer: Trainer, folder: Path, recipe: Recipe) -> TrainedRun:
         model = recipes.build(recipe, dtype=trainer.settings.dtype) if processes.main else None
         if model is not None:
             model.load_state_dict(weights, strict=False)
+            model.tokenizer = trainer.model.tokenizer
     if model is not None:
         for parameter in model.parameters():
             parameter.requires_grad_(True)
@@ -226,6 +240,13 @@ def _open_sources(recipe: Recipe, data: Any, settings: Settings, processes: Proc
         )
 
     source, valid = opened("train"), opened("valid") if settings.valid_every else None
+    if recipe.vocab > 256 and source.describe().get("tokens_are") == "bytes" and not as_mapping(data).get("tokenizer"):
+        message = (
+            f"the model has {recipe.vocab:,} tokens, text without a tokenizer only the 256 values of a byte: give "
+            f"--tokenizer FILE (`titans-train tokenizer TEXTS --vocab {recipe.vocab} --out FILE` makes one), or the "
+            "recipe `vocab: 256`"
+        )
+        raise RecipeError([Problem("vocab", message)], "data")
     rows = settings.batch // processes.world
     if rows % settings.accumulate:
         message = f"expected a divisor of the {rows} rows of each of {processes.world} processes"

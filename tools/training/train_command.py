@@ -12,6 +12,7 @@ from rich.text import Text
 
 from ...recipes.parse import read_value
 from ...registry import RecipeError, show
+from ..data.open_source import with_tokenizer
 from ..options import add_recipe, load, overrides, saved_folder
 from ..terminal import UsageError, complain, console, say, say_json
 from .log import Event
@@ -46,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_settings(parser: argparse.ArgumentParser, *, several_lr: bool = False) -> None:
     """A file of settings, single settings, and options for the most common ones. ``several_lr``: --lr is a list."""
     add, settings = parser.add_argument, fields(Settings)
+    add("--tokenizer", metavar="FILE", help="of text: a tokenizer.json, a folder or cached name with one, or bytes")
     add("--train", metavar="FILE", help="settings, and data:, from a YAML or JSON file")
     text = "change one setting; may be given many times: " + ", ".join(settings)
     add("-t", "--train-set", action="append", default=[], metavar="KEY=VALUE", help=text)
@@ -86,6 +88,8 @@ def settings_and_data(arguments: argparse.Namespace, *, need_data: bool) -> tupl
         data = arguments.data
     if data is None and need_data:
         raise UsageError("--data: expected training data: a task (titans-train tasks), a file, a folder or a glob")
+    if arguments.tokenizer is not None and data is not None:
+        data = with_tokenizer(data, arguments.tokenizer)
     single = overrides(arguments.train_set, "-t", "KEY=VALUE, as in -t lr=1e-3")
     for name in OPTIONS:
         text = getattr(arguments, name)

@@ -123,7 +123,7 @@ def _tokens(batch: Batch) -> int:
 @torch.no_grad()
 def validate(step: TrainStep, source: Source, batches: int) -> dict[str, float]:
     """Metrics over the first ``batches`` batches: ``loss`` (nats) and ``accuracy``; ``exact`` for tasks, the share of
-    rows without an error; ``bits_per_byte`` where tokens are bytes.
+    rows without an error; ``bits_per_byte`` for text, with the mean length of its tokens.
 
     The state is carried where the source's rows continue from batch to batch.
     """
@@ -148,8 +148,8 @@ def validate(step: TrainStep, source: Source, batches: int) -> dict[str, float]:
     described = source.describe()
     if "task" in described:
         metrics["exact"] = scored.exact
-    if described.get("tokens_are") == "bytes":
-        metrics["bits_per_byte"] = metrics["loss"] / math.log(2)
+    if "tokens_are" in described:
+        metrics["bits_per_byte"] = metrics["loss"] / math.log(2) / described.get("bytes_per_token", 1.0)
     return metrics
 
 

@@ -31,6 +31,7 @@ from .run_folder import (
     TRAIN,
     check_data_order,
     check_same_data,
+    data_of_run,
     is_run,
     read_inputs,
     read_run,
@@ -148,7 +149,12 @@ def _measure(trial: Trial) -> Result:
     settings = trial.settings
     model = recipes.load(trial.folder / "model", device=settings.device, dtype=settings.dtype)
     source = open_source(
-        trial.data, rows=settings.batch, length=settings.length, split="test", seed=settings.seed, vocab=model.vocab
+        data_of_run(trial.folder, trial.data),
+        rows=settings.batch,
+        length=settings.length,
+        split="test",
+        seed=settings.seed,
+        vocab=model.vocab,
     )
     step = TrainStep(model, settings, Processes(device=torch.device(settings.device)))
     batches = TEST_BATCHES * settings.valid_batches

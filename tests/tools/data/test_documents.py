@@ -12,9 +12,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 import titans_build as tb
 from titans_build.registry import RecipeError
 from titans_build.tools.data import documents as tokens
-from titans_build.tools.data.documents import Bytes, fingerprint, spans_of, tokenize
+from titans_build.tools.data import records
+from titans_build.tools.data.documents import Bytes, Stored, fingerprint, spans_of, store
 from titans_build.tools.data.files import TextFile, find
 from titans_build.tools.data.source import SPLITS
+from titans_build.tools.data.tokenizer import read_tokenizer
 from titans_build.tools.terminal import UsageError
 
 Write = Callable[..., None]
@@ -79,6 +81,10 @@ def test_fingerprint(tmp_path: Path):
 TEXT = "the cat sat on the mat; the mat sat on the cat, naïvely.\n" * 40
 
 
+def tokenize(files: list[TextFile], tokenizer: str, cache: str | None) -> Stored:
+    return store(files, read_tokenizer(tokenizer), "text", cache)
+
+
 @pytest.fixture
 def tokenizer(folder: Path) -> Tokenizer:
     """A byte-level tokenizer of 300 tokens, in ``tokenizer.json``."""
@@ -105,7 +111,7 @@ def test_tokens_of_documents(folder: Path, write: Write, tokenizer: Tokenizer):
 def test_large_file_is_tokenized_in_blocks(
     write: Write, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, content: str
 ):
-    monkeypatch.setattr(tokens, "BLOCK", 100)
+    monkeypatch.setattr(records, "BLOCK", 100)
     write({"text": content})
     made = tokenize(find(["text"]), "tokenizer.json", None)
     assert made.lengths[0] > 20
@@ -122,7 +128,7 @@ def byte_signs() -> dict[int, str]:
 
 
 def test_invalid_utf8_is_read(write: Write, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(tokens, "BLOCK", 16)
+    monkeypatch.setattr(records, "BLOCK", 16)
     write({"bytes": bytes(range(128, 256)) * 3})
     assert tokenize(find(["bytes"]), "tokenizer.json", None).lengths[0] > 100
 
@@ -153,7 +159,7 @@ def test_default_cache_folder(folder: Path, write: Write, tokenizer: Tokenizer):
     assert sorted(os.listdir()) == ["text", "tokenizer.json"]
 
 
-@pytest.mark.parametrize("kept", [0, 1, 23, 24, 100, -1])
+@pytest.mark.parametrize("kept", [0, 1, 31, 32, 100, -1])
 def test_truncated_cache_is_rebuilt(folder: Path, write: Write, tokenizer: Tokenizer, kept: int):
     write({"text": TEXT})
     whole = tokenize(find(["text"]), "tokenizer.json", "cached").lengths[0]
@@ -168,7 +174,7 @@ def test_failed_write_leaves_no_file(folder: Path, write: Write, tokenizer: Toke
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tokens, "_blocks", full)
+    monkeypatch.setattr(tokens, "documents_in", full)
     with pytest.raises(RecipeError, match=r"cached: tokens cannot be cached there: No space.*another folder"):
         tokenize(find(["text"]), "tokenizer.json", "cached")
     assert os.listdir("cached") == []
@@ -188,15 +194,19 @@ def test_source_of_tokenized_text(write: Write, tokenizer: Tokenizer):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("tokenzier.json", "tokenizer file cannot be read: No such file or directory; did you mean 'tokenizer.json'"),
+        ("tokenzier.json", "no such file; did you mean 'tokenizer.json'.*expected a tokenizer.json, or a folder"),
+        ("some/model", "some/model: no such file; expected a tokenizer.json, or a folder or a cached name"),
         ("text", "text: not a file of the tokenizers package: "),
-        (".", r"\.: the tokenizer file cannot be read: Is a directory"),
+        ("empty", r"empty: there is no tokenizer.json in this folder"),
+        ("pipe", "pipe: not a regular file"),
     ],
 )
 def test_invalid_tokenizer(write: Write, tokenizer: Tokenizer, name: str, message: str):
     write({"text": TEXT})
+    os.mkdir("empty")
+    os.mkfifo("pipe")
     with pytest.raises(RecipeError, match=message):
-        tokenize(find(["text"]), name, None)
+        read_tokenizer(name)
 
 
 def test_missing_package(write: Write, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):

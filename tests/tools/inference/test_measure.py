@@ -16,8 +16,10 @@ import torch
 
 import titans_build as tb
 from titans_build.blocks.language_model import LanguageModel
+from titans_build.tools.data.tokenizer import train_tokenizer
 from titans_build.tools.inference import Bucket, Perplexity, perplexity
-from titans_build.tools.inference.measure import parse_edges, report_of, steps_of
+from titans_build.tools.inference.measure import ByteCounts, parse_edges, report_of, steps_of
+from titans_build.tools.inference.reading import DOUBLING
 
 SVG = "{http://www.w3.org/2000/svg}"
 Infer = Callable[..., Any]
@@ -46,6 +48,30 @@ def test_json_has_the_numbers_of_the_function(folder: Path, infer: Infer, text: 
         assert spans == [(0, 64, 63), (64, 256, 192), (256, None, len(TEXT) - 256)]
     assert found["loss"] != found["frozen"]["loss"]
     assert found["bytes"] == len(TEXT) and found["state"] is None and found["position_before"] == 0
+
+
+def test_bits_per_byte_count_the_bytes_of_each_token(infer: Infer, tmp_path: Path) -> None:
+    text = "the cat sat on the mat, naïvely 🙂.\n" * 30
+    tokenizer = train_tokenizer([text], 280)
+    model = tb.build({"version": 1, "dim": 8, "vocab": 280, "layers": {"a": ["memory"]}, "stack": ["a"]})
+    model.tokenizer = tokenizer.to_str()
+    tb.save(model, tmp_path / "model")
+    (tmp_path / "text").write_text(text, encoding="utf-8")
+    found = infer(tmp_path / "model", "--perplexity", tmp_path / "text", "--buckets", "10,100", "--json").json
+    # each line is tokenized on its own
+    ids = [token for line in text.splitlines(keepends=True) for token in tokenizer.encode(line).ids]
+    with torch.no_grad():
+        losses = torch.nn.functional.cross_entropy(
+            model(torch.tensor([ids])).logits[0, :-1], torch.tensor(ids[1:]), reduction="none"
+        )
+    start = len(tokenizer.decode(ids[:1]).encode())
+    raw = len(text.encode()) - start
+    assert found["tokens"] == len(ids) - 1 and found["bytes"] == len(text.encode())
+    assert found["bits_per_byte"] == pytest.approx(float(losses.sum()) / math.log(2) / raw, rel=1e-4)
+    first = found["buckets"][0]
+    assert first["tokens"] == 9 and first["bits_per_byte"] == pytest.approx(
+        float(losses[:9].sum()) / math.log(2) / (len(tokenizer.decode(ids[:10]).encode()) - start), rel=1e-4
+    )
 
 
 def test_the_table(folder: Path, infer: Infer, text: Path) -> None:
@@ -123,16 +149,19 @@ def test_the_plot(folder: Path, infer: Infer, text: Path, tmp_path: Path) -> Non
 )
 def test_the_steps_are_the_buckets(buckets: list[Bucket]) -> None:
     found = Perplexity(sum(bucket.tokens for bucket in buckets), 1.0, buckets, None)
-    edges, values = steps_of(report_of(found, bytes_per_token=None))
+    edges, values = steps_of(report_of(found, ByteCounts(DOUBLING)))
     assert values == [bucket.loss for bucket in buckets]
     assert edges[0] > 0 and all(a < b for a, b in pairwise(edges))
     assert edges[1:-1] == [bucket.stop for bucket in buckets[:-1]] and edges[-1] == found.tokens + 1
-    in_bits = steps_of(report_of(found, bytes_per_token=2.0))[1]
+    counts = ByteCounts(DOUBLING)
+    for bucket in buckets:
+        counts.sums[torch.bucketize(torch.tensor(bucket.start), counts.edges, right=True)] = 2 * bucket.tokens
+    in_bits = steps_of(report_of(found, counts))[1]
     assert in_bits == [pytest.approx(value / math.log(2) / 2) for value in values]
 
 
 def test_a_nonfinite_loss_is_null() -> None:
-    report = report_of(Perplexity(2, math.nan, [Bucket(0, 128, 2, math.inf)], None), bytes_per_token=1.0)
+    report = report_of(Perplexity(2, math.nan, [Bucket(0, 128, 2, math.inf)], None), ByteCounts((128,)))
     assert (report["loss"], report["perplexity"], report["bits_per_byte"]) == (None, None, None)
     assert json.loads(json.dumps(report, allow_nan=False))["buckets"][0]["loss"] is None
     assert math.isnan(steps_of(report)[1][0])

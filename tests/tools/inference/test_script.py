@@ -62,7 +62,7 @@ def assert_refused(result: Any, fragment: str, status: int = 2) -> None:
         (("--file", "none.txt"), "none.txt: No such file"),
         (("x", "--device", "meta"), "--device meta"),
         (("x", "--dtyp", "float32"), "did you mean '--dtype'?"),
-        (("x", "--tokenizer", "none.json"), "none.json: No such file"),
+        (("x", "--tokenizer", "none.json"), "none.json: no such file"),
         (("300", "--tokenizer", "ids"), "token id 300 is outside of the model's vocabulary of 256 (0 to 255)"),
         (("",), "the prompt is empty"),
     ],

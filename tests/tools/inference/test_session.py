@@ -14,6 +14,7 @@ import torch
 import titans_build as tb
 from titans_build.blocks.generation import Sampler
 from titans_build.blocks.language_model import LanguageModel
+from titans_build.tools.data.tokenizer import train_tokenizer
 from titans_build.tools.inference.reading import PIECE
 from titans_build.tools.inference.session import (
     BLOCK,
@@ -70,16 +71,39 @@ def test_dtype_and_device(folder: Path) -> None:
 def test_the_tokenizer_of_a_run_is_used(run_folder: Path) -> None:
     assert open_model(str(run_folder), None, "cpu", None)[1].name == "bytes"
     (run_folder / "run.json").write_text('{"data": {"tokenizer": "other/file.json"}}', encoding="utf-8")
-    with pytest.raises(UsageError, match=r"--tokenizer other/file.json: No such file"):
+    with pytest.raises(tb.RecipeError, match=r"other/file.json: no such file"):
         open_model(str(run_folder), None, "cpu", None)
     (run_folder / "tokenizer.json").write_text("{}", encoding="utf-8")
     for name in (run_folder, run_folder / "model"):
-        with pytest.raises(UsageError, match=r"run/tokenizer.json: expected a file of the tokenizers package"):
+        with pytest.raises(tb.RecipeError, match=r"run/tokenizer.json: not a file of the tokenizers package"):
             open_model(str(name), None, "cpu", None)
     assert open_model(str(run_folder), "bytes", "cpu", None)[1].name == "bytes"
     (run_folder / "tokenizer.json").unlink()
     (run_folder / "run.json").write_text('{"data": {"task": "mqar"}}', encoding="utf-8")
     assert open_model(str(run_folder), None, "cpu", None)[1].name == "bytes"
+
+
+def test_a_model_of_more_tokens_than_bytes_needs_a_tokenizer(tmp_path: Path) -> None:
+    model = tb.build({"version": 1, "dim": 8, "vocab": 300, "layers": {"a": ["memory"]}, "stack": ["a"]})
+    run = tmp_path / "run"
+    tb.save(model, run / "model")
+    for name in (run, run / "model"):
+        with pytest.raises(UsageError, match="300 tokens, and no tokenizer is saved with it: give --tokenizer FILE"):
+            open_model(str(name), None, "cpu", None)
+        assert open_model(str(name), "bytes", "cpu", None)[1].name == "bytes"
+    # a run of an earlier version, which trained any model on bytes
+    (run / "run.json").write_text('{"data": {"tokenizer": null, "tokens_are": "bytes"}}', encoding="utf-8")
+    assert open_model(str(run), None, "cpu", None)[1].name == "bytes"
+    model.tokenizer = train_tokenizer(["the cat sat on the mat"], 270).to_str()
+    tb.save(model, run / "model")
+    (run / "tokenizer.json").write_text("the model's own is used", encoding="utf-8")
+    for name in (run, run / "model"):
+        found = open_model(str(name), None, "cpu", None)[1]
+        assert found.size == found.tokenizer.get_vocab_size() and found.name.endswith("model/tokenizer.json")
+    model.tokenizer = train_tokenizer([str(number) for number in range(9999)], 400).to_str()
+    tb.save(model, run / "model")
+    with pytest.raises(UsageError, match="400 token ids are more than the model's vocabulary of 300"):
+        open_model(str(run), None, "cpu", None)
 
 
 def test_text_is_files_and_then_words(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 import tokenizers
 import torch
 
+from titans_build.registry import RecipeError
 from titans_build.tools.inference.tokenizer import (
     ByteTokenizer,
     FileTokenizer,
@@ -67,7 +68,7 @@ def test_ids_as_numbers() -> None:
 
 
 def test_a_tokenizer_file_encodes_and_decodes(file: Path) -> None:
-    tokenizer = FileTokenizer(file)
+    tokenizer = open_tokenizer(str(file), 280)
     whole = encode(tokenizer, TEXT.encode())
     assert len(whole) < len(TEXT.encode())
     assert decode(tokenizer, whole) == TEXT
@@ -79,20 +80,20 @@ def test_a_tokenizer_file_encodes_and_decodes(file: Path) -> None:
 
 
 def test_each_line_is_tokenized_on_its_own(file: Path) -> None:
-    tokenizer = FileTokenizer(file)
+    tokenizer = open_tokenizer(str(file), 280)
     lines = TEXT.encode().splitlines(keepends=True)
     assert encode(tokenizer, *lines) == [token for line in lines for token in encode(tokenizer, line)]
 
 
 def test_a_character_of_several_tokens_is_decoded_at_its_last(file: Path) -> None:
-    tokenizer = FileTokenizer(file)
+    tokenizer = open_tokenizer(str(file), 280)
     decoder = tokenizer.decoder()
     parts = [decoder.feed(token) for token in encode(tokenizer, "é🐸".encode())]
     assert "".join(parts) + decoder.finish() == "é🐸" and "" in parts
 
 
 def test_an_incomplete_character_is_held_back_for_a_bounded_time(file: Path) -> None:
-    tokenizer = FileTokenizer(file)
+    tokenizer = open_tokenizer(str(file), 280)
     first = encode(tokenizer, "🐸".encode())[0]
     decoder = tokenizer.decoder()
     assert decoder.feed(first) == ""
@@ -107,11 +108,11 @@ def test_opening(file: Path, tmp_path: Path) -> None:
     for name, vocab, fragment in (
         ("bytes", 10, "256 token ids are more than the model's vocabulary of 10; --tokenizer ids"),
         (str(file), 279, "280 token ids are more than the model's vocabulary of 279"),
-        (str(tmp_path / "none.json"), 280, "none.json: No such file"),
-        (str(tmp_path / "junk.json"), 280, "junk.json"),
-        (str(tmp_path), 280, "Is a directory"),
+        (str(tmp_path / "none.json"), 280, "none.json: no such file"),
+        (str(tmp_path / "junk.json"), 280, "junk.json: not a file of the tokenizers package"),
+        (str(tmp_path), 280, "there is no tokenizer.json in this folder"),
     ):
-        with pytest.raises(UsageError, match=fragment):
+        with pytest.raises((UsageError, RecipeError), match=fragment):
             open_tokenizer(name, vocab)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 import titans_build as tb
 from titans_build.recipes import StorageError
 from titans_build.recipes.parse import read_file
+from titans_build.tools.data.tokenizer import train_tokenizer
 from titans_build.tools.training import TrainedRun, train
 from titans_build.tools.training.checkpoint import CheckpointManager
 
@@ -205,6 +207,43 @@ def test_bits_per_byte_of_text(tiny: dict[str, Any], quick_train: Train, ordered
     run = quick_train(recipe={**tiny, "vocab": 256}, data=ordered_text, valid_every=3, steps=3)
     assert run.best is not None and "exact" not in run.best
     assert run.best["bits_per_byte"] == pytest.approx(run.best["loss"] / 0.6931471805599453)
+
+
+def test_tokenizer_belongs_to_the_run_and_to_the_model(
+    tiny: dict[str, Any], quick: dict[str, Any], quick_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TITANS_BUILD_CACHE", str(tmp_path / "cache"))
+    text = "The cat sat on the mat, and the mat lay on the floor. " * 60
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    tokenizer = train_tokenizer([text], 280)
+    tokenizer.save(str(tmp_path / "tok.json"))
+    recipe = {**tiny, "vocab": 300}
+    spec = {"text": str(tmp_path / "text.txt"), "length": 16}
+    with pytest.raises(tb.RecipeError, match=r"the model has 300 tokens, .* bytes?: give --tokenizer FILE"):
+        quick_train(recipe=recipe, data=spec)
+    tokenized = {**spec, "tokenizer": str(tmp_path / "tok.json")}
+    with pytest.raises(tb.RecipeError, match=rf"the data has {tokenizer.get_vocab_size()} tokens, the model only 256"):
+        quick_train(recipe={**tiny, "vocab": 256}, data=tokenized)
+    first = quick_train(recipe=recipe, data=tokenized, steps=2, valid_every=2)
+    rate = len(text) / len(tokenizer.encode(text).ids)
+    assert first.best is not None
+    assert first.best["bits_per_byte"] == pytest.approx(first.best["loss"] / math.log(2) / rate, rel=1e-3)
+    content = (tmp_path / "tok.json").read_text(encoding="utf-8")
+    out = tmp_path / "run"
+    assert content == (out / "tokenizer.json").read_text(encoding="utf-8") == tb.load(out).tokenizer
+    # the run goes on without the file, and a run that starts from its model reads the same tokens
+    (tmp_path / "tok.json").unlink()
+    assert quick_train(recipe=None, data=None, resume=True, steps=3).model is not None
+    more = train(out, spec, quick, tmp_path / "more", weights=out)
+    assert more.model is not None and more.model.tokenizer == content
+    with pytest.raises(StorageError, match="the saved model has another tokenizer than the data"):
+        train(out, {**spec, "tokenizer": "bytes"}, quick, tmp_path / "bytes", weights=out)
+    # explicitly bytes; as in a run of an earlier version, which is resumed
+    quick_train(recipe=recipe, data={**spec, "tokenizer": "bytes"}, steps=1, out="old")
+    settings = read_file(tmp_path / "old/train.yaml")
+    del settings["data"]["tokenizer"]
+    (tmp_path / "old/train.yaml").write_text(json.dumps(settings), encoding="utf-8")
+    assert quick_train(recipe=None, data=None, resume=True, steps=2, out="old").model is not None
 
 
 def test_settings_that_a_resumed_run_can_change(

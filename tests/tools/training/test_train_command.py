@@ -82,6 +82,26 @@ def test_bad_use(words: list[str], message: str, tmp_path: Path, capsys: pytest.
     assert not (tmp_path / "run/run.json").exists()
 
 
+def test_tokenizer_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TITANS_BUILD_CACHE", str(tmp_path / "cache"))
+    Path("a.txt").write_text("one of the texts " * 50, encoding="utf-8")
+    Path("b.jsonl").write_text(json.dumps({"text": "another of the texts " * 50}) + "\n", encoding="utf-8")
+    words = ("tokenizer", "a.txt", "b.jsonl", "--out", "tok.json")
+    assert run(*words, "--vocab", 255) == 2 and "expected at least 256" in capsys.readouterr().err
+    assert run(*words, "--vocab", 270) == 0
+    assert capsys.readouterr().out.startswith(
+        "270 tokens, written to tok.json\ntrain with it: titans-train RECIPE --set"
+    )
+    assert run(*words, "--vocab", 300) == 2 and "nothing is replaced" in capsys.readouterr().err
+    given = ("mac", "--set", "dim=8", "--set", "vocab=270", "--data", "b.jsonl", "--out", "run", "--steps", 1, *QUICK)
+    assert run(*given, "--length", 8) == 2 and "give --tokenizer FILE" in capsys.readouterr().err
+    assert run(*given, "--length", 8, "--tokenizer", "tok.json") == 0
+    assert json.loads(Path("run/run.json").read_text(encoding="utf-8"))["data"]["vocab"] == 270
+    assert run("mac", "--data", "copy", "--tokenizer", "tok.json", "--out", "other") == 2
+    assert "the tokens of copy are numbers, and need no tokenizer" in capsys.readouterr().err
+
+
 def test_tasks_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("tasks") == 0
     assert all(name in capsys.readouterr().out for name in tb.list_tasks("copy"))
