@@ -242,7 +242,7 @@ class Sampler:
             return likeliest
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         # the maximum is subtracted first, so that a small temperature does not overflow
-        logits = (logits - largest.unsqueeze(-1)) / self.temperature
+        logits = (logits - largest.unsqueeze(-1)) / max(self.temperature, torch.finfo(logits.dtype).tiny)
         limit = logits.shape[-1] if self.top_k is None else min(self.top_k, logits.shape[-1])
         ids = None
         if limit < logits.shape[-1] or self.top_p is not None:

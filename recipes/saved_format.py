@@ -175,11 +175,17 @@ def write_errors(path: Path) -> Iterator[None]:
 
 
 def as_path(given: Any, name: str) -> Path:
-    """The argument ``name`` as a path. Raises ``TypeError`` if it is none."""
+    """The argument ``name`` as a path. Raises ``TypeError`` if it is none, and ``StorageError`` for the name of a file
+    that is not valid text, which safetensors cannot open.
+    """
     try:
-        return Path(given)
+        path = Path(given)
+        str(path).encode()
+        return path
     except TypeError:
         raise TypeError(f"{name}: expected a path, got {show(given)}") from None
+    except UnicodeEncodeError:
+        raise StorageError(f"{show(str(given))}: expected a name in UTF-8, as files of tensors need") from None
 
 
 def recipe_of(model: nn.Module) -> Recipe:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
@@ -28,8 +29,9 @@ from .saved_format import (
 )
 
 
-def save_state(state: State, path: str | os.PathLike[str], model: LanguageModel) -> None:
-    """Write a state of ``model`` to a safetensors file, which is replaced atomically.
+def save_state(state: State, path: str | os.PathLike[str], model: LanguageModel, *, overwrite: bool = False) -> None:
+    """Write a state of ``model`` to a safetensors file. A state of the same recipe is replaced atomically, any other
+    file only with ``overwrite=True``.
 
     Raises ``StorageError`` if ``state`` is not a state of this model, or if the file cannot be written.
     """
@@ -37,9 +39,26 @@ def save_state(state: State, path: str | os.PathLike[str], model: LanguageModel)
     tensors = dict(named_tensors(state, "state"))
     _expect_state_of(model, tensors, "the state")
     rows = _rows(tensors, "the state")
+    if not overwrite:
+        expect_replaceable(as_path(path, "path"), model)
     write_state_file(
         path, STATE_FORMAT, tensors, fingerprint=recipe.fingerprint, recipe=recipe.name or "", rows=str(rows)
     )
+
+
+def expect_replaceable(path: Path, model: LanguageModel | None = None) -> None:
+    """Raise ``StorageError`` if there is a file that is not a saved state, or not one of the recipe of ``model``."""
+    if not path.is_file() or not path.stat().st_size:
+        return
+    try:
+        with open_tensors(path, STATE_FORMAT) as file:
+            found = file.metadata().get("fingerprint")
+    except StorageError:
+        message = "there is a file that is no saved state, which would be replaced"
+        raise StorageError(f"{path}: {message} (overwrite=True replaces it)") from None
+    if model is not None and found != recipe_of(model).fingerprint:
+        message = "the state in this file belongs to another recipe, and would be replaced"
+        raise StorageError(f"{path}: {message} (overwrite=True replaces it)")
 
 
 def load_state(path: str | os.PathLike[str], model: LanguageModel) -> State:
@@ -55,12 +74,12 @@ def load_state(path: str | os.PathLike[str], model: LanguageModel) -> State:
     if metadata.get("fingerprint") not in (recipe.fingerprint, recipe.earlier_fingerprint):
         raise StorageError(
             f"{path}: the state belongs to another recipe: it was saved with "
-            f"{show(metadata.get('recipe') or 'a recipe')} ({metadata.get('fingerprint')}), the model is of "
+            f"{show(metadata.get('recipe') or 'a recipe')} ({show(metadata.get('fingerprint'))}), the model is of "
             f"{show(recipe.name or 'a recipe')} ({recipe.fingerprint})"
         )
     rows = _rows(tensors, str(path))
     if metadata.get("rows") != str(rows):
-        raise StorageError(f"{path}: expected {metadata.get('rows')} rows, got {rows}")
+        raise StorageError(f"{path}: expected {show(metadata.get('rows')).strip(chr(39))} rows, got {rows}")
     return fill_state(_expect_state_of(model, tensors, str(path)), tensors, "state")
 
 

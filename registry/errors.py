@@ -63,12 +63,26 @@ def show(value: Any, width: int = 60) -> str:
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
+SYNONYMS = {
+    **{"fp16": ("float16", "bfloat16"), "half": ("float16", "bfloat16"), "bf16": ("bfloat16",)},
+    **{"fp32": ("float32",), "float": ("float32",), "fp64": ("float64",), "double": ("float64",)},
+    **{"learning_rate": ("lr",), "max_steps": ("steps",), "epochs": ("steps",), "num_train_epochs": ("steps",)},
+    **{"sequence_length": ("length",), "seq_len": ("length",), "max_length": ("length",), "context": ("length",)},
+    **{"grad_clip": ("clip",), "max_grad_norm": ("clip",), "gradient_accumulation_steps": ("accumulate",)},
+    **{"gradient_checkpointing": ("recompute",), "per_device_train_batch_size": ("batch",)},
+}
+"""Names that other libraries give, and ours."""
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """``"; did you mean 'depth'?"``, or an empty string if no name is similar."""
     # difflib is quadratic in the length of the words, and no right name is long, nor are there thousands of them
     if not isinstance(name, str) or len(name) > 100:
         return ""
     known = {candidate.lower(): candidate for candidate in itertools.islice(names, 500)}
+    for synonym in SYNONYMS.get(name.lower(), ()):
+        if synonym in known:
+            return f"; did you mean {known[synonym]!r}?"
     matches = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.6)
     # among equals, the one of the same letters: mca is mac rather than mal
     matches.sort(key=lambda match: sorted(match) != sorted(name.lower()))

@@ -117,6 +117,8 @@ class Field:
             if self.holds_blocks:
                 return self.adapter.validate_python(value), []
             # strict JSON rules, not strict Python rules: a list of two numbers is a good tuple[int, int]
+            if not _is_unicode(value):  # the name of a file may be no valid text, which JSON cannot hold
+                return self.adapter.validate_python(value, strict=True), []
             return json.loads(self.adapter.dump_json(self.adapter.validate_json(json.dumps(value)))), []
         except ValidationError as error:
             return value, self._translate(error, value, path)
@@ -125,7 +127,9 @@ class Field:
 
     def to_python(self, value: Any) -> Any:
         """Convert a checked value to the argument of the constructor (a tuple for ``tuple[int, int]``)."""
-        return value if self.holds_blocks else self.adapter.validate_json(json.dumps(value))
+        if self.holds_blocks or not _is_unicode(value):
+            return value
+        return self.adapter.validate_json(json.dumps(value))
 
     def _translate(self, error: ValidationError, value: Any, path: str) -> list[Problem]:
         details = error.errors(include_url=False, include_context=True)
@@ -164,6 +168,16 @@ class Field:
             return f"expected {'at least' if least else 'at most'} {bound} {things}, got {len(got)}"
         text = text.removeprefix("Value error, ")
         return f"{text[:1].lower()}{text[1:]}, got {show(got)}"
+
+
+def _is_unicode(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    except (TypeError, ValueError, RecursionError):
+        pass  # reported as an invalid value
+    return True
 
 
 _DESCRIBED_BY_TYPE = {

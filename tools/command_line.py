@@ -220,9 +220,11 @@ def _fit(line: str, width: int) -> str:
 
 def _is_disk_full(error: BaseException | None) -> bool:
     """Whether a disk was full or failed, which is no error of the command line."""
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
     # safetensors passes on the message of the system only
-    return (isinstance(error, OSError) and error.errno in full) or "No space left on device" in str(error)
+    return (isinstance(error, OSError) and error.errno in full) or any(
+        text in str(error) for text in ("No space left on device", "File too large")
+    )
 
 
 def _is_out_of_memory(error: Exception) -> bool:

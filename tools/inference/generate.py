@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 
 from ...blocks.generation import Sampler
+from ..signals import handling, leave
 from ..terminal import say, say_json
 from .session import Session, Text, reading_progress
 
@@ -63,14 +64,17 @@ def read_with_progress(session: Session, text: Text) -> int:
 
 @contextlib.contextmanager
 def saving_state(session: Session) -> Iterator[None]:
-    """Save the state to the session's target when the block ends, is interrupted, or its output pipe closes."""
+    """Save the state to the session's target when the block ends, is interrupted by Ctrl-C or a signal to end, or its
+    output cannot be written.
+    """
     try:
-        yield
-    except (KeyboardInterrupt, BrokenPipeError) as ending:
+        with handling(leave):
+            yield
+    except (KeyboardInterrupt, SystemExit, OSError) as ending:
         if session.target is None or session.reading.tokens == 0:
             raise
         session.save(session.target)
-        if isinstance(ending, BrokenPipeError):
+        if not isinstance(ending, KeyboardInterrupt):
             raise
         raise KeyboardInterrupt(
             f"interrupted; the state after {session.reading.tokens:,} tokens of this session is saved to "

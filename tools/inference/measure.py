@@ -29,7 +29,9 @@ def measure(session: Session, text: Text, edges: tuple[int, ...], arguments: arg
     live, lengths = _perplexity(session, text, edges)
     seconds = time.perf_counter() - start
     if live.tokens == 0:
-        raise CommandFailed(f"{arguments.perplexity}: a text of one token or none: there is nothing to predict")
+        raise UsageError(
+            f"--perplexity {arguments.perplexity}: a text of one token or none: there is nothing to predict"
+        )
     if not math.isfinite(live.loss):
         raise CommandFailed("the loss is not finite: the model has diverged on this text")
     frozen = None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...blocks.generation import Sampler
+from ...recipes.saved_state import expect_replaceable
 from ..options import add_placement, whole_number
 from ..plotting import need_matplotlib
 from ..terminal import UsageError, complain
@@ -83,6 +84,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("--compare-frozen reads the text twice, which standard input or another pipe cannot be")
     edges = parse_edges(arguments.buckets)
     model, tokenizer = open_model(arguments.model, arguments.tokenizer, arguments.device, arguments.dtype)
+    if target is not None and target != state:  # a state that is read is checked then
+        expect_replaceable(target, model)
     session = Session(model, tokenizer, target)
     if state is not None and state.exists():
         session.load(state)
@@ -103,6 +106,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
     except (TypeError, ValueError) as error:
         raise UsageError(f"--{str(error).replace('_', '-')}") from None
+    if not arguments.temperature and (stray := _first_given(arguments, "--top-k", "--top-p", "--seed")):
+        raise UsageError(f"{stray}: is for drawing tokens, which needs --temperature above 0, as in --temperature 0.8")
     if chatting:
         return chat(session, text, sampler, arguments)
     return answer_prompt(session, text, sampler, arguments)
@@ -138,5 +143,6 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _first_given(arguments: argparse.Namespace, *options: str) -> str | None:
-    names = {option: option.removeprefix("--").replace("-", "_").lower() for option in options}
-    return next((option for option, name in names.items() if getattr(arguments, name)), None)
+    """The first of ``options`` that has a value; 0 is one."""
+    given = {option: getattr(arguments, option.removeprefix("--").replace("-", "_").lower()) for option in options}
+    return next((option for option, value in given.items() if value not in (None, [], "") and value is not False), None)

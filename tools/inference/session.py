@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ... import recipes
@@ -22,7 +21,8 @@ from ...blocks.language_model import LanguageModel
 from ...blocks.state import State, batch_size, named_tensors
 from ...recipes import StorageError, packaged_names
 from ...recipes.parse import read_file
-from ...recipes.saved_format import INDEX, MODEL, RUN, STATE_FORMAT, TOKENIZER, saved_folder
+from ...recipes.saved_format import INDEX, MODEL, RUN, TOKENIZER, as_path, saved_folder
+from ...recipes.saved_state import expect_replaceable
 from ...registry import nearest
 from ..options import placement
 from ..terminal import CommandFailed, UsageError, console
@@ -205,12 +205,22 @@ class Session:
 
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer, target: Path | None = None) -> None:
         """``target``: the file that the state is saved to at the end."""
-        self.model, self.tokenizer, self.target = model, tokenizer, target
+        self.model, self.tokenizer = model, tokenizer
+        self.target = target
         self.device = next(model.parameters()).device
         self.reading = Reading(None, None, 0)
         """Replaced as a whole, so that an interruption finds it consistent. ``tokens`` counts from the loaded state."""
         self.loaded_position: int | None = 0
         """Tokens that the loaded state had read."""
+
+    @property
+    def target(self) -> Path | None:
+        """The file that the state is saved to at the end."""
+        return self._target
+
+    @target.setter
+    def target(self, path: Path | None) -> None:
+        self._target, self._known = path, None if path is None else _identity(path)
 
     @property
     def position(self) -> int | None:
@@ -270,14 +280,21 @@ class Session:
 
     def load(self, path: Path) -> None:
         """Continue from the state in a file. Raises ``StorageError``, and changes nothing, where that fails."""
+        known = _identity(path)
         state = recipes.load_state(path, self.model)
         rows = batch_size(state)
         if rows != 1:
             raise StorageError(f"{path}: a state of {rows} rows; a session is one row")
         self.reading, self.loaded_position = Reading(state, None, 0), position(self.model, state)
+        if path == self.target:
+            self._known = known
 
     def save(self, path: Path) -> None:
-        """Write the state to a file atomically. Raises ``CommandFailed`` for a state with NaN or infinity."""
+        """Write the state to a file atomically.
+
+        Raises ``CommandFailed`` for a state with NaN or infinity, and if another session has written the file of
+        ``target`` since this one read it; the state is then saved beside it.
+        """
         state = self.reading.state
         if state is None:
             with torch.no_grad():
@@ -287,31 +304,58 @@ class Session:
                 raise CommandFailed(
                     f"{path}: not saved: the state holds NaN or infinity ({name}): the model has diverged"
                 )
-        recipes.save_state(state, path, self.model)
+        with _locked(path.absolute().parent):
+            if path == self.target and self._known != _identity(path):
+                taken = path
+                while path.exists():
+                    path = path.with_name(f"{path.name}.other")
+                recipes.save_state(state, path, self.model)
+                message = "another session has saved its state there meanwhile, which is kept"
+                raise CommandFailed(f"{taken}: {message}; the state of this session is saved to {path}")
+            recipes.save_state(state, path, self.model)
+            if path == self.target:
+                self._known = _identity(path)
 
     def reset(self) -> None:
         """Return to the initial state."""
         self.reading, self.loaded_position = Reading(None, None, 0), 0
 
 
+def _identity(path: Path) -> tuple[int, int, int] | None:
+    """What tells whether a file has been replaced; ``None`` if it is no regular file."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return (found.st_ino, found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other sessions from saving to this folder in the ``with`` block, where the system has such locks."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
 def check_state_file(path: Path, option: str) -> None:
     """Raise ``UsageError`` where a state could not be written to ``path``, or would replace another kind of file."""
     check_writable(path, option)
-    if not path.is_file():
-        return
-    with usage_errors(f"{option} {path}"):
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                is_state = (file.metadata() or {}).get("format") == STATE_FORMAT
-        except SafetensorError:
-            is_state = False
-    if not is_state:
-        raise UsageError(f"{option} {path}: there is a file that is no saved state, which would be replaced")
+    try:
+        expect_replaceable(path)
+    except StorageError as error:
+        raise UsageError(f"{option} {error}") from None
 
 
 def check_writable(path: Path, option: str) -> None:
     """Raise ``UsageError`` where no file could be written to ``path``."""
     with usage_errors(f"{option} {path}"):
+        as_path(path, option)
         if path.is_dir():
             raise UsageError(f"{option} {path}: a folder; expected the name of a file")
         if not path.absolute().parent.is_dir():

@@ -24,7 +24,7 @@ from ...recipes.atomic_write import atomic_write, sync_folder
 from ...registry import show
 from ..terminal import CommandFailed
 from .distributed import Processes
-from .run_folder import read_json, write_text
+from .run_folder import json_text, read_json, write_text
 
 INDEX = "checkpoint.json"
 FORMAT = "titans-build checkpoint"
@@ -60,7 +60,7 @@ def write(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any],
             }
             index = {"format": FORMAT, "version": VERSION, "facts": dict(facts), "files": files}
             with atomic_write(temporary / INDEX) as path:
-                path.write_text(json.dumps(index, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+                path.write_text(json_text({**index, "checksum": _index_checksum(index)}, indent=2), encoding="utf-8")
             if folder.exists():
                 shutil.rmtree(folder)
             os.rename(temporary, folder)
@@ -84,9 +84,16 @@ def verify(folder: Path) -> dict[str, Any]:
     index = read_json(path, FORMAT, "the index of a checkpoint")
     if index.get("version") != VERSION:
         raise StorageError(f"{path}: expected format version {VERSION}, got {show(index.get('version'))}")
+    # checkpoints of earlier versions have none
+    if "checksum" in index and index.pop("checksum") != _index_checksum(index):
+        raise StorageError(f"{path}: damaged: its checksum does not match")
     files, facts = index.get("files"), index.get("facts")
     if not isinstance(files, dict) or not files or not isinstance(facts, dict):
         raise StorageError(f"{path}: expected files and facts, got {show(index)}")
+    # all of these are read
+    for name in sorted(found.name for found in folder.glob("*.safetensors")):
+        if name not in files:
+            raise StorageError(f"{folder / name}: {INDEX} does not list this file")
     for name, expected in files.items():
         if not isinstance(expected, dict) or os.path.basename(name) != name:
             raise StorageError(f"{path}: expected a file's size and checksum, got {show(name)}: {show(expected)}")
@@ -128,6 +135,10 @@ def _cause(error: BaseException) -> BaseException:
     while failures := getattr(error, "failures", None):
         error = next(iter(failures.values()))[0]
     return error
+
+
+def _index_checksum(index: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
 
 
 def _checksum(path: Path) -> str:

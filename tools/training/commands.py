@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import threading
 from pathlib import Path
@@ -12,8 +13,8 @@ from rich.text import Text
 
 from ...recipes import Recipe, load_recipe
 from ...recipes.atomic_write import atomic_write
-from ...recipes.parse import read_value
-from ...registry import describe, nearest, show
+from ...recipes.parse import is_recipe_file, read_value
+from ...registry import RecipeError, describe, nearest, show
 from ..command_line import Command
 from ..data.files import find
 from ..data.records import documents_in
@@ -27,7 +28,7 @@ from .compare import COMPARISON, DIAL, TOLERANCE, compare
 from .log import Event
 from .run_folder import write_errors, write_text
 from .search import BEST_RECIPE, BEST_TRAIN, SAMPLERS, TRIALS, search
-from .train_command import add_settings, metrics_text, read_option, settings_and_data
+from .train_command import add_settings, add_unquoted, metrics_text, read_option, refuse_unquoted, settings_and_data
 from .trials import Result
 
 SIZE = (7.0, 4.2)
@@ -55,7 +56,7 @@ class _Display:
                 if event["event"] not in ("tick", "result"):
                     say_json({"run": label, **event}, in_one_line=True)
             elif event["event"] == "valid":
-                say(f"{label}: step {event['step']:,}  {metrics_text(event)}")
+                print(f"{label}: step {event['step']:,}  {metrics_text(event)}")
             elif event["event"] == "warning" or "failed" in event:
                 complain(f"{label}: {event.get('message') or event['failed']}", "warning")
             sys.stdout.flush()
@@ -201,7 +202,13 @@ def _named_recipes(arguments: argparse.Namespace) -> dict[str, Recipe]:
         if not name or "/" in name or name in (".", "..") or name in found:
             what = "given twice: NAME=RECIPE gives it another name" if name in found else "expected NAME=RECIPE"
             raise UsageError(f"{text}: {what}")
-        recipe = load_recipe(source, allow_imports=arguments.allow_imports)
+        try:
+            recipe = load_recipe(source, allow_imports=arguments.allow_imports)
+        except RecipeError as error:
+            if os.path.isfile(source) and not is_recipe_file(Path(source)):  # the shell has expanded a wildcard
+                hint = "no recipe; --data takes one SPEC: put a wildcard in quotes, as in --data 'texts/*.md'"
+                raise UsageError(f"{source}: {hint}") from error
+            raise
         mine = {path: value for path, value in changes.items() if _has_path(recipe, path)}
         used |= mine.keys()
         found[name] = load_recipe(recipe, mine, allow_imports=arguments.allow_imports) if mine else recipe
@@ -242,11 +249,13 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     add("--space", required=True, metavar="FILE", help="YAML: `recipe:` and `train:`, each with lists or {low:, high:}")
     add("--sampler", choices=SAMPLERS, default="grid", help="how to choose (default: grid)")
     add("--trials", type=_positive, metavar="N", help="number of trials (default: all of a grid)")
+    add_unquoted(parser)
     add("--search-seed", type=whole_number, default=0, metavar="N", help="of random and optuna (default: 0)")
     add_settings(parser)
 
 
 def _search(arguments: argparse.Namespace) -> int:
+    refuse_unquoted(arguments)
     settings, data = settings_and_data(arguments, need_data=True)
     if arguments.trials is None and arguments.sampler != "grid":
         raise UsageError(f"--trials: expected a number for --sampler {arguments.sampler}")

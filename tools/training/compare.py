@@ -15,7 +15,7 @@ from ...recipes.loading import Source as RecipeSource
 from ...recipes.parse import recipe_error
 from ...registry import Problem, RecipeError, lookup, nearest, show
 from ..data import open_source
-from .run_folder import write_text
+from .run_folder import expect_no_run, write_text
 from .settings import Settings, as_settings
 from .trials import Listener, Result, Trial, check_trial, run_trials
 
@@ -62,6 +62,7 @@ def compare(
     ``spread`` (maximum minus minimum of ``test``), ``curve`` and all its ``runs``.
     """
     folder, settings = Path(out), as_settings(settings)
+    expect_no_run(folder)
     _check(recipes, settings, lrs, seeds, jobs)
     loaded = {name: load_recipe(source, allow_imports=allow_imports) for name, source in recipes.items()}
     target = parameters_of(next(iter(loaded.values()))) if parameters == "first" else parameters
@@ -79,7 +80,7 @@ def compare(
             for seed in range(seeds):
                 label = "/".join([name, *[f"lr-{lr!r}"] * bool(lrs), *[f"seed-{seed}"] * (seeds > 1)])
                 changed = as_settings({**settings.to_dict(), "lr": lr, "seed": settings.seed + seed})
-                trials[name].append(Trial(label, variant.recipe, data, changed, folder / label, allow_imports))
+                trials[name].append(Trial(label, variant.recipe, data, changed, folder / label))
     in_order = [trial for group in trials.values() for trial in group]
     for trial in in_order:
         check_trial(trial)

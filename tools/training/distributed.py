@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import warnings
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from ...blocks.language_model import LanguageModel
 from ...blocks.state import State, map_state
+from ..terminal import CommandFailed
 
 
 class Processes:
@@ -82,6 +85,24 @@ class Processes:
         from torch.distributed.tensor import DTensor, Shard
 
         return DTensor.from_local(tensor, self.mesh, [Shard(0)], run_check=False)
+
+
+@contextlib.contextmanager
+def process_errors(processes: Processes, resume: str) -> Iterator[None]:
+    """Raise ``CommandFailed`` in place of the error about another process that has ended. ``resume``: a command."""
+    try:
+        yield
+    except RuntimeError as error:
+        import torch.distributed as dist
+
+        first = str(error).partition("\n")[0]
+        lost = any(part in str(error) for part in ("gloo", "closed by peer", "Connection reset", "NCCL"))
+        if processes.world == 1 or not (isinstance(error, dist.DistError) or lost):
+            raise
+        message = (
+            f"process {processes.rank}: another process of this run has ended, or cannot be reached: {first[:200]}"
+        )
+        raise CommandFailed(f"{message}\nresume from the last checkpoint: {resume}") from None
 
 
 def to_local(tensor: Tensor) -> Tensor:

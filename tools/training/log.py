@@ -10,9 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ...recipes import StorageError
+from ...recipes.atomic_write import read_regular
 from ..extras import from_extra
 from ..terminal import UsageError
-from .run_folder import write_errors, write_text
+from .run_folder import json_text, write_errors, write_text
 
 Event = dict[str, Any]
 LOG = "log.jsonl"
@@ -35,6 +37,8 @@ class EventLog:
         self._folder, self._wanted = folder, tensorboard
         self._listener = on_event if folder is not None else None
         self._tensorboard: TensorBoardLog | None = None
+        self.unheard = False
+        """Whether the listener's output was closed (`| head`). It is called no more."""
 
     def open(self, step: int) -> None:
         """Begin after ``step`` steps. Events of later steps, from before the run was resumed, are removed."""
@@ -43,7 +47,7 @@ class EventLog:
         path = self._folder / LOG
         if path.exists():
             self.history = [event for event in read_log(path) if event.get("step", 0) <= step]
-            write_text(path, "".join(map(_line, self.history)))
+            write_text(path, "".join(map(json_text, self.history)))
         if self._wanted is False:
             return
         try:
@@ -67,14 +71,17 @@ class EventLog:
             self.history.append(event)
             path = self._folder / LOG
             with write_errors(path), open(path, "a", encoding="utf-8") as file:
-                file.write(_line(event))
+                file.write(json_text(event))
         if self._tensorboard is not None:
             try:
                 self._tensorboard.add(event)
             except OSError as error:
                 self._stop_tensorboard(event["step"], error)
         if self._listener is not None:
-            self._listener(event)
+            try:
+                self._listener(event)
+            except BrokenPipeError:
+                self._listener, self.unheard = None, True
 
     def close(self) -> None:
         """Finish the TensorBoard logs."""
@@ -129,7 +136,12 @@ class TensorBoardLog:
 
 def read_log(path: Path) -> list[Event]:
     """The events of a log file; none if there is no file. A line left incomplete by a killed process is skipped."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    try:
+        lines = read_regular(path).decode("utf-8", "replace").splitlines()
+    except FileNotFoundError:
+        lines = []
+    except OSError as error:
+        raise StorageError(f"{path}: expected the log of a run: {error.strerror or error}") from None
     return [event for line in lines if (event := parse_event(line)) is not None]
 
 
@@ -140,10 +152,6 @@ def parse_event(line: str) -> Event | None:
     except ValueError:
         return None
     return event if isinstance(event, dict) else None
-
-
-def _line(event: Event) -> str:
-    return json.dumps(event, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _nonfinite_to_null(value: Any) -> Any:

@@ -6,14 +6,14 @@ import contextlib
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ...recipes import Recipe, StorageError, load_recipe
-from ...recipes.atomic_write import atomic_write
-from ...recipes.parse import recipe_error, write_yaml
+from ...recipes.atomic_write import atomic_write, read_regular
+from ...recipes.parse import read_file, recipe_error, write_yaml
 from ...recipes.saved_format import RUN, TOKENIZER, saved_folder
 from ...registry import Problem, RecipeError, show
 from ..data import Source
@@ -32,6 +32,12 @@ DATA_IDENTITY = ("files", "fingerprint", "tokenizer_hash", "fields", "vocab", "l
 def is_run(folder: Path) -> bool:
     """Whether there is a run in a folder."""
     return (folder / RUN).is_file()
+
+
+def expect_no_run(folder: Path) -> None:
+    """Raise ``StorageError`` if a folder for many runs is that of one."""
+    if is_run(folder):
+        raise StorageError(f"{folder}: this is the folder of a run: choose another one, which gets a folder for each")
 
 
 def write_inputs(folder: Path, recipe: Recipe, data: Any, settings: Settings) -> None:
@@ -62,7 +68,7 @@ def write_run(folder: Path, recipe: Recipe, data: Any, settings: Settings, sourc
     write_inputs(folder, recipe, data, settings)
     if source.tokenizer is not None:
         write_text(folder / TOKENIZER, source.tokenizer, StorageError)
-    write_text(folder / RUN, json.dumps(run, indent=2, ensure_ascii=False) + "\n", StorageError)
+    write_text(folder / RUN, json_text(run, indent=2), StorageError)
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -73,7 +79,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 def read_json(path: Path, format: str, what: str) -> dict[str, Any]:
     """A JSON file of this ``format``. Raises ``StorageError``, which says that ``what`` was expected."""
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(read_regular(path))
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise StorageError(f"{path}: expected {what}: {reason}") from None
@@ -82,14 +88,24 @@ def read_json(path: Path, format: str, what: str) -> dict[str, Any]:
     return found
 
 
-def read_inputs(folder: Path, *, allow_imports: bool = False) -> tuple[Recipe, Any, Settings]:
-    """The recipe, data and settings of the run in a folder. Raises ``StorageError`` if there is none."""
+def read_inputs(folder: Path, *, imports: Collection[str] = ()) -> tuple[Recipe, Any, Settings]:
+    """The recipe, data and settings of the run in a folder.
+
+    ``imports``: the modules that the caller has allowed, which the recipe in the folder may name. Raises
+    ``StorageError`` if there is no run, and ``RecipeError`` for other modules.
+    """
     if not is_run(folder):
         what = f"there is no {RUN}" if folder.is_dir() else "no such folder"
         raise StorageError(f"{folder}: {what}; expected the folder of a run")
     settings = read_settings(folder / TRAIN)
     data = settings.pop("data", None)
-    return load_recipe(folder / RECIPE, allow_imports=allow_imports), data, as_settings(settings)
+    recipe = read_file(folder / RECIPE)
+    named = recipe.get("imports") if isinstance(recipe, dict) else None
+    allowed = isinstance(named, list) and all(module in imports for module in named)
+    try:
+        return load_recipe(recipe, allow_imports=allowed), data, as_settings(settings)
+    except RecipeError as error:
+        raise RecipeError(error.problems, str(folder / RECIPE)) from None
 
 
 def data_of_run(folder: Path, data: Any) -> Any:
@@ -148,6 +164,20 @@ def setting_changes(folder: Path, before: Settings, after: Settings) -> dict[str
     return changes
 
 
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON with a line end. The names of files that are no valid text are escaped."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    return (text if text.isascii() or _is_unicode(text) else json.dumps(value, indent=indent)) + "\n"
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def write_text(path: Path, text: str, error: type[Exception] = CommandFailed) -> None:
     """Replace a file atomically, and make its folder. Raises ``error`` if that fails, as on a full disk."""
     with write_errors(path, error):
@@ -173,9 +203,12 @@ def locked(folder: Path) -> Iterator[None]:
     except ImportError:  # Windows has no such locks
         yield
         return
+    lock = folder / ".lock"
     with write_errors(folder, StorageError):
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "ab")  # noqa: SIM115 - closed below
+        if lock.exists() and not lock.is_file():  # opening a pipe would wait
+            raise StorageError(f"{lock}: not a regular file")
+        file = open(lock, "ab")  # noqa: SIM115 - closed below
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

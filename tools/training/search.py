@@ -20,7 +20,7 @@ from ...recipes.loading import Source as RecipeSource
 from ...recipes.parse import plain, read_file, recipe_error, write_yaml
 from ...registry import Problem, RecipeError, check_settings, fields_of, nearest, show
 from ..extras import from_extra
-from .run_folder import write_text
+from .run_folder import expect_no_run, write_text
 from .settings import Settings, as_settings
 from .trials import Listener, Result, Trial, check_trial, run_trials
 
@@ -151,6 +151,7 @@ def search(
         raise RecipeError([Problem("sampler", message)], "search")
     loaded = load_recipe(recipe, allow_imports=allow_imports)
     settings, folder = as_settings(settings), Path(out)
+    expect_no_run(folder)
     if settings.valid_every is None:
         message = "expected a number: trials are compared by their validation loss"
         raise RecipeError([Problem("valid_every", message)], "settings")
@@ -201,7 +202,7 @@ def make_trial(
     changed = load_recipe(recipe, parts["recipe"], allow_imports=allow_imports) if parts["recipe"] else recipe
     label = f"trial-{number:04d}"
     settings = as_settings({**settings.to_dict(), **parts["train"]})
-    return Trial(label, changed, data, settings, folder / label, allow_imports)
+    return Trial(label, changed, data, settings, folder / label)
 
 
 def choose(

@@ -139,6 +139,8 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
     found = read_file(path)
     if not isinstance(found, dict):
         raise recipe_error(str(path), f"expected a mapping of settings, got {show(found)}")
+    if {"layers", "stack"} <= found.keys():
+        raise recipe_error(str(path), f"this is a recipe, not settings: titans-train {path} --data ... trains it")
     return found
 
 

@@ -16,12 +16,13 @@ from ...blocks.language_model import LanguageModel
 from ...recipes import Recipe, StorageError, load_recipe
 from ...recipes.loading import Source as RecipeSource
 from ...recipes.parse import recipe_error
+from ...recipes.saved_format import INDEX, MODEL, as_path
 from ...registry import Problem, RecipeError, show
 from ..data import Source, open_source
 from ..data.open_source import as_mapping
 from ..randomness import ORDER
 from .checkpoint import CheckpointManager, verify
-from .distributed import Processes, full_tensor, init_processes
+from .distributed import Processes, full_tensor, init_processes, process_errors
 from .log import Event, EventLog
 from .optimizer import trainable_parameters, unmatched_patterns
 from .run_folder import (
@@ -39,6 +40,8 @@ from .run_folder import (
 from .settings import Settings, as_settings
 from .train_step import activation_checkpointing
 from .trainer import Interrupt, Trainer
+
+HAS_RUN = "this folder has a run; resume it (--resume), or choose another folder"
 
 
 class TrainedRun(NamedTuple):
@@ -81,7 +84,7 @@ def train(
     Raises ``RecipeError`` for invalid recipes, data and settings, ``StorageError`` for a folder that cannot be used,
     and ``CommandFailed`` if training fails: a nonfinite loss, a full disk.
     """
-    folder = Path(out)
+    folder = as_path(out, "out")
     resuming = resume and is_run(folder)
     run: dict[str, Any] = {}
     changes: dict[str, Any] = {}
@@ -90,19 +93,32 @@ def train(
         weights = run.get("weights")
         recipe, data, settings, changes = _resumed_inputs(folder, recipe, data, settings)
     elif is_run(folder):
-        raise StorageError(f"{folder}: this folder has a run; resume it (--resume), or choose another folder")
+        raise StorageError(f"{folder}: {HAS_RUN}")
+    elif (folder / MODEL / INDEX).exists():
+        message = "a saved model is there, which the model of the run would replace: choose another folder"
+        raise StorageError(f"{folder / MODEL}: {message}")
     elif recipe is None or data is None:
         raise StorageError(f"{folder}: this folder has no run to resume; give a recipe and data to start one")
     settings = as_settings(settings)
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     device = _find_device(settings.device)
     processes = init_processes(device)
-    with torch.random.fork_rng([] if device.type == "cpu" else None), contextlib.ExitStack() as stack:
+    command = "titans-train"
+    if processes.world > 1:
+        command = f"torchrun --nproc-per-node {processes.world} -m titans_build.tools.train"
+    command += f" --resume --out {folder}"
+    with (
+        process_errors(processes, command),
+        torch.random.fork_rng([] if device.type == "cpu" else None),
+        contextlib.ExitStack() as stack,
+    ):
         tokenized = data_of_run(folder, data) if resuming else data_of_model(weights, data)
         source, valid = _open_sources(recipe, tokenized, settings, processes)
         check_same_data(folder, run.get("data"), source.describe())
         if processes.main:
             stack.enter_context(locked(folder))
+            if is_run(folder) and not resuming:  # begun since the first check, and finished by now
+                raise StorageError(f"{folder}: {HAS_RUN}")
         checkpoints = CheckpointManager(folder / "checkpoints")
         done = max(checkpoints.steps(), default=0) if resuming else 0
         if settings.steps < done:
@@ -125,10 +141,6 @@ def train(
         stack.callback(log.close)
         if settings.recompute:
             stack.enter_context(activation_checkpointing(model))
-        command = "titans-train"
-        if processes.world > 1:
-            command = f"torchrun --nproc-per-node {processes.world} -m titans_build.tools.train"
-        command += f" --resume --out {folder}"
         trainer = Trainer(model, source, valid, settings, processes, log, checkpoints, command)
 
         warnings = unmatched_patterns(model, settings.no_decay)
@@ -162,13 +174,12 @@ def _resumed_inputs(
     folder: Path, recipe: RecipeSource | None, data: Any, settings: Any
 ) -> tuple[Recipe, Any, Settings, dict[str, Any]]:
     """The recipe, data and settings of the run in a folder, and the settings that change."""
-    known, known_data, before = read_inputs(folder, allow_imports=isinstance(recipe, Recipe))
-    if recipe is not None:
-        given = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-        if given.fingerprint != known.fingerprint:
-            whose = "another recipe" if known.name is None else show(known.name)
-            message = f"the run is of {whose} ({known.fingerprint}), not of this one ({given.fingerprint})"
-            raise recipe_error(given.name or "recipe", message)
+    given = recipe if recipe is None or isinstance(recipe, Recipe) else load_recipe(recipe)
+    known, known_data, before = read_inputs(folder, imports=() if given is None else given.imports)
+    if given is not None and given.fingerprint != known.fingerprint:
+        whose = "another recipe" if known.name is None else show(known.name)
+        message = f"the run is of {whose} ({known.fingerprint}), not of this one ({given.fingerprint})"
+        raise recipe_error(given.name or "recipe", message)
     if data is not None and data != known_data:
         raise recipe_error("data", f"the run reads {show(known_data)} and cannot be resumed with {show(data)}")
     if isinstance(settings, Mapping):
@@ -197,9 +208,9 @@ def _finish(trainer: Trainer, folder: Path, recipe: Recipe) -> TrainedRun:
         for parameter in model.parameters():
             parameter.requires_grad_(True)
             parameter.grad = None
-        recipes.save(model.eval(), folder / "model")
+        recipes.save(model.eval(), folder / MODEL)
     progress = trainer.progress
-    trainer.log.emit("end", step=progress.step, best=progress.best, model=str(folder / "model"))
+    trainer.log.emit("end", step=progress.step, best=progress.best, model=str(folder / MODEL))
     processes.barrier()
     return TrainedRun(model, trainer.log.history, progress.best, folder)
 

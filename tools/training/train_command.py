@@ -14,7 +14,7 @@ from ...recipes.parse import read_value
 from ...registry import RecipeError, show
 from ..data.open_source import with_tokenizer
 from ..options import add_recipe, load, overrides, saved_folder
-from ..terminal import UsageError, complain, console, say, say_json
+from ..terminal import UsageError, complain, console, say_json
 from .log import Event
 from .run_folder import RECIPE, is_run
 from .settings import Settings, fields, read_settings
@@ -40,8 +40,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--data", metavar="SPEC", help="a task (mqar:pairs=8,length=64), a text file, a folder, or a glob in quotes")
     add("--out", required=True, metavar="RUN", help="the run's folder; the model is saved in RUN/model")
+    add_unquoted(parser)
     add("--resume", action="store_true", help="resume the run in RUN, if there is one")
     add_settings(parser)
+
+
+def add_unquoted(parser: argparse.ArgumentParser) -> None:
+    """Takes words that are no arguments, so that ``refuse_unquoted`` can say what they are."""
+    parser.add_argument("unquoted", nargs="*", help=argparse.SUPPRESS)
+
+
+def refuse_unquoted(arguments: argparse.Namespace) -> None:
+    """Raise ``UsageError`` for words that are no arguments, as after a wildcard that the shell has expanded."""
+    if not arguments.unquoted:
+        return
+    message = f"unrecognized arguments: {' '.join(arguments.unquoted)}"
+    if arguments.data is not None and any(map(os.path.exists, arguments.unquoted)):
+        message += "\n  --data takes one SPEC: put a wildcard in quotes, as in --data 'texts/*.md'"
+    raise UsageError(message)
 
 
 def add_settings(parser: argparse.ArgumentParser, *, several_lr: bool = False) -> None:
@@ -62,6 +78,7 @@ def add_settings(parser: argparse.ArgumentParser, *, several_lr: bool = False) -
 
 def run(arguments: argparse.Namespace) -> int:
     """Train, and show the events."""
+    refuse_unquoted(arguments)
     if not arguments.out:
         raise UsageError("--out: expected the name of a folder, got none")
     out = Path(arguments.out)
@@ -69,14 +86,22 @@ def run(arguments: argparse.Namespace) -> int:
     source = arguments.recipe
     if source is None:
         if not resuming:
-            raise UsageError(f"expected a RECIPE{'' if arguments.resume else '; only --resume works without one'}")
+            if arguments.train is not None:
+                read_settings(arguments.train)  # says so if the file is the recipe
+            if arguments.resume:
+                raise UsageError(f"--resume --out {out}: no run is there; a RECIPE and --data start one")
+            raise UsageError("expected a RECIPE; only --resume works without one")
         if arguments.set:
             raise UsageError("--set: the recipe of a run cannot be changed when it is resumed")
         source = str(out / RECIPE)
     settings, data = settings_and_data(arguments, need_data=not resuming)
     recipe, weights = load(source, arguments), saved_folder(source)
     with Display(as_json=arguments.json, quiet=os.environ.get("RANK", "0") != "0") as display:
-        train(recipe, data, settings, out, on_event=display, resume=arguments.resume, weights=weights)
+        try:
+            train(recipe, data, settings, out, on_event=display, resume=arguments.resume, weights=weights)
+        except BrokenPipeError as error:
+            complain(str(error))
+            raise
     return 0
 
 
@@ -136,6 +161,7 @@ class Display:
                 TimeRemainingColumn(),
                 console=console(sys.stderr),
                 transient=True,
+                redirect_stdout=False,
             )
             self._task = self._bar.add_task("", total=None, loss="-", speed="-")
             self._bar.start()
@@ -161,8 +187,7 @@ class Display:
                 # above the bar: both are on the same terminal
                 self._bar.console.print(Text(line), soft_wrap=True)
             else:
-                say(line)
-                sys.stdout.flush()
+                print(line, flush=True)
 
 
 def metrics_text(event: Event) -> str:

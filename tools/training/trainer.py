@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import signal
-import threading
 import time
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from ...blocks.language_model import LanguageModel
 from ...blocks.state import State, map_state, named_tensors
 from ...recipes import StorageError
-from ...registry import show
+from ...registry import Problem, RecipeError, show
 from ..data import Batch, Source
+from ..signals import TERMINATION, handling
 from ..terminal import CommandFailed
 from . import checkpoint
 from .checkpoint import CheckpointManager
@@ -35,24 +37,18 @@ MAX_SKIPPED = 10
 
 
 class Interrupt:
-    """Records the first Ctrl-C or SIGTERM of a ``with`` block; the second one ends the process at once.
-
-    Only the main thread handles signals; in others this does nothing.
-    """
+    """Records the first Ctrl-C, SIGTERM or SIGHUP of a ``with`` block; the second one ends the process at once."""
 
     def __init__(self) -> None:
         self.requested = False
-        self._before: dict[int, Any] = {}
+        self._handling = handling(self._handle, (signal.SIGINT, *TERMINATION))
 
     def __enter__(self) -> Interrupt:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._handle)
+        self._handling.__enter__()
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def __exit__(self, *exception: Any) -> None:
+        self._handling.__exit__(*exception)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
@@ -60,20 +56,51 @@ class Interrupt:
         self.requested = True
 
 
+Count = Annotated[int, Field(ge=0)]
+
+
+def _with(*keys: str) -> AfterValidator:
+    """Expects these keys of a dictionary."""
+
+    def check(given: dict[str, Any]) -> dict[str, Any]:
+        if missing := [key for key in keys if key not in given]:
+            raise ValueError(f"expected {', '.join(missing)}")
+        return given
+
+    return AfterValidator(check)
+
+
 @dataclass
 class Progress:
     """The part of the training state that JSON holds exactly."""
 
-    step: int = 0
-    tokens: int = 0
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    step: Count = 0
+    tokens: Count = 0
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
     """The latest losses of good steps, which ``find_fault`` compares with."""
-    best: dict[str, float] | None = None
-    surprise: Surprise = field(default_factory=dict)
+    best: Annotated[dict[str, int | float], _with("step", "loss")] | None = None
+    """The best validation: ``step``, ``loss`` and other metrics."""
+    surprise: dict[str, Annotated[dict[str, float], _with("mean", "peak", "weights")]] = field(default_factory=dict)
     """The latest finite surprise of each memory."""
-    skipped: int = 0
+    skipped: Count = 0
     """Bad steps skipped since the last good one."""
+
+
+@dataclass
+class Facts:
+    """What a checkpoint records besides its tensors; other values are for readers."""
+
+    progress: Progress
+    fingerprint: str
+    processes: Count
+    tensors: list[str]
+    device: str = "cpu"
+
+
+FACTS = TypeAdapter(Facts)
 
 
 class Trainer:
@@ -109,7 +136,24 @@ class Trainer:
     # -- the loop --------------------------------------------------------------------------------------------------
 
     def run(self, interrupt: Interrupt) -> None:
-        """Train to the last step. Raises ``CommandFailed`` at a bad step, and ``KeyboardInterrupt`` on request."""
+        """Train to the last step.
+
+        Raises ``CommandFailed`` at a bad step, ``KeyboardInterrupt`` on request, ``BrokenPipeError`` if the output of
+        the listener was closed, and, with one process, ``RecipeError`` for data that have changed; each after a
+        checkpoint.
+        """
+        try:
+            self._run(interrupt)
+        except RecipeError as error:  # a step that reads no data has changed nothing
+            if self.processes.world == 1:
+                self.save()
+                step = self.progress.step
+                self.log.emit("stop", step=step, message=f"interrupted: {error}")
+                place = f"saved after step {step:,}; {self.resume}"
+                raise RecipeError([*error.problems, Problem("", place)], error.source) from None
+            raise
+
+    def _run(self, interrupt: Interrupt) -> None:
         settings, progress = self.settings, self.progress
         self.model.train()
         stage = -1
@@ -123,13 +167,15 @@ class Trainer:
                 self._validate(self.valid)
             last = progress.step == settings.steps
             best = progress.best is not None and progress.best["step"] == progress.step
-            (interrupted,) = self.processes.sum(interrupt.requested)
+            unheard, interrupted = self.processes.sum(self.log.unheard, interrupt.requested or self.log.unheard)
             if interrupted or last or best or (settings.checkpoint_every and self._due(settings.checkpoint_every)):
                 self.save()
             if interrupted and not last:
                 step = progress.step
-                self.log.emit("stop", step=step, message="interrupted")
-                raise KeyboardInterrupt(f"interrupted; saved after step {step:,} of {settings.steps:,}: {self.resume}")
+                why = "interrupted: the output was closed" if unheard else "interrupted"
+                self.log.emit("stop", step=step, message=why)
+                ended: type[BaseException] = BrokenPipeError if unheard else KeyboardInterrupt
+                raise ended(f"{why}; saved after step {step:,} of {settings.steps:,}: {self.resume}")
 
     def _due(self, every: int) -> bool:
         return self.progress.step % every == 0 or self.progress.step == self.settings.steps
@@ -245,17 +291,18 @@ class Trainer:
         """Resume from the checkpoint of a step. ``facts``: its own, from ``checkpoint.verify``."""
         folder = self.checkpoints.path(step)
         try:
-            progress, names = Progress(**facts["progress"]), set(facts["tensors"])
-            kinds = ("cpu", facts.get("device", "cpu"))
-            names |= {f"random.{rank}.{kind}" for rank in range(facts["processes"]) for kind in kinds}
-        except (KeyError, TypeError) as error:
-            raise StorageError(f"{folder}: expected the facts of a run in its index: {error}") from None
+            known = FACTS.validate_json(json.dumps(facts), strict=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise StorageError(f"{folder}: expected the facts of a run in its index: {place}: {first['msg']}") from None
+        progress, names = known.progress, set(known.tensors)
         if progress.step != step:
             raise StorageError(f"{folder}: expected a checkpoint of step {step}, got one of {show(progress.step)}")
         recipe: Any = self.model.recipe
-        if facts.get("fingerprint") not in (recipe.fingerprint, recipe.earlier_fingerprint):
+        if known.fingerprint not in (recipe.fingerprint, recipe.earlier_fingerprint):
             # a later version may give a block a field that it had not
-            found = show(facts.get("fingerprint"))
+            found = show(known.fingerprint)
             raise StorageError(f"{folder}: it is of another recipe: expected {recipe.fingerprint}, got {found}")
         for name, parameter in self.model.named_parameters():
             if f"optimizer.{name}.exp_avg" in names:
@@ -266,7 +313,8 @@ class Trainer:
             with torch.no_grad():
                 rows = self.settings.batch // self.processes.world
                 self.state = map_state(_contiguous_copy, self.model.init_state(rows))
-        # a checkpoint of fewer processes has no generator state for the others
+        if self.processes.rank < known.processes:  # of fewer processes it has no generator states for the others
+            names |= {f"random.{self.processes.rank}.{kind}" for kind in ("cpu", known.device)}
         tensors = {name: x for name, x in self._tensors().items() if name in names or not name.startswith("random.")}
         # fills the weights, the moments and the averages in place; the others are copies
         checkpoint.read(folder, tensors, self.processes)

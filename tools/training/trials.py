@@ -23,6 +23,7 @@ from ...blocks.language_model import LanguageModel
 from ...recipes import Recipe, StorageError
 from ...registry import RecipeError
 from ..data import Source, open_source
+from ..signals import handling
 from ..terminal import CommandFailed
 from .distributed import Processes
 from .log import LOG, Event, parse_event, read_log
@@ -59,7 +60,6 @@ class Trial(NamedTuple):
     data: Any
     settings: Settings
     folder: Path
-    allow_imports: bool = False
 
 
 def check_trial(trial: Trial) -> None:
@@ -70,7 +70,7 @@ def check_trial(trial: Trial) -> None:
         raise RecipeError(error.problems, f"{trial.label}: {error.source}") from None
     if not is_run(trial.folder):
         return
-    recipe, data, settings = read_inputs(trial.folder, allow_imports=trial.allow_imports)
+    recipe, data, settings = read_inputs(trial.folder, imports=trial.recipe.imports)
     wanted = trial.settings.to_dict()
     differences = [
         *(["the recipe"] if recipe.fingerprint != trial.recipe.fingerprint else []),
@@ -136,7 +136,7 @@ def _collect(trial: Trial, error: str | None, notify: Listener) -> Result:
         result = _measure(trial)
     else:
         last = read_log(trial.folder / LOG)[-1:]
-        if not last or last[0]["event"] != "stop" or last[0]["message"] == "interrupted":
+        if not last or last[0]["event"] != "stop" or last[0]["message"].startswith("interrupted"):
             raise CommandFailed(f"{trial.label}: {error}")
         result = {"failed": last[0]["message"]}
     write_text(trial.folder / RESULT, json.dumps(result, indent=1) + "\n")
@@ -213,13 +213,11 @@ class Workers:
         self._running: set[subprocess.Popen[str]] = set()
         self._leaving, self._lock = False, threading.Lock()
         self._environment = {**os.environ, "OMP_NUM_THREADS": str(threads_per_job(jobs))}
-        self._main = threading.current_thread() is threading.main_thread()
-        self._before: Any = None
+        # as Ctrl-C: otherwise the workers would die at their next print, and save nothing
+        self._handling = handling(signal.default_int_handler)
 
     def __enter__(self) -> Workers:
-        if self._main:
-            # handle SIGTERM as Ctrl-C: otherwise the workers would die at their next print, and save nothing
-            self._before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        self._handling.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -228,8 +226,7 @@ class Workers:
             for process in self._running:
                 process.terminate()
         self._pool.shutdown(cancel_futures=True)
-        if self._main:
-            signal.signal(signal.SIGTERM, self._before or signal.SIG_DFL)
+        self._handling.__exit__(None, None, None)
 
     def start(self, trial: Trial) -> Future[str | None]:
         """Train a trial as soon as a job is free. The future's result is the error, or ``None``."""
@@ -238,9 +235,11 @@ class Workers:
     def _run(self, trial: Trial) -> str | None:
         if not is_run(trial.folder):
             write_inputs(trial.folder, trial.recipe, trial.data, trial.settings)
-        command = [sys.executable, "-m", "titans_build.tools.train", str(trial.folder / RECIPE)]
+        # with the path of this process: ``-m`` would put the current folder first, and run what is there
+        code = f"import sys; sys.path[:] = {sys.path!a}; from titans_build.tools.train import run; run()"
+        command = [sys.executable, "-c", code, str(trial.folder / RECIPE)]
         command += ["--train", str(trial.folder / TRAIN), "--out", str(trial.folder), "--resume", "--json"]
-        command += ["--allow-imports"] * trial.allow_imports
+        command += ["--allow-imports"] * bool(trial.recipe.imports)
         with self._lock:
             if self._leaving:
                 return "interrupted"

@@ -103,7 +103,8 @@ def test_damaged_checkpoint_is_skipped(folder: Path, damage: Callable[[Path], No
 
 def test_index_cannot_name_files_elsewhere(folder: Path) -> None:
     index = json.loads((folder / checkpoint.INDEX).read_text(encoding="utf-8"))
-    index["files"] = {"../secret": {"bytes": 0, "sha256": ""}}
+    index["files"]["../secret"] = {"bytes": 0, "sha256": ""}
+    del index["checksum"]  # as of earlier versions
     (folder / checkpoint.INDEX).write_text(json.dumps(index), encoding="utf-8")
     with pytest.raises(StorageError, match="expected a file's size and checksum"):
         checkpoint.verify(folder)

@@ -72,10 +72,27 @@ def test_json_lines(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         (["mac", "--data", "copy", "--steps", "many"], "steps: expected integer >= 1, got 'many'"),
         (["mac", "--data", "copy", "--train", "none.yaml"], "none.yaml: 1 problem\n  no such file"),
         (["mac", "--data", "copy", "-t", "device=abacus"], "abacus"),
-        (["--resume"], "expected a RECIPE"),
+        (["--resume"], "run: no run is there; a RECIPE and --data start one"),
+        (
+            ["--train", "recipe.yaml"],
+            "recipe.yaml: 1 problem\n  this is a recipe, not settings: titans-train",
+        ),
+        (["mac", "--data", "a.md", "b.md"], "arguments: b.md\n  --data takes one SPEC: put a wildcard in quotes"),
+        (["mac", "--data", "copy", "none"], "unrecognized arguments: none\n"),
+        (["search", "mac", "--space", "s", "--data", "a.md", "b.md"], "put a wildcard in quotes"),
+        (["compare", "mac", "--data", "a.md", "b.md"], "b.md: no recipe; --data takes one SPEC: put a wildcard in"),
+        (["mac", "--data", "copy", "-t", "learning_rate=1"], "did you mean 'lr'?"),
+        (["mac", "--data", "copy", "-t", "dtype=fp32"], "did you mean 'float32'?"),
+        (["mac-200m", "--data", "copy"], "did you mean 'mac-170m'?"),
     ],
 )
-def test_bad_use(words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_use(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.md", "b.md"):
+        Path(name).write_text("text", encoding="utf-8")
+    Path("recipe.yaml").write_text(tb.load_recipe("mac").to_yaml(), encoding="utf-8")
     assert run(*words, "--out", tmp_path / "run") == 2
     said = capsys.readouterr()
     assert said.err.startswith("titans-train: error: ") and message in said.err and "Traceback" not in said.err
