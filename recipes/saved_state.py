@@ -56,7 +56,8 @@ def expect_replaceable(path: Path, model: LanguageModel | None = None) -> None:
     except StorageError:
         message = "there is a file that is no saved state, which would be replaced"
         raise StorageError(f"{path}: {message} (overwrite=True replaces it)") from None
-    if model is not None and found != recipe_of(model).fingerprint:
+    recipe = None if model is None else recipe_of(model)
+    if recipe is not None and found not in (recipe.fingerprint, recipe.earlier_fingerprint):
         message = "the state in this file belongs to another recipe, and would be replaced"
         raise StorageError(f"{path}: {message} (overwrite=True replaces it)")
 

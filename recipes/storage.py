@@ -71,7 +71,8 @@ def save(model: LanguageModel, folder: str | os.PathLike[str], *, overwrite: boo
         raise StorageError("the model is on the meta device: it has no values to save")
     place = as_path(folder, "folder")
     replaced = _index_in(place)
-    if replaced.get("fingerprint", recipe.fingerprint) != recipe.fingerprint and not overwrite:
+    same = replaced.get("fingerprint") in (None, recipe.fingerprint, recipe.earlier_fingerprint)
+    if not same and not overwrite:
         raise StorageError(f"{place}: a model of another recipe is saved there: overwrite=True replaces it")
     tokenizer = _tokenizer_of(model)
     tag = secrets.token_hex(8)
