@@ -26,14 +26,14 @@ def test_a_save_killed_at_any_time_leaves_a_complete_model(
         child = os.fork()
         if child == 0:
             _die_at(step)
-            save(new, folder)
+            save(new, folder, overwrite=True)
             os._exit(0)
         finished = os.waitpid(child, 0)[1] == 0
         loaded = load(folder)
         is_new = loaded.recipe == new.recipe
         assert same(values(loaded), values(new if is_new else old))
         outcomes.append(is_new)
-        save(old, folder)
+        save(old, folder, overwrite=True)
         assert same(values(load(folder)), values(old))
         if finished:
             break
@@ -76,7 +76,7 @@ def test_a_failed_save_leaves_the_old_model_only(
     with monkeypatch.context() as patch:
         patch.setattr(f"titans_build.recipes.storage.{failing}", fail)
         with pytest.raises(StorageError, match="cannot be written: No space left on device"):
-            save(build(other), tmp_path)
+            save(build(other), tmp_path, overwrite=True)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -89,7 +89,7 @@ def test_loading_during_saves(tmp_path: Path, tiny: str, same: Any, values: Any)
     def write() -> None:
         while not stop.is_set():
             for model in models:
-                save(model, tmp_path)
+                save(model, tmp_path, overwrite=True)
 
     writer = threading.Thread(target=write)
     writer.start()

@@ -122,7 +122,7 @@ def test_ids_have_no_bytes(folder: Path, infer: Infer, text: Path) -> None:
 def test_nothing_to_predict(content: bytes, folder: Path, infer: Infer, text: Path) -> None:
     text.write_bytes(content)
     result = infer(folder, "--perplexity", text)
-    assert result.status == 1 and "there is nothing to predict" in result.err
+    assert result.status == 2 and "there is nothing to predict" in result.err
 
 
 def test_the_plot(folder: Path, infer: Infer, text: Path, tmp_path: Path) -> None:
