@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-_PROBE = torch.zeros((), device="cpu")
+_PROBE = torch.zeros((), device="cpu", requires_grad=True)
 
 
 def transforming() -> bool:
@@ -26,7 +26,7 @@ def transforming() -> bool:
     if forward_ad.unpack_dual(_PROBE).primal is not _PROBE:  # inside of a level the primal is a new view
         return True
     try:
-        _PROBE.detach().requires_grad_()
+        _PROBE.requires_grad_()
     except RuntimeError:  # inside of a transform this is not allowed
         return True
     return False

@@ -13,21 +13,16 @@ from __future__ import annotations
 
 import ast
 import functools
+import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def constant(function: F) -> F:
-    """``torch.compiler.assume_constant_result``, which takes a second or more to import, to set this mark."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 def format_symint(number: int) -> int | str:
@@ -63,6 +58,7 @@ class OpaqueOperation:
         self.name, self.runs, self.outputs = name, runs, outputs
         self.tuples = {kind.__name__: kind for kind in tuples}
         OPAQUE_OPERATIONS[name] = self
+        _define(self)
 
     def call(self, backend: str, *arguments: Any, **options: Any) -> Any:
         """The operator in place of the backend; this is what a compiler traces."""
@@ -101,7 +97,8 @@ class OpaqueOperation:
     def run(self, tensors: Sequence[Tensor], numbers: Sequence[int], text: str) -> list[Tensor]:
         """The outputs that are tensors, in order."""
         backend, arguments, options = self.arguments(tensors, numbers, text)
-        return list(_tensors(self.runs[backend](*arguments, **options)))
+        with running():
+            return list(_tensors(self.runs[backend](*arguments, **options)))
 
 
 NUMBER = b""
@@ -174,26 +171,46 @@ _RECORDINGS: WeakValueDictionary[int, _Recording] = WeakValueDictionary()
 """By the address of the byte, which is unique while the recording lives."""
 
 
+class _Thread(threading.local):
+    runs_operator = False
+
+
+THREAD = _Thread()
+
+
 @contextmanager
-def _with_autograd() -> Iterator[None]:
-    """Switches autograd on inside an operator's implementation. PyTorch has no public name for this."""
-    keys, key = torch._C.DispatchKeySet, torch._C.DispatchKey
-    excluded = torch._C._dispatch_tls_local_exclude_set()
-    for each in (key.AutogradFunctionality, key.ADInplaceOrView):
-        excluded = excluded - keys(each)
-    included = torch._C._dispatch_tls_local_include_set()
-    with torch._C._ForceDispatchKeyGuard(included, excluded):
+def running() -> Iterator[None]:
+    """Where the tensors are those of an operator, which no mode of a tracer sees."""
+    before, THREAD.runs_operator = THREAD.runs_operator, True
+    try:
         yield
+    finally:
+        THREAD.runs_operator = before
+
+
+def _with_autograd(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """``function(...)`` in a thread of its own: in the thread that runs an operator, autograd is switched off."""
+
+    def run() -> Any:
+        with running():
+            return function(*arguments, **options)
+
+    return _threads(os.getpid()).submit(run).result()
+
+
+@functools.cache
+def _threads(process: int) -> ThreadPoolExecutor:
+    """Of this process: a forked one has none."""
+    return ThreadPoolExecutor(thread_name_prefix="titans-build operators")
 
 
 def _record(
     operation: OpaqueOperation, tensors: Sequence[Tensor], numbers: Sequence[int], text: str, wanted: Sequence[int]
 ) -> tuple[Any, Any]:
     recording = _Recording(1)
-    with _with_autograd(), torch.enable_grad():
-        recording.given = [x.detach().requires_grad_(i in wanted) for i, x in enumerate(tensors)]
-        outputs = operation.run(recording.given, numbers, text)
-        recording.edges = [torch.autograd.graph.get_gradient_edge(y) if y.requires_grad else None for y in outputs]
+    recording.given = [x.detach().requires_grad_(i in wanted) for i, x in enumerate(tensors)]
+    outputs = operation.run(recording.given, numbers, text)
+    recording.edges = [torch.autograd.graph.get_gradient_edge(y) if y.requires_grad else None for y in outputs]
     return outputs, recording
 
 
@@ -214,9 +231,9 @@ def _forward(
     operation: OpaqueOperation, tensors: list[Tensor], numbers: list[int], text: str, wanted: list[int]
 ) -> list[Tensor]:
     if not wanted:
-        with _with_autograd(), torch.no_grad():
+        with torch.no_grad():
             return _owned(operation.run([x.detach() for x in tensors], numbers, text), tensors)
-    outputs, recording = _record(operation, tensors, numbers, text, wanted)
+    outputs, recording = _with_autograd(_record, operation, tensors, numbers, text, wanted)
     return [*_owned(outputs, tensors), recording.tensor()]
 
 
@@ -241,15 +258,15 @@ def _backward(
     """The gradients of the ``wanted`` tensors, from ``grads`` of the ``given`` outputs."""
     recording = _RECORDINGS.get(recorded.data_ptr())
     if recording is None:
-        recording = _record(operation, tensors, numbers, text, wanted)[1]
+        recording = _with_autograd(_record, operation, tensors, numbers, text, wanted)[1]
     pairs = [(recording.edges[i], grad) for i, grad in zip(given, grads) if recording.edges[i] is not None]
     inputs = [recording.given[i] for i in wanted]
     if not pairs:
         return [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs]
     edges, pushed = zip(*pairs)
-    with _with_autograd():
-        # the graph is released with the byte; until then, backward may run again
-        found = torch.autograd.grad(edges, inputs, pushed, retain_graph=True, allow_unused=True, materialize_grads=True)
+    # the graph is released with the byte; until then, backward may run again
+    options = dict(retain_graph=True, allow_unused=True, materialize_grads=True)
+    found = _with_autograd(torch.autograd.grad, edges, inputs, pushed, **options)
     return _owned(found, [*grads, *tensors])
 
 
@@ -286,38 +303,30 @@ def _vjp(name: str, ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     return [next(found) if i in ctx.wanted else None for i in range(len(tensors))], nothing, None, None
 
 
-def operator(name: str) -> Any:
-    """The operator ``titans_build::<name>``; :func:`_define` has its signature."""
-    _define(name)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
-
-
-@constant
-def _define(name: str) -> None:
-    """Define an operation's operators, once: it takes milliseconds. A tracer calls this without tracing it."""
-    operation, qualified = OPAQUE_OPERATIONS[name], f"{NAMESPACE}::{name}"
-    if operation in _DEFINED:
-        return
-    _DEFINED.append(operation)
-    options: Any = dict(mutates_args=(), tags=_TAGS)
-    forward = torch.library.custom_op(
-        qualified,
-        functools.partial(_forward, operation),
-        schema="(Tensor[] tensors, SymInt[] numbers, str text, int[] wanted) -> Tensor[]",
-        **options,
-    )
-    forward.register_fake(functools.partial(_forward_shapes, operation))
-    forward.register_autograd(functools.partial(_vjp, name), setup_context=_keep)
-    backward = torch.library.custom_op(
-        f"{qualified}_backward",
-        functools.partial(_backward, operation),
-        schema="(Tensor[] grads, Tensor[] tensors, Tensor recorded, SymInt[] numbers, str text, int[] wanted, "
-        "int[] given) -> Tensor[]",
-        **options,
-    )
-    backward.register_fake(functools.partial(_backward_shapes, operation))
-
-
-_DEFINED: list[OpaqueOperation] = []
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 # they read values and keep recordings outside of tensors, which a replayed CUDA graph would not
 _TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+_FORWARD = "(Tensor[] tensors, SymInt[] numbers, str text, int[] wanted) -> Tensor[]"
+_BACKWARD = (
+    "(Tensor[] grads, Tensor[] tensors, Tensor recorded, SymInt[] numbers, str text, int[] wanted, int[] given) "
+    "-> Tensor[]"
+)
+
+
+def _define(operation: OpaqueOperation) -> None:
+    """The operators ``titans_build::<name>`` and ``titans_build::<name>_backward``."""
+    for name, schema, run, shapes in (
+        (operation.name, _FORWARD, _forward, _forward_shapes),
+        (f"{operation.name}_backward", _BACKWARD, _backward, _backward_shapes),
+    ):
+        _LIBRARY.define(name + schema, tags=_TAGS)
+        _LIBRARY.impl(name, functools.partial(run, operation), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", functools.partial(shapes, operation), lib=_LIBRARY)
+    torch.library.register_autograd(
+        f"{NAMESPACE}::{operation.name}", functools.partial(_vjp, operation.name), setup_context=_keep, lib=_LIBRARY
+    )
+
+
+def operator(name: str) -> Any:
+    """The operator ``titans_build::<name>``."""
+    return getattr(getattr(torch.ops, NAMESPACE), name).default

@@ -17,7 +17,6 @@ The second half of this file holds the questions that operations ask about their
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import logging
 import math
@@ -29,22 +28,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .custom_op import OpaqueOperation, constant
+from .autograd import transforming
+from .custom_op import THREAD, OpaqueOperation
 
 VARIABLE = "TITANS_BUILD_BACKEND"
 
 OPERATIONS: dict[str, Operation] = {}
 """Every operation by name, in order of definition."""
-
-# os.environ takes two microseconds to find a variable unset, as long as a small operation; C's getenv a tenth of one
-_getenv: Callable[[bytes], bytes | None] = (
-    ctypes.PYFUNCTYPE(ctypes.c_char_p, ctypes.c_char_p)(("getenv", ctypes.pythonapi))
-    if os.name == "posix"
-    else lambda name: os.environ.get(name.decode(), "").encode()
-)
-_VARIABLE = VARIABLE.encode()
 
 _log = logging.getLogger(__name__)
 _logged: set[tuple[str, str, str]] = set()
@@ -135,7 +127,7 @@ class Operation:
         if torch.compiler.is_compiling():  # lengths may be symbols, which cannot be keys of a dictionary
             picked = self._pick(backend, facts)
             return self._traced.get(picked.name, picked.run)
-        key = (backend, _getenv(_VARIABLE), *facts.items())
+        key = (backend, os.environ.get(VARIABLE), *facts.items())
         chosen = self._chosen.get(key)
         if chosen is None:
             chosen = self._chosen[key] = self._pick(backend, facts)
@@ -160,7 +152,7 @@ class Operation:
     def _pick(self, name: str, facts: dict[str, Any]) -> Backend:
         source = f"backend={name!r}"
         if name == "auto":
-            setting = _setting()
+            setting = os.environ.get(VARIABLE)
             if setting:
                 name = _from_environment(setting, self)
                 source = f"{VARIABLE}={setting}"
@@ -190,11 +182,6 @@ class Operation:
         if line not in _logged:
             _logged.add(line)
             _log.debug("%s: %s refused: %s", *line)
-
-
-@constant
-def _setting() -> str | None:
-    return os.environ.get(VARIABLE)
 
 
 def _from_environment(setting: str, operation: Operation) -> str:
@@ -288,11 +275,9 @@ def is_plain_cpu_tensor(*tensors: Tensor | None) -> bool:
             return False
     return (
         not torch.jit.is_tracing()
-        # inside of forward_ad.dual_level the primal is a new view
-        and forward_ad.unpack_dual(_PROBE).primal is _PROBE
-        # PyTorch has no public names for these two: an active dispatch mode, and an active torch.func transform
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._functorch.maybe_current_level() is None
+        # one flag for all threads, which is also set while a compiler runs what it has just compiled
+        and (not is_in_torch_dispatch_mode() or THREAD.runs_operator)
+        and not transforming()
         and (not torch.overrides.has_torch_function((_PROBE,)) or torch.get_default_device().type == "cpu")
     )
 

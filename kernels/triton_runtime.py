@@ -5,7 +5,6 @@ The modules that define kernels (``triton.py``, ``triton/``) import Triton, so t
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 from contextlib import AbstractContextManager, nullcontext
@@ -13,8 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from .custom_op import constant
 
 DTYPES = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
 
@@ -35,7 +32,7 @@ def refuse(*, device: str, dtype: torch.dtype, same: bool = True, named: bool = 
         return f"takes floating-point numbers, not {dtype}"
     if not same:
         return "takes one dtype"
-    return _missing()
+    return _MISSING
 
 
 def refuse_memory(*, layers: int = 1, width: int = 1, **facts: Any) -> str | None:
@@ -47,15 +44,7 @@ def refuse_memory(*, layers: int = 1, width: int = 1, **facts: Any) -> str | Non
     return refuse(**facts)
 
 
-@constant
-def _missing() -> str | None:
-    return _look_for_triton()
-
-
-@functools.cache
-def _look_for_triton() -> str | None:
-    found = importlib.util.find_spec("triton")
-    return None if found else "needs Triton: pip install 'titans-build[gpu]'"
+_MISSING = None if importlib.util.find_spec("triton") else "needs Triton: pip install 'titans-build[gpu]'"
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constexprs: Any) -> None:

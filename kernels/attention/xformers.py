@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from ..autograd import refuse_second_derivative
-from ..custom_op import constant
 from ..dispatch import BackendUnavailable
 from .reference import Prefix, reference_attention
 
@@ -146,9 +145,15 @@ def refuse_xformers(
     return _missing(dtype, next(each for each in KERNELS if width <= each))
 
 
-@constant
+_trials: dict[tuple[torch.dtype, int], str | None] = {}
+
+
 def _missing(dtype: torch.dtype, width: int) -> str | None:
-    return _installed() or _tried(dtype, width)
+    if (dtype, width) not in _trials:
+        if torch.compiler.is_compiling():  # a tracer cannot run kernels
+            return "is tried on this GPU at the first call that is not compiled"
+        _trials[dtype, width] = _installed() or _tried(dtype, width)
+    return _trials[dtype, width]
 
 
 @functools.cache

@@ -31,7 +31,6 @@ from typing import Any
 
 import torch
 
-from ..custom_op import constant
 from . import build_cache as cache
 
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-pthread", "-fno-math-errno", "-fno-trapping-math")
@@ -54,8 +53,8 @@ class NotBuilt(RuntimeError):
 def library(dtype: torch.dtype) -> ctypes.CDLL:
     """The kernels whose products take operands of ``dtype``, built if necessary. Raises :class:`NotBuilt`."""
     found = _library(dtype)
-    if isinstance(found, str):
-        raise NotBuilt(found)
+    if found is None:
+        raise NotBuilt(_failures[dtype])
     return found
 
 
@@ -75,19 +74,24 @@ def refuse(*, device: str, dtype: torch.dtype, plain: bool = True, same: bool = 
     return _missing(dtype)
 
 
-@constant
+_failures: dict[torch.dtype, str] = {}
+"""Why there is no library."""
+
+
 def _missing(dtype: torch.dtype) -> str | None:
-    found = _library(dtype)
-    return found if isinstance(found, str) else None
+    if not torch.compiler.is_compiling():  # a tracer cannot build it: the operator does, when it first runs
+        _library(dtype)
+    return _failures.get(dtype)
 
 
 @functools.cache
-def _library(dtype: torch.dtype) -> ctypes.CDLL | str:
-    """The library, or why there is none; looked for once in a process."""
+def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """Looked for once in a process."""
     try:
         return load(dtype)
     except NotBuilt as error:
-        return str(error)
+        _failures[dtype] = str(error)
+        return None
 
 
 def load(dtype: torch.dtype) -> ctypes.CDLL:

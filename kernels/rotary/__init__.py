@@ -10,12 +10,12 @@ from __future__ import annotations
 import functools
 import math
 import operator
+from contextlib import nullcontext
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from ..custom_op import constant
 from ..dispatch import Backend, Operation
 
 _TURN = 2**64
@@ -108,19 +108,19 @@ def _frequencies(d: int, base: float) -> list[int]:
 _FIXED_POINT: dict[_Key, Tensor] = {}
 
 
-@constant  # in a compiled graph, which then has no guard on what is cached
 def _fixed_point(d: int, base: float, device: torch.device) -> Tensor:
     """Frequencies, and phases to add so that one sine gives ``[cos cos | -sin sin]``: int64 ``[2, 2 d]``.
 
     A quarter of a turn ahead the sine is the cosine, half a turn ahead its negative.
     """
-    table = _FIXED_POINT.get((d, base, device))
+    compiling = torch.compiler.is_compiling()  # a graph makes its own table, and has no guard on what is cached
+    table = None if compiling else _FIXED_POINT.get((d, base, device))
     if table is None:
         half = d // 2
         ahead = [_TURN // 4] * d + [-_TURN // 2] * half + [0] * half
-        with torch.inference_mode(False):
+        with nullcontext() if compiling else torch.inference_mode(False):
             table = torch.tensor([_frequencies(d, base) * 4, ahead], dtype=torch.int64, device=device)
-        if type(table) is Tensor:  # no fake tensor of torch.export
+        if type(table) is Tensor and not compiling:  # no fake tensor of torch.export
             _FIXED_POINT[d, base, device] = table
     return table
 

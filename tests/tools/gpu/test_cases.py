@@ -17,7 +17,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
     """Triton and xFormers are available."""
-    monkeypatch.setattr(availability, "_look_for_triton", lambda: None)
+    monkeypatch.setattr(availability, "_MISSING", None)
     monkeypatch.setattr(xformers_attention, "_missing", lambda dtype, width: None)
 
 
