@@ -49,10 +49,7 @@ def materialize(module: nn.Module, device: torch.device | str, dtype: torch.dtyp
     invalid seed, and ``Unavailable`` if a block cannot run on ``device``.
     """
     check_seed(seed)
-    refused = [child.refuse(torch.device(device)) for child in module.modules() if isinstance(child, Block)]
-    problems = [Problem("", reason) for reason in dict.fromkeys(refused) if reason is not None]
-    if problems:
-        raise Unavailable(problems, "model")
+    check_device(module, device)
     module.to_empty(device="cpu")
     if dtype is not None:
         module.float()  # the default dtype may have been another when it was created
@@ -70,6 +67,14 @@ def materialize(module: nn.Module, device: torch.device | str, dtype: torch.dtyp
         for name, child in module.named_modules():
             _initialize_rest(child, name, child in owners)
     module.to(device=device, dtype=dtype)
+
+
+def check_device(module: nn.Module, device: torch.device | str) -> None:
+    """Raise ``Unavailable`` if a block of ``module`` cannot run on ``device``."""
+    refused = [child.refuse(torch.device(device)) for child in module.modules() if isinstance(child, Block)]
+    problems = [Problem("", reason) for reason in dict.fromkeys(refused) if reason is not None]
+    if problems:
+        raise Unavailable(problems, "model")
 
 
 def _initialize_rest(module: Any, name: str, reset: bool) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -43,14 +45,13 @@ def build(
     if not isinstance(recipe, Recipe) or overrides:
         recipe = load_recipe(recipe, overrides)
     device, dtype = as_device(device), as_dtype(dtype)
-    model = assemble(recipe)
     if device.type == "meta":
-        model.to(dtype=dtype)
-        return model
+        return assemble(recipe).to(dtype=dtype)
     # checked first, because the system kills a process that runs out of memory
-    lacking = shortage(model, recipe, dtype)
+    lacking = shortage(measure(recipe), dtype)
     if lacking is not None:
         raise recipe_error(recipe.name or "recipe", lacking)
+    model = assemble(recipe)
     materialize(model, device, dtype, seed)
     return model
 
@@ -66,12 +67,38 @@ def assemble(recipe: Recipe) -> LanguageModel:
     return model
 
 
-def state_bytes(model: LanguageModel, recipe: Recipe) -> int | None:
-    """Bytes of the initial state of one row. On the meta device nothing is allocated.
+class Size(NamedTuple):
+    """The size of a model."""
 
-    ``None`` if a custom block cannot create its state on that device. Raises ``RecipeError`` if the state is too large
-    for any tensor.
+    parameters: int
+    state_bytes: int | None
+    """Bytes of the initial state of one row. ``None`` if a custom block cannot create it on the meta device."""
+    grows: bool
+    """Whether the state grows with the number of tokens."""
+
+
+def measure(recipe: Recipe) -> Size:
+    """Measure the model of a recipe on the meta device, with each distinct layer built once. Nothing is allocated.
+
+    Raises ``RecipeError`` if a tensor is too large to exist.
     """
+    counts = Counter(recipe.expand())
+    model = assemble(dataclasses.replace(recipe, stack=list(counts)))
+    repeated = [(layer, count - 1) for layer, count in zip(model.layers, counts.values())]
+    parameters = _numbers(model) + sum(more * _numbers(layer) for layer, more in repeated)
+    state = state_bytes(model, recipe)
+    if state is not None:
+        with _possible(recipe):
+            state += sum(more * layer.state_bytes() for layer, more in repeated if more)
+    return Size(parameters, state, model.grows)
+
+
+def _numbers(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def state_bytes(model: LanguageModel, recipe: Recipe) -> int | None:
+    """Bytes of the initial state of one row of a model on the meta device; see ``Size``."""
     with _possible(recipe):
         try:
             return model.state_bytes()
@@ -81,14 +108,13 @@ def state_bytes(model: LanguageModel, recipe: Recipe) -> int | None:
             return None
 
 
-def shortage(model: LanguageModel, recipe: Recipe, dtype: torch.dtype = torch.float32) -> str | None:
-    """Why a model on the meta device does not fit into the memory of this machine. ``None`` if it does."""
+def shortage(size: Size, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why a model of this size does not fit into the memory of this machine. ``None`` if it does."""
     have = machine_memory()
     if have is None:
         return None
     # parameters are initialized in float32 on the CPU, and converted afterwards
-    parameters = sum(tensor.numel() for tensor in model.parameters()) * max(4, dtype.itemsize)
-    state = state_bytes(model, recipe) or 0
+    parameters, state = size.parameters * max(4, dtype.itemsize), size.state_bytes or 0
     if parameters + state <= have:
         return None
     return (

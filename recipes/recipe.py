@@ -19,6 +19,8 @@ MAX_DIM = 2**17
 MAX_VOCAB = 2**24
 MAX_LAYERS = 1024
 """Layers in the stack, with repeats expanded."""
+MAX_BUILT = 2**13
+"""Blocks of all layers in the stack, with repeats expanded."""
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,63}")
 KEYS = ("version", "name", "dim", "vocab", "tie", "imports", "layers", "stack")
@@ -142,10 +144,11 @@ def check_recipe(data: Any, *, source: str = "recipe", allow_imports: bool = Fal
     problems += _imports(data.get("imports", []), allow_imports)
     dim = data.get("dim")
     checker = Checker(dim if _is_count(dim, MAX_DIM) else None)
-    layers = _layers(data.get("layers"), checker) if "layers" in data else None
+    sizes: dict[str, int] = {}
+    layers = _layers(data.get("layers"), checker, sizes) if "layers" in data else None
     problems += checker.problems
     if "stack" in data:
-        problems += _stack(data["stack"], layers)
+        problems += _stack(data["stack"], layers, sizes)
     if problems:
         raise RecipeError(problems, source)
     return Recipe(
@@ -209,8 +212,11 @@ def _imports(modules: Any, allowed: bool) -> Iterator[Problem]:
                 yield Problem(f"imports.{index}", f"cannot import {module}: {type(error).__name__}: {first}")
 
 
-def _layers(layers: Any, checker: Checker) -> dict[str, Any] | None:
-    """The layers with all blocks in full form. ``None`` if the names of the layers are unknown."""
+def _layers(layers: Any, checker: Checker, sizes: dict[str, int]) -> dict[str, Any] | None:
+    """The layers with all blocks in full form. ``None`` if the names of the layers are unknown.
+
+    Stores the number of blocks of each layer in ``sizes``.
+    """
 
     def refuse(path: str, message: str) -> None:
         checker.problems.append(Problem(path, message))
@@ -227,11 +233,13 @@ def _layers(layers: Any, checker: Checker) -> dict[str, Any] | None:
             refuse(path, f"expected a list of blocks, got {show(blocks)}")
             checked[name] = []
         else:
+            before = checker.blocks
             checked[name] = [checker.check(block, join(path, index)) for index, block in enumerate(blocks)]
+            sizes[name] = checker.blocks - before
     return checked
 
 
-def _stack(stack: Any, layers: dict[str, Any] | None) -> list[Problem]:
+def _stack(stack: Any, layers: dict[str, Any] | None, sizes: dict[str, int]) -> list[Problem]:
     """Check the stack. ``layers``: ``None`` if their names are unknown; no layer is then reported as unknown."""
     problems: list[Problem] = []
     used: set[str] = set()
@@ -240,14 +248,14 @@ def _stack(stack: Any, layers: dict[str, Any] | None) -> list[Problem]:
     def refuse(path: str, message: str) -> None:
         problems.append(Problem(path, message))
 
-    def count(items: Any, path: str) -> int:
-        """Number of layers in ``items``, with repeats expanded."""
+    def count(items: Any, path: str) -> tuple[int, int]:
+        """Numbers of layers and of blocks in ``items``, with repeats expanded."""
         nonlocal unread
         if not isinstance(items, list) or not items:
             unread = True
             refuse(path, f"expected a list of layer names and {{repeat: n, of: [...]}}, got {show(items)}")
-            return 0
-        total = 0
+            return 0, 0
+        total = blocks = 0
         for index, item in enumerate(items):
             place = join(path, index)
             if len(problems) >= MAX_PROBLEMS:
@@ -255,6 +263,7 @@ def _stack(stack: Any, layers: dict[str, Any] | None) -> list[Problem]:
                 break
             if isinstance(item, str):
                 total += 1
+                blocks += sizes.get(item, 0)
                 used.add(item)
                 if layers is not None and item not in layers:
                     refuse(place, f"unknown layer {show(item)}{nearest(item, layers)} (layers: {_some(layers)})")
@@ -264,13 +273,17 @@ def _stack(stack: Any, layers: dict[str, Any] | None) -> list[Problem]:
                 repeat = item.get("repeat")
                 if not _is_count(repeat):
                     refuse(join(place, "repeat"), f"expected an integer >= 1, got {show(repeat)}")
-                total += (repeat if isinstance(repeat, int) else 1) * count(item.get("of"), join(place, "of"))
+                inner = count(item.get("of"), join(place, "of"))
+                total += (repeat if isinstance(repeat, int) else 1) * inner[0]
+                blocks += (repeat if isinstance(repeat, int) else 1) * inner[1]
             else:
                 unread = True
                 refuse(place, f"expected a layer's name or {{repeat: n, of: [...]}}, got {show(item)}")
-        return total
+        return total, blocks
 
-    total = count(stack, "stack")
+    total, blocks = count(stack, "stack")
+    if blocks > MAX_BUILT:
+        refuse("stack", f"{show(blocks)} blocks with repeats expanded; at most {MAX_BUILT} are allowed")
     if total > MAX_LAYERS:
         refuse("stack", f"{show(total)} layers with repeats expanded; at most {MAX_LAYERS} are allowed")
     if not unread:

@@ -62,6 +62,7 @@ MAX_INTEGER = 2**63 - 1
 """Larger integers are refused, because no tensor shape can hold them."""
 
 _REQUIRED: Any = inspect.Parameter.empty
+_SCALARS = (int, str, bool, type(None))
 
 
 @dataclass(frozen=True)
@@ -104,12 +105,20 @@ class Field:
         return TypeAdapter(self.annotation, config=ConfigDict(strict=True, allow_inf_nan=False))
 
     @cached_property
+    def _accepted(self) -> dict[tuple[type, Any], Any]:
+        """The checked values of scalars: a large recipe repeats the same few."""
+        return {}
+
+    @cached_property
     def type_text(self) -> str:
         """The type in words: ``integer >= 1``, ``'a' | 'b'``, ``block with read, write``."""
         return describe_type(self.annotation)
 
     def check(self, value: Any, path: str) -> tuple[Any, list[Problem]]:
         """Return the value in plain JSON form, and its problems. Blocks inside it are not checked."""
+        key = (type(value), value) if type(value) in _SCALARS else None
+        if key is not None and key in self._accepted:
+            return self._accepted[key], []
         too_big = _too_big(value)
         if too_big is not None:
             return value, [Problem(path, f"expected {self.type_text}, got {show(too_big)}")]
@@ -119,7 +128,10 @@ class Field:
             # strict JSON rules, not strict Python rules: a list of two numbers is a good tuple[int, int]
             if not _is_unicode(value):  # the name of a file may be no valid text, which JSON cannot hold
                 return self.adapter.validate_python(value, strict=True), []
-            return json.loads(self.adapter.dump_json(self.adapter.validate_json(json.dumps(value)))), []
+            checked = json.loads(self.adapter.dump_json(self.adapter.validate_json(json.dumps(value))))
+            if key is not None and len(self._accepted) < 1000:
+                self._accepted[key] = checked
+            return checked, []
         except ValidationError as error:
             return value, self._translate(error, value, path)
         except (TypeError, ValueError, RecursionError):

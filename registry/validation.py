@@ -13,7 +13,7 @@ CHAIN = "chain"
 """A list of blocks is short for this block with the list as its field ``of``."""
 
 MAX_NESTING = 32
-MAX_BLOCKS = 2_000
+MAX_BLOCKS = 1024
 """Maximal number of blocks in one recipe (a repeated layer counts once)."""
 
 
@@ -93,7 +93,8 @@ class Checker:
     def __init__(self, dim: int | None = None) -> None:
         self.dim = dim
         self.problems: list[Problem] = []
-        self._blocks = 0
+        self.blocks = 0
+        """Number of blocks so far, with those inside of others."""
 
     def check(self, node: Any, path: str = "") -> Any:
         """Return the normalized form of ``node``, which is valid if no problem was added."""
@@ -102,11 +103,11 @@ class Checker:
     def _block(self, node: Any, path: str, needs: Needs | None, depth: int) -> Any:
         if len(self.problems) >= MAX_PROBLEMS:
             return node
-        self._blocks += 1
+        self.blocks += 1
         if depth > MAX_NESTING:
             return self._refuse(path, f"blocks are nested more than {MAX_NESTING} deep", node)
-        if self._blocks > MAX_BLOCKS:
-            if self._blocks == MAX_BLOCKS + 1:
+        if self.blocks > MAX_BLOCKS:
+            if self.blocks == MAX_BLOCKS + 1:
                 self._refuse(path, f"more than {MAX_BLOCKS} blocks", node)
             return node
         if is_block(node):

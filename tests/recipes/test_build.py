@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,10 @@ from torch import nn
 from titans_build import Block
 from titans_build.blocks.state import named_tensors
 from titans_build.recipes import build, load_recipe
-from titans_build.recipes.build import state_bytes
+from titans_build.recipes.build import measure, state_bytes
+from titans_build.recipes.recipe import MAX_BUILT
 from titans_build.registry import RecipeError, register, scratch
+from titans_build.registry.validation import MAX_BLOCKS
 
 HEAD = "version: 1\ndim: 64\nvocab: 256\n"
 SMALL = HEAD.replace("dim: 64", "dim: 16") + "layers:\n  plain: [attention, ffn]\nstack: [plain]\n"
@@ -97,6 +101,32 @@ def test_state_bytes_on_the_meta_device(name: str):
     assert state_bytes(model, recipe) == made.state_bytes()
     there = [(path, tensor.shape, tensor.dtype) for path, tensor in named_tensors(model.init_state(2))]
     assert there == [(path, tensor.shape, tensor.dtype) for path, tensor in named_tensors(made.init_state(2))]
+
+
+def test_a_model_is_measured_by_its_distinct_layers():
+    recipe = load_recipe("windows-and-mac", overrides={"stack.0.repeat": 3})
+    model = build(recipe)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert measure(recipe) == (parameters, model.state_bytes(), model.grows)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    ["{type: memory, heads: 2}", "{type: context, memory: {type: memory, heads: 2}}", "[[[[[[[[ffn]]]]]]]]"],
+)
+def test_the_largest_recipes_are_measured_in_little_time_and_memory(layer: str):
+    """As many blocks as a recipe may have, without and with repeats."""
+    count = MAX_BLOCKS // (9 if "[[" in layer else 3 if "context" in layer else 1)
+    text = HEAD + f"layers: {{a: [{', '.join([layer] * count)}]}}\nstack: [{{repeat: 8, of: [a]}}]\n"
+    measure(load_recipe("mac"))
+    tracemalloc.start()
+    started = time.process_time()
+    measure(load_recipe(text.replace("repeat: 8", f"repeat: {MAX_BUILT // MAX_BLOCKS}")))
+    assert time.process_time() - started < 20  # tracing memory and other processes included
+    assert tracemalloc.get_traced_memory()[1] < 100 * 2**20
+    tracemalloc.stop()
+    with pytest.raises(RecipeError, match="blocks with repeats expanded; at most 8192 are allowed"):
+        load_recipe(text.replace("repeat: 8", "repeat: 1024"))
 
 
 def test_state_bytes_of_a_block_without_support_for_the_meta_device():

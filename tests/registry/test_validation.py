@@ -233,7 +233,7 @@ def test_limits_of_nesting_and_number():
     for _ in range(40):
         deep = {"type": "chain", "of": [deep]}
     assert any("nested more than" in message for message in problems(deep).values())
-    assert any("more than 2000 blocks" in message for message in problems(["store"] * 20_000).values())
+    assert any("more than 1024 blocks" in message for message in problems(["store"] * 20_000).values())
 
 
 def test_an_error_of_a_constructor_is_a_recipe_error():

@@ -13,8 +13,9 @@ import torch
 from rich.text import Text
 
 from ... import recipes
+from ...blocks.build import check_device
 from ...blocks.language_model import LanguageModel
-from ...recipes.build import assemble, shortage, state_bytes
+from ...recipes.build import measure, shortage
 from ...recipes.saved_format import INDEX
 from ...registry import RecipeError, Unavailable, show
 from ..command_line import Command, problem_list
@@ -71,12 +72,16 @@ def _build(arguments: argparse.Namespace) -> int:
     text = None if arguments.text is None else _text(arguments.text, recipe, device, dtype)
     folder = saved_folder(arguments.recipe) if arguments.seed is None else None
     seed = None if folder is not None else arguments.seed or 0
-    if folder is None:
-        model = recipes.build(recipe, device=device, dtype=dtype, seed=seed)
-    else:
+    model: LanguageModel | None = None
+    if folder is not None:
         model = _load(folder, arguments, device)
-    dtype_name = str(next(model.parameters()).dtype).removeprefix("torch.")
-    found = summarize(on_meta(recipe, model), recipe)
+    elif text is not None or arguments.out is not None:
+        model = recipes.build(recipe, device=device, dtype=dtype, seed=seed)
+    # costs need no weights, which may not fit into memory
+    shapes = on_meta(recipe, model, dtype)
+    check_device(shapes, device)
+    dtype_name = str(next(shapes.parameters()).dtype).removeprefix("torch.")
+    found = summarize(shapes, recipe)
     report: dict[str, Any] = {
         "recipe": {
             "name": recipe.name or arguments.recipe,
@@ -100,6 +105,7 @@ def _build(arguments: argparse.Namespace) -> int:
         },
     }
     if arguments.out is not None:
+        assert model is not None
         # before anything is printed: the end of a reader (`| head`) ends the command
         recipes.save(model, arguments.out, overwrite=arguments.force)
         report["out"] = os.path.abspath(arguments.out)
@@ -112,6 +118,7 @@ def _build(arguments: argparse.Namespace) -> int:
             say("", f"saved to {arguments.out}")
     result = None
     if text is not None:
+        assert model is not None
         if arguments.json:
             result = smoke_test(model, text)
         else:
@@ -260,18 +267,17 @@ def _check(arguments: argparse.Namespace) -> int:
 def _measured(recipe: recipes.Recipe) -> dict[str, Any]:
     """The size of the model and, as a warning, why this machine cannot build it."""
     try:
-        # on the meta device: shapes without values
-        model = assemble(recipe)
+        size = measure(recipe)
     except Unavailable as error:
         missing = "; ".join(map(str, error.problems))
         sizes = dict.fromkeys(("state_bytes_per_row", "state_grows"))
         return {"parameters": None, "depth": recipe.depth, **sizes, "warning": f"cannot be built here: {missing}"}
     return {
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": size.parameters,
         "depth": recipe.depth,
-        "state_bytes_per_row": state_bytes(model, recipe),
-        "state_grows": model.grows,
-        "warning": shortage(model, recipe),
+        "state_bytes_per_row": size.state_bytes,
+        "state_grows": size.grows,
+        "warning": shortage(size),
     }
 
 

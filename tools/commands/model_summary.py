@@ -100,16 +100,16 @@ def summarize(model: LanguageModel, recipe: Recipe) -> ModelSummary:
     return found
 
 
-def on_meta(recipe: Recipe, model: LanguageModel | None = None) -> LanguageModel:
+def on_meta(recipe: Recipe, model: LanguageModel | None = None, dtype: torch.dtype = torch.float32) -> LanguageModel:
     """A model of ``recipe`` to summarize, on the meta device, where nothing is allocated or computed.
 
     If a custom block cannot create its state there: ``model``, which was built from ``recipe``, or a new one.
     """
-    dtype = torch.float32 if model is None else next(model.parameters()).dtype
+    dtype = dtype if model is None else next(model.parameters()).dtype
     shapes = build(recipe, device="meta", dtype=dtype)
     if state_bytes(shapes, recipe) is not None:
         return shapes
-    return build(recipe) if model is None else model
+    return build(recipe, dtype=dtype) if model is None else model
 
 
 def summarize_layer(layer: Block, name: str, recipe: Recipe) -> Part:

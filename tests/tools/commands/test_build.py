@@ -51,6 +51,11 @@ def test_the_table_shows_every_part_once(small: Path, titans_build: Run) -> None
     assert "marked ×N" not in titans_build("lmm", "--set", "dim=32", "--set", "stack.0.repeat=1").out
 
 
+def test_costs_allocate_no_weights(titans_build: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tb.recipes, "build", lambda *args, **named: pytest.fail("the model is built"))
+    assert "1.30G" in titans_build("mac-1.3b").out
+
+
 def test_one_layer_is_singular(small: Path, titans_build: Run) -> None:
     words = ["lmm", "--set", "dim=32", "--set", "stack.0.repeat=1"]
     assert "vocab 256, 1 layer, " in titans_build(*words).out
