@@ -316,7 +316,7 @@ def _find_parameter(module: Any) -> tuple[nn.Module, str]:
 
 def like_of(module: Any) -> Any:
     """Return a floating-point parameter, for the dtype and device of the module; ``None`` if there is none."""
-    owner, name = module._parameter or _find_parameter(module)
+    owner, name = getattr(module, "_parameter", None) or _find_parameter(module)
     with _loaded(owner) if "accelerate" in sys.modules else contextlib.nullcontext():
         return getattr(owner, name) if name else None
 

@@ -43,10 +43,9 @@ def from_pretrained(folder: str | os.PathLike[str], **kwargs: Any) -> Any:
     kind: Any = kinds[0] if kinds else getattr(transformers, wanted, None)
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
         raise StorageError(f"{place}: no class {show(wanted)} is known that reads a {type(config).__name__}")
-    given = kwargs.setdefault("config", config)
-    if given is not config and hasattr(config, "quantization_config"):
-        kwargs["config"] = given = copy.deepcopy(given)
-        given.quantization_config = config.quantization_config  # the swaps, which no other configuration has
+    if "config" in kwargs and hasattr(config, "quantization_config"):
+        kwargs["config"] = copy.deepcopy(kwargs["config"])
+        kwargs["config"].quantization_config = config.quantization_config  # the swaps, which no other configuration has
     output_loading_info = kwargs.pop("output_loading_info", False)
     reader: Any = kind
     model, info = reader.from_pretrained(str(place), trust_remote_code=False, output_loading_info=True, **kwargs)

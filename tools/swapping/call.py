@@ -82,7 +82,7 @@ class ModelCall:
 
         transformers records them by the classes of modules.
         """
-        config = getattr(self.opener, "config", None)
+        config: Any = getattr(self.opener, "config", None)
         layers = getattr(config.get_text_config(), "num_hidden_layers", 0) if hasattr(config, "get_text_config") else 0
         replaced = [site for site in self._results if isinstance(site, Replacement)]
         for name, wanted in (("hidden_states", layers + 1), ("attentions", layers)):

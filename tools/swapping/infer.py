@@ -88,7 +88,7 @@ def input_width(module: nn.Module) -> int | None:
     if original(module) is not module:
         found = module.block
         return int(found.dim)
-    if isinstance(module, nn.RNNBase):
+    if isinstance(module, nn.RNNBase):  # which also has a hidden_size
         return module.input_size
     for name in ("embed_dim", "hidden_size", "d_model", "n_embd", "dim"):
         found = getattr(module, name, None)
@@ -96,7 +96,7 @@ def input_width(module: nn.Module) -> int | None:
             return found
     if isinstance(module, _LAYERS) and getattr(module, "self_attn", None) is not None:
         return input_width(module.self_attn)
-    found = next((width for width in map(_layer_width, module.modules()) if width is not None), None)
+    found = next((reads for reads, _ in map(_layer_widths, module.modules()) if reads is not None), None)
     if found is None:
         found = getattr(getattr(module, "config", None), "hidden_size", None)
     return found if type(found) is int and found > 0 else None
@@ -104,34 +104,19 @@ def input_width(module: nn.Module) -> int | None:
 
 def output_width(module: nn.Module) -> int | None:
     """The same of what it returns."""
-    module = _last_called(module)
-    possible = _output_widths(module)
-    if possible is not None and len(possible) == 1:
-        return possible.pop()
-    return input_width(module)
+    possible = output_widths(module)
+    return possible.pop() if possible is not None and len(possible) == 1 else input_width(_last_called(module))
 
 
-def cannot_return(module: nn.Module, width: int) -> bool:
-    """Whether ``module`` surely returns another width than ``width``."""
-    possible = _output_widths(_last_called(module))
-    return possible is not None and bool(possible) and not possible & {1, width}  # 1 scales any width
-
-
-def _output_widths(module: nn.Module) -> set[int] | None:
-    """The widths that the layers in ``module`` return, one of which it returns itself; ``None`` if one is unknown."""
+def output_widths(module: nn.Module) -> set[int] | None:
+    """Widths of which ``module`` returns one; ``None`` if they are unknown, empty if it keeps the width."""
+    if isinstance(module, nn.Sequential):
+        return next((widths for widths in map(output_widths, reversed(module)) if widths is None or widths), set())
     found = set()
     for layer in module.modules():
-        if isinstance(layer, nn.Linear):
-            found.add(layer.out_features)
-        elif isinstance(layer, nn.Embedding):
-            found.add(layer.embedding_dim)
-        elif isinstance(layer, nn.RNNBase):
-            found.add((layer.proj_size or layer.hidden_size) * (2 if layer.bidirectional else 1))
-        elif _is_conv1d(layer):
-            found.add(int(layer.weight.shape[1]))  # type: ignore[index]
-        elif next(layer.parameters(recurse=False), None) is not None:
-            width = None if isinstance(layer, nn.MultiheadAttention) else _layer_width(layer)
-            if width is None:
+        if next(layer.parameters(recurse=False), None) is not None:
+            _, width = _layer_widths(layer)
+            if width in (None, 1):  # 1 scales any width
                 return None
             found.add(width)
     return found
@@ -163,24 +148,23 @@ def _last_called(module: nn.Module) -> nn.Module:
     return module
 
 
-def _layer_width(module: nn.Module) -> int | None:
-    weight: Any = getattr(module, "weight", None)
-    if isinstance(module, nn.Linear):
-        return module.in_features
-    if isinstance(module, nn.LayerNorm):
-        return int(module.normalized_shape[-1])
-    if isinstance(module, nn.MultiheadAttention):
-        return module.embed_dim
-    if _is_conv1d(module):
-        return int(weight.shape[0])
-    if type(module).__name__.endswith("RMSNorm") and weight is not None:
-        return int(weight.shape[-1])
-    return None
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """GPT-2's linear layer, weight [in, out]."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+def _layer_widths(layer: nn.Module) -> tuple[int | None, int | None]:
+    """The widths that a layer with parameters reads and returns; ``None`` for one that is unknown."""
+    weight: Any = getattr(layer, "weight", None)
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    if isinstance(layer, nn.RNNBase):
+        returned = layer.proj_size or layer.hidden_size
+        return layer.input_size, returned * (2 if layer.bidirectional else 1)
+    if isinstance(layer, nn.Embedding):
+        return None, layer.embedding_dim
+    if isinstance(layer, nn.MultiheadAttention):
+        return layer.embed_dim, layer.embed_dim
+    if type(layer).__name__ == "Conv1D" and hasattr(layer, "nf"):  # GPT-2's linear layer, weight [in, out]
+        return int(weight.shape[0]), int(weight.shape[1])
+    if isinstance(layer, nn.LayerNorm) or (type(layer).__name__.endswith("RMSNorm") and weight is not None):
+        return int(weight.shape[-1]), int(weight.shape[-1])
+    return None, None
 
 
 def _returned(module: nn.Module, otherwise: int | None = None) -> int | None:

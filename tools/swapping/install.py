@@ -16,7 +16,7 @@ from ...registry import RecipeError, nearest, show, validate
 from ...registry.validation import CHAIN
 from .adapter import Adapter, SwapError, as_adapter, uncompiled
 from .call import HOOKS, call_replacement
-from .infer import cannot_return, check_adapter, device_and_dtype, infer_adapter, input_width, output_width
+from .infer import check_adapter, device_and_dtype, infer_adapter, input_width, output_width, output_widths
 from .plan import HOWS, Plan, Row, match
 from .site import BlockSpec, Gated, Replacement, Site, make_block
 
@@ -221,7 +221,10 @@ def _row(
         raise SwapError(f"the width of the {side} of {kind} is unknown: give it, dim=...")
     if type(width) is not int or width < 1:
         raise SwapError(f"dim: expected an integer >= 1, got {show(width)}")
-    if how in ("replace", "beside") and cannot_return(module, width):
+    if isinstance(module, nn.Embedding) and how != "after":
+        raise SwapError(f"{kind} reads the ids of tokens, which a block does not: how='after' adds to what it returns")
+    possible = output_widths(module)
+    if how in ("replace", "beside") and possible and width not in possible:
         raise SwapError(f"{kind} does not return the width {width}, which a block that reads it returns")
     return Row(path, kind, width, 0, *device_and_dtype(module, model), adapter)
 
