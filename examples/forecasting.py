@@ -9,7 +9,7 @@ rate of growth must be in its state. It is trained on the series up to 1992. It 
 at a time, with constant weights. Its errors are compared with those of two simple forecasts: the last value (naive),
 and the value of the same week in the year before plus the growth of a year (seasonal naive).
 
-The series comes with statsmodels: pip install 'titans-build[examples]'
+The series comes with statsmodels: pip install ".[examples]"
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ The program prints the accuracy in each episode: with the memory kept over the e
 at each episode, and of the nearest neighbor among all pictures named before in this life. The nearest neighbor stores
 every picture, while the state of the model has a constant size.
 
-The digits come with scikit-learn: pip install 'titans-build[examples]'
+The digits come with scikit-learn: pip install ".[examples]"
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ The program prints the accuracy on held-out digits after each line: of the model
 and of logistic regression on the whole picture. It also checks that reading line by line gives the same scores as
 reading each digit at once.
 
-The digits come with scikit-learn: pip install 'titans-build[examples]'
+The digits come with scikit-learn: pip install ".[examples]"
 """
 
 from __future__ import annotations

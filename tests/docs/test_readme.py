@@ -19,7 +19,7 @@ def test_the_commands_run(
     page: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (recipe,) = page.fences("yaml")
+    recipe, _ = page.fences("yaml")
     Path("my.yaml").write_text(recipe, encoding="utf-8")
     Path("README.md").write_text(page.text[:200], encoding="utf-8")  # a short text to try
     shown = page.command_lines("titans-build")
