@@ -105,11 +105,11 @@ class Attention(Block):
 
     def init_state(self, batch_size: int) -> AttentionState:
         like = like_of(self)
-        if like is None:  # the weights are quantized to integers
-            like = torch.empty(0, device=self.qkv.weight.device)
+        # None: the weights are quantized to integers
+        device, dtype = (self.qkv.weight.device, None) if like is None else (like.device, like.dtype)
         slots = 0 if self.window is None else self.window - 1
-        empty = like.new_zeros(batch_size, slots, self.kv_heads, self.head_dim)
-        zero = like.new_zeros(batch_size, dtype=torch.int64)
+        empty = torch.zeros(batch_size, slots, self.kv_heads, self.head_dim, dtype=dtype, device=device)
+        zero = torch.zeros(batch_size, dtype=torch.int64, device=device)
         return AttentionState(empty, empty, zero, zero, None, None)
 
     def prefix(self, tokens: Tensor) -> tuple[Tensor, AttentionState]:

@@ -52,7 +52,7 @@ def with_parameters(method: Callable[..., _T]) -> Callable[..., _T]:
 
     @functools.wraps(method)
     def run(self: Any, *args: Any, **named: Any) -> _T:
-        if "torch.distributed.tensor" in sys.modules and is_sharded(like_of(self)):
+        if "torch.distributed.tensor" in sys.modules and any(map(is_sharded, self.parameters(recurse=False))):
             raise _missing(self, method, "sharded", "given to fully_shard")
         if "forward" not in vars(self) or "accelerate" not in sys.modules:
             return method(self, *args, **named)
@@ -329,7 +329,7 @@ def initial_state(block: Block, rows: int) -> State:
     return block(torch.zeros(rows, 0, block.dim, dtype=like.dtype, device=like.device))[1]
 
 
-def is_sharded(x: Tensor | None) -> bool:
+def is_sharded(x: Tensor) -> bool:
     """Whether this process has only a part of ``x``."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)
