@@ -12,13 +12,12 @@ from torch.nn import functional as F
 
 from ..kernels.attention import Prefix, attention
 from ..kernels.attention.decode import Cache, cached_attention
-from ..kernels.linear import project
+from ..kernels.linear import is_plain, linear, project
 from ..kernels.norm_gate import rms_norm
 from ..kernels.padding import align, last
 from ..kernels.rotary import rotate
 from ..registry import register
 from .block import Block, check_input, like_of
-from .layers import is_plain, linear
 
 FEW = 4
 """Number of tokens up to which one fused kernel is faster than several operators."""

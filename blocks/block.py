@@ -13,34 +13,12 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from ..kernels.linear import is_unmodified
 from .freezing import thawed
 from .observers import suppressed
 from .state import State, map_state, named_tensors, nbytes
 
 _T = TypeVar("_T")
-
-
-def is_unmodified(module: nn.Module, *methods: str) -> bool:
-    """Whether calling ``module`` runs ``methods`` of its class and nothing else.
-
-    False with hooks, after ``module.compile()``, and if the instance has its own version of one of ``methods``, such as
-    the ``forward`` that accelerate sets. PyTorch has no public function that says whether a module has hooks.
-    """
-    for method in methods:
-        if method in vars(module):
-            return False
-    everywhere: Any = torch.nn.modules.module
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or module._compiled_call_impl is not None
-        or everywhere._global_forward_hooks
-        or everywhere._global_forward_pre_hooks
-        or everywhere._global_backward_hooks
-        or everywhere._global_backward_pre_hooks
-    )
 
 
 def with_parameters(method: Callable[..., _T]) -> Callable[..., _T]:

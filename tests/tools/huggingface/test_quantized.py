@@ -20,8 +20,8 @@ DIM = 64
 def built() -> Any:
     ffn = {"type": "ffn", "hidden": 128}
     context = {"type": "context", "segment": 8, "attend": {"type": "attention", "qk_norm": False}}
-    recipe = tb.load_recipe({"version": 1, "dim": DIM, "vocab": 256, "layers": {"mac": [context, ffn]}, "stack": ["mac"]})
-    return tb.build(recipe, seed=0).eval()
+    layers = {"mac": [context, ffn]}
+    return tb.build({"version": 1, "dim": DIM, "vocab": 256, "layers": layers, "stack": ["mac"]}, seed=0).eval()
 
 
 @pytest.fixture
