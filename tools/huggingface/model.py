@@ -28,13 +28,15 @@ from ...blocks.build import materialize
 from ...blocks.language_model import IGNORED, LanguageModel
 from ...blocks.state import trainable
 from ...recipes import Recipe, StorageError
+from ...recipes.atomic_write import read_regular
 from ...recipes.build import assemble
-from ...recipes.saved_format import INDEX, list_differences
+from ...recipes.saved_format import INDEX, TOKENIZER, list_differences, saved_folder
 from ...registry import show
 from ..training.train_step import activation_checkpointing
 from .arguments import chosen_states, expect_one_document, given_cache, real_tokens
 from .cache import CACHE, StateCache
 from .config import TitansBuildConfig
+from .tokenizer import tokenizer_of
 
 LABELS_TAKEN_OUT = (
     "Trainer took the labels out to compute the loss itself. For label_smoothing_factor it does not shift them, as it "
@@ -146,15 +148,22 @@ class TitansBuildPreTrainedModel(PreTrainedModel):
                 f"{place}: these are the weights of another recipe than the one in config.json "
                 f"({result.config.fingerprint}), though all shapes are the same"
             )
+        if os.path.isfile(tokenizer := os.path.join(place, TOKENIZER)):
+            model.model.tokenizer = read_regular(Path(tokenizer)).decode("utf-8")
         return (result, info) if output_loading_info else result
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As in transformers: recipe in ``config.json``, weights in safetensors. Modules to import are left out."""
+        """As in transformers: recipe in ``config.json``, weights in safetensors, and the model's tokenizer.
+
+        Modules to import are left out.
+        """
         if getattr(getattr(self.config, "quantization_config", None), "quant_method", None) == "torchao":
             raise ValueError("a recipe model quantized by torchao cannot be saved; quantize it when it is loaded")
         model = self._holder
         model.fingerprint = torch.tensor(model.model.fingerprint.number)
         super().save_pretrained(save_directory, *args, **kwargs)
+        if getattr(model.model, "tokenizer", None) is not None:
+            tokenizer_of(self).save_pretrained(save_directory)
 
     def get_input_embeddings(self) -> Any:
         return self._holder.embed_tokens if self.config.vocab_size is not None else None
@@ -399,8 +408,8 @@ def as_pretrained(model: LanguageModel) -> TitansBuildModel | TitansBuildForCaus
 
 
 def is_saved_model(place: Path) -> bool:
-    """Whether ``place`` is a folder that ``tb.save`` wrote."""
-    return (place / INDEX).is_file() and not (place / "config.json").exists()
+    """Whether ``place`` is a folder that ``tb.save`` wrote, or a run with one."""
+    return (saved_folder(place) / INDEX).is_file() and not (place / "config.json").exists()
 
 
 def next_token_loss(

@@ -8,7 +8,8 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-TOKENIZER = "tokenizer.json"
+from ...recipes.saved_format import TOKENIZER
+
 ENDS = ("<pad>", "[PAD]", "<|endoftext|>", "</s>")
 """Usual names of tokens that pad a batch or end a text."""
 

@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
+import titans_build as tb
 from titans_build.huggingface import byte_tokenizer, from_pretrained, tokenizer_of
+from titans_build.tools.data.tokenizer import train_tokenizer
 
 
 @pytest.mark.parametrize("text", ["a b\n", " naïve  café ", "日本語 🙂", "", "\t<pad>\x01"])
@@ -41,3 +44,31 @@ def test_the_tokenizer_of_a_model(small: Any, llama: Any, tmp_path: Path) -> Non
     for model in (small("mag"), llama.plain()):
         with pytest.raises(ValueError, match="no tokenizer was saved with this model of 40 token ids"):
             tokenizer_of(model)
+
+
+def test_a_tokenizer_stays_with_its_model(small: Any, tmp_path: Path) -> None:
+    trained = train_tokenizer(["once upon a time there was a time"] * 4, 270)
+    inner = small("mag", vocab=300).model
+    inner.tokenizer = trained.to_str()
+    tb.save(inner, tmp_path / "run" / "model")
+    ids = trained.encode("once upon").ids
+    model = from_pretrained(tmp_path / "run")  # a run, or the model in it
+    model.save_pretrained(tmp_path / "first")
+    from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    tb.save(from_pretrained(tmp_path / "second").model, tmp_path / "third")
+    for place in ("run/model", "first", "second", "third"):
+        kept = AutoTokenizer.from_pretrained(tmp_path / place)
+        assert (
+            kept("once upon")["input_ids"]
+            == tokenizer_of(from_pretrained(tmp_path / place))("once upon")["input_ids"]
+            == ids
+        )
+        assert kept.decode(ids) == "once upon"
+    for place in ("first", "second"):
+        kept = AutoTokenizer.from_pretrained(tmp_path / place)
+        assert (kept.padding_side, kept.pad_token_id) == ("left", trained.token_to_id("\u0100"))  # the byte 0
+    # what was added to the tokenizer of a folder goes with it
+    kept.add_special_tokens({"eos_token": "\u0101"})
+    kept.save_pretrained(tmp_path / "second")
+    from_pretrained(tmp_path / "second").save_pretrained(tmp_path / "fourth")
+    assert AutoTokenizer.from_pretrained(tmp_path / "fourth").eos_token == "\u0101"
