@@ -25,6 +25,7 @@ backends visible to ``torch.compile``, ``cpu_runtime/`` builds and calls the C k
 Triton's, and ``padding.py`` moves the real tokens of padded rows together.
 """
 
-from . import attention, linear, memory, norm_gate, rotary, scan, short_conv
+if "." in __name__:  # in the repository's root, transformers takes this folder for its package kernels and imports it
+    from . import attention, linear, memory, norm_gate, rotary, scan, short_conv
 
 __all__ = ["attention", "linear", "memory", "norm_gate", "rotary", "scan", "short_conv"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 
 def test_a_missing_extra_is_one_error() -> None:
@@ -21,3 +22,10 @@ except ImportError as error:
     assert done.stdout == (
         "titans_build.huggingface needs transformers, which is not installed: pip install 'titans-build[hf]'\n"
     )
+
+
+def test_transformers_finds_a_folder_named_kernels_in_the_root() -> None:
+    """With the root on Python's path it imports it, as the package ``kernels``, before the library is imported."""
+    root = Path(__file__).parents[3]
+    code = "import transformers.activations, titans_build as tb; tb.build('mac', device='meta')"
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
