@@ -48,7 +48,8 @@ def operation(time: int, backward: bool) -> Callable[[], Any]:
 
     heads, width, hidden = 4, 32, 128
     draw = torch.Generator().manual_seed(0)
-    q, k, v = torch.randn(3, 1, time, heads, width, generator=draw).requires_grad_(backward)
+    qkv = torch.nn.functional.normalize(torch.randn(3, 1, time, heads, width, generator=draw), dim=-1)  # no overflow
+    q, k, v = qkv.requires_grad_(backward)
     theta, eta, alpha = 0.1 * torch.rand(3, 1, time, heads, generator=draw).requires_grad_(backward)
     weights = tuple(
         torch.randn(1, heads, *shape, generator=draw) * shape[1] ** -0.5 for shape in ((hidden, width), (width, hidden))

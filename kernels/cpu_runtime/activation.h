@@ -33,13 +33,13 @@ INLINE void activate(enum activation kind, vec z, vec *value, vec *slope, vec *c
 INLINE void activate_as(enum activation kind, int count, const real *z, real *value, real *slope, real *curvature) {
     for (int i = 0; i < count; i += WIDTH) {
         vec a, b, c;
-        activate(kind, load_vec(z + i), &a, &b, &c);
+        activate(kind, get(z + i), &a, &b, &c);
         if (value)
-            store_vec(value + i, a);
+            put(value + i, a);
         if (slope)
-            store_vec(slope + i, b);
+            put(slope + i, b);
         if (curvature)
-            store_vec(curvature + i, c);
+            put(curvature + i, c);
     }
 }
 

@@ -5,16 +5,16 @@
 #include "vector.h"
 
 /* the first n numbers at p, zeros behind them */
-INLINE vec load_partial(const real *p, int64_t n) {
+INLINE vec get_some(const real *p, int64_t n) {
     if (n >= WIDTH)
-        return load_vec(p);
+        return get(p);
     vec x = {};
     memcpy(&x, p, (size_t)n * sizeof(real));
     return x;
 }
-INLINE void store_partial(real *p, vec x, int64_t n) {
+INLINE void put_some(real *p, vec x, int64_t n) {
     if (n >= WIDTH)
-        store_vec(p, x);
+        put(p, x);
     else
         memcpy(p, &x, (size_t)n * sizeof(real));
 }

@@ -16,13 +16,13 @@ The operations are in this file: :func:`titans_memory` writes and reads, :func:`
 ``step_torch.py``      backend ``step``: one token in few PyTorch operators
 ``triton/``            backends ``triton`` and ``triton_step``: the chunks of ``torch``, and one token, on a GPU
 ``surprise.py``        the norm of a token's gradient, and the threshold below which tokens are not written
+``overflow.py``        confines NaN and infinity to the tokens from which on they belong to a memory
 =====================  ===============================================================================================
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -47,6 +47,7 @@ from .chunkwise_torch import chunkwise_memory
 from .closed_form import closed_form_memory
 from .cpu import native_memory, native_read, refuse_native, refuse_native_read
 from .network_torch import ACTIVATIONS, torch_read
+from .overflow import confine_overflow
 from .reference import reference_memory, reference_read
 from .state import BackendFunction, MemoryState, Options, Tokens
 from .step_cpu import ReadPlan, StepPlan, native_step, native_step_read, refuse_native_step
@@ -84,7 +85,14 @@ def titans_memory(
         y_t = M_t(q_t)
 
     ``M_{a(t)}``: the weights at the start of the chunk of token ``t``. Differentiable in every tensor, state included.
-    NaN and infinity propagate: they affect their head's memory from their token on, and no earlier output.
+    Gradients can be differentiated again, and ``torch.func`` and forward mode are supported; both run on
+    ``closed_form``.
+
+    NaN, infinity and overflow affect the memory of their row and head from their token on, and neither an earlier
+    output nor another row or head. A query that is not finite affects its own output alone, and what stands at masked
+    tokens affects nothing, gradients included. Under ``clip`` the step of a token is right wherever the norm of its
+    gradient is representable; where the norm overflows, the step is NaN. Compiled graphs keep these rules; inside of
+    ``torch.func`` transforms an overflow may reach earlier outputs of its chunk.
 
     Args:
         q, k: ``[batch, time, heads, d_in]``; v: ``[batch, time, heads, d_out]``.
@@ -117,7 +125,7 @@ def titans_memory(
     _check_memory(tokens, state, norm, mask, options)
     tensors = (*tokens, norm, *state.weights, *state.momentum, *state.anchor)
     compute = torch.promote_types(torch.promote_types(q.dtype, state.weights[0].dtype), torch.float32)
-    plain = is_plain_cpu_tensor(*tensors, mask)
+    plain, grad = is_plain_cpu_tensor(*tensors, mask), needs_grad(*tensors)
     run = MEMORY.choose(
         backend,
         device=q.device.type,
@@ -128,7 +136,7 @@ def titans_memory(
         chunk=chunk,
         layers=len(state.weights),
         width=max(q.shape[3], v.shape[3]),
-        grad=needs_grad(*tensors),
+        grad=grad,
     )
     for x in tensors:
         if x is not None and x.dtype != compute:
@@ -136,6 +144,8 @@ def titans_memory(
             break
     with full_precision(q.device.type):
         y, state = run(tokens, state, norm, mask, options)
+    if grad and not y.requires_grad:  # no token wrote or read: the gradients are zero
+        y = sum((x.flatten()[:0].sum() for x in tensors if x is not None and x.requires_grad), y)
     return y.to(q.dtype), state
 
 
@@ -377,8 +387,12 @@ def _backend(
     refuse: Callable[..., str | None] = lambda **facts: None,
     *,
     thresholds: bool = False,
+    steps: bool = False,
 ) -> Backend:
-    """``thresholds``: whether ``function`` applies ``options.threshold`` itself."""
+    """``thresholds``: whether ``function`` applies ``options.threshold`` itself.
+
+    ``steps``: whether it goes token by token, so that nothing that it reads overflows too early.
+    """
 
     def refuse_more(*, transformed: bool = False, **facts: Any) -> str | None:
         if transformed and function not in (closed_form_memory, reference_memory):
@@ -391,34 +405,16 @@ def _backend(
         write = function
         if options.threshold is not None and not thresholds:
             write = functools.partial(thresholded_memory, function)
-        cuts = _first_nonfinite(tokens, mask)
-        if not cuts:
-            return write(tokens, state, norm, mask, options)
-        outputs = []
-        for span in itertools.starmap(slice, itertools.pairwise([0, *cuts, tokens.q.shape[1]])):
-            y, state = write(tokens.at(span), state, norm, None if mask is None else mask[:, span], options)
-            outputs.append(y)
-        return torch.cat(outputs, dim=1), state
+        if 0 in tokens.q.shape[:2]:
+            return torch.zeros_like(tokens.v), state
+        y, after = write(tokens, state, norm, mask, options)
+        if steps or y.is_meta or (function is closed_form_memory and transforming()):
+            return y, after
+        if sum_is_finite(y, *after.weights, *after.momentum):
+            return y, after
+        return confine_overflow(write, tokens, state, norm, mask, options)
 
     return Backend(name, run, refuse_more, opaque=True)
-
-
-def _first_nonfinite(tokens: Tokens, mask: Tensor | None) -> list[int]:
-    """Where to cut the sequence so that NaN and infinity do not reach outputs before them, in order.
-
-    Inside a chunk every backend but the reference multiplies later tokens by zero, and zero times NaN is NaN. The
-    cuts are before the first token of each row and head that is not finite and not masked; none is needed before token
-    0. A query affects only its own output. Tensors without values, or transformed ones, are not looked into.
-    """
-    _, k, *others = tokens
-    if k.shape[1] < 2 or torch.compiler.is_compiling() or k.is_meta or transforming() or sum_is_finite(k, *others):
-        return []
-    finite = [x.detach().isfinite() for x in (k, *others) if x is not None]
-    bad = ~torch.stack([x.all(-1) if x.dim() == 4 else x for x in finite]).all(0)
-    if mask is not None:
-        bad &= mask.unsqueeze(-1)
-    first = bad.to(torch.uint8).argmax(1)  # 0 where there is none, too
-    return sorted({*first.flatten().tolist()} - {0})
 
 
 def _write(
@@ -460,14 +456,14 @@ def _one_token(refuse: Callable[..., str | None] = lambda **facts: None) -> Call
 MEMORY = Operation(
     "memory",
     [
-        _backend("native_step", native_step, _one_token(refuse_native_step), thresholds=True),
-        _backend("triton_step", _triton_step, _one_token(refuse_triton_memory)),
-        _backend("step", torch_step, _one_token(), thresholds=True),
+        _backend("native_step", native_step, _one_token(refuse_native_step), thresholds=True, steps=True),
+        _backend("triton_step", _triton_step, _one_token(refuse_triton_memory), steps=True),
+        _backend("step", torch_step, _one_token(), thresholds=True, steps=True),
         _backend("native", native_memory, refuse_native),
         _backend("triton", _triton_memory, _refuse_triton),
         _backend("torch", chunkwise_memory),
         _backend("closed_form", closed_form_memory, thresholds=True),
-        _backend("reference", reference_memory, thresholds=True),
+        _backend("reference", reference_memory, thresholds=True, steps=True),
     ],
     lambda tokens, state, *others: (tokens.v, state),
     [Tokens, MemoryState, Options],

@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .decay_torch import ChunkDecay, chunk_decay
-from .network_torch import ACTIVATIONS, EPS, layer_norm_vjp, square_sum
+from .network_torch import ACTIVATIONS, EPS, gradient_norm, layer_norm_vjp, length
 
 SCRATCH_BYTES = 128 * 2**20
 """Work buffers up to this size are kept for the next call."""
@@ -185,17 +185,11 @@ class ChunkNetwork:
             torch.bmm(to.unclipped[l + 1], weights[l + 1], out=g)
             self.activation.vjp(g, to.outputs[l], out=to.unclipped[l])
         if self.clip is not None:
-            scale = self._clip_scale(to)[0].unsqueeze(-1)
+            norm = gradient_norm(to.unclipped, to.inputs)
+            # a norm that is not finite makes the step NaN
+            scale = (self.clip / norm.clamp(min=self.clip)).add_(norm, alpha=0).unsqueeze(-1)
             for unclipped, error in zip(to.unclipped, to.errors):
                 torch.mul(unclipped, scale, out=error)
-
-    def _clip_scale(self, of: Written) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-        """Per token: the factor that brings its gradient's norm down to ``clip``; the norm's square and factors."""
-        assert self.clip is not None
-        error_squares = [square_sum(x) for x in of.unclipped]
-        input_squares = [square_sum(x) for x in of.inputs]
-        square = cast(Tensor, sum(d * a for d, a in zip(error_squares, input_squares))) * 4
-        return self.clip / square.sqrt().clamp_(min=self.clip), square, error_squares, input_squares
 
     def _times(self, coefficients: Tensor, x: Tensor, name: str) -> Tensor:
         """``x`` times each part's coefficient: ``[..., b, s]`` and ``[..., b, out]`` -> ``[..., b, s * out]``."""
@@ -367,15 +361,17 @@ class ChunkNetwork:
 
     def _clip_backward(self, now: Written, grad_errors: list[Tensor], grad_inputs: list[Tensor]) -> None:
         """Through ``d = scale * unclipped`` with ``scale = clip / |gradient|`` where that is below one."""
-        scale, square, error_squares, input_squares = self._clip_scale(now)
+        assert self.clip is not None
+        norm = gradient_norm(now.unclipped, now.inputs).clamp_(min=self.clip)
+        scale = self.clip / norm
         grad_scale = sum((g * d).sum(-1) for g, d in zip(grad_errors, now.unclipped))
-        # d scale / d square = -scale / (2 square), and square is 4 sum |d|^2 |a|^2
-        grad_square = torch.where(scale < 1, -4 * grad_scale * scale / square, torch.zeros_like(scale))
-        for g, h, d, a, dd, aa in zip(
-            grad_errors, grad_inputs, now.unclipped, now.inputs, error_squares, input_squares
-        ):
-            g.mul_(scale.unsqueeze(-1)).addcmul_(d, (grad_square * aa).unsqueeze(-1))
-            h.addcmul_(a, (grad_square * dd).unsqueeze(-1))
+        # d scale / d norm = -scale / norm, and norm^2 is 4 sum |d|^2 |a|^2
+        grad_norm = torch.where(scale < 1, -4 * grad_scale * scale, torch.zeros_like(scale))
+        for g, h, d, a in zip(grad_errors, grad_inputs, now.unclipped, now.inputs):
+            # in this order, because the square of a quotient may underflow
+            of_a, of_d = ((length(x) / norm).to(norm.dtype).unsqueeze(-1) for x in (a, d))
+            g.mul_(scale.unsqueeze(-1)).addcmul_(d * of_a, of_a * grad_norm.unsqueeze(-1))
+            h.addcmul_(a * of_d, of_d * grad_norm.unsqueeze(-1))
 
     def _error_backward(
         self,

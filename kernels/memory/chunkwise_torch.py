@@ -52,8 +52,6 @@ def chunkwise_memory(
     network: _Network = ChunkNetwork,
 ) -> tuple[Tensor, MemoryState]:
     """``titans_memory`` for any length, positions and mask."""
-    if tokens.q.shape[1] == 0:
-        return torch.zeros_like(tokens.v), state
     phases = [position % options.chunk for position in state.position.tolist()]
     if mask is not None and bool(mask.all()):
         mask = None

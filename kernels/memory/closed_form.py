@@ -133,12 +133,19 @@ def _chunk(
     _, activation, clip, read, *_, threshold = options
     inputs, errors = _errors(anchor, k, v, activation, gain)
     gradients = [2 * error for error in errors]
-    square = torch.stack([g.square().sum(-1) * a.square().sum(-1) for g, a in zip(gradients, inputs)]).sum(0)
+    # in units of the largest numbers, whose squares may overflow
+    units = [
+        torch.stack([x.detach().abs().amax(-1) for x in part]).amax(0).clamp(min=1) for part in (gradients, inputs)
+    ]
+    scaled = [[x / unit.unsqueeze(-1) for x in part] for unit, part in zip(units, (gradients, inputs))]
+    square = torch.stack([g.square().sum(-1) * a.square().sum(-1) for g, a in zip(*scaled)]).sum(0)
+    unit = units[0] * units[1]
     if clip is not None:
-        # clamped before the root, which has no derivative at 0
-        theta = theta * clip / square.clamp(min=clip**2).sqrt()
+        # clamped before the root, which has no derivative at 0; a gradient that is not finite stays NaN
+        bound = clip / unit
+        theta = theta * (bound + 0 * unit) / square.clamp(min=bound**2).sqrt()
     if threshold is not None:
-        writes = ~(square.sqrt() < threshold)
+        writes = ~(square.sqrt() * unit < threshold)
         theta, alpha = theta * writes, None if alpha is None else alpha * writes
     retention = _products(torch.ones_like(theta) if alpha is None else 1 - alpha)
     momentum_decay = _products(torch.zeros_like(theta) if eta is None else eta)

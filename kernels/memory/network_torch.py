@@ -95,9 +95,20 @@ def layer_norm_vjp(g: Tensor, n: Tensor, inverse: Tensor) -> Tensor:
     return _aten.native_layer_norm_backward(g, n, n.shape[-1:], zero, one, None, None, mask)[0].mul_(inverse)
 
 
-def square_sum(x: Tensor) -> Tensor:
-    """``[..., d] -> [...]``: each vector's squared length."""
-    return torch.linalg.vecdot(x, x)
+def length(x: Tensor) -> Tensor:
+    """``[..., d] -> [...]``, float64: each vector's length, where the squares of its numbers overflow, too."""
+    if x.dtype == torch.float32:
+        return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64)
+    unit = torch.linalg.vector_norm(x, math.inf, -1, True).clamp_(min=1)
+    return torch.linalg.vector_norm(x / unit, dim=-1) * unit.squeeze(-1)
+
+
+def gradient_norm(errors: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
+    """The norm of each token's gradient ``2 d a^T`` in all layers together, in the dtype of the errors."""
+    total, *others = [length(d).mul_(length(a)) for d, a in zip(errors, inputs)]
+    for other in others:
+        total.hypot_(other)
+    return total.mul_(2).to(errors[0].dtype)
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------

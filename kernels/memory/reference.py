@@ -40,12 +40,15 @@ def reference_memory(
             parts = [tuple(x.clone() for x in part) for part in (state.weights, state.momentum, state.anchor)]
             state = MemoryState(parts[0], parts[1], parts[2], state.position.clone())
             return reference_memory(tokens.map(torch.clone), state, norm, mask, options)
+    rows, time = tokens.q.shape[:2]
+    if mask is None:
+        mask = torch.ones(rows, time, dtype=torch.bool, device=tokens.q.device)
+    else:  # zero times NaN is NaN, in gradients too
+        hidden = ~mask
+        tokens = tokens.map(lambda x: x.masked_fill(hidden.view(rows, time, *[1] * (x.dim() - 2)), 0.0))
     q, k, v, theta, eta, alpha = tokens
     chunk, activation, clip, read, *_, threshold = options
     weights, momentum, anchor, position = state
-    rows, time = q.shape[:2]
-    if mask is None:
-        mask = torch.ones(rows, time, dtype=torch.bool, device=q.device)
     outputs = []
     for t in range(time):
         valid = mask[:, t].view(rows, 1, 1, 1)
@@ -59,10 +62,12 @@ def reference_memory(
         if threshold is not None:
             suppressed = torch.cat([g.flatten(2) for g in gradients], 2).norm(dim=2).view(suppressed.shape) < threshold
         if clip is not None:
-            squares = [g.square().sum((-2, -1), keepdim=True) for g in gradients]
+            # in units of the largest number, whose square may overflow; a largest number that is not finite stays NaN
+            unit = torch.stack([g.detach().abs().amax((-2, -1), keepdim=True) for g in gradients]).amax(0).clamp(min=1)
+            squares = [(g / unit).square().sum((-2, -1), keepdim=True) for g in gradients]
             # clamped before the root, which has no derivative at a gradient of zero
-            bound = torch.stack(squares).sum(0).clamp(min=clip**2).sqrt()
-            gradients = tuple(g * (clip / bound) for g in gradients)
+            bound = torch.stack(squares).sum(0).clamp(min=(clip / unit) ** 2).sqrt()
+            gradients = tuple(g / unit * (clip / bound) for g in gradients)
         before = weights
 
         def gate(values: Tensor | None, default: float, t: int = t) -> Tensor:
@@ -82,5 +87,4 @@ def reference_memory(
         position = position + mask[:, t]
         ended = (position % chunk == 0).view(rows, 1, 1, 1) & valid
         anchor = tuple(torch.where(ended, w, a) for w, a in zip(weights, anchor))
-    y = torch.stack(outputs, 1) if outputs else torch.empty_like(v)
-    return y, MemoryState(weights, momentum, anchor, position)
+    return torch.stack(outputs, 1), MemoryState(weights, momentum, anchor, position)

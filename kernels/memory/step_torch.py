@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .network_torch import ACTIVATIONS, EPS, for_few, gain_per_row, layers_one, read_one
+from .network_torch import ACTIVATIONS, EPS, for_few, gain_per_row, gradient_norm, layers_one, read_one
 from .state import MemoryState, Options, Tokens
 
 
@@ -53,12 +53,13 @@ def torch_step(
         errors.append(error)
     errors.reverse()
 
-    # the step is -2 theta, or -clip theta / max(|gradient / 2|, clip / 2); addcmul takes the constant factor
+    # the step is -2 theta, or -2 clip theta / max(|gradient|, clip); addcmul takes the constant factor
     size, factor = theta.reshape(batch * heads, 1, 1), -2.0
-    half_norm = None if clip is threshold is None else _half_norm(errors, inputs)
-    suppressed = None if half_norm is None or threshold is None else half_norm < threshold / 2
-    if half_norm is not None and clip is not None:
-        size, factor = size / half_norm.clamp_min_(clip / 2), -clip
+    grad_norm = None if clip is threshold is None else gradient_norm(errors, inputs).unsqueeze(-1)
+    suppressed = None if grad_norm is None or threshold is None else grad_norm < threshold
+    if grad_norm is not None and clip is not None:
+        # a norm that is not finite makes the step NaN
+        size, factor = torch.addcmul(size / grad_norm.clamp(min=clip), size, grad_norm, value=0), -2 * clip
     momentum_decay = None if eta is None else eta.reshape(batch * heads, 1, 1)
     retention = None if alpha is None else torch.rsub(alpha, 1).reshape(batch * heads, 1, 1)
     if suppressed is not None:
@@ -97,12 +98,3 @@ def torch_step(
         keep(next_anchor, state.anchor),
         state.position + mask.view(-1),
     )
-
-
-def _half_norm(errors: list[Tensor], inputs: list[Tensor]) -> Tensor:
-    """The norm of half the gradient of all layers together, ``[rows, 1, 1]``: those are ``error input^T``."""
-    length = lambda x: torch.linalg.vector_norm(x, 2, 2, True)  # noqa: E731
-    total, *others = [length(d).mul_(length(a)) for d, a in zip(errors, inputs)]
-    for other in others:
-        total.hypot_(other)
-    return total

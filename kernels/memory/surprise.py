@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..dispatch import needs_grad
 from ..padding import Layout, align
-from .network_torch import ACTIVATIONS, EPS, layer_norm_vjp, square_sum, torch_read
+from .network_torch import ACTIVATIONS, EPS, gradient_norm, layer_norm_vjp, torch_read
 from .state import BackendFunction, MemoryState, Options, Tokens
 
 
@@ -35,8 +35,7 @@ def surprise_at(
 ) -> Surprise:
     """The surprise of every token at ``weights`` (per layer ``[batch, heads, out, in]``). Not to be differentiated.
 
-    The gradient of layer l is ``2 d_l a_l^T``, from its input ``a_l`` and the error ``d_l`` that comes back to it, so
-    its square is a product of two squares.
+    The gradient of layer l is ``2 d_l a_l^T``, from its input ``a_l`` and the error ``d_l`` that comes back to it.
     """
     act = ACTIVATIONS[activation]
     key, value = k.transpose(1, 2), v.transpose(1, 2)
@@ -45,17 +44,17 @@ def surprise_at(
         inputs.append(act.value(outputs[-1]))
         outputs.append(inputs[-1] @ weight.mT)
     if norm is None:
-        error = back = outputs[-1] - value
+        error = outputs[-1] - value
+        backs = [error]
     else:
         gain = norm.unsqueeze(1)
         n, _, inverse = torch.native_layer_norm(outputs[-1], outputs[-1].shape[-1:], None, None, EPS)
         error = torch.addcmul(key, n, gain) - value
-        back = layer_norm_vjp(error * gain, n, inverse)
-    square = square_sum(back) * square_sum(inputs[-1])
+        backs = [layer_norm_vjp(error * gain, n, inverse)]
     for layer in range(len(weights) - 2, -1, -1):
-        back = act.vjp(back @ weights[layer + 1], outputs[layer])
-        square = square + square_sum(back) * square_sum(inputs[layer])
-    return Surprise(2 * square.sqrt().transpose(1, 2), square_sum(error).transpose(1, 2))
+        backs.append(act.vjp(backs[-1] @ weights[layer + 1], outputs[layer]))
+    norms = gradient_norm(backs[::-1], inputs)
+    return Surprise(norms.transpose(1, 2), torch.linalg.vecdot(error, error).transpose(1, 2))
 
 
 class Part(NamedTuple):
@@ -154,8 +153,6 @@ def thresholded_memory(
     options: Options,
 ) -> tuple[Tensor, MemoryState]:
     """Apply ``options.threshold`` with a ``backend`` that does not apply it itself."""
-    if tokens.q.shape[1] == 0:
-        return torch.zeros_like(tokens.v), state
     walk = ChunkWalk(tokens, state, norm, mask, options, backend)
     outputs: list[Tensor] = []
     if not needs_grad(*tokens, norm, *state.weights, *state.momentum, *state.anchor):

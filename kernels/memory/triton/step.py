@@ -24,7 +24,18 @@ from ...triton_runtime import launch
 from ..network_torch import ACTIVATION_NUMBERS, EPS
 from ..state import MemoryState, Options, Tokens
 from .schedule import schedule
-from .tiles import activate, layer_norm, layer_norm_vjp, load, slope, store
+from .tiles import (
+    activate,
+    clip_scale,
+    gradient_norm,
+    layer_norm,
+    layer_norm_vjp,
+    length,
+    load,
+    slope,
+    square_sums,
+    store,
+)
 
 
 def triton_step(
@@ -168,7 +179,7 @@ def step_kernel(
     # the key forward through the anchor
     key, value = _vector(k, i, d_in, WIDE), _vector(v + row * v_row + head * v_head, o, d_out, WIDE)
     z = tl.zeros((OUT,), WIDE)
-    squares = 0.0  # of the last layer's input
+    squares, small_squares = tl.zeros((1,), WIDE), tl.zeros((1,), WIDE)  # of the last layer's input
     for h0 in range(0, width, BLOCK):
         h = h0 + tl.arange(0, BLOCK)
         if LAYERS == 2:
@@ -180,7 +191,9 @@ def step_kernel(
             a = _vector(k, h, width, WIDE)
         tile = load(a_2, o, h, d_out, width, WIDE)
         z += _times(tile, a)
-        squares += tl.sum(a * a)
+        more, small_more = square_sums(a, 0, WIDE)
+        squares += more
+        small_squares += small_more
         if ANCHORED:  # noqa: SIM102
             if ends == 0:
                 if LAYERS == 2:
@@ -201,18 +214,22 @@ def step_kernel(
 
     step = 2 * tl.load(theta + row * theta_row + head * theta_head).to(WIDE)
     if CLIP:
-        squares *= tl.sum(error * error)
+        e_squares, small_e_squares = tl.zeros((1,), WIDE), tl.zeros((1,), WIDE)
         if LAYERS == 2:
-            error_squares = 0.0
             for h0 in range(0, width, BLOCK):
                 h = h0 + tl.arange(0, BLOCK)
                 preact = _vector(hidden + at * width, h, width, WIDE)
                 e = _transposed_times(load(a_2, o, h, d_out, width, WIDE), error) * slope(preact, ACTIVATION)
-                error_squares += tl.sum(e * e)
-            squares += error_squares * tl.sum(key * key)
-        # a norm that is NaN makes the step NaN, as on every backend
-        norm = 2 * tl.sqrt(squares)
-        step = tl.where(norm > clip, step * (clip / norm), step * (1 + 0 * norm))
+                more, small_more = square_sums(e, 0, WIDE)
+                e_squares += more
+                small_e_squares += small_more
+        d_squares, small_d_squares = square_sums(error, 0, WIDE)
+        k_squares, small_k_squares = square_sums(key, 0, WIDE)
+        norm = gradient_norm(
+            length(e_squares, small_e_squares, WIDE), length(k_squares, small_k_squares, WIDE),
+            length(d_squares, small_d_squares, WIDE), length(squares, small_squares, WIDE),
+        )  # fmt: skip
+        step *= tl.sum(clip_scale(norm, clip))
     momentum_decay, retention = 0.0, 1.0
     if MOMENTUM:
         momentum_decay = tl.load(eta + row * eta_row + head * eta_head).to(WIDE)

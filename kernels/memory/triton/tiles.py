@@ -89,6 +89,61 @@ def load_gain(gain, row, o, d_out, OUT: tl.constexpr, NORM: tl.constexpr, WIDE: 
     return found
 
 
+# -- the norm of a gradient -----------------------------------------------------------------------------------------
+#
+# The gradient of a layer at a token is 2 d a^T, so that its norm is a product of lengths. The squares of numbers may
+# overflow where a length does not: beside their sum there is that of the squares of the numbers scaled down.
+
+
+@triton.jit
+def _scale_down(WIDE: tl.constexpr):
+    return tl.full((), 2.0**-80 if WIDE.primitive_bitwidth == 32 else 2.0**-600, WIDE)
+
+
+@triton.jit
+def square_sums(x, AXIS: tl.constexpr, WIDE: tl.constexpr):
+    """The sums of squares of numbers, and of numbers scaled down."""
+    small = x * _scale_down(WIDE)
+    return tl.sum(x * x, axis=AXIS), tl.sum(small * small, axis=AXIS)
+
+
+@triton.jit
+def length(squares, small_squares, WIDE: tl.constexpr):
+    """Of vectors with these :func:`square_sums`."""
+    return tl.where(squares < float("inf"), tl.sqrt(squares), tl.sqrt(small_squares) / _scale_down(WIDE))
+
+
+@triton.jit
+def row_length(x, WIDE: tl.constexpr):
+    """Of each row of a tile."""
+    squares, small_squares = square_sums(x, 1, WIDE)
+    return length(squares, small_squares, WIDE)
+
+
+@triton.jit
+def gradient_norm(d_1, a_1, d_2, a_2):
+    """The norm of the gradient of two layers, from the lengths of errors and inputs; zeros for no first layer."""
+    x, y = d_1 * a_1, d_2 * a_2
+    larger = tl.maximum(x, y)
+    quotient = tl.minimum(x, y) / tl.where(larger > 0, larger, 1.0)
+    return 2 * larger * tl.sqrt(1 + quotient * quotient)
+
+
+@triton.jit
+def clip_scale(norm, clip):
+    """What brings the norm of a gradient down to ``clip``; NaN where the norm is not finite."""
+    return clip / tl.maximum(norm, clip) + 0 * norm
+
+
+@triton.jit
+def through_norm(x, quotient, grad_norm):
+    """The gradient of a vector through the norm; ``quotient``: of the length of the other factor and the norm.
+
+    In this order, because the square of the quotient may underflow.
+    """
+    return x * quotient[:, None] * (quotient * grad_norm)[:, None]
+
+
 # -- activations and LayerNorm --------------------------------------------------------------------------------------
 
 _RELU, _SILU, _GELU = (tl.constexpr(ACTIVATION_NUMBERS[name]) for name in ("relu", "silu", "gelu"))

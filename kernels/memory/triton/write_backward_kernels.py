@@ -16,16 +16,22 @@ import triton
 import triton.language as tl
 
 from .tiles import (
+    clip_scale,
     coefficient,
     curvature,
     dot,
+    gradient_norm,
+    length,
     load,
     load_gain,
     load_tokens,
     output_error_backward,
+    row_length,
     slope,
+    square_sums,
     store,
     store_tokens,
+    through_norm,
 )
 from .write_kernels import factor
 
@@ -126,27 +132,31 @@ def write_backward_kernel(
 
             # through errors = scale unclipped, where scale = clip / |gradient| below one
             unclipped = load_tokens(unclipped_2, first, t, o, b, d_out, WIDE)
-            squares_raw = tl.sum(unclipped * unclipped, axis=1)
-            squares_k, squares_1 = tl.zeros((ROWS,), WIDE), tl.zeros((ROWS,), WIDE)  # of keys and of unclipped_1
-            dsquare = tl.zeros((ROWS,), WIDE)
             if CLIP:
-                squares_2, dscale = tl.zeros((ROWS,), WIDE), tl.sum(derror * unclipped, axis=1)
+                squares_2, small_2 = tl.zeros((ROWS,), WIDE), tl.zeros((ROWS,), WIDE)  # of the last layer's input
+                squares_1, small_1 = tl.zeros((ROWS,), WIDE), tl.zeros((ROWS,), WIDE)  # of unclipped_1
+                k_length, dscale = tl.zeros((ROWS,), WIDE), tl.sum(derror * unclipped, axis=1)
                 for h0 in range(0, width, BLOCK):
                     h = h0 + tl.arange(0, BLOCK)
                     a = load_tokens(input_2, first, t, h, b, width, WIDE)
-                    squares_2 += tl.sum(a * a, axis=1)
+                    more, small_more = square_sums(a, 1, WIDE)
+                    squares_2 += more
+                    small_2 += small_more
                     if LAYERS == 2:
                         e = load_tokens(unclipped_1, first, t, h, b, width, WIDE)
-                        squares_1 += tl.sum(e * e, axis=1)
+                        more, small_more = square_sums(e, 1, WIDE)
+                        squares_1 += more
+                        small_1 += small_more
                         dscale += tl.sum(load_tokens(grad_error_1, first, t, h, b, width, WIDE) * e, axis=1)
-                square = 4 * squares_raw * squares_2
                 if LAYERS == 2:
-                    k = load_tokens(keys, first, t, i, b, d_in, WIDE)
-                    squares_k = tl.sum(k * k, axis=1)
-                    square += 4 * squares_1 * squares_k
-                scale = clip / tl.maximum(tl.sqrt(square), clip)
-                dsquare = tl.where(scale < 1, -4 * dscale * scale / square, 0.0)
-                derror = derror * scale[:, None] + unclipped * (dsquare * squares_2)[:, None]
+                    k_length = row_length(load_tokens(keys, first, t, i, b, d_in, WIDE), WIDE)
+                d_length, a_length = row_length(unclipped, WIDE), length(squares_2, small_2, WIDE)
+                e_length = length(squares_1, small_1, WIDE)
+                norm = gradient_norm(e_length, k_length, d_length, a_length)
+                scale = clip_scale(norm, clip)
+                dnorm = tl.where(scale < 1, -4 * dscale * scale, 0.0)
+                norm = tl.maximum(norm, clip)
+                derror = derror * scale[:, None] + through_norm(unclipped, a_length / norm, dnorm)
 
             # errors run down the layers, so their gradient runs up ...
             if LAYERS == 2:
@@ -155,7 +165,7 @@ def write_backward_kernel(
                     de = load_tokens(grad_error_1, first, t, h, b, width, WIDE)
                     if CLIP:
                         e = load_tokens(unclipped_1, first, t, h, b, width, WIDE)
-                        de = de * scale[:, None] + e * (dsquare * squares_k)[:, None]
+                        de = de * scale[:, None] + through_norm(e, k_length / norm, dnorm)
                         store_tokens(grad_error_1, first, t, h, b, width, de)
                     preact = load_tokens(output_1, first, t, h, b, width, WIDE)
                     w = load(w_2, o, h, d_out, width, WIDE)
@@ -187,14 +197,14 @@ def write_backward_kernel(
                 dk = load_tokens(grad_keys, first, t, i, b, d_in, WIDE)
                 if CLIP:
                     k = load_tokens(keys, first, t, i, b, d_in, WIDE)
-                    dk += k * (dsquare * squares_1)[:, None]
+                    dk += through_norm(k, e_length / norm, dnorm)
             for h0 in range(0, width, BLOCK):
                 h = h0 + tl.arange(0, BLOCK)
                 w = load(w_2, o, h, d_out, width, WIDE)
                 da = load_tokens(grad_input_2, first, t, h, b, width, WIDE) + dot(g, w, OPERAND, WIDE, PRECISION)
                 if CLIP:
                     a = load_tokens(input_2, first, t, h, b, width, WIDE)
-                    da += a * (dsquare * squares_raw)[:, None]
+                    da += through_norm(a, d_length / norm, dnorm)
                 if LAYERS == 2:
                     preact = load_tokens(output_1, first, t, h, b, width, WIDE)
                     de = load_tokens(grad_error_1, first, t, h, b, width, WIDE)
@@ -316,7 +326,7 @@ def write_backward_resident_kernel(
             if LAYERS == 2:
                 k = load_tokens(keys, first, t, i, b, d_in, WIDE)
                 unclipped_hidden = load_tokens(unclipped_1, first, t, h, b, width, WIDE)
-            error, squares_2 = unclipped, tl.sum(a * a, axis=1)
+            error = unclipped
             if CLIP:
                 error = load_tokens(error_2, first, t, o, b, d_out, WIDE)
 
@@ -352,20 +362,25 @@ def write_backward_resident_kernel(
                 tl.store(grad_write + (first + t) * PARTS + 1, dweight_s, mask=t < b)
 
             # through errors = scale unclipped, where scale = clip / |gradient| below one
-            squares_raw = tl.sum(unclipped * unclipped, axis=1)
             if CLIP:
-                square, dscale = 4 * squares_raw * squares_2, tl.sum(derror * unclipped, axis=1)
+                d_length, a_length, dscale = (
+                    row_length(unclipped, WIDE),
+                    row_length(a, WIDE),
+                    tl.sum(derror * unclipped, axis=1),
+                )
+                e_length, k_length = tl.zeros((ROWS,), WIDE), tl.zeros((ROWS,), WIDE)
                 if LAYERS == 2:
-                    squares_1, squares_k = tl.sum(unclipped_hidden * unclipped_hidden, axis=1), tl.sum(k * k, axis=1)
-                    square += 4 * squares_1 * squares_k
+                    e_length, k_length = row_length(unclipped_hidden, WIDE), row_length(k, WIDE)
                     dscale += tl.sum(de * unclipped_hidden, axis=1)
-                scale = clip / tl.maximum(tl.sqrt(square), clip)
-                dsquare = tl.where(scale < 1, -4 * dscale * scale / square, 0.0)
-                derror = derror * scale[:, None] + unclipped * (dsquare * squares_2)[:, None]
-                da += a * (dsquare * squares_raw)[:, None]
+                norm = gradient_norm(e_length, k_length, d_length, a_length)
+                scale = clip_scale(norm, clip)
+                dnorm = tl.where(scale < 1, -4 * dscale * scale, 0.0)
+                norm = tl.maximum(norm, clip)
+                derror = derror * scale[:, None] + through_norm(unclipped, a_length / norm, dnorm)
+                da += through_norm(a, d_length / norm, dnorm)
                 if LAYERS == 2:
-                    de = de * scale[:, None] + unclipped_hidden * (dsquare * squares_k)[:, None]
-                    dk += k * (dsquare * squares_1)[:, None]
+                    de = de * scale[:, None] + through_norm(unclipped_hidden, k_length / norm, dnorm)
+                    dk += through_norm(k, e_length / norm, dnorm)
 
             # errors run down the layers, so their gradient runs up ...
             if LAYERS == 2:

@@ -18,7 +18,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import activate, coefficient, dot, load, load_gain, load_tokens, output_error, slope, store, store_tokens
+from .tiles import (
+    activate,
+    clip_scale,
+    coefficient,
+    dot,
+    gradient_norm,
+    length,
+    load,
+    load_gain,
+    load_tokens,
+    output_error,
+    row_length,
+    slope,
+    square_sums,
+    store,
+    store_tokens,
+)
 
 
 @triton.jit
@@ -36,7 +52,7 @@ def _differentiate(
 
     # keys forward
     z = tl.zeros((ROWS, OUT), WIDE)
-    squares = tl.zeros((ROWS,), WIDE)  # of the last layer's input
+    squares, small_squares = tl.zeros((ROWS,), WIDE), tl.zeros((ROWS,), WIDE)  # of the last layer's input
     for h0 in range(0, width, BLOCK):
         h = h0 + tl.arange(0, BLOCK)
         if LAYERS == 2:
@@ -47,7 +63,10 @@ def _differentiate(
             store_tokens(input_2, first, t, h, b, width, a)
         else:
             a = load_tokens(input_2, first, t, h, b, width, WIDE)
-        squares += tl.sum(a * a, axis=1)
+        if CLIP:
+            more, small_more = square_sums(a, 1, WIDE)
+            squares += more
+            small_squares += small_more
         w = load(w_2, o, h, d_out, width, WIDE)
         z += dot(a, tl.trans(w), FINE, WIDE, FINE_PRECISION)
     store_tokens(output_2, first, t, o, b, d_out, z)
@@ -59,20 +78,25 @@ def _differentiate(
     error = output_error(z, residual, v, gain_o, o < d_out, d_out, eps, NORM)
     error = tl.where((t < b)[:, None], error, 0.0)
     store_tokens(unclipped_2, first, t, o, b, d_out, error)
-    squares *= tl.sum(error * error, axis=1)
+    e_squares, small_e_squares = tl.zeros((ROWS,), WIDE), tl.zeros((ROWS,), WIDE)
     if LAYERS == 2:
         tl.debug_barrier()
-        error_squares = tl.zeros((ROWS,), WIDE)
         for h0 in range(0, width, BLOCK):
             h = h0 + tl.arange(0, BLOCK)
             w = load(w_2, o, h, d_out, width, WIDE)
             preact = load_tokens(output_1, first, t, h, b, width, WIDE)
             e = dot(error, w, FINE, WIDE, FINE_PRECISION) * slope(preact, ACTIVATION)
             store_tokens(unclipped_1, first, t, h, b, width, e)
-            error_squares += tl.sum(e * e, axis=1)
-        squares += error_squares * tl.sum(k * k, axis=1)
+            if CLIP:
+                more, small_more = square_sums(e, 1, WIDE)
+                e_squares += more
+                small_e_squares += small_more
     if CLIP:
-        scale = clip / tl.maximum(tl.sqrt(4 * squares), clip)
+        norm = gradient_norm(
+            length(e_squares, small_e_squares, WIDE), row_length(k, WIDE),
+            row_length(error, WIDE), length(squares, small_squares, WIDE),
+        )  # fmt: skip
+        scale = clip_scale(norm, clip)
         store_tokens(error_2, first, t, o, b, d_out, error * scale[:, None])
         if LAYERS == 2:
             tl.debug_barrier()
@@ -261,10 +285,11 @@ def write_resident_kernel(
                 e = dot(error, w_2, FINE, WIDE, FINE_PRECISION) * slope(preact, ACTIVATION)
                 store_tokens(unclipped_1, first, t, h, b, width, e)
             if CLIP:
-                squares = tl.sum(a * a, axis=1) * tl.sum(error * error, axis=1)
+                e_length, k_length = tl.zeros((ROWS,), WIDE), tl.zeros((ROWS,), WIDE)
                 if LAYERS == 2:
-                    squares += tl.sum(k * k, axis=1) * tl.sum(e * e, axis=1)
-                scale = clip / tl.maximum(tl.sqrt(4 * squares), clip)
+                    e_length, k_length = row_length(e, WIDE), row_length(k, WIDE)
+                norm = gradient_norm(e_length, k_length, row_length(error, WIDE), row_length(a, WIDE))
+                scale = clip_scale(norm, clip)
                 error *= scale[:, None]
                 store_tokens(error_2, first, t, o, b, d_out, error)
                 if LAYERS == 2:

@@ -1,56 +1,154 @@
-"""Tokens that are not finite: what comes before them, and beside them, is as if they had not come."""
+"""NaN, infinity and overflow: what comes before them, and beside them, is as if they had not come."""
+
+import math
 
 import pytest
 import torch
 
-from titans_build.kernels.memory import MemoryState, titans_memory
+from titans_build.kernels.memory import MemoryState, measure_memory, titans_memory
 
 TIME = 13
+NAMES = ("q", "k", "v", "theta", "eta", "alpha")
+CHUNKWISE = ("native", "torch", "triton", "closed_form", "reference")
+VALUES = {"nan": math.nan, "infinity": math.inf, "overflow": 0.9}
+"""``overflow``: times the largest number of the dtype."""
 
 
-def inputs():
+def inputs(dtype=torch.float64):
     torch.manual_seed(0)
     token = lambda *shape: torch.randn(2, TIME, 3, *shape, dtype=torch.float64)  # noqa: E731
-    return dict(
+    given = dict(
         q=token(4), k=token(4), v=token(4), theta=0.02 * token().sigmoid(), eta=token().sigmoid(),
         alpha=0.1 * token().sigmoid(),
     )  # fmt: skip
+    return {name: x.to(dtype) for name, x in given.items()}
 
 
-def fresh():
+def fresh(dtype=torch.float64):
     torch.manual_seed(1)
-    state = MemoryState.fresh(
-        (0.3 * torch.randn(2, 3, 8, 4, dtype=torch.float64), 0.3 * torch.randn(2, 3, 4, 8, dtype=torch.float64))
-    )
-    return state._replace(position=torch.tensor([0, 2]))
+    weights = 0.3 * torch.randn(2, 3, 8, 4, dtype=torch.float64), 0.3 * torch.randn(2, 3, 4, 8, dtype=torch.float64)
+    return MemoryState.fresh(tuple(w.to(dtype) for w in weights))._replace(position=torch.tensor([0, 2]))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["q", "k", "v", "theta", "eta", "alpha"])
-@pytest.mark.parametrize("backend", ["native", "torch", "closed_form", "reference"])
-def test_earlier_tokens_and_other_heads_do_not_hear_of_it(backend, name, value):
-    given, places = inputs(), {(0, 6, 1): 6, (1, 0, 0): 0, (1, 9, 2): 9}
-    expected, _ = titans_memory(**given, state=fresh(), chunk=5, backend=backend)
+def cases():
+    settings = [
+        *((backend, torch.float64, dict(chunk=5)) for backend in CHUNKWISE),
+        *((backend, torch.float32, dict(chunk=64, read="before")) for backend in CHUNKWISE),
+        *((backend, torch.float32, dict(chunk=1, clip=1.0)) for backend in ("native", "torch", "closed_form")),
+        *((backend, torch.float32, dict(chunk=16, threshold=1e-3)) for backend in ("native", "torch")),
+    ]
+    for backend, dtype, options in settings:
+        for name in NAMES:
+            for value in VALUES:
+                # the interpreter of Triton is slow
+                if backend != "triton" or (name, value, options["chunk"]) == ("v", "overflow", 5):
+                    yield pytest.param(
+                        backend, dtype, options, name, value, id=f"{backend}-{dtype}-{options}-{name}-{value}"
+                    )
+
+
+@pytest.mark.parametrize("backend, dtype, options, name, value", list(cases()))
+def test_earlier_outputs_and_other_heads_are_as_without_it(backend, dtype, options, name, value):
+    given, places = inputs(dtype), {(0, 6, 1): 6, (1, 0, 0): 0, (1, 9, 2): 9}
+    expected, _ = titans_memory(**given, state=fresh(dtype), backend=backend, **options)
     for place in places:
-        given[name][place] = value
-    y, state = titans_memory(**given, state=fresh(), chunk=5, backend=backend)
+        given[name][place] = VALUES[value] * (torch.finfo(dtype).max if value == "overflow" else 1)
+    y, state = titans_memory(**given, state=fresh(dtype), backend=backend, **options)
     first = {(row, head): token for row, token, head in places}
+    tolerance = dict(rtol=1e-10, atol=1e-12) if dtype == torch.float64 else dict(rtol=1e-4, atol=1e-5)
     for row in range(2):
         for head in range(3):
             until = first.get((row, head), TIME)
-            torch.testing.assert_close(y[row, :until, head], expected[row, :until, head], rtol=1e-10, atol=1e-12)
-            if until < TIME:
-                assert not bool(y[row, until, head].isfinite().all())
+            at = min(until + (options.get("read") == "before" and name != "q"), TIME)
+            torch.testing.assert_close(y[row, :at, head], expected[row, :at, head], **tolerance)
+            if at < TIME and value != "overflow":
+                assert not bool(y[row, at, head].isfinite().all())
     assert state.position.tolist() == [TIME, TIME + 2]
 
 
-@pytest.mark.parametrize("backend", ["native", "torch", "closed_form"])
+@pytest.mark.parametrize("backend", CHUNKWISE)
 def test_what_stands_at_masked_tokens_does_not_matter(backend):
     given = inputs()
     mask = torch.ones(2, TIME, dtype=torch.bool)
     mask[0, 6] = mask[1, 0] = False
-    y, state = titans_memory(**given, state=fresh(), chunk=5, mask=mask, backend=backend)
-    for name in ("q", "k", "v", "theta", "eta", "alpha"):
-        given[name][~mask] = float("nan")
-    got, after = titans_memory(**given, state=fresh(), chunk=5, mask=mask, backend=backend)
-    assert torch.equal(got, y) and torch.equal(after.weights[0], state.weights[0])
+
+    def run():
+        leaves = {name: x.detach().clone().requires_grad_() for name, x in given.items()}
+        y, state = titans_memory(**leaves, state=fresh(), chunk=5, mask=mask, backend=backend)
+        grads = torch.autograd.grad(y.sum() + state.weights[0].sum(), [*leaves.values()])
+        return y, state.weights[0], *grads
+
+    expected = run()
+    for name in NAMES:
+        given[name][~mask] = math.nan
+    for got, x in zip(run(), expected):
+        torch.testing.assert_close(got, x, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("backend", [*CHUNKWISE, "native_step", "step", "triton_step"])
+def test_a_huge_value_is_clipped(backend, dtype):
+    """The square of its gradient's norm overflows, and the norm does not. The gradients are right, too."""
+    given, huge = inputs(dtype), torch.finfo(dtype).max ** 0.8
+    given["v"][0, 6, 1] = huge
+    step = "step" in backend
+
+    def run(backend, given, state):
+        leaves = [x.detach().clone().requires_grad_(not step) for x in given.values()]
+        if step:
+            outputs = []
+            for t in range(TIME):
+                y, state = titans_memory(*(x[:, t : t + 1] for x in leaves), state, 5, clip=0.5, backend=backend)
+                outputs.append(y)
+            return [torch.cat(outputs, 1)]
+        y, state = titans_memory(*leaves, state, 5, clip=0.5, backend=backend)
+        return [y, *torch.autograd.grad(y.sum(), leaves)]
+
+    with torch.set_grad_enabled(not step):
+        found = run(backend, given, fresh(dtype))
+    # the direction of the gradient is that of a value far below
+    given["v"][0, 6, 1] = torch.finfo(torch.float32).max ** 0.4 if dtype == torch.float32 else 1e30
+    expected = run("reference", {name: x.double() for name, x in given.items()}, fresh()) if not step else [
+        titans_memory(*(x.double() for x in given.values()), fresh(), 5, clip=0.5, backend="reference")[0]
+    ]  # fmt: skip
+    for got, x in zip(found, expected):
+        got, x = got.double(), x.double()
+        scale = x.abs().max()
+        assert bool(((got - x).abs() <= (1e-5 if dtype == torch.float32 else 1e-9) * scale).all())
+
+
+@pytest.mark.parametrize("threshold", [None, 1e-3])
+def test_the_surprise_of_a_huge_value(threshold):
+    given = inputs(torch.float32)
+    given["v"][0, 6, 1] = 1e30
+    found = measure_memory_of(given, fresh(torch.float32), threshold)
+    expected = measure_memory_of({name: x.double() for name, x in given.items()}, fresh(), threshold)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def measure_memory_of(given, state, threshold):
+    from titans_build.kernels.memory import Options, Tokens
+
+    options = Options(5, "gelu", 0.5, "after", threshold=threshold)
+    return measure_memory(Tokens(**given), state, None, None, options).surprise
+
+
+@pytest.mark.parametrize("read", ["after", "before"])
+@pytest.mark.parametrize("rows, time, masked", [(0, 9, False), (2, 0, False), (2, 9, True)])
+@pytest.mark.parametrize("backend", ["auto", *CHUNKWISE])
+def test_no_token_at_all(backend, rows, time, masked, read):
+    """No rows, no time, or every token masked: outputs in the graph, gradients of zero, and the state as it was."""
+    for leaf in range(3):
+        q = torch.randn(rows, time, 2, 5, requires_grad=leaf == 0)
+        gate = torch.rand(rows, time, 2, requires_grad=leaf == 1)
+        weights = [torch.randn(rows, 2, *shape, requires_grad=leaf == 2) for shape in ((7, 5), (5, 7))]
+        state = MemoryState.fresh(tuple(weights))
+        mask = torch.zeros(rows, time, dtype=torch.bool) if masked else None
+        y, after = titans_memory(q, q, q, gate, gate, gate, state, 4, mask=mask, backend=backend, read=read)
+        assert y.shape == q.shape and y.requires_grad and not y.detach().any()
+        wanted = [[q], [gate], weights][leaf]
+        for grad, x in zip(torch.autograd.grad(y.sum(), wanted, allow_unused=True), wanted):
+            assert grad is None or (grad.shape == x.shape and not grad.any())
+        for new, old in zip(after.weights, state.weights):
+            assert torch.equal(new, old)
+        assert torch.equal(after.position, state.position)
