@@ -163,6 +163,10 @@ def open_tensors(path: Path, kind: str) -> Iterator[Any]:
     except (SafetensorError, OSError) as error:
         size = path.stat().st_size if path.exists() else 0
         raise StorageError(f"{path}: expected a complete safetensors file, got {size} bytes: {error}") from None
+    except RuntimeError as error:
+        if "unable to mmap" not in str(error):
+            raise
+        raise StorageError(f"{path}: cannot be read: {error}") from None
 
 
 @contextlib.contextmanager
