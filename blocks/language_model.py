@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, embedding
 
-from ..kernels.autograd import transforming
+from ..kernels.dispatch import transforming
 from ..kernels.linear import project
 from ..registry import Spec
 from . import decode_plans  # noqa: F401 registers the plans

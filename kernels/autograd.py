@@ -14,22 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-
-_PROBE = torch.zeros((), device="cpu", requires_grad=True)
-
-
-def transforming() -> bool:
-    """Whether a transform of ``torch.func`` runs, or a level of forward-mode differentiation is open."""
-    if torch.compiler.is_compiling():
-        return False
-    if forward_ad.unpack_dual(_PROBE).primal is not _PROBE:  # inside of a level the primal is a new view
-        return True
-    try:
-        _PROBE.requires_grad_()
-    except RuntimeError:  # inside of a transform this is not allowed
-        return True
-    return False
 
 
 def has_storage(x: Tensor) -> bool:

@@ -28,9 +28,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .autograd import transforming
 from .custom_op import THREAD, OpaqueOperation
 
 VARIABLE = "TITANS_BUILD_BACKEND"
@@ -256,7 +256,20 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
-_PROBE = torch.zeros((), device="cpu")
+_PROBE = torch.zeros((), device="cpu", requires_grad=True)
+
+
+def transforming() -> bool:
+    """Whether a transform of ``torch.func`` runs, or a level of forward-mode differentiation is open."""
+    if torch.compiler.is_compiling():
+        return False
+    if forward_ad.unpack_dual(_PROBE).primal is not _PROBE:  # inside of a level the primal is a new view
+        return True
+    try:
+        _PROBE.requires_grad_()
+    except RuntimeError:  # inside of a transform this is not allowed
+        return True
+    return False
 
 
 def is_plain_cpu_tensor(*tensors: Tensor | None) -> bool:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..autograd import differentiable, transforming
+from ..autograd import differentiable
+from ..dispatch import transforming
 from .reference import Prefix, reference_attention, visible_keys
 
 JOINT_QUERIES = 16

@@ -111,19 +111,15 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
     tokens then round operands to it where the CPU multiplies bfloat16, at twice the speed; sums stay float32, and
     backward rounds as its forward did. Autocast changes nothing: it is off around these kernels.
     """
-    return torch.bfloat16 if dtype == torch.float32 and _allowed() and lacks_bfloat16() is None else dtype
+    return torch.bfloat16 if dtype == torch.float32 and refuse_bfloat16() is None else dtype
 
 
 def refuse_bfloat16() -> str | None:
     """Why float32 products do not take bfloat16 operands, or ``None``."""
-    if not _allowed():
+    # this setting can always be read; torch.get_float32_matmul_precision raises where settings disagree
+    if torch.backends.mkldnn.matmul.fp32_precision != "bf16":  # type: ignore[attr-defined]
         return "is for bfloat16 operands: torch.set_float32_matmul_precision('medium') allows them"
     return lacks_bfloat16()
-
-
-def _allowed() -> bool:
-    # this setting can always be read; torch.get_float32_matmul_precision raises where settings disagree
-    return bool(torch.backends.mkldnn.matmul.fp32_precision == "bf16")  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..autograd import differentiable, transforming
+from ..autograd import differentiable
 from ..cpu_runtime import library
 from ..cpu_runtime.call import Kernel, address, product_dtype, refuse_bfloat16, threads_for
 from ..dispatch import (
@@ -26,6 +26,7 @@ from ..dispatch import (
     can_prepare,
     is_plain_cpu_tensor,
     needs_grad,
+    transforming,
     use_decode_kernel,
 )
 from . import cpu

@@ -29,7 +29,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..autograd import transforming
 from ..custom_op import format_symint
 from ..dispatch import (
     Backend,
@@ -41,6 +40,7 @@ from ..dispatch import (
     is_plain_cpu_tensor,
     needs_grad,
     sum_is_finite,
+    transforming,
 )
 from ..triton_runtime import refuse_memory as refuse_triton_memory
 from .chunkwise_torch import chunkwise_memory

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..autograd import gradient_of, transforming
-from ..dispatch import full_precision, needs_grad
+from ..autograd import gradient_of
+from ..dispatch import full_precision, needs_grad, transforming
 
 EPS = 1e-6
 _aten = torch.ops.aten

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..autograd import differentiable, transforming
-from ..dispatch import is_plain_cpu_tensor, needs_grad
+from ..autograd import differentiable
+from ..dispatch import is_plain_cpu_tensor, needs_grad, transforming
 from .form import GATE, NORM, SILU_GATE, Form
 
 

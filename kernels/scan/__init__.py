@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd import transforming
-from ..dispatch import Backend, Operation, expect_tensors
+from ..dispatch import Backend, Operation, expect_tensors, transforming
 
 
 def linear_scan(gates: Tensor, inputs: Tensor, start: Tensor | None = None, *, backend: str = "auto") -> Tensor:

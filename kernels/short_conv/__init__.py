@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import triton_runtime
-from ..autograd import differentiable, transforming
+from ..autograd import differentiable
 from ..cpu_runtime import library
 from ..cpu_runtime.call import Kernel, address, empty_huge_pages
-from ..dispatch import Backend, Operation, expect_tensors, needs_grad
+from ..dispatch import Backend, Operation, expect_tensors, needs_grad, transforming
 from ..norm_gate import l2_norm
 from ..padding import last
 
