@@ -314,7 +314,13 @@ _BACKWARD = (
 
 
 def _define(operation: OpaqueOperation) -> None:
-    """The operators ``titans_build::<name>`` and ``titans_build::<name>_backward``."""
+    """The operators ``titans_build::<name>`` and ``titans_build::<name>_backward``, unless they are there.
+
+    They are there where this folder is imported a second time: transformers imports a package ``kernels`` if it finds
+    one, and finds this folder in programs that are run in the root of the repository.
+    """
+    if hasattr(getattr(torch.ops, NAMESPACE), operation.name):
+        return
     for name, schema, run, shapes in (
         (operation.name, _FORWARD, _forward, _forward_shapes),
         (f"{operation.name}_backward", _BACKWARD, _backward, _backward_shapes),

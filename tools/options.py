@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +102,32 @@ def placement(device_name: str, dtype_name: str) -> tuple[torch.device, torch.dt
     if device.type == "meta":
         raise UsageError("--device meta: a model without values; `titans-build check` validates a recipe without them")
     return device, dtype
+
+
+def writable_folder(out: str | None, force: bool, holds: Sequence[str], what: str) -> Path | None:
+    """The folder of ``--out``, or ``None`` without it. ``holds``: names of files that show that ``what`` is in it.
+
+    Raises ``UsageError``, before any work, if it cannot be written, or if it holds ``what`` and ``force`` is false.
+    """
+    if out is None:
+        if force:
+            raise UsageError(f"--force: lets --out DIR replace {what}, and there is no --out")
+        return None
+    if not out:
+        raise UsageError("--out: expected the name of a folder, got none")
+    folder = Path(out)
+    try:
+        place = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+        taken = any((folder / name).exists() for name in holds)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--out {out}: {getattr(error, 'strerror', None) or error}") from None
+    if not place.is_dir():
+        raise UsageError(f"--out {out}: {place} is a file, not a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UsageError(f"--out {out}: {place} cannot be written to")
+    if taken and not force:
+        raise UsageError(f"--out {out}: {what} is there; --force replaces it")
+    return folder
 
 
 def whole_number(text: str) -> int:

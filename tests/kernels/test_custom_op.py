@@ -1,5 +1,9 @@
 """Every operator that stands for an opaque backend, by PyTorch's own checks and against the backend itself."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -247,3 +251,11 @@ def test_numbers_as_text_and_back():
     assert numbers == [0, -7, 2**40, 3, 5] and not tensors
     back = OPAQUE_OPERATIONS["attention"].arguments(tensors, numbers, text)[1]
     assert repr(back) == repr(given)
+
+
+def test_transformers_can_be_imported_in_the_root_of_the_repository() -> None:
+    # it imports a package `kernels` if there is one, and there this package's folder has that name
+    root = Path(__file__).parents[2]
+    script = "import titans_build.kernels, transformers.integrations.hub_kernels, kernels; assert kernels.memory"
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -16,9 +16,9 @@ from ...blocks.language_model import LanguageModel
 from ...recipes import StorageError, load_recipe, packaged_names
 from ...recipes.atomic_write import atomic_write, making_folder
 from ...recipes.parse import read_file
-from ..inference.session import MODEL, find_model, open_model, usage_errors
+from ..inference.session import MODEL, find_model, open_model
 from ..inference.tokenizer import Tokenizer
-from ..options import add_placement, whole_number
+from ..options import add_placement, whole_number, writable_folder
 from ..plotting import need_matplotlib
 from ..terminal import Columns, UsageError, progress, say, say_columns, say_json
 from ..training.run_folder import TRAIN, data_of_model, data_of_run, is_run
@@ -113,24 +113,11 @@ def _check(arguments: argparse.Namespace) -> Path | None:
     for option, value, least in (("--tokens", arguments.tokens, 1), ("--pairs", arguments.pairs, 2)):
         if value < least:
             raise UsageError(f"{option}: expected at least {least}")
-    if arguments.out is None:
-        if not arguments.json:
-            raise UsageError("--out DIR: where the page is written to is missing (it may be left out with --json)")
-        if arguments.force:
-            raise UsageError("--force: lets --out DIR replace an analysis, and there is no --out")
+    if arguments.out is None and not arguments.json:
+        raise UsageError("--out DIR: where the page is written to is missing (it may be left out with --json)")
+    out = writable_folder(arguments.out, arguments.force, (PAGE, NUMBERS), "an analysis")
+    if out is None:
         return None
-    if not arguments.out:
-        raise UsageError("--out: expected the name of a folder, got none")
-    out = Path(arguments.out)
-    with usage_errors(f"--out {out}"):
-        place = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-        taken = (out / PAGE).exists() or (out / NUMBERS).exists()
-    if not place.is_dir():
-        raise UsageError(f"--out {out}: {place} is a file, not a folder")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise UsageError(f"--out {out}: {place} cannot be written to")
-    if taken and not arguments.force:
-        raise UsageError(f"--out {out}: an analysis is there; --force replaces it")
     need_plotly()
     if not arguments.no_plots:
         need_matplotlib("analyze", "drawing PNG and SVG plots (--no-plots leaves them out)")

@@ -19,7 +19,7 @@ from ...recipes.build import measure, shortage
 from ...recipes.saved_format import INDEX
 from ...registry import RecipeError, Unavailable, show
 from ..command_line import Command, problem_list
-from ..options import add_placement, add_recipe, load, overrides, placement, saved_folder, whole_number
+from ..options import add_placement, add_recipe, load, overrides, placement, saved_folder, whole_number, writable_folder
 from ..terminal import (
     UsageError,
     complain,
@@ -63,12 +63,7 @@ def _build(arguments: argparse.Namespace) -> int:
     """1 if the smoke test of ``--try`` fails."""
     recipe = load(arguments.recipe, arguments)
     device, dtype = placement(arguments.device, "float32" if arguments.dtype is None else arguments.dtype)
-    if arguments.out is not None:
-        if not arguments.out:
-            raise UsageError("--out: expected the name of a folder, got none")
-        _check_writable(Path(arguments.out), arguments.force)
-    elif arguments.force:
-        raise UsageError("--force: lets --out DIR replace a saved model, and there is no --out")
+    writable_folder(arguments.out, arguments.force, (INDEX,), "a saved model")
     text = None if arguments.text is None else _text(arguments.text, recipe, device, dtype)
     folder = saved_folder(arguments.recipe) if arguments.seed is None else None
     seed = None if folder is not None else arguments.seed or 0
@@ -199,23 +194,6 @@ def _result_lines(result: SmokeTest, name: str) -> list[Text]:
         *line("speed", f"{result.prefill:,.0f} tokens/s reading, {result.decode:,.0f} tokens/s generating (one row)"),
         *line("says", show(result.generated, 200)),
     ]
-
-
-def _check_writable(folder: Path, replace: bool) -> None:
-    """Raise ``UsageError`` if the model cannot be saved, before it is built."""
-    try:
-        place = folder.absolute()
-        while not place.exists():
-            place = place.parent
-        taken = (folder / INDEX).exists()
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--out {folder}: {getattr(error, 'strerror', None) or error}") from None
-    if not place.is_dir():
-        raise UsageError(f"--out {folder}: {place} is a file, not a folder")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise UsageError(f"--out {folder}: {place} cannot be written to")
-    if taken and not replace:
-        raise UsageError(f"--out {folder}: a model is saved there; --force replaces it, recipe and weights")
 
 
 BUILD = Command(

@@ -200,7 +200,7 @@ def test_a_saved_model_is_replaced_only_when_asked(saved: Path, small: Path, tit
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     result = titans_build(small, "--out", saved)
     assert result.status == 2 and result.out == ""
-    assert f"--out {saved}: a model is saved there; --force replaces it" in result.err
+    assert f"--out {saved}: a saved model is there; --force replaces it" in result.err
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
     assert titans_build(small, "--out", saved, "--force").status == 0
     assert tb.load(saved).recipe.fingerprint == tb.load_recipe(small).fingerprint
