@@ -177,7 +177,16 @@ class Attention(Block):
             q, k = rotate(q, position[:, step - 1 :: step], self.rope), rotate(k, position, self.rope)
 
         slots = state.keys.shape[1]
-        used, start = (0, None) if fresh or not slots else _used_slots(state, time)
+        # the largest number of slots in use of any row, and the first of them in each row (None: all in use)
+        used, start = 0, None
+        if slots and not fresh:
+            if torch.compiler.is_compiling() or (time == 1 and not x.is_cpu):
+                # reading the number synchronizes an accelerator: attention over a few empty slots is cheaper
+                used, start = slots, slots - state.cached
+            else:
+                cached = state.cached.tolist()
+                used = max(cached)
+                start = None if min(cached) == used else used - state.cached
         if used or length is not None or self.window is None or time < slots:
             k, v = torch.cat((state.keys, k), dim=1), torch.cat((state.values, v), dim=1)
         unused = k.shape[1] - used - time
@@ -256,16 +265,3 @@ class Attention(Block):
         nn.init.normal_(self.out.weight, std=0.2 * self.dim**-0.5)
         if self.gain is not None:
             nn.init.ones_(self.gain)
-
-
-def _used_slots(state: AttentionState, time: int) -> tuple[int, Tensor | None]:
-    """Return the largest number of slots in use of any row, and the first of them in each row (``None``: all in use).
-
-    Reading the number synchronizes an accelerator. For one token, attention over a few empty slots is cheaper.
-    """
-    slots = state.keys.shape[1]
-    if torch.compiler.is_compiling() or (time == 1 and state.cached.device.type != "cpu"):
-        return slots, slots - state.cached
-    cached = state.cached.tolist()
-    least, most = min(cached), max(cached)
-    return most, None if least == most else most - state.cached

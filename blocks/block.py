@@ -316,6 +316,11 @@ def _find_parameter(module: Any) -> tuple[nn.Module, str]:
 
 def like_of(module: Any) -> Any:
     """Return a floating-point parameter, for the dtype and device of the module; ``None`` if there is none."""
+    if torch.compiler.is_compiling():  # a cache that changes would compile the caller again
+        for parameter in module.parameters():
+            if parameter.is_floating_point():
+                return parameter
+        return None
     owner, name = getattr(module, "_parameter", None) or _find_parameter(module)
     with _loaded(owner) if "accelerate" in sys.modules else contextlib.nullcontext():
         return getattr(owner, name) if name else None

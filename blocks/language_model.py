@@ -201,7 +201,6 @@ class LanguageModel(nn.Module):
         self._check("tokens", tokens, torch.int64, None)
         if tokens.dim() != 2 or tokens.shape[0] < 1:
             raise ValueError(f"tokens: expected [batch, time] with at least one row, got {list(tokens.shape)}")
-        self._check_range("tokens", tokens)
         return embedding(tokens, self.embedding)
 
     @with_parameters
@@ -268,8 +267,7 @@ class LanguageModel(nn.Module):
         """Raise ``TypeError`` or ``ValueError`` unless ``targets`` is int64, of this shape, ids or -100."""
         if self.vocab is None:
             raise ValueError(f"this model has no vocabulary (vocab: null), so it takes no {name}")
-        self._check(name, targets, torch.int64, shape)
-        self._check_range(name, targets, IGNORED)
+        self._check(name, targets, torch.int64, shape, IGNORED)
 
     def check_state(self, state: ModelState, rows: int) -> None:
         """Raise ``ValueError`` or ``TypeError`` unless ``state`` is one of this model with ``rows`` rows."""
@@ -283,7 +281,9 @@ class LanguageModel(nn.Module):
         if not torch.compiler.is_compiling():
             check_state(self, state, rows)
 
-    def _check(self, name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...] | None) -> None:
+    def _check(
+        self, name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...] | None, ignored: int | None = None
+    ) -> None:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
         if tensor.dtype != dtype:
@@ -295,6 +295,19 @@ class LanguageModel(nn.Module):
             raise ValueError(f"{name} are on {tensor.device}, the model is on {device}: move one of them")
         if device.type == "meta":
             raise ValueError(f"{name}: the model is on the meta device: it has shapes, and no values to compute with")
+        if dtype != torch.int64 or tensor.numel() == 0 or torch.compiler.is_compiling():
+            return
+        assert self.vocab is not None
+        ids = tensor if ignored is None else tensor.masked_fill(tensor == ignored, 0)
+        try:
+            low, high = map(int, torch.aminmax(ids))
+        except RuntimeError:
+            if transforming():  # vmap hides the values
+                return
+            raise
+        if low < 0 or high >= self.vocab:
+            wrong = low if low < 0 else high
+            raise ValueError(f"{name}: id {wrong} is outside the vocabulary of {self.vocab} (0 to {self.vocab - 1})")
 
     def _check_embeddings(self, embeddings: Tensor) -> None:
         dtype = like_of(self).dtype
@@ -303,22 +316,6 @@ class LanguageModel(nn.Module):
         self._check("embeddings", embeddings, dtype, None)
         if embeddings.dim() != 3 or embeddings.shape[0] < 1 or embeddings.shape[2] != self.dim:
             raise ValueError(f"embeddings: expected [batch, time, {self.dim}], got {list(embeddings.shape)}")
-
-    def _check_range(self, name: str, ids: Tensor, ignored: int | None = None) -> None:
-        if ids.numel() == 0 or torch.compiler.is_compiling():
-            return
-        if ignored is not None:
-            ids = ids.masked_fill(ids == ignored, 0)
-        try:
-            low, high = map(int, torch.aminmax(ids))
-        except RuntimeError:
-            if transforming():  # vmap hides the values
-                return
-            raise
-        assert self.vocab is not None
-        if low < 0 or high >= self.vocab:
-            wrong = low if low < 0 else high
-            raise ValueError(f"{name}: id {wrong} is outside the vocabulary of {self.vocab} (0 to {self.vocab - 1})")
 
 
 def _ordinary(x: Tensor | None) -> Tensor | None:
