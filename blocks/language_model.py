@@ -136,8 +136,14 @@ class LanguageModel(nn.Module):
 
         Arguments are not modified. Tensors of inference mode are copied if gradients are recorded. Raises ``TypeError``
         for a wrong dtype, and ``ValueError`` for a wrong shape or device, a token id out of range, or a state of
-        another model or number of rows. Under ``torch.compile``, values are not checked.
+        another model or number of rows. Under ``torch.compile``, values are not checked. Raises ``RuntimeError`` under
+        ``torch.jit.trace`` and when it is exported to ONNX.
         """
+        if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+            raise RuntimeError(
+                "ONNX and torch.jit.trace cannot represent the kernels and the loops of a titans-build model: "
+                "export it with torch.export, or run it in PyTorch"
+            )
         if (tokens is None) == (embeddings is None):
             raise ValueError("give either tokens [batch, time] or embeddings=[batch, time, dim], and not both")
         recording = torch.is_grad_enabled() and not torch.compiler.is_compiling()

@@ -27,5 +27,8 @@ Triton's, and ``padding.py`` moves the real tokens of padded rows together.
 
 if "." in __name__:  # in the repository's root, transformers takes this folder for its package kernels and imports it
     from . import attention, linear, memory, norm_gate, rotary, scan, short_conv
+    from .attention import decode as _attention  # noqa: F401 - defines operators that exported programs may contain
+    from .norm_gate import decode as _norm_gate  # noqa: F401
+    from .short_conv import decode as _short_conv  # noqa: F401
 
 __all__ = ["attention", "linear", "memory", "norm_gate", "rotary", "scan", "short_conv"]

@@ -18,7 +18,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from .adapter import adapt, cache_argument, import_package
+from ...registry import Problem, Unavailable
+from .adapter import Adapted, adapt, cache_argument, import_package
 
 Tensors: TypeAlias = "Tensor | tuple[Tensor, ...] | None"
 
@@ -108,6 +109,12 @@ def _call(layer: nn.Module, x: Tensor, cache: Cache) -> tuple[Tensor, LayerState
         y = layer(x, use_cache=True, **{cache_argument(type(layer).forward): cache})[0]
     except AssertionError as error:  # an unsupported dtype
         raise ValueError(f"{type(layer).__name__} of flash-linear-attention, given {x.dtype}: {error}") from error
+    except Exception as error:
+        if x.is_cpu and type(error).__module__.startswith("triton."):
+            reason = f"this version of Triton's interpreter cannot run {type(layer).__name__} of flash-linear-attention"
+            hint = f"({str(error) or type(error).__name__}): use a newer Triton, or a GPU"
+            raise Unavailable([Problem("", f"{reason} {hint}")], "block") from error
+        raise
     assert cache.entry is not None
     parts = (cache.entry["recurrent_state"], cache.entry.get("conv_state"))
     return y, LayerState(*(tuple(part) if isinstance(part, list) else part for part in parts))
@@ -208,8 +215,27 @@ def _transposed(module: Any, rows: int) -> LayerState:
     return zeros(module, rows, (heads, module.head_v_dim, module.head_k_dim))
 
 
-def _convolution(conv: int) -> dict[str, Any]:
-    return {"use_short_conv": conv > 0, "conv_size": conv}
+def _layer(name: str, dim: int, heads: int, conv: int, **fields: Any) -> nn.Module:
+    return layer(name, dim, num_heads=heads, use_short_conv=conv > 0, conv_size=conv, **fields)
+
+
+def _gated_delta_rule(name: str, cls: str, state: Any, doc: str) -> type[Adapted]:
+    """Register a layer with the fields of the gated delta rule."""
+
+    def make(
+        dim: int,
+        *,
+        heads: Heads = 4,
+        head_dim: HeadDim = None,
+        expand_v: ExpandValue = 1.0,
+        conv: Conv = 4,
+        negative: Negative = False,
+    ) -> nn.Module:
+        width = head_dim or dim // heads
+        return _layer(cls, dim, heads, conv, head_dim=width, expand_v=expand_v, allow_neg_eigval=negative)
+
+    make.__doc__ = doc
+    return adapt(name, state=state, run=run, refuse=refuse, problems=_of_heads)(make)
 
 
 @adapt("fla_delta_net", state=_matrices, run=run, refuse=refuse, problems=_of_dim)
@@ -223,37 +249,27 @@ def delta_net(
     negative: Negative = False,
 ) -> nn.Module:
     """The delta rule (DeltaNet, arXiv 2406.06484): a matrix per head, updated towards the value of each token."""
-    return layer(
-        "DeltaNet",
-        dim,
-        num_heads=heads,
-        expand_k=expand_k,
-        expand_v=expand_v,
-        allow_neg_eigval=negative,
-        **_convolution(conv),
-    )
+    return _layer("DeltaNet", dim, heads, conv, expand_k=expand_k, expand_v=expand_v, allow_neg_eigval=negative)
 
 
-@adapt("fla_gated_deltanet", state=_transposed, run=run, refuse=refuse, problems=_of_heads)
-def gated_deltanet(
-    dim: int,
-    *,
-    heads: Heads = 4,
-    head_dim: HeadDim = None,
-    expand_v: ExpandValue = 1.0,
-    conv: Conv = 4,
-    negative: Negative = False,
-) -> nn.Module:
-    """The gated delta rule (Gated DeltaNet, arXiv 2412.06464): the delta rule with a decay per head and token."""
-    return layer(
-        "GatedDeltaNet",
-        dim,
-        num_heads=heads,
-        head_dim=head_dim or dim // heads,
-        expand_v=expand_v,
-        allow_neg_eigval=negative,
-        **_convolution(conv),
-    )
+gated_deltanet = _gated_delta_rule(
+    "fla_gated_deltanet",
+    "GatedDeltaNet",
+    _transposed,
+    "The gated delta rule (Gated DeltaNet, arXiv 2412.06464): the delta rule with a decay per head and token.",
+)
+gated_deltanet_2 = _gated_delta_rule(
+    "fla_gdn2",
+    "GatedDeltaNet2",
+    _matrices,
+    "The gated delta rule with gates per feature for decay, erasing and writing.",
+)
+kimi_delta_attention = _gated_delta_rule(
+    "fla_kda",
+    "KimiDeltaAttention",
+    _transposed,
+    "Kimi delta attention (arXiv 2510.26692): the gated delta rule with a decay per feature of the key.",
+)
 
 
 @adapt("fla_gated_deltaproduct", state=_matrices, run=run, refuse=refuse, problems=_of_heads)
@@ -268,38 +284,8 @@ def gated_deltaproduct(
     negative: Negative = True,
 ) -> nn.Module:
     """Several updates of the gated delta rule per token (DeltaProduct, arXiv 2502.10297)."""
-    return layer(
-        "GatedDeltaProduct",
-        dim,
-        num_heads=heads,
-        head_dim=head_dim or dim // heads,
-        expand_v=expand_v,
-        num_householder=steps,
-        allow_neg_eigval=negative,
-        **_convolution(conv),
-    )
-
-
-@adapt("fla_gdn2", state=_matrices, run=run, refuse=refuse, problems=_of_heads)
-def gated_deltanet_2(
-    dim: int,
-    *,
-    heads: Heads = 4,
-    head_dim: HeadDim = None,
-    expand_v: ExpandValue = 1.0,
-    conv: Conv = 4,
-    negative: Negative = False,
-) -> nn.Module:
-    """The gated delta rule with gates per feature for decay, erasing and writing."""
-    return layer(
-        "GatedDeltaNet2",
-        dim,
-        num_heads=heads,
-        head_dim=head_dim or dim // heads,
-        expand_v=expand_v,
-        allow_neg_eigval=negative,
-        **_convolution(conv),
-    )
+    width, more = head_dim or dim // heads, dict(num_householder=steps, allow_neg_eigval=negative)
+    return _layer("GatedDeltaProduct", dim, heads, conv, head_dim=width, expand_v=expand_v, **more)
 
 
 @adapt(
@@ -319,37 +305,8 @@ def momentum_deltanet(
     decayed: Annotated[bool, Field(description="compute the error after the decay of the memory, not before")] = True,
 ) -> nn.Module:
     """The momentum delta rule (arXiv 2605.05838): the gated delta rule with momentum."""
-    return layer(
-        "MomentumDeltaNet",
-        dim,
-        num_heads=heads,
-        head_dim=head_dim or dim // heads,
-        expand_v=expand_v,
-        use_p_times_alpha=decayed,
-        **_convolution(conv),
-    )
-
-
-@adapt("fla_kda", state=_transposed, run=run, refuse=refuse, problems=_of_heads)
-def kimi_delta_attention(
-    dim: int,
-    *,
-    heads: Heads = 4,
-    head_dim: HeadDim = None,
-    expand_v: ExpandValue = 1.0,
-    conv: Conv = 4,
-    negative: Negative = False,
-) -> nn.Module:
-    """Kimi delta attention (arXiv 2510.26692): the gated delta rule with a decay per feature of the key."""
-    return layer(
-        "KimiDeltaAttention",
-        dim,
-        num_heads=heads,
-        head_dim=head_dim or dim // heads,
-        expand_v=expand_v,
-        allow_neg_eigval=negative,
-        **_convolution(conv),
-    )
+    width = head_dim or dim // heads
+    return _layer("MomentumDeltaNet", dim, heads, conv, head_dim=width, expand_v=expand_v, use_p_times_alpha=decayed)
 
 
 @adapt("fla_gla", state=_transposed, run=run, refuse=refuse, problems=_of_dim)
@@ -362,9 +319,7 @@ def gated_linear_attention(
     conv: Conv = 0,
 ) -> nn.Module:
     """Gated linear attention (arXiv 2312.06635): a matrix per head, with a decay per feature of the key."""
-    return layer(
-        "GatedLinearAttention", dim, num_heads=heads, expand_k=expand_k, expand_v=expand_v, **_convolution(conv)
-    )
+    return _layer("GatedLinearAttention", dim, heads, conv, expand_k=expand_k, expand_v=expand_v)
 
 
 @adapt(
@@ -387,7 +342,7 @@ def gated_slot_attention(
     conv: Conv = 0,
 ) -> nn.Module:
     """Gated slot attention (arXiv 2409.07146): softmax attention over a fixed number of decaying slots."""
-    return layer("GatedSlotAttention", dim, num_heads=heads, num_slots=slots, **_convolution(conv))
+    return _layer("GatedSlotAttention", dim, heads, conv, num_slots=slots)
 
 
 @adapt(
@@ -399,7 +354,7 @@ def gated_slot_attention(
 )
 def hgrn2(dim: int, *, heads: Heads = 4, conv: Conv = 0) -> nn.Module:
     """HGRN2 (arXiv 2404.07904): a gated recurrence with a matrix per head as state."""
-    return layer("HGRN2Attention", dim, num_heads=heads, expand_ratio=None, **_convolution(conv))
+    return _layer("HGRN2Attention", dim, heads, conv, expand_ratio=None)
 
 
 def _of_inner(dim: int | None, fields: dict[str, Any]) -> Iterable[tuple[str, str]]:

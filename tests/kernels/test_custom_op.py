@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import titans_build as tb
 import titans_build.kernels
-import titans_build.kernels.norm_gate.decode  # noqa: F401  (and gated_projection)
 from titans_build.kernels import custom_op
 from titans_build.kernels.attention import Prefix, attention
 from titans_build.kernels.attention.decode import Cache, Form
@@ -259,3 +259,53 @@ def test_transformers_can_be_imported_in_the_root_of_the_repository() -> None:
     script = "import titans_build.kernels, transformers.integrations.hub_kernels, kernels; assert kernels.memory"
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_package_after_torch_defines_all_operators() -> None:
+    """Exported programs that contain them can then be loaded."""
+    script = (
+        "import torch, titans_build\n"
+        "names = [name for name in {names!r} if not hasattr(torch.ops.titans_build, name)]\n"
+        "print(names)"
+    )
+    names = [f"{name}{end}" for name in OPAQUE_OPERATIONS for end in ("", "_backward")]
+    done = subprocess.run(
+        [sys.executable, "-c", script.format(names=names)], capture_output=True, text=True, check=True
+    )
+    assert len(names) >= 28 and done.stdout == "[]\n"
+
+
+class Logits(torch.nn.Module):
+    """Programs can only be saved if they return tensors and tuples."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.model(tokens).logits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lmm", "mag", "mac"])
+def test_an_exported_model_is_loaded_in_another_process(name: str, tmp_path: Path) -> None:
+    model = tb.build(name, overrides={"dim": 16, "stack.0.repeat": 1}).eval()
+    tokens = torch.randint(256, (1, 20))
+    with torch.no_grad():
+        torch.export.save(torch.export.export(Logits(model), (tokens,)), tmp_path / "model.pt2")
+        torch.save((tokens, model(tokens).logits), tmp_path / "expected.pt")
+    script = (
+        "import torch, titans_build\n"
+        "tokens, expected = torch.load('expected.pt')\n"
+        "logits = torch.export.load('model.pt2').module()(tokens)\n"
+        "torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
+
+
+def test_onnx_and_tracing_are_refused() -> None:
+    model = tb.build("lmm", overrides={"dim": 16, "stack.0.repeat": 1}).eval()
+    with pytest.raises(
+        RuntimeError, match=r"ONNX and torch\.jit\.trace cannot represent .*: export it with torch\.export"
+    ):
+        torch.jit.trace(model, (torch.zeros(1, 4, dtype=torch.long),))
