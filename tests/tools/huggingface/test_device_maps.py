@@ -51,7 +51,7 @@ def test_gates_are_not_quantized_by_bitsandbytes(small: Make) -> None:
 
 
 def quantized(by: str) -> Any:
-    pytest.importorskip({"torchao": "torchao", "quanto": "optimum.quanto"}.get(by, "bitsandbytes"))
+    pytest.importorskip({"torchao": "torchao", "quanto": "optimum.quanto.nn"}.get(by, "bitsandbytes"))
     if by == "torchao":
         from torchao.quantization import Int8WeightOnlyConfig
 
