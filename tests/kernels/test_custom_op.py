@@ -12,6 +12,7 @@ import titans_build.kernels
 from titans_build.kernels import custom_op
 from titans_build.kernels.attention import Prefix, attention
 from titans_build.kernels.attention.decode import Cache, Form
+from titans_build.kernels.cpu_runtime import library
 from titans_build.kernels.custom_op import OPAQUE_OPERATIONS, serialize
 from titans_build.kernels.dispatch import OPERATIONS
 from titans_build.kernels.memory import MemoryState, Options, Tokens, titans_memory
@@ -309,3 +310,17 @@ def test_onnx_and_tracing_are_refused() -> None:
         RuntimeError, match=r"ONNX and torch\.jit\.trace cannot represent .*: export it with torch\.export"
     ):
         torch.jit.trace(model, (torch.zeros(1, 4, dtype=torch.long),))
+
+
+@pytest.mark.c_kernels
+def test_kernels_that_could_not_be_built_are_not_taken_while_compiling(monkeypatch):
+    graphs = []
+
+    def call():
+        torch._dynamo.reset()
+        torch.compile(rms_norm, backend=lambda graph, _: graphs.append(graph.code) or graph, fullgraph=True)(new(2, 8))
+
+    call()
+    monkeypatch.setitem(library._failures, torch.float64, "needs a C compiler")
+    call()
+    assert ["titans_build.rms_norm" in graph for graph in graphs] == [True, False]
