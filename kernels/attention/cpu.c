@@ -130,14 +130,14 @@ static const real places[KEYS] = {
 };
 
 INLINE ints counts(int j, range s) {
-    vec place = get(places + j);
+    vec place = load_vec(places + j);
     return (place >= (real)s.from) & (place < (real)s.to);
 }
 
 typedef struct {
     packed_keys packed[2];
     real *q[2], *grad_q[2], *y, *grad_y, *scores, *grad_scores, *rows;
-    real *most, *total, *delta;
+    real *maximum, *total, *delta;
 } workspace;
 
 static workspace workspace_of(const attend *call, real *scratch, int backward, size_t *numbers) {
@@ -154,7 +154,7 @@ static workspace workspace_of(const attend *call, real *scratch, int backward, s
     r.scores = take(&next, pairs);
     r.grad_scores = backward ? take(&next, pairs) : NULL;
     r.rows = backward ? NULL : take(&next, (size_t)KEYS * padded((int)call->d));
-    r.most = take(&next, QUERIES);
+    r.maximum = take(&next, QUERIES);
     r.total = take(&next, QUERIES);
     r.delta = take(&next, QUERIES);
     if (numbers)
@@ -166,7 +166,7 @@ static void forward_block(const attend *call, workspace *r, int64_t row, int64_t
     int d = (int)call->d, width = padded(d);
     real scale = (real)(1 / sqrt((double)d));
     for (int i = 0; i < n; i++) {
-        r->most[i] = -(real)INFINITY;
+        r->maximum[i] = -(real)INFINITY;
         r->total[i] = 0;
     }
     memset(r->y, 0, (size_t)n * width * sizeof(real));
@@ -182,10 +182,10 @@ static void forward_block(const attend *call, workspace *r, int64_t row, int64_t
             multiply(n, reach, d, r->q[s], width, r->packed[s].kt + place, KEYS, r->scores, KEYS, SET);
             for (int i = 0; i < n; i++) {
                 range mine = in_tile(visible(call, set, row, first + i), tile * KEYS);
-                real *score = r->scores + i * KEYS, before = r->most[i], now;
+                real *score = r->scores + i * KEYS, before = r->maximum[i], now;
                 vec top = all(before);
                 for (int j = 0; j < reach; j += WIDTH) {
-                    vec x = pick(counts(j, mine), get(score + j), all(-(real)INFINITY));
+                    vec x = pick(counts(j, mine), load_vec(score + j), all(-(real)INFINITY));
                     top = pick(x > top, x, top);
                 }
                 now = top[0];
@@ -197,28 +197,28 @@ static void forward_block(const attend *call, workspace *r, int64_t row, int64_t
                 }
                 vec total = {};
                 for (int j = 0; j < reach; j += WIDTH) {
-                    vec p = pick(counts(j, mine), exponential(get(score + j) - now), (vec){});
+                    vec p = pick(counts(j, mine), exponential(load_vec(score + j) - now), (vec){});
                     total += p;
-                    put(score + j, p);
+                    store_vec(score + j, p);
                 }
                 real left = before == -(real)INFINITY ? 0 : (real)exp((double)(before - now));
-                r->most[i] = now;
+                r->maximum[i] = now;
                 r->total[i] = r->total[i] * left + sum(total);
                 if (left != 1)
                     for (int j = i * width; j < (i + 1) * width; j += WIDTH)
-                        put(r->y + j, get(r->y + j) * left);
+                        store_vec(r->y + j, load_vec(r->y + j) * left);
             }
-            int count = least((int)(set->count - tile * KEYS), reach);
+            int count = min((int)(set->count - tile * KEYS), reach);
             multiply(n, width, count, r->scores, KEYS, r->packed[s].v + place, width, r->y, width, ADD);
         }
     }
     for (int i = 0; i < n; i++) {
         real total = r->total[i], inverse = total > 0 ? 1 / total : total == 0 ? 0 : total; /* NaN stays */
         for (int j = i * width; j < (i + 1) * width; j += WIDTH)
-            put(r->y + j, get(r->y + j) * inverse);
+            store_vec(r->y + j, load_vec(r->y + j) * inverse);
         if (call->lse)
             call->lse[(row * call->heads + head) * call->time + first + i] =
-                total == 0 ? (real)INFINITY : r->most[i] + (real)log((double)total);
+                total == 0 ? (real)INFINITY : r->maximum[i] + (real)log((double)total);
     }
     store_rows(&call->y, row, head, first, n, d, r->y, 1);
 }
@@ -232,7 +232,7 @@ static void backward_block(const attend *call, workspace *r, int64_t row, int64_
     for (int i = 0; i < n; i++) {
         vec along = {};
         for (int j = i * width; j < (i + 1) * width; j += WIDTH)
-            along += get(r->y + j) * get(r->grad_y + j);
+            along += load_vec(r->y + j) * load_vec(r->grad_y + j);
         r->delta[i] = sum(along);
     }
     for (int s = 0; s < 2; s++) {
@@ -245,17 +245,18 @@ static void backward_block(const attend *call, workspace *r, int64_t row, int64_
         for (int64_t tile = low.from / KEYS; tile * KEYS < high.to; tile++) {
             size_t place = (size_t)tile * KEYS * width;
             int reach = padded((int)in_tile(high, tile * KEYS).to);
-            int count = least((int)(set->count - tile * KEYS), reach);
+            int count = min((int)(set->count - tile * KEYS), reach);
             multiply(n, reach, d, r->q[s], width, r->packed[s].kt + place, KEYS, r->scores, KEYS, SET);
             multiply(n, reach, d, r->grad_y, width, r->packed[s].vt + place, KEYS, r->grad_scores, KEYS, SET);
             for (int i = 0; i < n; i++) {
                 range mine = in_tile(visible(call, set, row, first + i), tile * KEYS);
                 real *score = r->scores + i * KEYS, *grad_scores = r->grad_scores + i * KEYS;
                 for (int j = 0; j < reach; j += WIDTH) {
-                    vec x = get(score + j) - lse[i]; /* above zero by rounding at most */
+                    vec x = load_vec(score + j) - lse[i]; /* above zero by rounding at most */
                     vec p = pick(counts(j, mine), exponential(pick(x > 0, (vec){}, x)), (vec){});
-                    put(score + j, p);
-                    put(grad_scores + j, pick(counts(j, mine), p * (get(grad_scores + j) - r->delta[i]), (vec){}));
+                    store_vec(score + j, p);
+                    store_vec(grad_scores + j,
+                              pick(counts(j, mine), p * (load_vec(grad_scores + j) - r->delta[i]), (vec){}));
                 }
             }
             multiply_transposed(count, width, n, r->scores, KEYS, r->grad_y, width, r->packed[s].grad_v + place, width,

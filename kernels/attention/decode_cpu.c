@@ -33,20 +33,20 @@ INLINE void normalize(const struct call *c, int64_t head, const real *x, real *y
     int dim = (int)c->dim;
     vec squares = {};
     for (int i = 0; i < dim; i += WIDTH) {
-        vec part = get_some(x + i, dim - i);
+        vec part = load_partial(x + i, dim - i);
         squares += part * part;
-        put(y + i, part);
+        store_vec(y + i, part);
     }
     if (!c->gain)
         return;
     vec inverse = all((real)(1 / sqrt((double)sum(squares) / dim + c->eps)));
     for (int i = 0; i < dim; i += WIDTH)
-        put(y + i, get(y + i) * inverse * get_some(c->gain + head * dim + i, dim - i));
+        store_vec(y + i, load_vec(y + i) * inverse * load_partial(c->gain + head * dim + i, dim - i));
 }
 
 INLINE void rotate(const struct call *c, int64_t row, int64_t t, const real *x, real *y) {
     int dim = (int)c->dim, half = dim / 2;
-    put(y + padded(dim) - WIDTH, (vec){});
+    store_vec(y + padded(dim) - WIDTH, (vec){});
     if (!c->cos) {
         memcpy(y, x, dim * sizeof(real));
         return;
@@ -64,22 +64,22 @@ INLINE void softmax(int n, real *score) {
     for (int i = n; i < padded(n); i++)
         score[i] = -INFINITY;
     for (int i = 0; i < n; i += WIDTH) {
-        vec x = get(score + i);
+        vec x = load_vec(score + i);
         top = pick(x > top, x, top);
     }
-    real most = score[0];
+    real maximum = score[0];
     for (int i = 0; i < WIDTH; i++)
-        most = top[i] > most ? top[i] : most;
+        maximum = top[i] > maximum ? top[i] : maximum;
     for (int i = 0; i < n; i += WIDTH) {
-        vec e = exponential(get(score + i) - most);
+        vec e = exponential(load_vec(score + i) - maximum);
         if (n - i < WIDTH)
             e *= inside(n);
         total += e;
-        put(score + i, e);
+        store_vec(score + i, e);
     }
     vec share = all(1 / sum(total));
     for (int i = 0; i < n; i += WIDTH)
-        put(score + i, get(score + i) * share);
+        store_vec(score + i, load_vec(score + i) * share);
 }
 
 /* The cached tokens in the next cache, earlier by the number of new tokens; empty slots are zero. */
@@ -129,7 +129,7 @@ static void attend(const struct call *c, int64_t row, int64_t head, real *scratc
         int64_t q_head = head * group + i % group;
         normalize(c, q_head, projected + (t * all_heads + q_head) * dim, plain);
         for (int j = 0; j < dim; j += WIDTH)
-            put(plain + j, get(plain + j) * scale);
+            store_vec(plain + j, load_vec(plain + j) * scale);
         rotate(c, row, t, plain, query);
         /* how many tokens before the new ones are in sight, and from which new one on */
         int64_t back = c->window ? c->window - 1 : INT64_MAX;

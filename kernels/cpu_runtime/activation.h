@@ -33,13 +33,13 @@ INLINE void activate(enum activation kind, vec z, vec *value, vec *slope, vec *c
 INLINE void activate_as(enum activation kind, int count, const real *z, real *value, real *slope, real *curvature) {
     for (int i = 0; i < count; i += WIDTH) {
         vec a, b, c;
-        activate(kind, get(z + i), &a, &b, &c);
+        activate(kind, load_vec(z + i), &a, &b, &c);
         if (value)
-            put(value + i, a);
+            store_vec(value + i, a);
         if (slope)
-            put(slope + i, b);
+            store_vec(slope + i, b);
         if (curvature)
-            put(curvature + i, c);
+            store_vec(curvature + i, c);
     }
 }
 

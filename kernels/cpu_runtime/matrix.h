@@ -29,7 +29,7 @@ INLINE void tile(int rows, int vectors, int inner, const real *a, ptrdiff_t row,
     for (int p = 0; p < inner; p++) {
         vec right[2];
         for (int j = 0; j < vectors; j++)
-            right[j] = get(b + p * ldb + j * WIDTH);
+            right[j] = load_vec(b + p * ldb + j * WIDTH);
         for (int i = 0; i < rows; i++) {
             vec left = all(a[i * row + p * column]);
             for (int j = 0; j < vectors; j++)
@@ -40,11 +40,11 @@ INLINE void tile(int rows, int vectors, int inner, const real *a, ptrdiff_t row,
         for (int j = 0; j < vectors; j++) {
             real *out = c + i * ldc + j * WIDTH;
             if (mode == SET)
-                put(out, total[i][j]);
+                store_vec(out, total[i][j]);
             else if (mode == ADD)
-                put(out, get(out) + total[i][j]);
+                store_vec(out, load_vec(out) + total[i][j]);
             else
-                put(out, get(out) - total[i][j]);
+                store_vec(out, load_vec(out) - total[i][j]);
         }
 }
 
@@ -87,10 +87,10 @@ static __attribute__((noinline)) void transpose(int rows, int columns, const rea
             vec x[WIDTH], y[WIDTH];
             if (i + WIDTH <= rows)
                 for (int r = 0; r < WIDTH; r++)
-                    x[r] = get(from + (i + r) * ldf + j);
+                    x[r] = load_vec(from + (i + r) * ldf + j);
             else
                 for (int r = 0; r < WIDTH; r++)
-                    x[r] = i + r < rows ? get(from + (i + r) * ldf + j) : (vec){};
+                    x[r] = i + r < rows ? load_vec(from + (i + r) * ldf + j) : (vec){};
             for (int step = 1; step < WIDTH; step *= 2) {
                 for (int r = 0; r < WIDTH / 2; r++) {
                     y[2 * r] = LOW(x[r], x[r + WIDTH / 2]);
@@ -99,15 +99,15 @@ static __attribute__((noinline)) void transpose(int rows, int columns, const rea
                 for (int r = 0; r < WIDTH; r++)
                     x[r] = y[r];
             }
-            int count = least(columns - j, WIDTH);
+            int count = min(columns - j, WIDTH);
             if (count == WIDTH)
                 for (int r = 0; r < WIDTH; r++)
-                    put(to + (j + r) * ldt + i, x[r]);
+                    store_vec(to + (j + r) * ldt + i, x[r]);
             else
                 for (int r = 0; r < count; r++)
-                    put(to + (j + r) * ldt + i, x[r]);
+                    store_vec(to + (j + r) * ldt + i, x[r]);
 #else
-            for (int c = j; c < least(j + WIDTH, columns); c++)
+            for (int c = j; c < min(j + WIDTH, columns); c++)
                 for (int r = i; r < i + WIDTH; r++)
                     to[c * ldt + r] = r < rows ? from[r * ldf + c] : 0;
 #endif
@@ -120,11 +120,11 @@ static __attribute__((noinline)) void transpose(int rows, int columns, const rea
 INLINE void pack_rows(int k, int n, int wide, const real *from, ptrdiff_t ld, real *to, ptrdiff_t ldt) {
     for (int p = 0; p < k; p += PAIR, from += PAIR * ld, to += ldt)
         for (int j = 0; j < wide; j += WIDTH) {
-            vec first = get_some(from + j, most(n - j, 0));
+            vec first = load_partial(from + j, max(n - j, 0));
 #ifdef NARROW
-            put(to + j, pair_rows(first, p + 1 < k ? get_some(from + ld + j, most(n - j, 0)) : (vec){}));
+            store_vec(to + j, pair_rows(first, p + 1 < k ? load_partial(from + ld + j, max(n - j, 0)) : (vec){}));
 #else
-            put(to + j, first);
+            store_vec(to + j, first);
 #endif
         }
 }
@@ -133,11 +133,11 @@ INLINE void pack_rows(int k, int n, int wide, const real *from, ptrdiff_t ld, re
 INLINE void pack_columns(int m, int k, const real *from, ptrdiff_t ld, real *to, ptrdiff_t ldt) {
     for (int i = 0; i < m; i++, from += ld, to += ldt)
         for (int p = 0; p < k; p += PAIR * WIDTH) {
-            vec first = get_some(from + p, k - p);
+            vec first = load_partial(from + p, k - p);
 #ifdef NARROW
-            put(to + p / PAIR, pair_columns(first, get_some(from + p + WIDTH, most(k - p - WIDTH, 0))));
+            store_vec(to + p / PAIR, pair_columns(first, load_partial(from + p + WIDTH, max(k - p - WIDTH, 0))));
 #else
-            put(to + p, first);
+            store_vec(to + p, first);
 #endif
         }
 }
@@ -146,7 +146,7 @@ INLINE void pack_columns(int m, int k, const real *from, ptrdiff_t ld, real *to,
 INLINE void pack_turned(int n, int k, int wide, const real *from, ptrdiff_t ld, real *to, ptrdiff_t ldt, real *room) {
     ptrdiff_t ldr = padded(words(k));
     for (int j = 0; j < wide; j += WIDTH) {
-        int rows = most(least(n - j, WIDTH), 0);
+        int rows = max(min(n - j, WIDTH), 0);
         pack_columns(rows, k, from + j * ld, ld, room, ldr);
         transpose(rows, words(k), room, ldr, to + j, ldt);
     }
@@ -161,16 +161,16 @@ INLINE void product(int m, int n, int k, const real *a, ptrdiff_t row, ptrdiff_t
                     real *c, ptrdiff_t ldc, enum mode mode) {
     real left[TALL * INNER] __attribute__((aligned(64))), right[INNER * 2 * WIDTH] __attribute__((aligned(64)));
     for (int p = 0; p < k || p == 0; p += PAIR * INNER) {
-        int inner = least(k - p, PAIR * INNER), pairs = words(inner);
+        int inner = min(k - p, PAIR * INNER), pairs = words(inner);
         for (int i = 0; i < m; i += TALL) {
-            int rows = least(m - i, TALL);
+            int rows = min(m - i, TALL);
             ptrdiff_t left_row = column == 1 ? padded(pairs) : 1, left_column = column == 1 ? 1 : padded(rows);
             if (column == 1)
                 pack_columns(rows, inner, a + i * row + p, row, left, left_row);
             else
                 pack_rows(inner, rows, padded(rows), a + i + p * column, column, left, left_column);
             for (int j = 0; j < n; j += 2 * WIDTH) {
-                int wide = least(n - j, 2 * WIDTH);
+                int wide = min(n - j, 2 * WIDTH);
                 pack_rows(inner, wide, wide, b + p * ldb + j, ldb, right, 2 * WIDTH);
                 real *to = c + i * ldc + j;
                 if (wide > WIDTH)
@@ -188,7 +188,7 @@ INLINE void product(int m, int n, int k, const real *a, ptrdiff_t row, ptrdiff_t
                     real *c, ptrdiff_t ldc, enum mode mode) {
     for (int p = 0; p < k || p == 0; p += INNER) {
         const real *left = a + p * column, *right = b + p * ldb;
-        int inner = least(k - p, INNER), j = 0;
+        int inner = min(k - p, INNER), j = 0;
         for (; j + 2 * WIDTH <= n; j += 2 * WIDTH)
             strip(2, m, inner, left, row, column, right + j, ldb, c + j, ldc, mode);
         if (j < n)

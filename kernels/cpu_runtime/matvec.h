@@ -40,13 +40,13 @@ INLINE vec products(int n, const real *row, const real *x) {
     vec a = {}, b = {}, c = {}, d = {};
     int i = 0;
     for (; i + 4 * WIDTH <= n; i += 4 * WIDTH) {
-        a += get(row + i) * get(x + i);
-        b += get(row + i + WIDTH) * get(x + i + WIDTH);
-        c += get(row + i + 2 * WIDTH) * get(x + i + 2 * WIDTH);
-        d += get(row + i + 3 * WIDTH) * get(x + i + 3 * WIDTH);
+        a += load_vec(row + i) * load_vec(x + i);
+        b += load_vec(row + i + WIDTH) * load_vec(x + i + WIDTH);
+        c += load_vec(row + i + 2 * WIDTH) * load_vec(x + i + 2 * WIDTH);
+        d += load_vec(row + i + 3 * WIDTH) * load_vec(x + i + 3 * WIDTH);
     }
     for (; i < n; i += WIDTH)
-        a += get_some(row + i, n - i) * get(x + i);
+        a += load_partial(row + i, n - i) * load_vec(x + i);
     return (a + b) + (c + d);
 }
 
@@ -54,7 +54,7 @@ INLINE vec products(int n, const real *row, const real *x) {
 static __attribute__((noinline)) void apply(int out, int in, const real *w, ptrdiff_t ld, const real *x, real *y) {
     for (int o = 0; o < out; o += WIDTH) {
         vec total[WIDTH];
-        int rows = least(WIDTH, out - o);
+        int rows = min(WIDTH, out - o);
         for (int r = 0; r < rows; r++) {
             const real *row = w + (o + r) * ld;
             for (int i = 0; i < in; i += LINE)
@@ -63,7 +63,7 @@ static __attribute__((noinline)) void apply(int out, int in, const real *w, ptrd
         }
         for (int r = rows; r < WIDTH; r++)
             total[r] = (vec){};
-        put(y + o, sums(total));
+        store_vec(y + o, sums(total));
     }
 }
 
@@ -76,16 +76,16 @@ static __attribute__((noinline)) void apply_reversed(int out, int in, const real
         for (int o = 0; o < out; o++)
 #pragma GCC unroll 8
             for (int j = 0; j < TOGETHER; j++)
-                total[j] += get(w + o * ld + i + j * WIDTH) * x[o];
+                total[j] += load_vec(w + o * ld + i + j * WIDTH) * x[o];
         for (int j = 0; j < TOGETHER; j++)
-            put(y + i + j * WIDTH, more ? get(y + i + j * WIDTH) + total[j] : total[j]);
+            store_vec(y + i + j * WIDTH, more ? load_vec(y + i + j * WIDTH) + total[j] : total[j]);
     }
     for (; i < in; i += WIDTH) {
         vec total[2] = {}; /* two sums: an addition need not wait for the last */
         for (int o = 0; o < out; o++)
-            total[o % 2] += get_some(w + o * ld + i, in - i) * x[o];
+            total[o % 2] += load_partial(w + o * ld + i, in - i) * x[o];
         total[0] += total[1];
-        put(y + i, more ? get(y + i) + total[0] : total[0]);
+        store_vec(y + i, more ? load_vec(y + i) + total[0] : total[0]);
     }
 }
 
@@ -93,26 +93,26 @@ static __attribute__((noinline)) void apply_reversed(int out, int in, const real
 INLINE double length(int n, const real *x) {
     vec largest = {}, total = {};
     for (int i = 0; i < n; i += WIDTH) {
-        vec size = absolute(get(x + i));
+        vec size = absolute(load_vec(x + i));
         largest = pick(size > largest, size, largest);
     }
-    real most = 0;
+    real maximum = 0;
     for (int i = 0; i < WIDTH; i++)
-        most = largest[i] > most ? largest[i] : most;
-    if (most == 0) { /* or every number is NaN */
+        maximum = largest[i] > maximum ? largest[i] : maximum;
+    if (maximum == 0) { /* or every number is NaN */
         for (int i = 0; i < n; i += WIDTH)
-            total += get(x + i);
+            total += load_vec(x + i);
         return sum(total);
     }
     for (int i = 0; i < n; i += WIDTH) {
-        vec part = get(x + i) / most;
+        vec part = load_vec(x + i) / maximum;
         total += part * part;
     }
-    return most * sqrt((double)sum(total));
+    return maximum * sqrt((double)sum(total));
 }
 
 /* n numbers into scratch, padded */
 INLINE void take_vector(int n, const real *from, real *to) {
-    put(to + padded(n) - WIDTH, (vec){});
+    store_vec(to + padded(n) - WIDTH, (vec){});
     memcpy(to, from, n * sizeof(real));
 }

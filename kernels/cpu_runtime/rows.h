@@ -5,16 +5,16 @@
 #include "vector.h"
 
 /* the first n numbers at p, zeros behind them */
-INLINE vec get_some(const real *p, int64_t n) {
+INLINE vec load_partial(const real *p, int64_t n) {
     if (n >= WIDTH)
-        return get(p);
+        return load_vec(p);
     vec x = {};
     memcpy(&x, p, (size_t)n * sizeof(real));
     return x;
 }
-INLINE void put_some(real *p, vec x, int64_t n) {
+INLINE void store_partial(real *p, vec x, int64_t n) {
     if (n >= WIDTH)
-        put(p, x);
+        store_vec(p, x);
     else
         memcpy(p, &x, (size_t)n * sizeof(real));
 }

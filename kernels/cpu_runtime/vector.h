@@ -36,12 +36,12 @@ typedef whole stored_ints __attribute__((vector_size(VECTOR_BYTES), aligned(size
 
 enum { WIDTH = VECTOR_BYTES / (int)sizeof(real) }; /* numbers in a vector */
 
-INLINE int least(int a, int b) { return a < b ? a : b; }
-INLINE int most(int a, int b) { return a > b ? a : b; }
+INLINE int min(int a, int b) { return a < b ? a : b; }
+INLINE int max(int a, int b) { return a > b ? a : b; }
 INLINE int padded(int n) { return (n + WIDTH - 1) / WIDTH * WIDTH; }
 
-INLINE vec get(const real *p) { return *(const stored *)p; }
-INLINE void put(real *p, vec x) { *(stored *)p = x; }
+INLINE vec load_vec(const real *p) { return *(const stored *)p; }
+INLINE void store_vec(real *p, vec x) { *(stored *)p = x; }
 INLINE vec all(real x) { return x - (vec){}; }
 /* per number: where mask is all ones a, where it is zero b */
 INLINE vec pick(ints mask, vec a, vec b) { return (vec)((mask & (ints)a) | (~mask & (ints)b)); }
@@ -49,7 +49,7 @@ INLINE vec absolute(vec x) { return pick(x < 0, -x, x); }
 
 INLINE real sum(vec x) {
     real part[WIDTH];
-    put(part, x);
+    store_vec(part, x);
     for (int half = WIDTH / 2; half; half /= 2)
         for (int i = 0; i < half; i++)
             part[i] += part[i + half];

@@ -63,8 +63,8 @@ static void take_work(const network *net, arena *arena, work *w, int backward) {
     int n = net->longest, ld = net->ld, parts = net->parts, top = net->layers - 1, widest = 0;
     size_t square = (size_t)n * ld;
     for (int l = 0; l < net->layers; l++)
-        widest = most(widest, most(net->rows[l], net->width[l]));
-    size_t tokens = (size_t)most(n, 4) * widest;
+        widest = max(widest, max(net->rows[l], net->width[l]));
+    size_t tokens = (size_t)max(n, 4) * widest;
     w->keys = take(arena, (size_t)n * net->rows[0]);
     w->queries = take(arena, (size_t)n * net->rows[0]);
     w->values = take(arena, (size_t)n * net->width[top]);
@@ -153,7 +153,7 @@ static task task_of(const call *call, int64_t index) {
 static int64_t kept_numbers(const call *call, const network *net) {
     int chunks = 1;
     for (int64_t row = 0; row < call->batch; row++)
-        chunks = most(chunks, chunks_of(call, row));
+        chunks = max(chunks, chunks_of(call, row));
     return call->every ? (chunks - 1) / call->every * (int64_t)state_numbers(net) +
                              (call->activations_kept ? call->time * outputs(net) : 0)
                        : 0;
@@ -173,9 +173,9 @@ static void locate_query_z(const task *t, const work *w, int first, int n, real 
 }
 
 static piece tokens_of_chunk(const task *t, int i) {
-    int chunk = (int)t->call->chunk, start = most(0, i * chunk - t->phase);
+    int chunk = (int)t->call->chunk, start = max(0, i * chunk - t->phase);
     return (piece){t->row, t->head, t->call->order ? t->call->order + t->row * t->call->time : NULL, start,
-                   least(t->count, (i + 1) * chunk - t->phase) - start};
+                   min(t->count, (i + 1) * chunk - t->phase) - start};
 }
 
 static void load_gain(task *t, work *w) {
@@ -301,7 +301,7 @@ static void forward_task(const call *call, int64_t index, real *scratch) {
 static void add(const network *net, real *const *to, real *const *more) {
     for (int l = 0; l < net->layers; l++)
         for (int i = 0; i < net->rows[l] * net->width[l]; i += WIDTH)
-            put(to[l] + i, get(to[l] + i) + get(more[l] + i));
+            store_vec(to[l] + i, load_vec(to[l] + i) + load_vec(more[l] + i));
 }
 
 /* Recompute the chunks start .. stop - 1 from the state that was kept at their start. */
@@ -353,7 +353,7 @@ static void backward_task(const call *call, int64_t index, real *scratch) {
         add(net, w.grad_anchor, w.grad_last_anchor);
 
     for (int start = t.chunks ? (t.chunks - 1) / every * every : -1; start >= 0; start -= every) {
-        int stop = least(start + every, t.chunks);
+        int stop = min(start + every, t.chunks);
         recompute(&t, &w, group, start, stop);
         for (int i = stop - 1; i >= start; i--) {
             chunk *c = &group[i - start];

@@ -35,10 +35,10 @@ INLINE void decay_matrices(decay *x) {
         x->m[t] = m = retain * m + E;
         real *c = x->C + t * x->ld, *h = x->H + t * x->ld;
         for (int s = 0; s < x->ld; s += WIDTH) {
-            vec decayed = t ? get(h - x->ld + s) * eta : (vec){};
-            vec retained = t ? get(c - x->ld + s) * retain : (vec){};
-            put(h + s, decayed);
-            put(c + s, retained + decayed);
+            vec decayed = t ? load_vec(h - x->ld + s) * eta : (vec){};
+            vec retained = t ? load_vec(c - x->ld + s) * retain : (vec){};
+            store_vec(h + s, decayed);
+            store_vec(c + s, retained + decayed);
         }
         h[t] = c[t] = 1;
     }
@@ -58,18 +58,19 @@ INLINE void decay_backward(const decay *x, decay_grad *g, real *grad_alpha, real
         real *grad_c = g->C + t * ld;
         /* of H_ts: what C_ts takes from it, and what the rows after it do */
         for (int s = 0; s < ld; s += WIDTH)
-            put(grad_h + s, get(grad_h + s) + get(grad_c + s) + (t == n - 1 ? get(g->H + s) : (vec){}));
+            store_vec(grad_h + s,
+                      load_vec(grad_h + s) + load_vec(grad_c + s) + (t == n - 1 ? load_vec(g->H + s) : (vec){}));
         real grad_retain = grad_A * (t ? x->A[t - 1] : 1) + grad_m * (t ? x->m[t - 1] : 0);
         real grad_eta_t = grad_E * (t ? x->E[t - 1] : x->momentum);
         if (t) {
             const real *c = x->C + (t - 1) * ld, *h = x->H + (t - 1) * ld;
             vec along_c = {}, along_h = {};
             for (int s = 0; s < t; s += WIDTH) { /* c and h are zero from t on */
-                vec gc = get(grad_c + s), gh = get(grad_h + s), valid = s + WIDTH > t ? inside(t) : all(1);
-                along_c += gc * get(c + s) * valid;
-                along_h += gh * get(h + s) * valid;
-                put(grad_c - ld + s, get(grad_c - ld + s) + gc * retain);
-                put(grad_h + s, gh * eta * valid);
+                vec gc = load_vec(grad_c + s), gh = load_vec(grad_h + s), valid = s + WIDTH > t ? inside(t) : all(1);
+                along_c += gc * load_vec(c + s) * valid;
+                along_h += gh * load_vec(h + s) * valid;
+                store_vec(grad_c - ld + s, load_vec(grad_c - ld + s) + gc * retain);
+                store_vec(grad_h + s, gh * eta * valid);
             }
             grad_retain += sum(along_c);
             grad_eta_t += sum(along_h);

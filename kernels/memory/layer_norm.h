@@ -14,18 +14,18 @@ INLINE real layer_norm(int width, const real *z, real *n) {
     int end = padded(width), last = end - WIDTH;
     vec valid = inside(width), total = {}, square = {};
     for (int i = 0; i < end; i += WIDTH)
-        total += get(z + i);
+        total += load_vec(z + i);
     real mean = sum(total) / width;
     for (int i = 0; i < end; i += WIDTH) {
-        vec x = get(z + i) - mean;
+        vec x = load_vec(z + i) - mean;
         if (i == last)
             x *= valid;
         square += x * x;
-        put(n + i, x);
+        store_vec(n + i, x);
     }
     real inverse = 1 / (real)sqrt((double)(sum(square) / width + EPS));
     for (int i = 0; i < end; i += WIDTH)
-        put(n + i, get(n + i) * inverse);
+        store_vec(n + i, load_vec(n + i) * inverse);
     return inverse;
 }
 
@@ -34,13 +34,13 @@ INLINE void layer_norm_vjp(int width, const real *g, const real *n, real inverse
     int end = padded(width), last = end - WIDTH;
     vec valid = inside(width), total = {}, along = {};
     for (int i = 0; i < end; i += WIDTH) {
-        total += get(g + i);
-        along += get(g + i) * get(n + i);
+        total += load_vec(g + i);
+        along += load_vec(g + i) * load_vec(n + i);
     }
     real mean = sum(total) / width, share = sum(along) / width;
     for (int i = 0; i < end; i += WIDTH) {
-        vec x = (get(g + i) - mean - get(n + i) * share) * inverse;
-        put(out + i, i == last ? x * valid : x);
+        vec x = (load_vec(g + i) - mean - load_vec(n + i) * share) * inverse;
+        store_vec(out + i, i == last ? x * valid : x);
     }
 }
 
@@ -48,15 +48,15 @@ INLINE void layer_norm_vjp(int width, const real *g, const real *n, real inverse
 INLINE void norm_read(int width, const real *x, const real *gain, const real *z, real *n, real *y) {
     layer_norm(width, z, n);
     for (int i = 0; i < padded(width); i += WIDTH)
-        put(y + i, get(x + i) + get(n + i) * get(gain + i));
+        store_vec(y + i, load_vec(x + i) + load_vec(n + i) * load_vec(gain + i));
 }
 
 /* From the gradient g of that y to that of z, in its place; adds to grad_gain. */
 INLINE void norm_read_backward(int width, const real *gain, const real *z, real *n, real *g, real *grad_gain) {
     real inverse = layer_norm(width, z, n);
     for (int i = 0; i < padded(width); i += WIDTH) {
-        put(grad_gain + i, get(grad_gain + i) + get(g + i) * get(n + i));
-        put(g + i, get(g + i) * get(gain + i));
+        store_vec(grad_gain + i, load_vec(grad_gain + i) + load_vec(g + i) * load_vec(n + i));
+        store_vec(g + i, load_vec(g + i) * load_vec(gain + i));
     }
     layer_norm_vjp(width, g, n, inverse, g);
 }
@@ -65,7 +65,8 @@ INLINE void norm_read_backward(int width, const real *gain, const real *z, real 
 INLINE void norm_error(int width, const real *k, const real *v, const real *gain, const real *z, real *n, real *error) {
     real inverse = layer_norm(width, z, n);
     for (int i = 0; i < padded(width); i += WIDTH)
-        put(error + i, (get(k + i) + get(n + i) * get(gain + i) - get(v + i)) * get(gain + i));
+        store_vec(error + i,
+                  (load_vec(k + i) + load_vec(n + i) * load_vec(gain + i) - load_vec(v + i)) * load_vec(gain + i));
     layer_norm_vjp(width, error, n, inverse, error);
 }
 
@@ -80,23 +81,23 @@ INLINE void norm_error_backward(int width, const real *k, const real *v, const r
     layer_norm_vjp(width, g, n, inverse, grad_u);
     vec u_n = {}, p_n = {}, p_error = {};
     for (int i = 0; i < end; i += WIDTH) {
-        vec ni = get(n + i), gi = get(gain + i), residual = get(k + i) + ni * gi - get(v + i);
-        vec grad_residual = get(grad_u + i) * gi, pi = get(g + i) * inverse;
-        put(u + i, residual * gi);
-        put(p + i, pi);
-        put(grad_k + i, get(grad_k + i) + grad_residual);
-        put(grad_v + i, -grad_residual);
-        put(grad_gain + i, get(grad_gain + i) + get(grad_u + i) * residual + grad_residual * ni);
-        put(grad_z + i, grad_residual * gi);
+        vec ni = load_vec(n + i), gi = load_vec(gain + i), residual = load_vec(k + i) + ni * gi - load_vec(v + i);
+        vec grad_residual = load_vec(grad_u + i) * gi, pi = load_vec(g + i) * inverse;
+        store_vec(u + i, residual * gi);
+        store_vec(p + i, pi);
+        store_vec(grad_k + i, load_vec(grad_k + i) + grad_residual);
+        store_vec(grad_v + i, -grad_residual);
+        store_vec(grad_gain + i, load_vec(grad_gain + i) + load_vec(grad_u + i) * residual + grad_residual * ni);
+        store_vec(grad_z + i, grad_residual * gi);
         u_n += residual * gi * ni;
         p_n += pi * ni;
-        p_error += pi * get(error + i);
+        p_error += pi * load_vec(error + i);
     }
     /* the error depends on z through the inner n, through the n of its own projection, and through 1 / sigma */
     real mean_u = sum(u_n) / width, mean_p = sum(p_n) / width, sigma = sum(p_error) / width;
     for (int i = 0; i < end; i += WIDTH)
-        put(grad_z + i, get(grad_z + i) - get(p + i) * mean_u - get(u + i) * mean_p);
+        store_vec(grad_z + i, load_vec(grad_z + i) - load_vec(p + i) * mean_u - load_vec(u + i) * mean_p);
     layer_norm_vjp(width, grad_z, n, inverse, grad_z);
     for (int i = 0; i < end; i += WIDTH)
-        put(grad_z + i, get(grad_z + i) - get(n + i) * sigma);
+        store_vec(grad_z + i, load_vec(grad_z + i) - load_vec(n + i) * sigma);
 }

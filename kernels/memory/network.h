@@ -115,11 +115,12 @@ static void find_coefficients(const network *net, work *w, const chunk *c, int n
         w->carry[t] = from < 0 ? 1 : decay->A[from];
         w->carry_momentum[t] = from < 0 ? 0 : decay->m[from];
         for (int s = 0; s < ld; s += WIDTH)
-            put(w->read + t * ld + s, from < 0 ? (vec){} : get(decay->C + from * ld + s) * get(w->step + s));
+            store_vec(w->read + t * ld + s,
+                      from < 0 ? (vec){} : load_vec(decay->C + from * ld + s) * load_vec(w->step + s));
     }
     for (int s = 0; s < ld; s += WIDTH) {
-        put(w->last + s, get(decay->C + (n - 1) * ld + s) * get(w->step + s));
-        put(w->last_momentum + s, get(decay->H + (n - 1) * ld + s) * get(w->step + s));
+        store_vec(w->last + s, load_vec(decay->C + (n - 1) * ld + s) * load_vec(w->step + s));
+        store_vec(w->last_momentum + s, load_vec(decay->H + (n - 1) * ld + s) * load_vec(w->step + s));
     }
 }
 
@@ -138,19 +139,20 @@ static void coefficients_backward(const network *net, work *w, const chunk *c, i
         real *to = g->C + (t - delay) * ld;
         const real *from = w->grad_read + t * ld, *C = decay->C + (t - delay) * ld;
         for (int s = 0; s < ld; s += WIDTH) {
-            put(w->grad_step + s, get(w->grad_step + s) + get(from + s) * get(C + s));
-            put(to + s, get(from + s) * get(w->step + s));
+            store_vec(w->grad_step + s, load_vec(w->grad_step + s) + load_vec(from + s) * load_vec(C + s));
+            store_vec(to + s, load_vec(from + s) * load_vec(w->step + s));
         }
     }
     int end = n - 1;
     g->A[end] += w->grad_carry[n]; /* of the state at the start in the state at the end */
     g->m[end] += w->grad_carry_momentum[n];
     for (int s = 0; s < ld; s += WIDTH) {
-        vec step = get(w->step + s), last = get(w->grad_last + s), momentum = get(w->grad_last_momentum + s);
-        vec C = get(decay->C + end * ld + s), H = get(decay->H + end * ld + s);
-        put(w->grad_step + s, get(w->grad_step + s) + last * C + momentum * H);
-        put(g->C + end * ld + s, get(g->C + end * ld + s) + last * step);
-        put(g->H + s, momentum * step);
+        vec step = load_vec(w->step + s), last = load_vec(w->grad_last + s),
+            momentum = load_vec(w->grad_last_momentum + s);
+        vec C = load_vec(decay->C + end * ld + s), H = load_vec(decay->H + end * ld + s);
+        store_vec(w->grad_step + s, load_vec(w->grad_step + s) + last * C + momentum * H);
+        store_vec(g->C + end * ld + s, load_vec(g->C + end * ld + s) + last * step);
+        store_vec(g->H + s, momentum * step);
     }
     decay_backward(decay, g, w->grad_alpha, w->grad_eta);
     for (int s = 0; s < n; s++)
@@ -169,9 +171,9 @@ static void coefficients_backward(const network *net, work *w, const chunk *c, i
             real of_d = (real)(length(net->width[l], d) / c->norm[s]);
             /* in this order, because the square of a quotient may underflow */
             for (int i = 0; i < net->rows[l]; i += WIDTH)
-                put(grad_a + i, get(grad_a + i) + get(a + i) * of_d * (of_d * grad_norm));
+                store_vec(grad_a + i, load_vec(grad_a + i) + load_vec(a + i) * of_d * (of_d * grad_norm));
             for (int i = 0; i < net->width[l]; i += WIDTH)
-                put(grad_d + i, get(grad_d + i) + get(d + i) * of_a * (of_a * grad_norm));
+                store_vec(grad_d + i, load_vec(grad_d + i) + load_vec(d + i) * of_a * (of_a * grad_norm));
         }
     }
 }
@@ -203,13 +205,13 @@ static void differentiate(const network *net, work *w, chunk *c, int n, const an
             norm_error(net->out[top], w->keys + t * width, v, net->gain, z, w->x, d);
         else
             for (int i = 0; i < width; i += WIDTH)
-                put(d + i, get(z + i) - get(v + i));
+                store_vec(d + i, load_vec(z + i) - load_vec(v + i));
     }
     for (int l = top - 1; l >= 0; l--) {
         multiply(n, net->width[l], net->out[l + 1], c->error[l + 1], net->width[l + 1], anchor->transposed[l + 1],
                  anchor->ld[l + 1], c->upstream[l], net->width[l], SET);
         for (int i = 0; i < n * net->width[l]; i += WIDTH)
-            put(c->error[l] + i, get(c->upstream[l] + i) * get(w->slope[l] + i));
+            store_vec(c->error[l] + i, load_vec(c->upstream[l] + i) * load_vec(w->slope[l] + i));
     }
     for (int t = 0; t < n; t++) {
         c->scale[t] = 1;
@@ -219,9 +221,9 @@ static void differentiate(const network *net, work *w, chunk *c, int n, const an
         for (int l = 0; l <= top; l++) {
             vec aa = {}, dd = {};
             for (int i = 0; i < net->rows[l]; i += WIDTH)
-                aa += get(w->input[l] + t * net->rows[l] + i) * get(w->input[l] + t * net->rows[l] + i);
+                aa += load_vec(w->input[l] + t * net->rows[l] + i) * load_vec(w->input[l] + t * net->rows[l] + i);
             for (int i = 0; i < net->width[l]; i += WIDTH)
-                dd += get(c->error[l] + t * net->width[l] + i) * get(c->error[l] + t * net->width[l] + i);
+                dd += load_vec(c->error[l] + t * net->width[l] + i) * load_vec(c->error[l] + t * net->width[l] + i);
             square += sum(aa) * sum(dd);
         }
         real norm = 2 * (real)sqrt((double)square);
@@ -243,10 +245,10 @@ static void weighted_errors(const network *net, work *w, const chunk *c, int n, 
     int width = net->width[l];
     for (int s = 0; s < n; s++)
         for (int i = 0; i < width; i += WIDTH) {
-            vec d = get(c->error[l] + s * width + i);
-            put(w->weighted + s * width + i, d * w->last[s]);
+            vec d = load_vec(c->error[l] + s * width + i);
+            store_vec(w->weighted + s * width + i, d * w->last[s]);
             if (net->parts == 2)
-                put(w->weighted_momentum + s * width + i, d * w->last_momentum[s]);
+                store_vec(w->weighted_momentum + s * width + i, d * w->last_momentum[s]);
         }
 }
 
@@ -258,13 +260,13 @@ static void write_chunk(const network *net, work *w, const chunk *c, int n, real
         const real *from = c->state[l];
         if (net->parts == 2)
             for (int i = 0; i < size; i += WIDTH) {
-                vec weight = get(from + i), momentum = get(from + size + i);
-                put(to[l] + i, weight * A + momentum * m);
-                put(to[l] + size + i, momentum * E);
+                vec weight = load_vec(from + i), momentum = load_vec(from + size + i);
+                store_vec(to[l] + i, weight * A + momentum * m);
+                store_vec(to[l] + size + i, momentum * E);
             }
         else
             for (int i = 0; i < size; i += WIDTH)
-                put(to[l] + i, get(from + i) * A);
+                store_vec(to[l] + i, load_vec(from + i) * A);
         weighted_errors(net, w, c, n, l);
         multiply_transposed(net->in[l], width, n, w->input[l], net->rows[l], w->weighted, width, to[l], width, SUBTRACT);
         if (net->parts == 2)
@@ -281,10 +283,10 @@ static void carry(const network *net, const work *w, int n, int l, const real *x
     for (int t = 0; t < n; t++) {
         real *to = carried + (size_t)t * net->parts * rows;
         for (int i = 0; i < rows; i += WIDTH) {
-            vec xi = get(x + t * rows + i);
-            put(to + i, xi * w->carry[t]);
+            vec xi = load_vec(x + t * rows + i);
+            store_vec(to + i, xi * w->carry[t]);
             if (net->parts == 2)
-                put(to + rows + i, xi * w->carry_momentum[t]);
+                store_vec(to + rows + i, xi * w->carry_momentum[t]);
         }
     }
 }
@@ -303,13 +305,13 @@ static void read_chunk(const network *net, work *w, const chunk *c, int n, real 
         multiply(n, width, stacked, w->carried, stacked, c->state[l], width, query_z[l], width, SET);
         transpose(n, net->in[l], w->input[l], rows, w->columns, ld);
         for (int t = 0; t < n; t += BLOCK) { /* causal: a block of tokens reads what it and earlier blocks wrote */
-            int count = least(n - t, BLOCK), seen = least(t + BLOCK, n);
+            int count = min(n - t, BLOCK), seen = min(t + BLOCK, n);
             real *scores = w->scores + t * ld;
             const real *weights = w->read + t * ld;
             multiply(count, padded(seen), net->in[l], x + t * rows, rows, w->columns, ld, scores, ld, SET);
             for (int r = 0; r < count; r++)
                 for (int s = 0; s < padded(seen); s += WIDTH)
-                    put(scores + r * ld + s, get(scores + r * ld + s) * get(weights + r * ld + s));
+                    store_vec(scores + r * ld + s, load_vec(scores + r * ld + s) * load_vec(weights + r * ld + s));
             multiply(count, width, seen, scores, ld, c->error[l], width, query_z[l] + t * width, width, SUBTRACT);
         }
     }
@@ -346,16 +348,16 @@ static void write_chunk_backward(const network *net, work *w, const chunk *c, in
             vec along = {}, along_momentum = {};
             real last = w->last[s], last_momentum = w->last_momentum[s];
             for (int i = s * width; i < (s + 1) * width; i += WIDTH) {
-                vec d = get(c->error[l] + i), f = get(grad_weighted + i), grad_d = f * -last;
+                vec d = load_vec(c->error[l] + i), f = load_vec(grad_weighted + i), grad_d = f * -last;
                 along += d * f;
-                put(w->weighted + i, d * last);
+                store_vec(w->weighted + i, d * last);
                 if (two) {
-                    vec fm = get(grad_weighted_momentum + i);
+                    vec fm = load_vec(grad_weighted_momentum + i);
                     along_momentum += d * fm;
                     grad_d -= fm * last_momentum;
-                    put(w->weighted_momentum + i, d * last_momentum);
+                    store_vec(w->weighted_momentum + i, d * last_momentum);
                 }
-                put(w->grad_error[l] + i, grad_d);
+                store_vec(w->grad_error[l] + i, grad_d);
             }
             w->grad_last[s] -= sum(along);
             w->grad_last_momentum[s] -= sum(along_momentum);
@@ -370,15 +372,15 @@ static void write_chunk_backward(const network *net, work *w, const chunk *c, in
         for (int row = 0; row < size; row += width) { /* sums that cancel: short ones, added up in double */
             vec sum_A = {}, sum_m = {}, sum_E = {};
             for (int i = row; i < row + width; i += WIDTH) {
-                vec g = get(grad + i);
-                sum_A += g * get(from + i);
+                vec g = load_vec(grad + i);
+                sum_A += g * load_vec(from + i);
                 if (two) {
-                    vec gm = get(grad + size + i), momentum = get(from + size + i);
+                    vec gm = load_vec(grad + size + i), momentum = load_vec(from + size + i);
                     sum_m += g * momentum;
                     sum_E += gm * momentum;
-                    put(grad + size + i, g * m + gm * E);
+                    store_vec(grad + size + i, g * m + gm * E);
                 }
-                put(grad + i, g * A);
+                store_vec(grad + i, g * A);
             }
             grad_A += sum(sum_A);
             grad_m += sum(sum_m);
@@ -420,23 +422,24 @@ static void read_chunk_backward(const network *net, work *w, const chunk *c, int
         /* the share of the chunk's own tokens */
         transpose(n, net->in[l], w->input[l], rows, w->columns, ld);
         for (int t = 0; t < n; t += BLOCK)
-            multiply(least(n - t, BLOCK), padded(least(t + BLOCK, n)), net->in[l], x + t * rows, rows, w->columns, ld,
+            multiply(min(n - t, BLOCK), padded(min(t + BLOCK, n)), net->in[l], x + t * rows, rows, w->columns, ld,
                      w->scores + t * ld, ld, SET);
         transpose(n, net->out[l], c->error[l], width, w->columns, ld);
         for (int t = 0; t < n; t += BLOCK) {
-            int count = least(n - t, BLOCK), seen = least(t + BLOCK, n);
+            int count = min(n - t, BLOCK), seen = min(t + BLOCK, n);
             multiply(count, padded(seen), net->out[l], g + t * width, width, w->columns, ld, w->grad_scores + t * ld, ld,
                      SET);
             for (int r = t; r < t + count; r++)
                 for (int s = r * ld; s < r * ld + padded(seen); s += WIDTH) {
-                    vec score = get(w->scores + s), grad = get(w->grad_scores + s), read = get(w->read + s);
-                    put(w->grad_read + s, get(w->grad_read + s) - grad * score);
-                    put(w->weighted_scores + s, score * read);
-                    put(w->grad_scores + s, grad * read); /* negated where it is used */
+                    vec score = load_vec(w->scores + s), grad = load_vec(w->grad_scores + s),
+                        read = load_vec(w->read + s);
+                    store_vec(w->grad_read + s, load_vec(w->grad_read + s) - grad * score);
+                    store_vec(w->weighted_scores + s, score * read);
+                    store_vec(w->grad_scores + s, grad * read); /* negated where it is used */
                 }
         }
         for (int s = 0; s < n; s += BLOCK) { /* a block was read by itself and later blocks */
-            int count = least(n - s, BLOCK);
+            int count = min(n - s, BLOCK);
             multiply_transposed(count, width, n - s, w->weighted_scores + s * ld + s, ld, g + s * width, width,
                                 w->grad_error[l] + s * width, width, SUBTRACT);
             multiply_transposed(count, rows, n - s, w->grad_scores + s * ld + s, ld, x + s * rows, rows,
@@ -447,24 +450,24 @@ static void read_chunk_backward(const network *net, work *w, const chunk *c, int
             vec along = {}, along_momentum = {};
             const real *from = back + (size_t)t * stacked;
             for (int i = 0; i < rows; i += WIDTH) {
-                vec xi = get(x + t * rows + i), b = get(from + i), total = b * w->carry[t];
+                vec xi = load_vec(x + t * rows + i), b = load_vec(from + i), total = b * w->carry[t];
                 along += xi * b;
                 if (net->parts == 2) {
-                    vec bm = get(from + rows + i);
+                    vec bm = load_vec(from + rows + i);
                     along_momentum += xi * bm;
                     total += bm * w->carry_momentum[t];
                 }
-                put(grad_x + t * rows + i, l ? total : get(grad_x + t * rows + i) + total);
+                store_vec(grad_x + t * rows + i, l ? total : load_vec(grad_x + t * rows + i) + total);
             }
             w->grad_carry[t] += sum(along);
             w->grad_carry_momentum[t] += sum(along_momentum);
         }
         for (int t = 0; t < n; t += BLOCK)
-            multiply(least(n - t, BLOCK), rows, least(t + BLOCK, n), w->grad_scores + t * ld, ld, w->input[l], rows,
+            multiply(min(n - t, BLOCK), rows, min(t + BLOCK, n), w->grad_scores + t * ld, ld, w->input[l], rows,
                      grad_x + t * rows, rows, SUBTRACT);
         if (l)
             for (int i = 0; i < n * rows; i += WIDTH)
-                put(g + i, get(g + i) * get(w->x_slope + i));
+                store_vec(g + i, load_vec(g + i) * load_vec(w->x_slope + i));
     }
 }
 
@@ -478,9 +481,9 @@ static void differentiate_backward(const network *net, work *w, const chunk *c, 
         int width = net->width[l], wider = net->width[l + 1];
         real *g = w->grad_error[l];
         for (int i = 0; i < n * width; i += WIDTH) {
-            vec gi = get(g + i);
-            put(w->curvature[l] + i, gi * get(c->upstream[l] + i) * get(w->curvature[l] + i));
-            put(g + i, gi * get(w->slope[l] + i));
+            vec gi = load_vec(g + i);
+            store_vec(w->curvature[l] + i, gi * load_vec(c->upstream[l] + i) * load_vec(w->curvature[l] + i));
+            store_vec(g + i, gi * load_vec(w->slope[l] + i));
         }
         multiply(n, wider, net->in[l + 1], g, width, anchor->weights[l + 1], wider, w->grad_error[l + 1], wider, ADD);
         multiply_transposed(net->in[l + 1], wider, n, g, width, c->error[l + 1], wider, grad_anchor[l + 1], wider, ADD);
@@ -496,8 +499,8 @@ static void differentiate_backward(const network *net, work *w, const chunk *c, 
                                 grad, g + i, w->grad_input[0] + i, w->grad_values + i, w->grad_gain, w->x);
         else
             for (int j = 0; j < width; j += WIDTH) {
-                put(g + i + j, get(grad + j));
-                put(w->grad_values + i + j, -get(grad + j));
+                store_vec(g + i + j, load_vec(grad + j));
+                store_vec(w->grad_values + i + j, -load_vec(grad + j));
             }
     }
     for (int l = top; l >= 0; l--) {
@@ -506,6 +509,8 @@ static void differentiate_backward(const network *net, work *w, const chunk *c, 
         multiply(n, rows, net->out[l], g, width, anchor->transposed[l], anchor->ld[l], w->grad_input[l], rows, ADD);
         if (l)
             for (int i = 0; i < n * rows; i += WIDTH)
-                put(g + i, get(w->grad_input[l] + i) * get(w->slope[l - 1] + i) + get(w->curvature[l - 1] + i));
+                store_vec(g + i,
+                          load_vec(w->grad_input[l] + i) * load_vec(w->slope[l - 1] + i) +
+                          load_vec(w->curvature[l - 1] + i));
     }
 }

@@ -34,7 +34,7 @@ static buffers take_buffers(const call *call, arena *arena) {
         w.in[l] = (int)call->widths[l], w.out[l] = (int)call->widths[l + 1];
         w.rows[l] = padded(w.in[l]), w.width[l] = padded(w.out[l]);
         size_t size = (size_t)w.rows[l] * w.width[l];
-        widest = most(widest, w.width[l]);
+        widest = max(widest, w.width[l]);
         w.weights[l] = take(arena, size);
         w.z[l] = take(arena, (size_t)QUERIES * w.width[l]);
         if (call->backward) {
@@ -85,12 +85,12 @@ static void read_block_backward(const call *call, buffers *w, const piece *p) {
         multiply_transposed(w->in[l], width, n, x, rows, g, width, w->grad[l], width, ADD);
         multiply(n, rows, w->out[l], g, width, w->transposed[l], rows, w->grad_x, rows, SET);
         for (int i = 0; i < n * rows; i += WIDTH)
-            put(g + i, l ? get(w->grad_x + i) * get(w->slope + i) : get(w->grad_x + i));
+            store_vec(g + i, l ? load_vec(w->grad_x + i) * load_vec(w->slope + i) : load_vec(w->grad_x + i));
     }
     if (call->gain) { /* the residual */
         load(&call->grad_y, p, out, w->grad_x);
         for (int i = 0; i < n * last; i += WIDTH)
-            put(g + i, get(g + i) + get(w->grad_x + i));
+            store_vec(g + i, load_vec(g + i) + load_vec(w->grad_x + i));
     }
     store(&call->grad_q, p, w->in[0], g);
 }

@@ -95,13 +95,13 @@ static double differentiate(const call *call, int64_t row, int64_t head, int sta
         norm_error(width, work->key, work->value, work->gain, error, work->n, error);
     else
         for (int i = 0; i < width; i += WIDTH)
-            put(error + i, get(error + i) - get(work->value + i));
+            store_vec(error + i, load_vec(error + i) - load_vec(work->value + i));
     for (int l = top; l > 0; l--) {
         int out = (int)call->layer[l].out, in = (int)call->layer[l].in;
         real *below = work->error + offset[l - 1];
         apply_reversed(out, in, anchor[l], in, work->error + offset[l], below, 0);
         for (int i = 0; i < in; i += WIDTH)
-            put(below + i, get(below + i) * get(work->slope + offset[l - 1] + i));
+            store_vec(below + i, load_vec(below + i) * load_vec(work->slope + offset[l - 1] + i));
     }
     double total = 0;
     for (int l = 0; l <= top; l++) {
@@ -120,22 +120,22 @@ INLINE void update(int out, int in, int with_momentum, int after, real retain, r
                    const real *x, real *y) {
     for (int o = 0; o < out; o += WIDTH) {
         vec total[WIDTH] = {};
-        for (int r = 0; r < least(WIDTH, out - o); r++) {
+        for (int r = 0; r < min(WIDTH, out - o); r++) {
             size_t row = (size_t)(o + r) * in;
             for (int i = 0; i < in; i += WIDTH) {
                 __builtin_prefetch(weights + row + AHEAD + i);
-                vec before = get_some(weights + row + i, in - i), moved = get(input + i) * -error[o + r];
+                vec before = load_partial(weights + row + i, in - i), moved = load_vec(input + i) * -error[o + r];
                 if (with_momentum) {
                     __builtin_prefetch(momentum + row + AHEAD + i);
-                    moved += get_some(momentum + row + i, in - i) * eta;
-                    put_some(new_momentum + row + i, moved, in - i);
+                    moved += load_partial(momentum + row + i, in - i) * eta;
+                    store_partial(new_momentum + row + i, moved, in - i);
                 }
                 vec then = before * retain + moved;
-                put_some(new_weights + row + i, then, in - i);
-                total[r] += (after ? then : before) * get(x + i);
+                store_partial(new_weights + row + i, then, in - i);
+                total[r] += (after ? then : before) * load_vec(x + i);
             }
         }
-        put(y + o, sums(total));
+        store_vec(y + o, sums(total));
     }
 }
 
@@ -192,7 +192,7 @@ static void step_one(const call *call, int64_t row, int64_t head, const work *wo
         int out = (int)layer->out;
         real *error = work->error + at, *y = work->query_z + at;
         for (int i = 0; i < out; i += WIDTH)
-            put(error + i, get(error + i) * (real)size);
+            store_vec(error + i, load_vec(error + i) * (real)size);
         update_any(out, (int)layer->in, (int)call->after, retain, eta, error, input, of(&layer->weights, row, head),
                    layer->momentum.data ? of(&layer->momentum, row, head) : NULL, of(&layer->new_weights, row, head),
                    layer->momentum.data ? of(&layer->new_momentum, row, head) : NULL, x, y);

@@ -25,13 +25,13 @@ struct call {
     double divisor, eps;
 };
 
-INLINE vec scale(const real *gain, int64_t i, int64_t n) { return gain ? get_some(gain + i, n) : all(1); }
+INLINE vec scale(const real *gain, int64_t i, int64_t n) { return gain ? load_partial(gain + i, n) : all(1); }
 
 /* 1 / sqrt(|x|^2 / divisor + eps) */
 INLINE real inverse(const struct call *c, const real *x) {
     vec squares = {};
     for (int64_t i = 0; i < c->dim; i += WIDTH) {
-        vec v = get_some(x + i, c->dim - i);
+        vec v = load_partial(x + i, c->dim - i);
         squares += v * v;
     }
     return (real)(1 / sqrt((double)sum(squares) / c->divisor + c->eps));
@@ -46,17 +46,17 @@ INLINE void forward(enum kind kind, const struct call *c, int64_t token, int64_t
     vec of_b = kind == GATE ? all(inverse(c, b)) : all(1);
     for (int64_t i = 0; i < c->dim; i += WIDTH) {
         int64_t n = c->dim - i;
-        vec out = get_some(a + i, n);
+        vec out = load_partial(a + i, n);
         if (kind != SILU_GATE)
             out *= of_a * scale(gain_a, i, n);
         if (kind != NORM) {
-            vec z = get_some(b + i, n);
+            vec z = load_partial(b + i, n);
             if (kind == GATE)
-                out *= logistic(z * of_b * get_some(c->gain_b + at + i, n));
+                out *= logistic(z * of_b * load_partial(c->gain_b + at + i, n));
             else
                 out *= z * logistic(z);
         }
-        put_some(y + i, out, n);
+        store_partial(y + i, out, n);
     }
 }
 
@@ -65,11 +65,11 @@ INLINE void through_norm(const struct call *c, const real *x, real r, vec produc
     vec along = all((real)((double)sum(products) * r / c->divisor * r));
     for (int64_t i = 0; i < c->dim; i += WIDTH) {
         int64_t n = c->dim - i;
-        put_some(dx + i, (get_some(dx + i, n) - get_some(x + i, n) * along) * r, n);
+        store_partial(dx + i, (load_partial(dx + i, n) - load_partial(x + i, n) * along) * r, n);
     }
 }
 
-INLINE void add_to(real *p, vec x, int64_t n) { put_some(p, get_some(p, n) + x, n); }
+INLINE void add_to(real *p, vec x, int64_t n) { store_partial(p, load_partial(p, n) + x, n); }
 
 /* sum_a, sum_b: where a part collects the gains' gradients */
 INLINE void backward(enum kind kind, const struct call *c, int64_t token, int64_t head, real *sum_a, real *sum_b) {
@@ -81,13 +81,13 @@ INLINE void backward(enum kind kind, const struct call *c, int64_t token, int64_
     vec products_a = {}, products_b = {};
     for (int64_t i = 0; i < c->dim; i += WIDTH) {
         int64_t n = c->dim - i;
-        vec x = get_some(a + i, n), g = get_some(grad + i, n), normed = x * r_a, left = normed;
+        vec x = load_partial(a + i, n), g = load_partial(grad + i, n), normed = x * r_a, left = normed;
         vec gain = kind != SILU_GATE ? scale(gain_a, i, n) : all(1);
         left *= gain;
         if (kind != NORM) {
-            vec z = get_some(b + i, n), raw = z, value, slope, gain_z = all(1);
+            vec z = load_partial(b + i, n), raw = z, value, slope, gain_z = all(1);
             if (kind == GATE) {
-                gain_z = get_some(c->gain_b + at + i, n);
+                gain_z = load_partial(c->gain_b + at + i, n);
                 z *= r_b * gain_z;
             }
             vec s = logistic(z);
@@ -101,7 +101,7 @@ INLINE void backward(enum kind kind, const struct call *c, int64_t token, int64_
                 into_z *= gain_z;
                 products_b += into_z * raw;
             }
-            put_some(grad_b + i, into_z, n);
+            store_partial(grad_b + i, into_z, n);
         }
         if (kind != SILU_GATE) {
             if (sum_a)
@@ -109,7 +109,7 @@ INLINE void backward(enum kind kind, const struct call *c, int64_t token, int64_
             g *= gain;
             products_a += g * x;
         }
-        put_some(grad_a + i, g, n);
+        store_partial(grad_a + i, g, n);
     }
     if (kind != SILU_GATE)
         through_norm(c, a, r_a, products_a, grad_a);

@@ -22,13 +22,14 @@ static void normalize(const struct call *c, const real *answer, real *inner) {
     for (int64_t at = 0; at < c->hidden; at += dim) {
         vec squares = {};
         for (int i = 0; i < dim; i += WIDTH) {
-            vec part = get_some(answer + at + i, dim - i);
+            vec part = load_partial(answer + at + i, dim - i);
             squares += part * part;
         }
         vec inverse = all((real)(1 / sqrt((double)sum(squares) / dim + c->eps)));
         for (int i = 0; i < dim; i += WIDTH)
-            put_some(inner + at + i,
-                     get_some(answer + at + i, dim - i) * inverse * get_some(c->gain + at + i, dim - i), dim - i);
+            store_partial(inner + at + i,
+                          load_partial(answer + at + i, dim - i) * inverse * load_partial(c->gain + at + i, dim - i),
+                          dim - i);
     }
 }
 
@@ -61,8 +62,8 @@ static void multiply_gate(const struct scratch *s, int64_t t) {
     if (!c->up)
         normalize(c, c->answer + t * c->hidden, to);
     for (int64_t i = 0; i < c->hidden; i += WIDTH) {
-        vec z = get(s->gate + t * c->hidden + i);
-        put(to + i, get(to + i) * z * logistic(z));
+        vec z = load_vec(s->gate + t * c->hidden + i);
+        store_vec(to + i, load_vec(to + i) * z * logistic(z));
     }
 }
 

@@ -52,9 +52,9 @@ static real *taps_of(const struct call *c) {
 
 /* n numbers of the convolution, channels from `at` on */
 INLINE vec convolved(int width, const real *const *rows, const real *taps, int64_t channels, int64_t at, int64_t n) {
-    vec z = get_some(rows[0] + at, n) * get_some(taps + at, n);
+    vec z = load_partial(rows[0] + at, n) * load_partial(taps + at, n);
     for (int i = 1; i < width; i++)
-        z += get_some(rows[i] + at, n) * get_some(taps + i * channels + at, n);
+        z += load_partial(rows[i] + at, n) * load_partial(taps + i * channels + at, n);
     return z;
 }
 
@@ -71,12 +71,12 @@ INLINE void forward(int width, const struct call *c, const real *taps, int64_t r
                 vec z = convolved(width, rows, taps, channels, at + i, dim - i);
                 vec u = z * logistic(z);
                 squares += u * u;
-                put_some(y + i, u, dim - i);
+                store_partial(y + i, u, dim - i);
             }
             if (part < 2) {
                 vec r = all((real)(1 / sqrt((double)sum(squares) + c->eps)));
                 for (int64_t i = 0; i < dim; i += WIDTH)
-                    put_some(y + i, get_some(y + i, dim - i) * r, dim - i);
+                    store_partial(y + i, load_partial(y + i, dim - i) * r, dim - i);
             }
         }
 }
@@ -100,22 +100,22 @@ INLINE void through_heads(int width, const struct call *c, const real *taps, int
             for (int64_t i = 0; i < dim; i += WIDTH) {
                 int64_t n = dim - i;
                 vec z = convolved(width, rows, taps, channels, at + i, n);
-                vec s = logistic(z), u = z * s, slope = s + u * (1 - s), g = get_some(grad + i, n);
+                vec s = logistic(z), u = z * s, slope = s + u * (1 - s), g = load_partial(grad + i, n);
                 if (part < 2) {
                     squares += u * u;
                     products += u * g;
-                    put_some(u_of + i, u, n);
-                    put_some(slope_of + i, slope, n);
+                    store_partial(u_of + i, u, n);
+                    store_partial(slope_of + i, slope, n);
                 } else
-                    put_some(out + at + i, g * slope, n);
+                    store_partial(out + at + i, g * slope, n);
             }
             if (part < 2) {
                 double square = 1 / ((double)sum(squares) + c->eps);
                 vec r = all((real)sqrt(square)), along = all((real)(sum(products) * square));
                 for (int64_t i = 0; i < dim; i += WIDTH) {
                     int64_t n = dim - i;
-                    vec g = get_some(grad + i, n), u = get_some(u_of + i, n);
-                    put_some(out + at + i, r * (g - u * along) * get_some(slope_of + i, n), n);
+                    vec g = load_partial(grad + i, n), u = load_partial(u_of + i, n);
+                    store_partial(out + at + i, r * (g - u * along) * load_partial(slope_of + i, n), n);
                 }
             }
         }
@@ -134,22 +134,22 @@ INLINE void through_taps(int width, const struct call *c, const real *taps, cons
         int64_t n = channels - at;
         vec tap[LONGEST], of_tap[LONGEST];
         for (int i = 0; i < width; i++) {
-            tap[i] = get_some(taps + i * channels + at, n);
+            tap[i] = load_partial(taps + i * channels + at, n);
             of_tap[i] = (vec){};
         }
         for (int64_t t = 0; t < count; t++) {
-            vec g = get_some(grads + t * channels + at, n), into = g * tap[width - 1];
+            vec g = load_partial(grads + t * channels + at, n), into = g * tap[width - 1];
             for (int m = 1; m < width; m++)
-                into += get_some(grads + (t + m) * channels + at, n) * tap[width - 1 - m];
-            put_some(to + t * channels + at, into, n);
+                into += load_partial(grads + (t + m) * channels + at, n) * tap[width - 1 - m];
+            store_partial(to + t * channels + at, into, n);
             if (grad_taps)
                 for (int i = 0; i < width; i++)
-                    of_tap[i] += g * get_some(rows[t + i] + at, n);
+                    of_tap[i] += g * load_partial(rows[t + i] + at, n);
         }
         if (grad_taps)
             for (int i = 0; i < width; i++) {
                 real *p = grad_taps + i * channels + at;
-                put_some(p, get_some(p, n) + of_tap[i], n);
+                store_partial(p, load_partial(p, n) + of_tap[i], n);
             }
     }
 }
@@ -163,11 +163,11 @@ static void through_last_tap(const struct call *c, const real *taps, const real 
     real *to = c->grad_inputs + (row * c->time + token) * channels;
     for (int64_t at = 0; at < channels; at += WIDTH) {
         int64_t n = channels - at;
-        vec g = get_some(grad + at, n);
-        put_some(to + at, g * get_some(own + at, n), n);
+        vec g = load_partial(grad + at, n);
+        store_partial(to + at, g * load_partial(own + at, n), n);
         if (sums) {
-            put_some(sums + at, get_some(sums + at, n) + g, n);
-            put_some(sums + channels + at, get_some(sums + channels + at, n) + g * get_some(x + at, n), n);
+            store_partial(sums + at, load_partial(sums + at, n) + g, n);
+            store_partial(sums + channels + at, load_partial(sums + channels + at, n) + g * load_partial(x + at, n), n);
         }
     }
 }

@@ -42,16 +42,16 @@ static void finish(const struct call *c, int64_t row, int64_t part, int64_t head
         memcpy(y, own, dim * sizeof(real));
     vec squares = {};
     for (int i = 0; i < dim; i += WIDTH) {
-        vec z = get_some(y + i, dim - i);
+        vec z = load_partial(y + i, dim - i);
         z *= logistic(z);
         squares += z * z;
-        put_some(y + i, z, dim - i);
+        store_partial(y + i, z, dim - i);
     }
     if (part == 2)
         return;
     vec inverse = all((real)(1 / sqrt((double)sum(squares) + c->eps)));
     for (int i = 0; i < dim; i += WIDTH)
-        put_some(y + i, get_some(y + i, dim - i) * inverse, dim - i);
+        store_partial(y + i, load_partial(y + i, dim - i) * inverse, dim - i);
 }
 
 /* (z + 3) / 6 within 0 and 1, both of which are exact */
@@ -92,7 +92,7 @@ int memory_inputs(const struct call *c) {
                 int some = (int)(c->gates - o < WIDTH ? c->gates - o : WIDTH);
                 real raw[WIDTH];
                 apply(some, (int)c->in, c->controls + o * c->in, c->in, c->x + row * c->in, raw);
-                vec z = get(raw) + (c->bias ? get_some(c->bias + o, some) : (vec){});
+                vec z = load_vec(raw) + (c->bias ? load_partial(c->bias + o, some) : (vec){});
                 vec open = c->hard ? hard_logistic(z) : logistic(z);
                 for (int i = 0; i < some; i++) {
                     int64_t kind = (o + i) / c->heads, head = (o + i) % c->heads;
