@@ -82,12 +82,14 @@ class ModelCall:
 
         transformers records them by the classes of modules.
         """
-        config: Any = getattr(self.opener, "config", None)
-        layers = getattr(config.get_text_config(), "num_hidden_layers", 0) if hasattr(config, "get_text_config") else 0
         replaced = [site for site in self._results if isinstance(site, Replacement)]
+        config: Any = getattr(self.opener, "config", None)
+        if not replaced or not hasattr(config, "get_text_config"):
+            return
+        layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
         for name, wanted in (("hidden_states", layers + 1), ("attentions", layers)):
             found = output.get(name) if isinstance(output, Mapping) else None
-            if replaced and isinstance(found, tuple) and 0 < len(found) < wanted:
+            if isinstance(found, tuple) and 0 < len(found) < wanted:
                 raise SwapError(
                     f"output_{name}: transformers recorded {len(found)} of {wanted}, without {replaced[0].path}, in "
                     "whose place a block is; a forward hook on the modules sees all of them"

@@ -165,7 +165,7 @@ class Stateless(Block):
 
 def gated_sites(module: nn.Module, *hows: str) -> list[Gated]:
     """The blocks beside, before or after a module, in the order of their swaps."""
-    found = [_in_use(child) for child in module.children()]
+    found = [_in_use(child) for name, child in module.named_children() if name.startswith("titans")]
     return [site for site in found if isinstance(site, Gated) and site.how in hows]
 
 
