@@ -41,9 +41,16 @@ def cases():
         for name in NAMES:
             for value in VALUES:
                 # the interpreter of Triton is slow
+                marks = pytest.mark.slow if backend == "triton" else ()
                 if backend != "triton" or (name, value, options["chunk"]) == ("v", "overflow", 5):
                     yield pytest.param(
-                        backend, dtype, options, name, value, id=f"{backend}-{dtype}-{options}-{name}-{value}"
+                        backend,
+                        dtype,
+                        options,
+                        name,
+                        value,
+                        id=f"{backend}-{dtype}-{options}-{name}-{value}",
+                        marks=marks,
                     )
 
 
