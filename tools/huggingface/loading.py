@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedModel
 from ...recipes import StorageError, load
 from ...registry import show
 from ..swapping import swaps
-from ..swapping.pretrained import SwappedConfig as SwappedConfig  # registers what reads swapped models
+from ..swapping.pretrained import SwappedConfig  # which registers what reads swapped models
 from .model import as_pretrained, expect_whole, is_saved_model
 
 AUTO = ("", "_FOR_CAUSAL_LM", "_FOR_MASKED_LM", "_FOR_SEQ_TO_SEQ_CAUSAL_LM", "_FOR_SEQUENCE_CLASSIFICATION",
@@ -43,6 +43,8 @@ def from_pretrained(folder: str | os.PathLike[str], **kwargs: Any) -> Any:
     kind: Any = kinds[0] if kinds else getattr(transformers, wanted, None)
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
         raise StorageError(f"{place}: no class {show(wanted)} is known that reads a {type(config).__name__}")
+    if SwappedConfig.get_config_dict(str(place))[0].get("model_type") == SwappedConfig.model_type:
+        kwargs.setdefault("config", config)  # which the class of the model cannot read
     if "config" in kwargs and hasattr(config, "quantization_config"):
         kwargs["config"] = copy.deepcopy(kwargs["config"])
         kwargs["config"].quantization_config = config.quantization_config  # the swaps, which no other configuration has
