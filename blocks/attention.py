@@ -12,13 +12,12 @@ from torch.nn import functional as F
 
 from ..kernels.attention import Prefix, attention
 from ..kernels.attention.decode import Cache, cached_attention
-from ..kernels.linear import project
+from ..kernels.linear import is_plain, linear, project
 from ..kernels.norm_gate import rms_norm
 from ..kernels.padding import align, last
 from ..kernels.rotary import rotate
 from ..registry import register
 from .block import Block, check_input, like_of
-from .layers import is_plain, linear
 
 FEW = 4
 """Number of tokens up to which one fused kernel is faster than several operators."""
@@ -105,11 +104,11 @@ class Attention(Block):
 
     def init_state(self, batch_size: int) -> AttentionState:
         like = like_of(self)
-        if like is None:  # the weights are quantized to integers
-            like = torch.empty(0, device=self.qkv.weight.device)
+        # None: the weights are quantized to integers
+        device, dtype = (self.qkv.weight.device, None) if like is None else (like.device, like.dtype)
         slots = 0 if self.window is None else self.window - 1
-        empty = like.new_zeros(batch_size, slots, self.kv_heads, self.head_dim)
-        zero = like.new_zeros(batch_size, dtype=torch.int64)
+        empty = torch.zeros(batch_size, slots, self.kv_heads, self.head_dim, dtype=dtype, device=device)
+        zero = torch.zeros(batch_size, dtype=torch.int64, device=device)
         return AttentionState(empty, empty, zero, zero, None, None)
 
     def prefix(self, tokens: Tensor) -> tuple[Tensor, AttentionState]:

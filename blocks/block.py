@@ -13,34 +13,12 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from ..kernels.linear import is_unmodified
 from .freezing import thawed
 from .observers import suppressed
 from .state import State, map_state, named_tensors, nbytes
 
 _T = TypeVar("_T")
-
-
-def is_unmodified(module: nn.Module, *methods: str) -> bool:
-    """Whether calling ``module`` runs ``methods`` of its class and nothing else.
-
-    False with hooks, after ``module.compile()``, and if the instance has its own version of one of ``methods``, such as
-    the ``forward`` that accelerate sets. PyTorch has no public function that says whether a module has hooks.
-    """
-    for method in methods:
-        if method in vars(module):
-            return False
-    everywhere: Any = torch.nn.modules.module
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or module._compiled_call_impl is not None
-        or everywhere._global_forward_hooks
-        or everywhere._global_forward_pre_hooks
-        or everywhere._global_backward_hooks
-        or everywhere._global_backward_pre_hooks
-    )
 
 
 def with_parameters(method: Callable[..., _T]) -> Callable[..., _T]:
@@ -52,7 +30,7 @@ def with_parameters(method: Callable[..., _T]) -> Callable[..., _T]:
 
     @functools.wraps(method)
     def run(self: Any, *args: Any, **named: Any) -> _T:
-        if "torch.distributed.tensor" in sys.modules and is_sharded(like_of(self)):
+        if "torch.distributed.tensor" in sys.modules and any(map(is_sharded, self.parameters(recurse=False))):
             raise _missing(self, method, "sharded", "given to fully_shard")
         if "forward" not in vars(self) or "accelerate" not in sys.modules:
             return method(self, *args, **named)
@@ -334,7 +312,7 @@ def initial_state(block: Block, rows: int) -> State:
     return block(torch.zeros(rows, 0, block.dim, dtype=like.dtype, device=like.device))[1]
 
 
-def is_sharded(x: Tensor | None) -> bool:
+def is_sharded(x: Tensor) -> bool:
     """Whether this process has only a part of ``x``."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)

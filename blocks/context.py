@@ -81,7 +81,7 @@ class Context(Block):
 
     def init_state(self, batch_size: int) -> ContextState:
         memory = self.memory.init_state(batch_size)
-        position = like_of(self).new_zeros(batch_size, dtype=torch.int64)
+        position = torch.zeros(batch_size, dtype=torch.int64, device=like_of(self).device)
         return ContextState(memory, memory, self.fresh_attention(batch_size), position)
 
     def fresh_attention(self, rows: int) -> State:

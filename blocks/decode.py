@@ -14,7 +14,8 @@ from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor, nn
 
-from .block import Block, Memory, is_unmodified
+from ..kernels.linear import is_unmodified
+from .block import Block, Memory
 from .segmented import forward_every
 from .state import State
 
@@ -91,6 +92,8 @@ class ModuleSnapshot:
     """The modules, parameters and hooks of a module at one time. Decoders are valid until one of them changes."""
 
     def __init__(self, module: nn.Module) -> None:
+        self._attributes = [vars(child) for child in module.modules()]
+        self._sizes = list(map(len, self._attributes))
         self._tables: list[dict[Any, Any]] = [
             table
             for child in module.modules()
@@ -103,7 +106,9 @@ class ModuleSnapshot:
         self._places = [x.data_ptr() for x in self._tensors]
 
     def unchanged(self) -> bool:
-        """Whether nothing was replaced, added or moved since."""
+        """Whether nothing was replaced, added or moved since, and no module has a ``forward`` of its own since."""
+        if list(map(len, self._attributes)) != self._sizes:
+            return False
         now = map(id, itertools.chain.from_iterable(map(dict.values, self._tables)))
         return list(now) == self._identities and [x.data_ptr() for x in self._tensors] == self._places
 

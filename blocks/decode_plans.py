@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 from ..kernels.attention.decode import Cache, prepare_attention
-from ..kernels.linear import prepare_projection
+from ..kernels.linear import is_plain, is_unmodified, prepare_projection
 from ..kernels.memory import Tokens, prepare_read, prepare_step
 from ..kernels.norm_gate.decode import prepare_feed_forward, prepare_gate, prepare_gated_output, prepare_rms_norm
 from ..kernels.short_conv.decode import prepare_inputs
 from .attention import FEW, Attention, AttentionState
-from .block import as_memory, is_unmodified
+from .block import as_memory
 from .combinators import Chain, Gate, Layer, Persistent, Residual
 from .context import Context, ContextState, restart
 from .decode import Decoder, Reader, decode_plan, decoder, read_plan, reader
 from .feedforward import FeedForward
-from .layers import Gating, RMSNorm, is_plain
+from .layers import Gating, RMSNorm
 from .memory import NeuralMemory, NeuralMemoryState
 from .observers import active, suppressed
 from .state import State

@@ -9,10 +9,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..kernels.linear import fuses, linear, linear_of
 from ..kernels.norm_gate import decode, swiglu
 from ..registry import register
 from .block import Block
-from .layers import fuses, linear, linear_of
 from .state import State
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .block import is_unmodified
+from ..kernels.linear import is_unmodified
 from .build import check_seed
 from .state import State, trainable
 

@@ -1,69 +1,22 @@
-"""Linear layers, norms and gating, the layers inside blocks. ``rms_norm`` and ``layer_norm`` are blocks themselves."""
+"""Norms and gating, the layers inside blocks. ``rms_norm`` and ``layer_norm`` are blocks themselves."""
 
 from __future__ import annotations
 
 import string
-from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.dispatch import DECODE_TOKENS, use_decode_kernel
-from ..kernels.linear import project, project_recomputed
 from ..kernels.norm_gate import gate, rms_norm
 from ..registry import register
-from .block import Block, is_unmodified, with_parameters
+from .block import Block, with_parameters
 from .state import State
 
 Eps = Annotated[float, Field(gt=0, description="added to the mean square (or the variance) for numerical stability")]
 Form = Literal["sigmoid", "silu", "sum"]
-
-
-class SmallLinear(nn.Linear):
-    """``nn.Linear`` of few outputs, such as gates. bitsandbytes does not quantize it: its kernels take 32 outputs."""
-
-
-def is_plain(*layers: nn.Module) -> bool:
-    """Whether calling each layer is the product with its weights, so that a block may read them and not call it.
-
-    True for a linear layer as it was made. False if it was replaced or parametrized (LoRA, quantization), has hooks
-    (pruning) or a ``forward`` of its own (offloading), or if its weights are no ordinary tensors (DTensor, torchao).
-    """
-    for layer in layers:
-        if type(layer) not in _LINEAR or not is_unmodified(layer, "forward") or type(layer.weight) not in _ORDINARY:
-            return False
-    return True
-
-
-_LINEAR = (nn.Linear, SmallLinear)
-_ORDINARY = (nn.Parameter, Tensor)
-
-
-def fuses(x: Tensor, *layers: nn.Module) -> bool:
-    """Whether one kernel may replace ``layers`` and the functions between them: plain layers, few tokens, no grad."""
-    if torch.is_grad_enabled() or x.numel() > DECODE_TOKENS * x.shape[-1] or not is_plain(*layers):
-        return False
-    weights: Any = [layer.weight for layer in layers]
-    return use_decode_kernel(x, *weights)
-
-
-def linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """``layer(x)``, by ``project`` if the layer is plain."""
-    if is_plain(layer):
-        return project(x, layer.weight, layer.bias)  # type: ignore[arg-type]
-    y: Tensor = layer(x)
-    return y
-
-
-def linear_of(layer: nn.Module, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """``layer(function(*inputs))``. Backward recomputes the input of the layer, which is large and cheap."""
-    if is_plain(layer):
-        return project_recomputed(function, layer.weight, *inputs)  # type: ignore[arg-type]
-    y: Tensor = layer(function(*inputs))
-    return y
 
 
 class Norm(Block):

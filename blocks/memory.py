@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import hardsigmoid
 
-from ..kernels.linear import project
+from ..kernels.linear import SmallLinear, fuses, is_plain, linear, linear_of, project
 from ..kernels.memory import MemoryState, Options, Tokens, read_memory, titans_memory
 from ..kernels.norm_gate import decode, gated_norm
 from ..kernels.padding import Layout, align, last
@@ -19,7 +19,6 @@ from ..kernels.short_conv import query, query_key_value
 from ..kernels.short_conv.decode import Layers, memory_inputs, memory_query
 from ..registry import SameFunction, register
 from .block import Block, check_call
-from .layers import SmallLinear, fuses, is_plain, linear, linear_of
 from .observers import Learned, active, observers_of
 
 
@@ -195,13 +194,9 @@ class NeuralMemory(Block):
             if gain is not None:
                 nn.init.ones_(gain)
 
-    @property
-    def state_dtype(self) -> torch.dtype:
-        """The dtype of the fast weights: that of the parameters, but at least float32."""
-        return torch.promote_types(self.output_gain.dtype, torch.float32)
-
     def init_state(self, batch_size: int) -> NeuralMemoryState:
-        new, dtype = self.output_gain.new_zeros, self.state_dtype
+        # the fast weights are of the parameters' dtype, but at least float32
+        new, dtype = self.output_gain.new_zeros, torch.promote_types(self.output_gain.dtype, torch.float32)
         weights, momentum = [], []
         # copies, because the optimizer changes parameters in place, and FSDP frees their memory
         for weight in self.initial_weights:
@@ -295,7 +290,7 @@ class NeuralMemory(Block):
             if gates is not None:
                 raw, gates = self._gates_of_chunks(raw, gates, state.memory.position, length)
             gate = hardsigmoid if self.gating == "hard_sigmoid" else torch.sigmoid
-            theta, *others = gate(raw.to(self.state_dtype)).split(self.heads, dim=-1)
+            theta, *others = gate(raw.to(state.memory.weights[0].dtype)).split(self.heads, dim=-1)
             theta = theta * self.max_step
         eta, alpha = others[0] if self.momentum else None, others[-1] if self.forgetting else None
         return Tokens(q, k, v, theta, eta, alpha), history, gates

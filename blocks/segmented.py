@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.linear import is_unmodified
 from ..kernels.padding import Layout, align
-from .block import Block, as_memory, is_unmodified
+from .block import Block, as_memory
 from .memory import NeuralMemory
 from .state import State
 

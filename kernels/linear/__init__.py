@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..autograd import differentiable
@@ -33,6 +33,73 @@ from . import cpu
 
 LARGE = 128
 """Tokens, inputs and outputs from which on packing the operands pays."""
+
+
+def is_unmodified(module: nn.Module, *methods: str) -> bool:
+    """Whether calling ``module`` runs ``methods`` of its class and nothing else.
+
+    False with hooks, after ``module.compile()``, and if the instance has its own version of one of ``methods``, such as
+    the ``forward`` that accelerate sets. PyTorch has no public function that says whether a module has hooks.
+    """
+    for method in methods:
+        if method in vars(module):
+            return False
+    everywhere: Any = torch.nn.modules.module
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._compiled_call_impl is not None
+        or everywhere._global_forward_hooks
+        or everywhere._global_forward_pre_hooks
+        or everywhere._global_backward_hooks
+        or everywhere._global_backward_pre_hooks
+    )
+
+
+class SmallLinear(nn.Linear):
+    """``nn.Linear`` of few outputs, such as gates. bitsandbytes does not quantize it: its kernels take 32 outputs."""
+
+
+def is_plain(*layers: nn.Module) -> bool:
+    """Whether calling each layer is the product with its weights, so that a block may read them and not call it.
+
+    True for a linear layer as it was made. False if it was replaced or parametrized (LoRA, quantization), has hooks
+    (pruning) or a ``forward`` of its own (offloading), or if its weights are no ordinary tensors (DTensor, torchao).
+    """
+    for layer in layers:
+        if type(layer) not in _LINEAR or not is_unmodified(layer, "forward") or type(layer.weight) not in _ORDINARY:
+            return False
+    return True
+
+
+_LINEAR = (nn.Linear, SmallLinear)
+_ORDINARY = (nn.Parameter, Tensor)
+
+
+def fuses(x: Tensor, *layers: nn.Module) -> bool:
+    """Whether one kernel may replace ``layers`` and the functions between them: plain layers, few tokens, no grad."""
+    if torch.is_grad_enabled() or x.numel() > DECODE_TOKENS * x.shape[-1] or not is_plain(*layers):
+        return False
+    weights: Any = [layer.weight for layer in layers]
+    return use_decode_kernel(x, *weights)
+
+
+def linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """``layer(x)``, by ``project`` if the layer is plain."""
+    if is_plain(layer):
+        return project(x, layer.weight, layer.bias)  # type: ignore[arg-type]
+    y: Tensor = layer(x)
+    return y
+
+
+def linear_of(layer: nn.Module, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """``layer(function(*inputs))``. Backward recomputes the input of the layer, which is large and cheap."""
+    if is_plain(layer):
+        return project_recomputed(function, layer.weight, *inputs)  # type: ignore[arg-type]
+    y: Tensor = layer(function(*inputs))
+    return y
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:

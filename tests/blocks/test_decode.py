@@ -349,7 +349,13 @@ def hooked(model):
     model.layers[1].blocks[1].register_forward_hook(lambda block, args, out: (2 * out[0], out[1]))
 
 
-@pytest.mark.parametrize("change", [swapped_in, assigned, replaced, hooked])
+def given_a_forward(model):
+    layer = model.layers[1].blocks[1].up
+    forward = layer.forward
+    layer.forward = lambda x: 2 * forward(x)
+
+
+@pytest.mark.parametrize("change", [swapped_in, assigned, replaced, hooked, given_a_forward])
 def test_replaced_modules_and_hooks_are_used(model, prompt, change):
     given = steps(model, *read_prompt(model, prompt), Sampler(), 3)
     next(given)

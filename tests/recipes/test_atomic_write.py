@@ -9,7 +9,7 @@ import pytest
 
 import titans_build as tb
 from titans_build.recipes import StorageError
-from titans_build.recipes.atomic_write import atomic_write, making_folder
+from titans_build.recipes.atomic_write import atomic_write, making_folder, read_regular
 
 
 def write(target, text):
@@ -66,6 +66,27 @@ def test_a_writer_that_replaces_its_file_does_not_replace_a_device(tmp_path):
         os.replace(new, temporary)  # as safetensors does
     assert stat.S_ISFIFO(os.stat(pipe).st_mode) and os.read(reader, 100) == b"content"
     os.close(reader)
+
+
+def test_old_leftovers_of_killed_writers_are_removed(tmp_path):
+    names = [".a.0123456789abcdef.tmp", ".a.fedcba9876543210.tmp", ".b.0123456789abcdef.tmp", ".a.tmp"]
+    for name in names:
+        (tmp_path / name).write_text("half")
+        if "fedc" not in name:
+            os.utime(tmp_path / name, (0, 0))
+    with atomic_write(tmp_path / "a") as temporary:
+        temporary.write_text("new")
+    # the second may belong to a writer that is still at work
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names[1:], "a"])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes here")
+def test_a_pipe_that_nothing_reads_is_an_error(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="No such device or address"), atomic_write(tmp_path / "pipe") as temporary:
+        temporary.write_text("new")
+    with pytest.raises(OSError, match="not a regular file"):
+        read_regular(tmp_path / "pipe")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes here")

@@ -36,6 +36,8 @@ EXAMPLES = (
     "titans-analyze models/mine book.txt --json              the verdict and the sums alone, for machines",
 )
 PAGE, NUMBERS, PLOTS = "index.html", "analysis.json", "plots"
+MOST_PAIRS = 1000
+"""Pairs at each place."""
 TOKENS = 8192
 
 
@@ -113,6 +115,8 @@ def _check(arguments: argparse.Namespace) -> Path | None:
     for option, value, least in (("--tokens", arguments.tokens, 1), ("--pairs", arguments.pairs, 2)):
         if value < least:
             raise UsageError(f"{option}: expected at least {least}")
+    if arguments.pairs > MOST_PAIRS:
+        raise UsageError(f"--pairs {arguments.pairs}: expected at most {MOST_PAIRS:,}")
     if arguments.out is None and not arguments.json:
         raise UsageError("--out DIR: where the page is written to is missing (it may be left out with --json)")
     out = writable_folder(arguments.out, arguments.force, (PAGE, NUMBERS), "an analysis")

@@ -36,6 +36,8 @@ MAX_CANDIDATES = 1000
 BLOCK = 2**16
 """Bytes that are read from a file at once."""
 STANDARD_INPUT = "-"
+LINE_SECONDS = 30.0
+"""Between lines about the progress, where no bar is shown."""
 
 
 @contextlib.contextmanager
@@ -169,14 +171,19 @@ class Text:
 
 @contextlib.contextmanager
 def reading_progress(text: Text, description: str) -> Iterator[Callable[[int], None]]:
-    """A progress bar on standard error, if that is a terminal. Call what it yields with the tokens read so far."""
+    """A progress bar on standard error, or a line every ``LINE_SECONDS`` if that is no terminal.
+
+    Call what it yields with the tokens read so far.
+    """
+    if not sys.stderr.isatty():
+        yield _progress_lines(text, description)
+        return
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     speed = TextColumn("{task.fields[tokens]:,} tokens, {task.fields[speed]:,.0f}/s")
     columns = (TextColumn("{task.description}"), BarColumn(), speed, TimeRemainingColumn())
-    hidden = not sys.stderr.isatty() or text.size == 0
     start = time.perf_counter()
-    with Progress(*columns, console=console(sys.stderr), transient=True, disable=hidden) as bar:
+    with Progress(*columns, console=console(sys.stderr), transient=True, disable=text.size == 0) as bar:
         task = bar.add_task(description, total=text.size, tokens=0, speed=0)
 
         def update(tokens: int) -> None:
@@ -184,6 +191,21 @@ def reading_progress(text: Text, description: str) -> Iterator[Callable[[int], N
             bar.update(task, completed=text.read, tokens=tokens, speed=tokens / seconds)
 
         yield update
+
+
+def _progress_lines(text: Text, description: str) -> Callable[[int], None]:
+    start = shown = time.monotonic()
+
+    def update(tokens: int) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if now - shown < LINE_SECONDS:
+            return
+        shown = now
+        share = f", {text.read / text.size:.0%}" if text.size else ""
+        print(f"{description}: {tokens:,} tokens{share}, {tokens / (now - start):,.0f}/s", file=sys.stderr, flush=True)
+
+    return update
 
 
 # -- the session -------------------------------------------------------------------------------------------------------

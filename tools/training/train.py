@@ -14,6 +14,7 @@ import torch
 from ... import recipes
 from ...blocks.language_model import LanguageModel
 from ...recipes import Recipe, StorageError, load_recipe
+from ...recipes.atomic_write import remove_stale
 from ...recipes.loading import Source as RecipeSource
 from ...recipes.parse import recipe_error
 from ...recipes.saved_format import INDEX, MODEL, as_path
@@ -158,6 +159,7 @@ def train(
                 }
                 write_run(folder, recipe, data, settings, source, **more)
             checkpoints.remove_temporary()
+            remove_stale(folder, seconds=0)  # under the lock nothing else writes there
         step = int(processes.sum(step)[0])  # the other processes have 0
         if step:
             trainer.load(step, facts or verify(checkpoints.path(step)))

@@ -15,6 +15,7 @@ import titans_build as tb
 from titans_build.blocks.generation import Sampler
 from titans_build.blocks.language_model import LanguageModel
 from titans_build.tools.data.tokenizer import train_tokenizer
+from titans_build.tools.inference import session
 from titans_build.tools.inference.reading import PIECE
 from titans_build.tools.inference.session import (
     BLOCK,
@@ -26,7 +27,7 @@ from titans_build.tools.inference.session import (
     reading_progress,
 )
 from titans_build.tools.inference.tokenizer import ByteTokenizer
-from titans_build.tools.terminal import UsageError
+from titans_build.tools.terminal import CommandFailed, UsageError
 
 
 def test_a_saved_model_and_a_run(folder: Path, run_folder: Path) -> None:
@@ -157,6 +158,18 @@ def test_progress_is_shown_on_a_terminal_where_there_is_text(monkeypatch: pytest
     assert "reading" in seen.getvalue()
 
 
+def test_progress_is_lines_in_a_log_file(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    text = Text([], ["some words"])
+    with reading_progress(text, "reading") as update:
+        update(5)
+        assert capsys.readouterr().err == ""
+        monkeypatch.setattr(session, "LINE_SECONDS", 0.0)
+        list(text)
+        update(10)
+    said = capsys.readouterr().err
+    assert said.startswith("reading: 10 tokens, 100%, ") and said.endswith("/s\n")
+
+
 @pytest.mark.parametrize("size", [7, PIECE, PIECE + 1, 3000])
 def test_blocks_of_any_size_become_pieces(model: LanguageModel, size: int) -> None:
     text = bytes(range(256)) * 12
@@ -213,3 +226,38 @@ def test_a_state_replaces_only_a_state(tmp_path: Path, model: LanguageModel) -> 
     for path in (tmp_path, tmp_path / "no" / "a.state", weights, tmp_path / ("x" * 300)):
         with pytest.raises(UsageError, match="--save"):
             check_state_file(path, "--save")
+
+
+def test_a_state_that_another_session_has_saved_is_kept(model: LanguageModel, tmp_path: Path) -> None:
+    state = tmp_path / "a.state"
+    first, second = Session(model, ByteTokenizer(), state), Session(model, ByteTokenizer(), state)
+    first.read([b"first"])
+    first.save(state)
+    first.save(state)  # its own
+    second.read([b"the second"])
+    with pytest.raises(CommandFailed, match=r"another session .* is saved to .*a.state.other"):
+        second.save(state)
+    for path, tokens in ((state, 5), (tmp_path / "a.state.other", 10)):
+        later = Session(model, ByteTokenizer(), state)
+        later.load(path)
+        assert later.position == tokens
+    # one that has read the state may replace it, until the other one has
+    first.load(state)
+    second.load(state)
+    second.save(state)
+    with pytest.raises(CommandFailed, match=r"a.state.other.other"):
+        first.save(state)
+    second.save(tmp_path / "b.state")
+    first.save(tmp_path / "b.state")  # a name that is given
+
+
+def test_a_state_of_another_model_is_not_replaced(tmp_path: Path, model: LanguageModel) -> None:
+    other = tb.build(tb.load_recipe(model.recipe, {"layers.mac.0.segment": 8}))  # type: ignore[attr-defined]
+    tb.save_state(model.init_state(1), tmp_path / "a.state", model)
+    with pytest.raises(tb.StorageError, match="the state in this file belongs to another recipe"):
+        tb.save_state(other.init_state(1), tmp_path / "a.state", other)
+    (tmp_path / "notes").write_text("mine", encoding="utf-8")
+    with pytest.raises(tb.StorageError, match="there is a file that is no saved state"):
+        tb.save_state(model.init_state(1), tmp_path / "notes", model)
+    tb.save_state(other.init_state(1), tmp_path / "a.state", other, overwrite=True)
+    tb.load_state(tmp_path / "a.state", other)

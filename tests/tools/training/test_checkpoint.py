@@ -101,6 +101,28 @@ def test_damaged_checkpoint_is_skipped(folder: Path, damage: Callable[[Path], No
         kept.latest(said.append)
 
 
+def test_no_flip_of_the_index_is_read_as_something_else(folder: Path) -> None:
+    path = folder / checkpoint.INDEX
+    raw, facts = path.read_bytes(), checkpoint.verify(folder)
+    refused = 0
+    for at in range(len(raw)):
+        flipped = bytearray(raw)
+        flipped[at] ^= 1 << at % 8
+        path.write_bytes(flipped)
+        try:
+            assert checkpoint.verify(folder) == facts, at
+        except StorageError:
+            refused += 1
+    assert refused > len(raw) // 2
+
+
+def test_file_that_is_not_listed_is_refused(folder: Path) -> None:
+    (path,) = folder.glob("*.safetensors")
+    (folder / "other.safetensors").write_bytes(path.read_bytes())
+    with pytest.raises(StorageError, match=r"other.safetensors: checkpoint.json does not list this file"):
+        checkpoint.verify(folder)
+
+
 def test_index_cannot_name_files_elsewhere(folder: Path) -> None:
     index = json.loads((folder / checkpoint.INDEX).read_text(encoding="utf-8"))
     index["files"]["../secret"] = {"bytes": 0, "sha256": ""}

@@ -16,7 +16,7 @@ import titans_build as tb
 from titans_build.recipes import StorageError
 from titans_build.registry import RecipeError
 from titans_build.tools.train import main
-from titans_build.tools.training import as_settings, compare, trials
+from titans_build.tools.training import as_settings, compare, search, trials
 from titans_build.tools.training.compare import fit, parameters_of
 from titans_build.tools.training.trials import Trial, Workers
 
@@ -135,7 +135,14 @@ def test_comparison_of_an_earlier_data_order_is_not_continued(settings: Any, of:
         compare({"a": of("mag"), "b": of("mac")}, COPY, settings, tmp_path, parameters=None)
 
 
-def test_parallel_runs_equal_sequential_ones(settings: dict[str, Any], of: Any, tmp_path: Path) -> None:
+def test_parallel_runs_equal_sequential_ones(
+    settings: dict[str, Any], of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # files of the current folder are not run
+    (tmp_path / "hostile/torch").mkdir(parents=True)
+    for name in ("numpy.py", "torch/__init__.py", "titans_build.py", "sitecustomize.py"):
+        (tmp_path / "hostile" / name).write_text("raise SystemExit('the current folder was run')", encoding="utf-8")
+    monkeypatch.chdir(tmp_path / "hostile")
     recipes = {"a": of("mac"), "b": of("mag")}
     heard: list[tuple[str, str]] = []
     one = compare(recipes, COPY, settings, tmp_path / "one")
@@ -149,6 +156,14 @@ def test_parallel_runs_equal_sequential_ones(settings: dict[str, Any], of: Any, 
     )
     assert [v["test"]["loss"] for v in one["variants"]] == pytest.approx([v["test"]["loss"] for v in two["variants"]])
     assert {("a", "valid"), ("b", "valid"), ("a", "end"), ("b", "result")} <= set(heard)
+
+
+def test_folder_of_a_run_is_refused(settings: dict[str, Any], of: Any, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(StorageError, match="this is the folder of a run: choose another one"):
+        compare({"a": of("mac")}, COPY, settings, tmp_path)
+    with pytest.raises(StorageError, match="this is the folder of a run: choose another one"):
+        search(of("mac"), COPY, settings, {"train": {"lr": [1e-3]}}, tmp_path)
 
 
 def test_failed_variant(settings: dict[str, Any], of: Any, tmp_path: Path) -> None:

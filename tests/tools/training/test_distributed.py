@@ -13,8 +13,9 @@ import torch
 
 import titans_build as tb
 from titans_build.recipes.loading import base_names
+from titans_build.tools.terminal import CommandFailed
 from titans_build.tools.training import train
-from titans_build.tools.training.distributed import Processes, to_local
+from titans_build.tools.training.distributed import Processes, process_errors, to_local
 
 
 @pytest.fixture
@@ -25,6 +26,23 @@ def settings(quick: dict[str, Any]) -> dict[str, Any]:
     """
     evaluation = {"checkpoint_every": 3, "valid_every": 3, "valid_batches": 2}
     return {**quick, **evaluation, "eps": 1e-3, "warmup": 0.0, "final_lr": 1.0}
+
+
+def test_process_that_has_ended_is_named_as_such() -> None:
+    error = RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:537] Connection closed by peer\nand a page more")
+    two = Processes()
+    two.world = 2
+    with (
+        pytest.raises(
+            CommandFailed, match=r"another process of this run has ended.*\nresume from .*: RESUME"
+        ) as caught,
+        process_errors(two, "RESUME"),
+    ):
+        raise error
+    assert "a page more" not in str(caught.value)
+    for processes, other in ((Processes(), error), (two, RuntimeError("shapes"))):
+        with pytest.raises(RuntimeError, match=r"peer|shapes"), process_errors(processes, "RESUME"):
+            raise other
 
 
 def together(tmp_path: Path, out: str, *words: object, processes: int = 2) -> subprocess.CompletedProcess[str]:

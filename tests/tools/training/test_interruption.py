@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,14 @@ from titans_build.tools.train import main
 from titans_build.tools.training import TrainedRun, train
 from titans_build.tools.training.checkpoint import CheckpointManager
 from titans_build.tools.training.trainer import Interrupt
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c() -> Iterator[None]:
+    """SIGINT is not ignored, as it is in a shell's background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 class Command:
@@ -102,6 +110,22 @@ def test_second_ctrl_c_ends_the_process() -> None:
                 os.kill(os.getpid(), signal.SIGINT)
         os._exit(1)  # not reached
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signals_that_are_ignored_stay_ignored(number: signal.Signals) -> None:
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with Interrupt() as interrupt:
+            os.kill(os.getpid(), number)
+            assert not interrupt.requested
+        assert signal.getsignal(number) == signal.SIG_IGN
+        signal.signal(number, signal.SIG_DFL)
+        with Interrupt() as interrupt:
+            os.kill(os.getpid(), number)
+            assert interrupt.requested
+    finally:
+        signal.signal(number, before)
 
 
 def test_signal_handlers_are_restored() -> None:

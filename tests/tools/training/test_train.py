@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,10 @@ import titans_build as tb
 from titans_build.recipes import StorageError
 from titans_build.recipes.parse import read_file
 from titans_build.tools.data.tokenizer import train_tokenizer
-from titans_build.tools.training import TrainedRun, train
+from titans_build.tools.train import main
+from titans_build.tools.training import TrainedRun, as_settings, train
 from titans_build.tools.training.checkpoint import CheckpointManager
+from titans_build.tools.training.trials import Trial, check_trial
 
 Train = Callable[..., TrainedRun]
 COPY = "copy:length=16"
@@ -366,3 +371,105 @@ def test_compiled_model_trains_the_same(
     options = {"recipe": recipe, "steps": 2, "surprise_every": 2, "valid_every": 2, "valid_batches": 1}
     run = quick_train(**options, compile=True)
     assert losses(run.history) == pytest.approx(losses(quick_train(**options, out="eager").history), rel=1e-5)
+
+
+def test_only_modules_that_the_caller_allowed_are_imported(
+    quick_train: Train, tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "evil.py").write_text("raise SystemExit('imported')", encoding="utf-8")
+    (tmp_path / "mine.py").write_text("", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    quick_train(steps=1)
+    path = tmp_path / "run/recipe.yaml"
+    clean = path.read_text(encoding="utf-8")
+    (tmp_path / "r.yaml").write_text(clean, encoding="utf-8")
+    path.write_text(clean + "imports: [evil]\n", encoding="utf-8")
+    allowed = tb.load_recipe({**tiny, "imports": ["mine"]}, allow_imports=True)
+    for recipe in (tb.load_recipe(tiny), allowed, tmp_path / "r.yaml", None):
+        with pytest.raises(tb.RecipeError, match="the recipe asks to import evil, which runs that code"):
+            quick_train(recipe=recipe, data=None, resume=True, steps=2)
+    trial = Trial("a", allowed, COPY, as_settings({"steps": 1}), tmp_path / "run")
+    with pytest.raises(tb.RecipeError, match="imports: the recipe asks to import evil"):
+        check_trial(trial)
+    assert main([str(tmp_path / "r.yaml"), "--resume", "--out", str(tmp_path / "run")]) == 2
+    path.write_text(clean + "imports: [mine]\n", encoding="utf-8")
+    assert quick_train(recipe=allowed, data=None, resume=True, steps=2).model is not None
+
+
+def test_run_that_was_begun_meanwhile_is_not_replaced(
+    quick_train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules[train.__module__]
+    locked = module.locked  # type: ignore[attr-defined]
+
+    def after_another(folder: Path) -> Any:
+        monkeypatch.setattr(module, "locked", locked)
+        quick_train(steps=1)
+        return locked(folder)
+
+    monkeypatch.setattr(module, "locked", after_another)
+    with pytest.raises(StorageError, match="this folder has a run; resume it"):
+        quick_train(steps=3)
+    assert read_file(tmp_path / "run/train.yaml")["steps"] == 1
+
+
+def test_saved_model_is_not_replaced_by_that_of_a_run(quick_train: Train, tiny: dict[str, Any], tmp_path: Path) -> None:
+    tb.save(tb.build(tiny), tmp_path / "run/model")
+    with pytest.raises(StorageError, match="a saved model is there, which the model of the run would replace"):
+        quick_train(steps=1)
+
+
+def test_closed_output_ends_the_run_with_a_checkpoint(quick_train: Train, tmp_path: Path, losses: Any) -> None:
+    def closed(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == 2:
+            raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError, match="the output was closed; saved after step 2 of 6: titans-train --resume"):
+        quick_train(on_event=closed)
+    assert CheckpointManager(tmp_path / "run/checkpoints").steps() == [2]
+    whole = quick_train(out="whole")
+    assert losses(quick_train(recipe=None, data=None, resume=True).history) == losses(whole.history)
+
+
+def test_data_that_change_end_the_run_with_a_checkpoint(
+    quick_train: Train, tiny: dict[str, Any], ordered_text: Any, tmp_path: Path
+) -> None:
+    text = tmp_path / "document-0.txt"
+    before = text.read_bytes()
+
+    def change(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == 3:
+            for path in tmp_path.glob("document-*.txt"):
+                path.write_bytes(path.read_bytes() + b"more")
+
+    given = {"recipe": {**tiny, "vocab": 256}, "data": ordered_text, "steps": 20}
+    with pytest.raises(tb.RecipeError, match=r"has changed since it was opened[^$]*saved after step 3; titans-train"):
+        quick_train(**given, on_event=change)
+    assert CheckpointManager(tmp_path / "run/checkpoints").steps() == [3]
+    for path in tmp_path.glob("document-*.txt"):
+        path.write_bytes(path.read_bytes().removesuffix(b"more"))
+    assert text.read_bytes() == before
+    assert quick_train(recipe=None, data=None, resume=True, steps=4).model is not None
+
+
+def test_names_that_are_not_valid_text(quick_train: Train, tiny: dict[str, Any], tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    text = tmp_path / f"{name}.txt"
+    text.write_text("What was said. " * 40, encoding="utf-8")
+    recipe, data = {**tiny, "vocab": 256}, {"text": str(text), "length": 16}
+    quick_train(recipe=recipe, data=data, steps=1, valid_every=1, valid_batches=1)
+    assert quick_train(recipe=None, data=None, resume=True, steps=2).model is not None
+    with pytest.raises(StorageError, match="expected a name in UTF-8"):
+        quick_train(recipe=recipe, data=data, steps=1, out=name)
+
+
+@pytest.mark.parametrize("name", ["log.jsonl", ".lock", "checkpoints/step-00000001/checkpoint.json", "model"])
+def test_pipe_in_place_of_a_file_is_refused(quick_train: Train, tmp_path: Path, name: str) -> None:
+    quick_train(steps=1)
+    path = tmp_path / "run" / name
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    with pytest.raises(StorageError, match=r"not a regular file|cannot be written: File exists"):
+        quick_train(recipe=None, data=None, resume=True, steps=2)
