@@ -15,7 +15,7 @@ from ..registry import Needs, Spec, create, register
 from .block import Block, as_rows, like_of
 from .layers import Form, Gating
 from .observers import active, moved, observers_of, suppressed
-from .segmented import Piece, forward_every, join, limit_window, pieces_of, split, split_memory, traced_pieces
+from .segmented import Piece, forward_every, limit_window, pieces_of, split, split_memory, traced_pieces
 from .state import State, reset, select, where
 
 
@@ -128,8 +128,8 @@ class Context(Block):
             m, memory = update(y, memory, mask=piece.valid)  # 3. write
             attended.append(y)
             read_back.append(m)
-        y = join(attended, x)
-        m = output(join(read_back, x), y)
+        y = torch.cat(attended, dim=1) if pieces else x
+        m = output(torch.cat(read_back, dim=1) if pieces else x, y)
         if active:
             self.report(y, m)
         return self.gate(y, m), ContextState(memory, snapshot, attend, position)  # 4. gate
@@ -166,7 +166,8 @@ class Context(Block):
                 y, attend = self._attend(recalled[done], x[:, piece.start : piece.stop], attend, piece.valid)
             attended.append(y)
             done += together
-        y, m = join(attended, x), output(join(read_back, x), x)
+        y = torch.cat(attended, dim=1) if pieces else x
+        m = output(torch.cat(read_back, dim=1) if pieces else x, x)
         if active:
             self.report(y, m)
         return self.gate(y, m), ContextState(memory, snapshot, attend, position)

@@ -20,19 +20,21 @@ from .decode import Decoder, Reader, decode_plan, decoder, read_plan, reader
 from .feedforward import FeedForward
 from .layers import Gating, RMSNorm
 from .memory import NeuralMemory, NeuralMemoryState
-from .observers import active, suppressed
+from .observers import active, report_learned, suppressed
 from .state import State
 
 
 @decode_plan(NeuralMemory)
 def _memory(block: NeuralMemory, rows: int, time: int, step: int) -> Decoder | None:
-    output = _memory_output(block, rows)
-    inputs = prepare_inputs(block.layers(), rows) if time == 1 and output is not None else None
-    if output is None or inputs is None:
+    layers = block.decode_layers(block.output_gain.new_empty(rows, time, block.dim))
+    if layers is None:
+        return None
+    inputs, output = prepare_inputs(layers, rows), _memory_output(block, rows)
+    if inputs is None or output is None:
         return None
     (q, k, v, (theta, *others), _), load = inputs
     tokens = Tokens(q, k, v, theta, others[0] if block.momentum else None, others[-1] if block.forgetting else None)
-    write = prepare_step(tokens, block.shapes, block.norm_gain, block.options())
+    write = prepare_step(tokens, block.shapes, block.norm_gain, block.options)
     if write is None:
         return None
 
@@ -43,7 +45,7 @@ def _memory(block: NeuralMemory, rows: int, time: int, step: int) -> Decoder | N
         history = load(x, state.convolution)
         y, memory = write(state.memory)
         if active:
-            block.report(tokens, state.memory, memory)
+            report_learned(block, tokens, state.memory, memory)
         return output(y, x), NeuralMemoryState(memory, history, None)
 
     return decode
@@ -51,9 +53,11 @@ def _memory(block: NeuralMemory, rows: int, time: int, step: int) -> Decoder | N
 
 @read_plan(NeuralMemory)
 def _read_memory(block: NeuralMemory, rows: int) -> Reader | None:
-    output = _memory_output(block, rows)
-    inputs = prepare_inputs(block.query_layers(), rows) if output is not None else None
-    if output is None or inputs is None:
+    layers = block.decode_layers(block.output_gain.new_empty(rows, 1, block.dim))
+    if layers is None:
+        return None
+    inputs, output = prepare_inputs(layers.queries(), rows), _memory_output(block, rows)
+    if inputs is None or output is None:
         return None
     (q, *_), load = inputs
     query = prepare_read(q, block.shapes, block.activation, block.norm_gain)
@@ -68,8 +72,6 @@ def _read_memory(block: NeuralMemory, rows: int) -> Reader | None:
 
 
 def _memory_output(block: NeuralMemory, rows: int) -> Callable[[Tensor, Tensor], Tensor] | None:
-    if not block.one_token(block.output_gain.new_empty(rows, 1, block.dim)):
-        return None
     return prepare_gated_output(block.output_gain, block.output_gate.weight, block.output.weight, (rows, 1))
 
 

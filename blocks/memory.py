@@ -14,12 +14,14 @@ from torch.nn.functional import hardsigmoid
 from ..kernels.linear import SmallLinear, fuses, is_plain, linear, linear_of, project
 from ..kernels.memory import MemoryState, Options, Tokens, read_memory, titans_memory
 from ..kernels.norm_gate import decode, gated_norm
-from ..kernels.padding import Layout, align, last
+from ..kernels.padding import align, last
 from ..kernels.short_conv import query, query_key_value
 from ..kernels.short_conv.decode import Layers, memory_inputs, memory_query
 from ..registry import SameFunction, register
 from .block import Block, check_call
-from .observers import Learned, active, observers_of
+from .observers import active, report_learned
+
+Activation = Literal["identity", "silu", "gelu", "relu"]
 
 
 class NeuralMemoryState(NamedTuple):
@@ -51,72 +53,52 @@ class NeuralMemory(Block):
         *,
         heads: Annotated[int, Field(ge=1, description="number of heads, each a memory of width dim / heads")] = 4,
         depth: Annotated[int, Field(ge=1, le=16, description="number of layers of the memory network")] = 2,
-        expansion: Annotated[
-            int, Field(ge=1, le=64, description="hidden width of the memory network relative to its input")
-        ] = 4,
+        expansion: Annotated[int, Field(ge=1, le=64, description="relative hidden width of the memory network")] = 4,
         chunk: Annotated[
-            int,
-            Field(
-                ge=1,
-                le=65536,
-                description="tokens whose gradients are taken at the weights at the start of the chunk; "
-                "part of the function",
-            ),
+            int, Field(ge=1, le=65536, description="tokens whose gradients are taken at the weights before them")
         ] = 16,
-        activation: Annotated[
-            Literal["identity", "silu", "gelu", "relu"], Field(description="activation of the memory network")
-        ] = "gelu",
+        activation: Annotated[Activation, Field(description="activation of the memory network")] = "gelu",
         norm: Annotated[bool, Field(description="M(x) = x + LayerNorm(net(x)) rather than net(x)")] = True,
-        conv: Annotated[
-            int, Field(ge=0, le=64, description="width of the causal convolution on q, k, v; 0 for none")
-        ] = 4,
+        conv: Annotated[int, Field(ge=0, le=64, description="width of the causal convolution on q, k, v; 0: none")] = 4,
         momentum: Annotated[bool, Field(description="momentum with decay eta")] = True,
         forgetting: Annotated[bool, Field(description="weight decay: weights decay by 1 - alpha per token")] = True,
         gates: Annotated[
-            Literal["token", "chunk"],
-            Field(description="gates of each token, or those of the first token for the whole chunk"),
+            Literal["token", "chunk"], Field(description="gates of each token, or of the first token of each chunk")
         ] = "token",
         gating: Annotated[
             Literal["sigmoid", "hard_sigmoid"],
             Field(description="activation of the gates; hard_sigmoid is linear and clamps to exactly 0 and 1"),
         ] = "sigmoid",
         max_step: Annotated[float, Field(gt=0, description="maximum of the step size theta")] = 0.1,
-        clip: Annotated[
-            float | None, Field(gt=0, description="maximum gradient norm of one token; null for no clipping")
-        ] = 1.0,
+        clip: Annotated[float | None, Field(gt=0, description="maximum gradient norm of one token; null: none")] = 1.0,
         threshold: Annotated[
-            float | None,
-            Field(gt=0, description="tokens with a smaller gradient norm neither write nor decay; null for none"),
+            float | None, Field(gt=0, description="gradient norm below which a token neither writes nor decays")
         ] = None,
         retrieve: Annotated[
-            Literal["after", "before"], Field(description="read each token after or before it is written")
+            Literal["after", "before"], Field(description="read a token after or before it is written")
         ] = "after",
         use: Annotated[
             Literal["both", "read", "write"],
-            Field(description="write and read; read only (frozen); or write only, with outputs of zero"),
+            Field(description="write and read, only read, or only write (outputs zero)"),
         ] = "both",
         learn_momentum: Annotated[bool, Field(description="learn the initial momentum; zero otherwise")] = False,
         keep: Annotated[
             int | None,
             SameFunction(),
-            Field(
-                ge=1, description="chunks between the states kept for backward; null to choose by the memory they need"
-            ),
+            Field(ge=1, description="chunks between states kept for backward; null: automatic"),
         ] = None,
     ) -> None:
         super().__init__(dim)
-        for field, problem in self.problems(
-            dim, {"heads": heads, "momentum": momentum, "learn_momentum": learn_momentum}
-        ):
+        fields = {"heads": heads, "momentum": momentum, "learn_momentum": learn_momentum}
+        for field, problem in self.problems(dim, fields):
             raise ValueError(f"{field}: {problem}")
-        self.heads, self.chunk, self.activation, self.clip = heads, chunk, activation, clip
-        self.momentum, self.forgetting, self.gates, self.max_step = momentum, forgetting, gates, max_step
-        self.conv, self.retrieve, self.use, self.keep = conv, retrieve, use, keep
-        self.gating, self.threshold = gating, threshold
+        self.heads, self.chunk, self.activation, self.conv = heads, chunk, activation, conv
+        self.momentum, self.forgetting, self.gates, self.gating = momentum, forgetting, gates, gating
+        self.max_step, self.clip, self.threshold = max_step, clip, threshold
+        self.retrieve, self.use, self.keep = retrieve, use, keep
         self.period = chunk
         width = dim // heads
-        hidden = width * expansion
-        widths = [width, *[hidden] * (depth - 1), width]
+        widths = [width, *[width * expansion] * (depth - 1), width]
         self.shapes = [(out, in_) for in_, out in pairwise(widths)]
 
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
@@ -144,38 +126,28 @@ class NeuralMemory(Block):
     def reset_parameters(self) -> None:
         """Initialize all parameters.
 
-        ================  ==========================================================================
-        projections       normal, std 1 / sqrt(dim): inputs of unit variance give outputs of unit variance
-        convolution       normal, std 1 / sqrt(taps), plus 1 at the current token. With taps near zero, training takes
-                          long to use the previous token
-        theta             bias -3: 0.05 of max_step. Gradients of the outer training pass through every update;
-                          from about 0.1 on they grow with the length and overflow by 4,096 tokens
-        eta               bias 1: a momentum decay of 0.73
-        alpha             bias -4 to -8 over the heads: half-lives of about 40 to 2,000 tokens
-        network           normal, std 1 / sqrt(in). Under LayerNorm, a step moves the output by step / |output|^2, so
-                          the std is larger: 1 in the first and last layer, 1.5 / sqrt(in) in the others
-        gains             1
-        output            normal, std 0.5 / sqrt(dim): small, so that a new layer changes the residual stream little
-        ================  ==========================================================================
-
-        With ``hard_sigmoid``, values and slopes at initialization equal those of the sigmoid, so that no gate
-        saturates.
+        ===========  =========================================================================================
+        projections  normal, std 1 / sqrt(dim); output half of it, to change the residual stream little
+        convolution  normal, std 1 / sqrt(taps), plus 1 at the current token; from taps near zero, training
+                     takes long to use the previous token
+        theta        bias -3: 0.05 of max_step. Gradients of the outer training pass through every update;
+                     from about 0.1 on they grow with the length and overflow by 4,096 tokens
+        eta          bias 1: a momentum decay of 0.73
+        alpha        bias -4 to -8 over the heads: half-lives of about 40 to 2,000 tokens
+        network      normal, std 1 / sqrt(in). Under LayerNorm, a step moves the output by step / |output|^2, so
+                     the std is larger: 1 in the first and last layer, 1.5 / sqrt(in) in the others
+        gains        1
+        ===========  =========================================================================================
         """
-        scale = self.dim**-0.5
-        for projection, std in (
-            (self.qkv, scale),
-            (self.output_gate, scale),
-            (self.output, 0.5 * scale),
-            (self.controls, 0.1 * scale),
-        ):
-            nn.init.normal_(projection.weight, std=std)
+        for layer, std in ((self.qkv, 1.0), (self.output_gate, 1.0), (self.output, 0.5), (self.controls, 0.1)):
+            nn.init.normal_(layer.weight, std=std * self.dim**-0.5)
         biases = [torch.full((self.heads,), -3.0)]
         if self.momentum:
             biases.append(torch.ones(self.heads))
         if self.forgetting:
             biases.append(torch.linspace(-4, -8, self.heads) if self.heads > 1 else torch.tensor([-6.0]))
         bias = torch.cat(biases)
-        if self.gating == "hard_sigmoid":  # its slope is 1 / 6
+        if self.gating == "hard_sigmoid":  # the values and slopes of the sigmoid; its own slope is 1 / 6
             open_ = torch.sigmoid(bias)
             bias = 6 * (open_ - 0.5)
             self.controls.weight.mul_((6 * open_ * (1 - open_)).unsqueeze(-1))
@@ -183,11 +155,12 @@ class NeuralMemory(Block):
         if self.convolution is not None:
             nn.init.normal_(self.convolution, std=self.conv**-0.5)
             self.convolution[:, -1] += 1
-        layers = len(self.initial_weights)
-        for layer, weight in enumerate(self.initial_weights):
-            inner_layer = 0 < layer < layers - 1
-            wide = 1.5 * weight.shape[-1] ** -0.5 if inner_layer else 1.0
-            nn.init.normal_(weight, std=wide if self.norm_gain is not None else weight.shape[-1] ** -0.5)
+        last_layer = len(self.shapes) - 1
+        for i, weight in enumerate(self.initial_weights):
+            std = weight.shape[-1] ** -0.5
+            if self.norm_gain is not None:
+                std = 1.5 * std if 0 < i < last_layer else 1.0
+            nn.init.normal_(weight, std=std)
         for momentum in self.initial_momentum:
             nn.init.normal_(momentum, std=0.02 * momentum.shape[-1] ** -0.5)
         for gain in (self.norm_gain, self.output_gain):
@@ -197,15 +170,14 @@ class NeuralMemory(Block):
     def init_state(self, batch_size: int) -> NeuralMemoryState:
         # the fast weights are of the parameters' dtype, but at least float32
         new, dtype = self.output_gain.new_zeros, torch.promote_types(self.output_gain.dtype, torch.float32)
-        weights, momentum = [], []
+        weights: list[Tensor] = []
+        momentum: list[Tensor] = []
         # copies, because the optimizer changes parameters in place, and FSDP frees their memory
-        for weight in self.initial_weights:
-            weights.append(weight.to(dtype, copy=True).expand(batch_size, *weight.shape))
-        for weight in self.initial_momentum:
-            momentum.append(weight.to(dtype, copy=True).expand(batch_size, *weight.shape))
+        for part, parameters in ((weights, self.initial_weights), (momentum, self.initial_momentum)):
+            for x in parameters:
+                part.append(x.to(dtype, copy=True).expand(batch_size, *x.shape))
         if self.momentum and not momentum:
-            for weight in weights:
-                momentum.append(weight.new_zeros(weight.shape))
+            momentum.extend(map(torch.zeros_like, weights))
         return NeuralMemoryState(
             MemoryState(tuple(weights), tuple(momentum), tuple(weights), new(batch_size, dtype=torch.int64)),
             new(batch_size, self.conv - 1, 3 * self.dim) if self.conv else None,
@@ -216,44 +188,43 @@ class NeuralMemory(Block):
         self, x: Tensor, state: NeuralMemoryState | None = None, *, mask: Tensor | None = None
     ) -> tuple[Tensor, NeuralMemoryState]:
         """Write and read each token. ``x``: ``[batch, time, dim]`` -> outputs of the same shape, and the new state."""
-        y, state = self.learn(x, self.init_state(x.shape[0]) if state is None else state, mask=mask)
+        y, state = self.update(x, self.init_state(x.shape[0]) if state is None else state, mask=mask)
         if mask is None:
-            return self.output_of(y, x), state
+            return self.project_output(y, x), state
         valid = mask.unsqueeze(-1)
         # masked inputs may be NaN, which must not reach gradients
-        return torch.where(valid, self.output_of(y, torch.where(valid, x, 0.0)), 0.0), state
-
-    def read(self, x: Tensor, state: NeuralMemoryState) -> Tensor:
-        """Query the memory with each token of ``x`` [batch, time, dim] as if it came next. Does not write."""
-        check_call(self, x, state)
-        if self.one_token(x):
-            q = memory_query(x, state.convolution, self.query_layers())
-            y = read_memory(q, state.memory.weights, self.activation, self.norm_gain)
-            return decode.gated_output(y, self.output_gain, x, self.output_gate.weight, self.output.weight)
-        return self.recall(self.ask(x), state)
+        return torch.where(valid, self.project_output(y, torch.where(valid, x, 0.0)), 0.0), state
 
     def write(self, x: Tensor, state: NeuralMemoryState, mask: Tensor | None = None) -> NeuralMemoryState:
         """Return the state after all tokens of ``x`` are written."""
         return self(x, state, mask=mask)[1]
 
-    def ask(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the part of ``read`` that does not depend on the state: projected queries and the output gate."""
+    def read(self, x: Tensor, state: NeuralMemoryState) -> Tensor:
+        """Query the memory with each token of ``x`` [batch, time, dim] as if it came next. Does not write."""
+        check_call(self, x, state)
+        layers = self.decode_layers(x)
+        if layers is None:
+            return self.read_projected(self.project_queries(x), state)
+        q = memory_query(x, state.convolution, layers.queries())
+        return self.project_output(read_memory(q, state.memory.weights, self.activation, self.norm_gain), x)
+
+    def project_queries(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The part of ``read`` that does not depend on the state: projected queries and the output gate."""
         plain = is_plain(self.qkv)
         projected = project(x, self.qkv.weight[: self.dim]) if plain else linear(self.qkv, x)[..., : self.dim]
         return projected, linear(self.output_gate, x)
 
-    def recall(self, query_and_gate: Sequence[Tensor], state: NeuralMemoryState) -> Tensor:
-        """Compute ``read`` from the result of ``ask(x)``."""
-        projected, gate = query_and_gate
-        q = query(projected.to(self.output_gain.dtype), self.convolution, state.convolution, self.heads)
+    def read_projected(self, projected: Sequence[Tensor], state: NeuralMemoryState) -> Tensor:
+        """``read(x, state)`` from ``project_queries(x)``."""
+        queries, gate = projected
+        q = query(queries.to(self.output_gain.dtype), self.convolution, state.convolution, self.heads)
         y = read_memory(q, state.memory.weights, self.activation, self.norm_gain)
-        y = linear(self.output, gated_norm(y, self.output_gain, gate))
-        return y
+        return linear(self.output, gated_norm(y, self.output_gain, gate))
 
-    def learn(
+    def update(
         self, x: Tensor, state: NeuralMemoryState, *, mask: Tensor | None = None
     ) -> tuple[Tensor, NeuralMemoryState]:
-        """Compute ``forward`` up to the outputs of the operation, ``[batch, time, heads, dim / heads]``."""
+        """``forward`` up to the outputs of the operation, ``[batch, time, heads, dim / heads]``."""
         layout = None if mask is None else align(mask)
         if layout is not None:
             x = layout.spread(x)  # the valid tokens of each row first
@@ -267,7 +238,7 @@ class NeuralMemory(Block):
                 clip=self.clip, read=self.retrieve, keep=self.keep, threshold=self.threshold,
             )  # fmt: skip
         if active:
-            self.report(tokens, state.memory, memory, layout)
+            report_learned(self, tokens, state.memory, memory, layout)
         return y if layout is None else layout.collect(y), NeuralMemoryState(memory or state.memory, history, gates)
 
     def inputs(
@@ -277,8 +248,9 @@ class NeuralMemory(Block):
 
         ``length``: ``[batch]``, the number of valid tokens at the start of each row; ``None`` if all are valid.
         """
-        if length is None and x.shape[1] == 1 and self.one_token(x):
-            q, k, v, (theta, *others), history = memory_inputs(x, state.convolution, self.layers())
+        layers = self.decode_layers(x) if length is None and x.shape[1] == 1 else None
+        if layers is not None:
+            q, k, v, (theta, *others), history = memory_inputs(x, state.convolution, layers)
             gates = None
         else:
             # under autocast, the state keeps its dtype
@@ -310,7 +282,7 @@ class NeuralMemory(Block):
         past = torch.cat([gates.unsqueeze(1), raw], dim=1)  # those of the state, if there is no new token
         return raw, past[:, -1] if length is None else last(past, length + 1, 1)[:, 0]
 
-    def output_of(self, y: Tensor, x: Tensor) -> Tensor:
+    def project_output(self, y: Tensor, x: Tensor) -> Tensor:
         """Normalize the outputs ``y`` of the operation per head, gate them by ``x`` and project them."""
         if self.use == "write":
             return torch.zeros_like(x)
@@ -318,30 +290,16 @@ class NeuralMemory(Block):
             return decode.gated_output(y, self.output_gain, x, self.output_gate.weight, self.output.weight)
         return linear_of(self.output, gated_norm, y, self.output_gain, linear(self.output_gate, x))
 
-    # -- for decoding and observers --------------------------------------------------------------------------------
+    def decode_layers(self, x: Tensor) -> Layers | None:
+        """The parameters of the kernel that computes the inputs of one token, or ``None`` where it cannot run."""
+        if x.shape[1] != 1 or self.gates != "token" or self.use != "both" or not is_plain(self.controls):
+            return None
+        if not fuses(x, self.qkv, self.output_gate, self.output):
+            return None
+        gates, hard = self.controls, self.gating == "hard_sigmoid"
+        return Layers(self.qkv.weight, self.convolution, self.heads, gates.weight, gates.bias, self.max_step, hard)
 
-    def one_token(self, x: Tensor) -> bool:
-        """Whether fused kernels run for ``x``: one token per row, no gradients, and layers that are not modified."""
-        usual = x.shape[1] == 1 and self.gates == "token" and self.use == "both"
-        return usual and is_plain(self.controls) and fuses(x, self.qkv, self.output_gate, self.output)
-
-    def layers(self) -> Layers:
-        """Return the parameters of the fused kernel that computes the inputs of the operation."""
-        controls, hard = self.controls, self.gating == "hard_sigmoid"
-        return Layers(
-            self.qkv.weight, self.convolution, self.heads, controls.weight, controls.bias, self.max_step, hard
-        )
-
-    def query_layers(self) -> Layers:
-        """Return the parameters of the fused kernel that computes queries only."""
-        return Layers(self.qkv.weight[: self.dim], self.convolution, self.heads)
-
+    @property
     def options(self) -> Options:
+        """The options of the operation."""
         return Options(self.chunk, self.activation, self.clip, self.retrieve, self.keep, threshold=self.threshold)
-
-    def report(
-        self, tokens: Tokens, before: MemoryState, after: MemoryState | None, layout: Layout | None = None
-    ) -> None:
-        """Report a call of the operation to the observers. ``after`` is ``None`` if the memory is frozen."""
-        for observer in observers_of(self):
-            observer.learned(self, Learned(tokens, before, after, self.norm_gain, self.options(), layout))

@@ -92,6 +92,14 @@ def observers_of(block: nn.Module) -> Iterable[Observer]:
     return [observer for observer in active if block in observer._names]
 
 
+def report_learned(
+    memory: Any, tokens: Tokens, before: MemoryState, after: MemoryState | None, layout: Layout | None = None
+) -> None:
+    """Report a call of the memory operation by the block ``memory``, with the fields of ``Learned``."""
+    for observer in observers_of(memory):
+        observer.learned(memory, Learned(tokens, before, after, memory.norm_gain, memory.options, layout))
+
+
 def suppressed() -> contextlib.AbstractContextManager[None]:
     """Return a context inside which this thread does not report, for computations that are not part of the sequence."""
     return contextlib.nullcontext() if torch.compiler.is_compiling() or not active else _suppress()

@@ -67,7 +67,7 @@ def split_memory(memory: Block, pieces: int) -> SplitMemory:
     """Split the methods of ``memory`` for a sequence of ``pieces`` parts."""
     splits = pieces > 1 and type(memory) is NeuralMemory and not torch.compiler.is_compiling()
     if splits and isinstance(memory, NeuralMemory) and is_unmodified(memory, "forward", "read"):
-        return SplitMemory(memory.ask, memory.recall, memory.learn, memory.output_of)
+        return SplitMemory(memory.project_queries, memory.read_projected, memory.update, memory.project_output)
     return SplitMemory(lambda x: (x,), lambda x, state: as_memory(memory).read(x[0], state), memory, lambda y, x: y)
 
 
@@ -141,10 +141,3 @@ def split(pieces: list[Piece], *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
     for x in tensors:
         parts.append(x.split_with_sizes(lengths, dim=1))
     return zip(pieces, *parts)
-
-
-def join(parts: list[Tensor], like: Tensor) -> Tensor:
-    """Concatenate the parts along time. Returns ``like`` if there are none."""
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat(parts, dim=1) if parts else like

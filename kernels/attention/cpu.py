@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ def native_attention(
     if needs_grad(*tensors):
         return _Native.apply(window, step, start, products, *tensors)
     y = empty_huge_pages(q.shape, q.dtype)
-    _call(window, step, start, products, _dense(*tensors), y, None, None, None)
+    _call(window, step, start, products, tensors, y, None, None, None)
     return y
 
 
@@ -42,7 +43,7 @@ class _Native(torch.autograd.Function):
         q = tensors[0]
         lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1])
         y = empty_huge_pages(q.shape, q.dtype)
-        _call(window, step, start, products, _dense(*tensors), y, lse, None, None)
+        _call(window, step, start, products, tensors, y, lse, None, None)
         ctx.window, ctx.step, ctx.start, ctx.operands = window, step, start, products
         ctx.save_for_backward(*tensors, y, lse)
         return y
@@ -52,18 +53,10 @@ class _Native(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, y, lse = ctx.saved_tensors
         # hooks on saved tensors may return other strides
-        y, grad, *tensors = _dense(y, grad, *tensors)
+        y, grad = y.contiguous(), grad if grad.stride(3) == 1 else grad.contiguous()
         grads = [empty_huge_pages(x.shape, x.dtype) for x in tensors]
         _call(ctx.window, ctx.step, ctx.start, ctx.operands, tensors, y, lse.contiguous(), grads, grad)
         return None, None, None, None, *grads
-
-
-def _dense(*tensors: Tensor) -> list[Tensor]:
-    """With their last dimension dense."""
-    dense = []
-    for x in tensors:
-        dense.append(x if x.stride(3) == 1 else x.contiguous())
-    return dense
 
 
 def _call(
@@ -71,7 +64,7 @@ def _call(
     step: int,
     start: Tensor | None,
     products: torch.dtype,
-    tensors: list[Tensor],
+    tensors: Sequence[Tensor],
     y: Tensor,
     lse: Tensor | None,
     grads: list[Tensor] | None,
@@ -80,15 +73,18 @@ def _call(
     """``tensors`` and ``grads``: of q, k, v and perhaps the prefix's. ``products``: the dtype of products."""
     rows, time, heads, d = y.shape
     kv_heads = tensors[1].shape[2]
+    dense: list[Tensor] = []
+    for x in tensors:
+        dense.append(x if x.stride(3) == 1 else x.contiguous())
     sets: list[int] = []
     for first in (0, 3):
-        if first == len(tensors):
+        if first == len(dense):
             sets += [0] * 26
             continue
-        for part in (tensors, grads):
+        for part in (dense, grads):
             for i in range(first, first + 3):
                 sets += (0, 0, 0, 0) if part is None else (part[i].data_ptr(), *part[i].stride()[:3])
-        sets += [tensors[first + 1].shape[1], first > 0]
+        sets += [dense[first + 1].shape[1], first > 0]
     _KERNEL(
         products, rows, time, heads, kv_heads, d, window or 0, step, *sets, address(start),
         y.data_ptr(), *y.stride()[:3], *((0, 0, 0, 0) if grad is None else (grad.data_ptr(), *grad.stride()[:3])),

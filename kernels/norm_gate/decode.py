@@ -48,7 +48,7 @@ def gated_output(
     ``answer``: ``[..., heads, dim]``, each head normalized on its own. ``gain``: ``[heads, dim]``. ``x``:
     ``[..., in]``. ``gate``: ``[heads * dim, in]``. ``down``: ``[out, heads * dim]``.
     """
-    run = _gated_projection.choose(backend, device=x.device.type, dtype=x.dtype)
+    run = _gated_projection.choose(backend, x, answer, gain)
     return run(x, gate, None, down, answer, gain)
 
 

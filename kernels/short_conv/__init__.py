@@ -180,8 +180,8 @@ def query_key_value(
             raise ValueError(f"query_key_value: length {length.tolist()}: expected 0 .. {projected.shape[1]}")
     width, same = (1, True) if weight is None else (weight.shape[1], weight.dtype == projected.dtype)
     run = _query_key_value.choose(backend, projected, weight, history, length, width=width, same=same)
-    result: QueryKeyValue = run(projected, weight, history, heads, length)
-    return result
+    q, k, v, after = run(projected, weight, history, heads, length)
+    return q, k, v, history if after is None else after
 
 
 def query(
@@ -252,29 +252,23 @@ _FORWARD = Kernel("query_key_value_forward", integers=26, doubles=1)
 _BACKWARD = Kernel("query_key_value_backward", integers=26, doubles=1)
 
 
-def _query_key_value_native(
-    projected: Tensor, weight: Tensor | None, history: Tensor | None, heads: int, length: Tensor | None
-) -> QueryKeyValue:
-    length = None if length is None else length.contiguous()
-    q, k, v, after = _run(projected, weight, history, heads, length, 3)
-    return q, k, v, history if after is None else after
-
-
-def _query_native(projected: Tensor, weight: Tensor | None, history: Tensor | None, heads: int) -> Tensor:
-    q: Tensor = _run(projected, weight, history, heads, None, 1)[0]
-    return q
-
-
-def _run(
-    projected: Tensor, weight: Tensor | None, history: Tensor | None, heads: int, length: Tensor | None, outputs: int
+def _native(
+    projected: Tensor,
+    weight: Tensor | None,
+    history: Tensor | None,
+    heads: int,
+    length: Tensor | None = None,
+    *,
+    outputs: int,
 ) -> Any:
-    """q, k, v (``None`` where there is only q) and the next history."""
+    """q, k, v and the next history, or ``None``, for three ``outputs``; q for one."""
     if weight is None or history is None:
         history = None
     elif history.dtype != projected.dtype:
         history = history.to(projected.dtype)
     if needs_grad(projected, weight, history):
         return _QueryKeyValue.apply(projected, weight, history, heads, length, outputs)
+    length = None if length is None else length.contiguous()
     if projected.stride(2) != 1:
         projected = projected.contiguous()
     if history is not None and history.stride(2) != 1:
@@ -291,7 +285,7 @@ def _run(
         dtype, *_inputs(projected, weight, history, heads, length, outputs),
         *map(address, (q, k, v, after)), 0, 0, 0, 0, 0, 0, 0, EPS,
     )  # fmt: skip
-    return q, k, v, after
+    return q if outputs == 1 else (q, k, v, after)
 
 
 def _formula(ctx: Any, projected: Tensor, weight: Tensor | None, history: Tensor | None) -> Any:
@@ -305,10 +299,10 @@ class _QueryKeyValue(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *given: Any) -> Any:
-        projected, weight, history, ctx.heads, ctx.length, ctx.outputs = given
-        ctx.save_for_backward(projected, weight, history)
+        *tensors, ctx.heads, ctx.length, ctx.outputs = given
+        ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
-        return _run(*given)
+        return _native(*given[:-1], outputs=ctx.outputs)
 
     @staticmethod
     @differentiable(_formula, stop=3)
@@ -316,7 +310,8 @@ class _QueryKeyValue(torch.autograd.Function):
         # any strides: as they were given, or as hooks on saved tensors return them
         saved: Any = [None if x is None else x.contiguous() for x in ctx.saved_tensors]
         projected, weight, history = saved
-        *grad_qkv, grad_next = (None if grad is None else grad.contiguous() for grad in grads)
+        given = [None if grad is None else grad.contiguous() for grad in grads]
+        *grad_qkv, grad_next = given if len(given) == 4 else (*given, None, None, None)
         grad_projected = empty_huge_pages(projected.shape, projected.dtype)
         if ctx.outputs == 1:  # of all channels, added to in the queries'
             grad_weight, grad_history = (None if x is None else torch.zeros_like(x) for x in (weight, history))
@@ -351,13 +346,13 @@ def _refuse_native(*, width: int = 1, **facts: Any) -> str | None:
 
 def _outputs(projected: Tensor, weight: Tensor | None, history: Tensor | None, heads: int, *others: Any) -> Any:
     q = projected.unflatten(-1, (3, heads, -1))[:, :, 0]
-    return q, q, q, history
+    return q, q, q, None if weight is None else history
 
 
 _query_key_value = Operation(
     "query_key_value",
     [
-        Backend("native", _query_key_value_native, _refuse_native, opaque=True),
+        Backend("native", functools.partial(_native, outputs=3), _refuse_native, opaque=True),
         Backend("torch", _query_key_value_torch),
         Backend("reference", functools.partial(_query_key_value_torch, backend="reference")),
     ],
@@ -366,7 +361,7 @@ _query_key_value = Operation(
 _query = Operation(
     "query",
     [
-        Backend("native", _query_native, _refuse_native, opaque=True),
+        Backend("native", functools.partial(_native, outputs=1), _refuse_native, opaque=True),
         Backend("torch", _query_torch),
         Backend("reference", functools.partial(_query_torch, backend="reference")),
     ],

@@ -54,13 +54,17 @@ class Layers(NamedTuple):
     hard: bool = False
     """Each gate is a hard sigmoid instead: ``(z + 3) / 6``, clamped to 0 and 1."""
 
+    def queries(self) -> Layers:
+        """Those of the query alone."""
+        return Layers(self.weight[: len(self.weight) // 3], self.convolution, self.heads)
+
 
 def memory_inputs(x: Tensor, history: Tensor | None, layers: Layers, *, backend: str = "auto") -> Inputs:
     """A memory's inputs from one token ``x`` ``[batch, 1, in]``, where ``use_decode_kernel(x, layers.weight)``.
 
     ``history``: ``[batch, width - 1, 3 * heads * dim]``, what was projected before; ``None`` without a convolution.
     """
-    run = _operation.choose(backend, device=x.device.type, dtype=x.dtype)
+    run = _operation.choose(backend, x, history, layers.convolution, layers.controls, layers.bias)
     y, gates, history = run(x, history, layers)
     q, k, v = y.unbind()
     return Inputs(q, k, v, gates, history)
@@ -68,7 +72,7 @@ def memory_inputs(x: Tensor, history: Tensor | None, layers: Layers, *, backend:
 
 def memory_query(x: Tensor, history: Tensor | None, layers: Layers, *, backend: str = "auto") -> Tensor:
     """The query alone, ``[batch, 1, heads, dim]``; ``history`` as of :func:`memory_inputs`."""
-    run = _operation.choose(backend, device=x.device.type, dtype=x.dtype)
+    run = _operation.choose(backend, x, history, layers.convolution)
     query: Tensor = run(x, history, layers)[0][0]
     return query
 

@@ -1,9 +1,8 @@
-"""Models of recipes whose linear layers are quantized, each with the library that does it, where it is installed."""
+"""Models of recipes whose linear layers are quantized, each by its library, where it is installed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import titans_build as tb
-from titans_build.huggingface import as_pretrained, from_pretrained
 
 DIM = 64
 
@@ -36,7 +34,9 @@ def by_torchao(model: Any) -> Any:
 
 
 def by_quanto(model: Any) -> Any:
-    quanto = pytest.importorskip("optimum.quanto")
+    pytest.importorskip("optimum.quanto.nn")
+    from optimum import quanto
+
     quanto.quantize(model, weights=quanto.qint8)
     quanto.freeze(model)
     return model
@@ -88,18 +88,3 @@ def test_a_quantized_model(library: str, tokens: Tensor) -> None:
         whole = built()(tokens).logits
         model = LIBRARIES[library](built())
     check(model, whole, tokens)
-
-
-@pytest.mark.parametrize("library", ["bitsandbytes", "optimum.quanto"])
-def test_from_pretrained_with_a_quantization_config(library: str, tokens: Tensor, tmp_path: Path) -> None:
-    pytest.importorskip(library)
-    from transformers import BitsAndBytesConfig, QuantoConfig
-
-    config = BitsAndBytesConfig(load_in_4bit=True) if library == "bitsandbytes" else QuantoConfig(weights="int8")
-    model = built()
-    with torch.no_grad():
-        whole = model(tokens).logits
-    as_pretrained(model).save_pretrained(tmp_path)
-    loaded = from_pretrained(tmp_path, quantization_config=config, device_map={"": "cpu"}).eval()
-    assert not any(type(layer) is nn.Linear for layer in loaded.modules())
-    check(loaded.model, whole, tokens)
