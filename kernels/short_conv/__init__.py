@@ -262,13 +262,13 @@ def _native(
     outputs: int,
 ) -> Any:
     """q, k, v and the next history, or ``None``, for three ``outputs``; q for one."""
+    length = None if length is None else length.contiguous()
     if weight is None or history is None:
         history = None
     elif history.dtype != projected.dtype:
         history = history.to(projected.dtype)
     if needs_grad(projected, weight, history):
         return _QueryKeyValue.apply(projected, weight, history, heads, length, outputs)
-    length = None if length is None else length.contiguous()
     if projected.stride(2) != 1:
         projected = projected.contiguous()
     if history is not None and history.stride(2) != 1:

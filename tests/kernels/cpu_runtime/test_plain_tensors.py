@@ -9,8 +9,9 @@ from titans_build.kernels.attention import Prefix, attention
 from titans_build.kernels.linear import project
 from titans_build.kernels.memory import MemoryState, read_memory, titans_memory
 from titans_build.kernels.norm_gate import rms_norm
-from titans_build.kernels.norm_gate.decode import feed_forward
+from titans_build.kernels.norm_gate.decode import feed_forward, gated_output
 from titans_build.kernels.short_conv import query_key_value
+from titans_build.kernels.short_conv.decode import Layers, memory_inputs, memory_query
 
 
 @pytest.mark.parametrize(
@@ -60,6 +61,19 @@ def test_a_scalar_gain_and_no_width():
 def test_the_negative_of_a_view():
     x = torch._neg_view(torch.randn(2, 5))
     torch.testing.assert_close(rms_norm(x), rms_norm(x, backend="reference"))
+
+
+@torch.no_grad()
+def test_the_negative_of_a_view_among_the_parameters_of_one_token():
+    x, square, conv, gain = torch.randn(1, 1, 16), torch.randn(16, 16), torch.randn(48, 3), torch.randn(2, 8)
+    negative = Layers(torch.randn(48, 16), torch._neg_view(conv), 2, torch.randn(6, 16), torch.randn(6))
+    history, answer = torch.randn(1, 2, 48), torch.randn(1, 1, 2, 8)
+    for got, expected in (
+        [memory_inputs(x, history, negative, backend=backend) for backend in ("auto", "reference")],
+        [memory_query(x, history, negative.queries(), backend=backend) for backend in ("auto", "reference")],
+        [gated_output(answer, torch._neg_view(gain), x, square, square, backend=b) for b in ("auto", "reference")],
+    ):
+        torch.testing.assert_close(got, expected)
 
 
 def test_forward_mode_keeps_its_tangent():
