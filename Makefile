@@ -38,21 +38,26 @@ check: .venv/.installed-dev
 	cd .venv/typecheck && ../bin/mypy --config-file ../../pyproject.toml --cache-dir ../mypy_cache \
 		-m titans_build -m titans_build.huggingface $(FOLDERS:%=-p titans_build.%)
 
-bench-memory bench-model bench-streaming bench-torch_path: bench-%: .venv/.installed-bench
-	.venv/bin/python benchmarks/$*.py --json benchmarks/results/$*.json
-	.venv/bin/python benchmarks/render.py
+BENCH := .venv/bin/python benchmarks
+WRITE = --json benchmarks/results/$*.json && $(BENCH)/render.py
+
+bench-memory bench-model: bench-%: .venv/.installed-bench
+	$(BENCH)/$*.py $(WRITE)
+
+bench-streaming: bench-%: .venv/.installed
+	$(BENCH)/$*.py $(WRITE)
+
+bench-needle: bench-%: .venv/.installed
+	OMP_NUM_THREADS=1 $(BENCH)/$*.py $(WRITE)
+
+bench-overhead bench-torch_path: bench-%: .venv/.installed
+	OMP_NUM_THREADS=1 $(BENCH)/steps.py $* $(WRITE)
 
 bench-copy bench-mqar bench-language: bench-%: .venv/.installed-plots
-	.venv/bin/python benchmarks/variants.py $* --json benchmarks/results/$*.json --plots benchmarks/plots
-	.venv/bin/python benchmarks/render.py
+	$(BENCH)/variants.py $* --plots benchmarks/plots $(WRITE)
 
-bench-needle bench-overhead: bench-%: .venv/.installed
-	OMP_NUM_THREADS=1 .venv/bin/python benchmarks/$*.py --json benchmarks/results/$*.json
-	.venv/bin/python benchmarks/render.py
-
-bench-hf_swap: .venv/.installed-hf
-	.venv/bin/python benchmarks/hf_swap.py --json benchmarks/results/hf_swap.json
-	.venv/bin/python benchmarks/render.py
+bench-hf_swap: bench-%: .venv/.installed-hf
+	$(BENCH)/$*.py $(WRITE)
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-MATRIX = 2048
-"""Side of the square float32 product whose rate is the machine's."""
+# the library is imported where it is needed: before_after.py imports another version of it
+
 TITANS_PYTORCH = "titans-pytorch"
 
 Result = dict[str, Any]
@@ -40,13 +40,13 @@ def benchmark(
     measured: Callable[[argparse.Namespace, Result], Result],
     tables: Callable[[Result], dict[str, str]],
     *,
-    peak_case: Callable[[Any, bool], Callable[[], Callable[[], Any]]] | None = None,
+    alone: Callable[[Any, bool], Result] | None = None,
     add_options: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> None:
     """The command line of a benchmark: measure, write the results to ``--json``, and print the tables.
 
     ``measured(arguments, results)`` returns the results to add; it may also change those that are given.
-    ``peak_case(case, quick)`` imports what a case of :func:`peak_memory` needs and returns a function that creates it.
+    ``alone(case, quick)`` measures a case for which :func:`alone` has started this process.
     Ctrl-C ends a run without a stack trace and without a result file.
     """
     parser = argparse.ArgumentParser(description=description.partition("\n")[0])
@@ -54,36 +54,28 @@ def benchmark(
         add_options(parser)
     parser.add_argument("--quick", action="store_true", help="tiny shapes, seconds: whether it runs, not how fast")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
-    parser.add_argument("--peak", metavar="CASE", help=argparse.SUPPRESS)
+    if alone is not None and sys.argv[1:2] == ["--alone"]:
+        print(json.dumps(alone(json.loads(sys.argv[2]), "--quick" in sys.argv)))
+        return
     arguments = parser.parse_args()
+    began = time.perf_counter()
     try:
-        if arguments.peak is not None and peak_case is not None:
-            report_peak(peak_case(json.loads(arguments.peak), arguments.quick))
-            return
         say("seconds" if arguments.quick else f"{takes}, on a machine with nothing else to do; Ctrl-C stops it")
         results = {"program": name, "quick": arguments.quick, "environment": environment(), "skipped": {}}
         results |= measured(arguments, results)
-        write(results, arguments.json)
-        for title, text in tables(results).items():
-            print(f"\n{title}\n\n{text}")
     except KeyboardInterrupt:
         say("\nstopped: nothing was written")
         sys.exit(130)
-
-
-def write(results: Result, path: Path | None) -> None:
-    """Write the results atomically."""
-    from titans_build.tools.gpu.report import write_json
-
     results["environment"]["load"].append(os.getloadavg()[0])
-    results["seconds"] = round(time.perf_counter() - _BEGAN)
-    if path is not None:
-        write_json(path, results)
-        say(f"written: {path}")
+    results["seconds"] = round(time.perf_counter() - began)
+    if arguments.json is not None:
+        from titans_build.tools.gpu import report
+
+        report.write_json(arguments.json, results)
+        say(f"written: {arguments.json}")
     say(f"took {results['seconds']} s")
-
-
-_BEGAN = time.perf_counter()
+    for title, text in tables(results).items():
+        print(f"\n{title}\n\n{text}")
 
 
 # -- where it ran ------------------------------------------------------------------------------------------------------
@@ -114,12 +106,10 @@ def missing() -> dict[str, str]:
 
 
 def _cpu() -> str:
-    try:
+    with contextlib.suppress(OSError, StopIteration):  # not Linux; not x86
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine()
 
 
 # -- time --------------------------------------------------------------------------------------------------------------
@@ -128,16 +118,18 @@ def _cpu() -> str:
 def interleave(
     cases: dict[Any, Callable[[], Any]],
     seconds: float,
-    least: int = 3,
+    least: int | None = None,
     most: int = 30,
     warm: bool = True,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Any, list[float]]:
     """Seconds of each case. Every round runs all cases once, so that other load on the machine affects all of them.
 
-    One round to ``warm`` up, then ``least`` to ``most`` rounds, as many as fit into ``seconds``. Every other round runs
-    in reverse order, so that no case always follows the same one.
+    One round to ``warm`` up, then ``least`` to ``most`` rounds, as many as fit into ``seconds``. ``least`` is 3 by
+    default, and 1 without ``seconds``. Every other round runs in reverse order, so that no case always follows the same
+    one.
     """
+    least = least or (3 if seconds else 1)
     for case in cases.values() if warm else ():
         case()
     samples: dict[Any, list[float]] = {name: [] for name in cases}
@@ -153,18 +145,23 @@ def interleave(
     return samples
 
 
-def compare(cases: dict[str, Callable[[], Any]], seconds: float) -> dict[str, Result]:
-    """Median seconds of each case, and the median over the rounds of its time over that of the first case."""
-    samples = interleave(cases, seconds)
+def compare(kind: str, cases: dict[str, Callable[[], Any]], seconds: float, **how: Any) -> list[Result]:
+    """For each case its median seconds, and the median over the rounds of its time over that of the first case.
+
+    ``how``: arguments of :func:`interleave`.
+    """
+    samples = interleave(cases, seconds, **how)
     first = next(iter(samples.values()))
-    return {
-        name: {
+    return [
+        {
+            "kind": kind,
+            "case": case,
             "seconds": statistics.median(taken),
             "ratio": statistics.median(a / b for a, b in zip(taken, first)),
             "rounds": len(taken),
         }
-        for name, taken in samples.items()
-    }
+        for case, taken in samples.items()
+    ]
 
 
 def summary(samples: Sequence[float]) -> Result:
@@ -174,13 +171,13 @@ def summary(samples: Sequence[float]) -> Result:
     return {"median": statistics.median(ordered), "low": low, "high": high, "best": ordered[0], "count": len(ordered)}
 
 
-def matrix_product(size: int = MATRIX) -> Callable[[], Any]:
+def matrix_product(size: int) -> Callable[[], Any]:
     """A case to interleave with the others: a product of square float32 matrices, for :func:`rate`."""
     a, b = torch.randn(size, size), torch.randn(size, size)
     return lambda: a @ b
 
 
-def rate(samples: Sequence[float], size: int = MATRIX) -> float:
+def rate(samples: Sequence[float], size: int) -> float:
     """FLOP/s of :func:`matrix_product`."""
     return 2 * size**3 / statistics.median(samples)
 
@@ -201,17 +198,18 @@ def medium(function: Callable[[], Any]) -> Callable[[], Any]:
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
-def peak_memory(script: str, case: object, quick: bool) -> Result:
-    """Run ``script --peak CASE`` and return the output of its :func:`report_peak`."""
-    command = [sys.executable, script, "--peak", json.dumps(case)] + ["--quick"] * quick
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def alone(script: str, case: object, quick: bool, **variables: str) -> Result:
+    """Start ``script`` for one case, with these environment variables, and return what it measures."""
+    command = [sys.executable, script, "--alone", json.dumps(case)] + ["--quick"] * quick
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **variables})
     if done.returncode:
         raise RuntimeError(f"{case}: {done.stderr.strip()[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    found: Result = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
-def report_peak(make: Callable[[], Callable[[], Any]], repeats: int = 2) -> None:
-    """Create a case in this new process, run it, and print the resident bytes at each stage.
+def peak_memory(make: Callable[[], Callable[[], Any]]) -> Result:
+    """Create a case, run it twice, and return the resident bytes of this new process at each stage.
 
     ``imports``: after imports and a first matrix product. ``inputs``: with inputs and parameters. ``peak``: the maximum
     while the case ran, outputs included.
@@ -225,14 +223,16 @@ def report_peak(make: Callable[[], Callable[[], Any]], repeats: int = 2) -> None
     case = make()
     gc.collect()
     stages["inputs"] = resident()
-    _reset_peak()
-    for _ in range(repeats):
+    with contextlib.suppress(OSError):  # not Linux: the peak of the imports is lower than that of every large case
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    for _ in range(2):
         case()
     stages["peak"] = max(resident("VmHWM"), stages["inputs"])
-    print(json.dumps(stages))
+    return stages
 
 
 def resident(field: str = "VmRSS") -> int:
+    """Resident bytes of this process: now, or with ``VmHWM`` the maximum."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux: only the peak is known
@@ -240,12 +240,6 @@ def resident(field: str = "VmRSS") -> int:
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
-def _reset_peak() -> None:
-    # where it cannot be reset, the peak of the imports is lower than that of every large case
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
@@ -264,7 +258,17 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def machine_table(results: Result, rates: Sequence[float]) -> str:
+def comparison_table(rows: Sequence[Result]) -> str:
+    """What :func:`compare` found, with the peak memory above the inputs where it was measured."""
+    peaks = [[megabytes(row["peak"]["peak"] - row["peak"]["inputs"])] if "peak" in row else [] for row in rows]
+    cells = [
+        [row["kind"], row["case"], milliseconds(row["seconds"]), f"{row['ratio']:.2f}", *peak, row["rounds"]]
+        for row, peak in zip(rows, peaks)
+    ]
+    return table(["step", "case", "ms", "over the first", *["peak MB"] * any(peaks), "rounds"], cells)
+
+
+def machine_table(results: Result, rates: Sequence[float] = ()) -> str:
     """Where and how a result file was measured."""
     env = results["environment"]
     versions = ", ".join(f"{name} {number or 'not installed'}" for name, number in env["versions"].items())

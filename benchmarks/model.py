@@ -17,7 +17,6 @@ from baselines import Transformer, titans_pytorch_mac
 from torch import Tensor, nn
 
 import titans_build as tb
-from titans_build.blocks.generation import Sampler, read_prompt, steps
 
 RATE = "matrix product"
 
@@ -55,11 +54,8 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        return (
-            KINDS[self.kind]
-            + (", bfloat16 autocast" if self.bfloat16 else "")
-            + (", bfloat16 operands" if self.medium else "")
-        )
+        how = ", bfloat16 autocast" if self.bfloat16 else ", bfloat16 operands" if self.medium else ""
+        return KINDS[self.kind] + how
 
 
 KINDS = {
@@ -69,14 +65,8 @@ KINDS = {
     "plain": "plain SDPA transformer",
 }
 CASES = [
-    Case("mac", 4),
-    Case("mac", 1),
-    Case("mac", 4, bfloat16=True),
-    Case("mac", 1, bfloat16=True),
-    Case("mac", 4, medium=True),
-    Case("mac", 1, medium=True),
-    Case("package", 4),
-    Case("package", 1),
+    *(Case("mac", expansion, *how) for how in ((), (True,), (False, True)) for expansion in (4, 1)),
+    *(Case("package", expansion) for expansion in (4, 1)),
     Case("transformer"),
     Case("plain"),
 ]
@@ -86,25 +76,17 @@ def model(case: Case, sizes: Sizes) -> nn.Module:
     torch.manual_seed(0)
     shape: dict[str, Any] = {"dim": sizes.dim, "vocab": sizes.vocab, "stack.0.repeat": sizes.depth}
     if case.kind == "mac":
-        block = "layers.mac.0"
-        shape |= {
-            f"{block}.segment": sizes.segment,
-            f"{block}.persistent": sizes.persistent,
-            f"{block}.memory.heads": sizes.heads,
-            f"{block}.memory.chunk": sizes.chunk,
-            f"{block}.memory.expansion": case.expansion,
-            f"{block}.attend.heads": sizes.heads,
-        }
-        return tb.build(tb.load_recipe("mac", overrides=shape))
+        heads = {f"{part}.heads": sizes.heads for part in ("memory", "attend")}
+        memory = {"memory.chunk": sizes.chunk, "memory.expansion": case.expansion}
+        block = {"segment": sizes.segment, "persistent": sizes.persistent, **heads, **memory}
+        return tb.build(tb.load_recipe("mac", shape | {f"layers.mac.0.{name}": value for name, value in block.items()}))
     if case.kind == "transformer":
-        return tb.build(tb.load_recipe("transformer", overrides=shape | {"layers.plain.0.heads": sizes.heads}))
+        return tb.build(tb.load_recipe("transformer", shape | {"layers.plain.0.heads": sizes.heads}))
     if case.kind == "plain":
         slots = max(sizes.time, max(sizes.contexts) + 2 * sizes.tokens)
         return Transformer(sizes.dim, sizes.heads, sizes.depth, sizes.vocab, slots)
-    assert case.expansion is not None
-    return titans_pytorch_mac(
-        sizes.dim, sizes.heads, sizes.depth, sizes.vocab, sizes.segment, sizes.chunk, sizes.persistent, case.expansion
-    )
+    shapes = (sizes.dim, sizes.heads, sizes.depth, sizes.vocab, sizes.segment, sizes.chunk, sizes.persistent)
+    return titans_pytorch_mac(*shapes, case.expansion or 0)
 
 
 # -- a training step ---------------------------------------------------------------------------------------------------
@@ -135,35 +117,18 @@ def training_step(case: Case, sizes: Sizes) -> Callable[[], Any]:
     return measure.medium(step) if case.medium else step
 
 
-def training(sizes: Sizes, skipped: dict[str, str], quick: bool) -> list[measure.Result]:
-    ready: dict[Case, Callable[[], Any]] = {}
-    for case in CASES:
-        if case.kind == "package" and measure.TITANS_PYTORCH in skipped:
-            continue
-        step = training_step(case, sizes)
-        try:
-            step()
-        except Exception as error:
-            if not case.bfloat16:
-                raise
-            skipped[f"{case.name}, expansion {case.expansion}"] = f"{type(error).__name__}: {error}".split("\n")[0]
-            continue
-        ready[case] = step
+def training(sizes: Sizes, absent: bool, quick: bool) -> list[measure.Result]:
+    ready = {case: training_step(case, sizes) for case in CASES if not (absent and case.kind == "package")}
     measure.say(f"training steps: {len(ready)} cases, about {sizes.seconds:.0f} s")
-    samples = measure.interleave(
-        {RATE: measure.matrix_product(sizes.matrix), **ready}, sizes.seconds, least=3 if sizes.seconds else 1
-    )
-    wanted = [case for case in ready if case.expansion == 4 or not quick][: 1 if quick else None]
-    measure.say(f"peak memory: {len(wanted)} processes, about {8 * len(wanted)} s")
-    peaks = {case: measure.peak_memory(__file__, case, quick) for case in wanted}
-    reached = measure.rate(samples[RATE], sizes.matrix)
+    samples = measure.interleave({RATE: measure.matrix_product(sizes.matrix), **ready}, sizes.seconds)
+    measure.say(f"peak memory: about {8 * len(ready)} s")
     return [
         {
             **case._asdict(),
             "parameters": sum(p.numel() for p in model(case, sizes).parameters()),
             "seconds": measure.summary(samples[case]),
-            "peak": peaks.get(case),
-            "rate": reached,
+            "peak": None if quick and case != CASES[0] else measure.alone(__file__, case, quick),
+            "rate": measure.rate(samples[RATE], sizes.matrix),
         }
         for case in ready
     ]
@@ -172,40 +137,38 @@ def training(sizes: Sizes, skipped: dict[str, str], quick: bool) -> list[measure
 # -- generation --------------------------------------------------------------------------------------------------------
 
 
-def late(state: Any, tokens: int) -> Any:
-    """The state with its positions moved by ``tokens``, a multiple of the model's period."""
-    if not isinstance(state, tuple):
-        return state
-    if not hasattr(state, "_fields"):
-        return tuple(late(child, tokens) for child in state)
-    children = {name: late(child, tokens) for name, child in state._asdict().items()}
-    if "position" in children:
-        children["position"] = children["position"] + tokens
-    return type(state)(**children)
+def ours(module: Any, prompt: Tensor, position: int, new: int) -> Callable[[], None]:
+    """Generate ``new`` tokens in a call, after ``prompt``, from ``position`` or the next multiple of the period on."""
+    generated = module.generate(prompt, max_new_tokens=0)
+    ahead = max(0, -(-(position - prompt.shape[1]) // module.period)) * module.period
+    names = iter([name for name, _ in tb.state.named_tensors(generated.state)])
+    moved = tb.state.map_state(lambda x: x + ahead if next(names).endswith("position") else x, generated.state)
+    generated = generated._replace(state=moved)
+
+    def sample() -> None:
+        nonlocal generated
+        none = generated.tokens[:, :0]
+        generated = module.generate(none, max_new_tokens=new, state=generated.state, logits=generated.logits)
+
+    return sample
 
 
-@torch.no_grad()
-def ours(module: Any, prompt: Tensor, position: int) -> Iterator[None]:
-    """Generate after ``prompt``, from ``position`` or the next multiple of the period on; yields after every token."""
-    logits, state = read_prompt(module, prompt)
-    ahead = position - prompt.shape[1]
-    state = late(state, -(-ahead // module.period) * module.period if ahead > 0 else 0)
-    for _ in steps(module, logits, state, Sampler(), 10**9):
-        yield
-
-
-@torch.no_grad()
-def plain(module: Transformer, prompt: Tensor, sizes: Sizes) -> Iterator[None]:
+def plain(module: Transformer, prompt: Tensor, new: int) -> Callable[[], None]:
+    """Every sample starts at the same slot: the cache is limited."""
     caches = module.empty_cache(1)
-    logits = module(prompt, caches)
-    # the cache is limited: every sample starts at the same slot
-    for count in itertools.count():
-        token = logits[:, -1:].argmax(dim=-1)
-        logits = module(token, caches, prompt.shape[1] + count % sizes.tokens)
-        yield
+
+    @torch.no_grad()
+    def sample() -> None:
+        logits = first
+        for count in range(new):
+            logits = module(logits[:, -1:].argmax(dim=-1), caches, prompt.shape[1] + count)
+
+    with torch.no_grad():
+        first = module(prompt, caches)
+    return sample
 
 
-def package(module: Any, prompt: Tensor, sizes: Sizes, samples: int) -> list[float]:
+def package(module: Any, prompt: Tensor, new: int, samples: int) -> list[float]:
     """Seconds of each sample, timed between the tokens of one call, because generation cannot be continued."""
     ticks: list[float] = []
 
@@ -213,45 +176,31 @@ def package(module: Any, prompt: Tensor, sizes: Sizes, samples: int) -> list[flo
         ticks.append(time.perf_counter())
         return logits
 
-    total = prompt.shape[1] + samples * sizes.tokens + 1
+    total = prompt.shape[1] + samples * new + 1
     module.sample(prompt, total, temperature=0.0, filter_fn=tick, filter_kwargs={}, show_progress=False, use_cache=True)
-    marks = ticks[:: sizes.tokens]
-    return [b - a for a, b in itertools.pairwise(marks)]
+    return [b - a for a, b in itertools.pairwise(ticks[::new])]
 
 
-def generation(sizes: Sizes, skipped: dict[str, str]) -> list[measure.Result]:
-    cases = [case for case in CASES if not (case.bfloat16 or case.medium)]
-    rounds = 5 if sizes.seconds else 1
+def generation(sizes: Sizes, absent: bool) -> list[measure.Result]:
+    rounds, ready, samples = 5 if sizes.seconds else 1, {}, {}
     measure.say(f"generation: {rounds} rounds, about {sizes.seconds:.0f} s")
-    streams: dict[tuple[Case, int], Iterator[None]] = {}
-    for case in cases:
-        if case.kind == "package":
+    for case in CASES:
+        if case.bfloat16 or case.medium or (absent and case.kind == "package"):
             continue
-        module = model(case, sizes).eval()
-        for context in sizes.contexts if case.kind == "plain" else (*sizes.contexts, sizes.late):
+        module: Any = model(case, sizes).eval()
+        for context in (*sizes.contexts, sizes.late):
             prompt = torch.randint(sizes.vocab, (1, min(context, max(sizes.contexts))))
-            if case.kind == "plain":
-                streams[case, context] = plain(module, prompt, sizes)  # type: ignore[arg-type]
-            else:
-                streams[case, context] = ours(module, prompt, context)
-
-    def sample(stream: Iterator[None]) -> Callable[[], None]:
-        return lambda: next(itertools.islice(stream, sizes.tokens - 1, None))
-
-    samples: dict[Any, list[float]] = measure.interleave(
-        {key: sample(stream) for key, stream in streams.items()}, 0, least=rounds
-    )
-    if measure.TITANS_PYTORCH not in skipped:
-        for case in cases:
-            if case.kind == "package":
-                module = model(case, sizes).eval()
-                for context in sizes.contexts:
-                    prompt = torch.randint(sizes.vocab, (1, context))
-                    samples[case, context] = package(module, prompt, sizes, min(rounds, 3))
+            if case.kind in ("mac", "transformer"):
+                ready[case, context] = ours(module, prompt, context, sizes.tokens)
+            elif context != sizes.late:
+                if case.kind == "plain":
+                    ready[case, context] = plain(module, prompt, sizes.tokens)
+                else:
+                    samples[case, context] = package(module, prompt, sizes.tokens, min(rounds, 3))
+    samples |= measure.interleave(ready, 0, least=rounds)
     return [
         {**case._asdict(), "context": context, "seconds": measure.summary([s / sizes.tokens for s in taken])}
-        for case, context in sorted(samples, key=lambda key: (CASES.index(key[0]), key[1]))
-        for taken in [samples[case, context]]
+        for (case, context), taken in sorted(samples.items(), key=lambda item: (CASES.index(item[0][0]), item[0][1]))
     ]
 
 
@@ -259,83 +208,64 @@ def generation(sizes: Sizes, skipped: dict[str, str]) -> list[measure.Result]:
 
 
 def tables(results: measure.Result) -> dict[str, str]:
-    contexts = sorted({row["context"] for row in results["generation"]})
-    per_token: dict[Case, dict[int, measure.Result]] = {}
+    per_token: dict[Case, dict[int, float]] = {}
     for row in results["generation"]:
-        per_token.setdefault(_case(row), {})[row["context"]] = row["seconds"]
+        per_token.setdefault(_case(row), {})[row["context"]] = row["seconds"]["median"]
+    steps = []
+    for row in results["training"]:
+        seconds, peak = row["seconds"], row["peak"]
+        times = [f"{seconds['median']:.3f}", f"{seconds['low']:.3f} to {seconds['high']:.3f}"]
+        peaks = [measure.megabytes(peak["peak"] - below) for below in (0, peak["inputs"])] if peak else [None, None]
+        steps.append([_case(row).name, row["expansion"], f"{row['parameters'] / 1e6:.2f} M", *times, *peaks])
+    contexts = sorted({row["context"] for row in results["generation"]})
+    tokens = [
+        [case.name, case.expansion, *(f"{1 / of[c]:,.0f} ({of[c] * 1e3:.2f})" if c in of else None for c in contexts)]
+        for case, of in per_token.items()
+    ]
+    step_head = ["model", "expansion", "parameters", "seconds", "quartiles", "peak MB", "of it above the model"]
+    token_head = ["tokens per second (ms per token)", "expansion", *(f"after {context:,}" for context in contexts)]
     return {
         "goals": measure.table(measure.GOALS, goals(results, per_token)),
         "machine": measure.machine_table(results, [row["rate"] for row in results["training"]]),
-        "training step": measure.table(
-            ["model", "expansion", "parameters", "seconds", "quartiles", "peak MB", "of it above the model"],
-            [
-                [_case(row).name, row["expansion"], f"{row['parameters'] / 1e6:.2f} M"]
-                + [f"{row['seconds']['median']:.3f}", f"{row['seconds']['low']:.3f} to {row['seconds']['high']:.3f}"]
-                + [
-                    measure.megabytes(row["peak"][a] - (row["peak"][b] if b else 0)) if row["peak"] else None
-                    for a, b in PEAKS
-                ]
-                for row in results["training"]
-            ],
-        ),
-        "generation": measure.table(
-            ["tokens per second (ms per token)", "expansion", *(f"after {context:,}" for context in contexts)],
-            [
-                [case.name, case.expansion]
-                + [
-                    f"{1 / found[c]['median']:,.0f} ({found[c]['median'] * 1e3:.2f})" if c in found else None
-                    for c in contexts
-                ]
-                for case, found in per_token.items()
-            ],
-        ),
+        "training step": measure.table(step_head, steps),
+        "generation": measure.table(token_head, tokens),
     }
 
 
-def goals(results: measure.Result, per_token: dict[Case, dict[int, measure.Result]]) -> list[tuple[str, ...]]:
-    rows = []
+def goals(results: measure.Result, per_token: dict[Case, dict[int, float]]) -> Iterator[tuple[str, ...]]:
     steps = {_case(row): row for row in results["training"]}
-    for expansion, seconds in ((4, 0.65), (1, 0.45)):
-        case = Case("mac", expansion)
-        step, tokens = steps[case], [found["median"] for found in per_token[case].values()]
-        name = f"mac, expansion {expansion}"
-        taken = [step["seconds"]["median"]]
-        rows.append(measure.goal(f"{name}: s per step", f"{seconds}", taken, lambda x, y=seconds: x <= y, "{:.3f}"))
-        peak = [step["peak"]["peak"] / 1e6] if step["peak"] else []
-        rows.append(
-            measure.goal(f"{name}: peak MB of a step, whole process", "under 1000", peak, lambda x: x < 1000, "{:.0f}")
-        )
-        rate = [1 / seconds for seconds in tokens]
-        rows.append(measure.goal(f"{name}: tokens generated per s", "400", rate, lambda x: x >= 400, "{:.0f}"))
-        *_, last = tokens
-        what = f"{name}: time of a token at the latest position over the first"
-        rows.append(measure.goal(what, "within 5% of 1", [last / tokens[0]], lambda x: abs(x - 1) <= 0.05, "{:.3f}"))
-    return rows
-
-
-PEAKS = (("peak", ""), ("peak", "inputs"))
+    for expansion, most in ((4, 0.65), (1, 0.45)):
+        case, name = Case("mac", expansion), f"mac, expansion {expansion}"
+        step, tokens = steps[case], list(per_token[case].values())
+        taken, peak = [step["seconds"]["median"]], [step["peak"]["peak"] / 1e6] if step["peak"] else []
+        yield measure.goal(f"{name}: s per step", f"{most}", taken, lambda x, y=most: x <= y, "{:.3f}")
+        what = f"{name}: peak MB of a step, whole process"
+        yield measure.goal(what, "under 1000", peak, lambda x: x < 1000, "{:.0f}")
+        rates = [1 / seconds for seconds in tokens]
+        yield measure.goal(f"{name}: tokens generated per s", "400", rates, lambda x: x >= 400, "{:.0f}")
+        what, ratio = f"{name}: time of a token at the latest position over the first", tokens[-1] / tokens[0]
+        yield measure.goal(what, "within 5% of 1", [ratio], lambda x: abs(x - 1) <= 0.05, "{:.3f}")
 
 
 def _case(row: measure.Result) -> Case:
-    return Case(**{field: row[field] for field in Case._fields if field in row})
+    return Case(**{field: row[field] for field in Case._fields})
 
 
 def measured(arguments: argparse.Namespace, results: measure.Result) -> measure.Result:
     sizes = QUICK if arguments.quick else FULL
-    results["skipped"] = skipped = measure.missing()
+    results["skipped"] = absent = measure.missing()
     return {
         "shape": sizes._asdict(),
-        "training": training(sizes, skipped, arguments.quick),
-        "generation": generation(sizes, skipped),
+        "training": training(sizes, bool(absent), arguments.quick),
+        "generation": generation(sizes, bool(absent)),
     }
 
 
-def peak_case(case: list[Any], quick: bool) -> Callable[[], Callable[[], Any]]:
-    found = Case(*case)
-    if found.kind == "package":
+def alone(case: list[Any], quick: bool) -> measure.Result:
+    if case[0] == "package":
         measure.missing()  # imports it
-    return lambda: training_step(found, QUICK if quick else FULL)
+    return measure.peak_memory(lambda: training_step(Case(*case), QUICK if quick else FULL))
 
 
 if __name__ == "__main__":
-    measure.benchmark("model", __doc__, "5 minutes", measured, tables, peak_case=peak_case)
+    measure.benchmark("model", __doc__, "5 minutes", measured, tables, alone=alone)

@@ -1,68 +1,43 @@
 """Write the tables of benchmarks/README.md and of the README from the result files.
 
-python benchmarks/render.py [--check]
+python benchmarks/render.py
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
-import hf_swap
-import memory
-import model
-import needle
-import overhead
-import streaming
-import torch_path
-import variants
-
 HERE = Path(__file__).parent
-TABLES: dict[str, Callable[[dict], dict[str, str]]] = {
-    "memory": memory.tables,
-    "model": model.tables,
-    "streaming": streaming.tables,
-    "torch_path": torch_path.tables,
-    **dict.fromkeys(variants.TASKS, variants.tables),
-    "needle": needle.tables,
-    "overhead": overhead.tables,
-    "hf_swap": hf_swap.tables,
+PAGES = (HERE / "README.md", HERE.parent / "README.md")
+PROGRAMS = {
+    **{name: name for name in ("memory", "model", "streaming", "needle", "hf_swap")},
+    **dict.fromkeys(("overhead", "torch_path"), "steps"),
+    **dict.fromkeys(("copy", "mqar", "language"), "variants"),
 }
+"""Which program writes each file of results."""
 PLACE = re.compile(r"(<!-- (\w+): ([\w ]+) -->\n).*?(<!-- end -->)", re.S)
 
 
 def render(page: str, results: Path) -> str:
-    """``page`` with new text between every ``<!-- program: table -->`` and ``<!-- end -->``."""
+    """``page`` with new text between every ``<!-- results: table -->`` and ``<!-- end -->``."""
     tables: dict[str, dict[str, str]] = {}
-    for program, make in TABLES.items():
-        file = results / f"{program}.json"
+    for name, program in PROGRAMS.items():
+        file = results / f"{name}.json"
         if file.is_file():
-            tables[program] = make(json.loads(file.read_text(encoding="utf-8")))
+            found = json.loads(file.read_text(encoding="utf-8"))
+            tables[name] = importlib.import_module(program).tables(found)
 
     def fill(place: re.Match[str]) -> str:
-        opening, program, name, end = place.groups()
-        text = tables[program][name] if program in tables else f"Not measured yet: `make bench-{program}`."
+        opening, name, table, end = place.groups()
+        text = tables[name][table] if name in tables else f"Not measured yet: `make bench-{name}`."
         return f"{opening}{text}\n{end}"
 
     return PLACE.sub(fill, page)
 
 
-PAGES = (HERE / "README.md", HERE.parent / "README.md")
-
-
-def main() -> None:
-    for file in PAGES:
-        before = file.read_text(encoding="utf-8")
-        after = render(before, HERE / "results")
-        if after == before:
-            continue
-        if "--check" in sys.argv[1:]:
-            sys.exit(f"{file.relative_to(HERE.parent)} does not match the result files: python benchmarks/render.py")
-        file.write_text(after, encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    for page in PAGES:
+        page.write_text(render(page.read_text(encoding="utf-8"), HERE / "results"), encoding="utf-8")

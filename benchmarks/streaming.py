@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import measure
@@ -17,18 +17,8 @@ from torch import Tensor
 
 import titans_build as tb
 
-RECIPES = (
-    "lmm",
-    "mac",
-    "mag",
-    "mal",
-    "transformer",
-    "windows-and-mac",
-    "two-memories",
-    "memory-as-ffn",
-    "deltas-and-mac",
-    "llama-and-memory",
-)
+RECIPES = ("lmm", "mac", "mag", "mal", "transformer", "windows-and-mac", "two-memories", "memory-as-ffn",
+           "deltas-and-mac", "llama-and-memory")  # fmt: skip
 
 
 class Sizes(NamedTuple):
@@ -43,25 +33,17 @@ FULL = Sizes(100_000, 1_000, 4)
 QUICK = Sizes(400, 20, 1)
 
 
-class Clock(NamedTuple):
-    wall: float
-    cpu: float
-
-    @classmethod
-    def now(cls) -> Clock:
-        return cls(time.perf_counter(), time.process_time())
-
-    def since(self, start: Clock) -> Clock:
-        return Clock(self.wall - start.wall, self.cpu - start.cpu)
+Times = tuple[float, float]
+"""Seconds on the clock and of the processor."""
 
 
-def walk(model: Any, pieces: tuple[Tensor, ...], state: Any) -> Iterator[tuple[Clock, Any, bool]]:
+@torch.no_grad()
+def walk(model: Any, pieces: Sequence[Tensor], state: Any) -> Iterator[tuple[Times, Any, bool]]:
     """Read piece after piece. Yields the time, the state, and whether logits and state are finite."""
     for piece in pieces:
-        start = Clock.now()
-        with torch.no_grad():
-            out = model(piece, state)
-        took = Clock.now().since(start)
+        wall, cpu = time.perf_counter(), time.process_time()
+        out = model(piece, state)
+        took = time.perf_counter() - wall, time.process_time() - cpu
         state = out.state
         leaves = [leaf for _, leaf in tb.state.named_tensors(state)]
         yield took, state, all(bool(leaf.isfinite().all()) for leaf in (out.logits, *leaves))
@@ -69,82 +51,74 @@ def walk(model: Any, pieces: tuple[Tensor, ...], state: Any) -> Iterator[tuple[C
 
 def stream(name: str, sizes: Sizes, quick: bool) -> measure.Result:
     # for a test of this program one layer of each kind is enough
-    overrides = {"stack.0.repeat": 1, "dim": 32} if quick else None
-    model = tb.build(tb.load_recipe(name, overrides=overrides))
+    model = tb.build(tb.load_recipe(name, {"stack.0.repeat": 1, "dim": 32} if quick else None))
     text = torch.randint(model.vocab, (1, sizes.tokens), generator=torch.Generator().manual_seed(0))
     pieces = text.split(sizes.piece, dim=1)
     tenth = len(pieces) // 10
-    fresh = tb.state.nbytes(model.init_state(1))
-
     for _ in walk(model, pieces[:2], None):  # to warm up
         pass
-    clocks, sizes_seen, residents, finite, before_last = [], set(), [], True, None
+    times, bytes_seen, residents, finite, before_last = [], set(), [], True, None
     for count, (took, state, fine) in enumerate(walk(model, pieces, None), start=1):
-        clocks.append(took)
-        sizes_seen.add(tb.state.nbytes(state))
+        times.append(took)
+        bytes_seen.add(tb.state.nbytes(state))
         finite &= fine
         if count == len(pieces) - tenth:
             before_last = state
         if count in (tenth, len(pieces)):
             residents.append(measure.resident())
-
     # other load on the machine affects both pieces of a pair, which are read one after the other
     pairs = [
         (first, last)
         for _ in range(sizes.rounds)
         for (first, *_), (last, *_) in zip(walk(model, pieces[:tenth], None), walk(model, pieces[-tenth:], before_last))
     ]
-    return {
+    row = {
         "recipe": name,
         "parameters": sum(p.numel() for p in model.parameters()),
         "finite": finite,
-        "fresh_bytes": fresh,
-        "state_bytes": sorted(sizes_seen),
+        "fresh_bytes": tb.state.nbytes(model.init_state(1)),
+        "state_bytes": sorted(bytes_seen),
         "resident_growth": residents[-1] - residents[0],
-        "piece_wall": [round(clock.wall, 6) for clock in clocks],
-        "piece_cpu": [round(clock.cpu, 6) for clock in clocks],
-        "pairs_wall": [[round(a.wall, 6), round(b.wall, 6)] for a, b in pairs],
-        "pairs_cpu": [[round(a.cpu, 6), round(b.cpu, 6)] for a, b in pairs],
     }
+    for index, clock in enumerate(("wall", "cpu")):
+        row[f"piece_{clock}"] = [round(took[index], 6) for took in times]
+        row[f"pairs_{clock}"] = [[round(took[index], 6) for took in pair] for pair in pairs]
+    return row
 
 
 # -- the tables --------------------------------------------------------------------------------------------------------
 
 
 def tables(results: measure.Result) -> dict[str, str]:
-    piece = results["shape"]["piece"]
-    rows = []
-    for row in results["recipes"]:
-        constant = row["state_bytes"] == [row["fresh_bytes"]]
+    piece, found, rows = results["shape"]["piece"], results["recipes"], []
+    fixed = [row["state_bytes"] == [row["fresh_bytes"]] for row in found]
+    ratios = [last_to_first(row["pairs_cpu"]) for row in found]
+    for row, constant, ratio in zip(found, fixed, ratios):
+        tenth = len(row["piece_wall"]) // 10
         rows.append(
             [
                 row["recipe"],
                 "yes" if row["finite"] else "NO",
                 f"{row['fresh_bytes'] / 1e6:.2f}" if constant else f"grows to {row['state_bytes'][-1] / 1e6:.2f}",
                 f"{row['resident_growth'] / 1e6:.0f}",
-                f"{statistics.median(row['piece_wall']) / piece * 1e6:.1f}",
-                f"{statistics.median(row['piece_cpu']) / piece * 1e6:.1f}",
+                *(f"{statistics.median(row[f'piece_{clock}']) / piece * 1e6:.1f}" for clock in ("wall", "cpu")),
                 f"{last_to_first(row['pairs_wall']):.3f}",
-                f"{last_to_first(row['pairs_cpu']):.3f}",
-                f"{tenths(row['piece_wall']):.3f}",
+                f"{ratio:.3f}",
+                f"{sum(row['piece_wall'][-tenth:]) / sum(row['piece_wall'][:tenth]):.3f}",
             ]
         )
     head = ["recipe", "finite", "state MB", "process grew by MB", "ms per 1,000 tokens", "CPU ms per 1,000 tokens"]
     head += ["last tenth / first, in turn", "the same, CPU time", "in one pass"]
-    found = results["recipes"]
-    fixed = [float(row["state_bytes"] == [row["fresh_bytes"]]) for row in found]
-    finite = [float(row["finite"]) for row in found]
-    ratios = [last_to_first(row["pairs_cpu"]) for row in found]
+    every = lambda count: count == len(found)  # noqa: E731
+    near = lambda ratio: abs(ratio - 1) <= 0.05  # noqa: E731
     goals = [
-        measure.goal("recipes that stay finite", f"{len(found)}", [sum(finite)], lambda x: x == len(found), "{:.0f}"),
-        measure.goal("recipes of constant state", f"{len(found)}", [sum(fixed)], lambda x: x == len(found), "{:.0f}"),
-        measure.goal(
-            "last tenth over first, CPU time", "within 5% of 1", ratios, lambda x: abs(x - 1) <= 0.05, "{:.3f}"
-        ),
+        measure.goal("recipes that stay finite", f"{len(found)}", [sum(r["finite"] for r in found)], every, "{:.0f}"),
+        measure.goal("recipes of constant state", f"{len(found)}", [sum(fixed)], every, "{:.0f}"),
+        measure.goal("last tenth over first, CPU time", "within 5% of 1", ratios, near, "{:.3f}"),
     ]
     return {
         "goals": measure.table(measure.GOALS, goals),
-        "machine": measure.machine_table(results, []),
+        "machine": measure.machine_table(results),
         "streaming": measure.table(head, rows),
     }
 
@@ -154,19 +128,11 @@ def last_to_first(pairs: list[list[float]]) -> float:
     return statistics.median(last / first for first, last in pairs)
 
 
-def tenths(pieces: list[float]) -> float:
-    """Total time of the last tenth over that of the first, in one pass over all pieces."""
-    tenth = len(pieces) // 10
-    return sum(pieces[-tenth:]) / sum(pieces[:tenth])
-
-
 def measured(arguments: argparse.Namespace, results: measure.Result) -> measure.Result:
-    sizes = QUICK if arguments.quick else FULL
-    found = []
+    sizes, found = QUICK if arguments.quick else FULL, []
     for name in RECIPES:
-        began = time.perf_counter()
+        measure.say(f"{name}: {sizes.tokens:,} tokens, and the tenths again")
         found.append(stream(name, sizes, arguments.quick))
-        measure.say(f"{name}: {sizes.tokens:,} tokens, and the tenths again, {time.perf_counter() - began:.0f} s")
     return {"shape": sizes._asdict(), "recipes": found}
 
 

@@ -13,8 +13,17 @@ from typing import Any
 
 import pytest
 
+import titans_build as tb
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-PROGRAMS = ("memory", "model", "streaming", "torch_path")
+PROGRAMS = {
+    "memory": ["memory.py"],
+    "model": ["model.py"],
+    "streaming": ["streaming.py"],
+    "overhead": ["steps.py", "overhead"],
+    "torch_path": ["steps.py", "torch_path"],
+}
+"""The words of the command that measures each file of results."""
 # as `python benchmarks/NAME.py`, where titans-pytorch is not installed
 WITHOUT = """
 import runpy, sys
@@ -47,9 +56,9 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Any:
 def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
     """Each program's result file and standard output, from a quick run."""
     found = {}
-    for program in PROGRAMS:
+    for program, (script, *words) in PROGRAMS.items():
         file = tmp_path_factory.getbasetemp() / "results" / f"{program}.json"
-        process = start([str(BENCHMARKS / f"{program}.py"), "--quick", "--json", str(file)])
+        process = start([str(BENCHMARKS / script), *words, "--quick", "--json", str(file)])
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
         found[program] = (file, out)
@@ -63,7 +72,7 @@ def test_a_quick_run_writes_its_results_and_prints_their_tables(program: str, qu
     assert results["program"] == program and results["quick"] is True
     environment = results["environment"]
     assert environment["cores"] >= 1 and environment["cpu"] and environment["versions"]["torch"]
-    for text in load(program).tables(results).values():
+    for text in load(PROGRAMS[program][0].removesuffix(".py")).tables(results).values():
         assert text in out
 
 
@@ -86,13 +95,30 @@ def test_every_case_is_measured(quick: Any) -> None:
     contexts = {(row["kind"], row["context"]) for row in results["model"]["generation"]}
     assert {("mac", 1_000), ("transformer", 1_000), ("plain", 16)} <= contexts and ("plain", 1_000) not in contexts
     assert [row["recipe"] for row in results["streaming"]["recipes"] if not row["finite"]] == []
-    ways = results["torch_path"]["ways"]
-    assert {"torch", "compiled"} <= {row["way"] for row in ways} and all(row["seconds"] > 0 for row in ways)
+    for program, cases in (("overhead", {"window", "MAG"}), ("torch_path", {"torch", "compiled"})):
+        rows = results[program]["steps"]
+        assert cases <= {row["case"] for row in rows} and all(row["seconds"] > 0 and row["ratio"] > 0 for row in rows)
+    assert [row["kind"] for row in results["overhead"]["steps"]][::2] == ["training step", "reading", "one token"]
+
+
+def test_the_overhead_baseline_is_mag_without_memory(load: Any) -> None:
+    built = load("steps").mag_and_window(quick=False)
+    mag, window = (tb.build(built[name], device="meta") for name in ("MAG", "window"))
+    assert not any("controls" in name for name, _ in window.named_parameters())
+    assert window.recipe.dim == mag.recipe.dim and window.recipe.depth == mag.recipe.depth
 
 
 def test_every_packaged_recipe_is_streamed(load: Any) -> None:
     files = {file.stem for file in (BENCHMARKS.parent / "recipes").glob("*.yaml")} - {"sizes"}
     assert sorted(load("streaming").RECIPES) == sorted(files)
+
+
+def test_each_result_is_drawn_by_the_program_that_writes_it(load: Any) -> None:
+    programs = load("render").PROGRAMS
+    assert {name: f"{program}.py" for name, program in programs.items() if name in PROGRAMS} == {
+        name: script for name, (script, *_) in PROGRAMS.items()
+    }
+    assert {file.stem for file in (BENCHMARKS / "results").glob("*.json")} <= set(programs)
 
 
 def test_the_page_is_filled_from_the_result_files(quick: Any, load: Any) -> None:
@@ -144,9 +170,10 @@ def test_peak_memory(tmp_path: Path, load: Any) -> None:
         "    held = torch.ones(5_000_000)\n"
         "    def case(): (torch.ones(20_000_000).sum(), torch.ones(10_000_000).sum(), held.sum())\n"
         "    return case\n"
-        "measure.report_peak(make)\n",
+        "alone = lambda case, quick: measure.peak_memory(make)\n"
+        "measure.benchmark('case', '', '', None, None, alone=alone)\n",
         encoding="utf-8",
     )
-    stages = load("measure").peak_memory(str(script), None, False)
+    stages = load("measure").alone(str(script), None, False)
     assert stages["inputs"] - stages["imports"] == pytest.approx(20e6, abs=4e6)
     assert stages["peak"] - stages["inputs"] == pytest.approx(80e6, abs=8e6)

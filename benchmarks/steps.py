@@ -1,0 +1,128 @@
+"""The time of a step of one program over that of another.
+
+python benchmarks/steps.py overhead|torch_path [--quick] [--json FILE]
+
+``overhead``: the packaged MAG against the same model without memories and gates. ``torch_path``: the PyTorch backend,
+eager and compiled, and the C kernels, in processor time of one thread, which other processes affect little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import measure
+import torch
+
+import titans_build as tb
+from titans_build.tools.gpu.speed import layer_shapes, memory_operation
+from titans_build.tools.gpu.timing import passes
+
+Kinds = dict[str, dict[str, Callable[[], Any]]]
+"""The cases of each kind of step; the first is the one that the others are compared with."""
+
+
+# -- the cost of the memory in MAG -------------------------------------------------------------------------------------
+
+
+def mag_and_window(quick: bool) -> dict[str, Any]:
+    """The recipe of MAG, and the same without memories and gates."""
+    mag = tb.load_recipe("mag", {"dim": 32, "stack.0.repeat": 1} if quick else None)
+    data = mag.to_dict()
+    persistent = data["layers"]["mag"][0]
+    persistent["of"] = persistent["of"]["branches"][0]
+    return {"window": tb.load_recipe(data), "MAG": mag}
+
+
+def overhead(quick: bool) -> Kinds:
+    """A training step, reading, and one token of each model."""
+    tokens = torch.randint(256, (1, 64) if quick else (4, 1024), generator=torch.Generator().manual_seed(0))
+
+    def steps(model: Any) -> dict[str, Callable[[], Any]]:
+        read = torch.no_grad()(lambda: model(tokens))
+        state = read().state
+        return {
+            "training step": passes(lambda: model(tokens, targets=tokens).loss, list(model.parameters()), True),
+            "reading": read,
+            "one token": torch.no_grad()(lambda: model(tokens[:, -1:], state)),
+        }
+
+    every = {name: steps(tb.build(recipe, seed=0)) for name, recipe in mag_and_window(quick).items()}
+    return {kind: {name: every[name][kind] for name in every} for kind in every["MAG"]}
+
+
+# -- the PyTorch backend -----------------------------------------------------------------------------------------------
+
+MEMORIES = {"memory, expansion 4": (2, 4), "memory, expansion 1": (2, 1), "memory, one layer": (1, 1)}
+WAYS = {"torch": "torch,attention=sdpa", "compiled": "torch,attention=sdpa", "C kernels": "auto"}
+
+
+def torch_path(quick: bool) -> Kinds:
+    """Memory operations and models, forward and both passes, in each of three ways."""
+    torch.set_num_threads(1)
+    whats = ["memory, one layer"] if quick else [*MEMORIES, "lmm", "mac", "mag"]
+    return {
+        f"{what}, {'both' if both else 'forward'}": {way: run(what, both, way, quick) for way in WAYS}
+        for what in whats
+        for both in (False, True)
+    }
+
+
+def run(what: str, both: bool, way: str, quick: bool) -> Callable[[], Any]:
+    """Create inputs and parameters of a case, and return a function that runs it once."""
+    torch.manual_seed(0)
+    if what in MEMORIES:
+        heads, length, width, chunk = (1, 24, 8, 8) if quick else (4, 2048, 64, 64)
+        depth, expansion = MEMORIES[what]
+        shapes = layer_shapes(width, expansion, depth)
+        backend = "native" if way == "C kernels" else "torch"
+        forward, leaves = memory_operation(1, length, heads, shapes, chunk, backend)
+    else:
+        model = tb.build(tb.load_recipe(what, overrides={"dim": 128, "vocab": 256, "stack.0.repeat": 2}))
+        text = torch.randint(256, (1, 513))
+        forward, leaves = (lambda: model(text[:, :-1], targets=text[:, 1:]).loss), list(model.parameters())
+    once = passes(torch.compile(forward) if way == "compiled" else forward, leaves, both)
+
+    def step() -> None:
+        os.environ["TITANS_BUILD_BACKEND"] = WAYS[way]
+        once()
+
+    return step
+
+
+COMPARISONS = {
+    "overhead": (overhead, {"seconds": 60}),
+    "torch_path": (torch_path, {"seconds": 0, "least": 4, "clock": time.process_time}),
+}
+
+
+def measured(arguments: argparse.Namespace, results: measure.Result) -> measure.Result:
+    results["program"] = arguments.comparison
+    make, how = COMPARISONS[arguments.comparison]
+    kinds = make(arguments.quick)
+    results["environment"]["threads"] = torch.get_num_threads()
+    rows = []
+    for kind, cases in kinds.items():
+        measure.say(kind)
+        for name, case in list(cases.items()):
+            try:
+                case()
+            except tb.BackendError as error:  # there may be no C compiler
+                results["skipped"][f"{kind}, {name}"] = str(error).splitlines()[0]
+                del cases[name]
+        rows += measure.compare(kind, cases, **how | {"seconds": 0} if arguments.quick else how)
+    return {"steps": rows}
+
+
+def tables(results: measure.Result) -> dict[str, str]:
+    return {"steps": measure.comparison_table(results["steps"]), "machine": measure.machine_table(results)}
+
+
+if __name__ == "__main__":
+    measure.benchmark(
+        "steps", __doc__, "2 to 4 minutes", measured, tables,
+        add_options=lambda parser: parser.add_argument("comparison", choices=COMPARISONS),
+    )  # fmt: skip
