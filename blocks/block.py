@@ -361,7 +361,8 @@ def _fresh(module: Any, rows: int, prefix: bool = False) -> State:
             if not prefix:
                 return initial_state(module, rows) if isinstance(module, Block) else module.init_state(rows)
             like = like_of(module)
-            return module.prefix((torch.zeros(()) if like is None else like).new_zeros(rows, 1, module.dim))[1]
+            dtype, device = (None, None) if like is None else (like.dtype, like.device)
+            return module.prefix(torch.zeros(rows, 1, module.dim, dtype=dtype, device=device))[1]
     finally:
         _call.inside = inside
 

@@ -27,6 +27,11 @@ class Norm(Block):
         self.eps = eps
         self.gain = nn.Parameter(torch.empty(dim))
 
+    @property
+    def weight(self) -> Tensor:
+        """The gain, by the name that norms of PyTorch have for it: models of transformers ask every norm for it."""
+        return self.gain
+
     def reset_parameters(self) -> None:
         nn.init.ones_(self.gain)
 

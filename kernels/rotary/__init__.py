@@ -16,7 +16,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ..dispatch import Backend, Operation
+from ..dispatch import Backend, Operation, transforming
 
 _TURN = 2**64
 
@@ -57,7 +57,8 @@ def _reference(x: Tensor, position: Tensor, base: float) -> Tensor:
 
 def _torch(x: Tensor, position: Tensor, base: float) -> Tensor:
     key, count = (x.shape[-1], base, x.device), position.numel()
-    if not x.is_cpu or torch.compiler.is_compiling() or not 0 < count <= SEGMENT_POSITIONS:
+    cacheable = x.is_cpu and not torch.compiler.is_compiling() and 0 < count <= SEGMENT_POSITIONS
+    if not cacheable or transforming():  # what is made inside of a transform is of no use after it
         cos, sin = _tables(key, x.dtype, position)
     else:
         cached = _tables_of_few if count <= DECODE_POSITIONS else _tables_of_segment
@@ -114,13 +115,14 @@ def _fixed_point(d: int, base: float, device: torch.device) -> Tensor:
     A quarter of a turn ahead the sine is the cosine, half a turn ahead its negative.
     """
     compiling = torch.compiler.is_compiling()  # a graph makes its own table, and has no guard on what is cached
-    table = None if compiling else _FIXED_POINT.get((d, base, device))
+    passing = compiling or transforming()
+    table = None if passing else _FIXED_POINT.get((d, base, device))
     if table is None:
         half = d // 2
         ahead = [_TURN // 4] * d + [-_TURN // 2] * half + [0] * half
         with nullcontext() if compiling else torch.inference_mode(False):
             table = torch.tensor([_frequencies(d, base) * 4, ahead], dtype=torch.int64, device=device)
-        if type(table) is Tensor and not compiling:  # no fake tensor of torch.export
+        if type(table) is Tensor and not passing:  # no fake tensor of torch.export
             _FIXED_POINT[d, base, device] = table
     return table
 

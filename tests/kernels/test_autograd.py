@@ -137,3 +137,15 @@ def test_batches_of_gradients(name):
     both = torch.autograd.grad(outputs, given, vectors, is_grads_batched=True)
     for found, expected in zip(both, once):
         torch.testing.assert_close(found, torch.stack((expected, 2 * expected)))
+
+
+def test_nothing_made_inside_of_a_transform_is_kept_after_it():
+    x, position = torch.randn(1, 3, 1, 6, dtype=torch.float64), torch.arange(7, 10)[None]
+    base = 4321.0  # of no other test: its tables are made here first
+
+    def loss(x):
+        return rotate(x, position, base).pow(3).sum()
+
+    inside = torch.func.hessian(loss)(x)
+    assert torch.equal(torch.func.hessian(loss)(x), inside)
+    torch.testing.assert_close(torch.autograd.functional.hessian(loss, x), inside)

@@ -187,6 +187,9 @@ def _returned(module: nn.Module, otherwise: int | None = None) -> int | None:
     if len(counts) == 1 and counts != {0}:
         return counts.pop()
     annotated = _annotated(getattr(tree.body[0], "returns", None))
+    names = {value.id if isinstance(value, ast.Name) else "" for value in values}
+    if annotated and names == {*signature(module).names[:1]}:  # the tensor that it was given, changed: no tuple
+        return 0
     return otherwise if annotated is None and counts <= {0} else annotated
 
 

@@ -167,6 +167,13 @@ def sites_of_swaps(model: nn.Module) -> list[tuple[Plan, dict[str, Any]]]:
     return [(one.plan, {path: model.get_submodule(name) for path, (name, _) in one.sites.items()}) for one in found]
 
 
+def has_adapters(module: nn.Module) -> bool:
+    """Whether there are adapters of PEFT in ``module``."""
+    peft: Any = sys.modules.get("peft")
+    adapters = () if peft is None else (peft.PeftModel, peft.tuners.tuners_utils.BaseTunerLayer)
+    return any(isinstance(child, adapters) for child in module.modules())
+
+
 # -- making the plan -------------------------------------------------------------------------------------------------
 
 
@@ -175,9 +182,7 @@ def _check_settings(model: Any, how: Any, every: Any, start: Any, train: Any, ga
         raise TypeError(f"swap: model: expected a module, got {type(model).__name__}")
     if any(uncompiled(child) is not child for child in model.modules()):
         raise SwapError("swap: the model is compiled: swap first, then compile")
-    peft: Any = sys.modules.get("peft")
-    adapters = () if peft is None else (peft.PeftModel, peft.tuners.tuners_utils.BaseTunerLayer)
-    if any(isinstance(child, adapters) for child in model.modules()):
+    if has_adapters(model):
         raise SwapError(
             "swap: the model has adapters of PEFT, which are saved without the blocks of swaps: swap first, then "
             "get_peft_model(model, LoraConfig(..., modules_to_save=['titans']))"

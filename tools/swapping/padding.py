@@ -39,7 +39,7 @@ class Mask(NamedTuple):
             )
         # a mask of all tokens so far ends with those of this call, unless it has space for later ones
         end = real.shape[1]
-        if mask.dim() == 4 and past is not None and past + time <= end:
+        if past is not None and past + time < end and (mask.dim() == 4 or not bool(real[:, past + time :].any())):
             end = past + time
         real = real[:, end - time : end]
         return None if bool(real.all()) else real
@@ -62,10 +62,10 @@ def expect_one_document(named: Mapping[str, Any], past: int | None, where: str) 
     elif mask is not None and mask.dim() == 2 and not mask.is_floating_point() and bool((mask > 1).any()):
         found = "attention_mask has numbers of documents"
     elif isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] > 1:
-        again = positions.diff() < 0
-        if mask is not None:  # positions of padding are arbitrary
-            again = again & _real_pairs(mask, positions.shape[1], past, where)
-        found = "position_ids start again" if bool(again.any()) else None
+        steps = positions.diff()
+        # without a mask as transformers tells documents apart; positions of padding are arbitrary
+        again = steps != 1 if mask is None else (steps < 1) & _real_pairs(mask, positions.shape[1], past, where)
+        found = "position_ids do not go up by one" if bool(again.any()) else None
     if found is None and mask is not None and mask.dim() == 4 and mask.shape[2] > 1:
         time, size = mask.shape[2:]
         first = past if past is not None and past + time <= size else size - time

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from safetensors import safe_open
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -32,11 +32,16 @@ VERSION = 1
 
 
 def follow_swaps(model: Any, plans: Sequence[Plan]) -> None:
-    """Make ``model.save_pretrained`` save ``plans``, the swaps in ``model`` now."""
+    """Make ``save_pretrained`` of ``model``, and of the models of transformers in it, save ``plans``, its swaps now."""
     for name, method in (("save_pretrained", _save_pretrained), ("init_continuous_batching", _refuse_batching)):
         vars(model).pop(name, None)
         if plans:
             vars(model)[name] = functools.partial(method, model)
+    for path, part in model.named_modules():
+        if part is not model and isinstance(part, PreTrainedModel) and not swaps(part):
+            vars(part).pop("save_pretrained", None)
+            if any(f"{row.path}.".startswith(f"{path}.") for plan in plans for row in plan.rows):
+                vars(part)["save_pretrained"] = functools.partial(_save_part, model, path)
     if model.base_model is model and _quantization(model.config) in (None, METHOD):
         # it may be part of another model, which is saved with the same configuration
         vars(model.config).pop("quantization_config", None)
@@ -45,6 +50,31 @@ def follow_swaps(model: Any, plans: Sequence[Plan]) -> None:
 
 
 def _save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
+    both = next((part for part in model.modules() if part is not model and swaps(part)), None)
+    if both is not None:
+        raise SwapError(
+            f"save_pretrained: swaps were made in {type(model).__name__} and in its {type(both).__name__}, and only "
+            "one of the two could be saved: unswap one, and make all swaps in the same model"
+        )
+    return _save(model, lambda: [plan.record for plan in swaps(model)], *args, **kwargs)
+
+
+def _save_part(model: Any, path: str, *args: Any, **kwargs: Any) -> Any:
+    """Save the part of ``model`` at ``path`` with the swaps in it."""
+
+    def records() -> list[dict[str, Any]]:
+        found = []
+        for record in (plan.record for plan in swaps(model)):
+            where = [name for name in record["where"] if name.startswith(f"{path}.")]
+            if where:
+                dim = {name.removeprefix(f"{path}."): record["dim"][name] for name in where}
+                found.append({**record, "where": list(dim), "dim": dim})
+        return found
+
+    return _save(model.get_submodule(path), records, *args, **kwargs)
+
+
+def _save(model: Any, records: Callable[[], list[dict[str, Any]]], *args: Any, **kwargs: Any) -> Any:
     config = model.config
     if _quantization(config) not in (None, METHOD):
         raise SwapError(
@@ -53,7 +83,7 @@ def _save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
         )
     own = vars(config).get("quantization_config")
     try:
-        config.quantization_config = SwapsConfig([plan.record for plan in swaps(model)])
+        config.quantization_config = SwapsConfig(records())
         return type(model).save_pretrained(model, *args, **kwargs)
     except SwapError as error:
         raise SwapError(f"save_pretrained: {error}") from None

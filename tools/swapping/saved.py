@@ -13,8 +13,9 @@ from ...recipes.saved_format import StorageError
 from ...recipes.saved_state import read_state_file, write_state_file
 from ...registry import show
 from .adapter import SwapError
-from .install import FOLLOWERS, sites_of_swaps, swap, swaps, unswap
+from .install import FOLLOWERS, has_adapters, sites_of_swaps, swap, swaps, unswap
 from .plan import FIELDS, Plan, moved
+from .site import in_use
 
 FORMAT = "titans-build swaps"
 
@@ -30,12 +31,13 @@ def save_swaps(model: nn.Module, path: str | os.PathLike[str]) -> None:
     records = [plan.record for plan in swaps(model)]
     if not records:
         raise SwapError(f"save_swaps: {type(model).__name__} has no swaps in it")
-    tensors = {
-        f"{index}.{path}.{name}": tensor
-        for index, (_, sites) in enumerate(sites_of_swaps(model))
-        for path, site in sites.items()
-        for name, tensor in site.state_dict().items()
-    }
+    tensors = {}
+    for index, (_, sites) in enumerate(sites_of_swaps(model)):
+        for place, site in sites.items():
+            trained = in_use(site)
+            if has_adapters(trained):
+                raise SwapError(f"save_swaps: {place}: the block has adapters of PEFT: merge_and_unload() merges them")
+            tensors.update({f"{index}.{place}.{name}": tensor for name, tensor in trained.state_dict().items()})
     write_state_file(path, FORMAT, tensors, swaps=json.dumps(records))
 
 

@@ -165,11 +165,11 @@ class Stateless(Block):
 
 def gated_sites(module: nn.Module, *hows: str) -> list[Gated]:
     """The blocks beside, before or after a module, in the order of their swaps."""
-    found = [_in_use(child) for name, child in module.named_children() if name.startswith("titans")]
+    found = [in_use(child) for name, child in module.named_children() if name.startswith("titans")]
     return [site for site in found if isinstance(site, Gated) and site.how in hows]
 
 
-def _in_use(child: nn.Module) -> Any:
+def in_use(child: nn.Module) -> Any:
     """The site in PEFT's wrapper around it (``modules_to_save``): the copy that belongs to the active adapter."""
     copies = getattr(child, "modules_to_save", None)
     if isinstance(child, Site) or not isinstance(copies, nn.ModuleDict):

@@ -12,8 +12,13 @@ from accelerate import cpu_offload, disk_offload
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import (
+    AutoModel,
+    BloomConfig,
+    BloomForCausalLM,
     DataCollatorWithFlattening,
     DynamicCache,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GenerationConfig,
     MiniMaxConfig,
     MiniMaxForCausalLM,
@@ -155,6 +160,21 @@ def test_caches_of_fixed_size(llama: Any, tokens: Tensor, attention: str) -> Non
         assert_close(*logits, atol=1e-6, rtol=1e-6)
 
 
+def test_a_mask_with_space_for_later_tokens(tokens: Tensor) -> None:
+    """BLOOM gets a mask of tokens as long as a static cache."""
+    torch.manual_seed(0)
+    config = BloomConfig(vocab_size=64, hidden_size=16, n_layer=2, n_head=4, eos_token_id=None, pad_token_id=0)
+    model = BloomForCausalLM(config).eval()
+    tb.swap(model, "transformer.h.*.self_attention", {"type": "memory", "heads": 2, "chunk": 4}, "replace")
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 0
+    settings = {"attention_mask": mask, "output_logits": True, "return_dict_in_generate": True}
+    static, whole = (
+        run(model, tokens, **settings, **cache) for cache in ({"cache_implementation": "static"}, {"use_cache": False})
+    )
+    assert_close(torch.stack(static.logits), torch.stack(whole.logits))
+
+
 def test_a_cache_with_two_kinds_of_layers(tokens: Tensor) -> None:
     sizes = {
         "vocab_size": 40,
@@ -187,8 +207,10 @@ def test_rows_of_several_documents_are_refused(llama: Any, tokens: Tensor, where
     row, positions = packed["input_ids"], packed["position_ids"]
     apart = torch.block_diag(*[torch.ones(len(a), len(a)).tril()] * 2)
     for settings, message in (
-        ({"position_ids": positions}, "position_ids start again"),
-        ({"position_ids": positions, "attention_mask": torch.ones_like(row)}, "position_ids start again"),
+        ({"position_ids": positions}, "position_ids do not go up by one"),
+        ({"position_ids": (torch.arange(row.shape[1]) - 1).clamp(min=0)[None]}, "position_ids do not go up by one"),
+        ({"position_ids": positions + 50 * (positions.cumsum(-1) > 60)}, "position_ids do not go up by one"),
+        ({"position_ids": positions, "attention_mask": torch.ones_like(row)}, "position_ids do not go up by one"),
         ({"cu_seq_lens_q": packed["cu_seq_lens_q"]}, "cu_seq_lens_q has several documents"),
         ({"seq_idx": packed["seq_idx"]}, "seq_idx has several documents"),
         ({"attention_mask": torch.tensor([[1] * len(a) + [2] * len(b)])}, "numbers of documents"),
@@ -209,6 +231,35 @@ def test_rows_of_several_documents_are_refused(llama: Any, tokens: Tensor, where
     with torch.no_grad():
         expected = model(row, attention_mask=real, position_ids=alone["position_ids"]).logits[:, 3:]
         assert_close(model(row, **alone).logits[:, 3:], expected)
+
+
+def test_models_that_initialize_every_norm_by_its_weight(tokens: Tensor, tmp_path: Path) -> None:
+    """Gemma does. Its layers return a tensor, and are annotated with a tuple."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "head_dim": 4}
+    config = Gemma3TextConfig(**sizes, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    model = Gemma3ForCausalLM(config).eval()
+    tb.swap(model, "model.layers.0", "memory", "replace")
+    tb.swap(model, "model.layers.1.self_attn", "memory", "beside", gate=0.5)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert_close(from_pretrained(tmp_path).eval()(tokens).logits, model(tokens).logits)
+
+
+def test_a_part_of_a_swapped_model_is_saved_with_its_memories(llama: Any, tokens: Tensor, tmp_path: Path) -> None:
+    model = llama.swapped("beside")
+    model.model.save_pretrained(tmp_path / "part")
+    with torch.no_grad():
+        expected = model.model(tokens).last_hidden_state
+        part = AutoModel.from_pretrained(tmp_path / "part").to(expected.dtype).eval()
+        assert_close(part(tokens).last_hidden_state, expected)
+    assert "quantization_config" not in model.config.to_dict()
+    tb.swap(model.model, "layers.*.mlp", "memory", "beside", gate=0.5)
+    with pytest.raises(SwapError, match="swaps were made in LlamaForCausalLM and in its LlamaModel"):
+        model.save_pretrained(tmp_path / "both")
+    tb.unswap(model)
+    model.model.save_pretrained(tmp_path / "plain")
+    assert not any("titans" in name for name in AutoModel.from_pretrained(tmp_path / "plain").state_dict())
 
 
 @pytest.mark.parametrize("asked_before", [False, True])

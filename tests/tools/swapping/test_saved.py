@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
@@ -87,3 +88,21 @@ def test_what_does_not_fit_leaves_the_model_unchanged(plain, tokens, tmp_path):
     with pytest.raises(tb.StorageError, match="format"):
         tb.load_swaps(model, file)
     assert torch.equal(model(t), before)
+
+
+def test_the_blocks_that_peft_trains_are_saved(randomised, tmp_path):
+    def model():
+        llama = LlamaForCausalLM(LlamaConfig(**CONFIG, **ATTENTION)).eval()
+        tb.swap(llama, "model.layers.*.self_attn", {"type": "memory", "heads": 2}, "beside", gate=0.5)
+        return llama
+
+    trained = get_peft_model(model(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["titans"])).eval()
+    randomised(trained.base_model.model.model.layers[0].self_attn.titans.modules_to_save)
+    tb.save_swaps(trained.base_model.model, tmp_path / "memories.safetensors")
+    other = LlamaForCausalLM(LlamaConfig(**CONFIG, **ATTENTION)).eval()
+    tb.load_swaps(other, tmp_path / "memories.safetensors")
+    saved, loaded = trained.merge_and_unload().state_dict(), other.state_dict()
+    assert all(torch.equal(saved[name], loaded[name]) for name in loaded if ".titans." in name)
+    inside = get_peft_model(model(), LoraConfig(r=2, target_modules=["qkv"])).base_model.model
+    with pytest.raises(SwapError, match=r"model.layers.0.self_attn: the block has adapters of PEFT"):
+        tb.save_swaps(inside, tmp_path / "memories.safetensors")
