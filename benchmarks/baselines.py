@@ -83,19 +83,12 @@ def titans_pytorch_mac(
 
     width = dim // heads
     model = MemoryAsContextTransformer(
-        num_tokens=vocab,
-        dim=dim,
-        depth=depth,
-        heads=heads,
-        dim_head=width,
-        segment_len=segment,
-        num_persist_mem_tokens=persistent,
-        num_residual_streams=1,
-        neural_memory_segment_len=chunk,
+        num_tokens=vocab, dim=dim, depth=depth, heads=heads, dim_head=width, segment_len=segment,
+        num_persist_mem_tokens=persistent, num_residual_streams=1, neural_memory_segment_len=chunk,
         neural_memory_batch_size=chunk,
         neural_memory_model=MemoryMLP(dim=width, depth=2, expansion_factor=expansion),
         neural_memory_kwargs={"dim_head": width, "heads": heads, "max_grad_norm": 1.0},
-    )
+    )  # fmt: skip
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()
     return model

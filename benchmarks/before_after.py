@@ -56,11 +56,12 @@ def operation(time: int, backward: bool) -> Callable[[], Any]:
     )
     state = MemoryState.fresh(weights)
 
-    def call() -> None:
+    def call() -> torch.Tensor:
         with torch.set_grad_enabled(backward):
             y, _ = titans_memory(q, k, v, theta, eta, alpha, state, chunk=16)
             if backward:
                 torch.autograd.grad(y.sum(), (q, k, v, theta, eta, alpha))
+        return y
 
     return call
 

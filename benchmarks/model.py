@@ -23,12 +23,7 @@ RATE = "matrix product"
 
 class Sizes(NamedTuple):
     dim: int
-    heads: int
     depth: int
-    vocab: int
-    segment: int
-    chunk: int
-    persistent: int
     batch: int
     time: int
     contexts: tuple[int, ...]
@@ -40,8 +35,10 @@ class Sizes(NamedTuple):
     matrix: int
 
 
-FULL = Sizes(256, 4, 4, 256, 128, 64, 16, 2, 1024, (128, 4096), 1_000_000, 128, 60, 2048)
-QUICK = Sizes(32, 2, 1, 32, 8, 4, 2, 1, 16, (8, 16), 1_000, 8, 0, 128)
+FULL = Sizes(256, 4, 2, 1024, (128, 4096), 1_000_000, 128, 60, 2048)
+QUICK = Sizes(32, 1, 1, 16, (8, 16), 1_000, 8, 0, 128)
+SHAPE = {"heads": 4, "vocab": 256, "segment": 128, "chunk": 64, "persistent": 16}
+"""Of the packaged recipes, and so of the models that they are compared with."""
 
 
 class Case(NamedTuple):
@@ -74,19 +71,14 @@ CASES = [
 
 def model(case: Case, sizes: Sizes) -> nn.Module:
     torch.manual_seed(0)
-    shape: dict[str, Any] = {"dim": sizes.dim, "vocab": sizes.vocab, "stack.0.repeat": sizes.depth}
-    if case.kind == "mac":
-        heads = {f"{part}.heads": sizes.heads for part in ("memory", "attend")}
-        memory = {"memory.chunk": sizes.chunk, "memory.expansion": case.expansion}
-        block = {"segment": sizes.segment, "persistent": sizes.persistent, **heads, **memory}
-        return tb.build(tb.load_recipe("mac", shape | {f"layers.mac.0.{name}": value for name, value in block.items()}))
-    if case.kind == "transformer":
-        return tb.build(tb.load_recipe("transformer", shape | {"layers.plain.0.heads": sizes.heads}))
+    size = {"dim": sizes.dim, "depth": sizes.depth}
+    if case.kind == "package":
+        return titans_pytorch_mac(**size, **SHAPE, expansion=case.expansion or 0)
     if case.kind == "plain":
         slots = max(sizes.time, max(sizes.contexts) + 2 * sizes.tokens)
-        return Transformer(sizes.dim, sizes.heads, sizes.depth, sizes.vocab, slots)
-    shapes = (sizes.dim, sizes.heads, sizes.depth, sizes.vocab, sizes.segment, sizes.chunk, sizes.persistent)
-    return titans_pytorch_mac(*shapes, case.expansion or 0)
+        return Transformer(**size, heads=SHAPE["heads"], vocab=SHAPE["vocab"], slots=slots)
+    memory = {"layers.mac.0.memory.expansion": case.expansion} if case.kind == "mac" else {}
+    return tb.build(tb.load_recipe(case.kind, {"dim": sizes.dim, "stack.0.repeat": sizes.depth, **memory}))
 
 
 # -- a training step ---------------------------------------------------------------------------------------------------
@@ -95,7 +87,7 @@ def model(case: Case, sizes: Sizes) -> nn.Module:
 def training_step(case: Case, sizes: Sizes) -> Callable[[], Any]:
     """Forward, backward and AdamW on one batch. The step raises ``FloatingPointError`` if the loss is not finite."""
     module = model(case, sizes)
-    text = torch.randint(sizes.vocab, (sizes.batch, sizes.time + 1))
+    text = torch.randint(SHAPE["vocab"], (sizes.batch, sizes.time + 1))
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
 
     def loss() -> Tensor:
@@ -189,7 +181,7 @@ def generation(sizes: Sizes, absent: bool) -> list[measure.Result]:
             continue
         module: Any = model(case, sizes).eval()
         for context in (*sizes.contexts, sizes.late):
-            prompt = torch.randint(sizes.vocab, (1, min(context, max(sizes.contexts))))
+            prompt = torch.randint(SHAPE["vocab"], (1, min(context, max(sizes.contexts))))
             if case.kind in ("mac", "transformer"):
                 ready[case, context] = ours(module, prompt, context, sizes.tokens)
             elif context != sizes.late:
@@ -255,7 +247,7 @@ def measured(arguments: argparse.Namespace, results: measure.Result) -> measure.
     sizes = QUICK if arguments.quick else FULL
     results["skipped"] = absent = measure.missing()
     return {
-        "shape": sizes._asdict(),
+        "shape": {**sizes._asdict(), **SHAPE},
         "training": training(sizes, bool(absent), arguments.quick),
         "generation": generation(sizes, bool(absent)),
     }

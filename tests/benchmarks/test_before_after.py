@@ -51,3 +51,10 @@ def test_a_folder_without_the_package_is_refused(tmp_path: Path) -> None:
 def test_a_case_that_there_is_not_is_refused(other: Path) -> None:
     done = compare("--against", other, "--cases", "sleep")
     assert done.returncode == 2 and "operation one token" in done.stderr
+
+
+def test_the_operation_does_not_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(PROGRAM.parent))
+    import before_after
+
+    assert before_after.operation(512, backward=False)().isfinite().all()
