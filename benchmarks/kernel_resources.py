@@ -37,19 +37,11 @@ from titans_build.kernels.norm_gate.form import GATE
 from titans_build.kernels.short_conv import triton as convolution
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-MEMORY = (
-    write_kernels.write_kernel,
-    write_kernels.write_resident_kernel,
-    write_kernels.rewrite_kernel,
-    read_kernels.read_kernel,
-    read_kernels.read_backward_kernel,
-    read_kernels.read_backward_state_kernel,
-    write_backward_kernels.write_backward_kernel,
-    write_backward_kernels.write_backward_resident_kernel,
-    step.step_kernel,
-    read.read_fixed_kernel,
-    read.read_fixed_backward_kernel,
-    read.read_fixed_backward_weights_kernel,
+MEMORY = dict.fromkeys(
+    kernel
+    for module in (write_kernels, read_kernels, write_backward_kernels, step, read)
+    for name, kernel in vars(module).items()
+    if name.endswith("_kernel") and isinstance(kernel, triton.JITFunction)
 )
 PRODUCTS = {
     "bfloat16": operands(torch.float32, torch.bfloat16),
@@ -60,8 +52,6 @@ PRODUCTS = {
 REAL = ("divisor", "eps", "clip")
 WHOLE = re.compile(r"tokens|dim|heads|.*_(?:step|row|head)|stretch|time|problems|chunks?|rows|d_in|width|d_out|b")
 """Integer arguments. In the gated kernels ``b`` is a tensor."""
-
-
 TYPED = {"mask": "*i1", "position": "*i64"}
 
 
