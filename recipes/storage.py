@@ -34,7 +34,9 @@ from .loading import load_recipe
 from .recipe import Recipe
 from .saved_format import (
     INDEX,
+    MODEL,
     MODEL_FORMAT,
+    RUN,
     TOKENIZER,
     VERSION,
     WEIGHTS,
@@ -61,7 +63,7 @@ def save(model: LanguageModel, folder: str | os.PathLike[str], *, overwrite: boo
     them. ``imports:`` of the recipe is not saved: a saved model identifies blocks by their registered names only.
 
     Raises ``StorageError`` if the model was not created by ``build`` or ``load``, if its parameters are no longer those
-    of its recipe, if it is on the meta device, if another model is in the folder, or if it cannot be written.
+    of its recipe, if it is on the meta device, if another model or a run is in the folder, or if it cannot be written.
     """
     recipe = recipe_of(model)
     model = next(module for module in model.modules() if isinstance(module, LanguageModel))  # without a wrapper
@@ -70,6 +72,8 @@ def save(model: LanguageModel, folder: str | os.PathLike[str], *, overwrite: boo
     if any(tensor.is_meta for tensor in tensors.values()):
         raise StorageError("the model is on the meta device: it has no values to save")
     place = as_path(folder, "folder")
+    if (place / RUN).exists():  # `load` would find this model in place of that of the run
+        raise StorageError(f"{place}: the folder of a run, whose model is in {MODEL}: choose another folder")
     replaced = _index_in(place)
     same = replaced.get("fingerprint") in (None, recipe.fingerprint, recipe.earlier_fingerprint)
     if not same and not overwrite:

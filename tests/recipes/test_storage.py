@@ -96,12 +96,19 @@ class TestModels:
         save(build(other), tmp_path, overwrite=True)
         assert load(tmp_path).recipe == load_recipe(other)
 
-    def test_the_model_of_a_run_is_loaded_from_the_folder_of_the_run(self, tmp_path: Path, model: LanguageModel):
+    def test_the_model_of_a_run_is_loaded_from_the_folder_of_the_run(
+        self, tmp_path: Path, model: LanguageModel, other: str
+    ):
         (tmp_path / "run.json").write_text("{}")
         for read in (load, load_recipe):
             with pytest.raises((StorageError, RecipeError), match="this run has not saved its model yet"):
                 read(tmp_path)
         save(model, tmp_path / "model")
+        for overwrite in (False, True):
+            with pytest.raises(
+                StorageError, match=r"the folder of a run, whose model is in .*model: choose another fol"
+            ):
+                save(build(other), tmp_path, overwrite=overwrite)
         assert load(tmp_path).recipe == model.recipe == load_recipe(tmp_path)
 
     def test_loading_with_overrides(self, tmp_path: Path, tiny: str, same: Any, values: Any):

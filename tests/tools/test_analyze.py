@@ -213,3 +213,12 @@ def test_the_name_is_that_of_the_recipe_and_file_names_need_not_be_text(
     page = (out / "index.html").read_text(encoding="utf-8")
     assert f"tiny in {folder}" in page and "caf\\udce9.txt" in page
     assert json.loads((out / "analysis.json").read_text(encoding="utf-8"))["model"]["name"] == "tiny"
+
+
+def test_a_model_whose_loss_is_not_finite(analyze: Run, model: Path, text: Path, tmp_path: Path) -> None:
+    diverged = tb.load(model)
+    next(iter(diverged.parameters())).data.fill_(float("nan"))
+    tb.save(diverged, tmp_path / "diverged")
+    done = analyze(tmp_path / "diverged", text, "--json", "--pairs", 2)
+    assert done.status == 1 and done.out == ""
+    assert done.err == "titans-analyze: error: the loss is not finite: the model has diverged on this text\n"

@@ -13,6 +13,7 @@ from ...blocks.freezing import thawed
 from ...blocks.language_model import LanguageModel
 from ...blocks.memory import NeuralMemory
 from ...blocks.memory_ablation import MemoryCheck, memory_check
+from ..terminal import CommandFailed
 from .recall import PLACES, recall_of
 from .recording import QUANTITIES, Bins, record
 from .sample import Sample
@@ -60,11 +61,16 @@ def analyse(
     seed: int = 0,
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """The analysis without ``model``, the description of the model. Arrays are NumPy's; see ``docs/analyze.md``."""
+    """The analysis without ``model``, the description of the model. Arrays are NumPy's; see ``docs/analyze.md``.
+
+    Raises ``CommandFailed`` if the loss is not finite.
+    """
     check = memory_check(
         model, sample.tokens, targets=sample.targets, mask=sample.mask, reset_every=plan.reset_every,
         piece=plan.piece, advance=advance,
     )  # fmt: skip
+    if not math.isfinite(check.live):
+        raise CommandFailed("the loss is not finite: the model has diverged on this text")
     row = sample.tokens[:1] if sample.mask is None else sample.tokens[:1, sample.mask[0]]
     with thawed(model):
         recording = record(model, row, plan.memories, piece=plan.piece, stretch=plan.stretch, advance=advance)

@@ -301,6 +301,10 @@ def _trials_table(ranked: list[Result]) -> Columns:
 # -- tokenizer ---------------------------------------------------------------------------------------------------------
 
 
+MAX_VOCAB = 1_000_000
+"""Training allocates memory for this many tokens at once."""
+
+
 def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("texts", nargs="+", metavar="TEXTS", help="text files, JSON lines, parquet, folders or wildcards")
@@ -311,8 +315,9 @@ def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
 
 def _tokenizer(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out)
-    if arguments.vocab < 256:
-        raise UsageError(f"--vocab {arguments.vocab}: expected at least 256, one token for each byte")
+    if not 256 <= arguments.vocab <= MAX_VOCAB:
+        message = f"expected at least 256, one token for each byte, and at most {MAX_VOCAB:,}"
+        raise UsageError(f"--vocab {arguments.vocab}: {message}")
     if out.exists():
         raise UsageError(f"--out {out}: there is such a file, and nothing is replaced")
     files = find(arguments.texts)

@@ -94,6 +94,8 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.set:
             raise UsageError("--set: the recipe of a run cannot be changed when it is resumed")
         source = str(out / RECIPE)
+    if resuming and arguments.tokenizer is not None and arguments.data is None:
+        raise UsageError("--tokenizer: the tokenizer of a run cannot be changed when it is resumed")
     settings, data = settings_and_data(arguments, need_data=not resuming)
     recipe, weights = load(source, arguments), saved_folder(source)
     with Display(as_json=arguments.json, quiet=os.environ.get("RANK", "0") != "0") as display:

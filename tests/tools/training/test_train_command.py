@@ -106,6 +106,7 @@ def test_tokenizer_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     Path("b.jsonl").write_text(json.dumps({"text": "another of the texts " * 50}) + "\n", encoding="utf-8")
     words = ("tokenizer", "a.txt", "b.jsonl", "--out", "tok.json")
     assert run(*words, "--vocab", 255) == 2 and "expected at least 256" in capsys.readouterr().err
+    assert run(*words, "--vocab", 10**11) == 2 and "at most 1,000,000" in capsys.readouterr().err
     assert run(*words, "--vocab", 270) == 0
     assert capsys.readouterr().out.startswith(
         "270 tokens, written to tok.json\ntrain with it: titans-train RECIPE --set"
@@ -115,6 +116,8 @@ def test_tokenizer_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     assert run(*given, "--length", 8) == 2 and "give --tokenizer FILE" in capsys.readouterr().err
     assert run(*given, "--length", 8, "--tokenizer", "tok.json") == 0
     assert json.loads(Path("run/run.json").read_text(encoding="utf-8"))["data"]["vocab"] == 270
+    assert run("--resume", "--out", "run", "--tokenizer", "bytes") == 2
+    assert "--tokenizer: the tokenizer of a run cannot be changed when it is resumed" in capsys.readouterr().err
     assert run("mac", "--data", "copy", "--tokenizer", "tok.json", "--out", "other") == 2
     assert "the tokens of copy are numbers, and need no tokenizer" in capsys.readouterr().err
 
