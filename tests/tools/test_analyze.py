@@ -220,5 +220,5 @@ def test_a_model_whose_loss_is_not_finite(analyze: Run, model: Path, text: Path,
     next(iter(diverged.parameters())).data.fill_(float("nan"))
     tb.save(diverged, tmp_path / "diverged")
     done = analyze(tmp_path / "diverged", text, "--json", "--pairs", 2)
-    assert done.status == 1 and done.out == ""
+    assert done.status == 1 and json.loads(done.out)["error"]["status"] == 1
     assert done.err == "titans-analyze: error: the loss is not finite: the model has diverged on this text\n"
