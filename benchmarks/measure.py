@@ -145,6 +145,15 @@ def interleave(
     return samples
 
 
+def interleave_with_rate(
+    cases: dict[Any, Callable[[], Any]], seconds: float, size: int, **how: Any
+) -> tuple[dict[Any, list[float]], float]:
+    """:func:`interleave`, and the FLOP/s of a product of float32 matrices of this size, measured in the same rounds."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    samples = interleave({"matrix product": lambda: a @ b, **cases}, seconds, **how)
+    return samples, 2 * size**3 / statistics.median(samples.pop("matrix product"))
+
+
 def compare(kind: str, cases: dict[str, Callable[[], Any]], seconds: float, **how: Any) -> list[Result]:
     """For each case its median seconds, and the median over the rounds of its time over that of the first case.
 
@@ -169,17 +178,6 @@ def summary(samples: Sequence[float]) -> Result:
     ordered = sorted(samples)
     low, _, high = statistics.quantiles(ordered, n=4) if len(ordered) > 1 else ordered * 3
     return {"median": statistics.median(ordered), "low": low, "high": high, "best": ordered[0], "count": len(ordered)}
-
-
-def matrix_product(size: int) -> Callable[[], Any]:
-    """A case to interleave with the others: a product of square float32 matrices, for :func:`rate`."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    return lambda: a @ b
-
-
-def rate(samples: Sequence[float], size: int) -> float:
-    """FLOP/s of :func:`matrix_product`."""
-    return 2 * size**3 / statistics.median(samples)
 
 
 def medium(function: Callable[[], Any]) -> Callable[[], Any]:

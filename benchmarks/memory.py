@@ -20,7 +20,6 @@ from titans_build.tools.gpu.goals import exponent
 from titans_build.tools.gpu.speed import layer_shapes, memory_operation, titans_pytorch_memory
 from titans_build.tools.gpu.timing import passes
 
-RATE = "matrix product"
 KINDS = {
     "op": "memory, the operation",
     "block": "memory, the block",
@@ -122,12 +121,12 @@ def times(sizes: Sizes, absent: bool) -> list[measure.Result]:
     for length, seconds in {**sizes.lengths, **sizes.long}.items():
         group = list(cases(sizes, [length], absent))
         measure.say(f"{length} tokens: {len(group)} cases, about {seconds:.0f} s")
-        ready = {RATE: measure.matrix_product(sizes.matrix), **{case: make(case, sizes) for case in group}}
+        ready = {case: make(case, sizes) for case in group}
         # a long case needs no warm-up: its code has run at all other lengths
-        samples = measure.interleave(ready, seconds, warm=length not in sizes.long)
-        reached = measure.rate(samples[RATE], sizes.matrix)
+        warm = length not in sizes.long
+        samples, rate = measure.interleave_with_rate(ready, seconds, sizes.matrix, warm=warm)
         results += [
-            {**case._asdict(), "seconds": measure.summary(samples[case]), "flops": flops(case, sizes), "rate": reached}
+            {**case._asdict(), "seconds": measure.summary(samples[case]), "flops": flops(case, sizes), "rate": rate}
             for case in group
         ]
     return results

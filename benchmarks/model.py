@@ -18,8 +18,6 @@ from torch import Tensor, nn
 
 import titans_build as tb
 
-RATE = "matrix product"
-
 
 class Sizes(NamedTuple):
     dim: int
@@ -112,7 +110,7 @@ def training_step(case: Case, sizes: Sizes) -> Callable[[], Any]:
 def training(sizes: Sizes, absent: bool, quick: bool) -> list[measure.Result]:
     ready = {case: training_step(case, sizes) for case in CASES if not (absent and case.kind == "package")}
     measure.say(f"training steps: {len(ready)} cases, about {sizes.seconds:.0f} s")
-    samples = measure.interleave({RATE: measure.matrix_product(sizes.matrix), **ready}, sizes.seconds)
+    samples, rate = measure.interleave_with_rate(ready, sizes.seconds, sizes.matrix)
     measure.say(f"peak memory: about {8 * len(ready)} s")
     return [
         {
@@ -120,7 +118,7 @@ def training(sizes: Sizes, absent: bool, quick: bool) -> list[measure.Result]:
             "parameters": sum(p.numel() for p in model(case, sizes).parameters()),
             "seconds": measure.summary(samples[case]),
             "peak": None if quick and case != CASES[0] else measure.alone(__file__, case, quick),
-            "rate": measure.rate(samples[RATE], sizes.matrix),
+            "rate": rate,
         }
         for case in ready
     ]
