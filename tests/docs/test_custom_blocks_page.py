@@ -186,6 +186,15 @@ class SetInConstructor(Average):
     def reset_parameters(self) -> None: ...
 
 
+class ReadsWeight(Average):
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self.layer = torch.nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Any, state: Any = None, *, mask: Any = None) -> Any:
+        return super().forward(torch.nn.functional.linear(x, self.layer.weight), state, mask=mask)
+
+
 MISTAKES = {
     "the state keeps only the last piece": [LastPiece],
     "padding counts as tokens": [PaddingCounts],
@@ -196,6 +205,7 @@ MISTAKES = {
     "a counter of tokens that is not named `position`": [Counting],
     "values that grow from token to token": [Growing],
     "parameters that are set in the constructor alone": [SetInConstructor],
+    "`F.linear(x, self.layer.weight)` in place of `self.layer(x)`": [ReadsWeight],
 }
 
 
