@@ -21,8 +21,6 @@ from ..registry import SameFunction, register
 from .block import Block, check_call
 from .observers import active, report_learned
 
-Activation = Literal["identity", "silu", "gelu", "relu"]
-
 
 class NeuralMemoryState(NamedTuple):
     """The state of a memory block."""
@@ -57,7 +55,9 @@ class NeuralMemory(Block):
         chunk: Annotated[
             int, Field(ge=1, le=65536, description="tokens whose gradients are taken at the weights before them")
         ] = 16,
-        activation: Annotated[Activation, Field(description="activation of the memory network")] = "gelu",
+        activation: Annotated[
+            Literal["identity", "silu", "gelu", "relu"], Field(description="activation of the memory network")
+        ] = "gelu",
         norm: Annotated[bool, Field(description="M(x) = x + LayerNorm(net(x)) rather than net(x)")] = True,
         conv: Annotated[int, Field(ge=0, le=64, description="width of the causal convolution on q, k, v; 0: none")] = 4,
         momentum: Annotated[bool, Field(description="momentum with decay eta")] = True,
