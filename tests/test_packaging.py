@@ -102,7 +102,7 @@ def test_a_wheel_installs_the_command_and_names_its_extras(wheel: zipfile.ZipFil
     assert "titans-build = titans_build.tools.cli:run" in wheel.read(entry_points).decode()
     (metadata,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
     extras = re.findall(r"^Provides-Extra: (\S+)$", wheel.read(metadata).decode(), flags=re.M)
-    assert set(extras) == {"dev", "gpu", "hf", "eval", "fla", "train", "analyze", "examples"}
+    assert set(extras) == {"dev", "gpu", "hf", "eval", "fla", "train", "data", "analyze", "examples"}
 
 
 def test_the_facade_offers_the_promised_names() -> None:

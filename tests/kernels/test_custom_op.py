@@ -254,14 +254,6 @@ def test_numbers_as_text_and_back():
     assert repr(back) == repr(given)
 
 
-def test_transformers_can_be_imported_in_the_root_of_the_repository() -> None:
-    # it imports a package `kernels` if there is one, and there this package's folder has that name
-    root = Path(__file__).parents[2]
-    script = "import titans_build.kernels, transformers.integrations.hub_kernels, kernels; assert kernels.memory"
-    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
 def test_importing_the_package_after_torch_defines_all_operators() -> None:
     """Exported programs that contain them can then be loaded."""
     script = (

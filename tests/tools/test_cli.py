@@ -182,10 +182,11 @@ def test_a_bad_backend_is_refused(monkeypatch: pytest.MonkeyPatch, small: Path, 
     assert "attention" in result.err and "magic" in result.err and "Traceback" not in result.err
 
 
-def test_a_model_too_large_for_the_machine_is_refused(titans_build: Run) -> None:
-    words = ["--set", "dim=131072", "--set", "stack.0.repeat=1024"]
-    result = titans_build("transformer", *words)
-    assert_refused(result, "GiB")
+def test_a_model_too_large_for_the_machine_is_described_but_not_built(titans_build: Run, tmp_path: Path) -> None:
+    words = ["transformer", "--set", "dim=131072", "--set", "stack.0.repeat=1024"]
+    assert titans_build(*words).status == 0
+    assert_refused(titans_build(*words, "--out", tmp_path / "model"), "GiB")
+    assert_refused(titans_build(*words, "--try", __file__), "GiB")
 
 
 def test_imports_need_to_be_allowed(
