@@ -14,9 +14,9 @@ VALUES = {"nan": math.nan, "infinity": math.inf, "overflow": 0.9}
 """``overflow``: times the largest number of the dtype."""
 
 
-def inputs(dtype=torch.float64):
+def inputs(dtype=torch.float64, heads=3):
     torch.manual_seed(0)
-    token = lambda *shape: torch.randn(2, TIME, 3, *shape, dtype=torch.float64)  # noqa: E731
+    token = lambda *shape: torch.randn(2, TIME, heads, *shape, dtype=torch.float64)  # noqa: E731
     given = dict(
         q=token(4), k=token(4), v=token(4), theta=0.02 * token().sigmoid(), eta=token().sigmoid(),
         alpha=0.1 * token().sigmoid(),
@@ -24,10 +24,14 @@ def inputs(dtype=torch.float64):
     return {name: x.to(dtype) for name, x in given.items()}
 
 
-def fresh(dtype=torch.float64):
+def fresh(dtype=torch.float64, heads=3):
     torch.manual_seed(1)
-    weights = 0.3 * torch.randn(2, 3, 8, 4, dtype=torch.float64), 0.3 * torch.randn(2, 3, 4, 8, dtype=torch.float64)
+    weights = [0.3 * torch.randn(2, heads, *shape, dtype=torch.float64) for shape in ((8, 4), (4, 8))]
     return MemoryState.fresh(tuple(w.to(dtype) for w in weights))._replace(position=torch.tensor([0, 2]))
+
+
+def heads_of(backend):
+    return 1 if "triton" in backend else 3  # the interpreter of Triton is slow
 
 
 def cases():
@@ -75,13 +79,14 @@ def test_earlier_outputs_and_other_heads_are_as_without_it(backend, dtype, optio
 
 @pytest.mark.parametrize("backend", CHUNKWISE)
 def test_what_stands_at_masked_tokens_does_not_matter(backend):
-    given = inputs()
+    heads = heads_of(backend)
+    given = inputs(heads=heads)
     mask = torch.ones(2, TIME, dtype=torch.bool)
     mask[0, 6] = mask[1, 0] = False
 
     def run():
         leaves = {name: x.detach().clone().requires_grad_() for name, x in given.items()}
-        y, state = titans_memory(**leaves, state=fresh(), chunk=5, mask=mask, backend=backend)
+        y, state = titans_memory(**leaves, state=fresh(heads=heads), chunk=5, mask=mask, backend=backend)
         grads = torch.autograd.grad(y.sum() + state.weights[0].sum(), [*leaves.values()])
         return y, state.weights[0], *grads
 
@@ -96,8 +101,9 @@ def test_what_stands_at_masked_tokens_does_not_matter(backend):
 @pytest.mark.parametrize("backend", [*CHUNKWISE, "native_step", "step", "triton_step"])
 def test_a_huge_value_is_clipped(backend, dtype):
     """The square of its gradient's norm overflows, and the norm does not. The gradients are right, too."""
-    given, huge = inputs(dtype), torch.finfo(dtype).max ** 0.8
-    given["v"][0, 6, 1] = huge
+    heads = heads_of(backend)
+    given, huge = inputs(dtype, heads), torch.finfo(dtype).max ** 0.8
+    given["v"][0, 6, -1] = huge
     step = "step" in backend
 
     def run(backend, given, state):
@@ -112,11 +118,11 @@ def test_a_huge_value_is_clipped(backend, dtype):
         return [y, *torch.autograd.grad(y.sum(), leaves)]
 
     with torch.set_grad_enabled(not step):
-        found = run(backend, given, fresh(dtype))
+        found = run(backend, given, fresh(dtype, heads))
     # the direction of the gradient is that of a value far below
-    given["v"][0, 6, 1] = torch.finfo(torch.float32).max ** 0.4 if dtype == torch.float32 else 1e30
-    expected = run("reference", {name: x.double() for name, x in given.items()}, fresh()) if not step else [
-        titans_memory(*(x.double() for x in given.values()), fresh(), 5, clip=0.5, backend="reference")[0]
+    given["v"][0, 6, -1] = torch.finfo(torch.float32).max ** 0.4 if dtype == torch.float32 else 1e30
+    expected = run("reference", {name: x.double() for name, x in given.items()}, fresh(heads=heads)) if not step else [
+        titans_memory(*(x.double() for x in given.values()), fresh(heads=heads), 5, clip=0.5, backend="reference")[0]
     ]  # fmt: skip
     for got, x in zip(found, expected):
         got, x = got.double(), x.double()
