@@ -64,7 +64,9 @@ SECTIONS: dict[str, list[str]] = {
     "transformers": [
         "huggingface.as_pretrained",
         "huggingface.from_pretrained",
+        "huggingface.TitansBuildForSequenceClassification",
         "huggingface.parameter_groups",
+        "huggingface.DecayMixin",
         "huggingface.tokenizer_of",
         "huggingface.byte_tokenizer",
     ],

@@ -28,6 +28,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
+from .signals import Terminated
 from .terminal import NARROWEST, CommandFailed, UsageError, complain, discard_output, prepare_streams, program, say_json
 
 
@@ -81,7 +82,8 @@ class Program:
         * 2, bad use: ``UsageError``, ``RecipeError``, ``StorageError``, ``BackendError``;
         * 1, failure: ``CommandFailed``, a full disk, too little memory, a closed pipe on standard output;
         * 1 with a stack trace, a bug: any other exception;
-        * 130, interrupted: ``KeyboardInterrupt``. The message is its text, if it has one.
+        * 130, interrupted: ``KeyboardInterrupt``. The message is its text, if it has one;
+        * 143 or 129: ``Terminated``, by SIGTERM or SIGHUP.
         """
         words = list(sys.argv[1:] if argv is None else argv)
         as_json = "--json" in (words[: words.index("--")] if "--" in words else words)
@@ -91,6 +93,8 @@ class Program:
                 status: int = arguments.run(arguments)
                 sys.stdout.flush()
                 return status
+            except Terminated as ended:
+                return self._report(ended.message, 128 + ended.number, as_json)
             except SystemExit as leaving:  # --help and --version
                 return leaving.code if isinstance(leaving.code, int) else 0
             except KeyboardInterrupt as interrupt:

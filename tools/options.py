@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,12 @@ from ..blocks.device import DTYPES, as_device, as_dtype
 from ..recipes.parse import read_value
 from ..registry import Problem, RecipeError, show
 from .terminal import UsageError
+
+
+def refuse_named_pipe(path: str, option: str) -> None:
+    """Raise ``UsageError`` for a pipe in a folder, which would wait for its writer. ``<(command)`` is none."""
+    if stat.S_ISFIFO(os.stat(path).st_mode) and not os.path.abspath(path).startswith(("/dev/", "/proc/")):
+        raise UsageError(f"{option} {path}: a named pipe; expected a file, or <(command) for the output of a command")
 
 
 def add_recipe(

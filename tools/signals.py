@@ -32,6 +32,14 @@ def handling(handler: Handler, numbers: tuple[int, ...] = TERMINATION) -> Iterat
             signal.signal(number, known)
 
 
+class Terminated(SystemExit):
+    """SIGTERM or SIGHUP ends the process, with the status of the signal, after the ``finally`` blocks."""
+
+    def __init__(self, number: int, message: str = "interrupted") -> None:
+        super().__init__(128 + number)
+        self.number, self.message = number, message
+
+
 def leave(number: int, frame: FrameType | None) -> NoReturn:
-    """A handler: end the process with the status of the signal, after the ``finally`` blocks."""
-    raise SystemExit(128 + number)
+    """A handler that raises ``Terminated``."""
+    raise Terminated(number)

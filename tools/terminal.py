@@ -164,7 +164,7 @@ def complain(message: str, label: str = "error") -> None:
     """Print ``PROGRAM: LABEL: MESSAGE`` to standard error. Control characters are escaped."""
     style = "bold red" if label == "error" else "bold yellow"
     text = _printable(Text.assemble((f"{_program.get()}: {label}: ", style), message), sys.stderr)
-    with contextlib.suppress(BrokenPipeError):  # nobody reads it, and the exit status says the same
+    with contextlib.suppress(OSError):  # a closed pipe or terminal: nobody reads it, and the exit status says the same
         console(sys.stderr).print(text, soft_wrap=True)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ PROGRAMS = {
     "torch_path": ["steps.py", "torch_path"],
 }
 """The words of the command that measures each file of results."""
+QUICKEST = "overhead"
+"""The program that everyday tests run."""
 # as `python benchmarks/NAME.py`, where titans-pytorch is not installed
 WITHOUT = """
 import runpy, sys
@@ -53,21 +57,26 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
-    """Each program's result file and standard output, from a quick run."""
-    found = {}
-    for program, (script, *words) in PROGRAMS.items():
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, str]]:
+    """A program's result file and standard output, from a quick run."""
+
+    @functools.cache
+    def run(program: str) -> tuple[Path, str]:
+        script, *words = PROGRAMS[program]
         file = tmp_path_factory.getbasetemp() / "results" / f"{program}.json"
         process = start([str(BENCHMARKS / script), *words, "--quick", "--json", str(file)])
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
-        found[program] = (file, out)
-    return found
+        return file, out
+
+    return run
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize(
+    "program", [pytest.param(name, marks=() if name == QUICKEST else pytest.mark.slow) for name in PROGRAMS]
+)
 def test_a_quick_run_writes_its_results_and_prints_their_tables(program: str, quick: Any, load: Any) -> None:
-    file, out = quick[program]
+    file, out = quick(program)
     results = json.loads(file.read_text(encoding="utf-8"))
     assert results["program"] == program and results["quick"] is True
     environment = results["environment"]
@@ -76,17 +85,19 @@ def test_a_quick_run_writes_its_results_and_prints_their_tables(program: str, qu
         assert text in out
 
 
+@pytest.mark.slow
 def test_without_titans_pytorch_its_rows_are_left_out(quick: Any) -> None:
     for program, part in (("memory", "times"), ("model", "training")):
-        file, out = quick[program]
+        file, out = quick(program)
         results = json.loads(file.read_text(encoding="utf-8"))
         assert "pip install titans-pytorch" in results["skipped"]["titans-pytorch"]
         assert "left out: titans-pytorch" in out
         assert results[part] and all(row["kind"] != "package" for row in results[part])
 
 
+@pytest.mark.slow
 def test_every_case_is_measured(quick: Any) -> None:
-    results = {program: json.loads(file.read_text(encoding="utf-8")) for program, (file, _) in quick.items()}
+    results = {program: json.loads(quick(program)[0].read_text(encoding="utf-8")) for program in PROGRAMS}
     kinds = {"op", "block", "medium op", "medium block", "attention"}
     assert {row["kind"] for row in results["memory"]["times"]} == kinds
     assert all(0 < row["seconds"]["low"] <= row["seconds"]["high"] for row in results["memory"]["times"])
@@ -124,13 +135,13 @@ def test_each_result_is_drawn_by_the_program_that_writes_it(load: Any) -> None:
 def test_the_page_is_filled_from_the_result_files(quick: Any, load: Any) -> None:
     render = load("render").render
     page = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
-    file, _ = quick["memory"]
+    file, _ = quick(QUICKEST)
     filled = render(page, file.parent)
-    assert not any(f"Not measured yet: `make bench-{program}`" in filled for program in PROGRAMS)
+    assert f"Not measured yet: `make bench-{QUICKEST}`" not in filled
     assert "quick run: not figures to quote" in filled
     assert render(filled, file.parent) == filled
     emptied = render(filled, file.parent / "none")
-    assert "| memory, the block" not in emptied and "Not measured yet: `make bench-memory`" in emptied
+    assert f"Not measured yet: `make bench-{QUICKEST}`" in emptied
 
 
 def test_the_pages_match_the_result_files(load: Any) -> None:

@@ -40,7 +40,7 @@ def quick(tmp_path: Path, program: str, *words: str) -> tuple[dict[str, Any], st
     return results, done.stdout
 
 
-@pytest.mark.parametrize("task", ["copy", "language"])
+@pytest.mark.parametrize("task", ["copy", pytest.param("language", marks=pytest.mark.slow)])
 def test_a_comparison_runs(task: str, tmp_path: Path, load: Any) -> None:
     results, out = quick(tmp_path, "variants", task, "--jobs", "1", "--plots", str(tmp_path / "plots"))
     assert results["comparison"]["variants"][0]["name"] == "mac"
@@ -65,6 +65,7 @@ def test_variants_have_one_size_and_read_the_data(task: str, load: Any) -> None:
         tb.open_source(data, rows=checked.batch, length=checked.length, vocab=fitted.recipe.vocab)
 
 
+@pytest.mark.slow
 def test_the_needle_runs(tmp_path: Path, load: Any) -> None:
     results, out = quick(tmp_path, "needle", "--tasks", "needle_kv")
     (task,) = results["tasks"].values()

@@ -130,6 +130,8 @@ def test_data_of_a_run(analyze: Run, model: Path, text: Path, tmp_path: Path) ->
         (["MODEL", "TEXT", "--json", "--tokens", "20"], "20 bytes: expected at least 32"),
         (["MODEL", "TEXT", "--json", "--tokens", "0"], "--tokens: expected at least 1"),
         (["MODEL", "TEXT", "--json", "--pairs", "1"], "--pairs: expected at least 2"),
+        (["MODEL", "TEXT", "--json", "--pairs", "1001"], "--pairs 1001: expected at most 1,000"),
+        (["MODEL", "PIPE", "--json"], "a named pipe; expected a file"),
         (["MODEL", "TEXT", "--json", "--reset", "370"], "--reset 370: expected 1 to 369"),
         (["MODEL", "TEXT", "--json", "--force"], "--force: lets --out DIR replace an analysis, and there is no --out"),
         (["MODEL", "nothing.txt", "--json"], "nothing.txt: No such file"),
@@ -140,8 +142,11 @@ def test_data_of_a_run(analyze: Run, model: Path, text: Path, tmp_path: Path) ->
         (["MODEL", "TEXT", "--jsn"], "--json"),
     ],
 )
-def test_invalid_use_is_refused(analyze: Run, model: Path, text: Path, words: list[str], message: str) -> None:
-    done = analyze(*[{"MODEL": model, "TEXT": text}.get(word, word) for word in words])
+def test_invalid_use_is_refused(
+    analyze: Run, model: Path, text: Path, tmp_path: Path, words: list[str], message: str
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    done = analyze(*[{"MODEL": model, "TEXT": text, "PIPE": tmp_path / "pipe"}.get(word, word) for word in words])
     assert done.status == 2
     assert message in done.err and "Traceback" not in done.err
     assert done.err.startswith("titans-analyze: error: ")

@@ -13,7 +13,7 @@ class DecayMixin:
     """For subclasses of ``Trainer``: weight decay of what ``parameter_groups`` lets decay.
 
     ``Trainer`` itself lets all parameters decay whose names do not contain ``norm`` or ``bias``: the gates and gains
-    of memories, their initial weights and persistent tokens as well. ::
+    of memories, their initial weights and persistent tokens as well::
 
         class MemoryTrainer(DecayMixin, SFTTrainer): ...
     """

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 
 from ...blocks.generation import Sampler
-from ..signals import handling, leave
+from ..signals import Terminated, handling, leave
 from ..terminal import say, say_json
 from .session import Session, Text, reading_progress
 
@@ -70,16 +70,17 @@ def saving_state(session: Session) -> Iterator[None]:
     try:
         with handling(leave):
             yield
-    except (KeyboardInterrupt, SystemExit, OSError) as ending:
+    except (KeyboardInterrupt, Terminated, OSError) as ending:
         if session.target is None or session.reading.tokens == 0:
             raise
         session.save(session.target)
-        if not isinstance(ending, KeyboardInterrupt):
-            raise
-        raise KeyboardInterrupt(
-            f"interrupted; the state after {session.reading.tokens:,} tokens of this session is saved to "
-            f"{session.target}"
-        ) from None
+        read = f"{session.reading.tokens:,} tokens of this session"
+        message = f"interrupted; the state after {read} is saved to {session.target}"
+        if isinstance(ending, Terminated):
+            raise Terminated(ending.number, message) from None
+        if isinstance(ending, KeyboardInterrupt):
+            raise KeyboardInterrupt(message) from None
+        raise
     if session.target is not None:
         session.save(session.target)
 

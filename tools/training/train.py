@@ -79,8 +79,8 @@ def train(
         weights: the folder of a saved model of the same recipe, to start from.
 
     The folder gets recipe.yaml, train.yaml, run.json, log.jsonl, tensorboard/, checkpoints/ and at the end model/.
-    Under ``torchrun`` the processes share the work. Ctrl-C saves a checkpoint and raises ``KeyboardInterrupt``; a
-    second one ends the process.
+    Under ``torchrun`` the processes share the work. Ctrl-C saves a checkpoint and raises ``KeyboardInterrupt``;
+    SIGTERM and SIGHUP save one and raise ``SystemExit`` with the status of the signal; a second one ends the process.
 
     Raises ``RecipeError`` for invalid recipes, data and settings, ``StorageError`` for a folder that cannot be used,
     and ``CommandFailed`` if training fails: a nonfinite loss, a full disk.

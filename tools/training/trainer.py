@@ -21,7 +21,7 @@ from ...blocks.state import State, map_state, named_tensors
 from ...recipes import StorageError
 from ...registry import Problem, RecipeError, show
 from ..data import Batch, Source
-from ..signals import TERMINATION, handling
+from ..signals import TERMINATION, Terminated, handling
 from ..terminal import CommandFailed
 from . import checkpoint
 from .checkpoint import CheckpointManager
@@ -40,7 +40,8 @@ class Interrupt:
     """Records the first Ctrl-C, SIGTERM or SIGHUP of a ``with`` block; the second one ends the process at once."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self.number = 0
+        """The signal, or 0."""
         self._handling = handling(self._handle, (signal.SIGINT, *TERMINATION))
 
     def __enter__(self) -> Interrupt:
@@ -51,9 +52,9 @@ class Interrupt:
         self._handling.__exit__(*exception)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.number:
             os._exit(128 + number)
-        self.requested = True
+        self.number = number
 
 
 Count = Annotated[int, Field(ge=0)]
@@ -138,9 +139,9 @@ class Trainer:
     def run(self, interrupt: Interrupt) -> None:
         """Train to the last step.
 
-        Raises ``CommandFailed`` at a bad step, ``KeyboardInterrupt`` on request, ``BrokenPipeError`` if the output of
-        the listener was closed, and, with one process, ``RecipeError`` for data that have changed; each after a
-        checkpoint.
+        Raises ``CommandFailed`` at a bad step, ``KeyboardInterrupt`` or ``Terminated`` on request,
+        ``BrokenPipeError`` if the output of the listener was closed, and, with one process, ``RecipeError`` for data
+        that have changed; each after a checkpoint.
         """
         try:
             self._run(interrupt)
@@ -167,15 +168,22 @@ class Trainer:
                 self._validate(self.valid)
             last = progress.step == settings.steps
             best = progress.best is not None and progress.best["step"] == progress.step
-            unheard, interrupted = self.processes.sum(self.log.unheard, interrupt.requested or self.log.unheard)
+            stop = bool(interrupt.number) or self.log.unheard
+            ended = [interrupt.number == number for number in TERMINATION]
+            unheard, interrupted, *ended_by = self.processes.sum(self.log.unheard, stop, *ended)
             if interrupted or last or best or (settings.checkpoint_every and self._due(settings.checkpoint_every)):
                 self.save()
             if interrupted and not last:
                 step = progress.step
                 why = "interrupted: the output was closed" if unheard else "interrupted"
                 self.log.emit("stop", step=step, message=why)
-                ended: type[BaseException] = BrokenPipeError if unheard else KeyboardInterrupt
-                raise ended(f"{why}; saved after step {step:,} of {settings.steps:,}: {self.resume}")
+                message = f"{why}; saved after step {step:,} of {settings.steps:,}: {self.resume}"
+                if unheard:
+                    raise BrokenPipeError(message)
+                for number, received in zip(TERMINATION, ended_by):
+                    if received:
+                        raise Terminated(number, message)
+                raise KeyboardInterrupt(message)
 
     def _due(self, every: int) -> bool:
         return self.progress.step % every == 0 or self.progress.step == self.settings.steps

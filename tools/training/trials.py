@@ -6,7 +6,6 @@ import functools
 import json
 import math
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from ...blocks.language_model import LanguageModel
 from ...recipes import Recipe, StorageError
 from ...registry import RecipeError
 from ..data import Source, open_source
-from ..signals import handling
+from ..signals import Terminated, handling, leave
 from ..terminal import CommandFailed
 from .distributed import Processes
 from .log import LOG, Event, parse_event, read_log
@@ -44,6 +43,7 @@ from .train import check_run, train
 from .train_step import TrainStep, validate
 
 RESULT = "result.json"
+SAVED = "interrupted; progress is saved: run the same command to resume"
 TEST_BATCHES = 4
 """Batches of the final test, as a multiple of those of a validation."""
 
@@ -106,7 +106,9 @@ def run_trials(trials: Sequence[Trial], *, jobs: int = 1, told: Listener | None 
             for trial, future in zip(trials, started):
                 yield _finished(trial) or _collect(trial, future.result() if future is not None else None, notify)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted; progress is saved: run the same command to resume") from None
+        raise KeyboardInterrupt(SAVED) from None
+    except Terminated as ended:
+        raise Terminated(ended.number, SAVED) from None
 
 
 def _finished(trial: Trial) -> Result | None:
@@ -214,7 +216,7 @@ class Workers:
         self._leaving, self._lock = False, threading.Lock()
         self._environment = {**os.environ, "OMP_NUM_THREADS": str(threads_per_job(jobs))}
         # as Ctrl-C: otherwise the workers would die at their next print, and save nothing
-        self._handling = handling(signal.default_int_handler)
+        self._handling = handling(leave)
 
     def __enter__(self) -> Workers:
         self._handling.__enter__()

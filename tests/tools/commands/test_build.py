@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -270,6 +271,12 @@ def test_try_on_short_text(size: int, small: Path, tmp_path: Path, titans_build:
     result = titans_build(small, "--try", path, "--json")
     assert result.status == 0, result.err
     assert result.json["try"]["bytes_read"] == size
+
+
+def test_try_on_a_named_pipe_is_refused(small: Path, tmp_path: Path, titans_build: Run) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    result = titans_build(small, "--try", tmp_path / "pipe")
+    assert result.status == 2 and "--try" in result.err and "a named pipe; expected a file" in result.err
 
 
 def test_try_on_too_little_text_is_refused(small: Path, tmp_path: Path, titans_build: Run) -> None:

@@ -88,6 +88,17 @@ def test_killed_and_interrupted_run_is_resumed_exactly(
     command.expect_exact(losses, logged)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_terminated_run_has_a_checkpoint_and_the_status_of_the_signal(
+    command: Command, tmp_path: Path, number: signal.Signals
+) -> None:
+    terminated, _, err = command.stop(4, number)
+    assert terminated.returncode == 128 + number
+    (step, *_) = reversed(CheckpointManager(tmp_path / "run/checkpoints").steps())
+    resume = f"titans-train --resume --out {tmp_path / 'run'}"
+    assert err == f"titans-train: error: interrupted; saved after step {step} of 24: {resume}\n"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(1, 5))
 def test_run_killed_many_times_is_resumed_exactly(command: Command, seed: int, losses: Any, logged: Any) -> None:
@@ -106,7 +117,7 @@ def test_second_ctrl_c_ends_the_process() -> None:
     if not child:
         with Interrupt() as interrupt:
             os.kill(os.getpid(), signal.SIGINT)
-            if interrupt.requested:
+            if interrupt.number:
                 os.kill(os.getpid(), signal.SIGINT)
         os._exit(1)  # not reached
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
@@ -118,12 +129,12 @@ def test_signals_that_are_ignored_stay_ignored(number: signal.Signals) -> None:
     try:
         with Interrupt() as interrupt:
             os.kill(os.getpid(), number)
-            assert not interrupt.requested
+            assert not interrupt.number
         assert signal.getsignal(number) == signal.SIG_IGN
         signal.signal(number, signal.SIG_DFL)
         with Interrupt() as interrupt:
             os.kill(os.getpid(), number)
-            assert interrupt.requested
+            assert interrupt.number
     finally:
         signal.signal(number, before)
 
@@ -132,7 +143,7 @@ def test_signal_handlers_are_restored() -> None:
     before = signal.getsignal(signal.SIGINT)
     with Interrupt() as interrupt:
         assert signal.getsignal(signal.SIGINT) != before
-    assert signal.getsignal(signal.SIGINT) == before and not interrupt.requested
+    assert signal.getsignal(signal.SIGINT) == before and not interrupt.number
 
 
 def test_full_disk_keeps_the_previous_checkpoint(
