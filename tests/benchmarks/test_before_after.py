@@ -31,6 +31,7 @@ def other(tmp_path: Path) -> Path:
     return tmp_path / "site"
 
 
+@pytest.mark.slow
 def test_each_case_has_a_ratio(other: Path, tmp_path: Path) -> None:
     file = tmp_path / "results.json"
     words = ("--quick", "--pairs", 1, "--json", file, "--cases", "operation f*", "generate lmm one row")

@@ -40,7 +40,8 @@ def quick(tmp_path: Path, program: str, *words: str) -> tuple[dict[str, Any], st
     return results, done.stdout
 
 
-@pytest.mark.parametrize("task", ["copy", pytest.param("language", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["copy", "language"])
 def test_a_comparison_runs(task: str, tmp_path: Path, load: Any) -> None:
     results, out = quick(tmp_path, "variants", task, "--jobs", "1", "--plots", str(tmp_path / "plots"))
     assert results["comparison"]["variants"][0]["name"] == "mac"
