@@ -88,8 +88,9 @@ class CallCache:
     """
 
     def __init__(self, cache: Any, created: bool) -> None:
-        self.cache = cache
-        self.past = 0 if created else _tokens_read(cache)
+        self.cache, layer = cache, _state_layer(cache)
+        read = 0 if created else _tokens_read(cache)
+        self.past = read if read is not None else layer.tokens if layer is not None else 0
 
     def has_read(self, time: int) -> bool:
         """Whether the memories have read tokens in it. ``time``: tokens of this call.
@@ -105,9 +106,10 @@ class CallCache:
                 )
             return True
         # the layers that this call has passed already have stored its keys
-        if self.past or _tokens_read(self.cache) not in (0, time):
+        read = _tokens_read(self.cache)
+        if self.past or read not in (None, 0, time):
             raise SwapError(
-                f"the cache has read {self.past or _tokens_read(self.cache)} tokens without the memory: it is of "
+                f"the cache has read {self.past or read} tokens without the memory: it is of "
                 "another model, of this one before the swap, or of prefix tuning (prompt tuning works)"
             )
         return False
@@ -129,14 +131,14 @@ class CallCache:
             layer = MemoryLayer()
             replicate = self.cache.layer_class_to_replicate
             if replicate is not None:  # layers are created when they are first used: create all, to append the states
-                count = 1 + max((getattr(module, "layer_idx", None) or 0 for module in opener.modules()), default=0)
+                count = 1 + max((_index(module) or 0 for module in opener.modules()), default=0)
                 layers.extend(replicate() for _ in range(count - len(layers)))
             layers.append(layer)
             if hasattr(self.cache, "set_linear_cache"):  # MiniMax's, which has a second list as long as the layers
                 self.cache.set_linear_cache(len(layers) - 1, [])
         for site, (_, rows, time, device, dtype) in results.items():
             replaced = site.original.modules() if isinstance(site, Replacement) else ()
-            indices = {getattr(module, "layer_idx", None) for module in replaced}
+            indices = set(map(_index, replaced))
             for index in indices & set(range(len(layers))):
                 if hasattr(layers[index], "max_cache_len"):  # a fixed size, for which masks are made
                     nothing = torch.zeros(rows, 1, time, 1, device=device, dtype=dtype)
@@ -146,17 +148,26 @@ class CallCache:
                     layers[index] = MemoryLayer()
                 layers[index].tokens += time
         layer.states = {**layer.states, **{site.key: result.state for site, result in results.items()}}
-        layer.tokens = _tokens_read(self.cache) or layer.tokens + max(result.time for result in results.values())
+        read = _tokens_read(self.cache)
+        layer.tokens = layer.tokens + max(result.time for result in results.values()) if read is None else read
 
 
-def _tokens_read(cache: Any) -> int:
-    try:
-        count = int(cache.get_seq_length())
-    except ValueError:  # none of its layers counts tokens
-        return 0
-    # the first layer may have no keys, and does not count
-    kept = [layer for layer in cache.layers if isinstance(layer, CacheLayerMixin) and not isinstance(layer, StateLayer)]
-    return count or max((int(layer.get_seq_length()) for layer in kept), default=0)
+def _tokens_read(cache: Any) -> int | None:
+    """``None`` if none of its layers counts tokens: linear attention does not, nor does a layer without keys."""
+    states = _state_layer(cache)
+    counts = [
+        layer
+        for layer in cache.layers
+        if isinstance(layer, CacheLayerMixin)
+        and layer is not states
+        and (layer.is_initialized or isinstance(layer, StateLayer))
+    ]
+    return next(filter(None, (int(layer.get_seq_length()) for layer in counts)), 0) if counts else None
+
+
+def _index(module: nn.Module) -> Any:
+    """The layer of the cache in which ``module`` keeps its keys and values."""
+    return getattr(module, "layer_idx", getattr(module, "layer_id", None))
 
 
 def _state_layer(cache: Any) -> StateLayer | None:

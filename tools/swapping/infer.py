@@ -188,6 +188,11 @@ def _returned(module: nn.Module, otherwise: int | None = None) -> int | None:
         return counts.pop()
     annotated = _annotated(getattr(tree.body[0], "returns", None))
     names = {value.id if isinstance(value, ast.Name) else "" for value in values}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign | ast.AugAssign) and isinstance(node.value, ast.Tuple):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if names & {target.id for target in targets if isinstance(target, ast.Name)}:
+                otherwise = None  # a tuple of unknown length
     if annotated and names == {*signature(module).names[:1]}:  # the tensor that it was given, changed: no tuple
         return 0
     return otherwise if annotated is None and counts <= {0} else annotated

@@ -229,6 +229,11 @@ def _row(
     if isinstance(module, nn.Embedding) and how != "after":
         raise SwapError(f"{kind} reads the ids of tokens, which a block does not: how='after' adds to what it returns")
     possible = output_widths(module)
+    if how in ("beside", "after") and given is dim is None and adapter.returns and possible == set():
+        raise SwapError(
+            f"{kind} has no parameters and returns {adapter.returns} values, of unknown width: name another module, or "
+            "give adapter=... and dim=..."
+        )
     if how in ("replace", "beside") and possible and width not in possible:
         raise SwapError(f"{kind} does not return the width {width}, which a block that reads it returns")
     return Row(path, kind, width, 0, *device_and_dtype(module, model), adapter)

@@ -138,14 +138,15 @@ def match(model: nn.Module, where: str | Sequence[str], every: int = 1, start: i
     return chosen
 
 
-def moved(record: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+def moved(record: dict[str, Any], model: nn.Module, part: str = "") -> dict[str, Any]:
     """``Plan.record`` with the paths that its modules have in ``model``, which may be the model that was swapped with
-    another head, or inside another model."""
+    another head, or inside another model: at ``part``, if that is known."""
     paths, names = record["where"], {name for name, _ in model.named_modules(remove_duplicate=False)}
     if not isinstance(paths, list) or all(path in names for path in paths):
         return record
     shorter = f"{getattr(model, 'base_model_prefix', '')}."
     prefixes = {name.removesuffix(paths[0]) for name in names if name.endswith(f".{paths[0]}")}
+    prefixes = {part} & prefixes or prefixes
     choices = [{path: path.removeprefix(shorter) for path in paths}, *({p: q + p for p in paths} for q in prefixes)]
     fit = [choice for choice in choices if all(path in names for path in choice.values())]
     if len(fit) != 1:

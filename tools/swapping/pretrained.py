@@ -8,6 +8,7 @@ This file imports transformers.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -47,6 +48,7 @@ def follow_swaps(model: Any, plans: Sequence[Plan]) -> None:
         vars(model.config).pop("quantization_config", None)
         if plans:
             model.config.quantization_config = SwapsConfig([_record_or_reason(plan) for plan in plans])
+            model.config.quantization_config.alone = model.config.base_config_key not in ("", "text_config")
 
 
 def _save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -114,6 +116,11 @@ def _quantization(config: Any) -> Any:
 class SwapsConfig(QuantizationConfigMixin):
     """The records of swaps. Raises ``StorageError`` for ones of a later version or of something else."""
 
+    alone = False
+    """Whether it can be read from the configuration of the swapped model only, and not inside of another's."""
+    in_part = False
+    """Whether it is a copy for another configuration, or of the configuration without its model."""
+
     def __init__(self, swaps: Any = None, version: Any = VERSION, **others: Any) -> None:
         self.quant_method = METHOD
         self.version, self.swaps = version, swaps
@@ -124,6 +131,21 @@ class SwapsConfig(QuantizationConfigMixin):
             )
         if not isinstance(swaps, list):
             raise StorageError(f"config.json: expected the swaps of a model, got {show(swaps)}")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SwapsConfig:
+        copied = type(self)(copy.deepcopy(self.swaps, memo), self.version)
+        copied.alone = self.alone
+        copied.in_part = self.alone and not any(isinstance(item, PreTrainedModel) for item in memo.values())
+        return copied
+
+    def to_dict(self) -> dict[str, Any]:
+        """Raises ``SwapError`` in a configuration around that of the swapped part, which is written with a copy."""
+        if self.in_part:
+            raise SwapError(
+                "the swaps were made in a part of this model that has a configuration of its own, where they could not "
+                "be read again: tb.unswap(part), and tb.swap(model, ...) with the whole model"
+            )
+        return {"quant_method": self.quant_method, "version": self.version, "swaps": copy.deepcopy(self.swaps)}
 
 
 @register_quantizer(METHOD)
@@ -137,7 +159,7 @@ class SwapsQuantizer(HfQuantizer):
                 raise StorageError(
                     f"config.json: swaps: expected each with the keys {', '.join(FIELDS)}, got {show(record)}"
                 )
-            swap(model, **moved(record, model))
+            swap(model, **moved(record, model, _swapped_part(model)))
         if checkpoint_files:
             _expect_weights(model, checkpoint_files)
 
@@ -154,6 +176,14 @@ class SwapsQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+def _swapped_part(model: Any) -> str:
+    """Path of the part of ``model`` whose configuration, inside that of ``model``, has the swaps; else empty."""
+    text = model.config.get_text_config(decoder=True)
+    if text is model.config or _quantization(text) != METHOD:
+        return ""
+    return next((f"{path}." for path, part in model.named_modules() if getattr(part, "config", None) is text), "")
 
 
 def _expect_weights(model: Any, files: Sequence[str]) -> None:
@@ -179,7 +209,13 @@ def _expect_weights(model: Any, files: Sequence[str]) -> None:
     ]
     wrong += [f"{name.lstrip('.')} is not part of the model" for name, n in found.items() if n > expected[name]]
     if wrong:
-        raise StorageError(f"{files[0]}: the weights do not fit the swaps of config.json: {list_differences(wrong)}")
+        hint = "" if found else (
+            "; there is no block at all: a plain model that was made with the configuration of a swapped one is read "
+            "without quantization_config in config.json (before saving: del model.config.quantization_config)"
+        )
+        raise StorageError(
+            f"{files[0]}: the weights do not fit the swaps of config.json: {list_differences(wrong)}{hint}"
+        )
 
 
 class SwappedConfig(PreTrainedConfig):

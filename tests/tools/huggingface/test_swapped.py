@@ -19,6 +19,8 @@ from transformers import (
     DynamicCache,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     GenerationConfig,
     MiniMaxConfig,
     MiniMaxForCausalLM,
@@ -193,6 +195,25 @@ def test_a_cache_with_two_kinds_of_layers(tokens: Tensor) -> None:
         tb.swap(model, "model.layers.*.self_attn", {"type": "memory", "heads": 2, "chunk": 4}, "beside", gate=0.5)
         for settings in ({}, {"num_beams": 3}):
             assert torch.equal(run(model, tokens, **settings), run(model, tokens, use_cache=False, **settings))
+        # and without any layer that has keys
+        model = MiniMaxForCausalLM(config).eval()
+        where = f"model.layers.{kinds.index('full_attention')}.self_attn"
+        tb.swap(model, where, {"type": "memory", "heads": 2, "chunk": 4}, "replace")
+        for settings in ({}, {"num_beams": 3}):
+            assert torch.equal(run(model, tokens, **settings), run(model, tokens, use_cache=False, **settings))
+
+
+def test_layers_with_another_name_for_their_index(tokens: Tensor) -> None:
+    config = GPTNeoConfig(
+        vocab_size=64, hidden_size=16, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
+    )
+    torch.manual_seed(0)
+    model = GPTNeoForCausalLM(config).eval()
+    tb.swap(model, "transformer.h.*", {"type": "memory", "heads": 2, "chunk": 4}, "replace")
+    with torch.no_grad():
+        cache = model(tokens[:, :4], use_cache=True).past_key_values
+        assert cache.get_seq_length() == 4
+        assert_close(model(tokens[:, 4:], past_key_values=cache).logits, model(tokens).logits[:, 4:])
 
 
 @pytest.mark.parametrize("where", ["model", "model.model"])
@@ -324,5 +345,8 @@ def test_a_refused_swap_leaves_the_model_unchanged(llama: Any, tokens: Tensor) -
         ):
             with pytest.raises(SwapError, match=message):
                 tb.swap(model, where, "memory")
+        for how in ("beside", "after"):
+            with pytest.raises(SwapError, match="LlamaRotaryEmbedding has no parameters and returns 2 values"):
+                tb.swap(model, "model.rotary_emb", "memory", how)
         assert [type(module) for module in model.modules()] == kinds
         assert torch.equal(model(tokens).logits, before)

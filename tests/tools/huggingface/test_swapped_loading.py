@@ -89,6 +89,47 @@ HEADS: dict[str, tuple[str, str, dict[str, Any], str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+def make_llava() -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlavaConfig(**PARTS, image_token_index=39)
+    return transformers.LlavaForConditionalGeneration(config).eval()
+
+
+def test_a_swap_in_a_part_with_its_own_configuration(tmp_path: Path) -> None:
+    model = make_llava()
+    tb.swap(model.model.language_model, "layers.*.self_attn", "memory", "beside", gate=0.5)
+    model.save_pretrained(tmp_path / "text")
+    again = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "text").eval()
+    assert_close(again(IDS).logits, model(IDS).logits)
+    again.save_pretrained(tmp_path / "again")
+    assert_close(from_pretrained(tmp_path / "again").eval()(IDS).logits, model(IDS).logits)
+
+    model = make_llava()
+    tower = model.model.vision_tower
+    tb.swap(tower, "encoder.layers.*.self_attn", "memory", "beside", gate=0.5)
+    for outer in (model, copy.deepcopy(model)):
+        with pytest.raises(SwapError, match="part of this model that has a configuration of its own.*the whole model"):
+            outer.save_pretrained(tmp_path / "vision")
+    for part in (tower, copy.deepcopy(tower)):  # alone it is saved
+        part.config.to_dict()
+        part.save_pretrained(tmp_path / "tower")
+        read = AutoModel.from_pretrained(tmp_path / "tower").eval()
+        assert_close(read(PIXELS).last_hidden_state, tower(PIXELS).last_hidden_state)
+    tb.unswap(tower)
+    model.save_pretrained(tmp_path / "plain")
+
+
+def test_a_plain_model_made_with_the_configuration_of_a_swapped_one(llama: Any, tmp_path: Path) -> None:
+    llama.swapped("beside").save_pretrained(tmp_path / "swapped")
+    plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "swapped"))
+    plain.save_pretrained(tmp_path / "plain")
+    with pytest.raises(StorageError, match="no block at all.*del model.config.quantization_config"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    del plain.config.quantization_config
+    plain.save_pretrained(tmp_path / "plain")
+    assert not any("titans" in name for name in from_pretrained(tmp_path / "plain").state_dict())
+
+
 @pytest.mark.parametrize("how", ["beside", "replace"])
 @pytest.mark.parametrize("head", HEADS)
 def test_any_class_is_read_back(head: str, how: str, tmp_path: Path) -> None:
