@@ -108,7 +108,7 @@ def test_a_swap_in_a_part_with_its_own_configuration(tmp_path: Path) -> None:
     tower = model.model.vision_tower
     tb.swap(tower, "encoder.layers.*.self_attn", "memory", "beside", gate=0.5)
     for outer in (model, copy.deepcopy(model)):
-        with pytest.raises(SwapError, match="part of this model that has a configuration of its own.*the whole model"):
+        with pytest.raises(SwapError, match=r"part of this model that has a configuration of its own.*the whole model"):
             outer.save_pretrained(tmp_path / "vision")
     for part in (tower, copy.deepcopy(tower)):  # alone it is saved
         part.config.to_dict()
@@ -123,7 +123,7 @@ def test_a_plain_model_made_with_the_configuration_of_a_swapped_one(llama: Any, 
     llama.swapped("beside").save_pretrained(tmp_path / "swapped")
     plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "swapped"))
     plain.save_pretrained(tmp_path / "plain")
-    with pytest.raises(StorageError, match="no block at all.*del model.config.quantization_config"):
+    with pytest.raises(StorageError, match=r"no block at all.*del model.config.quantization_config"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     del plain.config.quantization_config
     plain.save_pretrained(tmp_path / "plain")

@@ -213,6 +213,16 @@ class Branches(nn.Module):
         return (y, None) if both else y
 
 
+class Outputs(Branches):
+    """Returns a tuple that has a name."""
+
+    def forward(self, x, both=True):
+        outputs = (self.linear(x), None)
+        if both:
+            outputs += (None,)
+        return outputs
+
+
 def test_a_replaced_module_that_returned_a_tuple():
     pair = Unpacks(nn.Linear(DIM, DIM))
     for inner in (nn.GRU(DIM, DIM, batch_first=True), nn.Sequential(nn.ReLU(), nn.LSTM(DIM, DIM, batch_first=True))):
@@ -223,8 +233,10 @@ def test_a_replaced_module_that_returned_a_tuple():
     tb.swap(model, "inner", MEMORY)
     with pytest.raises(SwapError, match=r"inner: called with 'hx'.*nor a module that is given a state"):
         model(x, torch.zeros(1, 2, DIM))
-    with pytest.raises(SwapError, match=r"inner: the source of Branches\.forward\(x, both\) does not say what"):
-        tb.swap(Unpacks(Branches()), "inner", MEMORY)
+    for kind in (Branches, Outputs):
+        message = rf"inner: the source of {kind.__name__}\.forward\(x, both\) does not say what"
+        with pytest.raises(SwapError, match=message):
+            tb.swap(Unpacks(kind()), "inner", MEMORY)
     tb.swap(pair, "inner", MEMORY)
     assert pair.inner.adapter == Adapter()
 
