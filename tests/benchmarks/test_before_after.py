@@ -44,6 +44,7 @@ def test_each_case_has_a_ratio(other: Path, tmp_path: Path) -> None:
         assert name in done.stdout
 
 
+@pytest.mark.slow
 def test_a_folder_without_the_package_is_refused(tmp_path: Path) -> None:
     done = compare("--against", tmp_path, "--quick", "--pairs", 1)
     assert done.returncode == 1 and "no titans_build in it" in done.stderr
