@@ -210,15 +210,11 @@ def _expect_weights(model: Any, files: Sequence[str]) -> None:
     wrong += [f"{name.lstrip('.')} is not part of the model" for name, n in found.items() if n > expected[name]]
     if wrong:
         hint = (
-            ""
-            if found
-            else (
-                "; there is no block at all: a plain model that was made with the configuration of a swapped one is read "
-                "without quantization_config in config.json (before saving: del model.config.quantization_config)"
-            )
+            "; there is no block at all: to read a plain model that was made with the configuration of a swapped one, "
+            "take quantization_config out of config.json (before saving: del model.config.quantization_config)"
         )
         raise StorageError(
-            f"{files[0]}: the weights do not fit the swaps of config.json: {list_differences(wrong)}{hint}"
+            f"{files[0]}: the weights do not fit the swaps of config.json: {list_differences(wrong)}{'' if found else hint}"
         )
 
 
