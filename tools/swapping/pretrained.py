@@ -209,13 +209,13 @@ def _expect_weights(model: Any, files: Sequence[str]) -> None:
     ]
     wrong += [f"{name.lstrip('.')} is not part of the model" for name, n in found.items() if n > expected[name]]
     if wrong:
-        hint = (
-            "; there is no block at all: to read a plain model that was made with the configuration of a swapped one, "
-            "take quantization_config out of config.json (before saving: del model.config.quantization_config)"
-        )
-        raise StorageError(
-            f"{files[0]}: the weights do not fit the swaps of config.json: {list_differences(wrong)}{'' if found else hint}"
-        )
+        if not found:
+            wrong.insert(
+                0,
+                "there is no block at all: to read a plain model made with the configuration of a swapped one, "
+                "take quantization_config out of config.json (before saving: del model.config.quantization_config)",
+            )
+        raise StorageError(f"{files[0]}: the weights do not fit the swaps of config.json: {list_differences(wrong)}")
 
 
 class SwappedConfig(PreTrainedConfig):
