@@ -92,24 +92,23 @@ class ModuleSnapshot:
     """The modules, parameters and hooks of a module at one time. Decoders are valid until one of them changes."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._attributes = [vars(child) for child in module.modules()]
-        self._sizes = list(map(len, self._attributes))
-        self._tables: list[dict[Any, Any]] = [
-            table
-            for child in module.modules()
-            for table in (child._modules, child._parameters, child._forward_hooks, child._forward_pre_hooks)
-        ]
+        self._tables: list[dict[Any, Any]] = []
+        for child in module.modules():
+            self._tables += (child._modules, child._parameters, child._forward_hooks, child._forward_pre_hooks)
+        self._filled = [table for table in self._tables if table]
+        self._tables += [vars(child) for child in module.modules()]  # where a forward of its own would be
+        self._sizes = list(map(len, self._tables))
         # kept alive, so that nothing new can have the identity of something old
-        self._kept = [x for table in self._tables for x in table.values()]
+        self._kept = [x for table in self._filled for x in table.values()]
         self._identities = list(map(id, self._kept))
         self._tensors = [x for x in self._kept if isinstance(x, Tensor)]
         self._places = [x.data_ptr() for x in self._tensors]
 
     def unchanged(self) -> bool:
         """Whether nothing was replaced, added or moved since, and no module has a ``forward`` of its own since."""
-        if list(map(len, self._attributes)) != self._sizes:
+        if list(map(len, self._tables)) != self._sizes:
             return False
-        now = map(id, itertools.chain.from_iterable(map(dict.values, self._tables)))
+        now = map(id, itertools.chain.from_iterable(map(dict.values, self._filled)))
         return list(now) == self._identities and [x.data_ptr() for x in self._tensors] == self._places
 
 
