@@ -2,7 +2,7 @@
 
 ===============  =====================================================================================================
 ``attention``    causal attention with a window, persistent tokens and cache slots; one or a few tokens over a cache
-``linear``       linear maps of many and of a few tokens, and the module ``Linear``
+``linear``       linear maps of many and of a few tokens; when a layer's weights may be read
 ``memory``       the neural memory: write and read a sequence, read at fixed weights, one token
 ``norm_gate``    RMS and L2 norm, gates, SwiGLU; a gated hidden layer of a few tokens
 ``rotary``       rotary positions, exact at any position
