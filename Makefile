@@ -6,7 +6,7 @@
 # make bench-memory bench-model bench-streaming bench-torch_path
 # make bench-copy bench-mqar bench-language bench-needle bench-overhead bench-hf_swap
 #                 minutes each, on a machine with nothing else to do: benchmarks/
-# PYTHON=python3.12 make ...    picks the interpreter that .venv is made from (3.10 or newer)
+# PYTHON=python3.12 make ...    picks the interpreter that .venv is made from (3.11 or newer; 3.10 for demo and benchmarks)
 
 PYTHON ?= python3
 PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet --quiet

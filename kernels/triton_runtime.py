@@ -10,6 +10,7 @@ import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,8 @@ def refuse(*, device: str, dtype: torch.dtype, same: bool = True, named: bool = 
             return "runs on a GPU, or in Triton's interpreter (TRITON_INTERPRET=1)"
         if not named:
             return "runs on a CPU in Triton's interpreter, which has to be asked for by name"
+        if _MISSING is None and (reason := refuse_interpreter()):
+            return reason
     elif device != "cuda":
         return f"runs on a GPU, not on {device}"
     if dtype not in DTYPES:
@@ -42,6 +45,21 @@ def refuse_memory(*, layers: int = 1, width: int = 1, **facts: Any) -> str | Non
     if width > 128:
         return f"takes heads of up to 128 numbers, not {width}"
     return refuse(**facts)
+
+
+def refuse_interpreter() -> str | None:
+    """Why Triton's interpreter cannot run kernels, or ``None``. Triton must be installed."""
+    import triton
+
+    if _release(triton.__version__) >= (3, 7) or _release(np.__version__) < (2, 4):
+        return None
+    versions = f"the interpreter of Triton {triton.__version__} does not run with NumPy {np.__version__}"
+    return f"{versions}: install triton>=3.7 or numpy<2.4, or use a GPU"
+
+
+def _release(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
 _MISSING = None if importlib.util.find_spec("triton") else "needs Triton: pip install 'titans-build[gpu]'"

@@ -29,12 +29,17 @@ TESTS = (
         "tests/blocks/foreign",
         "tests/blocks/test_generation.py",
         "tests/recipes/test_storage.py",
+        "tests/kernels/test_every_backend.py",
+        "tests/kernels/test_triton_runtime.py",
     ),
     *("tests/tools/swapping/test_cache.py", "tests/tools/swapping/test_state_context.py"),
     *(f"tests/tools/huggingface/test_{name}.py" for name in ("generate", "cache", "model", "loading", "swapped")),
 )
 """What depends on other libraries most, and needs no package beyond the extras and pytest."""
-CORE = ("tests/test_imports.py", "tests/blocks/test_generation.py", "tests/recipes/test_storage.py")
+CORE = (
+    *("tests/test_imports.py", "tests/blocks/test_generation.py", "tests/recipes/test_storage.py"),
+    *("tests/kernels/test_every_backend.py", "tests/kernels/test_triton_runtime.py"),
+)
 """What needs no extras."""
 SHOWN = ("torch", "transformers", "peft", "flash-linear-attention", "triton")
 REPORT = f"""import json, importlib.metadata as m

@@ -18,6 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from ...kernels.triton_runtime import refuse_interpreter
 from ...registry import Problem, Unavailable
 from .adapter import Adapted, adapt, cache_argument, import_package
 
@@ -110,10 +111,9 @@ def _call(layer: nn.Module, x: Tensor, cache: Cache) -> tuple[Tensor, LayerState
     except AssertionError as error:  # an unsupported dtype
         raise ValueError(f"{type(layer).__name__} of flash-linear-attention, given {x.dtype}: {error}") from error
     except Exception as error:
-        if x.is_cpu and type(error).__module__.startswith("triton."):
-            reason = f"this version of Triton's interpreter cannot run {type(layer).__name__} of flash-linear-attention"
-            hint = f"({str(error) or type(error).__name__}): use a newer Triton, or a GPU"
-            raise Unavailable([Problem("", f"{reason} {hint}")], "block") from error
+        if x.is_cpu and type(error).__module__.startswith("triton.") and (reason := refuse_interpreter()):
+            problem = f"{type(layer).__name__} of flash-linear-attention cannot run: {reason}"
+            raise Unavailable([Problem("", problem)], "block") from error
         raise
     assert cache.entry is not None
     parts = (cache.entry["recurrent_state"], cache.entry.get("conv_state"))

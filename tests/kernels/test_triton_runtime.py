@@ -4,13 +4,16 @@ import contextlib
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import titans_build.kernels
+from titans_build.kernels.dispatch import BackendError
+from titans_build.kernels.norm_gate import rms_norm
 from titans_build.kernels.triton_runtime import launch
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 
 class On(torch.Tensor):
@@ -86,3 +89,21 @@ def test_every_kernel_is_launched_through_launch():
     starts = re.compile(r"kernel\[.*\]\(")
     found = [path.name for path in package.rglob("*.py") if starts.search(path.read_text())]
     assert found == ["triton_runtime.py"]
+
+
+@pytest.mark.parametrize("versions", [("3.6.0", "2.4.6"), ("3.6.1", "2.10.0rc1")])
+def test_an_interpreter_that_does_not_run_with_this_numpy_is_refused(versions, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(triton, "__version__", versions[0])
+    monkeypatch.setattr(np, "__version__", versions[1])
+    with pytest.raises(BackendError, match=r"Triton 3.6.\d does not run with NumPy .*: install triton>=3.7"):
+        rms_norm(torch.ones(2, 4), torch.ones(4), backend="triton")
+
+
+@pytest.mark.parametrize("versions", [("3.6.0", "2.3.9"), ("3.7.0", "2.4.6"), ("3.10.0+git1", "2.5.0")])
+def test_other_versions_run(versions, monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("kernels are interpreted without a GPU")
+    monkeypatch.setattr(triton, "__version__", versions[0])
+    monkeypatch.setattr(np, "__version__", versions[1])
+    torch.testing.assert_close(rms_norm(torch.ones(2, 4), torch.ones(4), backend="triton"), torch.ones(2, 4))
