@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from .fingerprint import Fingerprint
 from .freezing import Frozen, freeze, thaw
 from .generation import Generation, generate
 from .layers import RMSNorm
-from .state import State, nbytes, trainable
+from .state import State, nbytes, prefix_lengths, rewind, trainable
 
 IGNORED = -100
 """Targets with this value are ignored by the loss."""
@@ -47,6 +48,26 @@ class ModelOutput(NamedTuple):
     """The state after all tokens."""
     hidden: Tensor
     """``[batch, time, dim]``: the normalized outputs of the last layer."""
+
+    def rewind(self, count: int | Sequence[int] | Tensor) -> ModelState:
+        """Return the state after the first ``count`` tokens of the call, which had ``rewindable=True``.
+
+        ``count`` is an integer, or one for each row, from 0 (the state before the call) to ``time`` (the state after
+        it). Tokens that a mask hides count. Anything between is processed again, so the model must not have changed
+        since. Gradients are those of the prefix. Raises ``TypeError`` or ``ValueError`` for other numbers.
+        """
+        raise RuntimeError("this call cannot go back: call the model with rewindable=True, and then out.rewind(count)")
+
+
+class RewindableOutput(ModelOutput):
+    """The result of a call with ``rewindable=True``."""
+
+    _replay: Callable[..., ModelState]
+
+    def rewind(self, count: int | Sequence[int] | Tensor) -> ModelState:
+        rows, time = self.hidden.shape[:2]
+        whole = all(length == time for length in prefix_lengths(count, rows, time))
+        return self.state if whole else self._replay(count)
 
 
 class LanguageModel(nn.Module):
@@ -122,6 +143,7 @@ class LanguageModel(nn.Module):
         *,
         embeddings: Tensor | None = None,
         check_finite: bool = True,
+        rewindable: bool = False,
     ) -> ModelOutput:
         """Process a batch of sequences.
 
@@ -133,6 +155,8 @@ class LanguageModel(nn.Module):
                 targets are ignored.
             embeddings: ``[batch, time, dim]`` of the model's dtype, in place of ``tokens``.
             check_finite: raise for embeddings with NaN, infinity or values whose squares overflow at valid tokens.
+            rewindable: keep copies of the inputs, so that ``out.rewind(count)`` returns the state after the first
+                ``count`` tokens.
 
         Arguments are not modified. Tensors of inference mode are copied if gradients are recorded. Raises ``TypeError``
         for a wrong dtype, and ``ValueError`` for a wrong shape or device, a token id out of range, or a state of
@@ -156,6 +180,7 @@ class LanguageModel(nn.Module):
             self._check_embeddings(embeddings)
             x = embeddings
         rows, time, _ = x.shape
+        before = state
         if mask is not None:
             self.check_mask(mask, (rows, time))
         if embeddings is not None and check_finite and not torch.compiler.is_compiling():
@@ -178,7 +203,14 @@ class LanguageModel(nn.Module):
         if targets is not None:
             assert logits is not None
             loss = _loss(logits, targets if mask is None else targets.masked_fill(~mask, IGNORED))
-        return ModelOutput(logits, loss, state, hidden)
+        if not rewindable:
+            return ModelOutput(logits, loss, state, hidden)
+        out = RewindableOutput(logits, loss, state, hidden)
+        given = embeddings if tokens is None else tokens
+        assert given is not None
+        mask = None if mask is None else mask.clone()
+        out._replay = functools.partial(rewind, self, before, given.clone(), mask=mask, check_finite=check_finite)
+        return out
 
     def run(self, x: Tensor, state: ModelState | None, mask: Tensor | None) -> tuple[Tensor, ModelState]:
         """Run layers and norm without checks: ``x`` [batch, time, dim] -> hidden ``[batch, time, dim]``, state."""

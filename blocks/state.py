@@ -178,6 +178,58 @@ def reset(state: State, rows: Tensor | Sequence[int], fresh: State) -> State:
     return _choose("reset", chosen, fresh, state)
 
 
+def rewind(
+    block: Any,
+    state: State,
+    x: Tensor,
+    count: int | Sequence[int] | Tensor,
+    *,
+    mask: Tensor | None = None,
+    **options: Any,
+) -> State:
+    """Return the state after the first ``count`` tokens of the call ``block(x, state, mask=mask)``.
+
+    The prefix is processed again, so the block must not have changed since. Gradients are those of the prefix.
+
+    Args:
+        block: a block or a model.
+        state: the state before the call, or ``None`` for a fresh one.
+        x: the inputs of the call, ``[batch, time, dim]``, or tokens ``[batch, time]`` of a model.
+        count: an integer, or one for each row, from 0 to ``time``. Masked tokens count.
+        mask: that of the call, ``[batch, time]`` bool.
+        options: further arguments of the call.
+
+    Raises ``TypeError`` or ``ValueError`` for another ``count``, and what the block raises for its inputs.
+    """
+    counts = prefix_lengths(count, *x.shape[:2])
+    longest = max(counts)
+    if longest == 0:
+        return block.init_state(len(counts)) if state is None else state
+    x, mask = x[:, :longest], None if mask is None else mask[:, :longest]
+    if min(counts) < longest:
+        within = torch.arange(longest, device=x.device) < torch.tensor(counts, device=x.device).unsqueeze(1)
+        mask = within if mask is None else mask & within
+    if not hasattr(block, "embed"):
+        return block(x, state, mask=mask, **options)[1]
+    given = {"tokens": x} if x.dim() == 2 else {"embeddings": x}  # of a model
+    return block(**given, state=state, mask=mask, **options).state
+
+
+def prefix_lengths(count: Any, rows: int, time: int) -> list[int]:
+    """The argument ``count`` of :func:`rewind` as one integer for each row. Raises ``TypeError`` or ``ValueError``."""
+    numbers = count if isinstance(count, (list, tuple)) else [count]
+    given = torch.as_tensor(count, device="cpu") if all(isinstance(number, int) for number in numbers) else count
+    if not isinstance(given, Tensor) or given.dtype in (torch.bool, torch.uint8) or given.is_floating_point():
+        raise TypeError(f"rewind: expected a number of tokens, or one for each row as a list or int64, got {count!r}")
+    if given.shape not in ((), (rows,)):
+        raise ValueError(f"rewind: numbers of tokens {list(given.shape)}: expected one, or [{rows}], one for each row")
+    counts: list[int] = given.expand(rows).tolist()
+    for row, length in enumerate(counts):
+        if not 0 <= length <= time:
+            raise ValueError(f"rewind: row {row}: {length} tokens: expected 0 to {time}, the tokens of the call")
+    return counts
+
+
 def nbytes(state: State) -> int:
     """Return the size of all tensors in bytes. An expanded tensor counts in full, although it shares memory."""
     return sum(tensor.numel() * tensor.element_size() for _, tensor in named_tensors(state))

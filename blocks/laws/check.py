@@ -25,6 +25,7 @@ LAWS: dict[str, Callable[[Subject], None]] = {
     "mask": batch.mask,
     "hooked": modified.hooked,
     "gradient": tensors.gradient,
+    "rewind": sequence.rewind,
     "save": tensors.save,
     "dtype": tensors.dtype,
     "position": sequence.position,

@@ -1,4 +1,4 @@
-"""Laws about time: causality, and independence of how a sequence is split and of its absolute position."""
+"""Laws about time: causality, going back, and independence of splits and of the absolute position."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..state import State, map_state, named_tensors, nbytes
+from ..state import State, map_state, named_tensors, nbytes, select
 from .subject import Result, Subject
 
 FAR = 2**21
@@ -75,6 +75,36 @@ def _run_pieces(subject: Subject, x: Tensor, cuts: Iterable[int]) -> Result:
         y, state = subject.run(x[:, start:stop], state)
         outputs.append(y)
     return Result(torch.cat(outputs, dim=1), state)
+
+
+def rewind(subject: Subject) -> None:
+    """The state after any prefix of a call, by going back, equals that of the prefix run alone, as do its gradients."""
+    time, rows = min(subject.length, subject.reach + 3), 3
+    x = subject.tokens(rows, time)
+    mask = subject.noise(rows, time, salt=7) > -0.5
+    with torch.no_grad():
+        start = subject.run(subject.tokens(rows, 3, salt=1)).state
+    for before, counts in ((None, [0, 1, time - 1]), (start, [time // 2, time, min(subject.period, time)])):
+        for given in (None, mask):
+            with torch.no_grad():
+                subject.run(x, before, given)  # the call that is gone back into
+                states = [subject.rewind(x, before, counts, given), subject.rewind(x, before, counts[1], given)]
+                for row, count in enumerate(counts):
+                    one = slice(row, row + 1)
+                    valid = slice(None) if given is None else given[row, :count]
+                    alone = None if before is None else select(before, one)
+                    prefix = x[one, :count][:, valid]
+                    expected = subject.run(prefix, alone).state if prefix.shape[1] else alone or subject.fresh(1)
+                    what = f"back to {counts} of {time} tokens{'' if given is None else ' with a mask'}, row {row}"
+                    subject.same_state(what, select(states[0], one), expected)
+                    if count == counts[1]:
+                        subject.same_state(f"{what}, all rows to {count}", select(states[1], one), expected)
+    x, counts = subject.tokens(2, 6).requires_grad_(), [3, 5]
+    got = subject.gradients(x, subject.run(x[:, :2], subject.rewind(x, None, counts)).y)
+    ends = [subject.run(x[row : row + 1, :count]).state for row, count in enumerate(counts)]
+    apart = [subject.run(x[row : row + 1, :2], end).y for row, end in enumerate(ends)]
+    for name, gradient in subject.gradients(x, torch.cat(apart)).items():
+        subject.same(f"gradient of {name} through a state gone back to", got[name], gradient, 10 * subject.tolerance)
 
 
 def position(subject: Subject) -> None:

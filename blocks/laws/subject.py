@@ -14,7 +14,7 @@ from ...registry import create
 from ..build import materialize
 from ..decode import Decoder, decoder
 from ..language_model import LanguageModel
-from ..state import State, named_tensors
+from ..state import State, named_tensors, rewind
 
 
 class LawError(AssertionError):
@@ -96,6 +96,13 @@ class Subject:
         if y.shape != x.shape:  # otherwise a residual connection could broadcast them
             raise LawError("shape", f"inputs {list(x.shape)} gave outputs {list(y.shape)}: expected the same shape")
         return Result(y, state)
+
+    def rewind(self, x: Tensor, state: State, count: int | list[int], mask: Tensor | None = None) -> State:
+        """The state after the first ``count`` tokens of ``run(x, state, mask)``."""
+        if not isinstance(self.module, LanguageModel):
+            return rewind(self.module, state, x, count, mask=mask)
+        out = self.module(embeddings=x, state=state, mask=mask, check_finite=False, rewindable=True)
+        return out.rewind(count)
 
     def decoder(self, rows: int, module: Any = None) -> Decoder:
         """The decoder of ``module``, by default of the subject, with the outputs of :meth:`run`."""

@@ -365,3 +365,81 @@ def test_flops_and_bytes_are_sums_over_the_blocks():
 @pytest.mark.parametrize("vocab", [None, 13])
 def test_laws(vocab):
     check_block(make(vocab), endurance=600)
+
+
+# -- going back --------------------------------------------------------------------------------------------------------
+
+
+def same_states(got, expected):
+    for (path, one), (_, two) in zip(st.named_tensors(got), st.named_tensors(expected), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10, msg=path)
+
+
+def test_going_back_into_a_call():
+    model, tokens = make(), ids(3, 14)
+    before = model(ids(3, 4, seed=1)).state
+    out = model(tokens, before, rewindable=True)
+    assert out.rewind(0) is before and out.rewind(14) is out.state
+    assert len(out) == 4  # as without rewindable
+    for count in range(1, 14):
+        same_states(out.rewind(count), model(tokens[:, :count], before).state)
+    for counts in ([3, 0, 14], torch.tensor([14, 6, 1])):
+        got = out.rewind(counts)
+        for row, count in enumerate(map(int, counts)):
+            alone = model(tokens[row : row + 1, :count], st.select(before, [row])).state
+            same_states(st.select(got, [row]), alone)
+
+
+def test_going_back_with_a_mask_counts_the_positions_of_the_call():
+    model, tokens = make(), ids(2, 9)
+    mask = torch.tensor([[False] * 3 + [True] * 6, [True] * 4 + [False] * 5])
+    out = model(tokens, mask=mask, rewindable=True)
+    got = out.rewind([5, 7])
+    same_states(st.select(got, [0]), model(tokens[:1, 3:5]).state)
+    same_states(st.select(got, [1]), model(tokens[1:, :4]).state)
+    same_states(out.rewind(0), model.init_state(2))
+
+
+def test_going_back_does_not_see_later_changes_of_the_inputs():
+    model, tokens = make(), ids(2, 9)
+    expected = model(tokens[:, :5]).state
+    out = model(tokens, rewindable=True)
+    tokens.zero_()
+    same_states(out.rewind(5), expected)
+
+
+def test_gradients_after_going_back_are_those_of_the_prefix():
+    model = make()
+    x = torch.randn(2, 8, 16, dtype=torch.float64, requires_grad=True)
+    more = ids(2, 3)
+
+    def gradients(state):
+        return torch.autograd.grad(model(more, state).logits.square().sum(), [x, model.layers[1].blocks[0].qkv.weight])
+
+    out = model(embeddings=x, rewindable=True)
+    out.logits.sum().backward()  # the graph of the call is gone
+    got = gradients(out.rewind([5, 5]))
+    for one, two in zip(got, gradients(model(embeddings=x[:, :5]).state)):
+        torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize(
+    "count, error, message",
+    [
+        (10, ValueError, "rewind: row 0: 10 tokens: expected 0 to 9"),
+        ([3, -1], ValueError, "rewind: row 1: -1 tokens: expected 0 to 9"),
+        ([1, 2, 3], ValueError, r"rewind: numbers of tokens \[3\]: expected one, or \[2\]"),
+        (True, TypeError, "rewind: expected a number of tokens, .*got True"),
+        (2.0, TypeError, "rewind: expected a number of tokens"),
+        ("3", TypeError, "rewind: expected a number of tokens"),
+        (torch.ones(2), TypeError, "rewind: expected a number of tokens"),
+    ],
+)
+def test_invalid_numbers_of_tokens_to_go_back_to(count, error, message):
+    with pytest.raises(error, match=message):
+        make()(ids(2, 9), rewindable=True).rewind(count)
+
+
+def test_going_back_into_a_call_that_was_not_rewindable():
+    with pytest.raises(RuntimeError, match=r"rewindable=True"):
+        make()(ids(2, 9)).rewind(3)

@@ -219,6 +219,12 @@ def break_laws(Leaky):
             y = super().output(level, x)
             return y.detach() + 1.001 * (y - y.detach())
 
+    @breaks("rewind")
+    class DetachesItsStateUnderAMask(Leaky):
+        def forward(self, x, state=None, *, mask=None):
+            y, after = super().forward(x, state, mask=mask)
+            return y, after if mask is None else after._replace(level=after.level.detach())
+
     @breaks("save")
     class HasAStateThatNoFileSupports(Leaky):
         def init_state(self, batch_size):

@@ -212,3 +212,16 @@ def test_gradients_through_reset_rows():
     torch.testing.assert_close(grads[1], wanted)
     (kept,) = torch.autograd.grad(y[0].sum(), [carried.memory.weights[0]])
     assert kept[0].any() and not kept[1:].any()
+
+
+def test_rewind_of_a_block_is_its_prefix():
+    block = tb.build_block({"type": "memory", "heads": 2, "chunk": 4}, dim=8, dtype=torch.float64, seed=0)
+    x = torch.randn(2, 9, 8, dtype=torch.float64)
+    _, before = block(x[:, :3])
+    got = st.rewind(block, before, x, [7, 2])
+    for row, count in enumerate((7, 2)):
+        _, expected = block(x[row : row + 1, :count], st.select(before, [row]))
+        for (path, one), (_, two) in zip(st.named_tensors(st.select(got, [row])), st.named_tensors(expected)):
+            torch.testing.assert_close(one, two, msg=path)
+    assert st.rewind(block, before, x, 0) is before
+    assert torch.equal(st.rewind(block, None, x, 0).memory.position, torch.zeros(2, dtype=torch.int64))
