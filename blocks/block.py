@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from ..kernels.custom_op import NOT_TRACED
 from ..kernels.linear import is_unmodified
 from .freezing import thawed
 from .observers import suppressed
@@ -133,16 +134,19 @@ class Block(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} must define forward(x, state, *, mask)")
 
-    def __call__(self, x: Tensor, state: State = None, **named: Any) -> Any:
+    def __call__(self, x: Tensor, state: State = None, *others: Any, **named: Any) -> Any:
         check_input(self, x, named.get("mask"))
         # the state of a block inside is part of the one that was checked
         if torch.compiler.is_compiling() or _call.inside:
-            return super().__call__(x, state, **named)
+            return super().__call__(x, state, *others, **named)
+        if torch.jit.is_tracing() and (others or type(self).init_state is not Block.init_state):
+            # the exporter to ONNX gives all arguments by position
+            raise RuntimeError(NOT_TRACED)
         if state is not None:
             check_state(self, state, x.shape[0])
         _call.inside = True
         try:
-            return super().__call__(x, state, **named)
+            return super().__call__(x, state, *others, **named)
         finally:
             _call.inside = False
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, embedding
 
+from ..kernels.custom_op import NOT_TRACED
 from ..kernels.dispatch import transforming
 from ..kernels.linear import project
 from ..registry import Spec
@@ -134,6 +135,11 @@ class LanguageModel(nn.Module):
         number = torch.full((batch_size,), self.fingerprint.number, dtype=torch.int64, device=like.device)
         return ModelState(layers, number)
 
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        if torch.jit.is_tracing():  # before the arguments are bound: the exporter to ONNX gives all by position
+            raise RuntimeError(NOT_TRACED)
+        return super().__call__(*args, **named)
+
     def forward(
         self,
         tokens: Tensor | None = None,
@@ -163,11 +169,6 @@ class LanguageModel(nn.Module):
         another model or number of rows. Under ``torch.compile``, values are not checked. Raises ``RuntimeError`` under
         ``torch.jit.trace`` and when it is exported to ONNX.
         """
-        if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
-            raise RuntimeError(
-                "ONNX and torch.jit.trace cannot represent the kernels and the loops of a titans-build model: "
-                "export it with torch.export, or run it in PyTorch"
-            )
         if (tokens is None) == (embeddings is None):
             raise ValueError("give either tokens [batch, time] or embeddings=[batch, time, dim], and not both")
         recording = torch.is_grad_enabled() and not torch.compiler.is_compiling()

@@ -31,6 +31,10 @@ def format_symint(number: int) -> int | str:
 
 
 NAMESPACE = "titans_build"
+NOT_TRACED = (
+    "ONNX and torch.jit.trace cannot represent the kernels and the loops of titans-build: "
+    "export with torch.export, or run it in PyTorch"
+)
 
 OPAQUE_OPERATIONS: dict[str, OpaqueOperation] = {}
 """By name."""
@@ -240,6 +244,8 @@ def _forward(
 def _forward_shapes(
     operation: OpaqueOperation, tensors: list[Tensor], numbers: list[int], text: str, wanted: list[int]
 ) -> list[Tensor]:
+    if torch.onnx.is_in_onnx_export():
+        raise RuntimeError(NOT_TRACED)
     _, arguments, options = operation.arguments(tensors, numbers, text)
     outputs = [_like(y) for y in _tensors(operation.outputs(*arguments, **options))]
     return [*outputs, torch.empty(1, dtype=torch.uint8, device="cpu")] if wanted else outputs

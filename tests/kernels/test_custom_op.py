@@ -1,5 +1,6 @@
 """Every operator that stands for an opaque backend, by PyTorch's own checks and against the backend itself."""
 
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -279,6 +280,11 @@ class Logits(torch.nn.Module):
         return self.model(tokens).logits
 
 
+class First(Logits):
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.model(inputs)[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lmm", "mag", "mac"])
 def test_an_exported_model_is_loaded_in_another_process(name: str, tmp_path: Path) -> None:
@@ -296,12 +302,28 @@ def test_an_exported_model_is_loaded_in_another_process(name: str, tmp_path: Pat
     subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
 
 
-def test_onnx_and_tracing_are_refused() -> None:
-    model = tb.build("lmm", overrides={"dim": 16, "stack.0.repeat": 1}).eval()
-    with pytest.raises(
-        RuntimeError, match=r"ONNX and torch\.jit\.trace cannot represent .*: export it with torch\.export"
-    ):
-        torch.jit.trace(model, (torch.zeros(1, 4, dtype=torch.long),))
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("name", ["lmm", "memory"])
+def test_onnx_and_tracing_are_refused(name: str, wrapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = pytest.raises(
+        RuntimeError, match=r"^ONNX and torch\.jit\.trace cannot represent .*: export with torch\.export"
+    )
+    if name == "lmm":
+        model: torch.nn.Module = tb.build("lmm", overrides={"dim": 16, "stack.0.repeat": 1}).eval()
+        inputs = torch.zeros(1, 4, dtype=torch.long)
+    else:
+        model, inputs = tb.NeuralMemory(dim=16), torch.zeros(1, 4, 16)
+    if wrapped:
+        model = First(model)
+    with refused:
+        torch.jit.trace(model, (inputs,))
+    with refused:
+        torch.onnx.export(model, (inputs,), io.BytesIO(), dynamo=False)
+    # the newer exporter runs torch.export like this, and needs onnxscript
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    with refused:
+        torch.export.export(model, (inputs,), strict=False)
 
 
 @pytest.mark.c_kernels
