@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 STALE_SECONDS = 3600
-"""Age from which the temporary file of a killed process is removed. A younger one may belong to a running one."""
+"""Age from which the temporary files of a process count as those of a killed one, where the system has no locks."""
 TEMPORARY = re.compile(r"\.(?P<target>.+)\.[0-9a-f]{16}\.tmp", re.DOTALL)
-"""Names of temporary files."""
+"""Names of the folders of temporary files. In earlier versions they were files."""
 
 
 def read_regular(path: Path, limit: int = -1) -> bytes:
@@ -41,11 +41,11 @@ def atomic_write(target: Path) -> Iterator[Path]:
     """Yield a temporary file that replaces ``target`` when the block succeeds.
 
     For a link, the file it points to is replaced. For a device or a pipe that is being read, the content is copied to
-    it. Temporary files that killed processes left beside ``target`` are removed once they are old.
+    it. What killed processes left beside ``target`` is removed.
     """
     target = target.resolve()
+    # in a folder of its own, since writers such as that of safetensors make temporary files beside the file
     if target.exists() and not target.is_file():
-        # not yielded itself: writers such as that of safetensors replace the file at the path they are given
         with tempfile.TemporaryDirectory() as folder:
             temporary = Path(folder, "content")
             yield temporary
@@ -53,30 +53,72 @@ def atomic_write(target: Path) -> Iterator[Path]:
                 os.set_blocking(device.fileno(), True)
                 shutil.copyfileobj(content, device)
         return
-    temporary = target.parent / f".{target.name[:200]}.{secrets.token_hex(8)}.tmp"
-    try:
+    with _temporary_folder(target) as private:
+        temporary = private / "content"
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, _mode(target))
         os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
     sync_folder(target.parent)
     remove_stale(target.parent, target.name[:200])
 
 
-def remove_stale(folder: Path, target: str | None = None, seconds: float = STALE_SECONDS) -> None:
-    """Remove temporary files older than ``seconds`` in ``folder``, or only those of the file ``target``."""
+@contextlib.contextmanager
+def _temporary_folder(target: Path) -> Iterator[Path]:
+    """A folder beside ``target``, which is locked as long as this process lives, and removed afterwards."""
+    while True:
+        folder = target.parent / f".{target.name[:200]}.{secrets.token_hex(8)}.tmp"
+        folder.mkdir()
+        with locked_folder(folder):
+            if not folder.exists():  # removed before it was locked
+                continue
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+            return
+
+
+@contextlib.contextmanager
+def locked_folder(folder: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Keep other processes out of a ``with`` block of the same folder. Waits for them, unless ``wait=False``.
+
+    Yields whether the folder is locked, which it is not where the system has no such locks. Raises ``BlockingIOError``
+    if another process is inside, with ``wait=False``.
+    """
+    with contextlib.ExitStack() as stack:
+        locked = False
+        try:
+            import fcntl
+
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            stack.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = True
+        except BlockingIOError:
+            raise
+        except (ImportError, OSError):
+            pass
+        yield locked
+
+
+def remove_stale(folder: Path, target: str | None = None) -> None:
+    """Remove the temporary files of killed processes in ``folder``, or only those of the file ``target``."""
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             found = TEMPORARY.fullmatch(entry.name)
-            if found is not None and target in (None, found["target"]):
-                with contextlib.suppress(OSError):
-                    if entry.stat(follow_symlinks=False).st_mtime <= time.time() - seconds:
-                        os.unlink(entry.path)
+            if found is None or target not in (None, found["target"]):
+                continue
+            with contextlib.suppress(OSError), locked_folder(Path(entry.path), wait=False) as locked:
+                is_folder = entry.is_dir(follow_symlinks=False)
+                if (locked and is_folder) or is_old(entry.stat(follow_symlinks=False)):
+                    shutil.rmtree(entry.path) if is_folder else os.unlink(entry.path)
+
+
+def is_old(found: os.stat_result) -> bool:
+    """Whether a file has not changed for ``STALE_SECONDS``."""
+    return found.st_mtime <= time.time() - STALE_SECONDS
 
 
 def _mode(target: Path) -> int:

@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import secrets
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from ..blocks.build import materialize
 from ..blocks.language_model import LanguageModel
 from ..registry import Problem, RecipeError, show
-from .atomic_write import STALE_SECONDS, atomic_write, making_folder, read_regular, remove_stale
+from .atomic_write import atomic_write, is_old, locked_folder, making_folder, read_regular, remove_stale
 from .build import as_device, as_dtype, assemble
 from .loading import load_recipe
 from .recipe import Recipe
@@ -56,8 +55,10 @@ from .saved_format import (
 
 
 def save(model: LanguageModel, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-    """Write ``model`` into ``folder``, which is created if needed. A model of the same recipe in it is replaced
-    atomically, one of another recipe only with ``overwrite=True``.
+    """Write ``model`` into ``folder``, which is created if needed.
+
+    A model in it is replaced, atomically, if ``model`` was loaded from there or is the last that was saved there, as in
+    a training loop. Any other one is replaced only with ``overwrite=True``.
 
     The parameters keep their dtypes. ``model.tokenizer``, the text of a ``tokenizer.json`` or ``None``, is saved beside
     them. ``imports:`` of the recipe is not saved: a saved model identifies blocks by their registered names only.
@@ -74,10 +75,6 @@ def save(model: LanguageModel, folder: str | os.PathLike[str], *, overwrite: boo
     place = as_path(folder, "folder")
     if (place / RUN).exists():  # `load` would find this model in place of that of the run
         raise StorageError(f"{place}: the folder of a run, whose model is in {MODEL}: choose another folder")
-    replaced = _index_in(place)
-    same = replaced.get("fingerprint") in (None, recipe.fingerprint, recipe.earlier_fingerprint)
-    if not same and not overwrite:
-        raise StorageError(f"{place}: a model of another recipe is saved there: overwrite=True replaces it")
     tokenizer = _tokenizer_of(model)
     tag = secrets.token_hex(8)
     weights = f"weights-{tag}.safetensors"
@@ -93,7 +90,14 @@ def save(model: LanguageModel, folder: str | os.PathLike[str], *, overwrite: boo
     }
     if tokenizer is not None:
         index["tokenizer"] = hashlib.sha256(tokenizer).hexdigest()
-    with write_errors(place), making_folder(place):
+    known: set[str] = vars(model).setdefault("_saved_weights", set())
+    with write_errors(place), making_folder(place), locked_folder(place) as locked:
+        replaced = _index_in(place)
+        same = replaced.get("fingerprint") in (recipe.fingerprint, recipe.earlier_fingerprint)
+        if (place / INDEX).exists() and not overwrite and not (same and replaced.get("weights") in known):
+            other = "another model" if same else "a model of another recipe"
+            what = f"{other} is saved there" if replaced else f"there is a {INDEX} that cannot be read"
+            raise StorageError(f"{place}: {what}: overwrite=True replaces it")
         stored = storable(tensors)
         metadata = {
             "format": MODEL_FORMAT,
@@ -112,7 +116,9 @@ def save(model: LanguageModel, folder: str | os.PathLike[str], *, overwrite: boo
             (place / TOKENIZER).unlink(missing_ok=True)
         with atomic_write(place / INDEX) as temporary:
             temporary.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        _remove_old(place, keep=weights, replaced=replaced.get("weights"))
+        _remove_old(place, weights, replaced.get("weights"), locked)
+        known.discard(replaced.get("weights", ""))
+        known.add(weights)
 
 
 def load(
@@ -194,6 +200,7 @@ def _load(
         materialize(model, device, dtype, seed=0)  # computes the buffers that are not saved
     _assign(model, tensors)
     model.tokenizer = saved_tokenizer(place, index)  # type: ignore[assignment]
+    vars(model)["_saved_weights"] = {path.name}
     return model
 
 
@@ -305,12 +312,11 @@ def _index_in(place: Path) -> dict[str, Any]:
         return {}
 
 
-def _remove_old(place: Path, keep: str, replaced: str | None) -> None:
-    """Remove the replaced weights, and stale files of saves that were killed."""
+def _remove_old(place: Path, keep: str, replaced: str | None, locked: bool) -> None:
+    """Remove the replaced weights, and files of saves that were killed. ``locked``: no other save is going on."""
     remove_stale(place)
     for path in place.iterdir():
         with contextlib.suppress(OSError):
-            if path.name != keep and WEIGHTS.fullmatch(path.name):
-                stale = path.stat().st_mtime <= time.time() - STALE_SECONDS
-                if path.name == replaced or stale:
-                    path.unlink()
+            left = path.name != keep and WEIGHTS.fullmatch(path.name)
+            if left and (locked or path.name == replaced or is_old(path.stat())):
+                path.unlink()

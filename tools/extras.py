@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
+from ..registry.optional_packages import import_package
 from .terminal import UsageError
 
 
@@ -14,9 +14,6 @@ def from_extra(module: str, extra: str, purpose: str) -> Any:
     Raises ``UsageError`` with the command that installs it if it is missing.
     """
     try:
-        return importlib.import_module(module)
+        return import_package(module, module.partition(".")[0], f"titans-build[{extra}]")
     except ImportError as error:
-        top = module.partition(".")[0]
-        missing = error.name is None or error.name.partition(".")[0] == top
-        said = f"{purpose} needs {top}" if missing else f"{purpose} needs {top}, and that {error.name}"
-        raise UsageError(f"{said}, which is not installed: pip install 'titans-build[{extra}]'") from None
+        raise UsageError(f"{purpose} {error}") from None

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import inspect
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
@@ -236,21 +234,6 @@ def run_grouped(
     outputs, states = zip(*(run(x[rows], select(state, rows), group) for group, rows in members.items()))
     order = torch.tensor([row for rows in members.values() for row in rows], device=x.device).argsort()
     return torch.cat(outputs).index_select(0, order), select(concatenate(states), order)
-
-
-def import_package(module: str, distribution: str, install: str) -> Any:
-    """Import ``module`` of ``distribution``, which ``pip install`` ``install`` provides.
-
-    Raises ``ImportError`` with that command if it is not installed or cannot be imported.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # such as that there is no GPU; ``refuse`` reports it where it matters
-            return importlib.import_module(module)
-    except ImportError as error:
-        missing = isinstance(error, ModuleNotFoundError) and error.name in (module.partition(".")[0], module)
-        problem = "which is not installed" if missing else f"which cannot be imported ({error})"
-        raise ImportError(f"needs {distribution}, {problem}: pip install '{install}'") from error
 
 
 @functools.cache

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from ...kernels.triton_runtime import refuse_interpreter
 from ...registry import Problem, Unavailable
-from .adapter import Adapted, adapt, cache_argument, import_package
+from ...registry.optional_packages import import_package
+from .adapter import Adapted, adapt, cache_argument
 
 Tensors: TypeAlias = "Tensor | tuple[Tensor, ...] | None"
 

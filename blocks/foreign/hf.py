@@ -16,7 +16,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from .adapter import adapt, cache_argument, import_package
+from ...registry.optional_packages import import_package
+from .adapter import adapt, cache_argument
 
 INSTALL = "titans-build[hf]"
 

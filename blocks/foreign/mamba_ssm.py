@@ -15,7 +15,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from .adapter import adapt, import_package
+from ...registry.optional_packages import import_package
+from .adapter import adapt
 
 
 class MixerState(NamedTuple):

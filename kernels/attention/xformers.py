@@ -158,8 +158,11 @@ def _missing(dtype: torch.dtype, width: int) -> str | None:
 
 @functools.cache
 def _installed() -> str | None:
-    if importlib.util.find_spec("xformers") is None:
+    spec = importlib.util.find_spec("xformers")
+    if spec is None or spec.origin is None:
         return f"needs xFormers: {_INSTALL}"
+    if spec.submodule_search_locations is None:
+        return f"needs xFormers, but Python finds {spec.origin} in its place"
     version = importlib.metadata.version("xformers")
     if _numbers(version) < OLDEST:
         return f"needs xFormers {'.'.join(map(str, OLDEST))} or newer, not {version}: {_INSTALL}"

@@ -68,16 +68,28 @@ def test_a_writer_that_replaces_its_file_does_not_replace_a_device(tmp_path):
     os.close(reader)
 
 
-def test_old_leftovers_of_killed_writers_are_removed(tmp_path):
-    names = [".a.0123456789abcdef.tmp", ".a.fedcba9876543210.tmp", ".b.0123456789abcdef.tmp", ".a.tmp"]
-    for name in names:
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_what_killed_writers_left_is_removed(tmp_path):
+    target = tmp_path / "a"
+    child = os.fork()
+    if child == 0:
+        with atomic_write(target) as temporary:
+            temporary.write_text("half")
+            (temporary.parent / ".tmpAbC").write_text("as safetensors does")
+            os._exit(9)
+    os.waitpid(child, 0)
+    # of earlier versions, which wrote files, and of others
+    kept = [".a.fedcba9876543210.tmp", ".b.0123456789abcdef.tmp", ".a.tmp"]
+    for name in [".a.0123456789abcdef.tmp", *kept]:
         (tmp_path / name).write_text("half")
-        if "fedc" not in name:
+        if name != kept[0]:
             os.utime(tmp_path / name, (0, 0))
-    with atomic_write(tmp_path / "a") as temporary:
-        temporary.write_text("new")
-    # the second may belong to a writer that is still at work
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names[1:], "a"])
+    with atomic_write(target) as running:  # is not removed by another writer
+        running.write_text("last")
+        write(target, "first")
+        assert target.read_text() == "first"
+    assert target.read_text() == "last"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "a"])
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes here")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import copy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -182,19 +182,35 @@ class TestModels:
             weights_of(tmp_path).name,
         ]
 
-    def test_stale_files_of_killed_saves_are_removed(
-        self, tmp_path: Path, model: LanguageModel, same: Any, values: Any
-    ):
+    def test_files_of_killed_saves_are_removed(self, tmp_path: Path, model: LanguageModel, same: Any, values: Any):
         save(model, tmp_path)
-        leftovers = [tmp_path / f"weights-{'0' * 16}.safetensors", tmp_path / f".model.json.{'0' * 16}.tmp"]
-        fresh = tmp_path / f"weights-{'1' * 16}.safetensors"  # perhaps of a save that is going on
-        for path in [*leftovers, fresh]:
-            path.write_bytes(b"")
-        for path in leftovers:
-            os.utime(path, (0, 0))
+        (tmp_path / f"weights-{'0' * 16}.safetensors").write_bytes(b"")
+        leftover = tmp_path / f".weights-{'1' * 16}.safetensors.{'0' * 16}.tmp"
+        leftover.mkdir()
+        (leftover / "content").write_bytes(b"half")
         save(model, tmp_path)
-        assert not any(path.exists() for path in leftovers) and fresh.exists()
+        assert len(list(tmp_path.iterdir())) == 2
         assert same(values(load(tmp_path)), values(model))
+
+    def test_another_model_is_replaced_only_with_overwrite(self, tmp_path: Path, model: LanguageModel, tiny: str):
+        a, b, other = tmp_path / "a", tmp_path / "b", build(tiny, seed=9)
+        for _ in range(2):  # the model that was saved there
+            save(model, a)
+            save(model, b)
+        with pytest.raises(StorageError, match="another model is saved there: overwrite=True"):
+            save(other, a)
+        loaded = load(a)
+        save(loaded, a)  # the model that was loaded from there
+        with pytest.raises(StorageError, match="another model"):
+            save(model, a)  # which has been replaced
+        save(copy.deepcopy(model), b)
+        save(other, b, overwrite=True)
+        save(other, b)
+        (a / "model.json").write_text("{")
+        with pytest.raises(StorageError, match=r"a model\.json that cannot be read: overwrite=True"):
+            save(model, a)
+        save(model, a, overwrite=True)
+        load(a)
 
     def test_import_paths_are_not_saved(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: str):
         (tmp_path / "my_blocks_here.py").write_text(

@@ -167,6 +167,16 @@ def test_a_missing_extra_is_named() -> None:
     assert "pip install 'titans-build[plots]'" in str(refused.value)
 
 
+def test_a_file_in_the_place_of_an_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "some_extra.py").touch()  # imported, but not the package
+    (tmp_path / "some_folder").mkdir()
+    for module in ("some_extra", "some_extra.part", "some_folder", "some_folder.part"):
+        place = tmp_path / ("some_extra.py" if "extra" in module else "some_folder")
+        with pytest.raises(UsageError, match=f"needs {place.stem}, but Python finds {place} in its place: rename"):
+            from_extra(module, "plots", "--plot")
+
+
 INTERRUPTED = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it

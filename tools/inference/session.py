@@ -20,6 +20,7 @@ from ...blocks.generation import Sampler, read_prompt, steps
 from ...blocks.language_model import LanguageModel
 from ...blocks.state import State, batch_size, named_tensors
 from ...recipes import StorageError, packaged_names
+from ...recipes.atomic_write import locked_folder
 from ...recipes.parse import read_file
 from ...recipes.saved_format import INDEX, MODEL, RUN, TOKENIZER, as_path, saved_folder
 from ...recipes.saved_state import expect_replaceable
@@ -327,7 +328,7 @@ class Session:
                 raise CommandFailed(
                     f"{path}: not saved: the state holds NaN or infinity ({name}): the model has diverged"
                 )
-        with _locked(path.absolute().parent):
+        with locked_folder(path.absolute().parent):
             if path == self.target and self._known != _identity(path):
                 taken = path
                 while path.exists():
@@ -351,19 +352,6 @@ def _identity(path: Path) -> tuple[int, int, int] | None:
     except OSError:
         return None
     return (found.st_ino, found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else None
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other sessions from saving to this folder in the ``with`` block, where the system has such locks."""
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(ImportError, OSError):
-            import fcntl
-
-            handle = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, handle)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 def check_state_file(path: Path, option: str) -> None:

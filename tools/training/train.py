@@ -159,7 +159,7 @@ def train(
                 }
                 write_run(folder, recipe, data, settings, source, **more)
             checkpoints.remove_temporary()
-            remove_stale(folder, seconds=0)  # under the lock nothing else writes there
+            remove_stale(folder)
         step = int(processes.sum(step)[0])  # the other processes have 0
         if step:
             trainer.load(step, facts or verify(checkpoints.path(step)))
@@ -210,7 +210,7 @@ def _finish(trainer: Trainer, folder: Path, recipe: Recipe) -> TrainedRun:
         for parameter in model.parameters():
             parameter.requires_grad_(True)
             parameter.grad = None
-        recipes.save(model.eval(), folder / MODEL)
+        recipes.save(model.eval(), folder / MODEL, overwrite=True)
     progress = trainer.progress
     trainer.log.emit("end", step=progress.step, best=progress.best, model=str(folder / MODEL))
     processes.barrier()
