@@ -94,7 +94,7 @@ def _read(source: Source) -> _Read:
     known = f"packaged: {', '.join(base_names())}; sizes as in mac-170m"
     if source in list_blocks():
         raise recipe_error(show(source), f"a block, not a recipe; see titans-build describe {source} ({known})")
-    raise recipe_error(show(source), f"no packaged recipe and no file of that name{_nearest_recipe(source)} ({known})")
+    raise recipe_error(show(source), f"no packaged recipe and no file of that name{nearest_recipe(source)} ({known})")
 
 
 def _read_path(path: Path, label: str) -> _Read:
@@ -118,7 +118,7 @@ def _exists(name: str) -> bool:
         return False
 
 
-def _nearest_recipe(name: str) -> str:
+def nearest_recipe(name: str) -> str:
     """As ``nearest``; of a size that there is not, the nearest number: ``mac-170m`` for ``mac-200m``."""
     base, _, size = name.lower().rpartition("-")
     sizes = {_parameters(known): known for known in _sizes()}

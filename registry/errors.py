@@ -75,17 +75,18 @@ SYNONYMS = {
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """``"; did you mean 'depth'?"``, or an empty string if no name is similar."""
+    """``"; did you mean 'depth'?"``, or an empty string if no name is similar. ``name`` may be a wildcard."""
     # difflib is quadratic in the length of the words, and no right name is long, nor are there thousands of them
     if not isinstance(name, str) or len(name) > 100:
         return ""
+    name = name.lower().strip("*?")
     known = {candidate.lower(): candidate for candidate in itertools.islice(names, 500)}
-    for synonym in SYNONYMS.get(name.lower(), ()):
+    for synonym in SYNONYMS.get(name, ()):
         if synonym in known:
             return f"; did you mean {known[synonym]!r}?"
-    matches = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.6)
+    matches = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     # among equals, the one of the same letters: mca is mac rather than mal
-    matches.sort(key=lambda match: sorted(match) != sorted(name.lower()))
+    matches.sort(key=lambda match: sorted(match) != sorted(name))
     return f"; did you mean {known[matches[0]]!r}?" if matches else ""
 
 

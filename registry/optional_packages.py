@@ -37,7 +37,7 @@ def import_package(module: str, distribution: str, install: str) -> Any:
 
 
 def found_instead(top: str) -> str | None:
-    """The file, or folder without ``__init__.py``, that ``import top`` finds; ``None`` for a package and for nothing."""
+    """The file, or folder without ``__init__.py``, that ``import top`` finds; ``None`` for a package or nothing."""
     try:
         spec = importlib.util.find_spec(top)
     except ValueError:  # a module without a specification

@@ -52,6 +52,7 @@ def test_values_in_messages_are_shortened(value: Any):
         ("MAC", ["mac", "mag"], "mac"),
         ("mca", ["mal", "mag", "mac"], "mac"),
         ("Depth", ["DEPTH"], "DEPTH"),
+        ("*dept?", ["heads", "depth"], "depth"),
         ("zzz", ["heads", "depth"], None),
         ("x" * 10_000, ["x" * 10_000], None),
         ("", ["a"], None),

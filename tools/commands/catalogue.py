@@ -12,6 +12,7 @@ from rich.text import Text
 
 from ... import recipes, registry
 from ...kernels import dispatch
+from ...recipes.loading import nearest_recipe
 from ...recipes.parse import is_recipe_file
 from ...registry import nearest, show
 from ..command_line import Command
@@ -44,8 +45,8 @@ def _list(arguments: argparse.Namespace) -> int:
     rows = registry.list_rows(pattern)
     packaged = [name for name in recipes.packaged_names() if fnmatch.fnmatchcase(name, pattern)]
     if not rows and not packaged:
-        names = [*registry.list_blocks(), *recipes.packaged_names()]
-        raise UsageError(f"no block and no recipe is called {show(pattern)}{nearest(pattern, names)}")
+        hint = nearest(pattern, registry.list_blocks()) or nearest_recipe(pattern.strip("*?"))
+        raise UsageError(f"no block and no recipe is called {show(pattern)}{hint}")
     fields = {row.name: registry.describe(row.name).fields for row in rows if row.problem is None}
     if arguments.json:
         blocks = [

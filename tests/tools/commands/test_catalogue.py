@@ -48,10 +48,11 @@ def test_list_pattern(titans_build: Run) -> None:
     assert "mac-170m" in titans_build("list", "mac-1*").out
 
 
-def test_list_with_no_match_fails_with_the_nearest_name(titans_build: Run) -> None:
-    result = titans_build("list", "memroy")
+@pytest.mark.parametrize(("pattern", "near"), [("memroy", "memory"), ("*memm*", "memory"), ("mac-200m", "mac-170m")])
+def test_list_with_no_match_fails_with_the_nearest_name(titans_build: Run, pattern: str, near: str) -> None:
+    result = titans_build("list", pattern)
     assert (result.status, result.out) == (2, "")
-    assert "did you mean 'memory'?" in result.err
+    assert f"did you mean {near!r}?" in result.err
 
 
 def test_list_shows_a_users_block_and_where_it_is_from(titans_build: Run) -> None:
