@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -11,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.linear import is_unmodified
-from .build import check_seed
+from .sampling import Sampler
+from .speculation import Draft, Drafted, ModelDraft, PromptLookup, check_draft, speculate
 from .state import State, trainable
 
 
@@ -39,6 +38,17 @@ class Generation(NamedTuple):
     """The state after all valid tokens of ``tokens``, including the last."""
     logits: Tensor
     """``[batch, vocab]``: the prediction of the next token."""
+
+    @property
+    def drafted(self) -> Drafted | None:
+        """How many tokens ``draft`` proposed, how many the model accepted, and its calls; ``None`` without a draft."""
+        return getattr(self, "_drafted", None)
+
+
+class DraftedGeneration(Generation):
+    """The result of :func:`generate` with a draft."""
+
+    _drafted: Drafted
 
 
 class Step(NamedTuple):
@@ -69,6 +79,7 @@ def generate(
     *,
     mask: Tensor | None = None,
     logits: Tensor | None = None,
+    draft: Any = None,
 ) -> Generation:
     """Continue ``tokens`` [batch, time] int64 by ``max_new_tokens`` tokens.
 
@@ -84,6 +95,10 @@ def generate(
             is not used.
         mask: ``[batch, time]`` bool, true at valid tokens. Prompts of unequal length may be padded on either side.
         logits: ``[batch, vocab]``, the prediction for rows without a valid token in ``tokens``.
+        draft: speculative decoding: ``"prompt"`` proposes what followed the last tokens where they occurred before, and
+            a smaller ``LanguageModel`` of the same vocabulary proposes its own tokens. The model checks all proposed
+            tokens in one call. Greedy tokens are those without ``draft``; sampled ones have the same distribution.
+            Numbers of tokens and calls are in ``drafted`` of the result.
 
     The returned state includes all returned tokens, so ``generate(model, more, state=gen.state)`` continues with a
     further prompt. To continue without one, pass the logits too:
@@ -94,8 +109,18 @@ def generate(
     """
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens: expected an integer >= 0, got {max_new_tokens!r}")
+    if draft is not None:
+        check_draft(draft, model)
     logits, state = read_prompt(model, tokens, state, mask=mask, logits=logits)
     sampler = Sampler(temperature, top_k, top_p, seed, device=tokens.device)
+    if draft is not None and max_new_tokens:
+        source = _read_draft(draft, tokens, mask, sampler)
+        _keep_freed_memory(logits)
+        found = speculate(model, logits, state, sampler, max_new_tokens, source)
+        new_tokens, state, logits = map(trainable, (found.tokens, found.state, found.logits))
+        generation = DraftedGeneration(torch.cat([tokens, new_tokens], dim=1), state, logits)
+        generation._drafted = found.drafted
+        return generation
     new = []
     step = None
     for step in steps(model, logits, state, sampler, max_new_tokens):
@@ -151,6 +176,19 @@ def read_prompt(
     return predicted, state
 
 
+def _read_draft(draft: Any, tokens: Tensor, mask: Tensor | None, sampler: Sampler) -> Draft:
+    """The draft after the prompt."""
+    if isinstance(draft, str):
+        texts = tokens.tolist()
+        if mask is not None:
+            texts = [[token for token, valid in zip(*row) if valid] for row in zip(texts, mask.tolist())]
+        return PromptLookup(texts)
+    rows, like = tokens.shape[0], next(draft.parameters())
+    unused = torch.zeros(rows, draft.vocab, dtype=like.dtype, device=like.device)  # for rows without a token
+    _, state = read_prompt(draft, tokens, mask=mask, logits=unused)
+    return ModelDraft(draft, state, rows, sampler, tokens.device)
+
+
 def _calls(model: Any) -> bool:
     """Whether the model is called for every token: hooks, accelerate and FSDP act on calls of the whole model."""
     return not is_unmodified(model, "forward")
@@ -195,66 +233,3 @@ def _keep_freed_memory(like: Tensor) -> None:
     """
     if like.is_cpu:
         torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
-
-
-class Sampler:
-    """Samples tokens from logits with its own random generator. The arguments are those of :func:`generate`."""
-
-    def __init__(
-        self,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | torch.Generator | None = None,
-        *,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        if not (_is_number(temperature) and math.isfinite(temperature) and temperature >= 0):
-            raise ValueError(f"temperature: expected a number >= 0 (0 is greedy), got {temperature!r}")
-        if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-            raise ValueError(f"top_k: expected an integer >= 1, got {top_k!r}")
-        if top_p is not None and not (_is_number(top_p) and 0 < top_p <= 1):
-            raise ValueError(f"top_p: expected a probability in (0, 1], got {top_p!r}")
-        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
-        if isinstance(seed, torch.Generator):
-            self.generator = seed
-        else:
-            check_seed(seed)
-            self.generator = torch.Generator(device=device)
-            if seed is None:
-                self.generator.seed()
-            else:
-                self.generator.manual_seed(seed)
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        """Sample one token of each row: ``[batch, vocab]`` -> ``[batch]`` int64. Logits of ``-inf`` exclude tokens.
-
-        Raises ``ValueError`` for a row with NaN or ``inf``, or without a finite value.
-        """
-        largest, likeliest = logits.max(dim=-1)
-        for row, value in enumerate(largest.tolist()):  # max propagates NaN
-            if not math.isfinite(value):
-                raise ValueError(
-                    f"logits: the maximum of row {row} is {value}: expected a finite number (the given logits, the "
-                    "state or the weights of the model are not finite)"
-                )
-        if self.temperature == 0:
-            return likeliest
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        # the maximum is subtracted first, so that a small temperature does not overflow
-        logits = (logits - largest.unsqueeze(-1)) / max(self.temperature, torch.finfo(logits.dtype).tiny)
-        limit = logits.shape[-1] if self.top_k is None else min(self.top_k, logits.shape[-1])
-        ids = None
-        if limit < logits.shape[-1] or self.top_p is not None:
-            logits, ids = logits.topk(limit, dim=-1)
-        probability = logits.softmax(dim=-1)
-        if self.top_p is not None:
-            # sorted: a token is kept while the sum before it is below top_p, so the first is always kept
-            before = probability.cumsum(dim=-1) - probability
-            probability = probability.masked_fill(before >= self.top_p, 0.0)
-        drawn = torch.multinomial(probability, 1, generator=self.generator)
-        return (drawn if ids is None else ids.gather(-1, drawn)).squeeze(-1)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)

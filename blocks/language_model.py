@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -268,9 +268,11 @@ class LanguageModel(nn.Module):
         *,
         mask: Tensor | None = None,
         logits: Tensor | None = None,
+        draft: Literal["prompt"] | LanguageModel | None = None,
     ) -> Generation:
         """Continue ``tokens`` [batch, time] by ``max_new_tokens`` tokens: see ``generation.generate``."""
-        return generate(self, tokens, max_new_tokens, state, temperature, top_k, top_p, seed, mask=mask, logits=logits)
+        options: dict[str, Any] = {"mask": mask, "logits": logits, "draft": draft}
+        return generate(self, tokens, max_new_tokens, state, temperature, top_k, top_p, seed, **options)
 
     def freeze_memory(self) -> Frozen:
         """Freeze all memories: they are read and not written.

@@ -17,6 +17,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from .observers import suppressed
+
 State: TypeAlias = Any
 """A named tuple or tuple of states, a tensor ``[batch, ...]``, or ``None``."""
 
@@ -209,10 +211,11 @@ def rewind(
     if min(counts) < longest:
         within = torch.arange(longest, device=x.device) < torch.tensor(counts, device=x.device).unsqueeze(1)
         mask = within if mask is None else mask & within
-    if not hasattr(block, "embed"):
-        return block(x, state, mask=mask, **options)[1]
-    given = {"tokens": x} if x.dim() == 2 else {"embeddings": x}  # of a model
-    return block(**given, state=state, mask=mask, **options).state
+    with suppressed():  # observers have seen these tokens
+        if not hasattr(block, "embed"):
+            return block(x, state, mask=mask, **options)[1]
+        given = {"tokens": x} if x.dim() == 2 else {"embeddings": x}  # of a model
+        return block(**given, state=state, mask=mask, **options).state
 
 
 def prefix_lengths(count: Any, rows: int, time: int) -> list[int]:
