@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -12,12 +12,15 @@ from torch.nn import functional as F
 
 from ..kernels.attention import Prefix, attention
 from ..kernels.attention.decode import Cache, cached_attention
+from ..kernels.documents import Documents
 from ..kernels.linear import is_plain, linear, project
 from ..kernels.norm_gate import rms_norm
 from ..kernels.padding import align, last
 from ..kernels.rotary import rotate
 from ..registry import register
 from .block import Block, check_input, like_of
+from .documents import run_documents
+from .state import concatenate
 
 FEW = 4
 """Number of tokens up to which one fused kernel is faster than several operators."""
@@ -42,6 +45,17 @@ class AttentionState(NamedTuple):
     """``[batch, P, kv_heads, d]``, normalized and not rotated; ``None`` without persistent tokens."""
     prefix_values: Tensor | None
     """``[batch, P, kv_heads, d]``."""
+
+
+def concatenate_caches(states: Sequence[AttentionState]) -> AttentionState:
+    """Concatenate the rows of states with different numbers of slots."""
+    slots = max(state.keys.shape[1] for state in states)
+
+    def pad(x: Tensor) -> Tensor:
+        return F.pad(x, (0, 0, 0, 0, slots - x.shape[1], 0))
+
+    joined: AttentionState = concatenate([s._replace(keys=pad(s.keys), values=pad(s.values)) for s in states])
+    return joined
 
 
 @register("attention")
@@ -127,9 +141,28 @@ class Attention(Block):
         return linear(self.out, y.flatten(2).to(tokens.dtype)), state._replace(prefix_keys=k, prefix_values=v)
 
     def forward(
-        self, x: Tensor, state: AttentionState | None = None, *, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        state: AttentionState | None = None,
+        *,
+        mask: Tensor | None = None,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, AttentionState]:
-        return self.every(x, state, step=1, mask=mask)
+        if documents is None:
+            return self.every(x, state, step=1, mask=mask)
+
+        def attend(heads: Tensor, state: AttentionState | None, mask: Tensor | None) -> tuple[Tensor, AttentionState]:
+            layout = None if mask is None else align(mask)
+            state = self.init_state(len(heads)) if state is None else state
+            heads, length = (heads, None) if layout is None else (layout.spread(heads), layout.length)
+            y, state = self._attend(*self._split(heads.to(state.keys.dtype)), state, length)
+            return y.flatten(2) if layout is None else layout.collect(y.flatten(2)), state
+
+        heads = linear(self.qkv, x)
+        y, state = run_documents(
+            attend, documents, [heads], state, mask, self.init_state, grows=self.grows, join=concatenate_caches
+        )
+        return linear(self.out, y.to(x.dtype)), state
 
     def every(
         self, x: Tensor, state: AttentionState | None = None, *, step: int, mask: Tensor | None = None
@@ -155,23 +188,39 @@ class Attention(Block):
         self, x: Tensor, state: AttentionState | None, length: Tensor | None, step: int
     ) -> tuple[Tensor, AttentionState]:
         """``x`` has the valid tokens of each row first; ``length`` [batch] is their number, ``None`` if all are."""
-        rows, time, _ = x.shape
+        if x.shape[1] == 0:  # nothing but padding
+            return x, self.init_state(x.shape[0]) if state is None else state
         fresh = state is None
-        if state is None:
-            state = self.init_state(rows)
-        if time == 0:  # nothing but padding
-            return x, state
+        state = self.init_state(x.shape[0]) if state is None else state
         q, k, v = self._project(x, step, state.keys.dtype)
+        y, state = self._attend(q, k, v, state, length, step, fresh=fresh)
+        return linear(self.out, y.flatten(2).to(x.dtype)), state
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        state: AttentionState,
+        length: Tensor | None,
+        step: int = 1,
+        fresh: bool = False,
+    ) -> tuple[Tensor, AttentionState]:
+        """Attention of ``q`` to ``k``, ``v`` and the cache: outputs ``[batch, .., heads, d]``, and the next state.
+
+        ``length`` as in :meth:`_run`. ``fresh``: nothing is cached.
+        """
+        time, device = k.shape[1], k.device
         prefix = None
         if state.prefix_keys is not None and state.prefix_values is not None:
             prefix = Prefix(q, state.prefix_keys, state.prefix_values)
         if self.rope is not None:
             # rows at the same position share their rotation
             same = fresh
-            if not fresh and x.is_cpu and not torch.compiler.is_compiling():
+            if not fresh and k.is_cpu and not torch.compiler.is_compiling():
                 same = len(set(state.position.tolist())) == 1
             position = (state.position[:1, None] if same else state.position[:, None]) + torch.arange(
-                time, device=x.device
+                time, device=device
             )
             q, k = rotate(q, position[:, step - 1 :: step], self.rope), rotate(k, position, self.rope)
 
@@ -179,7 +228,7 @@ class Attention(Block):
         # the largest number of slots in use of any row, and the first of them in each row (None: all in use)
         used, start = 0, None
         if slots and not fresh:
-            if torch.compiler.is_compiling() or (time == 1 and not x.is_cpu):
+            if torch.compiler.is_compiling() or (time == 1 and not k.is_cpu):
                 # reading the number synchronizes an accelerator: attention over a few empty slots is cheaper
                 used, start = slots, slots - state.cached
             else:
@@ -191,7 +240,7 @@ class Attention(Block):
         unused = k.shape[1] - used - time
         seen_k, seen_v = (k[:, unused:], v[:, unused:]) if unused else (k, v)
         y = attention(q, seen_k, seen_v, window=self.window, start=start, prefix=prefix, step=step)
-        return linear(self.out, y.flatten(2).to(x.dtype)), self._advance(state, k, v, length, time)
+        return y, self._advance(state, k, v, length, time)
 
     def _run_few(self, x: Tensor, state: AttentionState, step: int) -> tuple[Tensor, AttentionState]:
         """``_run`` with fewer operators, for few tokens without gradients."""
@@ -211,16 +260,20 @@ class Attention(Block):
 
         ``dtype``: that of the state, which it keeps under autocast.
         """
-        shape, shared = (-1, self.head_dim), self.kv_heads
         if step == 1 or not is_plain(self.qkv):
-            heads = linear(self.qkv, x).to(dtype).unflatten(-1, shape)
-            q, k, v = heads.split_with_sizes((self.heads, shared, shared), dim=2)
-            q = q[:, step - 1 :: step]
-        else:
-            weight, own = self.qkv.weight, self.heads * self.head_dim
-            q = project(x[:, step - 1 :: step], weight[:own]).to(dtype).unflatten(-1, shape)
-            heads = project(x, weight[own:]).to(dtype).unflatten(-1, shape)
-            k, v = heads.split_with_sizes((shared, shared), dim=2)
+            return self._split(linear(self.qkv, x).to(dtype), step)
+        weight, own = self.qkv.weight, self.heads * self.head_dim
+        q = project(x[:, step - 1 :: step], weight[:own]).to(dtype).unflatten(-1, (-1, self.head_dim))
+        k, v = project(x, weight[own:]).to(dtype).unflatten(-1, (-1, self.head_dim)).chunk(2, dim=2)
+        return self._normalize(q, k, v)
+
+    def _split(self, projected: Tensor, step: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+        """The parts of the projection ``[batch, time, (heads + 2 kv_heads) d]``, with queries at each ``step``-th."""
+        heads = projected.unflatten(-1, (-1, self.head_dim))
+        q, k, v = heads.split_with_sizes((self.heads, self.kv_heads, self.kv_heads), dim=2)
+        return self._normalize(q[:, step - 1 :: step], k, v)
+
+    def _normalize(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.gain is not None:
             q, k = rms_norm(q, self.gain[: self.heads]), rms_norm(k, self.gain[self.heads :])
         return q, k, v

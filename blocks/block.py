@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import math
 import sys
 import threading
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.custom_op import NOT_TRACED
+from ..kernels.documents import Documents
 from ..kernels.linear import is_unmodified
+from .documents import DocumentState, expect_documents, run_documents
 from .freezing import thawed
 from .observers import suppressed
 from .state import State, map_state, named_tensors, nbytes
@@ -109,11 +112,15 @@ class Block(nn.Module):
     has_every = False
     """Whether the class that defines ``forward`` defines ``every`` too, which ``context`` then calls."""
 
+    takes_documents = False
+    """Whether ``forward`` takes ``documents``. Otherwise each document is given to it as a row."""
+
     def __init_subclass__(cls, **named: Any) -> None:
         super().__init_subclass__(**named)
         own = vars(cls)
         if "forward" in own:
             cls.has_every = "every" in own
+            cls.takes_documents = "documents" in inspect.signature(cls.forward).parameters
         for name in {"init_state", "prefix", "read"} & own.keys():
             setattr(cls, name, with_parameters(own[name]))
 
@@ -134,8 +141,21 @@ class Block(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} must define forward(x, state, *, mask)")
 
-    def __call__(self, x: Tensor, state: State = None, *others: Any, **named: Any) -> Any:
-        check_input(self, x, named.get("mask"))
+    def __call__(
+        self,
+        x: Tensor,
+        state: State = None,
+        *others: Any,
+        mask: Tensor | None = None,
+        documents: Tensor | Documents | None = None,
+        cu_seqlens: Tensor | None = None,
+        **named: Any,
+    ) -> Any:
+        check_input(self, x, mask)
+        if mask is not None:
+            named["mask"] = mask
+        if documents is not None or cu_seqlens is not None or type(state) is DocumentState:
+            return self._run_documents(x, state, documents, cu_seqlens, named)
         # the state of a block inside is part of the one that was checked
         if torch.compiler.is_compiling() or _call.inside:
             return super().__call__(x, state, *others, **named)
@@ -149,6 +169,42 @@ class Block(nn.Module):
             return super().__call__(x, state, *others, **named)
         finally:
             _call.inside = False
+
+    def _run_documents(
+        self,
+        x: Tensor,
+        state: State,
+        documents: Tensor | Documents | None,
+        cu_seqlens: Tensor | None,
+        named: dict[str, Any],
+    ) -> tuple[Tensor, State]:
+        """Implements calls with ``documents``, ``cu_seqlens`` or the state after such a call."""
+        mask = named.get("mask")
+        if isinstance(documents, Documents):  # a block inside of another
+            inside, _call.inside = _call.inside, True
+            try:
+                if self.takes_documents:
+                    return cast("tuple[Tensor, State]", super().__call__(x, state, documents=documents, **named))
+                if type(self).init_state is Block.init_state:
+                    return cast("tuple[Tensor, State]", self(x, state, **named))
+
+                def run(x: Tensor, state: State, mask: Tensor | None) -> tuple[Tensor, State]:
+                    return cast("tuple[Tensor, State]", self(x, state, **{**named, "mask": mask}))
+
+                return run_documents(run, documents, [x], state, mask, self.init_state, grows=self.grows)
+            finally:
+                _call.inside = inside
+        before = None
+        if type(state) is DocumentState:
+            state, before = state
+        if documents is None and cu_seqlens is None:
+            y, state = self(x, state, **named)
+            return y, state if before is None else DocumentState(state, before)
+        if state is not None:
+            check_state(self, state, x.shape[0])
+        found = expect_documents(documents, cu_seqlens, x, mask, before)
+        y, state = self(x, state, documents=found, **named)
+        return y, DocumentState(state, found.after)
 
     def prefix(self, tokens: Tensor) -> tuple[Tensor, State]:
         """Return the outputs at persistent ``tokens`` [batch, count, dim], and the fresh state after them.
@@ -228,11 +284,6 @@ def _reset_own(module: Any) -> None:
         module.reset_parameters()
     for child in module.children():
         _reset_own(child)
-
-
-def as_rows(state: State, rows: int) -> State:
-    """Expand a one-row state to ``rows`` rows without copying."""
-    return state if rows == 1 else map_state(lambda tensor: tensor.expand(rows, *tensor.shape[1:]), state)
 
 
 # -- checks ------------------------------------------------------------------------------------------------------------

@@ -12,12 +12,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from ..kernels.documents import Documents, split_documents
 from ..registry import Spec, create, register
-from .block import Block, Blocks, as_memory, as_rows
+from .block import Block, Blocks, as_memory
 from .layers import Form, Gating, RMSNorm
 from .observers import active, observers_of
 from .segmented import forward_every
-from .state import State
+from .state import State, as_rows
 
 
 @register("chain")
@@ -39,10 +40,13 @@ class Chain(Block):
     def init_state(self, batch_size: int) -> State:
         return tuple(block.init_state(batch_size) for block in self.of)
 
-    def forward(self, x: Tensor, state: State = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
+    def forward(
+        self, x: Tensor, state: State = None, *, mask: Tensor | None = None, documents: Documents | None = None
+    ) -> tuple[Tensor, State]:
+        count = len(self.of)
         states = []
-        for block, before in zip(self.of, state or [None] * len(self.of)):
-            x, after = block(x, before, mask=mask)
+        for block, before, inside in zip(self.of, state or [None] * count, split_documents(documents, count)):
+            x, after = block(x, before, mask=mask, documents=inside)
             states.append(after)
         return x, tuple(states)
 
@@ -81,8 +85,13 @@ class Residual(Block):
     def init_state(self, batch_size: int) -> State:
         return self.of.init_state(batch_size)
 
-    def forward(self, x: Tensor, state: State = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
-        return self.every(x, state, step=1, mask=mask)
+    def forward(
+        self, x: Tensor, state: State = None, *, mask: Tensor | None = None, documents: Documents | None = None
+    ) -> tuple[Tensor, State]:
+        if documents is None:
+            return self.every(x, state, step=1, mask=mask)
+        y, state = self.of(x, state, mask=mask, documents=documents)
+        return y + (x if mask is None else torch.where(mask[..., None], x, 0.0)), state
 
     def every(self, x: Tensor, state: State = None, *, step: int, mask: Tensor | None = None) -> tuple[Tensor, State]:
         """``forward``, with the outputs at every ``step``-th token only."""
@@ -130,10 +139,12 @@ class Gate(Block):
     def init_state(self, batch_size: int) -> State:
         return tuple(block.init_state(batch_size) for block in self.branches)
 
-    def forward(self, x: Tensor, state: State = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
-        outputs, states = [], []
-        for block, before in zip(self.branches, state or [None] * len(self.branches)):
-            y, after = block(x, before, mask=mask)
+    def forward(
+        self, x: Tensor, state: State = None, *, mask: Tensor | None = None, documents: Documents | None = None
+    ) -> tuple[Tensor, State]:
+        outputs, states, count = [], [], len(self.branches)
+        for block, before, inside in zip(self.branches, state or [None] * count, split_documents(documents, count)):
+            y, after = block(x, before, mask=mask, documents=inside)
             outputs.append(y)
             states.append(after)
         self.observe(outputs, mask)
@@ -182,7 +193,13 @@ class Persistent(Block):
         # all rows start from the same state: it is computed once
         return as_rows(self.of.prefix(self.tokens.unsqueeze(0))[1], batch_size)
 
-    def forward(self, x: Tensor, state: State = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
+    def forward(
+        self, x: Tensor, state: State = None, *, mask: Tensor | None = None, documents: Documents | None = None
+    ) -> tuple[Tensor, State]:
+        if documents is not None:
+            # documents of rows without a state begin, too
+            documents = documents if documents.fresh is not None else documents.starting(self.init_state(1))
+            return self.of(x, state, mask=mask, documents=documents)
         return self.of(x, self.init_state(x.shape[0]) if state is None else state, mask=mask)
 
     def read(self, x: Tensor, state: State) -> Tensor:
@@ -212,13 +229,17 @@ class Layer(Block):
     def init_state(self, batch_size: int) -> State:
         return tuple(block.init_state(batch_size) for block in self.blocks)
 
-    def forward(self, x: Tensor, state: State = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
+    def forward(
+        self, x: Tensor, state: State = None, *, mask: Tensor | None = None, documents: Documents | None = None
+    ) -> tuple[Tensor, State]:
         if mask is not None:
             # otherwise the residual connection would pass masked inputs to the outputs
             x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
+        count = len(self.blocks)
+        parts = zip(self.norms, self.blocks, state or [None] * count, split_documents(documents, count))
         states = []
-        for norm, block, before in zip(self.norms, self.blocks, state or [None] * len(self.blocks)):
-            y, after = block(norm(x)[0], before, mask=mask)
+        for norm, block, before, inside in parts:
+            y, after = block(norm(x)[0], before, mask=mask, documents=inside)
             x = x + y
             states.append(after)
         return x, tuple(states)

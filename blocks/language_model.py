@@ -13,12 +13,14 @@ from torch.nn.functional import cross_entropy, embedding
 
 from ..kernels.custom_op import NOT_TRACED
 from ..kernels.dispatch import transforming
+from ..kernels.documents import NONE, Documents
 from ..kernels.linear import project
 from ..registry import Spec
 from . import decode_plans  # noqa: F401 registers the plans
 from .block import Blocks, check_state, initial_state, is_sharded, like_of, with_parameters
 from .combinators import Layer
 from .decode import Decoder, model_decoder
+from .documents import expect_documents
 from .fingerprint import Fingerprint
 from .freezing import Frozen, freeze, thaw
 from .generation import Generation, generate
@@ -36,6 +38,8 @@ class ModelState(NamedTuple):
     """The states of the layers."""
     recipe: Tensor
     """``[batch]`` int64: the fingerprint of the model's recipe (``Fingerprint``)."""
+    document: Tensor
+    """``[batch]`` int64: the id of the document that the state belongs to, if the last tokens had one."""
 
 
 class ModelOutput(NamedTuple):
@@ -132,8 +136,10 @@ class LanguageModel(nn.Module):
             state: ModelState = self(embeddings=x).state
             return state
         layers = tuple(initial_state(layer, batch_size) for layer in self.layers)
-        number = torch.full((batch_size,), self.fingerprint.number, dtype=torch.int64, device=like.device)
-        return ModelState(layers, number)
+        return self._state(layers, torch.zeros(batch_size, dtype=torch.int64, device=like.device))
+
+    def _state(self, layers: tuple[State, ...], zeros: Tensor) -> ModelState:
+        return ModelState(layers, zeros + self.fingerprint.number, zeros + NONE)
 
     def __call__(self, *args: Any, **named: Any) -> Any:
         if torch.jit.is_tracing():  # before the arguments are bound: the exporter to ONNX gives all by position
@@ -148,6 +154,8 @@ class LanguageModel(nn.Module):
         targets: Tensor | None = None,
         *,
         embeddings: Tensor | None = None,
+        documents: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         check_finite: bool = True,
         rewindable: bool = False,
     ) -> ModelOutput:
@@ -158,8 +166,15 @@ class LanguageModel(nn.Module):
             state: the state returned by an earlier call, by default a fresh one.
             mask: ``[batch, time]`` bool, true at valid tokens. Other tokens do not change the state.
             targets: ``[batch, time]`` int64, the next token of each token: they are not shifted. -100 and masked
-                targets are ignored.
+                targets are ignored. With packed documents, the default is the next token of the document, and no target
+                for its last token.
             embeddings: ``[batch, time, dim]`` of the model's dtype, in place of ``tokens``.
+            documents: ``[batch, time]`` int64: the document of each token, for rows that hold several. Ids do not
+                decrease along a row. Each document begins from a fresh state, and the outputs, gradients and final
+                states are those of separate rows. The first document of a row goes on from ``state`` if its id is that
+                of the last token before (or if the tokens before had none).
+            cu_seqlens: ``[documents + 1]`` int32 or int64, in place of ``documents``: the boundaries of the documents
+                in one row, which may be empty. A given ``state`` is that of the first document.
             check_finite: raise for embeddings with NaN, infinity or values whose squares overflow at valid tokens.
             rewindable: keep copies of the inputs, so that ``out.rewind(count)`` returns the state after the first
                 ``count`` tokens.
@@ -198,7 +213,12 @@ class LanguageModel(nn.Module):
         if state is not None:
             self.check_state(state, rows)
             state = trainable(state) if recording else state
-        hidden, state = self.run(x, state, mask)
+        packed = None
+        if documents is not None or cu_seqlens is not None:
+            packed = expect_documents(documents, cu_seqlens, x, mask, None if state is None else state.document)
+            if targets is None and tokens is not None and self.vocab is not None:
+                targets = packed.next_tokens(tokens, IGNORED)
+        hidden, state = self.run(x, state, mask, packed)
         logits = None if self.vocab is None else self.predict(hidden)
         loss = None
         if targets is not None:
@@ -213,20 +233,23 @@ class LanguageModel(nn.Module):
         out._replay = functools.partial(rewind, self, before, given.clone(), mask=mask, check_finite=check_finite)
         return out
 
-    def run(self, x: Tensor, state: ModelState | None, mask: Tensor | None) -> tuple[Tensor, ModelState]:
+    def run(
+        self, x: Tensor, state: ModelState | None, mask: Tensor | None, documents: Documents | None = None
+    ) -> tuple[Tensor, ModelState]:
         """Run layers and norm without checks: ``x`` [batch, time, dim] -> hidden ``[batch, time, dim]``, state."""
-        if x.shape[1] == 0:
+        if x.shape[1] == 0 and documents is None:
             return x, state if state is not None else self.init_state(x.shape[0])
         if mask is not None and not torch.compiler.is_compiling() and bool(mask.all()):
             mask = None  # all tokens are valid: blocks are faster without a mask
         states = []
         for layer, before in zip(self.layers, [None] * len(self.layers) if state is None else state.layers):
-            x, after = layer(x, before, mask=mask)
+            x, after = layer(x, before, mask=mask, documents=documents)
             states.append(after)
         x, _ = self.norm(x)
         if state is None:
-            return x, ModelState(tuple(states), x.new_full(x.shape[:1], self.fingerprint.number, dtype=torch.int64))
-        return x, ModelState(tuple(states), state.recipe)
+            state = self._state(tuple(states), x.new_zeros(x.shape[:1], dtype=torch.int64))
+        document = state.document if documents is None else documents.after
+        return x, ModelState(tuple(states), state.recipe, document)
 
     def decoder(self, rows: int) -> Decoder:
         """Return a function like ``run`` for one token ``[rows, 1, dim]`` at a time: see ``decode.model_decoder``."""

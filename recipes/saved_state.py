@@ -143,6 +143,9 @@ def fill_state(fresh: State, tensors: dict[str, Tensor], prefix: str = "") -> St
 
 def _expect_state_of(model: LanguageModel, tensors: dict[str, Tensor], what: str) -> State:
     grows = any(getattr(module, "grows", False) for module in model.modules())
+    if "state.recipe" in tensors and "state.document" not in tensors:  # saved by version 0.1
+        with torch.no_grad():
+            tensors["state.document"] = model.init_state(1).document.expand_as(tensors["state.recipe"])
     fresh = expect_state(model.init_state, tensors, grows, what, "state")
     try:
         model.fingerprint.check(tensors["state.recipe"])

@@ -23,6 +23,7 @@ LAWS: dict[str, Callable[[Subject], None]] = {
     "row": batch.row,
     "rows": batch.rows,
     "mask": batch.mask,
+    "documents": sequence.documents,
     "hooked": modified.hooked,
     "gradient": tensors.gradient,
     "rewind": sequence.rewind,

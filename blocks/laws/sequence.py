@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ..documents import DocumentState
 from ..state import State, map_state, named_tensors, nbytes, select
 from .subject import Result, Subject
 
@@ -105,6 +106,52 @@ def rewind(subject: Subject) -> None:
     apart = [subject.run(x[row : row + 1, :2], end).y for row, end in enumerate(ends)]
     for name, gradient in subject.gradients(x, torch.cat(apart)).items():
         subject.same(f"gradient of {name} through a state gone back to", got[name], gradient, 10 * subject.tolerance)
+
+
+def documents(subject: Subject) -> None:
+    """Documents packed in rows give the outputs, gradients and final states of each as a row of its own.
+
+    Their lengths are around the period. Also with padding, cut anywhere, and before more tokens.
+    """
+    reach = max(2, min(subject.reach, 64))
+    rows = [[reach, 1, reach + 1], [1, reach - 1, 2, 2], [2 * reach + 2]]
+    time = max(map(sum, rows)) + 2
+    ids = torch.zeros(len(rows), time, dtype=torch.int64, device=subject.device)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    for b, lengths in enumerate(rows):
+        found = torch.arange(len(lengths), device=subject.device).repeat_interleave(torch.tensor(lengths))
+        ids[b, b : b + len(found)], mask[b, b : b + len(found)] = 3 * found, True
+        ids[b, b + len(found) :] = 3 * (len(lengths) - 1)
+    x = subject.tokens(len(rows), time).requires_grad_()
+    y, _ = subject.run(x, None, mask, documents=ids)
+    alone, ends = [], []
+    for b, lengths in enumerate(rows):
+        pieces, end, at = [torch.zeros_like(y[b, :b])], None, b
+        for length in lengths:
+            piece, end = subject.run(x[b : b + 1, at : at + length])
+            pieces, at = [*pieces, piece[0]], at + length
+        alone.append(torch.cat([*pieces, torch.zeros_like(y[b, at:])]))
+        ends.append(end)
+    expected = torch.stack(alone)
+    subject.same("outputs of packed documents", y.detach(), expected.detach())
+    gradients = subject.gradients(x, expected)
+    for name, gradient in subject.gradients(x, y).items():
+        subject.same(f"gradient of packed documents at {name}", gradient, gradients[name])
+    with torch.no_grad():
+        more = subject.tokens(len(rows), 3, salt=3)
+        following = [subject.run(more[b : b + 1], end) for b, end in enumerate(ends)]
+        for cut in (1, reach, reach + 1, time - 1):
+            first = subject.run(x[:, :cut], None, mask[:, :cut], documents=ids[:, :cut])
+            second = subject.run(x[:, cut:], first.state, mask[:, cut:], documents=ids[:, cut:])
+            subject.same(f"packed documents cut at {cut}", torch.cat([first.y, second.y], dim=1), expected.detach())
+            after, last = subject.run(more, second.state)
+            last = last.state if isinstance(last, DocumentState) else last._replace(document=last.document * 0)
+            for b, alone_after in enumerate(following):
+                subject.same(f"outputs after packed documents cut at {cut}", after[b : b + 1], alone_after.y)
+                wanted = alone_after.state
+                if hasattr(wanted, "document"):
+                    wanted = wanted._replace(document=wanted.document * 0)
+                subject.same_state(f"after packed documents cut at {cut}", select(last, [b]), wanted)
 
 
 def position(subject: Subject) -> None:

@@ -83,16 +83,23 @@ class Subject:
         shortest = max(19, self.reach + self.reach // 2 + 5)
         self.length = length or next(n for n in itertools.count(shortest) if _is_prime(n))
 
-    def run(self, x: Tensor, state: State = None, mask: Tensor | None = None, module: Any = None) -> Result:
+    def run(
+        self,
+        x: Tensor,
+        state: State = None,
+        mask: Tensor | None = None,
+        module: Any = None,
+        documents: Tensor | None = None,
+    ) -> Result:
         """Run ``module``, by default the subject, on ``x`` [rows, time, dim].
 
         The outputs of a model are its logits, or its hidden values if it has no vocabulary.
         """
         module = self.module if module is None else module
         if isinstance(module, LanguageModel):
-            out = module(embeddings=x, state=state, mask=mask, check_finite=False)
+            out = module(embeddings=x, state=state, mask=mask, documents=documents, check_finite=False)
             return Result(out.hidden if out.logits is None else out.logits, out.state)
-        y, state = module(x, state, mask=mask)
+        y, state = module(x, state, mask=mask, documents=documents)
         if y.shape != x.shape:  # otherwise a residual connection could broadcast them
             raise LawError("shape", f"inputs {list(x.shape)} gave outputs {list(y.shape)}: expected the same shape")
         return Result(y, state)

@@ -137,6 +137,11 @@ def break_laws(Leaky):
             y, after = super().forward(x, state, mask=mask)
             return (y * 1.001 if x.shape[1] == 1 else y), after
 
+    @breaks("documents")
+    class IgnoresDocuments(Leaky):
+        def forward(self, x, state=None, *, mask=None, documents=None):
+            return super().forward(x, state, mask=mask)
+
     @breaks("row")
     class MixesRows(Leaky):
         def forward(self, x, state=None, *, mask=None):

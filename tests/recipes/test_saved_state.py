@@ -122,7 +122,7 @@ class TestStates:
         rewrite(saved, lambda tensors: tensors.update({(name := max(tensors)): tensors[name][..., None]}))
         self.refused(saved, model, "is not a state of this model")
         saved.write_bytes(original)
-        rewrite(saved, lambda tensors: tensors.pop(min(tensors)))
+        rewrite(saved, lambda tensors: tensors.pop("state.recipe"))
         self.refused(saved, model, "is missing")
         saved.write_bytes(original)
         rewrite(saved, lambda tensors: tensors.update(extra=torch.zeros(2)))

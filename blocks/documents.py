@@ -1,0 +1,126 @@
+"""Documents packed in rows: each is processed as a row of its own, from a fresh state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels.documents import Documents, packed_ids
+from .observers import active
+from .state import State, as_rows, concatenate, select, where
+
+
+class DocumentState(NamedTuple):
+    """The state of a block after packed documents, and which document it belongs to."""
+
+    state: State
+    """The state of the block after the last document of each row."""
+    document: Tensor
+    """``[batch]`` int64: the id of that document. A call goes on with it if the first id of the row is the same."""
+
+
+def expect_documents(
+    documents: Tensor | None, cu_seqlens: Tensor | None, x: Tensor, mask: Tensor | None, before: Tensor | None
+) -> Documents:
+    """Return the documents of ``x`` [batch, time, ...]: see ``Documents``.
+
+    ``documents``: ids ``[batch, time]``. ``cu_seqlens``: boundaries ``[documents + 1]`` in one row, of which the first
+    document goes on from a given state unless it is empty.
+    """
+    rows, time = x.shape[:2]
+    if active:
+        raise ValueError("packed documents cannot be observed: give each document as a row")
+    if cu_seqlens is not None:
+        if documents is not None:
+            raise ValueError("give either documents [batch, time] or cu_seqlens [documents + 1], and not both")
+        ids, ended, empty = packed_ids(cu_seqlens, rows, time)
+        return Documents(ids.to(x.device), mask, None, ended=ended, empty=empty)
+    if not isinstance(documents, Tensor) or documents.dtype != torch.int64:
+        got = documents.dtype if isinstance(documents, Tensor) else type(documents).__name__
+        raise TypeError(f"documents: expected an int64 tensor [batch, time], got {got}")
+    if documents.shape != (rows, time):
+        raise ValueError(f"documents {list(documents.shape)}: expected [batch, time] = {[rows, time]}")
+    if documents.device != x.device:
+        raise ValueError(f"documents are on {documents.device}: expected {x.device}, as the inputs are")
+    return Documents(documents, mask, before)
+
+
+def run_documents(
+    run: Callable[..., tuple[Tensor, State]],
+    documents: Documents,
+    inputs: Sequence[Tensor],
+    state: State,
+    mask: Tensor | None,
+    init_state: Callable[[int], State],
+    *,
+    grows: bool = False,
+    join: Callable[[Sequence[State]], State] = concatenate,
+) -> tuple[Tensor, State]:
+    """Return the outputs ``[batch, time, ...]`` of packed documents, and the state after the last of each row.
+
+    Args:
+        run: ``run(*rows, state, mask)`` processes rows with one document each, whose padding is at the end. ``state``
+            is ``None`` for documents that begin.
+        documents: the documents of the batch.
+        inputs: tensors ``[batch, time, ...]``.
+        state: the state before the call; ``None``: a fresh one.
+        mask: that of the batch.
+        init_state: returns a fresh state.
+        grows: whether the states of rows differ in shape.
+        join: concatenates states.
+    """
+
+    def fresh(rows: int) -> State:
+        return init_state(rows) if documents.fresh is None else as_rows(documents.fresh, rows)
+
+    def begin(rows: int) -> State:
+        return None if documents.fresh is None else fresh(rows)
+
+    if state is None and (documents.fresh is not None or documents.empty):
+        state = fresh(documents.rows)
+    last = documents.last
+    goes_on = [i is None or documents.continues[i] for i in last]
+    if documents.apart and (all(goes_on) or not any(goes_on) or state is None or not grows):
+        if state is not None and not all(goes_on):
+            rows = torch.tensor(goes_on, device=documents.device)
+            state = where(rows, state, fresh(documents.rows)) if any(goes_on) else begin(documents.rows)
+        y, state = run(*inputs, state, mask)
+    else:
+        groups = documents.groups(grows and join is concatenate)
+        outputs, ends, order = [], [], []
+        for group in groups:
+            rows_of = [documents.row[i] for i in group.documents]
+            before = begin(len(rows_of))
+            if group.continues and state is not None:
+                before = state if rows_of == list(range(documents.rows)) else select(state, rows_of)
+            y, after = run(*(documents.unpack(x, group) for x in inputs), before, group.filled)
+            outputs.append(y)
+            final = [place for place, i in enumerate(group.documents) if last[documents.row[i]] == i]
+            if final:
+                ends.append(after if len(final) == len(rows_of) else select(after, final))
+                order += [rows_of[place] for place in final]
+        unread = [b for b, i in enumerate(last) if i is None]
+        if unread:
+            ends.append(fresh(len(unread)) if state is None else select(state, unread))
+            order += unread
+        y = documents.pack(outputs, groups)
+        state = _in_order(ends, order, join)
+    if documents.empty:
+        state = fresh(documents.rows)
+    return y, state
+
+
+def _in_order(states: list[State], order: list[int], join: Callable[[Sequence[State]], State]) -> State:
+    if len(states) == 1 and order == sorted(order):
+        return states[0]
+    try:
+        joined = join(states)
+    except ValueError as error:
+        raise ValueError(
+            "documents: some rows go on from the state and others begin a document, and the states of this block, "
+            f"which grow, cannot be in one batch: give these rows in separate calls ({error})"
+        ) from None
+    return select(joined, sorted(range(len(order)), key=order.__getitem__))

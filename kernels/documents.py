@@ -1,0 +1,241 @@
+"""Documents packed in rows: where each begins and ends, and tensors that have one row for each document.
+
+A packed row ``[a a a | b b | c c c c]`` becomes rows ``[a a a .]``, ``[b b . .]``, ``[c c c c]``. Documents of similar
+length share a tensor, so that little is padded.
+"""
+
+from __future__ import annotations
+
+import bisect
+import copy
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+NONE = torch.iinfo(torch.int64).min
+"""The id of no document: the row has had no token."""
+CALL = 64
+"""One more group costs about as much as this many tokens of padding."""
+SIZES = 64
+"""Maximum number of different lengths that are considered. Longer documents are rounded up."""
+
+
+class Group(NamedTuple):
+    """Documents that are processed together, one in each row."""
+
+    documents: list[int]
+    source: Tensor
+    """``[documents, longest]`` int64: the index of each token in ``[batch * time]``."""
+    filled: Tensor | None
+    """``[documents, longest]`` bool: false at padding; ``None`` if all documents have one length."""
+    continues: bool
+    """Whether the documents go on from the state of their row. Otherwise they begin."""
+
+
+class Documents:
+    """The documents of a batch ``[batch, time]`` of packed rows.
+
+    Args:
+        ids: ``[batch, time]`` int64: the document of each token. Does not decrease along a row.
+        mask: ``[batch, time]`` bool: tokens where it is false belong to no document.
+        before: ``[batch]`` int64: the document that the state before the call belongs to. A row's first document goes
+            on from the state if it has this id, or if the id is ``NONE``. By default, it goes on.
+        ended: the documents before the call have ended, although the first id may be equal.
+        empty: a document without tokens follows the last one. Its id is the last of the batch.
+
+    Raises ``TypeError`` or ``ValueError`` for ids of a wrong type, dtype, shape or order.
+    """
+
+    row: list[int]
+    """The row of each document, in the order of the tokens."""
+    length: list[int]
+    """The number of tokens of each document, at least 1."""
+    continues: list[bool]
+    """Whether the document goes on from the state of its row."""
+    last: list[int | None]
+    """For each row, its last document; ``None`` if the row has no tokens."""
+    after: Tensor
+    """``[batch]`` int64: the document that the state after the call belongs to."""
+    fresh: Any = None
+    """The state of one row from which documents begin, if it is not that of ``init_state``."""
+
+    def __init__(
+        self,
+        ids: Tensor,
+        mask: Tensor | None = None,
+        before: Tensor | None = None,
+        *,
+        ended: bool = False,
+        empty: int | None = None,
+    ) -> None:
+        self.rows, self.time = ids.shape
+        self.device, self.empty = ids.device, empty is not None
+        host = ids.cpu()
+        flat = torch.arange(host.numel()) if mask is None else mask.cpu().flatten().nonzero().flatten()
+        self._tokens, found = flat, host.flatten()[flat]
+        row = flat // max(self.time, 1)
+        same_row = row[1:] == row[:-1]
+        step = found[1:] - found[:-1]
+        wrong = (same_row & (step < 0)).nonzero()
+        if len(wrong):
+            at = int(flat[1:][wrong[0]])
+            old, new = int(found[wrong[0]]), int(found[wrong[0] + 1])
+            raise ValueError(
+                f"documents: id {new} at row {at // self.time}, token {at % self.time} follows {old}: expected ids "
+                "that do not decrease along a row"
+            )
+        # the first token of all, and each that differs from the one before in row or document
+        begins = F.pad(~same_row | (step != 0), (1, 0), value=True)[: len(flat)].nonzero().flatten()
+        self._starts: list[int] = begins.tolist()
+        self.row = row[begins].tolist()
+        self.length = torch.diff(begins, append=torch.tensor([len(flat)])).tolist()
+        self.last = [None] * self.rows
+        first: dict[int, int] = {}
+        for i, b in enumerate(self.row):
+            first.setdefault(b, i)
+            self.last[b] = i
+        known = [NONE] * self.rows if before is None else before.tolist()
+        names = found[begins].tolist()
+        self.continues = [first[b] == i and not ended and known[b] in (NONE, names[i]) for i, b in enumerate(self.row)]
+        after = [known[b] if i is None else names[i] for b, i in enumerate(self.last)]
+        self.after = torch.tensor(after if empty is None else [empty] * self.rows, device=self.device)
+        self.ended = ended
+
+    @functools.cached_property
+    def apart(self) -> bool:
+        """Whether no row has more than one document."""
+        return len(set(self.row)) == len(self.row)
+
+    def starting(self, fresh: Any) -> Documents:
+        """The same documents, which begin from the state ``fresh`` of one row."""
+        documents = copy.copy(self)
+        documents.fresh = fresh
+        return documents
+
+    def groups(self, last_together: bool = False) -> list[Group]:
+        """Divide the documents into groups of similar length.
+
+        Those that go on and those that begin are in different groups. ``last_together``: the last documents of the rows
+        are in one group each, in the order of the rows.
+        """
+        cache = vars(self).setdefault("_groups", {})
+        if last_together not in cache:
+            kinds: dict[tuple[bool, bool], list[int]] = {}
+            for i, continues in enumerate(self.continues):
+                kinds.setdefault((continues, last_together and self.last[self.row[i]] == i), []).append(i)
+            cache[last_together] = [
+                self._group(members, continues)
+                for (continues, together), all_ in kinds.items()
+                for members in ([all_] if together else group_by_length([(self.length[i], i) for i in all_]))
+            ]
+        groups: list[Group] = cache[last_together]
+        return groups
+
+    def _group(self, members: list[int], continues: bool) -> Group:
+        length = torch.tensor([self.length[i] for i in members])
+        start = torch.tensor([self._starts[i] for i in members])
+        time = torch.arange(int(length.max()))
+        # padding repeats the last token of the document
+        source = self._tokens[start[:, None] + torch.minimum(time, length[:, None] - 1)]
+        filled = None if bool((length == len(time)).all()) else (time < length[:, None]).to(self.device)
+        return Group(members, source.to(self.device), filled, continues)
+
+    def unpack(self, x: Tensor, group: Group) -> Tensor:
+        """``[batch, time, ...]`` -> ``[documents, longest, ...]``, zero at padding."""
+        rows = x.flatten(0, 1).index_select(0, group.source.flatten()).unflatten(0, group.source.shape)
+        if group.filled is None:
+            return rows
+        return rows.masked_fill(~group.filled.view(*group.filled.shape, *[1] * (x.dim() - 2)), 0.0)
+
+    def pack(self, outputs: list[Tensor], groups: list[Group]) -> Tensor:
+        """The outputs ``[documents, longest, ...]`` of each group -> ``[batch, time, ...]``, zero at masked tokens."""
+        flat = torch.cat([y.flatten(0, 1) for y in outputs])
+        cache = vars(self).setdefault("_targets", {})
+        key = id(groups)
+        if key not in cache:
+            target = torch.zeros(self.rows * self.time, dtype=torch.int64, device=self.device)
+            offset = 0
+            for group in groups:
+                place = torch.arange(offset, offset + group.source.numel(), device=self.device).view_as(group.source)
+                offset += group.source.numel()
+                source, place = (
+                    (group.source, place) if group.filled is None else (group.source[group.filled], place[group.filled])
+                )
+                target[source.flatten()] = place.flatten()
+            cache[key] = target
+        y = flat.index_select(0, cache[key]).unflatten(0, (self.rows, self.time))
+        if len(self._tokens) == self.rows * self.time:
+            return y
+        return y.masked_fill(~self._valid.view(self.rows, self.time, *[1] * (y.dim() - 2)), 0.0)
+
+    @functools.cached_property
+    def _valid(self) -> Tensor:
+        valid = torch.zeros(self.rows * self.time, dtype=torch.bool)
+        valid[self._tokens] = True
+        return valid.to(self.device)
+
+    def next_tokens(self, tokens: Tensor, ignored: int) -> Tensor:
+        """The token after each of ``tokens`` [batch, time] in its document, ``ignored`` at its last and if masked."""
+        flat = self._tokens.to(self.device)
+        following = tokens.flatten()[flat].roll(-1, 0)
+        ends = torch.tensor([*self._starts[1:], len(flat)], dtype=torch.int64) - 1
+        following[ends.to(self.device)] = ignored
+        targets = torch.full_like(tokens, ignored).flatten()
+        targets[flat] = following
+        return targets.view_as(tokens)
+
+
+def split_documents(documents: Documents | None, count: int) -> list[Documents | None]:
+    """The documents for each of ``count`` blocks, whose states make up the state of a block."""
+    if documents is None or documents.fresh is None:
+        return [documents] * count
+    return [documents.starting(fresh) for fresh in documents.fresh]
+
+
+def group_by_length(items: list[tuple[int, int]]) -> list[list[int]]:
+    """Divide ``(length, item)`` into groups such that padding to the longest and ``CALL`` for each group cost least."""
+    items = sorted(items)
+    longest = items[-1][0]
+    quantum = 1 if len({length for length, _ in items}) <= SIZES else -(-longest // SIZES)
+    sizes = sorted({-(-length // quantum) * quantum for length, _ in items})
+    counts = [bisect.bisect_right(items, (size, 2**62)) for size in sizes]
+    best: list[tuple[float, int]] = [(0.0, 0)]
+    for i, size in enumerate(sizes):
+        best.append(
+            min((best[j][0] + CALL + size * (counts[i] - (counts[j - 1] if j else 0)), j) for j in range(i + 1))
+        )
+    groups, i = [], len(sizes)
+    while i:
+        j = best[i][1]
+        groups.append([item for _, item in items[counts[j - 1] if j else 0 : counts[i - 1]]])
+        i = j
+    return groups
+
+
+def packed_ids(cu_seqlens: Any, rows: int, time: int) -> tuple[Tensor, bool, int | None]:
+    """The ids ``[1, time]`` of documents with the boundaries ``cu_seqlens`` [documents + 1], from 0 on.
+
+    Also returns whether the first document is empty, and the id of the last one if it is empty. Raises ``TypeError`` or
+    ``ValueError`` for boundaries that do not fit one row of ``time`` tokens.
+    """
+    if isinstance(cu_seqlens, list | tuple) and all(type(end) is int for end in cu_seqlens):
+        cu_seqlens = torch.tensor(cu_seqlens)
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        got = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise TypeError(f"cu_seqlens: expected an int32 or int64 tensor [documents + 1], got {got}")
+    if rows != 1:
+        raise ValueError(f"cu_seqlens: expected one packed row, got {rows} rows (documents= takes ids [batch, time])")
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
+        raise ValueError(f"cu_seqlens {list(cu_seqlens.shape)}: expected [documents + 1] with at least one document")
+    ends = cu_seqlens.cpu().long()
+    lengths = ends.diff()
+    if int(ends[0]) != 0 or int(ends[-1]) != time or bool((lengths < 0).any()):
+        raise ValueError(
+            f"cu_seqlens: expected boundaries from 0 to the number of tokens, {time}, that do not decrease, got "
+            f"{ends.tolist() if len(ends) < 12 else [*ends[:5].tolist(), '...', *ends[-5:].tolist()]}"
+        )
+    ids = torch.arange(len(lengths)).repeat_interleave(lengths)[None].to(cu_seqlens.device)
+    return ids, int(lengths[0]) == 0, len(lengths) - 1 if int(lengths[-1]) == 0 else None
