@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor, nn
 
-from ..kernels.linear import is_unmodified
+from ..kernels.linear import is_unmodified, module_tables
 from .block import Block, Memory
 from .segmented import forward_every
 from .state import State
@@ -94,7 +94,7 @@ class ModuleSnapshot:
     def __init__(self, module: nn.Module) -> None:
         self._tables: list[dict[Any, Any]] = []
         for child in module.modules():
-            self._tables += (child._modules, child._parameters, child._forward_hooks, child._forward_pre_hooks)
+            self._tables += module_tables(child)
         self._filled = [table for table in self._tables if table]
         self._tables += [vars(child) for child in module.modules()]  # where a forward of its own would be
         self._sizes = list(map(len, self._tables))

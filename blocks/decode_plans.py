@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..kernels.attention.decode import Cache, prepare_attention
 from ..kernels.linear import is_plain, is_unmodified, prepare_projection
-from ..kernels.memory import Tokens, prepare_read, prepare_step
+from ..kernels.memory import Tokens
+from ..kernels.memory.decode import prepare_read, prepare_step
 from ..kernels.norm_gate.decode import prepare_feed_forward, prepare_gate, prepare_gated_output, prepare_rms_norm
 from ..kernels.short_conv.decode import prepare_inputs
 from .attention import FEW, Attention, AttentionState

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..kernels.memory import measure_memory
+from ..kernels.memory.measure import measure_memory
 from ..kernels.padding import Layout
 from .observers import Learned, Observer, recomputing
 

@@ -288,7 +288,8 @@ def is_plain_cpu_tensor(*tensors: Tensor | None) -> bool:
             return False
     return (
         not torch.jit.is_tracing()
-        # one flag for all threads, which is also set while a compiler runs what it has just compiled
+        # PyTorch has no public function for this flag, and a mode such as make_fx's cannot be told from its results. The
+        # flag is one for all threads, and also set while a compiler runs what it has just compiled
         and (not is_in_torch_dispatch_mode() or THREAD.runs_operator)
         and not transforming()
         and (not torch.overrides.has_torch_function((_PROBE,)) or torch.get_default_device().type == "cpu")
@@ -334,14 +335,15 @@ def can_prepare(*weights: Tensor | None) -> bool:
 def sum_is_finite(*tensors: Tensor | None) -> bool:
     """False where a tensor holds NaN or infinity, and where finite elements overflow when added up.
 
-    The cheapest check there is: one pass over memory, and no tensor of the results.
+    The cheapest check there is: one pass over memory, and no tensor of the results. Other devices are waited for once.
     """
-    total = 0.0
+    total: Any = 0.0
     for x in tensors:
         if x is None:
             continue
         x = x.detach()
-        total += (x.sum(dtype=torch.float32) if x.dtype in _HALF else x.sum()).item()
+        part = x.sum(dtype=torch.float32) if x.dtype in _HALF else x.sum()
+        total += part.item() if x.is_cpu else part
     return math.isfinite(total)
 
 

@@ -35,11 +35,15 @@ LARGE = 128
 """Tokens, inputs and outputs from which on packing the operands pays."""
 
 
+# Hooks and compilation in place have no public functions that ask for them. Of the private names of nn.Module, all that
+# this package uses are in the next two functions.
+
+
 def is_unmodified(module: nn.Module, *methods: str) -> bool:
     """Whether calling ``module`` runs ``methods`` of its class and nothing else.
 
     False with hooks, after ``module.compile()``, and if the instance has its own version of one of ``methods``, such as
-    the ``forward`` that accelerate sets. PyTorch has no public function that says whether a module has hooks.
+    the ``forward`` that accelerate sets.
     """
     for method in methods:
         if method in vars(module):
@@ -56,6 +60,11 @@ def is_unmodified(module: nn.Module, *methods: str) -> bool:
         or everywhere._global_backward_hooks
         or everywhere._global_backward_pre_hooks
     )
+
+
+def module_tables(module: nn.Module) -> tuple[dict[Any, Any], ...]:
+    """The dictionaries in which ``module`` has its children, parameters, and hooks of ``forward``."""
+    return module._modules, module._parameters, module._forward_hooks, module._forward_pre_hooks
 
 
 class SmallLinear(nn.Linear):

@@ -1,7 +1,7 @@
 """The neural memory: a network whose weights are written while it reads (Titans, arXiv 2501.00663, eq. 8-15).
 
-The operations are in this file: :func:`titans_memory` writes and reads, :func:`read_memory` only reads,
-:func:`measure_memory` tells how surprising each token is. Each checks its arguments and picks a backend.
+The operations are in this file: :func:`titans_memory` writes and reads, :func:`read_memory` only reads. Each checks its
+arguments and picks a backend.
 
 =====================  ===============================================================================================
 ``state.py``           what goes in and comes out: ``MemoryState``, ``Tokens``, ``Options``
@@ -15,6 +15,8 @@ The operations are in this file: :func:`titans_memory` writes and reads, :func:`
                        matrices, ``network_torch.py`` the network at fixed weights and its derivatives
 ``step_torch.py``      backend ``step``: one token in few PyTorch operators
 ``triton/``            backends ``triton`` and ``triton_step``: the chunks of ``torch``, and one token, on a GPU
+``decode.py``          one token of each row, many times: plans of backend ``native_step``
+``measure.py``         ``measure_memory``: the surprise of each token
 ``surprise.py``        the norm of a token's gradient, and the threshold below which tokens are not written
 ``overflow.py``        confines NaN and infinity to the tokens from which on they belong to a memory
 =====================  ===============================================================================================
@@ -24,7 +26,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +35,6 @@ from ..custom_op import format_symint
 from ..dispatch import (
     Backend,
     Operation,
-    can_prepare,
     expect_tensors,
     full_precision,
     half_dtype,
@@ -50,13 +51,12 @@ from .network_torch import ACTIVATIONS, torch_read
 from .overflow import confine_overflow
 from .reference import reference_memory, reference_read
 from .state import BackendFunction, MemoryState, Options, Tokens
-from .step_cpu import ReadPlan, StepPlan, native_step, native_step_read, refuse_native_step
+from .step_cpu import native_step, native_step_read, refuse_native_step
 from .step_torch import torch_step
-from .surprise import ChunkWalk, surprise_at, thresholded_memory
+from .surprise import thresholded_memory
 
 __all__ = [
-    "MEMORY", "READ", "Measured", "MemoryState", "Options", "Tokens", "measure_memory", "memory_flops", "prepare_read",
-    "prepare_step", "read_memory", "titans_memory",
+    "MEMORY", "READ", "MemoryState", "Options", "Tokens", "memory_flops", "read_memory", "titans_memory",
 ]  # fmt: skip
 
 
@@ -192,47 +192,6 @@ def read_memory(
         return y
 
 
-class Measured(NamedTuple):
-    """What :func:`measure_memory` returns for every token, ``[batch, time, heads]`` each."""
-
-    surprise: Tensor
-    """The norm of its gradient at its anchor, before any clipping; float32 or wider."""
-    error: Tensor
-    """``|M(k) - v|^2`` there."""
-    suppressed: Tensor
-    """Bool: the surprise is below the threshold, and the token is not written."""
-
-
-@torch.no_grad()
-def measure_memory(
-    tokens: Tokens,
-    state: MemoryState,
-    norm: Tensor | None,
-    mask: Tensor | None,
-    options: Options,
-    *,
-    written: bool = True,
-) -> Measured:
-    """Measure the surprise of each token when :func:`titans_memory` writes the sequence.
-
-    The arguments are those of :func:`titans_memory`, grouped: ``(Tokens, state, norm, mask, Options)``.
-
-    The sequence is written once more, chunk by chunk, which takes several times as long as writing it at once. Values
-    at masked tokens are arbitrary. ``written=False``: nothing is written, and every token is measured at the weights of
-    the state.
-    """
-    compute = torch.promote_types(tokens.k.dtype, state.weights[0].dtype)
-    tokens = tokens._replace(q=tokens.k).map(lambda x: x.to(compute))
-    state, norm = state.to(compute), _cast(norm, compute)
-    with full_precision(tokens.k.device.type):
-        if not written or tokens.k.shape[1] == 0:
-            found = surprise_at(tokens.k, tokens.v, state.weights, options.activation, norm)
-            return Measured(*found, torch.zeros_like(found.norm, dtype=torch.bool))
-        walk = ChunkWalk(tokens, state, norm, mask, options, _write)
-        parts = [(*part.surprise, part.suppressed) for part in walk.parts(last=False)]
-        return Measured(*(walk.collect(list(each)) for each in zip(*parts)))
-
-
 def memory_flops(shapes: Sequence[tuple[int, int]], chunk: int, momentum: bool = True) -> int:
     """Useful forward FLOPs per token and head (a multiply-add is 2) of the chunkwise form.
 
@@ -249,38 +208,6 @@ def memory_flops(shapes: Sequence[tuple[int, int]], chunk: int, momentum: bool =
     first = shapes[0][0] * shapes[0][1]
     scores = 2 * chunk * sum(out + width for out, width in shapes)
     return 2 * total + 2 * (total - first) + 4 * (2 if momentum else 1) * total + scores
-
-
-def prepare_step(
-    tokens: Tokens, shapes: Sequence[tuple[int, int]], norm: Tensor | None, options: Options
-) -> StepPlan | None:
-    """Prepare repeated one-token calls of :func:`titans_memory`.
-
-    The caller writes each new token into the same tensors ``tokens``.
-
-    Returns a function of the state (layers of ``shapes`` ``(out, in)``, dtype of the tokens, no gradients), whose ``y``
-    is overwritten by the next call; or ``None`` where a plan would save nothing.
-    """
-    if can_prepare(*tokens, norm):
-        run = MEMORY.choose(
-            device="cpu", dtype=tokens.q.dtype, time=1, chunk=options.chunk, layers=len(shapes), plain=True, grad=False
-        )
-        if run is MEMORY.backends["native_step"].run:
-            return StepPlan(tokens, shapes, norm, options)
-    return None
-
-
-def prepare_read(q: Tensor, shapes: Sequence[tuple[int, int]], activation: str, norm: Tensor | None) -> ReadPlan | None:
-    """Prepare repeated calls of :func:`read_memory` with one query per row.
-
-    The caller writes each new query into the same tensor ``q``. Returns a function of the weights, whose result is
-    overwritten by the next call; or ``None`` where a plan would save nothing.
-    """
-    if can_prepare(q, norm):
-        run = READ.choose(device="cpu", dtype=q.dtype, time=1, layers=len(shapes), plain=True, grad=False)
-        if run is READ.backends["native_step"].run:
-            return ReadPlan(q, shapes, activation, norm)
-    return None
 
 
 # -- arguments ---------------------------------------------------------------------------------------------------------
@@ -415,15 +342,6 @@ def _backend(
         return confine_overflow(write, tokens, state, norm, mask, options)
 
     return Backend(name, run, refuse_more, opaque=True)
-
-
-def _write(
-    tokens: Tokens, state: MemoryState, norm: Tensor | None, mask: Tensor | None, options: Options
-) -> tuple[Tensor, MemoryState]:
-    """:func:`titans_memory` with the arguments of a :data:`BackendFunction`."""
-    return titans_memory(
-        *tokens, state, options.chunk, options.activation, norm, mask, clip=options.clip, read=options.read
-    )
 
 
 def _triton_memory(*arguments: Any) -> tuple[Tensor, MemoryState]:

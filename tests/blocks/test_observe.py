@@ -10,7 +10,8 @@ from torch.testing import assert_close
 import titans_build as tb
 from titans_build.blocks import observers
 from titans_build.blocks.state import named_tensors
-from titans_build.kernels.memory import Options, Tokens, measure_memory
+from titans_build.kernels.memory import Options, Tokens
+from titans_build.kernels.memory.measure import measure_memory
 from titans_build.kernels.short_conv import query_key_value
 
 MEMORY = {"type": "memory", "heads": 2, "chunk": 4}

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from titans_build.kernels.memory import MemoryState, measure_memory, titans_memory
+from titans_build.kernels.memory import MemoryState, titans_memory
+from titans_build.kernels.memory.measure import measure_memory
 
 TIME = 13
 NAMES = ("q", "k", "v", "theta", "eta", "alpha")

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from titans_build.kernels.cpu_runtime import library
-from titans_build.kernels.memory import MemoryState, prepare_read, read_memory, titans_memory
+from titans_build.kernels.memory import MemoryState, read_memory, titans_memory
+from titans_build.kernels.memory.decode import prepare_read
 
 
 def test_reading_is_the_operation_without_the_write():

@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from titans_build.kernels.memory import MemoryState, Options, Tokens, measure_memory, titans_memory
+from titans_build.kernels.memory import MemoryState, Options, Tokens, titans_memory
+from titans_build.kernels.memory.measure import measure_memory
 from titans_build.kernels.memory.surprise import thresholded_memory
 
 LOW, MIDDLE, HIGH = 1e-6, 8.0, 1e6
