@@ -19,6 +19,7 @@ from ..kernels.short_conv import query, query_key_value
 from ..kernels.short_conv.decode import Layers, memory_inputs, memory_query
 from ..registry import SameFunction, register
 from .block import Block, check_call
+from .memory_initialization import initialize_memory
 from .observers import active, report_learned
 
 
@@ -124,48 +125,8 @@ class NeuralMemory(Block):
             yield "learn_momentum", "there is no momentum to learn: momentum is false"
 
     def reset_parameters(self) -> None:
-        """Initialize all parameters.
-
-        ===========  =========================================================================================
-        projections  normal, std 1 / sqrt(dim); output half of it, to change the residual stream little
-        convolution  normal, std 1 / sqrt(taps), plus 1 at the current token; from taps near zero, training
-                     takes long to use the previous token
-        theta        bias -3: 0.05 of max_step. Gradients of the outer training pass through every update;
-                     from about 0.1 on they grow with the length and overflow by 4,096 tokens
-        eta          bias 1: a momentum decay of 0.73
-        alpha        bias -4 to -8 over the heads: half-lives of about 40 to 2,000 tokens
-        network      normal, std 1 / sqrt(in). Under LayerNorm, a step moves the output by step / |output|^2, so
-                     the std is larger: 1 in the first and last layer, 1.5 / sqrt(in) in the others
-        gains        1
-        ===========  =========================================================================================
-        """
-        for layer, std in ((self.qkv, 1.0), (self.output_gate, 1.0), (self.output, 0.5), (self.controls, 0.1)):
-            nn.init.normal_(layer.weight, std=std * self.dim**-0.5)
-        biases = [torch.full((self.heads,), -3.0)]
-        if self.momentum:
-            biases.append(torch.ones(self.heads))
-        if self.forgetting:
-            biases.append(torch.linspace(-4, -8, self.heads) if self.heads > 1 else torch.tensor([-6.0]))
-        bias = torch.cat(biases)
-        if self.gating == "hard_sigmoid":  # the values and slopes of the sigmoid; its own slope is 1 / 6
-            open_ = torch.sigmoid(bias)
-            bias = 6 * (open_ - 0.5)
-            self.controls.weight.mul_((6 * open_ * (1 - open_)).unsqueeze(-1))
-        self.controls.bias.copy_(bias)
-        if self.convolution is not None:
-            nn.init.normal_(self.convolution, std=self.conv**-0.5)
-            self.convolution[:, -1] += 1
-        last_layer = len(self.shapes) - 1
-        for i, weight in enumerate(self.initial_weights):
-            std = weight.shape[-1] ** -0.5
-            if self.norm_gain is not None:
-                std = 1.5 * std if 0 < i < last_layer else 1.0
-            nn.init.normal_(weight, std=std)
-        for momentum in self.initial_momentum:
-            nn.init.normal_(momentum, std=0.02 * momentum.shape[-1] ** -0.5)
-        for gain in (self.norm_gain, self.output_gain):
-            if gain is not None:
-                nn.init.ones_(gain)
+        """Initialize all parameters as described in ``initialize_memory``."""
+        initialize_memory(self)
 
     def init_state(self, batch_size: int) -> NeuralMemoryState:
         # the fast weights are of the parameters' dtype, but at least float32

@@ -43,8 +43,8 @@ class Observer:
     def __init__(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a module, got {type(model).__name__}")
-        # torch.compile(model) has the model under this name, which is also in the keys of its state_dict; PyTorch has no
-        # public function that returns it
+        # The model inside torch.compile(model) has this name, also in the keys of its state_dict. PyTorch has no public
+        # function that returns it.
         model = getattr(model, "_orig_mod", model)
         self._names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
         self._contexts = contextlib.ExitStack()

@@ -50,7 +50,8 @@ class BackendUnavailable(BackendError):
     """Raised by a backend that finds out at the call, before it has computed anything, that it cannot run."""
 
 
-def _never(**facts: Any) -> str | None:
+def never(**facts: Any) -> str | None:
+    """``refuse`` of a backend that runs everywhere."""
     return None
 
 
@@ -66,7 +67,7 @@ class Backend:
 
     name: str
     run: Callable[..., Any]
-    refuse: Callable[..., str | None] = _never
+    refuse: Callable[..., str | None] = never
     opaque: bool = False
 
 
@@ -288,8 +289,8 @@ def is_plain_cpu_tensor(*tensors: Tensor | None) -> bool:
             return False
     return (
         not torch.jit.is_tracing()
-        # PyTorch has no public function for this flag, and a mode such as make_fx's cannot be told from its results. The
-        # flag is one for all threads, and also set while a compiler runs what it has just compiled
+        # PyTorch has no public function for this flag, and results under make_fx look like any other. All threads share
+        # the flag, which is also set while a compiler runs what it has just compiled
         and (not is_in_torch_dispatch_mode() or THREAD.runs_operator)
         and not transforming()
         and (not torch.overrides.has_torch_function((_PROBE,)) or torch.get_default_device().type == "cpu")

@@ -40,18 +40,19 @@ from ..dispatch import (
     half_dtype,
     is_plain_cpu_tensor,
     needs_grad,
+    never,
     sum_is_finite,
     transforming,
 )
 from ..triton_runtime import refuse_memory as refuse_triton_memory
 from .chunkwise_torch import chunkwise_memory
 from .closed_form import closed_form_memory
-from .cpu import native_memory, native_read, refuse_native, refuse_native_read
+from .cpu import cpu_memory, cpu_read, refuse_cpu, refuse_cpu_read
 from .network_torch import ACTIVATIONS, torch_read
 from .overflow import confine_overflow
 from .reference import reference_memory, reference_read
 from .state import BackendFunction, MemoryState, Options, Tokens
-from .step_cpu import native_step, native_step_read, refuse_native_step
+from .step_cpu import cpu_step, cpu_step_read, refuse_cpu_step
 from .step_torch import torch_step
 from .surprise import thresholded_memory
 
@@ -311,7 +312,7 @@ def _cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def _backend(
     name: str,
     function: BackendFunction,
-    refuse: Callable[..., str | None] = lambda **facts: None,
+    refuse: Callable[..., str | None] = never,
     *,
     thresholds: bool = False,
     steps: bool = False,
@@ -360,7 +361,7 @@ def _refuse_triton(*, chunk: int = 1, **facts: Any) -> str | None:
     return f"takes chunks of up to 128 tokens, not {chunk}" if chunk > 128 else refuse_triton_memory(**facts)
 
 
-def _one_token(refuse: Callable[..., str | None] = lambda **facts: None) -> Callable[..., str | None]:
+def _one_token(refuse: Callable[..., str | None] = never) -> Callable[..., str | None]:
     """``refuse``, of a backend that takes one token per row and has no backward."""
 
     def refuse_more(*, time: int = 1, grad: bool = False, **facts: Any) -> str | None:
@@ -374,10 +375,10 @@ def _one_token(refuse: Callable[..., str | None] = lambda **facts: None) -> Call
 MEMORY = Operation(
     "memory",
     [
-        _backend("native_step", native_step, _one_token(refuse_native_step), thresholds=True, steps=True),
+        _backend("native_step", cpu_step, _one_token(refuse_cpu_step), thresholds=True, steps=True),
         _backend("triton_step", _triton_step, _one_token(refuse_triton_memory), steps=True),
         _backend("step", torch_step, _one_token(), thresholds=True, steps=True),
-        _backend("native", native_memory, refuse_native),
+        _backend("native", cpu_memory, refuse_cpu),
         _backend("triton", _triton_memory, _refuse_triton),
         _backend("torch", chunkwise_memory),
         _backend("closed_form", closed_form_memory, thresholds=True),
@@ -392,7 +393,7 @@ MEMORY = Operation(
 
 
 def _read_backend(
-    name: str, function: Callable[..., Tensor], refuse: Callable[..., str | None] = lambda **facts: None, **flags: bool
+    name: str, function: Callable[..., Tensor], refuse: Callable[..., str | None] = never, **flags: bool
 ) -> Backend:
     """``function`` takes queries in the weights' dtype. Cast here, so that a compiled graph has ``q`` itself."""
 
@@ -414,8 +415,8 @@ def _triton_read(*arguments: Any) -> Tensor:
 READ = Operation(
     "memory_read",
     [
-        _read_backend("native_step", native_step_read, _one_token(refuse_native_step), opaque=True),
-        _read_backend("native", native_read, refuse_native_read, opaque=True),
+        _read_backend("native_step", cpu_step_read, _one_token(refuse_cpu_step), opaque=True),
+        _read_backend("native", cpu_read, refuse_cpu_read, opaque=True),
         Backend("triton", _triton_read, refuse_triton_memory, opaque=True),  # casts what it loads
         _read_backend("torch", torch_read),
         _read_backend("reference", reference_read),

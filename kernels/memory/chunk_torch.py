@@ -1,8 +1,8 @@
 """The mathematics of a group of chunks in PyTorch: writing, reading, and the derivatives of both.
 
-Tensors are ``[chunks, rows, b, width]``, a row being a batch row and a head. The error ``d_l`` is half the
+Tensors are ``[chunks, batch_heads, b, width]``, where ``batch_heads = batch * heads``. The error ``d_l`` is half the
 gradient of the loss with respect to ``z_l``; the factor 2 is in the decay matrices. The state of a layer is one stack
-``[rows, s, out, in]``: weights, then momentum.
+``[batch_heads, s, out, in]``: weights, then momentum.
 """
 
 from __future__ import annotations
@@ -59,29 +59,37 @@ class Written(NamedTuple):
     """What writing a group computes for its reads and its backward. Lists have an entry for each layer."""
 
     stacks: list[Tensor]
-    """The state at every chunk start and at the end: ``[chunks + 1, rows, s, out, in]``."""
+    """The state at every chunk start and at the end: ``[chunks + 1, batch_heads, s, out, in]``."""
     inputs: list[Tensor]
-    """``a_l``: ``[chunks, rows, b, in]``; the first are the keys themselves and are set by the writer."""
+    """``a_l``: ``[chunks, batch_heads, b, in]``; the first are the keys themselves and are set by the writer."""
     outputs: list[Tensor]
-    """``z_l`` before the activation, and the last layer's output: ``[chunks, rows, b, out]``."""
+    """``z_l`` before the activation, and the last layer's output: ``[chunks, batch_heads, b, out]``."""
     upstream: list[Tensor]
     """``d_{l+1} W_{l+1}``, before the slope at ``z_l``: of layers below the last; for backward only."""
     unclipped: list[Tensor]
-    """``d_l`` before clipping: ``[chunks, rows, b, out]``; the same tensors as ``errors`` where nothing is clipped."""
+    """``d_l`` before clipping: ``[chunks, batch_heads, b, out]``; those of ``errors`` where nothing is clipped."""
     errors: list[Tensor]
     """``d_l``."""
 
     @classmethod
     def allocate(
-        cls, chunks: int, rows: int, b: int, stacks: Sequence[Tensor], scratch: Scratch, *, backward: bool, clip: bool
+        cls,
+        chunks: int,
+        batch_heads: int,
+        b: int,
+        stacks: Sequence[Tensor],
+        scratch: Scratch,
+        *,
+        backward: bool,
+        clip: bool,
     ) -> Written:
-        """For ``chunks`` chunks of ``b`` tokens and states like ``stacks`` ``[rows, s, out, in]``, from ``scratch``."""
+        """For chunks of ``b`` tokens and states like ``stacks`` ``[batch_heads, s, out, in]``, from ``scratch``."""
         shapes = [stack.shape[-3:] for stack in stacks]
-        token = lambda name, l, width: scratch(f"{name} {l}", chunks, rows, b, width)  # noqa: E731
+        token = lambda name, l, width: scratch(f"{name} {l}", chunks, batch_heads, b, width)  # noqa: E731
         outs = list(enumerate(out for _, out, _ in shapes))
         unclipped = [token("unclipped", l, out) for l, out in outs]
         return cls(
-            [scratch(f"stack {l}", chunks + 1, rows, *shape) for l, shape in enumerate(shapes)],
+            [scratch(f"stack {l}", chunks + 1, batch_heads, *shape) for l, shape in enumerate(shapes)],
             [token("input", l, width) for l, (_, _, width) in enumerate(shapes)],
             [token("output", l, out) for l, out in outs],
             [token("upstream", l, out) for l, out in outs[:-1]] if backward else [],
@@ -97,7 +105,7 @@ class Written(NamedTuple):
         return Written([x[: chunks + 1] for x in self.stacks], inputs, outputs, upstream, unclipped, errors)
 
     def at(self, i: int | slice) -> Written:
-        """Chunk ``i``, or several as one batch of ``chunks * rows``; stacks are those at chunk starts."""
+        """Chunk ``i``, or several as one batch of ``chunks * batch_heads``; stacks are those at chunk starts."""
         pick = (lambda x: x[i]) if isinstance(i, int) else (lambda x: x[i].flatten(0, 1))
         unclipped = [pick(x) for x in self.unclipped]
         errors = unclipped if self.errors is self.unclipped else [pick(x) for x in self.errors]
@@ -125,7 +133,7 @@ class WrittenGrad(NamedTuple):
 
 
 class ChunkNetwork:
-    """The memory network ``M``; ``gain`` ``[rows, 1, d]`` is given when ``M(x) = x + LN(net(x)) * gain``."""
+    """The memory network ``M``; ``gain`` ``[batch_heads, 1, d]`` is given when ``M(x) = x + LN(net(x)) * gain``."""
 
     decay = staticmethod(chunk_decay)
 
@@ -202,7 +210,7 @@ class ChunkNetwork:
     def read(self, queries: Tensor, decay: ChunkDecay, written: Written, query_activations: list[Tensor]) -> Tensor:
         """All of the group's queries, each at the weights after its token (or before it).
 
-        ``query_activations``: where to keep each layer's output ``Z_l`` ``[chunks, rows, b, out]``, or ``[]``.
+        ``query_activations``: where to keep each layer's output ``Z_l`` ``[chunks, batch_heads, b, out]``, or ``[]``.
         """
         state = written.at(slice(None))
         read, carry = decay.read.flatten(0, 1), decay.carry.flatten(0, 1)

@@ -1,7 +1,7 @@
 """The torch backend of the memory operation: the chunkwise form with its own backward, for any device and any sequence.
 
 A sequence is cut at chunk boundaries, and rows at different phases of their chunks are lined up. Tokens then are
-``[chunks, rows, b, d]`` (a row is a batch row and a head) and are worked on a group of chunks at a time:
+``[chunks, batch * heads, b, d]`` and are worked on a group of chunks at a time:
 
 * Writing goes chunk by chunk, because each chunk's gradients are taken at the weights it starts from: keys forward,
   errors back, and the state on by one product with the gates (``mix``) and one with the errors.
@@ -15,7 +15,7 @@ A sequence is cut at chunk boundaries, and rows at different phases of their chu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias, overload
 
 import torch
@@ -27,12 +27,12 @@ from ..padding import align
 from .chunk_torch import ChunkNetwork, Scratch, Written, WrittenGrad
 from .closed_form import closed_form_memory
 from .decay_torch import ChunkDecay
-from .network_torch import gain_per_row
-from .state import MemoryState, Options, Tokens
+from .network_torch import repeat_gain
+from .state import MemoryState, Options, Tokens, where_rows
 
 GROUP = 8
 """Chunks worked on together: enough for large products, few enough that their work stays near the cache."""
-KEPT_BYTES = 160 * 2**20
+CHECKPOINT_BYTES = 160 * 2**20
 """Every chunk's starting state is kept for backward up to this size (beyond it one in ``GROUP`` or fewer), and so are
 the network's hidden values (beyond it they are recomputed)."""
 
@@ -101,13 +101,12 @@ def _ragged(
     valid = layout.filled.unsqueeze(-1).expand_as(tokens.theta).to(tokens.theta)
 
     last = (phase + layout.length) // chunk * size  # the slot at which each row's last chunk begins
-    pick = lambda rows, new, old: tuple(torch.where(rows.view(-1, 1, 1, 1), a, b) for a, b in zip(new, old))  # noqa: E731
-    anchor, outputs = pick(phase > 0, state.anchor, state.weights), []
+    anchor, outputs = where_rows(phase > 0, state.anchor, state.weights), []
     spans = [(stop, size) for stop in sorted({*last.tolist(), slots})]
     for stop, y, after in _spans(tokens, state, norm, valid, anchor, spans, options, network):
         outputs.append(y)
-        anchor = pick(last == stop, after.weights, anchor)
-    anchor = pick(layout.length > 0, anchor, state.anchor)
+        anchor = where_rows(last == stop, after.weights, anchor)
+    anchor = where_rows(layout.length > 0, anchor, state.anchor)
     y = layout.collect(_joined(outputs))
     return y, after._replace(anchor=anchor, position=state.position + layout.length)
 
@@ -171,49 +170,50 @@ class _Chunkwise(torch.autograd.Function):
         b = options.chunk
         batch, time, heads, _ = q.shape
         s = 1 if eta is None else 2
-        anchor = [_rows(w) for w in state[s * layers :]] or None
-        stacks = [torch.stack([_rows(state[l + part * layers]) for part in range(s)], dim=1) for l in range(layers)]
+        anchor = [_merge_heads(w) for w in state[s * layers :]] or None
+        stacks = _stacks(state, layers, s)
         chunks = time // b
-        keep, activations_kept = 0, False
+        interval, saves_activations = 0, False
         if any(ctx.needs_input_grad):
-            keep = options.keep or _affordable_keep(chunks, sum(x.numel() * x.element_size() for x in stacks))
+            interval = options.keep or _affordable_interval(chunks, sum(x.numel() * x.element_size() for x in stacks))
             activations = 2 * batch * time * heads * sum(x.shape[2] for x in stacks) * q.element_size()
-            activations_kept = options.keep in (None, 1) and activations <= KEPT_BYTES
-        size = min(chunks, keep if keep > 1 else GROUP)
+            saves_activations = options.keep in (None, 1) and activations <= CHECKPOINT_BYTES
+        size = min(chunks, interval if interval > 1 else GROUP)
 
         y = q.new_empty(batch, time, heads, v.shape[-1])
         scratch = Scratch.of(q)
-        net = network(options.activation, None if gain is None else gain_per_row(gain, batch), options.clip, scratch)
+        net = network(options.activation, None if gain is None else repeat_gain(gain, batch), options.clip, scratch)
         buffers = Written.allocate(
             size, batch * heads, b, stacks, scratch, backward=False, clip=options.clip is not None
         )
         # where every state is kept, it is computed in the place it is kept at
-        kept = [x.new_empty(chunks + 1 if keep == 1 else -(-chunks // size), *x.shape) for x in stacks] if keep else []
+        states = chunks + 1 if interval == 1 else -(-chunks // size)
+        checkpoints = [x.new_empty(states, *x.shape) for x in stacks] if interval else []
         token = lambda x: q.new_empty(chunks, batch * heads, b, x.shape[2])  # noqa: E731
-        key_activations = [token(x) for x in stacks] if activations_kept else []
-        query_activations = [token(x) for x in stacks] if activations_kept else []
+        key_activations = [token(x) for x in stacks] if saves_activations else []
+        query_activations = [token(x) for x in stacks] if saves_activations else []
         for group, (first, times) in enumerate(_groups(chunks, size, b)):
             gates: list[Any] = [None if x is None else _chunks(x, times, b) for x in (theta, eta, alpha, valid)]
             decay = net.decay(gates[0], gates[1], gates[2], gates[3], options.read == "after")
             span = slice(first, first + decay.mix.shape[0])
             written = buffers.first(decay.mix.shape[0])
-            if activations_kept:
+            if saves_activations:
                 written.outputs[:] = [x[span] for x in key_activations]
-            if keep == 1:
-                written.stacks[:] = [store[first : span.stop + 1] for store in kept]
-            if keep != 1 or first == 0:
+            if interval == 1:
+                written.stacks[:] = [store[first : span.stop + 1] for store in checkpoints]
+            if interval != 1 or first == 0:
                 for buffer, stack in zip(written.stacks, stacks):
                     buffer[0] = stack
             net.write(_chunks(k, times, b), _chunks(v, times, b), decay, written, anchor if first == 0 else None)
-            if keep > 1:
-                for store, buffer in zip(kept, written.stacks):
+            if interval > 1:
+                for store, buffer in zip(checkpoints, written.stacks):
                     store[group] = buffer[0]
             _scatter(y, net.read(_chunks(q, times, b), decay, written, [x[span] for x in query_activations]), times, b)
             stacks = [buffer[-1] for buffer in written.stacks]
-        if keep:
-            ctx.save_for_backward(*tensors, *key_activations, *query_activations, *kept)
+        if interval:
+            ctx.save_for_backward(*tensors, *key_activations, *query_activations, *checkpoints)
             ctx.options, ctx.network, ctx.layers, ctx.valid, ctx.size = options, network, layers, valid, size
-            ctx.all_kept, ctx.activations_kept = keep == 1, activations_kept
+            ctx.saves_all, ctx.saves_activations = interval == 1, saves_activations
         scratch.release()
         final = [stack[:, part].clone().unflatten(0, (batch, heads)) for part in range(s) for stack in stacks]
         return (y, *final)
@@ -229,24 +229,24 @@ def _backward(ctx: Any, grad_y: Tensor, *grad_state: Tensor) -> tuple[Tensor | N
     options, layers, size = ctx.options, ctx.layers, ctx.size
     b, clip = options.chunk, options.clip
     q, k, v, theta, eta, alpha, gain, *state = ctx.saved_tensors
-    state, kept = state[:-layers], state[-layers:]
+    state, checkpoints = state[:-layers], state[-layers:]
     key_activations: list[Tensor] = []
     query_activations: list[Tensor] = []
-    if ctx.activations_kept:
+    if ctx.saves_activations:
         state, key_activations, query_activations = state[: -2 * layers], state[-2 * layers : -layers], state[-layers:]
     batch, time, heads, _ = q.shape
     s = 1 if eta is None else 2
-    anchor = [_rows(w) for w in state[s * layers :]] or None
+    anchor = [_merge_heads(w) for w in state[s * layers :]] or None
     chunks = time // b
     scratch = Scratch.of(q)
-    net = ctx.network(options.activation, None if gain is None else gain_per_row(gain, batch), clip, scratch)
-    buffers = Written.allocate(size, batch * heads, b, kept, scratch, backward=True, clip=clip is not None)
+    net = ctx.network(options.activation, None if gain is None else repeat_gain(gain, batch), clip, scratch)
+    buffers = Written.allocate(size, batch * heads, b, checkpoints, scratch, backward=True, clip=clip is not None)
     grad_buffers = WrittenGrad.allocate(buffers, scratch)
 
     grads = Tokens(q, k, v, theta, eta, alpha).map(lambda x: x.new_empty(x.shape))
     grad_gain: Any = None if net.gain is None else torch.zeros_like(net.gain)
     grad_anchor = [torch.zeros_like(w) for w in anchor] if anchor else None
-    grad_end = [torch.stack([_rows(grad_state[l + part * layers]) for part in range(s)], dim=1) for l in range(layers)]
+    grad_end = _stacks(grad_state, layers, s)
     for group, (first, times) in reversed(list(enumerate(_groups(chunks, size, b)))):
         with torch.enable_grad():
             gates: list[Any] = [
@@ -260,17 +260,17 @@ def _backward(ctx: Any, grad_y: Tensor, *grad_state: Tensor) -> tuple[Tensor | N
         for buffer, end in zip(grad.stacks, grad_end):
             buffer[-1] = end  # before anything else: it may be the first entry of these same buffers
         span = slice(first, first + len(keys))
-        if ctx.activations_kept:
+        if ctx.saves_activations:
             for buffer, store in zip(written.outputs, key_activations):
                 buffer.copy_(store[span])
-        if ctx.all_kept:
-            written.stacks[:] = [store[span] for store in kept]
-            net.rewrite(keys, values, written, own, outputs_known=ctx.activations_kept)
+        if ctx.saves_all:
+            written.stacks[:] = [store[span] for store in checkpoints]
+            net.rewrite(keys, values, written, own, outputs_known=ctx.saves_activations)
         else:
-            for buffer, store in zip(written.stacks, kept):
+            for buffer, store in zip(written.stacks, checkpoints):
                 buffer[0] = store[group]
             net.write(keys, values, decay, written, own)
-        if ctx.activations_kept:
+        if ctx.saves_activations:
             reading = [x[span] for x in query_activations]
         else:
             reading = [scratch(f"query activation {l}", *x.shape) for l, x in enumerate(written.outputs)]
@@ -300,14 +300,14 @@ def _backward(ctx: Any, grad_y: Tensor, *grad_state: Tensor) -> tuple[Tensor | N
     return (None, None, None, None, *grads, grad_gain, *(x.unflatten(0, (batch, heads)) for x in state))
 
 
-def _affordable_keep(chunks: int, state_bytes: int) -> int:
-    """Chunks between kept states: all are kept while they fit ``KEPT_BYTES``, else one in 8, 16, 32, ..."""
-    if chunks * state_bytes <= KEPT_BYTES:
+def _affordable_interval(chunks: int, state_bytes: int) -> int:
+    """Chunks between saved states: all are saved while they fit ``CHECKPOINT_BYTES``, else one in 8, 16, 32, ..."""
+    if chunks * state_bytes <= CHECKPOINT_BYTES:
         return 1
-    keep = GROUP
-    while chunks * state_bytes > keep * KEPT_BYTES:
-        keep *= 2
-    return keep
+    interval = GROUP
+    while chunks * state_bytes > interval * CHECKPOINT_BYTES:
+        interval *= 2
+    return interval
 
 
 def _groups(chunks: int, size: int, b: int) -> list[tuple[int, slice]]:
@@ -324,7 +324,7 @@ def _chunks(x: Tensor, times: slice, b: int) -> Tensor: ...
 @overload
 def _chunks(x: None, times: slice, b: int) -> None: ...
 def _chunks(x: Tensor | None, times: slice, b: int) -> Tensor | None:
-    """``[batch, time, heads, ...]`` -> the group's ``[chunks, rows, b, ...]``, detached and contiguous."""
+    """``[batch, time, heads, ...]`` -> the group's ``[chunks, batch * heads, b, ...]``, detached and contiguous."""
     return None if x is None else _view(x.detach(), times, b).contiguous().flatten(1, 2)
 
 
@@ -334,6 +334,13 @@ def _scatter(x: Tensor, group: Tensor, times: slice, b: int) -> None:
     view.copy_(group.view(view.shape))
 
 
-def _rows(w: Tensor) -> Tensor:
+def _stacks(state: Sequence[Tensor], layers: int, parts: int) -> list[Tensor]:
+    """Per layer ``[batch * heads, parts, out, in]``: weights, and with two parts momentum."""
+    return [
+        torch.stack([_merge_heads(state[l + part * layers]) for part in range(parts)], dim=1) for l in range(layers)
+    ]
+
+
+def _merge_heads(w: Tensor) -> Tensor:
     """``[batch, heads, ...]`` -> ``[rows, ...]``, contiguous: a network may ignore strides."""
     return w.reshape(-1, *w.shape[2:]).contiguous()

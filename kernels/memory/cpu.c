@@ -1,9 +1,9 @@
 /* The memory operation on a CPU, forward and backward: every batch row and head on its own, chunk after chunk, with
    all of a chunk's work in the cache of one core.
 
-   For backward, forward keeps the state every `every` chunks and, with `activations_kept`, the layers' outputs for the
-   queries; those for the keys are cheaper to recompute than to keep. Backward goes through these groups of chunks from
-   the last to the first: it recomputes a group's chunks from the state that was kept, and then differentiates them one
+   For backward, forward saves the state every `interval` chunks and, with `saves_activations`, the layers' outputs for
+   the queries; those for the keys are cheaper to recompute than to save. Backward goes through these groups of chunks
+   from the last to the first: it recomputes a group's chunks from the state that was saved, and then differentiates them one
    by one in reverse. */
 
 #include "network.h"
@@ -14,14 +14,14 @@
 
 typedef struct {
     int64_t batch, time, heads, layers, chunk, activation, momentum, normed, after, backward, threads;
-    int64_t every, activations_kept, kept_numbers; /* of one row and head; every = 0: nothing is kept */
+    int64_t interval, saves_activations, saved_numbers; /* of one row and head; interval = 0: nothing is saved */
     int64_t widths[LAYERS + 1];
     tokens q, k, v, theta, eta, alpha, y;
     tokens grad_q, grad_k, grad_v, grad_theta, grad_eta, grad_alpha, grad_y;
     real *gain, *grad_gain; /* [heads, d_out], [batch, heads, d_out] */
     int64_t *phase;         /* [batch]: each row's position in its chunk */
     int32_t *order, *count; /* [batch, time], [batch]: the tokens each row has; null: all */
-    real *kept;
+    real *saved;
     matrices before[3][LAYERS], end[3][LAYERS]; /* weights, momentum, anchor; null: not wanted */
     matrices grad_before[3][LAYERS], grad_end[3][LAYERS];
     double clip;
@@ -128,7 +128,7 @@ typedef struct {
     int phase, count, chunks;
     int ends;                  /* the row ends with a whole chunk */
     int anchored;              /* the given anchor matters: the row is inside a chunk, or does not move */
-    real *states, *activations; /* what is kept for backward */
+    real *states, *activations; /* what is saved for backward */
 } task;
 
 static int chunks_of(const call *call, int64_t row) {
@@ -143,23 +143,23 @@ static task task_of(const call *call, int64_t index) {
     t.chunks = chunks_of(call, t.row);
     t.ends = (t.phase + t.count) % call->chunk == 0;
     t.anchored = t.phase || t.count == 0;
-    t.states = call->kept ? call->kept + index * call->kept_numbers : NULL;
-    if (call->activations_kept)
-        t.activations = t.states + call->kept_numbers - call->time * outputs(&t.net);
+    t.states = call->saved ? call->saved + index * call->saved_numbers : NULL;
+    if (call->saves_activations)
+        t.activations = t.states + call->saved_numbers - call->time * outputs(&t.net);
     return t;
 }
 
-/* Numbers that one row and head keeps. The first state was given, and is available again. */
-static int64_t kept_numbers(const call *call, const network *net) {
+/* Numbers that one row and head saves. The first state was given, and is available again. */
+static int64_t saved_numbers(const call *call, const network *net) {
     int chunks = 1;
     for (int64_t row = 0; row < call->batch; row++)
         chunks = max(chunks, chunks_of(call, row));
-    return call->every ? (chunks - 1) / call->every * (int64_t)state_numbers(net) +
-                             (call->activations_kept ? call->time * outputs(net) : 0)
+    return call->interval ? (chunks - 1) / call->interval * (int64_t)state_numbers(net) +
+                             (call->saves_activations ? call->time * outputs(net) : 0)
                        : 0;
 }
 
-/* Where the layers' outputs for the queries of n tokens from `first` on are: kept, or work. */
+/* Where the layers' outputs for the queries of n tokens from `first` on are: saved, or work. */
 static void locate_query_z(const task *t, const work *w, int first, int n, real **query_z) {
     const network *net = &t->net;
     memcpy(query_z, w->query_z, sizeof w->query_z);
@@ -248,11 +248,11 @@ static void store_anchor(const task *t, const matrices *to, real *const *anchor)
             store_matrix(net->in[l], net->out[l], &to[l], t->row, t->head, anchor[l]);
 }
 
-static void copy_state(const network *net, real *const *state, real *kept, int restore) {
+static void copy_state(const network *net, real *const *state, real *saved, int restore) {
     for (int l = 0; l < net->layers; l++) {
         size_t size = (size_t)net->parts * net->rows[l] * net->width[l];
-        memcpy(restore ? state[l] : kept, restore ? kept : state[l], size * sizeof(real));
-        kept += size;
+        memcpy(restore ? state[l] : saved, restore ? saved : state[l], size * sizeof(real));
+        saved += size;
     }
 }
 
@@ -276,8 +276,8 @@ static void forward_task(const call *call, int64_t index, real *scratch) {
     for (int i = 0; i < t.chunks; i++) {
         piece p = tokens_of_chunk(&t, i);
         load_tokens(&t, &p, &w);
-        if (call->every && i && i % call->every == 0)
-            copy_state(net, c.state, t.states + (i / call->every - 1) * state_numbers(net), 0);
+        if (call->interval && i && i % call->interval == 0)
+            copy_state(net, c.state, t.states + (i / call->interval - 1) * state_numbers(net), 0);
         real *query_z[LAYERS];
         locate_query_z(&t, &w, p.first, p.n, query_z);
         anchor anchor = anchor_of(&t, &w, &c, i, 0, 0);
@@ -304,12 +304,12 @@ static void add(const network *net, real *const *to, real *const *more) {
             store_vec(to[l] + i, load_vec(to[l] + i) + load_vec(more[l] + i));
 }
 
-/* Recompute the chunks start .. stop - 1 from the state that was kept at their start. */
+/* Recompute the chunks start .. stop - 1 from the state that was saved at their start. */
 static void recompute(const task *t, work *w, chunk *group, int start, int stop) {
     const call *call = t->call;
     const network *net = &t->net;
     if (start)
-        copy_state(net, group[0].state, t->states + (start / call->every - 1) * state_numbers(net), 1);
+        copy_state(net, group[0].state, t->states + (start / call->interval - 1) * state_numbers(net), 1);
     else
         load_state(t, call->before, group[0].state);
     for (int i = start; i < stop; i++) {
@@ -327,12 +327,12 @@ static void recompute(const task *t, work *w, chunk *group, int start, int stop)
 static void backward_task(const call *call, int64_t index, real *scratch) {
     task t = task_of(call, index);
     const network *net = &t.net;
-    int top = net->layers - 1, every = (int)call->every;
+    int top = net->layers - 1, interval = (int)call->interval;
     arena arena = {scratch, 0};
     work w = {0};
-    chunk group[every];
+    chunk group[interval];
     take_work(net, &arena, &w, 1);
-    for (int i = 0; i < every; i++)
+    for (int i = 0; i < interval; i++)
         take_chunk(net, &arena, &group[i]);
     load_gain(&t, &w);
     memset(w.grad_gain, 0, net->width[top] * sizeof(real));
@@ -352,8 +352,8 @@ static void backward_task(const call *call, int64_t index, real *scratch) {
     else if (t.chunks <= 1 && t.anchored) /* it is still the given one */
         add(net, w.grad_anchor, w.grad_last_anchor);
 
-    for (int start = t.chunks ? (t.chunks - 1) / every * every : -1; start >= 0; start -= every) {
-        int stop = min(start + every, t.chunks);
+    for (int start = t.chunks ? (t.chunks - 1) / interval * interval : -1; start >= 0; start -= interval) {
+        int stop = min(start + interval, t.chunks);
         recompute(&t, &w, group, start, stop);
         for (int i = stop - 1; i >= start; i--) {
             chunk *c = &group[i - start];
@@ -395,16 +395,16 @@ static void backward_task(const call *call, int64_t index, real *scratch) {
 
 /* -- entry ---------------------------------------------------------------------------------------------------------- */
 
-/* Returns 1 if there is no memory for the work buffers, and 2 if `kept` is too small. */
+/* Returns 1 if there is no memory for the work buffers, and 2 if `saved` is too small. */
 int memory_run(const call *call) {
     network net = network_of(call);
     arena arena = {0};
     work w = {0};
     chunk c = {0};
     take_work(&net, &arena, &w, (int)call->backward);
-    for (int64_t i = 0; i < (call->backward ? call->every : 1); i++)
+    for (int64_t i = 0; i < (call->backward ? call->interval : 1); i++)
         take_chunk(&net, &arena, &c);
-    if (kept_numbers(call, &net) > call->kept_numbers)
+    if (saved_numbers(call, &net) > call->saved_numbers)
         return 2;
     real *scratch = aligned_alloc(64, call->threads * arena.used * sizeof(real));
     if (!scratch)

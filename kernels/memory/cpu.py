@@ -25,31 +25,31 @@ LONGEST_CHUNK = 256
 """Tokens of a chunk at once beyond which its work leaves a core's cache, and the torch backend is as fast."""
 LARGEST_CHUNK = 2**24
 """Chunk length up to which the kernels' counters hold a position in a chunk plus a sequence's length."""
-KEPT_BYTES = 160 * 2**20
+CHECKPOINT_BYTES = 160 * 2**20
 """Kept for backward: the layers' outputs for the queries if they fit, and as many states as fit beside them."""
-KEEP_BETWEEN = (4, 16)
-"""Chunks from one kept state to the next, at least and at most: one more costs what it saves in recomputation."""
-KEEP_LARGEST = 1024
+CHECKPOINT_INTERVALS = (4, 16)
+"""Chunks from one checkpoint to the next, at least and at most: one more costs what it saves in recomputation."""
+LONGEST_INTERVAL = 1024
 """Chunks that are recomputed together at most, whatever ``keep`` says: their work must fit too."""
 
-# The fields of `call` in cpu.c, one term each: batch to kept_numbers; widths; q to grad_y, each an address and three
-# strides; gain, grad_gain, phase, order, count and kept; before, end, grad_before and grad_end, each an address and two
-# strides for weights, momentum and anchor of every layer. The double is clip.
+# The fields of `call` in cpu.c, one term each: batch to saved_numbers; widths; q to grad_y, each an address and three
+# strides; gain, grad_gain, phase, order, count and saved; before, end, grad_before and grad_end, each an address and
+# two strides for weights, momentum and anchor of every layer. The double is clip.
 _memory_run = Kernel("memory_run", 14 + LAYERS + 1 + 14 * 4 + 6 + 4 * 3 * LAYERS * 3, 1)
 # In read_cpu.c: batch to threads; widths; q, y, grad_q and grad_y; gain and grad_gain; weights and grad_weights.
 _read_run = Kernel("read_run", 7 + LAYERS + 1 + 4 * 4 + 2 + 2 * LAYERS * 3, 0)
 
 
-def refuse_native(*, chunk: int = 16, time: int = 1, **facts: Any) -> str | None:
+def refuse_cpu(*, chunk: int = 16, time: int = 1, **facts: Any) -> str | None:
     """Why the kernel for ``titans_memory`` cannot run, or ``None``."""
     if min(chunk, time) > LONGEST_CHUNK:
         return f"takes at most {LONGEST_CHUNK} tokens of a chunk at once, not {min(chunk, time)}"
     if chunk > LARGEST_CHUNK:
         return f"takes chunks of at most {LARGEST_CHUNK} tokens, not {chunk}"
-    return refuse_native_read(**facts)
+    return refuse_cpu_read(**facts)
 
 
-def refuse_native_read(*, layers: int = 1, **facts: Any) -> str | None:
+def refuse_cpu_read(*, layers: int = 1, **facts: Any) -> str | None:
     """Why the kernel for ``read_memory`` cannot run, or ``None``."""
     return f"takes at most {LAYERS} layers, not {layers}" if layers > LAYERS else library.refuse(**facts)
 
@@ -76,7 +76,19 @@ class _Plan(NamedTuple):
     """Of matrix products; backward uses what forward used."""
 
 
-def native_memory(
+class Checkpoints(NamedTuple):
+    """What forward saves for backward."""
+
+    interval: int = 0
+    """Chunks between saved states; 0: nothing is saved."""
+    activations: bool = False
+    """Whether the layers' outputs for the queries are saved."""
+
+
+NOTHING_SAVED = Checkpoints()
+
+
+def cpu_memory(
     tokens: Tokens, state: MemoryState, norm: Tensor | None, mask: Tensor | None, options: Options
 ) -> tuple[Tensor, MemoryState]:
     """``titans_memory`` for any length, positions and mask, in float32 or float64 on a CPU."""
@@ -124,16 +136,16 @@ def _formula(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
 class _Memory(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: _Plan, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        ctx.plan, ctx.keep = plan, _keep(plan, tensors)
-        results, kept = _forward(plan, tensors, ctx.keep)
-        ctx.save_for_backward(*tensors, kept)
+        ctx.plan, ctx.checkpoints = plan, _checkpoints(plan, tensors)
+        results, saved = _forward(plan, tensors, ctx.checkpoints)
+        ctx.save_for_backward(*tensors, saved)
         ctx.set_materialize_grads(False)
         return results
 
     @staticmethod
     @differentiable(_formula, first=1)
     def backward(ctx: Any, grad_y: Tensor | None, *grad_end: Tensor | None) -> tuple[Tensor | None, ...]:
-        plan, (*tensors, kept) = ctx.plan, ctx.saved_tensors
+        plan, (*tensors, saved) = ctx.plan, ctx.saved_tensors
         tokens, gain, state = _dense(tensors)
         parts = 1 if tokens.eta is None else 2
         grad_y = torch.zeros_like(tokens.v) if grad_y is None else _dense_vectors(grad_y)
@@ -145,26 +157,27 @@ class _Memory(torch.autograd.Function):
         grads = tokens.map(lambda x: new(x.shape, dtype=x.dtype))
         grad_gain = None if gain is None else gain.new_empty(tokens.q.shape[0], *gain.shape)
         grad_state = [torch.empty(x.shape, dtype=x.dtype) for x in state]
-        _run(plan, ctx.keep, tokens, gain, state, kept.contiguous(), None, (), (*grads, grad_y), grad_gain,
+        _run(plan, ctx.checkpoints, tokens, gain, state, saved.contiguous(), None, (), (*grads, grad_y), grad_gain,
              grad_state, grad_end)  # fmt: skip
         return None, *grads, None if grad_gain is None else grad_gain.sum(0), *grad_state
 
 
 def _forward(
-    plan: _Plan, tensors: Sequence[Any], keep: tuple[int, bool] = (0, False)
+    plan: _Plan, tensors: Sequence[Any], checkpoints: Checkpoints = NOTHING_SAVED
 ) -> tuple[tuple[Tensor, ...], Tensor | None]:
-    """``y`` and the state's parts; what is kept for backward."""
+    """``y`` and the state's parts; what is saved for backward."""
     tokens, gain, state = _dense(tensors)
     y = (empty_huge_pages if plan.order is None else torch.zeros)(tokens.v.shape, dtype=tokens.v.dtype)
     made = plan.layers * (1 + (tokens.eta is not None) + plan.new_anchor)
     end = []
     for i in range(made):
         end.append(torch.empty(state[i % plan.layers].shape, dtype=y.dtype))
-    kept = None
-    if keep[0]:
-        kept = empty_huge_pages((tokens.q.shape[0] * tokens.q.shape[2] * _kept_numbers(plan, tensors, keep),), y.dtype)
-    _run(plan, keep, tokens, gain, state, kept, y, end)
-    return (y, *end), kept
+    saved = None
+    if checkpoints.interval:
+        batch, _, heads, _ = tokens.q.shape
+        saved = empty_huge_pages((batch * heads * _saved_numbers(plan, tensors, checkpoints),), y.dtype)
+    _run(plan, checkpoints, tokens, gain, state, saved, y, end)
+    return (y, *end), saved
 
 
 def _dense(tensors: Sequence[Any]) -> tuple[Tokens, Tensor | None, list[Tensor]]:
@@ -174,39 +187,40 @@ def _dense(tensors: Sequence[Any]) -> tuple[Tokens, Tensor | None, list[Tensor]]
     return tokens, None if gain is None else gain.contiguous(), list(map(_dense_matrices, state))
 
 
-def _keep(plan: _Plan, tensors: Sequence[Any]) -> tuple[int, bool]:
-    """For backward: chunks between kept states, and whether the layers' outputs for the queries are kept."""
+def _checkpoints(plan: _Plan, tensors: Sequence[Any]) -> Checkpoints:
     q, eta, weights, keep = tensors[0], tensors[4], tensors[7 : 7 + plan.layers], plan.options.keep
     batch, time, heads, _ = q.shape
     chunks = -(-time // plan.options.chunk) + 1
     if keep is not None and keep > 1:
-        return min(keep, chunks, KEEP_LARGEST), False
-    left = KEPT_BYTES - batch * time * heads * sum(w.shape[2] for w in weights) * q.element_size()
-    every, most = KEEP_BETWEEN
+        return Checkpoints(min(keep, chunks, LONGEST_INTERVAL))
+    left = CHECKPOINT_BYTES - batch * time * heads * sum(w.shape[2] for w in weights) * q.element_size()
+    interval, longest = CHECKPOINT_INTERVALS
     if keep is None:
         states = chunks * sum(w.numel() for w in weights) * (1 if eta is None else 2) * q.element_size()
-        while states > left * every and every < most:
-            every *= 2
-    return keep or every, left >= 0
+        while states > left * interval and interval < longest:
+            interval *= 2
+    return Checkpoints(keep or interval, left >= 0)
 
 
-def _kept_numbers(plan: _Plan, tensors: Sequence[Any], keep: tuple[int, bool]) -> int:
+def _saved_numbers(plan: _Plan, tensors: Sequence[Any], checkpoints: Checkpoints) -> int:
     """Numbers that the kernel keeps for one row and head, at most; a row of them is padded to a cache line."""
     q, eta, weights = tensors[0], tensors[4], tensors[7 : 7 + plan.layers]
     line = 64 // q.element_size()
     padded = [(-(-w.shape[2] // line) * line, -(-w.shape[3] // line) * line) for w in weights]
     chunks = max(-(-(p + c) // plan.options.chunk) for p, c in zip(plan.phases.tolist(), plan.counts.tolist()))
-    states = (chunks - 1) // keep[0] * sum(out * width for out, width in padded) * (1 if eta is None else 2)
-    return states + (q.shape[1] * sum(out for out, _ in padded) if keep[1] else 0)
+    states = (
+        (chunks - 1) // checkpoints.interval * sum(out * width for out, width in padded) * (1 if eta is None else 2)
+    )
+    return states + (q.shape[1] * sum(out for out, _ in padded) if checkpoints.activations else 0)
 
 
 def _run(
     plan: _Plan,
-    keep: tuple[int, bool],
+    checkpoints: Checkpoints,
     tokens: Tokens,
     gain: Tensor | None,
     state: Sequence[Tensor],
-    kept: Tensor | None,
+    saved: Tensor | None,
     y: Tensor | None,
     end: Sequence[Tensor],
     grads: Sequence[Tensor | None] = (None,) * 7,
@@ -235,10 +249,10 @@ def _run(
         plan.operands,
         batch, time, heads, layers, options.chunk, ACTIVATION_NUMBERS[options.activation], momentum, gain is not None,
         options.read == "after", backward, max(1, min(torch.get_num_threads(), tasks)),
-        *keep, 0 if kept is None else kept.numel() // max(tasks, 1),
+        *checkpoints, 0 if saved is None else saved.numel() // max(tasks, 1),
         *widths, *[0] * (LAYERS - layers), *places,
         address(gain), address(grad_gain), plan.phases.data_ptr(), address(plan.order), plan.counts.data_ptr(),
-        address(kept), *matrices, options.clip or 0.0,
+        address(saved), *matrices, options.clip or 0.0,
     )  # fmt: skip
 
 
@@ -255,7 +269,7 @@ def _dense_matrices(x: Tensor) -> Tensor:
 # -- read_memory -------------------------------------------------------------------------------------------------------
 
 
-def native_read(q: Tensor, weights: Sequence[Tensor], activation: str, norm: Tensor | None) -> Tensor:
+def cpu_read(q: Tensor, weights: Sequence[Tensor], activation: str, norm: Tensor | None) -> Tensor:
     """``read_memory`` in float32 or float64 on a CPU."""
     if needs_grad(q, norm, *weights):
         return _Read.apply(activation, product_dtype(q.dtype), q, norm, *weights)

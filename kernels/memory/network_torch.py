@@ -123,7 +123,7 @@ def torch_read(q: Tensor, weights: tuple[Tensor, ...], activation: str, norm: Te
         return _Recomputed.apply(activation, q, norm, *weights)
     if time > 1 or transformed:
         return _network(q, weights, activation, norm)
-    gain = None if norm is None else gain_per_row(norm, batch)
+    gain = None if norm is None else repeat_gain(norm, batch)
     y = read_one(q.reshape(batch * heads, 1, -1), [w.flatten(0, 1) for w in weights], activation, gain)
     return y.view(batch, 1, heads, -1)
 
@@ -155,11 +155,11 @@ class _Recomputed(torch.autograd.Function):
     backward = staticmethod(gradient_of(read_formula, first=1))
 
 
-# -- one token per row, without gradients: every tensor is [rows, 1, width], a row being a batch row and a head --------
+# -- one token per row, without gradients: every tensor is [batch * heads, 1, width] -----------------------------------
 
 
 def read_one(query: Tensor, weights: list[Tensor], activation: str, gain: Tensor | None) -> Tensor:
-    """``M(query)`` for one token of each row: query ``[rows, 1, d_in]``, weights ``[rows, out, in]``."""
+    """``M(query)``: query ``[batch * heads, 1, d_in]``, weights ``[batch * heads, out, in]``."""
     y = layers_one(query, weights, activation)[1][-1]
     if gain is None:
         return y
@@ -179,13 +179,13 @@ def layers_one(x: Tensor, weights: list[Tensor], activation: str) -> tuple[list[
 
 
 def for_few(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """An elementwise function of ``[rows, x, y]``, made fast for few numbers.
+    """An elementwise function of ``[batch * heads, x, y]``, made fast for few numbers.
 
     PyTorch hands contiguous tensors to a library that takes longer to set up than these take to compute.
     """
     return lambda *tensors: function(*[x.transpose(0, 2) for x in tensors]).transpose(0, 2)
 
 
-def gain_per_row(gain: Tensor, batch: int) -> Tensor:
-    """``[heads, d] -> [rows, 1, d]``."""
+def repeat_gain(gain: Tensor, batch: int) -> Tensor:
+    """``[heads, d] -> [batch * heads, 1, d]``."""
     return gain.expand(batch, *gain.shape).reshape(-1, 1, gain.shape[-1])

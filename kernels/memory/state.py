@@ -71,6 +71,12 @@ class MemoryState(NamedTuple):
         return MemoryState(weights, momentum, anchor, self.position)
 
 
+def where_rows(rows: Tensor, new: tuple[Tensor, ...], old: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """``new`` in the batch rows where ``rows`` (bool, one element for each) is true, ``old`` in the others."""
+    rows = rows.view(-1, 1, 1, 1)
+    return tuple([torch.where(rows, a, b) for a, b in zip(new, old)])
+
+
 def _tuple_of_tensors(name: str, given: Iterable[Tensor]) -> tuple[Tensor, ...]:
     if isinstance(given, Tensor) or not isinstance(given, Iterable):
         raise TypeError(f"{name}: expected a tuple of tensors, one for each layer, got {type(given).__name__}")

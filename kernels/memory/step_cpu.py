@@ -15,17 +15,17 @@ from torch import Tensor
 from ..cpu_runtime import library
 from ..cpu_runtime.call import Kernel, address, threads_for
 from .network_torch import ACTIVATION_NUMBERS
-from .state import MemoryState, Options, Tokens
+from .state import MemoryState, Options, Tokens, where_rows
 
 _NONE = (0, 0, 0)
 
 
-def refuse_native_step(*, dtype: torch.dtype, **facts: Any) -> str | None:
+def refuse_cpu_step(*, dtype: torch.dtype, **facts: Any) -> str | None:
     """Why the kernels cannot run, or ``None``; a half-precision model's memory computes in float32."""
     return library.refuse(dtype=torch.promote_types(dtype, torch.float32), **facts)
 
 
-def native_step(
+def cpu_step(
     tokens: Tokens, state: MemoryState, norm: Tensor | None, mask: Tensor | None, options: Options
 ) -> tuple[Tensor, MemoryState]:
     """``titans_memory`` for ``time = 1`` without gradients. Rows may be at different positions."""
@@ -34,13 +34,13 @@ def native_step(
     )
 
 
-def native_step_read(q: Tensor, weights: Sequence[Tensor], activation: str, norm: Tensor | None) -> Tensor:
+def cpu_step_read(q: Tensor, weights: Sequence[Tensor], activation: str, norm: Tensor | None) -> Tensor:
     """``read_memory`` for one query per row, without gradients."""
     return ReadPlan(q, [(weight.shape[2], weight.shape[3]) for weight in weights], activation, norm, once=True)(weights)
 
 
 class StepPlan:
-    """A decode plan: :func:`native_step` for tokens that are in the same tensors each time. ``y`` is reused, too."""
+    """A decode plan: :func:`cpu_step` for tokens that are in the same tensors each time. ``y`` is reused, too."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class StepPlan:
 
 
 class ReadPlan:
-    """:func:`native_step_read` for queries that are in the same tensor each time. ``y`` is reused, too."""
+    """:func:`cpu_step_read` for queries that are in the same tensor each time. ``y`` is reused, too."""
 
     def __init__(
         self,
@@ -185,5 +185,4 @@ def _pick(rows: list[bool], new: tuple[Tensor, ...], old: tuple[Tensor, ...]) ->
         return old
     if all(rows):
         return new
-    chosen = torch.tensor(rows).view(-1, 1, 1, 1)
-    return tuple([torch.where(chosen, a, b) for a, b in zip(new, old)])
+    return where_rows(torch.tensor(rows), new, old)

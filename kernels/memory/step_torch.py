@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .network_torch import ACTIVATIONS, EPS, for_few, gain_per_row, gradient_norm, layers_one, read_one
-from .state import MemoryState, Options, Tokens
+from .network_torch import ACTIVATIONS, EPS, for_few, gradient_norm, layers_one, read_one, repeat_gain
+from .state import MemoryState, Options, Tokens, where_rows
 
 
 def torch_step(
@@ -21,15 +21,15 @@ def torch_step(
     chunk, activation, clip, read, *_, threshold = options
     batch, _, heads, _ = q.shape
     vjp = for_few(ACTIVATIONS[activation].vjp)
-    gain = None if norm is None else gain_per_row(norm, batch)
+    gain = None if norm is None else repeat_gain(norm, batch)
     weights = [w.flatten(0, 1) for w in state.weights]
     phases = [position % chunk for position in state.position.tolist()]
     anchor, next_anchor = weights, state.weights
     if any(phases):
         anchor, next_anchor = [a.flatten(0, 1) for a in state.anchor], state.anchor
         if not all(phases):
-            starts = torch.tensor([phase == 0 for phase in phases], device=q.device).view(-1, 1, 1, 1)
-            next_anchor = tuple(torch.where(starts, w, a) for w, a in zip(state.weights, state.anchor))
+            starts = torch.tensor([phase == 0 for phase in phases], device=q.device)
+            next_anchor = where_rows(starts, state.weights, state.anchor)
             anchor = [a.flatten(0, 1) for a in next_anchor]
 
     # keys forward through the anchor, half errors back
@@ -86,15 +86,12 @@ def torch_step(
     if all(ends):
         next_anchor = new_weights
     elif any(ends):
-        at_end = torch.tensor(ends, device=q.device).view(-1, 1, 1, 1)
-        next_anchor = tuple(torch.where(at_end, w, a) for w, a in zip(new_weights, next_anchor))
+        next_anchor = where_rows(torch.tensor(ends, device=q.device), new_weights, next_anchor)
     if mask is None:
         return y, MemoryState(new_weights, new_momentum, next_anchor, state.position + 1)
-    valid = mask.view(batch, 1, 1, 1)
-    keep = lambda new, old: tuple(torch.where(valid, a, b) for a, b in zip(new, old))  # noqa: E731
-    return torch.where(valid, y, torch.zeros_like(y)), MemoryState(
-        keep(new_weights, state.weights),
-        keep(new_momentum, state.momentum),
-        keep(next_anchor, state.anchor),
+    return y.masked_fill(~mask.view(batch, 1, 1, 1), 0.0), MemoryState(
+        where_rows(mask, new_weights, state.weights),
+        where_rows(mask, new_momentum, state.momentum),
+        where_rows(mask, next_anchor, state.anchor),
         state.position + mask.view(-1),
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..dispatch import needs_grad
 from ..padding import Layout, align
 from .network_torch import ACTIVATIONS, EPS, gradient_norm, layer_norm_vjp, torch_read
-from .state import BackendFunction, MemoryState, Options, Tokens
+from .state import BackendFunction, MemoryState, Options, Tokens, where_rows
 
 
 class Surprise(NamedTuple):
@@ -178,4 +178,4 @@ def _pick(rows: Tensor, new: tuple[Tensor, ...], old: tuple[Tensor, ...]) -> tup
         return new
     if not bool(rows.any()):
         return old
-    return tuple(torch.where(rows.view(-1, 1, 1, 1), a, b) for a, b in zip(new, old))
+    return where_rows(rows, new, old)

@@ -43,7 +43,7 @@ class TritonNetwork(ChunkNetwork):
     def __init__(
         self, activation: str, gain: Tensor | None, clip: float | None, scratch: Scratch, *, products: dict[str, Any]
     ) -> None:
-        # the kernels find a row's gain by its number: with one head, that of every row may be one piece of memory
+        # the kernels find the gain by the number of batch row and head; that of an expanded tensor would not be there
         super().__init__(activation, None if gain is None else gain.contiguous(), clip, scratch)
         self._number, self._products = ACTIVATION_NUMBERS[activation], products
 
@@ -51,14 +51,14 @@ class TritonNetwork(ChunkNetwork):
         self, keys: Tensor, values: Tensor, decay: ChunkDecay, written: Written, anchor: list[Tensor] | None
     ) -> None:
         written.inputs[0] = keys
-        chunks, rows, b, _ = keys.shape
+        chunks, batch_heads, b, _ = keys.shape
         sizes = self._sizes(keys, written)
         kernel = write_resident_kernel if self._resident(sizes, written, backward=False) else write_kernel
         self._run(
-            kernel, (rows,), b, sizes, written,
+            kernel, (batch_heads,), b, sizes, written,
             keys, values, self.gain, decay.mix.contiguous(), decay.write, *_two(anchor, keys), *_two(written.stacks),
             written.inputs[-1], *_two(written.outputs), *_two(written.unclipped), *_two(written.errors),
-            chunks, rows, b, *sizes, self.clip or 0.0, EPS,
+            chunks, batch_heads, b, *sizes, self.clip or 0.0, EPS,
             CLIP=self.clip is not None, ANCHORED=anchor is not None,
         )  # fmt: skip
 
@@ -66,25 +66,25 @@ class TritonNetwork(ChunkNetwork):
         self, keys: Tensor, values: Tensor, written: Written, anchor: list[Tensor] | None, outputs_known: bool
     ) -> None:
         written.inputs[0] = keys
-        chunks, rows, b, _ = keys.shape
+        chunks, batch_heads, b, _ = keys.shape
         sizes = self._sizes(keys, written)
         self._run(
-            rewrite_kernel, (chunks * rows,), b, sizes, written,
+            rewrite_kernel, (chunks * batch_heads,), b, sizes, written,
             keys, values, self.gain, *_two(anchor, keys), *_two(written.stacks), written.inputs[-1],
-            *_two(written.outputs), *_two(written.unclipped), *_two(written.errors), rows, b, *sizes,
+            *_two(written.outputs), *_two(written.unclipped), *_two(written.errors), batch_heads, b, *sizes,
             self.clip or 0.0, EPS, CLIP=self.clip is not None, ANCHORED=anchor is not None,
         )  # fmt: skip
 
     def read(self, queries: Tensor, decay: ChunkDecay, written: Written, query_activations: list[Tensor]) -> Tensor:
-        chunks, rows, b, _ = queries.shape
+        chunks, batch_heads, b, _ = queries.shape
         y = torch.empty_like(written.outputs[-1])
         sizes = self._sizes(queries, written)
         z_1, z_2 = query_activations[:1] or [self.scratch("z 0", *written.outputs[0].shape)], query_activations or [y]
         self._run(
-            read_kernel, (chunks * rows,), b, sizes, written,
+            read_kernel, (chunks * batch_heads,), b, sizes, written,
             queries, written.inputs[0], self.gain, decay.read.contiguous(), decay.carry.contiguous(),
             *_two(written.stacks), written.inputs[-1], *_two(written.errors), self._scores("scores 0", queries), y,
-            z_1[0] if len(written.stacks) == 2 else queries, z_2[-1], rows, b, *sizes, EPS,
+            z_1[0] if len(written.stacks) == 2 else queries, z_2[-1], batch_heads, b, *sizes, EPS,
             KEEP=bool(query_activations),
         )  # fmt: skip
         return y
@@ -98,23 +98,23 @@ class TritonNetwork(ChunkNetwork):
         query_activations: list[Tensor],
         grad: WrittenGrad,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        chunks, rows, b, _ = queries.shape
+        chunks, batch_heads, b, _ = queries.shape
         sizes = self._sizes(queries, written)
         read, carry = decay.read.contiguous(), decay.carry.contiguous()
         grad_queries, grad_read, grad_carry = map(torch.empty_like, (queries, read, carry))
-        blocks = triton.cdiv(b, schedule(read_backward_kernel.__name__, b, *sizes)["ROWS"])
-        grad_gain = None if self.gain is None else queries.new_empty(chunks, rows, blocks, grad_y.shape[-1])
+        blocks = triton.cdiv(b, schedule(read_backward_kernel.__name__, b, *sizes)["TOKENS"])
+        grad_gain = None if self.gain is None else queries.new_empty(chunks, batch_heads, blocks, grad_y.shape[-1])
         z_1 = query_activations[0] if len(query_activations) == 2 else queries
         grad_z = _two([self.scratch(f"grad z {l}", *x.shape) for l, x in enumerate(query_activations)])
         scores = [self._scores(f"{name} {l}", queries) for name in ("scores", "grad scores") for l in range(2)]
         self._run(
-            read_backward_kernel, (chunks * rows, blocks), b, sizes, written,
+            read_backward_kernel, (chunks * batch_heads, blocks), b, sizes, written,
             grad_y, queries, written.inputs[0], self.gain, read, carry, *_two(written.stacks), written.inputs[-1],
             *_two(written.errors), z_1, query_activations[-1], grad_queries, grad_read, grad_carry, grad_gain,
-            *grad_z, *scores, rows, b, *sizes, EPS,
+            *grad_z, *scores, batch_heads, b, *sizes, EPS,
         )  # fmt: skip
         self._run(
-            read_backward_state_kernel, (chunks * rows,), b, sizes, written,
+            read_backward_state_kernel, (chunks * batch_heads,), b, sizes, written,
             queries, carry, z_1, *grad_z, *scores, grad.inputs[0], grad.inputs[-1], *_two(grad.errors),
             *_two(grad.stacks), b, *sizes,
         )  # fmt: skip
@@ -130,7 +130,7 @@ class TritonNetwork(ChunkNetwork):
         anchor: list[Tensor] | None,
         grad_anchor: list[Tensor] | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        chunks, rows, b, _ = keys.shape
+        chunks, batch_heads, b, _ = keys.shape
         mix = decay.mix.contiguous()
         grad_values, grad_write, grad_mix = map(torch.empty_like, (values, decay.write, mix))
         grad_gain = None if self.gain is None else torch.empty_like(self.gain)
@@ -138,11 +138,11 @@ class TritonNetwork(ChunkNetwork):
         is_resident = self._resident(sizes, written, backward=True)
         kernel = write_backward_resident_kernel if is_resident else write_backward_kernel
         self._run(
-            kernel, (rows,), b, sizes, written,
+            kernel, (batch_heads,), b, sizes, written,
             keys, values, self.gain, mix, decay.write, *_two(anchor, keys), *_two(written.stacks),
             written.inputs[-1], *_two(written.outputs), *_two(written.unclipped), *_two(written.errors),
             *_two(grad.stacks), grad.inputs[0], grad.inputs[-1], *_two(grad.errors), grad_values, grad_write, grad_mix,
-            grad_gain, *_two(grad_anchor, keys), chunks, rows, b, *sizes, self.clip or 0.0, EPS,
+            grad_gain, *_two(grad_anchor, keys), chunks, batch_heads, b, *sizes, self.clip or 0.0, EPS,
             CLIP=self.clip is not None, ANCHORED=anchor is not None,
         )  # fmt: skip
         return grad_values, grad_write, grad_mix, grad_gain
@@ -176,7 +176,7 @@ class TritonNetwork(ChunkNetwork):
             WIDE=tl.float64 if stack.dtype == torch.float64 else tl.float32, **tiles, **self._products, **flags,
         )  # fmt: skip
         if kernel in (read_kernel, rewrite_kernel):
-            grid = (*grid, triton.cdiv(b, tiles["ROWS"]))
+            grid = (*grid, triton.cdiv(b, tiles["TOKENS"]))
         known = (*kernel.arg_names, "num_warps", "num_stages")
         launch(kernel, grid, *arguments, **{name: x for name, x in fixed.items() if name in known})
 

@@ -1,7 +1,7 @@
 """Reading at fixed weights on Triton kernels, with gradients.
 
-A program takes ``ROWS`` queries of one row (a batch row and a head) through the network, ``BLOCK`` hidden units at a
-time, so that hidden values never leave it. It reads the weights once for every ``ROWS`` queries.
+A program takes ``TOKENS`` queries of one head of one batch row through the network, ``BLOCK`` hidden units at a
+time, so that hidden values never leave it. It reads the weights once for every ``TOKENS`` queries.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _forward(
         return y
     q, fixed = _dense(q), _fixed(read_fixed_kernel, activation, products, time, norm, weights)
     launch(
-        read_fixed_kernel, (batch * heads * triton.cdiv(time, fixed["ROWS"]),),
+        read_fixed_kernel, (batch * heads * triton.cdiv(time, fixed["TOKENS"]),),
         q, *_two(weights), None if norm is None else norm.contiguous(), y,
         time, heads, d_in, width, d_out, EPS, *_steps(q), **fixed,
     )  # fmt: skip
@@ -86,7 +86,7 @@ def _backward(
     q, grad, two = _dense(q), _dense(grad), _two(weights)
     wide = lambda *shape: torch.empty(shape, dtype=weights[0].dtype, device=q.device)  # noqa: E731
     fixed = _fixed(read_fixed_backward_kernel, activation, products, time, norm, weights)
-    blocks = triton.cdiv(time, fixed["ROWS"])
+    blocks = triton.cdiv(time, fixed["TOKENS"])
     grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     grad_z, grad_gain = grad, None
     if norm is not None:
@@ -154,9 +154,9 @@ def queries(q, t, column, time, columns, step, WIDE: tl.constexpr):
 
 
 @triton.jit
-def place(time, ROWS: tl.constexpr):
-    """The row that a program has, and which block of its queries: on one axis, since the others end at 65,535."""
-    program, blocks = tl.program_id(0), tl.cdiv(time, ROWS)
+def place(time, TOKENS: tl.constexpr):
+    """The head of a program, and its block of queries: on one axis, because the others end at 65,535."""
+    program, blocks = tl.program_id(0), tl.cdiv(time, TOKENS)
     return (program // blocks).to(tl.int64), program % blocks
 
 
@@ -165,16 +165,16 @@ def read_fixed_kernel(
     q, weight_1, weight_2, gain, y,
     time, heads, d_in, width, d_out, eps, q_row, q_step, q_head,
     LAYERS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr,
-    ROWS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
     OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``ROWS`` queries of one row. Layers as in ``step_kernel``; ``q_step`` is from token to token."""
-    at, block = place(time, ROWS)
+    """``TOKENS`` queries of one head. Layers as in ``step_kernel``; ``q_step`` is from token to token."""
+    at, block = place(time, TOKENS)
     row, head = at // heads, at % heads
-    t = block * ROWS + tl.arange(0, ROWS)
+    t = block * TOKENS + tl.arange(0, TOKENS)
     i, o = tl.arange(0, IN), tl.arange(0, OUT)
     q += row * q_row + head * q_head
-    z = tl.zeros((ROWS, OUT), WIDE)
+    z = tl.zeros((TOKENS, OUT), WIDE)
     if LAYERS == 2:
         query = queries(q, t, i, time, d_in, q_step, WIDE)
     for h0 in range(0, width, BLOCK):
@@ -196,10 +196,10 @@ def read_fixed_kernel(
 # -- backward ---------------------------------------------------------------------------------------------------
 #
 # Two launches whose programs have no order. Hidden values are recomputed wherever they are needed, so that none of
-# them is ever in global memory. The first launch is the queries' side: ``ROWS`` queries of one row take the gradient
+# them is ever in global memory. The first launch is the queries' side: ``TOKENS`` queries of one head take the gradient
 # of their outputs back through LayerNorm and down the layers, and store the gradient of the last layer's output
-# (``grad_z``). The second is the weights' side: a program has ``BLOCK`` hidden units of one row, whose rows of the
-# first layer and columns of the last stay in registers, and adds up their gradients over a stretch of the row's
+# (``grad_z``). The second is the weights' side: a program has ``BLOCK`` hidden units of one head, whose rows of the
+# first layer and columns of the last stay in registers, and adds up their gradients over a stretch of the head's
 # queries. Nothing is added between programs: the sums of the stretches, and those of the gain, are added afterwards,
 # in a fixed order.
 #
@@ -212,16 +212,16 @@ def read_fixed_backward_kernel(
     grad_y, q, weight_1, weight_2, gain, grad_q, grad_z, grad_gain,
     time, heads, d_in, width, d_out, eps, q_row, q_step, q_head, y_row, y_step, y_head,
     LAYERS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr,
-    ROWS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
     OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``ROWS`` queries of one row. Layers as in ``step_kernel``; ``y_step`` is from token to token of ``grad_y``.
+    """``TOKENS`` queries of one head. Layers as in ``step_kernel``; ``y_step`` is from token to token of ``grad_y``.
 
     Without ``NORM``, ``grad_z`` would be ``grad_y``, and is not written.
     """
-    at, block = place(time, ROWS)
+    at, block = place(time, TOKENS)
     row, head = at // heads, at % heads
-    t = block * ROWS + tl.arange(0, ROWS)
+    t = block * TOKENS + tl.arange(0, TOKENS)
     i, o = tl.arange(0, IN), tl.arange(0, OUT)
     q += row * q_row + head * q_head
     grad_y += row * y_row + head * y_head
@@ -229,7 +229,7 @@ def read_fixed_backward_kernel(
         query = queries(q, t, i, time, d_in, q_step, WIDE)
     g = queries(grad_y, t, o, time, d_out, y_step, WIDE)
     if NORM:
-        z = tl.zeros((ROWS, OUT), WIDE)
+        z = tl.zeros((TOKENS, OUT), WIDE)
         for h0 in range(0, width, BLOCK):
             h = h0 + tl.arange(0, BLOCK)
             if LAYERS == 2:
@@ -246,7 +246,7 @@ def read_fixed_backward_kernel(
         g = layer_norm_vjp(g * gain_o[None, :], n, inverse, o < d_out, d_out)
         store(grad_z + at * time * d_out, t.to(tl.int64), o, time, d_out, g)
 
-    dq = tl.zeros((ROWS, IN), WIDE)
+    dq = tl.zeros((TOKENS, IN), WIDE)
     first = ((row * time + t[:, None]) * heads + head) * (width if LAYERS == 1 else d_in)
     for h0 in range(0, width, BLOCK):
         h = h0 + tl.arange(0, BLOCK)
@@ -271,10 +271,10 @@ def read_fixed_backward_weights_kernel(
     q, grad_z, weight_1, weight_2, grad_weight_1, grad_weight_2,
     time, heads, stretch, d_in, width, d_out, q_row, q_step, q_head, p_row, p_step, p_head,
     LAYERS: tl.constexpr, ACTIVATION: tl.constexpr,
-    ROWS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
     OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``BLOCK`` hidden units of one row, over a stretch of its queries."""
+    """``BLOCK`` hidden units of one head, over a stretch of its queries."""
     at = tl.program_id(0).to(tl.int64)
     row, head = at // heads, at % heads
     i, o = tl.arange(0, IN), tl.arange(0, OUT)
@@ -287,8 +287,8 @@ def read_fixed_backward_weights_kernel(
         d1 = tl.zeros((BLOCK, IN), WIDE)
         tile_1 = load(weight_1 + at * width * d_in, h, i, width, d_in, WIDE)
         tile = load(weight_2 + at * d_out * width, o, h, d_out, width, WIDE)
-    for t0 in range(first, tl.minimum(first + stretch, time), ROWS):
-        t = t0 + tl.arange(0, ROWS)
+    for t0 in range(first, tl.minimum(first + stretch, time), TOKENS):
+        t = t0 + tl.arange(0, TOKENS)
         g = queries(grad_z, t, o, time, d_out, p_step, WIDE)
         if LAYERS == 2:
             query = queries(q, t, i, time, d_in, q_step, WIDE)
@@ -306,7 +306,7 @@ def read_fixed_backward_weights_kernel(
 
 
 STRETCHES = 16
-"""Stretches of a row's queries at most, each with gradients of its own of all the row's weights."""
+"""Stretches of a head's queries at most, each with gradients of its own of all the head's weights."""
 SHORTEST = 512
 """Queries of a stretch at least, so that reading them takes longer than writing and adding up these."""
 

@@ -1,9 +1,9 @@
 """Reading a group of chunks, and its backward: ``read`` and ``read_backward`` of ``ChunkNetwork`` as Triton kernels.
 
-Reads have no order: a program reads ``ROWS`` queries of one chunk of one row, at the state that the chunk started from
-and with what the chunk itself has written so far, by one decay-weighted product of scores, as in attention. The chunk's
-keys come ``KEYS`` at a time and the hidden layer ``BLOCK`` units at a time. What each block needs again (layer 1's
-weighted scores, the hidden values) is kept in global memory, which is in the cache at this size.
+Reads have no order: a program reads ``TOKENS`` queries of one chunk of one head, at the state that the chunk started
+from and with what the chunk itself has written so far, by one decay-weighted product of scores, as in attention. The
+chunk's keys come ``KEYS`` at a time and the hidden layer ``BLOCK`` units at a time. What each block needs again (layer
+1's weighted scores, the hidden values) is kept in global memory, which is in the cache at this size.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from .tiles import (
 @triton.jit
 def read_kernel(
     queries, keys, gain, read, carry, stack_1, stack_2, input_2, error_1, error_2, scores_1, y, z_1, z_2,
-    rows, b, d_in, width, d_out, eps,
+    batch_heads, b, d_in, width, d_out, eps,
     LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, KEEP: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr, KEYS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
     OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``ROWS`` queries, each at the weights after its token. Layers as in ``write_kernel``.
+    """``TOKENS`` queries, each at the weights after its token. Layers as in ``write_kernel``.
 
     At depth 1 ``z_1`` are the queries, and there is no activation.
     """
-    at = tl.program_id(0).to(tl.int64)  # chunk * rows + row
+    at = tl.program_id(0).to(tl.int64)  # chunk * batch_heads + bh
     first = at * b
-    t = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     i, o = tl.arange(0, IN), tl.arange(0, OUT)
     size_1, size_2 = width * d_in, d_out * width
     if LAYERS == 2:
@@ -53,11 +53,11 @@ def read_kernel(
             store_tokens(scores_1, first, t, s, b, b, scores * load_tokens(read, first, t, s, b, b, WIDE))
         tl.debug_barrier()
 
-    z = tl.zeros((ROWS, OUT), WIDE)
+    z = tl.zeros((TOKENS, OUT), WIDE)
     for h0 in range(0, width, BLOCK):
         h = h0 + tl.arange(0, BLOCK)
         if LAYERS == 2:
-            preact = tl.zeros((ROWS, BLOCK), WIDE)
+            preact = tl.zeros((TOKENS, BLOCK), WIDE)
             for s0 in range(0, b, KEYS):
                 s = s0 + tl.arange(0, KEYS)
                 weighted = load_tokens(scores_1, first, t, s, b, b, WIDE)
@@ -79,7 +79,7 @@ def read_kernel(
     # the last layer's scores: of a block of keys, over all hidden units
     for s0 in range(0, b, KEYS):
         s = s0 + tl.arange(0, KEYS)
-        scores = tl.zeros((ROWS, KEYS), WIDE)
+        scores = tl.zeros((TOKENS, KEYS), WIDE)
         for h0 in range(0, width, BLOCK):
             h = h0 + tl.arange(0, BLOCK)
             x = activate(load_tokens(z_1, first, t, h, b, width, WIDE), ACTIVATION)
@@ -90,7 +90,7 @@ def read_kernel(
     if KEEP:
         store_tokens(z_2, first, t, o, b, d_out, z)
     if NORM:
-        gain_o = load_gain(gain, at % rows, o, d_out, OUT, NORM, WIDE)
+        gain_o = load_gain(gain, at % batch_heads, o, d_out, OUT, NORM, WIDE)
         residual = load_tokens(queries, first, t, o, b, d_in, WIDE)
         z = residual + layer_norm(z, o < d_out, d_out, eps)[0] * gain_o[None, :]
     store_tokens(y, first, t, o, b, d_out, z)
@@ -98,7 +98,7 @@ def read_kernel(
 
 # -- backward ----------------------------------------------------------------------------------------------
 #
-# Two launches whose programs have no order. The first is the queries' side: ``ROWS`` queries of one chunk of one row
+# Two launches whose programs have no order. The first is the queries' side: ``TOKENS`` queries of one chunk of one head
 # take the gradient of their outputs down the layers. It stores what the second multiplies: the gradient of each
 # layer's output (``grad_z``) and, for every query and key, each layer's weighted scores (``scores``) and the gradient
 # of the unweighted ones (``grad_scores``). The second computes sums over the chunk's queries, one product for each:
@@ -110,15 +110,15 @@ def read_backward_kernel(
     grad_y, queries, keys, gain, read, carry, stack_1, stack_2, input_2, error_1, error_2, z_1, z_2,
     grad_queries, grad_read, grad_carry, grad_gain,
     grad_z_1, grad_z_2, scores_1, scores_2, grad_scores_1, grad_scores_2,
-    rows, b, d_in, width, d_out, eps,
+    batch_heads, b, d_in, width, d_out, eps,
     LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr, KEYS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
     OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The queries' side: ``ROWS`` queries, given each layer's outputs ``z``. Layers as in ``read_kernel``."""
-    at = tl.program_id(0).to(tl.int64)  # chunk * rows + row
+    """The queries' side: ``TOKENS`` queries, given each layer's outputs ``z``. Layers as in ``read_kernel``."""
+    at = tl.program_id(0).to(tl.int64)  # chunk * batch_heads + bh
     first = at * b
-    t = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     i, o, p = tl.arange(0, IN), tl.arange(0, OUT), tl.arange(0, 2)
     size_1, size_2 = width * d_in, d_out * width
     g = load_tokens(grad_y, first, t, o, b, d_out, WIDE)
@@ -126,14 +126,14 @@ def read_backward_kernel(
         n, inverse = layer_norm(load_tokens(z_2, first, t, o, b, d_out, WIDE), o < d_out, d_out, eps)
         place = (at * tl.num_programs(1) + tl.program_id(1)) * d_out + o
         tl.store(grad_gain + place, tl.sum(g * n, axis=0), mask=o < d_out)
-        gain_o = load_gain(gain, at % rows, o, d_out, OUT, NORM, WIDE)
+        gain_o = load_gain(gain, at % batch_heads, o, d_out, OUT, NORM, WIDE)
         g = layer_norm_vjp(g * gain_o[None, :], n, inverse, o < d_out, d_out)
     store_tokens(grad_z_2, first, t, o, b, d_out, g)
 
     # the last layer's scores
     for s0 in range(0, b, KEYS):
         s = s0 + tl.arange(0, KEYS)
-        scores = tl.zeros((ROWS, KEYS), WIDE)
+        scores = tl.zeros((TOKENS, KEYS), WIDE)
         for h0 in range(0, width, BLOCK):
             h = h0 + tl.arange(0, BLOCK)
             x = activate(load_tokens(z_1, first, t, h, b, width, WIDE), ACTIVATION)
@@ -148,13 +148,13 @@ def read_backward_kernel(
     tl.debug_barrier()
 
     # down through the last layer, and through the state below it
-    dcarry = tl.zeros((ROWS, 2), WIDE)
-    dq = tl.zeros((ROWS, IN), WIDE)
+    dcarry = tl.zeros((TOKENS, 2), WIDE)
+    dq = tl.zeros((TOKENS, IN), WIDE)
     for h0 in range(0, width, BLOCK):
         h = h0 + tl.arange(0, BLOCK)
         preact = load_tokens(z_1, first, t, h, b, width, WIDE)
         x = activate(preact, ACTIVATION)
-        dx = tl.zeros((ROWS, BLOCK), WIDE)
+        dx = tl.zeros((TOKENS, BLOCK), WIDE)
         for s0 in range(0, b, KEYS):
             s = s0 + tl.arange(0, KEYS)
             grad_scores = load_tokens(grad_scores_2, first, t, s, b, b, WIDE)
@@ -186,7 +186,7 @@ def read_backward_kernel(
         q = load_tokens(queries, first, t, i, b, d_in, WIDE)
         for s0 in range(0, b, KEYS):
             s = s0 + tl.arange(0, KEYS)
-            dscores = tl.zeros((ROWS, KEYS), WIDE)
+            dscores = tl.zeros((TOKENS, KEYS), WIDE)
             for h0 in range(0, width, BLOCK):
                 h = h0 + tl.arange(0, BLOCK)
                 dpreact = load_tokens(grad_z_1, first, t, h, b, width, WIDE)
@@ -208,12 +208,12 @@ def read_backward_kernel(
 
 @triton.jit
 def _over_queries(matrix, x, first, s, column, b, columns,
-                  ROWS: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr, ACTIVATION: tl.constexpr,
+                  TOKENS: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr, ACTIVATION: tl.constexpr,
                   OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """``matrix^T activate(x)`` at some keys, ``matrix`` being of queries and keys."""
     total = tl.zeros((KEYS, COLUMNS), WIDE)
-    for t0 in range(0, b, ROWS):
-        t = t0 + tl.arange(0, ROWS)
+    for t0 in range(0, b, TOKENS):
+        t = t0 + tl.arange(0, TOKENS)
         left = load_tokens(matrix, first, t, s, b, b, WIDE)
         right = activate(load_tokens(x, first, t, column, b, columns, WIDE), ACTIVATION)
         total += dot(tl.trans(left), right, OPERAND, WIDE, PRECISION)
@@ -222,13 +222,13 @@ def _over_queries(matrix, x, first, s, column, b, columns,
 
 @triton.jit
 def _state_gradient(grad_z, x, carry, first, part, r, c, b, rows_of, columns,
-              PARTS: tl.constexpr, ROWS: tl.constexpr, HIGH: tl.constexpr, WIDTH: tl.constexpr,
+              PARTS: tl.constexpr, TOKENS: tl.constexpr, HIGH: tl.constexpr, WIDTH: tl.constexpr,
               ACTIVATION: tl.constexpr,
               OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """``(carry grad_z)^T activate(x)``: a tile of the gradient of one part of a layer's state."""
     total = tl.zeros((HIGH, WIDTH), WIDE)
-    for t0 in range(0, b, ROWS):
-        t = t0 + tl.arange(0, ROWS)
+    for t0 in range(0, b, TOKENS):
+        t = t0 + tl.arange(0, TOKENS)
         left = load_tokens(grad_z, first, t, r, b, rows_of, WIDE) * coefficient(carry, first, t, b, part, PARTS, WIDE)
         right = activate(load_tokens(x, first, t, c, b, columns, WIDE), ACTIVATION)
         total += dot(tl.trans(left), right, OPERAND, WIDE, PRECISION)
@@ -241,39 +241,39 @@ def read_backward_state_kernel(
     grad_keys, grad_input_2, grad_error_1, grad_error_2, grad_stack_1, grad_stack_2,
     b, d_in, width, d_out,
     LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr, KEYS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
     OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The keys' and state's side, of one chunk of one row. At depth 1 ``grad_input_2`` is the keys' gradient."""
-    at = tl.program_id(0).to(tl.int64)  # chunk * rows + row
+    """The keys' and state's side, of one chunk of one head. At depth 1 ``grad_input_2`` is the keys' gradient."""
+    at = tl.program_id(0).to(tl.int64)  # chunk * batch_heads + bh
     first = at * b
     i, o = tl.arange(0, IN), tl.arange(0, OUT)
     size_1, size_2 = width * d_in, d_out * width
     for s0 in range(0, b, KEYS):
         s = s0 + tl.arange(0, KEYS)
         derror = -_over_queries(scores_2, grad_z_2, first, s, o, b, d_out,
-                                  ROWS, KEYS, OUT, 0, OPERAND, WIDE, PRECISION)  # fmt: skip
+                                  TOKENS, KEYS, OUT, 0, OPERAND, WIDE, PRECISION)  # fmt: skip
         store_tokens(grad_error_2, first, s, o, b, d_out, derror)
         for h0 in range(0, width, BLOCK):
             h = h0 + tl.arange(0, BLOCK)
             dinput = _over_queries(grad_scores_2, z_1, first, s, h, b, width,
-                                     ROWS, KEYS, BLOCK, ACTIVATION, OPERAND, WIDE, PRECISION)  # fmt: skip
+                                     TOKENS, KEYS, BLOCK, ACTIVATION, OPERAND, WIDE, PRECISION)  # fmt: skip
             store_tokens(grad_input_2, first, s, h, b, width, dinput)
             if LAYERS == 2:
                 derror_1 = -_over_queries(scores_1, grad_z_1, first, s, h, b, width,
-                                            ROWS, KEYS, BLOCK, 0, OPERAND, WIDE, PRECISION)  # fmt: skip
+                                            TOKENS, KEYS, BLOCK, 0, OPERAND, WIDE, PRECISION)  # fmt: skip
                 store_tokens(grad_error_1, first, s, h, b, width, derror_1)
         if LAYERS == 2:
             dkey = _over_queries(grad_scores_1, queries, first, s, i, b, d_in,
-                                   ROWS, KEYS, IN, 0, OPERAND, WIDE, PRECISION)  # fmt: skip
+                                   TOKENS, KEYS, IN, 0, OPERAND, WIDE, PRECISION)  # fmt: skip
             store_tokens(grad_keys, first, s, i, b, d_in, dkey)
     for h0 in range(0, width, BLOCK):
         h = h0 + tl.arange(0, BLOCK)
         for part in tl.static_range(PARTS):
             tile = _state_gradient(grad_z_2, z_1, carry, first, part, o, h, b, d_out, width,
-                             PARTS, ROWS, OUT, BLOCK, ACTIVATION, OPERAND, WIDE, PRECISION)  # fmt: skip
+                             PARTS, TOKENS, OUT, BLOCK, ACTIVATION, OPERAND, WIDE, PRECISION)  # fmt: skip
             store(grad_stack_2 + (at * PARTS + part) * size_2, o, h, d_out, width, tile)
             if LAYERS == 2:
                 tile_1 = _state_gradient(grad_z_1, queries, carry, first, part, h, i, b, width, d_in,
-                                   PARTS, ROWS, BLOCK, IN, 0, OPERAND, WIDE, PRECISION)  # fmt: skip
+                                   PARTS, TOKENS, BLOCK, IN, 0, OPERAND, WIDE, PRECISION)  # fmt: skip
                 store(grad_stack_1 + (at * PARTS + part) * size_1, h, i, width, d_in, tile_1)

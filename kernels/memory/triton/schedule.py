@@ -4,7 +4,7 @@ compiling ahead of time.
 A program keeps tiles of tokens x head, tokens x hidden units and head x hidden units in registers, of which a
 multiprocessor has 64 Ki of 32 bits, and a few of them in shared memory on their way into a matrix unit. So:
 
-* ``ROWS``: the tokens that a program works on at a time; a longer chunk takes several rounds. 32, or 16 in the
+* ``TOKENS``: the tokens that a program works on at a time; a longer chunk takes several rounds. 32, or 16 in the
   backward of writing, which has twice as many tiles of tokens, in the backward of reading with heads above 64, and with
   the state in registers.
 * ``KEYS``: the tokens of the chunk that a query is compared with at a time: up to 64.
@@ -55,7 +55,7 @@ def schedule(
     # half the room: half the warps, and a multiprocessor takes two programs
     small = is_resident and state_bytes(layers, parts, d_in, width, d_out, backward=backward) <= ROOM[backward] // 2
     return dict(
-        ROWS=tile(b, 16 if few else 32), KEYS=tile(b, 64),
+        TOKENS=tile(b, 16 if few else 32), KEYS=tile(b, 64),
         IN=tile(d_in, 128), OUT=tile(d_out, 128), BLOCK=tile(width, 32), WIDTH=tile(width),
         num_warps=4 if small else 8, num_stages=1,
     )  # fmt: skip
@@ -81,7 +81,7 @@ def resident(
     backward: bool,
     wide: torch.dtype = torch.float32,
 ) -> bool:
-    """Whether the state stays in registers while a row's chunks are written (or ``backward``).
+    """Whether the state stays in registers while the chunks of a head are written (or ``backward``).
 
     It does where its tiles fit ``ROOM`` and a matrix unit takes the products' operands. With momentum that is one layer
     of up to 64 x 64, or two of up to 64 x 64 forward and up to 32 x 64 backward. A product in full float32 is not done

@@ -1,14 +1,14 @@
 """One token on a Triton kernel, in one launch and without gradients. Does not wait for the GPU.
 
-A program has one row (a batch row and a head). It takes the key through the anchor's weights, ``BLOCK`` hidden units at
+A program has one head of one batch row. It takes the key through the anchor's weights, ``BLOCK`` hidden units at
 a time, and then goes over the state once: for each block of hidden units it takes the error back, updates weights and
 momentum, and reads them with the query. All products are of matrices and vectors, so that the time is that of moving
 the state: weights, momentum and anchor are read and written once each, ``12 d width`` float32 numbers for a network ``d
 -> width -> d`` (``8 d width`` with chunks of one token, which have no anchor). What is needed again comes from the
 cache: the anchor's last layer and, where the chunk starts, the weights.
 
-The kernel itself finds out where a row is in its chunk. The anchor is therefore written at every token, though it only
-changes at the ends of chunks: that is faster than waiting for the GPU.
+The kernel itself finds out where a batch row is in its chunk. The anchor is therefore written at every token, though
+it only changes at the ends of chunks: that is faster than waiting for the GPU.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def step_kernel(
     NORM: tl.constexpr, CLIP: tl.constexpr, MASKED: tl.constexpr, ANCHORED: tl.constexpr, AFTER: tl.constexpr,
     IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One row. Depth 2: ``d_in -> width -> d_out``; depth 1, ``width -> d_out``, in layer 2's place.
+    """One head of one batch row. Depth 2: ``d_in -> width -> d_out``; depth 1, ``width -> d_out``, in layer 2's place.
 
     State tensors are dense ``[batch, heads, out, in]``; ``*_row`` and ``*_head`` are steps from batch row to batch row
     and from head to head. ``ANCHORED``: chunks are longer than one token. ``hidden``: room for ``width`` numbers a row.

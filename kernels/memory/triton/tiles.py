@@ -1,7 +1,7 @@
 """What the kernels of the memory coefficient: tiles of matrices, activations, LayerNorm, and the inner loss.
 
 A chunk's tokens lie together, ``b`` of them: ``first`` is the number of the chunk's first token, counted over all
-chunks and rows. What lies outside of a matrix is loaded as zero and not stored.
+chunks and heads. What lies outside of a matrix is loaded as zero and not stored.
 """
 
 from __future__ import annotations
@@ -81,11 +81,11 @@ def in_part(values, part, WIDE: tl.constexpr):
 
 
 @triton.jit
-def load_gain(gain, row, o, d_out, OUT: tl.constexpr, NORM: tl.constexpr, WIDE: tl.constexpr):
-    """The gain of a row, or ones."""
+def load_gain(gain, bh, o, d_out, OUT: tl.constexpr, NORM: tl.constexpr, WIDE: tl.constexpr):
+    """The gain of a head, or ones."""
     found = tl.full((OUT,), 1.0, WIDE)
     if NORM:
-        found = tl.load(gain + row * d_out + o, mask=o < d_out, other=0.0).to(WIDE)
+        found = tl.load(gain + bh * d_out + o, mask=o < d_out, other=0.0).to(WIDE)
     return found
 
 

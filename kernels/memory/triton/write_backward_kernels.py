@@ -1,13 +1,13 @@
 """The backward of writing a group of chunks: ``ChunkNetwork.write_backward`` as Triton kernels.
 
-A program goes through one row's chunks from the last to the first. A write contains a gradient, so its backward is of
-second order: from the state after the chunk to errors and inputs; then up the layers, because errors ran down; through
-the loss; and down the layers again. All of this is separate for each token, and ``ROWS`` tokens are worked on at a
-time. A last pass, tile by tile, mix_ws up the gradient of the weights over the tokens and takes the gradient of the
+A program goes through the chunks of one head from the last to the first. A write contains a gradient, so its backward
+is of second order: from the state after the chunk to errors and inputs; then up the layers, because errors ran down;
+through the loss; and down the layers again. All of this is separate for each token, and ``TOKENS`` tokens are worked on
+at a time. A last pass, tile by tile, adds up the gradient of the weights over the tokens and takes the gradient of the
 state from after the chunk to before it.
 
 ``grad_error`` are overwritten with the gradient of each layer's output, and ``grad_input_2`` with that of the hidden
-layer, for the last pass to multiply. ``write_backward_resident_kernel`` mix_ww the state's gradient in registers.
+layer, for the last pass to multiply. ``write_backward_resident_kernel`` keeps the state's gradient in registers.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ def _state_backward(mix, dmix, at, start, later, before, r, c, rows_of, columns,
 
 @triton.jit
 def _over_tokens(total, left, right, first, r, c, b, rows_of, columns,
-                 ROWS: tl.constexpr, OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                 TOKENS: tl.constexpr, OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """``total + left^T right``: a tile of a layer's gradient."""
-    for t0 in range(0, b, ROWS):
-        t = t0 + tl.arange(0, ROWS)
+    for t0 in range(0, b, TOKENS):
+        t = t0 + tl.arange(0, TOKENS)
         x, y = load_tokens(left, first, t, r, b, rows_of, WIDE), load_tokens(right, first, t, c, b, columns, WIDE)
         total += dot(tl.trans(x), y, OPERAND, WIDE, PRECISION)
     return total
@@ -69,32 +69,32 @@ def write_backward_kernel(
     input_2, output_1, output_2, unclipped_1, unclipped_2, error_1, error_2,
     grad_stack_1, grad_stack_2, grad_keys, grad_input_2, grad_error_1, grad_error_2,
     grad_values, grad_write, grad_mix, grad_gain, grad_anchor_1, grad_anchor_2,
-    chunks, rows, b, d_in, width, d_out, clip, eps,
+    chunks, batch_heads, b, d_in, width, d_out, clip, eps,
     LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr,
-    ANCHORED: tl.constexpr, ROWS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
+    ANCHORED: tl.constexpr, TOKENS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
     OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Every chunk of one row, the last first. The gradients that reads have left are added to where they lie."""
-    row = tl.program_id(0).to(tl.int64)
+    """Every chunk of one head, the last first. The gradients that reads have left are added to where they lie."""
+    bh = tl.program_id(0).to(tl.int64)
     i, o, four = tl.arange(0, IN), tl.arange(0, OUT), tl.arange(0, 4)
     size_1, size_2 = width * d_in, d_out * width
-    gain_o = load_gain(gain, row, o, d_out, OUT, NORM, WIDE)
+    gain_o = load_gain(gain, bh, o, d_out, OUT, NORM, WIDE)
     dgain = tl.zeros((OUT,), WIDE)
     for done in range(chunks):
         chunk = chunks - 1 - done
-        at = chunk * rows + row
+        at = chunk * batch_heads + bh
         first = at * b
         state_1, state_2 = stack_1 + at * PARTS * size_1, stack_2 + at * PARTS * size_2
         before_1, before_2 = grad_stack_1 + at * PARTS * size_1, grad_stack_2 + at * PARTS * size_2
-        later = (at + rows) * PARTS
+        later = (at + batch_heads) * PARTS
         later_1, later_2 = grad_stack_1 + later * size_1, grad_stack_2 + later * size_2
         w_1, w_2, grad_weights_1, grad_weights_2 = state_1, state_2, before_1, before_2
         if ANCHORED:  # known when compiling, and the rest is not  # noqa: SIM102
             if chunk == 0:
-                w_1, w_2 = anchor_1 + row * size_1, anchor_2 + row * size_2
-                grad_weights_1, grad_weights_2 = grad_anchor_1 + row * size_1, grad_anchor_2 + row * size_2
-        for t0 in range(0, b, ROWS):
-            t = t0 + tl.arange(0, ROWS)
+                w_1, w_2 = anchor_1 + bh * size_1, anchor_2 + bh * size_2
+                grad_weights_1, grad_weights_2 = grad_anchor_1 + bh * size_1, grad_anchor_2 + bh * size_2
+        for t0 in range(0, b, TOKENS):
+            t = t0 + tl.arange(0, TOKENS)
             valid = (t < b)[:, None]
 
             # through the state after the chunk: mix state - (write errors)^T inputs
@@ -102,8 +102,8 @@ def write_backward_kernel(
             derror = load_tokens(grad_error_2, first, t, o, b, d_out, WIDE)
             for part in tl.static_range(PARTS):
                 weight = coefficient(write, first, t, b, part, PARTS, WIDE)
-                dweight = tl.zeros((ROWS,), WIDE)
-                back = tl.zeros((ROWS, OUT), WIDE)
+                dweight = tl.zeros((TOKENS,), WIDE)
+                back = tl.zeros((TOKENS, OUT), WIDE)
                 for h0 in range(0, width, BLOCK):
                     h = h0 + tl.arange(0, BLOCK)
                     after_2 = load(later_2 + part * size_2, o, h, d_out, width, WIDE)
@@ -133,9 +133,9 @@ def write_backward_kernel(
             # through errors = scale unclipped, where scale = clip / |gradient| below one
             unclipped = load_tokens(unclipped_2, first, t, o, b, d_out, WIDE)
             if CLIP:
-                squares_2, small_2 = tl.zeros((ROWS,), WIDE), tl.zeros((ROWS,), WIDE)  # of the last layer's input
-                squares_1, small_1 = tl.zeros((ROWS,), WIDE), tl.zeros((ROWS,), WIDE)  # of unclipped_1
-                k_length, dscale = tl.zeros((ROWS,), WIDE), tl.sum(derror * unclipped, axis=1)
+                squares_2, small_2 = tl.zeros((TOKENS,), WIDE), tl.zeros((TOKENS,), WIDE)  # of the last layer's input
+                squares_1, small_1 = tl.zeros((TOKENS,), WIDE), tl.zeros((TOKENS,), WIDE)  # of unclipped_1
+                k_length, dscale = tl.zeros((TOKENS,), WIDE), tl.sum(derror * unclipped, axis=1)
                 for h0 in range(0, width, BLOCK):
                     h = h0 + tl.arange(0, BLOCK)
                     a = load_tokens(input_2, first, t, h, b, width, WIDE)
@@ -230,20 +230,20 @@ def write_backward_kernel(
             tl.debug_barrier()
             dw = load(grad_weights_2, o, h, d_out, width, WIDE)
             dw = _over_tokens(dw, grad_error_2, input_2, first, o, h, b, d_out, width,
-                                ROWS, OPERAND, WIDE, PRECISION)  # fmt: skip
+                                TOKENS, OPERAND, WIDE, PRECISION)  # fmt: skip
             if LAYERS == 2:
                 dw = _over_tokens(dw, unclipped_2, grad_error_1, first, o, h, b, d_out, width,
-                                    ROWS, OPERAND, WIDE, PRECISION)  # fmt: skip
+                                    TOKENS, OPERAND, WIDE, PRECISION)  # fmt: skip
                 dw_1 = load(grad_weights_1, h, i, width, d_in, WIDE)
                 dw_1 = _over_tokens(dw_1, grad_input_2, keys, first, h, i, b, width, d_in,
-                                      ROWS, OPERAND, WIDE, PRECISION)  # fmt: skip
+                                      TOKENS, OPERAND, WIDE, PRECISION)  # fmt: skip
                 store(grad_weights_1, h, i, width, d_in, dw_1)
             store(grad_weights_2, o, h, d_out, width, dw)
         tl.store(grad_mix + (at * PARTS + four // 2) * PARTS + four % 2, dmix,
                  mask=(four // 2 < PARTS) & (four % 2 < PARTS))  # fmt: skip
         tl.debug_barrier()
     if NORM:
-        tl.store(grad_gain + row * d_out + o, dgain, mask=o < d_out)
+        tl.store(grad_gain + bh * d_out + o, dgain, mask=o < d_out)
 
 
 # -- the state's gradient in registers ---------------------------------------------------------------------
@@ -265,22 +265,22 @@ def write_backward_resident_kernel(
     input_2, output_1, output_2, unclipped_1, unclipped_2, error_1, error_2,
     grad_stack_1, grad_stack_2, grad_keys, grad_input_2, grad_error_1, grad_error_2,
     grad_values, grad_write, grad_mix, grad_gain, grad_anchor_1, grad_anchor_2,
-    chunks, rows, b, d_in, width, d_out, clip, eps,
+    chunks, batch_heads, b, d_in, width, d_out, clip, eps,
     LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr,
-    ANCHORED: tl.constexpr, ROWS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, WIDTH: tl.constexpr,
+    ANCHORED: tl.constexpr, TOKENS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, WIDTH: tl.constexpr,
     OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Every chunk of one row, the last first. Of the gradients that reads have left, only the first state's grows.
+    """Every chunk of one head, the last first. Of the gradients that reads have left, only the first state's grows.
 
     ``g`` is the gradient of the weights after the chunk, ``r`` that of the momentum. At depth 1 ``grad_input_2`` is the
     keys' gradient.
     """
-    row = tl.program_id(0).to(tl.int64)
+    bh = tl.program_id(0).to(tl.int64)
     i, o, h, four = tl.arange(0, IN), tl.arange(0, OUT), tl.arange(0, WIDTH), tl.arange(0, 4)
     size_1, size_2 = width * d_in, d_out * width
-    gain_o = load_gain(gain, row, o, d_out, OUT, NORM, WIDE)
+    gain_o = load_gain(gain, bh, o, d_out, OUT, NORM, WIDE)
     dgain = tl.zeros((OUT,), WIDE)
-    last = chunks * rows + row
+    last = chunks * batch_heads + bh
     g_2 = load(grad_stack_2 + last * PARTS * size_2, o, h, d_out, width, WIDE)
     if LAYERS == 2:
         g_1 = load(grad_stack_1 + last * PARTS * size_1, h, i, width, d_in, WIDE)
@@ -290,7 +290,7 @@ def write_backward_resident_kernel(
             r_1 = load(grad_stack_1 + (last * PARTS + 1) * size_1, h, i, width, d_in, WIDE)
     for done in range(chunks):
         chunk = chunks - 1 - done
-        at = chunk * rows + row
+        at = chunk * batch_heads + bh
         first = at * b
         state_1, state_2 = stack_1 + at * PARTS * size_1, stack_2 + at * PARTS * size_2
         before_1, before_2 = grad_stack_1 + at * PARTS * size_1, grad_stack_2 + at * PARTS * size_2
@@ -310,15 +310,15 @@ def write_backward_resident_kernel(
         tl.store(grad_mix + (at * PARTS + four // 2) * PARTS + four % 2, dmix,
                  mask=(four // 2 < PARTS) & (four % 2 < PARTS))  # fmt: skip
         if ANCHORED:
-            w_2 = load(tl.where(chunk == 0, anchor_2 + row * size_2, state_2), o, h, d_out, width, WIDE)
+            w_2 = load(tl.where(chunk == 0, anchor_2 + bh * size_2, state_2), o, h, d_out, width, WIDE)
             if LAYERS == 2:
-                w_1 = load(tl.where(chunk == 0, anchor_1 + row * size_1, state_1), h, i, width, d_in, WIDE)
+                w_1 = load(tl.where(chunk == 0, anchor_1 + bh * size_1, state_1), h, i, width, d_in, WIDE)
 
         dw_2 = tl.zeros((OUT, WIDTH), WIDE)
         if LAYERS == 2:
             dw_1 = tl.zeros((WIDTH, IN), WIDE)
-        for t0 in range(0, b, ROWS):
-            t = t0 + tl.arange(0, ROWS)
+        for t0 in range(0, b, TOKENS):
+            t = t0 + tl.arange(0, TOKENS)
             valid = (t < b)[:, None]
             unclipped = load_tokens(unclipped_2, first, t, o, b, d_out, WIDE)
             a = load_tokens(input_2, first, t, h, b, width, WIDE)
@@ -368,7 +368,7 @@ def write_backward_resident_kernel(
                     row_length(a, WIDE),
                     tl.sum(derror * unclipped, axis=1),
                 )
-                e_length, k_length = tl.zeros((ROWS,), WIDE), tl.zeros((ROWS,), WIDE)
+                e_length, k_length = tl.zeros((TOKENS,), WIDE), tl.zeros((TOKENS,), WIDE)
                 if LAYERS == 2:
                     e_length, k_length = row_length(unclipped_hidden, WIDE), row_length(k, WIDE)
                     dscale += tl.sum(de * unclipped_hidden, axis=1)
@@ -420,11 +420,11 @@ def write_backward_resident_kernel(
 
         # the weights' own gradient is added to the chunk's start, or to the anchor's
         if ANCHORED:
-            grad_weights_2, high_2 = grad_anchor_2 + row * size_2, tl.where(chunk == 0, d_out, 0)
+            grad_weights_2, high_2 = grad_anchor_2 + bh * size_2, tl.where(chunk == 0, d_out, 0)
             store(grad_weights_2, o, h, high_2, width, load(grad_weights_2, o, h, high_2, width, WIDE) + dw_2)
             dw_2 = tl.where(chunk == 0, 0.0, dw_2)
             if LAYERS == 2:
-                grad_weights_1, high_1 = grad_anchor_1 + row * size_1, tl.where(chunk == 0, width, 0)
+                grad_weights_1, high_1 = grad_anchor_1 + bh * size_1, tl.where(chunk == 0, width, 0)
                 store(grad_weights_1, h, i, high_1, d_in, load(grad_weights_1, h, i, high_1, d_in, WIDE) + dw_1)
                 dw_1 = tl.where(chunk == 0, 0.0, dw_1)
 
@@ -448,12 +448,12 @@ def write_backward_resident_kernel(
         if LAYERS == 2:
             g_1 = dw_1
 
-    store(grad_stack_2 + row * PARTS * size_2, o, h, d_out, width, g_2)
+    store(grad_stack_2 + bh * PARTS * size_2, o, h, d_out, width, g_2)
     if LAYERS == 2:
-        store(grad_stack_1 + row * PARTS * size_1, h, i, width, d_in, g_1)
+        store(grad_stack_1 + bh * PARTS * size_1, h, i, width, d_in, g_1)
     if PARTS == 2:
-        store(grad_stack_2 + (row * PARTS + 1) * size_2, o, h, d_out, width, r_2)
+        store(grad_stack_2 + (bh * PARTS + 1) * size_2, o, h, d_out, width, r_2)
         if LAYERS == 2:
-            store(grad_stack_1 + (row * PARTS + 1) * size_1, h, i, width, d_in, r_1)
+            store(grad_stack_1 + (bh * PARTS + 1) * size_1, h, i, width, d_in, r_1)
     if NORM:
-        tl.store(grad_gain + row * d_out + o, dgain, mask=o < d_out)
+        tl.store(grad_gain + bh * d_out + o, dgain, mask=o < d_out)

@@ -1,9 +1,9 @@
 """Writing a group of chunks: ``write`` and ``rewrite`` of ``chunk_torch.ChunkNetwork`` as Triton kernels.
 
 Writing is sequential: the gradients of a chunk are taken at the weights that the chunk before it left. A program goes
-through the chunks of one row (a batch row and a head). Per chunk it runs the keys forward through the weights and
-errors back, ``ROWS`` tokens at a time, and then updates the state by one product with the gates (``mix``) and one with
-the errors. It works on ``BLOCK`` units of the hidden layer at a time, so that it holds a few tiles of tokens x units
+through the chunks of one head of one batch row. Per chunk it runs the keys forward through the weights and errors
+back, ``TOKENS`` tokens at a time, and then updates the state by one product with the gates (``mix``) and one with the
+errors. It works on ``BLOCK`` units of the hidden layer at a time, so that it holds a few tiles of tokens x units
 and nothing of the state, which streams through the L2 cache. Each chunk's starting state is left in global memory for
 reads and for the backward pass.
 
@@ -42,7 +42,7 @@ def _differentiate(
     keys, values, w_1, w_2, gain_o, input_2, output_1, output_2, unclipped_1, unclipped_2, error_1, error_2,
     first, t, b, d_in, width, d_out, clip, eps,
     LAYERS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr,
-    ROWS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
     WIDE: tl.constexpr, FINE: tl.constexpr, FINE_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Some tokens of a chunk: keys forward through the weights, half errors back."""
@@ -51,8 +51,8 @@ def _differentiate(
     v = load_tokens(values, first, t, o, b, d_out, WIDE)
 
     # keys forward
-    z = tl.zeros((ROWS, OUT), WIDE)
-    squares, small_squares = tl.zeros((ROWS,), WIDE), tl.zeros((ROWS,), WIDE)  # of the last layer's input
+    z = tl.zeros((TOKENS, OUT), WIDE)
+    squares, small_squares = tl.zeros((TOKENS,), WIDE), tl.zeros((TOKENS,), WIDE)  # of the last layer's input
     for h0 in range(0, width, BLOCK):
         h = h0 + tl.arange(0, BLOCK)
         if LAYERS == 2:
@@ -78,7 +78,7 @@ def _differentiate(
     error = output_error(z, residual, v, gain_o, o < d_out, d_out, eps, NORM)
     error = tl.where((t < b)[:, None], error, 0.0)
     store_tokens(unclipped_2, first, t, o, b, d_out, error)
-    e_squares, small_e_squares = tl.zeros((ROWS,), WIDE), tl.zeros((ROWS,), WIDE)
+    e_squares, small_e_squares = tl.zeros((TOKENS,), WIDE), tl.zeros((TOKENS,), WIDE)
     if LAYERS == 2:
         tl.debug_barrier()
         for h0 in range(0, width, BLOCK):
@@ -108,7 +108,7 @@ def _differentiate(
 
 @triton.jit
 def _advance(stack, after, mix, write, errors, inputs, out, width, b, at,
-             PARTS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, ROWS: tl.constexpr,
+             PARTS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, TOKENS: tl.constexpr,
              OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """One layer's state after a chunk: ``mix state - (write errors)^T inputs``, tile by tile."""
     first, size = at * b, out * width
@@ -118,8 +118,8 @@ def _advance(stack, after, mix, write, errors, inputs, out, width, b, at,
             i = i0 + tl.arange(0, BLOCK_IN)
             for part in tl.static_range(PARTS):
                 total = tl.zeros((BLOCK_OUT, BLOCK_IN), WIDE)
-                for t0 in range(0, b, ROWS):
-                    t = t0 + tl.arange(0, ROWS)
+                for t0 in range(0, b, TOKENS):
+                    t = t0 + tl.arange(0, TOKENS)
                     d = load_tokens(errors, first, t, o, b, out, WIDE) * coefficient(
                         write, first, t, b, part, PARTS, WIDE
                     )
@@ -135,44 +135,44 @@ def _advance(stack, after, mix, write, errors, inputs, out, width, b, at,
 def write_kernel(
     keys, values, gain, mix, write, anchor_1, anchor_2, stack_1, stack_2,
     input_2, output_1, output_2, unclipped_1, unclipped_2, error_1, error_2,
-    chunks, rows, b, d_in, width, d_out, clip, eps,
+    chunks, batch_heads, b, d_in, width, d_out, clip, eps,
     LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr,
-    ANCHORED: tl.constexpr, ROWS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
+    ANCHORED: tl.constexpr, TOKENS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
     OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, FINE: tl.constexpr,
     FINE_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Every chunk of one row. Depth 2: ``d_in -> width -> d_out``.
+    """Every chunk of one head. Depth 2: ``d_in -> width -> d_out``.
 
     Depth 1, ``width -> d_out`` with ``width = d_in``, is layer 2 alone, and ``input_2`` are the keys.
     """
-    row = tl.program_id(0).to(tl.int64)
+    bh = tl.program_id(0).to(tl.int64)
     o = tl.arange(0, OUT)
-    gain_o = load_gain(gain, row, o, d_out, OUT, NORM, WIDE)
+    gain_o = load_gain(gain, bh, o, d_out, OUT, NORM, WIDE)
     size_1, size_2 = width * d_in, d_out * width
     for chunk in range(chunks):
-        at = chunk * rows + row
+        at = chunk * batch_heads + bh
         first = at * b
         state_1, state_2 = stack_1 + at * PARTS * size_1, stack_2 + at * PARTS * size_2
         w_1, w_2 = state_1, state_2
         if ANCHORED:  # known when compiling, and the rest is not  # noqa: SIM102
             if chunk == 0:
-                w_1, w_2 = anchor_1 + row * size_1, anchor_2 + row * size_2
-        for t0 in range(0, b, ROWS):
+                w_1, w_2 = anchor_1 + bh * size_1, anchor_2 + bh * size_2
+        for t0 in range(0, b, TOKENS):
             _differentiate(
                 keys, values, w_1, w_2, gain_o, input_2, output_1, output_2, unclipped_1, unclipped_2, error_1, error_2,
-                first, t0 + tl.arange(0, ROWS), b, d_in, width, d_out, clip, eps,
-                LAYERS, ACTIVATION, NORM, CLIP, ROWS, IN, OUT, BLOCK, WIDE, FINE, FINE_PRECISION,
+                first, t0 + tl.arange(0, TOKENS), b, d_in, width, d_out, clip, eps,
+                LAYERS, ACTIVATION, NORM, CLIP, TOKENS, IN, OUT, BLOCK, WIDE, FINE, FINE_PRECISION,
             )  # fmt: skip
         tl.debug_barrier()
 
         # the state after the chunk
-        later = (at + rows) * PARTS
+        later = (at + batch_heads) * PARTS
         next_1, next_2 = stack_1 + later * size_1, stack_2 + later * size_2
         if LAYERS == 2:
             _advance(state_1, next_1, mix, write, error_1, keys, width, d_in, b, at,
-                     PARTS, BLOCK, IN, ROWS, OPERAND, WIDE, PRECISION)  # fmt: skip
+                     PARTS, BLOCK, IN, TOKENS, OPERAND, WIDE, PRECISION)  # fmt: skip
         _advance(state_2, next_2, mix, write, error_2, input_2, d_out, width, b, at,
-                 PARTS, OUT, BLOCK, ROWS, OPERAND, WIDE, PRECISION)  # fmt: skip
+                 PARTS, OUT, BLOCK, TOKENS, OPERAND, WIDE, PRECISION)  # fmt: skip
         tl.debug_barrier()
 
 
@@ -180,23 +180,23 @@ def write_kernel(
 def rewrite_kernel(
     keys, values, gain, anchor_1, anchor_2, stack_1, stack_2,
     input_2, output_1, output_2, unclipped_1, unclipped_2, error_1, error_2,
-    rows, b, d_in, width, d_out, clip, eps,
+    batch_heads, b, d_in, width, d_out, clip, eps,
     LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr,
-    ANCHORED: tl.constexpr, ROWS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
+    ANCHORED: tl.constexpr, TOKENS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
     WIDE: tl.constexpr, FINE: tl.constexpr, FINE_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What ``write_kernel`` stores for ``ROWS`` tokens, from known states: programs in any order."""
-    at = tl.program_id(0).to(tl.int64)  # chunk * rows + row
-    row, o = at % rows, tl.arange(0, OUT)
-    gain_o = load_gain(gain, row, o, d_out, OUT, NORM, WIDE)
+    """What ``write_kernel`` stores for ``TOKENS`` tokens, from known states: programs in any order."""
+    at = tl.program_id(0).to(tl.int64)  # chunk * batch_heads + bh
+    bh, o = at % batch_heads, tl.arange(0, OUT)
+    gain_o = load_gain(gain, bh, o, d_out, OUT, NORM, WIDE)
     w_1, w_2 = stack_1 + at * PARTS * width * d_in, stack_2 + at * PARTS * d_out * width
     if ANCHORED:  # known when compiling, and the rest is not  # noqa: SIM102
-        if at < rows:
-            w_1, w_2 = anchor_1 + row * width * d_in, anchor_2 + row * d_out * width
+        if at < batch_heads:
+            w_1, w_2 = anchor_1 + bh * width * d_in, anchor_2 + bh * d_out * width
     _differentiate(
         keys, values, w_1, w_2, gain_o, input_2, output_1, output_2, unclipped_1, unclipped_2, error_1, error_2,
-        at * b, tl.program_id(1) * ROWS + tl.arange(0, ROWS), b, d_in, width, d_out, clip, eps,
-        LAYERS, ACTIVATION, NORM, CLIP, ROWS, IN, OUT, BLOCK, WIDE, FINE, FINE_PRECISION,
+        at * b, tl.program_id(1) * TOKENS + tl.arange(0, TOKENS), b, d_in, width, d_out, clip, eps,
+        LAYERS, ACTIVATION, NORM, CLIP, TOKENS, IN, OUT, BLOCK, WIDE, FINE, FINE_PRECISION,
     )  # fmt: skip
 
 
@@ -204,7 +204,7 @@ def rewrite_kernel(
 #
 # Weights and momentum of all layers are whole tiles that the loop over the chunks carries in registers. Nothing that is
 # written is read again, so that no step waits for memory. A chunk's gradients are taken at the weights that it began
-# with, while its tokens come ``ROWS`` at a time: two generations of weights are in registers at once, the one that
+# with, while its tokens come ``TOKENS`` at a time: two generations of weights are in registers at once, the one that
 # gradients are taken at and the one that they are added to. That is ``PARTS + 1`` tiles for each layer.
 
 
@@ -218,31 +218,31 @@ def factor(mix, at, part, other, PARTS: tl.constexpr, WIDE: tl.constexpr):
 def write_resident_kernel(
     keys, values, gain, mix, write, anchor_1, anchor_2, stack_1, stack_2,
     input_2, output_1, output_2, unclipped_1, unclipped_2, error_1, error_2,
-    chunks, rows, b, d_in, width, d_out, clip, eps,
+    chunks, batch_heads, b, d_in, width, d_out, clip, eps,
     LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr,
-    ANCHORED: tl.constexpr, ROWS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, WIDTH: tl.constexpr,
+    ANCHORED: tl.constexpr, TOKENS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, WIDTH: tl.constexpr,
     OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, FINE: tl.constexpr,
     FINE_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Every chunk of one row. Layers as in ``write_kernel``.
+    """Every chunk of one head. Layers as in ``write_kernel``.
 
     ``x`` are the weights, ``s`` the momentum, and ``w`` the weights that the chunk's gradients are taken at.
     """
-    row = tl.program_id(0).to(tl.int64)
+    bh = tl.program_id(0).to(tl.int64)
     i, o, h = tl.arange(0, IN), tl.arange(0, OUT), tl.arange(0, WIDTH)
-    gain_o = load_gain(gain, row, o, d_out, OUT, NORM, WIDE)
+    gain_o = load_gain(gain, bh, o, d_out, OUT, NORM, WIDE)
     size_1, size_2 = width * d_in, d_out * width
-    x_2 = load(stack_2 + row * PARTS * size_2, o, h, d_out, width, WIDE)
-    w_2 = load(anchor_2 + row * size_2, o, h, d_out, width, WIDE) if ANCHORED else x_2
+    x_2 = load(stack_2 + bh * PARTS * size_2, o, h, d_out, width, WIDE)
+    w_2 = load(anchor_2 + bh * size_2, o, h, d_out, width, WIDE) if ANCHORED else x_2
     if LAYERS == 2:
-        x_1 = load(stack_1 + row * PARTS * size_1, h, i, width, d_in, WIDE)
-        w_1 = load(anchor_1 + row * size_1, h, i, width, d_in, WIDE) if ANCHORED else x_1
+        x_1 = load(stack_1 + bh * PARTS * size_1, h, i, width, d_in, WIDE)
+        w_1 = load(anchor_1 + bh * size_1, h, i, width, d_in, WIDE) if ANCHORED else x_1
     if PARTS == 2:
-        s_2 = load(stack_2 + (row * PARTS + 1) * size_2, o, h, d_out, width, WIDE)
+        s_2 = load(stack_2 + (bh * PARTS + 1) * size_2, o, h, d_out, width, WIDE)
         if LAYERS == 2:
-            s_1 = load(stack_1 + (row * PARTS + 1) * size_1, h, i, width, d_in, WIDE)
+            s_1 = load(stack_1 + (bh * PARTS + 1) * size_1, h, i, width, d_in, WIDE)
     for chunk in range(chunks):
-        at = chunk * rows + row
+        at = chunk * batch_heads + bh
         first = at * b
 
         # the state at the chunk's end, without what its tokens add
@@ -261,8 +261,8 @@ def write_resident_kernel(
             if LAYERS == 2:
                 x_1 = mix_ww * x_1
 
-        for t0 in range(0, b, ROWS):
-            t = t0 + tl.arange(0, ROWS)
+        for t0 in range(0, b, TOKENS):
+            t = t0 + tl.arange(0, TOKENS)
             # keys forward
             if LAYERS == 2:
                 k = load_tokens(keys, first, t, i, b, d_in, WIDE)
@@ -285,7 +285,7 @@ def write_resident_kernel(
                 e = dot(error, w_2, FINE, WIDE, FINE_PRECISION) * slope(preact, ACTIVATION)
                 store_tokens(unclipped_1, first, t, h, b, width, e)
             if CLIP:
-                e_length, k_length = tl.zeros((ROWS,), WIDE), tl.zeros((ROWS,), WIDE)
+                e_length, k_length = tl.zeros((TOKENS,), WIDE), tl.zeros((TOKENS,), WIDE)
                 if LAYERS == 2:
                     e_length, k_length = row_length(e, WIDE), row_length(k, WIDE)
                 norm = gradient_norm(e_length, k_length, row_length(error, WIDE), row_length(a, WIDE))
@@ -309,11 +309,11 @@ def write_resident_kernel(
 
         # the next chunk's state
         w_2 = x_2
-        after_2 = stack_2 + (at + rows) * PARTS * size_2
+        after_2 = stack_2 + (at + batch_heads) * PARTS * size_2
         store(after_2, o, h, d_out, width, x_2)
         if LAYERS == 2:
             w_1 = x_1
-            after_1 = stack_1 + (at + rows) * PARTS * size_1
+            after_1 = stack_1 + (at + batch_heads) * PARTS * size_1
             store(after_1, h, i, width, d_in, x_1)
         if PARTS == 2:
             store(after_2 + size_2, o, h, d_out, width, s_2)

@@ -50,7 +50,7 @@ def test_the_width_that_models_have(target, operands):
     # the AMD kernels take TF32 in products of another name
     kinds = {"bfloat16": {"bf16"}, "tf32": {"tf32", "xf32"}}[operands]
     for row in rows:
-        if "ROWS" in row and "BLOCK" in row:  # a kernel of the memory with many tokens
+        if "TOKENS" in row and "BLOCK" in row:  # a kernel of the memory with many tokens
             assert kinds & set(row["dot"].split()) or (operands == "tf32" and row["dot"] == "bf16"), row
             assert not {"f32", "f64"} & set(row["dot"].split()), row
 
