@@ -10,6 +10,7 @@ from .laws import LawError, check_block
 from .memory import NeuralMemory
 from .memory_ablation import MemoryCheck, memory_check
 from .observe import observe
+from .prefix_cache import PrefixCache
 
 __all__ = [
     "Block",
@@ -19,6 +20,7 @@ __all__ = [
     "ModelOutput",
     "ModelState",
     "NeuralMemory",
+    "PrefixCache",
     "adapt",
     "attention",
     "build_block",

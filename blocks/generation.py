@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..kernels.linear import is_unmodified
+from .observers import observers_of
+from .prefix_cache import PrefixCache
+from .prompt import Model, is_called, read_prompt
 from .sampling import Sampler
 from .speculation import Draft, Drafted, ModelDraft, PromptLookup, check_draft, speculate
 from .state import State, trainable
-
-
-class Model(Protocol):
-    """The methods of a model that generation uses; ``LanguageModel`` documents them."""
-
-    vocab: int | None
-
-    def __call__(self, tokens: Tensor, state: Any, mask: Tensor | None = None) -> Any: ...
-    def check_mask(self, mask: Tensor, shape: tuple[int, int]) -> None: ...
-    def check_state(self, state: Any, rows: int) -> None: ...
-    def embed(self, tokens: Tensor) -> Tensor: ...
-    def lookup(self, tokens: Tensor) -> Tensor: ...
-    def run(self, x: Tensor, state: Any, mask: Tensor | None) -> tuple[Tensor, Any]: ...
-    def decoder(self, rows: int) -> Callable[[Tensor, Any], tuple[Tensor, Any]]: ...
-    def predict(self, hidden: Tensor) -> Tensor: ...
 
 
 class Generation(NamedTuple):
@@ -80,6 +67,7 @@ def generate(
     mask: Tensor | None = None,
     logits: Tensor | None = None,
     draft: Any = None,
+    prefix_cache: PrefixCache | None = None,
 ) -> Generation:
     """Continue ``tokens`` [batch, time] int64 by ``max_new_tokens`` tokens.
 
@@ -99,6 +87,8 @@ def generate(
             a smaller ``LanguageModel`` of the same vocabulary proposes its own tokens. The model checks all proposed
             tokens in one call. Greedy tokens are those without ``draft``; sampled ones have the same distribution.
             Numbers of tokens and calls are in ``drafted`` of the result.
+        prefix_cache: a ``PrefixCache``: beginnings of the prompt that it holds are not read again. It then holds this
+            prompt and its continuation, too.
 
     The returned state includes all returned tokens, so ``generate(model, more, state=gen.state)`` continues with a
     further prompt. To continue without one, pass the logits too:
@@ -111,8 +101,36 @@ def generate(
         raise ValueError(f"max_new_tokens: expected an integer >= 0, got {max_new_tokens!r}")
     if draft is not None:
         check_draft(draft, model)
-    logits, state = read_prompt(model, tokens, state, mask=mask, logits=logits)
+    if prefix_cache is None:
+        logits, state = read_prompt(model, tokens, state, mask=mask, logits=logits)
+    elif state is not None or logits is not None:
+        raise ValueError(
+            "prefix_cache: its states begin with the first token: give the whole text, and no state or logits"
+        )
+    else:
+        _expect_cache(prefix_cache, model)
+        logits, state = prefix_cache.read(model, tokens, mask)
     sampler = Sampler(temperature, top_k, top_p, seed, device=tokens.device)
+    generation = _generate(model, logits, state, sampler, tokens, mask, max_new_tokens, draft)
+    if prefix_cache is not None and max_new_tokens:
+        valid = None
+        if mask is not None:
+            valid = torch.cat([mask, mask.new_ones(len(mask), max_new_tokens)], dim=1)
+        prefix_cache.store(model, generation.tokens, generation.state, generation.logits, valid)
+    return generation
+
+
+def _generate(
+    model: Model,
+    logits: Tensor,
+    state: State,
+    sampler: Sampler,
+    tokens: Tensor,
+    mask: Tensor | None,
+    max_new_tokens: int,
+    draft: Any,
+) -> Generation:
+    """Continue ``tokens`` from the logits and the state after them."""
     if draft is not None and max_new_tokens:
         source = _read_draft(draft, tokens, mask, sampler)
         _keep_freed_memory(logits)
@@ -131,49 +149,11 @@ def generate(
     return Generation(torch.cat([tokens, torch.stack(new, dim=1)], dim=1), state, logits)
 
 
-@torch.no_grad()
-def read_prompt(
-    model: Model,
-    tokens: Tensor,
-    state: State = None,
-    *,
-    mask: Tensor | None = None,
-    logits: Tensor | None = None,
-) -> tuple[Tensor, State]:
-    """Process a prompt; return the logits ``[batch, vocab]`` at the last valid token of each row, and the state.
-
-    ``logits`` [batch, vocab] is returned for rows in which the prompt has no valid token.
-    """
-    called = _calls(model)
-    if called:
-        out = model(tokens, state, mask)
-        hidden, state = out.logits, out.state
-    else:
-        x = model.embed(tokens)
-        if mask is not None:
-            model.check_mask(mask, (x.shape[0], x.shape[1]))
-        if state is not None:
-            model.check_state(state, x.shape[0])
-        hidden, state = model.run(x, state, mask)
-    rows, time = tokens.shape
-    present = torch.full((rows,), time > 0, device=tokens.device) if mask is None else mask.any(dim=1)
-    absent = (~present).nonzero().flatten().tolist()
-    if absent and logits is None:
-        raise ValueError(f"tokens: row {absent[0]} has no valid token, and no logits were given")
-    if logits is not None:
-        _check_logits(logits, (rows, model.vocab), tokens.device)
-    if len(absent) == rows:
-        assert logits is not None
-        return logits, state
-    if mask is None:
-        return (hidden[:, -1] if called else model.predict(hidden[:, -1])), state
-    # the last valid token of each row, with padding on either side
-    index = (mask * torch.arange(time, device=mask.device)).argmax(dim=1)
-    last = hidden[torch.arange(rows, device=mask.device), index]
-    predicted = last if called else model.predict(last)
-    if logits is not None:
-        predicted = torch.where(present.unsqueeze(1), predicted, logits.to(predicted.dtype))
-    return predicted, state
+def _expect_cache(prefix_cache: Any, model: Any) -> None:
+    if not isinstance(prefix_cache, PrefixCache):
+        raise TypeError(f"prefix_cache: expected a PrefixCache, got {type(prefix_cache).__name__}")
+    if any(True for _ in observers_of(model)):
+        raise RuntimeError("prefix_cache: an observer would not see tokens of stored states: generate without it")
 
 
 def _read_draft(draft: Any, tokens: Tensor, mask: Tensor | None, sampler: Sampler) -> Draft:
@@ -189,22 +169,6 @@ def _read_draft(draft: Any, tokens: Tensor, mask: Tensor | None, sampler: Sample
     return ModelDraft(draft, state, rows, sampler, tokens.device)
 
 
-def _calls(model: Any) -> bool:
-    """Whether the model is called for every token: hooks, accelerate and FSDP act on calls of the whole model."""
-    return not is_unmodified(model, "forward")
-
-
-def _check_logits(logits: Tensor, shape: tuple[int, int | None], device: torch.device) -> None:
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"logits: expected a tensor [batch, vocab], got {type(logits).__name__}")
-    if not logits.is_floating_point():
-        raise TypeError(f"logits: expected a floating-point tensor, got {logits.dtype}")
-    if tuple(logits.shape) != shape:
-        raise ValueError(f"logits: expected [batch, vocab] = {list(shape)}, got {list(logits.shape)}")
-    if logits.device != device:
-        raise ValueError(f"logits: expected device {device} as tokens, got {logits.device}")
-
-
 @torch.inference_mode()
 def steps(model: Model, logits: Tensor, state: State, sampler: Sampler, count: int) -> Iterator[Step]:
     """Yield ``count`` new tokens one at a time, for streaming output or stopping early.
@@ -216,7 +180,7 @@ def steps(model: Model, logits: Tensor, state: State, sampler: Sampler, count: i
     decode = model.decoder(logits.shape[0])
     for _ in range(count):
         token = sampler(logits)
-        if _calls(model):
+        if is_called(model):
             out = model(token.unsqueeze(1), state)
             state, logits = out.state, out.logits[:, 0]
         else:

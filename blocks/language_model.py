@@ -25,6 +25,7 @@ from .fingerprint import Fingerprint
 from .freezing import Frozen, freeze, thaw
 from .generation import Generation, generate
 from .layers import RMSNorm
+from .prefix_cache import PrefixCache
 from .state import State, nbytes, prefix_lengths, rewind, trainable
 
 IGNORED = -100
@@ -292,9 +293,10 @@ class LanguageModel(nn.Module):
         mask: Tensor | None = None,
         logits: Tensor | None = None,
         draft: Literal["prompt"] | LanguageModel | None = None,
+        prefix_cache: PrefixCache | None = None,
     ) -> Generation:
         """Continue ``tokens`` [batch, time] by ``max_new_tokens`` tokens: see ``generation.generate``."""
-        options: dict[str, Any] = {"mask": mask, "logits": logits, "draft": draft}
+        options: dict[str, Any] = {"mask": mask, "logits": logits, "draft": draft, "prefix_cache": prefix_cache}
         return generate(self, tokens, max_new_tokens, state, temperature, top_k, top_p, seed, **options)
 
     def freeze_memory(self) -> Frozen:

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..kernels.linear import is_unmodified
 from ..registry import nearest
 from .decode import Decoder
 from .observers import observers_of
+from .prompt import is_called
 from .sampling import Sampler, expect_finite
 from .state import State, where
 
@@ -228,7 +228,7 @@ class Reader:
         self.unread: list[list[int]] = [[] for _ in range(rows)]
         self.calls = 0
         self._decode: Decoder = model.decoder(rows)
-        self._called = not is_unmodified(model, "forward")  # as in generation.py
+        self._called = is_called(model)
 
     def read(self, proposal: Proposal | None) -> tuple[Tensor, State]:
         """Read the unread tokens and a proposal. Return the logits and the state after them.
