@@ -135,6 +135,12 @@ class NeuralMemory(Block):
         momentum: list[Tensor] = []
         # copies, because the optimizer changes parameters in place, and FSDP frees their memory
         for part, parameters in ((weights, self.initial_weights), (momentum, self.initial_momentum)):
+            if not isinstance(parameters, nn.ParameterList):
+                raise TypeError(
+                    f"NeuralMemory: around its initial weights there is a {type(parameters).__name__} now: PEFT's "
+                    "target_parameters adapts linear layers in blocks, and no other parameters; train these themselves "
+                    "(modules_to_save=['titans'] for memories of tb.swap)"
+                )
             for x in parameters:
                 part.append(x.to(dtype, copy=True).expand(batch_size, *x.shape))
         if self.momentum and not momentum:

@@ -123,6 +123,13 @@ class TitansBuildPreTrainedModel(PreTrainedModel):
         """The module that holds the ``LanguageModel``: this one, or the one below a head."""
         return self if isinstance(self.model, LanguageModel) else self.model
 
+    def _expect_language_model(self) -> None:
+        if not isinstance(self.model, LanguageModel):
+            raise TypeError(
+                f"around the LanguageModel there is a {type(self.model).__name__} now: PEFT's target_parameters adapts "
+                "linear layers in blocks, and not embedding and head: set their requires_grad, and save the whole model"
+            )
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, from safetensors. Raises ``StorageError`` for weights that are not of the recipe."""
@@ -226,6 +233,7 @@ class TitansBuildModel(TitansBuildPreTrainedModel):
         **documents: Any,
     ) -> Any:
         """``last_hidden_state`` [batch, time, dim], normalized; arguments as of ``TitansBuildForCausalLM``."""
+        self._expect_language_model()
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids [batch, time] or inputs_embeds [batch, time, dim], and not both")
         if self.config.output_attentions if output_attentions is None else output_attentions:
@@ -320,6 +328,7 @@ class TitansBuildForCausalLM(TitansBuildPreTrainedModel, GenerationMixin):
         Raises ``TypeError`` or ``ValueError`` for a cache of another model, for wrong shapes and ids, and for several
         documents in a row.
         """
+        self._expect_language_model()
         read = self.base_model(
             input_ids=input_ids,
             attention_mask=attention_mask,

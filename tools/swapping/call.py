@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.module_tracker import ModuleTracker
 
+from ...blocks import Block
 from ...blocks.state import State, batch_size, trainable
 from .adapter import NO_CONTINUOUS_BATCHING, Arguments, SwapError
 from .padding import Mask, Scope, expect_one_document, innermost_mask, scope_of
@@ -109,6 +110,11 @@ class ModelCall:
         ``again``: the call has ended, and a part of it is run again. It starts from the same state and changes none.
         """
         rows, time, dim = x.shape
+        if not isinstance(site.block, Block):
+            raise SwapError(
+                f"{site.path}: around its block there is a {type(site.block).__name__} now: PEFT's target_parameters "
+                "adapts linear layers in blocks, and no other parameters; modules_to_save=['titans'] trains them all"
+            )
         if dim != site.block.dim:
             raise SwapError(
                 f"{site.path}: reads {list(x.shape)}, and the block in it is of dim {site.block.dim}: "

@@ -156,6 +156,11 @@ def swaps(model: nn.Module) -> list[Plan]:
     return [applied.plan for applied in vars(uncompiled(model)).get(_SWAPS, ())]
 
 
+def has_swaps(module: nn.Module) -> bool:
+    """Whether swaps were made in ``module`` or in a part of it."""
+    return any(_SWAPS in vars(part) for part in module.modules())
+
+
 def frozen_names(model: nn.Module) -> list[str]:
     """Names of the parameters of ``model`` that swaps with ``train="memory"`` froze."""
     return list(vars(model).get(_FROZEN, ()))

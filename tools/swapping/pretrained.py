@@ -9,12 +9,17 @@ This file imports transformers.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
+import gc
+import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from safetensors import safe_open
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -23,7 +28,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ...recipes.saved_format import StorageError, list_differences
 from ...registry import show
 from .adapter import NO_CONTINUOUS_BATCHING, SwapError
-from .install import frozen_names, swap, swaps
+from .install import frozen_names, has_swaps, swap, swaps
 from .plan import FIELDS, Plan, moved
 from .site import Site
 
@@ -32,51 +37,69 @@ METHOD = "titans_build.huggingface"
 VERSION = 1
 
 
-def follow_swaps(model: Any, plans: Sequence[Plan]) -> None:
-    """Make ``save_pretrained`` of ``model``, and of the models of transformers in it, save ``plans``, its swaps now."""
+def follow_swaps(module: nn.Module) -> None:
+    """Make ``save_pretrained`` save the swaps in ``module`` now: of ``module``, and of the models around and in it."""
+    for whole in _models_around(module):
+        made = [(holder, _plans(holder, path)) for path, holder in whole.named_modules() if swaps(holder)]
+        for path, part in whole.named_modules():
+            if isinstance(part, PreTrainedModel):
+                inside = set(part.modules())
+                found = ([_in_part(plan, path) for plan in plans] for holder, plans in made if holder not in inside)
+                outer = [some for plans in found if (some := [plan for plan in plans if plan.rows])]
+                _follow(part, outer, bool(outer) or has_swaps(part))
+
+
+def _follow_child(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    """A module is about to be put into another."""
+    if child is not None and has_swaps(child):
+        for whole in _models_around(parent):
+            _follow(whole, [], True)
+
+
+register_module_module_registration_hook(_follow_child)
+
+
+def _models_around(module: nn.Module) -> list[Any]:
+    """The models of transformers that ``module`` is or is a part of, the smallest first."""
+    found = [one for one in gc.get_objects() if issubclass(type(one), PreTrainedModel)]  # modules know no parents
+    around = [whole for whole in found if any(part is module for part in whole.modules())]
+    return sorted(around, key=lambda whole: len(list(whole.modules())))
+
+
+def _follow(model: Any, outer: list[list[Plan]], swapped: bool) -> None:
+    """``outer``: the swaps that were made in models around ``model``, by their paths in it."""
     for name, method in (("save_pretrained", _save_pretrained), ("init_continuous_batching", _refuse_batching)):
-        vars(model).pop(name, None)
-        if plans:
-            vars(model)[name] = functools.partial(method, model)
-    for path, part in model.named_modules():
-        if part is not model and isinstance(part, PreTrainedModel) and not swaps(part):
-            vars(part).pop("save_pretrained", None)
-            if any(f"{row.path}.".startswith(f"{path}.") for plan in plans for row in plan.rows):
-                vars(part)["save_pretrained"] = functools.partial(_save_part, model, path)
-    if model.base_model is model and _quantization(model.config) in (None, METHOD):
-        # it may be part of another model, which is saved with the same configuration
-        vars(model.config).pop("quantization_config", None)
-        if plans:
-            model.config.quantization_config = SwapsConfig([_record_or_reason(plan) for plan in plans])
-            model.config.quantization_config.alone = model.config.base_config_key not in ("", "text_config")
+        if swapped:
+            vars(model)[name] = functools.partial(method, model, outer)
+        elif getattr(vars(model).get(name), "func", None) is method:
+            del vars(model)[name]
 
 
-def _save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
-    both = next((part for part in model.modules() if part is not model and swaps(part)), None)
-    if both is not None:
-        raise SwapError(
-            f"save_pretrained: swaps were made in {type(model).__name__} and in its {type(both).__name__}, and only "
-            "one of the two could be saved: unswap one, and make all swaps in the same model"
-        )
-    return _save(model, lambda: [plan.record for plan in swaps(model)], *args, **kwargs)
+def _plans(holder: nn.Module, path: str) -> list[Plan]:
+    """The swaps that were made in ``holder``, by their paths in the model in which it is at ``path``."""
+    start = f"{path}." if path else ""
+    return [
+        dataclasses.replace(plan, rows=tuple(row._replace(path=start + row.path) for row in plan.rows))
+        for plan in swaps(holder)
+    ]
 
 
-def _save_part(model: Any, path: str, *args: Any, **kwargs: Any) -> Any:
-    """Save the part of ``model`` at ``path`` with the swaps in it."""
-
-    def records() -> list[dict[str, Any]]:
-        found = []
-        for record in (plan.record for plan in swaps(model)):
-            where = [name for name in record["where"] if name.startswith(f"{path}.")]
-            if where:
-                dim = {name.removeprefix(f"{path}."): record["dim"][name] for name in where}
-                found.append({**record, "where": list(dim), "dim": dim})
-        return found
-
-    return _save(model.get_submodule(path), records, *args, **kwargs)
+def _in_part(plan: Plan, path: str) -> Plan:
+    """A plan of the whole model in the part at ``path``, without the modules elsewhere."""
+    rows = [row._replace(path=row.path[len(path) + 1 :]) for row in plan.rows if row.path.startswith(f"{path}.")]
+    return dataclasses.replace(plan, rows=tuple(rows))
 
 
-def _save(model: Any, records: Callable[[], list[dict[str, Any]]], *args: Any, **kwargs: Any) -> Any:
+def _save_pretrained(model: Any, outer: list[list[Plan]], *args: Any, **kwargs: Any) -> Any:
+    made = [*outer, *(_plans(holder, path) for path, holder in model.named_modules() if swaps(holder))]
+    for plans, others in itertools.combinations(made, 2):
+        paths, other_paths = ([path for plan in some for path in plan.paths] for some in (plans, others))
+        for path, other in itertools.product(paths, other_paths):
+            if f"{path}.".startswith(f"{other}.") or f"{other}.".startswith(f"{path}."):
+                raise SwapError(
+                    f"save_pretrained: swaps were made at {path} both in {type(model).__name__} and in a part of it, "
+                    "and which is the first is unknown: unswap one, and make all swaps in the same model"
+                )
     config = model.config
     if _quantization(config) not in (None, METHOD):
         raise SwapError(
@@ -85,7 +108,7 @@ def _save(model: Any, records: Callable[[], list[dict[str, Any]]], *args: Any, *
         )
     own = vars(config).get("quantization_config")
     try:
-        config.quantization_config = SwapsConfig(records())
+        config.quantization_config = SwapsConfig([plan.record for plans in made for plan in plans])
         return type(model).save_pretrained(model, *args, **kwargs)
     except SwapError as error:
         raise SwapError(f"save_pretrained: {error}") from None
@@ -99,13 +122,6 @@ def _refuse_batching(model: Any, *args: Any, **kwargs: Any) -> Any:
     raise SwapError(NO_CONTINUOUS_BATCHING)
 
 
-def _record_or_reason(plan: Plan) -> Any:
-    try:
-        return plan.record
-    except SwapError as error:
-        return str(error)
-
-
 def _quantization(config: Any) -> Any:
     """The method that a configuration says the model is quantized with."""
     found = getattr(config, "quantization_config", None)
@@ -115,11 +131,6 @@ def _quantization(config: Any) -> Any:
 @register_quantization_config(METHOD)
 class SwapsConfig(QuantizationConfigMixin):
     """The records of swaps. Raises ``StorageError`` for ones of a later version or of something else."""
-
-    alone = False
-    """Whether it can be read from the configuration of the swapped model only, and not inside of another's."""
-    in_part = False
-    """Whether it is a copy for another configuration, or of the configuration without its model."""
 
     def __init__(self, swaps: Any = None, version: Any = VERSION, **others: Any) -> None:
         self.quant_method = METHOD
@@ -132,19 +143,7 @@ class SwapsConfig(QuantizationConfigMixin):
         if not isinstance(swaps, list):
             raise StorageError(f"config.json: expected the swaps of a model, got {show(swaps)}")
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SwapsConfig:
-        copied = type(self)(copy.deepcopy(self.swaps, memo), self.version)
-        copied.alone = self.alone
-        copied.in_part = self.alone and not any(isinstance(item, PreTrainedModel) for item in memo.values())
-        return copied
-
     def to_dict(self) -> dict[str, Any]:
-        """Raises ``SwapError`` in a configuration around that of the swapped part, which is written with a copy."""
-        if self.in_part:
-            raise SwapError(
-                "the swaps were made in a part of this model that has a configuration of its own, where they could not "
-                "be read again: tb.unswap(part), and tb.swap(model, ...) with the whole model"
-            )
         return {"quant_method": self.quant_method, "version": self.version, "swaps": copy.deepcopy(self.swaps)}
 
 
@@ -166,7 +165,7 @@ class SwapsQuantizer(HfQuantizer):
     def postprocess_model(self, model: Any, **kwargs: Any) -> None:
         """The model is not quantized: its configuration is that of the model without swaps."""
         del model.hf_quantizer, model.config.quantization_config
-        follow_swaps(model, swaps(model))
+        vars(model.config.get_text_config(decoder=True)).pop("quantization_config", None)
         for name in frozen_names(model):
             model.get_parameter(name).requires_grad_(False)
 

@@ -73,12 +73,11 @@ def load_swaps(model: nn.Module, path: str | os.PathLike[str]) -> list[Plan]:
 
 
 def _follow(model: nn.Module) -> None:
-    """Have a model of transformers save its swaps."""
-    transformers: Any = sys.modules.get("transformers.modeling_utils")
-    if transformers is not None and isinstance(model, transformers.PreTrainedModel):
+    """Have models of transformers save their swaps."""
+    if "transformers.modeling_utils" in sys.modules:
         from .pretrained import follow_swaps
 
-        follow_swaps(model, swaps(model))
+        follow_swaps(model)
 
 
 FOLLOWERS.append(_follow)

@@ -89,34 +89,63 @@ HEADS: dict[str, tuple[str, str, dict[str, Any], str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def make_llava() -> Any:
+@pytest.mark.parametrize("tower", ["clip_vision_model", "vit", "dinov2"])
+def test_a_swap_in_a_vision_tower_is_saved_with_the_whole(tower: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    config = transformers.LlavaConfig(**PARTS, image_token_index=39)
-    return transformers.LlavaForConditionalGeneration(config).eval()
-
-
-def test_a_swap_in_a_part_with_its_own_configuration(tmp_path: Path) -> None:
-    model = make_llava()
-    tb.swap(model.model.language_model, "layers.*.self_attn", "memory", "beside", gate=0.5)
-    model.save_pretrained(tmp_path / "text")
-    again = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "text").eval()
-    assert_close(again(IDS).logits, model(IDS).logits)
-    again.save_pretrained(tmp_path / "again")
-    assert_close(from_pretrained(tmp_path / "again").eval()(IDS).logits, model(IDS).logits)
-
-    model = make_llava()
-    tower = model.model.vision_tower
-    tb.swap(tower, "encoder.layers.*.self_attn", "memory", "beside", gate=0.5)
-    for outer in (model, copy.deepcopy(model)):
-        with pytest.raises(SwapError, match=r"part of this model that has a configuration of its own.*the whole model"):
-            outer.save_pretrained(tmp_path / "vision")
-    for part in (tower, copy.deepcopy(tower)):  # alone it is saved
-        part.config.to_dict()
-        part.save_pretrained(tmp_path / "tower")
-        read = AutoModel.from_pretrained(tmp_path / "tower").eval()
-        assert_close(read(PIXELS).last_hidden_state, tower(PIXELS).last_hidden_state)
-    tb.unswap(tower)
+    vision = {"model_type": tower, **SMALL, **IMAGE}
+    config = transformers.LlavaConfig(**PARTS | {"vision_config": vision}, image_token_index=39)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    part = model.model.vision_tower
+    where = next(
+        name for name, _ in part.named_modules() if name.endswith("layers.0" if tower != "dinov2" else "layer.0")
+    )
+    tb.swap(part, where, "memory", "beside", gate=0.5)
+    shown = repr(model.config)
+    assert "titans" not in shown + model.config.to_json_string() + str(copy.deepcopy(model.config).to_dict())
+    for number, outer in enumerate((model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)))):
+        outer.save_pretrained(tmp_path / f"{number}")
+        assert repr(outer.config).replace('"dtype": "float32",\n', "").count("titans") == 0
+        again = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / f"{number}").eval()
+        assert_close(again.model.vision_tower(PIXELS)[0], part(PIXELS)[0])
+        assert swaps(again)[0].paths == [f"model.vision_tower.{where}"]
+    for inner in (part, copy.deepcopy(part), again.model.vision_tower):  # and alone
+        inner.save_pretrained(tmp_path / "tower")
+        assert_close(AutoModel.from_pretrained(tmp_path / "tower").eval()(PIXELS)[0], part(PIXELS)[0])
+    tb.unswap(part)
     model.save_pretrained(tmp_path / "plain")
+    assert not swaps(from_pretrained(tmp_path / "plain"))
+
+
+def test_swaps_in_parts_and_in_the_whole_are_saved_together(llama: Any, tokens: Tensor, tmp_path: Path) -> None:
+    model = llama.plain()
+    tb.swap(model.model.layers, "0.self_attn", "memory", "beside", gate=0.5)  # a part that is no model of transformers
+    tb.swap(model.get_decoder(), "layers.1.self_attn", "memory", "after", gate=0.5)
+    tb.swap(model, "model.layers.1.mlp", "memory", "beside", gate=0.5)
+    model.save_pretrained(tmp_path / "whole")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    assert len(swaps(again)) == 3
+    assert_close(again(tokens).logits, model(tokens).logits)
+    with pytest.raises(SwapError, match="continuous batching"):
+        model.init_continuous_batching()
+    model.model.save_pretrained(tmp_path / "part")
+    assert_close(AutoModelForCausalLM.from_pretrained(tmp_path / "part").model(tokens)[0], model.model(tokens)[0])
+    tb.swap(model, "model.layers.0.self_attn", "memory", "beside")
+    with pytest.raises(SwapError, match=r"model\.layers\.0\.self_attn both in LlamaForCausalLM and in a part of it"):
+        model.save_pretrained(tmp_path / "both")
+    assert not (tmp_path / "both").exists()
+
+
+def test_a_swapped_model_that_is_put_into_another(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vision = transformers.ViTModel(transformers.ViTConfig(**SMALL, **IMAGE))
+    text = transformers.BertModel(transformers.BertConfig(**SMALL, vocab_size=40))
+    for part in (vision, text):
+        tb.swap(part, "**.*.attention", {"type": "memory", "heads": 2}, "beside", gate=0.5)
+    both = transformers.VisionTextDualEncoderModel(vision_model=vision, text_model=text).eval()
+    both.save_pretrained(tmp_path)
+    again = transformers.VisionTextDualEncoderModel.from_pretrained(tmp_path).eval()
+    for got, expected in zip(again(IDS, PIXELS)[:4], both(IDS, PIXELS)[:4], strict=True):
+        assert_close(got, expected)
 
 
 def test_a_plain_model_made_with_the_configuration_of_a_swapped_one(llama: Any, tmp_path: Path) -> None:
@@ -142,8 +171,7 @@ def test_any_class_is_read_back(head: str, how: str, tmp_path: Path) -> None:
     before = model.config.to_dict()
     model.save_pretrained(tmp_path)
     assert type(model.config) is type(plain)
-    # a model without a head may be part of another, whose configuration it shares
-    assert ("quantization_config" in model.config.to_dict()) == (kind == "Model")
+    assert "quantization_config" not in model.config.to_dict()
     assert model.config.to_dict().keys() >= before.keys()
     config = copy.deepcopy(model.config)
     for again in (
@@ -152,7 +180,7 @@ def test_any_class_is_read_back(head: str, how: str, tmp_path: Path) -> None:
         type(model).from_pretrained(tmp_path),
     ):
         assert type(again) is type(model)
-        assert ("quantization_config" in again.config.to_dict()) == (kind == "Model")
+        assert "quantization_config" not in again.config.to_dict()
         with torch.no_grad():
             for got, expected in zip(again(**inputs).to_tuple(), model(**inputs).to_tuple()):
                 if isinstance(got, Tensor):
