@@ -38,6 +38,10 @@ _gradients_passed: weakref.WeakKeyDictionary[ModelCall, int] = weakref.WeakKeyDi
 """The calls whose gradients have passed, the latest last, and the thread in which they did."""
 
 
+OWN_STATES = ("cache", "past_key_values", "cache_params", "state", "mems", "past_buckets_states")
+"""Arguments in which models of transformers take what the call before has returned."""
+
+
 class ModelCall:
     """The call of ``opener``, the outermost module with blocks in it, and all calls inside it."""
 
@@ -64,6 +68,7 @@ class ModelCall:
         if arguments.module is self.opener:
             past = None if self.cache is None else self.cache.past
             expect_one_document(arguments.named, past, type(self.opener).__name__)
+            self._expect_known_cache(arguments.named)
 
     def end(self, module: nn.Module, output: Any) -> None:
         """The call of ``module`` has succeeded. That of the opener stores the new states."""
@@ -77,6 +82,18 @@ class ModelCall:
             for context in {context for context in contexts.values() if context is not None}:
                 context.advance({site: result for site, result in self._results.items() if contexts[site] is context})
         self.leave(module)
+
+    def _expect_known_cache(self, named: Mapping[str, Any]) -> None:
+        """Raise ``SwapError`` if the model goes on from a state of its own, which states of memories do not follow."""
+        transformers: Any = sys.modules.get("transformers.modeling_utils")
+        if self.cache is not None or transformers is None or not isinstance(self.opener, transformers.PreTrainedModel):
+            return
+        given = next((name for name in OWN_STATES if named.get(name) is not None), None)
+        if given is not None and all(active_context(site) is None for site in self.members if isinstance(site, Site)):
+            raise SwapError(
+                f"{type(self.opener).__name__}: {given} ({type(named[given]).__name__}) is no cache of transformers, in "
+                "which the states of memories are carried: use_cache=False, or tb.memory around the calls"
+            )
 
     def _expect_all_layers(self, output: Any) -> None:
         """Raise ``SwapError`` for hidden states or attentions without the layers that blocks have taken the place of.

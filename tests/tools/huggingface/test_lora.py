@@ -127,7 +127,7 @@ def test_lora_on_single_parameters(llama: Any, small: Any, tokens: Tensor) -> No
         with pytest.raises((TypeError, SwapError), match=r"ParamWrapper now: .* linear layers .*modules_to_save"):
             adapted(name, llama.swapped("beside"))(tokens)
     for name in ("embedding", "model.head"):
-        with pytest.raises(TypeError, match="ParamWrapper now: .*, and not embedding and head"):
+        with pytest.raises(TypeError, match=r"ParamWrapper now: .*, and not embedding and head"):
             adapted(name, small())(tokens)
 
 

@@ -24,6 +24,8 @@ from transformers import (
     GPTNeoForCausalLM,
     MiniMaxConfig,
     MiniMaxForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
     StaticCache,
 )
 
@@ -214,6 +216,23 @@ def test_layers_with_another_name_for_their_index(tokens: Tensor) -> None:
         cache = model(tokens[:, :4], use_cache=True).past_key_values
         assert cache.get_seq_length() == 4
         assert_close(model(tokens[:, 4:], past_key_values=cache).logits, model(tokens).logits[:, 4:])
+
+
+def test_a_model_that_goes_on_from_a_state_of_its_own(tokens: Tensor) -> None:
+    torch.manual_seed(0)
+    model = RwkvForCausalLM(RwkvConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, attention_hidden_size=16))
+    tb.swap(model.eval(), "rwkv.blocks.*", {"type": "memory", "heads": 2, "chunk": 4}, "beside", gate=0.5)
+    with torch.no_grad():
+        whole = model(tokens, use_cache=False).logits
+        first = model(tokens[:, :4])
+        with pytest.raises(
+            SwapError, match=r"RwkvForCausalLM: state \(list\) is no cache .* use_cache=False, or tb.memory"
+        ):
+            model(tokens[:, 4:], state=first.state)
+        with tb.memory(model):
+            first = model(tokens[:, :4])
+            rest = model(tokens[:, 4:], state=first.state)
+    assert_close(torch.cat([first.logits, rest.logits], dim=1), whole)
 
 
 @pytest.mark.parametrize("where", ["model", "model.model"])
