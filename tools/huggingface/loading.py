@@ -12,8 +12,8 @@ from transformers import AutoConfig, PreTrainedModel
 
 from ...recipes import StorageError, load
 from ...registry import show
-from ..swapping import swaps
-from ..swapping.pretrained import SwappedConfig  # which registers what reads swapped models
+from ..swapping import SwapError, swaps
+from ..swapping.pretrained import METHOD, SwappedConfig, method_of  # which registers what reads swapped models
 from .model import as_pretrained, expect_whole, is_saved_model
 
 AUTO = ("", "_FOR_CAUSAL_LM", "_FOR_MASKED_LM", "_FOR_SEQ_TO_SEQ_CAUSAL_LM", "_FOR_SEQUENCE_CLASSIFICATION",
@@ -27,8 +27,8 @@ def from_pretrained(folder: str | os.PathLike[str], **kwargs: Any) -> Any:
     ``kwargs``: as for ``from_pretrained`` of transformers (``dtype``, ``device_map``, ...); for a folder that
     ``tb.save`` wrote, ``dtype`` alone. Runs no code from the folder.
 
-    Raises ``StorageError`` if the weights do not belong to the configuration, and what transformers raises for a folder
-    without a model.
+    Raises ``StorageError`` if the weights do not belong to the configuration, ``SwapError`` if a model with swaps is
+    to be quantized, and what transformers raises for a folder without a model.
     """
     place = Path(folder)
     if is_saved_model(place):
@@ -45,12 +45,17 @@ def from_pretrained(folder: str | os.PathLike[str], **kwargs: Any) -> Any:
         raise StorageError(f"{place}: no class {show(wanted)} is known that reads a {type(config).__name__}")
     if SwappedConfig.get_config_dict(str(place))[0].get("model_type") == SwappedConfig.model_type:
         kwargs.setdefault("config", config)  # which the class of the model cannot read
+    if kwargs.get("quantization_config") is not None and method_of(config) == METHOD:
+        raise SwapError(
+            f"{place}: a model with swaps is not quantized when it is loaded: quantize the model without them, and "
+            "tb.load_swaps puts in what tb.save_swaps has saved"
+        )
     if "config" in kwargs and hasattr(config, "quantization_config"):
         kwargs["config"] = copy.deepcopy(kwargs["config"])
         kwargs["config"].quantization_config = config.quantization_config  # the swaps, which no other configuration has
     output_loading_info = kwargs.pop("output_loading_info", False)
     reader: Any = kind
     model, info = reader.from_pretrained(str(place), trust_remote_code=False, output_loading_info=True, **kwargs)
-    if swaps(model):
+    if swaps(model) or any(".titans" in name for name in info["unexpected_keys"]):
         expect_whole(info, str(place), f"the {wanted} with its swaps")
     return (model, info) if output_loading_info else model

@@ -91,8 +91,8 @@ class ModelCall:
         given = next((name for name in OWN_STATES if named.get(name) is not None), None)
         if given is not None and all(active_context(site) is None for site in self.members if isinstance(site, Site)):
             raise SwapError(
-                f"{type(self.opener).__name__}: {given} ({type(named[given]).__name__}) is no cache of transformers, in "
-                "which the states of memories are carried: use_cache=False, or tb.memory around the calls"
+                f"{type(self.opener).__name__}: {given} ({type(named[given]).__name__}) is no cache of transformers, "
+                "in which the states of memories are carried: use_cache=False, or tb.memory around the calls"
             )
 
     def _expect_all_layers(self, output: Any) -> None:

@@ -101,7 +101,7 @@ def _save_pretrained(model: Any, outer: list[list[Plan]], *args: Any, **kwargs: 
                     "and which is the first is unknown: unswap one, and make all swaps in the same model"
                 )
     config = model.config
-    if _quantization(config) not in (None, METHOD):
+    if method_of(config) not in (None, METHOD):
         raise SwapError(
             "save_pretrained: a quantized model is not saved with its memories: tb.save_swaps saves these alone, and "
             "tb.load_swaps puts them into the quantized model again"
@@ -122,7 +122,7 @@ def _refuse_batching(model: Any, *args: Any, **kwargs: Any) -> Any:
     raise SwapError(NO_CONTINUOUS_BATCHING)
 
 
-def _quantization(config: Any) -> Any:
+def method_of(config: Any) -> Any:
     """The method that a configuration says the model is quantized with."""
     found = getattr(config, "quantization_config", None)
     return found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
@@ -180,7 +180,7 @@ class SwapsQuantizer(HfQuantizer):
 def _swapped_part(model: Any) -> str:
     """Path of the part of ``model`` whose configuration, inside that of ``model``, has the swaps; else empty."""
     text = model.config.get_text_config(decoder=True)
-    if text is model.config or _quantization(text) != METHOD:
+    if text is model.config or method_of(text) != METHOD:
         return ""
     return next((f"{path}." for path, part in model.named_modules() if getattr(part, "config", None) is text), "")
 

@@ -282,9 +282,14 @@ def test_swaps_without_a_record_are_not_saved(llama: Any, tmp_path: Path) -> Non
 
 def test_damaged_folders_are_refused(llama: Any, tmp_path: Path) -> None:
     llama.swapped("beside").save_pretrained(tmp_path)
+    with pytest.raises(SwapError, match=r"not quantized when it is loaded: .* tb.save_swaps"):
+        from_pretrained(tmp_path, quantization_config=transformers.QuantoConfig(weights="int8"))
     file = tmp_path / "config.json"
     written = json.loads(file.read_text())
     assert written["model_type"] == "llama" and written["dtype"] == "float64"
+    file.write_text(json.dumps({name: value for name, value in written.items() if name != "quantization_config"}))
+    with pytest.raises(StorageError, match=r"titans.* is not part of the model"):
+        from_pretrained(tmp_path)
 
     def changed(**changes: Any) -> None:
         file.write_text(json.dumps(written | {"quantization_config": written["quantization_config"] | changes}))
