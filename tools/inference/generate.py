@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from ...blocks.generation import Sampler
 from ..signals import Terminated, handling, leave
@@ -18,42 +19,70 @@ from .session import Session, Text, reading_progress
 def answer_prompt(session: Session, text: Text, sampler: Sampler, arguments: argparse.Namespace) -> int:
     """Read ``text``, generate what follows it, and save the state. Returns the exit status."""
     target = session.target
-    answer: list[str] = []
-    tokens: list[int] = []
     with saving_state(session):
-        start = time.perf_counter()
-        read = read_with_progress(session, text)
-        reading_seconds = time.perf_counter() - start
-        start = time.perf_counter()
-        if arguments.max_new_tokens:
-            printer = Printer()
-            texts = session.generate(arguments.max_new_tokens, sampler, tokens.append)
-            try:
-                for part in before_stop(texts, arguments.stop):
-                    answer.append(part)
-                    if not arguments.json:
-                        printer.write(part)
-            finally:
-                if not arguments.json:
-                    printer.end_line()
-        generating_seconds = time.perf_counter() - start
+        read, reading = _read(session, text)
+        answer = _answer(session, sampler, arguments) if arguments.max_new_tokens else _NOTHING
     if arguments.json:
-        say_json(
-            {
-                "model": os.path.abspath(arguments.model),
-                "text": "".join(answer),
-                "tokens": tokens,
-                "read": _pace(read, reading_seconds),
-                "generated": _pace(len(tokens), generating_seconds),
-                "position": session.position,
-                "memory_frozen": arguments.no_write,
-                "state": None if target is None else os.path.abspath(target),
-            }
-        )
+        say_json(_common(session, arguments) | answer | {"read": reading, "position": session.position})
     elif not arguments.max_new_tokens:
         saved = "" if target is None else f"; the state is saved to {target}"
-        say(f"{read:,} tokens read, {_pace(read, reading_seconds)['tokens_per_second']:,.0f} per second{saved}")
+        say(f"{read:,} tokens read, {reading['tokens_per_second']:,.0f} per second{saved}")
     return 0
+
+
+def answer_questions(session: Session, text: Text, sampler: Sampler, arguments: argparse.Namespace) -> int:
+    """Read ``text`` once, answer each question as if it alone followed, and save the state after the text."""
+    answers = []
+    draws = sampler.generator.get_state()
+    with saving_state(session):
+        _, reading = _read(session, text)
+        after_text = session.reading
+        try:
+            for question in arguments.question:
+                session.reading = after_text
+                sampler.generator.set_state(draws)
+                _, asking = _read(session, Text([], [question]))
+                answers.append({"question": question} | _answer(session, sampler, arguments) | {"read": asking})
+                if not arguments.json and not sys.stdout.isatty():
+                    print(flush=True)  # separates the answers
+        finally:
+            session.reading = after_text
+    if arguments.json:
+        document = {"answers": answers, "read": reading, "position": session.position}
+        say_json(_common(session, arguments) | document)
+    return 0
+
+
+def _answer(session: Session, sampler: Sampler, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Generate and print an answer. Returns it as a part of a JSON document."""
+    answer: list[str] = []
+    tokens: list[int] = []
+    start = time.perf_counter()
+    printer = Printer()
+    texts = session.generate(arguments.max_new_tokens, sampler, tokens.append)
+    try:
+        for part in before_stop(texts, arguments.stop):
+            answer.append(part)
+            if not arguments.json:
+                printer.write(part)
+    finally:
+        if not arguments.json:
+            printer.end_line()
+    return {"text": "".join(answer), "tokens": tokens, "generated": _pace(len(tokens), time.perf_counter() - start)}
+
+
+def _read(session: Session, text: Text) -> tuple[int, dict[str, float]]:
+    start = time.perf_counter()
+    read = read_with_progress(session, text)
+    return read, _pace(read, time.perf_counter() - start)
+
+
+def _common(session: Session, arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "model": os.path.abspath(arguments.model),
+        "memory_frozen": arguments.no_write,
+        "state": None if session.target is None else os.path.abspath(session.target),
+    }
 
 
 def read_with_progress(session: Session, text: Text) -> int:
@@ -91,6 +120,9 @@ def _pace(tokens: int, seconds: float) -> dict[str, float]:
         "seconds": round(seconds, 6),
         "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
     }
+
+
+_NOTHING: dict[str, Any] = {"text": "", "tokens": [], "generated": _pace(0, 0.0)}
 
 
 def before_stop(texts: Iterable[str], stops: Sequence[str]) -> Iterator[str]:

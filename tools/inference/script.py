@@ -13,7 +13,7 @@ from ..options import add_placement, whole_number
 from ..plotting import need_matplotlib
 from ..terminal import UsageError, complain
 from .chat import DEFAULT_TEMPLATE, PLACEHOLDER, chat
-from .generate import answer_prompt
+from .generate import answer_prompt, answer_questions
 from .measure import measure, parse_edges
 from .session import STANDARD_INPUT, Session, Text, check_state_file, check_writable, open_model, usage_errors
 
@@ -23,6 +23,7 @@ EXAMPLES = (
     "titans-infer models/mine --file book.txt --state book.state   read a book, and keep what was learned",
     "titans-infer models/mine --state book.state 'Who was it?'     ask days later; this is learned, too",
     "titans-infer models/mine --state book.state --fork 'And if?'  ask, and leave the state as it was",
+    "titans-infer models/mine --file book.txt --question 'Who?' --question 'Where?'   read once, answer each",
     "titans-infer models/mine --chat --state me.state              chat; /help lists the commands",
     "titans-infer models/mine --perplexity book.txt                how well it predicts, by position",
     "cat *.log | titans-infer runs/logs --max-new-tokens 0 --json  for machines",
@@ -39,6 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("prompt", nargs="*", default=[], metavar="PROMPT", help="text to read after the files; words joined by spaces")
     file = "read this file exactly as it is; may be repeated; - is standard input, which is the default without PROMPT"
     add("--file", **several, metavar="FILE", help=file)
+    question = "answer this after the text; may be repeated: the text is read once, and each answer sees one question"
+    add("--question", **several, metavar="TEXT", help=question)
     add("--tokenizer", metavar="FILE", help="bytes, ids (numbers), or a tokenizer.json (default: the run's, or bytes)")
     add(
         "--state",
@@ -76,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_state_file(target, "--state" if arguments.save is None else "--save")
     files = [arguments.perplexity] if arguments.perplexity is not None else arguments.file
     chatting = arguments.chat
-    if not files and not arguments.prompt and not chatting:
+    if not files and not arguments.prompt and not arguments.question and not chatting:
         chatting = sys.stdin is not None and sys.stdin.isatty() and not arguments.json
         files = [] if chatting else [STANDARD_INPUT]
     text = Text(files, arguments.prompt, "--file" if arguments.perplexity is None else "--perplexity")
@@ -108,6 +111,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--{str(error).replace('_', '-')}") from None
     if not arguments.temperature and (stray := _first_given(arguments, "--top-k", "--top-p", "--seed")):
         raise UsageError(f"{stray}: is for drawing tokens, which needs --temperature above 0, as in --temperature 0.8")
+    if arguments.question:
+        return answer_questions(session, text, sampler, arguments)
     if chatting:
         return chat(session, text, sampler, arguments)
     return answer_prompt(session, text, sampler, arguments)
@@ -116,12 +121,18 @@ def run(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> None:
     """Raise ``UsageError`` for options that do not go together."""
     if arguments.perplexity is not None:
-        if stray := _first_given(arguments, "--chat", "PROMPT", "--file", "--stop"):
+        if stray := _first_given(arguments, "--chat", "PROMPT", "--file", "--question", "--stop"):
             raise UsageError(f"--perplexity measures one file and generates nothing: it takes no {stray}")
         if arguments.compare_frozen and arguments.no_write:
             raise UsageError("--compare-frozen compares with --no-write: give one of them")
     elif stray := _first_given(arguments, "--buckets", "--compare-frozen", "--plot"):
         raise UsageError(f"{stray}: says how --perplexity FILE measures, and there is no --perplexity")
+    if arguments.question and arguments.chat:
+        raise UsageError("--question: answers and ends; in a --chat, questions are its lines")
+    if arguments.question and not arguments.max_new_tokens:
+        raise UsageError("--question: has no answer with --max-new-tokens 0")
+    if "" in arguments.question:
+        raise UsageError("--question: expected a text, got none")
     if arguments.chat and arguments.json:
         raise UsageError("--chat prints no JSON document: give a prompt for each answer, and --state to continue")
     if arguments.chat and STANDARD_INPUT in arguments.file:

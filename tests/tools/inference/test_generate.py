@@ -48,6 +48,36 @@ def test_json_of_an_answer(folder: Path, infer: Infer, tmp_path: Path) -> None:
     assert error["status"] == 2 and "the prompt is empty" in error["message"]
 
 
+def test_several_questions_are_answered_apart_after_one_text(folder: Path, infer: Infer, tmp_path: Path) -> None:
+    book, state = tmp_path / "book.txt", tmp_path / "book.state"
+    book.write_text("a prompt ", encoding="utf-8")
+    settings = ["--max-new-tokens", "9", "--temperature", "1", "--seed", "3"]
+    questions = ["--question", "of some words", "--question", "Who?"]
+    alone = [infer(folder, "--file", book, question, *settings).out for question in questions[1::2]]
+    assert infer(folder, "--file", book, *questions, *settings).out == "".join(answer + "\n" for answer in alone)
+    found = infer(folder, "--file", book, *questions, *settings, "--state", state, "--json").json
+    assert [answer["text"] for answer in found["answers"]] == alone
+    assert [answer["question"] for answer in found["answers"]] == questions[1::2]
+    assert [answer["read"]["tokens"] for answer in found["answers"]] == [13, 4]
+    assert found["read"]["tokens"] == found["position"] == 9  # the state is that after the text
+    again = infer(folder, "--state", state, *questions, *settings, stdin=b"not read")
+    assert again.out == "".join(answer + "\n" for answer in alone)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--chat"], "--question: answers and ends"),
+        (["--max-new-tokens", "0"], "--question: has no answer"),
+        (["--question", ""], "--question: expected a text"),
+        (["--perplexity", "a.txt"], "it takes no --question"),
+    ],
+)
+def test_questions_that_cannot_be_asked(folder: Path, infer: Infer, words: list[str], message: str) -> None:
+    result = infer(folder, "--question", "Who?", *words)
+    assert result.status == 2 and message in result.err
+
+
 def test_files_and_standard_input_and_words(folder: Path, infer: Infer, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a prompt ", encoding="utf-8")
     whole = infer(folder, PROMPT).out
