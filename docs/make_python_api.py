@@ -33,6 +33,9 @@ SECTIONS: dict[str, list[str]] = {
         "blocks.LanguageModel.init_state",
         "blocks.LanguageModel.generate",
         "blocks.generation.generate",
+        "blocks.language_model.ModelOutput.rewind",
+        "tb.PrefixCache",
+        "tb.PrefixCache.read",
         "blocks.LanguageModel.freeze_memory",
     ],
     "States": [
@@ -40,6 +43,7 @@ SECTIONS: dict[str, list[str]] = {
         "tb.state.concatenate",
         "tb.state.reset",
         "tb.state.where",
+        "tb.state.rewind",
         "tb.state.detach",
         "tb.state.trainable",
         "tb.state.to",
