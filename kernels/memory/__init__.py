@@ -25,6 +25,7 @@ arguments and picks a backend.
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -234,8 +235,9 @@ def _check_memory(
     expected: list[tuple[str, Tensor, tuple[int, ...]]] = [
         ("k", k, q.shape), ("v", v, (*per_token, weights[-1].shape[2])), ("theta", theta, per_token)
     ]  # fmt: skip
-    expected += [("eta", eta, per_token)] if eta is not None else []
-    expected += [("alpha", alpha, per_token)] if alpha is not None else []
+    for name, gate in (("eta", eta), ("alpha", alpha)):
+        if gate is not None:
+            expected.append((name, gate, per_token))
     for name, part in parts[1:]:
         if len(part) != len(weights) and (part or name != "momentum" or eta is not None):
             raise ValueError(
@@ -345,16 +347,9 @@ def _backend(
     return Backend(name, run, refuse_more, opaque=True)
 
 
-def _triton_memory(*arguments: Any) -> tuple[Tensor, MemoryState]:
-    from .triton.network import triton_memory
-
-    return triton_memory(*arguments)
-
-
-def _triton_step(*arguments: Any) -> tuple[Tensor, MemoryState]:
-    from .triton.step import triton_step
-
-    return triton_step(*arguments)
+def _triton(module: str, function: str) -> Callable[..., Any]:
+    """A function of ``triton/``, imported when it first runs, because Triton is optional."""
+    return lambda *given: getattr(importlib.import_module(f".triton.{module}", __name__), function)(*given)
 
 
 def _refuse_triton(*, chunk: int = 1, **facts: Any) -> str | None:
@@ -376,10 +371,10 @@ MEMORY = Operation(
     "memory",
     [
         _backend("native_step", cpu_step, _one_token(refuse_cpu_step), thresholds=True, steps=True),
-        _backend("triton_step", _triton_step, _one_token(refuse_triton_memory), steps=True),
+        _backend("triton_step", _triton("step", "triton_step"), _one_token(refuse_triton_memory), steps=True),
         _backend("step", torch_step, _one_token(), thresholds=True, steps=True),
         _backend("native", cpu_memory, refuse_cpu),
-        _backend("triton", _triton_memory, _refuse_triton),
+        _backend("triton", _triton("network", "triton_memory"), _refuse_triton),
         _backend("torch", chunkwise_memory),
         _backend("closed_form", closed_form_memory, thresholds=True),
         _backend("reference", reference_memory, thresholds=True, steps=True),
@@ -406,18 +401,12 @@ def _read_backend(
     return Backend(name, run, refuse, **flags)
 
 
-def _triton_read(*arguments: Any) -> Tensor:
-    from .triton.read import triton_read
-
-    return triton_read(*arguments)
-
-
 READ = Operation(
     "memory_read",
     [
         _read_backend("native_step", cpu_step_read, _one_token(refuse_cpu_step), opaque=True),
         _read_backend("native", cpu_read, refuse_cpu_read, opaque=True),
-        Backend("triton", _triton_read, refuse_triton_memory, opaque=True),  # casts what it loads
+        Backend("triton", _triton("read", "triton_read"), refuse_triton_memory, opaque=True),  # casts what it loads
         _read_backend("torch", torch_read),
         _read_backend("reference", reference_read),
     ],

@@ -73,16 +73,9 @@ class Written(NamedTuple):
 
     @classmethod
     def allocate(
-        cls,
-        chunks: int,
-        batch_heads: int,
-        b: int,
-        stacks: Sequence[Tensor],
-        scratch: Scratch,
-        *,
-        backward: bool,
-        clip: bool,
-    ) -> Written:
+        cls, chunks: int, batch_heads: int, b: int, stacks: Sequence[Tensor], scratch: Scratch, *, backward: bool,
+        clip: bool
+    ) -> Written:  # fmt: skip
         """For chunks of ``b`` tokens and states like ``stacks`` ``[batch_heads, s, out, in]``, from ``scratch``."""
         shapes = [stack.shape[-3:] for stack in stacks]
         token = lambda name, l, width: scratch(f"{name} {l}", chunks, batch_heads, b, width)  # noqa: E731
