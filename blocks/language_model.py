@@ -230,8 +230,9 @@ class LanguageModel(nn.Module):
         out = RewindableOutput(logits, loss, state, hidden)
         given = embeddings if tokens is None else tokens
         assert given is not None
-        mask = None if mask is None else mask.clone()
-        out._replay = functools.partial(rewind, self, before, given.clone(), mask=mask, check_finite=check_finite)
+        options = {"mask": mask, "documents": documents, "cu_seqlens": cu_seqlens}
+        copies: dict[str, Any] = {name: x.clone() for name, x in options.items() if x is not None}
+        out._replay = functools.partial(rewind, self, before, given.clone(), check_finite=check_finite, **copies)
         return out
 
     def run(

@@ -192,6 +192,8 @@ def rewind(
     count: int | Sequence[int] | Tensor,
     *,
     mask: Tensor | None = None,
+    documents: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     **options: Any,
 ) -> State:
     """Return the state after the first ``count`` tokens of the call ``block(x, state, mask=mask)``.
@@ -203,7 +205,7 @@ def rewind(
         state: the state before the call, or ``None`` for a fresh one.
         x: the inputs of the call, ``[batch, time, dim]``, or tokens ``[batch, time]`` of a model.
         count: an integer, or one for each row, from 0 to ``time``. Masked tokens count.
-        mask: that of the call, ``[batch, time]`` bool.
+        mask, documents, cu_seqlens: those of the call.
         options: further arguments of the call.
 
     Raises ``TypeError`` or ``ValueError`` for another ``count``, and what the block raises for its inputs.
@@ -216,6 +218,10 @@ def rewind(
     if min(counts) < longest:
         within = torch.arange(longest, device=x.device) < torch.tensor(counts, device=x.device).unsqueeze(1)
         mask = within if mask is None else mask & within
+    if documents is not None:
+        options["documents"] = documents[:, :longest]
+    if cu_seqlens is not None:
+        options["cu_seqlens"] = torch.cat((cu_seqlens[cu_seqlens < longest], cu_seqlens.new_tensor([longest])))
     with suppressed():  # observers have seen these tokens
         if not hasattr(block, "embed"):
             return block(x, state, mask=mask, **options)[1]

@@ -400,6 +400,27 @@ def test_going_back_with_a_mask_counts_the_positions_of_the_call():
     same_states(out.rewind(0), model.init_state(2))
 
 
+def test_going_back_in_packed_documents():
+    model, tokens = make(), ids(2, 12)
+    documents = torch.tensor([[0] * 4 + [2] * 8, [5] * 7 + [6] * 5])
+    before = model(ids(2, 4, seed=1), documents=torch.tensor([[0] * 4, [1] * 4])).state  # row 0 goes on
+    out = model(tokens, before, documents=documents, rewindable=True)
+    for count in (2, 4, 5, 9):
+        same_states(out.rewind(count), model(tokens[:, :count], before, documents=documents[:, :count]).state)
+    got = out.rewind([3, 8])
+    same_states(
+        st.select(got, [0]),
+        model(torch.cat([ids(2, 4, seed=1)[:1], tokens[:1, :3]], 1)).state._replace(document=got.document[:1]),
+    )
+    same_states(st.select(got, [1]), model(tokens[1:, 7:8]).state._replace(document=got.document[1:]))
+    assert got.document.tolist() == [0, 6]
+    lengths = torch.tensor([0, 3, 3, 8, 12])
+    out = model(tokens[:1], cu_seqlens=lengths, rewindable=True)
+    for count, start in ((2, 0), (3, 0), (5, 3), (8, 3), (9, 8)):
+        got = out.rewind(count)
+        same_states(got.layers, model(tokens[:1, start:count]).state.layers)
+
+
 def test_going_back_does_not_see_later_changes_of_the_inputs():
     model, tokens = make(), ids(2, 9)
     expected = model(tokens[:, :5]).state
