@@ -18,8 +18,14 @@ from ..registry import Problem, RecipeError, show
 from .terminal import UsageError
 
 
-def refuse_named_pipe(path: str, option: str) -> None:
-    """Raise ``UsageError`` for a pipe in a folder, which would wait for its writer. ``<(command)`` is none."""
+def expect_text_file(path: str, option: str) -> None:
+    """Raise ``UsageError`` for a name that is that of compressed texts or records, and for a pipe in a folder, which
+    would wait for its writer. ``<(command)`` is none.
+    """
+    from .data.files import NOT_READ
+
+    if path.lower().endswith((".parquet", ".gz", *NOT_READ)):
+        raise UsageError(f"{option} {path}: expected a text, not a file whose bytes are none")
     if stat.S_ISFIFO(os.stat(path).st_mode) and not os.path.abspath(path).startswith(("/dev/", "/proc/")):
         raise UsageError(f"{option} {path}: a named pipe; expected a file, or <(command) for the output of a command")
 

@@ -18,7 +18,7 @@ from ...blocks.memory import NeuralMemory
 from ...kernels.dispatch import OPERATIONS, VARIABLE
 from ...recipes import Recipe
 from ...recipes.build import machine_memory
-from ..options import refuse_named_pipe
+from ..options import expect_text_file
 from ..terminal import UsageError, complain
 from .model_summary import on_meta
 
@@ -96,7 +96,7 @@ class SmokeTest:
 def read_bytes(path: str) -> bytes:
     """The bytes at the start of a file that the test uses. Raises ``UsageError`` if there are too few."""
     try:
-        refuse_named_pipe(path, "--try")
+        expect_text_file(path, "--try")
         with open(path, "rb") as file:
             text = file.read(ROWS * (LENGTH + 1))
     except (OSError, ValueError) as error:

@@ -15,6 +15,13 @@ from ...registry import Problem, RecipeError, nearest, show
 EXCLUDED = ("site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__")
 """Folders of the standard library without text, or that some distributions leave out."""
 
+UNCOMPRESS = "its bytes are no text: uncompress it, or compress the texts with gzip"
+NOT_READ = {
+    ".arrow": "a file of the library `datasets`: write it as parquet, Dataset.to_parquet('texts.parquet')",
+    **dict.fromkeys((".tar", ".tar.gz", ".tgz", ".zip", ".7z", ".zst", ".xz", ".bz2", ".lz4"), UNCOMPRESS),
+}
+"""Why files whose names end like this are not read."""
+
 
 class TextFile(NamedTuple):
     """A file, which is one document. ``name``: its path relative to the folder that was given."""
@@ -89,6 +96,8 @@ def _text_file(path: Path, root: Path) -> TextFile | Problem:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             return Problem(label(str(path)), "not a regular file")
+        if reason := next((why for end, why in NOT_READ.items() if path.name.lower().endswith(end)), None):
+            return Problem(label(str(path)), reason)
         with open(path, "rb"):
             return TextFile(path, path.relative_to(root).as_posix(), status.st_size, status.st_mtime_ns)
     except OSError as error:

@@ -25,7 +25,7 @@ from ...recipes.parse import read_file
 from ...recipes.saved_format import INDEX, MODEL, RUN, TOKENIZER, as_path, saved_folder
 from ...recipes.saved_state import expect_replaceable
 from ...registry import nearest
-from ..options import placement, refuse_named_pipe
+from ..options import expect_text_file, placement
 from ..terminal import CommandFailed, UsageError, console
 from ..training.run_folder import is_run
 from .reading import PIECE, position
@@ -164,7 +164,7 @@ class Text:
             found = os.stat(name)
             if stat.S_ISDIR(found.st_mode):
                 raise UsageError(f"{self.option} {name}: a folder; expected a file")
-            refuse_named_pipe(name, self.option)
+            expect_text_file(name, self.option)
             if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for its writer
                 return None
             with open(name, "rb"):

@@ -67,15 +67,17 @@ def test_pattern_without_files(folder: Path, write: Write, pattern: str, message
 
 
 def test_all_problems_are_reported(folder: Path, write: Write):
-    write({"a": "x"})
+    write({"a": "x", "saved/data.arrow": "x", "saved/texts.TAR.GZ": "x"})
     os.symlink(folder / "gone", folder / "link")
     os.mkfifo(folder / "pipe")
     with pytest.raises(RecipeError) as caught:
-        find(["a", "b", "link", "pipe"])
+        find(["a", "b", "link", "pipe", "saved/*.arrow", "saved/*.GZ"])
     assert [problem.message.partition(";")[0] for problem in caught.value.problems] == [
         "no such file or folder",
         "cannot be read: No such file or directory",
         "not a regular file",
+        "a file of the library `datasets`: write it as parquet, Dataset.to_parquet('texts.parquet')",
+        "its bytes are no text: uncompress it, or compress the texts with gzip",
     ]
 
 

@@ -56,6 +56,7 @@ def assert_refused(result: Any, fragment: str, status: int = 2) -> None:
         (("--perplexity", "text", "--compare-frozen", "--no-write"), "give one of them"),
         (("--perplexity", "-", "--compare-frozen"), "reads the text twice"),
         (("--perplexity", "pipe"), "--perplexity pipe: a named pipe; expected a file"),
+        (("--perplexity", "records.parquet"), "--perplexity records.parquet: expected a text"),
         (("--file", "pipe"), "--file pipe: a named pipe; expected a file, or <(command)"),
         (("--perplexity", "text", "--plot", "no/where/a.svg"), "--plot no/where/a.svg: there is no folder"),
         (("--perplexity", "text", "--plot", "folder.svg"), "--plot folder.svg: a folder"),
@@ -79,12 +80,13 @@ def test_invalid_use_is_refused(
     Path("text").write_bytes(b"some text")
     os.mkfifo("pipe")
     Path("folder.svg").mkdir()
+    Path("records.parquet").touch()
     result = infer(folder, *words)
     if "--json" in words:
         assert fragment in result.json["error"]["message"]
         result = result._replace(out="")
     assert_refused(result, fragment)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.svg", "pipe", "text"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.svg", "pipe", "records.parquet", "text"]
 
 
 def test_only_the_model_is_required(infer: Infer) -> None:
