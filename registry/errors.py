@@ -69,7 +69,7 @@ SYNONYMS = {
     **{"learning_rate": ("lr",), "max_steps": ("steps",), "epochs": ("steps",), "num_train_epochs": ("steps",)},
     **{"sequence_length": ("length",), "seq_len": ("length",), "max_length": ("length",), "context": ("length",)},
     **{"grad_clip": ("clip",), "max_grad_norm": ("clip",), "gradient_accumulation_steps": ("accumulate",)},
-    **{"gradient_checkpointing": ("recompute",), "per_device_train_batch_size": ("batch",)},
+    **{"gradient_checkpointing": ("recompute",), "per_device_train_batch_size": ("batch",), "temp": ("temperature",)},
 }
 """Names that other libraries give, and ours."""
 
@@ -79,8 +79,8 @@ def nearest(name: str, names: Iterable[str]) -> str:
     # difflib is quadratic in the length of the words, and no right name is long, nor are there thousands of them
     if not isinstance(name, str) or len(name) > 100:
         return ""
-    name = name.lower().strip("*?")
-    known = {candidate.lower(): candidate for candidate in itertools.islice(names, 500)}
+    name = _compared(name)
+    known = {_compared(candidate): candidate for candidate in itertools.islice(names, 500)}
     for synonym in SYNONYMS.get(name, ()):
         if synonym in known:
             return f"; did you mean {known[synonym]!r}?"
@@ -88,6 +88,11 @@ def nearest(name: str, names: Iterable[str]) -> str:
     # among equals, the one of the same letters: mca is mac rather than mal
     matches.sort(key=lambda match: sorted(match) != sorted(name))
     return f"; did you mean {known[matches[0]]!r}?" if matches else ""
+
+
+def _compared(name: str) -> str:
+    """A name without the marks of options and wildcards."""
+    return name.lower().strip("*?-").replace("-", "_")
 
 
 def join(path: str, part: str | int) -> str:

@@ -203,8 +203,9 @@ class _Parser(argparse.ArgumentParser):
         usage = self.format_usage()
         unknown = re.fullmatch(r"unrecognized arguments: (--?[\w-]+).*", message, re.DOTALL)
         if unknown:
-            near = difflib.get_close_matches(unknown[1], re.findall(r"--[\w-]+", usage), n=1)
-            message += f"; did you mean {near[0]!r}?" if near else ""
+            from ..registry import nearest
+
+            message += nearest(unknown[1], re.findall(r"--[\w-]+", usage))
         raise UsageError(f"{message}\n{usage.strip()}\ntry: {self.prog} --help")
 
 

@@ -53,6 +53,8 @@ def test_values_in_messages_are_shortened(value: Any):
         ("mca", ["mal", "mag", "mac"], "mac"),
         ("Depth", ["DEPTH"], "DEPTH"),
         ("*dept?", ["heads", "depth"], "depth"),
+        ("--learning-rate", ["--length", "--lr"], "--lr"),
+        ("--temp", ["--template", "--temperature"], "--temperature"),
         ("zzz", ["heads", "depth"], None),
         ("x" * 10_000, ["x" * 10_000], None),
         ("", ["a"], None),

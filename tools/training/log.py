@@ -149,9 +149,9 @@ def parse_event(line: str) -> Event | None:
     """The event in a line of JSON; ``None`` if the line is anything else."""
     try:
         event = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return event if isinstance(event, dict) else None
+    return event if isinstance(event, dict) and type(event.get("step", 0)) is int else None
 
 
 def _nonfinite_to_null(value: Any) -> Any:

@@ -28,8 +28,9 @@ def test_tensorboard_scalars(tmp_path: Path) -> None:
     assert [event.value for event in events.Scalars("surprise/a")] == [3.0, 3.0]
 
 
-def test_incomplete_line_is_skipped(tmp_path: Path) -> None:
-    (tmp_path / "log.jsonl").write_text('{"event": "start"}\n{"event": "st', encoding="utf-8")
+def test_lines_that_are_no_events_are_skipped(tmp_path: Path) -> None:
+    lines = ['{"event": "start"}', '{"event": "valid", "step": "x"}', "[" * 100_000, "7", '{"event": "st']
+    (tmp_path / "log.jsonl").write_text("\n".join(lines), encoding="utf-8")
     assert read_log(tmp_path / "log.jsonl") == [{"event": "start"}]
     assert read_log(tmp_path / "none.jsonl") == []
 
