@@ -12,8 +12,9 @@ PYTHON ?= python3
 PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet --quiet
 SETTINGS := pyproject.toml setup.py constraints.txt
 FOLDERS := blocks kernels recipes registry tools
-# one thread for each of pytest's workers: more of them than cores makes small tensors many times slower
-PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
+# One thread for each of pytest's workers: more of them than cores makes small tensors many times slower. Each worker
+# takes neighbouring tests, which share fixtures and imports, and then some of the other's.
+PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal
 
 .PHONY: demo test test-slow test-versions check clean bench-memory bench-model bench-streaming bench-torch_path bench-copy bench-mqar bench-language bench-needle bench-overhead bench-hf_swap
 

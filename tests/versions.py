@@ -48,11 +48,11 @@ found = {{d.name: d.version for d in m.distributions()}}
 print(json.dumps([found.get(name, "") for name in {SHOWN}]))"""
 
 
-def oldest(package: str) -> str:
-    """The lower bound of a package in pyproject.toml, as a requirement."""
+def requirement(package: str, which: str) -> str:
+    """The oldest version of a package that pyproject.toml allows, or the newest."""
     found = re.search(rf'"{package}>=([\d.]+)', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert found is not None, package
-    return f"{package}=={found[1]}.*"
+    return f"{package}=={found[1]}.*" if which == "oldest" else f"{package}>={found[1]}"
 
 
 def run(*command: str | Path) -> tuple[int, str]:
@@ -115,13 +115,12 @@ def test_in(place: Path, python: str, torch: str, transformers: str, asked: list
         if code:
             return [*blank, f"not installed: {output.splitlines()[-1]}"]
     interpreter = place / "bin/python"
-    wanted = [oldest("torch") if torch == "oldest" else "torch"]
-    extras = oldest("transformers") if transformers == "oldest" else "transformers"
-    reason = install(interpreter, "-e", ".[hf,fla]", *wanted, extras)
+    wanted = requirement("torch", torch)
+    reason = install(interpreter, "-e", ".[hf,fla]", wanted, requirement("transformers", transformers))
     if reason is None:
         versions, outcome = test(interpreter, TESTS)
         return [*versions, outcome]
-    without = install(interpreter, "-e", ".[fla]", *wanted)
+    without = install(interpreter, "-e", ".[fla]", wanted)
     if without is not None:
         return [*blank, f"not installed: {without}"]
     versions, outcome = test(interpreter, CORE)

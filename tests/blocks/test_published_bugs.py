@@ -110,8 +110,11 @@ def test_all_splits_give_the_whole(name):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_laws(name):
-    laws = [law for law in LAWS if law not in ("split", "step")]  # tested above at every cut
+    # split and step are tested above at every cut
+    laws = [law for law in LAWS if law not in ("split", "step", "hooked")]
     check_block(make(name), laws=laws, length=37, endurance=600)
+    # every linear layer is modified on its own, in every path; these tokens cross segments and chunks as well
+    check_block(make(name), laws=["hooked"], length=13)
 
 
 @pytest.mark.slow

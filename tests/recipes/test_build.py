@@ -112,7 +112,11 @@ def test_a_model_is_measured_by_its_distinct_layers():
 
 @pytest.mark.parametrize(
     "layer",
-    ["{type: memory, heads: 2}", "{type: context, memory: {type: memory, heads: 2}}", "[[[[[[[[ffn]]]]]]]]"],
+    [
+        pytest.param("{type: memory, heads: 2}", marks=pytest.mark.slow),  # it is in the next, as often
+        "{type: context, memory: {type: memory, heads: 2}}",
+        "[[[[[[[[ffn]]]]]]]]",
+    ],
 )
 def test_the_largest_recipes_are_measured_in_little_time_and_memory(layer: str):
     """As many blocks as a recipe may have, without and with repeats."""

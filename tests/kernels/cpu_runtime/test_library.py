@@ -43,6 +43,12 @@ def script(path, text):
 
 
 @pytest.fixture(scope="module")
+def expected():
+    """What the memory prints."""
+    return pytest.approx(float(python(MEMORY).stdout), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
 def real(tmp_path_factory):
     """A compiler that is told not to optimize much, and a library that it made."""
     folder = tmp_path_factory.mktemp("real")
@@ -110,10 +116,10 @@ def test_other_devices_and_dtypes_are_refused_without_building():
 
 
 @built
-def test_the_real_compiler_builds_what_runs_and_nothing_else_is_left(real):
+def test_the_real_compiler_builds_what_runs_and_nothing_else_is_left(real, expected):
     done = python(MEMORY, CC=real[0], TITANS_BUILD_CACHE=str(real[1].parent))
     assert done.stderr == ""
-    assert float(done.stdout) == pytest.approx(float(python(MEMORY).stdout), rel=1e-5)
+    assert float(done.stdout) == expected
     assert sorted(path.name for path in real[1].parent.iterdir()) == ["cc", real[1].name]
 
 
@@ -124,12 +130,12 @@ def test_without_a_compiler(monkeypatch, compiler):
         library.load(torch.float32)
 
 
-def test_where_the_kernels_cannot_be_built_an_operation_says_so_once_and_runs_on_another_path(tmp_path):
+def test_where_the_kernels_cannot_be_built_an_operation_says_so_once_and_runs_on_another_path(tmp_path, expected):
     twice = MEMORY + "titans_memory(*[t.double() for t in (x, x, x, gate, gate, gate)], MemoryState.fresh("
     twice += "(torch.ones(1, 1, 2, 2).double(),)), chunk=2)"
     done = python(twice, CC="false", TITANS_BUILD_CACHE=str(tmp_path))
     assert done.stderr.count("could not be built by false") == done.stderr.count("slower backends") == 1
-    assert float(done.stdout) == pytest.approx(float(python(MEMORY).stdout), rel=1e-5)
+    assert float(done.stdout) == expected
     assert not list(tmp_path.iterdir())
 
 
@@ -149,7 +155,7 @@ def a_compiler(folder, compiler, script_):
          "could not be built by .*unsupported option -fopenmp"),
     ],
 )  # fmt: skip
-def test_a_compiler_with_another_openmp_or_none_builds_for_one_thread(tmp_path, real, with_threads, said):
+def test_a_compiler_with_another_openmp_or_none_builds_for_one_thread(tmp_path, real, with_threads, said, expected):
     (tmp_path / "omp_of_its_own.h").write_text(
         "extern void __kmpc_fork_call(void);\nstatic void (*needed)(void) __attribute__((used)) = __kmpc_fork_call;\n"
     )
@@ -159,7 +165,7 @@ def test_a_compiler_with_another_openmp_or_none_builds_for_one_thread(tmp_path, 
     assert re.search(f"the CPU kernels run on one thread, .*: with threads they (were built but )?{said}", done.stderr)
     value, refused = done.stdout.split()
     assert refused == "None"
-    assert float(value) == pytest.approx(float(python(MEMORY).stdout), rel=1e-5)
+    assert float(value) == expected
 
 
 @built
