@@ -13,7 +13,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 PAGES = (HERE / "README.md", HERE.parent / "README.md")
 PROGRAMS = {
-    **{name: name for name in ("memory", "model", "streaming", "needle", "hf_swap")},
+    **{name: name for name in ("memory", "model", "streaming", "generation", "needle", "hf_swap")},
     **dict.fromkeys(("overhead", "torch_path"), "steps"),
     **dict.fromkeys(("copy", "mqar", "language"), "variants"),
 }

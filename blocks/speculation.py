@@ -340,7 +340,11 @@ def _check(
     ``logits``: ``[batch, 1 + longest proposal, vocab]``. Raises ``ValueError`` for logits that are not finite where a
     token depends on them.
     """
-    tokens: list[list[int]] = [[] for _ in limits] if proposal is None else proposal.tokens
+    if proposal is None:
+        rows = [row for row, limit in enumerate(limits) if limit]
+        drawn = dict(zip(rows, sampler(logits[rows, 0]).tolist())) if rows else {}
+        return [0] * len(limits), [drawn.get(row, 0) for row in range(len(limits))]
+    tokens = proposal.tokens
     largest = logits.amax(dim=2).tolist()
 
     def accepted(fits: list[list[bool]]) -> list[int]:
@@ -362,13 +366,12 @@ def _check(
     longest, device = logits.shape[1] - 1, logits.device
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in tokens], dtype=torch.int64, device=device)
     ids = ids.unsqueeze(2)
-    offered = None if proposal is None else proposal.probability
-    q = torch.zeros_like(p[:, 1:]).scatter(2, ids, 1.0) if offered is None else offered.to(p.dtype)
+    q = torch.zeros_like(p[:, 1:]).scatter(2, ids, 1.0) if proposal.probability is None else proposal.probability
     ratio = p[:, :longest].gather(2, ids) / q.gather(2, ids)
-    drawn = torch.rand(ratio.shape, generator=sampler.generator, dtype=p.dtype, device=device)
-    counts = accepted((drawn < ratio).squeeze(2).tolist())
-    rows, at = torch.arange(len(limits), device=device), torch.tensor(counts, device=device)
-    following = p[rows, at]
+    uniform = torch.rand(ratio.shape, generator=sampler.generator, dtype=p.dtype, device=device)
+    counts = accepted((uniform < ratio).squeeze(2).tolist())
+    at = torch.tensor(counts, device=device)
+    following = p[torch.arange(len(limits), device=device), at]
     rejected = [row for row, count in enumerate(counts) if count < len(tokens[row])]
     if rejected:
         rest = (following[rejected] - q[rejected, at[rejected]]).clamp(min=0)

@@ -22,6 +22,7 @@ PROGRAMS = {
     "memory": ["memory.py"],
     "model": ["model.py"],
     "streaming": ["streaming.py"],
+    "generation": ["generation.py"],
     "overhead": ["steps.py", "overhead"],
     "torch_path": ["steps.py", "torch_path"],
 }
