@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import hardsigmoid
 
+from ..kernels.documents import Documents
 from ..kernels.linear import SmallLinear, fuses, is_plain, linear, linear_of, project
 from ..kernels.memory import MemoryState, Options, Tokens, read_memory, titans_memory
 from ..kernels.norm_gate import decode, gated_norm
@@ -19,6 +20,7 @@ from ..kernels.short_conv import query, query_key_value
 from ..kernels.short_conv.decode import Layers, memory_inputs, memory_query
 from ..registry import SameFunction, register
 from .block import Block, check_call
+from .documents import run_documents
 from .memory_initialization import initialize_memory
 from .observers import active, report_learned
 
@@ -152,10 +154,18 @@ class NeuralMemory(Block):
         )
 
     def forward(
-        self, x: Tensor, state: NeuralMemoryState | None = None, *, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        state: NeuralMemoryState | None = None,
+        *,
+        mask: Tensor | None = None,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, NeuralMemoryState]:
         """Write and read each token. ``x``: ``[batch, time, dim]`` -> outputs of the same shape, and the new state."""
-        y, state = self.update(x, self.init_state(x.shape[0]) if state is None else state, mask=mask)
+        if documents is None:
+            y, state = self.update(x, state, mask=mask)
+        else:
+            y, state = run_documents(self.update, documents, [x], state, mask, self.init_state)
         if mask is None:
             return self.project_output(y, x), state
         valid = mask.unsqueeze(-1)
@@ -189,9 +199,10 @@ class NeuralMemory(Block):
         return linear(self.output, gated_norm(y, self.output_gain, gate))
 
     def update(
-        self, x: Tensor, state: NeuralMemoryState, *, mask: Tensor | None = None
+        self, x: Tensor, state: NeuralMemoryState | None, mask: Tensor | None = None
     ) -> tuple[Tensor, NeuralMemoryState]:
         """``forward`` up to the outputs of the operation, ``[batch, time, heads, dim / heads]``."""
+        state = self.init_state(x.shape[0]) if state is None else state
         layout = None if mask is None else align(mask)
         if layout is not None:
             x = layout.spread(x)  # the valid tokens of each row first
