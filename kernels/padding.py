@@ -11,13 +11,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class Layout(NamedTuple):
     """A one-to-one map between the real tokens of ``[batch, time]`` and slots of ``[batch, slots]``."""
 
-    source: Tensor
-    """``[batch, slots]`` int64: the token in each slot (0 where the slot is empty)."""
+    source: Tensor | None
+    """``[batch, slots]`` int64: the token in each slot (0 where the slot is empty); ``None``: in its own."""
     filled: Tensor
     """``[batch, slots]`` bool: the slot holds a token."""
     target: Tensor
@@ -29,10 +30,15 @@ class Layout(NamedTuple):
 
     def spread(self, x: Tensor, empty: float = 0.0) -> Tensor:
         """``[batch, time, ...]`` -> ``[batch, slots, ...]``, ``empty`` where a slot holds no token."""
+        if self.source is None:
+            return x[:, : self.filled.shape[1]].masked_fill(~_like(self.filled, x), empty)
         return _gather(x, self.source, self.filled, empty)
 
     def collect(self, y: Tensor) -> Tensor:
         """``[batch, slots, ...]`` -> ``[batch, time, ...]``, zero at masked tokens."""
+        if self.source is None:
+            y = y.masked_fill(~_like(self.filled, y), 0.0)
+            return F.pad(y, (*[0, 0] * (y.dim() - 2), 0, self.mask.shape[1] - y.shape[1]))
         return _gather(y, self.target, self.mask, 0.0)
 
 
@@ -45,6 +51,10 @@ def align(mask: Tensor, offset: Tensor | None = None, multiple: int = 1, slots: 
     """
     rows, time = mask.shape
     length = mask.sum(dim=1)
+    # on accelerators, looking at the mask waits for it
+    direct = (
+        offset is None and slots is None and multiple == 1 and not mask.is_cuda and not torch.compiler.is_compiling()
+    )
     if offset is None:
         offset = torch.zeros_like(length)
     if slots is None and torch.compiler.is_compiling():
@@ -52,6 +62,10 @@ def align(mask: Tensor, offset: Tensor | None = None, multiple: int = 1, slots: 
     if slots is None:
         need = int((offset + length).max()) if rows else 0
         slots = -(-need // multiple) * multiple
+    if direct and not bool((mask[:, 1:] & ~mask[:, :-1]).any()):  # the padding is at the end
+        return Layout(
+            None, mask[:, :slots], torch.arange(time, device=mask.device).expand_as(mask) * mask, mask, length
+        )
     # a stable sort of "is padding" lists each row's real tokens first, in order
     order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)
     slot = torch.arange(slots, device=mask.device)[None, :] - offset[:, None]
@@ -59,6 +73,10 @@ def align(mask: Tensor, offset: Tensor | None = None, multiple: int = 1, slots: 
     source = order.gather(1, slot.clamp(0, time - 1)) * filled if time else torch.zeros_like(slot)
     target = (mask.cumsum(dim=1) - 1 + offset[:, None]) * mask
     return Layout(source, filled, target, mask, length)
+
+
+def _like(filled: Tensor, x: Tensor) -> Tensor:
+    return filled.view(*filled.shape, *[1] * (x.dim() - 2))
 
 
 def _gather(x: Tensor, index: Tensor, keep: Tensor, empty: float) -> Tensor:

@@ -90,9 +90,9 @@ def _ragged(
         mask = torch.ones(theta.shape[:2], dtype=torch.bool, device=theta.device)
     phase = torch.tensor(phases, device=theta.device)
     layout = align(mask, phase)
-    if layout.source.shape[1] > chunk:
+    if layout.filled.shape[1] > chunk:
         layout = align(mask, phase, multiple=chunk)
-    slots = layout.source.shape[1]
+    slots = layout.filled.shape[1]
     if slots == 0:  # every token is masked, and every row at a chunk start
         return torch.zeros_like(tokens.v), state
     size = min(slots, chunk)
