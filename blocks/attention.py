@@ -151,18 +151,18 @@ class Attention(Block):
         if documents is None:
             return self.every(x, state, step=1, mask=mask)
 
-        def attend(heads: Tensor, state: AttentionState | None, mask: Tensor | None) -> tuple[Tensor, AttentionState]:
+        def attend(rows: Tensor, state: AttentionState | None, mask: Tensor | None) -> tuple[Tensor, AttentionState]:
             layout = None if mask is None else align(mask)
-            state = self.init_state(len(heads)) if state is None else state
-            heads, length = (heads, None) if layout is None else (layout.spread(heads), layout.length)
-            y, state = self._attend(*self._split(heads.to(state.keys.dtype)), state, length)
-            return y.flatten(2) if layout is None else layout.collect(y.flatten(2)), state
+            if layout is None:
+                return self._run(rows, state, None, projected=True)
+            y, state = self._run(layout.spread(rows), state, layout.length, projected=True)
+            return layout.collect(y), state
 
-        heads = linear(self.qkv, x)
         y, state = run_documents(
-            attend, documents, [heads], state, mask, self.init_state, grows=self.grows, join=concatenate_caches
-        )
-        return linear(self.out, y.to(x.dtype)), state
+            attend, documents, [linear(self.qkv, x)], state, mask, self.init_state, grows=self.grows,
+            join=concatenate_caches,
+        )  # fmt: skip
+        return linear(self.out, y.flatten(2).to(x.dtype)), state
 
     def every(
         self, x: Tensor, state: AttentionState | None = None, *, step: int, mask: Tensor | None = None
@@ -174,43 +174,37 @@ class Attention(Block):
                 raise ValueError(f"{type(self).__name__}: state has {slots} keys and {state.values.shape[1]} values")
             if self.window is not None and slots < self.window - 1:
                 self._expect_visible_tokens(state)
-        if mask is not None:
-            layout = align(mask)
-            y, state = self._run(layout.spread(x), state, layout.length, step)
-            return (layout if step == 1 else align(mask[:, ::step])).collect(y), state
-        few = state is not None and x.is_cpu and 0 < x.shape[1] <= FEW
+        few = mask is None and state is not None and x.is_cpu and 0 < x.shape[1] <= FEW
         if few and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             assert state is not None
             return self._run_few(x, state, step)
-        return self._run(x, state, None, step)
+        layout = None if mask is None else align(mask)
+        rows = x if layout is None else layout.spread(x)
+        if rows.shape[1] == 0:  # nothing but padding
+            return torch.zeros_like(x[:, step - 1 :: step]), self.init_state(x.shape[0]) if state is None else state
+        y, state = self._run(rows, state, None if layout is None else layout.length, step)
+        y = linear(self.out, y.flatten(2).to(x.dtype))
+        if mask is None or layout is None:
+            return y, state
+        return (layout if step == 1 else align(mask[:, ::step])).collect(y), state
 
     def _run(
-        self, x: Tensor, state: AttentionState | None, length: Tensor | None, step: int
-    ) -> tuple[Tensor, AttentionState]:
-        """``x`` has the valid tokens of each row first; ``length`` [batch] is their number, ``None`` if all are."""
-        if x.shape[1] == 0:  # nothing but padding
-            return x, self.init_state(x.shape[0]) if state is None else state
-        fresh = state is None
-        state = self.init_state(x.shape[0]) if state is None else state
-        q, k, v = self._project(x, step, state.keys.dtype)
-        y, state = self._attend(q, k, v, state, length, step, fresh=fresh)
-        return linear(self.out, y.flatten(2).to(x.dtype)), state
-
-    def _attend(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        state: AttentionState,
+        x: Tensor,
+        state: AttentionState | None,
         length: Tensor | None,
         step: int = 1,
-        fresh: bool = False,
+        *,
+        projected: bool = False,
     ) -> tuple[Tensor, AttentionState]:
-        """Attention of ``q`` to ``k``, ``v`` and the cache: outputs ``[batch, .., heads, d]``, and the next state.
+        """The outputs of attention ``[batch, .., heads, d]``, and the next state.
 
-        ``length`` as in :meth:`_run`. ``fresh``: nothing is cached.
+        ``x`` has the valid tokens of each row first; ``length`` [batch] is their number, ``None`` if all are.
+        ``projected``: ``x`` has been multiplied by the weights of ``qkv``.
         """
-        time, device = k.shape[1], k.device
+        time, fresh = x.shape[1], state is None
+        state = self.init_state(x.shape[0]) if state is None else state
+        q, k, v = self._project(x, step, state.keys.dtype, projected)
         prefix = None
         if state.prefix_keys is not None and state.prefix_values is not None:
             prefix = Prefix(q, state.prefix_keys, state.prefix_values)
@@ -220,7 +214,7 @@ class Attention(Block):
             if not fresh and k.is_cpu and not torch.compiler.is_compiling():
                 same = len(set(state.position.tolist())) == 1
             position = (state.position[:1, None] if same else state.position[:, None]) + torch.arange(
-                time, device=device
+                time, device=x.device
             )
             q, k = rotate(q, position[:, step - 1 :: step], self.rope), rotate(k, position, self.rope)
 
@@ -255,25 +249,23 @@ class Attention(Block):
         y = linear(self.out, y.flatten(2).to(x.dtype))
         return y, state._replace(keys=keys, values=values, cached=cached, position=position)
 
-    def _project(self, x: Tensor, step: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(
+        self, x: Tensor, step: int, dtype: torch.dtype, projected: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries at every ``step``-th token, keys and values, ``[batch, .., heads or kv_heads, d]``, not rotated.
 
         ``dtype``: that of the state, which it keeps under autocast.
         """
-        if step == 1 or not is_plain(self.qkv):
-            return self._split(linear(self.qkv, x).to(dtype), step)
-        weight, own = self.qkv.weight, self.heads * self.head_dim
-        q = project(x[:, step - 1 :: step], weight[:own]).to(dtype).unflatten(-1, (-1, self.head_dim))
-        k, v = project(x, weight[own:]).to(dtype).unflatten(-1, (-1, self.head_dim)).chunk(2, dim=2)
-        return self._normalize(q, k, v)
-
-    def _split(self, projected: Tensor, step: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-        """The parts of the projection ``[batch, time, (heads + 2 kv_heads) d]``, with queries at each ``step``-th."""
-        heads = projected.unflatten(-1, (-1, self.head_dim))
-        q, k, v = heads.split_with_sizes((self.heads, self.kv_heads, self.kv_heads), dim=2)
-        return self._normalize(q[:, step - 1 :: step], k, v)
-
-    def _normalize(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        shape, shared = (-1, self.head_dim), self.kv_heads
+        if step == 1 or projected or not is_plain(self.qkv):
+            heads = (x if projected else linear(self.qkv, x)).to(dtype).unflatten(-1, shape)
+            q, k, v = heads.split_with_sizes((self.heads, shared, shared), dim=2)
+            q = q[:, step - 1 :: step]
+        else:
+            weight, own = self.qkv.weight, self.heads * self.head_dim
+            q = project(x[:, step - 1 :: step], weight[:own]).to(dtype).unflatten(-1, shape)
+            heads = project(x, weight[own:]).to(dtype).unflatten(-1, shape)
+            k, v = heads.split_with_sizes((shared, shared), dim=2)
         if self.gain is not None:
             q, k = rms_norm(q, self.gain[: self.heads]), rms_norm(k, self.gain[self.heads :])
         return q, k, v

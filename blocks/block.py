@@ -286,6 +286,11 @@ def _reset_own(module: Any) -> None:
         _reset_own(child)
 
 
+def as_rows(state: State, rows: int) -> State:
+    """Expand a one-row state to ``rows`` rows without copying."""
+    return state if rows == 1 else map_state(lambda tensor: tensor.expand(rows, *tensor.shape[1:]), state)
+
+
 # -- checks ------------------------------------------------------------------------------------------------------------
 
 

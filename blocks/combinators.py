@@ -12,13 +12,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..kernels.documents import Documents, split_documents
+from ..kernels.documents import Documents
 from ..registry import Spec, create, register
-from .block import Block, Blocks, as_memory
+from .block import Block, Blocks, as_memory, as_rows
 from .layers import Form, Gating, RMSNorm
 from .observers import active, observers_of
 from .segmented import forward_every
-from .state import State, as_rows
+from .state import State
 
 
 @register("chain")
@@ -43,9 +43,8 @@ class Chain(Block):
     def forward(
         self, x: Tensor, state: State = None, *, mask: Tensor | None = None, documents: Documents | None = None
     ) -> tuple[Tensor, State]:
-        count = len(self.of)
-        states = []
-        for block, before, inside in zip(self.of, state or [None] * count, split_documents(documents, count)):
+        none, states = [None] * len(self.of), []
+        for block, before, inside in zip(self.of, state or none, documents.parts(len(none)) if documents else none):
             x, after = block(x, before, mask=mask, documents=inside)
             states.append(after)
         return x, tuple(states)
@@ -142,8 +141,10 @@ class Gate(Block):
     def forward(
         self, x: Tensor, state: State = None, *, mask: Tensor | None = None, documents: Documents | None = None
     ) -> tuple[Tensor, State]:
-        outputs, states, count = [], [], len(self.branches)
-        for block, before, inside in zip(self.branches, state or [None] * count, split_documents(documents, count)):
+        outputs, states, none = [], [], [None] * len(self.branches)
+        for block, before, inside in zip(
+            self.branches, state or none, documents.parts(len(none)) if documents else none
+        ):
             y, after = block(x, before, mask=mask, documents=inside)
             outputs.append(y)
             states.append(after)
@@ -235,10 +236,9 @@ class Layer(Block):
         if mask is not None:
             # otherwise the residual connection would pass masked inputs to the outputs
             x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
-        count = len(self.blocks)
-        parts = zip(self.norms, self.blocks, state or [None] * count, split_documents(documents, count))
-        states = []
-        for norm, block, before, inside in parts:
+        none, states = [None] * len(self.blocks), []
+        parts = documents.parts(len(none)) if documents else none
+        for norm, block, before, inside in zip(self.norms, self.blocks, state or none, parts):
             y, after = block(norm(x)[0], before, mask=mask, documents=inside)
             x = x + y
             states.append(after)

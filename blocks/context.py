@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from ..kernels.padding import align
 from ..registry import Needs, Spec, create, register
-from .block import Block, like_of
+from .block import Block, as_rows, like_of
 from .layers import Form, Gating
 from .observers import active, moved, observers_of, suppressed
 from .segmented import Piece, forward_every, limit_window, pieces_of, split, split_memory, traced_pieces
-from .state import State, as_rows, reset, select, where
+from .state import State, reset, select, where
 
 
 class ContextState(NamedTuple):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernels.documents import Documents, packed_ids
 from .observers import active
-from .state import State, as_rows, concatenate, select, where
+from .state import State, concatenate, map_state, select, where
 
 
 class DocumentState(NamedTuple):
@@ -74,7 +74,9 @@ def run_documents(
     """
 
     def fresh(rows: int) -> State:
-        return init_state(rows) if documents.fresh is None else as_rows(documents.fresh, rows)
+        if documents.fresh is None:
+            return init_state(rows)
+        return map_state(lambda x: x.expand(rows, *x.shape[1:]), documents.fresh)
 
     def begin(rows: int) -> State:
         return None if documents.fresh is None else fresh(rows)

@@ -137,10 +137,8 @@ class LanguageModel(nn.Module):
             state: ModelState = self(embeddings=x).state
             return state
         layers = tuple(initial_state(layer, batch_size) for layer in self.layers)
-        return self._state(layers, torch.zeros(batch_size, dtype=torch.int64, device=like.device))
-
-    def _state(self, layers: tuple[State, ...], zeros: Tensor) -> ModelState:
-        return ModelState(layers, zeros + self.fingerprint.number, zeros + NONE)
+        number = torch.full((batch_size,), self.fingerprint.number, dtype=torch.int64, device=like.device)
+        return ModelState(layers, number, torch.full_like(number, NONE))
 
     def __call__(self, *args: Any, **named: Any) -> Any:
         if torch.jit.is_tracing():  # before the arguments are bound: the exporter to ONNX gives all by position
@@ -249,7 +247,8 @@ class LanguageModel(nn.Module):
             states.append(after)
         x, _ = self.norm(x)
         if state is None:
-            state = self._state(tuple(states), x.new_zeros(x.shape[:1], dtype=torch.int64))
+            number = x.new_full(x.shape[:1], self.fingerprint.number, dtype=torch.int64)
+            state = ModelState(tuple(states), number, torch.full_like(number, NONE))
         document = state.document if documents is None else documents.after
         return x, ModelState(tuple(states), state.recipe, document)
 

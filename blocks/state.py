@@ -127,11 +127,6 @@ def select(state: State, rows: Tensor | Sequence[int] | slice) -> State:
     return map_state(lambda tensor: tensor.index_select(0, index.to(tensor.device)), state)
 
 
-def as_rows(state: State, rows: int) -> State:
-    """Expand a one-row state to ``rows`` rows without copying."""
-    return state if rows == 1 else map_state(lambda tensor: tensor.expand(rows, *tensor.shape[1:]), state)
-
-
 def concatenate(states: Sequence[State]) -> State:
     """Concatenate the rows of several states into one state.
 

@@ -115,6 +115,10 @@ class Documents:
         documents.fresh = fresh
         return documents
 
+    def parts(self, count: int) -> list[Documents]:
+        """The documents for each of ``count`` blocks, whose states make up the state of a block."""
+        return [self] * count if self.fresh is None else [self.starting(fresh) for fresh in self.fresh]
+
     def groups(self, last_together: bool = False) -> list[Group]:
         """Divide the documents into groups of similar length.
 
@@ -186,13 +190,6 @@ class Documents:
         targets = torch.full_like(tokens, ignored).flatten()
         targets[flat] = following
         return targets.view_as(tokens)
-
-
-def split_documents(documents: Documents | None, count: int) -> list[Documents | None]:
-    """The documents for each of ``count`` blocks, whose states make up the state of a block."""
-    if documents is None or documents.fresh is None:
-        return [documents] * count
-    return [documents.starting(fresh) for fresh in documents.fresh]
 
 
 def group_by_length(items: list[tuple[int, int]]) -> list[list[int]]:

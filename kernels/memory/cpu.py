@@ -6,7 +6,7 @@ mathematics is in ``network.h``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -146,11 +146,11 @@ class _Memory(torch.autograd.Function):
     @differentiable(_formula, first=1)
     def backward(ctx: Any, grad_y: Tensor | None, *grad_end: Tensor | None) -> tuple[Tensor | None, ...]:
         plan, (*tensors, saved) = ctx.plan, ctx.saved_tensors
-        tokens, gain, state = _dense(tensors)
+        tokens, gain, state = _unpack(tensors)
         parts = 1 if tokens.eta is None else 2
-        grad_y = torch.zeros_like(tokens.v) if grad_y is None else _dense_vectors(grad_y)
+        grad_y = torch.zeros_like(tokens.v) if grad_y is None else _dense(1, [grad_y])[0]
         grad_end = tuple(
-            (torch.zeros_like(state[i]) if i < parts * plan.layers else None) if g is None else _dense_matrices(g)
+            (torch.zeros_like(state[i]) if i < parts * plan.layers else None) if g is None else _dense(2, [g])[0]
             for i, g in enumerate(grad_end)
         )
         new = empty_huge_pages if plan.order is None else torch.zeros  # gradients of masked tokens are zero
@@ -166,7 +166,7 @@ def _forward(
     plan: _Plan, tensors: Sequence[Any], checkpoints: Checkpoints = NOTHING_SAVED
 ) -> tuple[tuple[Tensor, ...], Tensor | None]:
     """``y`` and the state's parts; what is saved for backward."""
-    tokens, gain, state = _dense(tensors)
+    tokens, gain, state = _unpack(tensors)
     y = (empty_huge_pages if plan.order is None else torch.zeros)(tokens.v.shape, dtype=tokens.v.dtype)
     made = plan.layers * (1 + (tokens.eta is not None) + plan.new_anchor)
     end = []
@@ -180,11 +180,11 @@ def _forward(
     return (y, *end), saved
 
 
-def _dense(tensors: Sequence[Any]) -> tuple[Tokens, Tensor | None, list[Tensor]]:
+def _unpack(tensors: Sequence[Any]) -> tuple[Tokens, Tensor | None, list[Tensor]]:
     """Tokens, gain and state, laid out as the kernels take them; hooks on saved tensors may change the layout."""
     q, k, v, theta, eta, alpha, gain, *state = tensors
-    tokens = Tokens(_dense_vectors(q), _dense_vectors(k), _dense_vectors(v), theta, eta, alpha)
-    return tokens, None if gain is None else gain.contiguous(), list(map(_dense_matrices, state))
+    tokens = Tokens(*_dense(1, (q, k, v)), theta, eta, alpha)
+    return tokens, None if gain is None else gain.contiguous(), _dense(2, state)
 
 
 def _checkpoints(plan: _Plan, tensors: Sequence[Any]) -> Checkpoints:
@@ -256,14 +256,12 @@ def _run(
     )  # fmt: skip
 
 
-def _dense_vectors(x: Tensor) -> Tensor:
-    """``x`` with its last dimension dense."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _dense_matrices(x: Tensor) -> Tensor:
-    """``x`` with its last two dimensions dense."""
-    return x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous()
+def _dense(dims: int, tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The tensors with their last one or two dimensions dense: vectors or matrices."""
+    dense = []
+    for x in tensors:
+        dense.append(x if x.stride(-1) == 1 and (dims == 1 or x.stride(-2) == x.shape[-1]) else x.contiguous())
+    return dense
 
 
 # -- read_memory -------------------------------------------------------------------------------------------------------
@@ -299,7 +297,7 @@ class _Read(torch.autograd.Function):
         grad_norm = None if norm is None else norm.new_empty(q.shape[0], *norm.shape)
         grad_weights = [torch.empty(w.shape, dtype=w.dtype) for w in weights]
         _run_read(
-            ctx.activation, ctx.operands, q, norm, weights, None, _dense_vectors(grad), grad_q, grad_norm, grad_weights
+            ctx.activation, ctx.operands, q, norm, weights, None, _dense(1, [grad])[0], grad_q, grad_norm, grad_weights
         )
         return None, None, grad_q, None if grad_norm is None else grad_norm.sum(0), *grad_weights
 
@@ -317,7 +315,7 @@ def _run_read(
     grad_weights: Sequence[Tensor] = (),
 ) -> None:
     """The structure ``call`` of read_cpu.c, field by field."""
-    q, norm, weights = _dense_vectors(q), None if norm is None else norm.contiguous(), [*map(_dense_matrices, weights)]
+    q, norm, weights = _dense(1, [q])[0], None if norm is None else norm.contiguous(), _dense(2, weights)
     batch, time, heads, width = q.shape
     widths: list[int] = [width]
     places: list[int] = []

@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from titans_build.blocks.block import Block
+from titans_build.blocks.block import Block, as_rows
 from titans_build.blocks.build import build_block, materialize
 from titans_build.blocks.laws import LawError, check_block
-from titans_build.blocks.state import as_rows
 from titans_build.registry import RecipeError, catalogue
 
 
