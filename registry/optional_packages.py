@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 import warnings
 from typing import Any
 
@@ -29,7 +30,8 @@ def import_package(module: str, distribution: str, install: str) -> Any:
     command = f"pip install '{install}'"
     if instead is not None:
         problem = f"but Python finds {instead} in its place: rename that, and {command} if it is not installed"
-    elif isinstance(cause, ModuleNotFoundError) and cause.name == top:
+    # ``None`` in ``sys.modules`` says that there is no such package
+    elif isinstance(cause, ModuleNotFoundError) and (cause.name == top or sys.modules.get(top, cause) is None):
         problem = f"which is not installed: {command}"
     else:
         problem = f"which cannot be imported ({cause}): {command}"
