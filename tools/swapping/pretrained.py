@@ -61,7 +61,11 @@ register_module_module_registration_hook(_follow_child)
 
 def _models_around(module: nn.Module) -> list[Any]:
     """The models of transformers that ``module`` is or is a part of, the smallest first."""
-    found = [one for one in gc.get_objects() if issubclass(type(one), PreTrainedModel)]  # modules know no parents
+    # modules know no parents; a dictionary of modules alone may be that of the children of one
+    dictionaries = (one for one in gc.get_referrers(module) if isinstance(one, dict))
+    if not any(all(value is None or isinstance(value, nn.Module) for value in one.values()) for one in dictionaries):
+        return [module] if isinstance(module, PreTrainedModel) else []
+    found = [one for one in gc.get_objects() if issubclass(type(one), PreTrainedModel)]
     around = [whole for whole in found if any(part is module for part in whole.modules())]
     return sorted(around, key=lambda whole: len(list(whole.modules())))
 

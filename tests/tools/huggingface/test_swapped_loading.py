@@ -104,7 +104,7 @@ def test_a_swap_in_a_vision_tower_is_saved_with_the_whole(tower: str, tmp_path: 
     assert "titans" not in shown + model.config.to_json_string() + str(copy.deepcopy(model.config).to_dict())
     for number, outer in enumerate((model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)))):
         outer.save_pretrained(tmp_path / f"{number}")
-        assert repr(outer.config).replace('"dtype": "float32",\n', "").count("titans") == 0
+        assert "titans" not in repr(outer.config)
         again = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / f"{number}").eval()
         assert_close(again.model.vision_tower(PIXELS)[0], part(PIXELS)[0])
         assert swaps(again)[0].paths == [f"model.vision_tower.{where}"]
