@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...blocks.documents import expect_documents
+from ...kernels.documents import Documents
 from ...registry import show
+from ..swapping.adapter import SwapError
+from ..swapping.documents import CARRIERS, ONE_DOCUMENT, find_documents
+from ..swapping.padding import Mask, attended, mask_tensor
 from .cache import StateCache
-
-ONE_DOCUMENT = (
-    "a recipe model reads a row as one document, and its memory would carry each into the next; give one document a "
-    "row, with padding (packing=False, padding_free=False in TRL)"
-)
 
 
 def given_cache(cache: Any, past_key_values: Any) -> StateCache | None:
@@ -39,69 +39,58 @@ def chosen_states(states: Sequence[Tensor], which: bool | int | Sequence[int]) -
     return tuple(state if index in chosen else None for index, state in enumerate(states))
 
 
-def real_tokens(attention_mask: Tensor | None, rows: int, time: int, before: int | None = None) -> Tensor | None:
+def real_tokens(attention_mask: Tensor | None, rows: int, time: int, before: int) -> Tensor | None:
     """``[rows, time]`` bool, true at real tokens, from ``[rows, time]`` or ``[rows, before + time]``, 0 at padding.
 
-    Raises ``ValueError`` for other shapes and values. Without ``before``, the mask was checked already.
+    Raises ``ValueError`` for other shapes and values.
     """
     if attention_mask is None:
         return None
     mask = attention_mask[:, attention_mask.shape[1] - time :] != 0
-    if before is None:
-        return mask
     shapes = {(rows, time), (rows, before + time)}
     if tuple(attention_mask.shape) not in shapes:
         expected = " or ".join(str(list(shape)) for shape in sorted(shapes))
         raise ValueError(
-            f"attention_mask: expected {expected}, 0 at padding, got {list(attention_mask.shape)}; masks over pairs of "
-            f"tokens are not supported: {ONE_DOCUMENT}"
+            f"attention_mask: expected {expected}, 0 at padding, or [batch, 1, time, time], got "
+            f"{list(attention_mask.shape)}"
         )
     if attention_mask.dtype != torch.bool and not bool((mask == attention_mask[:, -time:]).all()):
         raise ValueError(
-            "attention_mask: expected 1 at tokens and 0 at padding, got other values; numbers of documents and "
-            f"additive masks are not supported: {ONE_DOCUMENT}"
+            "attention_mask: expected 1 at tokens and 0 at padding, got other values; numbers of documents are given "
+            "as seq_idx"
         )
     return mask
 
 
-def expect_one_document(
-    position_ids: Tensor | None,
-    documents: Mapping[str, Any],
-    mask: Tensor | None,
-    shape: tuple[int, int],
-    before: int,
-) -> None:
-    """Raise ``ValueError`` if a row holds several documents, and ``TypeError`` for unknown arguments.
+def read_rows(given: Mapping[str, Any], x: Tensor, before: int) -> tuple[Tensor | None, Documents | None]:
+    """The real tokens of ``x`` [rows, time, dim], bool ``[rows, time]``, and the documents of rows that hold several.
 
-    Positions must go up by one from token to token, counted with padding or without, and start at 0 unless ``before``
-    tokens were read. A single position says nothing.
+    ``given``: ``attention_mask``, ``position_ids`` and further arguments, by name. ``before``: the number of tokens
+    read before. Raises ``ValueError`` for masks that are not causal in each document, and for documents that contradict
+    each other, and ``TypeError`` for unknown arguments.
     """
-    lengths = [name for name in documents if name.startswith("cu_seq_lens") and documents[name] is not None]
-    numbers = documents.get("seq_idx")
-    unknown = [
-        name
-        for name, value in documents.items()
-        if value is not None and name not in ("seq_idx", "max_length_q", "max_length_k", *lengths)
-    ]
+    rows, time, _ = x.shape
+    known = (*CARRIERS, "cu_seq_lens_k", "max_length_q", "max_length_k")
+    unknown = [name for name, value in given.items() if value is not None and name not in known]
     if unknown:
         raise TypeError(f"a recipe model takes no argument {', '.join(map(show, unknown))}")
-    for name in lengths:
-        if len(documents[name]) > 2:
-            raise ValueError(f"{name}: {len(documents[name]) - 1} documents in a row, expected one: {ONE_DOCUMENT}")
-    if numbers is not None and not bool((numbers == numbers[..., :1]).all()):
-        raise ValueError(f"seq_idx: several documents in a row, expected one: {ONE_DOCUMENT}")
-    if position_ids is None or shape[1] < 2:
-        return
-    if position_ids.shape not in (shape, (1, shape[1])):
-        raise ValueError(f"position_ids: expected {list(shape)}, got {list(position_ids.shape)}")
-    tokens = torch.ones(shape, dtype=torch.bool, device=position_ids.device) if mask is None else mask
-    fits = []
-    for counted in (tokens, torch.ones_like(tokens)):
-        shift = position_ids - (counted.cumsum(-1) - 1)
-        first = shift.gather(1, tokens.int().argmax(-1, keepdim=True)) if before else 0
-        fits.append(bool(((shift == first) | ~tokens).all()))
-    if not any(fits):
-        raise ValueError(
-            "position_ids: expected positions that go up by one from token to token, from 0 without a cache; they "
-            f"start again in packed rows, which are not supported: {ONE_DOCUMENT}"
-        )
+    pairs = mask_tensor(given)
+    in_pairs = pairs is not None and pairs.dim() == 4 and pairs.shape[2:] == (time, time)
+    try:
+        if pairs is not None and in_pairs:
+            mask = Mask(pairs, marks_padding=False).real_tokens(rows, time, before, "attention_mask")
+        else:
+            mask = real_tokens(given.get("attention_mask"), rows, time, before)
+        ids = find_documents({**given, "inputs_embeds": x}, before, "a recipe model")
+    except SwapError as error:
+        raise ValueError(str(error)) from None
+    if pairs is not None and in_pairs:
+        found = torch.zeros(1, time, device=x.device) if ids is None else ids
+        wanted = (found.unsqueeze(2) == found.unsqueeze(1)).tril().unsqueeze(1)
+        both = wanted.new_ones(()) if mask is None else (mask.unsqueeze(2) & mask.unsqueeze(1)).unsqueeze(1)
+        if before or bool(((attended(pairs) != wanted) & both).any()):
+            raise ValueError(
+                f"attention_mask {list(pairs.shape)}: expected [batch, 1, time, time], without a cache, with each "
+                f"token attending to itself and all tokens before it in its document. {ONE_DOCUMENT}"
+            )
+    return mask, None if ids is None else expect_documents(ids.expand(rows, time).to(x.device), None, x, mask, None)

@@ -27,13 +27,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from ...blocks.build import materialize
 from ...blocks.language_model import IGNORED, LanguageModel
 from ...blocks.state import trainable
+from ...kernels.documents import Documents
 from ...recipes import Recipe, StorageError
 from ...recipes.atomic_write import read_regular
 from ...recipes.build import assemble
 from ...recipes.saved_format import INDEX, TOKENIZER, list_differences, saved_folder
 from ...registry import show
+from ..swapping.documents import ONE_DOCUMENT, SEVERAL
 from ..training.train_step import activation_checkpointing
-from .arguments import chosen_states, expect_one_document, given_cache, real_tokens
+from .arguments import chosen_states, given_cache, read_rows
 from .cache import CACHE, StateCache
 from .config import TitansBuildConfig
 from .tokenizer import tokenizer_of
@@ -239,15 +241,17 @@ class TitansBuildModel(TitansBuildPreTrainedModel):
         if self.config.output_attentions if output_attentions is None else output_attentions:
             raise ValueError("output_attentions: a recipe model returns no attention weights")
         cache = given_cache(cache, past_key_values)
-        if cache is None and (self.config.use_cache if use_cache is None else use_cache):
-            cache = StateCache()
         x = self.embed_tokens(input_ids) if inputs_embeds is None else self._check_embeddings(inputs_embeds)
         rows, time, _ = x.shape
-        before = 0 if cache is None else cache.length
-        mask = real_tokens(attention_mask, rows, time, before)
+        given = {"attention_mask": attention_mask, "position_ids": position_ids, **documents}
+        mask, packed = read_rows(given, x, 0 if cache is None else cache.length)
         if mask is not None:
             self.model.check_mask(mask, (rows, time))
-        expect_one_document(position_ids, documents, mask, (rows, time), before)
+        if packed is not None:
+            if cache is not None or use_cache:
+                raise ValueError(f"{SEVERAL}, and a cache: its state is of one document. {ONE_DOCUMENT}")
+        elif cache is None and (self.config.use_cache if use_cache is None else use_cache):
+            cache = StateCache()
         state = None if cache is None else cache.state
         if state is not None:
             self.model.check_state(state, rows)
@@ -261,7 +265,7 @@ class TitansBuildModel(TitansBuildPreTrainedModel):
                     stack.callback(keep.remove)
             if self.gradient_checkpointing and self.model.training and torch.is_grad_enabled():
                 stack.enter_context(activation_checkpointing(self.model, self._checkpoint, self._every))
-            hidden, state = self.model.run(x, state, mask)
+            hidden, state = self.model.run(x, state, mask, packed)
         if cache is not None:
             cache.read(state, time)
         output = BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE: cache})
@@ -323,10 +327,12 @@ class TitansBuildForCausalLM(TitansBuildPreTrainedModel, GenerationMixin):
         adds these tokens to it. ``labels`` [batch, time]: the tokens themselves, shifted here; -100 does not count.
         ``logits_to_keep``: of how many last tokens logits are wanted (0: all), or of which. ``output_hidden_states``:
         also the inputs of the first layer and the outputs of each, the last of them normalized, or those of these
-        numbers. ``position_ids`` and ``documents`` (``cu_seq_lens_q``, ``seq_idx`` ...): of one document in each row.
+        numbers. ``position_ids`` that start again, ``documents`` (``cu_seq_lens_q``, ``seq_idx``) or a block-diagonal
+        ``attention_mask`` [batch, 1, time, time]: rows hold several documents, each of which begins from a fresh state,
+        and whose first tokens are not predicted.
 
         Raises ``TypeError`` or ``ValueError`` for a cache of another model, for wrong shapes and ids, and for several
-        documents in a row.
+        documents in a row with a cache.
         """
         self._expect_language_model()
         read = self.base_model(
@@ -348,8 +354,10 @@ class TitansBuildForCausalLM(TitansBuildPreTrainedModel, GenerationMixin):
             rows, time, _ = hidden.shape
             self.model.check_targets(labels, (rows, time), "labels")
             logits = self.lm_head(hidden)
-            mask = real_tokens(attention_mask, rows, time)
-            loss = next_token_loss(logits, labels, mask, num_items_in_batch)
+            before = 0 if read.get(CACHE, None) is None else read[CACHE].length - time
+            given = {"attention_mask": attention_mask, "position_ids": position_ids, **documents}
+            mask, packed = read_rows(given, hidden, before)
+            loss = next_token_loss(logits, labels, mask, num_items_in_batch, packed)
             logits = logits[:, kept]
         else:
             if num_items_in_batch is not None:
@@ -422,16 +430,22 @@ def is_saved_model(place: Path) -> bool:
 
 
 def next_token_loss(
-    logits: Tensor, labels: Tensor, mask: Tensor | None = None, count: Tensor | int | None = None
+    logits: Tensor,
+    labels: Tensor,
+    mask: Tensor | None = None,
+    count: Tensor | int | None = None,
+    documents: Documents | None = None,
 ) -> Tensor:
     """Mean cross-entropy (nats) of ``labels`` [batch, time] int64 by the ``logits`` [batch, time, vocab] before each.
 
     Labels are aligned with their own tokens, as in transformers, and are shifted here, over padding, where ``mask``
     [batch, time] is false: a padded row has the loss of the row alone, whatever its labels at padding. -100 does not
-    count. ``count``: what to divide the sum by, where it is over more than this batch; by default the labels that
-    count.
+    count, nor does the first label of each of ``documents``. ``count``: what to divide the sum by, where it is over
+    more than this batch; by default the labels that count.
     """
-    if mask is None:
+    if documents is not None:
+        targets = documents.next_tokens(labels, IGNORED)
+    elif mask is None:
         targets = pad(labels[:, 1:], (0, 1), value=IGNORED)
     else:
         time = labels.shape[1]

@@ -228,9 +228,10 @@ class Arguments:
         """Name of the first argument, given or not."""
 
     def changed(self, changes: Mapping[str, Any]) -> Arguments:
-        """The same call with other values for arguments that it has."""
+        """The same call with other values for some arguments."""
         args = tuple(changes.get(name, old) for name, old in zip(self._positions, self.args))
-        return Arguments(self.module, args, {name: changes.get(name, old) for name, old in self.kwargs.items()})
+        by_name = {name: value for name, value in changes.items() if name not in self._positions}
+        return Arguments(self.module, args, {**self.kwargs, **by_name})
 
 
 def _first(output: Any) -> Any:

@@ -26,7 +26,8 @@ from torch.utils.module_tracker import ModuleTracker
 from ...blocks import Block
 from ...blocks.state import State, batch_size, trainable
 from .adapter import NO_CONTINUOUS_BATCHING, Arguments, SwapError
-from .padding import Mask, Scope, expect_one_document, innermost_mask, scope_of
+from .documents import ONE_DOCUMENT, SEVERAL, PackedRows
+from .padding import Mask, Scope, innermost_mask, scope_of
 from .site import Replacement, Result, Site, gated_sites
 from .state_context import active_context, current_call
 
@@ -55,20 +56,20 @@ class ModelCall:
         """The ``cache.CallCache``, once one is found."""
         self.running: dict[nn.Module, Scope] = {}
         """The modules whose calls have begun and not ended, the innermost last."""
+        self.packed = PackedRows()
         self._before: dict[Site, State] = {}
         self._masks: dict[Site, list[Tensor | None]] = {}
         self._results: dict[Site, Result] = {}
 
-    def begin(self, arguments: Arguments) -> None:
-        """A call of one of the members has begun."""
+    def begin(self, arguments: Arguments) -> Arguments:
+        """A call of one of the members has begun. Returns the arguments that it is to have."""
         inside_decoder = any(scope.new_sequence for scope in self.running.values())
         self.running[arguments.module] = scope_of(arguments.module, arguments.named, inside_decoder)
         # a cache that is not among the arguments of the opener was created inside this call
         self._look_for_cache(arguments.named.values(), created=arguments.module is not self.opener)
         if arguments.module is self.opener:
-            past = None if self.cache is None else self.cache.past
-            expect_one_document(arguments.named, past, type(self.opener).__name__)
             self._expect_known_cache(arguments.named)
+        return self.packed.begin(arguments, None if self.cache is None else self.cache.past)
 
     def end(self, module: nn.Module, output: Any) -> None:
         """The call of ``module`` has succeeded. That of the opener stores the new states."""
@@ -138,10 +139,11 @@ class ModelCall:
                 f"give the width in the swap, dim={dim}"
             )
         if again:
-            return site.run(x, trainable(self._before.get(site)), self._recorded_mask(site, time))[0]
+            mask = self._recorded_mask(site, time)
+            return site.run(x, trainable(self._before.get(site)), mask, self.packed.documents(x, mask, site.path))[0]
         mask = self._mask(site, site.adapter.padding_mask(arguments), rows, time)
         state = self._start(site, rows, time)
-        y, after = site.run(x, state, mask)
+        y, after = site.run(x, state, mask, self.packed.documents(x, mask, site.path))
         self._results[site] = Result(after, rows, time, x.device, x.dtype)
         return y
 
@@ -185,6 +187,9 @@ class ModelCall:
     def _start(self, site: Site, rows: int, time: int) -> State:
         """The state that the site continues from; ``None`` for a fresh one."""
         context = active_context(site)
+        if self.packed.ids is not None and (self.cache is not None or context is not None):
+            where = "tb.memory" if self.cache is None else "a cache"
+            raise SwapError(f"{site.path}: {SEVERAL}, and {where}: a carried state is of one document. {ONE_DOCUMENT}")
         if site in self._results:
             if self.cache is not None or context is not None:
                 raise SwapError(
@@ -225,8 +230,7 @@ def _before_forward(
     call, again = _find_call(module, running=False)
     if call is None:
         call, again = _open(module), False
-    if not again:
-        call.begin(arguments)
+    arguments = call.packed.again(arguments) if again else call.begin(arguments)
     for site in gated_sites(module, "before"):
         x = site.adapter.read(arguments, site.path)
         y = call.run(site, x, arguments, again)

@@ -29,7 +29,7 @@ class Mask(NamedTuple):
         elif mask.dim() != 4:
             real = mask != 0
         else:  # every real token attends to itself at least, and nothing attends to padding
-            real = _attended(mask).flatten(1, 2).any(dim=1)
+            real = attended(mask).flatten(1, 2).any(dim=1)
         if real.shape[0] == 1:
             real = real.expand(rows, -1)
         if real.shape[0] != rows or real.shape[1] < time:
@@ -43,40 +43,6 @@ class Mask(NamedTuple):
             end = past + time
         real = real[:, end - time : end]
         return None if bool(real.all()) else real
-
-
-def expect_one_document(named: Mapping[str, Any], past: int | None, where: str) -> None:
-    """Raise ``SwapError`` for a call with several documents in one row, which a memory would read as one.
-
-    They are told by the arguments with which transformers keeps them apart: positions that start again, ``seq_idx``,
-    ``cu_seq_lens_q``, or a mask ``[batch, 1, time, time so far]`` with a token that does not attend to the one before.
-    ``past``: the number of tokens read before, if known.
-    """
-    mask = _mask_tensor(named)
-    starts, of_document, positions = (named.get(name) for name in ("cu_seq_lens_q", "seq_idx", "position_ids"))
-    found = None
-    if isinstance(starts, Tensor) and bool((starts.diff() > 0).sum() > 1):
-        found = "cu_seq_lens_q has several documents"
-    elif isinstance(of_document, Tensor) and bool((of_document.diff() != 0).any()):
-        found = "seq_idx has several documents"
-    elif mask is not None and mask.dim() == 2 and not mask.is_floating_point() and bool((mask > 1).any()):
-        found = "attention_mask has numbers of documents"
-    elif isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] > 1:
-        steps = positions.diff()
-        # without a mask as transformers tells documents apart; positions of padding are arbitrary
-        again = steps != 1 if mask is None else (steps < 1) & _real_pairs(mask, positions.shape[1], past, where)
-        found = "position_ids do not go up by one" if bool(again.any()) else None
-    if found is None and mask is not None and mask.dim() == 4 and mask.shape[2] > 1:
-        time, size = mask.shape[2:]
-        first = past if past is not None and past + time <= size else size - time
-        before = _attended(mask).any(dim=1)[:, 1:, first : first + time - 1].diagonal(dim1=1, dim2=2)
-        if bool((_real_pairs(mask, time, past, where) & ~before).any()):
-            found = f"the attention mask {list(mask.shape)} has a token that does not attend to the one before it"
-    if found is not None:
-        raise SwapError(
-            f"{where}: {found}: several documents in one row (packing). A memory would read them as one; "
-            "give each document a row of its own, padded"
-        )
 
 
 class Scope(NamedTuple):
@@ -97,7 +63,7 @@ def scope_of(module: nn.Module, named: Mapping[str, Any], inside_decoder: bool) 
     names = signature(module).names
     decodes = "tgt_key_padding_mask" in names and "src_key_padding_mask" not in names
     new = not inside_decoder and (decodes or isinstance(named.get("encoder_hidden_states"), Tensor))
-    mask = _mask_tensor(named)
+    mask = mask_tensor(named)
     if mask is not None:
         return Scope(Mask(mask, marks_padding=False), new)
     if not isinstance(module, nn.MultiheadAttention):  # whose mask is of the keys
@@ -107,7 +73,7 @@ def scope_of(module: nn.Module, named: Mapping[str, Any], inside_decoder: bool) 
     return Scope(None, new)
 
 
-def _mask_tensor(named: Mapping[str, Any]) -> Tensor | None:
+def mask_tensor(named: Mapping[str, Any]) -> Tensor | None:
     """``attention_mask``, of tokens ``[batch, time]`` or of scores ``[batch, heads, time, time so far]``."""
     mask = named.get("attention_mask")
     if isinstance(mask, Mapping):  # one for each kind of layer
@@ -117,13 +83,7 @@ def _mask_tensor(named: Mapping[str, Any]) -> Tensor | None:
     return mask if isinstance(mask, Tensor) and mask.dim() in (2, 4) else None
 
 
-def _real_pairs(mask: Tensor, time: int, past: int | None, where: str) -> Tensor:
-    """Where a token and the one before it are real: ``[batch, time - 1]``."""
-    real = Mask(mask, marks_padding=False).real_tokens(mask.shape[0], time, past, where)
-    return mask.new_ones(1, 1, dtype=torch.bool) if real is None else real[:, 1:] & real[:, :-1]
-
-
-def _attended(mask: Tensor) -> Tensor:
+def attended(mask: Tensor) -> Tensor:
     """Where a mask ``[batch, heads, time, time so far]`` lets a token attend."""
     # masks are made with minus infinity, the smallest number, or -10,000; less is a bias
     return mask > -9_000.0 if mask.is_floating_point() else mask != 0

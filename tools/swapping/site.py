@@ -9,12 +9,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from ...blocks import Block, materialize
 from ...blocks.block import with_parameters
 from ...blocks.combinators import Layer
+from ...blocks.documents import run_documents
 from ...blocks.layers import RMSNorm
 from ...blocks.state import State
+from ...kernels.documents import Documents
 from ...registry import create, is_block, show
 from .adapter import ORIGINAL, Adapter, SwapError
 from .infer import device_and_dtype
@@ -50,9 +53,14 @@ class Site(nn.Module):
         """The identity, so that a container that calls all of its children in turn is unchanged."""
         return x
 
-    def run(self, x: Tensor, state: State, mask: Tensor | None) -> tuple[Tensor, State]:
+    def run(
+        self, x: Tensor, state: State, mask: Tensor | None, documents: Documents | None = None
+    ) -> tuple[Tensor, State]:
         """The block on ``x`` [batch, time, dim], in the dtype of its parameters, and the state after it."""
-        y, after = self.block(self._cast(x), state, mask=mask)
+        if documents is None:
+            y, after = self.block(self._cast(x), state, mask=mask)
+        else:
+            y, after = self.block(self._cast(x), state, mask=mask, documents=documents)
         if y.shape != x.shape:
             raise SwapError(f"{self.path}: the block made {list(y.shape)} of {list(x.shape)}: expected the same shape")
         return y, after
@@ -79,8 +87,10 @@ class Gated(Site):
         self.norm.reset_parameters()
 
     @with_parameters
-    def run(self, x: Tensor, state: State, mask: Tensor | None) -> tuple[Tensor, State]:
-        y, after = super().run(self.norm(self._cast(x))[0], state, mask)
+    def run(
+        self, x: Tensor, state: State, mask: Tensor | None, documents: Documents | None = None
+    ) -> tuple[Tensor, State]:
+        y, after = super().run(self.norm(self._cast(x))[0], state, mask, documents)
         return self.gate * y, after
 
 
@@ -156,11 +166,23 @@ class Stateless(Block):
         super().__init__(dim)
         self.module = module
 
-    def forward(self, x: Tensor, state: State = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
+    def forward(
+        self, x: Tensor, state: State = None, *, mask: Tensor | None = None, documents: Documents | None = None
+    ) -> tuple[Tensor, State]:
+        if documents is not None:
+            return run_documents(self._each, documents, [x], None, mask, self.init_state)
         padding = None if mask is None else ~mask.unsqueeze(-1)
         y = self.module(x if padding is None else x.masked_fill(padding, 0.0))
         y = y[0] if isinstance(y, tuple) else y
         return y if padding is None else y.masked_fill(padding, 0.0), None
+
+    def _each(self, x: Tensor, state: State, mask: Tensor | None) -> tuple[Tensor, State]:
+        """Rows with padding at their end, each without it: the module may look ahead."""
+        if mask is None:
+            return self(x)
+        lengths = mask.sum(1).tolist()
+        rows = [pad(self(x[i : i + 1, :n])[0], (0, 0, 0, x.shape[1] - n)) for i, n in enumerate(lengths)]
+        return torch.cat(rows), None
 
 
 def gated_sites(module: nn.Module, *hows: str) -> list[Gated]:

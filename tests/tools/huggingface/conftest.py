@@ -11,7 +11,17 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 import titans_build as tb
 from titans_build.huggingface import TitansBuildForCausalLM, as_pretrained
@@ -97,8 +107,23 @@ FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
         | {"eos_token_id": None, "pad_token_id": 0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     ),
 }
-ATTENTION = {"gpt2": "transformer.h.*.attn"}
-LAYER = {"gpt2": "transformer.h.*"}
+PACKED: dict[str, tuple[type, dict[str, Any]]] = {
+    "gemma": (
+        Gemma3TextConfig,
+        {**SIZES, "num_key_value_heads": 2, "head_dim": 4, "sliding_window": 3}
+        | {"layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "neox": (GPTNeoXConfig, SIZES),
+    "opt": (
+        OPTConfig,
+        {name: value for name, value in SIZES.items() if name != "intermediate_size"}
+        | {"ffn_dim": 24, "word_embed_proj_dim": 16, "dropout": 0.0},
+    ),
+}
+"""Further families, for the tests of packed rows."""
+ATTENTION = {"gpt2": "transformer.h.*.attn", "neox": "gpt_neox.layers.*.attention"}
+ATTENTION["opt"] = "model.decoder.layers.*.self_attn"
+LAYER = {"gpt2": "transformer.h.*", "neox": "gpt_neox.layers.*", "opt": "model.decoder.layers.*"}
 
 
 class Family(NamedTuple):
@@ -109,7 +134,7 @@ class Family(NamedTuple):
     layer: str
 
     def config(self, **changes: Any) -> Any:
-        kind, values = FAMILIES[self.name]
+        kind, values = (FAMILIES | PACKED)[self.name]
         return kind(**(values | changes))
 
     def plain(self, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
@@ -143,6 +168,12 @@ def family(request: pytest.FixtureRequest) -> Family:
 @pytest.fixture(scope="session")
 def llama() -> Family:
     return make_family("llama")
+
+
+@pytest.fixture(scope="session")
+def families() -> Callable[[str], Family]:
+    """``families("neox")``: a family by its name."""
+    return make_family
 
 
 def make_family(name: str) -> Family:

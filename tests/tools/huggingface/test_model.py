@@ -199,27 +199,6 @@ ROW = torch.arange(11)
 PACKED = torch.cat([torch.arange(6), torch.arange(5)])
 
 
-@pytest.mark.parametrize(
-    "given",
-    [
-        {"position_ids": PACKED[None]},
-        {"position_ids": torch.stack([ROW, PACKED, ROW])},
-        {"position_ids": (ROW + 3)[None]},
-        {"cu_seq_lens_q": torch.tensor([0, 6, 11]), "max_length_q": 6},
-        {"seq_idx": (ROW >= 6).int()[None]},
-        {"attention_mask": torch.tensor([[1] * 6 + [2] * 5] * 3)},
-        {"attention_mask": torch.zeros(3, 11)[:, None].expand(3, 11, 11)[:, None]},
-        {"attention_mask": torch.tensor([[0.0] * 8 + [-1e9] * 3] * 3)},
-    ],
-    ids=["positions", "one row", "shifted", "lengths", "numbers", "mask of numbers", "4-D mask", "additive mask"],
-)
-def test_several_documents_in_a_row_are_refused(small: Make, tokens: Tensor, given: dict[str, Any]) -> None:
-    model = small()
-    for call in (model, model.base_model):
-        with pytest.raises(ValueError, match=r"give one document a row, with padding \(packing=False"):
-            call(tokens, **given)
-
-
 def test_positions_of_one_document_change_nothing(small: Make, tokens: Tensor) -> None:
     model, mask = small(), torch.ones(3, 11, dtype=torch.long)
     mask[0, :4] = mask[1, 5:7] = mask[2, 9:] = 0
@@ -233,7 +212,7 @@ def test_positions_of_one_document_change_nothing(small: Make, tokens: Tensor) -
         first = model(tokens[:, :5], cache=cache, position_ids=ROW[None, :5]).logits
         rest = model(tokens[:, 5:], cache=copy.deepcopy(cache), position_ids=ROW[None, 5:]).logits
         assert_close(torch.cat([first, rest], dim=1), model(tokens).logits)
-    with pytest.raises(ValueError, match="give one document a row"):
+    with pytest.raises(ValueError, match="and a cache: its state is of one document"):
         model(tokens[:, 5:], cache=cache, position_ids=PACKED[None, 3:9])
 
 
@@ -244,6 +223,8 @@ def test_positions_of_one_document_change_nothing(small: Make, tokens: Tensor) -
         "both",
         "ids",
         "mask",
+        "numbers",
+        "additive",
         "width",
         "dtype",
         "labels",
@@ -261,6 +242,8 @@ def test_wrong_inputs_are_refused(small: Make, tokens: Tensor, wrong: str) -> No
         "none": ({}, "give either input_ids"),
         "both": ({"input_ids": tokens, "inputs_embeds": x}, "and not both"),
         "ids": ({"input_ids": tokens + 40}, "outside the vocabulary of 40"),
+        "numbers": ({"input_ids": tokens, "attention_mask": torch.arange(11).expand(3, 11)}, "are given as seq_idx"),
+        "additive": ({"input_ids": tokens, "attention_mask": torch.full((3, 11), -1e9)}, "1 at tokens and 0 at"),
         "mask": ({"input_ids": tokens, "attention_mask": torch.ones(3, 12)}, r"expected \[3, 11\], .* got \[3, 12\]"),
         "width": ({"inputs_embeds": x[..., :3]}, r"expected \[batch, time, 16\]"),
         "dtype": ({"inputs_embeds": x.float()}, "expected torch.float64"),
@@ -268,9 +251,15 @@ def test_wrong_inputs_are_refused(small: Make, tokens: Tensor, wrong: str) -> No
         "label": ({"input_ids": tokens, "labels": tokens + 40}, "labels: id .* outside the vocabulary of 40"),
         "floats": ({"input_ids": tokens, "labels": tokens.float()}, "labels: expected torch.int64, got torch.float32"),
         "attentions": ({"input_ids": tokens, "output_attentions": True}, "returns no attention weights"),
-        "positions": ({"input_ids": tokens, "position_ids": tokens[:, 1:]}, r"position_ids: expected \[3, 11\]"),
+        "positions": (
+            {"input_ids": tokens, "position_ids": tokens[:, 1:]},
+            r"position_ids: .*got \[3, 10\]",
+        ),
         "unknown": ({"input_ids": tokens, "token_type_ids": tokens}, "takes no argument 'token_type_ids'"),
-        "dimensions": ({"input_ids": tokens, "attention_mask": torch.ones(3, 1, 11, 11)}, "0 at padding"),
+        "dimensions": (
+            {"input_ids": tokens, "attention_mask": torch.ones(3, 1, 11, 11)},
+            "all tokens before it",
+        ),
     }
     arguments, message = given[wrong]
     with pytest.raises((ValueError, TypeError), match=message):

@@ -15,7 +15,6 @@ from transformers import (
     AutoModel,
     BloomConfig,
     BloomForCausalLM,
-    DataCollatorWithFlattening,
     DynamicCache,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -233,44 +232,6 @@ def test_a_model_that_goes_on_from_a_state_of_its_own(tokens: Tensor) -> None:
             first = model(tokens[:, :4])
             rest = model(tokens[:, 4:], state=first.state)
     assert_close(torch.cat([first.logits, rest.logits], dim=1), whole)
-
-
-@pytest.mark.parametrize("where", ["model", "model.model"])
-def test_rows_of_several_documents_are_refused(llama: Any, tokens: Tensor, where: str) -> None:
-    model = llama.plain()
-    part = model if where == "model" else model.model
-    tb.swap(part, llama.attention.removeprefix("model." if where != "model" else ""), "memory", "beside", gate=0.5)
-    a, b = tokens[0], tokens[1]
-    packed = DataCollatorWithFlattening(return_tensors="pt", return_flash_attn_kwargs=True, return_seq_idx=True)(
-        [{"input_ids": a.tolist()}, {"input_ids": b.tolist()}]
-    )
-    row, positions = packed["input_ids"], packed["position_ids"]
-    apart = torch.block_diag(*[torch.ones(len(a), len(a)).tril()] * 2)
-    for settings, message in (
-        ({"position_ids": positions}, "position_ids do not go up by one"),
-        ({"position_ids": (torch.arange(row.shape[1]) - 1).clamp(min=0)[None]}, "position_ids do not go up by one"),
-        ({"position_ids": positions + 50 * (positions.cumsum(-1) > 60)}, "position_ids do not go up by one"),
-        ({"position_ids": positions, "attention_mask": torch.ones_like(row)}, "position_ids do not go up by one"),
-        ({"cu_seq_lens_q": packed["cu_seq_lens_q"]}, "cu_seq_lens_q has several documents"),
-        ({"seq_idx": packed["seq_idx"]}, "seq_idx has several documents"),
-        ({"attention_mask": torch.tensor([[1] * len(a) + [2] * len(b)])}, "numbers of documents"),
-        ({"attention_mask": apart[None, None].bool()}, r"attention mask \[1, 1, 22, 22\] has a token"),
-        ({"attention_mask": (apart[None, None] - 1).double() * 1e9}, r"attention mask \[1, 1, 22, 22\] has a token"),
-    ):
-        with pytest.raises(SwapError, match=f"{message}.*several documents in one row"):
-            model(row, use_cache=False, **settings)
-    # one document is not refused, nor are positions at padding
-    real = torch.ones_like(row)
-    real[:, :3] = 0
-    alone = {
-        "position_ids": (real.cumsum(-1) - 1).masked_fill(real == 0, 1),
-        "cu_seq_lens_q": torch.tensor([0, row.shape[1]], dtype=torch.int32),
-        "seq_idx": torch.zeros_like(row),
-        "attention_mask": torch.ones(1, 1, row.shape[1], row.shape[1]).tril().bool() & (real[:, None, None] == 1),
-    }
-    with torch.no_grad():
-        expected = model(row, attention_mask=real, position_ids=alone["position_ids"]).logits[:, 3:]
-        assert_close(model(row, **alone).logits[:, 3:], expected)
 
 
 def test_models_that_initialize_every_norm_by_its_weight(tokens: Tensor, tmp_path: Path) -> None:

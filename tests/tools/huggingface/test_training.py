@@ -126,7 +126,19 @@ def test_supervised_fine_tuning_by_trl(small: Make, tmp_path: Path) -> None:
     assert any(p.any() for name, p in adapted.named_parameters() if "lora_B" in name)
 
 
-def test_packed_rows_of_trl_are_refused(small: Make, tmp_path: Path) -> None:
-    for changes in ({"packing": True}, {"padding_free": True, "max_length": None}):
-        with pytest.raises(ValueError, match=r"documents in a row, expected one: .* \(packing=False"):
-            fine_tuning(small("mac", torch.float32, vocab=256), tmp_path, **changes).train()
+@pytest.mark.parametrize("changes", [{"packing": True}, {"padding_free": True, "max_length": None}], ids=str)
+def test_packed_rows_of_trl_are_documents_apart(small: Make, llama: Any, tmp_path: Path, changes: dict) -> None:
+    def swapped() -> Any:
+        return llama.swapped("beside", dtype=torch.float32, vocab_size=256)
+
+    for make in (lambda: small("mac", torch.float32, vocab=256), swapped):
+        model, by_hand = make().train(), make().train()
+        fine_tuning(model, tmp_path, **changes).train()
+        rows = [torch.tensor([[*text.encode(), 0]]) for text in TEXTS]
+        count = sum(row.shape[1] - 1 for row in rows)
+        if changes.get("packing"):
+            assert sum(row.shape[1] for row in rows) > 24  # more than one packed row
+        losses = [by_hand(row, labels=row, num_items_in_batch=count).loss for row in rows]
+        torch.stack(losses).sum().backward()
+        for (name, mine), other in zip(model.named_parameters(), by_hand.parameters(), strict=True):
+            assert_close(mine, other - 0.1 * other.grad, msg=name, atol=1e-4, rtol=1e-4)
