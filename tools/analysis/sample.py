@@ -11,6 +11,7 @@ from torch import Tensor
 from ...blocks.memory_ablation import SHORTEST, next_tokens
 from ...registry import show
 from ..data import open_source
+from ..data.open_source import as_mapping
 from ..inference.session import Text
 from ..inference.tokenizer import ByteTokenizer, IdTokenizer, Tokenizer, check_ids, open_tokenizer
 from ..terminal import UsageError
@@ -67,7 +68,9 @@ def from_data(
     Raises ``RecipeError`` or ``UsageError``.
     """
     source = open_source(spec, rows=ROWS, length=length, split="valid", vocab=vocab)
-    if source.carries:
+    if source.packed:  # a row of several documents is no text that can be shown
+        spec = {**as_mapping(spec), "pack": None, "documents": "ordered"}
+    if source.packed or source.carries:
         source = open_source(spec, rows=1, length=length, split="valid", vocab=vocab)
     batches, time, truncated = [source.batch(0)], source.length, source.length > max_tokens
     while source.carries and time < max_tokens:

@@ -86,6 +86,8 @@ def spans_of(split: Split, documents: Documents, valid: float, test: float) -> t
         spans = Spans(np.arange(count), *bounds[split])
     # a span of a single token has no target
     spans = Spans(*(part[spans.lengths > 1] for part in spans))
+    if int(documents.lengths.max(initial=0)) < 2:
+        raise RecipeError([Problem("text", "there is nothing to predict: no document has two tokens")], "data")
     if not len(spans.documents):
         share = {"train": 1 - valid - test, "valid": valid, "test": test}[split]
         message = f"a share of {share:g} of {int(documents.lengths.sum())} tokens leaves no text for this split"
@@ -159,6 +161,7 @@ def store(files: list[TextFile], tokenizer: TokenizerFile | None, field: str, ca
     files and for a folder that cannot be written.
     """
     records = [field] if any(map(has_records, files)) else []
+    records += ["lines"] if any(file.lines for file in files) else []
     digest = None if tokenizer is None else _digest(tokenizer)
     made_from = [_FORMAT, digest, BLOCK, *records, [(str(file.path), file.size, file.modified) for file in files]]
     name = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]

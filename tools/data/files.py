@@ -24,7 +24,7 @@ NOT_READ = {
 
 
 class TextFile(NamedTuple):
-    """A file, which is one document. ``name``: its path relative to the folder that was given."""
+    """A file with one document, or several. ``name``: its path relative to the folder that was given."""
 
     path: Path
     name: str
@@ -32,6 +32,8 @@ class TextFile(NamedTuple):
     """Bytes."""
     modified: int
     """Nanoseconds since 1970."""
+    lines: bool = False
+    """Whether each line is a document."""
 
 
 def find(patterns: Sequence[str]) -> list[TextFile]:

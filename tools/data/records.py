@@ -22,12 +22,12 @@ PARQUET = (".parquet",)
 
 def is_text(file: TextFile) -> bool:
     """Whether a file is one document, byte for byte."""
-    return not file.path.name.lower().endswith((*LINES, *PARQUET, ".gz"))
+    return not file.lines and not file.path.name.lower().endswith((*LINES, *PARQUET, ".gz"))
 
 
 def has_records(file: TextFile) -> bool:
-    """Whether every record of a file is a document."""
-    return file.path.name.lower().removesuffix(".gz").endswith((*LINES, *PARQUET))
+    """Whether every record or line of a file is a document."""
+    return file.lines or file.path.name.lower().removesuffix(".gz").endswith((*LINES, *PARQUET))
 
 
 def documents_in(file: TextFile, field: str) -> Iterator[Iterable[bytes]]:
@@ -38,6 +38,9 @@ def documents_in(file: TextFile, field: str) -> Iterator[Iterable[bytes]]:
     """
     if file.path.name.lower().endswith(PARQUET):
         yield from _rows(file, field)
+    elif file.lines:
+        with _opened(file) as stream:
+            yield from ([text] for line in stream if (text := line.rstrip(b"\r\n")).strip())
     elif has_records(file):
         yield from _lines(file, field)
     else:

@@ -26,6 +26,8 @@ class Batch(NamedTuple):
     """[rows, time] bool: ``False`` for padding; ``None`` if there is none."""
     fresh: Tensor
     """[rows] bool: ``True`` if the row does not continue that of the batch before, so that no state is carried."""
+    documents: Tensor | None = None
+    """[rows, time] int64: the document of each token, for rows that hold several (``model(documents=)``)."""
 
 
 class Source(abc.ABC):
@@ -37,6 +39,8 @@ class Source(abc.ABC):
     """Tokens of each row of a batch."""
     carries: bool
     """Whether rows continue those of the batch before, so that state is carried."""
+    packed: bool = False
+    """Whether rows hold several documents."""
     batches: int | None
     """Batches of one epoch; ``None`` if new rows never end."""
     tokenizer: str | None = None

@@ -44,8 +44,12 @@ def memory_surprise(step: TrainStep, batch: Batch, state: State) -> Surprise:
     """The surprise of every memory for a batch. Nothing is changed.
 
     ``mean`` and ``peak`` are over the tokens' gradient norms, before clipping; ``weights`` is the largest norm of the
-    memory's weights.
+    memory's weights. Of packed documents, the first of each row is measured.
     """
+    if batch.documents is not None:
+        first = batch.documents == batch.documents[:, :1]
+        fresh = batch.fresh if state is None else batch.fresh | (state.document.cpu() != batch.documents[:, 0])
+        batch = batch._replace(mask=first if batch.mask is None else batch.mask & first, fresh=fresh, documents=None)
     with torch.no_grad(), observe(step.model) as seen:
         step.forward(batch, state)
     step.processes.reshard(step.model)

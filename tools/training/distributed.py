@@ -126,8 +126,8 @@ def _copy_states(layer: Any) -> None:
         storages = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
         return map_state(lambda x: x.clone() if x.untyped_storage().data_ptr() in storages else x, state)
 
-    def forward_with_own_state(x: Tensor, state: State = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
-        y, state = forward(x, state, mask=mask)
+    def forward_with_own_state(x: Tensor, state: State = None, **named: Any) -> tuple[Tensor, State]:
+        y, state = forward(x, state, **named)
         return y, copied(state)
 
     layer.forward = forward_with_own_state

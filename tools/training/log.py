@@ -25,9 +25,9 @@ SCALARS = {"step": "train", "valid": "valid", "surprise": "surprise"}
 class EventLog:
     """Events are dictionaries with the key ``event``, their kind. All but ``tick`` are kept in ``history`` and logged.
 
-    Kinds: start, step, valid, surprise, checkpoint, stage, skip, warning, stop, end; and tick, every step, for
-    progress bars. ``folder``: the run's; ``None`` in processes that log nothing. ``tensorboard``: ``None`` for
-    "if it is installed".
+    Kinds: start, step, valid, documents (the validation of each), surprise, checkpoint, stage, skip, warning, stop,
+    end; and tick, every step, for progress bars. ``folder``: the run's; ``None`` in processes that log nothing.
+    ``tensorboard``: ``None`` for "if it is installed".
     """
 
     def __init__(

@@ -65,7 +65,7 @@ class Settings(_Checked):
     stages: list[Stage] = Field([], description="stages in order, each with the parameters it trains")
 
     valid_every: int | None = Field(250, ge=1, description="steps between validations; null for none")
-    valid_batches: int = Field(8, ge=1, description="batches of a validation")
+    valid_batches: int = Field(8, ge=1, description="batches of a validation; of packed documents, tokens of as many")
     checkpoint_every: int | None = Field(250, ge=1, description="steps between checkpoints; null for only the last")
     keep: int = Field(2, ge=1, description="latest checkpoints to keep, besides the best")
     log_every: int = Field(10, ge=1, description="steps between log lines")

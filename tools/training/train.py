@@ -39,7 +39,7 @@ from .run_folder import (
     write_run,
 )
 from .settings import Settings, as_settings
-from .train_step import activation_checkpointing
+from .train_step import AUXILIARY, activation_checkpointing
 from .trainer import Interrupt, Trainer
 
 HAS_RUN = "this folder has a run; resume it (--resume), or choose another folder"
@@ -166,7 +166,13 @@ def train(
         log.open(step)
         for warning in warnings:
             log.emit("warning", step=step, message=warning)
-        log.emit("start", step=step, steps=settings.steps, **({"changes": changes} if changes else {}))
+        more_about_start = {"changes": changes} if changes else {}
+        if source.packed:
+            described = source.describe()
+            names = ("documents_cut", "length", "padded", "padded_share")
+            packing = {"documents": described["files_of_this_split"], "rows": described["windows"]}
+            more_about_start["packing"] = packing | {name: described[name] for name in names}
+        log.emit("start", step=step, steps=settings.steps, **more_about_start)
         with Interrupt() as interrupt:
             trainer.run(interrupt)
         return _finish(trainer, folder, recipe)
@@ -269,6 +275,10 @@ def _open_sources(recipe: Recipe, data: Any, settings: Settings, processes: Proc
             f"the data's rows do not continue from batch to batch: there is no state to carry over {settings.carry}"
         )
         raise RecipeError([Problem("carry", message)], "settings")
+    unpacked = [name for name in ("compile", *AUXILIARY) if getattr(settings, name)]
+    if source.packed and unpacked:
+        message = "it cannot be used with packed documents (pack: documents), which have other shapes in every batch"
+        raise RecipeError([Problem(name, message) for name in unpacked], "settings")
     return source, valid
 
 

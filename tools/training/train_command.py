@@ -24,6 +24,7 @@ SUMMARY = "Train the model of a recipe on data, in a folder that records everyth
 EXAMPLES = (
     "titans-train mac --data copy --out runs/copy               a generated task (titans-train tasks lists them)",
     "titans-train mag --data 'src/**/*.py' --out runs/code --steps 2000 --lr 1e-3",
+    "titans-train mac --data '{text: corpus.jsonl, pack: documents}' --out runs/packed     several documents in a row",
     "titans-train mac --set dim=64 --data mqar:pairs=8 --out runs/mqar -t warmup=0.1 -t ema=0.99",
     "titans-train mac --train my.yaml --out runs/mine           settings, and data:, from a file",
     "titans-train --resume --out runs/copy                      resume from the last checkpoint",
@@ -203,6 +204,13 @@ def _line(event: Event) -> str | None:
     """An event as a line of text; ``None`` if it is shown otherwise or not at all."""
     step = f"step {event['step']:>7,}  "
     match event["event"]:
+        case "start" if "packing" in event and not event["step"]:
+            packing = event["packing"]
+            cut = f" ({packing['documents_cut']:,} longer than a row are cut)" if packing["documents_cut"] else ""
+            return (
+                f"{packing['documents']:,} documents{cut} in {packing['rows']:,} rows of {packing['length']:,} tokens; "
+                f"padding: {packing['padded']:,} tokens ({packing['padded_share']:.2%})"
+            )
         case "start" if event["step"]:
             changes = ", ".join(f"{key} = {value}" for key, value in event.get("changes", {}).items())
             resumed = f"resuming after step {event['step']:,} of {event['steps']:,}"

@@ -1,10 +1,9 @@
-"""Forward and backward passes over batches: gradients of a step, validation, activation checkpointing."""
+"""Forward and backward passes over batches: gradients of a step, activation checkpointing."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ...blocks import memory_loss, write_cost
 from ...blocks.language_model import IGNORED, LanguageModel, ModelOutput
 from ...blocks.state import State, concatenate, detach, reset, select
-from ..data import Batch, Score, Source, score
+from ..data import Batch
 from .distributed import Processes
 from .settings import Settings
 
@@ -48,7 +47,7 @@ class TrainStep:
         step. The rows are read in ``accumulate`` parts. Each part is weighted by its targets that count (auxiliary
         losses by its tokens), so that the sum of the parts equals the whole batch.
         """
-        counted, tokens = sum(map(_targets, windows)), sum(map(_tokens, windows))
+        counted, tokens = sum(map(count_targets, windows)), sum(map(_tokens, windows))
         counted, tokens = map(int, self.processes.sum(counted, tokens))
         rows = windows[0].tokens.shape[0]
         size = rows // self.settings.accumulate
@@ -83,7 +82,7 @@ class TrainStep:
         for batch in windows:
             out = self.forward(batch, state, self.compiled)
             assert out.loss is not None
-            losses.append(out.loss * _targets(batch))
+            losses.append(out.loss * count_targets(batch))
             state = out.state
         return torch.stack(losses).sum(), state
 
@@ -98,7 +97,8 @@ class TrainStep:
         if self.settings.autocast is not None:
             precision = torch.autocast(device.type, getattr(torch, self.settings.autocast))
         with precision:
-            return (self.model if run is None else run)(tokens, state=state, mask=mask, targets=targets)
+            packed = {} if batch.documents is None else {"documents": batch.documents.to(device)}
+            return (self.model if run is None else run)(tokens, state=state, mask=mask, targets=targets, **packed)
 
     def _reset_fresh(self, state: State, fresh: Tensor) -> State:
         (count,) = self.processes.sum(int(fresh.sum()))
@@ -110,7 +110,7 @@ class TrainStep:
         return reset(state, fresh, self.model.init_state(len(fresh)))
 
 
-def _targets(batch: Batch) -> int:
+def count_targets(batch: Batch) -> int:
     """Number of targets that count."""
     return int((batch.targets != IGNORED).sum())
 
@@ -118,39 +118,6 @@ def _targets(batch: Batch) -> int:
 def _tokens(batch: Batch) -> int:
     """Number of tokens without padding."""
     return batch.tokens.numel() if batch.mask is None else int(batch.mask.sum())
-
-
-@torch.no_grad()
-def validate(step: TrainStep, source: Source, batches: int) -> dict[str, float]:
-    """Metrics over the first ``batches`` batches: ``loss`` (nats) and ``accuracy``; ``exact`` for tasks, the share of
-    rows without an error; ``bits_per_byte`` for text, with the mean length of its tokens.
-
-    The state is carried where the source's rows continue from batch to batch.
-    """
-    processes = step.processes
-    loss, scored, state = 0.0, Score(0, 0, 0, 0), None
-    training = step.model.training
-    step.model.eval()
-    try:
-        for index in range(batches):
-            batch = source.batch(index)
-            out = step.forward(batch, state if source.carries else None)
-            assert out.loss is not None and out.logits is not None
-            loss += float(out.loss) * _targets(batch)
-            scored = scored.plus(score(out.logits, batch.targets.to(processes.device)))
-            state = detach(out.state)
-    finally:
-        step.model.train(training)
-        processes.reshard(step.model)
-    loss, *counts = processes.sum(loss, *scored)
-    scored = Score(*map(int, counts))
-    metrics = {"loss": loss / max(scored.counted, 1), "accuracy": scored.accuracy}
-    described = source.describe()
-    if "task" in described:
-        metrics["exact"] = scored.exact
-    if "tokens_are" in described:
-        metrics["bits_per_byte"] = metrics["loss"] / math.log(2) / described.get("bytes_per_token", 1.0)
-    return metrics
 
 
 @contextlib.contextmanager

@@ -30,7 +30,8 @@ from .distributed import Processes, full_tensor, to_local
 from .log import EventLog
 from .optimizer import WeightAverage, learning_rate, make_optimizer, stage_at, trainable_parameters
 from .settings import Settings
-from .train_step import AUXILIARY, TrainStep, validate
+from .train_step import AUXILIARY, TrainStep
+from .validation import validate
 
 MAX_SKIPPED = 10
 """Bad steps in a row that are skipped before the run stops."""
@@ -264,12 +265,14 @@ class Trainer:
         )
 
     def _validate(self, source: Source) -> None:
-        progress = self.progress
+        progress, documents = self.progress, list[dict[str, Any]]()
         with self.average if self.average is not None else contextlib.nullcontext():
-            found = validate(self.step, source, self.settings.valid_batches)
+            found = validate(self.step, source, self.settings.valid_batches, documents)
         if math.isfinite(found["loss"]) and (progress.best is None or found["loss"] < progress.best["loss"]):
             progress.best = {"step": progress.step, **found}
         self.log.emit("valid", step=progress.step, **found)
+        if documents:
+            self.log.emit("documents", step=progress.step, documents=documents)
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -323,11 +326,13 @@ class Trainer:
                 self.state = map_state(_contiguous_copy, self.model.init_state(rows))
         if self.processes.rank < known.processes:  # of fewer processes it has no generator states for the others
             names |= {f"random.{self.processes.rank}.{kind}" for kind in ("cpu", known.device)}
-        tensors = {name: x for name, x in self._tensors().items() if name in names or not name.startswith("random.")}
+        # runs of earlier versions have no state.document
+        absent = {name for name in ("state.document", *self._generators()) if name not in names}
+        tensors = {name: x for name, x in self._tensors().items() if name not in absent}
         # fills the weights, the moments and the averages in place; the others are copies
         checkpoint.read(folder, tensors, self.processes)
         if self.state is not None:
-            carried = iter([to_local(tensors[f"state.{path}"]) for path, _ in named_tensors(self.state)])
+            carried = iter([to_local(tensors.get(f"state.{path}", x)) for path, x in named_tensors(self.state)])
             self.state = map_state(lambda _: next(carried), self.state)
         for name, generator in self._generators().items():
             if name in tensors:

@@ -40,7 +40,8 @@ from .run_folder import (
 )
 from .settings import Settings
 from .train import check_run, train
-from .train_step import TrainStep, validate
+from .train_step import TrainStep
+from .validation import validate
 
 RESULT = "result.json"
 SAVED = "interrupted; progress is saved: run the same command to resume"

@@ -50,10 +50,11 @@ def test_a_generated_task_gives_rows_of_numbers() -> None:
     assert from_data("mqar:pairs=4,length=64", 8192, 10_000, length=32).tokens.shape == (32, 32)
 
 
-def test_ordered_documents_are_one_row(tmp_path: Path) -> None:
+@pytest.mark.parametrize("documents", [{"documents": "ordered"}, {"pack": "documents"}])
+def test_ordered_documents_are_one_row(tmp_path: Path, documents: dict[str, str]) -> None:
     for index in range(3):
         (tmp_path / f"{index}.txt").write_text(f"document {index}: " + "some words and more " * 200)
-    spec = {"text": str(tmp_path / "*.txt"), "documents": "ordered", "length": 128, "valid": 0.4, "test": 0.2}
+    spec = {"text": str(tmp_path / "*.txt"), "length": 128, "valid": 0.4, "test": 0.2, **documents}
     given = from_data(spec, 256, 1000)
     assert given.tokens.shape == (1, 1000) and given.truncated and given.unit == "byte"
     assert "".join(given.words(0, 1000)).encode() == bytes(given.tokens[0].tolist())

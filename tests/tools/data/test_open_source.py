@@ -114,13 +114,21 @@ def test_vocabulary_larger_than_the_models():
         ({"task": 3}, "task: expected a name, got 3"),
         ({"text": "note.txt", "tokeniser": "x"}, "tokeniser: unknown field of text; did you mean 'tokenizer'"),
         ({"text": "note.txt", "valid": 0.6, "test": 0.4}, "valid: 0.6 for valid and 0.4 for test leave nothing"),
+        (
+            {"text": "note.txt", "pack": "document"},
+            "expected 'documents', got 'document'; did you mean 'documents'",
+        ),
+        ({"text": "note.txt", "pack": True}, "pack: expected 'documents', got true"),
+        ({"text": "note.txt", "packs": "documents"}, "packs: unknown field of text; did you mean 'pack'"),
+        ({"text": "x.md", "pack": "documents"}, "text: there is nothing to predict: no document has two tokens"),
+        ({"task": "copy", "pack": "documents"}, "pack: unknown field"),
         ({"text": 3}, "text: expected text .* or list of text"),
         ([], "text: expected at least 1 items, got 0"),
         (3, "expected a task, a path or a mapping, got 3"),
     ],
 )
 def test_invalid_specifications(write: Write, spec: Any, message: str):
-    write({"note.txt": "x" * 100})
+    write({"note.txt": "x" * 100, "x.md": "x"})
     with pytest.raises(RecipeError, match=message):
         tb.open_source(spec, rows=1)
 

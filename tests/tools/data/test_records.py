@@ -67,6 +67,22 @@ def test_documents_of_one_file_are_held_out(write: Write) -> None:
     assert tokens[1] > 50 and tokens[0] > 5 * tokens[1]
 
 
+def test_lines_are_documents(write: Write) -> None:
+    text = "one line\n\n  \nand another\r\nlast"
+    write({"a.txt": text, "b.txt.gz": gzip.compress(text.encode()), "c.jsonl": lines({"text": "two\nlines"})})
+    given = {"documents": "ordered", "pack": "documents", "lines": True, "length": 64, "valid": 0, "test": 0}
+    for name, expected in (("a.txt", 7 + 10 + 3), ("b.txt.gz", 7 + 10 + 3), ("c.jsonl", 8)):
+        batch = tb.open_source({"text": name, **given}, rows=1).batch(0)
+        assert batch.mask is not None and int(batch.mask.sum()) == expected
+        read = bytes(batch.tokens[batch.mask].tolist()).decode()
+        assert sorted(read) == sorted("one linand anothelas" if name != "c.jsonl" else "two\nline")
+    # without it, a file is one document, and its tokens are others
+    assert tb.open_source({"text": "b.txt.gz", **given, "lines": False}, rows=1).describe()["tokens"] == len(text)
+    said = tb.open_source({"text": "*", **given}, rows=1).describe()
+    assert (said["files_of_this_split"], said["pack"], said["documents_cut"]) == (7, "documents", 0)
+    assert said["padded_share"] == said["padded"] / (said["windows"] * 64) > 0
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -102,6 +102,15 @@ def ordered_text(tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
+def packed_text(tmp_path: Path) -> dict[str, Any]:
+    """Lines of 1 to 40 bytes, several in a row of 24; they need a vocabulary of 256."""
+    lines = [f"{number}: " + "abc def " * (number % 5) + "x" * (number % 3) for number in range(120)]
+    (tmp_path / "lines.txt").write_text("\n".join(lines), encoding="utf-8")
+    text = {"text": str(tmp_path / "lines.txt"), "lines": True, "pack": "documents"}
+    return {**text, "length": 24, "valid": 0.2, "test": 0}
+
+
+@pytest.fixture
 def logged() -> Callable[[Path], list[dict[str, Any]]]:
     """``logged(folder)``: the events in a run's log file."""
     return lambda folder: [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]

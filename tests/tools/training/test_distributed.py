@@ -107,6 +107,23 @@ def test_two_processes_train_every_packaged_recipe(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("order", ["shuffled", "ordered"])
+def test_two_processes_train_packed_documents(
+    tiny: Any, settings: Any, losses: Any, logged: Any, tmp_path: Path, packed_text: dict[str, Any], order: str
+) -> None:
+    recipe, data = {**tiny, "vocab": 256}, {**packed_text, "documents": order}
+    settings |= {"surprise_every": 2}
+    whole = train(recipe, data, settings, tmp_path / "one")
+    done = together(tmp_path, "two", *written(tmp_path, recipe, data, settings))
+    assert done.returncode == 0, done.stderr
+    events = logged(tmp_path / "two")
+    close(losses(events), losses(whole.history))
+    for a, b in zip(*([e for e in log if e["event"] == "documents"] for log in (events, whole.history)), strict=True):
+        for found, expected in zip(a["documents"], b["documents"], strict=True):
+            assert found == {**expected, "loss": pytest.approx(expected["loss"], abs=2e-5)}
+
+
+@pytest.mark.slow
 def test_stages_in_two_processes(tiny: Any, settings: Any, losses: Any, logged: Any, tmp_path: Path) -> None:
     stages = [{"steps": 3, "train": ["!@memory"]}, {"steps": 3, "train": ["@memory"], "optimizer": "fresh"}]
     settings = {**{key: value for key, value in settings.items() if key != "steps"}, "stages": stages}

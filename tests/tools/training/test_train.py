@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import math
+import operator
 import os
 import shutil
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,7 @@ from titans_build.tools.data.tokenizer import train_tokenizer
 from titans_build.tools.train import main
 from titans_build.tools.training import TrainedRun, as_settings, train
 from titans_build.tools.training.checkpoint import CheckpointManager
+from titans_build.tools.training.train_command import Display
 from titans_build.tools.training.trials import Trial, check_trial
 
 Train = Callable[..., TrainedRun]
@@ -72,15 +75,29 @@ def test_recorded_inputs_repeat_the_run(losses: Any, quick_train: Train, tmp_pat
     assert losses(other.history)[1] != losses(first.history)[1]
 
 
+STAGES = [{"steps": 2, "train": ["!@memory"]}, {"steps": 4, "train": ["@memory"]}]
+
+
 @pytest.mark.parametrize(
-    "settings",
-    [{"steps": 6, "ema": 0.8}, {"stages": [{"steps": 2, "train": ["!@memory"]}, {"steps": 4, "train": ["@memory"]}]}],
+    ("data", "more", "settings"),
+    [
+        ("ordered_text", {}, {"steps": 6, "carry": 2, "ema": 0.8}),
+        ("ordered_text", {}, {"stages": STAGES, "carry": 2}),
+        pytest.param("packed_text", {}, {"steps": 6, "accumulate": 2}, marks=pytest.mark.slow),
+        ("packed_text", {"documents": "ordered"}, {"steps": 6, "accumulate": 2, "surprise_every": 1}),
+    ],
 )
 def test_resume_is_exact(
-    tiny: dict[str, Any], losses: Any, quick_train: Train, settings: dict[str, Any], ordered_text: Any
+    tiny: dict[str, Any],
+    losses: Any,
+    quick_train: Train,
+    data: str,
+    more: dict[str, Any],
+    settings: dict[str, Any],
+    request: pytest.FixtureRequest,
 ) -> None:
-    recipe = {**tiny, "vocab": 256}
-    given = {"recipe": recipe, "data": ordered_text, "carry": 2, "checkpoint_every": 2, "valid_every": 3, **settings}
+    recipe, source = {**tiny, "vocab": 256}, {**request.getfixturevalue(data), **more}
+    given = {"recipe": recipe, "data": source, "checkpoint_every": 2, "valid_every": 3, **settings}
     whole = quick_train(**given, out="whole")
 
     class Gone(Exception):
@@ -111,6 +128,52 @@ def test_state_is_carried_between_batches(
     }
     assert runs["detach"] == runs[1]
     assert runs["detach"][1] == runs["off"][1] and runs["detach"][2] != runs["off"][2]
+
+
+def test_packed_documents_are_told_and_validated_alone(
+    tiny: dict[str, Any], quick_train: Train, packed_text: Any, tmp_path: Path, capsys: Any
+) -> None:
+    recipe = {**tiny, "vocab": 256}
+    with Display(as_json=False) as display:
+        run = quick_train(recipe=recipe, data=packed_text, steps=2, valid_every=2, valid_batches=10, on_event=display)
+    start, documents = (
+        next(event for event in run.history if event["event"] == kind) for kind in ("start", "documents")
+    )
+    described = json.loads((tmp_path / "run/run.json").read_text(encoding="utf-8"))["data"]
+    packing = start["packing"]
+    assert packing["padded"] == described["padded"] and packing["padded_share"] == described["padded_share"] < 0.1
+    told = f"{packing['documents']} documents ({packing['documents_cut']} longer than a row are cut) in "
+    assert capsys.readouterr().out.startswith(f"{told}{packing['rows']} rows of 24 tokens; padding: ")
+    # each document is read whole, from a fresh state
+    lines = (tmp_path / "lines.txt").read_bytes().splitlines()
+    assert run.model is not None and len(documents["documents"]) == described["files"] * 120 - packing["documents"]
+    for each in documents["documents"]:
+        tokens = torch.tensor([list(lines[int(each["document"].partition(":")[2]) - 1])])
+        loss = run.model(tokens[:, :-1], targets=tokens[:, 1:]).loss
+        assert loss is not None and each["loss"] == pytest.approx(loss.item(), abs=1e-5)
+        assert each["tokens"] == tokens.shape[1] - 1
+    valid = next(event for event in run.history if event["event"] == "valid")
+    lengths, found = ([each[key] for each in documents["documents"]] for key in ("tokens", "loss"))
+    assert valid["loss"] == pytest.approx(sum(map(operator.mul, lengths, found)) / sum(lengths))
+    assert valid["document_loss"] == pytest.approx(statistics.mean(found)) and run.best == {
+        key: value for key, value in valid.items() if key != "event"
+    }
+
+
+def test_what_packed_documents_do_not_allow(quick_train: Train, packed_text: Any, tiny: dict[str, Any]) -> None:
+    recipe = {**tiny, "vocab": 256}
+    for name in ("memory_loss", "write_cost", "compile"):
+        value = True if name == "compile" else 0.1
+        with pytest.raises(
+            tb.RecipeError, match=rf"{name}: it cannot be used with packed documents \(pack: documents\)"
+        ):
+            quick_train(recipe=recipe, data=packed_text, **{name: value})
+    # a growing state is carried within a document of a validation, and nowhere else
+    growing = {**recipe, "layers": {"mac": [{"type": "attention", "heads": 2}]}, "stack": ["mac"]}
+    run = quick_train(recipe=growing, data={**packed_text, "length": 8}, steps=2, valid_every=2)
+    assert run.best is not None
+    with pytest.raises(tb.RecipeError, match="the model's state grows with every token"):
+        quick_train(recipe=growing, data={**packed_text, "documents": "ordered"}, out="ordered")
 
 
 def test_stages_train_only_their_parameters(tiny: dict[str, Any], quick_train: Train) -> None:

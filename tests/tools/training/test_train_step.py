@@ -12,7 +12,7 @@ from torch import Tensor
 
 import titans_build as tb
 from titans_build.blocks.language_model import LanguageModel
-from titans_build.blocks.state import named_tensors
+from titans_build.blocks.state import named_tensors, select
 from titans_build.tools.data import Batch
 from titans_build.tools.training.distributed import Processes
 from titans_build.tools.training.settings import as_settings
@@ -66,6 +66,30 @@ def test_accumulated_gradients_equal_those_of_the_batch(model: LanguageModel, pa
     assert sorted(done.auxiliary) == (["memory_loss"] if memory_loss else [])
     for (path, a), (_, b) in zip(named_tensors(whole.state), named_tensors(done.state)):
         torch.testing.assert_close(a, b, msg=path)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_packed_documents_equal_documents_apart(model: LanguageModel, accumulate: int) -> None:
+    lengths = [[5, 4, 3], [12], [1, 1, 10], [2, 7, 3]]
+    ids = torch.tensor([[i for i, length in enumerate(row) for _ in range(length)] for row in lengths])
+    given = batch()._replace(documents=ids)
+    packed, found = read(model, [given], accumulate=accumulate)
+    model.zero_grad()
+    losses = []
+    for row, sizes in enumerate(lengths):
+        parts = zip(given.tokens[row].split(sizes), given.targets[row].split(sizes))
+        losses += [model(t[None], targets=y[None]).loss * len(t) for t, y in parts]
+    loss = torch.stack(losses).sum() / (ROWS * TIME)
+    loss.backward()
+    same(found, {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert packed.loss == pytest.approx(loss.item(), rel=1e-12)
+    # a row whose document goes on carries its state, and others begin
+    following = batch(1, fresh=False)._replace(documents=torch.tensor([[2], [1], [2], [3]]).expand(ROWS, TIME))
+    step = TrainStep(model, as_settings({"batch": ROWS, "carry": 2}), Processes())
+    rows = step.forward(following, packed.state).hidden
+    for row, goes_on in enumerate([True, False, True, False]):
+        state = select(packed.state, [row]) if goes_on else None
+        torch.testing.assert_close(rows[row : row + 1], model(following.tokens[row : row + 1], state).hidden)
 
 
 @pytest.mark.parametrize("name", ["memory_loss", "write_cost"])
