@@ -85,8 +85,8 @@ def generate(
         logits: ``[batch, vocab]``, the prediction for rows without a valid token in ``tokens``.
         draft: speculative decoding: ``"prompt"`` proposes what followed the last tokens where they occurred before, and
             a smaller ``LanguageModel`` of the same vocabulary proposes its own tokens. The model checks all proposed
-            tokens in one call. Greedy tokens are those without ``draft``; sampled ones have the same distribution.
-            Numbers of tokens and calls are in ``drafted`` of the result.
+            tokens in one call. Greedy tokens are those without ``draft``, up to rounding; sampled ones have the same
+            distribution. Numbers of tokens and calls are in ``drafted`` of the result.
         prefix_cache: a ``PrefixCache``: beginnings of the prompt that it holds are not read again. It then holds this
             prompt and its continuation, too.
 
