@@ -263,8 +263,10 @@ def _compact(x: Tensor) -> Tensor:
 
 
 def _fingerprint(model: nn.Module) -> bytes:
-    """A digest of everything that a module computes with: its weights, and the settings of its blocks."""
+    """A digest of everything that a module computes with: its weights, the settings of its blocks, and autocast."""
     digest = hashlib.blake2b(digest_size=32)
+    kind = next(model.parameters()).device.type
+    digest.update(repr((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))).encode())
     for name, module in model.named_modules():
         settings = {field: value for field, value in vars(module).items() if _is_plain(value)}
         digest.update(repr((name, type(module).__qualname__, sorted(settings.items()))).encode())

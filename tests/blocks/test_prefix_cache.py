@@ -145,6 +145,14 @@ def test_a_changed_model_reads_anew(change):
     assert cache.statistics.hits == 0
 
 
+def test_autocast_reads_anew():
+    model, cache = make().float(), tb.PrefixCache()
+    cache.read(model, ids(1, 9))
+    with torch.autocast("cpu", torch.bfloat16):
+        cache.read(model, ids(1, 9))
+    assert cache.statistics.hits == 0
+
+
 def test_several_threads():
     model, cache, failures = make(), tb.PrefixCache(max_bytes=200_000), []
     prompts = [torch.cat([ids(1, 60), ids(1, 20, seed=seed)], dim=1) for seed in range(6)]
