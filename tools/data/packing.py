@@ -96,15 +96,7 @@ class PackedOrderedText(OrderedText):
         for row, number in enumerate(numbers.tolist()):
             part, end = (n * self._total // self._share.of for n in (number, number + 1))
             start = part + step * self.length
-            stop = min(start + self.length, end)
-            place, column = int(np.searchsorted(ends, start, side="right")), 0
-            while start + column < stop:
-                span = int(order[place])
-                within = start + column - int(ends[place] - self._counts[span])
-                count = min(stop - start - column, int(self._counts[span]) - within)
-                rows.put(row, column, self._read(span, within, within + count + 1), count, place)
-                column += count
-                place += 1
+            self._fill(rows, row, start, min(start + self.length, end), ends, order)
         return rows.batch(np.full(self._share.rows, step == 0), packed=True)
 
 

@@ -56,6 +56,19 @@ class TextSource(Source):
     def _count_windows(self) -> int:
         """The number of windows; sets ``padded``."""
 
+    def _fill(
+        self, rows: RowsBuffer, row: int, start: int, stop: int, ends: Integers, order: Integers | None = None
+    ) -> None:
+        """Fill a row with places ``start`` to ``stop`` of spans laid end to end in ``order``, which end at ``ends``."""
+        at, turn = start, int(np.searchsorted(ends, start, side="right"))
+        while at < stop:
+            within = at - (int(ends[turn - 1]) if turn else 0)
+            count = min(stop, int(ends[turn])) - at
+            text = self._read(turn if order is None else int(order[turn]), within, within + count + 1)
+            rows.put(row, at - start, text, count, turn)
+            at += count
+            turn += 1
+
     def read_whole(self, places: int) -> Iterator[WholeDocuments]:
         """Whole documents in an order that the seed decides, at least one, until their tokens fill ``places``.
 
@@ -66,22 +79,20 @@ class TextSource(Source):
         count = np.searchsorted(np.cumsum(self._spans.lengths[order] - 1), places, side="right")
         chosen = order[: max(int(count), 1)]
         chosen = chosen[np.argsort(-self._spans.lengths[chosen], kind="stable")]
+        tokens = self._spans.lengths[chosen] - 1
         share, first = self._share, 0
+        rank, world = share.first // share.rows, share.of // share.rows
         while first < len(chosen):
-            longest = int(self._spans.lengths[chosen[first]]) - 1
-            # a multiple of the processes; those of short documents have as many tokens as other batches
-            rows = share.of * max(1, self.length // longest)
-            together = chosen[first : first + rows]
-            first += rows
-            rank, world = share.first // share.rows, share.of // share.rows
-            per_process = -(-len(together) // world)
-            mine = together[rank * per_process : (rank + 1) * per_process].tolist()
-            yield WholeDocuments(
-                [self._documents.names[document] for document in self._spans.documents[together].tolist()],
-                self._spans.lengths[together] - 1,
-                rank * per_process,
-                self._batches_of(mine, per_process, longest),
-            )
+            longest = int(tokens[first])
+            # those of short documents have as many tokens as other batches; at most half is padding
+            most = share.of * max(1, self.length // longest)
+            stop = min(first + most, int(np.searchsorted(-tokens, -(longest // 2), side="right")))
+            rows = -(-(stop - first) // world)
+            mine = chosen[first:stop][rank * rows : (rank + 1) * rows].tolist()
+            names = [self._documents.names[document] for document in self._spans.documents[chosen[first:stop]].tolist()]
+            batches = self._batches_of(mine, rows, longest)
+            yield WholeDocuments(names, tokens[first:stop], rank * rows, batches)
+            first = stop
 
     def _batches_of(self, spans: list[int], count: int, longest: int) -> Iterator[Batch]:
         for start in range(0, longest, self.length):
@@ -119,21 +130,11 @@ class ShuffledText(TextSource):
     def batch(self, index: int) -> Batch:
         """Unrelated rows."""
         rows = RowsBuffer(self._share.rows, self.length)
-        for row, window in enumerate(shuffled(self._key, self._share.numbers(index), self.windows)):
-            self._fill(rows, row, int(window))
+        for row, window in enumerate(shuffled(self._key, self._share.numbers(index), self.windows).tolist()):
+            start = max(0, min(window * self.length, self._total - self.length))
+            stop = min(start + self.length, self._total)
+            self._fill(rows, row, start, stop, self._ends)
         return rows.batch(np.ones(self._share.rows, bool))
-
-    def _fill(self, rows: RowsBuffer, row: int, window: int) -> None:
-        start = max(0, min(window * self.length, self._total - self.length))
-        stop = min(start + self.length, self._total)
-        column = 0
-        span = int(np.searchsorted(self._ends, start, side="right"))
-        while start + column < stop:
-            within = start + column - int(self._ends[span] - self._spans.lengths[span])
-            count = min(stop - start - column, int(self._spans.lengths[span]) - within)
-            rows.put(row, column, self._read(span, within, within + count + 1), count)
-            column += count
-            span += 1
 
 
 class OrderedText(TextSource):
