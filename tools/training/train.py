@@ -277,7 +277,7 @@ def _open_sources(recipe: Recipe, data: Any, settings: Settings, processes: Proc
         raise RecipeError([Problem("carry", message)], "settings")
     unpacked = [name for name in ("compile", *AUXILIARY) if getattr(settings, name)]
     if source.packed and unpacked:
-        message = "it cannot be used with packed documents (pack: documents), which have other shapes in every batch"
+        message = "it cannot be used with packed documents: leave out this setting, or `pack: documents` of the data"
         raise RecipeError([Problem(name, message) for name in unpacked], "settings")
     return source, valid
 
