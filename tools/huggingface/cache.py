@@ -11,6 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ...blocks.language_model import ModelState
 from ..swapping.cache import StateLayer
+from ..swapping.replay import UNKNOWN, Record, Replay
 
 CACHE = next(field.name for field in fields(BaseModelOutputWithPast) if field.name in ("cache", "past_key_values"))
 """The name of the cache in outputs and in ``generate``: ``cache`` from transformers 5.24 on."""
@@ -21,6 +22,7 @@ class StateCache(Cache):
 
     ``cache.state`` is ``None`` before anything was read, and may be assigned: ``tb.state``, ``tb.save_state`` and
     ``tb.load_state`` work on it. States are never modified, so ``copy.deepcopy(cache)`` is a fork that copies nothing.
+    ``cache.crop(-n)`` removes the last ``n`` tokens, as assisted generation does.
     """
 
     def __init__(self, state: ModelState | None = None, length: int = 0) -> None:
@@ -38,17 +40,16 @@ class StateCache(Cache):
 
     @state.setter
     def state(self, state: ModelState | None) -> None:
-        self._layer.states = {} if state is None else {"model": state}
+        self._layer.states, self._layer.records = {} if state is None else {"model": state}, ()
 
     @property
     def length(self) -> int:
         """Tokens of each row that were read, padding included."""
         return self._layer.tokens
 
-    def read(self, state: ModelState, tokens: int) -> None:
-        """Set the state of the model after ``tokens`` more of each row."""
-        self.state = state
-        self._layer.tokens += tokens
+    def read(self, state: ModelState, tokens: int, replay: Replay = UNKNOWN) -> None:
+        """Set the state of the model after ``tokens`` more of each row. ``replay``: what was read, for ``crop``."""
+        self._layer.advance({"model": state}, [Record(tokens, {"model": replay})])
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         raise TypeError("this cache holds the state of a titans-build model, and no keys: it is of another model")

@@ -25,7 +25,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from ...blocks.build import materialize
-from ...blocks.language_model import IGNORED, LanguageModel
+from ...blocks.language_model import IGNORED, LanguageModel, ModelState
 from ...blocks.state import trainable
 from ...kernels.documents import Documents
 from ...recipes import Recipe, StorageError
@@ -34,6 +34,7 @@ from ...recipes.build import assemble
 from ...recipes.saved_format import INDEX, TOKENIZER, list_differences, saved_folder
 from ...registry import show
 from ..swapping.documents import ONE_DOCUMENT, SEVERAL
+from ..swapping.replay import UNKNOWN, Replay
 from ..training.train_step import activation_checkpointing
 from .arguments import chosen_states, given_cache, read_rows
 from .cache import CACHE, StateCache
@@ -100,7 +101,6 @@ class TitansBuildPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
-    _is_stateful = True
     _no_split_modules = frozenset({"Layer"})
     _skip_keys_device_placement = frozenset({"cache", "past_key_values"})
 
@@ -252,7 +252,7 @@ class TitansBuildModel(TitansBuildPreTrainedModel):
                 raise ValueError(f"{SEVERAL}, and a cache: its state is of one document. {ONE_DOCUMENT}")
         elif cache is None and (self.config.use_cache if use_cache is None else use_cache):
             cache = StateCache()
-        state = None if cache is None else cache.state
+        before = state = None if cache is None else cache.state
         if state is not None:
             self.model.check_state(state, rows)
             state = trainable(state) if torch.is_grad_enabled() else state
@@ -267,11 +267,19 @@ class TitansBuildModel(TitansBuildPreTrainedModel):
                 stack.enter_context(activation_checkpointing(self.model, self._checkpoint, self._every))
             hidden, state = self.model.run(x, state, mask, packed)
         if cache is not None:
-            cache.read(state, time)
+            cache.read(state, time, UNKNOWN if torch.is_grad_enabled() else self._replay(input_ids, x, before, mask))
         output = BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE: cache})
         if len(hidden_states) > 1:  # the last is normalized, as in transformers
             output.hidden_states = chosen_states([*hidden_states[:-1], hidden], wanted)
         return output if return_dict is not False else output.to_tuple()
+
+    def _replay(self, tokens: Tensor | None, x: Tensor, before: ModelState | None, mask: Tensor | None) -> Replay:
+        """What was read, to go back to any token of it."""
+
+        def run(read: Tensor, state: ModelState | None, mask: Tensor | None) -> ModelState:
+            return self.model.run(self.embed_tokens(read) if read.dim() == 2 else read, state, mask)[1]
+
+        return Replay(run, before, (x if tokens is None else tokens.clone(),), (mask,))
 
     def _check_embeddings(self, embeddings: Tensor) -> Tensor:
         dtype = self.model.norm.gain.dtype
@@ -285,8 +293,7 @@ class TitansBuildModel(TitansBuildPreTrainedModel):
 class TitansBuildForCausalLM(TitansBuildPreTrainedModel, GenerationMixin):
     """A language model of a recipe with all of ``generate``: greedy, sampling, beams, streamers.
 
-    ``model`` is the ``LanguageModel``, and ``base_model`` a ``TitansBuildModel`` with the same parameters. Assisted
-    generation is not supported, because a memory cannot be rolled back.
+    ``model`` is the ``LanguageModel``, and ``base_model`` a ``TitansBuildModel`` with the same parameters.
     """
 
     def __init__(self, config: TitansBuildConfig, model: LanguageModel | None = None) -> None:

@@ -7,7 +7,7 @@ once a call has a cache.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,24 +16,47 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ...blocks.state import State, batch_size, select
 from .adapter import SwapError
+from .replay import REACH, UNKNOWN, Record, Replay
 from .site import Replacement, Result, Site
+from .state_context import restore
 
 
 class StateLayer(CacheLayerMixin):
     """States by name, and the number of tokens that they have read. Has no keys and values.
 
-    Without states, it takes the place of the layer of a replaced attention.
+    It keeps what was read last, so that ``crop`` can go back. Without states, it takes the place of the layer of a
+    replaced attention.
     """
 
     is_sliding = False
+    is_croppable = True
     supports_early_init = False
 
-    def __init__(self, states: Mapping[str, State] | None = None, tokens: int = 0) -> None:
+    def __init__(
+        self, states: Mapping[str, State] | None = None, tokens: int = 0, records: Sequence[Record] = ()
+    ) -> None:
         super().__init__()
         self.states, self.tokens = dict(states or {}), tokens
+        self.records, self._ended = tuple(records), False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StateLayer:
-        return type(self)(self.states, self.tokens)  # states are never modified
+        return type(self)(self.states, self.tokens, self.records)  # states are never modified
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"records": ()}  # which hold the blocks
+
+    def advance(self, states: Mapping[str, State], records: Sequence[Record]) -> None:
+        """Set states after more tokens, which ``records`` are of."""
+        self.states = {**self.states, **states}
+        for record in records:
+            self.tokens += record.tokens
+            last = self.records[-1] if self.records and not self._ended else None
+            if last and last.tokens + record.tokens <= REACH and last.replays.keys() == record.replays.keys():
+                replays = {name: last.replays[name].then(replay) for name, replay in record.replays.items()}
+                self.records = (*self.records[:-1], Record(last.tokens + record.tokens, replays))
+            else:
+                self.records = (*self.records, record)[-2:]
+            self._ended = False
 
     def lazy_initialization(self, *states: Tensor) -> None:
         """There are no keys and values to initialize."""
@@ -51,13 +74,14 @@ class StateLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.states, self.tokens = {}, 0
+        self.states, self.tokens, self.records = {}, 0, ()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self.states = {name: select(state, indices) for name, state in self.states.items()}
+        self.records = ()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         rows = next((rows for rows in map(batch_size, self.states.values()) if rows is not None), 0)
@@ -65,14 +89,36 @@ class StateLayer(CacheLayerMixin):
             self.batch_select_indices(torch.arange(rows).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove no tokens (0) or all of them. Raises ``SwapError`` for others."""
-        if tokens_to_remove not in (0, -self.tokens):
+        """Remove the last tokens, given as a negative number: those of the last call, and of short calls before it.
+
+        Raises ``SwapError`` for tokens that were read earlier, with gradients, or before rows were selected.
+        """
+        removed, kept, undone = -tokens_to_remove, list(self.records), dict[str, tuple[Replay, int]]()
+        if not 0 <= removed <= self.tokens:
+            raise SwapError(f"crop({tokens_to_remove}): expected 0 to {-self.tokens}, the tokens that were read")
+        self._ended = True
+        left = removed
+        while left and kept:
+            record = kept.pop()
+            stays = max(record.tokens - left, 0)
+            undone |= {name: (replay, stays) for name, replay in record.replays.items()}
+            left -= record.tokens - stays
+            if stays:
+                kept.append(Record(stays, {name: replay.first(stays) for name, replay in record.replays.items()}))
+        if left and removed < self.tokens and any(batch_size(state) is not None for state in self.states.values()):
             raise SwapError(
-                f"crop({tokens_to_remove}): a memory cannot forget the last of the {self.tokens} tokens that it has "
-                "read; copy.deepcopy(cache) before reading them (assisted generation, which crops, is not possible)"
+                f"crop({tokens_to_remove}): a memory can forget the last {removed - left} of the {self.tokens} tokens "
+                f"that it has read: those of the last call, and of short calls before it, unless rows were selected since; "
+                "copy.deepcopy(cache) before reading more"
             )
-        if tokens_to_remove:
-            self.reset()
+        try:
+            states = {name: replay.after(stays) for name, (replay, stays) in undone.items()}
+        except SwapError as error:
+            raise SwapError(f"crop({tokens_to_remove}): {error}") from None
+        restore({name: (self.states[name], state) for name, state in states.items()})
+        self.states = {**self.states, **states} if removed < self.tokens else {}
+        self.tokens -= removed
+        self.records = tuple(kept)
 
 
 class MemoryLayer(StateLayer):
@@ -102,7 +148,7 @@ class CallCache:
             if self.past != layer.tokens:
                 raise SwapError(
                     f"the cache holds {self.past} tokens, and the memory's states in it have read {layer.tokens}: it "
-                    "was cropped, or a call failed. A memory cannot be rolled back: start a new cache"
+                    "was cropped in part, or a call failed: start a new cache"
                 )
             return True
         # the layers that this call has passed already have stored its keys
@@ -136,7 +182,7 @@ class CallCache:
             layers.append(layer)
             if hasattr(self.cache, "set_linear_cache"):  # MiniMax's, which has a second list as long as the layers
                 self.cache.set_linear_cache(len(layers) - 1, [])
-        for site, (_, rows, time, device, dtype) in results.items():
+        for site, (_, rows, time, device, dtype, _) in results.items():
             replaced = site.original.modules() if isinstance(site, Replacement) else ()
             indices = set(map(_index, replaced))
             for index in indices & set(range(len(layers))):
@@ -147,9 +193,24 @@ class CallCache:
                 if not isinstance(layers[index], StateLayer):
                     layers[index] = MemoryLayer()
                 layers[index].tokens += time
-        layer.states = {**layer.states, **{site.key: result.state for site, result in results.items()}}
         read = _tokens_read(self.cache)
-        layer.tokens = layer.tokens + max(result.time for result in results.values()) if read is None else read
+        tokens = max(result.time for result in results.values()) if read is None else read - layer.tokens
+        layer.advance({site.key: result.state for site, result in results.items()}, _records(results, tokens))
+
+
+def _records(results: Mapping[Site, Result], tokens: int) -> list[Record]:
+    """What was read in one call of the model, of ``tokens`` tokens."""
+    last: dict[str, Replay] = {}
+    first: dict[str, Replay] = {}
+    for site, result in results.items():
+        if batch_size(result.state) is None:
+            continue
+        known = result.time == tokens and len(result.replays) == (2 if tokens > REACH else 1)
+        last[site.key] = result.replays[-1] if known else UNKNOWN
+        first[site.key] = result.replays[0]._replace(x=(), mask=()) if result.replays else UNKNOWN
+    if tokens > REACH:
+        return [Record(tokens - REACH, first), Record(REACH, last)]
+    return [Record(tokens, {name: first[name] if replay is UNKNOWN else replay for name, replay in last.items()})]
 
 
 def _tokens_read(cache: Any) -> int | None:

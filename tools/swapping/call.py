@@ -24,11 +24,13 @@ from torch import Tensor, nn
 from torch.utils.module_tracker import ModuleTracker
 
 from ...blocks import Block
+from ...blocks.observers import active
 from ...blocks.state import State, batch_size, trainable
 from .adapter import NO_CONTINUOUS_BATCHING, Arguments, SwapError
 from .documents import ONE_DOCUMENT, SEVERAL, PackedRows
 from .padding import Mask, Scope, innermost_mask, scope_of
-from .site import Replacement, Result, Site, gated_sites
+from .replay import REACH, Replay
+from .site import Replacement, Result, Site, Stateless, gated_sites
 from .state_context import active_context, current_call
 
 _eager = functools.partial(
@@ -143,8 +145,12 @@ class ModelCall:
             return site.run(x, trainable(self._before.get(site)), mask, self.packed.documents(x, mask, site.path))[0]
         mask = self._mask(site, site.adapter.padding_mask(arguments), rows, time)
         state = self._start(site, rows, time)
-        y, after = site.run(x, state, mask, self.packed.documents(x, mask, site.path))
-        self._results[site] = Result(after, rows, time, x.device, x.dtype)
+        if self.cache is None or torch.is_grad_enabled():
+            y, after = site.run(x, state, mask, self.packed.documents(x, mask, site.path))
+            replays: tuple[Replay, ...] = ()
+        else:
+            y, after, replays = _run_and_keep(site, x, state, mask)
+        self._results[site] = Result(after, rows, time, x.device, x.dtype, replays)
         return y
 
     def _look_for_cache(self, values: Any, created: bool) -> None:
@@ -216,6 +222,22 @@ class ModelCall:
         if self.may_repeat:
             self._before[site] = state
         return trainable(state) if torch.is_grad_enabled() else state
+
+
+def _run_and_keep(site: Site, x: Tensor, state: State, mask: Tensor | None) -> tuple[Tensor, State, tuple[Replay, ...]]:
+    """As ``site.run``, and what is needed to go back. Of long calls, which are run in two parts, the last is kept."""
+    cut = max(x.shape[1] - REACH, 0)
+    if isinstance(site.block, Stateless):
+        return (*site.run(x, state, mask), ())
+    if cut and active:  # observers see one call
+        return (*site.run(x, state, mask), (Replay(site.advance, state, (), ()),))
+    if cut == 0:
+        return (*site.run(x, state, mask), (Replay(site.advance, state, (x.clone(),), (mask,)),))
+    masks = (None, None) if mask is None else (mask[:, :cut], mask[:, cut:])
+    begin, middle = site.run(x[:, :cut], state, masks[0])
+    end, after = site.run(x[:, cut:], middle, masks[1])
+    kept = Replay(site.advance, middle, (x[:, cut:].clone(),), masks[1:])
+    return torch.cat([begin, end], dim=1), after, (Replay(site.advance, state, (), ()), kept)
 
 
 # -- hooks: functions of this module, since models are copied and pickled with them -----------------------------------

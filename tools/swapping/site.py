@@ -21,6 +21,7 @@ from ...kernels.documents import Documents
 from ...registry import create, is_block, show
 from .adapter import ORIGINAL, Adapter, SwapError
 from .infer import device_and_dtype
+from .replay import Replay
 
 BlockSpec = str | dict[str, Any] | list[Any] | nn.Module | Callable[[int], nn.Module]
 """The description of a block, a built module, or a function from the width to one."""
@@ -34,6 +35,8 @@ class Result(NamedTuple):
     time: int
     device: torch.device
     dtype: torch.dtype
+    replays: tuple[Replay, ...]
+    """What was read; in two parts if the call was longer than ``REACH``. Empty if it was not kept."""
 
 
 class Site(nn.Module):
@@ -64,6 +67,10 @@ class Site(nn.Module):
         if y.shape != x.shape:
             raise SwapError(f"{self.path}: the block made {list(y.shape)} of {list(x.shape)}: expected the same shape")
         return y, after
+
+    def advance(self, x: Tensor, state: State, mask: Tensor | None) -> State:
+        """The state after ``x``."""
+        return self.run(x, state, mask)[1]
 
     def _cast(self, x: Tensor) -> Tensor:
         parameter = next(self.block.parameters(), None)

@@ -158,7 +158,7 @@ class StateContext:
 
     def advance(self, results: Mapping[Site, Result]) -> None:
         """A call has succeeded, with these results."""
-        _, rows, _, device, _ = next(iter(results.values()))
+        _, rows, _, device, *_ = next(iter(results.values()))
         old = (None,) * len(self._index) if self._state is None else self._state.sites
         new = tuple(results[site].state if site in results else before for site, before in zip(self._index, old))
         mark = None if self._state is None else self._state.origin
@@ -169,6 +169,15 @@ class StateContext:
 
 
 memory = StateContext
+
+
+def restore(states: Mapping[str, tuple[State, State]]) -> None:
+    """Go back in the contexts of this thread: for the key of a site, the state that it has, and the one before."""
+    for context, _ in _active.get():
+        held = context._state
+        if held is not None:
+            pairs = ((old, states.get(site.key, (None, None))) for site, old in zip(context._index, held.sites))
+            context._state = held._replace(sites=tuple(new if old is now else old for old, (now, new) in pairs))
 
 
 def active_context(site: Site) -> StateContext | None:

@@ -88,17 +88,46 @@ def test_an_empty_cache(model: TitansBuildForCausalLM) -> None:
     assert repr(cache) == "StateCache(nothing read)"
 
 
-def test_crop_removes_all_tokens_or_none(model: TitansBuildForCausalLM, tokens: Tensor) -> None:
+def test_a_cropped_cache_is_that_of_the_first_tokens(model: TitansBuildForCausalLM, tokens: Tensor) -> None:
+    mask = torch.ones_like(tokens)
+    mask[1, :2] = mask[2, 5] = 0
+    embeddings = model.get_input_embeddings()(tokens)
+
+    def call(cache: StateCache, start: int, end: int, vectors: bool = False) -> Tensor:
+        given = {"inputs_embeds": embeddings} if vectors else {"input_ids": tokens}
+        given = {name: x[:, start:end] for name, x in given.items()}
+        return model(**given, attention_mask=mask[:, :end], cache=cache).logits
+
+    with torch.no_grad():
+        whole = call(StateCache(), 0, 11)
+        for crop in range(9):
+            cache = StateCache()
+            call(cache, 0, 3, vectors=crop % 2 == 0)
+            for start in range(3, 8):
+                call(cache, start, start + 1, vectors=crop % 2 == 0)
+            cache = copy.deepcopy(cache)
+            cache.crop(-crop)
+            assert cache.length == cache.get_seq_length() == 8 - crop
+            assert_close(call(cache, 8 - crop, 11), whole[:, 8 - crop :], atol=1e-10, rtol=1e-10)
+            cache.crop(-3)
+            assert_close(call(cache, 8, 11), whole[:, 8:], atol=1e-10, rtol=1e-10)
+
+
+def test_crop(model: TitansBuildForCausalLM, tokens: Tensor) -> None:
     _, cache = read(model, tokens)
     assert repr(cache) == "StateCache(3 x 11 tokens read)"
     assert cache.get_mask_sizes(2, 0) == (13, 0)
     before = cache.state
     cache.crop(0)
-    with pytest.raises(ValueError, match=r"a memory cannot forget the last of the 11 tokens"):
-        cache.crop(-2)
+    with pytest.raises(ValueError, match=r"crop\(-12\): expected 0 to -11"):
+        cache.crop(-12)
     assert cache.state is before
     cache.crop(-11)
     assert (cache.state, cache.length) == (None, 0)
+    cache.state = before  # of unknown tokens
+    cache = StateCache(before, 11)
+    with pytest.raises(ValueError, match=r"can forget the last 0 of the 11 tokens"):
+        cache.crop(-2)
 
 
 def test_the_cache_of_another_model_is_refused(small: Callable[..., TitansBuildForCausalLM], tokens: Tensor) -> None:

@@ -92,9 +92,6 @@ def test_unsupported_arguments_are_refused(small: Callable[..., TitansBuildForCa
         run(model, tokens, past_key_values=DynamicCache())
     with pytest.raises(ValueError, match="cache_implementation='static': a titans-build model carries a state"):
         run(model, tokens, cache_implementation="static")
-    for settings in ({"assistant_model": model}, {"prompt_lookup_num_tokens": 2}):
-        with pytest.raises(ValueError, match="assisted generation is not supported"):
-            run(model, tokens[:1], **settings)
     for batch in (model.generate_batch, model.init_continuous_batching):
         with pytest.raises(NotImplementedError, match="use generate with a padded batch and attention_mask"):
             batch(tokens.tolist())

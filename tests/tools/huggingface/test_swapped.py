@@ -140,9 +140,6 @@ def test_wrong_caches_are_refused(llama: Any, tokens: Tensor) -> None:
         foreign = llama.swapped("beside")(tokens, use_cache=True).past_key_values
         with pytest.raises(SwapError, match="holds no state of this memory"):
             model(tokens[:, :1], past_key_values=foreign)
-        mine = model(tokens, use_cache=True).past_key_values
-        with pytest.raises(SwapError, match="a memory cannot forget"):
-            mine.crop(-2)
         # none that was refused has touched the model
         assert torch.equal(model(tokens, past_key_values=DynamicCache()).logits, model(tokens).logits)
 

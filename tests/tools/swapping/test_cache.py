@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import pickle
 
 import pytest
 import torch
@@ -158,16 +159,111 @@ def test_a_cache_of_another_model_is_refused(llama, text):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("how", ["beside", "before", "replace"])
+def test_a_cropped_cache_is_that_of_the_first_tokens(llama, text, how):
+    model, t = llama(how=how).double(), text(2, 12)
+    mask = torch.ones_like(t)
+    mask[0, :3] = mask[1, 6:8] = 0
+
+    def read(cache, start, end):
+        return model(t[:, start:end], attention_mask=mask[:, :end], past_key_values=cache).logits
+
+    whole = read(transformers.DynamicCache(), 0, 12)
+    for cuts in ([7], [2, 7], [2, 3, 4, 5, 7], [1, 2, 3]):
+        for crop in range(cuts[-1] + 1):
+            cache = transformers.DynamicCache()
+            for start, end in zip([0, *cuts], cuts):
+                read(cache, start, end)
+            if len(cuts) == 5:
+                cache = copy.deepcopy(cache)
+            cache.crop(-crop)
+            assert cache.get_seq_length() == cuts[-1] - crop
+            for start in range(cuts[-1] - crop, 9, 3):  # and again, and on
+                got = read(cache, start, start + 3)
+                assert_close(got, whole[:, start : start + 3], atol=1e-10, rtol=1e-10)
+                cache.crop(-2)
+                got = read(cache, start + 1, start + 3)
+                assert_close(got, whole[:, start + 1 : start + 3], atol=1e-10, rtol=1e-10)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("how", ["beside", "replace"])
-def test_cropping_a_cache_is_refused(llama, text, how):
-    model, t = llama(how=how), text()
-    cache = model(t[:, :4], use_cache=True).past_key_values
-    cache.crop(0)
-    with pytest.raises(SwapError, match=r"crop\(-1\): a memory cannot forget"):
-        cache.crop(-1)
-    if how == "beside":  # whose keys have been cropped by then
-        with pytest.raises(SwapError, match="holds 3 tokens, and the memory's states in it have read 4"):
-            model(t[:, 3:], past_key_values=cache)
+def test_cropping_after_a_long_call(llama, text, how):
+    model, t = llama(how=how, seed=2).double(), text(1, 310)
+    model.config.max_position_embeddings = 400
+    whole = model(t, use_cache=False).logits
+    for crop in (1, 100, 255, 256, 300):
+        cache = model(t[:, :300], use_cache=True).past_key_values
+        assert_close(
+            model(t[:, 300:], past_key_values=copy.deepcopy(cache)).logits, whole[:, 300:], atol=1e-9, rtol=1e-9
+        )
+        cache.crop(-crop)
+        got = model(t[:, 300 - crop :], past_key_values=cache).logits
+        assert_close(got, whole[:, 300 - crop :], atol=1e-9, rtol=1e-9)
+    cache = model(t[:, :300], use_cache=True).past_key_values
+    with pytest.raises(SwapError, match=r"crop\(-257\): only the last 256 tokens of a call can be removed"):
+        cache.crop(-257)
+
+
+@torch.no_grad()
+def test_the_carried_state_is_cropped_with_the_cache(llama, text):
+    model, t = llama().double(), text()
+    with tb.memory(model) as m:
+        model(t[:, :3])
+        cache = model(t[:, 3:5], use_cache=True).past_key_values
+        expected = m.state
+        cache.crop(0)
+        model(t[:, 5:], past_key_values=cache)
+        cache.crop(-3)
+        model(t[:, 6:8], past_key_values=cache)
+        cache.crop(-3)
+        for mine, other in zip(*[[x for _, x in tb.state.named_tensors(state)] for state in (m.state, expected)]):
+            assert_close(mine, other, atol=1e-12, rtol=1e-12)
+
+
+def test_what_cannot_be_cropped(llama, text):
+    model, t = llama(how="beside"), text()
+    for change, message in (
+        (lambda cache: cache.batch_select_indices(torch.tensor([1, 0])), r"can forget the last 0 of the 4 tokens"),
+        (lambda cache: None, "with gradients"),
+        (lambda cache: copy.copy(cache), "with gradients"),
+    ):
+        with torch.set_grad_enabled("gradients" in message):
+            cache = model(t[:, :4], use_cache=True).past_key_values
+        change(cache)
+        cache.crop(0)
+        with pytest.raises(SwapError, match=rf"crop\(-1\): .*{message}"):
+            cache.crop(-1)
+        with (
+            torch.no_grad(),
+            pytest.raises(SwapError, match="holds 3 tokens, and the memory's states in it have read 4"),
+        ):
+            model(t[:, 3:], past_key_values=cache)  # its keys have been cropped by then
+    with torch.no_grad():
+        cache = model(t[:, :4], use_cache=True).past_key_values
+    with pytest.raises((SwapError, ValueError), match=r"crop|positive"):
+        cache.crop(2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("block", [lambda dim: torch.nn.Linear(dim, dim), {"type": "attention", "heads": 2}])
+def test_cropping_other_blocks(llama, text, block):
+    model, t = llama(how="after"), text(1, 12)
+    tb.swap(model, "model.layers.*.mlp", block, "beside", gate=0.5)
+    model.double()
+    whole = model(t, use_cache=False).logits
+    cache = model(t[:, :6], use_cache=True).past_key_values
+    cache.crop(-2)
+    assert_close(model(t[:, 4:], past_key_values=cache).logits, whole[:, 4:], atol=1e-10, rtol=1e-10)
+
+
+@torch.no_grad()
+def test_a_pickled_cache(llama, text):
+    model, t = llama(), text()
+    cache = pickle.loads(pickle.dumps(model(t[:, :4], use_cache=True).past_key_values))
+    with pytest.raises(SwapError, match="can forget the last 0 of the 4 tokens"):
+        copy.deepcopy(cache).crop(-1)
+    assert_close(model(t[:, 4:], past_key_values=cache).logits, model(t).logits[:, 4:])
 
 
 @torch.no_grad()
