@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 PAGES = (HERE / "README.md", HERE.parent / "README.md")
 PROGRAMS = {
     **{name: name for name in ("memory", "model", "streaming", "generation", "needle", "hf_swap")},
-    **dict.fromkeys(("overhead", "torch_path"), "steps"),
+    **dict.fromkeys(("overhead", "packing", "torch_path"), "steps"),
     **dict.fromkeys(("copy", "mqar", "language"), "variants"),
 }
 """Which program writes each file of results."""

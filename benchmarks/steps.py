@@ -1,9 +1,11 @@
 """The time of a step of one program over that of another.
 
-python benchmarks/steps.py overhead|torch_path [--quick] [--json FILE]
+python benchmarks/steps.py overhead|packing|torch_path [--quick] [--json FILE]
 
-``overhead``: the packaged MAG against the same model without memories and gates. ``torch_path``: the PyTorch backend,
-eager and compiled, and the C kernels, in processor time of one thread, which other processes affect little.
+``overhead``: the packaged MAG against the same model without memories and gates. ``packing``: documents packed in one
+row against one document of as many tokens, and against the same documents with padding. ``torch_path``: the PyTorch
+backend, eager and compiled, and the C kernels. The last two in processor time of one thread, which other processes
+affect little.
 """
 
 from __future__ import annotations
@@ -54,6 +56,39 @@ def overhead(quick: bool) -> Kinds:
     return {kind: {name: every[name][kind] for name in every} for kind in every["MAG"]}
 
 
+# -- packed documents --------------------------------------------------------------------------------------------------
+
+DOCUMENTS = {
+    "long": [244, 460, 485, 165, 332, 362],
+    "short": [40, 9, 122, 61, 17, 133, 90, 28, 75, 103, 55, 8, 119, 36, 128],
+}
+
+
+def packing(quick: bool) -> Kinds:
+    """A training step of each packaged architecture: one document, several in a row, and the same with padding."""
+    torch.set_num_threads(1)
+    return {
+        f"{name}, {len(lengths)} {kind} documents": pack(name, [4, 9, 3] if quick else lengths, quick)
+        for name in (["lmm"] if quick else ["lmm", "mac", "mag", "mal", "transformer"])
+        for kind, lengths in DOCUMENTS.items()
+    }
+
+
+def pack(name: str, lengths: list[int], quick: bool) -> dict[str, Callable[[], Any]]:
+    model = tb.build(tb.load_recipe(name, overrides={"dim": 32} if quick else None), seed=0)
+    row = torch.randint(256, (1, sum(lengths)), generator=torch.Generator().manual_seed(0))
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    pieces = row[0].split(lengths)
+    padded = torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True)
+    mask = torch.arange(padded.shape[1]) < torch.tensor(lengths)[:, None]
+    parameters = list(model.parameters())
+    return {
+        "one document": passes(lambda: model(row, targets=row).loss, parameters, True),
+        "packed": passes(lambda: model(row, targets=row, cu_seqlens=ends).loss, parameters, True),
+        "padded": passes(lambda: model(padded, targets=padded, mask=mask).loss, parameters, True),
+    }
+
+
 # -- the PyTorch backend -----------------------------------------------------------------------------------------------
 
 MEMORIES = {"memory, expansion 4": (2, 4), "memory, expansion 1": (2, 1), "memory, one layer": (1, 1)}
@@ -95,6 +130,7 @@ def run(what: str, both: bool, way: str, quick: bool) -> Callable[[], Any]:
 
 COMPARISONS = {
     "overhead": (overhead, {"seconds": 60}),
+    "packing": (packing, {"seconds": 0, "least": 4, "clock": time.process_time}),
     "torch_path": (torch_path, {"seconds": 0, "least": 4, "clock": time.process_time}),
 }
 

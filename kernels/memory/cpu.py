@@ -183,8 +183,8 @@ def _forward(
 def _unpack(tensors: Sequence[Any]) -> tuple[Tokens, Tensor | None, list[Tensor]]:
     """Tokens, gain and state, laid out as the kernels take them; hooks on saved tensors may change the layout."""
     q, k, v, theta, eta, alpha, gain, *state = tensors
-    tokens = Tokens(*_dense(1, (q, k, v)), theta, eta, alpha)
-    return tokens, None if gain is None else gain.contiguous(), _dense(2, state)
+    q, k, v = _dense(1, (q, k, v))
+    return Tokens(q, k, v, theta, eta, alpha), None if gain is None else gain.contiguous(), _dense(2, state)
 
 
 def _checkpoints(plan: _Plan, tensors: Sequence[Any]) -> Checkpoints:

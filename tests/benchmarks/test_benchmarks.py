@@ -24,6 +24,7 @@ PROGRAMS = {
     "streaming": ["streaming.py"],
     "generation": ["generation.py"],
     "overhead": ["steps.py", "overhead"],
+    "packing": ["steps.py", "packing"],
     "torch_path": ["steps.py", "torch_path"],
 }
 """The words of the command that measures each file of results."""

@@ -84,9 +84,9 @@ def summarize(model: LanguageModel, recipe: Recipe) -> ModelSummary:
     if model.vocab is not None:
         own = 0 if model.head is None else model.head.numel()
         parts.append(Part("head", "", {"tied": model.head is None}, own, 2 * model.dim * model.vocab * LENGTH, 0))
-    # every state holds its recipe's fingerprint
-    mark = torch.int64.itemsize
-    parts.append(Part("recipe", "", {"fingerprint": recipe.fingerprint}, 0, 0, mark))
+    # every state holds its recipe's fingerprint and the id of a document
+    marks = 2 * torch.int64.itemsize
+    parts.append(Part("recipe", "", {"fingerprint": recipe.fingerprint}, 0, 0, marks))
     found = ModelSummary(
         parts,
         parameters=sum(part.parameters * part.count for part in parts),
