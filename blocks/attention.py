@@ -20,7 +20,7 @@ from ..kernels.rotary import rotate
 from ..registry import register
 from .block import Block, check_input, like_of
 from .documents import run_documents
-from .state import concatenate
+from .state import concatenate, select
 
 FEW = 4
 """Number of tokens up to which one fused kernel is faster than several operators."""
@@ -151,15 +151,17 @@ class Attention(Block):
         if documents is None:
             return self.every(x, state, step=1, mask=mask)
 
-        def attend(rows: Tensor, state: AttentionState | None, mask: Tensor | None) -> tuple[Tensor, AttentionState]:
-            layout = None if mask is None else align(mask)
-            if layout is None:
-                return self._run(rows, state, None, projected=True)
-            y, state = self._run(layout.spread(rows), state, layout.length, projected=True)
+        def attend(
+            rows: Tensor, state: AttentionState | None, mask: Tensor | None, ends: list[int] | None = None
+        ) -> tuple[Tensor, AttentionState]:
+            if mask is None:
+                return self._run(rows, state, None, projected=True, ends=ends)
+            layout = align(mask)
+            y, state = self._run(layout.spread(rows), state, layout.length, projected=True, ends=ends)
             return layout.collect(y), state
 
         y, state = run_documents(
-            attend, documents, [linear(self.qkv, x)], state, mask, self.init_state, grows=self.grows,
+            attend, documents, [linear(self.qkv, x)], state, mask, self.init_state, grows=self.grows, selects=True,
             join=concatenate_caches,
         )  # fmt: skip
         return linear(self.out, y.flatten(2).to(x.dtype)), state
@@ -196,11 +198,13 @@ class Attention(Block):
         step: int = 1,
         *,
         projected: bool = False,
+        ends: list[int] | None = None,
     ) -> tuple[Tensor, AttentionState]:
         """The outputs of attention ``[batch, .., heads, d]``, and the next state.
 
         ``x`` has the valid tokens of each row first; ``length`` [batch] is their number, ``None`` if all are.
-        ``projected``: ``x`` has been multiplied by the weights of ``qkv``.
+        ``projected``: ``x`` has been multiplied by the weights of ``qkv``. ``ends``: the rows whose states are
+        returned, by default all.
         """
         time, fresh = x.shape[1], state is None
         state = self.init_state(x.shape[0]) if state is None else state
@@ -229,12 +233,17 @@ class Attention(Block):
                 cached = state.cached.tolist()
                 used = max(cached)
                 start = None if min(cached) == used else used - state.cached
-        if used or length is not None or self.window is None or time < slots:
-            k, v = torch.cat((state.keys, k), dim=1), torch.cat((state.values, v), dim=1)
-        unused = k.shape[1] - used - time
-        seen_k, seen_v = (k[:, unused:], v[:, unused:]) if unused else (k, v)
+        seen_k, seen_v = k, v
+        if used:
+            unused = slots - used
+            seen_k = torch.cat((state.keys[:, unused:], k), dim=1)
+            seen_v = torch.cat((state.values[:, unused:], v), dim=1)
         y = attention(q, seen_k, seen_v, window=self.window, start=start, prefix=prefix, step=step)
-        return y, self._advance(state, k, v, length, time)
+        if ends is not None:
+            if not ends:
+                return y, state
+            state, k, v, length = select((state, k, v, length), ends)
+        return y, self._advance(state, k, v, length)
 
     def _run_few(self, x: Tensor, state: AttentionState, step: int) -> tuple[Tensor, AttentionState]:
         """``_run`` with fewer operators, for few tokens without gradients."""
@@ -270,24 +279,27 @@ class Attention(Block):
             q, k = rms_norm(q, self.gain[: self.heads]), rms_norm(k, self.gain[self.heads :])
         return q, k, v
 
-    def _advance(self, state: AttentionState, k: Tensor, v: Tensor, length: Tensor | None, time: int) -> AttentionState:
-        """Return the state after ``k`` and ``v``, whose last ``time`` slots are new. ``length`` as in :meth:`_run`."""
-        read = time if length is None else length
-        cached = state.cached + read
+    def _advance(self, state: AttentionState, k: Tensor, v: Tensor, length: Tensor | None) -> AttentionState:
+        """Return the state after the new ``k`` and ``v``. ``length`` as in :meth:`_run`."""
+        time, cached = k.shape[1], state.cached + (k.shape[1] if length is None else length)
         if self.window is None:
             # the compiler does not know the number of slots in use: the state then keeps all
-            slots = k.shape[1] if length is None or torch.compiler.is_compiling() else int(cached.max())
+            every = length is None or torch.compiler.is_compiling()
+            slots = state.keys.shape[1] + time if every else int(cached.max())
         else:
             slots = self.window - 1
             cached = cached.clamp(max=slots)
+        if length is not None or time < slots or self.window is None:
+            k, v = torch.cat((state.keys, k), dim=1), torch.cat((state.values, v), dim=1)
         if length is None:
+            read: Tensor | int = time
             spare = k.shape[1] - slots
             k, v = k[:, spare:], v[:, spare:]
             if spare > slots:  # a view would keep the keys and values of all tokens alive
                 k, v = k.clone(), v.clone()
         else:
             # rows with more valid tokens need fewer of the slots before them than other rows
-            before = max(0, slots - (k.shape[1] - time))
+            read, before = length, max(0, slots - (k.shape[1] - time))
             end = length + (before + k.shape[1] - time)
             k, v = [last(F.pad(x, (0, 0, 0, 0, before, 0)), end, slots) for x in (k, v)]
         return state._replace(keys=k, values=v, cached=cached, position=state.position + read)

@@ -57,6 +57,7 @@ def run_documents(
     init_state: Callable[[int], State],
     *,
     grows: bool = False,
+    selects: bool = False,
     join: Callable[[Sequence[State]], State] = concatenate,
 ) -> tuple[Tensor, State]:
     """Return the outputs ``[batch, time, ...]`` of packed documents, and the state after the last of each row.
@@ -70,6 +71,7 @@ def run_documents(
         mask: that of the batch.
         init_state: returns a fresh state.
         grows: whether the states of rows differ in shape.
+        selects: whether ``run`` takes ``ends``, the numbers of the rows whose states it returns.
         join: concatenates states.
     """
 
@@ -98,11 +100,13 @@ def run_documents(
             before = begin(len(rows_of))
             if group.continues and state is not None:
                 before = state if rows_of == list(range(documents.rows)) else select(state, rows_of)
-            y, after = run(*(documents.unpack(x, group) for x in inputs), before, group.filled)
-            outputs.append(y)
             final = [place for place, i in enumerate(group.documents) if last[documents.row[i]] == i]
+            some = len(final) < len(rows_of)
+            named = {"ends": final} if selects and some else {}
+            y, after = run(*(documents.unpack(x, group) for x in inputs), before, group.filled, **named)
+            outputs.append(y)
             if final:
-                ends.append(after if len(final) == len(rows_of) else select(after, final))
+                ends.append(select(after, final) if some and not selects else after)
                 order += [rows_of[place] for place in final]
         unread = [b for b, i in enumerate(last) if i is None]
         if unread:

@@ -146,7 +146,8 @@ class NeuralMemory(Block):
             for x in parameters:
                 part.append(x.to(dtype, copy=True).expand(batch_size, *x.shape))
         if self.momentum and not momentum:
-            momentum.extend(map(torch.zeros_like, weights))
+            for x in weights:
+                momentum.append(torch.zeros_like(x[:1]).expand_as(x))
         return NeuralMemoryState(
             MemoryState(tuple(weights), tuple(momentum), tuple(weights), new(batch_size, dtype=torch.int64)),
             new(batch_size, self.conv - 1, 3 * self.dim) if self.conv else None,
@@ -165,7 +166,8 @@ class NeuralMemory(Block):
         if documents is None:
             y, state = self.update(x, state, mask=mask)
         else:
-            y, state = run_documents(self.update, documents, [x], state, mask, self.init_state)
+            projected = [linear(self.qkv, x), linear(self.controls, x)]
+            y, state = run_documents(self._update_projected, documents, projected, state, mask, self.init_state)
         if mask is None:
             return self.project_output(y, x), state
         valid = mask.unsqueeze(-1)
@@ -198,15 +200,30 @@ class NeuralMemory(Block):
         y = read_memory(q, state.memory.weights, self.activation, self.norm_gain)
         return linear(self.output, gated_norm(y, self.output_gain, gate))
 
-    def update(
-        self, x: Tensor, state: NeuralMemoryState | None, mask: Tensor | None = None
+    def _update_projected(
+        self, x: Tensor, gates: Tensor, state: NeuralMemoryState | None, mask: Tensor | None
     ) -> tuple[Tensor, NeuralMemoryState]:
-        """``forward`` up to the outputs of the operation, ``[batch, time, heads, dim / heads]``."""
+        """``update`` from the results of ``qkv`` and ``controls``."""
+        return self.update(x, state, mask=mask, projected_gates=gates)
+
+    def update(
+        self,
+        x: Tensor,
+        state: NeuralMemoryState | None,
+        *,
+        mask: Tensor | None = None,
+        projected_gates: Tensor | None = None,
+    ) -> tuple[Tensor, NeuralMemoryState]:
+        """``forward`` up to the outputs of the operation, ``[batch, time, heads, dim / heads]``.
+
+        If ``projected_gates``, the result of ``controls``, is given, ``x`` is that of ``qkv``.
+        """
         state = self.init_state(x.shape[0]) if state is None else state
         layout = None if mask is None else align(mask)
         if layout is not None:
             x = layout.spread(x)  # the valid tokens of each row first
-        tokens, history, gates = self.inputs(x, state, None if layout is None else layout.length)
+            projected_gates = None if projected_gates is None else layout.spread(projected_gates)
+        tokens, history, gates = self.inputs(x, state, None if layout is None else layout.length, projected_gates)
         if self.use == "read":
             y, memory = read_memory(tokens.q, state.memory.weights, self.activation, self.norm_gain), None
         else:
@@ -220,23 +237,25 @@ class NeuralMemory(Block):
         return y if layout is None else layout.collect(y), NeuralMemoryState(memory or state.memory, history, gates)
 
     def inputs(
-        self, x: Tensor, state: NeuralMemoryState, length: Tensor | None
+        self, x: Tensor, state: NeuralMemoryState, length: Tensor | None, projected_gates: Tensor | None = None
     ) -> tuple[Tokens, Tensor | None, Tensor | None]:
         """Return the inputs of the operation, and the fields ``convolution`` and ``gates`` of the next state.
 
         ``length``: ``[batch]``, the number of valid tokens at the start of each row; ``None`` if all are valid.
         """
-        layers = self.decode_layers(x) if length is None and x.shape[1] == 1 else None
+        few = length is None and x.shape[1] == 1 and projected_gates is None
+        layers = self.decode_layers(x) if few else None
         if layers is not None:
             q, k, v, (theta, *others), history = memory_inputs(x, state.convolution, layers)
             gates = None
         else:
             # under autocast, the state keeps its dtype
-            projected = linear(self.qkv, x).to(self.output_gain.dtype)
+            projected = (linear(self.qkv, x) if projected_gates is None else x).to(self.output_gain.dtype)
             q, k, v, history = query_key_value(projected, self.convolution, state.convolution, self.heads, length)
             if self.use == "read":
                 return Tokens(q, k, v, q.new_zeros(q.shape[:3]), None, None), history, state.gates
-            raw, gates = linear(self.controls, x).to(projected.dtype), state.gates
+            raw = linear(self.controls, x) if projected_gates is None else projected_gates
+            raw, gates = raw.to(projected.dtype), state.gates
             if gates is not None:
                 raw, gates = self._gates_of_chunks(raw, gates, state.memory.position, length)
             gate = hardsigmoid if self.gating == "hard_sigmoid" else torch.sigmoid
