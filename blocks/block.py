@@ -155,7 +155,10 @@ class Block(nn.Module):
         if mask is not None:
             named["mask"] = mask
         if documents is not None or cu_seqlens is not None or type(state) is DocumentState:
-            return self._run_documents(x, state, documents, cu_seqlens, named)
+            # packings differ from batch to batch: each would be compiled anew
+            compiling = torch.compiler.is_compiling()
+            run = torch.compiler.disable(self._run_documents) if compiling else self._run_documents
+            return run(x, state, documents, cu_seqlens, named)
         # the state of a block inside is part of the one that was checked
         if torch.compiler.is_compiling() or _call.inside:
             return super().__call__(x, state, *others, **named)

@@ -217,7 +217,9 @@ class LanguageModel(nn.Module):
             packed = expect_documents(documents, cu_seqlens, x, mask, None if state is None else state.document)
             if targets is None and tokens is not None and self.vocab is not None:
                 targets = packed.next_tokens(tokens, IGNORED)
-        hidden, state = self.run(x, state, mask, packed)
+        # packings differ from batch to batch: each would be compiled anew
+        run = torch.compiler.disable(self.run) if packed is not None and torch.compiler.is_compiling() else self.run
+        hidden, state = run(x, state, mask, packed)
         logits = None if self.vocab is None else self.predict(hidden)
         loss = None
         if targets is not None:

@@ -241,6 +241,19 @@ def test_packed_documents_are_not_observed():
         model(tokens, documents=tokens)
 
 
+@pytest.mark.parametrize("name", [pytest.param("model", marks=pytest.mark.slow), "block"])
+def test_compiled_modules_run_packed_documents_eagerly(name):
+    ids = [torch.tensor([[0, 0, 0, 1, 1, 1]]), torch.tensor([[0, 1, 1, 1, 2, 2]])]
+    if name == "model":
+        module, x = tb.build(tb.load_recipe("mag", overrides={"dim": 16}), seed=0), torch.zeros(1, 6, dtype=torch.int64)
+    else:
+        module, x = build(MEMORY), torch.randn(1, 6, DIM, dtype=torch.float64)
+    compiled = torch.compile(module, backend="eager")
+    for documents in ids:
+        got, expected = compiled(x, documents=documents), module(x, documents=documents)
+        torch.testing.assert_close(got[0], expected[0], rtol=0, atol=0)
+
+
 def test_groups_waste_little():
     generator = torch.Generator().manual_seed(0)
     for count in (1, 2, 30, 1000):
