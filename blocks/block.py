@@ -200,12 +200,20 @@ class Block(nn.Module):
         before = None
         if type(state) is DocumentState:
             state, before = state
+            rows, name = x.shape[0], type(self).__name__
+            if not isinstance(before, Tensor) or before.dtype != torch.int64 or before.dim() != 1:
+                got = f"{before.dtype} {list(before.shape)}" if isinstance(before, Tensor) else type(before).__name__
+                raise TypeError(f"{name}: document of the state: expected int64 [{rows}], got {got}")
+            if len(before) != rows:
+                raise ValueError(f"{name}: the state has {len(before)} rows (document), the inputs have {rows}")
         if documents is None and cu_seqlens is None:
             y, state = self(x, state, **named)
             return y, state if before is None else DocumentState(state, before)
         if state is not None:
             check_state(self, state, x.shape[0])
-        found = expect_documents(documents, cu_seqlens, x, mask, before)
+        found = expect_documents(self, documents, cu_seqlens, x, mask, before)
+        if mask is not None:  # masked inputs may be NaN, which must not reach gradients of projections
+            x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
         y, state = self(x, state, documents=found, **named)
         return y, DocumentState(state, found.after)
 

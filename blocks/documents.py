@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..kernels.documents import Documents, packed_ids
-from .observers import active
+from .observers import active, observers_of
 from .state import State, concatenate, map_state, select, where
 
 
@@ -23,15 +23,20 @@ class DocumentState(NamedTuple):
 
 
 def expect_documents(
-    documents: Tensor | None, cu_seqlens: Tensor | None, x: Tensor, mask: Tensor | None, before: Tensor | None
+    block: nn.Module,
+    documents: Tensor | None,
+    cu_seqlens: Tensor | None,
+    x: Tensor,
+    mask: Tensor | None,
+    before: Tensor | None,
 ) -> Documents:
-    """Return the documents of ``x`` [batch, time, ...]: see ``Documents``.
+    """Return the documents of the inputs ``x`` [batch, time, ...] of ``block``: see ``Documents``.
 
     ``documents``: ids ``[batch, time]``. ``cu_seqlens``: boundaries ``[documents + 1]`` in one row, of which the first
     document goes on from a given state unless it is empty.
     """
     rows, time = x.shape[:2]
-    if active:
+    if active and any(True for module in block.modules() for _ in observers_of(module)):
         raise ValueError("packed documents cannot be observed: give each document as a row")
     if cu_seqlens is not None:
         if documents is not None:

@@ -214,7 +214,7 @@ class LanguageModel(nn.Module):
             state = trainable(state) if recording else state
         packed = None
         if documents is not None or cu_seqlens is not None:
-            packed = expect_documents(documents, cu_seqlens, x, mask, None if state is None else state.document)
+            packed = expect_documents(self, documents, cu_seqlens, x, mask, None if state is None else state.document)
             if targets is None and tokens is not None and self.vocab is not None:
                 targets = packed.next_tokens(tokens, IGNORED)
         # packings differ from batch to batch: each would be compiled anew
@@ -231,7 +231,7 @@ class LanguageModel(nn.Module):
         given = embeddings if tokens is None else tokens
         assert given is not None
         options = {"mask": mask, "documents": documents, "cu_seqlens": cu_seqlens}
-        copies: dict[str, Any] = {name: x.clone() for name, x in options.items() if x is not None}
+        copies = {name: torch.as_tensor(x).clone() for name, x in options.items() if x is not None}
         out._replay = functools.partial(rewind, self, before, given.clone(), check_finite=check_finite, **copies)
         return out
 

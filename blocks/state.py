@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ..kernels.documents import packed_ids
 from .observers import suppressed
 
 State: TypeAlias = Any
@@ -209,14 +210,21 @@ def rewind(
     longest = max(counts)
     if longest == 0:
         return block.init_state(len(counts)) if state is None else state
+    for name, ids in (("mask", mask), ("documents", documents)):
+        if isinstance(ids, Tensor) and ids.shape != x.shape[:2]:
+            raise ValueError(f"rewind: {name} {list(ids.shape)}: expected [batch, time] = {list(x.shape[:2])}")
+    if cu_seqlens is not None:
+        packed_ids(cu_seqlens, *x.shape[:2])  # checks
+        ends = torch.as_tensor(cu_seqlens)
+        if longest < x.shape[1]:
+            ends = torch.cat((ends[ends < longest], ends.new_tensor([longest])))
+        options["cu_seqlens"] = ends
     x, mask = x[:, :longest], None if mask is None else mask[:, :longest]
     if min(counts) < longest:
         within = torch.arange(longest, device=x.device) < torch.tensor(counts, device=x.device).unsqueeze(1)
         mask = within if mask is None else mask & within
     if documents is not None:
         options["documents"] = documents[:, :longest]
-    if cu_seqlens is not None:
-        options["cu_seqlens"] = torch.cat((cu_seqlens[cu_seqlens < longest], cu_seqlens.new_tensor([longest])))
     with suppressed():  # observers have seen these tokens
         if not hasattr(block, "embed"):
             return block(x, state, mask=mask, **options)[1]

@@ -78,8 +78,7 @@ class Documents:
         self._tokens, found = flat, host.flatten()[flat]
         row = flat // max(self.time, 1)
         same_row = row[1:] == row[:-1]
-        step = found[1:] - found[:-1]
-        wrong = (same_row & (step < 0)).nonzero()
+        wrong = (same_row & (found[1:] < found[:-1])).nonzero()
         if len(wrong):
             at = int(flat[1:][wrong[0]])
             old, new = int(found[wrong[0]]), int(found[wrong[0] + 1])
@@ -88,7 +87,7 @@ class Documents:
                 "that do not decrease along a row"
             )
         # the first token of all, and each that differs from the one before in row or document
-        begins = F.pad(~same_row | (step != 0), (1, 0), value=True)[: len(flat)].nonzero().flatten()
+        begins = F.pad(~same_row | (found[1:] != found[:-1]), (1, 0), value=True)[: len(flat)].nonzero().flatten()
         self._starts: list[int] = begins.tolist()
         self.row = row[begins].tolist()
         self.length = torch.diff(begins, append=torch.tensor([len(flat)])).tolist()

@@ -234,11 +234,65 @@ def test_a_state_of_other_rows_is_an_error():
         block(x, select(state, [0]), documents=ids)
 
 
+def test_a_wrong_document_of_a_state_is_an_error():
+    x, ids = torch.randn(2, 4, DIM, dtype=torch.float64), torch.zeros(2, 4, dtype=torch.int64)
+    for block in (build(MEMORY), build("ffn")):
+        _, (state, _) = block(x, documents=ids)
+        for document in (torch.zeros(2), [0, 0]):
+            with pytest.raises(TypeError, match=r"document of the state: expected int64 \[2\]"):
+                block(x, DocumentState(state, document), documents=ids)
+        with pytest.raises(ValueError, match="the state has 1 rows"):
+            block(x, DocumentState(state, torch.tensor([0])), documents=ids)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_masked_inputs_that_are_not_numbers_reach_no_gradient(name):
+    block, x = build(BLOCKS[name]), torch.randn(1, 6, DIM, dtype=torch.float64)
+    mask, ids = torch.tensor([[True, True, False, True, True, False]]), torch.tensor([[0, 0, 0, 1, 1, 1]])
+    x[~mask] = torch.nan
+    block(x, mask=mask, documents=ids)[0].square().sum().backward()
+    assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in block.parameters())
+
+
+def test_ids_may_be_far_apart():
+    ids = torch.tensor([[-(2**63) + 1, 2**62]])  # the difference does not fit into 64 bits
+    assert Documents(ids).length == [1, 1]
+
+
+@pytest.mark.parametrize("ends", [[0, 3, 6], [0, 0, 3, 3, 6, 6]])
+def test_going_back_takes_boundaries_as_a_list_and_keeps_empty_documents(ends):
+    model = tb.build(tb.load_recipe("lmm", overrides={"dim": 16}), seed=0).double()
+    tokens = torch.randint(256, (1, 6), generator=torch.Generator().manual_seed(0))
+    out = model(tokens, cu_seqlens=ends, rewindable=True)
+    for count in (2, 4, 6):
+        expected = (
+            out.state if count == 6 else model(tokens[:, :count], cu_seqlens=[*filter(count.__gt__, ends), count]).state
+        )
+        for state in (out.rewind(count), tb.state.rewind(model, None, tokens, count, cu_seqlens=ends)):
+            for (path, got), (_, wanted) in zip(named_tensors(state), named_tensors(expected)):
+                assert torch.equal(got, wanted), path
+
+
+@pytest.mark.parametrize(
+    "named", [{"documents": torch.zeros(2, 5, dtype=torch.int64)}, {"mask": torch.ones(2, 5, dtype=torch.bool)}]
+)
+def test_going_back_refuses_arguments_that_the_call_refuses(named):
+    x = torch.randn(2, 4, DIM, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"\[2, 5\]: expected \[batch, time\] = \[2, 4\]"):
+        tb.state.rewind(build(MEMORY), None, x, 2, **named)
+    with pytest.raises(ValueError, match="cu_seqlens: expected boundaries from 0 to the number of tokens, 4"):
+        tb.state.rewind(build(MEMORY), None, x[:1], 2, cu_seqlens=[0, 3])
+
+
 def test_packed_documents_are_not_observed():
     model = tb.build(tb.load_recipe("lmm", overrides={"dim": 16}), seed=0)
     tokens = torch.zeros(1, 4, dtype=torch.int64)
     with tb.observe(model), pytest.raises(ValueError, match="packed documents cannot be observed"):
         model(tokens, documents=tokens)
+    other = tb.build(tb.load_recipe("lmm", overrides={"dim": 16}), seed=0)
+    with tb.observe(model):  # does not see other models, nor tokens that are read again
+        other(tokens, documents=tokens)
+        tb.state.rewind(model, None, tokens, 2, documents=tokens)
 
 
 @pytest.mark.parametrize("name", [pytest.param("model", marks=pytest.mark.slow), "block"])
