@@ -97,6 +97,8 @@ class StateLayer(CacheLayerMixin):
         if not 0 <= removed <= self.tokens:
             raise SwapError(f"crop({tokens_to_remove}): expected 0 to {-self.tokens}, the tokens that were read")
         self._ended = True
+        if removed == 0:
+            return
         left = removed
         while left and kept:
             record = kept.pop()
@@ -105,20 +107,24 @@ class StateLayer(CacheLayerMixin):
             left -= record.tokens - stays
             if stays:
                 kept.append(Record(stays, {name: replay.first(stays) for name, replay in record.replays.items()}))
-        if left and removed < self.tokens and any(batch_size(state) is not None for state in self.states.values()):
+        stateful = any(batch_size(state) is not None for state in self.states.values())
+        if left and stateful and removed < self.tokens:
             raise SwapError(
                 f"crop({tokens_to_remove}): a memory can forget the last {removed - left} of the {self.tokens} tokens "
-                f"that it has read: those of the last call, and of short calls before it, unless rows were selected since; "
-                "copy.deepcopy(cache) before reading more"
+                "that it has read: those of the last call, and of short calls before it, unless rows were selected "
+                "since; copy.deepcopy(cache) before reading more"
             )
+        before: dict[str, State] = {}
         try:
-            states = {name: replay.after(stays) for name, (replay, stays) in undone.items()}
+            if left == 0 or not stateful:
+                before = self.states | {name: replay.after(stays) for name, (replay, stays) in undone.items()}
         except SwapError as error:
-            raise SwapError(f"crop({tokens_to_remove}): {error}") from None
-        restore({name: (self.states[name], state) for name, state in states.items()})
-        self.states = {**self.states, **states} if removed < self.tokens else {}
+            if removed < self.tokens:
+                raise SwapError(f"crop({tokens_to_remove}): {error}") from None
+        restore(self.states, before)
+        self.states = before if removed < self.tokens else {}
         self.tokens -= removed
-        self.records = tuple(kept)
+        self.records = tuple(kept) if self.tokens else ()
 
 
 class MemoryLayer(StateLayer):
@@ -177,7 +183,8 @@ class CallCache:
             layer = MemoryLayer()
             replicate = self.cache.layer_class_to_replicate
             if replicate is not None:  # layers are created when they are first used: create all, to append the states
-                count = 1 + max((_index(module) or 0 for module in opener.modules()), default=0)
+                roots = (opener, *(site.original for site in results if isinstance(site, Replacement)))
+                count = 1 + max(_index(module) or 0 for root in roots for module in root.modules())
                 layers.extend(replicate() for _ in range(count - len(layers)))
             layers.append(layer)
             if hasattr(self.cache, "set_linear_cache"):  # MiniMax's, which has a second list as long as the layers

@@ -171,13 +171,20 @@ class StateContext:
 memory = StateContext
 
 
-def restore(states: Mapping[str, tuple[State, State]]) -> None:
-    """Go back in the contexts of this thread: for the key of a site, the state that it has, and the one before."""
+def restore(now: Mapping[str, State], before: Mapping[str, State]) -> None:
+    """Go back in the contexts of this thread that have the states ``now`` of sites, by their keys.
+
+    Raises ``SwapError`` if the state ``before`` is not known.
+    """
     for context, _ in _active.get():
-        held = context._state
-        if held is not None:
-            pairs = ((old, states.get(site.key, (None, None))) for site, old in zip(context._index, held.sites))
-            context._state = held._replace(sites=tuple(new if old is now else old for old, (now, new) in pairs))
+        if context._state is None:
+            continue
+        sites = dict(zip(context._index, context._state.sites))
+        followed = {s for s, state in sites.items() if batch_size(state) and state is now.get(s.key)}
+        if any(site.key not in before for site in followed):
+            raise SwapError("crop: tb.memory cannot go back so far: assign an earlier m.state, and start a new cache")
+        new = tuple(before[site.key] if site in followed else state for site, state in sites.items())
+        context._state = context._state._replace(sites=new)
 
 
 def active_context(site: Site) -> StateContext | None:

@@ -208,6 +208,7 @@ def test_cropping_after_a_long_call(llama, text, how):
 @torch.no_grad()
 def test_the_carried_state_is_cropped_with_the_cache(llama, text):
     model, t = llama().double(), text()
+    whole = model(t).logits
     with tb.memory(model) as m:
         model(t[:, :3])
         cache = model(t[:, 3:5], use_cache=True).past_key_values
@@ -219,6 +220,28 @@ def test_the_carried_state_is_cropped_with_the_cache(llama, text):
         cache.crop(-3)
         for mine, other in zip(*[[x for _, x in tb.state.named_tensors(state)] for state in (m.state, expected)]):
             assert_close(mine, other, atol=1e-12, rtol=1e-12)
+        for start in range(5, 8):
+            model(t[:, start : start + 1], past_key_values=cache)
+            cache.crop(0)
+        with pytest.raises(SwapError, match=r"crop: tb\.memory cannot go back so far"):
+            cache.crop(-5)
+    with tb.memory(model) as m:
+        cache = model(t[:, :3], use_cache=True).past_key_values
+        cache.crop(-3)  # all, to a fresh state
+        assert_close(model(t[:, :5], past_key_values=cache).logits, whole[:, :5])
+
+
+@torch.no_grad()
+def test_a_cropped_cache_without_attention(llama, text):
+    model, t = llama("model.layers.*", "replace").double(), text()
+    tb.swap(model, "model.norm", MEMORY, "after", gate=0.5)
+    whole = model(t, use_cache=False).logits
+    for cache in (transformers.DynamicCache(), transformers.DynamicCache(config=model.config)):
+        model(t[:, :4], past_key_values=cache)
+        model(t[:, 4:6], past_key_values=cache)
+        cache.crop(-3)
+        assert cache.get_seq_length() == 3
+        assert_close(model(t[:, 3:], past_key_values=cache).logits, whole[:, 3:], atol=1e-10, rtol=1e-10)
 
 
 def test_what_cannot_be_cropped(llama, text):
@@ -246,9 +269,12 @@ def test_what_cannot_be_cropped(llama, text):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("block", [lambda dim: torch.nn.Linear(dim, dim), {"type": "attention", "heads": 2}])
-def test_cropping_other_blocks(llama, text, block):
+@pytest.mark.parametrize("block", [lambda dim: torch.nn.Linear(dim, dim), {"type": "attention", "heads": 2}, "ffn"])
+@pytest.mark.parametrize("alone", [False, True])
+def test_cropping_other_blocks(llama, text, block, alone):
     model, t = llama(how="after"), text(1, 12)
+    if alone:
+        tb.unswap(model)
     tb.swap(model, "model.layers.*.mlp", block, "beside", gate=0.5)
     model.double()
     whole = model(t, use_cache=False).logits
