@@ -69,8 +69,10 @@ class PackedRows:
         named, mask, ids = arguments.named, mask_tensor(arguments.named), self.ids
         if mask is not None and mask.dim() == 4 and not any(mask is known for known in self._masks):
             self._masks.append(mask)
+            if ids is None or mask.shape[2] != ids.shape[1]:
+                return True
             found = find_documents({"attention_mask": mask}, past, where)
-            return ids is None or mask.shape[2] != ids.shape[1] or (found is not None and not (found != ids).any())
+            return found is not None and bool((found.to(ids.device) == ids).all())
         x = named.get(arguments.first)
         if "attention_mask" not in named or named["attention_mask"] is not None or not isinstance(x, Tensor):
             return True
@@ -119,12 +121,13 @@ def find_documents(named: Mapping[str, Any], past: int | None, where: str) -> Te
         positions = positions[0]  # of the text; the other three are of images
     if mask is not None and mask.dim() == 2 and not mask.is_floating_point() and bool((mask > 1).any()):
         raise SwapError(f"{where}: attention_mask has numbers of documents, expected 1 or 0: give position_ids")
-    shape = rows, time = _tokens(named, mask, lengths, numbers, positions)
+    rows, time, device = _tokens(named, mask, lengths, numbers, positions)
+    shape = rows, time
     if time < 2:
         return None
     real = None if mask is None else Mask(mask, marks_padding=False).real_tokens(rows, time, past, where)
     # the real token before each, -1 if there is none
-    places = torch.arange(time, device=None if mask is None else mask.device).expand(rows, time)
+    places = torch.arange(time, device=device if mask is None else mask.device).expand(rows, time)
     before = pad((places if real is None else places.masked_fill(~real, -1).cummax(1).values)[:, :-1], (1, 0), value=-1)
     follows = before >= 0 if real is None else real & (before >= 0)
 
@@ -161,19 +164,23 @@ def find_documents(named: Mapping[str, Any], past: int | None, where: str) -> Te
     return found[several[0]].cumsum(1)
 
 
-def _tokens(named: Mapping[str, Any], mask: Tensor | None, lengths: Any, *ids: Any) -> tuple[int, int]:
-    """The numbers of rows and of tokens in each. The time is 0 if nothing says where documents begin."""
+def _tokens(
+    named: Mapping[str, Any], mask: Tensor | None, lengths: Any, *ids: Any
+) -> tuple[int, int, torch.device | None]:
+    """The numbers of rows and of tokens in each, and their device. Zeros if nothing says where documents begin."""
     known = [x for x in ids if isinstance(x, Tensor) and x.dim() == 2]
     if not known and not isinstance(lengths, Tensor) and (mask is None or mask.dim() == 2):
-        return 0, 0
+        return 0, 0, None
     inputs = (named.get(name) for name in ("input_ids", "inputs_embeds", "hidden_states"))
     read = next((x for x in inputs if isinstance(x, Tensor) and x.dim() > 1), None)
     if read is not None:
-        return read.shape[0], read.shape[1]
+        return read.shape[0], read.shape[1], read.device
     if mask is not None and mask.dim() == 4:
-        return mask.shape[0], mask.shape[2]
-    rows = [len(x) for x in (mask, *known) if x is not None]
-    return max(rows, default=1), known[0].shape[1] if known else int(lengths[-1])
+        return mask.shape[0], mask.shape[2], mask.device
+    rows = max((len(x) for x in (mask, *known) if x is not None), default=1)
+    if known:
+        return rows, known[0].shape[1], known[0].device
+    return rows, int(lengths[-1]) // rows, lengths.device
 
 
 def _fit(x: Tensor, shape: tuple[int, int], name: str, where: str) -> Tensor:
