@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...blocks.documents import expect_documents
+from ...blocks.language_model import LanguageModel
 from ...kernels.documents import Documents
 from ...registry import show
 from ..swapping.adapter import SwapError
@@ -62,7 +63,9 @@ def real_tokens(attention_mask: Tensor | None, rows: int, time: int, before: int
     return mask
 
 
-def read_rows(given: Mapping[str, Any], x: Tensor, before: int) -> tuple[Tensor | None, Documents | None]:
+def read_rows(
+    model: LanguageModel, given: Mapping[str, Any], x: Tensor, before: int
+) -> tuple[Tensor | None, Documents | None]:
     """The real tokens of ``x`` [rows, time, dim], bool ``[rows, time]``, and the documents of rows that hold several.
 
     ``given``: ``attention_mask``, ``position_ids`` and further arguments, by name. ``before``: the number of tokens
@@ -93,4 +96,6 @@ def read_rows(given: Mapping[str, Any], x: Tensor, before: int) -> tuple[Tensor 
                 f"attention_mask {list(pairs.shape)}: expected [batch, 1, time, time], without a cache, with each "
                 f"token attending to itself and all tokens before it in its document. {ONE_DOCUMENT}"
             )
-    return mask, None if ids is None else expect_documents(ids.expand(rows, time).to(x.device), None, x, mask, None)
+    return mask, None if ids is None else expect_documents(
+        model, ids.expand(rows, time).to(x.device), None, x, mask, None
+    )

@@ -244,7 +244,7 @@ class TitansBuildModel(TitansBuildPreTrainedModel):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else self._check_embeddings(inputs_embeds)
         rows, time, _ = x.shape
         given = {"attention_mask": attention_mask, "position_ids": position_ids, **documents}
-        mask, packed = read_rows(given, x, 0 if cache is None else cache.length)
+        mask, packed = read_rows(self.model, given, x, 0 if cache is None else cache.length)
         if mask is not None:
             self.model.check_mask(mask, (rows, time))
         if packed is not None:
@@ -363,7 +363,7 @@ class TitansBuildForCausalLM(TitansBuildPreTrainedModel, GenerationMixin):
             logits = self.lm_head(hidden)
             before = 0 if read.get(CACHE, None) is None else read[CACHE].length - time
             given = {"attention_mask": attention_mask, "position_ids": position_ids, **documents}
-            mask, packed = read_rows(given, hidden, before)
+            mask, packed = read_rows(self.model, given, hidden, before)
             loss = next_token_loss(logits, labels, mask, num_items_in_batch, packed)
             logits = logits[:, kept]
         else:

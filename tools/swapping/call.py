@@ -142,11 +142,11 @@ class ModelCall:
             )
         if again:
             mask = self._recorded_mask(site, time)
-            return site.run(x, trainable(self._before.get(site)), mask, self.packed.documents(x, mask, site.path))[0]
+            return site.run(x, trainable(self._before.get(site)), mask, self.packed.documents(site, x, mask))[0]
         mask = self._mask(site, site.adapter.padding_mask(arguments), rows, time)
         state = self._start(site, rows, time)
         if self.cache is None or torch.is_grad_enabled():
-            y, after = site.run(x, state, mask, self.packed.documents(x, mask, site.path))
+            y, after = site.run(x, state, mask, self.packed.documents(site, x, mask))
             replays: tuple[Replay, ...] = ()
         else:
             y, after, replays = _run_and_keep(site, x, state, mask)

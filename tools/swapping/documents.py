@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ...blocks.documents import expect_documents
+from ...blocks.observers import active
 from ...kernels.documents import Documents
 from .adapter import Arguments, SwapError, signature
 from .padding import Mask, attended, mask_tensor
+from .site import Site
 
 CARRIERS = ("position_ids", "cu_seq_lens_q", "seq_idx", "attention_mask")
 """The arguments that say where documents begin."""
@@ -88,21 +90,25 @@ class PackedRows:
             return arguments
         return with_documents(arguments, self.ids)
 
-    def documents(self, x: Tensor, mask: Tensor | None, where: str) -> Documents | None:
-        """The documents of ``x`` [rows, time, dim]. Raises ``SwapError`` if they are of other tokens."""
+    def documents(self, site: Site, x: Tensor, mask: Tensor | None) -> Documents | None:
+        """The documents of ``x`` [rows, time, dim], which the block of ``site`` reads.
+
+        Raises ``SwapError`` if they are of other tokens, and ``ValueError`` if the block is observed.
+        """
         if self.ids is None:
             return None
         rows, time, _ = x.shape
         if self.ids.shape[1] != time or self.ids.shape[0] not in (1, rows):
             raise SwapError(
-                f"{where}: reads {rows} rows of {time} tokens, and the call has rows of several documents for "
+                f"{site.path}: reads {rows} rows of {time} tokens, and the call has rows of several documents for "
                 f"{list(self.ids.shape)} tokens: where they begin here is unknown"
             )
         for known, made in self._made:
-            if known is mask and made.device == x.device:
+            if known is mask and made.device == x.device and not active:
                 return made
-        self._made.append((mask, expect_documents(self.ids.expand(rows, time).to(x.device), None, x, mask, None)))
-        return self._made[-1][1]
+        made = expect_documents(site.block, self.ids.expand(rows, time).to(x.device), None, x, mask, None)
+        self._made.append((mask, made))
+        return made
 
 
 def find_documents(named: Mapping[str, Any], past: int | None, where: str) -> Tensor | None:

@@ -291,6 +291,17 @@ def test_states_are_of_one_document(llama: Any, small: Any, batch: Any) -> None:
 
 
 @torch.no_grad()
+def test_observed_models(llama: Any, small: Any, batch: Any) -> None:
+    model, recipe = llama.swapped("beside"), small()
+    observed = model.model.layers[1].self_attn.titans.block
+    for inside, call in ((observed, model), (recipe.model, recipe)):
+        with tb.observe(inside), pytest.raises(ValueError, match="packed documents cannot be observed"):
+            call(**only(batch, "position_ids"))
+    with tb.observe(small().model):  # another one
+        assert model(**only(batch, "position_ids")).logits.shape == (1, 21, 40)
+
+
+@torch.no_grad()
 def test_a_model_without_positions(batch: Any) -> None:
     model = BloomForCausalLM(BloomConfig(vocab_size=40, hidden_size=16, n_layer=1, n_head=2)).eval()
     tb.swap(model, "transformer.h.*", {"type": "memory", "heads": 2, "chunk": 4}, "after", gate=0.5)
