@@ -214,6 +214,7 @@ def cpu_seconds(*command: str) -> float:
     return min(once(), once())
 
 
+@pytest.mark.slow
 def test_start_up_takes_little_longer_than_importing_torch() -> None:
     torch_alone = cpu_seconds(sys.executable, "-c", "import torch")
     check = cpu_seconds(sys.executable, "-c", "from titans_build.tools.cli import run; run()", "check", "mac")

@@ -140,6 +140,7 @@ def test_an_unsupported_dtype_is_an_error() -> None:
         block(torch.randn(1, 3, 32, device=DEVICE))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
 def test_kernels_that_are_defined_without_the_interpreter_are_an_error(tmp_path: Path) -> None:
     script = tmp_path / "late.py"

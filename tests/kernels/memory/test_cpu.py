@@ -46,7 +46,9 @@ def error_ratio(got, expected):
 
 
 @pytest.mark.parametrize("time,chunk", [(1, 64), (15, 16), (63, 64), (100, 64), (130, 16), (129, 128)])
-@pytest.mark.parametrize("activation", ["gelu", "silu", "relu"])
+@pytest.mark.parametrize(
+    "activation", ["gelu", *(pytest.param(name, marks=pytest.mark.slow) for name in ("silu", "relu"))]
+)
 def test_float32_is_as_close_as_float32_can_be(time, chunk, activation):
     leaves = inputs(time)
     options = dict(chunk=chunk, activation=activation, clip=1.0)

@@ -19,6 +19,11 @@ def streamed(monkeypatch):
     monkeypatch.setenv("TITANS_BUILD_SCHEDULE", "streamed")
 
 
+def slow(*values):
+    """Values of a parameter that only ``make test-slow`` runs: Triton's interpreter takes a second for each program."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def inputs(time=9, d_in=6, d_out=None, hidden=10, depth=2, batch=1, heads=2, seed=0, edges=False):
     g = torch.Generator().manual_seed(seed)
     randn = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
@@ -65,14 +70,20 @@ def agree(leaves, tolerance=1e-10, oracle="reference", **options):
                 assert (a - b).norm() <= tolerance * b.norm().clamp(min=1e-3)
 
 
-@pytest.mark.parametrize("depth, activation", [(1, "identity"), (2, "identity"), (2, "relu"), (2, "silu"), (2, "gelu")])
-@pytest.mark.parametrize("norm, clip", [(True, None), (False, 0.5), (True, 0.5)])
+@pytest.mark.parametrize("depth, activation, norm, clip", [
+    (1, "identity", True, 0.5), (1, "identity", False, None), (2, "identity", False, 0.5), (2, "relu", True, None),
+    (2, "silu", False, 0.5), (2, "gelu", True, 0.5),
+    *(slow(2, activation, *rest) for activation in ("identity", "relu", "silu", "gelu")
+      for rest in ((True, None), (False, 0.5), (True, 0.5), (False, None))),
+])  # fmt: skip
 def test_against_the_oracle(depth, activation, norm, clip):
     agree(inputs(time=6, depth=depth, heads=1), chunk=4, activation=activation, norm=norm, clip=clip)
 
 
-@pytest.mark.parametrize("momentum, forgetting", [(False, True), (True, False), (False, False)])
-@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("momentum, forgetting, depth", [
+    (False, False, 2), (False, True, 1), (True, False, 2), slow(False, True, 2), slow(True, False, 1),
+    slow(False, False, 1),
+])  # fmt: skip
 def test_gates_that_are_not_there(momentum, forgetting, depth):
     agree(inputs(time=6, depth=depth, heads=1), chunk=4, momentum=momentum, forgetting=forgetting)
 
@@ -82,12 +93,12 @@ def test_gates_at_their_ends(read):
     agree(inputs(time=13, heads=1, edges=True), chunk=5, read=read, clip=1.0)
 
 
-@pytest.mark.parametrize("time, chunk", [(1, 1), (3, 1), (15, 16), (17, 16), (20, 7)])
+@pytest.mark.parametrize("time, chunk", [(1, 1), slow(3, 1), slow(15, 16), (17, 16), slow(20, 7)])
 def test_lengths(time, chunk):
     agree(inputs(time=time, heads=1), chunk=chunk)
 
 
-@pytest.mark.parametrize("d_in, d_out, hidden", [(16, 16, 40), (17, 5, 3), (3, 20, 64), (33, 33, 16)])
+@pytest.mark.parametrize("d_in, d_out, hidden", [slow(16, 16, 40), (17, 5, 3), (3, 20, 64), slow(33, 33, 16)])
 def test_widths(d_in, d_out, hidden):
     leaves = inputs(time=6, d_in=d_in, d_out=d_out, hidden=hidden, batch=1, heads=1)
     agree(leaves, chunk=3, norm=d_in == d_out)
@@ -98,6 +109,7 @@ def test_rows_at_different_places_and_masked_tokens():
     agree(inputs(time=11, batch=2, heads=1), chunk=4, position=torch.tensor([3, 0]), mask=mask, clip=1.0)
 
 
+@pytest.mark.slow
 def test_split_anywhere():
     leaves = inputs(time=10, d_in=4, hidden=5, heads=1)
     whole = results(leaves, "closed_form", chunk=4)
@@ -106,6 +118,7 @@ def test_split_anywhere():
             assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_states_kept_now_and_then():
     """Nine chunks: more than are worked on together."""
     agree(inputs(time=17, d_in=4, hidden=5, heads=1), oracle="closed_form", chunk=2, keep=3)
@@ -121,8 +134,8 @@ def test_float32():
 
 
 @pytest.mark.parametrize("given, setting, kept, tolerance", [
-    (torch.bfloat16, "highest", 8, 1e-2), (torch.float16, "highest", 11, 2e-3), (torch.float32, "high", 11, 2e-3),
-    (torch.float32, "medium", 8, 1e-2),
+    (torch.bfloat16, "highest", 8, 1e-2), slow(torch.float16, "highest", 11, 2e-3),
+    (torch.float32, "high", 11, 2e-3), slow(torch.float32, "medium", 8, 1e-2),
 ])  # fmt: skip
 def test_operands_that_are_not_float32(given, setting, kept, tolerance):
     """Of a model in half precision, or as ``torch.set_float32_matmul_precision`` allows; the state is float32.
@@ -166,7 +179,7 @@ def test_longer_chunks_than_a_program_takes_at_once():
     agree(inputs(time=75, d_in=4, hidden=20, batch=1, heads=1), oracle="closed_form", chunk=70, clip=1.0)
 
 
-@pytest.mark.parametrize("chunk, oracle", [(1, "closed_form"), (3, "reference"), (15, "closed_form")])
+@pytest.mark.parametrize("chunk, oracle", [slow(1, "closed_form"), (3, "reference"), slow(15, "closed_form")])
 def test_chunks_shorter_than_a_tile(chunk, oracle):
     """Many of them: more than a group, whole and in part, with rows at different phases and tokens that are masked."""
     rows = 2 if chunk > 1 else 1  # every token ends a chunk of one, whatever its position
