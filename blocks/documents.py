@@ -38,6 +38,8 @@ def expect_documents(
     rows, time = x.shape[:2]
     if active and any(True for module in block.modules() for _ in observers_of(module)):
         raise ValueError("packed documents cannot be observed: give each document as a row")
+    if x.is_meta:
+        raise ValueError("documents: the inputs are on the meta device, where boundaries have no values")
     if cu_seqlens is not None:
         if documents is not None:
             raise ValueError("give either documents [batch, time] or cu_seqlens [documents + 1], and not both")

@@ -131,13 +131,16 @@ def _generate(
     draft: Any,
 ) -> Generation:
     """Continue ``tokens`` from the logits and the state after them."""
-    if draft is not None and max_new_tokens:
-        source = _read_draft(draft, tokens, mask, sampler)
-        _keep_freed_memory(logits)
-        found = speculate(model, logits, state, sampler, max_new_tokens, source)
-        new_tokens, state, logits = map(trainable, (found.tokens, found.state, found.logits))
-        generation = DraftedGeneration(torch.cat([tokens, new_tokens], dim=1), state, logits)
-        generation._drafted = found.drafted
+    if draft is not None:
+        drafted = Drafted(0, 0, 0)
+        if max_new_tokens:
+            source = _read_draft(draft, tokens, mask, sampler)
+            _keep_freed_memory(logits)
+            found = speculate(model, logits, state, sampler, max_new_tokens, source)
+            new_tokens, state, logits = map(trainable, (found.tokens, found.state, found.logits))
+            tokens, drafted = torch.cat([tokens, new_tokens], dim=1), found.drafted
+        generation = DraftedGeneration(tokens, state, logits)
+        generation._drafted = drafted
         return generation
     new = []
     step = None

@@ -166,6 +166,8 @@ class ModelDraft:
         logits, state = reader.read(None)
         reader.advance(state)
         logits = logits[:, -1]
+        if not bool(logits.amax(dim=1).isfinite().all()):
+            raise ValueError("draft: its logits are not finite (its weights or its state)")
         tokens: list[list[int]] = []
         probabilities: list[Tensor] = []
         self._states = [state]

@@ -138,6 +138,34 @@ def test_custom_blocks_are_given_each_document_as_a_row():
     torch.testing.assert_close(state, x[:, 4:])
 
 
+class Shifted(Block):
+    """A memory whose documents begin from a state that this block changes."""
+
+    def __init__(self, dim):
+        super().__init__(dim)
+        self.of = tb.create(MEMORY, dim=dim)
+
+    def init_state(self, batch_size):
+        fresh = self.of.init_state(batch_size)
+        return fresh._replace(convolution=fresh.convolution + 1)
+
+    def forward(self, x, state=None, *, mask=None, documents=None):
+        if documents is not None:
+            documents = documents.starting(self.init_state(1))
+        elif state is None:
+            state = self.init_state(len(x))
+        return self.of(x, state, mask=mask, documents=documents)
+
+
+def test_a_custom_block_may_change_the_state_that_documents_begin_from():
+    block = Shifted(DIM).double()
+    with torch.no_grad():
+        block.of.reset_parameters()
+    x = torch.randn(1, 6, DIM, dtype=torch.float64)
+    y, _ = block(x, documents=torch.tensor([[0, 0, 0, 1, 1, 1]]))
+    torch.testing.assert_close(y, torch.cat([block(x[:, :3])[0], block(x[:, 3:])[0]], dim=1))
+
+
 def test_states_that_grow_and_do_not_fit_together_are_an_error():
     block = Cache(DIM)
     x = torch.randn(2, 4, DIM, dtype=torch.float64)
@@ -252,6 +280,12 @@ def test_masked_inputs_that_are_not_numbers_reach_no_gradient(name):
     x[~mask] = torch.nan
     block(x, mask=mask, documents=ids)[0].square().sum().backward()
     assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in block.parameters())
+
+
+def test_documents_on_the_meta_device_are_an_error():
+    block = build_block(MEMORY, dim=DIM, device="meta")
+    with pytest.raises(ValueError, match="documents: the inputs are on the meta device"):
+        block(torch.zeros(1, 2, DIM, device="meta"), documents=torch.zeros(1, 2, dtype=torch.int64, device="meta"))
 
 
 def test_ids_may_be_far_apart():

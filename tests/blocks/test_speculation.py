@@ -1,5 +1,6 @@
 """Speculative decoding: greedy tokens are those of plain decoding, and sampled ones have their distribution."""
 
+import copy
 import itertools
 import math
 
@@ -257,6 +258,20 @@ def test_an_invalid_draft_is_an_error(model, draft, error, message):
 def test_observers_are_not_shown_tokens_that_are_not_accepted(model):
     with tb.observe(model), pytest.raises(RuntimeError, match="draft: an observer would see tokens"):
         model.generate(ids(1, 4), 5, draft="prompt")
+
+
+def test_a_draft_whose_logits_are_not_finite_is_an_error(model, small):
+    broken = copy.deepcopy(small)
+    for parameter in broken.parameters():
+        parameter.data.fill_(torch.nan)
+    for temperature in (0.0, 1.0):
+        with pytest.raises(ValueError, match="draft: its logits are not finite"):
+            model.generate(ids(1, 8), 8, temperature=temperature, draft=broken)
+
+
+def test_no_new_tokens_are_drafted_in_no_calls(model, small):
+    for draft in ("prompt", small):
+        assert model.generate(ids(1, 8), 0, draft=draft).drafted == (0, 0, 0)
 
 
 def test_logits_that_are_not_finite_are_an_error():

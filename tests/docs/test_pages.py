@@ -12,8 +12,9 @@ from titans_build.tools import analyze, cli, infer, train
 
 
 def test_python_code_runs(
-    any_page: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing_stays_registered: None
+    any_page: Any, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing_stays_registered: None
 ) -> None:
+    (tmp_path / "docs").symlink_to(root / "docs")  # pages read each other as text
     monkeypatch.chdir(tmp_path)
     any_page.run_python()
 
