@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.custom_op import NOT_TRACED
+from ..kernels.dispatch import expect_values
 from ..kernels.documents import Documents
 from ..kernels.linear import is_unmodified
 from .documents import DocumentState, expect_documents, run_documents
@@ -344,6 +345,7 @@ def check_input(block: Block, x: Tensor, mask: Tensor | None = None, name: str =
             raise TypeError(f"{kind}: mask is {mask.dtype}: expected torch.bool, true at valid tokens")
         if mask.shape != x.shape[:2]:
             raise ValueError(f"{kind}: mask {list(mask.shape)}: expected {list(x.shape[:2])}")
+        expect_values(f"{kind}: mask", mask)
 
 
 def _find_parameter(module: Any) -> tuple[nn.Module, str]:

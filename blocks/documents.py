@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..kernels.dispatch import expect_values
 from ..kernels.documents import Documents, packed_ids
 from .observers import active, observers_of
 from .state import State, concatenate, map_state, select, where
@@ -43,6 +44,8 @@ def expect_documents(
     if cu_seqlens is not None:
         if documents is not None:
             raise ValueError("give either documents [batch, time] or cu_seqlens [documents + 1], and not both")
+        if isinstance(cu_seqlens, Tensor):
+            expect_values("cu_seqlens", cu_seqlens)
         ids, ended, empty = packed_ids(cu_seqlens, rows, time)
         return Documents(ids.to(x.device), mask, None, ended=ended, empty=empty)
     if not isinstance(documents, Tensor) or documents.dtype != torch.int64:
@@ -52,6 +55,7 @@ def expect_documents(
         raise ValueError(f"documents {list(documents.shape)}: expected [batch, time] = {[rows, time]}")
     if documents.device != x.device:
         raise ValueError(f"documents are on {documents.device}: expected {x.device}, as the inputs are")
+    expect_values("documents", documents)
     return Documents(documents, mask, before)
 
 

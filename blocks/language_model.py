@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, embedding
 
 from ..kernels.custom_op import NOT_TRACED
-from ..kernels.dispatch import transforming
+from ..kernels.dispatch import expect_values, shows_values, transforming
 from ..kernels.documents import NONE, Documents
 from ..kernels.linear import project
 from ..registry import Spec
@@ -198,7 +198,7 @@ class LanguageModel(nn.Module):
         before = state
         if mask is not None:
             self.check_mask(mask, (rows, time))
-        if embeddings is not None and check_finite and not torch.compiler.is_compiling():
+        if embeddings is not None and check_finite and not torch.compiler.is_compiling() and shows_values(embeddings):
             # norms square their inputs in float32 or wider: where that overflows, they return zeros
             wide = embeddings.detach().to(torch.promote_types(embeddings.dtype, torch.float32))
             finite = wide.square().sum(dim=-1).isfinite()
@@ -330,6 +330,7 @@ class LanguageModel(nn.Module):
     def check_mask(self, mask: Tensor, shape: tuple[int, int]) -> None:
         """Raise ``TypeError`` or ``ValueError`` unless ``mask`` is bool, of this shape, on the model's device."""
         self._check("mask", mask, torch.bool, shape)
+        expect_values("mask", mask)
 
     def check_targets(self, targets: Tensor, shape: tuple[int, int], name: str = "targets") -> None:
         """Raise ``TypeError`` or ``ValueError`` unless ``targets`` is int64, of this shape, ids or -100."""
@@ -345,7 +346,11 @@ class LanguageModel(nn.Module):
         recipe = state.recipe
         if isinstance(recipe, Tensor) and recipe.dtype == torch.int64:
             # checked before the shapes, because its message names both recipes
-            self.fingerprint.check(recipe)
+            try:
+                self.fingerprint.check(recipe)
+            except RuntimeError:
+                expect_values("state", recipe)
+                raise
         if not torch.compiler.is_compiling():
             check_state(self, state, rows)
 

@@ -273,6 +273,25 @@ def transforming() -> bool:
     return False
 
 
+def shows_values(x: Tensor) -> bool:
+    """Whether the values of a tensor can be looked at: ``vmap`` hides those of the tensors that it maps over."""
+    if not transforming():
+        return True
+    try:
+        x.flatten()[:1].tolist()
+    except RuntimeError:
+        return False
+    return True
+
+
+def expect_values(name: str, x: Tensor) -> None:
+    """Raise ``ValueError`` if ``vmap`` hides the values of the argument ``name``, which decide about shapes."""
+    if not shows_values(x):
+        raise ValueError(
+            f"{name}: vmap cannot map over it, because its values decide shapes: use a batch of rows"
+        )
+
+
 def is_plain_cpu_tensor(*tensors: Tensor | None) -> bool:
     """Whether a C kernel may read all of these at their addresses (``None`` is skipped).
 

@@ -49,3 +49,22 @@ def test_transforms_of_functions(model):
     ones = {name: torch.ones_like(x) for name, x in parameters.items()}
     slope = jvp(lambda parameters: loss(parameters, tokens), (parameters,), (ones,))[1]
     torch.testing.assert_close(slope, sum(x.sum() for x in expected.values()))
+
+
+def test_vmap_over_embeddings_and_over_what_decides_about_shapes(model):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 1, 9, 16, generator=generator, dtype=torch.float64)
+    tokens = torch.randint(256, (3, 1, 9), generator=generator)
+    block = tb.build_block("memory", dim=16)
+    with torch.no_grad():
+        expected = torch.stack([model(embeddings=row).hidden for row in x])
+        torch.testing.assert_close(vmap(lambda row: model(embeddings=row).hidden)(x), expected)
+        calls = {
+            "mask": lambda row, flag: model(row, mask=flag),
+            "documents": lambda row, flag: model(row, documents=flag.cumsum(1)),
+            "state": lambda row, flag: model(row, model.init_state(1)._replace(recipe=flag.sum(1))),
+            "NeuralMemory: mask": lambda row, flag: block(torch.zeros(1, 9, 16), mask=flag),
+        }
+        for name, call in calls.items():
+            with pytest.raises(ValueError, match=f"^{name}: vmap cannot map over it"):
+                vmap(call)(tokens, tokens > 99)

@@ -93,8 +93,10 @@ def perplexity(
     each piece with the number of tokens of each row that were read.
 
     Call it inside ``with model.freeze_memory():`` to measure the model without learning at test time. Raises
-    ``ValueError`` for edges that do not increase, and what the model's ``forward`` raises.
+    ``ValueError`` for edges that do not increase, ``TypeError`` for a text, and what the model's ``forward`` raises.
     """
+    if isinstance(tokens, str | bytes):
+        raise TypeError("tokens: expected an int64 tensor [batch, time] or pieces of it, got a text: encode it first")
     if any(b <= a for a, b in zip((0, *edges), edges)):
         raise ValueError(f"edges: expected increasing positions > 0, got {list(edges)}")
     device = next(model.parameters()).device

@@ -42,6 +42,11 @@ def test_ids_outside_of_the_vocabulary_are_refused(model: LanguageModel) -> None
         perplexity(model, [tokens(4), torch.tensor([[256]])])
 
 
+def test_a_text_that_is_not_encoded_is_refused(model: LanguageModel) -> None:
+    with pytest.raises(TypeError, match=r"expected an int64 tensor .* got a text"):
+        perplexity(model, "a text")
+
+
 @pytest.mark.parametrize("name", ["mac", "mag", "mal", "lmm", "transformer"])
 def test_position_counts_tokens(name: str) -> None:
     model = tb.build(tb.load_recipe(name, overrides={"dim": 32, "stack.0.repeat": 1}))
