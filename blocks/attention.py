@@ -160,8 +160,10 @@ class Attention(Block):
             y, state = self._run(layout.spread(rows), state, layout.length, projected=True, ends=ends)
             return layout.collect(y), state
 
+        # masked inputs may be NaN, which must not reach gradients
+        rows = linear(self.qkv, x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0.0))
         y, state = run_documents(
-            attend, documents, [linear(self.qkv, x)], state, mask, self.init_state, grows=self.grows, selects=True,
+            attend, documents, [rows], state, mask, self.init_state, grows=self.grows, selects=True,
             join=concatenate_caches,
         )  # fmt: skip
         return linear(self.out, y.flatten(2).to(x.dtype)), state

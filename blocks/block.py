@@ -213,8 +213,6 @@ class Block(nn.Module):
         if state is not None:
             check_state(self, state, x.shape[0])
         found = expect_documents(self, documents, cu_seqlens, x, mask, before)
-        if mask is not None:  # masked inputs may be NaN, which must not reach gradients of projections
-            x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
         y, state = self(x, state, documents=found, **named)
         return y, DocumentState(state, found.after)
 

@@ -98,12 +98,14 @@ def run_documents(
         state = fresh(documents.rows)
     last = documents.last
     goes_on = [i is None or documents.continues[i] for i in last]
+    # one document in each row: the rows need not be divided, unless states that grow would have to be joined
     if documents.apart and (all(goes_on) or not any(goes_on) or state is None or not grows):
         if state is not None and not all(goes_on):
             rows = torch.tensor(goes_on, device=documents.device)
             state = where(rows, state, fresh(documents.rows)) if any(goes_on) else begin(documents.rows)
         y, state = run(*inputs, state, mask)
     else:
+        # the states of rows that grow can be concatenated if the rows are in one group
         groups = documents.groups(grows and join is concatenate)
         outputs, ends, order = [], [], []
         for group in groups:

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, embedding
 
 from ..kernels.custom_op import NOT_TRACED
 from ..kernels.dispatch import expect_values, shows_values, transforming
-from ..kernels.documents import NONE, Documents
+from ..kernels.documents import NO_DOCUMENT, Documents
 from ..kernels.linear import project
 from ..registry import Spec
 from . import decode_plans  # noqa: F401 registers the plans
@@ -138,7 +138,7 @@ class LanguageModel(nn.Module):
             return state
         layers = tuple(initial_state(layer, batch_size) for layer in self.layers)
         number = torch.full((batch_size,), self.fingerprint.number, dtype=torch.int64, device=like.device)
-        return ModelState(layers, number, torch.full_like(number, NONE))
+        return ModelState(layers, number, torch.full_like(number, NO_DOCUMENT))
 
     def __call__(self, *args: Any, **named: Any) -> Any:
         if torch.jit.is_tracing():  # before the arguments are bound: the exporter to ONNX gives all by position
@@ -250,7 +250,7 @@ class LanguageModel(nn.Module):
         x, _ = self.norm(x)
         if state is None:
             number = x.new_full(x.shape[:1], self.fingerprint.number, dtype=torch.int64)
-            state = ModelState(tuple(states), number, torch.full_like(number, NONE))
+            state = ModelState(tuple(states), number, torch.full_like(number, NO_DOCUMENT))
         document = state.document if documents is None else documents.after
         return x, ModelState(tuple(states), state.recipe, document)
 

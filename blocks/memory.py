@@ -166,6 +166,8 @@ class NeuralMemory(Block):
         if documents is None:
             y, state = self.update(x, state, mask=mask)
         else:
+            # masked inputs may be NaN, which must not reach gradients
+            x = x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0.0)
             projected = [linear(self.qkv, x), linear(self.controls, x)]
             y, state = run_documents(self._update_projected, documents, projected, state, mask, self.init_state)
         if mask is None:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-NONE = torch.iinfo(torch.int64).min
+NO_DOCUMENT = torch.iinfo(torch.int64).min
 """The id of no document: the row has had no token."""
-CALL = 64
-"""One more group costs about as much as this many tokens of padding."""
-SIZES = 64
+GROUP_COST = 64
+"""Cost of one more group, in tokens of padding."""
+MAX_LENGTHS = 64
 """Maximum number of different lengths that are considered. Longer documents are rounded up."""
 
 
@@ -42,7 +42,7 @@ class Documents:
         ids: ``[batch, time]`` int64: the document of each token. Does not decrease along a row.
         mask: ``[batch, time]`` bool: tokens where it is false belong to no document.
         before: ``[batch]`` int64: the document that the state before the call belongs to. A row's first document goes
-            on from the state if it has this id, or if the id is ``NONE``. By default, it goes on.
+            on from the state if it has this id, or if the id is ``NO_DOCUMENT``. By default, it goes on.
         ended: the documents before the call have ended, although the first id may be equal.
         empty: a document without tokens follows the last one. Its id is the last of the batch.
 
@@ -96,9 +96,11 @@ class Documents:
         for i, b in enumerate(self.row):
             first.setdefault(b, i)
             self.last[b] = i
-        known = [NONE] * self.rows if before is None else before.tolist()
+        known = [NO_DOCUMENT] * self.rows if before is None else before.tolist()
         names = found[begins].tolist()
-        self.continues = [first[b] == i and not ended and known[b] in (NONE, names[i]) for i, b in enumerate(self.row)]
+        self.continues = [
+            first[b] == i and not ended and known[b] in (NO_DOCUMENT, names[i]) for i, b in enumerate(self.row)
+        ]
         after = [known[b] if i is None else names[i] for b, i in enumerate(self.last)]
         self.after = torch.tensor(after if empty is None else [empty] * self.rows, device=self.device)
         self.ended = ended
@@ -192,16 +194,16 @@ class Documents:
 
 
 def group_by_length(items: list[tuple[int, int]]) -> list[list[int]]:
-    """Divide ``(length, item)`` into groups such that padding to the longest and ``CALL`` for each group cost least."""
+    """Divide ``(length, item)`` into groups of least cost: padding, and ``GROUP_COST`` for each group."""
     items = sorted(items)
     longest = items[-1][0]
-    quantum = 1 if len({length for length, _ in items}) <= SIZES else -(-longest // SIZES)
+    quantum = 1 if len({length for length, _ in items}) <= MAX_LENGTHS else -(-longest // MAX_LENGTHS)
     sizes = sorted({-(-length // quantum) * quantum for length, _ in items})
     counts = [bisect.bisect_right(items, (size, 2**62)) for size in sizes]
     best: list[tuple[float, int]] = [(0.0, 0)]
     for i, size in enumerate(sizes):
         best.append(
-            min((best[j][0] + CALL + size * (counts[i] - (counts[j - 1] if j else 0)), j) for j in range(i + 1))
+            min((best[j][0] + GROUP_COST + size * (counts[i] - (counts[j - 1] if j else 0)), j) for j in range(i + 1))
         )
     groups, i = [], len(sizes)
     while i:

@@ -10,7 +10,7 @@ from titans_build.blocks.block import Block
 from titans_build.blocks.build import build_block
 from titans_build.blocks.documents import DocumentState
 from titans_build.blocks.state import named_tensors, select
-from titans_build.kernels.documents import CALL, Documents, group_by_length
+from titans_build.kernels.documents import GROUP_COST, Documents, group_by_length
 
 MEMORY = {"type": "memory", "heads": 1, "chunk": 3, "gates": "chunk", "conv": 3}
 WINDOW = {"type": "attention", "heads": 1, "window": 4}
@@ -348,9 +348,9 @@ def test_groups_waste_little():
         lengths = torch.randint(1, 600, (count,), generator=generator).tolist()
         groups = group_by_length([(length, i) for i, length in enumerate(lengths)])
         assert sorted(i for group in groups for i in group) == list(range(count))
-        cost = sum(CALL + len(group) * max(lengths[i] for i in group) for group in groups)
-        assert cost <= CALL + count * max(lengths)
-        assert cost <= sum(lengths) + count * CALL
+        cost = sum(GROUP_COST + len(group) * max(lengths[i] for i in group) for group in groups)
+        assert cost <= GROUP_COST + count * max(lengths)
+        assert cost <= sum(lengths) + count * GROUP_COST
     assert cost < 1.05 * sum(lengths)
 
 
