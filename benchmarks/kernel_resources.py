@@ -50,7 +50,9 @@ PRODUCTS = {
     "tf32": dict(OPERAND=tl.float32, PRECISION="tf32", FINE=tl.float32, FINE_PRECISION="bf16x3"),
 }
 REAL = ("divisor", "eps", "clip")
-WHOLE = re.compile(r"tokens|dim|heads|.*_(?:step|row|head)|stretch|time|problems|chunks?|rows|d_in|width|d_out|b")
+WHOLE = re.compile(
+    r"tokens|dim|(?:batch_)?heads|interval|.*_(?:step|row|head)|stretch|time|problems|chunks?|rows|d_in|width|d_out|b"
+)
 """Integer arguments. In the gated kernels ``b`` is a tensor."""
 TYPED = {"mask": "*i1", "position": "*i64"}
 
@@ -104,7 +106,8 @@ def compiled(kernel: Any, fixed: dict[str, Any], sizes: dict[str, int], target: 
     done = triton.compile(ASTSource(kernel, signature, constants, known), target=where, options=options)
     module = kernel.__module__.removeprefix("titans_build.kernels.")
     row = dict(kernel=f"{module}.{kernel.__name__}", target=target)
-    row |= {name: fixed[name] for name in ("ROWS", "KEYS", "BLOCK", "WIDTH") if name in fixed and name in names}
+    tiles = ("ROWS", "TOKENS", "KEYS", "BLOCK", "WIDTH")
+    row |= {name: fixed[name] for name in tiles if name in fixed and name in names}
     row |= dict(warps=done.metadata.num_warps, shared=done.metadata.shared)
     return row | (_nvidia(done.asm) if nvidia else _amd(done.asm))
 
