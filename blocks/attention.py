@@ -185,7 +185,9 @@ class Attention(Block):
         layout = None if mask is None else align(mask)
         rows = x if layout is None else layout.spread(x)
         if rows.shape[1] == 0:  # nothing but padding
-            return torch.zeros_like(x[:, step - 1 :: step]), self.init_state(x.shape[0]) if state is None else state
+            empty = linear(self.out, x[:, step - 1 :: step][:, :0])
+            y = F.pad(empty, (0, 0, 0, x[:, step - 1 :: step].shape[1]))
+            return y, self.init_state(x.shape[0]) if state is None else state
         y, state = self._run(rows, state, None if layout is None else layout.length, step)
         y = linear(self.out, y.flatten(2).to(x.dtype))
         if mask is None or layout is None:

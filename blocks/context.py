@@ -98,6 +98,8 @@ class Context(Block):
         fresh = state is None
         if state is None:
             state = self.init_state(rows)
+        if rows == 0:
+            return self.gate(x, x), state
         run = self._run if self.write == "attended" else self._run_inputs
         if torch.compiler.is_compiling() and not (fresh and mask is None):
             layout, pieces = traced_pieces(self.segment, x, mask, state.position)

@@ -43,6 +43,8 @@ class FeedForward(Block):
         self.down = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor, state: State = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
+        if mask is not None:  # NaN at masked tokens must not reach gradients
+            x = torch.where(mask[..., None], x, 0.0)
         if self.kind == "gelu":
             y = linear_of(self.down, F.gelu, linear(self.up, x))
         elif fuses(x, self.up, self.down):

@@ -44,8 +44,8 @@ class RMSNorm(Norm):
         super().__init__(dim, eps)
 
     def forward(self, x: Tensor, state: State = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
-        y = rms_norm(x, self.gain, self.eps)
-        return y if mask is None else torch.where(mask[..., None], y, 0.0), state
+        # zeros have the norm zero, and NaN at masked tokens must not reach gradients
+        return rms_norm(x if mask is None else torch.where(mask[..., None], x, 0.0), self.gain, self.eps), state
 
 
 @register("layer_norm")
@@ -56,8 +56,8 @@ class LayerNorm(Norm):
         super().__init__(dim, eps)
 
     def forward(self, x: Tensor, state: State = None, *, mask: Tensor | None = None) -> tuple[Tensor, State]:
-        y = F.layer_norm(x, (self.dim,), self.gain, None, self.eps)
-        return y if mask is None else torch.where(mask[..., None], y, 0.0), state
+        x = x if mask is None else torch.where(mask[..., None], x, 0.0)
+        return F.layer_norm(x, (self.dim,), self.gain, None, self.eps), state
 
 
 class Gating(nn.Module):

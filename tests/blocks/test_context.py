@@ -330,3 +330,11 @@ def test_flops_of_reading_a_custom_memory(leaky):
 def test_sizes_out_of_range_are_errors(spec, message):
     with pytest.raises(RecipeError, match=message):
         validate(spec, dim=DIM)
+
+
+@pytest.mark.parametrize("write", ["attended", "inputs"])
+def test_no_rows(write):
+    spec = {"type": "context", "segment": 4, "memory": "memory", "attend": "attention", "write": write}
+    block = build_block(spec, dim=16)
+    y, state = block(torch.randn(0, 5, 16))
+    assert y.shape == (0, 5, 16) and y.requires_grad and state.position.shape == (0,)

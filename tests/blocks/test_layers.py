@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from titans_build.blocks.build import materialize
+from titans_build.blocks.build import build_block, materialize
 from titans_build.blocks.layers import Gating, LayerNorm, RMSNorm
 
 NORMS = [RMSNorm, LayerNorm]
@@ -57,3 +57,19 @@ def test_gating_forms(form, expected):
 
         torch.testing.assert_close(gating(a, b), expected(normed(a, gating.gain_a), normed(b, gating.gain_b)))
         assert torch.equal(gating(torch.zeros_like(a), torch.zeros_like(b)), torch.zeros_like(a))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 3e38])
+@pytest.mark.parametrize("kind", ["ffn", {"type": "ffn", "kind": "gelu"}, "rms_norm", "layer_norm"])
+def test_values_at_masked_tokens_reach_no_gradient(kind, value):
+    block = build_block(kind, dim=8)
+    mask = torch.tensor([[True, True, False, True]])
+    x = torch.randn(1, 4, 8)
+
+    def gradients(at_masked):
+        given = torch.where(mask[..., None], x, at_masked).requires_grad_()
+        y, _ = block(given, mask=mask)
+        return [y, *torch.autograd.grad(y.square().sum(), [given, *block.parameters()])]
+
+    for got, expected in zip(gradients(value), gradients(0.0)):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)

@@ -106,7 +106,8 @@ class StateLayer(CacheLayerMixin):
             undone |= {name: (replay, stays) for name, replay in record.replays.items()}
             left -= record.tokens - stays
             if stays:
-                kept.append(Record(stays, {name: replay.first(stays) for name, replay in record.replays.items()}))
+                replays = {name: replay.first(stays) for name, replay in record.replays.items()}
+                kept.append(Record(stays, replays))
         stateful = any(batch_size(state) is not None for state in self.states.values())
         if left and stateful and removed < self.tokens:
             raise SwapError(
