@@ -15,7 +15,7 @@ from ..kernels.attention.decode import Cache, cached_attention
 from ..kernels.documents import Documents
 from ..kernels.linear import is_plain, linear, project
 from ..kernels.norm_gate import rms_norm
-from ..kernels.padding import align, last
+from ..kernels.padding import Layout, align, last
 from ..kernels.rotary import rotate
 from ..registry import register
 from .block import Block, check_input, like_of
@@ -152,18 +152,14 @@ class Attention(Block):
             return self.every(x, state, step=1, mask=mask)
 
         def attend(
-            rows: Tensor, state: AttentionState | None, mask: Tensor | None, ends: list[int] | None = None
+            rows: Tensor, state: AttentionState | None, layout: Layout | None, ends: list[int] | None
         ) -> tuple[Tensor, AttentionState]:
-            if mask is None:
-                return self._run(rows, state, None, projected=True, ends=ends)
-            layout = align(mask)
-            y, state = self._run(layout.spread(rows), state, layout.length, projected=True, ends=ends)
-            return layout.collect(y), state
+            return self._run(rows, state, None if layout is None else layout.length, projected=True, ends=ends)
 
         # masked inputs may be NaN, which must not reach gradients
         rows = linear(self.qkv, x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0.0))
         y, state = run_documents(
-            attend, documents, [rows], state, mask, self.init_state, grows=self.grows, selects=True,
+            attend, documents, [rows], state, mask, self.init_state, grows=self.grows, aligned=True,
             join=concatenate_caches,
         )  # fmt: skip
         return linear(self.out, y.flatten(2).to(x.dtype)), state

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..kernels.dispatch import expect_values
 from ..kernels.documents import Documents, packed_ids
+from ..kernels.padding import align
 from .observers import active, observers_of
 from .state import State, concatenate, map_state, select, where
 
@@ -68,7 +69,7 @@ def run_documents(
     init_state: Callable[[int], State],
     *,
     grows: bool = False,
-    selects: bool = False,
+    aligned: bool = False,
     join: Callable[[Sequence[State]], State] = concatenate,
 ) -> tuple[Tensor, State]:
     """Return the outputs ``[batch, time, ...]`` of packed documents, and the state after the last of each row.
@@ -82,7 +83,8 @@ def run_documents(
         mask: that of the batch.
         init_state: returns a fresh state.
         grows: whether the states of rows differ in shape.
-        selects: whether ``run`` takes ``ends``, the numbers of the rows whose states it returns.
+        aligned: call ``run(*rows, state, layout, ends)`` with the valid tokens of each row at its beginning, and any
+            values at padding. ``ends``: the rows whose states are returned; ``None``: all.
         join: concatenates states.
     """
 
@@ -101,9 +103,14 @@ def run_documents(
     # one document in each row: the rows need not be divided, unless states that grow would have to be joined
     if documents.apart and (all(goes_on) or not any(goes_on) or state is None or not grows):
         if state is not None and not all(goes_on):
-            rows = torch.tensor(goes_on, device=documents.device)
-            state = where(rows, state, fresh(documents.rows)) if any(goes_on) else begin(documents.rows)
-        y, state = run(*inputs, state, mask)
+            kept = torch.tensor(goes_on, device=documents.device)
+            state = where(kept, state, fresh(documents.rows)) if any(goes_on) else begin(documents.rows)
+        layout = align(mask) if aligned and mask is not None else None
+        if layout is not None:
+            y, state = run(*map(layout.spread, inputs), state, layout, None)
+            y = layout.collect(y)
+        else:
+            y, state = run(*inputs, state, None, None) if aligned else run(*inputs, state, mask)
     else:
         # the states of rows that grow can be concatenated if the rows are in one group
         groups = documents.groups(grows and join is concatenate)
@@ -114,12 +121,16 @@ def run_documents(
             if group.continues and state is not None:
                 before = state if rows_of == list(range(documents.rows)) else select(state, rows_of)
             final = [place for place, i in enumerate(group.documents) if last[documents.row[i]] == i]
-            some = len(final) < len(rows_of)
-            named = {"ends": final} if selects and some else {}
-            y, after = run(*(documents.unpack(x, group) for x in inputs), before, group.filled, **named)
+            some, layout = len(final) < len(rows_of), group.layout
+            rows = [documents.unpack(x, group) for x in inputs]
+            if aligned:
+                y, after = run(*rows, before, layout, final if some else None)
+            else:
+                rows = rows if layout is None else [layout.spread(x) for x in rows]  # zero at padding
+                y, after = run(*rows, before, None if layout is None else layout.filled)
             outputs.append(y)
             if final:
-                ends.append(select(after, final) if some and not selects else after)
+                ends.append(select(after, final) if some and not aligned else after)
                 order += [rows_of[place] for place in final]
         unread = [b for b, i in enumerate(last) if i is None]
         if unread:

@@ -15,7 +15,7 @@ from ..kernels.documents import Documents
 from ..kernels.linear import SmallLinear, fuses, is_plain, linear, linear_of, project
 from ..kernels.memory import MemoryState, Options, Tokens, read_memory, titans_memory
 from ..kernels.norm_gate import decode, gated_norm
-from ..kernels.padding import align, last
+from ..kernels.padding import Layout, align, last
 from ..kernels.short_conv import query, query_key_value
 from ..kernels.short_conv.decode import Layers, memory_inputs, memory_query
 from ..registry import SameFunction, register
@@ -23,6 +23,7 @@ from .block import Block, check_call
 from .documents import run_documents
 from .memory_initialization import initialize_memory
 from .observers import active, report_learned
+from .state import select
 
 
 class NeuralMemoryState(NamedTuple):
@@ -169,7 +170,13 @@ class NeuralMemory(Block):
             # masked inputs may be NaN, which must not reach gradients
             x = x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0.0)
             projected = [linear(self.qkv, x), linear(self.controls, x)]
-            y, state = run_documents(self._update_projected, documents, projected, state, mask, self.init_state)
+
+            def learn(
+                x: Tensor, gates: Tensor, state: NeuralMemoryState | None, layout: Layout | None, ends: list[int] | None
+            ) -> tuple[Tensor, NeuralMemoryState]:
+                return self.update(x, state, gates=gates, layout=layout, ends=ends)
+
+            y, state = run_documents(learn, documents, projected, state, mask, self.init_state, aligned=True)
         if mask is None:
             return self.project_output(y, x), state
         valid = mask.unsqueeze(-1)
@@ -202,30 +209,26 @@ class NeuralMemory(Block):
         y = read_memory(q, state.memory.weights, self.activation, self.norm_gain)
         return linear(self.output, gated_norm(y, self.output_gain, gate))
 
-    def _update_projected(
-        self, x: Tensor, gates: Tensor, state: NeuralMemoryState | None, mask: Tensor | None
-    ) -> tuple[Tensor, NeuralMemoryState]:
-        """``update`` from the results of ``qkv`` and ``controls``."""
-        return self.update(x, state, mask=mask, projected_gates=gates)
-
     def update(
         self,
         x: Tensor,
         state: NeuralMemoryState | None,
         *,
         mask: Tensor | None = None,
-        projected_gates: Tensor | None = None,
+        gates: Tensor | None = None,
+        layout: Layout | None = None,
+        ends: list[int] | None = None,
     ) -> tuple[Tensor, NeuralMemoryState]:
         """``forward`` up to the outputs of the operation, ``[batch, time, heads, dim / heads]``.
 
-        If ``projected_gates``, the result of ``controls``, is given, ``x`` is that of ``qkv``.
+        If ``gates``, the result of ``controls``, is given, ``x`` is that of ``qkv``. ``layout`` in place of ``mask``:
+        the valid tokens are at the beginning of each row. ``ends``: the rows whose states are returned, by default all.
         """
+        if mask is not None:
+            layout = align(mask)
+            x = layout.spread(x)
         state = self.init_state(x.shape[0]) if state is None else state
-        layout = None if mask is None else align(mask)
-        if layout is not None:
-            x = layout.spread(x)  # the valid tokens of each row first
-            projected_gates = None if projected_gates is None else layout.spread(projected_gates)
-        tokens, history, gates = self.inputs(x, state, None if layout is None else layout.length, projected_gates)
+        tokens, history, gates = self.inputs(x, state, None if layout is None else layout.length, gates)
         if self.use == "read":
             y, memory = read_memory(tokens.q, state.memory.weights, self.activation, self.norm_gain), None
         else:
@@ -236,27 +239,30 @@ class NeuralMemory(Block):
             )  # fmt: skip
         if active:
             report_learned(self, tokens, state.memory, memory, layout)
-        return y if layout is None else layout.collect(y), NeuralMemoryState(memory or state.memory, history, gates)
+        if mask is not None and layout is not None:
+            y = layout.collect(y)
+        after = NeuralMemoryState(memory or state.memory, history, gates)
+        return y, after if ends is None else select(after, ends)
 
     def inputs(
-        self, x: Tensor, state: NeuralMemoryState, length: Tensor | None, projected_gates: Tensor | None = None
+        self, x: Tensor, state: NeuralMemoryState, length: Tensor | None, gates: Tensor | None = None
     ) -> tuple[Tokens, Tensor | None, Tensor | None]:
         """Return the inputs of the operation, and the fields ``convolution`` and ``gates`` of the next state.
 
         ``length``: ``[batch]``, the number of valid tokens at the start of each row; ``None`` if all are valid.
         """
-        few = length is None and x.shape[1] == 1 and projected_gates is None
+        few = length is None and x.shape[1] == 1 and gates is None
         layers = self.decode_layers(x) if few else None
         if layers is not None:
             q, k, v, (theta, *others), history = memory_inputs(x, state.convolution, layers)
             gates = None
         else:
             # under autocast, the state keeps its dtype
-            projected = (linear(self.qkv, x) if projected_gates is None else x).to(self.output_gain.dtype)
+            projected = (linear(self.qkv, x) if gates is None else x).to(self.output_gain.dtype)
             q, k, v, history = query_key_value(projected, self.convolution, state.convolution, self.heads, length)
             if self.use == "read":
                 return Tokens(q, k, v, q.new_zeros(q.shape[:3]), None, None), history, state.gates
-            raw = linear(self.controls, x) if projected_gates is None else projected_gates
+            raw = linear(self.controls, x) if gates is None else gates
             raw, gates = raw.to(projected.dtype), state.gates
             if gates is not None:
                 raw, gates = self._gates_of_chunks(raw, gates, state.memory.position, length)

@@ -287,9 +287,7 @@ def shows_values(x: Tensor) -> bool:
 def expect_values(name: str, x: Tensor) -> None:
     """Raise ``ValueError`` if ``vmap`` hides the values of the argument ``name``, which decide about shapes."""
     if not shows_values(x):
-        raise ValueError(
-            f"{name}: vmap cannot map over it, because its values decide shapes: use a batch of rows"
-        )
+        raise ValueError(f"{name}: vmap cannot map over it, because its values decide shapes: use a batch of rows")
 
 
 def is_plain_cpu_tensor(*tensors: Tensor | None) -> bool:

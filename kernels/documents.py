@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .padding import Layout
+
 NO_DOCUMENT = torch.iinfo(torch.int64).min
 """The id of no document: the row has had no token."""
-GROUP_COST = 64
+GROUP_COST = 128
 """Cost of one more group, in tokens of padding."""
 MAX_LENGTHS = 64
 """Maximum number of different lengths that are considered. Longer documents are rounded up."""
@@ -29,8 +31,8 @@ class Group(NamedTuple):
     documents: list[int]
     source: Tensor
     """``[documents, longest]`` int64: the index of each token in ``[batch * time]``."""
-    filled: Tensor | None
-    """``[documents, longest]`` bool: false at padding; ``None`` if all documents have one length."""
+    layout: Layout | None
+    """The places of the tokens in the rows, which are at their beginning; ``None`` if there is no padding."""
     continues: bool
     """Whether the documents go on from the state of their row. Otherwise they begin."""
 
@@ -145,15 +147,15 @@ class Documents:
         time = torch.arange(int(length.max()))
         # padding repeats the last token of the document
         source = self._tokens[start[:, None] + torch.minimum(time, length[:, None] - 1)]
-        filled = None if bool((length == len(time)).all()) else (time < length[:, None]).to(self.device)
-        return Group(members, source.to(self.device), filled, continues)
+        layout = None
+        if not bool((length == len(time)).all()):
+            filled = (time < length[:, None]).to(self.device)
+            layout = Layout(None, filled, time.to(self.device) * filled, filled, length.to(self.device))
+        return Group(members, source.to(self.device), layout, continues)
 
     def unpack(self, x: Tensor, group: Group) -> Tensor:
-        """``[batch, time, ...]`` -> ``[documents, longest, ...]``, zero at padding."""
-        rows = x.flatten(0, 1).index_select(0, group.source.flatten()).unflatten(0, group.source.shape)
-        if group.filled is None:
-            return rows
-        return rows.masked_fill(~group.filled.view(*group.filled.shape, *[1] * (x.dim() - 2)), 0.0)
+        """``[batch, time, ...]`` -> ``[documents, longest, ...]``. Padding repeats the last token."""
+        return x.flatten(0, 1).index_select(0, group.source.flatten()).unflatten(0, group.source.shape)
 
     def pack(self, outputs: list[Tensor], groups: list[Group]) -> Tensor:
         """The outputs ``[documents, longest, ...]`` of each group -> ``[batch, time, ...]``, zero at masked tokens."""
@@ -166,9 +168,9 @@ class Documents:
             for group in groups:
                 place = torch.arange(offset, offset + group.source.numel(), device=self.device).view_as(group.source)
                 offset += group.source.numel()
-                source, place = (
-                    (group.source, place) if group.filled is None else (group.source[group.filled], place[group.filled])
-                )
+                source = group.source
+                if group.layout is not None:
+                    source, place = source[group.layout.filled], place[group.layout.filled]
                 target[source.flatten()] = place.flatten()
             cache[key] = target
         y = flat.index_select(0, cache[key]).unflatten(0, (self.rows, self.time))
