@@ -89,11 +89,9 @@ class PackedOrderedText(OrderedText):
 
     def batch(self, index: int) -> Batch:
         """The next places of each row's part, and the documents in them."""
-        numbers = self._share.numbers(index) - index * self._share.of
-        epoch, step = divmod(index, self.batches)
-        order, ends = self._order(epoch)
+        numbers, step, order, ends = self._parts(index)
         rows = RowsBuffer(self._share.rows, self.length)
-        for row, number in enumerate(numbers.tolist()):
+        for row, number in enumerate(numbers):
             part, end = (n * self._total // self._share.of for n in (number, number + 1))
             start = part + step * self.length
             self._fill(rows, row, start, min(start + self.length, end), ends, order)

@@ -158,12 +158,10 @@ class OrderedText(TextSource):
 
     def batch(self, index: int) -> Batch:
         """The next window of each row's part."""
-        numbers = self._share.numbers(index) - index * self._share.of
-        epoch, step = divmod(index, self.batches)
-        order, ends = self._order(epoch)
+        numbers, step, order, ends = self._parts(index)
         rows = RowsBuffer(self._share.rows, self.length)
         fresh = np.zeros(self._share.rows, bool)
-        for row, number in enumerate(numbers.tolist()):
+        for row, number in enumerate(numbers):
             window = number * self.windows // self._share.of + step
             place = int(np.searchsorted(ends, window, side="right"))
             span = int(order[place])
@@ -173,6 +171,11 @@ class OrderedText(TextSource):
             rows.put(row, 0, self._read(span, start, stop + 1), stop - start)
             fresh[row] = step == 0 or within == 0
         return rows.batch(fresh)
+
+    def _parts(self, index: int) -> tuple[list[int], int, Integers, Integers]:
+        """For a batch: the part of each row, its number within the epoch, and the spans of the epoch as of ``_order``."""
+        epoch, step = divmod(index, self.batches)
+        return (self._share.numbers(index) - index * self._share.of).tolist(), step, *self._order(epoch)
 
     def _order(self, epoch: int) -> tuple[Integers, Integers]:
         """The spans in the order of an epoch, and the number of windows up to the end of each."""
