@@ -173,7 +173,7 @@ class OrderedText(TextSource):
         return rows.batch(fresh)
 
     def _parts(self, index: int) -> tuple[list[int], int, Integers, Integers]:
-        """For a batch: the part of each row, its number within the epoch, and the spans of the epoch as of ``_order``."""
+        """For a batch: the part of each row, its number in the epoch, and the spans as of ``_order``."""
         epoch, step = divmod(index, self.batches)
         return (self._share.numbers(index) - index * self._share.of).tolist(), step, *self._order(epoch)
 
