@@ -4,7 +4,7 @@ The operations are in this file: :func:`titans_memory` writes and reads, :func:`
 arguments and picks a backend.
 
 =====================  ===============================================================================================
-``state.py``           what goes in and comes out: ``MemoryState``, ``Tokens``, ``Options``
+``state.py``           what goes in and comes out: ``MemoryState``, ``Tokens``, ``Options``, ``Objective``
 ``reference.py``       the reference implementation: the recurrence token by token, its inner gradient from autograd
 ``closed_form.py``     a second, independent reference: the equations of a chunk, term by term
 ``cpu.py``             backend ``native``: many tokens on a CPU, in C, with gradients
@@ -52,13 +52,14 @@ from .cpu import cpu_memory, cpu_read, refuse_cpu, refuse_cpu_read
 from .network_torch import ACTIVATIONS, torch_read
 from .overflow import confine_overflow
 from .reference import reference_memory, reference_read
-from .state import BackendFunction, MemoryState, Options, Tokens
+from .state import BackendFunction, MemoryState, Objective, Options, Tokens
 from .step_cpu import cpu_step, cpu_step_read, refuse_cpu_step
 from .step_torch import torch_step
 from .surprise import thresholded_memory
 
 __all__ = [
-    "MEMORY", "READ", "MemoryState", "Options", "Tokens", "memory_flops", "read_memory", "titans_memory",
+    "MEMORY", "READ", "MemoryState", "Objective", "Options", "Tokens", "memory_flops", "read_memory", "run_memory",
+    "titans_memory",
 ]  # fmt: skip
 
 
@@ -108,7 +109,8 @@ def titans_memory(
         mask: ``[batch, time]`` bool; a false token changes nothing and its output is zero.
         backend: ``"auto"``, or the name of one backend (``titans-build kernels`` lists them).
         clip: scale each token's gradient, all layers of a head together, down to this norm.
-        read: ``"after"`` the token was written (the equation above) or ``"before"`` (``y_t = M_{t-1}(q_t)``).
+        read: ``"after"`` the token was written (the equation above), ``"before"`` (``y_t = M_{t-1}(q_t)``), or at the
+            ``"anchor"`` (``y_t = M_{a(t)}(q_t)``).
         keep: chunks between the states that are kept for backward; larger saves memory and costs no accuracy.
         threshold: a token whose surprise (the norm of its gradient at its anchor, before any clipping) is below this
             neither writes nor forgets: its theta and alpha are 0. Earlier momentum continues as its eta says, and the
@@ -125,6 +127,19 @@ def titans_memory(
     tokens = Tokens(q, k, v, theta, eta, alpha)
     options = Options(chunk, activation, clip, read, keep, half_dtype(q), threshold)
     _check_memory(tokens, state, norm, mask, options)
+    return run_memory(tokens, state, norm, mask, options, backend)
+
+
+def run_memory(
+    tokens: Tokens,
+    state: MemoryState,
+    norm: Tensor | None,
+    mask: Tensor | None,
+    options: Options,
+    backend: str = "auto",
+) -> tuple[Tensor, MemoryState]:
+    """:func:`titans_memory` with arguments that are known to fit, and any ``options.objective``."""
+    q = tokens.q
     tensors = (*tokens, norm, *state.weights, *state.momentum, *state.anchor)
     compute = torch.promote_types(torch.promote_types(q.dtype, state.weights[0].dtype), torch.float32)
     plain, grad = is_plain_cpu_tensor(*tensors, mask), needs_grad(*tensors)
@@ -135,10 +150,12 @@ def titans_memory(
         plain=plain,
         transformed=not plain and transforming(),
         time=q.shape[1],
-        chunk=chunk,
+        chunk=options.chunk,
         layers=len(state.weights),
-        width=max(q.shape[3], v.shape[3]),
+        width=max(q.shape[3], tokens.v.shape[3]),
         grad=grad,
+        objective=options.objective.kind,
+        read=options.read,
     )
     for x in tensors:
         if x is not None and x.dtype != compute:
@@ -220,7 +237,7 @@ def _check_memory(
 ) -> None:
     """Raise if an argument has a wrong type, shape, dtype or device. Fast, because it runs at every decoded token."""
     q, k, v, theta, eta, alpha = tokens
-    chunk, activation, clip, read, keep, _, threshold = options
+    chunk, activation, clip, read, keep, _, threshold, _ = options
     if not isinstance(state, MemoryState):
         raise TypeError(f"state: expected a MemoryState (MemoryState.fresh(weights)), got {type(state).__name__}")
     parts = [("weights", state.weights), ("momentum", state.momentum), ("anchor", state.anchor)]
@@ -268,8 +285,8 @@ def _check_memory(
     for name, bound in (("clip", clip), ("threshold", threshold)):
         if bound is not None and not (isinstance(bound, (int, float)) and bound > 0):
             raise ValueError(f"{name}: expected a norm > 0 or None, got {bound!r}")
-    if read not in ("after", "before"):
-        raise ValueError(f"read: expected 'after' or 'before', got {read!r}")
+    if read not in ("after", "before", "anchor"):
+        raise ValueError(f"read: expected 'after', 'before' or 'anchor', got {read!r}")
 
 
 def _check_network(
@@ -318,13 +335,21 @@ def _backend(
     *,
     thresholds: bool = False,
     steps: bool = False,
+    general: bool = False,
 ) -> Backend:
     """``thresholds``: whether ``function`` applies ``options.threshold`` itself.
 
     ``steps``: whether it goes token by token, so that nothing that it reads overflows too early.
+    ``general``: whether it knows all objectives, and reads at the anchor.
     """
 
-    def refuse_more(*, transformed: bool = False, **facts: Any) -> str | None:
+    def refuse_more(
+        *, transformed: bool = False, objective: str = "l2", read: str = "after", **facts: Any
+    ) -> str | None:
+        if not general and objective != "l2":
+            return f"knows the objective 'l2' alone, not {objective!r}"
+        if not general and read == "anchor":
+            return "does not read at the anchor"
         if transformed and function not in (closed_form_memory, reference_memory):
             return "takes no torch.func transform and no forward-mode derivative, as backend='closed_form' does"
         return refuse(**facts)
@@ -377,10 +402,10 @@ MEMORY = Operation(
         _backend("triton", _triton("network", "triton_memory"), _refuse_triton),
         _backend("torch", chunkwise_memory),
         _backend("closed_form", closed_form_memory, thresholds=True),
-        _backend("reference", reference_memory, thresholds=True, steps=True),
+        _backend("reference", reference_memory, thresholds=True, steps=True, general=True),
     ],
     lambda tokens, state, *others: (tokens.v, state),
-    [Tokens, MemoryState, Options],
+    [Tokens, MemoryState, Options, Objective],
 )
 
 

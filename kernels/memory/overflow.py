@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..dispatch import sum_is_finite
 from .network_torch import torch_read
-from .state import BackendFunction, MemoryState, Options, Tokens
+from .state import BackendFunction, MemoryState, Options, Tokens, where_rows
 
 
 def confine_overflow(
@@ -36,7 +36,10 @@ def confine_overflow(
     if not bool((found & ~_nonfinite([*_written(state, tokens), *state.anchor])).any()):
         return y, after
     if time == 1:
-        y = torch_read(tokens.q, state.weights, options.activation, norm)
+        weights = state.weights
+        if options.read == "anchor":
+            weights = where_rows(state.position % options.chunk > 0, state.anchor, weights)
+        y = torch_read(tokens.q, weights, options.activation, norm)
         return y if mask is None else y.masked_fill(~mask[..., None, None], 0.0), after
     cut = time // 2
     if time > options.chunk:  # between chunks, which leaves those before the token as they are

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .state import MemoryState, Options, Tokens
+from .state import MemoryState, Objective, Options, Tokens
 
 _FUNCTIONS = {"identity": lambda z: z, "silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
@@ -22,6 +22,33 @@ def memory_network(weights: tuple[Tensor, ...], x: Tensor, activation: str, gain
             h = _FUNCTIONS[activation](h)
         h = torch.einsum("bhoi,bhi->bho", weight, h)
     return h if gain is None else x + F.layer_norm(h, h.shape[-1:], eps=1e-6) * gain
+
+
+def _gradients(p: Tensor, v: Tensor, objective: Objective, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Of the objective of one token of each row and head, ``p`` and ``v`` ``[batch, heads, d_out]``."""
+    kind, power, delta, smooth, form = objective
+    r, upstream = p - v, None
+    zero = r == 0  # where powers have no derivative
+    size = torch.where(zero, 1.0, r).abs()
+    if kind == "l2" or (kind, power, smooth) == ("lp", 2, None):
+        loss = r.square().sum()
+    elif kind == "l2_half":
+        loss = r.square().sum() / 2
+    elif kind == "dot":
+        loss = -(p * v).sum()
+    elif kind == "lp" and smooth is None:
+        loss = torch.where(zero, 0.0, size**power).sum()
+    elif kind == "lp":  # the derivative of no common function
+        loss, upstream = p, power * (smooth * r).tanh()
+        upstream = upstream if power == 1 else upstream * torch.where(zero, 0.0, size ** (power - 1))
+    elif kind == "huber" and form == "elementwise":
+        loss = F.huber_loss(p, v, reduction="sum", delta=delta)
+    elif kind == "huber":
+        inside = torch.linalg.vector_norm(r.detach(), dim=-1, keepdim=True) <= delta
+        loss = torch.where(inside, r.square(), delta * r.abs()).sum()
+    else:
+        raise ValueError(f"objective: expected l2, l2_half, dot, lp or huber, got {kind!r}")
+    return torch.autograd.grad(loss, weights, upstream, create_graph=True)
 
 
 def reference_read(q: Tensor, weights: tuple[Tensor, ...], activation: str, norm: Tensor | None) -> Tensor:
@@ -47,7 +74,7 @@ def reference_memory(
         hidden = ~mask
         tokens = tokens.map(lambda x: x.masked_fill(hidden.view(rows, time, *[1] * (x.dim() - 2)), 0.0))
     q, k, v, theta, eta, alpha = tokens
-    chunk, activation, clip, read, *_, threshold = options
+    chunk, activation, clip, read, _, _, threshold, _ = options
     weights, momentum, anchor, position = state
     outputs = []
     for t in range(time):
@@ -56,8 +83,7 @@ def reference_memory(
         anchor = tuple(torch.where(starts, w, a) for w, a in zip(weights, anchor))
         with torch.enable_grad():
             at = tuple(a if a.requires_grad else a.detach().requires_grad_() for a in anchor)
-            loss = (memory_network(at, k[:, t], activation, norm) - v[:, t]).square().sum()
-            gradients = torch.autograd.grad(loss, at, create_graph=True)
+            gradients = _gradients(memory_network(at, k[:, t], activation, norm), v[:, t], options.objective, at)
         suppressed = torch.zeros(rows, q.shape[2], 1, 1, dtype=torch.bool, device=q.device)
         if threshold is not None:
             suppressed = torch.cat([g.flatten(2) for g in gradients], 2).norm(dim=2).view(suppressed.shape) < threshold
@@ -82,7 +108,7 @@ def reference_memory(
             moved = tuple(gate(eta, 0) * s - step * g for s, g in zip(momentum, gradients))
             momentum = tuple(torch.where(valid, new, old) for new, old in zip(moved, momentum))
         weights = tuple(torch.where(valid, (1 - forget) * w + s, w) for w, s in zip(weights, moved))
-        y = memory_network(weights if read == "after" else before, q[:, t], activation, norm)
+        y = memory_network({"after": weights, "before": before, "anchor": anchor}[read], q[:, t], activation, norm)
         outputs.append(torch.where(valid[..., 0], y, torch.zeros_like(y)))
         position = position + mask[:, t]
         ended = (position % chunk == 0).view(rows, 1, 1, 1) & valid

@@ -112,6 +112,31 @@ class Tokens(NamedTuple):
         return self.map(lambda x: x[:, span])
 
 
+class Objective(NamedTuple):
+    """The loss of a token, from the prediction ``p = M(k)`` and the value ``v``; ``r = p - v``.
+
+    =============  =====================================================================================================
+    ``kind``       derivative with respect to ``p``
+    =============  =====================================================================================================
+    ``"l2"``       ``2 r``
+    ``"l2_half"``  ``r``
+    ``"dot"``      ``-v``
+    ``"lp"``       ``p |r|^(p-1) sign(r)``, with ``tanh(smooth r)`` in place of ``sign(r)`` where ``smooth`` is given
+    ``"huber"``    ``form="norm"``: ``2 r`` where the norm of ``r`` is at most ``delta``, else ``delta sign(r)``;
+                   ``form="elementwise"``: ``r`` clamped to ``[-delta, delta]``
+    =============  =====================================================================================================
+    """
+
+    kind: str = "l2"
+    p: float = 2.0
+    delta: float = 1.0
+    smooth: float | None = None
+    form: str = "norm"
+
+
+SQUARED = Objective()
+
+
 class Options(NamedTuple):
     """What a memory computes from its tensors, and how."""
 
@@ -122,13 +147,14 @@ class Options(NamedTuple):
     clip: float | None
     """Largest norm of one token's gradient; ``None`` for no bound."""
     read: str
-    """``"after"`` the token was written, or ``"before"``."""
+    """``"after"`` the token was written, ``"before"``, or at the ``"anchor"``: the weights at its chunk's start."""
     keep: int | None = None
     """Chunks between the states that are kept for backward; ``None``: each backend's choice."""
     half: str | None = None
     """The dtype that operands of matrix products may be rounded to (``half_dtype`` of the queries)."""
     threshold: float | None = None
     """Below this surprise a token neither writes nor forgets; ``None``: every token does."""
+    objective: Objective = SQUARED
 
 
 BackendFunction: TypeAlias = Callable[

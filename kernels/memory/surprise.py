@@ -118,7 +118,7 @@ class ChunkWalk:
         carries_on = tokens.eta is not None and (
             needs_grad(*state.momentum) or any(bool(x.any()) for x in state.momentum)
         )
-        if carries_on or not self.all_suppressed(span, suppressed):
+        if carries_on or self.options.read == "anchor" or not self.all_suppressed(span, suppressed):
             if self.threshold is not None:
                 alpha = None if tokens.alpha is None else tokens.alpha.masked_fill(suppressed, 0.0)
                 tokens = tokens._replace(theta=tokens.theta.masked_fill(suppressed, 0.0), alpha=alpha)
