@@ -17,7 +17,7 @@ BELOW = {
     "recipes": {"blocks", "registry"},
     "blocks": {"registry", "kernels"},
     "registry": set(),
-    "kernels": set(),
+    "kernels": {"registry"},
 }
 """What a folder may import besides itself; ``titans_build`` and ``huggingface`` are the public face."""
 FOLDERS = [name for name in BELOW if (ROOT / name).is_dir()]

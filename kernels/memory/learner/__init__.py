@@ -1,0 +1,372 @@
+"""The family of learners: memories that differ in network, objective, retention, optimizer and the like.
+
+``docs/learners.md`` has the equations and the published rules by name.
+
+=================  ====================================================================================================
+``parts.py``       the interfaces of the parts, and the catalogues in which they are registered
+``networks.py``    memory networks, and features of keys and queries; ``module.py``: any ``torch.nn.Module``
+``objectives.py``  what a step decreases
+``updates.py``     retentions and optimizers
+``rule.py``        the parts together, and which go together
+``state.py``       the state, and what a learner is given
+``walk.py``        a sequence chunk by chunk: phases, masks, resets, windows
+``chunks.py``      the equations of a chunk
+=================  ====================================================================================================
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...dispatch import BackendError, expect_tensors, full_precision, half_dtype
+from ...documents import Documents
+from ..operation import run_memory
+from ..state import MemoryState, Tokens
+from . import networks, objectives, updates  # noqa: F401  (they register the parts)
+from .parts import (
+    CATALOGUES,
+    Features,
+    Network,
+    Objective,
+    Optimizer,
+    Retention,
+    make_part,
+    register_features,
+    register_network,
+    register_objective,
+    register_optimizer,
+    register_retention,
+)
+from .rule import Rule, make_rule
+from .state import LearnerState, Writes
+from .walk import begin, complete, run
+
+__all__ = [
+    "CATALOGUES", "Features", "LearnerState", "Network", "Objective", "Optimizer", "Retention", "Rule", "learn",
+    "learn_by", "make_part", "make_rule", "register_features", "register_network", "register_objective",
+    "register_optimizer", "register_retention",
+]  # fmt: skip
+
+
+def learn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    theta: Tensor,
+    eta: Tensor | None,
+    alpha: Tensor | None,
+    state: MemoryState | LearnerState,
+    *,
+    chunk: int = 16,
+    network: Any = "mlp",
+    activation: str | None = "gelu",
+    norm: Tensor | None = None,
+    objective: Any = "l2",
+    optimizer: Any = "momentum",
+    retention: Any = "scalar",
+    window: int = 1,
+    features: Any = None,
+    read: str = "after",
+    reset: int | None = None,
+    keys: int = 1,
+    query: str | None = None,
+    gamma: Tensor | None = None,
+    clip: float | None = None,
+    threshold: float | None = None,
+    mask: Tensor | None = None,
+    documents: Tensor | None = None,
+    keep: int | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, MemoryState | LearnerState]:
+    """Write every token into a memory, and read the memory at every token, by any rule of the family.
+
+        S_t = eta_t S_{t-1} - theta_t sum_i gamma_i grad l(M_{a(t)}(k_i), v_i)      W_t = R(A_t(W_{t-1}) + P(S_t))
+        y_t = M_t(q_t)
+
+    The sum is over the last ``window`` writes, and ``M_{a(t)}`` the memory at the start of the chunk of token ``t``.
+    With the default parts it is :func:`titans_memory`. Differentiable any number of times in every tensor.
+
+    Args:
+        q, k: ``[batch, time, heads, d_in]``; v: ``[batch, time, heads, d_out]``.
+        theta, eta: step size and momentum decay, ``[batch, time, heads]``; ``eta=None``: no momentum.
+        alpha: forgetting, ``[batch, time, heads]``; with ``retention="channel"``
+            ``[batch, time, heads, n]``, one for each column of each matrix; ``None``: nothing is forgotten.
+        state: ``MemoryState.fresh(weights)``, or the state of the call before.
+        chunk: writes per chunk.
+        network: ``"linear"``, ``"mlp"``, ``"gated_mlp"``, ``"factorised"``, ``"slots"``, a registered name, a mapping
+            with its ``type``, or a ``torch.nn.Module``, whose parameters ``[batch, heads, ...]`` are the weights.
+        activation: of the network; ``None``: its own choice.
+        norm: ``None``, or a gain ``[heads, d_out]``: ``M(x) = x + LN(net(x)) * gain`` with eps 1e-6.
+        objective: ``"l2"`` ``|M(k) - v|^2``, ``"l2_half"``, ``"dot"``, ``"lp"``, ``"huber"``, a name or a mapping.
+        optimizer: ``"step"`` (``eta`` is not used), ``"momentum"``, ``"muon"``.
+        retention: ``"none"`` (``alpha`` is not used), ``"scalar"``, ``"channel"``, ``"kl"``, ``"lq"``, ``"rows"``,
+            ``"soft_threshold"``.
+        window: writes whose gradients are in a step.
+        features: ``None``, or ``{"type": "polynomial", "degree": 2}``.
+        read: ``"after"`` the token was written, ``"before"``, or at the ``"anchor"``: the weights at the start of the
+            chunk. A rule whose weights pass through a map of the whole matrix then moves once a chunk.
+        reset: tokens after which weights go back to the initial ones and momentum to zero.
+        keys: writes per token: ``k``, ``v`` and ``theta`` are ``[batch, time, keys, heads, ...]`` or
+            ``[batch, time * keys, heads, ...]``. ``alpha`` acts on the first write of a token.
+        query: ``"projected"``: queries are projected on the keys since the reset.
+        gamma: weight of each token in every window, ``[batch, time, heads]``.
+        clip, threshold: as of :func:`titans_memory`.
+        mask: ``[batch, time]`` bool; a false token changes nothing and its output is zero.
+        documents: ``[batch, time]`` int64, the document of each token; each begins from the initial weights, but the
+            first of a row goes on from ``state``.
+        keep, backend: as of :func:`titans_memory`; ``"general"`` takes every rule.
+
+    Returns:
+        ``y`` ``[batch, time, heads, d_out]`` in the dtype of ``q``, and the new state: a ``MemoryState``, or a
+        ``LearnerState`` where the rule needs more.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+        BackendError: the chosen backend cannot take this rule; the message says why.
+    """
+    parts = dict(
+        chunk=chunk, network=network, activation=activation, objective=objective, optimizer=optimizer,
+        retention=retention, window=window, features=features, read=read, reset=reset, keys=keys, query=query,
+        clip=clip, threshold=threshold,
+    )  # fmt: skip
+    rule = _named_rule(**parts) if all(map(_is_simple, parts.values())) else make_rule(**parts)
+    return learn_by(
+        rule, q, k, v, theta, eta, alpha, state, norm, mask, gamma=gamma, documents=documents, keep=keep,
+        backend=backend,
+    )  # fmt: skip
+
+
+def _is_simple(value: Any) -> bool:
+    return value is None or isinstance(value, (str, int, float))
+
+
+_named_rule = functools.lru_cache(maxsize=64)(make_rule)
+
+
+def learn_by(
+    rule: Rule,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    theta: Tensor,
+    eta: Tensor | None,
+    alpha: Tensor | None,
+    state: MemoryState | LearnerState,
+    norm: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    gamma: Tensor | None = None,
+    documents: Tensor | None = None,
+    keep: int | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, MemoryState | LearnerState]:
+    """:func:`learn` with a rule that is made already, as a block does."""
+    writes, given, dtype = _writes(rule, q, k, v, theta, eta, alpha, gamma), type(state), q.dtype
+    _check(rule, q, writes, state, norm, mask)
+    if backend not in ("auto", "general") and rule.options() is None:
+        raise BackendError(f"learn: backend={backend!r}: takes no rule but that of titans_memory; 'general' takes all")
+    compute = torch.promote_types(torch.promote_types(dtype, state.weights[0].dtype), torch.float32)
+    writes, norm = writes.map(lambda x: x.to(compute)), None if norm is None else norm.to(compute)
+    before = LearnerState(*state).map(lambda x: x.to(compute))
+    n = rule.keys
+    if n > 1:
+        before = before._replace(position=before.position * n)
+        mask, documents = (None if x is None else x.repeat_interleave(n, 1) for x in (mask, documents))
+    run_rows = functools.partial(_rows, rule, norm=norm, keep=keep, half=half_dtype(q), backend=backend)
+    with full_precision(q.device.type):
+        if documents is None:
+            y, after = run_rows(writes, before, mask=mask)
+        else:
+            y, after = _documents(run_rows, rule, writes, before, mask, documents)
+    if n > 1:
+        y = y[:, 0 if rule.read == "before" else n - 1 :: n]
+        after = after._replace(position=after.position // n)
+    more = given is LearnerState or any(part is not None and part != () for part in after[4:])
+    return y.to(dtype), after if more else after.plain()
+
+
+def _row(
+    rule: Rule, writes: Writes, state: LearnerState, norm: Tensor | None, mask: Tensor | None, keep: int | None,
+    half: str | None, backend: str,
+) -> tuple[Tensor, LearnerState]:  # fmt: skip
+    """A stretch without a reset inside it, or one that the general path finds."""
+    options = rule.options(keep, half)
+    if options is None or backend == "general":
+        return run(rule, writes, complete(rule, state, writes), None if norm is None else norm.unsqueeze(1), mask)
+    tokens = Tokens(writes.q, writes.k, writes.v, writes.theta, writes.eta, writes.alpha)
+    y, after = run_memory(tokens, state.plain(), norm, mask, options, backend)
+    return y, state._replace(**after._asdict())
+
+
+def _rows(
+    rule: Rule, writes: Writes, state: LearnerState, *, norm: Tensor | None, mask: Tensor | None, keep: int | None,
+    half: str | None, backend: str,
+) -> tuple[Tensor, LearnerState]:  # fmt: skip
+    """Every row on its own. Stretches between resets run side by side where all rows are at the same place."""
+    if rule.reset is None or 0 in writes.theta.shape[:2]:
+        return _row(rule, writes, state, norm, mask, keep, half, backend)
+    state = complete(rule, state, writes)
+    rows, time, reset = writes.theta.shape[0], writes.theta.shape[1], rule.reset * rule.keys
+    positions = state.position.tolist()
+    if mask is not None or len(set(positions)) > 1:
+        return _row(rule, writes, state, norm, mask, keep, half, "general")
+    place, every = positions[0], torch.ones(rows, dtype=torch.bool, device=state.position.device)
+    lead = min(time, -place % reset)
+    count = (time - lead) // reset
+    stop = lead + count * reset
+    outputs = []
+
+    def stretch(start: int, end: int, state: LearnerState) -> LearnerState:
+        y, state = _row(rule, writes.map(lambda x: x[:, start:end]), state, norm, None, keep, half, backend)
+        outputs.append(y)
+        return state
+
+    if lead:
+        state = stretch(0, lead, state)
+    begun = begin(state, every)
+    start = state if place + lead == 0 else begun
+    if count:
+        shards = writes.map(lambda x: x[:, lead:stop].unflatten(1, (count, reset)).flatten(0, 1))
+        zero = torch.zeros_like(state.position)
+        folded = _side_by_side(start._replace(position=zero), begun._replace(position=zero), count)
+        y, folded = _row(rule, shards, folded, norm, None, keep, half, backend)
+        outputs.append(y.unflatten(0, (rows, count)).flatten(1, 2))
+        state = folded.rows(lambda x: x.unflatten(0, (rows, count))[:, -1])
+        state, start = state._replace(position=torch.full_like(zero, place + stop)), begun
+    if stop < time:
+        state = stretch(stop, time, start._replace(position=state.position))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), state
+
+
+def _side_by_side(first: LearnerState, others: LearnerState, count: int) -> LearnerState:
+    """For each row, ``count`` rows: that of ``first``, and that of ``others`` for the rest."""
+    stack = lambda a, b: torch.stack([a, *[b] * (count - 1)], 1).flatten(0, 1)  # noqa: E731
+    parts: list[Any] = []
+    values: Any
+    for values in zip(first, others):
+        a, b = values
+        parts.append(None if a is None else stack(a, b) if isinstance(a, Tensor) else tuple(map(stack, a, b)))
+    return LearnerState(*parts)
+
+
+def _documents(
+    run_rows: Callable[..., tuple[Tensor, LearnerState]], rule: Rule, writes: Writes, state: LearnerState,
+    mask: Tensor | None, ids: Tensor,
+) -> tuple[Tensor, LearnerState]:  # fmt: skip
+    """Every document as a row."""
+    if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.shape != writes.theta.shape[:2]:
+        got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise ValueError(f"documents: expected int64 [batch, time], got {got}")
+    if not state.initial:
+        if bool((state.position > 0).any()):
+            raise ValueError("documents: the state does not hold the initial weights, from which documents begin: "
+                             "expected one made with documents or reset, or one at position 0")  # fmt: skip
+        state = state._replace(initial=state.weights)
+    state = complete(rule, state, writes)
+    documents = Documents(ids, mask)
+    groups = documents.groups()
+    outputs, ends, order = [], [], []
+    for group in groups:
+        rows = torch.tensor([documents.row[i] for i in group.documents], device=ids.device)
+        before = state.rows(lambda x, rows=rows: x[rows])  # type: ignore[misc]
+        if not group.continues:
+            before = begin(before, torch.ones_like(rows, dtype=torch.bool))
+            before = before._replace(position=torch.zeros_like(before.position))
+        filled = None if group.layout is None else group.layout.filled
+        y, after = run_rows(writes.map(lambda x, group=group: documents.unpack(x, group)), before, mask=filled)  # type: ignore[misc]
+        outputs.append(y)
+        final = [place for place, i in enumerate(group.documents) if documents.last[documents.row[i]] == i]
+        ends.append(after.rows(lambda x, final=final: x[final]))  # type: ignore[misc]
+        order += [int(rows[place]) for place in final]
+    unread = [row for row, i in enumerate(documents.last) if i is None]
+    ends.append(state.rows(lambda x: x[unread]))
+    order += unread
+    if not outputs:
+        return torch.zeros_like(writes.v), state
+    index = sorted(range(len(order)), key=order.__getitem__)
+    parts: list[Any] = []
+    for part in zip(*ends):
+        joined = lambda x: torch.cat(x)[index]  # noqa: E731
+        if part[0] is None:
+            parts.append(None)
+        else:
+            parts.append(joined(part) if isinstance(part[0], Tensor) else tuple(map(joined, zip(*part))))
+    return documents.pack(outputs, groups), LearnerState(*parts)
+
+
+def _writes(
+    rule: Rule, q: Tensor, k: Tensor, v: Tensor, theta: Tensor, eta: Tensor | None, alpha: Tensor | None,
+    gamma: Tensor | None,
+) -> Writes:  # fmt: skip
+    """The arguments as one sequence of writes: with several keys per token, that many times as long."""
+    eta = None if rule.optimizer.order == 0 else eta
+    alpha = None if rule.retention.gates == "none" else alpha
+    parameter = rule.objective.per_token
+    n = rule.keys
+    if n == 1:
+        return Writes(q, k, v, theta, eta, alpha, gamma, parameter)
+    time = q.shape[1]
+
+    def each(name: str, x: Tensor | None, dims: int) -> Tensor | None:
+        if x is None:
+            return None
+        if x.dim() == dims + 1 and x.shape[1:3] == (time, n):
+            return x.flatten(1, 2)
+        if x.dim() == dims and x.shape[1] == time * n:
+            return x
+        if name not in "kv" and x.dim() == dims and x.shape[1] == time:
+            return x.repeat_interleave(n, 1)
+        raise ValueError(f"{name}: expected [batch, {time}, keys={n}, heads, ...] or [batch, {time * n}, heads, ...], "
+                         f"got {list(x.shape)}")  # fmt: skip
+
+    if alpha is not None and alpha.shape[1] == time:  # the first write of a token
+        later = alpha.new_zeros(alpha.shape[0], time, n - 1, *alpha.shape[2:])
+        alpha = torch.cat([alpha.unsqueeze(2), later], 2).flatten(1, 2)
+    given: Any = {"theta": theta, "eta": eta, "gamma": gamma, "parameter": parameter}
+    gates: Any = {name: each(name, x, 3) for name, x in given.items()}
+    keys: Any = each("k", k, 4)
+    values: Any = each("v", v, 4)
+    return Writes(q.repeat_interleave(n, 1), keys, values, alpha=alpha, **gates)
+
+
+def _check(
+    rule: Rule, q: Tensor, writes: Writes, state: MemoryState | LearnerState, norm: Tensor | None, mask: Tensor | None
+) -> None:
+    if not isinstance(state, (MemoryState, LearnerState)):
+        raise TypeError(f"state: expected a MemoryState (MemoryState.fresh(weights)), got {type(state).__name__}")
+    named = [(name, x) for name, x in zip(Writes._fields, writes) if x is not None]
+    weights = [(f"state.weights[{i}]", w) for i, w in enumerate(state.weights)]
+    expect_tensors("learn", *named, *weights, *([] if norm is None else [("norm", norm)]), one_dtype=False)
+    if q.dim() != 4:
+        raise ValueError(f"q: expected [batch, time, heads, d_in], got {list(q.shape)}")
+    batch, time, heads, width = writes.q.shape
+    out = writes.v.shape[-1]
+    channels = sum(w.shape[-1] for w in state.weights)
+    alpha = (batch, time, heads, channels) if rule.retention.gates == "channel" else (batch, time, heads)
+    gate = (batch, time, heads)
+    expected = dict(q=(*gate, width), k=(*gate, width), v=(*gate, out), theta=gate, eta=gate, alpha=alpha, gamma=gate,
+                    parameter=gate)  # fmt: skip
+    for name, x in named:
+        if x.shape != expected[name]:
+            raise ValueError(f"{name}: expected {list(expected[name])} as of q and state.weights, got {list(x.shape)}")
+    for name, w in weights:
+        if w.shape[:2] != (batch, heads):
+            raise ValueError(f"{name}: expected [batch={batch}, heads={heads}, ...], got {list(w.shape)}")
+    problem = rule.refuse_weights(state.weights, width, out)
+    if problem is not None:
+        raise ValueError(f"learn: {problem}")
+    if norm is not None and (norm.shape != (heads, out) or width != out or rule.module is not None):
+        raise ValueError(f"norm: expected a gain [{heads}, {out}], with d_in = d_out and a network that is no module, "
+                         f"got {list(norm.shape)} and d_in={width}")  # fmt: skip
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != (batch, time // rule.keys)):
+        raise ValueError(f"mask: expected bool {[batch, time // rule.keys]}, got {mask.dtype} {list(mask.shape)}")
+    place = state.position
+    if place.shape != (batch,) or place.dtype != torch.int64:
+        raise ValueError(f"state.position: expected int64 [{batch}], got {place.dtype} {list(place.shape)}")
+    if writes.eta is not None and len(state.momentum) != len(state.weights):
+        raise ValueError(f"state.momentum: expected {len(state.weights)} tensors, got {len(state.momentum)}")

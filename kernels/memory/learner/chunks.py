@@ -1,0 +1,420 @@
+"""A chunk, or a part of one, of a learner in differentiable PyTorch operators: the equations of ``docs/learners.md``.
+
+Tensors are ``[batch, heads, time, ...]``. The gradient of write ``s`` with respect to matrix ``l`` is the outer product
+of the error ``d_ls`` and the input ``a_ls``; both are taken at the anchor. Where weights are linear in the gradients,
+they are never made for each token (``sums``). Where they pass through a map of a whole matrix, they move token by token
+(``moves``), or once a chunk where nothing reads them in between (``one_move``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..network_torch import EPS
+from .parts import Apply
+from .rule import Rule
+from .state import LearnerState, Writes, where
+
+Matrices = Sequence[Tensor]
+
+
+# -- the network -------------------------------------------------------------------------------------------------------
+
+
+def evaluate(rule: Rule, apply: Apply, x: Tensor, gain: Tensor | None, count: int) -> Tensor:
+    """``M(x)``: ``[batch, heads, time, d_in] -> [batch, heads, time, d_out]``."""
+    z = rule.network.forward(apply, x if rule.features is None else rule.features.forward(x), rule.activation, count)
+    return z if gain is None else x + F.layer_norm(z, z.shape[-1:], eps=EPS) * gain
+
+
+def read_at(rule: Rule, weights: Matrices, x: Tensor, gain: Tensor | None) -> Tensor:
+    """``M(x)`` at ``weights``."""
+    if rule.module is not None:
+        return rule.module.read(weights, x)
+    return evaluate(rule, lambda i, a: a @ weights[i].mT, x, gain, len(weights))
+
+
+class Gradients(NamedTuple):
+    """The gradients of ``time`` writes: for each matrix, ``sum_s c_s G_s`` for coefficients ``c``."""
+
+    errors: list[Tensor]
+    """``d_l``: ``[batch, heads, time, out]``; of a module, the gradients ``[batch, heads, time, ...]`` themselves."""
+    inputs: list[Tensor]
+    """``a_l``: ``[batch, heads, time, in]``; of a module, empty."""
+
+    def square(self) -> Tensor:
+        """The squared norm of each write's gradient in all matrices together: ``[batch, heads, time]``."""
+        if not self.inputs:
+            return torch.stack([g.flatten(3).square().sum(-1) for g in self.errors]).sum(0)
+        return torch.stack([d.square().sum(-1) * a.square().sum(-1) for d, a in zip(*self)]).sum(0)
+
+    def at(self, t: int) -> Gradients:
+        """Those of write ``t``."""
+        return Gradients([d[:, :, t : t + 1] for d in self.errors], [a[:, :, t : t + 1] for a in self.inputs])
+
+    def total(self, l: int, coefficients: Tensor) -> Tensor:
+        """``sum_s c_s G_s`` of matrix ``l``. ``coefficients``: ``[batch, heads, time]``, or ``[..., in, time]``."""
+        d = self.errors[l]
+        if not self.inputs:
+            return (coefficients.view(*coefficients.shape, *[1] * (d.dim() - 3)) * d).sum(2)
+        a = self.inputs[l]
+        weighted = a * coefficients.unsqueeze(-1) if coefficients.dim() == 3 else a * coefficients.mT
+        return d.mT @ weighted
+
+
+def gradients(rule: Rule, weights: Matrices, writes: Writes, gain: Tensor | None) -> Gradients:
+    """The gradients of all ``writes`` at ``weights``."""
+    parameter = None if writes.parameter is None else writes.parameter.unsqueeze(-1)
+    if rule.module is not None:
+        found = Gradients(rule.module.gradients(weights, writes.k, writes.v, rule.objective, parameter), [])
+    else:
+        rows = writes.k.shape[:3]
+
+        def predict(nudges: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+            inputs: dict[int, Tensor] = {}
+
+            def apply(i: int, a: Tensor) -> Tensor:
+                inputs[i] = a
+                return a @ weights[i].mT + nudges[i]
+
+            prediction = evaluate(rule, apply, writes.k, gain, len(weights))
+            return prediction, [inputs[i] for i in range(len(weights))]
+
+        # the derivative with respect to a matrix's output is that with respect to something added to it
+        zeros = [w.new_zeros(*rows, w.shape[-2]) for w in weights]
+        result: Any = torch.func.vjp(predict, zeros, has_aux=True)
+        prediction, vjp, inputs = result
+        (errors,) = vjp(rule.objective.error(prediction, writes.v, parameter))
+        found = Gradients(errors, inputs)
+    return found
+
+
+def clip(rule: Rule, found: Gradients) -> Gradients:
+    """The gradients, those of each write scaled down to ``rule.clip``."""
+    if rule.clip is None:
+        return found
+    # clamped before the root, which has no derivative at 0; a gradient that is not finite stays NaN
+    square = found.square()
+    scale = rule.clip / square.clamp(min=rule.clip**2).sqrt() + 0 * square
+    return found._replace(errors=[d * scale.view(*scale.shape, *[1] * (d.dim() - 3)) for d in found.errors])
+
+
+def suppress(rule: Rule, writes: Writes, found: Gradients) -> Writes:
+    """A write whose gradient's norm is below the threshold has a step and a forgetting of zero.
+
+    The comparison is not differentiated.
+    """
+    written = ~(found.square().detach().sqrt() < (rule.threshold or 0.0))
+    alpha = writes.alpha
+    if alpha is not None:
+        alpha = alpha * (written if alpha.dim() == 3 else written.unsqueeze(-1))
+    return writes._replace(theta=writes.theta * written, alpha=alpha)
+
+
+# -- gates as matrices -------------------------------------------------------------------------------------------------
+
+
+def products(x: Tensor) -> Tensor:
+    """``[..., time] -> [..., time, 1 + time]``: entry ``t, r`` is the product of ``x`` after ``r`` up to ``t``.
+
+    Column 0 begins at the start; column ``1 + r`` after token ``r``. Zero where ``r > t``. Exact at factors of zero.
+    """
+    time = x.shape[-1]
+    row = torch.arange(time, device=x.device).unsqueeze(-1)
+    column = torch.arange(time + 1, device=x.device)
+    factors = torch.where(row >= column, x.unsqueeze(-1), 1.0)
+    return torch.where(row + 1 >= column, torch.cumprod(factors, dim=-2), 0.0)
+
+
+class Coefficients(NamedTuple):
+    """What the weights after each token are made of: ``U_t = A_t U_0 + sum_j m_jt S_j - sum_s C_ts G_s``.
+
+    With decays by channel, each has ``[batch, heads, channels, ...]``.
+    """
+
+    kept: Tensor
+    """``A``: ``[batch, heads, time]``."""
+    carried: list[Tensor]
+    """``m_j`` for each momentum, the first first: ``[batch, heads, time]``."""
+    written: Tensor
+    """``C``: ``[batch, heads, time, writes]``."""
+    momentum: list[tuple[list[Tensor], Tensor]]
+    """For each momentum after the last token: how much of each momentum is in it, ``[batch, heads]``, and of each
+    gradient ``[batch, heads, writes]``."""
+
+
+def coefficients(writes: Writes, steps: Tensor, valid: Tensor | None, order: int) -> Coefficients:
+    """``steps``: ``[batch, heads, time, writes]``, the step of token ``t`` along the gradient of write ``s``.
+
+    A diagonal matrix is given as ``[batch, heads, time]``.
+    """
+    theta, eta, alpha = writes.theta, writes.eta, writes.alpha
+    keep = torch.ones_like(theta) if alpha is None else 1 - alpha
+    channels = keep.dim() == 4
+    decay = products(keep.mT if channels else keep)
+    counts = None if valid is None else valid.to(theta).view(valid.shape[0], *[1] * (2 + channels), -1)
+    kept, moved = decay[..., 0], decay[..., 1:]
+    if counts is not None:
+        moved = moved * counts
+    if order == 0 or eta is None:
+        return Coefficients(kept, [], _steps(moved, steps, channels), [])
+    momentum = products(eta)
+    start, along = momentum[..., 0], momentum[..., 1:]
+    carried = []
+    for term in range(order):
+        if term and counts is not None:
+            moved = moved * counts
+        carried.append((moved @ _at(start, channels).unsqueeze(-1)).squeeze(-1))
+        moved = moved @ _at(along, channels)
+    last = [([start[..., -1]], _after(along[..., -1:, :], steps).squeeze(-2))]
+    if order == 2:
+        twice = along[..., -1:, :] if counts is None else along[..., -1:, :] * counts.view(-1, 1, 1, theta.shape[2])
+        first = (twice @ start.unsqueeze(-1)).squeeze(-1).squeeze(-1)
+        last.append(([first, start[..., -1]], _after(twice @ along, steps).squeeze(-2)))
+    return Coefficients(kept, carried[::-1], _steps(moved, steps, channels), last)
+
+
+def _at(x: Tensor, channels: bool) -> Tensor:
+    return x.unsqueeze(2) if channels else x
+
+
+def _steps(x: Tensor, steps: Tensor, channels: bool) -> Tensor:
+    if steps.dim() == 3:
+        return x * (steps[:, :, None, None] if channels else steps.unsqueeze(-2))
+    return x @ _at(steps, channels)
+
+
+def window_weights(
+    rule: Rule, writes: Writes, valid: Tensor | None, recent: Writes | None, held: Tensor | None
+) -> Tensor:
+    """``gamma_s`` where write ``s`` is in the window of token ``t``: ``[batch, heads, time, writes]``.
+
+    For a window of one write, its diagonal ``[batch, heads, time]``. ``recent``: the writes before these, of which
+    ``held`` ``[batch]`` are there.
+    """
+    gamma = torch.ones_like(writes.theta) if writes.gamma is None else writes.gamma
+    if rule.window == 1 or recent is None or held is None:
+        return gamma if valid is None else gamma * valid.unsqueeze(1)
+    rows, _, time = gamma.shape
+    device = gamma.device
+    real = torch.ones(rows, time, dtype=torch.bool, device=device) if valid is None else valid
+    index = real.cumsum(1) - 1
+    past = torch.arange(1 - rule.window, 0, device=device).expand(rows, -1)
+    distance = index.unsqueeze(-1) - torch.cat([past, index], 1).unsqueeze(1)
+    source = torch.cat([past >= -held.unsqueeze(1), real], 1)
+    inside = (distance >= 0) & (distance < rule.window) & source.unsqueeze(1) & real.unsqueeze(2)
+    if recent.gamma is not None:
+        gamma = torch.cat([recent.gamma, gamma], 2)
+    return torch.where(inside.unsqueeze(1), gamma.unsqueeze(2), 0.0)
+
+
+def _after(x: Tensor, steps: Tensor) -> Tensor:
+    """``x`` ``[..., time, time]`` times the matrix ``steps``, which may be given by its diagonal."""
+    return x * steps.unsqueeze(-2) if steps.dim() == 3 else x @ steps
+
+
+# -- rules whose weights are sums over the writes ----------------------------------------------------------------------
+
+
+def sums(
+    rule: Rule, writes: Writes, found: Gradients, window: Tensor, valid: Tensor | None, state: LearnerState,
+    gain: Tensor | None,
+) -> tuple[Tensor, LearnerState]:  # fmt: skip
+    """Outputs and the state after the last token, from the closed form of a chunk."""
+    order = 0 if writes.eta is None else rule.optimizer.order
+    c = coefficients(writes, _times(writes.theta, window), valid, order)
+    stacks = [state.momentum, state.second][:order]
+    retention = rule.retention
+    start = [retention.enter(w) for w in state.weights]
+    slices = rule.channels(state.weights) if retention.gates == "channel" and writes.alpha is not None else None
+
+    if rule.read == "anchor":
+        y = read_at(rule, [retention.link(w) for w in state.anchor], writes.q, gain)
+    else:
+        read = c if rule.read == "after" else _before(c)
+
+        def apply(i: int, x: Tensor) -> Tensor:
+            kept, carried, written = read.kept, read.carried, read.written
+            d, a = found.errors[i], found.inputs[i]
+            if slices is None:
+                z = kept.unsqueeze(-1) * (x @ start[i].mT)
+                for m, stack in zip(carried, stacks):
+                    z = z + m.unsqueeze(-1) * (x @ stack[i].mT)
+                return z - ((x @ a.mT) * written) @ d
+            z = (x * kept[:, :, slices[i]].mT) @ start[i].mT
+            for m, stack in zip(carried, stacks):
+                z = z + (x * m[:, :, slices[i]].mT) @ stack[i].mT
+            return z - torch.einsum("bhtc,bhsc,bhcts->bhts", x, a, written[:, :, slices[i]]) @ d
+
+        y = evaluate(rule, apply, writes.q, gain, len(start))
+
+    def last(x: Tensor, i: int, w: Tensor) -> Tensor:
+        x = x[..., -1] if slices is None else x[:, :, slices[i], -1].unsqueeze(-2)
+        return x if slices is not None else x.view(*x.shape, *[1] * (w.dim() - 2))
+
+    weights = []
+    for i, w in enumerate(start):
+        u = last(c.kept, i, w) * w
+        for m, stack in zip(c.carried, stacks):
+            u = u + last(m, i, w) * stack[i]
+        end = c.written[..., -1, :] if slices is None else c.written[:, :, slices[i], -1]
+        weights.append(retention.leave(u - found.total(i, end)))
+    moved = []
+    for parts, end in c.momentum:
+        moved.append(
+            tuple(
+                sum(p.view(*p.shape, *[1] * (w.dim() - 2)) * stack[i] for p, stack in zip(parts, stacks))
+                - found.total(i, end)
+                for i, w in enumerate(start)
+            )
+        )
+    return y, _with(state, weights, moved)
+
+
+def _times(theta: Tensor, window: Tensor) -> Tensor:
+    return theta * window if window.dim() == 3 else theta.unsqueeze(-1) * window
+
+
+def _before(c: Coefficients) -> Coefficients:
+    """The coefficients of the weights before each token."""
+    down = lambda x, first: torch.cat([torch.full_like(x[..., :1], first), x[..., :-1]], -1)  # noqa: E731
+    written = torch.cat([torch.zeros_like(c.written[..., :1, :]), c.written[..., :-1, :]], -2)
+    return Coefficients(down(c.kept, 1.0), [down(m, 0.0) for m in c.carried], written, c.momentum)
+
+
+def _with(state: LearnerState, weights: Sequence[Tensor], momentum: Sequence[tuple[Tensor, ...]]) -> LearnerState:
+    state = state._replace(weights=tuple(weights))
+    if momentum:
+        state = state._replace(momentum=momentum[0])
+    return state if len(momentum) < 2 else state._replace(second=momentum[1])
+
+
+# -- rules whose weights pass through maps of whole matrices -----------------------------------------------------------
+
+
+def moves(
+    rule: Rule, writes: Writes, found: Gradients, window: Tensor, valid: Tensor | None, state: LearnerState,
+    gain: Tensor | None,
+) -> tuple[Tensor, LearnerState]:  # fmt: skip
+    """The recurrence token by token, with gradients at the anchor."""
+    retention, optimizer = rule.retention, rule.optimizer
+    order = 0 if writes.eta is None else optimizer.order
+    anchor = [retention.link(w) for w in state.anchor]
+    outputs = []
+    for t in range(writes.theta.shape[2]):
+        at = lambda x, t=t: x[:, :, t]  # noqa: E731
+        theta, c = at(writes.theta), at(window)
+        now = found.at(t) if window.dim() == 3 else found
+        before, terms = state, [state.momentum, state.second][:order]
+        weights: list[Tensor] = []
+        stepped: list[list[Tensor]] = [[] for _ in range(order)]
+        for i, w in enumerate(state.weights):
+            per_head = lambda x, w=w: x.view(*x.shape, *[1] * (w.dim() - 2))  # noqa: E731
+            step = -now.total(i, c.unsqueeze(-1) if window.dim() == 3 else c)
+            if not optimizer.scales_update:
+                step = per_head(theta) * step
+            for term in range(order):
+                step = per_head(at(writes.eta)) * terms[term][i] + step
+                stepped[term].append(step)
+            step = optimizer.update(step)
+            if optimizer.scales_update:
+                step = per_head(theta) * step
+            u = retention.enter(w)
+            if writes.alpha is not None:
+                u = u * _per_matrix(rule, 1 - at(writes.alpha), state.weights, i)
+            weights.append(_end(rule, u + step, state, i))
+        after = _with(state, weights, [tuple(x) for x in stepped])
+        if valid is not None:
+            real = valid[:, t]
+            after = after._replace(
+                weights=where(real, after.weights, before.weights),
+                momentum=where(real, after.momentum, before.momentum),
+                second=where(real, after.second, before.second),
+            )
+        state = after
+        if rule.read == "anchor":
+            used: Matrices = anchor
+        else:
+            used = [retention.link(w) for w in (state if rule.read == "after" else before).weights]
+        outputs.append(read_at(rule, used, writes.q[:, :, t : t + 1], gain))
+    return torch.cat(outputs, 2), state
+
+
+def one_move(
+    rule: Rule, writes: Writes, found: Gradients, window: Tensor, valid: Tensor | None, state: LearnerState,
+    gain: Tensor | None, ends: Tensor | bool,
+) -> tuple[Tensor, LearnerState]:  # fmt: skip
+    """One step for a chunk, at its end; before it, the gradients of its tokens add up in ``state.pending``."""
+    retention, optimizer = rule.retention, rule.optimizer
+    y = read_at(rule, [retention.link(w) for w in state.anchor], writes.q, gain)
+    order = 0 if writes.eta is None else optimizer.order
+    real = torch.ones_like(writes.theta)
+    if valid is not None:
+        real = real * valid.unsqueeze(1)
+    c = window if optimizer.scales_update else writes.theta * window
+    *totals, eta, theta, kept = state.pending
+    totals = [total + found.total(i, c) for i, total in enumerate(totals)]
+    eta = eta if writes.eta is None else eta + (writes.eta * real).sum(2)
+    theta = theta + (writes.theta * real).sum(2)
+    if writes.alpha is not None:
+        decays = torch.where(real > 0 if writes.alpha.dim() == 3 else real.unsqueeze(-1) > 0, 1 - writes.alpha, 1.0)
+        kept = kept * decays.prod(2)
+    pending = (*totals, eta, theta, kept)
+    if ends is False:
+        return y, state._replace(pending=pending)
+    terms = [state.momentum, state.second][:order]
+    weights: list[Tensor] = []
+    stepped: list[list[Tensor]] = [[] for _ in range(order)]
+    for i, w in enumerate(state.weights):
+        per_head = lambda x, w=w: x.view(*x.shape, *[1] * (w.dim() - 2))  # noqa: E731
+        step = -totals[i]
+        for term in range(order):
+            step = per_head(eta / rule.chunk) * terms[term][i] + step
+            stepped[term].append(step)
+        step = optimizer.update(step)
+        if optimizer.scales_update:
+            step = per_head(theta / rule.chunk) * step
+        u = retention.enter(w) * _per_matrix(rule, kept, state.weights, i) + step
+        weights.append(_end(rule, u, state, i))
+    after = _with(state, weights, [tuple(x) for x in stepped])
+    after = after._replace(pending=empty_pending(state.weights, kept))
+    if ends is True:
+        return y, after
+    return y, after._replace(
+        weights=where(ends, after.weights, state.weights),
+        momentum=where(ends, after.momentum, state.momentum),
+        second=where(ends, after.second, state.second),
+        pending=where(ends, after.pending, pending),
+    )
+
+
+def _per_matrix(rule: Rule, keep: Tensor, weights: Matrices, i: int) -> Tensor:
+    """What is kept ``[batch, heads]``, or by channel, in the shape of matrix ``i``."""
+    if keep.dim() == 3:
+        return keep[..., rule.channels(weights)[i]].unsqueeze(-2)
+    return keep.view(*keep.shape, *[1] * (weights[i].dim() - 2))
+
+
+def _end(rule: Rule, u: Tensor, state: LearnerState, i: int) -> Tensor:
+    """The weights of matrix ``i`` that the state holds after a move to ``u``."""
+    return rule.retention.leave(rule.retention.project(u, state.initial[i] if rule.retention.uses_initial else None))
+
+
+def empty_pending(weights: Matrices, kept: Tensor) -> tuple[Tensor, ...]:
+    """``LearnerState.pending`` at the start of a chunk; ``kept`` has the shape of the product of what is kept."""
+    rows = weights[0].new_zeros(weights[0].shape[:2])
+    return (*map(torch.zeros_like, weights), rows, torch.zeros_like(rows), torch.ones_like(kept))
+
+
+def project_queries(q: Tensor, k: Tensor, projection: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``Pi_t q_t`` with ``Pi_t`` the sum of ``k k^T / |k|^2`` up to ``t`` (TNT), and the sum after the last token."""
+    unit = k / (k.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+    if valid is not None:
+        unit = unit * valid.view(valid.shape[0], 1, -1, 1)
+    scores = (q @ unit.mT).tril()
+    return q @ projection + scores @ unit, projection + unit.mT @ unit

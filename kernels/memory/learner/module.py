@@ -1,0 +1,56 @@
+"""Any ``torch.nn.Module`` as a memory network: the general path, by ``torch.func``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .parts import Objective
+
+
+class ModuleNetwork:
+    """A module that maps ``[d_in]`` to ``[d_out]``. Its parameters, in order, are the weights that are written."""
+
+    activation = None
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.names = [name for name, _ in module.named_parameters()]
+        if not self.names:
+            raise ValueError(f"network: {type(module).__name__} has no parameters to write")
+
+    def _call(self, weights: tuple[Tensor, ...], x: Tensor) -> Tensor:
+        y: Tensor = torch.func.functional_call(self.module, dict(zip(self.names, weights)), (x,))
+        return y
+
+    def read(self, weights: Sequence[Tensor], x: Tensor) -> Tensor:
+        """``[batch, heads, time, d_in] -> [batch, heads, time, d_out]`` with weights ``[batch, heads, ...]``."""
+        over_time = torch.vmap(self._call, (None, 0))
+        y: Tensor = torch.vmap(torch.vmap(over_time))(tuple(weights), x)
+        return y
+
+    def gradients(
+        self, weights: Sequence[Tensor], k: Tensor, v: Tensor, objective: Objective, parameter: Tensor | None
+    ) -> list[Tensor]:
+        """The gradient of every token with respect to every parameter, ``[batch, heads, time, ...]``."""
+
+        def one(weights: tuple[Tensor, ...], k: Tensor, v: Tensor, parameter: Tensor | None) -> tuple[Tensor, ...]:
+            prediction, vjp, *_ = torch.func.vjp(lambda w: self._call(w, k), weights)
+            return vjp(objective.error(prediction, v, parameter))[0]
+
+        per = None if parameter is None else 0
+        over_time = torch.vmap(one, (None, 0, 0, per))
+        over_heads = torch.vmap(over_time, (0, 0, 0, per))
+        return list(torch.vmap(over_heads, (0, 0, 0, per))(tuple(weights), k, v, parameter))
+
+    def refuse(self, weights: Sequence[Tensor], any_shape: bool) -> str | None:
+        """Why the module cannot run with these weights, or ``None``."""
+        shapes = [list(p.shape) for p in self.module.parameters()]
+        got = [list(w.shape[2:]) for w in weights]
+        if shapes != got:
+            return f"network: expected state.weights [batch, heads, ...] of the module's shapes {shapes}, got {got}"
+        if not any_shape and any(len(shape) != 2 for shape in shapes):
+            return f"optimizer: muon takes matrices, and the network's parameters are {shapes}"
+        return None

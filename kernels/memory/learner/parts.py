@@ -1,0 +1,163 @@
+"""The parts of a learner: interfaces, and the catalogues in which they are registered by name.
+
+A part is a class whose constructor has typed keyword fields, which are its schema. A recipe, or an argument of
+:func:`learn`, gives a part by its name, as a mapping ``{"type": name, field: value}``, or in Python as an object.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ....registry import Catalogue, check_settings, show
+
+Apply = Callable[[int, Tensor], Tensor]
+"""``apply(i, x)``: ``[..., in] -> [..., out]``, the product of ``x`` with matrix ``i`` of the network."""
+
+
+class Network(abc.ABC):
+    """A memory network ``M``: matrices, which are written, and what is computed with them.
+
+    Each matrix is applied exactly once. The gradient of a token is then one outer product per matrix, and the learner
+    needs nothing else to know about the network: errors come from automatic differentiation of ``forward``.
+    """
+
+    activation: ClassVar[str | None] = None
+    """The activation if the caller chooses none; ``None``: ``gelu``."""
+
+    @abc.abstractmethod
+    def forward(self, apply: Apply, x: Tensor, activation: Callable[[Tensor], Tensor], matrices: int) -> Tensor:
+        """``M(x)``: ``[..., d_in] -> [..., d_out]``, with ``matrices`` matrices given by ``apply``."""
+
+    @abc.abstractmethod
+    def shapes(self, d_in: int, d_out: int, depth: int, expansion: int) -> list[tuple[int, int]]:
+        """``(out, in)`` of each matrix in a block with ``depth`` layers of relative width ``expansion``."""
+
+
+class Objective:
+    """What a token's step decreases: the distance between ``M(k)`` and ``v``.
+
+    A subclass has ``loss``, or ``error``, its derivative, or both.
+    """
+
+    per_token: Tensor | None = None
+    """``[batch, time, heads]``: a parameter for each token, passed on to ``loss`` and ``error``."""
+
+    def loss(self, prediction: Tensor, target: Tensor, parameter: Tensor | None) -> Tensor:
+        """``[..., d_out], [..., d_out] -> [...]``. ``parameter``: ``[..., 1]``, from ``per_token``."""
+        raise TypeError(f"{type(self).__name__} has no loss, only its derivative")
+
+    def error(self, prediction: Tensor, target: Tensor, parameter: Tensor | None) -> Tensor:
+        """The derivative of the loss with respect to the prediction, ``[..., d_out]``."""
+        return torch.func.grad(lambda p: self.loss(p, target, parameter).sum())(prediction)
+
+
+class Retention:
+    """What is kept of the weights from token to token.
+
+    The weights of the recurrence are ``U_t = A_t(U_{t-1}) + step``; the network runs with ``link(U_t)``.
+    """
+
+    gates: ClassVar[str] = "scalar"
+    """The shape of ``alpha``: ``"none"``, ``"scalar"`` per head, or ``"channel"``: per column of each matrix."""
+    linear: ClassVar[bool] = True
+    """Whether ``U`` is not changed but by decay and steps: ``project`` is the identity."""
+    linked: ClassVar[bool] = False
+    """Whether ``link`` is not the identity."""
+    uses_initial: ClassVar[bool] = False
+    """Whether ``project`` needs the initial weights."""
+
+    def enter(self, weights: Tensor) -> Tensor:
+        """``U`` of the weights that a state holds, ``[..., out, in]``."""
+        return weights
+
+    def leave(self, u: Tensor) -> Tensor:
+        """The weights that a state holds, of ``U``."""
+        return u
+
+    def link(self, weights: Tensor) -> Tensor:
+        """The weights that the network runs with, of those that the state holds."""
+        return weights
+
+    def project(self, u: Tensor, initial: Tensor | None) -> Tensor:
+        """``U`` after a move. ``initial``: the initial weights if ``uses_initial``."""
+        return u
+
+    def refuse(self, weights: Sequence[Tensor]) -> str | None:
+        """Why these weights cannot be the initial ones, or ``None``."""
+        return None
+
+
+class Optimizer:
+    """How gradients become steps."""
+
+    order: int = 1
+    """The number of momentum terms: 0 none, 1, or 2."""
+    linear: ClassVar[bool] = True
+    """Whether the step is the momentum itself: ``update`` is the identity."""
+    scales_update: bool = False
+    """Whether ``theta`` multiplies the update and not the gradient."""
+
+    def update(self, momentum: Tensor) -> Tensor:
+        """The step of one matrix ``[..., out, in]``."""
+        return momentum
+
+
+class Features(abc.ABC):
+    """A map of keys and queries before the network."""
+
+    @abc.abstractmethod
+    def width(self, d_in: int) -> int:
+        """The width of the features of ``d_in`` numbers."""
+
+    @abc.abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., d_in] -> [..., width]``."""
+
+
+GROUP = "titans_build.learners"
+NETWORKS = Catalogue("network", f"{GROUP}.networks", methods=("forward", "shapes"), lead=None)
+OBJECTIVES = Catalogue("objective", f"{GROUP}.objectives", methods=("error",), lead=None)
+RETENTIONS = Catalogue("retention", f"{GROUP}.retentions", methods=("link", "project"), lead=None)
+OPTIMIZERS = Catalogue("optimizer", f"{GROUP}.optimizers", methods=("update",), lead=None)
+FEATURES = Catalogue("features", f"{GROUP}.features", methods=("width", "forward"), lead=None)
+CATALOGUES = {"network": NETWORKS, "objective": OBJECTIVES, "retention": RETENTIONS, "optimizer": OPTIMIZERS,
+              "features": FEATURES}  # fmt: skip
+"""The catalogue of each kind of part."""
+
+register_network = NETWORKS.register
+register_objective = OBJECTIVES.register
+register_retention = RETENTIONS.register
+register_optimizer = OPTIMIZERS.register
+register_features = FEATURES.register
+
+
+def make_part(kind: str, given: Any) -> Any:
+    """The part that a name, a mapping or an object stands for. Raises ``RecipeError`` with all problems."""
+    catalogue = CATALOGUES[kind]
+    if isinstance(given, str):
+        given = {"type": given}
+    if not isinstance(given, dict):
+        missing = [method for method in catalogue.methods if not callable(getattr(given, method, None))]
+        if missing or isinstance(given, type):
+            raise TypeError(
+                f"{kind}: expected one of {', '.join(catalogue.known_names())}, a mapping with its type, or an object "
+                f"with {' and '.join(catalogue.methods)}, got {show(given)}"
+            )
+        return given
+    fields = dict(given)
+    name = fields.pop("type", None)
+    if not isinstance(name, str):
+        raise ValueError(f"{kind}: expected a mapping with a type, one of {', '.join(catalogue.known_names())}, "
+                         f"got {show(given)}")  # fmt: skip
+    entry = catalogue.lookup(name)
+    tensors = {key: value for key, value in fields.items() if isinstance(value, Tensor) and key in entry.fields}
+    others = {key: value for key, value in fields.items() if key not in tensors}
+    part = entry.cls(**check_settings(f"{kind} {name}", entry.fields, others, kind))
+    for key, value in tensors.items():
+        setattr(part, key, value)
+    return part

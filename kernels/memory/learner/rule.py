@@ -1,0 +1,182 @@
+"""A learner's rule: its parts, and which of them go together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..network_torch import ACTIVATIONS
+from ..state import Options
+from . import networks, objectives, updates
+from .module import ModuleNetwork
+from .parts import Features, Network, Objective, Optimizer, Retention, make_part
+
+READS = ("after", "before", "anchor")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a learner learns. Arguments of :func:`make_rule`, with parts as objects."""
+
+    network: Network
+    objective: Objective
+    optimizer: Optimizer
+    retention: Retention
+    features: Features | None
+    activation_name: str
+    chunk: int
+    window: int
+    read: str
+    reset: int | None
+    keys: int
+    query: str | None
+    clip: float | None
+    threshold: float | None
+    module: ModuleNetwork | None
+
+    @property
+    def activation(self) -> Callable[[Tensor], Tensor]:
+        return ACTIVATIONS[self.activation_name].value
+
+    @property
+    def sums(self) -> bool:
+        """Whether the weights are sums over the writes, so that they need not be made for each token."""
+        linear = self.retention.linear and self.optimizer.linear and self.module is None
+        return linear and (self.read == "anchor" or not self.retention.linked)
+
+    @property
+    def moves_once(self) -> bool:
+        """Whether the weights move once a chunk."""
+        return self.read == "anchor" and not (self.retention.linear and self.optimizer.linear)
+
+    @property
+    def keeps_initial(self) -> bool:
+        """Whether a state must hold the initial weights."""
+        return self.reset is not None or self.retention.uses_initial
+
+    def channels(self, weights: Sequence[Tensor]) -> list[slice]:
+        """The place of each matrix's columns among the channels of ``alpha``."""
+        found, start = [], 0
+        for w in weights:
+            found.append(slice(start, start + w.shape[-1]))
+            start += w.shape[-1]
+        return found
+
+    def options(self, keep: int | None = None, half: str | None = None) -> Options | None:
+        """The options of the operation ``titans_memory`` that computes this rule, or ``None`` if it does not."""
+        if (
+            type(self.network) not in (networks.MLP, networks.Linear)
+            or type(self.objective) not in _KINDS
+            or self.objective.per_token is not None
+            or type(self.optimizer) not in (updates.Step, updates.Momentum)
+            or self.optimizer.order > 1
+            or type(self.retention) not in (updates.Keep, updates.Decay)
+            or self.window > 1
+            or self.query is not None
+            or self.features is not None
+        ):
+            return None
+        kind = _KINDS[type(self.objective)]
+        if kind != "l2" or self.read == "anchor":
+            return None
+        return Options(self.chunk, self.activation_name, self.clip, self.read, keep, half, self.threshold)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """``(argument, message)`` for parts that do not go together."""
+        if self.reset is not None and self.reset * self.keys % self.chunk:
+            yield "reset", f"expected a multiple of the chunk's {self.chunk} writes, got {self.reset} tokens"
+        linear = self.retention.linear and self.optimizer.linear
+        if self.moves_once and self.window > 1:
+            yield "window", "a rule that moves once a chunk (read='anchor') has no window: every token is in its chunk"
+        if self.threshold is not None and (not self.sums or self.window > 1):
+            reason = "a window of one write" if linear else "weights that are sums over the writes"
+            yield "threshold", f"needs {reason}"
+        if self.module is not None and self.retention.gates == "channel":
+            yield "retention", "decays by channel need matrices, and the network is a module"
+        if self.module is not None and self.features is not None:
+            yield "features", "the network is a module, which can compute them itself"
+
+    def refuse_weights(self, weights: Sequence[Tensor], d_in: int, d_out: int) -> str | None:
+        """Why the network cannot run with these weights, or ``None``."""
+        if self.module is not None:
+            return self.module.refuse(weights, not isinstance(self.optimizer, updates.Muon))
+        width = d_in if self.features is None else self.features.width(d_in)
+        used: set[int] = set()
+
+        def apply(i: int, x: Tensor) -> Tensor:
+            if i >= len(weights):
+                raise ValueError(f"needs at least {i + 1} matrices, got {len(weights)}")
+            if i in used:
+                raise ValueError(f"applies matrix {i} twice")
+            used.add(i)
+            out, into = weights[i].shape[-2:]
+            if weights[i].dim() != 4 or into != x.shape[-1]:
+                raise ValueError(f"state.weights[{i}]: expected [batch, heads, out, in={x.shape[-1]}], "
+                                 f"got {list(weights[i].shape)}")  # fmt: skip
+            return x.new_empty(*x.shape[:-1], out)
+
+        try:
+            y = self.network.forward(apply, torch.empty(1, width, device="meta"), self.activation, len(weights))
+        except (ValueError, RuntimeError) as error:
+            return f"network {type(self.network).__name__}: {error}"
+        if used != set(range(len(weights))):
+            return f"network {type(self.network).__name__}: uses {len(used)} matrices, got {len(weights)}"
+        if y.shape[-1] != d_out:
+            return f"network {type(self.network).__name__}: expected outputs of width {d_out} as v, got {y.shape[-1]}"
+        return self.retention.refuse(weights)
+
+
+_KINDS: dict[type, str] = {
+    objectives.SquaredError: "l2", objectives.HalfSquaredError: "l2_half", objectives.DotProduct: "dot",
+    objectives.LpError: "lp", objectives.Huber: "huber",
+}  # fmt: skip
+"""The names of the objectives that the memory operation has."""
+
+
+def make_rule(
+    *,
+    chunk: int = 16,
+    network: Any = "mlp",
+    activation: str | None = "gelu",
+    objective: Any = "l2",
+    optimizer: Any = "momentum",
+    retention: Any = "scalar",
+    window: int = 1,
+    features: Any = None,
+    read: str = "after",
+    reset: int | None = None,
+    keys: int = 1,
+    query: str | None = None,
+    clip: float | None = None,
+    threshold: float | None = None,
+) -> Rule:
+    """The rule of the arguments of :func:`learn`. Raises ``ValueError`` or ``TypeError`` for what does not fit."""
+    module = ModuleNetwork(network) if isinstance(network, nn.Module) else None
+    part: Any = module if module is not None else make_part("network", network)
+    activation = activation or part.activation or "gelu"
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(sorted(ACTIVATIONS))}, got {activation!r}")
+    for name, number, least in (("chunk", chunk, 1), ("window", window, 1), ("keys", keys, 1), ("reset", reset, 1)):
+        if number is None and name == "reset":
+            continue
+        if isinstance(number, bool) or not isinstance(number, int) or number < least:
+            raise ValueError(f"{name}: expected a whole number >= {least}, got {number!r}")
+    for name, bound in (("clip", clip), ("threshold", threshold)):
+        if bound is not None and not (isinstance(bound, (int, float)) and bound > 0):
+            raise ValueError(f"{name}: expected a norm > 0 or None, got {bound!r}")
+    if read not in READS:
+        raise ValueError(f"read: expected 'after', 'before' or 'anchor', got {read!r}")
+    if query not in (None, "projected"):
+        raise ValueError(f"query: expected None or 'projected', got {query!r}")
+    rule = Rule(
+        part, make_part("objective", objective), make_part("optimizer", optimizer), make_part("retention", retention),
+        None if features is None else make_part("features", features),
+        activation, chunk, window, read, reset, keys, query, clip, threshold, module,
+    )  # fmt: skip
+    for name, problem in rule.problems():
+        raise ValueError(f"{name}: {problem}")
+    return rule

@@ -1,0 +1,148 @@
+"""Retentions and optimizers: how the weights decay, and how gradients move them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from .parts import Optimizer, Retention, register_optimizer, register_retention
+
+
+@register_retention("none")
+class Keep(Retention):
+    """Nothing is forgotten."""
+
+    gates = "none"
+
+
+@register_retention("scalar")
+class Decay(Retention):
+    """All weights of a head decay by ``1 - alpha`` (weight decay)."""
+
+
+@register_retention("channel")
+class ChannelDecay(Retention):
+    """Each column of each matrix decays by its own ``1 - alpha`` (GLA, KDA, Titans' camera-ready)."""
+
+    gates = "channel"
+
+
+@register_retention("kl")
+class Softmax(Retention):
+    """``W_t = softmax((1 - alpha) log W_{t-1} + step)`` over each row (KL divergence; Memora, 2504.13173)."""
+
+    linked = True
+
+    def enter(self, weights: Tensor) -> Tensor:
+        return weights.clamp(min=torch.finfo(weights.dtype).tiny).log()
+
+    def leave(self, u: Tensor) -> Tensor:
+        return torch.softmax(u, dim=-1)
+
+    def refuse(self, weights: Sequence[Tensor]) -> str | None:
+        if all(bool((w.detach() > 0).all()) for w in weights):
+            return None
+        return "kl keeps each row of the weights a probability distribution: expected initial weights > 0"
+
+
+@register_retention("lq")
+class LqNorm(Retention):
+    """The network runs with ``a / |a|_q^(q - 2)``; ``a`` decays and is moved (Moneta, arXiv 2504.13173).
+
+    The state's weights are ``a``. The norm is that of a whole matrix.
+    """
+
+    linked = True
+
+    def __init__(self, *, q: Annotated[float, Field(gt=1, le=16, description="exponent of the norm")] = 4.0) -> None:
+        self.q = q
+
+    def link(self, weights: Tensor) -> Tensor:
+        # in units of the largest number, whose power may overflow; a matrix of zeros stays zero
+        unit = weights.detach().abs().amax((-2, -1), keepdim=True)
+        unit = torch.where(unit > 0, unit, 1.0)
+        size = (weights / unit).abs().pow(self.q).sum((-2, -1), keepdim=True)
+        norm = unit * torch.where(size > 0, size, 1.0) ** (1 / self.q)
+        return weights / norm ** (self.q - 2)
+
+
+@register_retention("rows")
+class RowNorm(Retention):
+    """After a move, each row has the norm it had in the initial weights (LaCT, arXiv 2505.23884)."""
+
+    linear = False
+    uses_initial = True
+
+    def project(self, u: Tensor, initial: Tensor | None) -> Tensor:
+        assert initial is not None
+        norm = lambda x: torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # noqa: E731
+        return u * (norm(initial) / (norm(u) + 1e-5))
+
+
+@register_retention("soft_threshold")
+class SoftThreshold(Retention):
+    """After a move, each weight is moved towards zero by ``by``: ``sign(W) max(|W| - by, 0)`` (L1)."""
+
+    linear = False
+
+    def __init__(self, *, by: Annotated[float, Field(ge=0, description="distance")] = 1e-4) -> None:
+        self.by = by
+
+    def project(self, u: Tensor, initial: Tensor | None) -> Tensor:
+        return torch.sign(u) * (u.abs() - self.by).clamp(min=0)
+
+
+@register_optimizer("step")
+class Step(Optimizer):
+    """A gradient step without momentum."""
+
+    order = 0
+
+
+@register_optimizer("momentum")
+class Momentum(Optimizer):
+    """Gradient steps with momentum (Titans, eq. 10); ``order: 2``: the momentum has momentum again."""
+
+    def __init__(self, *, order: Annotated[Literal[1, 2], Field(description="number of momentum terms")] = 1) -> None:
+        self.order = order
+
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Of the quintic Newton-Schulz iteration of Muon (K. Jordan, 2024)."""
+
+
+@register_optimizer("muon")
+class Muon(Optimizer):
+    """Steps along the orthogonalized momentum, by ``steps`` Newton-Schulz iterations (ATLAS, LaCT).
+
+    ``scale: gradient``: ``S = eta S - theta G, W = A W + NS(S)``. ``scale: update``, as in ATLAS:
+    ``S = eta S - G, W = A W + theta NS(S)``.
+    """
+
+    linear = False
+
+    def __init__(
+        self,
+        *,
+        steps: Annotated[int, Field(ge=0, le=20, description="Newton-Schulz iterations")] = 5,
+        scale: Annotated[
+            Literal["gradient", "update"], Field(description="what the step size theta multiplies")
+        ] = "gradient",
+    ) -> None:
+        self.steps, self.scales_update = steps, scale == "update"
+
+    def update(self, momentum: Tensor) -> Tensor:
+        a, b, c = COEFFICIENTS
+        tall = momentum.shape[-2] > momentum.shape[-1]
+        x = momentum.mT if tall else momentum
+        # the norm has no derivative at zero, where the step is zero
+        size = (x * x).sum((-2, -1), keepdim=True)
+        x = x / (torch.where(size > 0, size, 1.0).sqrt() + 1e-7)
+        for _ in range(self.steps):
+            gram = x @ x.mT
+            x = a * x + (b * gram + c * gram @ gram) @ x
+        return x.mT if tall else x

@@ -1,0 +1,186 @@
+"""A sequence of any length, phase and mask, chunk by chunk."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ...dispatch import sum_is_finite
+from ...padding import align
+from ..state import MemoryState
+from . import chunks
+from .rule import Rule
+from .state import LearnerState, Writes, where
+
+
+def run(
+    rule: Rule, writes: Writes, state: LearnerState, gain: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, LearnerState]:
+    """Outputs ``[batch, time, heads, d_out]`` and the state after the last write.
+
+    ``state.position`` counts writes here. NaN and infinity reach no output before their token: where a result is not
+    finite, it is computed again in halves.
+    """
+    y, after = _run(rule, writes, state, gain, mask)
+    time = y.shape[1]
+    if time < 2 or sum_is_finite(y, *after.weights) or not sum_is_finite(*state.weights, *state.anchor):
+        return y, after
+    outputs = []
+    for span in (slice(0, time // 2), slice(time // 2, time)):
+        part = None if mask is None else mask[:, span]
+        y, state = run(rule, writes.map(lambda x, span=span: x[:, span]), state, gain, part)  # type: ignore[misc]
+        outputs.append(y)
+    return torch.cat(outputs, 1), state
+
+
+def _run(
+    rule: Rule, writes: Writes, state: LearnerState, gain: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, LearnerState]:
+    chunk, time, valid, layout = rule.chunk, writes.theta.shape[1], None, None
+    phases = [position % chunk for position in state.position.tolist()]
+    if mask is not None and bool(mask.all()):
+        mask = None
+    if mask is None and len(set(phases)) <= 1:
+        phase = phases[0] if phases else 0
+        edges = [0, *range(chunk - phase, time, chunk), time]
+    else:
+        if mask is None:
+            mask = torch.ones(writes.theta.shape[:2], dtype=torch.bool, device=writes.theta.device)
+        offset = state.position % chunk
+        layout = align(mask, offset)
+        if layout.filled.shape[1] > chunk:
+            layout = align(mask, offset, multiple=chunk)
+        eta = None if writes.eta is None else layout.spread(writes.eta, empty=1.0)
+        writes = writes.map(layout.spread)._replace(eta=eta)
+        valid, slots = layout.filled, layout.filled.shape[1]
+        edges = [*range(0, slots, chunk), slots]
+    outputs = []
+    for start, stop in pairwise(edges):
+        if start == stop:
+            continue
+        span = writes.map(lambda x, start=start, stop=stop: x[:, start:stop].transpose(1, 2))  # type: ignore[misc]
+        y, state = _span(rule, span, state, gain, None if valid is None else valid[:, start:stop])
+        outputs.append(y.transpose(1, 2))
+    if not outputs:
+        return writes.v.new_zeros(len(phases), time, *writes.v.shape[2:]), state
+    y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+    return y if layout is None else layout.collect(y), state
+
+
+def _span(
+    rule: Rule, writes: Writes, state: LearnerState, gain: Tensor | None, valid: Tensor | None
+) -> tuple[Tensor, LearnerState]:
+    """A chunk or a part of one."""
+    time = writes.theta.shape[2]
+    begins: Tensor | bool
+    ends: Tensor | bool
+    if valid is None:
+        phase = int(state.position[0]) % rule.chunk
+        after = state.position + time
+        begins, ends = phase == 0, (phase + time) % rule.chunk == 0
+    else:
+        count = valid.sum(1)
+        after = state.position + count
+        begins = (state.position % rule.chunk == 0) & (count > 0)
+        ends = (after % rule.chunk == 0) & (count > 0)
+    if rule.reset is not None and begins is not False:
+        due = (state.position % (rule.reset * rule.keys) == 0) & (state.position > 0) & begins
+        if bool(due.any()):
+            state = begin(state, due)
+    state = state._replace(anchor=where(begins, state.weights, state.anchor))
+    if rule.query is not None:
+        assert state.projection is not None
+        q, projection = chunks.project_queries(writes.q, writes.k, state.projection, valid)
+        writes, state = writes._replace(q=q), state._replace(projection=projection)
+
+    recent, held, every = None, None, writes
+    if rule.window > 1:
+        recent, held, every, state = _window(rule, writes, state, valid)
+    at = [rule.retention.link(w) for w in state.anchor]
+    found = chunks.gradients(rule, at, every, gain)
+    if rule.threshold is not None:
+        writes = chunks.suppress(rule, writes, found)
+    found = chunks.clip(rule, found)
+    window = chunks.window_weights(rule, writes, valid, recent, held)
+    if rule.sums:
+        y, state = chunks.sums(rule, writes, found, window, valid, state, gain)
+    elif rule.moves_once:
+        y, state = chunks.one_move(rule, writes, found, window, valid, state, gain, ends)
+    else:
+        y, state = chunks.moves(rule, writes, found, window, valid, state, gain)
+    return y, state._replace(anchor=where(ends, state.weights, state.anchor), position=after)
+
+
+def begin(state: LearnerState, rows: Tensor) -> LearnerState:
+    """The state in which ``rows`` ``[batch]`` are at a reset: their initial weights, and nothing else."""
+    zero = lambda part: where(rows, tuple(map(torch.zeros_like, part)), part)  # noqa: E731
+    pending = state.pending
+    if pending:
+        pending = where(rows, chunks.empty_pending(state.weights, pending[-1]), pending)
+    return state._replace(
+        weights=where(rows, state.initial, state.weights),
+        momentum=zero(state.momentum),
+        anchor=where(rows, state.initial, state.anchor),
+        second=zero(state.second),
+        recent=zero(state.recent),
+        pending=pending,
+        projection=None if state.projection is None else zero((state.projection,))[0],
+    )
+
+
+def _window(
+    rule: Rule, writes: Writes, state: LearnerState, valid: Tensor | None
+) -> tuple[Writes, Tensor, Writes, LearnerState]:
+    """The recent writes, their number, these with ``writes``, and the state with the recent ones after ``writes``."""
+    k, v, gamma, *parameter, held = state.recent
+    recent = writes._replace(k=k, v=v, gamma=gamma, parameter=parameter[0] if parameter else None)
+    if writes.gamma is None:
+        writes = writes._replace(gamma=torch.ones_like(writes.theta))
+    parts = [x for x in (writes.k, writes.v, writes.gamma, writes.parameter) if x is not None]
+    joined = [torch.cat([old, new], 2) for old, new in zip(state.recent, parts)]
+    every = writes._replace(k=joined[0], v=joined[1], parameter=joined[3] if len(joined) > 3 else None)
+    size, time = rule.window - 1, writes.theta.shape[2]
+    if valid is None:
+        kept = [x[:, :, time:] for x in joined]
+        count = torch.full_like(held, time)
+    else:
+        past = torch.arange(-size, 0, device=held.device).expand(len(held), -1) >= -held.unsqueeze(1)
+        order = torch.cat([past, valid], 1).to(torch.uint8).argsort(dim=1, stable=True)[:, time:]
+        kept = [
+            x.gather(2, order.view(len(held), 1, size, *[1] * (x.dim() - 3)).expand(*x.shape[:2], size, *x.shape[3:]))
+            for x in joined
+        ]
+        count = valid.sum(1)
+    state = state._replace(recent=(*kept, (held + count).clamp(max=size)))
+    return recent, held, every, state
+
+
+def complete(rule: Rule, state: MemoryState | LearnerState, writes: Writes) -> LearnerState:
+    """The state with every part that the rule needs. Raises ``ValueError`` where an earlier call would have made it."""
+    given = LearnerState(*state)
+    order = 0 if writes.eta is None else rule.optimizer.order
+    made: dict[str, object] = {}
+    batch, _, heads = writes.theta.shape
+    new = given.weights[0].new_zeros
+    if order == 2 and not given.second:
+        made["second"] = tuple(map(torch.zeros_like, given.weights))
+    if rule.moves_once and not given.pending:
+        channels = () if writes.alpha is None or writes.alpha.dim() == 3 else writes.alpha.shape[3:]
+        made["pending"] = chunks.empty_pending(given.weights, new(batch, heads, *channels))
+    if rule.window > 1 and not given.recent:
+        size = rule.window - 1
+        wide = lambda x: new(batch, heads, size, x.shape[3])  # noqa: E731
+        narrow = [new(batch, heads, size)] * (2 if writes.parameter is not None else 1)
+        made["recent"] = (wide(writes.k), wide(writes.v), *narrow, torch.zeros_like(given.position))
+    if rule.query is not None and given.projection is None:
+        made["projection"] = new(batch, heads, writes.k.shape[3], writes.k.shape[3])
+    if rule.keeps_initial and not given.initial:
+        made["initial"] = given.weights
+    if made and bool((given.position > 0).any()):
+        raise ValueError(
+            f"state: has no {', '.join(made)}, which this rule needs: expected a state that it has made itself, or one "
+            "at position 0"
+        )
+    return given._replace(**made)  # type: ignore[arg-type]
