@@ -184,7 +184,7 @@ def learn_by(
         else:
             y, after = _documents(run_rows, rule, writes, before, mask, documents)
     if n > 1:
-        y = y[:, 0 if rule.read == "before" else n - 1 :: n]
+        y = y[:, n - 1 if rule.read == "after" else 0 :: n]
         after = after._replace(position=after.position // n)
     more = given is LearnerState or any(part is not None and part != () for part in after[4:])
     return y.to(dtype), after if more else after.plain()

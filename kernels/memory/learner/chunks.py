@@ -116,6 +116,15 @@ def suppress(rule: Rule, writes: Writes, found: Gradients) -> Writes:
     return writes._replace(theta=writes.theta * written, alpha=alpha)
 
 
+def anchor_weights(rule: Rule, writes: Writes, state: LearnerState) -> list[Tensor]:
+    """The weights at which the gradients of a chunk are taken."""
+    anchor: Sequence[Tensor] = state.anchor
+    if rule.retention.first and writes.alpha is not None:  # chunks have one write
+        keep = 1 - writes.alpha[:, :, 0]
+        anchor = [w * _per_matrix(rule, keep, anchor, i) for i, w in enumerate(anchor)]
+    return [rule.retention.link(w) for w in anchor]
+
+
 # -- gates as matrices -------------------------------------------------------------------------------------------------
 
 
@@ -228,30 +237,73 @@ def sums(
     """Outputs and the state after the last token, from the closed form of a chunk."""
     order = 0 if writes.eta is None else rule.optimizer.order
     c = coefficients(writes, _times(writes.theta, window), valid, order)
-    stacks = [state.momentum, state.second][:order]
-    retention = rule.retention
-    start = [retention.enter(w) for w in state.weights]
-    slices = rule.channels(state.weights) if retention.gates == "channel" and writes.alpha is not None else None
-
     if rule.read == "anchor":
-        y = read_at(rule, [retention.link(w) for w in state.anchor], writes.q, gain)
+        y = read_at(rule, [rule.retention.link(w) for w in state.anchor], writes.q, gain)
     else:
-        read = c if rule.read == "after" else _before(c)
+        apply = _layers(rule, c if rule.read == "after" else _before(c), found, state)
+        y = evaluate(rule, apply, writes.q, gain, len(state.weights))
+    return y, _ended(rule, c, found, state)
 
-        def apply(i: int, x: Tensor) -> Tensor:
-            kept, carried, written = read.kept, read.carried, read.written
-            d, a = found.errors[i], found.inputs[i]
-            if slices is None:
-                z = kept.unsqueeze(-1) * (x @ start[i].mT)
-                for m, stack in zip(carried, stacks):
-                    z = z + m.unsqueeze(-1) * (x @ stack[i].mT)
-                return z - ((x @ a.mT) * written) @ d
-            z = (x * kept[:, :, slices[i]].mT) @ start[i].mT
+
+def solved_sums(
+    rule: Rule, writes: Writes, valid: Tensor | None, state: LearnerState
+) -> tuple[Tensor, LearnerState]:  # fmt: skip
+    """``sums`` of many chunks of one write, for one matrix and an error that is linear in the prediction.
+
+    Write ``t`` sees ``p_t = (what the start has at k_t) - sum_{s<t} L_ts d_s``. With ``d = f (p - v)`` this is
+    ``(I + f L) d = f (start - v)``: the delta rule's triangular system (DeltaNet, arXiv 2406.06484, sec. 3).
+    """
+    order = 0 if writes.eta is None else rule.optimizer.order
+    window = window_weights(rule, writes, valid, None, None)
+    c = coefficients(writes, writes.theta * window, valid, order)
+    key = writes.k if rule.features is None else rule.features.forward(writes.k)
+    error = lambda prediction: rule.objective.error(prediction, writes.v, None)  # noqa: E731
+    before = _before(c)
+    if rule.retention.first and writes.alpha is not None:
+        keep = 1 - (writes.alpha if writes.alpha.dim() == 3 else writes.alpha.mT)
+        before = Coefficients(before.kept * keep, [m * keep for m in before.carried],
+                              before.written * keep.unsqueeze(-1), before.momentum)  # fmt: skip
+    nothing = Gradients([torch.zeros_like(writes.v)], [key])
+    start = error(_layers(rule, before, nothing, state)(0, key))
+    slope = (error(torch.ones_like(writes.v)) - error(torch.zeros_like(writes.v)))[..., :1]
+    if before.written.dim() == 4:
+        seen = (key @ key.mT) * before.written
+    else:
+        seen = torch.einsum("bhtc,bhsc,bhcts->bhts", key, key, before.written)
+    system = torch.eye(key.shape[2], dtype=key.dtype, device=key.device) + slope * seen
+    errors = torch.linalg.solve_triangular(system, start, upper=False, unitriangular=True)
+    found = Gradients([errors], [key])
+    y = evaluate(rule, _layers(rule, c if rule.read == "after" else _before(c), found, state), writes.q, None, 1)
+    return y, _ended(rule, c, found, state)
+
+
+def _layers(rule: Rule, read: Coefficients, found: Gradients, state: LearnerState) -> Apply:
+    """The products with the matrices that the coefficients ``read`` give each token."""
+    start = [rule.retention.enter(w) for w in state.weights]
+    stacks = [state.momentum, state.second][: len(read.carried)]
+    slices = rule.channels(start) if read.written.dim() == 5 else None
+
+    def apply(i: int, x: Tensor) -> Tensor:
+        kept, carried, written = read.kept, read.carried, read.written
+        d, a = found.errors[i], found.inputs[i]
+        if slices is None:
+            z = kept.unsqueeze(-1) * (x @ start[i].mT)
             for m, stack in zip(carried, stacks):
-                z = z + (x * m[:, :, slices[i]].mT) @ stack[i].mT
-            return z - torch.einsum("bhtc,bhsc,bhcts->bhts", x, a, written[:, :, slices[i]]) @ d
+                z = z + m.unsqueeze(-1) * (x @ stack[i].mT)
+            return z - ((x @ a.mT) * written) @ d
+        z = (x * kept[:, :, slices[i]].mT) @ start[i].mT
+        for m, stack in zip(carried, stacks):
+            z = z + (x * m[:, :, slices[i]].mT) @ stack[i].mT
+        return z - torch.einsum("bhtc,bhsc,bhcts->bhts", x, a, written[:, :, slices[i]]) @ d
 
-        y = evaluate(rule, apply, writes.q, gain, len(start))
+    return apply
+
+
+def _ended(rule: Rule, c: Coefficients, found: Gradients, state: LearnerState) -> LearnerState:
+    """The state after the last token."""
+    start = [rule.retention.enter(w) for w in state.weights]
+    stacks = [state.momentum, state.second][: len(c.carried)]
+    slices = rule.channels(start) if c.written.dim() == 5 else None
 
     def last(x: Tensor, i: int, w: Tensor) -> Tensor:
         x = x[..., -1] if slices is None else x[:, :, slices[i], -1].unsqueeze(-2)
@@ -263,7 +315,7 @@ def sums(
         for m, stack in zip(c.carried, stacks):
             u = u + last(m, i, w) * stack[i]
         end = c.written[..., -1, :] if slices is None else c.written[:, :, slices[i], -1]
-        weights.append(retention.leave(u - found.total(i, end)))
+        weights.append(rule.retention.leave(u - found.total(i, end)))
     moved = []
     for parts, end in c.momentum:
         moved.append(
@@ -273,7 +325,7 @@ def sums(
                 for i, w in enumerate(start)
             )
         )
-    return y, _with(state, weights, moved)
+    return _with(state, weights, moved)
 
 
 def _times(theta: Tensor, window: Tensor) -> Tensor:

@@ -91,10 +91,11 @@ class Slots(Network):
 
 @register_features("polynomial")
 class Polynomial(Features):
-    """Powers up to ``degree`` with Taylor coefficients ``a_i``, by default ``1 / i!`` (ATLAS, arXiv 2505.23735).
+    """Powers up to ``degree``, with coefficients ``a_i``.
 
-    ``elementwise``: ``a_1 x + a_2 x^2 + ...``, of the width of ``x``. ``tensor``: ``(a_0, a_1 x, a_2 x (x) x, ...)``
-    side by side, of width ``1 + d + d^2 + ...``.
+    ``tensor``: ``(a_0, a_1 x, a_2 x (x) x, ...)`` side by side, of width ``1 + d + d^2 + ...``; with the default
+    coefficients ``1 / sqrt(i!)``, inner products are the Taylor series of ``exp`` (ATLAS, arXiv 2505.23735, eq. 22).
+    ``elementwise``: ``a_1 x + a_2 x^2 + ...``, of the width of ``x``, by default ``a_i = 1 / i!``.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class Polynomial(Features):
             Literal["elementwise", "tensor"], Field(description="powers of each number, or all products of numbers")
         ] = "elementwise",
         coefficients: Annotated[
-            list[float] | None, Field(description="a_0, a_1, ...; null: 1 / i!, and learned in a block")
+            list[float] | None, Field(description="a_0, a_1, ...; null: those of a Taylor series, learned in a block")
         ] = None,
     ) -> None:
         if isinstance(coefficients, list) and len(coefficients) != degree + 1:
@@ -114,8 +115,9 @@ class Polynomial(Features):
         self.coefficients: list[float] | Tensor = coefficients or self.initial()
 
     def initial(self) -> list[float]:
-        """The coefficients ``1 / i!``."""
-        return [1 / math.factorial(i) for i in range(self.degree + 1)]
+        """The coefficients of a Taylor series."""
+        power = 1.0 if self.form == "elementwise" else 0.5
+        return [math.factorial(i) ** -power for i in range(self.degree + 1)]
 
     def width(self, d_in: int) -> int:
         return d_in if self.form == "elementwise" else sum(d_in**i for i in range(self.degree + 1))

@@ -68,6 +68,8 @@ class Retention:
     """Whether ``U`` is not changed but by decay and steps: ``project`` is the identity."""
     linked: ClassVar[bool] = False
     """Whether ``link`` is not the identity."""
+    first: bool = False
+    """Whether weights decay before the gradient is taken; needs chunks of one write."""
     uses_initial: ClassVar[bool] = False
     """Whether ``project`` needs the initial weights."""
 

@@ -49,6 +49,22 @@ class Rule:
         return linear and (self.read == "anchor" or not self.retention.linked)
 
     @property
+    def solves(self) -> bool:
+        """Whether the errors of many chunks of one write are the solution of a triangular system.
+
+        That is so for one matrix and an error that is linear in the prediction.
+        """
+        return (
+            self.sums
+            and self.chunk == 1
+            and self.window == 1
+            and self.read != "anchor"
+            and type(self.network) in (networks.Linear, networks.MLP)
+            and type(self.objective) in (objectives.SquaredError, objectives.HalfSquaredError, objectives.DotProduct)
+            and self.clip is self.threshold is None
+        )
+
+    @property
     def moves_once(self) -> bool:
         """Whether the weights move once a chunk."""
         return self.read == "anchor" and not (self.retention.linear and self.optimizer.linear)
@@ -75,6 +91,7 @@ class Rule:
             or type(self.optimizer) not in (updates.Step, updates.Momentum)
             or self.optimizer.order > 1
             or type(self.retention) not in (updates.Keep, updates.Decay)
+            or self.retention.first
             or self.window > 1
             or self.query is not None
             or self.features is not None
@@ -90,6 +107,8 @@ class Rule:
         if self.reset is not None and self.reset * self.keys % self.chunk:
             yield "reset", f"expected a multiple of the chunk's {self.chunk} writes, got {self.reset} tokens"
         linear = self.retention.linear and self.optimizer.linear
+        if self.retention.first and self.chunk > 1:
+            yield "retention", f"decays before the gradient is taken (first), which needs chunk 1, not {self.chunk}"
         if self.moves_once and self.window > 1:
             yield "window", "a rule that moves once a chunk (read='anchor') has no window: every token is in its chunk"
         if self.threshold is not None and (not self.sums or self.window > 1):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from .parts import Optimizer, Retention, register_optimizer, register_retention
+
+First: TypeAlias = Annotated[bool, Field(description="decay before the gradient is taken; needs chunk 1")]
 
 
 @register_retention("none")
@@ -21,14 +23,26 @@ class Keep(Retention):
 
 @register_retention("scalar")
 class Decay(Retention):
-    """All weights of a head decay by ``1 - alpha`` (weight decay)."""
+    """All weights of a head decay by ``1 - alpha`` (weight decay).
+
+    ``first``: the gradient of a token is taken at the weights that have decayed for it (Gated DeltaNet).
+    """
+
+    def __init__(self, *, first: First = False) -> None:
+        self.first = first
 
 
 @register_retention("channel")
 class ChannelDecay(Retention):
-    """Each column of each matrix decays by its own ``1 - alpha`` (GLA, KDA, Titans' camera-ready)."""
+    """Each column of each matrix decays by its own ``1 - alpha`` (GLA, KDA, Titans' camera-ready).
+
+    ``first``: the gradient of a token is taken at the weights that have decayed for it (KDA).
+    """
 
     gates = "channel"
+
+    def __init__(self, *, first: First = False) -> None:
+        self.first = first
 
 
 @register_retention("kl")
@@ -80,7 +94,7 @@ class RowNorm(Retention):
     def project(self, u: Tensor, initial: Tensor | None) -> Tensor:
         assert initial is not None
         norm = lambda x: torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # noqa: E731
-        return u * (norm(initial) / (norm(u) + 1e-5))
+        return u * (norm(initial) / norm(u).clamp(min=1e-5))
 
 
 @register_retention("soft_threshold")

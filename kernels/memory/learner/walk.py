@@ -14,6 +14,9 @@ from . import chunks
 from .rule import Rule
 from .state import LearnerState, Writes, where
 
+SOLVED_TOGETHER = 64
+"""Chunks of one write whose errors are found together."""
+
 
 def run(
     rule: Rule, writes: Writes, state: LearnerState, gain: Tensor | None, mask: Tensor | None
@@ -38,8 +41,12 @@ def run(
 def _run(
     rule: Rule, writes: Writes, state: LearnerState, gain: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, LearnerState]:
-    chunk, time, valid, layout = rule.chunk, writes.theta.shape[1], None, None
-    phases = [position % chunk for position in state.position.tolist()]
+    time, valid, layout = writes.theta.shape[1], None, None
+    # with chunks of one write, a stretch may begin and end anywhere, but not have a reset inside
+    solves = rule.solves and len(state.weights) == 1 and gain is None
+    solves = solves and (rule.reset is None or (mask is None and len(set(state.position.tolist())) <= 1))
+    chunk = SOLVED_TOGETHER if solves else rule.chunk
+    phases = [0 if solves else position % chunk for position in state.position.tolist()]
     if mask is not None and bool(mask.all()):
         mask = None
     if mask is None and len(set(phases)) <= 1:
@@ -48,7 +55,7 @@ def _run(
     else:
         if mask is None:
             mask = torch.ones(writes.theta.shape[:2], dtype=torch.bool, device=writes.theta.device)
-        offset = state.position % chunk
+        offset = torch.zeros_like(state.position) if solves else state.position % chunk
         layout = align(mask, offset)
         if layout.filled.shape[1] > chunk:
             layout = align(mask, offset, multiple=chunk)
@@ -61,7 +68,7 @@ def _run(
         if start == stop:
             continue
         span = writes.map(lambda x, start=start, stop=stop: x[:, start:stop].transpose(1, 2))  # type: ignore[misc]
-        y, state = _span(rule, span, state, gain, None if valid is None else valid[:, start:stop])
+        y, state = _span(rule, span, state, gain, None if valid is None else valid[:, start:stop], solves)
         outputs.append(y.transpose(1, 2))
     if not outputs:
         return writes.v.new_zeros(len(phases), time, *writes.v.shape[2:]), state
@@ -70,16 +77,16 @@ def _run(
 
 
 def _span(
-    rule: Rule, writes: Writes, state: LearnerState, gain: Tensor | None, valid: Tensor | None
+    rule: Rule, writes: Writes, state: LearnerState, gain: Tensor | None, valid: Tensor | None, solves: bool
 ) -> tuple[Tensor, LearnerState]:
-    """A chunk or a part of one."""
+    """A chunk or a part of one; with ``solves``, any number of chunks of one write."""
     time = writes.theta.shape[2]
     begins: Tensor | bool
     ends: Tensor | bool
     if valid is None:
         phase = int(state.position[0]) % rule.chunk
         after = state.position + time
-        begins, ends = phase == 0, (phase + time) % rule.chunk == 0
+        begins, ends = solves or phase == 0, solves or (phase + time) % rule.chunk == 0
     else:
         count = valid.sum(1)
         after = state.position + count
@@ -98,7 +105,10 @@ def _span(
     recent, held, every = None, None, writes
     if rule.window > 1:
         recent, held, every, state = _window(rule, writes, state, valid)
-    at = [rule.retention.link(w) for w in state.anchor]
+    if solves:
+        y, state = chunks.solved_sums(rule, writes, valid, state)
+        return y, state._replace(anchor=where(ends, state.weights, state.anchor), position=after)
+    at = chunks.anchor_weights(rule, writes, state)
     found = chunks.gradients(rule, at, every, gain)
     if rule.threshold is not None:
         writes = chunks.suppress(rule, writes, found)
