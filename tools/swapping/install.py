@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from .adapter import Adapter, SwapError, as_adapter, uncompiled
 from .call import HOOKS, call_replacement
 from .infer import check_adapter, device_and_dtype, infer_adapter, input_width, output_width, output_widths
 from .plan import HOWS, Plan, Row, match
-from .site import BlockSpec, Gated, Replacement, Site, make_block
+from .site import BlockSpec, Gated, Replacement, Site, make_block, sites_in
 
 _SWAPS = "_titans_build_swaps"
 """Attribute of a swapped model: its swaps, first to last."""
@@ -32,10 +32,6 @@ _NESTED = "_titans_build_nested_tensor"
 
 LAYER = "layer"
 """``type`` in the record of a list of blocks in a whole layer's place: each is pre-normed and residual."""
-
-
-FOLLOWERS: list[Callable[[nn.Module], None]] = []
-"""Called with a model after each swap and each that is undone."""
 
 
 class Applied(NamedTuple):
@@ -156,11 +152,6 @@ def swaps(model: nn.Module) -> list[Plan]:
     return [applied.plan for applied in vars(uncompiled(model)).get(_SWAPS, ())]
 
 
-def has_swaps(module: nn.Module) -> bool:
-    """Whether swaps were made in ``module`` or in a part of it."""
-    return any(_SWAPS in vars(part) for part in module.modules())
-
-
 def frozen_names(model: nn.Module) -> list[str]:
     """Names of the parameters of ``model`` that swaps with ``train="memory"`` froze."""
     return list(vars(model).get(_FROZEN, ()))
@@ -276,18 +267,19 @@ def _apply(model: nn.Module, plan: Plan, blocks: Sequence[Block], frozen: list[s
     applied = Applied(plan, {})
     vars(model).setdefault(_SWAPS, []).append(applied)
     vars(model).setdefault(_FROZEN, []).extend(frozen)
+    order = 1 + max((site.order for _, site in sites_in(model)), default=0)
     try:
         for row, block in zip(plan.rows, blocks):
-            _install(model, row, block, applied)
+            _install(model, row, block, applied, order)
         for name in frozen:
             model.get_parameter(name).requires_grad_(False)
-        _follow(model)
+        torch.compiler.reset()  # code that was compiled before the swap is not run
     except BaseException:
         _undo(model, applied)
         raise
 
 
-def _install(model: nn.Module, row: Row, block: Block, applied: Applied) -> None:
+def _install(model: nn.Module, row: Row, block: Block, applied: Applied, order: int) -> None:
     plan, module = applied.plan, model.get_submodule(row.path)
     training, name, spec = module.training, row.path, plan.block
     if isinstance(spec, dict) and spec["type"] == LAYER:
@@ -303,6 +295,7 @@ def _install(model: nn.Module, row: Row, block: Block, applied: Applied) -> None
         module.add_module(last, site)
         name = f"{row.path}.{last}"
     applied.sites[row.path] = (name, site.key)
+    site.plan, site.order = plan, order
     site.training = training  # not by train(), which would reach the replaced module
     for child in site.children():
         child.train(training)
@@ -330,16 +323,9 @@ def _undo(model: nn.Module, applied: Applied) -> None:
         for name in vars(model).pop(_FROZEN, ()):
             with contextlib.suppress(AttributeError):  # not in the model any more
                 model.get_parameter(name).requires_grad_(True)
-    _follow(model)
+    torch.compiler.reset()
     if not remaining:
         delattr(model, _SWAPS)
-
-
-def _follow(model: nn.Module) -> None:
-    """After a swap: code that was compiled before it is not run."""
-    torch.compiler.reset()
-    for follow in FOLLOWERS:
-        follow(model)
 
 
 def _add_hooks(module: nn.Module) -> None:

@@ -11,16 +11,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import gc
-import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from safetensors import safe_open
 from torch import nn
-from torch.nn.modules.module import register_module_module_registration_hook
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -28,82 +25,26 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ...recipes.saved_format import StorageError, list_differences
 from ...registry import show
 from .adapter import NO_CONTINUOUS_BATCHING, SwapError
-from .install import frozen_names, has_swaps, swap, swaps
-from .plan import FIELDS, Plan, moved
-from .site import Site
+from .install import frozen_names, swap
+from .plan import FIELDS, Plan, Row, moved
+from .site import Site, sites_in
 
 METHOD = "titans_build.huggingface"
 """Name of the quantizer. A process in which it is not registered warns with this name: it is what to import."""
 VERSION = 1
 
 
-def follow_swaps(module: nn.Module) -> None:
-    """Make ``save_pretrained`` save the swaps in ``module`` now: of ``module``, and of the models around and in it."""
-    for whole in _models_around(module):
-        made = [(holder, _plans(holder, path)) for path, holder in whole.named_modules() if swaps(holder)]
-        for path, part in whole.named_modules():
-            if isinstance(part, PreTrainedModel):
-                inside = set(part.modules())
-                found = ([_in_part(plan, path) for plan in plans] for holder, plans in made if holder not in inside)
-                outer = [some for plans in found if (some := [plan for plan in plans if plan.rows])]
-                _follow(part, outer, bool(outer) or has_swaps(part))
+def plans_in(model: nn.Module) -> list[Plan]:
+    """The swaps in ``model``, first to last, by their paths in it: made in it, in its parts or around it."""
+    found: dict[int, tuple[Site, list[Row]]] = {}
+    for path, site in sites_in(model):
+        row = next(row for row in site.plan.rows if row.path == site.path)
+        found.setdefault(id(site.plan), (site, []))[1].append(row._replace(path=path))
+    in_order = sorted(found.values(), key=lambda one: one[0].order)
+    return [dataclasses.replace(site.plan, rows=tuple(rows)) for site, rows in in_order]
 
 
-def _follow_child(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-    """A module is about to be put into another."""
-    if child is not None and has_swaps(child):
-        for whole in _models_around(parent):
-            _follow(whole, [], True)
-
-
-register_module_module_registration_hook(_follow_child)
-
-
-def _models_around(module: nn.Module) -> list[Any]:
-    """The models of transformers that ``module`` is or is a part of, the smallest first."""
-    # modules know no parents; a dictionary of modules alone may be that of the children of one
-    dictionaries = (one for one in gc.get_referrers(module) if isinstance(one, dict))
-    if not any(all(value is None or isinstance(value, nn.Module) for value in one.values()) for one in dictionaries):
-        return [module] if isinstance(module, PreTrainedModel) else []
-    found = [one for one in gc.get_objects() if issubclass(type(one), PreTrainedModel)]
-    around = [whole for whole in found if any(part is module for part in whole.modules())]
-    return sorted(around, key=lambda whole: len(list(whole.modules())))
-
-
-def _follow(model: Any, outer: list[list[Plan]], swapped: bool) -> None:
-    """``outer``: the swaps that were made in models around ``model``, by their paths in it."""
-    for name, method in (("save_pretrained", _save_pretrained), ("init_continuous_batching", _refuse_batching)):
-        if swapped:
-            vars(model)[name] = functools.partial(method, model, outer)
-        elif getattr(vars(model).get(name), "func", None) is method:
-            del vars(model)[name]
-
-
-def _plans(holder: nn.Module, path: str) -> list[Plan]:
-    """The swaps that were made in ``holder``, by their paths in the model in which it is at ``path``."""
-    start = f"{path}." if path else ""
-    return [
-        dataclasses.replace(plan, rows=tuple(row._replace(path=start + row.path) for row in plan.rows))
-        for plan in swaps(holder)
-    ]
-
-
-def _in_part(plan: Plan, path: str) -> Plan:
-    """A plan of the whole model in the part at ``path``, without the modules elsewhere."""
-    rows = [row._replace(path=row.path[len(path) + 1 :]) for row in plan.rows if row.path.startswith(f"{path}.")]
-    return dataclasses.replace(plan, rows=tuple(rows))
-
-
-def _save_pretrained(model: Any, outer: list[list[Plan]], *args: Any, **kwargs: Any) -> Any:
-    made = [*outer, *(_plans(holder, path) for path, holder in model.named_modules() if swaps(holder))]
-    for plans, others in itertools.combinations(made, 2):
-        paths, other_paths = ([path for plan in some for path in plan.paths] for some in (plans, others))
-        for path, other in itertools.product(paths, other_paths):
-            if f"{path}.".startswith(f"{other}.") or f"{other}.".startswith(f"{path}."):
-                raise SwapError(
-                    f"save_pretrained: swaps were made at {path} both in {type(model).__name__} and in a part of it, "
-                    "and which is the first is unknown: unswap one, and make all swaps in the same model"
-                )
+def _save_pretrained(save: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
     config = model.config
     if method_of(config) not in (None, METHOD):
         raise SwapError(
@@ -112,8 +53,8 @@ def _save_pretrained(model: Any, outer: list[list[Plan]], *args: Any, **kwargs: 
         )
     own = vars(config).get("quantization_config")
     try:
-        config.quantization_config = SwapsConfig([plan.record for plans in made for plan in plans])
-        return type(model).save_pretrained(model, *args, **kwargs)
+        config.quantization_config = SwapsConfig([plan.record for plan in plans_in(model)])
+        return save(model, *args, **kwargs)
     except SwapError as error:
         raise SwapError(f"save_pretrained: {error}") from None
     finally:
@@ -122,8 +63,26 @@ def _save_pretrained(model: Any, outer: list[list[Plan]], *args: Any, **kwargs: 
             config.quantization_config = own
 
 
-def _refuse_batching(model: Any, *args: Any, **kwargs: Any) -> Any:
+def _refuse_batching(batch: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
     raise SwapError(NO_CONTINUOUS_BATCHING)
+
+
+def _with_swaps(method: Callable[..., Any], instead: Callable[..., Any]) -> Callable[..., Any]:
+    """``method``; or ``instead(method, ...)`` in models with swaps in them."""
+
+    @functools.wraps(method)
+    def chosen(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(module, Site) for module in model.modules()):
+            return instead(method, model, *args, **kwargs)
+        return method(model, *args, **kwargs)
+
+    return chosen
+
+
+# A swap may be made in a part of a model, which knows nothing of the model around it: of any model that is saved, the
+# modules themselves say which swaps are in it.
+PreTrainedModel.save_pretrained = _with_swaps(PreTrainedModel.save_pretrained, _save_pretrained)
+GenerationMixin.init_continuous_batching = _with_swaps(GenerationMixin.init_continuous_batching, _refuse_batching)
 
 
 def method_of(config: Any) -> Any:
@@ -199,7 +158,8 @@ def _expect_weights(model: Any, files: Sequence[str]) -> None:
     for name, site in model.named_modules():
         if isinstance(site, Site):
             last = "" if site.how == "replace" else name.rpartition(".")[2] + "."
-            expected.update(f".{last}{inside}" for inside in site.state_dict())
+            others = tuple(f"{child}." for child, other in site.named_children() if isinstance(other, Site))
+            expected.update(f".{last}{inside}" for inside in site.state_dict() if not inside.startswith(others))
     found: Counter[str] = Counter()
     for file in files:
         with safe_open(file, framework="pt") as opened:

@@ -1,10 +1,9 @@
-"""Saves swaps: without their model, in a file with the weights of their blocks, or with a model of transformers."""
+"""Saves swaps without their model, in a file with the weights of their blocks."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 
 from torch import nn
 
@@ -12,7 +11,7 @@ from ...recipes.saved_format import StorageError
 from ...recipes.saved_state import read_state_file, write_state_file
 from ...registry import show
 from .adapter import SwapError
-from .install import FOLLOWERS, has_adapters, sites_of_swaps, swap, swaps, unswap
+from .install import has_adapters, sites_of_swaps, swap, swaps, unswap
 from .plan import FIELDS, Plan, moved
 from .site import in_use
 
@@ -69,14 +68,3 @@ def load_swaps(model: nn.Module, path: str | os.PathLike[str]) -> list[Plan]:
             raise StorageError(f"{path}: the weights do not fit the swaps: {error}") from None
         raise
     return made
-
-
-def _follow(model: nn.Module) -> None:
-    """Have models of transformers save their swaps."""
-    if "transformers.modeling_utils" in sys.modules:
-        from .pretrained import follow_swaps
-
-        follow_swaps(model)
-
-
-FOLLOWERS.append(_follow)

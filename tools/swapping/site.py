@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import secrets
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ from ...registry import create, is_block, show
 from .adapter import ORIGINAL, Adapter, SwapError
 from .infer import device_and_dtype
 from .replay import Replay
+
+if TYPE_CHECKING:
+    from .plan import Plan
 
 BlockSpec = str | dict[str, Any] | list[Any] | nn.Module | Callable[[int], nn.Module]
 """The description of a block, a built module, or a function from the width to one."""
@@ -43,14 +47,23 @@ class Site(nn.Module):
     """A block in another model. It keeps no state: ``call.ModelCall`` passes the state of each call.
 
     ``path``: of the module it was swapped into. ``key``: identifies its states in a cache. ``spec``: the block's
-    description with every field given; ``None`` for a block that was given as a module.
+    description with every field given; ``None`` for a block that was given as a module. ``plan``: of the swap that
+    installed it. ``order``: greater than those of the sites that were in the model then.
     """
+
+    plan: Plan
+    order: int = 0
 
     def __init__(self, block: Block, path: str, how: str, adapter: Adapter, spec: Any) -> None:
         super().__init__()
         self.block = block
         self.path, self.how, self.adapter, self.spec = path, how, adapter, spec
         self.key = secrets.token_hex(8)
+        _register_with_transformers()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _register_with_transformers()
 
     def forward(self, x: Any) -> Any:
         """The identity, so that a container that calls all of its children in turn is unchanged."""
@@ -157,6 +170,12 @@ class Replacement(Site):
         return self.original
 
 
+def _register_with_transformers() -> None:
+    """Have models of transformers save the swaps in them, also in a process that unpickled them."""
+    if "transformers.modeling_utils" in sys.modules:
+        from . import pretrained  # noqa: F401
+
+
 def _load_original(site: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
     """Before a replacement loads its state dict: give the original module the weights that are its own."""
     ours = tuple(f"{name}." for name, _ in site.named_children())
@@ -196,6 +215,20 @@ def gated_sites(module: nn.Module, *hows: str) -> list[Gated]:
     """The blocks beside, before or after a module, in the order of their swaps."""
     found = [in_use(child) for name, child in module.named_children() if name.startswith("titans")]
     return [site for site in found if isinstance(site, Gated) and site.how in hows]
+
+
+def sites_in(model: nn.Module, at: str = "") -> Iterator[tuple[str, Site]]:
+    """The sites in a model, and in the modules that some of them replaced, each with the path of the module that its
+    block was swapped into."""
+    wrapped: tuple[str, ...] = ()
+    for name, module in model.named_modules(prefix=at):
+        site = in_use(module)
+        if isinstance(site, Site) and not name.startswith(wrapped):
+            if site is not module:  # PEFT's wrapper, which contains copies of the site
+                wrapped += (f"{name}.",)
+            yield name if site.how == "replace" else name.rpartition(".")[0], site
+            if isinstance(site, Replacement):
+                yield from sites_in(site.original, name)
 
 
 def in_use(child: nn.Module) -> Any:

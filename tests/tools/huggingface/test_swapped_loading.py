@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import subprocess
+import sys
 import shutil
 import subprocess
 import sys
@@ -129,10 +131,22 @@ def test_swaps_in_parts_and_in_the_whole_are_saved_together(llama: Any, tokens: 
         model.init_continuous_batching()
     model.model.save_pretrained(tmp_path / "part")
     assert_close(AutoModelForCausalLM.from_pretrained(tmp_path / "part").model(tokens)[0], model.model(tokens)[0])
-    tb.swap(model, "model.layers.0.self_attn", "memory", "beside")
-    with pytest.raises(SwapError, match=r"model\.layers\.0\.self_attn both in LlamaForCausalLM and in a part of it"):
-        model.save_pretrained(tmp_path / "both")
-    assert not (tmp_path / "both").exists()
+    # at one module, in the order in which they were made
+    tb.swap(model, "model.layers.*.self_attn", "memory", "replace")
+    tb.swap(model.model.layers, "0.self_attn", "memory", "beside", gate=0.5)
+    for saved, path in ((model, "both"), (model.model, "its part")):
+        saved.save_pretrained(tmp_path / path)
+        again = from_pretrained(tmp_path / path).to(model.dtype)
+        assert_close(again(tokens)[0], saved(tokens)[0])
+    assert [plan.how for plan in swaps(again)] == ["beside", "after", "beside", "replace", "beside"]
+
+
+@pytest.mark.slow
+def test_a_model_that_was_unpickled_in_a_new_process_saves_its_swaps(llama: Any, tmp_path: Path) -> None:
+    (tmp_path / "model").write_bytes(pickle.dumps(llama.swapped("beside")))
+    code = f"import pickle; pickle.load(open({str(tmp_path / 'model')!r}, 'rb')).save_pretrained({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert swaps(from_pretrained(tmp_path))
 
 
 def test_a_swapped_model_that_is_put_into_another(tmp_path: Path) -> None:
