@@ -1,9 +1,10 @@
-"""Saves swaps without their model, in a file with the weights of their blocks."""
+"""Saves swaps: without their model, in a file with the weights of their blocks, or with a model of transformers."""
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 
 from torch import nn
 
@@ -13,7 +14,7 @@ from ...registry import show
 from .adapter import SwapError
 from .install import has_adapters, sites_of_swaps, swap, swaps, unswap
 from .plan import FIELDS, Plan, moved
-from .site import in_use
+from .site import WHEN_MADE, in_use
 
 FORMAT = "titans-build swaps"
 
@@ -68,3 +69,12 @@ def load_swaps(model: nn.Module, path: str | os.PathLike[str]) -> list[Plan]:
             raise StorageError(f"{path}: the weights do not fit the swaps: {error}") from None
         raise
     return made
+
+
+def _register_with_transformers() -> None:
+    """Have models of transformers save the swaps in them."""
+    if "transformers.modeling_utils" in sys.modules:
+        from . import pretrained  # noqa: F401
+
+
+WHEN_MADE.append(_register_with_transformers)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import secrets
-import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +23,11 @@ from .adapter import ORIGINAL, Adapter, SwapError
 from .infer import device_and_dtype
 from .replay import Replay
 
-if TYPE_CHECKING:
-    from .plan import Plan
-
 BlockSpec = str | dict[str, Any] | list[Any] | nn.Module | Callable[[int], nn.Module]
 """The description of a block, a built module, or a function from the width to one."""
+
+WHEN_MADE: list[Callable[[], object]] = []
+"""Called when a site is made, copied or unpickled."""
 
 
 class Result(NamedTuple):
@@ -51,7 +50,7 @@ class Site(nn.Module):
     installed it. ``order``: greater than those of the sites that were in the model then.
     """
 
-    plan: Plan
+    plan: Any  # plan.Plan, which this file cannot import
     order: int = 0
 
     def __init__(self, block: Block, path: str, how: str, adapter: Adapter, spec: Any) -> None:
@@ -59,11 +58,13 @@ class Site(nn.Module):
         self.block = block
         self.path, self.how, self.adapter, self.spec = path, how, adapter, spec
         self.key = secrets.token_hex(8)
-        _register_with_transformers()
+        for call in WHEN_MADE:
+            call()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        _register_with_transformers()
+        for call in WHEN_MADE:
+            call()
 
     def forward(self, x: Any) -> Any:
         """The identity, so that a container that calls all of its children in turn is unchanged."""
@@ -168,12 +169,6 @@ class Replacement(Site):
         if self.original_has_values and not self.follows.is_meta and now != wanted:
             self.original.to(*wanted)
         return self.original
-
-
-def _register_with_transformers() -> None:
-    """Have models of transformers save the swaps in them, also in a process that unpickled them."""
-    if "transformers.modeling_utils" in sys.modules:
-        from . import pretrained  # noqa: F401
 
 
 def _load_original(site: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
