@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .decay_torch import ChunkDecay, chunk_decay
-from .network_torch import ACTIVATIONS, EPS, gradient_norm, layer_norm_vjp, length
+from .network_torch import ACTIVATIONS, EPS, gradient_norm, half_error, half_error_vjp, layer_norm_vjp, length
+from .state import Options
 
 SCRATCH_BYTES = 128 * 2**20
 """Work buffers up to this size are kept for the next call."""
@@ -130,8 +131,9 @@ class ChunkNetwork:
 
     decay = staticmethod(chunk_decay)
 
-    def __init__(self, activation: str, gain: Tensor | None, clip: float | None, scratch: Scratch) -> None:
-        self.activation, self.gain, self.clip, self.scratch = ACTIVATIONS[activation], gain, clip, scratch
+    def __init__(self, options: Options, gain: Tensor | None, scratch: Scratch) -> None:
+        self.activation, self.clip, self.objective = ACTIVATIONS[options.activation], options.clip, options.objective
+        self.gain, self.scratch = gain, scratch
 
     # -- write ---------------------------------------------------------------------------------------------------
 
@@ -176,10 +178,11 @@ class ChunkNetwork:
                 torch.bmm(to.inputs[l], weight.mT, out=to.outputs[l])
         z = to.outputs[last]
         if gain is None:
-            torch.sub(z, values, out=to.unclipped[last])
+            half_error(z, values, self.objective, out=to.unclipped[last])
         else:
             n, _, inverse = torch.native_layer_norm(z, z.shape[-1:], None, None, EPS)
-            g = torch.addcmul(to.inputs[0], n, gain).sub_(values).mul_(gain)
+            predicted = torch.addcmul(to.inputs[0], n, gain)
+            g = half_error(predicted, values, self.objective, out=predicted).mul_(gain)
             to.unclipped[last].copy_(layer_norm_vjp(g, n, inverse))
         for l in range(last - 1, -1, -1):
             g = to.upstream[l] if to.upstream else self.scratch("upstream", *to.unclipped[l].shape)
@@ -338,9 +341,9 @@ class ChunkNetwork:
                 grad_upstream.append(g.mul_(slopes[l][i]))
                 grad_errors[l + 1].baddbmm_(grad_upstream[-1], weights[l + 1].mT)
             # ... and then the inputs' gradient runs down
-            g = grad_errors[-1]
-            if grad_gain is not None:
-                g = self._error_backward(keys[i], values[i], now, g, grad_inputs[0], grad_gain, grad_values[i])
+            g = self._error_backward(
+                keys[i], values[i], now, grad_errors[-1], grad_inputs[0], grad_gain, grad_values[i]
+            )
             for l in range(layers - 1, -1, -1):
                 if l < layers - 1:
                     g, curved = grad_inputs[l + 1].mul_(slopes[l][i]), through_slope[l]
@@ -351,8 +354,6 @@ class ChunkNetwork:
                     grad_weight.baddbmm_(now.unclipped[l].mT, grad_upstream[l - 1])
                 grad_weights[l].add_(grad_weight)
                 grad_inputs[l].baddbmm_(g, weights[l])
-        if self.gain is None:
-            torch.neg(grad.errors[-1], out=grad_values)
         grad_write, grad_mix = torch.zeros_like(decay.write), torch.zeros_like(decay.mix)
         for l in range(layers):
             grad_write -= grad_weighted[l].unflatten(-1, (s, -1)).mul_(written.errors[l].unsqueeze(3)).sum(-1)
@@ -381,27 +382,32 @@ class ChunkNetwork:
         now: Written,
         g: Tensor,
         grad_key: Tensor,
-        grad_gain: Tensor,
+        grad_gain: Tensor | None,
         grad_value: Tensor,
     ) -> Tensor:
-        """From the error ``J ((M(k) - v) * gain)`` to the last layer's output (returned), key, value and gain.
+        """From the error to the last layer's output (returned), key, value and gain.
 
-        ``J = (I - 1 1^T / d - n n^T / d) / sigma`` is LayerNorm's Jacobian at ``z``; it is symmetric.
+        With a norm the error is ``J (e gain)``, with ``e`` that of the prediction and ``J = (I - 1 1^T / d -
+        n n^T / d) / sigma`` LayerNorm's Jacobian at ``z``, which is symmetric.
         """
         gain, z, error = self.gain, now.outputs[-1], now.unclipped[-1]
-        assert gain is not None
+        if gain is None or grad_gain is None:
+            grad_z, grad = half_error_vjp(g, z, value, self.objective)
+            grad_value.copy_(grad)
+            return grad_z
         n, _, inverse = torch.native_layer_norm(z, z.shape[-1:], None, None, EPS)
-        residual = torch.addcmul(key, n, gain).sub_(value)
-        u = residual * gain
+        predicted = torch.addcmul(key, n, gain)
+        e = half_error(predicted, value, self.objective)
+        u = e * gain
         grad_u = layer_norm_vjp(g, n, inverse)
-        grad_residual = torch.mul(grad_u, gain, out=grad_value)
+        grad_predicted, grad = half_error_vjp(grad_u * gain, predicted, value, self.objective)
+        grad_value.copy_(grad)
         p = g * inverse
         # the error depends on z through the inner n, through the n of its own projection, and through 1 / sigma
-        grad_n = grad_residual * gain
+        grad_n = grad_predicted * gain
         grad_n.addcmul_(p, (u * n).mean(-1, keepdim=True), value=-1)
         grad_n.addcmul_(u, (p * n).mean(-1, keepdim=True), value=-1)
-        grad_gain += (grad_u * residual).addcmul_(grad_residual, n).sum(1, keepdim=True)
-        grad_key += grad_residual
-        grad_value.neg_()
+        grad_gain += (grad_u * e).addcmul_(grad_predicted, n).sum(1, keepdim=True)
+        grad_key += grad_predicted
         through_sigma = (p * error).mean(-1, keepdim=True)
         return layer_norm_vjp(grad_n, n, inverse).addcmul_(n, through_sigma, value=-1)

@@ -27,7 +27,7 @@ from ..padding import align
 from .chunk_torch import ChunkNetwork, Scratch, Written, WrittenGrad
 from .closed_form import closed_form_memory
 from .decay_torch import ChunkDecay
-from .network_torch import repeat_gain
+from .network_torch import memory_network, repeat_gain
 from .state import MemoryState, Options, Tokens, where_rows
 
 GROUP = 8
@@ -177,12 +177,14 @@ class _Chunkwise(torch.autograd.Function):
         if any(ctx.needs_input_grad):
             interval = options.keep or _affordable_interval(chunks, sum(x.numel() * x.element_size() for x in stacks))
             activations = 2 * batch * time * heads * sum(x.shape[2] for x in stacks) * q.element_size()
-            saves_activations = options.keep in (None, 1) and activations <= CHECKPOINT_BYTES
+            saves_activations = (
+                options.keep in (None, 1) and activations <= CHECKPOINT_BYTES and options.read != "anchor"
+            )
         size = min(chunks, interval if interval > 1 else GROUP)
 
         y = q.new_empty(batch, time, heads, v.shape[-1])
         scratch = Scratch.of(q)
-        net = network(options.activation, None if gain is None else repeat_gain(gain, batch), options.clip, scratch)
+        net = network(options, None if gain is None else repeat_gain(gain, batch), scratch)
         buffers = Written.allocate(
             size, batch * heads, b, stacks, scratch, backward=False, clip=options.clip is not None
         )
@@ -194,7 +196,7 @@ class _Chunkwise(torch.autograd.Function):
         query_activations = [token(x) for x in stacks] if saves_activations else []
         for group, (first, times) in enumerate(_groups(chunks, size, b)):
             gates: list[Any] = [None if x is None else _chunks(x, times, b) for x in (theta, eta, alpha, valid)]
-            decay = net.decay(gates[0], gates[1], gates[2], gates[3], options.read == "after")
+            decay = net.decay(gates[0], gates[1], gates[2], gates[3], options.read != "before")
             span = slice(first, first + decay.mix.shape[0])
             written = buffers.first(decay.mix.shape[0])
             if saves_activations:
@@ -204,11 +206,17 @@ class _Chunkwise(torch.autograd.Function):
             if interval != 1 or first == 0:
                 for buffer, stack in zip(written.stacks, stacks):
                     buffer[0] = stack
-            net.write(_chunks(k, times, b), _chunks(v, times, b), decay, written, anchor if first == 0 else None)
+            own = anchor if first == 0 else None
+            net.write(_chunks(k, times, b), _chunks(v, times, b), decay, written, own)
             if interval > 1:
                 for store, buffer in zip(checkpoints, written.stacks):
                     store[group] = buffer[0]
-            _scatter(y, net.read(_chunks(q, times, b), decay, written, [x[span] for x in query_activations]), times, b)
+            queries = _chunks(q, times, b)
+            if options.read == "anchor":
+                read = memory_network(queries, _anchors(written, own), options.activation, net.gain)
+            else:
+                read = net.read(queries, decay, written, [x[span] for x in query_activations])
+            _scatter(y, read, times, b)
             stacks = [buffer[-1] for buffer in written.stacks]
         if interval:
             ctx.save_for_backward(*tensors, *key_activations, *query_activations, *checkpoints)
@@ -239,7 +247,7 @@ def _backward(ctx: Any, grad_y: Tensor, *grad_state: Tensor) -> tuple[Tensor | N
     anchor = [_merge_heads(w) for w in state[s * layers :]] or None
     chunks = time // b
     scratch = Scratch.of(q)
-    net = ctx.network(options.activation, None if gain is None else repeat_gain(gain, batch), clip, scratch)
+    net = ctx.network(options, None if gain is None else repeat_gain(gain, batch), scratch)
     buffers = Written.allocate(size, batch * heads, b, checkpoints, scratch, backward=True, clip=clip is not None)
     grad_buffers = WrittenGrad.allocate(buffers, scratch)
 
@@ -252,7 +260,7 @@ def _backward(ctx: Any, grad_y: Tensor, *grad_state: Tensor) -> tuple[Tensor | N
             gates: list[Any] = [
                 None if x is None else _chunks(x, times, b).requires_grad_() for x in (theta, eta, alpha)
             ]
-            graph = net.decay(gates[0], gates[1], gates[2], _chunks(ctx.valid, times, b), options.read == "after")
+            graph = net.decay(gates[0], gates[1], gates[2], _chunks(ctx.valid, times, b), options.read != "before")
         decay = ChunkDecay(*(x.detach() for x in graph))
         keys, values, queries = (_chunks(x, times, b) for x in (k, v, q))
         own = anchor if first == 0 else None
@@ -270,14 +278,18 @@ def _backward(ctx: Any, grad_y: Tensor, *grad_state: Tensor) -> tuple[Tensor | N
             for buffer, store in zip(written.stacks, checkpoints):
                 buffer[0] = store[group]
             net.write(keys, values, decay, written, own)
-        if ctx.saves_activations:
-            reading = [x[span] for x in query_activations]
+        grad_reads, grad_read, grad_carry = _chunks(grad_y, times, b), None, None
+        if options.read == "anchor":
+            grad_q, gain_read = _read_backward(grad_reads, queries, written, options, net.gain, grad, own, grad_anchor)
         else:
-            reading = [scratch(f"query activation {l}", *x.shape) for l, x in enumerate(written.outputs)]
-            net.read(queries, decay, written, reading)
-        grad_q, grad_read, grad_carry, gain_read = net.read_backward(
-            _chunks(grad_y, times, b), queries, decay, written, reading, grad
-        )
+            if ctx.saves_activations:
+                reading = [x[span] for x in query_activations]
+            else:
+                reading = [scratch(f"query activation {l}", *x.shape) for l, x in enumerate(written.outputs)]
+                net.read(queries, decay, written, reading)
+            grad_q, grad_read, grad_carry, gain_read = net.read_backward(
+                grad_reads, queries, decay, written, reading, grad
+            )
         grad_v, grad_write, grad_mix, gain_write = net.write_backward(
             keys, values, decay, written, grad, own, grad_anchor if own else None
         )
@@ -285,7 +297,8 @@ def _backward(ctx: Any, grad_y: Tensor, *grad_state: Tensor) -> tuple[Tensor | N
 
         for x, value in ((grads.q, grad_q), (grads.k, grad.inputs[0]), (grads.v, grad_v)):
             _scatter(x, value, times, b)
-        reached = [(x, g) for x, g in zip(graph, (grad_read, grad_carry, grad_write, grad_mix)) if x.requires_grad]
+        pushed = (grad_read, grad_carry, grad_write, grad_mix)
+        reached = [(x, g) for x, g in zip(graph, pushed) if x.requires_grad and g is not None]
         wanted = [x for x in gates if x is not None]
         grad_gates = iter(torch.autograd.grad([x for x, _ in reached], wanted, [g for _, g in reached]))
         for gate in (grads.theta, grads.eta, grads.alpha):
@@ -298,6 +311,33 @@ def _backward(ctx: Any, grad_y: Tensor, *grad_state: Tensor) -> tuple[Tensor | N
     if grad_gain is not None:
         grad_gain = grad_gain.view(batch, heads, -1).sum(0)
     return (None, None, None, None, *grads, grad_gain, *(x.unflatten(0, (batch, heads)) for x in state))
+
+
+def _anchors(written: Written, first: list[Tensor] | None) -> list[Tensor]:
+    """The weights at the start of every chunk, ``[chunks, batch * heads, out, in]``; ``first``: the first chunk's."""
+    starts = [stack[: len(x), :, 0] for stack, x in zip(written.stacks, written.inputs)]
+    return starts if first is None else [torch.cat([a.unsqueeze(0), x[1:]]) for a, x in zip(first, starts)]
+
+
+def _read_backward(
+    grad_y: Tensor, queries: Tensor, written: Written, options: Options, gain: Tensor | None, grad: WrittenGrad,
+    first: list[Tensor] | None, grad_first: list[Tensor] | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Through reads at anchors: the gradients of queries and gain; sets ``grad`` but the last stacks."""
+    with torch.enable_grad():
+        anchors = [x.detach().requires_grad_() for x in _anchors(written, first)]
+        leaves = [x.detach().requires_grad_() for x in (queries, *([] if gain is None else [gain]))]
+        y = memory_network(leaves[0], anchors, options.activation, leaves[1] if gain is not None else None)
+        grad_q, *rest = torch.autograd.grad(y, [*leaves, *anchors], grad_y)
+    for l, of_weights in enumerate(rest[-len(anchors) :]):
+        grad.stacks[l][:-1].zero_()
+        if grad_first is not None and first is not None:
+            grad_first[l] += of_weights[0]
+            of_weights[0].zero_()
+        grad.stacks[l][:-1, :, 0] = of_weights
+        grad.inputs[l].zero_()
+        grad.errors[l].zero_()
+    return grad_q, None if gain is None else rest[0]
 
 
 def _affordable_interval(chunks: int, state_bytes: int) -> int:

@@ -17,7 +17,8 @@ With weights ``W`` and momentum ``S`` before the first token, for ``s <= r <= t`
     momentum  E_t S - sum_s H_ts theta_s g_s a_s^T
 
 ``Ar``, ``mr`` and ``Cr`` are ``A``, ``m`` and ``C`` for the weights that are read at each token: after token ``t``, or
-after token ``t - 1`` with ``read="before"``. Without momentum, ``H`` is the identity, and ``E`` and ``m`` are zero.
+after token ``t - 1`` with ``read="before"``. With ``read="anchor"``, ``W`` in them is the anchor, ``Ar`` one, and the
+others zero. Without momentum, ``H`` is the identity, and ``E`` and ``m`` are zero.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .network_torch import half_error
 from .state import MemoryState, Options, Tokens
 
 _SQRT_HALF = 0.5**0.5
@@ -58,7 +60,7 @@ def _products(factors: Tensor) -> Tensor:
 
 
 def _errors(
-    weights: list[Tensor], keys: Tensor, values: Tensor, activation: str, gain: Tensor | None
+    weights: list[Tensor], keys: Tensor, values: Tensor, gain: Tensor | None, options: Options
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The inputs ``a_l`` of every layer, and half the gradient of the loss with respect to its outputs.
 
@@ -69,17 +71,17 @@ def _errors(
     h = keys
     for layer, weight in enumerate(weights):
         if layer:
-            h, slope = _value_and_slope(h, activation)
+            h, slope = _value_and_slope(h, options.activation)
             slopes.append(slope)
         inputs.append(h)
         h = h @ weight.mT
     if gain is None:
-        error = h - values
+        error = half_error(h, values, options.objective)
     else:
         mean, var = h.mean(-1, keepdim=True), h.var(-1, keepdim=True, unbiased=False)
         sigma = (var + 1e-6).sqrt()
         n = (h - mean) / sigma
-        g = (keys + n * gain[:, None] - values) * gain[:, None]
+        g = half_error(keys + n * gain[:, None], values, options.objective) * gain[:, None]
         error = (g - g.mean(-1, keepdim=True) - n * (g * n).mean(-1, keepdim=True)) / sigma
     errors = [error]
     for weight, slope in zip(reversed(weights[1:]), reversed(slopes)):
@@ -131,7 +133,7 @@ def _chunk(
     """One chunk, or a part of one, of a single row: tokens ``[heads, time, ...]``, the state ``[heads, out, in]``."""
     q, k, v, theta, eta, alpha = tokens
     _, activation, clip, read, _, _, threshold, _ = options
-    inputs, errors = _errors(anchor, k, v, activation, gain)
+    inputs, errors = _errors(anchor, k, v, gain, options)
     gradients = [2 * error for error in errors]
     # in units of the largest numbers, whose squares may overflow
     units = [
@@ -154,15 +156,18 @@ def _chunk(
     keep_momentum = momentum if eta is None or not momentum else None
     if not momentum:
         momentum = [torch.zeros_like(w) for w in weights]
+    start = weights
     if read == "after":
         Ar, mr, Cr = A, m, C
+    elif read == "anchor":
+        start, Ar, mr, Cr = anchor, torch.ones_like(A), torch.zeros_like(m), torch.zeros_like(C)
     else:
         Ar = torch.cat([torch.ones_like(A[:, :1]), A[:, :-1]], 1)
         mr = torch.cat([torch.zeros_like(m[:, :1]), m[:, :-1]], 1)
         Cr = torch.cat([torch.zeros_like(C[:, :1]), C[:, :-1]], 1)
     written = [theta.unsqueeze(-1) * g for g in gradients]
     x = q
-    for layer, (W, S) in enumerate(zip(weights, momentum)):
+    for layer, (W, S) in enumerate(zip(start, momentum)):
         if layer:
             x = _value_and_slope(x, activation)[0]
         x = (

@@ -13,7 +13,7 @@
 #include <stdlib.h>
 
 typedef struct {
-    int64_t batch, time, heads, layers, chunk, activation, momentum, normed, after, backward, threads;
+    int64_t batch, time, heads, layers, chunk, activation, loss, momentum, normed, read, backward, threads;
     int64_t interval, saves_activations, saved_numbers; /* of one row and head; interval = 0: nothing is saved */
     int64_t widths[LAYERS + 1];
     tokens q, k, v, theta, eta, alpha, y;
@@ -24,7 +24,7 @@ typedef struct {
     real *saved;
     matrices before[3][LAYERS], end[3][LAYERS]; /* weights, momentum, anchor; null: not wanted */
     matrices grad_before[3][LAYERS], grad_end[3][LAYERS];
-    double clip;
+    double clip, p, delta, smooth; /* of the loss */
 } call;
 
 /* -- memory for the work -------------------------------------------------------------------------------------------- */
@@ -34,8 +34,9 @@ static network network_of(const call *call) {
                    .parts = call->momentum ? 2 : 1,
                    .longest = (int)(call->chunk < call->time ? call->chunk : call->time),
                    .normed = (int)call->normed,
-                   .after = (int)call->after,
+                   .read = (enum reading)call->read,
                    .activation = (enum activation)call->activation,
+                   .objective = {(enum loss)call->loss, (real)call->p, (real)call->delta, (real)call->smooth},
                    .clip = (real)call->clip};
     net.ld = padded(net.longest);
     for (int l = 0; l < net.layers; l++) {
@@ -64,7 +65,7 @@ static void take_work(const network *net, arena *arena, work *w, int backward) {
     size_t square = (size_t)n * ld;
     for (int l = 0; l < net->layers; l++)
         widest = max(widest, max(net->rows[l], net->width[l]));
-    size_t tokens = (size_t)max(n, 4) * widest;
+    size_t tokens = (size_t)max(n, NORM_ROWS) * widest;
     w->keys = take(arena, (size_t)n * net->rows[0]);
     w->queries = take(arena, (size_t)n * net->rows[0]);
     w->values = take(arena, (size_t)n * net->width[top]);
@@ -283,7 +284,7 @@ static void forward_task(const call *call, int64_t index, real *scratch) {
         anchor anchor = anchor_of(&t, &w, &c, i, 0, 0);
         differentiate(net, &w, &c, p.n, &anchor);
         find_coefficients(net, &w, &c, p.n);
-        read_chunk(net, &w, &c, p.n, query_z);
+        read_chunk(net, &w, &c, p.n, &anchor, query_z);
         read_output(net, &w, p.n, query_z[top], w.query_z[top]);
         store(&call->y, &p, net->out[top], w.query_z[top]);
         int last = i == t.chunks - 1;
@@ -371,12 +372,13 @@ static void backward_task(const call *call, int64_t index, real *scratch) {
             real *query_z[LAYERS];
             locate_query_z(&t, &w, p.first, p.n, query_z);
             if (!t.activations)
-                read_chunk(net, &w, c, p.n, query_z);
+                read_chunk(net, &w, c, p.n, &anchor, query_z);
             write_chunk_backward(net, &w, c, p.n);
             load(&call->grad_y, &p, net->out[top], w.g);
-            read_chunk_backward(net, &w, c, p.n, query_z);
+            real *const *grad_anchor = given ? w.grad_anchor : w.grad_state;
+            read_chunk_backward(net, &w, c, p.n, &anchor, grad_anchor, query_z);
             coefficients_backward(net, &w, c, p.n);
-            differentiate_backward(net, &w, c, p.n, &anchor, given ? w.grad_anchor : w.grad_state);
+            differentiate_backward(net, &w, c, p.n, &anchor, grad_anchor);
             if (i == t.chunks - 1 && !t.ends && !given) /* the last anchor is the weights at this chunk's start */
                 add(net, w.grad_state, w.grad_last_anchor);
             store(&call->grad_k, &p, net->in[0], w.grad_input[0]);

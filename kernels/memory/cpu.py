@@ -17,7 +17,7 @@ from ..cpu_runtime import library
 from ..cpu_runtime.call import Kernel, address, empty_huge_pages, product_dtype
 from ..dispatch import needs_grad
 from .closed_form import closed_form_memory
-from .network_torch import ACTIVATION_NUMBERS, read_formula
+from .network_torch import ACTIVATION_NUMBERS, READ_NUMBERS, loss_number, read_formula
 from .state import MemoryState, Options, Tokens
 
 LAYERS = 16
@@ -34,8 +34,9 @@ LONGEST_INTERVAL = 1024
 
 # The fields of `call` in cpu.c, one term each: batch to saved_numbers; widths; q to grad_y, each an address and three
 # strides; gain, grad_gain, phase, order, count and saved; before, end, grad_before and grad_end, each an address and
-# two strides for weights, momentum and anchor of every layer. The double is clip.
-_memory_run = Kernel("memory_run", 14 + LAYERS + 1 + 14 * 4 + 6 + 4 * 3 * LAYERS * 3, 1)
+# two strides for weights, momentum and anchor of every layer. The doubles are clip, and what the
+# loss has.
+_memory_run = Kernel("memory_run", 15 + LAYERS + 1 + 14 * 4 + 6 + 4 * 3 * LAYERS * 3, 4)
 # In read_cpu.c: batch to threads; widths; q, y, grad_q and grad_y; gain and grad_gain; weights and grad_weights.
 _read_run = Kernel("read_run", 7 + LAYERS + 1 + 4 * 4 + 2 + 2 * LAYERS * 3, 0)
 
@@ -247,12 +248,14 @@ def _run(
         places += (0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3])
     _memory_run(
         plan.operands,
-        batch, time, heads, layers, options.chunk, ACTIVATION_NUMBERS[options.activation], momentum, gain is not None,
-        options.read == "after", backward, max(1, min(torch.get_num_threads(), tasks)),
+        batch, time, heads, layers, options.chunk, ACTIVATION_NUMBERS[options.activation],
+        loss_number(options.objective), momentum, gain is not None, READ_NUMBERS[options.read], backward,
+        max(1, min(torch.get_num_threads(), tasks)),
         *checkpoints, 0 if saved is None else saved.numel() // max(tasks, 1),
         *widths, *[0] * (LAYERS - layers), *places,
         address(gain), address(grad_gain), plan.phases.data_ptr(), address(plan.order), plan.counts.data_ptr(),
         address(saved), *matrices, options.clip or 0.0,
+        options.objective.p, options.objective.delta, options.objective.smooth or 0.0,
     )  # fmt: skip
 
 

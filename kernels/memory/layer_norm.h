@@ -5,7 +5,7 @@
 
 #pragma once
 
-#include "cpu_runtime/vector.h"
+#include "objective.h"
 
 #define EPS ((real)1e-6)
 
@@ -61,35 +61,46 @@ INLINE void norm_read_backward(int width, const real *gain, const real *z, real 
     layer_norm_vjp(width, g, n, inverse, g);
 }
 
-/* The (half) error of k + n(z) gain against v, back to z: J ((k + n gain - v) gain). */
-INLINE void norm_error(int width, const real *k, const real *v, const real *gain, const real *z, real *n, real *error) {
+/* The error of the prediction k + n(z) gain, back to z: J (e gain), e the half error of `objective`. */
+INLINE void norm_error(const objective *objective, int width, const real *k, const real *v, const real *gain,
+                       const real *z, real *n, real *error) {
+    int end = padded(width);
     real inverse = layer_norm(width, z, n);
-    for (int i = 0; i < padded(width); i += WIDTH)
-        store_vec(error + i,
-                  (load_vec(k + i) + load_vec(n + i) * load_vec(gain + i) - load_vec(v + i)) * load_vec(gain + i));
+    for (int i = 0; i < end; i += WIDTH)
+        store_vec(error + i, load_vec(k + i) + load_vec(n + i) * load_vec(gain + i));
+    half_error(objective, end, error, v, error);
+    for (int i = 0; i < end; i += WIDTH)
+        store_vec(error + i, load_vec(error + i) * load_vec(gain + i));
     layer_norm_vjp(width, error, n, inverse, error);
 }
 
-/* From the gradient g of that error to those of z (in grad_z), k and v; grad_k and grad_gain are added to.
-   `work` holds four rows. */
-INLINE void norm_error_backward(int width, const real *k, const real *v, const real *gain, const real *z,
-                                const real *error, const real *g, real *grad_z, real *grad_k, real *grad_v,
-                                real *grad_gain, real *work) {
+enum { NORM_ROWS = 6 /* of work for norm_error_backward */ };
+
+/* From the gradient g of that error to those of z (in grad_z), k and v; grad_k and grad_gain are added to. */
+INLINE void norm_error_backward(const objective *objective, int width, const real *k, const real *v, const real *gain,
+                                const real *z, const real *error, const real *g, real *grad_z, real *grad_k,
+                                real *grad_v, real *grad_gain, real *work) {
     int end = padded(width);
-    real *n = work, *u = work + end, *grad_u = work + 2 * end, *p = work + 3 * end;
+    real *n = work, *u = work + end, *grad_u = work + 2 * end, *p = work + 3 * end, *prediction = work + 4 * end,
+         *grad_prediction = work + 5 * end;
     real inverse = layer_norm(width, z, n);
     layer_norm_vjp(width, g, n, inverse, grad_u);
+    for (int i = 0; i < end; i += WIDTH) {
+        store_vec(prediction + i, load_vec(k + i) + load_vec(n + i) * load_vec(gain + i));
+        store_vec(grad_prediction + i, load_vec(grad_u + i) * load_vec(gain + i));
+    }
+    half_error(objective, end, prediction, v, u);
+    half_error_backward(objective, end, prediction, v, grad_prediction, grad_prediction, grad_v);
     vec u_n = {}, p_n = {}, p_error = {};
     for (int i = 0; i < end; i += WIDTH) {
-        vec ni = load_vec(n + i), gi = load_vec(gain + i), residual = load_vec(k + i) + ni * gi - load_vec(v + i);
-        vec grad_residual = load_vec(grad_u + i) * gi, pi = load_vec(g + i) * inverse;
-        store_vec(u + i, residual * gi);
+        vec ni = load_vec(n + i), gi = load_vec(gain + i), e = load_vec(u + i), ui = e * gi;
+        vec grad = load_vec(grad_prediction + i), pi = load_vec(g + i) * inverse;
+        store_vec(u + i, ui);
         store_vec(p + i, pi);
-        store_vec(grad_k + i, load_vec(grad_k + i) + grad_residual);
-        store_vec(grad_v + i, -grad_residual);
-        store_vec(grad_gain + i, load_vec(grad_gain + i) + load_vec(grad_u + i) * residual + grad_residual * ni);
-        store_vec(grad_z + i, grad_residual * gi);
-        u_n += residual * gi * ni;
+        store_vec(grad_k + i, load_vec(grad_k + i) + grad);
+        store_vec(grad_gain + i, load_vec(grad_gain + i) + load_vec(grad_u + i) * e + grad * ni);
+        store_vec(grad_z + i, grad * gi);
+        u_n += ui * ni;
         p_n += pi * ni;
         p_error += pi * load_vec(error + i);
     }

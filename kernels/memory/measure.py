@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import full_precision
-from . import titans_memory
+from . import check_memory, run_memory
 from .state import MemoryState, Options, Tokens
 from .surprise import ChunkWalk, surprise_at
 
@@ -42,22 +42,14 @@ def measure_memory(
     at masked tokens are arbitrary. ``written=False``: nothing is written, and every token is measured at the weights of
     the state.
     """
+    check_memory(tokens._replace(q=tokens.k), state, norm, mask, options)
     compute = torch.promote_types(tokens.k.dtype, state.weights[0].dtype)
     tokens = tokens._replace(q=tokens.k).map(lambda x: x.to(compute))
     state, norm = state.to(compute), None if norm is None else norm.to(compute)
     with full_precision(tokens.k.device.type):
         if not written or tokens.k.shape[1] == 0:
-            found = surprise_at(tokens.k, tokens.v, state.weights, options.activation, norm)
+            found = surprise_at(tokens.k, tokens.v, state.weights, options.activation, norm, options.objective)
             return Measured(*found, torch.zeros_like(found.norm, dtype=torch.bool))
-        walk = ChunkWalk(tokens, state, norm, mask, options, _write)
+        walk = ChunkWalk(tokens, state, norm, mask, options, run_memory)
         parts = [(*part.surprise, part.suppressed) for part in walk.parts(last=False)]
         return Measured(*(walk.collect(list(each)) for each in zip(*parts)))
-
-
-def _write(
-    tokens: Tokens, state: MemoryState, norm: Tensor | None, mask: Tensor | None, options: Options
-) -> tuple[Tensor, MemoryState]:
-    """:func:`titans_memory` with the arguments of a :data:`BackendFunction`."""
-    return titans_memory(
-        *tokens, state, options.chunk, options.activation, norm, mask, clip=options.clip, read=options.read
-    )

@@ -16,10 +16,15 @@
 
 enum { LAYERS = 16, BLOCK = 16 /* tokens of a triangular product worked on together */ };
 
+/* At which weights a token is read: those before it was written, after it, or at its chunk's start. */
+enum reading { BEFORE, AFTER, ANCHOR };
+
 typedef struct {
     int layers, parts, longest; /* parts: 2, or 1 without momentum; longest: most tokens in a chunk */
-    int normed, after;        /* the network is residual with LayerNorm; a token is read after it was written */
+    int normed;               /* the network is residual with LayerNorm */
+    enum reading read;
     enum activation activation;
+    objective objective;
     real clip;                /* 0: none */
     int in[LAYERS], out[LAYERS];
     int rows[LAYERS];         /* in, padded: rows of a block of the state, and the width of the layer's input */
@@ -106,7 +111,7 @@ static void chunk_decay(const network *net, work *w, int n) {
 /* The decay matrices times the steps, once it is known how much every token's gradient is clipped. */
 static void find_coefficients(const network *net, work *w, const chunk *c, int n) {
     const decay *decay = &w->decay;
-    int ld = net->ld, delay = !net->after;
+    int ld = net->ld, delay = net->read == BEFORE;
     memset(w->step, 0, ld * sizeof(real));
     for (int s = 0; s < n; s++)
         w->step[s] = 2 * w->theta[s] * c->scale[s];
@@ -128,7 +133,7 @@ static void find_coefficients(const network *net, work *w, const chunk *c, int n
 static void coefficients_backward(const network *net, work *w, const chunk *c, int n) {
     decay *decay = &w->decay;
     decay_grad *g = &w->decay_grad;
-    int ld = net->ld, delay = !net->after;
+    int ld = net->ld, delay = net->read == BEFORE;
     memset(g->A, 0, ld * sizeof(real));
     memset(g->m, 0, ld * sizeof(real));
     memset(g->C, 0, (size_t)n * ld * sizeof(real));
@@ -202,10 +207,9 @@ static void differentiate(const network *net, work *w, chunk *c, int n, const an
         real *d = c->error[top] + t * width;
         const real *z = c->z[top] + t * width, *v = w->values + t * width;
         if (net->normed)
-            norm_error(net->out[top], w->keys + t * width, v, net->gain, z, w->x, d);
+            norm_error(&net->objective, net->out[top], w->keys + t * width, v, net->gain, z, w->x, d);
         else
-            for (int i = 0; i < width; i += WIDTH)
-                store_vec(d + i, load_vec(z + i) - load_vec(v + i));
+            half_error(&net->objective, width, z, v, d);
     }
     for (int l = top - 1; l >= 0; l--) {
         multiply(n, net->width[l], net->out[l + 1], c->error[l + 1], net->width[l + 1], anchor->transposed[l + 1],
@@ -291,8 +295,9 @@ static void carry(const network *net, const work *w, int n, int l, const real *x
     }
 }
 
-/* All queries, each at the weights after its token (or before it): the layers' outputs in `query_z`. */
-static void read_chunk(const network *net, work *w, const chunk *c, int n, real *const *query_z) {
+/* All queries, each at the weights that it reads: the layers' outputs in `query_z`. */
+static void read_chunk(const network *net, work *w, const chunk *c, int n, const anchor *anchor,
+                       real *const *query_z) {
     int ld = net->ld;
     const real *x = w->queries;
     for (int l = 0; l < net->layers; l++) {
@@ -300,6 +305,10 @@ static void read_chunk(const network *net, work *w, const chunk *c, int n, real 
         if (l) {
             activate_each(net->activation, n * rows, query_z[l - 1], w->x, NULL, NULL);
             x = w->x;
+        }
+        if (net->read == ANCHOR) {
+            multiply(n, width, net->in[l], x, rows, anchor->weights[l], width, query_z[l], width, SET);
+            continue;
         }
         carry(net, w, n, l, x, w->carried);
         multiply(n, width, stacked, w->carried, stacked, c->state[l], width, query_z[l], width, SET);
@@ -392,9 +401,10 @@ static void write_chunk_backward(const network *net, work *w, const chunk *c, in
     w->decay_grad.E = (real)grad_E;
 }
 
-/* Through `read_chunk` and `read_output`, from the gradient of y in `g`; adds to the gradients of state, inputs and
-   errors, sets those of the queries and of the reads' coefficients. */
-static void read_chunk_backward(const network *net, work *w, const chunk *c, int n, real *const *query_z) {
+/* Through `read_chunk` and `read_output`, from the gradient of y in `g`; adds to the gradients of state, anchor, inputs
+   and errors, sets those of the queries and of the reads' coefficients. */
+static void read_chunk_backward(const network *net, work *w, const chunk *c, int n, const anchor *anchor,
+                                real *const *grad_anchor, real *const *query_z) {
     int ld = net->ld, top = net->layers - 1;
     real *g = w->g;
     memset(w->grad_read, 0, (size_t)n * ld * sizeof(real));
@@ -413,6 +423,16 @@ static void read_chunk_backward(const network *net, work *w, const chunk *c, int
         if (l) {
             activate_each(net->activation, n * rows, query_z[l - 1], w->x, w->x_slope, NULL);
             x = w->x;
+        }
+        real *grad_x = l ? w->g : w->grad_queries; /* from the state's share on, g is not needed */
+        if (net->read == ANCHOR) {
+            multiply_transposed(net->in[l], width, n, x, rows, g, width, grad_anchor[l], width, ADD);
+            real *back = w->carried;
+            multiply(n, rows, net->out[l], g, width, anchor->transposed[l], anchor->ld[l], back, rows, SET);
+            for (int i = 0; i < n * rows; i += WIDTH)
+                store_vec(grad_x + i, l ? load_vec(back + i) * load_vec(w->x_slope + i)
+                                        : load_vec(grad_x + i) + load_vec(back + i));
+            continue;
         }
         /* the state's share */
         carry(net, w, n, l, x, w->carried);
@@ -445,7 +465,6 @@ static void read_chunk_backward(const network *net, work *w, const chunk *c, int
             multiply_transposed(count, rows, n - s, w->grad_scores + s * ld + s, ld, x + s * rows, rows,
                                 w->grad_input[l] + s * rows, rows, SUBTRACT);
         }
-        real *grad_x = l ? w->g : w->grad_queries; /* g is not needed any more */
         for (int t = 0; t < n; t++) {
             vec along = {}, along_momentum = {};
             const real *from = back + (size_t)t * stacked;
@@ -495,13 +514,11 @@ static void differentiate_backward(const network *net, work *w, const chunk *c, 
         int i = t * width;
         const real *grad = w->grad_error[top] + i;
         if (net->normed)
-            norm_error_backward(net->out[top], w->keys + i, w->values + i, net->gain, c->z[top] + i, c->error[top] + i,
-                                grad, g + i, w->grad_input[0] + i, w->grad_values + i, w->grad_gain, w->x);
+            norm_error_backward(&net->objective, net->out[top], w->keys + i, w->values + i, net->gain, c->z[top] + i,
+                                c->error[top] + i, grad, g + i, w->grad_input[0] + i, w->grad_values + i, w->grad_gain,
+                                w->x);
         else
-            for (int j = 0; j < width; j += WIDTH) {
-                store_vec(g + i + j, load_vec(grad + j));
-                store_vec(w->grad_values + i + j, -load_vec(grad + j));
-            }
+            half_error_backward(&net->objective, width, c->z[top] + i, w->values + i, grad, g + i, w->grad_values + i);
     }
     for (int l = top; l >= 0; l--) {
         int rows = net->rows[l], width = net->width[l];

@@ -1,4 +1,4 @@
-"""The memory network at fixed weights in PyTorch: its activations, its LayerNorm, and reading."""
+"""The memory network at fixed weights in PyTorch: its activations, its LayerNorm, its error, and reading."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ..autograd import gradient_of
 from ..dispatch import full_precision, needs_grad, transforming
+from .state import Objective
 
 EPS = 1e-6
 _aten = torch.ops.aten
@@ -82,6 +83,21 @@ ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 """As ``enum activation`` of the C kernels and the Triton kernels number them."""
 
 
+READ_NUMBERS = {"before": 0, "after": 1, "anchor": 2}
+"""As ``enum reading`` of the C kernels and the Triton kernels number what ``Options.read`` names."""
+_LOSSES = ("l2", "l2_half", "dot", "lp", "lp_smooth", "huber", "huber_elementwise")
+
+
+def loss_number(objective: Objective) -> int:
+    """As ``enum loss`` of the C kernels and the Triton kernels number the forms of an objective."""
+    name = objective.kind
+    if name == "lp" and objective.smooth is not None:
+        name = "lp_smooth"
+    if name == "huber" and objective.form == "elementwise":
+        name = "huber_elementwise"
+    return _LOSSES.index(name)
+
+
 # -- LayerNorm and norms -----------------------------------------------------------------------------------------------
 
 
@@ -111,6 +127,75 @@ def gradient_norm(errors: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
     return total.mul_(2).to(errors[0].dtype)
 
 
+# -- the error ---------------------------------------------------------------------------------------------------------
+
+
+def half_error(p: Tensor, v: Tensor, objective: Objective, out: Tensor | None = None) -> Tensor:
+    """Half the objective's derivative with respect to the prediction ``p``, of tokens ``[..., d_out]``.
+
+    Differentiable without ``out``, which may be ``p``. Where a power of 0 has no derivative, that of the error is 0.
+    """
+    kind, power, delta, smooth, form = objective
+    if kind == "l2":
+        return torch.sub(p, v, out=out)
+    if kind == "dot":
+        return torch.mul(v, -0.5, out=out)
+    r = p - v
+    if kind == "l2_half":
+        error = r / 2
+    elif kind == "huber" and form == "elementwise":
+        error = r.clamp(-delta, delta) / 2
+    elif kind == "huber":
+        error = torch.where(_within(r, delta), r, delta / 2 * _sign(r))
+    elif kind == "lp":
+        error = power / 2 * (_sign(r) if smooth is None else (smooth * r).tanh())
+        error = error * _magnitude(r, power - 1)
+    else:
+        raise ValueError(f"objective: expected l2, l2_half, dot, lp or huber, got {kind!r}")
+    return error if out is None else out.copy_(error)
+
+
+def half_error_vjp(g: Tensor, p: Tensor, v: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+    """The gradients of ``p`` and ``v`` from that of ``half_error(p, v, objective)``."""
+    kind, power, delta, smooth, form = objective
+    if kind == "l2":
+        return g, -g
+    if kind == "dot":
+        return torch.zeros_like(g), g / -2
+    r = p - v
+    if kind == "l2_half":
+        grad = g / 2
+    elif kind == "huber" and form == "elementwise":
+        grad = torch.where(r.abs() <= delta, g / 2, 0.0)
+    elif kind == "huber":
+        grad = torch.where(_within(r, delta), g, 0.0)
+    elif smooth is None:
+        grad = g * (power * (power - 1) / 2) * _magnitude(r, power - 2)
+    else:
+        sign = (smooth * r).tanh()
+        slope = (1 - sign * sign) * smooth * _magnitude(r, power - 1)
+        if power != 1:
+            slope = slope + (power - 1) * sign.abs() * _magnitude(r, power - 2)
+        grad = g * power / 2 * slope
+    return grad, -grad
+
+
+def _sign(r: Tensor) -> Tensor:
+    return torch.where(r.isnan(), r, r.sign())
+
+
+def _within(r: Tensor, delta: float) -> Tensor:
+    return torch.linalg.vector_norm(r, dim=-1, keepdim=True) <= delta
+
+
+def _magnitude(r: Tensor, power: float) -> Tensor:
+    """``|r|^power``; 0 at 0 unless the power is 0."""
+    if power == 0:
+        return torch.ones_like(r)
+    zero = r == 0
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, r).abs() ** power)
+
+
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
@@ -129,12 +214,16 @@ def torch_read(q: Tensor, weights: tuple[Tensor, ...], activation: str, norm: Te
 
 
 def _network(q: Tensor, weights: Sequence[Tensor], activation: str, norm: Tensor | None) -> Tensor:
-    h = x = q.transpose(1, 2)
+    gain = None if norm is None else norm.unsqueeze(1)
+    return memory_network(q.transpose(1, 2), weights, activation, gain).transpose(1, 2)
+
+
+def memory_network(x: Tensor, weights: Sequence[Tensor], activation: str, gain: Tensor | None) -> Tensor:
+    """``M(x)``: x ``[..., tokens, d_in]``, weights ``[..., out, in]``, a gain ``[..., 1, d_out]``."""
+    h = x
     for layer, weight in enumerate(weights):
         h = (ACTIVATIONS[activation].value(h) if layer else h) @ weight.mT
-    if norm is not None:
-        h = x + F.layer_norm(h, h.shape[-1:], eps=EPS) * norm.unsqueeze(1)
-    return h.transpose(1, 2)
+    return h if gain is None else x + F.layer_norm(h, h.shape[-1:], eps=EPS) * gain
 
 
 def read_formula(ctx: Any, q: Tensor, norm: Tensor | None, *weights: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ def titans_memory(
     """
     tokens = Tokens(q, k, v, theta, eta, alpha)
     options = Options(chunk, activation, clip, read, keep, half_dtype(q), threshold)
-    _check_memory(tokens, state, norm, mask, options)
+    check_memory(tokens, state, norm, mask, options)
     return run_memory(tokens, state, norm, mask, options, backend)
 
 
@@ -132,8 +132,6 @@ def run_memory(
         layers=len(state.weights),
         width=max(q.shape[3], tokens.v.shape[3]),
         grad=grad,
-        objective=options.objective.kind,
-        read=options.read,
     )
     for x in tensors:
         if x is not None and x.dtype != compute:
@@ -210,7 +208,7 @@ def memory_flops(shapes: Sequence[tuple[int, int]], chunk: int, momentum: bool =
 # -- arguments ---------------------------------------------------------------------------------------------------------
 
 
-def _check_memory(
+def check_memory(
     tokens: Tokens, state: MemoryState, norm: Tensor | None, mask: Tensor | None, options: Options
 ) -> None:
     """Raise if an argument has a wrong type, shape, dtype or device. Fast, because it runs at every decoded token."""
@@ -313,21 +311,13 @@ def _backend(
     *,
     thresholds: bool = False,
     steps: bool = False,
-    general: bool = False,
 ) -> Backend:
     """``thresholds``: whether ``function`` applies ``options.threshold`` itself.
 
     ``steps``: whether it goes token by token, so that nothing that it reads overflows too early.
-    ``general``: whether it knows all objectives, and reads at the anchor.
     """
 
-    def refuse_more(
-        *, transformed: bool = False, objective: str = "l2", read: str = "after", **facts: Any
-    ) -> str | None:
-        if not general and objective != "l2":
-            return f"knows the objective 'l2' alone, not {objective!r}"
-        if not general and read == "anchor":
-            return "does not read at the anchor"
+    def refuse_more(*, transformed: bool = False, **facts: Any) -> str | None:
         if transformed and function not in (closed_form_memory, reference_memory):
             return "takes no torch.func transform and no forward-mode derivative, as backend='closed_form' does"
         return refuse(**facts)
@@ -380,7 +370,7 @@ MEMORY = Operation(
         _backend("triton", _triton("network", "triton_memory"), _refuse_triton),
         _backend("torch", chunkwise_memory),
         _backend("closed_form", closed_form_memory, thresholds=True),
-        _backend("reference", reference_memory, thresholds=True, steps=True, general=True),
+        _backend("reference", reference_memory, thresholds=True, steps=True),
     ],
     lambda tokens, state, *others: (tokens.v, state),
     [Tokens, MemoryState, Options, Objective],

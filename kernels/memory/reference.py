@@ -45,6 +45,7 @@ def _gradients(p: Tensor, v: Tensor, objective: Objective, weights: tuple[Tensor
         loss = F.huber_loss(p, v, reduction="sum", delta=delta)
     elif kind == "huber":
         inside = torch.linalg.vector_norm(r.detach(), dim=-1, keepdim=True) <= delta
+        inside = inside | r.isnan()  # which has no sign
         loss = torch.where(inside, r.square(), delta * r.abs()).sum()
     else:
         raise ValueError(f"objective: expected l2, l2_half, dot, lp or huber, got {kind!r}")

@@ -22,14 +22,23 @@ typedef struct {
     heads weights, momentum, anchor, new_weights, new_momentum;
 } layer;
 
+/* At which weights the query is read: those before the token, after it, or at its chunk's start. */
+enum reading { BEFORE, AFTER, ANCHOR };
+
 typedef struct {
-    int64_t batch, heads, layers, chunk, activation, after, threads;
+    int64_t batch, heads, layers, chunk, activation, loss, read, threads;
     heads q, k, v, theta, eta, alpha, gain, y;
     const int64_t *position; /* [batch] */
     const uint8_t *mask;     /* one for each row, `mask_row` apart; null: no token is masked */
     int64_t mask_row;
-    layer layer[];           /* behind them: two doubles, clip and threshold (0: none) */
+    layer layer[];           /* behind them: `bounds` */
 } call;
+
+typedef struct {
+    double clip, threshold, p, delta, smooth; /* 0: no clip, no threshold; the others are of the loss */
+} bounds;
+
+INLINE const bounds *bounds_of(const call *call) { return (const bounds *)&call->layer[call->layers]; }
 
 INLINE real *of(const heads *x, int64_t row, int64_t head) { return x->data + row * x->row + head * x->head; }
 
@@ -91,11 +100,12 @@ static double differentiate(const call *call, int64_t row, int64_t head, int sta
     }
     int width = (int)call->layer[top].out;
     real *error = work->error + offset[top];
+    const bounds *b = bounds_of(call);
+    objective objective = {(enum loss)call->loss, (real)b->p, (real)b->delta, (real)b->smooth};
     if (call->gain.data)
-        norm_error(width, work->key, work->value, work->gain, error, work->n, error);
+        norm_error(&objective, width, work->key, work->value, work->gain, error, work->n, error);
     else
-        for (int i = 0; i < width; i += WIDTH)
-            store_vec(error + i, load_vec(error + i) - load_vec(work->value + i));
+        half_error(&objective, padded(width), error, work->value, error);
     for (int l = top; l > 0; l--) {
         int out = (int)call->layer[l].out, in = (int)call->layer[l].in;
         real *below = work->error + offset[l - 1];
@@ -163,19 +173,39 @@ static void copy(const call *call, int64_t row, int64_t head) {
     memset(of(&call->y, row, head), 0, call->layer[call->layers - 1].out * sizeof(real));
 }
 
+/* The query at fixed weights: those of the state, or the anchor. */
+static void read_at(const call *call, int64_t row, int64_t head, int weights, const work *work) {
+    int top = (int)call->layers - 1, at = 0;
+    const real *x = work->query;
+    for (int l = 0; l <= top; l++) {
+        const layer *layer = &call->layer[l];
+        real *y = work->query_z + at;
+        apply((int)layer->out, (int)layer->in, of(weights ? &layer->weights : &layer->anchor, row, head), layer->in, x,
+              y);
+        if (l < top) {
+            activate_each((enum activation)call->activation, padded((int)layer->out), y, y, NULL, NULL);
+            at += padded((int)layer->out);
+        }
+        x = y;
+    }
+    int width = (int)call->layer[top].out;
+    read_output(call, width, work, work->query_z + at, of(&call->y, row, head));
+}
+
 static void step_one(const call *call, int64_t row, int64_t head, const work *work) {
     int top = (int)call->layers - 1;
     if (call->mask && !call->mask[row * call->mask_row]) {
         copy(call, row, head);
         return;
     }
-    const double *bounds = (const double *)&call->layer[call->layers], clip = bounds[0], threshold = bounds[1];
+    double clip = bounds_of(call)->clip, threshold = bounds_of(call)->threshold;
     load(&call->k, row, head, call->layer[0].in, work->key);
     load(&call->q, row, head, call->layer[0].in, work->query);
     load(&call->v, row, head, call->layer[top].out, work->value);
     if (call->gain.data)
         load(&call->gain, row, head, call->layer[top].out, work->gain);
-    double norm = differentiate(call, row, head, call->position[row] % call->chunk == 0, work);
+    int starts = call->position[row] % call->chunk == 0;
+    double norm = differentiate(call, row, head, starts, work);
     /* error_l is half the gradient of the loss with respect to the output of layer l */
     double size = 2 * (double)*of(&call->theta, row, head);
     if (clip > 0 && 2 * norm > clip)
@@ -193,7 +223,7 @@ static void step_one(const call *call, int64_t row, int64_t head, const work *wo
         real *error = work->error + at, *y = work->query_z + at;
         for (int i = 0; i < out; i += WIDTH)
             store_vec(error + i, load_vec(error + i) * (real)size);
-        update_any(out, (int)layer->in, (int)call->after, retain, eta, error, input, of(&layer->weights, row, head),
+        update_any(out, (int)layer->in, call->read == AFTER, retain, eta, error, input, of(&layer->weights, row, head),
                    layer->momentum.data ? of(&layer->momentum, row, head) : NULL, of(&layer->new_weights, row, head),
                    layer->momentum.data ? of(&layer->new_momentum, row, head) : NULL, x, y);
         if (l < top)
@@ -202,27 +232,17 @@ static void step_one(const call *call, int64_t row, int64_t head, const work *wo
         at += padded(out);
     }
     int width = (int)call->layer[top].out;
-    read_output(call, width, work, work->query_z + at - padded(width), of(&call->y, row, head));
+    if (call->read == ANCHOR)
+        read_at(call, row, head, starts, work);
+    else
+        read_output(call, width, work, work->query_z + at - padded(width), of(&call->y, row, head));
 }
 
 static void read_one(const call *call, int64_t row, int64_t head, const work *work) {
-    int top = (int)call->layers - 1, at = 0;
     load(&call->q, row, head, call->layer[0].in, work->query);
     if (call->gain.data)
-        load(&call->gain, row, head, call->layer[top].out, work->gain);
-    const real *x = work->query;
-    for (int l = 0; l <= top; l++) {
-        const layer *layer = &call->layer[l];
-        real *y = work->query_z + at;
-        apply((int)layer->out, (int)layer->in, of(&layer->weights, row, head), layer->in, x, y);
-        if (l < top) {
-            activate_each((enum activation)call->activation, padded((int)layer->out), y, y, NULL, NULL);
-            at += padded((int)layer->out);
-        }
-        x = y;
-    }
-    int width = (int)call->layer[top].out;
-    read_output(call, width, work, work->query_z + at, of(&call->y, row, head));
+        load(&call->gain, row, head, call->layer[call->layers - 1].out, work->gain);
+    read_at(call, row, head, 1, work);
 }
 
 /* -- all of them ---------------------------------------------------------------------------------------------------- */

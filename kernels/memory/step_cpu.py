@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..cpu_runtime import library
 from ..cpu_runtime.call import Kernel, address, threads_for
-from .network_torch import ACTIVATION_NUMBERS
+from .network_torch import ACTIVATION_NUMBERS, READ_NUMBERS, loss_number
 from .state import MemoryState, Options, Tokens, where_rows
 
 _NONE = (0, 0, 0)
@@ -132,7 +132,7 @@ def _prepared(
     )
     copies: list[Tensor] = []
     fields: list[Any] = [batch, heads, len(shapes), options.chunk, ACTIVATION_NUMBERS[options.activation],
-                         options.read == "after", threads]  # fmt: skip
+                         loss_number(options.objective), READ_NUMBERS[options.read], threads]  # fmt: skip
     for x in tokens[:3]:
         fields += _NONE if x is None else _place(x, heads, x.shape[3], copies)
     for x in tokens[3:]:
@@ -140,7 +140,11 @@ def _prepared(
     norm = None if norm is None else norm.contiguous()
     fields += address(norm), 0, width
     fields += y.data_ptr(), heads * width, width
-    kernel, bounds = _kernel(name, len(shapes)), (options.clip or 0.0, options.threshold or 0.0)
+    _, p, delta, smooth, _ = options.objective
+    kernel, bounds = (
+        _kernel(name, len(shapes)),
+        (options.clip or 0.0, options.threshold or 0.0, p, delta, smooth or 0.0),
+    )
     alive = [*copies, *tokens, norm, y]
 
     def run(*changing: int, alive: Any = alive) -> None:
@@ -156,7 +160,7 @@ def _prepared(
 
 @functools.cache
 def _kernel(name: str, layers: int) -> Kernel:
-    return Kernel(name, 7 + 8 * 3 + 3 + 17 * layers, 2)
+    return Kernel(name, 8 + 8 * 3 + 3 + 17 * layers, 5)
 
 
 def _empty_like(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .network_torch import ACTIVATIONS, EPS, for_few, gradient_norm, layers_one, read_one, repeat_gain
+from .network_torch import ACTIVATIONS, EPS, for_few, gradient_norm, half_error, layers_one, read_one, repeat_gain
 from .state import MemoryState, Options, Tokens, where_rows
 
 
@@ -18,7 +18,7 @@ def torch_step(
 ) -> tuple[Tensor, MemoryState]:
     """``titans_memory`` for ``time = 1`` without gradients. Rows may be at different positions."""
     q, k, v, theta, eta, alpha = tokens
-    chunk, activation, clip, read, _, _, threshold, _ = options
+    chunk, activation, clip, read, _, _, threshold, objective = options
     batch, _, heads, _ = q.shape
     vjp = for_few(ACTIVATIONS[activation].vjp)
     gain = None if norm is None else repeat_gain(norm, batch)
@@ -37,11 +37,12 @@ def torch_step(
     inputs, hidden = layers_one(key, anchor, activation)
     out = hidden[-1]
     if gain is None:
-        error = out - value
+        error = half_error(out, value, objective)
     else:
         shape = out.shape[-1:]
         n, mean, inverse = torch.native_layer_norm(out, shape, None, None, EPS)
-        error = torch.addcmul(key, n, gain).sub_(value).mul_(gain)
+        predicted = torch.addcmul(key, n, gain)
+        error = half_error(predicted, value, objective, out=predicted).mul_(gain)
         error = torch.ops.aten.native_layer_norm_backward(
             error, out, shape, mean, inverse, None, None, [True, False, False]
         )[0]
@@ -77,7 +78,8 @@ def torch_step(
         after.append(moved + weight if retention is None else torch.addcmul(moved, weight, retention))
 
     query = q.reshape(batch * heads, 1, q.shape[3])
-    y = read_one(query, after if read == "after" else weights, activation, gain).view(batch, 1, heads, v.shape[3])
+    at = {"after": after, "before": weights, "anchor": anchor}[read]
+    y = read_one(query, at, activation, gain).view(batch, 1, heads, v.shape[3])
 
     per_head = lambda parts: tuple([x.view(w.shape) for x, w in zip(parts, state.weights)])  # noqa: E731
     new_weights = per_head(after)

@@ -17,21 +17,26 @@ from torch import Tensor
 
 from ..dispatch import needs_grad
 from ..padding import Layout, align
-from .network_torch import ACTIVATIONS, EPS, gradient_norm, layer_norm_vjp, torch_read
-from .state import BackendFunction, MemoryState, Options, Tokens, where_rows
+from .network_torch import ACTIVATIONS, EPS, gradient_norm, half_error, layer_norm_vjp, torch_read
+from .state import SQUARED, BackendFunction, MemoryState, Objective, Options, Tokens, where_rows
 
 
 class Surprise(NamedTuple):
     """Of every token, ``[batch, time, heads]`` each."""
 
     norm: Tensor
-    """Of the gradient of ``|M(k) - v|^2`` in all layers' weights together, before any clipping."""
+    """Of the objective's gradient in all layers' weights together, before any clipping."""
     error: Tensor
-    """``|M(k) - v|^2`` itself."""
+    """``|M(k) - v|^2``."""
 
 
 def surprise_at(
-    k: Tensor, v: Tensor, weights: Sequence[Tensor], activation: str, norm: Tensor | None = None
+    k: Tensor,
+    v: Tensor,
+    weights: Sequence[Tensor],
+    activation: str,
+    norm: Tensor | None = None,
+    objective: Objective = SQUARED,
 ) -> Surprise:
     """The surprise of every token at ``weights`` (per layer ``[batch, heads, out, in]``). Not to be differentiated.
 
@@ -44,16 +49,16 @@ def surprise_at(
         inputs.append(act.value(outputs[-1]))
         outputs.append(inputs[-1] @ weight.mT)
     if norm is None:
-        error = outputs[-1] - value
-        backs = [error]
+        predicted = outputs[-1]
+        backs = [half_error(predicted, value, objective)]
     else:
         gain = norm.unsqueeze(1)
         n, _, inverse = torch.native_layer_norm(outputs[-1], outputs[-1].shape[-1:], None, None, EPS)
-        error = torch.addcmul(key, n, gain) - value
-        backs = [layer_norm_vjp(error * gain, n, inverse)]
+        predicted = torch.addcmul(key, n, gain)
+        backs = [layer_norm_vjp(half_error(predicted, value, objective) * gain, n, inverse)]
     for layer in range(len(weights) - 2, -1, -1):
         backs.append(act.vjp(backs[-1] @ weights[layer + 1], outputs[layer]))
-    norms = gradient_norm(backs[::-1], inputs)
+    norms, error = gradient_norm(backs[::-1], inputs), predicted - value
     return Surprise(norms.transpose(1, 2), torch.linalg.vecdot(error, error).transpose(1, 2))
 
 
@@ -98,14 +103,14 @@ class ChunkWalk:
 
     def parts(self, last: bool = True) -> Iterator[Part]:
         """Span by span. Without ``last``, the last one is only measured."""
-        state = self.state
+        state, options = self.state, self.options
         for span in self.spans:
             tokens = self.tokens.at(span)
             anchor = state.weights
             if span.start == 0:  # rows may be inside their chunk; later, chunks begin where spans do
                 inside = torch.tensor([phase > 0 for phase in self.phases], device=state.position.device)
                 anchor = _pick(inside, state.anchor, state.weights)
-            found = surprise_at(tokens.k, tokens.v, anchor, self.options.activation, self.norm)
+            found = surprise_at(tokens.k, tokens.v, anchor, options.activation, self.norm, options.objective)
             suppressed = found.norm < (self.threshold or 0.0)  # NaN is not suppressed, on any backend
             y = None
             if last or span is not self.spans[-1]:

@@ -40,12 +40,10 @@ class TritonNetwork(ChunkNetwork):
 
     decay = staticmethod(triton_decay)
 
-    def __init__(
-        self, activation: str, gain: Tensor | None, clip: float | None, scratch: Scratch, *, products: dict[str, Any]
-    ) -> None:
+    def __init__(self, options: Options, gain: Tensor | None, scratch: Scratch, *, products: dict[str, Any]) -> None:
         # the kernels find the gain by the number of batch row and head; that of an expanded tensor would not be there
-        super().__init__(activation, None if gain is None else gain.contiguous(), clip, scratch)
-        self._number, self._products = ACTIVATION_NUMBERS[activation], products
+        super().__init__(options, None if gain is None else gain.contiguous(), scratch)
+        self._number, self._products = ACTIVATION_NUMBERS[options.activation], products
 
     def write(
         self, keys: Tensor, values: Tensor, decay: ChunkDecay, written: Written, anchor: list[Tensor] | None
