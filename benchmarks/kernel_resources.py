@@ -30,8 +30,9 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from titans_build.kernels.memory.state import SQUARED
 from titans_build.kernels.memory.triton import decay, read, read_kernels, step, write_backward_kernels, write_kernels
-from titans_build.kernels.memory.triton.schedule import RESIDENT, operands, resident, schedule
+from titans_build.kernels.memory.triton.schedule import RESIDENT, loss_constants, operands, resident, schedule
 from titans_build.kernels.norm_gate import triton as gated
 from titans_build.kernels.norm_gate.form import GATE
 from titans_build.kernels.short_conv import triton as convolution
@@ -75,7 +76,8 @@ def kernels(
         yield kernel, taps, dict(dim=16 * dim, time_step=16 * dim, grad_time_step=16 * dim)
     net = dict(
         LAYERS=layers, PARTS=2, ACTIVATION=3 if layers == 2 else 0, NORM=True, CLIP=True, ANCHORED=True, KEEP=True,
-        MOMENTUM=True, FORGETTING=True, MASKED=True, AFTER=True, WIDE=wide, **PRODUCTS[products],
+        MOMENTUM=True, FORGETTING=True, MASKED=True, AFTER=True, READ=1, WIDE=wide, **PRODUCTS[products],
+        **loss_constants(SQUARED),
     )  # fmt: skip
     for kernel in (decay.decay_kernel, decay.decay_backward_kernel):
         yield kernel, net | decay.decay_tiles(chunk), dict(b=chunk)

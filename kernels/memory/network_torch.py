@@ -85,7 +85,7 @@ ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 
 READ_NUMBERS = {"before": 0, "after": 1, "anchor": 2}
 """As ``enum reading`` of the C kernels and the Triton kernels number what ``Options.read`` names."""
-_LOSSES = ("l2", "l2_half", "dot", "lp", "lp_smooth", "huber", "huber_elementwise")
+LOSSES = ("l2", "l2_half", "dot", "lp", "lp_smooth", "huber", "huber_elementwise")
 
 
 def loss_number(objective: Objective) -> int:
@@ -95,7 +95,7 @@ def loss_number(objective: Objective) -> int:
         name = "lp_smooth"
     if name == "huber" and objective.form == "elementwise":
         name = "huber_elementwise"
-    return _LOSSES.index(name)
+    return LOSSES.index(name)
 
 
 # -- LayerNorm and norms -----------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from ..network_torch import ACTIVATION_NUMBERS, EPS
 from ..state import MemoryState, Options, Tokens
 from .decay import triton_decay
 from .read_kernels import read_backward_kernel, read_backward_state_kernel, read_kernel
-from .schedule import operands, resident, schedule
+from .schedule import loss_constants, operands, resident, schedule
 from .write_backward_kernels import write_backward_kernel, write_backward_resident_kernel
 from .write_kernels import rewrite_kernel, write_kernel, write_resident_kernel
 
@@ -171,7 +171,8 @@ class TritonNetwork(ChunkNetwork):
         tiles = schedule(kernel.__name__, b, *sizes, layers=layers, parts=parts)
         fixed = dict(
             LAYERS=layers, PARTS=parts, ACTIVATION=self._number if layers == 2 else 0, NORM=self.gain is not None,
-            WIDE=tl.float64 if stack.dtype == torch.float64 else tl.float32, **tiles, **self._products, **flags,
+            WIDE=tl.float64 if stack.dtype == torch.float64 else tl.float32, **loss_constants(self.objective), **tiles,
+            **self._products, **flags,
         )  # fmt: skip
         if kernel in (read_kernel, rewrite_kernel):
             grid = (*grid, triton.cdiv(b, tiles["TOKENS"]))

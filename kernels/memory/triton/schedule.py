@@ -28,6 +28,8 @@ import triton
 import triton.language as tl
 
 from ...dispatch import BackendError
+from ..network_torch import loss_number
+from ..state import Objective
 
 VARIABLE = "TITANS_BUILD_SCHEDULE"
 SCHEDULES = ("auto", "resident", "streamed")
@@ -37,6 +39,12 @@ ROOM = {False: REGISTERS * 3 // 8, True: REGISTERS // 4}
 """Bytes of them that the tiles of a state may take, forward and (``True``) backward, where tokens take more."""
 RESIDENT = {"write_kernel": "write_resident_kernel", "write_backward_kernel": "write_backward_resident_kernel"}
 """The kernels that have two schedules: by the name of the streamed one, the resident one's."""
+
+
+def loss_constants(objective: Objective) -> dict[str, Any]:
+    """What a kernel that computes errors is compiled for."""
+    _, p, delta, smooth, _ = objective
+    return dict(LOSS=loss_number(objective), POWER=float(p), DELTA=float(delta), SMOOTH=float(smooth or 0.0))
 
 
 def tile(size: int, most: int | None = None) -> int:

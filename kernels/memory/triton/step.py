@@ -21,17 +21,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ...triton_runtime import launch
-from ..network_torch import ACTIVATION_NUMBERS, EPS
+from ..network_torch import ACTIVATION_NUMBERS, EPS, READ_NUMBERS
 from ..state import MemoryState, Options, Tokens
-from .schedule import schedule
+from .schedule import loss_constants, schedule
 from .tiles import (
     activate,
     clip_scale,
     gradient_norm,
     layer_norm,
-    layer_norm_vjp,
     length,
     load,
+    output_error,
     slope,
     square_sums,
     store,
@@ -43,7 +43,7 @@ def triton_step(
 ) -> tuple[Tensor, MemoryState]:
     """``titans_memory`` for ``time = 1`` and one or two layers, without gradients."""
     q, k, v, theta, eta, alpha = tokens
-    chunk, activation, clip, read, *_ = options
+    chunk, activation, clip, read, *_, objective = options
     batch, _, heads, d_in = q.shape
     layers, (d_out, width) = len(state.weights), state.weights[-1].shape[2:]
     y = torch.empty(v.shape, dtype=q.dtype, device=q.device)
@@ -62,7 +62,8 @@ def triton_step(
             LAYERS=layers, ACTIVATION=ACTIVATION_NUMBERS[activation], MOMENTUM=eta is not None,
             FORGETTING=alpha is not None,
             NORM=norm is not None, CLIP=clip is not None, MASKED=mask is not None, ANCHORED=chunk > 1,
-            AFTER=read == "after", WIDE=tl.float64 if y.dtype == torch.float64 else tl.float32,
+            READ=READ_NUMBERS[read], WIDE=tl.float64 if y.dtype == torch.float64 else tl.float32,
+            **loss_constants(objective),
             **{name: tiles[name] for name in ("IN", "OUT", "BLOCK", "num_warps", "num_stages")},
         )  # fmt: skip
     weights, momentum, *anchor = map(tuple, new)
@@ -94,6 +95,9 @@ def _two(layers: list[Tensor]) -> tuple[Tensor | None, Tensor | None]:
 def _steps(x: Any) -> tuple[int, int]:
     """From batch row to batch row and from head to head, of ``[batch, 1, heads, ...]``."""
     return (0, 0) if x is None else (x.stride(0), x.stride(2))
+
+
+_AFTER, _ANCHOR = tl.constexpr(READ_NUMBERS["after"]), tl.constexpr(READ_NUMBERS["anchor"])
 
 
 # -- kernel ----------------------------------------------------------------------------------------------------
@@ -147,7 +151,8 @@ def step_kernel(
     q_row, q_head, k_row, k_head, v_row, v_head,
     theta_row, theta_head, eta_row, eta_head, alpha_row, alpha_head, mask_row,
     LAYERS: tl.constexpr, ACTIVATION: tl.constexpr, MOMENTUM: tl.constexpr, FORGETTING: tl.constexpr,
-    NORM: tl.constexpr, CLIP: tl.constexpr, MASKED: tl.constexpr, ANCHORED: tl.constexpr, AFTER: tl.constexpr,
+    NORM: tl.constexpr, CLIP: tl.constexpr, MASKED: tl.constexpr, ANCHORED: tl.constexpr, READ: tl.constexpr,
+    LOSS: tl.constexpr, POWER: tl.constexpr, DELTA: tl.constexpr, SMOOTH: tl.constexpr,
     IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One head of one batch row. Depth 2: ``d_in -> width -> d_out``; depth 1, ``width -> d_out``, in layer 2's place.
@@ -201,15 +206,12 @@ def step_kernel(
                 store(new_anchor_2, o, h, d_out, width, tile)
 
     # the error
-    gain_o = tl.full((OUT,), 1.0, WIDE)
+    gain_o, residual = tl.full((OUT,), 1.0, WIDE), z
     if NORM:
-        gain_o = _vector(gain + head * d_out, o, d_out, WIDE)
-        n, inverse = layer_norm(z[None, :], o < d_out, d_out, eps)
-        residual = _vector(k, o, d_in, WIDE)
-        miss = (residual - value)[None, :] + n * gain_o[None, :]
-        error = tl.sum(layer_norm_vjp(miss * gain_o[None, :], n, inverse, o < d_out, d_out), axis=0)
-    else:
-        error = z - value
+        gain_o, residual = _vector(gain + head * d_out, o, d_out, WIDE), _vector(k, o, d_in, WIDE)
+    error = tl.sum(output_error(
+        z[None, :], residual[None, :], value[None, :], gain_o, o < d_out, d_out, eps, NORM, LOSS, POWER, DELTA, SMOOTH
+    ), axis=0)  # fmt: skip
     tl.debug_barrier()
 
     step = 2 * tl.load(theta + row * theta_row + head * theta_head).to(WIDE)
@@ -256,7 +258,10 @@ def step_kernel(
                 -(step * e)[:, None] * key[None, :], momentum_decay, retention, valid, ends,
                 MOMENTUM, FORGETTING, ANCHORED, WIDE,
             )  # fmt: skip
-            x = activate(_times(new_1 if AFTER else old_1, query), ACTIVATION)
+            at_1 = new_1 if READ == _AFTER else old_1
+            if READ == _ANCHOR:
+                at_1 = load(a_1, h, i, width, d_in, WIDE)
+            x = activate(_times(at_1, query), ACTIVATION)
         else:
             a = _vector(k, h, width, WIDE)
             x = _vector(q, h, width, WIDE)
@@ -265,7 +270,10 @@ def step_kernel(
             -(step * error)[:, None] * a[None, :], momentum_decay, retention, valid, ends,
             MOMENTUM, FORGETTING, ANCHORED, WIDE,
         )  # fmt: skip
-        z += _times(new if AFTER else old, x)
+        at_2 = new if READ == _AFTER else old
+        if READ == _ANCHOR:
+            at_2 = load(a_2, o, h, d_out, width, WIDE)
+        z += _times(at_2, x)
     if NORM:
         n, _ = layer_norm(z[None, :], o < d_out, d_out, eps)
         z = _vector(q, o, d_in, WIDE) + tl.sum(n, axis=0) * gain_o

@@ -11,7 +11,7 @@ import os
 import triton
 import triton.language as tl
 
-from ..network_torch import ACTIVATION_NUMBERS
+from ..network_torch import ACTIVATION_NUMBERS, LOSSES
 
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _BFLOAT16 = tl.constexpr(tl.bfloat16)
@@ -208,32 +208,118 @@ def layer_norm_vjp(g, n, inverse, inside, width):
 # -- the inner loss ------------------------------------------------------------------------------------
 
 
+_L2, _L2_HALF, _DOT, _LP, _LP_SMOOTH, _HUBER, _HUBER_ELEMENTWISE = map(tl.constexpr, range(len(LOSSES)))
+
+
 @triton.jit
-def output_error(z, residual, v, gain_o, inside, d_out, eps, NORM: tl.constexpr):
+def _sign(r):
+    """NaN stays NaN."""
+    return tl.where(r > 0, 1.0, tl.where(r < 0, -1.0, r))
+
+
+@triton.jit
+def _tanh(x):
+    e = tl.exp(-2 * tl.abs(x))
+    return _sign(x) * (1 - e) / (1 + e)
+
+
+@triton.jit
+def _magnitude(r, POWER: tl.constexpr):
+    """``|r|^POWER``; 0 at 0 unless the power is 0."""
+    size = tl.abs(r)
+    if POWER == 0:
+        size = tl.full(r.shape, 1.0, r.dtype)
+    elif POWER == 2:
+        size = r * r
+    elif POWER != 1:
+        size = tl.where(size == 0, 0.0, tl.exp(tl.log(tl.where(size == 0, 1.0, size)) * POWER))
+    return size
+
+
+@triton.jit
+def _within(r, delta):
+    """Whether the norm of each row is at most ``delta``, as a column."""
+    return (tl.sqrt(tl.sum(r * r, axis=1)) <= delta)[:, None]
+
+
+@triton.jit
+def half_error(p, v, LOSS: tl.constexpr, POWER: tl.constexpr, DELTA: tl.constexpr, SMOOTH: tl.constexpr):
+    """``half_error`` of ``network_torch.py``: predictions and values are rows."""
+    r = p - v
+    if LOSS == _L2_HALF:
+        r = r * 0.5
+    elif LOSS == _DOT:
+        r = v * -0.5
+    elif LOSS == _LP:
+        r = _sign(r) * _magnitude(r, POWER - 1) * (POWER / 2)
+    elif LOSS == _LP_SMOOTH:
+        r = _tanh(r * SMOOTH) * _magnitude(r, POWER - 1) * (POWER / 2)
+    elif LOSS == _HUBER:
+        r = tl.where(_within(r, DELTA), r, _sign(r) * (DELTA / 2))
+    elif LOSS == _HUBER_ELEMENTWISE:
+        r = tl.where(tl.abs(r) > DELTA, _sign(r) * DELTA, r) * 0.5
+    return r
+
+
+@triton.jit
+def half_error_vjp(g, p, v, LOSS: tl.constexpr, POWER: tl.constexpr, DELTA: tl.constexpr, SMOOTH: tl.constexpr):
+    """From the gradient ``g`` of ``half_error(p, v)`` to those of ``p`` and ``v``."""
+    r, grad_v = p - v, -g
+    if LOSS == _L2_HALF:
+        g = g * 0.5
+        grad_v = -g
+    elif LOSS == _DOT:
+        grad_v = g * -0.5
+        g = tl.zeros(g.shape, g.dtype)
+    elif LOSS != _L2:
+        if LOSS == _LP:
+            rise = _magnitude(r, POWER - 2) * (POWER * (POWER - 1) / 2)
+        elif LOSS == _LP_SMOOTH:
+            sign = _tanh(r * SMOOTH)
+            rise = (1 - sign * sign) * SMOOTH * _magnitude(r, POWER - 1)
+            if POWER != 1:
+                rise += tl.abs(sign) * _magnitude(r, POWER - 2) * (POWER - 1)
+            rise *= POWER / 2
+        elif LOSS == _HUBER:
+            rise = tl.where(_within(r, DELTA), 1.0, 0.0)
+        else:
+            rise = tl.where(tl.abs(r) <= DELTA, 0.5, 0.0)
+        g = g * rise
+        grad_v = -g
+    return g, grad_v
+
+
+@triton.jit
+def output_error(z, residual, v, gain_o, inside, d_out, eps, NORM: tl.constexpr,
+                 LOSS: tl.constexpr, POWER: tl.constexpr, DELTA: tl.constexpr, SMOOTH: tl.constexpr):  # fmt: skip
     """The (half) error at the last layer's output ``z`` ``[tokens, d_out]``; ``residual`` are the keys, for a norm."""
     if NORM:
         n, inverse = layer_norm(z, inside, d_out, eps)
-        error = layer_norm_vjp((residual + n * gain_o[None, :] - v) * gain_o[None, :], n, inverse, inside, d_out)
+        error = half_error(residual + n * gain_o[None, :], v, LOSS, POWER, DELTA, SMOOTH)
+        error = layer_norm_vjp(error * gain_o[None, :], n, inverse, inside, d_out)
     else:
-        error = z - v
+        error = half_error(z, v, LOSS, POWER, DELTA, SMOOTH)
     return error
 
 
 @triton.jit
-def output_error_backward(g, error, z, residual, v, gain_o, inside, d_out, eps):
-    """From the gradient ``g`` of ``error = output_error(z, ...)`` with a norm: to ``z``, to the residual, and the gain.
+def output_error_backward(g, error, z, residual, v, gain_o, inside, d_out, eps,
+                          LOSS: tl.constexpr, POWER: tl.constexpr, DELTA: tl.constexpr,
+                          SMOOTH: tl.constexpr):  # fmt: skip
+    """From the gradient ``g`` of ``error = output_error(z, ...)`` with a norm: to ``z``, residual, values, gain.
 
-    The gradient of the values is the negative of the residual's. The gain's is not summed over tokens.
+    The gain's is not summed over tokens.
     """
     n, inverse = layer_norm(z, inside, d_out, eps)
-    off = residual + n * gain_o[None, :] - v
-    u = off * gain_o[None, :]
+    predicted = residual + n * gain_o[None, :]
+    e = half_error(predicted, v, LOSS, POWER, DELTA, SMOOTH)
+    u = e * gain_o[None, :]
     du = layer_norm_vjp(g, n, inverse, inside, d_out)
-    doff = du * gain_o[None, :]
+    dpredicted, dv = half_error_vjp(du * gain_o[None, :], predicted, v, LOSS, POWER, DELTA, SMOOTH)
     # the error depends on z through the inner n, through the n of its own projection, and through 1 / sigma
     p = g * inverse
-    dn = doff * gain_o[None, :]
+    dn = dpredicted * gain_o[None, :]
     dn -= p * (tl.sum(u * n, axis=1)[:, None] / d_out)
     dn -= u * (tl.sum(p * n, axis=1)[:, None] / d_out)
     dz = layer_norm_vjp(dn, n, inverse, inside, d_out) - n * (tl.sum(p * error, axis=1)[:, None] / d_out)
-    return dz, doff, du * off + doff * n
+    return dz, dpredicted, dv, du * e + dpredicted * n

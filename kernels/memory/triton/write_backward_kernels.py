@@ -21,6 +21,7 @@ from .tiles import (
     curvature,
     dot,
     gradient_norm,
+    half_error_vjp,
     length,
     load,
     load_gain,
@@ -73,6 +74,7 @@ def write_backward_kernel(
     LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr,
     ANCHORED: tl.constexpr, TOKENS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
     OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    LOSS: tl.constexpr, POWER: tl.constexpr, DELTA: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
     """Every chunk of one head, the last first. The gradients that reads have left are added to where they lie."""
     bh = tl.program_id(0).to(tl.int64)
@@ -172,22 +174,21 @@ def write_backward_kernel(
                     derror += dot(de * slope(preact, ACTIVATION), tl.trans(w), OPERAND, WIDE, PRECISION)
 
             # ... through the loss ...
-            g = derror
+            z = load_tokens(output_2, first, t, o, b, d_out, WIDE)
+            v = load_tokens(values, first, t, o, b, d_out, WIDE)
             if NORM:
-                z = load_tokens(output_2, first, t, o, b, d_out, WIDE)
-                v = load_tokens(values, first, t, o, b, d_out, WIDE)
                 residual = load_tokens(keys, first, t, o, b, d_in, WIDE)
-                g, dresidual_out, dgains = output_error_backward(
-                    derror, unclipped, z, residual, v, gain_o, o < d_out, d_out, eps
+                g, dresidual_out, dv, dgains = output_error_backward(
+                    derror, unclipped, z, residual, v, gain_o, o < d_out, d_out, eps, LOSS, POWER, DELTA, SMOOTH
                 )
                 dgain += tl.sum(tl.where(valid, dgains, 0.0), axis=0)
-                store_tokens(grad_values, first, t, o, b, d_out, -dresidual_out)
                 # a residual network is as wide at its end as at its beginning
                 dresidual = load_tokens(grad_keys, first, t, o, b, d_in, WIDE) + dresidual_out
                 tl.debug_barrier()
                 store_tokens(grad_keys, first, t, o, b, d_in, dresidual)
             else:
-                store_tokens(grad_values, first, t, o, b, d_out, -g)
+                g, dv = half_error_vjp(derror, z, v, LOSS, POWER, DELTA, SMOOTH)
+            store_tokens(grad_values, first, t, o, b, d_out, dv)
             g = tl.where(valid, g, 0.0)
             store_tokens(grad_error_2, first, t, o, b, d_out, g)
             tl.debug_barrier()
@@ -269,6 +270,7 @@ def write_backward_resident_kernel(
     LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr,
     ANCHORED: tl.constexpr, TOKENS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, WIDTH: tl.constexpr,
     OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    LOSS: tl.constexpr, POWER: tl.constexpr, DELTA: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
     """Every chunk of one head, the last first. Of the gradients that reads have left, only the first state's grows.
 
@@ -391,19 +393,20 @@ def write_backward_resident_kernel(
                 dw_2 += dot(tl.trans(unclipped), grad_upstream, OPERAND, WIDE, PRECISION)
 
             # ... through the loss ...
-            g = derror
+            z = load_tokens(output_2, first, t, o, b, d_out, WIDE)
+            v = load_tokens(values, first, t, o, b, d_out, WIDE)
             if NORM:
-                z = load_tokens(output_2, first, t, o, b, d_out, WIDE)
-                v = load_tokens(values, first, t, o, b, d_out, WIDE)
-                g, dresidual_out, dgains = output_error_backward(g, unclipped, z, k, v, gain_o, o < d_out, d_out, eps)
+                g, dresidual_out, dv, dgains = output_error_backward(
+                    derror, unclipped, z, k, v, gain_o, o < d_out, d_out, eps, LOSS, POWER, DELTA, SMOOTH
+                )
                 dgain += tl.sum(tl.where(valid, dgains, 0.0), axis=0)
-                store_tokens(grad_values, first, t, o, b, d_out, -dresidual_out)
                 if LAYERS == 2:  # with a norm, keys are as wide as values
                     dk += dresidual_out
                 else:
                     da += dresidual_out
             else:
-                store_tokens(grad_values, first, t, o, b, d_out, -g)
+                g, dv = half_error_vjp(derror, z, v, LOSS, POWER, DELTA, SMOOTH)
+            store_tokens(grad_values, first, t, o, b, d_out, dv)
             g = tl.where(valid, g, 0.0)
 
             # ... and then the inputs' gradient runs down

@@ -44,6 +44,7 @@ def _differentiate(
     LAYERS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr,
     TOKENS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
     WIDE: tl.constexpr, FINE: tl.constexpr, FINE_PRECISION: tl.constexpr,
+    LOSS: tl.constexpr, POWER: tl.constexpr, DELTA: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
     """Some tokens of a chunk: keys forward through the weights, half errors back."""
     i, o = tl.arange(0, IN), tl.arange(0, OUT)
@@ -75,7 +76,7 @@ def _differentiate(
     residual = z
     if NORM:
         residual = load_tokens(keys, first, t, o, b, d_in, WIDE)
-    error = output_error(z, residual, v, gain_o, o < d_out, d_out, eps, NORM)
+    error = output_error(z, residual, v, gain_o, o < d_out, d_out, eps, NORM, LOSS, POWER, DELTA, SMOOTH)
     error = tl.where((t < b)[:, None], error, 0.0)
     store_tokens(unclipped_2, first, t, o, b, d_out, error)
     e_squares, small_e_squares = tl.zeros((TOKENS,), WIDE), tl.zeros((TOKENS,), WIDE)
@@ -140,6 +141,7 @@ def write_kernel(
     ANCHORED: tl.constexpr, TOKENS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
     OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, FINE: tl.constexpr,
     FINE_PRECISION: tl.constexpr,
+    LOSS: tl.constexpr, POWER: tl.constexpr, DELTA: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
     """Every chunk of one head. Depth 2: ``d_in -> width -> d_out``.
 
@@ -162,6 +164,7 @@ def write_kernel(
                 keys, values, w_1, w_2, gain_o, input_2, output_1, output_2, unclipped_1, unclipped_2, error_1, error_2,
                 first, t0 + tl.arange(0, TOKENS), b, d_in, width, d_out, clip, eps,
                 LAYERS, ACTIVATION, NORM, CLIP, TOKENS, IN, OUT, BLOCK, WIDE, FINE, FINE_PRECISION,
+                LOSS, POWER, DELTA, SMOOTH,
             )  # fmt: skip
         tl.debug_barrier()
 
@@ -184,6 +187,7 @@ def rewrite_kernel(
     LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr,
     ANCHORED: tl.constexpr, TOKENS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
     WIDE: tl.constexpr, FINE: tl.constexpr, FINE_PRECISION: tl.constexpr,
+    LOSS: tl.constexpr, POWER: tl.constexpr, DELTA: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
     """What ``write_kernel`` stores for ``TOKENS`` tokens, from known states: programs in any order."""
     at = tl.program_id(0).to(tl.int64)  # chunk * batch_heads + bh
@@ -196,7 +200,7 @@ def rewrite_kernel(
     _differentiate(
         keys, values, w_1, w_2, gain_o, input_2, output_1, output_2, unclipped_1, unclipped_2, error_1, error_2,
         at * b, tl.program_id(1) * TOKENS + tl.arange(0, TOKENS), b, d_in, width, d_out, clip, eps,
-        LAYERS, ACTIVATION, NORM, CLIP, TOKENS, IN, OUT, BLOCK, WIDE, FINE, FINE_PRECISION,
+        LAYERS, ACTIVATION, NORM, CLIP, TOKENS, IN, OUT, BLOCK, WIDE, FINE, FINE_PRECISION, LOSS, POWER, DELTA, SMOOTH,
     )  # fmt: skip
 
 
@@ -223,6 +227,7 @@ def write_resident_kernel(
     ANCHORED: tl.constexpr, TOKENS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, WIDTH: tl.constexpr,
     OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, FINE: tl.constexpr,
     FINE_PRECISION: tl.constexpr,
+    LOSS: tl.constexpr, POWER: tl.constexpr, DELTA: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
     """Every chunk of one head. Layers as in ``write_kernel``.
 
@@ -278,7 +283,7 @@ def write_resident_kernel(
 
             # errors back; with a norm, keys are as wide as values
             v = load_tokens(values, first, t, o, b, d_out, WIDE)
-            error = output_error(z, k, v, gain_o, o < d_out, d_out, eps, NORM)
+            error = output_error(z, k, v, gain_o, o < d_out, d_out, eps, NORM, LOSS, POWER, DELTA, SMOOTH)
             error = tl.where((t < b)[:, None], error, 0.0)
             store_tokens(unclipped_2, first, t, o, b, d_out, error)
             if LAYERS == 2:
