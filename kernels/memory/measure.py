@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import full_precision
-from . import check_memory, run_memory
+from .operation import check_memory, run_memory
 from .state import MemoryState, Options, Tokens
 from .surprise import ChunkWalk, surprise_at
 
