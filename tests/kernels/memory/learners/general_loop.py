@@ -45,6 +45,7 @@ class Row:
         return cls(weights, zeros, weights, weights, 0, (), projection, ())
 
 
+@torch.enable_grad()  # the learning is differentiation
 def learn_loop(
     q: Tensor,
     k: Tensor,
@@ -207,10 +208,8 @@ class Settings:
 
     def gradient(self, at: Weights, k: Tensor, v: Tensor, delta: Tensor | None, clip: bool = True) -> Weights:
         """The gradient of one write's loss with respect to the weights ``at``."""
-        with torch.enable_grad():
-            p = self.predict(at, k)
-            gradient = torch.autograd.grad(p, at, self.error(p, v, delta), create_graph=True, allow_unused=True)
-        gradient = tuple(torch.zeros_like(w) if g is None else g for g, w in zip(gradient, at))
+        p = self.predict(at, k)
+        gradient = torch.autograd.grad(p, at, self.error(p, v, delta), create_graph=True)
         if clip and self.clip is not None:
             share = (self.clip / total_norm(gradient)).clamp(max=1)
             gradient = tuple(g * like(share, g) for g in gradient)
