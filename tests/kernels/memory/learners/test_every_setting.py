@@ -180,7 +180,8 @@ class Case:
 
     def tensors(self, result: tuple[Tensor, Any]) -> list[Any]:
         y, state = result
-        return [y, *state.weights, *(state.momentum if self.has_momentum else ()), *state.anchor, state.position]
+        momentum = (*state.momentum, *state.second) if self.has_momentum else ()
+        return [y, *state.weights, *momentum, *state.anchor, state.position]
 
     def gradients(self, tensors: list[Tensor]) -> list[Tensor]:
         random = torch.Generator().manual_seed(1)
@@ -238,7 +239,7 @@ def test_a_step_of_zero_leaves_the_state(name, make):
     # rows are divided by their norm and 1e-5
     same(list(state.weights), list(case.weights), 1e-4 if retention == "rows" else 1e-12)
     update = isinstance(case.options.get("optimizer"), dict) and case.options["optimizer"].get("scale") == "update"
-    for momentum in () if update else state.momentum:  # which has the gradients without their steps
+    for momentum in () if update else (*state.momentum, *state.second):  # which has the gradients without their steps
         assert not momentum.any()
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-pytestmark = pytest.mark.parametrize("run", ["general loop"], indirect=True)
+pytestmark = pytest.mark.parametrize("run", ["general loop", "learn"], indirect=True)
 
 LINEAR: dict[str, Any] = dict(network="linear", chunk=1)
 
