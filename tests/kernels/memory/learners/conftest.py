@@ -39,7 +39,7 @@ def published() -> ModuleType:
 
 
 class Given:
-    """Random inputs in float64: unit keys and queries, and gates in the middle of their ranges."""
+    """Random inputs in float64: unit keys and queries, and gates that include the ends of their ranges."""
 
     def __init__(self, time: int = 11, width: int = 4, seed: int = 0) -> None:
         self.random = torch.Generator().manual_seed(seed)
@@ -48,6 +48,8 @@ class Given:
         self.v = self.normal(BATCH, time, HEADS, width)
         self.theta, self.eta, self.keep, self.gamma = self.uniform(4, BATCH, time, HEADS)
         self.theta, self.keep = 0.3 * self.theta, 0.5 + 0.5 * self.keep
+        self.theta[:, 3] = self.eta[:, 2] = self.keep[0, 4] = 0
+        self.eta[:, 5] = self.keep[1, 1] = 1
         self.gain = 1 + 0.1 * self.normal(HEADS, width)
 
     def normal(self, *shape: int) -> Tensor:

@@ -191,17 +191,20 @@ class Settings:
         recent = (*row.recent, (k, v, gamma, delta))[-self.window :]
         unit = k.unsqueeze(-1) / (k.square().sum(-1, keepdim=True) + 1e-6).unsqueeze(-1)
         row = replace(row, recent=recent, projection=row.projection + unit * k.unsqueeze(-2))
-        at = tuple(w if w.requires_grad else w.detach().requires_grad_() for w in self.visible(row.anchor))
+        if self.threshold is not None:
+            anchor = differentiable(self.visible(row.anchor))
+            written = (total_norm(self.gradient(anchor, k, v, delta, clip=False)) >= self.threshold).to(theta.dtype)
+            theta, alpha = theta * written, None if alpha is None else alpha * like(written, alpha)
+        keep, at = self.keep(row.weights, alpha), self.visible(row.anchor)
+        if self.retention.get("first"):
+            at = tuple(share * w for share, w in zip(keep, at))
+        at = differentiable(at)
         gradient = None
         for key, value, weight, bound in recent:
             one = self.gradient(at, key, value, bound)
             if weight is not None:
                 one = tuple(g * like(weight, g) for g in one)
             gradient = one if gradient is None else tuple(a + b for a, b in zip(gradient, one))
-        if self.threshold is not None:
-            written = (total_norm(self.gradient(at, k, v, delta, clip=False)) >= self.threshold).to(theta.dtype)
-            theta, alpha = theta * written, None if alpha is None else scaled(alpha, written)
-        keep = self.keep(row.weights, alpha)
         if self.once_a_chunk:
             return replace(row, pending=(*row.pending, (theta, gradient, eta, keep)))
         return self.move(row, theta, gradient, eta, keep)
@@ -283,7 +286,7 @@ class Settings:
         moved = keep * weight + step
         if kind == "rows":
             norms = initial.norm(dim=-1, keepdim=True)
-            return moved * norms / (moved.norm(dim=-1, keepdim=True) + 1e-5)
+            return moved * (norms / moved.norm(dim=-1, keepdim=True).clamp(min=1e-5))
         if kind == "soft_threshold":
             return moved.sign() * (moved.abs() - self.retention["by"]).clamp(min=0)
         return moved
@@ -312,7 +315,8 @@ class Settings:
             return x
         degree, coefficients = self.features["degree"], self.features.get("coefficients")
         if coefficients is None:
-            coefficients = [1 / math.factorial(i) for i in range(degree + 1)]
+            power = 1.0 if self.features.get("form", "elementwise") == "elementwise" else 0.5
+            coefficients = [math.factorial(i) ** -power for i in range(degree + 1)]
         if self.features.get("form", "elementwise") == "elementwise":
             return sum(coefficients[i] * x**i for i in range(1, degree + 1))
         power, parts = torch.ones_like(x[..., :1]), []
@@ -359,8 +363,9 @@ def like(x: Tensor, tensor: Tensor) -> Tensor:
     return x.view(-1, *[1] * (tensor.dim() - 1))
 
 
-def scaled(alpha: Tensor, written: Tensor) -> Tensor:
-    return alpha * like(written, alpha)
+def differentiable(weights: Weights) -> Weights:
+    """The same weights, with respect to which a gradient can be taken."""
+    return tuple(w if w.requires_grad else w.detach().requires_grad_() for w in weights)
 
 
 def total_norm(gradient: Weights) -> Tensor:

@@ -334,7 +334,7 @@ def lact(
         loss = -(rate[:, span] * (net(k[:, span], start) * v[:, span]).sum(-1)).sum()
         s = [g(momentum[:, span].mean(1)) * a - d for a, d in zip(s, gradients(loss, start))]
         moved = [w + orthogonalized(a, steps) for w, a in zip(weights, s)]
-        weights = [w / (w.norm(dim=-1, keepdim=True) + 1e-5) * n for w, n in zip(moved, norms)]
+        weights = [w / w.norm(dim=-1, keepdim=True) * n for w, n in zip(moved, norms)]
     return torch.cat(outputs, 1), (weights, s)
 
 

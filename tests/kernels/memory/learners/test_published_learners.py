@@ -34,18 +34,6 @@ def same_weights(got: Any, outputs: Tensor, weights: Any) -> None:
         same(a, b)
 
 
-def decay_first(given: Any, k: Tensor, v: Tensor, beta: Tensor, alpha: Tensor) -> dict[str, Any]:
-    """Writes of a token ``[batch, time, n, ...]`` after one that only forgets."""
-    none = torch.zeros_like
-    return dict(
-        k=torch.cat([k[:, :, :1], k], 2),
-        v=torch.cat([none(v[:, :, :1]), v], 2),
-        theta=torch.cat([none(beta[:, :, :1]), beta], 2),
-        keys=k.shape[2] + 1,
-        alpha=alpha,
-    )
-
-
 def mlp(given: Any, features: Any = lambda x: x, norm: bool = True) -> Any:
     """``x + LN(W2 gelu(W1 phi(x))) * gain``, or without residual and norm."""
 
@@ -94,34 +82,28 @@ def test_delta_net(run, given, published):
 
 def test_gated_delta_net(run, given, published):
     (start,) = given.weights(4, 4)
-    k, v, beta = (x.unsqueeze(2) for x in (given.k, given.v, given.theta))
-    writes = decay_first(given, k, v, beta, 1 - given.keep)
     got = run(
-        given.q, writes["k"], writes["v"], writes["theta"], None, writes["alpha"], (start,), objective="l2_half",
-        keys=writes["keys"], **LINEAR,
+        given.q, given.k, given.v, given.theta, None, 1 - given.keep, (start,), objective="l2_half",
+        retention={"type": "scalar", "first": True}, **LINEAR,
     )  # fmt: skip
     same_matrix(got, published.gated_delta_net(given.q, given.k, given.v, given.theta, given.keep, start))
 
 
 def test_kda(run, given, published):
     (start,), keep = given.weights(4, 4), given.uniform(*given.k.shape)
-    k, v, beta = (x.unsqueeze(2) for x in (given.k, given.v, given.theta))
-    writes = decay_first(given, k, v, beta, 1 - keep)
     got = run(
-        given.q, writes["k"], writes["v"], writes["theta"], None, writes["alpha"], (start,), objective="l2_half",
-        retention="channel", keys=writes["keys"], **LINEAR,
+        given.q, given.k, given.v, given.theta, None, 1 - keep, (start,), objective="l2_half",
+        retention={"type": "channel", "first": True}, **LINEAR,
     )  # fmt: skip
     same_matrix(got, published.kda(given.q, given.k, given.v, given.theta, keep, start))
 
 
 def test_delta_product(run, given, published):
-    (start,) = given.weights(4, 4)
-    shape = (2, given.time, 3, 2)
+    (start,), shape = given.weights(4, 4), (2, given.time, 3, 2)
     k, v, beta = F.normalize(given.normal(*shape, 4), dim=-1), given.normal(*shape, 4), given.uniform(*shape)
-    writes = decay_first(given, k, v, beta, 1 - given.keep)
     got = run(
-        given.q, writes["k"], writes["v"], writes["theta"], None, writes["alpha"], (start,), objective="l2_half",
-        keys=writes["keys"], **LINEAR,
+        given.q, k, v, beta, None, 1 - given.keep, (start,), objective="l2_half", keys=3,
+        retention={"type": "scalar", "first": True}, **LINEAR,
     )  # fmt: skip
     same_matrix(got, published.delta_product(given.q, k, v, beta, given.keep, start))
 
@@ -129,13 +111,12 @@ def test_delta_product(run, given, published):
 def test_momentum_delta(run, given, published):
     """Its momentum is added times a gate, which moves into the step and the decay of the momentum."""
     (start,), (beta, eta) = given.weights(4, 4), 0.2 + 0.5 * given.uniform(2, 2, given.time, 2)
-    keep, mu = given.keep, given.eta
     earlier = torch.cat([torch.ones_like(beta[:, :1]), beta[:, :-1]], 1)
     got = run(
-        given.q, given.k, given.v / keep.unsqueeze(-1), beta * eta * keep, mu * beta / earlier, 1 - keep, (start,),
-        objective="l2_half", **LINEAR,
+        given.q, given.k, given.v, beta * eta, given.eta * beta / earlier, 1 - given.keep, (start,),
+        objective="l2_half", retention={"type": "scalar", "first": True}, **LINEAR,
     )  # fmt: skip
-    y, (s, m) = published.momentum_delta(given.q, given.k, given.v, keep, mu, eta, beta, start)
+    y, (s, m) = published.momentum_delta(given.q, given.k, given.v, given.keep, given.eta, eta, beta, start)
     same_matrix(got, (y, s))
     same(got[2][0], -beta[:, -1, :, None, None] * m)
 
