@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from titans_build.kernels.memory import LearnerState, learn
+from titans_build.kernels.dispatch import BackendError
+from titans_build.kernels.memory import MEMORY, LearnerState, learn
 
 TIME, WIDTH, CHUNK = 10, 3, 4
+BACKENDS = ["auto", "general", *[name for name in MEMORY.backends if not name.startswith("triton")]]
 
 
 class TwoLayers(nn.Module):
@@ -206,10 +208,18 @@ def same(got: list[Tensor], expected: list[Tensor], tolerance: float = 1e-10) ->
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_outputs_state_and_gradients(name, make, general):
+    """On every backend that takes the setting, which the general one always does."""
     case = Case(make, name)
-    got, expected = case.tensors(case.learn()), case.loop(general)
-    same(got, expected)
-    same(case.gradients(got), case.gradients(expected))
+    expected = case.loop(general)
+    gradients = case.gradients(expected)
+    for backend in BACKENDS:
+        try:
+            got = case.tensors(case.learn(backend=backend))
+        except BackendError:
+            assert backend not in ("auto", "general")
+            continue
+        same(got, expected)
+        same(case.gradients(got), gradients)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
