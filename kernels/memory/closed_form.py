@@ -17,8 +17,7 @@ With weights ``W`` and momentum ``S`` before the first token, for ``s <= r <= t`
     momentum  E_t S - sum_s H_ts theta_s g_s a_s^T
 
 ``Ar``, ``mr`` and ``Cr`` are ``A``, ``m`` and ``C`` for the weights that are read at each token: after token ``t``, or
-after token ``t - 1`` with ``read="before"``. With ``read="anchor"``, ``W`` in them is the anchor, ``Ar`` one, and the
-others zero. Without momentum, ``H`` is the identity, and ``E`` and ``m`` are zero.
+after token ``t - 1`` with ``read="before"``. Without momentum, ``H`` is the identity, and ``E`` and ``m`` are zero.
 """
 
 from __future__ import annotations
@@ -156,20 +155,20 @@ def _chunk(
     keep_momentum = momentum if eta is None or not momentum else None
     if not momentum:
         momentum = [torch.zeros_like(w) for w in weights]
-    start = weights
     if read == "after":
         Ar, mr, Cr = A, m, C
-    elif read == "anchor":
-        start, Ar, mr, Cr = anchor, torch.ones_like(A), torch.zeros_like(m), torch.zeros_like(C)
     else:
         Ar = torch.cat([torch.ones_like(A[:, :1]), A[:, :-1]], 1)
         mr = torch.cat([torch.zeros_like(m[:, :1]), m[:, :-1]], 1)
         Cr = torch.cat([torch.zeros_like(C[:, :1]), C[:, :-1]], 1)
     written = [theta.unsqueeze(-1) * g for g in gradients]
     x = q
-    for layer, (W, S) in enumerate(zip(start, momentum)):
+    for layer, (W, S) in enumerate(zip(weights, momentum)):
         if layer:
             x = _value_and_slope(x, activation)[0]
+        if read == "anchor":
+            x = x @ anchor[layer].mT
+            continue
         x = (
             Ar.unsqueeze(-1) * (x @ W.mT)
             + mr.unsqueeze(-1) * (x @ S.mT)

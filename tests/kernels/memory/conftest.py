@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from titans_build.kernels.cpu_runtime import library
-from titans_build.kernels.memory import MemoryState, titans_memory
+from titans_build.kernels.memory import MemoryState, Options, Tokens, run_memory, titans_memory
 
 UNBUILT = library.refuse(device="cpu", dtype=torch.float64)
 
@@ -74,12 +74,18 @@ class MemoryCase:
             self.state = self.state._replace(anchor=tuple(a.detach().requires_grad_() for a in anchor))
             self.leaves += self.state.anchor
 
-    def run(self, state=None, tokens=slice(None), **options):
+    @property
+    def tokens(self):
+        return Tokens(self.q, self.k, self.v, self.theta, self.eta, self.alpha)
+
+    def run(self, state=None, tokens=slice(None), objective=None, backend="auto", **options):
         cut = lambda x: None if x is None else x[:, tokens]  # noqa: E731
-        return titans_memory(
-            *(cut(x) for x in (self.q, self.k, self.v, self.theta, self.eta, self.alpha)),
-            self.state if state is None else state, norm=self.norm, mask=cut(self.mask), **options,
-        )  # fmt: skip
+        given = self.tokens.map(cut)
+        state, mask = self.state if state is None else state, cut(self.mask)
+        if objective is None:
+            return titans_memory(*given, state, norm=self.norm, mask=mask, backend=backend, **options)
+        options = {"chunk": 16, "activation": "gelu", "clip": None, "read": "after", **options}
+        return run_memory(given, state, self.norm, mask, Options(objective=objective, **options), backend)
 
     def gradients(self, outputs):
         torch.manual_seed(1)
