@@ -34,12 +34,17 @@ class Score(NamedTuple):
         return Score(*(mine + theirs for mine, theirs in zip(self, other)))
 
 
-def score(logits: Tensor, targets: Tensor) -> Score:
-    """``logits`` [rows, time, vocab], any float dtype; ``targets`` [rows, time] int64, -100 where nothing counts."""
+def score(logits: Tensor, targets: Tensor, accepted: Tensor | None = None) -> Score:
+    """``logits`` [rows, time, vocab], any float dtype; ``targets`` [rows, time] int64, -100 where nothing counts.
+
+    ``accepted`` [rows, time, vocab] bool: which tokens are right, by default the target alone.
+    """
     if logits.shape[:-1] != targets.shape:
         raise ValueError(f"targets: expected {tuple(logits.shape[:-1])}, got {tuple(targets.shape)}")
     counts = targets != IGNORED
-    right = (logits.argmax(-1) == targets) & counts
+    most_likely = logits.argmax(-1, keepdim=True)
+    right = most_likely == targets[..., None] if accepted is None else accepted.gather(-1, most_likely)
+    right = right.squeeze(-1) & counts
     asked = counts.any(-1)
     exact = asked & (right == counts).all(-1)
     return Score(int(right.sum()), int(counts.sum()), int(exact.sum()), int(asked.sum()))

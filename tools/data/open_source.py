@@ -152,7 +152,8 @@ class TaskSource(Source):
         seed: int,
         examples: int | None,
     ) -> None:
-        self.task = task
+        self.task = task = task.of_split(split)
+        self.token_values = None if task.token_values is None else torch.from_numpy(task.token_values)
         self.vocab, self.length = task.vocab, task.length
         self.examples = examples if split == "train" else None
         self.batches = None if self.examples is None else -(-self.examples // share.of)
@@ -165,7 +166,10 @@ class TaskSource(Source):
 
     def batch(self, index: int) -> Batch:
         """Whole rows, all of them fresh."""
-        return self._batch(self.task.rows(self._draws(index)), 0, self.length)
+        draws = self._draws(index)
+        batch = self._batch(self.task.rows(draws), 0, self.length)
+        accepted = self.task.accepted(draws) if self._split != "train" else None
+        return batch if accepted is None else batch._replace(accepted=torch.from_numpy(accepted))
 
     def stream(self, index: int, piece: int) -> Iterator[Batch]:
         """``batch(index)`` in pieces of ``piece`` tokens, between which the state is carried; the first is ``fresh``.

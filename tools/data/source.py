@@ -28,6 +28,8 @@ class Batch(NamedTuple):
     """[rows] bool: ``True`` if the row does not continue that of the batch before, so that no state is carried."""
     documents: Tensor | None = None
     """[rows, time] int64: the document of each token, for rows that hold several (``model(documents=)``)."""
+    accepted: Tensor | None = None
+    """[rows, time, vocab] bool: which tokens count as right; ``None`` if only the target does, and in training."""
 
 
 class Source(abc.ABC):
@@ -43,6 +45,8 @@ class Source(abc.ABC):
     """Whether rows hold several documents."""
     batches: int | None
     """Batches of one epoch; ``None`` if new rows never end."""
+    token_values: Tensor | None = None
+    """[vocab] float64: the number that each token stands for, if tokens stand for numbers."""
     tokenizer: str | None = None
     """The text of the ``tokenizer.json`` that made the tokens; ``None`` for bytes and tasks."""
 

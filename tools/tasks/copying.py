@@ -1,4 +1,4 @@
-"""Copying tasks: repeat a pattern once, over and over, or without the blanks in it."""
+"""Copying tasks: repeat a pattern once, over and over, without the blanks in it, or from a single position."""
 
 from __future__ import annotations
 
@@ -114,3 +114,32 @@ class SelectiveCopy(Task):
 
     def references(self) -> dict[str, float]:
         return {"any token that is copied": 1 / (self.vocab - 2)}
+
+
+@register_task("compression")
+@dataclass(kw_only=True)
+class Compression(Task):
+    """Read tokens, and then say each of them, in order.
+
+    A row has ``length / 2`` tokens from 0 to ``vocab - 2`` and as many markers (``vocab - 1``). The target of marker
+    ``i`` is token ``i``. With ``vocab: 16, length: 8`` (``.`` is a target that does not count)::
+
+        tokens    3 11 0 7 15 15 15 15
+        targets   .  . . .  3 11  0  7
+
+    The published task (MAD, arXiv 2403.17844) lets a multilayer perceptron say all tokens from the features at one
+    position, the first marker. The block ``bottleneck`` of ``titans_build.tools.tasks.bottleneck`` makes a model do
+    that. The default is the published size, 31 tokens.
+    """
+
+    vocab: Annotated[int, Field(ge=3, le=2**31, description="tokens, with the marker")] = 16
+    length: Annotated[int, Field(ge=2, multiple_of=2, description="tokens of a row, twice those to say")] = 62
+
+    def rows(self, draws: Draws) -> Rows:
+        half = self.length // 2
+        content = draws.integers("content", half, self.vocab - 1)
+        marker = np.full((draws.rows, half), self.vocab - 1)
+        return Rows(np.hstack([content, marker]), np.hstack([np.full_like(marker, IGNORED), content]))
+
+    def references(self) -> dict[str, float]:
+        return {"any token": 1 / (self.vocab - 1)}

@@ -1,4 +1,4 @@
-"""Associative recall: MQAR as in Zoology (arXiv 2312.04927), in-context recall as in MAD (arXiv 2403.17844)."""
+"""Associative recall: MQAR as in Zoology (arXiv 2312.04927); recall in context and from training as in MAD (2403.17844)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from ..randomness import Draws, Integers, seen_before
+from ..randomness import Draws, Integers, key_of, seen_before
 from .task import IGNORED, Rows, Task, register_task
 
 
@@ -164,6 +164,44 @@ class Recall(Task):
 
     def references(self) -> dict[str, float]:
         return {"any value": 1 / self.values}
+
+
+@register_task("memorization")
+@dataclass(kw_only=True)
+class Memorization(Task):
+    """Recall the value of a key from the training data: each key has the same value in every row.
+
+    A row is a series of keys, each followed by a marker (``vocab - 1``), whose target is the key's value. Of the other
+    tokens the lower half are keys, the upper half values, all different. ``facts`` decides which value each key has;
+    it is the same in all splits. With ``vocab: 9, length: 6`` (``.`` is a target that does not count)::
+
+        tokens    2 8 0 8 2 8
+        targets   . 5 . 7 . 5
+
+    The default is the published size (MAD, arXiv 2403.17844), which has ``examples: 256``.
+    """
+
+    vocab: Annotated[int, Field(ge=5, le=2**24, description="tokens: keys, then values, then the marker")] = 256
+    length: Annotated[int, Field(ge=2, multiple_of=2, description="tokens of a row")] = 32
+    facts: Annotated[int, Field(ge=0, description="number of the assignment of values to keys")] = 0
+
+    def __post_init__(self) -> None:
+        self.keys = (self.vocab - 1) // 2
+        values = self.vocab - 1 - self.keys
+        draws = Draws(key_of("memorization", self.facts), np.zeros(1, np.int64))
+        self.values = self.keys + draws.distinct("values", self.keys, values)[0]
+        """[keys] the value of each key."""
+
+    def rows(self, draws: Draws) -> Rows:
+        keys = draws.integers("keys", self.length // 2, self.keys)
+        tokens = np.full((draws.rows, self.length), self.vocab - 1)
+        tokens[:, ::2] = keys
+        targets = np.full_like(tokens, IGNORED)
+        targets[:, 1::2] = self.values[keys]
+        return Rows(tokens, targets)
+
+    def references(self) -> dict[str, float]:
+        return {"any value": 1 / (self.vocab - 1 - self.keys)}
 
 
 _MAX_WORDS = 2**45

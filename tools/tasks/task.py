@@ -7,6 +7,9 @@ import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ...registry import Catalogue, Problem, RecipeError, check_settings
 from ..randomness import Draws, Integers
 
@@ -33,6 +36,8 @@ class Task(abc.ABC):
     """Tokens are from 0 to ``vocab - 1``."""
     length: int
     """Tokens of a row."""
+    token_values: NDArray[np.float64] | None = None
+    """[vocab] the number that each token stands for, for a task that predicts numbers."""
 
     @abc.abstractmethod
     def rows(self, draws: Draws) -> Rows:
@@ -45,6 +50,14 @@ class Task(abc.ABC):
     def piece(self, draws: Draws, start: int, stop: int) -> Rows:
         """Positions ``start`` to ``stop`` of the rows. A task with very long rows makes only these."""
         return Rows(*(part[:, start:stop] for part in self.rows(draws)))
+
+    def accepted(self, draws: Draws) -> NDArray[np.bool_] | None:
+        """[rows, time, vocab] whether a token counts as right, for a task with several right answers."""
+        return None
+
+    def of_split(self, split: str) -> Task:
+        """The task that makes the rows of a split, where more than the draws tells the splits apart."""
+        return self
 
     @classmethod
     def problems(cls, fields: dict[str, Any]) -> Iterable[tuple[str, str]]:

@@ -33,7 +33,7 @@ from .trials import Result
 
 SIZE = (7.0, 4.2)
 """Of the plot, in inches."""
-LABELS = {"accuracy": "accuracy", "bits_per_byte": "bits per byte", "loss": "loss (nats)"}
+LABELS = {"mse": "mean squared error", "accuracy": "accuracy", "bits_per_byte": "bits per byte", "loss": "loss (nats)"}
 
 
 def _add_trials(parser: argparse.ArgumentParser, out: str) -> None:

@@ -20,7 +20,7 @@ from .settings import Settings, as_settings
 from .trials import Listener, Result, Trial, check_trial, run_trials
 
 COMPARISON = "comparison.json"
-METRICS = ("accuracy", "bits_per_byte", "loss")
+METRICS = ("mse", "accuracy", "bits_per_byte", "loss")
 """The metric of a comparison is the first of these that the results have. Only for accuracy is larger better."""
 
 DIAL = "ffn.hidden"
@@ -90,7 +90,7 @@ def compare(
         runs = [{"lr": trial.settings.lr, "seed": trial.settings.seed, **next(results)} for trial in trials[name]]
         variants.append({"name": name, "parameters": variant.parameters, "changes": variant.changes, **_summary(runs)})
     # the accuracy of text is that of its most likely bytes, and says little
-    metrics = METRICS if "task" in description else METRICS[1:]
+    metrics = METRICS if "task" in description else ("bits_per_byte", "loss")
     metric = next((m for m in metrics if any(m in (v["test"] or {}) for v in variants)), METRICS[-1])
     result = {"metric": metric, "data": description, "settings": settings.to_dict(), "variants": variants}
     write_text(folder / COMPARISON, json.dumps(result, indent=1) + "\n")

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ...blocks.language_model import IGNORED
@@ -20,7 +21,8 @@ def validate(
     step: TrainStep, source: Source, batches: int, documents: list[dict[str, Any]] | None = None
 ) -> dict[str, float]:
     """Metrics over the first ``batches`` batches: ``loss`` (nats) and ``accuracy``; ``exact`` for tasks, the share of
-    rows without an error; ``bits_per_byte`` for text, with the mean length of its tokens.
+    rows without an error; ``mse`` for tasks of numbers, that of the mean of the predicted distribution;
+    ``bits_per_byte`` for text, with the mean length of its tokens.
 
     The state is carried where the source's rows continue from batch to batch. Of a source of packed documents, whole
     documents are read that fill these batches, each from a fresh state. ``loss`` is then the mean over their tokens,
@@ -33,12 +35,13 @@ def validate(
         if isinstance(source, TextSource) and source.packed:
             places = batches * source.describe()["rows"] * source.length
             loss, scored, each = _read_documents(step, source, places)
+            squared = 0.0
         else:
-            loss, scored, each = *_read_batches(step, source, batches), []
+            (loss, scored, squared), each = _read_batches(step, source, batches), []
     finally:
         step.model.train(training)
         step.processes.reshard(step.model)
-    loss, *counts = step.processes.sum(loss, *scored)
+    loss, squared, *counts = step.processes.sum(loss, squared, *scored)
     scored = Score(*map(int, counts))
     metrics = {"loss": loss / max(scored.counted, 1), "accuracy": scored.accuracy}
     described = source.describe()
@@ -48,22 +51,35 @@ def validate(
         documents.extend(each)
     if "task" in described:
         metrics["exact"] = scored.exact
+    if source.token_values is not None:
+        metrics["mse"] = squared / max(scored.counted, 1)
     if "tokens_are" in described:
         metrics["bits_per_byte"] = metrics["loss"] / math.log(2) / described.get("bytes_per_token", 1.0)
     return metrics
 
 
-def _read_batches(step: TrainStep, source: Source, batches: int) -> tuple[float, Score]:
-    """The summed loss and the score of this process's rows."""
-    loss, scored, state = 0.0, Score(0, 0, 0, 0), None
+def _read_batches(step: TrainStep, source: Source, batches: int) -> tuple[float, Score, float]:
+    """The summed loss, the score and the summed squared error of this process's rows."""
+    loss, scored, squared, state = 0.0, Score(0, 0, 0, 0), 0.0, None
     for index in range(batches):
         batch = source.batch(index)
         out = step.forward(batch, state if source.carries else None)
         assert out.loss is not None and out.logits is not None
         loss += float(out.loss) * count_targets(batch)
-        scored = scored.plus(score(out.logits, batch.targets.to(step.processes.device)))
+        targets = batch.targets.to(step.processes.device)
+        accepted = None if batch.accepted is None else batch.accepted.to(targets.device)
+        scored = scored.plus(score(out.logits, targets, accepted))
+        if source.token_values is not None:
+            squared += _squared_error(out.logits, targets, source.token_values.to(targets.device))
         state = detach(out.state)
-    return loss, scored
+    return loss, scored, squared
+
+
+def _squared_error(logits: Tensor, targets: Tensor, values: Tensor) -> float:
+    """The summed squared difference of the predicted distributions' means and the numbers of the targets."""
+    counts = targets != IGNORED
+    means = logits[counts].double().softmax(-1) @ values
+    return float((means - values[targets[counts]]).square().sum())
 
 
 def _read_documents(step: TrainStep, source: TextSource, places: int) -> tuple[float, Score, list[dict[str, Any]]]:
