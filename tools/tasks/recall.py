@@ -1,4 +1,4 @@
-"""Associative recall: MQAR as in Zoology (arXiv 2312.04927); recall in context and from training as in MAD (2403.17844)."""
+"""Associative recall: MQAR as in Zoology (arXiv 2312.04927); recall in context and from training: MAD (2403.17844)."""
 
 from __future__ import annotations
 

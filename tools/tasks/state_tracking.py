@@ -31,7 +31,9 @@ class StateTracking(Task):
     With ``first`` at the length that a model was trained on, only longer series count.
     """
 
-    group: Annotated[str, Field(pattern=r"^(Z([2-9]|[1-9]\d)|S[3-5]|A[45])$", description="Z2 to Z99, S3 to S5, A4, A5")] = "Z2"
+    group: Annotated[
+        str, Field(pattern=r"^(Z([2-9]|[1-9]\d)|S[3-5]|A[45])$", description="Z2 to Z99, S3 to S5, A4, A5")
+    ] = "Z2"
     length: Annotated[int, Field(ge=1, description="tokens of a row")] = 64
     first: Annotated[int, Field(ge=0, description="first position with a target")] = 0
 

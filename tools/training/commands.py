@@ -24,11 +24,20 @@ from ..plotting import COLORS, DASHES, need_matplotlib
 from ..plotting import draw as draw_files
 from ..tasks import TASKS
 from ..terminal import Columns, CommandFailed, UsageError, complain, count, plain, say, say_columns, say_json
+from . import reproduce_command
 from .compare import COMPARISON, DIAL, TOLERANCE, compare
 from .log import Event
 from .run_folder import write_errors, write_text
 from .search import BEST_RECIPE, BEST_TRAIN, SAMPLERS, TRIALS, search
-from .train_command import add_settings, add_unquoted, metrics_text, read_option, refuse_unquoted, settings_and_data
+from .train_command import (
+    add_settings,
+    add_unquoted,
+    metrics_text,
+    positive,
+    read_rates,
+    refuse_unquoted,
+    settings_and_data,
+)
 from .trials import Result
 
 SIZE = (7.0, 4.2)
@@ -41,7 +50,7 @@ def _add_trials(parser: argparse.ArgumentParser, out: str) -> None:
     add = parser.add_argument
     add("--data", "--task", metavar="SPEC", help="a task, a text file, a folder, or a glob in quotes")
     add("--out", required=True, metavar="FOLDER", help=out)
-    add("--jobs", type=_positive, default=1, metavar="N", help="runs in parallel (default: 1)")
+    add("--jobs", type=positive, default=1, metavar="N", help="runs in parallel (default: 1)")
 
 
 class _Display:
@@ -62,12 +71,6 @@ class _Display:
             sys.stdout.flush()
 
 
-def _positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {show(text)}")
-    return int(text)
-
-
 # -- compare -----------------------------------------------------------------------------------------------------------
 
 
@@ -79,7 +82,7 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     sizes = f"parameters of each, within {TOLERANCE:.0%}%: a number, first (those of the first recipe), or none"
     add("--parameters", default="first", metavar="N", help=sizes)
     add("--fit", default=DIAL, metavar="BLOCK.FIELD", help=f"the field that is changed for that (default: {DIAL})")
-    add("--seeds", type=_positive, default=1, metavar="N", help="runs of each recipe (default: 1)")
+    add("--seeds", type=positive, default=1, metavar="N", help="runs of each recipe (default: 1)")
     add_settings(parser, several_lr=True)
 
 
@@ -181,13 +184,11 @@ def _learning_rates(arguments: argparse.Namespace) -> list[float]:
     """The rates of ``--lr a,b``; none if there is only one, which then is an ordinary setting."""
     if arguments.lr is None or "," not in arguments.lr:
         return []
-    found = [read_option("--lr", part.strip()) for part in arguments.lr.split(",")]
-    if not all(isinstance(lr, (int, float)) and not isinstance(lr, bool) and lr > 0 for lr in found):
-        raise UsageError(f"--lr {arguments.lr}: expected numbers > 0 with commas between them")
     if any(setting.partition("=")[0].strip() == "lr" for setting in arguments.train_set):
         raise UsageError(f"--lr {arguments.lr} and -t lr=...: expected one of them")
+    rates = read_rates(arguments.lr)
     arguments.lr = None
-    return list(dict.fromkeys(map(float, found)))
+    return rates
 
 
 def _named_recipes(arguments: argparse.Namespace) -> dict[str, Recipe]:
@@ -248,7 +249,7 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--space", required=True, metavar="FILE", help="YAML: `recipe:` and `train:`, each with lists or {low:, high:}")
     add("--sampler", choices=SAMPLERS, default="grid", help="how to choose (default: grid)")
-    add("--trials", type=_positive, metavar="N", help="number of trials (default: all of a grid)")
+    add("--trials", type=positive, metavar="N", help="number of trials (default: all of a grid)")
     add_unquoted(parser)
     add("--search-seed", type=whole_number, default=0, metavar="N", help="of random and optuna (default: 0)")
     add_settings(parser)
@@ -308,7 +309,7 @@ MAX_VOCAB = 1_000_000
 def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("texts", nargs="+", metavar="TEXTS", help="text files, JSON lines, parquet, folders or wildcards")
-    add("--vocab", type=_positive, default=8000, metavar="N", help="most tokens, from 256 on (default: 8000)")
+    add("--vocab", type=positive, default=8000, metavar="N", help="most tokens, from 256 on (default: 8000)")
     add("--field", default="text", metavar="NAME", help="field of a record that has its text (default: text)")
     add("--out", required=True, metavar="FILE", help="the file that is written, as in tokenizer.json")
 
@@ -388,6 +389,7 @@ COMMANDS = {
         _add_search,
         _search,
     ),
+    "reproduce": Command.of(reproduce_command),
     "tokenizer": Command(
         "Train a tokenizer on texts: byte-level BPE, which encodes any text.",
         ("titans-train tokenizer texts/ --vocab 8000 --out tok.json",),

@@ -138,6 +138,21 @@ def read_option(option: str, text: str) -> Any:
         raise RecipeError(error.problems, option) from None
 
 
+def read_rates(text: str) -> list[float]:
+    """The different learning rates of ``--lr a,b,...``, in order."""
+    found = [read_option("--lr", part.strip()) for part in text.split(",")]
+    if not all(isinstance(lr, (int, float)) and not isinstance(lr, bool) and lr > 0 for lr in found):
+        raise UsageError(f"--lr {text}: expected numbers > 0 with commas between them")
+    return list(dict.fromkeys(map(float, found)))
+
+
+def positive(text: str) -> int:
+    """The integer >= 1 of an option. Raises ``argparse.ArgumentTypeError`` for other text."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {show(text)}")
+    return int(text)
+
+
 def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
