@@ -4,7 +4,7 @@
 # make test-versions  a part of the tests with the oldest and newest versions of Python, torch and transformers that are
 #                 allowed: tests/versions.py; an hour and several GB; VERSIONS="--python 3.12 --torch newest" for a part
 # make bench-memory bench-model bench-streaming bench-torch_path bench-packing
-# make bench-copy bench-mqar bench-language bench-needle bench-overhead bench-hf_swap bench-generation
+# make bench-copy bench-mqar bench-language bench-family bench-learners bench-needle bench-overhead bench-hf_swap bench-generation
 #                 minutes each, on a machine with nothing else to do: benchmarks/
 # PYTHON=python3.12 make ...    picks the interpreter that .venv is made from (3.11 or newer; 3.10 for demo and benchmarks)
 
@@ -16,7 +16,7 @@ FOLDERS := blocks kernels recipes registry tools
 # takes neighbouring tests, which share fixtures and imports, and then some of the other's.
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-slow test-versions check clean bench-memory bench-model bench-streaming bench-torch_path bench-packing bench-copy bench-mqar bench-language bench-needle bench-overhead bench-hf_swap bench-generation
+.PHONY: demo test test-slow test-versions check clean bench-memory bench-model bench-streaming bench-torch_path bench-packing bench-copy bench-mqar bench-language bench-family bench-learners bench-needle bench-overhead bench-hf_swap bench-generation
 
 demo: .venv/.installed
 	@echo "building the MAC recipe and trying it on README.md: about 10 seconds"
@@ -54,10 +54,10 @@ bench-needle: bench-%: .venv/.installed
 bench-generation: bench-%: .venv/.installed
 	OMP_NUM_THREADS=1 $(BENCH)/$*.py $(WRITE)
 
-bench-overhead bench-packing bench-torch_path: bench-%: .venv/.installed
+bench-overhead bench-packing bench-torch_path bench-learners: bench-%: .venv/.installed
 	OMP_NUM_THREADS=1 $(BENCH)/steps.py $* $(WRITE)
 
-bench-copy bench-mqar bench-language: bench-%: .venv/.installed-plots
+bench-copy bench-mqar bench-language bench-family: bench-%: .venv/.installed-plots
 	$(BENCH)/variants.py $* --plots benchmarks/plots $(WRITE)
 
 bench-hf_swap: bench-%: .venv/.installed-hf

@@ -14,8 +14,8 @@ HERE = Path(__file__).parent
 PAGES = (HERE / "README.md", HERE.parent / "README.md")
 PROGRAMS = {
     **{name: name for name in ("memory", "model", "streaming", "generation", "needle", "hf_swap")},
-    **dict.fromkeys(("overhead", "packing", "torch_path"), "steps"),
-    **dict.fromkeys(("copy", "mqar", "language"), "variants"),
+    **dict.fromkeys(("overhead", "packing", "torch_path", "learners"), "steps"),
+    **dict.fromkeys(("copy", "mqar", "language", "family"), "variants"),
 }
 """Which program writes each file of results."""
 PLACE = re.compile(r"(<!-- (\w+): ([\w ]+) -->\n).*?(<!-- end -->)", re.S)

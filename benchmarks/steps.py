@@ -1,16 +1,17 @@
 """The time of a step of one program over that of another.
 
-python benchmarks/steps.py overhead|packing|torch_path [--quick] [--json FILE]
+python benchmarks/steps.py overhead|packing|torch_path|learners [--quick] [--json FILE]
 
 ``overhead``: the packaged MAG against the same model without memories and gates. ``packing``: documents packed in one
 row against one document of as many tokens, and against the same documents with padding. ``torch_path``: the PyTorch
-backend, eager and compiled, and the C kernels. The last two in processor time of one thread, which other processes
-affect little.
+backend, eager and compiled, and the C kernels. ``learners``: the family of learners with as many parameters each. All
+but the first in processor time of one thread, which other processes affect little.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import time
 from collections.abc import Callable
@@ -22,6 +23,8 @@ import torch
 import titans_build as tb
 from titans_build.tools.gpu.speed import layer_shapes, memory_operation
 from titans_build.tools.gpu.timing import passes
+from titans_build.tools.training.compare import fit, parameters_of
+from titans_build.tools.training.family import LEARNERS, recipe_of
 
 Kinds = dict[str, dict[str, Callable[[], Any]]]
 """The cases of each kind of step; the first is the one that the others are compared with."""
@@ -128,10 +131,39 @@ def run(what: str, both: bool, way: str, quick: bool) -> Callable[[], Any]:
     return step
 
 
+# -- the family of learners --------------------------------------------------------------------------------------------
+
+
+def learners(quick: bool) -> Kinds:
+    """A training step of each learner of ``titans-train reproduce``: first the memory of Titans, then attention."""
+    torch.set_num_threads(1)
+    dim, shape = (32, (1, 32)) if quick else (256, (2, 512))
+    tokens = torch.randint(256, shape, generator=torch.Generator().manual_seed(0))
+    parameters = parameters_of(load_with_vocab(recipe_of({"type": "attention"}, dim)))
+
+    def lazily(learner: Any) -> Callable[[], Any]:
+        """A learner that this version or machine does not have raises at the first call, which reports it."""
+
+        @functools.cache
+        def made() -> Callable[[], Any]:
+            model = tb.build(fit(load_with_vocab(recipe_of(learner, dim)), parameters).recipe, seed=0)
+            return passes(lambda: model(tokens, targets=tokens).loss, list(model.parameters()), True)
+
+        return lambda: made()()
+
+    names = ["titans", "transformer", *(name for name in LEARNERS if name not in ("titans", "transformer"))]
+    return {"training step": {name: lazily(LEARNERS[name][1]) for name in names}}
+
+
+def load_with_vocab(recipe: tb.Recipe) -> tb.Recipe:
+    return tb.load_recipe(recipe, {"vocab": 256})
+
+
 COMPARISONS = {
     "overhead": (overhead, {"seconds": 60}),
     "packing": (packing, {"seconds": 0, "least": 4, "clock": time.process_time}),
     "torch_path": (torch_path, {"seconds": 0, "least": 4, "clock": time.process_time}),
+    "learners": (learners, {"seconds": 0, "least": 4, "clock": time.process_time}),
 }
 
 
@@ -146,8 +178,8 @@ def measured(arguments: argparse.Namespace, results: measure.Result) -> measure.
         for name, case in list(cases.items()):
             try:
                 case()
-            except tb.BackendError as error:  # there may be no C compiler
-                results["skipped"][f"{kind}, {name}"] = str(error).splitlines()[0]
+            except (tb.BackendError, tb.RecipeError) as error:  # there may be no C compiler, or no such learner
+                results["skipped"][f"{kind}, {name}"] = str(error).splitlines()[-1].strip(" -")
                 del cases[name]
         rows += measure.compare(kind, cases, **how | {"seconds": 0} if arguments.quick else how)
     return {"steps": rows}

@@ -1,8 +1,9 @@
 """Training of the variants on one task, with equal numbers of parameters and tokens: ``titans-train compare``.
 
-python benchmarks/variants.py copy|mqar|language [--quick] [--jobs N] [--json FILE] [--plots FOLDER]
+python benchmarks/variants.py copy|mqar|language|family [--quick] [--jobs N] [--json FILE] [--plots FOLDER]
 
 An interrupted run is resumed: the runs are in benchmarks/runs/. The data and settings are in settings/TASK.yaml.
+``family``: ``titans-train reproduce --quick``, the learners on several small tasks.
 """
 
 from __future__ import annotations
@@ -18,10 +19,15 @@ from pathlib import Path
 
 import measure
 
+from titans_build.tools.training.reproduce_command import markdown
+
 HERE = Path(__file__).parent
 FIVE = ("mac", "mag", "mal", "lmm", "transformer")
 TASKS = {"copy": (*FIVE, "window"), "mqar": (*FIVE, "window"), "language": FIVE}
 """The recipes of each task; all have as many parameters as the first."""
+FAMILY = "family"
+TRIED = ("transformer", "titans", "titans_linear", "--tasks", "parity", "--dim", "16", "--steps", "2", "-t", "batch=2")
+"""What a quick run does of the family."""
 WANTED = 0.99
 """The accuracy that is the goal of the variants with a memory."""
 QUICK = ("steps=2", "batch=2", "length=64", "valid_every=1", "valid_batches=1", "log_every=1", "checkpoint_every=null")
@@ -29,6 +35,8 @@ QUICK = ("steps=2", "batch=2", "length=64", "valid_every=1", "valid_batches=1", 
 
 def measured(arguments: argparse.Namespace, results: measure.Result) -> measure.Result:
     name = results["program"] = arguments.task
+    if name == FAMILY:
+        return _family(arguments, results)
     variants, changes = TASKS[name], []
     if arguments.quick:
         variants = (variants[0], variants[-1])
@@ -52,7 +60,24 @@ def measured(arguments: argparse.Namespace, results: measure.Result) -> measure.
     return {"done_before": done, "comparison": found}
 
 
+def _family(arguments: argparse.Namespace, results: measure.Result) -> measure.Result:
+    results["environment"]["threads"] = max(1, (os.cpu_count() or 1) // arguments.jobs)
+    with tempfile.TemporaryDirectory() as temporary:
+        runs = Path(temporary) if arguments.quick else HERE / "runs" / FAMILY
+        done = sorted(f"{each.parent.parent.name}, {each.parent.name}" for each in runs.rglob("result.json"))
+        words = ["--quick", "--out", str(runs), "--jobs", str(arguments.jobs), *(TRIED if arguments.quick else ())]
+        command = [sys.executable, "-m", "titans_build.tools.train", "reproduce", *words]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+        if arguments.plots is not None:
+            arguments.plots.mkdir(parents=True, exist_ok=True)
+            for plot in runs.glob("table.*g"):
+                shutil.copyfile(plot, arguments.plots / f"{FAMILY}{plot.suffix}")
+        return {"done_before": done, "family": json.loads((runs / "results.json").read_text(encoding="utf-8"))}
+
+
 def tables(results: measure.Result) -> dict[str, str]:
+    if results["program"] == FAMILY:
+        return {"results": markdown(results["family"]).strip(), "machine": measure.machine_table(results)}
     metric, variants, rows = results["comparison"]["metric"], results["comparison"]["variants"], []
     name, goal = metric.replace("_", " "), metric == "accuracy"
     for of in variants:
@@ -73,7 +98,7 @@ def tables(results: measure.Result) -> dict[str, str]:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("task", choices=TASKS)
+    add("task", choices=[*TASKS, FAMILY])
     add("--jobs", type=int, default=2, metavar="N", help="runs side by side, which share the cores (default: 2)")
     add("--plots", type=Path, metavar="FOLDER", help="where the plot is written")
 

@@ -26,6 +26,7 @@ PROGRAMS = {
     "overhead": ["steps.py", "overhead"],
     "packing": ["steps.py", "packing"],
     "torch_path": ["steps.py", "torch_path"],
+    "learners": ["steps.py", "learners"],
 }
 """The words of the command that measures each file of results."""
 QUICKEST = "overhead"
@@ -108,7 +109,11 @@ def test_every_case_is_measured(quick: Any) -> None:
     contexts = {(row["kind"], row["context"]) for row in results["model"]["generation"]}
     assert {("mac", 1_000), ("transformer", 1_000), ("plain", 16)} <= contexts and ("plain", 1_000) not in contexts
     assert [row["recipe"] for row in results["streaming"]["recipes"] if not row["finite"]] == []
-    for program, cases in (("overhead", {"window", "MAG"}), ("torch_path", {"torch", "compiled"})):
+    for program, cases in (
+        ("overhead", {"window", "MAG"}),
+        ("torch_path", {"torch", "compiled"}),
+        ("learners", {"titans", "transformer"}),
+    ):
         rows = results[program]["steps"]
         assert cases <= {row["case"] for row in rows} and all(row["seconds"] > 0 and row["ratio"] > 0 for row in rows)
     assert [row["kind"] for row in results["overhead"]["steps"]][::2] == ["training step", "reading", "one token"]

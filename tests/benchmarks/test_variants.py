@@ -51,6 +51,14 @@ def test_a_comparison_runs(task: str, tmp_path: Path, load: Any) -> None:
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == [f"{task}.png", f"{task}.svg"]
 
 
+@pytest.mark.slow
+def test_the_family_runs(tmp_path: Path, load: Any) -> None:
+    results, out = quick(tmp_path, "variants", "family", "--jobs", "1", "--plots", str(tmp_path / "plots"))
+    assert {cell["learner"] for cell in results["family"]["cells"]} == {"transformer", "titans", "titans_linear"}
+    assert load("variants").tables(results)["results"] in out and "| titans " in out
+    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == ["family.png", "family.svg"]
+
+
 @pytest.mark.parametrize("task", ["copy", "mqar", "language"])
 def test_variants_have_one_size_and_read_the_data(task: str, load: Any) -> None:
     settings = read_file(BENCHMARKS / "settings" / f"{task}.yaml")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
+from titans_build.registry.catalogue import BLOCKS
 from titans_build.tools.cli import main
 
 SMALL = """
@@ -79,3 +82,12 @@ def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
     path.write_text("a memory that learns while it reads. " * 40, encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def bottleneck() -> Iterator[None]:
+    """The block ``bottleneck`` is registered; afterwards it is not, and a recipe can import its module once more."""
+    module = "titans_build.tools.tasks.bottleneck"
+    importlib.import_module(module)
+    yield
+    del BLOCKS._entries["bottleneck"], sys.modules[module]

@@ -209,8 +209,10 @@ def _models(
             loss.backward()
             if not bool(torch.isfinite(loss)):
                 raise ValueError("the loss of the first step is not finite")
-        except (RecipeError, BackendError, ImportError, ValueError, RuntimeError) as error:
-            left_out[name] = str(error).strip().splitlines()[-1].strip(" -")
+        except Exception as error:  # of other libraries any: the table of a night must not be lost to one learner
+            known = isinstance(error, (RecipeError, BackendError, ValueError, RuntimeError))
+            reason = str(error).strip().splitlines()[-1:] or [""]
+            left_out[name] = reason[0].strip(" -") if known else f"{type(error).__name__}: {reason[0]}"
             continue
         found[name] = Model(recipe, next(iter(fitted.changes.values()), 4 * dim))
     return found
@@ -283,7 +285,7 @@ def published(learner: str, column: Column) -> float | None:
 def verdict(result: Result) -> str:
     """One or two sentences: where a learner whose memory is a matrix is as good as every one whose memory is deep."""
     kinds: dict[str, Kind | None] = result["learners"]
-    equal, better, unsolved = [], [], []
+    equal, better, unsolved = list[str](), list[str](), list[str]()
     for column in columns_of(result):
         sign = 1 if column.metric == "accuracy" else -1
         best: dict[str, tuple[float, str]] = {}

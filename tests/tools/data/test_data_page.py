@@ -26,7 +26,8 @@ def test_specifications_of_the_page_open(spec: str, monkeypatch: pytest.MonkeyPa
 def test_page_lists_every_task():
     assert len(SPECS) >= 7
     assert re.findall(r"^\| `(\w+)` \|", PAGE.partition("## Tasks")[2], flags=re.M) == [
-        "copy", "repeat", "needle", "needle_kv", "mqar", "recall", "selective_copy",
+        "copy", "repeat", "needle", "needle_kv", "mqar", "recall", "selective_copy", "compression", "memorization",
+        "state_tracking", "automaton", "forecast",
     ]  # fmt: skip
     with tasks.scratch():
         assert sorted(tb.list_tasks()) == sorted(

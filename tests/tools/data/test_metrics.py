@@ -23,6 +23,14 @@ def test_score_counts_tokens_and_rows():
     assert score(logits([[1, 2, 0], [0, 0, 2], [0, 0, 0]]), TARGETS).exact == 1.0
 
 
+def test_score_of_several_right_answers():
+    accepted = torch.zeros(3, 3, 4, dtype=torch.bool)
+    accepted[0, :, 1:3] = True
+    made = score(logits([[2, 1, 3], [0, 0, 2], [0, 0, 0]]), TARGETS, accepted)
+    # the second row accepts nothing, not even its targets
+    assert made == Score(right=2, counted=4, rows_right=1, rows=2)
+
+
 def test_scores_add_up():
     whole = score(logits([[1, 2, 3], [0, 0, 1], [0, 0, 0]]), TARGETS)
     parts = [score(logits([[1, 2, 3]]), TARGETS[:1]), score(logits([[0, 0, 1], [0, 0, 0]]), TARGETS[1:])]

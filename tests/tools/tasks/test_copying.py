@@ -78,3 +78,15 @@ def test_selective_copy_position_does_not_predict_the_copied_token(make: Callabl
 def test_selective_copy_invalid_fields(make: Callable[..., Any]):
     with pytest.raises(RecipeError, match="copied: 9 tokens and their copies need a length of at least 18, got 17"):
         make("selective_copy", 1, copied=9, length=17)
+
+
+def test_compression_accuracy_of_predictors(make: Callable[..., Any]):
+    made = make("compression", 300)
+    assert made.tokens.shape == (300, 62)
+    assert made.by(lambda seen: seen[seen.count(15) - 1]) == 1.0
+    assert (made.tokens[:, 31:] == 15).all() and (made.tokens[:, :31] < 15).all()
+    assert made.counts[:, 31:].all() and not made.counts[:, :31].any()
+    assert made.task.references() == {"any token": 1 / 15}
+    assert all(abs(made.right(np.array(token)) - 1 / 15) < made.slack() for token in range(15))
+    # the token at a position is the answer to one marker in 31
+    assert made.best_position() < 1 / 15 + 1 / 31 + made.slack()

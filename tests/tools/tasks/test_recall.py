@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import titans_build as tb
 from titans_build.registry import RecipeError
 
 
@@ -167,3 +168,26 @@ def test_recall_each_row_draws_its_values(make: Callable[..., Any]):
 def test_recall_invalid_fields(make: Callable[..., Any]):
     with pytest.raises(RecipeError, match="noise_vocab: 16 tokens of noise leave 0 of the vocab of 16"):
         make("recall", 1, noise=0.2)
+
+
+def test_memorization_has_the_same_facts_in_every_split(make: Callable[..., Any]):
+    facts: dict[int, int] = {}
+    for split in ("train", "valid", "test"):
+        for seed in (0, 1):
+            batch = tb.open_source("memorization", rows=200, split=split, seed=seed).batch(0)
+            for key, value in zip(batch.tokens[:, ::2].flatten().tolist(), batch.targets[:, 1::2].flatten().tolist()):
+                assert facts.setdefault(key, value) == value
+    assert sorted(facts) == list(range(127))
+    assert len(set(facts.values())) == 127 and min(facts.values()) >= 127 and max(facts.values()) < 255
+    other = make("memorization", 50, facts=1)
+    assert any(facts[key] != value for key, value in zip(other.tokens[0, ::2], other.targets[0, 1::2]))
+
+
+def test_memorization_rows(make: Callable[..., Any]):
+    made = make("memorization", 300, vocab=10, length=8)
+    assert (made.tokens[:, 1::2] == 9).all() and (made.tokens[:, ::2] < 4).all()
+    assert made.counts[:, 1::2].all() and not made.counts[:, ::2].any()
+    assert made.task.references() == {"any value": 1 / 5}
+    # what the row shows besides the key says nothing
+    values = dict(zip(made.tokens[:, 0].tolist(), made.targets[:, 1].tolist()))
+    assert made.by(lambda seen: values[seen[-2]]) == 1.0

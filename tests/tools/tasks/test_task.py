@@ -16,7 +16,10 @@ from titans_build.tools import tasks
 from titans_build.tools.randomness import Draws
 from titans_build.tools.tasks import IGNORED, TASKS, Rows, Task, list_tasks, make_task, register_task
 
-BUILT_IN = ["copy", "mqar", "needle", "needle_kv", "recall", "repeat", "selective_copy"]
+BUILT_IN = [
+    "automaton", "compression", "copy", "forecast", "memorization", "mqar", "needle", "needle_kv", "recall", "repeat",
+    "selective_copy", "state_tracking",
+]  # fmt: skip
 
 
 class Parity(Task):
@@ -161,8 +164,8 @@ def test_contract_of_tasks(name: str):
     assert tokens.min() >= 0 and tokens.max() < task.vocab
     counted = targets[targets != IGNORED]
     assert counted.size and counted.min() >= 0 and counted.max() < task.vocab
-    # each row is one of its own, and the same one whatever stands beside it
-    assert len(np.unique(tokens, axis=0)) == 64
+    # each row is one of its own (but a real series has few), and the same one whatever stands beside it
+    assert len(np.unique(tokens, axis=0)) == 64 or name == "forecast"
     alone = task.rows(Draws(1, np.array([5])))
     assert (alone.tokens[0] == tokens[5]).all() and (alone.targets[0] == targets[5]).all()
     for first, last in ((0, 10), (task.length - 3, task.length)):
