@@ -235,14 +235,16 @@ class NeuralMemory(Block):
             y, memory = titans_memory(
                 *tokens, state.memory, self.chunk, self.activation, self.norm_gain,
                 None if layout is None else layout.filled,
-                clip=self.clip, read=self.retrieve, keep=self.keep, threshold=self.threshold,
+                clip=self.clip, read=self.retrieve, keep=self.keep, threshold=self.threshold, ends=ends,
             )  # fmt: skip
         if active:
             report_learned(self, tokens, state.memory, memory, layout)
         if mask is not None and layout is not None:
             y = layout.collect(y)
-        after = NeuralMemoryState(memory or state.memory, history, gates)
-        return y, after if ends is None else select(after, ends)
+        if ends is not None:
+            before, history, gates = select((state.memory if memory is None else None, history, gates), ends)
+            memory = memory or before
+        return y, NeuralMemoryState(memory or state.memory, history, gates)
 
     def inputs(
         self, x: Tensor, state: NeuralMemoryState, length: Tensor | None, gates: Tensor | None = None

@@ -131,7 +131,7 @@ def _chunk(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """One chunk, or a part of one, of a single row: tokens ``[heads, time, ...]``, the state ``[heads, out, in]``."""
     q, k, v, theta, eta, alpha = tokens
-    _, activation, clip, read, _, _, threshold, _ = options
+    _, activation, clip, read, _, _, threshold, *_ = options
     inputs, errors = _errors(anchor, k, v, gain, options)
     gradients = [2 * error for error in errors]
     # in units of the largest numbers, whose squares may overflow

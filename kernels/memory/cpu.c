@@ -21,9 +21,10 @@ typedef struct {
     real *gain, *grad_gain; /* [heads, d_out], [batch, heads, d_out] */
     int64_t *phase;         /* [batch]: each row's position in its chunk */
     int32_t *order, *count; /* [batch, time], [batch]: the tokens each row has; null: all */
+    int32_t *end_row;       /* [batch]: where in `end` and `grad_end` the row's state is; -1: it is not wanted */
     real *saved;
     matrices before[3][LAYERS], end[3][LAYERS]; /* weights, momentum, anchor; null: not wanted */
-    matrices grad_before[3][LAYERS], grad_end[3][LAYERS];
+    matrices grad_before[3][LAYERS], grad_end[3][LAYERS]; /* grad_before: null: not wanted; grad_end: null: zero */
     double clip, p, delta, smooth; /* of the loss */
 } call;
 
@@ -125,7 +126,7 @@ static void take_work(const network *net, arena *arena, work *w, int backward) {
 typedef struct {
     const call *call;
     network net;
-    int64_t row, head;
+    int64_t row, head, end; /* end: the row of the state at the end; -1: it is not wanted */
     int phase, count, chunks;
     int ends;                  /* the row ends with a whole chunk */
     int anchored;              /* the given anchor matters: the row is inside a chunk, or does not move */
@@ -139,6 +140,7 @@ static int chunks_of(const call *call, int64_t row) {
 
 static task task_of(const call *call, int64_t index) {
     task t = {.call = call, .net = network_of(call), .row = index / call->heads, .head = index % call->heads};
+    t.end = call->end_row[t.row];
     t.phase = (int)call->phase[t.row];
     t.count = (int)(call->count ? call->count[t.row] : call->time);
     t.chunks = chunks_of(call, t.row);
@@ -208,7 +210,7 @@ static anchor anchor_of(const task *t, work *w, const chunk *c, int i, int whole
     int given = i == 0 && t->phase > 0;
     anchor found = {given ? w->anchor : c->state, given ? w->anchor_transposed : w->transposed, {0}};
     for (int l = 0; l < net->layers; l++) {
-        int rows = net->rows[l], ld = (whole ? net->parts : 1) * rows;
+        int rows = net->rows[l], ld = (whole ? c->parts : 1) * rows;
         found.ld[l] = given ? rows : ld;
         if (cached)
             continue;
@@ -220,33 +222,53 @@ static anchor anchor_of(const task *t, work *w, const chunk *c, int i, int whole
     return found;
 }
 
-static void load_state(const task *t, const matrices (*from)[LAYERS], real *const *state) {
+static void load_state(const task *t, const matrices (*from)[LAYERS], int64_t row, real *const *state) {
     const network *net = &t->net;
     for (int l = 0; l < net->layers; l++)
         for (int part = 0; part < net->parts; part++)
-            load_matrix(net->in[l], net->out[l], &from[part][l], t->row, t->head,
+            load_matrix(net->in[l], net->out[l], &from[part][l], row, t->head,
                         state[l] + (size_t)part * net->rows[l] * net->width[l]);
 }
 
-static void load_anchor(const task *t, const matrices *from, real *const *anchor) {
+static void load_anchor(const task *t, const matrices *from, int64_t row, real *const *anchor) {
     const network *net = &t->net;
     for (int l = 0; l < net->layers; l++)
-        load_matrix(net->in[l], net->out[l], &from[l], t->row, t->head, anchor[l]);
+        load_matrix(net->in[l], net->out[l], &from[l], row, t->head, anchor[l]);
 }
 
-static void store_state(const task *t, const matrices (*to)[LAYERS], real *const *state) {
+static void store_state(const task *t, const matrices (*to)[LAYERS], int64_t row, real *const *state) {
     const network *net = &t->net;
     for (int l = 0; l < net->layers; l++)
         for (int part = 0; part < net->parts; part++)
-            store_matrix(net->in[l], net->out[l], &to[part][l], t->row, t->head,
-                         state[l] + (size_t)part * net->rows[l] * net->width[l]);
+            if (to[part][l].data)
+                store_matrix(net->in[l], net->out[l], &to[part][l], row, t->head,
+                             state[l] + (size_t)part * net->rows[l] * net->width[l]);
 }
 
-static void store_anchor(const task *t, const matrices *to, real *const *anchor) {
+static void store_anchor(const task *t, const matrices *to, int64_t row, real *const *anchor) {
     const network *net = &t->net;
     for (int l = 0; l < net->layers; l++)
         if (to[l].data)
-            store_matrix(net->in[l], net->out[l], &to[l], t->row, t->head, anchor[l]);
+            store_matrix(net->in[l], net->out[l], &to[l], row, t->head, anchor[l]);
+}
+
+/* The parts of the state at the start of chunk i that its reads depend on, once its gates are loaded. Documents begin
+   with zero momentum. A gate that is not finite makes zero momentum NaN. */
+static int parts_read(const task *t, const work *w, const chunk *c, int i, int n) {
+    const network *net = &t->net;
+    if (i || net->parts == 1 || t->call->grad_before[1][0].data || !isfinite(w->decay.m[n - 1]))
+        return net->parts;
+    for (int l = 0; l < net->layers; l++) {
+        int width = net->width[l], size = net->rows[l] * width;
+        for (const real *x = c->state[l] + size; x < c->state[l] + 2 * size; x += width) {
+            int found = 0;
+            for (int o = 0; o < width; o++)
+                found |= x[o] != 0;
+            if (found)
+                return 2;
+        }
+    }
+    return 1;
 }
 
 static void copy_state(const network *net, real *const *state, real *saved, int restore) {
@@ -269,14 +291,15 @@ static void forward_task(const call *call, int64_t index, real *scratch) {
     take_work(net, &arena, &w, 0);
     take_chunk(net, &arena, &c);
     load_gain(&t, &w);
-    load_state(&t, call->before, c.state);
+    load_state(&t, call->before, t.row, c.state);
     if (t.anchored)
-        load_anchor(&t, call->before[2], w.anchor);
-    if (t.count == 0)
-        store_anchor(&t, call->end[2], w.anchor);
+        load_anchor(&t, call->before[2], t.row, w.anchor);
+    if (t.count == 0 && t.end >= 0)
+        store_anchor(&t, call->end[2], t.end, w.anchor);
     for (int i = 0; i < t.chunks; i++) {
         piece p = tokens_of_chunk(&t, i);
         load_tokens(&t, &p, &w);
+        c.parts = parts_read(&t, &w, &c, i, p.n);
         if (call->interval && i && i % call->interval == 0)
             copy_state(net, c.state, t.states + (i / call->interval - 1) * state_numbers(net), 0);
         real *query_z[LAYERS];
@@ -288,13 +311,16 @@ static void forward_task(const call *call, int64_t index, real *scratch) {
         read_output(net, &w, p.n, query_z[top], w.query_z[top]);
         store(&call->y, &p, net->out[top], w.query_z[top]);
         int last = i == t.chunks - 1;
+        if (last && t.end < 0)
+            return;
         if (last && !t.ends)
-            store_anchor(&t, call->end[2], anchor.weights);
+            store_anchor(&t, call->end[2], t.end, anchor.weights);
         write_chunk(net, &w, &c, p.n, c.state);
         if (last && t.ends)
-            store_anchor(&t, call->end[2], c.state);
+            store_anchor(&t, call->end[2], t.end, c.state);
     }
-    store_state(&t, call->end, c.state);
+    if (t.end >= 0)
+        store_state(&t, call->end, t.end, c.state);
 }
 
 /* -- backward ------------------------------------------------------------------------------------------------------- */
@@ -312,11 +338,12 @@ static void recompute(const task *t, work *w, chunk *group, int start, int stop)
     if (start)
         copy_state(net, group[0].state, t->states + (start / call->interval - 1) * state_numbers(net), 1);
     else
-        load_state(t, call->before, group[0].state);
+        load_state(t, call->before, t->row, group[0].state);
     for (int i = start; i < stop; i++) {
         chunk *c = &group[i - start];
         piece p = tokens_of_chunk(t, i);
         load_tokens(t, &p, w);
+        c->parts = parts_read(t, w, c, i, p.n);
         anchor anchor = anchor_of(t, w, c, i, i == stop - 1, 0);
         differentiate(net, w, c, p.n, &anchor);
         find_coefficients(net, w, c, p.n);
@@ -337,17 +364,21 @@ static void backward_task(const call *call, int64_t index, real *scratch) {
         take_chunk(net, &arena, &group[i]);
     load_gain(&t, &w);
     memset(w.grad_gain, 0, net->width[top] * sizeof(real));
-    load_state(&t, call->grad_end, w.grad_state);
+    int state_given = t.end >= 0 && call->grad_end[0][0].data, anchor_given = t.end >= 0 && call->grad_end[2][0].data;
     if (t.anchored)
-        load_anchor(&t, call->before[2], w.anchor);
+        load_anchor(&t, call->before[2], t.row, w.anchor);
     for (int l = 0; l < net->layers; l++) {
         size_t size = (size_t)net->rows[l] * net->width[l];
         memset(w.grad_anchor[l], 0, size * sizeof(real));
-        if (!call->grad_end[2][l].data)
+        if (!anchor_given)
             memset(w.grad_last_anchor[l], 0, size * sizeof(real));
+        if (!state_given)
+            memset(w.grad_state[l], 0, net->parts * size * sizeof(real));
     }
-    if (call->grad_end[2][0].data)
-        load_anchor(&t, call->grad_end[2], w.grad_last_anchor);
+    if (state_given)
+        load_state(&t, call->grad_end, t.end, w.grad_state);
+    if (anchor_given)
+        load_anchor(&t, call->grad_end[2], t.end, w.grad_last_anchor);
     if (t.count && t.ends) /* the last anchor is the weights after everything */
         add(net, w.grad_state, w.grad_last_anchor);
     else if (t.chunks <= 1 && t.anchored) /* it is still the given one */
@@ -373,7 +404,10 @@ static void backward_task(const call *call, int64_t index, real *scratch) {
             locate_query_z(&t, &w, p.first, p.n, query_z);
             if (!t.activations)
                 read_chunk(net, &w, c, p.n, &anchor, query_z);
-            write_chunk_backward(net, &w, c, p.n);
+            if (i == t.chunks - 1 && !state_given && !(anchor_given && t.ends))
+                unread_chunk_backward(net, &w, p.n);
+            else
+                write_chunk_backward(net, &w, c, p.n);
             load(&call->grad_y, &p, net->out[top], w.g);
             real *const *grad_anchor = given ? w.grad_anchor : w.grad_state;
             read_chunk_backward(net, &w, c, p.n, &anchor, grad_anchor, query_z);
@@ -389,8 +423,8 @@ static void backward_task(const call *call, int64_t index, real *scratch) {
             store_gate(&call->grad_alpha, &p, w.grad_alpha);
         }
     }
-    store_state(&t, call->grad_before, w.grad_state);
-    store_anchor(&t, call->grad_before[2], w.grad_anchor);
+    store_state(&t, call->grad_before, t.row, w.grad_state);
+    store_anchor(&t, call->grad_before[2], t.row, w.grad_anchor);
     if (call->grad_gain)
         memcpy(call->grad_gain + index * net->out[top], w.grad_gain, net->out[top] * sizeof(real));
 }

@@ -33,10 +33,9 @@ LONGEST_INTERVAL = 1024
 """Chunks that are recomputed together at most, whatever ``keep`` says: their work must fit too."""
 
 # The fields of `call` in cpu.c, one term each: batch to saved_numbers; widths; q to grad_y, each an address and three
-# strides; gain, grad_gain, phase, order, count and saved; before, end, grad_before and grad_end, each an address and
-# two strides for weights, momentum and anchor of every layer. The doubles are clip, and what the
-# loss has.
-_memory_run = Kernel("memory_run", 15 + LAYERS + 1 + 14 * 4 + 6 + 4 * 3 * LAYERS * 3, 4)
+# strides; gain, grad_gain, phase, order, count, end_row and saved; before, end, grad_before and grad_end, each an
+# address and two strides for weights, momentum and anchor of every layer. The doubles are clip, and what the loss has.
+_memory_run = Kernel("memory_run", 15 + LAYERS + 1 + 14 * 4 + 7 + 4 * 3 * LAYERS * 3, 4)
 # In read_cpu.c: batch to threads; widths; q, y, grad_q and grad_y; gain and grad_gain; weights and grad_weights.
 _read_run = Kernel("read_run", 7 + LAYERS + 1 + 4 * 4 + 2 + 2 * LAYERS * 3, 0)
 
@@ -71,8 +70,10 @@ class _Plan(NamedTuple):
     """``[batch]`` int32: each row's tokens that are not masked."""
     order: Tensor | None
     """``[batch, time]`` int32: which tokens those are; ``None``: all."""
+    end_rows: Tensor
+    """``[batch]`` int32: which row of the state after the call is that of each row; -1: it is not returned."""
     new_anchor: bool
-    """Whether some row's anchor after the call is neither its weights then nor its anchor before."""
+    """Whether some returned row's anchor after the call is neither its weights then nor its anchor before."""
     operands: torch.dtype
     """Of matrix products; backward uses what forward used."""
 
@@ -99,28 +100,33 @@ def cpu_memory(
     if mask is not None and not bool(mask.all()):
         order = torch.argsort(~mask, dim=1, stable=True).to(torch.int32)  # each row's unmasked tokens come first
         counts = mask.sum(1).tolist()
+    ends = options.ends
     if not any(counts):
-        return torch.zeros_like(tokens.v), state
-    phases, all_end, none_began = [], True, True
-    for position, count in zip(positions, counts):
-        phase = position % chunk
-        phases.append(phase)
+        return torch.zeros_like(tokens.v), state if ends is None else state.rows(ends)
+    phases = [position % chunk for position in positions]
+    all_end, none_began, end_rows = True, True, [-1] * len(phases)
+    for end, row in enumerate(range(len(phases)) if ends is None else ends):
+        phase, count = phases[row], counts[row]
         all_end = all_end and count > 0 and (phase + count) % chunk == 0
         none_began = none_began and (count == 0 or (phase > 0 and phase + count < chunk))
+        end_rows[row] = end
     layers = len(state.weights)
     plan = _Plan(
         options, mask, state.position, layers, torch.tensor(phases), torch.tensor(counts, dtype=torch.int32), order,
-        not (all_end or none_began), product_dtype(tokens.q.dtype),
+        torch.tensor(end_rows, dtype=torch.int32), not (all_end or none_began), product_dtype(tokens.q.dtype),
     )  # fmt: skip
     momentum = () if tokens.eta is None else state.momentum
     anchor = state.anchor if any(phases) or not all(counts) else ()
     tensors = [*tokens, norm, *state.weights, *momentum, *anchor]
     y, *parts = _Memory.apply(plan, *tensors) if needs_grad(*tensors) else _forward(plan, tensors)[0]
     weights = tuple(parts[:layers])
+    moved = time if order is None else plan.counts.to(torch.int64)
+    state = state._replace(position=state.position + moved)
+    if ends is not None:
+        state = state.rows(ends)
     momentum = state.momentum if tokens.eta is None else tuple(parts[layers : 2 * layers])
     anchor = weights if all_end else state.anchor if none_began else tuple(parts[-layers:])
-    moved = time if order is None else plan.counts.to(torch.int64)
-    return y, MemoryState(weights, momentum, anchor, state.position + moved)
+    return y, MemoryState(weights, momentum, anchor, state.position)
 
 
 def _formula(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -131,6 +137,8 @@ def _formula(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
         momentum, anchor = (), momentum
     before = MemoryState(weights, momentum, anchor or weights, plan.position)
     y, after = closed_form_memory(Tokens(q, k, v, theta, eta, alpha), before, gain, plan.mask, plan.options)
+    if plan.options.ends is not None:
+        after = after.rows(plan.options.ends)
     return (y, *after.weights, *after.momentum, *(after.anchor if plan.new_anchor else ()))
 
 
@@ -150,14 +158,19 @@ class _Memory(torch.autograd.Function):
         tokens, gain, state = _unpack(tensors)
         parts = 1 if tokens.eta is None else 2
         grad_y = torch.zeros_like(tokens.v) if grad_y is None else _dense(1, [grad_y])[0]
+        ends = len(state[0]) if plan.options.ends is None else len(plan.options.ends)
+        given = any(g is not None for g in grad_end[: parts * plan.layers])  # otherwise, the last write is skipped
         grad_end = tuple(
-            (torch.zeros_like(state[i]) if i < parts * plan.layers else None) if g is None else _dense(2, [g])[0]
+            (state[i].new_zeros(ends, *state[i].shape[1:]) if given and i < parts * plan.layers else None)
+            if g is None
+            else _dense(2, [g])[0]
             for i, g in enumerate(grad_end)
         )
         new = empty_huge_pages if plan.order is None else torch.zeros  # gradients of masked tokens are zero
         grads = tokens.map(lambda x: new(x.shape, dtype=x.dtype))
         grad_gain = None if gain is None else gain.new_empty(tokens.q.shape[0], *gain.shape)
-        grad_state = [torch.empty(x.shape, dtype=x.dtype) for x in state]
+        wanted = ctx.needs_input_grad[-len(state) :]
+        grad_state = [torch.empty(x.shape, dtype=x.dtype) if need else None for x, need in zip(state, wanted)]
         _run(plan, ctx.checkpoints, tokens, gain, state, saved.contiguous(), None, (), (*grads, grad_y), grad_gain,
              grad_state, grad_end)  # fmt: skip
         return None, *grads, None if grad_gain is None else grad_gain.sum(0), *grad_state
@@ -172,7 +185,9 @@ def _forward(
     made = plan.layers * (1 + (tokens.eta is not None) + plan.new_anchor)
     end = []
     for i in range(made):
-        end.append(torch.empty(state[i % plan.layers].shape, dtype=y.dtype))
+        like = state[i % plan.layers]
+        rows = len(like) if plan.options.ends is None else len(plan.options.ends)
+        end.append(torch.empty((rows, *like.shape[1:]), dtype=y.dtype))
     saved = None
     if checkpoints.interval:
         batch, _, heads, _ = tokens.q.shape
@@ -226,7 +241,7 @@ def _run(
     end: Sequence[Tensor],
     grads: Sequence[Tensor | None] = (None,) * 7,
     grad_gain: Tensor | None = None,
-    grad_state: Sequence[Tensor] = (),
+    grad_state: Sequence[Tensor | None] = (),
     grad_end: Sequence[Tensor | None] = (),
 ) -> None:
     """The structure ``call`` of cpu.c, field by field."""
@@ -254,7 +269,7 @@ def _run(
         *checkpoints, 0 if saved is None else saved.numel() // max(tasks, 1),
         *widths, *[0] * (LAYERS - layers), *places,
         address(gain), address(grad_gain), plan.phases.data_ptr(), address(plan.order), plan.counts.data_ptr(),
-        address(saved), *matrices, options.clip or 0.0,
+        plan.end_rows.data_ptr(), address(saved), *matrices, options.clip or 0.0,
         options.objective.p, options.objective.delta, options.objective.smooth or 0.0,
     )  # fmt: skip
 

@@ -62,7 +62,8 @@ INLINE int outputs(const network *net) { /* of all layers, for one token */
 
 /* A chunk's state and gradients: what is needed to write it and to differentiate through it. */
 typedef struct {
-    real *state[LAYERS];   /* at its start, [parts * rows, width] */
+    int parts;             /* of the state at its start that reads depend on: 1 where the momentum is zero */
+    real *state[LAYERS];   /* at its start, [parts of the network * rows, width] */
     real *z[LAYERS];       /* outputs of the layers for the keys, [n, width] */
     real *error[LAYERS];   /* d_l, [n, width] */
     real *upstream[LAYERS];  /* d_{l+1} W_{l+1}, before the slope at z_l, [n, width] */
@@ -282,14 +283,14 @@ static void write_chunk(const network *net, work *w, const chunk *c, int n, real
 /* -- read ----------------------------------------------------------------------------------------------------------- */
 
 /* [A x | m x]: the coefficients of the state at the start, multiplied into the layer's input */
-static void carry(const network *net, const work *w, int n, int l, const real *x, real *carried) {
+static void carry(const network *net, const work *w, int parts, int n, int l, const real *x, real *carried) {
     int rows = net->rows[l];
     for (int t = 0; t < n; t++) {
-        real *to = carried + (size_t)t * net->parts * rows;
+        real *to = carried + (size_t)t * parts * rows;
         for (int i = 0; i < rows; i += WIDTH) {
             vec xi = load_vec(x + t * rows + i);
             store_vec(to + i, xi * w->carry[t]);
-            if (net->parts == 2)
+            if (parts == 2)
                 store_vec(to + rows + i, xi * w->carry_momentum[t]);
         }
     }
@@ -301,7 +302,7 @@ static void read_chunk(const network *net, work *w, const chunk *c, int n, const
     int ld = net->ld;
     const real *x = w->queries;
     for (int l = 0; l < net->layers; l++) {
-        int rows = net->rows[l], width = net->width[l], stacked = net->parts * rows;
+        int rows = net->rows[l], width = net->width[l], stacked = c->parts * rows;
         if (l) {
             activate_each(net->activation, n * rows, query_z[l - 1], w->x, NULL, NULL);
             x = w->x;
@@ -310,7 +311,7 @@ static void read_chunk(const network *net, work *w, const chunk *c, int n, const
             multiply(n, width, net->in[l], x, rows, anchor->weights[l], width, query_z[l], width, SET);
             continue;
         }
-        carry(net, w, n, l, x, w->carried);
+        carry(net, w, c->parts, n, l, x, w->carried);
         multiply(n, width, stacked, w->carried, stacked, c->state[l], width, query_z[l], width, SET);
         transpose(n, net->in[l], w->input[l], rows, w->columns, ld);
         for (int t = 0; t < n; t += BLOCK) { /* causal: a block of tokens reads what it and earlier blocks wrote */
@@ -401,6 +402,17 @@ static void write_chunk_backward(const network *net, work *w, const chunk *c, in
     w->decay_grad.E = (real)grad_E;
 }
 
+/* The same where the state at the end has no gradient. */
+static void unread_chunk_backward(const network *net, work *w, int n) {
+    for (int l = 0; l < net->layers; l++) {
+        memset(w->grad_error[l], 0, (size_t)n * net->width[l] * sizeof(real));
+        memset(w->grad_input[l], 0, (size_t)n * net->rows[l] * sizeof(real));
+    }
+    memset(w->grad_last, 0, net->ld * sizeof(real));
+    memset(w->grad_last_momentum, 0, net->ld * sizeof(real));
+    w->grad_carry[n] = w->grad_carry_momentum[n] = w->decay_grad.E = 0;
+}
+
 /* Through `read_chunk` and `read_output`, from the gradient of y in `g`; adds to the gradients of state, anchor, inputs
    and errors, sets those of the queries and of the reads' coefficients. */
 static void read_chunk_backward(const network *net, work *w, const chunk *c, int n, const anchor *anchor,
@@ -418,7 +430,7 @@ static void read_chunk_backward(const network *net, work *w, const chunk *c, int
     } else
         memset(w->grad_queries, 0, (size_t)n * net->rows[0] * sizeof(real));
     for (int l = top; l >= 0; l--) {
-        int rows = net->rows[l], width = net->width[l], stacked = net->parts * rows;
+        int rows = net->rows[l], width = net->width[l], stacked = c->parts * rows;
         const real *x = w->queries;
         if (l) {
             activate_each(net->activation, n * rows, query_z[l - 1], w->x, w->x_slope, NULL);
@@ -435,7 +447,7 @@ static void read_chunk_backward(const network *net, work *w, const chunk *c, int
             continue;
         }
         /* the state's share */
-        carry(net, w, n, l, x, w->carried);
+        carry(net, w, c->parts, n, l, x, w->carried);
         multiply_transposed(stacked, width, n, w->carried, stacked, g, width, w->grad_state[l], width, ADD);
         real *back = w->carried;
         multiply(n, stacked, net->out[l], g, width, w->transposed[l], stacked, back, stacked, SET);
@@ -471,7 +483,7 @@ static void read_chunk_backward(const network *net, work *w, const chunk *c, int
             for (int i = 0; i < rows; i += WIDTH) {
                 vec xi = load_vec(x + t * rows + i), b = load_vec(from + i), total = b * w->carry[t];
                 along += xi * b;
-                if (net->parts == 2) {
+                if (c->parts == 2) {
                     vec bm = load_vec(from + rows + i);
                     along_momentum += xi * bm;
                     total += bm * w->carry_momentum[t];

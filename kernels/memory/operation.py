@@ -59,6 +59,7 @@ def titans_memory(
     read: str = "after",
     keep: int | None = None,
     threshold: float | None = None,
+    ends: Sequence[int] | None = None,
 ) -> tuple[Tensor, MemoryState]:
     """Write every token into a memory that is itself a network, and read the memory at every token (eq. 8-15).
 
@@ -94,6 +95,8 @@ def titans_memory(
             neither writes nor forgets: its theta and alpha are 0. Earlier momentum continues as its eta says, and the
             position advances. The comparison itself is not differentiated, and where a surprise equals the threshold to
             rounding, two backends may decide differently.
+        ends: the rows whose state is returned, by default all. The state of other rows is not computed where it can be
+            left out.
 
     Returns:
         ``y`` ``[batch, time, heads, d_out]`` in the dtype of ``q``, and the new state (float32 or wider).
@@ -103,7 +106,7 @@ def titans_memory(
         BackendError: the chosen backend cannot take these arguments; the message says why.
     """
     tokens = Tokens(q, k, v, theta, eta, alpha)
-    options = Options(chunk, activation, clip, read, keep, half_dtype(q), threshold)
+    options = Options(chunk, activation, clip, read, keep, half_dtype(q), threshold, ends=ends)
     check_memory(tokens, state, norm, mask, options)
     return run_memory(tokens, state, norm, mask, options, backend)
 
@@ -213,7 +216,7 @@ def check_memory(
 ) -> None:
     """Raise if an argument has a wrong type, shape, dtype or device. Fast, because it runs at every decoded token."""
     q, k, v, theta, eta, alpha = tokens
-    chunk, activation, clip, read, keep, _, threshold, _ = options
+    chunk, activation, clip, read, keep, _, threshold, _, ends = options
     if not isinstance(state, MemoryState):
         raise TypeError(f"state: expected a MemoryState (MemoryState.fresh(weights)), got {type(state).__name__}")
     parts = [("weights", state.weights), ("momentum", state.momentum), ("anchor", state.anchor)]
@@ -261,6 +264,8 @@ def check_memory(
     for name, bound in (("clip", clip), ("threshold", threshold)):
         if bound is not None and not (isinstance(bound, (int, float)) and bound > 0):
             raise ValueError(f"{name}: expected a norm > 0 or None, got {bound!r}")
+    if ends is not None and not all(isinstance(row, int) and 0 <= row < batch for row in ends):
+        raise ValueError(f"ends: expected rows from 0 to {batch - 1}, got {ends!r}")
     if read not in ("after", "before", "anchor"):
         raise ValueError(f"read: expected 'after', 'before' or 'anchor', got {read!r}")
 
@@ -328,6 +333,10 @@ def _backend(
         write = function
         if options.threshold is not None and not thresholds:
             write = functools.partial(thresholded_memory, function)
+        ends = options.ends
+        if ends is not None and not (write is cpu_memory and tokens.q.shape[1] > 0):
+            y, after = run(tokens, state, norm, mask, options._replace(ends=None))
+            return y, after.rows(ends)
         if 0 in tokens.q.shape[:2]:
             return torch.zeros_like(tokens.v), state
         y, after = write(tokens, state, norm, mask, options)
@@ -335,7 +344,8 @@ def _backend(
             return y, after
         if sum_is_finite(y, *after.weights, *after.momentum):
             return y, after
-        return confine_overflow(write, tokens, state, norm, mask, options)
+        y, after = confine_overflow(write, tokens, state, norm, mask, options._replace(ends=None))
+        return y, after if ends is None else after.rows(ends)
 
     return Backend(name, run, refuse_more, opaque=True)
 
@@ -372,7 +382,7 @@ MEMORY = Operation(
         _backend("closed_form", closed_form_memory, thresholds=True),
         _backend("reference", reference_memory, thresholds=True, steps=True),
     ],
-    lambda tokens, state, *others: (tokens.v, state),
+    lambda tokens, state, _, mask, options: (tokens.v, state if options.ends is None else state.rows(options.ends)),
     [Tokens, MemoryState, Options, Objective],
 )
 

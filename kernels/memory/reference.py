@@ -75,7 +75,7 @@ def reference_memory(
         hidden = ~mask
         tokens = tokens.map(lambda x: x.masked_fill(hidden.view(rows, time, *[1] * (x.dim() - 2)), 0.0))
     q, k, v, theta, eta, alpha = tokens
-    chunk, activation, clip, read, _, _, threshold, _ = options
+    chunk, activation, clip, read, _, _, threshold, *_ = options
     weights, momentum, anchor, position = state
     outputs = []
     for t in range(time):

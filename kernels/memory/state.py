@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -64,6 +64,11 @@ class MemoryState(NamedTuple):
                 if x.device != first.device:
                     raise ValueError(f"{name}[{layer}]: expected device {first.device} as weights[0], got {x.device}")
         return cls(weights, momentum, weights, torch.zeros(first.shape[0], dtype=torch.int64, device=first.device))
+
+    def rows(self, rows: Sequence[int]) -> MemoryState:
+        """The state of the given rows."""
+        weights, momentum, anchor = (tuple([x[rows] for x in part]) for part in self[:3])
+        return MemoryState(weights, momentum, anchor, self.position[rows])
 
     def to(self, dtype: torch.dtype) -> MemoryState:
         """The same state with its weights, momentum and anchor in ``dtype``."""
@@ -155,6 +160,8 @@ class Options(NamedTuple):
     threshold: float | None = None
     """Below this surprise a token neither writes nor forgets; ``None``: every token does."""
     objective: Objective = SQUARED
+    ends: Sequence[int] | None = None
+    """The rows whose state is returned; ``None``: all. Other rows may leave out the last write."""
 
 
 BackendFunction: TypeAlias = Callable[

@@ -5,8 +5,11 @@ import itertools
 import pytest
 import torch
 
+from titans_build.kernels.cpu_runtime import library
 from titans_build.kernels.dispatch import BackendError
 from titans_build.kernels.memory import MemoryState, titans_memory
+
+UNBUILT = library.refuse(device="cpu", dtype=torch.float64)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
@@ -90,6 +93,36 @@ def test_rows_at_different_positions_and_masks(memory_case, chunk, masked, clip)
         case.state = case.state._replace(anchor=case.state.weights)
         case.leaves = case.leaves[:-2]
     case.assert_agrees(chunk=chunk, clip=clip)
+
+
+@pytest.mark.parametrize("read_state", [False, True])
+@pytest.mark.parametrize("momentum", ["zero", "learned", "none"])
+@pytest.mark.parametrize("ends", [None, [], [1], [2, 0]])
+def test_the_states_of_some_rows_without_initial_momentum(memory_case, ends, momentum, read_state):
+    mask = torch.arange(13) < torch.tensor([[5], [13], [8], [0]])
+    case = memory_case(batch=4, time=13, phases=[0, 3, 0, 0], mask=mask, momentum=momentum != "none", step=0.05)
+    state = case.state
+    if momentum == "zero":
+        case.leaves = [x for x in case.leaves if all(x is not part for part in state.momentum)]
+    if momentum != "none":
+        zero = tuple(torch.zeros_like(x).requires_grad_(momentum == "learned") for x in state.momentum)
+        case.leaves += zero if momentum == "learned" else ()
+        state = state._replace(momentum=zero)
+
+    def run(backend, ends):
+        y, after = case.run(state, chunk=4, clip=1.0, backend=backend, ends=ends)
+        return case.tensors((y, after)), after.position
+
+    expected, position = run("reference", None)
+    if ends is not None:
+        expected, position = [expected[0], *(x[ends] for x in expected[1:])], position[ends]
+    used = slice(None if read_state else 1)
+    gradients = case.gradients(expected[used])
+    for backend in ("torch", *(["native"] if UNBUILT is None else [])):
+        got, after = run(backend, ends)
+        assert torch.equal(after, position)
+        case.assert_equal(got, expected)
+        case.assert_equal(case.gradients(got[used]), gradients)
 
 
 @pytest.mark.parametrize("cuts", [(1, 4, 9), (5, 10), (7,), (2, 3, 4, 5, 13)])
@@ -236,6 +269,7 @@ def test_no_tokens(memory_case):
         (dict(clip=-1.0), "clip: expected"),
         (dict(read="later"), "read: expected"),
         (dict(keep=0), "keep: expected"),
+        (dict(ends=[2]), "ends: expected rows from 0 to 1"),
     ],
 )
 def test_refusals_name_the_argument(memory_case, change, named):
