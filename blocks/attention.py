@@ -15,7 +15,7 @@ from ..kernels.attention.decode import Cache, cached_attention
 from ..kernels.documents import Documents
 from ..kernels.linear import is_plain, linear, project
 from ..kernels.norm_gate import rms_norm
-from ..kernels.padding import Layout, align, last
+from ..kernels.padding import align, last
 from ..kernels.rotary import rotate
 from ..registry import register
 from .block import Block, check_input, like_of
@@ -136,7 +136,7 @@ class Attention(Block):
         if tokens.is_meta:
             kept = tokens.new_empty(*tokens.shape[:2], self.kv_heads, self.head_dim)
             return tokens, state._replace(prefix_keys=kept, prefix_values=kept)
-        q, k, v = self._project(tokens, 1, state.keys.dtype)
+        q, k, v = self._heads(self._project(tokens, 1), 1, state.keys.dtype)
         y = attention(q, k, v)
         return linear(self.out, y.flatten(2).to(tokens.dtype)), state._replace(prefix_keys=k, prefix_values=v)
 
@@ -148,26 +148,20 @@ class Attention(Block):
         mask: Tensor | None = None,
         documents: Documents | None = None,
     ) -> tuple[Tensor, AttentionState]:
-        if documents is None:
-            return self.every(x, state, step=1, mask=mask)
-
-        def attend(
-            rows: Tensor, state: AttentionState | None, layout: Layout | None, ends: list[int] | None
-        ) -> tuple[Tensor, AttentionState]:
-            return self._run(rows, state, None if layout is None else layout.length, projected=True, ends=ends)
-
-        # masked inputs may be NaN, which must not reach gradients
-        rows = linear(self.qkv, x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0.0))
-        y, state = run_documents(
-            attend, documents, [rows], state, mask, self.init_state, grows=self.grows, aligned=True,
-            join=concatenate_caches,
-        )  # fmt: skip
-        return linear(self.out, y.flatten(2).to(x.dtype)), state
+        return self.every(x, state, step=1, mask=mask, documents=documents)
 
     def every(
-        self, x: Tensor, state: AttentionState | None = None, *, step: int, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        state: AttentionState | None = None,
+        *,
+        step: int,
+        mask: Tensor | None = None,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, AttentionState]:
         """``forward``, with outputs at every ``step``-th token only. No queries are computed for other tokens."""
+        if documents is not None:
+            return self._run_documents_every(x, state, step, mask, documents)
         if state is not None:
             slots = state.keys.shape[1]
             if state.values.shape[1] != slots:
@@ -184,31 +178,47 @@ class Attention(Block):
             empty = linear(self.out, x[:, step - 1 :: step][:, :0])
             y = F.pad(empty, (0, 0, 0, x[:, step - 1 :: step].shape[1]))
             return y, self.init_state(x.shape[0]) if state is None else state
-        y, state = self._run(rows, state, None if layout is None else layout.length, step)
+        y, state = self._run(self._project(rows, step), state, None if layout is None else layout.length, step)
         y = linear(self.out, y.flatten(2).to(x.dtype))
         if mask is None or layout is None:
             return y, state
         return (layout if step == 1 else align(mask[:, ::step])).collect(y), state
 
+    def _run_documents_every(
+        self, x: Tensor, state: AttentionState | None, step: int, mask: Tensor | None, documents: Documents
+    ) -> tuple[Tensor, AttentionState]:
+        # masked inputs may be NaN, which must not reach gradients
+        projected = self._project(x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0.0), step)
+        width = [y.shape[-1] for y in projected]
+
+        def attend(*given: Any) -> tuple[Tensor, AttentionState]:
+            *rows, state, layout, ends = given
+            rows = [y.unflatten(-1, (-1, size)).flatten(1, 2) for y, size in zip(rows, width)]
+            return self._run(rows, state, None if layout is None else layout.length * step, step, ends)
+
+        steps = [y.unflatten(1, (x.shape[1] // step, -1)).flatten(2) for y in projected]
+        y, state = run_documents(
+            attend, documents, steps, state, mask, self.init_state, grows=self.grows, aligned=True,
+            join=concatenate_caches,
+        )  # fmt: skip
+        return linear(self.out, y.flatten(2).to(x.dtype)), state
+
     def _run(
         self,
-        x: Tensor,
+        projected: Sequence[Tensor],
         state: AttentionState | None,
         length: Tensor | None,
         step: int = 1,
-        *,
-        projected: bool = False,
         ends: list[int] | None = None,
     ) -> tuple[Tensor, AttentionState]:
         """The outputs of attention ``[batch, .., heads, d]``, and the next state.
 
-        ``x`` has the valid tokens of each row first; ``length`` [batch] is their number, ``None`` if all are.
-        ``projected``: ``x`` has been multiplied by the weights of ``qkv``. ``ends``: the rows whose states are
-        returned, by default all.
+        ``projected`` has the valid tokens of each row first; ``length`` [batch] is their number, ``None`` if all are.
+        ``ends``: the rows whose states are returned, by default all.
         """
-        time, fresh = x.shape[1], state is None
-        state = self.init_state(x.shape[0]) if state is None else state
-        q, k, v = self._project(x, step, state.keys.dtype, projected)
+        (rows, time), fresh = projected[-1].shape[:2], state is None
+        state = self.init_state(rows) if state is None else state
+        q, k, v = self._heads(projected, step, state.keys.dtype)
         prefix = None
         if state.prefix_keys is not None and state.prefix_values is not None:
             prefix = Prefix(q, state.prefix_keys, state.prefix_values)
@@ -218,7 +228,7 @@ class Attention(Block):
             if not fresh and k.is_cpu and not torch.compiler.is_compiling():
                 same = len(set(state.position.tolist())) == 1
             position = (state.position[:1, None] if same else state.position[:, None]) + torch.arange(
-                time, device=x.device
+                time, device=k.device
             )
             q, k = rotate(q, position[:, step - 1 :: step], self.rope), rotate(k, position, self.rope)
 
@@ -258,23 +268,25 @@ class Attention(Block):
         y = linear(self.out, y.flatten(2).to(x.dtype))
         return y, state._replace(keys=keys, values=values, cached=cached, position=position)
 
-    def _project(
-        self, x: Tensor, step: int, dtype: torch.dtype, projected: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x: Tensor, step: int) -> list[Tensor]:
+        """Queries, keys and values in one tensor; or queries at every ``step``-th token, and keys and values."""
+        if step == 1 or not is_plain(self.qkv):
+            return [linear(self.qkv, x)]
+        weight, own = self.qkv.weight, self.heads * self.head_dim
+        return [project(x[:, step - 1 :: step], weight[:own]), project(x, weight[own:])]
+
+    def _heads(self, projected: Sequence[Tensor], step: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Queries at every ``step``-th token, keys and values, ``[batch, .., heads or kv_heads, d]``, not rotated.
 
         ``dtype``: that of the state, which it keeps under autocast.
         """
-        shape, shared = (-1, self.head_dim), self.kv_heads
-        if step == 1 or projected or not is_plain(self.qkv):
-            heads = (x if projected else linear(self.qkv, x)).to(dtype).unflatten(-1, shape)
-            q, k, v = heads.split_with_sizes((self.heads, shared, shared), dim=2)
-            q = q[:, step - 1 :: step]
+        shared = self.kv_heads
+        q, *others = [x.to(dtype).unflatten(-1, (-1, self.head_dim)) for x in projected]
+        if others:
+            k, v = others[0].split_with_sizes((shared, shared), dim=2)
         else:
-            weight, own = self.qkv.weight, self.heads * self.head_dim
-            q = project(x[:, step - 1 :: step], weight[:own]).to(dtype).unflatten(-1, shape)
-            heads = project(x, weight[own:]).to(dtype).unflatten(-1, shape)
-            k, v = heads.split_with_sizes((shared, shared), dim=2)
+            q, k, v = q.split_with_sizes((self.heads, shared, shared), dim=2)
+            q = q[:, step - 1 :: step]
         if self.gain is not None:
             q, k = rms_norm(q, self.gain[: self.heads]), rms_norm(k, self.gain[self.heads :])
         return q, k, v

@@ -87,14 +87,19 @@ class Residual(Block):
     def forward(
         self, x: Tensor, state: State = None, *, mask: Tensor | None = None, documents: Documents | None = None
     ) -> tuple[Tensor, State]:
-        if documents is None:
-            return self.every(x, state, step=1, mask=mask)
-        y, state = self.of(x, state, mask=mask, documents=documents)
-        return y + (x if mask is None else torch.where(mask[..., None], x, 0.0)), state
+        return self.every(x, state, step=1, mask=mask, documents=documents)
 
-    def every(self, x: Tensor, state: State = None, *, step: int, mask: Tensor | None = None) -> tuple[Tensor, State]:
+    def every(
+        self,
+        x: Tensor,
+        state: State = None,
+        *,
+        step: int,
+        mask: Tensor | None = None,
+        documents: Documents | None = None,
+    ) -> tuple[Tensor, State]:
         """``forward``, with the outputs at every ``step``-th token only."""
-        y, state = forward_every(self.of, x, state, step=step, mask=mask)
+        y, state = forward_every(self.of, x, state, step=step, mask=mask, documents=documents)
         x = x[:, step - 1 :: step]
         return y + (x if mask is None else torch.where(mask[:, step - 1 :: step, None], x, 0.0)), state
 

@@ -10,13 +10,15 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from ..kernels.documents import Documents
 from ..kernels.padding import align
 from ..registry import Needs, Spec, create, register
 from .block import Block, as_rows, like_of
+from .documents import in_order, read_documents, run_documents
 from .layers import Form, Gating
 from .observers import active, moved, observers_of, suppressed
 from .segmented import Piece, forward_every, limit_window, pieces_of, split, split_memory, traced_pieces
-from .state import State, reset, select, where
+from .state import State, concatenate, reset, select, where
 
 
 class ContextState(NamedTuple):
@@ -92,8 +94,17 @@ class Context(Block):
         return as_rows(self.attend.prefix(self.persistent.unsqueeze(0))[1], rows)
 
     def forward(
-        self, x: Tensor, state: ContextState | None = None, *, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        state: ContextState | None = None,
+        *,
+        mask: Tensor | None = None,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, ContextState]:
+        if documents is not None:
+            # caches of different lengths cannot be joined after each segment
+            run = self._forward_documents if self.grows or documents.apart else self._run_documents_by_segment
+            return run(x, state, mask, documents)
         rows, time, _ = x.shape
         fresh = state is None
         if state is None:
@@ -174,12 +185,75 @@ class Context(Block):
             self.report(y, m)
         return self.gate(y, m), ContextState(memory, snapshot, attend, position)
 
-    def _attend(self, recalled: Tensor, x: Tensor, state: State, valid: Tensor | None) -> tuple[Tensor, State]:
+    def _forward_documents(
+        self, x: Tensor, state: ContextState | None, mask: Tensor | None, documents: Documents
+    ) -> tuple[Tensor, ContextState]:
+        def run(x: Tensor, state: ContextState | None, mask: Tensor | None) -> tuple[Tensor, ContextState]:
+            return self.forward(x, state, mask=mask)
+
+        return run_documents(run, documents, [x], state, mask, self.init_state, grows=self.grows)
+
+    def _run_documents_by_segment(
+        self, x: Tensor, state: ContextState | None, mask: Tensor | None, documents: Documents
+    ) -> tuple[Tensor, ContextState]:
+        """First the first segment of every document, in one packed row, then the second of those that go on, ..."""
+        first: ContextState = self.init_state(1) if documents.fresh is None else documents.fresh
+        attention = first.attend if documents.fresh is None else self.fresh_attention(1)
+        began, before = self._begin_segments(first), None if state is None else self._begin_segments(state)
+        memory, snapshot, attend, _ = (None,) * 4 if before is None else before
+        at, begin = [] if state is None else state.position.tolist(), state is None
+        position = [
+            at[b] if on and not begin else int(first.position) for b, on in zip(documents.row, documents.continues)
+        ]
+        segments = documents.segments(self.segment, position, begin)
+        project, read, update, output = split_memory(self.memory, 2)
+        x = documents.spread(x, segments)
+        ends, order, attended, read_back = list[ContextState](), list[int](), list[Tensor](), list[Tensor]()
+        for step, tokens, *projected in split(segments.steps, x, *project(x)):
+            h = read_documents(read, step.documents, projected, snapshot, began.snapshot)
+            y, after = self._attend(h, tokens, attend, None, step.apart.starting(began.attend))
+            write = y if self.write == "attended" else tokens
+            m, memory = update(write, memory, documents=step.documents.starting(began.memory))
+            attended.append(y)
+            read_back.append(m)
+            if step.rows:
+                snapshots = [
+                    select(snapshot, [step.documents.row[i]]) if step.documents.continues[i] else began.snapshot
+                    for i in step.apart.last
+                ]
+                reached = torch.tensor(step.position, device=x.device)
+                done = memory if not step.further else select(memory, slice(step.further, None))
+                ends.append(ContextState(done, concatenate(snapshots), after, reached))
+                order += step.rows
+                memory = select(memory, slice(0, step.further)) if step.further else None
+            snapshot, attend, began = memory, None, began._replace(attend=attention)
+        y = torch.cat(attended, dim=1)
+        m = output(torch.cat(read_back, dim=1), y if self.write == "attended" else x)
+        unread = [b for b, i in enumerate(documents.last) if i is None]
+        if unread:
+            ends.append(as_rows(first, len(unread)) if state is None else select(state, unread))
+            order += unread
+        y = documents.collect(self.gate(y, m), segments)
+        if documents.empty:
+            return y, as_rows(first, documents.rows)
+        return y, in_order(ends, order) if order else None
+
+    def _begin_segments(self, state: ContextState) -> ContextState:
+        """Return the state in which the rows at the end of a segment begin the next one."""
+        begins = [position > 0 and position % self.segment == 0 for position in state.position.tolist()]
+        if not any(begins):
+            return state
+        attend = restart(begins, state.attend, self.fresh_attention(len(begins)))
+        return state._replace(snapshot=restart(begins, state.snapshot, state.memory), attend=attend)
+
+    def _attend(
+        self, recalled: Tensor, x: Tensor, state: State, valid: Tensor | None, documents: Documents | None = None
+    ) -> tuple[Tensor, State]:
         """Return the output at each ``x_j``, which sees ``h_1..h_j`` and ``x_1..x_j``. All ``[rows, time, dim]``."""
         stream = torch.stack([recalled, x], dim=2).flatten(1, 2)
         mask = None if valid is None else valid.repeat_interleave(2, dim=1)
         with suppressed() if active else nullcontext():  # observers see the sequence, not this stream
-            return forward_every(self.attend, stream, state, step=2, mask=mask)
+            return forward_every(self.attend, stream, state, step=2, mask=mask, documents=documents)
 
     def report(self, y: Tensor, m: Tensor) -> None:
         """Report the inputs of the gate to the observers."""

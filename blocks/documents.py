@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.dispatch import expect_values
-from ..kernels.documents import Documents, packed_ids
+from ..kernels.documents import Documents, Group, packed_ids
 from ..kernels.padding import align
 from .observers import active, observers_of
 from .state import State, concatenate, map_state, select, where
@@ -96,54 +96,77 @@ def run_documents(
     def begin(rows: int) -> State:
         return None if documents.fresh is None else fresh(rows)
 
-    if state is None and (documents.fresh is not None or documents.empty):
-        state = fresh(documents.rows)
     last = documents.last
-    goes_on = [i is None or documents.continues[i] for i in last]
+    goes_on = [state is not None and (i is None or documents.continues[i]) for i in last]
     # one document in each row: the rows need not be divided, unless states that grow would have to be joined
-    if documents.apart and (all(goes_on) or not any(goes_on) or state is None or not grows):
-        if state is not None and not all(goes_on):
+    if documents.apart and (all(goes_on) or not any(goes_on) or not grows):
+        before = state
+        if not all(goes_on):
             kept = torch.tensor(goes_on, device=documents.device)
-            state = where(kept, state, fresh(documents.rows)) if any(goes_on) else begin(documents.rows)
+            before = where(kept, state, fresh(documents.rows)) if any(goes_on) else begin(documents.rows)
         layout = align(mask) if aligned and mask is not None else None
         if layout is not None:
-            y, state = run(*map(layout.spread, inputs), state, layout, None)
+            y, after = run(*map(layout.spread, inputs), before, layout, None)
             y = layout.collect(y)
         else:
-            y, state = run(*inputs, state, None, None) if aligned else run(*inputs, state, mask)
+            y, after = run(*inputs, before, None, None) if aligned else run(*inputs, before, mask)
     else:
         # the states of rows that grow can be concatenated if the rows are in one group
-        groups = documents.groups(grows and join is concatenate)
+        groups = documents.groups(grows and join is concatenate, begin=state is None)
+        rows_after = {i: b for b, i in enumerate(last)}
         outputs, ends, order = [], [], []
         for group in groups:
-            rows_of = [documents.row[i] for i in group.documents]
-            before = begin(len(rows_of))
-            if group.continues and state is not None:
-                before = state if rows_of == list(range(documents.rows)) else select(state, rows_of)
-            final = [place for place, i in enumerate(group.documents) if last[documents.row[i]] == i]
-            some, layout = len(final) < len(rows_of), group.layout
+            before = states_before(documents, group, state) if group.continues else begin(len(group.documents))
+            final = [place for place, i in enumerate(group.documents) if i in rows_after]
+            some, layout = len(final) < len(group.documents), group.layout
             rows = [documents.unpack(x, group) for x in inputs]
             if aligned:
-                y, after = run(*rows, before, layout, final if some else None)
+                y, end = run(*rows, before, layout, final if some else None)
             else:
                 rows = rows if layout is None else [layout.spread(x) for x in rows]  # zero at padding
-                y, after = run(*rows, before, None if layout is None else layout.filled)
+                y, end = run(*rows, before, None if layout is None else layout.filled)
             outputs.append(y)
             if final:
-                ends.append(select(after, final) if some and not aligned else after)
-                order += [rows_of[place] for place in final]
+                ends.append(select(end, final) if some and not aligned else end)
+                order += [rows_after[group.documents[place]] for place in final]
         unread = [b for b, i in enumerate(last) if i is None]
         if unread:
             ends.append(fresh(len(unread)) if state is None else select(state, unread))
             order += unread
         y = documents.pack(outputs, groups)
-        state = _in_order(ends, order, join)
-    if documents.empty:
-        state = fresh(documents.rows)
-    return y, state
+        after = in_order(ends, order, join) if order else None
+    return y, fresh(documents.rows) if documents.empty else after
 
 
-def _in_order(states: list[State], order: list[int], join: Callable[[Sequence[State]], State]) -> State:
+def read_documents(
+    read: Callable[[Sequence[Tensor], State], Tensor],
+    documents: Documents,
+    inputs: Sequence[Tensor],
+    state: State,
+    fresh: State,
+) -> Tensor:
+    """Return ``read(rows, state)`` of packed documents, which does not write.
+
+    ``state``: that of each row. ``fresh``: the state of one row from which documents begin. They share a row.
+    """
+    groups = documents.groups_to_read()
+    if not any(documents.continues):
+        return read(inputs, fresh)
+    outputs = []
+    for group in groups:
+        rows = [documents.unpack(x, group) for x in inputs]
+        outputs.append(read(rows, states_before(documents, group, state) if group.continues else fresh))
+    return documents.pack(outputs, groups)
+
+
+def states_before(documents: Documents, group: Group, state: State) -> State:
+    """Return the states from which the documents of a group go on."""
+    rows = [documents.row[i] for i in group.documents]
+    return state if rows == list(range(documents.rows)) else select(state, rows)
+
+
+def in_order(states: list[State], order: list[int], join: Callable[[Sequence[State]], State] = concatenate) -> State:
+    """Return the rows of ``states`` as one state, where ``order`` is the row of each."""
     if len(states) == 1 and order == sorted(order):
         return states[0]
     try:

@@ -164,19 +164,7 @@ class NeuralMemory(Block):
         documents: Documents | None = None,
     ) -> tuple[Tensor, NeuralMemoryState]:
         """Write and read each token. ``x``: ``[batch, time, dim]`` -> outputs of the same shape, and the new state."""
-        if documents is None:
-            y, state = self.update(x, state, mask=mask)
-        else:
-            # masked inputs may be NaN, which must not reach gradients
-            x = x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0.0)
-            projected = [linear(self.qkv, x), linear(self.controls, x)]
-
-            def learn(
-                x: Tensor, gates: Tensor, state: NeuralMemoryState | None, layout: Layout | None, ends: list[int] | None
-            ) -> tuple[Tensor, NeuralMemoryState]:
-                return self.update(x, state, gates=gates, layout=layout, ends=ends)
-
-            y, state = run_documents(learn, documents, projected, state, mask, self.init_state, aligned=True)
+        y, state = self.update(x, state, mask=mask, documents=documents)
         if mask is None:
             return self.project_output(y, x), state
         valid = mask.unsqueeze(-1)
@@ -215,6 +203,7 @@ class NeuralMemory(Block):
         state: NeuralMemoryState | None,
         *,
         mask: Tensor | None = None,
+        documents: Documents | None = None,
         gates: Tensor | None = None,
         layout: Layout | None = None,
         ends: list[int] | None = None,
@@ -224,6 +213,17 @@ class NeuralMemory(Block):
         If ``gates``, the result of ``controls``, is given, ``x`` is that of ``qkv``. ``layout`` in place of ``mask``:
         the valid tokens are at the beginning of each row. ``ends``: the rows whose states are returned, by default all.
         """
+        if documents is not None:
+            # masked inputs may be NaN, which must not reach gradients
+            x = x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0.0)
+
+            def learn(
+                x: Tensor, gates: Tensor, state: NeuralMemoryState | None, layout: Layout | None, ends: list[int] | None
+            ) -> tuple[Tensor, NeuralMemoryState]:
+                return self.update(x, state, gates=gates, layout=layout, ends=ends)
+
+            projected = [linear(self.qkv, x), linear(self.controls, x)]
+            return run_documents(learn, documents, projected, state, mask, self.init_state, aligned=True)
         if mask is not None:
             layout = align(mask)
             x = layout.spread(x)

@@ -6,12 +6,14 @@ part of the neural memory that does not depend on its state runs once for all se
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..kernels.documents import Documents, Step
 from ..kernels.linear import is_unmodified
 from ..kernels.padding import Layout, align
 from .block import Block, as_memory
@@ -20,19 +22,29 @@ from .state import State
 
 
 def forward_every(
-    block: Block, x: Tensor, state: State, *, step: int, mask: Tensor | None = None
+    block: Block,
+    x: Tensor,
+    state: State,
+    *,
+    step: int,
+    mask: Tensor | None = None,
+    documents: Documents | None = None,
 ) -> tuple[Tensor, State]:
     """``block(x, state, mask=mask)``, with the outputs at every ``step``-th token only, ``[batch, time / step, dim]``.
 
     ``time`` is a multiple of ``step``, and ``mask`` is equal for all tokens of a step. ``block.every`` is used if the
-    class that defines ``forward`` defines it too.
+    class that defines ``forward`` defines it too. ``documents``: those of a packed row of ``time / step`` tokens.
     """
-    if step == 1:
-        return block(x, state, mask=mask)
-    if block.has_every and is_unmodified(block, "forward"):
-        return block.every(x, state, step=step, mask=mask)  # type: ignore[operator]
-    y, state = block(x, state, mask=mask)
-    return y[:, step - 1 :: step], state
+    every: Any = block.every if step > 1 and block.has_every and is_unmodified(block, "forward") else None
+    if documents is None:
+        if every is not None:
+            return every(x, state, step=step, mask=mask)
+        y, state = block(x, state, mask=mask)
+    else:
+        if every is not None and "documents" in inspect.signature(every).parameters:
+            return every(x, state, step=step, mask=mask, documents=documents)
+        y, state = block(x, state, mask=mask, documents=documents if step == 1 else documents.repeated(step))
+    return y if step == 1 else y[:, step - 1 :: step], state
 
 
 def limit_window(block: Block, tokens: int) -> None:
@@ -58,7 +70,7 @@ class SplitMemory(NamedTuple):
     read: Callable[[Sequence[Tensor], State], Tensor]
     """``read(project(x), state)``: the memory's response ``[batch, time, dim]``."""
     update: Callable[..., tuple[Tensor, State]]
-    """``update(x, state, mask=mask)``: the inputs of ``output`` and the next state."""
+    """``update(x, state, mask=mask, documents=documents)``: the inputs of ``output`` and the next state."""
     output: Callable[[Tensor, Tensor], Tensor]
     """``output(y, x)``: the memory's outputs ``[batch, time, dim]``. Those at masked tokens are not used."""
 
@@ -133,7 +145,7 @@ def traced_pieces(segment: int, x: Tensor, mask: Tensor | None, position: Tensor
     return layout, pieces
 
 
-def split(pieces: list[Piece], *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
+def split(pieces: Sequence[Piece | Step], *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
     """Yield each piece with its part of the tensors. The gradient of a slice would be as long as the whole tensor."""
     lengths, parts = [], []
     for piece in pieces:

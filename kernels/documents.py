@@ -9,6 +9,8 @@ from __future__ import annotations
 import bisect
 import copy
 import functools
+import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +39,35 @@ class Group(NamedTuple):
     """Whether the documents go on from the state of their row. Otherwise they begin."""
 
 
+class Step(NamedTuple):
+    """Segments that are processed together, one of each document, one after the other in a packed row."""
+
+    start: int
+    """The place of the first token in ``Segments.source``."""
+    stop: int
+    documents: Documents
+    """The segments as documents: those after the first go on. The states of the documents that have further segments
+    are returned, and then those of the last document of each row."""
+    apart: Documents
+    """The same, where segments after the first begin. The states of the last document of each row are returned."""
+    further: int
+    """The number of documents that have further segments."""
+    rows: list[int]
+    """For each last document of a row, the row of the state after the call."""
+    position: list[int]
+    """The positions of these."""
+
+
+class Segments(NamedTuple):
+    """The segments of all documents, in the order in which they are processed: the first of each, the second, ..."""
+
+    source: Tensor
+    """``[tokens]`` int64: the index of each token in ``[batch * time]``."""
+    target: Tensor
+    """``[batch * time]`` int64: the place of each token in ``source``; 0 if it is masked."""
+    steps: list[Step]
+
+
 class Documents:
     """The documents of a batch ``[batch, time]`` of packed rows.
 
@@ -51,6 +82,8 @@ class Documents:
     Raises ``TypeError`` or ``ValueError`` for ids of a wrong type, dtype, shape or order.
     """
 
+    rows: int
+    """The number of rows of the state before the call."""
     row: list[int]
     """The row of each document, in the order of the tokens."""
     length: list[int]
@@ -58,7 +91,7 @@ class Documents:
     continues: list[bool]
     """Whether the document goes on from the state of its row."""
     last: list[int | None]
-    """For each row, its last document; ``None`` if the row has no tokens."""
+    """For each row of the state after the call, its document: the last of the row. ``None`` if it has no tokens."""
     after: Tensor
     """``[batch]`` int64: the document that the state after the call belongs to."""
     fresh: Any = None
@@ -73,19 +106,20 @@ class Documents:
         ended: bool = False,
         empty: int | None = None,
     ) -> None:
-        self.rows, self.time = ids.shape
+        self.rows, time = self.shape = ids.shape
         self.device, self.empty = ids.device, empty is not None
+        self._cache: dict[Any, Any] = {}
         host = ids.cpu()
         flat = torch.arange(host.numel()) if mask is None else mask.cpu().flatten().nonzero().flatten()
         self._tokens, found = flat, host.flatten()[flat]
-        row = flat // max(self.time, 1)
+        row = flat // max(time, 1)
         same_row = row[1:] == row[:-1]
         wrong = (same_row & (found[1:] < found[:-1])).nonzero()
         if len(wrong):
             at = int(flat[1:][wrong[0]])
             old, new = int(found[wrong[0]]), int(found[wrong[0] + 1])
             raise ValueError(
-                f"documents: id {new} at row {at // self.time}, token {at % self.time} follows {old}: expected ids "
+                f"documents: id {new} at row {at // time}, token {at % time} follows {old}: expected ids "
                 "that do not decrease along a row"
             )
         # the first token of all, and each that differs from the one before in row or document
@@ -107,10 +141,33 @@ class Documents:
         self.after = torch.tensor(after if empty is None else [empty] * self.rows, device=self.device)
         self.ended = ended
 
+    @classmethod
+    def packed(
+        cls,
+        length: list[int],
+        row: list[int],
+        continues: list[bool],
+        last: Sequence[int | None],
+        rows: int,
+        device: torch.device,
+    ) -> Documents:
+        """Documents of any ``length`` in one packed row ``[1, tokens]``, with a row of the state for each."""
+        self = cls.__new__(cls)
+        self.rows, self.shape, self.device, self.empty = rows, (1, sum(length)), device, False
+        self.length, self.row, self.continues, self.last = length, row, continues, list(last)
+        self._tokens, self._starts, self._cache = torch.arange(sum(length)), _starts(length), {}
+        return self
+
+    def repeated(self, times: int) -> Documents:
+        """The documents where there are ``times`` tokens in place of each token of a packed row."""
+        length = [count * times for count in self.length]
+        packed = Documents.packed(length, self.row, self.continues, self.last, self.rows, self.device)
+        return packed.starting(self.fresh)
+
     @functools.cached_property
     def apart(self) -> bool:
-        """Whether no row has more than one document."""
-        return len(set(self.row)) == len(self.row)
+        """Whether no row has more than one document, and the states of all rows are returned."""
+        return len(set(self.row)) == len(self.row) and len(self.last) == self.shape[0] == self.rows
 
     def starting(self, fresh: Any) -> Documents:
         """The same documents, which begin from the state ``fresh`` of one row."""
@@ -122,24 +179,83 @@ class Documents:
         """The documents for each of ``count`` blocks, whose states make up the state of a block."""
         return [self] * count if self.fresh is None else [self.starting(fresh) for fresh in self.fresh]
 
-    def groups(self, last_together: bool = False) -> list[Group]:
+    def groups(self, last_together: bool = False, begin: bool = False) -> list[Group]:
         """Divide the documents into groups of similar length.
 
         Those that go on and those that begin are in different groups. ``last_together``: the last documents of the rows
-        are in one group each, in the order of the rows.
+        are in one group each, in the order of the rows. ``begin``: all documents begin.
         """
-        cache = vars(self).setdefault("_groups", {})
-        if last_together not in cache:
+        key = last_together, begin
+        if key not in self._cache:
             kinds: dict[tuple[bool, bool], list[int]] = {}
             for i, continues in enumerate(self.continues):
-                kinds.setdefault((continues, last_together and self.last[self.row[i]] == i), []).append(i)
-            cache[last_together] = [
+                kind = continues and not begin, last_together and self.last[self.row[i]] == i
+                kinds.setdefault(kind, []).append(i)
+            self._cache[key] = [
                 self._group(members, continues)
                 for (continues, together), all_ in kinds.items()
                 for members in ([all_] if together else group_by_length([(self.length[i], i) for i in all_]))
             ]
-        groups: list[Group] = cache[last_together]
+        groups: list[Group] = self._cache[key]
         return groups
+
+    def groups_to_read(self) -> list[Group]:
+        """Those of ``groups`` that go on, after one row of all documents that begin."""
+        if "read" not in self._cache:
+            begin = torch.tensor(self.continues).logical_not().repeat_interleave(torch.tensor(self.length))
+            source = self._tokens[begin].unsqueeze(0).to(self.device)
+            shared = [Group([], source, None, False)] if source.numel() else []
+            self._cache["read"] = [*shared, *(group for group in self.groups() if group.continues)]
+        groups: list[Group] = self._cache["read"]
+        return groups
+
+    def segments(self, segment: int, position: list[int], begin: bool) -> Segments:
+        """Divide the documents into segments.
+
+        Args:
+            segment: tokens of a segment.
+            position: of each document, the number of tokens before those of this call.
+            begin: all documents begin.
+        """
+        key = segment, *position, begin
+        if key not in self._cache:
+            self._cache[key] = self._segments(segment, position, begin)
+        segments: Segments = self._cache[key]
+        return segments
+
+    def _segments(self, segment: int, position: list[int], begin: bool) -> Segments:
+        after = {i: b for b, i in enumerate(self.last)}
+        here, done = list(range(len(self.row))), [0] * len(self.row)
+        steps, places, start = list[Step](), list[Tensor](), 0
+        while here:
+            length = [min(self.length[i] - done[i], segment - (position[i] + done[i]) % segment) for i in here]
+            for i, count in zip(here, length):
+                first = self._starts[i] + done[i]
+                places.append(torch.arange(first, first + count))
+                done[i] += count
+            further = [place for place, i in enumerate(here) if done[i] < self.length[i]]
+            last = [place for place, i in enumerate(here) if done[i] == self.length[i] and i in after]
+            row, rows = list(range(len(here))), len(here)
+            goes_on, apart = [True] * rows, [False] * rows
+            if not steps:
+                row, rows = self.row, self.rows
+                goes_on = apart = [each and not begin for each in self.continues]
+            steps.append(
+                Step(
+                    start,
+                    start := start + sum(length),
+                    Documents.packed(length, row, goes_on, [*further, *last], rows, self.device),
+                    Documents.packed(length, row, apart, last, rows, self.device),
+                    len(further),
+                    [after[here[place]] for place in last],
+                    [position[here[place]] + done[here[place]] for place in last],
+                )
+            )
+            here = [here[place] for place in further]
+        source = self._tokens[torch.cat(places)].to(self.device)
+        target = self._flat(torch.int64)
+        target[source] = torch.arange(len(source), device=self.device)
+        return Segments(source, target, steps)
 
     def _group(self, members: list[int], continues: bool) -> Group:
         length = torch.tensor([self.length[i] for i in members])
@@ -160,10 +276,9 @@ class Documents:
     def pack(self, outputs: list[Tensor], groups: list[Group]) -> Tensor:
         """The outputs ``[documents, longest, ...]`` of each group -> ``[batch, time, ...]``, zero at masked tokens."""
         flat = torch.cat([y.flatten(0, 1) for y in outputs])
-        cache = vars(self).setdefault("_targets", {})
         key = id(groups)
-        if key not in cache:
-            target = torch.zeros(self.rows * self.time, dtype=torch.int64, device=self.device)
+        if key not in self._cache:
+            target = self._flat(torch.int64)
             offset = 0
             for group in groups:
                 place = torch.arange(offset, offset + group.source.numel(), device=self.device).view_as(group.source)
@@ -172,17 +287,31 @@ class Documents:
                 if group.layout is not None:
                     source, place = source[group.layout.filled], place[group.layout.filled]
                 target[source.flatten()] = place.flatten()
-            cache[key] = target
-        y = flat.index_select(0, cache[key]).unflatten(0, (self.rows, self.time))
-        if len(self._tokens) == self.rows * self.time:
+            self._cache[key] = target
+        return self._placed(flat, self._cache[key])
+
+    def spread(self, x: Tensor, segments: Segments) -> Tensor:
+        """``[batch, time, ...]`` -> ``[1, tokens, ...]`` in the order of the segments, without masked tokens."""
+        return x.flatten(0, 1).index_select(0, segments.source).unsqueeze(0)
+
+    def collect(self, y: Tensor, segments: Segments) -> Tensor:
+        """The outputs ``[1, tokens, ...]`` of segments -> ``[batch, time, ...]``, zero at masked tokens."""
+        return self._placed(y[0], segments.target)
+
+    def _placed(self, flat: Tensor, target: Tensor) -> Tensor:
+        y = flat.index_select(0, target).unflatten(0, self.shape)
+        if len(self._tokens) == self.shape[0] * self.shape[1]:
             return y
-        return y.masked_fill(~self._valid.view(self.rows, self.time, *[1] * (y.dim() - 2)), 0.0)
+        return y.masked_fill(~self._valid.view(*self.shape, *[1] * (y.dim() - 2)), 0.0)
 
     @functools.cached_property
     def _valid(self) -> Tensor:
-        valid = torch.zeros(self.rows * self.time, dtype=torch.bool)
-        valid[self._tokens] = True
-        return valid.to(self.device)
+        valid = self._flat(torch.bool)
+        valid[self._tokens.to(self.device)] = True
+        return valid
+
+    def _flat(self, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(self.shape[0] * self.shape[1], dtype=dtype, device=self.device)
 
     def next_tokens(self, tokens: Tensor, ignored: int) -> Tensor:
         """The token after each of ``tokens`` [batch, time] in its document, ``ignored`` at its last and if masked."""
@@ -193,6 +322,10 @@ class Documents:
         targets = torch.full_like(tokens, ignored).flatten()
         targets[flat] = following
         return targets.view_as(tokens)
+
+
+def _starts(length: list[int]) -> list[int]:
+    return [0, *itertools.accumulate(length)][:-1]
 
 
 def group_by_length(items: list[tuple[int, int]]) -> list[list[int]]:
