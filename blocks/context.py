@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -103,8 +103,9 @@ class Context(Block):
     ) -> tuple[Tensor, ContextState]:
         if documents is not None:
             # caches of different lengths cannot be joined after each segment
-            run = self._forward_documents if self.grows or documents.apart else self._run_documents_by_segment
-            return run(x, state, mask, documents)
+            if self.grows or documents.apart:
+                return self._run_documents_as_rows(x, state, mask, documents)
+            return self._run_segments_of_documents(x, state, documents)
         rows, time, _ = x.shape
         fresh = state is None
         if state is None:
@@ -185,7 +186,7 @@ class Context(Block):
             self.report(y, m)
         return self.gate(y, m), ContextState(memory, snapshot, attend, position)
 
-    def _forward_documents(
+    def _run_documents_as_rows(
         self, x: Tensor, state: ContextState | None, mask: Tensor | None, documents: Documents
     ) -> tuple[Tensor, ContextState]:
         def run(x: Tensor, state: ContextState | None, mask: Tensor | None) -> tuple[Tensor, ContextState]:
@@ -193,9 +194,9 @@ class Context(Block):
 
         return run_documents(run, documents, [x], state, mask, self.init_state, grows=self.grows)
 
-    def _run_documents_by_segment(
-        self, x: Tensor, state: ContextState | None, mask: Tensor | None, documents: Documents
-    ) -> tuple[Tensor, ContextState]:
+    def _run_segments_of_documents(
+        self, x: Tensor, state: ContextState | None, documents: Documents
+    ) -> tuple[Tensor, Any]:
         """First the first segment of every document, in one packed row, then the second of those that go on, ..."""
         first: ContextState = self.init_state(1) if documents.fresh is None else documents.fresh
         attention = first.attend if documents.fresh is None else self.fresh_attention(1)

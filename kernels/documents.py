@@ -106,7 +106,8 @@ class Documents:
         ended: bool = False,
         empty: int | None = None,
     ) -> None:
-        self.rows, time = self.shape = ids.shape
+        self.rows, time = ids.shape
+        self.shape = self.rows, time
         self.device, self.empty = ids.device, empty is not None
         self._cache: dict[Any, Any] = {}
         host = ids.cpu()
