@@ -148,6 +148,8 @@ class Attention(Block):
         mask: Tensor | None = None,
         documents: Documents | None = None,
     ) -> tuple[Tensor, AttentionState]:
+        if documents is None:  # of which a subclass may know nothing
+            return self.every(x, state, step=1, mask=mask)
         return self.every(x, state, step=1, mask=mask, documents=documents)
 
     def every(
@@ -161,7 +163,7 @@ class Attention(Block):
     ) -> tuple[Tensor, AttentionState]:
         """``forward``, with outputs at every ``step``-th token only. No queries are computed for other tokens."""
         if documents is not None:
-            return self._run_documents_every(x, state, step, mask, documents)
+            return self._every_of_documents(x, state, step, mask, documents)
         if state is not None:
             slots = state.keys.shape[1]
             if state.values.shape[1] != slots:
@@ -184,7 +186,7 @@ class Attention(Block):
             return y, state
         return (layout if step == 1 else align(mask[:, ::step])).collect(y), state
 
-    def _run_documents_every(
+    def _every_of_documents(
         self, x: Tensor, state: AttentionState | None, step: int, mask: Tensor | None, documents: Documents
     ) -> tuple[Tensor, AttentionState]:
         # masked inputs may be NaN, which must not reach gradients
@@ -280,12 +282,13 @@ class Attention(Block):
 
         ``dtype``: that of the state, which it keeps under autocast.
         """
-        shared = self.kv_heads
-        q, *others = [x.to(dtype).unflatten(-1, (-1, self.head_dim)) for x in projected]
-        if others:
-            k, v = others[0].split_with_sizes((shared, shared), dim=2)
+        shape, shared = (-1, self.head_dim), self.kv_heads
+        heads = projected[-1].to(dtype).unflatten(-1, shape)
+        if len(projected) == 2:
+            q = projected[0].to(dtype).unflatten(-1, shape)
+            k, v = heads.split_with_sizes((shared, shared), dim=2)
         else:
-            q, k, v = q.split_with_sizes((self.heads, shared, shared), dim=2)
+            q, k, v = heads.split_with_sizes((self.heads, shared, shared), dim=2)
             q = q[:, step - 1 :: step]
         if self.gain is not None:
             q, k = rms_norm(q, self.gain[: self.heads]), rms_norm(k, self.gain[self.heads :])

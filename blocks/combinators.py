@@ -87,6 +87,8 @@ class Residual(Block):
     def forward(
         self, x: Tensor, state: State = None, *, mask: Tensor | None = None, documents: Documents | None = None
     ) -> tuple[Tensor, State]:
+        if documents is None:  # of which a subclass may know nothing
+            return self.every(x, state, step=1, mask=mask)
         return self.every(x, state, step=1, mask=mask, documents=documents)
 
     def every(
