@@ -5,6 +5,7 @@ Without a GPU, the Triton kernels run in Triton's interpreter, where a test asks
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import runpy
@@ -31,6 +32,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test with the argument ``wrong_recipe`` runs for each invalid recipe: ``(name, text, fragment)``."""
     if "wrong_recipe" in metafunc.fixturenames:
         metafunc.parametrize("wrong_recipe", WRONG_RECIPES, ids=[name for name, _, _ in WRONG_RECIPES])
+
+
+def pytest_collection_finish() -> None:
+    """Later collections of garbage leave out the modules and tests that exist now, which are most of all objects."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

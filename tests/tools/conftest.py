@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -91,3 +93,80 @@ def bottleneck() -> Iterator[None]:
     importlib.import_module(module)
     yield
     del BLOCKS._entries["bottleneck"], sys.modules[module]
+
+
+class Ended(NamedTuple):
+    """A process that has ended."""
+
+    status: int
+    out: bytes
+    err: bytes
+    peak: int
+    """The most memory it held, in KiB."""
+
+
+class ForkServer:
+    """Runs console scripts in processes of their own, which need not import torch again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.server = subprocess.Popen(
+            [sys.executable, str(Path(__file__).parent / "fork_server.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb", "COLUMNS": "100"},
+        )
+
+    def ask(self, requests: list[Any]) -> list[tuple[int, int]]:
+        assert self.server.stdin is not None and self.server.stdout is not None
+        print(json.dumps(requests), file=self.server.stdin, flush=True)
+        ends: list[tuple[int, int]] = json.loads(self.server.stdout.readline())
+        return ends
+
+    def __call__(
+        self,
+        module: str,
+        *words: object,
+        stdin: bytes = b"",
+        stdout: str | None = "out",
+        stderr: str = "err",
+        reader: str | None = None,
+        environment: tuple[dict[str, str], ...] = ({},),
+    ) -> list[Ended]:
+        """``module.run()`` with ``words`` as the command line, in as many processes as there are ``environment``.
+
+        ``stdout``: another file, or ``None`` for a closed one; ``stderr="out"``: the same. ``reader``: a command that
+        reads what is written, and whose output is returned instead.
+        """
+        (self.folder / "in").write_bytes(stdin)
+        requests, names = [], []
+        for number, changes in enumerate(environment):
+            out, err = (self.folder / f"{name}-{number}" for name in ("out", "err"))
+            out.unlink(missing_ok=True)
+            err.unlink(missing_ok=True)
+            target = stdout and {"out": str(out)}.get(stdout, stdout)
+            if reader is not None:
+                target = str(self.folder / "pipe")
+                os.mkfifo(target)
+                reading = subprocess.Popen(f"{reader} < {target} > {out}", shell=True)
+            errors = {"err": str(err), "out": target}.get(stderr, stderr)
+            files = [str(self.folder / "in"), target, errors]
+            requests.append([f"titans_build.tools.{module}", list(map(str, words)), files, changes])
+            names.append((out, err))
+        ends = self.ask(requests)
+        if reader is not None:
+            reading.wait(60)
+            (self.folder / "pipe").unlink()
+        contents = [[file.read_bytes() if file.exists() else b"" for file in each] for each in names]
+        return [Ended(status, *content, peak) for (status, peak), content in zip(ends, contents)]
+
+
+@pytest.fixture(scope="session")
+def in_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    """``in_process("cli", "check", "mac")`` -> the process of a console script after its end, in a list of one."""
+    server = ForkServer(tmp_path_factory.mktemp("processes"))
+    yield server
+    assert server.server.stdin is not None
+    server.server.stdin.close()
+    server.server.wait(60)

@@ -22,13 +22,6 @@ Run = Callable[..., Any]
 COMMANDS = [name for name in PROGRAM.commands() if name]
 
 
-def process(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from titans_build.tools.cli import run; run()", *words]
-    return subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, **environment}, timeout=120
-    )
-
-
 def assert_refused(result: Any, fragment: str, status: int = 2) -> None:
     assert result.status == status
     assert result.out == ""
@@ -231,20 +224,21 @@ def test_no_colors_in_a_pipe_and_none_with_no_color(titans_build: Run, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("words", "reader", "status", "output"),
+    ("words", "stderr", "reader", "status", "output"),
     [
-        ("schema", "head -n 1", 0, "{\n"),
-        ("list", "head -n 1", 0, None),
-        ("list --json", "true", 0, ""),
-        ("check mac nowhere.yaml mag 2>/dev/null", "true", 2, ""),
-        ("nowhere.yaml --json 2>&1", "true", 2, ""),
+        ("schema", "err", "head -n 1", 0, b"{\n"),
+        ("list", "err", "head -n 1", 0, None),
+        ("list --json", "err", "true", 0, b""),
+        ("check mac nowhere.yaml mag", "/dev/null", "true", 2, b""),
+        ("nowhere.yaml --json", "out", "true", 2, b""),
     ],
 )
-def test_the_status_does_not_depend_on_the_reader(words: str, reader: str, status: int, output: str | None) -> None:
-    command = f"{sys.executable} -m titans_build {words} | {reader}; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, timeout=120)
-    assert (done.returncode, done.stderr) == (status, "")
-    assert done.stdout.startswith("block ") if output is None else done.stdout == output
+def test_the_status_does_not_depend_on_the_reader(
+    words: str, stderr: str, reader: str, status: int, output: bytes | None, in_process: Any
+) -> None:
+    (done,) = in_process("cli", *words.split(), stderr=stderr, reader=reader)
+    assert (done.status, done.err) == (status, b"")
+    assert done.out.startswith(b"block ") if output is None else done.out == output
 
 
 def test_no_control_character_of_a_file_reaches_the_terminal(tmp_path: Path, titans_build: Run) -> None:
@@ -257,15 +251,14 @@ def test_no_control_character_of_a_file_reaches_the_terminal(tmp_path: Path, tit
 
 
 @pytest.mark.parametrize("words", [["list"], ["diagram", "lmm"], ["lmm", "--json"]], ids=str)
-def test_output_that_cannot_be_written(words: list[str]) -> None:
+def test_output_that_cannot_be_written(words: list[str], in_process: Any) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("there is no full device here")
-    command = f"{sys.executable} -c 'from titans_build.tools.cli import run; run()' {' '.join(words)}"
-    done = subprocess.run(["bash", "-c", f"{command} >/dev/full"], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr == "titans-build: error: the output cannot be written: No space left on device\n"
-    done = subprocess.run(["bash", "-c", f"{command} >&-"], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    (full,) = in_process("cli", *words, stdout="/dev/full")
+    assert full.status == 1
+    assert full.err == b"titans-build: error: the output cannot be written: No space left on device\n"
+    (closed,) = in_process("cli", *words, stdout=None)
+    assert (closed.status, closed.err) == (0, b"")
 
 
 @pytest.fixture
@@ -312,9 +305,12 @@ def test_file_names_that_are_not_valid_text(
     assert capsys.readouterr().err == ""
 
 
-def test_an_error_about_a_file_name_that_is_not_valid_text() -> None:
-    done = process("check", os.fsdecode(b"caf\xe9.yaml"), PYTHONIOENCODING="utf-8")
-    assert done.returncode == 2 and "Traceback" not in done.stderr
+def test_an_error_about_a_file_name_that_is_not_valid_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace")  # as Python's own
+    monkeypatch.setattr(sys, "stderr", stream)
+    prepare_streams()
+    assert main(["check", os.fsdecode(b"caf\xe9.yaml")]) == 2
+    assert stream.buffer.getvalue().startswith(b"titans-build: error: caf")  # type: ignore[attr-defined]
 
 
 def test_main_reads_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,25 +46,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def process(*words: object, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    command = [*COMMAND, *map(str, words)]
-    return subprocess.run(command, input=stdin, capture_output=True, check=False, env=ENVIRONMENT, timeout=PATIENCE)
-
-
-def test_standard_input_to_standard_output(folder: Path) -> None:
+def test_standard_input_to_standard_output(folder: Path, in_process: Any) -> None:
     prompt = b"caf\xe9 \xff\x00\n"
-    done = process(folder, "--max-new-tokens", "40", stdin=prompt)
+    (done,) = in_process("infer", folder, "--max-new-tokens", "40", stdin=prompt)
     model = tb.load(folder)
     expected = model.generate(torch.tensor([list(prompt)]), 40).tokens[0, len(prompt) :].tolist()
-    assert (done.returncode, done.stderr) == (0, b"")
+    assert (done.status, done.err) == (0, b"")
     # on no terminal the text is all there is
-    assert done.stdout.decode() == bytes(expected).decode(errors="replace")
+    assert done.out.decode() == bytes(expected).decode(errors="replace")
 
 
-def test_a_session_goes_on_in_another_process(folder: Path, tmp_path: Path) -> None:
+def test_a_session_goes_on_in_another_process(folder: Path, tmp_path: Path, in_process: Any) -> None:
     state = tmp_path / "a.state"
     for part in (b"what is read today ", b"is remembered tomorrow"):
-        assert process(folder, "--state", state, "--max-new-tokens", "0", stdin=part).returncode == 0
+        assert in_process("infer", folder, "--state", state, "--max-new-tokens", "0", stdin=part)[0].status == 0
     model = tb.load(folder)
     loaded = tb.load_state(state, model)
     assert position(model, loaded) == 41
@@ -158,7 +154,7 @@ def test_talking_on_a_terminal(folder: Path, tmp_path: Path) -> None:
     assert read is not None and read > len("hello\n")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 def test_what_was_read_before_an_interruption_is_kept(folder: Path, tmp_path: Path, number: signal.Signals) -> None:
     state = tmp_path / "a.state"
     command = [*COMMAND, str(folder), "--state", str(state), "--max-new-tokens", "0"]
@@ -178,48 +174,29 @@ def test_what_was_read_before_an_interruption_is_kept(folder: Path, tmp_path: Pa
     assert err == f"titans-infer: error: {said}"
 
 
-def test_a_reader_that_leaves_ends_it(folder: Path, tmp_path: Path) -> None:
+def test_a_reader_that_leaves_ends_it(folder: Path, tmp_path: Path, in_process: Any) -> None:
     state = tmp_path / "a.state"
-    words = " ".join([*COMMAND[:1], "-c", f"'{COMMAND[2]}'", str(folder), "hello", "--state", str(state)])
-    done = subprocess.run(
-        ["bash", "-c", f"{words} --max-new-tokens 100000000 | head -c 5; echo ${{PIPESTATUS[0]}}"],
-        capture_output=True,
-        check=False,
-        env=ENVIRONMENT,
-        timeout=PATIENCE,
-    )
-    assert done.stderr == b"" and done.stdout.endswith(b"1\n")
+    words = ("hello", "--state", state, "--max-new-tokens", "100000000")
+    (done,) = in_process("infer", folder, *words, reader="head -c 5")
+    assert (done.status, done.err, len(done.out)) == (1, b"", 5)
     assert tb.load_state(state, tb.load(folder)) is not None
 
 
-def peak(folder: Path, text: Path, size: int) -> tuple[int, int]:
-    """Bytes of the text, and the most memory the command ever held while it read them, in bytes."""
-    if not sys.platform.startswith("linux"):
-        pytest.skip("/proc/self/status is Linux's")
-    text.write_bytes(os.urandom(2**16) * (size // 2**16))
-    code = (
-        "import sys\n"
-        "from titans_build.tools.infer import main\n"
-        "status = main(sys.argv[1:])\n"
-        "print(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0], file=sys.stderr)\n"
-        "sys.exit(status)"
-    )
-    words = [sys.executable, "-c", code, str(folder), "--file", str(text), "--max-new-tokens", "0", "--json"]
-    done = subprocess.run(words, capture_output=True, check=True, env=ENVIRONMENT)
-    return json.loads(done.stdout)["read"]["tokens"], int(done.stderr.split()[-1]) * 1024
-
-
-def assert_constant(folder: Path, tmp_path: Path, short: int, long: int) -> None:
-    (few, small), (many, large) = (peak(folder, tmp_path / "text", size) for size in (short, long))
-    assert (few, many) == (short, long)
+def assert_constant(folder: Path, text: Path, in_process: Any, *sizes: int) -> None:
+    peaks = []
+    for size in sizes:
+        text.write_bytes(os.urandom(2**16) * (size // 2**16))
+        (done,) = in_process("infer", folder, "--file", text, "--max-new-tokens", "0", "--json")
+        assert done.status == 0 and json.loads(done.out)["read"]["tokens"] == size
+        peaks.append(done.peak)
     # 64 KiB are read before memory is at its largest; after that it varies by about one MiB from run to run
-    assert large - small < 3 * 2**20
+    assert peaks[1] - peaks[0] < 3 * 2**10
 
 
-def test_memory_does_not_grow_with_the_text(folder: Path, tmp_path: Path) -> None:
-    assert_constant(folder, tmp_path, 2**16, 2**17)
+def test_memory_does_not_grow_with_the_text(folder: Path, tmp_path: Path, in_process: Any) -> None:
+    assert_constant(folder, tmp_path / "text", in_process, 2**16, 2**17)
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_over_two_million_tokens(folder: Path, tmp_path: Path) -> None:
-    assert_constant(folder, tmp_path, 2**16, 2**21)
+def test_memory_does_not_grow_over_two_million_tokens(folder: Path, tmp_path: Path, in_process: Any) -> None:
+    assert_constant(folder, tmp_path / "text", in_process, 2**16, 2**21)

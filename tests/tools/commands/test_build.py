@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -211,10 +209,9 @@ def test_a_saved_model_is_replaced_only_when_asked(saved: Path, small: Path, tit
     assert result.status == 0 and small.exists()
 
 
-def test_a_closed_pipe_does_not_lose_the_saved_model(small: Path, tmp_path: Path) -> None:
+def test_a_closed_pipe_does_not_lose_the_saved_model(small: Path, tmp_path: Path, in_process: Any) -> None:
     out = tmp_path / "model"
-    command = f"{sys.executable} -c 'from titans_build.tools.cli import run; run()' {small} --out {out} | head -c 1"
-    subprocess.run(["bash", "-c", command], capture_output=True, check=True, timeout=120)
+    assert in_process("cli", small, "--out", out, reader="head -c 1")[0].status == 0
     assert tb.load(out).recipe.name == "small"
 
 

@@ -88,7 +88,7 @@ def test_killed_and_interrupted_run_is_resumed_exactly(
     command.expect_exact(losses, logged)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 def test_terminated_run_has_a_checkpoint_and_the_status_of_the_signal(
     command: Command, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -123,7 +123,7 @@ def test_second_ctrl_c_ends_the_process() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 def test_signals_that_are_ignored_stay_ignored(number: signal.Signals) -> None:
     before = signal.signal(number, signal.SIG_IGN)
     try:

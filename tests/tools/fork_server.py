@@ -1,0 +1,52 @@
+"""Runs commands in processes that need not import torch again: forks of this one, which has imported it.
+
+Reads a line of JSON for each request, a list of processes ``[module, words, files, environment]``, and answers with
+their exit statuses and the most memory that they held, in KiB. A process runs ``module.run()`` with its standard
+streams in ``files``: paths, or null for a stream that is closed.
+"""
+
+import importlib
+import json
+import os
+import signal
+import sys
+import traceback
+
+
+def start(module: str, words: list[str], files: list[str | None], environment: dict[str, str]) -> None:
+    signal.alarm(120)
+    os.environ.update(environment)
+    for number, (file, name) in enumerate(zip(files, ("stdin", "stdout", "stderr"))):
+        if file is None:
+            os.close(number)
+            setattr(sys, name, None)
+        else:
+            same = number == 2 and file == files[1]
+            opened = 1 if same else os.open(file, os.O_WRONLY | os.O_CREAT if number else os.O_RDONLY)
+            os.dup2(opened, number)
+            if not same:
+                os.close(opened)
+    sys.argv = [module.rpartition(".")[2], *words]
+    status = 0
+    try:
+        importlib.import_module(module).run()
+    except SystemExit as end:
+        status = end.code
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.flush()
+    os._exit(status)  # the end of an interpreter that has imported torch takes most of a second
+
+
+for line in iter(sys.stdin.readline, ""):
+    children = []
+    for request in json.loads(line):
+        child = os.fork()
+        if not child:
+            try:
+                start(*request)
+            finally:
+                traceback.print_exc()
+                os._exit(120)
+        children.append(child)
+    ends = [os.wait4(child, 0) for child in children]
+    print(json.dumps([(os.waitstatus_to_exitcode(end), usage.ru_maxrss) for _, end, usage in ends]), flush=True)
