@@ -36,7 +36,7 @@ LEARNERS: dict[str, tuple[Kind, str | dict[str, Any]]] = {
     "dla": ("deep", "dla"),
     "omega_net": ("deep", "omega_net"),
     "atlas": ("deep", "atlas"),
-    "lact": ("deep", "lact"),
+    "lact": ("deep", {"type": "lact", "chunk": 16}),  # its own chunk is longer than the rows
     "tnt": ("deep", "tnt"),
     "hope": ("deep", "hope"),
 }

@@ -146,7 +146,7 @@ def reproduce(
         "lrs": rates,
         "seeds": seeds,
         "tasks": {task: benchmark.data for task, benchmark in chosen.items()},
-        "learners": {name: kind for name, (kind, _) in wanted.items() if name not in left_out},
+        "learners": {name: kind for name, (kind, _) in wanted.items()},
         "left_out": left_out,
         "cells": cells,
     }
@@ -192,7 +192,7 @@ def _models(
     left_out: dict[str, str],
 ) -> dict[str, Model]:
     """The models of a task, each after a trial step. Learners that cannot be trained are added to ``left_out``."""
-    source = open_source(benchmark.data, rows=2, split="valid")
+    source = open_source(benchmark.data, rows=settings.batch, split="valid")
     target = parameters_of(load_recipe(recipe_of({"type": "attention"}, dim), {"vocab": source.vocab}))
     found = {}
     for name, (_, learner) in wanted.items():

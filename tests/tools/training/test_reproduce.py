@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from pathlib import Path
@@ -128,11 +129,10 @@ def test_finished_cells_are_not_run_again(tmp_path: Path, monkeypatch: pytest.Mo
     assert began == [("parity", 4)]
     monkeypatch.setattr(trials, "train", lambda *args, **named: pytest.fail("a finished run was trained"))
     monkeypatch.setattr(trials, "validate", lambda *args, **named: pytest.fail("a finished run was tested"))
-    from titans_build.tools.training import reproduce as module
-
     again = {"quick": True, "learners": ["transformer"], "tasks": ["parity"], "settings": TINY, "dim": 16, "seeds": 2}
     with monkeypatch.context() as patch:
-        patch.setattr(module.__name__ + ".validate", lambda *a, **n: pytest.fail("a finished cell was tested again"))
+        module = importlib.import_module("titans_build.tools.training.reproduce")
+        patch.setattr(module, "validate", lambda *a, **n: pytest.fail("a finished cell was tested again"))
         found = reproduce(tmp_path, lrs=[1e-3, 3e-3], **again)
     (cell,) = found["cells"]
     assert len(cell["runs"]) == 4 and cell["lr"] in (1e-3, 3e-3)
