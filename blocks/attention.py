@@ -136,7 +136,7 @@ class Attention(Block):
         if tokens.is_meta:
             kept = tokens.new_empty(*tokens.shape[:2], self.kv_heads, self.head_dim)
             return tokens, state._replace(prefix_keys=kept, prefix_values=kept)
-        q, k, v = self._heads(self._project(tokens, 1), 1, state.keys.dtype)
+        q, k, v = self._project([linear(self.qkv, tokens)], 1, state.keys.dtype)
         y = attention(q, k, v)
         return linear(self.out, y.flatten(2).to(tokens.dtype)), state._replace(prefix_keys=k, prefix_values=v)
 
@@ -162,48 +162,62 @@ class Attention(Block):
         documents: Documents | None = None,
     ) -> tuple[Tensor, AttentionState]:
         """``forward``, with outputs at every ``step``-th token only. No queries are computed for other tokens."""
-        if documents is not None:
-            return self._every_of_documents(x, state, step, mask, documents)
-        if state is not None:
-            slots = state.keys.shape[1]
-            if state.values.shape[1] != slots:
-                raise ValueError(f"{type(self).__name__}: state has {slots} keys and {state.values.shape[1]} values")
-            if self.window is not None and slots < self.window - 1:
-                self._expect_visible_tokens(state)
-        few = mask is None and state is not None and x.is_cpu and 0 < x.shape[1] <= FEW
-        if few and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            assert state is not None
-            return self._run_few(x, state, step)
-        layout = None if mask is None else align(mask)
-        rows = x if layout is None else layout.spread(x)
-        if rows.shape[1] == 0:  # nothing but padding
-            empty = linear(self.out, x[:, step - 1 :: step][:, :0])
-            y = F.pad(empty, (0, 0, 0, x[:, step - 1 :: step].shape[1]))
-            return y, self.init_state(x.shape[0]) if state is None else state
-        y, state = self._run(self._project(rows, step), state, None if layout is None else layout.length, step)
+        layout, rows = None, x
+        if documents is None:
+            if state is not None:
+                slots = state.keys.shape[1]
+                if state.values.shape[1] != slots:
+                    values = state.values.shape[1]
+                    raise ValueError(f"{type(self).__name__}: state has {slots} keys and {values} values")
+                if self.window is not None and slots < self.window - 1:
+                    self._expect_visible_tokens(state)
+            few = mask is None and state is not None and x.is_cpu and 0 < x.shape[1] <= FEW
+            if few and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                assert state is not None
+                return self._run_few(x, state, step)
+            layout = None if mask is None else align(mask)
+            rows = x if layout is None else layout.spread(x)
+            if rows.shape[1] == 0:  # nothing but padding
+                empty = linear(self.out, x[:, step - 1 :: step][:, :0])
+                y = F.pad(empty, (0, 0, 0, x[:, step - 1 :: step].shape[1]))
+                return y, self.init_state(x.shape[0]) if state is None else state
+        elif mask is not None:  # masked inputs may be NaN, which must not reach gradients
+            rows = x.masked_fill(~mask.unsqueeze(-1), 0.0)
+        if step == 1 or not is_plain(self.qkv):
+            projected = [linear(self.qkv, rows)]
+        else:
+            weight, own = self.qkv.weight, self.heads * self.head_dim
+            projected = [project(rows[:, step - 1 :: step], weight[:own]), project(rows, weight[own:])]
+        if documents is None:
+            y, state = self._run(projected, state, None if layout is None else layout.length, step)
+        else:
+            y, state = self._run_packed(projected, state, mask, documents, step)
         y = linear(self.out, y.flatten(2).to(x.dtype))
         if mask is None or layout is None:
             return y, state
         return (layout if step == 1 else align(mask[:, ::step])).collect(y), state
 
-    def _every_of_documents(
-        self, x: Tensor, state: AttentionState | None, step: int, mask: Tensor | None, documents: Documents
+    def _run_packed(
+        self,
+        projected: Sequence[Tensor],
+        state: AttentionState | None,
+        mask: Tensor | None,
+        documents: Documents,
+        step: int,
     ) -> tuple[Tensor, AttentionState]:
-        # masked inputs may be NaN, which must not reach gradients
-        projected = self._project(x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0.0), step)
-        width = [y.shape[-1] for y in projected]
+        """``_run`` of packed documents, each of whose tokens is ``step`` tokens here."""
+        time, width = projected[-1].shape[1] // step, [x.shape[-1] for x in projected]
 
         def attend(*given: Any) -> tuple[Tensor, AttentionState]:
             *rows, state, layout, ends = given
-            rows = [y.unflatten(-1, (-1, size)).flatten(1, 2) for y, size in zip(rows, width)]
+            rows = [x.unflatten(-1, (-1, size)).flatten(1, 2) for x, size in zip(rows, width)]
             return self._run(rows, state, None if layout is None else layout.length * step, step, ends)
 
-        steps = [y.unflatten(1, (x.shape[1] // step, -1)).flatten(2) for y in projected]
-        y, state = run_documents(
+        steps = [x.unflatten(1, (time, -1)).flatten(2) for x in projected]
+        return run_documents(
             attend, documents, steps, state, mask, self.init_state, grows=self.grows, aligned=True,
             join=concatenate_caches,
         )  # fmt: skip
-        return linear(self.out, y.flatten(2).to(x.dtype)), state
 
     def _run(
         self,
@@ -215,12 +229,13 @@ class Attention(Block):
     ) -> tuple[Tensor, AttentionState]:
         """The outputs of attention ``[batch, .., heads, d]``, and the next state.
 
-        ``projected`` has the valid tokens of each row first; ``length`` [batch] is their number, ``None`` if all are.
-        ``ends``: the rows whose states are returned, by default all.
+        ``projected``: the products with the weights of ``qkv`` in one tensor, or those of the queries and then those of
+        keys and values. The valid tokens of each row come first; ``length`` [batch] is their number, ``None`` if all
+        are. ``ends``: the rows whose states are returned, by default all.
         """
         (rows, time), fresh = projected[-1].shape[:2], state is None
         state = self.init_state(rows) if state is None else state
-        q, k, v = self._heads(projected, step, state.keys.dtype)
+        q, k, v = self._project(projected, step, state.keys.dtype)
         prefix = None
         if state.prefix_keys is not None and state.prefix_values is not None:
             prefix = Prefix(q, state.prefix_keys, state.prefix_values)
@@ -270,14 +285,7 @@ class Attention(Block):
         y = linear(self.out, y.flatten(2).to(x.dtype))
         return y, state._replace(keys=keys, values=values, cached=cached, position=position)
 
-    def _project(self, x: Tensor, step: int) -> list[Tensor]:
-        """Queries, keys and values in one tensor; or queries at every ``step``-th token, and keys and values."""
-        if step == 1 or not is_plain(self.qkv):
-            return [linear(self.qkv, x)]
-        weight, own = self.qkv.weight, self.heads * self.head_dim
-        return [project(x[:, step - 1 :: step], weight[:own]), project(x, weight[own:])]
-
-    def _heads(self, projected: Sequence[Tensor], step: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, projected: Sequence[Tensor], step: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Queries at every ``step``-th token, keys and values, ``[batch, .., heads or kv_heads, d]``, not rotated.
 
         ``dtype``: that of the state, which it keeps under autocast.

@@ -103,8 +103,9 @@ def cpu_memory(
     ends = options.ends
     if not any(counts):
         return torch.zeros_like(tokens.v), state if ends is None else state.rows(ends)
-    phases = [position % chunk for position in positions]
-    all_end, none_began, end_rows = True, True, [-1] * len(phases)
+    phases, all_end, none_began, end_rows = [], True, True, [-1] * len(positions)
+    for position in positions:
+        phases.append(position % chunk)
     for end, row in enumerate(range(len(phases)) if ends is None else ends):
         phase, count = phases[row], counts[row]
         all_end = all_end and count > 0 and (phase + count) % chunk == 0
