@@ -158,13 +158,13 @@ class _Memory(torch.autograd.Function):
         plan, (*tensors, saved) = ctx.plan, ctx.saved_tensors
         tokens, gain, state = _unpack(tensors)
         parts = 1 if tokens.eta is None else 2
-        grad_y = torch.zeros_like(tokens.v) if grad_y is None else _dense(1, [grad_y])[0]
+        grad_y = torch.zeros_like(tokens.v) if grad_y is None else dense(1, [grad_y])[0]
         ends = len(state[0]) if plan.options.ends is None else len(plan.options.ends)
         given = any(g is not None for g in grad_end[: parts * plan.layers])  # otherwise, the last write is skipped
         grad_end = tuple(
             (state[i].new_zeros(ends, *state[i].shape[1:]) if given and i < parts * plan.layers else None)
             if g is None
-            else _dense(2, [g])[0]
+            else dense(2, [g])[0]
             for i, g in enumerate(grad_end)
         )
         new = empty_huge_pages if plan.order is None else torch.zeros  # gradients of masked tokens are zero
@@ -200,8 +200,8 @@ def _forward(
 def _unpack(tensors: Sequence[Any]) -> tuple[Tokens, Tensor | None, list[Tensor]]:
     """Tokens, gain and state, laid out as the kernels take them; hooks on saved tensors may change the layout."""
     q, k, v, theta, eta, alpha, gain, *state = tensors
-    q, k, v = _dense(1, (q, k, v))
-    return Tokens(q, k, v, theta, eta, alpha), None if gain is None else gain.contiguous(), _dense(2, state)
+    q, k, v = dense(1, (q, k, v))
+    return Tokens(q, k, v, theta, eta, alpha), None if gain is None else gain.contiguous(), dense(2, state)
 
 
 def _checkpoints(plan: _Plan, tensors: Sequence[Any]) -> Checkpoints:
@@ -275,7 +275,7 @@ def _run(
     )  # fmt: skip
 
 
-def _dense(dims: int, tensors: Iterable[Tensor]) -> list[Tensor]:
+def dense(dims: int, tensors: Iterable[Tensor]) -> list[Tensor]:
     """The tensors with their last one or two dimensions dense: vectors or matrices."""
     dense = []
     for x in tensors:
@@ -316,7 +316,7 @@ class _Read(torch.autograd.Function):
         grad_norm = None if norm is None else norm.new_empty(q.shape[0], *norm.shape)
         grad_weights = [torch.empty(w.shape, dtype=w.dtype) for w in weights]
         _run_read(
-            ctx.activation, ctx.operands, q, norm, weights, None, _dense(1, [grad])[0], grad_q, grad_norm, grad_weights
+            ctx.activation, ctx.operands, q, norm, weights, None, dense(1, [grad])[0], grad_q, grad_norm, grad_weights
         )
         return None, None, grad_q, None if grad_norm is None else grad_norm.sum(0), *grad_weights
 
@@ -334,7 +334,7 @@ def _run_read(
     grad_weights: Sequence[Tensor] = (),
 ) -> None:
     """The structure ``call`` of read_cpu.c, field by field."""
-    q, norm, weights = _dense(1, [q])[0], None if norm is None else norm.contiguous(), _dense(2, weights)
+    q, norm, weights = dense(1, [q])[0], None if norm is None else norm.contiguous(), dense(2, weights)
     batch, time, heads, width = q.shape
     widths: list[int] = [width]
     places: list[int] = []

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..dispatch import can_prepare
 from . import MEMORY, READ
-from .state import Options, Tokens
+from .state import Options, Tokens, decay_of
 from .step_cpu import ReadPlan, StepPlan
 
 
@@ -24,8 +24,9 @@ def prepare_step(
     """
     if can_prepare(*tokens, norm):
         run = MEMORY.choose(
-            device="cpu", dtype=tokens.q.dtype, time=1, chunk=options.chunk, layers=len(shapes), plain=True, grad=False
-        )
+            device="cpu", dtype=tokens.q.dtype, time=1, chunk=options.chunk, layers=len(shapes), plain=True, grad=False,
+            decay=decay_of(tokens.alpha, options),
+        )  # fmt: skip
         if run is MEMORY.backends["native_step"].run:
             return StepPlan(tokens, shapes, norm, options)
     return None

@@ -27,10 +27,11 @@ from ..triton_runtime import refuse_memory as refuse_triton_memory
 from .chunkwise_torch import chunkwise_memory
 from .closed_form import closed_form_memory
 from .cpu import cpu_memory, cpu_read, refuse_cpu, refuse_cpu_read
+from .linear_cpu import linear_memory, refuse_linear
 from .network_torch import ACTIVATIONS, torch_read
 from .overflow import confine_overflow
 from .reference import reference_memory, reference_read
-from .state import BackendFunction, MemoryState, Objective, Options, Tokens
+from .state import BackendFunction, MemoryState, Objective, Options, Tokens, decay_of
 from .step_cpu import cpu_step, cpu_step_read, refuse_cpu_step
 from .step_torch import torch_step
 from .surprise import thresholded_memory
@@ -135,6 +136,8 @@ def run_memory(
         layers=len(state.weights),
         width=max(q.shape[3], tokens.v.shape[3]),
         grad=grad,
+        plainly=norm is options.clip is options.threshold is None,
+        decay=decay_of(tokens.alpha, options),
     )
     for x in tensors:
         if x is not None and x.dtype != compute:
@@ -216,7 +219,7 @@ def check_memory(
 ) -> None:
     """Raise if an argument has a wrong type, shape, dtype or device. Fast, because it runs at every decoded token."""
     q, k, v, theta, eta, alpha = tokens
-    chunk, activation, clip, read, keep, _, threshold, _, ends = options
+    chunk, activation, clip, read, keep, _, threshold, _, ends, _ = options
     if not isinstance(state, MemoryState):
         raise TypeError(f"state: expected a MemoryState (MemoryState.fresh(weights)), got {type(state).__name__}")
     parts = [("weights", state.weights), ("momentum", state.momentum), ("anchor", state.anchor)]
@@ -316,13 +319,17 @@ def _backend(
     *,
     thresholds: bool = False,
     steps: bool = False,
+    decays: bool = False,
 ) -> Backend:
     """``thresholds``: whether ``function`` applies ``options.threshold`` itself.
 
     ``steps``: whether it goes token by token, so that nothing that it reads overflows too early.
+    ``decays``: whether it knows decays for each channel, and decays before the gradient.
     """
 
-    def refuse_more(*, transformed: bool = False, **facts: Any) -> str | None:
+    def refuse_more(*, transformed: bool = False, decay: str = "matrix", **facts: Any) -> str | None:
+        if decay != "matrix" and not decays:
+            return "knows decays of whole matrices after the gradient alone"
         if transformed and function not in (closed_form_memory, reference_memory):
             return "takes no torch.func transform and no forward-mode derivative, as backend='closed_form' does"
         return refuse(**facts)
@@ -376,11 +383,12 @@ MEMORY = Operation(
         _backend("native_step", cpu_step, _one_token(refuse_cpu_step), thresholds=True, steps=True),
         _backend("triton_step", _triton("step", "triton_step"), _one_token(refuse_triton_memory), steps=True),
         _backend("step", torch_step, _one_token(), thresholds=True, steps=True),
+        _backend("native_linear", linear_memory, refuse_linear, steps=True, decays=True),
         _backend("native", cpu_memory, refuse_cpu),
         _backend("triton", _triton("network", "triton_memory"), _refuse_triton),
         _backend("torch", chunkwise_memory),
         _backend("closed_form", closed_form_memory, thresholds=True),
-        _backend("reference", reference_memory, thresholds=True, steps=True),
+        _backend("reference", reference_memory, thresholds=True, steps=True, decays=True),
     ],
     lambda tokens, state, _, mask, options: (tokens.v, state if options.ends is None else state.rows(options.ends)),
     [Tokens, MemoryState, Options, Objective],

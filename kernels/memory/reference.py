@@ -82,8 +82,18 @@ def reference_memory(
         valid = mask[:, t].view(rows, 1, 1, 1)
         starts = (position % chunk == 0).view(rows, 1, 1, 1) & valid
         anchor = tuple(torch.where(starts, w, a) for w, a in zip(weights, anchor))
+
+        def gate(values: Tensor | None, default: float, t: int = t) -> Tensor:
+            if values is None:
+                return torch.full((rows, q.shape[2], 1, 1), default, dtype=q.dtype, device=q.device)
+            return values[:, t, :, None, None]
+
+        forgets = [gate(alpha, 0)] * len(weights)
+        if alpha is not None and alpha.dim() == 4:  # of the input channels of each layer
+            forgets = [a.unsqueeze(-2) for a in alpha[:, t].split([w.shape[3] for w in weights], dim=-1)]
         with torch.enable_grad():
-            at = tuple(a if a.requires_grad else a.detach().requires_grad_() for a in anchor)
+            at = tuple((1 - a) * w for a, w in zip(forgets, anchor)) if options.decay_first else anchor
+            at = tuple(a if a.requires_grad else a.detach().requires_grad_() for a in at)
             gradients = _gradients(memory_network(at, k[:, t], activation, norm), v[:, t], options.objective, at)
         suppressed = torch.zeros(rows, q.shape[2], 1, 1, dtype=torch.bool, device=q.device)
         if threshold is not None:
@@ -97,18 +107,14 @@ def reference_memory(
             gradients = tuple(g / unit * (clip / bound) for g in gradients)
         before = weights
 
-        def gate(values: Tensor | None, default: float, t: int = t) -> Tensor:
-            if values is None:
-                return torch.full((rows, q.shape[2], 1, 1), default, dtype=q.dtype, device=q.device)
-            return values[:, t, :, None, None]
-
-        step, forget = (torch.where(suppressed, 0.0, gate(x, 0)) for x in (theta, alpha))
+        step = torch.where(suppressed, 0.0, gate(theta, 0))
         if eta is None:
             moved = tuple(-step * g for g in gradients)
         else:
             moved = tuple(gate(eta, 0) * s - step * g for s, g in zip(momentum, gradients))
             momentum = tuple(torch.where(valid, new, old) for new, old in zip(moved, momentum))
-        weights = tuple(torch.where(valid, (1 - forget) * w + s, w) for w, s in zip(weights, moved))
+        kept = tuple((1 - torch.where(suppressed, 0.0, a)) * w for a, w in zip(forgets, weights))
+        weights = tuple(torch.where(valid, w + s, old) for w, s, old in zip(kept, moved, weights))
         y = memory_network({"after": weights, "before": before, "anchor": anchor}[read], q[:, t], activation, norm)
         outputs.append(torch.where(valid[..., 0], y, torch.zeros_like(y)))
         position = position + mask[:, t]

@@ -105,6 +105,7 @@ class Tokens(NamedTuple):
     """``[batch, time, heads]``, as the other gates."""
     eta: Tensor | None
     alpha: Tensor | None
+    """The same, or for each input channel of the layers, one after the other, ``[batch, time, heads, channels]``."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Tokens:
         """``function`` of every tensor that is not ``None``."""
@@ -162,6 +163,15 @@ class Options(NamedTuple):
     objective: Objective = SQUARED
     ends: Sequence[int] | None = None
     """The rows whose state is returned; ``None``: all. Other rows may leave out the last write."""
+    decay_first: bool = False
+    """Whether the weights decay before a token's gradient is taken, and not after; of chunks of one token."""
+
+
+def decay_of(alpha: Tensor | None, options: Options) -> str:
+    """What a backend has to know of the decay: ``"matrix"``, ``"channel"``, or ``"first"``, which may be either."""
+    if options.decay_first:
+        return "first"
+    return "channel" if alpha is not None and alpha.dim() == 4 else "matrix"
 
 
 BackendFunction: TypeAlias = Callable[

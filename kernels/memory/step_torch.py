@@ -18,7 +18,7 @@ def torch_step(
 ) -> tuple[Tensor, MemoryState]:
     """``titans_memory`` for ``time = 1`` without gradients. Rows may be at different positions."""
     q, k, v, theta, eta, alpha = tokens
-    chunk, activation, clip, read, _, _, threshold, objective, _ = options
+    chunk, activation, clip, read, _, _, threshold, objective, *_ = options
     batch, _, heads, _ = q.shape
     vjp = for_few(ACTIVATIONS[activation].vjp)
     gain = None if norm is None else repeat_gain(norm, batch)

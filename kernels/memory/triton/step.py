@@ -43,7 +43,7 @@ def triton_step(
 ) -> tuple[Tensor, MemoryState]:
     """``titans_memory`` for ``time = 1`` and one or two layers, without gradients."""
     q, k, v, theta, eta, alpha = tokens
-    chunk, activation, clip, read, *_, objective, _ = options
+    chunk, activation, clip, read, _, _, _, objective, *_ = options
     batch, _, heads, d_in = q.shape
     layers, (d_out, width) = len(state.weights), state.weights[-1].shape[2:]
     y = torch.empty(v.shape, dtype=q.dtype, device=q.device)
