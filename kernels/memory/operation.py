@@ -122,6 +122,30 @@ def run_memory(
 ) -> tuple[Tensor, MemoryState]:
     """:func:`titans_memory` with arguments that are known to fit, and any ``options.objective``."""
     q = tokens.q
+    run, compute, tensors, grad = _chosen(tokens, state, norm, mask, options, backend)
+    for x in tensors:
+        if x is not None and x.dtype != compute:
+            tokens, state, norm = tokens.map(lambda x: x.to(compute)), state.to(compute), _cast(norm, compute)
+            break
+    with full_precision(q.device.type):
+        y, state = run(tokens, state, norm, mask, options)
+    if grad and not y.requires_grad:  # no token wrote or read: the gradients are zero
+        y = sum((x.flatten()[:0].sum() for x in tensors if x is not None and x.requires_grad), y)
+    return y.to(q.dtype), state
+
+
+def has_fast_backend(
+    tokens: Tokens, state: MemoryState, norm: Tensor | None, mask: Tensor | None, options: Options
+) -> bool:
+    """Whether :func:`run_memory` takes another backend than the reference, which knows every decay and is slow."""
+    return _chosen(tokens, state, norm, mask, options, "auto")[0] is not MEMORY.backends["reference"].run
+
+
+def _chosen(
+    tokens: Tokens, state: MemoryState, norm: Tensor | None, mask: Tensor | None, options: Options, backend: str
+) -> tuple[Callable[..., Any], torch.dtype, tuple[Tensor | None, ...], bool]:
+    """The function to run, the dtype that it computes in, all tensors, and whether gradients are wanted."""
+    q = tokens.q
     tensors = (*tokens, norm, *state.weights, *state.momentum, *state.anchor)
     compute = torch.promote_types(torch.promote_types(q.dtype, state.weights[0].dtype), torch.float32)
     plain, grad = is_plain_cpu_tensor(*tensors, mask), needs_grad(*tensors)
@@ -139,15 +163,7 @@ def run_memory(
         plainly=norm is options.clip is options.threshold is None,
         decay=decay_of(tokens.alpha, options),
     )
-    for x in tensors:
-        if x is not None and x.dtype != compute:
-            tokens, state, norm = tokens.map(lambda x: x.to(compute)), state.to(compute), _cast(norm, compute)
-            break
-    with full_precision(q.device.type):
-        y, state = run(tokens, state, norm, mask, options)
-    if grad and not y.requires_grad:  # no token wrote or read: the gradients are zero
-        y = sum((x.flatten()[:0].sum() for x in tensors if x is not None and x.requires_grad), y)
-    return y.to(q.dtype), state
+    return run, compute, tensors, grad
 
 
 def read_memory(

@@ -36,11 +36,11 @@ def _gradients(p: Tensor, v: Tensor, objective: Objective, weights: tuple[Tensor
         loss = r.square().sum() / 2
     elif kind == "dot":
         loss = -(p * v).sum()
-    elif kind == "lp" and smooth is None:
-        loss = torch.where(zero, 0.0, size**power).sum()
-    elif kind == "lp":  # the derivative of no common function
+    elif kind == "lp" and smooth is not None:  # the derivative of no common function
         loss, upstream = p, power * (smooth * r).tanh()
         upstream = upstream if power == 1 else upstream * torch.where(zero, 0.0, size ** (power - 1))
+    elif kind == "lp":
+        loss = torch.where(zero, 0.0, size**power).sum()
     elif kind == "huber" and form == "elementwise":
         loss = F.huber_loss(p, v, reduction="sum", delta=delta)
     elif kind == "huber":
