@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -29,10 +29,11 @@ def hooked(subject: Subject) -> None:
     layers = [name for name, layer in modified.named_modules() if isinstance(layer, nn.Linear)]
     blocks = [name for name, layer in modified.named_modules() if isinstance(layer, Block)]
     with torch.no_grad():
-        for modification in _MODIFICATIONS if layers else ():
-            _compare(subject, modified, plain, layers, modification)
+        for scales_bias in (False, True) if layers else ():
+            alike = [one for one in _MODIFICATIONS if (one in _ON_OUTPUTS) == scales_bias]
+            _compare(subject, modified, plain, layers, alike)
         for name, modification in zip(layers, itertools.cycle(_MODIFICATIONS)):
-            _compare(subject, modified, plain, [name], modification)
+            _compare(subject, modified, plain, [name], [modification])
         for name in blocks:
             with _forward_of_instance(modified, name) as replaced, _forward_hook(modified, name) as calls:
                 results = _results(subject, modified)
@@ -43,16 +44,21 @@ def hooked(subject: Subject) -> None:
                 subject.same_result(f"{path}, with a hook of {what}", results[path], results["several tokens"])
 
 
-def _compare(subject: Subject, modified: Any, plain: Any, layers: list[str], modification: _Modification) -> None:
+def _compare(
+    subject: Subject, modified: Any, plain: Any, layers: list[str], modifications: Sequence[_Modification]
+) -> None:
     """Modify ``layers`` of ``modified``, scale their weights in ``plain``, and compare the outputs and states."""
     with ExitStack() as stack:
         for name in layers:
-            stack.enter_context(modification.apply(modified, name))
-            stack.enter_context(_scaled(plain, name, modification in _ON_OUTPUTS))
+            stack.enter_context(_scaled(plain, name, modifications[0] in _ON_OUTPUTS))
         expected = _results(subject, plain)
-        for path, result in _results(subject, modified).items():
-            what = f"{path}, with {modification.kind} {', '.join(layers)}"
-            subject.same_result(f"{what}, and with other weights", result, expected[path])
+    for modification in modifications:
+        with ExitStack() as stack:
+            for name in layers:
+                stack.enter_context(modification.apply(modified, name))
+            for path, result in _results(subject, modified).items():
+                what = f"{path}, with {modification.kind} {', '.join(layers)}"
+                subject.same_result(f"{what}, and with other weights", result, expected[path])
 
 
 def _results(subject: Subject, module: Any) -> dict[str, Result]:

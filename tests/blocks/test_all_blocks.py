@@ -5,7 +5,7 @@ import torch
 
 from titans_build.blocks.build import build_block
 from titans_build.blocks.foreign import Adapted
-from titans_build.blocks.laws import check_block
+from titans_build.blocks.laws import LAWS, check_block
 from titans_build.registry import catalogue, list_blocks, lookup
 
 DIM = 16
@@ -79,9 +79,21 @@ def test_all_built_in_blocks_are_tested():
     assert {type_of(spec) for spec in SPECS.values()} == built_in - elsewhere
 
 
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+# every part of these is in another
+COMBINED = {
+    "attention, one key head and no positions", "context, inputs written",
+    "memory, gates per chunk, no momentum and no convolution", "memory, no momentum and no forgetting",
+    "persistent chain",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "spec", [pytest.param(SPECS[name], id=name, marks=pytest.mark.slow if name in COMBINED else ()) for name in SPECS]
+)
 def test_laws(spec):
-    check_block(spec, dim=DIM, endurance=1000)
+    check_block(spec, dim=DIM, endurance=1000, laws=[law for law in LAWS if law != "hooked"])
+    # the law runs the block once for each layer and path; these tokens cross segments and chunks as well
+    check_block(spec, dim=DIM, laws=["hooked"], length=13)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from titans_build.blocks import state as st
 from titans_build.blocks.build import materialize
 from titans_build.blocks.language_model import LanguageModel
-from titans_build.blocks.laws import check_block
+from titans_build.blocks.laws import LAWS, check_block
 
 MEMORY = {"type": "memory", "heads": 2, "chunk": 4}
 CONTEXT = {
@@ -364,7 +364,8 @@ def test_flops_and_bytes_are_sums_over_the_blocks():
 
 @pytest.mark.parametrize("vocab", [None, 13])
 def test_laws(vocab):
-    check_block(make(vocab), endurance=600)
+    check_block(make(vocab), endurance=600, laws=[law for law in LAWS if law != "hooked"])
+    check_block(make(vocab), laws=["hooked"], length=13)
 
 
 # -- going back --------------------------------------------------------------------------------------------------------

@@ -113,7 +113,13 @@ def test_laws(name):
     # split and step are tested above at every cut
     laws = [law for law in LAWS if law not in ("split", "step", "hooked")]
     check_block(make(name), laws=laws, length=37, endurance=600)
-    # every linear layer is modified on its own, in every path; these tokens cross segments and chunks as well
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ("mac", "mag", "mal") else pytest.mark.slow) for name in RECIPES]
+)
+def test_the_law_of_modified_layers(name):
+    """Every linear layer is modified on its own, in every path; these tokens cross segments and chunks as well."""
     check_block(make(name), laws=["hooked"], length=13)
 
 

@@ -27,7 +27,7 @@ PYTORCH = (
     "swiglu=torch,rotary=torch,query_key_value=torch,query=torch,cached_attention=torch"
 )
 SLOW = pytest.mark.slow
-EVERYDAY = [pytest.param(name, marks=() if name in ("mac", "mag") else SLOW) for name in base_names()]
+EVERYDAY = [pytest.param(name, marks=() if name == "mac" else SLOW) for name in base_names()]
 
 
 @pytest.fixture(autouse=True)

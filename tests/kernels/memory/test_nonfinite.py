@@ -11,6 +11,7 @@ from titans_build.kernels.memory.measure import measure_memory
 TIME = 13
 NAMES = ("q", "k", "v", "theta", "eta", "alpha")
 CHUNKWISE = ("native", "torch", "triton", "closed_form", "reference")
+slow = pytest.mark.slow
 VALUES = {"nan": math.nan, "infinity": math.inf, "overflow": 0.9}
 """``overflow``: times the largest number of the dtype."""
 
@@ -80,10 +81,10 @@ def test_earlier_outputs_and_other_heads_are_as_without_it(backend, dtype, optio
 
 @pytest.mark.parametrize("backend", CHUNKWISE)
 def test_what_stands_at_masked_tokens_does_not_matter(backend):
-    heads = heads_of(backend)
-    given = inputs(heads=heads)
-    mask = torch.ones(2, TIME, dtype=torch.bool)
-    mask[0, 6] = mask[1, 0] = False
+    heads, time = heads_of(backend), 7 if backend == "triton" else TIME
+    given = {name: x[:, :time] for name, x in inputs(heads=heads).items()}
+    mask = torch.ones(2, time, dtype=torch.bool)
+    mask[0, 3] = mask[1, 0] = False
 
     def run():
         leaves = {name: x.detach().clone().requires_grad_() for name, x in given.items()}
@@ -98,8 +99,15 @@ def test_what_stands_at_masked_tokens_does_not_matter(backend):
         torch.testing.assert_close(got, x, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("backend", [*CHUNKWISE, "native_step", "step", "triton_step"])
+@pytest.mark.parametrize(
+    "backend, dtype",
+    [
+        # the interpreter of Triton is slow, and float32 overflows first
+        pytest.param(backend, dtype, marks=slow if "triton" in backend and dtype == torch.float64 else ())
+        for backend in (*CHUNKWISE, "native_step", "step", "triton_step")
+        for dtype in (torch.float32, torch.float64)
+    ],
+)
 def test_a_huge_value_is_clipped(backend, dtype):
     """The square of its gradient's norm overflows, and the norm does not. The gradients are right, too."""
     heads = heads_of(backend)

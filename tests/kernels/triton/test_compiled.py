@@ -63,7 +63,11 @@ def test_the_largest_memory(target, operands):
     assert_fits(compiled(target, dim=128, hidden=512, chunk=128, operands=operands), target, 2048)
 
 
-@pytest.mark.parametrize("sizes", [dict(layers=1, dim=64), dict(dim=32, hidden=64)], ids=["one layer", "two layers"])
+@pytest.mark.parametrize(
+    "sizes",
+    [pytest.param(dict(layers=1, dim=64), marks=pytest.mark.slow), dict(dim=32, hidden=64)],
+    ids=["one layer", "two layers"],
+)
 @pytest.mark.parametrize(
     "target", [target if target == "sm_90" else pytest.param(target, marks=pytest.mark.slow) for target in SHARED]
 )

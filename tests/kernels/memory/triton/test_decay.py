@@ -85,11 +85,11 @@ def test_against_the_products_on_paper(read_after, edges, masked, momentum, forg
 
 @pytest.mark.parametrize("b", [1, 2, 15, 16, 33, 63])
 def test_lengths(b):
-    given = gates(b, edges=True, shape=(3,))
+    given = gates(b, edges=True, shape=(3 if b < 33 else 1,))
     agree(results(triton_decay, given, True), results(on_paper, given, True), 1e-13)
 
 
-@pytest.mark.parametrize("b", [100, 128])
+@pytest.mark.parametrize("b", [pytest.param(100, marks=pytest.mark.slow), 128])
 def test_long_chunks(b):
     given = gates(b, edges=True, shape=(1,))
     agree(results(triton_decay, given, True), results(chunk_decay, given, True), 1e-12)

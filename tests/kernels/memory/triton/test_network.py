@@ -197,13 +197,13 @@ def test_strides():
 
 @pytest.mark.parametrize("heads", [1, 2])
 def test_states_that_are_laid_out_otherwise(heads):
-    """Weights and anchor column by column, and a gain that with one head is the same memory for every row."""
-    *others, first, last = inputs(time=5, batch=2, heads=heads)
+    """Weights and anchor column by column, and a gain that with one head is the same memory for both rows."""
+    *others, first, last = inputs(time=5, batch=3 - heads, heads=heads)
     agree([*others, *(w.mT.contiguous().mT for w in (first, last))], chunk=4, position=1)
 
 
 def test_tokens_below_a_threshold():
-    agree(inputs(time=7, d_in=4, hidden=5, batch=1), chunk=4, threshold=4.0)
+    agree(inputs(time=7, d_in=4, hidden=5, heads=1), chunk=4, threshold=4.0)
 
 
 def test_it_says_what_it_does_not_take():

@@ -122,13 +122,13 @@ def test_widths(d_in, d_out, hidden):
 
 
 def test_states_kept_now_and_then():
-    leaves = inputs(time=10)
+    leaves = inputs(time=8)
     for a, b in zip(results(leaves, chunk=2, keep=3), results(leaves, chunk=2, keep=1)):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
 def test_every_run_gives_the_same_bits():
-    leaves = [x.float() for x in inputs(time=11)]
+    leaves = [x.float() for x in inputs(time=6)]
     for a, b in zip(results(leaves, chunk=4, clip=1.0), results(leaves, chunk=4, clip=1.0), strict=True):
         assert torch.equal(a, b)
 
