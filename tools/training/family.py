@@ -120,9 +120,8 @@ class Benchmark(NamedTuple):
         return {**self.data, "length": multiple * length, "first": length}
 
 
-def _states(group: str, quick: bool = False) -> Benchmark:
-    data = {"task": "state_tracking", "group": group, "length": 40}
-    return Benchmark(data, {"length": 16} if quick else None, longer=(2, 4))
+def _states(group: str, quick: dict[str, Any] | None = None) -> Benchmark:
+    return Benchmark({"task": "state_tracking", "group": group, "length": 40}, quick, longer=(2, 4))
 
 
 _MAD = {"examples": 12800}
@@ -130,13 +129,13 @@ BENCHMARKS: dict[str, Benchmark] = {
     "recall": Benchmark({"task": "recall", **_MAD}, {"length": 48, "vocab": 12}),
     "noisy_recall": Benchmark({"task": "recall", "vocab": 32, "noise": 0.2, **_MAD}),
     "fuzzy_recall": Benchmark({"task": "recall", "motif": 3, **_MAD}),
-    "selective_copy": Benchmark({"task": "selective_copy", **_MAD}),
+    "selective_copy": Benchmark({"task": "selective_copy", **_MAD}, {"length": 40, "copied": 6, "vocab": 10}),
     "compression": Benchmark({"task": "compression", "length": 62, **_MAD}, bottleneck=True),
-    "memorization": Benchmark({"task": "memorization", "examples": 256}, {"vocab": 64}),
-    "mqar": Benchmark({"task": "mqar", "examples": 10000}, {"length": 32, "vocab": 32}),
-    "parity": _states("Z2", quick=True),
+    "memorization": Benchmark({"task": "memorization", "examples": 256}),
+    "mqar": Benchmark({"task": "mqar", "examples": 10000}, {"length": 24, "vocab": 16, "pairs": 3}),
+    "parity": _states("Z2", quick={"length": 12}),
     "modular_sums": _states("Z5"),
-    "S3": _states("S3", quick=True),
+    "S3": _states("S3", quick={"length": 8}),
     "A5": _states("A5"),
     "automaton": Benchmark({"task": "automaton", "length": 256}),
     "el_nino": Benchmark({"task": "forecast", "series": "el_nino"}),

@@ -62,8 +62,8 @@ class Form(NamedTuple):
     tasks: tuple[str, ...]
 
 
-LONG = Form(128, 1000, (1e-3, 3e-3), tuple(LEARNERS), tuple(BENCHMARKS))
-QUICK = Form(64, 400, (3e-3,), QUICK_LEARNERS, tuple(n for n, each in BENCHMARKS.items() if each.quick is not None))
+LONG = Form(128, 600, (1e-3, 3e-3), tuple(LEARNERS), tuple(BENCHMARKS))
+QUICK = Form(64, 600, (5e-3,), QUICK_LEARNERS, tuple(n for n, each in BENCHMARKS.items() if each.quick is not None))
 
 
 def reproduce(

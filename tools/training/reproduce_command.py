@@ -41,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tasks", metavar="A,B,...", help=f"{', '.join(BENCHMARKS)} (default: all)")
     add("--dim", type=positive, metavar="N", help=f"width of the models (default: {LONG.dim}; quick: {QUICK.dim})")
     add("--steps", type=positive, metavar="N", help=f"steps of a run (default: {LONG.steps}; quick: {QUICK.steps})")
-    rates = ", ".join(f"{rate:g}" for rate in LONG.lrs)
-    add("--lr", metavar="X,X,...", help=f"learning rates, of which the best is kept (default: {rates})")
+    long, quick = (",".join(f"{rate:g}" for rate in form.lrs) for form in (LONG, QUICK))
+    add("--lr", metavar="X,X,...", help=f"learning rates, of which the best is kept (default: {long}; quick: {quick})")
     add("--seeds", type=positive, default=1, metavar="N", help="runs of each cell (default: 1)")
     add("--jobs", type=positive, default=os.cpu_count() or 1, metavar="N", help="runs in parallel (default: the cores)")
     text = "change one setting of the runs, as in -t batch=32; may be given many times"

@@ -202,7 +202,7 @@ def test_reproduce_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     command += ["-t", "batch=2", "-t", "valid_batches=1", "--jobs", "1", "--out", str(tmp_path)]
     assert main(command) == 0
     out = capsys.readouterr().out
-    assert "S3: linear/lr-0.003: loss" in out and "without solving it" in out and "S3 x4" in out
+    assert "S3: linear/lr-0.005: loss" in out and "without solving it" in out and "S3 x4" in out
     assert {file.name for file in tmp_path.iterdir()} == {"S3", CELLS, RESULTS, "table.md", "table.png", "table.svg"}
     assert main([*command, "--json"]) == 0
     (line,) = capsys.readouterr().out.splitlines()  # the runs are finished, and are no events
