@@ -46,6 +46,8 @@ QUICK_LEARNERS = (
     "ttt_linear", "titans_linear", "titans", "ttt_mlp", "yaad", "dla", "omega_net",
 )  # fmt: skip
 """Those whose step on a CPU takes less than three times that of ``titans``."""
+SLOW = ("titans_channel", "moneta", "memora", "atlas")
+"""Those whose step on a CPU takes more than ten times that of ``titans``: no form has them unless they are named."""
 
 
 def recipe_of(learner: str | dict[str, Any], dim: int, layers: int = 2) -> Recipe:

@@ -24,6 +24,7 @@ from .family import (
     MAD_AVERAGE,
     PUBLISHED,
     QUICK_LEARNERS,
+    SLOW,
     Benchmark,
     Kind,
     learners_named,
@@ -62,7 +63,7 @@ class Form(NamedTuple):
     tasks: tuple[str, ...]
 
 
-LONG = Form(128, 600, (1e-3, 3e-3), tuple(LEARNERS), tuple(BENCHMARKS))
+LONG = Form(128, 600, (1e-3, 3e-3), tuple(n for n in LEARNERS if n not in SLOW), tuple(BENCHMARKS))
 QUICK = Form(64, 600, (5e-3,), QUICK_LEARNERS, tuple(n for n, each in BENCHMARKS.items() if each.quick is not None))
 
 

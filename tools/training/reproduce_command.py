@@ -14,7 +14,7 @@ from ...recipes.atomic_write import atomic_write
 from ..options import overrides
 from ..plotting import draw, need_matplotlib
 from ..terminal import Columns, CommandFailed, UsageError, complain, progress, say, say_columns, say_json
-from .family import BENCHMARKS, LEARNERS
+from .family import BENCHMARKS, LEARNERS, SLOW
 from .log import Event
 from .reproduce import LONG, QUICK, Column, columns_of, number_text, published, reproduce, verdict
 from .run_folder import write_errors, write_text
@@ -24,7 +24,7 @@ from .trials import Result
 SUMMARY = "Compare the family of learners on small published tasks, at equal parameters, with the published figures."
 EXAMPLES = (
     "titans-train reproduce --quick --out runs/family           20 minutes on two cores",
-    "titans-train reproduce --out runs/family                   all tasks and learners, a night on two cores",
+    "titans-train reproduce --out runs/family                   all tasks, 21 learners: a night on two cores",
     "titans-train reproduce titans yaad 'deep={type: memory, depth: 3}' --tasks recall,A5 --out runs/three",
 )
 TABLE = "table"
@@ -34,8 +34,8 @@ TABLE = "table"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Learners, tasks, folder and settings."""
     add = parser.add_argument
-    names = ", ".join(LEARNERS)
-    add("learners", nargs="*", metavar="LEARNER", help=f"{names}; a block, a recipe, or NAME=BLOCK (default: all)")
+    text = f"{', '.join(LEARNERS)}; a block, a recipe, or NAME=BLOCK (default: all but {', '.join(SLOW)})"
+    add("learners", nargs="*", metavar="LEARNER", help=text)
     add("--out", required=True, metavar="FOLDER", help="a folder for each run, and the results")
     add("--quick", action="store_true", help=f"shorter rows and runs, {len(QUICK.learners)} learners, five tasks")
     add("--tasks", metavar="A,B,...", help=f"{', '.join(BENCHMARKS)} (default: all)")
