@@ -17,7 +17,7 @@ from ..cpu_runtime import library
 from ..cpu_runtime.call import Kernel, address, empty_huge_pages, product_dtype
 from ..dispatch import needs_grad
 from .closed_form import closed_form_memory
-from .network_torch import ACTIVATION_NUMBERS, READ_NUMBERS, loss_number, read_formula
+from .network_torch import ACTIVATION_NUMBERS, LOSS_NUMBERS, READ_NUMBERS, read_formula
 from .state import MemoryState, Options, Tokens
 
 LAYERS = 16
@@ -246,7 +246,7 @@ def _run(
     grad_end: Sequence[Tensor | None] = (),
 ) -> None:
     """The structure ``call`` of cpu.c, field by field."""
-    options, layers = plan.options, plan.layers
+    options, objective, layers = plan.options, plan.options.objective, plan.layers
     batch, time, heads, width = tokens.q.shape
     momentum, backward, tasks = tokens.eta is not None, bool(grad_state), batch * heads
     matrices = [0] * (4 * 3 * LAYERS * 3)  # of weights, momentum and anchor
@@ -265,13 +265,13 @@ def _run(
     _memory_run(
         plan.operands,
         batch, time, heads, layers, options.chunk, ACTIVATION_NUMBERS[options.activation],
-        loss_number(options.objective), momentum, gain is not None, READ_NUMBERS[options.read], backward,
-        max(1, min(torch.get_num_threads(), tasks)),
+        LOSS_NUMBERS[objective.kind, objective.smooth is not None, objective.form], momentum, gain is not None,
+        READ_NUMBERS[options.read], backward, max(1, min(torch.get_num_threads(), tasks)),
         *checkpoints, 0 if saved is None else saved.numel() // max(tasks, 1),
         *widths, *[0] * (LAYERS - layers), *places,
         address(gain), address(grad_gain), plan.phases.data_ptr(), address(plan.order), plan.counts.data_ptr(),
         plan.end_rows.data_ptr(), address(saved), *matrices, options.clip or 0.0,
-        options.objective.p, options.objective.delta, options.objective.smooth or 0.0,
+        objective.p, objective.delta, objective.smooth or 0.0,
     )  # fmt: skip
 
 
@@ -286,8 +286,12 @@ def dense(dims: int, tensors: Iterable[Tensor]) -> list[Tensor]:
 # -- read_memory -------------------------------------------------------------------------------------------------------
 
 
-def cpu_read(q: Tensor, weights: Sequence[Tensor], activation: str, norm: Tensor | None) -> Tensor:
-    """``read_memory`` in float32 or float64 on a CPU."""
+def cpu_read(
+    q: Tensor, weights: Sequence[Tensor], activation: str, norm: Tensor | None, half: str | None = None
+) -> Tensor:
+    """``read_memory`` with weights in float32 or float64 on a CPU."""
+    if q.dtype != weights[0].dtype:
+        return cpu_read(q.to(weights[0].dtype), weights, activation, norm).to(q.dtype)
     if needs_grad(q, norm, *weights):
         return _Read.apply(activation, product_dtype(q.dtype), q, norm, *weights)
     y = empty_huge_pages((*q.shape[:3], weights[-1].shape[2]), q.dtype)

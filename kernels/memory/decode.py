@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..dispatch import can_prepare
 from . import MEMORY, READ
-from .state import Options, Tokens, decay_of
+from .state import Options, Tokens
 from .step_cpu import ReadPlan, StepPlan
 
 
@@ -25,7 +25,7 @@ def prepare_step(
     if can_prepare(*tokens, norm):
         run = MEMORY.choose(
             device="cpu", dtype=tokens.q.dtype, time=1, chunk=options.chunk, layers=len(shapes), plain=True, grad=False,
-            decay=decay_of(tokens.alpha, options),
+            decays=options.decay_first or (tokens.alpha is not None and tokens.alpha.dim() == 4),
         )  # fmt: skip
         if run is MEMORY.backends["native_step"].run:
             return StepPlan(tokens, shapes, norm, options)

@@ -17,7 +17,7 @@ from ..cpu_runtime import library
 from ..cpu_runtime.call import Kernel, address, empty_huge_pages
 from ..dispatch import needs_grad
 from .cpu import LONGEST_INTERVAL, dense
-from .network_torch import loss_number
+from .network_torch import LOSS_NUMBERS
 from .reference import reference_memory
 from .state import MemoryState, Options, Tokens, where_rows
 
@@ -150,7 +150,8 @@ def _run(
             matrices += (0, 0, 0) if w is None else (w.data_ptr(), w.stride(0), w.stride(1))
     _run_kernel(
         tokens.q.dtype,
-        batch, time, heads, width, tokens.v.shape[3], loss_number(objective), tokens.eta is not None,
+        batch, time, heads, width, tokens.v.shape[3],
+        LOSS_NUMBERS[objective.kind, objective.smooth is not None, objective.form], tokens.eta is not None,
         tokens.alpha is not None and tokens.alpha.dim() == 4, options.decay_first, options.read == "after",
         bool(grad_state), max(1, min(torch.get_num_threads(), tasks)), plan.interval,
         0 if saved is None else saved.numel() // max(tasks, 1), *places, address(plan.order), plan.counts.data_ptr(),

@@ -86,16 +86,15 @@ ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 READ_NUMBERS = {"before": 0, "after": 1, "anchor": 2}
 """As ``enum reading`` of the C kernels and the Triton kernels number what ``Options.read`` names."""
 LOSSES = ("l2", "l2_half", "dot", "lp", "lp_smooth", "huber", "huber_elementwise")
-
-
-def loss_number(objective: Objective) -> int:
-    """As ``enum loss`` of the C kernels and the Triton kernels number the forms of an objective."""
-    name = objective.kind
-    if name == "lp" and objective.smooth is not None:
-        name = "lp_smooth"
-    if name == "huber" and objective.form == "elementwise":
-        name = "huber_elementwise"
-    return LOSSES.index(name)
+"""As ``enum loss`` of the C kernels and the Triton kernels number the forms of objectives."""
+LOSS_NUMBERS = {
+    (kind, smooth, form): LOSSES.index(
+        "lp_smooth" if kind == "lp" and smooth else
+        "huber_elementwise" if kind == "huber" and form == "elementwise" else kind
+    )
+    for kind in ("l2", "l2_half", "dot", "lp", "huber") for smooth in (False, True) for form in ("norm", "elementwise")
+}  # fmt: skip
+"""By an objective's kind, whether it is smooth, and its form."""
 
 
 # -- LayerNorm and norms -----------------------------------------------------------------------------------------------

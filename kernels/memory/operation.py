@@ -31,7 +31,7 @@ from .linear_cpu import linear_memory, refuse_linear
 from .network_torch import ACTIVATIONS, torch_read
 from .overflow import confine_overflow
 from .reference import reference_memory, reference_read
-from .state import BackendFunction, MemoryState, Objective, Options, Tokens, decay_of
+from .state import BackendFunction, MemoryState, Objective, Options, Tokens
 from .step_cpu import cpu_step, cpu_step_read, refuse_cpu_step
 from .step_torch import torch_step
 from .surprise import thresholded_memory
@@ -121,31 +121,7 @@ def run_memory(
     backend: str = "auto",
 ) -> tuple[Tensor, MemoryState]:
     """:func:`titans_memory` with arguments that are known to fit, and any ``options.objective``."""
-    q = tokens.q
-    run, compute, tensors, grad = _chosen(tokens, state, norm, mask, options, backend)
-    for x in tensors:
-        if x is not None and x.dtype != compute:
-            tokens, state, norm = tokens.map(lambda x: x.to(compute)), state.to(compute), _cast(norm, compute)
-            break
-    with full_precision(q.device.type):
-        y, state = run(tokens, state, norm, mask, options)
-    if grad and not y.requires_grad:  # no token wrote or read: the gradients are zero
-        y = sum((x.flatten()[:0].sum() for x in tensors if x is not None and x.requires_grad), y)
-    return y.to(q.dtype), state
-
-
-def has_fast_backend(
-    tokens: Tokens, state: MemoryState, norm: Tensor | None, mask: Tensor | None, options: Options
-) -> bool:
-    """Whether :func:`run_memory` takes another backend than the reference, which knows every decay and is slow."""
-    return _chosen(tokens, state, norm, mask, options, "auto")[0] is not MEMORY.backends["reference"].run
-
-
-def _chosen(
-    tokens: Tokens, state: MemoryState, norm: Tensor | None, mask: Tensor | None, options: Options, backend: str
-) -> tuple[Callable[..., Any], torch.dtype, tuple[Tensor | None, ...], bool]:
-    """The function to run, the dtype that it computes in, all tensors, and whether gradients are wanted."""
-    q = tokens.q
+    q, alpha = tokens.q, tokens.alpha
     tensors = (*tokens, norm, *state.weights, *state.momentum, *state.anchor)
     compute = torch.promote_types(torch.promote_types(q.dtype, state.weights[0].dtype), torch.float32)
     plain, grad = is_plain_cpu_tensor(*tensors, mask), needs_grad(*tensors)
@@ -161,9 +137,30 @@ def _chosen(
         width=max(q.shape[3], tokens.v.shape[3]),
         grad=grad,
         plainly=norm is options.clip is options.threshold is None,
-        decay=decay_of(tokens.alpha, options),
+        decays=options.decay_first or (alpha is not None and alpha.dim() == 4),
     )
-    return run, compute, tensors, grad
+    for x in tensors:
+        if x is not None and x.dtype != compute:
+            tokens, state, norm = tokens.map(lambda x: x.to(compute)), state.to(compute), _cast(norm, compute)
+            break
+    with full_precision(q.device.type):
+        y, state = run(tokens, state, norm, mask, options)
+    if grad and not y.requires_grad:  # no token wrote or read: the gradients are zero
+        y = sum((x.flatten()[:0].sum() for x in tensors if x is not None and x.requires_grad), y)
+    return y.to(q.dtype), state
+
+
+def has_fast_backend(tokens: Tokens, state: MemoryState, norm: Tensor | None, options: Options) -> bool:
+    """Whether another backend than the reference, which is slow, knows decays for each channel, or before the gradient.
+
+    The tensors are of one dtype.
+    """
+    tensors = (*tokens, norm, *state.weights, *state.momentum)
+    facts = dict(
+        device=tokens.q.device.type, dtype=tokens.q.dtype, plain=is_plain_cpu_tensor(*tensors), chunk=options.chunk,
+        layers=len(state.weights), plainly=norm is options.clip is options.threshold is None, decays=True,
+    )  # fmt: skip
+    return MEMORY.why_not(MEMORY.backends["native_linear"], facts) is None
 
 
 def read_memory(
@@ -335,16 +332,16 @@ def _backend(
     *,
     thresholds: bool = False,
     steps: bool = False,
-    decays: bool = False,
+    any_decay: bool = False,
 ) -> Backend:
     """``thresholds``: whether ``function`` applies ``options.threshold`` itself.
 
     ``steps``: whether it goes token by token, so that nothing that it reads overflows too early.
-    ``decays``: whether it knows decays for each channel, and decays before the gradient.
+    ``any_decay``: whether it knows decays for each channel, and decays before the gradient.
     """
 
-    def refuse_more(*, transformed: bool = False, decay: str = "matrix", **facts: Any) -> str | None:
-        if decay != "matrix" and not decays:
+    def refuse_more(*, transformed: bool = False, decays: bool = False, **facts: Any) -> str | None:
+        if decays and not any_decay:
             return "knows decays of whole matrices after the gradient alone"
         if transformed and function not in (closed_form_memory, reference_memory):
             return "takes no torch.func transform and no forward-mode derivative, as backend='closed_form' does"
@@ -399,12 +396,12 @@ MEMORY = Operation(
         _backend("native_step", cpu_step, _one_token(refuse_cpu_step), thresholds=True, steps=True),
         _backend("triton_step", _triton("step", "triton_step"), _one_token(refuse_triton_memory), steps=True),
         _backend("step", torch_step, _one_token(), thresholds=True, steps=True),
-        _backend("native_linear", linear_memory, refuse_linear, steps=True, decays=True),
+        _backend("native_linear", linear_memory, refuse_linear, steps=True, any_decay=True),
         _backend("native", cpu_memory, refuse_cpu),
         _backend("triton", _triton("network", "triton_memory"), _refuse_triton),
         _backend("torch", chunkwise_memory),
         _backend("closed_form", closed_form_memory, thresholds=True),
-        _backend("reference", reference_memory, thresholds=True, steps=True, decays=True),
+        _backend("reference", reference_memory, thresholds=True, steps=True, any_decay=True),
     ],
     lambda tokens, state, _, mask, options: (tokens.v, state if options.ends is None else state.rows(options.ends)),
     [Tokens, MemoryState, Options, Objective],
@@ -432,7 +429,7 @@ READ = Operation(
     "memory_read",
     [
         _read_backend("native_step", cpu_step_read, _one_token(refuse_cpu_step), opaque=True),
-        _read_backend("native", cpu_read, refuse_cpu_read, opaque=True),
+        Backend("native", cpu_read, refuse_cpu_read, opaque=True),  # casts the queries itself
         Backend("triton", _triton("read", "triton_read"), refuse_triton_memory, opaque=True),  # casts what it loads
         _read_backend("torch", torch_read),
         _read_backend("reference", reference_read),

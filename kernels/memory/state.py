@@ -167,13 +167,6 @@ class Options(NamedTuple):
     """Whether the weights decay before a token's gradient is taken, and not after; of chunks of one token."""
 
 
-def decay_of(alpha: Tensor | None, options: Options) -> str:
-    """What a backend has to know of the decay: ``"matrix"``, ``"channel"``, or ``"first"``, which may be either."""
-    if options.decay_first:
-        return "first"
-    return "channel" if alpha is not None and alpha.dim() == 4 else "matrix"
-
-
 BackendFunction: TypeAlias = Callable[
     [Tokens, MemoryState, Tensor | None, Tensor | None, Options], tuple[Tensor, MemoryState]
 ]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..cpu_runtime import library
 from ..cpu_runtime.call import Kernel, address, threads_for
-from .network_torch import ACTIVATION_NUMBERS, READ_NUMBERS, loss_number
+from .network_torch import ACTIVATION_NUMBERS, LOSS_NUMBERS, READ_NUMBERS
 from .state import MemoryState, Options, Tokens, where_rows
 
 _NONE = (0, 0, 0)
@@ -131,8 +131,10 @@ def _prepared(
         threads_for(batch * heads * y.element_size() * sum([out * before for out, before in shapes])), batch * heads
     )
     copies: list[Tensor] = []
+    objective = options.objective
     fields: list[Any] = [batch, heads, len(shapes), options.chunk, ACTIVATION_NUMBERS[options.activation],
-                         loss_number(options.objective), READ_NUMBERS[options.read], threads]  # fmt: skip
+                         LOSS_NUMBERS[objective.kind, objective.smooth is not None, objective.form],
+                         READ_NUMBERS[options.read], threads]  # fmt: skip
     for x in tokens[:3]:
         fields += _NONE if x is None else _place(x, heads, x.shape[3], copies)
     for x in tokens[3:]:
@@ -140,10 +142,9 @@ def _prepared(
     norm = None if norm is None else norm.contiguous()
     fields += address(norm), 0, width
     fields += y.data_ptr(), heads * width, width
-    _, p, delta, smooth, _ = options.objective
     kernel, bounds = (
         _kernel(name, len(shapes)),
-        (options.clip or 0.0, options.threshold or 0.0, p, delta, smooth or 0.0),
+        (options.clip or 0.0, options.threshold or 0.0, objective.p, objective.delta, objective.smooth or 0.0),
     )
     alive = [*copies, *tokens, norm, y]
 

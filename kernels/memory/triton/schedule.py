@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 from ...dispatch import BackendError
-from ..network_torch import loss_number
+from ..network_torch import LOSS_NUMBERS
 from ..state import Objective
 
 VARIABLE = "TITANS_BUILD_SCHEDULE"
@@ -44,7 +44,12 @@ RESIDENT = {"write_kernel": "write_resident_kernel", "write_backward_kernel": "w
 def loss_constants(objective: Objective) -> dict[str, Any]:
     """What a kernel that computes errors is compiled for."""
     _, p, delta, smooth, _ = objective
-    return dict(LOSS=loss_number(objective), POWER=float(p), DELTA=float(delta), SMOOTH=float(smooth or 0.0))
+    return dict(
+        LOSS=LOSS_NUMBERS[objective.kind, objective.smooth is not None, objective.form],
+        POWER=float(p),
+        DELTA=float(delta),
+        SMOOTH=float(smooth or 0.0),
+    )
 
 
 def tile(size: int, most: int | None = None) -> int:
