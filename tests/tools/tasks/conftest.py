@@ -5,9 +5,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+import titans_build as tb
 from titans_build.tools.randomness import Draws
 from titans_build.tools.tasks import IGNORED, make_task
+from titans_build.tools.training import as_settings
+from titans_build.tools.training.distributed import Processes
+from titans_build.tools.training.train_step import TrainStep
 
 Array = np.ndarray
 
@@ -47,3 +52,14 @@ class Made:
 def make() -> Callable[..., Made]:
     """``make("mqar", rows, pairs=2)``."""
     return lambda name, rows, **fields: Made(name, rows, fields)
+
+
+@pytest.fixture
+def tiny_step() -> Callable[[int], TrainStep]:
+    """``tiny_step(vocab)``: what runs a model without any memory, for validations."""
+
+    def make(vocab: int) -> TrainStep:
+        recipe = {"version": 1, "dim": 8, "vocab": vocab, "layers": {"ffn": ["ffn"]}, "stack": ["ffn"]}
+        return TrainStep(tb.build(recipe, seed=0), as_settings(), Processes(device=torch.device("cpu")))
+
+    return make

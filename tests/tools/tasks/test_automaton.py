@@ -4,8 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
+import torch
 
 import titans_build as tb
+from titans_build.tools.training.train_step import TrainStep
+from titans_build.tools.training.validation import validate
 
 SEPARATOR = 18
 
@@ -78,3 +82,18 @@ def test_automaton_splits_share_no_language():
 def test_automaton_only_held_out_batches_say_what_is_accepted():
     train, test = (tb.open_source("automaton:length=16", rows=2, split=split).batch(0) for split in ("train", "test"))
     assert train.accepted is None and test.accepted is not None and test.accepted.shape == (2, 16, 19)
+
+
+def test_automaton_accuracy_of_a_validation_counts_every_possible_symbol(tiny_step: Callable[[int], TrainStep]):
+    step, source = tiny_step(19), tb.open_source("automaton:length=40", rows=8, split="valid")
+    right, counted, exactly = 0, 0, 0
+    for index in range(2):
+        batch = source.batch(index)
+        with torch.no_grad():
+            said = step.model(batch.tokens).logits.argmax(-1)
+        for row, time in zip(*torch.nonzero(batch.targets != -100, as_tuple=True)):
+            counted += 1
+            right += bool(batch.accepted[row, time, said[row, time]])  # type: ignore[index]
+            exactly += bool(said[row, time] == batch.targets[row, time])
+    assert validate(step, source, 2)["accuracy"] == pytest.approx(right / counted)
+    assert right > exactly

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ import titans_build as tb
 from titans_build.registry import RecipeError
 from titans_build.tools.tasks.forecasting import load_series
 from titans_build.tools.terminal import UsageError
+from titans_build.tools.training.train_step import TrainStep
+from titans_build.tools.training.validation import validate
 
 SPLITS: tuple[Any, ...] = ("train", "valid", "test")
 
@@ -46,10 +49,9 @@ def test_forecast_numbers_beyond_the_range_have_the_outermost_token():
     assert task.numbers.max() > 4 and task.tokens.max() == 63 and task.tokens.min() > 0
 
 
-def test_forecast_mean_squared_error_of_a_validation(tiny_model: Any):
-    step, source = tiny_model
-    from titans_build.tools.training.validation import validate
-
+def test_forecast_mean_squared_error_of_a_validation(tiny_step: Callable[[int], TrainStep]):
+    step, source = tiny_step(65), tb.open_source("forecast:length=14,horizon=4", rows=2, split="valid")
+    assert source.token_values is not None
     found = validate(step, source, 2)
     total, count = 0.0, 0
     for index in range(2):
@@ -62,17 +64,6 @@ def test_forecast_mean_squared_error_of_a_validation(tiny_model: Any):
             count += 1
     assert found["mse"] == pytest.approx(total / count, rel=1e-5)
     assert "mse" not in validate(step, tb.open_source("copy:length=8", rows=2, split="valid"), 1)
-
-
-@pytest.fixture
-def tiny_model() -> Any:
-    from titans_build.tools.training import as_settings
-    from titans_build.tools.training.distributed import Processes
-    from titans_build.tools.training.train_step import TrainStep
-
-    recipe = {"version": 1, "dim": 8, "vocab": 65, "layers": {"ffn": ["ffn"]}, "stack": ["ffn"]}
-    step = TrainStep(tb.build(recipe, seed=0), as_settings(), Processes(device=torch.device("cpu")))
-    return step, tb.open_source("forecast:length=14,horizon=4", rows=2, split="valid")
 
 
 def test_forecast_errors(monkeypatch: pytest.MonkeyPatch):
