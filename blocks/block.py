@@ -18,10 +18,10 @@ from ..kernels.custom_op import NOT_TRACED
 from ..kernels.dispatch import expect_values
 from ..kernels.documents import Documents
 from ..kernels.linear import is_unmodified
-from .documents import DocumentState, expect_documents, run_documents
+from .documents import expect_documents, run_documents
 from .freezing import thawed
 from .observers import suppressed
-from .state import State, map_state, named_tensors, nbytes
+from .state import DocumentState, State, map_state, named_tensors, nbytes
 
 _T = TypeVar("_T")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +12,6 @@ from ..kernels.documents import Documents, Group, packed_ids
 from ..kernels.padding import align
 from .observers import active, observers_of
 from .state import State, concatenate, map_state, select, where
-
-
-class DocumentState(NamedTuple):
-    """The state of a block after packed documents, and which document it belongs to."""
-
-    state: State
-    """The state of the block after the last document of each row."""
-    document: Tensor
-    """``[batch]`` int64: the id of that document. A call goes on with it if the first id of the row is the same."""
 
 
 def expect_documents(

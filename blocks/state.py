@@ -12,16 +12,25 @@ A snapshot of a state is therefore a reference to it, and several continuations 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ..kernels.documents import packed_ids
+from ..kernels.documents import NO_DOCUMENT, packed_ids
 from .observers import suppressed
 
 State: TypeAlias = Any
 """A named tuple or tuple of states, a tensor ``[batch, ...]``, or ``None``."""
+
+
+class DocumentState(NamedTuple):
+    """The state of a block after packed documents, and which document it belongs to."""
+
+    state: State
+    """The state of the block after the last document of each row."""
+    document: Tensor
+    """``[batch]`` int64: the id of that document. A call goes on with it if the first id of the row is the same."""
 
 
 def map_state(function: Callable[..., Tensor], state: State, *others: State) -> State:
@@ -167,9 +176,12 @@ def where(rows: Tensor, state: State, other: State) -> State:
 def reset(state: State, rows: Tensor | Sequence[int], fresh: State) -> State:
     """Replace the given rows of ``state`` by those of ``fresh``, the result of ``init_state`` for all rows or for one.
 
-    ``rows``: integers, where negative ones count from the end, or one bool per row. Raises ``IndexError`` for a row out
-    of range, and ``TypeError`` or ``ValueError`` for states of different structures, dtypes, devices or shapes.
+    ``rows``: integers, where negative ones count from the end, or one bool per row. After packed documents, these rows
+    belong to no document. Raises ``IndexError`` for a row out of range, and ``TypeError`` or ``ValueError`` for states
+    of different structures, dtypes, devices or shapes.
     """
+    if isinstance(state, DocumentState) and not isinstance(fresh, DocumentState):
+        fresh = DocumentState(fresh, state.document.new_full((batch_size(fresh) or 1,), NO_DOCUMENT))
     size = batch_size(state)
     if size is None:
         return state

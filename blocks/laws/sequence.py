@@ -9,8 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..documents import DocumentState
-from ..state import State, map_state, named_tensors, nbytes, select
+from ..state import DocumentState, State, map_state, named_tensors, nbytes, select
 from .subject import Result, Subject
 
 FAR = 2**21

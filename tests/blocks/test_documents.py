@@ -8,9 +8,8 @@ import torch
 import titans_build as tb
 from titans_build.blocks.block import Block
 from titans_build.blocks.build import build_block
-from titans_build.blocks.documents import DocumentState
-from titans_build.blocks.state import named_tensors, select
-from titans_build.kernels.documents import GROUP_COST, Documents, group_by_length
+from titans_build.blocks.state import DocumentState, named_tensors, select
+from titans_build.kernels.documents import GROUP_COST, NO_DOCUMENT, Documents, group_by_length
 
 MEMORY = {"type": "memory", "heads": 1, "chunk": 3, "gates": "chunk", "conv": 3}
 WINDOW = {"type": "attention", "heads": 1, "window": 4}
@@ -222,6 +221,18 @@ def test_a_row_that_is_reset_begins():
     torch.testing.assert_close(
         model(tokens, anew, documents=ids).logits[1], model(tokens[1:]).logits[0], rtol=0, atol=1e-12
     )
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_row_of_a_state_after_packed_documents_is_reset(rows):
+    block = build(MEMORY)
+    x, ids = torch.randn(2, 6, DIM, dtype=torch.float64), torch.full((2, 6), 3)
+    _, state = block(x, documents=ids)
+    anew = tb.state.reset(state, [1], block.init_state(rows))
+    assert isinstance(anew, DocumentState) and anew.document.tolist() == [3, NO_DOCUMENT]
+    y, _ = block(x, anew, documents=ids)
+    torch.testing.assert_close(y[1:], block(x[1:])[0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(y[:1], block(torch.cat([x, x], dim=1)[:1])[0][:, 6:], rtol=0, atol=1e-12)
 
 
 def test_documents_of_a_row_without_valid_tokens_leave_its_state():
