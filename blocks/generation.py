@@ -134,7 +134,7 @@ def _generate(
     if draft is not None:
         drafted = Drafted(0, 0, 0)
         if max_new_tokens:
-            source = _read_draft(draft, tokens, mask, sampler)
+            source = read_draft(draft, tokens, mask, sampler)
             _keep_freed_memory(logits)
             found = speculate(model, logits, state, sampler, max_new_tokens, source)
             new_tokens, state, logits = map(trainable, (found.tokens, found.state, found.logits))
@@ -159,7 +159,7 @@ def _expect_cache(prefix_cache: Any, model: Any) -> None:
         raise RuntimeError("prefix_cache: an observer would not see tokens of stored states: generate without it")
 
 
-def _read_draft(draft: Any, tokens: Tensor, mask: Tensor | None, sampler: Sampler) -> Draft:
+def read_draft(draft: Any, tokens: Tensor, mask: Tensor | None, sampler: Sampler) -> Draft:
     """The draft after the prompt."""
     if isinstance(draft, str):
         texts = tokens.tolist()

@@ -99,8 +99,9 @@ class _Chat:
         self.session.read([turn])
         printer = Printer()
         try:
-            for part in before_stop(self.session.generate(self.max_new_tokens, self.sampler), self.stops):
-                printer.write(part)
+            with contextlib.closing(self.session.generate(self.max_new_tokens, self.sampler)) as texts:
+                for part in before_stop(texts, self.stops):
+                    printer.write(part)
         finally:
             if printer.on_terminal:
                 printer.end_line()

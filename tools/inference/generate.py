@@ -59,16 +59,18 @@ def _answer(session: Session, sampler: Sampler, arguments: argparse.Namespace) -
     tokens: list[int] = []
     start = time.perf_counter()
     printer = Printer()
-    texts = session.generate(arguments.max_new_tokens, sampler, tokens.append)
     try:
-        for part in before_stop(texts, arguments.stop):
-            answer.append(part)
-            if not arguments.json:
-                printer.write(part)
+        with contextlib.closing(session.generate(arguments.max_new_tokens, sampler, tokens.append)) as texts:
+            for part in before_stop(texts, arguments.stop):
+                answer.append(part)
+                if not arguments.json:
+                    printer.write(part)
     finally:
         if not arguments.json:
             printer.end_line()
-    return {"text": "".join(answer), "tokens": tokens, "generated": _pace(len(tokens), time.perf_counter() - start)}
+    generated = _pace(len(tokens), time.perf_counter() - start)
+    drafted = {} if session.draft is None else {"drafted": session.drafted._asdict()}
+    return {"text": "".join(answer), "tokens": tokens, "generated": generated} | drafted
 
 
 def _read(session: Session, text: Text) -> tuple[int, dict[str, float]]:

@@ -15,7 +15,16 @@ from ..terminal import UsageError, complain
 from .chat import DEFAULT_TEMPLATE, PLACEHOLDER, chat
 from .generate import answer_prompt, answer_questions
 from .measure import measure, parse_edges
-from .session import STANDARD_INPUT, Session, Text, check_state_file, check_writable, open_model, usage_errors
+from .session import (
+    STANDARD_INPUT,
+    Session,
+    Text,
+    check_state_file,
+    check_writable,
+    open_draft,
+    open_model,
+    usage_errors,
+)
 
 SUMMARY = "Let a saved model read a text of any length and continue it; keep what it learned for the next time."
 EXAMPLES = (
@@ -58,6 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
     add("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that reach this probability together")
     add("--seed", type=whole_number, metavar="N", help="draw the same tokens every time")
+    draft = "guess several tokens, which the model checks at once: prompt, as in the text before; or by a smaller model"
+    add("--draft", metavar="prompt|DIR", help=draft)
     add("--chat", action="store_true", help="chat line by line; the default on a terminal without a prompt")
     template = f"text to read for a line: {PLACEHOLDER} is the line, \\n its end (default: {DEFAULT_TEMPLATE})"
     add("--template", default=DEFAULT_TEMPLATE, metavar="TEXT", help=template)
@@ -89,7 +100,8 @@ def run(arguments: argparse.Namespace) -> int:
     model, tokenizer = open_model(arguments.model, arguments.tokenizer, arguments.device, arguments.dtype)
     if target is not None and target != state:  # a state that is read is checked then
         expect_replaceable(target, model)
-    session = Session(model, tokenizer, target)
+    draft = None if arguments.draft is None else open_draft(arguments.draft, model)
+    session = Session(model, tokenizer, target, draft)
     if state is not None and state.exists():
         session.load(state)
     elif state is not None and target != state:  # nothing would be saved there
@@ -121,7 +133,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> None:
     """Raise ``UsageError`` for options that do not go together."""
     if arguments.perplexity is not None:
-        if stray := _first_given(arguments, "--chat", "PROMPT", "--file", "--question", "--stop"):
+        if stray := _first_given(arguments, "--chat", "PROMPT", "--file", "--question", "--stop", "--draft"):
             raise UsageError(f"--perplexity measures one file and generates nothing: it takes no {stray}")
         if arguments.compare_frozen and arguments.no_write:
             raise UsageError("--compare-frozen compares with --no-write: give one of them")

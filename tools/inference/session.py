@@ -8,16 +8,17 @@ import os
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ... import recipes
-from ...blocks.generation import Sampler, read_prompt, steps
+from ...blocks.generation import Sampler, read_draft, read_prompt, steps
 from ...blocks.language_model import LanguageModel
+from ...blocks.speculation import Drafted, check_draft, speculate
 from ...blocks.state import State, batch_size, named_tensors
 from ...recipes import StorageError, packaged_names
 from ...recipes.atomic_write import locked_folder
@@ -37,6 +38,8 @@ MAX_CANDIDATES = 1000
 BLOCK = 2**16
 """Bytes that are read from a file at once."""
 STANDARD_INPUT = "-"
+AHEAD = 32
+"""Tokens that are generated together with a draft."""
 LINE_SECONDS = 30.0
 """Between lines about the progress, where no bar is shown."""
 
@@ -74,6 +77,19 @@ def open_model(
         message = f"{name}: the model has {model.vocab:,} tokens, and no tokenizer is saved with it"
         raise UsageError(f"{message}: give --tokenizer FILE, or bytes or ids if it was trained on those")
     return model, open_tokenizer(tokenizer or "bytes", model.vocab)
+
+
+def open_draft(name: str, model: LanguageModel) -> LanguageModel | Literal["prompt"]:
+    """The draft of ``model``: ``prompt``, or the folder of a smaller model. Raises ``UsageError``."""
+    if name == "prompt":
+        return "prompt"
+    like = next(model.parameters())
+    draft = recipes.load(find_model(name), device=like.device, dtype=like.dtype).eval()
+    try:
+        check_draft(draft, model)
+    except ValueError as error:
+        raise UsageError(f"--{error}") from None
+    return draft
 
 
 def find_model(name: str) -> Path:
@@ -222,14 +238,21 @@ class Reading(NamedTuple):
     """``[1, vocab]``: the prediction of the next token; ``None`` before the first."""
     tokens: int
     """Tokens that were read in this session."""
+    seen: Tensor | None = None
+    """``[1, tokens]``: these, if there is a draft."""
 
 
 class Session:
     """One row that reads and writes. An interruption leaves it after the last complete piece or token."""
 
-    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, target: Path | None = None) -> None:
-        """``target``: the file that the state is saved to at the end."""
+    def __init__(
+        self, model: LanguageModel, tokenizer: Tokenizer, target: Path | None = None, draft: Any = None
+    ) -> None:
+        """``target``: the file that the state is saved to at the end. ``draft``: as of ``LanguageModel.generate``."""
         self.model, self.tokenizer = model, tokenizer
+        self.draft = draft
+        self.drafted = Drafted(0, 0, 0)
+        """Of the last answer."""
         self.target = target
         self.device = next(model.parameters()).device
         self.reading = Reading(None, None, 0)
@@ -259,7 +282,7 @@ class Session:
         start = self.reading
         for piece in self.pieces(text):
             logits, state = read_prompt(self.model, piece, self.reading.state)
-            self.reading = Reading(state, logits, self.reading.tokens + piece.shape[1])
+            self.reading = self._after(self.reading, piece, logits, state)
             on_piece(self.reading.tokens - start.tokens)
         return self.reading.tokens - start.tokens
 
@@ -280,9 +303,10 @@ class Session:
 
     def generate(
         self, max_new_tokens: int, sampler: Sampler, on_token: Callable[[int], None] = lambda token: None
-    ) -> Iterator[str]:
+    ) -> Generator[str]:
         """Yield the text of up to ``max_new_tokens`` new tokens; a character is yielded when it is complete.
 
+        Close the generator to stop early: ``reading`` is then the position after the last token.
         Raises ``UsageError`` where nothing was read before, and ``CommandFailed`` where the model has diverged.
         """
         if self.reading.logits is None:
@@ -290,17 +314,52 @@ class Session:
             message = "there is nothing to continue: the prompt is empty"
             raise UsageError(message + ("" if self.reading.state is None else hint))
         decoder = self.tokenizer.decoder()
+        choose = self._choose if self.draft is None else self._choose_with_draft
         try:
-            for step in steps(self.model, self.reading.logits, self.reading.state, sampler, max_new_tokens):
-                self.reading = Reading(step.state, step.logits, self.reading.tokens + 1)
-                token = int(step.token)
-                on_token(token)
-                if text := decoder.feed(token):
-                    yield text
+            with contextlib.closing(choose(self.reading.logits, sampler, max_new_tokens)) as tokens:
+                for token in tokens:
+                    on_token(token)
+                    if text := decoder.feed(token):
+                        yield text
         except ValueError as error:
             raise CommandFailed(f"generation stopped: {error}") from None
         if text := decoder.finish():
             yield text
+
+    def _choose(self, logits: Tensor, sampler: Sampler, count: int) -> Generator[int]:
+        """Yield ``count`` new tokens. ``reading`` is then the position after the token."""
+        for step in steps(self.model, logits, self.reading.state, sampler, count):
+            self.reading = Reading(step.state, step.logits, self.reading.tokens + 1)
+            yield int(step.token)
+
+    def _choose_with_draft(self, logits: Tensor, sampler: Sampler, count: int) -> Generator[int]:
+        """``_choose``, where ``reading`` is the position after the token once the generator is closed."""
+        seen = self.reading.seen
+        assert seen is not None  # there are logits
+        source = read_draft(self.draft, seen, None, sampler)
+        self.drafted = Drafted(0, 0, 0)
+        while count:
+            before, taken = self.reading, 0
+            found = speculate(self.model, logits, before.state, sampler, min(count, AHEAD), source)
+            logits, state = found.logits, found.state
+            self.drafted = Drafted(*map(sum, zip(self.drafted, found.drafted)))
+            try:
+                for token in found.tokens[0].tolist():
+                    taken += 1
+                    yield token
+            finally:
+                tokens = found.tokens[:, :taken]
+                if taken < found.tokens.shape[1]:  # the tokens are read again up to the last one that was taken
+                    logits, state = read_prompt(self.model, tokens, before.state)
+                self.reading = self._after(before, tokens, logits, state)
+            count -= taken
+
+    def _after(self, before: Reading, tokens: Tensor, logits: Tensor, state: State) -> Reading:
+        """The position after ``tokens`` [1, time]."""
+        seen = None
+        if self.draft is not None:
+            seen = tokens if before.seen is None else torch.cat([before.seen, tokens], dim=1)
+        return Reading(state, logits, before.tokens + tokens.shape[1], seen)
 
     def load(self, path: Path) -> None:
         """Continue from the state in a file. Raises ``StorageError``, and changes nothing, where that fails."""

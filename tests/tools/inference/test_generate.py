@@ -223,3 +223,49 @@ def test_generation_ends_at_the_stop() -> None:
 
 def test_control_characters_become_pictures() -> None:
     assert without_control("a\x1b[2J\r\x7f\x9b\té\n") == "a\u241b[2J\u240d\u2421\ufffd\té\n"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A smaller model of the same vocabulary."""
+    place = tmp_path_factory.mktemp("drafts") / "small"
+    tb.save(tb.build(tb.load_recipe("lmm", overrides={"dim": 8, "layers.lmm.0.heads": 1}), seed=1), place)
+    return place
+
+
+@pytest.mark.parametrize("draft", ["prompt", "model"])
+def test_an_answer_with_a_draft_is_that_without(
+    draft: str, folder: Path, small: Path, infer: Infer, tmp_path: Path
+) -> None:
+    words = [PROMPT * 4, "--max-new-tokens", "70", "--json"]
+    plain = infer(folder, *words, "--state", tmp_path / "plain.state").json
+    name = small if draft == "model" else draft
+    found = infer(folder, *words, "--state", tmp_path / "draft.state", "--draft", name).json
+    assert found["tokens"] == plain["tokens"] and found["position"] == plain["position"]
+    assert 0 < found["drafted"]["calls"] and found["drafted"]["accepted"] <= found["drafted"]["proposed"]
+    assert "drafted" not in plain
+    # a stop inside of the tokens that are checked together
+    stop = ["--stop", plain["text"][20:23]]
+    plain = infer(folder, *words, *stop, "--save", tmp_path / "a.state").json
+    found = infer(folder, *words, *stop, "--save", tmp_path / "b.state", "--draft", name).json
+    assert [found["text"], found["tokens"], found["position"]] == [plain["text"], plain["tokens"], plain["position"]]
+    model = tb.load(folder)
+    states = [tb.load_state(tmp_path / file, model) for file in ("a.state", "b.state")]
+    for (path, a), (_, b) in zip(*map(tb.state.named_tensors, states)):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4, msg=path)
+
+
+def test_questions_with_a_draft_are_answered_apart(folder: Path, infer: Infer) -> None:
+    words = [PROMPT * 3, "--question", "Who?", "--question", "Where?", "--max-new-tokens", "40"]
+    assert infer(folder, *words, "--draft", "prompt").out == infer(folder, *words).out
+
+
+def test_a_draft_that_does_not_fit_is_refused(folder: Path, infer: Infer, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    tb.save(tb.build(tb.load_recipe("lmm", overrides={"dim": 8, "vocab": 300, "layers.lmm.0.heads": 1}), seed=0), other)
+    result = infer(folder, PROMPT, "--draft", other)
+    assert result.status == 2 and "--draft: a vocabulary of 300 tokens: expected 256" in result.err
+    result = infer(folder, PROMPT, "--draft", tmp_path / "none")
+    assert result.status == 2 and "none: no such folder" in result.err
+    result = infer(folder, "--perplexity", "text", "--draft", "prompt")
+    assert result.status == 2 and "it takes no --draft" in result.err
