@@ -41,7 +41,6 @@ from .validation import validate
 CELLS, RESULTS = "cells.jsonl", "results.json"
 SETTINGS = {
     "batch": 16,
-    "valid_batches": 8,
     "checkpoint_every": None,
     "log_every": 50,
     "surprise_every": None,
@@ -58,13 +57,14 @@ class Form(NamedTuple):
 
     dim: int
     steps: int
+    valid_batches: int
     lrs: tuple[float, ...]
     learners: tuple[str, ...]
     tasks: tuple[str, ...]
 
 
-LONG = Form(128, 600, (1e-3, 3e-3), tuple(n for n in LEARNERS if n not in SLOW), tuple(BENCHMARKS))
-QUICK = Form(64, 600, (5e-3,), QUICK_LEARNERS, tuple(n for n, each in BENCHMARKS.items() if each.quick is not None))
+LONG = Form(128, 600, 20, (1e-3, 3e-3), tuple(n for n in LEARNERS if n not in SLOW), tuple(BENCHMARKS))
+QUICK = Form(64, 600, 8, (5e-3,), QUICK_LEARNERS, tuple(n for n, each in BENCHMARKS.items() if each.quick is not None))
 
 
 def reproduce(
@@ -101,10 +101,10 @@ def reproduce(
     ``settings``, ``lrs``, ``seeds``, ``tasks``, ``learners``, ``left_out`` and ``cells``.
     """
     folder, form = Path(out), QUICK if quick else LONG
-    given = as_settings({**SETTINGS, "steps": form.steps, **(settings or {})}).to_dict()
-    if "valid_every" not in (settings or {}):
-        given["valid_every"] = max(1, given["steps"] // 4)
+    given = {**SETTINGS, "steps": form.steps, "valid_batches": form.valid_batches, **(settings or {})}
     setup = as_settings(given)
+    if "valid_every" not in given:
+        setup = as_settings({**setup.to_dict(), "valid_every": max(1, setup.steps // 4)})
     chosen = benchmarks_named(tasks or form.tasks, quick)
     wanted = learners_named(list(learners) or form.learners)
     rates = list(lrs or form.lrs)

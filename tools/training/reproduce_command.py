@@ -19,7 +19,7 @@ from .log import Event
 from .reproduce import LONG, QUICK, Column, columns_of, number_text, published, reproduce, verdict
 from .run_folder import write_errors, write_text
 from .train_command import positive, read_rates
-from .trials import Result
+from .trials import TEST_BATCHES, Result
 
 SUMMARY = "Compare the family of learners on small published tasks, at equal parameters, with the published figures."
 EXAMPLES = (
@@ -147,9 +147,11 @@ def notes_of(result: Result) -> list[str]:
     settings = result["settings"]
     sizes = f"{settings['steps']:,} steps of {settings['batch']} rows, {result['dim']} wide, two layers"
     rates = ", ".join(f"{rate:g}" for rate in result["lrs"])
+    errors = ", ".join(column.heading for column in columns_of(result) if column.metric == "mse")
+    rows = TEST_BATCHES * settings["valid_batches"] * settings["batch"]
     notes = [
-        f"Test accuracy in percent (el_nino, sunspots: mean squared error) after {sizes}, learning rate {rates}, "
-        f"{result['seeds']} seed{'s' * (result['seeds'] > 1)}.",
+        f"Test accuracy in percent{f' ({errors}: mean squared error)' * bool(errors)} on {rows:,} rows after {sizes}, "
+        f"learning rate {rates}, {result['seeds']} seed{'s' * (result['seeds'] > 1)}.",
         "In brackets: published, at other sizes and with more training. x2, x4: rows so many times as long as those of "
         "the training, at the positions beyond them.",
     ]

@@ -13,8 +13,8 @@ def test_bottleneck_laws(bottleneck: None) -> None:
         {"type": "bottleneck", "of": [{"type": "memory", "heads": 2, "chunk": 4}, "ffn"], "after": 5},
         dim=8,
         laws=laws,
-        endurance=600,
-        cuts=8,
+        endurance=200,
+        cuts=4,
     )
 
 

@@ -160,7 +160,13 @@ def cells(task: str, metric: str = "accuracy", chance: float | None = 0.1, **val
 def result(**tasks: list[Any]) -> Any:
     kinds = {"gla": "linear", "kda": "linear", "titans": "deep", "atlas": "deep", "transformer": "attention"}
     every = [cell for group in tasks.values() for cell in group]
-    facts = {"settings": {"steps": 2, "batch": 2}, "dim": 16, "lrs": [1e-3], "seeds": 1, "left_out": {}}
+    facts = {
+        "settings": {"steps": 2, "batch": 2, "valid_batches": 1},
+        "dim": 16,
+        "lrs": [1e-3],
+        "seeds": 1,
+        "left_out": {},
+    }
     return {"tasks": dict.fromkeys(tasks), "learners": kinds, "cells": every, **facts}
 
 
