@@ -42,10 +42,9 @@ LEARNERS: dict[str, tuple[Kind, str | dict[str, Any]]] = {
 }
 """Each learner's kind and its block, or the name of a block or of a packaged recipe. Linear: its memory is a matrix."""
 QUICK_LEARNERS = (
-    "transformer", "linear_attention", "retnet", "delta_net", "gated_delta_net", "delta_product", "momentum_delta",
-    "ttt_linear", "titans_linear", "titans", "ttt_mlp", "yaad", "dla", "omega_net",
+    "transformer", "linear_attention", "gla", "delta_net", "gated_delta_net", "kda", "delta_product", "momentum_delta",
+    "ttt_linear", "titans_linear", "titans", "ttt_mlp", "yaad", "omega_net",
 )  # fmt: skip
-"""Those whose step on a CPU takes less than three times that of ``titans``."""
 SLOW = ("titans_channel", "moneta", "memora", "atlas")
 """Those whose step on a CPU takes more than ten times that of ``titans``: no form has them unless they are named."""
 

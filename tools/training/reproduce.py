@@ -64,7 +64,7 @@ class Form(NamedTuple):
 
 
 LONG = Form(128, 600, 20, (1e-3, 3e-3), tuple(n for n in LEARNERS if n not in SLOW), tuple(BENCHMARKS))
-QUICK = Form(64, 600, 8, (5e-3,), QUICK_LEARNERS, tuple(n for n, each in BENCHMARKS.items() if each.quick is not None))
+QUICK = Form(64, 500, 8, (5e-3,), QUICK_LEARNERS, tuple(n for n, each in BENCHMARKS.items() if each.quick is not None))
 
 
 def reproduce(
