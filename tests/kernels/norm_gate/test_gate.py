@@ -54,7 +54,8 @@ def test_against_the_definition(backend):
 @each
 def test_gradients(operation, backend):
     given = inputs(operation, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *a: operation(*a, backend=backend), given)
+    fast = backend == "triton"  # its interpreter is slow: along random directions
+    assert torch.autograd.gradcheck(lambda *a: operation(*a, backend=backend), given, fast_mode=fast)
 
 
 @pytest.mark.c_kernels

@@ -25,8 +25,9 @@ def test_l2_norm_against_the_definition(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients(backend):
     x, gain = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in [(2, 3, 4), (3, 4)])
-    assert torch.autograd.gradcheck(lambda x, g: rms_norm(x, g, backend=backend), (x, gain))
-    assert torch.autograd.gradcheck(lambda x: l2_norm(x, backend=backend), (x,))
+    fast = backend == "triton"  # its interpreter is slow: along random directions
+    assert torch.autograd.gradcheck(lambda x, g: rms_norm(x, g, backend=backend), (x, gain), fast_mode=fast)
+    assert torch.autograd.gradcheck(lambda x: l2_norm(x, backend=backend), (x,), fast_mode=fast)
 
 
 @pytest.mark.filterwarnings("error")

@@ -23,7 +23,9 @@ def test_gradients(backend, time):
     x, weight, history = (
         torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in [(2, time, 3), (3, 4), (2, 3, 3)]
     )
-    assert torch.autograd.gradcheck(lambda *a: causal_convolution(*a, backend=backend), (x, weight, history))
+    fast = backend == "triton"  # its interpreter is slow: along random directions
+    run = lambda *given: causal_convolution(*given, backend=backend)  # noqa: E731
+    assert torch.autograd.gradcheck(run, (x, weight, history), fast_mode=fast)
 
 
 def test_no_history_is_zeros():
