@@ -34,6 +34,13 @@ if TYPE_CHECKING:
         write_cost,
     )
     from .kernels.dispatch import BackendError
+    from .kernels.memory.learner import (
+        register_features,
+        register_network,
+        register_objective,
+        register_optimizer,
+        register_retention,
+    )
     from .recipes import StorageError, build, load, load_recipe, load_state, save, save_state
     from .registry import RecipeError, Spec, Unavailable, create, describe, list_blocks, register
     from .tools.data import open_source
@@ -77,6 +84,11 @@ __all__ = [
     "open_source",
     "perplexity",
     "register",
+    "register_features",
+    "register_network",
+    "register_objective",
+    "register_optimizer",
+    "register_retention",
     "register_task",
     "save",
     "save_state",
@@ -94,6 +106,10 @@ _PACKAGES = ("blocks", "kernels", "recipes", "registry", "tools")
 # the packages that the names above come from, where it is not `blocks`
 _HOMES = {
     "BackendError": "kernels.dispatch",
+    **dict.fromkeys(
+        ("register_features", "register_network", "register_objective", "register_optimizer", "register_retention"),
+        "kernels.memory.learner",
+    ),
     **dict.fromkeys(("StorageError", "build", "load", "load_recipe", "load_state", "save", "save_state"), "recipes"),
     **dict.fromkeys(
         ("RecipeError", "Spec", "Unavailable", "create", "describe", "list_blocks", "register"), "registry"

@@ -1,6 +1,6 @@
 """Blocks: everything between one state and the next. Importing this package registers the built-in ones."""
 
-from . import attention, combinators, context, feedforward, flops, foreign, layers, memory
+from . import attention, combinators, context, feedforward, flops, foreign, layers, memory, published_learners
 from .auxiliary_losses import memory_loss, write_cost
 from .block import Block
 from .build import build_block, materialize
@@ -36,5 +36,6 @@ __all__ = [
     "memory_check",
     "memory_loss",
     "observe",
+    "published_learners",
     "write_cost",
 ]

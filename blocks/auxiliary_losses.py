@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels.memory import read_memory, titans_memory
+from ..kernels.memory.learner import Rule, learn_writes, read
 from .observers import Learned, Observer, recomputing
 
 
@@ -72,7 +75,10 @@ def write_cost(model: nn.Module) -> AuxiliaryLoss:
 
 
 def _prediction_errors(memory: nn.Module, learned: Learned) -> Tensor:
-    (_, k, v, theta, eta, alpha), state, options = learned.tokens, learned.before, learned.options
+    state, options = learned.before, learned.options
+    if isinstance(options, Rule):
+        return _prediction_errors_by(options, memory, learned)
+    _, k, v, theta, eta, alpha = learned.tokens
     if learned.after is None:
         predicted = read_memory(k, state.weights, options.activation, learned.norm)
     else:
@@ -84,8 +90,25 @@ def _prediction_errors(memory: nn.Module, learned: Learned) -> Tensor:
     return (predicted.to(wide) - v.to(wide)).square().sum(-1)
 
 
+def _prediction_errors_by(rule: Rule, memory: Any, learned: Learned) -> Tensor:
+    tokens: Any = learned.tokens
+    k, v = tokens.k, tokens.v
+    if rule.keys > 1:  # each token is asked for what its first key holds
+        k, v = k[:, :, 0], v[:, :, 0]
+    if learned.after is None:
+        predicted = read(rule, k, learned.before, learned.norm)
+    else:
+        # a rule that moves once a chunk stays that
+        reading = dataclasses.replace(rule, read="anchor" if rule.moves_once else "before", query=None)
+        predicted, _ = learn_writes(reading, tokens._replace(q=k), learned.before, learned.norm, _valid(learned))
+    wide = learned.before.weights[0].dtype
+    return (predicted.to(wide) - v.to(wide)).square().sum(-1)
+
+
 def _gate_sums(memory: nn.Module, learned: Learned) -> Tensor:
     theta, alpha = learned.tokens.theta, learned.tokens.alpha
+    theta = theta if theta.dim() == 3 else theta.mean(2)
+    alpha = alpha if alpha is None or alpha.dim() == 3 else alpha.mean(3)
     step = theta / getattr(memory, "max_step", 1.0)
     return step if alpha is None else step + alpha
 

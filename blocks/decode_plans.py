@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,9 +45,10 @@ def _memory(block: NeuralMemory, rows: int, time: int, step: int) -> Decoder | N
             y, after = block(x, state)
             return y, after
         history = load(x, state.convolution)
-        y, memory = write(state.memory)
+        before: Any = state.memory
+        y, memory = write(before)
         if active:
-            report_learned(block, tokens, state.memory, memory)
+            report_learned(block, tokens, before, memory)
         return output(y, x), NeuralMemoryState(memory, history, None)
 
     return decode

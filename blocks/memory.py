@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -13,12 +13,14 @@ from torch.nn.functional import hardsigmoid
 
 from ..kernels.documents import Documents
 from ..kernels.linear import SmallLinear, fuses, is_plain, linear, linear_of, project
-from ..kernels.memory import MemoryState, Options, Tokens, read_memory, titans_memory
+from ..kernels.memory import LearnerState, MemoryState, Options, Tokens, read_memory, titans_memory
+from ..kernels.memory.learner.parts import FEATURES, NETWORKS, OBJECTIVES, OPTIMIZERS, RETENTIONS
 from ..kernels.norm_gate import decode, gated_norm
 from ..kernels.padding import Layout, align, last
 from ..kernels.short_conv import query, query_key_value
 from ..kernels.short_conv.decode import Layers, memory_inputs, memory_query
-from ..registry import SameFunction, register
+from ..registry import Added, PartOf, SameFunction, register
+from . import memory_rule
 from .block import Block, check_call
 from .documents import run_documents
 from .memory_initialization import initialize_memory
@@ -29,10 +31,10 @@ from .state import select
 class NeuralMemoryState(NamedTuple):
     """The state of a memory block."""
 
-    memory: MemoryState
-    """Fast weights, momentum, anchor and position."""
+    memory: MemoryState | LearnerState
+    """Fast weights, momentum, anchor and position, and what else the rule needs."""
     convolution: Tensor | None
-    """``[batch, conv - 1, 3 * dim]``: the last inputs of the convolution; ``None`` without a convolution."""
+    """``[batch, conv - 1, (1 + 2 * keys) * dim]``: the last inputs of the convolution; ``None`` without one."""
     gates: Tensor | None
     """``[batch, gates * heads]``: the gates of the current chunk; ``None`` unless gates are constant over a chunk."""
 
@@ -67,7 +69,8 @@ class NeuralMemory(Block):
         momentum: Annotated[bool, Field(description="momentum with decay eta")] = True,
         forgetting: Annotated[bool, Field(description="weight decay: weights decay by 1 - alpha per token")] = True,
         gates: Annotated[
-            Literal["token", "chunk"], Field(description="gates of each token, or of the first token of each chunk")
+            Literal["token", "chunk", "constant"],
+            Field(description="gates of each token, of the first token of each chunk, or the same for all tokens"),
         ] = "token",
         gating: Annotated[
             Literal["sigmoid", "hard_sigmoid"],
@@ -75,12 +78,47 @@ class NeuralMemory(Block):
         ] = "sigmoid",
         max_step: Annotated[float, Field(gt=0, description="maximum of the step size theta")] = 0.1,
         clip: Annotated[float | None, Field(gt=0, description="maximum gradient norm of one token; null: none")] = 1.0,
+        network: Annotated[Any, PartOf(NETWORKS), Added(), Field(description="the memory network")] = "mlp",
+        objective: Annotated[Any, PartOf(OBJECTIVES), Added(), Field(description="what a step decreases")] = "l2",
+        optimizer: Annotated[
+            Any,
+            PartOf(OPTIMIZERS, optional=True),
+            Added(),
+            Field(description="null: momentum, or step without momentum"),
+        ] = None,
+        retention: Annotated[
+            Any,
+            PartOf(RETENTIONS, optional=True),
+            Added(),
+            Field(description="null: scalar, or none without forgetting"),
+        ] = None,
+        window: Annotated[int, Added(), Field(ge=1, description="tokens whose gradients are in a step")] = 1,
+        features: Annotated[
+            Any, PartOf(FEATURES, optional=True), Added(), Field(description="features of queries and keys; null: none")
+        ] = None,
+        keys: Annotated[
+            int, Added(), Field(ge=1, le=16, description="keys and values, and so writes, of each token")
+        ] = 1,
+        reset: Annotated[
+            int | None, Added(), Field(ge=1, description="tokens after which the memory begins anew; null: never")
+        ] = None,
+        query: Annotated[
+            Literal["projected"] | None,
+            Added(),
+            Field(description="project queries on the keys since the reset; null: do not"),
+        ] = None,
         threshold: Annotated[
             float | None, Field(gt=0, description="gradient norm below which a token neither writes nor decays")
         ] = None,
         retrieve: Annotated[
-            Literal["after", "before"], Field(description="read a token after or before it is written")
+            Literal["after", "before", "anchor"],
+            Field(description="read after a token is written, before, or at the weights at its chunk's start"),
         ] = "after",
+        read: Annotated[
+            Literal["after", "before", "anchor"] | None,
+            Added(),
+            Field(description="another name of retrieve; null: as it says"),
+        ] = None,
         use: Annotated[
             Literal["both", "read", "write"],
             Field(description="write and read, only read, or only write (outputs zero)"),
@@ -93,25 +131,33 @@ class NeuralMemory(Block):
         ] = None,
     ) -> None:
         super().__init__(dim)
-        fields = {"heads": heads, "momentum": momentum, "learn_momentum": learn_momentum}
+        fields = {name: value for name, value in locals().items() if name not in ("self", "dim", "__class__")}
         for field, problem in self.problems(dim, fields):
             raise ValueError(f"{field}: {problem}")
+        rule, fields = memory_rule.rule_of(fields), memory_rule.resolve(fields)
+        momentum, forgetting, retrieve = fields["momentum"], fields["forgetting"], fields["retrieve"]
         self.heads, self.chunk, self.activation, self.conv = heads, chunk, activation, conv
         self.momentum, self.forgetting, self.gates, self.gating = momentum, forgetting, gates, gating
         self.max_step, self.clip, self.threshold = max_step, clip, threshold
         self.retrieve, self.use, self.keep = retrieve, use, keep
-        self.period = chunk
+        self.rule = None if rule.is_titans else rule
+        self.period = math.lcm(chunk, keys, (reset or 1) * keys) // keys
         width = dim // heads
-        widths = [width, *[width * expansion] * (depth - 1), width]
-        self.shapes = [(out, in_) for in_, out in pairwise(widths)]
+        into = width if rule.features is None else rule.features.width(width)
+        self.shapes = rule.network.shapes(into, width, depth, expansion)
+        self.gate_sizes = memory_rule.gate_sizes(rule, self.shapes, momentum, forgetting)
 
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.convolution = nn.Parameter(torch.empty(3 * dim, conv)) if conv else None
-        self.controls = SmallLinear(dim, heads * (1 + momentum + forgetting))
+        self.channels = (1 + 2 * keys) * dim
+        self.qkv = nn.Linear(dim, self.channels, bias=False)
+        self.convolution = nn.Parameter(torch.empty(self.channels, conv)) if conv else None
+        self.controls = SmallLinear(dim, heads * sum(self.gate_sizes.values()))
+        self.controls.weight.requires_grad_(gates != "constant")
         self.initial_weights = nn.ParameterList([torch.empty(heads, *shape) for shape in self.shapes])
         self.initial_momentum = nn.ParameterList(
             [torch.empty(heads, *shape) for shape in self.shapes] if momentum and learn_momentum else []
         )
+        learned = getattr(rule.features, "initial", None)
+        self.coefficients = nn.Parameter(torch.empty(len(learned()))) if learned is not None else None
         self.norm_gain = nn.Parameter(torch.empty(heads, width)) if norm else None
         self.output_gain = nn.Parameter(torch.empty(heads, width))
         self.output_gate = nn.Linear(dim, dim, bias=False)
@@ -126,6 +172,7 @@ class NeuralMemory(Block):
             yield "heads", f"{fields['heads']} heads do not divide the width {dim}"
         if fields["learn_momentum"] and not fields["momentum"]:
             yield "learn_momentum", "there is no momentum to learn: momentum is false"
+        yield from memory_rule.problems(fields)
 
     def reset_parameters(self) -> None:
         """Initialize all parameters as described in ``initialize_memory``."""
@@ -149,10 +196,12 @@ class NeuralMemory(Block):
         if self.momentum and not momentum:
             for x in weights:
                 momentum.append(torch.zeros_like(x[:1]).expand_as(x))
+        position = new(batch_size, dtype=torch.int64)
+        memory = MemoryState(tuple(weights), tuple(momentum), tuple(weights), position)
         return NeuralMemoryState(
-            MemoryState(tuple(weights), tuple(momentum), tuple(weights), new(batch_size, dtype=torch.int64)),
-            new(batch_size, self.conv - 1, 3 * self.dim) if self.conv else None,
-            new(batch_size, self.heads * (1 + self.momentum + self.forgetting)) if self.gates == "chunk" else None,
+            memory if self.rule is None else memory_rule.start(self, memory),
+            new(batch_size, self.conv - 1, self.channels) if self.conv else None,
+            new(batch_size, self.heads * sum(self.gate_sizes.values())) if self.gates == "chunk" else None,
         )
 
     def forward(
@@ -194,7 +243,10 @@ class NeuralMemory(Block):
         """``read(x, state)`` from ``project_queries(x)``."""
         queries, gate = projected
         q = query(queries.to(self.output_gain.dtype), self.convolution, state.convolution, self.heads)
-        y = read_memory(q, state.memory.weights, self.activation, self.norm_gain)
+        if self.rule is None:
+            y = read_memory(q, state.memory.weights, self.activation, self.norm_gain)
+        else:
+            y = memory_rule.recall(self, q, state.memory)
         return linear(self.output, gated_norm(y, self.output_gain, gate))
 
     def update(
@@ -229,26 +281,32 @@ class NeuralMemory(Block):
             x = layout.spread(x)
         state = self.init_state(x.shape[0]) if state is None else state
         tokens, history, gates = self.inputs(x, state, None if layout is None else layout.length, gates)
-        if self.use == "read":
-            y, memory = read_memory(tokens.q, state.memory.weights, self.activation, self.norm_gain), None
-        else:
+        before: Any = state.memory
+        memory: MemoryState | LearnerState | None
+        if self.use == "read" and self.rule is None:
+            y, memory = read_memory(tokens.q, before.weights, self.activation, self.norm_gain), None
+        elif self.use == "read":
+            y, memory = memory_rule.recall(self, tokens.q, before), None
+        elif self.rule is None:
             y, memory = titans_memory(
-                *tokens, state.memory, self.chunk, self.activation, self.norm_gain,
-                None if layout is None else layout.filled,
+                tokens.q, tokens.k, tokens.v, tokens.theta, tokens.eta, tokens.alpha, before, self.chunk,
+                self.activation, self.norm_gain, None if layout is None else layout.filled,
                 clip=self.clip, read=self.retrieve, keep=self.keep, threshold=self.threshold, ends=ends,
             )  # fmt: skip
+        else:
+            y, memory = memory_rule.learn(self, tokens, before, None if layout is None else layout.filled)
+            memory = memory if ends is None else select(memory, ends)
         if active:
-            report_learned(self, tokens, state.memory, memory, layout)
+            report_learned(self, tokens, before, memory, layout)
         if mask is not None and layout is not None:
             y = layout.collect(y)
         if ends is not None:
-            before, history, gates = select((state.memory if memory is None else None, history, gates), ends)
-            memory = memory or before
-        return y, NeuralMemoryState(memory or state.memory, history, gates)
+            before, history, gates = select((before if memory is None else None, history, gates), ends)
+        return y, NeuralMemoryState(memory or before, history, gates)
 
     def inputs(
         self, x: Tensor, state: NeuralMemoryState, length: Tensor | None, gates: Tensor | None = None
-    ) -> tuple[Tokens, Tensor | None, Tensor | None]:
+    ) -> tuple[Any, Tensor | None, Tensor | None]:
         """Return the inputs of the operation, and the fields ``convolution`` and ``gates`` of the next state.
 
         ``length``: ``[batch]``, the number of valid tokens at the start of each row; ``None`` if all are valid.
@@ -261,15 +319,19 @@ class NeuralMemory(Block):
         else:
             # under autocast, the state keeps its dtype
             projected = (linear(self.qkv, x) if gates is None else x).to(self.output_gain.dtype)
-            q, k, v, history = query_key_value(projected, self.convolution, state.convolution, self.heads, length)
-            if self.use == "read":
-                return Tokens(q, k, v, q.new_zeros(q.shape[:3]), None, None), history, state.gates
-            raw = linear(self.controls, x) if gates is None else gates
-            raw, gates = raw.to(projected.dtype), state.gates
+            if self.rule is None:
+                q, k, v, history = query_key_value(projected, self.convolution, state.convolution, self.heads, length)
+                if self.use == "read":
+                    return Tokens(q, k, v, q.new_zeros(q.shape[:3]), None, None), history, state.gates
+            raw, gates = (linear(self.controls, x) if gates is None else gates).to(projected.dtype), state.gates
             if gates is not None:
                 raw, gates = self._gates_of_chunks(raw, gates, state.memory.position, length)
+            raw = raw.to(state.memory.weights[0].dtype)
+            if self.rule is not None:
+                writes, history = memory_rule.inputs(self, projected, raw, state.convolution, length)
+                return writes, history, gates
             gate = hardsigmoid if self.gating == "hard_sigmoid" else torch.sigmoid
-            theta, *others = gate(raw.to(state.memory.weights[0].dtype)).split(self.heads, dim=-1)
+            theta, *others = gate(raw).split(self.heads, dim=-1)
             theta = theta * self.max_step
         eta, alpha = others[0] if self.momentum else None, others[-1] if self.forgetting else None
         return Tokens(q, k, v, theta, eta, alpha), history, gates
@@ -299,7 +361,13 @@ class NeuralMemory(Block):
 
     def decode_layers(self, x: Tensor) -> Layers | None:
         """The parameters of the kernel that computes the inputs of one token, or ``None`` where it cannot run."""
-        if x.shape[1] != 1 or self.gates != "token" or self.use != "both" or not is_plain(self.controls):
+        if (
+            self.rule is not None
+            or x.shape[1] != 1
+            or self.gates != "token"
+            or self.use != "both"
+            or not is_plain(self.controls)
+        ):
             return None
         if not fuses(x, self.qkv, self.output_gate, self.output):
             return None
@@ -307,6 +375,8 @@ class NeuralMemory(Block):
         return Layers(self.qkv.weight, self.convolution, self.heads, gates.weight, gates.bias, self.max_step, hard)
 
     @property
-    def options(self) -> Options:
-        """The options of the operation."""
+    def options(self) -> Any:
+        """The options of the operation, or the rule where it is not that of Titans."""
+        if self.rule is not None:
+            return memory_rule.rule_with_parameters(self)
         return Options(self.chunk, self.activation, self.clip, self.retrieve, self.keep, threshold=self.threshold)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..kernels.memory.learner import Rule, measure
 from ..kernels.memory.measure import measure_memory
 from ..kernels.padding import Layout
 from .observers import Learned, Observer, recomputing
@@ -81,10 +82,18 @@ class Observed(Observer):
         if recomputing() or (layout is not None and not bool(layout.mask.any())):
             return
         mask = None if layout is None else layout.filled
-        surprise, error, suppressed = measure_memory(
-            tokens, learned.before, learned.norm, mask, learned.options, written=learned.after is not None
-        )
-        theta, eta, alpha = (torch.zeros_like(tokens.theta) if gate is None else gate for gate in tokens[3:])
+        written = learned.after is not None
+        if isinstance(learned.options, Rule):
+            rule: Any = learned.options
+            surprise, error, suppressed = measure(rule, tokens, learned.before, learned.norm, mask, written=written)
+        else:
+            surprise, error, suppressed = measure_memory(
+                tokens, learned.before, learned.norm, mask, learned.options, written=written
+            )
+        # of several keys the mean step, and of several channels the mean forgetting
+        theta = tokens.theta if tokens.theta.dim() == 3 else tokens.theta.mean(2)
+        eta, alpha = (torch.zeros_like(theta) if gate is None else gate for gate in (tokens.eta, tokens.alpha))
+        alpha = alpha if alpha.dim() == 3 else alpha.mean(3)
         theta, alpha = theta.masked_fill(suppressed, 0.0), alpha.masked_fill(suppressed, 0.0)
         record = (surprise, error, theta, eta, alpha, theta > 0)
         norms = self._norms.setdefault(memory, [])
@@ -142,7 +151,7 @@ def observe(model: nn.Module) -> Observed:
 
 def _norms(weights: tuple[Tensor, ...]) -> Tensor:
     """``[batch, heads, layers]``."""
-    return torch.stack([torch.linalg.vector_norm(w, dim=(-2, -1)) for w in weights], dim=-1).float()
+    return torch.stack([torch.linalg.vector_norm(w.flatten(2), dim=-1) for w in weights], dim=-1).float()
 
 
 def _kept(x: Tensor) -> Tensor:

@@ -17,19 +17,22 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..kernels.memory import MemoryState, Options, Tokens
 from ..kernels.padding import Layout
 
 
 class Learned(NamedTuple):
-    """The inputs of one call of the memory operation, and the state after it."""
+    """The inputs of one call of the memory operation, and the state after it.
 
-    tokens: Tokens
-    before: MemoryState
-    after: MemoryState | None
+    ``options`` are the ``Options`` of ``titans_memory``, with ``Tokens`` and ``MemoryState``, or a ``Rule`` of
+    ``learn``, with ``Writes`` and ``LearnerState``.
+    """
+
+    tokens: Any
+    before: Any
+    after: Any
     """``None`` for a frozen memory, whose state does not change and whose gates are zero."""
     norm: Tensor | None
-    options: Options
+    options: Any
     layout: Layout | None
     """The original places of the tokens, if a mask was given. Valid tokens of a row are moved together for the call."""
 
@@ -94,9 +97,7 @@ def observers_of(block: nn.Module) -> Iterable[Observer]:
     return [observer for observer in active if block in observer._names]
 
 
-def report_learned(
-    memory: Any, tokens: Tokens, before: MemoryState, after: MemoryState | None, layout: Layout | None = None
-) -> None:
+def report_learned(memory: Any, tokens: Any, before: Any, after: Any, layout: Layout | None = None) -> None:
     """Report a call of the memory operation by the block ``memory``, with the fields of ``Learned``."""
     for observer in observers_of(memory):
         observer.learned(memory, Learned(tokens, before, after, memory.norm_gain, memory.options, layout))

@@ -86,8 +86,22 @@ SECTIONS: dict[str, list[str]] = {
     ],
     "The memory operation": [
         "kernels.memory.titans_memory",
+        "kernels.memory.learn",
         "kernels.memory.read_memory",
         "kernels.memory.MemoryState",
+        "kernels.memory.LearnerState",
+    ],
+    "Parts of a learner": [
+        "tb.register_network",
+        "tb.register_objective",
+        "tb.register_optimizer",
+        "tb.register_retention",
+        "tb.register_features",
+        "kernels.memory.learner.Network",
+        "kernels.memory.learner.Objective",
+        "kernels.memory.learner.Optimizer",
+        "kernels.memory.learner.Retention",
+        "kernels.memory.learner.Features",
     ],
     "Errors": [
         "tb.RecipeError",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
-from ..registry import MAX_PROBLEMS, Checker, Problem, RecipeError, join, lookup, nearest, show
+from ..registry import MAX_PROBLEMS, Checker, Field, Problem, RecipeError, join, lookup, nearest, show
 from .parse import write_yaml
 
 VERSION = 1
@@ -105,15 +105,24 @@ class Recipe:
 
 def function_fields(value: Any) -> Any:
     """A block in plain form, or the blocks in a field's value, without the fields marked ``SameFunction``."""
+    return _select(value, lambda field, part: field.changes_function)
+
+
+def original_fields(value: Any) -> Any:
+    """A block in plain form, or the blocks in a field's value, without fields marked ``Added`` at their defaults."""
+    return _select(value, lambda field, part: not field.added or part != field.default)
+
+
+def _select(value: Any, wanted: Callable[[Field, Any], bool]) -> Any:
     if isinstance(value, list):
-        return [function_fields(part) for part in value]
+        return [_select(part, wanted) for part in value]
     if not isinstance(value, dict) or not isinstance(value.get("type"), str):
         return value
     fields = lookup(value["type"]).fields
     return {
-        name: function_fields(part) if name in fields and fields[name].holds_blocks else part
+        name: _select(part, wanted) if name in fields and fields[name].holds_blocks else part
         for name, part in value.items()
-        if name not in fields or fields[name].changes_function
+        if name not in fields or wanted(fields[name], part)
     }
 
 

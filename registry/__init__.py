@@ -18,7 +18,8 @@ from .catalogue import (
 )
 from .errors import MAX_PROBLEMS, Problem, RecipeError, Unavailable, join, nearest, show
 from .json_schema import DIALECT, block_definitions, block_schema
-from .schema import MAX_INTEGER, Field, Needs, SameFunction, Spec, fields_of
+from .part import PartOf
+from .schema import MAX_INTEGER, Added, Field, Needs, SameFunction, Spec, fields_of
 from .validation import Checker, check_settings, create, is_block, validate
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "MAX_INTEGER",
     "MAX_PROBLEMS",
     "NAME_RULE",
+    "Added",
     "Catalogue",
     "Checker",
     "Description",
@@ -34,6 +36,7 @@ __all__ = [
     "Field",
     "FieldDescription",
     "Needs",
+    "PartOf",
     "Problem",
     "RecipeError",
     "Row",

@@ -207,6 +207,9 @@ def register(name: str, *, replace: bool = False) -> Callable[[Class], Class]:
     A class method ``problems(dim, fields)`` may yield ``(field, message)`` for conditions on several values, such as
     heads that do not divide the width. ``dim`` is ``None`` if the width is not known.
 
+    A class attribute ``variant_of = "memory"`` says that the class is that block with other defaults. Pages list these
+    alone.
+
     A class attribute ``delegates = ("of",)`` lists the fields whose blocks must have the methods that an enclosing
     block ``Needs`` of this one. A wrapper uses it to pass ``read`` and ``write`` on to the wrapped block.
 
@@ -301,6 +304,8 @@ class Description:
     place: str
     """``file:line`` of the class."""
     fields: list[FieldDescription]
+    variant_of: str | None
+    """The block of which this one is a variant, with other defaults."""
     protocols: list[str]
     """``["memory"]`` if the block has ``read`` and ``write`` of its own."""
 
@@ -315,6 +320,7 @@ def describe(name: str, catalogue: Catalogue = BLOCKS) -> Description:
         source=entry.source,
         place=entry.place,
         fields=[_describe(field) for field in entry.fields.values()],
+        variant_of=getattr(entry.cls, "variant_of", None),
         protocols=[
             protocol
             for protocol, methods in PROTOCOLS.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .catalogue import Entry, known_names, lookup
+from .catalogue import Catalogue, Entry, known_names, lookup
 from .errors import RecipeError
 from .schema import BLOCK_PLACEHOLDER, Field, Needs, block_places, describe_type
 from .validation import CHAIN
@@ -21,6 +21,10 @@ def block_definitions() -> dict[str, Any]:
         except RecipeError:
             continue  # an installed block that cannot be imported cannot be used in a recipe
     definitions = {f"block.{entry.name}": _block(entry) for entry in entries}
+    for entry in entries:
+        for field in entry.fields.values():
+            if field.part is not None and f"part.{field.part.catalogue.kind}" not in definitions:
+                definitions[f"part.{field.part.catalogue.kind}"] = part_schema(field.part.catalogue)
     definitions["any_block"] = _one_of([entry.name for entry in entries], lists=True)
     return definitions
 
@@ -47,8 +51,23 @@ def _block(entry: Entry) -> dict[str, Any]:
     }
 
 
+def part_schema(catalogue: Catalogue) -> dict[str, Any]:
+    """The schema of a part: a name, or a mapping with its type and fields."""
+    objects = []
+    for row in catalogue.rows():
+        if row.problem is None:  # an installed part that cannot be imported cannot be used in a recipe
+            objects.append(_block(catalogue.lookup(row.name)))
+    names = [entry["properties"]["type"]["const"] for entry in objects]
+    return {"anyOf": [{"type": "string", "enum": names}, *objects]}
+
+
 def _field(field: Field) -> dict[str, Any]:
-    schema: dict[str, Any] = dict(field.adapter.json_schema())
+    schema: dict[str, Any]
+    if field.part is not None:
+        reference = {"$ref": f"#/$defs/part.{field.part.catalogue.kind}"}
+        schema = {"anyOf": [reference, {"type": "null"}]} if field.part.optional else {"allOf": [reference]}
+    else:
+        schema = dict(field.adapter.json_schema())
     if field.holds_blocks:
         needs = next((needs for _, needs in block_places(field.annotation, _sample(field))), None)
         fitting = [] if needs is None else _fitting(needs)

@@ -40,6 +40,10 @@ class SameFunction:
     """
 
 
+class Added:
+    """Marks a field that a later version added. States saved before do not know it, and mean its default."""
+
+
 class HoldsBlock:
     """Marks an annotation whose value is a block. Used by ``Spec`` only."""
 
@@ -98,6 +102,16 @@ class Field:
     def changes_function(self) -> bool:
         """Whether the field is not marked ``SameFunction``."""
         return not any(isinstance(item, SameFunction) for item in _metadata(self.annotation))
+
+    @cached_property
+    def part(self) -> Any:
+        """The ``PartOf`` in the annotation, or ``None``."""
+        return next((item for item in _metadata(self.annotation) if hasattr(item, "catalogue")), None)
+
+    @cached_property
+    def added(self) -> bool:
+        """Whether the field is marked ``Added``."""
+        return any(isinstance(item, Added) for item in _metadata(self.annotation))
 
     @cached_property
     def adapter(self) -> TypeAdapter[Any]:
@@ -265,6 +279,9 @@ def describe_type(annotation: Any) -> str:
     if any(isinstance(item, HoldsBlock) for item in metadata):
         methods = [method for item in metadata if isinstance(item, Needs) for method in item.methods]
         return f"block with {', '.join(methods)}" if methods else "block"
+    own = next((item.describe() for item in metadata if hasattr(item, "describe")), None)
+    if own is not None:
+        return str(own)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is type(None):
         text = "null"

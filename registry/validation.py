@@ -172,6 +172,7 @@ class Checker:
         missing = needs.missing(holder) if needs is not None else []
         if needs is not None and missing:
             fit = [other for other in known_names() if _fits(other, needs)]
+            fit = [other for other in fit if getattr(lookup(other).cls, "variant_of", None) is None]
             around = [other for other in fit if _delegates(lookup(other).cls)]
             can = ", ".join(other for other in fit if other not in around)
             if around:

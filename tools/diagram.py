@@ -210,7 +210,10 @@ def _color(part: Part) -> str:
 
 def _settings(part: Part) -> list[str]:
     """The most important settings, two to a line."""
-    settings = [f"{key.replace('_', ' ')} {part.fields[key]}" for key in SETTINGS if part.fields.get(key) is not None]
+    given = [(key, part.fields.get(key)) for key in SETTINGS]
+    # a memory's window of one token is none
+    shown = [(key, value) for key, value in given if value is not None and (key, value) != ("window", 1)]
+    settings = [f"{key.replace('_', ' ')} {value}" for key, value in shown]
     return [" · ".join(settings[index : index + 2]) for index in range(0, len(settings), 2)]
 
 

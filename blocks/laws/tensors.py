@@ -141,7 +141,7 @@ def _finite_differences(subject: Subject) -> None:
         got = 0.0 if gradient is None else float((gradient.detach() * direction).sum())
         # small steps suffer from rounding, large ones cross points without derivative; one of them confirms it
         quotients = []
-        for step in (1e-6, 1e-5, 1e-4):
+        for step in (1e-6, 1e-8, 1e-5, 1e-4):
             with torch.no_grad():
                 ahead = evaluate(tensors | {name: tensor + step * direction})
                 behind = evaluate(tensors | {name: tensor - step * direction})

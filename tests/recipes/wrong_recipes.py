@@ -44,7 +44,7 @@ WRONG: list[tuple[str, str | bytes, str]] = [
     ("misspelt layer in the stack", with_stack("[plain, mca]"), "stack.1: unknown layer 'mca'; did you mean 'mac'?"),
     ("misspelt key at the top", PLAIN.replace("stack", "stcak"), "stcak: unknown key; did you mean 'stack'?"),
     ("misspelt key type", with_layer("[{tpye: memory}]"), "a block needs a type, got {'tpye': 'memory'}; did you mean 'type'?"),
-    ("field of a block that has none such", with_layer("[{type: memory, window: 64}]"), "layers.mac.0.window: unknown field of memory"),
+    ("field of a block that has none such", with_layer("[{type: memory, segment: 64}]"), "layers.mac.0.segment: unknown field of memory"),
     ("import path as a name", with_layer("[titans_build.blocks.memory.NeuralMemory]"), "unknown block"),
     # structure
     ("unused layer", with_stack("[plain]"), "layers.mac: the layer is not in the stack"),

@@ -49,7 +49,8 @@ class Plan:
 
 
 def _is_written(block: nn.Module) -> bool:
-    return isinstance(block, NeuralMemory) and block.use == "both"
+    # the analysis plants one key and value for each token
+    return isinstance(block, NeuralMemory) and block.use == "both" and (block.rule is None or block.rule.keys == 1)
 
 
 def analyse(

@@ -9,7 +9,7 @@ token, gives the answer that the key would get without the pair. All other input
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from torch.nn.functional import cosine_similarity
 from ...blocks.observers import Learned
 from ...blocks.state import map_state
 from ...kernels.memory import MemoryState, Tokens, read_memory, titans_memory
+from ...kernels.memory.learner import Rule, learn_writes
+from ...kernels.memory.learner import read as read_by
 
 PLACES = 4
 """Tokens of the text that are replaced, one at a time."""
@@ -100,7 +102,12 @@ def half_life(distances: list[int], kept: np.ndarray) -> float | None:
 def _write(stretch: Learned, tokens: Tokens, memory: MemoryState) -> MemoryState:
     if tokens.q.shape[1] == 0:
         return memory
-    chunk, activation, clip, read, *_ = options = stretch.options
+    options = stretch.options
+    if isinstance(options, Rule):
+        writes: Any = tokens
+        state: Any = learn_writes(options, writes, memory, stretch.norm, None)[1]
+        return state
+    chunk, activation, clip, read, *_ = options
     return titans_memory(
         *tokens, memory, chunk=chunk, activation=activation, norm=stretch.norm, clip=clip, read=read,
         threshold=options.threshold,
@@ -108,6 +115,8 @@ def _write(stretch: Learned, tokens: Tokens, memory: MemoryState) -> MemoryState
 
 
 def _read(stretch: Learned, keys: Tensor, memory: MemoryState) -> Tensor:
+    if isinstance(stretch.options, Rule):
+        return read_by(stretch.options, keys, memory, stretch.norm)
     return read_memory(keys, memory.weights, stretch.options.activation, stretch.norm)
 
 

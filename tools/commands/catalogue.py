@@ -12,6 +12,7 @@ from rich.text import Text
 
 from ... import recipes, registry
 from ...kernels import dispatch
+from ...kernels.memory.learner import CATALOGUES
 from ...recipes.loading import nearest_recipe
 from ...recipes.parse import is_recipe_file
 from ...registry import nearest, show
@@ -44,10 +45,14 @@ def _list(arguments: argparse.Namespace) -> int:
     pattern: str = arguments.pattern
     rows = registry.list_rows(pattern)
     packaged = [name for name in recipes.packaged_names() if fnmatch.fnmatchcase(name, pattern)]
-    if not rows and not packaged:
+    parts = {
+        kind: [row for row in catalogue.rows(pattern) if row.problem is None] for kind, catalogue in CATALOGUES.items()
+    }
+    if not rows and not packaged and not any(parts.values()):
         hint = nearest(pattern, registry.list_blocks()) or nearest_recipe(pattern.strip("*?"))
         raise UsageError(f"no block and no recipe is called {show(pattern)}{hint}")
-    fields = {row.name: registry.describe(row.name).fields for row in rows if row.problem is None}
+    described = {row.name: registry.describe(row.name) for row in rows if row.problem is None}
+    fields = {name: each.fields for name, each in described.items()}
     if arguments.json:
         blocks = [
             {
@@ -62,10 +67,19 @@ def _list(arguments: argparse.Namespace) -> int:
             }
             for row in rows
         ]
-        say_json({"blocks": blocks, "recipes": [{"name": name, "summary": summary(name)} for name in packaged]})
+        shown = [{"name": name, "summary": summary(name)} for name in packaged]
+        members = [
+            {"field": kind, "name": row.name, "summary": row.summary, "source": row.source}
+            for kind, found in parts.items()
+            for row in found
+        ]
+        say_json({"blocks": blocks, "parts": members, "recipes": shown})
         return 0
     if rows:
-        _say_blocks(rows, fields)
+        _say_blocks(rows, _changed_fields(described))
+    if any(parts.values()):
+        say("")
+        _say_parts(parts)
     if rows and packaged:
         say("")
     if packaged:
@@ -82,6 +96,24 @@ def _say_blocks(rows: list[registry.Row], fields: dict[str, list[registry.FieldD
         source = "" if row.source == "titans_build" else f" (from {row.source})"
         defaults = (f.name if f.required else f"{f.name}={show(f.default)}" for f in fields[row.name])
         table.add(Text(row.name, style="bold cyan"), plain(row.summary) + source, ", ".join(defaults))
+    say_columns(table)
+
+
+def _changed_fields(described: dict[str, registry.Description]) -> dict[str, list[registry.FieldDescription]]:
+    """The fields of each block; of a variant of another, those with other defaults."""
+    changed = {}
+    for name, each in described.items():
+        others = [] if each.variant_of is None else registry.describe(each.variant_of).fields
+        original = {f.name: f.default for f in others}
+        changed[name] = [f for f in each.fields if f.name not in original or original[f.name] != f.default]
+    return changed
+
+
+def _say_parts(parts: dict[str, list[registry.Row]]) -> None:
+    table = Columns("field of memory", "part", "description")
+    for kind, rows in parts.items():
+        for row in rows:
+            table.add(kind, Text(row.name, style="bold cyan"), plain(row.summary))
     say_columns(table)
 
 

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ... import recipes
-from ...registry import Description, describe, show
+from ...kernels.memory.learner import CATALOGUES
+from ...registry import Catalogue, Description, describe, show
 from ..terminal import plain
 
 COMMAND = "titans-build schema --markdown"
@@ -39,7 +40,27 @@ def recipe_page(blocks: Sequence[str]) -> str:
     parts = [HEAD, "## The file", *_file(), "## Blocks", _contents(blocks)]
     for name in blocks:
         parts += block_section(name)
+    parts += ["## Parts of a learner", PARTS]
+    for kind, catalogue in CATALOGUES.items():
+        parts += [f"### {kind}", *_parts(catalogue)]
     return "\n\n".join([*parts, "## Packaged recipes", _packaged()]) + "\n"
+
+
+PARTS = """The fields `network`, `objective`, `optimizer`, `retention` and `features` of [`memory`](#memory) hold a
+part: its name, or a mapping with its type and fields, such as `objective: {type: huber, delta: 0.5}`.
+[Learners](learners.md) has the equations. `@tb.register_objective("name")`, and its like for each kind, add more."""
+
+
+def _parts(catalogue: Catalogue) -> Iterator[str]:
+    rows = []
+    for name in catalogue.known_names():
+        description = describe(name, catalogue)
+        fields = [
+            f"`{field.name}`: {field.type}, `{show(field.default)}`; {field.description}"
+            for field in description.fields
+        ]
+        rows.append([f"`{name}`", _markdown(description.summary), "<br>".join(map(_markdown, fields))])
+    yield _table(["name", "description", "fields"], rows)
 
 
 def block_section(name: str) -> list[str]:
@@ -50,7 +71,15 @@ def block_section(name: str) -> list[str]:
         parts.append(f"From the package `{description.source}`.")
     if description.protocols:
         parts.append(f"Usable as: {', '.join(description.protocols)}.")
-    return [*parts, _fields(description)]
+    if description.variant_of is None:
+        return [*parts, _fields(description)]
+    original = {field.name: field.default for field in describe(description.variant_of).fields}
+    changed = [field for field in description.fields if field.default != original.get(field.name)]
+    same = f"All other fields are those of [`{description.variant_of}`](#{description.variant_of})."
+    if not changed:
+        return [*parts, same]
+    rows = [[f"`{field.name}`", f"`{show(field.default)}`"] for field in changed]
+    return [*parts, _table(["field", "default"], rows), same]
 
 
 def _file() -> Iterator[str]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...blocks.fingerprint import Fingerprint
 from ...blocks.state import State, batch_size, named_tensors
-from ...recipes.recipe import function_fields
+from ...recipes.recipe import function_fields, original_fields
 from ...recipes.saved_format import StorageError
 from ...recipes.saved_state import expect_state, fill_state, read_state_file, write_state_file
 from ...registry import show
@@ -74,7 +74,9 @@ class StateContext:
         for name, site in zip(self.names, self._index):
             with torch.no_grad():
                 shapes = _shapes(site.block.init_state(1))
-            described.append([name, site.how, site.spec, [shapes, sum(p.numel() for p in site.block.parameters())]])
+            described.append(
+                [name, site.how, original_fields(site.spec), [shapes, sum(p.numel() for p in site.block.parameters())]]
+            )
         # of earlier versions, fields that change no function were a part
         self.earlier_fingerprint = _hash(described)
         self.fingerprint = _hash([[name, how, function_fields(spec), sizes] for name, how, spec, sizes in described])

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ...dispatch import BackendError, expect_tensors, full_precision, half_dtype
 from ...documents import Documents
-from ..operation import run_memory
+from ..operation import has_fast_backend, run_memory
 from ..state import MemoryState, Tokens
 from . import networks, objectives, updates  # noqa: F401  (they register the parts)
 from .parts import (
@@ -44,12 +44,13 @@ from .parts import (
 )
 from .rule import Rule, make_rule
 from .state import LearnerState, Writes
-from .walk import begin, complete, run
+from .walk import Measured, begin, complete, read, run, start
+from .walk import measure as measure_writes
 
 __all__ = [
     "CATALOGUES", "Features", "LearnerState", "Network", "Objective", "Optimizer", "Retention", "Rule", "learn",
-    "learn_by", "make_part", "make_rule", "register_features", "register_network", "register_objective",
-    "register_optimizer", "register_retention",
+    "learn_by", "learn_writes", "make_part", "make_rule", "measure", "read", "register_features",
+    "register_network", "register_objective", "register_optimizer", "register_retention", "start",
 ]  # fmt: skip
 
 
@@ -161,12 +162,17 @@ def learn_by(
     mask: Tensor | None = None,
     *,
     gamma: Tensor | None = None,
+    parameter: Tensor | None = None,
     documents: Tensor | None = None,
     keep: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, MemoryState | LearnerState]:
-    """:func:`learn` with a rule that is made already, as a block does."""
-    writes, given, dtype = _writes(rule, q, k, v, theta, eta, alpha, gamma), type(state), q.dtype
+    """:func:`learn` with a rule that is made already, as a block does.
+
+    ``parameter``: of the objective, for each token, ``[batch, time, heads]``.
+    """
+    parameter = rule.objective.per_token if parameter is None else parameter
+    writes, given, dtype = _writes(rule, q, k, v, theta, eta, alpha, gamma, parameter), type(state), q.dtype
     _check(rule, q, writes, state, norm, mask)
     if backend not in ("auto", "general") and rule.options() is None:
         raise BackendError(f"learn: backend={backend!r}: takes no rule but that of titans_memory; 'general' takes all")
@@ -190,17 +196,70 @@ def learn_by(
     return y.to(dtype), after if more else after.plain()
 
 
+def learn_writes(
+    rule: Rule,
+    writes: Writes,
+    state: MemoryState | LearnerState,
+    norm: Tensor | None,
+    mask: Tensor | None,
+    keep: int | None = None,
+) -> tuple[Tensor, MemoryState | LearnerState]:
+    """:func:`learn_by` with the arguments of each token together."""
+    q, k, v, theta, eta, alpha, gamma, parameter = writes
+    return learn_by(
+        rule, q, k, v, theta, eta, alpha, state, norm, mask, gamma=gamma, parameter=parameter, keep=keep
+    )  # fmt: skip
+
+
+def measure(
+    rule: Rule,
+    writes: Writes,
+    state: MemoryState | LearnerState,
+    norm: Tensor | None,
+    mask: Tensor | None,
+    *,
+    written: bool = True,
+) -> Measured:
+    """How surprising each token is when the sequence is written, ``[batch, time, heads]`` each; see ``Measured``.
+
+    The sequence is written once more. ``written=False``: nothing is written, and all tokens are measured at the weights
+    of the state. With several keys for each token, norms are those of all its gradients together.
+    """
+    n = rule.keys
+    writes = _writes(rule, *writes)
+    state = LearnerState(*state)
+    if not written:
+        writes = writes._replace(theta=torch.zeros_like(writes.theta), alpha=None)
+        state = state._replace(momentum=tuple(map(torch.zeros_like, state.momentum)), anchor=state.weights)
+    if n > 1:
+        state = state._replace(position=state.position * n)
+        mask = None if mask is None else mask.repeat_interleave(n, 1)
+    found = measure_writes(rule, writes, state, norm, mask)
+    if n == 1:
+        return found
+    each = [x.unflatten(1, (-1, n)) for x in found]
+    return Measured(each[0].square().sum(2).sqrt(), each[1].sum(2), each[2].all(2))
+
+
 def _row(
     rule: Rule, writes: Writes, state: LearnerState, norm: Tensor | None, mask: Tensor | None, keep: int | None,
     half: str | None, backend: str,
 ) -> tuple[Tensor, LearnerState]:  # fmt: skip
     """A stretch without a reset inside it, or one that the general path finds."""
     options = rule.options(keep, half)
-    if options is None or backend == "general":
-        return run(rule, writes, complete(rule, state, writes), None if norm is None else norm.unsqueeze(1), mask)
-    tokens = Tokens(writes.q, writes.k, writes.v, writes.theta, writes.eta, writes.alpha)
-    y, after = run_memory(tokens, state.plain(), norm, mask, options, backend)
-    return y, state._replace(**after._asdict())
+    # the norm's residual is the query before its features
+    if options is not None and backend != "general" and (rule.features is None or norm is None):
+        q, k, v, theta, eta, alpha, gamma, _ = writes
+        if rule.features is not None:
+            q, k = rule.features.forward(q), rule.features.forward(k)
+        tokens = Tokens(q, k, v, theta if gamma is None else theta * gamma, eta, alpha)
+        before = state.plain()
+        usual = not options.decay_first and (alpha is None or alpha.dim() == 3)
+        if usual or backend != "auto" or has_fast_backend(tokens, before, norm, options):
+            y, after = run_memory(tokens, before, norm, mask, options, backend)
+            return y, state._replace(**after._asdict())
+    gain = None if norm is None else norm.unsqueeze(1)
+    return run(rule, writes, complete(rule, state, writes), gain, mask)
 
 
 def _rows(
@@ -214,6 +273,10 @@ def _rows(
     rows, time, reset = writes.theta.shape[0], writes.theta.shape[1], rule.reset * rule.keys
     positions = state.position.tolist()
     if mask is not None or len(set(positions)) > 1:
+        if backend not in ("auto", "general"):
+            raise BackendError(
+                f"learn: backend={backend!r}: with a mask, or rows at different places, only 'general' resets"
+            )
         return _row(rule, writes, state, norm, mask, keep, half, "general")
     place, every = positions[0], torch.ones(rows, dtype=torch.bool, device=state.position.device)
     lead = min(time, -place % reset)
@@ -301,12 +364,11 @@ def _documents(
 
 def _writes(
     rule: Rule, q: Tensor, k: Tensor, v: Tensor, theta: Tensor, eta: Tensor | None, alpha: Tensor | None,
-    gamma: Tensor | None,
+    gamma: Tensor | None, parameter: Tensor | None,
 ) -> Writes:  # fmt: skip
     """The arguments as one sequence of writes: with several keys per token, that many times as long."""
     eta = None if rule.optimizer.order == 0 else eta
     alpha = None if rule.retention.gates == "none" else alpha
-    parameter = rule.objective.per_token
     n = rule.keys
     if n == 1:
         return Writes(q, k, v, theta, eta, alpha, gamma, parameter)
@@ -358,6 +420,8 @@ def _check(
         if w.shape[:2] != (batch, heads):
             raise ValueError(f"{name}: expected [batch={batch}, heads={heads}, ...], got {list(w.shape)}")
     problem = rule.refuse_weights(state.weights, width, out)
+    if problem is None and rule.retention.refuses and not bool((state.position > 0).any()):
+        problem = rule.retention.refuse(state.weights)
     if problem is not None:
         raise ValueError(f"learn: {problem}")
     if norm is not None and (norm.shape != (heads, out) or width != out or rule.module is not None):

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..network_torch import EPS
 from .parts import Apply
@@ -29,7 +28,17 @@ Matrices = Sequence[Tensor]
 def evaluate(rule: Rule, apply: Apply, x: Tensor, gain: Tensor | None, count: int) -> Tensor:
     """``M(x)``: ``[batch, heads, time, d_in] -> [batch, heads, time, d_out]``."""
     z = rule.network.forward(apply, x if rule.features is None else rule.features.forward(x), rule.activation, count)
-    return z if gain is None else x + F.layer_norm(z, z.shape[-1:], eps=EPS) * gain
+    return z if gain is None else x + layer_norm(z) * gain
+
+
+def layer_norm(z: Tensor) -> Tensor:
+    """LayerNorm in elementary operators.
+
+    The third derivative of ``torch.nn.functional.layer_norm``, which gradients of gradients of a memory need, is wrong
+    in PyTorch 2.13.
+    """
+    centred = z - z.mean(-1, keepdim=True)
+    return centred * (centred.square().mean(-1, keepdim=True) + EPS).rsqrt()
 
 
 def read_at(rule: Rule, weights: Matrices, x: Tensor, gain: Tensor | None) -> Tensor:

@@ -84,6 +84,10 @@ class Huber(Objective):
         self.form = form
 
     @property
+    def learned(self) -> bool:  # type: ignore[override]
+        return self.delta is None
+
+    @property
     def per_token(self) -> Tensor | None:  # type: ignore[override]
         return self.delta if isinstance(self.delta, Tensor) else None
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from ....registry import Catalogue, check_settings, show
 
+Class = TypeVar("Class", bound=type)
 Apply = Callable[[int, Tensor], Tensor]
 """``apply(i, x)``: ``[..., in] -> [..., out]``, the product of ``x`` with matrix ``i`` of the network."""
 
@@ -44,6 +45,8 @@ class Objective:
     A subclass has ``loss``, or ``error``, its derivative, or both.
     """
 
+    learned: bool = False
+    """Whether a block learns a parameter for each token and head, which is positive."""
     per_token: Tensor | None = None
     """``[batch, time, heads]``: a parameter for each token, passed on to ``loss`` and ``error``."""
 
@@ -73,6 +76,10 @@ class Retention:
     uses_initial: ClassVar[bool] = False
     """Whether ``project`` needs the initial weights."""
 
+    def initial(self, parameter: Tensor) -> Tensor:
+        """The initial weights, of a parameter that may be any number."""
+        return parameter
+
     def enter(self, weights: Tensor) -> Tensor:
         """``U`` of the weights that a state holds, ``[..., out, in]``."""
         return weights
@@ -88,6 +95,9 @@ class Retention:
     def project(self, u: Tensor, initial: Tensor | None) -> Tensor:
         """``U`` after a move. ``initial``: the initial weights if ``uses_initial``."""
         return u
+
+    refuses: ClassVar[bool] = False
+    """Whether there are initial weights that it does not take."""
 
     def refuse(self, weights: Sequence[Tensor]) -> str | None:
         """Why these weights cannot be the initial ones, or ``None``."""
@@ -131,11 +141,55 @@ CATALOGUES = {"network": NETWORKS, "objective": OBJECTIVES, "retention": RETENTI
               "features": FEATURES}  # fmt: skip
 """The catalogue of each kind of part."""
 
-register_network = NETWORKS.register
-register_objective = OBJECTIVES.register
-register_retention = RETENTIONS.register
-register_optimizer = OPTIMIZERS.register
-register_features = FEATURES.register
+
+def register_network(name: str, *, replace: bool = False) -> Callable[[Class], Class]:
+    """Register a subclass of ``Network``, to be used as ``network: name`` of the block ``memory`` and of ``learn``.
+
+    The class has ``forward`` and ``shapes``.
+    Its constructor\'s keyword parameters are the fields of the part. Raises ``ValueError`` for a name that is taken,
+    unless ``replace=True``, and ``TypeError`` for a class that does not fit.
+    """
+    return NETWORKS.register(name, replace=replace)
+
+
+def register_objective(name: str, *, replace: bool = False) -> Callable[[Class], Class]:
+    """Register a subclass of ``Objective``, to be used as ``objective: name`` of the block ``memory`` and of ``learn``.
+
+    The class has ``error`` or ``loss``.
+    Its constructor\'s keyword parameters are the fields of the part. Raises ``ValueError`` for a name that is taken,
+    unless ``replace=True``, and ``TypeError`` for a class that does not fit.
+    """
+    return OBJECTIVES.register(name, replace=replace)
+
+
+def register_retention(name: str, *, replace: bool = False) -> Callable[[Class], Class]:
+    """Register a subclass of ``Retention``, to be used as ``retention: name`` of the block ``memory`` and of ``learn``.
+
+    The class has what differs from ``Retention``.
+    Its constructor\'s keyword parameters are the fields of the part. Raises ``ValueError`` for a name that is taken,
+    unless ``replace=True``, and ``TypeError`` for a class that does not fit.
+    """
+    return RETENTIONS.register(name, replace=replace)
+
+
+def register_optimizer(name: str, *, replace: bool = False) -> Callable[[Class], Class]:
+    """Register a subclass of ``Optimizer``, to be used as ``optimizer: name`` of the block ``memory`` and of ``learn``.
+
+    The class has ``update``, or attributes that differ.
+    Its constructor\'s keyword parameters are the fields of the part. Raises ``ValueError`` for a name that is taken,
+    unless ``replace=True``, and ``TypeError`` for a class that does not fit.
+    """
+    return OPTIMIZERS.register(name, replace=replace)
+
+
+def register_features(name: str, *, replace: bool = False) -> Callable[[Class], Class]:
+    """Register a subclass of ``Features``, to be used as ``features: name`` of the block ``memory`` and of ``learn``.
+
+    The class has ``width`` and ``forward``.
+    Its constructor\'s keyword parameters are the fields of the part. Raises ``ValueError`` for a name that is taken,
+    unless ``replace=True``, and ``TypeError`` for a class that does not fit.
+    """
+    return FEATURES.register(name, replace=replace)
 
 
 def make_part(kind: str, given: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import state
 from ..network_torch import ACTIVATIONS
 from ..state import Options
 from . import networks, objectives, updates
@@ -86,21 +87,35 @@ class Rule:
         """The options of the operation ``titans_memory`` that computes this rule, or ``None`` if it does not."""
         if (
             type(self.network) not in (networks.MLP, networks.Linear)
-            or type(self.objective) not in _KINDS
+            or type(self.objective) not in _OBJECTIVES
             or self.objective.per_token is not None
+            or self.objective.learned
             or type(self.optimizer) not in (updates.Step, updates.Momentum)
             or self.optimizer.order > 1
-            or type(self.retention) not in (updates.Keep, updates.Decay)
-            or self.retention.first
+            or type(self.retention) not in (updates.Keep, updates.Decay, updates.ChannelDecay)
             or self.window > 1
             or self.query is not None
-            or self.features is not None
         ):
             return None
-        kind = _KINDS[type(self.objective)]
-        if kind != "l2" or self.read == "anchor":
-            return None
-        return Options(self.chunk, self.activation_name, self.clip, self.read, keep, half, self.threshold)
+        objective = _OBJECTIVES[type(self.objective)](self.objective)
+        return Options(
+            self.chunk, self.activation_name, self.clip, self.read, keep, half, self.threshold, objective,
+            decay_first=self.retention.first,
+        )  # fmt: skip
+
+    @property
+    def is_titans(self) -> bool:
+        """Whether ``titans_memory`` is the rule."""
+        options = self.options()
+        return (
+            options is not None
+            and options.objective == state.SQUARED
+            and type(self.retention) is not updates.ChannelDecay
+            and not self.retention.first
+            and self.reset is None
+            and self.keys == 1
+            and self.features is None
+        )
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """``(argument, message)`` for parts that do not go together."""
@@ -114,6 +129,10 @@ class Rule:
         if self.threshold is not None and (not self.sums or self.window > 1):
             reason = "a window of one write" if linear else "weights that are sums over the writes"
             yield "threshold", f"needs {reason}"
+        if self.threshold is not None and self.retention.first:
+            yield "threshold", "a token below it does not decay, and with first decays before its gradient is taken"
+        if self.query is not None and self.keys > 1 and self.read != "after":
+            yield "query", "projected queries with several keys for each token are read after it is written"
         if self.module is not None and self.retention.gates == "channel":
             yield "retention", "decays by channel need matrices, and the network is a module"
         if self.module is not None and self.features is not None:
@@ -146,14 +165,17 @@ class Rule:
             return f"network {type(self.network).__name__}: uses {len(used)} matrices, got {len(weights)}"
         if y.shape[-1] != d_out:
             return f"network {type(self.network).__name__}: expected outputs of width {d_out} as v, got {y.shape[-1]}"
-        return self.retention.refuse(weights)
+        return None
 
 
-_KINDS: dict[type, str] = {
-    objectives.SquaredError: "l2", objectives.HalfSquaredError: "l2_half", objectives.DotProduct: "dot",
-    objectives.LpError: "lp", objectives.Huber: "huber",
-}  # fmt: skip
-"""The names of the objectives that the memory operation has."""
+_OBJECTIVES: dict[type, Callable[[Any], state.Objective]] = {
+    objectives.SquaredError: lambda part: state.SQUARED,
+    objectives.HalfSquaredError: lambda part: state.Objective("l2_half"),
+    objectives.DotProduct: lambda part: state.Objective("dot"),
+    objectives.LpError: lambda part: state.Objective("lp", p=part.p, smooth=part.smooth),
+    objectives.Huber: lambda part: state.Objective("huber", delta=part.delta, form=part.form),
+}
+"""The objectives that the memory operation has."""
 
 
 def make_rule(

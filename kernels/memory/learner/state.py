@@ -105,6 +105,10 @@ class Writes(NamedTuple):
         """``function`` of every tensor that is not ``None``."""
         return Writes(*(None if x is None else function(x) for x in self))  # type: ignore[arg-type]
 
+    def at(self, span: slice) -> Writes:
+        """The tokens of a span of time."""
+        return self.map(lambda x: x[:, span])
+
 
 def where(rows: Tensor | bool, new: tuple[Tensor, ...], old: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """``new`` in the rows where ``rows`` is true, ``old`` in the others. ``rows``: ``[batch]``, or one for all."""

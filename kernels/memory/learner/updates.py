@@ -50,6 +50,10 @@ class Softmax(Retention):
     """``W_t = softmax((1 - alpha) log W_{t-1} + step)`` over each row (KL divergence; Memora, 2504.13173)."""
 
     linked = True
+    refuses = True
+
+    def initial(self, parameter: Tensor) -> Tensor:
+        return torch.softmax(parameter, dim=-1)
 
     def enter(self, weights: Tensor) -> Tensor:
         return weights.clamp(min=torch.finfo(weights.dtype).tiny).log()
@@ -153,7 +157,8 @@ class Muon(Optimizer):
         a, b, c = COEFFICIENTS
         tall = momentum.shape[-2] > momentum.shape[-1]
         x = momentum.mT if tall else momentum
-        # the norm has no derivative at zero, where the step is zero
+        # the norm has no derivative at zero, where the step is zero, and 1e7 beside it; there the step is taken to have
+        # no derivative of the norm
         size = (x * x).sum((-2, -1), keepdim=True)
         x = x / (torch.where(size > 0, size, 1.0).sqrt() + 1e-7)
         for _ in range(self.steps):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...dispatch import sum_is_finite
-from ...padding import align
+from ...dispatch import full_precision, sum_is_finite
+from ...padding import Layout, align
 from ..state import MemoryState
 from . import chunks
 from .rule import Rule
@@ -16,6 +17,31 @@ from .state import LearnerState, Writes, where
 
 SOLVED_TOGETHER = 64
 """Chunks of one write whose errors are found together."""
+
+
+class Measured(NamedTuple):
+    """Of every write, ``[batch, time, heads]`` each."""
+
+    surprise: Tensor
+    """The norm of its gradient at its anchor, before any clipping."""
+    error: Tensor
+    """``|M(k) - v|^2`` there."""
+    suppressed: Tensor
+    """Bool: the surprise is below the threshold."""
+
+
+@torch.no_grad()
+def measure(
+    rule: Rule, writes: Writes, state: MemoryState | LearnerState, norm: Tensor | None, mask: Tensor | None
+) -> Measured:
+    """Write the sequence once more, and measure how surprising each write is."""
+    compute = state.weights[0].dtype
+    writes, gain = writes.map(lambda x: x.to(compute)), None if norm is None else norm.to(compute).unsqueeze(1)
+    parts: list[Measured] = []
+    with full_precision(writes.k.device.type):
+        _, _, layout = _spans(rule, writes, complete(rule, state, writes), gain, mask, parts)
+    joined = (torch.cat([x.transpose(1, 2) for x in part], 1) for part in zip(*parts))
+    return Measured(*(x if layout is None else layout.collect(x) for x in joined))
 
 
 def run(
@@ -26,7 +52,8 @@ def run(
     ``state.position`` counts writes here. NaN and infinity reach no output before their token: where a result is not
     finite, it is computed again in halves.
     """
-    y, after = _run(rule, writes, state, gain, mask)
+    y, after, layout = _spans(rule, writes, state, gain, mask, None)
+    y = y if layout is None else layout.collect(y)
     time = y.shape[1]
     if time < 2 or sum_is_finite(y, *after.weights) or not sum_is_finite(*state.weights, *state.anchor):
         return y, after
@@ -38,13 +65,15 @@ def run(
     return torch.cat(outputs, 1), state
 
 
-def _run(
-    rule: Rule, writes: Writes, state: LearnerState, gain: Tensor | None, mask: Tensor | None
-) -> tuple[Tensor, LearnerState]:
+def _spans(
+    rule: Rule, writes: Writes, state: LearnerState, gain: Tensor | None, mask: Tensor | None,
+    measured: list[Measured] | None,
+) -> tuple[Tensor, LearnerState, Layout | None]:  # fmt: skip
+    """Outputs in the places of the layout, the state, and the layout. ``measured``: where to put measurements."""
     time, valid, layout = writes.theta.shape[1], None, None
     # with chunks of one write, a stretch may begin and end anywhere, but not have a reset inside
-    solves = rule.solves and len(state.weights) == 1 and gain is None
-    solves = solves and (rule.reset is None or (mask is None and len(set(state.position.tolist())) <= 1))
+    resets = rule.reset is not None and (mask is not None or len(set(state.position.tolist())) > 1)
+    solves = rule.solves and len(state.weights) == 1 and gain is None and measured is None and not resets
     chunk = SOLVED_TOGETHER if solves else rule.chunk
     phases = [0 if solves else position % chunk for position in state.position.tolist()]
     if mask is not None and bool(mask.all()):
@@ -68,17 +97,17 @@ def _run(
         if start == stop:
             continue
         span = writes.map(lambda x, start=start, stop=stop: x[:, start:stop].transpose(1, 2))  # type: ignore[misc]
-        y, state = _span(rule, span, state, gain, None if valid is None else valid[:, start:stop], solves)
+        y, state = _span(rule, span, state, gain, None if valid is None else valid[:, start:stop], solves, measured)
         outputs.append(y.transpose(1, 2))
     if not outputs:
-        return writes.v.new_zeros(len(phases), time, *writes.v.shape[2:]), state
-    y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
-    return y if layout is None else layout.collect(y), state
+        return writes.v.new_zeros(len(phases), time, *writes.v.shape[2:]), state, None
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), state, layout
 
 
 def _span(
-    rule: Rule, writes: Writes, state: LearnerState, gain: Tensor | None, valid: Tensor | None, solves: bool
-) -> tuple[Tensor, LearnerState]:
+    rule: Rule, writes: Writes, state: LearnerState, gain: Tensor | None, valid: Tensor | None, solves: bool,
+    measured: list[Measured] | None,
+) -> tuple[Tensor, LearnerState]:  # fmt: skip
     """A chunk or a part of one; with ``solves``, any number of chunks of one write."""
     time = writes.theta.shape[2]
     begins: Tensor | bool
@@ -110,6 +139,10 @@ def _span(
         return y, state._replace(anchor=where(ends, state.weights, state.anchor), position=after)
     at = chunks.anchor_weights(rule, writes, state)
     found = chunks.gradients(rule, at, every, gain)
+    if measured is not None:
+        now = chunks.Gradients(*([x[:, :, -time:] for x in part] for part in found))
+        surprise, error = now.square().sqrt(), chunks.read_at(rule, at, writes.k, gain) - writes.v
+        measured.append(Measured(surprise, error.square().sum(-1), surprise < (rule.threshold or 0.0)))
     if rule.threshold is not None:
         writes = chunks.suppress(rule, writes, found)
     found = chunks.clip(rule, found)
@@ -170,27 +203,51 @@ def _window(
 def complete(rule: Rule, state: MemoryState | LearnerState, writes: Writes) -> LearnerState:
     """The state with every part that the rule needs. Raises ``ValueError`` where an earlier call would have made it."""
     given = LearnerState(*state)
-    order = 0 if writes.eta is None else rule.optimizer.order
-    made: dict[str, object] = {}
-    batch, _, heads = writes.theta.shape
-    new = given.weights[0].new_zeros
-    if order == 2 and not given.second:
-        made["second"] = tuple(map(torch.zeros_like, given.weights))
-    if rule.moves_once and not given.pending:
-        channels = () if writes.alpha is None or writes.alpha.dim() == 3 else writes.alpha.shape[3:]
-        made["pending"] = chunks.empty_pending(given.weights, new(batch, heads, *channels))
-    if rule.window > 1 and not given.recent:
-        size = rule.window - 1
-        wide = lambda x: new(batch, heads, size, x.shape[3])  # noqa: E731
-        narrow = [new(batch, heads, size)] * (2 if writes.parameter is not None else 1)
-        made["recent"] = (wide(writes.k), wide(writes.v), *narrow, torch.zeros_like(given.position))
-    if rule.query is not None and given.projection is None:
-        made["projection"] = new(batch, heads, writes.k.shape[3], writes.k.shape[3])
-    if rule.keeps_initial and not given.initial:
-        made["initial"] = given.weights
-    if made and bool((given.position > 0).any()):
+    channels = () if writes.alpha is None or writes.alpha.dim() == 3 else tuple(writes.alpha.shape[3:])
+    d_in, d_out = writes.k.shape[-1], writes.v.shape[-1]
+    made = start(rule, given, d_in, d_out, channels, writes.eta is not None, writes.parameter is not None)
+    if made is not given and bool((given.position > 0).any()):
+        names = [name for name, old, new in zip(given._fields, given, made) if old is not new]
         raise ValueError(
-            f"state: has no {', '.join(made)}, which this rule needs: expected a state that it has made itself, or one "
-            "at position 0"
+            f"state: has no {', '.join(names)}, which this rule needs: expected a state that it has made itself, or "
+            "one at position 0"
         )
-    return given._replace(**made)  # type: ignore[arg-type]
+    return made
+
+
+def start(
+    rule: Rule, state: LearnerState, d_in: int, d_out: int, channels: tuple[int, ...], momentum: bool, parameter: bool
+) -> LearnerState:
+    """The state with every part that the rule needs, as it is before the first token."""
+    made: dict[str, Any] = {}
+    weights = state.weights
+    batch, heads = weights[0].shape[:2]
+    new = weights[0].new_zeros
+    if momentum and rule.optimizer.order == 2 and not state.second:
+        made["second"] = tuple(map(torch.zeros_like, weights))
+    if rule.moves_once and not state.pending:
+        made["pending"] = chunks.empty_pending(weights, new(batch, heads, *channels))
+    if rule.window > 1 and not state.recent:
+        size = rule.window - 1
+        narrow = [new(batch, heads, size) for _ in range(1 + parameter)]
+        held = torch.zeros_like(state.position)
+        made["recent"] = (new(batch, heads, size, d_in), new(batch, heads, size, d_out), *narrow, held)
+    if rule.query is not None and state.projection is None:
+        made["projection"] = new(batch, heads, d_in, d_in)
+    if rule.keeps_initial and not state.initial:
+        made["initial"] = weights
+    return state._replace(**made) if made else state
+
+
+def read(rule: Rule, q: Tensor, state: MemoryState | LearnerState, gain: Tensor | None) -> Tensor:
+    """``M(q)`` for every query on its own, at the weights of the state.
+
+    ``q``: ``[batch, time, heads, d_in]``; returns ``[batch, time, heads, d_out]``.
+    """
+    compute = state.weights[0].dtype
+    x = q.to(compute).transpose(1, 2)
+    if rule.query is not None and isinstance(state, LearnerState) and state.projection is not None:
+        x = x @ state.projection
+    weights = [rule.retention.link(w) for w in state.weights]
+    gain = None if gain is None else gain.to(compute).unsqueeze(1)
+    return chunks.read_at(rule, weights, x, gain).transpose(1, 2).to(q.dtype)

@@ -1,0 +1,138 @@
+"""Memories whose rule is not that of Titans: their parts, their gates, and the calls of the operation ``learn``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import hardsigmoid, silu, softplus
+
+from ..kernels.memory import LearnerState, MemoryState, learner
+from ..kernels.memory.learner import Rule, learn_writes, make_part, make_rule
+from ..kernels.memory.learner.state import Writes
+from ..kernels.norm_gate import l2_norm
+from ..kernels.padding import last
+from ..kernels.short_conv import convolve, query_key_value
+
+EPS = 1e-6
+"""In the unit length of queries and keys."""
+
+
+def resolve(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a memory with ``optimizer``, ``retention``, ``momentum`` and ``forgetting`` in agreement."""
+    fields = dict(fields)
+    if fields["optimizer"] is None:
+        fields["optimizer"] = "momentum" if fields["momentum"] else "step"
+    if fields["retention"] is None:
+        fields["retention"] = "scalar" if fields["forgetting"] else "none"
+    fields["momentum"] = fields["momentum"] and make_part("optimizer", fields["optimizer"]).order > 0
+    fields["forgetting"] = fields["forgetting"] and make_part("retention", fields["retention"]).gates != "none"
+    fields["retrieve"] = fields["read"] or fields["retrieve"]
+    return fields
+
+
+def rule_of(fields: dict[str, Any]) -> Rule:
+    """The rule of the fields of a memory. Raises ``ValueError`` for parts that do not go together."""
+    fields = resolve(fields)
+    names = ("network", "activation", "objective", "optimizer", "retention", "window", "features", "reset", "keys",
+             "query", "clip", "threshold", "chunk")  # fmt: skip
+    return make_rule(read=fields["retrieve"], **{name: fields[name] for name in names})
+
+
+def problems(fields: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    """``(field, message)`` for parts that do not go together."""
+    given = resolve(fields)
+    if fields["read"] is not None and fields["retrieve"] not in ("after", fields["read"]):
+        yield "read", f"is another name of retrieve, which is {fields['retrieve']!r}: give one of them"
+        return
+    part = make_part("optimizer", given["optimizer"])
+    if part.order == 2 and not given["momentum"]:
+        yield "optimizer", "order 2 is the momentum of the momentum, and momentum is false"
+    try:
+        rule_of(fields)
+    except ValueError as error:
+        field, _, message = str(error).partition(": ")
+        yield (field if field in fields else "optimizer"), message or str(error)
+        return
+    if fields["gates"] == "chunk" and fields["keys"] > 1:
+        yield "gates", "of a chunk need one key for each token, because chunks count writes"
+
+
+def gate_sizes(rule: Rule, shapes: list[tuple[int, int]], momentum: bool, forgetting: bool) -> dict[str, int]:
+    """The number of gates of each kind for each token and head, in the order of ``controls``."""
+    sizes = {"theta": rule.keys}
+    if momentum:
+        sizes["eta"] = 1
+    if forgetting:
+        sizes["alpha"] = sum(width for _, width in shapes) if rule.retention.gates == "channel" else 1
+    if rule.window > 1:
+        sizes["gamma"] = 1
+    if rule.objective.learned:
+        sizes["parameter"] = 1
+    return sizes
+
+
+def inputs(
+    memory: Any, projected: Tensor, raw: Tensor, history: Tensor | None, length: Tensor | None
+) -> tuple[Writes, Tensor | None]:
+    """What the operation is given, from the results of ``qkv`` and ``controls``; and the next convolution's history."""
+    rule, heads = memory.rule, memory.heads
+    if rule.keys == 1:
+        q, k, v, history = query_key_value(projected, memory.convolution, history, heads, length)
+    else:
+        if memory.convolution is not None and history is not None:
+            past, before = torch.cat((history, projected), dim=1), history.shape[1]
+            if before:
+                history = past[:, -before:].clone() if length is None else last(past, length + before, before)
+            projected = convolve(past, memory.convolution)
+        parts = silu(projected).unflatten(-1, (1 + 2 * rule.keys, heads, -1))
+        qk = l2_norm(parts[:, :, : 1 + rule.keys], EPS)
+        q, k, v = qk[:, :, 0], qk[:, :, 1:], parts[:, :, 1 + rule.keys :]
+    sigmoid = hardsigmoid if memory.gating == "hard_sigmoid" else torch.sigmoid
+    found: dict[str, Tensor] = {}
+    sizes = memory.gate_sizes
+    for (name, count), part in zip(sizes.items(), raw.split([heads * count for count in sizes.values()], dim=-1)):
+        gate = softplus(part) if name == "parameter" else sigmoid(part)
+        if name == "theta":
+            gate = gate * memory.max_step
+            found[name] = gate if count == 1 else gate.unflatten(-1, (count, heads))
+        elif name == "alpha" and rule.retention.gates == "channel":
+            found[name] = gate.unflatten(-1, (heads, count))
+        else:
+            found[name] = gate
+    return Writes(
+        q, k, v, found["theta"], *(found.get(name) for name in ("eta", "alpha", "gamma", "parameter"))
+    ), history
+
+
+def start(memory: Any, state: MemoryState) -> MemoryState | LearnerState:
+    """The state before the first token, with every part that the rule of ``memory`` needs."""
+    rule, width = memory.rule, memory.dim // memory.heads
+    channels = (memory.gate_sizes["alpha"],) if memory.forgetting and rule.retention.gates == "channel" else ()
+    weights = tuple(map(rule.retention.initial, state.weights))
+    state = state._replace(weights=weights, anchor=weights)
+    made = learner.start(rule, LearnerState(*state), width, width, channels, memory.momentum, rule.objective.learned)
+    return made if any(part is not None and part != () for part in made[4:]) else state
+
+
+def recall(memory: Any, q: Tensor, state: MemoryState | LearnerState) -> Tensor:
+    """The response to queries at the weights of the state."""
+    return learner.read(rule_with_parameters(memory), q, state, memory.norm_gain)
+
+
+def learn(
+    memory: Any, writes: Writes, state: MemoryState | LearnerState, mask: Tensor | None
+) -> tuple[Tensor, MemoryState | LearnerState]:
+    """The operation, by the rule of ``memory``."""
+    return learn_writes(rule_with_parameters(memory), writes, state, memory.norm_gain, mask, memory.keep)
+
+
+def rule_with_parameters(memory: Any) -> Rule:
+    """The rule, whose features have the learned coefficients."""
+    rule: Rule = memory.rule
+    if rule.features is not None and memory.coefficients is not None:
+        features: Any = rule.features
+        features.coefficients = memory.coefficients.to(memory.output_gain.dtype)
+    return rule
