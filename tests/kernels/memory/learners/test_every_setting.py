@@ -95,6 +95,7 @@ SETTINGS: dict[str, Any] = {
     "window": case(window=3, gates="theta eta alpha gamma", norm=True, scale=0.5),
     "window longer than a chunk": case(window=6, gates="theta eta alpha", scale=0.3),
     "window and muon": case(window=3, gates="theta eta alpha gamma", optimizer=muon(scale="update")),
+    "gamma alone": case(gates="theta eta alpha gamma"),
     "powers": case(features={"type": "polynomial", "degree": 3}, norm=True, scale=0.5),
     "tensor powers": case(
         lambda given: given.weights(1 + WIDTH + WIDTH**2, 5, WIDTH), scale=0.3,
@@ -258,7 +259,7 @@ def test_a_step_of_zero_leaves_the_state(name, make):
         assert not momentum.any()
 
 
-@pytest.mark.parametrize("name", ["mlp with norm", "window longer than a chunk", "muon once a chunk"])
+@pytest.mark.parametrize("name", ["mlp with norm", "window", "kl with momentum", "muon once a chunk", "projected"])
 def test_second_derivatives(name, make, general):
     case = Case(make, name, time=6)
     found = []
