@@ -242,7 +242,7 @@ def test_an_answer_with_a_draft_is_that_without(
     name = small if draft == "model" else draft
     found = infer(folder, *words, "--state", tmp_path / "draft.state", "--draft", name).json
     assert found["tokens"] == plain["tokens"] and found["position"] == plain["position"]
-    assert 0 < found["drafted"]["calls"] and found["drafted"]["accepted"] <= found["drafted"]["proposed"]
+    assert found["drafted"]["calls"] > 0 and found["drafted"]["accepted"] <= found["drafted"]["proposed"]
     assert "drafted" not in plain
     # a stop inside of the tokens that are checked together
     stop = ["--stop", plain["text"][20:23]]
