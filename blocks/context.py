@@ -198,15 +198,19 @@ class Context(Block):
         self, x: Tensor, state: ContextState | None, documents: Documents
     ) -> tuple[Tensor, Any]:
         """First the first segment of every document, in one packed row, then the second of those that go on, ..."""
-        first: ContextState = self.init_state(1) if documents.fresh is None else documents.fresh
-        attention = first.attend if documents.fresh is None else self.fresh_attention(1)
-        began, before = self._begin_segments(first), None if state is None else self._begin_segments(state)
-        memory, snapshot, attend, _ = (None,) * 4 if before is None else before
-        at, begin = [] if state is None else state.position.tolist(), state is None
-        position = [
-            at[b] if on and not begin else int(first.position) for b, on in zip(documents.row, documents.continues)
-        ]
-        segments = documents.segments(self.segment, position, begin)
+        if documents.fresh is None:  # at position 0, which need not be read from a device
+            first = began = self.init_state(1)
+            begin, attention = 0, first.attend
+        else:
+            first, attention = documents.fresh, self.fresh_attention(1)
+            begin, began = int(first.position), self._begin_segments(first)
+        memory = snapshot = attend = None
+        position = [begin] * len(documents.row)
+        if state is not None:
+            memory, snapshot, attend, at = self._begin_segments(state)
+            rows = at.tolist()
+            position = [rows[b] if on else begin for b, on in zip(documents.row, documents.continues)]
+        segments = documents.segments(self.segment, position, state is None)
         project, read, update, output = split_memory(self.memory, 2)
         x = documents.spread(x, segments)
         ends, order, attended, read_back = list[ContextState](), list[int](), list[Tensor](), list[Tensor]()

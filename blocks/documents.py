@@ -139,10 +139,9 @@ def read_documents(
 
     ``state``: that of each row. ``fresh``: the state of one row from which documents begin. They share a row.
     """
-    groups = documents.groups_to_read()
     if not any(documents.continues):
         return read(inputs, fresh)
-    outputs = []
+    groups, outputs = documents.groups_to_read(), []
     for group in groups:
         rows = [documents.unpack(x, group) for x in inputs]
         outputs.append(read(rows, states_before(documents, group, state) if group.continues else fresh))
