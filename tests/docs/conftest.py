@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from titans_build.kernels import dispatch
+from titans_build.kernels.memory.learner.parts import CATALOGUES
 from titans_build.registry import scratch
 from titans_build.tools import tasks
 
@@ -67,7 +69,9 @@ def root() -> Path:
 
 @pytest.fixture
 def nothing_stays_registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Blocks, tasks and operations that a page registers are gone afterwards."""
+    """Blocks, parts of learners, tasks and operations that a page registers are gone afterwards."""
     monkeypatch.setattr(dispatch, "OPERATIONS", dict(dispatch.OPERATIONS))
-    with scratch(), tasks.scratch():
+    with contextlib.ExitStack() as stack:
+        for registered in (scratch, tasks.scratch, *(parts.scratch for parts in CATALOGUES.values())):
+            stack.enter_context(registered())
         yield
