@@ -66,6 +66,14 @@ class Gradients(NamedTuple):
         """Those of write ``t``."""
         return Gradients([d[:, :, t : t + 1] for d in self.errors], [a[:, :, t : t + 1] for a in self.inputs])
 
+    def each(self, l: int, coefficients: Tensor) -> Tensor:
+        """``sum_s c_ts G_s`` of matrix ``l`` for each token. ``coefficients``: ``[batch, heads, time, writes]``."""
+        d = self.errors[l]
+        if not self.inputs:
+            return (coefficients @ d.flatten(3)).view(*coefficients.shape[:3], *d.shape[3:])
+        weighted = coefficients.unsqueeze(-1) * d.unsqueeze(2)  # [batch, heads, time, writes, out]
+        return weighted.mT @ self.inputs[l].unsqueeze(2)
+
     def total(self, l: int, coefficients: Tensor) -> Tensor:
         """``sum_s c_s G_s`` of matrix ``l``. ``coefficients``: ``[batch, heads, time]``, or ``[..., in, time]``."""
         d = self.errors[l]
@@ -356,6 +364,97 @@ def _with(state: LearnerState, weights: Sequence[Tensor], momentum: Sequence[tup
 
 
 # -- rules whose weights pass through maps of whole matrices -----------------------------------------------------------
+
+
+def every_matrix(
+    rule: Rule, writes: Writes, found: Gradients, window: Tensor, valid: Tensor | None, state: LearnerState,
+    gain: Tensor | None,
+) -> tuple[Tensor, LearnerState]:  # fmt: skip
+    """The weights after each token, ``[batch, heads, time, out, in]``, where maps of a matrix change no later one."""
+    retention, optimizer = rule.retention, rule.optimizer
+    order = 0 if writes.eta is None else optimizer.order
+    start = [retention.enter(w) for w in state.weights]
+    if optimizer.linear:
+        c = coefficients(writes, _times(writes.theta, window), valid, order)
+        stacks = [state.momentum, state.second][:order]
+        moved: list[tuple[Tensor, ...]] = []
+        u = []
+        for i, w in enumerate(start):
+            total = _per_token(c.kept, w) - found.each(i, c.written)
+            for m, stack in zip(c.carried, stacks):
+                total = total + _per_token(m, stack[i])
+            u.append(total)
+        for parts, end in c.momentum:
+            moved.append(
+                tuple(
+                    sum(_per_token(p.unsqueeze(-1), stack[i])[:, :, 0] for p, stack in zip(parts, stacks))
+                    - found.total(i, end)
+                    for i in range(len(start))
+                )
+            )
+    else:
+        u, moved = _updates(rule, writes, found, window, valid, state, start, order)
+    weights = [retention.leave(x) for x in u]
+    after = _with(state, [w[:, :, -1] for w in weights], moved)
+    used = weights
+    if rule.read == "before":
+        used = [torch.cat([w.unsqueeze(2), x[:, :, :-1]], 2) for w, x in zip(state.weights, weights)]
+    used = [retention.link(w) for w in used]
+    if rule.read == "anchor":
+        y = read_at(rule, [retention.link(w) for w in state.anchor], writes.q, gain)
+    elif rule.module is not None:
+        each = [w.flatten(1, 2) for w in used]
+        y = rule.module.read(each, writes.q.flatten(1, 2).unsqueeze(2)).view(*writes.q.shape[:3], -1)
+    else:
+        y = evaluate(rule, lambda i, x: (used[i] @ x.unsqueeze(-1)).squeeze(-1), writes.q, gain, len(used))
+    return y, after
+
+
+def _updates(
+    rule: Rule, writes: Writes, found: Gradients, window: Tensor, valid: Tensor | None, state: LearnerState,
+    start: Matrices, order: int,
+) -> tuple[list[Tensor], list[tuple[Tensor, ...]]]:  # fmt: skip
+    """``U`` after each token where steps are updates of the momentum, and the momentum after the last one."""
+    optimizer = rule.optimizer
+    steps = window if optimizer.scales_update else _times(writes.theta, window)
+    decay = products(torch.ones_like(writes.theta) if writes.eta is None else writes.eta)
+    real = None if valid is None else valid.to(writes.theta).view(valid.shape[0], 1, 1, -1)
+    ends: list[list[Tensor]] = [[] for _ in range(order)]
+    results = []
+    for i, w in enumerate(start):
+        if order == 0:
+            s = -found.each(i, torch.diag_embed(steps) if steps.dim() == 3 else steps)
+        else:
+            along = decay[..., 1:] if real is None else decay[..., 1:] * real
+            s = _per_token(decay[..., 0], state.momentum[i]) - found.each(i, _after(along, steps))
+            ends[0].append(s[:, :, -1])
+        if order == 2:
+            s = _per_token(decay[..., 0], state.second[i]) + _mix(along, s)
+            ends[1].append(s[:, :, -1])
+        update = optimizer.update(s)
+        if optimizer.scales_update:
+            theta = writes.theta
+            update = theta.view(*theta.shape, *[1] * (update.dim() - 3)) * update
+        if writes.alpha is None or writes.alpha.dim() == 3:
+            keep = products(torch.ones_like(writes.theta) if writes.alpha is None else 1 - writes.alpha)
+            moved = keep[..., 1:] if real is None else keep[..., 1:] * real
+            results.append(_per_token(keep[..., 0], w) + _mix(moved, update))
+        else:
+            keep = products((1 - writes.alpha[..., rule.channels(start)[i]]).mT)
+            moved = keep[..., 1:] if real is None else keep[..., 1:] * real.unsqueeze(2)
+            first = w.unsqueeze(2) * keep[..., 0].mT.unsqueeze(-2)
+            results.append(first + torch.einsum("bhitr,bhroi->bhtoi", moved, update))
+    return results, [tuple(x) for x in ends]
+
+
+def _per_token(coefficients: Tensor, w: Tensor) -> Tensor:
+    """``[batch, heads, time]`` times ``[batch, heads, ...]``: ``[batch, heads, time, ...]``."""
+    return coefficients.view(*coefficients.shape, *[1] * (w.dim() - 2)) * w.unsqueeze(2)
+
+
+def _mix(coefficients: Tensor, x: Tensor) -> Tensor:
+    """``sum_r c_tr x_r``: ``[batch, heads, time, time]`` and ``[batch, heads, time, ...]``."""
+    return (coefficients @ x.flatten(3)).view(x.shape)
 
 
 def moves(

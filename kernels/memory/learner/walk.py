@@ -15,6 +15,8 @@ from . import chunks
 from .rule import Rule
 from .state import LearnerState, Writes, where
 
+MADE_TOGETHER = 2**26
+"""Bytes of the weights after each token that are made together."""
 SOLVED_TOGETHER = 64
 """Chunks of one write whose errors are found together."""
 
@@ -92,6 +94,10 @@ def _spans(
         writes = writes.map(layout.spread)._replace(eta=eta)
         valid, slots = layout.filled, layout.filled.shape[1]
         edges = [*range(0, slots, chunk), slots]
+    if not (rule.sums or rule.moves_once) and rule.retention.linear:  # the weights after each token are made
+        size = sum(w.numel() * w.element_size() for w in state.weights)
+        piece = max(1, MADE_TOGETHER // max(size, 1))
+        edges = sorted({*edges, *(cut for a, b in pairwise(edges) for cut in range(a, b, piece))})
     outputs = []
     for start, stop in pairwise(edges):
         if start == stop:
@@ -151,6 +157,8 @@ def _span(
         y, state = chunks.sums(rule, writes, found, window, valid, state, gain)
     elif rule.moves_once:
         y, state = chunks.one_move(rule, writes, found, window, valid, state, gain, ends)
+    elif rule.retention.linear:
+        y, state = chunks.every_matrix(rule, writes, found, window, valid, state, gain)
     else:
         y, state = chunks.moves(rule, writes, found, window, valid, state, gain)
     return y, state._replace(anchor=where(ends, state.weights, state.anchor), position=after)
