@@ -150,17 +150,23 @@ def run_memory(
     return y.to(q.dtype), state
 
 
-def has_fast_backend(tokens: Tokens, state: MemoryState, norm: Tensor | None, options: Options) -> bool:
-    """Whether another backend than the reference, which is slow, knows decays for each channel, or before the gradient.
+def has_fast_backend(
+    tokens: Tokens, state: MemoryState, norm: Tensor | None, mask: Tensor | None, options: Options
+) -> bool:
+    """Whether :func:`run_memory` takes another backend than the reference, which knows every decay and is slow.
 
     The tensors are of one dtype.
     """
-    tensors = (*tokens, norm, *state.weights, *state.momentum)
-    facts = dict(
-        device=tokens.q.device.type, dtype=tokens.q.dtype, plain=is_plain_cpu_tensor(*tensors), chunk=options.chunk,
-        layers=len(state.weights), plainly=norm is options.clip is options.threshold is None, decays=True,
+    q, alpha = tokens.q, tokens.alpha
+    tensors = (*tokens, norm, *state.weights, *state.momentum, *state.anchor)
+    plain = is_plain_cpu_tensor(*tensors, mask)
+    run = MEMORY.choose(
+        device=q.device.type, dtype=q.dtype, plain=plain, transformed=not plain and transforming(), time=q.shape[1],
+        chunk=options.chunk, layers=len(state.weights), width=max(q.shape[3], tokens.v.shape[3]),
+        grad=needs_grad(*tensors), plainly=norm is options.clip is options.threshold is None,
+        decays=options.decay_first or (alpha is not None and alpha.dim() == 4),
     )  # fmt: skip
-    return MEMORY.why_not(MEMORY.backends["native_linear"], facts) is None
+    return run is not MEMORY.backends["reference"].run
 
 
 def read_memory(

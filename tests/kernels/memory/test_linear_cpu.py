@@ -8,6 +8,7 @@ import torch
 from titans_build.kernels.cpu_runtime import library
 from titans_build.kernels.dispatch import BackendError
 from titans_build.kernels.memory import MEMORY, MemoryState, Objective, Options, Tokens, run_memory
+from titans_build.kernels.memory.operation import has_fast_backend
 
 UNBUILT = library.refuse(device="cpu", dtype=torch.float32)
 pytestmark = pytest.mark.skipif(UNBUILT is not None, reason=f"C kernels: {UNBUILT}")
@@ -107,6 +108,9 @@ def test_which_memories_it_takes(memory_case):
                                           (1, 1, False, False)):  # fmt: skip
         chosen = MEMORY.choose(layers=layers, chunk=chunk, plainly=plainly, **facts)
         assert (chosen is MEMORY.backends["native_linear"].run) == taken
+    tokens, state = Tokens(*inputs(linear, "channel")[:6]), linear.state
+    for chunk, taken in ((1, True), (4, False)):
+        assert has_fast_backend(tokens, state, None, None, Options(chunk, "gelu", None, "after")) == taken
     for case, options in ((deep, {}), (linear, {"chunk": 4}), (linear, {"clip": 1.0}), (linear, {"threshold": 1.0})):
         with pytest.raises(BackendError, match="takes one matrix and chunks of one token"):
             case.run(backend="native_linear", **{"chunk": 1, **options})
