@@ -14,7 +14,7 @@ import traceback
 
 
 def start(module: str, words: list[str], files: list[str | None], environment: dict[str, str]) -> None:
-    signal.alarm(120)
+    signal.alarm(900)
     os.environ.update(environment)
     for number, (file, name) in enumerate(zip(files, ("stdin", "stdout", "stderr"))):
         if file is None:
