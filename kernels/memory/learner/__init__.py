@@ -255,7 +255,7 @@ def _row(
         tokens = Tokens(q, k, v, theta if gamma is None else theta * gamma, eta, alpha)
         before = state.plain()
         usual = not options.decay_first and (alpha is None or alpha.dim() == 3)
-        if usual or backend != "auto" or has_fast_backend(tokens, before, norm, options):
+        if usual or backend != "auto" or has_fast_backend(tokens, before, norm, mask, options):
             y, after = run_memory(tokens, before, norm, mask, options, backend)
             return y, state._replace(**after._asdict())
     gain = None if norm is None else norm.unsqueeze(1)
