@@ -137,7 +137,8 @@ def run(what: str, both: bool, way: str, quick: bool) -> Callable[[], Any]:
 def learners(quick: bool) -> Kinds:
     """A training step of each learner of ``titans-train reproduce``: first the memory of Titans, then attention."""
     torch.set_num_threads(1)
-    dim, shape = (32, (1, 32)) if quick else (256, (2, 512))
+    # small: some learners make the weights of every token, and more than 10 GB of them at twice this width and length
+    dim, shape = (32, (1, 32)) if quick else (128, (2, 256))
     tokens = torch.randint(256, shape, generator=torch.Generator().manual_seed(0))
     parameters = parameters_of(load_with_vocab(recipe_of({"type": "attention"}, dim)))
 
