@@ -28,6 +28,7 @@ from ...documents import Documents
 from ..operation import has_fast_backend, run_memory
 from ..state import MemoryState, Tokens
 from . import networks, objectives, updates  # noqa: F401  (they register the parts)
+from .chunks import project_queries
 from .parts import (
     CATALOGUES,
     Features,
@@ -250,6 +251,10 @@ def _row(
     # the norm's residual is the query before its features
     if options is not None and backend != "general" and (rule.features is None or norm is None):
         q, k, v, theta, eta, alpha, gamma, _ = writes
+        projection = state.projection
+        if rule.query is not None:
+            state = complete(rule, state, writes)
+            q, projection = _projected(q, k, state.projection, mask)
         if rule.features is not None:
             q, k = rule.features.forward(q), rule.features.forward(k)
         tokens = Tokens(q, k, v, theta if gamma is None else theta * gamma, eta, alpha)
@@ -257,9 +262,17 @@ def _row(
         usual = not options.decay_first and (alpha is None or alpha.dim() == 3)
         if usual or backend != "auto" or has_fast_backend(tokens, before, norm, mask, options):
             y, after = run_memory(tokens, before, norm, mask, options, backend)
-            return y, state._replace(**after._asdict())
+            return y, state._replace(**after._asdict(), projection=projection)
     gain = None if norm is None else norm.unsqueeze(1)
     return run(rule, writes, complete(rule, state, writes), gain, mask)
+
+
+def _projected(q: Tensor, k: Tensor, projection: Any, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``project_queries`` of ``[batch, time, heads, d_in]``. Values at masked tokens are arbitrary."""
+    if mask is not None:
+        q, k = (x.masked_fill(~mask[..., None, None], 0.0) for x in (q, k))
+    q, projection = project_queries(q.transpose(1, 2), k.transpose(1, 2), projection, mask)
+    return q.transpose(1, 2), projection
 
 
 def _rows(

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..network_torch import EPS
 from .parts import Apply
@@ -572,9 +573,18 @@ def empty_pending(weights: Matrices, kept: Tensor) -> tuple[Tensor, ...]:
 
 
 def project_queries(q: Tensor, k: Tensor, projection: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``Pi_t q_t`` with ``Pi_t`` the sum of ``k k^T / |k|^2`` up to ``t`` (TNT), and the sum after the last token."""
+    """``Pi_t q_t`` with ``Pi_t`` the sum of ``k k^T / |k|^2`` up to ``t`` (TNT), and the sum after the last token.
+
+    ``q, k``: ``[batch, heads, time, d_in]``, of any length. ``projection``: the sum before. ``valid``:
+    ``[batch, time]``.
+    """
     unit = k / (k.square().sum(-1, keepdim=True) + 1e-6).sqrt()
     if valid is not None:
         unit = unit * valid.view(valid.shape[0], 1, -1, 1)
-    scores = (q @ unit.mT).tril()
-    return q @ projection + scores @ unit, projection + unit.mT @ unit
+    time = q.shape[2]
+    size = min(time, 64)  # pieces, whose sums are added up
+    pieces = -(-time // size)
+    q, unit = (F.pad(x, (0, 0, 0, pieces * size - time)).unflatten(2, (pieces, size)) for x in (q, unit))
+    sums = torch.cat([projection.unsqueeze(2), unit.mT @ unit], 2).cumsum(2)
+    y = q @ sums[:, :, :-1] + (q @ unit.mT).tril() @ unit
+    return y.flatten(2, 3)[:, :, :time], sums[:, :, -1]

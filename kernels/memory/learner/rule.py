@@ -94,7 +94,6 @@ class Rule:
             or self.optimizer.order > 1
             or type(self.retention) not in (updates.Keep, updates.Decay, updates.ChannelDecay)
             or self.window > 1
-            or self.query is not None
         ):
             return None
         objective = _OBJECTIVES[type(self.objective)](self.objective)
@@ -115,6 +114,7 @@ class Rule:
             and self.reset is None
             and self.keys == 1
             and self.features is None
+            and self.query is None
         )
 
     def problems(self) -> Iterator[tuple[str, str]]:
