@@ -182,5 +182,6 @@ PUBLISHED: dict[str, dict[str, float]] = {
 """Accuracies by learner and task, of the sizes and the training in the papers.
 
 MAD: Titans (arXiv 2501.00663) as presented at NeurIPS, and ATLAS (2505.23735). MQAR: Zoology (2312.04927) and later
-papers, at a state of about 66,000 numbers. State tracking: those of HOPE (Nested Learning, 2512.24695), of whose two parts `continuum` has one.
+papers, at a state of about 66,000 numbers. State tracking: those of HOPE (Nested Learning, 2512.24695), of whose two
+parts ``continuum`` has one.
 """
