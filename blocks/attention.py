@@ -193,8 +193,10 @@ class Attention(Block):
         else:
             y, state = self._run_packed(projected, state, mask, documents, step)
         y = linear(self.out, y.flatten(2).to(x.dtype))
-        if mask is None or layout is None:
+        if mask is None:
             return y, state
+        if layout is None:  # ``out`` may add a bias
+            return torch.where(mask[:, step - 1 :: step, None], y, 0.0), state
         return (layout if step == 1 else align(mask[:, ::step])).collect(y), state
 
     def _run_packed(

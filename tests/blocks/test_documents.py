@@ -303,6 +303,19 @@ def test_masked_inputs_that_are_not_numbers_reach_no_gradient(name):
     assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in block.parameters())
 
 
+@pytest.mark.parametrize("name", BLOCKS)
+def test_outputs_at_masked_tokens_are_zero_where_a_layer_has_a_bias(name):
+    block, x = build(BLOCKS[name]), torch.randn(1, 6, DIM, dtype=torch.float64)
+    mask, ids = torch.tensor([[True, True, False, True, True, False]]), torch.tensor([[0, 0, 0, 1, 1, 1]])
+    for layer in block.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.register_forward_hook(lambda layer, inputs, y: y + 1)
+    y, _ = block(x, mask=mask, documents=ids)
+    assert not y[~mask].any()
+    apart = torch.cat([block(x[:, start : start + 2])[0] for start in (0, 3)], dim=1)
+    torch.testing.assert_close(y[mask], apart[0], rtol=0, atol=1e-12)
+
+
 def test_documents_on_the_meta_device_are_an_error():
     block = build_block(MEMORY, dim=DIM, device="meta")
     with pytest.raises(ValueError, match="documents: the inputs are on the meta device"):
