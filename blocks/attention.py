@@ -208,14 +208,15 @@ class Attention(Block):
         step: int,
     ) -> tuple[Tensor, AttentionState]:
         """``_run`` of packed documents, each of whose tokens is ``step`` tokens here."""
-        time, width = projected[-1].shape[1] // step, [x.shape[-1] for x in projected]
+        counts = [1, step][-len(projected) :]  # of tokens here
+        sizes = [(count, x.shape[-1]) for count, x in zip(counts, projected)]
 
         def attend(*given: Any) -> tuple[Tensor, AttentionState]:
             *rows, state, layout, ends = given
-            rows = [x.unflatten(-1, (-1, size)).flatten(1, 2) for x, size in zip(rows, width)]
+            rows = [x.unflatten(-1, size).flatten(1, 2) for x, size in zip(rows, sizes)]
             return self._run(rows, state, None if layout is None else layout.length * step, step, ends)
 
-        steps = [x.unflatten(1, (time, -1)).flatten(2) for x in projected]
+        steps = [x.unflatten(1, (-1, count)).flatten(2) for x, count in zip(projected, counts)]
         return run_documents(
             attend, documents, steps, state, mask, self.init_state, grows=self.grows, aligned=True,
             join=concatenate_caches,

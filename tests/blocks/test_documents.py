@@ -316,6 +316,21 @@ def test_outputs_at_masked_tokens_are_zero_where_a_layer_has_a_bias(name):
     torch.testing.assert_close(y[mask], apart[0], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_call_without_tokens_keeps_the_state(name):
+    block, x = build(BLOCKS[name]), torch.randn(2, 6, DIM, dtype=torch.float64)
+    ids = torch.tensor([[0, 0, 0, 1, 1, 1], [2] * 6])
+    for before in (None, block(x, documents=ids)[1]):
+        y, after = block(x[:, :0], before, documents=ids[:, :0])
+        assert y.shape == (2, 0, DIM)
+        assert before is None or torch.equal(after.document, before.document)
+        torch.testing.assert_close(
+            block(x, after, documents=ids)[0], block(x, before, documents=ids)[0], rtol=0, atol=1e-12
+        )
+    y, (_, document) = block(x[:1, :0], cu_seqlens=[0, 0, 0])
+    assert y.shape == (1, 0, DIM) and document.tolist() == [1]
+
+
 def test_documents_on_the_meta_device_are_an_error():
     block = build_block(MEMORY, dim=DIM, device="meta")
     with pytest.raises(ValueError, match="documents: the inputs are on the meta device"):
