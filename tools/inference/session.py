@@ -84,7 +84,11 @@ def open_draft(name: str, model: LanguageModel) -> LanguageModel | Literal["prom
     if name == "prompt":
         return "prompt"
     like = next(model.parameters())
-    draft = recipes.load(find_model(name), device=like.device, dtype=like.dtype).eval()
+    try:
+        place = find_model(name)
+    except UsageError as error:
+        raise UsageError(f"--draft: {error}{nearest(name, ['prompt'])}") from None
+    draft = recipes.load(place, device=like.device, dtype=like.dtype).eval()
     try:
         check_draft(draft, model)
     except ValueError as error:

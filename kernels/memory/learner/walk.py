@@ -81,8 +81,7 @@ def _spans(
     if mask is not None and bool(mask.all()):
         mask = None
     if mask is None and len(set(phases)) <= 1:
-        phase = phases[0] if phases else 0
-        edges = [0, *range(chunk - phase, time, chunk), time]
+        edges = [0, *range(chunk - phases[0], time, chunk), time] if phases else []
     else:
         if mask is None:
             mask = torch.ones(writes.theta.shape[:2], dtype=torch.bool, device=writes.theta.device)

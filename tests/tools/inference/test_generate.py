@@ -267,5 +267,11 @@ def test_a_draft_that_does_not_fit_is_refused(folder: Path, infer: Infer, tmp_pa
     assert result.status == 2 and "--draft: a vocabulary of 300 tokens: expected 256" in result.err
     result = infer(folder, PROMPT, "--draft", tmp_path / "none")
     assert result.status == 2 and "none: no such folder" in result.err
+    result = infer(folder, PROMPT, "--draft", "promt")
+    assert (
+        result.status == 2
+        and "--draft: promt: no such folder" in result.err
+        and "; did you mean 'prompt'?" in result.err
+    )
     result = infer(folder, "--perplexity", "text", "--draft", "prompt")
     assert result.status == 2 and "it takes no --draft" in result.err

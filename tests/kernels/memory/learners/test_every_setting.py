@@ -287,3 +287,14 @@ def test_keys_may_follow_each_other_in_time(make):
         tokens, options = case.arguments()
         flat = [x.flatten(1, 2) if i in (1, 2, 3) else x for i, x in enumerate(tokens)]
         same(case.tensors(learn(*flat, LearnerState.fresh(case.weights), **options)), expected)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_batch_may_have_no_rows(name, mask, make):
+    case = Case(make, name, mask)
+    case.inputs = {key: None if x is None else x[:0] for key, x in case.inputs.items()}
+    case.weights = [weights[:0] for weights in case.weights]
+    y, state = case.learn()
+    y, state = case.learn(state)
+    assert y.shape == case.inputs["q"].shape and state.position.shape == (0,)
