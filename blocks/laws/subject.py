@@ -73,7 +73,8 @@ class Subject:
         self.initial = initial.to(device=device)
         self.module = copy.deepcopy(self.initial).to(dtype)
         with torch.no_grad():
-            for index, parameter in enumerate(self.module.parameters()):
+            trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+            for index, parameter in enumerate(trained):
                 scale = 0.3 * (parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 1.0)
                 parameter.add_(scale * self.noise(*parameter.shape, salt=1000 + index, dtype=parameter.dtype))
         self.period, self.grows = int(self.module.period), bool(self.module.grows)
@@ -141,7 +142,8 @@ class Subject:
 
     def gradients(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """Gradients of a random weighting of ``y`` at ``x`` and all parameters. Zeros if there are none."""
-        leaves = {"x": x, **dict(self.module.named_parameters())}
+        trained = {name: tensor for name, tensor in self.module.named_parameters() if tensor.requires_grad}
+        leaves = {"x": x, **trained}
         if not y.requires_grad:
             return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
         loss = (y * self.noise(*y.shape, salt=1)).sum()

@@ -6,6 +6,7 @@ import torch
 from titans_build.blocks.build import build_block
 from titans_build.blocks.foreign import Adapted
 from titans_build.blocks.laws import LAWS, check_block
+from titans_build.blocks.published_learners import LEARNERS
 from titans_build.registry import catalogue, list_blocks, lookup
 
 DIM = 16
@@ -68,6 +69,25 @@ SPECS = {
     "rms_norm": "rms_norm",
 }
 
+SPECS |= {
+    name: {"type": name, "heads": 2} | ({} if fields.get("chunk") == 1 else {"chunk": 4})
+    for name, (_, fields) in LEARNERS.items()
+}
+SPECS |= {
+    "memory, three keys and a window": MEMORY | {"keys": 3, "chunk": 6, "window": 4},
+    "memory, resets and projected queries": MEMORY | {"reset": 8, "query": "projected", "retrieve": "anchor"},
+    "memory, moves once a chunk, decays by channel": MEMORY
+    | {
+        "network": "gated_mlp",
+        "optimizer": {"type": "muon", "scale": "update"},
+        "retention": "channel",
+        "read": "anchor",
+    },
+    "memory, slots and momentum of the momentum": MEMORY
+    | {"network": "slots", "optimizer": {"type": "momentum", "order": 2}, "norm": False},
+    "memory, factorised, gates that are constant": MEMORY | {"network": "factorised", "gates": "constant"},
+}
+
 
 def type_of(spec):
     return "chain" if isinstance(spec, list) else spec if isinstance(spec, str) else spec["type"]
@@ -83,7 +103,8 @@ def test_all_built_in_blocks_are_tested():
 COMBINED = {
     "attention, one key head and no positions", "context, inputs written",
     "memory, gates per chunk, no momentum and no convolution", "memory, no momentum and no forgetting",
-    "persistent chain",
+    "persistent chain", "titans_channel", "memora", "yaad", "dla", "memory, three keys and a window",
+    "memory, slots and momentum of the momentum", "memory, factorised, gates that are constant",
 }  # fmt: skip
 
 
@@ -97,7 +118,9 @@ def test_laws(spec):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted({type_of(spec) for spec in SPECS.values()} - {"chain", "gate", "persistent"}))
+@pytest.mark.parametrize(
+    "name", sorted({type_of(spec) for spec in SPECS.values()} - {"chain", "gate", "persistent", *LEARNERS})
+)
 def test_laws_with_defaults(name):
     check_block(name)
 
