@@ -580,7 +580,7 @@ def project_queries(q: Tensor, k: Tensor, projection: Tensor, valid: Tensor | No
     """
     unit = k / (k.square().sum(-1, keepdim=True) + 1e-6).sqrt()
     if valid is not None:
-        unit = unit * valid.view(valid.shape[0], 1, -1, 1)
+        unit = unit * valid[:, None, :, None]
     time = q.shape[2]
     size = min(time, 64)  # pieces, whose sums are added up
     pieces = -(-time // size)
