@@ -149,7 +149,9 @@ def _add_block(parser: argparse.ArgumentParser) -> None:
 
 def _describe(arguments: argparse.Namespace) -> int:
     _refuse_recipe(arguments.block)
-    description = registry.describe(arguments.block)
+    kinds = [] if arguments.block in registry.list_blocks() else CATALOGUES.values()
+    part = next((catalogue for catalogue in kinds if arguments.block in catalogue.known_names()), None)
+    description = registry.describe(arguments.block) if part is None else registry.describe(arguments.block, part)
     if arguments.json:
         say_json(dataclasses.asdict(description))
         return 0
@@ -158,6 +160,8 @@ def _describe(arguments: argparse.Namespace) -> int:
     width = terminal_width()
     fits = width is None or all(len(line) <= width for line in doc.splitlines())
     say_prose(*(doc.splitlines() if fits else paragraphs(doc)), "")
+    if part is not None:
+        say_prose(f"Usable as: the field {part.kind} of memory", "")
     if description.protocols:
         say_prose(f"Usable as: {', '.join(description.protocols)}", "")
     if not description.fields:
@@ -182,8 +186,8 @@ def _refuse_recipe(name: str) -> None:
 
 
 DESCRIBE = Command(
-    "Describe a block and its fields: types, defaults and meaning.",
-    ("titans-build describe memory", "titans-build describe context --json"),
+    "Describe a block, or a part of a memory, and its fields: types, defaults and meaning.",
+    ("titans-build describe memory", "titans-build describe huber", "titans-build describe context --json"),
     _add_block,
     _describe,
 )

@@ -72,6 +72,15 @@ def test_summaries_are_one_sentence() -> None:
     assert summary("mac-170m") == f"{summary('mac')}; size 170m"
 
 
+def test_parts_of_a_memory_are_listed_and_described(titans_build: Run) -> None:
+    found = {(part["field"], part["name"]) for part in titans_build("list", "--json").json["parts"]}
+    assert {("objective", "huber"), ("network", "gated_mlp"), ("retention", "kl"), ("optimizer", "muon")} <= found
+    assert "huber" in titans_build("list", "hub*").out
+    out = titans_build("describe", "huber").out
+    assert "Usable as: the field objective of memory" in out and "delta" in out
+    assert titans_build("describe", "muon", "--json").json["fields"][0]["name"] == "steps"
+
+
 @pytest.mark.parametrize("name", tb.list_blocks())
 def test_describe(name: str, titans_build: Run) -> None:
     described = registry.describe(name)
