@@ -170,8 +170,6 @@ class NeuralMemory(Block):
     def problems(cls, dim: int | None, fields: dict[str, Any]) -> Iterable[tuple[str, str]]:
         if dim is not None and dim % fields["heads"]:
             yield "heads", f"{fields['heads']} heads do not divide the width {dim}"
-        if fields["learn_momentum"] and not fields["momentum"]:
-            yield "learn_momentum", "there is no momentum to learn: momentum is false"
         yield from memory_rule.problems(fields)
 
     def reset_parameters(self) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,19 +45,24 @@ def rule_of(fields: dict[str, Any]) -> Rule:
 
 def problems(fields: dict[str, Any]) -> Iterable[tuple[str, str]]:
     """``(field, message)`` for parts that do not go together."""
-    given = resolve(fields)
     if fields["read"] is not None and fields["retrieve"] not in ("after", fields["read"]):
         yield "read", f"is another name of retrieve, which is {fields['retrieve']!r}: give one of them"
         return
-    part = make_part("optimizer", given["optimizer"])
-    if part.order == 2 and not given["momentum"]:
-        yield "optimizer", "order 2 is the momentum of the momentum, and momentum is false"
     try:
-        rule_of(fields)
+        given, rule = resolve(fields), rule_of(fields)
     except ValueError as error:
         field, _, message = str(error).partition(": ")
-        yield (field if field in fields else "optimizer"), message or str(error)
+        yield field, message
         return
+    optimizer, retention = rule.optimizer, rule.retention
+    if optimizer.order == 2 and not given["momentum"]:
+        yield "optimizer", "order 2 is the momentum of the momentum, and momentum is false"
+    elif optimizer.order == 1 and optimizer.linear and not given["momentum"]:
+        yield "optimizer", "is steps with momentum, and momentum is false: set momentum to true, or leave it out"
+    if fields["learn_momentum"] and not given["momentum"]:
+        yield "learn_momentum", "there is no momentum to learn: momentum is false, or the optimizer has none"
+    if retention.gates != "none" and retention.linear and not (retention.linked or given["forgetting"]):
+        yield "retention", "only decays weights, and forgetting is false: set forgetting to true, or leave it out"
     if fields["gates"] == "chunk" and fields["keys"] > 1:
         yield "gates", "of a chunk need one key for each token, because chunks count writes"
 
@@ -133,6 +140,7 @@ def rule_with_parameters(memory: Any) -> Rule:
     """The rule, whose features have the learned coefficients."""
     rule: Rule = memory.rule
     if rule.features is not None and memory.coefficients is not None:
-        features: Any = rule.features
+        features: Any = copy.copy(rule.features)
         features.coefficients = memory.coefficients.to(memory.output_gain.dtype)
+        return replace(rule, features=features)
     return rule

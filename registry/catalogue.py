@@ -57,11 +57,14 @@ class Catalogue:
         kind: the word for one of them in messages (``block``).
         group: the entry point group of packages that provide more.
         methods: the methods that a class must have.
+        base: the class of which it must be a subclass, without abstract methods.
         lead: the first parameter of the constructor, which is not a field; ``None`` if every parameter is a field.
     """
 
-    def __init__(self, kind: str, group: str, *, methods: tuple[str, ...], lead: str | None) -> None:
-        self.kind, self.group, self.methods, self.lead = kind, group, methods, lead
+    def __init__(
+        self, kind: str, group: str, *, methods: tuple[str, ...] = (), base: type = object, lead: str | None
+    ) -> None:
+        self.kind, self.group, self.methods, self.base, self.lead = kind, group, methods, base, lead
         self._entries: dict[str, Entry] = {}
         self._broken: dict[str, str] = {}  # entry points that were tried and failed: the import is not repeated
         self._loading: str | None = None  # the entry point being imported just now
@@ -76,8 +79,12 @@ class Catalogue:
             raise ValueError(f"register({show(name)}): {NAME_RULE}")
 
         def add(cls: Class) -> Class:
+            if not (isinstance(cls, type) and issubclass(cls, self.base)):
+                raise TypeError(f"register({name!r}): {cls!r} is no {self.kind}: it is no subclass of "
+                                f"{self.base.__name__}")  # fmt: skip
             missing = [method for method in self.methods if not callable(getattr(cls, method, None))]
-            if not isinstance(cls, type) or missing:
+            missing += sorted(getattr(cls, "__abstractmethods__", ()) if self.base is not object else ())
+            if missing:
                 raise TypeError(f"register({name!r}): {cls!r} is no {self.kind}: it has no {' and no '.join(missing)}")
             entry = Entry(name, cls, fields_of(cls, self.lead), self._place(cls), cls.__module__.partition(".")[0])
             taken = self._entries.get(name)
@@ -106,7 +113,8 @@ class Catalogue:
             return self._entries[name]
         points = self._entry_points().get(name)
         if points is None:
-            near = nearest(name, self.known_names())
+            names = self.known_names()
+            near = nearest(name, names) or (f"; expected one of {', '.join(names)}" if len(names) <= 12 else "")
             raise RecipeError([Problem("", f"unknown {self.kind} {show(name)}{near}")], self.kind)
         if name not in self._broken:
             try:
@@ -187,7 +195,7 @@ class Catalogue:
         return _scan(self.group, tuple(sys.path))
 
     def _place(self, cls: type) -> str:
-        for name in ("__init__", self.methods[0]):
+        for name in ("__init__", *self.methods[:1]):
             code = getattr(inspect.unwrap(vars(cls).get(name) or type), "__code__", None)
             if code is not None and code.co_filename != "<string>":  # a dataclass's constructor is in no file
                 return f"{code.co_filename}:{code.co_firstlineno}"

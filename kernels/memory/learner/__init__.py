@@ -136,18 +136,10 @@ def learn(
         retention=retention, window=window, features=features, read=read, reset=reset, keys=keys, query=query,
         clip=clip, threshold=threshold,
     )  # fmt: skip
-    rule = _named_rule(**parts) if all(map(_is_simple, parts.values())) else make_rule(**parts)
     return learn_by(
-        rule, q, k, v, theta, eta, alpha, state, norm, mask, gamma=gamma, documents=documents, keep=keep,
+        make_rule(**parts), q, k, v, theta, eta, alpha, state, norm, mask, gamma=gamma, documents=documents, keep=keep,
         backend=backend,
     )  # fmt: skip
-
-
-def _is_simple(value: Any) -> bool:
-    return value is None or isinstance(value, (str, int, float))
-
-
-_named_rule = functools.lru_cache(maxsize=64)(make_rule)
 
 
 def learn_by(
@@ -173,9 +165,15 @@ def learn_by(
     ``parameter``: of the objective, for each token, ``[batch, time, heads]``.
     """
     parameter = rule.objective.per_token if parameter is None else parameter
+    gates = {"eta": eta, "alpha": alpha, "gamma": gamma, "norm": norm, _PARAMETER: parameter}
+    expect_tensors("learn", ("q", q), ("k", k), ("v", v), ("theta", theta),
+                   *[(name, x) for name, x in gates.items() if x is not None], one_dtype=False)  # fmt: skip
+    for name, x in (("mask", mask), ("documents", documents)):
+        if x is not None and not isinstance(x, Tensor):
+            raise TypeError(f"learn: {name}: expected a tensor, got {type(x).__name__}")
     writes, given, dtype = _writes(rule, q, k, v, theta, eta, alpha, gamma, parameter), type(state), q.dtype
     _check(rule, q, writes, state, norm, mask)
-    if backend not in ("auto", "general") and rule.options() is None:
+    if backend not in ("auto", "general") and (rule.options() is None or not _fits(rule, norm)):
         raise BackendError(f"learn: backend={backend!r}: takes no rule but that of titans_memory; 'general' takes all")
     compute = torch.promote_types(torch.promote_types(dtype, state.weights[0].dtype), torch.float32)
     writes, norm = writes.map(lambda x: x.to(compute)), None if norm is None else norm.to(compute)
@@ -242,22 +240,25 @@ def measure(
     return Measured(each[0].square().sum(2).sqrt(), each[1].sum(2), each[2].all(2))
 
 
+def _fits(rule: Rule, norm: Tensor | None) -> bool:
+    """Whether the operation ``titans_memory`` has this norm: its residual is the query after the features."""
+    return rule.features is None or norm is None
+
+
 def _row(
     rule: Rule, writes: Writes, state: LearnerState, norm: Tensor | None, mask: Tensor | None, keep: int | None,
     half: str | None, backend: str,
 ) -> tuple[Tensor, LearnerState]:  # fmt: skip
     """A stretch without a reset inside it, or one that the general path finds."""
     options = rule.options(keep, half)
-    # the norm's residual is the query before its features
-    if options is not None and backend != "general" and (rule.features is None or norm is None):
+    if options is not None and backend != "general" and _fits(rule, norm):
         q, k, v, theta, eta, alpha, gamma, _ = writes
         projection = state.projection
         if rule.query is not None:
             state = complete(rule, state, writes)
             q, projection = _projected(q, k, state.projection, mask)
-        if rule.features is not None:
-            q, k = rule.features.forward(q), rule.features.forward(k)
-        tokens = Tokens(q, k, v, theta if gamma is None else theta * gamma, eta, alpha)
+        steps = theta if gamma is None else theta * gamma
+        tokens = Tokens(rule.features_of(q), rule.features_of(k), v, steps, eta, alpha)
         before = state.plain()
         usual = not options.decay_first and (alpha is None or alpha.dim() == 3)
         if usual or backend != "auto" or has_fast_backend(tokens, before, norm, mask, options):
@@ -375,6 +376,9 @@ def _documents(
     return documents.pack(outputs, groups), LearnerState(*parts)
 
 
+_PARAMETER = "the parameter of the objective"
+
+
 def _writes(
     rule: Rule, q: Tensor, k: Tensor, v: Tensor, theta: Tensor, eta: Tensor | None, alpha: Tensor | None,
     gamma: Tensor | None, parameter: Tensor | None,
@@ -402,11 +406,12 @@ def _writes(
     if alpha is not None and alpha.shape[1] == time:  # the first write of a token
         later = alpha.new_zeros(alpha.shape[0], time, n - 1, *alpha.shape[2:])
         alpha = torch.cat([alpha.unsqueeze(2), later], 2).flatten(1, 2)
-    given: Any = {"theta": theta, "eta": eta, "gamma": gamma, "parameter": parameter}
-    gates: Any = {name: each(name, x, 3) for name, x in given.items()}
+    given: Any = {"theta": theta, "eta": eta, "gamma": gamma, _PARAMETER: parameter}
+    steps: Any
+    steps, decay, weight, parameter = (each(name, x, 3) for name, x in given.items())
     keys: Any = each("k", k, 4)
     values: Any = each("v", v, 4)
-    return Writes(q.repeat_interleave(n, 1), keys, values, alpha=alpha, **gates)
+    return Writes(q.repeat_interleave(n, 1), keys, values, steps, decay, alpha, weight, parameter)
 
 
 def _check(
@@ -414,9 +419,9 @@ def _check(
 ) -> None:
     if not isinstance(state, (MemoryState, LearnerState)):
         raise TypeError(f"state: expected a MemoryState (MemoryState.fresh(weights)), got {type(state).__name__}")
-    named = [(name, x) for name, x in zip(Writes._fields, writes) if x is not None]
+    named = [(name, x) for name, x in zip((*Writes._fields[:-1], _PARAMETER), writes) if x is not None]
     weights = [(f"state.weights[{i}]", w) for i, w in enumerate(state.weights)]
-    expect_tensors("learn", *named, *weights, *([] if norm is None else [("norm", norm)]), one_dtype=False)
+    expect_tensors("learn", ("q", q), *weights, one_dtype=False)
     if q.dim() != 4:
         raise ValueError(f"q: expected [batch, time, heads, d_in], got {list(q.shape)}")
     batch, time, heads, width = writes.q.shape
@@ -424,8 +429,8 @@ def _check(
     channels = sum(w.shape[-1] for w in state.weights)
     alpha = (batch, time, heads, channels) if rule.retention.gates == "channel" else (batch, time, heads)
     gate = (batch, time, heads)
-    expected = dict(q=(*gate, width), k=(*gate, width), v=(*gate, out), theta=gate, eta=gate, alpha=alpha, gamma=gate,
-                    parameter=gate)  # fmt: skip
+    expected = dict(q=(*gate, width), k=(*gate, width), v=(*gate, out), theta=gate, eta=gate, alpha=alpha, gamma=gate)
+    expected[_PARAMETER] = gate
     for name, x in named:
         if x.shape != expected[name]:
             raise ValueError(f"{name}: expected {list(expected[name])} as of q and state.weights, got {list(x.shape)}")
@@ -433,7 +438,8 @@ def _check(
         if w.shape[:2] != (batch, heads):
             raise ValueError(f"{name}: expected [batch={batch}, heads={heads}, ...], got {list(w.shape)}")
     problem = rule.refuse_weights(state.weights, width, out)
-    if problem is None and rule.retention.refuses and not bool((state.position > 0).any()):
+    refuses = type(rule.retention).refuse is not Retention.refuse
+    if problem is None and refuses and not bool((state.position > 0).any()):
         problem = rule.retention.refuse(state.weights)
     if problem is not None:
         raise ValueError(f"learn: {problem}")

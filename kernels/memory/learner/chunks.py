@@ -28,7 +28,7 @@ Matrices = Sequence[Tensor]
 
 def evaluate(rule: Rule, apply: Apply, x: Tensor, gain: Tensor | None, count: int) -> Tensor:
     """``M(x)``: ``[batch, heads, time, d_in] -> [batch, heads, time, d_out]``."""
-    z = rule.network.forward(apply, x if rule.features is None else rule.features.forward(x), rule.activation, count)
+    z = rule.network.forward(apply, rule.features_of(x), rule.activation, count)
     return z if gain is None else x + layer_norm(z) * gain
 
 
@@ -274,7 +274,7 @@ def solved_sums(
     order = 0 if writes.eta is None else rule.optimizer.order
     window = window_weights(rule, writes, valid, None, None)
     c = coefficients(writes, writes.theta * window, valid, order)
-    key = writes.k if rule.features is None else rule.features.forward(writes.k)
+    key = rule.features_of(writes.k)
     error = lambda prediction: rule.objective.error(prediction, writes.v, None)  # noqa: E731
     before = _before(c)
     if rule.retention.first and writes.alpha is not None:

@@ -45,7 +45,7 @@ class ModuleNetwork:
         over_heads = torch.vmap(over_time, (0, 0, 0, per))
         return list(torch.vmap(over_heads, (0, 0, 0, per))(tuple(weights), k, v, parameter))
 
-    def refuse(self, weights: Sequence[Tensor], any_shape: bool) -> str | None:
+    def refuse(self, weights: Sequence[Tensor], d_in: int, d_out: int, any_shape: bool) -> str | None:
         """Why the module cannot run with these weights, or ``None``."""
         shapes = [list(p.shape) for p in self.module.parameters()]
         got = [list(w.shape[2:]) for w in weights]
@@ -53,4 +53,9 @@ class ModuleNetwork:
             return f"network: expected state.weights [batch, heads, ...] of the module's shapes {shapes}, got {got}"
         if not any_shape and any(len(shape) != 2 for shape in shapes):
             return f"optimizer: muon takes matrices, and the network's parameters are {shapes}"
+        with torch.no_grad():
+            y = self._call(tuple(w[0, 0] for w in weights), weights[0].new_zeros(d_in)) if weights[0].numel() else None
+        if y is not None and y.shape != (d_out,):
+            return (f"network: {type(self.module).__name__}: expected outputs [{d_out}] as v for inputs [{d_in}], "
+                    f"got {list(y.shape)}")  # fmt: skip
         return None

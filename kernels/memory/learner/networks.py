@@ -124,6 +124,8 @@ class Polynomial(Features):
 
     def forward(self, x: Tensor) -> Tensor:
         a, power = self.coefficients, x
+        if len(a) != self.degree + 1:  # a tensor that was set
+            raise ValueError(f"coefficients: expected {self.degree + 1}, a_0 to a_{self.degree}, got {len(a)}")
         if self.form == "elementwise":
             y = a[1] * x
             for i in range(2, self.degree + 1):

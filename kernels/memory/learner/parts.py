@@ -67,14 +67,20 @@ class Retention:
 
     gates: ClassVar[str] = "scalar"
     """The shape of ``alpha``: ``"none"``, ``"scalar"`` per head, or ``"channel"``: per column of each matrix."""
-    linear: ClassVar[bool] = True
-    """Whether ``U`` is not changed but by decay and steps: ``project`` is the identity."""
-    linked: ClassVar[bool] = False
-    """Whether ``link`` is not the identity."""
     first: bool = False
     """Whether weights decay before the gradient is taken; needs chunks of one write."""
     uses_initial: ClassVar[bool] = False
     """Whether ``project`` needs the initial weights."""
+
+    @property
+    def linear(self) -> bool:
+        """Whether ``U`` is not changed but by decay and steps: ``project`` is the identity."""
+        return type(self).project is Retention.project
+
+    @property
+    def linked(self) -> bool:
+        """Whether the network runs with other weights than ``U``."""
+        return type(self).link is not Retention.link or type(self).leave is not Retention.leave
 
     def initial(self, parameter: Tensor) -> Tensor:
         """The initial weights, of a parameter that may be any number."""
@@ -96,9 +102,6 @@ class Retention:
         """``U`` after a move. ``initial``: the initial weights if ``uses_initial``."""
         return u
 
-    refuses: ClassVar[bool] = False
-    """Whether there are initial weights that it does not take."""
-
     def refuse(self, weights: Sequence[Tensor]) -> str | None:
         """Why these weights cannot be the initial ones, or ``None``."""
         return None
@@ -109,10 +112,13 @@ class Optimizer:
 
     order: int = 1
     """The number of momentum terms: 0 none, 1, or 2."""
-    linear: ClassVar[bool] = True
-    """Whether the step is the momentum itself: ``update`` is the identity."""
     scales_update: bool = False
     """Whether ``theta`` multiplies the update and not the gradient."""
+
+    @property
+    def linear(self) -> bool:
+        """Whether the step is the momentum itself: ``update`` is the identity."""
+        return type(self).update is Optimizer.update
 
     def update(self, momentum: Tensor) -> Tensor:
         """The step of one matrix ``[..., out, in]``."""
@@ -132,11 +138,11 @@ class Features(abc.ABC):
 
 
 GROUP = "titans_build.learners"
-NETWORKS = Catalogue("network", f"{GROUP}.networks", methods=("forward", "shapes"), lead=None)
-OBJECTIVES = Catalogue("objective", f"{GROUP}.objectives", methods=("error",), lead=None)
-RETENTIONS = Catalogue("retention", f"{GROUP}.retentions", methods=("link", "project"), lead=None)
-OPTIMIZERS = Catalogue("optimizer", f"{GROUP}.optimizers", methods=("update",), lead=None)
-FEATURES = Catalogue("features", f"{GROUP}.features", methods=("width", "forward"), lead=None)
+NETWORKS = Catalogue("network", f"{GROUP}.networks", base=Network, lead=None)
+OBJECTIVES = Catalogue("objective", f"{GROUP}.objectives", base=Objective, lead=None)
+RETENTIONS = Catalogue("retention", f"{GROUP}.retentions", base=Retention, lead=None)
+OPTIMIZERS = Catalogue("optimizer", f"{GROUP}.optimizers", base=Optimizer, lead=None)
+FEATURES = Catalogue("features", f"{GROUP}.features", base=Features, lead=None)
 CATALOGUES = {"network": NETWORKS, "objective": OBJECTIVES, "retention": RETENTIONS, "optimizer": OPTIMIZERS,
               "features": FEATURES}  # fmt: skip
 """The catalogue of each kind of part."""
@@ -146,7 +152,7 @@ def register_network(name: str, *, replace: bool = False) -> Callable[[Class], C
     """Register a subclass of ``Network``, to be used as ``network: name`` of the block ``memory`` and of ``learn``.
 
     The class has ``forward`` and ``shapes``.
-    Its constructor\'s keyword parameters are the fields of the part. Raises ``ValueError`` for a name that is taken,
+    Its constructor's keyword parameters are the fields of the part. Raises ``ValueError`` for a name that is taken,
     unless ``replace=True``, and ``TypeError`` for a class that does not fit.
     """
     return NETWORKS.register(name, replace=replace)
@@ -156,7 +162,7 @@ def register_objective(name: str, *, replace: bool = False) -> Callable[[Class],
     """Register a subclass of ``Objective``, to be used as ``objective: name`` of the block ``memory`` and of ``learn``.
 
     The class has ``error`` or ``loss``.
-    Its constructor\'s keyword parameters are the fields of the part. Raises ``ValueError`` for a name that is taken,
+    Its constructor's keyword parameters are the fields of the part. Raises ``ValueError`` for a name that is taken,
     unless ``replace=True``, and ``TypeError`` for a class that does not fit.
     """
     return OBJECTIVES.register(name, replace=replace)
@@ -166,7 +172,7 @@ def register_retention(name: str, *, replace: bool = False) -> Callable[[Class],
     """Register a subclass of ``Retention``, to be used as ``retention: name`` of the block ``memory`` and of ``learn``.
 
     The class has what differs from ``Retention``.
-    Its constructor\'s keyword parameters are the fields of the part. Raises ``ValueError`` for a name that is taken,
+    Its constructor's keyword parameters are the fields of the part. Raises ``ValueError`` for a name that is taken,
     unless ``replace=True``, and ``TypeError`` for a class that does not fit.
     """
     return RETENTIONS.register(name, replace=replace)
@@ -176,7 +182,7 @@ def register_optimizer(name: str, *, replace: bool = False) -> Callable[[Class],
     """Register a subclass of ``Optimizer``, to be used as ``optimizer: name`` of the block ``memory`` and of ``learn``.
 
     The class has ``update``, or attributes that differ.
-    Its constructor\'s keyword parameters are the fields of the part. Raises ``ValueError`` for a name that is taken,
+    Its constructor's keyword parameters are the fields of the part. Raises ``ValueError`` for a name that is taken,
     unless ``replace=True``, and ``TypeError`` for a class that does not fit.
     """
     return OPTIMIZERS.register(name, replace=replace)
@@ -186,7 +192,7 @@ def register_features(name: str, *, replace: bool = False) -> Callable[[Class], 
     """Register a subclass of ``Features``, to be used as ``features: name`` of the block ``memory`` and of ``learn``.
 
     The class has ``width`` and ``forward``.
-    Its constructor\'s keyword parameters are the fields of the part. Raises ``ValueError`` for a name that is taken,
+    Its constructor's keyword parameters are the fields of the part. Raises ``ValueError`` for a name that is taken,
     unless ``replace=True``, and ``TypeError`` for a class that does not fit.
     """
     return FEATURES.register(name, replace=replace)
@@ -198,11 +204,10 @@ def make_part(kind: str, given: Any) -> Any:
     if isinstance(given, str):
         given = {"type": given}
     if not isinstance(given, dict):
-        missing = [method for method in catalogue.methods if not callable(getattr(given, method, None))]
-        if missing or isinstance(given, type):
+        if not isinstance(given, catalogue.base):
             raise TypeError(
                 f"{kind}: expected one of {', '.join(catalogue.known_names())}, a mapping with its type, or an object "
-                f"with {' and '.join(catalogue.methods)}, got {show(given)}"
+                f"of a subclass of {catalogue.base.__name__}, got {show(given)}"
             )
         return given
     fields = dict(given)
@@ -213,7 +218,11 @@ def make_part(kind: str, given: Any) -> Any:
     entry = catalogue.lookup(name)
     tensors = {key: value for key, value in fields.items() if isinstance(value, Tensor) and key in entry.fields}
     others = {key: value for key, value in fields.items() if key not in tensors}
-    part = entry.cls(**check_settings(f"{kind} {name}", entry.fields, others, kind))
+    values = check_settings(f"{kind} {name}", entry.fields, others, kind)
+    try:
+        part = entry.cls(**values)
+    except ValueError as error:
+        raise ValueError(f"{kind}: {name}: {error}") from error
     for key, value in tensors.items():
         setattr(part, key, value)
     return part

@@ -75,6 +75,16 @@ class Rule:
         """Whether a state must hold the initial weights."""
         return self.reset is not None or self.retention.uses_initial
 
+    def features_of(self, x: Tensor) -> Tensor:
+        """The network's input for a key or a query ``[..., d_in]``."""
+        if self.features is None:
+            return x
+        y, width = self.features.forward(x), self.features.width(x.shape[-1])
+        if y.shape != (*x.shape[:-1], width):
+            raise ValueError(f"features: {type(self.features).__name__}: its width is {width}, but forward gives "
+                             f"{list(y.shape)} for {list(x.shape)}")  # fmt: skip
+        return y
+
     def channels(self, weights: Sequence[Tensor]) -> list[slice]:
         """The place of each matrix's columns among the channels of ``alpha``."""
         found, start = [], 0
@@ -88,7 +98,7 @@ class Rule:
         if (
             type(self.network) not in (networks.MLP, networks.Linear)
             or type(self.objective) not in _OBJECTIVES
-            or self.objective.per_token is not None
+            or any(isinstance(x, Tensor) for x in vars(self.objective).values())
             or self.objective.learned
             or type(self.optimizer) not in (updates.Step, updates.Momentum)
             or self.optimizer.order > 1
@@ -121,13 +131,14 @@ class Rule:
         """``(argument, message)`` for parts that do not go together."""
         if self.reset is not None and self.reset * self.keys % self.chunk:
             yield "reset", f"expected a multiple of the chunk's {self.chunk} writes, got {self.reset} tokens"
-        linear = self.retention.linear and self.optimizer.linear
+        if self.retention.gates not in ("none", "scalar", "channel"):
+            yield "retention", f"gates: expected 'none', 'scalar' or 'channel', got {self.retention.gates!r}"
         if self.retention.first and self.chunk > 1:
             yield "retention", f"decays before the gradient is taken (first), which needs chunk 1, not {self.chunk}"
         if self.moves_once and self.window > 1:
             yield "window", "a rule that moves once a chunk (read='anchor') has no window: every token is in its chunk"
         if self.threshold is not None and (not self.sums or self.window > 1):
-            reason = "a window of one write" if linear else "weights that are sums over the writes"
+            reason = "a window of one write" if self.sums else "weights that are sums over the writes"
             yield "threshold", f"needs {reason}"
         if self.threshold is not None and self.retention.first:
             yield "threshold", "a token below it does not decay, and with first decays before its gradient is taken"
@@ -141,7 +152,7 @@ class Rule:
     def refuse_weights(self, weights: Sequence[Tensor], d_in: int, d_out: int) -> str | None:
         """Why the network cannot run with these weights, or ``None``."""
         if self.module is not None:
-            return self.module.refuse(weights, not isinstance(self.optimizer, updates.Muon))
+            return self.module.refuse(weights, d_in, d_out, not isinstance(self.optimizer, updates.Muon))
         width = d_in if self.features is None else self.features.width(d_in)
         used: set[int] = set()
 
@@ -163,8 +174,9 @@ class Rule:
             return f"network {type(self.network).__name__}: {error}"
         if used != set(range(len(weights))):
             return f"network {type(self.network).__name__}: uses {len(used)} matrices, got {len(weights)}"
-        if y.shape[-1] != d_out:
-            return f"network {type(self.network).__name__}: expected outputs of width {d_out} as v, got {y.shape[-1]}"
+        if y.shape != (1, d_out):
+            return (f"network {type(self.network).__name__}: expected outputs [..., {d_out}] as v for inputs "
+                    f"[..., {width}], got {['...', *y.shape[1:]]}")  # fmt: skip
         return None
 
 

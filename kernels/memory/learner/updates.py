@@ -49,9 +49,6 @@ class ChannelDecay(Retention):
 class Softmax(Retention):
     """``W_t = softmax((1 - alpha) log W_{t-1} + step)`` over each row (KL divergence; Memora, 2504.13173)."""
 
-    linked = True
-    refuses = True
-
     def initial(self, parameter: Tensor) -> Tensor:
         return torch.softmax(parameter, dim=-1)
 
@@ -74,8 +71,6 @@ class LqNorm(Retention):
     The state's weights are ``a``. The norm is that of a whole matrix.
     """
 
-    linked = True
-
     def __init__(self, *, q: Annotated[float, Field(gt=1, le=16, description="exponent of the norm")] = 4.0) -> None:
         self.q = q
 
@@ -92,7 +87,6 @@ class LqNorm(Retention):
 class RowNorm(Retention):
     """After a move, each row has the norm it had in the initial weights (LaCT, arXiv 2505.23884)."""
 
-    linear = False
     uses_initial = True
 
     def project(self, u: Tensor, initial: Tensor | None) -> Tensor:
@@ -104,8 +98,6 @@ class RowNorm(Retention):
 @register_retention("soft_threshold")
 class SoftThreshold(Retention):
     """After a move, each weight is moved towards zero by ``by``: ``sign(W) max(|W| - by, 0)`` (L1)."""
-
-    linear = False
 
     def __init__(self, *, by: Annotated[float, Field(ge=0, description="distance")] = 1e-4) -> None:
         self.by = by
@@ -140,8 +132,6 @@ class Muon(Optimizer):
     ``scale: gradient``: ``S = eta S - theta G, W = A W + NS(S)``. ``scale: update``, as in ATLAS:
     ``S = eta S - G, W = A W + theta NS(S)``.
     """
-
-    linear = False
 
     def __init__(
         self,

@@ -213,6 +213,12 @@ def complete(rule: Rule, state: MemoryState | LearnerState, writes: Writes) -> L
     channels = () if writes.alpha is None or writes.alpha.dim() == 3 else tuple(writes.alpha.shape[3:])
     d_in, d_out = writes.k.shape[-1], writes.v.shape[-1]
     made = start(rule, given, d_in, d_out, channels, writes.eta is not None, writes.parameter is not None)
+    if rule.window > 1 and made.recent[0].shape[2] != rule.window - 1:
+        raise ValueError(f"state.recent: expected the last {rule.window - 1} writes, as window={rule.window} needs, "
+                         f"got {made.recent[0].shape[2]}")  # fmt: skip
+    if rule.moves_once and made.pending[-1].shape[2:] != channels:
+        raise ValueError(f"state.pending: expected what is kept of {list(channels)} channels, "
+                         f"got {list(made.pending[-1].shape[2:])}")  # fmt: skip
     if made is not given and bool((given.position > 0).any()):
         names = [name for name, old, new in zip(given._fields, given, made) if old is not new]
         raise ValueError(

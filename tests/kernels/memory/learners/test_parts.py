@@ -1,0 +1,239 @@
+"""Parts of a user's own, and the arguments that ``learn`` refuses."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import titans_build as tb
+from titans_build.kernels.dispatch import BackendError
+from titans_build.kernels.memory import LearnerState, learn
+from titans_build.kernels.memory.learner.parts import (
+    CATALOGUES,
+    Features,
+    Network,
+    Objective,
+    Optimizer,
+    Retention,
+    register_network,
+    register_objective,
+)
+
+BATCH, TIME, HEADS, DIM = 2, 9, 2, 4
+
+
+@pytest.fixture(autouse=True)
+def scratch() -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for catalogue in CATALOGUES.values():
+            stack.enter_context(catalogue.scratch())
+        yield
+
+
+def tokens(keys: int = 1, channels: int = 0) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    rand = lambda *shape: torch.rand(*shape, generator=draw, dtype=torch.float64)  # noqa: E731
+    time = (TIME, keys) if keys > 1 else (TIME,)
+    q, k, v = rand(BATCH, TIME, HEADS, DIM), rand(BATCH, *time, HEADS, DIM), rand(BATCH, *time, HEADS, DIM)
+    alpha = rand(BATCH, TIME, HEADS, *([channels] if channels else [])) / 10
+    return [q, k, v, rand(BATCH, *time, HEADS) / 10, rand(BATCH, TIME, HEADS), alpha]
+
+
+def fresh() -> LearnerState:
+    draw = torch.Generator().manual_seed(1)
+    shapes = ((BATCH, HEADS, 8, DIM), (BATCH, HEADS, DIM, 8))
+    return LearnerState.fresh([torch.rand(*shape, generator=draw, dtype=torch.float64) for shape in shapes])
+
+
+def run(keys: int = 1, **settings: Any) -> tuple[Tensor, LearnerState]:
+    y, state = learn(*tokens(keys), fresh(), chunk=4, keys=keys, **settings)
+    assert isinstance(state, LearnerState)
+    return y, state
+
+
+class Double(Objective):
+    def error(self, prediction: Tensor, target: Tensor, parameter: Tensor | None) -> Tensor:
+        return 2 * (prediction - target)
+
+
+def test_a_replaced_part_is_used() -> None:
+    @register_objective("mine")
+    class Half(Objective):
+        def error(self, prediction: Tensor, target: Tensor, parameter: Tensor | None) -> Tensor:
+            return prediction - target
+
+    torch.testing.assert_close(run(objective="mine")[0], run(objective="l2_half")[0])
+    register_objective("mine", replace=True)(Double)
+    torch.testing.assert_close(run(objective="mine")[0], run(objective="l2")[0])
+
+
+def test_overridden_methods_are_called_without_a_flag() -> None:
+    class Zero(Retention):
+        def project(self, u: Tensor, initial: Tensor | None) -> Tensor:
+            return 0 * u
+
+    class Dark(Retention):
+        def link(self, weights: Tensor) -> Tensor:
+            return 0 * weights
+
+    class Sign(Optimizer):
+        def update(self, momentum: Tensor) -> Tensor:
+            return 0 * momentum
+
+    class Refuses(Retention):
+        def refuse(self, weights: Any) -> str | None:
+            return "no weights fit"
+
+    assert run(retention=Zero())[1].weights[0].abs().max() == 0
+    assert run(retention=Dark())[0].abs().max() == 0
+    assert torch.equal(run(optimizer=Sign(), retention="none")[1].weights[0], fresh().weights[0])
+    with pytest.raises(ValueError, match="no weights fit"):
+        run(retention=Refuses())
+
+
+def test_a_tensor_in_an_objective_gets_its_gradient() -> None:
+    p = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    y, _ = run(objective={"type": "lp", "p": p})
+    torch.testing.assert_close(y, run(objective={"type": "lp", "p": 3})[0])
+    (grad,) = torch.autograd.grad(y.sum(), p)
+    step = 1e-6
+    ends = [run(objective={"type": "lp", "p": 3 + d})[0].sum() for d in (step, -step)]
+    torch.testing.assert_close(grad, (ends[0] - ends[1]) / (2 * step), rtol=1e-6, atol=0.0)
+
+
+class Stranger:
+    """Has the methods of every part, and is none."""
+
+    def error(self, prediction: Tensor, target: Tensor, parameter: Tensor | None) -> Tensor:
+        return prediction - target
+
+    link = project = update = forward = width = shapes = error
+
+
+class Channels(Retention):
+    gates = "channels"
+
+
+class Wide(Features):
+    def width(self, d_in: int) -> int:
+        return d_in
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, x], -1)
+
+
+class Scalar(Network):
+    def forward(self, apply: Any, x: Tensor, activation: Any, matrices: int) -> Tensor:
+        return apply(1, apply(0, x)).sum()
+
+    def shapes(self, d_in: int, d_out: int, depth: int, expansion: int) -> list[tuple[int, int]]:
+        return [(8, d_in), (d_out, 8)]
+
+
+@pytest.mark.parametrize("kind", CATALOGUES)
+def test_a_part_is_of_the_class_of_its_kind(kind: str) -> None:
+    with pytest.raises(TypeError, match=f"no {kind}: it is no subclass of {CATALOGUES[kind].base.__name__}"):
+        CATALOGUES[kind].register("stranger")(Stranger)
+    with pytest.raises(TypeError, match=f"{kind}: expected one of"):
+        run(**{kind: Stranger()})
+
+
+def test_a_class_with_abstract_methods_is_refused() -> None:
+    class NoShapes(Network):
+        def forward(self, apply: Any, x: Tensor, activation: Any, matrices: int) -> Tensor:
+            return x
+
+    with pytest.raises(TypeError, match="it has no shapes"):
+        register_network("no_shapes")(NoShapes)
+
+
+@pytest.mark.parametrize(
+    ("message", "settings"),
+    [
+        (r"chunk: expected a whole number >= 1, got 4\.0", {"chunk": 4.0}),
+        (r"keys: expected a whole number >= 1, got True", {"keys": True}),
+        (r"retention: gates: expected 'none', 'scalar' or 'channel', got 'channels'", {"retention": Channels()}),
+        (r"features: Wide: its width is 4, but forward gives \[2, 9, 2, 8\]", {"features": Wide()}),
+        (r"network Scalar: expected outputs \[\.\.\., 4\]", {"network": Scalar()}),
+        (r"mask: expected a tensor, got list", {"mask": [[True]]}),
+        (r"documents: expected a tensor, got list", {"documents": [[0]]}),
+        (
+            r"features: polynomial: coefficients: expected 3",
+            {"features": {"type": "polynomial", "coefficients": [1.0]}},
+        ),
+        (r"coefficients: expected 3", {"features": {"type": "polynomial", "coefficients": torch.ones(2)}}),
+        (r"threshold: needs weights that are sums over the writes", {"threshold": 0.1, "retention": "lq"}),
+        (r"parameter of the objective: expected", {"objective": {"type": "huber", "delta": torch.ones(3)}}),
+        (r"unknown network 'foo'; expected one of factorised", {"network": "foo"}),
+    ],
+)
+def test_refused(message: str, settings: dict[str, Any]) -> None:
+    learn(*tokens(), fresh(), chunk=4)  # the same in whole numbers
+    with pytest.raises((ValueError, TypeError), match=message):
+        learn(*tokens(), fresh(), **{"chunk": 4, **settings})
+
+
+@pytest.mark.parametrize("keys", [1, 2])
+@pytest.mark.parametrize("argument", ["q", "k", "v", "theta"])
+def test_a_missing_tensor_is_refused(argument: str, keys: int) -> None:
+    given: dict[str, Any] = dict(zip(("q", "k", "v", "theta", "eta", "alpha"), tokens(keys)))
+    given[argument] = None
+    with pytest.raises(TypeError, match=f"{argument}: expected a tensor, got NoneType"):
+        learn(*given.values(), fresh(), chunk=4, keys=keys)
+
+
+def test_features_under_a_norm_are_refused_by_a_named_backend() -> None:
+    gain = torch.ones(HEADS, DIM, dtype=torch.float64)
+    with pytest.raises(BackendError, match="backend='reference'"):
+        run(features="polynomial", norm=gain, backend="reference")
+
+
+def test_a_state_of_another_window_or_of_other_decays_is_refused() -> None:
+    state = run(window=3)[1]
+    with pytest.raises(ValueError, match=r"state\.recent: expected the last 4 writes"):
+        learn(*tokens(), state, chunk=4, window=5)
+    moves_once: Any = dict(chunk=4, optimizer="muon", read="anchor")
+    _, state = learn(*tokens(channels=12), fresh(), retention="channel", **moves_once)
+    with pytest.raises(ValueError, match=r"state\.pending: expected"):
+        learn(*tokens(), state, **moves_once)
+
+
+def test_a_module_of_another_width_is_refused() -> None:
+    module = nn.Linear(DIM, DIM + 1).double()
+    state = LearnerState.fresh([p.detach().expand(BATCH, HEADS, *p.shape) for p in module.parameters()])
+    with pytest.raises(ValueError, match=r"network: Linear: expected outputs .*4.*, got .*5"):
+        learn(*tokens(), state, chunk=4, network=module)
+
+
+@pytest.mark.parametrize(
+    ("field", "fields"),
+    [
+        ("optimizer", {"type": "delta_net", "optimizer": "momentum"}),
+        ("optimizer", {"type": "memory", "momentum": False, "optimizer": {"type": "momentum", "order": 2}}),
+        ("retention", {"type": "delta_net", "retention": "scalar"}),
+        ("retention", {"type": "memory", "forgetting": False, "retention": "channel"}),
+        ("learn_momentum", {"type": "memory", "optimizer": "step", "learn_momentum": True}),
+        ("features", {"type": "memory", "features": {"type": "polynomial", "coefficients": [1.0]}}),
+    ],
+)
+def test_fields_of_a_block_that_contradict_each_other_are_refused(field: str, fields: dict[str, Any]) -> None:
+    with pytest.raises(tb.RecipeError) as caught:
+        tb.build_block(fields, dim=8)
+    assert [problem.path.rpartition(".")[2] for problem in caught.value.problems] == [field]
+
+
+def test_learned_coefficients_do_not_outlive_a_transform() -> None:
+    block = tb.build_block({"type": "memory", "heads": 2, "features": "polynomial"}, dim=8)
+    x, given = torch.ones(1, 3, 8), {name: p.detach() for name, p in block.named_parameters()}
+    torch.func.grad(lambda p: torch.func.functional_call(block, p, (x,))[0].sum())(given)
+    copy.deepcopy(block)(x)
+
+
+def test_constant_gates_keep_the_laws() -> None:
+    tb.check_block({"type": "retnet", "heads": 2}, dim=8, laws=["determinism"])
