@@ -318,7 +318,7 @@ class Documents:
         """The token after each of ``tokens`` [batch, time] in its document, ``ignored`` at its last and if masked."""
         flat = self._tokens.to(self.device)
         following = tokens.flatten()[flat].roll(-1, 0)
-        ends = torch.tensor([*self._starts[1:], len(flat)], dtype=torch.int64) - 1
+        ends = torch.tensor([*self._starts, len(flat)][1:], dtype=torch.int64) - 1  # empty if there are no tokens
         following[ends.to(self.device)] = ignored
         targets = torch.full_like(tokens, ignored).flatten()
         targets[flat] = following

@@ -213,6 +213,21 @@ def test_a_model_has_the_loss_and_the_state_of_documents_apart(name):
     assert generated.state.document.tolist() == [2, 0, 1]
 
 
+@pytest.mark.parametrize("name", ["mac", "mag", "lmm", "transformer"])
+def test_a_model_takes_a_call_without_valid_tokens(name):
+    model = tb.build(tb.load_recipe(name, overrides={"dim": 16}), seed=0).double()
+    tokens, ids = torch.randint(256, (2, 4)), torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0]])
+    state = model(tokens, documents=ids).state
+    expected = model(tokens, state, documents=ids + 1)
+    for count, mask in ((0, None), (4, torch.zeros(2, 4, dtype=torch.bool))):
+        out = model(tokens[:, :count], state, mask, documents=ids[:, :count])
+        assert out.logits.shape == (2, count, 256) and float(out.loss) == 0
+        assert torch.equal(out.state.document, state.document)
+        torch.testing.assert_close(
+            model(tokens, out.state, documents=ids + 1).logits, expected.logits, rtol=0, atol=1e-12
+        )
+
+
 def test_a_row_that_is_reset_begins():
     model = tb.build(tb.load_recipe("lmm", overrides={"dim": 16}), seed=0).double()
     tokens, ids = torch.randint(256, (2, 6)), torch.zeros(2, 6, dtype=torch.int64)
