@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...dispatch import full_precision, sum_is_finite
+from ...dispatch import full_precision, shows_values, sum_is_finite
 from ...padding import Layout, align
 from ..state import MemoryState
 from . import chunks
@@ -52,12 +52,14 @@ def run(
     """Outputs ``[batch, time, heads, d_out]`` and the state after the last write.
 
     ``state.position`` counts writes here. NaN and infinity reach no output before their token: where a result is not
-    finite, it is computed again in halves.
+    finite, it is computed again in halves, but not under ``vmap``, which hides values.
     """
     y, after, layout = _spans(rule, writes, state, gain, mask, None)
     y = y if layout is None else layout.collect(y)
     time = y.shape[1]
-    if time < 2 or sum_is_finite(y, *after.weights) or not sum_is_finite(*state.weights, *state.anchor):
+    if time < 2 or not shows_values(y) or sum_is_finite(y, *after.weights):
+        return y, after
+    if not sum_is_finite(*state.weights, *state.anchor):
         return y, after
     outputs = []
     for span in (slice(0, time // 2), slice(time // 2, time)):

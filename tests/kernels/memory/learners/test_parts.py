@@ -237,3 +237,11 @@ def test_learned_coefficients_do_not_outlive_a_transform() -> None:
 
 def test_constant_gates_keep_the_laws() -> None:
     tb.check_block({"type": "retnet", "heads": 2}, dim=8, laws=["determinism"])
+
+
+@pytest.mark.parametrize("settings", [{"window": 2}, {"retention": "lq"}, {"optimizer": "muon"}, {"retention": "kl"}])
+def test_vmap_over_a_learner(settings: dict[str, Any]) -> None:
+    (q, k, v, *gates), state = tokens(), fresh()
+    f = lambda v: learn(q, k, v, *gates, state, chunk=4, **settings)[0]  # noqa: E731
+    together = torch.vmap(f)(torch.stack([v, 2 * v]))
+    torch.testing.assert_close(together, torch.stack([f(v), f(2 * v)]))
