@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ..kernels.memory import MemoryState
+from ..kernels.memory import LearnerState, MemoryState
 from .freezing import freeze, thawed
 from .language_model import IGNORED, LanguageModel
 from .memory import NeuralMemoryState
@@ -225,9 +225,9 @@ def token_losses(logits: Tensor | None, targets: Tensor) -> Tensor:
     return losses.view(targets.shape).cpu().double()
 
 
-def memories_of(state: State) -> list[MemoryState]:
+def memories_of(state: State) -> list[MemoryState | LearnerState]:
     """The memories in a state. The snapshot that a ``context`` block reads from is not included."""
-    if isinstance(state, MemoryState):
+    if isinstance(state, (MemoryState, LearnerState)):
         return [state]
     if not isinstance(state, tuple):
         return []
@@ -237,7 +237,7 @@ def memories_of(state: State) -> list[MemoryState]:
 
 def with_memories_of(state: State, other: State) -> State:
     """Replace the memories of ``state`` by those of ``other``, a state of the same model and rows."""
-    if isinstance(state, MemoryState):
+    if isinstance(state, (MemoryState, LearnerState)):
         return other
     if isinstance(state, NeuralMemoryState):
         # the gates of the current chunk belong to the memory, the inputs of the convolution do not

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...blocks.language_model import LanguageModel
 from ...blocks.observe import observe
 from ...blocks.observers import Learned, Observer
-from ...kernels.memory import MemoryState, Tokens
+from ...kernels.memory import MemoryState
 
 QUANTITIES = ("surprise", "error", "step", "momentum", "forgetting")
 """The fields of ``MemoryRecord`` that are recorded for each token and head."""
@@ -119,7 +119,7 @@ def record(
             with observe(model) as observed:
                 state = model(tokens[:, start:stop], state).state
             for name, memory in observed.memories.items():
-                for quantity, pool in bins[name].items():
+                for quantity, pool in bins.get(name, {}).items():
                     pool.add(getattr(memory, quantity)[0])
             for name, gate in observed.gates.items():
                 pool = gates.setdefault(name, Bins(3, time, width))
@@ -185,8 +185,7 @@ class _Capture(Observer):
         found = {}
         for name, calls in self._inputs.items():
             joined = [None if part[0] is None else torch.cat(part, dim=1) for part in zip(*(c.tokens for c in calls))]
-            tokens: Any = joined  # in the order of the fields
-            found[name] = calls[0]._replace(tokens=Tokens(*tokens))
+            found[name] = calls[0]._replace(tokens=type(calls[0].tokens)(*joined))
         return found
 
 

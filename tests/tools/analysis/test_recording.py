@@ -149,3 +149,15 @@ def test_bins_are_bounded_however_long_the_text(rows: int, time: int) -> None:
     assert bins >= min(time, MIN_BINS) / 2
     if time <= MIN_BINS:
         assert width == 1
+
+
+def test_learners_with_inputs_of_their_own() -> None:
+    layers = {
+        "m": [{"type": "yaad", "heads": 2}, {"type": "delta_product", "heads": 2}, {"type": "omega_net", "heads": 2}]
+    }
+    model = tb.build({"version": 1, "dim": 8, "vocab": 20, "layers": layers, "stack": ["m"]}, seed=0)
+    tokens = torch.arange(20).unsqueeze(0)
+    names = ["layers.0.blocks.0", "layers.0.blocks.2"]  # not the one with two keys for each token
+    found = record(model, tokens, dict.fromkeys(names, 2), piece=10, stretch=(0, 20))
+    assert {found.stretches[name].tokens.theta.shape for name in names} == {(1, 20, 2)}
+    assert len(memories_of(model(tokens).state)) == 3
