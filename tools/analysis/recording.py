@@ -130,7 +130,8 @@ def record(
             if stop % measured_every == 0 or stop == time:
                 capture.measure(stop)
             advance()
-    return Recording(width, bins, capture.drift(), capture.stretches(), gates, _peaks(torch.cat(surprises)))
+    stretches = {name: stretch for name, stretch in capture.stretches().items() if name in bins}
+    return Recording(width, bins, capture.drift(), stretches, gates, _peaks(torch.cat(surprises)))
 
 
 def _peaks(surprise: Tensor) -> list[tuple[int, float]]:

@@ -159,5 +159,7 @@ def test_learners_with_inputs_of_their_own() -> None:
     tokens = torch.arange(20).unsqueeze(0)
     names = ["layers.0.blocks.0", "layers.0.blocks.2"]  # not the one with two keys for each token
     found = record(model, tokens, dict.fromkeys(names, 2), piece=10, stretch=(0, 20))
-    assert {found.stretches[name].tokens.theta.shape for name in names} == {(1, 20, 2)}
+    assert {name: stretch.tokens.theta.shape for name, stretch in found.stretches.items()} == dict.fromkeys(
+        names, (1, 20, 2)
+    )
     assert len(memories_of(model(tokens).state)) == 3
