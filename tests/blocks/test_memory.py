@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import titans_build as tb
 from titans_build.blocks.memory import NeuralMemory
@@ -240,3 +242,20 @@ def test_the_class_alone_is_a_module_with_initialized_parameters() -> None:
     assert torch.allclose(torch.cat([alone(x[:, :4])[0], alone(x[:, 4:], alone(x[:, :4])[1])[0]], 1), y, atol=1e-5)
     with pytest.raises(ValueError, match="heads: 4 heads do not divide the width 9"):
         tb.NeuralMemory(dim=9)
+
+
+@pytest.mark.parametrize("name", ["omega_net", "lact", "moneta", "titans_channel", "kda"])
+def test_a_learner_takes_hooks_on_saved_tensors_and_activation_checkpointing(name: str) -> None:
+    block = tb.build_block({"type": name, "heads": 2} | ({"chunk": 4} if name != "kda" else {}), dim=16).double()
+    x = torch.randn(2, 9, 16, dtype=torch.float64, requires_grad=True)
+
+    def gradients(y: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad(y.square().sum(), [x, *block.parameters()], allow_unused=True))
+
+    expected = gradients(block(x)[0])
+    again = gradients(checkpoint(lambda x: block(x)[0], x, use_reentrant=False))
+    with torch.autograd.graph.save_on_cpu():
+        y = block(x)[0]
+    for found in (again, gradients(y)):
+        for a, b in zip(found, expected):
+            assert (a is None) == (b is None) and (a is None or torch.equal(a, b))

@@ -9,14 +9,14 @@ they are never made for each token (``sums``). Where they pass through a map of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..network_torch import EPS
-from .parts import Apply
+from .parts import Apply, pull_back
 from .rule import Rule
 from .state import LearnerState, Writes, where
 
@@ -105,10 +105,7 @@ def gradients(rule: Rule, weights: Matrices, writes: Writes, gain: Tensor | None
 
         # the derivative with respect to a matrix's output is that with respect to something added to it
         zeros = [w.new_zeros(*rows, w.shape[-2]) for w in weights]
-        result: Any = torch.func.vjp(predict, zeros, has_aux=True)
-        prediction, vjp, inputs = result
-        (errors,) = vjp(rule.objective.error(prediction, writes.v, parameter))
-        found = Gradients(errors, inputs)
+        found = Gradients(*pull_back(predict, zeros, lambda p: rule.objective.error(p, writes.v, parameter)))
     return found
 
 

@@ -14,6 +14,32 @@ import torch
 from torch import Tensor
 
 from ....registry import Catalogue, check_settings, show
+from ...dispatch import transforming
+
+
+def pull_back(
+    function: Callable[[list[Tensor]], tuple[Tensor, list[Tensor]]],
+    at: list[Tensor],
+    upstream: Callable[[Tensor], Tensor],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The vector-Jacobian product of ``function`` at ``at`` with ``upstream(value)``, and the list it returns as well.
+
+    Differentiable again where gradients are recorded. ``torch.func.vjp``, which takes no hooks on saved tensors and so
+    no activation checkpointing, is used only where nothing else works.
+    """
+    if transforming() or torch.is_inference_mode_enabled():
+        result: Any = torch.func.vjp(function, at, has_aux=True)
+        value, vjp, others = result
+        return vjp(upstream(value))[0], others
+    recorded = torch.is_grad_enabled()
+    with torch.enable_grad():
+        leaves = [x if x.requires_grad else x.detach().requires_grad_() for x in at]
+        value, others = function(leaves)
+        found = torch.autograd.grad(
+            value, leaves, upstream(value), create_graph=recorded, allow_unused=True, materialize_grads=True
+        )
+    return list(found), others if recorded else [x.detach() for x in others]
+
 
 Class = TypeVar("Class", bound=type)
 Apply = Callable[[int, Tensor], Tensor]
@@ -56,7 +82,9 @@ class Objective:
 
     def error(self, prediction: Tensor, target: Tensor, parameter: Tensor | None) -> Tensor:
         """The derivative of the loss with respect to the prediction, ``[..., d_out]``."""
-        return torch.func.grad(lambda p: self.loss(p, target, parameter).sum())(prediction)
+        return pull_back(
+            lambda p: (self.loss(p[0], target, parameter), []), [prediction], torch.ones_like
+        )[0][0]  # fmt: skip
 
 
 class Retention:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from ...dispatch import full_precision, shows_values, sum_is_finite
+from ...dispatch import full_precision, needs_grad, shows_values, sum_is_finite
 from ...padding import Layout, align
 from ..state import MemoryState
 from . import chunks
@@ -95,7 +97,13 @@ def _spans(
         writes = writes.map(layout.spread)._replace(eta=eta)
         valid, slots = layout.filled, layout.filled.shape[1]
         edges = [*range(0, slots, chunk), slots]
+    run_span = _span
     if not (rule.sums or rule.moves_once) and rule.retention.linear:  # the weights after each token are made
+        inputs = [x for x in writes if x is not None]
+        # torch.func, which a module's gradients are from, takes no hooks on saved tensors
+        if rule.module is None and needs_grad(*inputs, gain, *state.weights, *state.momentum):
+            # for backward they are made again, because they take the room of as many states as there are tokens
+            run_span = functools.partial(checkpoint, _span, use_reentrant=False, preserve_rng_state=False)
         size = sum(w.numel() * w.element_size() for w in state.weights)
         piece = max(1, MADE_TOGETHER // max(size, 1))
         edges = sorted({*edges, *(cut for a, b in pairwise(edges) for cut in range(a, b, piece))})
@@ -104,7 +112,7 @@ def _spans(
         if start == stop:
             continue
         span = writes.map(lambda x, start=start, stop=stop: x[:, start:stop].transpose(1, 2))  # type: ignore[misc]
-        y, state = _span(rule, span, state, gain, None if valid is None else valid[:, start:stop], solves, measured)
+        y, state = run_span(rule, span, state, gain, None if valid is None else valid[:, start:stop], solves, measured)
         outputs.append(y.transpose(1, 2))
     if not outputs:
         return writes.v.new_zeros(len(phases), time, *writes.v.shape[2:]), state, None
