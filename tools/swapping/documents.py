@@ -229,7 +229,8 @@ def with_documents(arguments: Arguments, documents: Tensor) -> Arguments:
     changes: dict[str, Any] = {"use_cache": False} if "use_cache" in names else {}
     if mask is not None and mask.dim() == 4:
         if mask.dtype == torch.bool:  # eager attention of transformers adds a mask to the scores, as it is
-            scores = torch.zeros(mask.shape, dtype=arguments.module.dtype, device=mask.device)
+            dtype: Any = arguments.module.dtype
+            scores = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
             changes["attention_mask"] = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         return arguments.changed(changes)
     if mask is not None and not bool((mask != 0).all()):
