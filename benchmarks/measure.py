@@ -271,6 +271,7 @@ def machine_table(results: Result, rates: Sequence[float] = ()) -> str:
     env = results["environment"]
     versions = ", ".join(f"{name} {number or 'not installed'}" for name, number in env["versions"].items())
     commit = (env["commit"] or "unknown")[:12] + (" with changes" if env["modified"] else "")
+    done = results.get("done_before", [])
     rows = [
         ("date, commit", f"{env['date']}, {commit}"),
         ("versions", f"Python {env['python']}, {versions}"),
@@ -278,7 +279,7 @@ def machine_table(results: Result, rates: Sequence[float] = ()) -> str:
         ("float32 matrix rate", f"{min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f} GFLOP/s" if rates else None),
         ("load before, after", ", ".join(f"{load:.1f}" for load in env["load"])),
         ("duration", f"{results['seconds']} s"),
-        ("done before, by this program", ", ".join(results.get("done_before", []))),
+        ("done before, by this program", f"{len(done)} runs" if len(done) > 6 else ", ".join(done)),
         *((f"left out: {name}", reason) for name, reason in results["skipped"].items()),
     ]
     return table(("measured", "quick run: not figures to quote" if results["quick"] else ""), (r for r in rows if r[1]))
