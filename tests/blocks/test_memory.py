@@ -7,6 +7,8 @@ from torch.utils.checkpoint import checkpoint
 
 import titans_build as tb
 from titans_build.blocks.memory import NeuralMemory
+from titans_build.blocks.published_learners import LEARNERS
+from titans_build.blocks.state import named_tensors
 from titans_build.registry import RecipeError
 
 SMALL = {"type": "memory", "heads": 2, "chunk": 5, "expansion": 2}
@@ -259,3 +261,14 @@ def test_a_learner_takes_hooks_on_saved_tensors_and_activation_checkpointing(nam
     for found in (again, gradients(y)):
         for a, b in zip(found, expected):
             assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
+
+
+@pytest.mark.parametrize("name", [*LEARNERS])
+def test_a_learners_state_shares_no_larger_memory(name: str) -> None:
+    block = tb.build_block(
+        {"type": name, "heads": 2} | ({} if LEARNERS[name][1].get("chunk") == 1 else {"chunk": 4}), dim=16
+    )
+    with torch.no_grad():
+        after = block(torch.randn(1, 60, 16))[1]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for _, t in named_tensors(after)}
+    assert sum(storages.values()) <= 2.5 * block.state_bytes()

@@ -31,7 +31,8 @@ SMALL = {
     "hidden": lambda _: 24,
     "repeat": lambda _: 1,
     # about a sixteenth; different numbers remain different
-    "chunk": lambda chunk: max(2, chunk // 16),
+    "chunk": lambda chunk: max(2, min(chunk // 16, 18)),
+    "reset": lambda reset: reset // 128,
     "segment": lambda segment: max(2, segment // 16),
     "window": lambda window: max(2, window // 32) - 1,
     "tokens": lambda _: 3,

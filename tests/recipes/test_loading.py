@@ -57,7 +57,7 @@ def test_a_packaged_name_takes_precedence_over_a_file(tmp_path: Path, monkeypatc
         ("", "empty: expected a recipe"),
         (" \n", "empty: expected a recipe"),
         ("a\0b", "no packaged recipe"),
-        ("zzz", "memory-as-ffn, transformer, two-memories, windows-and-mac; sizes as in mac-170m"),
+        ("zzz", "memory-as-ffn, tnt, transformer, two-memories, windows-and-mac; sizes as in mac-170m"),
         ("x" * 5000, "no packaged recipe"),
         ("version: 1", "the recipe needs 'dim'"),
         (3, "expected a packaged name, a path, YAML text or a mapping, got 3"),
@@ -198,7 +198,9 @@ def test_override_values_are_copied():
 
 
 BASES = ["lmm", "mac", "mag", "mal", "transformer"]
-HYBRIDS = ["deltas-and-mac", "llama-and-memory", "memory-as-ffn", "two-memories", "windows-and-mac"]
+HYBRIDS = [
+    "continuum", "deltas-and-mac", "llama-and-memory", "memory-as-ffn", "tnt", "two-memories", "windows-and-mac"
+]  # fmt: skip
 SIZES = {"30m": 30e6, "170m": 170e6, "340m": 340e6, "400m": 400e6, "760m": 760e6, "1.3b": 1.3e9}
 PUBLISHED = {"170m": (12, 768, 16), "340m": (24, 1024, 16), "760m": (24, 1536, 16), "1.3b": (18, 2048, 8)}
 

@@ -313,7 +313,8 @@ def _rows(
         folded = _side_by_side(start._replace(position=zero), begun._replace(position=zero), count)
         y, folded = _row(rule, shards, folded, norm, None, keep, half, backend)
         outputs.append(y.unflatten(0, (rows, count)).flatten(1, 2))
-        state = folded.rows(lambda x: x.unflatten(0, (rows, count))[:, -1])
+        # a copy: a view would keep the states of all stretches alive
+        state = folded.rows(lambda x: x.unflatten(0, (rows, count))[:, -1].clone())
         state, start = state._replace(position=torch.full_like(zero, place + stop)), begun
     if stop < time:
         state = stretch(stop, time, start._replace(position=state.position))

@@ -393,7 +393,8 @@ def every_matrix(
     else:
         u, moved = _updates(rule, writes, found, window, valid, state, start, order)
     weights = [retention.leave(x) for x in u]
-    after = _with(state, [w[:, :, -1] for w in weights], moved)
+    # copies: views would keep the weights after every token alive
+    after = _with(state, [w[:, :, -1].clone() for w in weights], moved)
     used = weights
     if rule.read == "before":
         used = [torch.cat([w.unsqueeze(2), x[:, :, :-1]], 2) for w, x in zip(state.weights, weights)]
@@ -425,10 +426,10 @@ def _updates(
         else:
             along = decay[..., 1:] if real is None else decay[..., 1:] * real
             s = _per_token(decay[..., 0], state.momentum[i]) - found.each(i, _after(along, steps))
-            ends[0].append(s[:, :, -1])
+            ends[0].append(s[:, :, -1].clone())
         if order == 2:
             s = _per_token(decay[..., 0], state.second[i]) + _mix(along, s)
-            ends[1].append(s[:, :, -1])
+            ends[1].append(s[:, :, -1].clone())
         update = optimizer.update(s)
         if optimizer.scales_update:
             theta = writes.theta
@@ -584,4 +585,4 @@ def project_queries(q: Tensor, k: Tensor, projection: Tensor, valid: Tensor | No
     q, unit = (F.pad(x, (0, 0, 0, pieces * size - time)).unflatten(2, (pieces, size)) for x in (q, unit))
     sums = torch.cat([projection.unsqueeze(2), unit.mT @ unit], 2).cumsum(2)
     y = q @ sums[:, :, :-1] + (q @ unit.mT).tril() @ unit
-    return y.flatten(2, 3)[:, :, :time], sums[:, :, -1]
+    return y.flatten(2, 3)[:, :, :time], sums[:, :, -1].clone()

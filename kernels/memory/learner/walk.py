@@ -203,7 +203,7 @@ def _window(
     every = writes._replace(k=joined[0], v=joined[1], parameter=joined[3] if len(joined) > 3 else None)
     size, time = rule.window - 1, writes.theta.shape[2]
     if valid is None:
-        kept = [x[:, :, time:] for x in joined]
+        kept = [x[:, :, time:].clone() for x in joined]
         count = torch.full_like(held, time)
     else:
         past = torch.arange(-size, 0, device=held.device).expand(len(held), -1) >= -held.unsqueeze(1)

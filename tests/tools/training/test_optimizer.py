@@ -24,7 +24,8 @@ NO_DECAY = as_settings().no_decay
 
 DECAYING = {"weight", "convolution", "embedding", "head"}
 """What the last part of a name may be in the group that decays: matrices that vectors are multiplied by, and tables."""
-STAYING = {"gain", "gain_a", "gain_b", "norm_gain", "output_gain", "bias", "persistent", "tokens"}
+GAINS = {"gain", "gain_a", "gain_b", "gain_c", "gain_d", "gain_e", "norm_gain", "output_gain"}
+STAYING = GAINS | {"bias", "persistent", "tokens"}
 
 
 def last(name: str) -> str:
