@@ -10,7 +10,7 @@
 ``rule.py``        the parts together, and which go together
 ``state.py``       the state, and what a learner is given
 ``walk.py``        a sequence chunk by chunk: phases, masks, resets, windows
-``chunks.py``      the equations of a chunk
+``chunks.py``      the equations of a chunk; ``coefficients.py``: its gates as matrices
 =================  ====================================================================================================
 """
 

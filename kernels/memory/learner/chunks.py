@@ -2,8 +2,9 @@
 
 Tensors are ``[batch, heads, time, ...]``. The gradient of write ``s`` with respect to matrix ``l`` is the outer product
 of the error ``d_ls`` and the input ``a_ls``; both are taken at the anchor. Where weights are linear in the gradients,
-they are never made for each token (``sums``). Where they pass through a map of a whole matrix, they move token by token
-(``moves``), or once a chunk where nothing reads them in between (``one_move``).
+they are never made for each token (``sums``). Where they pass through a map of a whole matrix, they are made for each
+token (``every_matrix``, or ``moves`` where a map changes later weights), or move once a chunk where nothing reads them
+in between (``one_move``).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..network_torch import EPS
+from .coefficients import Coefficients, coefficients, products, times_steps, window_weights
 from .parts import Apply, pull_back
 from .rule import Rule
 from .state import LearnerState, Writes, where
@@ -138,108 +140,6 @@ def anchor_weights(rule: Rule, writes: Writes, state: LearnerState) -> list[Tens
         keep = 1 - writes.alpha[:, :, 0]
         anchor = [w * _per_matrix(rule, keep, anchor, i) for i, w in enumerate(anchor)]
     return [rule.retention.link(w) for w in anchor]
-
-
-# -- gates as matrices -------------------------------------------------------------------------------------------------
-
-
-def products(x: Tensor) -> Tensor:
-    """``[..., time] -> [..., time, 1 + time]``: entry ``t, r`` is the product of ``x`` after ``r`` up to ``t``.
-
-    Column 0 begins at the start; column ``1 + r`` after token ``r``. Zero where ``r > t``. Exact at factors of zero.
-    """
-    time = x.shape[-1]
-    row = torch.arange(time, device=x.device).unsqueeze(-1)
-    column = torch.arange(time + 1, device=x.device)
-    factors = torch.where(row >= column, x.unsqueeze(-1), 1.0)
-    return torch.where(row + 1 >= column, torch.cumprod(factors, dim=-2), 0.0)
-
-
-class Coefficients(NamedTuple):
-    """What the weights after each token are made of: ``U_t = A_t U_0 + sum_j m_jt S_j - sum_s C_ts G_s``.
-
-    With decays by channel, each has ``[batch, heads, channels, ...]``.
-    """
-
-    kept: Tensor
-    """``A``: ``[batch, heads, time]``."""
-    carried: list[Tensor]
-    """``m_j`` for each momentum, the first first: ``[batch, heads, time]``."""
-    written: Tensor
-    """``C``: ``[batch, heads, time, writes]``."""
-    momentum: list[tuple[list[Tensor], Tensor]]
-    """For each momentum after the last token: how much of each momentum is in it, ``[batch, heads]``, and of each
-    gradient ``[batch, heads, writes]``."""
-
-
-def coefficients(writes: Writes, steps: Tensor, valid: Tensor | None, order: int) -> Coefficients:
-    """``steps``: ``[batch, heads, time, writes]``, the step of token ``t`` along the gradient of write ``s``.
-
-    A diagonal matrix is given as ``[batch, heads, time]``.
-    """
-    theta, eta, alpha = writes.theta, writes.eta, writes.alpha
-    keep = torch.ones_like(theta) if alpha is None else 1 - alpha
-    channels = keep.dim() == 4
-    decay = products(keep.mT if channels else keep)
-    counts = None if valid is None else valid.to(theta).view(valid.shape[0], *[1] * (2 + channels), -1)
-    kept, moved = decay[..., 0], decay[..., 1:]
-    if counts is not None:
-        moved = moved * counts
-    if order == 0 or eta is None:
-        return Coefficients(kept, [], _steps(moved, steps, channels), [])
-    momentum = products(eta)
-    start, along = momentum[..., 0], momentum[..., 1:]
-    carried = []
-    for term in range(order):
-        if term and counts is not None:
-            moved = moved * counts
-        carried.append((moved @ _at(start, channels).unsqueeze(-1)).squeeze(-1))
-        moved = moved @ _at(along, channels)
-    last = [([start[..., -1]], _after(along[..., -1:, :], steps).squeeze(-2))]
-    if order == 2:
-        twice = along[..., -1:, :] if counts is None else along[..., -1:, :] * counts.view(-1, 1, 1, theta.shape[2])
-        first = (twice @ start.unsqueeze(-1)).squeeze(-1).squeeze(-1)
-        last.append(([first, start[..., -1]], _after(twice @ along, steps).squeeze(-2)))
-    return Coefficients(kept, carried[::-1], _steps(moved, steps, channels), last)
-
-
-def _at(x: Tensor, channels: bool) -> Tensor:
-    return x.unsqueeze(2) if channels else x
-
-
-def _steps(x: Tensor, steps: Tensor, channels: bool) -> Tensor:
-    if steps.dim() == 3:
-        return x * (steps[:, :, None, None] if channels else steps.unsqueeze(-2))
-    return x @ _at(steps, channels)
-
-
-def window_weights(
-    rule: Rule, writes: Writes, valid: Tensor | None, recent: Writes | None, held: Tensor | None
-) -> Tensor:
-    """``gamma_s`` where write ``s`` is in the window of token ``t``: ``[batch, heads, time, writes]``.
-
-    For a window of one write, its diagonal ``[batch, heads, time]``. ``recent``: the writes before these, of which
-    ``held`` ``[batch]`` are there.
-    """
-    gamma = torch.ones_like(writes.theta) if writes.gamma is None else writes.gamma
-    if rule.window == 1 or recent is None or held is None:
-        return gamma if valid is None else gamma * valid.unsqueeze(1)
-    rows, _, time = gamma.shape
-    device = gamma.device
-    real = torch.ones(rows, time, dtype=torch.bool, device=device) if valid is None else valid
-    index = real.cumsum(1) - 1
-    past = torch.arange(1 - rule.window, 0, device=device).expand(rows, -1)
-    distance = index.unsqueeze(-1) - torch.cat([past, index], 1).unsqueeze(1)
-    source = torch.cat([past >= -held.unsqueeze(1), real], 1)
-    inside = (distance >= 0) & (distance < rule.window) & source.unsqueeze(1) & real.unsqueeze(2)
-    if recent.gamma is not None:
-        gamma = torch.cat([recent.gamma, gamma], 2)
-    return torch.where(inside.unsqueeze(1), gamma.unsqueeze(2), 0.0)
-
-
-def _after(x: Tensor, steps: Tensor) -> Tensor:
-    """``x`` ``[..., time, time]`` times the matrix ``steps``, which may be given by its diagonal."""
-    return x * steps.unsqueeze(-2) if steps.dim() == 3 else x @ steps
 
 
 # -- rules whose weights are sums over the writes ----------------------------------------------------------------------
@@ -425,7 +325,7 @@ def _updates(
             s = -found.each(i, torch.diag_embed(steps) if steps.dim() == 3 else steps)
         else:
             along = decay[..., 1:] if real is None else decay[..., 1:] * real
-            s = _per_token(decay[..., 0], state.momentum[i]) - found.each(i, _after(along, steps))
+            s = _per_token(decay[..., 0], state.momentum[i]) - found.each(i, times_steps(along, steps))
             ends[0].append(s[:, :, -1].clone())
         if order == 2:
             s = _per_token(decay[..., 0], state.second[i]) + _mix(along, s)

@@ -210,7 +210,7 @@ def make_rule(
     """The rule of the arguments of :func:`learn`. Raises ``ValueError`` or ``TypeError`` for what does not fit."""
     module = ModuleNetwork(network) if isinstance(network, nn.Module) else None
     part: Any = module if module is not None else make_part("network", network)
-    activation = activation or part.activation or "gelu"
+    activation = (part.activation or "gelu") if activation is None else activation
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(sorted(ACTIVATIONS))}, got {activation!r}")
     for name, number, least in (("chunk", chunk, 1), ("window", window, 1), ("keys", keys, 1), ("reset", reset, 1)):
@@ -219,7 +219,7 @@ def make_rule(
         if isinstance(number, bool) or not isinstance(number, int) or number < least:
             raise ValueError(f"{name}: expected a whole number >= {least}, got {number!r}")
     for name, bound in (("clip", clip), ("threshold", threshold)):
-        if bound is not None and not (isinstance(bound, (int, float)) and bound > 0):
+        if bound is not None and (isinstance(bound, bool) or not (isinstance(bound, (int, float)) and bound > 0)):
             raise ValueError(f"{name}: expected a norm > 0 or None, got {bound!r}")
     if read not in READS:
         raise ValueError(f"read: expected 'after', 'before' or 'anchor', got {read!r}")

@@ -14,6 +14,7 @@ from ...dispatch import full_precision, needs_grad, shows_values, sum_is_finite
 from ...padding import Layout, align
 from ..state import MemoryState
 from . import chunks
+from .coefficients import window_weights
 from .rule import Rule
 from .state import LearnerState, Writes, where
 
@@ -161,7 +162,7 @@ def _span(
     if rule.threshold is not None:
         writes = chunks.suppress(rule, writes, found)
     found = chunks.clip(rule, found)
-    window = chunks.window_weights(rule, writes, valid, recent, held)
+    window = window_weights(rule, writes, valid, recent, held)
     if rule.sums:
         y, state = chunks.sums(rule, writes, found, window, valid, state, gain)
     elif rule.moves_once:

@@ -171,6 +171,8 @@ def test_a_class_with_abstract_methods_is_refused() -> None:
         (r"threshold: needs weights that are sums over the writes", {"threshold": 0.1, "retention": "lq"}),
         (r"parameter of the objective: expected", {"objective": {"type": "huber", "delta": torch.ones(3)}}),
         (r"unknown network 'foo'; expected one of factorised", {"network": "foo"}),
+        (r"clip: expected a norm > 0 or None, got True", {"clip": True}),
+        (r"activation: expected one of gelu, identity, relu, silu, got ''", {"activation": ""}),
     ],
 )
 def test_refused(message: str, settings: dict[str, Any]) -> None:
