@@ -194,7 +194,8 @@ class NeuralMemory(Block):
         if self.momentum and not momentum:
             for x in weights:
                 momentum.append(torch.zeros_like(x[:1]).expand_as(x))
-        position = new(batch_size, dtype=torch.int64)
+        # not a `new` of a parameter, which torch.vmap over parameters would hide the values of
+        position = torch.zeros(batch_size, dtype=torch.int64, device=self.output_gain.device)
         memory = MemoryState(tuple(weights), tuple(momentum), tuple(weights), position)
         return NeuralMemoryState(
             memory if self.rule is None else memory_rule.start(self, memory),

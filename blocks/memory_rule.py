@@ -55,14 +55,14 @@ def problems(fields: dict[str, Any]) -> Iterable[tuple[str, str]]:
         yield field, message
         return
     optimizer, retention = rule.optimizer, rule.retention
-    if optimizer.order == 2 and not given["momentum"]:
-        yield "optimizer", "order 2 is the momentum of the momentum, and momentum is false"
-    elif optimizer.order == 1 and optimizer.linear and not given["momentum"]:
-        yield "optimizer", "is steps with momentum, and momentum is false: set momentum to true, or leave it out"
+    if not given["momentum"]:
+        yield from rule.problems("momentum is false: add momentum: true")
+    if optimizer.order == 1 and optimizer.linear and not given["momentum"]:
+        yield "optimizer", "is steps with momentum, and momentum is false: add momentum: true, or leave optimizer out"
     if fields["learn_momentum"] and not given["momentum"]:
         yield "learn_momentum", "there is no momentum to learn: momentum is false, or the optimizer has none"
     if retention.gates != "none" and retention.linear and not (retention.linked or given["forgetting"]):
-        yield "retention", "only decays weights, and forgetting is false: set forgetting to true, or leave it out"
+        yield "retention", "only decays weights, and forgetting is false: add forgetting: true, or leave retention out"
     if fields["gates"] == "chunk" and fields["keys"] > 1:
         yield "gates", "of a chunk need one key for each token, because chunks count writes"
 
@@ -120,8 +120,8 @@ def start(memory: Any, state: MemoryState) -> MemoryState | LearnerState:
     channels = (memory.gate_sizes["alpha"],) if memory.forgetting and rule.retention.gates == "channel" else ()
     weights = tuple(map(rule.retention.initial, state.weights))
     state = state._replace(weights=weights, anchor=weights)
-    made = learner.start(rule, LearnerState(*state), width, width, channels, memory.momentum, rule.objective.learned)
-    return made if any(part is not None and part != () for part in made[4:]) else state
+    made = learner.start(rule, LearnerState(*state), width, width, channels, rule.objective.learned)
+    return made if any(map(made.has, made._fields[4:])) else state
 
 
 def recall(memory: Any, q: Tensor, state: MemoryState | LearnerState) -> Tensor:

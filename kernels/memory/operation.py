@@ -240,7 +240,11 @@ def check_memory(
     q, k, v, theta, eta, alpha = tokens
     chunk, activation, clip, read, keep, _, threshold, _, ends, _ = options
     if not isinstance(state, MemoryState):
-        raise TypeError(f"state: expected a MemoryState (MemoryState.fresh(weights)), got {type(state).__name__}")
+        more = ""
+        if hasattr(state, "beyond"):  # a LearnerState
+            lost = state.beyond(())
+            more = f": its {' and '.join(lost)} is for learn alone" if lost else ": state.plain() is one"
+        raise TypeError(f"state: expected a MemoryState (MemoryState.fresh(weights)), got {type(state).__name__}{more}")
     parts = [("weights", state.weights), ("momentum", state.momentum), ("anchor", state.anchor)]
     for name, part in parts:
         if not isinstance(part, tuple):

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...dispatch import BackendError, expect_tensors, full_precision, half_dtype
+from ...dispatch import BackendError, expect_tensors, full_precision, half_dtype, shows_values
 from ...documents import Documents
 from ..operation import has_fast_backend, run_memory
 from ..state import MemoryState, Tokens
@@ -191,7 +191,7 @@ def learn_by(
     if n > 1:
         y = y[:, n - 1 if rule.read == "after" else 0 :: n]
         after = after._replace(position=after.position // n)
-    more = given is LearnerState or any(part is not None and part != () for part in after[4:])
+    more = given is LearnerState or any(map(after.has, after._fields[4:]))
     return y.to(dtype), after if more else after.plain()
 
 
@@ -438,9 +438,19 @@ def _check(
     for name, w in weights:
         if w.shape[:2] != (batch, heads):
             raise ValueError(f"{name}: expected [batch={batch}, heads={heads}, ...], got {list(w.shape)}")
+    if writes.eta is None:
+        for name, message in rule.problems("eta is None"):
+            raise ValueError(f"{name}: {message}")
+    lost = state.beyond(rule.parts_of_state) if isinstance(state, LearnerState) else []
+    if lost:
+        raise ValueError(f"state: holds {' and '.join(lost)}, which this rule does not know and would lose: expected a "
+                         "state that this rule has made, or one at position 0")  # fmt: skip
     problem = rule.refuse_weights(state.weights, width, out)
-    refuses = type(rule.retention).refuse is not Retention.refuse
-    if problem is None and refuses and not bool((state.position > 0).any()):
+    if (
+        problem is None
+        and type(rule.retention).refuse is not Retention.refuse
+        and all(map(shows_values, state.weights))
+    ):
         problem = rule.retention.refuse(state.weights)
     if problem is not None:
         raise ValueError(f"learn: {problem}")

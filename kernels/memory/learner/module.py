@@ -1,4 +1,4 @@
-"""Any ``torch.nn.Module`` as a memory network: the general path, by ``torch.func``."""
+"""Any ``torch.nn.Module`` as a memory network: the general path, by ``torch.func.functional_call``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .parts import Objective
+from .parts import Objective, pull_back
 
 
 class ModuleNetwork:
@@ -35,15 +35,10 @@ class ModuleNetwork:
         self, weights: Sequence[Tensor], k: Tensor, v: Tensor, objective: Objective, parameter: Tensor | None
     ) -> list[Tensor]:
         """The gradient of every token with respect to every parameter, ``[batch, heads, time, ...]``."""
-
-        def one(weights: tuple[Tensor, ...], k: Tensor, v: Tensor, parameter: Tensor | None) -> tuple[Tensor, ...]:
-            prediction, vjp, *_ = torch.func.vjp(lambda w: self._call(w, k), weights)
-            return vjp(objective.error(prediction, v, parameter))[0]
-
-        per = None if parameter is None else 0
-        over_time = torch.vmap(one, (None, 0, 0, per))
-        over_heads = torch.vmap(over_time, (0, 0, 0, per))
-        return list(torch.vmap(over_heads, (0, 0, 0, per))(tuple(weights), k, v, parameter))
+        rows = [w.unsqueeze(2).expand(*w.shape[:2], k.shape[2], *w.shape[2:]) for w in weights]
+        predict = torch.vmap(torch.vmap(torch.vmap(self._call)))
+        upstream = lambda p: objective.error(p, v, parameter)  # noqa: E731
+        return pull_back(lambda each: (predict(tuple(each), k), []), rows, upstream)[0]
 
     def refuse(self, weights: Sequence[Tensor], d_in: int, d_out: int, any_shape: bool) -> str | None:
         """Why the module cannot run with these weights, or ``None``."""

@@ -33,7 +33,7 @@ def pull_back(
         return vjp(upstream(value))[0], others
     recorded = torch.is_grad_enabled()
     with torch.enable_grad():
-        leaves = [x if x.requires_grad else x.detach().requires_grad_() for x in at]
+        leaves = [x if recorded and x.requires_grad else x.detach().requires_grad_() for x in at]
         value, others = function(leaves)
         found = torch.autograd.grad(
             value, leaves, upstream(value), create_graph=recorded, allow_unused=True, materialize_grads=True

@@ -71,9 +71,16 @@ class Rule:
         return self.read == "anchor" and not (self.retention.linear and self.optimizer.linear)
 
     @property
-    def keeps_initial(self) -> bool:
-        """Whether a state must hold the initial weights."""
-        return self.reset is not None or self.retention.uses_initial
+    def parts_of_state(self) -> set[str]:
+        """The fields of ``LearnerState`` that ``MemoryState`` does not have and the rule needs."""
+        needed = {
+            "initial": self.reset is not None or self.retention.uses_initial,
+            "second": self.optimizer.order == 2,
+            "pending": self.moves_once,
+            "recent": self.window > 1,
+            "projection": self.query is not None,
+        }
+        return {name for name, needs in needed.items() if needs}
 
     def features_of(self, x: Tensor) -> Tensor:
         """The network's input for a key or a query ``[..., d_in]``."""
@@ -127,8 +134,13 @@ class Rule:
             and self.query is None
         )
 
-    def problems(self) -> Iterator[tuple[str, str]]:
-        """``(argument, message)`` for parts that do not go together."""
+    def problems(self, no_momentum: str | None = None) -> Iterator[tuple[str, str]]:
+        """``(argument, message)`` for parts that do not go together, in an operation or in a block.
+
+        ``no_momentum``: what says that there is no momentum, such as ``"eta is None"``.
+        """
+        if no_momentum is not None and self.optimizer.order == 2:
+            yield "optimizer", f"order 2 is the momentum of the momentum, and {no_momentum}"
         if self.reset is not None and self.reset * self.keys % self.chunk:
             yield "reset", f"expected a multiple of the chunk's {self.chunk} writes, got {self.reset} tokens"
         if self.retention.gates not in ("none", "scalar", "channel"):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...dispatch import shows_values
 from ..state import MemoryState
 
 
@@ -82,6 +83,28 @@ class LearnerState(NamedTuple):
     def plain(self) -> MemoryState:
         """The fields that ``MemoryState`` has."""
         return MemoryState(*self[:4])
+
+    def has(self, part: str) -> bool:
+        """Whether the field ``part``, which may be empty, is not."""
+        return isinstance(x := getattr(self, part), Tensor) or bool(x)
+
+    def beyond(self, parts: Collection[str]) -> list[str]:
+        """What a rule that knows no fields but ``parts`` and those of ``MemoryState`` would lose.
+
+        A field at the value that it has before the first token is no loss, and neither are the initial weights.
+        """
+        lost = []
+        for name in ("second", "pending", "recent", "projection"):
+            if name in parts or not self.has(name):
+                continue
+            held = getattr(self, name)
+            if name == "pending":  # the product of what is kept begins as one
+                held = (*held[:-1], held[-1] - 1)
+            elif name == "recent":  # their number
+                held = held[-1:]
+            if any(not shows_values(x) or bool(x.any()) for x in ((held,) if isinstance(held, Tensor) else held)):
+                lost.append(name)
+        return lost
 
 
 class Writes(NamedTuple):

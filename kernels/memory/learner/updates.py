@@ -59,9 +59,10 @@ class Softmax(Retention):
         return torch.softmax(u, dim=-1)
 
     def refuse(self, weights: Sequence[Tensor]) -> str | None:
-        if all(bool((w.detach() > 0).all()) for w in weights):
+        # weights that were written may have become zero
+        if all(bool((w.detach() >= 0).all() & (w.detach().sum(-1) > 0).all()) for w in weights):
             return None
-        return "kl keeps each row of the weights a probability distribution: expected initial weights > 0"
+        return "kl keeps each row of the weights a probability distribution: expected weights > 0"
 
 
 @register_retention("lq")

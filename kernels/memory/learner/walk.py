@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ...dispatch import full_precision, needs_grad, shows_values, sum_is_finite
+from ...dispatch import full_precision, needs_grad, shows_values, sum_is_finite, transforming
 from ...padding import Layout, align
 from ..state import MemoryState
 from . import chunks
@@ -101,9 +101,9 @@ def _spans(
     run_span = _span
     if not (rule.sums or rule.moves_once) and rule.retention.linear:  # the weights after each token are made
         inputs = [x for x in writes if x is not None]
-        # torch.func, which a module's gradients are from, takes no hooks on saved tensors
-        if rule.module is None and needs_grad(*inputs, gain, *state.weights, *state.momentum):
-            # for backward they are made again, because they take the room of as many states as there are tokens
+        if not transforming() and needs_grad(*inputs, gain, *state.weights, *state.momentum):
+            # for backward they are made again, because they take the room of as many states as there are tokens;
+            # torch.func takes no checkpoints
             run_span = functools.partial(checkpoint, _span, use_reentrant=False, preserve_rng_state=False)
         size = sum(w.numel() * w.element_size() for w in state.weights)
         piece = max(1, MADE_TOGETHER // max(size, 1))
@@ -223,7 +223,7 @@ def complete(rule: Rule, state: MemoryState | LearnerState, writes: Writes) -> L
     given = LearnerState(*state)
     channels = () if writes.alpha is None or writes.alpha.dim() == 3 else tuple(writes.alpha.shape[3:])
     d_in, d_out = writes.k.shape[-1], writes.v.shape[-1]
-    made = start(rule, given, d_in, d_out, channels, writes.eta is not None, writes.parameter is not None)
+    made = start(rule, given, d_in, d_out, channels, writes.parameter is not None)
     if rule.window > 1 and made.recent[0].shape[2] != rule.window - 1:
         raise ValueError(f"state.recent: expected the last {rule.window - 1} writes, as window={rule.window} needs, "
                          f"got {made.recent[0].shape[2]}")  # fmt: skip
@@ -240,26 +240,28 @@ def complete(rule: Rule, state: MemoryState | LearnerState, writes: Writes) -> L
 
 
 def start(
-    rule: Rule, state: LearnerState, d_in: int, d_out: int, channels: tuple[int, ...], momentum: bool, parameter: bool
+    rule: Rule, state: LearnerState, d_in: int, d_out: int, channels: tuple[int, ...], parameter: bool
 ) -> LearnerState:
     """The state with every part that the rule needs, as it is before the first token."""
-    made: dict[str, Any] = {}
     weights = state.weights
     batch, heads = weights[0].shape[:2]
-    new = weights[0].new_zeros
-    if momentum and rule.optimizer.order == 2 and not state.second:
-        made["second"] = tuple(map(torch.zeros_like, weights))
-    if rule.moves_once and not state.pending:
-        made["pending"] = chunks.empty_pending(weights, new(batch, heads, *channels))
-    if rule.window > 1 and not state.recent:
-        size = rule.window - 1
-        narrow = [new(batch, heads, size) for _ in range(1 + parameter)]
-        held = torch.zeros_like(state.position)
-        made["recent"] = (new(batch, heads, size, d_in), new(batch, heads, size, d_out), *narrow, held)
-    if rule.query is not None and state.projection is None:
-        made["projection"] = new(batch, heads, d_in, d_in)
-    if rule.keeps_initial and not state.initial:
-        made["initial"] = weights
+    new, size = weights[0].new_zeros, rule.window - 1
+    made: dict[str, Any] = {}
+    for name in rule.parts_of_state:
+        if state.has(name):
+            continue
+        if name == "second":
+            made[name] = tuple(map(torch.zeros_like, weights))
+        elif name == "pending":
+            made[name] = chunks.empty_pending(weights, new(batch, heads, *channels))
+        elif name == "recent":
+            narrow = [new(batch, heads, size) for _ in range(1 + parameter)]
+            held = torch.zeros_like(state.position)
+            made[name] = (new(batch, heads, size, d_in), new(batch, heads, size, d_out), *narrow, held)
+        elif name == "projection":
+            made[name] = new(batch, heads, d_in, d_in)
+        else:
+            made[name] = weights
     return state._replace(**made) if made else state
 
 

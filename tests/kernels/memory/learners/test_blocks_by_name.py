@@ -114,3 +114,28 @@ def test_the_block_computes_the_rule(name: str, published: Any) -> None:
     state = state[0] if isinstance(state, tuple) else state  # without the momentum
     for mine, theirs in zip(block.after, state if isinstance(state, list) else [state], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", [*RULES, "memory"])
+def test_an_ensemble_by_vmap_over_parameters(name: str) -> None:
+    """As in PyTorch's tutorial on model ensembling; and the gradient of each sample."""
+    chunk = 1 if name != "memory" and LEARNERS[name][1].get("chunk") == 1 else CHUNK
+    fields = {"type": name, "heads": 2, "chunk": chunk}
+    blocks = [tb.build_block(fields, dim=DIM, seed=seed).double() for seed in range(2)]
+    x = torch.randn(BATCH, TIME, DIM, dtype=torch.float64)
+
+    def run(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        y, state = torch.func.functional_call(blocks[0], parameters, (x[:, :5],))
+        return torch.cat([y, torch.func.functional_call(blocks[0], parameters, (x[:, 5:], state))[0]], 1)
+
+    stacked, _ = torch.func.stack_module_state(list(blocks))
+    torch.testing.assert_close(torch.vmap(run, (0, None))(stacked, x), torch.stack([block(x)[0] for block in blocks]))
+
+    loss = lambda parameters, x: run(parameters, x.unsqueeze(0)).square().sum()  # noqa: E731
+    given = {name: p.detach() for name, p in blocks[0].named_parameters()}
+    each = torch.vmap(torch.func.grad(loss), (None, 0))(given, x)
+    parameters = {name: p for name, p in blocks[0].named_parameters() if p.requires_grad}
+    for row in range(BATCH):
+        found = torch.autograd.grad(loss(parameters, x[row]), list(parameters.values()), materialize_grads=True)
+        for key, grad in zip(parameters, found):
+            torch.testing.assert_close(each[key][row], grad, msg=lambda text, key=key: f"{key}: {text}")

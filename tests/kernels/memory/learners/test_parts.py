@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import titans_build as tb
 from titans_build.kernels.dispatch import BackendError
-from titans_build.kernels.memory import LearnerState, learn
+from titans_build.kernels.memory import LearnerState, learn, titans_memory
 from titans_build.kernels.memory.learner.parts import (
     CATALOGUES,
     Features,
@@ -206,6 +207,48 @@ def test_a_state_of_another_window_or_of_other_decays_is_refused() -> None:
         learn(*tokens(), state, **moves_once)
 
 
+STATES: dict[str, dict[str, Any]] = {
+    "pending": {"optimizer": "muon", "read": "anchor"},
+    "recent": {"window": 3},
+    "projection": {"query": "projected"},
+    "second": {"optimizer": {"type": "momentum", "order": 2}},
+}
+
+
+@pytest.mark.parametrize("part", STATES)
+def test_a_rule_that_would_lose_a_part_of_a_state_refuses_it(part: str) -> None:
+    state = run(**STATES[part])[1]
+    learn(*tokens(), state, chunk=4, **STATES[part])
+    for settings in ({}, *(other for name, other in STATES.items() if name != part)):
+        with pytest.raises(ValueError, match=f"state: holds {part}, which this rule does not know"):
+            learn(*tokens(), state, chunk=4, **settings)
+    with pytest.raises(TypeError, match=f"got LearnerState: its {part} is for learn alone"):
+        titans_memory(*tokens(), state, 4)  # type: ignore[arg-type]
+
+
+def test_parts_of_a_state_that_hold_nothing_are_not_lost() -> None:
+    given = [x[:, :8] for x in tokens()]
+    _, state = learn(*given, fresh(), chunk=4, **STATES["pending"])  # two whole chunks
+    assert isinstance(state, LearnerState)
+    y, after = learn(*tokens(), state, chunk=4)
+    torch.testing.assert_close(y, titans_memory(*tokens(), state.plain(), 4)[0])
+    with pytest.raises(TypeError, match=r"got LearnerState: state\.plain\(\) is one"):
+        titans_memory(*tokens(), state, 4)  # type: ignore[arg-type]
+    assert learn(*tokens(), after, chunk=4)[1].position.tolist() == [8 + 2 * TIME] * BATCH
+
+
+def test_weights_that_another_rule_has_written_are_no_distributions() -> None:
+    state = run(retention="scalar")[1]
+    with pytest.raises(ValueError, match="kl keeps each row of the weights a probability distribution"):
+        learn(*tokens(), state._replace(weights=tuple(-w for w in state.weights)), chunk=4, retention="kl")
+
+
+def test_order_two_needs_momentum() -> None:
+    q, k, v, theta, _, alpha = tokens()
+    with pytest.raises(ValueError, match="optimizer: order 2 is the momentum of the momentum, and eta is None"):
+        learn(q, k, v, theta, None, alpha, fresh(), chunk=4, **STATES["second"])
+
+
 def test_a_module_of_another_width_is_refused() -> None:
     module = nn.Linear(DIM, DIM + 1).double()
     state = LearnerState.fresh([p.detach().expand(BATCH, HEADS, *p.shape) for p in module.parameters()])
@@ -239,6 +282,41 @@ def test_learned_coefficients_do_not_outlive_a_transform() -> None:
 
 def test_constant_gates_keep_the_laws() -> None:
     tb.check_block({"type": "retnet", "heads": 2}, dim=8, laws=["determinism"])
+
+
+class Network2(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(DIM, 3), nn.Linear(3, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.outer(torch.tanh(self.inner(x)))
+
+
+@pytest.mark.parametrize("by", ["save_on_cpu", "checkpoint", pytest.param("compile", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("settings", [{}, {"window": 2, "retention": "none"}], ids=["sums", "window"])
+def test_a_module_under_saved_tensor_hooks_checkpointing_and_compilation(by: str, settings: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    module = Network2().double()
+    start = [p.detach().expand(BATCH, HEADS, *p.shape) for p in module.parameters()]
+
+    def f(*given: Tensor) -> Tensor:
+        return learn(*given, LearnerState.fresh(start), chunk=4, network=module, **settings)[0]
+
+    def gradients(f: Any) -> tuple[Tensor, ...]:
+        given = [x.clone().requires_grad_() for x in tokens()]
+        y = f(*given)
+        return (y.detach(), *torch.autograd.grad(y.square().sum(), given, materialize_grads=True))
+
+    plain = gradients(f)
+    if by == "save_on_cpu":
+        with torch.autograd.graph.save_on_cpu():
+            found = gradients(f)
+    elif by == "checkpoint":
+        found = gradients(lambda *given: checkpoint(f, *given, use_reentrant=False))
+    else:
+        found = gradients(torch.compile(f, backend="eager"))
+    torch.testing.assert_close(found, plain)
 
 
 @pytest.mark.parametrize("settings", [{"window": 2}, {"retention": "lq"}, {"optimizer": "muon"}, {"retention": "kl"}])
