@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -83,8 +84,24 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constexprs: An
                     f"{kernel.__name__}: {name} is on {x.device}: expected all tensors on one device, "
                     f"and {first} is on {device}"
                 )
+    if _recorders:
+        _recorders[-1](kernel, grid, arguments, constexprs)
+        return
     with _current(device):
         kernel[grid](*arguments, **constexprs)
+
+
+_recorders: list[Callable[..., None]] = []
+
+
+@contextmanager
+def recording(recorder: Callable[..., None]) -> Iterator[None]:
+    """A region in which ``launch`` calls ``recorder(kernel, grid, arguments, constexprs)`` and launches nothing."""
+    _recorders.append(recorder)
+    try:
+        yield
+    finally:
+        _recorders.pop()
 
 
 def _current(device: torch.device | None) -> AbstractContextManager[object]:
