@@ -17,7 +17,7 @@ from ..kernels.linear import is_plain, linear, project
 from ..kernels.norm_gate import rms_norm
 from ..kernels.padding import align, last
 from ..kernels.rotary import rotate
-from ..registry import register
+from ..registry import SameWeights, register
 from .block import Block, check_input, like_of
 from .documents import run_documents
 from .state import concatenate, select
@@ -76,9 +76,12 @@ class Attention(Block):
         ] = None,
         window: Annotated[
             int | None,
+            SameWeights(),
             Field(ge=1, le=2**24, description="tokens that each token sees, including itself; null for all"),
         ] = None,
-        rope: Annotated[float | None, Field(gt=1, description="base of rotary embeddings; null for none")] = 10000.0,
+        rope: Annotated[
+            float | None, SameWeights(), Field(gt=1, description="base of rotary embeddings; null for none")
+        ] = 10000.0,
         qk_norm: Annotated[bool, Field(description="RMS-normalize queries and keys, with a learned gain")] = True,
     ) -> None:
         super().__init__(dim)

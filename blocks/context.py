@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..kernels.documents import Documents
 from ..kernels.padding import align
-from ..registry import Needs, Spec, create, register
+from ..registry import Needs, SameWeights, Spec, create, register
 from .block import Block, as_rows, like_of
 from .documents import in_order, read_documents, run_documents
 from .layers import Form, Gating
@@ -56,7 +56,7 @@ class Context(Block):
         self,
         dim: int,
         *,
-        segment: Annotated[int, Field(ge=1, le=2**20, description="tokens per segment")] = 128,
+        segment: Annotated[int, SameWeights(), Field(ge=1, le=2**20, description="tokens per segment")] = 128,
         persistent: Annotated[int, Field(ge=0, le=2**16, description="number of persistent tokens")] = 16,
         memory: Annotated[Spec, Needs("read", "write"), Field(description="the memory")] = "memory",
         attend: Annotated[Spec, Field(description="the attention, or any other causal block")] = "attention",

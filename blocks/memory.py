@@ -19,7 +19,7 @@ from ..kernels.norm_gate import decode, gated_norm
 from ..kernels.padding import Layout, align, last
 from ..kernels.short_conv import query, query_key_value
 from ..kernels.short_conv.decode import Layers, memory_inputs, memory_query
-from ..registry import Added, PartOf, SameFunction, register
+from ..registry import Added, PartOf, SameFunction, SameWeights, register
 from . import memory_rule
 from .block import Block, check_call
 from .documents import run_documents
@@ -59,7 +59,9 @@ class NeuralMemory(Block):
         depth: Annotated[int, Field(ge=1, le=16, description="number of layers of the memory network")] = 2,
         expansion: Annotated[int, Field(ge=1, le=64, description="relative hidden width of the memory network")] = 4,
         chunk: Annotated[
-            int, Field(ge=1, le=65536, description="tokens whose gradients are taken at the weights before them")
+            int,
+            SameWeights(),
+            Field(ge=1, le=65536, description="tokens whose gradients are taken at the weights before them"),
         ] = 16,
         activation: Annotated[
             Literal["identity", "silu", "gelu", "relu"], Field(description="activation of the memory network")
@@ -76,8 +78,10 @@ class NeuralMemory(Block):
             Literal["sigmoid", "hard_sigmoid"],
             Field(description="activation of the gates; hard_sigmoid is linear and clamps to exactly 0 and 1"),
         ] = "sigmoid",
-        max_step: Annotated[float, Field(gt=0, description="maximum of the step size theta")] = 0.1,
-        clip: Annotated[float | None, Field(gt=0, description="maximum gradient norm of one token; null: none")] = 1.0,
+        max_step: Annotated[float, SameWeights(), Field(gt=0, description="maximum of the step size theta")] = 0.1,
+        clip: Annotated[
+            float | None, SameWeights(), Field(gt=0, description="maximum gradient norm of one token; null: none")
+        ] = 1.0,
         network: Annotated[Any, PartOf(NETWORKS), Added(), Field(description="the memory network")] = "mlp",
         objective: Annotated[Any, PartOf(OBJECTIVES), Added(), Field(description="what a step decreases")] = "l2",
         optimizer: Annotated[
@@ -92,7 +96,9 @@ class NeuralMemory(Block):
             Added(),
             Field(description="null: scalar, or none without forgetting"),
         ] = None,
-        window: Annotated[int, Added(), Field(ge=1, description="tokens whose gradients are in a step")] = 1,
+        window: Annotated[
+            int, Added(), SameWeights(), Field(ge=1, description="tokens whose gradients are in a step")
+        ] = 1,
         features: Annotated[
             Any, PartOf(FEATURES, optional=True), Added(), Field(description="features of queries and keys; null: none")
         ] = None,
@@ -100,7 +106,10 @@ class NeuralMemory(Block):
             int, Added(), Field(ge=1, le=16, description="keys and values, and so writes, of each token")
         ] = 1,
         reset: Annotated[
-            int | None, Added(), Field(ge=1, description="tokens after which the memory begins anew; null: never")
+            int | None,
+            Added(),
+            SameWeights(),
+            Field(ge=1, description="tokens after which the memory begins anew; null: never"),
         ] = None,
         query: Annotated[
             Literal["projected"] | None,
@@ -108,19 +117,24 @@ class NeuralMemory(Block):
             Field(description="project queries on the keys since the reset; null: do not"),
         ] = None,
         threshold: Annotated[
-            float | None, Field(gt=0, description="gradient norm below which a token neither writes nor decays")
+            float | None,
+            SameWeights(),
+            Field(gt=0, description="gradient norm below which a token neither writes nor decays"),
         ] = None,
         retrieve: Annotated[
             Literal["after", "before", "anchor"],
+            SameWeights(),
             Field(description="read after a token is written, before, or at the weights at its chunk's start"),
         ] = "after",
         read: Annotated[
             Literal["after", "before", "anchor"] | None,
             Added(),
+            SameWeights(),
             Field(description="another name of retrieve; null: as it says"),
         ] = None,
         use: Annotated[
             Literal["both", "read", "write"],
+            SameWeights(),
             Field(description="write and read, only read, or only write (outputs zero)"),
         ] = "both",
         learn_momentum: Annotated[bool, Field(description="learn the initial momentum; zero otherwise")] = False,

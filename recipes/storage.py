@@ -26,9 +26,10 @@ from torch import Tensor, nn
 
 from ..blocks.build import materialize
 from ..blocks.language_model import LanguageModel
-from ..registry import Problem, RecipeError, show
+from ..registry import RecipeError, show
 from .atomic_write import atomic_write, is_old, locked_folder, making_folder, read_regular, remove_stale
 from .build import as_device, as_dtype, assemble
+from .changes import Shapes, change, differences, shapes_of, tensors_of
 from .loading import load_recipe
 from .recipe import Recipe
 from .saved_format import (
@@ -68,8 +69,8 @@ def save(model: LanguageModel, folder: str | os.PathLike[str], *, overwrite: boo
     """
     recipe = recipe_of(model)
     model = next(module for module in model.modules() if isinstance(module, LanguageModel))  # without a wrapper
-    tensors = _tensors(model)
-    _expect_same(_shapes(tensors), _shapes(_tensors(assemble(recipe))), "the model", recipe)
+    tensors = tensors_of(model)
+    _expect_same(shapes_of(tensors), shapes_of(tensors_of(assemble(recipe))), "the model", recipe)
     if any(tensor.is_meta for tensor in tensors.values()):
         raise StorageError("the model is on the meta device: it has no values to save")
     place = as_path(folder, "folder")
@@ -130,7 +131,7 @@ def load(
     """Load the model in ``folder``, or that of the run in it, onto ``device``. ``dtype``: of its parameters; ``None``
     keeps the saved dtypes. ``model.tokenizer`` is the text of its ``tokenizer.json``, or ``None``.
 
-    ``overrides``: values of its recipe by path, as in ``load_recipe``, for which the saved weights still fit:
+    ``overrides``: values of its recipe by path, as in ``load_recipe``, that keep the weights (``SameWeights``):
     ``{"layers.mac.0.segment": 256}``. The result is a model of another recipe, and rejects states of the saved one.
 
     Runs no code from the folder. Custom blocks must be registered beforehand, by importing their module or installing
@@ -172,9 +173,9 @@ def _load(
         unknown = any("unknown block" in problem.message for problem in error.problems)
         hint = "\n  custom blocks must be registered before loading: import their module first" if unknown else ""
         raise StorageError(f"{place / INDEX}: {error}{hint}") from None
-    recipe = _changed(saved, overrides)
+    recipe = change(saved, overrides)
     model = assemble(recipe)
-    expected = _tensors(model)
+    expected = tensors_of(model)
     path = place / index["weights"]
     with open_tensors(path, MODEL_FORMAT) as file:
         metadata = file.metadata()
@@ -183,7 +184,7 @@ def _load(
             raise StorageError(f"{path}: these are the weights of another model than the one {INDEX} describes")
         names = list(file.keys())
         _expect_same(
-            {name: tuple(file.get_slice(name).get_shape()) for name in names}, _shapes(expected), str(path), recipe
+            {name: tuple(file.get_slice(name).get_shape()) for name in names}, shapes_of(expected), str(path), recipe
         )
         tensors, read = {}, 0
         for name in sorted(names):
@@ -237,67 +238,19 @@ def _tokenizer_of(model: LanguageModel) -> bytes | None:
     return text.encode("utf-8", "surrogatepass")
 
 
-def _changed(saved: Recipe, overrides: Mapping[str, Any]) -> Recipe:
-    """Apply ``overrides`` to ``saved``. Raises ``RecipeError`` if they change the parameters."""
-    if not overrides:
-        return saved
-    before = _shapes(_tensors(assemble(saved)))
-
-    def differences(changes: Mapping[str, Any]) -> list[str]:
-        return _differences(before, _shapes(_tensors(assemble(load_recipe(saved, changes)))))
-
-    found = differences(overrides)
-    if found:
-        problems = []
-        for path, value in overrides.items():
-            with contextlib.suppress(RecipeError):  # valid together, but not alone
-                if alone := differences({path: value}):
-                    problems.append(Problem(str(path), _does_not_fit(alone)))
-        raise RecipeError(problems or [Problem("", _does_not_fit(found))], f"overrides of {saved.name or 'recipe'}")
-    return load_recipe(saved, overrides)
-
-
-def _does_not_fit(differences: list[str]) -> str:
-    return f"the saved weights do not fit this change: {list_differences(differences)}; build() makes a new model of it"
-
-
 def _assign(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Replace the parameters and buffers of ``model``. Parameters that modules share stay shared."""
     new: dict[int, Tensor] = {}
-    for name, old in _tensors(model).items():
+    for name, old in tensors_of(model).items():
         is_parameter = isinstance(old, nn.Parameter)
         new[id(old)] = nn.Parameter(tensors[name], old.requires_grad) if is_parameter else tensors[name]
     model.load_state_dict({name: new[id(old)] for name, old in model.state_dict(keep_vars=True).items()}, assign=True)
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers. A shared tensor occurs once."""
-    saved = set(model.state_dict(keep_vars=True))
-    return {**dict(model.named_parameters()), **{name: b for name, b in model.named_buffers() if name in saved}}
-
-
-def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
-def _expect_same(
-    found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], what: str, recipe: Recipe
-) -> None:
-    differences = _differences(found, expected)
-    if differences:
-        raise StorageError(f"{what} does not fit the recipe {show(recipe.name or '')}: {list_differences(differences)}")
-
-
-def _differences(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> list[str]:
-    return [
-        *(f"{name} is missing" for name in expected if name not in found),
-        *(f"{name} is not part of the model" for name in found if name not in expected),
-        *(
-            f"{name} is {list(found[name])}, expected {list(shape)}"
-            for name, shape in expected.items()
-            if name in found and found[name] != shape
-        ),
-    ]
+def _expect_same(found: Shapes, expected: Shapes, what: str, recipe: Recipe) -> None:
+    wrong = differences(found, expected)
+    if wrong:
+        raise StorageError(f"{what} does not fit the recipe {show(recipe.name or '')}: {list_differences(wrong)}")
 
 
 def _tag(weights: str) -> str:

@@ -19,7 +19,7 @@ from .catalogue import (
 from .errors import MAX_PROBLEMS, Problem, RecipeError, Unavailable, join, nearest, show
 from .json_schema import DIALECT, block_definitions, block_schema
 from .part import PartOf
-from .schema import MAX_INTEGER, Added, Field, Needs, SameFunction, Spec, fields_of
+from .schema import MAX_INTEGER, Added, Field, Needs, SameFunction, SameWeights, Spec, fields_of
 from .validation import Checker, check_settings, create, is_block, validate
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "RecipeError",
     "Row",
     "SameFunction",
+    "SameWeights",
     "Spec",
     "Unavailable",
     "block_definitions",

@@ -298,6 +298,8 @@ class FieldDescription:
     default: Any
     """``None`` when the field is required."""
     description: str
+    keeps_weights: bool
+    """Whether it may change while the weights of a model are kept."""
 
 
 @dataclass(frozen=True)
@@ -340,4 +342,6 @@ def describe(name: str, catalogue: Catalogue = BLOCKS) -> Description:
 
 def _describe(field: Field) -> FieldDescription:
     default = None if field.required else field.default
-    return FieldDescription(field.name, field.type_text, field.required, default, field.description)
+    return FieldDescription(
+        field.name, field.type_text, field.required, default, field.description, field.keeps_weights
+    )

@@ -74,6 +74,8 @@ def _field(field: Field) -> dict[str, Any]:
         schema = _insert(schema, ANY if needs is None else _one_of(fitting, lists=CHAIN in fitting))
     if field.description:
         schema["description"] = field.description
+    if field.keeps_weights:
+        schema["x-keeps-weights"] = True
     if not field.required:
         schema["default"] = field.default
     return schema

@@ -40,6 +40,13 @@ class SameFunction:
     """
 
 
+class SameWeights:
+    """Marks a field that may change while the weights are kept: ``Annotated[int, SameWeights()]``.
+
+    A model may be loaded, and a run may go on in another stage, with other values of such fields.
+    """
+
+
 class Added:
     """Marks a field that a later version added. States saved before do not know it, and mean its default."""
 
@@ -102,6 +109,11 @@ class Field:
     def changes_function(self) -> bool:
         """Whether the field is not marked ``SameFunction``."""
         return not any(isinstance(item, SameFunction) for item in _metadata(self.annotation))
+
+    @cached_property
+    def keeps_weights(self) -> bool:
+        """Whether the field is marked ``SameWeights`` or ``SameFunction``."""
+        return any(isinstance(item, (SameWeights, SameFunction)) for item in _metadata(self.annotation))
 
     @cached_property
     def part(self) -> Any:

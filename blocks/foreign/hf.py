@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from ...registry import SameWeights
 from ...registry.optional_packages import import_package
 from .adapter import adapt, cache_argument
 
@@ -207,7 +208,7 @@ def mamba2(
     expand: Annotated[int, Field(ge=1, le=64, description="inner width relative to dim; a multiple of heads")] = 2,
     state_size: Annotated[int, Field(ge=1, description="size of the state of each inner feature")] = 64,
     conv: Conv = 4,
-    chunk: Annotated[int, Field(ge=1, description="tokens per chunk; does not change the result")] = 64,
+    chunk: Annotated[int, SameWeights(), Field(ge=1, description="tokens per chunk; does not change the result")] = 64,
 ) -> nn.Module:
     """Mamba-2 (arXiv 2405.21060) of transformers, in PyTorch: a state space model with one decay per head.
 

@@ -129,13 +129,19 @@ class TestModels:
     @pytest.mark.parametrize(
         ("changes", "fragment"),
         [
-            ({"layers.mag.0.of.branches.1.depth": 3}, "layers.mag.0.of.branches.1.depth: the saved weights do not fit"),
-            ({"dim": 32}, "dim: the saved weights do not fit this change: embedding is [32, 16], expected [32, 32]"),
+            (
+                {"layers.mag.0.of.branches.1.depth": 3},
+                "branches.1.depth: the weights do not fit this change: they are those of 2, not of 3",
+            ),
+            ({"dim": 32}, "dim: the weights do not fit this change: they are those of 16, not of 32"),
             (
                 {"tie": True, "layers.mag.0.of.branches.1.chunk": 8},
-                "tie: the saved weights do not fit this change: head",
+                "tie: the weights do not fit this change",
             ),
             ({"layers.mag.0.of.branches.1.chnk": 8}, "did you mean 'chunk'"),
+            ({"layers.mag.0.of.branches.1.heads": 1}, "heads: the weights do not fit this change: they are those of"),
+            ({"layers.mag.0.of.branches.0": "ffn"}, "(no block may be exchanged)"),
+            ({"layers.mag.0.of.branches.1.window": 3}, "controls.weight is"),
             ({"vocab": "many"}, "vocab: expected an integer"),
         ],
     )

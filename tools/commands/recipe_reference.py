@@ -32,7 +32,11 @@ A block can be written in three ways:
 
 `dim` is the width of all blocks. Unknown fields and names are rejected; the message names the nearest valid one. All
 errors of a file are reported at once, each with its path, such as `layers.mac.0.memory.depht`. The same paths change
-values: `--set layers.mac.0.segment=256`, or `load_recipe(..., overrides={{...}})`."""
+values: `--set layers.mac.0.segment=256`, or `load_recipe(..., overrides={{...}})`.
+
+Fields marked ∘ may change while the weights of a model are kept: by `tb.load(..., overrides={{...}})`, `--set` of a
+saved model, and the [stages](train.md#stages) of a run. Other changes of a trained model are refused.
+`Annotated[int, registry.SameWeights()]` marks a field of a custom block."""
 
 
 def recipe_page(blocks: Sequence[str]) -> str:
@@ -121,7 +125,8 @@ def _fields(description: Description) -> str:
     rows = []
     for field in description.fields:
         default = "required" if field.required else f"`{show(field.default)}`"
-        rows.append([f"`{field.name}`", field.type, default, _markdown(field.description)])
+        meaning = _markdown(field.description) + " ∘" * field.keeps_weights
+        rows.append([f"`{field.name}`", field.type, default, meaning])
     return _table(["field", "type", "default", "meaning"], rows)
 
 

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ...recipes import Recipe
+from ...recipes.changes import change
 from ...recipes.parse import plain, read_file, recipe_error
 from ...registry import Field as SchemaField
 from ...registry import Problem, RecipeError, check_settings, join, show
@@ -19,10 +21,15 @@ class _Checked(BaseModel):
 
 
 class Stage(_Checked):
-    """A part of the run in which a subset of the parameters trains. Each stage has its own learning-rate schedule."""
+    """A part of the run, with its own learning-rate schedule, trained parameters and changes of the recipe."""
 
     steps: int = Field(ge=1, description="length of the stage")
-    train: list[str] = Field(min_length=1, description="parameters to train: name patterns, @block type, ! to exclude")
+    train: list[str] = Field(
+        default=["*"], min_length=1, description="parameters to train: name patterns, @block type, ! to exclude"
+    )
+    recipe: dict[str, Any] = Field(
+        default={}, description="values of the recipe by path in this stage, which keep the weights"
+    )
     lr: float | None = Field(default=None, gt=0, description="peak learning rate; null for the run's")
     optimizer: Literal["keep", "fresh"] = Field(default="keep", description="keep the optimizer's state, or reset it")
 
@@ -62,7 +69,7 @@ class Settings(_Checked):
     ema: float | None = Field(
         None, gt=0, lt=1, description="decay of averaged weights, which are validated and saved; null for none"
     )
-    stages: list[Stage] = Field([], description="stages in order, each with the parameters it trains")
+    stages: list[Stage] = Field([], description="stages in order; none: one that trains all parameters")
 
     valid_every: int | None = Field(250, ge=1, description="steps between validations; null for none")
     valid_batches: int = Field(8, ge=1, description="batches of a validation; of packed documents, tokens of as many")
@@ -81,7 +88,7 @@ class Settings(_Checked):
     @property
     def all_stages(self) -> list[Stage]:
         """The stages. A run without stages is one stage that trains every parameter."""
-        return self.stages or [Stage(steps=self.steps, train=["*"])]
+        return self.stages or [Stage(steps=self.steps)]
 
     @property
     def windows(self) -> int:
@@ -114,7 +121,7 @@ def as_settings(given: Settings | Mapping[str, Any] | str | os.PathLike[str] | N
         for index, stage in enumerate(data["stages"]):
             path = join("stages", index)
             if not isinstance(stage, dict):
-                problems.append(Problem(path, f"expected a mapping with steps and train, got {show(stage)}"))
+                problems.append(Problem(path, f"expected a mapping with steps, got {show(stage)}"))
                 continue
             try:
                 stages.append(Stage(**check_settings("stage", fields(Stage), stage, path)))
@@ -141,6 +148,20 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise recipe_error(str(path), f"expected a mapping of settings, got {show(found)}")
     if {"layers", "stack"} <= found.keys():
         raise recipe_error(str(path), f"this is a recipe, not settings: titans-train {path} --data ... trains it")
+    return found
+
+
+def recipes_of_stages(recipe: Recipe, settings: Settings) -> list[Recipe]:
+    """The recipe of each stage. Raises ``RecipeError`` with all changes that are invalid or do not keep the weights."""
+    found, problems = list[Recipe](), list[Problem]()
+    for index, stage in enumerate(settings.all_stages):
+        try:
+            found.append(change(recipe, stage.recipe))
+        except RecipeError as error:
+            path = f"stages.{index}.recipe"
+            problems += [Problem(f"{path}.{problem.path}", problem.message) for problem in error.problems]
+    if problems:
+        raise RecipeError(problems, "settings")
     return found
 
 

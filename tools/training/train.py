@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +39,7 @@ from .run_folder import (
     setting_changes,
     write_run,
 )
-from .settings import Settings, as_settings
+from .settings import Settings, as_settings, recipes_of_stages
 from .train_step import AUXILIARY, activation_checkpointing
 from .trainer import Interrupt, Trainer
 
@@ -102,6 +103,7 @@ def train(
         raise StorageError(f"{folder}: this folder has no run to resume; give a recipe and data to start one")
     settings = as_settings(settings)
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    parts = _parts(recipe, settings)
     device = _find_device(settings.device)
     processes = init_processes(device)
     command = "titans-train"
@@ -125,32 +127,40 @@ def train(
         if settings.steps < done:
             message = f"expected at least the {done:,} steps that the run has done, got {settings.steps:,}"
             raise RecipeError([Problem("steps", message)], "settings")
+        step, facts, warnings = 0, None, list[str]()
+        if processes.main and resuming:
+            step, facts = checkpoints.latest(warnings.append) or (0, None)
+            if step < settings.steps:
+                check_data_order(folder)
+        step = int(processes.sum(step)[0])  # the other processes have 0
+        first = min(sum(part.stop <= step for part in parts), len(parts) - 1)
         placement: dict[str, Any] = {"device": processes.device, "dtype": settings.dtype}
-        if weights is None or done:
-            model = recipes.build(recipe, **placement, seed=settings.seed)
+        if weights is None or step:
+            model = recipes.build(parts[first].recipe, **placement, seed=settings.seed)
         else:
-            model = recipes.load(weights, **placement, overrides=recipe.overrides)
-            if model.recipe.fingerprint != recipe.fingerprint:  # type: ignore[union-attr]
+            model = recipes.load(weights, **placement, overrides=parts[first].recipe.overrides)
+            if model.recipe.fingerprint != parts[first].recipe.fingerprint:  # type: ignore[union-attr]
                 name = show(recipe.name or "this one")
                 raise StorageError(f"{weights}: the saved model is of another recipe than {name}")
             if "text" in as_mapping(data) and not _same_tokenizer(model.tokenizer, source.tokenizer):  # type: ignore[arg-type]
                 raise StorageError(f"{weights}: the saved model has another tokenizer than the data")
         model.tokenizer = source.tokenizer or model.tokenizer  # type: ignore[assignment]
+        for part in parts[:first] + parts[first + 1 :]:
+            _check_model(recipes.build(part.recipe, device="meta"), source, settings)
         _check_model(model, source, settings)
         torch.manual_seed(settings.seed + processes.rank)
         log = EventLog(folder if processes.main else None, on_event, tensorboard=settings.tensorboard)
         stack.callback(log.close)
-        if settings.recompute:
-            stack.enter_context(activation_checkpointing(model))
-        trainer = Trainer(model, source, valid, settings, processes, log, checkpoints, command)
+        inner = stack.enter_context(contextlib.ExitStack())
 
-        warnings = unmatched_patterns(model, settings.no_decay)
-        step, facts = 0, None
+        def make_trainer(model: LanguageModel, stop: int) -> Trainer:
+            if settings.recompute:
+                inner.enter_context(activation_checkpointing(model))
+            return Trainer(model, source, valid, settings, processes, log, checkpoints, command, stop)
+
+        trainer = make_trainer(model, parts[first].stop)
+        warnings += unmatched_patterns(model, settings.no_decay)
         if processes.main:
-            if resuming:
-                step, facts = checkpoints.latest(warnings.append) or (0, None)
-                if step < settings.steps:
-                    check_data_order(folder)
             if not resuming or changes:
                 more = {
                     "data_order": run.get("data_order") if resuming else ORDER,
@@ -160,9 +170,10 @@ def train(
                 write_run(folder, recipe, data, settings, source, **more)
             checkpoints.remove_temporary()
             remove_stale(folder)
-        step = int(processes.sum(step)[0])  # the other processes have 0
+        processes.barrier()
         if step:
-            trainer.load(step, facts or verify(checkpoints.path(step)))
+            of = next(part.recipe for part in parts if step <= part.stop)
+            trainer.load(step, facts or verify(checkpoints.path(step)), of)
         log.open(step)
         for warning in warnings:
             log.emit("warning", step=step, message=warning)
@@ -175,7 +186,34 @@ def train(
         log.emit("start", step=step, steps=settings.steps, **more_about_start)
         with Interrupt() as interrupt:
             trainer.run(interrupt)
-        return _finish(trainer, folder, recipe)
+            for before, part in pairwise(parts[first:]):
+                tokenizer = model.tokenizer
+                inner.close()
+                del model, trainer  # before the next ones are made
+                model = recipes.build(part.recipe, **placement)
+                model.tokenizer = tokenizer
+                trainer = make_trainer(model, part.stop)
+                trainer.load(before.stop, verify(checkpoints.path(before.stop)), before.recipe)
+                trainer.run(interrupt)
+        return _finish(trainer, folder, parts[-1].recipe)
+
+
+class Part(NamedTuple):
+    """Stages in a row that have one recipe, and the step at which they end."""
+
+    recipe: Recipe
+    stop: int
+
+
+def _parts(recipe: Recipe, settings: Settings) -> list[Part]:
+    """The parts of a run. Raises ``RecipeError`` for changes of the recipe that its weights do not allow."""
+    parts, step = list[Part](), 0
+    for stage, changed in zip(settings.all_stages, recipes_of_stages(recipe, settings)):
+        step += stage.steps
+        if parts and parts[-1].recipe == changed:
+            parts.pop()
+        parts.append(Part(changed, step))
+    return parts
 
 
 def _resumed_inputs(
@@ -228,8 +266,10 @@ def _finish(trainer: Trainer, folder: Path, recipe: Recipe) -> TrainedRun:
 
 def check_run(recipe: Recipe, data: Any, settings: Settings) -> Source:
     """The training data. Raises ``RecipeError`` if a run of one process could not begin. Allocates no weights."""
+    parts = _parts(recipe, settings)
     source, _ = _open_sources(recipe, data, settings, Processes(device=_find_device(settings.device)))
-    _check_model(recipes.build(recipe, device="meta"), source, settings)
+    for part in parts:
+        _check_model(recipes.build(part.recipe, device="meta"), source, settings)
     return source
 
 

@@ -172,7 +172,7 @@ class Display:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             self._bar = Progress(
-                TextColumn("loss {task.fields[loss]}"),
+                TextColumn("{task.fields[stage]}loss {task.fields[loss]}"),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[speed]} tokens/s"),
@@ -181,7 +181,7 @@ class Display:
                 transient=True,
                 redirect_stdout=False,
             )
-            self._task = self._bar.add_task("", total=None, loss="-", speed="-")
+            self._task = self._bar.add_task("", total=None, loss="-", speed="-", stage="")
             self._bar.start()
         return self
 
@@ -194,7 +194,8 @@ class Display:
         if kind == "tick":
             if self._bar is not None:
                 speed, loss = f"{event['tokens_per_second']:,.0f}", _number(event["loss"])
-                self._bar.update(self._task, completed=event["step"], total=event["steps"], loss=loss, speed=speed)
+                shown = {"loss": loss, "speed": speed, "stage": _stage(event)}
+                self._bar.update(self._task, completed=event["step"], total=event["steps"], **shown)
         elif self.as_json:
             say_json(event, in_one_line=True)
             sys.stdout.flush()
@@ -232,7 +233,7 @@ def _line(event: Event) -> str | None:
             return f"{resumed}, with {changes}" if changes else resumed
         case "step":
             return (
-                f"{step}loss {_number(event['loss'])}  {event['tokens_per_second']:,.0f} tokens/s  "
+                f"{step}{_stage(event)}loss {_number(event['loss'])}  {event['tokens_per_second']:,.0f} tokens/s  "
                 f"lr {event['lr']:.2e}  gradient {_number(event['gradient'])}"
             )
         case "valid":
@@ -241,7 +242,9 @@ def _line(event: Event) -> str | None:
             means = (f"{path} {_number(memory['mean'])}" for path, memory in event["memories"].items())
             return f"{step}surprise: " + "  ".join(means)
         case "stage":
-            return f"{step}stage {event['number'] + 1}: {event['steps']:,} steps of {', '.join(event['train'])}"
+            changes = ", ".join(f"{path} = {show(value)}" for path, value in event.get("recipe", {}).items())
+            trained = f"{event['steps']:,} steps of {', '.join(event['train'])}"
+            return f"{step}stage {event['number'] + 1}: {trained}{f', with {changes}' if changes else ''}"
         case "skip":
             return f"{event['message']}; {event['why']}"
         case "end":
@@ -249,6 +252,10 @@ def _line(event: Event) -> str | None:
             text = "" if best is None else f"; best validation: loss {_number(best['loss'])} at step {best['step']:,}"
             return f"done: {event['step']:,} steps; saved to {event['model']}{text}"
     return None
+
+
+def _stage(event: Event) -> str:
+    return f"stage {event['stage'] + 1}  " if "stage" in event else ""
 
 
 def _number(value: float | None) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...blocks.language_model import LanguageModel
 from ...blocks.state import State, map_state, named_tensors
-from ...recipes import StorageError
+from ...recipes import Recipe, StorageError
 from ...registry import Problem, RecipeError, show
 from ..data import Batch, Source
 from ..signals import TERMINATION, Terminated, handling
@@ -106,7 +106,9 @@ FACTS = TypeAdapter(Facts)
 
 
 class Trainer:
-    """A run from its current step to its last. ``resume``: the command that resumes it, for messages.
+    """A run from its current step to the step ``stop``: its last, or the last one with the recipe of ``model``.
+
+    ``resume``: the command that resumes the run, for messages.
 
     The training state is the model, the optimizer, the averaged weights, the carried ``state``, ``progress`` and the
     random number generators. ``save`` and ``load`` know all of it.
@@ -122,9 +124,11 @@ class Trainer:
         log: EventLog,
         checkpoints: CheckpointManager,
         resume: str,
+        stop: int,
     ) -> None:
         self.model, self.source, self.valid, self.settings = model, source, valid, settings
         self.processes, self.log, self.checkpoints, self.resume = processes, log, checkpoints, resume
+        self.stop = stop
         self.trainable = trainable_parameters(model, settings)
         processes.shard(model, reshard_after_forward=not any(getattr(settings, name) for name in AUXILIARY))
         self.step = TrainStep(model, settings, processes)
@@ -138,7 +142,7 @@ class Trainer:
     # -- the loop --------------------------------------------------------------------------------------------------
 
     def run(self, interrupt: Interrupt) -> None:
-        """Train to the last step.
+        """Train to the step ``stop``, and save a checkpoint.
 
         Raises ``CommandFailed`` at a bad step, ``KeyboardInterrupt`` or ``Terminated`` on request,
         ``BrokenPipeError`` if the output of the listener was closed, and, with one process, ``RecipeError`` for data
@@ -159,7 +163,7 @@ class Trainer:
         settings, progress = self.settings, self.progress
         self.model.train()
         stage = -1
-        while progress.step < settings.steps:
+        while progress.step < self.stop:
             position = stage_at(progress.step, settings)
             if position.number != stage:
                 stage = position.number
@@ -167,14 +171,13 @@ class Trainer:
             self._step()
             if settings.valid_every and self.valid and self._due(settings.valid_every):
                 self._validate(self.valid)
-            last = progress.step == settings.steps
             best = progress.best is not None and progress.best["step"] == progress.step
             stop = bool(interrupt.number) or self.log.unheard
             ended = [interrupt.number == number for number in TERMINATION]
             unheard, interrupted, *ended_by = self.processes.sum(self.log.unheard, stop, *ended)
-            if interrupted or last or best or (settings.checkpoint_every and self._due(settings.checkpoint_every)):
+            if interrupted or best or self._due(settings.checkpoint_every or self.stop):
                 self.save()
-            if interrupted and not last:
+            if interrupted and progress.step < settings.steps:
                 step = progress.step
                 why = "interrupted: the output was closed" if unheard else "interrupted"
                 self.log.emit("stop", step=step, message=why)
@@ -187,7 +190,7 @@ class Trainer:
                 raise KeyboardInterrupt(message)
 
     def _due(self, every: int) -> bool:
-        return self.progress.step % every == 0 or self.progress.step == self.settings.steps
+        return self.progress.step % every == 0 or self.progress.step == self.stop
 
     def _begin_stage(self, index: int, first_step: bool) -> None:
         stage = self.settings.all_stages[index]
@@ -197,7 +200,9 @@ class Trainer:
         if first_step and stage.optimizer == "fresh":
             self.optimizer.state.clear()
         if self.settings.stages:
-            self.log.emit("stage", step=self.progress.step, number=index, train=stage.train, steps=stage.steps)
+            more = {"recipe": stage.recipe} if stage.recipe else {}
+            described = {"number": index, "train": stage.train, "steps": stage.steps, **more}
+            self.log.emit("stage", step=self.progress.step, **described)
 
     def _step(self) -> None:
         """Read the next batches and update the parameters, unless the step is bad."""
@@ -237,7 +242,9 @@ class Trainer:
             path: norms for path, norms in surprise.items() if all(map(math.isfinite, norms.values()))
         }
         progress.skipped = 0
-        numbers = {"loss": loss, "tokens_per_second": tokens / seconds}
+        numbers: dict[str, Any] = {"loss": loss, "tokens_per_second": tokens / seconds}
+        if settings.stages:
+            numbers["stage"] = stage_at(progress.step - 1, settings).number
         self.log.emit("tick", step=progress.step, steps=settings.steps, **numbers)
         if self._due(settings.log_every):
             numbers |= auxiliary
@@ -298,8 +305,11 @@ class Trainer:
         self.saved = progress.step
         self.log.emit("checkpoint", step=progress.step, path=str(folder))
 
-    def load(self, step: int, facts: dict[str, Any]) -> None:
-        """Resume from the checkpoint of a step. ``facts``: its own, from ``checkpoint.verify``."""
+    def load(self, step: int, facts: dict[str, Any], of: Recipe) -> None:
+        """Resume from the checkpoint of a step, whose model was ``of`` a recipe. ``facts``: from ``checkpoint.verify``.
+
+        The carried state of another recipe is not taken over: rows begin anew.
+        """
         folder = self.checkpoints.path(step)
         try:
             known = FACTS.validate_json(json.dumps(facts), strict=True)
@@ -310,11 +320,12 @@ class Trainer:
         progress, names = known.progress, set(known.tensors)
         if progress.step != step:
             raise StorageError(f"{folder}: expected a checkpoint of step {step}, got one of {show(progress.step)}")
-        recipe: Any = self.model.recipe
-        if known.fingerprint not in (recipe.fingerprint, recipe.earlier_fingerprint):
+        if known.fingerprint not in (of.fingerprint, of.earlier_fingerprint):
             # a later version may give a block a field that it had not
             found = show(known.fingerprint)
-            raise StorageError(f"{folder}: it is of another recipe: expected {recipe.fingerprint}, got {found}")
+            raise StorageError(f"{folder}: it is of another recipe: expected {of.fingerprint}, got {found}")
+        if of != self.model.recipe:
+            names = {name for name in names if not name.startswith("state.")}
         for name, parameter in self.model.named_parameters():
             if f"optimizer.{name}.exp_avg" in names:
                 count = torch.zeros((), device=parameter.device if self.optimizer.defaults.get("fused") else "cpu")

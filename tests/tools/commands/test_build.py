@@ -191,7 +191,7 @@ def test_overrides_that_saved_weights_do_not_fit_are_refused(saved: Path, titans
     assert titans_build(saved, "--set", "layers.mac.0.segment=8").status == 0
     result = titans_build(saved, "--set", "layers.mac.0.memory.depth=3")
     assert result.status == 2 and result.out == ""
-    assert "layers.mac.0.memory.depth: the saved weights do not fit" in result.err and "--seed N" in result.err
+    assert "layers.mac.0.memory.depth: the weights do not fit" in result.err and "--seed N" in result.err
     assert titans_build(saved, "--set", "layers.mac.0.memory.depth=3", "--seed", "0").status == 0
 
 

@@ -135,7 +135,9 @@ def test_two_processes_train_packed_documents(
 
 @pytest.mark.slow
 def test_stages_in_two_processes(tiny: Any, settings: Any, losses: Any, logged: Any, tmp_path: Path) -> None:
-    stages = [{"steps": 3, "train": ["!@memory"]}, {"steps": 3, "train": ["@memory"], "optimizer": "fresh"}]
+    changes = {"layers.mac.0.memory.chunk": 2, "layers.mac.0.segment": 4}
+    second = {"steps": 3, "train": ["@memory"], "optimizer": "fresh", "recipe": changes}
+    stages = [{"steps": 3, "train": ["!@memory"]}, second]
     settings = {**{key: value for key, value in settings.items() if key != "steps"}, "stages": stages}
     whole = train(tiny, "copy:length=16", settings, tmp_path / "one")
     done = together(tmp_path, "two", *written(tmp_path, tiny, "copy:length=16", settings))
@@ -144,6 +146,7 @@ def test_stages_in_two_processes(tiny: Any, settings: Any, losses: Any, logged: 
     assert whole.model is not None
     for a, b in zip(tb.load(tmp_path / "two/model").parameters(), whole.model.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    assert tb.load(tmp_path / "two/model").recipe == whole.model.recipe != tb.load_recipe(tiny)
     start = tb.build(tiny)
     for (name, a), b in zip(tb.load(tmp_path / "two/model").named_parameters(), start.parameters()):
         assert not torch.equal(a, b), name

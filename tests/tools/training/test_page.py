@@ -36,7 +36,7 @@ def test_commands_of_the_page_parse():
 
 def test_search_example_of_the_page(tmp_path):
     given = parsed(next(line for line in LINES if line.startswith("titans-train search ")))
-    start = PAGE.index("```yaml") + 1
+    start = PAGE.index("```yaml", PAGE.index("## Comparison and search")) + 1
     (tmp_path / given.space).write_text("\n".join(PAGE[start : PAGE.index("```", start)]), encoding="utf-8")
     choices = choose(read_space(tmp_path / given.space), given.sampler, given.trials, 0, 1, [])
     assert len(choices) == given.trials

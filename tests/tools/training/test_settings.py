@@ -44,13 +44,14 @@ def test_settings_round_trip(tmp_path: Path) -> None:
 
 def test_all_problems_are_reported_with_the_nearest_name() -> None:
     found = problems(
-        {"stpes": 3, "lr": "fast", "carry": "no", "stages": [{"steps": 2}, {"stps": 1, "train": ["*"]}], "clip": -1}
+        {"stpes": 3, "lr": "fast", "carry": "no", "stages": [{"train": []}, {"stps": 1, "recipe": 3}], "clip": -1}
     )
     assert "did you mean 'steps'" in found["stpes"]
     assert found["lr"] == "expected number > 0, got 'fast'"
     assert found["carry"] == "expected 'off' | 'detach' or integer >= 1, got 'no'"
     assert found["clip"].startswith("expected number > 0 or null, got -1")
-    assert "needs the field 'train'" in found["stages.0"]
+    assert "needs the field 'steps'" in found["stages.0"] and "at least 1 item" in found["stages.0.train"]
+    assert found["stages.1.recipe"] == "expected an object, got 3"
     assert "did you mean 'steps'" in found["stages.1.stps"]
 
 
@@ -71,7 +72,7 @@ def test_all_problems_are_reported_with_the_nearest_name() -> None:
         ({"steps": True}, "steps", "expected integer >= 1, got true"),
         ({"lr": float("nan")}, "lr", "expected a finite number, got nan"),
         ({"carry": 0}, "carry", "expected 'off' | 'detach' or integer >= 1, got 0"),
-        ({"stages": ["core"]}, "stages.0", "expected a mapping with steps and train, got 'core'"),
+        ({"stages": ["core"]}, "stages.0", "expected a mapping with steps, got 'core'"),
     ],
 )
 def test_invalid_settings(given: dict[str, Any], path: str, message: str) -> None:

@@ -118,6 +118,50 @@ def test_resume_is_exact(
     assert same_weights(again.model, whole.model) and losses(again.history) == losses(whole.history)
 
 
+MAC, MAG = "layers.mac.0.", "layers.mag.0.of.branches."
+CHANGES: list[dict[str, Any]] = [
+    {"steps": 2, "recipe": {f"{MAC}memory.chunk": 8, f"{MAG}1.reset": 8}},
+    {"steps": 2, "recipe": {f"{MAC}memory.chunk": 1, f"{MAC}segment": 4, f"{MAG}0.window": 4}, "optimizer": "fresh"},
+    {"steps": 1, "lr": 1e-4},
+]
+
+
+@pytest.mark.parametrize("carry", ["detach", 2])
+def test_a_stage_changes_the_recipe_and_resumes_exactly(
+    tiny: dict[str, Any], losses: Any, quick_train: Train, ordered_text: Any, tmp_path: Path, carry: Any
+) -> None:
+    given = {"recipe": {**tiny, "vocab": 256}, "data": ordered_text, "carry": carry, "ema": 0.8, "valid_every": 2}
+    whole = quick_train(**given, stages=CHANGES, out="whole")
+    assert whole.model is not None and tb.load_recipe(tmp_path / "whole") == tb.load_recipe(given["recipe"])
+    read = [event["recipe"] for event in whole.history if event["event"] == "stage" and "recipe" in event]
+    assert read == [stage["recipe"] for stage in CHANGES[:2]]
+    assert [event["stage"] for event in whole.history if event["event"] == "step"] == [0, 0, 1, 1, 2]
+
+    class Gone(Exception):
+        pass
+
+    for stop in (2, 3, 5):
+
+        def leave(event: dict[str, Any], stop: int = stop) -> None:
+            if event["event"] == "tick" and event["step"] == stop:
+                raise Gone
+
+        with pytest.raises(Gone):
+            quick_train(**given, stages=CHANGES, on_event=leave, out=f"run-{stop}")
+        run = quick_train(recipe=None, data=None, resume=True, out=f"run-{stop}")
+        assert losses(run.history) == losses(whole.history), stop
+        assert same_weights(run.model, whole.model) and run.best == whole.best
+
+
+def test_a_stage_continues_from_the_weights_of_the_stage_before(tiny: dict[str, Any], quick_train: Train) -> None:
+    first = quick_train(stages=CHANGES[:1], out="first")
+    both = quick_train(stages=[*CHANGES[:1], {"steps": 1, "lr": 1e-12}])
+    for (name, one), two in zip(first.model.named_parameters(), both.model.parameters()):  # type: ignore[union-attr]
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-9, msg=name)
+    assert first.model.recipe.layers["mac"][0]["memory"]["chunk"] == 8  # type: ignore[union-attr]
+    assert both.model.recipe == tb.load_recipe(tiny)  # type: ignore[union-attr]
+
+
 def test_state_is_carried_between_batches(
     tiny: dict[str, Any], losses: Any, quick_train: Train, ordered_text: Any
 ) -> None:
@@ -397,6 +441,16 @@ def test_unusable_folders(quick_train: Train, tmp_path: Path) -> None:
         ({"data": "copy:vocab=99"}, "the data has 99 tokens, the model only 16"),
         ({"carry": 4}, "no state to carry"),
         ({"stages": [{"steps": 1, "train": ["@mmeory"]}]}, "stages.0.train.0: no block of this type"),
+        (
+            {
+                "stages": [
+                    {"steps": 1, "recipe": {f"{MAC}segmnt": 4}},
+                    {"steps": 1, "recipe": {f"{MAC}memory.depth": 1}},
+                ]
+            },
+            r"2 problems\n  stages.0.recipe.layers.mac.0.segmnt: unknown field of context; did you mean 'segment'.*\n"
+            r"  stages.1.recipe.layers.mac.0.memory.depth: the weights do not fit this change: they are those of 2",
+        ),
     ],
 )
 def test_invalid_run_is_refused_before_anything_is_written(
