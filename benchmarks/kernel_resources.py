@@ -50,11 +50,10 @@ PRODUCTS = {
     "float32": operands(torch.float32),
     "tf32": dict(OPERAND=tl.float32, PRECISION="tf32", FINE=tl.float32, FINE_PRECISION="bf16x3"),
 }
-REAL = ("divisor", "eps", "clip")
 WHOLE = re.compile(
     r"tokens|dim|(?:batch_)?heads|interval|.*_(?:step|row|head)|stretch|time|problems|chunks?|rows|d_in|width|d_out|b"
 )
-"""Integer arguments. In the gated kernels ``b`` is a tensor."""
+"""Integer arguments."""
 TYPED = {"mask": "*i1", "position": "*i64"}
 
 
@@ -67,7 +66,7 @@ def kernels(
     """
     hidden = dim if layers == 1 else hidden
     wide = tl.float32
-    norm = dict(KIND=GATE, GIVEN=True, WIDE=wide, ROWS=max(1, 1024 // dim), WIDTH=dim)
+    norm = dict(KIND=GATE, GIVEN=True, WIDE=wide, ROWS=max(1, 1024 // dim), WIDTH=dim, DIVISOR=float(dim), EPS=1e-6)
     steps = dict.fromkeys(("a_step", "b_step", "grad_step", "grad_a_step", "grad_b_step"), 16 * dim)
     for kernel in (gated.forward_kernel, gated.backward_kernel):
         yield kernel, norm, dict(dim=dim, **steps)
@@ -75,7 +74,7 @@ def kernels(
     for kernel in (convolution.forward_kernel, convolution.backward_kernel):
         yield kernel, taps, dict(dim=16 * dim, time_step=16 * dim, grad_time_step=16 * dim)
     net = dict(
-        LAYERS=layers, PARTS=2, ACTIVATION=3 if layers == 2 else 0, NORM=True, CLIP=True, ANCHORED=True, KEEP=True,
+        LAYERS=layers, PARTS=2, ACTIVATION=3 if layers == 2 else 0, NORM=True, CLIP=1.0, ANCHORED=True, KEEP=True,
         MOMENTUM=True, FORGETTING=True, MASKED=True, AFTER=True, READ=1, WIDE=wide, **PRODUCTS[products],
         **loss_constants(SQUARED),
     )  # fmt: skip
@@ -94,7 +93,7 @@ def kernels(
 def compiled(kernel: Any, fixed: dict[str, Any], sizes: dict[str, int], target: str) -> dict[str, Any]:
     """Compile a kernel and return its row of the report."""
     names = kernel.arg_names
-    signature = {name: "constexpr" if name in fixed else _type(name, names, sizes) for name in names}
+    signature = {name: "constexpr" if name in fixed else _type(name, sizes) for name in names}
     constants = {(names.index(name),): value for name, value in fixed.items() if name in names}
     divisible = [
         index
@@ -114,11 +113,8 @@ def compiled(kernel: Any, fixed: dict[str, Any], sizes: dict[str, int], target: 
     return row | (_nvidia(done.asm) if nvidia else _amd(done.asm))
 
 
-def _type(name: str, names: list[str], sizes: dict[str, int]) -> str:
-    if name in REAL:
-        return "fp32"
-    gated = name == "b" and "a_step" in names
-    if name in sizes or (WHOLE.fullmatch(name) and not gated):
+def _type(name: str, sizes: dict[str, int]) -> str:
+    if name in sizes or WHOLE.fullmatch(name):
         return "i32"
     return TYPED.get(name, "*fp32")
 
@@ -131,7 +127,8 @@ def _nvidia(asm: dict[str, Any]) -> dict[str, Any]:
         said = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
     count = lambda name: int(re.search(rf"{name}:(\d+)", said.stdout)[1])  # type: ignore[index] # noqa: E731
     dots = re.findall(r"(?:w?g?mma|tcgen05\.mma)\.\S*?(bf16|f16|tf32|f64)", asm["ptx"])
-    return dict(registers=count("REG"), spilled=count("STACK"), dot=" ".join(sorted(set(dots))))
+    products = dict(wgmma=len(re.findall(r"wgmma\.mma_async", asm["ptx"])), mma=asm["ptx"].count("mma.sync"))
+    return dict(registers=count("REG"), spilled=count("STACK"), dot=" ".join(sorted(set(dots)))) | products
 
 
 def _amd(asm: dict[str, Any]) -> dict[str, Any]:

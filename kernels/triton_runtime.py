@@ -63,6 +63,13 @@ def _release(version: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
+VARYING = (
+    "chunks", "batch_heads", "b", "time", "problems", "tokens", "stretch", "batch_step", "grad_batch_step",
+    "theta", "eta", "alpha", "valid", "theta_row", "eta_row", "alpha_row", "mask_row",
+)  # fmt: skip
+"""Arguments of kernels that vary from call to call. Triton compiles a kernel again for a number that is 1 or a multiple
+of 16, and for an address that is; not for these."""
+
 _MISSING = None if importlib.util.find_spec("triton") else "needs Triton: pip install 'titans-build[gpu]'"
 
 

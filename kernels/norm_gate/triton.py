@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..autograd import differentiable
-from ..triton_runtime import launch
+from ..triton_runtime import VARYING, launch
 from . import torch_backend
 from .form import GATE, GATED_NORM, NORM, SILU_GATE, Form
 
@@ -39,8 +39,8 @@ def _gain(gain, column, inside, given: tl.constexpr, wide: tl.constexpr):
 
 
 @triton.jit
-def _inverse(x, divisor, eps):
-    return 1 / tl.sqrt(tl.sum(x * x, axis=1) / divisor + eps)[:, None]
+def _inverse(x, DIVISOR: tl.constexpr, EPS: tl.constexpr):
+    return 1 / tl.sqrt(tl.sum(x * x, axis=1) / DIVISOR + EPS)[:, None]
 
 
 @triton.jit
@@ -49,17 +49,18 @@ def _logistic(z):
 
 
 @triton.jit
-def _through_norm(grad, x, inverse, divisor):
+def _through_norm(grad, x, inverse, DIVISOR: tl.constexpr):
     """From the gradient of ``x * inverse`` to that of ``x``."""
     along = tl.sum(grad * x, axis=1)[:, None]
-    return inverse * grad - x * (inverse * inverse * inverse) * (along / divisor)
+    return inverse * grad - x * (inverse * inverse * inverse) * (along / DIVISOR)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def forward_kernel(
-    a, b, gain_a, gain_b, y,
-    tokens, dim, heads, a_step, b_step, divisor, eps,
-    KIND: tl.constexpr, GIVEN: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    left, right, gain_a, gain_b, y,
+    tokens, dim, heads, a_step, b_step,
+    DIVISOR: tl.constexpr, EPS: tl.constexpr, KIND: tl.constexpr, GIVEN: tl.constexpr,
+    WIDE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One head of ``ROWS`` tokens."""
     head = tl.program_id(1)
@@ -67,23 +68,24 @@ def forward_kernel(
     at = tl.arange(0, WIDTH)
     column = head * dim + at
     inside = (row < tokens)[:, None] & (at < dim)[None, :]
-    out = _vectors(a, row, column, inside, a_step, WIDE)
+    out = _vectors(left, row, column, inside, a_step, WIDE)
     if KIND != _SILU_GATE:
-        out *= _inverse(out, divisor, eps) * _gain(gain_a, column, at < dim, GIVEN, WIDE)
+        out *= _inverse(out, DIVISOR, EPS) * _gain(gain_a, column, at < dim, GIVEN, WIDE)
     if KIND != _NORM:
-        z = _vectors(b, row, column, inside, b_step, WIDE)
+        z = _vectors(right, row, column, inside, b_step, WIDE)
         if KIND == _GATE:
-            out *= _logistic(z * _inverse(z, divisor, eps) * _gain(gain_b, column, at < dim, True, WIDE))
+            out *= _logistic(z * _inverse(z, DIVISOR, EPS) * _gain(gain_b, column, at < dim, True, WIDE))
         else:
             out *= z * _logistic(z)
     tl.store(y + row[:, None] * tl.cast(heads * dim, tl.int64) + column[None, :], out, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def backward_kernel(
-    a, b, gain_a, gain_b, grad, grad_a, grad_b, grad_gain_a, grad_gain_b,
-    tokens, dim, heads, a_step, b_step, grad_step, grad_a_step, grad_b_step, divisor, eps, stretch,
-    KIND: tl.constexpr, GIVEN: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    left, right, gain_a, gain_b, grad, grad_a, grad_b, grad_gain_a, grad_gain_b,
+    tokens, dim, heads, a_step, b_step, grad_step, grad_a_step, grad_b_step, stretch,
+    DIVISOR: tl.constexpr, EPS: tl.constexpr, KIND: tl.constexpr, GIVEN: tl.constexpr,
+    WIDE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One head of a stretch of tokens; the gains' gradients are sums over it."""
     part, head = tl.program_id(0), tl.program_id(1)
@@ -96,22 +98,22 @@ def backward_kernel(
     for start in range(0, stretch, ROWS):
         row = part.to(tl.int64) * stretch + start + tl.arange(0, ROWS)
         inside = (row < tokens)[:, None] & (at < dim)[None, :]
-        x = _vectors(a, row, column, inside, a_step, WIDE)
+        x = _vectors(left, row, column, inside, a_step, WIDE)
         g = _vectors(grad, row, column, inside, grad_step, WIDE)
         out = x
         if KIND != _SILU_GATE:
-            inverse_a = _inverse(x, divisor, eps)
+            inverse_a = _inverse(x, DIVISOR, EPS)
             out = x * inverse_a * of_a
         through = g  # the gradient of the left factor
         if KIND != _NORM:
-            z = _vectors(b, row, column, inside, b_step, WIDE)
+            z = _vectors(right, row, column, inside, b_step, WIDE)
             if KIND == _GATE:
-                inverse_b = _inverse(z, divisor, eps)
+                inverse_b = _inverse(z, DIVISOR, EPS)
                 s = _logistic(z * inverse_b * of_b)
                 through = g * s
                 pushed = g * out * s * (1 - s)
                 sum_b += tl.sum(pushed * z * inverse_b, axis=0)
-                to_b = _through_norm(pushed * of_b, z, inverse_b, divisor)
+                to_b = _through_norm(pushed * of_b, z, inverse_b, DIVISOR)
             else:
                 s = _logistic(z)
                 through = g * z * s
@@ -121,7 +123,7 @@ def backward_kernel(
             to_a = through
         else:
             sum_a += tl.sum(through * x * inverse_a, axis=0)
-            to_a = _through_norm(through * of_a, x, inverse_a, divisor)
+            to_a = _through_norm(through * of_a, x, inverse_a, DIVISOR)
         tl.store(grad_a + row[:, None] * grad_a_step + column[None, :], to_a, mask=inside)
     sums = (part * heads + head).to(tl.int64) * dim + at
     if GIVEN and KIND != _SILU_GATE:
@@ -171,8 +173,9 @@ def gated_operator(
         launch(
             forward_kernel, (triton.cdiv(tokens, rows), heads),
             left, right, _dense(gain_a), _dense(gain_b), y,
-            tokens, dim, heads, a_step, b_step, divisor, eps,
-            KIND=kind, GIVEN=gain_a is not None, WIDE=_wide(a.dtype), ROWS=rows, WIDTH=register,
+            tokens, dim, heads, a_step, b_step,
+            DIVISOR=divisor, EPS=eps, KIND=kind, GIVEN=gain_a is not None,
+            WIDE=_wide(a.dtype), ROWS=rows, WIDTH=register,
         )  # fmt: skip
     return y
 
@@ -205,8 +208,9 @@ def gated_backward_operator(
         launch(
             backward_kernel, (parts, heads),
             left, right, _dense(gain_a), _dense(gain_b), pulled, grad_a, grad_b, sum_a, sum_b,
-            tokens, dim, heads, a_step, b_step, grad_step, width, width, divisor, eps, stretch,
-            KIND=kind, GIVEN=gain_a is not None, WIDE=_wide(a.dtype), ROWS=rows, WIDTH=register,
+            tokens, dim, heads, a_step, b_step, grad_step, width, width, stretch,
+            DIVISOR=divisor, EPS=eps, KIND=kind, GIVEN=gain_a is not None,
+            WIDE=_wide(a.dtype), ROWS=rows, WIDTH=register,
         )  # fmt: skip
     to_gain = lambda sums, gain: sums if gain is None else sums.sum(0).view(gain.shape).to(gain.dtype)  # noqa: E731
     return grad_a, grad_b, to_gain(sum_a, gain_a), to_gain(sum_b, gain_b)

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..autograd import differentiable
-from ..triton_runtime import launch
+from ..triton_runtime import VARYING, launch
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def forward_kernel(
     inputs, weight, y,
     time, dim, batch_step, time_step,
@@ -40,7 +40,7 @@ def forward_kernel(
     tl.store(y + (row * time + token[:, None]) * dim + channel[None, :], total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def backward_kernel(
     inputs, weight, grad, grad_inputs, grad_weight,
     time, dim, batch_step, time_step, grad_batch_step, grad_time_step, stretch,

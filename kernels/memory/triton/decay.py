@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...dispatch import needs_grad
-from ...triton_runtime import launch
+from ...triton_runtime import VARYING, launch
 from ..decay_torch import ChunkDecay
 
 _Gates: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
@@ -32,24 +32,31 @@ _Gates: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 def triton_decay(
-    theta: Tensor, eta: Tensor | None, alpha: Tensor | None, valid: Tensor | None, read_after: bool
+    theta: Tensor,
+    eta: Tensor | None,
+    alpha: Tensor | None,
+    valid: Tensor | None,
+    read_after: bool,
+    chunk: int | None = None,
 ) -> ChunkDecay:
-    """``chunk_decay``: gates ``[..., b]`` in float32 or float64."""
+    """``chunk_decay``: gates ``[..., b]`` in float32 or float64; ``chunk``: the largest ``b`` of the memory."""
+    chunk = chunk or theta.shape[-1]
     if needs_grad(theta, eta, alpha):
-        return ChunkDecay(*_Decay.apply(theta, eta, alpha, valid, read_after))
-    return _matrices(theta, eta, alpha, valid, read_after)[0]
+        return ChunkDecay(*_Decay.apply(theta, eta, alpha, valid, read_after, chunk))
+    return _matrices(theta, eta, alpha, valid, read_after, chunk)[0]
 
 
 class _Decay(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, theta: Tensor, eta: Tensor | None, alpha: Tensor | None, valid: Tensor | None, read_after: bool
-    ) -> tuple[Tensor, ...]:
+        ctx: Any, theta: Tensor, eta: Tensor | None, alpha: Tensor | None, valid: Tensor | None, read_after: bool,
+        chunk: int,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         shape = theta.shape
         kept = theta.new_empty(1 if eta is None else 2, *shape, shape[-1])
         started = theta.new_empty(1 if eta is None else 3, *shape)
-        decay, gates = _matrices(theta, eta, alpha, valid, read_after, kept, started)
-        ctx.read_after = read_after
+        decay, gates = _matrices(theta, eta, alpha, valid, read_after, chunk, kept, started)
+        ctx.read_after, ctx.chunk = read_after, chunk
         ctx.save_for_backward(*gates, kept, started)
         return tuple(decay)
 
@@ -59,10 +66,10 @@ class _Decay(torch.autograd.Function):
         theta, eta, alpha, valid, kept, started = ctx.saved_tensors
         found = [None if x is None else torch.empty_like(x) for x in (theta, eta, alpha)]
         _run(
-            decay_backward_kernel, (theta, eta, alpha, valid), kept, started, *(x.contiguous() for x in grads), *found,
-            AFTER=ctx.read_after,
+            decay_backward_kernel, ctx.chunk, (theta, eta, alpha, valid), kept, started,
+            *(x.contiguous() for x in grads), *found, AFTER=ctx.read_after,
         )  # fmt: skip
-        return *found, None, None
+        return *found, None, None, None
 
 
 def _matrices(
@@ -71,6 +78,7 @@ def _matrices(
     alpha: Tensor | None,
     valid: Tensor | None,
     read_after: bool,
+    chunk: int,
     kept: Tensor | None = None,
     started: Tensor | None = None,
 ) -> tuple[ChunkDecay, _Gates]:
@@ -80,17 +88,17 @@ def _matrices(
     (*several, b), parts = theta.shape, 1 if eta is None else 2
     shapes = (b, b), (b, parts), (b, parts), (parts, parts)
     decay = ChunkDecay(*(theta.new_empty(*several, *shape) for shape in shapes))
-    _run(decay_kernel, gates, *decay, kept, started, AFTER=read_after, KEEP=kept is not None)
+    _run(decay_kernel, chunk, gates, *decay, kept, started, AFTER=read_after, KEEP=kept is not None)
     return decay, gates
 
 
-def _run(kernel: Any, gates: _Gates, *tensors: Tensor | None, **flags: bool) -> None:
+def _run(kernel: Any, chunk: int, gates: _Gates, *tensors: Tensor | None, **flags: bool) -> None:
     theta, eta, alpha, valid = gates
     b = theta.shape[-1]
     problems = theta.numel() // b
     if not problems:
         return
-    tiles = decay_tiles(b)
+    tiles = decay_tiles(chunk)
     launch(
         kernel, (triton.cdiv(problems, tiles["CHUNKS"]),), *gates, *tensors, problems, b,
         MOMENTUM=eta is not None, FORGETTING=alpha is not None, MASKED=valid is not None, **flags, **tiles,
@@ -109,7 +117,7 @@ def _gate(gate, first, t, known, GIVEN: tl.constexpr, ABSENT: tl.constexpr, WIDE
     return tl.full(first.shape, ABSENT, WIDE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def decay_kernel(
     theta, eta, alpha, valid, read, carry, write, mix, kept, started,
     problems, b,
@@ -180,7 +188,7 @@ def _of_step(kept, first, t, s, b, inside, WIDE: tl.constexpr):
     return tl.load(kept + place[:, None] * b + s[None, :], mask=there, other=0.0).to(WIDE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def decay_backward_kernel(
     theta, eta, alpha, valid, kept, started, grad_read, grad_carry, grad_write, grad_mix,
     grad_theta, grad_eta, grad_alpha,
@@ -258,7 +266,7 @@ def decay_backward_kernel(
     tl.store(grad_theta + first[:, None] + s[None, :], 2 * dstep, mask=inside)
 
 
-def decay_tiles(b: int) -> dict[str, int]:
-    """For chunks of ``b`` tokens: four columns per lane of one warp, of one chunk or several."""
-    columns = triton.next_power_of_2(b)
+def decay_tiles(chunk: int) -> dict[str, int]:
+    """For chunks of up to ``chunk`` tokens: four columns per lane of one warp, of one chunk or several."""
+    columns = triton.next_power_of_2(chunk)
     return dict(CHUNKS=max(1, 128 // columns), TOKENS=columns, num_warps=1)

@@ -14,7 +14,7 @@ from ...triton_runtime import launch
 from ..chunk_torch import ChunkNetwork, Scratch, Written, WrittenGrad
 from ..chunkwise_torch import chunkwise_memory
 from ..decay_torch import ChunkDecay
-from ..network_torch import ACTIVATION_NUMBERS, EPS
+from ..network_torch import ACTIVATION_NUMBERS
 from ..state import MemoryState, Options, Tokens
 from .decay import triton_decay
 from .read_kernels import read_backward_kernel, read_backward_state_kernel, read_kernel
@@ -28,22 +28,29 @@ def triton_memory(
 ) -> tuple[Tensor, MemoryState]:
     """``titans_memory`` for one or two layers."""
     products = operands(tokens.q.dtype, None if options.half is None else getattr(torch, options.half))
-    return chunkwise_memory(tokens, state, norm, mask, options, functools.partial(TritonNetwork, products=products))
+    network = functools.partial(TritonNetwork, products=products, chunk=options.chunk)
+    return chunkwise_memory(tokens, state, norm, mask, options, network)
 
 
 class TritonNetwork(ChunkNetwork):
     """A network of one or two layers.
 
     One layer takes the second's place: its inputs are the keys and the queries, and there is no activation.
-    ``products``: what ``schedule.operands`` said in forward, so that backward does the same.
+    ``products``: what ``schedule.operands`` said in forward, so that backward does the same. ``chunk``: that of the
+    memory, which tiles go by; a sequence may begin and end with less.
     """
 
-    decay = staticmethod(triton_decay)
-
-    def __init__(self, options: Options, gain: Tensor | None, scratch: Scratch, *, products: dict[str, Any]) -> None:
+    def __init__(
+        self, options: Options, gain: Tensor | None, scratch: Scratch, *, products: dict[str, Any], chunk: int
+    ) -> None:
         # the kernels find the gain by the number of batch row and head; that of an expanded tensor would not be there
         super().__init__(options, None if gain is None else gain.contiguous(), scratch)
-        self._number, self._products = ACTIVATION_NUMBERS[options.activation], products
+        self._number, self._products, self._chunk = ACTIVATION_NUMBERS[options.activation], products, chunk
+
+    def decay(
+        self, theta: Tensor, eta: Tensor | None, alpha: Tensor | None, valid: Tensor | None, read_after: bool
+    ) -> ChunkDecay:
+        return triton_decay(theta, eta, alpha, valid, read_after, self._chunk)
 
     def write(
         self, keys: Tensor, values: Tensor, decay: ChunkDecay, written: Written, anchor: list[Tensor] | None
@@ -56,8 +63,8 @@ class TritonNetwork(ChunkNetwork):
             kernel, (batch_heads,), b, sizes, written,
             keys, values, self.gain, decay.mix.contiguous(), decay.write, *_two(anchor, keys), *_two(written.stacks),
             written.inputs[-1], *_two(written.outputs), *_two(written.unclipped), *_two(written.errors),
-            chunks, batch_heads, b, *sizes, self.clip or 0.0, EPS,
-            CLIP=self.clip is not None, ANCHORED=anchor is not None,
+            chunks, batch_heads, b, *sizes,
+            CLIP=self.clip, ANCHORED=anchor is not None,
         )  # fmt: skip
 
     def rewrite(
@@ -70,7 +77,7 @@ class TritonNetwork(ChunkNetwork):
             rewrite_kernel, (chunks * batch_heads,), b, sizes, written,
             keys, values, self.gain, *_two(anchor, keys), *_two(written.stacks), written.inputs[-1],
             *_two(written.outputs), *_two(written.unclipped), *_two(written.errors), batch_heads, b, *sizes,
-            self.clip or 0.0, EPS, CLIP=self.clip is not None, ANCHORED=anchor is not None,
+            CLIP=self.clip, ANCHORED=anchor is not None,
         )  # fmt: skip
 
     def read(self, queries: Tensor, decay: ChunkDecay, written: Written, query_activations: list[Tensor]) -> Tensor:
@@ -82,7 +89,7 @@ class TritonNetwork(ChunkNetwork):
             read_kernel, (chunks * batch_heads,), b, sizes, written,
             queries, written.inputs[0], self.gain, decay.read.contiguous(), decay.carry.contiguous(),
             *_two(written.stacks), written.inputs[-1], *_two(written.errors), self._scores("scores 0", queries), y,
-            z_1[0] if len(written.stacks) == 2 else queries, z_2[-1], batch_heads, b, *sizes, EPS,
+            z_1[0] if len(written.stacks) == 2 else queries, z_2[-1], batch_heads, b, *sizes,
             KEEP=bool(query_activations),
         )  # fmt: skip
         return y
@@ -100,7 +107,7 @@ class TritonNetwork(ChunkNetwork):
         sizes = self._sizes(queries, written)
         read, carry = decay.read.contiguous(), decay.carry.contiguous()
         grad_queries, grad_read, grad_carry = map(torch.empty_like, (queries, read, carry))
-        blocks = triton.cdiv(b, schedule(read_backward_kernel.__name__, b, *sizes)["TOKENS"])
+        blocks = triton.cdiv(b, schedule(read_backward_kernel.__name__, self._chunk, *sizes)["TOKENS"])
         grad_gain = None if self.gain is None else queries.new_empty(chunks, batch_heads, blocks, grad_y.shape[-1])
         z_1 = query_activations[0] if len(query_activations) == 2 else queries
         grad_z = _two([self.scratch(f"grad z {l}", *x.shape) for l, x in enumerate(query_activations)])
@@ -109,7 +116,7 @@ class TritonNetwork(ChunkNetwork):
             read_backward_kernel, (chunks * batch_heads, blocks), b, sizes, written,
             grad_y, queries, written.inputs[0], self.gain, read, carry, *_two(written.stacks), written.inputs[-1],
             *_two(written.errors), z_1, query_activations[-1], grad_queries, grad_read, grad_carry, grad_gain,
-            *grad_z, *scores, batch_heads, b, *sizes, EPS,
+            *grad_z, *scores, batch_heads, b, *sizes,
         )  # fmt: skip
         self._run(
             read_backward_state_kernel, (chunks * batch_heads,), b, sizes, written,
@@ -140,8 +147,8 @@ class TritonNetwork(ChunkNetwork):
             keys, values, self.gain, mix, decay.write, *_two(anchor, keys), *_two(written.stacks),
             written.inputs[-1], *_two(written.outputs), *_two(written.unclipped), *_two(written.errors),
             *_two(grad.stacks), grad.inputs[0], grad.inputs[-1], *_two(grad.errors), grad_values, grad_write, grad_mix,
-            grad_gain, *_two(grad_anchor, keys), chunks, batch_heads, b, *sizes, self.clip or 0.0, EPS,
-            CLIP=self.clip is not None, ANCHORED=anchor is not None,
+            grad_gain, *_two(grad_anchor, keys), chunks, batch_heads, b, *sizes,
+            CLIP=self.clip, ANCHORED=anchor is not None,
         )  # fmt: skip
         return grad_values, grad_write, grad_mix, grad_gain
 
@@ -163,12 +170,12 @@ class TritonNetwork(ChunkNetwork):
 
     def _run(
         self, kernel: Any, grid: tuple[int, ...], b: int, sizes: tuple[int, int, int], written: Written,
-        *arguments: Any, **flags: bool,
+        *arguments: Any, **flags: bool | float,
     ) -> None:  # fmt: skip
         """A launch with everything a kernel may be compiled for; each takes what it has a parameter for."""
         stack = written.stacks[0]
         layers, parts = len(written.stacks), stack.shape[2]
-        tiles = schedule(kernel.__name__, b, *sizes, layers=layers, parts=parts)
+        tiles = schedule(kernel.__name__, self._chunk, *sizes, layers=layers, parts=parts)
         fixed = dict(
             LAYERS=layers, PARTS=parts, ACTIVATION=self._number if layers == 2 else 0, NORM=self.gain is not None,
             WIDE=tl.float64 if stack.dtype == torch.float64 else tl.float32, **loss_constants(self.objective), **tiles,

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ...autograd import differentiable
 from ...dispatch import needs_grad
-from ...triton_runtime import launch
-from ..network_torch import ACTIVATION_NUMBERS, EPS, read_formula
+from ...triton_runtime import VARYING, launch
+from ..network_torch import ACTIVATION_NUMBERS, read_formula
 from .schedule import operands, schedule
 from .tiles import activate, dot, layer_norm, layer_norm_vjp, load, load_gain, slope, store
 
@@ -63,7 +63,7 @@ def _forward(
     launch(
         read_fixed_kernel, (batch * heads * triton.cdiv(time, fixed["TOKENS"]),),
         q, *_two(weights), None if norm is None else norm.contiguous(), y,
-        time, heads, d_in, width, d_out, EPS, *_steps(q), **fixed,
+        time, heads, d_in, width, d_out, *_steps(q), **fixed,
     )  # fmt: skip
     return y
 
@@ -94,7 +94,7 @@ def _backward(
     launch(
         read_fixed_backward_kernel, (batch * heads * blocks,),
         grad, q, *two, None if norm is None else norm.contiguous(), grad_q, grad_z, grad_gain,
-        time, heads, d_in, width, d_out, EPS, *_steps(q), *_steps(grad), **fixed,
+        time, heads, d_in, width, d_out, *_steps(q), *_steps(grad), **fixed,
     )  # fmt: skip
     grad_norm = None if grad_gain is None else grad_gain.sum((0, 2))
     if not learned:
@@ -160,10 +160,10 @@ def place(time, TOKENS: tl.constexpr):
     return (program // blocks).to(tl.int64), program % blocks
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def read_fixed_kernel(
     q, weight_1, weight_2, gain, y,
-    time, heads, d_in, width, d_out, eps, q_row, q_step, q_head,
+    time, heads, d_in, width, d_out, q_row, q_step, q_head,
     LAYERS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr,
     TOKENS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
     OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
@@ -187,7 +187,7 @@ def read_fixed_kernel(
         tile = load(weight_2 + at * d_out * width, o, h, d_out, width, WIDE)
         z += dot(x, tl.trans(tile), OPERAND, WIDE, PRECISION)
     if NORM:
-        n, _ = layer_norm(z, o < d_out, d_out, eps)
+        n, _ = layer_norm(z, o < d_out, d_out)
         z = queries(q, t, o, time, d_in, q_step, WIDE) + n * load_gain(gain, head, o, d_out, OUT, NORM, WIDE)[None, :]
     inside = (t < time)[:, None] & (o < d_out)[None, :]
     tl.store(y + ((row * time + t[:, None]) * heads + head) * d_out + o[None, :], z, mask=inside)
@@ -207,10 +207,10 @@ def read_fixed_kernel(
 # gradients themselves and the rest is recomputation.
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def read_fixed_backward_kernel(
     grad_y, q, weight_1, weight_2, gain, grad_q, grad_z, grad_gain,
-    time, heads, d_in, width, d_out, eps, q_row, q_step, q_head, y_row, y_step, y_head,
+    time, heads, d_in, width, d_out, q_row, q_step, q_head, y_row, y_step, y_head,
     LAYERS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr,
     TOKENS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
     OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
@@ -239,7 +239,7 @@ def read_fixed_backward_kernel(
                 x = queries(q, t, h, time, width, q_step, WIDE)
             tile = load(weight_2 + at * d_out * width, o, h, d_out, width, WIDE)
             z += dot(x, tl.trans(tile), OPERAND, WIDE, PRECISION)
-        n, inverse = layer_norm(z, o < d_out, d_out, eps)
+        n, inverse = layer_norm(z, o < d_out, d_out)
         sums = grad_gain + tl.program_id(0).to(tl.int64) * d_out + o
         tl.store(sums, tl.sum(g * n, axis=0), mask=o < d_out)
         gain_o = load_gain(gain, head, o, d_out, OUT, NORM, WIDE)
@@ -266,7 +266,7 @@ def read_fixed_backward_kernel(
         tl.store(grad_q + first + i[None, :], dq, mask=(t < time)[:, None] & (i < d_in)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def read_fixed_backward_weights_kernel(
     q, grad_z, weight_1, weight_2, grad_weight_1, grad_weight_2,
     time, heads, stretch, d_in, width, d_out, q_row, q_step, q_head, p_row, p_step, p_head,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ...triton_runtime import VARYING
 from .tiles import (
     activate,
     coefficient,
@@ -21,16 +22,17 @@ from .tiles import (
     load,
     load_gain,
     load_tokens,
+    replace_tokens,
     slope,
     store,
     store_tokens,
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def read_kernel(
     queries, keys, gain, read, carry, stack_1, stack_2, input_2, error_1, error_2, scores_1, y, z_1, z_2,
-    batch_heads, b, d_in, width, d_out, eps,
+    batch_heads, b, d_in, width, d_out,
     LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, KEEP: tl.constexpr,
     TOKENS: tl.constexpr, KEYS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
     OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
@@ -92,7 +94,7 @@ def read_kernel(
     if NORM:
         gain_o = load_gain(gain, at % batch_heads, o, d_out, OUT, NORM, WIDE)
         residual = load_tokens(queries, first, t, o, b, d_in, WIDE)
-        z = residual + layer_norm(z, o < d_out, d_out, eps)[0] * gain_o[None, :]
+        z = residual + layer_norm(z, o < d_out, d_out)[0] * gain_o[None, :]
     store_tokens(y, first, t, o, b, d_out, z)
 
 
@@ -105,12 +107,12 @@ def read_kernel(
 # the gradients of keys, errors and states.
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def read_backward_kernel(
     grad_y, queries, keys, gain, read, carry, stack_1, stack_2, input_2, error_1, error_2, z_1, z_2,
     grad_queries, grad_read, grad_carry, grad_gain,
     grad_z_1, grad_z_2, scores_1, scores_2, grad_scores_1, grad_scores_2,
-    batch_heads, b, d_in, width, d_out, eps,
+    batch_heads, b, d_in, width, d_out,
     LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr,
     TOKENS: tl.constexpr, KEYS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
     OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
@@ -123,7 +125,7 @@ def read_backward_kernel(
     size_1, size_2 = width * d_in, d_out * width
     g = load_tokens(grad_y, first, t, o, b, d_out, WIDE)
     if NORM:
-        n, inverse = layer_norm(load_tokens(z_2, first, t, o, b, d_out, WIDE), o < d_out, d_out, eps)
+        n, inverse = layer_norm(load_tokens(z_2, first, t, o, b, d_out, WIDE), o < d_out, d_out)
         place = (at * tl.num_programs(1) + tl.program_id(1)) * d_out + o
         tl.store(grad_gain + place, tl.sum(g * n, axis=0), mask=o < d_out)
         gain_o = load_gain(gain, at % batch_heads, o, d_out, OUT, NORM, WIDE)
@@ -196,7 +198,7 @@ def read_backward_kernel(
             scores = dot(q, tl.trans(k), OPERAND, WIDE, PRECISION)
             decay = load_tokens(read, first, t, s, b, b, WIDE)
             dread = load_tokens(grad_read, first, t, s, b, b, WIDE) + dscores * scores
-            store_tokens(grad_read, first, t, s, b, b, dread)
+            replace_tokens(grad_read, first, t, s, b, b, dread)
             store_tokens(scores_1, first, t, s, b, b, scores * decay)
             grad_scores = dscores * decay
             store_tokens(grad_scores_1, first, t, s, b, b, grad_scores)
@@ -235,7 +237,7 @@ def _state_gradient(grad_z, x, carry, first, part, r, c, b, rows_of, columns,
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def read_backward_state_kernel(
     queries, carry, z_1, grad_z_1, grad_z_2, scores_1, scores_2, grad_scores_1, grad_scores_2,
     grad_keys, grad_input_2, grad_error_1, grad_error_2, grad_stack_1, grad_stack_2,

@@ -13,7 +13,8 @@ multiprocessor has 64 Ki of 32 bits, and a few of them in shared memory on their
 Writing and its backward have two schedules. *Streamed*, the state is read in blocks, for every chunk again. *Resident*,
 it stays in registers from chunk to chunk (``WIDTH``: all hidden units at once), where it fits.
 
-The length of a sequence is not a parameter: a model compiles each kernel once.
+The length of a sequence is not a parameter, and the chunk is that of the memory, not of a piece at the end of a
+sequence: a model compiles each kernel once.
 
 Environment: ``TITANS_BUILD_SCHEDULE=streamed`` or ``resident`` picks a schedule, for tests and measurements.
 """
@@ -61,7 +62,7 @@ def tile(size: int, most: int | None = None) -> int:
 def schedule(
     kernel: str, b: int, d_in: int, width: int, d_out: int, *, layers: int = 2, parts: int = 2
 ) -> dict[str, Any]:
-    """The tiles of ``kernel`` (its function's name) and its launch, for chunks of ``b`` tokens."""
+    """The tiles of ``kernel`` (its function's name) and its launch, for a memory with chunks of ``b`` tokens."""
     backward, is_resident = kernel.startswith("write_backward"), kernel in RESIDENT.values()
     reads_back = kernel in ("read_backward_kernel", "read_fixed_backward_kernel")
     few = backward or is_resident or (reads_back and max(d_in, d_out) > 64)

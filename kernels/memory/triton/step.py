@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_runtime import launch
-from ..network_torch import ACTIVATION_NUMBERS, EPS, READ_NUMBERS
+from ...triton_runtime import VARYING, launch
+from ..network_torch import ACTIVATION_NUMBERS, READ_NUMBERS
 from ..state import MemoryState, Options, Tokens
 from .schedule import loss_constants, schedule
 from .tiles import (
@@ -57,11 +57,11 @@ def triton_step(
             q, k, v, theta, eta, alpha, None if norm is None else norm.contiguous(), mask, state.position.contiguous(),
             *(x for part in old for x in _two(part)), y, *(x for part in new for x in _two(part)),
             *([None, None] if chunk == 1 else []), torch.empty(batch, heads, width, dtype=y.dtype, device=y.device),
-            heads, d_in, width, d_out, chunk, clip or 0.0, EPS,
+            heads, d_in, width, d_out, chunk,
             *(n for x in (q, k, v, theta, eta, alpha) for n in _steps(x)), 0 if mask is None else mask.stride(0),
             LAYERS=layers, ACTIVATION=ACTIVATION_NUMBERS[activation], MOMENTUM=eta is not None,
             FORGETTING=alpha is not None,
-            NORM=norm is not None, CLIP=clip is not None, MASKED=mask is not None, ANCHORED=chunk > 1,
+            NORM=norm is not None, CLIP=clip, MASKED=mask is not None, ANCHORED=chunk > 1,
             READ=READ_NUMBERS[read], WIDE=tl.float64 if y.dtype == torch.float64 else tl.float32,
             **loss_constants(objective),
             **{name: tiles[name] for name in ("IN", "OUT", "BLOCK", "num_warps", "num_stages")},
@@ -142,12 +142,12 @@ def _update(weight, momentum, new_weight, new_momentum, new_anchor, r, c, rows, 
     return old, new
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def step_kernel(
     q, k, v, theta, eta, alpha, gain, mask, position,
     weight_1, weight_2, momentum_1, momentum_2, anchor_1, anchor_2,
     y, new_weight_1, new_weight_2, new_momentum_1, new_momentum_2, new_anchor_1, new_anchor_2, hidden,
-    heads, d_in, width, d_out, chunk, clip, eps,
+    heads, d_in, width, d_out, chunk,
     q_row, q_head, k_row, k_head, v_row, v_head,
     theta_row, theta_head, eta_row, eta_head, alpha_row, alpha_head, mask_row,
     LAYERS: tl.constexpr, ACTIVATION: tl.constexpr, MOMENTUM: tl.constexpr, FORGETTING: tl.constexpr,
@@ -210,12 +210,12 @@ def step_kernel(
     if NORM:
         gain_o, residual = _vector(gain + head * d_out, o, d_out, WIDE), _vector(k, o, d_in, WIDE)
     error = tl.sum(output_error(
-        z[None, :], residual[None, :], value[None, :], gain_o, o < d_out, d_out, eps, NORM, LOSS, POWER, DELTA, SMOOTH
+        z[None, :], residual[None, :], value[None, :], gain_o, o < d_out, d_out, NORM, LOSS, POWER, DELTA, SMOOTH
     ), axis=0)  # fmt: skip
     tl.debug_barrier()
 
     step = 2 * tl.load(theta + row * theta_row + head * theta_head).to(WIDE)
-    if CLIP:
+    if CLIP is not None:
         e_squares, small_e_squares = tl.zeros((1,), WIDE), tl.zeros((1,), WIDE)
         if LAYERS == 2:
             for h0 in range(0, width, BLOCK):
@@ -231,7 +231,7 @@ def step_kernel(
             length(e_squares, small_e_squares, WIDE), length(k_squares, small_k_squares, WIDE),
             length(d_squares, small_d_squares, WIDE), length(squares, small_squares, WIDE),
         )  # fmt: skip
-        step *= tl.sum(clip_scale(norm, clip))
+        step *= tl.sum(clip_scale(norm, CLIP))
     momentum_decay, retention = 0.0, 1.0
     if MOMENTUM:
         momentum_decay = tl.load(eta + row * eta_row + head * eta_head).to(WIDE)
@@ -275,6 +275,6 @@ def step_kernel(
             at_2 = load(a_2, o, h, d_out, width, WIDE)
         z += _times(at_2, x)
     if NORM:
-        n, _ = layer_norm(z[None, :], o < d_out, d_out, eps)
+        n, _ = layer_norm(z[None, :], o < d_out, d_out)
         z = _vector(q, o, d_in, WIDE) + tl.sum(n, axis=0) * gain_o
     tl.store(y + at * d_out + o, tl.where(valid, z, 0.0), mask=o < d_out)

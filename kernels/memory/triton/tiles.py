@@ -11,10 +11,11 @@ import os
 import triton
 import triton.language as tl
 
-from ..network_torch import ACTIVATION_NUMBERS, LOSSES
+from ..network_torch import ACTIVATION_NUMBERS, EPS, LOSSES
 
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _BFLOAT16 = tl.constexpr(tl.bfloat16)
+_EPS = tl.constexpr(EPS)
 
 
 @triton.jit
@@ -42,6 +43,13 @@ def store(x, row, column, rows, columns, values):
 
 
 @triton.jit
+def replace(x, row, column, rows, columns, values):
+    """``store`` of what was made of the tile that lies there, which every thread has loaded before."""
+    tl.debug_barrier()
+    store(x, row, column, rows, columns, values)
+
+
+@triton.jit
 def load_tokens(x, first, t, column, b, columns, WIDE: tl.constexpr):
     """Some columns of a chunk's tokens."""
     return load(x + first * columns, t, column, b, columns, WIDE)
@@ -50,6 +58,11 @@ def load_tokens(x, first, t, column, b, columns, WIDE: tl.constexpr):
 @triton.jit
 def store_tokens(x, first, t, column, b, columns, values):
     store(x + first * columns, t, column, b, columns, values)
+
+
+@triton.jit
+def replace_tokens(x, first, t, column, b, columns, values):
+    replace(x + first * columns, t, column, b, columns, values)
 
 
 @triton.jit
@@ -130,9 +143,9 @@ def gradient_norm(d_1, a_1, d_2, a_2):
 
 
 @triton.jit
-def clip_scale(norm, clip):
-    """What brings the norm of a gradient down to ``clip``; NaN where the norm is not finite."""
-    return clip / tl.maximum(norm, clip) + 0 * norm
+def clip_scale(norm, CLIP: tl.constexpr):
+    """What brings the norm of a gradient down to ``CLIP``; NaN where the norm is not finite."""
+    return CLIP / tl.maximum(norm, CLIP) + 0 * norm
 
 
 @triton.jit
@@ -189,11 +202,11 @@ def curvature(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def layer_norm(z, inside, width, eps):
+def layer_norm(z, inside, width):
     """``(z - mean) / sigma`` over the columns that are inside, and ``1 / sigma``."""
     mean = tl.sum(z, axis=1)[:, None] / width
     centered = tl.where(inside[None, :], z - mean, 0.0)
-    inverse = 1 / tl.sqrt(tl.sum(centered * centered, axis=1)[:, None] / width + eps)
+    inverse = 1 / tl.sqrt(tl.sum(centered * centered, axis=1)[:, None] / width + _EPS)
     return centered * inverse, inverse
 
 
@@ -290,11 +303,11 @@ def half_error_vjp(g, p, v, LOSS: tl.constexpr, POWER: tl.constexpr, DELTA: tl.c
 
 
 @triton.jit
-def output_error(z, residual, v, gain_o, inside, d_out, eps, NORM: tl.constexpr,
+def output_error(z, residual, v, gain_o, inside, d_out, NORM: tl.constexpr,
                  LOSS: tl.constexpr, POWER: tl.constexpr, DELTA: tl.constexpr, SMOOTH: tl.constexpr):  # fmt: skip
     """The (half) error at the last layer's output ``z`` ``[tokens, d_out]``; ``residual`` are the keys, for a norm."""
     if NORM:
-        n, inverse = layer_norm(z, inside, d_out, eps)
+        n, inverse = layer_norm(z, inside, d_out)
         error = half_error(residual + n * gain_o[None, :], v, LOSS, POWER, DELTA, SMOOTH)
         error = layer_norm_vjp(error * gain_o[None, :], n, inverse, inside, d_out)
     else:
@@ -303,14 +316,14 @@ def output_error(z, residual, v, gain_o, inside, d_out, eps, NORM: tl.constexpr,
 
 
 @triton.jit
-def output_error_backward(g, error, z, residual, v, gain_o, inside, d_out, eps,
+def output_error_backward(g, error, z, residual, v, gain_o, inside, d_out,
                           LOSS: tl.constexpr, POWER: tl.constexpr, DELTA: tl.constexpr,
                           SMOOTH: tl.constexpr):  # fmt: skip
     """From the gradient ``g`` of ``error = output_error(z, ...)`` with a norm: to ``z``, residual, values, gain.
 
     The gain's is not summed over tokens.
     """
-    n, inverse = layer_norm(z, inside, d_out, eps)
+    n, inverse = layer_norm(z, inside, d_out)
     predicted = residual + n * gain_o[None, :]
     e = half_error(predicted, v, LOSS, POWER, DELTA, SMOOTH)
     u = e * gain_o[None, :]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ...triton_runtime import VARYING
 from .tiles import (
     clip_scale,
     coefficient,
@@ -27,6 +28,8 @@ from .tiles import (
     load_gain,
     load_tokens,
     output_error_backward,
+    replace,
+    replace_tokens,
     row_length,
     slope,
     square_sums,
@@ -49,7 +52,7 @@ def _state_backward(mix, dmix, at, start, later, before, r, c, rows_of, columns,
             after = load(later + other * size, r, c, rows_of, columns, WIDE)
             total += tl.load(mix + (at * PARTS + other) * PARTS + part).to(WIDE) * after
             dmix += tl.where(four == other * 2 + part, 1.0, 0.0).to(WIDE) * tl.sum(after * here)
-        store(before + part * size, r, c, rows_of, columns, total)
+        replace(before + part * size, r, c, rows_of, columns, total)
     return dmix
 
 
@@ -64,13 +67,13 @@ def _over_tokens(total, left, right, first, r, c, b, rows_of, columns,
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def write_backward_kernel(
     keys, values, gain, mix, write, anchor_1, anchor_2, stack_1, stack_2,
     input_2, output_1, output_2, unclipped_1, unclipped_2, error_1, error_2,
     grad_stack_1, grad_stack_2, grad_keys, grad_input_2, grad_error_1, grad_error_2,
     grad_values, grad_write, grad_mix, grad_gain, grad_anchor_1, grad_anchor_2,
-    chunks, batch_heads, b, d_in, width, d_out, clip, eps,
+    chunks, batch_heads, b, d_in, width, d_out,
     LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr,
     ANCHORED: tl.constexpr, TOKENS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
     OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
@@ -113,7 +116,7 @@ def write_backward_kernel(
                     back += dot(a, tl.trans(after_2), OPERAND, WIDE, PRECISION)
                     da = load_tokens(grad_input_2, first, t, h, b, width, WIDE)
                     da -= dot(error * weight, after_2, OPERAND, WIDE, PRECISION)
-                    store_tokens(grad_input_2, first, t, h, b, width, da)
+                    replace_tokens(grad_input_2, first, t, h, b, width, da)
                 if LAYERS == 2:
                     k = load_tokens(keys, first, t, i, b, d_in, WIDE)
                     dk = load_tokens(grad_keys, first, t, i, b, d_in, WIDE)
@@ -124,9 +127,9 @@ def write_backward_kernel(
                         grad_scores_1 = dot(k, tl.trans(after_1), OPERAND, WIDE, PRECISION)
                         dweight -= tl.sum(grad_scores_1 * e, axis=1)
                         de = load_tokens(grad_error_1, first, t, h, b, width, WIDE)
-                        store_tokens(grad_error_1, first, t, h, b, width, de - grad_scores_1 * weight)
+                        replace_tokens(grad_error_1, first, t, h, b, width, de - grad_scores_1 * weight)
                         dk -= dot(e * weight, after_1, OPERAND, WIDE, PRECISION)
-                    store_tokens(grad_keys, first, t, i, b, d_in, dk)
+                    replace_tokens(grad_keys, first, t, i, b, d_in, dk)
                 derror -= back * weight
                 dweight -= tl.sum(back * error, axis=1)
                 tl.store(grad_write + (first + t) * PARTS + part, dweight, mask=t < b)
@@ -134,7 +137,7 @@ def write_backward_kernel(
 
             # through errors = scale unclipped, where scale = clip / |gradient| below one
             unclipped = load_tokens(unclipped_2, first, t, o, b, d_out, WIDE)
-            if CLIP:
+            if CLIP is not None:
                 squares_2, small_2 = tl.zeros((TOKENS,), WIDE), tl.zeros((TOKENS,), WIDE)  # of the last layer's input
                 squares_1, small_1 = tl.zeros((TOKENS,), WIDE), tl.zeros((TOKENS,), WIDE)  # of unclipped_1
                 k_length, dscale = tl.zeros((TOKENS,), WIDE), tl.sum(derror * unclipped, axis=1)
@@ -155,9 +158,9 @@ def write_backward_kernel(
                 d_length, a_length = row_length(unclipped, WIDE), length(squares_2, small_2, WIDE)
                 e_length = length(squares_1, small_1, WIDE)
                 norm = gradient_norm(e_length, k_length, d_length, a_length)
-                scale = clip_scale(norm, clip)
+                scale = clip_scale(norm, CLIP)
                 dnorm = tl.where(scale < 1, -4 * dscale * scale, 0.0)
-                norm = tl.maximum(norm, clip)
+                norm = tl.maximum(norm, CLIP)
                 derror = derror * scale[:, None] + through_norm(unclipped, a_length / norm, dnorm)
 
             # errors run down the layers, so their gradient runs up ...
@@ -165,10 +168,10 @@ def write_backward_kernel(
                 for h0 in range(0, width, BLOCK):
                     h = h0 + tl.arange(0, BLOCK)
                     de = load_tokens(grad_error_1, first, t, h, b, width, WIDE)
-                    if CLIP:
+                    if CLIP is not None:
                         e = load_tokens(unclipped_1, first, t, h, b, width, WIDE)
                         de = de * scale[:, None] + through_norm(e, k_length / norm, dnorm)
-                        store_tokens(grad_error_1, first, t, h, b, width, de)
+                        replace_tokens(grad_error_1, first, t, h, b, width, de)
                     preact = load_tokens(output_1, first, t, h, b, width, WIDE)
                     w = load(w_2, o, h, d_out, width, WIDE)
                     derror += dot(de * slope(preact, ACTIVATION), tl.trans(w), OPERAND, WIDE, PRECISION)
@@ -179,13 +182,12 @@ def write_backward_kernel(
             if NORM:
                 residual = load_tokens(keys, first, t, o, b, d_in, WIDE)
                 g, dresidual_out, dv, dgains = output_error_backward(
-                    derror, unclipped, z, residual, v, gain_o, o < d_out, d_out, eps, LOSS, POWER, DELTA, SMOOTH
+                    derror, unclipped, z, residual, v, gain_o, o < d_out, d_out, LOSS, POWER, DELTA, SMOOTH
                 )
                 dgain += tl.sum(tl.where(valid, dgains, 0.0), axis=0)
                 # a residual network is as wide at its end as at its beginning
                 dresidual = load_tokens(grad_keys, first, t, o, b, d_in, WIDE) + dresidual_out
-                tl.debug_barrier()
-                store_tokens(grad_keys, first, t, o, b, d_in, dresidual)
+                replace_tokens(grad_keys, first, t, o, b, d_in, dresidual)
             else:
                 g, dv = half_error_vjp(derror, z, v, LOSS, POWER, DELTA, SMOOTH)
             store_tokens(grad_values, first, t, o, b, d_out, dv)
@@ -196,14 +198,14 @@ def write_backward_kernel(
             # ... and then the inputs' gradient runs down
             if LAYERS == 2:
                 dk = load_tokens(grad_keys, first, t, i, b, d_in, WIDE)
-                if CLIP:
+                if CLIP is not None:
                     k = load_tokens(keys, first, t, i, b, d_in, WIDE)
                     dk += through_norm(k, e_length / norm, dnorm)
             for h0 in range(0, width, BLOCK):
                 h = h0 + tl.arange(0, BLOCK)
                 w = load(w_2, o, h, d_out, width, WIDE)
                 da = load_tokens(grad_input_2, first, t, h, b, width, WIDE) + dot(g, w, OPERAND, WIDE, PRECISION)
-                if CLIP:
+                if CLIP is not None:
                     a = load_tokens(input_2, first, t, h, b, width, WIDE)
                     da += through_norm(a, d_length / norm, dnorm)
                 if LAYERS == 2:
@@ -214,10 +216,10 @@ def write_backward_kernel(
                     da = tl.where(valid, da * rise + de * upstream * curvature(preact, ACTIVATION), 0.0)
                     tile_1 = load(w_1, h, i, width, d_in, WIDE)
                     dk += dot(da, tile_1, OPERAND, WIDE, PRECISION)
-                    store_tokens(grad_error_1, first, t, h, b, width, de * rise)
-                store_tokens(grad_input_2, first, t, h, b, width, da)
+                    replace_tokens(grad_error_1, first, t, h, b, width, de * rise)
+                replace_tokens(grad_input_2, first, t, h, b, width, da)
             if LAYERS == 2:
-                store_tokens(grad_keys, first, t, i, b, d_in, dk)
+                replace_tokens(grad_keys, first, t, i, b, d_in, dk)
             tl.debug_barrier()
 
         # the gradients of weights and state, over all of the chunk's tokens
@@ -238,8 +240,8 @@ def write_backward_kernel(
                 dw_1 = load(grad_weights_1, h, i, width, d_in, WIDE)
                 dw_1 = _over_tokens(dw_1, grad_input_2, keys, first, h, i, b, width, d_in,
                                       TOKENS, OPERAND, WIDE, PRECISION)  # fmt: skip
-                store(grad_weights_1, h, i, width, d_in, dw_1)
-            store(grad_weights_2, o, h, d_out, width, dw)
+                replace(grad_weights_1, h, i, width, d_in, dw_1)
+            replace(grad_weights_2, o, h, d_out, width, dw)
         tl.store(grad_mix + (at * PARTS + four // 2) * PARTS + four % 2, dmix,
                  mask=(four // 2 < PARTS) & (four % 2 < PARTS))  # fmt: skip
         tl.debug_barrier()
@@ -260,13 +262,13 @@ def _add_dmix(dmix, after, here, part, other):
     return dmix + tl.where(tl.arange(0, 4) == part * 2 + other, 1.0, 0.0).to(dmix.dtype) * tl.sum(after * here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def write_backward_resident_kernel(
     keys, values, gain, mix, write, anchor_1, anchor_2, stack_1, stack_2,
     input_2, output_1, output_2, unclipped_1, unclipped_2, error_1, error_2,
     grad_stack_1, grad_stack_2, grad_keys, grad_input_2, grad_error_1, grad_error_2,
     grad_values, grad_write, grad_mix, grad_gain, grad_anchor_1, grad_anchor_2,
-    chunks, batch_heads, b, d_in, width, d_out, clip, eps,
+    chunks, batch_heads, b, d_in, width, d_out,
     LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr,
     ANCHORED: tl.constexpr, TOKENS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, WIDTH: tl.constexpr,
     OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
@@ -329,7 +331,7 @@ def write_backward_resident_kernel(
                 k = load_tokens(keys, first, t, i, b, d_in, WIDE)
                 unclipped_hidden = load_tokens(unclipped_1, first, t, h, b, width, WIDE)
             error = unclipped
-            if CLIP:
+            if CLIP is not None:
                 error = load_tokens(error_2, first, t, o, b, d_out, WIDE)
 
             # through the state after the chunk: mix state - (write errors)^T inputs
@@ -347,7 +349,7 @@ def write_backward_resident_kernel(
                 da += dot(error * weight_s, r_2, OPERAND, WIDE, PRECISION)
             if LAYERS == 2:
                 e = unclipped_hidden
-                if CLIP:
+                if CLIP is not None:
                     e = load_tokens(error_1, first, t, h, b, width, WIDE)
                 grad_scores_1 = dot(k, tl.trans(g_1), OPERAND, WIDE, PRECISION)
                 dweight -= tl.sum(grad_scores_1 * e, axis=1)
@@ -364,7 +366,7 @@ def write_backward_resident_kernel(
                 tl.store(grad_write + (first + t) * PARTS + 1, dweight_s, mask=t < b)
 
             # through errors = scale unclipped, where scale = clip / |gradient| below one
-            if CLIP:
+            if CLIP is not None:
                 d_length, a_length, dscale = (
                     row_length(unclipped, WIDE),
                     row_length(a, WIDE),
@@ -375,9 +377,9 @@ def write_backward_resident_kernel(
                     e_length, k_length = row_length(unclipped_hidden, WIDE), row_length(k, WIDE)
                     dscale += tl.sum(de * unclipped_hidden, axis=1)
                 norm = gradient_norm(e_length, k_length, d_length, a_length)
-                scale = clip_scale(norm, clip)
+                scale = clip_scale(norm, CLIP)
                 dnorm = tl.where(scale < 1, -4 * dscale * scale, 0.0)
-                norm = tl.maximum(norm, clip)
+                norm = tl.maximum(norm, CLIP)
                 derror = derror * scale[:, None] + through_norm(unclipped, a_length / norm, dnorm)
                 da += through_norm(a, d_length / norm, dnorm)
                 if LAYERS == 2:
@@ -397,7 +399,7 @@ def write_backward_resident_kernel(
             v = load_tokens(values, first, t, o, b, d_out, WIDE)
             if NORM:
                 g, dresidual_out, dv, dgains = output_error_backward(
-                    derror, unclipped, z, k, v, gain_o, o < d_out, d_out, eps, LOSS, POWER, DELTA, SMOOTH
+                    derror, unclipped, z, k, v, gain_o, o < d_out, d_out, LOSS, POWER, DELTA, SMOOTH
                 )
                 dgain += tl.sum(tl.where(valid, dgains, 0.0), axis=0)
                 if LAYERS == 2:  # with a norm, keys are as wide as values
@@ -417,18 +419,18 @@ def write_backward_resident_kernel(
                 da = tl.where(valid, da * rise + de * upstream * curvature(preact, ACTIVATION), 0.0)
                 dw_1 += dot(tl.trans(da), k, OPERAND, WIDE, PRECISION)
                 dk += dot(da, w_1, OPERAND, WIDE, PRECISION)
-                store_tokens(grad_keys, first, t, i, b, d_in, dk)
+                replace_tokens(grad_keys, first, t, i, b, d_in, dk)
             else:
-                store_tokens(grad_input_2, first, t, h, b, width, da)
+                replace_tokens(grad_input_2, first, t, h, b, width, da)
 
         # the weights' own gradient is added to the chunk's start, or to the anchor's
         if ANCHORED:
             grad_weights_2, high_2 = grad_anchor_2 + bh * size_2, tl.where(chunk == 0, d_out, 0)
-            store(grad_weights_2, o, h, high_2, width, load(grad_weights_2, o, h, high_2, width, WIDE) + dw_2)
+            replace(grad_weights_2, o, h, high_2, width, load(grad_weights_2, o, h, high_2, width, WIDE) + dw_2)
             dw_2 = tl.where(chunk == 0, 0.0, dw_2)
             if LAYERS == 2:
                 grad_weights_1, high_1 = grad_anchor_1 + bh * size_1, tl.where(chunk == 0, width, 0)
-                store(grad_weights_1, h, i, high_1, d_in, load(grad_weights_1, h, i, high_1, d_in, WIDE) + dw_1)
+                replace(grad_weights_1, h, i, high_1, d_in, load(grad_weights_1, h, i, high_1, d_in, WIDE) + dw_1)
                 dw_1 = tl.where(chunk == 0, 0.0, dw_1)
 
         # the state's gradient, from after the chunk to before it

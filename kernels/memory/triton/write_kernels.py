@@ -18,6 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ...triton_runtime import VARYING
 from .tiles import (
     activate,
     clip_scale,
@@ -40,7 +41,7 @@ from .tiles import (
 @triton.jit
 def _differentiate(
     keys, values, w_1, w_2, gain_o, input_2, output_1, output_2, unclipped_1, unclipped_2, error_1, error_2,
-    first, t, b, d_in, width, d_out, clip, eps,
+    first, t, b, d_in, width, d_out,
     LAYERS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr,
     TOKENS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
     WIDE: tl.constexpr, FINE: tl.constexpr, FINE_PRECISION: tl.constexpr,
@@ -64,7 +65,7 @@ def _differentiate(
             store_tokens(input_2, first, t, h, b, width, a)
         else:
             a = load_tokens(input_2, first, t, h, b, width, WIDE)
-        if CLIP:
+        if CLIP is not None:
             more, small_more = square_sums(a, 1, WIDE)
             squares += more
             small_squares += small_more
@@ -76,7 +77,7 @@ def _differentiate(
     residual = z
     if NORM:
         residual = load_tokens(keys, first, t, o, b, d_in, WIDE)
-    error = output_error(z, residual, v, gain_o, o < d_out, d_out, eps, NORM, LOSS, POWER, DELTA, SMOOTH)
+    error = output_error(z, residual, v, gain_o, o < d_out, d_out, NORM, LOSS, POWER, DELTA, SMOOTH)
     error = tl.where((t < b)[:, None], error, 0.0)
     store_tokens(unclipped_2, first, t, o, b, d_out, error)
     e_squares, small_e_squares = tl.zeros((TOKENS,), WIDE), tl.zeros((TOKENS,), WIDE)
@@ -88,16 +89,16 @@ def _differentiate(
             preact = load_tokens(output_1, first, t, h, b, width, WIDE)
             e = dot(error, w, FINE, WIDE, FINE_PRECISION) * slope(preact, ACTIVATION)
             store_tokens(unclipped_1, first, t, h, b, width, e)
-            if CLIP:
+            if CLIP is not None:
                 more, small_more = square_sums(e, 1, WIDE)
                 e_squares += more
                 small_e_squares += small_more
-    if CLIP:
+    if CLIP is not None:
         norm = gradient_norm(
             length(e_squares, small_e_squares, WIDE), row_length(k, WIDE),
             row_length(error, WIDE), length(squares, small_squares, WIDE),
         )  # fmt: skip
-        scale = clip_scale(norm, clip)
+        scale = clip_scale(norm, CLIP)
         store_tokens(error_2, first, t, o, b, d_out, error * scale[:, None])
         if LAYERS == 2:
             tl.debug_barrier()
@@ -132,11 +133,11 @@ def _advance(stack, after, mix, write, errors, inputs, out, width, b, at,
                 store(after + part * size, o, i, out, width, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def write_kernel(
     keys, values, gain, mix, write, anchor_1, anchor_2, stack_1, stack_2,
     input_2, output_1, output_2, unclipped_1, unclipped_2, error_1, error_2,
-    chunks, batch_heads, b, d_in, width, d_out, clip, eps,
+    chunks, batch_heads, b, d_in, width, d_out,
     LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr,
     ANCHORED: tl.constexpr, TOKENS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
     OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, FINE: tl.constexpr,
@@ -162,7 +163,7 @@ def write_kernel(
         for t0 in range(0, b, TOKENS):
             _differentiate(
                 keys, values, w_1, w_2, gain_o, input_2, output_1, output_2, unclipped_1, unclipped_2, error_1, error_2,
-                first, t0 + tl.arange(0, TOKENS), b, d_in, width, d_out, clip, eps,
+                first, t0 + tl.arange(0, TOKENS), b, d_in, width, d_out,
                 LAYERS, ACTIVATION, NORM, CLIP, TOKENS, IN, OUT, BLOCK, WIDE, FINE, FINE_PRECISION,
                 LOSS, POWER, DELTA, SMOOTH,
             )  # fmt: skip
@@ -179,11 +180,11 @@ def write_kernel(
         tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def rewrite_kernel(
     keys, values, gain, anchor_1, anchor_2, stack_1, stack_2,
     input_2, output_1, output_2, unclipped_1, unclipped_2, error_1, error_2,
-    batch_heads, b, d_in, width, d_out, clip, eps,
+    batch_heads, b, d_in, width, d_out,
     LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr,
     ANCHORED: tl.constexpr, TOKENS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
     WIDE: tl.constexpr, FINE: tl.constexpr, FINE_PRECISION: tl.constexpr,
@@ -199,7 +200,7 @@ def rewrite_kernel(
             w_1, w_2 = anchor_1 + bh * width * d_in, anchor_2 + bh * d_out * width
     _differentiate(
         keys, values, w_1, w_2, gain_o, input_2, output_1, output_2, unclipped_1, unclipped_2, error_1, error_2,
-        at * b, tl.program_id(1) * TOKENS + tl.arange(0, TOKENS), b, d_in, width, d_out, clip, eps,
+        at * b, tl.program_id(1) * TOKENS + tl.arange(0, TOKENS), b, d_in, width, d_out,
         LAYERS, ACTIVATION, NORM, CLIP, TOKENS, IN, OUT, BLOCK, WIDE, FINE, FINE_PRECISION, LOSS, POWER, DELTA, SMOOTH,
     )  # fmt: skip
 
@@ -218,11 +219,11 @@ def factor(mix, at, part, other, PARTS: tl.constexpr, WIDE: tl.constexpr):
     return tl.load(mix + (at * PARTS + part) * PARTS + other).to(WIDE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def write_resident_kernel(
     keys, values, gain, mix, write, anchor_1, anchor_2, stack_1, stack_2,
     input_2, output_1, output_2, unclipped_1, unclipped_2, error_1, error_2,
-    chunks, batch_heads, b, d_in, width, d_out, clip, eps,
+    chunks, batch_heads, b, d_in, width, d_out,
     LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr,
     ANCHORED: tl.constexpr, TOKENS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, WIDTH: tl.constexpr,
     OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, FINE: tl.constexpr,
@@ -283,18 +284,18 @@ def write_resident_kernel(
 
             # errors back; with a norm, keys are as wide as values
             v = load_tokens(values, first, t, o, b, d_out, WIDE)
-            error = output_error(z, k, v, gain_o, o < d_out, d_out, eps, NORM, LOSS, POWER, DELTA, SMOOTH)
+            error = output_error(z, k, v, gain_o, o < d_out, d_out, NORM, LOSS, POWER, DELTA, SMOOTH)
             error = tl.where((t < b)[:, None], error, 0.0)
             store_tokens(unclipped_2, first, t, o, b, d_out, error)
             if LAYERS == 2:
                 e = dot(error, w_2, FINE, WIDE, FINE_PRECISION) * slope(preact, ACTIVATION)
                 store_tokens(unclipped_1, first, t, h, b, width, e)
-            if CLIP:
+            if CLIP is not None:
                 e_length, k_length = tl.zeros((TOKENS,), WIDE), tl.zeros((TOKENS,), WIDE)
                 if LAYERS == 2:
                     e_length, k_length = row_length(e, WIDE), row_length(k, WIDE)
                 norm = gradient_norm(e_length, k_length, row_length(error, WIDE), row_length(a, WIDE))
-                scale = clip_scale(norm, clip)
+                scale = clip_scale(norm, CLIP)
                 error *= scale[:, None]
                 store_tokens(error_2, first, t, o, b, d_out, error)
                 if LAYERS == 2:

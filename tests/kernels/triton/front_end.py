@@ -1,96 +1,182 @@
-"""A program for ``test_specialised.py``: every launch of the smallest memories through Triton's front end.
+"""A program for ``test_specialised.py``: the launches of small memories through Triton's front end, as for a GPU.
 
-What Triton knows of the arguments when it compiles for a GPU is what they are: a size of 1 and a tensor that is not
-there are constants then, which neither the interpreter nor compiling ahead of time with other sizes tells.
+Triton compiles a kernel for what its arguments are: a size of 1 and a tensor that is not there are constants then.
+Neither the interpreter nor compiling ahead of time with other sizes tells. Nothing runs: what is computed stays as it
+was allocated. Prints what was found as one line of JSON.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import os
+import re
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # with it, what is defined below are no kernels to be compiled
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import torch
+import triton
 from torch import Tensor
 from triton._C.libtriton import ir
-from triton.backends.compiler import GPUTarget
+from triton.backends.compiler import GPUTarget, Language
+from triton.backends.driver import DriverBase
 from triton.compiler import ASTSource, make_backend
 
 from titans_build.kernels import triton_runtime
 
 TARGET = GPUTarget("cuda", 90, 32)
 BACKEND = make_backend(TARGET)
-POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.bool: "*i1", torch.int64: "*i64"}
-seen: set[str] = set()
+SINGLE = re.compile(
+    r"(?:arith\.(?:add|sub|mul|div|rem|neg|max|min|cmp)\w*|math\.\w+|tt\.(?:dot|reduce)\b).*\bf32\b|tt\.func.*: f32\b"
+)
+"""A line of a program that computes in float32, or takes a float32 number."""
+CONSTANT = re.compile(r"arith.constant (?:dense<)?(-?\d\.\d+e[-+]\d+)>? : (?:tensor<.*)?f32")
+rounded: set[str] = set()
+"""Numbers in programs that are not what they are in float32."""
+compiled: dict[str, tuple[str, str]] = {}
+"""What a launch would have compiled: name and program, by Triton's own key."""
 
 
-def compile_only(kernel: Any, grid: tuple[int, ...], *arguments: Any, **fixed: Any) -> None:
-    """In the place of ``launch``: what is computed stays as it was allocated."""
-    given = dict(zip(kernel.arg_names, arguments)) | {n: x for n, x in fixed.items() if n in kernel.arg_names}
-    signature, constants, known = {}, {}, {}
-    for place, parameter in enumerate(kernel.params):
-        x = given[parameter.name]
-        if parameter.is_constexpr or x is None or (isinstance(x, int) and x == 1):
-            kind, constants[(place,)] = "constexpr", x
-        elif isinstance(x, Tensor):
-            kind, known[(place,)] = POINTERS[x.dtype], [["tt.divisibility", 16]]
-        else:
-            kind = "i32" if isinstance(x, int) else "fp32"
-        signature[parameter.name] = kind
-    if str((kernel.__name__, signature, constants)) in seen:
-        return
-    seen.add(str((kernel.__name__, signature, constants)))
-    context = ir.context()
-    ir.load_dialects(context)
-    BACKEND.load_dialects(context)
-    options = BACKEND.parse_options({})
-    ASTSource(kernel, signature, constants, known).make_ir(
-        TARGET, options, BACKEND.get_codegen_implementation(options), BACKEND.get_module_map(), context
-    )
-    print(f"{kernel.__module__}.{kernel.__name__}".removeprefix("titans_build.kernels."))
+class Driver(DriverBase):
+    """That of a GPU that is not there."""
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    map_python_to_cpp_type = get_benchmarker = get_active_torch_device = lambda self, *given: None
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGET
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_only(*, key: str, fn: Any, compile: dict[str, Any], **rest: Any) -> bool:
+    """Triton's hook before it compiles: up to its first stage, and no further."""
+    if key not in compiled:
+        context = ir.context()
+        ir.load_dialects(context)
+        BACKEND.load_dialects(context)
+        options = BACKEND.parse_options({n: compile[n] for n in ("num_warps", "num_stages")})
+        source = ASTSource(fn.jit_function, compile["signature"], compile["constants"], compile["configs"][0])
+        module = source.make_ir(
+            TARGET, options, BACKEND.get_codegen_implementation(options), BACKEND.get_module_map(), context
+        )
+        rounded.update(x for x in CONSTANT.findall(str(module)) if torch.tensor(float(x)).double() != float(x))
+        stages: dict[str, Any] = {}
+        BACKEND.add_stages(stages, options, Language.TRITON)
+        compiled[key] = f"{fn.module}.{fn.name}".removeprefix("titans_build.kernels."), str(stages["ttir"](module, {}))
+    return True
 
 
 def ones(*shape: int, dtype: torch.dtype = torch.float32, learned: bool = True) -> Tensor:
     return torch.ones(shape, dtype=dtype, requires_grad=learned)
 
 
-def memory(depth: int, full: bool, learned: bool, schedule: str = "streamed", backend: str = "triton") -> None:
-    """Everything of size 1; ``full`` with all there is: norm, gates, clipping, a mask, the middle of a chunk."""
+def memory(
+    depth: int, full: bool, learned: bool, schedule: str = "streamed", backend: str = "triton", *,
+    dtype: torch.dtype = torch.bfloat16, size: int = 1, rows: int = 1, time: int = 1, chunk: int = 3, position: int = 1,
+) -> None:  # fmt: skip
+    """``full`` with all there is: norm, gates, clipping, the middle of a chunk, and with sizes of 1 a mask."""
     from titans_build.kernels.memory import MemoryState, read_memory, titans_memory
 
     os.environ["TITANS_BUILD_SCHEDULE"] = schedule
-    one = lambda *shape: ones(*shape, dtype=torch.bfloat16, learned=learned)  # noqa: E731
-    part = lambda: tuple(ones(1, 1, 1, 1, learned=learned) for _ in range(depth))  # noqa: E731
-    state = MemoryState(part(), part(), part(), torch.tensor([int(full)]))
-    q, k, v, gates = one(1, 1, 1, 1), one(1, 1, 1, 1), one(1, 1, 1, 1), [one(1, 1, 1) if full else None] * 2
+    one = lambda *shape: ones(*shape, dtype=dtype, learned=learned)  # noqa: E731
+    wide = torch.promote_types(dtype, torch.float32)
+    part = lambda: tuple(ones(rows, 1, size, size, dtype=wide, learned=learned) for _ in range(depth))  # noqa: E731
+    state = MemoryState(part(), part(), part(), torch.full((rows,), position if full else 0))
+    q, k, v = (one(rows, time, 1, size) for _ in range(3))
+    gates, gain = [one(rows, time, 1) if full else None] * 2, one(1, size) if full else None
     _, after = titans_memory(
-        q, k, v, one(1, 1, 1), *gates, state, chunk=3 if full else 1, norm=one(1, 1) if full else None,
-        mask=torch.ones(1, 1, dtype=torch.bool) if full else None, clip=1.0 if full else None,
+        q, k, v, one(rows, time, 1), *gates, state, chunk=chunk if full else 1, norm=gain,
+        mask=torch.ones(1, 1, dtype=torch.bool) if full and size == 1 else None, clip=0.3 if full else None,
         read="after" if full else "before", backend=backend,
     )  # fmt: skip
     if learned:
         sum(x.sum() for x in after.weights).backward()
-        read_memory(q, part(), "gelu", one(1, 1) if full else None, backend="triton").sum().backward()
+        read_memory(q, part(), "gelu", gain, backend="triton").sum().backward()
 
 
-def others() -> None:
+def others(dtype: torch.dtype = torch.float32, size: int = 1, rows: int = 1, time: int = 1) -> None:
     from titans_build.kernels.norm_gate.form import GATE, Form
     from titans_build.kernels.norm_gate.triton import gated
     from titans_build.kernels.short_conv.triton import convolve
 
-    x, gain = ones(1, 1, 1), ones(1, 1)
-    gated(Form(GATE, 1, 1, 1.0, 1e-6), x, x * 1, gain, gain * 1).sum().backward()
-    convolve(ones(1, 1, 1), ones(1, 1)).sum().backward()
+    x, gain = ones(rows, time, size, dtype=dtype), ones(1, size, dtype=dtype)
+    gated(Form(GATE, 1, size, float(size), 1e-6), x, x * 1, gain, gain * 1).sum().backward()
+    convolve(x, ones(size, 1, dtype=dtype)).sum().backward()
+
+
+def everything(**given: Any) -> None:
+    for depth, full in itertools.product((1, 2), (True, False)):
+        for schedule in ("streamed", "resident"):
+            memory(depth, full, True, schedule, **given)
+        memory(depth, full, False, backend="triton_step", **given)
+    others(given.get("dtype", torch.float32))
+
+
+def at_length(rows: int, time: int, position: int) -> list[str]:
+    """What is compiled for sequences of this length that was not before."""
+    before = set(compiled)
+    given = dict(size=16, rows=rows, time=time, chunk=16)
+    for schedule in ("streamed", "resident"):
+        memory(2, True, True, schedule, position=position, **given)
+        memory(2, True, False, schedule, position=position, **given)
+    memory(2, True, False, backend="triton_step", position=position, **given | dict(time=1))
+    others(size=16, rows=rows, time=time)
+    return [compiled[key][0] for key in compiled if key not in before]
+
+
+def stored_too_early(program: str) -> list[str]:
+    """Tensors that are stored to after a load of the same tensor, with no barrier between the two.
+
+    Other threads may not have loaded yet. Stores of one chunk's state after loads of another's are no such case.
+    """
+    root: dict[str, str] = {}
+    loaded: set[str] = set()
+    found = []
+    for line in program.splitlines():
+        names = re.findall(r"%[\w#]+", line)
+        if "gpu.barrier" in line or "ttg.barrier" in line:
+            loaded.clear()
+        elif made := re.match(r"\s*(%\w+) = tt\.(?:splat|addptr|broadcast|expand_dims) (%\w+)", line):
+            root[made[1]] = root.get(made[2], made[2])
+        elif " = tt.load" in line:
+            loaded.add(root.get(names[1], names[1]))
+        elif "tt.store" in line and (name := root.get(names[0], names[0])) in loaded:
+            found.append(name)
+    return [name for name in found if not name.startswith(("%stack", "%grad_stack"))]
 
 
 if __name__ == "__main__":
-    triton_runtime.launch = compile_only  # before those that import it are imported themselves
+    triton.runtime.driver.set_active(Driver())
+    triton.knobs.runtime.jit_cache_hook = compile_only
     triton_runtime.refuse = lambda **facts: None
-    for depth, full in itertools.product((1, 2), (True, False)):
-        for schedule in ("streamed", "resident"):
-            memory(depth, full, True, schedule)
-        memory(depth, full, False, backend="triton_step")
-    others()
+    everything()
+    kernels, early = sorted({name for name, _ in compiled.values()}), {}
+    for name, program in compiled.values():
+        if stores := stored_too_early(program):
+            early[name] = stores
+    compiled.clear()
+    rounded.clear()
+    everything(dtype=torch.float64)
+    single = rounded | {
+        f"{name}: {line.strip()}" for name, program in compiled.values()
+        for line in program.splitlines() if SINGLE.search(line)
+    }  # fmt: skip
+    for position in (0, 3):
+        for time in (7, 40):
+            at_length(2, time, position)
+    again = {
+        f"{rows} x {time} from {position}": new
+        for rows, time, position in [(1, 1, 0), (3, 15, 5), (1, 16, 0), (2, 17, 8), (16, 47, 3), (1, 100, 12)]
+        if (new := at_length(rows, time, position))
+    }
+    print(json.dumps(dict(kernels=kernels, early=early, single=sorted(single), again=again)))
