@@ -247,10 +247,11 @@ def _fits(rule: Rule, norm: Tensor | None) -> bool:
 
 def _row(
     rule: Rule, writes: Writes, state: LearnerState, norm: Tensor | None, mask: Tensor | None, keep: int | None,
-    half: str | None, backend: str,
+    half: str | None, backend: str, ends: list[int] | None = None,
 ) -> tuple[Tensor, LearnerState]:  # fmt: skip
-    """A stretch without a reset inside it, or one that the general path finds."""
+    """A stretch without a reset inside it, or one that the general path finds. ``ends``: as of ``titans_memory``."""
     options = rule.options(keep, half)
+    pick = lambda x: x if ends is None else x[ends]  # noqa: E731
     if options is not None and backend != "general" and _fits(rule, norm):
         q, k, v, theta, eta, alpha, gamma, _ = writes
         projection = state.projection
@@ -262,10 +263,11 @@ def _row(
         before = state.plain()
         usual = not options.decay_first and (alpha is None or alpha.dim() == 3)
         if usual or backend != "auto" or has_fast_backend(tokens, before, norm, mask, options):
-            y, after = run_memory(tokens, before, norm, mask, options, backend)
-            return y, state._replace(**after._asdict(), projection=projection)
+            y, after = run_memory(tokens, before, norm, mask, options._replace(ends=ends), backend)
+            return y, state._replace(projection=projection).rows(pick)._replace(**after._asdict())
     gain = None if norm is None else norm.unsqueeze(1)
-    return run(rule, writes, complete(rule, state, writes), gain, mask)
+    y, state = run(rule, writes, complete(rule, state, writes), gain, mask)
+    return y, state.rows(pick)
 
 
 def _projected(q: Tensor, k: Tensor, projection: Any, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -278,11 +280,14 @@ def _projected(q: Tensor, k: Tensor, projection: Any, mask: Tensor | None) -> tu
 
 def _rows(
     rule: Rule, writes: Writes, state: LearnerState, *, norm: Tensor | None, mask: Tensor | None, keep: int | None,
-    half: str | None, backend: str,
+    half: str | None, backend: str, ends: list[int] | None = None,
 ) -> tuple[Tensor, LearnerState]:  # fmt: skip
     """Every row on its own. Stretches between resets run side by side where all rows are at the same place."""
     if rule.reset is None or 0 in writes.theta.shape[:2]:
-        return _row(rule, writes, state, norm, mask, keep, half, backend)
+        return _row(rule, writes, state, norm, mask, keep, half, backend, ends)
+    if ends is not None:
+        y, state = _rows(rule, writes, state, norm=norm, mask=mask, keep=keep, half=half, backend=backend)
+        return y, state.rows(lambda x: x[ends])
     state = complete(rule, state, writes)
     rows, time, reset = writes.theta.shape[0], writes.theta.shape[1], rule.reset * rule.keys
     positions = state.position.tolist()
@@ -351,15 +356,18 @@ def _documents(
     outputs, ends, order = [], [], []
     for group in groups:
         rows = torch.tensor([documents.row[i] for i in group.documents], device=ids.device)
-        before = state.rows(lambda x, rows=rows: x[rows])  # type: ignore[misc]
-        if not group.continues:
-            before = begin(before, torch.ones_like(rows, dtype=torch.bool))
-            before = before._replace(position=torch.zeros_like(before.position))
-        filled = None if group.layout is None else group.layout.filled
-        y, after = run_rows(writes.map(lambda x, group=group: documents.unpack(x, group)), before, mask=filled)  # type: ignore[misc]
-        outputs.append(y)
+        if group.continues:
+            before = state.rows(lambda x, rows=rows: x[rows])  # type: ignore[misc]
+        else:
+            weights = tuple(w[rows] for w in state.initial)
+            momentum = tuple(torch.zeros_like(w[:1]).expand_as(w) for w in weights[: len(state.momentum)])
+            before = LearnerState(weights, momentum, weights, torch.zeros_like(rows), weights)
         final = [place for place, i in enumerate(group.documents) if documents.last[documents.row[i]] == i]
-        ends.append(after.rows(lambda x, final=final: x[final]))  # type: ignore[misc]
+        filled = None if group.layout is None else group.layout.filled
+        unpacked = writes.map(lambda x, group=group: documents.unpack(x, group))  # type: ignore[misc]
+        y, after = run_rows(unpacked, complete(rule, before, unpacked), mask=filled, ends=final)
+        outputs.append(y)
+        ends.append(after)
         order += [int(rows[place]) for place in final]
     unread = [row for row, i in enumerate(documents.last) if i is None]
     ends.append(state.rows(lambda x: x[unread]))
