@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..kernels.attention import Prefix, attention
+from ..kernels.attention import Prefix, attention, operand_dtype
 from ..kernels.attention.decode import Cache, cached_attention
 from ..kernels.documents import Documents
 from ..kernels.linear import is_plain, linear, project
@@ -139,9 +139,10 @@ class Attention(Block):
         if tokens.is_meta:
             kept = tokens.new_empty(*tokens.shape[:2], self.kv_heads, self.head_dim)
             return tokens, state._replace(prefix_keys=kept, prefix_values=kept)
-        q, k, v = self._project([linear(self.qkv, tokens)], 1, state.keys.dtype)
-        y = attention(q, k, v)
-        return linear(self.out, y.flatten(2).to(tokens.dtype)), state._replace(prefix_keys=k, prefix_values=v)
+        q, k, v = self._project([linear(self.qkv, tokens)], 1, operand_dtype(state.keys))
+        y = linear(self.out, attention(q, k, v).flatten(2).to(operand_dtype(tokens)))
+        dtype = state.keys.dtype
+        return y, state._replace(prefix_keys=k.to(dtype), prefix_values=v.to(dtype))
 
     def forward(
         self,
@@ -195,7 +196,7 @@ class Attention(Block):
             y, state = self._run(projected, state, None if layout is None else layout.length, step)
         else:
             y, state = self._run_packed(projected, state, mask, documents, step)
-        y = linear(self.out, y.flatten(2).to(x.dtype))
+        y = linear(self.out, y.flatten(2).to(operand_dtype(x)))
         if mask is None:
             return y, state
         if layout is None:  # ``out`` may add a bias
@@ -241,10 +242,11 @@ class Attention(Block):
         """
         (rows, time), fresh = projected[-1].shape[:2], state is None
         state = self.init_state(rows) if state is None else state
-        q, k, v = self._project(projected, step, state.keys.dtype)
+        dtype = operand_dtype(state.keys)
+        q, k, v = self._project(projected, step, dtype)
         prefix = None
         if state.prefix_keys is not None and state.prefix_values is not None:
-            prefix = Prefix(q, state.prefix_keys, state.prefix_values)
+            prefix = Prefix(q, state.prefix_keys.to(dtype), state.prefix_values.to(dtype))
         if self.rope is not None:
             # rows at the same position share their rotation
             same = fresh
@@ -269,8 +271,8 @@ class Attention(Block):
         seen_k, seen_v = k, v
         if used:
             unused = slots - used
-            seen_k = torch.cat((state.keys[:, unused:], k), dim=1)
-            seen_v = torch.cat((state.values[:, unused:], v), dim=1)
+            seen_k = torch.cat((state.keys[:, unused:].to(dtype), k), dim=1)
+            seen_v = torch.cat((state.values[:, unused:].to(dtype), v), dim=1)
         y = attention(q, seen_k, seen_v, window=self.window, start=start, prefix=prefix, step=step)
         if ends is not None:
             if not ends:
@@ -292,10 +294,7 @@ class Attention(Block):
         return y, state._replace(keys=keys, values=values, cached=cached, position=position)
 
     def _project(self, projected: Sequence[Tensor], step: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries at every ``step``-th token, keys and values, ``[batch, .., heads or kv_heads, d]``, not rotated.
-
-        ``dtype``: that of the state, which it keeps under autocast.
-        """
+        """Queries at every ``step``-th token, keys and values, ``[batch, .., heads or kv_heads, d]``, not rotated."""
         shape, shared = (-1, self.head_dim), self.kv_heads
         heads = projected[-1].to(dtype).unflatten(-1, shape)
         if len(projected) == 2:
@@ -309,7 +308,7 @@ class Attention(Block):
         return q, k, v
 
     def _advance(self, state: AttentionState, k: Tensor, v: Tensor, length: Tensor | None) -> AttentionState:
-        """Return the state after the new ``k`` and ``v``. ``length`` as in :meth:`_run`."""
+        """Return the state after the new ``k`` and ``v``, in the dtype of ``state``. ``length`` as in :meth:`_run`."""
         time, cached = k.shape[1], state.cached + (k.shape[1] if length is None else length)
         if self.window is None:
             # the compiler does not know the number of slots in use: the state then keeps all
@@ -331,7 +330,8 @@ class Attention(Block):
             read, before = length, max(0, slots - (k.shape[1] - time))
             end = length + (before + k.shape[1] - time)
             k, v = [last(F.pad(x, (0, 0, 0, 0, before, 0)), end, slots) for x in (k, v)]
-        return state._replace(keys=k, values=v, cached=cached, position=state.position + read)
+        dtype = state.keys.dtype  # under autocast, the state keeps it
+        return state._replace(keys=k.to(dtype), values=v.to(dtype), cached=cached, position=state.position + read)
 
     def _expect_visible_tokens(self, state: AttentionState) -> None:
         """Raise unless the cache of a smaller window has all visible tokens."""

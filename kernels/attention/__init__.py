@@ -8,9 +8,10 @@ zero.
 Prefix keys have no position. Where the other scores come from rotated queries and keys, theirs come from queries that
 were not rotated, which is why :class:`Prefix` brings its own.
 
-Backends: ``native`` is a C kernel for CPUs (cpu.py), ``xformers`` a GPU library with windowed kernels (xformers.py),
-``sdpa`` PyTorch's fused kernels (sdpa.py), ``flex`` FlexAttention (flex.py), ``reference`` a dense mask (reference.py).
-A few new tokens over a cache, from projection to output, are in decode.py.
+Backends: ``native`` is a C kernel for CPUs (cpu.py). On GPUs, ``xformers`` (xformers.py) and ``flash`` (flash.py) are
+FlashAttention with windows, from xFormers and from PyTorch, and ``flex`` is FlexAttention (flex.py). ``sdpa`` are
+PyTorch's fused kernels (sdpa.py), and ``reference`` is a dense mask (reference.py). A few new tokens over a cache, from
+projection to output, are in decode.py.
 """
 
 from __future__ import annotations
@@ -28,15 +29,18 @@ from ..dispatch import (
     BackendUnavailable,
     Operation,
     expect_tensors,
+    half_dtype,
     is_plain_cpu_tensor,
     needs_grad,
     sum_is_finite,
+    transforming,
 )
 from .cpu import native_attention
+from .flash import flash_attention, refuse_flash
 from .flex import flex_attention, refuse_flex
 from .reference import Prefix as Prefix
 from .reference import reference_attention
-from .sdpa import sdpa_attention
+from .sdpa import JOINT_QUERIES, is_masked, sdpa_attention
 from .xformers import refuse_xformers, xformers_attention
 
 
@@ -70,18 +74,43 @@ def attention(
     plain = is_plain_cpu_tensor(q, k, v, start, *(() if prefix is None else prefix))
     facts: dict[str, Any] = dict(device=q.device.type, dtype=q.dtype, grad=grad, plain=plain)
     if not q.is_cpu:
-        facts |= dict(
-            width=q.shape[3], start=start is not None, gaps=step > 1 and k.shape[1] < q.shape[1] * step,
-            deterministic=torch.are_deterministic_algorithms_enabled(),
-        )  # fmt: skip
+        facts |= accelerator_facts(q, k, window, start, prefix, step)
     run: Callable[..., Tensor] = _operation.choose(backend, **facts)
-    if not q.numel():  # libraries refuse a batch of no rows, or no queries
+    # libraries refuse a batch of no rows, or no queries; fused kernels have no transforms and no forward mode
+    if not q.numel() or (not plain and transforming()):
         run = reference_attention
     try:
         return run(q, k, v, window, start, prefix, step)
     except BackendUnavailable as error:
         run = _operation.fallback("xformers", str(error), backend, **facts)
         return run(q, k, v, window, start, prefix, step)
+
+
+LARGE = 2**18
+"""Pairs of queries and keys from which on compiling a kernel for them pays."""
+
+
+def accelerator_facts(
+    q: Tensor, k: Tensor, window: int | None, start: Tensor | None, prefix: Prefix | None, step: int
+) -> dict[str, Any]:
+    """What backends for accelerators decide by, besides device, dtype and gradients."""
+    time, keys = q.shape[1], k.shape[1]
+    return dict(
+        width=q.shape[3], start=start is not None, gaps=step > 1 and keys < time * step,
+        several=step > 1 or prefix is not None, masked=is_masked(time, keys, window, start, prefix, step),
+        few=time <= JOINT_QUERIES, large=time > JOINT_QUERIES and time * keys >= LARGE,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
+
+
+FULL_PRECISION_DEVICES = ("cpu",)
+"""Devices on which autocast changes nothing: their kernels are faster in float32, and more exact."""
+
+
+def operand_dtype(like: Tensor) -> torch.dtype:
+    """The dtype of queries, keys and values where the state is like ``like``: that of autocast if it is enabled."""
+    half = None if like.device.type in FULL_PRECISION_DEVICES else half_dtype(like)
+    return like.dtype if half is None else getattr(torch, half)
 
 
 def _check(
@@ -184,8 +213,9 @@ _operation = Operation(
     [
         Backend("native", _confine_nonfinite(native_attention), library.refuse, opaque=True),
         Backend("xformers", xformers_attention, refuse_xformers, opaque=True),
-        Backend("sdpa", _confine_nonfinite(sdpa_attention, adds_mask=True)),
+        Backend("flash", flash_attention, refuse_flash),
         Backend("flex", _confine_nonfinite(flex_attention), refuse_flex),
+        Backend("sdpa", _confine_nonfinite(sdpa_attention, adds_mask=True)),
         Backend("reference", _confine_nonfinite(reference_attention)),
     ],
     lambda q, *others: q,

@@ -8,20 +8,47 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ..autograd import differentiable
-from ..dispatch import transforming
-from .reference import Prefix, reference_attention, visible_keys
+from ..dispatch import needs_grad
+from .reference import Prefix, visible_keys
 
 JOINT_QUERIES = 16
 """Queries up to which a prefix is scored by plain matrix products, which are fewer steps than merging kernels."""
 
 
+LARGEST_MASK = 2**25
+"""Pairs of queries and keys of a mask. More queries are taken in parts, whose masks backward makes again."""
+
+
 def sdpa_attention(
     q: Tensor, k: Tensor, v: Tensor, window: int | None, start: Tensor | None, prefix: Prefix | None, step: int
 ) -> Tensor:
-    if transforming():  # the fused kernels have no forward-mode derivatives
-        return reference_attention(q, k, v, window, start, prefix, step)
+    time, keys = q.shape[1], k.shape[1]
+    most = keys if window is None else min(keys, 2 * window + (time - 1) * (step - 1) + 64)
+    pairs = time * most * (1 if start is None else q.shape[0])
+    if pairs <= LARGEST_MASK or not is_masked(time, keys, window, start, prefix, step):
+        return _attend(q, k, v, window, start, prefix, step)
+    found = []
+    tensors = (q, k, v) if prefix is None else (q, k, v, *prefix)
+    for first in range(0, time, size := max(1, time * LARGEST_MASK // pairs)):
+        end = min(first + size, time)
+        queries, until = slice(first, end), keys - (time - end) * step
+        own = None if prefix is None else prefix._replace(q=prefix.q[:, queries])
+        given = (q[:, queries], k[:, :until], v[:, :until], window, start, own, step)
+        found.append(checkpoint(_attend, *given, use_reentrant=False) if needs_grad(*tensors) else _attend(*given))
+    return torch.cat(found, dim=1)
+
+
+def is_masked(time: int, keys: int, window: int | None, start: Tensor | None, prefix: Prefix | None, step: int) -> bool:
+    """Whether this is more than each token attending to those before it, which needs no mask."""
+    return window is not None or start is not None or prefix is not None or step > 1 or time not in (1, keys)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, start: Tensor | None, prefix: Prefix | None, step: int
+) -> Tensor:
     time = q.shape[1]
     reach = (time - 1) * step + 1  # keys from the first query's place to the end
     if window is not None:
@@ -31,15 +58,29 @@ def sdpa_attention(
             start = None if start is None else start - unseen
         if k.shape[1] <= window:
             window = None
-    if step > 1:
-        visible = visible_keys(time, k.shape[1], window, start, q.device, step)[:, None]
-        return _one_softmax(q, k, v, visible, False, prefix)
-    if window is not None and time > _block(window):
+    if step == 1 and window is not None and time > _block(window):
         return _in_blocks(q, k, v, window, start, prefix)
     joint = prefix is not None and time <= JOINT_QUERIES
-    if window is None and start is None and (joint or time == 1 or time == k.shape[1]):
+    if step == 1 and window is None and start is None and (joint or time == 1 or time == k.shape[1]):
         return _one_softmax(q, k, v, None, time > 1, prefix)
-    return _one_softmax(q, k, v, visible_keys(time, k.shape[1], window, start, q.device)[:, None], False, prefix)
+    return _one_softmax(q, k, v, _visible(time, k.shape[1], window, start, q.device, step)[:, None], False, prefix)
+
+
+def _visible(time: int, keys: int, window: int | None, start: Tensor | None, device: torch.device, step: int) -> Tensor:
+    """``visible_keys``; that of every row is kept for the next segment, or the next layer."""
+    if start is not None or torch.compiler.is_compiling() or time * keys > KEPT_MASK:
+        return visible_keys(time, keys, window, start, device, step)
+    return _kept_mask(time, keys, window, device, step)
+
+
+KEPT_MASK = 2**20
+"""Pairs of queries and keys of masks that are kept: at most 64 of them."""
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_mask(time: int, keys: int, window: int | None, device: torch.device, step: int) -> Tensor:
+    with torch.inference_mode(False):
+        return visible_keys(time, keys, window, None, device, step)
 
 
 def _block(window: int) -> int:
@@ -98,7 +139,9 @@ def _one_softmax(
         return _Merged.apply(*qkv, _additive(visible, q.dtype), causal).transpose(1, 2)
     if prefix is not None:
         visible = None if visible is None else F.pad(visible, (prefix.k.shape[1], 0), value=True)
-        q, k, v = side_by_side(q, k, v, prefix)
+        # features [rotated | plain]: one product scores keys by the first half and prefix keys by the second
+        k = torch.cat((F.pad(prefix.k, (d, 0)), F.pad(k, (0, d))), dim=1)
+        q, v = torch.cat((q, prefix.q), dim=-1), torch.cat((prefix.v, v), dim=1)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if grouped and visible is not None and not merging:
         # accelerators have kernels for masks and kernels for groups of heads, none for both
@@ -179,7 +222,7 @@ class _Merged(torch.autograd.Function):
     The kernel returns the log-sum-exp of its scores, which makes the merge exact. Its backward recomputes the
     weights from a log-sum-exp and an output that it is given: given the joint ones, it returns the gradients
     of the joint softmax. The public ``scaled_dot_product_attention`` returns no log-sum-exp; with it, as on
-    other devices (``side_by_side``), a training step of ``mag`` on this backend takes 1.11 times as long.
+    other devices, a training step of ``mag`` on this backend takes 1.11 times as long.
     """
 
     @staticmethod
@@ -226,9 +269,3 @@ class _Merged(torch.autograd.Function):
         grad_pk = grad_score.transpose(-1, -2) @ _per_kv_head(pq, pk)
         grad_pv = _per_kv_head(weight.to(q.dtype), pk).transpose(-1, -2) @ grad_group
         return grad_q, grad_k, grad_v, grad_pq, grad_pk, grad_pv, None, None
-
-
-def side_by_side(q: Tensor, k: Tensor, v: Tensor, prefix: Prefix) -> tuple[Tensor, Tensor, Tensor]:
-    """Features ``[rotated | plain]``: one product scores keys by the first half and prefix keys by the second."""
-    keys = torch.cat((F.pad(prefix.k, (q.shape[-1], 0)), F.pad(k, (0, q.shape[-1]))), dim=1)
-    return torch.cat((q, prefix.q), dim=-1), keys, torch.cat((prefix.v, v), dim=1)

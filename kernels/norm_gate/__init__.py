@@ -30,9 +30,6 @@ def rms_norm(x: Tensor, gain: Tensor | None = None, eps: float = 1e-6, *, backen
     ``x``: ``[..., dim]``. ``gain``: broadcasts against ``x`` from the right (``[dim]``, or ``[heads, dim]``), or
     ``None``.
     """
-    if gain is not None and gain.dtype != x.dtype:  # under autocast
-        wide = torch.promote_types(x.dtype, gain.dtype)
-        return rms_norm(x.to(wide), gain.to(wide), eps, backend=backend).to(x.dtype)
     dim, heads = x.shape[-1], 1
     if gain is not None:
         gain = gain.expand(dim) if gain.dim() == 0 else gain
@@ -209,11 +206,16 @@ def _swiglu_triton(x: Tensor) -> Tensor:
     return _triton(Form(SILU_GATE, 1, gate.shape[-1]), up, gate, None, None)
 
 
+def _refuse_triton(*, same: bool = True, **facts: Any) -> str | None:
+    """Its kernel takes tensors of several dtypes, as there are under autocast."""
+    return triton_runtime.refuse(**facts)
+
+
 def _operation(name: str, torch_: Callable[..., Tensor], reference: Callable[..., Tensor]) -> Operation:
     """Its backends take a form, ``a``, ``b``, and their gains ``[heads, dim]``, of which some are ``None``."""
     backends = [
         Backend("native", gated, library.refuse, opaque=True),
-        Backend("triton", _triton, triton_runtime.refuse),
+        Backend("triton", _triton, _refuse_triton),
         Backend("torch", torch_),
         Backend("reference", reference),
     ]

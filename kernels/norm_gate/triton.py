@@ -142,8 +142,8 @@ def _tile(dim: int) -> tuple[int, int]:
     return max(1, 1024 // width), width
 
 
-def _wide(dtype: torch.dtype) -> tl.dtype:
-    return tl.float64 if dtype == torch.float64 else tl.float32
+def _wide(*tensors: Tensor | None) -> tl.dtype:
+    return tl.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else tl.float32
 
 
 def _dense(x: Tensor | None) -> Tensor | None:
@@ -158,14 +158,21 @@ def _laid_out(x: Tensor, width: int) -> tuple[Tensor, int]:
     return x, x.stride(0)
 
 
+def _result(a: Tensor, b: Tensor | None) -> Tensor:
+    return a.new_empty(a.shape) if b is None else b.new_empty(b.shape, dtype=torch.promote_types(a.dtype, b.dtype))
+
+
 @torch.library.custom_op("titans_build::gated", mutates_args=())
 def gated_operator(
     a: Tensor, b: Tensor | None, gain_a: Tensor | None, gain_b: Tensor | None,
     kind: int, heads: int, dim: int, divisor: float, eps: float,
 ) -> Tensor:  # fmt: skip
-    """``norm(a) f(norm(b))`` in the shape of ``b``, or of ``a`` where there is no ``b``; gains are ``[heads, dim]``."""
+    """``norm(a) f(norm(b))`` in the shape of ``b``, or of ``a`` where there is no ``b``; gains are ``[heads, dim]``.
+
+    Under autocast the tensors have several dtypes. The result has the wider one of ``a`` and ``b``.
+    """
     width = heads * dim
-    y = torch.empty((a if b is None else b).shape, dtype=a.dtype, device=a.device)
+    y = _result(a, b)
     left, a_step = _laid_out(a, width)
     right, b_step = (None, 0) if b is None else _laid_out(b, width)
     tokens, (rows, register) = len(left), _tile(dim)
@@ -175,15 +182,14 @@ def gated_operator(
             left, right, _dense(gain_a), _dense(gain_b), y,
             tokens, dim, heads, a_step, b_step,
             DIVISOR=divisor, EPS=eps, KIND=kind, GIVEN=gain_a is not None,
-            WIDE=_wide(a.dtype), ROWS=rows, WIDTH=register,
+            WIDE=_wide(a, b, gain_a, gain_b), ROWS=rows, WIDTH=register,
         )  # fmt: skip
     return y
 
 
 @gated_operator.register_fake
 def _(a, b, gain_a, gain_b, kind, heads, dim, divisor, eps):
-    like = a if b is None else b
-    return torch.empty(like.shape, dtype=a.dtype, device=a.device)
+    return _result(a, b)
 
 
 @torch.library.custom_op("titans_build::gated_backward", mutates_args=())
@@ -200,7 +206,7 @@ def gated_backward_operator(
     stretch = triton.cdiv(triton.cdiv(tokens, rows), PARTS) * rows
     parts = triton.cdiv(tokens, stretch) if tokens else 0
     grad_a, grad_b, _, _ = _gradients(a, b, gain_a, gain_b)
-    wide = torch.promote_types(a.dtype, torch.float32)
+    wide = torch.float64 if _wide(a, b, gain_a, gain_b) == tl.float64 else torch.float32
     # operators may not return one tensor twice: each one that is missing is an empty one of its own
     sum_a = a.new_empty(0 if gain_a is None else (parts, heads, dim), dtype=wide)
     sum_b = a.new_empty(0 if gain_b is None else (parts, heads, dim), dtype=wide)
@@ -210,7 +216,7 @@ def gated_backward_operator(
             left, right, _dense(gain_a), _dense(gain_b), pulled, grad_a, grad_b, sum_a, sum_b,
             tokens, dim, heads, a_step, b_step, grad_step, width, width, stretch,
             DIVISOR=divisor, EPS=eps, KIND=kind, GIVEN=gain_a is not None,
-            WIDE=_wide(a.dtype), ROWS=rows, WIDTH=register,
+            WIDE=_wide(a, b, gain_a, gain_b), ROWS=rows, WIDTH=register,
         )  # fmt: skip
     to_gain = lambda sums, gain: sums if gain is None else sums.sum(0).view(gain.shape).to(gain.dtype)  # noqa: E731
     return grad_a, grad_b, to_gain(sum_a, gain_a), to_gain(sum_b, gain_b)

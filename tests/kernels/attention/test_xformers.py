@@ -7,8 +7,10 @@ import torch
 
 from titans_build.kernels.attention import Prefix, attention
 from titans_build.kernels.attention import xformers as module
+from titans_build.kernels.attention.parts import parts
 from titans_build.kernels.attention.reference import visible_keys
-from titans_build.kernels.attention.xformers import parts, refuse_xformers, xformers_attention
+from titans_build.kernels.attention.trial import Trial
+from titans_build.kernels.attention.xformers import refuse_xformers, xformers_attention
 from titans_build.kernels.dispatch import OPERATIONS, Backend, BackendError, BackendUnavailable, table
 
 masks = pytest.importorskip("xformers.ops.fmha.attn_bias", reason="xFormers is for Linux")
@@ -62,7 +64,7 @@ def test_the_masks_together_are_the_definition(time, keys, window, step):
     q, _, v, *_ = tensors(time, keys, kv_heads=4)
     place = torch.arange(keys, dtype=torch.float64).view(1, keys, 1, 1)
     seen = torch.zeros(time, keys)
-    for part in parts(q, place.expand(1, keys, 4, 8), v, window, None, step):
+    for part in parts(q, place.expand(1, keys, 4, 8), v, window, None, None, step):
         bias = module.mask(module._library(), part).materialize((time, part.k.shape[1]))
         assert set(bias.unique().tolist()) <= {0.0, -math.inf}
         seen[:, part.k[0, :, 0, 0].long()] += (bias == 0).float()
@@ -106,8 +108,7 @@ def test_no_query_and_no_row():
     ],
 )
 def test_refusals(monkeypatch, facts, said):
-    monkeypatch.setattr(module, "_installed", lambda: None)
-    monkeypatch.setattr(module, "_tried", lambda dtype, width: None)
+    monkeypatch.setattr(Trial, "refuse", lambda self, dtype, width: None)
     whatever = {"device": "cuda", "dtype": torch.bfloat16, "width": 64, "plain": True, "named": True}
     assert refuse_xformers(**whatever) is None
     assert said in refuse_xformers(**{**whatever, **facts})
@@ -187,7 +188,7 @@ def unable(*given, **named):
 def trial(monkeypatch, dtype=torch.bfloat16, **changed):
     library = module._Library(whole, partial, merge, masks, True)._replace(**changed)
     monkeypatch.setattr(module, "_library", lambda: library)
-    return module._tried.__wrapped__(dtype, 32, "cpu")
+    return module._trial.failure(dtype, 32, "cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -239,10 +240,11 @@ def test_a_trial_finds_wrong_numbers(monkeypatch):
 
 def test_a_failed_trial_is_a_refusal(monkeypatch):
     monkeypatch.setattr(module, "_installed", lambda: None)
-    monkeypatch.setattr(module, "_tried", lambda dtype, width: f"{dtype}, {width}")
+    monkeypatch.setattr(module._trial, "_found", {})
+    monkeypatch.setattr(module._trial, "failure", lambda dtype, width: f"{dtype}, {width}")
     assert refuse_xformers(device="cuda", dtype=torch.float16, width=72) == "torch.float16, 96"
     rows = {row.backend: row for row in table("cuda", torch.bfloat16) if row.operation == "attention"}
-    assert rows["xformers"].reason == "torch.bfloat16, 32" and rows["sdpa"].chosen
+    assert rows["xformers"].reason == "torch.bfloat16, 32" and rows["flex"].chosen
 
 
 @pytest.fixture

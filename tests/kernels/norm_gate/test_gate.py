@@ -123,6 +123,16 @@ def test_silu_gate_and_its_gradient() -> None:
     assert mixed.dtype == torch.float32
 
 
-def test_mixed_dtypes_take_another_path() -> None:
-    y, gain, g = (x.float() for x in inputs(gated_norm))
-    assert gated_norm(y, gain, g.bfloat16()).dtype == torch.float32
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize(
+    "operation, narrow, result", [(gate, (0, 1), torch.bfloat16), (gate, (1,), None), (gated_norm, (2,), None)]
+)
+def test_mixed_dtypes_as_under_autocast(operation, narrow, result, backend):
+    """Gains are float32, and so are the outputs of a memory; what a linear layer returns is bfloat16."""
+    given = [x.to(torch.bfloat16 if i in narrow else torch.float32) for i, x in enumerate(inputs(operation))]
+    found, expected = (
+        gradients(operation, x, backend=name)
+        for x, name in ((given, backend), ([x.double() for x in given], "reference"))
+    )
+    assert [x.dtype for x in found] == [result or torch.float32, *(x.dtype for x in given)]
+    assert max(error(a, b) for a, b in zip(found, expected)) < 0.02

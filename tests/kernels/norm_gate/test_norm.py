@@ -31,7 +31,7 @@ def test_gradients(backend):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "triton", "torch", "reference"])
 @pytest.mark.parametrize(
     "kinds", [(torch.bfloat16, torch.float32), (torch.half, torch.double), (torch.float, torch.half)]
 )

@@ -7,7 +7,7 @@ import torch
 
 from titans_build.kernels import dispatch
 from titans_build.kernels import triton_runtime as availability
-from titans_build.kernels.attention import xformers as xformers_attention
+from titans_build.kernels.attention.trial import Trial
 from titans_build.kernels.dispatch import OPERATIONS, Operation
 from titans_build.tools.gpu import cases as gpu_cases
 
@@ -16,9 +16,9 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
-    """Triton and xFormers are available."""
+    """Triton, xFormers and FlashAttention are available."""
     monkeypatch.setattr(availability, "_MISSING", None)
-    monkeypatch.setattr(xformers_attention, "_missing", lambda dtype, width: None)
+    monkeypatch.setattr(Trial, "refuse", lambda self, dtype, width: None)
 
 
 def facts_of(cases, monkeypatch):
