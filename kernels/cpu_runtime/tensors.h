@@ -53,29 +53,28 @@ static inline void store_gate(const tokens *x, const piece *p, const real *from)
             *token(x, p, i) = from[i];
 }
 
-/* [out, in] -> [in, out], rows of both padded with zeros */
-static inline void load_matrix(int in, int out, const matrices *x, int64_t row, int64_t head, real *to) {
+/* [out, in] -> [in, out], rows of both padded with zeros; rows of the result are ld numbers apart */
+static inline void load_matrix(int in, int out, const matrices *x, int64_t row, int64_t head, real *to, int ld) {
     int width = padded(out);
     const real *from = x->data + row * x->batch + head * x->head;
-    memset(to + (size_t)in * width, 0, (size_t)(padded(in) - in) * width * sizeof(real));
     if (in % WIDTH == 0) {
-        transpose(out, in, from, in, to, width);
+        transpose(out, in, from, in, to, ld);
         return;
     }
-    for (int i = 0; i < in; i++)
+    for (int i = 0; i < padded(in); i++)
         for (int o = 0; o < width; o++)
-            to[i * width + o] = o < out ? from[o * in + i] : 0;
+            to[i * ld + o] = o < out && i < in ? from[o * in + i] : 0;
 }
 
 /* and back */
-static inline void store_matrix(int in, int out, const matrices *x, int64_t row, int64_t head, const real *from) {
-    int width = padded(out);
+static inline void store_matrix(int in, int out, const matrices *x, int64_t row, int64_t head, const real *from,
+                                int ld) {
     real *to = x->data + row * x->batch + head * x->head;
     if (in % WIDTH == 0 && out % WIDTH == 0) {
-        transpose(in, out, from, width, to, in);
+        transpose(in, out, from, ld, to, in);
         return;
     }
     for (int o = 0; o < out; o++)
         for (int i = 0; i < in; i++)
-            to[o * in + i] = from[i * width + o];
+            to[o * in + i] = from[i * ld + o];
 }

@@ -128,7 +128,7 @@ def _spans(
         span = slice(start, stop)
         y, *stacks = _Chunkwise.apply(
             options._replace(chunk=chunk), network, layers, None if valid is None else valid[:, span],
-            *tokens.at(span), norm, *weights, *momentum, *(anchor or ()),
+            *tokens.at(span)[:6], norm, *weights, *momentum, *(anchor or ()),
         )  # fmt: skip
         weights, momentum = tuple(stacks[:layers]), tuple(stacks[layers:])
         yield stop, y, state._replace(weights=weights, momentum=momentum or state.momentum)
@@ -310,7 +310,7 @@ def _backward(ctx: Any, grad_y: Tensor, *grad_state: Tensor) -> tuple[Tensor | N
     state = [stack[:, part].clone() for part in range(s) for stack in grad_end] + (grad_anchor or [])
     if grad_gain is not None:
         grad_gain = grad_gain.view(batch, heads, -1).sum(0)
-    return (None, None, None, None, *grads, grad_gain, *(x.unflatten(0, (batch, heads)) for x in state))
+    return (None, None, None, None, *grads[:6], grad_gain, *(x.unflatten(0, (batch, heads)) for x in state))
 
 
 def _anchors(written: Written, first: list[Tensor] | None) -> list[Tensor]:

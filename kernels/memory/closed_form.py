@@ -16,6 +16,9 @@ With weights ``W`` and momentum ``S`` before the first token, for ``s <= r <= t`
     weights   A_t W + m_t S - sum_s C_ts theta_s g_s a_s^T
     momentum  E_t S - sum_s H_ts theta_s g_s a_s^T
 
+With decays for each channel, ``A``, ``D``, ``m`` and ``C`` are those of each column of each matrix. With a window of
+``c`` tokens, ``theta_s g_s a_s^T`` is ``theta_s sum_i gamma_i g_i a_i^T`` over ``s - c < i <= s``.
+
 ``Ar``, ``mr`` and ``Cr`` are ``A``, ``m`` and ``C`` for the weights that are read at each token: after token ``t``, or
 after token ``t - 1`` with ``read="before"``. Without momentum, ``H`` is the identity, and ``E`` and ``m`` are zero.
 """
@@ -47,19 +50,19 @@ def _value_and_slope(z: Tensor, activation: str) -> tuple[Tensor, Tensor]:
 
 
 def _products(factors: Tensor) -> Tensor:
-    """``[heads, b] -> [heads, b, b + 1]``: column 0 is the product over ``j <= t``, and column ``r + 1`` that over
+    """``[..., b] -> [..., b, b + 1]``: column 0 is the product over ``j <= t``, and column ``r + 1`` that over
     ``r < j <= t``: 1 for ``r = t``, and 0 for ``r > t``.
     """
     b = factors.shape[-1]
     shapes = ((b, (b, 1, 1)), (b + 1, (1, b + 1, 1)), (b, (1, 1, b)))
     t, column, j = (torch.arange(n, device=factors.device).view(shape) for n, shape in shapes)
     chosen = (column <= j) & (j <= t)
-    full = torch.where(chosen, factors[:, None, None, :], torch.ones_like(factors[:, :1, None, None])).prod(-1)
+    full = torch.where(chosen, factors[..., None, None, :], torch.ones_like(factors[..., :1, None, None])).prod(-1)
     return full * (column <= t + 1).squeeze(-1).to(factors)
 
 
 def _errors(
-    weights: list[Tensor], keys: Tensor, values: Tensor, gain: Tensor | None, options: Options
+    weights: list[Tensor], keys: Tensor, values: Tensor, gain: Tensor | None, options: Options, delta: Tensor | None
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The inputs ``a_l`` of every layer, and half the gradient of the loss with respect to its outputs.
 
@@ -68,20 +71,28 @@ def _errors(
     inputs: list[Tensor] = []
     slopes: list[Tensor] = []
     h = keys
-    for layer, weight in enumerate(weights):
+    if options.gated:
+        first, gate = keys @ weights[0].mT, keys @ weights[2].mT
+        value, slope = _value_and_slope(first, options.activation)
+        inputs = [keys, value * gate, keys]
+        h = inputs[1] @ weights[1].mT
+    for layer, weight in enumerate([] if options.gated else weights):
         if layer:
             h, slope = _value_and_slope(h, options.activation)
             slopes.append(slope)
         inputs.append(h)
         h = h @ weight.mT
     if gain is None:
-        error = half_error(h, values, options.objective)
+        error = half_error(h, values, options.objective, delta)
     else:
         mean, var = h.mean(-1, keepdim=True), h.var(-1, keepdim=True, unbiased=False)
         sigma = (var + 1e-6).sqrt()
         n = (h - mean) / sigma
-        g = half_error(keys + n * gain[:, None], values, options.objective) * gain[:, None]
+        g = half_error(keys + n * gain[:, None], values, options.objective, delta) * gain[:, None]
         error = (g - g.mean(-1, keepdim=True) - n * (g * n).mean(-1, keepdim=True)) / sigma
+    if options.gated:
+        back = error @ weights[1]
+        return inputs, [back * slope * gate, error, back * value]
     errors = [error]
     for weight, slope in zip(reversed(weights[1:]), reversed(slopes)):
         error = (error @ weight) * slope
@@ -93,11 +104,13 @@ def closed_form_memory(
     tokens: Tokens, state: MemoryState, norm: Tensor | None, mask: Tensor | None, options: Options
 ) -> tuple[Tensor, MemoryState]:
     """The closed form of a chunk, product by product as written."""
-    chunk, (rows, time), v = options.chunk, tokens.q.shape[:2], tokens.v
+    chunk, (rows, time), v, past = options.chunk, tokens.q.shape[:2], tokens.v, options.window - 1
     results = []
     for row in range(rows):
         valid = torch.arange(time, device=v.device) if mask is None else mask[row].nonzero()[:, 0]
-        picked = tokens.map(lambda x: x[row, valid].transpose(0, 1))  # noqa: B023
+        writes = torch.cat([torch.arange(past, device=v.device), valid + past])
+        # what is longer begins with the tokens before
+        picked = tokens.map(lambda x: x[row, writes if x.shape[1] > time else valid].transpose(0, 1))  # noqa: B023
         at = int(state.position[row])
         weights, anchor = [w[row] for w in state.weights], [w[row] for w in state.anchor]
         momentum = [w[row] for w in state.momentum]
@@ -106,12 +119,13 @@ def closed_form_memory(
             if at % chunk == 0:
                 anchor = weights
             stop = min(done + chunk - at % chunk, len(valid))
-            y, weights, momentum = _chunk(picked.at(slice(done, stop)), weights, momentum, anchor, norm, options)
+            part = picked.map(lambda x: x[:, done : stop + x.shape[1] - len(valid)])  # noqa: B023
+            y, weights, momentum = _chunk(part, weights, momentum, anchor, norm, options)
             outputs.append(y)
             at, done = at + stop - done, stop
         if len(valid) and at % chunk == 0:
             anchor = weights
-        y = v.new_zeros(v.shape[1:])
+        y = v.new_zeros(time, *v.shape[2:])
         if outputs:
             y = y.index_copy(0, valid, torch.cat(outputs, 1).transpose(0, 1))
         results.append((y, weights, momentum, anchor))
@@ -130,9 +144,9 @@ def _chunk(
     options: Options,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """One chunk, or a part of one, of a single row: tokens ``[heads, time, ...]``, the state ``[heads, out, in]``."""
-    q, k, v, theta, eta, alpha = tokens
+    q, k, v, theta, eta, alpha, delta, gamma = tokens
     _, activation, clip, read, _, _, threshold, *_ = options
-    inputs, errors = _errors(anchor, k, v, gain, options)
+    inputs, errors = _errors(anchor, k, v, gain, options, None if delta is None else delta.unsqueeze(-1))
     gradients = [2 * error for error in errors]
     # in units of the largest numbers, whose squares may overflow
     units = [
@@ -144,45 +158,60 @@ def _chunk(
     if clip is not None:
         # clamped before the root, which has no derivative at 0; a gradient that is not finite stays NaN
         bound = clip / unit
-        theta = theta * (bound + 0 * unit) / square.clamp(min=bound**2).sqrt()
+        scale = ((bound + 0 * unit) / square.clamp(min=bound**2).sqrt()).unsqueeze(-1)
+        gradients = [scale * g for g in gradients]
     if threshold is not None:
         writes = ~(square.sqrt() * unit < threshold)
-        theta, alpha = theta * writes, None if alpha is None else alpha * writes
-    retention = _products(torch.ones_like(theta) if alpha is None else 1 - alpha)
+        theta = theta * writes
+        alpha = None if alpha is None else alpha * (writes if alpha.dim() == 2 else writes.unsqueeze(-1))
     momentum_decay = _products(torch.zeros_like(theta) if eta is None else eta)
-    A, D, E, H = retention[..., 0], retention[..., 1:], momentum_decay[..., 0], momentum_decay[..., 1:]
-    C, m = D @ H, (D @ E.unsqueeze(-1)).squeeze(-1)
+    E, H = momentum_decay[..., 0], momentum_decay[..., 1:]
+    if gamma is None:
+        H = H * theta.unsqueeze(-2)
+    else:
+        H = H @ (theta.unsqueeze(-1) * gamma.unsqueeze(-2)).tril(options.window - 1).triu()
     keep_momentum = momentum if eta is None or not momentum else None
     if not momentum:
         momentum = [torch.zeros_like(w) for w in weights]
-    if read == "after":
-        Ar, mr, Cr = A, m, C
-    else:
-        Ar = torch.cat([torch.ones_like(A[:, :1]), A[:, :-1]], 1)
-        mr = torch.cat([torch.zeros_like(m[:, :1]), m[:, :-1]], 1)
-        Cr = torch.cat([torch.zeros_like(C[:, :1]), C[:, :-1]], 1)
-    written = [theta.unsqueeze(-1) * g for g in gradients]
-    x = q
-    for layer, (W, S) in enumerate(zip(weights, momentum)):
-        if layer:
-            x = _value_and_slope(x, activation)[0]
+    keep = torch.ones_like(theta) if alpha is None else 1 - alpha  # [heads, b], or [heads, b, channels]
+    retentions = [keep.unsqueeze(1)] * len(weights)
+    if keep.dim() == 3:
+        retentions = [x.mT for x in keep.split([w.shape[-1] for w in weights], -1)]
+    A, m, C = [], [], []  # of each matrix: [heads, channels or 1, b, ...]
+    for retention in map(_products, retentions):
+        A.append(retention[..., 0])
+        m.append((retention[..., 1:] @ E[:, None, :, None]).squeeze(-1))
+        C.append(retention[..., 1:] @ H.unsqueeze(1))
+
+    def apply(l: int, x: Tensor) -> Tensor:
         if read == "anchor":
-            x = x @ anchor[layer].mT
-            continue
-        x = (
-            Ar.unsqueeze(-1) * (x @ W.mT)
-            + mr.unsqueeze(-1) * (x @ S.mT)
-            - ((x @ inputs[layer].mT) * Cr) @ written[layer]
-        )
+            return x @ anchor[l].mT
+        Al, ml, Cl = A[l], m[l], C[l]
+        if read == "before":
+            Al = torch.cat([torch.ones_like(Al[..., :1]), Al[..., :-1]], -1)
+            ml = torch.cat([torch.zeros_like(ml[..., :1]), ml[..., :-1]], -1)
+            Cl = torch.cat([torch.zeros_like(Cl[..., :1, :]), Cl[..., :-1, :]], -2)
+        if keep.dim() == 2:
+            scores = (x @ inputs[l].mT) * Cl.squeeze(1)
+        else:
+            scores = torch.einsum("hti,hsi,hits->hts", x, inputs[l], Cl)
+        return (Al.mT * x) @ weights[l].mT + (ml.mT * x) @ momentum[l].mT - scores @ gradients[l]
+
+    x = q
+    if options.gated:
+        x = apply(1, _value_and_slope(apply(0, x), activation)[0] * apply(2, x))
+    else:
+        for l in range(len(weights)):
+            x = apply(l, _value_and_slope(x, activation)[0] if l else x)
     if gain is not None:
         x = q + F.layer_norm(x, x.shape[-1:], eps=1e-6) * gain[:, None]
-    last = lambda g: g[:, -1, None, None]  # noqa: E731
     final = [
-        last(A) * W + last(m) * S - (C[:, -1].unsqueeze(-1) * u).mT @ a
-        for W, S, u, a in zip(weights, momentum, written, inputs)
+        Al[..., -1].unsqueeze(1) * W + ml[..., -1].unsqueeze(1) * S - g.mT @ (Cl[..., -1, :].mT * a)
+        for Al, ml, Cl, W, S, g, a in zip(A, m, C, weights, momentum, gradients, inputs)
     ]
     if keep_momentum is None:
         keep_momentum = [
-            last(E) * S - (H[:, -1].unsqueeze(-1) * u).mT @ a for S, u, a in zip(momentum, written, inputs)
+            E[:, -1, None, None] * S - (H[:, -1].unsqueeze(-1) * g).mT @ a
+            for S, g, a in zip(momentum, gradients, inputs)
         ]
     return x, final, keep_momentum

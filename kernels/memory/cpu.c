@@ -13,19 +13,21 @@
 #include <stdlib.h>
 
 typedef struct {
-    int64_t batch, time, heads, layers, chunk, activation, loss, momentum, normed, read, backward, threads;
+    int64_t batch, time, heads, layers, chunk, activation, loss, momentum, normed, read, gated, past, backward, threads;
     int64_t interval, saves_activations, saved_numbers; /* of one row and head; interval = 0: nothing is saved */
     int64_t widths[LAYERS + 1];
-    tokens q, k, v, theta, eta, alpha, y;
-    tokens grad_q, grad_k, grad_v, grad_theta, grad_eta, grad_alpha, grad_y;
+    /* k, v, delta and gamma begin with the `past` writes before the tokens. All addresses are those of the first of these
+       writes, so that what has none there begins `past` tokens later. */
+    tokens q, k, v, theta, eta, alpha, delta, gamma, y;
+    tokens grad_q, grad_k, grad_v, grad_theta, grad_eta, grad_alpha, grad_delta, grad_gamma, grad_y;
     real *gain, *grad_gain; /* [heads, d_out], [batch, heads, d_out] */
     int64_t *phase;         /* [batch]: each row's position in its chunk */
-    int32_t *order, *count; /* [batch, time], [batch]: the tokens each row has; null: all */
+    int32_t *order, *count; /* [batch, past + time], [batch]: the writes and the tokens that each row has; null: all */
     int32_t *end_row;       /* [batch]: where in `end` and `grad_end` the row's state is; -1: it is not wanted */
     real *saved;
     matrices before[3][LAYERS], end[3][LAYERS]; /* weights, momentum, anchor; null: not wanted */
     matrices grad_before[3][LAYERS], grad_end[3][LAYERS]; /* grad_before: null: not wanted; grad_end: null: zero */
-    double clip, p, delta, smooth; /* of the loss */
+    double clip, loss_p, loss_delta, loss_smooth;
 } call;
 
 /* -- memory for the work -------------------------------------------------------------------------------------------- */
@@ -34,15 +36,18 @@ static network network_of(const call *call) {
     network net = {.layers = (int)call->layers,
                    .parts = call->momentum ? 2 : 1,
                    .longest = (int)(call->chunk < call->time ? call->chunk : call->time),
+                   .past = (int)call->past,
+                   .gated = (int)call->gated,
                    .normed = (int)call->normed,
                    .read = (enum reading)call->read,
                    .activation = (enum activation)call->activation,
-                   .objective = {(enum loss)call->loss, (real)call->p, (real)call->delta, (real)call->smooth},
+                   .objective = {(enum loss)call->loss, (real)call->loss_p, (real)call->loss_delta,
+                                 (real)call->loss_smooth},
                    .clip = (real)call->clip};
-    net.ld = padded(net.longest);
+    net.ld = padded(net.past + net.longest);
     for (int l = 0; l < net.layers; l++) {
         net.in[l] = (int)call->widths[l];
-        net.out[l] = (int)call->widths[l + 1];
+        net.out[l] = (int)call->widths[l + 1] + (net.gated && l == 0 ? padded((int)call->widths[1]) : 0);
         net.rows[l] = padded(net.in[l]);
         net.width[l] = padded(net.out[l]);
     }
@@ -51,7 +56,7 @@ static network network_of(const call *call) {
 
 static void take_chunk(const network *net, arena *arena, chunk *c) {
     for (int l = 0; l < net->layers; l++) {
-        size_t size = (size_t)net->longest * net->width[l];
+        size_t size = (size_t)(net->past + net->longest) * net->width[l];
         c->state[l] = take(arena, (size_t)net->parts * net->rows[l] * net->width[l]);
         c->z[l] = take(arena, size);
         c->error[l] = take(arena, size);
@@ -62,16 +67,16 @@ static void take_chunk(const network *net, arena *arena, chunk *c) {
 }
 
 static void take_work(const network *net, arena *arena, work *w, int backward) {
-    int n = net->longest, ld = net->ld, parts = net->parts, top = net->layers - 1, widest = 0;
-    size_t square = (size_t)n * ld;
+    int n = net->past + net->longest, ld = net->ld, parts = net->parts, top = net->layers - 1, widest = 0;
+    size_t square = (size_t)net->longest * ld;
     for (int l = 0; l < net->layers; l++)
         widest = max(widest, max(net->rows[l], net->width[l]));
     size_t tokens = (size_t)max(n, NORM_ROWS) * widest;
     w->keys = take(arena, (size_t)n * net->rows[0]);
     w->queries = take(arena, (size_t)n * net->rows[0]);
     w->values = take(arena, (size_t)n * net->width[top]);
-    real **vectors[] = {&w->theta, &w->alpha, &w->decay.retain, &w->decay.eta, &w->decay.A, &w->decay.E, &w->decay.m,
-                        &w->step, &w->last, &w->last_momentum, &w->carry, &w->carry_momentum};
+    real **vectors[] = {&w->theta, &w->alpha, &w->delta, &w->gamma, &w->decay.retain, &w->decay.eta, &w->decay.A,
+                        &w->decay.E, &w->decay.m, &w->step, &w->last, &w->last_momentum, &w->carry, &w->carry_momentum};
     for (size_t i = 0; i < sizeof vectors / sizeof *vectors; i++)
         *vectors[i] = take(arena, ld);
     w->decay.C = take(arena, square);
@@ -114,9 +119,9 @@ static void take_work(const network *net, arena *arena, work *w, int backward) {
     w->grad_read = take(arena, square);
     w->grad_scores = take(arena, square);
     w->decay_grad.C = take(arena, square);
-    real **grads[] = {&w->grad_theta, &w->grad_alpha, &w->grad_eta, &w->grad_carry, &w->grad_carry_momentum,
-                      &w->grad_last, &w->grad_last_momentum, &w->grad_step, &w->decay_grad.A, &w->decay_grad.m,
-                      &w->decay_grad.H, &w->decay_grad.row};
+    real **grads[] = {&w->grad_theta, &w->grad_alpha, &w->grad_eta, &w->grad_delta, &w->grad_gamma, &w->grad_carry,
+                      &w->grad_carry_momentum, &w->grad_last, &w->grad_last_momentum, &w->grad_step, &w->decay_grad.A,
+                      &w->decay_grad.m, &w->decay_grad.H, &w->decay_grad.row};
     for (size_t i = 0; i < sizeof grads / sizeof *grads; i++)
         *grads[i] = take(arena, ld + 1);
 }
@@ -176,9 +181,18 @@ static void locate_query_z(const task *t, const work *w, int first, int n, real 
 }
 
 static piece tokens_of_chunk(const task *t, int i) {
-    int chunk = (int)t->call->chunk, start = max(0, i * chunk - t->phase);
-    return (piece){t->row, t->head, t->call->order ? t->call->order + t->row * t->call->time : NULL, start,
-                   min(t->count, (i + 1) * chunk - t->phase) - start};
+    const call *call = t->call;
+    int chunk = (int)call->chunk, start = max(0, i * chunk - t->phase);
+    return (piece){t->row, t->head, call->order ? call->order + t->row * (call->past + call->time) : NULL,
+                   (int)call->past + start, min(t->count, (i + 1) * chunk - t->phase) - start};
+}
+
+/* The writes whose gradients a chunk's steps go along: those of its tokens and those before. */
+static piece writes_of_chunk(const task *t, const piece *p) {
+    piece found = *p;
+    found.first -= (int)t->call->past;
+    found.n += (int)t->call->past;
+    return found;
 }
 
 static void load_gain(task *t, work *w) {
@@ -194,12 +208,15 @@ static void load_gain(task *t, work *w) {
 static void load_tokens(const task *t, const piece *p, work *w) {
     const network *net = &t->net;
     const call *call = t->call;
-    load(&call->k, p, net->in[0], w->keys);
+    piece writes = writes_of_chunk(t, p);
+    load(&call->k, &writes, net->in[0], w->keys);
     load(&call->q, p, net->in[0], w->queries);
-    load(&call->v, p, net->out[net->layers - 1], w->values);
+    load(&call->v, &writes, net->out[net->layers - 1], w->values);
     load_gate(&call->theta, p, w->theta, 0);
     load_gate(&call->alpha, p, w->alpha, 0);
     load_gate(&call->eta, p, w->decay.eta, 0);
+    load_gate(&call->delta, &writes, w->delta, net->objective.delta);
+    load_gate(&call->gamma, &writes, w->gamma, 1);
     chunk_decay(net, w, p->n);
 }
 
@@ -222,34 +239,37 @@ static anchor anchor_of(const task *t, work *w, const chunk *c, int i, int whole
     return found;
 }
 
-static void load_state(const task *t, const matrices (*from)[LAYERS], int64_t row, real *const *state) {
+/* One part of the state, or the anchor: its layers are `part` blocks of rows from where `layers` point. */
+static void load_part(const task *t, const matrices *from, int64_t row, real *const *layers, int part) {
     const network *net = &t->net;
-    for (int l = 0; l < net->layers; l++)
-        for (int part = 0; part < net->parts; part++)
-            load_matrix(net->in[l], net->out[l], &from[part][l], row, t->head,
-                        state[l] + (size_t)part * net->rows[l] * net->width[l]);
+    for (int l = 0; l < net->layers + net->gated; l++) {
+        int last = l == net->layers, layer = last ? 0 : l, out = (int)t->call->widths[layer + 1]; /* W_3 beside W_1 */
+        load_matrix(net->in[layer], out, &from[l], row, t->head,
+                    layers[layer] + (size_t)part * net->rows[layer] * net->width[layer] + last * padded(out),
+                    net->width[layer]);
+    }
 }
 
-static void load_anchor(const task *t, const matrices *from, int64_t row, real *const *anchor) {
+/* and back, what is wanted */
+static void store_part(const task *t, const matrices *to, int64_t row, real *const *layers, int part) {
     const network *net = &t->net;
-    for (int l = 0; l < net->layers; l++)
-        load_matrix(net->in[l], net->out[l], &from[l], row, t->head, anchor[l]);
+    for (int l = 0; l < net->layers + net->gated; l++) {
+        int last = l == net->layers, layer = last ? 0 : l, out = (int)t->call->widths[layer + 1];
+        if (to[l].data)
+            store_matrix(net->in[layer], out, &to[l], row, t->head,
+                         layers[layer] + (size_t)part * net->rows[layer] * net->width[layer] + last * padded(out),
+                         net->width[layer]);
+    }
+}
+
+static void load_state(const task *t, const matrices (*from)[LAYERS], int64_t row, real *const *state) {
+    for (int part = 0; part < t->net.parts; part++)
+        load_part(t, from[part], row, state, part);
 }
 
 static void store_state(const task *t, const matrices (*to)[LAYERS], int64_t row, real *const *state) {
-    const network *net = &t->net;
-    for (int l = 0; l < net->layers; l++)
-        for (int part = 0; part < net->parts; part++)
-            if (to[part][l].data)
-                store_matrix(net->in[l], net->out[l], &to[part][l], row, t->head,
-                             state[l] + (size_t)part * net->rows[l] * net->width[l]);
-}
-
-static void store_anchor(const task *t, const matrices *to, int64_t row, real *const *anchor) {
-    const network *net = &t->net;
-    for (int l = 0; l < net->layers; l++)
-        if (to[l].data)
-            store_matrix(net->in[l], net->out[l], &to[l], row, t->head, anchor[l]);
+    for (int part = 0; part < t->net.parts; part++)
+        store_part(t, to[part], row, state, part);
 }
 
 /* The parts of the state at the start of chunk i that its reads depend on, once its gates are loaded. Documents begin
@@ -293,9 +313,9 @@ static void forward_task(const call *call, int64_t index, real *scratch) {
     load_gain(&t, &w);
     load_state(&t, call->before, t.row, c.state);
     if (t.anchored)
-        load_anchor(&t, call->before[2], t.row, w.anchor);
+        load_part(&t, call->before[2], t.row, w.anchor, 0);
     if (t.count == 0 && t.end >= 0)
-        store_anchor(&t, call->end[2], t.end, w.anchor);
+        store_part(&t, call->end[2], t.end, w.anchor, 0);
     for (int i = 0; i < t.chunks; i++) {
         piece p = tokens_of_chunk(&t, i);
         load_tokens(&t, &p, &w);
@@ -303,7 +323,7 @@ static void forward_task(const call *call, int64_t index, real *scratch) {
         if (call->interval && i && i % call->interval == 0)
             copy_state(net, c.state, t.states + (i / call->interval - 1) * state_numbers(net), 0);
         real *query_z[LAYERS];
-        locate_query_z(&t, &w, p.first, p.n, query_z);
+        locate_query_z(&t, &w, p.first - net->past, p.n, query_z);
         anchor anchor = anchor_of(&t, &w, &c, i, 0, 0);
         differentiate(net, &w, &c, p.n, &anchor);
         find_coefficients(net, &w, &c, p.n);
@@ -314,10 +334,10 @@ static void forward_task(const call *call, int64_t index, real *scratch) {
         if (last && t.end < 0)
             return;
         if (last && !t.ends)
-            store_anchor(&t, call->end[2], t.end, anchor.weights);
+            store_part(&t, call->end[2], t.end, anchor.weights, 0);
         write_chunk(net, &w, &c, p.n, c.state);
         if (last && t.ends)
-            store_anchor(&t, call->end[2], t.end, c.state);
+            store_part(&t, call->end[2], t.end, c.state, 0);
     }
     if (t.end >= 0)
         store_state(&t, call->end, t.end, c.state);
@@ -352,6 +372,23 @@ static void recompute(const task *t, work *w, chunk *group, int start, int stop)
     }
 }
 
+/* What later chunks have added to the gradients of some writes, added to those of this chunk. */
+static void add_later(const task *t, const piece *writes, work *w) {
+    const call *call = t->call;
+    for (int i = 0; i < writes->n; i++) {
+        const real *k = token(&call->grad_k, writes, i), *v = token(&call->grad_v, writes, i);
+        int top = t->net.layers - 1;
+        for (int j = 0; j < t->net.in[0]; j++)
+            w->grad_input[0][(size_t)i * t->net.rows[0] + j] += k[j];
+        for (int j = 0; j < t->net.out[top]; j++)
+            w->grad_values[(size_t)i * t->net.width[top] + j] += v[j];
+        if (call->grad_delta.data)
+            w->grad_delta[i] += *token(&call->grad_delta, writes, i);
+        if (call->grad_gamma.data)
+            w->grad_gamma[i] += *token(&call->grad_gamma, writes, i);
+    }
+}
+
 static void backward_task(const call *call, int64_t index, real *scratch) {
     task t = task_of(call, index);
     const network *net = &t.net;
@@ -366,7 +403,7 @@ static void backward_task(const call *call, int64_t index, real *scratch) {
     memset(w.grad_gain, 0, net->width[top] * sizeof(real));
     int state_given = t.end >= 0 && call->grad_end[0][0].data, anchor_given = t.end >= 0 && call->grad_end[2][0].data;
     if (t.anchored)
-        load_anchor(&t, call->before[2], t.row, w.anchor);
+        load_part(&t, call->before[2], t.row, w.anchor, 0);
     for (int l = 0; l < net->layers; l++) {
         size_t size = (size_t)net->rows[l] * net->width[l];
         memset(w.grad_anchor[l], 0, size * sizeof(real));
@@ -378,7 +415,7 @@ static void backward_task(const call *call, int64_t index, real *scratch) {
     if (state_given)
         load_state(&t, call->grad_end, t.end, w.grad_state);
     if (anchor_given)
-        load_anchor(&t, call->grad_end[2], t.end, w.grad_last_anchor);
+        load_part(&t, call->grad_end[2], t.end, w.grad_last_anchor, 0);
     if (t.count && t.ends) /* the last anchor is the weights after everything */
         add(net, w.grad_state, w.grad_last_anchor);
     else if (t.chunks <= 1 && t.anchored) /* it is still the given one */
@@ -398,10 +435,9 @@ static void backward_task(const call *call, int64_t index, real *scratch) {
             }
             anchor anchor = anchor_of(&t, &w, c, i, 1, cached);
             for (int l = 0; l < top; l++)
-                activate_each(net->activation, p.n * net->width[l], c->z[l], w.input[l + 1], w.slope[l],
-                              w.curvature[l]);
+                activate_layer(net, l, p.n + net->past, c->z[l], w.input[l + 1], w.slope[l], w.curvature[l]);
             real *query_z[LAYERS];
-            locate_query_z(&t, &w, p.first, p.n, query_z);
+            locate_query_z(&t, &w, p.first - net->past, p.n, query_z);
             if (!t.activations)
                 read_chunk(net, &w, c, p.n, &anchor, query_z);
             if (i == t.chunks - 1 && !state_given && !(anchor_given && t.ends))
@@ -415,16 +451,21 @@ static void backward_task(const call *call, int64_t index, real *scratch) {
             differentiate_backward(net, &w, c, p.n, &anchor, grad_anchor);
             if (i == t.chunks - 1 && !t.ends && !given) /* the last anchor is the weights at this chunk's start */
                 add(net, w.grad_state, w.grad_last_anchor);
-            store(&call->grad_k, &p, net->in[0], w.grad_input[0]);
+            piece writes = writes_of_chunk(&t, &p);
+            if (net->past) /* they are writes of later chunks, too */
+                add_later(&t, &writes, &w);
+            store(&call->grad_k, &writes, net->in[0], w.grad_input[0]);
             store(&call->grad_q, &p, net->in[0], w.grad_queries);
-            store(&call->grad_v, &p, net->out[top], w.grad_values);
+            store(&call->grad_v, &writes, net->out[top], w.grad_values);
             store_gate(&call->grad_theta, &p, w.grad_theta);
             store_gate(&call->grad_eta, &p, w.grad_eta);
             store_gate(&call->grad_alpha, &p, w.grad_alpha);
+            store_gate(&call->grad_delta, &writes, w.grad_delta);
+            store_gate(&call->grad_gamma, &writes, w.grad_gamma);
         }
     }
     store_state(&t, call->grad_before, t.row, w.grad_state);
-    store_anchor(&t, call->grad_before[2], t.row, w.grad_anchor);
+    store_part(&t, call->grad_before[2], t.row, w.grad_anchor, 0);
     if (call->grad_gain)
         memcpy(call->grad_gain + index * net->out[top], w.grad_gain, net->out[top] * sizeof(real));
 }

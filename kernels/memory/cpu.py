@@ -20,6 +20,8 @@ from .closed_form import closed_form_memory
 from .network_torch import ACTIVATION_NUMBERS, LOSS_NUMBERS, READ_NUMBERS, read_formula
 from .state import MemoryState, Options, Tokens
 
+_STATE = len(Tokens._fields) + 1
+"""Where the state begins in a list of tokens, gain and state."""
 LAYERS = 16
 LONGEST_CHUNK = 256
 """Tokens of a chunk at once beyond which its work leaves a core's cache, and the torch backend is as fast."""
@@ -35,7 +37,7 @@ LONGEST_INTERVAL = 1024
 # The fields of `call` in cpu.c, one term each: batch to saved_numbers; widths; q to grad_y, each an address and three
 # strides; gain, grad_gain, phase, order, count, end_row and saved; before, end, grad_before and grad_end, each an
 # address and two strides for weights, momentum and anchor of every layer. The doubles are clip, and what the loss has.
-_memory_run = Kernel("memory_run", 15 + LAYERS + 1 + 14 * 4 + 7 + 4 * 3 * LAYERS * 3, 4)
+_memory_run = Kernel("memory_run", 17 + LAYERS + 1 + 18 * 4 + 7 + 4 * 3 * LAYERS * 3, 4)
 # In read_cpu.c: batch to threads; widths; q, y, grad_q and grad_y; gain and grad_gain; weights and grad_weights.
 _read_run = Kernel("read_run", 7 + LAYERS + 1 + 4 * 4 + 2 + 2 * LAYERS * 3, 0)
 
@@ -69,7 +71,7 @@ class _Plan(NamedTuple):
     counts: Tensor
     """``[batch]`` int32: each row's tokens that are not masked."""
     order: Tensor | None
-    """``[batch, time]`` int32: which tokens those are; ``None``: all."""
+    """``[batch, time]`` int32: which tokens those are, counted from the first that is in a window; ``None``: all."""
     end_rows: Tensor
     """``[batch]`` int32: which row of the state after the call is that of each row; -1: it is not returned."""
     new_anchor: bool
@@ -94,15 +96,17 @@ def cpu_memory(
     tokens: Tokens, state: MemoryState, norm: Tensor | None, mask: Tensor | None, options: Options
 ) -> tuple[Tensor, MemoryState]:
     """``titans_memory`` for any length, positions and mask, in float32 or float64 on a CPU."""
-    chunk, time = options.chunk, tokens.q.shape[1]
+    chunk, time, past = options.chunk, tokens.q.shape[1], options.window - 1
     positions = state.position.tolist()
     counts, order = [time] * len(positions), None
     if mask is not None and not bool(mask.all()):
         order = torch.argsort(~mask, dim=1, stable=True).to(torch.int32)  # each row's unmasked tokens come first
+        if past:
+            order = torch.cat([torch.arange(past, dtype=torch.int32).expand(len(positions), -1), order + past], 1)
         counts = mask.sum(1).tolist()
     ends = options.ends
     if not any(counts):
-        return torch.zeros_like(tokens.v), state if ends is None else state.rows(ends)
+        return torch.zeros_like(tokens.like_outputs()), state if ends is None else state.rows(ends)
     phases, all_end, none_began, end_rows = [], True, True, [-1] * len(positions)
     for position in positions:
         phases.append(position % chunk)
@@ -132,12 +136,13 @@ def cpu_memory(
 
 def _formula(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
     plan = ctx.plan
-    q, k, v, theta, eta, alpha, gain, *state = tensors
+    *given, gain = tensors[:_STATE]
+    state, eta = tensors[_STATE:], given[4]
     weights, momentum, anchor = (tuple(state[i * plan.layers : (i + 1) * plan.layers]) for i in range(3))
     if eta is None:
         momentum, anchor = (), momentum
     before = MemoryState(weights, momentum, anchor or weights, plan.position)
-    y, after = closed_form_memory(Tokens(q, k, v, theta, eta, alpha), before, gain, plan.mask, plan.options)
+    y, after = closed_form_memory(Tokens(*given), before, gain, plan.mask, plan.options)
     if plan.options.ends is not None:
         after = after.rows(plan.options.ends)
     return (y, *after.weights, *after.momentum, *(after.anchor if plan.new_anchor else ()))
@@ -158,7 +163,7 @@ class _Memory(torch.autograd.Function):
         plan, (*tensors, saved) = ctx.plan, ctx.saved_tensors
         tokens, gain, state = _unpack(tensors)
         parts = 1 if tokens.eta is None else 2
-        grad_y = torch.zeros_like(tokens.v) if grad_y is None else dense(1, [grad_y])[0]
+        grad_y = torch.zeros_like(tokens.like_outputs()) if grad_y is None else dense(1, [grad_y])[0]
         ends = len(state[0]) if plan.options.ends is None else len(plan.options.ends)
         given = any(g is not None for g in grad_end[: parts * plan.layers])  # otherwise, the last write is skipped
         grad_end = tuple(
@@ -167,7 +172,8 @@ class _Memory(torch.autograd.Function):
             else dense(2, [g])[0]
             for i, g in enumerate(grad_end)
         )
-        new = empty_huge_pages if plan.order is None else torch.zeros  # gradients of masked tokens are zero
+        # those of masked tokens are zero, and those of tokens that are in the windows of two chunks are sums
+        new = empty_huge_pages if plan.order is None and plan.options.window == 1 else torch.zeros
         grads = tokens.map(lambda x: new(x.shape, dtype=x.dtype))
         grad_gain = None if gain is None else gain.new_empty(tokens.q.shape[0], *gain.shape)
         wanted = ctx.needs_input_grad[-len(state) :]
@@ -182,7 +188,7 @@ def _forward(
 ) -> tuple[tuple[Tensor, ...], Tensor | None]:
     """``y`` and the state's parts; what is saved for backward."""
     tokens, gain, state = _unpack(tensors)
-    y = (empty_huge_pages if plan.order is None else torch.zeros)(tokens.v.shape, dtype=tokens.v.dtype)
+    y = (empty_huge_pages if plan.order is None else torch.zeros)(tokens.like_outputs().shape, dtype=tokens.v.dtype)
     made = plan.layers * (1 + (tokens.eta is not None) + plan.new_anchor)
     end = []
     for i in range(made):
@@ -199,13 +205,13 @@ def _forward(
 
 def _unpack(tensors: Sequence[Any]) -> tuple[Tokens, Tensor | None, list[Tensor]]:
     """Tokens, gain and state, laid out as the kernels take them; hooks on saved tensors may change the layout."""
-    q, k, v, theta, eta, alpha, gain, *state = tensors
-    q, k, v = dense(1, (q, k, v))
-    return Tokens(q, k, v, theta, eta, alpha), None if gain is None else gain.contiguous(), dense(2, state)
+    q, k, v, *gates, gain = tensors[:_STATE]
+    gain = None if gain is None else gain.contiguous()
+    return Tokens(*dense(1, (q, k, v)), *gates), gain, dense(2, tensors[_STATE:])
 
 
 def _checkpoints(plan: _Plan, tensors: Sequence[Any]) -> Checkpoints:
-    q, eta, weights, keep = tensors[0], tensors[4], tensors[7 : 7 + plan.layers], plan.options.keep
+    q, eta, weights, keep = tensors[0], tensors[4], tensors[_STATE : _STATE + plan.layers], plan.options.keep
     batch, time, heads, _ = q.shape
     chunks = -(-time // plan.options.chunk) + 1
     if keep is not None and keep > 1:
@@ -221,7 +227,7 @@ def _checkpoints(plan: _Plan, tensors: Sequence[Any]) -> Checkpoints:
 
 def _saved_numbers(plan: _Plan, tensors: Sequence[Any], checkpoints: Checkpoints) -> int:
     """Numbers that the kernel keeps for one row and head, at most; a row of them is padded to a cache line."""
-    q, eta, weights = tensors[0], tensors[4], tensors[7 : 7 + plan.layers]
+    q, eta, weights = tensors[0], tensors[4], tensors[_STATE : _STATE + plan.layers]
     line = 64 // q.element_size()
     padded = [(-(-w.shape[2] // line) * line, -(-w.shape[3] // line) * line) for w in weights]
     chunks = max(-(-(p + c) // plan.options.chunk) for p, c in zip(plan.phases.tolist(), plan.counts.tolist()))
@@ -240,7 +246,7 @@ def _run(
     saved: Tensor | None,
     y: Tensor | None,
     end: Sequence[Tensor],
-    grads: Sequence[Tensor | None] = (None,) * 7,
+    grads: Sequence[Tensor | None] = (None,) * _STATE,
     grad_gain: Tensor | None = None,
     grad_state: Sequence[Tensor | None] = (),
     grad_end: Sequence[Tensor | None] = (),
@@ -256,19 +262,24 @@ def _run(
             if x is not None:
                 at = 3 * (LAYERS * (3 * i + (2 if which and not momentum else which)) + layer)
                 matrices[at : at + 3] = x.data_ptr(), x.stride(0), x.stride(1)
+    stages, past = 2 if options.gated else layers, options.window - 1
     widths: list[int] = [width]
     places: list[int] = []
-    for w in state[:layers]:
+    for w in state[:stages]:
         widths.append(w.shape[2])
     for x in (*tokens, y, *grads):
-        places += (0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3])
+        if x is None:
+            places += (0, 0, 0, 0)
+        else:  # the kernel counts from the first token that is in a window
+            missing = (past + time - x.shape[1]) * x.stride(1) * x.element_size()
+            places += (x.data_ptr() - missing, *x.stride()[:3])
     _memory_run(
         plan.operands,
-        batch, time, heads, layers, options.chunk, ACTIVATION_NUMBERS[options.activation],
+        batch, time, heads, stages, options.chunk, ACTIVATION_NUMBERS[options.activation],
         LOSS_NUMBERS[objective.kind, objective.smooth is not None, objective.form], momentum, gain is not None,
-        READ_NUMBERS[options.read], backward, max(1, min(torch.get_num_threads(), tasks)),
+        READ_NUMBERS[options.read], options.gated, past, backward, max(1, min(torch.get_num_threads(), tasks)),
         *checkpoints, 0 if saved is None else saved.numel() // max(tasks, 1),
-        *widths, *[0] * (LAYERS - layers), *places,
+        *widths, *[0] * (LAYERS - stages), *places,
         address(gain), address(grad_gain), plan.phases.data_ptr(), address(plan.order), plan.counts.data_ptr(),
         plan.end_rows.data_ptr(), address(saved), *matrices, options.clip or 0.0,
         objective.p, objective.delta, objective.smooth or 0.0,

@@ -25,7 +25,7 @@ def prepare_step(
     if can_prepare(*tokens, norm):
         run = MEMORY.choose(
             device="cpu", dtype=tokens.q.dtype, time=1, chunk=options.chunk, layers=len(shapes), plain=True, grad=False,
-            decays=options.decay_first or (tokens.alpha is not None and tokens.alpha.dim() == 4),
+            rare=options.rare(tokens),
         )  # fmt: skip
         if run is MEMORY.backends["native_step"].run:
             return StepPlan(tokens, shapes, norm, options)

@@ -76,8 +76,9 @@ INLINE void norm_error(const objective *objective, int width, const real *k, con
 
 enum { NORM_ROWS = 6 /* of work for norm_error_backward */ };
 
-/* From the gradient g of that error to those of z (in grad_z), k and v; grad_k and grad_gain are added to. */
-INLINE void norm_error_backward(const objective *objective, int width, const real *k, const real *v, const real *gain,
+/* From the gradient g of that error to those of z (in grad_z), k and v; grad_k and grad_gain are added to. Returns that
+   of the objective's delta. */
+INLINE real norm_error_backward(const objective *objective, int width, const real *k, const real *v, const real *gain,
                                 const real *z, const real *error, const real *g, real *grad_z, real *grad_k,
                                 real *grad_v, real *grad_gain, real *work) {
     int end = padded(width);
@@ -90,7 +91,7 @@ INLINE void norm_error_backward(const objective *objective, int width, const rea
         store_vec(grad_prediction + i, load_vec(grad_u + i) * load_vec(gain + i));
     }
     half_error(objective, end, prediction, v, u);
-    half_error_backward(objective, end, prediction, v, grad_prediction, grad_prediction, grad_v);
+    real grad_delta = half_error_backward(objective, end, prediction, v, grad_prediction, grad_prediction, grad_v);
     vec u_n = {}, p_n = {}, p_error = {};
     for (int i = 0; i < end; i += WIDTH) {
         vec ni = load_vec(n + i), gi = load_vec(gain + i), e = load_vec(u + i), ui = e * gi;
@@ -111,4 +112,5 @@ INLINE void norm_error_backward(const objective *objective, int width, const rea
     layer_norm_vjp(width, grad_z, n, inverse, grad_z);
     for (int i = 0; i < end; i += WIDTH)
         store_vec(grad_z + i, load_vec(grad_z + i) - load_vec(n + i) * sigma);
+    return grad_delta;
 }

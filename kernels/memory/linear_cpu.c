@@ -187,12 +187,12 @@ static void run_segment(const call *call, int n, work *w, int states) {
 
 static void load_state(const work *w, const piece *p, const matrices *from, real *to) {
     for (int part = 0; part < w->parts; part++)
-        load_matrix(w->in, w->out, &from[part], p->row, p->head, to + (size_t)part * w->rows * w->width);
+        load_matrix(w->in, w->out, &from[part], p->row, p->head, to + (size_t)part * w->rows * w->width, w->width);
 }
 
 static void store_state(const work *w, const piece *p, const matrices *to, const real *from) {
     for (int part = 0; part < w->parts; part++)
-        store_matrix(w->in, w->out, &to[part], p->row, p->head, from + (size_t)part * w->rows * w->width);
+        store_matrix(w->in, w->out, &to[part], p->row, p->head, from + (size_t)part * w->rows * w->width, w->width);
 }
 
 static void forward_task(const call *call, int64_t index, work *w) {

@@ -64,7 +64,7 @@ def linear_memory(
     interval = min(options.keep or max(low, min(high, math.isqrt(time))), time, LONGEST_INTERVAL)
     plan = _Plan(options, mask, state.position, counts, order, interval)
     momentum = () if tokens.eta is None else state.momentum
-    tensors = [*tokens, *state.weights, *momentum]
+    tensors = [*tokens[:6], *state.weights, *momentum]
     y, *parts = _Linear.apply(plan, *tensors) if needs_grad(*tensors) else _forward(plan, tensors, saves=False)[0]
     weights, momentum = (parts[0],), tuple(parts[1:]) or state.momentum
     anchor = weights if order is None else where_rows(counts > 0, weights, state.anchor)
@@ -98,8 +98,8 @@ class _Linear(torch.autograd.Function):
         new = empty_huge_pages if ctx.plan.order is None else torch.zeros  # gradients of masked tokens are zero
         grads = tokens.map(lambda x: new(x.shape, dtype=x.dtype))
         grad_state = [torch.empty(w.shape, dtype=w.dtype) for w in state]
-        _run(ctx.plan, tokens, state, saved.contiguous(), None, (), (*grads, grad_y), grad_state, grad_end)
-        return None, *grads, *grad_state
+        _run(ctx.plan, tokens, state, saved.contiguous(), None, (), (*grads[:6], grad_y), grad_state, grad_end)
+        return None, *grads[:6], *grad_state
 
 
 def _forward(plan: _Plan, tensors: Sequence[Any], saves: bool) -> tuple[tuple[Tensor, ...], Tensor | None]:
@@ -141,7 +141,7 @@ def _run(
     batch, time, heads, width = tokens.q.shape
     tasks = batch * heads
     places: list[int] = []
-    for x in (*tokens, y, *grads):
+    for x in (*tokens[:6], y, *grads):
         places += (0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3])
     matrices: list[int] = []
     for part in (state, end, grad_state, grad_end):

@@ -48,7 +48,9 @@ def measure_memory(
     state, norm = state.to(compute), None if norm is None else norm.to(compute)
     with full_precision(tokens.k.device.type):
         if not written or tokens.k.shape[1] == 0:
-            found = surprise_at(tokens.k, tokens.v, state.weights, options.activation, norm, options.objective)
+            found = surprise_at(
+                tokens.k, tokens.v, state.weights, options.activation, norm, options.objective, tokens.delta
+            )
             return Measured(*found, torch.zeros_like(found.norm, dtype=torch.bool))
         walk = ChunkWalk(tokens, state, norm, mask, options, run_memory)
         parts = [(*part.surprise, part.suppressed) for part in walk.parts(last=False)]

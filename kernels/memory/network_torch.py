@@ -129,12 +129,15 @@ def gradient_norm(errors: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
 # -- the error ---------------------------------------------------------------------------------------------------------
 
 
-def half_error(p: Tensor, v: Tensor, objective: Objective, out: Tensor | None = None) -> Tensor:
+def half_error(
+    p: Tensor, v: Tensor, objective: Objective, delta: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
     """Half the objective's derivative with respect to the prediction ``p``, of tokens ``[..., d_out]``.
 
-    Differentiable without ``out``, which may be ``p``. Where a power of 0 has no derivative, that of the error is 0.
+    ``delta``: ``[..., 1]``, in place of the objective's. Differentiable without ``out``, which may be ``p``. Where a
+    power of 0 has no derivative, that of the error is 0.
     """
-    kind, power, delta, smooth, form = objective
+    kind, power, fixed, smooth, form = objective
     if kind == "l2":
         return torch.sub(p, v, out=out)
     if kind == "dot":
@@ -143,8 +146,10 @@ def half_error(p: Tensor, v: Tensor, objective: Objective, out: Tensor | None = 
     if kind == "l2_half":
         error = r / 2
     elif kind == "huber" and form == "elementwise":
-        error = r.clamp(-delta, delta) / 2
+        limit = r.new_tensor(fixed) if delta is None else delta
+        error = torch.where(r.abs() > limit, limit * _sign(r), r) / 2
     elif kind == "huber":
+        delta = r.new_tensor(fixed) if delta is None else delta
         error = torch.where(_within(r, delta), r, delta / 2 * _sign(r))
     elif kind == "lp":
         error = power / 2 * (_sign(r) if smooth is None else (smooth * r).tanh())
@@ -183,7 +188,7 @@ def _sign(r: Tensor) -> Tensor:
     return torch.where(r.isnan(), r, r.sign())
 
 
-def _within(r: Tensor, delta: float) -> Tensor:
+def _within(r: Tensor, delta: Tensor | float) -> Tensor:
     return torch.linalg.vector_norm(r, dim=-1, keepdim=True) <= delta
 
 

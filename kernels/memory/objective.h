@@ -84,10 +84,11 @@ INLINE void half_error(const objective *o, int width, const real *p, const real 
             store_vec(error + i, load_vec(p + i) - load_vec(v + i));
 }
 
-static __attribute__((noinline)) void other_half_error_backward(const objective *o, int width, const real *p,
+static __attribute__((noinline)) real other_half_error_backward(const objective *o, int width, const real *p,
                                                                 const real *v, const real *g, real *grad_p,
                                                                 real *grad_v) {
     int within = o->loss == HUBER && is_within(o, width, p, v);
+    vec of_delta = {};
     for (int i = 0; i < width; i += WIDTH) {
         vec r = load_vec(p + i) - load_vec(v + i), gi = load_vec(g + i), t, slope;
         switch (o->loss) {
@@ -109,9 +110,11 @@ static __attribute__((noinline)) void other_half_error_backward(const objective 
             break;
         case HUBER:
             slope = all(within);
+            of_delta += within ? (vec){} : gi * sign_of(r);
             break;
         case HUBER_ELEMENTWISE:
-            slope = pick(absolute(r) <= o->delta, all((real)0.5), (vec){});
+            slope = pick(absolute(r) > o->delta, (vec){}, all((real)0.5));
+            of_delta += pick(absolute(r) > o->delta, gi * sign_of(r), (vec){});
             break;
         default:
             slope = all(1);
@@ -120,17 +123,18 @@ static __attribute__((noinline)) void other_half_error_backward(const objective 
         store_vec(grad_p + i, grad);
         store_vec(grad_v + i, o->loss == DOT ? gi * (real)-0.5 : -grad);
     }
+    return sum(of_delta) / 2;
 }
 
-/* From the gradient g of that error to those of p, which may be in its place, and v. */
-INLINE void half_error_backward(const objective *o, int width, const real *p, const real *v, const real *g,
+/* From the gradient g of that error to those of p, which may be in its place, and v. Returns that of delta. */
+INLINE real half_error_backward(const objective *o, int width, const real *p, const real *v, const real *g,
                                 real *grad_p, real *grad_v) {
     if (o->loss != L2)
-        other_half_error_backward(o, width, p, v, g, grad_p, grad_v);
-    else
-        for (int i = 0; i < width; i += WIDTH) {
-            vec grad = load_vec(g + i);
-            store_vec(grad_p + i, grad);
-            store_vec(grad_v + i, -grad);
-        }
+        return other_half_error_backward(o, width, p, v, g, grad_p, grad_v);
+    for (int i = 0; i < width; i += WIDTH) {
+        vec grad = load_vec(g + i);
+        store_vec(grad_p + i, grad);
+        store_vec(grad_v + i, -grad);
+    }
+    return 0;
 }

@@ -31,7 +31,18 @@ from .linear_cpu import linear_memory, refuse_linear
 from .network_torch import ACTIVATIONS, torch_read
 from .overflow import confine_overflow
 from .reference import reference_memory, reference_read
-from .state import BackendFunction, MemoryState, Objective, Options, Tokens
+from .state import (
+    CHANNELS,
+    DELTA,
+    FIRST,
+    GATED,
+    WINDOW,
+    BackendFunction,
+    MemoryState,
+    Objective,
+    Options,
+    Tokens,
+)
 from .step_cpu import cpu_step, cpu_step_read, refuse_cpu_step
 from .step_torch import torch_step
 from .surprise import thresholded_memory
@@ -121,7 +132,7 @@ def run_memory(
     backend: str = "auto",
 ) -> tuple[Tensor, MemoryState]:
     """:func:`titans_memory` with arguments that are known to fit, and any ``options.objective``."""
-    q, alpha = tokens.q, tokens.alpha
+    q = tokens.q
     tensors = (*tokens, norm, *state.weights, *state.momentum, *state.anchor)
     compute = torch.promote_types(torch.promote_types(q.dtype, state.weights[0].dtype), torch.float32)
     plain, grad = is_plain_cpu_tensor(*tensors, mask), needs_grad(*tensors)
@@ -137,7 +148,7 @@ def run_memory(
         width=max(q.shape[3], tokens.v.shape[3]),
         grad=grad,
         plainly=norm is options.clip is options.threshold is None,
-        decays=options.decay_first or (alpha is not None and alpha.dim() == 4),
+        rare=options.rare(tokens),
     )
     for x in tensors:
         if x is not None and x.dtype != compute:
@@ -153,20 +164,20 @@ def run_memory(
 def has_fast_backend(
     tokens: Tokens, state: MemoryState, norm: Tensor | None, mask: Tensor | None, options: Options
 ) -> bool:
-    """Whether :func:`run_memory` takes another backend than the reference, which knows every decay and is slow.
+    """Whether :func:`run_memory` takes another backend than the references, which are slow.
 
     The tensors are of one dtype.
     """
-    q, alpha = tokens.q, tokens.alpha
+    q = tokens.q
     tensors = (*tokens, norm, *state.weights, *state.momentum, *state.anchor)
     plain = is_plain_cpu_tensor(*tensors, mask)
     run = MEMORY.choose(
         device=q.device.type, dtype=q.dtype, plain=plain, transformed=not plain and transforming(), time=q.shape[1],
         chunk=options.chunk, layers=len(state.weights), width=max(q.shape[3], tokens.v.shape[3]),
         grad=needs_grad(*tensors), plainly=norm is options.clip is options.threshold is None,
-        decays=options.decay_first or (alpha is not None and alpha.dim() == 4),
+        rare=options.rare(tokens),
     )  # fmt: skip
-    return run is not MEMORY.backends["reference"].run
+    return all(run is not MEMORY.backends[name].run for name in ("closed_form", "reference"))
 
 
 def read_memory(
@@ -237,8 +248,8 @@ def check_memory(
     tokens: Tokens, state: MemoryState, norm: Tensor | None, mask: Tensor | None, options: Options
 ) -> None:
     """Raise if an argument has a wrong type, shape, dtype or device. Fast, because it runs at every decoded token."""
-    q, k, v, theta, eta, alpha = tokens
-    chunk, activation, clip, read, keep, _, threshold, _, ends, _ = options
+    q, k, v, theta, eta, alpha, *_ = tokens
+    chunk, activation, clip, read, keep, _, threshold, _, ends, *_ = options
     if not isinstance(state, MemoryState):
         more = ""
         if hasattr(state, "beyond"):  # a LearnerState
@@ -342,17 +353,18 @@ def _backend(
     *,
     thresholds: bool = False,
     steps: bool = False,
-    any_decay: bool = False,
+    knows: Sequence[str] = (),
 ) -> Backend:
     """``thresholds``: whether ``function`` applies ``options.threshold`` itself.
 
     ``steps``: whether it goes token by token, so that nothing that it reads overflows too early.
-    ``any_decay``: whether it knows decays for each channel, and decays before the gradient.
+    ``knows``: what it can do of ``Options.rare``.
     """
 
-    def refuse_more(*, transformed: bool = False, decays: bool = False, **facts: Any) -> str | None:
-        if decays and not any_decay:
-            return "knows decays of whole matrices after the gradient alone"
+    def refuse_more(*, transformed: bool = False, rare: Sequence[str] = (), **facts: Any) -> str | None:
+        for name in rare:
+            if name not in knows:
+                return f"does not know {name}"
         if transformed and function not in (closed_form_memory, reference_memory):
             return "takes no torch.func transform and no forward-mode derivative, as backend='closed_form' does"
         return refuse(**facts)
@@ -368,9 +380,9 @@ def _backend(
             y, after = run(tokens, state, norm, mask, options._replace(ends=None))
             return y, after.rows(ends)
         if 0 in tokens.q.shape[:2]:
-            return torch.zeros_like(tokens.v), state
+            return torch.zeros_like(tokens.like_outputs()), state
         y, after = write(tokens, state, norm, mask, options)
-        if steps or y.is_meta or (function is closed_form_memory and transforming()):
+        if steps or y.is_meta or options.window > 1 or (function is closed_form_memory and transforming()):
             return y, after
         if sum_is_finite(y, *after.weights, *after.momentum):
             return y, after
@@ -400,20 +412,26 @@ def _one_token(refuse: Callable[..., str | None] = never) -> Callable[..., str |
     return refuse_more
 
 
+SUMS = (CHANNELS, DELTA, WINDOW, GATED)
+"""What is a sum over the tokens, as the plain memory is."""
+
 MEMORY = Operation(
     "memory",
     [
         _backend("native_step", cpu_step, _one_token(refuse_cpu_step), thresholds=True, steps=True),
         _backend("triton_step", _triton("step", "triton_step"), _one_token(refuse_triton_memory), steps=True),
         _backend("step", torch_step, _one_token(), thresholds=True, steps=True),
-        _backend("native_linear", linear_memory, refuse_linear, steps=True, any_decay=True),
-        _backend("native", cpu_memory, refuse_cpu),
+        _backend("native_linear", linear_memory, refuse_linear, steps=True, knows=(CHANNELS, FIRST)),
+        _backend("native", cpu_memory, refuse_cpu, knows=(DELTA, WINDOW, GATED)),
         _backend("triton", _triton("network", "triton_memory"), _refuse_triton),
         _backend("torch", chunkwise_memory),
-        _backend("closed_form", closed_form_memory, thresholds=True),
-        _backend("reference", reference_memory, thresholds=True, steps=True, any_decay=True),
+        _backend("closed_form", closed_form_memory, thresholds=True, knows=SUMS),
+        _backend("reference", reference_memory, thresholds=True, steps=True, knows=(CHANNELS, FIRST, DELTA)),
     ],
-    lambda tokens, state, _, mask, options: (tokens.v, state if options.ends is None else state.rows(options.ends)),
+    lambda tokens, state, _, mask, options: (
+        tokens.like_outputs(),
+        state if options.ends is None else state.rows(options.ends),
+    ),
     [Tokens, MemoryState, Options, Objective],
 )
 

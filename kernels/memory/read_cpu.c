@@ -101,7 +101,7 @@ static void run_task(const call *call, int64_t task, real *scratch) {
     piece p = {.row = task / call->heads, .head = task % call->heads};
     int out = w.out[w.top], width = w.width[w.top];
     for (int l = 0; l <= w.top; l++) {
-        load_matrix(w.in[l], w.out[l], &call->weights[l], p.row, p.head, w.weights[l]);
+        load_matrix(w.in[l], w.out[l], &call->weights[l], p.row, p.head, w.weights[l], padded(w.out[l]));
         if (call->backward) {
             transpose(w.rows[l], w.out[l], w.weights[l], w.width[l], w.transposed[l], w.rows[l]);
             memset(w.grad[l], 0, (size_t)w.rows[l] * w.width[l] * sizeof(real));
@@ -123,7 +123,7 @@ static void run_task(const call *call, int64_t task, real *scratch) {
     if (!call->backward)
         return;
     for (int l = 0; l <= w.top; l++)
-        store_matrix(w.in[l], w.out[l], &call->grad_weights[l], p.row, p.head, w.grad[l]);
+        store_matrix(w.in[l], w.out[l], &call->grad_weights[l], p.row, p.head, w.grad[l], padded(w.out[l]));
     if (call->grad_gain)
         memcpy(call->grad_gain + task * out, w.grad_gain, out * sizeof(real));
 }

@@ -24,9 +24,12 @@ def memory_network(weights: tuple[Tensor, ...], x: Tensor, activation: str, gain
     return h if gain is None else x + F.layer_norm(h, h.shape[-1:], eps=1e-6) * gain
 
 
-def _gradients(p: Tensor, v: Tensor, objective: Objective, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _gradients(
+    p: Tensor, v: Tensor, objective: Objective, delta: Tensor | None, weights: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
     """Of the objective of one token of each row and head, ``p`` and ``v`` ``[batch, heads, d_out]``."""
-    kind, power, delta, smooth, form = objective
+    kind, power, fixed, smooth, form = objective
+    delta = p.new_tensor(fixed) if delta is None else delta
     r, upstream = p - v, None
     zero = r == 0  # where powers have no derivative
     size = torch.where(zero, 1.0, r).abs()
@@ -42,7 +45,7 @@ def _gradients(p: Tensor, v: Tensor, objective: Objective, weights: tuple[Tensor
     elif kind == "lp":
         loss = torch.where(zero, 0.0, size**power).sum()
     elif kind == "huber" and form == "elementwise":
-        loss = F.huber_loss(p, v, reduction="sum", delta=delta)
+        loss = torch.where(r.abs() <= delta, r.square() / 2, delta * (r.abs() - delta / 2)).sum()
     elif kind == "huber":
         inside = torch.linalg.vector_norm(r.detach(), dim=-1, keepdim=True) <= delta
         inside = inside | r.isnan()  # which has no sign
@@ -74,7 +77,7 @@ def reference_memory(
     else:  # zero times NaN is NaN, in gradients too
         hidden = ~mask
         tokens = tokens.map(lambda x: x.masked_fill(hidden.view(rows, time, *[1] * (x.dim() - 2)), 0.0))
-    q, k, v, theta, eta, alpha = tokens
+    q, k, v, theta, eta, alpha, delta, _ = tokens
     chunk, activation, clip, read, _, _, threshold, *_ = options
     weights, momentum, anchor, position = state
     outputs = []
@@ -94,7 +97,9 @@ def reference_memory(
         with torch.enable_grad():
             at = tuple((1 - a) * w for a, w in zip(forgets, anchor)) if options.decay_first else anchor
             at = tuple(a if a.requires_grad else a.detach().requires_grad_() for a in at)
-            gradients = _gradients(memory_network(at, k[:, t], activation, norm), v[:, t], options.objective, at)
+            threshold_of = None if delta is None else delta[:, t].unsqueeze(-1)
+            p = memory_network(at, k[:, t], activation, norm)
+            gradients = _gradients(p, v[:, t], options.objective, threshold_of, at)
         suppressed = torch.zeros(rows, q.shape[2], 1, 1, dtype=torch.bool, device=q.device)
         if threshold is not None:
             suppressed = torch.cat([g.flatten(2) for g in gradients], 2).norm(dim=2).view(suppressed.shape) < threshold

@@ -106,15 +106,25 @@ class Tokens(NamedTuple):
     eta: Tensor | None
     alpha: Tensor | None
     """The same, or for each input channel of the layers, one after the other, ``[batch, time, heads, channels]``."""
+    delta: Tensor | None = None
+    """Of each token in place of the objective's: ``[batch, time, heads]``."""
+    gamma: Tensor | None = None
+    """With a window of ``c`` tokens, the weight of each token in every window, ``[batch, c - 1 + time, heads]``. ``k``,
+    ``v`` and ``delta`` then begin with the ``c - 1`` tokens before these, too; one that is not there has weight 0."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Tokens:
         """``function`` of every tensor that is not ``None``."""
-        q, k, v, theta, eta, alpha = self
-        eta, alpha = None if eta is None else function(eta), None if alpha is None else function(alpha)
-        return Tokens(function(q), function(k), function(v), function(theta), eta, alpha)
+        q, k, v, theta, *optional = self
+        return Tokens(
+            function(q), function(k), function(v), function(theta), *[x if x is None else function(x) for x in optional]
+        )
+
+    def like_outputs(self) -> Tensor:
+        """A tensor of the outputs' shape and dtype."""
+        return self.v[:, self.v.shape[1] - self.q.shape[1] :]
 
     def at(self, span: slice) -> Tokens:
-        """The tokens of a span of time."""
+        """The tokens of a span of time, without a window."""
         return self.map(lambda x: x[:, span])
 
 
@@ -142,6 +152,9 @@ class Objective(NamedTuple):
 
 SQUARED = Objective()
 
+CHANNELS, FIRST = "decays for each channel", "decays before the gradient"
+DELTA, WINDOW, GATED = "thresholds for each token", "windows of tokens", "gated networks"
+
 
 class Options(NamedTuple):
     """What a memory computes from its tensors, and how."""
@@ -165,6 +178,25 @@ class Options(NamedTuple):
     """The rows whose state is returned; ``None``: all. Other rows may leave out the last write."""
     decay_first: bool = False
     """Whether the weights decay before a token's gradient is taken, and not after; of chunks of one token."""
+    window: int = 1
+    """Tokens whose gradients are in a step."""
+    gated: bool = False
+    """Whether the network is ``W_2 (act(W_1 x) * (W_3 x))``, and not one layer after the other."""
+
+    def rare(self, tokens: Tokens) -> tuple[str, ...]:
+        """What these and ``tokens`` have that not every backend knows. Fast: it runs at every decoded token."""
+        found, alpha = [], tokens.alpha
+        if alpha is not None and alpha.dim() == 4:
+            found.append(CHANNELS)
+        if self.decay_first:
+            found.append(FIRST)
+        if tokens.delta is not None:
+            found.append(DELTA)
+        if self.window > 1:
+            found.append(WINDOW)
+        if self.gated:
+            found.append(GATED)
+        return tuple(found)
 
 
 BackendFunction: TypeAlias = Callable[

@@ -137,7 +137,7 @@ def _prepared(
                          READ_NUMBERS[options.read], threads]  # fmt: skip
     for x in tokens[:3]:
         fields += _NONE if x is None else _place(x, heads, x.shape[3], copies)
-    for x in tokens[3:]:
+    for x in tokens[3:6]:
         fields += _NONE if x is None else (x.data_ptr(), x.stride(0), x.stride(2))
     norm = None if norm is None else norm.contiguous()
     fields += address(norm), 0, width

@@ -17,7 +17,7 @@ def torch_step(
     tokens: Tokens, state: MemoryState, norm: Tensor | None, mask: Tensor | None, options: Options
 ) -> tuple[Tensor, MemoryState]:
     """``titans_memory`` for ``time = 1`` without gradients. Rows may be at different positions."""
-    q, k, v, theta, eta, alpha = tokens
+    q, k, v, theta, eta, alpha, *_ = tokens
     chunk, activation, clip, read, _, _, threshold, objective, *_ = options
     batch, _, heads, _ = q.shape
     vjp = for_few(ACTIVATIONS[activation].vjp)

@@ -37,12 +37,14 @@ def surprise_at(
     activation: str,
     norm: Tensor | None = None,
     objective: Objective = SQUARED,
+    delta: Tensor | None = None,
 ) -> Surprise:
     """The surprise of every token at ``weights`` (per layer ``[batch, heads, out, in]``). Not to be differentiated.
 
     The gradient of layer l is ``2 d_l a_l^T``, from its input ``a_l`` and the error ``d_l`` that comes back to it.
     """
     act = ACTIVATIONS[activation]
+    delta = None if delta is None else delta.transpose(1, 2).unsqueeze(-1)
     key, value = k.transpose(1, 2), v.transpose(1, 2)
     inputs, outputs = [key], [key @ weights[0].mT]
     for weight in weights[1:]:
@@ -50,12 +52,12 @@ def surprise_at(
         outputs.append(inputs[-1] @ weight.mT)
     if norm is None:
         predicted = outputs[-1]
-        backs = [half_error(predicted, value, objective)]
+        backs = [half_error(predicted, value, objective, delta)]
     else:
         gain = norm.unsqueeze(1)
         n, _, inverse = torch.native_layer_norm(outputs[-1], outputs[-1].shape[-1:], None, None, EPS)
         predicted = torch.addcmul(key, n, gain)
-        backs = [layer_norm_vjp(half_error(predicted, value, objective) * gain, n, inverse)]
+        backs = [layer_norm_vjp(half_error(predicted, value, objective, delta) * gain, n, inverse)]
     for layer in range(len(weights) - 2, -1, -1):
         backs.append(act.vjp(backs[-1] @ weights[layer + 1], outputs[layer]))
     norms, error = gradient_norm(backs[::-1], inputs), predicted - value
@@ -110,7 +112,9 @@ class ChunkWalk:
             if span.start == 0:  # rows may be inside their chunk; later, chunks begin where spans do
                 inside = torch.tensor([phase > 0 for phase in self.phases], device=state.position.device)
                 anchor = _pick(inside, state.anchor, state.weights)
-            found = surprise_at(tokens.k, tokens.v, anchor, options.activation, self.norm, options.objective)
+            found = surprise_at(
+                tokens.k, tokens.v, anchor, options.activation, self.norm, options.objective, tokens.delta
+            )
             suppressed = found.norm < (self.threshold or 0.0)  # NaN is not suppressed, on any backend
             y = None
             if last or span is not self.spans[-1]:
@@ -125,7 +129,13 @@ class ChunkWalk:
         )
         if carries_on or self.options.read == "anchor" or not self.all_suppressed(span, suppressed):
             if self.threshold is not None:
-                alpha = None if tokens.alpha is None else tokens.alpha.masked_fill(suppressed, 0.0)
+                alpha = (
+                    None
+                    if tokens.alpha is None
+                    else tokens.alpha.masked_fill(
+                        suppressed.view(*suppressed.shape, *[1] * (tokens.alpha.dim() - 3)), 0.0
+                    )
+                )
                 tokens = tokens._replace(theta=tokens.theta.masked_fill(suppressed, 0.0), alpha=alpha)
             return self.backend(tokens, state, self.norm, valid, self.options)
         y = torch_read(tokens.q, state.weights, self.options.activation, self.norm)

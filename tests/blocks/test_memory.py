@@ -27,7 +27,7 @@ def memory(dim: int = 8, **options: object) -> NeuralMemory:
 def test_gates_of_a_chunk_are_those_of_its_first_token() -> None:
     block = memory(gates="chunk")
     x = torch.randn(1, 12, 8, dtype=torch.float64)
-    theta, eta, alpha = block.inputs(x, block.init_state(1), None)[0][3:]
+    theta, eta, alpha = block.inputs(x, block.init_state(1), None)[0][3:6]
     for gate in (theta, eta, alpha):
         assert torch.equal(gate[:, 0:5], gate[:, :1].expand(-1, 5, -1))
         assert torch.equal(gate[:, 5:10], gate[:, 5:6].expand(-1, 5, -1))
@@ -55,7 +55,7 @@ def test_hard_gates_are_initialized_like_sigmoids(heads: int) -> None:
     soft, hard = (tb.build_block(options | {"gating": g}, dim=64, seed=0) for g in ("sigmoid", "hard_sigmoid"))
     assert isinstance(soft, NeuralMemory) and isinstance(hard, NeuralMemory)
     x = torch.randn(4, 500, 64)
-    for a, b in zip(*(b.inputs(x, b.init_state(4), None)[0][3:] for b in (soft, hard))):
+    for a, b in zip(*(b.inputs(x, b.init_state(4), None)[0][3:6] for b in (soft, hard))):
         assert b.min() > 0 and b.max() < 1
         torch.testing.assert_close(a.mean((0, 1)), b.mean((0, 1)), rtol=0.01, atol=0.0)
         torch.testing.assert_close(a.std((0, 1)), b.std((0, 1)), rtol=0.05, atol=0.0)

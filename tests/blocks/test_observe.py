@@ -99,7 +99,7 @@ def test_records_equal_the_inputs_of_the_operation(masked):
         real = torch.ones(13, dtype=torch.bool) if mask is None else mask[row]
         state = block.init_state(1)
         q, k, v, _ = query_key_value(block.qkv(kept), block.convolution, state.convolution, 2, None)
-        theta, eta, alpha = block.inputs(kept, state, None)[0][3:]
+        theta, eta, alpha = block.inputs(kept, state, None)[0][3:6]
         options = Options(4, "gelu", 1.0, "after", threshold=6.0)
         expected = measure_memory(Tokens(q, k, v, theta, eta, alpha), state.memory, block.norm_gain, None, options)
         assert 0.1 < expected.suppressed.double().mean() < 0.9

@@ -109,7 +109,7 @@ def _write(stretch: Learned, tokens: Tokens, memory: MemoryState) -> MemoryState
         return state
     chunk, activation, clip, read, *_ = options
     return titans_memory(
-        *tokens, memory, chunk=chunk, activation=activation, norm=stretch.norm, clip=clip, read=read,
+        *tokens[:6], memory, chunk=chunk, activation=activation, norm=stretch.norm, clip=clip, read=read,
         threshold=options.threshold,
     )[1]  # fmt: skip
 

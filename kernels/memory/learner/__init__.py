@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...dispatch import BackendError, expect_tensors, full_precision, half_dtype, shows_values
+from ...dispatch import BackendError, expect_tensors, full_precision, half_dtype, shows_values, sum_is_finite
 from ...documents import Documents
 from ..operation import has_fast_backend, run_memory
 from ..state import MemoryState, Tokens
@@ -45,7 +45,7 @@ from .parts import (
 )
 from .rule import Rule, make_rule
 from .state import LearnerState, Writes
-from .walk import Measured, begin, complete, read, run, start
+from .walk import Measured, begin, complete, read, run, start, take_window
 from .walk import measure as measure_writes
 
 __all__ = [
@@ -241,8 +241,8 @@ def measure(
 
 
 def _fits(rule: Rule, norm: Tensor | None) -> bool:
-    """Whether the operation ``titans_memory`` has this norm: its residual is the query after the features."""
-    return rule.features is None or norm is None
+    """Whether the operation ``titans_memory`` has this norm: its residual is the input after the features."""
+    return norm is None or rule.features is None or rule.features.width(norm.shape[-1]) == norm.shape[-1]
 
 
 def _row(
@@ -251,23 +251,54 @@ def _row(
 ) -> tuple[Tensor, LearnerState]:  # fmt: skip
     """A stretch without a reset inside it, or one that the general path finds. ``ends``: as of ``titans_memory``."""
     options = rule.options(keep, half)
+    if rule.objective.learned and writes.parameter is None:
+        options = None  # the general path says what is missing
     pick = lambda x: x if ends is None else x[ends]  # noqa: E731
     if options is not None and backend != "general" and _fits(rule, norm):
-        q, k, v, theta, eta, alpha, gamma, _ = writes
-        projection = state.projection
-        if rule.query is not None:
-            state = complete(rule, state, writes)
-            q, projection = _projected(q, k, state.projection, mask)
-        steps = theta if gamma is None else theta * gamma
-        tokens = Tokens(rule.features_of(q), rule.features_of(k), v, steps, eta, alpha)
+        state = complete(rule, state, writes)
+        tokens, shift, later = _tokens(rule, writes, state, norm, mask)
         before = state.plain()
-        usual = not options.decay_first and (alpha is None or alpha.dim() == 3)
-        if usual or backend != "auto" or has_fast_backend(tokens, before, norm, mask, options):
+        if not options.rare(tokens) or backend != "auto" or has_fast_backend(tokens, before, norm, mask, options):
             y, after = run_memory(tokens, before, norm, mask, options._replace(ends=ends), backend)
-            return y, state._replace(projection=projection).rows(pick)._replace(**after._asdict())
+            if shift is not None:
+                y = y + (shift if mask is None else shift.masked_fill(~mask[..., None, None], 0.0))
+            # NaN and infinity of a later token may be in a window's sums; the general path finds where they begin
+            if options.window == 1 or not shows_values(y) or sum_is_finite(y, *after.weights):
+                return y, later.rows(pick)._replace(**after._asdict())
     gain = None if norm is None else norm.unsqueeze(1)
     y, state = run(rule, writes, complete(rule, state, writes), gain, mask)
     return y, state.rows(pick)
+
+
+def _tokens(
+    rule: Rule, writes: Writes, state: LearnerState, norm: Tensor | None, mask: Tensor | None
+) -> tuple[Tokens, Tensor | None, LearnerState]:
+    """What ``titans_memory`` is given for ``writes``; what is added to its outputs; and the state with what it does not
+    know as it is after them.
+
+    The residual of its norm is the network's input. Where features make this, values and outputs move by as much.
+    """
+    q, k, v, theta, eta, alpha, gamma, delta = writes
+    if rule.query is not None:
+        q, projection = _projected(q, k, state.projection, mask)
+        state = state._replace(projection=projection)
+    if rule.window > 1:
+        across = writes.map(lambda x: x.transpose(1, 2))
+        recent, held, every, state = take_window(rule, across, state, mask)
+        k, v = every.k.transpose(1, 2), every.v.transpose(1, 2)
+        delta = None if every.parameter is None else every.parameter.transpose(1, 2)
+        there = torch.arange(1 - rule.window, 0, device=held.device) >= -held.unsqueeze(1)
+        assert recent.gamma is not None
+        before = torch.where(there.unsqueeze(1), recent.gamma, 0.0).transpose(1, 2)
+        gamma = torch.cat([before, torch.ones_like(theta) if gamma is None else gamma], 1)
+    elif gamma is not None:
+        theta, gamma = theta * gamma, None
+    query, key, shift = rule.features_of(q), rule.features_of(k), None
+    if rule.features is not None and norm is not None:
+        shift = q - query
+        if type(rule.objective) is not objectives.DotProduct:  # which is not of the difference to the value
+            v = v + (key - k)
+    return Tokens(query, key, v, theta, eta, alpha, delta, gamma), shift, state
 
 
 def _projected(q: Tensor, k: Tensor, projection: Any, mask: Tensor | None) -> tuple[Tensor, Tensor]:

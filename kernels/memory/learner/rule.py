@@ -103,20 +103,20 @@ class Rule:
     def options(self, keep: int | None = None, half: str | None = None) -> Options | None:
         """The options of the operation ``titans_memory`` that computes this rule, or ``None`` if it does not."""
         if (
-            type(self.network) not in (networks.MLP, networks.Linear)
+            type(self.network) not in (networks.MLP, networks.Linear, networks.GatedMLP)
             or type(self.objective) not in _OBJECTIVES
-            or any(isinstance(x, Tensor) for x in vars(self.objective).values())
-            or self.objective.learned
+            or any(isinstance(x, Tensor) for name, x in vars(self.objective).items() if name != "delta")
             or type(self.optimizer) not in (updates.Step, updates.Momentum)
             or self.optimizer.order > 1
             or type(self.retention) not in (updates.Keep, updates.Decay, updates.ChannelDecay)
-            or self.window > 1
+            or (self.window > 1 and self.retention.first)
+            or (self.threshold is not None and (self.window > 1 or type(self.network) is networks.GatedMLP))
         ):
             return None
         objective = _OBJECTIVES[type(self.objective)](self.objective)
         return Options(
             self.chunk, self.activation_name, self.clip, self.read, keep, half, self.threshold, objective,
-            decay_first=self.retention.first,
+            decay_first=self.retention.first, window=self.window, gated=type(self.network) is networks.GatedMLP,
         )  # fmt: skip
 
     @property
@@ -132,6 +132,8 @@ class Rule:
             and self.keys == 1
             and self.features is None
             and self.query is None
+            and self.window == 1
+            and not options.gated
         )
 
     def problems(self, no_momentum: str | None = None) -> Iterator[tuple[str, str]]:
@@ -197,7 +199,9 @@ _OBJECTIVES: dict[type, Callable[[Any], state.Objective]] = {
     objectives.HalfSquaredError: lambda part: state.Objective("l2_half"),
     objectives.DotProduct: lambda part: state.Objective("dot"),
     objectives.LpError: lambda part: state.Objective("lp", p=part.p, smooth=part.smooth),
-    objectives.Huber: lambda part: state.Objective("huber", delta=part.delta, form=part.form),
+    objectives.Huber: lambda part: state.Objective(
+        "huber", delta=0.0 if part.delta is None or isinstance(part.delta, Tensor) else part.delta, form=part.form
+    ),
 }
 """The objectives that the memory operation has."""
 

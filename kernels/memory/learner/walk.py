@@ -149,7 +149,7 @@ def _span(
 
     recent, held, every = None, None, writes
     if rule.window > 1:
-        recent, held, every, state = _window(rule, writes, state, valid)
+        recent, held, every, state = take_window(rule, writes, state, valid)
     if solves:
         y, state = chunks.solved_sums(rule, writes, valid, state)
         return y, state._replace(anchor=where(ends, state.weights, state.anchor), position=after)
@@ -191,7 +191,7 @@ def begin(state: LearnerState, rows: Tensor) -> LearnerState:
     )
 
 
-def _window(
+def take_window(
     rule: Rule, writes: Writes, state: LearnerState, valid: Tensor | None
 ) -> tuple[Writes, Tensor, Writes, LearnerState]:
     """The recent writes, their number, these with ``writes``, and the state with the recent ones after ``writes``."""

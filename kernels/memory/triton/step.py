@@ -42,7 +42,7 @@ def triton_step(
     tokens: Tokens, state: MemoryState, norm: Tensor | None, mask: Tensor | None, options: Options
 ) -> tuple[Tensor, MemoryState]:
     """``titans_memory`` for ``time = 1`` and one or two layers, without gradients."""
-    q, k, v, theta, eta, alpha = tokens
+    q, k, v, theta, eta, alpha, *_ = tokens
     chunk, activation, clip, read, _, _, _, objective, *_ = options
     batch, _, heads, d_in = q.shape
     layers, (d_out, width) = len(state.weights), state.weights[-1].shape[2:]

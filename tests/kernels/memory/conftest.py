@@ -28,7 +28,8 @@ class MemoryCase:
     """Random inputs of a memory, with gates that include exact 0 and 1."""
 
     def __init__(self, *, batch=2, time=14, heads=2, d_in=4, d_out=4, depth=2, expansion=2, norm=True, momentum=True,
-                 forgetting=True, phases=None, mask=None, seed=0, scale=0.5, step=0.2, forget=0.5):  # fmt: skip
+                 forgetting=True, phases=None, mask=None, seed=0, scale=0.5, step=0.2, forget=0.5,
+                 deltas=False):  # fmt: skip
         torch.manual_seed(seed)
         rand = lambda *shape: torch.rand(*shape, dtype=torch.float64)  # noqa: E731
         randn = lambda *shape: torch.randn(*shape, dtype=torch.float64)  # noqa: E731
@@ -49,6 +50,7 @@ class MemoryCase:
         self.eta, self.alpha = eta if momentum else None, alpha if forgetting else None
         widths = [d_in, *[d_in * expansion] * (depth - 1), d_out]
         part = lambda: tuple(scale * randn(batch, heads, o, i) for i, o in itertools.pairwise(widths))  # noqa: E731
+        self.delta = 0.3 + 2 * rand(batch, time, heads) if deltas else None
         self.norm = randn(heads, d_out) if norm else None
         weights = part()
         position = torch.tensor(phases or [0] * batch)
@@ -64,6 +66,7 @@ class MemoryCase:
                 self.theta,
                 self.eta,
                 self.alpha,
+                self.delta,
                 self.norm,
                 *weights,
                 *self.state.momentum,
@@ -76,14 +79,14 @@ class MemoryCase:
 
     @property
     def tokens(self):
-        return Tokens(self.q, self.k, self.v, self.theta, self.eta, self.alpha)
+        return Tokens(self.q, self.k, self.v, self.theta, self.eta, self.alpha, self.delta)
 
     def run(self, state=None, tokens=slice(None), objective=None, backend="auto", **options):
         cut = lambda x: None if x is None else x[:, tokens]  # noqa: E731
         given = self.tokens.map(cut)
         state, mask = self.state if state is None else state, cut(self.mask)
         if objective is None:
-            return titans_memory(*given, state, norm=self.norm, mask=mask, backend=backend, **options)
+            return titans_memory(*given[:6], state, norm=self.norm, mask=mask, backend=backend, **options)
         options = {"chunk": 16, "activation": "gelu", "clip": None, "read": "after", **options}
         return run_memory(given, state, self.norm, mask, Options(objective=objective, **options), backend)
 
@@ -109,7 +112,11 @@ class MemoryCase:
         """The fast backends against both references: outputs, final state, every gradient."""
         oracle = self.tensors(self.run(backend="reference", **options))
         oracle_grads = self.gradients(oracle)
-        for backend in ("torch", "closed_form", *(["native"] if UNBUILT is None else [])):
+        for backend in (
+            *(["torch"] if self.delta is None else []),
+            "closed_form",
+            *(["native"] if UNBUILT is None else []),
+        ):
             result = self.tensors(self.run(backend=backend, **options))
             self.assert_equal(result, oracle)
             self.assert_equal(self.gradients(result), oracle_grads)

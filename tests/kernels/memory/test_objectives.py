@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from titans_build.kernels.cpu_runtime import library
+from titans_build.kernels.dispatch import BackendError
 from titans_build.kernels.memory import Objective, Options, run_memory
 from titans_build.kernels.memory.measure import measure_memory
 from titans_build.kernels.memory.network_torch import half_error, half_error_vjp
@@ -58,6 +59,17 @@ def test_reads_at_the_anchor_of_rows_at_different_positions(memory_case, masked,
     mask = torch.rand(3, 13, generator=torch.Generator().manual_seed(0)) > 0.4 if masked else None
     case = memory_case(batch=3, heads=1, time=13, phases=[3, 0, 5], mask=mask, step=0.05, scale=0.3)
     case.assert_agrees(chunk=4, read="anchor", clip=clip)
+
+
+@pytest.mark.parametrize("form, norm, clip", [("norm", True, None), ("norm", False, 0.4), ("elementwise", True, 0.4)])
+def test_a_delta_for_each_token(memory_case, form, norm, clip):
+    mask = torch.rand(2, 9, generator=torch.Generator().manual_seed(0)) > 0.3
+    case = memory_case(time=9, heads=1, norm=norm, deltas=True, phases=[0, 2], mask=mask, step=0.05, scale=0.4)
+    case.assert_agrees(objective=Objective("huber", form=form), chunk=4, clip=clip)
+    options = dict(objective=Objective("huber", form=form), chunk=4, threshold=1.0)
+    case.assert_equal(case.tensors(case.run(**options)), case.tensors(case.run(backend="reference", **options)))
+    with pytest.raises(BackendError, match="does not know thresholds for each token"):
+        case.run(backend="torch", **options)
 
 
 @every_objective

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from titans_build.kernels.cpu_runtime import library
 from titans_build.kernels.dispatch import BackendError
 from titans_build.kernels.memory import MEMORY, LearnerState, learn
 
 TIME, WIDTH, CHUNK = 10, 3, 4
+UNBUILT = library.refuse(device="cpu", dtype=torch.float64)
 BACKENDS = ["auto", "general", *[name for name in MEMORY.backends if not name.startswith("triton")]]
 
 
@@ -93,10 +95,16 @@ SETTINGS: dict[str, Any] = {
     "soft_threshold once a chunk": case(retention={"type": "soft_threshold", "by": 0.02}, read="anchor"),
     # windows and features
     "window": case(window=3, gates="theta eta alpha gamma", norm=True, scale=0.5),
+    "window read before": case(window=2, read="before", gates="theta alpha", activation="relu"),
+    "window read at the anchor": case(GATED, network="gated_mlp", window=3, read="anchor", scale=0.5),
+    "window of huber for each token": case(
+        objective={"type": "huber", "delta": "tensor"}, window=3, gates="theta eta alpha gamma", norm=True, scale=0.5,
+    ),
     "window longer than a chunk": case(window=6, gates="theta eta alpha", scale=0.3),
     "window and muon": case(window=3, gates="theta eta alpha gamma", optimizer=muon(scale="update")),
     "gamma alone": case(gates="theta eta alpha gamma"),
     "powers": case(features={"type": "polynomial", "degree": 3}, norm=True, scale=0.5),
+    "powers of dot": case(features={"type": "polynomial", "degree": 2}, norm=True, objective="dot", window=2),
     "tensor powers": case(
         lambda given: given.weights(1 + WIDTH + WIDTH**2, 5, WIDTH), scale=0.3,
         features={"type": "polynomial", "degree": 2, "form": "tensor"},
@@ -122,9 +130,15 @@ SETTINGS: dict[str, Any] = {
     # bounds
     "clip": case(clip=0.8, norm=True),
     "clip and window": case(clip=0.8, window=3, gates="theta eta alpha gamma"),
+    "clip and gated_mlp": case(GATED, network="gated_mlp", clip=0.8, read="before"),
     "threshold": case(threshold=3.0),
 }  # fmt: skip
-ONCE_A_CHUNK = ("muon", "rows", "soft_threshold")
+IN_C = (
+    "gated_mlp", "clip and gated_mlp", "huber for each token", "window", "window longer than a chunk", "powers",
+    "window read before", "window read at the anchor", "window of huber for each token", "clip and window",
+    "three keys in a window",
+)  # fmt: skip
+"""Some settings that the C kernel takes."""
 
 
 class Case:
@@ -213,6 +227,8 @@ def test_outputs_state_and_gradients(name, make, general):
     case = Case(make, name)
     expected = case.loop(general)
     gradients = case.gradients(expected)
+    if UNBUILT is None and name in IN_C:
+        case.learn(backend="native")
     for backend in BACKENDS:
         try:
             got = case.tensors(case.learn(backend=backend))
@@ -259,7 +275,9 @@ def test_a_step_of_zero_leaves_the_state(name, make):
         assert not momentum.any()
 
 
-@pytest.mark.parametrize("name", ["mlp with norm", "window", "kl with momentum", "muon once a chunk", "projected"])
+@pytest.mark.parametrize(
+    "name", ["mlp with norm", "window", "clip and gated_mlp", "kl with momentum", "muon once a chunk", "projected"]
+)
 def test_second_derivatives(name, make, general):
     case = Case(make, name, time=6)
     found = []

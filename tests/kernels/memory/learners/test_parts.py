@@ -191,10 +191,12 @@ def test_a_missing_tensor_is_refused(argument: str, keys: int) -> None:
         learn(*given.values(), fresh(), chunk=4, keys=keys)
 
 
-def test_features_under_a_norm_are_refused_by_a_named_backend() -> None:
-    gain = torch.ones(HEADS, DIM, dtype=torch.float64)
+def test_features_of_another_width_under_a_norm_are_refused_by_a_named_backend() -> None:
+    gain, width = torch.ones(HEADS, DIM, dtype=torch.float64), 1 + DIM + DIM**2
+    features = {"type": "polynomial", "degree": 2, "form": "tensor"}
+    state = LearnerState.fresh([torch.rand(BATCH, HEADS, DIM, width, dtype=torch.float64)])
     with pytest.raises(BackendError, match="backend='reference'"):
-        run(features="polynomial", norm=gain, backend="reference")
+        learn(*tokens(), state, features=features, norm=gain, backend="reference")
 
 
 def test_a_state_of_another_window_or_of_other_decays_is_refused() -> None:
