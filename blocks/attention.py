@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, NamedTuple
 
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from ..kernels.attention import Prefix, attention, operand_dtype
 from ..kernels.attention.decode import Cache, cached_attention
+from ..kernels.dispatch import advanced, integers, known
 from ..kernels.documents import Documents
 from ..kernels.linear import is_plain, linear, project
 from ..kernels.norm_gate import rms_norm
@@ -126,6 +128,8 @@ class Attention(Block):
         slots = 0 if self.window is None else self.window - 1
         empty = torch.zeros(batch_size, slots, self.kv_heads, self.head_dim, dtype=dtype, device=device)
         zero = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        if not zero.is_cpu:
+            known(zero, [0] * batch_size)
         return AttentionState(empty, empty, zero, zero, None, None)
 
     def prefix(self, tokens: Tensor) -> tuple[Tensor, AttentionState]:
@@ -265,7 +269,7 @@ class Attention(Block):
                 # reading the number synchronizes an accelerator: attention over a few empty slots is cheaper
                 used, start = slots, slots - state.cached
             else:
-                cached = state.cached.tolist()
+                cached = integers(state.cached)
                 used = max(cached)
                 start = None if min(cached) == used else used - state.cached
         seen_k, seen_v = k, v
@@ -309,35 +313,38 @@ class Attention(Block):
 
     def _advance(self, state: AttentionState, k: Tensor, v: Tensor, length: Tensor | None) -> AttentionState:
         """Return the state after the new ``k`` and ``v``, in the dtype of ``state``. ``length`` as in :meth:`_run`."""
-        time, cached = k.shape[1], state.cached + (k.shape[1] if length is None else length)
-        if self.window is None:
+        time = k.shape[1]
+        slots = None if self.window is None else self.window - 1
+        if length is None:
+            cached, position = advanced(state.cached, time, slots), advanced(state.position, time)
+        else:
+            cached, position = state.cached + length, state.position + length
+            cached = cached if slots is None else cached.clamp(max=slots)
+        if slots is None:
             # the compiler does not know the number of slots in use: the state then keeps all
             every = length is None or torch.compiler.is_compiling()
             slots = state.keys.shape[1] + time if every else int(cached.max())
-        else:
-            slots = self.window - 1
-            cached = cached.clamp(max=slots)
         if length is not None or time < slots or self.window is None:
             k, v = torch.cat((state.keys, k), dim=1), torch.cat((state.values, v), dim=1)
         if length is None:
-            read: Tensor | int = time
             spare = k.shape[1] - slots
             k, v = k[:, spare:], v[:, spare:]
             if spare > slots:  # a view would keep the keys and values of all tokens alive
                 k, v = k.clone(), v.clone()
         else:
             # rows with more valid tokens need fewer of the slots before them than other rows
-            read, before = length, max(0, slots - (k.shape[1] - time))
+            before = max(0, slots - (k.shape[1] - time))
             end = length + (before + k.shape[1] - time)
             k, v = [last(F.pad(x, (0, 0, 0, 0, before, 0)), end, slots) for x in (k, v)]
         dtype = state.keys.dtype  # under autocast, the state keeps it
-        return state._replace(keys=k.to(dtype), values=v.to(dtype), cached=cached, position=state.position + read)
+        return state._replace(keys=k.to(dtype), values=v.to(dtype), cached=cached, position=position)
 
     def _expect_visible_tokens(self, state: AttentionState) -> None:
         """Raise unless the cache of a smaller window has all visible tokens."""
         assert self.window is not None
-        missing = state.cached < state.position.clamp(max=self.window - 1)
-        if not torch.compiler.is_compiling() and not missing.is_meta and bool(missing.any()):
+        if torch.compiler.is_compiling() or state.cached.is_meta:
+            return
+        if any(map(operator.lt, integers(state.cached), (min(n, self.window - 1) for n in integers(state.position)))):
             raise ValueError(
                 f"{type(self).__name__}: the state is of another block: it holds the last {state.keys.shape[1]} "
                 f"tokens, expected {self.window - 1}"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.custom_op import NOT_TRACED
-from ..kernels.dispatch import expect_values
+from ..kernels.dispatch import copied, expect_values
 from ..kernels.documents import Documents
 from ..kernels.linear import is_unmodified
 from .documents import expect_documents, run_documents
@@ -298,7 +298,7 @@ def _reset_own(module: Any) -> None:
 
 def as_rows(state: State, rows: int) -> State:
     """Expand a one-row state to ``rows`` rows without copying."""
-    return state if rows == 1 else map_state(lambda tensor: tensor.expand(rows, *tensor.shape[1:]), state)
+    return state if rows == 1 else map_state(lambda x: copied(x.expand(rows, *x.shape[1:]), x, rows), state)
 
 
 # -- checks ------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from ..kernels.dispatch import advanced, integers, known
 from ..kernels.documents import Documents
 from ..kernels.padding import align
 from ..registry import Needs, SameWeights, Spec, create, register
@@ -84,6 +85,8 @@ class Context(Block):
     def init_state(self, batch_size: int) -> ContextState:
         memory = self.memory.init_state(batch_size)
         position = torch.zeros(batch_size, dtype=torch.int64, device=like_of(self).device)
+        if not position.is_cpu:
+            known(position, [0] * batch_size)
         return ContextState(memory, memory, self.fresh_attention(batch_size), position)
 
     def fresh_attention(self, rows: int) -> State:
@@ -91,7 +94,8 @@ class Context(Block):
         if self.persistent is None:
             return self.attend.init_state(rows)
         # equal for all rows, so it is computed once
-        return as_rows(self.attend.prefix(self.persistent.unsqueeze(0))[1], rows)
+        state = self.attend.prefix(self.persistent.unsqueeze(0))[1]
+        return state if rows == 1 else as_rows(state, rows)
 
     def forward(
         self,
@@ -117,10 +121,10 @@ class Context(Block):
             layout, pieces = traced_pieces(self.segment, x, mask, state.position)
             y, state = run(layout.spread(x), state, pieces)
             return layout.collect(y), state._replace(position=state.position + layout.length)
-        positions = [0] * rows if fresh else state.position.tolist()
+        positions = [0] * rows if fresh else integers(state.position)
         if mask is None:
             y, state = run(x, state, pieces_of(self.segment, positions, [time] * rows, None))
-            return y, state._replace(position=state.position + time)
+            return y, state._replace(position=advanced(state.position, time))
         layout = align(mask)
         pieces = pieces_of(self.segment, positions, layout.length.tolist(), layout.filled)
         with moved(self, layout):
@@ -136,7 +140,10 @@ class Context(Block):
         for piece, tokens, *projected in split(pieces, x, *project(x)):
             if isinstance(piece.begins, Tensor) or any(piece.begins):
                 fresh = self.fresh_attention(x.shape[0]) if fresh is None else fresh
-                snapshot, attend = restart(piece.begins, snapshot, memory), restart(piece.begins, attend, fresh)
+                if isinstance(piece.begins, list) and all(piece.begins):
+                    snapshot, attend = memory, fresh
+                else:
+                    snapshot, attend = restart(piece.begins, (snapshot, attend), (memory, fresh))
             h = read(projected, snapshot)  # 1. read
             y, attend = self._attend(h, tokens, attend, piece.valid)  # 2. attend
             m, memory = update(y, memory, mask=piece.valid)  # 3. write
@@ -208,7 +215,7 @@ class Context(Block):
         position = [begin] * len(documents.row)
         if state is not None:
             memory, snapshot, attend, at = self._begin_segments(state)
-            rows = at.tolist()
+            rows = integers(at)
             position = [rows[b] if on else begin for b, on in zip(documents.row, documents.continues)]
         segments = documents.segments(self.segment, position, state is None)
         project, read, update, output = split_memory(self.memory, 2)
@@ -245,7 +252,7 @@ class Context(Block):
 
     def _begin_segments(self, state: ContextState) -> ContextState:
         """Return the state in which the rows at the end of a segment begin the next one."""
-        begins = [position > 0 and position % self.segment == 0 for position in state.position.tolist()]
+        begins = [position > 0 and position % self.segment == 0 for position in integers(state.position)]
         if not any(begins):
             return state
         attend = restart(begins, state.attend, self.fresh_attention(len(begins)))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.attention.decode import Cache, prepare_attention
+from ..kernels.dispatch import advanced, integers
 from ..kernels.linear import is_plain, is_unmodified, prepare_projection
 from ..kernels.memory import Tokens
 from ..kernels.memory.decode import prepare_read, prepare_step
@@ -235,7 +236,7 @@ def _context(block: Context, rows: int, time: int, step: int) -> Decoder | None:
 
     def decode(x: Tensor, state: ContextState) -> tuple[Tensor, State]:
         memory, snapshot, attended, position = state
-        begins = [place > 0 and place % segment == 0 for place in position.tolist()]
+        begins = [place > 0 and place % segment == 0 for place in integers(position)]
         if any(begins):
             snapshot = restart(begins, snapshot, memory)
             attended = restart(begins, attended, block.fresh_attention(rows))
@@ -248,6 +249,6 @@ def _context(block: Context, rows: int, time: int, step: int) -> Decoder | None:
         m, memory = learn(y, memory)
         if active:
             block.report(y, m)
-        return gate(y, m), ContextState(memory, snapshot, attended, position + 1)
+        return gate(y, m), ContextState(memory, snapshot, attended, advanced(position, 1))
 
     return decode

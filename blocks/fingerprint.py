@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernels.dispatch import integers
+
 _names: dict[int, str] = {}  # names of the recipes that were built in this process, for messages
 
 
@@ -29,7 +31,8 @@ class Fingerprint:
         """Raise ``ValueError`` with both recipes unless all values of ``found`` are this fingerprint."""
         if found.is_meta or torch.compiler.is_compiling():  # no values to compare
             return
-        other = next((number for number in found.flatten().tolist() if number not in (self.number, self.earlier)), None)
+        numbers = integers(found if found.dim() == 1 else found.flatten())
+        other = next((number for number in numbers if number not in (self.number, self.earlier)), None)
         if other is not None:
             recipes = f"it is of {_describe(int(other))}, the model of {_describe(self.number)}"
             raise ValueError(f"the state is of another recipe: {recipes}")

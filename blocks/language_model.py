@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, embedding
 
 from ..kernels.custom_op import NOT_TRACED
-from ..kernels.dispatch import expect_values, shows_values, transforming
+from ..kernels.dispatch import expect_values, known, shows_values, transforming
 from ..kernels.documents import NO_DOCUMENT, Documents
 from ..kernels.linear import project
 from ..registry import Spec
@@ -138,6 +138,7 @@ class LanguageModel(nn.Module):
             return state
         layers = tuple(initial_state(layer, batch_size) for layer in self.layers)
         number = torch.full((batch_size,), self.fingerprint.number, dtype=torch.int64, device=like.device)
+        known(number, [self.fingerprint.number] * batch_size)
         return ModelState(layers, number, torch.full_like(number, NO_DOCUMENT))
 
     def __call__(self, *args: Any, **named: Any) -> Any:
@@ -180,7 +181,8 @@ class LanguageModel(nn.Module):
 
         Arguments are not modified. Tensors of inference mode are copied if gradients are recorded. Raises ``TypeError``
         for a wrong dtype, and ``ValueError`` for a wrong shape or device, a token id out of range, or a state of
-        another model or number of rows. Under ``torch.compile``, values are not checked. Raises ``RuntimeError`` under
+        another model or number of rows. Under ``torch.compile``, values are not checked. On a GPU, ids out of range
+        are a ``RuntimeError`` of CUDA (a device-side assertion) at a later operation. Raises ``RuntimeError`` under
         ``torch.jit.trace`` and when it is exported to ONNX.
         """
         if (tokens is None) == (embeddings is None):
@@ -250,6 +252,8 @@ class LanguageModel(nn.Module):
         x, _ = self.norm(x)
         if state is None:
             number = x.new_full(x.shape[:1], self.fingerprint.number, dtype=torch.int64)
+            if not number.is_cpu:
+                known(number, [self.fingerprint.number] * len(number))
             state = ModelState(tuple(states), number, torch.full_like(number, NO_DOCUMENT))
         document = state.document if documents is None else documents.after
         return x, ModelState(tuple(states), state.recipe, document)
@@ -368,7 +372,8 @@ class LanguageModel(nn.Module):
             raise ValueError(f"{name} are on {tensor.device}, the model is on {device}: move one of them")
         if device.type == "meta":
             raise ValueError(f"{name}: the model is on the meta device: it has shapes, and no values to compute with")
-        if dtype != torch.int64 or tensor.numel() == 0 or torch.compiler.is_compiling():
+        # a GPU would be waited for, and its own kernels look at the ids that they are given
+        if dtype != torch.int64 or tensor.numel() == 0 or torch.compiler.is_compiling() or tensor.is_cuda:
             return
         assert self.vocab is not None
         ids = tensor if ignored is None else tensor.masked_fill(tensor == ignored, 0)

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import hardsigmoid
 
+from ..kernels.dispatch import known
 from ..kernels.documents import Documents
 from ..kernels.linear import SmallLinear, fuses, is_plain, linear, linear_of, project
 from ..kernels.memory import LearnerState, MemoryState, Options, Tokens, read_memory, titans_memory
@@ -210,6 +211,8 @@ class NeuralMemory(Block):
                 momentum.append(torch.zeros_like(x[:1]).expand_as(x))
         # not a `new` of a parameter, which torch.vmap over parameters would hide the values of
         position = torch.zeros(batch_size, dtype=torch.int64, device=self.output_gain.device)
+        if not position.is_cpu:
+            known(position, [0] * batch_size)
         memory = MemoryState(tuple(weights), tuple(momentum), tuple(weights), position)
         return NeuralMemoryState(
             memory if self.rule is None else memory_rule.start(self, memory),

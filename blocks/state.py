@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from ..kernels.dispatch import copied
 from ..kernels.documents import NO_DOCUMENT, packed_ids
 from .observers import suppressed
 
@@ -100,14 +101,14 @@ def batch_size(state: State) -> int | None:
 
 def detach(state: State) -> State:
     """Return the state detached from the graph. Without it, gradients flow from each call into the calls before."""
-    return map_state(lambda tensor: tensor.detach(), state)
+    return map_state(lambda x: x.detach() if x.is_floating_point() else x, state)
 
 
 def trainable(state: State) -> State:
     """Return the state with copies of the tensors of inference mode, which autograd does not accept."""
     if not any(tensor.is_inference() for _, tensor in named_tensors(state)):
         return state
-    return map_state(lambda tensor: tensor.clone() if tensor.is_inference() else tensor, state)
+    return map_state(lambda x: copied(x.clone(), x) if x.is_inference() else x, state)
 
 
 def to(state: State, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> State:

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .custom_op import THREAD, OpaqueOperation
 
@@ -282,6 +283,44 @@ def shows_values(x: Tensor) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+_KNOWN = WeakTensorKeyDictionary()
+
+
+def known(x: Tensor, values: Sequence[int]) -> Tensor:
+    """``x``, whose ``values`` the host knows: :func:`integers` need not wait for the device of ``x``.
+
+    Tensors of states are never modified in place, so what is known of one stays true.
+    """
+    if not torch.compiler.is_compiling():
+        _KNOWN[x] = list(values)
+    return x
+
+
+def integers(x: Tensor) -> list[int]:
+    """The values of a vector of integers. Waits for the device of ``x`` once, unless they are known."""
+    if x.is_cpu:
+        return x.tolist()
+    found: list[int] | None = _KNOWN.get(x)
+    if found is None:
+        found = _KNOWN[x] = x.tolist()
+    return found
+
+
+def advanced(x: Tensor, count: int, most: int | None = None) -> Tensor:
+    """``x + count``, or ``most`` where that is less. Known where ``x`` is."""
+    y = x + count if most is None else (x + count).clamp_(max=most)
+    if not x.is_cpu and x in _KNOWN:
+        known(y, [value + count if most is None else min(value + count, most) for value in _KNOWN[x]])
+    return y
+
+
+def copied(copy: Tensor, x: Tensor, rows: int | None = None) -> Tensor:
+    """``copy`` with the values of ``x``, or of its one row for each of ``rows``. Known where ``x`` is."""
+    if not x.is_cpu and x in _KNOWN:
+        known(copy, _KNOWN[x] * (rows or 1))
+    return copy
 
 
 def expect_values(name: str, x: Tensor) -> None:

@@ -24,19 +24,24 @@ SCRATCH_BYTES = 128 * 2**20
 
 
 class Scratch:
-    """Named work buffers that are reused: a fresh page costs more than the arithmetic done on it."""
+    """Named work buffers that are reused: on a CPU, a fresh page costs more than the arithmetic done on it."""
 
     _local = threading.local()
 
     def __init__(self, like: Tensor) -> None:
-        self._dtype, self._device = like.dtype, like.device
+        self._empty = like.new_empty(0)
         self._buffers: dict[str, Tensor] = {}
 
     @classmethod
     def of(cls, like: Tensor) -> Scratch:
-        """This thread's buffers in the dtype and on the device of ``like``."""
+        """Buffers in the dtype and on the device of ``like``: this thread's, on a CPU.
+
+        On other devices those of one call, from PyTorch's allocator, which knows streams and captured graphs.
+        """
+        if not like.is_cpu:
+            return cls(like)
         known = cls._local.__dict__.setdefault("known", {})
-        key = (like.dtype, like.device)
+        key = like.dtype
         if key not in known:
             known[key] = cls(like)
         return known[key]
@@ -47,7 +52,7 @@ class Scratch:
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < size:
             with torch.inference_mode(False):
-                buffer = self._buffers[name] = torch.empty(size, dtype=self._dtype, device=self._device)
+                buffer = self._buffers[name] = self._empty.new_empty(size)
         return buffer[:size].view(shape)
 
     def release(self) -> None:

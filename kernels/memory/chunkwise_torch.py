@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..autograd import differentiable
-from ..dispatch import full_precision
+from ..dispatch import advanced, full_precision, integers
 from ..padding import align
 from .chunk_torch import ChunkNetwork, Scratch, Written, WrittenGrad
 from .closed_form import closed_form_memory
@@ -52,7 +52,7 @@ def chunkwise_memory(
     network: _Network = ChunkNetwork,
 ) -> tuple[Tensor, MemoryState]:
     """``titans_memory`` for any length, positions and mask."""
-    phases = [position % options.chunk for position in state.position.tolist()]
+    phases = [position % options.chunk for position in integers(state.position)]
     if mask is not None and bool(mask.all()):
         mask = None
     if mask is None and len(set(phases)) == 1:
@@ -73,7 +73,7 @@ def _aligned(
         outputs.append(y)
         if (phase + stop) % chunk == 0:
             anchor = after.weights
-    return _joined(outputs), after._replace(anchor=anchor, position=state.position + time)
+    return _joined(outputs), after._replace(anchor=anchor, position=advanced(state.position, time))
 
 
 def _ragged(

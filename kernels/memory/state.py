@@ -8,6 +8,8 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from ..dispatch import known
+
 
 class MemoryState(NamedTuple):
     """What a memory carries from token to token. Every tensor has the batch row first.
@@ -63,7 +65,8 @@ class MemoryState(NamedTuple):
                     raise TypeError(f"{name}[{layer}]: expected {first.dtype} as weights[0], got {x.dtype}")
                 if x.device != first.device:
                     raise ValueError(f"{name}[{layer}]: expected device {first.device} as weights[0], got {x.device}")
-        return cls(weights, momentum, weights, torch.zeros(first.shape[0], dtype=torch.int64, device=first.device))
+        position = torch.zeros(first.shape[0], dtype=torch.int64, device=first.device)
+        return cls(weights, momentum, weights, known(position, [0] * len(position)))
 
     def rows(self, rows: Sequence[int]) -> MemoryState:
         """The state of the given rows."""

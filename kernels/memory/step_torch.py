@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..dispatch import advanced, integers
 from .network_torch import ACTIVATIONS, EPS, for_few, gradient_norm, half_error, layers_one, read_one, repeat_gain
 from .state import MemoryState, Options, Tokens, where_rows
 
@@ -23,7 +24,7 @@ def torch_step(
     vjp = for_few(ACTIVATIONS[activation].vjp)
     gain = None if norm is None else repeat_gain(norm, batch)
     weights = [w.flatten(0, 1) for w in state.weights]
-    phases = [position % chunk for position in state.position.tolist()]
+    phases = [position % chunk for position in integers(state.position)]
     anchor, next_anchor = weights, state.weights
     if any(phases):
         anchor, next_anchor = [a.flatten(0, 1) for a in state.anchor], state.anchor
@@ -90,7 +91,7 @@ def torch_step(
     elif any(ends):
         next_anchor = where_rows(torch.tensor(ends, device=q.device), new_weights, next_anchor)
     if mask is None:
-        return y, MemoryState(new_weights, new_momentum, next_anchor, state.position + 1)
+        return y, MemoryState(new_weights, new_momentum, next_anchor, advanced(state.position, 1))
     return y.masked_fill(~mask.view(batch, 1, 1, 1), 0.0), MemoryState(
         where_rows(mask, new_weights, state.weights),
         where_rows(mask, new_momentum, state.momentum),

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..dispatch import needs_grad
+from ..dispatch import integers, needs_grad
 from ..padding import Layout, align
 from .network_torch import ACTIVATIONS, EPS, gradient_norm, half_error, layer_norm_vjp, torch_read
 from .state import SQUARED, BackendFunction, MemoryState, Objective, Options, Tokens, where_rows
@@ -87,7 +87,7 @@ class ChunkWalk:
         self.options, self.threshold = options._replace(threshold=None), options.threshold
         self.layout: Layout | None = None
         time, chunk = tokens.k.shape[1], options.chunk
-        self.phases = [position % chunk for position in state.position.tolist()]
+        self.phases = [position % chunk for position in integers(state.position)]
         if mask is not None and bool(mask.all()):
             self.valid = mask = None
         counts = [time] * len(self.phases) if mask is None else mask.sum(1).tolist()

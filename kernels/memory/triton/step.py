@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...dispatch import advanced
 from ...triton_runtime import VARYING, launch
 from ..network_torch import ACTIVATION_NUMBERS, READ_NUMBERS
 from ..state import MemoryState, Options, Tokens
@@ -72,7 +73,7 @@ def triton_step(
         state.momentum if eta is None else momentum,
         # with chunks of one token the anchor is the weights, except at a masked token
         anchor[0] if anchor else _anchor(weights, state, mask),
-        state.position + (1 if mask is None else mask[:, 0]),
+        advanced(state.position, 1) if mask is None else state.position + mask[:, 0],
     )
 
 
