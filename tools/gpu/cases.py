@@ -29,7 +29,7 @@ Inputs = dict[str, Tensor]
 
 
 class Case(NamedTuple):
-    """One operation on one set of inputs."""
+    """One operation on one set of inputs, at one precision."""
 
     name: str
     operation: str
@@ -37,26 +37,24 @@ class Case(NamedTuple):
     """Makes the inputs by name, on the CPU: floating-point ones in float64."""
     run: Callable[..., Sequence[Tensor]]
     """``run(backend, **inputs)`` returns all outputs, in a fixed order."""
+    precision: str = "bfloat16"
+    """A key of ``parity.TOLERANCE``."""
     backward: bool = True
     """Whether there is a backward pass. Decoding has none."""
-    all_precisions: bool = True
-    """Whether the case runs at every precision. Others run in float32 and, on a GPU, bfloat16, to compile less."""
     layer_norm: bool = False
     """Whether a LayerNorm amplifies rounding errors: see ``parity.bounds``."""
     schedule: str = "auto"
-    """One of ``kernels.memory.triton.schedule.SCHEDULES``."""
+    """One of ``kernels.memory.triton.schedule.SCHEDULES``; backends without schedules are left out unless "auto"."""
 
 
 def cases(small: bool = False) -> tuple[Case, ...]:
     """All cases, the most important first. ``small``: with few programs, for Triton's interpreter."""
     memories = [memory.small() if small else memory for memory in MEMORIES]
-    return (
-        *(memory.case() for memory in memories),
-        *(memory.case(backward=False) for memory in memories if memory.time == 1),
-        *_READINGS,
-        *_ATTENTIONS,
-        *_OTHERS,
-    )
+    return (*(memory.case() for memory in memories), *_READINGS, *_ATTENTIONS, *_OTHERS)
+
+
+def named(name: str, small: bool = False) -> Case:
+    return next(case for case in cases(small) if case.name == name)
 
 
 def _randn(random: torch.Generator, *shape: int, scale: float = 1.0) -> Tensor:
@@ -85,14 +83,16 @@ class Memory(NamedTuple):
     """Rows start at different positions within a chunk."""
     saturated: bool = False
     """Some gates are exactly 0 or 1."""
-    all_precisions: bool = False
+    precision: str = "bfloat16"
+    backward: bool = True
     schedule: str = "auto"
 
     def small(self) -> Memory:
         """The same case with fewer rows, heads and tokens."""
         differ = self.masked or self.started
-        time = min(self.time, self.chunk + self.chunk // 4 + 1)
-        return self._replace(batch=2 if differ else 1, heads=1, d=16 if self.d == 32 else self.d, time=time)
+        chunk = min(self.chunk, 16)
+        time = min(self.time, chunk + chunk // 4 + 1)
+        return self._replace(batch=2 if differ else 1, heads=1, d=16, expansion=1, chunk=chunk, time=time)
 
     def make(self, random: torch.Generator) -> Inputs:
         tokens = (self.batch, self.time, self.heads)
@@ -135,78 +135,58 @@ class Memory(NamedTuple):
         )  # fmt: skip
         return [y, *after.weights, *after.momentum, *after.anchor]
 
-    def case(self, backward: bool = True) -> Case:
-        name = self.name if backward else f"{self.name}, decoding"
-        return Case(name, "memory", self.make, self.run, backward, self.all_precisions, self.norm, self.schedule)
+    def case(self) -> Case:
+        return Case(
+            self.name, "memory", self.make, self.run, self.precision, self.backward, self.norm, self.schedule
+        )  # fmt: skip
 
 
+_D64 = Memory("", d=64, chunk=64, time=150, batch=1)
 MEMORIES = (
-    Memory("two layers", all_precisions=True),
-    Memory("one layer", depth=1, all_precisions=True),
-    Memory("two layers, streamed", schedule="streamed"),
-    Memory("two layers, resident", schedule="resident"),
-    Memory("one layer, streamed", depth=1, schedule="streamed"),
-    Memory("clipped and masked, streamed", clip=0.5, masked=True, started=True, schedule="streamed"),
-    Memory("width 64, streamed", d=64, chunk=64, time=80, schedule="streamed"),
-    Memory("linear, no norm", depth=1, norm=False, activation="identity"),
-    Memory("SiLU", activation="silu"),
-    Memory("ReLU", activation="relu"),
-    Memory("identity", activation="identity"),
-    Memory("no norm", norm=False),
-    Memory("no momentum", momentum=False),
-    Memory("no forgetting", forgetting=False),
-    Memory("neither", momentum=False, forgetting=False),
-    Memory("clipped", clip=0.5),
-    Memory("read before write", read="before"),
-    Memory("masked", masked=True),
-    Memory("inside chunks", started=True),
+    _D64._replace(name="two layers, streamed", schedule="streamed"),
+    _D64._replace(name="two layers, float32, streamed", precision="float32", schedule="streamed"),
+    Memory("two layers, resident", chunk=64, time=150, schedule="resident"),
+    _D64._replace(name="one layer, resident", depth=1, schedule="resident"),
+    _D64._replace(name="one layer, streamed", depth=1, schedule="streamed"),
+    Memory("heads of 48, expansion 4, chunk 16, clipped", d=48, expansion=4, clip=0.5, batch=1),
     Memory("masked, inside chunks, clipped", masked=True, started=True, clip=0.5),
-    Memory("gates of 0 and 1, streamed", saturated=True, schedule="streamed"),
-    Memory("gates of 0 and 1, resident", saturated=True, schedule="resident"),
-    Memory("one row, one head, one chunk", batch=1, heads=1, time=16),
-    Memory("one row, one head, streamed", batch=1, heads=1, time=20, depth=1, schedule="streamed"),
-    Memory("chunk 8", chunk=8),
-    Memory("chunk 5, inside chunks, resident", chunk=5, started=True, clip=0.5, schedule="resident"),
-    Memory("chunk 5, inside chunks, streamed", chunk=5, started=True, clip=0.5, schedule="streamed"),
-    Memory("chunk 1", time=9, chunk=1, batch=1, heads=1),
-    Memory("15 tokens", time=15),
-    Memory("63 tokens", time=63, chunk=64),
-    Memory("chunk 64", time=100, chunk=64),
-    Memory("chunk 128", time=150, chunk=128),
-    Memory("width 64, expansion 2", d=64, chunk=64, time=80, all_precisions=True),
-    Memory("width 64, expansion 4", d=64, expansion=4, chunk=64, time=80),
-    Memory("width 64, one layer", d=64, depth=1, chunk=64, time=80),
-    Memory("width 128", d=128, expansion=1, chunk=32, time=70),
-    Memory("width 16", d=16, expansion=1),
-    Memory("one token", time=1, all_precisions=True),
-    Memory("one token inside a chunk", time=1, started=True, clip=0.5),
-    Memory("one token, read before write", time=1, read="before"),
-    Memory("one token of one layer", time=1, depth=1, norm=False),
-    Memory("three layers", depth=3, time=20),
+    Memory("masked, inside chunks, clipped, streamed", masked=True, started=True, clip=0.5, schedule="streamed"),
+    Memory("heads of 256", d=256, expansion=1, chunk=64, time=70, batch=1, heads=1),
+    Memory("three layers", depth=3, chunk=64, time=100),
+    Memory("chunk 128", d=64, chunk=128, time=260, batch=1, heads=1),
+    Memory("chunk 512", chunk=512, time=600, batch=1, heads=1),
+    _D64._replace(name="TF32", precision="tf32", heads=1),
+    _D64._replace(name="float16", precision="float16", heads=1),
+    Memory("float64", precision="float64", d=16, expansion=1, time=40, clip=0.5),
+    Memory("linear, no norm, float32", depth=1, norm=False, activation="identity", precision="float32"),
+    Memory("SiLU, no norm", norm=False, activation="silu"),
+    Memory("ReLU, no momentum, float32", momentum=False, activation="relu", precision="float32"),
+    Memory("neither momentum nor forgetting", momentum=False, forgetting=False),
+    Memory("read before write, gates of 0 and 1", read="before", saturated=True),
+    Memory("read at the anchor, chunk 5, inside chunks", chunk=5, started=True, read="anchor"),
+    Memory("heads of 128, one layer, float32", d=128, depth=1, chunk=32, time=70, heads=1, precision="float32"),
+    Memory("one token, decoding", time=1, started=True, clip=0.5, backward=False),
+    Memory("one token, decoding, float64", time=1, precision="float64", d=16, backward=False),
 )
 
 
 def _read_case(
-    name: str, time: int = 77, d: int = 32, depth: int = 2, norm: bool = True, activation: str = "gelu",
-    backward: bool = True, batch: int = 2, heads: int = 2,
+    name: str, time: int = 77, d: int = 32, depth: int = 2, norm: bool = True, backward: bool = True,
+    precision: str = "bfloat16",
 ) -> Case:  # fmt: skip
     def make(random: torch.Generator) -> Inputs:
-        made = Memory("", time=time, batch=batch, heads=heads, d=d, depth=depth, norm=norm).make(random)
+        made = Memory("", time=time, d=d, depth=depth, norm=norm).make(random)
         return {name: x for name, x in made.items() if name in ("q", "gain") or name.startswith("state_weights_")}
 
     def run(backend: str, q: Tensor, gain: Tensor | None = None, **weights: Tensor) -> list[Tensor]:
-        return [read_memory(q, tuple(weights.values()), activation, gain, backend=backend)]
+        return [read_memory(q, tuple(weights.values()), "gelu", gain, backend=backend)]
 
-    return Case(name, "memory_read", make, run, backward, layer_norm=norm)
+    return Case(name, "memory_read", make, run, precision, backward, layer_norm=norm)
 
 
 _READINGS = (
     _read_case("read"),
-    _read_case("read, one layer", depth=1),
-    _read_case("read, no norm", norm=False, activation="silu"),
-    _read_case("read, width 128", time=20, d=128, activation="relu"),
-    _read_case("read, one token", time=1),
-    _read_case("read, one row, one head", batch=1, heads=1),
+    _read_case("read, one layer, no norm, float32", depth=1, norm=False, precision="float32"),
     _read_case("read, one token, decoding", time=1, backward=False),
 )
 
@@ -219,6 +199,7 @@ def _attention_case(
     step: int = 1,
     kv_heads: int = 4,
     ragged: bool = False,
+    precision: str = "bfloat16",
 ) -> Case:
     def make(random: torch.Generator) -> Inputs:
         found = {"q": _randn(random, 2, time, 4, 64)}
@@ -238,14 +219,14 @@ def _attention_case(
         first = Prefix(prefix["prefix_q"], prefix["prefix_k"], prefix["prefix_v"]) if prefix else None
         return [attention(q, k, v, window=window, start=start, prefix=first, step=step, backend=backend)]
 
-    return Case(name, "attention", make, run)
+    return Case(name, "attention", make, run, precision)
 
 
 _ATTENTIONS = (
     _attention_case("causal", 100, None),
     _attention_case("window", 150, 32),
     _attention_case("prefix and window", 150, 32, persistent=8),
-    _attention_case("prefix of any length", 150, 32, persistent=5),
+    _attention_case("prefix and window, float32", 150, 32, persistent=5, precision="float32"),
     _attention_case("grouped heads", 100, 32, kv_heads=2),
     _attention_case("segment", 64, None, persistent=8, step=2),
     _attention_case("segment and window", 64, 21, persistent=8, step=2),
@@ -325,14 +306,15 @@ def _run_cached_attention(backend: str, projected: Tensor, gain: Tensor, **cache
 _OTHERS = (
     Case("gate", "gate", _normal(a=(2, 100, 96), b=(2, 100, 96), gain_a=(96,), gain_b=(96,)), _run_gate),
     Case("gated norm", "gated_norm", _normal(y=(2, 100, 4, 24), gain=(4, 24), g=(2, 100, 96)),
-         lambda backend, **x: [gated_norm(**x, backend=backend)]),
+         lambda backend, **x: [gated_norm(**x, backend=backend)], "float32"),
     Case("SwiGLU", "swiglu", _normal(x=(2, 100, 192)), lambda backend, x: [swiglu(x, backend=backend)]),
     Case("RMSNorm", "rms_norm", _normal(x=(2, 100, 96), gain=(96,)),
          lambda backend, x, gain: [rms_norm(x, gain, backend=backend)]),
     Case("L2 norm", "l2_norm", _normal(x=(2, 100, 4, 24)), lambda backend, x: [l2_norm(x, backend=backend)]),
     Case("convolution", "convolution", _normal(x=(2, 100, 96), weight=(96, 4), history=(2, 3, 96)),
          lambda backend, **x: [causal_convolution(**x, backend=backend)]),
-    Case("rotary", "rotary", _rotary_inputs, lambda backend, x, position: [rotate(x, position, backend=backend)]),
+    Case("rotary", "rotary", _rotary_inputs, lambda backend, x, position: [rotate(x, position, backend=backend)],
+         "float32"),
     Case("query", "query", _normal(projected=(2, 1, 32), weight=(96, 4), history=(2, 3, 96)), _run_query),
     Case("query, key and value", "query_key_value", _query_key_value_inputs, _run_query_key_value),
     Case("projection of a few", "projection", _normal(x=(2, 96), weight=(64, 96), bias=(64,)), _run_projection,

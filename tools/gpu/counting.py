@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import math
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,10 +111,16 @@ _active: list[Counting] = []
 
 
 class Counting(contextlib.ExitStack):
-    """The counted GPU, while this context is entered. ``launches`` and ``waits`` are in order."""
+    """The counted GPU, while this context is entered. ``launches`` and ``waits`` are in order.
 
-    def __init__(self) -> None:
+    ``record``: is called with every launch of a Triton kernel, as ``triton_runtime.recording`` says.
+    """
+
+    device = DEVICE
+
+    def __init__(self, record: Callable[..., None] | None = None) -> None:
         super().__init__()
+        self._record = record
         self.launches: list[Launch] = []
         self.waits: list[str] = []
         """Where the host waits: ``kernels/memory/overflow.py:36``."""
@@ -182,6 +188,8 @@ class Counting(contextlib.ExitStack):
         self.waits.append("outside the package")
 
     def _kernel(self, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], constants: dict[str, Any]) -> None:
+        if self._record is not None:
+            self._record(kernel, grid, arguments, constants)
         named = {**dict(zip(kernel.arg_names, arguments)), **constants}
         tensors = [x for x in arguments if isinstance(x, Tensor)]
         shapes = {name: tuple(x.shape) if isinstance(x, Tensor) else x for name, x in named.items()}

@@ -1,16 +1,11 @@
-"""The goals for the kernels on a GPU, compared with the measurements, and the growth of time with length."""
+"""The goals for the kernels on a GPU, compared with the rows of a run, and the growth of time with length."""
 
 from __future__ import annotations
 
-import functools
 import math
-import operator
-import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
-
-from .timing import Measurement
+from typing import Any, NamedTuple
 
 
 class Goal(NamedTuple):
@@ -28,48 +23,6 @@ class Goal(NamedTuple):
         return self.what, self.wanted, self.reached, {None: "", True: "yes", False: "no"}[self.met]
 
 
-class Trend(NamedTuple):
-    """How the time and memory of one case grow with length."""
-
-    what: str
-    backend: str
-    shape: str
-    direction: str
-    lengths: tuple[int, ...]
-    exponent: float
-    """``p`` of the best fit ``time = c * length ** p``."""
-    bytes: tuple[float, ...]
-    """Peak memory per token, at each length; empty where the device does not report it."""
-
-
-Key = tuple[str, str, str, str]
-
-
-def trends(rows: Sequence[Measurement]) -> list[Trend]:
-    """The trend of every case that was measured at two or more lengths."""
-    found: dict[Key, dict[int, Measurement]] = {}
-    for row in rows:
-        length, shape = _length(row)
-        if length and not row.failed:
-            found.setdefault((row.what, row.backend, shape, row.direction), {})[length] = row
-    made = []
-    for key, by in found.items():
-        lengths = sorted(by)
-        power = exponent(lengths, [by[n].seconds for n in lengths])
-        if power is not None:
-            peaks = tuple(by[n].peak / by[n].tokens for n in lengths if by[n].peak)
-            made.append(Trend(*key, tuple(lengths), power, peaks))
-    return made
-
-
-def _length(row: Measurement) -> tuple[int, str]:
-    """The length in a measurement's shape, 0 if it has none, and the shape without it."""
-    place = re.match(r"(\d+) x (\d+)", row.shape)
-    if place is None or row.what == "memory step" or not row.tokens:
-        return 0, row.shape
-    return int(place[2]), row.shape[: place.start(2)] + "time" + row.shape[place.end(2) :]
-
-
 def exponent(lengths: Sequence[int], seconds: Sequence[float]) -> float | None:
     """``p`` of the best fit ``seconds = c * length ** p``; ``None`` for a single length."""
     if len(lengths) < 2:
@@ -77,54 +30,45 @@ def exponent(lengths: Sequence[int], seconds: Sequence[float]) -> float | None:
     return statistics.linear_regression([math.log(n) for n in lengths], [math.log(s) for s in seconds]).slope
 
 
-def goals(rows: Sequence[Measurement]) -> list[Goal]:
-    """Every goal."""
-    found = {(row.what, row.backend, row.shape, row.direction): row for row in rows if not row.failed}
+def shares(rows: Sequence[dict[str, Any]]) -> None:
+    """Add to each row its ``share`` of the measured matrix rate, or of the measured bandwidth."""
+    rates = {row.get("dtype", row["what"]): row["rate"] for row in rows if row.get("rate")}
+    for row in rows:
+        for part, rate in (("flops", rates.get("bfloat16")), ("moved", rates.get("copy"))):
+            if row.get(part) and row.get("seconds") and rate and not row.get("rate"):
+                row["share"] = row[part] / row["seconds"] / rate
+
+
+def goals(rows: Sequence[dict[str, Any]]) -> list[Goal]:
+    """Every goal, of rows with shares."""
+    timed = [row for row in rows if row.get("seconds")]
+
+    def of(**facts: Any) -> list[dict[str, Any]]:
+        return [row for row in timed if all(row.get(name) == value for name, value in facts.items())]
+
     made = []
-    for expansion in (2, 4):
-        shape = f"d 64, expansion {expansion}"
-        shares = [
-            row.share
-            for (what, backend, where, direction), row in found.items()
-            if (what, backend, direction) == ("memory", "triton", "both") and shape in where
-        ]
-        what = f"memory, d 64, expansion {expansion}, both passes: share of the measured matrix rate"
-        made.append(goal_of(what, "40%", shares, lambda x: x >= 0.4, "{:.0%}"))
-    ratios = _over(found, ("memory block", "titans-pytorch"), ("memory block", "auto"))
-    made.append(goal_of("memory block: times faster than titans-pytorch's", "50", ratios, lambda x: x >= 50, "{:.1f}"))
-    ratios = _over(found, ("memory", "triton"), ("memory", "fla gated delta rule"))
+    deep = dict(what="memory", direction="both", d=128, layers=2, tiles=None, schedule="auto")
+    for chunk, wanted in ((64, 0.25), (512, 0.4)):
+        found = [row["share"] for row in of(**deep, chunk=chunk) if "share" in row]
+        what = f"memory, heads of 128, chunk {chunk}, both passes: share of the measured matrix rate"
+        made.append(goal_of(what, f"{wanted:.0%}", found, lambda x, least=wanted: x >= least, "{:.0%}"))
+    flat = of(what="memory", direction="both", d=128, layers=1, schedule="auto")
+    beside = {row["length"]: row for row in of(what="gated delta rule", direction="both")}
+    ratios = [row["seconds"] / beside[row["length"]]["seconds"] for row in flat if row["length"] in beside
+              and row["rows"] == beside[row["length"]]["rows"]]  # fmt: skip
     what = "memory of one layer: its time over the gated delta rule's, of as large a state"
-    made.append(goal_of(what, "at most 1", ratios, lambda x: x <= 1, "{:.2f}"))
-    for most, least, wanted in ((100_000, 32_000, 1.5), (math.inf, 100_000, 3.2)):
-        pairs = [
-            (found.get(("model transformer", "SDPA", row.shape, "both")), row)
-            for row in found.values()
-            if row[:2] == ("model mag", "auto") and least <= row.tokens < most
-        ]
-        ratios = [one.seconds / row.seconds for one, row in pairs if one]
-        where = "past 100,000 tokens" if least == 100_000 else "at 32,768 tokens"
-        what = f"MAG {where}: times faster than a FlashAttention transformer of its size"
-        made.append(goal_of(what, f"{wanted}", ratios, functools.partial(operator.le, wanted), "{:.2f}"))
-    ours = [t for t in trends(rows) if (t.what, t.backend) in (("memory", "triton"), ("model mag", "auto"))]
-    exponents = [t.exponent for t in ours]
-    made.append(goal_of("memory, MAG: exponent of time against length", "at most 1.05", exponents, lambda x: x <= 1.05))
-    growth = [t.bytes[-1] / t.bytes[0] for t in ours if len(t.bytes) > 1]
-    what = "memory, MAG: peak memory of a token at the longest text over the shortest"
-    made.append(goal_of(what, "at most 1.05", growth, lambda x: x <= 1.05))
-    steps = [row for row in found.values() if row[:2] == ("memory step", "triton_step")]
-    # half of the bytes moved are read; a state that changes has to be written as well, so 2 is the least possible
-    for what, parts in (("reading its state once", 2), ("moving its state in and out once", 1)):
-        ratios = [parts / row.share for row in steps]
-        made.append(
-            goal_of(f"step of a token: its time over that of {what}", "at most 1.5", ratios, lambda x: x <= 1.5)
-        )
+    made.append(goal_of(what, "at most 1", ratios, lambda x: x <= 1))
+    for length, least in ((32768, 1.0), (131072, 1.5)):
+        ours, theirs = (of(what="training step", model=f"{name}-170m", length=length, compiled=False)
+                        for name in ("mag", "transformer"))  # fmt: skip
+        ratios = [theirs[0]["seconds"] / ours[0]["seconds"]] if ours and theirs else []
+        what = f"MAG at {length:,} tokens: times faster than a FlashAttention transformer of its size"
+        made.append(goal_of(what, f"{least:g}", ratios, lambda x, least=least: x >= least))
+    copy = [row["rate"] for row in of(what="copy")]
+    steps = [row["seconds"] * copy[0] / row["state"] for row in of(what="memory step") if copy]
+    what = "step of a token: its time over that of reading its state once"
+    made.append(goal_of(what, "at most 1.5", steps, lambda x: x <= 1.5))
     return made
-
-
-def _over(found: dict[Key, Measurement], one: tuple[str, str], other: tuple[str, str]) -> list[float]:
-    """The time of ``one`` over that of ``other``, for each shape and direction that both have."""
-    pairs = [(row, found.get((*other, *key[2:]))) for key, row in found.items() if key[:2] == one]
-    return [row.seconds / beside.seconds for row, beside in pairs if beside]
 
 
 def goal_of(

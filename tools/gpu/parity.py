@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,117 +23,105 @@ REFERENCE = "reference"
 SCHEDULE = "TITANS_BUILD_SCHEDULE"
 """``kernels.memory.triton.schedule.VARIABLE``, copied because that module imports Triton."""
 
-
-class Task(NamedTuple):
-    """One backend on one case."""
-
-    case: str
-    operation: str
-    backend: str
-    precision: str
+Answer = dict[str, dict[str, Any]]
+"""``inputs`` in the dtypes of the case; ``expected`` outputs and gradients; the ``most`` error that each may have."""
 
 
-class Outcome(NamedTuple):
-    """The result of a task."""
-
-    operation: str
-    backend: str
-    case: str
-    precision: str
-    error: float
-    """The largest error of all outputs and gradients, relative to their tolerances; NaN if there is a NaN."""
-    tolerance: float
-    refused: str = ""
-    failed: str = ""
-    """The exception, if it raised one."""
-    where: str = ""
-    """The output or gradient with the largest error."""
-
-    @property
-    def task(self) -> Task:
-        return Task(self.case, self.operation, self.backend, self.precision)
-
-    @property
-    def passed(self) -> bool:
-        return bool(self.refused) or self.error <= self.tolerance
-
-
-def tasks(device: torch.device) -> list[Task]:
-    """Every case with every backend except the reference, at its precisions; float32 first."""
-    gpu = device.type == "cuda"
-    found = []
-    for precision in ("float32", "bfloat16", "float16", *(["tf32"] if gpu else [])):
-        for case in gpu_cases.cases(small=not gpu):
-            if case.all_precisions or precision == "float32" or (gpu and precision == "bfloat16"):
-                backends = [name for name in dispatch.OPERATIONS[case.operation].backends if name != REFERENCE]
-                if case.schedule != "auto":
-                    backends = ["triton"]
-                found += [Task(case.name, case.operation, name, precision) for name in backends]
-    return found
-
-
-def no_outcome(task: Task, failed: str = "") -> Outcome:
-    """The outcome of a task without a result."""
-    return Outcome(
-        task.operation, task.backend, task.case, task.precision, math.nan, TOLERANCE[task.precision], "", failed
-    )
-
-
-def outcome(task: Task, device: torch.device) -> Outcome:
-    """Run a task. An exception that a backend raises is returned as the outcome."""
-    case = next(
-        case
-        for case in gpu_cases.cases(small=device.type != "cuda")
-        if (case.name, case.operation) == (task.case, task.operation)
-    )
-    dtype = torch.float32 if task.precision == "tf32" else getattr(torch, task.precision)
-    nothing = no_outcome(task)
-    given = {name: _given(name, x, dtype) for name, x in case.make(torch.Generator().manual_seed(0)).items()}
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if task.precision == "tf32" else "highest")
-    try:
-        with scheduled(case.schedule):
-            found = _pass(case, task.backend, {name: x.to(device) for name, x in given.items()})
-        found = {name: x.detach().to("cpu", torch.float64) for name, x in found.items()}
-    except dispatch.BackendError as error:
-        return nothing._replace(refused=str(error).rpartition("cannot run: ")[2])
-    except Exception as error:  # a kernel that does not compile, an illegal address: the other tasks still run
-        return nothing._replace(failed=f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0])
-    finally:
-        torch.set_float32_matmul_precision(before)
-    exact = {name: x.double() if x.is_floating_point() else x for name, x in given.items()}
+def answer(case: Case) -> Answer:
+    """The reference of a case. What is compared with bfloat16 is kept in float32."""
+    inputs = inputs_of(case)
+    exact = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
     expected = _pass(case, REFERENCE, exact)
-    most = bounds(case, exact, expected, task.precision)
-    ratios = {name: ratio(x, expected[name]) for name, x in found.items()}
-    worst = max(ratios, key=lambda name: (math.isnan(ratios[name]), ratios[name] / most[name]))
-    return nothing._replace(error=ratios[worst], tolerance=most[worst], where=worst)
+    kept = torch.float64 if case.precision == "float64" else torch.float32
+    return {
+        "inputs": inputs,
+        "expected": {name: x.detach().to(kept) for name, x in expected.items()},
+        "most": bounds(case, exact, expected),
+    }
 
 
-@contextlib.contextmanager
-def scheduled(schedule: str) -> Iterator[None]:
-    """Use the kernels of a schedule; ``"auto"`` changes nothing."""
-    before = os.environ.get(SCHEDULE)
-    if schedule != "auto":
-        os.environ[SCHEDULE] = schedule
+def write_answers(file: Path, small: bool = False) -> None:
+    """The references of all cases, for a machine whose time is short."""
+    torch.save({case.name: answer(case) for case in gpu_cases.cases(small)}, file)
+
+
+def check(name: str, device: str, small: bool = False, answers: str | None = None) -> Iterator[dict[str, Any]]:
+    """A row for each backend of a case. ``answers``: a file of :func:`write_answers`."""
+    case = gpu_cases.named(name, small)
+    known: Answer = answer(case) if answers is None else torch.load(answers, weights_only=True, mmap=True)[name]
+    if case.precision == "tf32":
+        torch.set_float32_matmul_precision("high")
+    if case.schedule != "auto":
+        os.environ[SCHEDULE] = case.schedule
+    backends = [name for name in dispatch.OPERATIONS[case.operation].backends if name != REFERENCE]
+    for backend in ["triton"] if case.schedule != "auto" else backends:
+        # fills the memory of torch.empty with NaN, which shows what a kernel does not write; xFormers has no gradients
+        # that are the same in every run
+        torch.use_deterministic_algorithms(case.operation != "attention", warn_only=True)
+        yield compare(case, backend, known, device)
+
+
+def compare(case: Case, backend: str, known: Answer, device: str) -> dict[str, Any]:
+    """The row of one backend: its largest error relative to what it may be, or why it was refused."""
+    row = {"operation": case.operation, "backend": backend, "precision": case.precision}
     try:
-        yield
-    finally:
-        if schedule != "auto":
-            os.environ.pop(SCHEDULE)
-            os.environ.update({} if before is None else {SCHEDULE: before})
+        found = _pass(case, backend, {name: x.to(device) for name, x in known["inputs"].items()})
+        errors = {
+            n: ratio(x.detach().to("cpu", torch.float64), known["expected"][n].double()) for n, x in found.items()
+        }
+    except dispatch.BackendError as error:
+        return row | {"refused": str(error).rpartition("cannot run: ")[2]}
+    except Exception as error:  # a kernel that does not compile; the other backends still run
+        if "CUDA error" in str(error) or type(error).__name__ == "AcceleratorError":
+            raise  # nothing else works in this process
+        return row | {"failed": f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]}
+    most = known["most"]
+    worst = max(errors, key=lambda name: (math.isnan(errors[name]), errors[name] / most[name]))
+    passed = errors[worst] <= most[worst]
+    return row | {"error": errors[worst], "at_most": most[worst], "where": worst, "passed": passed}
 
 
-def bounds(case: Case, exact: Inputs, expected: dict[str, Tensor], precision: str) -> dict[str, float]:
+def bounds(case: Case, exact: Inputs, expected: dict[str, Tensor]) -> dict[str, float]:
     """The largest error that each output and gradient may have.
 
     A LayerNorm amplifies rounding errors by a factor that depends on the data. With one, the bound is twice the error
     that rounding the operands causes in the exact recurrence, if that is larger than the tolerance.
     """
-    most = dict.fromkeys(expected, TOLERANCE[precision])
-    if not case.layer_norm or precision not in DIGITS:
+    most = dict.fromkeys(expected, TOLERANCE[case.precision])
+    if not case.layer_norm or case.precision not in DIGITS:
         return most
-    near = _pass(case, REFERENCE, {name: _rounded(name, x, DIGITS[precision]) for name, x in exact.items()})
+    near = _pass(case, REFERENCE, {name: _rounded(name, x, DIGITS[case.precision]) for name, x in exact.items()})
     return {name: max(most[name], 2 * ratio(near[name].detach(), right)) for name, right in expected.items()}
+
+
+def repeat(name: str, device: str, small: bool = False, times: int = 3) -> Iterator[dict[str, Any]]:
+    """Whether repeated runs of the backends that are chosen are equal bit by bit."""
+    case = gpu_cases.named(name, small)
+    if case.schedule != "auto":
+        os.environ[SCHEDULE] = case.schedule
+    inputs = {name: x.to(device) for name, x in inputs_of(case).items()}
+    first, *others = (_pass(case, "auto", inputs) for _ in range(times))
+    differ = [name for name, x in first.items() if any(not torch.equal(x, other[name]) for other in others)]
+    yield {
+        "operation": case.operation,
+        "precision": case.precision,
+        "times": times,
+        "differ": differ,
+        "passed": not differ,
+    }
+
+
+def inputs_of(case: Case) -> Inputs:
+    dtype = torch.float32 if case.precision == "tf32" else getattr(torch, case.precision)
+    return {name: _given(name, x, dtype) for name, x in case.make(torch.Generator().manual_seed(0)).items()}
+
+
+def run_once(name: str, device: str, small: bool = False) -> None:
+    """Forward and backward of a case, for programs that look into kernels."""
+    case = gpu_cases.named(name, small)
+    _pass(case, "auto", {name: x.to(device) for name, x in inputs_of(case).items()})
+    if device != "cpu":
+        torch.cuda.synchronize()
 
 
 def _given(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -175,12 +163,3 @@ def ratio(found: Tensor, expected: Tensor) -> float:
     scale = expected.detach().square().mean().sqrt().item()
     error = (found - expected.detach()).square().mean().sqrt().item()
     return error / scale if scale else error
-
-
-def failed_backends(outcomes: Sequence[Outcome]) -> dict[str, set[str]]:
-    """By operation, the backends that failed any task."""
-    found: dict[str, set[str]] = {}
-    for each in outcomes:
-        if not each.passed:
-            found.setdefault(each.operation, set()).add(each.backend)
-    return found

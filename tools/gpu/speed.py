@@ -1,11 +1,15 @@
-"""The cases to time on a GPU: memories, attention, bandwidth-bound operations, models, other libraries."""
+"""What the cases of speed run: ceilings, the memory, models, decoding, other libraries.
+
+Every function yields rows: ``seconds`` (a median) with quartiles, and ``flops``, ``moved`` bytes or ``tokens`` of it.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import pairwise, product
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,73 +17,67 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, logsigmoid, normalize, scaled_dot_product_attention
 
 from ... import recipes
+from ...kernels import dispatch
 from ...kernels.attention import Prefix, attention
 from ...kernels.memory import MemoryState, memory_flops, titans_memory
 from ...kernels.norm_gate import gate, rms_norm, swiglu
 from ...kernels.short_conv import causal_convolution
-from ...registry import create
-from .parity import scheduled
-from .timing import FULL, Run, Sizes, Timing, backends, passes, wait
+from .counting import Counting
+from .parity import SCHEDULE
+from .timing import measured, passes, samples, wait
 
-Start = Callable[[], tuple[Callable[[], Tensor], list[Tensor]]]
-"""Returns the forward pass, and the leaves that get gradients."""
-
-
-def timings(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> list[Timing]:
-    """All cases, the most important first: the time may end before the last."""
-    kinds = (memories, memory_blocks, linear_memories, decoding, models, attentions, bandwidth_bound)
-    return sorted((each for kind in kinds for each in kind(device, dtype, sizes)), key=lambda each: each.rank)
+Rows = Iterator[dict[str, Any]]
+Forward = tuple[Callable[[], Tensor], list[Tensor]]
+"""The forward pass, and the leaves that get gradients."""
+BOTH = ((True, "both"), (False, "forward"))
+VOCABULARY = 256
 
 
-def without_failed(every: Sequence[Timing], failed: Mapping[str, set[str]]) -> tuple[list[Timing], list[str]]:
-    """The cases that run no backend that ``failed`` its parity, and the reasons for leaving out the others."""
-    reasons: dict[str, None] = {}
-    kept = []
-    for each in every:
-        if each.backend.partition(",")[0] in failed.get(each.operation, ()):
-            reasons[f"{each.operation}, {each.backend}: failed its parity"] = None
-        elif failed and not each.operation and each.backend.startswith("auto"):
-            named = ", ".join(f"{backend} of {operation}" for operation, found in failed.items() for backend in found)
-            reasons[f"{each.what}: may run what failed its parity: {named}"] = None
-        else:
-            kept.append(each)
-    return kept, list(reasons)
+# -- ceilings ----------------------------------------------------------------------------------------------------------
 
 
-def warmups(device: torch.device, dtype: torch.dtype) -> list[Callable[[], str]]:
-    """Functions that run a kernel once, so that it is compiled. Each returns the error, or an empty string."""
+def ceilings(device: str, side: int, copied: int, seconds: float) -> Rows:
+    """What the device is, its matrix rates and bandwidth, and what a launch and a wait cost.
 
-    def once(each: Timing) -> str:
-        try:
-            each.make()()
-            wait(device)
-        except Exception as error:  # the measurement will report it
-            return f"{type(error).__name__}: {error}"
-        return ""
+    With random numbers: products of zeros draw less power and run faster.
+    """
+    if device != "cpu":
+        about = torch.cuda.get_device_properties(0)
+        yield {
+            "device": about.name, "memory": about.total_memory, "multiprocessors": about.multi_processor_count,
+            "capability": f"{about.major}.{about.minor}", "cuda": torch.version.cuda,
+        }  # fmt: skip
+    for name, dtype, precision in (
+        ("bfloat16", torch.bfloat16, "highest"), ("float16", torch.float16, "highest"),
+        ("tf32", torch.float32, "high"), ("float32", torch.float32, "highest"),
+    ):  # fmt: skip
+        torch.set_float32_matmul_precision(precision)
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        row = measured(lambda a=a, b=b: a @ b, device, seconds)
+        yield {
+            "what": "matrix product",
+            "dtype": name,
+            **row,
+            "flops": 2 * side**3,
+            "rate": 2 * side**3 / row["seconds"],
+        }
+    x = torch.empty(copied, dtype=torch.uint8, device=device)
+    y = torch.empty_like(x)
+    row = measured(lambda: y.copy_(x), device, seconds)
+    yield {"what": "copy", **row, "moved": 2 * copied, "rate": 2 * copied / row["seconds"]}
+    one, many = torch.ones(1, device=device), range(1000)
 
-    sizes = FULL._replace(lengths=FULL.lengths[:1], texts=FULL.texts[:1])
-    return [
-        functools.partial(once, each)
-        for each in timings(device, dtype, sizes)
-        if (each.direction == "both" or each.what == "memory step")
-        and not (each.what == "attention" or each.backend in ("torch", "titans-pytorch") or "compiled" in each.backend)
-    ]
+    def launches() -> None:
+        for _ in many:
+            one.add_(1)
 
+    def waits() -> None:
+        for _ in many:
+            one.item()
 
-def _direction(both: bool) -> str:
-    return "both" if both else "forward"
-
-
-def _timed(start: Start, both: bool, schedule: str = "auto") -> Callable[[], Run]:
-    def make() -> Run:
-        torch.manual_seed(0)
-        return scheduled(schedule)(passes(*start(), both))
-
-    return make
-
-
-def _autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[object]:
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    for what, run in (("launch of an operator", launches), ("wait for a number", waits)):
+        taken = samples(run, device, seconds / 4)
+        yield {"what": what, "seconds": min(taken) / len(many)}
 
 
 # -- the memory operation ----------------------------------------------------------------------------------------------
@@ -93,7 +91,7 @@ def layer_shapes(d: int, expansion: int, layers: int) -> list[tuple[int, int]]:
 def memory_operation(
     batch: int, length: int, heads: int, shapes: Sequence[tuple[int, int]], chunk: int, backend: str = "auto",
     device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, state_dtype: torch.dtype = torch.float32,
-) -> tuple[Callable[[], Tensor], list[Tensor]]:  # fmt: skip
+) -> Forward:  # fmt: skip
     """The operation on random tokens with the gates of a new block, and the leaves that get gradients.
 
     The inputs are the same for every dtype except for rounding.
@@ -114,56 +112,58 @@ def memory_operation(
     return forward, [q, k, v, theta, eta, alpha, gain, *weights]
 
 
-def _memory_shape(rows: int, length: int, d: int, expansion: int, layers: int) -> str:
-    return f"{rows} x {length}, d {d}, " + (f"expansion {expansion}" if layers > 1 else "one layer")
+def memory(
+    device: str, rows: int, length: int, d: int, expansion: int, layers: int, chunk: int, seconds: float,
+    backend: str = "auto", schedule: str = "auto", tiles: dict[str, int] | None = None,
+) -> Rows:  # fmt: skip
+    """The memory in bfloat16, forward and backward, and forward alone."""
+    os.environ[SCHEDULE] = schedule
+    if tiles:
+        _use_tiles(tiles)
+    torch.manual_seed(0)
+    shapes = layer_shapes(d, expansion, layers)
+    useful = rows * length * memory_flops(shapes, chunk)
+    for both, direction in BOTH:
+        made = memory_operation(1, length, rows, shapes, chunk, backend, device, torch.bfloat16)
+        row = measured(passes(*made, both), device, seconds)
+        yield {
+            "what": "memory", "backend": backend, "schedule": schedule, "rows": rows, "length": length, "d": d,
+            "expansion": expansion, "layers": layers, "chunk": chunk, "direction": direction, "tiles": tiles, **row,
+            "flops": useful * (3 if both else 1), "tokens": rows * length, "used": used("memory"),
+        }  # fmt: skip
 
 
-def memories(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator[Timing]:
-    """The memory operation on every backend; PyTorch's also compiled, and Triton's by each schedule."""
+def _use_tiles(tiles: dict[str, int]) -> None:
+    """Use these tiles in place of those of the rule, where a kernel has them."""
+    from ...kernels.memory.triton import network
 
-    def start_memory(length: int, shapes: list[tuple[int, int]], backend: str, compiled: bool) -> Any:
-        forward, leaves = memory_operation(1, length, sizes.heads, shapes, sizes.chunk, backend, device, dtype)
-        return torch.compile(forward) if compiled else forward, leaves
+    rule = network.schedule
 
-    for length, (d, expansion, layers) in product(sizes.lengths, sizes.widths):
-        shape, shapes = _memory_shape(sizes.heads, length, d, expansion, layers), layer_shapes(d, expansion, layers)
-        tokens = sizes.heads * length
-        useful = tokens * memory_flops(shapes, sizes.chunk)
-        facts = dict(time=length, chunk=sizes.chunk, layers=layers, width=d, grad=True)
-        for backend in backends("memory", device, torch.float32, **facts):
-            slow = backend != "triton" and device.type == "cuda"
-            if slow and length > 8192:
-                continue  # ten times slower: the shorter lengths are enough
-            main = (d, expansion, layers) in sizes.widths[:2] or layers == 1
-            rank = (6 if slow else 0 if main else 5) + (layers == 1)
-            ways = [(backend, rank, both, False, "auto") for both in (True, False)]
-            if length == sizes.lengths[0] and backend == "torch":
-                ways += [(f"{backend}, compiled", rank, both, True, "auto") for both in (True, False)]
-            if length == sizes.lengths[0] and backend == "triton":
-                ways += [(f"{backend}, {schedule}", 5, True, False, schedule) for schedule in ("resident", "streamed")]
-            for name, place, both, compiled, schedule in ways:
-                start = functools.partial(start_memory, length, shapes, backend, compiled)
-                yield Timing(
-                    "memory", name, shape, _direction(both), _timed(start, both, schedule), useful * (3 if both else 1),
-                    tokens=tokens, operation="memory", rank=place,
-                )  # fmt: skip
+    def chosen(kernel: str, *sizes: int, **facts: int) -> dict[str, Any]:
+        made = rule(kernel, *sizes, **facts)
+        return {name: tiles.get(name, value) for name, value in made.items()}
+
+    network.schedule = chosen
 
 
-def decoding(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator[Timing]:
+def used(*operations: str) -> dict[str, list[str]]:
+    """The backends that each operation has run on, of all operations by default."""
+    found = {
+        name: sorted({backend.name for backend in operation._chosen.values()})
+        for name, operation in dispatch.OPERATIONS.items()
+        if not operations or name in operations
+    }
+    return {name: backends for name, backends in found.items() if backends}
+
+
+def memory_step(device: str, rows: int, d: int, expansion: int, layers: int, seconds: float) -> Rows:
     """One token of many rows. Reading and writing the state takes most of the time."""
-    rows = sizes.decoding
-    for d, expansion, layers in sizes.widths:
-        shapes = layer_shapes(d, expansion, layers)
-        moved = rows * sum(out * in_ for out, in_ in shapes) * 6 * 4  # weights, momentum, anchor: in and out
-        facts = dict(time=1, chunk=sizes.chunk, layers=layers, width=d, grad=False)
-        for backend in backends("memory", device, torch.float32, **facts):
-            start = functools.partial(memory_operation, 1, 1, rows, shapes, sizes.chunk, backend, device, dtype)
-            shape = _memory_shape(rows, 1, d, expansion, layers)
-            make = _timed(start, False)
-            yield Timing("memory step", backend, shape, "forward", make, 0, moved, rows, "memory", rank=2)
-
-
-# -- memories with their projections, and other libraries' -------------------------------------------------------------
+    shapes = layer_shapes(d, expansion, layers)
+    forward, leaves = memory_operation(1, 1, rows, shapes, 64, "auto", device, torch.bfloat16)
+    row = measured(passes(forward, leaves, False), device, seconds)
+    state = rows * sum(out * in_ for out, in_ in shapes) * 2 * 4
+    yield {"what": "memory step", "rows": rows, "d": d, "expansion": expansion, "layers": layers, **row, "state": state,
+           "moved": 3 * state, "used": used("memory")}  # fmt: skip
 
 
 def titans_pytorch_memory(dim: int, heads: int, expansion: int, chunk: int) -> nn.Module:
@@ -179,185 +179,97 @@ def titans_pytorch_memory(dim: int, heads: int, expansion: int, chunk: int) -> n
     )  # fmt: skip
 
 
-def memory_blocks(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator[Timing]:
-    """The memory block, and the memory of titans-pytorch, which also has projections; both with two layers."""
-    heads = min(4, sizes.heads)
-    rows = sizes.heads // heads
-
-    def ours(length: int, d: int, expansion: int) -> nn.Module:
-        spec = {"type": "memory", "heads": heads, "depth": 2, "expansion": expansion, "chunk": sizes.chunk}
-        return create(spec, dim=heads * d)
-
-    def theirs(length: int, d: int, expansion: int) -> nn.Module:
-        return titans_pytorch_memory(heads * d, heads, expansion, sizes.chunk)
-
-    def start(module: Callable[..., nn.Module], length: int, d: int, expansion: int) -> Any:
-        block = module(length, d, expansion).to(device)
-        x = torch.randn(rows, length, heads * d, device=device)
-
-        def forward() -> Tensor:
-            with _autocast(device, dtype):
-                return block(x)[0]
-
-        return forward, [x, *block.parameters()]
-
-    for length, (d, expansion, layers) in product(sizes.lengths, sizes.widths[:2]):
-        if layers == 2 and length <= max(8192, sizes.lengths[0]):
-            shape = _memory_shape(sizes.heads, length, d, expansion, layers)
-            for backend, module in (("auto", ours), ("titans-pytorch", theirs)):
-                for both in (True, False):
-                    make = _timed(functools.partial(start, module, length, d, expansion), both)
-                    tokens = sizes.heads * length
-                    yield Timing("memory block", backend, shape, _direction(both), make, tokens=tokens, rank=3)
+# -- other libraries' memories -----------------------------------------------------------------------------------------
 
 
-def linear_memories(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator[Timing]:
-    """The linear memories of flash-linear-attention, whose state of ``d x d`` is that of a memory of one layer."""
-    rows = sizes.heads
+def linear_memory(device: str, rule: str, rows: int, length: int, d: int, seconds: float) -> Rows:
+    """A memory of flash-linear-attention, whose state of ``d x d`` is that of a memory of one layer."""
+    torch.manual_seed(0)
 
-    def random(length: int, *shape: int) -> Tensor:
+    def random(*shape: int) -> Tensor:
         return torch.randn(1, length, rows, *shape, device=device)
 
-    def operands(length: int, d: int) -> tuple[Tensor, Tensor, Tensor]:
-        q, k = (normalize(random(length, d), dim=-1).to(dtype) for _ in range(2))
-        return q, k, random(length, d).to(dtype)
+    q, k = (normalize(random(d), dim=-1).bfloat16() for _ in range(2))
+    v = random(d).bfloat16()
+    if rule == "gated delta rule":
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule as run
 
-    def gated_delta_rule(length: int, d: int) -> Any:
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
-        q, k, v = operands(length, d)
-        g, beta = logsigmoid(random(length) + 4), torch.sigmoid(random(length)).to(dtype)
-        return lambda: chunk_gated_delta_rule(q, k, v, g, beta)[0], [q, k, v, g, beta]
-
-    def momentum_delta_rule(length: int, d: int) -> Any:
-        from fla.ops.momentum_delta_rule import chunk_momentum_delta_rule
-
-        (q, k, v), beta = operands(length, d), torch.sigmoid(random(length)).to(dtype)
-        alpha, mu = logsigmoid(random(length) + 4), logsigmoid(random(length) + 1)
-        call = lambda: chunk_momentum_delta_rule(q, k, v, alpha, mu, beta=beta)[0]  # noqa: E731
-        return call, [q, k, v, alpha, mu, beta]
-
-    def ttt_linear(length: int, d: int) -> Any:
+        leaves = [q, k, v, logsigmoid(random() + 4), torch.sigmoid(random()).bfloat16()]
+        call = lambda: run(*leaves)[0]  # noqa: E731
+    else:
         from fla.ops.ttt import chunk_ttt_linear
 
-        (q, k, v), eta = operands(length, d), (0.1 * torch.sigmoid(random(length, 1))).to(dtype)
-        w, b = torch.ones(rows, d, device=device, dtype=dtype), torch.zeros(rows, d, device=device, dtype=dtype)
-        return lambda: chunk_ttt_linear(q, k, v, w, b, eta)[0], [q, k, v, w, b, eta]
-
-    rules = {"gated delta rule": gated_delta_rule, "momentum delta rule": momentum_delta_rule, "TTT-Linear": ttt_linear}
-    for length, (d, expansion, layers) in product(sizes.lengths, sizes.widths):
-        if layers == 1:
-            shape = _memory_shape(rows, length, d, expansion, layers)
-            for (name, rule), both in product(rules.items(), (True, False)):
-                make, rank = _timed(functools.partial(rule, length, d), both), 4 if "gated" in name else 7
-                yield Timing("memory", f"fla {name}", shape, _direction(both), make, tokens=rows * length, rank=rank)
+        eta = (0.1 * torch.sigmoid(random(1))).bfloat16()
+        w, b = torch.ones(rows, d, device=device).bfloat16(), torch.zeros(rows, d, device=device).bfloat16()
+        leaves = [q, k, v, w, b, eta]
+        call = lambda: chunk_ttt_linear(*leaves)[0]  # noqa: E731
+    for both, direction in BOTH:
+        row = measured(passes(call, leaves, both), device, seconds)
+        yield {"what": rule, "rows": rows, "length": length, "d": d, "direction": direction, **row,
+               "tokens": rows * length}  # fmt: skip
 
 
 # -- attention and what memory bandwidth bounds ------------------------------------------------------------------------
 
 
-def attentions(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator[Timing]:
-    """Attention with a window and a prefix, and full causal attention."""
-    heads, d, persistent = 16 if sizes.seconds else 2, 64, 16
-
-    def start(length: int, window: int | None, backend: str) -> Any:
-        def random(time: int) -> Tensor:
-            return torch.randn(1, time, heads, d, device=device).to(dtype)
-
-        q, k, v = (random(length) for _ in range(3))
-        prefix = None if window is None else Prefix(random(length), random(persistent), random(persistent))
-        call = lambda: attention(q, k, v, window=window, prefix=prefix, backend=backend)  # noqa: E731
-        return call, [q, k, v, *(prefix or ())]
-
-    for length, window in product(sizes.lengths, (sizes.window, None)):
-        if window is None and length > 32768:
+def attentions(device: str, length: int, window: int | None, seconds: float, heads: int = 16) -> Rows:
+    """Attention of 16 heads of 64, with a window and 16 persistent tokens, or over all tokens, on each backend."""
+    random = lambda time: torch.randn(1, time, heads, 64, device=device).bfloat16()  # noqa: E731
+    q, k, v = (random(length) for _ in range(3))
+    prefix = None if window is None else Prefix(random(length), random(16), random(16))
+    pairs = length * (length + 1) // 2 if window is None else length * (window + 16)
+    for backend in dispatch.OPERATIONS["attention"].backends:
+        if backend == "reference":
             continue
-        pairs = length * (length + 1) // 2 if window is None else length * (window + persistent)
-        seen = "all tokens" if window is None else f"window {window} + {persistent}"
-        for backend, both in product(backends("attention", device, dtype, grad=True), (False, True)):
-            yield Timing(
-                "attention", backend, f"{heads} x {length}, {seen}", _direction(both),
-                _timed(functools.partial(start, length, window, backend), both),
-                4 * heads * d * pairs * (3.5 if both else 1), tokens=length, operation="attention",
-                rank=6 if backend in ("xformers", "sdpa") else 8,
-            )  # fmt: skip
+        call = lambda b=backend: attention(q, k, v, window=window, prefix=prefix, backend=b)  # noqa: E731
+        for both, direction in BOTH:
+            row: dict[str, Any] = {"what": "attention", "backend": backend, "length": length, "window": window}
+            try:
+                found = measured(passes(call, [q, k, v, *(prefix or ())], both), device, seconds)
+            except dispatch.BackendError as error:
+                yield row | {"refused": str(error)}
+                break
+            except torch.OutOfMemoryError as error:
+                yield row | {"failed": str(error).splitlines()[0]}
+                continue
+            flops = 4 * heads * 64 * pairs * (3.5 if both else 1)
+            yield row | {"direction": direction, **found, "flops": flops, "tokens": length}
 
 
-def bandwidth_bound(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator[Timing]:
-    """Norm, gate, SwiGLU and convolution."""
-    rows, width = sizes.lengths[-1], 1024 if sizes.seconds else 32
-    gain, taps = torch.ones(width, device=device, dtype=dtype), torch.randn(width, 4, device=device, dtype=dtype)
-    # elements read and written for each element of x, in the forward pass and in both: the backward pass reads the
-    # inputs and the gradient of the output, and writes a gradient for each input
-    kinds: list[tuple[str, str, int, Callable[..., Tensor], float, float]] = [
-        ("rms_norm", "RMSNorm", 1, lambda b, x: rms_norm(x, gain, backend=b), 2, 5),
-        ("gate", "gate", 2, lambda b, x, y: gate(x, y, gain, gain, backend=b), 3, 8),
-        ("swiglu", "SwiGLU", 1, lambda b, x: swiglu(x, backend=b), 1.5, 4),
-        ("convolution", "convolution", 1, lambda b, x: causal_convolution(x, taps, backend=b), 2, 5),
+def elementwise(device: str, rows: int, width: int, seconds: float) -> Rows:
+    """Norm, gate, SwiGLU and convolution: what moves bytes. The backward pass reads the inputs and the gradient of the
+    output, and writes a gradient for each input."""
+    random = lambda *shape: torch.randn(1, *shape, device=device).bfloat16()  # noqa: E731
+    gain, taps = torch.ones(width, device=device).bfloat16(), random(width, 4)[0]
+    kinds: list[tuple[str, int, Callable[..., Tensor], float, float]] = [
+        ("rms_norm", 1, lambda x: rms_norm(x, gain), 2, 5),
+        ("gate", 2, lambda x, y: gate(x, y, gain, gain), 3, 8),
+        ("swiglu", 1, swiglu, 1.5, 4),
+        ("convolution", 1, lambda x: causal_convolution(x, taps), 2, 5),
     ]
-
-    def start(inputs: int, run: Callable[..., Tensor], backend: str) -> Any:
-        given = [torch.randn((1, rows, width), device=device).to(dtype) for _ in range(inputs)]
-        return lambda: run(backend, *given), given
-
-    for operation, what, inputs, run, *transfers in kinds:
-        for backend, both in product(backends(operation, device, dtype), (False, True)):
-            moved = rows * width * dtype.itemsize * transfers[both]
-            make = _timed(functools.partial(start, inputs, run, backend), both)
-            shape = f"{rows} x {width}"
-            yield Timing(what, backend, shape, _direction(both), make, 0, moved, operation=operation, rank=8)
+    for what, inputs, run, *transfers in kinds:
+        given = [random(rows, width) for _ in range(inputs)]
+        for both, direction in BOTH:
+            row = measured(passes(lambda run=run, given=given: run(*given), given, both), device, seconds)
+            yield {"what": what, "rows": rows, "width": width, "direction": direction, **row,
+                   "moved": rows * width * 2 * transfers[both], "used": used(what)}  # fmt: skip
 
 
 # -- whole models ------------------------------------------------------------------------------------------------------
 
 
-def models(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> Iterator[Timing]:
-    """Forward and backward of whole models of one size, under autocast. Two of them also compiled."""
-    for length, name in product(sizes.texts, ("transformer", "mag", "mac", "mal", "lmm")):
-        main = name in ("transformer", "mag")
-        for compiled in (False, True) if main and length == sizes.texts[0] else (False,):
-            backend = ("SDPA" if name == "transformer" else "auto") + ", compiled" * compiled
-            rank = 9 if compiled else 1 if main else 5
-            make = _timed(functools.partial(_model, device, dtype, sizes, name, length, compiled), True)
-            yield Timing(f"model {name}", backend, f"1 x {length}", "both", make, tokens=length, rank=rank)
-
-
-def _model(
-    device: torch.device, dtype: torch.dtype, sizes: Sizes, name: str, length: int, compiled: bool
-) -> tuple[Callable[[], Tensor], list[Tensor]]:
-    text = torch.randint(sizes.transformer["vocab"], (1, length + 1), device=device)
-    if name == "transformer":
-        model: nn.Module = Transformer(**sizes.transformer).to(device)
-    else:
-        recipe = recipes.load_recipe(name + sizes.model, overrides={"vocab": sizes.transformer["vocab"]})
-        model = recipes.build(recipe).to(device)
-
-    def loss() -> Tensor:
-        if name == "transformer":
-            return cross_entropy(model(text[:, :-1]).flatten(0, 1).float(), text[:, 1:].flatten())
-        return model(text[:, :-1], targets=text[:, 1:]).loss
-
-    run = torch.compile(loss) if compiled else loss
-
-    def forward() -> Tensor:
-        with _autocast(device, dtype):
-            return run()
-
-    return forward, list(model.parameters())
-
-
 class Transformer(nn.Module):
-    """The transformer to compare with: full causal SDPA attention and SwiGLU."""
+    """The transformer to compare with: full causal SDPA attention and SwiGLU. Its size is that of the recipes."""
 
-    def __init__(self, dim: int, depth: int, vocab: int, heads: int, hidden: int) -> None:
+    def __init__(self, dim: int, depth: int, heads: int, hidden: int) -> None:
         super().__init__()
         self.heads = heads
-        self.tokens = nn.Embedding(vocab, dim)
+        self.tokens = nn.Embedding(VOCABULARY, dim)
         names = {"qkv": (dim, 3 * dim), "out": (dim, dim), "up": (dim, 2 * hidden), "down": (hidden, dim)}
         self.layers = nn.ModuleList(
             nn.ModuleDict({name: nn.Linear(*shape, bias=False) for name, shape in names.items()}) for _ in range(depth)
         )
-        self.head = nn.Linear(dim, vocab, bias=False)
+        self.head = nn.Linear(dim, VOCABULARY, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.tokens(tokens)
@@ -367,3 +279,134 @@ class Transformer(nn.Module):
             x = x + layer["out"](scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
             x = x + layer["down"](swiglu(layer["up"](rms_norm(x))))
         return self.head(rms_norm(x))
+
+
+SIZES = {"-170m": dict(dim=768, depth=12, heads=12, hidden=4224), "": dict(dim=32, depth=1, heads=2, hidden=64)}
+"""Of the transformer, by the suffix of a recipe."""
+
+
+def _autocast(device: str) -> contextlib.AbstractContextManager[object]:
+    return torch.autocast(device, torch.bfloat16)
+
+
+def build(
+    name: str, device: str, changes: dict[str, Any] | None = None, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """``transformer``, ``transformer-170m``, or a packaged recipe with few symbols."""
+    kind, dash, size = name.partition("-")
+    torch.manual_seed(0)
+    if kind == "transformer":
+        return Transformer(**SIZES[dash + size]).to(device)
+    small = {} if size else {"dim": 32}
+    overrides = {"vocab": VOCABULARY, **small, **(changes or {})}
+    return recipes.build(recipes.load_recipe(name, overrides=overrides), device=device, dtype=dtype)
+
+
+def _loss(model: nn.Module, text: Tensor) -> Tensor:
+    if isinstance(model, Transformer):
+        return cross_entropy(model(text[:, :-1]).flatten(0, 1).float(), text[:, 1:].flatten())
+    return model(text[:, :-1], targets=text[:, 1:]).loss
+
+
+def train_step(
+    device: str, name: str, length: int, seconds: float, compiled: bool = False, changes: dict[str, Any] | None = None
+) -> Rows:
+    """Forward and backward of a model under autocast."""
+    made, text = build(name, device, changes), torch.randint(VOCABULARY, (1, length + 1), device=device)
+    run = torch.compile(_loss) if compiled else _loss
+
+    def forward() -> Tensor:
+        with _autocast(device):
+            return run(made, text)
+
+    row = measured(passes(forward, list(made.parameters()), True), device, seconds)
+    yield {"what": "training step", "model": name, "length": length, "compiled": compiled, "changes": changes, **row,
+           "tokens": length, "used": used()}  # fmt: skip
+
+
+def profile_step(device: str, name: str, length: int, changes: dict[str, Any], most: int = 25) -> Rows:
+    """What takes the time of a training step: the host's total, and each kernel's."""
+    from torch.profiler import ProfilerActivity, profile
+
+    made, text = build(name, device, changes), torch.randint(VOCABULARY, (1, length + 1), device=device)
+
+    def forward() -> Tensor:
+        with _autocast(device):
+            return _loss(made, text)
+
+    step = passes(forward, list(made.parameters()), True)
+    alone = measured(step, device, 0.5)
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device != "cpu" else [])]
+    with profile(activities=activities) as found:
+        step()
+        wait(device)
+    events = found.key_averages()
+    on_device = [event for event in events if "CUDA" in str(event.device_type)] or [*events]
+    spent = lambda event: event.self_device_time_total or event.self_cpu_time_total  # noqa: E731
+    count = lambda *words: sum(event.count for event in events if any(word in event.key for word in words))  # noqa: E731
+    yield {
+        "what": "step", "model": name, "length": length, **alone, "kernels": sum(event.count for event in on_device),
+        "device_seconds": sum(map(spent, on_device)) / 1e6, "launches": count("LaunchKernel", "cuLaunch"),
+        "waits": count("StreamSynchronize", "EventSynchronize", "DeviceSynchronize"), "copies": count("Memcpy"),
+        "used": used(),
+    }  # fmt: skip
+    for event in sorted(on_device, key=spent, reverse=True)[:most]:
+        yield {"what": "kernel", "model": name, "name": event.key[:90], "count": event.count,
+               "seconds": spent(event) / 1e6}  # fmt: skip
+
+
+def decode(device: str, name: str, prompt: int, tokens: int, seconds: float) -> Rows:
+    """One generated token of a model in bfloat16: the difference of a long and a short generation."""
+    made, text = build(name, device, dtype=torch.bfloat16).eval(), torch.randint(VOCABULARY, (1, prompt), device=device)
+
+    def generate(count: int) -> None:
+        with torch.no_grad():
+            made.generate(text, max_new_tokens=count)
+
+    short, long = (measured(lambda n=n: generate(n), device, seconds) for n in (1, 1 + tokens))
+    yield {"what": "token", "model": name, "prompt": prompt, "seconds": (long["seconds"] - short["seconds"]) / tokens,
+           "reading": short["seconds"], "peak": long["peak"], "used": used()}  # fmt: skip
+
+
+def replay(
+    device: str, rows: int, length: int, d: int, expansion: int, layers: int, chunk: int, seconds: float
+) -> Rows:
+    """The memory's forward pass captured as a CUDA graph, and replayed."""
+    forward, leaves = memory_operation(
+        1, length, rows, layer_shapes(d, expansion, layers), chunk, "auto", device, torch.bfloat16
+    )
+    run = passes(forward, leaves, False)
+    eager = measured(run, device, seconds)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for how, row in (("eager", eager), ("graph", measured(graph.replay, device, seconds))):
+        yield {"what": "memory", "how": how, "rows": rows, "length": length, "d": d, "layers": layers, **row}
+
+
+# -- compiling ahead ---------------------------------------------------------------------------------------------------
+
+
+def compile_ahead(function: str, **arguments: Any) -> Rows:
+    """Compile the kernels of a case, which other processes then find in Triton's cache, without running any of it."""
+    compiled: dict[str, float] = {}
+
+    def warm(kernel: Any, grid: tuple[int, ...], given: Sequence[Any], constants: dict[str, Any]) -> None:
+        began = time.perf_counter()
+        kernel.warmup(*(x.dtype if isinstance(x, Tensor) else x for x in given), grid=grid, **constants)
+        compiled[kernel.__name__] = compiled.get(kernel.__name__, 0.0) + time.perf_counter() - began
+
+    with Counting(warm) as gpu:
+        if function == "memory":
+            os.environ[SCHEDULE] = arguments.get("schedule", "auto")
+            if arguments.get("tiles"):
+                _use_tiles(arguments["tiles"])
+            shapes = layer_shapes(arguments["d"], arguments["expansion"], arguments["layers"])
+            sizes = (1, arguments["length"], arguments["rows"], shapes, arguments["chunk"])
+            for both, _ in BOTH:
+                passes(*memory_operation(*sizes, "auto", gpu.device, torch.bfloat16), both)()
+        else:
+            made, text = gpu.moved(build(arguments["name"], "meta")), gpu.empty(1, 2049, dtype=torch.int64)
+            with gpu.autocast(torch.bfloat16):
+                _loss(made, text).backward()
+    yield {"what": "compiled", "kernels": compiled, "seconds": sum(compiled.values())}
