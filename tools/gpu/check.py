@@ -104,7 +104,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.stages:
         stages = [stage for stage in stages if stage.name in arguments.stages]
     if arguments.dry_run:
-        stages[0] = stages[0]._replace(cases=[*stages[0].cases, *plan.faults(device)])
+        stages[0] = stages[0]._replace(cases=[*plan.faults(device), *stages[0].cases])
     try:
         results = runner.Results(arguments.out, lambda line: say(f"{time.monotonic() - began:5.0f} s  {line}"))
     except OSError as error:

@@ -9,8 +9,8 @@
 
 Tensors of the counted GPU have shapes and no numbers: they are on PyTorch's ``meta`` device, and say that its type is
 ``"cuda"``, so that the library runs as it does on a GPU. Integers of few elements, such as positions, do have values.
-Kernels of Triton are not run (``triton_runtime.recording``). A question about values is counted as a wait, and answered
-as if everything was in order: ``all`` is true, ``any`` is false, numbers are 0.
+Kernels of Triton are not run (``triton_runtime.recording``), and attention is that of xFormers. A question about values
+is counted as a wait, and answered as if everything was in order: ``all`` is true, ``any`` is false, numbers are 0.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ import math
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +33,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from ...kernels import triton_runtime
+from ...kernels.attention import flash, xformers
 
 VALUES = 2**16
 """Integer tensors of at most so many elements have values."""
@@ -131,6 +134,9 @@ class Counting(contextlib.ExitStack):
         _active.append(self)
         self.callback(_active.remove, self)
         self.enter_context(triton_runtime.recording(self._kernel))
+        self.enter_context(patch.object(xformers, "_library", lambda: _XFormers(self)))
+        self.enter_context(patch.object(xformers._trial, "refuse", lambda *facts: None))
+        self.enter_context(patch.object(flash._trial, "refuse", lambda *facts: "xFormers stands for it"))
         self.enter_context(_Dispatched(self))
         self.enter_context(_Called(self))
         return self
@@ -218,7 +224,9 @@ class _Called(TorchFunctionMode):
         if func in AUTOCAST and torch.is_autocast_enabled("cuda"):
             args, kwargs = tree_map_only(DeviceTensor, self.gpu.rounded, (args, kwargs))
         if func is F.scaled_dot_product_attention and isinstance(args[0], DeviceTensor):
-            return _Attention.apply(self.gpu, *args[:3], kwargs.get("is_causal", False))
+            (*rows, time, _), keys = args[0].shape, args[1].shape[-2]
+            pairs = math.prod(rows) * time * keys / (2 if kwargs.get("is_causal") else 1)
+            return _Attention.apply(self.gpu, *args[:3], pairs)
         if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") == "meta":
             self.gpu.waited()
             return _moved(func(*args, **{**kwargs, "device": "cpu"}))
@@ -313,9 +321,10 @@ class _Attention(torch.autograd.Function):
     """Fused attention: a launch forward, and one backward."""
 
     @staticmethod
-    def forward(ctx: Any, gpu: Counting, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    def forward(ctx: Any, gpu: Counting, q: Tensor, k: Tensor, v: Tensor, pairs: float) -> Tensor:
+        """``pairs``: of a query and a key, in all rows and heads together."""
         y = gpu.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype)
-        ctx.gpu, ctx.flops = gpu, 2 * math.prod(q.shape[:-1]) * k.shape[-2] * (q.shape[-1] + v.shape[-1]) / (1 + causal)
+        ctx.gpu, ctx.flops = gpu, 2 * pairs * (q.shape[-1] + v.shape[-1])
         ctx.save_for_backward(q, k, v, y)
         gpu.launched("attention", [q, k, v, y], ctx.flops)
         return y
@@ -326,3 +335,34 @@ class _Attention(torch.autograd.Function):
         grads = [ctx.gpu.empty(*x.shape, dtype=x.dtype) for x in saved[:3]]
         ctx.gpu.launched("attention_backward", [*saved, grad, *grads], 2.5 * ctx.flops)
         return None, *grads, None
+
+
+class _Causal:
+    """A mask of xFormers."""
+
+    def __init__(self, _window_size: int | None = None) -> None:
+        self.window = _window_size
+
+
+class _XFormers:
+    """xFormers, which a GPU has, and a machine without one cannot run: ``attention.xformers._Library``."""
+
+    masks = SimpleNamespace(
+        LowerTriangularFromBottomRightMask=_Causal, LowerTriangularFromBottomRightLocalAttentionMask=_Causal
+    )
+    built = True
+
+    def __init__(self, gpu: Counting) -> None:
+        self.gpu = gpu
+
+    def whole(self, q: Tensor, k: Tensor, v: Tensor, attn_bias: _Causal | None) -> Tensor:
+        (rows, time, heads, _), keys = q.shape, k.shape[1]
+        seen = time * keys - (0 if attn_bias is None else time * (time - 1) / 2)
+        if attn_bias is not None and attn_bias.window is not None:
+            seen = min(seen, time * attn_bias.window)
+        return _Attention.apply(self.gpu, q, k, v, rows * heads * seen)
+
+    partial = whole
+
+    def merge(self, *parts: Tensor) -> Tensor:
+        return torch.stack(parts).sum(0)

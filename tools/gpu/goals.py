@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from operator import le
 from typing import Any, NamedTuple
 
 
@@ -51,7 +53,7 @@ def goals(rows: Sequence[dict[str, Any]]) -> list[Goal]:
     for chunk, wanted in ((64, 0.25), (512, 0.4)):
         found = [row["share"] for row in of(**deep, chunk=chunk) if "share" in row]
         what = f"memory, heads of 128, chunk {chunk}, both passes: share of the measured matrix rate"
-        made.append(goal_of(what, f"{wanted:.0%}", found, lambda x, least=wanted: x >= least, "{:.0%}"))
+        made.append(goal_of(what, f"{wanted:.0%}", found, partial(le, wanted), "{:.0%}"))
     flat = of(what="memory", direction="both", d=128, layers=1, schedule="auto")
     beside = {row["length"]: row for row in of(what="gated delta rule", direction="both")}
     ratios = [row["seconds"] / beside[row["length"]]["seconds"] for row in flat if row["length"] in beside
@@ -63,7 +65,7 @@ def goals(rows: Sequence[dict[str, Any]]) -> list[Goal]:
                         for name in ("mag", "transformer"))  # fmt: skip
         ratios = [theirs[0]["seconds"] / ours[0]["seconds"]] if ours and theirs else []
         what = f"MAG at {length:,} tokens: times faster than a FlashAttention transformer of its size"
-        made.append(goal_of(what, f"{least:g}", ratios, lambda x, least=least: x >= least))
+        made.append(goal_of(what, f"{least:g}", ratios, partial(le, least)))
     copy = [row["rate"] for row in of(what="copy")]
     steps = [row["seconds"] * copy[0] / row["state"] for row in of(what="memory step") if copy]
     what = "step of a token: its time over that of reading its state once"

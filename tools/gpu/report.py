@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...recipes.atomic_write import atomic_write
+from .runner import finite
 
 WRITTEN = ("results", "plots", "README.md")
 """Parts of ``benchmarks/`` that measurements change."""
@@ -51,14 +51,6 @@ def _git(*words: str) -> str | None:
 def write_json(file: Path, results: dict[str, Any]) -> None:
     """Write ``results`` to ``file`` atomically, with ``null`` for NaN and infinity, which JSON does not have."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_finite(results), indent=1, allow_nan=False)
+    text = json.dumps(finite(results), indent=1, allow_nan=False)
     with atomic_write(file) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

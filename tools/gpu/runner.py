@@ -144,10 +144,11 @@ class _Pool:
         """Take in what has come, and end what has run too long."""
         until = min((each.until for each in self.running.values()), default=0.0)
         pause = max(0.0, min(until, self.end) - time.monotonic())
-        for pipe in connection.wait(list(self.running), timeout=min(pause, 1.0)):
+        ready: list[Any] = connection.wait(list(self.running), timeout=min(pause, 1.0))
+        for pipe in ready:
             case = self.running[pipe].case
             try:
-                row = pipe.recv()  # type: ignore[union-attr]
+                row = pipe.recv()
             except (EOFError, OSError):
                 self._ended(pipe)
                 continue

@@ -9,6 +9,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -53,7 +54,7 @@ def ceilings(device: str, side: int, copied: int, seconds: float) -> Rows:
     ):  # fmt: skip
         torch.set_float32_matmul_precision(precision)
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        row = measured(lambda a=a, b=b: a @ b, device, seconds)
+        row = measured(partial(torch.matmul, a, b), device, seconds)
         yield {
             "what": "matrix product",
             "dtype": name,
@@ -221,7 +222,7 @@ def attentions(device: str, length: int, window: int | None, seconds: float, hea
     for backend in dispatch.OPERATIONS["attention"].backends:
         if backend == "reference":
             continue
-        call = lambda b=backend: attention(q, k, v, window=window, prefix=prefix, backend=b)  # noqa: E731
+        call = partial(attention, q, k, v, window=window, prefix=prefix, backend=backend)
         for both, direction in BOTH:
             row: dict[str, Any] = {"what": "attention", "backend": backend, "length": length, "window": window}
             try:
@@ -250,7 +251,7 @@ def elementwise(device: str, rows: int, width: int, seconds: float) -> Rows:
     for what, inputs, run, *transfers in kinds:
         given = [random(rows, width) for _ in range(inputs)]
         for both, direction in BOTH:
-            row = measured(passes(lambda run=run, given=given: run(*given), given, both), device, seconds)
+            row = measured(passes(partial(run, *given), given, both), device, seconds)
             yield {"what": what, "rows": rows, "width": width, "direction": direction, **row,
                    "moved": rows * width * 2 * transfers[both], "used": used(what)}  # fmt: skip
 
@@ -361,9 +362,9 @@ def decode(device: str, name: str, prompt: int, tokens: int, seconds: float) -> 
 
     def generate(count: int) -> None:
         with torch.no_grad():
-            made.generate(text, max_new_tokens=count)
+            made.generate(text, max_new_tokens=count)  # type: ignore[operator] # of a recipe
 
-    short, long = (measured(lambda n=n: generate(n), device, seconds) for n in (1, 1 + tokens))
+    short, long = (measured(partial(generate, n), device, seconds) for n in (1, 1 + tokens))
     yield {"what": "token", "model": name, "prompt": prompt, "seconds": (long["seconds"] - short["seconds"]) / tokens,
            "reading": short["seconds"], "peak": long["peak"], "used": used()}  # fmt: skip
 
