@@ -13,9 +13,6 @@ import time
 import zipfile
 from pathlib import Path
 
-STARTED = "TITANS_BUILD_GPU_CHECK_STARTED"
-"""The environment variable with the time (of ``time.time``) at which the time of the run began."""
-
 
 def unpack(folder: Path, site: Path) -> None:
     """Unpack the wheels of ``folder`` for this Python.
@@ -38,12 +35,13 @@ def unpack(folder: Path, site: Path) -> None:
 
 def start_from_folder() -> None:
     """Run the package of this file's folder with the same arguments, in place of this process."""
-    folder = Path(__file__).resolve().parent
+    folder, began = Path(__file__).resolve().parent, time.time()
     site = Path(tempfile.mkdtemp(prefix="titans-build-"))
     unpack(folder, site)
     paths = [str(site), *filter(None, [os.environ.get("PYTHONPATH")])]
-    os.environ |= {"PYTHONPATH": os.pathsep.join(paths), STARTED: os.environ.get(STARTED) or str(time.time())}
-    words = ["-m", "titans_build.tools.gpu_check", "--prepared", str(folder), *sys.argv[1:]]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    prepared = ["--prepared", str(folder), "--began", str(began)]
+    words = ["-m", "titans_build.tools.gpu_check", *prepared, *sys.argv[1:]]
     os.execv(sys.executable, [sys.executable, *words])
 
 

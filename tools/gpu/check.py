@@ -46,7 +46,9 @@ def main(words: Sequence[str] | None = None) -> int:
                         help="put into a folder what a GPU machine without network needs, and run nothing")
     # fmt: on
     parser.add_argument("--python", default="3.12", help="of that machine, with --prepare (default: 3.12)")
+    # of the program in a prepared folder: the folder, and the time at which it was started
     parser.add_argument("--prepared", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--began", type=float, help=argparse.SUPPRESS)
     arguments = parser.parse_args(words)
     prepare_streams()
     try:
@@ -74,9 +76,7 @@ def _seconds(text: str) -> float:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from ..gpu_check import STARTED
-
-    began = time.monotonic() - max(0.0, time.time() - float(os.environ.get(STARTED) or time.time()))
+    began = time.monotonic() - (0.0 if arguments.began is None else max(0.0, time.time() - arguments.began))
     end = began + arguments.seconds - CLOSING
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # asked in this way, whether there is a GPU does not start CUDA, which a process that is forked later could not use
