@@ -128,9 +128,8 @@ def test_the_program_in_a_prepared_folder_runs_its_package_without_what_is_insta
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
-    assert (
-        f"['--prepared', '{folder}', '--seconds', '9'] titans_build" in done.stdout and "titans-build-" in done.stdout
-    )
+    assert f"['--prepared', '{folder}', '--began', '" in done.stdout and "titans-build-" in done.stdout
+    assert "', '--seconds', '9'] titans_build" in done.stdout
 
 
 @pytest.mark.parametrize(
