@@ -18,7 +18,7 @@ from torch import Tensor
 import titans_build as tb
 
 RECIPES = ("lmm", "mac", "mag", "mal", "transformer", "windows-and-mac", "two-memories", "memory-as-ffn",
-           "deltas-and-mac", "llama-and-memory", "tnt", "continuum")  # fmt: skip
+           "deltas-and-mac", "llama-and-memory", "tnt", "continuum", "hope")  # fmt: skip
 
 
 class Sizes(NamedTuple):

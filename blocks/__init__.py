@@ -1,6 +1,17 @@
 """Blocks: everything between one state and the next. Importing this package registers the built-in ones."""
 
-from . import attention, combinators, context, feedforward, flops, foreign, layers, memory, published_learners
+from . import (
+    attention,
+    combinators,
+    context,
+    feedforward,
+    flops,
+    foreign,
+    layers,
+    memory,
+    published_learners,
+    self_modifying,
+)
 from .auxiliary_losses import memory_loss, write_cost
 from .block import Block
 from .build import build_block, materialize
@@ -37,5 +48,6 @@ __all__ = [
     "memory_loss",
     "observe",
     "published_learners",
+    "self_modifying",
     "write_cost",
 ]

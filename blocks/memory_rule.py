@@ -89,11 +89,7 @@ def inputs(
     if rule.keys == 1:
         q, k, v, history = query_key_value(projected, memory.convolution, history, heads, length)
     else:
-        if memory.convolution is not None and history is not None:
-            past, before = torch.cat((history, projected), dim=1), history.shape[1]
-            if before:
-                history = past[:, -before:].clone() if length is None else last(past, length + before, before)
-            projected = convolve(past, memory.convolution)
+        projected, history = convolved(projected, memory.convolution, history, length)
         parts = silu(projected).unflatten(-1, (1 + 2 * rule.keys, heads, -1))
         qk = l2_norm(parts[:, :, : 1 + rule.keys], EPS)
         q, k, v = qk[:, :, 0], qk[:, :, 1:], parts[:, :, 1 + rule.keys :]
@@ -112,6 +108,18 @@ def inputs(
     return Writes(
         q, k, v, found["theta"], *(found.get(name) for name in ("eta", "alpha", "gamma", "parameter"))
     ), history
+
+
+def convolved(
+    projected: Tensor, weight: Tensor | None, history: Tensor | None, length: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The causal convolution of ``projected`` after ``history``, and the next history; as they are without weights."""
+    if weight is None or history is None:
+        return projected, history
+    past, before = torch.cat((history, projected), dim=1), history.shape[1]
+    if before:
+        history = past[:, -before:].clone() if length is None else last(past, length + before, before)
+    return convolve(past, weight), history
 
 
 def start(memory: Any, state: MemoryState) -> MemoryState | LearnerState:

@@ -67,6 +67,7 @@ SPECS = {
     "persistent chain": {"type": "persistent", "tokens": 3, "of": [MEMORY, WINDOW]},
     "residual": {"type": "residual", "of": [WINDOW, MEMORY]},
     "rms_norm": "rms_norm",
+    "self_modifying": {"type": "self_modifying", "heads": 2, "chunk": 4},
 }
 
 SPECS |= {

@@ -199,7 +199,7 @@ def test_override_values_are_copied():
 
 BASES = ["lmm", "mac", "mag", "mal", "transformer"]
 HYBRIDS = [
-    "continuum", "deltas-and-mac", "llama-and-memory", "memory-as-ffn", "tnt", "two-memories", "windows-and-mac"
+    "continuum", "deltas-and-mac", "hope", "llama-and-memory", "memory-as-ffn", "tnt", "two-memories", "windows-and-mac"
 ]  # fmt: skip
 SIZES = {"30m": 30e6, "170m": 170e6, "340m": 340e6, "400m": 400e6, "760m": 760e6, "1.3b": 1.3e9}
 PUBLISHED = {"170m": (12, 768, 16), "340m": (24, 1024, 16), "760m": (24, 1536, 16), "1.3b": (18, 2048, 8)}

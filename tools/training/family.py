@@ -39,6 +39,7 @@ LEARNERS: dict[str, tuple[Kind, str | dict[str, Any]]] = {
     "lact": ("deep", {"type": "lact", "chunk": 16}),  # its own chunk is longer than the rows
     "tnt": ("deep", "tnt"),
     "continuum": ("deep", "continuum"),
+    "hope": ("deep", "hope"),
 }
 """Each learner's kind and its block, or the name of a block or of a packaged recipe. Linear: its memory is a matrix."""
 QUICK_LEARNERS = (
@@ -177,11 +178,10 @@ PUBLISHED: dict[str, dict[str, float]] = {
     "mamba2": {"mqar": 0.83},
     "omega_net": {MAD_AVERAGE: 0.7898},
     "atlas": {MAD_AVERAGE: 0.7950},
-    "continuum": {"parity": 1.0, "modular_sums": 1.0},
+    "hope": {"parity": 1.0, "modular_sums": 1.0},
 }
 """Accuracies by learner and task, of the sizes and the training in the papers.
 
 MAD: Titans (arXiv 2501.00663) as presented at NeurIPS, and ATLAS (2505.23735). MQAR: Zoology (2312.04927) and later
-papers, at a state of about 66,000 numbers. State tracking: those of HOPE (Nested Learning, 2512.24695), of whose two
-parts ``continuum`` has one.
+papers, at a state of about 66,000 numbers. State tracking: HOPE (Nested Learning, 2512.24695).
 """

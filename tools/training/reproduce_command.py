@@ -24,7 +24,7 @@ from .trials import TEST_BATCHES, Result
 SUMMARY = "Compare the family of learners on small published tasks, at equal parameters, with the published figures."
 EXAMPLES = (
     "titans-train reproduce --quick --out runs/family           20 minutes on two cores",
-    "titans-train reproduce --out runs/family                   all tasks, 21 learners: a night on two cores",
+    "titans-train reproduce --out runs/family                   all tasks, 22 learners: a night on two cores",
     "titans-train reproduce titans yaad 'deep={type: memory, depth: 3}' --tasks recall,A5 --out runs/three",
 )
 TABLE = "table"
