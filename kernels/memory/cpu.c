@@ -13,7 +13,8 @@
 #include <stdlib.h>
 
 typedef struct {
-    int64_t batch, time, heads, layers, chunk, activation, loss, momentum, normed, read, gated, past, backward, threads;
+    int64_t batch, time, heads, layers, chunk, activation, loss, momentum, normed, read, gated, past, channels;
+    int64_t backward, threads;
     int64_t interval, saves_activations, saved_numbers; /* of one row and head; interval = 0: nothing is saved */
     int64_t widths[LAYERS + 1];
     /* k, v, delta and gamma begin with the `past` writes before the tokens. All addresses are those of the first of these
@@ -38,6 +39,7 @@ static network network_of(const call *call) {
                    .longest = (int)(call->chunk < call->time ? call->chunk : call->time),
                    .past = (int)call->past,
                    .gated = (int)call->gated,
+                   .channels = (int)call->channels,
                    .normed = (int)call->normed,
                    .read = (enum reading)call->read,
                    .activation = (enum activation)call->activation,
@@ -90,6 +92,14 @@ static void take_work(const network *net, arena *arena, work *w, int backward) {
         w->anchor[l] = take(arena, (size_t)net->rows[l] * net->width[l]);
         w->anchor_transposed[l] = take(arena, (size_t)net->rows[l] * padded(net->out[l]));
         w->query_z[l] = take(arena, (size_t)n * net->width[l]);
+    }
+    for (int l = 0; net->channels && l < net->layers; l++) {
+        size_t size = (size_t)(net->longest + 1) * net->rows[l];
+        real **columns[] = {&w->keep[l], &w->kept[l], &w->moved[l], &w->grad_keep[l], &w->grad_kept[l], &w->grad_moved[l]};
+        for (int i = 0; i < (backward ? 6 : 3); i++)
+            *columns[i] = take(arena, size);
+        w->decayed[l] = take(arena, (size_t)net->longest * n * net->rows[l]);
+        w->grad_decayed[l] = backward ? take(arena, (size_t)n * net->rows[l]) : NULL;
     }
     w->gain = take(arena, net->width[top]);
     w->x = take(arena, tokens);
@@ -205,6 +215,14 @@ static void load_gain(task *t, work *w) {
     net->gain = w->gain;
 }
 
+/* Those of layer l among the gates of all layers' columns */
+static tokens channels_of(const network *net, const tokens *gates, int l) {
+    tokens found = *gates;
+    for (int i = 0; found.data && i < l; i++)
+        found.data += net->in[i];
+    return found;
+}
+
 static void load_tokens(const task *t, const piece *p, work *w) {
     const network *net = &t->net;
     const call *call = t->call;
@@ -213,7 +231,15 @@ static void load_tokens(const task *t, const piece *p, work *w) {
     load(&call->q, p, net->in[0], w->queries);
     load(&call->v, &writes, net->out[net->layers - 1], w->values);
     load_gate(&call->theta, p, w->theta, 0);
-    load_gate(&call->alpha, p, w->alpha, 0);
+    if (net->channels)
+        for (int l = 0; l < net->layers; l++) {
+            tokens alpha = channels_of(net, &call->alpha, l);
+            load(&alpha, p, net->in[l], w->keep[l]);
+            for (int i = 0; i < p->n * net->rows[l]; i += WIDTH)
+                store_vec(w->keep[l] + i, 1 - load_vec(w->keep[l] + i));
+        }
+    else
+        load_gate(&call->alpha, p, w->alpha, 0);
     load_gate(&call->eta, p, w->decay.eta, 0);
     load_gate(&call->delta, &writes, w->delta, net->objective.delta);
     load_gate(&call->gamma, &writes, w->gamma, 1);
@@ -327,6 +353,7 @@ static void forward_task(const call *call, int64_t index, real *scratch) {
         anchor anchor = anchor_of(&t, &w, &c, i, 0, 0);
         differentiate(net, &w, &c, p.n, &anchor);
         find_coefficients(net, &w, &c, p.n);
+        decay_inputs(net, &w, p.n);
         read_chunk(net, &w, &c, p.n, &anchor, query_z);
         read_output(net, &w, p.n, query_z[top], w.query_z[top]);
         store(&call->y, &p, net->out[top], w.query_z[top]);
@@ -367,6 +394,7 @@ static void recompute(const task *t, work *w, chunk *group, int start, int stop)
         anchor anchor = anchor_of(t, w, c, i, i == stop - 1, 0);
         differentiate(net, w, c, p.n, &anchor);
         find_coefficients(net, w, c, p.n);
+        decay_inputs(net, w, p.n);
         if (i < stop - 1)
             write_chunk(net, w, c, p.n, group[i - start + 1].state);
     }
@@ -436,6 +464,9 @@ static void backward_task(const call *call, int64_t index, real *scratch) {
             anchor anchor = anchor_of(&t, &w, c, i, 1, cached);
             for (int l = 0; l < top; l++)
                 activate_layer(net, l, p.n + net->past, c->z[l], w.input[l + 1], w.slope[l], w.curvature[l]);
+            if (!cached)
+                decay_inputs(net, &w, p.n);
+            begin_backward(net, &w, p.n);
             real *query_z[LAYERS];
             locate_query_z(&t, &w, p.first - net->past, p.n, query_z);
             if (!t.activations)
@@ -459,7 +490,12 @@ static void backward_task(const call *call, int64_t index, real *scratch) {
             store(&call->grad_v, &writes, net->out[top], w.grad_values);
             store_gate(&call->grad_theta, &p, w.grad_theta);
             store_gate(&call->grad_eta, &p, w.grad_eta);
-            store_gate(&call->grad_alpha, &p, w.grad_alpha);
+            for (int l = 0; net->channels && l < net->layers; l++) {
+                tokens alpha = channels_of(net, &call->grad_alpha, l);
+                store(&alpha, &p, net->in[l], w.grad_keep[l]);
+            }
+            if (!net->channels)
+                store_gate(&call->grad_alpha, &p, w.grad_alpha);
             store_gate(&call->grad_delta, &writes, w.grad_delta);
             store_gate(&call->grad_gamma, &writes, w.grad_gamma);
         }

@@ -37,7 +37,7 @@ LONGEST_INTERVAL = 1024
 # The fields of `call` in cpu.c, one term each: batch to saved_numbers; widths; q to grad_y, each an address and three
 # strides; gain, grad_gain, phase, order, count, end_row and saved; before, end, grad_before and grad_end, each an
 # address and two strides for weights, momentum and anchor of every layer. The doubles are clip, and what the loss has.
-_memory_run = Kernel("memory_run", 17 + LAYERS + 1 + 18 * 4 + 7 + 4 * 3 * LAYERS * 3, 4)
+_memory_run = Kernel("memory_run", 18 + LAYERS + 1 + 18 * 4 + 7 + 4 * 3 * LAYERS * 3, 4)
 # In read_cpu.c: batch to threads; widths; q, y, grad_q and grad_y; gain and grad_gain; weights and grad_weights.
 _read_run = Kernel("read_run", 7 + LAYERS + 1 + 4 * 4 + 2 + 2 * LAYERS * 3, 0)
 
@@ -205,9 +205,14 @@ def _forward(
 
 def _unpack(tensors: Sequence[Any]) -> tuple[Tokens, Tensor | None, list[Tensor]]:
     """Tokens, gain and state, laid out as the kernels take them; hooks on saved tensors may change the layout."""
-    q, k, v, *gates, gain = tensors[:_STATE]
+    *given, gain = tensors[:_STATE]
+    tokens = Tokens(*given)
+    q, k, v = dense(1, tokens[:3])
+    alpha = tokens.alpha
+    if alpha is not None and alpha.dim() == 4:
+        (alpha,) = dense(1, [alpha])
     gain = None if gain is None else gain.contiguous()
-    return Tokens(*dense(1, (q, k, v)), *gates), gain, dense(2, tensors[_STATE:])
+    return tokens._replace(q=q, k=k, v=v, alpha=alpha), gain, dense(2, tensors[_STATE:])
 
 
 def _checkpoints(plan: _Plan, tensors: Sequence[Any]) -> Checkpoints:
@@ -263,6 +268,7 @@ def _run(
                 at = 3 * (LAYERS * (3 * i + (2 if which and not momentum else which)) + layer)
                 matrices[at : at + 3] = x.data_ptr(), x.stride(0), x.stride(1)
     stages, past = 2 if options.gated else layers, options.window - 1
+    channels = tokens.alpha is not None and tokens.alpha.dim() == 4
     widths: list[int] = [width]
     places: list[int] = []
     for w in state[:stages]:
@@ -277,7 +283,8 @@ def _run(
         plan.operands,
         batch, time, heads, stages, options.chunk, ACTIVATION_NUMBERS[options.activation],
         LOSS_NUMBERS[objective.kind, objective.smooth is not None, objective.form], momentum, gain is not None,
-        READ_NUMBERS[options.read], options.gated, past, backward, max(1, min(torch.get_num_threads(), tasks)),
+        READ_NUMBERS[options.read], options.gated, past, channels, backward,
+        max(1, min(torch.get_num_threads(), tasks)),
         *checkpoints, 0 if saved is None else saved.numel() // max(tasks, 1),
         *widths, *[0] * (LAYERS - stages), *places,
         address(gain), address(grad_gain), plan.phases.data_ptr(), address(plan.order), plan.counts.data_ptr(),

@@ -422,7 +422,7 @@ MEMORY = Operation(
         _backend("triton_step", _triton("step", "triton_step"), _one_token(refuse_triton_memory), steps=True),
         _backend("step", torch_step, _one_token(), thresholds=True, steps=True),
         _backend("native_linear", linear_memory, refuse_linear, steps=True, knows=(CHANNELS, FIRST)),
-        _backend("native", cpu_memory, refuse_cpu, knows=(DELTA, WINDOW, GATED)),
+        _backend("native", cpu_memory, refuse_cpu, knows=SUMS),
         _backend("triton", _triton("network", "triton_memory"), _refuse_triton),
         _backend("torch", chunkwise_memory),
         _backend("closed_form", closed_form_memory, thresholds=True, knows=SUMS),

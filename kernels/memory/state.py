@@ -188,18 +188,13 @@ class Options(NamedTuple):
 
     def rare(self, tokens: Tokens) -> tuple[str, ...]:
         """What these and ``tokens`` have that not every backend knows. Fast: it runs at every decoded token."""
-        found, alpha = [], tokens.alpha
-        if alpha is not None and alpha.dim() == 4:
-            found.append(CHANNELS)
-        if self.decay_first:
-            found.append(FIRST)
-        if tokens.delta is not None:
-            found.append(DELTA)
-        if self.window > 1:
-            found.append(WINDOW)
-        if self.gated:
-            found.append(GATED)
-        return tuple(found)
+        _, _, _, _, _, alpha, delta, _ = tokens
+        channels = alpha is not None and alpha.dim() == 4
+        if not (channels or self.decay_first or self.gated) and delta is None and self.window == 1:
+            return ()
+        has = ((CHANNELS, channels), (FIRST, self.decay_first), (DELTA, delta is not None), (WINDOW, self.window > 1),
+               (GATED, self.gated))  # fmt: skip
+        return tuple([name for name, it in has if it])
 
 
 BackendFunction: TypeAlias = Callable[

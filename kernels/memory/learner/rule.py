@@ -111,6 +111,7 @@ class Rule:
             or type(self.retention) not in (updates.Keep, updates.Decay, updates.ChannelDecay)
             or (self.window > 1 and self.retention.first)
             or (self.threshold is not None and (self.window > 1 or type(self.network) is networks.GatedMLP))
+            or (type(self.network) is networks.GatedMLP and self.retention.gates == "channel")
         ):
             return None
         objective = _OBJECTIVES[type(self.objective)](self.objective)

@@ -109,8 +109,9 @@ def test_which_memories_it_takes(memory_case):
         chosen = MEMORY.choose(layers=layers, chunk=chunk, plainly=plainly, **facts)
         assert (chosen is MEMORY.backends["native_linear"].run) == taken
     tokens, state = Tokens(*inputs(linear, "channel")[:6]), linear.state
-    for chunk, taken in ((1, True), (4, False)):
-        assert has_fast_backend(tokens, state, None, None, Options(chunk, "gelu", None, "after")) == taken
+    for first, chunk, taken in ((True, 1, True), (True, 4, False), (False, 4, True)):
+        options = Options(chunk, "gelu", None, "after", decay_first=first)
+        assert has_fast_backend(tokens, state, None, None, options) == taken
     for case, options in ((deep, {}), (linear, {"chunk": 4}), (linear, {"clip": 1.0}), (linear, {"threshold": 1.0})):
         with pytest.raises(BackendError, match="takes one matrix and chunks of one token"):
             case.run(backend="native_linear", **{"chunk": 1, **options})

@@ -81,6 +81,10 @@ SETTINGS: dict[str, Any] = {
     # retention
     "nothing forgotten": case(retention="none", gates="theta eta"),
     "channel": case(retention="channel", norm=True),
+    "channel and window, read before": case(
+        retention="channel", window=3, read="before", gates="theta eta alpha gamma", activation="silu", scale=0.5,
+    ),
+    "channel and clip, read at the anchor": case(retention="channel", clip=0.8, read="anchor", gates="theta alpha"),
     "decay first": case(LINEAR, network="linear", chunk=1, retention={"type": "scalar", "first": True}),
     "decay of channels first": case(chunk=1, retention={"type": "channel", "first": True}, norm=True),
     "decay first, two keys": case(chunk=1, keys=2, retention={"type": "scalar", "first": True}, gates="theta alpha"),
@@ -136,7 +140,7 @@ SETTINGS: dict[str, Any] = {
 IN_C = (
     "gated_mlp", "clip and gated_mlp", "huber for each token", "window", "window longer than a chunk", "powers",
     "window read before", "window read at the anchor", "window of huber for each token", "clip and window",
-    "three keys in a window",
+    "three keys in a window", "channel", "channel and window, read before", "channel and clip, read at the anchor",
 )  # fmt: skip
 """Some settings that the C kernel takes."""
 
@@ -276,7 +280,8 @@ def test_a_step_of_zero_leaves_the_state(name, make):
 
 
 @pytest.mark.parametrize(
-    "name", ["mlp with norm", "window", "clip and gated_mlp", "kl with momentum", "muon once a chunk", "projected"]
+    "name",
+    ["mlp with norm", "window", "channel", "clip and gated_mlp", "kl with momentum", "muon once a chunk", "projected"],
 )
 def test_second_derivatives(name, make, general):
     case = Case(make, name, time=6)
