@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .decay_torch import ChunkDecay, chunk_decay
 from .network_torch import ACTIVATIONS, EPS, gradient_norm, half_error, half_error_vjp, layer_norm_vjp, length
@@ -138,7 +139,7 @@ class ChunkNetwork:
 
     def __init__(self, options: Options, gain: Tensor | None, scratch: Scratch) -> None:
         self.activation, self.clip, self.objective = ACTIVATIONS[options.activation], options.clip, options.objective
-        self.gain, self.scratch = gain, scratch
+        self.gain, self.scratch, self.last_read = gain, scratch, -1 if options.read == "before" else 0
 
     # -- write ---------------------------------------------------------------------------------------------------
 
@@ -214,10 +215,10 @@ class ChunkNetwork:
         ``query_activations``: where to keep each layer's output ``Z_l`` ``[chunks, batch_heads, b, out]``, or ``[]``.
         """
         state = written.at(slice(None))
-        read, carry = decay.read.flatten(0, 1), decay.carry.flatten(0, 1)
+        read, (carry, errors) = decay.read.flatten(0, 1), self._confine(decay.carry.flatten(0, 1), state.errors)
         x = z = queries.flatten(0, 1)
         new = lambda name, width: self.scratch(name, *x.shape[:2], width)  # noqa: E731
-        for l, (stack, a, d) in enumerate(zip(state.stacks, state.inputs, state.errors)):
+        for l, (stack, a, d) in enumerate(zip(state.stacks, state.inputs, errors)):
             s, out, width = stack.shape[1:]
             if l:
                 x = self.activation.value(z, out=new("x", width))
@@ -232,12 +233,29 @@ class ChunkNetwork:
                 torch.mul(carried[:, :, 0], carry[..., :1], out=z)
                 if s == 2:
                     z.addcmul_(carried[:, :, 1], carry[..., 1:])
-            scores = torch.bmm(x, a.mT, out=new("scores", x.shape[1])).mul_(read)
+            # zero for later keys, also where a score or a step size is not finite
+            scores = torch.bmm(x, a.mT, out=new("scores", x.shape[1])).mul_(read).tril_(self.last_read)
             z.baddbmm_(scores, d, alpha=-1)
         y = z.view(queries.shape[:-1] + z.shape[-1:])
         if self.gain is None:
             return y.clone() if query_activations else y
         return torch.addcmul(queries, torch.native_layer_norm(y, y.shape[-1:], None, None, EPS)[0], self.gain)
+
+    def _confine(self, carry: Tensor, errors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """``carry`` and ``errors`` with which an error that is not finite makes reads NaN from its token on alone.
+
+        Errors of later tokens are multiplied by zero, and zero times infinity is NaN.
+        """
+        sizes = torch.stack([torch.linalg.vector_norm(d, math.inf, dim=-1) for d in errors])
+        lost = ~sizes.isfinite().all(0)
+        if lost.is_cpu and not bool(lost.any()):  # which another device would be waited for
+            return carry, errors
+        from_then_on = lost.cumsum(-1) > 0
+        if self.last_read < 0:
+            from_then_on = F.pad(from_then_on[:, :-1], (1, 0))
+        return carry.masked_fill(from_then_on.unsqueeze(-1), math.nan), [
+            d.masked_fill(lost.unsqueeze(-1), 0.0) for d in errors
+        ]
 
     def read_backward(
         self,

@@ -7,6 +7,7 @@ exact, and so is its gradient.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -79,11 +80,18 @@ def chunk_decay(
         write, mix = (C[..., -1:, :] * step).mT, carry[..., -1:, :]
     else:
         H, E = interval_products(eta)
+        H_end, E_end = H[..., -1:, :], E[..., -1:, None]
+        # a product that is not finite belongs to its token and those after it: times the zeros of `added` it is NaN
+        lost = ~(H.sum(-1) + E).isfinite()
+        confine = not lost.is_cpu or bool(lost.any())
+        if confine:
+            H, E = H.masked_fill(lost.unsqueeze(-1), 0.0), E.masked_fill(lost, 0.0)
         added = D if valid is None else D * valid.unsqueeze(-2)
         C, m = added @ H, added @ E.unsqueeze(-1)
+        if confine:
+            C, m = C.masked_fill(lost.unsqueeze(-1), math.nan), m.masked_fill(lost.unsqueeze(-1), math.nan)
         carry = torch.cat([A.unsqueeze(-1), m], dim=-1)
-        write = torch.cat([C[..., -1:, :] * step, H[..., -1:, :] * step], dim=-2).mT
-        E_end = E[..., -1:, None]
+        write = torch.cat([C[..., -1:, :] * step, H_end * step], dim=-2).mT
         mix = torch.cat([carry[..., -1:, :], torch.cat([torch.zeros_like(E_end), E_end], dim=-1)], dim=-2)
     if not read_after:
         # token t reads the weights after token t - 1: rows move down by one, and the first token reads the start

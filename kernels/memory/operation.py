@@ -352,12 +352,13 @@ def _backend(
     refuse: Callable[..., str | None] = never,
     *,
     thresholds: bool = False,
-    steps: bool = False,
+    confined: bool = False,
     knows: Sequence[str] = (),
 ) -> Backend:
     """``thresholds``: whether ``function`` applies ``options.threshold`` itself.
 
-    ``steps``: whether it goes token by token, so that nothing that it reads overflows too early.
+    ``confined``: whether NaN and overflow reach no output before their token, since it goes token by token or sees to
+    it itself, without waiting for a GPU.
     ``knows``: what it can do of ``Options.rare``.
     """
 
@@ -382,7 +383,7 @@ def _backend(
         if 0 in tokens.q.shape[:2]:
             return torch.zeros_like(tokens.like_outputs()), state
         y, after = write(tokens, state, norm, mask, options)
-        if steps or y.is_meta or options.window > 1 or (function is closed_form_memory and transforming()):
+        if confined or y.is_meta or options.window > 1 or (function is closed_form_memory and transforming()):
             return y, after
         if sum_is_finite(y, *after.weights, *after.momentum):
             return y, after
@@ -418,15 +419,15 @@ SUMS = (CHANNELS, DELTA, WINDOW, GATED)
 MEMORY = Operation(
     "memory",
     [
-        _backend("native_step", cpu_step, _one_token(refuse_cpu_step), thresholds=True, steps=True),
-        _backend("triton_step", _triton("step", "triton_step"), _one_token(refuse_triton_memory), steps=True),
-        _backend("step", torch_step, _one_token(), thresholds=True, steps=True),
-        _backend("native_linear", linear_memory, refuse_linear, steps=True, knows=(CHANNELS, FIRST)),
+        _backend("native_step", cpu_step, _one_token(refuse_cpu_step), thresholds=True, confined=True),
+        _backend("triton_step", _triton("step", "triton_step"), _one_token(refuse_triton_memory), confined=True),
+        _backend("step", torch_step, _one_token(), thresholds=True, confined=True),
+        _backend("native_linear", linear_memory, refuse_linear, confined=True, knows=(CHANNELS, FIRST)),
         _backend("native", cpu_memory, refuse_cpu, knows=SUMS),
-        _backend("triton", _triton("network", "triton_memory"), _refuse_triton),
-        _backend("torch", chunkwise_memory),
+        _backend("triton", _triton("network", "triton_memory"), _refuse_triton, confined=True),
+        _backend("torch", chunkwise_memory, confined=True),
         _backend("closed_form", closed_form_memory, thresholds=True, knows=SUMS),
-        _backend("reference", reference_memory, thresholds=True, steps=True, knows=(CHANNELS, FIRST, DELTA)),
+        _backend("reference", reference_memory, thresholds=True, confined=True, knows=(CHANNELS, FIRST, DELTA)),
     ],
     lambda tokens, state, _, mask, options: (
         tokens.like_outputs(),

@@ -1,8 +1,9 @@
 """Confining NaN and infinity to the tokens from which on they belong to a memory.
 
 Within a chunk, backends multiply what later tokens write by zero, and zero times infinity is NaN: one token that is not
-finite, or whose gradient overflows, would reach the outputs before it. A result that is not finite is therefore
-computed again in halves, and halves of halves, until a span begins with the token that made it so.
+finite, or whose gradient overflows, would reach the outputs before it. On a CPU, a result that is not finite is
+therefore computed again in halves, and halves of halves, until a span begins with the token that made it so. Backends
+for a GPU, which would have to be waited for, find the token themselves.
 """
 
 from __future__ import annotations

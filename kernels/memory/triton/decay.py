@@ -139,8 +139,9 @@ def decay_kernel(
     for t in range(b):
         row = (first + t)[:, None] * b + s[None, :]
         place = (first + t) * PARTS
+        # zero at tokens that are not written yet, also where their step is not finite
         if not AFTER:
-            tl.store(read + row, C * step, mask=inside)
+            tl.store(read + row, tl.where((s < t)[None, :], C * step, 0.0), mask=inside)
             tl.store(carry + place, A, mask=known)
             if MOMENTUM:
                 tl.store(carry + place + 1, m, mask=known)
@@ -157,7 +158,7 @@ def decay_kernel(
         else:
             C = tl.where((s < t)[None, :], retention[:, None] * C, H)
         if AFTER:
-            tl.store(read + row, C * step, mask=inside)
+            tl.store(read + row, tl.where((s <= t)[None, :], C * step, 0.0), mask=inside)
             tl.store(carry + place, A, mask=known)
             if MOMENTUM:
                 tl.store(carry + place + 1, m, mask=known)

@@ -29,6 +29,28 @@ from .tiles import (
 )
 
 
+@triton.jit
+def weighted_scores(scores, decay):
+    """Zero where the key is not written yet, also where the score overflows."""
+    return tl.where(decay == 0, 0.0, scores * decay)
+
+
+@triton.jit
+def written_part(weighted, error, t, s, OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):
+    """``weighted @ error``, in which an error that is not finite reaches the queries from its token on alone.
+
+    Errors of later tokens are multiplied by zero, and zero times infinity is NaN. They are therefore taken as zero,
+    and the queries that see one become NaN.
+    """
+    finite = tl.abs(error.to(OPERAND).to(WIDE)) < float("inf")
+    lost = tl.max(tl.where(finite, 0.0, 1.0), axis=1)
+    # the token's own write is seen where its weight is not zero: reads may come before it
+    seen = (s[None, :] < t[:, None]) | ((s[None, :] == t[:, None]) & (weighted != 0))
+    poison = tl.max(tl.where(seen, lost[None, :], 0.0), axis=1)[:, None]
+    product = dot(weighted, tl.where(finite, error, 0.0), OPERAND, WIDE, PRECISION)
+    return tl.where(poison > 0, float("nan"), product)
+
+
 @triton.jit(do_not_specialize=VARYING)
 def read_kernel(
     queries, keys, gain, read, carry, stack_1, stack_2, input_2, error_1, error_2, scores_1, y, z_1, z_2,
@@ -52,7 +74,8 @@ def read_kernel(
             s = s0 + tl.arange(0, KEYS)
             k = load_tokens(keys, first, s, i, b, d_in, WIDE)
             scores = dot(q, tl.trans(k), OPERAND, WIDE, PRECISION)
-            store_tokens(scores_1, first, t, s, b, b, scores * load_tokens(read, first, t, s, b, b, WIDE))
+            decay = load_tokens(read, first, t, s, b, b, WIDE)
+            store_tokens(scores_1, first, t, s, b, b, weighted_scores(scores, decay))
         tl.debug_barrier()
 
     z = tl.zeros((TOKENS, OUT), WIDE)
@@ -63,7 +86,8 @@ def read_kernel(
             for s0 in range(0, b, KEYS):
                 s = s0 + tl.arange(0, KEYS)
                 weighted = load_tokens(scores_1, first, t, s, b, b, WIDE)
-                preact -= dot(weighted, load_tokens(error_1, first, s, h, b, width, WIDE), OPERAND, WIDE, PRECISION)
+                error = load_tokens(error_1, first, s, h, b, width, WIDE)
+                preact -= written_part(weighted, error, t, s, OPERAND, WIDE, PRECISION)
             for part in tl.static_range(PARTS):
                 w_1 = load(stack_1 + (at * PARTS + part) * size_1, h, i, width, d_in, WIDE)
                 product = dot(q, tl.trans(w_1), OPERAND, WIDE, PRECISION)
@@ -87,8 +111,9 @@ def read_kernel(
             x = activate(load_tokens(z_1, first, t, h, b, width, WIDE), ACTIVATION)
             a = load_tokens(input_2, first, s, h, b, width, WIDE)
             scores += dot(x, tl.trans(a), OPERAND, WIDE, PRECISION)
-        weighted = scores * load_tokens(read, first, t, s, b, b, WIDE)
-        z -= dot(weighted, load_tokens(error_2, first, s, o, b, d_out, WIDE), OPERAND, WIDE, PRECISION)
+        weighted = weighted_scores(scores, load_tokens(read, first, t, s, b, b, WIDE))
+        error = load_tokens(error_2, first, s, o, b, d_out, WIDE)
+        z -= written_part(weighted, error, t, s, OPERAND, WIDE, PRECISION)
     if KEEP:
         store_tokens(z_2, first, t, o, b, d_out, z)
     if NORM:

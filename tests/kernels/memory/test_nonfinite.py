@@ -16,9 +16,9 @@ VALUES = {"nan": math.nan, "infinity": math.inf, "overflow": 0.9}
 """``overflow``: times the largest number of the dtype."""
 
 
-def inputs(dtype=torch.float64, heads=3):
+def inputs(dtype=torch.float64, heads=3, rows=2):
     torch.manual_seed(0)
-    token = lambda *shape: torch.randn(2, TIME, heads, *shape, dtype=torch.float64)  # noqa: E731
+    token = lambda *shape: torch.randn(rows, TIME, heads, *shape, dtype=torch.float64)  # noqa: E731
     given = dict(
         q=token(4), k=token(4), v=token(4), theta=0.02 * token().sigmoid(), eta=token().sigmoid(),
         alpha=0.1 * token().sigmoid(),
@@ -26,57 +26,66 @@ def inputs(dtype=torch.float64, heads=3):
     return {name: x.to(dtype) for name, x in given.items()}
 
 
-def fresh(dtype=torch.float64, heads=3):
+def fresh(dtype=torch.float64, heads=3, rows=2):
     torch.manual_seed(1)
-    weights = [0.3 * torch.randn(2, heads, *shape, dtype=torch.float64) for shape in ((8, 4), (4, 8))]
-    return MemoryState.fresh(tuple(w.to(dtype) for w in weights))._replace(position=torch.tensor([0, 2]))
+    weights = [0.3 * torch.randn(rows, heads, *shape, dtype=torch.float64) for shape in ((8, 4), (4, 8))]
+    position = torch.arange(rows) % 2 * 2
+    return MemoryState.fresh(tuple(w.to(dtype) for w in weights))._replace(position=position)
 
 
 def heads_of(backend):
     return 1 if "triton" in backend else 3  # the interpreter of Triton is slow
 
 
-def cases():
-    settings = [
-        *((backend, torch.float64, dict(chunk=5)) for backend in CHUNKWISE),
-        *((backend, torch.float32, dict(chunk=64, read="before")) for backend in CHUNKWISE),
-        *((backend, torch.float32, dict(chunk=1, clip=1.0)) for backend in ("native", "torch", "closed_form")),
-        *((backend, torch.float32, dict(chunk=16, threshold=1e-3)) for backend in ("native", "torch")),
-    ]
-    for backend, dtype, options in settings:
-        for name in NAMES:
-            for value in VALUES:
-                # the interpreter of Triton is slow
-                marks = pytest.mark.slow if backend == "triton" else ()
-                if backend != "triton" or (name, value, options["chunk"]) == ("v", "overflow", 5):
-                    yield pytest.param(
-                        backend,
-                        dtype,
-                        options,
-                        name,
-                        value,
-                        id=f"{backend}-{dtype}-{options}-{name}-{value}",
-                        marks=marks,
-                    )
+CASES = [
+    *((backend, torch.float64, dict(chunk=5)) for backend in CHUNKWISE),
+    *((backend, torch.float32, dict(chunk=64, read="before")) for backend in CHUNKWISE),
+    *((backend, torch.float32, dict(chunk=1, clip=1.0)) for backend in ("native", "torch", "closed_form")),
+    *((backend, torch.float32, dict(chunk=16, threshold=1e-3)) for backend in ("native", "torch")),
+    ("torch", torch.float32, dict(chunk=5, read="anchor")),
+    ("torch", torch.float32, dict(chunk=13, momentum=False)),
+]
 
 
-@pytest.mark.parametrize("backend, dtype, options, name, value", list(cases()))
-def test_earlier_outputs_and_other_heads_are_as_without_it(backend, dtype, options, name, value):
-    given, places = inputs(dtype), {(0, 6, 1): 6, (1, 0, 0): 0, (1, 9, 2): 9}
-    expected, _ = titans_memory(**given, state=fresh(dtype), backend=backend, **options)
-    for place in places:
-        given[name][place] = VALUES[value] * (torch.finfo(dtype).max if value == "overflow" else 1)
-    y, state = titans_memory(**given, state=fresh(dtype), backend=backend, **options)
-    first = {(row, head): token for row, token, head in places}
+@pytest.mark.parametrize(
+    "backend, dtype, options",
+    # the interpreter of Triton is slow
+    [
+        pytest.param(*case, id=f"{case[0]}-{case[1]}-{case[2]}", marks=slow if case[0] == "triton" else ())
+        for case in CASES
+    ],
+)
+def test_earlier_outputs_and_other_heads_are_as_without_it(backend, dtype, options):
+    """Each row has another number that is not finite, or overflows, in one head."""
+    named, heads = [(name, value) for name in NAMES for value in VALUES], heads_of(backend)
+    options, rows = dict(options), len(named)
+    given, state = inputs(dtype, heads, rows), fresh(dtype, heads, rows)
+    if not options.pop("momentum", True):
+        given["eta"] = None
+
+    def run():
+        return titans_memory(**given, state=state, backend=backend, **options)
+
+    expected, _ = run()
+    places = [((6, 0, 9, 12)[row % 4], row % heads) for row in range(rows)]
+    for row, ((name, value), (token, head)) in enumerate(zip(named, places)):
+        if given[name] is not None:
+            given[name][row, token, head] = VALUES[value] * (torch.finfo(dtype).max if value == "overflow" else 1)
+    y, after = run()
     tolerance = dict(rtol=1e-10, atol=1e-12) if dtype == torch.float64 else dict(rtol=1e-4, atol=1e-5)
-    for row in range(2):
-        for head in range(3):
-            until = first.get((row, head), TIME)
+    anchored = options.get("read") == "anchor"
+    for row, ((name, value), (token, bad)) in enumerate(zip(named, places)):
+        if given[name] is None:
+            continue
+        for head in range(heads):
+            until = token if head == bad else TIME
             at = min(until + (options.get("read") == "before" and name != "q"), TIME)
-            torch.testing.assert_close(y[row, :at, head], expected[row, :at, head], **tolerance)
-            if at < TIME and value != "overflow":
-                assert not bool(y[row, at, head].isfinite().all())
-    assert state.position.tolist() == [TIME, TIME + 2]
+            torch.testing.assert_close(y[row, :at, head], expected[row, :at, head], **tolerance, msg=str(named[row]))
+            if at < TIME and value != "overflow" and not (anchored and name != "q"):
+                assert not bool(y[row, at, head].isfinite().all()), named[row]
+        if name != "q" and value != "overflow":
+            assert not all(bool(w[row, bad].isfinite().all()) for w in after.weights), named[row]
+    assert after.position.tolist() == [TIME + n for n in state.position.tolist()]
 
 
 @pytest.mark.parametrize("backend", CHUNKWISE)

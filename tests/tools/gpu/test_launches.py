@@ -1,0 +1,37 @@
+"""Launches and waits of the packaged models on a GPU, counted without one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import titans_build as tb
+from titans_build.blocks.state import detach
+from titans_build.tools.gpu.counting import Counting
+
+pytest.importorskip("triton")
+
+SEGMENT = 32
+
+
+def model_of(gpu: Counting, recipe: str) -> Any:
+    changes = {"dim": 64, "stack.0.repeat": 1} | ({"layers.mac.0.segment": SEGMENT} if recipe == "mac" else {})
+    return gpu.moved(tb.build(tb.load_recipe(recipe, overrides=changes), device="meta"))
+
+
+@pytest.mark.parametrize("recipe", ["transformer", "lmm", "mag", "mal", "mac"])
+def test_a_training_step_and_decoding_do_not_wait(recipe: str) -> None:
+    with Counting() as gpu:
+        model = model_of(gpu, recipe)
+        state = None
+        for _ in range(2):  # the second from the state of the first, in the middle of a segment
+            out = model(gpu.empty(2, 100, dtype=torch.int64), state, targets=gpu.empty(2, 100, dtype=torch.int64))
+            out.loss.backward()
+            state = detach(out.state)
+        with torch.no_grad():
+            decode = model.decoder(2)
+            for _ in range(3):
+                _, state = decode(gpu.empty(2, 1, model.dim), state)
+        assert gpu.waits == []
