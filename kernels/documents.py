@@ -37,6 +37,8 @@ class Group(NamedTuple):
     """The places of the tokens in the rows, which are at their beginning; ``None`` if there is no padding."""
     continues: bool
     """Whether the documents go on from the state of their row. Otherwise they begin."""
+    first: int | None = None
+    """The index of the first token, if those of all documents follow each other in ``[batch * time]``."""
 
 
 class Step(NamedTuple):
@@ -268,14 +270,21 @@ class Documents:
         if not bool((length == len(time)).all()):
             filled = (time < length[:, None]).to(self.device)
             layout = Layout(None, filled, time.to(self.device) * filled, filled, length.to(self.device))
-        return Group(members, source.to(self.device), layout, continues)
+        first, last = int(source[0, 0]), int(source[-1, -1])
+        in_order = layout is None and bool((start.diff() == len(time)).all()) and last - first + 1 == source.numel()
+        return Group(members, source.to(self.device), layout, continues, first if in_order else None)
 
     def unpack(self, x: Tensor, group: Group) -> Tensor:
         """``[batch, time, ...]`` -> ``[documents, longest, ...]``. Padding repeats the last token."""
-        return x.flatten(0, 1).index_select(0, group.source.flatten()).unflatten(0, group.source.shape)
+        x, first = x.flatten(0, 1), group.first
+        if first is not None:
+            return x[first : first + group.source.numel()].unflatten(0, group.source.shape)
+        return x.index_select(0, group.source.flatten()).unflatten(0, group.source.shape)
 
     def pack(self, outputs: list[Tensor], groups: list[Group]) -> Tensor:
         """The outputs ``[documents, longest, ...]`` of each group -> ``[batch, time, ...]``, zero at masked tokens."""
+        if len(groups) == 1 and groups[0].first == 0 and groups[0].source.numel() == self.shape[0] * self.shape[1]:
+            return outputs[0].flatten(0, 1).unflatten(0, self.shape)
         flat = torch.cat([y.flatten(0, 1) for y in outputs])
         key = id(groups)
         if key not in self._cache:

@@ -182,12 +182,13 @@ def learn_by(
     if n > 1:
         before = before._replace(position=before.position * n)
         mask, documents = (None if x is None else x.repeat_interleave(n, 1) for x in (mask, documents))
-    run_rows = functools.partial(_rows, rule, norm=norm, keep=keep, half=half_dtype(q), backend=backend)
+    row = functools.partial(_row, rule, norm=norm, keep=keep, half=half_dtype(q), backend=backend)
+    stretches = functools.partial(_stretches, row, rule)
     with full_precision(q.device.type):
         if documents is None:
-            y, after = run_rows(writes, before, mask=mask)
+            y, after = stretches(writes, before, mask)
         else:
-            y, after = _documents(run_rows, rule, writes, before, mask, documents)
+            y, after = _documents(stretches, rule, writes, before, mask, documents)
     if n > 1:
         y = y[:, n - 1 if rule.read == "after" else 0 :: n]
         after = after._replace(position=after.position // n)
@@ -233,11 +234,24 @@ def measure(
     if n > 1:
         state = state._replace(position=state.position * n)
         mask = None if mask is None else mask.repeat_interleave(n, 1)
-    found = measure_writes(rule, writes, state, norm, mask)
+
+    def run(
+        writes: Writes, state: LearnerState, mask: Tensor | None, ends: list[int] | None = None
+    ) -> tuple[Tensor, LearnerState]:
+        found = measure_writes(rule, writes, state, norm, mask)
+        pick = lambda x: x if ends is None else x[ends]  # noqa: E731
+        return torch.stack([x.to(found.surprise.dtype) for x in found], -1), state.rows(pick)
+
+    surprise, error, suppressed = _stretches(run, rule, writes, state, mask)[0].unbind(-1)
+    found = Measured(surprise, error, suppressed > 0)
     if n == 1:
         return found
     each = [x.unflatten(1, (-1, n)) for x in found]
     return Measured(each[0].square().sum(2).sqrt(), each[1].sum(2), each[2].all(2))
+
+
+Run = Callable[..., tuple[Tensor, LearnerState]]
+"""``run(writes, state, mask, ends)``: the outputs, and the state of the rows ``ends``, or of all, after the writes."""
 
 
 def _fits(rule: Rule, norm: Tensor | None) -> bool:
@@ -246,10 +260,10 @@ def _fits(rule: Rule, norm: Tensor | None) -> bool:
 
 
 def _row(
-    rule: Rule, writes: Writes, state: LearnerState, norm: Tensor | None, mask: Tensor | None, keep: int | None,
-    half: str | None, backend: str, ends: list[int] | None = None,
+    rule: Rule, writes: Writes, state: LearnerState, mask: Tensor | None, ends: list[int] | None = None, *,
+    norm: Tensor | None, keep: int | None, half: str | None, backend: str,
 ) -> tuple[Tensor, LearnerState]:  # fmt: skip
-    """A stretch without a reset inside it, or one that the general path finds. ``ends``: as of ``titans_memory``."""
+    """A stretch without a reset inside it. ``ends``: as of ``titans_memory``."""
     options = rule.options(keep, half)
     if rule.objective.learned and writes.parameter is None:
         options = None  # the general path says what is missing
@@ -309,70 +323,33 @@ def _projected(q: Tensor, k: Tensor, projection: Any, mask: Tensor | None) -> tu
     return q.transpose(1, 2), projection
 
 
-def _rows(
-    rule: Rule, writes: Writes, state: LearnerState, *, norm: Tensor | None, mask: Tensor | None, keep: int | None,
-    half: str | None, backend: str, ends: list[int] | None = None,
-) -> tuple[Tensor, LearnerState]:  # fmt: skip
-    """Every row on its own. Stretches between resets run side by side where all rows are at the same place."""
-    if rule.reset is None or 0 in writes.theta.shape[:2]:
-        return _row(rule, writes, state, norm, mask, keep, half, backend, ends)
-    if ends is not None:
-        y, state = _rows(rule, writes, state, norm=norm, mask=mask, keep=keep, half=half, backend=backend)
-        return y, state.rows(lambda x: x[ends])
-    state = complete(rule, state, writes)
-    rows, time, reset = writes.theta.shape[0], writes.theta.shape[1], rule.reset * rule.keys
-    positions = state.position.tolist()
-    if mask is not None or len(set(positions)) > 1:
-        if backend not in ("auto", "general"):
-            raise BackendError(
-                f"learn: backend={backend!r}: with a mask, or rows at different places, only 'general' resets"
-            )
-        return _row(rule, writes, state, norm, mask, keep, half, "general")
-    place, every = positions[0], torch.ones(rows, dtype=torch.bool, device=state.position.device)
-    lead = min(time, -place % reset)
-    count = (time - lead) // reset
-    stop = lead + count * reset
-    outputs = []
-
-    def stretch(start: int, end: int, state: LearnerState) -> LearnerState:
-        y, state = _row(rule, writes.map(lambda x: x[:, start:end]), state, norm, None, keep, half, backend)
-        outputs.append(y)
-        return state
-
-    if lead:
-        state = stretch(0, lead, state)
-    begun = begin(state, every)
-    start = state if place + lead == 0 else begun
-    if count:
-        shards = writes.map(lambda x: x[:, lead:stop].unflatten(1, (count, reset)).flatten(0, 1))
-        zero = torch.zeros_like(state.position)
-        folded = _side_by_side(start._replace(position=zero), begun._replace(position=zero), count)
-        y, folded = _row(rule, shards, folded, norm, None, keep, half, backend)
-        outputs.append(y.unflatten(0, (rows, count)).flatten(1, 2))
-        # a copy: a view would keep the states of all stretches alive
-        state = folded.rows(lambda x: x.unflatten(0, (rows, count))[:, -1].clone())
-        state, start = state._replace(position=torch.full_like(zero, place + stop)), begun
-    if stop < time:
-        state = stretch(stop, time, start._replace(position=state.position))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), state
-
-
-def _side_by_side(first: LearnerState, others: LearnerState, count: int) -> LearnerState:
-    """For each row, ``count`` rows: that of ``first``, and that of ``others`` for the rest."""
-    stack = lambda a, b: torch.stack([a, *[b] * (count - 1)], 1).flatten(0, 1)  # noqa: E731
-    parts: list[Any] = []
-    values: Any
-    for values in zip(first, others):
-        a, b = values
-        parts.append(None if a is None else stack(a, b) if isinstance(a, Tensor) else tuple(map(stack, a, b)))
-    return LearnerState(*parts)
+def _stretches(
+    run: Run, rule: Rule, writes: Writes, state: LearnerState, mask: Tensor | None, ends: list[int] | None = None
+) -> tuple[Tensor, LearnerState]:
+    """``run`` of the stretches between resets, which are rows side by side."""
+    rows, time = writes.theta.shape[:2]
+    if rule.reset is None or rows * time == 0:
+        return run(writes, state, mask, ends)
+    state, every = complete(rule, state, writes), rule.reset * rule.keys
+    before, counts = state.position, [time] * rows if mask is None else mask.sum(1).tolist()
+    places = before.tolist()
+    due = [count > 0 and place > 0 and place % every == 0 for place, count in zip(places, counts)]
+    state = state._replace(position=before % every)
+    pick = lambda x: x if ends is None else x[ends]  # noqa: E731
+    if all(place % every + count <= every for place, count in zip(places, counts)):
+        y, after = run(writes, begin(state, before.new_tensor(due).bool()) if any(due) else state, mask, ends)
+    else:
+        seen = torch.arange(time, device=before.device) if mask is None else mask.cumsum(1) - 1
+        ids = (state.position.unsqueeze(1) + seen).div(every, rounding_mode="floor")
+        y, after = _apart(run, rule, Documents(ids, mask, -before.new_tensor(due)), writes, state)
+        after = after.rows(pick)
+    return y, after._replace(position=pick(before + before.new_tensor(counts)))
 
 
 def _documents(
-    run_rows: Callable[..., tuple[Tensor, LearnerState]], rule: Rule, writes: Writes, state: LearnerState,
-    mask: Tensor | None, ids: Tensor,
-) -> tuple[Tensor, LearnerState]:  # fmt: skip
-    """Every document as a row."""
+    run: Run, rule: Rule, writes: Writes, state: LearnerState, mask: Tensor | None, ids: Tensor
+) -> tuple[Tensor, LearnerState]:
+    """``run`` of every document as a row."""
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.shape != writes.theta.shape[:2]:
         got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise ValueError(f"documents: expected int64 [batch, time], got {got}")
@@ -381,39 +358,50 @@ def _documents(
             raise ValueError("documents: the state does not hold the initial weights, from which documents begin: "
                              "expected one made with documents or reset, or one at position 0")  # fmt: skip
         state = state._replace(initial=state.weights)
-    state = complete(rule, state, writes)
-    documents = Documents(ids, mask)
-    groups = documents.groups()
-    outputs, ends, order = [], [], []
+    return _apart(run, rule, Documents(ids, mask), writes, complete(rule, state, writes))
+
+
+def _apart(
+    run: Run, rule: Rule, documents: Documents, writes: Writes, state: LearnerState
+) -> tuple[Tensor, LearnerState]:
+    """``run`` of every document as a row, and the state after the last document of each row."""
+    groups, outputs, ends, order = documents.groups(begin=True), [], [], []
     for group in groups:
-        rows = torch.tensor([documents.row[i] for i in group.documents], device=ids.device)
-        if group.continues:
-            before = state.rows(lambda x, rows=rows: x[rows])  # type: ignore[misc]
+        rows = [documents.row[i] for i in group.documents]
+        goes_on = [documents.continues[i] for i in group.documents]
+        unpacked = writes.map(lambda x, group=group: documents.unpack(x, group))  # type: ignore[misc]
+        if any(goes_on):
+            anew = begin(state, True)._replace(position=torch.zeros_like(state.position))
+            index = [row if on else documents.rows + row for row, on in zip(rows, goes_on)]
+            before = _joined([state, anew]).rows(lambda x, index=index: x[index])  # type: ignore[misc]
         else:
             weights = tuple(w[rows] for w in state.initial)
             momentum = tuple(torch.zeros_like(w[:1]).expand_as(w) for w in weights[: len(state.momentum)])
-            before = LearnerState(weights, momentum, weights, torch.zeros_like(rows), weights)
+            position = state.position.new_zeros(len(rows))
+            before = complete(rule, LearnerState(weights, momentum, weights, position, weights), unpacked)
         final = [place for place, i in enumerate(group.documents) if documents.last[documents.row[i]] == i]
-        filled = None if group.layout is None else group.layout.filled
-        unpacked = writes.map(lambda x, group=group: documents.unpack(x, group))  # type: ignore[misc]
-        y, after = run_rows(unpacked, complete(rule, before, unpacked), mask=filled, ends=final)
+        y, after = run(unpacked, before, None if group.layout is None else group.layout.filled, final)
         outputs.append(y)
         ends.append(after)
-        order += [int(rows[place]) for place in final]
+        order += [rows[place] for place in final]
     unread = [row for row, i in enumerate(documents.last) if i is None]
     ends.append(state.rows(lambda x: x[unread]))
     order += unread
     if not outputs:
         return torch.zeros_like(writes.v), state
     index = sorted(range(len(order)), key=order.__getitem__)
+    return documents.pack(outputs, groups), _joined(ends).rows(lambda x: x[index])
+
+
+def _joined(states: list[LearnerState]) -> LearnerState:
+    """The rows of all states."""
     parts: list[Any] = []
-    for part in zip(*ends):
-        joined = lambda x: torch.cat(x)[index]  # noqa: E731
+    for part in zip(*states):
         if part[0] is None:
             parts.append(None)
         else:
-            parts.append(joined(part) if isinstance(part[0], Tensor) else tuple(map(joined, zip(*part))))
-    return documents.pack(outputs, groups), LearnerState(*parts)
+            parts.append(torch.cat(part) if isinstance(part[0], Tensor) else tuple(map(torch.cat, zip(*part))))
+    return LearnerState(*parts)
 
 
 _PARAMETER = "the parameter of the objective"

@@ -78,9 +78,8 @@ def _spans(
 ) -> tuple[Tensor, LearnerState, Layout | None]:  # fmt: skip
     """Outputs in the places of the layout, the state, and the layout. ``measured``: where to put measurements."""
     time, valid, layout = writes.theta.shape[1], None, None
-    # with chunks of one write, a stretch may begin and end anywhere, but not have a reset inside
-    resets = rule.reset is not None and (mask is not None or len(set(state.position.tolist())) > 1)
-    solves = rule.solves and len(state.weights) == 1 and gain is None and measured is None and not resets
+    # with chunks of one write, a stretch may begin and end anywhere
+    solves = rule.solves and len(state.weights) == 1 and gain is None and measured is None
     chunk = SOLVED_TOGETHER if solves else rule.chunk
     phases = [0 if solves else position % chunk for position in state.position.tolist()]
     if mask is not None and bool(mask.all()):
@@ -137,10 +136,6 @@ def _span(
         after = state.position + count
         begins = (state.position % rule.chunk == 0) & (count > 0)
         ends = (after % rule.chunk == 0) & (count > 0)
-    if rule.reset is not None and begins is not False:
-        due = (state.position % (rule.reset * rule.keys) == 0) & (state.position > 0) & begins
-        if bool(due.any()):
-            state = begin(state, due)
     state = state._replace(anchor=where(begins, state.weights, state.anchor))
     if rule.query is not None:
         assert state.projection is not None
@@ -174,8 +169,8 @@ def _span(
     return y, state._replace(anchor=where(ends, state.weights, state.anchor), position=after)
 
 
-def begin(state: LearnerState, rows: Tensor) -> LearnerState:
-    """The state in which ``rows`` ``[batch]`` are at a reset: their initial weights, and nothing else."""
+def begin(state: LearnerState, rows: Tensor | bool) -> LearnerState:
+    """The state in which ``rows`` ``[batch]``, or all, are at a reset: their initial weights, and nothing else."""
     zero = lambda part: where(rows, tuple(map(torch.zeros_like, part)), part)  # noqa: E731
     pending = state.pending
     if pending:

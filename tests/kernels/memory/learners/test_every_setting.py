@@ -243,6 +243,34 @@ def test_outputs_state_and_gradients(name, make, general):
         same(case.gradients(got), gradients)
 
 
+@pytest.mark.parametrize("query", [None, "projected"])
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_backends_take_resets_of_masked_rows_at_different_places(make, backend, query):
+    """The stretches between resets are rows, so that no mask and no place needs the general path."""
+    given = make(time=24, width=16)
+    inputs = [x.float() for x in (given.q, given.k, given.v, given.theta, given.eta, 1 - given.keep)]
+    start, mask = (
+        LearnerState.fresh([w.float() for w in given.weights(16, 32, 16)]),
+        torch.ones(2, 24, dtype=torch.bool),
+    )
+    mask[0, :5] = mask[1, 7:9] = mask[1, 20:22] = False
+    options = dict(chunk=2, reset=4, query=query)
+    with torch.no_grad():
+        y, state, cut = [], start, 11  # rows are at different places where the second call begins
+        for span in (slice(cut), slice(cut, 24)):
+            part, state = learn(*[x[:, span] for x in inputs], state, mask=mask[:, span], backend=backend, **options)
+            y.append(part)
+        assert state.position.tolist() == [19, 20]
+        for row in range(2):
+            one = start.rows(lambda x, row=row: x[row : row + 1])
+            for token in mask[row].nonzero().flatten().tolist():
+                now = [x[row : row + 1, token : token + 1] for x in inputs]
+                expected, one = learn(*now, one, backend="general", **options)
+                torch.testing.assert_close(torch.cat(y, 1)[row, token], expected[0, 0], rtol=0, atol=1e-5)
+            for a, b in zip(state.weights, one.weights):
+                torch.testing.assert_close(a[row], b[0], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_split_sequence_is_the_whole(name, make):
     case = Case(make, name)
