@@ -157,7 +157,7 @@ def read_packaged(name: str) -> dict[str, Any]:
     else:
         base, _, size = name.rpartition("-")
         data = read_packaged(base)
-        problems = apply_overrides(data, _sizes()[size][base])
+        problems = apply_overrides(data, copy.deepcopy(_sizes()[size][base]))
         if problems:
             raise ValueError(f"{_SIZES}.yaml, {name}: {'; '.join(map(str, problems))}")
     data["name"] = name
@@ -174,10 +174,12 @@ def _sizes() -> dict[str, dict[str, dict[str, Any]]]:
                 "dim": shape["dim"],
                 "vocab": data["vocab"],
                 "tie": data["tie"],
-                **dict.fromkeys(places["depth"], shape["depth"]),
-                **dict.fromkeys(places["heads"], shape["heads"]),
-                **dict.fromkeys(places["hidden"], shape["hidden"][base]),
                 **data["settings"][base],
+                **{
+                    path: ({**shape, "hidden": shape["hidden"].get(base)} | shape.get(base, {}))[number]
+                    for number, paths in places.items()
+                    for path in paths
+                },
             }
             for base, places in data["places"].items()
         }

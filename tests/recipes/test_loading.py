@@ -198,6 +198,7 @@ def test_override_values_are_copied():
 
 
 BASES = ["lmm", "mac", "mag", "mal", "transformer"]
+SIZED = [*BASES, "tnt"]
 HYBRIDS = [
     "continuum", "deltas-and-mac", "hope", "llama-and-memory", "memory-as-ffn", "tnt", "two-memories", "windows-and-mac"
 ]  # fmt: skip
@@ -207,7 +208,7 @@ PUBLISHED = {"170m": (12, 768, 16), "340m": (24, 1024, 16), "760m": (24, 1536, 1
 
 def test_packaged_names():
     assert sorted(packaged_names()) == sorted(
-        [*BASES, *HYBRIDS, *(f"{base}-{size}" for base in BASES for size in SIZES)]
+        [*BASES, *HYBRIDS, *(f"{base}-{size}" for base in SIZED for size in SIZES)]
     )
 
 
@@ -222,7 +223,7 @@ def test_packaged_recipes(name: str):
     assert model.recipe == recipe
 
 
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("base", SIZED)
 @pytest.mark.parametrize("size", SIZES)
 def test_numbers_of_parameters_of_packaged_sizes(base: str, size: str):
     recipe = load_recipe(f"{base}-{size}")
@@ -233,7 +234,7 @@ def test_numbers_of_parameters_of_packaged_sizes(base: str, size: str):
     assert recipe.vocab == 32000
     if size in PUBLISHED:
         depth, dim, _ = PUBLISHED[size]
-        assert (recipe.depth, recipe.dim) == (depth, dim)
+        assert recipe.dim == dim and (recipe.depth == depth) == (base != "tnt")
 
 
 def test_settings_of_packaged_sizes():
@@ -243,5 +244,12 @@ def test_settings_of_packaged_sizes():
     assert [memory[key] for key in ("heads", "depth", "expansion", "chunk", "conv")] == [8, 2, 4, 16, 4]
     assert (persistent["tokens"], persistent["of"]["branches"][0]["window"]) == (128, 2048)
     assert [branch["heads"] for branch in persistent["of"]["branches"]] == [16, 16]
+    for name, heads in (("tnt-170m", 16), ("tnt-1.3b", 8)):
+        world, *local = load_recipe(name).layers["tnt"][0]["branches"]
+        assert (world["chunk"], world["retrieve"], world["heads"]) == (2048, "anchor", heads)
+        assert [(each["chunk"], each["reset"], each["heads"]) for each in local] == [
+            (8, 2048, heads),
+            (16, 2048, heads),
+        ]
     mal = load_recipe("mal-340m").layers["mal"][0]
     assert (mal["tokens"], mal["of"]["of"][0]["chunk"], mal["of"]["of"][1]["window"]) == (128, 16, 2048)
