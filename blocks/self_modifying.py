@@ -16,7 +16,7 @@ from ..kernels.memory.learner import learn_writes, make_rule
 from ..kernels.memory.learner.state import Writes
 from ..kernels.norm_gate import gated_norm, l2_norm
 from ..kernels.padding import align
-from ..registry import register
+from ..registry import SameWeights, register
 from .block import Block, check_call
 from .memory_rule import convolved
 
@@ -57,10 +57,10 @@ class SelfModifyingTitans(Block):
         *,
         heads: Annotated[int, Field(ge=1, description="number of heads, each of width dim / heads")] = 4,
         chunk: Annotated[
-            int, Field(ge=1, le=65536, description="tokens that are read at the weights before them")
+            int, SameWeights(), Field(ge=1, le=65536, description="tokens that are read at the weights before them")
         ] = 16,
         conv: Annotated[int, Field(ge=0, le=64, description="width of the causal convolution; 0: none")] = 4,
-        max_step: Annotated[float, Field(gt=0, description="maximum of the step size eta")] = 0.5,
+        max_step: Annotated[float, SameWeights(), Field(gt=0, description="maximum of the step size eta")] = 0.5,
     ) -> None:
         super().__init__(dim)
         if dim % heads:
