@@ -81,7 +81,10 @@ def _run(arguments: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # asked in this way, whether there is a GPU does not start CUDA, which a process that is forked later could not use
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-    from . import plan, runner
+    from . import runner
+
+    runner.start_server()
+    from . import plan  # which imports PyTorch, as the server does meanwhile
 
     device = "cpu" if arguments.dry_run else "cuda"
     _expect_gpu(device)
@@ -110,7 +113,11 @@ def _run(arguments: argparse.Namespace) -> int:
     except OSError as error:
         raise UsageError(f"--out {arguments.out}: {error.strerror}") from None
     try:
-        runner.run(stages, results, end, background)
+        probe = runner.Case("start", "CUDA in a process that was forked", plan.start, {"device": device}, 60)
+        runner.run([runner.Stage("start", 60, [probe])], results, end)
+        # else every process imports PyTorch, which takes seconds
+        start = "spawn" if results.rows[-1].get("failed") else "forkserver"
+        runner.run(stages, results, end, background, start)
     except KeyboardInterrupt:
         complain("stopped", "note")
     summary = summarized(results.rows, results.left_out)

@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
+
 from . import cases as gpu_cases
 from . import parity, speed
 from .runner import Case, Row, Stage
@@ -20,6 +22,8 @@ SHAPES: tuple[Row, ...] = (
     {"d": 128, "expansion": 1, "layers": 1, "chunk": 64},
 )
 """Memories whose operation is timed. The last has a state as large as that of the linear memories."""
+FLAT: Row = {"d": 64, "expansion": 1, "layers": 1, "chunk": 64}
+"""A memory that has both schedules."""
 FURTHER: tuple[Row, ...] = (
     {"d": 48, "expansion": 4, "layers": 2, "chunk": 16},
     {"d": 128, "expansion": 2, "layers": 2, "chunk": 512},
@@ -45,11 +49,10 @@ def first(device: str, small: bool, answers: str | None) -> tuple[list[Stage], S
         return Stage(name, seconds, made, at_once)
 
     checked = [case.name for case in gpu_cases.cases(small)]
-    operation = [
-        (_named(shape, rows=n, schedule=schedule), shape | {"rows": n, "schedule": schedule})
-        for n in rows
-        for shape in shapes
-        for schedule in (("auto", "streamed") if not small and n == 128 else ("auto",))
+    operation = [(_named(shape, rows=n), shape | {"rows": n}) for n in rows for shape in shapes]
+    operation += [
+        (_named(FLAT, rows=rows[0], schedule=schedule), FLAT | {"rows": rows[0], "schedule": schedule})
+        for schedule in (() if small else ("resident", "streamed"))
     ]
     operation += [
         (
@@ -80,7 +83,7 @@ def first(device: str, small: bool, answers: str | None) -> tuple[list[Stage], S
             *((tool, sanitize, {"tool": tool, **sanitized}, 40) for tool in ("memcheck", "racecheck")),
         ], 2 if small else 6),
         stage("operation", 100, [
-            *((name, speed.memory, given | common, 25) for name, given in operation),
+            *((name, speed.memory, given | common, 45) for name, given in operation),
         ]),
         stage("profile", 35, [
             (f"one layer of {name}", speed.profile_step,
@@ -164,12 +167,21 @@ def _named(shape: Row, **more: Any) -> str:
     return ", ".join(f"{name} {value}" for name, value in {**shape, **more}.items())
 
 
+def start(device: str) -> Iterator[Row]:
+    """Start CUDA."""
+    began = time.perf_counter()
+    yield {"sum": torch.ones(4, device=device).sum().item(), "seconds": time.perf_counter() - began}
+
+
 # -- programs of CUDA that look into a case ----------------------------------------------------------------------------
 
 
 def sanitize(device: str, tool: str, name: str, small: bool) -> Iterator[Row]:
     """A parity case under a tool of ``compute-sanitizer``."""
     code = f"from titans_build.tools.gpu.parity import run_once; run_once({name!r}, {device!r}, {small})"
+    if _path_of("compute-sanitizer") is None:
+        yield {"tool": tool, "refused": "compute-sanitizer is not installed"}
+        return
     done, seconds = _program("compute-sanitizer", ["--tool", tool, "--error-exitcode", "9"], code)
     summary = [line.strip("= ") for line in done.stdout.splitlines() if "SUMMARY" in line]
     said = "" if done.returncode == 0 else (done.stdout + done.stderr)[-1500:]
@@ -191,8 +203,12 @@ def count_hardware(kernel: str, **shape: Any) -> Iterator[Row]:
            "output": "" if lines else (done.stdout + done.stderr)[-1500:]}  # fmt: skip
 
 
+def _path_of(program: str) -> str | None:
+    return shutil.which(program) or shutil.which(program, path="/usr/local/cuda/bin")
+
+
 def _program(program: str, options: Sequence[str], code: str) -> tuple[subprocess.CompletedProcess[str], float]:
-    found = shutil.which(program) or shutil.which(program, path="/usr/local/cuda/bin")
+    found = _path_of(program)
     if found is None:
         raise FileNotFoundError(f"{program} is not on the PATH nor in /usr/local/cuda/bin")
     began = time.perf_counter()

@@ -81,15 +81,23 @@ def in_a_line(row: Row) -> str:
     return "  ".join(f"{key} {value}" for key, value in shown.items())[:400]
 
 
-def run(stages: Sequence[Stage], results: Results, end: float, background: Stage | None = None) -> None:
+def start_server() -> None:
+    """Start the server that processes are forked from, which goes on with its imports."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([PRELOADED])
+    context.Process(target=time.time).start()
+
+
+def run(
+    stages: Sequence[Stage], results: Results, end: float, background: Stage | None = None, start: str = "forkserver"
+) -> None:
     """Run the stages in order until ``end`` (of ``time.monotonic``), and ``background`` beside them.
 
     A stage starts no case after its share of the time; what it leaves comes after the last stage, if there is time.
-    What was not run, or was ended with everything else at ``end``, is in ``results.left_out``.
+    What was not run, or was ended with everything else at ``end``, is in ``results.left_out``. ``start``: how
+    ``multiprocessing`` starts a process.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([PRELOADED])
-    pool = _Pool(context, results, end)
+    pool = _Pool(multiprocessing.get_context(start), results, end)
     beside = deque(background.cases if background else ())
     later: deque[Case] = deque()
     shares = itertools.accumulate((stage.seconds for stage in stages), initial=time.monotonic())

@@ -300,7 +300,14 @@ def build(
         return Transformer(**SIZES[dash + size]).to(device)
     small = {} if size else {"dim": 32}
     overrides = {"vocab": VOCABULARY, **small, **(changes or {})}
-    return recipes.build(recipes.load_recipe(name, overrides=overrides), device=device, dtype=dtype)
+    made = recipes.build(recipes.load_recipe(name, overrides=overrides), device="meta", dtype=dtype)
+    if device != "meta":  # drawn on the device: a recipe draws on the CPU, which takes seconds
+        made.to_empty(device=device)
+        with torch.no_grad():
+            for module in reversed([*made.modules()]):  # what a block sets in its parts is set last
+                if hasattr(module, "reset_parameters"):
+                    module.reset_parameters()  # type: ignore[operator]
+    return made
 
 
 def _loss(model: nn.Module, text: Tensor) -> Tensor:

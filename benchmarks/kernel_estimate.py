@@ -1,0 +1,164 @@
+"""The cost of a training step on a GPU by counting, on any machine: launches, waits, FLOPs and bytes.
+
+    python benchmarks/kernel_estimate.py [--recipe mac-170m ...] [--length 32768] [--json FILE]
+
+A step (forward and backward, one row, bfloat16 autocast) runs on a GPU that only counts
+(``titans_build.tools.gpu.counting``), with one and two layers: costs are linear in layers, and for MAC in segments, so
+those of the whole model follow. Counted are casts, copies, and what backward repeats, too.
+
+The times are estimates for an H200 and no measurements. The device takes for each launch the longer of moving its bytes
+and computing its products; the host takes ``LAUNCH`` for each launch and ``WAIT`` for each wait. The products of the
+memory's kernels run at ``SHARE`` of the matrix rate, three times as many where they are of three bfloat16 products, and
+a kernel with fewer programs than multiprocessors uses as many of these. Bytes are counted once for each launch: what
+the streamed schedule reads again comes from the cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import measure
+import torch
+
+import titans_build as tb
+from titans_build.tools.gpu.counting import Counting
+
+RATE, BANDWIDTH, PROGRAMS = 790e12, 4.3e12, 132
+"""FLOP/s of bfloat16 products, bytes/s and multiprocessors of an H200."""
+SHARE = 0.3
+LAUNCH, WAIT = 6e-6, 25e-6
+"""Seconds of the host, with autograd's work for an operator."""
+SEGMENTS = (2048, 4096)
+"""Lengths at which MAC is counted: whole segments, each a call of its own."""
+SIZES = ("30m", "170m", "340m", "400m", "760m", "1.3b")
+KINDS = ("lmm", "mag", "mal", "mac", "transformer")
+COPIES = {"clone", "copy_", "cat", "stack", "constant_pad_nd", "slice_backward", "select_backward", "roll", "index",
+          "repeat", "index_select", "gather"}  # fmt: skip
+COUNTS = (
+    "launches", "waits", "products", "memory", "attention", "casts", "copies", "other", "repeated", "device", "host"
+)  # fmt: skip
+"""FLOPs of ``products``, ``memory`` and ``attention``; bytes of ``casts``, ``copies`` and ``other``; FLOPs of the
+memory's writes that backward repeats; seconds of ``device`` and ``host``."""
+
+
+def memory_flops(name: str, arguments: dict[str, Any]) -> tuple[float, float]:
+    """FLOPs of a kernel of the memory (docs/kernels.md): of half precision, and of three products each."""
+    tokens = arguments.get("keys") or arguments.get("queries")
+    width, d_in, d_out = (arguments.get(size, 0) for size in ("width", "d_in", "d_out"))
+    if not isinstance(tokens, tuple) or not width:
+        return 0.0, 0.0
+    numbers = width * (d_out + (d_in if arguments.get("LAYERS", 2) == 2 else 0))
+    count = tokens[0] * tokens[1] * tokens[2]  # chunks, rows and tokens
+    fine = 3 * count * numbers  # keys forward, errors back
+    state = 2 * arguments.get("PARTS", 1) * count * numbers
+    scores = 4 * count * tokens[2] * (d_in + width)
+    return {
+        "write": (state, fine), "write_resident": (state, fine), "rewrite": (0, fine),
+        "read": (state + scores, 0), "read_backward": (state + scores, 0), "read_backward_state": (state + scores, 0),
+        "write_backward": (2 * state, 2 * fine), "write_backward_resident": (2 * state, 2 * fine),
+        "read_fixed": (2 * count * numbers, 0), "read_fixed_backward": (2 * count * numbers, 0),
+        "read_fixed_backward_weights": (2 * count * numbers, 0),
+    }.get(name.removesuffix("_kernel"), (0, 0))  # fmt: skip
+
+
+def costs(gpu: Counting, backward_from: int) -> dict[str, float]:
+    """The sums over the launches and waits of a step. Those from ``backward_from`` on belong to the backward pass."""
+    found = dict.fromkeys(COUNTS, 0.0)
+    found["launches"], found["waits"] = len(gpu.launches), len(gpu.waits)
+    for number, launch in enumerate(gpu.launches):
+        seconds = launch.bytes / BANDWIDTH
+        if launch.programs:
+            half, fine = memory_flops(launch.name, launch.arguments)
+            threefold = 3 if launch.arguments.get("FINE_PRECISION") == "bf16x3" else 1
+            found["memory"] += half + fine
+            busy = min(1.0, launch.programs / PROGRAMS)
+            seconds = max(seconds / busy, (half + threefold * fine) / (RATE * SHARE * busy))
+            if number >= backward_from and re.match("(re)?write(_resident)?_kernel", launch.name):
+                found["repeated"] += half + fine
+        else:
+            kind = "attention" if launch.name.startswith("attention") else "products"
+            found[kind] += launch.flops
+            seconds = max(seconds, launch.flops / RATE)
+        if launch.name == "_to_copy":
+            found["casts"] += launch.bytes
+        elif launch.name in COPIES:
+            found["copies"] += launch.bytes
+        else:
+            found["other"] += launch.bytes
+        found["device"] += seconds
+    found["host"] = found["launches"] * LAUNCH + found["waits"] * WAIT
+    return found
+
+
+def step(recipe: str, layers: int, length: int) -> dict[str, float]:
+    """Count one training step."""
+    with Counting() as gpu:
+        model = gpu.moved(tb.build(tb.load_recipe(recipe, overrides={"stack.0.repeat": layers}), device="meta"))
+        tokens = gpu.empty(1, length, dtype=torch.int64)
+        gpu.clear()
+        with gpu.autocast(torch.bfloat16):
+            loss = model(tokens, targets=tokens).loss
+            forward = len(gpu.launches)
+            loss.backward()
+        return costs(gpu, forward)
+
+
+def estimate(recipe: str, length: int) -> dict[str, Any]:
+    """The costs of the whole model, and the seconds of a step."""
+    layers = tb.load_recipe(recipe).stack[0]["repeat"]
+    one, two = SEGMENTS
+
+    def extended(a: dict[str, float], b: dict[str, float], steps: float) -> dict[str, float]:
+        return {name: a[name] + steps * (b[name] - a[name]) for name in COUNTS}
+
+    lengths = SEGMENTS if recipe.startswith("mac") else (length,)
+    at = [extended(step(recipe, 1, n), step(recipe, 2, n), layers - 1) for n in lengths]
+    found = at[0] if len(at) == 1 else extended(*at, (length - one) / (two - one))
+    return {"recipe": recipe, "length": length, **found, "seconds": max(found["device"], found["host"])}
+
+
+def measured(arguments: argparse.Namespace, results: measure.Result) -> measure.Result:
+    recipes = arguments.recipe or [f"{kind}-{size}" for size in SIZES for kind in KINDS]
+    if arguments.quick:
+        recipes = recipes[:1]
+    rows = []
+    for recipe in recipes:
+        rows.append(estimate(recipe, arguments.length))
+        measure.say(f"{recipe}: {rows[-1]['launches']:,.0f} launches, {rows[-1]['waits']:,.0f} waits")
+    return {"rows": rows}
+
+
+def tables(results: measure.Result) -> dict[str, str]:
+    """The costs of every model, and where they were counted."""
+    head = (
+        "model", "launches", "waits", "TFLOP", "of memory", "repeated", "GB", "of casts", "of copies", "host ms",
+        "device ms", "step ms", "tokens/s",
+    )  # fmt: skip
+    rows = []
+    for row in results["rows"]:
+        flops, moved = (sum(row[n] for n in names) for names in (("products", "memory", "attention"),
+                                                                 ("casts", "copies", "other")))  # fmt: skip
+        share = lambda part, whole: f"{part / whole:.0%}" if whole else "0%"  # noqa: E731
+        rows.append([
+            row["recipe"], f"{row['launches']:,.0f}", f"{row['waits']:,.0f}", f"{flops / 1e12:,.1f}",
+            share(row["memory"], flops), share(row["repeated"], flops), f"{moved / 1e9:,.0f}",
+            share(row["casts"], moved), share(row["copies"], moved), f"{1e3 * row['host']:,.0f}",
+            f"{1e3 * row['device']:,.0f}", f"{1e3 * row['seconds']:,.0f}", f"{row['length'] / row['seconds']:,.0f}",
+        ])  # fmt: skip
+    return {"steps": measure.table(head, rows), "machine": measure.machine_table(results)}
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--recipe", nargs="+", help="of packaged sizes, such as mac-170m (default: all)")
+    parser.add_argument("--length", type=int, default=32768, help="tokens of the one row (default: 32768)")
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    measure.benchmark("kernel_estimate", __doc__, "20 minutes", measured, tables, add_options=_options)
+
+
+if __name__ == "__main__":
+    main()
