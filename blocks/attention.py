@@ -168,8 +168,12 @@ class Attention(Block):
         step: int,
         mask: Tensor | None = None,
         documents: Documents | None = None,
+        ends: list[int] | None = None,
     ) -> tuple[Tensor, AttentionState]:
-        """``forward``, with outputs at every ``step``-th token only. No queries are computed for other tokens."""
+        """``forward``, with outputs at every ``step``-th token only. No queries are computed for other tokens.
+
+        ``ends``, without ``documents``: the rows whose states are returned. With none, any state is returned.
+        """
         layout, rows = None, x
         if documents is None:
             if state is not None:
@@ -197,7 +201,7 @@ class Attention(Block):
             weight, own = self.qkv.weight, self.heads * self.head_dim
             projected = [project(rows[:, step - 1 :: step], weight[:own]), project(rows, weight[own:])]
         if documents is None:
-            y, state = self._run(projected, state, None if layout is None else layout.length, step)
+            y, state = self._run(projected, state, None if layout is None else layout.length, step, ends)
         else:
             y, state = self._run_packed(projected, state, mask, documents, step)
         y = linear(self.out, y.flatten(2).to(operand_dtype(x)))
@@ -252,14 +256,13 @@ class Attention(Block):
         if state.prefix_keys is not None and state.prefix_values is not None:
             prefix = Prefix(q, state.prefix_keys.to(dtype), state.prefix_values.to(dtype))
         if self.rope is not None:
-            # rows at the same position share their rotation
-            same = fresh
-            if not fresh and k.is_cpu and not torch.compiler.is_compiling():
-                same = len(set(state.position.tolist())) == 1
-            position = (state.position[:1, None] if same else state.position[:, None]) + torch.arange(
-                time, device=k.device
-            )
-            q, k = rotate(q, position[:, step - 1 :: step], self.rope), rotate(k, position, self.rope)
+            first = integers(state.position, wait=False)
+            if first is not None and len(set(first)) == 1:  # rows at the same position share their rotation
+                position: Any = range(first[0], first[0] + time)
+                q, k = rotate(q, position[step - 1 :: step], self.rope), rotate(k, position, self.rope)
+            else:
+                position = state.position[: 1 if fresh else None, None] + torch.arange(time, device=k.device)
+                q, k = rotate(q, position[:, step - 1 :: step], self.rope), rotate(k, position, self.rope)
 
         slots = state.keys.shape[1]
         # the largest number of slots in use of any row, and the first of them in each row (None: all in use)

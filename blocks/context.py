@@ -137,7 +137,7 @@ class Context(Block):
         project, read, update, output = split_memory(self.memory, len(pieces))
         fresh: State = None
         attended, read_back = [], []
-        for piece, tokens, *projected in split(pieces, x, *project(x)):
+        for i, (piece, tokens, *projected) in enumerate(split(pieces, x, *project(x))):
             if isinstance(piece.begins, Tensor) or any(piece.begins):
                 fresh = self.fresh_attention(x.shape[0]) if fresh is None else fresh
                 if isinstance(piece.begins, list) and all(piece.begins):
@@ -145,7 +145,9 @@ class Context(Block):
                 else:
                     snapshot, attend = restart(piece.begins, (snapshot, attend), (memory, fresh))
             h = read(projected, snapshot)  # 1. read
-            y, attend = self._attend(h, tokens, attend, piece.valid)  # 2. attend
+            following = pieces[i + 1].begins if i + 1 < len(pieces) else [False]
+            unused = isinstance(following, list) and all(following)  # all rows begin a segment
+            y, attend = self._attend(h, tokens, attend, piece.valid, unused=unused)  # 2. attend
             m, memory = update(y, memory, mask=piece.valid)  # 3. write
             attended.append(y)
             read_back.append(m)
@@ -259,13 +261,17 @@ class Context(Block):
         return state._replace(snapshot=restart(begins, state.snapshot, state.memory), attend=attend)
 
     def _attend(
-        self, recalled: Tensor, x: Tensor, state: State, valid: Tensor | None, documents: Documents | None = None
-    ) -> tuple[Tensor, State]:
-        """Return the output at each ``x_j``, which sees ``h_1..h_j`` and ``x_1..x_j``. All ``[rows, time, dim]``."""
+        self, recalled: Tensor, x: Tensor, state: State, valid: Tensor | None, documents: Documents | None = None,
+        unused: bool = False,
+    ) -> tuple[Tensor, State]:  # fmt: skip
+        """Return the output at each ``x_j``, which sees ``h_1..h_j`` and ``x_1..x_j``. All ``[rows, time, dim]``.
+
+        ``unused``: nothing follows the state that is returned.
+        """
         stream = torch.stack([recalled, x], dim=2).flatten(1, 2)
         mask = None if valid is None else valid.repeat_interleave(2, dim=1)
         with suppressed() if active else nullcontext():  # observers see the sequence, not this stream
-            return forward_every(self.attend, stream, state, step=2, mask=mask, documents=documents)
+            return forward_every(self.attend, stream, state, step=2, mask=mask, documents=documents, unused=unused)
 
     def report(self, y: Tensor, m: Tensor) -> None:
         """Report the inputs of the gate to the observers."""

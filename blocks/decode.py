@@ -15,6 +15,7 @@ from typing import Any, TypeAlias, TypeVar
 from torch import Tensor, nn
 
 from ..kernels.linear import is_unmodified, module_tables
+from . import decode_graph
 from .block import Block, Memory
 from .segmented import forward_every
 from .state import State
@@ -121,19 +122,25 @@ def model_decoder(model: Any, rows: int) -> Decoder:
     """
     snapshot: ModuleSnapshot | None = None
     parts: list[Decoder] = []
+    graph: decode_graph.DecodeGraph | None = None
+
+    def step(x: Tensor, layers: State) -> tuple[Tensor, State]:
+        states = []
+        for part, before in zip(parts, layers):
+            x, after = part(x, before)
+            states.append(after)
+        return parts[-1](x, None)[0], tuple(states)
 
     def decode(x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        nonlocal snapshot, parts
+        nonlocal snapshot, parts, graph
         if snapshot is None or not snapshot.unchanged() or len(state.recipe) != rows:
             # plans read states where they are, without checks
             model.check_state(state, rows)
             snapshot = ModuleSnapshot(model)
             parts = [decoder(block, rows) for block in (*model.layers, model.norm)]
-        states = []
-        for part, before in zip(parts, state.layers):
-            x, after = part(x, before)
-            states.append(after)
-        return parts[-1](x, None)[0], state._replace(layers=tuple(states))
+            graph = decode_graph.DecodeGraph(model, step) if decode_graph.wanted(model, x) else None
+        y, layers = step(x, state.layers) if graph is None else graph(x, state.layers)
+        return y, state._replace(layers=layers)
 
     return decode
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..kernels.documents import Documents, Step
 from ..kernels.linear import is_unmodified
 from ..kernels.padding import Layout, align
+from .attention import Attention
 from .block import Block, as_memory
 from .memory import NeuralMemory
 from .state import State
@@ -29,16 +30,20 @@ def forward_every(
     step: int,
     mask: Tensor | None = None,
     documents: Documents | None = None,
+    unused: bool = False,
 ) -> tuple[Tensor, State]:
     """``block(x, state, mask=mask)``, with the outputs at every ``step``-th token only, ``[batch, time / step, dim]``.
 
     ``time`` is a multiple of ``step``, and ``mask`` is equal for all tokens of a step. ``block.every`` is used if the
     class that defines ``forward`` defines it too. ``documents``: those of a packed row of ``time / step`` tokens.
+    ``unused``: the state that is returned is not used, and need not be computed.
     """
     every: Any = block.every if step > 1 and block.has_every and is_unmodified(block, "forward") else None
     if documents is None:
         if every is not None:
-            return every(x, state, step=step, mask=mask)
+            exact = type(block) is Attention and "every" not in vars(block)
+            others: dict[str, Any] = {"ends": []} if unused and exact else {}
+            return every(x, state, step=step, mask=mask, **others)
         y, state = block(x, state, mask=mask)
     else:
         if every is not None and "documents" in inspect.signature(every).parameters:

@@ -298,12 +298,15 @@ def known(x: Tensor, values: Sequence[int]) -> Tensor:
     return x
 
 
-def integers(x: Tensor) -> list[int]:
-    """The values of a vector of integers. Waits for the device of ``x`` once, unless they are known."""
-    if x.is_cpu:
+def integers(x: Tensor, *, wait: bool = True) -> Any:
+    """The values of a vector of integers, as a list. Waits for the device of ``x`` once, unless they are known.
+
+    ``wait=False``: ``None`` where they are not known, and while compiling.
+    """
+    if x.is_cpu and (wait or not torch.compiler.is_compiling()):
         return x.tolist()
-    found: list[int] | None = _KNOWN.get(x)
-    if found is None:
+    found = None if torch.compiler.is_compiling() else _KNOWN.get(x)
+    if found is None and wait:
         found = _KNOWN[x] = x.tolist()
     return found
 

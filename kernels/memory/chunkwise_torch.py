@@ -16,7 +16,7 @@ A sequence is cut at chunk boundaries, and rows at different phases of their chu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias, overload
+from typing import Any, NamedTuple, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -31,10 +31,14 @@ from .network_torch import memory_network, repeat_gain
 from .state import MemoryState, Options, Tokens, where_rows
 
 GROUP = 8
-"""Chunks worked on together: enough for large products, few enough that their work stays near the cache."""
+"""Chunks worked on together on a CPU: enough for large products, few enough that their work stays near the cache."""
 CHECKPOINT_BYTES = 160 * 2**20
-"""Every chunk's starting state is kept for backward up to this size (beyond it one in ``GROUP`` or fewer), and so are
-the network's hidden values (beyond it they are recomputed)."""
+"""Every chunk's starting state is kept for backward up to this size on a CPU (beyond it one in ``GROUP`` or fewer), and
+so are the network's hidden values (beyond it they are recomputed)."""
+GPU_SHARE = 0.5
+"""Share of a GPU's memory that may be in use for a call to keep more than ``CHECKPOINT_BYTES``."""
+GPU_BYTES = 80 * 2**30
+"""Memory of a GPU that is only counted on (``tools/gpu/counting.py``)."""
 
 _Network: TypeAlias = Callable[..., ChunkNetwork]
 _Stack: TypeAlias = tuple[Tensor, ...]
@@ -173,14 +177,15 @@ class _Chunkwise(torch.autograd.Function):
         anchor = [_merge_heads(w) for w in state[s * layers :]] or None
         stacks = _stacks(state, layers, s)
         chunks = time // b
-        interval, saves_activations = 0, False
-        if any(ctx.needs_input_grad):
-            interval = options.keep or _affordable_interval(chunks, sum(x.numel() * x.element_size() for x in stacks))
-            activations = 2 * batch * time * heads * sum(x.shape[2] for x in stacks) * q.element_size()
-            saves_activations = (
-                options.keep in (None, 1) and activations <= CHECKPOINT_BYTES and options.read != "anchor"
-            )
-        size = min(chunks, interval if interval > 1 else GROUP)
+        # bytes of the state, and of a chunk's outputs of all layers
+        state_bytes = sum(x.numel() * x.element_size() for x in stacks)
+        outputs = batch * b * heads * sum(x.shape[2] for x in stacks) * q.element_size()
+        learns = any(ctx.needs_input_grad)
+        interval, saves_activations, size = plan_memory(
+            chunks, state_bytes, outputs, options.keep if learns else 1, _room(q), on_cpu=q.is_cpu
+        )
+        interval = interval if learns else 0
+        saves_activations = saves_activations and learns and options.read != "anchor"
 
         y = q.new_empty(batch, time, heads, v.shape[-1])
         scratch = Scratch.of(q)
@@ -223,8 +228,9 @@ class _Chunkwise(torch.autograd.Function):
             ctx.options, ctx.network, ctx.layers, ctx.valid, ctx.size = options, network, layers, valid, size
             ctx.saves_all, ctx.saves_activations = interval == 1, saves_activations
         scratch.release()
-        final = [stack[:, part].clone().unflatten(0, (batch, heads)) for part in range(s) for stack in stacks]
-        return (y, *final)
+        # copies, since the buffers are reused, and kept states would live as long as the last one
+        ends = [stack.movedim(1, 0).clone(memory_format=torch.contiguous_format) for stack in stacks]
+        return (y, *(end[part].unflatten(0, (batch, heads)) for part in range(s) for end in ends))
 
     @staticmethod
     @differentiable(_formula, first=4)
@@ -307,7 +313,8 @@ def _backward(ctx: Any, grad_y: Tensor, *grad_state: Tensor) -> tuple[Tensor | N
         if gain_read is not None and gain_write is not None:
             grad_gain += gain_read + gain_write
     scratch.release()
-    state = [stack[:, part].clone() for part in range(s) for stack in grad_end] + (grad_anchor or [])
+    starts = [stack.movedim(1, 0).clone(memory_format=torch.contiguous_format) for stack in grad_end]
+    state = [start[part] for part in range(s) for start in starts] + (grad_anchor or [])
     if grad_gain is not None:
         grad_gain = grad_gain.view(batch, heads, -1).sum(0)
     return (None, None, None, None, *grads[:6], grad_gain, *(x.unflatten(0, (batch, heads)) for x in state))
@@ -340,14 +347,60 @@ def _read_backward(
     return grad_q, None if gain is None else rest[0]
 
 
-def _affordable_interval(chunks: int, state_bytes: int) -> int:
-    """Chunks between saved states: all are saved while they fit ``CHECKPOINT_BYTES``, else one in 8, 16, 32, ..."""
-    if chunks * state_bytes <= CHECKPOINT_BYTES:
-        return 1
-    interval = GROUP
-    while chunks * state_bytes > interval * CHECKPOINT_BYTES:
-        interval *= 2
-    return interval
+class MemoryPlan(NamedTuple):
+    """What a call keeps for backward, and how much it works on at a time."""
+
+    interval: int
+    """Chunks between states that are kept."""
+    activations: bool
+    """Whether the layers' outputs are kept."""
+    group: int
+    """Chunks that are worked on together."""
+
+
+def plan_memory(
+    chunks: int, state_bytes: int, output_bytes: int, keep: int | None, room: int, *, on_cpu: bool
+) -> MemoryPlan:
+    """The plan of a call on ``chunks`` chunks that may take ``room`` bytes.
+
+    Every state is kept while that fits, else one in 8, 16, 32, ...: backward then writes the chunks between them once
+    more, one after the other. On a GPU, a group is as long as its work fits in an eighth of the room, so that a call
+    launches few kernels.
+
+    Args:
+        chunks: of the sequence.
+        state_bytes: of the state of all rows.
+        output_bytes: of the layers' outputs for a chunk of all rows.
+        keep: the interval that was asked for, or ``None``.
+        room: bytes.
+        on_cpu: whether groups should stay near the cache.
+    """
+    interval = keep or 1
+    if keep is None and chunks * state_bytes > room:
+        interval = GROUP
+        while chunks * state_bytes > interval * room:
+            interval *= 2
+    # on a CPU the room is that of either
+    left = room if on_cpu else room - chunks // interval * state_bytes
+    activations = keep in (None, 1) and 2 * chunks * output_bytes <= left
+    if interval > 1:
+        return MemoryPlan(interval, activations, min(chunks, interval))
+    # states, and about twelve buffers as large as the outputs
+    most = GROUP if on_cpu else max(GROUP, room // (8 * (state_bytes + 12 * output_bytes) + 1))
+    return MemoryPlan(interval, activations, min(chunks, most))
+
+
+def _room(q: Tensor) -> int:
+    """Bytes that a call may keep: on a GPU those of ``GPU_SHARE`` of its memory that are not in use.
+
+    A model calls this for every layer and segment. Each finds in use what those before have kept.
+    """
+    if not q.is_cuda:
+        return CHECKPOINT_BYTES
+    total, used = GPU_BYTES, 0
+    if torch.cuda.is_available():
+        total, used = torch.cuda.get_device_properties(q.device).total_memory, torch.cuda.memory_allocated(q.device)
+    return max(CHECKPOINT_BYTES, int(GPU_SHARE * total) - used)
 
 
 def _groups(chunks: int, size: int, b: int) -> list[tuple[int, slice]]:

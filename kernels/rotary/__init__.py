@@ -24,45 +24,48 @@ _Key: TypeAlias = "tuple[int, float, torch.device]"
 """Width of a head, base, and device."""
 
 
-def rotate(x: Tensor, position: Tensor, base: float = 10000.0, *, backend: str = "auto") -> Tensor:
+def rotate(x: Tensor, position: Tensor | range, base: float = 10000.0, *, backend: str = "auto") -> Tensor:
     """Rotate the pair ``(x_i, x_{i + d/2})`` by ``position * base^(-2 i / d)`` radians, for each ``i < d/2``.
 
-    ``x``: ``[batch, time, heads, d]`` with even ``d``. ``position``: int64 ``[batch, time]`` (or ``[1, time]``).
+    ``x``: ``[batch, time, heads, d]`` with even ``d``. ``position``: int64 ``[batch, time]`` (or ``[1, time]``), or the
+    range of positions that all rows have, for which tables are kept on any device.
     ``base``: a number above 1. Returns ``x``'s shape and dtype. Raises ``ValueError`` or ``TypeError`` otherwise.
     """
     if x.dim() != 4 or x.shape[-1] % 2:
         raise ValueError(f"rotate: x {list(x.shape)}: expected [batch, time, heads, d] with an even d")
-    if position.dtype != torch.int64:
+    if not isinstance(position, range) and position.dtype != torch.int64:
         raise TypeError(f"rotate: position is {position.dtype}: expected torch.int64")
-    if position.dim() != 2 or position.shape[0] not in (1, x.shape[0]) or position.shape[1] != x.shape[1]:
-        raise ValueError(f"rotate: position {list(position.shape)}: expected [{x.shape[0]} or 1, {x.shape[1]}]")
+    shape = [1, len(position)] if isinstance(position, range) else list(position.shape)
+    if len(shape) != 2 or shape[0] not in (1, x.shape[0]) or shape[1] != x.shape[1]:
+        raise ValueError(f"rotate: position {shape}: expected [{x.shape[0]} or 1, {x.shape[1]}]")
     if not base > 1:
         raise ValueError(f"rotate: base {base}: expected a number above 1")
     y: Tensor = _operation.choose(backend, device=x.device.type, dtype=x.dtype)(x, position, float(base))
     return y
 
 
-def _reference(x: Tensor, position: Tensor, base: float) -> Tensor:
+def _reference(x: Tensor, position: Tensor | range, base: float) -> Tensor:
     """One pair at a time, as a complex product, with phases in Python's integers."""
-    half = x.shape[-1] // 2
+    half, places = x.shape[-1] // 2, [list(position)] if isinstance(position, range) else position.tolist()
     y = []
     for i, frequency in enumerate(_frequencies(x.shape[-1], base)):
-        turns = [[(place * frequency % _TURN) / _TURN for place in row] for row in position.tolist()]
-        angle = 2 * math.pi * torch.tensor(turns, dtype=torch.float64, device=x.device).view(*position.shape, 1)
+        turns = [[(place * frequency % _TURN) / _TURN for place in row] for row in places]
+        angle = 2 * math.pi * torch.tensor(turns, dtype=torch.float64, device=x.device).unsqueeze(-1)
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         real, imaginary = x[..., i], x[..., i + half]
         y.append(torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos)))
     return torch.stack(y, dim=-1).movedim(0, -2).flatten(-2)
 
 
-def _torch(x: Tensor, position: Tensor, base: float) -> Tensor:
-    key, count = (x.shape[-1], base, x.device), position.numel()
-    cacheable = x.is_cpu and not torch.compiler.is_compiling() and 0 < count <= SEGMENT_POSITIONS
+def _torch(x: Tensor, position: Tensor | range, base: float) -> Tensor:
+    is_range = isinstance(position, range)
+    key, count = (x.shape[-1], base, x.device), len(position) if is_range else position.numel()
+    cacheable = (is_range or x.is_cpu) and not torch.compiler.is_compiling() and 0 < count <= SEGMENT_POSITIONS
     if not cacheable or transforming():  # what is made inside of a transform is of no use after it
         cos, sin = _tables(key, x.dtype, position)
     else:
         cached = _tables_of_few if count <= DECODE_POSITIONS else _tables_of_segment
-        cos, sin = cached(key, x.dtype, tuple(map(tuple, position.tolist())))
+        cos, sin = cached(key, x.dtype, position if is_range else tuple(map(tuple, position.tolist())))
     return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
@@ -81,17 +84,22 @@ and every segment of every layer the same ones where attention begins anew at ea
 
 
 @functools.lru_cache(maxsize=512)
-def _tables_of_few(key: _Key, dtype: torch.dtype, position: tuple[tuple[int, ...], ...]) -> tuple[Tensor, Tensor]:
+def _tables_of_few(
+    key: _Key, dtype: torch.dtype, position: range | tuple[tuple[int, ...], ...]
+) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False):
-        return _tables(key, dtype, torch.tensor(position, dtype=torch.int64))
+        given = position if isinstance(position, range) else torch.tensor(position, dtype=torch.int64)
+        return _tables(key, dtype, given)
 
 
 _tables_of_segment = functools.lru_cache(maxsize=8)(_tables_of_few.__wrapped__)
 
 
-def _tables(key: _Key, dtype: torch.dtype, position: Tensor) -> tuple[Tensor, Tensor]:
+def _tables(key: _Key, dtype: torch.dtype, position: Tensor | range) -> tuple[Tensor, Tensor]:
     """As :func:`tables`, for one position of each token."""
     d, base, device = key
+    if isinstance(position, range):
+        position = torch.arange(position.start, position.stop, position.step, device=device).unsqueeze(0)
     # a constant takes no symbolic number: index and hex make a tracer specialize on values
     frequency, ahead = _fixed_point(operator.index(d), float.fromhex(base.hex()), device).unbind()
     phase = torch.addcmul(ahead, position[..., None], frequency)

@@ -353,6 +353,7 @@ _query_key_value = Operation(
     "query_key_value",
     [
         Backend("native", functools.partial(_native, outputs=3), _refuse_native, opaque=True),
+        Backend("triton", functools.partial(_query_key_value_torch, backend="triton"), triton_runtime.refuse),
         Backend("torch", _query_key_value_torch),
         Backend("reference", functools.partial(_query_key_value_torch, backend="reference")),
     ],
@@ -362,6 +363,7 @@ _query = Operation(
     "query",
     [
         Backend("native", functools.partial(_native, outputs=1), _refuse_native, opaque=True),
+        Backend("triton", functools.partial(_query_torch, backend="triton"), triton_runtime.refuse),
         Backend("torch", _query_torch),
         Backend("reference", functools.partial(_query_torch, backend="reference")),
     ],
