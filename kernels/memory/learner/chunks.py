@@ -348,7 +348,7 @@ def _updates(
 
 def _per_token(coefficients: Tensor, w: Tensor) -> Tensor:
     """``[batch, heads, time]`` times ``[batch, heads, ...]``: ``[batch, heads, time, ...]``."""
-    return coefficients.view(*coefficients.shape, *[1] * (w.dim() - 2)) * w.unsqueeze(2)
+    return (coefficients.unsqueeze(-1) @ w.flatten(2).unsqueeze(2)).view(*coefficients.shape, *w.shape[2:])
 
 
 def _mix(coefficients: Tensor, x: Tensor) -> Tensor:

@@ -79,7 +79,10 @@ class LqNorm(Retention):
         # in units of the largest number, whose power may overflow; a matrix of zeros stays zero
         unit = weights.detach().abs().amax((-2, -1), keepdim=True)
         unit = torch.where(unit > 0, unit, 1.0)
-        size = (weights / unit).abs().pow(self.q).sum((-2, -1), keepdim=True)
+        size = weights / unit
+        # powers of squares are products where q is even
+        size = size.square() ** (self.q / 2) if self.q % 2 == 0 else size.abs() ** self.q
+        size = size.sum((-2, -1), keepdim=True)
         norm = unit * torch.where(size > 0, size, 1.0) ** (1 / self.q)
         return weights / norm ** (self.q - 2)
 
@@ -152,7 +155,9 @@ class Muon(Optimizer):
         # no derivative of the norm
         size = (x * x).sum((-2, -1), keepdim=True)
         x = x / (torch.where(size > 0, size, 1.0).sqrt() + 1e-7)
+        x = x.flatten(0, -3)
         for _ in range(self.steps):
             gram = x @ x.mT
-            x = a * x + (b * gram + c * gram @ gram) @ x
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        x = x.view(*momentum.shape[:-2], *x.shape[-2:])
         return x.mT if tall else x
