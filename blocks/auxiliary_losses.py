@@ -78,7 +78,7 @@ def _prediction_errors(memory: nn.Module, learned: Learned) -> Tensor:
     state, options = learned.before, learned.options
     if isinstance(options, Rule):
         return _prediction_errors_by(options, memory, learned)
-    _, k, v, theta, eta, alpha = learned.tokens
+    _, k, v, theta, eta, alpha, *_ = learned.tokens
     if learned.after is None:
         predicted = read_memory(k, state.weights, options.activation, learned.norm)
     else:

@@ -10,8 +10,7 @@ of the family.
 ``reference.py``       the reference implementation: the recurrence token by token, its inner gradient from autograd
 ``closed_form.py``     a second, independent reference: the equations of a chunk, term by term
 ``cpu.py``             backend ``native``: many tokens on a CPU, in C, with gradients
-                       (``cpu.c``, ``read_cpu.c``; the mathematics of a chunk is in ``network.h``, ``decay.h`` and
-                       ``objective.h``)
+                       (``cpu.c``, ``read_cpu.c``; the mathematics of a chunk is in ``network.h`` and what it includes)
 ``linear_cpu.py``      backend ``native_linear``: one matrix and chunks of one token, in C (``linear_cpu.c``)
 ``step_cpu.py``        backend ``native_step``: one token on a CPU, in C (``step_cpu.c``), and decode plans
 ``chunkwise_torch.py`` backend ``torch``: any device and length, as groups of chunks, with its own backward; of it

@@ -46,7 +46,7 @@ QUICK_LEARNERS = (
     "transformer", "linear_attention", "gla", "delta_net", "gated_delta_net", "kda", "delta_product", "momentum_delta",
     "ttt_linear", "titans_linear", "titans", "ttt_mlp", "yaad", "omega_net",
 )  # fmt: skip
-SLOW = ("titans_channel", "moneta", "memora", "atlas")
+SLOW = ("moneta", "memora", "atlas")
 """Those whose step on a CPU takes more than ten times that of ``titans``: no form has them unless they are named."""
 
 
