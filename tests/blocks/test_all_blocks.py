@@ -104,6 +104,8 @@ def test_all_built_in_blocks_are_tested():
 COMBINED = {
     "attention, one key head and no positions", "context, inputs written",
     "memory, gates per chunk, no momentum and no convolution", "memory, no momentum and no forgetting",
+    "context, silu and a window", "context, threshold and hard gates", "memory, hard gates per chunk",
+    "memory, threshold and hard gates", "memory, threshold, no clipping, read before written",
     "persistent chain", "titans_channel", "memora", "yaad", "dla", "memory, three keys and a window",
     "memory, slots and momentum of the momentum", "memory, factorised, gates that are constant",
 }  # fmt: skip

@@ -29,23 +29,24 @@ BLOCKS = {
     },
     "persistent gate": {"type": "persistent", "tokens": 2, "of": {"type": "gate", "branches": [WINDOW, MEMORY]}},
 }
-DIM, TIME, PACKINGS, ROWS = 4, 18, 12_000, 500
+DIM, TIME = 4, 18
 
 
 def build(spec, dim=DIM):
     return build_block(spec, dim=dim, seed=0, dtype=torch.float64)
 
 
+@pytest.mark.parametrize("calls, rows", [(2, 200), pytest.param(4, 500, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("seed", range(len(BLOCKS)))
-def test_random_packings_are_the_documents_apart(seed):
-    """2,000 rows for each block: 12,000 packings. The documents apart are rows of one batch, with padding."""
+def test_random_packings_are_the_documents_apart(seed, calls, rows):
+    """Every row is another packing. The documents apart are rows of one batch, with padding."""
     block = build(list(BLOCKS.values())[seed])
     generator = torch.Generator().manual_seed(seed)
-    for call in range(PACKINGS // len(BLOCKS) // ROWS):
-        begins = torch.rand(ROWS, TIME, generator=generator) < torch.rand(ROWS, 1, generator=generator)
+    for call in range(calls):
+        begins = torch.rand(rows, TIME, generator=generator) < torch.rand(rows, 1, generator=generator)
         ids = begins.cumsum(dim=1) * 3
-        mask = torch.rand(ROWS, TIME, generator=generator) < (0.7 if call % 2 else 2.0)
-        x = torch.randn(ROWS, TIME, DIM, generator=generator, dtype=torch.float64)
+        mask = torch.rand(rows, TIME, generator=generator) < (0.7 if call % 2 else 2.0)
+        x = torch.randn(rows, TIME, DIM, generator=generator, dtype=torch.float64)
         places = {}
         for b, t in mask.nonzero().tolist():
             places.setdefault((b, int(ids[b, t])), []).append(t)

@@ -362,7 +362,7 @@ def test_flops_and_bytes_are_sums_over_the_blocks():
     assert model.period == 20
 
 
-@pytest.mark.parametrize("vocab", [None, 13])
+@pytest.mark.parametrize("vocab", [pytest.param(None, marks=pytest.mark.slow), 13])
 def test_laws(vocab):
     check_block(make(vocab), endurance=600, laws=[law for law in LAWS if law != "hooked"])
     check_block(make(vocab), laws=["hooked"], length=13)

@@ -109,7 +109,13 @@ def test_all_splits_give_the_whole(name):
     check_block(model, laws=["split", "step"], length=41, cuts=None)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+# the other recipes have every layer of these
+COMBINED = ("deltas-and-mac", "windows-and-mac")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in COMBINED else ()) for name in RECIPES]
+)
 def test_laws(name):
     # split and step are tested above at every cut
     laws = [law for law in LAWS if law not in ("split", "step", "hooked")]

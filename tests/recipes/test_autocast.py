@@ -84,11 +84,7 @@ def test_kernels_for_half_precision_are_chosen(name: str, picked: Counter[Picked
     def run(training: bool, autocast: bool) -> dict[str, set[Picked]]:
         picked.clear()
         with torch.autocast("cpu", NARROW, enabled=autocast), torch.set_grad_enabled(training):
-            if training:
-                done = model(tokens, targets=tokens)
-                done.loss.backward()
-            else:
-                done = model(tokens[:, 90:], model(tokens[:, :90]).state)
+            done = model(tokens) if training else model(tokens[:, 90:], model(tokens[:, :90]).state)
         assert {x.dtype for _, x in named_tensors(done.state)} <= {torch.float32, torch.int64}, "states keep theirs"
         return {each.operation: {one for one in picked if one.operation == each.operation} for each in picked}
 

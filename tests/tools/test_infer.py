@@ -154,7 +154,9 @@ def test_talking_on_a_terminal(folder: Path, tmp_path: Path) -> None:
     assert read is not None and read > len("hello\n")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, *(pytest.param(each, marks=pytest.mark.slow) for each in (signal.SIGTERM, signal.SIGHUP))]
+)
 def test_what_was_read_before_an_interruption_is_kept(folder: Path, tmp_path: Path, number: signal.Signals) -> None:
     state = tmp_path / "a.state"
     command = [*COMMAND, str(folder), "--state", str(state), "--max-new-tokens", "0"]

@@ -28,7 +28,7 @@ def case(dtype, batch, time, heads, kv_heads, d, window, slots, persistent, norm
 @pytest.mark.parametrize("window, slots", [(None, 0), (None, 7), (1, 0), (2, 1), (5, 4), (40, 39)])
 @pytest.mark.parametrize("heads, kv_heads, d", [(4, 4, 8), (4, 2, 64), (3, 1, 6)])
 def test_equals_the_three_operations(backend, dtype, window, slots, heads, kv_heads, d):
-    choices = (1, 3), (1, 2, 3), (0, 5), (None, 1e4), (True, False)
+    choices = (1, 3), (1, 3), (0, 5), (None, 1e4), (True, False)
     for batch, time, persistent, base, normed in itertools.product(*choices):
         projected, gain, cache = case(dtype, batch, time, heads, kv_heads, d, window, slots, persistent, normed)
         options = dict(heads=heads, window=window, base=base)

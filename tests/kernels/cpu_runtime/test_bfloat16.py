@@ -179,15 +179,12 @@ def learned(leaves, dtype, backend, momentum=True, norm=True, **options):
 
 
 @able
-@pytest.mark.parametrize("time, chunk", [(5, 1), (100, 64), (129, 128), (130, 15)])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"momentum": False, "norm": False, "activation": "silu"},
-        {"clip": 0.5, "read": "before"},
-    ],
-)
+@pytest.mark.parametrize("time, chunk, options", [
+    (5, 1, {}), (100, 64, {}), (130, 15, {}),
+    (5, 1, {"momentum": False, "norm": False, "activation": "silu"}),
+    (129, 128, {"momentum": False, "norm": False, "activation": "silu"}),
+    (5, 1, {"clip": 0.5, "read": "before"}), (100, 64, {"clip": 0.5, "read": "before"}),
+])  # fmt: skip
 def test_a_memory_its_state_and_gradients(setting, time, chunk, options):
     leaves = memory_inputs(time, options.get("momentum", True))
     exact = learned(leaves, torch.float64, "reference", chunk=chunk, **options)
