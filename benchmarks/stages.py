@@ -9,7 +9,9 @@ are trained at the large chunk.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +39,7 @@ class Sizes(NamedTuple):
     valid: int
 
 
-FULL, QUICK = Sizes(64, 800, 40, 8, 512, 16), Sizes(8, 2, 1, 2, 128, 1)
+FULL, QUICK = Sizes(64, 400, 20, 8, 512, 8), Sizes(8, 2, 1, 2, 128, 1)
 
 
 def settings(sizes: Sizes, **more: Any) -> dict[str, Any]:
@@ -59,6 +61,7 @@ def losses(folder: Path, path: str, sizes: Sizes) -> dict[str, float]:
 
 
 def trained(name: str, path: str, sizes: Sizes, folder: Path) -> measure.Result:
+    torch.set_num_threads(1)
     small = {"dim": sizes.dim, "stack.0.repeat": 2, f"{path}.chunk": LARGE, f"{path}.heads": 2, **NEAR[name]}
     recipe = tb.load_recipe(name, small)
     second = {"steps": sizes.second, "lr": 1e-3, "optimizer": "fresh"}
@@ -79,12 +82,12 @@ def trained(name: str, path: str, sizes: Sizes, folder: Path) -> measure.Result:
 
 
 def measured(arguments: argparse.Namespace, results: measure.Result) -> measure.Result:
-    sizes, found = QUICK if arguments.quick else FULL, []
-    for name, path in MODELS.items():
-        measure.say(f"{name}: {sizes.steps} steps at chunk {LARGE}, {sizes.second} at chunk {SMALL}")
-        with tempfile.TemporaryDirectory() as folder:
-            found.append(trained(name, path, sizes, Path(folder)))
-    return {"shape": sizes._asdict(), "models": found}
+    sizes = QUICK if arguments.quick else FULL
+    measure.say(f"{', '.join(MODELS)}: {sizes.steps} steps at chunk {LARGE}, {sizes.second} at chunk {SMALL}")
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(2, mp_context=context) as pool:
+        runs = [pool.submit(trained, name, path, sizes, Path(folder) / name) for name, path in MODELS.items()]
+        return {"shape": sizes._asdict(), "models": [run.result() for run in runs]}
 
 
 KINDS = {"before": f"chunk {LARGE}", "more": f"chunk {LARGE}, and 5% more", "run": f"chunk {LARGE}, then 5% at chunk 1"}
@@ -110,4 +113,4 @@ def tables(results: measure.Result) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    measure.benchmark("stages", __doc__, "20 minutes", measured, tables)
+    measure.benchmark("stages", __doc__, "5 minutes", measured, tables)
