@@ -13,7 +13,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 PAGES = (HERE / "README.md", HERE.parent / "README.md")
 PROGRAMS = {
-    **{name: name for name in ("memory", "model", "streaming", "generation", "needle", "hf_swap")},
+    **{name: name for name in ("memory", "model", "streaming", "generation", "needle", "hf_swap", "stages", "long")},
     **dict.fromkeys(("overhead", "packing", "torch_path", "learners"), "steps"),
     **dict.fromkeys(("copy", "mqar", "language", "family"), "variants"),
 }

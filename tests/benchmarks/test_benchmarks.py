@@ -27,6 +27,8 @@ PROGRAMS = {
     "packing": ["steps.py", "packing"],
     "torch_path": ["steps.py", "torch_path"],
     "learners": ["steps.py", "learners"],
+    "stages": ["stages.py"],
+    "long": ["long.py"],
 }
 """The words of the command that measures each file of results."""
 QUICKEST = "overhead"
