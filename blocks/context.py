@@ -14,6 +14,7 @@ from ..kernels.dispatch import advanced, integers, known
 from ..kernels.documents import Documents
 from ..kernels.padding import align
 from ..registry import Needs, SameWeights, Spec, create, register
+from . import cuda_graph
 from .block import Block, as_rows, like_of
 from .documents import in_order, read_documents, run_documents
 from .layers import Form, Gating
@@ -112,11 +113,19 @@ class Context(Block):
             return self._run_segments_of_documents(x, state, documents)
         rows, time, _ = x.shape
         fresh = state is None
+        run = self._run if self.write == "attended" else self._run_inputs
+        if x.is_cuda and fresh and mask is None and rows and not active and cuda_graph.enabled(x):
+
+            def from_fresh(x: Tensor) -> tuple[Tensor, ContextState]:
+                state = self.init_state(rows)
+                y, after = run(x, state, pieces_of(self.segment, [0] * rows, [time] * rows, None))
+                return y, after._replace(position=advanced(state.position, time))
+
+            return cuda_graph.call(self, from_fresh, x)
         if state is None:
             state = self.init_state(rows)
         if rows == 0:
             return self.gate(x, x), state
-        run = self._run if self.write == "attended" else self._run_inputs
         if torch.compiler.is_compiling() and not (fresh and mask is None):
             layout, pieces = traced_pieces(self.segment, x, mask, state.position)
             y, state = run(layout.spread(x), state, pieces)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,13 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.dispatch import integers, known
+from . import cuda_graph
 from .context import Context, ContextState
 from .observers import active
 from .state import State, map_state, named_tensors
 
-VARIABLE = "TITANS_BUILD_CUDA_GRAPHS"
-WARM_UP = 2
-"""Runs before the capture, in which libraries set themselves up and constants are made."""
 ALIGNMENT = 64
 
 _log = logging.getLogger(__name__)
@@ -34,22 +31,7 @@ _log = logging.getLogger(__name__)
 
 def wanted(model: Any, x: Tensor) -> bool:
     """Whether steps of ``model`` on inputs like ``x`` are to be captured."""
-    return os.environ.get(VARIABLE) == "1" and x.is_cuda and not model.grows
-
-
-def capture(function: Callable[[], None]) -> Callable[[], None]:
-    """Run ``function`` until it is warm and capture it. Returns what replays it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    replay: Callable[[], None] = graph.replay
-    return replay
+    return cuda_graph.enabled(x) and not model.grows
 
 
 class StateLayout:
@@ -84,8 +66,8 @@ class DecodeGraph:
     def __init__(self, model: nn.Module, step: Callable[[Tensor, State], tuple[Tensor, State]]) -> None:
         self._model, self._step = model, step
         self._segments = {block.segment for block in model.modules() if isinstance(block, Context)}
-        self._uses: list[Any] | None = None
-        """Of every module what freezing changes, when the graph was captured."""
+        self._uses: tuple[Any, ...] | None = None
+        """When the graph was captured."""
         self._replay: Callable[[], None] | None = None
         self._failed = False
         self._last: tuple[State, Tensor] | None = None
@@ -95,7 +77,7 @@ class DecodeGraph:
         contexts = list(_contexts(layers))
         if self._failed or active or self._begins_segment(contexts):
             return self._step(x, layers)
-        uses = [getattr(module, "use", None) for module in self._model.modules()]
+        uses = cuda_graph.uses(self._model)
         if self._replay is None or uses != self._uses:
             self._uses = uses
             try:
@@ -134,7 +116,7 @@ class DecodeGraph:
             self._y, after = self._step(self._x, before)
             self._layout.write(after, self._after)
 
-        self._replay = capture(run)
+        self._replay = cuda_graph.capture(run)
 
     def _begins_segment(self, contexts: list[ContextState]) -> bool:
         places = {place for context in contexts for place in integers(context.position)}

@@ -58,14 +58,16 @@ def _reference(x: Tensor, position: Tensor | range, base: float) -> Tensor:
 
 
 def _torch(x: Tensor, position: Tensor | range, base: float) -> Tensor:
-    is_range = isinstance(position, range)
-    key, count = (x.shape[-1], base, x.device), len(position) if is_range else position.numel()
-    cacheable = (is_range or x.is_cpu) and not torch.compiler.is_compiling() and 0 < count <= SEGMENT_POSITIONS
+    key = (x.shape[-1], base, x.device)
+    count = len(position) if isinstance(position, range) else position.numel()
+    few = 0 < count <= SEGMENT_POSITIONS and (isinstance(position, range) or x.is_cpu)
+    cacheable = few and not torch.compiler.is_compiling()
     if not cacheable or transforming():  # what is made inside of a transform is of no use after it
         cos, sin = _tables(key, x.dtype, position)
     else:
         cached = _tables_of_few if count <= DECODE_POSITIONS else _tables_of_segment
-        cos, sin = cached(key, x.dtype, position if is_range else tuple(map(tuple, position.tolist())))
+        places = position if isinstance(position, range) else tuple(map(tuple, position.tolist()))
+        cos, sin = cached(key, x.dtype, places)
     return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 

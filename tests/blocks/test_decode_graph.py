@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import titans_build as tb
-from titans_build.blocks import decode_graph
+from titans_build.blocks import cuda_graph, decode_graph
 from titans_build.blocks.state import map_state, named_tensors
 from titans_build.tools.gpu.counting import Counting
 
@@ -40,7 +40,7 @@ class Captures:
 def captures(monkeypatch):
     monkeypatch.setattr(decode_graph, "wanted", lambda model, x: not model.grows)
     captures = Captures()
-    monkeypatch.setattr(decode_graph, "capture", captures)
+    monkeypatch.setattr(cuda_graph, "capture", captures)
     return captures
 
 
@@ -93,7 +93,7 @@ def test_what_cannot_be_captured_runs_as_usual(captures, monkeypatch, caplog):
     def refuse(function):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(decode_graph, "capture", refuse)
+    monkeypatch.setattr(cuda_graph, "capture", refuse)
     model = model_of("lmm", seed=0)
     with torch.no_grad():
         decode, start = model.decoder(1), model(torch.randint(256, (1, 6))).state
@@ -106,13 +106,13 @@ def test_what_cannot_be_captured_runs_as_usual(captures, monkeypatch, caplog):
 @pytest.mark.parametrize("recipe", CHANGES)
 def test_a_replay_in_place_of_the_launches_and_no_wait(recipe, monkeypatch):
     pytest.importorskip("triton")
-    monkeypatch.setenv(decode_graph.VARIABLE, "1")
+    monkeypatch.setenv(cuda_graph.VARIABLE, "1")
 
     def capture(function):
         function()
         return lambda: gpu.launched("replay", [])
 
-    monkeypatch.setattr(decode_graph, "capture", capture)
+    monkeypatch.setattr(cuda_graph, "capture", capture)
     with Counting() as gpu, torch.no_grad():
         model = gpu.moved(model_of(recipe, device="meta"))
         state = model(gpu.empty(2, 6, dtype=torch.int64)).state

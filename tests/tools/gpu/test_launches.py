@@ -35,3 +35,29 @@ def test_a_training_step_and_decoding_do_not_wait(recipe: str) -> None:
             for _ in range(3):
                 _, state = decode(gpu.empty(2, 1, model.dim), state)
         assert gpu.waits == []
+
+
+def test_launches_of_a_segment_of_a_mac_layer() -> None:
+    """Under autocast. With ``TITANS_BUILD_CUDA_GRAPHS=1``, all segments are a replay: see ``test_cuda_graph.py``."""
+    launches = []
+    for segments in (1, 2, 3):  # the first run makes constants
+        with Counting() as gpu:
+            model = model_of(gpu, "mac")
+            tokens = gpu.empty(2, SEGMENT * segments, dtype=torch.int64)
+            with gpu.autocast(torch.bfloat16):
+                loss = model(tokens, targets=tokens).loss
+                forward = len(gpu.launches)
+                loss.backward()
+            launches.append((forward, len(gpu.launches) - forward))
+    assert launches[2][0] - launches[1][0] <= 58
+    assert launches[2][1] - launches[1][1] <= 130
+
+
+def test_a_long_sequence_takes_no_more_launches_of_the_memory() -> None:
+    launches = []
+    for time in (128, 1024):
+        with Counting() as gpu:
+            model, tokens = model_of(gpu, "lmm"), gpu.empty(2, time, dtype=torch.int64)
+            model(tokens, targets=tokens).loss.backward()
+        launches.append(len(gpu.launches))
+    assert launches[0] == launches[1]
