@@ -13,6 +13,7 @@ from torch import Tensor
 from ..custom_op import format_symint
 from ..dispatch import (
     Backend,
+    BackendError,
     Operation,
     expect_tensors,
     full_precision,
@@ -171,12 +172,15 @@ def has_fast_backend(
     q = tokens.q
     tensors = (*tokens, norm, *state.weights, *state.momentum, *state.anchor)
     plain = is_plain_cpu_tensor(*tensors, mask)
-    run = MEMORY.choose(
-        device=q.device.type, dtype=q.dtype, plain=plain, transformed=not plain and transforming(), time=q.shape[1],
-        chunk=options.chunk, layers=len(state.weights), width=max(q.shape[3], tokens.v.shape[3]),
-        grad=needs_grad(*tensors), plainly=norm is options.clip is options.threshold is None,
-        rare=options.rare(tokens),
-    )  # fmt: skip
+    try:
+        run = MEMORY.choose(
+            device=q.device.type, dtype=q.dtype, plain=plain, transformed=not plain and transforming(), time=q.shape[1],
+            chunk=options.chunk, layers=len(state.weights), width=max(q.shape[3], tokens.v.shape[3]),
+            grad=needs_grad(*tensors), plainly=norm is options.clip is options.threshold is None,
+            rare=options.rare(tokens),
+        )  # fmt: skip
+    except BackendError:  # the environment names one that cannot
+        return False
     return all(run is not MEMORY.backends[name].run for name in ("closed_form", "reference"))
 
 
@@ -383,7 +387,7 @@ def _backend(
         if 0 in tokens.q.shape[:2]:
             return torch.zeros_like(tokens.like_outputs()), state
         y, after = write(tokens, state, norm, mask, options)
-        if confined or y.is_meta or options.window > 1 or (function is closed_form_memory and transforming()):
+        if confined or y.is_meta or not options.confines or (function is closed_form_memory and transforming()):
             return y, after
         if sum_is_finite(y, *after.weights, *after.momentum):
             return y, after

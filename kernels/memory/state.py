@@ -186,6 +186,14 @@ class Options(NamedTuple):
     gated: bool = False
     """Whether the network is ``W_2 (act(W_1 x) * (W_3 x))``, and not one layer after the other."""
 
+    @property
+    def confines(self) -> bool:
+        """Whether the operation confines NaN and infinity to the tokens from which on they belong to a memory.
+
+        Otherwise the caller does.
+        """
+        return self.window == 1 and not self.gated
+
     def rare(self, tokens: Tokens) -> tuple[str, ...]:
         """What these and ``tokens`` have that not every backend knows. Fast: it runs at every decoded token."""
         _, _, _, _, _, alpha, delta, _ = tokens

@@ -276,8 +276,8 @@ def _row(
             y, after = run_memory(tokens, before, norm, mask, options._replace(ends=ends), backend)
             if shift is not None:
                 y = y + (shift if mask is None else shift.masked_fill(~mask[..., None, None], 0.0))
-            # NaN and infinity of a later token may be in a window's sums; the general path finds where they begin
-            if options.window == 1 or not shows_values(y) or sum_is_finite(y, *after.weights):
+            # otherwise, the general path finds the token from which on there is NaN or infinity
+            if options.confines or not shows_values(y) or sum_is_finite(y, *after.weights):
                 return y, later.rows(pick)._replace(**after._asdict())
     gain = None if norm is None else norm.unsqueeze(1)
     y, state = run(rule, writes, complete(rule, state, writes), gain, mask)

@@ -271,6 +271,45 @@ def test_backends_take_resets_of_masked_rows_at_different_places(make, backend, 
                 torch.testing.assert_close(a[row], b[0], rtol=0, atol=1e-5)
 
 
+@pytest.mark.skipif(UNBUILT is not None, reason=f"C kernels: {UNBUILT}")
+@pytest.mark.parametrize("chunk", [5, 37])
+@pytest.mark.parametrize("name", [
+    "window", "window read before", "window of huber for each token", "clip and gated_mlp", "window read at the anchor",
+    "channel", "channel and window, read before", "channel and clip, read at the anchor",
+])  # fmt: skip
+def test_long_chunks_and_windows_in_c(name, chunk, make):
+    """With more tokens than the kernel takes together, saved states, and a state to go on from."""
+    case = Case(make, name, time=75)
+    case.options |= {"chunk": chunk} | ({"window": 20} if "window" in case.options else {})
+    with torch.no_grad():
+        case.inputs["theta"] *= 0.1  # the sum of many gradients would grow without bound
+    gain = case.options.pop("norm", None)  # a norm of few numbers makes long sequences chaotic
+    case.leaves = [x for x in case.leaves if x is not gain]
+    found = []
+    for backend, keep in (("general", None), ("native", 1), ("native", 3)):
+        y, state = case.learn(span=slice(0, 22), backend=backend, keep=keep)
+        z, state = case.learn(state, slice(22, 75), backend=backend, keep=keep)
+        tensors = case.tensors((torch.cat([y, z], 1), state))
+        found.append((tensors, case.gradients(tensors)))
+    for tensors, gradients in found[1:]:
+        same(tensors, found[0][0])
+        same(gradients, found[0][1], 1e-9)
+
+
+@pytest.mark.parametrize("field", ["q", "k", "v", "theta"])
+@pytest.mark.parametrize("name", ["window read before", "clip and gated_mlp", "channel and window, read before"])
+@torch.no_grad()
+def test_nan_reaches_no_earlier_token_and_no_other_row(name, field, make):
+    case = Case(make, name)
+    before = case.learn()[0]
+    case.inputs[field][0, 5] = float("nan")
+    for backend in ("auto", "general"):
+        y = case.learn(backend=backend)[0]
+        same([y[0, :5], y[1]], [before[0, :5], before[1]])
+        after = y[0, 6:].isnan()
+        assert not after.any() if field == "q" else after.all()
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_split_sequence_is_the_whole(name, make):
     case = Case(make, name)
