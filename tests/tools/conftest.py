@@ -118,11 +118,27 @@ class ForkServer:
             env={**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb", "COLUMNS": "100"},
         )
 
-    def ask(self, requests: list[Any]) -> list[tuple[int, int]]:
+    def begin(self, requests: list[Any]) -> list[int]:
+        """The numbers of the processes."""
         assert self.server.stdin is not None and self.server.stdout is not None
         print(json.dumps(requests), file=self.server.stdin, flush=True)
+        numbers: list[int] = json.loads(self.server.stdout.readline())
+        return numbers
+
+    def end(self) -> list[tuple[int, int]]:
+        """The statuses and the memory of the processes that ``begin`` started, at their end."""
+        assert self.server.stdout is not None
         ends: list[tuple[int, int]] = json.loads(self.server.stdout.readline())
         return ends
+
+    def start(self, module: str, *words: object, pipe: str) -> int:
+        """Start ``module.run()`` and return its number. ``pipe``: ``stdin`` or ``stdout``, a pipe of that name."""
+        names = {name: self.folder / name for name in ("stdin", "stdout", "stderr")}
+        for name, path in names.items():
+            path.unlink(missing_ok=True)
+            os.mkfifo(path) if name == pipe else path.touch()
+        files = [str(path) for path in names.values()]
+        return self.begin([[f"titans_build.tools.{module}", list(map(str, words)), files, {}]])[0]
 
     def __call__(
         self,
@@ -154,7 +170,8 @@ class ForkServer:
             files = [str(self.folder / "in"), target, errors]
             requests.append([f"titans_build.tools.{module}", list(map(str, words)), files, changes])
             names.append((out, err))
-        ends = self.ask(requests)
+        self.begin(requests)
+        ends = self.end()
         if reader is not None:
             reading.wait(60)
             (self.folder / "pipe").unlink()

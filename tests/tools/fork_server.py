@@ -1,8 +1,8 @@
 """Runs commands in processes that need not import torch again: forks of this one, which has imported it.
 
-Reads a line of JSON for each request, a list of processes ``[module, words, files, environment]``, and answers with
-their exit statuses and the most memory that they held, in KiB. A process runs ``module.run()`` with its standard
-streams in ``files``: paths, or null for a stream that is closed.
+Reads a line of JSON for each request, a list of processes ``[module, words, files, environment]``. Answers with their
+numbers, and at their end with their exit statuses and the most memory that they held, in KiB. A process runs
+``module.run()`` with its standard streams in ``files``: paths, or null for a stream that is closed.
 """
 
 import importlib
@@ -12,11 +12,7 @@ import signal
 import sys
 import traceback
 
-import torch  # noqa: F401
-
-import titans_build
-
-titans_build.load_recipe, titans_build.build, titans_build.train  # importing them is most of what a command takes
+from titans_build import build, load_recipe, train  # noqa: F401 - importing them is most of what a command takes
 
 
 def start(module: str, words: list[str], files: list[str | None], environment: dict[str, str]) -> None:
@@ -54,5 +50,6 @@ for line in iter(sys.stdin.readline, ""):
                 traceback.print_exc()
                 os._exit(120)
         children.append(child)
+    print(json.dumps(children), flush=True)
     ends = [os.wait4(child, 0) for child in children]
     print(json.dumps([(os.waitstatus_to_exitcode(end), usage.ru_maxrss) for _, end, usage in ends]), flush=True)

@@ -154,21 +154,20 @@ def test_talking_on_a_terminal(folder: Path, tmp_path: Path) -> None:
     assert read is not None and read > len("hello\n")
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGINT, *(pytest.param(each, marks=pytest.mark.slow) for each in (signal.SIGTERM, signal.SIGHUP))]
-)
-def test_what_was_read_before_an_interruption_is_kept(folder: Path, tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
+def test_what_was_read_before_an_interruption_is_kept(
+    folder: Path, tmp_path: Path, number: signal.Signals, in_process: Any
+) -> None:
     state = tmp_path / "a.state"
-    command = [*COMMAND, str(folder), "--state", str(state), "--max-new-tokens", "0"]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, env=ENVIRONMENT, stdin=pipe, stdout=pipe, stderr=pipe) as reading:
-        assert reading.stdin is not None and reading.stderr is not None
-        fcntl.fcntl(reading.stdin.fileno(), F_SETPIPE_SZ, BLOCK)
+    reading = in_process.start("infer", folder, "--state", state, "--max-new-tokens", "0", pipe="stdin")
+    with (in_process.folder / "stdin").open("wb", buffering=0) as pipe:
+        fcntl.fcntl(pipe.fileno(), F_SETPIPE_SZ, BLOCK)
         for _ in range(3):  # where the third has room, the first has been read, and the second has been taken
-            os.write(reading.stdin.fileno(), b"x" * BLOCK)
-        reading.send_signal(number)
-        err = reading.stderr.read().decode()
-    assert reading.returncode == 128 + number
+            os.write(pipe.fileno(), b"x" * BLOCK)
+        os.kill(reading, number)
+        ((status, _),) = in_process.end()
+    err = (in_process.folder / "stderr").read_text()
+    assert status == 128 + number
     model = tb.load(folder)
     read = position(model, tb.load_state(state, model))
     assert read is not None and read >= BLOCK and read % PIECE == 0

@@ -7,8 +7,6 @@ import os
 import random
 import resource
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,24 +33,27 @@ def ctrl_c() -> Iterator[None]:
 class Command:
     """A command line that starts or resumes a run, in processes that can be stopped."""
 
-    def __init__(self, folder: Path, recipe: Any, data: Any, settings: dict[str, Any]) -> None:
+    def __init__(self, in_process: Any, folder: Path, recipe: Any, data: Any, settings: dict[str, Any]) -> None:
+        self.in_process = in_process
         self.folder, self.recipe, self.data, self.settings = folder, recipe, data, settings
         (folder / "recipe.json").write_text(json.dumps(recipe), encoding="utf-8")
         (folder / "train.json").write_text(json.dumps({"data": data, **settings}), encoding="utf-8")
-        self.words = [sys.executable, "-m", "titans_build.tools.train", str(folder / "recipe.json"), "--json"]
-        self.words += ["--train", str(folder / "train.json"), "--out", str(folder / "run"), "--resume"]
+        self.words = [folder / "recipe.json", "--json", "--train", folder / "train.json"]
+        self.words += ["--out", folder / "run", "--resume"]
 
-    def stop(self, steps: int, number: signal.Signals, delay: float = 0.0) -> tuple[subprocess.Popen[str], str, str]:
-        """Start it, send it a signal after so many logged steps, and wait for its end."""
-        process = subprocess.Popen(self.words, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        assert process.stdout is not None
-        for line in process.stdout:
-            steps -= json.loads(line)["event"] == "step"
-            if not steps:
-                break
-        time.sleep(delay)
-        process.send_signal(number)
-        return process, *process.communicate(timeout=300)
+    def stop(self, steps: int, number: signal.Signals, delay: float = 0.0) -> tuple[int, str, str]:
+        """Start it, send it a signal after so many logged steps, and wait for its end: status, output, errors."""
+        process = self.in_process.start("train", *self.words, pipe="stdout")
+        with (self.in_process.folder / "stdout").open(encoding="utf-8") as out:
+            for line in iter(out.readline, ""):
+                steps -= json.loads(line)["event"] == "step"
+                if not steps:
+                    break
+            time.sleep(delay)
+            os.kill(process, number)
+            rest = out.read()
+        ((status, _),) = self.in_process.end()
+        return status, rest, (self.in_process.folder / "stderr").read_text()
 
     def expect_exact(self, losses: Any, logged: Any) -> None:
         """The run's log and model equal those of a run that is not interrupted."""
@@ -67,19 +68,21 @@ class Command:
 
 
 @pytest.fixture
-def command(tmp_path: Path, tiny: dict[str, Any], quick: dict[str, Any], ordered_text: dict[str, Any]) -> Command:
+def command(
+    tmp_path: Path, tiny: dict[str, Any], quick: dict[str, Any], ordered_text: dict[str, Any], in_process: Any
+) -> Command:
     settings = {**quick, "steps": 24, "carry": 2, "ema": 0.9, "checkpoint_every": 3}
     settings |= {"valid_every": 7, "valid_batches": 2, "surprise_every": 5}
-    return Command(tmp_path, {**tiny, "vocab": 256}, ordered_text, settings)
+    return Command(in_process, tmp_path, {**tiny, "vocab": 256}, ordered_text, settings)
 
 
 def test_killed_and_interrupted_run_is_resumed_exactly(
     command: Command, tmp_path: Path, losses: Any, logged: Any
 ) -> None:
     killed, _, _ = command.stop(5, signal.SIGKILL, delay=0.02)
-    assert killed.returncode == -signal.SIGKILL
+    assert killed == -signal.SIGKILL
     interrupted, out, err = command.stop(4, signal.SIGINT)
-    assert interrupted.returncode == 130
+    assert interrupted == 130
     (step,) = (event["step"] for line in out.splitlines() if (event := json.loads(line)).get("event") == "stop")
     assert CheckpointManager(tmp_path / "run/checkpoints").steps()[-1] == step < 24
     resume = f"titans-train --resume --out {tmp_path / 'run'}"
@@ -93,7 +96,7 @@ def test_terminated_run_has_a_checkpoint_and_the_status_of_the_signal(
     command: Command, tmp_path: Path, number: signal.Signals
 ) -> None:
     terminated, _, err = command.stop(4, number)
-    assert terminated.returncode == 128 + number
+    assert terminated == 128 + number
     (step, *_) = reversed(CheckpointManager(tmp_path / "run/checkpoints").steps())
     resume = f"titans-train --resume --out {tmp_path / 'run'}"
     assert err == f"titans-train: error: interrupted; saved after step {step} of 24: {resume}\n"
@@ -105,10 +108,10 @@ def test_run_killed_many_times_is_resumed_exactly(command: Command, seed: int, l
     chance, killed = random.Random(seed), 0
     for _ in range(6):
         # at any moment of a step, of a checkpoint that is being written, ...
-        process, _, _ = command.stop(chance.randint(2, 9), signal.SIGKILL, delay=chance.uniform(0, 0.1))
-        killed += process.returncode == -signal.SIGKILL
+        status, _, _ = command.stop(chance.randint(2, 9), signal.SIGKILL, delay=chance.uniform(0, 0.1))
+        killed += status == -signal.SIGKILL
     assert killed
-    assert subprocess.run(command.words, check=True, capture_output=True).returncode == 0
+    assert command.in_process("train", *command.words)[0].status == 0
     command.expect_exact(losses, logged)
 
 
