@@ -117,6 +117,9 @@ class NeuralMemory(Block):
             Added(),
             Field(description="project queries on the keys since the reset; null: do not"),
         ] = None,
+        steps: Annotated[
+            Literal["one", "each"], Added(), Field(description="one step size for all matrices, or one for each")
+        ] = "one",
         threshold: Annotated[
             float | None,
             SameWeights(),

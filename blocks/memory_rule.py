@@ -39,7 +39,7 @@ def rule_of(fields: dict[str, Any]) -> Rule:
     """The rule of the fields of a memory. Raises ``ValueError`` for parts that do not go together."""
     fields = resolve(fields)
     names = ("network", "activation", "objective", "optimizer", "retention", "window", "features", "reset", "keys",
-             "query", "clip", "threshold", "chunk")  # fmt: skip
+             "query", "steps", "clip", "threshold", "chunk")  # fmt: skip
     return make_rule(read=fields["retrieve"], **{name: fields[name] for name in names})
 
 
@@ -69,7 +69,7 @@ def problems(fields: dict[str, Any]) -> Iterable[tuple[str, str]]:
 
 def gate_sizes(rule: Rule, shapes: list[tuple[int, int]], momentum: bool, forgetting: bool) -> dict[str, int]:
     """The number of gates of each kind for each token and head, in the order of ``controls``."""
-    sizes = {"theta": rule.keys}
+    sizes = {"theta": len(shapes) if rule.steps == "each" else rule.keys}
     if momentum:
         sizes["eta"] = 1
     if forgetting:
@@ -100,7 +100,9 @@ def inputs(
         gate = softplus(part) if name == "parameter" else sigmoid(part)
         if name == "theta":
             gate = gate * memory.max_step
-            found[name] = gate if count == 1 else gate.unflatten(-1, (count, heads))
+            if count > 1:
+                gate = gate.unflatten(-1, (heads, count) if rule.steps == "each" else (count, heads))
+            found[name] = gate.unsqueeze(-1) if count == 1 and rule.steps == "each" else gate
         elif name == "alpha" and rule.retention.gates == "channel":
             found[name] = gate.unflatten(-1, (heads, count))
         else:

@@ -18,7 +18,7 @@ ONLINE: dict[str, Any] = {
     "max_step": 1.0,
 }  # fmt: skip
 """One matrix, written at every token by a step without momentum."""
-DEEP: dict[str, Any] = {"momentum": False}
+DEEP: dict[str, Any] = {"momentum": False, "clip": None}
 """The network of ``memory``, without momentum."""
 POLYNOMIAL: dict[str, Any] = {"type": "polynomial", "degree": 2}
 
@@ -61,7 +61,7 @@ LEARNERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "ttt_mlp": (
         "TTT-MLP: two layers of expansion 4 under LayerNorm, chunks of 16, no decay (arXiv 2407.04620).",
-        DEEP | {"objective": "l2_half", "clip": None, "forgetting": False},
+        DEEP | {"objective": "l2_half", "forgetting": False},
     ),
     "titans": ("Titans' memory: the defaults of memory (arXiv 2501.00663).", {}),
     "titans_channel": ("Titans' memory with a decay for each column of each matrix.", {"retention": "channel"}),
@@ -91,16 +91,18 @@ LEARNERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "atlas": (
         "Atlas: OmegaNet with momentum, whose steps are orthogonalized (arXiv 2505.23735, eq. 32-33).",
-        {"features": POLYNOMIAL, "window": 4, "optimizer": {"type": "muon", "scale": "update"}},
+        {"features": POLYNOMIAL, "window": 4, "optimizer": {"type": "muon", "scale": "update"}, "clip": None},
     ),
     "lact": (
         "LaCT: a SwiGLU memory that moves once in a large chunk, by an orthogonalized step (arXiv 2505.23884).",
         {"network": "gated_mlp", "activation": "silu", "expansion": 2, "norm": False, "objective": "dot",
-         "optimizer": "muon", "retention": "rows", "forgetting": False, "retrieve": "anchor", "chunk": 2048,
-         "clip": None},
+         "optimizer": {"type": "muon", "coefficients": "lact"}, "steps": "each", "retention": "rows",
+         "forgetting": False, "retrieve": "anchor", "chunk": 2048, "clip": None},
     ),
 }  # fmt: skip
 """The summary and the fields of each name."""
+CLIPPED_BEFORE = ("moneta", "yaad", "memora", "dla", "omega_net", "atlas")
+"""Those whose gradients were bounded by default."""
 
 
 def _add(name: str, summary: str, defaults: dict[str, Any]) -> None:
@@ -117,7 +119,14 @@ def _add(name: str, summary: str, defaults: dict[str, Any]) -> None:
     cls = type(
         "".join(part.capitalize() for part in name.split("_")),
         (NeuralMemory,),
-        {"__init__": initialize, "__doc__": doc, "__module__": __name__, "variant_of": "memory"},
+        {
+            "__init__": initialize,
+            "__doc__": doc,
+            "__module__": __name__,
+            "variant_of": "memory",
+            # fingerprints leave these out, so that what was saved with them keeps its own
+            "former_defaults": {"clip": 1.0} if name in CLIPPED_BEFORE else {},
+        },
     )
     globals()[cls.__name__] = register(name)(cls)  # a name of the module, so that it can be pickled
 

@@ -132,12 +132,19 @@ def _without_defaults(value: Any) -> Any:
         return [_without_defaults(part) for part in value]
     if not isinstance(value, dict) or not isinstance(value.get("type"), str):
         return value
-    fields = lookup(value["type"]).fields
-    given = {name: part for name, part in value.items() if name == "type" or part != fields[name].default}
-    return {
-        name: _without_defaults(part) if name != "type" and fields[name].holds_blocks else part
-        for name, part in given.items()
-    }
+    entry = lookup(value["type"])
+    fields = entry.fields
+    defaults = {name: field.default for name, field in fields.items()} | getattr(entry.cls, "former_defaults", {})
+    given = {name: part for name, part in value.items() if name == "type" or part != defaults[name]}
+    for name, part in given.items():
+        if name == "type":
+            continue
+        if fields[name].holds_blocks:
+            given[name] = _without_defaults(part)
+        elif fields[name].part is not None and isinstance(part, dict):
+            own = fields[name].part.catalogue.lookup(part["type"]).fields
+            given[name] = {k: v for k, v in part.items() if not (k in own and own[k].added and v == own[k].default)}
+    return given
 
 
 def check_recipe(data: Any, *, source: str = "recipe", allow_imports: bool = False) -> Recipe:

@@ -88,7 +88,7 @@ WRONG: list[tuple[str, str | bytes, str]] = [
     ("one branch", with_layer("[{type: gate, branches: [attention]}]"), "layers.mac.0.branches: "),
     ("dim inside a block", with_layer("[{type: memory, dim: 64}]"), "layers.mac.0.dim: the width is given once"),
     ("attention as a memory", with_layer("[{type: context, memory: attention}]"), "layers.mac.0.memory: expected a block with read and write (memory"),
-    ("chain with an ffn as a memory", with_layer("[{type: context, memory: [memory, ffn]}]"), "layers.mac.0.memory.1: expected a block with read and write (memory; or chain,"),
+    ("chain with an ffn as a memory", with_layer("[{type: context, memory: [memory, ffn]}]"), "layers.mac.0.memory.1: expected a block with read and write (memory, self_modifying; or chain,"),
     ("attention behind persistent tokens as a memory", with_layer("[{type: context, memory: {type: persistent, of: attention}}]"), "layers.mac.0.memory.of: expected a block with read and write (memory"),
     ("null where a block is needed", with_layer("[{type: context, attend: null}]"), "layers.mac.0.attend: expected a block"),
     # repeat

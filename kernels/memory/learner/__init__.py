@@ -77,6 +77,7 @@ def learn(
     reset: int | None = None,
     keys: int = 1,
     query: str | None = None,
+    steps: str = "one",
     gamma: Tensor | None = None,
     clip: float | None = None,
     threshold: float | None = None,
@@ -116,7 +117,9 @@ def learn(
         keys: writes per token: ``k``, ``v`` and ``theta`` are ``[batch, time, keys, heads, ...]`` or
             ``[batch, time * keys, heads, ...]``. ``alpha`` acts on the first write of a token.
         query: ``"projected"``: queries are projected on the keys since the reset.
-        gamma: weight of each token in every window, ``[batch, time, heads]``.
+        steps: ``"each"``: ``theta`` is ``[batch, time, heads, matrices]``, a step size for each matrix of the network.
+        gamma: weight of each token in every window, ``[batch, time, heads]``; or of each place in the window of each
+            token, the token itself first, ``[batch, time, heads, window]``.
         clip, threshold: as of :func:`titans_memory`.
         mask: ``[batch, time]`` bool; a false token changes nothing and its output is zero.
         documents: ``[batch, time]`` int64, the document of each token; each begins from the initial weights, but the
@@ -134,7 +137,7 @@ def learn(
     parts = dict(
         chunk=chunk, network=network, activation=activation, objective=objective, optimizer=optimizer,
         retention=retention, window=window, features=features, read=read, reset=reset, keys=keys, query=query,
-        clip=clip, threshold=threshold,
+        steps=steps, clip=clip, threshold=threshold,
     )  # fmt: skip
     return learn_by(
         make_rule(**parts), q, k, v, theta, eta, alpha, state, norm, mask, gamma=gamma, documents=documents, keep=keep,
@@ -173,7 +176,8 @@ def learn_by(
             raise TypeError(f"learn: {name}: expected a tensor, got {type(x).__name__}")
     writes, given, dtype = _writes(rule, q, k, v, theta, eta, alpha, gamma, parameter), type(state), q.dtype
     _check(rule, q, writes, state, norm, mask)
-    if backend not in ("auto", "general") and (rule.options() is None or not _fits(rule, norm)):
+    fits = rule.options() is not None and _fits(rule, norm) and not _by_place(gamma)
+    if backend not in ("auto", "general") and not fits:
         raise BackendError(f"learn: backend={backend!r}: takes no rule but that of titans_memory; 'general' takes all")
     compute = torch.promote_types(torch.promote_types(dtype, state.weights[0].dtype), torch.float32)
     writes, norm = writes.map(lambda x: x.to(compute)), None if norm is None else norm.to(compute)
@@ -254,6 +258,11 @@ Run = Callable[..., tuple[Tensor, LearnerState]]
 """``run(writes, state, mask, ends)``: the outputs, and the state of the rows ``ends``, or of all, after the writes."""
 
 
+def _by_place(gamma: Tensor | None) -> bool:
+    """Whether weights of a window are those of its places."""
+    return gamma is not None and gamma.dim() == 4
+
+
 def _fits(rule: Rule, norm: Tensor | None) -> bool:
     """Whether the operation ``titans_memory`` has this norm: its residual is the input after the features."""
     return norm is None or rule.features is None or rule.features.width(norm.shape[-1]) == norm.shape[-1]
@@ -265,7 +274,7 @@ def _row(
 ) -> tuple[Tensor, LearnerState]:  # fmt: skip
     """A stretch without a reset inside it. ``ends``: as of ``titans_memory``."""
     options = rule.options(keep, half)
-    if rule.objective.learned and writes.parameter is None:
+    if (rule.objective.learned and writes.parameter is None) or _by_place(writes.gamma):
         options = None  # the general path says what is missing
     pick = lambda x: x if ends is None else x[ends]  # noqa: E731
     if options is not None and backend != "general" and _fits(rule, norm):
@@ -458,6 +467,10 @@ def _check(
     alpha = (batch, time, heads, channels) if rule.retention.gates == "channel" else (batch, time, heads)
     gate = (batch, time, heads)
     expected = dict(q=(*gate, width), k=(*gate, width), v=(*gate, out), theta=gate, eta=gate, alpha=alpha, gamma=gate)
+    if rule.steps == "each":
+        expected["theta"] = (*gate, len(state.weights))
+    if _by_place(writes.gamma):
+        expected["gamma"] = (*gate, rule.window)
     expected[_PARAMETER] = gate
     for name, x in named:
         if x.shape != expected[name]:

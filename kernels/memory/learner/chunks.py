@@ -121,6 +121,13 @@ def clip(rule: Rule, found: Gradients) -> Gradients:
     return found._replace(errors=[d * scale.view(*scale.shape, *[1] * (d.dim() - 3)) for d in found.errors])
 
 
+def each_step(writes: Writes, found: Gradients) -> tuple[Writes, Gradients]:
+    """``theta`` ``[batch, heads, time, matrices]`` as a factor of the gradients, beside a ``theta`` of one."""
+    theta = writes.theta.unbind(-1)
+    errors = [d * x.view(*x.shape, *[1] * (d.dim() - 3)) for d, x in zip(found.errors, theta)]
+    return writes._replace(theta=torch.ones_like(theta[0])), found._replace(errors=errors)
+
+
 def suppress(rule: Rule, writes: Writes, found: Gradients) -> Writes:
     """A write whose gradient's norm is below the threshold has a step and a forgetting of zero.
 
@@ -130,7 +137,8 @@ def suppress(rule: Rule, writes: Writes, found: Gradients) -> Writes:
     alpha = writes.alpha
     if alpha is not None:
         alpha = alpha * (written if alpha.dim() == 3 else written.unsqueeze(-1))
-    return writes._replace(theta=writes.theta * written, alpha=alpha)
+    theta = writes.theta * (written if writes.theta.dim() == 3 else written.unsqueeze(-1))
+    return writes._replace(theta=theta, alpha=alpha)
 
 
 def anchor_weights(rule: Rule, writes: Writes, state: LearnerState) -> list[Tensor]:

@@ -91,8 +91,9 @@ def window_weights(
     """
     gamma = torch.ones_like(writes.theta) if writes.gamma is None else writes.gamma
     if rule.window == 1 or recent is None or held is None:
+        gamma = gamma.squeeze(-1) if gamma.dim() == 4 else gamma
         return gamma if valid is None else gamma * valid.unsqueeze(1)
-    rows, _, time = gamma.shape
+    rows, _, time = gamma.shape[:3]
     device = gamma.device
     real = torch.ones(rows, time, dtype=torch.bool, device=device) if valid is None else valid
     index = real.cumsum(1) - 1
@@ -100,6 +101,9 @@ def window_weights(
     distance = index.unsqueeze(-1) - torch.cat([past, index], 1).unsqueeze(1)
     source = torch.cat([past >= -held.unsqueeze(1), real], 1)
     inside = (distance >= 0) & (distance < rule.window) & source.unsqueeze(1) & real.unsqueeze(2)
+    if gamma.dim() == 4:  # of each place in the window
+        place = distance.clamp(0, rule.window - 1).unsqueeze(1).expand(rows, gamma.shape[1], -1, -1)
+        return torch.where(inside.unsqueeze(1), gamma.gather(3, place), 0.0)
     if recent.gamma is not None:
         gamma = torch.cat([recent.gamma, gamma], 2)
     return torch.where(inside.unsqueeze(1), gamma.unsqueeze(2), 0.0)

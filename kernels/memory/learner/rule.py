@@ -35,6 +35,7 @@ class Rule:
     reset: int | None
     keys: int
     query: str | None
+    steps: str
     clip: float | None
     threshold: float | None
     module: ModuleNetwork | None
@@ -63,6 +64,7 @@ class Rule:
             and type(self.network) in (networks.Linear, networks.MLP)
             and type(self.objective) in (objectives.SquaredError, objectives.HalfSquaredError, objectives.DotProduct)
             and self.clip is self.threshold is None
+            and self.steps == "one"
         )
 
     @property
@@ -110,6 +112,7 @@ class Rule:
             or self.optimizer.order > 1
             or type(self.retention) not in (updates.Keep, updates.Decay, updates.ChannelDecay)
             or (self.window > 1 and self.retention.first)
+            or self.steps == "each"
             or (self.threshold is not None and (self.window > 1 or type(self.network) is networks.GatedMLP))
             or (type(self.network) is networks.GatedMLP and self.retention.gates == "channel")
         ):
@@ -157,6 +160,8 @@ class Rule:
             yield "threshold", f"needs {reason}"
         if self.threshold is not None and self.retention.first:
             yield "threshold", "a token below it does not decay, and with first decays before its gradient is taken"
+        if self.steps == "each" and (self.window > 1 or self.keys > 1 or self.optimizer.scales_update):
+            yield "steps", "a step size for each matrix needs a window of one write, one key, and steps along gradients"
         if self.query is not None and self.keys > 1 and self.read != "after":
             yield "query", "projected queries with several keys for each token are read after it is written"
         if self.module is not None and self.retention.gates == "channel":
@@ -221,6 +226,7 @@ def make_rule(
     reset: int | None = None,
     keys: int = 1,
     query: str | None = None,
+    steps: str = "one",
     clip: float | None = None,
     threshold: float | None = None,
 ) -> Rule:
@@ -242,10 +248,12 @@ def make_rule(
         raise ValueError(f"read: expected 'after', 'before' or 'anchor', got {read!r}")
     if query not in (None, "projected"):
         raise ValueError(f"query: expected None or 'projected', got {query!r}")
+    if steps not in ("one", "each"):
+        raise ValueError(f"steps: expected 'one' or 'each', got {steps!r}")
     rule = Rule(
         part, make_part("objective", objective), make_part("optimizer", optimizer), make_part("retention", retention),
         None if features is None else make_part("features", features),
-        activation, chunk, window, read, reset, keys, query, clip, threshold, module,
+        activation, chunk, window, read, reset, keys, query, steps, clip, threshold, module,
     )  # fmt: skip
     for name, problem in rule.problems():
         raise ValueError(f"{name}: {problem}")

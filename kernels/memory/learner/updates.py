@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ....registry import Added
 from .parts import Optimizer, Retention, register_optimizer, register_retention
 
 First: TypeAlias = Annotated[bool, Field(description="decay before the gradient is taken; needs chunk 1")]
@@ -125,8 +126,17 @@ class Momentum(Optimizer):
         self.order = order
 
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic Newton-Schulz iteration of Muon (K. Jordan, 2024)."""
+COEFFICIENTS = {
+    "jordan": ((3.4445, -4.7750, 2.0315),),
+    "lact": (
+        (4.0848, -6.8946, 2.9270),
+        (3.9505, -6.3029, 2.6377),
+        (3.7418, -5.5913, 2.3037),
+        (2.8769, -3.1427, 1.2046),
+        (2.8366, -3.0525, 1.2012),
+    ),
+}
+"""Of the quintic Newton-Schulz iterations of Muon (K. Jordan, 2024) and of LaCT's code; the last go on."""
 
 
 @register_optimizer("muon")
@@ -144,11 +154,15 @@ class Muon(Optimizer):
         scale: Annotated[
             Literal["gradient", "update"], Field(description="what the step size theta multiplies")
         ] = "gradient",
+        coefficients: Annotated[
+            Literal["jordan", "lact"],
+            Added(),
+            Field(description="of the iterations: the same for all, or those of LaCT's code"),
+        ] = "jordan",
     ) -> None:
-        self.steps, self.scales_update = steps, scale == "update"
+        self.steps, self.scales_update, self.coefficients = steps, scale == "update", COEFFICIENTS[coefficients]
 
     def update(self, momentum: Tensor) -> Tensor:
-        a, b, c = COEFFICIENTS
         tall = momentum.shape[-2] > momentum.shape[-1]
         x = momentum.mT if tall else momentum
         # the norm has no derivative at zero, where the step is zero, and 1e7 beside it; there the step is taken to have
@@ -156,7 +170,8 @@ class Muon(Optimizer):
         size = (x * x).sum((-2, -1), keepdim=True)
         x = x / (torch.where(size > 0, size, 1.0).sqrt() + 1e-7)
         x = x.flatten(0, -3)
-        for _ in range(self.steps):
+        for i in range(self.steps):
+            a, b, c = self.coefficients[min(i, len(self.coefficients) - 1)]
             gram = x @ x.mT
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
         x = x.view(*momentum.shape[:-2], *x.shape[-2:])

@@ -157,6 +157,8 @@ def _span(
     if rule.threshold is not None:
         writes = chunks.suppress(rule, writes, found)
     found = chunks.clip(rule, found)
+    if rule.steps == "each":
+        writes, found = chunks.each_step(writes, found)
     window = window_weights(rule, writes, valid, recent, held)
     if rule.sums:
         y, state = chunks.sums(rule, writes, found, window, valid, state, gain)
@@ -192,7 +194,7 @@ def take_window(
     """The recent writes, their number, these with ``writes``, and the state with the recent ones after ``writes``."""
     k, v, gamma, *parameter, held = state.recent
     recent = writes._replace(k=k, v=v, gamma=gamma, parameter=parameter[0] if parameter else None)
-    if writes.gamma is None:
+    if writes.gamma is None or writes.gamma.dim() == 4:  # weights of places are those of the later token
         writes = writes._replace(gamma=torch.ones_like(writes.theta))
     parts = [x for x in (writes.k, writes.v, writes.gamma, writes.parameter) if x is not None]
     joined = [torch.cat([old, new], 2) for old, new in zip(state.recent, parts)]
@@ -203,11 +205,12 @@ def take_window(
         count = torch.full_like(held, time)
     else:
         past = torch.arange(-size, 0, device=held.device).expand(len(held), -1) >= -held.unsqueeze(1)
-        order = torch.cat([past, valid], 1).to(torch.uint8).argsort(dim=1, stable=True)[:, time:]
-        kept = [
-            x.gather(2, order.view(len(held), 1, size, *[1] * (x.dim() - 3)).expand(*x.shape[:2], size, *x.shape[3:]))
-            for x in joined
-        ]
+        there = torch.cat([past, valid], 1)
+        order = there.to(torch.uint8).argsort(dim=1, stable=True)[:, time:]
+        there, kept = there.gather(1, order), []
+        for x in joined:  # zero where nothing has been written, and not what stands at a masked token
+            index, real = (y.view(len(held), 1, size, *[1] * (x.dim() - 3)) for y in (order, there))
+            kept.append(torch.where(real, x.gather(2, index.expand(*x.shape[:2], size, *x.shape[3:])), 0.0))
         count = valid.sum(1)
     state = state._replace(recent=(*kept, (held + count).clamp(max=size)))
     return recent, held, every, state

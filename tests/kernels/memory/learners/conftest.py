@@ -105,6 +105,12 @@ def run_learn(general: ModuleType) -> Run:
 
 
 @pytest.fixture
+def learn_alone(general: ModuleType) -> Run:
+    """``run`` for settings that the general loop does not have."""
+    return run_learn(general)
+
+
+@pytest.fixture
 def run(request: pytest.FixtureRequest, general: ModuleType) -> Run:
     """The learner under test: outputs, weights and momentum from tokens and initial weights."""
     return {"general loop": run_loop, "learn": run_learn}[request.param](general)

@@ -296,12 +296,18 @@ def omega(
     return torch.stack(outputs, 1), (weights, s)
 
 
-def orthogonalized(matrix: Tensor, steps: int) -> Tensor:
+JORDAN = [(3.4445, -4.7750, 2.0315)] * 5
+LACT = [(4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037), (2.8769, -3.1427, 1.2046),
+        (2.8366, -3.0525, 1.2012)]  # fmt: skip
+"""The coefficients of the five iterations in LaCT's code."""
+
+
+def orthogonalized(matrix: Tensor, steps: int, coefficients: list[tuple[float, float, float]] = JORDAN) -> Tensor:
     """Newton-Schulz as in Muon: odd polynomials of the singular values, here on the singular values themselves."""
     u, sigma, vh = torch.linalg.svd(matrix, full_matrices=False)
     sigma = sigma / (matrix.norm(dim=(-2, -1)).unsqueeze(-1) + 1e-7)
-    for _ in range(steps):
-        sigma = 3.4445 * sigma - 4.7750 * sigma**3 + 2.0315 * sigma**5
+    for a, b, c in coefficients[:steps]:
+        sigma = a * sigma + b * sigma**3 + c * sigma**5
     return (u * sigma.unsqueeze(-2)) @ vh
 
 
@@ -309,12 +315,13 @@ def orthogonalized(matrix: Tensor, steps: int) -> Tensor:
 
 
 def lact(
-    q: Tensor, k: Tensor, v: Tensor, rate: Tensor, momentum: Tensor, weights: Weights, chunk: int, steps: int
+    q: Tensor, k: Tensor, v: Tensor, rates: Tensor, momentum: Tensor, weights: Weights, chunk: int
 ) -> tuple[Tensor, tuple[Weights, Weights]]:
     """A chunk is read with the weights before it, then written in one step; the last, incomplete one is not written.
 
     ``f(x) = W2 (silu(W1 x) * (W3 x))``, loss ``-<f(k), v>``. The step is the sum of the tokens' gradients, each times
-    its rate, plus the mean of the momentum gates times the step before, orthogonalized. Rows keep their first norms.
+    its rate for the matrix, ``rates [batch, time, heads, 3]``, plus the mean of the momentum gates times the step
+    before, orthogonalized. Rows keep their first norms.
     """
     norms = [w.norm(dim=-1, keepdim=True) for w in weights]
     s, outputs = [torch.zeros_like(w) for w in weights], []
@@ -331,9 +338,10 @@ def lact(
         if at + chunk > q.shape[1]:
             break
         start = held(weights)
-        loss = -(rate[:, span] * (net(k[:, span], start) * v[:, span]).sum(-1)).sum()
-        s = [g(momentum[:, span].mean(1)) * a - d for a, d in zip(s, gradients(loss, start))]
-        moved = [w + orthogonalized(a, steps) for w, a in zip(weights, s)]
+        inner = (net(k[:, span], start) * v[:, span]).sum(-1)
+        found = [gradients(-(rates[:, span, :, i] * inner).sum(), start)[i] for i in range(3)]
+        s = [g(momentum[:, span].mean(1)) * a - d for a, d in zip(s, found)]
+        moved = [w + orthogonalized(a, 5, LACT) for w, a in zip(weights, s)]
         weights = [w / w.norm(dim=-1, keepdim=True) * n for w, n in zip(moved, norms)]
     return torch.cat(outputs, 1), (weights, s)
 

@@ -22,7 +22,9 @@ class Block:
     def __init__(self, name: str) -> None:
         torch.manual_seed(0)
         chunk = 1 if LEARNERS[name][1].get("chunk") == 1 else CHUNK
-        fields = {"type": name, "heads": 2, "chunk": chunk, "clip": None}  # no paper bounds gradients
+        fields: dict[str, Any] = {"type": name, "heads": 2, "chunk": chunk}
+        if name.startswith("titans"):
+            fields["clip"] = None  # the paper does not bound gradients
         self.block = block = tb.build_block(fields, dim=DIM).double()
         for parameter in block.parameters():
             if parameter.requires_grad:  # the weights of constant gates are zero
@@ -34,7 +36,7 @@ class Block:
         self.eta, self.alpha = tokens.eta, tokens.alpha
         self.gamma, self.delta = getattr(tokens, "gamma", None), getattr(tokens, "parameter", None)
         self.weights = list(state.memory.weights)
-        self.stepped = self.theta.unsqueeze(-1) * self.v
+        self.stepped = self.theta.unsqueeze(-1) * self.v if self.theta.dim() == 3 else None
         self.y, after = block.update(x, state)
         self.after = list(after.memory.weights)
 
@@ -98,7 +100,7 @@ RULES: dict[str, Callable[[Any, Block], Any]] = {
     "swla": lambda p, b: omega(p, b, 4, "dot"),
     "omega_net": lambda p, b: omega(p, b, 4, "l2"),
     "atlas": lambda p, b: omega(p, b, 4, "l2", theta=b.eta, newton_schulz=5),
-    "lact": lambda p, b: p.lact(b.q, b.k, b.v, b.theta, b.eta, b.weights, CHUNK, 5),
+    "lact": lambda p, b: p.lact(b.q, b.k, b.v, b.theta, b.eta, b.weights, CHUNK),
 }
 
 
@@ -114,6 +116,16 @@ def test_the_block_computes_the_rule(name: str, published: Any) -> None:
     state = state[0] if isinstance(state, tuple) else state  # without the momentum
     for mine, theirs in zip(block.after, state if isinstance(state, list) else [state], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("name", "fingerprint"), [("yaad", "e00be3f73143fb54"), ("atlas", "4baaef72d5bdfb93")])
+def test_recipes_with_bounded_gradients_keep_the_fingerprint_from_when_that_was_the_default(name, fingerprint) -> None:
+    recipes = [
+        tb.load_recipe({"version": 1, "dim": 16, "layers": {"a": [{"type": name, **fields}]}, "stack": ["a"]})
+        for fields in ({"clip": 1.0}, {}, {"clip": None})
+    ]
+    assert [recipe.fingerprint == fingerprint for recipe in recipes] == [True, False, False]
+    assert recipes[1] == recipes[2]
 
 
 @pytest.mark.parametrize("name", [*RULES, "memory"])

@@ -327,3 +327,43 @@ def test_vmap_over_a_learner(settings: dict[str, Any]) -> None:
     f = lambda v: learn(q, k, v, *gates, state, chunk=4, **settings)[0]  # noqa: E731
     together = torch.vmap(f)(torch.stack([v, 2 * v]))
     torch.testing.assert_close(together, torch.stack([f(v), f(2 * v)]))
+
+
+def test_weights_of_a_window_that_depend_on_the_token_and_the_time(learn_alone: Any, given: Any) -> None:
+    """Equation 9 of ATLAS with ``gamma_i^(t)``, one matrix and gradients at the weights before each token."""
+    gamma = torch.rand(*given.theta.shape, 3, dtype=given.theta.dtype)
+    weights = given.weights(4, 4)
+    got = learn_alone(
+        given.q, given.k, given.v, given.theta, None, 1 - given.keep, weights, chunk=1, network="linear", window=3,
+        optimizer="step", gamma=gamma,
+    )  # fmt: skip
+    w, outputs, each = weights[0], [], lambda x: x[..., None, None]
+    for t in range(given.q.shape[1]):
+        step = torch.zeros_like(w)
+        for back in range(min(3, t + 1)):
+            k, v = given.k[:, t - back], given.v[:, t - back]
+            error = torch.einsum("bhoi,bhi->bho", w, k) - v
+            step = step + each(gamma[:, t, :, back]) * 2 * error.unsqueeze(-1) * k.unsqueeze(-2)
+        w = each(given.keep[:, t]) * w - each(given.theta[:, t]) * step
+        outputs.append(torch.einsum("bhoi,bhi->bho", w, given.q[:, t]))
+    torch.testing.assert_close(got[:2], (torch.stack(outputs, 1), (w,)))
+
+
+def test_lact(learn_alone: Any, given: Any, published: Any) -> None:
+    weights = given.gated(6)
+    rates = torch.stack([given.theta, given.theta.flip(1), 0.5 * given.theta.square()], -1)
+    got = learn_alone(
+        given.q, given.k, given.v, rates, given.eta, None, weights, chunk=4, network="gated_mlp", steps="each",
+        activation="silu", objective="dot", optimizer={"type": "muon", "coefficients": "lact"}, retention="rows",
+        read="anchor",
+    )  # fmt: skip
+    y, (last, momentum) = published.lact(given.q, given.k, given.v, rates, given.eta, weights, 4)
+    torch.testing.assert_close(got, (y, tuple(last), tuple(momentum)))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"window": 2}, {"optimizer": {"type": "muon", "scale": "update"}}, {"keys": 2}], ids=str
+)
+def test_step_sizes_of_each_matrix_need_one_write_a_step(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="steps: a step size for each matrix needs"):
+        run(steps="each", **settings)

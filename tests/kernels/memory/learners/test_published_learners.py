@@ -256,17 +256,6 @@ def test_atlas(run, given, published):
 # -- large chunks ------------------------------------------------------------------------------------------------------
 
 
-def test_lact(run, given, published):
-    weights = given.gated(6)
-    got = run(
-        given.q, given.k, given.v, given.theta, given.eta, None, weights, chunk=4, network="gated_mlp",
-        activation="silu", objective="dot", optimizer={"type": "muon", "steps": 5}, retention="rows", read="anchor",
-    )  # fmt: skip
-    y, (last, momentum) = published.lact(given.q, given.k, given.v, given.theta, given.eta, weights, 4, 5)
-    same_weights(got, y, last)
-    same(list(got[2]), momentum)
-
-
 def test_tnt_global_memory(run, given, published):
     weights = given.weights(4, 8, 4)
     got = run(
