@@ -3,8 +3,9 @@
     python benchmarks/kernel_estimate.py [--recipe mac-170m ...] [--length 32768] [--json FILE]
 
 A step (forward and backward, one row, bfloat16 autocast) runs on a GPU that only counts
-(``titans_build.tools.gpu.counting``), with one and two layers: costs are linear in layers, and for MAC in segments, so
-those of the whole model follow. Counted are casts, copies, and what backward repeats, too.
+(``titans_build.tools.gpu.counting``), with one and two layers: costs are linear in layers, for MAC in segments, and for
+memories without a kernel in chunks, so those of the whole model follow. Counted are casts, copies, and what backward
+repeats, too.
 
 The times are estimates for an H200 and no measurements. The device takes for each launch the longer of moving its bytes
 and computing its products; the host takes ``LAUNCH`` for each launch and ``WAIT`` for each wait. The products of the
@@ -31,8 +32,8 @@ RATE, BANDWIDTH, PROGRAMS = 790e12, 4.3e12, 132
 SHARE = 0.3
 LAUNCH, WAIT = 6e-6, 25e-6
 """Seconds of the host, with autograd's work for an operator."""
-SEGMENTS = (2048, 4096)
-"""Lengths at which MAC is counted: whole segments, each a call of its own."""
+SEGMENTS = (3072, 4096)
+"""Lengths that costs are extended from: whole segments of MAC, and longer than windows."""
 SIZES = ("30m", "170m", "340m", "400m", "760m", "1.3b")
 KINDS = ("lmm", "mag", "mal", "mac", "transformer")
 COPIES = {"clone", "copy_", "cat", "stack", "constant_pad_nd", "slice_backward", "select_backward", "roll", "index",
@@ -114,7 +115,8 @@ def estimate(recipe: str, length: int) -> dict[str, Any]:
     def extended(a: dict[str, float], b: dict[str, float], steps: float) -> dict[str, float]:
         return {name: a[name] + steps * (b[name] - a[name]) for name in COUNTS}
 
-    lengths = SEGMENTS if recipe.startswith("mac") else (length,)
+    whole = recipe.startswith("transformer") or step(recipe, 1, one)["memory"]
+    lengths = SEGMENTS if recipe.startswith("mac") or not whole else (length,)
     at = [extended(step(recipe, 1, n), step(recipe, 2, n), layers - 1) for n in lengths]
     found = at[0] if len(at) == 1 else extended(*at, (length - one) / (two - one))
     return {"recipe": recipe, "length": length, **found, "seconds": max(found["device"], found["host"])}
@@ -157,7 +159,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    measure.benchmark("kernel_estimate", __doc__, "20 minutes", measured, tables, add_options=_options)
+    measure.benchmark("estimate", __doc__, "20 minutes", measured, tables, add_options=_options)
 
 
 if __name__ == "__main__":

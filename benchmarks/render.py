@@ -15,6 +15,7 @@ PAGES = (HERE / "README.md", HERE.parent / "README.md")
 PROGRAMS = {
     **{name: name for name in ("memory", "model", "streaming", "generation", "needle", "hf_swap", "stages", "long")},
     **dict.fromkeys(("overhead", "packing", "torch_path", "learners"), "steps"),
+    **dict.fromkeys(("estimate", "estimate_before"), "kernel_estimate"),
     **dict.fromkeys(("copy", "mqar", "language", "family"), "variants"),
 }
 """Which program writes each file of results."""

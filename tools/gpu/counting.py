@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from ...kernels import triton_runtime
@@ -222,7 +221,7 @@ class _Called(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in AUTOCAST and torch.is_autocast_enabled("cuda"):
-            args, kwargs = tree_map_only(DeviceTensor, self.gpu.rounded, (args, kwargs))
+            args, kwargs = _mapped(self.gpu.rounded, (args, kwargs))
         if func is F.scaled_dot_product_attention and isinstance(args[0], DeviceTensor):
             (*rows, time, _), keys = args[0].shape, args[1].shape[-2]
             pairs = math.prod(rows) * time * keys / (2 if kwargs.get("is_causal") else 1)
@@ -252,7 +251,7 @@ class _Dispatched(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.name().removeprefix("aten::").partition(".")[0]
-        given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+        given = _tensors((args, kwargs))
         plain = {id(x): x.as_subclass(Tensor) for x in given}
         ours = [x for x in given if isinstance(x, DeviceTensor) or plain[id(x)].is_meta]
         if not ours and str(kwargs.get("device")) != "meta":
@@ -261,14 +260,14 @@ class _Dispatched(TorchDispatchMode):
             return answer[0]
         if any(x.is_meta for x in plain.values()):
             plain = {key: x if x.is_meta or not x.dim() else x.to("meta") for key, x in plain.items()}
-        unwrapped = tree_map_only(Tensor, lambda x: plain[id(x)], (args, kwargs))
+        unwrapped = _mapped(lambda x: plain[id(x)], (args, kwargs))
         made = func(*unwrapped[0], **unwrapped[1])
         if (not given or name.startswith("new_")) and _has_values(made):  # made from nothing: with values
-            on_host = tree_map_only(Tensor, lambda x: torch.empty((), dtype=x.dtype), args)
+            on_host = _mapped(lambda x: torch.empty((), dtype=x.dtype), args)
             made = func(*on_host, **{**kwargs, "device": "cpu"})
             if "empty" in name:
                 made.zero_()
-        results = [x for x in tree_flatten(made)[0] if isinstance(x, Tensor)]
+        results = _tensors(made)
         if not func.is_view and name not in NO_LAUNCH:
             count = flop_registry.get(func.overloadpacket)
             flops = 0.0 if count is None else count(*unwrapped[0], **unwrapped[1], out_val=made)
@@ -282,7 +281,7 @@ class _Dispatched(TorchDispatchMode):
             y.made_by = name
             return y
 
-        return tree_map_only(Tensor, wrapped, made)
+        return _mapped(wrapped, made)
 
     def _answer(self, name: str, args: Any, kwargs: Any) -> tuple[Any] | None:
         """What an operator that reads values returns, for which the host waits; ``None`` for other operators."""
@@ -309,6 +308,22 @@ class _Dispatched(TorchDispatchMode):
             if any(x.as_subclass(Tensor).is_meta for x in (masks or args[:1])):
                 raise NotImplementedError(f"{name}: its result is decided by values, which are not counted")
         return None
+
+
+def _mapped(function: Callable[[Tensor], Any], tree: Any) -> Any:
+    """The arguments or results of an operator, with each tensor replaced."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, (tuple, list)):
+        made = [_mapped(function, x) for x in tree]
+        return made if isinstance(tree, list) else tuple(made)
+    return {name: _mapped(function, x) for name, x in tree.items()} if isinstance(tree, dict) else tree
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    _mapped(found.append, tree)
+    return found
 
 
 def _values(x: Tensor) -> Tensor:

@@ -1,0 +1,57 @@
+"""The model of cost: what it counts, and that costs of a whole model follow from small ones."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from titans_build.kernels.memory import memory_flops
+
+pytest.importorskip("triton")
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def estimate(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("kernel_estimate")
+
+
+def test_flops_of_the_kernels_are_those_of_the_operation(estimate: Any) -> None:
+    """Errors of a layer whose input is a key are not propagated, which the formula of kernels rounds up."""
+    chunks, rows, b, d, width = 4, 2, 64, 64, 128
+    arguments = dict(keys=(chunks, rows, b, d), d_in=d, width=width, d_out=d, LAYERS=2, PARTS=2)
+    write, read = (sum(estimate.memory_flops(f"{name}_kernel", arguments)) for name in ("write", "read"))
+    useful = chunks * rows * b * memory_flops([(width, d), (d, width)], b)
+    assert write + read == pytest.approx(useful, rel=0.01)
+    assert sum(estimate.memory_flops("write_backward_kernel", arguments)) == 2 * write
+    assert estimate.memory_flops("forward_kernel", dict(x=(1, 2))) == (0, 0)
+
+
+@pytest.mark.parametrize("recipe", ["lmm-30m", pytest.param("mac-30m", marks=pytest.mark.slow)])
+def test_costs_are_linear_in_layers(estimate: Any, recipe: str) -> None:
+    one, two, three = (estimate.step(recipe, layers, 512 if recipe.startswith("mac") else 128) for layers in (1, 2, 3))
+    for name in estimate.COUNTS:
+        assert three[name] == pytest.approx(2 * two[name] - one[name], rel=1e-9), name
+    assert one["memory"] > 0 and one["casts"] > 0 and one["copies"] > 0 and one["launches"] > 100
+
+
+@pytest.mark.slow
+def test_costs_of_mac_are_linear_in_segments(estimate: Any) -> None:
+    at = [estimate.step("mac-30m", 1, 512 * n) for n in (2, 3, 4)]
+    for name in estimate.COUNTS:
+        assert at[2][name] == pytest.approx(2 * at[1][name] - at[0][name], rel=1e-6), name
+
+
+def test_a_step_takes_as_long_as_the_slower_of_host_and_device(estimate: Any) -> None:
+    row = estimate.estimate("transformer-30m", 256)
+    assert row["seconds"] == max(row["device"], row["host"]) and row["waits"] * estimate.WAIT < row["host"]
+    table = estimate.tables({
+        "rows": [row], "seconds": 1, "skipped": {}, "quick": False,
+        "environment": dict(date="", commit=None, modified=False, python="", versions={}, cpu="", instructions="",
+                            cores=1, threads=1, load=[0.0]),
+    })["steps"]  # fmt: skip
+    assert "transformer-30m" in table and "tokens/s" in table
