@@ -11,7 +11,9 @@ from titans_build.tools.gpu import parity
 
 
 @pytest.fixture(autouse=True)
-def as_before():
+def as_before(monkeypatch):
+    """What a check sets in its process is reset."""
+    monkeypatch.setenv(parity.SCHEDULE, "auto")
     yield
     torch.use_deterministic_algorithms(False)
     torch.set_float32_matmul_precision("highest")
