@@ -52,8 +52,11 @@ def read_prompt(
             model.check_state(state, x.shape[0])
         hidden, state = model.run(x, state, mask)
     rows, time = tokens.shape
-    present = torch.full((rows,), time > 0, device=tokens.device) if mask is None else mask.any(dim=1)
-    absent = (~present).nonzero().flatten().tolist()
+    if mask is None:  # nothing that a GPU would have to be asked for
+        absent = [] if time else list(range(rows))
+    else:
+        present = mask.any(dim=1)
+        absent = (~present).nonzero().flatten().tolist()
     if absent and logits is None:
         raise ValueError(f"tokens: row {absent[0]} has no valid token, and no logits were given")
     if logits is not None:

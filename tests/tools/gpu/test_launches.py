@@ -61,3 +61,10 @@ def test_a_long_sequence_takes_no_more_launches_of_the_memory() -> None:
             model(tokens, targets=tokens).loss.backward()
         launches.append(len(gpu.launches))
     assert launches[0] == launches[1]
+
+
+def test_generation_waits_for_each_sampled_token_alone() -> None:
+    with Counting() as gpu:
+        model = model_of(gpu, "mag")
+        model.generate(gpu.empty(2, 20, dtype=torch.int64), max_new_tokens=3, seed=torch.Generator())
+        assert len(gpu.waits) == 3 and all("sampling" in wait for wait in gpu.waits)
