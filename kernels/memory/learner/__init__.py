@@ -9,7 +9,8 @@
 ``updates.py``     retentions and optimizers
 ``rule.py``        the parts together, and which go together
 ``state.py``       the state, and what a learner is given
-``walk.py``        a sequence chunk by chunk: phases, masks, resets, windows
+``rows.py``        rows, resets and documents: which run side by side, and which by the fused operation
+``walk.py``        a sequence chunk by chunk: phases, masks, windows
 ``chunks.py``      the equations of a chunk; ``coefficients.py``: its gates as matrices
 =================  ====================================================================================================
 """
@@ -17,18 +18,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...dispatch import BackendError, expect_tensors, full_precision, half_dtype, shows_values, sum_is_finite
-from ...documents import Documents
-from ..operation import has_fast_backend, run_memory
-from ..state import MemoryState, Tokens
+from ...dispatch import BackendError, expect_tensors, full_precision, half_dtype, shows_values
+from ..state import MemoryState
 from . import networks, objectives, updates  # noqa: F401  (they register the parts)
-from .chunks import project_queries
 from .parts import (
     CATALOGUES,
     Features,
@@ -43,9 +40,10 @@ from .parts import (
     register_optimizer,
     register_retention,
 )
+from .rows import by_place, fits, run_documents, run_row, run_stretches
 from .rule import Rule, make_rule
 from .state import LearnerState, Writes
-from .walk import Measured, begin, complete, read, run, start, take_window
+from .walk import Measured, read, start
 from .walk import measure as measure_writes
 
 __all__ = [
@@ -176,8 +174,8 @@ def learn_by(
             raise TypeError(f"learn: {name}: expected a tensor, got {type(x).__name__}")
     writes, given, dtype = _writes(rule, q, k, v, theta, eta, alpha, gamma, parameter), type(state), q.dtype
     _check(rule, q, writes, state, norm, mask)
-    fits = rule.options() is not None and _fits(rule, norm) and not _by_place(gamma)
-    if backend not in ("auto", "general") and not fits:
+    is_of_memory = rule.options() is not None and fits(rule, norm) and not by_place(gamma)
+    if backend not in ("auto", "general") and not is_of_memory:
         raise BackendError(f"learn: backend={backend!r}: takes no rule but that of titans_memory; 'general' takes all")
     compute = torch.promote_types(torch.promote_types(dtype, state.weights[0].dtype), torch.float32)
     writes, norm = writes.map(lambda x: x.to(compute)), None if norm is None else norm.to(compute)
@@ -186,13 +184,13 @@ def learn_by(
     if n > 1:
         before = before._replace(position=before.position * n)
         mask, documents = (None if x is None else x.repeat_interleave(n, 1) for x in (mask, documents))
-    row = functools.partial(_row, rule, norm=norm, keep=keep, half=half_dtype(q), backend=backend)
-    stretches = functools.partial(_stretches, row, rule)
+    row = functools.partial(run_row, rule, norm=norm, keep=keep, half=half_dtype(q), backend=backend)
+    stretches = functools.partial(run_stretches, row, rule)
     with full_precision(q.device.type):
         if documents is None:
             y, after = stretches(writes, before, mask)
         else:
-            y, after = _documents(stretches, rule, writes, before, mask, documents)
+            y, after = run_documents(stretches, rule, writes, before, mask, documents)
     if n > 1:
         y = y[:, n - 1 if rule.read == "after" else 0 :: n]
         after = after._replace(position=after.position // n)
@@ -246,171 +244,12 @@ def measure(
         pick = lambda x: x if ends is None else x[ends]  # noqa: E731
         return torch.stack([x.to(found.surprise.dtype) for x in found], -1), state.rows(pick)
 
-    surprise, error, suppressed = _stretches(run, rule, writes, state, mask)[0].unbind(-1)
+    surprise, error, suppressed = run_stretches(run, rule, writes, state, mask)[0].unbind(-1)
     found = Measured(surprise, error, suppressed > 0)
     if n == 1:
         return found
     each = [x.unflatten(1, (-1, n)) for x in found]
     return Measured(each[0].square().sum(2).sqrt(), each[1].sum(2), each[2].all(2))
-
-
-Run = Callable[..., tuple[Tensor, LearnerState]]
-"""``run(writes, state, mask, ends)``: the outputs, and the state of the rows ``ends``, or of all, after the writes."""
-
-
-def _by_place(gamma: Tensor | None) -> bool:
-    """Whether weights of a window are those of its places."""
-    return gamma is not None and gamma.dim() == 4
-
-
-def _fits(rule: Rule, norm: Tensor | None) -> bool:
-    """Whether the operation ``titans_memory`` has this norm: its residual is the input after the features."""
-    return norm is None or rule.features is None or rule.features.width(norm.shape[-1]) == norm.shape[-1]
-
-
-def _row(
-    rule: Rule, writes: Writes, state: LearnerState, mask: Tensor | None, ends: list[int] | None = None, *,
-    norm: Tensor | None, keep: int | None, half: str | None, backend: str,
-) -> tuple[Tensor, LearnerState]:  # fmt: skip
-    """A stretch without a reset inside it. ``ends``: as of ``titans_memory``."""
-    options = rule.options(keep, half)
-    if (rule.objective.learned and writes.parameter is None) or _by_place(writes.gamma):
-        options = None  # the general path says what is missing
-    pick = lambda x: x if ends is None else x[ends]  # noqa: E731
-    if options is not None and backend != "general" and _fits(rule, norm):
-        state = complete(rule, state, writes)
-        tokens, shift, later = _tokens(rule, writes, state, norm, mask)
-        before = state.plain()
-        if not options.rare(tokens) or backend != "auto" or has_fast_backend(tokens, before, norm, mask, options):
-            y, after = run_memory(tokens, before, norm, mask, options._replace(ends=ends), backend)
-            if shift is not None:
-                y = y + (shift if mask is None else shift.masked_fill(~mask[..., None, None], 0.0))
-            # otherwise, the general path finds the token from which on there is NaN or infinity
-            if options.confines or not shows_values(y) or sum_is_finite(y, *after.weights):
-                return y, later.rows(pick)._replace(**after._asdict())
-    gain = None if norm is None else norm.unsqueeze(1)
-    y, state = run(rule, writes, complete(rule, state, writes), gain, mask)
-    return y, state.rows(pick)
-
-
-def _tokens(
-    rule: Rule, writes: Writes, state: LearnerState, norm: Tensor | None, mask: Tensor | None
-) -> tuple[Tokens, Tensor | None, LearnerState]:
-    """What ``titans_memory`` is given for ``writes``; what is added to its outputs; and the state with what it does not
-    know as it is after them.
-
-    The residual of its norm is the network's input. Where features make this, values and outputs move by as much.
-    """
-    q, k, v, theta, eta, alpha, gamma, delta = writes
-    if rule.query is not None:
-        q, projection = _projected(q, k, state.projection, mask)
-        state = state._replace(projection=projection)
-    if rule.window > 1:
-        across = writes.map(lambda x: x.transpose(1, 2))
-        recent, held, every, state = take_window(rule, across, state, mask)
-        k, v = every.k.transpose(1, 2), every.v.transpose(1, 2)
-        delta = None if every.parameter is None else every.parameter.transpose(1, 2)
-        there = torch.arange(1 - rule.window, 0, device=held.device) >= -held.unsqueeze(1)
-        assert recent.gamma is not None
-        before = torch.where(there.unsqueeze(1), recent.gamma, 0.0).transpose(1, 2)
-        gamma = torch.cat([before, torch.ones_like(theta) if gamma is None else gamma], 1)
-    elif gamma is not None:
-        theta, gamma = theta * gamma, None
-    query, key, shift = rule.features_of(q), rule.features_of(k), None
-    if rule.features is not None and norm is not None:
-        shift = q - query
-        if type(rule.objective) is not objectives.DotProduct:  # which is not of the difference to the value
-            v = v + (key - k)
-    return Tokens(query, key, v, theta, eta, alpha, delta, gamma), shift, state
-
-
-def _projected(q: Tensor, k: Tensor, projection: Any, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``project_queries`` of ``[batch, time, heads, d_in]``. Values at masked tokens are arbitrary."""
-    if mask is not None:
-        q, k = (x.masked_fill(~mask[..., None, None], 0.0) for x in (q, k))
-    q, projection = project_queries(q.transpose(1, 2), k.transpose(1, 2), projection, mask)
-    return q.transpose(1, 2), projection
-
-
-def _stretches(
-    run: Run, rule: Rule, writes: Writes, state: LearnerState, mask: Tensor | None, ends: list[int] | None = None
-) -> tuple[Tensor, LearnerState]:
-    """``run`` of the stretches between resets, which are rows side by side."""
-    rows, time = writes.theta.shape[:2]
-    if rule.reset is None or rows * time == 0:
-        return run(writes, state, mask, ends)
-    state, every = complete(rule, state, writes), rule.reset * rule.keys
-    before, counts = state.position, [time] * rows if mask is None else mask.sum(1).tolist()
-    places = before.tolist()
-    due = [count > 0 and place > 0 and place % every == 0 for place, count in zip(places, counts)]
-    state = state._replace(position=before % every)
-    pick = lambda x: x if ends is None else x[ends]  # noqa: E731
-    if all(place % every + count <= every for place, count in zip(places, counts)):
-        y, after = run(writes, begin(state, before.new_tensor(due).bool()) if any(due) else state, mask, ends)
-    else:
-        seen = torch.arange(time, device=before.device) if mask is None else mask.cumsum(1) - 1
-        ids = (state.position.unsqueeze(1) + seen).div(every, rounding_mode="floor")
-        y, after = _apart(run, rule, Documents(ids, mask, -before.new_tensor(due)), writes, state)
-        after = after.rows(pick)
-    return y, after._replace(position=pick(before + before.new_tensor(counts)))
-
-
-def _documents(
-    run: Run, rule: Rule, writes: Writes, state: LearnerState, mask: Tensor | None, ids: Tensor
-) -> tuple[Tensor, LearnerState]:
-    """``run`` of every document as a row."""
-    if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.shape != writes.theta.shape[:2]:
-        got = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-        raise ValueError(f"documents: expected int64 [batch, time], got {got}")
-    if not state.initial:
-        if bool((state.position > 0).any()):
-            raise ValueError("documents: the state does not hold the initial weights, from which documents begin: "
-                             "expected one made with documents or reset, or one at position 0")  # fmt: skip
-        state = state._replace(initial=state.weights)
-    return _apart(run, rule, Documents(ids, mask), writes, complete(rule, state, writes))
-
-
-def _apart(
-    run: Run, rule: Rule, documents: Documents, writes: Writes, state: LearnerState
-) -> tuple[Tensor, LearnerState]:
-    """``run`` of every document as a row, and the state after the last document of each row."""
-    groups, outputs, ends, order = documents.groups(begin=True), [], [], []
-    for group in groups:
-        rows = [documents.row[i] for i in group.documents]
-        goes_on = [documents.continues[i] for i in group.documents]
-        unpacked = writes.map(lambda x, group=group: documents.unpack(x, group))  # type: ignore[misc]
-        if any(goes_on):
-            anew = begin(state, True)._replace(position=torch.zeros_like(state.position))
-            index = [row if on else documents.rows + row for row, on in zip(rows, goes_on)]
-            before = _joined([state, anew]).rows(lambda x, index=index: x[index])  # type: ignore[misc]
-        else:
-            weights = tuple(w[rows] for w in state.initial)
-            momentum = tuple(torch.zeros_like(w[:1]).expand_as(w) for w in weights[: len(state.momentum)])
-            position = state.position.new_zeros(len(rows))
-            before = complete(rule, LearnerState(weights, momentum, weights, position, weights), unpacked)
-        final = [place for place, i in enumerate(group.documents) if documents.last[documents.row[i]] == i]
-        y, after = run(unpacked, before, None if group.layout is None else group.layout.filled, final)
-        outputs.append(y)
-        ends.append(after)
-        order += [rows[place] for place in final]
-    unread = [row for row, i in enumerate(documents.last) if i is None]
-    ends.append(state.rows(lambda x: x[unread]))
-    order += unread
-    if not outputs:
-        return torch.zeros_like(writes.v), state
-    index = sorted(range(len(order)), key=order.__getitem__)
-    return documents.pack(outputs, groups), _joined(ends).rows(lambda x: x[index])
-
-
-def _joined(states: list[LearnerState]) -> LearnerState:
-    """The rows of all states."""
-    parts: list[Any] = []
-    for part in zip(*states):
-        if part[0] is None:
-            parts.append(None)
-        else:
-            parts.append(torch.cat(part) if isinstance(part[0], Tensor) else tuple(map(torch.cat, zip(*part))))
-    return LearnerState(*parts)
 
 
 _PARAMETER = "the parameter of the objective"
@@ -469,7 +308,7 @@ def _check(
     expected = dict(q=(*gate, width), k=(*gate, width), v=(*gate, out), theta=gate, eta=gate, alpha=alpha, gamma=gate)
     if rule.steps == "each":
         expected["theta"] = (*gate, len(state.weights))
-    if _by_place(writes.gamma):
+    if by_place(writes.gamma):
         expected["gamma"] = (*gate, rule.window)
     expected[_PARAMETER] = gate
     for name, x in named:
