@@ -85,7 +85,7 @@ def kernels(
             backward = kernel is write_backward_kernels.write_backward_resident_kernel
             if not resident(layers, 2, dim, hidden, dim, PRODUCTS[products], backward=backward):
                 continue
-        tiles = schedule(kernel.__name__, chunk, dim, hidden, dim, layers=layers)
+        tiles = schedule(kernel.__name__, chunk, dim, hidden, dim, PRODUCTS[products], layers=layers)
         steps = {f"{name}_{to}": 16 * dim for name in "qkvyp" for to in ("row", "head", "step")}
         yield kernel, net | tiles, dict(b=chunk, d_in=dim, width=hidden, d_out=dim, **steps)
 

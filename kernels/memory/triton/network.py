@@ -107,7 +107,7 @@ class TritonNetwork(ChunkNetwork):
         sizes = self._sizes(queries, written)
         read, carry = decay.read.contiguous(), decay.carry.contiguous()
         grad_queries, grad_read, grad_carry = map(torch.empty_like, (queries, read, carry))
-        blocks = triton.cdiv(b, schedule(read_backward_kernel.__name__, self._chunk, *sizes)["TOKENS"])
+        blocks = triton.cdiv(b, schedule(read_backward_kernel.__name__, self._chunk, *sizes, self._products)["TOKENS"])
         grad_gain = None if self.gain is None else queries.new_empty(chunks, batch_heads, blocks, grad_y.shape[-1])
         z_1 = query_activations[0] if len(query_activations) == 2 else queries
         grad_z = _two([self.scratch(f"grad z {l}", *x.shape) for l, x in enumerate(query_activations)])
@@ -170,12 +170,12 @@ class TritonNetwork(ChunkNetwork):
 
     def _run(
         self, kernel: Any, grid: tuple[int, ...], b: int, sizes: tuple[int, int, int], written: Written,
-        *arguments: Any, **flags: bool | float,
+        *arguments: Any, **flags: bool | float | None,
     ) -> None:  # fmt: skip
         """A launch with everything a kernel may be compiled for; each takes what it has a parameter for."""
         stack = written.stacks[0]
         layers, parts = len(written.stacks), stack.shape[2]
-        tiles = schedule(kernel.__name__, self._chunk, *sizes, layers=layers, parts=parts)
+        tiles = schedule(kernel.__name__, self._chunk, *sizes, self._products, layers=layers, parts=parts)
         fixed = dict(
             LAYERS=layers, PARTS=parts, ACTIVATION=self._number if layers == 2 else 0, NORM=self.gain is not None,
             WIDE=tl.float64 if stack.dtype == torch.float64 else tl.float32, **loss_constants(self.objective), **tiles,

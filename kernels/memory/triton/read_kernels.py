@@ -174,18 +174,17 @@ def read_backward_kernel(
         store_tokens(grad_scores_2, first, t, s, b, b, dscores * decay)
     tl.debug_barrier()
 
-    # down through the last layer, and through the state below it
+    # down through the last layer
     dcarry = tl.zeros((TOKENS, 2), WIDE)
-    dq = tl.zeros((TOKENS, IN), WIDE)
     for h0 in range(0, width, BLOCK):
         h = h0 + tl.arange(0, BLOCK)
-        preact = load_tokens(z_1, first, t, h, b, width, WIDE)
-        x = activate(preact, ACTIVATION)
         dx = tl.zeros((TOKENS, BLOCK), WIDE)
         for s0 in range(0, b, KEYS):
             s = s0 + tl.arange(0, KEYS)
             grad_scores = load_tokens(grad_scores_2, first, t, s, b, b, WIDE)
             dx += dot(grad_scores, load_tokens(input_2, first, s, h, b, width, WIDE), OPERAND, WIDE, PRECISION)
+        preact = load_tokens(z_1, first, t, h, b, width, WIDE)
+        x = activate(preact, ACTIVATION)
         for part in tl.static_range(PARTS):
             w = load(stack_2 + (at * PARTS + part) * size_2, o, h, d_out, width, WIDE)
             back = dot(g, w, OPERAND, WIDE, PRECISION)
@@ -196,21 +195,21 @@ def read_backward_kernel(
                 dx += load_tokens(grad_y, first, t, h, b, d_out, WIDE)
             store_tokens(grad_queries, first, t, h, b, width, dx)
         else:
-            dpreact = dx * slope(preact, ACTIVATION)
-            store_tokens(grad_z_1, first, t, h, b, width, dpreact)
-            q = load_tokens(queries, first, t, i, b, d_in, WIDE)
+            store_tokens(grad_z_1, first, t, h, b, width, dx * slope(preact, ACTIVATION))
+
+    # through the state of the first layer, and its scores
+    if LAYERS == 2:
+        tl.debug_barrier()
+        dq = tl.zeros((TOKENS, IN), WIDE)
+        for h0 in range(0, width, BLOCK):
+            h = h0 + tl.arange(0, BLOCK)
+            dpreact = load_tokens(grad_z_1, first, t, h, b, width, WIDE)
             for part in tl.static_range(PARTS):
                 w_1 = load(stack_1 + (at * PARTS + part) * size_1, h, i, width, d_in, WIDE)
                 back_1 = dot(dpreact, w_1, OPERAND, WIDE, PRECISION)
+                q = load_tokens(queries, first, t, i, b, d_in, WIDE)
                 dcarry += in_part(tl.sum(q * back_1, axis=1), part, WIDE)
                 dq += coefficient(carry, first, t, b, part, PARTS, WIDE) * back_1
-    tl.store(grad_carry + (first + t[:, None]) * PARTS + p[None, :], dcarry,
-             mask=(t < b)[:, None] & (p < PARTS)[None, :])  # fmt: skip
-
-    # the first layer's scores
-    if LAYERS == 2:
-        tl.debug_barrier()
-        q = load_tokens(queries, first, t, i, b, d_in, WIDE)
         for s0 in range(0, b, KEYS):
             s = s0 + tl.arange(0, KEYS)
             dscores = tl.zeros((TOKENS, KEYS), WIDE)
@@ -219,6 +218,7 @@ def read_backward_kernel(
                 dpreact = load_tokens(grad_z_1, first, t, h, b, width, WIDE)
                 e = load_tokens(error_1, first, s, h, b, width, WIDE)
                 dscores -= dot(dpreact, tl.trans(e), OPERAND, WIDE, PRECISION)
+            q = load_tokens(queries, first, t, i, b, d_in, WIDE)
             k = load_tokens(keys, first, s, i, b, d_in, WIDE)
             scores = dot(q, tl.trans(k), OPERAND, WIDE, PRECISION)
             decay = load_tokens(read, first, t, s, b, b, WIDE)
@@ -231,6 +231,8 @@ def read_backward_kernel(
         if NORM:
             dq += load_tokens(grad_y, first, t, i, b, d_out, WIDE)
         store_tokens(grad_queries, first, t, i, b, d_in, dq)
+    tl.store(grad_carry + (first + t[:, None]) * PARTS + p[None, :], dcarry,
+             mask=(t < b)[:, None] & (p < PARTS)[None, :])  # fmt: skip
 
 
 @triton.jit

@@ -4,11 +4,16 @@ compiling ahead of time.
 A program keeps tiles of tokens x head, tokens x hidden units and head x hidden units in registers, of which a
 multiprocessor has 64 Ki of 32 bits, and a few of them in shared memory on their way into a matrix unit. So:
 
-* ``TOKENS``: the tokens that a program works on at a time; a longer chunk takes several rounds. 32, or 16 in the
-  backward of writing, which has twice as many tiles of tokens, in the backward of reading with heads above 64, and with
-  the state in registers.
+* ``TOKENS``: the tokens that a program works on at a time; a longer chunk takes several rounds. 64, because that is the
+  least number of rows of Hopper's matrix units; 16 with the state in registers and for shorter chunks, where operands
+  are swapped so that the rows are hidden units (``tiles.dot``).
+* ``FEW``: tokens at a time where there are many tiles of tokens x head: the loss.
 * ``KEYS``: the tokens of the chunk that a query is compared with at a time: up to 64.
-* ``BLOCK``: hidden units at a time, with a streamed state: up to 32.
+* ``BLOCK``: hidden units at a time, with a streamed state: up to 64, or 32 with heads above 64.
+* ``IN``: columns of the input at a time: up to 64 in writing, else the whole head.
+
+Float32 and float64, which no matrix unit takes, have smaller tiles: a product is done by the threads themselves, with
+its operands in registers.
 
 Writing and its backward have two schedules. *Streamed*, the state is read in blocks, for every chunk again. *Resident*,
 it stays in registers from chunk to chunk (``WIDTH``: all hidden units at once), where it fits.
@@ -60,19 +65,33 @@ def tile(size: int, most: int | None = None) -> int:
 
 
 def schedule(
-    kernel: str, b: int, d_in: int, width: int, d_out: int, *, layers: int = 2, parts: int = 2
-) -> dict[str, Any]:
-    """The tiles of ``kernel`` (its function's name) and its launch, for a memory with chunks of ``b`` tokens."""
+    kernel: str, b: int, d_in: int, width: int, d_out: int, products: dict[str, Any] | None = None, *,
+    layers: int = 2, parts: int = 2,
+) -> dict[str, Any]:  # fmt: skip
+    """The tiles of ``kernel`` (its function's name) and its launch, for a memory with chunks of ``b`` tokens.
+
+    ``products``: what :func:`operands` said; ``None`` for a kernel without products of matrices.
+    """
     backward, is_resident = kernel.startswith("write_backward"), kernel in RESIDENT.values()
-    reads_back = kernel in ("read_backward_kernel", "read_fixed_backward_kernel")
-    few = backward or is_resident or (reads_back and max(d_in, d_out) > 64)
+    if on_matrix_units(products):
+        tokens, block = 16 if is_resident else 64, 64 if max(d_in, d_out) <= 64 else 32
+    else:
+        few = backward or is_resident or ("backward" in kernel and max(d_in, d_out) > 64)
+        tokens, block = 16 if few else 32, 32
     # half the room: half the warps, and a multiprocessor takes two programs
     small = is_resident and state_bytes(layers, parts, d_in, width, d_out, backward=backward) <= ROOM[backward] // 2
+    writes = "write" in kernel and not is_resident
     return dict(
-        TOKENS=tile(b, 16 if few else 32), KEYS=tile(b, 64),
-        IN=tile(d_in, 128), OUT=tile(d_out, 128), BLOCK=tile(width, 32), WIDTH=tile(width),
-        num_warps=4 if small else 8, num_stages=1,
+        TOKENS=tile(b, tokens), FEW=16, KEYS=tile(b, 64), IN=tile(d_in, 64 if writes else 128), OUT=tile(d_out, 128),
+        BLOCK=tile(width, block), WIDTH=tile(width), num_warps=4 if small else 8, num_stages=1,
     )  # fmt: skip
+
+
+def on_matrix_units(products: dict[str, Any] | None) -> bool:
+    """Whether matrix units take the operands: half precision or TF32, and not float32 or float64."""
+    return products is not None and (
+        products["OPERAND"] in (tl.bfloat16, tl.float16) or products["PRECISION"] == "tf32"
+    )
 
 
 def state_bytes(
@@ -98,7 +117,7 @@ def resident(
     """Whether the state stays in registers while the chunks of a head are written (or ``backward``).
 
     It does where its tiles fit ``ROOM`` and a matrix unit takes the products' operands. With momentum that is one layer
-    of up to 64 x 64, or two of up to 64 x 64 forward and up to 32 x 64 backward. A product in full float32 is not done
+    of up to 64 x 64, or two of up to 64 x 64 forward and up to 32 x 32 backward. A product in full float32 is not done
     by a matrix unit, and its operands need the registers.
 
     Raises:
@@ -108,8 +127,9 @@ def resident(
     if chosen not in SCHEDULES:
         raise BackendError(f"{VARIABLE}={chosen}: no such schedule; expected {', '.join(SCHEDULES)}")
     if chosen == "auto":
-        room = state_bytes(layers, parts, d_in, width, d_out, backward=backward, wide=wide) <= ROOM[backward]
-        return room and (products["OPERAND"] in (tl.bfloat16, tl.float16) or products["PRECISION"] == "tf32")
+        room = ROOM[backward] // (layers if backward else 1)  # two layers have more tiles of tokens, too
+        fits = state_bytes(layers, parts, d_in, width, d_out, backward=backward, wide=wide) <= room
+        return fits and on_matrix_units(products)
     most = state_bytes(layers, parts, d_in, width, d_out, backward=True, wide=wide)
     if chosen == "resident" and most > REGISTERS:
         raise BackendError(

@@ -76,6 +76,9 @@ def dot(a, b, OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr
         else:
             a, b = a.to(OPERAND), b.to(OPERAND)
         product = tl.dot(a, b, input_precision="ieee", out_dtype=WIDE)
+    elif a.shape[0] < 64 and b.shape[1] >= 64:  # Hopper's matrix units take no fewer than 64 rows of the left operand
+        a, b = tl.trans(b.to(OPERAND)), tl.trans(a.to(OPERAND))
+        product = tl.trans(tl.dot(a, b, input_precision=PRECISION, out_dtype=WIDE))
     else:
         product = tl.dot(a.to(OPERAND), b.to(OPERAND), input_precision=PRECISION, out_dtype=WIDE)
     return product

@@ -75,13 +75,14 @@ def write_backward_kernel(
     grad_values, grad_write, grad_mix, grad_gain, grad_anchor_1, grad_anchor_2,
     chunks, batch_heads, b, d_in, width, d_out,
     LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr,
-    ANCHORED: tl.constexpr, TOKENS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
+    ANCHORED: tl.constexpr, TOKENS: tl.constexpr, FEW: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
+    BLOCK: tl.constexpr,
     OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     LOSS: tl.constexpr, POWER: tl.constexpr, DELTA: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
     """Every chunk of one head, the last first. The gradients that reads have left are added to where they lie."""
     bh = tl.program_id(0).to(tl.int64)
-    i, o, four = tl.arange(0, IN), tl.arange(0, OUT), tl.arange(0, 4)
+    o, four = tl.arange(0, OUT), tl.arange(0, 4)
     size_1, size_2 = width * d_in, d_out * width
     gain_o = load_gain(gain, bh, o, d_out, OUT, NORM, WIDE)
     dgain = tl.zeros((OUT,), WIDE)
@@ -100,47 +101,60 @@ def write_backward_kernel(
                 grad_weights_1, grad_weights_2 = grad_anchor_1 + bh * size_1, grad_anchor_2 + bh * size_2
         for t0 in range(0, b, TOKENS):
             t = t0 + tl.arange(0, TOKENS)
-            valid = (t < b)[:, None]
 
             # through the state after the chunk: mix state - (write errors)^T inputs
-            error = load_tokens(error_2, first, t, o, b, d_out, WIDE)
-            derror = load_tokens(grad_error_2, first, t, o, b, d_out, WIDE)
             for part in tl.static_range(PARTS):
                 weight = coefficient(write, first, t, b, part, PARTS, WIDE)
-                dweight = tl.zeros((TOKENS,), WIDE)
                 back = tl.zeros((TOKENS, OUT), WIDE)
                 for h0 in range(0, width, BLOCK):
                     h = h0 + tl.arange(0, BLOCK)
                     after_2 = load(later_2 + part * size_2, o, h, d_out, width, WIDE)
                     a = load_tokens(input_2, first, t, h, b, width, WIDE)
                     back += dot(a, tl.trans(after_2), OPERAND, WIDE, PRECISION)
+                error = load_tokens(error_2, first, t, o, b, d_out, WIDE)
+                dweight = -tl.sum(back * error, axis=1)
+                derror = load_tokens(grad_error_2, first, t, o, b, d_out, WIDE)
+                replace_tokens(grad_error_2, first, t, o, b, d_out, derror - back * weight)
+                error *= weight
+                for h0 in range(0, width, BLOCK):
+                    h = h0 + tl.arange(0, BLOCK)
+                    after_2 = load(later_2 + part * size_2, o, h, d_out, width, WIDE)
                     da = load_tokens(grad_input_2, first, t, h, b, width, WIDE)
-                    da -= dot(error * weight, after_2, OPERAND, WIDE, PRECISION)
+                    da -= dot(error, after_2, OPERAND, WIDE, PRECISION)
                     replace_tokens(grad_input_2, first, t, h, b, width, da)
                 if LAYERS == 2:
-                    k = load_tokens(keys, first, t, i, b, d_in, WIDE)
-                    dk = load_tokens(grad_keys, first, t, i, b, d_in, WIDE)
                     for h0 in range(0, width, BLOCK):
                         h = h0 + tl.arange(0, BLOCK)
-                        after_1 = load(later_1 + part * size_1, h, i, width, d_in, WIDE)
+                        grad_scores_1 = tl.zeros((TOKENS, BLOCK), WIDE)
+                        for i0 in range(0, d_in, IN):
+                            i = i0 + tl.arange(0, IN)
+                            k = load_tokens(keys, first, t, i, b, d_in, WIDE)
+                            after_1 = load(later_1 + part * size_1, h, i, width, d_in, WIDE)
+                            grad_scores_1 += dot(k, tl.trans(after_1), OPERAND, WIDE, PRECISION)
                         e = load_tokens(error_1, first, t, h, b, width, WIDE)
-                        grad_scores_1 = dot(k, tl.trans(after_1), OPERAND, WIDE, PRECISION)
                         dweight -= tl.sum(grad_scores_1 * e, axis=1)
                         de = load_tokens(grad_error_1, first, t, h, b, width, WIDE)
                         replace_tokens(grad_error_1, first, t, h, b, width, de - grad_scores_1 * weight)
-                        dk -= dot(e * weight, after_1, OPERAND, WIDE, PRECISION)
-                    replace_tokens(grad_keys, first, t, i, b, d_in, dk)
-                derror -= back * weight
-                dweight -= tl.sum(back * error, axis=1)
+                    for i0 in range(0, d_in, IN):
+                        i = i0 + tl.arange(0, IN)
+                        dk = load_tokens(grad_keys, first, t, i, b, d_in, WIDE)
+                        for h0 in range(0, width, BLOCK):
+                            h = h0 + tl.arange(0, BLOCK)
+                            e = load_tokens(error_1, first, t, h, b, width, WIDE) * weight
+                            after_1 = load(later_1 + part * size_1, h, i, width, d_in, WIDE)
+                            dk -= dot(e, after_1, OPERAND, WIDE, PRECISION)
+                        replace_tokens(grad_keys, first, t, i, b, d_in, dk)
                 tl.store(grad_write + (first + t) * PARTS + part, dweight, mask=t < b)
                 tl.debug_barrier()
 
             # through errors = scale unclipped, where scale = clip / |gradient| below one
-            unclipped = load_tokens(unclipped_2, first, t, o, b, d_out, WIDE)
             if CLIP is not None:
                 squares_2, small_2 = tl.zeros((TOKENS,), WIDE), tl.zeros((TOKENS,), WIDE)  # of the last layer's input
                 squares_1, small_1 = tl.zeros((TOKENS,), WIDE), tl.zeros((TOKENS,), WIDE)  # of unclipped_1
-                k_length, dscale = tl.zeros((TOKENS,), WIDE), tl.sum(derror * unclipped, axis=1)
+                unclipped = load_tokens(unclipped_2, first, t, o, b, d_out, WIDE)
+                derror = load_tokens(grad_error_2, first, t, o, b, d_out, WIDE)
+                d_length, dscale = row_length(unclipped, WIDE), tl.sum(derror * unclipped, axis=1)
+                k_squares, small_k = tl.zeros((TOKENS,), WIDE), tl.zeros((TOKENS,), WIDE)
                 for h0 in range(0, width, BLOCK):
                     h = h0 + tl.arange(0, BLOCK)
                     a = load_tokens(input_2, first, t, h, b, width, WIDE)
@@ -154,17 +168,26 @@ def write_backward_kernel(
                         small_1 += small_more
                         dscale += tl.sum(load_tokens(grad_error_1, first, t, h, b, width, WIDE) * e, axis=1)
                 if LAYERS == 2:
-                    k_length = row_length(load_tokens(keys, first, t, i, b, d_in, WIDE), WIDE)
-                d_length, a_length = row_length(unclipped, WIDE), length(squares_2, small_2, WIDE)
+                    for i0 in range(0, d_in, IN):
+                        k = load_tokens(keys, first, t, i0 + tl.arange(0, IN), b, d_in, WIDE)
+                        more, small_more = square_sums(k, 1, WIDE)
+                        k_squares += more
+                        small_k += small_more
+                k_length, a_length = length(k_squares, small_k, WIDE), length(squares_2, small_2, WIDE)
                 e_length = length(squares_1, small_1, WIDE)
                 norm = gradient_norm(e_length, k_length, d_length, a_length)
                 scale = clip_scale(norm, CLIP)
                 dnorm = tl.where(scale < 1, -4 * dscale * scale, 0.0)
                 norm = tl.maximum(norm, CLIP)
-                derror = derror * scale[:, None] + through_norm(unclipped, a_length / norm, dnorm)
+                unclipped = load_tokens(unclipped_2, first, t, o, b, d_out, WIDE)
+                derror = load_tokens(grad_error_2, first, t, o, b, d_out, WIDE) * scale[:, None]
+                derror += through_norm(unclipped, a_length / norm, dnorm)
+                replace_tokens(grad_error_2, first, t, o, b, d_out, derror)
+                tl.debug_barrier()
 
             # errors run down the layers, so their gradient runs up ...
             if LAYERS == 2:
+                derror = load_tokens(grad_error_2, first, t, o, b, d_out, WIDE)
                 for h0 in range(0, width, BLOCK):
                     h = h0 + tl.arange(0, BLOCK)
                     de = load_tokens(grad_error_1, first, t, h, b, width, WIDE)
@@ -175,36 +198,42 @@ def write_backward_kernel(
                     preact = load_tokens(output_1, first, t, h, b, width, WIDE)
                     w = load(w_2, o, h, d_out, width, WIDE)
                     derror += dot(de * slope(preact, ACTIVATION), tl.trans(w), OPERAND, WIDE, PRECISION)
+                replace_tokens(grad_error_2, first, t, o, b, d_out, derror)
+                tl.debug_barrier()
 
-            # ... through the loss ...
-            z = load_tokens(output_2, first, t, o, b, d_out, WIDE)
-            v = load_tokens(values, first, t, o, b, d_out, WIDE)
-            if NORM:
-                residual = load_tokens(keys, first, t, o, b, d_in, WIDE)
-                g, dresidual_out, dv, dgains = output_error_backward(
-                    derror, unclipped, z, residual, v, gain_o, o < d_out, d_out, LOSS, POWER, DELTA, SMOOTH
-                )
-                dgain += tl.sum(tl.where(valid, dgains, 0.0), axis=0)
-                # a residual network is as wide at its end as at its beginning
-                dresidual = load_tokens(grad_keys, first, t, o, b, d_in, WIDE) + dresidual_out
-                replace_tokens(grad_keys, first, t, o, b, d_in, dresidual)
-            else:
-                g, dv = half_error_vjp(derror, z, v, LOSS, POWER, DELTA, SMOOTH)
-            store_tokens(grad_values, first, t, o, b, d_out, dv)
-            g = tl.where(valid, g, 0.0)
-            store_tokens(grad_error_2, first, t, o, b, d_out, g)
+            # ... through the loss, whose backward has many tiles: ``FEW`` tokens at a time ...
+            for s0 in range(t0, t0 + TOKENS, FEW):
+                s = s0 + tl.arange(0, FEW)
+                derror_s = load_tokens(grad_error_2, first, s, o, b, d_out, WIDE)
+                z_s = load_tokens(output_2, first, s, o, b, d_out, WIDE)
+                v_s = load_tokens(values, first, s, o, b, d_out, WIDE)
+                if NORM:
+                    unclipped_s = load_tokens(unclipped_2, first, s, o, b, d_out, WIDE)
+                    residual_s = load_tokens(keys, first, s, o, b, d_in, WIDE)
+                    g_s, dresidual_out, dv_s, dgains_s = output_error_backward(
+                        derror_s, unclipped_s, z_s, residual_s, v_s, gain_o, o < d_out, d_out,
+                        LOSS, POWER, DELTA, SMOOTH,
+                    )  # fmt: skip
+                    dgain += tl.sum(tl.where((s < b)[:, None], dgains_s, 0.0), axis=0)
+                    # a residual network is as wide at its end as at its beginning
+                    dresidual = load_tokens(grad_keys, first, s, o, b, d_in, WIDE) + dresidual_out
+                    replace_tokens(grad_keys, first, s, o, b, d_in, dresidual)
+                else:
+                    g_s, dv_s = half_error_vjp(derror_s, z_s, v_s, LOSS, POWER, DELTA, SMOOTH)
+                store_tokens(grad_values, first, s, o, b, d_out, dv_s)
+                replace_tokens(grad_error_2, first, s, o, b, d_out, g_s)
             tl.debug_barrier()
 
             # ... and then the inputs' gradient runs down
-            if LAYERS == 2:
-                dk = load_tokens(grad_keys, first, t, i, b, d_in, WIDE)
-                if CLIP is not None:
-                    k = load_tokens(keys, first, t, i, b, d_in, WIDE)
-                    dk += through_norm(k, e_length / norm, dnorm)
+            g = load_tokens(grad_error_2, first, t, o, b, d_out, WIDE)
             for h0 in range(0, width, BLOCK):
                 h = h0 + tl.arange(0, BLOCK)
                 w = load(w_2, o, h, d_out, width, WIDE)
-                da = load_tokens(grad_input_2, first, t, h, b, width, WIDE) + dot(g, w, OPERAND, WIDE, PRECISION)
+                da = dot(g, w, OPERAND, WIDE, PRECISION)
+                if LAYERS == 2:
+                    unclipped = load_tokens(unclipped_2, first, t, o, b, d_out, WIDE)
+                    upstream = dot(unclipped, w, OPERAND, WIDE, PRECISION)
+                da += load_tokens(grad_input_2, first, t, h, b, width, WIDE)
                 if CLIP is not None:
                     a = load_tokens(input_2, first, t, h, b, width, WIDE)
                     da += through_norm(a, d_length / norm, dnorm)
@@ -212,24 +241,29 @@ def write_backward_kernel(
                     preact = load_tokens(output_1, first, t, h, b, width, WIDE)
                     de = load_tokens(grad_error_1, first, t, h, b, width, WIDE)
                     rise = slope(preact, ACTIVATION)
-                    upstream = dot(unclipped, w, OPERAND, WIDE, PRECISION)
-                    da = tl.where(valid, da * rise + de * upstream * curvature(preact, ACTIVATION), 0.0)
-                    tile_1 = load(w_1, h, i, width, d_in, WIDE)
-                    dk += dot(da, tile_1, OPERAND, WIDE, PRECISION)
+                    da = da * rise + de * upstream * curvature(preact, ACTIVATION)
                     replace_tokens(grad_error_1, first, t, h, b, width, de * rise)
                 replace_tokens(grad_input_2, first, t, h, b, width, da)
-            if LAYERS == 2:
-                replace_tokens(grad_keys, first, t, i, b, d_in, dk)
             tl.debug_barrier()
+            if LAYERS == 2:
+                for i0 in range(0, d_in, IN):
+                    i = i0 + tl.arange(0, IN)
+                    dk = load_tokens(grad_keys, first, t, i, b, d_in, WIDE)
+                    if CLIP is not None:
+                        k = load_tokens(keys, first, t, i, b, d_in, WIDE)
+                        dk += through_norm(k, e_length / norm, dnorm)
+                    for h0 in range(0, width, BLOCK):
+                        h = h0 + tl.arange(0, BLOCK)
+                        da = load_tokens(grad_input_2, first, t, h, b, width, WIDE)
+                        dk += dot(da, load(w_1, h, i, width, d_in, WIDE), OPERAND, WIDE, PRECISION)
+                    replace_tokens(grad_keys, first, t, i, b, d_in, dk)
+                tl.debug_barrier()
 
         # the gradients of weights and state, over all of the chunk's tokens
         dmix = tl.zeros((4,), WIDE)
         for h0 in range(0, width, BLOCK):
             h = h0 + tl.arange(0, BLOCK)
             dmix = _state_backward(mix, dmix, at, state_2, later_2, before_2, o, h, d_out, width, size_2, PARTS, WIDE)
-            if LAYERS == 2:
-                dmix = _state_backward(mix, dmix, at, state_1, later_1, before_1, h, i, width, d_in, size_1,
-                                     PARTS, WIDE)  # fmt: skip
             tl.debug_barrier()
             dw = load(grad_weights_2, o, h, d_out, width, WIDE)
             dw = _over_tokens(dw, grad_error_2, input_2, first, o, h, b, d_out, width,
@@ -237,11 +271,17 @@ def write_backward_kernel(
             if LAYERS == 2:
                 dw = _over_tokens(dw, unclipped_2, grad_error_1, first, o, h, b, d_out, width,
                                     TOKENS, OPERAND, WIDE, PRECISION)  # fmt: skip
-                dw_1 = load(grad_weights_1, h, i, width, d_in, WIDE)
-                dw_1 = _over_tokens(dw_1, grad_input_2, keys, first, h, i, b, width, d_in,
-                                      TOKENS, OPERAND, WIDE, PRECISION)  # fmt: skip
-                replace(grad_weights_1, h, i, width, d_in, dw_1)
             replace(grad_weights_2, o, h, d_out, width, dw)
+            if LAYERS == 2:
+                for i0 in range(0, d_in, IN):
+                    i = i0 + tl.arange(0, IN)
+                    dmix = _state_backward(mix, dmix, at, state_1, later_1, before_1, h, i, width, d_in, size_1,
+                                         PARTS, WIDE)  # fmt: skip
+                    tl.debug_barrier()
+                    dw_1 = load(grad_weights_1, h, i, width, d_in, WIDE)
+                    dw_1 = _over_tokens(dw_1, grad_input_2, keys, first, h, i, b, width, d_in,
+                                        TOKENS, OPERAND, WIDE, PRECISION)  # fmt: skip
+                    replace(grad_weights_1, h, i, width, d_in, dw_1)
         tl.store(grad_mix + (at * PARTS + four // 2) * PARTS + four % 2, dmix,
                  mask=(four // 2 < PARTS) & (four % 2 < PARTS))  # fmt: skip
         tl.debug_barrier()

@@ -41,16 +41,17 @@ from .tiles import (
 @triton.jit
 def _differentiate(
     keys, values, w_1, w_2, gain_o, input_2, output_1, output_2, unclipped_1, unclipped_2, error_1, error_2,
-    first, t, b, d_in, width, d_out,
+    first, t0, b, d_in, width, d_out,
     LAYERS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr,
-    TOKENS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr, FEW: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
     WIDE: tl.constexpr, FINE: tl.constexpr, FINE_PRECISION: tl.constexpr,
     LOSS: tl.constexpr, POWER: tl.constexpr, DELTA: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
-    """Some tokens of a chunk: keys forward through the weights, half errors back."""
-    i, o = tl.arange(0, IN), tl.arange(0, OUT)
-    k = load_tokens(keys, first, t, i, b, d_in, WIDE)
-    v = load_tokens(values, first, t, o, b, d_out, WIDE)
+    """``TOKENS`` tokens of a chunk from ``t0`` on: keys forward through the weights, half errors back.
+
+    A tile is loaded where it is used, because registers are few; the loss takes ``FEW`` tokens at a time.
+    """
+    t, o = t0 + tl.arange(0, TOKENS), tl.arange(0, OUT)
 
     # keys forward
     z = tl.zeros((TOKENS, OUT), WIDE)
@@ -58,8 +59,11 @@ def _differentiate(
     for h0 in range(0, width, BLOCK):
         h = h0 + tl.arange(0, BLOCK)
         if LAYERS == 2:
-            tile_1 = load(w_1, h, i, width, d_in, WIDE)
-            preact = dot(k, tl.trans(tile_1), FINE, WIDE, FINE_PRECISION)
+            preact = tl.zeros((TOKENS, BLOCK), WIDE)
+            for i0 in range(0, d_in, IN):
+                i = i0 + tl.arange(0, IN)
+                k, tile_1 = load_tokens(keys, first, t, i, b, d_in, WIDE), load(w_1, h, i, width, d_in, WIDE)
+                preact += dot(k, tl.trans(tile_1), FINE, WIDE, FINE_PRECISION)
             store_tokens(output_1, first, t, h, b, width, preact)
             a = activate(preact, ACTIVATION)
             store_tokens(input_2, first, t, h, b, width, a)
@@ -72,17 +76,24 @@ def _differentiate(
         w = load(w_2, o, h, d_out, width, WIDE)
         z += dot(a, tl.trans(w), FINE, WIDE, FINE_PRECISION)
     store_tokens(output_2, first, t, o, b, d_out, z)
+    tl.debug_barrier()
+
+    # the loss
+    for s0 in range(t0, t0 + TOKENS, FEW):
+        s = s0 + tl.arange(0, FEW)
+        z_s = load_tokens(output_2, first, s, o, b, d_out, WIDE)
+        residual = z_s
+        if NORM:
+            residual = load_tokens(keys, first, s, o, b, d_in, WIDE)
+        v = load_tokens(values, first, s, o, b, d_out, WIDE)
+        error = output_error(z_s, residual, v, gain_o, o < d_out, d_out, NORM, LOSS, POWER, DELTA, SMOOTH)
+        store_tokens(unclipped_2, first, s, o, b, d_out, error)
+    tl.debug_barrier()
 
     # errors back
-    residual = z
-    if NORM:
-        residual = load_tokens(keys, first, t, o, b, d_in, WIDE)
-    error = output_error(z, residual, v, gain_o, o < d_out, d_out, NORM, LOSS, POWER, DELTA, SMOOTH)
-    error = tl.where((t < b)[:, None], error, 0.0)
-    store_tokens(unclipped_2, first, t, o, b, d_out, error)
     e_squares, small_e_squares = tl.zeros((TOKENS,), WIDE), tl.zeros((TOKENS,), WIDE)
     if LAYERS == 2:
-        tl.debug_barrier()
+        error = load_tokens(unclipped_2, first, t, o, b, d_out, WIDE)
         for h0 in range(0, width, BLOCK):
             h = h0 + tl.arange(0, BLOCK)
             w = load(w_2, o, h, d_out, width, WIDE)
@@ -94,8 +105,16 @@ def _differentiate(
                 e_squares += more
                 small_e_squares += small_more
     if CLIP is not None:
+        error = load_tokens(unclipped_2, first, t, o, b, d_out, WIDE)
+        k_squares, small_k_squares = tl.zeros((TOKENS,), WIDE), tl.zeros((TOKENS,), WIDE)
+        if LAYERS == 2:
+            for i0 in range(0, d_in, IN):
+                k = load_tokens(keys, first, t, i0 + tl.arange(0, IN), b, d_in, WIDE)
+                more, small_more = square_sums(k, 1, WIDE)
+                k_squares += more
+                small_k_squares += small_more
         norm = gradient_norm(
-            length(e_squares, small_e_squares, WIDE), row_length(k, WIDE),
+            length(e_squares, small_e_squares, WIDE), length(k_squares, small_k_squares, WIDE),
             row_length(error, WIDE), length(squares, small_squares, WIDE),
         )  # fmt: skip
         scale = clip_scale(norm, CLIP)
@@ -139,7 +158,8 @@ def write_kernel(
     input_2, output_1, output_2, unclipped_1, unclipped_2, error_1, error_2,
     chunks, batch_heads, b, d_in, width, d_out,
     LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr,
-    ANCHORED: tl.constexpr, TOKENS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
+    ANCHORED: tl.constexpr, TOKENS: tl.constexpr, FEW: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
+    BLOCK: tl.constexpr,
     OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, FINE: tl.constexpr,
     FINE_PRECISION: tl.constexpr,
     LOSS: tl.constexpr, POWER: tl.constexpr, DELTA: tl.constexpr, SMOOTH: tl.constexpr,
@@ -163,8 +183,8 @@ def write_kernel(
         for t0 in range(0, b, TOKENS):
             _differentiate(
                 keys, values, w_1, w_2, gain_o, input_2, output_1, output_2, unclipped_1, unclipped_2, error_1, error_2,
-                first, t0 + tl.arange(0, TOKENS), b, d_in, width, d_out,
-                LAYERS, ACTIVATION, NORM, CLIP, TOKENS, IN, OUT, BLOCK, WIDE, FINE, FINE_PRECISION,
+                first, t0, b, d_in, width, d_out,
+                LAYERS, ACTIVATION, NORM, CLIP, TOKENS, FEW, IN, OUT, BLOCK, WIDE, FINE, FINE_PRECISION,
                 LOSS, POWER, DELTA, SMOOTH,
             )  # fmt: skip
         tl.debug_barrier()
@@ -186,7 +206,8 @@ def rewrite_kernel(
     input_2, output_1, output_2, unclipped_1, unclipped_2, error_1, error_2,
     batch_heads, b, d_in, width, d_out,
     LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr,
-    ANCHORED: tl.constexpr, TOKENS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
+    ANCHORED: tl.constexpr, TOKENS: tl.constexpr, FEW: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
+    BLOCK: tl.constexpr,
     WIDE: tl.constexpr, FINE: tl.constexpr, FINE_PRECISION: tl.constexpr,
     LOSS: tl.constexpr, POWER: tl.constexpr, DELTA: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
@@ -200,8 +221,9 @@ def rewrite_kernel(
             w_1, w_2 = anchor_1 + bh * width * d_in, anchor_2 + bh * d_out * width
     _differentiate(
         keys, values, w_1, w_2, gain_o, input_2, output_1, output_2, unclipped_1, unclipped_2, error_1, error_2,
-        at * b, tl.program_id(1) * TOKENS + tl.arange(0, TOKENS), b, d_in, width, d_out,
-        LAYERS, ACTIVATION, NORM, CLIP, TOKENS, IN, OUT, BLOCK, WIDE, FINE, FINE_PRECISION, LOSS, POWER, DELTA, SMOOTH,
+        at * b, tl.program_id(1) * TOKENS, b, d_in, width, d_out,
+        LAYERS, ACTIVATION, NORM, CLIP, TOKENS, FEW, IN, OUT, BLOCK, WIDE, FINE, FINE_PRECISION,
+        LOSS, POWER, DELTA, SMOOTH,
     )  # fmt: skip
 
 
