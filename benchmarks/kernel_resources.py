@@ -6,6 +6,7 @@
 Every kernel is compiled ahead of time, with the tiles of its launch (``kernels/memory/triton/schedule.py``) and the
 assumption that addresses and sizes of the model are multiples of 16. ``registers``: per thread. ``spilled``: bytes per
 thread in local memory. ``shared``: bytes of shared memory per program. ``dot``: operand types of the matrix units.
+``wgmma`` and ``mma``: instructions for products of matrices, those of Hopper's groups of warps and those of one warp.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ PRODUCTS = {
     "bfloat16": operands(torch.float32, torch.bfloat16),
     "float16": operands(torch.float32, torch.float16),
     "float32": operands(torch.float32),
-    "tf32": dict(OPERAND=tl.float32, PRECISION="tf32", FINE=tl.float32, FINE_PRECISION="bf16x3"),
+    "tf32": operands(torch.float32) | dict(PRECISION="tf32", FINE_PRECISION="bf16x3"),
 }
 WHOLE = re.compile(
     r"tokens|dim|(?:batch_)?heads|interval|.*_(?:step|row|head)|stretch|time|problems|chunks?|rows|d_in|width|d_out|b"
@@ -58,13 +59,14 @@ TYPED = {"mask": "*i1", "position": "*i64"}
 
 
 def kernels(
-    dim: int, hidden: int, chunk: int, products: str, layers: int = 2
+    dim: int, hidden: int, chunk: int, operand: str, layers: int = 2, target: str = "sm_90"
 ) -> Iterator[tuple[Any, dict[str, Any], dict[str, int]]]:
     """Every kernel with its constants and its known sizes.
 
     Resident kernels are included where the rule of ``schedule.py`` would choose them.
     """
     hidden = dim if layers == 1 else hidden
+    products = PRODUCTS[operand] | dict(UNIT_ROWS=64 if target in ("sm_90", "sm_100") else 16)
     wide = tl.float32
     norm = dict(KIND=GATE, GIVEN=True, WIDE=wide, ROWS=max(1, 1024 // dim), WIDTH=dim, DIVISOR=float(dim), EPS=1e-6)
     steps = dict.fromkeys(("a_step", "b_step", "grad_step", "grad_a_step", "grad_b_step"), 16 * dim)
@@ -75,7 +77,7 @@ def kernels(
         yield kernel, taps, dict(dim=16 * dim, time_step=16 * dim, grad_time_step=16 * dim)
     net = dict(
         LAYERS=layers, PARTS=2, ACTIVATION=3 if layers == 2 else 0, NORM=True, CLIP=1.0, ANCHORED=True, KEEP=True,
-        MOMENTUM=True, FORGETTING=True, MASKED=True, AFTER=True, READ=1, WIDE=wide, **PRODUCTS[products],
+        MOMENTUM=True, FORGETTING=True, MASKED=True, AFTER=True, READ=1, WIDE=wide, **products,
         **loss_constants(SQUARED),
     )  # fmt: skip
     for kernel in (decay.decay_kernel, decay.decay_backward_kernel):
@@ -83,9 +85,9 @@ def kernels(
     for kernel in MEMORY:
         if kernel.__name__ in RESIDENT.values():
             backward = kernel is write_backward_kernels.write_backward_resident_kernel
-            if not resident(layers, 2, dim, hidden, dim, PRODUCTS[products], backward=backward):
+            if not resident(layers, 2, dim, hidden, dim, products, backward=backward):
                 continue
-        tiles = schedule(kernel.__name__, chunk, dim, hidden, dim, PRODUCTS[products], layers=layers)
+        tiles = schedule(kernel.__name__, chunk, dim, hidden, dim, products, layers=layers)
         steps = {f"{name}_{to}": 16 * dim for name in "qkvyp" for to in ("row", "head", "step")}
         yield kernel, net | tiles, dict(b=chunk, d_in=dim, width=hidden, d_out=dim, **steps)
 
@@ -150,7 +152,7 @@ def main(words: list[str] | None = None) -> None:
     arguments = parser.parse_args(words)
     for target in arguments.target:
         for kernel, fixed, sizes in kernels(
-            arguments.dim, arguments.hidden, arguments.chunk, arguments.operands, arguments.layers
+            arguments.dim, arguments.hidden, arguments.chunk, arguments.operands, arguments.layers, target
         ):
             if arguments.kernel and not any(name in kernel.__name__ for name in arguments.kernel):
                 continue

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .decay_torch import ChunkDecay, chunk_decay
+from .decay_torch import ChunkDecay, chunk_decay, end_decay
 from .network_torch import ACTIVATIONS, EPS, gradient_norm, half_error, half_error_vjp, layer_norm_vjp, length
 from .state import Options
 
@@ -135,11 +135,29 @@ class WrittenGrad(NamedTuple):
 class ChunkNetwork:
     """The memory network ``M``; ``gain`` ``[batch_heads, 1, d]`` is given when ``M(x) = x + LN(net(x)) * gain``."""
 
-    decay = staticmethod(chunk_decay)
+    matmul: Callable[[Tensor, Tensor], Tensor] = staticmethod(torch.matmul)
+    """Of reads at the anchor; differentiable."""
+    largest = torch.finfo(torch.float64).max
+    """What an operand of a product may be without becoming infinite."""
 
     def __init__(self, options: Options, gain: Tensor | None, scratch: Scratch) -> None:
         self.activation, self.clip, self.objective = ACTIVATIONS[options.activation], options.clip, options.objective
         self.gain, self.scratch, self.last_read = gain, scratch, -1 if options.read == "before" else 0
+        self.at_anchor = options.read == "anchor"
+
+    def decay(
+        self, theta: Tensor, eta: Tensor | None, alpha: Tensor | None, valid: Tensor | None, read_after: bool
+    ) -> ChunkDecay:
+        """The matrices of a group's chunks; differentiable."""
+        return (end_decay if self.at_anchor else chunk_decay)(theta, eta, alpha, valid, read_after)
+
+    def product(self, a: Tensor, b: Tensor, out: Tensor | None = None, *, fine: bool = False) -> Tensor:
+        """``a b`` of batches of matrices; ``fine``: one that needs all digits."""
+        return torch.bmm(a, b, out=out)
+
+    def add_product(self, to: Tensor, a: Tensor, b: Tensor, alpha: float = 1, *, fine: bool = False) -> None:
+        """``to += alpha a b``."""
+        to.baddbmm_(a, b, alpha=alpha)
 
     # -- write ---------------------------------------------------------------------------------------------------
 
@@ -155,7 +173,7 @@ class ChunkNetwork:
             for buffer, stack, a, d in zip(written.stacks, now.stacks, now.inputs, now.errors):
                 after = buffer[i + 1]
                 torch.bmm(decay.mix[i], stack.flatten(2), out=after.flatten(2))
-                after.flatten(1, 2).baddbmm_(self._times(decay.write[i], d, "weighted").mT, a, alpha=-1)
+                self.add_product(after.flatten(1, 2), self._times(decay.write[i], d, "weighted").mT, a, -1, fine=True)
 
     def rewrite(
         self, keys: Tensor, values: Tensor, written: Written, anchor: list[Tensor] | None, outputs_known: bool
@@ -181,7 +199,7 @@ class ChunkNetwork:
             if l:
                 self.activation.value(to.outputs[l - 1], out=to.inputs[l])
             if not outputs_known:
-                torch.bmm(to.inputs[l], weight.mT, out=to.outputs[l])
+                self.product(to.inputs[l], weight.mT, to.outputs[l], fine=True)
         z = to.outputs[last]
         if gain is None:
             half_error(z, values, self.objective, out=to.unclipped[last])
@@ -192,7 +210,7 @@ class ChunkNetwork:
             to.unclipped[last].copy_(layer_norm_vjp(g, n, inverse))
         for l in range(last - 1, -1, -1):
             g = to.upstream[l] if to.upstream else self.scratch("upstream", *to.unclipped[l].shape)
-            torch.bmm(to.unclipped[l + 1], weights[l + 1], out=g)
+            self.product(to.unclipped[l + 1], weights[l + 1], g, fine=True)
             self.activation.vjp(g, to.outputs[l], out=to.unclipped[l])
         if self.clip is not None:
             norm = gradient_norm(to.unclipped, to.inputs)
@@ -227,15 +245,18 @@ class ChunkNetwork:
                 # the coefficients of the state's parts are multiplied in where the layer is narrow
                 for part in range(s):
                     weighted = torch.mul(x, carry[..., part : part + 1], out=new("weighted x", width))
-                    torch.baddbmm(z, weighted, stack[:, part].mT, beta=min(part, 1), out=z)
+                    if part:
+                        self.add_product(z, weighted, stack[:, part].mT)
+                    else:
+                        self.product(weighted, stack[:, part].mT, z)
             else:
-                carried = torch.bmm(x, stack.flatten(1, 2).mT, out=new("carried", s * out)).unflatten(-1, (s, out))
+                carried = self.product(x, stack.flatten(1, 2).mT, new("carried", s * out)).unflatten(-1, (s, out))
                 torch.mul(carried[:, :, 0], carry[..., :1], out=z)
                 if s == 2:
                     z.addcmul_(carried[:, :, 1], carry[..., 1:])
             # zero for later keys, also where a score or a step size is not finite
-            scores = torch.bmm(x, a.mT, out=new("scores", x.shape[1])).mul_(read).tril_(self.last_read)
-            z.baddbmm_(scores, d, alpha=-1)
+            scores = self.product(x, a.mT, new("scores", x.shape[1])).mul_(read).tril_(self.last_read)
+            self.add_product(z, scores, d, -1)
         y = z.view(queries.shape[:-1] + z.shape[-1:])
         if self.gain is None:
             return y.clone() if query_activations else y
@@ -247,7 +268,7 @@ class ChunkNetwork:
         Errors of later tokens are multiplied by zero, and zero times infinity is NaN.
         """
         sizes = torch.stack([torch.linalg.vector_norm(d, math.inf, dim=-1) for d in errors])
-        lost = ~sizes.isfinite().all(0)
+        lost = ~(sizes <= self.largest).all(0)
         if lost.is_cpu and not bool(lost.any()):  # which another device would be waited for
             return carry, errors
         from_then_on = lost.cumsum(-1) > 0
@@ -282,22 +303,22 @@ class ChunkNetwork:
             z = query_activations[l - 1].flatten(0, 1) if l else queries.flatten(0, 1)
             x = self.activation.value(z, out=self.scratch("x", *z.shape)) if l else z
             weighted = self._times(carry, g, "weighted")
-            torch.bmm(weighted.mT, x, out=grad.stacks[l][:-1].flatten(0, 1).flatten(1, 2))
+            self.product(weighted.mT, x, grad.stacks[l][:-1].flatten(0, 1).flatten(1, 2))
             grad_x = self.scratch(f"grad x {l % 2}", *x.shape)
             for part in range(stack.shape[1]):
-                back = torch.bmm(g, stack[:, part], out=self.scratch("back", *x.shape))
+                back = self.product(g, stack[:, part], self.scratch("back", *x.shape))
                 grad_carry[..., part] += torch.mul(x, back, out=self.scratch("product", *x.shape)).sum(-1)
                 if part:
                     grad_x.addcmul_(back, carry[..., part : part + 1])
                 else:
                     torch.mul(back, carry[..., :1], out=grad_x)
-            scores = torch.bmm(x, a.mT, out=self.scratch("scores", *read.shape))
-            grad_scores = torch.bmm(g, d.mT, out=self.scratch("grad scores", *read.shape)).neg_()
+            scores = self.product(x, a.mT, self.scratch("scores", *read.shape))
+            grad_scores = self.product(g, d.mT, self.scratch("grad scores", *read.shape)).neg_()
             grad_read.addcmul_(grad_scores, scores)
-            torch.bmm(scores.mul_(read).mT, g, out=grad.errors[l].flatten(0, 1)).neg_()
+            self.product(scores.mul_(read).mT, g, grad.errors[l].flatten(0, 1)).neg_()
             grad_scores.mul_(read)
-            torch.bmm(grad_scores.mT, x, out=grad.inputs[l].flatten(0, 1))
-            grad_x.baddbmm_(grad_scores, a)
+            self.product(grad_scores.mT, x, grad.inputs[l].flatten(0, 1))
+            self.add_product(grad_x, grad_scores, a)
             g = self.activation.vjp(grad_x, z, out=self.scratch("vjp", *z.shape)) if l else grad_x
         g = g.view(queries.shape)
         if self.gain is not None:
@@ -346,10 +367,10 @@ class ChunkNetwork:
             # through the state at the chunk's end: mix state - (write errors)^T inputs
             for l in range(layers):
                 grad_end = grad.stacks[l][i + 1]
-                torch.bmm(now.inputs[l], grad_end.flatten(1, 2).mT, out=grad_weighted[l][i])
+                self.product(now.inputs[l], grad_end.flatten(1, 2).mT, grad_weighted[l][i])
                 for part, g in enumerate(grad_weighted[l][i].unflatten(-1, (s, -1)).unbind(2)):
                     grad_errors[l].addcmul_(g, write[i, :, :, part], value=-1)
-                grad_inputs[l].baddbmm_(weighted[l][i], grad_end.flatten(1, 2), alpha=-1)
+                self.add_product(grad_inputs[l], weighted[l][i], grad_end.flatten(1, 2), -1)
                 grad_start[l].flatten(2).baddbmm_(decay.mix[i].mT, grad_end.flatten(2))
             if self.clip is not None:
                 self._clip_backward(now, grad_errors, grad_inputs)
@@ -362,7 +383,7 @@ class ChunkNetwork:
                 if curvature is not None:
                     through_slope[l] = torch.mul(g, curvature[i], out=self.scratch(f"through slope {l}", *g.shape))
                 grad_upstream.append(g.mul_(slopes[l][i]))
-                grad_errors[l + 1].baddbmm_(grad_upstream[-1], weights[l + 1].mT)
+                self.add_product(grad_errors[l + 1], grad_upstream[-1], weights[l + 1].mT)
             # ... and then the inputs' gradient runs down
             g = self._error_backward(
                 keys[i], values[i], now, grad_errors[-1], grad_inputs[0], grad_gain, grad_values[i]
@@ -372,11 +393,11 @@ class ChunkNetwork:
                     g, curved = grad_inputs[l + 1].mul_(slopes[l][i]), through_slope[l]
                     if curved is not None:
                         g += curved
-                grad_weight = torch.bmm(g.mT, now.inputs[l], out=self.scratch("grad weight", *weights[l].shape))
+                grad_weight = self.product(g.mT, now.inputs[l], self.scratch("grad weight", *weights[l].shape))
                 if l:
-                    grad_weight.baddbmm_(now.unclipped[l].mT, grad_upstream[l - 1])
+                    self.add_product(grad_weight, now.unclipped[l].mT, grad_upstream[l - 1])
                 grad_weights[l].add_(grad_weight)
-                grad_inputs[l].baddbmm_(g, weights[l])
+                self.add_product(grad_inputs[l], g, weights[l])
         grad_write, grad_mix = torch.zeros_like(decay.write), torch.zeros_like(decay.mix)
         for l in range(layers):
             grad_write -= grad_weighted[l].unflatten(-1, (s, -1)).mul_(written.errors[l].unsqueeze(3)).sum(-1)

@@ -218,7 +218,7 @@ class _Chunkwise(torch.autograd.Function):
                     store[group] = buffer[0]
             queries = _chunks(q, times, b)
             if options.read == "anchor":
-                read = memory_network(queries, _anchors(written, own), options.activation, net.gain)
+                read = memory_network(queries, _anchors(written, own), options.activation, net.gain, net.matmul)
             else:
                 read = net.read(queries, decay, written, [x[span] for x in query_activations])
             _scatter(y, read, times, b)
@@ -286,7 +286,7 @@ def _backward(ctx: Any, grad_y: Tensor, *grad_state: Tensor) -> tuple[Tensor | N
             net.write(keys, values, decay, written, own)
         grad_reads, grad_read, grad_carry = _chunks(grad_y, times, b), None, None
         if options.read == "anchor":
-            grad_q, gain_read = _read_backward(grad_reads, queries, written, options, net.gain, grad, own, grad_anchor)
+            grad_q, gain_read = _read_backward(grad_reads, queries, written, options, net, grad, own, grad_anchor)
         else:
             if ctx.saves_activations:
                 reading = [x[span] for x in query_activations]
@@ -327,14 +327,15 @@ def _anchors(written: Written, first: list[Tensor] | None) -> list[Tensor]:
 
 
 def _read_backward(
-    grad_y: Tensor, queries: Tensor, written: Written, options: Options, gain: Tensor | None, grad: WrittenGrad,
+    grad_y: Tensor, queries: Tensor, written: Written, options: Options, net: ChunkNetwork, grad: WrittenGrad,
     first: list[Tensor] | None, grad_first: list[Tensor] | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Through reads at anchors: the gradients of queries and gain; sets ``grad`` but the last stacks."""
+    gain = net.gain
     with torch.enable_grad():
         anchors = [x.detach().requires_grad_() for x in _anchors(written, first)]
         leaves = [x.detach().requires_grad_() for x in (queries, *([] if gain is None else [gain]))]
-        y = memory_network(leaves[0], anchors, options.activation, leaves[1] if gain is not None else None)
+        y = memory_network(leaves[0], anchors, options.activation, None if gain is None else leaves[1], net.matmul)
         grad_q, *rest = torch.autograd.grad(y, [*leaves, *anchors], grad_y)
     for l, of_weights in enumerate(rest[-len(anchors) :]):
         grad.stacks[l][:-1].zero_()

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..scan import linear_scan
+
 
 class _IntervalProducts(torch.autograd.Function):
     @staticmethod
@@ -42,7 +44,7 @@ def interval_products(factors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class ChunkDecay(NamedTuple):
-    """Coefficients for a chunk of ``b`` tokens.
+    """Coefficients for a chunk of ``b`` tokens; ``read`` and ``carry`` are empty where reads are at the anchor.
 
     The state has ``s`` parts: 2 (weights, momentum), or 1 without momentum.
     """
@@ -100,3 +102,30 @@ def chunk_decay(
         first[..., 0] = 1
         carry = torch.cat([first, carry[..., :-1, :]], dim=-2)
     return ChunkDecay(C * step, carry, write.contiguous(), mix)
+
+
+def end_decay(
+    theta: Tensor, eta: Tensor | None, alpha: Tensor | None, valid: Tensor | None, read_after: bool
+) -> ChunkDecay:
+    """``write`` and ``mix`` of :func:`chunk_decay`, without a matrix for each pair of tokens, for reads at the anchor.
+
+    The coefficients at a chunk's end are recurrences from its last token to its first.
+    """
+
+    def from_the_end(gate: Tensor, inputs: Tensor) -> Tensor:
+        """``x_t = inputs_t + gate_{t+1} x_{t+1}``."""
+        gates = torch.cat([torch.zeros_like(gate[..., :1]), gate[..., 1:].flip(-1)], -1)
+        flat = (x.reshape(-1, x.shape[-1]) for x in (gates, inputs.flip(-1)))
+        return linear_scan(*flat).view(inputs.shape).flip(-1)
+
+    step, last = 2 * theta, torch.zeros_like(theta)
+    last[..., -1] = 1
+    kept = torch.ones_like(theta) if alpha is None else from_the_end(1 - alpha, last)
+    start = kept[..., 0] if alpha is None else kept[..., 0] * (1 - alpha[..., 0])
+    empty = theta.new_empty(0)
+    if eta is None:
+        return ChunkDecay(empty, empty, (kept * step).unsqueeze(-1), start[..., None, None])
+    H, C = from_the_end(eta, last), from_the_end(eta, kept if valid is None else kept * valid)
+    m, E = eta[..., 0] * C[..., 0], eta[..., 0] * H[..., 0]
+    mix = torch.stack([torch.stack([start, m], -1), torch.stack([torch.zeros_like(E), E], -1)], -2)
+    return ChunkDecay(empty, empty, torch.stack([C * step, H * step], -1), mix)

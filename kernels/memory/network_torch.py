@@ -222,11 +222,14 @@ def _network(q: Tensor, weights: Sequence[Tensor], activation: str, norm: Tensor
     return memory_network(q.transpose(1, 2), weights, activation, gain).transpose(1, 2)
 
 
-def memory_network(x: Tensor, weights: Sequence[Tensor], activation: str, gain: Tensor | None) -> Tensor:
+def memory_network(
+    x: Tensor, weights: Sequence[Tensor], activation: str, gain: Tensor | None,
+    matmul: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
+) -> Tensor:  # fmt: skip
     """``M(x)``: x ``[..., tokens, d_in]``, weights ``[..., out, in]``, a gain ``[..., 1, d_out]``."""
     h = x
     for layer, weight in enumerate(weights):
-        h = (ACTIVATIONS[activation].value(h) if layer else h) @ weight.mT
+        h = matmul(ACTIVATIONS[activation].value(h) if layer else h, weight.mT)
     return h if gain is None else x + F.layer_norm(h, h.shape[-1:], eps=EPS) * gain
 
 

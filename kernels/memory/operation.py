@@ -24,6 +24,7 @@ from ..dispatch import (
     sum_is_finite,
     transforming,
 )
+from ..triton_runtime import refuse as refuse_triton
 from ..triton_runtime import refuse_memory as refuse_triton_memory
 from .chunkwise_torch import chunkwise_memory
 from .closed_form import closed_form_memory
@@ -429,6 +430,7 @@ MEMORY = Operation(
         _backend("native_linear", linear_memory, refuse_linear, confined=True, knows=(CHANNELS, FIRST)),
         _backend("native", cpu_memory, refuse_cpu, knows=SUMS),
         _backend("triton", _triton("network", "triton_memory"), _refuse_triton, confined=True),
+        _backend("triton_batched", _triton("batched", "batched_memory"), refuse_triton, confined=True),
         _backend("torch", chunkwise_memory, confined=True),
         _backend("closed_form", closed_form_memory, thresholds=True, knows=SUMS),
         _backend("reference", reference_memory, thresholds=True, confined=True, knows=(CHANNELS, FIRST, DELTA)),
@@ -464,6 +466,7 @@ READ = Operation(
         _read_backend("native_step", cpu_step_read, _one_token(refuse_cpu_step), opaque=True),
         Backend("native", cpu_read, refuse_cpu_read, opaque=True),  # casts the queries itself
         Backend("triton", _triton("read", "triton_read"), refuse_triton_memory, opaque=True),  # casts what it loads
+        Backend("triton_batched", _triton("batched", "batched_read"), refuse_triton, opaque=True),
         _read_backend("torch", torch_read),
         _read_backend("reference", reference_read),
     ],

@@ -241,7 +241,7 @@ def test_settings_of_packaged_sizes():
     (context, _), (persistent, _) = load_recipe("mac-1.3b").layers["mac"], load_recipe("mag-760m").layers["mag"]
     assert (context["segment"], context["persistent"], context["attend"]["heads"]) == (512, 128, 8)
     memory = context["memory"]
-    assert [memory[key] for key in ("heads", "depth", "expansion", "chunk", "conv")] == [8, 2, 4, 16, 4]
+    assert [memory[key] for key in ("heads", "depth", "expansion", "chunk", "conv")] == [8, 2, 4, 64, 4]
     assert (persistent["tokens"], persistent["of"]["branches"][0]["window"]) == (128, 2048)
     assert [branch["heads"] for branch in persistent["of"]["branches"]] == [16, 16]
     for name, heads in (("tnt-170m", 16), ("tnt-1.3b", 8)):
@@ -252,4 +252,4 @@ def test_settings_of_packaged_sizes():
             (16, 2048, heads),
         ]
     mal = load_recipe("mal-340m").layers["mal"][0]
-    assert (mal["tokens"], mal["of"]["of"][0]["chunk"], mal["of"]["of"][1]["window"]) == (128, 16, 2048)
+    assert (mal["tokens"], mal["of"]["of"][0]["chunk"], mal["of"]["of"][1]["window"]) == (128, 64, 2048)

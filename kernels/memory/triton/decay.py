@@ -268,6 +268,6 @@ def decay_backward_kernel(
 
 
 def decay_tiles(chunk: int) -> dict[str, int]:
-    """For chunks of up to ``chunk`` tokens: four columns per lane of one warp, of one chunk or several."""
+    """For chunks of up to ``chunk`` tokens: four columns per lane, of one chunk or several."""
     columns = triton.next_power_of_2(chunk)
-    return dict(CHUNKS=max(1, 128 // columns), TOKENS=columns, num_warps=1)
+    return dict(CHUNKS=max(1, 128 // columns), TOKENS=columns, num_warps=min(max(1, columns // 128), 8))

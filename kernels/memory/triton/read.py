@@ -123,7 +123,7 @@ def _fixed(
     known = dict(
         LAYERS=len(weights), ACTIVATION=ACTIVATION_NUMBERS[activation], NORM=norm is not None,
         WIDE=tl.float64 if weights[0].dtype == torch.float64 else tl.float32,
-        **schedule(kernel.__name__, time, weights[0].shape[3], width, d_out, products), **products,
+        **schedule(kernel.__name__, 16 if time <= 16 else 64, weights[0].shape[3], width, d_out, products), **products,
     )  # fmt: skip
     return {name: x for name, x in known.items() if name in (*kernel.arg_names, "num_warps", "num_stages")}
 

@@ -12,8 +12,7 @@ multiprocessor has 64 Ki of 32 bits, and a few of them in shared memory on their
 * ``BLOCK``: hidden units at a time, with a streamed state: up to 64, or 32 with heads above 64.
 * ``IN``: columns of the input at a time: up to 64 in writing, else the whole head.
 
-Float32 and float64, which no matrix unit takes, have smaller tiles: a product is done by the threads themselves, with
-its operands in registers.
+Float32 and float64, which no matrix unit takes, and GPUs before Hopper have smaller tiles.
 
 Writing and its backward have two schedules. *Streamed*, the state is read in blocks, for every chunk again. *Resident*,
 it stays in registers from chunk to chunk (``WIDTH``: all hidden units at once), where it fits.
@@ -22,6 +21,7 @@ The length of a sequence is not a parameter, and the chunk is that of the memory
 sequence: a model compiles each kernel once.
 
 Environment: ``TITANS_BUILD_SCHEDULE=streamed`` or ``resident`` picks a schedule, for tests and measurements.
+``TITANS_BUILD_FINE=off`` takes one product where three keep the digits of a chunk's gradients.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from ..network_torch import LOSS_NUMBERS
 from ..state import Objective
 
 VARIABLE = "TITANS_BUILD_SCHEDULE"
+FINE_VARIABLE = "TITANS_BUILD_FINE"
 SCHEDULES = ("auto", "resident", "streamed")
 REGISTERS = 256 * 2**10
 """Bytes of a multiprocessor's registers."""
@@ -73,7 +74,7 @@ def schedule(
     ``products``: what :func:`operands` said; ``None`` for a kernel without products of matrices.
     """
     backward, is_resident = kernel.startswith("write_backward"), kernel in RESIDENT.values()
-    if on_matrix_units(products):
+    if products is not None and on_matrix_units(products) and products["UNIT_ROWS"] == 64:
         tokens, block = 16 if is_resident else 64, 64 if max(d_in, d_out) <= 64 else 32
     else:
         few = backward or is_resident or ("backward" in kernel and max(d_in, d_out) > 64)
@@ -87,11 +88,16 @@ def schedule(
     )  # fmt: skip
 
 
-def on_matrix_units(products: dict[str, Any] | None) -> bool:
+def on_matrix_units(products: dict[str, Any]) -> bool:
     """Whether matrix units take the operands: half precision or TF32, and not float32 or float64."""
-    return products is not None and (
-        products["OPERAND"] in (tl.bfloat16, tl.float16) or products["PRECISION"] == "tf32"
-    )
+    return products["OPERAND"] in (tl.bfloat16, tl.float16) or products["PRECISION"] == "tf32"
+
+
+def unit_rows() -> int:
+    """The rows of a product that suit the current GPU's matrix units: 64 from NVIDIA's Hopper on, else 16 and more."""
+    if not torch.cuda.is_available():  # the interpreter: as on the GPU that the tiles are made for
+        return 64
+    return 64 if torch.version.hip is None and torch.cuda.get_device_capability() >= (9, 0) else 16
 
 
 def state_bytes(
@@ -143,7 +149,11 @@ def operands(dtype: torch.dtype, given: torch.dtype | None = None) -> dict[str, 
     """The operands of matrix products: half precision if the model is (``given``); sums have ``dtype`` in any case.
 
     float32 goes by ``torch.set_float32_matmul_precision``: unchanged with ``"highest"``, TF32 with ``"high"``,
-    rounded to bfloat16 with ``"medium"``. ``FINE`` is for products that need more digits: three bfloat16 products each.
+    rounded to bfloat16 with ``"medium"``. ``FINE`` is for products that need more digits: three bfloat16 products each,
+    or with ``TITANS_BUILD_FINE=off`` one, like the others.
+
+    Raises:
+        BackendError: the environment says neither on nor off.
     """
     # the general setting raises where these were set separately
     cuda: str = torch.backends.cuda.matmul.fp32_precision
@@ -157,5 +167,10 @@ def operands(dtype: torch.dtype, given: torch.dtype | None = None) -> dict[str, 
     else:
         operand, precision = tl.float32, "tf32" if cuda == "tf32" else "ieee"
     exact = operand == tl.float64 or (operand, precision) == (tl.float32, "ieee")
-    fine = (operand, precision) if exact else (tl.float32, "bf16x3")
-    return dict(OPERAND=operand, PRECISION=precision, FINE=fine[0], FINE_PRECISION=fine[1])
+    chosen = os.environ.get(FINE_VARIABLE) or "on"
+    if chosen not in ("on", "off"):
+        raise BackendError(f"{FINE_VARIABLE}={chosen}: expected on or off")
+    fine = (operand, precision) if exact or chosen == "off" else (tl.float32, "bf16x3")
+    return dict(
+        OPERAND=operand, PRECISION=precision, FINE=fine[0], FINE_PRECISION=fine[1], UNIT_ROWS=unit_rows()
+    )  # fmt: skip

@@ -17,7 +17,7 @@ KERNELS = 16
 
 def compiled(target, **options):
     """In a process of its own: where TRITON_INTERPRET is set, what ``triton.jit`` makes is no kernel to be compiled."""
-    asked = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    asked = [word for name, value in options.items() for word in (f"--{name}", *str(value).split())]
     command = [sys.executable, str(REPORT), "--json", "--target", target, *asked]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -63,27 +63,60 @@ def test_the_largest_memory(target, operands):
     assert_fits(compiled(target, dim=128, hidden=512, chunk=128, operands=operands), target, 2048)
 
 
+SLOW = pytest.mark.slow
+MANY = "write_kernel read_kernel read_fixed_kernel rewrite read_backward write_backward_kernel read_fixed_backward"
+"""The kernels of the memory with products of matrices, without those that keep the state."""
+
+
+@pytest.mark.parametrize("kernel", ["read_kernel", pytest.param(MANY, marks=SLOW)], ids=["reads", "all"])
 @pytest.mark.parametrize(
     "sizes",
-    [pytest.param(dict(layers=1, dim=64), marks=pytest.mark.slow), dict(dim=32, hidden=64)],
-    ids=["one layer", "two layers"],
-)
+    [dict(dim=64, hidden=256), pytest.param(dict(dim=48, hidden=192), marks=SLOW),
+     pytest.param(dict(dim=96, hidden=384), marks=SLOW)],
+    ids=["30m 340m 400m", "170m", "760m"],
+)  # fmt: skip
+def test_the_matrix_units_of_hopper(sizes, kernel):
+    """Packaged sizes with chunks of 64: each product is of the kind that takes 64 rows, and no thread spills much."""
+    rows = compiled("sm_90", **sizes, chunk=64, kernel=kernel)
+    assert len(rows) == (9 if kernel == MANY else 1)
+    for row in rows:
+        assert row["wgmma"] > 0 and row["mma"] == 0, row
+        wide = sizes["dim"] > 64 and "write_backward" in row["kernel"]
+        assert_fits([row], "sm_90", 448 if wide else 128)
+
+
+@pytest.mark.slow
+def test_the_matrix_units_of_hopper_with_short_chunks():
+    """With chunks of 16 the rows are hidden units; only the scores, of 16 queries and 16 keys, have none."""
+    for row in compiled("sm_90", dim=48, hidden=192, chunk=16, kernel=MANY):
+        scores = 16 if ".read_kernels." in row["kernel"] else 0
+        assert row["wgmma"] > 0 and row["mma"] <= scores, row
+        assert_fits([row], "sm_90", 128)
+
+
 @pytest.mark.parametrize(
     "target", [target if target == "sm_90" else pytest.param(target, marks=pytest.mark.slow) for target in SHARED]
 )
-def test_a_state_that_stays(target, sizes):
-    """The largest memories whose state stays in registers both ways: a thread spills at most 1 KiB, AMD's 2 KiB."""
-    rows = compiled(target, **sizes, chunk=64, kernel="resident")
+def test_a_state_of_one_layer_that_stays(target):
+    """The largest: on the GPU it is made for, nothing is spilled and all products are of the larger kind."""
+    rows = compiled(target, layers=1, dim=64, chunk=64, kernel="resident")
     assert [row["kernel"].rpartition(".")[2] for row in rows] == [
         "write_resident_kernel",
         "write_backward_resident_kernel",
     ]
-    assert_fits(rows, target, 1024 if target.startswith("sm_") else 2048)
+    assert_fits(rows, target, 0 if target == "sm_90" else 1024 if target.startswith("sm_") else 2048)
+    if target == "sm_90":
+        assert all(row["wgmma"] > 0 and row["mma"] == 0 for row in rows), rows
 
 
 @pytest.mark.slow
-def test_the_largest_state_that_stays():
-    """Two layers, 64 x 64: forward alone, without a spill on the GPU it is made for."""
-    rows = compiled("sm_90", dim=64, hidden=64, kernel="resident")
-    assert [row["kernel"] for row in rows] == ["memory.triton.write_kernels.write_resident_kernel"]
-    assert_fits(rows, "sm_90", 0)
+@pytest.mark.parametrize("dim, both", [(64, False), (32, False), (16, True)])
+def test_states_of_two_layers_that_stay(dim, both):
+    """Forward up to 64 x 64, backward up to 32 x 32."""
+    rows = compiled("sm_90", dim=dim, hidden=min(64, 2 * dim), kernel="resident")
+    assert [row["kernel"].rpartition(".")[2] for row in rows] == [
+        "write_resident_kernel",
+        *["write_backward_resident_kernel"] * both,
+    ]
+    assert_fits(rows[:1], "sm_90", 64)
+    assert_fits(rows[1:], "sm_90", 1024)

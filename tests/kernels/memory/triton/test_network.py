@@ -8,8 +8,12 @@ from torch.testing import assert_close
 
 from titans_build.kernels.dispatch import BackendError
 from titans_build.kernels.memory import MEMORY, MemoryState, titans_memory
+from titans_build.kernels.memory.learner import LearnerState, learn
 
 pytest.importorskip("triton")
+
+from titans_build.kernels.memory.triton import network
+
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
 
@@ -204,6 +208,21 @@ def test_states_that_are_laid_out_otherwise(heads):
 
 def test_tokens_below_a_threshold():
     agree(inputs(time=7, d_in=4, hidden=5, heads=1), chunk=4, threshold=4.0)
+
+
+def test_stretches_between_resets_are_programs_of_their_own(monkeypatch):
+    """Six stretches of one row and one head are written side by side, not one after the other."""
+    grids, launch = {}, network.launch
+    monkeypatch.setattr(network, "launch", lambda kernel, grid, *args, **fixed: (
+        grids.setdefault(kernel.__name__, grid), launch(kernel, grid, *args, **fixed)))  # fmt: skip
+    q, k, v, theta, eta, alpha, _, *weights = inputs(time=12, heads=1, d_in=4, hidden=5)
+    given = (q, k, v, theta, eta, alpha)
+    found, expected = (
+        learn(*given, LearnerState.fresh(tuple(weights)), chunk=2, reset=2, backend=backend)[0]
+        for backend in ("triton", "general")
+    )
+    assert grids["write_kernel"] == (6,)
+    assert_close(found, expected)
 
 
 def test_it_says_what_it_does_not_take():

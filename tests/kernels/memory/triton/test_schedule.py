@@ -7,13 +7,20 @@ from titans_build.kernels.dispatch import BackendError
 
 pytest.importorskip("triton")
 
-from titans_build.kernels.memory.triton.schedule import VARIABLE, operands, resident, schedule, state_bytes
+from titans_build.kernels.memory.triton.schedule import (
+    FINE_VARIABLE,
+    VARIABLE,
+    operands,
+    resident,
+    schedule,
+    state_bytes,
+)
 
 HALF, FULL = operands(torch.float32, torch.bfloat16), operands(torch.float32)
 
 
 @pytest.mark.parametrize("layers, parts, d, width, forward, backward", [
-    (1, 2, 64, 64, True, True), (1, 2, 128, 128, False, False), (2, 2, 16, 32, True, True), (2, 2, 32, 64, True, True),
+    (1, 2, 64, 64, True, True), (1, 2, 128, 128, False, False), (2, 2, 16, 32, True, True), (2, 2, 32, 64, True, False),
     (2, 2, 64, 64, True, False), (2, 1, 64, 64, True, False), (2, 2, 64, 128, False, False),
 ])  # fmt: skip
 def test_what_stays(layers, parts, d, width, forward, backward):
@@ -56,3 +63,13 @@ def test_the_environment_overrules_it(monkeypatch):
     monkeypatch.setenv(VARIABLE, "registers")
     with pytest.raises(BackendError, match=r"SCHEDULE=registers: no such schedule; expected auto, resident, streamed"):
         resident(2, 2, 16, 32, 16, HALF, backward=False)
+
+
+def test_fine_products_are_a_choice(monkeypatch):
+    assert HALF["FINE_PRECISION"] == "bf16x3" and FULL["FINE_PRECISION"] == "ieee"
+    monkeypatch.setenv(FINE_VARIABLE, "off")
+    one = operands(torch.float32, torch.bfloat16)
+    assert (one["FINE"], one["FINE_PRECISION"]) == (one["OPERAND"], one["PRECISION"])
+    monkeypatch.setenv(FINE_VARIABLE, "no")
+    with pytest.raises(BackendError, match="FINE=no: expected on or off"):
+        operands(torch.float32)
