@@ -99,8 +99,8 @@ class BatchedNetwork(ChunkNetwork):
         self, options: Options, gain: Tensor | None, scratch: Scratch, *, products: dict[str, Any], chunk: int
     ) -> None:
         super().__init__(options, gain, scratch)
-        self.product = Products(products)
-        self.matmul, self.largest, self._chunk = self.product.matmul, self.product.largest, chunk
+        self._product, self._chunk = Products(products), chunk
+        self.matmul, self.largest = self._product.matmul, self._product.largest
 
     def decay(
         self, theta: Tensor, eta: Tensor | None, alpha: Tensor | None, valid: Tensor | None, read_after: bool
@@ -108,6 +108,9 @@ class BatchedNetwork(ChunkNetwork):
         if self.at_anchor:
             return super().decay(theta, eta, alpha, valid, read_after)
         return triton_decay(theta, eta, alpha, valid, read_after, self._chunk)
+
+    def product(self, a: Tensor, b: Tensor, out: Tensor | None = None, *, fine: bool = False) -> Tensor:
+        return self._product(a, b, out, fine=fine)
 
     def add_product(self, to: Tensor, a: Tensor, b: Tensor, alpha: float = 1, *, fine: bool = False) -> None:
         to.add_(self.product(a, b, fine=fine), alpha=alpha)

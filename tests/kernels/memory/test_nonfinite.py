@@ -10,7 +10,7 @@ from titans_build.kernels.memory.measure import measure_memory
 
 TIME = 13
 NAMES = ("q", "k", "v", "theta", "eta", "alpha")
-CHUNKWISE = ("native", "torch", "triton", "closed_form", "reference")
+CHUNKWISE = ("native", "torch", "triton", "triton_batched", "closed_form", "reference")
 slow = pytest.mark.slow
 VALUES = {"nan": math.nan, "infinity": math.inf, "overflow": 0.9}
 """``overflow``: times the largest number of the dtype."""
