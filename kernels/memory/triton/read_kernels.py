@@ -43,10 +43,10 @@ def written_part(weighted, error, t, s, OPERAND: tl.constexpr, WIDE: tl.constexp
     and the queries that see one become NaN.
     """
     finite = tl.abs(error.to(OPERAND).to(WIDE)) < float("inf")
-    lost = tl.max(tl.where(finite, 0.0, 1.0), axis=1)
+    lost = tl.max(tl.where(finite, 0, 1), axis=1)
     # the token's own write is seen where its weight is not zero: reads may come before it
     seen = (s[None, :] < t[:, None]) | ((s[None, :] == t[:, None]) & (weighted != 0))
-    poison = tl.max(tl.where(seen, lost[None, :], 0.0), axis=1)[:, None]
+    poison = tl.max(tl.where(seen, lost[None, :], 0), axis=1)[:, None]
     product = dot(weighted, tl.where(finite, error, 0.0), OPERAND, WIDE, PRECISION)
     return tl.where(poison > 0, float("nan"), product)
 
