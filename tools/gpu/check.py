@@ -148,7 +148,7 @@ def summarized(rows: Sequence[dict[str, Any]], left_out: Sequence[str]) -> dict[
     }
     kernels: dict[str, float] = {}
     for row in rows:
-        if row.get("what") == "kernel" and "_kernel" in row["name"]:
+        if row.get("what") == "kernel" and row["name"].isidentifier() and row["name"].endswith("_kernel"):
             kernels[row["name"]] = kernels.get(row["name"], 0.0) + row["seconds"]
     return {
         "goals": [goal._asdict() for goal in goals(rows)],

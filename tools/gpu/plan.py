@@ -71,6 +71,7 @@ def first(device: str, small: bool, answers: str | None) -> tuple[list[Stage], S
     ceiling = (
         {"side": 64, "copied": 2**16, "seconds": time_} if small else {"side": 8192, "copied": 2**32, "seconds": 0.5}
     )
+    generated = {"prompt": texts[0], "tokens": 8 if small else 64, "seconds": time_}
     repeated = checked[:1] if small else REPEATED
     sanitized = {"name": checked[0], "small": True}
     stages = [
@@ -91,13 +92,15 @@ def first(device: str, small: bool, answers: str | None) -> tuple[list[Stage], S
             for name, changes in one_layer.items()
         ]),
         stage("models", 90, [
-            (name, speed.train_step, given | {"seconds": time_}, 40) for name, given in models
+            *((name, speed.train_step, given | {"seconds": time_}, 40) for name, given in models),
+            *((f"mac, graphs, {text} tokens", speed.train_step,
+               {"name": "mac" + size, "length": text, "seconds": time_, "graphs": True}, 40) for text in texts),
         ]),
         stage("decoding", 30, [
             ("a step of the memory", speed.memory_step,
              {"rows": 2048 if not small else 4, "d": d, "expansion": 2, "layers": 2, "seconds": time_}, 15),
-            *((name, speed.decode, {"name": name + size, "prompt": texts[0], "tokens": 8 if small else 64,
-                                    "seconds": time_}, 25) for name in MODELS[1:]),
+            *((name + ", graphs" * graphs, speed.decode, generated | {"name": name + size, "graphs": graphs}, 25)
+              for graphs in (False, True) for name in MODELS[1:]),
         ]),
         stage("linear memories", 40, [
             (f"{rule}, {n} tokens", speed.linear_memory,
@@ -154,7 +157,7 @@ def second(device: str, small: bool, worst: Sequence[str]) -> list[Stage]:
             for name in ("transformer", "mag")
         ]),
         Stage("graphs", 20, [
-            Case("graphs", _named(shape), speed.replay, shape | common, 20) for shape in shapes[:2]
+            Case("graphs", _named(shape), speed.replay, shape | common, 20) for shape in ([] if small else shapes[:2])
         ]),
     ]  # fmt: skip
 

@@ -317,10 +317,11 @@ def _loss(model: nn.Module, text: Tensor) -> Tensor:
 
 
 def train_step(
-    device: str, name: str, length: int, seconds: float, compiled: bool = False, changes: dict[str, Any] | None = None
+    device: str, name: str, length: int, seconds: float, compiled: bool = False, graphs: bool = False
 ) -> Rows:
-    """Forward and backward of a model under autocast."""
-    made, text = build(name, device, changes), torch.randint(VOCABULARY, (1, length + 1), device=device)
+    """Forward and backward of a model under autocast. ``graphs``: layers of MAC as CUDA graphs."""
+    _use_graphs(graphs)
+    made, text = build(name, device), torch.randint(VOCABULARY, (1, length + 1), device=device)
     run = torch.compile(_loss) if compiled else _loss
 
     def forward() -> Tensor:
@@ -328,7 +329,7 @@ def train_step(
             return run(made, text)
 
     row = measured(passes(forward, list(made.parameters()), True), device, seconds)
-    yield {"what": "training step", "model": name, "length": length, "compiled": compiled, "changes": changes, **row,
+    yield {"what": "training step", "model": name, "length": length, "compiled": compiled, "graphs": graphs, **row,
            "tokens": length, "used": used()}  # fmt: skip
 
 
@@ -363,8 +364,13 @@ def profile_step(device: str, name: str, length: int, changes: dict[str, Any], m
                "seconds": spent(event) / 1e6}  # fmt: skip
 
 
-def decode(device: str, name: str, prompt: int, tokens: int, seconds: float) -> Rows:
+def _use_graphs(graphs: bool) -> None:
+    os.environ["TITANS_BUILD_CUDA_GRAPHS"] = str(int(graphs))
+
+
+def decode(device: str, name: str, prompt: int, tokens: int, seconds: float, graphs: bool = False) -> Rows:
     """One generated token of a model in bfloat16: the difference of a long and a short generation."""
+    _use_graphs(graphs)
     made, text = build(name, device, dtype=torch.bfloat16).eval(), torch.randint(VOCABULARY, (1, prompt), device=device)
 
     def generate(count: int) -> None:
@@ -372,7 +378,8 @@ def decode(device: str, name: str, prompt: int, tokens: int, seconds: float) -> 
             made.generate(text, max_new_tokens=count)  # type: ignore[operator] # of a recipe
 
     short, long = (measured(partial(generate, n), device, seconds) for n in (1, 1 + tokens))
-    yield {"what": "token", "model": name, "prompt": prompt, "seconds": (long["seconds"] - short["seconds"]) / tokens,
+    each = (long["seconds"] - short["seconds"]) / tokens
+    yield {"what": "token", "model": name, "prompt": prompt, "graphs": graphs, "seconds": each,
            "reading": short["seconds"], "peak": long["peak"], "used": used()}  # fmt: skip
 
 

@@ -35,7 +35,7 @@ def test_goals_against_others_compare_equal_shapes():
     flat = dict(DEEP, layers=1, rows=128, length=2048, seconds=3.0)
     rule = dict(what="gated delta rule", direction="both", rows=128, length=2048, seconds=2.0)
     assert reached([flat, rule, dict(flat, rows=16, seconds=9.0)], "memory of one layer") == ("1.50", False)
-    step = dict(what="training step", length=32768, compiled=False)
+    step = dict(what="training step", length=32768, compiled=False, graphs=False)
     rows = [dict(step, model="mag-170m", seconds=2.0), dict(step, model="transformer-170m", seconds=3.0)]
     assert reached(rows, "MAG at 32,768") == ("1.50", True) and reached(rows, "MAG at 131,072")[1] is None
 
