@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         memory_check,
         memory_loss,
         observe,
+        parallelize,
         state,
         write_cost,
     )
@@ -82,6 +83,7 @@ __all__ = [
     "memory_loss",
     "observe",
     "open_source",
+    "parallelize",
     "perplexity",
     "register",
     "register_features",

@@ -21,6 +21,7 @@ from .laws import LawError, check_block
 from .memory import NeuralMemory
 from .memory_ablation import MemoryCheck, memory_check
 from .observe import observe
+from .parallel import parallelize
 from .prefix_cache import PrefixCache
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "memory_check",
     "memory_loss",
     "observe",
+    "parallelize",
     "published_learners",
     "self_modifying",
     "write_cost",

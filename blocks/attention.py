@@ -68,6 +68,8 @@ class Attention(Block):
     the number of tokens unless ``window`` is set or the block is inside ``context``.
     """
 
+    sharding = "pipelined"
+
     def __init__(
         self,
         dim: int,
@@ -114,6 +116,9 @@ class Attention(Block):
     @property
     def grows(self) -> bool:  # type: ignore[override]
         return self.window is None
+
+    def past(self) -> int | None:
+        return None if self.window is None else self.window - 1
 
     def bound(self, tokens: int) -> None:
         """Limit the window to ``tokens``: the block is used for no longer sequences."""

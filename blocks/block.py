@@ -9,7 +9,7 @@ import math
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,9 @@ def with_parameters(method: Callable[..., _T]) -> Callable[..., _T]:
 
     @functools.wraps(method)
     def run(self: Any, *args: Any, **named: Any) -> _T:
+        if call.shard is not None:
+            with unsharded():  # such as persistent tokens, which every rank processes
+                return run(self, *args, **named)
         if "torch.distributed.tensor" in sys.modules and any(map(is_sharded, self.parameters(recurse=False))):
             raise _missing(self, method, "sharded", "given to fully_shard")
         if "forward" not in vars(self) or "accelerate" not in sys.modules:
@@ -113,6 +116,15 @@ class Block(nn.Module):
     has_every = False
     """Whether the class that defines ``forward`` defines ``every`` too, which ``context`` then calls."""
 
+    sharding: Literal["local", "pipelined"] | None = None
+    """How a part of a sequence gets what it needs of the tokens before, where ``parallelize`` divides sequences.
+
+    ``"local"``: an output depends on its own token, and otherwise only on blocks inside, which get it themselves.
+    ``"pipelined"``: the state after the tokens before is all that it needs, so the ranks run one after the other; those
+    of a block with ``past`` run side by side. ``None``: each rank computes all tokens. A subclass with a ``forward`` of
+    its own says it anew.
+    """
+
     takes_documents = False
     """Whether ``forward`` takes ``documents``. Otherwise each document is given to it as a row."""
 
@@ -122,6 +134,7 @@ class Block(nn.Module):
         if "forward" in own:
             cls.has_every = "every" in own
             cls.takes_documents = "documents" in inspect.signature(cls.forward).parameters
+            cls.sharding = own.get("sharding")
         for name in {"init_state", "prefix", "read"} & own.keys():
             setattr(cls, name, with_parameters(own[name]))
 
@@ -153,6 +166,10 @@ class Block(nn.Module):
         **named: Any,
     ) -> Any:
         check_input(self, x, mask)
+        if not torch.compiler.is_compiling() and call.shard is not None and self.sharding != "local":
+            assert documents is None or isinstance(documents, Documents)
+            sharded: tuple[Tensor, State] = call.shard.run(self, x, state, mask, documents, named)
+            return sharded
         if mask is not None:
             named["mask"] = mask
         if documents is not None or cu_seqlens is not None or type(state) is DocumentState:
@@ -161,18 +178,18 @@ class Block(nn.Module):
             run = torch.compiler.disable(self._run_documents) if compiling else self._run_documents
             return run(x, state, documents, cu_seqlens, named)
         # the state of a block inside is part of the one that was checked
-        if torch.compiler.is_compiling() or _call.inside:
+        if torch.compiler.is_compiling() or call.inside:
             return super().__call__(x, state, *others, **named)
         if torch.jit.is_tracing() and (others or type(self).init_state is not Block.init_state):
             # the exporter to ONNX gives all arguments by position
             raise RuntimeError(NOT_TRACED)
         if state is not None:
             check_state(self, state, x.shape[0])
-        _call.inside = True
+        call.inside = True
         try:
             return super().__call__(x, state, *others, **named)
         finally:
-            _call.inside = False
+            call.inside = False
 
     def _run_documents(
         self,
@@ -185,7 +202,7 @@ class Block(nn.Module):
         """Implements calls with ``documents``, ``cu_seqlens`` or the state after such a call."""
         mask = named.get("mask")
         if isinstance(documents, Documents):  # a block inside of another
-            inside, _call.inside = _call.inside, True
+            inside, call.inside = call.inside, True
             try:
                 if self.takes_documents:
                     return cast("tuple[Tensor, State]", super().__call__(x, state, documents=documents, **named))
@@ -197,7 +214,7 @@ class Block(nn.Module):
 
                 return run_documents(run, documents, [x], state, mask, self.init_state, grows=self.grows)
             finally:
-                _call.inside = inside
+                call.inside = inside
         before = None
         if type(state) is DocumentState:
             state, before = state
@@ -215,6 +232,13 @@ class Block(nn.Module):
         found = expect_documents(self, documents, cu_seqlens, x, mask, before)
         y, state = self(x, state, documents=found, **named)
         return y, DocumentState(state, found.after)
+
+    def past(self) -> int | None:
+        """The number of tokens before any token that its output and the next state depend on; ``None``: all.
+
+        What does not depend on tokens, and counters named ``position``, are left out.
+        """
+        return None
 
     def prefix(self, tokens: Tensor) -> tuple[Tensor, State]:
         """Return the outputs at persistent ``tokens`` [batch, count, dim], and the fresh state after them.
@@ -307,15 +331,27 @@ def as_rows(state: State, rows: int) -> State:
 class _Call(threading.local):
     inside = False
     """True while a block of this thread runs."""
+    shard: Any = None
+    """The ``ContextCall`` of a model whose tokens are shared out over ranks."""
 
 
-_call = _Call()
+call = _Call()
+
+
+@contextlib.contextmanager
+def unsharded() -> Iterator[None]:
+    """Within the ``with`` block, this rank computes all tokens that a block is given."""
+    shard, call.shard = call.shard, None
+    try:
+        yield
+    finally:
+        call.shard = shard
 
 
 def check_call(block: Block, x: Tensor, state: State) -> None:
     """Check inputs and state as a call does, for other methods such as ``read``."""
     check_input(block, x)
-    if not (_call.inside or torch.compiler.is_compiling()):
+    if not (call.inside or torch.compiler.is_compiling()):
         check_state(block, state, x.shape[0])
 
 
@@ -426,16 +462,16 @@ def check_state(module: Any, state: State, rows: int) -> None:
 
 def _fresh(module: Any, rows: int, prefix: bool = False) -> State:
     """Call ``init_state``, or ``prefix`` with one token, without gradients, checks and observers. Return the state."""
-    inside, _call.inside = _call.inside, True
+    inside, call.inside = call.inside, True
     try:
-        with torch.no_grad(), suppressed():
+        with torch.no_grad(), suppressed(), unsharded():
             if not prefix:
                 return initial_state(module, rows) if isinstance(module, Block) else module.init_state(rows)
             like = like_of(module)
             dtype, device = (None, None) if like is None else (like.dtype, like.device)
             return module.prefix(torch.zeros(rows, 1, module.dim, dtype=dtype, device=device))[1]
     finally:
-        _call.inside = inside
+        call.inside = inside
 
 
 def _fits(state: State, expected: State, device: torch.device | None, grows: bool) -> bool:

@@ -30,6 +30,7 @@ class Chain(Block):
     """
 
     delegates = ("of",)
+    sharding = "local"
 
     def __init__(
         self, dim: int, *, of: Annotated[list[Spec], Field(min_length=1, description="the blocks in order")]
@@ -76,6 +77,7 @@ class Residual(Block):
     """
 
     delegates = ("of",)
+    sharding = "local"
 
     def __init__(self, dim: int, *, of: Annotated[Spec, Field(description="the block inside the connection")]) -> None:
         super().__init__(dim)
@@ -125,6 +127,7 @@ class Gate(Block):
     """
 
     delegates = ("branches",)
+    sharding = "local"
 
     def __init__(
         self,
@@ -185,6 +188,7 @@ class Persistent(Block):
     """
 
     delegates = ("of",)
+    sharding = "local"
 
     def __init__(
         self,
@@ -228,6 +232,8 @@ class Persistent(Block):
 
 class Layer(Block):
     """``x = x + block(norm(x))`` for each block of a list. State: a tuple of the blocks' states."""
+
+    sharding = "local"
 
     def __init__(self, dim: int, *, of: Sequence[Spec]) -> None:
         super().__init__(dim)

@@ -54,6 +54,8 @@ class Context(Block):
     segments attend in parallel. This is not the architecture of the paper.
     """
 
+    sharding = "pipelined"
+
     def __init__(
         self,
         dim: int,

@@ -24,6 +24,8 @@ class FeedForward(Block):
     16, and 4 dim for GELU.
     """
 
+    sharding = "local"
+
     def __init__(
         self,
         dim: int,

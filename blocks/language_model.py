@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from .fingerprint import Fingerprint
 from .freezing import Frozen, freeze, thaw
 from .generation import Generation, generate
 from .layers import RMSNorm
+from .parallel import ContextCall, Parallel
 from .prefix_cache import PrefixCache
 from .state import State, nbytes, prefix_lengths, rewind, trainable
 
@@ -89,6 +91,9 @@ class LanguageModel(nn.Module):
     Parameters are initialized by ``materialize``, not by the constructor.
     """
 
+    parallel: Parallel | None = None
+    """The ranks that share the model (``parallelize``)."""
+
     def __init__(
         self,
         dim: int,
@@ -135,7 +140,7 @@ class LanguageModel(nn.Module):
         if is_sharded(self.norm.gain):  # a call gathers the parameters
             x = torch.zeros(batch_size, 0, self.dim, dtype=like.dtype, device=like.device)
             state: ModelState = self(embeddings=x).state
-            return state
+            return state if self.parallel is None else self.parallel.once(state)
         layers = tuple(initial_state(layer, batch_size) for layer in self.layers)
         number = torch.full((batch_size,), self.fingerprint.number, dtype=torch.int64, device=like.device)
         known(number, [self.fingerprint.number] * batch_size)
@@ -191,12 +196,13 @@ class LanguageModel(nn.Module):
         if recording:  # autograd cannot save tensors of inference mode
             tokens, embeddings, mask, targets = map(_ordinary, (tokens, embeddings, mask, targets))
         if tokens is not None:
-            x = self.embed(tokens)
+            self.check_tokens(tokens)
+            given = tokens
         else:
             assert embeddings is not None
             self._check_embeddings(embeddings)
-            x = embeddings
-        rows, time, _ = x.shape
+            given = embeddings
+        rows, time = given.shape[:2]
         before = state
         if mask is not None:
             self.check_mask(mask, (rows, time))
@@ -216,26 +222,53 @@ class LanguageModel(nn.Module):
             state = trainable(state) if recording else state
         packed = None
         if documents is not None or cu_seqlens is not None:
-            packed = expect_documents(self, documents, cu_seqlens, x, mask, None if state is None else state.document)
+            known = None if state is None else state.document
+            packed = expect_documents(self, documents, cu_seqlens, given, mask, known)
             if targets is None and tokens is not None and self.vocab is not None:
                 targets = packed.next_tokens(tokens, IGNORED)
-        # packings differ from batch to batch: each would be compiled anew
-        run = torch.compiler.disable(self.run) if packed is not None and torch.compiler.is_compiling() else self.run
-        hidden, state = run(x, state, mask, packed)
+        if targets is not None and mask is not None:
+            targets = targets.masked_fill(~mask, IGNORED)
+        count = None if targets is None else (targets != IGNORED).sum()
+        shard: ContextCall | None = None
+        if self.parallel is not None:
+            shard = self.parallel.enter(self, embeddings, state, (rows, time), mask, documents, cu_seqlens)
+        if shard is None:
+            hidden, state = self._run(tokens, embeddings, state, mask, packed)
+        else:
+            tokens, mask, targets = (None if x is None else x[:, shard.part] for x in (tokens, mask, targets))
+            with shard.active():
+                hidden, state = self._run(tokens, shard.x, shard.state, mask, shard.documents_from(shard.start))
+            hidden, state = shard.leave(hidden, state)
         logits = None if self.vocab is None else self.predict(hidden)
         loss = None
         if targets is not None:
-            assert logits is not None
-            loss = _loss(logits, targets if mask is None else targets.masked_fill(~mask, IGNORED))
+            assert logits is not None and count is not None
+            loss = _summed_loss(logits, targets)
+            # the loss of a batch without targets is 0, not 0 / 0
+            loss = (loss if shard is None else shard.sum(loss)) / count.clamp(min=1)
+        if shard is not None and self.parallel is not None and self.parallel.gather_outputs:
+            hidden, logits = shard.gather(hidden), None if logits is None else shard.gather(logits)
         if not rewindable:
             return ModelOutput(logits, loss, state, hidden)
         out = RewindableOutput(logits, loss, state, hidden)
-        given = embeddings if tokens is None else tokens
-        assert given is not None
         options = {"mask": mask, "documents": documents, "cu_seqlens": cu_seqlens}
         copies = {name: torch.as_tensor(x).clone() for name, x in options.items() if x is not None}
         out._replay = functools.partial(rewind, self, before, given.clone(), check_finite=check_finite, **copies)
         return out
+
+    def _run(
+        self,
+        tokens: Tensor | None,
+        embeddings: Tensor | None,
+        state: ModelState | None,
+        mask: Tensor | None,
+        documents: Documents | None,
+    ) -> tuple[Tensor, ModelState]:
+        # packings differ from batch to batch: each would be compiled anew
+        run = torch.compiler.disable(self.run) if documents is not None and torch.compiler.is_compiling() else self.run
+        x = embeddings if tokens is None else self.lookup(tokens)
+        assert x is not None
+        return run(x, state, mask, documents)
 
     def run(
         self, x: Tensor, state: ModelState | None, mask: Tensor | None, documents: Documents | None = None
@@ -262,19 +295,14 @@ class LanguageModel(nn.Module):
         """Return a function like ``run`` for one token ``[rows, 1, dim]`` at a time: see ``decode.model_decoder``."""
         return model_decoder(self, rows)
 
-    @with_parameters
     def embed(self, tokens: Tensor) -> Tensor:
         """Check and embed tokens: ``[batch, time]`` int64 -> ``[batch, time, dim]``."""
-        if self.embedding is None:
-            raise ValueError("this model has no vocabulary (vocab: null): give embeddings=[batch, time, dim]")
-        self._check("tokens", tokens, torch.int64, None)
-        if tokens.dim() != 2 or tokens.shape[0] < 1:
-            raise ValueError(f"tokens: expected [batch, time] with at least one row, got {list(tokens.shape)}")
-        return embedding(tokens, self.embedding)
+        self.check_tokens(tokens)
+        return self.lookup(tokens)
 
     @with_parameters
     def lookup(self, tokens: Tensor) -> Tensor:
-        """``embed`` without checks, for sampled tokens."""
+        """``embed`` without checks."""
         assert self.embedding is not None
         return embedding(tokens, self.embedding)
 
@@ -303,7 +331,8 @@ class LanguageModel(nn.Module):
     ) -> Generation:
         """Continue ``tokens`` [batch, time] by ``max_new_tokens`` tokens: see ``generation.generate``."""
         options: dict[str, Any] = {"mask": mask, "logits": logits, "draft": draft, "prefix_cache": prefix_cache}
-        return generate(self, tokens, max_new_tokens, state, temperature, top_k, top_p, seed, **options)
+        with nullcontext() if self.parallel is None else self.parallel.each_whole():
+            return generate(self, tokens, max_new_tokens, state, temperature, top_k, top_p, seed, **options)
 
     def freeze_memory(self) -> Frozen:
         """Freeze all memories: they are read and not written.
@@ -330,6 +359,14 @@ class LanguageModel(nn.Module):
         """Bytes of state for one row."""
         with torch.no_grad():
             return nbytes(self.init_state(1))
+
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Raise ``TypeError`` or ``ValueError`` unless ``tokens`` are int64 ids ``[batch, time]``."""
+        if self.vocab is None:
+            raise ValueError("this model has no vocabulary (vocab: null): give embeddings=[batch, time, dim]")
+        self._check("tokens", tokens, torch.int64, None)
+        if tokens.dim() != 2 or tokens.shape[0] < 1:
+            raise ValueError(f"tokens: expected [batch, time] with at least one row, got {list(tokens.shape)}")
 
     def check_mask(self, mask: Tensor, shape: tuple[int, int]) -> None:
         """Raise ``TypeError`` or ``ValueError`` unless ``mask`` is bool, of this shape, on the model's device."""
@@ -400,9 +437,7 @@ def _ordinary(x: Tensor | None) -> Tensor | None:
     return x.clone() if isinstance(x, Tensor) and x.is_inference() else x
 
 
-def _loss(logits: Tensor, targets: Tensor) -> Tensor:
+def _summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
-    total = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
-    # the loss of a batch without targets is 0, not 0 / 0
-    return total / (targets != IGNORED).sum().clamp(min=1)
+    return cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")

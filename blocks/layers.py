@@ -40,6 +40,8 @@ class Norm(Block):
 class RMSNorm(Norm):
     """Root mean square normalization, ``x / rms(x) * gain``."""
 
+    sharding = "local"
+
     def __init__(self, dim: int, *, eps: Eps = 1e-6) -> None:
         super().__init__(dim, eps)
 
@@ -51,6 +53,8 @@ class RMSNorm(Norm):
 @register("layer_norm")
 class LayerNorm(Norm):
     """Layer normalization without a bias, ``(x - mean(x)) / std(x) * gain``."""
+
+    sharding = "local"
 
     def __init__(self, dim: int, *, eps: Eps = 1e-6) -> None:
         super().__init__(dim, eps)

@@ -52,6 +52,8 @@ class NeuralMemory(Block):
     ``dim``.
     """
 
+    sharding = "pipelined"
+
     def __init__(
         self,
         dim: int,
@@ -189,6 +191,10 @@ class NeuralMemory(Block):
         if dim is not None and dim % fields["heads"]:
             yield "heads", f"{fields['heads']} heads do not divide the width {dim}"
         yield from memory_rule.problems(fields)
+
+    def past(self) -> int | None:
+        reset = None if self.rule is None else self.rule.reset
+        return None if reset is None else reset + self.conv
 
     def reset_parameters(self) -> None:
         """Initialize all parameters as described in ``initialize_memory``."""

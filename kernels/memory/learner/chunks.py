@@ -488,7 +488,7 @@ def project_queries(q: Tensor, k: Tensor, projection: Tensor, valid: Tensor | No
     if valid is not None:
         unit = unit * valid[:, None, :, None]
     time = q.shape[2]
-    size = min(time, 64)  # pieces, whose sums are added up
+    size = max(min(time, 64), 1)  # pieces, whose sums are added up; none without tokens
     pieces = -(-time // size)
     q, unit = (F.pad(x, (0, 0, 0, pieces * size - time)).unflatten(2, (pieces, size)) for x in (q, unit))
     sums = torch.cat([projection.unsqueeze(2), unit.mT @ unit], 2).cumsum(2)

@@ -1,0 +1,341 @@
+"""Differentiable communication between the ranks of one dimension of a device mesh.
+
+Every rank makes the same calls in the same order. A token, a scalar that each call takes and returns, makes autograd
+run the calls of the backward pass in the reverse order on every rank, also where a rank does not use a result.
+
+Inside a model, the gradients of a rank are those of its own part of the tokens: the gradient of a parameter is their
+sum over the ranks. Outside, every rank has the same tensors and the same gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+ALIGNMENT = 16
+"""Bytes to which each tensor of a message is padded."""
+
+
+class Ranks:
+    """The ranks of one dimension of a mesh, of which this process is ``rank``; and the bytes that it has sent."""
+
+    def __init__(self, group: Any, rank: int, size: int) -> None:
+        self.group, self.rank, self.size = group, rank, size
+        self.first, self.last = rank == 0, rank == size - 1
+        self.sent: dict[str, int] = {}
+        """Bytes that this rank has sent, by the name of the call."""
+        self._pending: list[tuple[Any, Tensor]] = []
+
+    def count(self, name: str, size: int) -> None:
+        self.sent[name] = self.sent.get(name, 0) + size
+
+    # -- messages to a neighbour, which do not wait for it ---------------------------------------------------------
+
+    def send(self, tensors: Sequence[Tensor], to: int, *, shapes: bool = False) -> None:
+        """Send tensors to rank ``to``. ``shapes``: their shapes come first, because the receiver does not know them."""
+        messages = [_bytes_of(tensors)]
+        if shapes:
+            sizes = [size for x in tensors for size in x.shape]
+            messages.insert(0, torch.tensor(sizes, device=messages[0].device))
+        for message in messages:
+            if message.numel():
+                self.count("state" if to > self.rank else "gradient", message.numel() * message.element_size())
+                self._pending.append((dist.isend(message, group=self.group, group_dst=to), message))
+        while len(self._pending) > 8:
+            self._pending.pop(0)[0].wait()
+
+    def receive(self, like: Sequence[Tensor], source: int, *, shapes: bool = False) -> list[Tensor]:
+        """Receive tensors of the dtypes and shapes of ``like`` from rank ``source``."""
+        if not like:
+            return []
+        device = like[0].device
+        if shapes:
+            sizes = torch.empty(sum(x.dim() for x in like), dtype=torch.int64, device=device)
+            dist.recv(sizes, group=self.group, group_src=source)
+            like = _with_shapes(like, sizes.tolist())
+        message = torch.empty(_size_of(like), dtype=torch.uint8, device=device)
+        if message.numel():
+            dist.recv(message, group=self.group, group_src=source)
+        return _tensors_of(message, like)
+
+    # -- calls of all ranks ----------------------------------------------------------------------------------------
+
+    def broadcast(self, tensors: Sequence[Tensor], *, shapes: bool = False) -> list[Tensor]:
+        """The tensors of the last rank."""
+        if not tensors:
+            return []
+        source, like = self.size - 1, tensors
+        if shapes:
+            sizes = torch.tensor([size for x in tensors for size in x.shape], device=tensors[0].device)
+            dist.broadcast(sizes, group=self.group, group_src=source)
+            like = _with_shapes(tensors, sizes.tolist())
+        message = _bytes_of(tensors) if self.last else torch.empty(
+            _size_of(like), dtype=torch.uint8, device=tensors[0].device
+        )  # fmt: skip
+        if self.last:
+            self.count("final state", message.numel())
+        dist.broadcast(message, group=self.group, group_src=source)
+        return list(tensors) if self.last else _tensors_of(message, like)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over the ranks."""
+        x = x.clone(memory_format=torch.contiguous_format)
+        self.count("sum", x.numel() * x.element_size())
+        dist.all_reduce(x, group=self.group)
+        return x
+
+    def gather(self, x: Tensor) -> list[Tensor]:
+        """The tensors of all ranks, which have one shape."""
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        self.count("gather", x.numel() * x.element_size())
+        dist.all_gather(parts, x, group=self.group)
+        return parts
+
+
+def _size_of(tensors: Sequence[Tensor]) -> int:
+    return sum(x.numel() * x.element_size() + -x.numel() * x.element_size() % ALIGNMENT for x in tensors)
+
+
+def _bytes_of(tensors: Sequence[Tensor]) -> Tensor:
+    parts = []
+    for x in tensors:
+        flat = x.detach().contiguous().flatten().view(torch.uint8)
+        parts.append(F.pad(flat, (0, -len(flat) % ALIGNMENT)))
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
+
+
+def _tensors_of(message: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    found, start = [], 0
+    for x in like:
+        size = x.numel() * x.element_size()
+        found.append(message[start : start + size].view(x.dtype).view(x.shape))
+        start += size + -size % ALIGNMENT
+    return found
+
+
+def _with_shapes(like: Sequence[Tensor], sizes: list[int]) -> list[Tensor]:
+    rest = iter(sizes)
+    return [torch.empty([next(rest) for _ in x.shape], dtype=x.dtype, device="meta") for x in like]
+
+
+def _zeros(like: Tensor) -> Tensor:
+    return torch.zeros((), dtype=like.dtype, device=like.device).expand(like.shape)
+
+
+class _Tie(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *others: Tensor) -> Tensor:
+        ctx.others = [_zeros(y) if y.requires_grad else None for y in others]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        return grad, *ctx.others
+
+
+def tie(x: Tensor, *others: Tensor) -> Tensor:
+    """``x``, with zero gradients for ``others``: all ranks then have gradients of the same tensors."""
+    used = [y for y in others if y.requires_grad]
+    tied: Tensor = _Tie.apply(x, *used) if used and torch.is_grad_enabled() else x
+    return tied
+
+
+class _Send(Function):
+    """``(x, token, *tensors)``, after the tensors are sent to the next rank."""
+
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, shapes: bool, x: Tensor, token: Tensor, *tensors: Tensor) -> Any:
+        ranks.send(tensors, ranks.rank + 1, shapes=shapes)
+        ctx.ranks = ranks
+        ctx.like = [torch.empty_like(y, device="meta") if y.is_floating_point() else None for y in tensors]
+        ctx.device = x.device
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(same := [y.view_as(y) for y in tensors if not y.is_floating_point()]))
+        rest = iter(same)
+        return x.view_as(x), token.view_as(token), *(
+            y.view_as(y) if y.is_floating_point() else next(rest) for y in tensors
+        )  # fmt: skip
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, x: Tensor | None, token: Tensor | None, *grads: Tensor | None) -> Any:  # type: ignore[override]
+        like = [torch.empty_like(y, device=ctx.device) for y in ctx.like if y is not None]
+        received = iter(ctx.ranks.receive(like, ctx.ranks.rank + 1))
+        sums = []
+        for y, grad in zip(ctx.like, grads):
+            far = None if y is None else next(received)
+            sums.append(far if grad is None or far is None else grad + far)
+        return None, None, x, token, *sums
+
+
+class _Receive(Function):
+    """``(x, token, *tensors)`` with tensors of the rank before. ``like``: tensors of their shapes."""
+
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, shapes: bool, x: Tensor, token: Tensor, *like: Tensor) -> Any:
+        tensors = ranks.receive(like, ranks.rank - 1, shapes=shapes)
+        ctx.ranks, ctx.count = ranks, len(tensors)
+        ctx.like = [torch.empty_like(y, device="meta") if y.is_floating_point() else None for y in tensors]
+        ctx.device = x.device
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(y for y in tensors if not y.is_floating_point()))
+        return x.view_as(x), token.view_as(token), *tensors
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, x: Tensor | None, token: Tensor | None, *grads: Tensor | None) -> Any:  # type: ignore[override]
+        given = [
+            torch.zeros_like(y, device=ctx.device) if grad is None else grad
+            for y, grad in zip(ctx.like, grads)
+            if y is not None
+        ]
+        ctx.ranks.send(given, ctx.ranks.rank - 1)
+        return None, None, x, token, *[None] * ctx.count
+
+
+class _Shift(Function):
+    """``(x, token, halo)``: the last ``count`` tokens of the rank before; of the first rank, none."""
+
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, count: int, x: Tensor, token: Tensor) -> Any:
+        tail = x[:, x.shape[1] - count :]
+        if not ranks.last:
+            ranks.send([tail], ranks.rank + 1)
+        halo = tail[:, :0].clone() if ranks.first else ranks.receive([tail], ranks.rank - 1)[0]
+        ctx.ranks, ctx.count, ctx.shape = ranks, count, tail.shape
+        return x.view_as(x), token.view_as(token), halo
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, x: Tensor, token: Tensor, halo: Tensor) -> Any:  # type: ignore[override]
+        if not ctx.ranks.first:
+            ctx.ranks.send([halo], ctx.ranks.rank - 1)
+        if not ctx.ranks.last:
+            (far,) = ctx.ranks.receive([x.new_empty(ctx.shape)], ctx.ranks.rank + 1)
+            x = x.clone()
+            x[:, x.shape[1] - ctx.count :] += far
+        return None, None, x, token
+
+
+class _Gather(Function):
+    """``(tokens of all ranks, token)``. Each rank's gradient is its part of the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, x: Tensor, token: Tensor) -> Any:
+        ctx.ranks = ranks
+        return torch.cat(ranks.gather(x), dim=1), token.view_as(token)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, x: Tensor, token: Tensor) -> Any:  # type: ignore[override]
+        return None, ctx.ranks.sum(x).chunk(ctx.ranks.size, dim=1)[ctx.ranks.rank], token
+
+
+class _GatherStacked(Function):
+    """``(x of all ranks [ranks, ...], token)``. Each rank's gradient is its part of the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, x: Tensor, token: Tensor) -> Any:
+        ctx.ranks = ranks
+        return torch.stack(ranks.gather(x)), token.view_as(token)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, x: Tensor, token: Tensor) -> Any:  # type: ignore[override]
+        return None, ctx.ranks.sum(x)[ctx.ranks.rank], token
+
+
+class _Enter(Function):
+    """``(token, x, *state)``: this rank's tokens of ``x``, and the state, of whose gradients all ranks get the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, token: Tensor, x: Tensor | None, *state: Tensor) -> Any:
+        ctx.ranks = ranks
+        part = None if x is None else x.chunk(ranks.size, dim=1)[ranks.rank].clone()
+        return token.view_as(token), part, *(y.view_as(y) for y in state)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, token: Tensor, x: Tensor, *state: Tensor) -> Any:  # type: ignore[override]
+        whole = torch.cat(ctx.ranks.gather(x), dim=1) if ctx.needs_input_grad[2] else None
+        return None, token, whole, *(
+            ctx.ranks.sum(y) if need else None for y, need in zip(state, ctx.needs_input_grad[3:])
+        )  # fmt: skip
+
+
+class _Leave(Function):
+    """``(hidden, *state)`` with the state of the last rank. Every rank's ``hidden`` and token get a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, shapes: bool, hidden: Tensor, token: Tensor, *state: Tensor) -> Any:
+        ctx.last, ctx.like, ctx.token = ranks.last, _zeros(hidden), _zeros(token)
+        ctx.set_materialize_grads(False)
+        state = tuple(y.view_as(y) for y in ranks.broadcast(state, shapes=shapes))
+        ctx.mark_non_differentiable(*(y for y in state if not y.is_floating_point()))
+        return hidden.view_as(hidden), *state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, hidden: Tensor | None, *state: Tensor | None) -> Any:  # type: ignore[override]
+        hidden = ctx.like if hidden is None else hidden
+        return None, None, hidden, ctx.token, *(state if ctx.last else [None] * len(state))
+
+
+class _Whole(Function):
+    """The tokens of all ranks ``[batch, time, ...]``, of which every rank has the same gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, x: Tensor) -> Tensor:
+        ctx.ranks = ranks
+        return torch.cat(ranks.gather(x), dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, x: Tensor) -> Any:  # type: ignore[override]
+        return None, x.chunk(ctx.ranks.size, dim=1)[ctx.ranks.rank]
+
+
+class _Sum(Function):
+    """The sum over the ranks, of which every rank has the same gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, x: Tensor) -> Tensor:
+        return ranks.sum(x)
+
+    @staticmethod
+    def backward(ctx: Any, x: Tensor) -> Any:  # type: ignore[override]
+        return None, x
+
+
+class _Copy(Function):
+    """``x``, of whose gradients all ranks get the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, x: Tensor) -> Tensor:
+        ctx.ranks = ranks
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, x: Tensor) -> Any:  # type: ignore[override]
+        return None, ctx.ranks.sum(x)
+
+
+class _Once(Function):
+    """``x``, whose gradient, which every rank has, is counted on one of them."""
+
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, x: Tensor) -> Tensor:
+        ctx.first = ranks.first
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, x: Tensor) -> Any:  # type: ignore[override]
+        return None, x if ctx.first else torch.zeros_like(x)

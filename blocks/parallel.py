@@ -1,0 +1,390 @@
+"""Models on a device mesh: rows over ``data``, the tokens of a sequence over ``context``, heads over ``tensor``.
+
+Parameters are sharded over all ranks (``fully_shard``). Each rank of ``context`` runs the blocks on its own part of
+the tokens. A block that depends on earlier tokens says in ``Block.sharding`` how that part gets them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from ..kernels.documents import NO_DOCUMENT, Documents, packed_ids
+from .block import Block, call, child_blocks, initial_state, unsharded
+from .collectives import Ranks, _Enter, _Gather, _Leave, _Once, _Receive, _Send, _Shift, _Sum, _Whole, tie
+from .state import State, map_state, named_tensors, where
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from .language_model import LanguageModel, ModelState
+
+DIMENSIONS = ("data", "context", "tensor")
+"""The names of mesh dimensions."""
+WAIT = 5.0
+"""Seconds that other ranks wait with an error that the first rank has, too: a launcher ends them before."""
+
+
+def parallelize(
+    model: LanguageModel, mesh: DeviceMesh, *, gather_outputs: bool = True, reshard_after_forward: bool = True
+) -> LanguageModel:
+    """Share out a model over the ranks of a mesh, in place. Every rank calls this with the same model.
+
+    Args:
+        model: built on every rank with the same seed, or loaded from the same folder.
+        mesh: a ``DeviceMesh`` over all processes whose dimensions are named ``data``, ``context`` or ``tensor``.
+        gather_outputs: return the logits and hidden states of all tokens. Otherwise those of this rank's tokens, which
+            are a part of the time axis; loss and state are whole in both cases.
+        reshard_after_forward: free the gathered parameters of a layer between forward and backward (``fully_shard``).
+
+    Each rank calls the model with the whole batch of its group of ``data``, which ranks of ``context`` and ``tensor``
+    have in common. Losses, gradients and states are those of one process; the gradients are means over ``data``.
+    Parameters and gradients are ``DTensor`` objects.
+
+    Raises ``TypeError`` or ``ValueError`` for what is no such mesh, for heads that the ranks of ``tensor`` cannot share,
+    and for ranks with different recipes.
+    """
+    parallel = Parallel(model, mesh, gather_outputs)
+    if parallel.size > 1:
+        _shard_parameters(model, mesh, parallel, reshard_after_forward)
+        model.parallel = parallel
+    return model
+
+
+class Parallel:
+    """The ranks of each dimension of a mesh, as a model uses them."""
+
+    def __init__(self, model: LanguageModel, mesh: DeviceMesh, gather_outputs: bool) -> None:
+        import torch.distributed as dist
+        from torch.distributed.device_mesh import DeviceMesh
+
+        if not isinstance(mesh, DeviceMesh):
+            raise TypeError(f"mesh: expected a torch DeviceMesh, got {type(mesh).__name__}")
+        self.first = dist.get_rank() == 0
+        names = mesh.mesh_dim_names or ()
+        for name in names or ("none",):
+            if name not in DIMENSIONS:
+                expected = "mesh_dim_names of 'data', 'context' or 'tensor'"
+                self.refuse(f"mesh: expected {expected}, got {name!r}")
+        self.size = mesh.size()
+        if self.size != dist.get_world_size():
+            self.refuse(f"mesh: it has {self.size} ranks: expected all {dist.get_world_size()} processes")
+        self.data, self.context, self.tensor = (
+            Ranks(mesh.get_group(name), mesh.get_local_rank(name), mesh.shape[names.index(name)])
+            if name in names
+            else Ranks(None, 0, 1)
+            for name in DIMENSIONS
+        )
+        self.gather_outputs = gather_outputs
+        self.whole = False
+        """Whether each rank computes all tokens."""
+        number = model.fingerprint.number
+        numbers = torch.tensor([number], device=next(model.parameters()).device)
+        every = [torch.empty_like(numbers) for _ in range(self.size)]
+        dist.all_gather(every, numbers)
+        for rank, other in enumerate(every):
+            if int(other) != int(every[0]):
+                self.refuse(f"rank {rank} has another recipe than rank 0: expected the same model on every rank")
+
+    def refuse(self, message: str) -> None:
+        """Raise ``ValueError``: at once on the first rank, so that a launcher shows no other."""
+        if not self.first:
+            time.sleep(WAIT)
+        raise ValueError(message)
+
+    def enter(
+        self,
+        model: LanguageModel,
+        x: Tensor | None,
+        state: ModelState | None,
+        shape: tuple[int, int],
+        mask: Tensor | None,
+        documents: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> ContextCall | None:
+        """Begin a call of the model with inputs ``[batch, time, ...]``; ``None`` if each rank computes all tokens."""
+        ranks, length = self.context, shape[1]
+        if ranks.size == 1 or self.whole or length == 0:
+            return None
+        if length < ranks.size:
+            self.refuse(f"a sequence of {length} tokens is shorter than the {ranks.size} ranks of the mesh's context")
+        if length % ranks.size:
+            self.refuse(
+                f"a sequence of {length} tokens cannot be shared by the {ranks.size} ranks of the mesh's context: "
+                f"give a multiple of {ranks.size}, with padding and a mask if need be"
+            )
+        return ContextCall(ranks, model, x, state, shape, mask, documents, cu_seqlens)
+
+    def once(self, state: State) -> State:
+        """A state that every rank has computed, whose gradient is counted once."""
+        if self.context.size == 1 or not torch.is_grad_enabled():
+            return state
+        return map_state(lambda x: _Once.apply(self.context, x) if x.requires_grad else x, state)
+
+    @contextlib.contextmanager
+    def each_whole(self) -> Iterator[None]:
+        """Within the ``with`` block, every rank computes all tokens."""
+        before, self.whole = self.whole, True
+        try:
+            yield
+        finally:
+            self.whole = before
+
+
+class ContextCall:
+    """One call of a model whose tokens are shared out over ``context``; blocks call it for earlier tokens."""
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        model: LanguageModel,
+        x: Tensor | None,
+        state: ModelState | None,
+        shape: tuple[int, int],
+        mask: Tensor | None,
+        documents: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> None:
+        self.ranks, self.rows, self.time = ranks, *shape
+        self.length = self.time // ranks.size
+        self.start = ranks.rank * self.length
+        self.part = slice(self.start, self.start + self.length)
+        self.mask, self.grows = mask, model.grows
+        self.ended, self.empty = False, None
+        self.ids = documents
+        if cu_seqlens is not None:
+            self.ids, self.ended, self.empty = packed_ids(cu_seqlens, *shape)
+            self.ids = self.ids.to(next(model.parameters()).device)
+        self.before = None if state is None else state.document
+        self._documents: dict[int, Documents] = {}
+        given = [y for _, y in named_tensors(state) if y.is_floating_point()]
+        device = next(model.parameters()).device
+        self.token = torch.zeros((), device=device)
+        needed = [*model.parameters(), *given, *([] if x is None else [x])]
+        if torch.is_grad_enabled() and any(y.requires_grad for y in needed):
+            self.token.requires_grad_(True)
+        self.token, self.x, *given = _Enter.apply(ranks, self.token, x, *given)
+        rest = iter(given)
+        self.state = map_state(lambda y: next(rest) if y.is_floating_point() else y, state)
+
+    # -- documents -------------------------------------------------------------------------------------------------
+
+    def known(self, start: int) -> Tensor | None:
+        """The document of each row before the token ``start``."""
+        if self.ids is None or start == 0:
+            return self.before
+        mask = None if self.mask is None else self.mask[:, :start]
+        return Documents(self.ids[:, :start], mask, self.before, ended=self.ended).after
+
+    def documents_from(self, start: int) -> Documents | None:
+        """The documents of the tokens from ``start`` to the end of this rank's part."""
+        if self.ids is None:
+            return None
+        if start not in self._documents:
+            part = slice(start, self.part.stop)
+            mask = None if self.mask is None else self.mask[:, part]
+            # without a valid token before, the documents of the state have ended just now
+            ended = self.ended and (start == 0 or (self.mask is not None and not bool(self.mask[:, :start].any())))
+            empty = self.empty if self.ranks.last else None
+            self._documents[start] = Documents(
+                self.ids[:, part], mask, self.known(start), ended=ended, empty=empty
+            )  # fmt: skip
+        return self._documents[start]
+
+    def all_documents(self) -> Documents | None:
+        """The documents of all tokens."""
+        if self.ids is None:
+            return None
+        if -1 not in self._documents:
+            self._documents[-1] = Documents(self.ids, self.mask, self.before, ended=self.ended, empty=self.empty)
+        return self._documents[-1]
+
+    # -- the end of the call ---------------------------------------------------------------------------------------
+
+    def leave(self, hidden: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+        """The outputs of this rank, and the state of the last rank."""
+        given = [y for _, y in named_tensors(state)]
+        hidden, *found = _Leave.apply(self.ranks, self.grows, hidden, self.token, *given)
+        rest = iter(found)
+        return hidden, map_state(lambda _: next(rest), state)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over the ranks."""
+        total: Tensor = _Sum.apply(self.ranks, x)
+        return total
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The outputs of all ranks."""
+        whole: Tensor = _Whole.apply(self.ranks, x)
+        return whole
+
+    # -- blocks ----------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Within the ``with`` block, blocks that depend on earlier tokens are run by :meth:`run`."""
+        before, call.shard = call.shard, self
+        try:
+            yield
+        finally:
+            call.shard = before
+
+    def run(
+        self, block: Block, x: Tensor, state: State, mask: Tensor | None, documents: Documents | None, named: Any
+    ) -> tuple[Tensor, State]:
+        """Run a block on this rank's tokens, after the tokens of the ranks before."""
+        fresh = None if documents is None else documents.fresh
+        sources = [*block.parameters(), *(y for _, y in named_tensors((state, fresh)))]
+        x = tie(x, *sources)
+        with unsharded():
+            if sharding_of(block) is None:
+                y, after = self._run_gathered(block, x, state, fresh, named)
+            elif (past := self._past(block)) is not None:
+                y, after = self._run_after_window(block, x, state, fresh, past, named)
+            else:
+                y, after = self._run_after_state(block, x, state, mask, documents, named)
+        return y, after
+
+    def _past(self, block: Block) -> int | None:
+        """The number of tokens of the rank before that this rank needs, if these are all that it needs."""
+        if self.mask is not None:
+            return None
+        past = block.past()
+        return past if past is not None and past <= self.length else None
+
+    def _run_gathered(self, block: Block, x: Tensor, state: State, fresh: State, named: Any) -> tuple[Tensor, State]:
+        """Each rank computes all tokens."""
+        x, self.token = _Gather.apply(self.ranks, x, self.token)
+        y, after = block(x, state, mask=self.mask, documents=_starting(self.all_documents(), fresh), **named)
+        return y[:, self.part], after
+
+    def _run_after_state(
+        self, block: Block, x: Tensor, state: State, mask: Tensor | None, documents: Documents | None, named: Any
+    ) -> tuple[Tensor, State]:
+        """Each rank waits for the state of the rank before."""
+        ranks, grows = self.ranks, block.grows
+        if not ranks.first:
+            like = state if state is not None else self._fresh(block, documents)
+            tensors = [y for _, y in named_tensors(like)]
+            x, self.token, *found = _Receive.apply(ranks, grows, x, self.token, *(y.detach() for y in tensors))
+            rest = iter(found)
+            state = map_state(lambda _: next(rest), like)
+        y, after = block(x, state, mask=mask, documents=documents, **named)
+        if not ranks.last:
+            given = [z for _, z in named_tensors(after)]
+            y, self.token, *found = _Send.apply(ranks, grows, tie(y, x), self.token, *given)
+            rest = iter(found)
+            after = map_state(lambda _: next(rest), after)
+        return y, after
+
+    def _run_after_window(
+        self, block: Block, x: Tensor, state: State, fresh: State, past: int, named: Any
+    ) -> tuple[Tensor, State]:
+        """Each rank begins with the last ``past`` tokens of the rank before. Their outputs are not used."""
+        if past:
+            x, self.token, halo = _Shift.apply(self.ranks, past, x, self.token)
+        if self.ranks.first:
+            y, after = block(x, state, documents=_starting(self.documents_from(0), fresh), **named)
+            return y, after
+        start = self.start - past
+        if past:
+            x = torch.cat((halo, x), dim=1)
+        documents = _starting(self.documents_from(start), fresh)
+        y, after = block(x, self._state_at(block, state, start, documents), documents=documents, **named)
+        return y[:, past:], after
+
+    def _state_at(self, block: Block, state: State, start: int, documents: Documents | None) -> State:
+        """A state at the token ``start``: right in what does not depend on the tokens before, and in its positions."""
+        if start == 0:
+            return state
+        begun = self._fresh(block, documents)
+        state = begun if state is None else state
+        count = torch.full((self.rows,), start)
+        if self.ids is not None:
+            ids = self.ids.cpu()
+            same = (ids[:, :start] == ids[:, start : start + 1]).long()
+            count = same.flip(1).cumprod(1).sum(1)  # tokens of the document before start
+            known = self.before
+            goes_on = torch.full((self.rows,), not self.ended)
+            if known is not None:
+                known = known.cpu()
+                goes_on &= (known == NO_DOCUMENT) | (known == ids[:, 0])
+            goes_on &= count == start
+            state = where(goes_on.to(self.ids.device), state, begun)
+        return _advance(state, count)
+
+    def _fresh(self, block: Block, documents: Documents | None) -> State:
+        if documents is not None and documents.fresh is not None:
+            return map_state(lambda y: y.expand(self.rows, *y.shape[1:]), documents.fresh)
+        return initial_state(block, self.rows)
+
+
+def sharding_of(block: Block) -> str | None:
+    """``Block.sharding``, if the blocks inside say how they are sharded, too."""
+    inside = all(sharding_of(child) is not None for child in child_blocks(block))
+    return block.sharding if inside else None
+
+
+def _starting(documents: Documents | None, fresh: State) -> Documents | None:
+    return documents if documents is None or fresh is None else documents.starting(fresh)
+
+
+def _advance(state: State, count: Tensor) -> State:
+    """The state with ``count`` [batch] more tokens in every counter of tokens."""
+    if not isinstance(state, tuple):
+        return state
+    names = getattr(state, "_fields", [None] * len(state))
+    parts = [
+        part + count.to(part.device) if name == "position" and isinstance(part, Tensor) else _advance(part, count)
+        for name, part in zip(names, state)
+    ]
+    return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
+
+
+# -- parameters --------------------------------------------------------------------------------------------------------
+
+
+def _shard_parameters(model: Any, mesh: DeviceMesh, parallel: Parallel, reshard_after_forward: bool) -> None:
+    """Shard the parameters over all ranks with FSDP2, one group for each layer."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    # about outputs that are views; nothing here writes into outputs
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+    every = mesh if mesh.ndim == 1 else init_device_mesh(mesh.device_type, (parallel.size,))
+    for layer in model.layers:
+        _copy_states(layer)
+        fully_shard(layer, mesh=every, reshard_after_forward=reshard_after_forward)
+    fully_shard(model, mesh=every)
+    # when a run resumes from a state, init_state is the first call, and has to reach the root before the layers
+    for module in (*model.layers, model):
+        register_fsdp_forward_method(module, "init_state")
+        if parallel.context.size * parallel.tensor.size > 1:
+            # gradients are sums over context, and means over data (and over tensor, whose ranks have equal ones)
+            module.set_gradient_divide_factor(parallel.data.size * parallel.tensor.size)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def _copy_states(layer: Any) -> None:
+    """Let no state of the layer share storage with its parameters, which FSDP frees.
+
+    The state of a fresh memory would: its weights are the learned initial weights.
+    """
+    forward, init_state = layer.forward, layer.init_state
+
+    def copied(state: State) -> State:
+        storages = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
+        return map_state(lambda x: x.clone() if x.untyped_storage().data_ptr() in storages else x, state)
+
+    def forward_with_own_state(x: Tensor, state: State = None, **named: Any) -> tuple[Tensor, State]:
+        y, state = forward(x, state, **named)
+        return y, copied(state)
+
+    layer.forward = forward_with_own_state
+    layer.init_state = lambda batch_size: copied(init_state(batch_size))
