@@ -331,7 +331,7 @@ class LanguageModel(nn.Module):
     ) -> Generation:
         """Continue ``tokens`` [batch, time] by ``max_new_tokens`` tokens: see ``generation.generate``."""
         options: dict[str, Any] = {"mask": mask, "logits": logits, "draft": draft, "prefix_cache": prefix_cache}
-        with nullcontext() if self.parallel is None else self.parallel.each_whole():
+        with nullcontext() if self.parallel is None else self.parallel.whole_outputs(compute=True):
             return generate(self, tokens, max_new_tokens, state, temperature, top_k, top_p, seed, **options)
 
     def freeze_memory(self) -> Frozen:

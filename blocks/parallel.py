@@ -1,6 +1,6 @@
 """Models on a device mesh: rows over ``data``, the tokens of a sequence over ``context``, heads over ``tensor``.
 
-Parameters are sharded over all ranks (``fully_shard``). Each rank of ``context`` runs the blocks on its own part of
+Parameters are sharded over ``data`` (``fully_shard``). Each rank of ``context`` runs the blocks on its own part of
 the tokens. A block that depends on earlier tokens says in ``Block.sharding`` how that part gets them.
 """
 
@@ -10,20 +10,21 @@ import contextlib
 import time
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ..kernels.documents import NO_DOCUMENT, Documents, packed_ids
 from .block import Block, call, child_blocks, initial_state, unsharded
 from .collectives import Ranks, _Enter, _Gather, _Leave, _Once, _Receive, _Send, _Shift, _Sum, _Whole, tie
-from .state import State, map_state, named_tensors, where
+from .state import State, detach, map_state, named_tensors, where
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-    from .language_model import LanguageModel, ModelState
+_Model = TypeVar("_Model")
 
 DIMENSIONS = ("data", "context", "tensor")
 """The names of mesh dimensions."""
@@ -32,8 +33,13 @@ WAIT = 5.0
 
 
 def parallelize(
-    model: LanguageModel, mesh: DeviceMesh, *, gather_outputs: bool = True, reshard_after_forward: bool = True
-) -> LanguageModel:
+    model: _Model,
+    mesh: DeviceMesh,
+    *,
+    gather_outputs: bool = True,
+    reshard_after_forward: bool = True,
+    recompute: bool = False,
+) -> _Model:
     """Share out a model over the ranks of a mesh, in place. Every rank calls this with the same model.
 
     Args:
@@ -41,26 +47,29 @@ def parallelize(
         mesh: a ``DeviceMesh`` over all processes whose dimensions are named ``data``, ``context`` or ``tensor``.
         gather_outputs: return the logits and hidden states of all tokens. Otherwise those of this rank's tokens, which
             are a part of the time axis; loss and state are whole in both cases.
+        recompute: activation checkpointing of the blocks that depend on earlier tokens, for a mesh with ``context``.
+            Checkpointing of whole layers would repeat their communication in another order.
         reshard_after_forward: free the gathered parameters of a layer between forward and backward (``fully_shard``).
 
     Each rank calls the model with the whole batch of its group of ``data``, which ranks of ``context`` and ``tensor``
     have in common. Losses, gradients and states are those of one process; the gradients are means over ``data``.
     Parameters and gradients are ``DTensor`` objects.
 
-    Raises ``TypeError`` or ``ValueError`` for what is no such mesh, for heads that the ranks of ``tensor`` cannot share,
-    and for ranks with different recipes.
+    Raises ``TypeError`` or ``ValueError`` for what is no such mesh, for heads that the ranks of ``tensor`` cannot
+    share, and for ranks with different recipes.
     """
-    parallel = Parallel(model, mesh, gather_outputs)
+    shared: Any = model
+    parallel = Parallel(shared, mesh, gather_outputs, recompute)
     if parallel.size > 1:
-        _shard_parameters(model, mesh, parallel, reshard_after_forward)
-        model.parallel = parallel
+        _shard_parameters(shared, mesh, parallel, reshard_after_forward)
+        shared.parallel = parallel
     return model
 
 
 class Parallel:
     """The ranks of each dimension of a mesh, as a model uses them."""
 
-    def __init__(self, model: LanguageModel, mesh: DeviceMesh, gather_outputs: bool) -> None:
+    def __init__(self, model: Any, mesh: DeviceMesh, gather_outputs: bool, recompute: bool) -> None:
         import torch.distributed as dist
         from torch.distributed.device_mesh import DeviceMesh
 
@@ -81,7 +90,7 @@ class Parallel:
             else Ranks(None, 0, 1)
             for name in DIMENSIONS
         )
-        self.gather_outputs = gather_outputs
+        self.gather_outputs, self.recompute = gather_outputs, recompute
         self.whole = False
         """Whether each rank computes all tokens."""
         number = model.fingerprint.number
@@ -100,9 +109,9 @@ class Parallel:
 
     def enter(
         self,
-        model: LanguageModel,
+        model: Any,
         x: Tensor | None,
-        state: ModelState | None,
+        state: Any,
         shape: tuple[int, int],
         mask: Tensor | None,
         documents: Tensor | None,
@@ -119,7 +128,7 @@ class Parallel:
                 f"a sequence of {length} tokens cannot be shared by the {ranks.size} ranks of the mesh's context: "
                 f"give a multiple of {ranks.size}, with padding and a mask if need be"
             )
-        return ContextCall(ranks, model, x, state, shape, mask, documents, cu_seqlens)
+        return ContextCall(ranks, model, x, state, shape, mask, documents, cu_seqlens, self.recompute)
 
     def once(self, state: State) -> State:
         """A state that every rank has computed, whose gradient is counted once."""
@@ -128,13 +137,14 @@ class Parallel:
         return map_state(lambda x: _Once.apply(self.context, x) if x.requires_grad else x, state)
 
     @contextlib.contextmanager
-    def each_whole(self) -> Iterator[None]:
-        """Within the ``with`` block, every rank computes all tokens."""
-        before, self.whole = self.whole, True
+    def whole_outputs(self, *, compute: bool) -> Iterator[None]:
+        """Within the ``with`` block, outputs are those of all tokens. ``compute``: every rank computes all tokens."""
+        before = self.whole, self.gather_outputs
+        self.whole, self.gather_outputs = compute, True
         try:
             yield
         finally:
-            self.whole = before
+            self.whole, self.gather_outputs = before
 
 
 class ContextCall:
@@ -143,14 +153,16 @@ class ContextCall:
     def __init__(
         self,
         ranks: Ranks,
-        model: LanguageModel,
+        model: Any,
         x: Tensor | None,
-        state: ModelState | None,
+        state: Any,
         shape: tuple[int, int],
         mask: Tensor | None,
         documents: Tensor | None,
         cu_seqlens: Tensor | None,
+        recompute: bool,
     ) -> None:
+        self.recompute = recompute and torch.is_grad_enabled()
         self.ranks, self.rows, self.time = ranks, *shape
         self.length = self.time // ranks.size
         self.start = ranks.rank * self.length
@@ -207,7 +219,7 @@ class ContextCall:
 
     # -- the end of the call ---------------------------------------------------------------------------------------
 
-    def leave(self, hidden: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+    def leave(self, hidden: Tensor, state: Any) -> tuple[Tensor, Any]:
         """The outputs of this rank, and the state of the last rank."""
         given = [y for _, y in named_tensors(state)]
         hidden, *found = _Leave.apply(self.ranks, self.grows, hidden, self.token, *given)
@@ -240,9 +252,9 @@ class ContextCall:
     ) -> tuple[Tensor, State]:
         """Run a block on this rank's tokens, after the tokens of the ranks before."""
         fresh = None if documents is None else documents.fresh
-        sources = [*block.parameters(), *(y for _, y in named_tensors((state, fresh)))]
-        x = tie(x, *sources)
         with unsharded():
+            if torch.is_grad_enabled():
+                x = tie(x, *self._used(block, state, fresh))
             if sharding_of(block) is None:
                 y, after = self._run_gathered(block, x, state, fresh, named)
             elif (past := self._past(block)) is not None:
@@ -250,6 +262,22 @@ class ContextCall:
             else:
                 y, after = self._run_after_state(block, x, state, mask, documents, named)
         return y, after
+
+    def _used(self, block: Block, state: State, fresh: State) -> list[Tensor]:
+        """The tensors that get a gradient on some rank, and so on all: what one process would use."""
+        parameters = dict(block.named_parameters())
+        documents = self.all_documents()
+        if state is None or (documents is not None and not all(documents.continues)):
+            used = list(parameters.values())
+        else:
+            used = [parameters[name] for name in _used_by_tokens(block) if name in parameters]
+            fresh = None
+        return [*used, *(y for _, y in named_tensors((state, fresh)))]
+
+    def _block(self, block: Block, x: Tensor, state: State, **named: Any) -> tuple[Tensor, State]:
+        if not self.recompute:
+            return cast("tuple[Tensor, State]", block(x, state, **named))
+        return cast("tuple[Tensor, State]", checkpoint(block, x, state, use_reentrant=False, **named))
 
     def _past(self, block: Block) -> int | None:
         """The number of tokens of the rank before that this rank needs, if these are all that it needs."""
@@ -261,7 +289,9 @@ class ContextCall:
     def _run_gathered(self, block: Block, x: Tensor, state: State, fresh: State, named: Any) -> tuple[Tensor, State]:
         """Each rank computes all tokens."""
         x, self.token = _Gather.apply(self.ranks, x, self.token)
-        y, after = block(x, state, mask=self.mask, documents=_starting(self.all_documents(), fresh), **named)
+        y, after = self._block(
+            block, x, state, mask=self.mask, documents=_starting(self.all_documents(), fresh), **named
+        )
         return y[:, self.part], after
 
     def _run_after_state(
@@ -275,7 +305,7 @@ class ContextCall:
             x, self.token, *found = _Receive.apply(ranks, grows, x, self.token, *(y.detach() for y in tensors))
             rest = iter(found)
             state = map_state(lambda _: next(rest), like)
-        y, after = block(x, state, mask=mask, documents=documents, **named)
+        y, after = self._block(block, x, state, mask=mask, documents=documents, **named)
         if not ranks.last:
             given = [z for _, z in named_tensors(after)]
             y, self.token, *found = _Send.apply(ranks, grows, tie(y, x), self.token, *given)
@@ -290,13 +320,14 @@ class ContextCall:
         if past:
             x, self.token, halo = _Shift.apply(self.ranks, past, x, self.token)
         if self.ranks.first:
-            y, after = block(x, state, documents=_starting(self.documents_from(0), fresh), **named)
+            y, after = self._block(block, x, state, documents=_starting(self.documents_from(0), fresh), **named)
             return y, after
         start = self.start - past
         if past:
             x = torch.cat((halo, x), dim=1)
         documents = _starting(self.documents_from(start), fresh)
-        y, after = block(x, self._state_at(block, state, start, documents), documents=documents, **named)
+        before = self._state_at(block, state, start, documents)
+        y, after = self._block(block, x, before, documents=documents, **named)
         return y[:, past:], after
 
     def _state_at(self, block: Block, state: State, start: int, documents: Documents | None) -> State:
@@ -316,7 +347,8 @@ class ContextCall:
                 known = known.cpu()
                 goes_on &= (known == NO_DOCUMENT) | (known == ids[:, 0])
             goes_on &= count == start
-            state = where(goes_on.to(self.ids.device), state, begun)
+            if not bool(goes_on.all()):
+                state = where(goes_on.to(self.ids.device), state, begun)
         return _advance(state, count)
 
     def _fresh(self, block: Block, documents: Documents | None) -> State:
@@ -329,6 +361,25 @@ def sharding_of(block: Block) -> str | None:
     """``Block.sharding``, if the blocks inside say how they are sharded, too."""
     inside = all(sharding_of(child) is not None for child in child_blocks(block))
     return block.sharding if inside else None
+
+
+def _used_by_tokens(block: Any) -> list[str]:
+    """The names of the parameters that a call with a state uses. Others are those of fresh states."""
+    found: list[str] | None = vars(block).get("_used_by_tokens")
+    if found is None:
+        with torch.enable_grad():
+            parameters = {name: p for name, p in block.named_parameters() if p.requires_grad}
+            like = next(iter(parameters.values()), None)
+            if like is None:
+                return []
+            # at a multiple of the period, so that context begins a segment
+            state = _advance(detach(initial_state(block, 1)), torch.full((1,), block.period))
+            y, after = block(torch.ones(1, 1, block.dim, dtype=like.dtype, device=like.device), state)
+            outputs = [z.sum() for _, z in named_tensors((y, after)) if z.requires_grad]
+            grads = torch.autograd.grad(torch.stack(outputs).sum(), list(parameters.values()), allow_unused=True)
+        found = [name for name, grad in zip(parameters, grads) if grad is not None]
+        vars(block)["_used_by_tokens"] = found
+    return found
 
 
 def _starting(documents: Documents | None, fresh: State) -> Documents | None:
@@ -351,21 +402,26 @@ def _advance(state: State, count: Tensor) -> State:
 
 
 def _shard_parameters(model: Any, mesh: DeviceMesh, parallel: Parallel, reshard_after_forward: bool) -> None:
-    """Shard the parameters over all ranks with FSDP2, one group for each layer."""
-    from torch.distributed.device_mesh import init_device_mesh
+    """Shard the parameters over ``data`` with FSDP2, one group for each layer, and sum gradients over all ranks."""
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     # about outputs that are views; nothing here writes into outputs
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
-    every = mesh if mesh.ndim == 1 else init_device_mesh(mesh.device_type, (parallel.size,))
+    copies, names = parallel.context.size * parallel.tensor.size, mesh.mesh_dim_names or ()
+    if copies > 1:
+        ranks = mesh.mesh.movedim(names.index("data"), -1) if "data" in names else mesh.mesh
+        mesh = DeviceMesh(mesh.device_type, ranks.reshape(copies, -1), mesh_dim_names=("copies", "shards"))
+    elif mesh.ndim > 1:
+        mesh = mesh["data"]
     for layer in model.layers:
         _copy_states(layer)
-        fully_shard(layer, mesh=every, reshard_after_forward=reshard_after_forward)
-    fully_shard(model, mesh=every)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=reshard_after_forward)
+    fully_shard(model, mesh=mesh)
     # when a run resumes from a state, init_state is the first call, and has to reach the root before the layers
     for module in (*model.layers, model):
         register_fsdp_forward_method(module, "init_state")
-        if parallel.context.size * parallel.tensor.size > 1:
+        if copies > 1:
             # gradients are sums over context, and means over data (and over tensor, whose ranks have equal ones)
             module.set_gradient_divide_factor(parallel.data.size * parallel.tensor.size)
             module.set_force_sum_reduction_for_comms(True)

@@ -50,7 +50,7 @@ def memory_surprise(step: TrainStep, batch: Batch, state: State) -> Surprise:
         first = batch.documents == batch.documents[:, :1]
         fresh = batch.fresh if state is None else batch.fresh | (state.document.cpu() != batch.documents[:, 0])
         batch = batch._replace(mask=first if batch.mask is None else batch.mask & first, fresh=fresh, documents=None)
-    with torch.no_grad(), observe(step.model) as seen:
+    with torch.no_grad(), step.processes.whole(step.model, compute=True), observe(step.model) as seen:
         step.forward(batch, state)
     step.processes.reshard(step.model)
     found = {}

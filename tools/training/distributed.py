@@ -1,11 +1,11 @@
-"""The processes of a run: one, or those that ``torchrun`` started, which share rows and parameters (FSDP2)."""
+"""The processes of a run: one, or those that ``torchrun`` started, which share rows, tokens, heads and parameters."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
 import os
-import warnings
+import time
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from ...blocks.language_model import LanguageModel
-from ...blocks.state import State, map_state
+from ...blocks.parallel import WAIT, parallelize
+from ...recipes import StorageError
+from ...registry import Problem, RecipeError
 from ..terminal import CommandFailed
+from .settings import Mesh
 
 
 class Processes:
@@ -24,10 +27,26 @@ class Processes:
         self.rank, self.world = rank, world
         self.device = device if device is not None else torch.device("cpu")
         self.mesh: Any = None
-        if world > 1:
+        self.group, self.groups = rank, world
+        """Of the groups of processes that have rows in common, the number of this one's, and how many there are."""
+        self.first_of_group = True
+
+    def arrange(self, mesh: Mesh | None) -> None:
+        """Make the device mesh. Raises ``RecipeError`` if it is for another number of processes."""
+        mesh = Mesh() if mesh is None else mesh
+        together = mesh.context * mesh.tensor
+        data = max(self.world // together, 1) if mesh.data is None else mesh.data
+        if data * together != self.world:
+            sizes = f"data {data} x context {mesh.context} x tensor {mesh.tensor}"
+            message = f"{sizes} are {data * together} processes, and there are {self.world}"
+            raise RecipeError([Problem("mesh", message)], "settings")
+        self.group, self.groups = self.rank // together, data
+        self.first_of_group = self.rank % together == 0
+        if self.world > 1:
             from torch.distributed.device_mesh import init_device_mesh
 
-            self.mesh = init_device_mesh(self.device.type, (world,))
+            shape, names = (data, mesh.context, mesh.tensor), ("data", "context", "tensor")
+            self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
 
     @property
     def main(self) -> bool:
@@ -44,29 +63,37 @@ class Processes:
         dist.all_reduce(summed)
         return cast("list[float]", summed.tolist())
 
+    def sum_of_groups(self, *numbers: float) -> list[float]:
+        """Sums of numbers that the processes of a group have in common."""
+        return self.sum(*(number if self.first_of_group else 0 for number in numbers))
+
     def barrier(self) -> None:
         """Wait for the other processes."""
         self.sum(0.0)
 
-    def shard(self, model: LanguageModel, *, reshard_after_forward: bool = True) -> None:
-        """Shard the parameters with FSDP2, one group for each layer.
+    def shard(self, model: LanguageModel, *, reshard_after_forward: bool = True, recompute: bool = False) -> None:
+        """Share out a model over the processes (``parallelize``).
 
         An auxiliary loss sends gradients into a layer other than through its outputs. FSDP2 does not gather the
         parameters for those, so they have to stay gathered (``reshard_after_forward=False``).
         """
-        if self.world == 1:
-            return
-        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+        if self.world > 1:
+            parallelize(
+                model,
+                self.mesh,
+                gather_outputs=False,
+                reshard_after_forward=reshard_after_forward,
+                recompute=recompute,
+            )  # fmt: skip
 
-        # about outputs that are views; nothing here writes into outputs
-        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
-        for layer in model.layers:
-            _copy_states(layer)
-            fully_shard(layer, mesh=self.mesh, reshard_after_forward=reshard_after_forward)
-            register_fsdp_forward_method(layer, "init_state")
-        fully_shard(model, mesh=self.mesh)
-        # when a run resumes from a state, init_state is the first call, and has to reach the root before the layers
-        register_fsdp_forward_method(model, "init_state")
+    @contextlib.contextmanager
+    def whole(self, model: LanguageModel, *, compute: bool = False) -> Iterator[None]:
+        """Within the ``with`` block, outputs are those of all tokens. ``compute``: each process computes all tokens."""
+        if model.parallel is None:
+            yield
+            return
+        with model.parallel.whole_outputs(compute=compute):
+            yield
 
     def reshard(self, model: LanguageModel) -> None:
         """Free the parameters that a forward pass without a backward pass has left gathered."""
@@ -79,19 +106,27 @@ class Processes:
                 module.reshard()
 
     def shard_rows(self, tensor: Tensor) -> Tensor:
-        """A ``DTensor`` over all processes' rows, of which this process has ``tensor``."""
+        """A ``DTensor`` over the rows of all groups, of which this one has ``tensor``."""
         if self.world == 1:
             return tensor
-        from torch.distributed.tensor import DTensor, Shard
+        from torch.distributed.tensor import DTensor, Replicate, Shard
 
-        return DTensor.from_local(tensor, self.mesh, [Shard(0)], run_check=False)
+        return DTensor.from_local(tensor, self.mesh, [Shard(0), Replicate(), Replicate()], run_check=False)
 
 
 @contextlib.contextmanager
 def process_errors(processes: Processes, resume: str) -> Iterator[None]:
-    """Raise ``CommandFailed`` in place of the error about another process that has ended. ``resume``: a command."""
+    """Raise ``CommandFailed`` in place of the error about another process that has ended. ``resume``: a command.
+
+    Errors that all processes find in what they are given are raised by the first one before the others, so that
+    ``torchrun`` shows one of them.
+    """
     try:
         yield
+    except (RecipeError, StorageError, ValueError):
+        if not processes.main:
+            time.sleep(WAIT)
+        raise
     except RuntimeError as error:
         import torch.distributed as dist
 
@@ -113,25 +148,6 @@ def to_local(tensor: Tensor) -> Tensor:
 def full_tensor(tensor: Tensor) -> Tensor:
     """The whole tensor, gathered from all processes."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def _copy_states(layer: Any) -> None:
-    """Let no state of the layer share storage with its parameters, which FSDP frees.
-
-    The state of a fresh memory would: its weights are the learned initial weights.
-    """
-    forward, init_state = layer.forward, layer.init_state
-
-    def copied(state: State) -> State:
-        storages = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
-        return map_state(lambda x: x.clone() if x.untyped_storage().data_ptr() in storages else x, state)
-
-    def forward_with_own_state(x: Tensor, state: State = None, **named: Any) -> tuple[Tensor, State]:
-        y, state = forward(x, state, **named)
-        return y, copied(state)
-
-    layer.forward = forward_with_own_state
-    layer.init_state = lambda batch_size: copied(init_state(batch_size))
 
 
 def init_processes(device: torch.device) -> Processes:

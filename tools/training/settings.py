@@ -34,6 +34,14 @@ class Stage(_Checked):
     optimizer: Literal["keep", "fresh"] = Field(default="keep", description="keep the optimizer's state, or reset it")
 
 
+class Mesh(_Checked):
+    """How processes share the work: rows over ``data``, the tokens of rows over ``context``, heads over ``tensor``."""
+
+    data: int | None = Field(default=None, ge=1, description="groups that have their own rows; null: as many as remain")
+    context: int = Field(default=1, ge=1, description="processes that share the tokens of their rows")
+    tensor: int = Field(default=1, ge=1, description="processes that share the heads of blocks")
+
+
 class Settings(_Checked):
     """Everything about a run except the recipe and the data. Made by ``as_settings``."""
 
@@ -52,6 +60,8 @@ class Settings(_Checked):
     autocast: Literal["bfloat16"] | None = Field(None, description="dtype of torch.autocast; null for none")
     recompute: bool = Field(False, description="activation checkpointing of every layer")
     compile: bool = Field(False, description="torch.compile the model")
+
+    mesh: Mesh | None = Field(None, description="how the processes share the work; null: the rows")
 
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps with a linear warm-up")
@@ -128,17 +138,24 @@ def as_settings(given: Settings | Mapping[str, Any] | str | os.PathLike[str] | N
             except RecipeError as error:
                 problems += error.problems
         data["stages"] = []  # checked above, so that problems name the stage's own keys
+    mesh: Mesh | None = None
+    if isinstance(data.get("mesh"), dict):
+        try:
+            mesh = Mesh(**check_settings("mesh", fields(Mesh), data["mesh"], "mesh"))
+        except RecipeError as error:
+            problems += error.problems
+        data["mesh"] = None
     values: dict[str, Any] = {}
     try:
         values = check_settings("settings", fields(Settings), data)
     except RecipeError as error:
         problems += error.problems
     if not problems:
-        problems += _conflicts(data, values, stages)
+        problems += _conflicts(data, values, stages, mesh)
     if problems:
         raise RecipeError(problems, source)
     steps = sum(stage.steps for stage in stages) or values["steps"]
-    return Settings(**{**values, "stages": stages, "steps": steps})
+    return Settings(**{**values, "stages": stages, "steps": steps, "mesh": mesh})
 
 
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -165,7 +182,7 @@ def recipes_of_stages(recipe: Recipe, settings: Settings) -> list[Recipe]:
     return found
 
 
-def _conflicts(data: dict[str, Any], values: dict[str, Any], stages: list[Stage]) -> list[Problem]:
+def _conflicts(data: dict[str, Any], values: dict[str, Any], stages: list[Stage], mesh: Mesh | None) -> list[Problem]:
     """Problems between settings that are each valid."""
     problems = []
     if values["batch"] % values["accumulate"]:
@@ -175,6 +192,12 @@ def _conflicts(data: dict[str, Any], values: dict[str, Any], stages: list[Stage]
     if values["compile"] and auxiliary:
         message = f"{auxiliary[0]} observes the memories, which a compiled model does not allow: use only one of them"
         problems.append(Problem("compile", message))
+    if mesh is not None and mesh.context * mesh.tensor > 1:
+        problems += [
+            Problem(name, "a mesh that divides rows (context, tensor) does not allow it: leave it out")
+            for name in ("compile", *auxiliary)
+            if values[name]
+        ]
     if not all(0 <= beta < 1 for beta in values["betas"]):
         problems.append(Problem("betas", f"expected two numbers from 0 to under 1, got {list(values['betas'])}"))
     total = sum(stage.steps for stage in stages)

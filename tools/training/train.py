@@ -115,6 +115,7 @@ def train(
         torch.random.fork_rng([] if device.type == "cpu" else None),
         contextlib.ExitStack() as stack,
     ):
+        processes.arrange(settings.mesh)
         tokenized = data_of_run(folder, data) if resuming else data_of_model(weights, data)
         source, valid = _open_sources(recipe, tokenized, settings, processes)
         check_same_data(folder, run.get("data"), source.describe())
@@ -154,7 +155,8 @@ def train(
         inner = stack.enter_context(contextlib.ExitStack())
 
         def make_trainer(model: LanguageModel, stop: int) -> Trainer:
-            if settings.recompute:
+            mesh = settings.mesh
+            if settings.recompute and (mesh is None or mesh.context == 1):
                 inner.enter_context(activation_checkpointing(model))
             return Trainer(model, source, valid, settings, processes, log, checkpoints, command, stop)
 
@@ -228,9 +230,14 @@ def _resumed_inputs(
         raise recipe_error(given.name or "recipe", message)
     if data is not None and data != known_data:
         raise recipe_error("data", f"the run reads {show(known_data)} and cannot be resumed with {show(data)}")
+    given_settings = settings
     if isinstance(settings, Mapping):
         settings = {**before.to_dict(), **settings}
     after = before if settings is None else as_settings(settings)
+    if after.mesh is not None and not (isinstance(given_settings, Mapping) and "mesh" in given_settings):
+        world, mesh = int(os.environ.get("WORLD_SIZE", "1")), after.mesh
+        if (mesh.data or 1) * mesh.context * mesh.tensor != world:  # other processes, which share the rows
+            after = after.model_copy(update={"mesh": None})
     return known, known_data, after, setting_changes(folder, before, after)
 
 
@@ -294,7 +301,7 @@ def _open_sources(recipe: Recipe, data: Any, settings: Settings, processes: Proc
             length=settings.length,
             split=split,
             seed=settings.seed,
-            part=(processes.rank, processes.world),
+            part=(processes.group, processes.groups),
             vocab=recipe.vocab,
         )
 
@@ -306,10 +313,14 @@ def _open_sources(recipe: Recipe, data: Any, settings: Settings, processes: Proc
             "recipe `vocab: 256`"
         )
         raise RecipeError([Problem("vocab", message)], "data")
-    rows = settings.batch // processes.world
+    rows = settings.batch // processes.groups
     if rows % settings.accumulate:
-        message = f"expected a divisor of the {rows} rows of each of {processes.world} processes"
+        message = f"expected a divisor of the {rows} rows of each of {processes.groups} processes"
         raise RecipeError([Problem("accumulate", f"{message}, got {settings.accumulate}")], "settings")
+    context = 1 if settings.mesh is None else settings.mesh.context
+    if source.length % context:
+        message = f"{source.length} tokens of a row cannot be shared by context: {context} processes: give a multiple"
+        raise RecipeError([Problem("length", message)], "settings")
     if settings.windows > 1 and not source.carries:
         message = (
             f"the data's rows do not continue from batch to batch: there is no state to carry over {settings.carry}"

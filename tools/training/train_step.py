@@ -48,7 +48,7 @@ class TrainStep:
         losses by its tokens), so that the sum of the parts equals the whole batch.
         """
         counted, tokens = sum(map(count_targets, windows)), sum(map(_tokens, windows))
-        counted, tokens = map(int, self.processes.sum(counted, tokens))
+        counted, tokens = map(int, self.processes.sum_of_groups(counted, tokens))
         rows = windows[0].tokens.shape[0]
         size = rows // self.settings.accumulate
         weights = {name: getattr(self.settings, name) for name in AUXILIARY if getattr(self.settings, name)}
@@ -66,11 +66,11 @@ class TrainStep:
                 objective = loss / max(counted, 1)
                 for weight, each in zip(weights.values(), auxiliary):
                     objective = objective + weight * each / max(tokens, 1)
-                # FSDP averages the processes' gradients, and the sum is needed
-                (objective * self.processes.world).backward()
+                # the gradients are averaged over the groups of processes, and the sum is needed
+                (objective * self.processes.groups).backward()
             sums += torch.stack([x.detach().double() for x in (loss, *auxiliary)]).cpu()
             states.append(detach(after))
-        total, *found = self.processes.sum(*sums.tolist())
+        total, *found = self.processes.sum_of_groups(*sums.tolist())
         return StepResult(
             total / max(counted, 1),
             {name: value / max(tokens, 1) for name, value in zip(weights, found)},

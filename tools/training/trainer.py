@@ -130,7 +130,9 @@ class Trainer:
         self.processes, self.log, self.checkpoints, self.resume = processes, log, checkpoints, resume
         self.stop = stop
         self.trainable = trainable_parameters(model, settings)
-        processes.shard(model, reshard_after_forward=not any(getattr(settings, name) for name in AUXILIARY))
+        reshard = not any(getattr(settings, name) for name in AUXILIARY)
+        context = 1 if settings.mesh is None else settings.mesh.context
+        processes.shard(model, reshard_after_forward=reshard, recompute=settings.recompute and context > 1)
         self.step = TrainStep(model, settings, processes)
         self.optimizer = make_optimizer(model, settings, fused=processes.world == 1)
         self.average = None if settings.ema is None else WeightAverage(model, settings.ema)
@@ -232,7 +234,7 @@ class Trainer:
             self.average.update()
         self.state = state if self.carries else None
 
-        tokens = sum(batch.tokens.numel() for batch in windows) * self.processes.world
+        tokens = sum(batch.tokens.numel() for batch in windows) * self.processes.groups
         seconds = time.perf_counter() - started
         progress.step += 1
         progress.tokens += tokens
@@ -333,7 +335,7 @@ class Trainer:
                 self.optimizer.state[parameter] = {"step": count, **moments}
         if any(name.startswith("state.") for name in names):
             with torch.no_grad():
-                rows = self.settings.batch // self.processes.world
+                rows = self.settings.batch // self.processes.groups
                 self.state = map_state(_contiguous_copy, self.model.init_state(rows))
         if self.processes.rank < known.processes:  # of fewer processes it has no generator states for the others
             names |= {f"random.{self.processes.rank}.{kind}" for kind in ("cpu", known.device)}

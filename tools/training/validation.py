@@ -34,14 +34,16 @@ def validate(
     try:
         if isinstance(source, TextSource) and source.packed:
             places = batches * source.describe()["rows"] * source.length
-            loss, scored, each = _read_documents(step, source, places)
+            with step.processes.whole(step.model, compute=True):  # documents have any length
+                loss, scored, each = _read_documents(step, source, places)
             squared = 0.0
         else:
-            (loss, scored, squared), each = _read_batches(step, source, batches), []
+            with step.processes.whole(step.model):
+                (loss, scored, squared), each = _read_batches(step, source, batches), []
     finally:
         step.model.train(training)
         step.processes.reshard(step.model)
-    loss, squared, *counts = step.processes.sum(loss, squared, *scored)
+    loss, squared, *counts = step.processes.sum_of_groups(loss, squared, *scored)
     scored = Score(*map(int, counts))
     metrics = {"loss": loss / max(scored.counted, 1), "accuracy": scored.accuracy}
     described = source.describe()
@@ -99,6 +101,6 @@ def _read_documents(step: TrainStep, source: TextSource, places: int) -> tuple[f
             mine = sums[together.first :][: len(losses)]
             mine += losses[: len(mine)]
         loss += float(sums.sum())
-        every = zip(together.names, together.tokens.tolist(), step.processes.sum(*sums.tolist()))
+        every = zip(together.names, together.tokens.tolist(), step.processes.sum_of_groups(*sums.tolist()))
         found += [{"document": name, "tokens": count, "loss": total / count} for name, count, total in every]
     return loss, scored, found

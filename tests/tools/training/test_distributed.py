@@ -53,12 +53,12 @@ def together(tmp_path: Path, out: str, *words: object, processes: int = 2) -> su
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 
-def together_without_torchrun(in_process: Any, out: Path, *words: object) -> Any:
-    """``titans-train ... --out OUT`` in two processes with the environment that torchrun gives them."""
+def together_without_torchrun(in_process: Any, out: Path, *words: object, processes: int = 2) -> Any:
+    """``titans-train ... --out OUT`` in several processes with the environment that torchrun gives them."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    ranks = tuple({**place, "RANK": rank, "LOCAL_RANK": rank} for rank in "01")
+        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes)}
+    ranks = tuple({**place, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes))
     return in_process("train", *words, "--out", out, environment=ranks)
 
 
@@ -102,6 +102,39 @@ def test_two_processes_equal_one_and_resume_its_checkpoints(
     assert alone.model is not None and whole.model is not None
     for a, b in zip(alone.model.parameters(), whole.model.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+EXACT = {"dtype": "float64", "valid_every": 2, "valid_batches": 2, "checkpoint_every": 2, "steps": 4, "accumulate": 2}
+
+
+def exactly(events: Any) -> Any:
+    """Losses and metrics by step, to float64 rounding."""
+    names = ("loss", "gradient", "accuracy", "document_loss", "mean")
+    return [
+        {"event": event["event"], "step": event["step"]}
+        | {name: pytest.approx(event[name], rel=1e-11) for name in names if name in event}
+        for event in events
+        if event["event"] in ("step", "valid")
+    ]
+
+
+def test_two_processes_that_share_the_tokens_equal_one_exactly(
+    tiny: Any, settings: Any, logged: Any, tmp_path: Path, ordered_text: Any, in_process: Any
+) -> None:
+    recipe = {**tiny, "vocab": 256}
+    settings |= {**EXACT, "ema": 0.9, "surprise_every": 2, "recompute": True, "length": 12}
+    whole = train(recipe, ordered_text, settings, tmp_path / "whole")
+    words = written(tmp_path, recipe, ordered_text, {**settings, "steps": 4, "mesh": {"context": 2}})
+    for end in together_without_torchrun(in_process, tmp_path / "run", *words):
+        assert end.status == 0, end.err
+    assert [e for e in logged(tmp_path / "run") if e["event"] in ("step", "valid")] == exactly(whole.history)
+    # 2 -> 1
+    expected = train(recipe, ordered_text, {**settings, "steps": 6}, tmp_path / "longer")
+    alone = train(None, None, {"steps": 6}, tmp_path / "run", resume=True)
+    assert exactly(alone.history)[4:] == exactly(alone.history)[4:]
+    assert alone.model is not None and expected.model is not None
+    for a, b in zip(alone.model.parameters(), expected.model.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.slow

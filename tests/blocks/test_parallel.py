@@ -1,0 +1,165 @@
+"""Models on a device mesh: the losses, gradients and states of one process."""
+
+from __future__ import annotations
+
+import os
+import socket
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+import titans_build as tb
+from titans_build.recipes.loading import base_names
+
+MEMORY = {"type": "memory", "heads": 2, "expansion": 2, "chunk": 4}
+ATTENTION = {"type": "attention", "heads": 2, "window": 4}
+BLOCK = {
+    "mag": {"type": "persistent", "tokens": 2, "of": {"type": "gate", "branches": [ATTENTION, MEMORY]}},
+    "mac": {
+        "type": "context",
+        "segment": 5,
+        "persistent": 2,
+        "memory": MEMORY,
+        "attend": {"type": "attention", "heads": 2},
+    },
+    "reset": {**MEMORY, "chunk": 2, "reset": 4, "query": "projected", "momentum": False},
+    "linear": "delta_net",
+    "chain": [ATTENTION, MEMORY],
+    "gates of chunks": {**MEMORY, "gates": "chunk"},
+    "full attention": {"type": "attention", "heads": 2},
+    "anchor": {**MEMORY, "chunk": 16, "retrieve": "anchor"},
+    "custom": "running_sum",
+    "custom inside": {"type": "context", "segment": 5, "memory": MEMORY, "attend": "running_sum"},
+}
+
+
+class RunningSum(tb.Block):
+    """Adds up tokens without a state: it does not obey the laws, and is right only where it is given all tokens."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self.scale = nn.Parameter(torch.empty(dim))
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.scale, 0.1)
+
+    def forward(self, x: Tensor, state: Any = None, *, mask: Tensor | None = None) -> tuple[Tensor, Any]:
+        x = x if mask is None else x.masked_fill(~mask[..., None], 0.0)
+        return x.cumsum(1) * self.scale, None
+
+
+def recipe_of(*blocks: Any) -> tb.recipes.Recipe:
+    layers = {f"layer{i}": [block, "ffn"] for i, block in enumerate(blocks)}
+    return tb.load_recipe({"version": 1, "dim": 16, "vocab": 11, "layers": layers, "stack": list(layers)})
+
+
+class Case:
+    """Two calls of a model, of which the second goes on from the first, and a loss that depends on all outputs."""
+
+    def __init__(self, recipe: Any, data: int, time: int, options: str = "", through_state: bool = True) -> None:
+        make, rows = torch.Generator().manual_seed(1), 2 * data
+        self.recipe, self.data, self.through_state = recipe, data, through_state
+        self.tokens, self.targets = torch.randint(recipe.vocab, (2, rows, time), generator=make)
+        self.options: dict[str, Tensor] = {}
+        if "documents" in options:
+            begins = torch.randint(time, (rows, 5, 1), generator=make)
+            self.options["documents"] = (torch.arange(time) >= begins).sum(1)
+        if "mask" in options:
+            self.options["mask"] = torch.rand(rows, time, generator=make) > 0.3
+            self.options["mask"][0, time // 2 :] = False
+
+    def run(self, model: Any, group: int) -> tuple[Any, Tensor]:
+        rows, state, total = slice(2 * group, 2 * group + 2), None, torch.zeros((), dtype=torch.float64)
+        for part in torch.arange(self.tokens.shape[1]).chunk(2):
+            options = {name: x[rows][:, part] for name, x in self.options.items()}
+            out = model(self.tokens[rows][:, part], state, targets=self.targets[rows][:, part], **options)
+            state, total = out.state, total + out.loss + 0.1 * out.logits.square().mean()
+        if self.through_state:
+            total = total + sum(x.square().mean() for _, x in tb.state.named_tensors(state) if x.is_floating_point())
+        return out, total
+
+    def compare(self, mesh: Any) -> None:
+        """Raises ``AssertionError`` where a model on the mesh differs from one process."""
+        plain, model = (tb.build(self.recipe, dtype=torch.float64, seed=0) for _ in range(2))
+        tb.parallelize(model, mesh)
+        group = mesh.get_local_rank("data") if self.data > 1 else 0
+        out, total = self.run(model, group)
+        total.backward()
+        for each in range(self.data):
+            found, loss = self.run(plain, each)
+            (loss / self.data).backward()
+            if each == group:
+                torch.testing.assert_close(total, loss, rtol=1e-12, atol=1e-12)
+                torch.testing.assert_close(out.logits, found.logits, rtol=1e-10, atol=1e-12)
+                for (name, x), (_, y) in zip(tb.state.named_tensors(out.state), tb.state.named_tensors(found.state)):
+                    torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12, msg=lambda text, at=name: f"{at}: {text}")
+        for (name, p), q in zip(plain.named_parameters(), model.parameters()):
+            assert (p.grad is None) == (q.grad is None), name
+            if p.grad is not None and q.grad is not None:
+                scale = float(p.grad.abs().max())
+                torch.testing.assert_close(
+                    q.grad.full_tensor(), p.grad, rtol=1e-9, atol=1e-11 * max(scale, 1e-3),
+                    msg=lambda text, at=name: f"{at}: {text}",
+                )  # fmt: skip
+
+
+def _rank(rank: int, port: int, sizes: dict[str, int], program: Any, arguments: Any) -> None:
+    world = 1
+    for size in sizes.values():
+        world *= size
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
+    warnings.simplefilter("ignore")
+    tb.register("running_sum")(RunningSum)
+    dist.init_process_group("gloo")
+    program(init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes)), *arguments)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def on_ranks(sizes: dict[str, int], program: Any, *arguments: Any) -> None:
+    """``program(mesh, *arguments)`` in as many processes as the mesh has."""
+    world = 1
+    for size in sizes.values():
+        world *= size
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    mp.start_processes(_rank, args=(port, sizes, program, arguments), nprocs=world, start_method="fork")
+
+
+def compare_all(mesh: Any, blocks: Any, time: int, options: tuple[str, ...]) -> None:
+    data = dict(zip(mesh.mesh_dim_names, mesh.shape)).get("data", 1)
+    for each in options:
+        Case(recipe_of(*blocks), data, time, each).compare(mesh)
+
+
+def test_two_ranks_of_context_equal_one_process() -> None:
+    on_ranks({"context": 2}, compare_all, [BLOCK["mag"], BLOCK["mac"], BLOCK["reset"]], 24, ("", "documents"))
+
+
+def test_two_ranks_of_context_with_padding_and_a_custom_block() -> None:
+    on_ranks({"context": 2}, compare_all, [BLOCK["chain"], BLOCK["custom"]], 24, ("mask",))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{"context": 4}, {"data": 2, "context": 2}], ids=str)
+@pytest.mark.parametrize("name", BLOCK)
+def test_four_ranks_equal_one_process(name: str, sizes: dict[str, int]) -> None:
+    on_ranks(sizes, compare_all, [BLOCK[name]], 48, ("", "documents", "mask", "documents mask"))
+
+
+def compare_recipe(mesh: Any, name: str) -> None:
+    recipe = tb.load_recipe(name, {"dim": 32, "stack.0.repeat": 1})
+    Case(recipe, 1, 64, "documents").compare(mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", base_names())
+def test_packaged_recipes_on_two_ranks(name: str) -> None:
+    on_ranks({"context": 2}, compare_recipe, name)
