@@ -71,6 +71,8 @@ class Ranks:
         """The tensors of the last rank."""
         if not tensors:
             return []
+        if self.size == 1:
+            return list(tensors)
         source, like = self.size - 1, tensors
         if shapes:
             sizes = torch.tensor([size for x in tensors for size in x.shape], device=tensors[0].device)
@@ -87,6 +89,8 @@ class Ranks:
     def sum(self, x: Tensor) -> Tensor:
         """The sum over the ranks."""
         x = x.clone(memory_format=torch.contiguous_format)
+        if self.size == 1:
+            return x
         self.count("sum", x.numel() * x.element_size())
         dist.all_reduce(x, group=self.group)
         return x
@@ -94,10 +98,19 @@ class Ranks:
     def gather(self, x: Tensor) -> list[Tensor]:
         """The tensors of all ranks, which have one shape."""
         x = x.contiguous()
+        if self.size == 1:
+            return [x]
         parts = [torch.empty_like(x) for _ in range(self.size)]
         self.count("gather", x.numel() * x.element_size())
         dist.all_gather(parts, x, group=self.group)
         return parts
+
+
+def any_of_all(value: bool, device: torch.device) -> bool:
+    """Whether ``value`` is true in any process."""
+    found = torch.tensor(int(value), device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return bool(found)
 
 
 def _size_of(tensors: Sequence[Tensor]) -> int:

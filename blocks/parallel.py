@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..kernels.documents import NO_DOCUMENT, Documents, packed_ids
 from .block import Block, call, child_blocks, initial_state, unsharded
-from .collectives import Ranks, _Enter, _Gather, _Leave, _Once, _Receive, _Send, _Shift, _Sum, _Whole, tie
+from .collectives import Ranks, _Enter, _Gather, _Leave, _Once, _Receive, _Send, _Shift, _Sum, _Whole, any_of_all, tie
 from .state import State, detach, map_state, named_tensors, where
 
 if TYPE_CHECKING:
@@ -119,7 +119,9 @@ class Parallel:
     ) -> ContextCall | None:
         """Begin a call of the model with inputs ``[batch, time, ...]``; ``None`` if each rank computes all tokens."""
         ranks, length = self.context, shape[1]
-        if ranks.size == 1 or self.whole or length == 0:
+        packed = documents is not None or cu_seqlens is not None
+        alone = ranks.size == 1 and not (packed and self.data.size > 1 and torch.is_grad_enabled())
+        if alone or self.whole or length == 0:
             return None
         if length < ranks.size:
             self.refuse(f"a sequence of {length} tokens is shorter than the {ranks.size} ranks of the mesh's context")
@@ -163,6 +165,7 @@ class ContextCall:
         recompute: bool,
     ) -> None:
         self.recompute = recompute and torch.is_grad_enabled()
+        self._documents: dict[int, Documents] = {}
         self.ranks, self.rows, self.time = ranks, *shape
         self.length = self.time // ranks.size
         self.start = ranks.rank * self.length
@@ -174,7 +177,11 @@ class ContextCall:
             self.ids, self.ended, self.empty = packed_ids(cu_seqlens, *shape)
             self.ids = self.ids.to(next(model.parameters()).device)
         self.before = None if state is None else state.document
-        self._documents: dict[int, Documents] = {}
+        documents_of_all = self.all_documents()
+        self.begins = state is None or (documents_of_all is not None and not all(documents_of_all.continues))
+        """Whether fresh states are used, by any rank."""
+        if documents_of_all is not None and torch.is_grad_enabled():
+            self.begins = any_of_all(self.begins, next(model.parameters()).device)
         given = [y for _, y in named_tensors(state) if y.is_floating_point()]
         device = next(model.parameters()).device
         self.token = torch.zeros((), device=device)
@@ -266,8 +273,7 @@ class ContextCall:
     def _used(self, block: Block, state: State, fresh: State) -> list[Tensor]:
         """The tensors that get a gradient on some rank, and so on all: what one process would use."""
         parameters = dict(block.named_parameters())
-        documents = self.all_documents()
-        if state is None or (documents is not None and not all(documents.continues)):
+        if self.begins:
             used = list(parameters.values())
         else:
             used = [parameters[name] for name in _used_by_tokens(block) if name in parameters]

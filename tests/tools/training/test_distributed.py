@@ -104,37 +104,65 @@ def test_two_processes_equal_one_and_resume_its_checkpoints(
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
-EXACT = {"dtype": "float64", "valid_every": 2, "valid_batches": 2, "checkpoint_every": 2, "steps": 4, "accumulate": 2}
+EXACT = {
+    "dtype": "float64", "steps": 4, "valid_every": 2, "checkpoint_every": 2, "surprise_every": 2, "accumulate": 2,
+    "ema": 0.9, "length": 12, "recompute": True, "carry": 2,
+}  # fmt: skip
 
 
-def exactly(events: Any) -> Any:
-    """Losses and metrics by step, to float64 rounding."""
-    names = ("loss", "gradient", "accuracy", "document_loss", "mean")
-    return [
-        {"event": event["event"], "step": event["step"]}
-        | {name: pytest.approx(event[name], rel=1e-11) for name in names if name in event}
-        for event in events
-        if event["event"] in ("step", "valid")
-    ]
+def numbers(events: Any, after: int = 0) -> list[float]:
+    """Every number of the losses, validations and surprises."""
+    found = []
+    for event in events:
+        if event["event"] in ("step", "valid", "surprise") and event["step"] > after:
+            found += [event[name] for name in ("loss", "gradient", "accuracy", "document_loss") if name in event]
+            found += [x for norms in event.get("memories", {}).values() for x in norms.values()]
+    return found
 
 
+def same_weights(model: Any, other: Any) -> None:
+    for a, b in zip(model.parameters(), other.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.slow
 def test_two_processes_that_share_the_tokens_equal_one_exactly(
     tiny: Any, settings: Any, logged: Any, tmp_path: Path, ordered_text: Any, in_process: Any
 ) -> None:
-    recipe = {**tiny, "vocab": 256}
-    settings |= {**EXACT, "ema": 0.9, "surprise_every": 2, "recompute": True, "length": 12}
+    recipe, settings = {**tiny, "vocab": 256}, {**settings, **EXACT}
     whole = train(recipe, ordered_text, settings, tmp_path / "whole")
-    words = written(tmp_path, recipe, ordered_text, {**settings, "steps": 4, "mesh": {"context": 2}})
+    words = written(tmp_path, recipe, ordered_text, {**settings, "mesh": {"context": 2}})
     for end in together_without_torchrun(in_process, tmp_path / "run", *words):
         assert end.status == 0, end.err
-    assert [e for e in logged(tmp_path / "run") if e["event"] in ("step", "valid")] == exactly(whole.history)
-    # 2 -> 1
-    expected = train(recipe, ordered_text, {**settings, "steps": 6}, tmp_path / "longer")
+    assert numbers(logged(tmp_path / "run")) == pytest.approx(numbers(whole.history), rel=1e-11)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data", ["ordered", "packed"])
+def test_checkpoints_of_four_processes_are_resumed_by_two_and_by_one(
+    tiny: Any,
+    settings: Any,
+    logged: Any,
+    tmp_path: Path,
+    packed_text: Any,
+    in_process: Any,
+    data: str,
+    ordered_text: Any,
+) -> None:
+    recipe, settings = {**tiny, "vocab": 256}, {**settings, **EXACT, "recompute": False}
+    if data == "packed":
+        ordered_text = {**packed_text, "documents": "ordered"}
+        settings |= {"length": packed_text.get("length", 24)}
+    whole = train(recipe, ordered_text, {**settings, "steps": 6}, tmp_path / "whole")
+    words = written(tmp_path, recipe, ordered_text, {**settings, "steps": 2, "mesh": {"data": 2, "context": 2}})
+    ends = together_without_torchrun(in_process, tmp_path / "run", *words, processes=4)
+    more = ["--resume", "--steps", 4, "-t", "mesh={context: 2}"]
+    ends += together_without_torchrun(in_process, tmp_path / "run", *more)
+    for end in ends:
+        assert end.status == 0, end.err
     alone = train(None, None, {"steps": 6}, tmp_path / "run", resume=True)
-    assert exactly(alone.history)[4:] == exactly(alone.history)[4:]
-    assert alone.model is not None and expected.model is not None
-    for a, b in zip(alone.model.parameters(), expected.model.parameters()):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    assert numbers(alone.history) == pytest.approx(numbers(whole.history), rel=1e-11)
+    same_weights(alone.model, whole.model)
 
 
 @pytest.mark.slow
