@@ -195,7 +195,7 @@ class Attention(Block):
             layout = None if mask is None else align(mask)
             rows = x if layout is None else layout.spread(x)
             if rows.shape[1] == 0:  # nothing but padding
-                empty = linear(self.out, x[:, step - 1 :: step][:, :0])
+                empty = linear(self.out, x.new_empty(x.shape[0], 0, self.heads * self.head_dim))
                 y = F.pad(empty, (0, 0, 0, x[:, step - 1 :: step].shape[1]))
                 return y, self.init_state(x.shape[0]) if state is None else state
         elif mask is not None:  # masked inputs may be NaN, which must not reach gradients

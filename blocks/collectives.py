@@ -19,6 +19,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .state import map_state
+
 ALIGNMENT = 16
 """Bytes to which each tensor of a message is padded."""
 
@@ -315,6 +317,22 @@ class _Whole(Function):
         return None, x.chunk(ctx.ranks.size, dim=1)[ctx.ranks.rank]
 
 
+class _WholeHeads(Function):
+    """The heads of all ranks, of which every rank has the same gradient. ``sections``: those of ``dim``, here."""
+
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, x: Tensor, dim: int, sections: tuple[int, ...]) -> Tensor:
+        ctx.ranks, ctx.dim, ctx.sections = ranks, dim, sections
+        parts = [y.split_with_sizes(sections, dim) for y in ranks.gather(x)]
+        return torch.cat([part for section in zip(*parts) for part in section], dim)
+
+    @staticmethod
+    def backward(ctx: Any, x: Tensor) -> Any:  # type: ignore[override]
+        sections = x.split_with_sizes([size * ctx.ranks.size for size in ctx.sections], ctx.dim)
+        mine = [section.chunk(ctx.ranks.size, ctx.dim)[ctx.ranks.rank] for section in sections]
+        return None, torch.cat(mine, ctx.dim), None, None
+
+
 class _Sum(Function):
     """The sum over the ranks, of which every rank has the same gradient."""
 
@@ -339,6 +357,24 @@ class _Copy(Function):
     @once_differentiable
     def backward(ctx: Any, x: Tensor) -> Any:  # type: ignore[override]
         return None, ctx.ranks.sum(x)
+
+
+class _Scale(Function):
+    """``x``, whose gradient is multiplied by ``factor``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, x: Tensor) -> Any:  # type: ignore[override]
+        return x * ctx.factor, None
+
+
+def scale_gradients(state: Any, factor: float) -> Any:
+    """Multiply the gradients of the tensors of a state, or of one tensor, by ``factor``."""
+    return map_state(lambda x: _Scale.apply(x, factor) if x.requires_grad else x, state)
 
 
 class _Once(Function):

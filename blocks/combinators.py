@@ -6,7 +6,8 @@ A combinator of memories is a memory itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from functools import partial
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -234,6 +235,8 @@ class Layer(Block):
     """``x = x + block(norm(x))`` for each block of a list. State: a tuple of the blocks' states."""
 
     sharding = "local"
+    shared: Any = None
+    """The ``SharedHeads`` of its blocks, where ranks share heads."""
 
     def __init__(self, dim: int, *, of: Sequence[Spec]) -> None:
         super().__init__(dim)
@@ -252,7 +255,8 @@ class Layer(Block):
         none, states = [None] * len(self.blocks), []
         parts = documents.parts(len(none)) if documents else none
         for norm, block, before, inside in zip(self.norms, self.blocks, state or none, parts):
-            y, after = block(norm(x)[0], before, mask=mask, documents=inside)
+            run = block if self.shared is None else partial(self.shared.run, block)
+            y, after = run(norm(x)[0], before, mask=mask, documents=inside)
             x = x + y
             states.append(after)
         return x, tuple(states)

@@ -144,7 +144,8 @@ class LanguageModel(nn.Module):
         layers = tuple(initial_state(layer, batch_size) for layer in self.layers)
         number = torch.full((batch_size,), self.fingerprint.number, dtype=torch.int64, device=like.device)
         known(number, [self.fingerprint.number] * batch_size)
-        return ModelState(layers, number, torch.full_like(number, NO_DOCUMENT))
+        state = ModelState(layers, number, torch.full_like(number, NO_DOCUMENT))
+        return state if self.parallel is None else self.parallel.whole_of(self, state)
 
     def __call__(self, *args: Any, **named: Any) -> Any:
         if torch.jit.is_tracing():  # before the arguments are bound: the exporter to ONNX gives all by position
@@ -229,6 +230,8 @@ class LanguageModel(nn.Module):
         if targets is not None and mask is not None:
             targets = targets.masked_fill(~mask, IGNORED)
         count = None if targets is None else (targets != IGNORED).sum()
+        if self.parallel is not None:
+            state, embeddings = self.parallel.part_of(self, state), self.parallel.inputs(embeddings)
         shard: ContextCall | None = None
         if self.parallel is not None:
             shard = self.parallel.enter(self, embeddings, state, (rows, time), mask, documents, cu_seqlens)
@@ -239,6 +242,7 @@ class LanguageModel(nn.Module):
             with shard.active():
                 hidden, state = self._run(tokens, shard.x, shard.state, mask, shard.documents_from(shard.start))
             hidden, state = shard.leave(hidden, state)
+        state = state if self.parallel is None else self.parallel.whole_of(self, state)
         logits = None if self.vocab is None else self.predict(hidden)
         loss = None
         if targets is not None:
@@ -248,6 +252,8 @@ class LanguageModel(nn.Module):
             loss = (loss if shard is None else shard.sum(loss)) / count.clamp(min=1)
         if shard is not None and self.parallel is not None and self.parallel.gather_outputs:
             hidden, logits = shard.gather(hidden), None if logits is None else shard.gather(logits)
+        if self.parallel is not None:
+            logits, loss, state, hidden = self.parallel.outputs(logits, loss, state, hidden)
         if not rewindable:
             return ModelOutput(logits, loss, state, hidden)
         out = RewindableOutput(logits, loss, state, hidden)

@@ -167,7 +167,7 @@ class NeuralMemory(Block):
         self.shapes = rule.network.shapes(into, width, depth, expansion)
         self.gate_sizes = memory_rule.gate_sizes(rule, self.shapes, momentum, forgetting)
 
-        self.channels = (1 + 2 * keys) * dim
+        self.inner, self.channels = dim, (1 + 2 * keys) * dim
         self.qkv = nn.Linear(dim, self.channels, bias=False)
         self.convolution = nn.Parameter(torch.empty(self.channels, conv)) if conv else None
         self.controls = SmallLinear(dim, heads * sum(self.gate_sizes.values()))
@@ -261,7 +261,7 @@ class NeuralMemory(Block):
     def project_queries(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The part of ``read`` that does not depend on the state: projected queries and the output gate."""
         plain = is_plain(self.qkv)
-        projected = project(x, self.qkv.weight[: self.dim]) if plain else linear(self.qkv, x)[..., : self.dim]
+        projected = project(x, self.qkv.weight[: self.dim]) if plain else linear(self.qkv, x)[..., : self.inner]
         return projected, linear(self.output_gate, x)
 
     def read_projected(self, projected: Sequence[Tensor], state: NeuralMemoryState) -> Tensor:

@@ -126,7 +126,7 @@ def convolved(
 
 def start(memory: Any, state: MemoryState) -> MemoryState | LearnerState:
     """The state before the first token, with every part that the rule of ``memory`` needs."""
-    rule, width = memory.rule, memory.dim // memory.heads
+    rule, width = memory.rule, memory.inner // memory.heads
     channels = (memory.gate_sizes["alpha"],) if memory.forgetting and rule.retention.gates == "channel" else ()
     weights = tuple(map(rule.retention.initial, state.weights))
     state = state._replace(weights=weights, anchor=weights)

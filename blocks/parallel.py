@@ -10,7 +10,7 @@ import contextlib
 import time
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -18,8 +18,23 @@ from torch.utils.checkpoint import checkpoint
 
 from ..kernels.documents import NO_DOCUMENT, Documents, packed_ids
 from .block import Block, call, child_blocks, initial_state, unsharded
-from .collectives import Ranks, _Enter, _Gather, _Leave, _Once, _Receive, _Send, _Shift, _Sum, _Whole, any_of_all, tie
+from .collectives import (
+    Ranks,
+    _Enter,
+    _Gather,
+    _Leave,
+    _Once,
+    _Receive,
+    _Send,
+    _Shift,
+    _Sum,
+    _Whole,
+    any_of_all,
+    scale_gradients,
+    tie,
+)
 from .state import State, detach, map_state, named_tensors, where
+from .tensor_parallel import SharedHeads, part_of_state, whole_state
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -101,7 +116,15 @@ class Parallel:
             if int(other) != int(every[0]):
                 self.refuse(f"rank {rank} has another recipe than rank 0: expected the same model on every rank")
 
-    def refuse(self, message: str) -> None:
+        if self.tensor.size > 1:
+            try:
+                shared = [SharedHeads(layer, self.tensor) for layer in model.layers]
+            except ValueError as error:
+                self.refuse(str(error))
+            for layer, each in zip(model.layers, shared):
+                layer.shared = each
+
+    def refuse(self, message: str) -> NoReturn:
         """Raise ``ValueError``: at once on the first rank, so that a launcher shows no other."""
         if not self.first:
             time.sleep(WAIT)
@@ -131,6 +154,27 @@ class Parallel:
                 f"give a multiple of {ranks.size}, with padding and a mask if need be"
             )
         return ContextCall(ranks, model, x, state, shape, mask, documents, cu_seqlens, self.recompute)
+
+    def part_of(self, model: Any, state: Any) -> Any:
+        """This rank's heads of a state."""
+        if state is None or self.tensor.size == 1:
+            return state
+        state = scale_gradients(state, self.tensor.size)
+        return state._replace(layers=part_of_state(model.layers, state.layers, self.tensor))
+
+    def inputs(self, x: Tensor | None) -> Tensor | None:
+        """Embeddings, whose gradient is that of all ranks of ``tensor``."""
+        return x if x is None or self.tensor.size == 1 else cast(Tensor, scale_gradients(x, self.tensor.size))
+
+    def whole_of(self, model: Any, state: Any) -> Any:
+        """A state with the heads of all ranks."""
+        if self.tensor.size == 1:
+            return state
+        return state._replace(layers=whole_state(model.layers, state.layers, self.tensor))
+
+    def outputs(self, *found: Any) -> Any:
+        """Outputs and states: inside, each rank of ``tensor`` has its share of a gradient that all of them have."""
+        return found if self.tensor.size == 1 else scale_gradients(tuple(found), 1 / self.tensor.size)
 
     def once(self, state: State) -> State:
         """A state that every rank has computed, whose gradient is counted once."""
@@ -428,8 +472,8 @@ def _shard_parameters(model: Any, mesh: DeviceMesh, parallel: Parallel, reshard_
     for module in (*model.layers, model):
         register_fsdp_forward_method(module, "init_state")
         if copies > 1:
-            # gradients are sums over context, and means over data (and over tensor, whose ranks have equal ones)
-            module.set_gradient_divide_factor(parallel.data.size * parallel.tensor.size)
+            # gradients are sums over context and tensor, and means over data
+            module.set_gradient_divide_factor(parallel.data.size)
             module.set_force_sum_reduction_for_comms(True)
 
 
