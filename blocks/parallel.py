@@ -304,11 +304,11 @@ class ContextCall:
         """Run a block on this rank's tokens, after the tokens of the ranks before."""
         fresh = None if documents is None else documents.fresh
         with unsharded():
+            if sharding_of(block) is None:
+                return self._run_gathered(block, x, state, fresh, named)
             if torch.is_grad_enabled():
                 x = tie(x, *self._used(block, state, fresh))
-            if sharding_of(block) is None:
-                y, after = self._run_gathered(block, x, state, fresh, named)
-            elif (past := self._past(block)) is not None:
+            if (past := self._past(block)) is not None:
                 y, after = self._run_after_window(block, x, state, fresh, past, named)
             else:
                 y, after = self._run_after_state(block, x, state, mask, documents, named)

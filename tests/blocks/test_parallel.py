@@ -154,12 +154,16 @@ def test_two_ranks_of_context_equal_one_process() -> None:
     on_ranks({"context": 2}, compare_all, [BLOCK["mag"], BLOCK["mac"], BLOCK["reset"]], 24, ("", "documents"))
 
 
+def test_two_ranks_of_tensor_equal_one_process() -> None:
+    on_ranks({"tensor": 2}, compare_all, [BLOCK["mag"], BLOCK["mac"], BLOCK["reset"]], 24, ("documents",))
+
+
 def test_two_ranks_of_context_with_padding_and_a_custom_block() -> None:
     on_ranks({"context": 2}, compare_all, [BLOCK["chain"], BLOCK["custom"]], 24, ("mask",))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [{"context": 4}, {"data": 2, "context": 2}], ids=str)
+@pytest.mark.parametrize("sizes", [{"context": 4}, {"data": 2, "context": 2}, {"context": 2, "tensor": 2}], ids=str)
 @pytest.mark.parametrize("name", BLOCK)
 def test_four_ranks_equal_one_process(name: str, sizes: dict[str, int]) -> None:
     on_ranks(sizes, compare_all, [BLOCK[name]], 48, ("", "documents", "mask", "documents mask"))
@@ -171,6 +175,67 @@ def compare_recipe(mesh: Any, name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dimension", ["context", "tensor"])
 @pytest.mark.parametrize("name", base_names())
-def test_packaged_recipes_on_two_ranks(name: str) -> None:
-    on_ranks({"context": 2}, compare_recipe, name)
+def test_packaged_recipes_on_two_ranks(name: str, dimension: str) -> None:
+    on_ranks({dimension: 2}, compare_recipe, name)
+
+
+def expect(message: str, call: Any, *arguments: Any, **named: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        call(*arguments, **named)
+
+
+def refused(mesh: Any) -> None:
+    def build(**changes: Any) -> Any:
+        return tb.build(tb.load_recipe("lmm", {"dim": 24, "stack.0.repeat": 1, **changes}), seed=0)
+
+    expect("expected a torch DeviceMesh, got str", tb.parallelize, build(), "context")
+    rows = init_device_mesh("cpu", (2,), mesh_dim_names=("rows",))
+    expect("expected mesh_dim_names of 'data', 'context' or 'tensor', got 'rows'", tb.parallelize, build(), rows)
+    expect("got 'none'", tb.parallelize, build(), init_device_mesh("cpu", (2,)))
+    heads = init_device_mesh("cpu", (2,), mesh_dim_names=("tensor",))
+    odd = build(**{"layers.lmm.0.heads": 3})
+    expect("heads: 3 cannot be shared by the 2 ranks of the mesh's tensor", tb.parallelize, odd, heads)
+    other = build(**{"layers.lmm.0.chunk": 8 + dist.get_rank()})
+    expect("rank 1 has another recipe than rank 0", tb.parallelize, other, mesh)
+    model = tb.parallelize(build(), mesh)
+    tokens = torch.zeros(1, 3, dtype=torch.int64)
+    expect("a sequence of 1 tokens is shorter than the 2 ranks", model, tokens[:, :1])
+    expect("a sequence of 3 tokens cannot be shared by the 2 ranks of the mesh's context", model, tokens)
+
+
+def test_meshes_and_inputs_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("titans_build.blocks.parallel.WAIT", 0.0)
+    on_ranks({"context": 2}, refused)
+
+
+def generated(mesh: Any) -> None:
+    recipe = recipe_of(BLOCK["mag"], BLOCK["mac"])
+    plain, model = (tb.build(recipe, dtype=torch.float64, seed=0) for _ in range(2))
+    tb.parallelize(model, mesh)
+    prompt = torch.arange(7)[None]
+    assert torch.equal(model.generate(prompt, 5).tokens, plain.generate(prompt, 5).tokens)
+
+
+def test_generation_on_a_mesh() -> None:
+    on_ranks({"context": 2}, generated)
+
+
+def by_every_option(mesh: Any) -> None:
+    recipe, tokens = recipe_of(BLOCK["mag"], BLOCK["mac"]), torch.arange(24)[None] % 11
+    plain, model = (tb.build(recipe, dtype=torch.float64, seed=0) for _ in range(2))
+    tb.parallelize(model, mesh, gather_outputs=False, recompute=True)
+    ends = torch.tensor([0, 0, 5, 12, 19, 24])
+    out, found = model(tokens, cu_seqlens=ends), plain(tokens, cu_seqlens=ends)
+    mine = slice(12 * mesh.get_local_rank(), 12 * mesh.get_local_rank() + 12)
+    torch.testing.assert_close(out.logits, found.logits[:, mine])
+    torch.testing.assert_close(out.loss, found.loss)
+    out.loss.backward()
+    found.loss.backward()
+    for p, q in zip(plain.parameters(), model.parameters()):
+        torch.testing.assert_close(q.grad.full_tensor(), p.grad)
+
+
+def test_outputs_of_this_rank_recomputation_and_cu_seqlens() -> None:
+    on_ranks({"context": 2}, by_every_option)
