@@ -145,25 +145,25 @@ def _zeros(like: Tensor) -> Tensor:
     return torch.zeros((), dtype=like.dtype, device=like.device).expand(like.shape)
 
 
-class _Tie(Function):
+class Tie(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *others: Tensor) -> Tensor:
         ctx.others = [_zeros(y) if y.requires_grad else None for y in others]
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         return grad, *ctx.others
 
 
 def tie(x: Tensor, *others: Tensor) -> Tensor:
     """``x``, with zero gradients for ``others``: all ranks then have gradients of the same tensors."""
     used = [y for y in others if y.requires_grad]
-    tied: Tensor = _Tie.apply(x, *used) if used and torch.is_grad_enabled() else x
+    tied: Tensor = Tie.apply(x, *used) if used and torch.is_grad_enabled() else x
     return tied
 
 
-class _Send(Function):
+class Send(Function):
     """``(x, token, *tensors)``, after the tensors are sent to the next rank."""
 
     @staticmethod
@@ -181,7 +181,7 @@ class _Send(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, x: Tensor | None, token: Tensor | None, *grads: Tensor | None) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, x: Tensor | None, token: Tensor | None, *grads: Tensor | None) -> Any:
         like = [torch.empty_like(y, device=ctx.device) for y in ctx.like if y is not None]
         received = iter(ctx.ranks.receive(like, ctx.ranks.rank + 1))
         sums = []
@@ -191,7 +191,7 @@ class _Send(Function):
         return None, None, x, token, *sums
 
 
-class _Receive(Function):
+class Receive(Function):
     """``(x, token, *tensors)`` with tensors of the rank before. ``like``: tensors of their shapes."""
 
     @staticmethod
@@ -206,7 +206,7 @@ class _Receive(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, x: Tensor | None, token: Tensor | None, *grads: Tensor | None) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, x: Tensor | None, token: Tensor | None, *grads: Tensor | None) -> Any:
         given = [
             torch.zeros_like(y, device=ctx.device) if grad is None else grad
             for y, grad in zip(ctx.like, grads)
@@ -216,7 +216,7 @@ class _Receive(Function):
         return None, None, x, token, *[None] * ctx.count
 
 
-class _Shift(Function):
+class Shift(Function):
     """``(x, token, halo)``: the last ``count`` tokens of the rank before; of the first rank, none."""
 
     @staticmethod
@@ -230,7 +230,7 @@ class _Shift(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, x: Tensor, token: Tensor, halo: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, x: Tensor, token: Tensor, halo: Tensor) -> Any:
         if not ctx.ranks.first:
             ctx.ranks.send([halo], ctx.ranks.rank - 1)
         if not ctx.ranks.last:
@@ -240,7 +240,7 @@ class _Shift(Function):
         return None, None, x, token
 
 
-class _Gather(Function):
+class Gather(Function):
     """``(tokens of all ranks, token)``. Each rank's gradient is its part of the sum."""
 
     @staticmethod
@@ -250,25 +250,11 @@ class _Gather(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, x: Tensor, token: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, x: Tensor, token: Tensor) -> Any:
         return None, ctx.ranks.sum(x).chunk(ctx.ranks.size, dim=1)[ctx.ranks.rank], token
 
 
-class _GatherStacked(Function):
-    """``(x of all ranks [ranks, ...], token)``. Each rank's gradient is its part of the sum."""
-
-    @staticmethod
-    def forward(ctx: Any, ranks: Ranks, x: Tensor, token: Tensor) -> Any:
-        ctx.ranks = ranks
-        return torch.stack(ranks.gather(x)), token.view_as(token)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, x: Tensor, token: Tensor) -> Any:  # type: ignore[override]
-        return None, ctx.ranks.sum(x)[ctx.ranks.rank], token
-
-
-class _Enter(Function):
+class Enter(Function):
     """``(token, x, *state)``: this rank's tokens of ``x``, and the state, of whose gradients all ranks get the sum."""
 
     @staticmethod
@@ -279,14 +265,14 @@ class _Enter(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, token: Tensor, x: Tensor, *state: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, token: Tensor, x: Tensor, *state: Tensor) -> Any:
         whole = torch.cat(ctx.ranks.gather(x), dim=1) if ctx.needs_input_grad[2] else None
         return None, token, whole, *(
             ctx.ranks.sum(y) if need else None for y, need in zip(state, ctx.needs_input_grad[3:])
         )  # fmt: skip
 
 
-class _Leave(Function):
+class Leave(Function):
     """``(hidden, *state)`` with the state of the last rank. Every rank's ``hidden`` and token get a gradient."""
 
     @staticmethod
@@ -299,12 +285,12 @@ class _Leave(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, hidden: Tensor | None, *state: Tensor | None) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, hidden: Tensor | None, *state: Tensor | None) -> Any:
         hidden = ctx.like if hidden is None else hidden
         return None, None, hidden, ctx.token, *(state if ctx.last else [None] * len(state))
 
 
-class _Whole(Function):
+class Whole(Function):
     """The tokens of all ranks ``[batch, time, ...]``, of which every rank has the same gradient."""
 
     @staticmethod
@@ -313,11 +299,11 @@ class _Whole(Function):
         return torch.cat(ranks.gather(x), dim=1)
 
     @staticmethod
-    def backward(ctx: Any, x: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, x: Tensor) -> Any:
         return None, x.chunk(ctx.ranks.size, dim=1)[ctx.ranks.rank]
 
 
-class _WholeHeads(Function):
+class WholeHeads(Function):
     """The heads of all ranks, of which every rank has the same gradient. ``sections``: those of ``dim``, here."""
 
     @staticmethod
@@ -327,13 +313,13 @@ class _WholeHeads(Function):
         return torch.cat([part for section in zip(*parts) for part in section], dim)
 
     @staticmethod
-    def backward(ctx: Any, x: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, x: Tensor) -> Any:
         sections = x.split_with_sizes([size * ctx.ranks.size for size in ctx.sections], ctx.dim)
         mine = [section.chunk(ctx.ranks.size, ctx.dim)[ctx.ranks.rank] for section in sections]
         return None, torch.cat(mine, ctx.dim), None, None
 
 
-class _Sum(Function):
+class Sum(Function):
     """The sum over the ranks, of which every rank has the same gradient."""
 
     @staticmethod
@@ -341,11 +327,11 @@ class _Sum(Function):
         return ranks.sum(x)
 
     @staticmethod
-    def backward(ctx: Any, x: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, x: Tensor) -> Any:
         return None, x
 
 
-class _Copy(Function):
+class Copy(Function):
     """``x``, of whose gradients all ranks get the sum."""
 
     @staticmethod
@@ -355,11 +341,11 @@ class _Copy(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, x: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, x: Tensor) -> Any:
         return None, ctx.ranks.sum(x)
 
 
-class _Scale(Function):
+class Scale(Function):
     """``x``, whose gradient is multiplied by ``factor``."""
 
     @staticmethod
@@ -368,16 +354,16 @@ class _Scale(Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, x: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, x: Tensor) -> Any:
         return x * ctx.factor, None
 
 
 def scale_gradients(state: Any, factor: float) -> Any:
     """Multiply the gradients of the tensors of a state, or of one tensor, by ``factor``."""
-    return map_state(lambda x: _Scale.apply(x, factor) if x.requires_grad else x, state)
+    return map_state(lambda x: Scale.apply(x, factor) if x.requires_grad else x, state)
 
 
-class _Once(Function):
+class Once(Function):
     """``x``, whose gradient, which every rank has, is counted on one of them."""
 
     @staticmethod
@@ -386,5 +372,5 @@ class _Once(Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, x: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, x: Tensor) -> Any:
         return None, x if ctx.first else torch.zeros_like(x)

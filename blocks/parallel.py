@@ -19,16 +19,16 @@ from torch.utils.checkpoint import checkpoint
 from ..kernels.documents import NO_DOCUMENT, Documents, packed_ids
 from .block import Block, call, child_blocks, initial_state, unsharded
 from .collectives import (
+    Enter,
+    Gather,
+    Leave,
+    Once,
     Ranks,
-    _Enter,
-    _Gather,
-    _Leave,
-    _Once,
-    _Receive,
-    _Send,
-    _Shift,
-    _Sum,
-    _Whole,
+    Receive,
+    Send,
+    Shift,
+    Sum,
+    Whole,
     any_of_all,
     scale_gradients,
     tie,
@@ -180,7 +180,7 @@ class Parallel:
         """A state that every rank has computed, whose gradient is counted once."""
         if self.context.size == 1 or not torch.is_grad_enabled():
             return state
-        return map_state(lambda x: _Once.apply(self.context, x) if x.requires_grad else x, state)
+        return map_state(lambda x: Once.apply(self.context, x) if x.requires_grad else x, state)
 
     @contextlib.contextmanager
     def whole_outputs(self, *, compute: bool) -> Iterator[None]:
@@ -232,7 +232,7 @@ class ContextCall:
         needed = [*model.parameters(), *given, *([] if x is None else [x])]
         if torch.is_grad_enabled() and any(y.requires_grad for y in needed):
             self.token.requires_grad_(True)
-        self.token, self.x, *given = _Enter.apply(ranks, self.token, x, *given)
+        self.token, self.x, *given = Enter.apply(ranks, self.token, x, *given)
         rest = iter(given)
         self.state = map_state(lambda y: next(rest) if y.is_floating_point() else y, state)
 
@@ -273,18 +273,18 @@ class ContextCall:
     def leave(self, hidden: Tensor, state: Any) -> tuple[Tensor, Any]:
         """The outputs of this rank, and the state of the last rank."""
         given = [y for _, y in named_tensors(state)]
-        hidden, *found = _Leave.apply(self.ranks, self.grows, hidden, self.token, *given)
+        hidden, *found = Leave.apply(self.ranks, self.grows, hidden, self.token, *given)
         rest = iter(found)
         return hidden, map_state(lambda _: next(rest), state)
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum over the ranks."""
-        total: Tensor = _Sum.apply(self.ranks, x)
+        total: Tensor = Sum.apply(self.ranks, x)
         return total
 
     def gather(self, x: Tensor) -> Tensor:
         """The outputs of all ranks."""
-        whole: Tensor = _Whole.apply(self.ranks, x)
+        whole: Tensor = Whole.apply(self.ranks, x)
         return whole
 
     # -- blocks ----------------------------------------------------------------------------------------------------
@@ -338,7 +338,7 @@ class ContextCall:
 
     def _run_gathered(self, block: Block, x: Tensor, state: State, fresh: State, named: Any) -> tuple[Tensor, State]:
         """Each rank computes all tokens."""
-        x, self.token = _Gather.apply(self.ranks, x, self.token)
+        x, self.token = Gather.apply(self.ranks, x, self.token)
         y, after = self._block(
             block, x, state, mask=self.mask, documents=_starting(self.all_documents(), fresh), **named
         )
@@ -352,13 +352,13 @@ class ContextCall:
         if not ranks.first:
             like = state if state is not None else self._fresh(block, documents)
             tensors = [y for _, y in named_tensors(like)]
-            x, self.token, *found = _Receive.apply(ranks, grows, x, self.token, *(y.detach() for y in tensors))
+            x, self.token, *found = Receive.apply(ranks, grows, x, self.token, *(y.detach() for y in tensors))
             rest = iter(found)
             state = map_state(lambda _: next(rest), like)
         y, after = self._block(block, x, state, mask=mask, documents=documents, **named)
         if not ranks.last:
             given = [z for _, z in named_tensors(after)]
-            y, self.token, *found = _Send.apply(ranks, grows, tie(y, x), self.token, *given)
+            y, self.token, *found = Send.apply(ranks, grows, tie(y, x), self.token, *given)
             rest = iter(found)
             after = map_state(lambda _: next(rest), after)
         return y, after
@@ -368,7 +368,7 @@ class ContextCall:
     ) -> tuple[Tensor, State]:
         """Each rank begins with the last ``past`` tokens of the rank before. Their outputs are not used."""
         if past:
-            x, self.token, halo = _Shift.apply(self.ranks, past, x, self.token)
+            x, self.token, halo = Shift.apply(self.ranks, past, x, self.token)
         if self.ranks.first:
             y, after = self._block(block, x, state, documents=_starting(self.documents_from(0), fresh), **named)
             return y, after

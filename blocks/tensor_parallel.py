@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from .attention import Attention, AttentionState
 from .block import Block, child_blocks
-from .collectives import Ranks, _Copy, _Sum, _WholeHeads
+from .collectives import Copy, Ranks, Sum, WholeHeads
 from .combinators import Chain, Gate, Layer, Persistent, Residual
 from .context import Context, ContextState
 from .feedforward import FeedForward
@@ -99,7 +99,7 @@ def _problem(size: int, **numbers: int) -> str | None:
 # -- parameters --------------------------------------------------------------------------------------------------------
 
 
-class _Part(Function):
+class Part(Function):
     """This rank's part of a parameter. Gradients are averaged over the ranks, and each has one of its part only."""
 
     @staticmethod
@@ -108,7 +108,7 @@ class _Part(Function):
         return x.view_as(x) if index is None else x.index_select(dim, index)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         grad = grad * ctx.size
         if ctx.index is not None:
             grad = grad.new_zeros(ctx.shape).index_copy(ctx.dim, ctx.index, grad)
@@ -140,8 +140,8 @@ class SharedHeads:
         ranks = self.ranks
         for name in heads.inputs:
             layer: nn.Module = getattr(leaf, name)
-            layer.register_forward_pre_hook(lambda module, x: (_Copy.apply(ranks, x[0]),))
-        getattr(leaf, heads.output).register_forward_hook(lambda module, x, y: _Sum.apply(ranks, y))
+            layer.register_forward_pre_hook(lambda module, x: (Copy.apply(ranks, x[0]),))
+        getattr(leaf, heads.output).register_forward_hook(lambda module, x, y: Sum.apply(ranks, y))
         for name in ("heads", "kv_heads", "channels", "inner"):
             if hasattr(leaf, name):
                 setattr(leaf, name, getattr(leaf, name) // ranks.size)
@@ -151,7 +151,7 @@ class SharedHeads:
         parameters, mine = dict(block.named_parameters()), {}
         for name, place in self._parts[block]:
             dim, index = (0, None) if place is None else (place[0], self._index(place, parameters[name].device))
-            mine[name] = _Part.apply(parameters[name], index, dim, self.ranks.size)
+            mine[name] = Part.apply(parameters[name], index, dim, self.ranks.size)
         return functional_call(block, mine, (x, state), named)
 
     def _index(self, place: Place, device: torch.device) -> Tensor:
@@ -216,7 +216,7 @@ def part_of_state(layers: Any, states: tuple[State, ...], ranks: Ranks) -> tuple
     def part(x: Tensor, place: Place) -> Tensor:
         dim, sections = place
         whole = tuple(section * ranks.size for section in sections)
-        x = _Copy.apply(ranks, x) if x.requires_grad else x
+        x = Copy.apply(ranks, x) if x.requires_grad else x
         return x.index_select(dim, index_of(whole, ranks.rank, ranks.size, x.device))
 
     return tuple(map_heads(layer, state, part) for layer, state in zip(layers, states))
@@ -227,7 +227,7 @@ def whole_state(layers: Any, states: tuple[State, ...], ranks: Ranks) -> tuple[S
 
     def whole(x: Tensor, place: Place) -> Tensor:
         dim, sections = place
-        found: Tensor = _WholeHeads.apply(ranks, x, dim, sections)
+        found: Tensor = WholeHeads.apply(ranks, x, dim, sections)
         return found
 
     return tuple(map_heads(layer, state, whole) for layer, state in zip(layers, states))

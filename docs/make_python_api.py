@@ -37,6 +37,7 @@ SECTIONS: dict[str, list[str]] = {
         "tb.PrefixCache",
         "tb.PrefixCache.read",
         "blocks.LanguageModel.freeze_memory",
+        "tb.parallelize",
     ],
     "States": [
         "tb.state.select",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -133,15 +134,19 @@ def _rank(rank: int, port: int, sizes: dict[str, int], program: Any, arguments: 
     dist.destroy_process_group()
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
 def on_ranks(sizes: dict[str, int], program: Any, *arguments: Any) -> None:
     """``program(mesh, *arguments)`` in as many processes as the mesh has."""
     world = 1
     for size in sizes.values():
         world *= size
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(_rank, args=(port, sizes, program, arguments), nprocs=world, start_method="fork")
+    mp.start_processes(_rank, args=(free_port(), sizes, program, arguments), nprocs=world, start_method="fork")
 
 
 def compare_all(mesh: Any, blocks: Any, time: int, options: tuple[str, ...]) -> None:
@@ -235,6 +240,22 @@ def by_every_option(mesh: Any) -> None:
     found.loss.backward()
     for p, q in zip(plain.parameters(), model.parameters()):
         torch.testing.assert_close(q.grad.full_tensor(), p.grad)
+
+
+def _page(rank: int, port: int, code: str) -> None:
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="4")
+    tokens = torch.arange(48).view(2, 24)
+    scope: dict[str, Any] = {"tokens": tokens, "targets": tokens + 1}
+    exec(code, scope)
+    assert scope["out"].logits.shape == (2, 24, 256)
+    assert all(p.grad is not None for p in scope["model"].parameters())
+
+
+@pytest.mark.slow
+def test_program_of_the_page() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "parallel.md").read_text(encoding="utf-8")
+    code = page.split("```py\n")[1].split("```")[0]
+    mp.start_processes(_page, args=(free_port(), code), nprocs=4, start_method="fork")
 
 
 def test_outputs_of_this_rank_recomputation_and_cu_seqlens() -> None:

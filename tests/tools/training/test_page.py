@@ -10,14 +10,14 @@ import titans_build as tb
 from titans_build.tools.train import PROGRAM
 from titans_build.tools.training import as_settings
 from titans_build.tools.training.search import choose, make_trial, read_space
-from titans_build.tools.training.settings import Settings, Stage
+from titans_build.tools.training.settings import Mesh, Settings, Stage
 from titans_build.tools.training.trials import check_trial
 
 PAGE = (Path(__file__).parents[3] / "docs" / "train.md").read_text(encoding="utf-8").splitlines()
 LINES = [line for line in PAGE if line.startswith("titans-train ")]
 
 
-@pytest.mark.parametrize("settings", [Settings, Stage])
+@pytest.mark.parametrize("settings", [Settings, Stage, Mesh])
 def test_every_setting_is_on_the_page(settings):
     for name, field in settings.model_fields.items():
         default = "required" if field.is_required() else f"`{json.dumps(field.default)}`"

@@ -32,9 +32,11 @@ def test_settings_round_trip(tmp_path: Path) -> None:
             "carry": 3,
             "betas": [0.8, 0.99],
             "lr": 1,
+            "mesh": {"data": 2, "context": 4},
             "stages": [{"steps": 4, "train": ["!@memory"]}, {"steps": 2, "train": ["@memory"], "lr": 1e-4}],
         }
     )
+    assert settings.mesh is not None and (settings.mesh.data, settings.mesh.context, settings.mesh.tensor) == (2, 4, 1)
     assert settings.steps == 6 and settings.windows == 3 and settings.betas == (0.8, 0.99)
     (tmp_path / "s.yaml").write_text(write_yaml(settings.to_dict()), encoding="utf-8")
     (tmp_path / "s.json").write_text(settings.model_dump_json(), encoding="utf-8")
@@ -44,9 +46,17 @@ def test_settings_round_trip(tmp_path: Path) -> None:
 
 def test_all_problems_are_reported_with_the_nearest_name() -> None:
     found = problems(
-        {"stpes": 3, "lr": "fast", "carry": "no", "stages": [{"train": []}, {"stps": 1, "recipe": 3}], "clip": -1}
+        {
+            "mesh": {"rows": 2, "tensor": 0},
+            "stpes": 3,
+            "lr": "fast",
+            "carry": "no",
+            "stages": [{"train": []}, {"stps": 1, "recipe": 3}],
+            "clip": -1,
+        }
     )
     assert "did you mean 'steps'" in found["stpes"]
+    assert "unknown" in found["mesh.rows"] and found["mesh.tensor"] == "expected integer >= 1, got 0"
     assert found["lr"] == "expected number > 0, got 'fast'"
     assert found["carry"] == "expected 'off' | 'detach' or integer >= 1, got 'no'"
     assert found["clip"].startswith("expected number > 0 or null, got -1")
