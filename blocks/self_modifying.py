@@ -51,6 +51,8 @@ class SelfModifyingTitans(Block):
     values ``A v_t`` have unit length. State: the matrices.
     """
 
+    sharding = "pipelined"
+
     def __init__(
         self,
         dim: int,

@@ -84,7 +84,8 @@ def gate_sections(memory: NeuralMemory) -> tuple[int, ...]:
     """The sections of ``controls``, each with something of every head."""
     sections: list[int] = []
     for name, count in memory.gate_sizes.items():
-        together = name == "alpha" and count > 1  # [heads, channels], and otherwise [count, heads]
+        each = memory.rule is not None and memory.rule.steps == "each"
+        together = name == "alpha" or (name == "theta" and each)  # [heads, count], and otherwise [count, heads]
         sections += [memory.heads * count] if together else [memory.heads] * count
     return tuple(sections)
 
