@@ -49,5 +49,8 @@ if __name__ == "__main__":
     if __package__:
         from .gpu.check import main
 
-        sys.exit(main())
+        status = main()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # a process that a hanging device holds would be waited for
     start_from_folder()

@@ -8,10 +8,12 @@ important cases come first (``plan``). A fault of a kernel shows in its own rows
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,7 +61,10 @@ def main(words: Sequence[str] | None = None) -> int:
             say(f"{arguments.prepare}: {', '.join(prepare(arguments.prepare, arguments.python))}",
                 f"on the machine: python3 {arguments.prepare.name}/gpu_check.py --out results")  # fmt: skip
             return 0
-        return _run(arguments)
+        try:
+            return _run(arguments)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
     except (UsageError, CommandFailed) as error:
         complain(str(error))
         return 2
@@ -79,6 +84,9 @@ def _run(arguments: argparse.Namespace) -> int:
     began = time.monotonic() - (0.0 if arguments.began is None else max(0.0, time.time() - arguments.began))
     end = began + arguments.seconds - CLOSING
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # whatever hangs; what was measured is in rows.jsonl
+    left = max(1.0, began + arguments.seconds - time.monotonic())
+    faulthandler.dump_traceback_later(left, exit=True, file=sys.__stderr__)
     # asked in this way, whether there is a GPU does not start CUDA, which a process that is forked later could not use
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     from . import runner

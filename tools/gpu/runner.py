@@ -183,17 +183,19 @@ class _Pool:
     def stop(self) -> list[Case]:
         """End everything, and return what was running."""
         stopped = [each.case for each in self.running.values()]
+        for each in self.running.values():
+            _kill(each.process, wait=0)
         for pipe in list(self.running):
             self._ended(pipe, finished=True)
         return stopped
 
 
-def _kill(process: Any) -> None:
-    """End a process and those that it started."""
+def _kill(process: Any, wait: float = 0.1) -> None:
+    """End a process and those that it started. One that a hanging device holds is not waited for."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.kill()
-    process.join(5)
+    process.join(wait)
 
 
 def serve(case: Case, pipe: Any, output: str, beside: bool) -> None:

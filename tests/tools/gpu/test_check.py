@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,6 +40,15 @@ def test_stages_fit_into_the_time_in_their_order():
     assert sum(stage.seconds for stage in second) <= 480
     names = [case.name for stage in stages for case in stage.cases]
     assert len(set(names)) > 0.9 * len(names) and {f"{name}-170m, 32768 tokens" for name in plan.MODELS} <= {*names}
+
+
+@pytest.mark.slow
+def test_a_run_ends_at_its_time_whatever_hangs(tmp_path):
+    code = "import time, torch; torch.cuda.is_available = lambda: time.sleep(60)\n"
+    code += f"from titans_build.tools.gpu import check; check.main(['--out', {str(tmp_path)!r}, '--seconds', '7'])"
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and "Timeout" in done.stderr and time.monotonic() - began < 50
 
 
 @pytest.mark.slow
