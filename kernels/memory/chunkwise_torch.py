@@ -181,8 +181,9 @@ class _Chunkwise(torch.autograd.Function):
         state_bytes = sum(x.numel() * x.element_size() for x in stacks)
         outputs = batch * b * heads * sum(x.shape[2] for x in stacks) * q.element_size()
         learns = any(ctx.needs_input_grad)
+        room = room_of(q, chunks * (state_bytes + 2 * outputs) if learns else 0)
         interval, saves_activations, size = plan_memory(
-            chunks, state_bytes, outputs, options.keep if learns else 1, _room(q), on_cpu=q.is_cpu
+            chunks, state_bytes, outputs, options.keep if learns else 1, room, on_cpu=q.is_cpu
         )
         interval = interval if learns else 0
         saves_activations = saves_activations and learns and options.read != "anchor"
@@ -391,17 +392,26 @@ def plan_memory(
     return MemoryPlan(interval, activations, min(chunks, most))
 
 
-def _room(q: Tensor) -> int:
-    """Bytes that a call may keep: on a GPU those of ``GPU_SHARE`` of its memory that are not in use.
+_rooms: dict[torch.device, tuple[int, int]] = {}
+"""By GPU: the room when PyTorch was last asked what is in use, and what calls since then have left of it."""
 
-    A model calls this for every layer and segment. Each finds in use what those before have kept.
+
+def room_of(q: Tensor, needed: int) -> int:
+    """Bytes that a call which would keep ``needed`` may keep: on a GPU those of ``GPU_SHARE`` of its memory not in use.
+
+    A model asks for every layer and segment, and each finds in use what those before have kept. PyTorch takes as long
+    as several launches to say what is in use, so it is asked when an eighth of its last answer is spent.
     """
     if not q.is_cuda:
         return CHECKPOINT_BYTES
-    total, used = GPU_BYTES, 0
-    if torch.cuda.is_available():
-        total, used = torch.cuda.get_device_properties(q.device).total_memory, torch.cuda.memory_allocated(q.device)
-    return max(CHECKPOINT_BYTES, int(GPU_SHARE * total) - used)
+    asked, left = _rooms.get(q.device, (0, 0))
+    if left - needed < asked - asked // 8 or not asked:
+        total, used = GPU_BYTES, 0
+        if torch.cuda.is_available():
+            total, used = torch.cuda.get_device_properties(q.device).total_memory, torch.cuda.memory_allocated(q.device)
+        asked = left = max(0, int(GPU_SHARE * total) - used)
+    _rooms[q.device] = asked, left - needed
+    return max(CHECKPOINT_BYTES, left)
 
 
 def _groups(chunks: int, size: int, b: int) -> list[tuple[int, slice]]:

@@ -1,5 +1,7 @@
 """What the memory keeps for backward, by the room that there is."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -53,3 +55,29 @@ def test_every_plan_has_the_same_results(plan, monkeypatch):
     monkeypatch.setattr(chunkwise_torch, "plan_memory", lambda *given, **named: MemoryPlan(*plan))
     for got, x in zip(run(), expected):
         torch.testing.assert_close(got, x, rtol=1e-10, atol=1e-12)
+
+
+def test_the_room_on_a_gpu(monkeypatch):
+    """Half of the memory less what is in use, which is asked when an eighth of the last answer is spent."""
+    used, asked, gib = [0], [], 2**30
+
+    def allocated(device):
+        asked.append(used[0])
+        return used[0]
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=64 * gib))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", allocated)
+    monkeypatch.setattr(chunkwise_torch, "_rooms", {})
+    q = SimpleNamespace(is_cuda=True, device="cuda:0")
+    needed, rooms = gib // 16, []
+    for _ in range(600):  # each keeps 64 MiB
+        rooms.append(chunkwise_torch.room_of(q, needed))
+        used[0] += needed
+    assert rooms[0] == 32 * gib and rooms == sorted(rooms, reverse=True)
+    assert rooms[-1] == chunkwise_torch.CHECKPOINT_BYTES
+    assert all(room <= max(32 * gib - i * needed, 0) + chunkwise_torch.CHECKPOINT_BYTES for i, room in enumerate(rooms))
+    assert len([place for place in asked if place < 24 * gib]) < 20
+    used[0] = 0  # backward has freed all
+    assert max(chunkwise_torch.room_of(q, gib) for _ in range(2)) == 32 * gib
+    assert chunkwise_torch.room_of(torch.zeros(1), gib) == chunkwise_torch.CHECKPOINT_BYTES
