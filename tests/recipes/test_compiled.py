@@ -11,6 +11,7 @@ from titans_build.recipes.loading import base_names
 SMALL = {"dim": 32, "vocab": 40, "stack.0.repeat": 1}
 # the segments and windows of these are shorter than the sequence, and no divisors of it
 PARTS = {
+    "continuum": {f"layers.continuum.{i}.chunk": chunk for i, chunk in enumerate((4, 8, 16, 64))},
     "deltas-and-mac": {"layers.mac.0.segment": 16, "layers.mac.0.memory.chunk": 8},
     "llama-and-memory": {"layers.plain.0.window": 16, "layers.beside.0.branches.0.window": 16},
     "lmm": {"layers.lmm.0.chunk": 8},
@@ -19,6 +20,8 @@ PARTS = {
     "mal": {"layers.mal.0.of.0.chunk": 8, "layers.mal.0.of.1.window": 16},
     "memory-as-ffn": {"layers.learner.0.window": 16, "layers.learner.1.chunk": 8},
     "transformer": {"layers.plain.0.window": 16},
+    "tnt": {"layers.tnt.0.branches.0.chunk": 16, "layers.tnt.0.branches.4.chunk": 16}
+    | {f"layers.tnt.0.branches.{i}.reset": 16 for i in (1, 2, 3, 4)},
     "two-memories": {"layers.mag.0.of.branches.0.window": 16},
     "windows-and-mac": {"layers.window.0.window": 16, "layers.mac.0.segment": 16},
 }
