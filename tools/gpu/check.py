@@ -86,7 +86,7 @@ def _run(arguments: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # whatever hangs; what was measured is in rows.jsonl
     left = max(1.0, began + arguments.seconds - time.monotonic())
-    faulthandler.dump_traceback_later(left, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(left, exit=True, file=sys.__stderr__ or 2)
     # asked in this way, whether there is a GPU does not start CUDA, which a process that is forked later could not use
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     from . import runner

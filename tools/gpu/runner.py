@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -82,10 +83,10 @@ def in_a_line(row: Row) -> str:
 
 
 def start_server() -> None:
-    """Start the server that processes are forked from, which goes on with its imports."""
+    """Start the server that processes are forked from. It imports while this process goes on."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([PRELOADED])
-    context.Process(target=time.time).start()
+    threading.Thread(target=context.Process(target=time.time).start, daemon=True).start()
 
 
 def run(

@@ -140,9 +140,8 @@ def _use_tiles(tiles: dict[str, int]) -> None:
 
     rule = network.schedule
 
-    def chosen(kernel: str, *sizes: int, **facts: int) -> dict[str, Any]:
-        made = rule(kernel, *sizes, **facts)
-        return {name: tiles.get(name, value) for name, value in made.items()}
+    def chosen(*sizes: Any, **facts: Any) -> dict[str, Any]:
+        return {name: tiles.get(name, value) for name, value in rule(*sizes, **facts).items()}
 
     network.schedule = chosen
 
