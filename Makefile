@@ -5,7 +5,7 @@
 #                 allowed: tests/versions.py; an hour and several GB; VERSIONS="--python 3.12 --torch newest" for a part
 # make bench-memory bench-model bench-streaming bench-torch_path bench-packing bench-estimate
 # make bench-copy bench-mqar bench-language bench-family bench-learners bench-needle bench-overhead bench-hf_swap bench-generation
-# make bench-stages bench-long
+# make bench-stages bench-long bench-parallel
 #                 minutes each, on a machine with nothing else to do: benchmarks/
 # PYTHON=python3.12 make ...    picks the interpreter that .venv is made from (3.11 or newer; 3.10 for demo and benchmarks)
 
@@ -17,7 +17,7 @@ FOLDERS := blocks kernels recipes registry tools
 # takes neighbouring tests, which share fixtures and imports, and then some of the other's.
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-slow test-versions check clean bench-memory bench-model bench-streaming bench-torch_path bench-packing bench-estimate bench-copy bench-mqar bench-language bench-family bench-learners bench-needle bench-overhead bench-hf_swap bench-generation bench-stages bench-long
+.PHONY: demo test test-slow test-versions check clean bench-memory bench-model bench-streaming bench-torch_path bench-packing bench-estimate bench-copy bench-mqar bench-language bench-family bench-learners bench-needle bench-overhead bench-hf_swap bench-generation bench-stages bench-long bench-parallel
 
 demo: .venv/.installed
 	@echo "building the MAC recipe and trying it on README.md: about 10 seconds"
@@ -64,7 +64,7 @@ bench-overhead bench-packing bench-torch_path bench-learners: bench-%: .venv/.in
 bench-copy bench-mqar bench-language bench-family: bench-%: .venv/.installed-plots
 	$(BENCH)/variants.py $* --plots benchmarks/plots $(WRITE)
 
-bench-long: bench-%: .venv/.installed-plots
+bench-long bench-parallel: bench-%: .venv/.installed-plots
 	OMP_NUM_THREADS=1 $(BENCH)/$*.py --plots benchmarks/plots $(WRITE)
 
 bench-hf_swap: bench-%: .venv/.installed-hf

@@ -13,7 +13,10 @@ from pathlib import Path
 HERE = Path(__file__).parent
 PAGES = (HERE / "README.md", HERE.parent / "README.md")
 PROGRAMS = {
-    **{name: name for name in ("memory", "model", "streaming", "generation", "needle", "hf_swap", "stages", "long")},
+    **{
+        name: name
+        for name in ("memory", "model", "streaming", "generation", "needle", "hf_swap", "stages", "long", "parallel")
+    },
     **dict.fromkeys(("overhead", "packing", "torch_path", "learners"), "steps"),
     **dict.fromkeys(("estimate", "estimate_before"), "kernel_estimate"),
     **dict.fromkeys(("copy", "mqar", "language", "family"), "variants"),
