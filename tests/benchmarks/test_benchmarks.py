@@ -29,6 +29,7 @@ PROGRAMS = {
     "learners": ["steps.py", "learners"],
     "stages": ["stages.py"],
     "long": ["long.py"],
+    "parallel": ("parallel.py",),
     "estimate": ["kernel_estimate.py"],
 }
 """The words of the command that measures each file of results."""
