@@ -39,7 +39,7 @@ class Sizes(NamedTuple):
     valid: int
 
 
-FULL, QUICK = Sizes(64, 400, 20, 8, 512, 8), Sizes(8, 2, 1, 2, 128, 1)
+FULL, QUICK = Sizes(64, 300, 15, 4, 256, 16), Sizes(8, 2, 1, 2, 128, 1)
 
 
 def settings(sizes: Sizes, **more: Any) -> dict[str, Any]:
@@ -113,4 +113,4 @@ def tables(results: measure.Result) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    measure.benchmark("stages", __doc__, "5 minutes", measured, tables)
+    measure.benchmark("stages", __doc__, "3 minutes", measured, tables)
