@@ -114,7 +114,7 @@ def run_stretches(
     else:
         seen = torch.arange(time, device=before.device) if mask is None else mask.cumsum(1) - 1
         ids = (state.position.unsqueeze(1) + seen).div(every, rounding_mode="floor")
-        y, after = _apart(run, rule, Documents(ids, mask, -before.new_tensor(due)), writes, state)
+        y, after = _apart(run, rule, writes, state, ids, mask, -before.new_tensor(due))
         after = after.rows(pick)
     return y, after._replace(position=pick(before + before.new_tensor(counts)))
 
@@ -131,13 +131,18 @@ def run_documents(
             raise ValueError("documents: the state does not hold the initial weights, from which documents begin: "
                              "expected one made with documents or reset, or one at position 0")  # fmt: skip
         state = state._replace(initial=state.weights)
-    return _apart(run, rule, Documents(ids, mask), writes, complete(rule, state, writes))
+    return _apart(run, rule, writes, complete(rule, state, writes), ids, mask)
 
 
 def _apart(
-    run: Run, rule: Rule, documents: Documents, writes: Writes, state: LearnerState
-) -> tuple[Tensor, LearnerState]:
-    """``run`` of every document as a row, and the state after the last document of each row."""
+    run: Run, rule: Rule, writes: Writes, state: LearnerState, ids: Tensor, mask: Tensor | None,
+    known: Tensor | None = None,
+) -> tuple[Tensor, LearnerState]:  # fmt: skip
+    """``run`` of every document as a row, and the state after the last of each row. ``known``: that of the state."""
+    if torch.compiler.is_compiling():  # the lengths of documents are values
+        found: tuple[Tensor, LearnerState] = torch.compiler.disable(_apart)(run, rule, writes, state, ids, mask, known)
+        return found
+    documents = Documents(ids, mask, known)
     groups, outputs, ends, order = documents.groups(begin=True), [], [], []
     for group in groups:
         rows = [documents.row[i] for i in group.documents]

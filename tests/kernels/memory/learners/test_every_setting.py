@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import titans_build as tb
 from titans_build.kernels.cpu_runtime import library
 from titans_build.kernels.dispatch import BackendError
 from titans_build.kernels.memory import MEMORY, LearnerState, learn
@@ -308,6 +309,16 @@ def test_nan_reaches_no_earlier_token_and_no_other_row(name, field, make):
         same([y[0, :5], y[1]], [before[0, :5], before[1]])
         after = y[0, 6:].isnan()
         assert not after.any() if field == "q" else after.all()
+
+
+@pytest.mark.slow
+def test_resets_in_a_compiled_block():
+    block = tb.build_block({"type": "memory", "chunk": 4, "reset": 8, "heads": 2}, dim=16)
+    x, mask = torch.randn(2, 20, 16), torch.ones(2, 20, dtype=torch.bool)
+    mask[0, 3:6] = False
+    compiled = torch.compile(block, backend="eager")
+    for given in (None, mask):
+        assert torch.equal(compiled(x, mask=given)[0], block(x, mask=given)[0])
 
 
 @pytest.mark.parametrize("name", SETTINGS)
