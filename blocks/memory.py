@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import hardsigmoid
 
@@ -15,12 +14,12 @@ from ..kernels.dispatch import known
 from ..kernels.documents import Documents
 from ..kernels.linear import SmallLinear, fuses, is_plain, linear, linear_of, project
 from ..kernels.memory import LearnerState, MemoryState, Options, Tokens, read_memory, titans_memory
-from ..kernels.memory.learner.parts import FEATURES, NETWORKS, OBJECTIVES, OPTIMIZERS, RETENTIONS
 from ..kernels.norm_gate import decode, gated_norm
-from ..kernels.padding import Layout, align, last
+from ..kernels.padding import Layout, align
 from ..kernels.short_conv import query, query_key_value
 from ..kernels.short_conv.decode import Layers, memory_inputs, memory_query
-from ..registry import Added, PartOf, SameFunction, SameWeights, register
+from ..registry import register
+from . import memory_fields as fields
 from . import memory_rule
 from .block import Block, check_call
 from .documents import run_documents
@@ -58,104 +57,42 @@ class NeuralMemory(Block):
         self,
         dim: int,
         *,
-        heads: Annotated[int, Field(ge=1, description="number of heads, each a memory of width dim / heads")] = 4,
-        depth: Annotated[int, Field(ge=1, le=16, description="number of layers of the memory network")] = 2,
-        expansion: Annotated[int, Field(ge=1, le=64, description="relative hidden width of the memory network")] = 4,
-        chunk: Annotated[
-            int,
-            SameWeights(),
-            Field(ge=1, le=65536, description="tokens whose gradients are taken at the weights before them"),
-        ] = 16,
-        activation: Annotated[
-            Literal["identity", "silu", "gelu", "relu"], Field(description="activation of the memory network")
-        ] = "gelu",
-        norm: Annotated[bool, Field(description="M(x) = x + LayerNorm(net(x)) rather than net(x)")] = True,
-        conv: Annotated[int, Field(ge=0, le=64, description="width of the causal convolution on q, k, v; 0: none")] = 4,
-        momentum: Annotated[bool, Field(description="momentum with decay eta")] = True,
-        forgetting: Annotated[bool, Field(description="weight decay: weights decay by 1 - alpha per token")] = True,
-        gates: Annotated[
-            Literal["token", "chunk", "constant"],
-            Field(description="gates of each token, of the first token of each chunk, or the same for all tokens"),
-        ] = "token",
-        gating: Annotated[
-            Literal["sigmoid", "hard_sigmoid"],
-            Field(description="activation of the gates; hard_sigmoid is linear and clamps to exactly 0 and 1"),
-        ] = "sigmoid",
-        max_step: Annotated[float, SameWeights(), Field(gt=0, description="maximum of the step size theta")] = 0.1,
-        clip: Annotated[
-            float | None, SameWeights(), Field(gt=0, description="maximum gradient norm of one token; null: none")
-        ] = 1.0,
-        network: Annotated[Any, PartOf(NETWORKS), Added(), Field(description="the memory network")] = "mlp",
-        objective: Annotated[Any, PartOf(OBJECTIVES), Added(), Field(description="what a step decreases")] = "l2",
-        optimizer: Annotated[
-            Any,
-            PartOf(OPTIMIZERS, optional=True),
-            Added(),
-            Field(description="null: momentum, or step without momentum"),
-        ] = None,
-        retention: Annotated[
-            Any,
-            PartOf(RETENTIONS, optional=True),
-            Added(),
-            Field(description="null: scalar, or none without forgetting"),
-        ] = None,
-        window: Annotated[
-            int, Added(), SameWeights(), Field(ge=1, description="tokens whose gradients are in a step")
-        ] = 1,
-        features: Annotated[
-            Any, PartOf(FEATURES, optional=True), Added(), Field(description="features of queries and keys; null: none")
-        ] = None,
-        keys: Annotated[
-            int, Added(), Field(ge=1, le=16, description="keys and values, and so writes, of each token")
-        ] = 1,
-        reset: Annotated[
-            int | None,
-            Added(),
-            SameWeights(),
-            Field(ge=1, description="tokens after which the memory begins anew; null: never"),
-        ] = None,
-        query: Annotated[
-            Literal["projected"] | None,
-            Added(),
-            Field(description="project queries on the keys since the reset; null: do not"),
-        ] = None,
-        steps: Annotated[
-            Literal["one", "each"], Added(), Field(description="one step size for all matrices, or one for each")
-        ] = "one",
-        threshold: Annotated[
-            float | None,
-            SameWeights(),
-            Field(gt=0, description="gradient norm below which a token neither writes nor decays"),
-        ] = None,
-        retrieve: Annotated[
-            Literal["after", "before", "anchor"],
-            SameWeights(),
-            Field(description="read after a token is written, before, or at the weights at its chunk's start"),
-        ] = "after",
-        read: Annotated[
-            Literal["after", "before", "anchor"] | None,
-            Added(),
-            SameWeights(),
-            Field(description="another name of retrieve; null: as it says"),
-        ] = None,
-        use: Annotated[
-            Literal["both", "read", "write"],
-            SameWeights(),
-            Field(description="write and read, only read, or only write (outputs zero)"),
-        ] = "both",
-        learn_momentum: Annotated[bool, Field(description="learn the initial momentum; zero otherwise")] = False,
-        keep: Annotated[
-            int | None,
-            SameFunction(),
-            Field(ge=1, description="chunks between states kept for backward; null: automatic"),
-        ] = None,
+        heads: fields.Heads = 4,
+        depth: fields.Depth = 2,
+        expansion: fields.Expansion = 4,
+        chunk: fields.Chunk = 16,
+        activation: fields.Activation = "gelu",
+        norm: fields.Norm = True,
+        conv: fields.Conv = 4,
+        momentum: fields.Momentum = True,
+        forgetting: fields.Forgetting = True,
+        gates: fields.Gates = "token",
+        gating: fields.Gating = "sigmoid",
+        max_step: fields.MaxStep = 0.1,
+        clip: fields.Clip = 1.0,
+        network: fields.Network = "mlp",
+        objective: fields.Objective = "l2",
+        optimizer: fields.Optimizer = None,
+        retention: fields.Retention = None,
+        window: fields.Window = 1,
+        features: fields.Features = None,
+        keys: fields.Keys = 1,
+        reset: fields.Reset = None,
+        query: fields.Query = None,
+        steps: fields.Steps = "one",
+        threshold: fields.Threshold = None,
+        retrieve: fields.Retrieve = "after",
+        read: fields.Read = None,
+        use: fields.Use = "both",
+        learn_momentum: fields.LearnMomentum = False,
+        keep: fields.Keep = None,
     ) -> None:
         super().__init__(dim)
-        fields = {name: value for name, value in locals().items() if name not in ("self", "dim", "__class__")}
-        for field, problem in self.problems(dim, fields):
+        given = {name: value for name, value in locals().items() if name not in ("self", "dim", "__class__")}
+        for field, problem in self.problems(dim, given):
             raise ValueError(f"{field}: {problem}")
-        rule, fields = memory_rule.rule_of(fields), memory_rule.resolve(fields)
-        momentum, forgetting, retrieve = fields["momentum"], fields["forgetting"], fields["retrieve"]
+        rule, given = memory_rule.rule_of(given), memory_rule.resolve(given)
+        momentum, forgetting, retrieve = given["momentum"], given["forgetting"], given["retrieve"]
         self.heads, self.chunk, self.activation, self.conv = heads, chunk, activation, conv
         self.momentum, self.forgetting, self.gates, self.gating = momentum, forgetting, gates, gating
         self.max_step, self.clip, self.threshold = max_step, clip, threshold
@@ -319,8 +256,7 @@ class NeuralMemory(Block):
                 clip=self.clip, read=self.retrieve, keep=self.keep, threshold=self.threshold, ends=ends,
             )  # fmt: skip
         else:
-            y, memory = memory_rule.learn(self, tokens, before, None if layout is None else layout.filled)
-            memory = memory if ends is None else select(memory, ends)
+            y, memory = memory_rule.learn(self, tokens, before, None if layout is None else layout.filled, ends)
         if active:
             report_learned(self, tokens, before, memory, layout)
         if mask is not None and layout is not None:
@@ -350,7 +286,7 @@ class NeuralMemory(Block):
                     return Tokens(q, k, v, q.new_zeros(q.shape[:3]), None, None), history, state.gates
             raw, gates = (linear(self.controls, x) if gates is None else gates).to(projected.dtype), state.gates
             if gates is not None:
-                raw, gates = self._gates_of_chunks(raw, gates, state.memory.position, length)
+                raw, gates = memory_rule.gates_of_chunks(raw, gates, state.memory.position, self.chunk, length)
             raw = raw.to(state.memory.weights[0].dtype)
             if self.rule is not None:
                 writes, history = memory_rule.inputs(self, projected, raw, state.convolution, length)
@@ -360,21 +296,6 @@ class NeuralMemory(Block):
             theta = theta * self.max_step
         eta, alpha = others[0] if self.momentum else None, others[-1] if self.forgetting else None
         return Tokens(q, k, v, theta, eta, alpha), history, gates
-
-    def _gates_of_chunks(
-        self, raw: Tensor, gates: Tensor, position: Tensor, length: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return each token's gates as those of the first token of its chunk, and those of the current chunk.
-
-        ``raw``: gates before the sigmoid, ``[batch, time, gates * heads]``. ``gates``: those of the chunk before.
-        """
-        # causal, and independent of how the sequence is split
-        time = torch.arange(raw.shape[1], device=raw.device)
-        first = time - (position[:, None] + time) % self.chunk
-        index = first.clamp(min=0).unsqueeze(-1).expand_as(raw)
-        raw = torch.where((first >= 0).unsqueeze(-1), raw.gather(1, index), gates.unsqueeze(1))
-        past = torch.cat([gates.unsqueeze(1), raw], dim=1)  # those of the state, if there is no new token
-        return raw, past[:, -1] if length is None else last(past, length + 1, 1)[:, 0]
 
     def project_output(self, y: Tensor, x: Tensor) -> Tensor:
         """Normalize the outputs ``y`` of the operation per head, gate them by ``x`` and project them."""

@@ -112,6 +112,22 @@ def inputs(
     ), history
 
 
+def gates_of_chunks(
+    raw: Tensor, gates: Tensor, position: Tensor, chunk: int, length: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return each token's gates as those of the first token of its chunk, and those of the current chunk.
+
+    ``raw``: gates before the sigmoid, ``[batch, time, gates * heads]``. ``gates``: those of the chunk before.
+    """
+    # causal, and independent of how the sequence is split
+    time = torch.arange(raw.shape[1], device=raw.device)
+    first = time - (position[:, None] + time) % chunk
+    index = first.clamp(min=0).unsqueeze(-1).expand_as(raw)
+    raw = torch.where((first >= 0).unsqueeze(-1), raw.gather(1, index), gates.unsqueeze(1))
+    past = torch.cat([gates.unsqueeze(1), raw], dim=1)  # those of the state, if there is no new token
+    return raw, past[:, -1] if length is None else last(past, length + 1, 1)[:, 0]
+
+
 def convolved(
     projected: Tensor, weight: Tensor | None, history: Tensor | None, length: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
@@ -140,10 +156,10 @@ def recall(memory: Any, q: Tensor, state: MemoryState | LearnerState) -> Tensor:
 
 
 def learn(
-    memory: Any, writes: Writes, state: MemoryState | LearnerState, mask: Tensor | None
+    memory: Any, writes: Writes, state: MemoryState | LearnerState, mask: Tensor | None, ends: list[int] | None
 ) -> tuple[Tensor, MemoryState | LearnerState]:
-    """The operation, by the rule of ``memory``."""
-    return learn_writes(rule_with_parameters(memory), writes, state, memory.norm_gain, mask, memory.keep)
+    """The operation, by the rule of ``memory``. ``ends``: the rows whose state is returned, by default all."""
+    return learn_writes(rule_with_parameters(memory), writes, state, memory.norm_gain, mask, memory.keep, ends)
 
 
 def rule_with_parameters(memory: Any) -> Rule:

@@ -159,11 +159,13 @@ def learn_by(
     parameter: Tensor | None = None,
     documents: Tensor | None = None,
     keep: int | None = None,
+    ends: list[int] | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, MemoryState | LearnerState]:
     """:func:`learn` with a rule that is made already, as a block does.
 
-    ``parameter``: of the objective, for each token, ``[batch, time, heads]``.
+    ``parameter``: of the objective, for each token, ``[batch, time, heads]``. ``ends``: the rows whose state is
+    returned, as of :func:`titans_memory`, without ``documents``.
     """
     parameter = rule.objective.per_token if parameter is None else parameter
     gates = {"eta": eta, "alpha": alpha, "gamma": gamma, "norm": norm, _PARAMETER: parameter}
@@ -188,7 +190,7 @@ def learn_by(
     stretches = functools.partial(run_stretches, row, rule)
     with full_precision(q.device.type):
         if documents is None:
-            y, after = stretches(writes, before, mask)
+            y, after = stretches(writes, before, mask, ends)
         else:
             y, after = run_documents(stretches, rule, writes, before, mask, documents)
     if n > 1:
@@ -205,11 +207,13 @@ def learn_writes(
     norm: Tensor | None,
     mask: Tensor | None,
     keep: int | None = None,
+    ends: list[int] | None = None,
 ) -> tuple[Tensor, MemoryState | LearnerState]:
     """:func:`learn_by` with the arguments of each token together."""
     q, k, v, theta, eta, alpha, gamma, parameter = writes
     return learn_by(
-        rule, q, k, v, theta, eta, alpha, state, norm, mask, gamma=gamma, parameter=parameter, keep=keep
+        rule, q, k, v, theta, eta, alpha, state, norm, mask, gamma=gamma, parameter=parameter, keep=keep,
+        ends=ends,
     )  # fmt: skip
 
 
