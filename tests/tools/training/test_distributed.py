@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +137,42 @@ def test_two_processes_that_share_the_tokens_equal_one_exactly(
     for end in together_without_torchrun(in_process, tmp_path / "run", *words):
         assert end.status == 0, end.err
     assert numbers(logged(tmp_path / "run")) == pytest.approx(numbers(whole.history), rel=1e-11)
+
+
+@pytest.mark.slow
+def test_processes_end_with_a_message_when_one_of_them_is_killed(tiny: Any, settings: Any, tmp_path: Path) -> None:
+    settings |= {"steps": 100_000, "mesh": {"context": 2}}
+    words = [sys.executable, "-m", "titans_build.tools.train", *written(tmp_path, tiny, "copy:length=16", settings)]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    first, other = (
+        subprocess.Popen(
+            [*words, "--out", str(tmp_path / "run")], env=os.environ | place | {"RANK": rank}, stderr=subprocess.PIPE
+        )
+        for rank in "01"
+    )
+    log = tmp_path / "run" / "log.jsonl"
+    while not (log.exists() and len(log.read_text().splitlines()) > 3):
+        time.sleep(0.1)
+    other.kill()
+    _, said = first.communicate(timeout=30)
+    assert first.returncode == 1
+    assert said.count(b"another process of this run has ended") == 1 and b"Traceback" not in said
+    other.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [{"mesh": {"data": 3}}, {"mesh": {"context": 2}, "length": 15}])
+def test_one_process_says_what_does_not_divide(
+    tiny: Any, settings: Any, tmp_path: Path, in_process: Any, change: dict[str, Any], ordered_text: Any
+) -> None:
+    words = written(tmp_path, {**tiny, "vocab": 256}, ordered_text, {**settings, **change})
+    ends = together_without_torchrun(in_process, tmp_path / "run", *words)
+    assert [end.status for end in ends] == [2, 2]
+    expected = {"mesh": b"data 3 x context 1 x tensor 1 are 3 processes, and there are 2"}
+    length = b"15 tokens of a row cannot be shared by context: 2 processes"
+    assert (length if "length" in change else expected["mesh"]) in ends[0].err and b"Traceback" not in ends[0].err
 
 
 @pytest.mark.slow
