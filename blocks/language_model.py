@@ -145,7 +145,10 @@ class LanguageModel(nn.Module):
         number = torch.full((batch_size,), self.fingerprint.number, dtype=torch.int64, device=like.device)
         known(number, [self.fingerprint.number] * batch_size)
         state = ModelState(layers, number, torch.full_like(number, NO_DOCUMENT))
-        return state if self.parallel is None else self.parallel.whole_of(self, state)
+        if self.parallel is None:
+            return state
+        (state,) = self.parallel.outputs(self.parallel.whole_of(self, state))
+        return self.parallel.once(state)
 
     def __call__(self, *args: Any, **named: Any) -> Any:
         if torch.jit.is_tracing():  # before the arguments are bound: the exporter to ONNX gives all by position

@@ -258,5 +258,22 @@ def test_program_of_the_page() -> None:
     mp.start_processes(_page, args=(free_port(), code), nprocs=4, start_method="fork")
 
 
+def from_fresh_states(mesh: Any) -> None:
+    recipe, tokens = recipe_of(BLOCK["mag"], BLOCK["mac"]), torch.arange(48).view(2, 24) % 11
+    plain, model = (tb.build(recipe, dtype=torch.float64, seed=0) for _ in range(2))
+    tb.parallelize(model, mesh)
+    for each in (plain, model):
+        out = each(tokens[:, :12], each.init_state(2), targets=tokens[:, :12])
+        state = tb.state.reset(out.state, torch.tensor([True, False]), each.init_state(2))
+        (out.loss + each(tokens[:, 12:], state, targets=tokens[:, 12:]).loss).backward()
+    for p, q in zip(plain.parameters(), model.parameters()):
+        torch.testing.assert_close(q.grad.full_tensor(), p.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dimension", ["context", "tensor"])
+def test_gradients_through_fresh_states(dimension: str) -> None:
+    on_ranks({dimension: 2}, from_fresh_states)
+
+
 def test_outputs_of_this_rank_recomputation_and_cu_seqlens() -> None:
     on_ranks({"context": 2}, by_every_option)
