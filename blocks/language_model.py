@@ -238,12 +238,16 @@ class LanguageModel(nn.Module):
         shard: ContextCall | None = None
         if self.parallel is not None:
             shard = self.parallel.enter(self, embeddings, state, (rows, time), mask, documents, cu_seqlens)
-        if shard is None:
-            hidden, state = self._run(tokens, embeddings, state, mask, packed)
-        else:
+        if shard is not None:
             tokens, mask, targets = (None if x is None else x[:, shard.part] for x in (tokens, mask, targets))
-            with shard.active():
-                hidden, state = self._run(tokens, shard.x, shard.state, mask, shard.documents_from(shard.start))
+            embeddings, state, packed = shard.x, shard.state, shard.documents_from(shard.start)
+        # packings differ from batch to batch: each would be compiled anew
+        run = torch.compiler.disable(self.run) if packed is not None and torch.compiler.is_compiling() else self.run
+        with nullcontext() if shard is None else shard.active():
+            x = embeddings if tokens is None or self.embedding is None else embedding(tokens, self.embedding)
+            assert x is not None
+            hidden, state = run(x, state, mask, packed)
+        if shard is not None:
             hidden, state = shard.leave(hidden, state)
         state = state if self.parallel is None else self.parallel.whole_of(self, state)
         logits = None if self.vocab is None else self.predict(hidden)
@@ -264,20 +268,6 @@ class LanguageModel(nn.Module):
         copies = {name: torch.as_tensor(x).clone() for name, x in options.items() if x is not None}
         out._replay = functools.partial(rewind, self, before, given.clone(), check_finite=check_finite, **copies)
         return out
-
-    def _run(
-        self,
-        tokens: Tensor | None,
-        embeddings: Tensor | None,
-        state: ModelState | None,
-        mask: Tensor | None,
-        documents: Documents | None,
-    ) -> tuple[Tensor, ModelState]:
-        # packings differ from batch to batch: each would be compiled anew
-        run = torch.compiler.disable(self.run) if documents is not None and torch.compiler.is_compiling() else self.run
-        x = embeddings if tokens is None else self.lookup(tokens)
-        assert x is not None
-        return run(x, state, mask, documents)
 
     def run(
         self, x: Tensor, state: ModelState | None, mask: Tensor | None, documents: Documents | None = None

@@ -188,7 +188,8 @@ def _forward(
 ) -> tuple[tuple[Tensor, ...], Tensor | None]:
     """``y`` and the state's parts; what is saved for backward."""
     tokens, gain, state = _unpack(tensors)
-    y = (empty_huge_pages if plan.order is None else torch.zeros)(tokens.like_outputs().shape, dtype=tokens.v.dtype)
+    outputs = (*tokens.q.shape[:3], tokens.v.shape[3])
+    y = (empty_huge_pages if plan.order is None else torch.zeros)(outputs, dtype=tokens.v.dtype)
     made = plan.layers * (1 + (tokens.eta is not None) + plan.new_anchor)
     end = []
     for i in range(made):

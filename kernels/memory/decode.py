@@ -25,7 +25,6 @@ def prepare_step(
     if can_prepare(*tokens, norm):
         run = MEMORY.choose(
             device="cpu", dtype=tokens.q.dtype, time=1, chunk=options.chunk, layers=len(shapes), plain=True, grad=False,
-            rare=options.rare(tokens),
         )  # fmt: skip
         if run is MEMORY.backends["native_step"].run:
             return StepPlan(tokens, shapes, norm, options)

@@ -122,7 +122,7 @@ def titans_memory(
     tokens = Tokens(q, k, v, theta, eta, alpha)
     options = Options(chunk, activation, clip, read, keep, half_dtype(q), threshold, ends=ends)
     check_memory(tokens, state, norm, mask, options)
-    return run_memory(tokens, state, norm, mask, options, backend)
+    return run_memory(tokens, state, norm, mask, options, backend, rare=())
 
 
 def run_memory(
@@ -132,8 +132,13 @@ def run_memory(
     mask: Tensor | None,
     options: Options,
     backend: str = "auto",
+    *,
+    rare: tuple[str, ...] | None = None,
 ) -> tuple[Tensor, MemoryState]:
-    """:func:`titans_memory` with arguments that are known to fit, and any ``options.objective``."""
+    """:func:`titans_memory` with arguments that are known to fit, and any ``options.objective``.
+
+    ``rare``: ``options.rare(tokens)`` where it is known.
+    """
     q = tokens.q
     tensors = (*tokens, norm, *state.weights, *state.momentum, *state.anchor)
     compute = torch.promote_types(torch.promote_types(q.dtype, state.weights[0].dtype), torch.float32)
@@ -150,7 +155,7 @@ def run_memory(
         width=max(q.shape[3], tokens.v.shape[3]),
         grad=grad,
         plainly=norm is options.clip is options.threshold is None,
-        rare=options.rare(tokens),
+        rare=options.rare(tokens) if rare is None else rare,
     )
     for x in tensors:
         if x is not None and x.dtype != compute:
@@ -388,7 +393,9 @@ def _backend(
         if 0 in tokens.q.shape[:2]:
             return torch.zeros_like(tokens.like_outputs()), state
         y, after = write(tokens, state, norm, mask, options)
-        if confined or y.is_meta or not options.confines or (function is closed_form_memory and transforming()):
+        if confined or y.is_meta or options.window > 1 or options.gated:
+            return y, after
+        if function is closed_form_memory and transforming():
             return y, after
         if sum_is_finite(y, *after.weights, *after.momentum):
             return y, after
