@@ -268,7 +268,8 @@ class ChunkNetwork:
         Errors of later tokens are multiplied by zero, and zero times infinity is NaN.
         """
         sizes = torch.stack([torch.linalg.vector_norm(d, math.inf, dim=-1) for d in errors])
-        lost = ~(sizes <= self.largest).all(0)
+        # a scalar beyond the range of a dtype is infinity there, which infinity would not exceed
+        lost = ~(sizes <= min(self.largest, torch.finfo(sizes.dtype).max)).all(0)
         if lost.is_cpu and not bool(lost.any()):  # which another device would be waited for
             return carry, errors
         from_then_on = lost.cumsum(-1) > 0
