@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from ..kernels.linear import is_unmodified, module_tables
@@ -71,6 +72,8 @@ def decoder(block: Block, rows: int, *, time: int = 1, step: int = 1) -> Decoder
     def call(x: Tensor, state: State) -> tuple[Tensor, State]:
         # Clone: the block may store `x` in its state, and a plan overwrites `x` at the next token.
         y, state = forward_every(block, x.clone(), state, step=step)
+        if torch.is_autocast_enabled(x.device.type):
+            y = y.to(x.dtype)  # as the residual connection does, which adds it to `x`
         if y.shape != expected or y.dtype is not x.dtype:
             kind = type(block).__name__
             raise ValueError(f"{kind}: output is {y.dtype} {list(y.shape)}: expected {x.dtype} {list(expected)}")

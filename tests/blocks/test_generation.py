@@ -52,6 +52,18 @@ def test_greedy_generation_equals_forward_on_all_tokens(model):
     assert len(gen.tokens[:, 7:].unique()) > 3
 
 
+@pytest.mark.parametrize("block", [MEMORY, CONTEXT, {"type": "attention", "heads": 2, "window": 6}, "ffn"])
+def test_generation_under_autocast_equals_forward_under_autocast(block):
+    with torch.device("meta"):
+        model = LanguageModel(16, vocab=VOCAB, layers=[[block]])
+    materialize(model, "cpu", torch.float32, 0)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        tokens = generate(model, ids(2, 7), max_new_tokens=4).tokens
+        logits = model(tokens).logits[:, 6:-1].float()
+    chosen = logits.gather(-1, tokens[:, 7:, None]).squeeze(-1)
+    assert tokens.shape == (2, 11) and (logits.amax(-1) - chosen).max() < 0.05  # bfloat16 may round two to one number
+
+
 def test_the_state_includes_all_returned_tokens(model):
     gen = model.generate(ids(2, 4), 9)
     out = model(gen.tokens)
