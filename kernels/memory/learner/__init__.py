@@ -23,7 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...dispatch import BackendError, expect_tensors, full_precision, half_dtype, shows_values
+from ...dispatch import (
+    BackendError,
+    expect_tensors,
+    full_precision,
+    half_dtype,
+    needs_grad,
+    shows_values,
+    transforming,
+)
 from ..state import MemoryState
 from . import networks, objectives, updates  # noqa: F401  (they register the parts)
 from .parts import (
@@ -188,7 +196,11 @@ def learn_by(
         mask, documents = (None if x is None else x.repeat_interleave(n, 1) for x in (mask, documents))
     row = functools.partial(run_row, rule, norm=norm, keep=keep, half=half_dtype(q), backend=backend)
     stretches = functools.partial(run_stretches, row, rule)
-    with full_precision(q.device.type):
+    # a gradient step is taken by autograd, whose graph would stay in results that need no gradients
+    parts = [part if isinstance(part, tuple) else (part,) for part in before]
+    held = [x for part in parts for x in part if isinstance(x, Tensor)]
+    grad = transforming() or needs_grad(*writes, norm, *held) or (torch.is_grad_enabled() and rule.has_parameters)
+    with full_precision(q.device.type), torch.set_grad_enabled(grad and torch.is_grad_enabled()):
         if documents is None:
             y, after = stretches(writes, before, mask, ends)
         else:
@@ -286,9 +298,13 @@ def _writes(
     if alpha is not None and alpha.shape[1] == time:  # the first write of a token
         later = alpha.new_zeros(alpha.shape[0], time, n - 1, *alpha.shape[2:])
         alpha = torch.cat([alpha.unsqueeze(2), later], 2).flatten(1, 2)
-    given: Any = {"theta": theta, "eta": eta, "gamma": gamma, _PARAMETER: parameter}
+    by_place = gamma is not None and (
+        gamma.dim() == 5 or (gamma.dim() == 4 and gamma.shape[1:] != (time, n, q.shape[2]))
+    )
+    given: Any = {"theta": theta, "eta": eta, _PARAMETER: parameter}
     steps: Any
-    steps, decay, weight, parameter = (each(name, x, 3) for name, x in given.items())
+    steps, decay, parameter = (each(name, x, 3) for name, x in given.items())
+    weight = each("gamma", gamma, 4 if by_place else 3)
     keys: Any = each("k", k, 4)
     values: Any = each("v", v, 4)
     return Writes(q.repeat_interleave(n, 1), keys, values, steps, decay, alpha, weight, parameter)

@@ -45,6 +45,13 @@ class Rule:
         return ACTIVATIONS[self.activation_name].value
 
     @property
+    def has_parameters(self) -> bool:
+        """Whether parts have tensors of their own that gradients may be wanted of."""
+        parts = [part for part in vars(self).values() if not isinstance(part, ModuleNetwork)]
+        own = [x for part in parts for x in getattr(part, "__dict__", {}).values()]
+        return any(isinstance(x, nn.Module) or (isinstance(x, Tensor) and x.requires_grad) for x in own)
+
+    @property
     def sums(self) -> bool:
         """Whether the weights are sums over the writes, so that they need not be made for each token."""
         linear = self.retention.linear and self.optimizer.linear and self.module is None

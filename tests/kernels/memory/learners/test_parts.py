@@ -367,3 +367,27 @@ def test_lact(learn_alone: Any, given: Any, published: Any) -> None:
 def test_step_sizes_of_each_matrix_need_one_write_a_step(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="steps: a step size for each matrix needs"):
         run(steps="each", **settings)
+
+
+@pytest.mark.parametrize("settings", [{"optimizer": "muon"}, {"retention": "lq"}, {"window": 2}, {"network": "slots"}])
+def test_results_need_no_gradients_where_no_input_does(settings: dict[str, Any]) -> None:
+    q, k, v, *gates = tokens()
+    state = LearnerState.fresh(torch.randn(BATCH, HEADS, DIM, DIM, dtype=torch.float64) for _ in range(2))
+    settings = {"network": "mlp", "chunk": 4, "backend": "general", **settings}
+    y, after = learn(q, k, v, *gates, state, **settings)
+    assert not y.requires_grad and not any(w.requires_grad for w in after.weights)
+    assert learn(q.requires_grad_(), k, v, *gates, state, **settings)[0].requires_grad
+
+
+def test_weights_of_a_windows_places_with_several_keys() -> None:
+    q, k, v, theta, eta, alpha = tokens(keys=2)
+    gamma = torch.rand(BATCH, TIME, 2, HEADS, 3, dtype=torch.float64)
+    state = LearnerState.fresh([torch.randn(BATCH, HEADS, DIM, DIM, dtype=torch.float64)])
+
+    def outputs(gamma: Tensor) -> Tensor:
+        settings: dict[str, Any] = {"network": "linear", "keys": 2, "window": 3, "chunk": 4}
+        return learn(q, k, v, theta, eta, alpha, state, gamma=gamma, **settings)[0]
+
+    torch.testing.assert_close(outputs(gamma), outputs(gamma.flatten(1, 2)), rtol=0, atol=0)
+    same = gamma[:, :, :1].expand_as(gamma)
+    torch.testing.assert_close(outputs(same), outputs(same[:, :, 0]), rtol=0, atol=0)
