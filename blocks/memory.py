@@ -113,8 +113,8 @@ class NeuralMemory(Block):
         self.initial_momentum = nn.ParameterList(
             [torch.empty(heads, *shape) for shape in self.shapes] if momentum and learn_momentum else []
         )
-        learned = getattr(rule.features, "initial", None)
-        self.coefficients = nn.Parameter(torch.empty(len(learned()))) if learned is not None else None
+        features: Any = rule.features if getattr(rule.features, "learned", False) else None
+        self.coefficients = None if features is None else nn.Parameter(torch.empty(len(features.initial())))
         self.norm_gain = nn.Parameter(torch.empty(heads, width)) if norm else None
         self.output_gain = nn.Parameter(torch.empty(heads, width))
         self.output_gate = nn.Linear(dim, dim, bias=False)

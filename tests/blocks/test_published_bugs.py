@@ -146,7 +146,8 @@ def test_outputs_depend_on_writing(name):
     tokens = uniform(2, 21, seed=1)
     with torch.no_grad():
         difference = (model(tokens).logits - frozen(tokens).logits).abs().amax(dim=(0, 2))
-    assert bool((difference > 1e-6).all()), difference
+    first = 2 if name == "hope" else 0  # all of its memories read the weights at their chunk's start
+    assert bool((difference[first:] > 1e-6).all()), difference
 
 
 @pytest.mark.parametrize("name", RECIPES)

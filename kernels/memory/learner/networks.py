@@ -111,8 +111,8 @@ class Polynomial(Features):
     ) -> None:
         if isinstance(coefficients, list) and len(coefficients) != degree + 1:
             raise ValueError(f"coefficients: expected {degree + 1}, a_0 to a_{degree}, got {len(coefficients)}")
-        self.degree, self.form = degree, form
-        self.coefficients: list[float] | Tensor = coefficients or self.initial()
+        self.degree, self.form, self.learned = degree, form, coefficients is None
+        self.coefficients: list[float] | Tensor = self.initial() if coefficients is None else coefficients
 
     def initial(self) -> list[float]:
         """The coefficients of a Taylor series."""

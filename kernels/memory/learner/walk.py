@@ -225,6 +225,11 @@ def complete(rule: Rule, state: MemoryState | LearnerState, writes: Writes) -> L
     if rule.window > 1 and made.recent[0].shape[2] != rule.window - 1:
         raise ValueError(f"state.recent: expected the last {rule.window - 1} writes, as window={rule.window} needs, "
                          f"got {made.recent[0].shape[2]}")  # fmt: skip
+    parts = 4 if writes.parameter is None else 5
+    if rule.window > 1 and len(made.recent) != parts:
+        how = "without" if writes.parameter is None else "with"
+        raise ValueError(f"state.recent: expected the last writes {how} a parameter of the objective for each, "
+                         "as this rule needs; the state is of another objective")  # fmt: skip
     if rule.moves_once and made.pending[-1].shape[2:] != channels:
         raise ValueError(f"state.pending: expected what is kept of {list(channels)} channels, "
                          f"got {list(made.pending[-1].shape[2:])}")  # fmt: skip

@@ -228,6 +228,27 @@ def test_a_rule_that_would_lose_a_part_of_a_state_refuses_it(part: str) -> None:
         titans_memory(*tokens(), state, 4)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_window_of_another_objective_is_refused(first: bool) -> None:
+    thresholds = {"objective": {"type": "huber", "delta": torch.rand(BATCH, TIME, HEADS, dtype=torch.float64)}}
+    before, after = (thresholds, {}) if first else ({}, thresholds)
+    _, state = run(window=3, **before)
+    with pytest.raises(ValueError, match="another objective"):
+        learn(*tokens(), state, chunk=4, window=3, **after)
+
+
+def test_coefficients_that_a_block_is_given_are_not_learned() -> None:
+    features = {"type": "polynomial", "degree": 2, "coefficients": [0.0, 2.0, 3.0]}
+    given, default = (
+        tb.build_block({"type": "memory", "heads": 2, "features": each}, dim=8, seed=0)
+        for each in (features, "polynomial")
+    )
+    assert "coefficients" in dict(default.named_parameters()) and "coefficients" not in dict(given.named_parameters())
+    default.coefficients.data.copy_(torch.tensor(features["coefficients"]))
+    x = torch.randn(1, 6, 8)
+    torch.testing.assert_close(given(x)[0], default(x)[0])
+
+
 def test_parts_of_a_state_that_hold_nothing_are_not_lost() -> None:
     given = [x[:, :8] for x in tokens()]
     _, state = learn(*given, fresh(), chunk=4, **STATES["pending"])  # two whole chunks
