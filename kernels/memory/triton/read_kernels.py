@@ -14,6 +14,7 @@ import triton.language as tl
 from ...triton_runtime import VARYING
 from .tiles import (
     activate,
+    as_operand,
     coefficient,
     dot,
     in_part,
@@ -174,7 +175,8 @@ def read_backward_kernel(
         store_tokens(grad_scores_2, first, t, s, b, b, dscores * decay)
     tl.debug_barrier()
 
-    # down through the last layer
+    # down through the last layer; its output has no part along g, if the coefficients' gradients multiply the inputs as
+    # forward rounded them
     dcarry = tl.zeros((TOKENS, 2), WIDE)
     for h0 in range(0, width, BLOCK):
         h = h0 + tl.arange(0, BLOCK)
@@ -188,7 +190,7 @@ def read_backward_kernel(
         for part in tl.static_range(PARTS):
             w = load(stack_2 + (at * PARTS + part) * size_2, o, h, d_out, width, WIDE)
             back = dot(g, w, OPERAND, WIDE, PRECISION)
-            dcarry += in_part(tl.sum(x * back, axis=1), part, WIDE)
+            dcarry += in_part(tl.sum(as_operand(x, OPERAND, WIDE) * back, axis=1), part, WIDE)
             dx += coefficient(carry, first, t, b, part, PARTS, WIDE) * back
         if LAYERS == 1:
             if NORM:
@@ -208,7 +210,7 @@ def read_backward_kernel(
                 w_1 = load(stack_1 + (at * PARTS + part) * size_1, h, i, width, d_in, WIDE)
                 back_1 = dot(dpreact, w_1, OPERAND, WIDE, PRECISION)
                 q = load_tokens(queries, first, t, i, b, d_in, WIDE)
-                dcarry += in_part(tl.sum(q * back_1, axis=1), part, WIDE)
+                dcarry += in_part(tl.sum(as_operand(q, OPERAND, WIDE) * back_1, axis=1), part, WIDE)
                 dq += coefficient(carry, first, t, b, part, PARTS, WIDE) * back_1
         for s0 in range(0, b, KEYS):
             s = s0 + tl.arange(0, KEYS)
