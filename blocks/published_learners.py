@@ -67,8 +67,7 @@ LEARNERS: dict[str, tuple[str, dict[str, Any]]] = {
     "titans_channel": ("Titans' memory with a decay for each column of each matrix.", {"retention": "channel"}),
     "moneta": (
         "Moneta: an L3 objective, and weights normalized by their L4 norm (arXiv 2504.13173, eq. 24-25).",
-        # the gradient grows with the square of the error: without a bound, repeated tokens end in infinity
-        DEEP | {"objective": {"type": "lp", "p": 3.0}, "retention": {"type": "lq", "q": 4.0}, "clip": 1.0},
+        DEEP | {"objective": {"type": "lp", "p": 3.0}, "retention": {"type": "lq", "q": 4.0}},
     ),
     "yaad": (
         "Yaad: a Huber objective with a learned threshold (arXiv 2504.13173, eq. 26).",
@@ -102,7 +101,7 @@ LEARNERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 """The summary and the fields of each name."""
-CLIPPED_BEFORE = ("yaad", "memora", "dla", "omega_net", "atlas")
+CLIPPED_BEFORE = ("moneta", "yaad", "memora", "dla", "omega_net", "atlas")
 """Those whose gradients were bounded by default."""
 
 

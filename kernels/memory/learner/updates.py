@@ -70,7 +70,8 @@ class Softmax(Retention):
 class LqNorm(Retention):
     """The network runs with ``a / |a|_q^(q - 2)``; ``a`` decays and is moved (Moneta, arXiv 2504.13173).
 
-    The state's weights are ``a``. The norm is that of a whole matrix.
+    The state's weights are ``a``. The norm is that of a whole matrix. Its power is taken to be at least 1e-20: of a
+    matrix that is nearly forgotten, ``1 / |a|`` would have no bound.
     """
 
     def __init__(self, *, q: Annotated[float, Field(gt=1, le=16, description="exponent of the norm")] = 4.0) -> None:
@@ -85,7 +86,7 @@ class LqNorm(Retention):
         size = size.square() ** (self.q / 2) if self.q % 2 == 0 else size.abs() ** self.q
         size = size.sum((-2, -1), keepdim=True)
         norm = unit * torch.where(size > 0, size, 1.0) ** (1 / self.q)
-        return weights / norm ** (self.q - 2)
+        return weights / (norm ** (self.q - 2)).clamp(min=1e-20)
 
 
 @register_retention("rows")

@@ -412,3 +412,14 @@ def test_weights_of_a_windows_places_with_several_keys() -> None:
     torch.testing.assert_close(outputs(gamma), outputs(gamma.flatten(1, 2)), rtol=0, atol=0)
     same = gamma[:, :, :1].expand_as(gamma)
     torch.testing.assert_close(outputs(same), outputs(same[:, :, 0]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("q", [3.0, 4.0, 16.0])
+def test_a_forgotten_matrix_under_its_lq_norm_stays_finite(q: float) -> None:
+    """A repeated token has no error, so that the matrix decays, and ``a / |a|^2`` grows as ``1 / |a|``."""
+    for size in (1.0, 1e-6, 1e-12, 1e-21, 1e-40):
+        state = LearnerState.fresh(size * torch.randn(BATCH, HEADS, DIM, DIM) for _ in range(2))
+        given = [x.float() for x in tokens()]
+        norm = torch.ones(HEADS, DIM)
+        y, _ = learn(*given, state, norm=norm, chunk=4, network="mlp", retention={"type": "lq", "q": q})
+        assert y.isfinite().all()
