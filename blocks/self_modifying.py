@@ -71,7 +71,7 @@ class SelfModifyingTitans(Block):
         width = dim // heads
         self.inputs = nn.Linear(dim, 2 * dim, bias=False)
         self.convolution = nn.Parameter(torch.empty(2 * dim, conv)) if conv else None
-        self.initial_weights = nn.Parameter(torch.empty(5, heads, width, width))
+        self.initial_weights = nn.ParameterList([torch.empty(heads, width, width) for _ in range(5)])
         self.gates = nn.Parameter(torch.empty(2, heads, width))
         self.gate_bias = nn.Parameter(torch.empty(2, heads))
         self.output_gain = nn.Parameter(torch.empty(heads, width))
@@ -93,7 +93,8 @@ class SelfModifyingTitans(Block):
         if self.convolution is not None:
             nn.init.normal_(self.convolution, std=self.conv**-0.5)
             self.convolution[:, -1] += 1
-        nn.init.normal_(self.initial_weights, std=(self.dim // self.heads) ** -0.5)
+        for weight in self.initial_weights:
+            nn.init.normal_(weight, std=(self.dim // self.heads) ** -0.5)
         nn.init.normal_(self.gates, std=0.5)
         self.gate_bias[0] = -1.1
         self.gate_bias[1] = torch.linspace(4, 8, self.heads) if self.heads > 1 else 6.0
@@ -101,7 +102,8 @@ class SelfModifyingTitans(Block):
 
     def init_state(self, batch_size: int) -> SelfModifyingState:
         dtype = torch.promote_types(self.output_gain.dtype, torch.float32)
-        weights = self.initial_weights.to(dtype, copy=True).expand(batch_size, *self.initial_weights.shape)
+        initial = torch.stack(list(self.initial_weights)).to(dtype)
+        weights = initial.expand(batch_size, *initial.shape)
         position = torch.zeros(batch_size, dtype=torch.int64, device=weights.device)
         before = self.output_gain.new_zeros(batch_size, self.conv - 1, 2 * self.dim) if self.conv else None
         return SelfModifyingState(weights, weights, position, before)

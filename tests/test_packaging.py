@@ -115,7 +115,7 @@ def test_the_facade_offers_the_promised_names() -> None:
         "memory_check", "adapt", "perplexity", "write_cost", "compare", "search", "swap", "unswap", "memory",
         "BackendError", "LawError", "StorageError", "SwapError", "Unavailable", "load_swaps", "save_swaps",
         "PrefixCache", "register_features", "register_network", "register_objective", "register_optimizer",
-        "register_retention",
+        "register_retention", "parallelize",
     ]  # fmt: skip
     assert [name for name in promised if not hasattr(tb, name)] == []
     assert sorted(tb.__all__) == sorted(promised)

@@ -50,7 +50,7 @@ def _reference(x: Tensor, position: Tensor | range, base: float) -> Tensor:
     y = []
     for i, frequency in enumerate(_frequencies(x.shape[-1], base)):
         turns = [[(place * frequency % _TURN) / _TURN for place in row] for row in places]
-        angle = 2 * math.pi * torch.tensor(turns, dtype=torch.float64, device=x.device).unsqueeze(-1)
+        angle = 2 * math.pi * torch.tensor(turns, dtype=torch.float64, device=x.device).view(len(places), x.shape[1], 1)
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         real, imaginary = x[..., i], x[..., i + half]
         y.append(torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos)))

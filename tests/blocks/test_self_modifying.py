@@ -27,7 +27,7 @@ def loop(b: tb.Block, x: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
     width = DIM // HEADS
     projected = F.pad((b.inputs.weight @ x.T), (b.conv - 1, 0))
     streams = F.silu(torch.stack([(projected[:, t : t + b.conv] * b.convolution).sum(1) for t in range(len(x))]))
-    learners = b.initial_weights.clone()  # keys, values, step sizes, decays, memory
+    learners = torch.stack(list(b.initial_weights))  # keys, values, step sizes, decays, memory
     outputs = torch.zeros(len(x), HEADS, width, dtype=x.dtype)
     for head in range(HEADS):
         m = [learners[i, head] for i in range(5)]

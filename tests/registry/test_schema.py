@@ -150,4 +150,4 @@ def test_all_blocks_and_fields_have_descriptions(name: str):
         f.name for f in description.fields if not f.description
     ]
     assert lookup(name).place.rpartition(":")[2].isdigit()
-    assert ("memory" in description.protocols) == (name == "memory" or name in LEARNERS)
+    assert ("memory" in description.protocols) == (name in ("memory", "self_modifying", *LEARNERS))

@@ -205,7 +205,10 @@ def test_values_are_not_converted(field: str, value: Any):
         ({"type": "reader"}, "needs the field 'memory'"),
         ({"type": "reader", "memory": None}, "expected a block"),
         ({"type": "reader", "memory": 3}, "expected a block"),
-        ({"type": "reader", "memory": "heads"}, "expected a block with read and write (memory, store; or "),
+        (
+            {"type": "reader", "memory": "heads"},
+            "expected a block with read and write (memory, self_modifying, store; or ",
+        ),
         ({"type": "reader", "memory": ["store"]}, "'chain', which has no read"),
         ({"type": "reader", "memory": "store", "pair": ["store"]}, "at least 2"),
         ({"type": "reader", "memory": "store", "pair": "store"}, "list"),
@@ -280,7 +283,10 @@ def test_a_wrapper_has_the_methods_of_the_blocks_inside():
     found = problems(reader("store", "heads", {"type": "wrapper", "of": ["heads"]}))
     assert list(found) == ["memory.of.1", "memory.of.2.of.0"]
     assert "got 'heads', which has no read and no write" in found["memory.of.1"]
-    assert "(memory, store; or" in found["memory.of.1"] and "wrapper with nothing else" in found["memory.of.1"]
+    assert (
+        "(memory, self_modifying, store; or" in found["memory.of.1"]
+        and "wrapper with nothing else" in found["memory.of.1"]
+    )
     assert "memory.of" in problems({"type": "reader", "memory": create({"type": "wrapper", "of": ["heads"]}, dim=8)})
     # anywhere else it may wrap what it likes
     create({"type": "wrapper", "of": ["heads"]}, dim=8)

@@ -22,10 +22,10 @@ from titans_build.tools.training.settings import as_settings
 
 NO_DECAY = as_settings().no_decay
 
-DECAYING = {"weight", "convolution", "embedding", "head"}
+DECAYING = {"weight", "convolution", "embedding", "head", "gates"}
 """What the last part of a name may be in the group that decays: matrices that vectors are multiplied by, and tables."""
 GAINS = {"gain", "gain_a", "gain_b", "gain_c", "gain_d", "gain_e", "norm_gain", "output_gain"}
-STAYING = GAINS | {"bias", "persistent", "tokens"}
+STAYING = GAINS | {"bias", "gate_bias", "persistent", "tokens"}
 
 
 def last(name: str) -> str:
