@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 from collections.abc import Iterator
@@ -11,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from ...kernels import dispatch
 from . import cases as gpu_cases
@@ -22,7 +20,6 @@ TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "tf32": 2e-3, "bfloat16": 1e-2, 
 DIGITS = {"tf32": 11, "bfloat16": 8, "float16": 11}
 """Binary digits of an operand."""
 REFERENCE = "reference"
-_GATES = tuple(f"gradient of {name}" for name in ("theta", "eta", "alpha"))
 SCHEDULE = "TITANS_BUILD_SCHEDULE"
 """``kernels.memory.triton.schedule.VARIABLE``, copied because that module imports Triton."""
 
@@ -89,24 +86,12 @@ def bounds(case: Case, exact: Inputs, expected: dict[str, Tensor]) -> dict[str, 
 
     A LayerNorm amplifies rounding errors by a factor that depends on the data. With one, the bound is twice the error
     that rounding the operands causes in the exact recurrence, if that is larger than the tolerance.
-
-    In the gradients of gates large terms cancel. The length of the last layer's weights changes nothing after the norm,
-    so that the terms of its gradient add up to nearly nothing, and a gate's gradient has it in it. With heads of 48 the
-    terms are 10 times as large as the gradient of ``alpha``, which changes by 2% if only the weights are rounded, as
-    each token's read multiplies them. For gates, therefore, what every product multiplies is rounded, as a matrix unit
-    does; only the forward products of writes, whose digits the kernels keep, are exact.
     """
     most = dict.fromkeys(expected, TOLERANCE[case.precision])
     if not case.layer_norm or case.precision not in DIGITS:
         return most
-    digits = DIGITS[case.precision]
-    rounded = {name: _rounded(name, x, digits) for name, x in exact.items()}
-    near = _pass(case, REFERENCE, rounded)
-    with _RoundedProducts(digits):
-        products = _pass(case, REFERENCE, rounded)
-    near |= {name: x for name, x in products.items() if name in _GATES}
-    errors = {name: ratio(near[name].detach().as_subclass(Tensor), right) for name, right in expected.items()}
-    return {name: max(most[name], 2 * error) for name, error in errors.items()}
+    near = _pass(case, REFERENCE, {name: _rounded(name, x, DIGITS[case.precision]) for name, x in exact.items()})
+    return {name: max(most[name], 2 * ratio(near[name].detach(), right)) for name, right in expected.items()}
 
 
 def repeat(name: str, device: str, small: bool = False, times: int = 3) -> Iterator[dict[str, Any]]:
@@ -151,37 +136,8 @@ def _rounded(name: str, x: Tensor, digits: int) -> Tensor:
     """An operand rounded to ``digits``; gates and the gain are not operands."""
     if not x.is_floating_point() or not (name in ("q", "k", "v") or name.startswith("state")):
         return x
-    x = _nearest(x, digits)
-    return x.as_subclass(_Queries) if name == "q" else x
-
-
-def _nearest(x: Tensor, digits: int) -> Tensor:
-    """``x`` rounded to ``digits``, with the gradient of ``x``."""
-    mantissa, exponent = torch.frexp(x.detach())
-    return x + (torch.ldexp((mantissa * 2**digits).round(), exponent - digits) - x).detach()
-
-
-class _Queries(Tensor):
-    """Queries, and what is made of them: so that products of reads are known."""
-
-
-class _RoundedProducts(TorchFunctionMode):
-    """Rounds what the reference's products multiply: in reads both operands, and in every backward the gradient."""
-
-    def __init__(self, digits: int) -> None:
-        super().__init__()
-        self._round = functools.partial(_nearest, digits=digits)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not torch.einsum:
-            return func(*args, **(kwargs or {}))
-        equation, *operands = args
-        if any(isinstance(x, _Queries) for x in operands):
-            operands = [self._round(x) for x in operands]
-        product = func(equation, *operands)
-        if product.requires_grad:
-            product.register_hook(self._round)
-        return product
+    mantissa, exponent = torch.frexp(x)
+    return torch.ldexp((mantissa * 2**digits).round(), exponent - digits)
 
 
 def _pass(case: Case, backend: str, inputs: Inputs) -> dict[str, Tensor]:

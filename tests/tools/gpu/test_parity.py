@@ -72,14 +72,10 @@ def test_the_tolerance_of_a_normalized_memory_grows_with_rounding():
         assert min(most.values()) == least and (max(most.values()) > least) == wider
 
 
-def test_a_gate_may_be_off_by_what_rounded_products_cause():
-    """Of large terms that cancel: more than the tolerance, though only the weights that reads multiply are rounded.
-
-    The kernels multiply the hidden values as forward rounded them; without, this error is 0.033.
-    """
+def test_gradients_of_gates_multiply_hidden_values_as_forward_rounded_them():
+    """Large terms of these gradients cancel. With hidden values that are not rounded, the error is 0.033."""
     case = gpu_cases.named("heads of 48, expansion 4, chunk 16, clipped", small=True)
     known = parity.answer(case)
-    assert known["most"]["gradient of alpha"] > 2 * parity.TOLERANCE["bfloat16"]
     for name in known["most"].keys() - {"gradient of alpha"}:
         known["most"][name] = 1.0
     row = parity.compare(case, "triton", known, "cpu")
