@@ -2,7 +2,9 @@
 
 Tensors are ``[chunks, batch_heads, b, width]``, where ``batch_heads = batch * heads``. The error ``d_l`` is half the
 gradient of the loss with respect to ``z_l``; the factor 2 is in the decay matrices. The state of a layer is one stack
-``[batch_heads, s, out, in]``: weights, then momentum.
+``[batch_heads, s, out, in]``: weights, then momentum. With a window, a chunk's keys, values, errors and inputs are
+those of its own tokens and of the ``past`` before them: ``past + b`` in place of ``b``. A gated network has two layers;
+the first has both products, one above the other.
 """
 
 from __future__ import annotations
@@ -16,8 +18,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .decay_torch import ChunkDecay, chunk_decay, end_decay
-from .network_torch import ACTIVATIONS, EPS, gradient_norm, half_error, half_error_vjp, layer_norm_vjp, length
+from .decay_torch import ChunkDecay, chunk_decay, end_decay, windowed
+from .network_torch import (
+    ACTIVATIONS,
+    EPS,
+    delta_vjp,
+    gated,
+    gradient_norm,
+    half_error,
+    half_error_vjp,
+    layer_norm_vjp,
+    length,
+)
 from .state import Options
 
 SCRATCH_BYTES = 128 * 2**20
@@ -73,6 +85,8 @@ class Written(NamedTuple):
     """``z_l`` before the activation, and the last layer's output: ``[chunks, batch_heads, b, out]``."""
     upstream: list[Tensor]
     """``d_{l+1} W_{l+1}``, before the slope at ``z_l``: of layers below the last; for backward only."""
+    deltas: list[Tensor]
+    """Thresholds for each token in place of the objective's, ``[chunks, batch_heads, b, 1]``, if there are any."""
     unclipped: list[Tensor]
     """``d_l`` before clipping: ``[chunks, batch_heads, b, out]``; those of ``errors`` where nothing is clipped."""
     errors: list[Tensor]
@@ -92,7 +106,8 @@ class Written(NamedTuple):
             [scratch(f"stack {l}", chunks + 1, batch_heads, *shape) for l, shape in enumerate(shapes)],
             [token("input", l, width) for l, (_, _, width) in enumerate(shapes)],
             [token("output", l, out) for l, out in outs],
-            [token("upstream", l, out) for l, out in outs[:-1]] if backward else [],
+            [token("upstream", l, width) for l, (_, _, width) in enumerate(shapes[1:])] if backward else [],
+            [],
             unclipped,
             [token("error", l, out) for l, out in outs] if clip else unclipped,
         )
@@ -101,35 +116,37 @@ class Written(NamedTuple):
         """The same buffers for a smaller group."""
         unclipped = [x[:chunks] for x in self.unclipped]
         errors = unclipped if self.errors is self.unclipped else [x[:chunks] for x in self.errors]
-        inputs, outputs, upstream = ([x[:chunks] for x in part] for part in (self.inputs, self.outputs, self.upstream))
-        return Written([x[: chunks + 1] for x in self.stacks], inputs, outputs, upstream, unclipped, errors)
+        inputs, outputs, upstream, deltas = ([x[:chunks] for x in part] for part in self[1:5])
+        stacks = [x[: chunks + 1] for x in self.stacks]
+        return Written(stacks, inputs, outputs, upstream, deltas, unclipped, errors)
 
     def at(self, i: int | slice) -> Written:
         """Chunk ``i``, or several as one batch of ``chunks * batch_heads``; stacks are those at chunk starts."""
         pick = (lambda x: x[i]) if isinstance(i, int) else (lambda x: x[i].flatten(0, 1))
         unclipped = [pick(x) for x in self.unclipped]
         errors = unclipped if self.errors is self.unclipped else [pick(x) for x in self.errors]
-        inputs, outputs, upstream = ([pick(x) for x in part] for part in (self.inputs, self.outputs, self.upstream))
-        chunks = len(self.unclipped[0])
-        return Written([pick(x[:chunks]) for x in self.stacks], inputs, outputs, upstream, unclipped, errors)
+        inputs, outputs, upstream, deltas = ([pick(x) for x in part] for part in self[1:5])
+        stacks = [pick(x[: len(self.unclipped[0])]) for x in self.stacks]
+        return Written(stacks, inputs, outputs, upstream, deltas, unclipped, errors)
 
 
 class WrittenGrad(NamedTuple):
-    """Gradients of a group's stacks, inputs and errors: reads set them, writes add to them."""
+    """Gradients of a group's stacks, inputs and errors: reads set them, writes add to them, and set the deltas'."""
 
     stacks: list[Tensor]
     inputs: list[Tensor]
     errors: list[Tensor]
+    deltas: list[Tensor]
 
     @classmethod
     def allocate(cls, written: Written, scratch: Scratch) -> WrittenGrad:
         like = lambda name, part: [scratch(f"grad {name} {l}", *x.shape) for l, x in enumerate(part)]  # noqa: E731
-        return cls(like("stack", written.stacks), like("input", written.inputs), like("error", written.errors))
+        return cls(like("stack", written.stacks), like("input", written.inputs), like("error", written.errors), [])
 
     def first(self, chunks: int) -> WrittenGrad:
         """The same buffers for a smaller group."""
         inputs, errors = ([x[:chunks] for x in part] for part in (self.inputs, self.errors))
-        return WrittenGrad([x[: chunks + 1] for x in self.stacks], inputs, errors)
+        return WrittenGrad([x[: chunks + 1] for x in self.stacks], inputs, errors, [])
 
 
 class ChunkNetwork:
@@ -141,14 +158,24 @@ class ChunkNetwork:
     """What an operand of a product may be without becoming infinite."""
 
     def __init__(self, options: Options, gain: Tensor | None, scratch: Scratch) -> None:
-        self.activation, self.clip, self.objective = ACTIVATIONS[options.activation], options.clip, options.objective
-        self.gain, self.scratch, self.last_read = gain, scratch, -1 if options.read == "before" else 0
+        self.activation = (gated if options.gated else ACTIVATIONS.__getitem__)(options.activation)
+        self.gated, self.clip, self.objective = options.gated, options.clip, options.objective
+        self.gain, self.scratch, self.past = gain, scratch, options.window - 1
+        self.last_read = self.past - (options.read == "before")
         self.at_anchor = options.read == "anchor"
 
     def decay(
+        self, theta: Tensor, eta: Tensor | None, alpha: Tensor | None, valid: Tensor | None, gamma: Tensor | None
+    ) -> ChunkDecay:
+        """The coefficients of a group's chunks; differentiable."""
+        last_read = self.last_read - self.past
+        found = self.matrices(theta, eta, alpha, valid, last_read == 0)
+        return found if gamma is None else windowed(found, gamma, last_read)
+
+    def matrices(
         self, theta: Tensor, eta: Tensor | None, alpha: Tensor | None, valid: Tensor | None, read_after: bool
     ) -> ChunkDecay:
-        """The matrices of a group's chunks; differentiable."""
+        """The same without a window."""
         return (end_decay if self.at_anchor else chunk_decay)(theta, eta, alpha, valid, read_after)
 
     def product(self, a: Tensor, b: Tensor, out: Tensor | None = None, *, fine: bool = False) -> Tensor:
@@ -170,10 +197,14 @@ class ChunkNetwork:
             now = written.at(i)
             weights = anchor if i == 0 and anchor is not None else [stack[:, 0] for stack in now.stacks]
             self._differentiate(values[i], weights, now, self.gain)
-            for buffer, stack, a, d in zip(written.stacks, now.stacks, now.inputs, now.errors):
-                after = buffer[i + 1]
-                torch.bmm(decay.mix[i], stack.flatten(2), out=after.flatten(2))
-                self.add_product(after.flatten(1, 2), self._times(decay.write[i], d, "weighted").mT, a, -1, fine=True)
+            for l, buffer in enumerate(written.stacks):
+                self.advance(l, i, now, decay, buffer[i + 1])
+
+    def advance(self, l: int, i: int, now: Written, decay: ChunkDecay, after: Tensor) -> None:
+        """Set ``after`` to the stack of layer ``l`` at the end of chunk ``i``, which ``now`` is."""
+        torch.bmm(decay.mix[i], now.stacks[l].flatten(2), out=after.flatten(2))
+        weighted = self._times(decay.write[i], now.errors[l], "weighted")
+        self.add_product(after.flatten(1, 2), weighted.mT, now.inputs[l], -1, fine=True)
 
     def rewrite(
         self, keys: Tensor, values: Tensor, written: Written, anchor: list[Tensor] | None, outputs_known: bool
@@ -200,16 +231,16 @@ class ChunkNetwork:
                 self.activation.value(to.outputs[l - 1], out=to.inputs[l])
             if not outputs_known:
                 self.product(to.inputs[l], weight.mT, to.outputs[l], fine=True)
-        z = to.outputs[last]
+        z, delta = to.outputs[last], to.deltas[0] if to.deltas else None
         if gain is None:
-            half_error(z, values, self.objective, out=to.unclipped[last])
+            half_error(z, values, self.objective, delta, out=to.unclipped[last])
         else:
             n, _, inverse = torch.native_layer_norm(z, z.shape[-1:], None, None, EPS)
             predicted = torch.addcmul(to.inputs[0], n, gain)
-            g = half_error(predicted, values, self.objective, out=predicted).mul_(gain)
+            g = half_error(predicted, values, self.objective, delta, out=predicted).mul_(gain)
             to.unclipped[last].copy_(layer_norm_vjp(g, n, inverse))
         for l in range(last - 1, -1, -1):
-            g = to.upstream[l] if to.upstream else self.scratch("upstream", *to.unclipped[l].shape)
+            g = to.upstream[l] if to.upstream else self.scratch("upstream", *to.inputs[l + 1].shape)
             self.product(to.unclipped[l + 1], weights[l + 1], g, fine=True)
             self.activation.vjp(g, to.outputs[l], out=to.unclipped[l])
         if self.clip is not None:
@@ -255,7 +286,7 @@ class ChunkNetwork:
                 if s == 2:
                     z.addcmul_(carried[:, :, 1], carry[..., 1:])
             # zero for later keys, also where a score or a step size is not finite
-            scores = self.product(x, a.mT, new("scores", x.shape[1])).mul_(read).tril_(self.last_read)
+            scores = self.product(x, a.mT, new("scores", a.shape[1])).mul_(read).tril_(self.last_read)
             self.add_product(z, scores, d, -1)
         y = z.view(queries.shape[:-1] + z.shape[-1:])
         if self.gain is None:
@@ -272,8 +303,8 @@ class ChunkNetwork:
         lost = ~(sizes <= min(self.largest, torch.finfo(sizes.dtype).max)).all(0)
         if lost.is_cpu and not bool(lost.any()):  # which another device would be waited for
             return carry, errors
-        from_then_on = lost.cumsum(-1) > 0
-        if self.last_read < 0:
+        from_then_on = lost.cumsum(-1)[..., self.past :] > 0
+        if self.last_read < self.past:
             from_then_on = F.pad(from_then_on[:, :-1], (1, 0))
         return carry.masked_fill(from_then_on.unsqueeze(-1), math.nan), [
             d.masked_fill(lost.unsqueeze(-1), 0.0) for d in errors
@@ -302,7 +333,7 @@ class ChunkNetwork:
         for l in range(len(state.stacks) - 1, -1, -1):
             stack, a, d = state.stacks[l], state.inputs[l], state.errors[l]
             z = query_activations[l - 1].flatten(0, 1) if l else queries.flatten(0, 1)
-            x = self.activation.value(z, out=self.scratch("x", *z.shape)) if l else z
+            x = self.activation.value(z, out=self.scratch("x", *z.shape[:2], a.shape[2])) if l else z
             weighted = self._times(carry, g, "weighted")
             self.product(weighted.mT, x, grad.stacks[l][:-1].flatten(0, 1).flatten(1, 2))
             grad_x = self.scratch(f"grad x {l % 2}", *x.shape)
@@ -344,35 +375,27 @@ class ChunkNetwork:
         ``grad.stacks[l][0]`` is the gradient of the state before the group and ``grad.inputs[0]`` that of the keys.
         Adds to ``grad_anchor`` where the first chunk has an anchor of its own.
         """
-        layers, s = len(written.stacks), decay.mix.shape[-1]
+        layers = len(written.stacks)
         grad_gain = None if self.gain is None else torch.zeros_like(self.gain)
         grad_values = torch.empty_like(values)
-        weighted = [self._times(decay.write, d, f"weighted {l}") for l, d in enumerate(written.errors)]
-        grad_weighted = [self.scratch(f"grad weighted {l}", *x.shape) for l, x in enumerate(weighted)]
+        grad.deltas[:] = map(torch.empty_like, written.deltas)
+        ends = self.ends(decay, written, grad)
         # z_l is not needed once its slope and curvature are known, nor is upstream
         slopes: list[Tensor] = []
         curvatures: list[Tensor | None] = [None] * (layers - 1)
         for l, (z, upstream) in enumerate(zip(written.outputs, written.upstream)):
             if self.activation.second is not None:
-                curvatures[l] = upstream.mul_(
-                    self.activation.second(z, self.scratch("second", *z.shape), self.scratch("square", *z.shape))
-                )
-            slopes.append(self.activation.vjp(self.scratch("second", *z.shape).fill_(1), z, out=z))
-        write = decay.write.unsqueeze(-1)
+                second = self.activation.second(z, self.scratch("second", *z.shape), self.scratch("square", *z.shape))
+                curvatures[l] = second.mul_(self._for_both(upstream)) if self.gated else upstream.mul_(second)
+            slopes.append(self.activation.vjp(self.scratch("ones", *upstream.shape).fill_(1), z, out=z))
         for i in range(len(keys) - 1, -1, -1):
             now = written.at(i)
             weights = anchor if anchor is not None and i == 0 else [stack[:, 0] for stack in now.stacks]
             grad_start = [buffer[i] for buffer in grad.stacks]
             grad_weights = grad_anchor if grad_anchor is not None and i == 0 else [x[:, 0] for x in grad_start]
             grad_inputs, grad_errors = [x[i] for x in grad.inputs], [x[i] for x in grad.errors]
-            # through the state at the chunk's end: mix state - (write errors)^T inputs
             for l in range(layers):
-                grad_end = grad.stacks[l][i + 1]
-                self.product(now.inputs[l], grad_end.flatten(1, 2).mT, grad_weighted[l][i])
-                for part, g in enumerate(grad_weighted[l][i].unflatten(-1, (s, -1)).unbind(2)):
-                    grad_errors[l].addcmul_(g, write[i, :, :, part], value=-1)
-                self.add_product(grad_inputs[l], weighted[l][i], grad_end.flatten(1, 2), -1)
-                grad_start[l].flatten(2).baddbmm_(decay.mix[i].mT, grad_end.flatten(2))
+                ends.backward(l, i)
             if self.clip is not None:
                 self._clip_backward(now, grad_errors, grad_inputs)
 
@@ -381,17 +404,22 @@ class ChunkNetwork:
             grad_upstream: list[Tensor] = []
             for l in range(layers - 1):
                 g, curvature = grad_errors[l], curvatures[l]
-                if curvature is not None:
+                if curvature is not None and self.gated:
+                    (first, gate), (own, across) = g.chunk(2, -1), curvature[i].chunk(2, -1)
+                    through_slope[l] = torch.cat([first * own + gate * across, first * across], -1)
+                elif curvature is not None:
                     through_slope[l] = torch.mul(g, curvature[i], out=self.scratch(f"through slope {l}", *g.shape))
-                grad_upstream.append(g.mul_(slopes[l][i]))
+                g.mul_(slopes[l][i])
+                grad_upstream.append(torch.add(*g.chunk(2, -1)) if self.gated else g)
                 self.add_product(grad_errors[l + 1], grad_upstream[-1], weights[l + 1].mT)
             # ... and then the inputs' gradient runs down
             g = self._error_backward(
-                keys[i], values[i], now, grad_errors[-1], grad_inputs[0], grad_gain, grad_values[i]
-            )
+                keys[i], values[i], now, grad_errors[-1], grad_inputs[0], grad_gain, grad_values[i],
+                [x[i] for x in grad.deltas],
+            )  # fmt: skip
             for l in range(layers - 1, -1, -1):
                 if l < layers - 1:
-                    g, curved = grad_inputs[l + 1].mul_(slopes[l][i]), through_slope[l]
+                    g, curved = self._for_both(grad_inputs[l + 1]).mul_(slopes[l][i]), through_slope[l]
                     if curved is not None:
                         g += curved
                 grad_weight = self.product(g.mT, now.inputs[l], self.scratch("grad weight", *weights[l].shape))
@@ -399,12 +427,15 @@ class ChunkNetwork:
                     self.add_product(grad_weight, now.unclipped[l].mT, grad_upstream[l - 1])
                 grad_weights[l].add_(grad_weight)
                 self.add_product(grad_inputs[l], g, weights[l])
-        grad_write, grad_mix = torch.zeros_like(decay.write), torch.zeros_like(decay.mix)
-        for l in range(layers):
-            grad_write -= grad_weighted[l].unflatten(-1, (s, -1)).mul_(written.errors[l].unsqueeze(3)).sum(-1)
-            start = written.stacks[l][: len(keys)].flatten(3).flatten(0, 1)
-            grad_mix.flatten(0, 1).baddbmm_(grad.stacks[l][1:].flatten(3).flatten(0, 1), start.mT)
-        return grad_values, grad_write, grad_mix, grad_gain
+        return grad_values, *ends.gradients(), grad_gain
+
+    def ends(self, decay: ChunkDecay, written: Written, grad: WrittenGrad) -> Ends:
+        """The backward of :meth:`advance`."""
+        return Ends(self, decay, written, grad)
+
+    def _for_both(self, x: Tensor) -> Tensor:
+        """``[..., in of a layer]``, for both products of which a gated network multiplies the outputs."""
+        return torch.cat([x, x], -1) if self.gated else x
 
     def _clip_backward(self, now: Written, grad_errors: list[Tensor], grad_inputs: list[Tensor]) -> None:
         """Through ``d = scale * unclipped`` with ``scale = clip / |gradient|`` where that is below one."""
@@ -429,24 +460,30 @@ class ChunkNetwork:
         grad_key: Tensor,
         grad_gain: Tensor | None,
         grad_value: Tensor,
+        grad_delta: list[Tensor],
     ) -> Tensor:
-        """From the error to the last layer's output (returned), key, value and gain.
+        """From the error to the last layer's output (returned), key, value, gain and delta.
 
         With a norm the error is ``J (e gain)``, with ``e`` that of the prediction and ``J = (I - 1 1^T / d -
         n n^T / d) / sigma`` LayerNorm's Jacobian at ``z``, which is symmetric.
         """
-        gain, z, error = self.gain, now.outputs[-1], now.unclipped[-1]
-        if gain is None or grad_gain is None:
-            grad_z, grad = half_error_vjp(g, z, value, self.objective)
+        gain, z, error, delta = self.gain, now.outputs[-1], now.unclipped[-1], now.deltas[0] if now.deltas else None
+
+        def through_loss(g: Tensor, p: Tensor) -> Tensor:
+            grad_p, grad = half_error_vjp(g, p, value, self.objective, delta)
             grad_value.copy_(grad)
-            return grad_z
+            if delta is not None:
+                grad_delta[0].copy_(delta_vjp(g, p, value, self.objective, delta))
+            return grad_p
+
+        if gain is None or grad_gain is None:
+            return through_loss(g, z)
         n, _, inverse = torch.native_layer_norm(z, z.shape[-1:], None, None, EPS)
         predicted = torch.addcmul(key, n, gain)
-        e = half_error(predicted, value, self.objective)
+        e = half_error(predicted, value, self.objective, delta)
         u = e * gain
         grad_u = layer_norm_vjp(g, n, inverse)
-        grad_predicted, grad = half_error_vjp(grad_u * gain, predicted, value, self.objective)
-        grad_value.copy_(grad)
+        grad_predicted = through_loss(grad_u * gain, predicted)
         p = g * inverse
         # the error depends on z through the inner n, through the n of its own projection, and through 1 / sigma
         grad_n = grad_predicted * gain
@@ -456,3 +493,35 @@ class ChunkNetwork:
         grad_key += grad_predicted
         through_sigma = (p * error).mean(-1, keepdim=True)
         return layer_norm_vjp(grad_n, n, inverse).addcmul_(n, through_sigma, value=-1)
+
+
+class Ends:
+    """Backward through the states at the ends of chunks, ``mix state - (write errors)^T inputs``.
+
+    Adds to the gradients of errors, inputs and the states at the starts of chunks.
+    """
+
+    def __init__(self, net: ChunkNetwork, decay: ChunkDecay, written: Written, grad: WrittenGrad) -> None:
+        self.net, self.decay, self.written, self.grad = net, decay, written, grad
+        self._weighted = [net._times(decay.write, d, f"weighted {l}") for l, d in enumerate(written.errors)]
+        self._grad_weighted = [net.scratch(f"grad weighted {l}", *x.shape) for l, x in enumerate(self._weighted)]
+
+    def backward(self, l: int, i: int) -> None:
+        """Layer ``l`` at the end of chunk ``i``."""
+        grad, weighted, decay = self.grad, self._grad_weighted[l][i], self.decay
+        grad_end = grad.stacks[l][i + 1]
+        self.net.product(self.written.inputs[l][i], grad_end.flatten(1, 2).mT, weighted)
+        for part, g in enumerate(weighted.unflatten(-1, (decay.mix.shape[-1], -1)).unbind(2)):
+            grad.errors[l][i].addcmul_(g, decay.write[i, :, :, part : part + 1], value=-1)
+        self.net.add_product(grad.inputs[l][i], self._weighted[l][i], grad_end.flatten(1, 2), -1)
+        grad.stacks[l][i].flatten(2).baddbmm_(decay.mix[i].mT, grad_end.flatten(2))
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """Those of ``decay.write`` and ``decay.mix``, after all chunks."""
+        grad_write, grad_mix = torch.zeros_like(self.decay.write), torch.zeros_like(self.decay.mix)
+        for l, errors in enumerate(self.written.errors):
+            parts = self._grad_weighted[l].unflatten(-1, (grad_mix.shape[-1], -1))
+            grad_write -= parts.mul_(errors.unsqueeze(3)).sum(-1)
+            start = self.written.stacks[l][: len(errors)].flatten(3).flatten(0, 1)
+            grad_mix.flatten(0, 1).baddbmm_(self.grad.stacks[l][1:].flatten(3).flatten(0, 1), start.mT)
+        return grad_write, grad_mix

@@ -16,10 +16,11 @@ A sequence is cut at chunk boundaries, and rows at different phases of their chu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeAlias, overload
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..autograd import differentiable
 from ..dispatch import advanced, full_precision, integers
@@ -40,6 +41,7 @@ GPU_SHARE = 0.5
 GPU_BYTES = 80 * 2**30
 """Memory of a GPU that is only counted on (``tools/gpu/counting.py``)."""
 
+_TOKENS = len(Tokens._fields)
 _Network: TypeAlias = Callable[..., ChunkNetwork]
 _Stack: TypeAlias = tuple[Tensor, ...]
 
@@ -56,12 +58,16 @@ def chunkwise_memory(
     network: _Network = ChunkNetwork,
 ) -> tuple[Tensor, MemoryState]:
     """``titans_memory`` for any length, positions and mask."""
+    if options.gated:
+        state = _together(state)
     phases = [position % options.chunk for position in integers(state.position)]
     if mask is not None and bool(mask.all()):
         mask = None
     if mask is None and len(set(phases)) == 1:
-        return _aligned(tokens, state, norm, phases[0], options, network)
-    return _ragged(tokens, state, norm, phases, mask, options, network)
+        y, after = _aligned(tokens, state, norm, phases[0], options, network)
+    else:
+        y, after = _ragged(tokens, state, norm, phases, mask, options, network)
+    return y, _apart(after) if options.gated else after
 
 
 def _aligned(
@@ -96,12 +102,15 @@ def _ragged(
     layout = align(mask, phase)
     if layout.filled.shape[1] > chunk:
         layout = align(mask, phase, multiple=chunk)
-    slots = layout.filled.shape[1]
+    slots, time, past = layout.filled.shape[1], theta.shape[1], options.window - 1
     if slots == 0:  # every token is masked, and every row at a chunk start
-        return torch.zeros_like(tokens.v), state
+        return torch.zeros_like(tokens.like_outputs()), state
     size = min(slots, chunk)
     eta = None if tokens.eta is None else layout.spread(tokens.eta, empty=1.0)
-    tokens = tokens._replace(eta=None).map(layout.spread)._replace(eta=eta)
+    # the writes before the first token stay beside it
+    writes = align(F.pad(mask, (past, 0), value=True), phase, slots=slots + past) if past else layout
+    spread = lambda x: (layout if x.shape[1] == time else writes).spread(x)  # noqa: E731
+    tokens = tokens._replace(eta=None).map(spread)._replace(eta=eta)
     valid = layout.filled.unsqueeze(-1).expand_as(tokens.theta).to(tokens.theta)
 
     last = (phase + layout.length) // chunk * size  # the slot at which each row's last chunk begins
@@ -132,11 +141,23 @@ def _spans(
         span = slice(start, stop)
         y, *stacks = _Chunkwise.apply(
             options._replace(chunk=chunk), network, layers, None if valid is None else valid[:, span],
-            *tokens.at(span)[:6], norm, *weights, *momentum, *(anchor or ()),
+            *tokens.at(span), norm, *weights, *momentum, *(anchor or ()),
         )  # fmt: skip
         weights, momentum = tuple(stacks[:layers]), tuple(stacks[layers:])
         yield stop, y, state._replace(weights=weights, momentum=momentum or state.momentum)
         start, anchor = stop, None
+
+
+def _together(state: MemoryState) -> MemoryState:
+    """A gated network as two layers, the first of which has both products, one above the other."""
+    weights, momentum, anchor = ((torch.cat([x[0], x[2]], 2), x[1]) if x else () for x in state[:3])
+    return MemoryState(weights, momentum, anchor, state.position)
+
+
+def _apart(state: MemoryState) -> MemoryState:
+    halves = [x[0].chunk(2, 2) if x else () for x in state[:3]]
+    weights, momentum, anchor = ((half[0], x[1], half[1]) if x else () for half, x in zip(halves, state[:3]))
+    return MemoryState(weights, momentum, anchor, state.position)
 
 
 def _joined(outputs: list[Tensor]) -> Tensor:
@@ -147,19 +168,29 @@ def _joined(outputs: list[Tensor]) -> Tensor:
 
 
 def _formula(ctx: Any, *tensors: Any) -> tuple[Tensor, ...]:
-    q, k, v, theta, eta, alpha, gain, *state = tensors
-    options, layers, mask, position = ctx.options, ctx.layers, None, torch.zeros(len(q), dtype=torch.int64)
+    tokens, (gain, *state) = Tokens(*tensors[:_TOKENS]), tensors[_TOKENS:]
+    q, options, layers, mask = tokens.q, ctx.options, ctx.layers, None
+    position, past = torch.zeros(len(q), dtype=torch.int64), options.window - 1
     weights, momentum, anchor = (tuple(state[i * layers : (i + 1) * layers]) for i in range(3))
-    if eta is None:
+    if tokens.eta is None:
         momentum, anchor = (), momentum
     if ctx.valid is not None:  # a row's first token has its place in the chunk
         mask = ctx.valid[..., 0] > 0
         position = mask.to(torch.uint8).argmax(1)
+        if past:  # and the writes before it come first
+            at = torch.arange(past + q.shape[1], device=q.device).expand(len(q), -1)
+            at = torch.where(at < past, at + position.unsqueeze(1), at)
+            row = torch.arange(len(q), device=q.device).unsqueeze(1)
+            tokens = tokens.map(lambda x: x[row, at] if x.shape[1] > q.shape[1] else x)
     elif anchor:  # the rest of a chunk
         options, position = options._replace(chunk=options.chunk + 1), position + 1
     before = MemoryState(weights, momentum, anchor or weights, position)
+    if options.gated:
+        before = _apart(before)
     with full_precision(q.device.type):
-        y, after = closed_form_memory(Tokens(q, k, v, theta, eta, alpha), before, gain, mask, options)
+        y, after = closed_form_memory(tokens, before, gain, mask, options)
+    if options.gated:
+        after = _together(after)
     return (y, *after.weights, *after.momentum)
 
 
@@ -170,16 +201,17 @@ class _Chunkwise(torch.autograd.Function):
     def forward(
         ctx: Any, options: Options, network: _Network, layers: int, valid: Tensor | None, *tensors: Any
     ) -> tuple[Tensor, ...]:
-        q, k, v, theta, eta, alpha, gain, *state = tensors
-        b = options.chunk
+        tokens, (gain, *state) = Tokens(*tensors[:_TOKENS]), tensors[_TOKENS:]
+        q, k, v = tokens[:3]
+        b, past = options.chunk, options.window - 1
         batch, time, heads, _ = q.shape
-        s = 1 if eta is None else 2
+        s = 1 if tokens.eta is None else 2
         anchor = [_merge_heads(w) for w in state[s * layers :]] or None
         stacks = _stacks(state, layers, s)
         chunks = time // b
         # bytes of the state, and of a chunk's outputs of all layers
         state_bytes = sum(x.numel() * x.element_size() for x in stacks)
-        outputs = batch * b * heads * sum(x.shape[2] for x in stacks) * q.element_size()
+        outputs = batch * (past + b) * heads * sum(x.shape[2] for x in stacks) * q.element_size()
         learns = any(ctx.needs_input_grad)
         room = room_of(q, chunks * (state_bytes + 2 * outputs) if learns else 0)
         interval, saves_activations, size = plan_memory(
@@ -192,19 +224,20 @@ class _Chunkwise(torch.autograd.Function):
         scratch = Scratch.of(q)
         net = network(options, None if gain is None else repeat_gain(gain, batch), scratch)
         buffers = Written.allocate(
-            size, batch * heads, b, stacks, scratch, backward=False, clip=options.clip is not None
+            size, batch * heads, past + b, stacks, scratch, backward=False, clip=options.clip is not None
         )
         # where every state is kept, it is computed in the place it is kept at
         states = chunks + 1 if interval == 1 else -(-chunks // size)
         checkpoints = [x.new_empty(states, *x.shape) for x in stacks] if interval else []
-        token = lambda x: q.new_empty(chunks, batch * heads, b, x.shape[2])  # noqa: E731
-        key_activations = [token(x) for x in stacks] if saves_activations else []
-        query_activations = [token(x) for x in stacks] if saves_activations else []
+        made = lambda x, b: q.new_empty(chunks, batch * heads, b, x.shape[2])  # noqa: E731
+        key_activations = [made(x, past + b) for x in stacks] if saves_activations else []
+        query_activations = [made(x, b) for x in stacks] if saves_activations else []
         for group, (first, times) in enumerate(_groups(chunks, size, b)):
-            gates: list[Any] = [None if x is None else _chunks(x, times, b) for x in (theta, eta, alpha, valid)]
-            decay = net.decay(gates[0], gates[1], gates[2], gates[3], options.read != "before")
+            decay = net.decay(*[_chunks(x, times, b, time) for x in (*tokens[3:6], valid, tokens.gamma)])
             span = slice(first, first + decay.mix.shape[0])
             written = buffers.first(decay.mix.shape[0])
+            if tokens.delta is not None:
+                written.deltas[:] = [_chunks(tokens.delta, times, b, time).unsqueeze(-1)]
             if saves_activations:
                 written.outputs[:] = [x[span] for x in key_activations]
             if interval == 1:
@@ -213,13 +246,13 @@ class _Chunkwise(torch.autograd.Function):
                 for buffer, stack in zip(written.stacks, stacks):
                     buffer[0] = stack
             own = anchor if first == 0 else None
-            net.write(_chunks(k, times, b), _chunks(v, times, b), decay, written, own)
+            net.write(_chunks(k, times, b, time), _chunks(v, times, b, time), decay, written, own)
             if interval > 1:
                 for store, buffer in zip(checkpoints, written.stacks):
                     store[group] = buffer[0]
-            queries = _chunks(q, times, b)
+            queries = _chunks(q, times, b, time)
             if options.read == "anchor":
-                read = memory_network(queries, _anchors(written, own), options.activation, net.gain, net.matmul)
+                read = memory_network(queries, _anchors(written, own), net.activation, net.gain, net.matmul)
             else:
                 read = net.read(queries, decay, written, [x[span] for x in query_activations])
             _scatter(y, read, times, b)
@@ -242,36 +275,42 @@ class _Chunkwise(torch.autograd.Function):
 
 def _backward(ctx: Any, grad_y: Tensor, *grad_state: Tensor) -> tuple[Tensor | None, ...]:
     options, layers, size = ctx.options, ctx.layers, ctx.size
-    b, clip = options.chunk, options.clip
-    q, k, v, theta, eta, alpha, gain, *state = ctx.saved_tensors
+    b, past = options.chunk, options.window - 1
+    tokens, (gain, *state) = Tokens(*ctx.saved_tensors[:_TOKENS]), ctx.saved_tensors[_TOKENS:]
+    q, k, v = tokens[:3]
     state, checkpoints = state[:-layers], state[-layers:]
     key_activations: list[Tensor] = []
     query_activations: list[Tensor] = []
     if ctx.saves_activations:
         state, key_activations, query_activations = state[: -2 * layers], state[-2 * layers : -layers], state[-layers:]
     batch, time, heads, _ = q.shape
-    s = 1 if eta is None else 2
+    s = 1 if tokens.eta is None else 2
     anchor = [_merge_heads(w) for w in state[s * layers :]] or None
     chunks = time // b
     scratch = Scratch.of(q)
     net = ctx.network(options, None if gain is None else repeat_gain(gain, batch), scratch)
-    buffers = Written.allocate(size, batch * heads, b, checkpoints, scratch, backward=True, clip=clip is not None)
+    buffers = Written.allocate(
+        size, batch * heads, past + b, checkpoints, scratch, backward=True, clip=options.clip is not None
+    )
     grad_buffers = WrittenGrad.allocate(buffers, scratch)
 
-    grads = Tokens(q, k, v, theta, eta, alpha).map(lambda x: x.new_empty(x.shape))
+    # those of tokens that are in the windows of two chunks are sums
+    grads = tokens.map(lambda x: (x.new_zeros if x.shape[1] > time else x.new_empty)(x.shape))
     grad_gain: Any = None if net.gain is None else torch.zeros_like(net.gain)
     grad_anchor = [torch.zeros_like(w) for w in anchor] if anchor else None
     grad_end = _stacks(grad_state, layers, s)
     for group, (first, times) in reversed(list(enumerate(_groups(chunks, size, b)))):
         with torch.enable_grad():
             gates: list[Any] = [
-                None if x is None else _chunks(x, times, b).requires_grad_() for x in (theta, eta, alpha)
+                None if x is None else _chunks(x, times, b, time).requires_grad_() for x in (*tokens[3:6], tokens.gamma)
             ]
-            graph = net.decay(gates[0], gates[1], gates[2], _chunks(ctx.valid, times, b), options.read != "before")
+            graph = net.decay(*gates[:3], _chunks(ctx.valid, times, b, time), gates[3])
         decay = ChunkDecay(*(x.detach() for x in graph))
-        keys, values, queries = (_chunks(x, times, b) for x in (k, v, q))
+        keys, values, queries = _chunks(k, times, b, time), _chunks(v, times, b, time), _chunks(q, times, b, time)
         own = anchor if first == 0 else None
         written, grad = buffers.first(len(keys)), grad_buffers.first(len(keys))
+        if tokens.delta is not None:
+            written.deltas[:] = [_chunks(tokens.delta, times, b, time).unsqueeze(-1)]
         for buffer, end in zip(grad.stacks, grad_end):
             buffer[-1] = end  # before anything else: it may be the first entry of these same buffers
         span = slice(first, first + len(keys))
@@ -285,14 +324,16 @@ def _backward(ctx: Any, grad_y: Tensor, *grad_state: Tensor) -> tuple[Tensor | N
             for buffer, store in zip(written.stacks, checkpoints):
                 buffer[0] = store[group]
             net.write(keys, values, decay, written, own)
-        grad_reads, grad_read, grad_carry = _chunks(grad_y, times, b), None, None
+        grad_reads, grad_read, grad_carry = _chunks(grad_y, times, b, time), None, None
         if options.read == "anchor":
-            grad_q, gain_read = _read_backward(grad_reads, queries, written, options, net, grad, own, grad_anchor)
+            grad_q, gain_read = _read_backward(grad_reads, queries, written, net, grad, own, grad_anchor)
         else:
             if ctx.saves_activations:
                 reading = [x[span] for x in query_activations]
             else:
-                reading = [scratch(f"query activation {l}", *x.shape) for l, x in enumerate(written.outputs)]
+                reading = [
+                    scratch(f"query activation {l}", *x.shape[:2], b, x.shape[3]) for l, x in enumerate(written.outputs)
+                ]
                 net.read(queries, decay, written, reading)
             grad_q, grad_read, grad_carry, gain_read = net.read_backward(
                 grad_reads, queries, decay, written, reading, grad
@@ -308,9 +349,11 @@ def _backward(ctx: Any, grad_y: Tensor, *grad_state: Tensor) -> tuple[Tensor | N
         reached = [(x, g) for x, g in zip(graph, pushed) if x.requires_grad and g is not None]
         wanted = [x for x in gates if x is not None]
         grad_gates = iter(torch.autograd.grad([x for x, _ in reached], wanted, [g for _, g in reached]))
-        for gate in (grads.theta, grads.eta, grads.alpha):
+        for gate in (*grads[3:6], grads.gamma):
             if gate is not None:
                 _scatter(gate, next(grad_gates), times, b)
+        if grads.delta is not None:
+            _scatter(grads.delta, grad.deltas[0].squeeze(-1), times, b)
         if gain_read is not None and gain_write is not None:
             grad_gain += gain_read + gain_write
     scratch.release()
@@ -318,7 +361,7 @@ def _backward(ctx: Any, grad_y: Tensor, *grad_state: Tensor) -> tuple[Tensor | N
     state = [start[part] for part in range(s) for start in starts] + (grad_anchor or [])
     if grad_gain is not None:
         grad_gain = grad_gain.view(batch, heads, -1).sum(0)
-    return (None, None, None, None, *grads[:6], grad_gain, *(x.unflatten(0, (batch, heads)) for x in state))
+    return (None, None, None, None, *grads, grad_gain, *(x.unflatten(0, (batch, heads)) for x in state))
 
 
 def _anchors(written: Written, first: list[Tensor] | None) -> list[Tensor]:
@@ -328,7 +371,7 @@ def _anchors(written: Written, first: list[Tensor] | None) -> list[Tensor]:
 
 
 def _read_backward(
-    grad_y: Tensor, queries: Tensor, written: Written, options: Options, net: ChunkNetwork, grad: WrittenGrad,
+    grad_y: Tensor, queries: Tensor, written: Written, net: ChunkNetwork, grad: WrittenGrad,
     first: list[Tensor] | None, grad_first: list[Tensor] | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Through reads at anchors: the gradients of queries and gain; sets ``grad`` but the last stacks."""
@@ -336,7 +379,7 @@ def _read_backward(
     with torch.enable_grad():
         anchors = [x.detach().requires_grad_() for x in _anchors(written, first)]
         leaves = [x.detach().requires_grad_() for x in (queries, *([] if gain is None else [gain]))]
-        y = memory_network(leaves[0], anchors, options.activation, None if gain is None else leaves[1], net.matmul)
+        y = memory_network(leaves[0], anchors, net.activation, None if gain is None else leaves[1], net.matmul)
         grad_q, *rest = torch.autograd.grad(y, [*leaves, *anchors], grad_y)
     for l, of_weights in enumerate(rest[-len(anchors) :]):
         grad.stacks[l][:-1].zero_()
@@ -419,23 +462,30 @@ def _groups(chunks: int, size: int, b: int) -> list[tuple[int, slice]]:
     return [(first, slice(first * b, min(first + size, chunks) * b)) for first in range(0, chunks, size)]
 
 
-def _view(x: Tensor, times: slice, b: int) -> Tensor:
-    return x[:, times].unflatten(1, (-1, b)).movedim(3, 1).movedim(2, 0)
-
-
-@overload
-def _chunks(x: Tensor, times: slice, b: int) -> Tensor: ...
-@overload
-def _chunks(x: None, times: slice, b: int) -> None: ...
-def _chunks(x: Tensor | None, times: slice, b: int) -> Tensor | None:
-    """``[batch, time, heads, ...]`` -> the group's ``[chunks, batch * heads, b, ...]``, detached and contiguous."""
-    return None if x is None else _view(x.detach(), times, b).contiguous().flatten(1, 2)
+def _chunks(x: Any, times: slice, b: int, time: int) -> Any:
+    """``[batch, past + time, heads, ...]`` -> the group's ``[chunks, batch * heads, past + b, ...]``, detached and
+    contiguous; ``None`` for ``None``.
+    """
+    if x is None:
+        return None
+    past = x.shape[1] - time
+    group = x.detach()[:, times.start : times.stop + past].unfold(1, past + b, b).movedim(1, 0)
+    return (group if x.dim() == 3 else group.mT).contiguous().flatten(1, 2)
 
 
 def _scatter(x: Tensor, group: Tensor, times: slice, b: int) -> None:
-    """The inverse: copies the group's values into their place in ``x``."""
-    view = _view(x, times, b)
-    view.copy_(group.view(view.shape))
+    """The inverse: sets the tokens of ``x``, or adds to those that are in the windows of several chunks."""
+    writes = group.shape[2]
+    for start in range(0, writes, b):
+        size = min(b, writes - start)
+        stop = times.stop - b + start + size
+        view = x[:, times.start + start : stop].unfold(1, size, b).movedim(1, 0)
+        part = group[:, :, start : start + size].unflatten(1, view.shape[1:3])
+        view = view if x.dim() == 3 else view.mT
+        if writes > b:
+            view += part
+        else:
+            view.copy_(part)
 
 
 def _stacks(state: Sequence[Tensor], layers: int, parts: int) -> list[Tensor]:

@@ -104,6 +104,20 @@ def chunk_decay(
     return ChunkDecay(C * step, carry, write.contiguous(), mix)
 
 
+def windowed(decay: ChunkDecay, gamma: Tensor, last_read: int) -> ChunkDecay:
+    """``decay`` of steps along the gradients of the tokens in a window, and not along the token's own; differentiable.
+
+    ``gamma`` ``[..., past + b]``: the weight of each write in every window that it is in. ``read`` and ``write`` become
+    those of the writes. ``last_read``: the last token whose step is read at the first, 0 or -1.
+    """
+    (b, _), writes = decay.write.shape[-2:], gamma.shape[-1]
+    band = gamma.new_ones(b, writes).triu_().tril_(writes - b)
+    read, write = decay.read, (band.mT @ decay.write) * gamma.unsqueeze(-1)
+    if read.numel():  # zero for later tokens, also where a step is not finite
+        read = (read.tril(last_read) @ band) * gamma.unsqueeze(-2)
+    return decay._replace(read=read, write=write)
+
+
 def end_decay(
     theta: Tensor, eta: Tensor | None, alpha: Tensor | None, valid: Tensor | None, read_after: bool
 ) -> ChunkDecay:

@@ -79,6 +79,34 @@ ACTIVATIONS = {
         _gelu_second,
     ),
 }
+
+
+def gated(name: str) -> Activation:
+    """``act(z_1) z_2`` of both products of a gated network side by side: ``[..., 2 h] -> [..., h]``.
+
+    ``vjp`` takes ``[..., h]`` and gives ``[..., 2 h]``. ``second`` gives the derivative of ``act(z_1) z_2`` twice with
+    respect to ``z_1``, and beside it that with respect to both.
+    """
+    act = ACTIVATIONS[name]
+
+    def value(z: Tensor, out: Tensor | None = None) -> Tensor:
+        first, gate = z.chunk(2, -1)
+        return torch.mul(act.value(first), gate, out=out)
+
+    def vjp(g: Tensor, z: Tensor, out: Tensor | None = None) -> Tensor:
+        first, gate = z.chunk(2, -1)
+        return torch.cat([act.vjp(g * gate, first), g * act.value(first)], -1, out=out)
+
+    def second(z: Tensor, out: Tensor, scratch: Tensor) -> Tensor:
+        first, gate = (x.contiguous() for x in z.chunk(2, -1))
+        own, across = torch.zeros_like(first), act.vjp(torch.ones_like(first), first)
+        if act.second is not None:
+            own = act.second(first, own, torch.empty_like(first)).mul_(gate)
+        return torch.cat([own, across], -1, out=out)
+
+    return Activation(value, vjp, second)
+
+
 ACTIVATION_NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 """As ``enum activation`` of the C kernels and the Triton kernels number them."""
 
@@ -159,9 +187,12 @@ def half_error(
     return error if out is None else out.copy_(error)
 
 
-def half_error_vjp(g: Tensor, p: Tensor, v: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
-    """The gradients of ``p`` and ``v`` from that of ``half_error(p, v, objective)``."""
-    kind, power, delta, smooth, form = objective
+def half_error_vjp(
+    g: Tensor, p: Tensor, v: Tensor, objective: Objective, delta: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The gradients of ``p`` and ``v`` from that of ``half_error(p, v, objective, delta)``."""
+    kind, power, fixed, smooth, form = objective
+    limit = fixed if delta is None else delta
     if kind == "l2":
         return g, -g
     if kind == "dot":
@@ -170,9 +201,9 @@ def half_error_vjp(g: Tensor, p: Tensor, v: Tensor, objective: Objective) -> tup
     if kind == "l2_half":
         grad = g / 2
     elif kind == "huber" and form == "elementwise":
-        grad = torch.where(r.abs() <= delta, g / 2, 0.0)
+        grad = torch.where(r.abs() <= limit, g / 2, 0.0)
     elif kind == "huber":
-        grad = torch.where(_within(r, delta), g, 0.0)
+        grad = torch.where(_within(r, limit), g, 0.0)
     elif smooth is None:
         grad = g * (power * (power - 1) / 2) * _magnitude(r, power - 2)
     else:
@@ -182,6 +213,13 @@ def half_error_vjp(g: Tensor, p: Tensor, v: Tensor, objective: Objective) -> tup
             slope = slope + (power - 1) * sign.abs() * _magnitude(r, power - 2)
         grad = g * power / 2 * slope
     return grad, -grad
+
+
+def delta_vjp(g: Tensor, p: Tensor, v: Tensor, objective: Objective, delta: Tensor) -> Tensor:
+    """The gradient of ``delta`` ``[..., 1]`` from that of ``half_error(p, v, objective, delta)``."""
+    r = p - v
+    within = r.abs() <= delta if objective.form == "elementwise" else _within(r, delta)
+    return torch.where(within, 0.0, g * _sign(r)).sum(-1, keepdim=True) / 2
 
 
 def _sign(r: Tensor) -> Tensor:
@@ -219,17 +257,17 @@ def torch_read(q: Tensor, weights: tuple[Tensor, ...], activation: str, norm: Te
 
 def _network(q: Tensor, weights: Sequence[Tensor], activation: str, norm: Tensor | None) -> Tensor:
     gain = None if norm is None else norm.unsqueeze(1)
-    return memory_network(q.transpose(1, 2), weights, activation, gain).transpose(1, 2)
+    return memory_network(q.transpose(1, 2), weights, ACTIVATIONS[activation], gain).transpose(1, 2)
 
 
 def memory_network(
-    x: Tensor, weights: Sequence[Tensor], activation: str, gain: Tensor | None,
+    x: Tensor, weights: Sequence[Tensor], activation: Activation, gain: Tensor | None,
     matmul: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
 ) -> Tensor:  # fmt: skip
     """``M(x)``: x ``[..., tokens, d_in]``, weights ``[..., out, in]``, a gain ``[..., 1, d_out]``."""
     h = x
     for layer, weight in enumerate(weights):
-        h = matmul(ACTIVATIONS[activation].value(h) if layer else h, weight.mT)
+        h = matmul(activation.value(h) if layer else h, weight.mT)
     return h if gain is None else x + F.layer_norm(h, h.shape[-1:], eps=EPS) * gain
 
 

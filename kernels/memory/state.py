@@ -127,8 +127,9 @@ class Tokens(NamedTuple):
         return self.v[:, self.v.shape[1] - self.q.shape[1] :]
 
     def at(self, span: slice) -> Tokens:
-        """The tokens of a span of time, without a window."""
-        return self.map(lambda x: x[:, span])
+        """The tokens of a span of time, with those that are in their windows."""
+        start, stop, _ = span.indices(time := self.theta.shape[1])
+        return self.map(lambda x: x[:, start : stop + x.shape[1] - time])
 
 
 class Objective(NamedTuple):

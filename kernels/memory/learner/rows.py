@@ -49,8 +49,10 @@ def run_row(
             y, after = run_memory(tokens, before, norm, mask, options._replace(ends=ends), backend)
             if shift is not None:
                 y = y + (shift if mask is None else shift.masked_fill(~mask[..., None, None], 0.0))
-            # otherwise, the general path finds the token from which on there is NaN or infinity
-            if options.confines or not shows_values(y) or sum_is_finite(y, *after.weights):
+            # otherwise, the general path finds the token from which on there is NaN or infinity; where a GPU would be
+            # waited for, the operation does
+            waits = not y.is_cpu and backend == "auto"
+            if options.confines or waits or not shows_values(y) or sum_is_finite(y, *after.weights):
                 return y, later.rows(pick)._replace(**after._asdict())
     gain = None if norm is None else norm.unsqueeze(1)
     y, state = run(rule, writes, complete(rule, state, writes), gain, mask)

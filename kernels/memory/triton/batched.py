@@ -19,7 +19,7 @@ from torch import Tensor
 from ..chunk_torch import ChunkNetwork, Scratch
 from ..chunkwise_torch import chunkwise_memory
 from ..decay_torch import ChunkDecay
-from ..network_torch import memory_network
+from ..network_torch import ACTIVATIONS, memory_network
 from ..state import MemoryState, Options, Tokens
 from .decay import triton_decay
 from .schedule import operands
@@ -40,7 +40,7 @@ def batched_read(
     gain = None if norm is None else norm.unsqueeze(1)
     matmul = Products(_products(weights[0].dtype, half)).matmul
     x = q.to(weights[0].dtype).transpose(1, 2)
-    return memory_network(x, weights, activation, gain, matmul).transpose(1, 2).to(q.dtype)
+    return memory_network(x, weights, ACTIVATIONS[activation], gain, matmul).transpose(1, 2).to(q.dtype)
 
 
 def _products(dtype: torch.dtype, half: str | None) -> dict[str, Any]:
@@ -102,11 +102,11 @@ class BatchedNetwork(ChunkNetwork):
         self._product, self._chunk = Products(products), chunk
         self.matmul, self.largest = self._product.matmul, self._product.largest
 
-    def decay(
+    def matrices(
         self, theta: Tensor, eta: Tensor | None, alpha: Tensor | None, valid: Tensor | None, read_after: bool
     ) -> ChunkDecay:
         if self.at_anchor:
-            return super().decay(theta, eta, alpha, valid, read_after)
+            return super().matrices(theta, eta, alpha, valid, read_after)
         return triton_decay(theta, eta, alpha, valid, read_after, self._chunk)
 
     def product(self, a: Tensor, b: Tensor, out: Tensor | None = None, *, fine: bool = False) -> Tensor:

@@ -47,7 +47,7 @@ class TritonNetwork(ChunkNetwork):
         super().__init__(options, None if gain is None else gain.contiguous(), scratch)
         self._number, self._products, self._chunk = ACTIVATION_NUMBERS[options.activation], products, chunk
 
-    def decay(
+    def matrices(
         self, theta: Tensor, eta: Tensor | None, alpha: Tensor | None, valid: Tensor | None, read_after: bool
     ) -> ChunkDecay:
         return triton_decay(theta, eta, alpha, valid, read_after, self._chunk)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from itertools import pairwise
 from typing import Any
 
@@ -138,12 +139,13 @@ SETTINGS: dict[str, Any] = {
     "clip and gated_mlp": case(GATED, network="gated_mlp", clip=0.8, read="before"),
     "threshold": case(threshold=3.0),
 }  # fmt: skip
-IN_C = (
+SUMS = (
     "gated_mlp", "clip and gated_mlp", "huber for each token", "window", "window longer than a chunk", "powers",
     "window read before", "window read at the anchor", "window of huber for each token", "clip and window",
     "three keys in a window", "channel", "channel and window, read before", "channel and clip, read at the anchor",
 )  # fmt: skip
-"""Some settings that the C kernel takes."""
+"""Some settings that the C kernel takes, and batched products, in PyTorch and in the precision of a GPU."""
+IN_PRODUCTS = ["torch", *(["triton_batched"] if importlib.util.find_spec("triton") else [])]
 
 
 class Case:
@@ -226,19 +228,21 @@ def same(got: list[Tensor], expected: list[Tensor], tolerance: float = 1e-10) ->
         torch.testing.assert_close(a / scale, b / scale, rtol=0, atol=tolerance)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 @pytest.mark.parametrize("name", SETTINGS)
 def test_outputs_state_and_gradients(name, make, general):
     """On every backend that takes the setting, which the general one always does."""
     case = Case(make, name)
     expected = case.loop(general)
     gradients = case.gradients(expected)
-    if UNBUILT is None and name in IN_C:
-        case.learn(backend="native")
-    for backend in BACKENDS:
+    taken = ["auto", "general"]
+    if name in SUMS:
+        taken += [*(IN_PRODUCTS if "channel" not in name else []), *(["native"] if UNBUILT is None else [])]
+    for backend in {*BACKENDS, *taken}:
         try:
             got = case.tensors(case.learn(backend=backend))
         except BackendError:
-            assert backend not in ("auto", "general")
+            assert backend not in taken
             continue
         same(got, expected)
         same(case.gradients(got), gradients)
@@ -272,14 +276,13 @@ def test_backends_take_resets_of_masked_rows_at_different_places(make, backend, 
                 torch.testing.assert_close(a[row], b[0], rtol=0, atol=1e-5)
 
 
-@pytest.mark.skipif(UNBUILT is not None, reason=f"C kernels: {UNBUILT}")
 @pytest.mark.parametrize("chunk", [5, 37])
 @pytest.mark.parametrize("name", [
     "window", "window read before", "window of huber for each token", "clip and gated_mlp", "window read at the anchor",
     "channel", "channel and window, read before", "channel and clip, read at the anchor",
 ])  # fmt: skip
-def test_long_chunks_and_windows_in_c(name, chunk, make):
-    """With more tokens than the kernel takes together, saved states, and a state to go on from."""
+def test_long_chunks_and_windows(name, chunk, make):
+    """With more tokens than a backend takes together, saved states, and a state to go on from."""
     case = Case(make, name, time=75)
     case.options |= {"chunk": chunk} | ({"window": 20} if "window" in case.options else {})
     with torch.no_grad():
@@ -287,7 +290,8 @@ def test_long_chunks_and_windows_in_c(name, chunk, make):
     gain = case.options.pop("norm", None)  # a norm of few numbers makes long sequences chaotic
     case.leaves = [x for x in case.leaves if x is not gain]
     found = []
-    for backend, keep in (("general", None), ("native", 1), ("native", 3)):
+    backends = [*(["torch"] if "channel" not in name else []), *(["native"] if UNBUILT is None else [])]
+    for backend, keep in (("general", None), *((name, keep) for name in backends for keep in (1, 3))):
         y, state = case.learn(span=slice(0, 22), backend=backend, keep=keep)
         z, state = case.learn(state, slice(22, 75), backend=backend, keep=keep)
         tensors = case.tensors((torch.cat([y, z], 1), state))
