@@ -236,16 +236,18 @@ def expect_tensors(operation: str, *given: tuple[Any, ...], one_dtype: bool = Tr
     ``ValueError`` names the operation and the argument. Autocast changes nothing here: which of two dtypes is meant,
     only the caller knows.
     """
-    first, like, *_ = given[0]
+    first, device, dtype = given[0][0], None, None
     for name, x, *_ in given:
         if not isinstance(x, Tensor):
             raise TypeError(f"{operation}: {name}: expected a tensor, got {type(x).__name__}")
         if not x.is_floating_point():
             raise TypeError(f"{operation}: {name} is {x.dtype}: expected a floating-point dtype")
-        if one_dtype and x.dtype != like.dtype:
-            raise TypeError(f"{operation}: {name} is {x.dtype}: expected the dtype of {first}, {like.dtype}")
-        if x.device != like.device:
-            raise ValueError(f"{operation}: {name} is on {x.device}: expected the device of {first}, {like.device}")
+        if device is None:
+            device, dtype = x.device, x.dtype
+        if one_dtype and x.dtype != dtype:
+            raise TypeError(f"{operation}: {name} is {x.dtype}: expected the dtype of {first}, {dtype}")
+        if x.device != device:
+            raise ValueError(f"{operation}: {name} is on {x.device}: expected the device of {first}, {device}")
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

@@ -103,14 +103,6 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
     return y
 
 
-def linear_of(layer: nn.Module, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """``layer(function(*inputs))``. Backward recomputes the input of the layer, which is large and cheap."""
-    if is_plain(layer):
-        return project_recomputed(function, layer.weight, *inputs)  # type: ignore[arg-type]
-    y: Tensor = layer(function(*inputs))
-    return y
-
-
 def project(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
     """``x @ weight.T + bias``: ``x`` ``[..., in]``, ``weight`` ``[out, in]``, ``bias`` ``[out]`` or ``None``.
 
@@ -129,20 +121,24 @@ def _fits(bias: Tensor, x: Tensor, weight: Tensor) -> bool:
     return fits and not needs_grad(bias) and is_plain_cpu_tensor(bias)
 
 
-def project_recomputed(make: Callable[..., Tensor], weight: Tensor, *inputs: Tensor) -> Tensor:
-    """``make(*inputs) @ weight.T``; backward computes ``make(*inputs)`` again instead of keeping it.
+def linear_of(layer: nn.Module, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """``layer(function(*inputs))``; backward computes ``function(*inputs)`` again instead of keeping it.
 
-    ``make`` is differentiable, cheap, and draws no random numbers.
+    ``function`` is differentiable, cheap, and draws no random numbers. ``layer`` has no bias.
     """
+    if not is_plain(layer):
+        y: Tensor = layer(function(*inputs))
+        return y
+    weight: Any = layer.weight
     # a compiler decides itself what to keep
     if needs_grad(weight, *inputs) and not torch.compiler.is_compiling():
         try:
-            y: Tensor = _Recomputed.apply(make, weight, *inputs)
+            y = _Recomputed.apply(function, weight, *inputs)
             return y
         except RuntimeError:  # torch.func and forward mode do not take it
             if not transforming():
                 raise
-    made = make(*inputs)
+    made = function(*inputs)
     return _choose_linear(made, weight)(made, weight)
 
 

@@ -273,33 +273,34 @@ def check_memory(
     _check_network("titans_memory", "state.weights", q, state.weights, activation, norm)
     batch, time, heads, _ = q.shape
     weights, per_token = state.weights, (batch, time, heads)
-    if weights[0].dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"state.weights[0]: expected float32 or float64, got {weights[0].dtype}")
-    expected: list[tuple[str, Tensor, tuple[int, ...]]] = [
-        ("k", k, q.shape), ("v", v, (*per_token, weights[-1].shape[2])), ("theta", theta, per_token)
+    wide = weights[0].dtype
+    if wide not in (torch.float32, torch.float64):
+        raise TypeError(f"state.weights[0]: expected float32 or float64, got {wide}")
+    expected: list[tuple[str, Tensor, tuple[int, ...], torch.dtype | None]] = [
+        ("k", k, q.shape, None), ("v", v, (*per_token, weights[-1].shape[2]), None), ("theta", theta, per_token, None)
     ]  # fmt: skip
     for name, gate in (("eta", eta), ("alpha", alpha)):
         if gate is not None:
-            expected.append((name, gate, per_token))
+            expected.append((name, gate, per_token, None))
     for name, part in parts[1:]:
         if len(part) != len(weights) and (part or name != "momentum" or eta is not None):
             raise ValueError(
                 f"state.{name}: expected the shapes of state.weights, {len(weights)} tensors, got {len(part)}"
             )
         for l, (x, w) in enumerate(zip(part, weights)):
-            expected.append((f"state.{name}[{l}]", x, w.shape))
+            if x is not w:  # which was checked
+                expected.append((f"state.{name}[{l}]", x, w.shape, wide))
     expect_tensors("titans_memory", ("q", q), *expected, one_dtype=False)
-    for name, x, shape in expected:
+    for name, x, shape, dtype in expected:
         if x.shape != shape:
             raise ValueError(f"{name}: expected {list(shape)} to go with q and state.weights, got {list(x.shape)}")
-        if name.startswith("state") and x.dtype != weights[0].dtype:
-            raise TypeError(f"{name}: expected {weights[0].dtype} as state.weights[0], got {x.dtype}")
-    others: list[tuple[str, Any, tuple[int, ...], torch.dtype]] = [
-        ("state.position", state.position, (batch,), torch.int64)
-    ]
-    if mask is not None:
-        others.append(("mask", mask, (batch, time), torch.bool))
-    for name, other, shape, dtype in others:
+        if dtype is not None and x.dtype != dtype:
+            raise TypeError(f"{name}: expected {dtype} as state.weights[0], got {x.dtype}")
+    for name, other, shape, dtype in (
+        ("state.position", state.position, (batch,), torch.int64), ("mask", mask, (batch, time), torch.bool)
+    ):  # fmt: skip
+        if other is None and name == "mask":
+            continue
         if not isinstance(other, Tensor) or other.shape != shape or other.dtype != dtype:
             got = f"{other.dtype} {list(other.shape)}" if isinstance(other, Tensor) else repr(other)
             raise ValueError(f"{name}: expected {dtype} {list(shape)}, got {got}")

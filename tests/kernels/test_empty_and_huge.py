@@ -6,7 +6,7 @@ import torch
 from titans_build.kernels.attention import Prefix, attention
 from titans_build.kernels.attention.decode import Cache, cached_attention
 from titans_build.kernels.dispatch import OPERATIONS, BackendError
-from titans_build.kernels.linear import project, project_recomputed
+from titans_build.kernels.linear import linear_of, project
 from titans_build.kernels.norm_gate import gate, gated_norm, l2_norm, rms_norm, swiglu
 from titans_build.kernels.norm_gate.decode import feed_forward
 from titans_build.kernels.rotary import rotate
@@ -15,6 +15,14 @@ from titans_build.kernels.short_conv import causal_convolution, query, query_key
 from titans_build.kernels.short_conv.decode import Layers, memory_inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+
+
+def layer_with(weight):
+    layer = torch.nn.Linear(*weight.shape[::-1], bias=False)
+    del layer.weight
+    layer.weight = weight
+    return layer
+
 
 # the operation, and the shapes of its tensors
 CALLS = {
@@ -51,7 +59,7 @@ CALLS = {
     ),
     "linear": (lambda b, t, *x, **options: project(*x, **options), lambda b, t: [(b, t, 4), (6, 4), (6,)]),
     "linear, recomputed": (
-        lambda b, t, x, weight, backend: project_recomputed(swiglu, weight, x),
+        lambda b, t, x, weight, backend: linear_of(layer_with(weight), swiglu, x),
         lambda b, t: [(b, t, 8), (6, 4)],
     ),
     "linear_scan": (

@@ -20,7 +20,7 @@ from titans_build.kernels.attention import Prefix, attention
 from titans_build.kernels.cpu_runtime import call
 from titans_build.kernels.cpu_runtime.call import product_dtype
 from titans_build.kernels.linear import cpu as product
-from titans_build.kernels.linear import project, project_recomputed
+from titans_build.kernels.linear import linear_of, project
 from titans_build.kernels.memory import MemoryState, read_memory, titans_memory
 from titans_build.kernels.norm_gate import swiglu
 
@@ -134,9 +134,10 @@ def test_gradients_of_gradients(medium):
 
 
 @able
-def test_project_recomputed(medium):
-    inner, weight = torch.randn(2, 70, 64, requires_grad=True), torch.randn(48, 32, requires_grad=True)
-    y = project_recomputed(swiglu, weight, inner)
+def test_layer_whose_input_is_recomputed(medium):
+    layer = torch.nn.Linear(32, 48, bias=False)
+    inner, weight = torch.randn(2, 70, 64, requires_grad=True), layer.weight
+    y = linear_of(layer, swiglu, inner)
     made = swiglu(inner.detach())
     assert_product(y.flatten(0, 1), made.flatten(0, 1), weight.t())
     grad = torch.randn_like(y)
@@ -145,7 +146,7 @@ def test_project_recomputed(medium):
     expected = torch.autograd.grad(linear(swiglu(wide[0]), wide[1]), wide, grad.double())
     assert all(error_ratio(a, b) < TOLERANCE for a, b in zip(got, expected, strict=True))
     with torch.no_grad():
-        assert torch.equal(project_recomputed(swiglu, weight, inner), y)
+        assert torch.equal(linear_of(layer, swiglu, inner), y)
 
 
 # -- memory and attention ----------------------------------------------------------------------------------------------
@@ -378,12 +379,13 @@ def test_the_setting_of_one_backend_counts_too_and_may_be_mixed(setting):
 
 @able
 def test_backward_uses_the_operands_of_forward(setting):
-    x, weight = torch.randn(20, 32, requires_grad=True), torch.randn(5, 32, requires_grad=True)
+    layer = torch.nn.Linear(32, 5, bias=False)
+    x, weight = torch.randn(20, 32, requires_grad=True), layer.weight
     grad = torch.randn(20, 5)
     q, k, v = (torch.randn(1, 70, 2, 16, requires_grad=True) for _ in range(3))
 
     def run():
-        return project(x, weight), project_recomputed(torch.tanh, weight, x), attention(q, k, v)
+        return project(x, weight), linear_of(layer, torch.tanh, x), attention(q, k, v)
 
     def back(made):
         seeds = (grad, grad, torch.ones_like(q))
