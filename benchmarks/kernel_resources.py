@@ -32,7 +32,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from titans_build.kernels.memory.state import SQUARED
-from titans_build.kernels.memory.triton import decay, read, read_kernels, step, write_backward_kernels, write_kernels
+from titans_build.kernels.memory.triton import (
+    channels,
+    decay,
+    read,
+    read_kernels,
+    step,
+    write_backward_kernels,
+    write_kernels,
+)
 from titans_build.kernels.memory.triton.schedule import RESIDENT, loss_constants, operands, resident, schedule
 from titans_build.kernels.norm_gate import triton as gated
 from titans_build.kernels.norm_gate.form import GATE
@@ -52,7 +60,7 @@ PRODUCTS = {
     "tf32": operands(torch.float32) | dict(PRECISION="tf32", FINE_PRECISION="bf16x3"),
 }
 WHOLE = re.compile(
-    r"tokens|dim|(?:batch_)?heads|interval|.*_(?:step|row|head)|stretch|time|problems|chunks?|rows|d_in|width|d_out|b"
+    r"tokens|dim|(?:batch_)?heads|interval|.*_(?:step|row|head)|stretch|time|problems|chunks?|rows|d_in|width|d_out|b|writes|channels"
 )
 """Integer arguments."""
 TYPED = {"mask": "*i1", "position": "*i64"}
@@ -82,6 +90,12 @@ def kernels(
     )  # fmt: skip
     for kernel in (decay.decay_kernel, decay.decay_backward_kernel):
         yield kernel, net | decay.decay_tiles(chunk), dict(b=chunk)
+    for kernel in (channels.channel_scores_kernel, channels.channel_scores_backward_kernel):
+        yield (
+            kernel,
+            net | dict(DELAY=0) | channels.channel_tiles(chunk, dim),
+            dict(b=chunk, writes=chunk, channels=dim),
+        )
     for kernel in MEMORY:
         if kernel.__name__ in RESIDENT.values():
             backward = kernel is write_backward_kernels.write_backward_resident_kernel

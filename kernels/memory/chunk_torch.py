@@ -306,9 +306,8 @@ class ChunkNetwork:
         from_then_on = lost.cumsum(-1)[..., self.past :] > 0
         if self.last_read < self.past:
             from_then_on = F.pad(from_then_on[:, :-1], (1, 0))
-        return carry.masked_fill(from_then_on.unsqueeze(-1), math.nan), [
-            d.masked_fill(lost.unsqueeze(-1), 0.0) for d in errors
-        ]
+        errors = [d.masked_fill(lost.unsqueeze(-1), 0.0) for d in errors]
+        return carry.masked_fill(from_then_on.view(*from_then_on.shape, *[1] * (carry.dim() - 2)), math.nan), errors
 
     def read_backward(
         self,
@@ -322,12 +321,7 @@ class ChunkNetwork:
         """Gradients of the queries, of ``decay.read``, ``decay.carry`` and gain; sets ``grad`` but the last stacks."""
         state = written.at(slice(None))
         read, carry = decay.read.flatten(0, 1), decay.carry.flatten(0, 1)
-        g, grad_gain = grad_y, None
-        if self.gain is not None:
-            z = query_activations[-1]
-            n, _, inverse = torch.native_layer_norm(z, z.shape[-1:], None, None, EPS)
-            grad_gain = (grad_y * n).sum((0, 2)).unsqueeze(1)
-            g = layer_norm_vjp(grad_y * self.gain, n, inverse)
+        g, grad_gain = self.output_backward(grad_y, query_activations)
         g = g.flatten(0, 1)
         grad_read, grad_carry = torch.zeros_like(read), torch.zeros_like(carry)
         for l in range(len(state.stacks) - 1, -1, -1):
@@ -356,6 +350,14 @@ class ChunkNetwork:
         if self.gain is not None:
             g += grad_y
         return g, grad_read.view(decay.read.shape), grad_carry.view(decay.carry.shape), grad_gain
+
+    def output_backward(self, grad_y: Tensor, query_activations: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """From the gradient of ``y`` to that of the last layer's output, without the residual, and of the gain."""
+        if self.gain is None:
+            return grad_y, None
+        z = query_activations[-1]
+        n, _, inverse = torch.native_layer_norm(z, z.shape[-1:], None, None, EPS)
+        return layer_norm_vjp(grad_y * self.gain, n, inverse), (grad_y * n).sum((0, 2)).unsqueeze(1)
 
     # -- backward of write -----------------------------------------------------------------------------------------
 

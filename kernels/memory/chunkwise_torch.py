@@ -25,11 +25,12 @@ from torch.nn import functional as F
 from ..autograd import differentiable
 from ..dispatch import advanced, full_precision, integers
 from ..padding import align
+from .channels_torch import ChannelNetwork
 from .chunk_torch import ChunkNetwork, Scratch, Written, WrittenGrad
 from .closed_form import closed_form_memory
 from .decay_torch import ChunkDecay
 from .network_torch import memory_network, repeat_gain
-from .state import MemoryState, Options, Tokens, where_rows
+from .state import CHANNELS, MemoryState, Options, Tokens, where_rows
 
 GROUP = 8
 """Chunks worked on together on a CPU: enough for large products, few enough that their work stays near the cache."""
@@ -55,9 +56,11 @@ def chunkwise_memory(
     norm: Tensor | None,
     mask: Tensor | None,
     options: Options,
-    network: _Network = ChunkNetwork,
+    network: _Network | None = None,
 ) -> tuple[Tensor, MemoryState]:
     """``titans_memory`` for any length, positions and mask."""
+    if network is None:
+        network = ChannelNetwork if CHANNELS in options.rare(tokens) else ChunkNetwork
     if options.gated:
         state = _together(state)
     phases = [position % options.chunk for position in integers(state.position)]

@@ -16,11 +16,13 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from ..channels_torch import ChannelNetwork
 from ..chunk_torch import ChunkNetwork, Scratch
 from ..chunkwise_torch import chunkwise_memory
 from ..decay_torch import ChunkDecay
 from ..network_torch import ACTIVATIONS, memory_network
-from ..state import MemoryState, Options, Tokens
+from ..state import CHANNELS, MemoryState, Options, Tokens
+from .channels import triton_channel_scores
 from .decay import triton_decay
 from .schedule import operands
 
@@ -29,7 +31,8 @@ def batched_memory(
     tokens: Tokens, state: MemoryState, norm: Tensor | None, mask: Tensor | None, options: Options
 ) -> tuple[Tensor, MemoryState]:
     """``titans_memory`` for any number of layers."""
-    network = functools.partial(BatchedNetwork, products=_products(tokens.q.dtype, options.half), chunk=options.chunk)
+    kind = BatchedChannelNetwork if CHANNELS in options.rare(tokens) else BatchedNetwork
+    network = functools.partial(kind, products=_products(tokens.q.dtype, options.half), chunk=options.chunk)
     return chunkwise_memory(tokens, state, norm, mask, options, network)
 
 
@@ -114,3 +117,9 @@ class BatchedNetwork(ChunkNetwork):
 
     def add_product(self, to: Tensor, a: Tensor, b: Tensor, alpha: float = 1, *, fine: bool = False) -> None:
         to.add_(self.product(a, b, fine=fine), alpha=alpha)
+
+
+class BatchedChannelNetwork(BatchedNetwork, ChannelNetwork):
+    """The same with decays by channel."""
+
+    channel_scores = staticmethod(triton_channel_scores)

@@ -1,0 +1,164 @@
+"""``channel_scores`` of ``channels_torch.py`` on Triton kernels, with gradients.
+
+A program has some channels of a chunk of one head. It goes from token to token with ``P``, ``[writes, channels]``, in
+registers: what the token keeps, what its writes add, and the product with its query, which is summed over the channels
+of all programs afterwards, in a fixed order. So a chunk is ``b`` steps of a few operations on ``P``; its ``b`` values,
+which would be ``b writes channels`` numbers, are never in memory together.
+
+Backward goes through the same steps in reverse. It needs what ``P`` was, and a gate of 0 cannot be undone: a program
+first goes forward and stores ``P`` at each token in a place of its own, of which there are as many as programs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...triton_runtime import VARYING, launch
+
+PLACES = 256
+"""Programs of backward at most; each takes chunk after chunk."""
+
+
+def triton_channel_scores(x: Tensor, a: Tensor, keep: Tensor, added: Tensor, delay: int) -> Tensor:
+    """``channel_scores``; tensors are in float32 or float64."""
+    scores: Tensor = _Scores.apply(delay, *(y.contiguous() for y in (x, a, keep, added)))
+    return scores
+
+
+def channel_tiles(writes: int, channels: int) -> dict[str, int]:
+    """``P`` has 4096 numbers, if the chunk is not longer than 1024 tokens."""
+    rows = triton.next_power_of_2(writes)
+    few = min(max(4, 4096 // rows), triton.next_power_of_2(channels))
+    return dict(WRITES=rows, CHANNELS=few, num_warps=4 if rows * few <= 4096 else 8)
+
+
+def _run(kernel: Any, delay: int, programs: int, given: tuple[Tensor, ...], *tensors: Tensor) -> None:
+    x, a, *_ = given
+    (rows, b, channels), writes = x.shape, a.shape[1]
+    tiles = channel_tiles(writes, channels)
+    launch(
+        kernel, (programs, triton.cdiv(channels, tiles["CHANNELS"])), *given, *tensors, rows, b, writes, channels,
+        DELAY=delay, WIDE=tl.float64 if x.dtype == torch.float64 else tl.float32, **tiles,
+    )  # fmt: skip
+
+
+class _Scores(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, delay: int, *given: Tensor) -> Tensor:
+        x, a, _, added = given
+        ctx.delay = delay
+        ctx.save_for_backward(*given)
+        parts = triton.cdiv(x.shape[2], channel_tiles(a.shape[1], x.shape[2])["CHANNELS"])
+        scores = x.new_empty(parts, *added.shape)
+        _run(channel_scores_kernel, delay, len(x), given, scores)
+        return scores.sum(0) if parts > 1 else scores[0]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        given = ctx.saved_tensors
+        x, a, keep, added = given
+        tiles = channel_tiles(a.shape[1], x.shape[2])
+        parts, programs = triton.cdiv(x.shape[2], tiles["CHANNELS"]), min(len(x), PLACES)
+        kept = x.new_empty(programs * parts * x.shape[1] * tiles["WRITES"] * tiles["CHANNELS"])
+        grad_x, grad_a, grad_keep = map(torch.empty_like, (x, a, keep))
+        grad_added = x.new_empty(parts, *added.shape)
+        _run(
+            channel_scores_backward_kernel, ctx.delay, programs, given, grad.contiguous(), kept,
+            grad_x, grad_a, grad_keep, grad_added,
+        )  # fmt: skip
+        return None, grad_x, grad_a, grad_keep, grad_added.sum(0)
+
+
+# -- kernels -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _row(x, place, size, n, inside, WIDE: tl.constexpr):
+    """Row ``place`` of a matrix of ``size`` columns."""
+    return tl.load(x + place * size + n, mask=inside, other=0.0).to(WIDE)
+
+
+@triton.jit
+def _store_scores(to, P, query, seen, inside):
+    """A query's product with each ``P_s``; zero for later writes, also where they are not finite."""
+    tl.store(to, tl.where(seen, tl.sum(P * query[None, :], axis=1), 0.0), mask=inside)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def channel_scores_kernel(
+    x, a, keep, added, scores,
+    problems, b, writes, channels,
+    DELAY: tl.constexpr, WRITES: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One chunk of one head, ``CHANNELS`` channels; ``scores`` ``[parts, problems, b, writes]``."""
+    row = tl.program_id(0).to(tl.int64)
+    s, i = tl.arange(0, WRITES), tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    written, known = s < writes, i < channels
+    tile = written[:, None] & known[None, :]
+    inputs = tl.load(a + (row * writes + s[:, None]) * channels + i[None, :], mask=tile, other=0.0).to(WIDE)
+    to = scores + (tl.program_id(1) * tl.cast(problems, tl.int64) + row) * b * writes + s
+    P = tl.zeros((WRITES, CHANNELS), WIDE)
+    for t in range(b):
+        at = row * b + t
+        query = _row(x, at, channels, i, known, WIDE)
+        if DELAY:
+            _store_scores(to + t * writes, P, query, s < t + writes - b, written)
+        P = P * _row(keep, at, channels, i, known, WIDE)[None, :]
+        P += _row(added, at, writes, s, written, WIDE)[:, None] * inputs
+        if not DELAY:
+            _store_scores(to + t * writes, P, query, s <= t + writes - b, written)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def channel_scores_backward_kernel(
+    x, a, keep, added, grad, kept, grad_x, grad_a, grad_keep, grad_added,
+    problems, b, writes, channels,
+    DELAY: tl.constexpr, WRITES: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Chunk after chunk of ``CHANNELS`` channels; ``grad_added`` ``[parts, problems, b, writes]``."""
+    s, i = tl.arange(0, WRITES), tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    written, known = s < writes, i < channels
+    tile = written[:, None] & known[None, :]
+    n = tl.arange(0, WRITES)[:, None] * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    place = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    own = kept + place * b * (WRITES * CHANNELS) + n
+    for row in range(tl.program_id(0).to(tl.int64), problems, tl.num_programs(0)):
+        inside = (row * writes + s[:, None]) * channels + i[None, :]
+        inputs = tl.load(a + inside, mask=tile, other=0.0).to(WIDE)
+        P = tl.zeros((WRITES, CHANNELS), WIDE)
+        for t in range(b):
+            at = row * b + t
+            tl.store(own + t * (WRITES * CHANNELS), P)
+            P = P * _row(keep, at, channels, i, known, WIDE)[None, :]
+            P += _row(added, at, writes, s, written, WIDE)[:, None] * inputs
+        to = grad_added + (tl.program_id(1) * tl.cast(problems, tl.int64) + row) * b * writes + s
+        dP = tl.zeros((WRITES, CHANNELS), WIDE)
+        dinputs = tl.zeros((WRITES, CHANNELS), WIDE)
+        for back in range(b):
+            t = b - 1 - back
+            at = row * b + t
+            before = tl.load(own + t * (WRITES * CHANNELS))
+            gates = _row(keep, at, channels, i, known, WIDE)
+            weights = _row(added, at, writes, s, written, WIDE)
+            # the query that reads what this token leaves, if there is one
+            reads = known & (i * 0 + t + DELAY < b)
+            seen = written & (s <= t + writes - b) & (s * 0 + t + DELAY < b)
+            dscores = _row(grad, at + DELAY, writes, s, seen, WIDE)
+            query = _row(x, at + DELAY, channels, i, reads, WIDE)
+            after = before * gates[None, :] + weights[:, None] * inputs
+            tl.store(grad_x + (at + DELAY) * channels + i, tl.sum(dscores[:, None] * after, axis=0), mask=reads)
+            dP += dscores[:, None] * query[None, :]
+            tl.store(to + t * writes, tl.sum(dP * inputs, axis=1), mask=written)
+            tl.store(grad_keep + at * channels + i, tl.sum(dP * before, axis=0), mask=known)
+            dinputs += dP * weights[:, None]
+            dP = dP * gates[None, :]
+        if DELAY:
+            tl.store(grad_x + row * b * channels + i, tl.zeros((CHANNELS,), WIDE), mask=known)
+        tl.store(grad_a + inside, dinputs, mask=tile)
+        tl.debug_barrier()
