@@ -107,6 +107,15 @@ class Ranks:
         dist.all_gather(parts, x, group=self.group)
         return parts
 
+    def exchange(self, given: Sequence[Sequence[Tensor]], like: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+        """Send ``given[rank]`` to each rank, and receive tensors of the dtypes and shapes of ``like[rank]`` from it."""
+        messages, sizes = [_bytes_of(tensors) for tensors in given], [_size_of(tensors) for tensors in like]
+        self.count("exchange", sum(len(message) for message in messages) - len(messages[self.rank]))
+        sent = torch.cat(messages)
+        received = sent.new_empty(sum(sizes))
+        dist.all_to_all_single(received, sent, sizes, [len(message) for message in messages], group=self.group)
+        return [_tensors_of(message, tensors) for message, tensors in zip(received.split(sizes), like)]
+
 
 def any_of_all(value: bool, device: torch.device) -> bool:
     """Whether ``value`` is true in any process."""

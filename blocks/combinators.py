@@ -6,8 +6,7 @@ A combinator of memories is a memory itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -235,8 +234,6 @@ class Layer(Block):
     """``x = x + block(norm(x))`` for each block of a list. State: a tuple of the blocks' states."""
 
     sharding = "local"
-    shared: Any = None
-    """The ``SharedHeads`` of its blocks, where ranks share heads."""
 
     def __init__(self, dim: int, *, of: Sequence[Spec]) -> None:
         super().__init__(dim)
@@ -255,8 +252,7 @@ class Layer(Block):
         none, states = [None] * len(self.blocks), []
         parts = documents.parts(len(none)) if documents else none
         for norm, block, before, inside in zip(self.norms, self.blocks, state or none, parts):
-            run = block if self.shared is None else partial(self.shared.run, block)
-            y, after = run(norm(x)[0], before, mask=mask, documents=inside)
+            y, after = block(norm(x)[0], before, mask=mask, documents=inside)
             x = x + y
             states.append(after)
         return x, tuple(states)

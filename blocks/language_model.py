@@ -140,15 +140,20 @@ class LanguageModel(nn.Module):
         if is_sharded(self.norm.gain):  # a call gathers the parameters
             x = torch.zeros(batch_size, 0, self.dim, dtype=like.dtype, device=like.device)
             state: ModelState = self(embeddings=x).state
-            return state if self.parallel is None else self.parallel.once(state)
-        layers = tuple(initial_state(layer, batch_size) for layer in self.layers)
-        number = torch.full((batch_size,), self.fingerprint.number, dtype=torch.int64, device=like.device)
-        known(number, [self.fingerprint.number] * batch_size)
-        state = ModelState(layers, number, torch.full_like(number, NO_DOCUMENT))
-        if self.parallel is None:
             return state
-        (state,) = self.parallel.outputs(self.parallel.whole_of(self, state))
-        return self.parallel.once(state)
+        state = self._fresh_state(batch_size)
+        if self.parallel is not None:
+            (state,) = self.parallel.outputs(self.parallel.whole_of(self, state))
+        return state
+
+    def _fresh_state(self, rows: int) -> ModelState:
+        """``init_state`` of the heads that this process computes."""
+        device = like_of(self).device
+        layers = tuple(initial_state(layer, rows) for layer in self.layers)
+        number = torch.full((rows,), self.fingerprint.number, dtype=torch.int64, device=device)
+        known(number, [self.fingerprint.number] * rows)
+        state = ModelState(layers, number, torch.full_like(number, NO_DOCUMENT))
+        return state if self.parallel is None else self.parallel.once(state)
 
     def __call__(self, *args: Any, **named: Any) -> Any:
         if torch.jit.is_tracing():  # before the arguments are bound: the exporter to ONNX gives all by position
@@ -274,7 +279,7 @@ class LanguageModel(nn.Module):
     ) -> tuple[Tensor, ModelState]:
         """Run layers and norm without checks: ``x`` [batch, time, dim] -> hidden ``[batch, time, dim]``, state."""
         if x.shape[1] == 0 and documents is None:
-            return x, state if state is not None else self.init_state(x.shape[0])
+            return x, state if state is not None else self._fresh_state(x.shape[0])
         if mask is not None and not torch.compiler.is_compiling() and bool(mask.all()):
             mask = None  # all tokens are valid: blocks are faster without a mask
         states = []

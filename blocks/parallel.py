@@ -34,7 +34,7 @@ from .collectives import (
     tie,
 )
 from .state import State, detach, map_state, named_tensors, where
-from .tensor_parallel import SharedHeads, part_of_state, whole_state
+from .tensor_parallel import EVERYTHING, DividedParameters, part_of_state, share_heads, whole_state
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -116,13 +116,14 @@ class Parallel:
             if int(other) != int(every[0]):
                 self.refuse(f"rank {rank} has another recipe than rank 0: expected the same model on every rank")
 
+        self.places: list[dict[str, Any]] = []
+        """For each layer, the heads of its parameters, if ranks share them."""
+        self.divided: list[DividedParameters] = []
         if self.tensor.size > 1:
             try:
-                shared = [SharedHeads(layer, self.tensor) for layer in model.layers]
+                self.places = share_heads(model.layers, self.tensor)
             except ValueError as error:
                 self.refuse(str(error))
-            for layer, each in zip(model.layers, shared):
-                layer.shared = each
 
     def refuse(self, message: str) -> NoReturn:
         """Raise ``ValueError``: at once on the first rank, so that a launcher shows no other."""
@@ -187,10 +188,14 @@ class Parallel:
         """Within the ``with`` block, outputs are those of all tokens. ``compute``: every rank computes all tokens."""
         before = self.whole, self.gather_outputs
         self.whole, self.gather_outputs = compute, True
+        for each in self.divided:
+            each.kept = {}
         try:
             yield
         finally:
             self.whole, self.gather_outputs = before
+            for each in self.divided:
+                each.kept = None
 
 
 class ContextCall:
@@ -452,27 +457,35 @@ def _advance(state: State, count: Tensor) -> State:
 
 
 def _shard_parameters(model: Any, mesh: DeviceMesh, parallel: Parallel, reshard_after_forward: bool) -> None:
-    """Shard the parameters over ``data`` with FSDP2, one group for each layer, and sum gradients over all ranks."""
+    """Divide the parameters over ``tensor``, and over ``data`` with FSDP2, one group for each layer."""
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     # about outputs that are views; nothing here writes into outputs
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
-    copies, names = parallel.context.size * parallel.tensor.size, mesh.mesh_dim_names or ()
-    if copies > 1:
-        ranks = mesh.mesh.movedim(names.index("data"), -1) if "data" in names else mesh.mesh
-        mesh = DeviceMesh(mesh.device_type, ranks.reshape(copies, -1), mesh_dim_names=("copies", "shards"))
-    elif mesh.ndim > 1:
-        mesh = mesh["data"]
+    sizes, names = [getattr(parallel, name).size for name in DIMENSIONS], mesh.mesh_dim_names or ()
+    if sum(size > 1 for size in sizes) > 1 or parallel.context.size > 1:  # FSDP takes these in this order
+        ranks = mesh.mesh.permute([names.index(name) for name in DIMENSIONS if name in names]).reshape(sizes)
+        mesh = DeviceMesh(mesh.device_type, ranks.movedim(1, 0), mesh_dim_names=("context", "data", "tensor"))
     for layer in model.layers:
         _copy_states(layer)
-        fully_shard(layer, mesh=mesh, reshard_after_forward=reshard_after_forward)
-    fully_shard(model, mesh=mesh)
-    # when a run resumes from a state, init_state is the first call, and has to reach the root before the layers
+    if parallel.tensor.size > 1:
+        vocabulary = () if model.dim % parallel.tensor.size else ("embedding", "head")
+        for module, places in (*zip(model.layers, parallel.places), (model, dict.fromkeys(vocabulary, EVERYTHING))):
+            every = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+            own = [name for name in every if module is not model or not name.startswith("layers.")]
+            divided = DividedParameters(module, own, places, mesh["tensor"], parallel.tensor)
+            parallel.divided.append(divided)
+            module.forward, module.init_state = map(divided.bound, (module.forward, module.init_state))
+    if parallel.tensor.size == parallel.size:
+        return
+    data = mesh["data"] if parallel.context.size == 1 else mesh["context", "data"]
     for module in (*model.layers, model):
+        fully_shard(module, mesh=data, reshard_after_forward=reshard_after_forward if module is not model else None)
+        # when a run resumes from a state, init_state is the first call, and has to reach the root before the layers
         register_fsdp_forward_method(module, "init_state")
-        if copies > 1:
-            # gradients are sums over context and tensor, and means over data
+        if parallel.context.size > 1:
+            # gradients are sums over context, and means over data
             module.set_gradient_divide_factor(parallel.data.size)
             module.set_force_sum_reduction_for_comms(True)
 

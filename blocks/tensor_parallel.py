@@ -1,22 +1,26 @@
 """Heads shared out over the ranks of a mesh's ``tensor``: each rank computes its own heads of every block.
 
-The parameters of a block are sliced when it is called. A block with heads has linear layers that read the inputs, which
-all ranks have, and linear layers that write the outputs, which are summed over the ranks.
+A block with heads has linear layers that read the inputs, which all ranks have, and linear layers that write the
+outputs, which are summed over the ranks. Each rank stores an equal part of the rows or columns of a parameter that has
+heads, as a ``DTensor``. They are those of its heads, unless the parameter has several sections, such as queries, keys
+and values: ranks then exchange rows when the layer is called.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from .attention import Attention, AttentionState
-from .block import Block, child_blocks
+from .block import Block, child_blocks, is_sharded
 from .collectives import Copy, Ranks, Sum, WholeHeads
 from .combinators import Chain, Gate, Layer, Persistent, Residual
 from .context import Context, ContextState
@@ -24,8 +28,14 @@ from .feedforward import FeedForward
 from .memory import NeuralMemory, NeuralMemoryState
 from .state import State, map_state
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 Place = tuple[int, tuple[int, ...]]
-"""A dimension, and the sizes of its sections, of each of which every rank has an equal part."""
+"""A dimension, and the sizes of its sections, of each of which every rank uses an equal part; of none, it uses all."""
+
+EVERYTHING: Place = (1, ())
+"""The place of a matrix whose columns each rank stores a part of, and uses all of."""
 
 
 class Heads(NamedTuple):
@@ -100,63 +110,168 @@ def _problem(size: int, **numbers: int) -> str | None:
 # -- parameters --------------------------------------------------------------------------------------------------------
 
 
-class Part(Function):
-    """This rank's part of a parameter. Gradients are averaged over the ranks, and each has one of its part only."""
+def share_heads(layers: Iterable[Layer], ranks: Ranks) -> list[dict[str, Place | None]]:
+    """Make the blocks of layers compute this rank's heads. Returns, for each layer, the places of its parameters.
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor | None, dim: int, size: int) -> Tensor:
-        ctx.index, ctx.dim, ctx.size, ctx.shape = index, dim, size, x.shape
-        return x.view_as(x) if index is None else x.index_select(dim, index)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        grad = grad * ctx.size
-        if ctx.index is not None:
-            grad = grad.new_zeros(ctx.shape).index_copy(ctx.dim, ctx.index, grad)
-        return grad, None, None, None
-
-
-class SharedHeads:
-    """The heads of a layer's blocks, as this rank computes them. ``ranks``: those of ``tensor``.
-
-    Raises ``ValueError`` for a number of heads that the ranks cannot share.
+    Raises ``ValueError`` for a number of heads that the ranks cannot share, before anything is changed.
     """
-
-    def __init__(self, layer: Layer, ranks: Ranks) -> None:
-        self.ranks = ranks
-        self._parts: dict[Block, list[tuple[str, Place | None]]] = {}
-        for block in layer.blocks:
-            parts: list[tuple[str, Place | None]] = []
-            for path, leaf in _leaves(block, ""):
-                heads = divide(leaf, ranks.size)
-                if heads is None:
-                    continue
-                if heads.problem is not None:
-                    raise ValueError(heads.problem)
-                parts += [(f"{path}{name}", place) for name, place in heads.parameters.items()]
-                self._install(leaf, heads)
-            self._parts[block] = parts
-
-    def _install(self, leaf: Any, heads: Heads) -> None:
-        ranks = self.ranks
+    found: list[list[tuple[str, Any, Heads]]] = []
+    for layer in layers:
+        leaves = [leaf for block in layer.blocks for leaf in _leaves(block)]
+        divided = [(leaf, divide(leaf, ranks.size)) for leaf in leaves]
+        names = {module: name for name, module in layer.named_modules()}
+        found.append([(names[leaf], leaf, heads) for leaf, heads in divided if heads is not None])
+    every = list(itertools.chain(*found))
+    if problem := next((heads.problem for _, _, heads in every if heads.problem is not None), None):
+        raise ValueError(problem)
+    for _, leaf, heads in every:
         for name in heads.inputs:
-            layer: nn.Module = getattr(leaf, name)
-            layer.register_forward_pre_hook(lambda module, x: (Copy.apply(ranks, x[0]),))
+            linear: nn.Module = getattr(leaf, name)
+            linear.register_forward_pre_hook(lambda module, x: (Copy.apply(ranks, x[0]),))
         getattr(leaf, heads.output).register_forward_hook(lambda module, x, y: Sum.apply(ranks, y))
         for name in ("heads", "kv_heads", "channels", "inner"):
             if hasattr(leaf, name):
                 setattr(leaf, name, getattr(leaf, name) // ranks.size)
+    return [
+        {f"{path}.{name}": place for path, _, heads in divided for name, place in heads.parameters.items()}
+        for divided in found
+    ]
 
-    def run(self, block: Block, x: Tensor, state: State, **named: Any) -> Any:
-        """Call the block with this rank's part of its parameters."""
-        parameters, mine = dict(block.named_parameters()), {}
-        for name, place in self._parts[block]:
-            dim, index = (0, None) if place is None else (place[0], self._index(place, parameters[name].device))
-            mine[name] = Part.apply(parameters[name], index, dim, self.ranks.size)
-        return functional_call(block, mine, (x, state), named)
 
-    def _index(self, place: Place, device: torch.device) -> Tensor:
-        return index_of(place[1], self.ranks.rank, self.ranks.size, device)
+class _Slices:
+    """What the ranks exchange of a parameter: each stores an equal part of a dimension, and uses other elements of it.
+
+    Without sections, each uses all of it.
+    """
+
+    def __init__(self, parameter: Tensor, place: Place, ranks: Ranks) -> None:
+        self.dim, sections = place
+        count, device = parameter.shape[self.dim], parameter.device
+        self.stored = count // ranks.size
+        used = [
+            index_of(sections, rank, ranks.size, device) if sections else torch.arange(count, device=device)
+            for rank in range(ranks.size)
+        ]
+        self.given = [each[each // self.stored == ranks.rank] - ranks.rank * self.stored for each in used]
+        """For each rank, those of this rank's elements that it uses."""
+        self.taken = [int((used[ranks.rank] // self.stored == rank).sum()) for rank in range(ranks.size)]
+        """The number of elements that this rank gets from each rank."""
+
+
+class DividedParameters:
+    """The parameters of a module, divided over the ranks of a mesh's ``tensor``.
+
+    Args:
+        names: those of the parameters, which become ``DTensor`` objects.
+        places: their heads. A parameter without a place is whole on every rank. One whose place is ``None`` is, too,
+            and each rank uses it for its own heads.
+    """
+
+    def __init__(
+        self, module: nn.Module, names: Sequence[str], places: dict[str, Place | None], mesh: DeviceMesh, ranks: Ranks
+    ) -> None:
+        from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+        self.module, self.names, self.ranks = module, names, ranks
+        self.kept: dict[int, Tensor] | None = None
+        """The exchanged parameters, while they do not change."""
+        self.exchanged: dict[int, _Slices] = {}
+        self.whole = [places.get(name) is None for name in names]
+        self.factors = [1 if name not in places or places[name] == EVERYTHING else ranks.size for name in names]
+        """Each rank has an equal share of the gradient of what all ranks compute."""
+        made: dict[Tensor, nn.Parameter] = {}
+        for i, name in enumerate(names):
+            path, _, last = name.rpartition(".")
+            owner, place = module.get_submodule(path), places.get(name)
+            parameter: Any = getattr(owner, last)
+            if place is not None and len(place[1]) != 1:
+                self.exchanged[i] = _Slices(parameter, place, ranks)
+            if parameter not in made:  # parameters may be tied
+                placement = Replicate() if place is None else Shard(place[0])
+                part = distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=None)
+                # a copy, so that the memory of the whole one is freed
+                made[parameter] = nn.Parameter(part.clone(), requires_grad=parameter.requires_grad)
+            owner.register_parameter(last, made[parameter])
+
+    def bound(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """A method of the module, which is called with this rank's parameters."""
+        call = _Call(self.module, method)
+
+        def run(*args: Any, **named: Any) -> Any:
+            tensors: dict[str, Any] = dict(self.module.named_parameters(remove_duplicate=False))
+            parameters = [tensors[name] for name in self.names]
+            if not is_sharded(parameters[0]):  # a method that calls another
+                return method(*args, **named)
+            used = Used.apply(self, *(parameter.to_local() for parameter in parameters))
+            return functional_call(call, {f"of.{name}": x for name, x in zip(self.names, used)}, args, named)
+
+        return run
+
+
+class _Call(nn.Module):
+    """A call of a method of a module, as a module whose parameters ``functional_call`` can replace."""
+
+    def __init__(self, of: nn.Module, method: Callable[..., Any]) -> None:
+        super().__init__()
+        self.of, self.method = of, method
+
+    def forward(self, *args: Any, **named: Any) -> Any:
+        return self.method(*args, **named)
+
+
+class Used(Function):
+    """Parameters as a rank uses them, from the parts that it stores."""
+
+    @staticmethod
+    def forward(ctx: Any, of: DividedParameters, *stored: Tensor) -> tuple[Tensor, ...]:
+        ctx.of = of
+        ctx.set_materialize_grads(False)
+        used = [x.view_as(x) for x in stored]
+        found = of.kept
+        if not found:
+            given = [[stored[i].index_select(each.dim, at) for at in each.given] for i, each in of.exchanged.items()]
+            received = _exchange(of.ranks, of.exchanged, given, [each.taken for each in of.exchanged.values()])
+            found = {i: torch.cat(list(parts), each.dim) for (i, each), parts in zip(of.exchanged.items(), received)}
+            of.kept = None if of.kept is None else found
+        for i, x in found.items():
+            used[i] = x
+        ctx.mark_non_differentiable(*(x for x, need in zip(used, ctx.needs_input_grad[1:]) if not need))
+        return tuple(used)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        of, found = ctx.of, list(grads)
+        whole = [(i, grad) for i, grad in enumerate(grads) if grad is not None and of.whole[i]]
+        if whole:  # in one message
+            total = of.ranks.sum(torch.cat([grad.flatten() for _, grad in whole]))
+            for (i, grad), part in zip(whole, total.split([grad.numel() for _, grad in whole])):
+                found[i] = part.view(grad.shape).to(grad.dtype)
+        exchanged = {i: each for i, each in of.exchanged.items() if grads[i] is not None}
+        given = [found[i].split(each.taken, each.dim) for i, each in exchanged.items()]
+        counts = [[len(at) for at in each.given] for each in exchanged.values()]
+        for (i, each), parts in zip(exchanged.items(), _exchange(of.ranks, exchanged, given, counts)):
+            shape = list(grads[i].shape)
+            shape[each.dim] = each.stored
+            found[i] = grads[i].new_zeros(shape)
+            for at, part in zip(each.given, parts):
+                found[i].index_add_(each.dim, at, part)
+        return None, *(None if x is None else x * factor for x, factor in zip(found, of.factors))
+
+
+def _exchange(
+    ranks: Ranks, slices: dict[int, _Slices], given: Sequence[Sequence[Tensor]], counts: Sequence[Sequence[int]]
+) -> list[Sequence[Tensor]]:
+    """Send ``given[i][rank]`` to each rank, and receive ``counts[i][rank]`` elements of tensor ``i`` from it."""
+    if not given:
+        return []
+    like: list[list[Tensor]] = [[] for _ in range(ranks.size)]
+    for each, parts, count in zip(slices.values(), given, counts):
+        for rank, number in enumerate(count):
+            shape = list(parts[0].shape)
+            shape[each.dim] = number
+            like[rank].append(parts[0].new_empty(shape, device="meta"))
+    return list(zip(*ranks.exchange(list(zip(*given)), like)))
 
 
 def index_of(sections: tuple[int, ...], rank: int, size: int, device: torch.device) -> Tensor:
@@ -169,14 +284,13 @@ def index_of(sections: tuple[int, ...], rank: int, size: int, device: torch.devi
     return torch.cat(parts)
 
 
-def _leaves(block: Block, path: str) -> Iterator[tuple[str, Block]]:
-    """The blocks inside that have heads, with their paths. What custom blocks contain is not divided."""
+def _leaves(block: Block) -> Iterator[Block]:
+    """The blocks inside that have heads. What custom blocks contain is not divided."""
     if isinstance(block, (Chain, Gate, Residual, Persistent, Context)):
         for child in child_blocks(block):
-            name = next(name for name, module in block.named_modules() if module is child)
-            yield from _leaves(child, f"{path}{name}.")
+            yield from _leaves(child)
     else:
-        yield path, block
+        yield block
 
 
 # -- states ------------------------------------------------------------------------------------------------------------

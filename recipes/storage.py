@@ -24,7 +24,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..blocks.block import is_sharded
 from ..blocks.build import materialize
+from ..blocks.collectives import any_of_all
 from ..blocks.language_model import LanguageModel
 from ..registry import RecipeError, show
 from .atomic_write import atomic_write, is_old, locked_folder, making_folder, read_regular, remove_stale
@@ -64,6 +66,8 @@ def save(model: LanguageModel, folder: str | os.PathLike[str], *, overwrite: boo
     The parameters keep their dtypes. ``model.tokenizer``, the text of a ``tokenizer.json`` or ``None``, is saved beside
     them. ``imports:`` of the recipe is not saved: a saved model identifies blocks by their registered names only.
 
+    Every process that shares a model (``parallelize``, ``fully_shard``) calls this, and the first one writes it.
+
     Raises ``StorageError`` if the model was not created by ``build`` or ``load``, if its parameters are no longer those
     of its recipe, if it is on the meta device, if another model or a run is in the folder, or if it cannot be written.
     """
@@ -74,6 +78,35 @@ def save(model: LanguageModel, folder: str | os.PathLike[str], *, overwrite: boo
     if any(tensor.is_meta for tensor in tensors.values()):
         raise StorageError("the model is on the meta device: it has no values to save")
     place = as_path(folder, "folder")
+    if not any(map(is_sharded, tensors.values())):
+        _write(model, recipe, tensors, place, overwrite)
+        return
+    whole, failed = _gathered(tensors), False
+    try:
+        if whole:
+            _write(model, recipe, whole, place, overwrite)
+    except BaseException:
+        failed = True
+        raise
+    finally:  # the others wait for it
+        failed_first = any_of_all(failed, next(iter(tensors.values())).device)
+    if failed_first:
+        raise StorageError(f"{place}: the first process could not save the model")
+
+
+def _gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The whole tensors, on the first process."""
+    import torch.distributed as dist
+
+    found = {}
+    for name, tensor in tensors.items():
+        whole = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+        if dist.get_rank() == 0:
+            found[name] = whole.cpu()
+    return found
+
+
+def _write(model: LanguageModel, recipe: Recipe, tensors: dict[str, Tensor], place: Path, overwrite: bool) -> None:
     if (place / RUN).exists():  # `load` would find this model in place of that of the run
         raise StorageError(f"{place}: the folder of a run, whose model is in {MODEL}: choose another folder")
     tokenizer = _tokenizer_of(model)

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import titans_build as tb
 from titans_build.recipes.loading import base_names
+from titans_build.tools.training.optimizer import parameter_groups
 
 MEMORY = {"type": "memory", "heads": 2, "expansion": 2, "chunk": 4}
 ATTENTION = {"type": "attention", "heads": 2, "window": 4}
@@ -35,6 +36,8 @@ BLOCK = {
     "gates of chunks": {**MEMORY, "gates": "chunk"},
     "full attention": {"type": "attention", "heads": 2},
     "anchor": {**MEMORY, "chunk": 16, "retrieve": "anchor"},
+    "grouped heads": {"type": "attention", "heads": 4, "kv_heads": 2, "window": 4},
+    "keys": {**MEMORY, "keys": 2, "momentum": False, "features": {"type": "polynomial", "degree": 2}},
     "custom": "running_sum",
     "custom inside": {"type": "context", "segment": 5, "memory": MEMORY, "attend": "running_sum"},
 }
@@ -165,6 +168,41 @@ def test_two_ranks_of_tensor_equal_one_process() -> None:
 
 def test_two_ranks_of_context_with_padding_and_a_custom_block() -> None:
     on_ranks({"context": 2}, compare_all, [BLOCK["chain"], BLOCK["custom"]], 24, ("mask",))
+
+
+def parts(mesh: Any, folder: Path) -> None:
+    """Each rank stores its part of what has heads; of parameters, gradients and optimizer states."""
+    recipe = recipe_of(BLOCK["mag"], BLOCK["mac"], BLOCK["grouped heads"], BLOCK["custom"])
+    plain, model = (tb.build(recipe, dtype=torch.float64, seed=0) for _ in range(2))
+    tb.parallelize(model, mesh)
+    tokens, norms = torch.arange(24).view(2, 12) % 11, list[Any]()
+    for each in (plain, model):
+        optimizer = torch.optim.AdamW(parameter_groups(each, 0.1), lr=0.1)
+        each(tokens, targets=tokens).loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(each.parameters(), 0.5))
+        optimizer.step()
+    assert norms[0] > 1 and float(norms[1].full_tensor()) == pytest.approx(float(norms[0]), rel=1e-12)
+    whole = ("norm", "tokens", "persistent", "gate.gain", "scale")
+    for (name, p), q in zip(plain.named_parameters(), model.named_parameters()):
+        torch.testing.assert_close(q[1].full_tensor(), p, rtol=1e-9, atol=1e-11)
+        share = 1 if any(part in name and "norm_gain" not in name for part in whole) else mesh.size()
+        for stored in (q[1], q[1].grad, optimizer.state[q[1]]["exp_avg"], optimizer.state[q[1]]["exp_avg_sq"]):
+            assert stored.to_local().untyped_storage().nbytes() * share == p.nbytes, name
+    generated, expected = (each.generate(tokens, 3) for each in (model, plain))
+    assert torch.equal(generated.tokens, expected.tokens)
+    for name, x in tb.state.named_tensors(model(tokens[:, :0]).state):
+        torch.testing.assert_close(x, dict(tb.state.named_tensors(plain(tokens[:, :0]).state))[name], msg=name)
+    tb.save(model, folder)
+    for p, q in zip(tb.load(folder).parameters(), plain.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
+    other = tb.parallelize(tb.build(recipe, seed=1), mesh)
+    message = "the first process could not save the model" if dist.get_rank() else "another model is saved there"
+    with pytest.raises(tb.recipes.StorageError, match=message):
+        tb.save(other, folder)
+
+
+def test_two_ranks_of_tensor_store_a_half_each(tmp_path: Path) -> None:
+    on_ranks({"tensor": 2}, parts, tmp_path / "model")
 
 
 @pytest.mark.slow

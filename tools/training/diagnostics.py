@@ -12,7 +12,7 @@ from torch import nn
 from ...blocks import observe
 from ...blocks.state import State
 from ..data import Batch
-from .distributed import to_local
+from .distributed import full_tensor
 from .train_step import TrainStep
 
 RECENT = 32
@@ -61,6 +61,12 @@ def memory_surprise(step: TrainStep, batch: Batch, state: State) -> Surprise:
         if surprise.numel():
             norms = {"mean": surprise.mean(), "peak": surprise.max(), "weights": record.norms.max()}
             found[path] = {name: float(value) for name, value in norms.items()}
+    parallel = step.model.parallel
+    if parallel is not None and found:  # each rank of tensor has measured its own heads
+        numbers = torch.tensor([[*norms.values()] for norms in found.values()], dtype=torch.float64)
+        heads = torch.stack(parallel.tensor.gather(numbers.to(step.processes.device)))
+        combined = torch.cat((heads[..., :1].mean(0), heads[..., 1:].amax(0)), dim=1)
+        found = {path: dict(zip(norms, row)) for (path, norms), row in zip(found.items(), combined.tolist())}
     return found
 
 
@@ -84,7 +90,7 @@ def largest_growth(now: Surprise, before: Surprise) -> str | None:
 
 def largest_gradient(model: nn.Module) -> str | None:
     """A sentence about the parameter whose gradient is nonfinite, or else the largest."""
-    norms = {n: float(to_local(p.grad).norm()) for n, p in model.named_parameters() if p.grad is not None}
+    norms = {n: float(full_tensor(p.grad.norm())) for n, p in model.named_parameters() if p.grad is not None}
     if not norms:
         return None
     name = max(norms, key=lambda name: norms[name] if math.isfinite(norms[name]) else math.inf)

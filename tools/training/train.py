@@ -155,10 +155,14 @@ def train(
         inner = stack.enter_context(contextlib.ExitStack())
 
         def make_trainer(model: LanguageModel, stop: int) -> Trainer:
-            mesh = settings.mesh
+            made, mesh = (
+                Trainer(model, source, valid, settings, processes, log, checkpoints, command, stop),
+                settings.mesh,
+            )
             if settings.recompute and (mesh is None or mesh.context == 1):
+                # after the trainer has shared out the model: what is recomputed gathers parameters again
                 inner.enter_context(activation_checkpointing(model))
-            return Trainer(model, source, valid, settings, processes, log, checkpoints, command, stop)
+            return made
 
         trainer = make_trainer(model, parts[first].stop)
         warnings += unmatched_patterns(model, settings.no_decay)

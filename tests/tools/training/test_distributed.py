@@ -128,15 +128,26 @@ def same_weights(model: Any, other: Any) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_that_share_the_tokens_equal_one_exactly(
-    tiny: Any, settings: Any, logged: Any, tmp_path: Path, ordered_text: Any, in_process: Any
+@pytest.mark.parametrize("dimension", ["context", "tensor"])
+def test_two_processes_that_share_tokens_or_heads_equal_one_exactly(
+    tiny: Any, settings: Any, logged: Any, tmp_path: Path, ordered_text: Any, in_process: Any, dimension: str
 ) -> None:
     recipe, settings = {**tiny, "vocab": 256}, {**settings, **EXACT}
     whole = train(recipe, ordered_text, settings, tmp_path / "whole")
-    words = written(tmp_path, recipe, ordered_text, {**settings, "mesh": {"context": 2}})
+    words = written(tmp_path, recipe, ordered_text, {**settings, "mesh": {dimension: 2}})
     for end in together_without_torchrun(in_process, tmp_path / "run", *words):
         assert end.status == 0, end.err
-    assert numbers(logged(tmp_path / "run")) == pytest.approx(numbers(whole.history), rel=1e-11)
+        assert b"W1" not in end.err and b"Warning" not in end.err, end.err
+    for name, rounding in (
+        ("surprise", 1e-6),
+        ("", 1e-11),
+    ):  # surprises are float32, and norms are of each rank's heads
+        found, expected = (
+            [event for event in events if (event["event"] == "surprise") == bool(name)]
+            for events in (logged(tmp_path / "run"), whole.history)
+        )
+        assert numbers(found) == pytest.approx(numbers(expected), rel=rounding) and numbers(found)
+    same_weights(tb.load(tmp_path / "run"), whole.model)
 
 
 @pytest.mark.slow
@@ -176,7 +187,11 @@ def test_one_process_says_what_does_not_divide(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("data", ["ordered", "packed"])
+@pytest.mark.parametrize("data, four, two", [
+    ("ordered", {"data": 2, "context": 2}, {"context": 2}), ("packed", {"data": 2, "context": 2}, {"context": 2}),
+    ("ordered", {"data": 2, "tensor": 2}, {"tensor": 2}), ("packed", {"context": 2, "tensor": 2}, {"tensor": 2}),
+    ("ordered", {"context": 2, "tensor": 2}, {"data": 2}),
+])  # fmt: skip
 def test_checkpoints_of_four_processes_are_resumed_by_two_and_by_one(
     tiny: Any,
     settings: Any,
@@ -185,6 +200,8 @@ def test_checkpoints_of_four_processes_are_resumed_by_two_and_by_one(
     packed_text: Any,
     in_process: Any,
     data: str,
+    four: dict[str, int],
+    two: dict[str, int],
     ordered_text: Any,
 ) -> None:
     recipe, settings = {**tiny, "vocab": 256}, {**settings, **EXACT, "recompute": False, "surprise_every": None}
@@ -192,9 +209,9 @@ def test_checkpoints_of_four_processes_are_resumed_by_two_and_by_one(
         ordered_text = {**packed_text, "documents": "ordered"}
         settings |= {"length": packed_text.get("length", 24)}
     whole = train(recipe, ordered_text, {**settings, "steps": 6}, tmp_path / "whole")
-    words = written(tmp_path, recipe, ordered_text, {**settings, "steps": 2, "mesh": {"data": 2, "context": 2}})
+    words = written(tmp_path, recipe, ordered_text, {**settings, "steps": 2, "mesh": four})
     ends = together_without_torchrun(in_process, tmp_path / "run", *words, processes=4)
-    more = ["--resume", "--steps", 4, "-t", "mesh={context: 2}"]
+    more = ["--resume", "--steps", 4, "-t", f"mesh={json.dumps(two)}"]
     ends += together_without_torchrun(in_process, tmp_path / "run", *more)
     for end in ends:
         assert end.status == 0, end.err
