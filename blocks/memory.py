@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import hardsigmoid
+from torch.nn.functional import hardsigmoid, pad
 
 from ..kernels.dispatch import known
 from ..kernels.documents import Documents
@@ -221,11 +221,15 @@ class NeuralMemory(Block):
         gates: Tensor | None = None,
         layout: Layout | None = None,
         ends: list[int] | None = None,
+        zeros: int = 0,
+        inputs: tuple[Any, Tensor | None, Tensor | None] | None = None,
     ) -> tuple[Tensor, NeuralMemoryState]:
         """``forward`` up to the outputs of the operation, ``[batch, time, heads, dim / heads]``.
 
         If ``gates``, the result of ``controls``, is given, ``x`` is that of ``qkv``. ``layout`` in place of ``mask``:
         the valid tokens are at the beginning of each row. ``ends``: the rows whose states are returned, by default all.
+        ``zeros``: how many zeros follow the numbers of each value; the matrix of the state has as many more rows.
+        ``inputs``: what the method of this name returns.
         """
         if documents is not None:
             # masked inputs may be NaN, which must not reach gradients
@@ -234,7 +238,7 @@ class NeuralMemory(Block):
             def learn(
                 x: Tensor, gates: Tensor, state: NeuralMemoryState | None, layout: Layout | None, ends: list[int] | None
             ) -> tuple[Tensor, NeuralMemoryState]:
-                return self.update(x, state, gates=gates, layout=layout, ends=ends)
+                return self.update(x, state, gates=gates, layout=layout, ends=ends, zeros=zeros)
 
             projected = [linear(self.qkv, x), linear(self.controls, x)]
             return run_documents(learn, documents, projected, state, mask, self.init_state, aligned=True)
@@ -242,7 +246,11 @@ class NeuralMemory(Block):
             layout = align(mask)
             x = layout.spread(x)
         state = self.init_state(x.shape[0]) if state is None else state
-        tokens, history, gates = self.inputs(x, state, None if layout is None else layout.length, gates)
+        if inputs is None:
+            inputs = self.inputs(x, state, None if layout is None else layout.length, gates)
+        tokens, history, gates = inputs
+        if zeros:
+            tokens = tokens._replace(v=pad(tokens.v, (0, zeros)))
         before: Any = state.memory
         memory: MemoryState | LearnerState | None
         if self.use == "read" and self.rule is None:

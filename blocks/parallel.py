@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels.documents import NO_DOCUMENT, Documents, packed_ids
-from .block import Block, call, child_blocks, initial_state, unsharded
+from .block import Block, call, initial_state, unsharded
 from .collectives import (
     Enter,
     Gather,
@@ -33,6 +33,9 @@ from .collectives import (
     scale_gradients,
     tie,
 )
+from .memory import NeuralMemory
+from .parallel_memory import can_run, run_affine, run_chunks
+from .parallel_plan import CONTEXTS, Step, plan, sharding_of
 from .state import State, detach, map_state, named_tensors, where
 from .tensor_parallel import EVERYTHING, DividedParameters, part_of_state, share_heads, whole_state
 
@@ -43,6 +46,8 @@ _Model = TypeVar("_Model")
 
 DIMENSIONS = ("data", "context", "tensor")
 """The names of mesh dimensions."""
+KEPT = 64
+"""Lengths of sequences whose steps are kept."""
 WAIT = 5.0
 """Seconds that other ranks wait with an error that the first rank has, too: a launcher ends them before."""
 
@@ -54,6 +59,7 @@ def parallelize(
     gather_outputs: bool = True,
     reshard_after_forward: bool = True,
     recompute: bool = False,
+    context: str = "auto",
 ) -> _Model:
     """Share out a model over the ranks of a mesh, in place. Every rank calls this with the same model.
 
@@ -64,6 +70,9 @@ def parallelize(
             are a part of the time axis; loss and state are whole in both cases.
         recompute: activation checkpointing of the blocks that depend on earlier tokens, for a mesh with ``context``.
             Checkpointing of whole layers would repeat their communication in another order.
+        context: how memories whose state needs no waiting get what they need of earlier tokens, for a mesh with
+            ``context``: ``"affine"``, ``"chunk"``, ``"pipelined"`` as the others, or ``"auto"``, which takes the
+            shorter time by a model of cost. ``model.parallel.plan(time)`` shows it.
         reshard_after_forward: free the gathered parameters of a layer between forward and backward (``fully_shard``).
 
     Each rank calls the model with the whole batch of its group of ``data``, which ranks of ``context`` and ``tensor``
@@ -74,7 +83,9 @@ def parallelize(
     share, and for ranks with different recipes.
     """
     shared: Any = model
-    parallel = Parallel(shared, mesh, gather_outputs, recompute)
+    if context not in CONTEXTS:
+        raise ValueError(f"context: expected one of {', '.join(CONTEXTS)}, got {context!r}")
+    parallel = Parallel(shared, mesh, gather_outputs, recompute, context)
     if parallel.size > 1:
         _shard_parameters(shared, mesh, parallel, reshard_after_forward)
         shared.parallel = parallel
@@ -84,7 +95,9 @@ def parallelize(
 class Parallel:
     """The ranks of each dimension of a mesh, as a model uses them."""
 
-    def __init__(self, model: Any, mesh: DeviceMesh, gather_outputs: bool, recompute: bool) -> None:
+    def __init__(
+        self, model: Any, mesh: DeviceMesh, gather_outputs: bool, recompute: bool, context: str = "auto"
+    ) -> None:
         import torch.distributed as dist
         from torch.distributed.device_mesh import DeviceMesh
 
@@ -105,7 +118,9 @@ class Parallel:
             else Ranks(None, 0, 1)
             for name in DIMENSIONS
         )
-        self.gather_outputs, self.recompute = gather_outputs, recompute
+        self.gather_outputs, self.recompute, self.how = gather_outputs, recompute, context
+        self._layers = model.layers
+        self._steps: dict[int, list[Step]] = {}
         self.whole = False
         """Whether each rank computes all tokens."""
         number = model.fingerprint.number
@@ -154,7 +169,24 @@ class Parallel:
                 f"a sequence of {length} tokens cannot be shared by the {ranks.size} ranks of the mesh's context: "
                 f"give a multiple of {ranks.size}, with padding and a mask if need be"
             )
-        return ContextCall(ranks, model, x, state, shape, mask, documents, cu_seqlens, self.recompute)
+        ways = {step.block: step.way for step in self.steps(length)}
+        return ContextCall(ranks, model, x, state, shape, mask, documents, cu_seqlens, self.recompute, ways)
+
+    def steps(self, time: int) -> list[Step]:
+        """How each block gets what it needs of earlier tokens, in a sequence of ``time`` tokens."""
+        if time not in self._steps:
+            if len(self._steps) > KEPT:
+                self._steps.clear()
+            self._steps[time] = plan(self._layers, self.context.size, time, self.how)
+        return self._steps[time]
+
+    def plan(self, time: int) -> dict[str, str]:
+        """How each block that depends on earlier tokens gets what it needs of them, by its path in the model.
+
+        ``"window"``, ``"pipelined"``, ``"affine"``, ``"chunk"`` or ``"gathered"``, for rows of ``time`` tokens. Calls
+        with padding run ``"window"``, ``"affine"`` and ``"chunk"`` as ``"pipelined"``.
+        """
+        return {step.name: step.way for step in self.steps(time) if step.way != "local"}
 
     def part_of(self, model: Any, state: Any) -> Any:
         """This rank's heads of a state."""
@@ -212,8 +244,10 @@ class ContextCall:
         documents: Tensor | None,
         cu_seqlens: Tensor | None,
         recompute: bool,
+        ways: dict[Block, str],
     ) -> None:
         self.recompute = recompute and torch.is_grad_enabled()
+        self.ways = ways
         self._documents: dict[int, Documents] = {}
         self.ranks, self.rows, self.time = ranks, *shape
         self.length = self.time // ranks.size
@@ -309,15 +343,21 @@ class ContextCall:
         """Run a block on this rank's tokens, after the tokens of the ranks before."""
         fresh = None if documents is None else documents.fresh
         with unsharded():
-            if sharding_of(block) is None:
+            way = self.ways.get(block, "gathered" if sharding_of(block) is None else "pipelined")
+            if way == "gathered":
                 return self._run_gathered(block, x, state, fresh, named)
             if torch.is_grad_enabled():
                 x = tie(x, *self._used(block, state, fresh))
-            if (past := self._past(block)) is not None:
-                y, after = self._run_after_window(block, x, state, fresh, past, named)
-            else:
-                y, after = self._run_after_state(block, x, state, mask, documents, named)
-        return y, after
+            past = block.past()
+            if way == "window" and mask is None and past is not None:
+                return self._run_after_window(block, x, state, fresh, past, named)
+            if isinstance(block, NeuralMemory) and way in ("affine", "chunk") and not named:
+                before = state if state is not None else self._fresh(block, documents)
+                if can_run(way, block, before, self.mask, documents):
+                    if way == "chunk":
+                        return run_chunks(self, block, x, before)
+                    return run_affine(self, block, x, before, documents)
+            return self._run_after_state(block, x, state, mask, documents, named)
 
     def _used(self, block: Block, state: State, fresh: State) -> list[Tensor]:
         """The tensors that get a gradient on some rank, and so on all: what one process would use."""
@@ -329,22 +369,16 @@ class ContextCall:
             fresh = None
         return [*used, *(y for _, y in named_tensors((state, fresh)))]
 
-    def _block(self, block: Block, x: Tensor, state: State, **named: Any) -> tuple[Tensor, State]:
+    def repeat(self, function: Callable[..., Any], x: Any, state: State, **named: Any) -> Any:
+        """``function(x, state)``, which ``recompute`` calls again in the backward pass."""
         if not self.recompute:
-            return cast("tuple[Tensor, State]", block(x, state, **named))
-        return cast("tuple[Tensor, State]", checkpoint(block, x, state, use_reentrant=False, **named))
-
-    def _past(self, block: Block) -> int | None:
-        """The number of tokens of the rank before that this rank needs, if these are all that it needs."""
-        if self.mask is not None:
-            return None
-        past = block.past()
-        return past if past is not None and past <= self.length else None
+            return function(x, state, **named)
+        return checkpoint(function, x, state, use_reentrant=False, **named)
 
     def _run_gathered(self, block: Block, x: Tensor, state: State, fresh: State, named: Any) -> tuple[Tensor, State]:
         """Each rank computes all tokens."""
         x, self.token = Gather.apply(self.ranks, x, self.token)
-        y, after = self._block(
+        y, after = self.repeat(
             block, x, state, mask=self.mask, documents=_starting(self.all_documents(), fresh), **named
         )
         return y[:, self.part], after
@@ -360,7 +394,7 @@ class ContextCall:
             x, self.token, *found = Receive.apply(ranks, grows, x, self.token, *(y.detach() for y in tensors))
             rest = iter(found)
             state = map_state(lambda _: next(rest), like)
-        y, after = self._block(block, x, state, mask=mask, documents=documents, **named)
+        y, after = self.repeat(block, x, state, mask=mask, documents=documents, **named)
         if not ranks.last:
             given = [z for _, z in named_tensors(after)]
             y, self.token, *found = Send.apply(ranks, grows, tie(y, x), self.token, *given)
@@ -375,17 +409,17 @@ class ContextCall:
         if past:
             x, self.token, halo = Shift.apply(self.ranks, past, x, self.token)
         if self.ranks.first:
-            y, after = self._block(block, x, state, documents=_starting(self.documents_from(0), fresh), **named)
+            y, after = self.repeat(block, x, state, documents=_starting(self.documents_from(0), fresh), **named)
             return y, after
         start = self.start - past
         if past:
             x = torch.cat((halo, x), dim=1)
         documents = _starting(self.documents_from(start), fresh)
-        before = self._state_at(block, state, start, documents)
-        y, after = self._block(block, x, before, documents=documents, **named)
+        before = self.state_at(block, state, start, documents)
+        y, after = self.repeat(block, x, before, documents=documents, **named)
         return y[:, past:], after
 
-    def _state_at(self, block: Block, state: State, start: int, documents: Documents | None) -> State:
+    def state_at(self, block: Block, state: State, start: int, documents: Documents | None) -> State:
         """A state at the token ``start``: right in what does not depend on the tokens before, and in its positions."""
         if start == 0:
             return state
@@ -410,12 +444,6 @@ class ContextCall:
         if documents is not None and documents.fresh is not None:
             return map_state(lambda y: y.expand(self.rows, *y.shape[1:]), documents.fresh)
         return initial_state(block, self.rows)
-
-
-def sharding_of(block: Block) -> str | None:
-    """``Block.sharding``, if the blocks inside say how they are sharded, too."""
-    inside = all(sharding_of(child) is not None for child in child_blocks(block))
-    return block.sharding if inside else None
 
 
 def _used_by_tokens(block: Any) -> list[str]:

@@ -21,6 +21,32 @@ from titans_build.tools.training.optimizer import parameter_groups
 
 MEMORY = {"type": "memory", "heads": 2, "expansion": 2, "chunk": 4}
 ATTENTION = {"type": "attention", "heads": 2, "window": 4}
+MATRIX = {"type": "memory", "heads": 2, "depth": 1, "norm": False, "clip": None}
+POLYNOMIAL = {"type": "polynomial", "degree": 2}
+ANCHOR = {**MEMORY, "chunk": 16, "retrieve": "anchor"}
+AFFINE = {
+    "gated_delta_net": {"type": "gated_delta_net", "heads": 2},
+    "kda": {"type": "kda", "heads": 2},
+    "gla": {"type": "gla", "heads": 2},
+    "momentum_delta": {"type": "momentum_delta", "heads": 2},
+    "delta_product": {"type": "delta_product", "heads": 2},
+    "chunks": {**MATRIX, "chunk": 5},
+    "channels": {**MATRIX, "chunk": 4, "retention": "channel", "retrieve": "before"},
+    "anchor": {**MATRIX, "chunk": 8, "retrieve": "anchor", "momentum": False},
+    "features": {**MATRIX, "chunk": 4, "clip": 1.0, "objective": "dot", "features": POLYNOMIAL},
+    "two momentums": {**MATRIX, "chunk": 4, "optimizer": {"type": "momentum", "order": 2}, "learn_momentum": True},
+    "no convolution": {**MATRIX, "conv": 0, "chunk": 1},
+}
+CHUNKS = {
+    "momentum": ANCHOR,
+    "channels": {**ANCHOR, "chunk": 64, "retention": "channel"},
+    "no gates": {**ANCHOR, "momentum": False, "forgetting": False},
+    "short": {**ANCHOR, "chunk": 5},
+    "lact": {"type": "lact", "heads": 2, "chunk": 16},
+    "lact without momentum": {"type": "lact", "heads": 2, "chunk": 64, "momentum": False},
+    "atlas": {"type": "atlas", "heads": 2, "chunk": 16, "retrieve": "anchor", "window": 1, "features": None},
+    "moneta": {"type": "moneta", "heads": 2, "chunk": 16, "retrieve": "anchor"},
+}
 BLOCK = {
     "mag": {"type": "persistent", "tokens": 2, "of": {"type": "gate", "branches": [ATTENTION, MEMORY]}},
     "mac": {
@@ -35,7 +61,8 @@ BLOCK = {
     "chain": [ATTENTION, MEMORY],
     "gates of chunks": {**MEMORY, "gates": "chunk"},
     "full attention": {"type": "attention", "heads": 2},
-    "anchor": {**MEMORY, "chunk": 16, "retrieve": "anchor"},
+    "anchor": ANCHOR,
+    "affine": {**MATRIX, "chunk": 4},
     "grouped heads": {"type": "attention", "heads": 4, "kv_heads": 2, "window": 4},
     "keys": {**MEMORY, "keys": 2, "momentum": False, "features": {"type": "polynomial", "degree": 2}},
     "custom": "running_sum",
@@ -99,10 +126,10 @@ class Case:
             total = total + sum(x.square().mean() for _, x in slots_in_use(state) if x.is_floating_point())
         return out, total
 
-    def compare(self, mesh: Any) -> None:
+    def compare(self, mesh: Any, **options: Any) -> None:
         """Raises ``AssertionError`` where a model on the mesh differs from one process."""
         plain, model = (tb.build(self.recipe, dtype=torch.float64, seed=0) for _ in range(2))
-        tb.parallelize(model, mesh)
+        tb.parallelize(model, mesh, **options)
         group = mesh.get_local_rank("data") if self.data > 1 else 0
         out, total = self.run(model, group)
         total.backward()
@@ -156,6 +183,52 @@ def compare_all(mesh: Any, blocks: Any, time: int, options: tuple[str, ...]) -> 
     data = dict(zip(mesh.mesh_dim_names, mesh.shape)).get("data", 1)
     for each in options:
         Case(recipe_of(*blocks), data, time, each).compare(mesh)
+
+
+def compare_ways(mesh: Any, way: str, blocks: Any, options: tuple[str, ...]) -> None:
+    time = 48
+    case = Case(recipe_of(*blocks), 1, time, "")
+    model = tb.parallelize(tb.build(case.recipe, seed=0), mesh, context=way)
+    assert set(model.parallel.plan(time // 2).values()) == {way}
+    for each in options:
+        Case(case.recipe, 1, time, each).compare(mesh, context=way, recompute="recompute" in each)
+
+
+def test_two_ranks_run_affine_memories_side_by_side() -> None:
+    blocks = [AFFINE[name] for name in ("gated_delta_net", "chunks", "features")]
+    on_ranks({"context": 2}, compare_ways, "affine", blocks, ("", "documents"))
+
+
+def test_two_ranks_sum_what_they_write_in_a_chunk() -> None:
+    on_ranks({"context": 2}, compare_ways, "chunk", [CHUNKS["momentum"], CHUNKS["lact"]], ("",))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", AFFINE)
+def test_affine_memories_equal_one_process(name: str) -> None:
+    on_ranks({"context": 4}, compare_ways, "affine", [AFFINE[name]], ("", "documents", "mask", "recompute"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHUNKS)
+def test_sums_over_chunks_equal_one_process(name: str) -> None:
+    on_ranks({"context": 4}, compare_ways, "chunk", [CHUNKS[name]], ("", "documents", "mask", "recompute"))
+
+
+def documents_after_nan(mesh: Any) -> None:
+    recipe = recipe_of(AFFINE["gated_delta_net"])
+    plain, model = (tb.build(recipe, dtype=torch.float64, seed=0) for _ in range(2))
+    tb.parallelize(model, mesh, context="affine")
+    x, documents = torch.randn(1, 24, 16, dtype=torch.float64), (torch.arange(24) >= 15).long()[None]
+    x[0, 3] = torch.nan
+    for each in (plain, model):
+        out = each(embeddings=x, documents=documents, check_finite=False)
+        assert out.logits[0, 3:15].isnan().all() and out.logits[0, 15:].isfinite().all()
+        assert all(w.isfinite().all() for _, w in tb.state.named_tensors(out.state))
+
+
+def test_nan_does_not_reach_the_next_document_on_another_rank() -> None:
+    on_ranks({"context": 2}, documents_after_nan)
 
 
 def test_two_ranks_of_context_equal_one_process() -> None:
