@@ -441,7 +441,7 @@ MEMORY = Operation(
         _backend("triton_batched", _triton("batched", "batched_memory"), refuse_triton, confined=True, knows=SUMS),
         _backend("torch", chunkwise_memory, confined=True, knows=SUMS),
         _backend("closed_form", closed_form_memory, thresholds=True, knows=SUMS),
-        _backend("reference", reference_memory, thresholds=True, confined=True, knows=(CHANNELS, FIRST, DELTA)),
+        _backend("reference", reference_memory, thresholds=True, confined=True, knows=(*SUMS, FIRST)),
     ],
     lambda tokens, state, _, mask, options: (
         tokens.like_outputs(),

@@ -5,6 +5,9 @@ Slow and obvious on purpose, and independent of every other backend: nothing in 
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,10 +17,16 @@ from .state import MemoryState, Objective, Options, Tokens
 _FUNCTIONS = {"identity": lambda z: z, "silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
 
-def memory_network(weights: tuple[Tensor, ...], x: Tensor, activation: str, gain: Tensor | None) -> Tensor:
+def memory_network(
+    weights: tuple[Tensor, ...], x: Tensor, activation: str, gain: Tensor | None, gated: bool = False
+) -> Tensor:
     """``M(x)`` for one token: x ``[batch, heads, d_in]``, weights ``[batch, heads, out, in]``."""
     h = x
-    for layer, weight in enumerate(weights):
+    if gated:
+        first, last, gate = weights
+        hidden, factor = (torch.einsum("bhoi,bhi->bho", weight, x) for weight in (first, gate))
+        h = torch.einsum("bhoi,bhi->bho", last, _FUNCTIONS[activation](hidden) * factor)
+    for layer, weight in enumerate(() if gated else weights):
         if layer:
             h = _FUNCTIONS[activation](h)
         h = torch.einsum("bhoi,bhi->bho", weight, h)
@@ -71,15 +80,41 @@ def reference_memory(
             parts = [tuple(x.clone() for x in part) for part in (state.weights, state.momentum, state.anchor)]
             state = MemoryState(parts[0], parts[1], parts[2], state.position.clone())
             return reference_memory(tokens.map(torch.clone), state, norm, mask, options)
-    rows, time = tokens.q.shape[:2]
+    (rows, time), past = tokens.q.shape[:2], options.window - 1
     if mask is None:
         mask = torch.ones(rows, time, dtype=torch.bool, device=tokens.q.device)
     else:  # zero times NaN is NaN, in gradients too
-        hidden = ~mask
-        tokens = tokens.map(lambda x: x.masked_fill(hidden.view(rows, time, *[1] * (x.dim() - 2)), 0.0))
-    q, k, v, theta, eta, alpha, delta, _ = tokens
+        hidden = F.pad(~mask, (past, 0))
+        tokens = tokens.map(
+            lambda x: x.masked_fill(hidden[:, -x.shape[1] :].view(*x.shape[:2], *[1] * (x.dim() - 2)), 0.0)
+        )
+    q, k, v, theta, eta, alpha, delta, gamma = tokens
     chunk, activation, clip, read, _, _, threshold, *_ = options
     weights, momentum, anchor, position = state
+
+    def gradients_of(
+        at: tuple[Tensor, ...], k: Tensor, v: Tensor, delta: Tensor | None, _: Tensor | None
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Of one token of each row and head, and which are suppressed."""
+        p = memory_network(at, k, activation, norm, options.gated)
+        gradients = _gradients(p, v, options.objective, None if delta is None else delta.unsqueeze(-1), at)
+        suppressed = torch.zeros(rows, q.shape[2], 1, 1, dtype=torch.bool, device=q.device)
+        if threshold is not None:
+            suppressed = torch.cat([g.flatten(2) for g in gradients], 2).norm(dim=2).view(suppressed.shape) < threshold
+        if clip is not None:
+            # in units of the largest number, whose square may overflow; a largest number that is not finite stays NaN
+            unit = torch.stack([g.detach().abs().amax((-2, -1), keepdim=True) for g in gradients]).amax(0).clamp(min=1)
+            squares = [(g / unit).square().sum((-2, -1), keepdim=True) for g in gradients]
+            # clamped before the root, which has no derivative at a gradient of zero
+            bound = torch.stack(squares).sum(0).clamp(min=(clip / unit) ** 2).sqrt()
+            gradients = tuple(g / unit * (clip / bound) for g in gradients)
+        return gradients, suppressed
+
+    # what is written of each token, and of the tokens in its window before it
+    def write(t: int) -> list[Any]:
+        return [None if x is None else x[:, t] for x in (k, v, delta, gamma)]
+
+    recent = [write(t) for t in range(past)]
     outputs = []
     for t in range(time):
         valid = mask[:, t].view(rows, 1, 1, 1)
@@ -97,19 +132,18 @@ def reference_memory(
         with torch.enable_grad():
             at = tuple((1 - a) * w for a, w in zip(forgets, anchor)) if options.decay_first else anchor
             at = tuple(a if a.requires_grad else a.detach().requires_grad_() for a in at)
-            threshold_of = None if delta is None else delta[:, t].unsqueeze(-1)
-            p = memory_network(at, k[:, t], activation, norm)
-            gradients = _gradients(p, v[:, t], options.objective, threshold_of, at)
-        suppressed = torch.zeros(rows, q.shape[2], 1, 1, dtype=torch.bool, device=q.device)
-        if threshold is not None:
-            suppressed = torch.cat([g.flatten(2) for g in gradients], 2).norm(dim=2).view(suppressed.shape) < threshold
-        if clip is not None:
-            # in units of the largest number, whose square may overflow; a largest number that is not finite stays NaN
-            unit = torch.stack([g.detach().abs().amax((-2, -1), keepdim=True) for g in gradients]).amax(0).clamp(min=1)
-            squares = [(g / unit).square().sum((-2, -1), keepdim=True) for g in gradients]
-            # clamped before the root, which has no derivative at a gradient of zero
-            bound = torch.stack(squares).sum(0).clamp(min=(clip / unit) ** 2).sqrt()
-            gradients = tuple(g / unit * (clip / bound) for g in gradients)
+            window = [*recent, write(past + t)]
+            found = [gradients_of(at, *each) for each in window]
+            gradients, suppressed = found[-1]
+            if gamma is not None:
+                sizes = [each[3][..., None, None] for each in window]
+                gradients = tuple(
+                    sum(size * g for size, g in zip(sizes, layer)) for layer in zip(*(each for each, _ in found))
+                )
+        recent = [
+            [x if x is None else torch.where(valid[..., 0] if x.dim() == 3 else valid[..., 0, 0], y, x)
+             for x, y in zip(*each)] for each in itertools.pairwise(window)
+        ]  # fmt: skip
         before = weights
 
         step = torch.where(suppressed, 0.0, gate(theta, 0))
@@ -120,7 +154,8 @@ def reference_memory(
             momentum = tuple(torch.where(valid, new, old) for new, old in zip(moved, momentum))
         kept = tuple((1 - torch.where(suppressed, 0.0, a)) * w for a, w in zip(forgets, weights))
         weights = tuple(torch.where(valid, w + s, old) for w, s, old in zip(kept, moved, weights))
-        y = memory_network({"after": weights, "before": before, "anchor": anchor}[read], q[:, t], activation, norm)
+        at = {"after": weights, "before": before, "anchor": anchor}[read]
+        y = memory_network(at, q[:, t], activation, norm, options.gated)
         outputs.append(torch.where(valid[..., 0], y, torch.zeros_like(y)))
         position = position + mask[:, t]
         ended = (position % chunk == 0).view(rows, 1, 1, 1) & valid

@@ -15,9 +15,9 @@ from torch.nn.functional import normalize
 
 from ...kernels.attention import Prefix, attention
 from ...kernels.attention.decode import Cache, cached_attention
-from ...kernels.dispatch import OPERATIONS
+from ...kernels.dispatch import OPERATIONS, half_dtype
 from ...kernels.linear import project
-from ...kernels.memory import MemoryState, read_memory, titans_memory
+from ...kernels.memory import MemoryState, Objective, Options, Tokens, read_memory, run_memory
 from ...kernels.norm_gate import gate, gated_norm, l2_norm, rms_norm, swiglu
 from ...kernels.norm_gate.decode import feed_forward, gated_output
 from ...kernels.rotary import rotate
@@ -81,6 +81,12 @@ class Memory(NamedTuple):
     masked: bool = False
     started: bool = False
     """Rows start at different positions within a chunk."""
+    window: int = 1
+    gated: bool = False
+    channels: bool = False
+    """Forgetting is by channel."""
+    deltas: bool = False
+    """The objective is Huber's with a threshold for each token."""
     saturated: bool = False
     """Some gates are exactly 0 or 1."""
     precision: str = "bfloat16"
@@ -96,24 +102,32 @@ class Memory(NamedTuple):
 
     def make(self, random: torch.Generator) -> Inputs:
         tokens = (self.batch, self.time, self.heads)
+        writes = (self.batch, self.time + self.window - 1, self.heads)
+        widths = [self.d, *[self.d * self.expansion] * (self.depth - 1), self.d]
+        shapes = [(out, in_) for in_, out in pairwise(widths)]
+        shapes += shapes[:1] if self.gated else []
         found = {
             "q": normalize(_randn(random, *tokens, self.d), dim=-1),
-            "k": normalize(_randn(random, *tokens, self.d), dim=-1),
-            "v": _randn(random, *tokens, self.d),
+            "k": normalize(_randn(random, *writes, self.d), dim=-1),
+            "v": _randn(random, *writes, self.d),
             "theta": 0.1 * torch.sigmoid(_randn(random, *tokens) - 1),
         }
         if self.momentum:
             found["eta"] = torch.sigmoid(_randn(random, *tokens) + 1)
         if self.forgetting:
-            found["alpha"] = torch.sigmoid(_randn(random, *tokens) - 4)
+            by = (sum(in_ for _, in_ in shapes),) if self.channels else ()
+            found["alpha"] = torch.sigmoid(_randn(random, *tokens, *by) - 4)
+        if self.deltas:
+            found["delta"] = torch.sigmoid(_randn(random, *writes)) * 2 * self.d**0.5
+        if self.window > 1:
+            found["gamma"] = torch.sigmoid(_randn(random, *writes) - 1)
         if self.saturated:
             for name, value in (("theta", 0.0), ("eta", 1.0), ("alpha", 0.0), ("eta", 0.0)):
                 found[name][torch.rand(tokens, generator=random) < 0.2] = value
         if self.norm:
             found["gain"] = 1 + _randn(random, self.heads, self.d, scale=0.1)
-        widths = [self.d, *[self.d * self.expansion] * (self.depth - 1), self.d]
         for part, scale in (("weights", 1.0), *([("momentum", 0.01)] if self.momentum else ()), ("anchor", 1.0)):
-            for layer, (in_, out) in enumerate(pairwise(widths)):
+            for layer, (out, in_) in enumerate(shapes):
                 x = _randn(random, self.batch, self.heads, out, in_, scale=scale * in_**-0.5)
                 found[f"state_{part}_{layer}"] = x
         if self.masked:
@@ -128,11 +142,15 @@ class Memory(NamedTuple):
             for part in ("weights", "momentum", "anchor")
         }
         state = MemoryState(parts["weights"], parts["momentum"], parts["anchor"], given["position"])
-        q, k, v, theta = (given[name] for name in ("q", "k", "v", "theta"))
-        y, after = titans_memory(
-            q, k, v, theta, given.get("eta"), given.get("alpha"), state, self.chunk, self.activation, given.get("gain"),
-            given.get("mask"), backend, clip=self.clip, read=self.read,
+        tokens = Tokens(
+            *(given[name] for name in ("q", "k", "v", "theta")),
+            *(given.get(name) for name in ("eta", "alpha", "delta", "gamma")),
+        )
+        options = Options(
+            self.chunk, self.activation, self.clip, self.read, half=half_dtype(tokens.q),
+            objective=Objective("huber" if self.deltas else "l2"), window=self.window, gated=self.gated,
         )  # fmt: skip
+        y, after = run_memory(tokens, state, given.get("gain"), given.get("mask"), options, backend)
         return [y, *after.weights, *after.momentum, *after.anchor]
 
     def case(self) -> Case:
@@ -165,6 +183,26 @@ MEMORIES = (
     Memory("read before write, gates of 0 and 1", read="before", saturated=True),
     Memory("read at the anchor, chunk 5, inside chunks", chunk=5, started=True, read="anchor"),
     Memory("heads of 128, one layer, float32", d=128, depth=1, chunk=32, time=70, heads=1, precision="float32"),
+    Memory("gated network", gated=True, chunk=64, time=150, activation="silu", batch=1),
+    Memory(
+        "gated network, clipped, inside chunks, read at the anchor",
+        gated=True,
+        started=True,
+        clip=0.5,
+        read="anchor",
+        masked=True,
+    ),
+    Memory("decays by channel", channels=True, chunk=64, time=150, batch=1),
+    Memory(
+        "decays by channel, read before write, gates of 0 and 1, masked",
+        channels=True,
+        read="before",
+        saturated=True,
+        masked=True,
+    ),
+    Memory("window of 16", window=16, chunk=64, time=150, batch=1),
+    Memory("window of 5, masked, inside chunks, clipped", window=5, masked=True, started=True, clip=0.5),
+    Memory("thresholds for each token", deltas=True, chunk=64, time=150, batch=1),
     Memory("one token, decoding", time=1, started=True, clip=0.5, backward=False),
     Memory("one token, decoding, float64", time=1, precision="float64", d=16, backward=False),
 )

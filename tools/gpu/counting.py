@@ -270,7 +270,9 @@ class _Dispatched(TorchDispatchMode):
         results = _tensors(made)
         if not func.is_view and name not in NO_LAUNCH:
             count = flop_registry.get(func.overloadpacket)
-            flops = 0.0 if count is None else count(*unwrapped[0], **unwrapped[1], out_val=made)
+            # a dtype of the result is no operand
+            operands = [x for x in unwrapped[0] if not isinstance(x, torch.dtype)]
+            flops = 0.0 if count is None else count(*operands, **unwrapped[1], out_val=made)
             self.gpu.launched(name, [*ours, *results], flops)
         same = {id(plain[id(x)]): x for x in given}  # results that are arguments: in place, ``out``
 

@@ -29,6 +29,8 @@ FURTHER: tuple[Row, ...] = (
     {"d": 128, "expansion": 2, "layers": 2, "chunk": 512},
 )
 """The memories of the packaged 170m, and with large chunks."""
+KINDS: tuple[Row, ...] = tuple(SHAPES[0] | {"kind": kind} for kind in ("gated", "channels", "window", "thresholds"))
+"""Memories that go beyond the paper's."""
 TILES: tuple[dict[str, int], ...] = ({"TOKENS": 64, "BLOCK": 64}, {"TOKENS": 64, "BLOCK": 32}, {"BLOCK": 64})
 MODELS = ("transformer", "mag", "lmm", "mac")
 REPEATED = ("two layers, streamed", "two layers, resident", "one layer, streamed", "masked, inside chunks, clipped")
@@ -108,7 +110,7 @@ def first(device: str, small: bool, answers: str | None) -> tuple[list[Stage], S
         ]),
         stage("further", 0, [
             *((_named(shape), speed.memory, _small(shape) if small else shape | {"rows": 128}, 30)
-              for shape in FURTHER),
+              for shape in (*KINDS, *FURTHER)),
             ("attention, window", speed.attentions, {"length": texts[-1], "window": 16 if small else 1024}, 40),
             ("attention", speed.attentions, {"length": texts[0], "window": None}, 40),
             ("norms and gates", speed.elementwise, {"rows": texts[-1], "width": 32 if small else 1024}, 30),

@@ -20,7 +20,8 @@ from torch.nn.functional import cross_entropy, logsigmoid, normalize, scaled_dot
 from ... import recipes
 from ...kernels import dispatch
 from ...kernels.attention import Prefix, attention
-from ...kernels.memory import MemoryState, memory_flops, titans_memory
+from ...kernels.dispatch import half_dtype
+from ...kernels.memory import LearnerState, Objective, Options, Tokens, memory_flops, run_memory
 from ...kernels.norm_gate import gate, rms_norm, swiglu
 from ...kernels.short_conv import causal_convolution
 from .counting import Counting
@@ -92,10 +93,12 @@ def layer_shapes(d: int, expansion: int, layers: int) -> list[tuple[int, int]]:
 def memory_operation(
     batch: int, length: int, heads: int, shapes: Sequence[tuple[int, int]], chunk: int, backend: str = "auto",
     device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, state_dtype: torch.dtype = torch.float32,
+    kind: str = "plain",
 ) -> Forward:  # fmt: skip
     """The operation on random tokens with the gates of a new block, and the leaves that get gradients.
 
-    The inputs are the same for every dtype except for rounding.
+    The inputs are the same for every dtype except for rounding. ``kind``: ``"plain"``, ``"gated"``, ``"channels"``,
+    ``"window"`` (of 16 tokens) or ``"thresholds"`` (of Huber's objective, for each token).
     """
     d, tokens = shapes[0][1], (batch, length, heads)
     q, k, v = (torch.randn(*tokens, d, device=device) for _ in range(3))
@@ -104,18 +107,32 @@ def memory_operation(
     q, k, v, theta, eta, alpha = (x.to(dtype) for x in drawn)
     del drawn
     weights = [torch.randn(batch, heads, out, in_, device=device).to(state_dtype) * in_**-0.5 for out, in_ in shapes]
-    gain = torch.ones(heads, d, device=device, dtype=dtype)
+    gain, delta, gamma = torch.ones(heads, d, device=device, dtype=dtype), None, None
+    if kind == "gated":
+        weights.append(weights[0].clone())
+    if kind == "channels":
+        alpha = alpha.unsqueeze(-1).repeat(1, 1, 1, sum(in_ for _, in_ in shapes))
+    if kind == "thresholds":
+        delta = torch.full_like(theta, d**0.5)
+    if kind == "window":
+        before = [torch.cat([x[:, :15], x], 1) for x in (k, v, theta)]
+        k, v, gamma = before[0], before[1], torch.full_like(before[2], 1 / 16)
+    options = Options(
+        chunk, "gelu", None, "after", half=half_dtype(q), window=16 if kind == "window" else 1, gated=kind == "gated",
+        objective=Objective("huber" if kind == "thresholds" else "l2"),
+    )  # fmt: skip
+    given = Tokens(q, k, v, theta, eta, alpha, delta, gamma)
 
     def forward() -> Tensor:
-        state = MemoryState.fresh(tuple(weights))
-        return titans_memory(q, k, v, theta, eta, alpha, state, chunk=chunk, norm=gain, backend=backend)[0]
+        state = LearnerState.fresh(weights).plain()
+        return run_memory(given, state, gain, None, options, backend)[0]
 
-    return forward, [q, k, v, theta, eta, alpha, gain, *weights]
+    return forward, [*(x for x in given if x is not None), gain, *weights]
 
 
 def memory(
     device: str, rows: int, length: int, d: int, expansion: int, layers: int, chunk: int, seconds: float,
-    backend: str = "auto", schedule: str = "auto", tiles: dict[str, int] | None = None,
+    backend: str = "auto", schedule: str = "auto", tiles: dict[str, int] | None = None, kind: str = "plain",
 ) -> Rows:  # fmt: skip
     """The memory in bfloat16, forward and backward, and forward alone."""
     os.environ[SCHEDULE] = schedule
@@ -123,14 +140,14 @@ def memory(
         _use_tiles(tiles)
     torch.manual_seed(0)
     shapes = layer_shapes(d, expansion, layers)
-    useful = rows * length * memory_flops(shapes, chunk)
+    useful = rows * length * memory_flops([*shapes, *(shapes[:1] if kind == "gated" else [])], chunk)
     for both, direction in BOTH:
-        made = memory_operation(1, length, rows, shapes, chunk, backend, device, torch.bfloat16)
+        made = memory_operation(1, length, rows, shapes, chunk, backend, device, torch.bfloat16, kind=kind)
         row = measured(passes(*made, both), device, seconds)
         yield {
-            "what": "memory", "backend": backend, "schedule": schedule, "rows": rows, "length": length, "d": d,
-            "expansion": expansion, "layers": layers, "chunk": chunk, "direction": direction, "tiles": tiles, **row,
-            "flops": useful * (3 if both else 1), "tokens": rows * length, "used": used("memory"),
+            "what": "memory", "kind": kind, "backend": backend, "schedule": schedule, "rows": rows, "length": length,
+            "d": d, "expansion": expansion, "layers": layers, "chunk": chunk, "direction": direction, "tiles": tiles,
+            **row, "flops": useful * (3 if both else 1), "tokens": rows * length, "used": used("memory"),
         }  # fmt: skip
 
 
@@ -418,7 +435,10 @@ def compile_ahead(function: str, **arguments: Any) -> Rows:
             shapes = layer_shapes(arguments["d"], arguments["expansion"], arguments["layers"])
             sizes = (1, arguments["length"], arguments["rows"], shapes, arguments["chunk"])
             for both, _ in BOTH:
-                passes(*memory_operation(*sizes, "auto", gpu.device, torch.bfloat16), both)()
+                operation = memory_operation(
+                    *sizes, "auto", gpu.device, torch.bfloat16, kind=arguments.get("kind", "plain")
+                )
+                passes(*operation, both)()
         else:
             made, text = gpu.moved(build(arguments["name"], "meta")), gpu.empty(1, 2049, dtype=torch.int64)
             with gpu.autocast(torch.bfloat16):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...dispatch import shows_values
+from ...dispatch import known, shows_values
 from ..state import MemoryState
 
 
@@ -64,7 +64,7 @@ class LearnerState(NamedTuple):
         if [x.shape for x in start] != [w.shape for w in weights][: len(start)]:
             raise ValueError("momentum: expected the shapes of weights")
         position = torch.zeros(weights[0].shape[0], dtype=torch.int64, device=weights[0].device)
-        return cls(weights, start, weights, position, weights)
+        return cls(weights, start, weights, known(position, [0] * len(position)), weights)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> LearnerState:
         """``function`` of every floating-point tensor."""

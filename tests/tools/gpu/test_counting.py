@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 import titans_build as tb
 from titans_build.tools.gpu.counting import Counting
+from titans_build.tools.gpu.speed import layer_shapes, memory_operation
+from titans_build.tools.gpu.timing import passes
 
 pytest.importorskip("triton")
 
@@ -71,3 +73,14 @@ def test_a_training_step_of_a_model():
     assert kernels.keys() >= {"write_kernel", "read_kernel", "write_backward_kernel"}
     write = kernels["write_kernel"]
     assert write.programs == 2 * 4 and write.arguments["b"] == 64 and write.arguments["keys"] == (2, 8, 64, 64)
+
+
+@pytest.mark.parametrize("kind", ["plain", "gated", "channels", "window", "thresholds"])
+def test_the_memory_never_waits(kind):
+    with Counting() as gpu:
+        operation = memory_operation(
+            1, 100, 2, layer_shapes(64, 2, 2), 64, "auto", gpu.device, torch.bfloat16, kind=kind
+        )
+        gpu.clear()
+        passes(*operation, True)()
+    assert gpu.launches and not gpu.waits

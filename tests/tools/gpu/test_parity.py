@@ -36,6 +36,16 @@ def test_backends_agree_with_references_from_a_file(name, tmp_path, monkeypatch)
     assert ran and all(row["passed"] for row in ran), ran
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+@pytest.mark.parametrize("name", [
+    "gated network", "decays by channel, read before write, gates of 0 and 1, masked",
+    "window of 5, masked, inside chunks, clipped", "thresholds for each token",
+])  # fmt: skip
+def test_what_goes_beyond_the_paper_is_as_exact_in_half_precision(name):
+    ran = rows(name)
+    assert ran["triton_batched"]["passed"] and all(row["passed"] for row in ran.values() if "refused" not in row), ran
+
+
 @pytest.mark.parametrize("wrong", [lambda y: y * 1.02, lambda y: y.index_fill(1, torch.tensor(0), float("nan"))])
 def test_a_backend_that_is_wrong_is_red_and_the_others_are_not(wrong, monkeypatch):
     backends = dispatch.OPERATIONS["convolution"].backends

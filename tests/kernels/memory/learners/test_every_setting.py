@@ -238,7 +238,7 @@ def test_outputs_state_and_gradients(name, make, general):
     gradients = case.gradients(expected)
     taken = ["auto", "general"]
     if name in SUMS:
-        taken += [*IN_PRODUCTS, *(["native"] if UNBUILT is None else [])]
+        taken += ["closed_form", "reference", *IN_PRODUCTS, *(["native"] if UNBUILT is None else [])]
     for backend in {*BACKENDS, *taken}:
         try:
             got = case.tensors(case.learn(backend=backend))
