@@ -44,6 +44,7 @@ from titans_build.kernels.memory.triton import (
 from titans_build.kernels.memory.triton.schedule import RESIDENT, loss_constants, operands, resident, schedule
 from titans_build.kernels.norm_gate import triton as gated
 from titans_build.kernels.norm_gate.form import GATE
+from titans_build.kernels.rotary import triton as rotation
 from titans_build.kernels.short_conv import triton as convolution
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -60,10 +61,11 @@ PRODUCTS = {
     "tf32": operands(torch.float32) | dict(PRECISION="tf32", FINE_PRECISION="bf16x3"),
 }
 WHOLE = re.compile(
-    r"tokens|dim|(?:batch_)?heads|interval|.*_(?:step|row|head)|stretch|time|problems|chunks?|rows|d_in|width|d_out|b|writes|channels"
+    r"tokens|dim|(?:batch_)?heads|interval|.*_(?:step|row|head)|stretch|time|problems|chunks?|rows|d_in|width|d_out|b|"
+    r"writes|units|channels|own"
 )
 """Integer arguments."""
-TYPED = {"mask": "*i1", "position": "*i64"}
+TYPED = {"mask": "*i1", "position": "*i64", "length": "*i64"}
 
 
 def kernels(
@@ -76,13 +78,21 @@ def kernels(
     hidden = dim if layers == 1 else hidden
     products = PRODUCTS[operand] | dict(UNIT_ROWS=64 if target in ("sm_90", "sm_100") else 16)
     wide = tl.float32
-    norm = dict(KIND=GATE, GIVEN=True, WIDE=wide, ROWS=max(1, 1024 // dim), WIDTH=dim, DIVISOR=float(dim), EPS=1e-6)
+    rows, register = gated.tiles(dim)
+    norm = dict(KIND=GATE, GIVEN=True, WIDE=wide, ROWS=rows, WIDTH=register, DIVISOR=float(dim), EPS=1e-6)
     steps = dict.fromkeys(("a_step", "b_step", "grad_step", "grad_a_step", "grad_b_step"), 16 * dim)
     for kernel in (gated.forward_kernel, gated.backward_kernel):
         yield kernel, norm, dict(dim=dim, **steps)
-    taps = dict(WIDTH=4, TAPS=4, WIDE=wide, TIMES=32, CHANNELS=64)
+    turn = dict(EPS=1e-6, PLAIN=True, WIDE=wide, **rotation.tiles(dim))
+    steps = {f"{name}_{to}": 16 * dim for name in ("x", "turn", "grad", "plain") for to in ("row", "step")}
+    for kernel in (rotation.forward_kernel, rotation.backward_kernel):
+        yield kernel, turn, dict(dim=dim, first=1, **steps)
+    times, register = convolution.tiles(dim)
+    taps = dict(WIDTH=4, TAPS=4, GIVEN=True, FIXED=False, SILU=True, AFTER=True, MASKED=True, EPS=1e-6, WIDE=wide,
+                TIMES=times, CHANNELS=register)  # fmt: skip
+    steps = {f"{name}_{to}": 48 * dim for name in ("x", "h", "first", "second", "third") for to in ("row", "step")}
     for kernel in (convolution.forward_kernel, convolution.backward_kernel):
-        yield kernel, taps, dict(dim=16 * dim, time_step=16 * dim, grad_time_step=16 * dim)
+        yield kernel, taps, dict(dim=dim, channels=48 * dim, own=16 * dim, **steps)
     net = dict(
         LAYERS=layers, PARTS=2, ACTIVATION=3 if layers == 2 else 0, NORM=True, CLIP=1.0, ANCHORED=True, KEEP=True,
         MOMENTUM=True, FORGETTING=True, MASKED=True, AFTER=True, READ=1, WIDE=wide, **products,

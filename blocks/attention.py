@@ -18,7 +18,7 @@ from ..kernels.documents import Documents
 from ..kernels.linear import is_plain, linear, project
 from ..kernels.norm_gate import rms_norm
 from ..kernels.padding import align, last
-from ..kernels.rotary import rotate
+from ..kernels.rotary import normed_rotation, rotate
 from ..registry import SameWeights, register
 from .block import Block, check_input, like_of
 from .documents import run_documents
@@ -148,7 +148,7 @@ class Attention(Block):
         if tokens.is_meta:
             kept = tokens.new_empty(*tokens.shape[:2], self.kv_heads, self.head_dim)
             return tokens, state._replace(prefix_keys=kept, prefix_values=kept)
-        q, k, v = self._project([linear(self.qkv, tokens)], 1, operand_dtype(state.keys))
+        q, k, v, _ = self._project([linear(self.qkv, tokens)], 1, operand_dtype(state.keys), None)
         y = linear(self.out, attention(q, k, v).flatten(2).to(operand_dtype(tokens)))
         dtype = state.keys.dtype
         return y, state._replace(prefix_keys=k.to(dtype), prefix_values=v.to(dtype))
@@ -255,19 +255,18 @@ class Attention(Block):
         """
         (rows, time), fresh = projected[-1].shape[:2], state is None
         state = self.init_state(rows) if state is None else state
-        dtype = operand_dtype(state.keys)
-        q, k, v = self._project(projected, step, dtype)
-        prefix = None
-        if state.prefix_keys is not None and state.prefix_values is not None:
-            prefix = Prefix(q, state.prefix_keys.to(dtype), state.prefix_values.to(dtype))
+        dtype, positions, prefix = operand_dtype(state.keys), None, None
         if self.rope is not None:
             first = integers(state.position, wait=False)
             if first is not None and len(set(first)) == 1:  # rows at the same position share their rotation
                 position: Any = range(first[0], first[0] + time)
-                q, k = rotate(q, position[step - 1 :: step], self.rope), rotate(k, position, self.rope)
+                positions = position[step - 1 :: step], position
             else:
-                position = state.position[: 1 if fresh else None, None] + torch.arange(time, device=k.device)
-                q, k = rotate(q, position[:, step - 1 :: step], self.rope), rotate(k, position, self.rope)
+                position = state.position[: 1 if fresh else None, None] + torch.arange(time, device=state.keys.device)
+                positions = position[:, step - 1 :: step], position
+        q, k, v, plain = self._project(projected, step, dtype, positions)
+        if state.prefix_keys is not None and state.prefix_values is not None:
+            prefix = Prefix(plain, state.prefix_keys.to(dtype), state.prefix_values.to(dtype))
 
         slots = state.keys.shape[1]
         # the largest number of slots in use of any row, and the first of them in each row (None: all in use)
@@ -305,8 +304,11 @@ class Attention(Block):
         y = linear(self.out, y.flatten(2).to(x.dtype))
         return y, state._replace(keys=keys, values=values, cached=cached, position=position)
 
-    def _project(self, projected: Sequence[Tensor], step: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries at every ``step``-th token, keys and values, ``[batch, .., heads or kv_heads, d]``, not rotated."""
+    def _project(
+        self, projected: Sequence[Tensor], step: int, dtype: torch.dtype, positions: tuple[Any, Any] | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries at every ``step``-th token, keys and values, ``[batch, .., heads or kv_heads, d]``, and the queries
+        before their rotation. ``positions``: of queries and keys; ``None``: nothing is rotated."""
         shape, shared = (-1, self.head_dim), self.kv_heads
         heads = projected[-1].to(dtype).unflatten(-1, shape)
         if len(projected) == 2:
@@ -315,9 +317,16 @@ class Attention(Block):
         else:
             q, k, v = heads.split_with_sizes((self.heads, shared, shared), dim=2)
             q = q[:, step - 1 :: step]
+        if positions is not None and self.rope is not None and not q.is_cpu:
+            q, plain = normed_rotation(q, self.gain, positions[0], self.rope, plain=True)
+            k, _ = normed_rotation(k, self.gain, positions[1], self.rope, first=self.heads)
+            return q, k, v, q if plain is None else plain
         if self.gain is not None:
             q, k = rms_norm(q, self.gain[: self.heads]), rms_norm(k, self.gain[self.heads :])
-        return q, k, v
+        plain = q
+        if positions is not None and self.rope is not None:
+            q, k = rotate(q, positions[0], self.rope), rotate(k, positions[1], self.rope)
+        return q, k, v, plain
 
     def _advance(self, state: AttentionState, k: Tensor, v: Tensor, length: Tensor | None) -> AttentionState:
         """Return the state after the new ``k`` and ``v``, in the dtype of ``state``. ``length`` as in :meth:`_run`."""

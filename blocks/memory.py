@@ -204,7 +204,9 @@ class NeuralMemory(Block):
     def read_projected(self, projected: Sequence[Tensor], state: NeuralMemoryState) -> Tensor:
         """``read(x, state)`` from ``project_queries(x)``."""
         queries, gate = projected
-        q = query(queries.to(self.output_gain.dtype), self.convolution, state.convolution, self.heads)
+        if self.convolution is None:
+            queries = queries.to(self.output_gain.dtype)
+        q = query(queries, self.convolution, state.convolution, self.heads)
         if self.rule is None:
             y = read_memory(q, state.memory.weights, self.activation, self.norm_gain)
         else:
@@ -286,13 +288,14 @@ class NeuralMemory(Block):
             q, k, v, (theta, *others), history = memory_inputs(x, state.convolution, layers)
             gates = None
         else:
-            # under autocast, the state keeps its dtype
-            projected = (linear(self.qkv, x) if gates is None else x).to(self.output_gain.dtype)
+            projected, dtype = linear(self.qkv, x) if gates is None else x, self.output_gain.dtype
+            if self.convolution is None or self.rule is not None:
+                projected = projected.to(dtype)  # under autocast, the state keeps its dtype
             if self.rule is None:
                 q, k, v, history = query_key_value(projected, self.convolution, state.convolution, self.heads, length)
                 if self.use == "read":
                     return Tokens(q, k, v, q.new_zeros(q.shape[:3]), None, None), history, state.gates
-            raw, gates = (linear(self.controls, x) if gates is None else gates).to(projected.dtype), state.gates
+            raw, gates = (linear(self.controls, x) if gates is None else gates).to(dtype), state.gates
             if gates is not None:
                 raw, gates = memory_rule.gates_of_chunks(raw, gates, state.memory.position, self.chunk, length)
             raw = raw.to(state.memory.weights[0].dtype)

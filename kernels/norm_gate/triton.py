@@ -136,7 +136,7 @@ PARTS = 1024
 """Stretches of tokens at most: enough programs for any GPU, few enough sums to be added up at once."""
 
 
-def _tile(dim: int) -> tuple[int, int]:
+def tiles(dim: int) -> tuple[int, int]:
     """Vectors at a time, and their width in registers."""
     width = triton.next_power_of_2(dim)
     return max(1, 1024 // width), width
@@ -162,8 +162,7 @@ def _result(a: Tensor, b: Tensor | None) -> Tensor:
     return a.new_empty(a.shape) if b is None else b.new_empty(b.shape, dtype=torch.promote_types(a.dtype, b.dtype))
 
 
-@torch.library.custom_op("titans_build::gated", mutates_args=())
-def gated_operator(
+def run_forward(
     a: Tensor, b: Tensor | None, gain_a: Tensor | None, gain_b: Tensor | None,
     kind: int, heads: int, dim: int, divisor: float, eps: float,
 ) -> Tensor:  # fmt: skip
@@ -175,7 +174,7 @@ def gated_operator(
     y = _result(a, b)
     left, a_step = _laid_out(a, width)
     right, b_step = (None, 0) if b is None else _laid_out(b, width)
-    tokens, (rows, register) = len(left), _tile(dim)
+    tokens, (rows, register) = len(left), tiles(dim)
     if tokens:
         launch(
             forward_kernel, (triton.cdiv(tokens, rows), heads),
@@ -187,13 +186,15 @@ def gated_operator(
     return y
 
 
+gated_operator = torch.library.custom_op("titans_build::gated", run_forward, mutates_args=())
+
+
 @gated_operator.register_fake
 def _(a, b, gain_a, gain_b, kind, heads, dim, divisor, eps):
     return _result(a, b)
 
 
-@torch.library.custom_op("titans_build::gated_backward", mutates_args=())
-def gated_backward_operator(
+def run_backward(
     grad: Tensor, a: Tensor, b: Tensor | None, gain_a: Tensor | None, gain_b: Tensor | None,
     kind: int, heads: int, dim: int, divisor: float, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -202,7 +203,7 @@ def gated_backward_operator(
     left, a_step = _laid_out(a, width)
     right, b_step = (None, 0) if b is None else _laid_out(b, width)
     pulled, grad_step = _laid_out(grad, width)
-    tokens, (rows, register) = len(left), _tile(dim)
+    tokens, (rows, register) = len(left), tiles(dim)
     stretch = triton.cdiv(triton.cdiv(tokens, rows), PARTS) * rows
     parts = triton.cdiv(tokens, stretch) if tokens else 0
     grad_a, grad_b, _, _ = _gradients(a, b, gain_a, gain_b)
@@ -227,6 +228,9 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dense = lambda x: a.new_empty(0 if x is None else x.shape, dtype=None if x is None else x.dtype)  # noqa: E731
     return dense(a), dense(b), dense(gain_a), dense(gain_b)
+
+
+gated_backward_operator = torch.library.custom_op("titans_build::gated_backward", run_backward, mutates_args=())
 
 
 @gated_backward_operator.register_fake

@@ -11,13 +11,17 @@ import functools
 import math
 import operator
 from contextlib import nullcontext
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from .. import triton_runtime
 from ..dispatch import Backend, Operation, transforming
+from ..norm_gate import rms_norm
 
+EPS = 1e-6
+"""In the norm."""
 _TURN = 2**64
 
 _Key: TypeAlias = "tuple[int, float, torch.device]"
@@ -42,6 +46,61 @@ def rotate(x: Tensor, position: Tensor | range, base: float = 10000.0, *, backen
         raise ValueError(f"rotate: base {base}: expected a number above 1")
     y: Tensor = _operation.choose(backend, device=x.device.type, dtype=x.dtype)(x, position, float(base))
     return y
+
+
+def normed_rotation(
+    x: Tensor,
+    gain: Tensor | None,
+    position: Tensor | range,
+    base: float | None,
+    *,
+    first: int = 0,
+    plain: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """``rotate(rms_norm(x, gain), position, base)``, one kernel on a GPU; and if ``plain``, what was rotated.
+
+    Args:
+        x: ``[batch, time, heads, d]``.
+        gain: ``[at least first + heads, d]``, of which the heads of ``x`` have the rows from ``first`` on; ``None``:
+            nothing is normalized.
+        position: as of :func:`rotate`.
+        base: as of :func:`rotate`; ``None``: nothing is rotated.
+    """
+    facts = dict(device=x.device.type, dtype=x.dtype, both=gain is not None and base is not None)
+    run = _normed.choose(backend, **facts)
+    result: tuple[Tensor, Tensor | None] = run(x, gain, position, base, first, plain)
+    return result
+
+
+def _separately(
+    x: Tensor,
+    gain: Tensor | None,
+    position: Tensor | range,
+    base: float | None,
+    first: int,
+    plain: bool,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    if gain is not None:
+        x = rms_norm(x, gain[first : first + x.shape[2]], EPS, backend=backend)
+    y = x if base is None else rotate(x, position, base, backend="auto" if backend == "auto" else "reference")
+    return y, x if plain else None
+
+
+def _normed_triton(
+    x: Tensor, gain: Tensor, position: Tensor | range, base: float, first: int, plain: bool
+) -> tuple[Tensor, Tensor | None]:
+    from .triton import normed_rotation
+
+    key, wide = (x.shape[-1], float(base), x.device), torch.promote_types(x.dtype, torch.float32)
+    kept = isinstance(position, range) and 0 < len(position) <= SEGMENT_POSITIONS and not torch.compiler.is_compiling()
+    cos, sin = (_tables_of_segment if kept else _tables)(key, wide, position)
+    return normed_rotation(x, gain, cos, sin, first, plain, EPS)
+
+
+def _refuse_normed(*, both: bool = True, **facts: Any) -> str | None:
+    return triton_runtime.refuse(**facts) if both else "normalizes and rotates, not one of these alone"
 
 
 def _reference(x: Tensor, position: Tensor | range, base: float) -> Tensor:
@@ -137,6 +196,14 @@ def _fixed_point(d: int, base: float, device: torch.device) -> Tensor:
     return table
 
 
+_normed = Operation(
+    "normed_rotation",
+    [
+        Backend("triton", _normed_triton, _refuse_normed),
+        Backend("torch", _separately),
+        Backend("reference", functools.partial(_separately, backend="reference")),
+    ],
+)
 _operation = Operation(
     "rotary",
     [

@@ -1,8 +1,8 @@
 """The short causal convolution, and queries, keys and values of a memory, which are made with it (paper 4.4).
 
 ``causal_convolution`` runs in Triton (triton.py) on GPUs, elsewhere as a sum of shifted products. ``query_key_value``
-and ``query`` are one C kernel (cpu.c) on CPUs: convolution, SiLU and unit length in one pass over memory each way. What
-a memory computes from one token is in decode.py.
+and ``query`` are one kernel, in C (cpu.c) on CPUs and in Triton on GPUs: convolution, SiLU and unit length in one pass
+over memory each way. What a memory computes from one token is in decode.py.
 """
 
 from __future__ import annotations
@@ -147,14 +147,15 @@ def query_key_value(
     """``q, k = l2_norm(silu(conv(x)))`` per head, ``v = silu(conv(x))``, and the next call's history.
 
     Args:
-        projected: ``[batch, time, 3 * heads * dim]``: what becomes q, then k, then v.
+        projected: ``[batch, time, 3 * heads * dim]``: what becomes q, then k, then v; under autocast of half precision.
         weight: ``[3 * heads * dim, width]``, its last column on the current token; ``None``: no convolution.
         history: ``[batch, width - 1, 3 * heads * dim]``, what was projected before; ``None`` without a convolution.
         length: ``[batch]`` int64, the number of real tokens of each row; they come first, and the next history ends
             with the last of them. ``None``: every token is real.
 
     Returns:
-        q, k, v ``[batch, time, heads, dim]``, and the next history, which shares no memory with ``projected``.
+        q, k, v ``[batch, time, heads, dim]`` in the dtype of ``weight``, and the next history, which shares no memory
+        with ``projected``.
 
     Raises:
         ValueError: shapes do not fit.
@@ -175,9 +176,15 @@ def query_key_value(
             raise ValueError(
                 f"query_key_value: length {length.dtype} {list(length.shape)}: expected int64 [{projected.shape[0]}]"
             )
-        has_values = not (length.is_meta or torch.compiler.is_compiling())
-        if has_values and bool(((length < 0) | (length > projected.shape[1])).any()):
+        # on other devices than a CPU, looking at values would wait
+        if (
+            length.is_cpu
+            and not torch.compiler.is_compiling()
+            and bool(((length < 0) | (length > projected.shape[1])).any())
+        ):
             raise ValueError(f"query_key_value: length {length.tolist()}: expected 0 .. {projected.shape[1]}")
+    if weight is not None and projected.is_cpu:
+        projected = projected.to(weight.dtype)  # the kernel of a GPU reads half precision
     width, same = (1, True) if weight is None else (weight.shape[1], weight.dtype == projected.dtype)
     run = _query_key_value.choose(backend, projected, weight, history, length, width=width, same=same)
     q, k, v, after = run(projected, weight, history, heads, length)
@@ -210,13 +217,15 @@ def query(
         if history is None or history.shape != (batch, weight.shape[1] - 1, weight.shape[0]):
             found = None if history is None else list(history.shape)
             raise ValueError(f"query: history {found}: expected {[batch, weight.shape[1] - 1, weight.shape[0]]}")
+    if weight is not None and projected.is_cpu:
+        projected = projected.to(weight.dtype)
     width, same = (1, True) if weight is None else (weight.shape[1], weight.dtype == projected.dtype)
     run = _query.choose(backend, projected, weight, history, width=width, same=same)
     q: Tensor = run(projected, weight, history, heads)
     return q
 
 
-def _query_key_value_torch(
+def make_query_key_value(
     projected: Tensor,
     weight: Tensor | None,
     history: Tensor | None,
@@ -235,7 +244,7 @@ def _query_key_value_torch(
     return q, k, v.squeeze(2), history
 
 
-def _query_torch(
+def make_queries(
     projected: Tensor, weight: Tensor | None, history: Tensor | None, heads: int, backend: str = "torch"
 ) -> Tensor:
     if weight is not None and history is not None:
@@ -290,8 +299,8 @@ def _native(
 
 def _formula(ctx: Any, projected: Tensor, weight: Tensor | None, history: Tensor | None) -> Any:
     if ctx.outputs == 1:
-        return _query_torch(projected, weight, history, ctx.heads, "reference")
-    return _query_key_value_torch(projected, weight, history, ctx.heads, ctx.length, "reference")
+        return make_queries(projected, weight, history, ctx.heads, "reference")
+    return make_query_key_value(projected, weight, history, ctx.heads, ctx.length, "reference")
 
 
 class _QueryKeyValue(torch.autograd.Function):
@@ -344,6 +353,23 @@ def _refuse_native(*, width: int = 1, **facts: Any) -> str | None:
     return library.refuse(**facts)
 
 
+def _query_key_value_triton(*given: Any) -> Any:
+    from .triton import query_key_value
+
+    return query_key_value(*given, EPS)
+
+
+def _query_triton(*given: Any) -> Tensor:
+    from .triton import query
+
+    return query(*given, EPS)
+
+
+def _refuse_triton(*, same: bool = True, **facts: Any) -> str | None:
+    """Its kernel takes tensors of several dtypes, as there are under autocast."""
+    return triton_runtime.refuse(**facts)
+
+
 def _outputs(projected: Tensor, weight: Tensor | None, history: Tensor | None, heads: int, *others: Any) -> Any:
     q = projected.unflatten(-1, (3, heads, -1))[:, :, 0]
     return q, q, q, None if weight is None else history
@@ -353,9 +379,9 @@ _query_key_value = Operation(
     "query_key_value",
     [
         Backend("native", functools.partial(_native, outputs=3), _refuse_native, opaque=True),
-        Backend("triton", functools.partial(_query_key_value_torch, backend="triton"), triton_runtime.refuse),
-        Backend("torch", _query_key_value_torch),
-        Backend("reference", functools.partial(_query_key_value_torch, backend="reference")),
+        Backend("triton", _query_key_value_triton, _refuse_triton),
+        Backend("torch", make_query_key_value),
+        Backend("reference", functools.partial(make_query_key_value, backend="reference")),
     ],
     _outputs,
 )
@@ -363,9 +389,9 @@ _query = Operation(
     "query",
     [
         Backend("native", functools.partial(_native, outputs=1), _refuse_native, opaque=True),
-        Backend("triton", functools.partial(_query_torch, backend="triton"), triton_runtime.refuse),
-        Backend("torch", _query_torch),
-        Backend("reference", functools.partial(_query_torch, backend="reference")),
+        Backend("triton", _query_triton, _refuse_triton),
+        Backend("torch", make_queries),
+        Backend("reference", functools.partial(make_queries, backend="reference")),
     ],
     lambda projected, weight, history, heads: projected.unflatten(-1, (heads, -1)),
 )

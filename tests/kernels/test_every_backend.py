@@ -12,7 +12,7 @@ from titans_build.kernels.linear import project
 from titans_build.kernels.memory import MemoryState, read_memory, titans_memory
 from titans_build.kernels.norm_gate import gate, gated_norm, l2_norm, rms_norm, swiglu
 from titans_build.kernels.norm_gate.decode import feed_forward
-from titans_build.kernels.rotary import rotate
+from titans_build.kernels.rotary import normed_rotation, rotate
 from titans_build.kernels.scan import linear_scan
 from titans_build.kernels.short_conv import causal_convolution, query, query_key_value
 from titans_build.kernels.short_conv.decode import Layers, memory_inputs
@@ -33,6 +33,9 @@ CALLS = {
     "rms_norm": lambda **chosen: rms_norm(new(5, 4), new(4), **chosen),
     "l2_norm": lambda **chosen: l2_norm(new(5, 4), **chosen),
     "rotary": lambda **chosen: rotate(new(1, 2, 2, 4), torch.tensor([[3, 4]]), **chosen),
+    "normed_rotation": lambda **chosen: normed_rotation(new(1, 3, 2, 4), new(3, 4), range(3), 100.0, first=1, **chosen)[
+        0
+    ],
     "cached_attention": lambda **chosen: cached_attention(new(1, 1, 6, 4), None, CACHE, heads=2, window=4, **chosen),
     "projection": lambda **chosen: project(new(1, 16), new(8, 16), **chosen),
     "linear": lambda **chosen: project(new(9, 16), new(8, 16), **chosen),

@@ -31,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from ...kernels import triton_runtime
+from ...kernels import linear, triton_runtime
 from ...kernels.attention import flash, xformers
 
 VALUES = 2**16
@@ -127,15 +127,25 @@ class Counting(contextlib.ExitStack):
         self.waits: list[str] = []
         """Where the host waits: ``kernels/memory/overflow.py:36``."""
         self._casts: dict[int, tuple[Tensor, Tensor]] = {}
+        self.operators: dict[str, Callable[..., Any]] = {}
+        """The package's own, and the functions that they call."""
 
     def __enter__(self) -> Counting:
+        from ...kernels.norm_gate import triton as norm_gate
+        from ...kernels.rotary import triton as rotary
+        from ...kernels.short_conv import triton as short_conv
+
         super().__enter__()
+        for name, module in (("gated", norm_gate), ("normed_rotation", rotary), ("convolution", short_conv)):
+            self.operators[f"titans_build::{name}"] = module.run_forward
+            self.operators[f"titans_build::{name}_backward"] = module.run_backward
         _active.append(self)
         self.callback(_active.remove, self)
         self.enter_context(triton_runtime.recording(self._kernel))
         self.enter_context(patch.object(xformers, "_library", lambda: _XFormers(self)))
         self.enter_context(patch.object(xformers._trial, "refuse", lambda *facts: None))
         self.enter_context(patch.object(flash._trial, "refuse", lambda *facts: "xFormers stands for it"))
+        self.enter_context(patch.object(linear, "_ORDINARY", (*linear._ORDINARY, DeviceTensor)))
         self.enter_context(_Dispatched(self))
         self.enter_context(_Called(self))
         return self
@@ -258,6 +268,9 @@ class _Dispatched(TorchDispatchMode):
             return func(*args, **kwargs)
         if (answer := self._answer(name, args, kwargs)) is not None:
             return answer[0]
+        if name in self.gpu.operators:  # whose launches are counted
+            with self:
+                return self.gpu.operators[name](*args, **kwargs)
         if any(x.is_meta for x in plain.values()):
             plain = {key: x if x.is_meta or not x.dim() else x.to("meta") for key, x in plain.items()}
         unwrapped = _mapped(lambda x: plain[id(x)], (args, kwargs))

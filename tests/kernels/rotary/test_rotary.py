@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from titans_build.kernels.rotary import rotate
+from titans_build.kernels.norm_gate import rms_norm
+from titans_build.kernels.rotary import normed_rotation, rotate
 
 BACKENDS = ["torch", "reference"]
 
@@ -100,3 +101,36 @@ def test_compiled_once(base, dynamic):
         again = compiled(x, position, base)
     for y in (first, again):
         torch.testing.assert_close(y, rotate(x, position, base))
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "time, d, first, plain, position",
+    [(5, 8, 1, True, range(3, 8)), (40, 6, 0, False, range(1, 80, 2)),
+     (3, 16, 2, True, torch.tensor([[1, 5, 2], [7, 0, 3]]))],
+)  # fmt: skip
+def test_normed_and_rotated(backend, dtype, time, d, first, plain, position):
+    """Two heads of a wider tensor, whose gains are among others."""
+    random = torch.Generator().manual_seed(0)
+    new = lambda *shape: torch.randn(shape, dtype=torch.float64, generator=random)  # noqa: E731
+    x, gain, pushed = new(2, time, 4, d)[:, :, 1:3].to(dtype), new(4, d), new(2, 2, time, 2, d)
+    gain = gain if dtype == torch.float64 else gain.float()
+
+    def found(x, gain, run):
+        leaves = [x.detach().requires_grad_(), gain.detach().requires_grad_()]
+        outputs = [y for y in run(*leaves) if y is not None]
+        return [*outputs, *torch.autograd.grad(outputs, leaves, [g.to(y.dtype) for g, y in zip(pushed, outputs)])]
+
+    def definition(x, gain):
+        normed = rms_norm(x, gain[first : first + 2], backend="reference")
+        return rotate(normed, position, 100.0, backend="reference"), normed if plain else None
+
+    expected = found(x.double(), gain.double(), definition)
+    results = found(x, gain, lambda *given: normed_rotation(*given, position, 100.0, first=first, plain=plain,
+                                                            backend=backend))  # fmt: skip
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 4e-3 if backend == "triton" else 1.5e-2}[
+        dtype
+    ]
+    for a, b in zip(results, expected, strict=True):
+        assert (a.double() - b).norm() < tolerance * b.norm()

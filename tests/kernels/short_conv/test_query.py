@@ -5,7 +5,7 @@ import torch
 
 from titans_build.kernels.short_conv import query, query_key_value
 
-BACKENDS = ["native", "torch", "reference"]
+BACKENDS = ["native", "triton", "torch", "reference"]
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
@@ -44,7 +44,7 @@ def test_each_token_comes_right_after_the_history(backend, width):
         torch.testing.assert_close(got[:, t : t + 1], expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["native", "torch", "reference"])
 @pytest.mark.parametrize("time, width", [(1, 4), (6, 2), (5, 1), (4, 0)])
 def test_gradients(backend, time, width):
     given = [x if x is None else x.requires_grad_() for x in inputs(1, time, 2, 3, width)]
@@ -61,6 +61,13 @@ def test_native_equals_the_reference(time, width, heads, dim, dtype):
     expected = gradients(given, heads, "reference")
     found = gradients([None if x is None else x.to(dtype) for x in given], heads, "native")
     assert max(error(a, b) for a, b in zip(found, expected)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("time, heads, dim, width", [(2, 2, 33, 4), (3, 1, 6, 9), (70, 1, 16, 3)])
+def test_triton_equals_the_reference(time, heads, dim, width):
+    given = inputs(2, time, heads, dim, width)
+    expected = gradients(given, heads, "reference")
+    assert max(error(a, b) for a, b in zip(gradients(given, heads, "triton"), expected)) < 1e-10
 
 
 @pytest.mark.c_kernels

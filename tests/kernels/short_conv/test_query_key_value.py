@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from titans_build.kernels.norm_gate import l2_norm
 from titans_build.kernels.short_conv import causal_convolution, query_key_value
 
-BACKENDS = ["native", "torch", "reference"]
+BACKENDS = ["native", "triton", "torch", "reference"]
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
 
@@ -44,7 +44,7 @@ def test_against_the_definition(backend):
     assert torch.equal(after, projected[:, -3:])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["native", "torch", "reference"])
 @pytest.mark.parametrize("time, width", [(1, 4), (2, 4), (6, 2), (5, 1), (4, 0)])
 def test_gradients(backend, time, width):
     given = [x if x is None else x.requires_grad_() for x in inputs(1, time, 2, 3, width)]
@@ -65,6 +65,24 @@ def test_native_equals_the_reference(time, width, heads, dim, dtype):
     expected = gradients(given, heads, backend="reference")
     found = gradients([None if x is None else x.to(dtype) for x in given], heads, backend="native")
     assert max(error(a, b) for a, b in zip(found, expected)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("time, heads, dim, width", [(2, 2, 33, 4), (3, 1, 6, 9), (70, 1, 16, 3)])
+def test_triton_equals_the_reference(time, heads, dim, width):
+    given = inputs(2, time, heads, dim, width)
+    expected = gradients(given, heads, backend="reference")
+    assert max(error(a, b) for a, b in zip(gradients(given, heads, backend="triton"), expected)) < 1e-10
+
+
+def test_triton_takes_what_autocast_projected():
+    """The results have the dtype of the weights, and the gradient that of what was projected."""
+    projected, *others = inputs(2, 40, 2, 16)
+    given = [projected.bfloat16(), *(x.float() for x in others)]
+    expected = gradients([x.double() for x in given], 2, backend="reference")
+    found = gradients(given, 2, backend="triton")
+    assert [x.dtype for x in found] == [torch.float32] * 4 + [torch.bfloat16] + [torch.float32] * 2
+    for i, (a, b) in enumerate(zip(found, expected)):
+        assert error(a, b) < (4e-3 if i == 4 else 1e-6)
 
 
 @pytest.mark.c_kernels

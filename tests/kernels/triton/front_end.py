@@ -107,11 +107,22 @@ def memory(
 def others(dtype: torch.dtype = torch.float32, size: int = 1, rows: int = 1, time: int = 1) -> None:
     from titans_build.kernels.norm_gate.form import GATE, Form
     from titans_build.kernels.norm_gate.triton import gated
-    from titans_build.kernels.short_conv.triton import convolve
+    from titans_build.kernels.rotary.triton import normed_rotation
+    from titans_build.kernels.short_conv.triton import convolve, query, query_key_value
 
     x, gain = ones(rows, time, size, dtype=dtype), ones(1, size, dtype=dtype)
     gated(Form(GATE, 1, size, float(size), 1e-6), x, x * 1, gain, gain * 1).sum().backward()
     convolve(x, ones(size, 1, dtype=dtype)).sum().backward()
+    taps, before, length = ones(3 * size, 2, dtype=dtype), ones(rows, 1, 3 * size, dtype=dtype), torch.ones(rows).long()
+    sum(
+        y.sum() for y in query_key_value(ones(rows, time, 3 * size, dtype=dtype), taps, before, 1, length, 1e-6)
+    ).backward()
+    query(x * 1, taps * 1, before * 1, 1, 1e-6).sum().backward()
+    cos, sin = (ones(1, time, 1, 2 * size, dtype=dtype, learned=False) for _ in range(2))
+    turned, plain = normed_rotation(
+        ones(rows, time, 1, 2 * size, dtype=dtype), ones(2, 2 * size, dtype=dtype), cos, sin, 1, True, 1e-6
+    )
+    (turned + plain).sum().backward()
 
 
 def everything(**given: Any) -> None:
