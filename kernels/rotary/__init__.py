@@ -95,7 +95,8 @@ def _normed_triton(
 
     key, wide = (x.shape[-1], float(base), x.device), torch.promote_types(x.dtype, torch.float32)
     kept = isinstance(position, range) and 0 < len(position) <= SEGMENT_POSITIONS and not torch.compiler.is_compiling()
-    cos, sin = (_tables_of_segment if kept else _tables)(key, wide, position)
+    few = kept and len(position) <= DECODE_POSITIONS
+    cos, sin = (_tables_of_few if few else _tables_of_segment if kept else _tables)(key, wide, position)
     return normed_rotation(x, gain, cos, sin, first, plain, EPS)
 
 

@@ -20,7 +20,7 @@ from ...kernels.linear import project
 from ...kernels.memory import MemoryState, Objective, Options, Tokens, read_memory, run_memory
 from ...kernels.norm_gate import gate, gated_norm, l2_norm, rms_norm, swiglu
 from ...kernels.norm_gate.decode import feed_forward, gated_output
-from ...kernels.rotary import rotate
+from ...kernels.rotary import normed_rotation, rotate
 from ...kernels.scan import linear_scan
 from ...kernels.short_conv import causal_convolution, query, query_key_value
 from ...kernels.short_conv.decode import Layers, memory_inputs
@@ -353,6 +353,9 @@ _OTHERS = (
          lambda backend, **x: [causal_convolution(**x, backend=backend)]),
     Case("rotary", "rotary", _rotary_inputs, lambda backend, x, position: [rotate(x, position, backend=backend)],
          "float32"),
+    Case("norm and rotary", "normed_rotation", _normal(x=(2, 100, 4, 32), gain=(6, 32)),
+         lambda backend, **x: list(normed_rotation(**x, position=range(100), base=1e4, first=1, plain=True,
+                                                   backend=backend))),
     Case("query", "query", _normal(projected=(2, 1, 32), weight=(96, 4), history=(2, 3, 96)), _run_query),
     Case("query, key and value", "query_key_value", _query_key_value_inputs, _run_query_key_value),
     Case("projection of a few", "projection", _normal(x=(2, 96), weight=(64, 96), bias=(64,)), _run_projection,
