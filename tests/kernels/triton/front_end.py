@@ -105,6 +105,7 @@ def memory(
 
 
 def others(dtype: torch.dtype = torch.float32, size: int = 1, rows: int = 1, time: int = 1) -> None:
+    from titans_build.kernels.memory.triton.channels import triton_channel_scores
     from titans_build.kernels.norm_gate.form import GATE, Form
     from titans_build.kernels.norm_gate.triton import gated
     from titans_build.kernels.rotary.triton import normed_rotation
@@ -112,6 +113,8 @@ def others(dtype: torch.dtype = torch.float32, size: int = 1, rows: int = 1, tim
 
     x, gain = ones(rows, time, size, dtype=dtype), ones(1, size, dtype=dtype)
     gated(Form(GATE, 1, size, float(size), 1e-6), x, x * 1, gain, gain * 1).sum().backward()
+    keys, wide = ones(rows * time, 3, size, dtype=dtype), ones(rows * time, 3, 3, dtype=dtype)
+    triton_channel_scores(keys, keys * 1, keys * 1, wide, 0).sum().backward()
     convolve(x, ones(size, 1, dtype=dtype)).sum().backward()
     taps, before, length = ones(3 * size, 2, dtype=dtype), ones(rows, 1, 3 * size, dtype=dtype), torch.ones(rows).long()
     sum(
