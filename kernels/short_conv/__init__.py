@@ -225,7 +225,7 @@ def query(
     return q
 
 
-def make_query_key_value(
+def _query_key_value_torch(
     projected: Tensor,
     weight: Tensor | None,
     history: Tensor | None,
@@ -244,7 +244,7 @@ def make_query_key_value(
     return q, k, v.squeeze(2), history
 
 
-def make_queries(
+def _query_torch(
     projected: Tensor, weight: Tensor | None, history: Tensor | None, heads: int, backend: str = "torch"
 ) -> Tensor:
     if weight is not None and history is not None:
@@ -299,8 +299,8 @@ def _native(
 
 def _formula(ctx: Any, projected: Tensor, weight: Tensor | None, history: Tensor | None) -> Any:
     if ctx.outputs == 1:
-        return make_queries(projected, weight, history, ctx.heads, "reference")
-    return make_query_key_value(projected, weight, history, ctx.heads, ctx.length, "reference")
+        return _query_torch(projected, weight, history, ctx.heads, "reference")
+    return _query_key_value_torch(projected, weight, history, ctx.heads, ctx.length, "reference")
 
 
 class _QueryKeyValue(torch.autograd.Function):
@@ -380,8 +380,8 @@ _query_key_value = Operation(
     [
         Backend("native", functools.partial(_native, outputs=3), _refuse_native, opaque=True),
         Backend("triton", _query_key_value_triton, _refuse_triton),
-        Backend("torch", make_query_key_value),
-        Backend("reference", functools.partial(make_query_key_value, backend="reference")),
+        Backend("torch", _query_key_value_torch),
+        Backend("reference", functools.partial(_query_key_value_torch, backend="reference")),
     ],
     _outputs,
 )
@@ -390,8 +390,8 @@ _query = Operation(
     [
         Backend("native", functools.partial(_native, outputs=1), _refuse_native, opaque=True),
         Backend("triton", _query_triton, _refuse_triton),
-        Backend("torch", make_queries),
-        Backend("reference", functools.partial(make_queries, backend="reference")),
+        Backend("torch", _query_torch),
+        Backend("reference", functools.partial(_query_torch, backend="reference")),
     ],
     lambda projected, weight, history, heads: projected.unflatten(-1, (heads, -1)),
 )

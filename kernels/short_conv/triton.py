@@ -19,8 +19,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..autograd import differentiable
+from ..padding import last
 from ..triton_runtime import VARYING, launch
 
 
@@ -343,15 +345,21 @@ def _keep(ctx, inputs, output):
 
 def _formula(ctx, x, weight, history):
     """The outputs, in differentiable operators."""
-    from . import convolve, make_queries, make_query_key_value
-
-    shape, length = ctx.shape, ctx.saved_tensors[3]
-    if shape.fixed:
-        return make_queries(x, weight, history, shape.heads, "reference").flatten(2)
-    if shape.parts == 3:
-        *qkv, after = make_query_key_value(x, weight, history, shape.heads, length, "reference")
-        return *[y.flatten(2) for y in qkv], after
-    return convolve(torch.cat((history, x.to(weight.dtype)), dim=1), weight, backend="reference")
+    shape, length, after = ctx.shape, ctx.saved_tensors[3], None
+    if weight is not None:
+        x, before = x.to(weight.dtype), weight.shape[1] - 1
+        if shape.fixed:
+            taps = weight[: x.shape[2]].t()
+            x = (history[..., : x.shape[2]] * taps[:-1]).sum(1, keepdim=True) + x * taps[-1]
+        else:
+            past = torch.cat((history, x), dim=1)
+            after = past[:, x.shape[1] :] if length is None else last(past, length + before, before)
+            x = F.conv1d(past.mT, weight[:, None], groups=len(weight)).mT
+    if shape.silu:
+        unit, rest = F.silu(x).unflatten(2, (-1, shape.dim)).tensor_split((shape.units,), dim=2)
+        unit = unit / torch.sqrt(unit.square().sum(-1, keepdim=True) + shape.eps)
+        x = torch.cat((unit, rest), dim=2).flatten(2)
+    return *x.chunk(shape.parts, dim=2), *([] if shape.parts == 1 else [after])
 
 
 @differentiable(_formula, stop=3)
