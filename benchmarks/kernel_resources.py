@@ -95,7 +95,7 @@ def kernels(
         yield kernel, taps, dict(dim=dim, channels=48 * dim, own=16 * dim, **steps)
     net = dict(
         LAYERS=layers, PARTS=2, ACTIVATION=3 if layers == 2 else 0, NORM=True, CLIP=1.0, ANCHORED=True, KEEP=True,
-        MOMENTUM=True, FORGETTING=True, MASKED=True, AFTER=True, READ=1, WIDE=wide, **products,
+        MOMENTUM=True, FORGETTING=True, MASKED=True, AFTER=True, READ=1, DELTAS=False, WIDE=wide, **products,
         **loss_constants(SQUARED),
     )  # fmt: skip
     for kernel in (decay.decay_kernel, decay.decay_backward_kernel):

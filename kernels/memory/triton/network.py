@@ -61,7 +61,8 @@ class TritonNetwork(ChunkNetwork):
         kernel = write_resident_kernel if self._resident(sizes, written, backward=False) else write_kernel
         self._run(
             kernel, (batch_heads,), b, sizes, written,
-            keys, values, self.gain, decay.mix.contiguous(), decay.write, *_two(anchor, keys), *_two(written.stacks),
+            keys, values, self._deltas(written), self.gain, decay.mix.contiguous(), decay.write, *_two(anchor, keys),
+            *_two(written.stacks),
             written.inputs[-1], *_two(written.outputs), *_two(written.unclipped), *_two(written.errors),
             chunks, batch_heads, b, *sizes,
             CLIP=self.clip, ANCHORED=anchor is not None,
@@ -75,7 +76,8 @@ class TritonNetwork(ChunkNetwork):
         sizes = self._sizes(keys, written)
         self._run(
             rewrite_kernel, (chunks * batch_heads,), b, sizes, written,
-            keys, values, self.gain, *_two(anchor, keys), *_two(written.stacks), written.inputs[-1],
+            keys, values, self._deltas(written), self.gain, *_two(anchor, keys), *_two(written.stacks),
+            written.inputs[-1],
             *_two(written.outputs), *_two(written.unclipped), *_two(written.errors), batch_heads, b, *sizes,
             CLIP=self.clip, ANCHORED=anchor is not None,
         )  # fmt: skip
@@ -139,18 +141,25 @@ class TritonNetwork(ChunkNetwork):
         mix = decay.mix.contiguous()
         grad_values, grad_write, grad_mix = map(torch.empty_like, (values, decay.write, mix))
         grad_gain = None if self.gain is None else torch.empty_like(self.gain)
+        grad.deltas[:] = map(torch.empty_like, written.deltas)
         sizes = self._sizes(keys, written)
         is_resident = self._resident(sizes, written, backward=True)
         kernel = write_backward_resident_kernel if is_resident else write_backward_kernel
         self._run(
             kernel, (batch_heads,), b, sizes, written,
-            keys, values, self.gain, mix, decay.write, *_two(anchor, keys), *_two(written.stacks),
-            written.inputs[-1], *_two(written.outputs), *_two(written.unclipped), *_two(written.errors),
-            *_two(grad.stacks), grad.inputs[0], grad.inputs[-1], *_two(grad.errors), grad_values, grad_write, grad_mix,
-            grad_gain, *_two(grad_anchor, keys), chunks, batch_heads, b, *sizes,
+            keys, values, self._deltas(written), self.gain, mix, decay.write, *_two(anchor, keys),
+            *_two(written.stacks), written.inputs[-1], *_two(written.outputs), *_two(written.unclipped),
+            *_two(written.errors),
+            *_two(grad.stacks), grad.inputs[0], grad.inputs[-1], *_two(grad.errors), grad_values,
+            self._deltas(grad), grad_write, grad_mix, grad_gain, *_two(grad_anchor, keys),
+            chunks, batch_heads, b, *sizes,
             CLIP=self.clip, ANCHORED=anchor is not None,
         )  # fmt: skip
         return grad_values, grad_write, grad_mix, grad_gain
+
+    @staticmethod
+    def _deltas(of: Written | WrittenGrad) -> Tensor | None:
+        return of.deltas[0] if of.deltas else None
 
     @staticmethod
     def _sizes(x: Tensor, written: Written) -> tuple[int, int, int]:
@@ -178,6 +187,7 @@ class TritonNetwork(ChunkNetwork):
         tiles = schedule(kernel.__name__, self._chunk, *sizes, self._products, layers=layers, parts=parts)
         fixed = dict(
             LAYERS=layers, PARTS=parts, ACTIVATION=self._number if layers == 2 else 0, NORM=self.gain is not None,
+            DELTAS=bool(written.deltas),
             WIDE=tl.float64 if stack.dtype == torch.float64 else tl.float32, **loss_constants(self.objective), **tiles,
             **self._products, **flags,
         )  # fmt: skip

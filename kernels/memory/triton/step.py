@@ -211,7 +211,8 @@ def step_kernel(
     if NORM:
         gain_o, residual = _vector(gain + head * d_out, o, d_out, WIDE), _vector(k, o, d_in, WIDE)
     error = tl.sum(output_error(
-        z[None, :], residual[None, :], value[None, :], gain_o, o < d_out, d_out, NORM, LOSS, POWER, DELTA, SMOOTH
+        z[None, :], residual[None, :], value[None, :], tl.full((1, 1), DELTA, WIDE), gain_o, o < d_out, d_out, NORM,
+        LOSS, POWER, SMOOTH,
     ), axis=0)  # fmt: skip
     tl.debug_barrier()
 

@@ -262,13 +262,22 @@ def _magnitude(r, POWER: tl.constexpr):
 
 @triton.jit
 def _within(r, delta):
-    """Whether the norm of each row is at most ``delta``, as a column."""
-    return (tl.sqrt(tl.sum(r * r, axis=1)) <= delta)[:, None]
+    """Whether the norm of each row is at most ``delta``, as columns."""
+    return tl.sqrt(tl.sum(r * r, axis=1))[:, None] <= delta
 
 
 @triton.jit
-def half_error(p, v, LOSS: tl.constexpr, POWER: tl.constexpr, DELTA: tl.constexpr, SMOOTH: tl.constexpr):
-    """``half_error`` of ``network_torch.py``: predictions and values are rows."""
+def load_deltas(deltas, first, t, b, DELTA: tl.constexpr, DELTAS: tl.constexpr, WIDE: tl.constexpr):
+    """The thresholds of some tokens as a column: each its own, or the objective's."""
+    found = tl.full(t.shape, DELTA, WIDE)
+    if DELTAS:
+        found = tl.load(deltas + first + t, mask=t < b, other=0.0).to(WIDE)
+    return found[:, None]
+
+
+@triton.jit
+def half_error(p, v, delta, LOSS: tl.constexpr, POWER: tl.constexpr, SMOOTH: tl.constexpr):
+    """``half_error`` of ``network_torch.py``: predictions and values are rows, ``delta`` is a column."""
     r = p - v
     if LOSS == _L2_HALF:
         r = r * 0.5
@@ -279,16 +288,23 @@ def half_error(p, v, LOSS: tl.constexpr, POWER: tl.constexpr, DELTA: tl.constexp
     elif LOSS == _LP_SMOOTH:
         r = _tanh(r * SMOOTH) * _magnitude(r, POWER - 1) * (POWER / 2)
     elif LOSS == _HUBER:
-        r = tl.where(_within(r, DELTA), r, _sign(r) * (DELTA / 2))
+        r = tl.where(_within(r, delta), r, _sign(r) * (delta / 2))
     elif LOSS == _HUBER_ELEMENTWISE:
-        r = tl.where(tl.abs(r) > DELTA, _sign(r) * DELTA, r) * 0.5
+        r = tl.where(tl.abs(r) > delta, _sign(r) * delta, r) * 0.5
     return r
 
 
 @triton.jit
-def half_error_vjp(g, p, v, LOSS: tl.constexpr, POWER: tl.constexpr, DELTA: tl.constexpr, SMOOTH: tl.constexpr):
-    """From the gradient ``g`` of ``half_error(p, v)`` to those of ``p`` and ``v``."""
+def _of_delta(g, r, rise):
+    """The gradient of the threshold of each row, where the error does not rise."""
+    return tl.sum(tl.where(rise > 0, 0.0, g * _sign(r)), axis=1) * 0.5
+
+
+@triton.jit
+def half_error_vjp(g, p, v, delta, LOSS: tl.constexpr, POWER: tl.constexpr, SMOOTH: tl.constexpr):
+    """From the gradient ``g`` of ``half_error(p, v, delta)`` to those of ``p``, ``v`` and ``delta``, one a row."""
     r, grad_v = p - v, -g
+    grad_delta = tl.zeros((p.shape[0],), p.dtype)
     if LOSS == _L2_HALF:
         g = g * 0.5
         grad_v = -g
@@ -305,45 +321,46 @@ def half_error_vjp(g, p, v, LOSS: tl.constexpr, POWER: tl.constexpr, DELTA: tl.c
                 rise += tl.abs(sign) * _magnitude(r, POWER - 2) * (POWER - 1)
             rise *= POWER / 2
         elif LOSS == _HUBER:
-            rise = tl.where(_within(r, DELTA), 1.0, 0.0)
+            rise = tl.where(_within(r, delta), 1.0, 0.0)
+            grad_delta = _of_delta(g, r, rise)
         else:
-            rise = tl.where(tl.abs(r) <= DELTA, 0.5, 0.0)
+            rise = tl.where(tl.abs(r) <= delta, 0.5, 0.0)
+            grad_delta = _of_delta(g, r, rise)
         g = g * rise
         grad_v = -g
-    return g, grad_v
+    return g, grad_v, grad_delta
 
 
 @triton.jit
-def output_error(z, residual, v, gain_o, inside, d_out, NORM: tl.constexpr,
-                 LOSS: tl.constexpr, POWER: tl.constexpr, DELTA: tl.constexpr, SMOOTH: tl.constexpr):  # fmt: skip
+def output_error(z, residual, v, delta, gain_o, inside, d_out, NORM: tl.constexpr,
+                 LOSS: tl.constexpr, POWER: tl.constexpr, SMOOTH: tl.constexpr):  # fmt: skip
     """The (half) error at the last layer's output ``z`` ``[tokens, d_out]``; ``residual`` are the keys, for a norm."""
     if NORM:
         n, inverse = layer_norm(z, inside, d_out)
-        error = half_error(residual + n * gain_o[None, :], v, LOSS, POWER, DELTA, SMOOTH)
+        error = half_error(residual + n * gain_o[None, :], v, delta, LOSS, POWER, SMOOTH)
         error = layer_norm_vjp(error * gain_o[None, :], n, inverse, inside, d_out)
     else:
-        error = half_error(z, v, LOSS, POWER, DELTA, SMOOTH)
+        error = half_error(z, v, delta, LOSS, POWER, SMOOTH)
     return error
 
 
 @triton.jit
-def output_error_backward(g, error, z, residual, v, gain_o, inside, d_out,
-                          LOSS: tl.constexpr, POWER: tl.constexpr, DELTA: tl.constexpr,
-                          SMOOTH: tl.constexpr):  # fmt: skip
-    """From the gradient ``g`` of ``error = output_error(z, ...)`` with a norm: to ``z``, residual, values, gain.
+def output_error_backward(g, error, z, residual, v, delta, gain_o, inside, d_out,
+                          LOSS: tl.constexpr, POWER: tl.constexpr, SMOOTH: tl.constexpr):  # fmt: skip
+    """From the gradient ``g`` of ``error = output_error(z, ...)`` with a norm: to ``z``, residual, v, delta and gain.
 
     The gain's is not summed over tokens.
     """
     n, inverse = layer_norm(z, inside, d_out)
     predicted = residual + n * gain_o[None, :]
-    e = half_error(predicted, v, LOSS, POWER, DELTA, SMOOTH)
+    e = half_error(predicted, v, delta, LOSS, POWER, SMOOTH)
     u = e * gain_o[None, :]
     du = layer_norm_vjp(g, n, inverse, inside, d_out)
-    dpredicted, dv = half_error_vjp(du * gain_o[None, :], predicted, v, LOSS, POWER, DELTA, SMOOTH)
+    dpredicted, dv, ddelta = half_error_vjp(du * gain_o[None, :], predicted, v, delta, LOSS, POWER, SMOOTH)
     # the error depends on z through the inner n, through the n of its own projection, and through 1 / sigma
     p = g * inverse
     dn = dpredicted * gain_o[None, :]
     dn -= p * (tl.sum(u * n, axis=1)[:, None] / d_out)
     dn -= u * (tl.sum(p * n, axis=1)[:, None] / d_out)
     dz = layer_norm_vjp(dn, n, inverse, inside, d_out) - n * (tl.sum(p * error, axis=1)[:, None] / d_out)
-    return dz, dpredicted, dv, du * e + dpredicted * n
+    return dz, dpredicted, dv, ddelta, du * e + dpredicted * n

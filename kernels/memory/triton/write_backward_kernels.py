@@ -25,6 +25,7 @@ from .tiles import (
     half_error_vjp,
     length,
     load,
+    load_deltas,
     load_gain,
     load_tokens,
     output_error_backward,
@@ -69,16 +70,16 @@ def _over_tokens(total, left, right, first, r, c, b, rows_of, columns,
 
 @triton.jit(do_not_specialize=VARYING)
 def write_backward_kernel(
-    keys, values, gain, mix, write, anchor_1, anchor_2, stack_1, stack_2,
+    keys, values, deltas, gain, mix, write, anchor_1, anchor_2, stack_1, stack_2,
     input_2, output_1, output_2, unclipped_1, unclipped_2, error_1, error_2,
     grad_stack_1, grad_stack_2, grad_keys, grad_input_2, grad_error_1, grad_error_2,
-    grad_values, grad_write, grad_mix, grad_gain, grad_anchor_1, grad_anchor_2,
+    grad_values, grad_deltas, grad_write, grad_mix, grad_gain, grad_anchor_1, grad_anchor_2,
     chunks, batch_heads, b, d_in, width, d_out,
     LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr,
     ANCHORED: tl.constexpr, TOKENS: tl.constexpr, FEW: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
     BLOCK: tl.constexpr,
     OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    LOSS: tl.constexpr, POWER: tl.constexpr, DELTA: tl.constexpr, SMOOTH: tl.constexpr,
+    LOSS: tl.constexpr, POWER: tl.constexpr, DELTA: tl.constexpr, DELTAS: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
     """Every chunk of one head, the last first. The gradients that reads have left are added to where they lie."""
     bh = tl.program_id(0).to(tl.int64)
@@ -207,19 +208,22 @@ def write_backward_kernel(
                 derror_s = load_tokens(grad_error_2, first, s, o, b, d_out, WIDE)
                 z_s = load_tokens(output_2, first, s, o, b, d_out, WIDE)
                 v_s = load_tokens(values, first, s, o, b, d_out, WIDE)
+                delta_s = load_deltas(deltas, first, s, b, DELTA, DELTAS, WIDE)
                 if NORM:
                     unclipped_s = load_tokens(unclipped_2, first, s, o, b, d_out, WIDE)
                     residual_s = load_tokens(keys, first, s, o, b, d_in, WIDE)
-                    g_s, dresidual_out, dv_s, dgains_s = output_error_backward(
-                        derror_s, unclipped_s, z_s, residual_s, v_s, gain_o, o < d_out, d_out,
-                        LOSS, POWER, DELTA, SMOOTH,
+                    g_s, dresidual_out, dv_s, ddelta_s, dgains_s = output_error_backward(
+                        derror_s, unclipped_s, z_s, residual_s, v_s, delta_s, gain_o, o < d_out, d_out,
+                        LOSS, POWER, SMOOTH,
                     )  # fmt: skip
                     dgain += tl.sum(tl.where((s < b)[:, None], dgains_s, 0.0), axis=0)
                     # a residual network is as wide at its end as at its beginning
                     dresidual = load_tokens(grad_keys, first, s, o, b, d_in, WIDE) + dresidual_out
                     replace_tokens(grad_keys, first, s, o, b, d_in, dresidual)
                 else:
-                    g_s, dv_s = half_error_vjp(derror_s, z_s, v_s, LOSS, POWER, DELTA, SMOOTH)
+                    g_s, dv_s, ddelta_s = half_error_vjp(derror_s, z_s, v_s, delta_s, LOSS, POWER, SMOOTH)
+                if DELTAS:
+                    tl.store(grad_deltas + first + s, ddelta_s, mask=s < b)
                 store_tokens(grad_values, first, s, o, b, d_out, dv_s)
                 replace_tokens(grad_error_2, first, s, o, b, d_out, g_s)
             tl.debug_barrier()
@@ -304,15 +308,15 @@ def _add_dmix(dmix, after, here, part, other):
 
 @triton.jit(do_not_specialize=VARYING)
 def write_backward_resident_kernel(
-    keys, values, gain, mix, write, anchor_1, anchor_2, stack_1, stack_2,
+    keys, values, deltas, gain, mix, write, anchor_1, anchor_2, stack_1, stack_2,
     input_2, output_1, output_2, unclipped_1, unclipped_2, error_1, error_2,
     grad_stack_1, grad_stack_2, grad_keys, grad_input_2, grad_error_1, grad_error_2,
-    grad_values, grad_write, grad_mix, grad_gain, grad_anchor_1, grad_anchor_2,
+    grad_values, grad_deltas, grad_write, grad_mix, grad_gain, grad_anchor_1, grad_anchor_2,
     chunks, batch_heads, b, d_in, width, d_out,
     LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr,
     ANCHORED: tl.constexpr, TOKENS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, WIDTH: tl.constexpr,
     OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    LOSS: tl.constexpr, POWER: tl.constexpr, DELTA: tl.constexpr, SMOOTH: tl.constexpr,
+    LOSS: tl.constexpr, POWER: tl.constexpr, DELTA: tl.constexpr, DELTAS: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
     """Every chunk of one head, the last first. Of the gradients that reads have left, only the first state's grows.
 
@@ -437,9 +441,10 @@ def write_backward_resident_kernel(
             # ... through the loss ...
             z = load_tokens(output_2, first, t, o, b, d_out, WIDE)
             v = load_tokens(values, first, t, o, b, d_out, WIDE)
+            delta = load_deltas(deltas, first, t, b, DELTA, DELTAS, WIDE)
             if NORM:
-                g, dresidual_out, dv, dgains = output_error_backward(
-                    derror, unclipped, z, k, v, gain_o, o < d_out, d_out, LOSS, POWER, DELTA, SMOOTH
+                g, dresidual_out, dv, ddelta, dgains = output_error_backward(
+                    derror, unclipped, z, k, v, delta, gain_o, o < d_out, d_out, LOSS, POWER, SMOOTH
                 )
                 dgain += tl.sum(tl.where(valid, dgains, 0.0), axis=0)
                 if LAYERS == 2:  # with a norm, keys are as wide as values
@@ -447,7 +452,9 @@ def write_backward_resident_kernel(
                 else:
                     da += dresidual_out
             else:
-                g, dv = half_error_vjp(derror, z, v, LOSS, POWER, DELTA, SMOOTH)
+                g, dv, ddelta = half_error_vjp(derror, z, v, delta, LOSS, POWER, SMOOTH)
+            if DELTAS:
+                tl.store(grad_deltas + first + t, ddelta, mask=t < b)
             store_tokens(grad_values, first, t, o, b, d_out, dv)
             g = tl.where(valid, g, 0.0)
 

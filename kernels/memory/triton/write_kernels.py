@@ -27,6 +27,7 @@ from .tiles import (
     gradient_norm,
     length,
     load,
+    load_deltas,
     load_gain,
     load_tokens,
     output_error,
@@ -40,12 +41,12 @@ from .tiles import (
 
 @triton.jit
 def _differentiate(
-    keys, values, w_1, w_2, gain_o, input_2, output_1, output_2, unclipped_1, unclipped_2, error_1, error_2,
+    keys, values, deltas, w_1, w_2, gain_o, input_2, output_1, output_2, unclipped_1, unclipped_2, error_1, error_2,
     first, t0, b, d_in, width, d_out,
     LAYERS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr,
     TOKENS: tl.constexpr, FEW: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
     WIDE: tl.constexpr, FINE: tl.constexpr, FINE_PRECISION: tl.constexpr,
-    LOSS: tl.constexpr, POWER: tl.constexpr, DELTA: tl.constexpr, SMOOTH: tl.constexpr,
+    LOSS: tl.constexpr, POWER: tl.constexpr, DELTA: tl.constexpr, DELTAS: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
     """``TOKENS`` tokens of a chunk from ``t0`` on: keys forward through the weights, half errors back.
 
@@ -86,7 +87,8 @@ def _differentiate(
         if NORM:
             residual = load_tokens(keys, first, s, o, b, d_in, WIDE)
         v = load_tokens(values, first, s, o, b, d_out, WIDE)
-        error = output_error(z_s, residual, v, gain_o, o < d_out, d_out, NORM, LOSS, POWER, DELTA, SMOOTH)
+        delta = load_deltas(deltas, first, s, b, DELTA, DELTAS, WIDE)
+        error = output_error(z_s, residual, v, delta, gain_o, o < d_out, d_out, NORM, LOSS, POWER, SMOOTH)
         store_tokens(unclipped_2, first, s, o, b, d_out, error)
     tl.debug_barrier()
 
@@ -154,7 +156,7 @@ def _advance(stack, after, mix, write, errors, inputs, out, width, b, at,
 
 @triton.jit(do_not_specialize=VARYING)
 def write_kernel(
-    keys, values, gain, mix, write, anchor_1, anchor_2, stack_1, stack_2,
+    keys, values, deltas, gain, mix, write, anchor_1, anchor_2, stack_1, stack_2,
     input_2, output_1, output_2, unclipped_1, unclipped_2, error_1, error_2,
     chunks, batch_heads, b, d_in, width, d_out,
     LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr,
@@ -162,7 +164,7 @@ def write_kernel(
     BLOCK: tl.constexpr,
     OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, FINE: tl.constexpr,
     FINE_PRECISION: tl.constexpr,
-    LOSS: tl.constexpr, POWER: tl.constexpr, DELTA: tl.constexpr, SMOOTH: tl.constexpr,
+    LOSS: tl.constexpr, POWER: tl.constexpr, DELTA: tl.constexpr, DELTAS: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
     """Every chunk of one head. Depth 2: ``d_in -> width -> d_out``.
 
@@ -182,10 +184,10 @@ def write_kernel(
                 w_1, w_2 = anchor_1 + bh * size_1, anchor_2 + bh * size_2
         for t0 in range(0, b, TOKENS):
             _differentiate(
-                keys, values, w_1, w_2, gain_o, input_2, output_1, output_2, unclipped_1, unclipped_2, error_1, error_2,
-                first, t0, b, d_in, width, d_out,
+                keys, values, deltas, w_1, w_2, gain_o, input_2, output_1, output_2, unclipped_1, unclipped_2, error_1,
+                error_2, first, t0, b, d_in, width, d_out,
                 LAYERS, ACTIVATION, NORM, CLIP, TOKENS, FEW, IN, OUT, BLOCK, WIDE, FINE, FINE_PRECISION,
-                LOSS, POWER, DELTA, SMOOTH,
+                LOSS, POWER, DELTA, DELTAS, SMOOTH,
             )  # fmt: skip
         tl.debug_barrier()
 
@@ -202,14 +204,14 @@ def write_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def rewrite_kernel(
-    keys, values, gain, anchor_1, anchor_2, stack_1, stack_2,
+    keys, values, deltas, gain, anchor_1, anchor_2, stack_1, stack_2,
     input_2, output_1, output_2, unclipped_1, unclipped_2, error_1, error_2,
     batch_heads, b, d_in, width, d_out,
     LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr,
     ANCHORED: tl.constexpr, TOKENS: tl.constexpr, FEW: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr, FINE: tl.constexpr, FINE_PRECISION: tl.constexpr,
-    LOSS: tl.constexpr, POWER: tl.constexpr, DELTA: tl.constexpr, SMOOTH: tl.constexpr,
+    LOSS: tl.constexpr, POWER: tl.constexpr, DELTA: tl.constexpr, DELTAS: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
     """What ``write_kernel`` stores for ``TOKENS`` tokens, from known states: programs in any order."""
     at = tl.program_id(0).to(tl.int64)  # chunk * batch_heads + bh
@@ -220,10 +222,10 @@ def rewrite_kernel(
         if at < batch_heads:
             w_1, w_2 = anchor_1 + bh * width * d_in, anchor_2 + bh * d_out * width
     _differentiate(
-        keys, values, w_1, w_2, gain_o, input_2, output_1, output_2, unclipped_1, unclipped_2, error_1, error_2,
+        keys, values, deltas, w_1, w_2, gain_o, input_2, output_1, output_2, unclipped_1, unclipped_2, error_1, error_2,
         at * b, tl.program_id(1) * TOKENS, b, d_in, width, d_out,
         LAYERS, ACTIVATION, NORM, CLIP, TOKENS, FEW, IN, OUT, BLOCK, WIDE, FINE, FINE_PRECISION,
-        LOSS, POWER, DELTA, SMOOTH,
+        LOSS, POWER, DELTA, DELTAS, SMOOTH,
     )  # fmt: skip
 
 
@@ -243,14 +245,14 @@ def factor(mix, at, part, other, PARTS: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit(do_not_specialize=VARYING)
 def write_resident_kernel(
-    keys, values, gain, mix, write, anchor_1, anchor_2, stack_1, stack_2,
+    keys, values, deltas, gain, mix, write, anchor_1, anchor_2, stack_1, stack_2,
     input_2, output_1, output_2, unclipped_1, unclipped_2, error_1, error_2,
     chunks, batch_heads, b, d_in, width, d_out,
     LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr,
     ANCHORED: tl.constexpr, TOKENS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, WIDTH: tl.constexpr,
     OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, FINE: tl.constexpr,
     FINE_PRECISION: tl.constexpr,
-    LOSS: tl.constexpr, POWER: tl.constexpr, DELTA: tl.constexpr, SMOOTH: tl.constexpr,
+    LOSS: tl.constexpr, POWER: tl.constexpr, DELTA: tl.constexpr, DELTAS: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
     """Every chunk of one head. Layers as in ``write_kernel``.
 
@@ -306,7 +308,8 @@ def write_resident_kernel(
 
             # errors back; with a norm, keys are as wide as values
             v = load_tokens(values, first, t, o, b, d_out, WIDE)
-            error = output_error(z, k, v, gain_o, o < d_out, d_out, NORM, LOSS, POWER, DELTA, SMOOTH)
+            delta = load_deltas(deltas, first, t, b, DELTA, DELTAS, WIDE)
+            error = output_error(z, k, v, delta, gain_o, o < d_out, d_out, NORM, LOSS, POWER, SMOOTH)
             error = tl.where((t < b)[:, None], error, 0.0)
             store_tokens(unclipped_2, first, t, o, b, d_out, error)
             if LAYERS == 2:

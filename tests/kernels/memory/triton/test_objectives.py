@@ -36,6 +36,23 @@ def test_objectives(memory_case, monkeypatch, name, depth, norm, schedule):
     case.assert_equal(case.gradients(found), case.gradients(expected))
 
 
+@pytest.mark.parametrize("form, depth, norm, clip, schedule", [
+    ("norm", 2, True, 0.4, "streamed"), ("elementwise", 1, False, None, "resident"),
+    pytest.param("norm", 2, False, None, "resident", marks=pytest.mark.slow),
+    pytest.param("elementwise", 1, True, 0.4, "streamed", marks=pytest.mark.slow),
+])  # fmt: skip
+def test_a_threshold_for_each_token(memory_case, monkeypatch, form, depth, norm, clip, schedule):
+    monkeypatch.setenv("TITANS_BUILD_SCHEDULE", schedule)
+    mask = torch.rand(2, 7, generator=torch.Generator().manual_seed(0)) > 0.3
+    case = memory_case(
+        time=7, heads=1, depth=depth, norm=norm, deltas=True, phases=[0, 2], mask=mask, step=0.05, scale=0.4
+    )
+    options = dict(objective=Objective("huber", form=form), chunk=3, clip=clip)
+    found, expected = (case.tensors(case.run(backend=backend, **options)) for backend in ("triton", "reference"))
+    case.assert_equal(found, expected)
+    case.assert_equal(case.gradients(found), case.gradients(expected))
+
+
 @pytest.mark.parametrize("name", [name if name in ("dot", "lp", "huber_elementwise") else
                                   pytest.param(name, marks=pytest.mark.slow) for name in OBJECTIVES])  # fmt: skip
 @torch.no_grad()
