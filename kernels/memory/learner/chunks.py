@@ -9,13 +9,15 @@ in between (``one_move``).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
+from ...dispatch import transforming
 from ..network_torch import EPS
 from .coefficients import Coefficients, coefficients, products, times_steps, window_weights
 from .parts import Apply, pull_back
@@ -23,6 +25,8 @@ from .rule import Rule
 from .state import LearnerState, Writes, where
 
 Matrices = Sequence[Tensor]
+MADE_TOGETHER = 2**26
+"""Bytes of the weights after each token that are made together."""
 
 
 # -- the network -------------------------------------------------------------------------------------------------------
@@ -69,13 +73,17 @@ class Gradients(NamedTuple):
         """Those of write ``t``."""
         return Gradients([d[:, :, t : t + 1] for d in self.errors], [a[:, :, t : t + 1] for a in self.inputs])
 
-    def each(self, l: int, coefficients: Tensor) -> Tensor:
-        """``sum_s c_ts G_s`` of matrix ``l`` for each token. ``coefficients``: ``[batch, heads, time, writes]``."""
+    def each(self, l: int, coefficients: Tensor, shares: Sequence[Tensor], matrices: Matrices) -> Tensor:
+        """``sum_j m_jt S_j - sum_s c_ts G_s`` of matrix ``l`` for each token: ``[batch, heads, time, ...]``.
+
+        ``coefficients``: ``[batch, heads, time, writes]``. ``shares``: for each of the ``matrices`` ``[batch, heads,
+        ...]``, ``[batch, heads, time]``.
+        """
         d = self.errors[l]
-        if not self.inputs:
-            return (coefficients @ d.flatten(3)).view(*coefficients.shape[:3], *d.shape[3:])
-        weighted = coefficients.unsqueeze(-1) * d.unsqueeze(2)  # [batch, heads, time, writes, out]
-        return weighted.mT @ self.inputs[l].unsqueeze(2)
+        made = d.unsqueeze(-1) * self.inputs[l].unsqueeze(-2) if self.inputs else d
+        terms = torch.cat([*(x.unsqueeze(2) for x in matrices), made], 2)
+        weights = torch.cat([*(x.unsqueeze(-1) for x in shares), -coefficients], -1)
+        return (weights @ terms.flatten(3)).view(*coefficients.shape[:3], *terms.shape[3:])
 
     def total(self, l: int, coefficients: Tensor) -> Tensor:
         """``sum_s c_s G_s`` of matrix ``l``. ``coefficients``: ``[batch, heads, time]``, or ``[..., in, time]``."""
@@ -163,9 +171,49 @@ def sums(
     if rule.read == "anchor":
         y = read_at(rule, [rule.retention.link(w) for w in state.anchor], writes.q, gain)
     else:
-        apply = _layers(rule, c if rule.read == "after" else _before(c), found, state)
+        read = c if rule.read == "after" else _before(c)
+        apply = _layers(rule, read, found, state)
+        if rule.retention.linked:
+            apply = _scaled(apply, _scales(rule, read, found, state))
         y = evaluate(rule, apply, writes.q, gain, len(state.weights))
     return y, _ended(rule, c, found, state)
+
+
+def _scaled(apply: Apply, scales: Sequence[Tensor]) -> Apply:
+    return lambda i, x: apply(i, x) * scales[i]
+
+
+def _scales(rule: Rule, read: Coefficients, found: Gradients, state: LearnerState) -> list[Tensor]:
+    """``retention.scale`` of each matrix at each token: ``[batch, heads, time, 1]``."""
+    scales = []
+    for i, w in enumerate(state.weights):
+
+        def scale(part: Coefficients, found: Gradients, state: LearnerState, i: int = i) -> Tensor:
+            return rule.retention.scale(_every_matrix(part, found, i, state, state.weights)).squeeze(-1)
+
+        pieces = []
+        for start in range(0, read.kept.shape[2], size := tokens_made_together(w)):
+            span = slice(start, start + size)
+            part = Coefficients(read.kept[:, :, span], [m[:, :, span] for m in read.carried],
+                                read.written[:, :, span], [])  # fmt: skip
+            pieces.append(made_again(scale, part, found, state))
+        scales.append(torch.cat(pieces, 2))
+    return scales
+
+
+def made_again(function: Callable[..., Any], *given: Any) -> Any:
+    """``function(*given)``, which makes the weights after each token, and for backward makes them again.
+
+    They take the room of as many states as there are tokens. ``torch.func`` takes no checkpoints.
+    """
+    if transforming() or not torch.is_grad_enabled():
+        return function(*given)
+    return checkpoint(function, *given, use_reentrant=False, preserve_rng_state=False)
+
+
+def tokens_made_together(*weights: Tensor) -> int:
+    """The number of tokens, the weights after which are made together."""
+    return max(1, MADE_TOGETHER // max(1, sum(w.numel() * w.element_size() for w in weights)))
 
 
 def solved_sums(
@@ -282,27 +330,14 @@ def every_matrix(
     start = [retention.enter(w) for w in state.weights]
     if optimizer.linear:
         c = coefficients(writes, _times(writes.theta, window), valid, order)
-        stacks = [state.momentum, state.second][:order]
-        moved: list[tuple[Tensor, ...]] = []
-        u = []
-        for i, w in enumerate(start):
-            total = _per_token(c.kept, w) - found.each(i, c.written)
-            for m, stack in zip(c.carried, stacks):
-                total = total + _per_token(m, stack[i])
-            u.append(total)
-        for parts, end in c.momentum:
-            moved.append(
-                tuple(
-                    sum(_per_token(p.unsqueeze(-1), stack[i])[:, :, 0] for p, stack in zip(parts, stacks))
-                    - found.total(i, end)
-                    for i in range(len(start))
-                )
-            )
+        u = [_every_matrix(c, found, i, state, start) for i in range(len(start))]
+        after = _ended(rule, c, found, state)  # not the last of u: the derivative of a part is as large as the whole
+        weights = [retention.leave(x) for x in u]
     else:
         u, moved = _updates(rule, writes, found, window, valid, state, start, order)
-    weights = [retention.leave(x) for x in u]
-    # copies: views would keep the weights after every token alive
-    after = _with(state, [w[:, :, -1].clone() for w in weights], moved)
+        weights = [retention.leave(x) for x in u]
+        # copies: views would keep the weights after every token alive
+        after = _with(state, [w[:, :, -1].clone() for w in weights], moved)
     used = weights
     if rule.read == "before":
         used = [torch.cat([w.unsqueeze(2), x[:, :, :-1]], 2) for w, x in zip(state.weights, weights)]
@@ -315,6 +350,12 @@ def every_matrix(
     else:
         y = evaluate(rule, lambda i, x: (used[i] @ x.unsqueeze(-1)).squeeze(-1), writes.q, gain, len(used))
     return y, after
+
+
+def _every_matrix(c: Coefficients, found: Gradients, i: int, state: LearnerState, start: Matrices) -> Tensor:
+    """Matrix ``i`` after each token, by decays that are not by channel: ``[batch, heads, time, ...]``."""
+    stacks = [stack[i] for stack in (state.momentum, state.second)[: len(c.carried)]]
+    return found.each(i, c.written, [c.kept, *c.carried], [start[i], *stacks])
 
 
 def _updates(
@@ -330,10 +371,10 @@ def _updates(
     results = []
     for i, w in enumerate(start):
         if order == 0:
-            s = -found.each(i, torch.diag_embed(steps) if steps.dim() == 3 else steps)
+            s = found.each(i, torch.diag_embed(steps) if steps.dim() == 3 else steps, [], [])
         else:
             along = decay[..., 1:] if real is None else decay[..., 1:] * real
-            s = _per_token(decay[..., 0], state.momentum[i]) - found.each(i, times_steps(along, steps))
+            s = found.each(i, times_steps(along, steps), [decay[..., 0]], [state.momentum[i]])
             ends[0].append(s[:, :, -1].clone())
         if order == 2:
             s = _per_token(decay[..., 0], state.second[i]) + _mix(along, s)

@@ -108,7 +108,12 @@ class Retention:
     @property
     def linked(self) -> bool:
         """Whether the network runs with other weights than ``U``."""
-        return type(self).link is not Retention.link or type(self).leave is not Retention.leave
+        return self.scales or type(self).link is not Retention.link or type(self).leave is not Retention.leave
+
+    @property
+    def scales(self) -> bool:
+        """Whether ``link`` multiplies each matrix by one number, its ``scale``."""
+        return type(self).scale is not Retention.scale
 
     def initial(self, parameter: Tensor) -> Tensor:
         """The initial weights, of a parameter that may be any number."""
@@ -124,7 +129,11 @@ class Retention:
 
     def link(self, weights: Tensor) -> Tensor:
         """The weights that the network runs with, of those that the state holds."""
-        return weights
+        return weights * self.scale(weights) if self.scales else weights
+
+    def scale(self, weights: Tensor) -> Tensor:
+        """In place of ``link``, where it multiplies each matrix by one number: ``[..., out, in] -> [..., 1, 1]``."""
+        raise NotImplementedError
 
     def project(self, u: Tensor, initial: Tensor | None) -> Tensor:
         """``U`` after a move. ``initial``: the initial weights if ``uses_initial``."""

@@ -55,7 +55,7 @@ class Rule:
     def sums(self) -> bool:
         """Whether the weights are sums over the writes, so that they need not be made for each token."""
         linear = self.retention.linear and self.optimizer.linear and self.module is None
-        return linear and (self.read == "anchor" or not self.retention.linked)
+        return linear and (self.read == "anchor" or not self.retention.linked or self.retention.scales)
 
     @property
     def solves(self) -> bool:
@@ -65,6 +65,7 @@ class Rule:
         """
         return (
             self.sums
+            and not self.retention.linked
             and self.chunk == 1
             and self.window == 1
             and self.read != "anchor"

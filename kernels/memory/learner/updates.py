@@ -77,7 +77,7 @@ class LqNorm(Retention):
     def __init__(self, *, q: Annotated[float, Field(gt=1, le=16, description="exponent of the norm")] = 4.0) -> None:
         self.q = q
 
-    def link(self, weights: Tensor) -> Tensor:
+    def scale(self, weights: Tensor) -> Tensor:
         # in units of the largest number, whose power may overflow; a matrix of zeros stays zero
         unit = weights.detach().abs().amax((-2, -1), keepdim=True)
         unit = torch.where(unit > 0, unit, 1.0)
@@ -86,7 +86,7 @@ class LqNorm(Retention):
         size = size.square() ** (self.q / 2) if self.q % 2 == 0 else size.abs() ** self.q
         size = size.sum((-2, -1), keepdim=True)
         norm = unit * torch.where(size > 0, size, 1.0) ** (1 / self.q)
-        return weights / (norm ** (self.q - 2)).clamp(min=1e-20)
+        return 1 / (norm ** (self.q - 2)).clamp(min=1e-20)
 
 
 @register_retention("rows")
@@ -170,10 +170,25 @@ class Muon(Optimizer):
         # no derivative of the norm
         size = (x * x).sum((-2, -1), keepdim=True)
         x = x / (torch.where(size > 0, size, 1.0).sqrt() + 1e-7)
-        x = x.flatten(0, -3)
-        for i in range(self.steps):
-            a, b, c = self.coefficients[min(i, len(self.coefficients) - 1)]
-            gram = x @ x.mT
-            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-        x = x.view(*momentum.shape[:-2], *x.shape[-2:])
+        x = _orthogonalized(x.flatten(0, -3), [self.coefficients[min(i, len(self.coefficients) - 1)]
+                                               for i in range(self.steps)]).view(x.shape)  # fmt: skip
         return x.mT if tall else x
+
+
+def _orthogonalized(x: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:
+    """Newton-Schulz iterations ``x <- (a + b g + c g²) x`` with ``g = x x'``, of ``[batch, rows, columns]``.
+
+    Of a wide matrix, the polynomials of several iterations are multiplied first, because ``g`` is small: those of
+    three, since its rounding errors grow tenfold with each.
+    """
+    together = 3 if x.shape[-1] >= 3 * x.shape[-2] else 1
+    identity = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
+    for start in range(0, len(coefficients), together):
+        gram, product = x @ x.mT, None
+        for a, b, c in coefficients[start : start + together]:
+            if product is not None:
+                gram = polynomial @ gram @ polynomial
+            polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c) + a * identity
+            product = polynomial if product is None else polynomial @ product
+        x = product @ x
+    return x

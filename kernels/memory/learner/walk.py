@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from ...dispatch import full_precision, needs_grad, shows_values, sum_is_finite, transforming
+from ...dispatch import full_precision, shows_values, sum_is_finite
 from ...padding import Layout, align
 from ..state import MemoryState
 from . import chunks
@@ -18,8 +16,6 @@ from .coefficients import window_weights
 from .rule import Rule
 from .state import LearnerState, Writes, where
 
-MADE_TOGETHER = 2**26
-"""Bytes of the weights after each token that are made together."""
 SOLVED_TOGETHER = 64
 """Chunks of one write whose errors are found together."""
 
@@ -97,22 +93,15 @@ def _spans(
         writes = writes.map(layout.spread)._replace(eta=eta)
         valid, slots = layout.filled, layout.filled.shape[1]
         edges = [*range(0, slots, chunk), slots]
-    run_span = _span
     if not (rule.sums or rule.moves_once) and rule.retention.linear:  # the weights after each token are made
-        inputs = [x for x in writes if x is not None]
-        if not transforming() and needs_grad(*inputs, gain, *state.weights, *state.momentum):
-            # for backward they are made again, because they take the room of as many states as there are tokens;
-            # torch.func takes no checkpoints
-            run_span = functools.partial(checkpoint, _span, use_reentrant=False, preserve_rng_state=False)
-        size = sum(w.numel() * w.element_size() for w in state.weights)
-        piece = max(1, MADE_TOGETHER // max(size, 1))
+        piece = chunks.tokens_made_together(*state.weights)
         edges = sorted({*edges, *(cut for a, b in pairwise(edges) for cut in range(a, b, piece))})
     outputs = []
     for start, stop in pairwise(edges):
         if start == stop:
             continue
         span = writes.map(lambda x, start=start, stop=stop: x[:, start:stop].transpose(1, 2))  # type: ignore[misc]
-        y, state = run_span(rule, span, state, gain, None if valid is None else valid[:, start:stop], solves, measured)
+        y, state = _span(rule, span, state, gain, None if valid is None else valid[:, start:stop], solves, measured)
         outputs.append(y.transpose(1, 2))
     if not outputs:
         return writes.v.new_zeros(len(phases), time, *writes.v.shape[2:]), state, None
@@ -165,7 +154,7 @@ def _span(
     elif rule.moves_once:
         y, state = chunks.one_move(rule, writes, found, window, valid, state, gain, ends)
     elif rule.retention.linear:
-        y, state = chunks.every_matrix(rule, writes, found, window, valid, state, gain)
+        y, state = chunks.made_again(chunks.every_matrix, rule, writes, found, window, valid, state, gain)
     else:
         y, state = chunks.moves(rule, writes, found, window, valid, state, gain)
     return y, state._replace(anchor=where(ends, state.weights, state.anchor), position=after)

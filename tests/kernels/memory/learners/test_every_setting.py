@@ -139,6 +139,7 @@ SETTINGS: dict[str, Any] = {
     "clip and window": case(clip=0.8, window=3, gates="theta eta alpha gamma"),
     "clip and gated_mlp": case(GATED, network="gated_mlp", clip=0.8, read="before"),
     "threshold": case(threshold=3.0),
+    "threshold under lq": case(threshold=3.0, retention={"type": "lq", "q": 4}),
 }  # fmt: skip
 SUMS = (
     "gated_mlp", "clip and gated_mlp", "huber for each token", "window", "window longer than a chunk", "powers",

@@ -169,7 +169,7 @@ def test_a_class_with_abstract_methods_is_refused() -> None:
             {"features": {"type": "polynomial", "coefficients": [1.0]}},
         ),
         (r"coefficients: expected 3", {"features": {"type": "polynomial", "coefficients": torch.ones(2)}}),
-        (r"threshold: needs weights that are sums over the writes", {"threshold": 0.1, "retention": "lq"}),
+        (r"threshold: needs weights that are sums over the writes", {"threshold": 0.1, "retention": "kl"}),
         (r"parameter of the objective: expected", {"objective": {"type": "huber", "delta": torch.ones(3)}}),
         (r"unknown network 'foo'; expected one of factorised", {"network": "foo"}),
         (r"clip: expected a norm > 0 or None, got True", {"clip": True}),
