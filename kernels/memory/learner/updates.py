@@ -170,25 +170,37 @@ class Muon(Optimizer):
         # no derivative of the norm
         size = (x * x).sum((-2, -1), keepdim=True)
         x = x / (torch.where(size > 0, size, 1.0).sqrt() + 1e-7)
-        x = _orthogonalized(x.flatten(0, -3), [self.coefficients[min(i, len(self.coefficients) - 1)]
-                                               for i in range(self.steps)]).view(x.shape)  # fmt: skip
+        coefficients = [self.coefficients[min(i, len(self.coefficients) - 1)] for i in range(self.steps)]
+        iterate = _iterate_wide if x.shape[-1] >= 3 * x.shape[-2] else _iterate
+        x = iterate(x.flatten(0, -3), coefficients).view(x.shape)
         return x.mT if tall else x
 
 
-def _orthogonalized(x: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:
-    """Newton-Schulz iterations ``x <- (a + b g + c g²) x`` with ``g = x x'``, of ``[batch, rows, columns]``.
+Coefficients = Sequence[tuple[float, float, float]]
 
-    Of a wide matrix, the polynomials of several iterations are multiplied first, because ``g`` is small: those of
-    three, since its rounding errors grow tenfold with each.
+
+def _iterate(x: Tensor, coefficients: Coefficients) -> Tensor:
+    """Newton-Schulz iterations ``x <- (a + b g + c g²) x`` with ``g = x x'``, of ``[batch, rows, columns]``."""
+    for a, b, c in coefficients:
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def _iterate_wide(x: Tensor, coefficients: Coefficients) -> Tensor:
+    """:func:`_iterate` of wide matrices, whose ``g`` is small: the polynomials of iterations are multiplied first.
+
+    Those of three, because rounding errors of ``g`` grow tenfold with each.
     """
-    together = 3 if x.shape[-1] >= 3 * x.shape[-2] else 1
     identity = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
-    for start in range(0, len(coefficients), together):
-        gram, product = x @ x.mT, None
-        for a, b, c in coefficients[start : start + together]:
-            if product is not None:
+    for start in range(0, len(coefficients), 3):
+        gram = x @ x.mT
+        product: Tensor | None = None
+        polynomial: Tensor | None = None
+        for a, b, c in coefficients[start : start + 3]:
+            if polynomial is not None:
                 gram = polynomial @ gram @ polynomial
             polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c) + a * identity
             product = polynomial if product is None else polynomial @ product
-        x = product @ x
+        x = x if product is None else product @ x
     return x
