@@ -85,14 +85,6 @@ def dot(a, b, OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr
 
 
 @triton.jit
-def as_operand(x, OPERAND: tl.constexpr, WIDE: tl.constexpr):
-    """``x`` as ``dot`` rounds it to half precision."""
-    if _INTERPRETED and OPERAND == _BFLOAT16:
-        x = _rounded(x, 16)
-    return x.to(OPERAND).to(WIDE)
-
-
-@triton.jit
 def coefficient(matrix, first, t, b, part, PARTS: tl.constexpr, WIDE: tl.constexpr):
     """What each token weighs for one part of the state (0 weights, 1 momentum), as a column."""
     return tl.load(matrix + (first + t) * PARTS + part, mask=t < b, other=0.0).to(WIDE)[:, None]
