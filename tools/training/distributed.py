@@ -27,6 +27,8 @@ class Processes:
         self.rank, self.world = rank, world
         self.device = device if device is not None else torch.device("cpu")
         self.mesh: Any = None
+        self.store: Any = None
+        """Keys and values that processes have in common; under ``torchrun``, in a process that outlives them."""
         self.group, self.groups = rank, world
         """Of the groups of processes that have rows in common, the number of this one's, and how many there are."""
         self.first_of_group = True
@@ -66,6 +68,13 @@ class Processes:
     def sum_of_groups(self, *numbers: float) -> list[float]:
         """Sums of numbers that the processes of a group have in common."""
         return self.sum(*(number if self.first_of_group else 0 for number in numbers))
+
+    def speaks(self) -> bool:
+        """Whether this process is the first to call this, also where some have ended. Does not wait for others."""
+        try:
+            return self.store is None or self.store.add("speaks", 1) == 1
+        except RuntimeError:  # the store was in the first process, which has ended
+            return self.rank == 1
 
     def barrier(self) -> None:
         """Wait for the other processes."""
@@ -118,6 +127,7 @@ class Processes:
 def process_errors(processes: Processes, resume: str) -> Iterator[None]:
     """Raise ``CommandFailed`` in place of the error about another process that has ended. ``resume``: a command.
 
+    The first process that notices does. The others raise ``SystemExit``, with which they end and print nothing.
     Errors that all processes find in what they are given are raised by the first one before the others, so that
     ``torchrun`` shows one of them.
     """
@@ -130,14 +140,15 @@ def process_errors(processes: Processes, resume: str) -> Iterator[None]:
     except RuntimeError as error:
         import torch.distributed as dist
 
-        first = str(error).partition("\n")[0]
+        line = str(error).partition("\n")[0]
+        reason = (line.partition("] ")[2] or line).partition(". ")[0]  # without the file of gloo's code
         lost = any(part in str(error) for part in ("gloo", "closed by peer", "Connection reset", "NCCL"))
         if processes.world == 1 or not (isinstance(error, dist.DistError) or lost):
             raise
-        message = (
-            f"process {processes.rank}: another process of this run has ended, or cannot be reached: {first[:200]}"
-        )
-        raise CommandFailed(f"{message}\nresume from the last checkpoint: {resume}") from None
+        if not processes.speaks():
+            raise SystemExit(1) from None
+        message = f"another process of this run has ended, or cannot be reached ({reason[:200]})"
+        raise CommandFailed(f"process {processes.rank}: {message}: resume from the last checkpoint: {resume}") from None
 
 
 def to_local(tensor: Tensor) -> Tensor:
@@ -159,8 +170,13 @@ def init_processes(device: torch.device) -> Processes:
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
+    store = None
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        store, rank, world = next(dist.rendezvous("env://"))
+        group = dist.PrefixStore("group", store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=group, rank=rank, world_size=world)
         # at exit, not before: a destroyed group cannot be made again, and the process may train another run
         atexit.register(dist.destroy_process_group)
-    return Processes(dist.get_rank(), dist.get_world_size(), device)
+    processes = Processes(dist.get_rank(), dist.get_world_size(), device)
+    processes.store = store
+    return processes
