@@ -104,6 +104,8 @@ class Parallel:
         if not isinstance(mesh, DeviceMesh):
             raise TypeError(f"mesh: expected a torch DeviceMesh, got {type(mesh).__name__}")
         self.first = dist.get_rank() == 0
+        if model.parallel is not None:
+            self.refuse("model: it is shared out already: expected a model that no mesh has")
         names = mesh.mesh_dim_names or ()
         for name in names or ("none",):
             if name not in DIMENSIONS:

@@ -316,6 +316,7 @@ def refused(mesh: Any) -> None:
     other = build(**{"layers.lmm.0.chunk": 8 + dist.get_rank()})
     expect("rank 1 has another recipe than rank 0", tb.parallelize, other, mesh)
     model = tb.parallelize(build(), mesh)
+    expect("model: it is shared out already", tb.parallelize, model, mesh)
     tokens = torch.zeros(1, 3, dtype=torch.int64)
     expect("a sequence of 1 tokens is shorter than the 2 ranks", model, tokens[:, :1])
     expect("a sequence of 3 tokens cannot be shared by the 2 ranks of the mesh's context", model, tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -171,6 +172,9 @@ def init_processes(device: torch.device) -> Processes:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     store = None
+    logger = logging.getLogger("torch.distributed.tensor")
+    if logger.level == logging.NOTSET:  # it advises against a mesh of two dimensions at every run
+        logger.setLevel(logging.ERROR)
     if not dist.is_initialized():
         store, rank, world = next(dist.rendezvous("env://"))
         group = dist.PrefixStore("group", store)
