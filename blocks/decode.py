@@ -96,11 +96,10 @@ class ModuleSnapshot:
     """The modules, parameters and hooks of a module at one time. Decoders are valid until one of them changes."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._tables: list[dict[Any, Any]] = []
-        for child in module.modules():
-            self._tables += module_tables(child)
+        modules = list(module.modules())
+        self._tables = [table for child in modules for table in module_tables(child)]
         self._filled = [table for table in self._tables if table]
-        self._tables += [vars(child) for child in module.modules()]  # where a forward of its own would be
+        self._tables += map(vars, modules)  # where a forward of its own would be
         self._sizes = list(map(len, self._tables))
         # kept alive, so that nothing new can have the identity of something old
         self._kept = [x for table in self._filled for x in table.values()]

@@ -15,6 +15,7 @@ from ..kernels.memory import Tokens
 from ..kernels.memory.decode import prepare_read, prepare_step
 from ..kernels.norm_gate.decode import prepare_feed_forward, prepare_gate, prepare_gated_output, prepare_rms_norm
 from ..kernels.short_conv.decode import prepare_inputs
+from . import memory_rule
 from .attention import FEW, Attention, AttentionState
 from .block import as_memory
 from .combinators import Chain, Gate, Layer, Persistent, Residual
@@ -23,13 +24,14 @@ from .decode import Decoder, Reader, decode_plan, decoder, read_plan, reader
 from .feedforward import FeedForward
 from .layers import Gating, RMSNorm
 from .memory import NeuralMemory, NeuralMemoryState
+from .memory_decode import decode_layers
 from .observers import active, report_learned, suppressed
 from .state import State
 
 
 @decode_plan(NeuralMemory)
 def _memory(block: NeuralMemory, rows: int, time: int, step: int) -> Decoder | None:
-    layers = block.decode_layers(block.output_gain.new_empty(rows, time, block.dim))
+    layers = decode_layers(block, block.output_gain.new_empty(rows, time, block.dim))
     if layers is None:
         return None
     inputs, output = prepare_inputs(layers, rows), _memory_output(block, rows)
@@ -37,7 +39,7 @@ def _memory(block: NeuralMemory, rows: int, time: int, step: int) -> Decoder | N
         return None
     (q, k, v, (theta, *others), _), load = inputs
     tokens = Tokens(q, k, v, theta, others[0] if block.momentum else None, others[-1] if block.forgetting else None)
-    write = prepare_step(tokens, block.shapes, block.norm_gain, block.options)
+    write = prepare_step(tokens, block.shapes, block.norm_gain, memory_rule.options(block))
     if write is None:
         return None
 
@@ -57,7 +59,7 @@ def _memory(block: NeuralMemory, rows: int, time: int, step: int) -> Decoder | N
 
 @read_plan(NeuralMemory)
 def _read_memory(block: NeuralMemory, rows: int) -> Reader | None:
-    layers = block.decode_layers(block.output_gain.new_empty(rows, 1, block.dim))
+    layers = decode_layers(block, block.output_gain.new_empty(rows, 1, block.dim))
     if layers is None:
         return None
     inputs, output = prepare_inputs(layers.queries(), rows), _memory_output(block, rows)

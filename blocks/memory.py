@@ -13,14 +13,13 @@ from torch.nn.functional import hardsigmoid, pad
 from ..kernels.dispatch import known
 from ..kernels.documents import Documents
 from ..kernels.linear import SmallLinear, fuses, is_plain, linear, linear_of, project
-from ..kernels.memory import LearnerState, MemoryState, Options, Tokens, read_memory, titans_memory
+from ..kernels.memory import LearnerState, MemoryState, Tokens, read_memory, titans_memory
 from ..kernels.norm_gate import decode, gated_norm
 from ..kernels.padding import Layout, align
 from ..kernels.short_conv import query, query_key_value
-from ..kernels.short_conv.decode import Layers, memory_inputs, memory_query
 from ..registry import register
+from . import memory_decode, memory_rule
 from . import memory_fields as fields
-from . import memory_rule
 from .block import Block, check_call
 from .documents import run_documents
 from .memory_initialization import initialize_memory
@@ -113,8 +112,8 @@ class NeuralMemory(Block):
         self.initial_momentum = nn.ParameterList(
             [torch.empty(heads, *shape) for shape in self.shapes] if momentum and learn_momentum else []
         )
-        features: Any = rule.features if getattr(rule.features, "learned", False) else None
-        self.coefficients = None if features is None else nn.Parameter(torch.empty(len(features.initial())))
+        learned: Any = rule.features if getattr(rule.features, "learned", False) else None
+        self.coefficients = None if learned is None else nn.Parameter(torch.empty(len(learned.initial())))
         self.norm_gain = nn.Parameter(torch.empty(heads, width)) if norm else None
         self.output_gain = nn.Parameter(torch.empty(heads, width))
         self.output_gate = nn.Linear(dim, dim, bias=False)
@@ -189,11 +188,8 @@ class NeuralMemory(Block):
     def read(self, x: Tensor, state: NeuralMemoryState) -> Tensor:
         """Query the memory with each token of ``x`` [batch, time, dim] as if it came next. Does not write."""
         check_call(self, x, state)
-        layers = self.decode_layers(x)
-        if layers is None:
-            return self.read_projected(self.project_queries(x), state)
-        q = memory_query(x, state.convolution, layers.queries())
-        return self.project_output(read_memory(q, state.memory.weights, self.activation, self.norm_gain), x)
+        y = memory_decode.read(self, x, state) if x.shape[1] == 1 else None
+        return self.read_projected(self.project_queries(x), state) if y is None else y
 
     def project_queries(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The part of ``read`` that does not depend on the state: projected queries and the output gate."""
@@ -282,31 +278,28 @@ class NeuralMemory(Block):
 
         ``length``: ``[batch]``, the number of valid tokens at the start of each row; ``None`` if all are valid.
         """
-        few = length is None and x.shape[1] == 1 and gates is None
-        layers = self.decode_layers(x) if few else None
-        if layers is not None:
-            q, k, v, (theta, *others), history = memory_inputs(x, state.convolution, layers)
-            gates = None
-        else:
-            projected, dtype = linear(self.qkv, x) if gates is None else x, self.output_gain.dtype
-            if self.convolution is None or self.rule is not None:
-                projected = projected.to(dtype)  # under autocast, the state keeps its dtype
-            if self.rule is None:
-                q, k, v, history = query_key_value(projected, self.convolution, state.convolution, self.heads, length)
-                if self.use == "read":
-                    return Tokens(q, k, v, q.new_zeros(q.shape[:3]), None, None), history, state.gates
-            raw, gates = (linear(self.controls, x) if gates is None else gates).to(dtype), state.gates
-            if gates is not None:
-                raw, gates = memory_rule.gates_of_chunks(raw, gates, state.memory.position, self.chunk, length)
-            raw = raw.to(state.memory.weights[0].dtype)
-            if self.rule is not None:
-                writes, history = memory_rule.inputs(self, projected, raw, state.convolution, length)
-                return writes, history, gates
-            gate = hardsigmoid if self.gating == "hard_sigmoid" else torch.sigmoid
-            theta, *others = gate(raw).split(self.heads, dim=-1)
-            theta = theta * self.max_step
+        if length is None and gates is None and x.shape[1] == 1:
+            found = memory_decode.inputs(self, x, state)
+            if found is not None:
+                return found
+        projected, dtype = linear(self.qkv, x) if gates is None else x, self.output_gain.dtype
+        if self.convolution is None or self.rule is not None:
+            projected = projected.to(dtype)  # under autocast, the state keeps its dtype
+        if self.rule is None:
+            q, k, v, history = query_key_value(projected, self.convolution, state.convolution, self.heads, length)
+            if self.use == "read":
+                return Tokens(q, k, v, q.new_zeros(q.shape[:3]), None, None), history, state.gates
+        raw, gates = (linear(self.controls, x) if gates is None else gates).to(dtype), state.gates
+        if gates is not None:
+            raw, gates = memory_rule.gates_of_chunks(raw, gates, state.memory.position, self.chunk, length)
+        raw = raw.to(state.memory.weights[0].dtype)
+        if self.rule is not None:
+            writes, history = memory_rule.inputs(self, projected, raw, state.convolution, length)
+            return writes, history, gates
+        gate = hardsigmoid if self.gating == "hard_sigmoid" else torch.sigmoid
+        theta, *others = gate(raw).split(self.heads, dim=-1)
         eta, alpha = others[0] if self.momentum else None, others[-1] if self.forgetting else None
-        return Tokens(q, k, v, theta, eta, alpha), history, gates
+        return Tokens(q, k, v, theta * self.max_step, eta, alpha), history, gates
 
     def project_output(self, y: Tensor, x: Tensor) -> Tensor:
         """Normalize the outputs ``y`` of the operation per head, gate them by ``x`` and project them."""
@@ -315,25 +308,3 @@ class NeuralMemory(Block):
         if fuses(x, self.output_gate, self.output):
             return decode.gated_output(y, self.output_gain, x, self.output_gate.weight, self.output.weight)
         return linear_of(self.output, gated_norm, y, self.output_gain, linear(self.output_gate, x))
-
-    def decode_layers(self, x: Tensor) -> Layers | None:
-        """The parameters of the kernel that computes the inputs of one token, or ``None`` where it cannot run."""
-        if (
-            self.rule is not None
-            or x.shape[1] != 1
-            or self.gates != "token"
-            or self.use != "both"
-            or not is_plain(self.controls)
-        ):
-            return None
-        if not fuses(x, self.qkv, self.output_gate, self.output):
-            return None
-        gates, hard = self.controls, self.gating == "hard_sigmoid"
-        return Layers(self.qkv.weight, self.convolution, self.heads, gates.weight, gates.bias, self.max_step, hard)
-
-    @property
-    def options(self) -> Any:
-        """The options of the operation, or the rule where it is not that of Titans."""
-        if self.rule is not None:
-            return memory_rule.rule_with_parameters(self)
-        return Options(self.chunk, self.activation, self.clip, self.retrieve, self.keep, threshold=self.threshold)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import hardsigmoid, silu, softplus
 
-from ..kernels.memory import LearnerState, MemoryState, learner
+from ..kernels.memory import LearnerState, MemoryState, Options, learner
 from ..kernels.memory.learner import Rule, learn_writes, make_part, make_rule
 from ..kernels.memory.learner.state import Writes
 from ..kernels.norm_gate import l2_norm
@@ -170,3 +170,10 @@ def rule_with_parameters(memory: Any) -> Rule:
         features.coefficients = memory.coefficients.to(memory.output_gain.dtype)
         return replace(rule, features=features)
     return rule
+
+
+def options(memory: Any) -> Any:
+    """The options of the operation, or the rule where it is not that of Titans."""
+    if memory.rule is not None:
+        return rule_with_parameters(memory)
+    return Options(memory.chunk, memory.activation, memory.clip, memory.retrieve, memory.keep, None, memory.threshold)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..kernels.padding import Layout
+from .memory_rule import options
 
 
 class Learned(NamedTuple):
@@ -100,7 +101,7 @@ def observers_of(block: nn.Module) -> Iterable[Observer]:
 def report_learned(memory: Any, tokens: Any, before: Any, after: Any, layout: Layout | None = None) -> None:
     """Report a call of the memory operation by the block ``memory``, with the fields of ``Learned``."""
     for observer in observers_of(memory):
-        observer.learned(memory, Learned(tokens, before, after, memory.norm_gain, memory.options, layout))
+        observer.learned(memory, Learned(tokens, before, after, memory.norm_gain, options(memory), layout))
 
 
 def suppressed() -> contextlib.AbstractContextManager[None]:

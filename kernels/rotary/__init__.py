@@ -162,8 +162,7 @@ def _tables(key: _Key, dtype: torch.dtype, position: Tensor | range) -> tuple[Te
     d, base, device = key
     if isinstance(position, range):
         position = torch.arange(position.start, position.stop, position.step, device=device).unsqueeze(0)
-    # a constant takes no symbolic number: index and hex make a tracer specialize on values
-    frequency, ahead = _fixed_point(operator.index(d), float.fromhex(base.hex()), device).unbind()
+    frequency, ahead = _fixed_point(d, base, device)
     phase = torch.addcmul(ahead, position[..., None], frequency)
     # the phase is exact and less than a turn: rounding it here costs an ulp at any position
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -176,25 +175,26 @@ def _frequencies(d: int, base: float) -> list[int]:
     return [round(base ** (-2 * i / d) / (2 * math.pi) * _TURN) for i in range(d // 2)]
 
 
-_FIXED_POINT: dict[_Key, Tensor] = {}
+_FIXED_POINT: dict[_Key, tuple[Tensor, Tensor]] = {}
 
 
-def _fixed_point(d: int, base: float, device: torch.device) -> Tensor:
-    """Frequencies, and phases to add so that one sine gives ``[cos cos | -sin sin]``: int64 ``[2, 2 d]``.
+def _fixed_point(d: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Frequencies, and phases to add so that one sine gives ``[cos cos | -sin sin]``: int64 ``[2 d]`` each.
 
     A quarter of a turn ahead the sine is the cosine, half a turn ahead its negative.
     """
     compiling = torch.compiler.is_compiling()  # a graph makes its own table, and has no guard on what is cached
-    passing = compiling or transforming()
-    table = None if passing else _FIXED_POINT.get((d, base, device))
-    if table is None:
-        half = d // 2
-        ahead = [_TURN // 4] * d + [-_TURN // 2] * half + [0] * half
+    found = None if compiling else _FIXED_POINT.get((d, base, device))
+    if found is None:
+        # a constant takes no symbolic number: index and hex make a tracer specialize on values
+        frequencies, half = _frequencies(operator.index(d), float.fromhex(base.hex())), operator.index(d) // 2
+        ahead = [_TURN // 4] * (2 * half) + [-_TURN // 2] * half + [0] * half
         with nullcontext() if compiling else torch.inference_mode(False):
-            table = torch.tensor([_frequencies(d, base) * 4, ahead], dtype=torch.int64, device=device)
-        if type(table) is Tensor and not passing:  # no fake tensor of torch.export
-            _FIXED_POINT[d, base, device] = table
-    return table
+            table = torch.tensor([frequencies * 4, ahead], dtype=torch.int64, device=device)
+            found = table[0], table[1]
+        if type(table) is Tensor and not (compiling or transforming()):  # no fake tensor of torch.export
+            _FIXED_POINT[d, base, device] = found
+    return found
 
 
 _normed = Operation(
