@@ -113,7 +113,7 @@ def kernels(
                 continue
         tiles = schedule(kernel.__name__, chunk, dim, hidden, dim, products, layers=layers)
         steps = {f"{name}_{to}": 16 * dim for name in "qkvyp" for to in ("row", "head", "step")}
-        yield kernel, net | tiles, dict(b=chunk, d_in=dim, width=hidden, d_out=dim, **steps)
+        yield kernel, net | tiles, dict(b=chunk, writes=chunk, d_in=dim, width=hidden, d_out=dim, **steps)
 
 
 def compiled(kernel: Any, fixed: dict[str, Any], sizes: dict[str, int], target: str) -> dict[str, Any]:

@@ -437,7 +437,7 @@ MEMORY = Operation(
         _backend("step", torch_step, _one_token(), thresholds=True, confined=True),
         _backend("native_linear", linear_memory, refuse_linear, confined=True, knows=(CHANNELS, FIRST)),
         _backend("native", cpu_memory, refuse_cpu, knows=SUMS),
-        _backend("triton", _triton("network", "triton_memory"), _refuse_triton, confined=True, knows=(DELTA,)),
+        _backend("triton", _triton("network", "triton_memory"), _refuse_triton, confined=True, knows=(DELTA, WINDOW)),
         _backend("triton_batched", _triton("batched", "batched_memory"), refuse_triton, confined=True, knows=SUMS),
         _backend("torch", chunkwise_memory, confined=True, knows=SUMS),
         _backend("closed_form", closed_form_memory, thresholds=True, knows=SUMS),

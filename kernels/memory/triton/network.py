@@ -61,9 +61,9 @@ class TritonNetwork(ChunkNetwork):
         kernel = write_resident_kernel if self._resident(sizes, written, backward=False) else write_kernel
         self._run(
             kernel, (batch_heads,), b, sizes, written,
-            keys, values, self._deltas(written), self.gain, decay.mix.contiguous(), decay.write, *_two(anchor, keys),
-            *_two(written.stacks),
-            written.inputs[-1], *_two(written.outputs), *_two(written.unclipped), *_two(written.errors),
+            keys, values, self._deltas(written), self.gain, decay.mix.contiguous(), decay.write.contiguous(),
+            *_two(anchor, keys), *_two(written.stacks), written.inputs[-1], *_two(written.outputs),
+            *_two(written.unclipped), *_two(written.errors),
             chunks, batch_heads, b, *sizes,
             CLIP=self.clip, ANCHORED=anchor is not None,
         )  # fmt: skip
@@ -84,14 +84,15 @@ class TritonNetwork(ChunkNetwork):
 
     def read(self, queries: Tensor, decay: ChunkDecay, written: Written, query_activations: list[Tensor]) -> Tensor:
         chunks, batch_heads, b, _ = queries.shape
-        y = torch.empty_like(written.outputs[-1])
         sizes = self._sizes(queries, written)
-        z_1, z_2 = query_activations[:1] or [self.scratch("z 0", *written.outputs[0].shape)], query_activations or [y]
+        y = queries.new_empty(*queries.shape[:3], sizes[2])
+        z_1 = query_activations[:1] or [self.scratch("z 0", *queries.shape[:3], written.outputs[0].shape[3])]
+        z_2 = query_activations or [y]
         self._run(
             read_kernel, (chunks * batch_heads,), b, sizes, written,
             queries, written.inputs[0], self.gain, decay.read.contiguous(), decay.carry.contiguous(),
-            *_two(written.stacks), written.inputs[-1], *_two(written.errors), self._scores("scores 0", queries), y,
-            z_1[0] if len(written.stacks) == 2 else queries, z_2[-1], batch_heads, b, *sizes,
+            *_two(written.stacks), written.inputs[-1], *_two(written.errors), self._scores("scores 0", decay), y,
+            z_1[0] if len(written.stacks) == 2 else queries, z_2[-1], batch_heads, b, decay.read.shape[3], *sizes,
             KEEP=bool(query_activations),
         )  # fmt: skip
         return y
@@ -113,17 +114,17 @@ class TritonNetwork(ChunkNetwork):
         grad_gain = None if self.gain is None else queries.new_empty(chunks, batch_heads, blocks, grad_y.shape[-1])
         z_1 = query_activations[0] if len(query_activations) == 2 else queries
         grad_z = _two([self.scratch(f"grad z {l}", *x.shape) for l, x in enumerate(query_activations)])
-        scores = [self._scores(f"{name} {l}", queries) for name in ("scores", "grad scores") for l in range(2)]
+        scores = [self._scores(f"{name} {l}", decay) for name in ("scores", "grad scores") for l in range(2)]
         self._run(
             read_backward_kernel, (chunks * batch_heads, blocks), b, sizes, written,
             grad_y, queries, written.inputs[0], self.gain, read, carry, *_two(written.stacks), written.inputs[-1],
             *_two(written.errors), z_1, query_activations[-1], grad_queries, grad_read, grad_carry, grad_gain,
-            *grad_z, *scores, batch_heads, b, *sizes,
+            *grad_z, *scores, batch_heads, b, read.shape[3], *sizes,
         )  # fmt: skip
         self._run(
             read_backward_state_kernel, (chunks * batch_heads,), b, sizes, written,
             queries, carry, z_1, *grad_z, *scores, grad.inputs[0], grad.inputs[-1], *_two(grad.errors),
-            *_two(grad.stacks), b, *sizes,
+            *_two(grad.stacks), b, read.shape[3], *sizes,
         )  # fmt: skip
         return grad_queries, grad_read, grad_carry, None if grad_gain is None else grad_gain.sum((0, 2)).unsqueeze(1)
 
@@ -147,7 +148,7 @@ class TritonNetwork(ChunkNetwork):
         kernel = write_backward_resident_kernel if is_resident else write_backward_kernel
         self._run(
             kernel, (batch_heads,), b, sizes, written,
-            keys, values, self._deltas(written), self.gain, mix, decay.write, *_two(anchor, keys),
+            keys, values, self._deltas(written), self.gain, mix, decay.write.contiguous(), *_two(anchor, keys),
             *_two(written.stacks), written.inputs[-1], *_two(written.outputs), *_two(written.unclipped),
             *_two(written.errors),
             *_two(grad.stacks), grad.inputs[0], grad.inputs[-1], *_two(grad.errors), grad_values,
@@ -173,9 +174,9 @@ class TritonNetwork(ChunkNetwork):
             len(written.stacks), stack.shape[2], *sizes, self._products, backward=backward, wide=stack.dtype
         )
 
-    def _scores(self, name: str, queries: Tensor) -> Tensor:
+    def _scores(self, name: str, decay: ChunkDecay) -> Tensor:
         """A number for each query and key."""
-        return self.scratch(name, *queries.shape[:3], queries.shape[2])
+        return self.scratch(name, *decay.read.shape)
 
     def _run(
         self, kernel: Any, grid: tuple[int, ...], b: int, sizes: tuple[int, int, int], written: Written,

@@ -44,7 +44,7 @@ def written_part(weighted, error, t, s, OPERAND: tl.constexpr, WIDE: tl.constexp
     """``weighted @ error``, in which an error that is not finite reaches the queries from its token on alone.
 
     Errors of later tokens are multiplied by zero, and zero times infinity is NaN. They are therefore taken as zero,
-    and the queries that see one become NaN.
+    and the queries that see one become NaN. ``s``: the tokens that the errors are of.
     """
     # rounding to bfloat16 makes more than this infinite
     largest: tl.constexpr = 3.38e38 if WIDE.primitive_bitwidth == 32 else float("inf")
@@ -60,7 +60,7 @@ def written_part(weighted, error, t, s, OPERAND: tl.constexpr, WIDE: tl.constexp
 @triton.jit(do_not_specialize=VARYING)
 def read_kernel(
     queries, keys, gain, read, carry, stack_1, stack_2, input_2, error_1, error_2, scores_1, y, z_1, z_2,
-    batch_heads, b, d_in, width, d_out,
+    batch_heads, b, writes, d_in, width, d_out,
     LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, KEEP: tl.constexpr,
     TOKENS: tl.constexpr, KEYS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
     OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, FINE: tl.constexpr,
@@ -71,18 +71,18 @@ def read_kernel(
     At depth 1 ``z_1`` are the queries, and there is no activation.
     """
     at = tl.program_id(0).to(tl.int64)  # chunk * batch_heads + bh
-    first = at * b
+    first, written = at * b, at * writes
     t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     i, o = tl.arange(0, IN), tl.arange(0, OUT)
     size_1, size_2 = width * d_in, d_out * width
     if LAYERS == 2:
         q = load_tokens(queries, first, t, i, b, d_in, WIDE)
-        for s0 in range(0, b, KEYS):
+        for s0 in range(0, writes, KEYS):
             s = s0 + tl.arange(0, KEYS)
-            k = load_tokens(keys, first, s, i, b, d_in, WIDE)
+            k = load_tokens(keys, written, s, i, writes, d_in, WIDE)
             scores = dot(q, tl.trans(k), OPERAND, WIDE, PRECISION)
-            decay = load_tokens(read, first, t, s, b, b, WIDE)
-            store_tokens(scores_1, first, t, s, b, b, weighted_scores(scores, decay))
+            decay = load_tokens(read, first, t, s, b, writes, WIDE)
+            store_tokens(scores_1, first, t, s, b, writes, weighted_scores(scores, decay))
         tl.debug_barrier()
 
     z = tl.zeros((TOKENS, OUT), WIDE)
@@ -90,11 +90,11 @@ def read_kernel(
         h = h0 + tl.arange(0, BLOCK)
         if LAYERS == 2:
             preact = tl.zeros((TOKENS, BLOCK), WIDE)
-            for s0 in range(0, b, KEYS):
+            for s0 in range(0, writes, KEYS):
                 s = s0 + tl.arange(0, KEYS)
-                weighted = load_tokens(scores_1, first, t, s, b, b, WIDE)
-                error = load_tokens(error_1, first, s, h, b, width, WIDE)
-                preact -= written_part(weighted, error, t, s, FINE, WIDE, FINE_PRECISION)
+                weighted = load_tokens(scores_1, first, t, s, b, writes, WIDE)
+                error = load_tokens(error_1, written, s, h, writes, width, WIDE)
+                preact -= written_part(weighted, error, t, s + b - writes, FINE, WIDE, FINE_PRECISION)
             for part in range(PARTS):
                 w_1 = load(stack_1 + (at * PARTS + part) * size_1, h, i, width, d_in, WIDE)
                 product = dot(q, tl.trans(w_1), FINE, WIDE, FINE_PRECISION)
@@ -110,17 +110,17 @@ def read_kernel(
     tl.debug_barrier()
 
     # the last layer's scores: of a block of keys, over all hidden units
-    for s0 in range(0, b, KEYS):
+    for s0 in range(0, writes, KEYS):
         s = s0 + tl.arange(0, KEYS)
         scores = tl.zeros((TOKENS, KEYS), WIDE)
         for h0 in range(0, width, BLOCK):
             h = h0 + tl.arange(0, BLOCK)
             x = activate(load_tokens(z_1, first, t, h, b, width, WIDE), ACTIVATION)
-            a = load_tokens(input_2, first, s, h, b, width, WIDE)
+            a = load_tokens(input_2, written, s, h, writes, width, WIDE)
             scores += dot(x, tl.trans(a), OPERAND, WIDE, PRECISION)
-        weighted = weighted_scores(scores, load_tokens(read, first, t, s, b, b, WIDE))
-        error = load_tokens(error_2, first, s, o, b, d_out, WIDE)
-        z -= written_part(weighted, error, t, s, OPERAND, WIDE, PRECISION)
+        weighted = weighted_scores(scores, load_tokens(read, first, t, s, b, writes, WIDE))
+        error = load_tokens(error_2, written, s, o, writes, d_out, WIDE)
+        z -= written_part(weighted, error, t, s + b - writes, OPERAND, WIDE, PRECISION)
     if KEEP:
         store_tokens(z_2, first, t, o, b, d_out, z)
     if NORM:
@@ -144,7 +144,7 @@ def read_backward_kernel(
     grad_y, queries, keys, gain, read, carry, stack_1, stack_2, input_2, error_1, error_2, z_1, z_2,
     grad_queries, grad_read, grad_carry, grad_gain,
     grad_z_1, grad_z_2, scores_1, scores_2, grad_scores_1, grad_scores_2,
-    batch_heads, b, d_in, width, d_out,
+    batch_heads, b, writes, d_in, width, d_out,
     LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr,
     TOKENS: tl.constexpr, KEYS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
     OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, FINE: tl.constexpr,
@@ -152,7 +152,7 @@ def read_backward_kernel(
 ):  # fmt: skip
     """The queries' side: ``TOKENS`` queries, given each layer's outputs ``z``. Layers as in ``read_kernel``."""
     at = tl.program_id(0).to(tl.int64)  # chunk * batch_heads + bh
-    first = at * b
+    first, written = at * b, at * writes
     t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     i, o, p = tl.arange(0, IN), tl.arange(0, OUT), tl.arange(0, 2)
     size_1, size_2 = width * d_in, d_out * width
@@ -166,20 +166,20 @@ def read_backward_kernel(
     store_tokens(grad_z_2, first, t, o, b, d_out, g)
 
     # the last layer's scores
-    for s0 in range(0, b, KEYS):
+    for s0 in range(0, writes, KEYS):
         s = s0 + tl.arange(0, KEYS)
         scores = tl.zeros((TOKENS, KEYS), WIDE)
         for h0 in range(0, width, BLOCK):
             h = h0 + tl.arange(0, BLOCK)
             x = activate(load_tokens(z_1, first, t, h, b, width, WIDE), ACTIVATION)
-            a = load_tokens(input_2, first, s, h, b, width, WIDE)
+            a = load_tokens(input_2, written, s, h, writes, width, WIDE)
             scores += dot(x, tl.trans(a), OPERAND, WIDE, PRECISION)
-        decay = load_tokens(read, first, t, s, b, b, WIDE)
-        error = load_tokens(error_2, first, s, o, b, d_out, WIDE)
+        decay = load_tokens(read, first, t, s, b, writes, WIDE)
+        error = load_tokens(error_2, written, s, o, writes, d_out, WIDE)
         dscores = -dot(g, tl.trans(error), FINE, WIDE, FINE_PRECISION)
-        store_tokens(grad_read, first, t, s, b, b, dscores * scores)
-        store_tokens(scores_2, first, t, s, b, b, scores * decay)
-        store_tokens(grad_scores_2, first, t, s, b, b, dscores * decay)
+        store_tokens(grad_read, first, t, s, b, writes, dscores * scores)
+        store_tokens(scores_2, first, t, s, b, writes, scores * decay)
+        store_tokens(grad_scores_2, first, t, s, b, writes, dscores * decay)
     tl.debug_barrier()
 
     # down through the last layer; its output has no part along g, if the coefficients' gradients multiply the inputs as
@@ -188,10 +188,10 @@ def read_backward_kernel(
     for h0 in range(0, width, BLOCK):
         h = h0 + tl.arange(0, BLOCK)
         dx = tl.zeros((TOKENS, BLOCK), WIDE)
-        for s0 in range(0, b, KEYS):
+        for s0 in range(0, writes, KEYS):
             s = s0 + tl.arange(0, KEYS)
-            grad_scores = load_tokens(grad_scores_2, first, t, s, b, b, WIDE)
-            dx += dot(grad_scores, load_tokens(input_2, first, s, h, b, width, WIDE), FINE, WIDE, FINE_PRECISION)
+            grad_scores = load_tokens(grad_scores_2, first, t, s, b, writes, WIDE)
+            dx += dot(grad_scores, load_tokens(input_2, written, s, h, writes, width, WIDE), FINE, WIDE, FINE_PRECISION)
         preact = load_tokens(z_1, first, t, h, b, width, WIDE)
         x = activate(preact, ACTIVATION)
         for part in range(PARTS):
@@ -219,23 +219,23 @@ def read_backward_kernel(
                 q = load_tokens(queries, first, t, i, b, d_in, WIDE)
                 dcarry += in_part(tl.sum(q * back_1, axis=1), part, WIDE)
                 dq += coefficient(carry, first, t, b, part, PARTS, WIDE) * back_1
-        for s0 in range(0, b, KEYS):
+        for s0 in range(0, writes, KEYS):
             s = s0 + tl.arange(0, KEYS)
             dscores = tl.zeros((TOKENS, KEYS), WIDE)
             for h0 in range(0, width, BLOCK):
                 h = h0 + tl.arange(0, BLOCK)
                 dpreact = load_tokens(grad_z_1, first, t, h, b, width, WIDE)
-                e = load_tokens(error_1, first, s, h, b, width, WIDE)
+                e = load_tokens(error_1, written, s, h, writes, width, WIDE)
                 dscores -= dot(dpreact, tl.trans(e), OPERAND, WIDE, PRECISION)
             q = load_tokens(queries, first, t, i, b, d_in, WIDE)
-            k = load_tokens(keys, first, s, i, b, d_in, WIDE)
+            k = load_tokens(keys, written, s, i, writes, d_in, WIDE)
             scores = dot(q, tl.trans(k), OPERAND, WIDE, PRECISION)
-            decay = load_tokens(read, first, t, s, b, b, WIDE)
-            dread = load_tokens(grad_read, first, t, s, b, b, WIDE) + dscores * scores
-            replace_tokens(grad_read, first, t, s, b, b, dread)
-            store_tokens(scores_1, first, t, s, b, b, scores * decay)
+            decay = load_tokens(read, first, t, s, b, writes, WIDE)
+            dread = load_tokens(grad_read, first, t, s, b, writes, WIDE) + dscores * scores
+            replace_tokens(grad_read, first, t, s, b, writes, dread)
+            store_tokens(scores_1, first, t, s, b, writes, scores * decay)
             grad_scores = dscores * decay
-            store_tokens(grad_scores_1, first, t, s, b, b, grad_scores)
+            store_tokens(grad_scores_1, first, t, s, b, writes, grad_scores)
             dq += dot(grad_scores, k, OPERAND, WIDE, PRECISION)
         if NORM:
             dq += load_tokens(grad_y, first, t, i, b, d_out, WIDE)
@@ -245,14 +245,14 @@ def read_backward_kernel(
 
 
 @triton.jit
-def _over_queries(matrix, x, first, s, column, b, columns,
+def _over_queries(matrix, x, first, s, column, b, writes, columns,
                   TOKENS: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr, ACTIVATION: tl.constexpr,
                   OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """``matrix^T activate(x)`` at some keys, ``matrix`` being of queries and keys."""
     total = tl.zeros((KEYS, COLUMNS), WIDE)
     for t0 in range(0, b, TOKENS):
         t = t0 + tl.arange(0, TOKENS)
-        left = load_tokens(matrix, first, t, s, b, b, WIDE)
+        left = load_tokens(matrix, first, t, s, b, writes, WIDE)
         right = activate(load_tokens(x, first, t, column, b, columns, WIDE), ACTIVATION)
         total += dot(tl.trans(left), right, OPERAND, WIDE, PRECISION)
     return total
@@ -277,7 +277,7 @@ def _state_gradient(grad_z, x, carry, first, part, r, c, b, rows_of, columns,
 def read_backward_state_kernel(
     queries, carry, z_1, grad_z_1, grad_z_2, scores_1, scores_2, grad_scores_1, grad_scores_2,
     grad_keys, grad_input_2, grad_error_1, grad_error_2, grad_stack_1, grad_stack_2,
-    b, d_in, width, d_out,
+    b, writes, d_in, width, d_out,
     LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr,
     TOKENS: tl.constexpr, KEYS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
     OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, FINE: tl.constexpr,
@@ -285,27 +285,27 @@ def read_backward_state_kernel(
 ):  # fmt: skip
     """The keys' and state's side, of one chunk of one head. At depth 1 ``grad_input_2`` is the keys' gradient."""
     at = tl.program_id(0).to(tl.int64)  # chunk * batch_heads + bh
-    first = at * b
+    first, written = at * b, at * writes
     i, o = tl.arange(0, IN), tl.arange(0, OUT)
     size_1, size_2 = width * d_in, d_out * width
-    for s0 in range(0, b, KEYS):
+    for s0 in range(0, writes, KEYS):
         s = s0 + tl.arange(0, KEYS)
-        derror = -_over_queries(scores_2, grad_z_2, first, s, o, b, d_out,
+        derror = -_over_queries(scores_2, grad_z_2, first, s, o, b, writes, d_out,
                                   TOKENS, KEYS, OUT, 0, OPERAND, WIDE, PRECISION)  # fmt: skip
-        store_tokens(grad_error_2, first, s, o, b, d_out, derror)
+        store_tokens(grad_error_2, written, s, o, writes, d_out, derror)
         for h0 in range(0, width, BLOCK):
             h = h0 + tl.arange(0, BLOCK)
-            dinput = _over_queries(grad_scores_2, z_1, first, s, h, b, width,
+            dinput = _over_queries(grad_scores_2, z_1, first, s, h, b, writes, width,
                                      TOKENS, KEYS, BLOCK, ACTIVATION, OPERAND, WIDE, PRECISION)  # fmt: skip
-            store_tokens(grad_input_2, first, s, h, b, width, dinput)
+            store_tokens(grad_input_2, written, s, h, writes, width, dinput)
             if LAYERS == 2:
-                derror_1 = -_over_queries(scores_1, grad_z_1, first, s, h, b, width,
+                derror_1 = -_over_queries(scores_1, grad_z_1, first, s, h, b, writes, width,
                                             TOKENS, KEYS, BLOCK, 0, OPERAND, WIDE, PRECISION)  # fmt: skip
-                store_tokens(grad_error_1, first, s, h, b, width, derror_1)
+                store_tokens(grad_error_1, written, s, h, writes, width, derror_1)
         if LAYERS == 2:
-            dkey = _over_queries(grad_scores_1, queries, first, s, i, b, d_in,
+            dkey = _over_queries(grad_scores_1, queries, first, s, i, b, writes, d_in,
                                    TOKENS, KEYS, IN, 0, OPERAND, WIDE, PRECISION)  # fmt: skip
-            store_tokens(grad_keys, first, s, i, b, d_in, dkey)
+            store_tokens(grad_keys, written, s, i, writes, d_in, dkey)
     for h0 in range(0, width, BLOCK):
         h = h0 + tl.arange(0, BLOCK)
         for part in range(PARTS):
