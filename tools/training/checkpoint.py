@@ -24,7 +24,7 @@ from ...recipes.atomic_write import atomic_write, sync_folder
 from ...registry import show
 from ..terminal import CommandFailed
 from .distributed import Processes
-from .run_folder import json_text, read_json, write_text
+from .run_folder import json_text, read_json, write_file
 
 INDEX = "checkpoint.json"
 FORMAT = "titans-build checkpoint"
@@ -188,7 +188,7 @@ class CheckpointManager:
         """Write the index, and remove all checkpoints but the ``keep`` latest and the best."""
         best = best if best is not None and self.path(best).is_dir() else None
         index = {"latest": self.path(latest).name, "best": None if best is None else self.path(best).name}
-        write_text(self.folder / "index.json", json.dumps(index) + "\n")
+        write_file(self.folder / "index.json", json.dumps(index) + "\n")
         older = [step for step in self.steps() if step <= latest]
         # later ones were damaged: the run has resumed from before them
         later = {step for step in self.steps() if step > latest}

@@ -12,7 +12,6 @@ from typing import Any
 from rich.text import Text
 
 from ...recipes import Recipe, load_recipe
-from ...recipes.atomic_write import atomic_write
 from ...recipes.parse import is_recipe_file, read_value
 from ...registry import RecipeError, describe, nearest, show
 from ..command_line import Command
@@ -27,7 +26,7 @@ from ..terminal import Columns, CommandFailed, UsageError, complain, count, plai
 from . import reproduce_command
 from .compare import COMPARISON, DIAL, TOLERANCE, compare
 from .log import Event
-from .run_folder import write_errors, write_text
+from .run_folder import write_file
 from .search import BEST_RECIPE, BEST_TRAIN, SAMPLERS, TRIALS, search
 from .train_command import (
     add_settings,
@@ -37,6 +36,7 @@ from .train_command import (
     read_rates,
     refuse_unquoted,
     settings_and_data,
+    write_plots,
 )
 from .trials import Result
 
@@ -104,7 +104,7 @@ def _compare(arguments: argparse.Namespace) -> int:
         on_fit=None if arguments.json else _say_fit,
     )
     folder = Path(arguments.out)
-    files = [str(folder / COMPARISON), *_write_plots(result, folder)]
+    files = [str(folder / COMPARISON), *write_plots(lambda: draw(result, folder.name), folder, "comparison")]
     if arguments.json:
         say_json({"event": "comparison", **result, "files": files}, in_one_line=True)
     else:
@@ -160,20 +160,6 @@ def draw(result: dict[str, Any], title: str) -> dict[str, bytes]:
         axes.legend()
 
     return draw_files(plot, size=SIZE)
-
-
-def _write_plots(result: dict[str, Any], folder: Path) -> list[str]:
-    """Write the plots, if Matplotlib is installed, and return their paths."""
-    try:
-        plots = draw(result, folder.name)
-    except UsageError as error:
-        complain(str(error), "warning")
-        return []
-    files = {folder / f"comparison.{ending}": content for ending, content in plots.items()}
-    for file, content in files.items():
-        with write_errors(file), atomic_write(file) as path:
-            path.write_bytes(content)
-    return list(map(str, files))
 
 
 def _say_fit(name: str, parameters: int, changes: dict[str, int]) -> None:
@@ -327,7 +313,7 @@ def _tokenizer(arguments: argparse.Namespace) -> int:
         (block.decode("utf-8", "replace") for blocks in documents for block in blocks), arguments.vocab
     )
     size = made.get_vocab_size()
-    write_text(out, made.to_str(pretty=True))
+    write_file(out, made.to_str(pretty=True))
     if arguments.json:
         say_json({"event": "tokenizer", "vocab": size, "file": str(out)}, in_one_line=True)
         return 0

@@ -15,7 +15,7 @@ from ...recipes.loading import Source as RecipeSource
 from ...recipes.parse import recipe_error
 from ...registry import Problem, RecipeError, lookup, nearest, show
 from ..data import open_source
-from .run_folder import expect_no_run, write_text
+from .run_folder import expect_no_run, write_file
 from .settings import Settings, as_settings
 from .trials import Listener, Result, Trial, check_trial, run_trials
 
@@ -93,7 +93,7 @@ def compare(
     metrics = METRICS if "task" in description else ("bits_per_byte", "loss")
     metric = next((m for m in metrics if any(m in (v["test"] or {}) for v in variants)), METRICS[-1])
     result = {"metric": metric, "data": description, "settings": settings.to_dict(), "variants": variants}
-    write_text(folder / COMPARISON, json.dumps(result, indent=1) + "\n")
+    write_file(folder / COMPARISON, json.dumps(result, indent=1) + "\n")
     return result
 
 

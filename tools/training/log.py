@@ -14,7 +14,7 @@ from ...recipes import StorageError
 from ...recipes.atomic_write import read_regular
 from ..extras import from_extra
 from ..terminal import UsageError
-from .run_folder import json_text, write_errors, write_text
+from .run_folder import json_text, write_errors, write_file
 
 Event = dict[str, Any]
 LOG = "log.jsonl"
@@ -47,7 +47,7 @@ class EventLog:
         path = self._folder / LOG
         if path.exists():
             self.history = [event for event in read_log(path) if event.get("step", 0) <= step]
-            write_text(path, "".join(map(json_text, self.history)))
+            write_file(path, "".join(map(json_text, self.history)))
         if self._wanted is False:
             return
         try:

@@ -32,7 +32,7 @@ from .family import (
     recipe_of,
     with_bottleneck,
 )
-from .run_folder import write_text
+from .run_folder import write_file
 from .settings import Settings, as_settings
 from .train_step import TrainStep
 from .trials import TEST_BATCHES, Listener, Result
@@ -139,7 +139,7 @@ def reproduce(
             same = next((old for old in before if cell.items() <= old.items()), None)
             cell["longer"] = same["longer"] if same else _longer(benchmark, folder / task, cell, setup)
             cells.append(cell)
-        write_text(folder / CELLS, "".join(json.dumps(cell) + "\n" for cell in cells))
+        write_file(folder / CELLS, "".join(json.dumps(cell) + "\n" for cell in cells))
     result = {
         "quick": quick,
         "dim": width,
@@ -151,7 +151,7 @@ def reproduce(
         "left_out": left_out,
         "cells": cells,
     }
-    write_text(folder / RESULTS, json.dumps(result, indent=1) + "\n")
+    write_file(folder / RESULTS, json.dumps(result, indent=1) + "\n")
     return result
 
 

@@ -10,15 +10,14 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from ...recipes.atomic_write import atomic_write
 from ..options import overrides
 from ..plotting import draw, need_matplotlib
-from ..terminal import Columns, CommandFailed, UsageError, complain, progress, say, say_columns, say_json
+from ..terminal import Columns, CommandFailed, complain, progress, say, say_columns, say_json
 from .family import BENCHMARKS, LEARNERS, SLOW
 from .log import Event
 from .reproduce import LONG, QUICK, Column, columns_of, number_text, published, reproduce, verdict
-from .run_folder import write_errors, write_text
-from .train_command import positive, read_rates
+from .run_folder import write_file
+from .train_command import positive, read_rates, write_plots
 from .trials import TEST_BATCHES, Result
 
 SUMMARY = "Compare the family of learners on small published tasks, at equal parameters, with the published figures."
@@ -70,8 +69,10 @@ def run(arguments: argparse.Namespace) -> int:
             begins=display.begin,
         )
     columns, said = columns_of(result), verdict(result)
-    write_text(folder / f"{TABLE}.md", markdown(result))
-    files = [str(folder / f"{TABLE}.md"), *_write_pictures(result, columns, folder)]
+    write_file(folder / f"{TABLE}.md", markdown(result))
+    files = [str(folder / f"{TABLE}.md")]
+    if columns:
+        files += write_plots(lambda: picture(result, columns), folder, TABLE)
     if arguments.json:
         say_json({"event": "reproduction", **result, "verdict": said, "files": files}, in_one_line=True)
     else:
@@ -192,18 +193,3 @@ def picture(result: Result, columns: list[Column]) -> dict[str, bytes]:
     size = (3 + 0.75 * len(columns), 1.5 + 0.4 * len(rows))
     files: dict[str, bytes] = draw(plot, size=size)
     return files
-
-
-def _write_pictures(result: Result, columns: list[Column], folder: Path) -> list[str]:
-    if not columns:
-        return []
-    try:
-        pictures = picture(result, columns)
-    except UsageError as error:
-        complain(str(error), "warning")
-        return []
-    files = {folder / f"{TABLE}.{ending}": content for ending, content in pictures.items()}
-    for file, content in files.items():
-        with write_errors(file), atomic_write(file) as path:
-            path.write_bytes(content)
-    return list(map(str, files))

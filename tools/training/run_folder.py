@@ -42,8 +42,8 @@ def expect_no_run(folder: Path) -> None:
 
 def write_inputs(folder: Path, recipe: Recipe, data: Any, settings: Settings) -> None:
     """Write the recipe, and the settings with the data."""
-    write_text(folder / RECIPE, recipe.to_yaml(), StorageError)
-    write_text(folder / TRAIN, write_yaml({"data": data, **settings.to_dict()}), StorageError)
+    write_file(folder / RECIPE, recipe.to_yaml(), StorageError)
+    write_file(folder / TRAIN, write_yaml({"data": data, **settings.to_dict()}), StorageError)
 
 
 def write_run(folder: Path, recipe: Recipe, data: Any, settings: Settings, source: Source, **more: Any) -> None:
@@ -67,8 +67,8 @@ def write_run(folder: Path, recipe: Recipe, data: Any, settings: Settings, sourc
     }
     write_inputs(folder, recipe, data, settings)
     if source.tokenizer is not None:
-        write_text(folder / TOKENIZER, source.tokenizer, StorageError)
-    write_text(folder / RUN, json_text(run, indent=2), StorageError)
+        write_file(folder / TOKENIZER, source.tokenizer, StorageError)
+    write_file(folder / RUN, json_text(run, indent=2), StorageError)
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -178,12 +178,12 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def write_text(path: Path, text: str, error: type[Exception] = CommandFailed) -> None:
+def write_file(path: Path, content: str | bytes, error: type[Exception] = CommandFailed) -> None:
     """Replace a file atomically, and make its folder. Raises ``error`` if that fails, as on a full disk."""
     with write_errors(path, error):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager

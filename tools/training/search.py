@@ -20,7 +20,7 @@ from ...recipes.loading import Source as RecipeSource
 from ...recipes.parse import plain, read_file, recipe_error, write_yaml
 from ...registry import Problem, RecipeError, check_settings, fields_of, nearest, show
 from ..extras import from_extra
-from .run_folder import expect_no_run, write_text
+from .run_folder import expect_no_run, write_file
 from .settings import Settings, as_settings
 from .trials import Listener, Result, Trial, check_trial, run_trials
 
@@ -180,14 +180,14 @@ def search(
             loss = None if "failed" in result else result["valid"]["loss"]
             results.append({"trial": len(results), "choice": choice, "loss": loss, **result})
             lines = "".join(json.dumps(each) + "\n" for each in results)
-            write_text(folder / TRIALS, lines, StorageError)
+            write_file(folder / TRIALS, lines, StorageError)
     if refused and len(refused) == len(results):
         raise refused[0]
     ranked = sorted(results, key=lambda result: (result["loss"] is None, result["loss"] or 0.0))
     if ranked and ranked[0]["loss"] is not None:
         best = trial_of(ranked[0]["choice"], 0)
-        write_text(folder / BEST_RECIPE, best.recipe.to_yaml(), StorageError)
-        write_text(folder / BEST_TRAIN, write_yaml({"data": data, **best.settings.to_dict()}), StorageError)
+        write_file(folder / BEST_RECIPE, best.recipe.to_yaml(), StorageError)
+        write_file(folder / BEST_TRAIN, write_yaml({"data": data, **best.settings.to_dict()}), StorageError)
     return ranked
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..data.open_source import with_tokenizer
 from ..options import add_recipe, load, overrides, saved_folder
 from ..terminal import UsageError, complain, console, say_json
 from .log import Event
-from .run_folder import RECIPE, is_run
+from .run_folder import RECIPE, is_run, write_file
 from .settings import Settings, fields, read_settings
 from .train import train
 
@@ -260,3 +261,15 @@ def _stage(event: Event) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
+
+
+def write_plots(make: Callable[[], dict[str, bytes]], folder: Path, name: str) -> list[str]:
+    """Write the pictures that ``make`` returns by their endings, if Matplotlib is installed, and return their paths."""
+    try:
+        pictures = make()
+    except UsageError as error:
+        complain(str(error), "warning")
+        return []
+    for ending, content in pictures.items():
+        write_file(folder / f"{name}.{ending}", content)
+    return [str(folder / f"{name}.{ending}") for ending in pictures]

@@ -35,8 +35,8 @@ from .run_folder import (
     is_run,
     read_inputs,
     read_run,
+    write_file,
     write_inputs,
-    write_text,
 )
 from .settings import Settings
 from .train import check_run, train
@@ -142,7 +142,7 @@ def _collect(trial: Trial, error: str | None, notify: Listener) -> Result:
         if not last or last[0]["event"] != "stop" or last[0]["message"].startswith("interrupted"):
             raise CommandFailed(f"{trial.label}: {error}")
         result = {"failed": last[0]["message"]}
-    write_text(trial.folder / RESULT, json.dumps(result, indent=1) + "\n")
+    write_file(trial.folder / RESULT, json.dumps(result, indent=1) + "\n")
     notify(trial.label, {"event": "result", **result})
     return result
 
