@@ -111,11 +111,21 @@ COMBINED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "spec", [pytest.param(SPECS[name], id=name, marks=pytest.mark.slow if name in COMBINED else ()) for name in SPECS]
-)
+# whatever the rule, a memory calls the same linear layers in the same places
+SAME_LAYERS = LEARNERS.keys() - {"atlas", "lact"}
+
+
+def specs(slow):
+    return [pytest.param(SPECS[name], id=name, marks=pytest.mark.slow if name in slow else ()) for name in SPECS]
+
+
+@pytest.mark.parametrize("spec", specs(COMBINED))
 def test_laws(spec):
     check_block(spec, dim=DIM, endurance=1000, laws=[law for law in LAWS if law != "hooked"])
+
+
+@pytest.mark.parametrize("spec", specs(COMBINED | SAME_LAYERS))
+def test_the_law_of_modified_layers(spec):
     # the law runs the block once for each layer and path; these tokens cross segments and chunks as well
     check_block(spec, dim=DIM, laws=["hooked"], length=13)
 

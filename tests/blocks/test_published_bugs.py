@@ -109,8 +109,8 @@ def test_all_splits_give_the_whole(name):
     check_block(model, laws=["split", "step"], length=41, cuts=None)
 
 
-# the other recipes have every layer of these
-COMBINED = ("deltas-and-mac", "windows-and-mac")
+# every layer of these is in other recipes, or in test_all_blocks.py: memories with resets, self_modifying
+COMBINED = ("deltas-and-mac", "windows-and-mac", "tnt", "hope")
 
 
 @pytest.mark.parametrize(
