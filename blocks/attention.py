@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -215,6 +215,34 @@ class Attention(Block):
         if layout is None:  # ``out`` may add a bias
             return torch.where(mask[:, step - 1 :: step, None], y, 0.0), state
         return (layout if step == 1 else align(mask[:, ::step])).collect(y), state
+
+    def segments(self, x: Tensor, count: int, state: AttentionState) -> Callable[[int, Tensor], Tensor]:
+        """``every`` with ``step=2`` for each of ``count`` equal segments of ``x``, which all begin from ``state``.
+
+        ``state`` has no tokens but persistent ones. What depends on ``x`` alone is computed here for all segments.
+        Returns a function of a segment's number and ``h`` ``[batch, time / count, dim]``: the outputs for the stream
+        ``h_1, x_1, h_2, x_2, ..`` of the segment.
+        """
+        (rows, time, _), own, half = x.shape, self.heads * self.head_dim, operand_dtype(x)
+        dtype, places = operand_dtype(state.keys), range(2 * (x.shape[1] // count))
+        x = x.unflatten(1, (count, time // count)).flatten(0, 1)
+        odd = None if self.rope is None else (places[1::2], places[1::2])
+        parts = self._project([linear(self.qkv, x)], 1, dtype, odd)
+        queries, keys, values, plain = (y.unflatten(0, (rows, count)).unbind(1) for y in parts)
+        weight, seen = self.qkv.weight[own:].to(half), None  # once, where autocast would cast it for every segment
+        if state.prefix_keys is not None and state.prefix_values is not None:
+            seen = state.prefix_keys.to(dtype), state.prefix_values.to(dtype)
+
+        def attend(i: int, h: Tensor) -> Tensor:
+            heads = project(h.to(half), weight).to(dtype).unflatten(-1, (-1, self.head_dim))
+            k, v = heads.split_with_sizes((self.kv_heads, self.kv_heads), dim=2)
+            k, _ = normed_rotation(k, self.gain, places[::2], self.rope, first=self.heads)
+            k, v = (torch.stack(pair, dim=2).flatten(1, 2) for pair in ((k, keys[i]), (v, values[i])))
+            prefix = None if seen is None else Prefix(plain[i], *seen)
+            y = attention(queries[i], k, v, window=self.window, prefix=prefix, step=2)
+            return linear(self.out, y.flatten(2).to(half))
+
+        return attend
 
     def _run_packed(
         self,

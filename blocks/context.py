@@ -19,7 +19,7 @@ from .block import Block, as_rows, like_of
 from .documents import in_order, read_documents, run_documents
 from .layers import Form, Gating
 from .observers import active, moved, observers_of, suppressed
-from .segmented import Piece, forward_every, limit_window, pieces_of, split, split_memory, traced_pieces
+from .segmented import Piece, forward_every, independent, limit_window, pieces_of, split, split_memory, traced_pieces
 from .state import State, concatenate, reset, select, where
 
 
@@ -147,6 +147,12 @@ class Context(Block):
         memory, snapshot, attend, position = state
         project, read, update, output = split_memory(self.memory, len(pieces))
         fresh: State = None
+        # fewer launches, which a CPU has none of
+        ahead = range(0) if x.is_cpu or active else independent(self.attend, pieces)
+        if ahead:
+            fresh = self.fresh_attention(x.shape[0]) if any(pieces[ahead[0]].begins) else attend
+            tokens = x[:, pieces[ahead[0]].start : pieces[ahead[-1]].stop]
+            attend_segment = self.attend.segments(tokens, len(ahead), fresh)
         attended, read_back = [], []
         for i, (piece, tokens, *projected) in enumerate(split(pieces, x, *project(x))):
             if isinstance(piece.begins, Tensor) or any(piece.begins):
@@ -158,7 +164,10 @@ class Context(Block):
             h = read(projected, snapshot)  # 1. read
             following = pieces[i + 1].begins if i + 1 < len(pieces) else [False]
             unused = isinstance(following, list) and all(following)  # all rows begin a segment
-            y, attend = self._attend(h, tokens, attend, piece.valid, unused=unused)  # 2. attend
+            if i in ahead:
+                y = attend_segment(i - ahead[0], h)  # 2. attend
+            else:
+                y, attend = self._attend(h, tokens, attend, piece.valid, unused=unused)
             m, memory = update(y, memory, mask=piece.valid)  # 3. write
             attended.append(y)
             read_back.append(m)

@@ -7,6 +7,7 @@ part of the neural memory that does not depend on its state runs once for all se
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.documents import Documents, Step
-from ..kernels.linear import is_unmodified
+from ..kernels.linear import is_plain, is_unmodified
 from ..kernels.padding import Layout, align
 from .attention import Attention
 from .block import Block, as_memory
@@ -148,6 +149,18 @@ def traced_pieces(segment: int, x: Tensor, mask: Tensor | None, position: Tensor
         pieces.append(Piece(start, stop, begins, False, valid))
         start, stop = stop, min(stop + segment, slots)
     return layout, pieces
+
+
+def independent(block: Block, pieces: Sequence[Piece]) -> range:
+    """The pieces that ``Attention.segments`` computes, if ``block`` has it: whole segments, before which and after
+    which every row begins one. Of other blocks, and of segments that others interrupt, none."""
+    if type(block) is not Attention or not is_unmodified(block, "forward", "every") or not is_plain(block.qkv):
+        return range(0)
+    found = []
+    for i, (piece, after) in enumerate(itertools.pairwise(pieces)):
+        if piece.whole and isinstance(after.begins, list) and all(after.begins):
+            found.append(i)
+    return range(found[0], found[-1] + 1) if found and found[-1] - found[0] < len(found) else range(0)
 
 
 def split(pieces: Sequence[Piece | Step], *tensors: Tensor) -> Iterator[tuple[Any, ...]]:

@@ -43,6 +43,9 @@ def parts(
     """The visible keys as parts, which share one softmax."""
     heads, keys = q.shape[2], k.shape[1]
     found = []
+    whole = step > 1 and keys % step == 0
+    if whole:  # so that the gradients of all streams are put together at once
+        streams = [x.unflatten(1, (-1, step)).unbind(2) for x in (k, v)]
     for lag in range(min(step, keys)):
         reach = None if window is None else -(-(window - lag) // step)
         if reach is not None and reach <= 0:
@@ -52,8 +55,8 @@ def parts(
         begin = None if start is None else (start - first + step - 1).div(step, rounding_mode="floor").clamp(0, count)
         if reach is not None and reach >= count:
             reach = None
-        stream = slice(first, None, step)
-        found.append(Part(q, k[:, stream], v[:, stream], True, reach, begin))
+        stream = [x[first] for x in streams] if whole else [x[:, first::step] for x in (k, v)]
+        found.append(Part(q, *stream, True, reach, begin))
     if prefix is not None:
         found.append(Part(*prefix, False, None, None))
     return [p._replace(q=_aligned(p.q), k=_per_head(p.k, heads), v=_per_head(p.v, heads)) for p in found]

@@ -94,11 +94,11 @@ class Written(NamedTuple):
 
     @classmethod
     def allocate(
-        cls, chunks: int, batch_heads: int, b: int, stacks: Sequence[Tensor], scratch: Scratch, *, backward: bool,
-        clip: bool
+        cls, chunks: int, batch_heads: int, b: int, stacks: Sequence[Sequence[int]], scratch: Scratch, *,
+        backward: bool, clip: bool
     ) -> Written:  # fmt: skip
-        """For chunks of ``b`` tokens and states like ``stacks`` ``[batch_heads, s, out, in]``, from ``scratch``."""
-        shapes = [stack.shape[-3:] for stack in stacks]
+        """For chunks of ``b`` tokens and states of the shapes ``[batch_heads, s, out, in]``, from ``scratch``."""
+        shapes = [shape[-3:] for shape in stacks]
         token = lambda name, l, width: scratch(f"{name} {l}", chunks, batch_heads, b, width)  # noqa: E731
         outs = list(enumerate(out for _, out, _ in shapes))
         unclipped = [token("unclipped", l, out) for l, out in outs]
@@ -156,6 +156,8 @@ class ChunkNetwork:
     """Of reads at the anchor; differentiable."""
     largest = torch.finfo(torch.float64).max
     """What an operand of a product may be without becoming infinite."""
+    takes_outputs = True
+    """Whether ``rewrite`` takes outputs that were kept, and does not compute them again."""
 
     def __init__(self, options: Options, gain: Tensor | None, scratch: Scratch) -> None:
         self.activation = (gated if options.gated else ACTIVATIONS.__getitem__)(options.activation)

@@ -15,6 +15,7 @@ A sequence is cut at chunk boundaries, and rows at different phases of their chu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -210,11 +211,11 @@ class _Chunkwise(torch.autograd.Function):
         batch, time, heads, _ = q.shape
         s = 1 if tokens.eta is None else 2
         anchor = [_merge_heads(w) for w in state[s * layers :]] or None
-        stacks = _stacks(state, layers, s)
+        shapes = [(batch * heads, s, *w.shape[2:]) for w in state[:layers]]
         chunks = time // b
         # bytes of the state, and of a chunk's outputs of all layers
-        state_bytes = sum(x.numel() * x.element_size() for x in stacks)
-        outputs = batch * (past + b) * heads * sum(x.shape[2] for x in stacks) * q.element_size()
+        state_bytes = sum(map(math.prod, shapes)) * state[0].element_size()
+        outputs = batch * (past + b) * heads * sum(out for *_, out, _ in shapes) * q.element_size()
         learns = any(ctx.needs_input_grad)
         room = room_of(q, chunks * (state_bytes + 2 * outputs) if learns else 0)
         interval, saves_activations, size = plan_memory(
@@ -227,33 +228,36 @@ class _Chunkwise(torch.autograd.Function):
         scratch = Scratch.of(q)
         net = network(options, None if gain is None else repeat_gain(gain, batch), scratch)
         buffers = Written.allocate(
-            size, batch * heads, past + b, stacks, scratch, backward=False, clip=options.clip is not None
+            size, batch * heads, past + b, shapes, scratch, backward=False, clip=options.clip is not None
         )
         # where every state is kept, it is computed in the place it is kept at
         states = chunks + 1 if interval == 1 else -(-chunks // size)
-        checkpoints = [x.new_empty(states, *x.shape) for x in stacks] if interval else []
-        made = lambda x, b: q.new_empty(chunks, batch * heads, b, x.shape[2])  # noqa: E731
-        key_activations = [made(x, past + b) for x in stacks] if saves_activations else []
-        query_activations = [made(x, b) for x in stacks] if saves_activations else []
+        checkpoints = [w.new_empty(states, *shape) for w, shape in zip(state, shapes)] if interval else []
+        made = lambda shape, b: q.new_empty(chunks, batch * heads, b, shape[2])  # noqa: E731
+        key_activations = [made(x, past + b) for x in shapes] if saves_activations and net.takes_outputs else []
+        query_activations = [made(x, b) for x in shapes] if saves_activations else []
+        stacks: list[Tensor] = []
         for group, (first, times) in enumerate(_groups(chunks, size, b)):
-            decay = net.decay(*[_chunks(x, times, b, time) for x in (*tokens[3:6], valid, tokens.gamma)])
+            decay = net.decay(*_chunks_of((*tokens[3:6], valid, tokens.gamma), times, b, time))
+            keys, values, queries = _chunks_of((k, v, q), times, b, time)
             span = slice(first, first + decay.mix.shape[0])
             written = buffers.first(decay.mix.shape[0])
             if tokens.delta is not None:
                 written.deltas[:] = [_chunks(tokens.delta, times, b, time).unsqueeze(-1)]
-            if saves_activations:
+            if key_activations:
                 written.outputs[:] = [x[span] for x in key_activations]
             if interval == 1:
                 written.stacks[:] = [store[first : span.stop + 1] for store in checkpoints]
-            if interval != 1 or first == 0:
+            if first == 0:
+                _fill_stacks([buffer[0] for buffer in written.stacks], state)
+            elif interval != 1:
                 for buffer, stack in zip(written.stacks, stacks):
                     buffer[0] = stack
             own = anchor if first == 0 else None
-            net.write(_chunks(k, times, b, time), _chunks(v, times, b, time), decay, written, own)
+            net.write(keys, values, decay, written, own)
             if interval > 1:
                 for store, buffer in zip(checkpoints, written.stacks):
                     store[group] = buffer[0]
-            queries = _chunks(q, times, b, time)
             if options.read == "anchor":
                 read = memory_network(queries, _anchors(written, own), net.activation, net.gain, net.matmul)
             else:
@@ -284,45 +288,52 @@ def _backward(ctx: Any, grad_y: Tensor, *grad_state: Tensor) -> tuple[Tensor | N
     state, checkpoints = state[:-layers], state[-layers:]
     key_activations: list[Tensor] = []
     query_activations: list[Tensor] = []
-    if ctx.saves_activations:
-        state, key_activations, query_activations = state[: -2 * layers], state[-2 * layers : -layers], state[-layers:]
     batch, time, heads, _ = q.shape
     s = 1 if tokens.eta is None else 2
-    anchor = [_merge_heads(w) for w in state[s * layers :]] or None
     chunks = time // b
     scratch = Scratch.of(q)
     net = ctx.network(options, None if gain is None else repeat_gain(gain, batch), scratch)
+    if ctx.saves_activations:
+        state, query_activations = state[:-layers], state[-layers:]
+        if net.takes_outputs:
+            state, key_activations = state[:-layers], state[-layers:]
+    anchor = [_merge_heads(w) for w in state[s * layers :]] or None
+    shapes = [x.shape[1:] for x in checkpoints]
     buffers = Written.allocate(
-        size, batch * heads, past + b, checkpoints, scratch, backward=True, clip=options.clip is not None
+        size, batch * heads, past + b, shapes, scratch, backward=True, clip=options.clip is not None
     )
     grad_buffers = WrittenGrad.allocate(buffers, scratch)
 
     # those of tokens that are in the windows of two chunks are sums
     grads = tokens.map(lambda x: (x.new_zeros if x.shape[1] > time else x.new_empty)(x.shape))
-    grad_gain: Any = None if net.gain is None else torch.zeros_like(net.gain)
-    grad_anchor = [torch.zeros_like(w) for w in anchor] if anchor else None
-    grad_end = _stacks(grad_state, layers, s)
+    grad_gain: Any = None
+    grad_anchor: list[Tensor] | None = None
+    if anchor:
+        zeros = anchor[0].new_zeros(sum(w.numel() for w in anchor)).split([w.numel() for w in anchor])
+        grad_anchor = [x.view(w.shape) for x, w in zip(zeros, anchor)]
+    grad_end: list[Tensor] = []
     for group, (first, times) in reversed(list(enumerate(_groups(chunks, size, b)))):
+        *found, valid = _chunks_of((*tokens[3:6], tokens.gamma, ctx.valid), times, b, time)
+        gates = [None if x is None else x.detach().requires_grad_() for x in found]
         with torch.enable_grad():
-            gates: list[Any] = [
-                None if x is None else _chunks(x, times, b, time).requires_grad_() for x in (*tokens[3:6], tokens.gamma)
-            ]
-            graph = net.decay(*gates[:3], _chunks(ctx.valid, times, b, time), gates[3])
+            graph = net.decay(*gates[:3], valid, gates[3])
         decay = ChunkDecay(*(x.detach() for x in graph))
-        keys, values, queries = _chunks(k, times, b, time), _chunks(v, times, b, time), _chunks(q, times, b, time)
+        keys, values, queries = _chunks_of((k, v, q), times, b, time)
         own = anchor if first == 0 else None
         written, grad = buffers.first(len(keys)), grad_buffers.first(len(keys))
         if tokens.delta is not None:
             written.deltas[:] = [_chunks(tokens.delta, times, b, time).unsqueeze(-1)]
-        for buffer, end in zip(grad.stacks, grad_end):
-            buffer[-1] = end  # before anything else: it may be the first entry of these same buffers
+        if grad_end:
+            for buffer, end in zip(grad.stacks, grad_end):
+                buffer[-1] = end  # before anything else: it may be the first entry of these same buffers
+        else:
+            _fill_stacks([buffer[-1] for buffer in grad.stacks], grad_state)
         span = slice(first, first + len(keys))
-        if ctx.saves_activations:
-            for buffer, store in zip(written.outputs, key_activations):
-                buffer.copy_(store[span])
+        for buffer, store in zip(written.outputs, key_activations):
+            buffer.copy_(store[span])
         if ctx.saves_all:
             written.stacks[:] = [store[span] for store in checkpoints]
-            net.rewrite(keys, values, written, own, outputs_known=ctx.saves_activations)
+            net.rewrite(keys, values, written, own, outputs_known=bool(key_activations))
         else:
             for buffer, store in zip(written.stacks, checkpoints):
                 buffer[0] = store[group]
@@ -358,7 +369,8 @@ def _backward(ctx: Any, grad_y: Tensor, *grad_state: Tensor) -> tuple[Tensor | N
         if grads.delta is not None:
             _scatter(grads.delta, grad.deltas[0].squeeze(-1), times, b)
         if gain_read is not None and gain_write is not None:
-            grad_gain += gain_read + gain_write
+            both = gain_read + gain_write
+            grad_gain = both if grad_gain is None else grad_gain + both
     scratch.release()
     starts = [stack.movedim(1, 0).clone(memory_format=torch.contiguous_format) for stack in grad_end]
     state = [start[part] for part in range(s) for start in starts] + (grad_anchor or [])
@@ -469,11 +481,22 @@ def _chunks(x: Any, times: slice, b: int, time: int) -> Any:
     """``[batch, past + time, heads, ...]`` -> the group's ``[chunks, batch * heads, past + b, ...]``, detached and
     contiguous; ``None`` for ``None``.
     """
-    if x is None:
-        return None
+    return None if x is None else _chunk_view(x, times, b, time).contiguous().flatten(1, 2)
+
+
+def _chunk_view(x: Tensor, times: slice, b: int, time: int) -> Tensor:
     past = x.shape[1] - time
     group = x.detach()[:, times.start : times.stop + past].unfold(1, past + b, b).movedim(1, 0)
-    return (group if x.dim() == 3 else group.mT).contiguous().flatten(1, 2)
+    return group if x.dim() == 3 else group.mT
+
+
+def _chunks_of(given: Sequence[Any], times: slice, b: int, time: int) -> list[Any]:
+    """``_chunks`` of several tensors: on a GPU in one copy, if they are alike."""
+    found = [x for x in given if x is not None]
+    if found[0].is_cpu or len({(x.shape, x.dtype) for x in found}) > 1:
+        return [_chunks(x, times, b, time) for x in given]
+    parts = iter(torch.stack([_chunk_view(x, times, b, time) for x in found]).flatten(2, 3).unbind())
+    return [None if x is None else next(parts) for x in given]
 
 
 def _scatter(x: Tensor, group: Tensor, times: slice, b: int) -> None:
@@ -491,11 +514,10 @@ def _scatter(x: Tensor, group: Tensor, times: slice, b: int) -> None:
             view.copy_(part)
 
 
-def _stacks(state: Sequence[Tensor], layers: int, parts: int) -> list[Tensor]:
-    """Per layer ``[batch * heads, parts, out, in]``: weights, and with two parts momentum."""
-    return [
-        torch.stack([_merge_heads(state[l + part * layers]) for part in range(parts)], dim=1) for l in range(layers)
-    ]
+def _fill_stacks(stacks: Sequence[Tensor], state: Sequence[Tensor]) -> None:
+    """Set ``stacks``, of each layer ``[batch * heads, parts, out, in]``: weights, and with two parts momentum."""
+    for l, stack in enumerate(stacks):
+        torch.stack([_merge_heads(w) for w in state[l : l + stack.shape[1] * len(stacks) : len(stacks)]], 1, out=stack)
 
 
 def _merge_heads(w: Tensor) -> Tensor:

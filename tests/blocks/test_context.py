@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from titans_build.blocks.attention import Attention
 from titans_build.blocks.build import build_block
 from titans_build.blocks.flops import read_flops
 from titans_build.blocks.laws import check_block
@@ -182,6 +183,41 @@ def test_a_segment_reads_the_memory_at_its_start():
         for t in range(8):
             _, state = block(x[:, t : t + 1], state)
     assert seen == [(1, 0)] * 4 + [(1, 4)] * 4
+
+
+class Elsewhere(Tensor):
+    """A tensor that says that it is not on a CPU."""
+
+    is_cpu = property(lambda self: False)
+
+
+@pytest.mark.parametrize(
+    "attend, persistent", [({}, 3), ({"kv_heads": 1}, 0), ({"rope": None}, 2), ({"qk_norm": False}, 3)]
+)
+@pytest.mark.parametrize("before, time", [(0, 20), (2, 15), (4, 9), (3, 8)])
+def test_what_depends_on_tokens_alone_is_computed_for_all_segments_at_once(attend, persistent, before, time):
+    """On a GPU; outputs, gradients and the next state are those of a CPU."""
+    block = make(segment=4, persistent=persistent, attend={**ATTEND, **attend})
+    results, segments = [], []
+
+    def watched(x, count, state):
+        segments.append(count)
+        return Attention.segments(block.attend, x, count, state)
+
+    block.attend.segments = watched
+    for kind in (Tensor, Elsewhere):
+        with torch.no_grad():
+            state = block(noise(2, before, DIM))[1] if before else None
+        x = noise(2, time, DIM, seed=5).as_subclass(kind).requires_grad_()
+        y, after = block(x, state)
+        leaves = [x, *block.parameters()]
+        ends = [y.square().sum(), *(t.sum() for _, t in named_tensors(after) if t.is_floating_point())]
+        results.append(
+            [y, *(t for _, t in named_tensors(after)), *torch.autograd.grad(sum(ends), leaves, materialize_grads=True)]
+        )
+    assert segments == [(before + time - 1) // 4 - -(-before // 4)]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a.as_subclass(Tensor), b.as_subclass(Tensor), rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("write", ["attended", "inputs"])

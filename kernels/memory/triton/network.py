@@ -40,6 +40,8 @@ class TritonNetwork(ChunkNetwork):
     memory, which tiles go by; a sequence may begin and end with less.
     """
 
+    takes_outputs = False
+
     def __init__(
         self, options: Options, gain: Tensor | None, scratch: Scratch, *, products: dict[str, Any], chunk: int
     ) -> None:
