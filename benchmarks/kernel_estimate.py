@@ -3,9 +3,10 @@
     python benchmarks/kernel_estimate.py [--recipe mac-170m ...] [--length 32768] [--json FILE]
 
 A step (forward and backward, one row, bfloat16 autocast) runs on a GPU that only counts
-(``titans_build.tools.gpu.counting``), with one and two layers: costs are linear in layers, for MAC in segments, and for
-memories without a kernel in chunks, so those of the whole model follow. Counted are casts, copies, and what backward
-repeats, too.
+(``titans_build.tools.gpu.counting``), with one and two repetitions of the recipe's stack: costs are linear in these,
+and those of the whole model follow. Where longer sequences take more launches (segments of MAC, chunks of memories
+without a kernel), costs are linear in the length, too, and are counted at two lengths. What a layer keeps for backward
+is what fits for the first ones. Counted are casts, copies, and what backward repeats, too.
 
 The times are estimates for an H200 and no measurements. The device takes for each launch the longer of moving its bytes
 and computing its products; the host takes ``LAUNCH`` for each launch and ``WAIT`` for each wait. The products of the
@@ -25,6 +26,7 @@ import measure
 import torch
 
 import titans_build as tb
+from titans_build.recipes.loading import packaged_names
 from titans_build.tools.gpu.counting import Counting
 
 RATE, BANDWIDTH, PROGRAMS = 790e12, 4.3e12, 132
@@ -32,10 +34,8 @@ RATE, BANDWIDTH, PROGRAMS = 790e12, 4.3e12, 132
 SHARE = 0.3
 LAUNCH, WAIT = 6e-6, 25e-6
 """Seconds of the host, with autograd's work for an operator."""
-SEGMENTS = (3072, 4096)
+LENGTHS = (2560, 3072)
 """Lengths that costs are extended from: whole segments of MAC, and longer than windows."""
-SIZES = ("30m", "170m", "340m", "400m", "760m", "1.3b")
-KINDS = ("lmm", "mag", "mal", "mac", "transformer")
 COPIES = {"clone", "copy_", "cat", "stack", "constant_pad_nd", "slice_backward", "select_backward", "roll", "index",
           "repeat", "index_select", "gather"}  # fmt: skip
 COUNTS = (
@@ -102,28 +102,33 @@ def step(recipe: str, layers: int, length: int) -> dict[str, float]:
         gpu.clear()
         with gpu.autocast(torch.bfloat16):
             loss = model(tokens, targets=tokens).loss
-            forward = len(gpu.launches)
-            loss.backward()
+        forward = len(gpu.launches)
+        loss.backward()
         return costs(gpu, forward)
 
 
-def estimate(recipe: str, length: int) -> dict[str, Any]:
+def estimate(recipe: str, length: int, lengths: tuple[int, int] = LENGTHS) -> dict[str, Any]:
     """The costs of the whole model, and the seconds of a step."""
     layers = tb.load_recipe(recipe).stack[0]["repeat"]
-    one, two = SEGMENTS
 
     def extended(a: dict[str, float], b: dict[str, float], steps: float) -> dict[str, float]:
         return {name: a[name] + steps * (b[name] - a[name]) for name in COUNTS}
 
-    whole = recipe.startswith("transformer") or step(recipe, 1, one)["memory"]
-    lengths = SEGMENTS if recipe.startswith("mac") or not whole else (length,)
-    at = [extended(step(recipe, 1, n), step(recipe, 2, n), layers - 1) for n in lengths]
-    found = at[0] if len(at) == 1 else extended(*at, (length - one) / (two - one))
+    def whole(length: int) -> dict[str, float]:
+        one = step(recipe, 1, length)
+        return one if layers == 1 else extended(one, step(recipe, 2, length), layers - 1)
+
+    few = [step(recipe, 1, n)["launches"] for n in (512, 1024)]
+    if few[0] == few[1] or "tnt" in recipe:  # tnt begins anew after 2048 tokens, which are rows of a batch
+        found = whole(length)
+    else:
+        shorter, longer = lengths
+        found = extended(whole(shorter), whole(longer), (length - shorter) / (longer - shorter))
     return {"recipe": recipe, "length": length, **found, "seconds": max(found["device"], found["host"])}
 
 
 def measured(arguments: argparse.Namespace, results: measure.Result) -> measure.Result:
-    recipes = arguments.recipe or [f"{kind}-{size}" for size in SIZES for kind in KINDS]
+    recipes = arguments.recipe or packaged_names()
     if arguments.quick:
         recipes = recipes[:1]
     rows = []
@@ -154,12 +159,12 @@ def tables(results: measure.Result) -> dict[str, str]:
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipe", nargs="+", help="of packaged sizes, such as mac-170m (default: all)")
+    parser.add_argument("--recipe", nargs="+", help="such as mac-170m (default: all packaged ones)")
     parser.add_argument("--length", type=int, default=32768, help="tokens of the one row (default: 32768)")
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    measure.benchmark("estimate", __doc__, "20 minutes", measured, tables, add_options=_options)
+    measure.benchmark("estimate", __doc__, "30 minutes", measured, tables, add_options=_options)
 
 
 if __name__ == "__main__":

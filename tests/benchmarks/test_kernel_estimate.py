@@ -46,6 +46,14 @@ def test_costs_of_mac_are_linear_in_segments(estimate: Any) -> None:
         assert at[2][name] == pytest.approx(2 * at[1][name] - at[0][name], rel=1e-6), name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["mac", "lmm"])
+def test_the_costs_of_a_model_are_those_of_counting_all_of_it(estimate: Any, recipe: str) -> None:
+    found, counted = estimate.estimate(recipe, 1280, (512, 768)), estimate.step(recipe, 4, 1280)
+    for name in estimate.COUNTS:
+        assert found[name] == pytest.approx(counted[name], rel=1e-9), name
+
+
 def test_a_step_takes_as_long_as_the_slower_of_host_and_device(estimate: Any) -> None:
     row = estimate.estimate("transformer-30m", 256)
     assert row["seconds"] == max(row["device"], row["host"]) and row["waits"] * estimate.WAIT < row["host"]

@@ -387,9 +387,11 @@ class _XFormers:
 
     def whole(self, q: Tensor, k: Tensor, v: Tensor, attn_bias: _Causal | None) -> Tensor:
         (rows, time, heads, _), keys = q.shape, k.shape[1]
-        seen = time * keys - (0 if attn_bias is None else time * (time - 1) / 2)
-        if attn_bias is not None and attn_bias.window is not None:
-            seen = min(seen, time * attn_bias.window)
+        seen = time * keys
+        if attn_bias is not None:  # the first queries see one key more each, the others a window
+            window = keys if attn_bias.window is None else min(keys, attn_bias.window)
+            few = max(0, min(time, window - (keys - time)))
+            seen = few * (keys - time) + few * (few + 1) // 2 + (time - few) * window
         return _Attention.apply(self.gpu, q, k, v, rows * heads * seen)
 
     partial = whole

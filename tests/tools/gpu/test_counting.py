@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import titans_build as tb
+from titans_build.kernels.attention import attention
 from titans_build.tools.gpu.counting import Counting
 from titans_build.tools.gpu.speed import layer_shapes, memory_operation
 from titans_build.tools.gpu.timing import passes
@@ -60,6 +61,15 @@ def test_autocast_casts_and_a_parameter_once():
             assert y.dtype == torch.bfloat16
             assert F.scaled_dot_product_attention(*[x.view(1, 1, 4, 8)] * 3).dtype == torch.bfloat16
     assert names(gpu) == ["_to_copy", "_to_copy", "mm", "mm", "_to_copy", "_to_copy", "_to_copy", "attention"]
+
+
+@pytest.mark.parametrize("time, keys, window", [(5, 5, None), (7, 7, 3), (4, 9, 6), (4, 9, 100), (2, 9, 3)])
+def test_attention_counts_the_keys_that_queries_see(time, keys, window):
+    seen = sum(min(keys - time + i, window or keys) for i in range(1, time + 1))
+    with Counting() as gpu:
+        x = gpu.empty(1, keys, 2, 8, dtype=torch.bfloat16)
+        attention(x[:, :time], x, x, window=window)
+    assert gpu.launches[-1].flops == 2 * seen * 2 * 16
 
 
 def test_a_training_step_of_a_model():
