@@ -52,8 +52,8 @@ def test_launches_of_a_segment_of_a_mac_layer(segment: int) -> None:
             loss.backward()
             launches.append((forward, len(gpu.launches) - forward))
     for before, after in itertools.pairwise(launches[1:]):
-        assert after[0] - before[0] <= (33 if segment == SEGMENT else 29)
-        assert after[1] - before[1] <= (80 if segment == SEGMENT else 78)
+        assert after[0] - before[0] <= 33
+        assert after[1] - before[1] <= 80
 
 
 def test_a_long_sequence_takes_no_more_launches_of_the_memory() -> None:
