@@ -81,7 +81,7 @@ def save(model: LanguageModel, folder: str | os.PathLike[str], *, overwrite: boo
     if not any(map(is_sharded, tensors.values())):
         _write(model, recipe, tensors, place, overwrite)
         return
-    whole, failed = _gathered(tensors), False
+    whole, failed = gathered(tensors), False
     try:
         if whole:
             _write(model, recipe, whole, place, overwrite)
@@ -94,8 +94,8 @@ def save(model: LanguageModel, folder: str | os.PathLike[str], *, overwrite: boo
         raise StorageError(f"{place}: the first process could not save the model")
 
 
-def _gathered(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The whole tensors, on the first process."""
+def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The whole tensors, on the first process; none on the others. Every process calls this."""
     import torch.distributed as dist
 
     found = {}

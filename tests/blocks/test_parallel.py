@@ -279,6 +279,12 @@ def test_two_ranks_of_tensor_store_a_half_each(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_ranks_that_share_heads_and_rows_equal_one_process() -> None:
+    blocks = [BLOCK[name] for name in ("mag", "mac", "grouped heads", "custom")]
+    on_ranks({"tensor": 2, "data": 2}, compare_all, blocks, 24, ("documents",))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [{"context": 4}, {"data": 2, "context": 2}, {"context": 2, "tensor": 2}], ids=str)
 @pytest.mark.parametrize("name", BLOCK)
 def test_four_ranks_equal_one_process(name: str, sizes: dict[str, int]) -> None:

@@ -19,12 +19,13 @@ from ...recipes.atomic_write import remove_stale
 from ...recipes.loading import Source as RecipeSource
 from ...recipes.parse import recipe_error
 from ...recipes.saved_format import INDEX, MODEL, as_path
+from ...recipes.storage import gathered
 from ...registry import Problem, RecipeError, show
 from ..data import Source, open_source
 from ..data.open_source import as_mapping
 from ..randomness import ORDER
 from .checkpoint import CheckpointManager, verify
-from .distributed import Processes, full_tensor, init_processes, process_errors
+from .distributed import Processes, init_processes, process_errors
 from .log import Event, EventLog
 from .optimizer import trainable_parameters, unmatched_patterns
 from .run_folder import (
@@ -256,7 +257,7 @@ def _finish(trainer: Trainer, folder: Path, recipe: Recipe) -> TrainedRun:
     processes = trainer.processes
     model: LanguageModel | None = trainer.model
     if processes.world > 1:
-        weights = {name: full_tensor(parameter.detach()).cpu() for name, parameter in trainer.model.named_parameters()}
+        weights = gathered({name: parameter.detach() for name, parameter in trainer.model.named_parameters()})
         model = recipes.build(recipe, dtype=trainer.settings.dtype) if processes.main else None
         if model is not None:
             model.load_state_dict(weights, strict=False)
