@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import measure
@@ -50,10 +51,7 @@ def measured(arguments: argparse.Namespace, results: measure.Result) -> measure.
         command = [sys.executable, "-m", "titans_build.tools.train", "compare", *recipes, *where, *changes]
         subprocess.run(command, check=True, stdout=sys.stderr)
         found = json.loads((runs / "comparison.json").read_text(encoding="utf-8"))
-        if arguments.plots is not None:
-            arguments.plots.mkdir(parents=True, exist_ok=True)
-            for plot in runs.glob("comparison.*g"):
-                shutil.copyfile(plot, arguments.plots / f"{name}{plot.suffix}")
+        _copy_plots(runs.glob("comparison.*g"), arguments.plots, name)
     for variant in found["variants"]:
         # the curves of single runs would be most of the file
         variant["runs"] = [{key: value for key, value in each.items() if key != "curve"} for each in variant["runs"]]
@@ -68,11 +66,15 @@ def _family(arguments: argparse.Namespace, results: measure.Result) -> measure.R
         words = ["--quick", "--out", str(runs), "--jobs", str(arguments.jobs), *(TRIED if arguments.quick else ())]
         command = [sys.executable, "-m", "titans_build.tools.train", "reproduce", *words]
         subprocess.run(command, check=True, stdout=sys.stderr)
-        if arguments.plots is not None:
-            arguments.plots.mkdir(parents=True, exist_ok=True)
-            for plot in runs.glob("table.*g"):
-                shutil.copyfile(plot, arguments.plots / f"{FAMILY}{plot.suffix}")
+        _copy_plots(runs.glob("table.*g"), arguments.plots, FAMILY)
         return {"done_before": done, "family": json.loads((runs / "results.json").read_text(encoding="utf-8"))}
+
+
+def _copy_plots(plots: Iterable[Path], folder: Path | None, name: str) -> None:
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for plot in plots:
+            shutil.copyfile(plot, folder / f"{name}{plot.suffix}")
 
 
 def tables(results: measure.Result) -> dict[str, str]:

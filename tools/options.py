@@ -99,6 +99,13 @@ def overrides(
     return found
 
 
+def add_pattern(parser: argparse.ArgumentParser) -> None:
+    """Add ``PATTERN``, a wildcard over names."""
+    parser.add_argument(
+        "pattern", nargs="?", default="*", metavar="PATTERN", help="a wildcard over names (default: all)"
+    )
+
+
 def add_placement(parser: argparse.ArgumentParser, dtype: str | None = "float32") -> None:
     """Add ``--device`` and ``--dtype``. ``dtype``: the default; ``None`` is that of a saved model."""
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu (default), cuda, cuda:1, mps")

@@ -17,7 +17,7 @@ from ...recipes.loading import nearest_recipe
 from ...recipes.parse import is_recipe_file
 from ...registry import nearest, show
 from ..command_line import Command
-from ..options import add_placement, add_recipe, load, placement
+from ..options import add_pattern, add_placement, add_recipe, load, placement
 from ..terminal import (
     Columns,
     UsageError,
@@ -33,12 +33,6 @@ from ..terminal import (
 from .recipe_reference import base_name, block_section, recipe_page, recipe_text, sizes_of, summary
 
 # -- list --------------------------------------------------------------------------------------------------------------
-
-
-def _add_pattern(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "pattern", nargs="?", default="*", metavar="PATTERN", help="a wildcard over names (default: all)"
-    )
 
 
 def _list(arguments: argparse.Namespace) -> int:
@@ -136,7 +130,7 @@ LIST = Command(
         "titans-build list '*mem*'      names that match a wildcard",
         "titans-build list --json | jq -r '.blocks[].name'",
     ),
-    _add_pattern,
+    add_pattern,
     _list,
 )
 

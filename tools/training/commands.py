@@ -18,7 +18,7 @@ from ..command_line import Command
 from ..data.files import find
 from ..data.records import documents_in
 from ..data.tokenizer import train_tokenizer
-from ..options import add_recipe, load, overrides, whole_number
+from ..options import add_pattern, add_recipe, load, overrides, whole_number
 from ..plotting import COLORS, DASHES, need_matplotlib
 from ..plotting import draw as draw_files
 from ..tasks import TASKS
@@ -328,12 +328,6 @@ def _tokenizer(arguments: argparse.Namespace) -> int:
 # -- tasks -------------------------------------------------------------------------------------------------------------
 
 
-def _add_tasks(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "pattern", nargs="?", default="*", metavar="PATTERN", help="a wildcard over names (default: all)"
-    )
-
-
 def _tasks(arguments: argparse.Namespace) -> int:
     rows = TASKS.rows(arguments.pattern)
     if not rows:
@@ -385,7 +379,7 @@ COMMANDS = {
     "tasks": Command(
         "List the tasks that --data accepts, with their settings and defaults.",
         ("titans-train tasks", "titans-train tasks 'needle*'      names that match a wildcard"),
-        _add_tasks,
+        add_pattern,
         _tasks,
     ),
 }
