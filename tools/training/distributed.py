@@ -129,12 +129,12 @@ def process_errors(processes: Processes, resume: str) -> Iterator[None]:
     """Raise ``CommandFailed`` in place of the error about another process that has ended. ``resume``: a command.
 
     The first process that notices does. The others raise ``SystemExit``, with which they end and print nothing.
-    Errors that all processes find in what they are given are raised by the first one before the others, so that
-    ``torchrun`` shows one of them.
+    Errors that all processes find are raised by the first one before the others, so that ``torchrun`` shows one of
+    them.
     """
     try:
         yield
-    except (RecipeError, StorageError, ValueError):
+    except (CommandFailed, RecipeError, StorageError, ValueError):
         if not processes.main:
             time.sleep(WAIT)
         raise

@@ -288,6 +288,14 @@ def test_rows_that_two_processes_cannot_share(tiny: Any, settings: Any, tmp_path
     assert "titans_build/tools" not in done.stderr and not (tmp_path / "odd/run.json").exists()
 
 
+@pytest.mark.slow
+def test_one_of_two_processes_says_why_a_run_has_stopped(tiny: Any, settings: Any, tmp_path: Path) -> None:
+    settings |= {"lr": 1e30, "clip": None, "mesh": {"tensor": 2}}
+    done = together(tmp_path, "run", *written(tmp_path, tiny, "copy:length=16", settings))
+    assert done.returncode == 1  # torchrun's own
+    assert done.stderr.count("the gradient of") == 1 and done.stderr.count("saved before that step") == 1, done.stderr
+
+
 def test_single_process() -> None:
     one = Processes()
     assert one.main and (one.rank, one.world) == (0, 1) and one.sum(1.5, 2) == [1.5, 2]
