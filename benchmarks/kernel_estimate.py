@@ -51,7 +51,8 @@ def memory_flops(name: str, arguments: dict[str, Any]) -> tuple[float, float]:
     width, d_in, d_out = (arguments.get(size, 0) for size in ("width", "d_in", "d_out"))
     if not isinstance(tokens, tuple) or not width:
         return 0.0, 0.0
-    numbers = width * (d_out + (d_in if arguments.get("LAYERS", 2) == 2 else 0))
+    below = d_in * (1 + arguments.get("GATED", 0)) if arguments.get("LAYERS", 2) == 2 else 0
+    numbers = width * (d_out + below)
     count = tokens[0] * tokens[1] * tokens[2]  # chunks, rows and tokens
     fine = 3 * count * numbers  # keys forward, errors back
     state = 2 * arguments.get("PARTS", 1) * count * numbers

@@ -69,7 +69,7 @@ TYPED = {"mask": "*i1", "position": "*i64", "length": "*i64"}
 
 
 def kernels(
-    dim: int, hidden: int, chunk: int, operand: str, layers: int = 2, target: str = "sm_90"
+    dim: int, hidden: int, chunk: int, operand: str, layers: int = 2, target: str = "sm_90", gated_network: bool = False
 ) -> Iterator[tuple[Any, dict[str, Any], dict[str, int]]]:
     """Every kernel with its constants and its known sizes.
 
@@ -95,7 +95,8 @@ def kernels(
         yield kernel, taps, dict(dim=dim, channels=48 * dim, own=16 * dim, **steps)
     net = dict(
         LAYERS=layers, PARTS=2, ACTIVATION=3 if layers == 2 else 0, NORM=True, CLIP=1.0, ANCHORED=True, KEEP=True,
-        MOMENTUM=True, FORGETTING=True, MASKED=True, AFTER=True, READ=1, DELTAS=False, WIDE=wide, **products,
+        MOMENTUM=True, FORGETTING=True, MASKED=True, AFTER=True, READ=1, DELTAS=False,
+        GATED=int(gated_network), WIDE=wide, **products,
         **loss_constants(SQUARED),
     )  # fmt: skip
     for kernel in (decay.decay_kernel, decay.decay_backward_kernel):
@@ -171,12 +172,19 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--kernel", nargs="+", help="only kernels whose name contains one of these")
     for name, default in (("dim", 64), ("hidden", 128), ("chunk", 64)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--gated", action="store_true", help="a gated network")
     parser.add_argument("--layers", type=int, choices=(1, 2), default=2)
     parser.add_argument("--operands", choices=PRODUCTS, default="bfloat16")
     arguments = parser.parse_args(words)
     for target in arguments.target:
         for kernel, fixed, sizes in kernels(
-            arguments.dim, arguments.hidden, arguments.chunk, arguments.operands, arguments.layers, target
+            arguments.dim,
+            arguments.hidden,
+            arguments.chunk,
+            arguments.operands,
+            arguments.layers,
+            target,
+            arguments.gated,
         ):
             if arguments.kernel and not any(name in kernel.__name__ for name in arguments.kernel):
                 continue

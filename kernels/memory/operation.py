@@ -151,7 +151,7 @@ def run_memory(
         transformed=not plain and transforming(),
         time=q.shape[1],
         chunk=options.chunk,
-        layers=len(state.weights),
+        layers=2 if options.gated else len(state.weights),
         width=max(q.shape[3], tokens.v.shape[3]),
         grad=grad,
         plainly=norm is options.clip is options.threshold is None,
@@ -181,9 +181,9 @@ def has_fast_backend(
     try:
         run = MEMORY.choose(
             device=q.device.type, dtype=q.dtype, plain=plain, transformed=not plain and transforming(), time=q.shape[1],
-            chunk=options.chunk, layers=len(state.weights), width=max(q.shape[3], tokens.v.shape[3]),
-            grad=needs_grad(*tensors), plainly=norm is options.clip is options.threshold is None,
-            rare=options.rare(tokens),
+            chunk=options.chunk, layers=2 if options.gated else len(state.weights),
+            width=max(q.shape[3], tokens.v.shape[3]), grad=needs_grad(*tensors),
+            plainly=norm is options.clip is options.threshold is None, rare=options.rare(tokens),
         )  # fmt: skip
     except BackendError:  # the environment names one that cannot
         return False
@@ -437,7 +437,7 @@ MEMORY = Operation(
         _backend("step", torch_step, _one_token(), thresholds=True, confined=True),
         _backend("native_linear", linear_memory, refuse_linear, confined=True, knows=(CHANNELS, FIRST)),
         _backend("native", cpu_memory, refuse_cpu, knows=SUMS),
-        _backend("triton", _triton("network", "triton_memory"), _refuse_triton, confined=True, knows=(DELTA, WINDOW)),
+        _backend("triton", _triton("network", "triton_memory"), _refuse_triton, confined=True, knows=SUMS[1:]),
         _backend("triton_batched", _triton("batched", "batched_memory"), refuse_triton, confined=True, knows=SUMS),
         _backend("torch", chunkwise_memory, confined=True, knows=SUMS),
         _backend("closed_form", closed_form_memory, thresholds=True, knows=SUMS),

@@ -172,7 +172,7 @@ class TritonNetwork(ChunkNetwork):
 
     def _resident(self, sizes: tuple[int, int, int], written: Written, *, backward: bool) -> bool:
         stack = written.stacks[0]
-        return resident(
+        return not self.gated and resident(
             len(written.stacks), stack.shape[2], *sizes, self._products, backward=backward, wide=stack.dtype
         )
 
@@ -190,7 +190,7 @@ class TritonNetwork(ChunkNetwork):
         tiles = schedule(kernel.__name__, self._chunk, *sizes, self._products, layers=layers, parts=parts)
         fixed = dict(
             LAYERS=layers, PARTS=parts, ACTIVATION=self._number if layers == 2 else 0, NORM=self.gain is not None,
-            DELTAS=bool(written.deltas),
+            DELTAS=bool(written.deltas), GATED=int(self.gated),
             WIDE=tl.float64 if stack.dtype == torch.float64 else tl.float32, **loss_constants(self.objective), **tiles,
             **self._products, **flags,
         )  # fmt: skip

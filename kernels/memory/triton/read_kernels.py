@@ -25,10 +25,13 @@ from .tiles import (
     layer_norm_vjp,
     load,
     load_gain,
+    load_half,
+    load_hidden,
     load_tokens,
     replace_tokens,
     slope,
     store,
+    store_half,
     store_tokens,
 )
 
@@ -61,7 +64,8 @@ def written_part(weighted, error, t, s, OPERAND: tl.constexpr, WIDE: tl.constexp
 def read_kernel(
     queries, keys, gain, read, carry, stack_1, stack_2, input_2, error_1, error_2, scores_1, y, z_1, z_2,
     batch_heads, b, writes, d_in, width, d_out,
-    LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, KEEP: tl.constexpr,
+    LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr,
+    KEEP: tl.constexpr,
     TOKENS: tl.constexpr, KEYS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
     OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, FINE: tl.constexpr,
     FINE_PRECISION: tl.constexpr,
@@ -74,7 +78,8 @@ def read_kernel(
     first, written = at * b, at * writes
     t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     i, o = tl.arange(0, IN), tl.arange(0, OUT)
-    size_1, size_2 = width * d_in, d_out * width
+    up = (1 + GATED) * width
+    size_1, size_2 = up * d_in, d_out * width
     if LAYERS == 2:
         q = load_tokens(queries, first, t, i, b, d_in, WIDE)
         for s0 in range(0, writes, KEYS):
@@ -89,20 +94,22 @@ def read_kernel(
     for h0 in range(0, width, BLOCK):
         h = h0 + tl.arange(0, BLOCK)
         if LAYERS == 2:
-            preact = tl.zeros((TOKENS, BLOCK), WIDE)
-            for s0 in range(0, writes, KEYS):
-                s = s0 + tl.arange(0, KEYS)
-                weighted = load_tokens(scores_1, first, t, s, b, writes, WIDE)
-                error = load_tokens(error_1, written, s, h, writes, width, WIDE)
-                preact -= written_part(weighted, error, t, s + b - writes, FINE, WIDE, FINE_PRECISION)
-            for part in range(PARTS):
-                w_1 = load(stack_1 + (at * PARTS + part) * size_1, h, i, width, d_in, WIDE)
-                product = dot(q, tl.trans(w_1), FINE, WIDE, FINE_PRECISION)
-                preact += coefficient(carry, first, t, b, part, PARTS, WIDE) * product
-            store_tokens(z_1, first, t, h, b, width, preact)
+            x = tl.zeros((TOKENS, BLOCK), WIDE)
+            for half in tl.static_range(1 + GATED):
+                preact = tl.zeros((TOKENS, BLOCK), WIDE)
+                for s0 in range(0, writes, KEYS):
+                    s = s0 + tl.arange(0, KEYS)
+                    weighted = load_tokens(scores_1, first, t, s, b, writes, WIDE)
+                    error = load_half(error_1, half, written, s, h, writes, width, GATED, WIDE)
+                    preact -= written_part(weighted, error, t, s + b - writes, FINE, WIDE, FINE_PRECISION)
+                for part in range(PARTS):
+                    w_1 = stack_1 + (at * PARTS + part) * size_1 + half * width * d_in
+                    product = dot(q, tl.trans(load(w_1, h, i, width, d_in, WIDE)), FINE, WIDE, FINE_PRECISION)
+                    preact += coefficient(carry, first, t, b, part, PARTS, WIDE) * product
+                store_half(z_1, half, first, t, h, b, width, preact, GATED)
+                x = activate(preact, ACTIVATION) if half == 0 else x * preact
         else:
-            preact = load_tokens(z_1, first, t, h, b, width, WIDE)
-        x = activate(preact, ACTIVATION)
+            x = activate(load_tokens(z_1, first, t, h, b, width, WIDE), ACTIVATION)
         for part in range(PARTS):
             w = load(stack_2 + (at * PARTS + part) * size_2, o, h, d_out, width, WIDE)
             product = dot(x, tl.trans(w), FINE, WIDE, FINE_PRECISION)
@@ -115,7 +122,7 @@ def read_kernel(
         scores = tl.zeros((TOKENS, KEYS), WIDE)
         for h0 in range(0, width, BLOCK):
             h = h0 + tl.arange(0, BLOCK)
-            x = activate(load_tokens(z_1, first, t, h, b, width, WIDE), ACTIVATION)
+            x = load_hidden(z_1, first, t, h, b, width, ACTIVATION, GATED, WIDE)
             a = load_tokens(input_2, written, s, h, writes, width, WIDE)
             scores += dot(x, tl.trans(a), OPERAND, WIDE, PRECISION)
         weighted = weighted_scores(scores, load_tokens(read, first, t, s, b, writes, WIDE))
@@ -145,7 +152,7 @@ def read_backward_kernel(
     grad_queries, grad_read, grad_carry, grad_gain,
     grad_z_1, grad_z_2, scores_1, scores_2, grad_scores_1, grad_scores_2,
     batch_heads, b, writes, d_in, width, d_out,
-    LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr,
+    LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr,
     TOKENS: tl.constexpr, KEYS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
     OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, FINE: tl.constexpr,
     FINE_PRECISION: tl.constexpr,
@@ -155,7 +162,8 @@ def read_backward_kernel(
     first, written = at * b, at * writes
     t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     i, o, p = tl.arange(0, IN), tl.arange(0, OUT), tl.arange(0, 2)
-    size_1, size_2 = width * d_in, d_out * width
+    up = (1 + GATED) * width
+    size_1, size_2 = up * d_in, d_out * width
     g = load_tokens(grad_y, first, t, o, b, d_out, WIDE)
     if NORM:
         n, inverse = layer_norm(load_tokens(z_2, first, t, o, b, d_out, WIDE), o < d_out, d_out)
@@ -171,7 +179,7 @@ def read_backward_kernel(
         scores = tl.zeros((TOKENS, KEYS), WIDE)
         for h0 in range(0, width, BLOCK):
             h = h0 + tl.arange(0, BLOCK)
-            x = activate(load_tokens(z_1, first, t, h, b, width, WIDE), ACTIVATION)
+            x = load_hidden(z_1, first, t, h, b, width, ACTIVATION, GATED, WIDE)
             a = load_tokens(input_2, written, s, h, writes, width, WIDE)
             scores += dot(x, tl.trans(a), OPERAND, WIDE, PRECISION)
         decay = load_tokens(read, first, t, s, b, writes, WIDE)
@@ -192,8 +200,7 @@ def read_backward_kernel(
             s = s0 + tl.arange(0, KEYS)
             grad_scores = load_tokens(grad_scores_2, first, t, s, b, writes, WIDE)
             dx += dot(grad_scores, load_tokens(input_2, written, s, h, writes, width, WIDE), FINE, WIDE, FINE_PRECISION)
-        preact = load_tokens(z_1, first, t, h, b, width, WIDE)
-        x = activate(preact, ACTIVATION)
+        x = load_hidden(z_1, first, t, h, b, width, ACTIVATION, GATED, WIDE)
         for part in range(PARTS):
             w = load(stack_2 + (at * PARTS + part) * size_2, o, h, d_out, width, WIDE)
             back = dot(g, w, FINE, WIDE, FINE_PRECISION)
@@ -204,17 +211,22 @@ def read_backward_kernel(
                 dx += load_tokens(grad_y, first, t, h, b, d_out, WIDE)
             store_tokens(grad_queries, first, t, h, b, width, dx)
         else:
-            store_tokens(grad_z_1, first, t, h, b, width, dx * slope(preact, ACTIVATION))
+            preact = load_half(z_1, 0, first, t, h, b, width, GATED, WIDE)
+            dpreact = dx * slope(preact, ACTIVATION)
+            if GATED:
+                dpreact *= load_half(z_1, 1, first, t, h, b, width, GATED, WIDE)
+                store_half(grad_z_1, 1, first, t, h, b, width, dx * activate(preact, ACTIVATION), GATED)
+            store_half(grad_z_1, 0, first, t, h, b, width, dpreact, GATED)
 
     # through the state of the first layer, and its scores
     if LAYERS == 2:
         tl.debug_barrier()
         dq = tl.zeros((TOKENS, IN), WIDE)
-        for h0 in range(0, width, BLOCK):
+        for h0 in range(0, up, BLOCK):
             h = h0 + tl.arange(0, BLOCK)
-            dpreact = load_tokens(grad_z_1, first, t, h, b, width, WIDE)
+            dpreact = load_tokens(grad_z_1, first, t, h, b, up, WIDE)
             for part in range(PARTS):
-                w_1 = load(stack_1 + (at * PARTS + part) * size_1, h, i, width, d_in, WIDE)
+                w_1 = load(stack_1 + (at * PARTS + part) * size_1, h, i, up, d_in, WIDE)
                 back_1 = dot(dpreact, w_1, FINE, WIDE, FINE_PRECISION)
                 q = load_tokens(queries, first, t, i, b, d_in, WIDE)
                 dcarry += in_part(tl.sum(q * back_1, axis=1), part, WIDE)
@@ -222,10 +234,10 @@ def read_backward_kernel(
         for s0 in range(0, writes, KEYS):
             s = s0 + tl.arange(0, KEYS)
             dscores = tl.zeros((TOKENS, KEYS), WIDE)
-            for h0 in range(0, width, BLOCK):
+            for h0 in range(0, up, BLOCK):
                 h = h0 + tl.arange(0, BLOCK)
-                dpreact = load_tokens(grad_z_1, first, t, h, b, width, WIDE)
-                e = load_tokens(error_1, written, s, h, writes, width, WIDE)
+                dpreact = load_tokens(grad_z_1, first, t, h, b, up, WIDE)
+                e = load_tokens(error_1, written, s, h, writes, up, WIDE)
                 dscores -= dot(dpreact, tl.trans(e), OPERAND, WIDE, PRECISION)
             q = load_tokens(queries, first, t, i, b, d_in, WIDE)
             k = load_tokens(keys, written, s, i, writes, d_in, WIDE)
@@ -247,13 +259,14 @@ def read_backward_kernel(
 @triton.jit
 def _over_queries(matrix, x, first, s, column, b, writes, columns,
                   TOKENS: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr, ACTIVATION: tl.constexpr,
+                  GATED: tl.constexpr,
                   OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """``matrix^T activate(x)`` at some keys, ``matrix`` being of queries and keys."""
     total = tl.zeros((KEYS, COLUMNS), WIDE)
     for t0 in range(0, b, TOKENS):
         t = t0 + tl.arange(0, TOKENS)
         left = load_tokens(matrix, first, t, s, b, writes, WIDE)
-        right = activate(load_tokens(x, first, t, column, b, columns, WIDE), ACTIVATION)
+        right = load_hidden(x, first, t, column, b, columns, ACTIVATION, GATED, WIDE)
         total += dot(tl.trans(left), right, OPERAND, WIDE, PRECISION)
     return total
 
@@ -261,14 +274,14 @@ def _over_queries(matrix, x, first, s, column, b, writes, columns,
 @triton.jit
 def _state_gradient(grad_z, x, carry, first, part, r, c, b, rows_of, columns,
               PARTS: tl.constexpr, TOKENS: tl.constexpr, HIGH: tl.constexpr, WIDTH: tl.constexpr,
-              ACTIVATION: tl.constexpr,
+              ACTIVATION: tl.constexpr, GATED: tl.constexpr,
               OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """``(carry grad_z)^T activate(x)``: a tile of the gradient of one part of a layer's state."""
     total = tl.zeros((HIGH, WIDTH), WIDE)
     for t0 in range(0, b, TOKENS):
         t = t0 + tl.arange(0, TOKENS)
         left = load_tokens(grad_z, first, t, r, b, rows_of, WIDE) * coefficient(carry, first, t, b, part, PARTS, WIDE)
-        right = activate(load_tokens(x, first, t, c, b, columns, WIDE), ACTIVATION)
+        right = load_hidden(x, first, t, c, b, columns, ACTIVATION, GATED, WIDE)
         total += dot(tl.trans(left), right, OPERAND, WIDE, PRECISION)
     return total
 
@@ -278,7 +291,7 @@ def read_backward_state_kernel(
     queries, carry, z_1, grad_z_1, grad_z_2, scores_1, scores_2, grad_scores_1, grad_scores_2,
     grad_keys, grad_input_2, grad_error_1, grad_error_2, grad_stack_1, grad_stack_2,
     b, writes, d_in, width, d_out,
-    LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr,
+    LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
     TOKENS: tl.constexpr, KEYS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
     OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, FINE: tl.constexpr,
     FINE_PRECISION: tl.constexpr,
@@ -287,32 +300,37 @@ def read_backward_state_kernel(
     at = tl.program_id(0).to(tl.int64)  # chunk * batch_heads + bh
     first, written = at * b, at * writes
     i, o = tl.arange(0, IN), tl.arange(0, OUT)
-    size_1, size_2 = width * d_in, d_out * width
+    up = (1 + GATED) * width
+    size_1, size_2 = up * d_in, d_out * width
     for s0 in range(0, writes, KEYS):
         s = s0 + tl.arange(0, KEYS)
         derror = -_over_queries(scores_2, grad_z_2, first, s, o, b, writes, d_out,
-                                  TOKENS, KEYS, OUT, 0, OPERAND, WIDE, PRECISION)  # fmt: skip
+                                  TOKENS, KEYS, OUT, 0, 0, OPERAND, WIDE, PRECISION)  # fmt: skip
         store_tokens(grad_error_2, written, s, o, writes, d_out, derror)
         for h0 in range(0, width, BLOCK):
             h = h0 + tl.arange(0, BLOCK)
             dinput = _over_queries(grad_scores_2, z_1, first, s, h, b, writes, width,
-                                     TOKENS, KEYS, BLOCK, ACTIVATION, OPERAND, WIDE, PRECISION)  # fmt: skip
+                                     TOKENS, KEYS, BLOCK, ACTIVATION, GATED, OPERAND, WIDE, PRECISION)  # fmt: skip
             store_tokens(grad_input_2, written, s, h, writes, width, dinput)
-            if LAYERS == 2:
-                derror_1 = -_over_queries(scores_1, grad_z_1, first, s, h, b, writes, width,
-                                            TOKENS, KEYS, BLOCK, 0, OPERAND, WIDE, PRECISION)  # fmt: skip
-                store_tokens(grad_error_1, written, s, h, writes, width, derror_1)
         if LAYERS == 2:
+            for h0 in range(0, up, BLOCK):
+                h = h0 + tl.arange(0, BLOCK)
+                derror_1 = -_over_queries(scores_1, grad_z_1, first, s, h, b, writes, up,
+                                            TOKENS, KEYS, BLOCK, 0, 0, OPERAND, WIDE, PRECISION)  # fmt: skip
+                store_tokens(grad_error_1, written, s, h, writes, up, derror_1)
             dkey = _over_queries(grad_scores_1, queries, first, s, i, b, writes, d_in,
-                                   TOKENS, KEYS, IN, 0, OPERAND, WIDE, PRECISION)  # fmt: skip
+                                   TOKENS, KEYS, IN, 0, 0, OPERAND, WIDE, PRECISION)  # fmt: skip
             store_tokens(grad_keys, written, s, i, writes, d_in, dkey)
     for h0 in range(0, width, BLOCK):
         h = h0 + tl.arange(0, BLOCK)
         for part in range(PARTS):
             tile = _state_gradient(grad_z_2, z_1, carry, first, part, o, h, b, d_out, width,
-                             PARTS, TOKENS, OUT, BLOCK, ACTIVATION, FINE, WIDE, FINE_PRECISION)  # fmt: skip
+                             PARTS, TOKENS, OUT, BLOCK, ACTIVATION, GATED, FINE, WIDE, FINE_PRECISION)  # fmt: skip
             store(grad_stack_2 + (at * PARTS + part) * size_2, o, h, d_out, width, tile)
-            if LAYERS == 2:
-                tile_1 = _state_gradient(grad_z_1, queries, carry, first, part, h, i, b, width, d_in,
-                                   PARTS, TOKENS, BLOCK, IN, 0, FINE, WIDE, FINE_PRECISION)  # fmt: skip
-                store(grad_stack_1 + (at * PARTS + part) * size_1, h, i, width, d_in, tile_1)
+    if LAYERS == 2:
+        for h0 in range(0, up, BLOCK):
+            h = h0 + tl.arange(0, BLOCK)
+            for part in range(PARTS):
+                tile_1 = _state_gradient(grad_z_1, queries, carry, first, part, h, i, b, up, d_in,
+                                   PARTS, TOKENS, BLOCK, IN, 0, 0, FINE, WIDE, FINE_PRECISION)  # fmt: skip
+                store(grad_stack_1 + (at * PARTS + part) * size_1, h, i, up, d_in, tile_1)

@@ -66,6 +66,28 @@ def replace_tokens(x, first, t, column, b, columns, values):
 
 
 @triton.jit
+def load_half(x, half, first, t, h, b, width, GATED: tl.constexpr, WIDE: tl.constexpr):
+    """``load_tokens`` of the first layer's outputs, where a gated network has those of both products side by side."""
+    place = (first + t)[:, None] * ((1 + GATED) * width) + half * width + h[None, :]
+    return tl.load(x + place, mask=(t < b)[:, None] & (h < width)[None, :], other=0.0).to(WIDE)
+
+
+@triton.jit
+def store_half(x, half, first, t, h, b, width, values, GATED: tl.constexpr):
+    place = (first + t)[:, None] * ((1 + GATED) * width) + half * width + h[None, :]
+    tl.store(x + place, values, mask=(t < b)[:, None] & (h < width)[None, :])
+
+
+@triton.jit
+def load_hidden(z, first, t, h, b, width, ACTIVATION: tl.constexpr, GATED: tl.constexpr, WIDE: tl.constexpr):
+    """The last layer's inputs, from the first one's outputs ``z``."""
+    x = activate(load_half(z, 0, first, t, h, b, width, GATED, WIDE), ACTIVATION)
+    if GATED:
+        x *= load_half(z, 1, first, t, h, b, width, GATED, WIDE)
+    return x
+
+
+@triton.jit
 def dot(a, b, OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):
     """Operands in their type, sums in the wide one."""
     if _INTERPRETED:

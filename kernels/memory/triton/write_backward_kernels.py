@@ -6,8 +6,9 @@ through the loss; and down the layers again. All of this is separate for each to
 at a time. A last pass, tile by tile, adds up the gradient of the weights over the tokens and takes the gradient of the
 state from after the chunk to before it.
 
-``grad_error`` are overwritten with the gradient of each layer's output, and ``grad_input_2`` with that of the hidden
-layer, for the last pass to multiply. ``write_backward_resident_kernel`` keeps the state's gradient in registers.
+``grad_error_2`` is overwritten with the gradient of the last layer's output, and ``grad_input_2`` and ``grad_error_1``
+with that of the first one's and that of what comes back to it, or the other way round, for the last pass to multiply.
+``write_backward_resident_kernel`` keeps the state's gradient in registers.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import triton.language as tl
 
 from ...triton_runtime import VARYING
 from .tiles import (
+    activate,
     clip_scale,
     coefficient,
     curvature,
@@ -27,6 +29,7 @@ from .tiles import (
     load,
     load_deltas,
     load_gain,
+    load_half,
     load_tokens,
     output_error_backward,
     replace,
@@ -35,6 +38,7 @@ from .tiles import (
     slope,
     square_sums,
     store,
+    store_half,
     store_tokens,
     through_norm,
 )
@@ -75,18 +79,22 @@ def write_backward_kernel(
     grad_stack_1, grad_stack_2, grad_keys, grad_input_2, grad_error_1, grad_error_2,
     grad_values, grad_deltas, grad_write, grad_mix, grad_gain, grad_anchor_1, grad_anchor_2,
     chunks, batch_heads, b, d_in, width, d_out,
-    LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr,
-    ANCHORED: tl.constexpr, TOKENS: tl.constexpr, FEW: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr,
+    CLIP: tl.constexpr, ANCHORED: tl.constexpr, TOKENS: tl.constexpr, FEW: tl.constexpr, IN: tl.constexpr,
+    OUT: tl.constexpr, BLOCK: tl.constexpr,
     OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     LOSS: tl.constexpr, POWER: tl.constexpr, DELTA: tl.constexpr, DELTAS: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
     """Every chunk of one head, the last first. The gradients that reads have left are added to where they lie."""
     bh = tl.program_id(0).to(tl.int64)
     o, four = tl.arange(0, OUT), tl.arange(0, 4)
-    size_1, size_2 = width * d_in, d_out * width
+    up = (1 + GATED) * width
+    size_1, size_2 = up * d_in, d_out * width
     gain_o = load_gain(gain, bh, o, d_out, OUT, NORM, WIDE)
     dgain = tl.zeros((OUT,), WIDE)
+    of_output_1, of_upstream = grad_input_2, grad_error_1
+    if GATED:  # the outputs of the first layer are twice as wide
+        of_output_1, of_upstream = grad_error_1, grad_input_2
     for done in range(chunks):
         chunk = chunks - 1 - done
         at = chunk * batch_heads + bh
@@ -124,25 +132,25 @@ def write_backward_kernel(
                     da -= dot(error, after_2, OPERAND, WIDE, PRECISION)
                     replace_tokens(grad_input_2, first, t, h, b, width, da)
                 if LAYERS == 2:
-                    for h0 in range(0, width, BLOCK):
+                    for h0 in range(0, up, BLOCK):
                         h = h0 + tl.arange(0, BLOCK)
                         grad_scores_1 = tl.zeros((TOKENS, BLOCK), WIDE)
                         for i0 in range(0, d_in, IN):
                             i = i0 + tl.arange(0, IN)
                             k = load_tokens(keys, first, t, i, b, d_in, WIDE)
-                            after_1 = load(later_1 + part * size_1, h, i, width, d_in, WIDE)
+                            after_1 = load(later_1 + part * size_1, h, i, up, d_in, WIDE)
                             grad_scores_1 += dot(k, tl.trans(after_1), OPERAND, WIDE, PRECISION)
-                        e = load_tokens(error_1, first, t, h, b, width, WIDE)
+                        e = load_tokens(error_1, first, t, h, b, up, WIDE)
                         dweight -= tl.sum(grad_scores_1 * e, axis=1)
-                        de = load_tokens(grad_error_1, first, t, h, b, width, WIDE)
-                        replace_tokens(grad_error_1, first, t, h, b, width, de - grad_scores_1 * weight)
+                        de = load_tokens(grad_error_1, first, t, h, b, up, WIDE)
+                        replace_tokens(grad_error_1, first, t, h, b, up, de - grad_scores_1 * weight)
                     for i0 in range(0, d_in, IN):
                         i = i0 + tl.arange(0, IN)
                         dk = load_tokens(grad_keys, first, t, i, b, d_in, WIDE)
-                        for h0 in range(0, width, BLOCK):
+                        for h0 in range(0, up, BLOCK):
                             h = h0 + tl.arange(0, BLOCK)
-                            e = load_tokens(error_1, first, t, h, b, width, WIDE) * weight
-                            after_1 = load(later_1 + part * size_1, h, i, width, d_in, WIDE)
+                            e = load_tokens(error_1, first, t, h, b, up, WIDE) * weight
+                            after_1 = load(later_1 + part * size_1, h, i, up, d_in, WIDE)
                             dk -= dot(e, after_1, OPERAND, WIDE, PRECISION)
                         replace_tokens(grad_keys, first, t, i, b, d_in, dk)
                 tl.store(grad_write + (first + t) * PARTS + part, dweight, mask=t < b)
@@ -162,13 +170,14 @@ def write_backward_kernel(
                     more, small_more = square_sums(a, 1, WIDE)
                     squares_2 += more
                     small_2 += small_more
-                    if LAYERS == 2:
-                        e = load_tokens(unclipped_1, first, t, h, b, width, WIDE)
+                if LAYERS == 2:
+                    for h0 in range(0, up, BLOCK):
+                        h = h0 + tl.arange(0, BLOCK)
+                        e = load_tokens(unclipped_1, first, t, h, b, up, WIDE)
                         more, small_more = square_sums(e, 1, WIDE)
                         squares_1 += more
                         small_1 += small_more
-                        dscale += tl.sum(load_tokens(grad_error_1, first, t, h, b, width, WIDE) * e, axis=1)
-                if LAYERS == 2:
+                        dscale += tl.sum(load_tokens(grad_error_1, first, t, h, b, up, WIDE) * e, axis=1)
                     for i0 in range(0, d_in, IN):
                         k = load_tokens(keys, first, t, i0 + tl.arange(0, IN), b, d_in, WIDE)
                         more, small_more = square_sums(k, 1, WIDE)
@@ -191,14 +200,24 @@ def write_backward_kernel(
                 derror = load_tokens(grad_error_2, first, t, o, b, d_out, WIDE)
                 for h0 in range(0, width, BLOCK):
                     h = h0 + tl.arange(0, BLOCK)
-                    de = load_tokens(grad_error_1, first, t, h, b, width, WIDE)
-                    if CLIP is not None:
-                        e = load_tokens(unclipped_1, first, t, h, b, width, WIDE)
-                        de = de * scale[:, None] + through_norm(e, k_length / norm, dnorm)
-                        replace_tokens(grad_error_1, first, t, h, b, width, de)
-                    preact = load_tokens(output_1, first, t, h, b, width, WIDE)
+                    preact = load_half(output_1, 0, first, t, h, b, width, GATED, WIDE)
+                    dupstream = tl.zeros((TOKENS, BLOCK), WIDE)
+                    for half in tl.static_range(1 + GATED):
+                        de = load_half(grad_error_1, half, first, t, h, b, width, GATED, WIDE)
+                        if CLIP is not None:
+                            e = load_half(unclipped_1, half, first, t, h, b, width, GATED, WIDE)
+                            de = de * scale[:, None] + through_norm(e, k_length / norm, dnorm)
+                            tl.debug_barrier()
+                            store_half(grad_error_1, half, first, t, h, b, width, de, GATED)
+                        if half:
+                            dupstream += de * activate(preact, ACTIVATION)
+                        elif GATED:
+                            gate = load_half(output_1, 1, first, t, h, b, width, GATED, WIDE)
+                            dupstream = de * slope(preact, ACTIVATION) * gate
+                        else:
+                            dupstream = de * slope(preact, ACTIVATION)
                     w = load(w_2, o, h, d_out, width, WIDE)
-                    derror += dot(de * slope(preact, ACTIVATION), tl.trans(w), OPERAND, WIDE, PRECISION)
+                    derror += dot(dupstream, tl.trans(w), OPERAND, WIDE, PRECISION)
                 replace_tokens(grad_error_2, first, t, o, b, d_out, derror)
                 tl.debug_barrier()
 
@@ -242,11 +261,21 @@ def write_backward_kernel(
                     a = load_tokens(input_2, first, t, h, b, width, WIDE)
                     da += through_norm(a, d_length / norm, dnorm)
                 if LAYERS == 2:
-                    preact = load_tokens(output_1, first, t, h, b, width, WIDE)
-                    de = load_tokens(grad_error_1, first, t, h, b, width, WIDE)
+                    preact = load_half(output_1, 0, first, t, h, b, width, GATED, WIDE)
+                    de = load_half(grad_error_1, 0, first, t, h, b, width, GATED, WIDE)
                     rise = slope(preact, ACTIVATION)
-                    da = da * rise + de * upstream * curvature(preact, ACTIVATION)
-                    replace_tokens(grad_error_1, first, t, h, b, width, de * rise)
+                    if GATED:
+                        gate = load_half(output_1, 1, first, t, h, b, width, GATED, WIDE)
+                        de_gate = load_half(grad_error_1, 1, first, t, h, b, width, GATED, WIDE)
+                        tl.debug_barrier()
+                        bent = de * gate * curvature(preact, ACTIVATION) + de_gate * rise
+                        store_half(grad_error_1, 0, first, t, h, b, width, da * rise * gate + upstream * bent, GATED)
+                        dgate = da * activate(preact, ACTIVATION) + upstream * de * rise
+                        store_half(grad_error_1, 1, first, t, h, b, width, dgate, GATED)
+                        da = de * rise * gate + de_gate * activate(preact, ACTIVATION)
+                    else:
+                        da = da * rise + de * upstream * curvature(preact, ACTIVATION)
+                        replace_tokens(grad_error_1, first, t, h, b, width, de * rise)
                 replace_tokens(grad_input_2, first, t, h, b, width, da)
             tl.debug_barrier()
             if LAYERS == 2:
@@ -256,10 +285,10 @@ def write_backward_kernel(
                     if CLIP is not None:
                         k = load_tokens(keys, first, t, i, b, d_in, WIDE)
                         dk += through_norm(k, e_length / norm, dnorm)
-                    for h0 in range(0, width, BLOCK):
+                    for h0 in range(0, up, BLOCK):
                         h = h0 + tl.arange(0, BLOCK)
-                        da = load_tokens(grad_input_2, first, t, h, b, width, WIDE)
-                        dk += dot(da, load(w_1, h, i, width, d_in, WIDE), OPERAND, WIDE, PRECISION)
+                        dz = load_tokens(of_output_1, first, t, h, b, up, WIDE)
+                        dk += dot(dz, load(w_1, h, i, up, d_in, WIDE), OPERAND, WIDE, PRECISION)
                     replace_tokens(grad_keys, first, t, i, b, d_in, dk)
                 tl.debug_barrier()
 
@@ -273,19 +302,21 @@ def write_backward_kernel(
             dw = _over_tokens(dw, grad_error_2, input_2, first, o, h, b, d_out, width,
                                 TOKENS, OPERAND, WIDE, PRECISION)  # fmt: skip
             if LAYERS == 2:
-                dw = _over_tokens(dw, unclipped_2, grad_error_1, first, o, h, b, d_out, width,
+                dw = _over_tokens(dw, unclipped_2, of_upstream, first, o, h, b, d_out, width,
                                     TOKENS, OPERAND, WIDE, PRECISION)  # fmt: skip
             replace(grad_weights_2, o, h, d_out, width, dw)
-            if LAYERS == 2:
+        if LAYERS == 2:
+            for h0 in range(0, up, BLOCK):
+                h = h0 + tl.arange(0, BLOCK)
                 for i0 in range(0, d_in, IN):
                     i = i0 + tl.arange(0, IN)
-                    dmix = _state_backward(mix, dmix, at, state_1, later_1, before_1, h, i, width, d_in, size_1,
+                    dmix = _state_backward(mix, dmix, at, state_1, later_1, before_1, h, i, up, d_in, size_1,
                                          PARTS, WIDE)  # fmt: skip
                     tl.debug_barrier()
-                    dw_1 = load(grad_weights_1, h, i, width, d_in, WIDE)
-                    dw_1 = _over_tokens(dw_1, grad_input_2, keys, first, h, i, b, width, d_in,
+                    dw_1 = load(grad_weights_1, h, i, up, d_in, WIDE)
+                    dw_1 = _over_tokens(dw_1, of_output_1, keys, first, h, i, b, up, d_in,
                                         TOKENS, OPERAND, WIDE, PRECISION)  # fmt: skip
-                    replace(grad_weights_1, h, i, width, d_in, dw_1)
+                    replace(grad_weights_1, h, i, up, d_in, dw_1)
         tl.store(grad_mix + (at * PARTS + four // 2) * PARTS + four % 2, dmix,
                  mask=(four // 2 < PARTS) & (four % 2 < PARTS))  # fmt: skip
         tl.debug_barrier()

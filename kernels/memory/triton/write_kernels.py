@@ -29,12 +29,14 @@ from .tiles import (
     load,
     load_deltas,
     load_gain,
+    load_half,
     load_tokens,
     output_error,
     row_length,
     slope,
     square_sums,
     store,
+    store_half,
     store_tokens,
 )
 
@@ -43,7 +45,7 @@ from .tiles import (
 def _differentiate(
     keys, values, deltas, w_1, w_2, gain_o, input_2, output_1, output_2, unclipped_1, unclipped_2, error_1, error_2,
     first, t0, b, d_in, width, d_out,
-    LAYERS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr,
+    LAYERS: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr,
     TOKENS: tl.constexpr, FEW: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
     WIDE: tl.constexpr, FINE: tl.constexpr, FINE_PRECISION: tl.constexpr,
     LOSS: tl.constexpr, POWER: tl.constexpr, DELTA: tl.constexpr, DELTAS: tl.constexpr, SMOOTH: tl.constexpr,
@@ -60,13 +62,16 @@ def _differentiate(
     for h0 in range(0, width, BLOCK):
         h = h0 + tl.arange(0, BLOCK)
         if LAYERS == 2:
-            preact = tl.zeros((TOKENS, BLOCK), WIDE)
-            for i0 in range(0, d_in, IN):
-                i = i0 + tl.arange(0, IN)
-                k, tile_1 = load_tokens(keys, first, t, i, b, d_in, WIDE), load(w_1, h, i, width, d_in, WIDE)
-                preact += dot(k, tl.trans(tile_1), FINE, WIDE, FINE_PRECISION)
-            store_tokens(output_1, first, t, h, b, width, preact)
-            a = activate(preact, ACTIVATION)
+            a = tl.zeros((TOKENS, BLOCK), WIDE)
+            for half in tl.static_range(1 + GATED):
+                preact = tl.zeros((TOKENS, BLOCK), WIDE)
+                for i0 in range(0, d_in, IN):
+                    i = i0 + tl.arange(0, IN)
+                    k = load_tokens(keys, first, t, i, b, d_in, WIDE)
+                    tile_1 = load(w_1 + half * width * d_in, h, i, width, d_in, WIDE)
+                    preact += dot(k, tl.trans(tile_1), FINE, WIDE, FINE_PRECISION)
+                store_half(output_1, half, first, t, h, b, width, preact, GATED)
+                a = activate(preact, ACTIVATION) if half == 0 else a * preact
             store_tokens(input_2, first, t, h, b, width, a)
         else:
             a = load_tokens(input_2, first, t, h, b, width, WIDE)
@@ -99,13 +104,17 @@ def _differentiate(
         for h0 in range(0, width, BLOCK):
             h = h0 + tl.arange(0, BLOCK)
             w = load(w_2, o, h, d_out, width, WIDE)
-            preact = load_tokens(output_1, first, t, h, b, width, WIDE)
-            e = dot(error, w, FINE, WIDE, FINE_PRECISION) * slope(preact, ACTIVATION)
-            store_tokens(unclipped_1, first, t, h, b, width, e)
-            if CLIP is not None:
-                more, small_more = square_sums(e, 1, WIDE)
-                e_squares += more
-                small_e_squares += small_more
+            preact = load_half(output_1, 0, first, t, h, b, width, GATED, WIDE)
+            back = dot(error, w, FINE, WIDE, FINE_PRECISION)
+            for half in tl.static_range(1 + GATED):
+                e = back * activate(preact, ACTIVATION) if half else back * slope(preact, ACTIVATION)
+                if GATED and half == 0:
+                    e *= load_half(output_1, 1, first, t, h, b, width, GATED, WIDE)
+                store_half(unclipped_1, half, first, t, h, b, width, e, GATED)
+                if CLIP is not None:
+                    more, small_more = square_sums(e, 1, WIDE)
+                    e_squares += more
+                    small_e_squares += small_more
     if CLIP is not None:
         error = load_tokens(unclipped_2, first, t, o, b, d_out, WIDE)
         k_squares, small_k_squares = tl.zeros((TOKENS,), WIDE), tl.zeros((TOKENS,), WIDE)
@@ -123,10 +132,11 @@ def _differentiate(
         store_tokens(error_2, first, t, o, b, d_out, error * scale[:, None])
         if LAYERS == 2:
             tl.debug_barrier()
-            for h0 in range(0, width, BLOCK):
+            up = (1 + GATED) * width
+            for h0 in range(0, up, BLOCK):
                 h = h0 + tl.arange(0, BLOCK)
-                e = load_tokens(unclipped_1, first, t, h, b, width, WIDE)
-                store_tokens(error_1, first, t, h, b, width, e * scale[:, None])
+                e = load_tokens(unclipped_1, first, t, h, b, up, WIDE)
+                store_tokens(error_1, first, t, h, b, up, e * scale[:, None])
 
 
 @triton.jit
@@ -159,21 +169,22 @@ def write_kernel(
     keys, values, deltas, gain, mix, write, anchor_1, anchor_2, stack_1, stack_2,
     input_2, output_1, output_2, unclipped_1, unclipped_2, error_1, error_2,
     chunks, batch_heads, b, d_in, width, d_out,
-    LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr,
-    ANCHORED: tl.constexpr, TOKENS: tl.constexpr, FEW: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr,
+    CLIP: tl.constexpr, ANCHORED: tl.constexpr, TOKENS: tl.constexpr, FEW: tl.constexpr, IN: tl.constexpr,
+    OUT: tl.constexpr, BLOCK: tl.constexpr,
     OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, FINE: tl.constexpr,
     FINE_PRECISION: tl.constexpr,
     LOSS: tl.constexpr, POWER: tl.constexpr, DELTA: tl.constexpr, DELTAS: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
-    """Every chunk of one head. Depth 2: ``d_in -> width -> d_out``.
+    """Every chunk of one head. Depth 2: ``d_in -> width -> d_out``. With ``GATED``, the first layer has both products.
 
     Depth 1, ``width -> d_out`` with ``width = d_in``, is layer 2 alone, and ``input_2`` are the keys.
     """
     bh = tl.program_id(0).to(tl.int64)
     o = tl.arange(0, OUT)
     gain_o = load_gain(gain, bh, o, d_out, OUT, NORM, WIDE)
-    size_1, size_2 = width * d_in, d_out * width
+    up = (1 + GATED) * width
+    size_1, size_2 = up * d_in, d_out * width
     for chunk in range(chunks):
         at = chunk * batch_heads + bh
         first = at * b
@@ -186,7 +197,7 @@ def write_kernel(
             _differentiate(
                 keys, values, deltas, w_1, w_2, gain_o, input_2, output_1, output_2, unclipped_1, unclipped_2, error_1,
                 error_2, first, t0, b, d_in, width, d_out,
-                LAYERS, ACTIVATION, NORM, CLIP, TOKENS, FEW, IN, OUT, BLOCK, WIDE, FINE, FINE_PRECISION,
+                LAYERS, ACTIVATION, GATED, NORM, CLIP, TOKENS, FEW, IN, OUT, BLOCK, WIDE, FINE, FINE_PRECISION,
                 LOSS, POWER, DELTA, DELTAS, SMOOTH,
             )  # fmt: skip
         tl.debug_barrier()
@@ -195,7 +206,7 @@ def write_kernel(
         later = (at + batch_heads) * PARTS
         next_1, next_2 = stack_1 + later * size_1, stack_2 + later * size_2
         if LAYERS == 2:
-            _advance(state_1, next_1, mix, write, error_1, keys, width, d_in, b, at,
+            _advance(state_1, next_1, mix, write, error_1, keys, up, d_in, b, at,
                      PARTS, BLOCK, IN, TOKENS, OPERAND, WIDE, PRECISION)  # fmt: skip
         _advance(state_2, next_2, mix, write, error_2, input_2, d_out, width, b, at,
                  PARTS, OUT, BLOCK, TOKENS, OPERAND, WIDE, PRECISION)  # fmt: skip
@@ -207,9 +218,9 @@ def rewrite_kernel(
     keys, values, deltas, gain, anchor_1, anchor_2, stack_1, stack_2,
     input_2, output_1, output_2, unclipped_1, unclipped_2, error_1, error_2,
     batch_heads, b, d_in, width, d_out,
-    LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr,
-    ANCHORED: tl.constexpr, TOKENS: tl.constexpr, FEW: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr,
+    CLIP: tl.constexpr, ANCHORED: tl.constexpr, TOKENS: tl.constexpr, FEW: tl.constexpr, IN: tl.constexpr,
+    OUT: tl.constexpr, BLOCK: tl.constexpr,
     WIDE: tl.constexpr, FINE: tl.constexpr, FINE_PRECISION: tl.constexpr,
     LOSS: tl.constexpr, POWER: tl.constexpr, DELTA: tl.constexpr, DELTAS: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
@@ -217,14 +228,15 @@ def rewrite_kernel(
     at = tl.program_id(0).to(tl.int64)  # chunk * batch_heads + bh
     bh, o = at % batch_heads, tl.arange(0, OUT)
     gain_o = load_gain(gain, bh, o, d_out, OUT, NORM, WIDE)
-    w_1, w_2 = stack_1 + at * PARTS * width * d_in, stack_2 + at * PARTS * d_out * width
+    size_1, size_2 = (1 + GATED) * width * d_in, d_out * width
+    w_1, w_2 = stack_1 + at * PARTS * size_1, stack_2 + at * PARTS * size_2
     if ANCHORED:  # known when compiling, and the rest is not  # noqa: SIM102
         if at < batch_heads:
-            w_1, w_2 = anchor_1 + bh * width * d_in, anchor_2 + bh * d_out * width
+            w_1, w_2 = anchor_1 + bh * size_1, anchor_2 + bh * size_2
     _differentiate(
         keys, values, deltas, w_1, w_2, gain_o, input_2, output_1, output_2, unclipped_1, unclipped_2, error_1, error_2,
         at * b, tl.program_id(1) * TOKENS, b, d_in, width, d_out,
-        LAYERS, ACTIVATION, NORM, CLIP, TOKENS, FEW, IN, OUT, BLOCK, WIDE, FINE, FINE_PRECISION,
+        LAYERS, ACTIVATION, GATED, NORM, CLIP, TOKENS, FEW, IN, OUT, BLOCK, WIDE, FINE, FINE_PRECISION,
         LOSS, POWER, DELTA, DELTAS, SMOOTH,
     )  # fmt: skip
 

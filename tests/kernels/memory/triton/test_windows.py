@@ -1,4 +1,4 @@
-"""Windows of tokens in the Triton kernels, in Triton's interpreter, against the per-token reference in float64."""
+"""Windows of tokens and gated networks in the Triton kernels, in its interpreter, against the per-token reference."""
 
 import pytest
 import torch
@@ -28,6 +28,17 @@ def agrees(monkeypatch, schedule, **changes):
 ])  # fmt: skip
 def test_windows(monkeypatch, schedule, changes):
     agrees(monkeypatch, schedule, **changes)
+
+
+@pytest.mark.parametrize("changes", [
+    dict(clip=0.5, masked=True, started=True, norm=False),
+    dict(read="before", window=3, momentum=False, activation="relu", batch=1),
+    pytest.param(dict(activation="silu"), marks=pytest.mark.slow),
+    pytest.param(dict(read="anchor"), marks=pytest.mark.slow),
+    pytest.param(dict(chunk=70, time=71, batch=1), marks=pytest.mark.slow),
+])  # fmt: skip
+def test_gated_networks(monkeypatch, changes):
+    agrees(monkeypatch, "auto", gated=True, **changes)
 
 
 def test_an_error_that_is_not_finite_reaches_the_queries_from_its_token_on(monkeypatch):
