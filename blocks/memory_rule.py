@@ -146,7 +146,8 @@ def start(memory: Any, state: MemoryState) -> MemoryState | LearnerState:
     channels = (memory.gate_sizes["alpha"],) if memory.forgetting and rule.retention.gates == "channel" else ()
     weights = tuple(map(rule.retention.initial, state.weights))
     state = state._replace(weights=weights, anchor=weights)
-    made = learner.start(rule, LearnerState(*state), width, width, channels, rule.objective.learned)
+    given, learned = LearnerState(*state), rule.objective.learned
+    made = learner.start(rule.parts_of_state, rule.window, given, width, width, channels, learned)
     return made if any(map(made.has, made._fields[4:])) else state
 
 

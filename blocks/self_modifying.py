@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Annotated, NamedTuple
 
 import torch
@@ -11,19 +10,12 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from ..kernels.linear import linear, linear_of
-from ..kernels.memory import MemoryState
-from ..kernels.memory.learner import learn_writes, make_rule
-from ..kernels.memory.learner.state import Writes
+from ..kernels.memory.self_modifying import MEMORY, Matrices, apply, self_modify
 from ..kernels.norm_gate import gated_norm, l2_norm
 from ..kernels.padding import align
 from ..registry import SameWeights, register
 from .block import Block, check_call
 from .memory_rule import convolved
-
-KEY, VALUE, STEP, DECAY, MEMORY = range(5)
-"""The learners of a head."""
-DELTA = make_rule(network="linear", objective="l2_half", optimizer="step", chunk=1)
-"""``W <- alpha W - eta (W k - v) k'``."""
 
 
 class SelfModifyingState(NamedTuple):
@@ -137,7 +129,7 @@ class SelfModifyingTitans(Block):
             taps, past = self.convolution[: self.dim], state.convolution[..., : self.dim]
             before = torch.einsum("btc,ct->bc", past, taps[:, :-1]).unsqueeze(1)
             q = self._unit(silu(before + projected * taps[:, -1]))
-        return self._output(_apply(state.anchor[:, MEMORY], q), x)
+        return self._output(apply(state.anchor[:, MEMORY], q), x)
 
     def _project(self, x: Tensor, state: SelfModifyingState, length: Tensor | None) -> tuple[Tensor, ...]:
         """Queries and inputs of the learners, ``[batch, time, heads, width]``, and the next convolution's history."""
@@ -152,52 +144,10 @@ class SelfModifyingTitans(Block):
     def _chunks(
         self, q: Tensor, x: Tensor, state: SelfModifyingState, valid: Tensor | None
     ) -> tuple[Tensor, SelfModifyingState]:
-        """Outputs ``[batch, time, heads, width]`` and the state after the tokens, chunk by chunk."""
-        rows, time = x.shape[:2]
-        phases = (state.position % self.chunk).tolist()
-        layout = None
-        first = self.chunk - phases[0] if rows else 1
-        if valid is not None or len(set(phases)) > 1:  # the chunks of all rows begin at the same places
-            valid = torch.ones(rows, time, dtype=torch.bool, device=x.device) if valid is None else valid
-            layout = align(valid, state.position % self.chunk)
-            q, x, valid, first = layout.spread(q), layout.spread(x), layout.filled, self.chunk
-        outputs = []
-        edges = [0, *range(first, x.shape[1], self.chunk), x.shape[1]]
-        for start, stop in pairwise(edges):
-            span = slice(start, stop)
-            outputs.append(_apply(state.anchor[:, MEMORY], q[:, span]))
-            if stop > start:
-                state = self._write_chunk(x[:, span], state, None if valid is None else valid[:, span])
-        y = torch.cat(outputs, 1)
-        return y if layout is None else layout.collect(y), state
-
-    def _write_chunk(self, x: Tensor, state: SelfModifyingState, valid: Tensor | None) -> SelfModifyingState:
-        anchor = state.anchor
-        x = x.to(anchor.dtype)
-        k, v = l2_norm(_apply(anchor[:, KEY], x)), _apply(anchor[:, VALUE], x)
-        step, keep = (
-            torch.sigmoid((_apply(anchor[:, i], x) * rate).sum(-1) + bias)
-            for i, rate, bias in zip((STEP, DECAY), self.gates, self.gate_bias)
-        )
-        # of all learners side by side, as heads
-        each = l2_norm(_apply(anchor, v)) - _apply(anchor, k)
-        same = lambda y: torch.cat([y] * 5, 2)  # noqa: E731
-        k, theta, alpha = same(k), same(self.max_step * step), same(1 - keep)
-        writes = Writes(k, k, each.flatten(2, 3), theta, None, alpha, None, None)
-        before = (state.weights.flatten(1, 2),)
-        _, after = learn_writes(DELTA, writes, MemoryState(before, (), before, state.position), None, valid)
-        weights = after.weights[0].view_as(anchor)
-        ends = (after.position % self.chunk == 0) & (after.position > state.position)
-        anchor = torch.where(ends.view(-1, 1, 1, 1, 1), weights, anchor)
-        return state._replace(weights=weights, anchor=anchor, position=after.position)
+        matrices = Matrices(state.weights, state.anchor, state.position)
+        y, matrices = self_modify(q, x, matrices, valid, self.gates, self.gate_bias, self.chunk, self.max_step)
+        return y, state._replace(**matrices._asdict())
 
     def _output(self, y: Tensor, x: Tensor) -> Tensor:
         """Normalize the outputs ``y`` per head, gate them by ``x`` and project them."""
         return linear_of(self.output, gated_norm, y.to(x.dtype), self.output_gain, linear(self.output_gate, x))
-
-
-def _apply(weights: Tensor, x: Tensor) -> Tensor:
-    """``[batch, .., heads, out, in]`` of ``[batch, time, heads, in]``: ``[batch, time, .., heads, out]``."""
-    if weights.dim() == 4:
-        return torch.einsum("bhoi,bthi->btho", weights, x.to(weights.dtype))
-    return torch.einsum("blhoi,bthi->btlho", weights, x)

@@ -7,6 +7,7 @@ of the family.
 ``state.py``           what goes in and comes out: ``MemoryState``, ``Tokens``, ``Options``, ``Objective``
 ``operation.py``       the operations: arguments, and the choice of a backend
 ``learner/``           ``learn``: the general rule, and its parts
+``self_modifying.py``  matrices that make their own keys, values and gates
 ``reference.py``       the reference implementation: the recurrence token by token, its inner gradient from autograd
 ``closed_form.py``     a second, independent reference: the equations of a chunk, term by term
 ``cpu.py``             backend ``native``: many tokens on a CPU, in C, with gradients
@@ -27,9 +28,10 @@ of the family.
 
 from .learner import LearnerState, learn
 from .operation import MEMORY, READ, memory_flops, read_memory, run_memory, titans_memory
+from .self_modifying import self_modify
 from .state import MemoryState, Objective, Options, Tokens
 
 __all__ = [
     "MEMORY", "READ", "LearnerState", "MemoryState", "Objective", "Options", "Tokens", "learn", "memory_flops",
-    "read_memory", "run_memory", "titans_memory",
+    "read_memory", "run_memory", "self_modify", "titans_memory",
 ]  # fmt: skip

@@ -15,8 +15,9 @@ from titans_build.kernels.attention import Prefix, attention
 from titans_build.kernels.attention.decode import Cache, Form
 from titans_build.kernels.cpu_runtime import library
 from titans_build.kernels.custom_op import OPAQUE_OPERATIONS, serialize
-from titans_build.kernels.dispatch import OPERATIONS
 from titans_build.kernels.memory import MemoryState, Options, Tokens, titans_memory
+from titans_build.kernels.memory.learner import make_rule
+from titans_build.kernels.memory.self_modifying import Matrices
 from titans_build.kernels.norm_gate import form, rms_norm
 from titans_build.kernels.short_conv.decode import Layers
 
@@ -41,6 +42,24 @@ def memory(time=9, mask=None, momentum=True, threshold=None):
     return (Tokens(q, k, v, *gates), before, new(2, 4), mask, Options(4, "gelu", 1.0, "after", threshold=threshold)), {}
 
 
+def learner():
+    """The arguments of the operator of a learner whose features have learned coefficients."""
+    rule = make_rule(chunk=4, window=3, features="polynomial", retention="kl").with_tensors(
+        [("features", "coefficients", torch.tensor([1.0, 1.0, 0.5], dtype=torch.float64, requires_grad=True))]
+    )
+    given, _ = memory()
+    tokens, before, norm, *_ = given
+    weights = tuple(w.detach().softmax(-1).requires_grad_() for w in before.weights)
+    before = MemoryState(weights, before.momentum, weights, torch.zeros(2, dtype=torch.int64))
+    parts = (rule.text, rule.tensors, tuple(sorted(rule.parts_of_state)), rule.window, False, None)
+    return (*parts, *tokens[:6], before, norm, MASK, None, None, None, None, None, "auto"), {}
+
+
+def self_modifying():
+    before = Matrices(new(2, 5, 2, 4, 4), new(2, 5, 2, 4, 4), torch.tensor([0, 3]))
+    return (new(2, 9, 2, 4), new(2, 9, 2, 4), before, MASK, new(2, 2, 4), new(2, 2), 4, 0.5), {}
+
+
 def cache():
     keys, values, first_keys, first_values = (new(2, n, 2, 4, grad=False) for n in (5, 5, 3, 3))
     return Cache(keys, values, torch.tensor([2, 5]), torch.tensor([2, 9]), first_keys, first_values)
@@ -62,6 +81,8 @@ CASES = {
     "memory, masked": ("native", lambda: memory(mask=MASK)),
     "memory, in PyTorch": ("torch", memory),
     "memory, without momentum": ("torch", lambda: memory(momentum=False)),
+    "learn": ("learn", learner),
+    "self_modifying": ("chunks", self_modifying),
     "memory_read": ("native", lambda: ((new(2, 5, 2, 4), state().weights, "gelu", new(2, 4), None), {})),
     "rms_norm": ("native", lambda: ((form.Form(form.NORM, 3, 4, 4, 1e-6), new(2, 5, 3, 4), None, new(3, 4), None), {})),
     "l2_norm": ("native", lambda: ((form.Form(form.NORM, 1, 4, 1, 1e-6), new(2, 5, 4), None, None, None), {})),
@@ -109,7 +130,7 @@ def arguments(name, grad=True):
     tensors, numbers = [], []
     text = serialize((backend, given, options), tensors, numbers)
     wanted = [i for i, x in enumerate(tensors) if grad and x.requires_grad]
-    return OPERATIONS[name.split(",")[0]].backends[backend].run, given, options, (tensors, numbers, text, wanted)
+    return OPAQUE_OPERATIONS[name.split(",")[0]].runs[backend], given, options, (tensors, numbers, text, wanted)
 
 
 @pytest.mark.c_kernels
@@ -132,7 +153,7 @@ def test_the_operator_equals_the_backend(name):
     asked = [tensors[i] for i in wanted]
 
     def gradients(outputs):
-        outputs = [y for y in outputs if y.requires_grad]
+        outputs = [y for y, like in zip(outputs, expected) if like.requires_grad]
         return torch.autograd.grad(outputs, asked, seeds, allow_unused=True, materialize_grads=True)
 
     torch.testing.assert_close(gradients(found), gradients(expected), rtol=0, atol=0)

@@ -13,6 +13,7 @@ SMALL = {"dim": 32, "vocab": 40, "stack.0.repeat": 1}
 PARTS = {
     "continuum": {f"layers.continuum.{i}.chunk": chunk for i, chunk in enumerate((4, 8, 16, 64))},
     "deltas-and-mac": {"layers.mac.0.segment": 16, "layers.mac.0.memory.chunk": 8},
+    "hope": {f"layers.hope.0.{i}.chunk": chunk for i, chunk in enumerate((4, 8, 16, 64))},
     "llama-and-memory": {"layers.plain.0.window": 16, "layers.beside.0.branches.0.window": 16},
     "lmm": {"layers.lmm.0.chunk": 8},
     "mac": {"layers.mac.0.segment": 16, "layers.mac.0.memory.chunk": 8},
@@ -79,6 +80,43 @@ def test_a_training_step_compiles_once(name):
         with torch._dynamo.config.patch(error_on_recompile=True):
             given, targets = tokens(), tokens()
             same(step(run, module, given, targets), step(module, module, given, targets))
+
+
+LEARNERS = {
+    "a window": {"type": "omega_net"},
+    "a gated network": {"type": "memory", "network": "gated_mlp"},
+    "weights of every token": {"type": "memora"},
+    "norms of every token": {"type": "moneta"},
+    "a step of every token": {"type": "atlas"},
+    "a step of every chunk": {"type": "lact", "chunk": 8},
+    "a map after every token": {"type": "memory", "retention": "rows"},
+    "resets and projected queries": {"type": "memory", "reset": 16, "chunk": 8, "query": "projected"},
+    "several keys": {"type": "delta_product", "keys": 3},
+    "a learned threshold": {"type": "yaad", "optimizer": {"type": "muon", "steps": 2}, "momentum": True},
+    "learners that write themselves": {"type": "self_modifying", "chunk": 8},
+}
+ALWAYS = ("a window", "a step of every chunk", "learners that write themselves")
+
+
+@pytest.mark.parametrize("name", [n if n in ALWAYS else pytest.param(n, marks=SLOW) for n in LEARNERS])
+def test_every_learner_compiles_once(name):
+    """Rows at different positions, which an earlier call has left, and lengths that differ."""
+    block = tb.build_block(LEARNERS[name], dim=16)
+
+    def outcome(run, x, state):
+        block.zero_grad()
+        y, after = run(x, state)
+        y.square().sum().backward()
+        grads = {name: p.grad for name, p in block.named_parameters() if p.grad is not None}
+        return {"y": y.detach(), **dict(named_tensors(after)), **grads}
+
+    with torch.no_grad():
+        _, state = block(torch.randn(2, 9, 16), mask=torch.rand(2, 9) < 0.6)
+    run = compiled(block, dynamic=True)
+    for count, time in enumerate((21, 35)):
+        x = torch.randn(2, time, 16)
+        with torch._dynamo.config.patch(error_on_recompile=count > 0):
+            same(outcome(run, x, state), outcome(block, x, state))
 
 
 @pytest.mark.slow

@@ -18,11 +18,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...custom_op import OpaqueOperation
 from ...dispatch import (
     BackendError,
     expect_tensors,
@@ -49,7 +51,7 @@ from .parts import (
     register_retention,
 )
 from .rows import by_place, fits, run_documents, run_row, run_stretches
-from .rule import Rule, make_rule
+from .rule import Rule, make_rule, rule_of_text
 from .state import LearnerState, Writes
 from .walk import Measured, read, start
 from .walk import measure as measure_writes
@@ -175,6 +177,19 @@ def learn_by(
     ``parameter``: of the objective, for each token, ``[batch, time, heads]``. ``ends``: the rows whose state is
     returned, as of :func:`titans_memory`, without ``documents``.
     """
+    run = _compiled if torch.compiler.is_compiling() else _learn
+    given = (q, k, v, theta, eta, alpha, state, norm, mask, gamma, parameter, documents, keep, ends, backend)
+    return run(rule, None, *given)
+
+
+def _learn(
+    rule: Rule, half: str | None, q: Tensor, k: Tensor, v: Tensor, theta: Tensor, eta: Tensor | None,
+    alpha: Tensor | None, state: MemoryState | LearnerState, norm: Tensor | None, mask: Tensor | None,
+    gamma: Tensor | None, parameter: Tensor | None, documents: Tensor | None, keep: int | None,
+    ends: Sequence[int] | None, backend: str,
+) -> tuple[Tensor, MemoryState | LearnerState]:  # fmt: skip
+    """``half``: of ``half_dtype``, where it was found outside of an operator, which sees no autocast."""
+    ends = None if ends is None else list(ends)
     parameter = rule.objective.per_token if parameter is None else parameter
     gates = {"eta": eta, "alpha": alpha, "gamma": gamma, "norm": norm, _PARAMETER: parameter}
     expect_tensors("learn", ("q", q), ("k", k), ("v", v), ("theta", theta),
@@ -194,7 +209,7 @@ def learn_by(
     if n > 1:
         before = before._replace(position=before.position * n)
         mask, documents = (None if x is None else x.repeat_interleave(n, 1) for x in (mask, documents))
-    row = functools.partial(run_row, rule, norm=norm, keep=keep, half=half_dtype(q), backend=backend)
+    row = functools.partial(run_row, rule, norm=norm, keep=keep, half=half or half_dtype(q), backend=backend)
     stretches = functools.partial(run_stretches, row, rule)
     # a gradient step is taken by autograd, whose graph would stay in results that need no gradients
     parts = [part if isinstance(part, tuple) else (part,) for part in before]
@@ -210,6 +225,47 @@ def learn_by(
         after = after._replace(position=after.position // n)
     more = given is LearnerState or any(map(after.has, after._fields[4:]))
     return y.to(dtype), after if more else after.plain()
+
+
+def _compiled(rule: Rule, half: str | None, *given: Any) -> tuple[Tensor, MemoryState | LearnerState]:
+    """One operator for a compiler, which can neither trace loops over chunks nor values that decide about them.
+
+    A rule with parts that have no name is left out of the graph.
+    """
+    q, tensors, state, parameter = given[0], rule.tensors, given[6], given[10]
+    if rule.text is None or tensors is None:
+        outside: tuple[Tensor, MemoryState | LearnerState] = torch.compiler.disable(_learn)(rule, half, *given)
+        return outside
+    learned = parameter is not None or rule.objective.per_token is not None
+    parts = tuple(sorted(rule.parts_of_state))
+    y, after = OPERATOR.call("learn", rule.text, tensors, parts, rule.window, learned, half_dtype(q), *given)
+    more = isinstance(state, LearnerState) or any(map(after.has, after._fields[4:]))
+    return y, after if more else after.plain()
+
+
+def _operator(
+    text: str, tensors: Any, parts: tuple[str, ...], window: int, learned: bool, half: str | None, *given: Any
+) -> tuple[Tensor, LearnerState]:
+    y, after = _learn(rule_of_text(text).with_tensors(tensors), half, *given)
+    return y, LearnerState(*after)
+
+
+def _outputs(
+    text: str, tensors: Any, parts: tuple[str, ...], window: int, learned: bool, half: str | None, q: Tensor,
+    k: Tensor, v: Tensor, theta: Tensor, eta: Any, alpha: Tensor | None, state: Any, norm: Any, mask: Any, gamma: Any,
+    parameter: Any, documents: Tensor | None, keep: int | None, ends: Sequence[int] | None, backend: str,
+) -> tuple[Tensor, LearnerState]:  # fmt: skip
+    """Tensors of the shapes and dtypes of what :func:`_operator` returns."""
+    channels = () if alpha is None else tuple(alpha.shape[3:])
+    compute = torch.promote_types(torch.promote_types(q.dtype, state.weights[0].dtype), torch.float32)
+    needed = parts if documents is None else (*parts, "initial")
+    after = start(needed, window, LearnerState(*state), k.shape[-1], v.shape[-1], channels, learned)
+    after = after.map(lambda x: x.to(compute))
+    y = q.new_empty(*q.shape[:3], v.shape[-1])
+    return y, after if ends is None else after.rows(lambda x: x[list(ends)])
+
+
+OPERATOR = OpaqueOperation("learn", {"learn": _operator}, _outputs, [MemoryState, LearnerState])
 
 
 def learn_writes(

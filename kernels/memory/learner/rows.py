@@ -141,9 +141,6 @@ def _apart(
     known: Tensor | None = None,
 ) -> tuple[Tensor, LearnerState]:  # fmt: skip
     """``run`` of every document as a row, and the state after the last of each row. ``known``: that of the state."""
-    if torch.compiler.is_compiling():  # the lengths of documents are values
-        found: tuple[Tensor, LearnerState] = torch.compiler.disable(_apart)(run, rule, writes, state, ids, mask, known)
-        return found
     documents = Documents(ids, mask, known)
     groups, outputs, ends, order = documents.groups(begin=True), [], [], []
     for group in groups:

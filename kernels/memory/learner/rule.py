@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +17,7 @@ from ..network_torch import ACTIVATIONS
 from ..state import Options
 from . import networks, objectives, updates
 from .module import ModuleNetwork
-from .parts import Features, Network, Objective, Optimizer, Retention, make_part
+from .parts import CATALOGUES, Features, Network, Objective, Optimizer, Retention, make_part
 
 READS = ("after", "before", "anchor")
 
@@ -39,6 +42,8 @@ class Rule:
     clip: float | None
     threshold: float | None
     module: ModuleNetwork | None
+    text: str | None = None
+    """The arguments of :func:`make_rule` as JSON, tensors left out; ``None`` where a part is given as an object."""
 
     @property
     def activation(self) -> Callable[[Tensor], Tensor]:
@@ -50,6 +55,25 @@ class Rule:
         parts = [part for part in vars(self).values() if not isinstance(part, ModuleNetwork)]
         own = [x for part in parts for x in getattr(part, "__dict__", {}).values()]
         return any(isinstance(x, nn.Module) or (isinstance(x, Tensor) and x.requires_grad) for x in own)
+
+    @property
+    def tensors(self) -> tuple[tuple[str, str, Tensor], ...] | None:
+        """The tensors of the parts, each with the part and the attribute; ``None`` if there are modules, too."""
+        found = []
+        for name in CATALOGUES:
+            for attribute, value in vars(getattr(self, name)).items() if getattr(self, name) is not None else ():
+                if isinstance(value, nn.Module):
+                    return None
+                if isinstance(value, Tensor):
+                    found.append((name, attribute, value))
+        return tuple(found)
+
+    def with_tensors(self, tensors: Sequence[tuple[str, str, Tensor]]) -> Rule:
+        """The same rule with other ``tensors``."""
+        parts = {name: copy.copy(getattr(self, name)) for name, _, _ in tensors}
+        for name, attribute, value in tensors:
+            setattr(parts[name], attribute, value)
+        return replace(self, **parts)
 
     @property
     def sums(self) -> bool:
@@ -239,6 +263,7 @@ def make_rule(
     threshold: float | None = None,
 ) -> Rule:
     """The rule of the arguments of :func:`learn`. Raises ``ValueError`` or ``TypeError`` for what does not fit."""
+    given = dict(locals())
     module = ModuleNetwork(network) if isinstance(network, nn.Module) else None
     part: Any = module if module is not None else make_part("network", network)
     activation = (part.activation or "gelu") if activation is None else activation
@@ -261,8 +286,25 @@ def make_rule(
     rule = Rule(
         part, make_part("objective", objective), make_part("optimizer", optimizer), make_part("retention", retention),
         None if features is None else make_part("features", features),
-        activation, chunk, window, read, reset, keys, query, steps, clip, threshold, module,
+        activation, chunk, window, read, reset, keys, query, steps, clip, threshold, module, _text(given),
     )  # fmt: skip
     for name, problem in rule.problems():
         raise ValueError(f"{name}: {problem}")
     return rule
+
+
+def _text(given: dict[str, Any]) -> str | None:
+    plain = {
+        name: {key: x for key, x in value.items() if not isinstance(x, Tensor)} if isinstance(value, dict) else value
+        for name, value in given.items()
+    }
+    try:
+        return json.dumps(plain)
+    except TypeError:
+        return None
+
+
+@functools.lru_cache(maxsize=1024)
+def rule_of_text(text: str) -> Rule:
+    """The rule that has this ``text``."""
+    return make_rule(**json.loads(text))

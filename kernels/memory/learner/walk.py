@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -210,7 +211,7 @@ def complete(rule: Rule, state: MemoryState | LearnerState, writes: Writes) -> L
     given = LearnerState(*state)
     channels = () if writes.alpha is None or writes.alpha.dim() == 3 else tuple(writes.alpha.shape[3:])
     d_in, d_out = writes.k.shape[-1], writes.v.shape[-1]
-    made = start(rule, given, d_in, d_out, channels, writes.parameter is not None)
+    made = start(rule.parts_of_state, rule.window, given, d_in, d_out, channels, writes.parameter is not None)
     if rule.window > 1 and made.recent[0].shape[2] != rule.window - 1:
         raise ValueError(f"state.recent: expected the last {rule.window - 1} writes, as window={rule.window} needs, "
                          f"got {made.recent[0].shape[2]}")  # fmt: skip
@@ -232,14 +233,15 @@ def complete(rule: Rule, state: MemoryState | LearnerState, writes: Writes) -> L
 
 
 def start(
-    rule: Rule, state: LearnerState, d_in: int, d_out: int, channels: tuple[int, ...], parameter: bool
-) -> LearnerState:
-    """The state with every part that the rule needs, as it is before the first token."""
+    parts: Collection[str], window: int, state: LearnerState, d_in: int, d_out: int, channels: tuple[int, ...],
+    parameter: bool,
+) -> LearnerState:  # fmt: skip
+    """The state with every one of the ``parts``, ``Rule.parts_of_state``, as it is before the first token."""
     weights = state.weights
     batch, heads = weights[0].shape[:2]
-    new, size = weights[0].new_zeros, rule.window - 1
+    new, size = weights[0].new_zeros, window - 1
     made: dict[str, Any] = {}
-    for name in rule.parts_of_state:
+    for name in parts:
         if state.has(name):
             continue
         if name == "second":
