@@ -1,6 +1,7 @@
 """The cost of a training step whose tokens are shared out over ranks: bytes, FLOPs and steps in sequence, by formula.
 
-The bytes are compared with those that two processes send. The rest is drawn to a million tokens on eight devices.
+The formulas are those by which ``tb.parallelize`` chooses. They are compared with what two processes send and compute.
+The rest is drawn to a million tokens on eight devices.
 
     python benchmarks/parallel.py --json benchmarks/results/parallel.json --plots benchmarks/plots
 """
@@ -8,98 +9,100 @@ The bytes are compared with those that two processes send. The rest is drawn to 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import socket
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import measure
 import torch
 
 import titans_build as tb
+from titans_build.blocks.collectives import Ranks
+from titans_build.blocks.memory import NeuralMemory
+from titans_build.blocks.parallel_plan import Step, elapsed, plan
 from titans_build.tools.plotting import COLORS, draw
 
-RATE, STEP, LINK, MESSAGE = 4e14, 2e-5, 1e11, 2e-5
-"""Of a device: FLOP/s in products, seconds of a step in a sequence, bytes/s to another, seconds of a message."""
+RATE, STEP, MESSAGE = 4e14, 2e-5, 2e-5
+"""Of a device: FLOP/s in products, seconds of a step in a sequence, seconds of a message."""
 DIM, HEADS, LAYERS, RANKS = 1024, 16, 24, 8
 LENGTHS = (8_192, 32_768, 131_072, 524_288, 1_048_576)
-CHECKED = ("mag", "mac", "lmm", "tnt", "transformer")
-
-
-class Cost(NamedTuple):
-    """Of one layer of a rank, in a training step with one row."""
-
-    sent: float
-    """Bytes to the next rank, and back."""
-    flops: float
-    steps: float
-    """Steps that follow each other, in the whole model."""
-
-    def seconds(self) -> float:
-        computed = max(LAYERS * self.flops / RATE, self.steps * STEP)
-        return computed + LAYERS * (self.sent / LINK + 2 * MESSAGE)
-
-
-# -- the formulas ------------------------------------------------------------------------------------------------------
-
-
-def flops_of(spec: dict[str, Any], tokens: float) -> float:
-    """Of the forward and backward pass of a block, a multiply-add being 2."""
-    block = tb.build_block(spec, dim=DIM, device="meta")
-    return 3 * block.flops(8_192) * tokens / 8_192
-
-
-def pipelined(spec: dict[str, Any], tokens: int, chunk: int, state: float) -> Cost:
-    """Each rank waits for the state of the one before, and works on other layers meanwhile."""
-    mine = tokens / RANKS
-    return Cost(2 * state, flops_of(spec, mine), 3 * mine / chunk * (LAYERS + RANKS - 1))
-
-
-def side_by_side(spec: dict[str, Any], tokens: int, chunk: int, past: int) -> Cost:
-    """Each rank is given the last tokens of the one before, which it computes again. Resets are rows."""
-    mine = tokens / RANKS + past
-    return Cost(2 * past * DIM * 4, flops_of(spec, mine), 3 * LAYERS * min(past, mine) / chunk)
-
-
-def affine(spec: dict[str, Any], tokens: int, chunk: int, state: float) -> Cost:
-    """Each rank computes the map of its tokens and what they add, gets those of all ranks, and reads. (Not built.)"""
-    mine = tokens / RANKS
-    return Cost(2 * RANKS * 2 * state, 2 * flops_of(spec, mine), 3 * 2 * LAYERS * mine / chunk)
-
-
-def by_chunk(spec: dict[str, Any], tokens: int, chunk: int, state: float) -> Cost:
-    """Each chunk is divided, and its gradient summed over the ranks. (Not built.)"""
-    chunks = tokens / chunk
-    return Cost(2 * chunks * 2 * state, flops_of(spec, tokens / RANKS), 3 * LAYERS * chunks)
-
+TOGETHER = 64
+"""Chunks of one token that are solved together."""
 
 DEEP = {"type": "memory", "heads": HEADS, "chunk": 64}
 RESET = {**DEEP, "chunk": 16, "reset": 2048, "momentum": False}
 LINEAR = {"type": "gated_delta_net", "heads": HEADS}
 LARGE = {**DEEP, "chunk": 2048, "retrieve": "anchor", "momentum": False}
 WINDOW = {"type": "attention", "heads": HEADS, "window": 2048}
+DRAWN = {
+    "deep memory, chunk 64: pipelined": (DEEP, "pipelined"),
+    "deep memory, reset 2,048: side by side": (RESET, "auto"),
+    "large chunks of 2,048: pipelined": (LARGE, "pipelined"),
+    "large chunks of 2,048: a sum per chunk": (LARGE, "chunk"),
+    "chunks of 65,536: pipelined": ({**LARGE, "chunk": 65_536}, "pipelined"),
+    "chunks of 65,536: a sum per chunk": ({**LARGE, "chunk": 65_536}, "chunk"),
+    "matrix (64 tokens at once): pipelined": (LINEAR, "pipelined"),
+    "matrix (64 tokens at once): affine": (LINEAR, "affine"),
+    "attention, window 2,048: side by side": (WINDOW, "auto"),
+}
+"""A learner and a value of ``context``, by name."""
+COMPARED = {
+    "matrix": (LINEAR, "affine"),
+    "matrix with momentum": ({**LINEAR, "type": "momentum_delta"}, "affine"),
+    "deep memory, chunks of 2,048": (LARGE, "chunk"),
+    "deep memory, chunks of 65,536": ({**LARGE, "chunk": 65_536}, "chunk"),
+    "lact, chunks of 65,536": ({"type": "lact", "heads": 4, "chunk": 65_536}, "chunk"),
+}
+"""A learner and what is compared with waiting, by name."""
 
 
-def state_of(spec: dict[str, Any]) -> int:
-    return tb.build_block(spec, dim=DIM, device="meta").state_bytes()
+def recipe_of(spec: Any, dim: int, layers: int) -> Any:
+    return tb.load_recipe({"version": 1, "dim": dim, "vocab": 64, "layers": {"a": [spec]}, "stack": ["a"] * layers})
 
 
-def costs(tokens: int) -> dict[str, Cost]:
-    """By learner and mode."""
-    return {
-        "deep memory, chunk 64: pipelined": pipelined(DEEP, tokens, 64, state_of(DEEP)),
-        "deep memory, reset 2,048: side by side": side_by_side(RESET, tokens, 16, 2052),
-        "large chunks of 2,048: pipelined": pipelined(LARGE, tokens, 2048, state_of(LARGE)),
-        "large chunks of 2,048: a sum per chunk": by_chunk(LARGE, tokens, 2048, state_of(LARGE)),
-        "matrix (64 tokens at once): pipelined": pipelined(LINEAR, tokens, 64, state_of(LINEAR)),
-        "matrix (64 tokens at once): affine": affine(LINEAR, tokens, 64, state_of(LINEAR)),
-        "attention, window 2,048: side by side": side_by_side(WINDOW, tokens, 2048, 2047),
-    }
+def steps_of(step: Step, length: int, ranks: int) -> float:
+    """Chunks that a rank computes one after the other; with resets, those of a row between two."""
+    if not isinstance(step.block, NeuralMemory):
+        return float(step.way != "local")
+    rule, chunk = step.block.rule, step.block.chunk
+    if step.way == "chunk":  # the last token of a chunk is a step of its own
+        return -(-length * ranks // chunk) + length * ranks // chunk
+    size = TOGETHER if rule is not None and rule.solves else chunk
+    past = step.block.past()
+    return -(-min(length, past or length) // size)
 
 
-# -- bytes of two processes --------------------------------------------------------------------------------------------
+def cost(spec: Any, way: str, tokens: int) -> list[float]:
+    """Bytes that a rank sends in a layer, FLOPs of a rank in a layer, steps in sequence, and seconds of a step.
+
+    The backward pass sends as much as the forward pass, and computes twice as much.
+    """
+    steps = plan(tb.build(recipe_of(spec, DIM, LAYERS), device="meta").layers, RANKS, tokens, way)
+    learners = [step for step in steps if step.way != "local"]
+    sequence = 3 * elapsed(learners, RANKS, lambda step: steps_of(step, tokens // RANKS, RANKS))
+    seconds = max(3 * elapsed(learners, RANKS) / RATE, sequence * STEP) + LAYERS * 2 * MESSAGE
+    return [2 * learners[0].sent, 3 * learners[0].flops, sequence, seconds]
+
+
+def compared(layers: int) -> list[list[str]]:
+    """For each learner and length, the time of the forward pass side by side over that of waiting."""
+    rows = []
+    for name, (spec, way) in COMPARED.items():
+        recipe = {"version": 1, "dim": DIM, "vocab": 64, "layers": {"a": [spec, "ffn"]}, "stack": ["a"] * layers}
+        model = tb.build(tb.load_recipe(recipe), device="meta")
+        times = [
+            [elapsed(plan(model.layers, RANKS, tokens, each), RANKS) for each in (way, "pipelined")]
+            for tokens in LENGTHS
+        ]
+        rows.append([name, way, str(layers), *(f"{a / b:.2f}" for a, b in times)])
+    return rows
+
+
+# -- two processes --------------------------------------------------------------------------------------------
 
 
 def _leaves(block: Any, prefix: int = 0) -> Iterator[tuple[Any, int]]:
@@ -118,17 +121,41 @@ def _message(tensors: list[torch.Tensor]) -> int:
     return sum(-(-x.numel() * x.element_size() // 16) * 16 for x in tensors)
 
 
-def predicted(model: Any, rows: int, tokens: int) -> dict[str, int]:
-    """Bytes from the first rank to the second, and back in the backward pass."""
-    found = {"state": 0, "gradient": 0}
+MATRIX = {"type": "memory", "heads": 2, "depth": 1, "norm": False, "clip": None, "chunk": 16}
+CHECKED = {
+    **{name: (tb.load_recipe(name, {"dim": 32, "stack.0.repeat": 2}), "pipelined") for name in ("mag", "mac", "lmm")},
+    "matrix, pipelined": (recipe_of(MATRIX, 64, 2), "pipelined"),
+    "matrix, affine": (recipe_of(MATRIX, 64, 2), "affine"),
+    "matrix, affine, within a chunk": (recipe_of({**MATRIX, "chunk": 24}, 64, 2), "affine"),
+    "lact, pipelined": (recipe_of({"type": "lact", "heads": 2, "chunk": 64}, 64, 2), "pipelined"),
+    "lact, a sum": (recipe_of({"type": "lact", "heads": 2, "chunk": 64}, 64, 2), "chunk"),
+    "tnt": (tb.load_recipe("tnt", {"dim": 32, "stack.0.repeat": 2}), "auto"),
+    "transformer": (tb.load_recipe("transformer", {"dim": 32, "stack.0.repeat": 2}), "auto"),
+}
+"""A recipe and a value of ``context``, by name."""
+BACKENDS = "torch,attention=reference,memory=closed_form"
+"""Those whose products are all counted."""
+
+
+def predicted(model: Any, way: str, rows: int, tokens: int) -> dict[str, float]:
+    """Bytes from the first rank to the second, and back in the backward pass; bytes of each rank to all in the forward
+    pass; FLOPs of the second rank, and steps in sequence, of the forward pass.
+    """
+    steps, length = plan(model.layers, 2, tokens, way), tokens // 2
+    ways = {step.block: step for step in steps}
+    found: dict[str, float] = {"state": 0, "gradient": 0, "gather": 0}
     for layer in model.layers:
         for block, prefix in _leaves(layer):
-            past = block.past()
-            if past is not None and past <= tokens // 2:
-                sent = back = _message([torch.empty(rows, past, block.dim)])
+            step = ways[block]
+            if step.way in ("affine", "chunk"):
+                halo = 4 * block.dim * (block.conv - 1)
+                sent = back = rows * halo
+                found["gather"] += rows * (step.sent - halo)
+            elif step.way == "window":
+                sent = back = _message([torch.empty(rows, block.past(), block.dim)])
             else:
                 if block.grows:
-                    state = block(torch.zeros(rows, tokens // 2, block.dim))[1]
+                    state = block(torch.zeros(rows, length, block.dim))[1]
                 else:
                     state = block.prefix(torch.zeros(rows, prefix, block.dim))[1] if prefix else block.init_state(rows)
                 tensors = [x for _, x in tb.state.named_tensors(state)]
@@ -136,27 +163,101 @@ def predicted(model: Any, rows: int, tokens: int) -> dict[str, int]:
                 sent += 8 * sum(x.dim() for x in tensors) if block.grows else 0
             found["state"] += sent
             found["gradient"] += back
-    return found
+    flops = sum(step.flops for step in steps) + 2 * length * model.dim * model.vocab
+    learners = [step for step in steps if isinstance(step.block, NeuralMemory)]
+    return {**found, "flops": rows * flops, "steps": elapsed(learners, 2, lambda step: steps_of(step, length, 2))}
 
 
-def _count(rank: int, port: int, folder: str, recipe: Any, rows: int, tokens: int) -> None:
+class Logged(Ranks):
+    """Ranks that note what they wait for."""
+
+    def __init__(self, ranks: Ranks, events: list[Any]) -> None:
+        super().__init__(ranks.group, ranks.rank, ranks.size)
+        self.events = events
+
+    def send(self, *arguments: Any, **named: Any) -> None:
+        self.events.append("send")
+        super().send(*arguments, **named)
+
+    def receive(self, *arguments: Any, **named: Any) -> list[torch.Tensor]:
+        self.events.append("receive")
+        return super().receive(*arguments, **named)
+
+    def gather(self, x: torch.Tensor) -> list[torch.Tensor]:
+        self.events.append("all")
+        return super().gather(x)
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        self.events.append("all")
+        return super().sum(x)
+
+
+def sequence_of(first: list[Any], second: list[Any]) -> int:
+    """The number of steps that follow each other in the events of two ranks."""
+    clocks, places, events = [0, 0], [0, 0], [first, second]
+    sent: list[int] = []
+    while places != [len(first), len(second)]:
+        for rank in range(2):
+            while places[rank] < len(events[rank]):
+                event = events[rank][places[rank]]
+                if event == "all" or (event == "receive" and not sent):
+                    break
+                if event == "send":
+                    sent.append(clocks[rank])
+                elif event == "receive":
+                    clocks[rank] = max(clocks[rank], sent.pop(0))
+                else:
+                    clocks[rank] += event
+                places[rank] += 1
+        if all(place < len(each) and each[place] == "all" for place, each in zip(places, events)):
+            clocks, places = [max(clocks)] * 2, [place + 1 for place in places]
+    return max(clocks)
+
+
+def _noted(memory: NeuralMemory, events: list[Any]) -> Any:
+    """The method ``update``, which notes the chunks that it computes."""
+    update = memory.update
+
+    def noted(x: Any, state: Any, **named: Any) -> Any:
+        tokens = x.shape[1] if named.get("inputs") is None else named["inputs"][0].theta.shape[1]
+        phase = 0 if state is None else int(state.memory.position[0]) % memory.chunk
+        events.append(-(-(phase + tokens) // memory.chunk))
+        return update(x, state, **named)
+
+    return noted
+
+
+def _count(rank: int, port: int, folder: str, recipe: Any, way: str, rows: int, tokens: int) -> None:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.utils.flop_counter import FlopCounterMode
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    os.environ["TITANS_BUILD_BACKEND"] = BACKENDS
     dist.init_process_group("gloo")
-    model: Any = tb.parallelize(tb.build(recipe, seed=0), init_device_mesh("cpu", (2,), mesh_dim_names=("context",)))
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("context",))
+    model: Any = tb.parallelize(tb.build(recipe, seed=0), mesh, context=way, gather_outputs=False)
     ids = torch.arange(rows * tokens).view(rows, tokens) % model.vocab
-    model(ids, targets=ids).loss.backward()
-    (Path(folder) / str(rank)).write_text(str(model.parallel.context.sent[("state", "gradient")[rank]]))
+    model(ids, targets=ids).loss.backward()  # also finds which parameters are used
+    events: list[Any] = []
+    ranks = model.parallel.context = Logged(model.parallel.context, events)
+    for memory in model.modules():
+        if isinstance(memory, NeuralMemory):
+            memory.update = _noted(memory, events)  # type: ignore[method-assign]
+    with FlopCounterMode(display=False) as counter:
+        out = model(ids, targets=ids)
+    found = {"flops": counter.get_total_flops(), "events": list(events), "gather": 0}
+    found["gather"] = sum(ranks.sent.get(name, 0) for name in ("gather", "sum")) - 4  # the loss
+    out.loss.backward()
+    (Path(folder) / str(rank)).write_text(json.dumps({**found, **ranks.sent, "gather": found["gather"]}))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def counted(recipe: Any, rows: int, tokens: int) -> dict[str, int]:
-    """The bytes that each of two processes has sent to the other."""
+def counted(recipe: Any, way: str, rows: int, tokens: int) -> dict[str, float]:
+    """The same of two processes."""
     import tempfile
 
     import torch.multiprocessing as mp
@@ -165,9 +266,10 @@ def counted(recipe: Any, rows: int, tokens: int) -> dict[str, int]:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
         free.close()
-        mp.start_processes(_count, (port, folder, recipe, rows, tokens), nprocs=2, start_method="fork")
-        state, gradient = (int((Path(folder) / str(rank)).read_text()) for rank in range(2))
-    return {"state": state, "gradient": gradient}
+        mp.start_processes(_count, (port, folder, recipe, way, rows, tokens), nprocs=2, start_method="fork")
+        first, second = (json.loads((Path(folder) / str(rank)).read_text()) for rank in range(2))
+    found = {"state": first.get("state", 0), "gradient": second.get("gradient", 0), "gather": second["gather"]}
+    return {**found, "flops": second["flops"], "steps": sequence_of(first["events"], second["events"])}
 
 
 # -- the results -------------------------------------------------------------------------------------------------------
@@ -175,18 +277,16 @@ def counted(recipe: Any, rows: int, tokens: int) -> dict[str, int]:
 
 def measured(arguments: argparse.Namespace, results: measure.Result) -> measure.Result:
     rows, tokens, found = 2, 64, []
-    for name in CHECKED[:2] if arguments.quick else CHECKED:
+    for name, (recipe, way) in list(CHECKED.items())[:: 4 if arguments.quick else 1]:
         measure.say(name)
-        recipe = tb.load_recipe(name, {"dim": 32, "stack.0.repeat": 2})
-        model = tb.build(recipe, seed=0)
-        bytes_sent = {"counted": counted(recipe, rows, tokens), "formula": predicted(model, rows, tokens)}
-        found.append({"recipe": name, **bytes_sent})
-    drawn = {str(tokens): {name: [*cost, cost.seconds()] for name, cost in costs(tokens).items()} for tokens in LENGTHS}
+        formula = predicted(tb.build(recipe, seed=0), way, rows, tokens)
+        found.append({"recipe": name, "counted": counted(recipe, way, rows, tokens), "formula": formula})
+    drawn = {str(tokens): {name: cost(*each, tokens) for name, each in DRAWN.items()} for tokens in LENGTHS}
     if arguments.plots is not None:
         arguments.plots.mkdir(parents=True, exist_ok=True)
         for format, picture in draw(lambda axes: plot(axes, drawn), size=(7.2, 4.2)).items():
             (arguments.plots / f"parallel.{format}").write_bytes(picture)
-    return {"checked": found, "drawn": drawn}
+    return {"checked": found, "drawn": drawn, "compared": compared(4) + compared(LAYERS)}
 
 
 def plot(axes: Any, drawn: dict[str, dict[str, list[float]]]) -> None:
@@ -199,12 +299,18 @@ def plot(axes: Any, drawn: dict[str, dict[str, list[float]]]) -> None:
 
 
 def tables(results: measure.Result) -> dict[str, str]:
+    head = ["recipe, way", "what", "by formula", "counted"]
+    names = {
+        "state": "bytes to the next rank", "gradient": "bytes to the rank before", "gather": "bytes to all",
+        "flops": "FLOPs of a rank", "steps": "chunks in sequence",
+    }  # fmt: skip
     rows = []
     for each in results["checked"]:
-        for kind in ("state", "gradient"):
-            way = "forward" if kind == "state" else "backward"
-            rows.append([each["recipe"], way, f"{each['formula'][kind]:,}", f"{each['counted'][kind]:,}"])
-    checked = measure.table(["recipe", "pass", "bytes by formula", "bytes counted"], rows)
+        for kind, name in names.items():
+            formula, counted = (each[by][kind] for by in ("formula", "counted"))
+            if formula:
+                rows.append([each["recipe"], name, f"{formula:,.0f}", f"{counted:,.0f}"])
+    checked = measure.table(head, rows)
     last = list(results["drawn"])[-1]
     lines = [
         [name, f"{sent / 1e6:,.1f}", f"{flops / 1e12:.2f}", f"{steps:,.0f}", f"{seconds:.3g}"]
@@ -215,6 +321,7 @@ def tables(results: measure.Result) -> dict[str, str]:
     return {
         "checked": checked,
         "drawn": measure.table(head, lines) + picture,
+        "compared": measure.table(["learner", "way", "layers", *(f"{n:,}" for n in LENGTHS)], results["compared"]),
         "machine": measure.machine_table(results),
     }
 

@@ -263,6 +263,20 @@ class Gather(Function):
         return None, ctx.ranks.sum(x).chunk(ctx.ranks.size, dim=1)[ctx.ranks.rank], token
 
 
+class Total(Function):
+    """``(the sum over the ranks, token)``. Each rank's gradient is its part of the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, x: Tensor, token: Tensor) -> Any:
+        ctx.ranks = ranks
+        return ranks.sum(x), token.view_as(token)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, x: Tensor, token: Tensor) -> Any:
+        return None, ctx.ranks.sum(x), token
+
+
 class Enter(Function):
     """``(token, x, *state)``: this rank's tokens of ``x``, and the state, of whose gradients all ranks get the sum."""
 

@@ -6,6 +6,7 @@ import functools
 from typing import cast
 
 from ..kernels.memory import memory_flops
+from ..kernels.memory.learner.updates import Muon
 from .attention import Attention
 from .block import Block, count_flops
 from .combinators import Chain, Gate, Layer, Persistent, Residual
@@ -41,11 +42,23 @@ def read_flops(block: Block, length: int) -> int:
 def _(block: NeuralMemory, length: int) -> int:
     projections = block.qkv.weight.numel() + block.controls.weight.numel() + 2 * block.output.weight.numel()
     convolution = 2 * 3 * block.dim * block.conv
-    if block.use == "read":
-        memory = 2 * sum(out * width for out, width in block.shapes)
-    else:
-        memory = memory_flops(block.shapes, min(block.chunk, length), block.momentum)
+    weights = sum(out * width for out, width in block.shapes)
+    memory = 2 * weights if block.use == "read" else write_flops(block, length)
     return length * (2 * projections + convolution + block.heads * memory)
+
+
+def write_flops(block: NeuralMemory, length: int) -> int:
+    """Of the operation, for each token and head."""
+    rule, weights = block.rule, sum(out * width for out, width in block.shapes)
+    chunk = min(block.chunk, length)
+    found = memory_flops(block.shapes, chunk, block.momentum)
+    if block.retrieve == "anchor":  # read at one matrix, without scores of queries and keys
+        found = memory_flops(block.shapes, 0, block.momentum) - 2 * weights * block.momentum
+    if rule is not None and isinstance(rule.optimizer, Muon):
+        sides = [sorted(shape) for shape in block.shapes]
+        iteration = sum(4 * short * short * long + 2 * short**3 for short, long in sides)
+        found += rule.optimizer.steps * iteration // (chunk if rule.moves_once else 1)
+    return found
 
 
 @read_flops.register

@@ -24,7 +24,7 @@ from ..kernels.documents import Documents
 from ..kernels.linear import linear
 from ..kernels.memory.learner import networks, objectives, updates
 from ..kernels.memory.learner.chunks import empty_pending
-from .collectives import Gather, Shift
+from .collectives import Gather, Shift, Total
 from .memory import NeuralMemory, NeuralMemoryState
 from .observers import active
 from .state import State, map_state
@@ -197,21 +197,21 @@ def run_chunks(
             before = (memory if first else added.without(memory))._replace(position=position)
             y, after = shard.repeat(block.update, x, state._replace(memory=before), inputs=(mine, None, None))
             outputs.append(y)
-            added.take(mine, after.memory, first)
+            added.take(mine, after.memory)
         last: list[Tensor] = []
         if ends:
             at = (stop - 1) % length
             last = [z[:, at : at + 1] for z in tokens if z is not None]
             if owner != shard.ranks.rank:
                 last = [torch.zeros_like(z) for z in last]
-        sent = [z.to(memory.weights[0].dtype).flatten(1) for z in (*added.values, *last)]
-        every, shard.token = Gather.apply(shard.ranks, torch.cat(sent, 1).unsqueeze(1), shard.token)
-        split = [part.split([z.shape[1] for z in sent], 1) for part in every.unbind(1)]
         if count:
-            memory = added.all(memory, [part[: len(added.values)] for part in split[start // length :]])
-        memory = memory._replace(position=memory.position + count)
+            memory = added.all(shard, memory)._replace(position=memory.position + count)
         if ends:
-            rest = (z.view(like.shape).to(like.dtype) for z, like in zip(split[owner][len(added.values) :], last))
+            # zeros of the other ranks are added
+            flat = torch.cat([z.to(memory.weights[0].dtype).flatten(1) for z in last], 1)
+            flat, shard.token = Total.apply(shard.ranks, flat, shard.token)
+            parts = flat.split([z[0].numel() for z in last], 1)
+            rest = (z.view(like.shape).to(like.dtype) for z, like in zip(parts, last))
             token = type(tokens)(*(None if z is None else next(rest) for z in tokens))
             y, ended = block.update(x, state._replace(memory=memory), inputs=(token, None, None))
             memory = ended.memory
@@ -232,53 +232,60 @@ class _Sums:
         self.block, self.moves_once = block, block.rule is not None and block.rule.moves_once
         w = memory.weights
         if self.moves_once:
-            self.values = list(empty_pending(w, memory.pending[-1]))
+            *self.matrices, eta, theta, kept = empty_pending(w, memory.pending[-1])
+            self.factors = [eta, theta, kept]
             return
-        self.number = len(w)
-        self.values = [torch.zeros_like(z) for z in (*w, *memory.momentum)]
+        self.matrices = [torch.zeros_like(z) for z in (*w, *memory.momentum)]
         by_channel = block.rule is not None and block.rule.retention.gates == "channel"
         channels = block.gate_sizes["alpha"] if by_channel else 1
         kept = w[0].new_ones(*w[0].shape[:2], channels)
-        self.values += [kept, torch.zeros_like(kept), kept[..., :1]]
+        self.factors = [kept, torch.zeros_like(kept), kept[..., :1]]
 
     def without(self, memory: Any) -> Any:
         """The memory without what the tokens of other ranks have added."""
-        if self.moves_once:
-            return memory._replace(pending=tuple(self.values))
-        weights, momentum = self.values[: self.number], self.values[self.number : -3]
-        return memory._replace(weights=tuple(weights), momentum=tuple(momentum))
+        return self._put(memory, self.matrices, self.factors)
 
-    def take(self, tokens: Any, after: Any, first: bool) -> None:
+    def _put(self, memory: Any, matrices: Sequence[Tensor], factors: Sequence[Tensor]) -> Any:
+        if self.moves_once:
+            return memory._replace(pending=(*matrices, *factors))
+        count = len(memory.weights)
+        return memory._replace(weights=tuple(matrices[:count]), momentum=tuple(matrices[count:]))
+
+    def take(self, tokens: Any, after: Any) -> None:
         """Take what ``tokens`` have added from the memory ``after`` them."""
         if self.moves_once:
-            self.values = list(after.pending)
+            *self.matrices, eta, theta, kept = after.pending
+            self.factors = [eta, theta, kept]
             return
         dtype = after.weights[0].dtype
         one = torch.ones_like(tokens.theta[:, :, :, :1] if tokens.theta.dim() == 4 else tokens.theta.unsqueeze(-1))
         one = one.to(dtype)
         keep = one if tokens.alpha is None else 1 - tokens.alpha.to(dtype).view(*one.shape[:3], -1)
         later = F.pad(keep[:, 1:], (0, 0, 0, 0, 0, 1), value=1.0).flip(1).cumprod(1).flip(1)
-        eta = one if tokens.eta is None else tokens.eta.to(dtype).unsqueeze(-1).cumprod(1)
-        self.values = [*after.weights, *after.momentum, keep.prod(1), (later * eta).sum(1), eta[:, -1]]
+        decay = one if tokens.eta is None else tokens.eta.to(dtype).unsqueeze(-1).cumprod(1)
+        self.matrices = [*after.weights, *after.momentum]
+        self.factors = [keep.prod(1), (later * decay).sum(1), decay[:, -1]]
 
-    def all(self, memory: Any, parts: list[Sequence[Tensor]]) -> Any:
-        """The memory after the tokens of all ranks: ``parts``, of which the first began with ``memory``."""
-        parts = [[z.view(like.shape) for z, like in zip(part, self.values)] for part in parts]
-        found = list(parts[0])
-        if self.moves_once:
-            for part in parts[1:]:
-                found = [*(a + b for a, b in zip(found[:-1], part)), found[-1] * part[-1]]
-            return memory._replace(pending=tuple(found))
-        weights, momentum = found[: self.number], found[self.number : -3]
-        for part in parts[1:]:
-            kept, carried, eta = part[-3:]
-            for i in range(self.number):
-                decay, along = self._columns(kept, i), self._columns(carried, i)
-                weights[i] = decay * weights[i] + part[i]
-                if momentum:
-                    weights[i] = weights[i] + along * momentum[i]
-                    momentum[i] = self._columns(eta, i) * momentum[i] + part[self.number + i]
-        return memory._replace(weights=tuple(weights), momentum=tuple(momentum))
+    def all(self, shard: Any, memory: Any) -> Any:
+        """The memory after the tokens of all ranks, the first of which began with ``memory``."""
+        flat = torch.cat([z.flatten(1) for z in self.factors], 1).unsqueeze(1)
+        flat, shard.token = Gather.apply(shard.ranks, flat, shard.token)
+        every = flat.split([z[0].numel() for z in self.factors], 2)  # [batch, ranks, ...] each
+        a, b, c = (part.view(len(part), -1, *z.shape[1:]).unbind(1) for part, z in zip(every, self.factors))
+        factors, matrices = [sum(a), sum(b), torch.stack(c).prod(0)], self.matrices
+        if not self.moves_once:
+            kept, carried, eta = torch.ones_like(a[0]), torch.zeros_like(b[0]), torch.ones_like(c[0])
+            for rank in range(shard.ranks.size - 1, shard.ranks.rank, -1):
+                kept, carried, eta = kept * a[rank], kept * b[rank] + carried * c[rank], eta * c[rank]
+            count = len(memory.weights)
+            weights, momentum = matrices[:count], matrices[count:]
+            matrices = [self._columns(kept, i) * w for i, w in enumerate(weights)]
+            for i, s in enumerate(momentum):
+                matrices[i] = matrices[i] + self._columns(carried, i) * s
+            matrices += [self._columns(eta, i) * s for i, s in enumerate(momentum)]
+        total, shard.token = Total.apply(shard.ranks, torch.cat([z.flatten(1) for z in matrices], 1), shard.token)
+        parts = total.split([z[0].numel() for z in matrices], 1)
+        return self._put(memory, [part.view(z.shape) for part, z in zip(parts, matrices)], factors)
 
     def _columns(self, factors: Tensor, i: int) -> Tensor:
         """Factors of the whole matrix ``i`` ``[batch, heads, 1]``, or of its columns, beside it."""

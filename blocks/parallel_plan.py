@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from ..kernels.memory import memory_flops
 from .block import Block, child_blocks
+from .flops import write_flops
 from .memory import NeuralMemory
 from .parallel_memory import affine_parts, halo, is_affine, sums_chunks
 
 CONTEXTS = ("auto", "affine", "chunk", "pipelined")
 """The values of ``context``."""
+TOGETHER = ("affine", "chunk", "gathered")
+"""Ways in which every rank waits for all."""
 FLOPS_PER_BYTE = 4000.0
 """Products that a device computes while it sends a byte: 4e14 FLOP/s and 1e11 bytes/s."""
 
 
 class Step(NamedTuple):
-    """A block that has no blocks inside, or that runs them itself."""
+    """A block that has no blocks inside, or that runs them itself, in the forward pass of a rank with one row."""
 
     name: str
     block: Block
     way: str
     """``"local"``, ``"window"``, ``"pipelined"``, ``"affine"``, ``"chunk"`` or ``"gathered"``."""
     flops: float
-    """Of a rank's forward pass of a row, with what is sent in the same unit."""
+    waits: float = 0.0
+    """FLOPs for which ranks wait whose turn it is not."""
+    sent: float = 0.0
+    """Bytes that a rank sends, in float32; to all ranks, if the way is one of ``TOGETHER``."""
+
+    def cost(self, ranks: int) -> float:
+        """FLOPs that take as long."""
+        copies: float = ranks - 1 if self.way in TOGETHER else 1
+        if self.way == "chunk":  # sums, of which each rank adds up a part
+            copies = 2 * (ranks - 1) / ranks
+        return self.flops + self.waits + FLOPS_PER_BYTE * self.sent * copies
 
 
 def plan(layers: Iterable[Block], ranks: int, time: int, context: str = "auto") -> list[Step]:
@@ -36,18 +49,19 @@ def plan(layers: Iterable[Block], ranks: int, time: int, context: str = "auto") 
     return min(plans, key=lambda steps: elapsed(steps, ranks))
 
 
-def elapsed(steps: Iterable[Step], ranks: int) -> float:
+def elapsed(steps: Iterable[Step], ranks: int, cost: Callable[[Step], float] | None = None) -> float:
     """The time at which the last rank is done. A rank goes on to the next step as soon as it can."""
     clocks = [0.0] * ranks
     for step in steps:
+        time = step.cost(ranks) if cost is None else cost(step)
         if step.way == "pipelined":
             before = 0.0
             for rank, clock in enumerate(clocks):
-                clocks[rank] = before = max(before, clock) + step.flops
-        elif step.way in ("local", "window"):
-            clocks = [clock + step.flops for clock in clocks]
-        else:  # every rank waits for all
-            clocks = [max(clocks) + step.flops] * ranks
+                clocks[rank] = before = max(before, clock) + time
+        elif step.way in TOGETHER:
+            clocks = [max(clocks) + time] * ranks
+        else:
+            clocks = [clock + time for clock in clocks]
     return max(clocks)
 
 
@@ -74,38 +88,49 @@ def _leaves(block: Block, name: str) -> Iterator[tuple[str, Block]]:
 
 
 def _step(name: str, block: Block, ranks: int, length: int, ways: tuple[str, ...]) -> Step:
-    sharding, past = sharding_of(block), block.past()
+    sharding, past, number = sharding_of(block), block.past(), 4 * block.dim
     if sharding is None:
-        return Step(name, block, "gathered", block.flops(length * ranks))
+        return Step(name, block, "gathered", block.flops(length * ranks), sent=number * length)
     flops = float(block.flops(length))
     if sharding == "local":
         return Step(name, block, "local", flops)
     if past is not None and past <= length:
-        return Step(name, block, "window", float(block.flops(length + past)))
-    found = [Step(name, block, "pipelined", flops)]
-    if isinstance(block, NeuralMemory) and halo(block) <= length:
-        if "affine" in ways and is_affine(block):
-            found.append(Step(name, block, "affine", flops + _affine_flops(block, ranks, length)))
-        if "chunk" in ways and sums_chunks(block):
-            found.append(Step(name, block, "chunk", flops + _chunk_flops(block, ranks, length)))
-    return min(found[1:] or found, key=lambda step: step.flops)
+        return Step(name, block, "window", float(block.flops(length + past)), sent=number * past)
+    found, state = [], 0.0
+    if isinstance(block, NeuralMemory):
+        state = 4.0 * block.heads * sum(out * into for out, into in block.shapes) * (2 + block.momentum)
+        before = number * halo(block)
+        if "affine" in ways and halo(block) <= length and is_affine(block):
+            more, message = _affine(block, ranks, length)
+            found.append(Step(name, block, "affine", flops + more, sent=message + before))
+        if "chunk" in ways and halo(block) <= length and sums_chunks(block):
+            waits, message = _chunks(block, ranks, length)
+            found.append(Step(name, block, "chunk", flops, waits, message + before))
+    return min(found or [Step(name, block, "pipelined", flops, sent=state)], key=lambda step: step.cost(ranks))
 
 
-def _affine_flops(block: NeuralMemory, ranks: int, length: int) -> float:
-    """What the map of a rank's tokens costs: more rows of the matrix, the maps of all ranks, and reading."""
+def _affine(block: NeuralMemory, ranks: int, length: int) -> tuple[float, float]:
+    """FLOPs of the map of a rank's tokens, and its bytes: more rows of the matrix, the maps of all ranks, reading."""
     ((out, into),) = block.shapes
     size = into * affine_parts(block, length % block.chunk == 0)
-    operation = [memory_flops([(rows, into)], min(block.chunk, length), block.momentum) for rows in (out, out + size)]
-    computed = length * (operation[1] - operation[0] + 2 * size * out) + (ranks - 1) * 2 * out * size * size
-    return block.heads * (computed + (ranks - 1) * FLOPS_PER_BYTE * 4 * size * (out + size))
+    chunk = min(block.chunk, length)
+    before, after = (memory_flops([(rows, into)], chunk, block.momentum) for rows in (out, out + size))
+    scan = (ranks - 1) * 2 * out * size * size
+    return block.heads * (length * (after - before + 2 * size * out) + scan), 4 * block.heads * size * (out + size)
 
 
-def _chunk_flops(block: NeuralMemory, ranks: int, length: int) -> float:
-    """What rounds of chunks cost: the ranks that have no tokens of a chunk wait, and each sends what it adds."""
-    operation = memory_flops(block.shapes, min(block.chunk, length), block.momentum)
+def _chunks(block: NeuralMemory, ranks: int, length: int) -> tuple[float, float]:
+    """FLOPs for which ranks wait that have fewer tokens of a chunk than others, and the bytes of what chunks add."""
     waits, time = -length, ranks * length
     for start in range(0, time, block.chunk):
         stop = min(start + block.chunk, time)
         waits += max(min(stop, end) - max(start, end - length) for end in range(length, time + 1, length))
-    sent = FLOPS_PER_BYTE * 4 * sum(out * into for out, into in block.shapes) * (1 + block.momentum)
-    return block.heads * (waits * operation + -(-time // block.chunk) * (ranks - 1) * sent)
+    moves_once = block.rule is not None and block.rule.moves_once
+    numbers = sum(out * into for out, into in block.shapes) * (1 + (block.momentum and not moves_once))
+    by_channel = block.rule is not None and block.rule.retention.gates == "channel"
+    channels = block.gate_sizes["alpha"] if by_channel else 1
+    sums = block.heads * (numbers + (2 + channels if moves_once else 1 + 2 * channels))
+    last = 3 * block.dim + block.heads * sum(block.gate_sizes.values())
+    return waits * block.heads * write_flops(block, length), 4 * (
+        -(-time // block.chunk) * sums + time // block.chunk * last
+    )
