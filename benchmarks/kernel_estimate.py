@@ -1,6 +1,7 @@
 """The cost of a training step on a GPU by counting, on any machine: launches, waits, FLOPs and bytes.
 
     python benchmarks/kernel_estimate.py [--recipe mac-170m ...] [--length 32768] [--json FILE]
+    python benchmarks/kernel_estimate.py --memory gated channels ... [--dim 64] [--length 2048]
 
 A step (forward and backward, one row, bfloat16 autocast) runs on a GPU that only counts
 (``titans_build.tools.gpu.counting``), with one and two repetitions of the recipe's stack: costs are linear in these,
@@ -28,6 +29,8 @@ import torch
 import titans_build as tb
 from titans_build.recipes.loading import packaged_names
 from titans_build.tools.gpu.counting import Counting
+from titans_build.tools.gpu.speed import layer_shapes, memory_operation
+from titans_build.tools.gpu.timing import passes
 
 RATE, BANDWIDTH, PROGRAMS = 790e12, 4.3e12, 132
 """FLOP/s of bfloat16 products, bytes/s and multiprocessors of an H200."""
@@ -128,7 +131,22 @@ def estimate(recipe: str, length: int, lengths: tuple[int, int] = LENGTHS) -> di
     return {"recipe": recipe, "length": length, **found, "seconds": max(found["device"], found["host"])}
 
 
+def operation(kind: str, dim: int, length: int) -> dict[str, Any]:
+    """The costs of the memory alone: 128 heads, hidden layers twice as wide, chunks of 64 tokens."""
+    with Counting() as gpu:
+        made = memory_operation(
+            1, length, 128, layer_shapes(dim, 2, 2), 64, "auto", gpu.device, torch.bfloat16, kind=kind
+        )
+        gpu.clear()
+        passes(*made, True)()
+        found = costs(gpu, len(gpu.launches))
+    seconds = max(found["device"], found["host"])
+    return {"recipe": f"memory, {kind}, heads of {dim}", "length": length, **found, "seconds": seconds}
+
+
 def measured(arguments: argparse.Namespace, results: measure.Result) -> measure.Result:
+    if arguments.memory:
+        return {"rows": [operation(kind, arguments.dim, arguments.length) for kind in arguments.memory]}
     recipes = arguments.recipe or packaged_names()
     if arguments.quick:
         recipes = recipes[:1]
@@ -161,6 +179,9 @@ def tables(results: measure.Result) -> dict[str, str]:
 
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", nargs="+", help="such as mac-170m (default: all packaged ones)")
+    parser.add_argument("--memory", nargs="+", choices=("plain", "gated", "channels", "window", "thresholds"),
+                        help="the memory alone, of this kind")  # fmt: skip
+    parser.add_argument("--dim", type=int, default=64, help="of the memory's heads (default: 64)")
     parser.add_argument("--length", type=int, default=32768, help="tokens of the one row (default: 32768)")
 
 

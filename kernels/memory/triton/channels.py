@@ -34,7 +34,7 @@ def channel_tiles(writes: int, channels: int) -> dict[str, int]:
     """``P`` has 4096 numbers, if the chunk is not longer than 1024 tokens."""
     rows = triton.next_power_of_2(writes)
     few = min(max(4, 4096 // rows), triton.next_power_of_2(channels))
-    return dict(WRITES=rows, CHANNELS=few, num_warps=4 if rows * few <= 4096 else 8)
+    return dict(WRITES=rows, CHANNELS=few, num_warps=8)
 
 
 def _run(kernel: Any, delay: int, programs: int, given: tuple[Tensor, ...], *tensors: Tensor) -> None:
