@@ -169,9 +169,10 @@ def run_memory(
 
 
 def has_fast_backend(
-    tokens: Tokens, state: MemoryState, norm: Tensor | None, mask: Tensor | None, options: Options
-) -> bool:
-    """Whether :func:`run_memory` takes another backend than the references, which are slow.
+    tokens: Tokens, state: MemoryState, norm: Tensor | None, mask: Tensor | None, options: Options,
+    slower: tuple[str, ...] = (),
+) -> bool:  # fmt: skip
+    """Whether :func:`run_memory` takes another backend than the references, which are slow, and those named ``slower``.
 
     The tensors are of one dtype.
     """
@@ -187,7 +188,7 @@ def has_fast_backend(
         )  # fmt: skip
     except BackendError:  # the environment names one that cannot
         return False
-    return all(run is not MEMORY.backends[name].run for name in ("closed_form", "reference"))
+    return all(run is not MEMORY.backends[name].run for name in ("closed_form", "reference", *slower))
 
 
 def read_memory(

@@ -45,7 +45,10 @@ def run_row(
         state = complete(rule, state, writes)
         tokens, shift, later = _tokens(rule, writes, state, norm, mask)
         before = state.plain()
-        if not options.rare(tokens) or backend != "auto" or has_fast_backend(tokens, before, norm, mask, options):
+        # where the general path solves for many chunks at once, products for each are slower
+        slower = ("torch", "triton_batched") if rule.solves else ()
+        rare = backend == "auto" and options.rare(tokens)
+        if not rare or has_fast_backend(tokens, before, norm, mask, options, slower):
             y, after = run_memory(tokens, before, norm, mask, options._replace(ends=ends), backend)
             if shift is not None:
                 y = y + (shift if mask is None else shift.masked_fill(~mask[..., None, None], 0.0))

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 import titans_build as tb
 from titans_build.kernels.attention import attention
+from titans_build.kernels.memory import LearnerState, learn
 from titans_build.tools.gpu.counting import Counting
 from titans_build.tools.gpu.speed import layer_shapes, memory_operation
 from titans_build.tools.gpu.timing import passes
@@ -94,3 +95,12 @@ def test_the_memory_never_waits(kind):
         gpu.clear()
         passes(*operation, True)()
     assert gpu.launches and not gpu.waits
+
+
+def test_a_matrix_with_decays_by_channel_and_chunks_of_one_token_is_solved_for_many_at_once():
+    with Counting() as gpu:
+        q, k, v, theta, eta = (gpu.empty(1, 64, 2, *width) for width in ((8,), (8,), (8,), (), ()))
+        state = LearnerState.fresh([gpu.empty(1, 2, 8, 8)])
+        gpu.clear()
+        learn(q, k, v, theta, eta, gpu.empty(1, 64, 2, 8), state, chunk=1, network="linear", retention="channel")
+    assert 0 < len(gpu.launches) < 2 * 64  # and not hundreds, as chunk after chunk
