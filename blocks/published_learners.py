@@ -10,7 +10,7 @@ import functools
 import inspect
 from typing import Any
 
-from ..registry import register
+from ..registry import register, show
 from .memory import NeuralMemory
 
 ONLINE: dict[str, Any] = {
@@ -115,7 +115,8 @@ def _add(name: str, summary: str, defaults: dict[str, Any]) -> None:
         p.replace(default=defaults[p.name]) if p.name in defaults else p for p in signature.parameters.values()
     ]
     initialize.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    doc = f"{summary}\n\nThe block ``memory`` with the defaults {', '.join(map(repr, defaults)) or 'it has'}."
+    others = ", ".join(f"``{name}: {show(value)}``" for name, value in defaults.items())
+    doc = f"{summary}\n\nThe block ``memory`` with the defaults {others or 'it has'}."
     cls = type(
         "".join(part.capitalize() for part in name.split("_")),
         (NeuralMemory,),

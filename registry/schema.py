@@ -205,7 +205,9 @@ class Field:
             things = "blocks" if self.holds_blocks else "items"
             return f"expected {'at least' if least else 'at most'} {bound} {things}, got {len(got)}"
         text = text.removeprefix("Value error, ")
-        return f"{text[:1].lower()}{text[1:]}, got {show(got)}"
+        text = f"{text[:1].lower()}{text[1:]}"
+        # the error of a field inside of the value names it already
+        return text if ", got " in text or show(got) in text else f"{text}, got {show(got)}"
 
 
 def _is_unicode(value: Any) -> bool:

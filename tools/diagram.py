@@ -36,7 +36,19 @@ from .terminal import UsageError, count, in_bytes, say, say_json
 SUMMARY = "Draw the stack of a recipe: blocks, branches, repeats, the flow of data and the state, as SVG."
 EXAMPLES = ("titans-build diagram mac --out mac.svg", "titans-build diagram my.yaml > my.svg")
 
-SETTINGS = ("heads", "kv_heads", "window", "depth", "expansion", "chunk", "kind", "hidden")
+SETTINGS = (
+    "heads",
+    "kv_heads",
+    "window",
+    "depth",
+    "expansion",
+    "chunk",
+    "retrieve",
+    "reset",
+    "query",
+    "kind",
+    "hidden",
+)
 """Fields of a block that are shown."""
 LEGEND = {
     "memory": "memory",
@@ -211,8 +223,9 @@ def _color(part: Part) -> str:
 def _settings(part: Part) -> list[str]:
     """The most important settings, two to a line."""
     given = [(key, part.fields.get(key)) for key in SETTINGS]
-    # a memory's window of one token is none
-    shown = [(key, value) for key, value in given if value is not None and (key, value) != ("window", 1)]
+    # a memory's window of one token is none, and reading after a token is written is usual
+    usual = (("window", 1), ("retrieve", "after"))
+    shown = [(key, value) for key, value in given if value is not None and (key, value) not in usual]
     settings = [f"{key.replace('_', ' ')} {value}" for key, value in shown]
     return [" · ".join(settings[index : index + 2]) for index in range(0, len(settings), 2)]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from rich.text import Text
 
-from ...registry import show
+from ...registry import list_blocks, lookup, show
 from ..terminal import Columns, count, in_bytes
 from .model_summary import LENGTH, ModelSummary, Part
 
@@ -30,13 +30,11 @@ def cost_table(found: ModelSummary) -> Columns:
 
 
 def settings(part: Part) -> str:
-    """The settings of a block that tell it from others, in a few words."""
-    shown = [
-        f"{key} {show(value).strip(chr(39))}"
-        for key, value in part.fields.items()
-        if not isinstance(value, bool) and value is not None
-    ]
-    return ", ".join(shown[:MOST_SETTINGS])
+    """A few settings of a block: those that are not the defaults, then the first."""
+    fields = lookup(part.type).fields if part.type in list_blocks() else {}
+    shown = {key: x for key, x in part.fields.items() if not isinstance(x, bool) and x is not None}
+    first = sorted(shown, key=lambda key: key in fields and fields[key].default == shown[key])[:MOST_SETTINGS]
+    return ", ".join(f"{key} {show(value).strip(chr(39))}" for key, value in shown.items() if key in first)
 
 
 def _rows(part: Part, branch: str = "", indent: str = "") -> Iterator[tuple[Text, tuple[str, str, str]]]:

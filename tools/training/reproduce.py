@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ from .family import (
 from .run_folder import write_file
 from .settings import Settings, as_settings
 from .train_step import TrainStep
-from .trials import TEST_BATCHES, Listener, Result
+from .trials import RESULT, TEST_BATCHES, Listener, Result
 from .validation import validate
 
 CELLS, RESULTS = "cells.jsonl", "results.json"
@@ -80,6 +81,7 @@ def reproduce(
     jobs: int = 1,
     told: Listener | None = None,
     begins: Callable[[str, int], None] | None = None,
+    planned: Callable[[dict[str, tuple[int, float]]], None] | None = None,
 ) -> Result:
     """Train every learner on every task, each in its own folder under ``out``.
 
@@ -94,6 +96,8 @@ def reproduce(
         jobs: runs in parallel.
         told: called with the label and each event of the runs.
         begins: called with the name of each task, and the number of its runs.
+        planned: called before the first run, with the number of unfinished runs of each task, and the seconds that
+            their training takes, estimated from one step of each model.
 
     All models of a task have as many parameters as the transformer, within 1%, by the width of their feed-forward
     networks. A learner that cannot run here is left out, with the reason. An interrupted call resumes; finished runs
@@ -112,8 +116,11 @@ def reproduce(
     before = read_cells(folder / CELLS)
     cells: list[Result] = []
     left_out: dict[str, str] = {}
+    plans = {task: _models(wanted, benchmark, width, setup, left_out) for task, benchmark in chosen.items()}
+    if planned is not None:
+        planned({task: _left(folder / task, models, rates, seeds, setup) for task, models in plans.items()})
     for task, benchmark in chosen.items():
-        models = _models(wanted, benchmark, width, setup, left_out)
+        models = plans[task]
         if begins is not None:
             begins(task, len(models) * len(rates) * seeds)
         if not models:
@@ -179,10 +186,11 @@ def read_cells(file: Path) -> list[Result]:
 
 
 class Model(NamedTuple):
-    """The recipe of a cell, and the width of its feed-forward networks."""
+    """The recipe of a cell, the width of its feed-forward networks, and the seconds that a step takes."""
 
     recipe: Recipe
     ffn: int | None
+    seconds: float
 
 
 def _models(
@@ -206,8 +214,11 @@ def _models(
                 recipe = with_bottleneck(recipe, source.length // 2)
             model = recipes.build(recipe, seed=0, device=settings.device, dtype=settings.dtype)
             batch = source.batch(0)
-            loss = model(batch.tokens.to(settings.device), targets=batch.targets.to(settings.device)).loss
-            loss.backward()
+            for _ in range(2):  # the first step takes longer
+                begun = time.perf_counter()
+                loss = model(batch.tokens.to(settings.device), targets=batch.targets.to(settings.device)).loss
+                loss.backward()
+                seconds = time.perf_counter() - begun
             if not bool(torch.isfinite(loss)):
                 raise ValueError("the loss of the first step is not finite")
         except Exception as error:  # of other libraries any: the table of a night must not be lost to one learner
@@ -215,8 +226,18 @@ def _models(
             reason = str(error).strip().splitlines()[-1:] or [""]
             left_out[name] = reason[0].strip(" -") if known else f"{type(error).__name__}: {reason[0]}"
             continue
-        found[name] = Model(recipe, next(iter(fitted.changes.values()), 4 * dim))
+        found[name] = Model(recipe, next(iter(fitted.changes.values()), 4 * dim), seconds)
     return found
+
+
+def _left(
+    folder: Path, models: Mapping[str, Model], lrs: Sequence[float], seeds: int, settings: Settings
+) -> tuple[int, float]:
+    """The number of runs of a task that are not finished, and the seconds of their steps."""
+    ends = [[f"seed-{seed}"] for seed in range(seeds)] if seeds > 1 else [[]]
+    labels = [(name, "/".join([name, f"lr-{lr!r}", *end])) for name in models for lr in lrs for end in ends]
+    left = [name for name, label in labels if not (folder / label / RESULT).exists()]
+    return len(left), settings.steps * sum(models[name].seconds for name in left)
 
 
 # -- tests beyond the trained length -----------------------------------------------------------------------------------

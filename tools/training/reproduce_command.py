@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import sys
 import threading
@@ -67,6 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
             jobs=arguments.jobs,
             told=display,
             begins=display.begin,
+            planned=functools.partial(_say_plan, arguments.jobs),
         )
     columns, said = columns_of(result), verdict(result)
     write_file(folder / f"{TABLE}.md", markdown(result))
@@ -85,6 +87,20 @@ def run(arguments: argparse.Namespace) -> int:
     if not columns:
         raise CommandFailed("no learner was trained")
     return 0
+
+
+def _say_plan(jobs: int, plan: dict[str, tuple[int, float]]) -> None:
+    """The runs of each task and the hours that they take, on standard error."""
+    for task, (runs, seconds) in plan.items():
+        complain(f"{task}: {runs} run{'s' * (runs != 1)}, about {_hours(seconds / jobs)}", "info")
+    runs, seconds = (sum(each) for each in zip(*plan.values()))
+    complain(
+        f"in all {runs} run{'s' * (runs != 1)}, about {_hours(seconds / jobs)}; finished runs are not repeated", "info"
+    )
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.0f} minutes"
 
 
 class _Display:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -122,22 +124,50 @@ def test_cells_have_equal_parameters_and_tests_beyond_the_length(tmp_path: Path)
 
 def test_finished_cells_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     began: list[tuple[str, int]] = []
+    plans: list[dict[str, tuple[int, float]]] = []
     reproduce(
         tmp_path, quick=True, learners=["transformer"], tasks=["parity"], settings=TINY, dim=16, lrs=[1e-3, 3e-3],
-        seeds=2, begins=lambda task, runs: began.append((task, runs)),
+        seeds=2, begins=lambda task, runs: began.append((task, runs)), planned=plans.append,
     )  # fmt: skip
     assert began == [("parity", 4)]
+    assert plans[0]["parity"][0] == 4 and plans[0]["parity"][1] > 0
     monkeypatch.setattr(trials, "train", lambda *args, **named: pytest.fail("a finished run was trained"))
     monkeypatch.setattr(trials, "validate", lambda *args, **named: pytest.fail("a finished run was tested"))
     again = {"quick": True, "learners": ["transformer"], "tasks": ["parity"], "settings": TINY, "dim": 16, "seeds": 2}
     with monkeypatch.context() as patch:
         module = importlib.import_module("titans_build.tools.training.reproduce")
         patch.setattr(module, "validate", lambda *a, **n: pytest.fail("a finished cell was tested again"))
-        found = reproduce(tmp_path, lrs=[1e-3, 3e-3], **again)
+        found = reproduce(tmp_path, lrs=[1e-3, 3e-3], planned=plans.append, **again)
+    assert plans[1] == {"parity": (0, 0)}
     (cell,) = found["cells"]
     assert len(cell["runs"]) == 4 and cell["lr"] in (1e-3, 3e-3)
     losses = {lr: sum(r["valid"]["loss"] for r in cell["runs"] if r["lr"] == lr) for lr in (1e-3, 3e-3)}
     assert cell["lr"] == min(losses, key=lambda lr: losses[lr])
+
+
+@pytest.mark.slow
+def test_killed_command_goes_on(tmp_path: Path, in_process: Any) -> None:
+    learners, tasks = ("transformer", LINEAR), ("parity", "S3")
+    words = [*learners, "--quick", "--tasks", ",".join(tasks), "--dim", "16", "--jobs", "1", "--out", tmp_path / "out"]
+    words += ["--json", *(word for name, value in TINY.items() for word in ("-t", f"{name}={value}"))]
+    process = in_process.start("train", "reproduce", *words, pipe="stdout")
+    with (in_process.folder / "stdout").open(encoding="utf-8") as out:
+        runs = [json.loads(out.readline())["run"] for _ in range(3)]  # the third is the first of the second task
+        os.kill(process, signal.SIGKILL)
+    in_process.end()
+    assert len(runs) == 3
+    trained: list[str] = []
+    whole = tiny(tmp_path / "whole", learners, tasks)
+    found = reproduce(
+        tmp_path / "out", quick=True, learners=learners, tasks=tasks, settings=TINY, dim=16,
+        told=lambda label, event: trained.append(label) if event["event"] == "result" else None,
+    )  # fmt: skip
+    assert len(trained) <= 2  # the run in progress, and the one whose result was not printed yet
+
+    def figures(cells: list[Any]) -> Any:
+        return [[cell["task"], cell["learner"], cell["test"], cell["longer"], cell["parameters"]] for cell in cells]
+
+    assert figures(found["cells"]) == figures(whole["cells"])
 
 
 def test_learners_that_cannot_run_are_left_out_with_the_reason(tmp_path: Path) -> None:
