@@ -90,8 +90,9 @@ class Observed(Observer):
             surprise, error, suppressed = measure_memory(
                 tokens, learned.before, learned.norm, mask, learned.options, written=written
             )
-        # of several keys the mean step, and of several channels the mean forgetting
-        theta = tokens.theta if tokens.theta.dim() == 3 else tokens.theta.mean(2)
+        # of several keys or matrices the mean step, and of several channels the mean forgetting
+        of_matrices = isinstance(learned.options, Rule) and learned.options.steps == "each"
+        theta = tokens.theta if tokens.theta.dim() == 3 else tokens.theta.mean(3 if of_matrices else 2)
         eta, alpha = (torch.zeros_like(theta) if gate is None else gate for gate in (tokens.eta, tokens.alpha))
         alpha = alpha if alpha.dim() == 3 else alpha.mean(3)
         theta, alpha = theta.masked_fill(suppressed, 0.0), alpha.masked_fill(suppressed, 0.0)

@@ -7,13 +7,15 @@ the tokens. A block that depends on earlier tokens says in ``Block.sharding`` ho
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels.documents import NO_DOCUMENT, Documents, packed_ids
@@ -37,7 +39,7 @@ from .memory import NeuralMemory
 from .parallel_memory import can_run, run_affine, run_chunks
 from .parallel_plan import CONTEXTS, Step, plan, sharding_of
 from .state import State, detach, map_state, named_tensors, where
-from .tensor_parallel import EVERYTHING, DividedParameters, part_of_state, share_heads, whole_state
+from .tensor_parallel import EVERYTHING, DividedParameters, MethodCall, part_of_state, share_heads, whole_state
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -371,10 +373,17 @@ class ContextCall:
             fresh = None
         return [*used, *(y for _, y in named_tensors((state, fresh)))]
 
-    def repeat(self, function: Callable[..., Any], x: Any, state: State, **named: Any) -> Any:
-        """``function(x, state)``, which ``recompute`` calls again in the backward pass."""
+    def repeat(self, block: Block, x: Any, state: State, method: Callable[..., Any] | None = None, **named: Any) -> Any:
+        """Call a block or its ``method``, which ``recompute`` calls again in the backward pass."""
+        function: Callable[..., Any] = block if method is None else method
         if not self.recompute:
             return function(x, state, **named)
+        parameters = dict(block.named_parameters())
+        if not all(isinstance(parameter, nn.Parameter) for parameter in parameters.values()):
+            # in the backward pass, the block does not have this rank's heads in place of its parameters
+            method = functools.partial(functional_call, MethodCall(block, function))
+            given = {f"of.{name}": parameter for name, parameter in parameters.items()}
+            return checkpoint(lambda *inputs: method(given, inputs, named), x, state, use_reentrant=False)
         return checkpoint(function, x, state, use_reentrant=False, **named)
 
     def _run_gathered(self, block: Block, x: Tensor, state: State, fresh: State, named: Any) -> tuple[Tensor, State]:

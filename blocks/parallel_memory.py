@@ -134,7 +134,7 @@ def run_affine(
             more = map_state(lambda w: F.pad(w, (0, 0, 0, size)) if w.dim() == 4 else w, fresh.memory)
             documents = documents.starting(fresh._replace(memory=more))
     x, state = _with_history(shard, block, x, state)
-    y, after = shard.repeat(block.update, x, state, documents=documents, zeros=0 if ranks.first else size)
+    y, after = shard.repeat(block, x, state, block.update, documents=documents, zeros=0 if ranks.first else size)
     message = torch.cat([getattr(after.memory, name)[0] for name in names], -1)
     message = F.pad(message, (0, 0, 0, size)) if ranks.first else message
     maps, shard.token = Gather.apply(ranks, message.unsqueeze(1), shard.token)
@@ -195,7 +195,7 @@ def run_chunks(
             first = start >= shard.start
             position = memory.position + (max(start, shard.start) - start)
             before = (memory if first else added.without(memory))._replace(position=position)
-            y, after = shard.repeat(block.update, x, state._replace(memory=before), inputs=(mine, None, None))
+            y, after = shard.repeat(block, x, state._replace(memory=before), block.update, inputs=(mine, None, None))
             outputs.append(y)
             added.take(mine, after.memory)
         last: list[Tensor] = []

@@ -195,7 +195,7 @@ class DividedParameters:
 
     def bound(self, method: Callable[..., Any]) -> Callable[..., Any]:
         """A method of the module, which is called with this rank's parameters."""
-        call = _Call(self.module, method)
+        call = MethodCall(self.module, method)
 
         def run(*args: Any, **named: Any) -> Any:
             tensors: dict[str, Any] = dict(self.module.named_parameters(remove_duplicate=False))
@@ -208,7 +208,7 @@ class DividedParameters:
         return run
 
 
-class _Call(nn.Module):
+class MethodCall(nn.Module):
     """A call of a method of a module, as a module whose parameters ``functional_call`` can replace."""
 
     def __init__(self, of: nn.Module, method: Callable[..., Any]) -> None:

@@ -282,6 +282,16 @@ def test_surprise_under_autocast_is_computed_in_float32(name):
     assert_close(found, expected, rtol=0.1, atol=0.05 * float(expected.mean()))
 
 
+def test_steps_of_several_matrices_are_recorded_as_their_mean():
+    block = tb.build_block({"type": "lact", "heads": 2, "chunk": 4}, dim=16)
+    x = torch.randn(3, 7, 16)
+    with tb.observe(block) as seen:
+        block(x)
+    (record,) = seen.memories.values()
+    inputs, _, _ = block.inputs(x, block.init_state(3), None)
+    assert_close(record.theta, inputs.theta.mean(3).float())
+
+
 def test_activation_checkpointing_is_recorded_once():
     module, given = model(), tokens()
     for layer in module.layers:

@@ -215,6 +215,14 @@ def test_sums_over_chunks_equal_one_process(name: str) -> None:
     on_ranks({"context": 4}, compare_ways, "chunk", [CHUNKS[name]], ("", "documents", "mask", "recompute"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("way", "block"), [("affine", AFFINE["chunks"]), ("chunk", CHUNKS["lact"]), ("pipelined", MEMORY)], ids=str
+)
+def test_recomputation_on_ranks_of_context_and_tensor(way: str, block: Any) -> None:
+    on_ranks({"context": 2, "tensor": 2}, compare_ways, way, [block], ("", "recompute", "documents recompute"))
+
+
 def documents_after_nan(mesh: Any) -> None:
     recipe = recipe_of(AFFINE["gated_delta_net"])
     plain, model = (tb.build(recipe, dtype=torch.float64, seed=0) for _ in range(2))

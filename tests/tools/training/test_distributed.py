@@ -133,11 +133,22 @@ def same_weights(model: Any, other: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dimension", ["context", "tensor"])
+@pytest.mark.parametrize(
+    ("dimension", "memory"), [("context", None), ("tensor", None), ("context", "gated_delta_net"), ("context", "lact")]
+)
 def test_two_processes_that_share_tokens_or_heads_equal_one_exactly(
-    tiny: Any, settings: Any, logged: Any, tmp_path: Path, ordered_text: Any, in_process: Any, dimension: str
+    tiny: Any,
+    settings: Any,
+    logged: Any,
+    tmp_path: Path,
+    ordered_text: Any,
+    in_process: Any,
+    dimension: str,
+    memory: str | None,
 ) -> None:
     recipe, settings = {**tiny, "vocab": 256}, {**settings, **EXACT}
+    if memory is not None:  # whose tokens two ranks write side by side
+        recipe |= {"layers": {"a": [{"type": memory, "heads": 2}]}, "stack": ["a"]}
     whole = train(recipe, ordered_text, settings, tmp_path / "whole")
     words = written(tmp_path, recipe, ordered_text, {**settings, "mesh": {dimension: 2}})
     for end in together_without_torchrun(in_process, tmp_path / "run", *words):
