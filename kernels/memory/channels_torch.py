@@ -121,11 +121,11 @@ class ChannelNetwork(ChunkNetwork):
             for part in range(stack.shape[1]):
                 weighted = x * carry[:, :, part, channels]
                 if part:
-                    self.add_product(z, weighted, stack[:, part].mT)
+                    self.add_product(z, weighted, stack[:, part].mT, fine=True)
                 else:
-                    self.product(weighted, stack[:, part].mT, z)
+                    self.product(weighted, stack[:, part].mT, z, fine=True)
             scores = self.channel_scores(x, a, keep[..., channels], added, self.delay)
-            self.add_product(z, scores, d, -1)
+            self.add_product(z, scores, d, -1, fine=True)
             if query_activations:
                 query_activations[l].copy_(z.view(query_activations[l].shape))
         y = z.view(*queries.shape[:-1], -1)
@@ -153,14 +153,14 @@ class ChannelNetwork(ChunkNetwork):
             x = self.activation.value(z) if l else z
             of_stack, grad_x = grad.stacks[l][:-1].flatten(0, 1), torch.zeros_like(x)
             for part in range(stack.shape[1]):
-                coefficients, back = carry[:, :, part, channels], self.product(g, stack[:, part])
-                of_stack[:, part] = self.product(g.mT, x * coefficients)
+                coefficients, back = carry[:, :, part, channels], self.product(g, stack[:, part], fine=True)
+                of_stack[:, part] = self.product(g.mT, x * coefficients, fine=True)
                 grad_kept[:, :, part, channels] = x * back
                 grad_x.addcmul_(back, coefficients)
             with torch.enable_grad():
                 leaves = [y.detach().requires_grad_() for y in (x, a, keep[..., channels], added)]
                 scores = self.channel_scores(leaves[0], leaves[1], leaves[2], leaves[3], self.delay)
-            found = torch.autograd.grad(scores, leaves, self.product(g, d.mT).neg_())
+            found = torch.autograd.grad(scores, leaves, self.product(g, d.mT, fine=True).neg_())
             self.product(scores.detach().mT, g, grad.errors[l].flatten(0, 1)).neg_()
             grad_x += found[0]
             grad.inputs[l].flatten(0, 1).copy_(found[1])

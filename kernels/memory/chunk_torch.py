@@ -279,17 +279,18 @@ class ChunkNetwork:
                 for part in range(s):
                     weighted = torch.mul(x, carry[..., part : part + 1], out=new("weighted x", width))
                     if part:
-                        self.add_product(z, weighted, stack[:, part].mT)
+                        self.add_product(z, weighted, stack[:, part].mT, fine=True)
                     else:
-                        self.product(weighted, stack[:, part].mT, z)
+                        self.product(weighted, stack[:, part].mT, z, fine=True)
             else:
-                carried = self.product(x, stack.flatten(1, 2).mT, new("carried", s * out)).unflatten(-1, (s, out))
+                carried = self.product(x, stack.flatten(1, 2).mT, new("carried", s * out), fine=True)
+                carried = carried.unflatten(-1, (s, out))
                 torch.mul(carried[:, :, 0], carry[..., :1], out=z)
                 if s == 2:
                     z.addcmul_(carried[:, :, 1], carry[..., 1:])
             # zero for later keys, also where a score or a step size is not finite
             scores = self.product(x, a.mT, new("scores", a.shape[1])).mul_(read).tril_(self.last_read)
-            self.add_product(z, scores, d, -1)
+            self.add_product(z, scores, d, -1, fine=True)
         y = z.view(queries.shape[:-1] + z.shape[-1:])
         if self.gain is None:
             return y.clone() if query_activations else y
@@ -331,22 +332,22 @@ class ChunkNetwork:
             z = query_activations[l - 1].flatten(0, 1) if l else queries.flatten(0, 1)
             x = self.activation.value(z, out=self.scratch("x", *z.shape[:2], a.shape[2])) if l else z
             weighted = self._times(carry, g, "weighted")
-            self.product(weighted.mT, x, grad.stacks[l][:-1].flatten(0, 1).flatten(1, 2))
+            self.product(weighted.mT, x, grad.stacks[l][:-1].flatten(0, 1).flatten(1, 2), fine=True)
             grad_x = self.scratch(f"grad x {l % 2}", *x.shape)
             for part in range(stack.shape[1]):
-                back = self.product(g, stack[:, part], self.scratch("back", *x.shape))
+                back = self.product(g, stack[:, part], self.scratch("back", *x.shape), fine=True)
                 grad_carry[..., part] += torch.mul(x, back, out=self.scratch("product", *x.shape)).sum(-1)
                 if part:
                     grad_x.addcmul_(back, carry[..., part : part + 1])
                 else:
                     torch.mul(back, carry[..., :1], out=grad_x)
             scores = self.product(x, a.mT, self.scratch("scores", *read.shape))
-            grad_scores = self.product(g, d.mT, self.scratch("grad scores", *read.shape)).neg_()
+            grad_scores = self.product(g, d.mT, self.scratch("grad scores", *read.shape), fine=True).neg_()
             grad_read.addcmul_(grad_scores, scores)
             self.product(scores.mul_(read).mT, g, grad.errors[l].flatten(0, 1)).neg_()
             grad_scores.mul_(read)
             self.product(grad_scores.mT, x, grad.inputs[l].flatten(0, 1))
-            self.add_product(grad_x, grad_scores, a)
+            self.add_product(grad_x, grad_scores, a, fine=True)
             g = self.activation.vjp(grad_x, z, out=self.scratch("vjp", *z.shape)) if l else grad_x
         g = g.view(queries.shape)
         if self.gain is not None:
