@@ -62,7 +62,7 @@ def memory_flops(name: str, arguments: dict[str, Any]) -> tuple[float, float]:
     scores = 4 * count * tokens[2] * (d_in + width)
     return {
         "write": (state, fine), "write_resident": (state, fine), "rewrite": (0, fine),
-        "read": (state + scores, 0), "read_backward": (state + scores, 0), "read_backward_state": (state + scores, 0),
+        "read": (scores, state), "read_backward": (scores, state), "read_backward_state": (scores, state),
         "write_backward": (2 * state, 2 * fine), "write_backward_resident": (2 * state, 2 * fine),
         "read_fixed": (2 * count * numbers, 0), "read_fixed_backward": (2 * count * numbers, 0),
         "read_fixed_backward_weights": (2 * count * numbers, 0),

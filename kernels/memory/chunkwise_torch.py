@@ -11,6 +11,7 @@ A sequence is cut at chunk boundaries, and rows at different phases of their chu
   batch, writes chunk by chunk in reverse. A write contains a gradient, so its backward is of second order.
 
 ``chunk_torch.ChunkNetwork`` computes a group; ``triton.network.TritonNetwork`` does the same in Triton kernels.
+Queries, keys and values may have another dtype than gates and state if the network's kernels cast them.
 """
 
 from __future__ import annotations
@@ -188,6 +189,7 @@ def _formula(ctx: Any, *tensors: Any) -> tuple[Tensor, ...]:
             tokens = tokens.map(lambda x: x[row, at] if x.shape[1] > q.shape[1] else x)
     elif anchor:  # the rest of a chunk
         options, position = options._replace(chunk=options.chunk + 1), position + 1
+    tokens = tokens.map(lambda x: x.to(weights[0]))
     before = MemoryState(weights, momentum, anchor or weights, position)
     if options.gated:
         before = _apart(before)
@@ -195,7 +197,7 @@ def _formula(ctx: Any, *tensors: Any) -> tuple[Tensor, ...]:
         y, after = closed_form_memory(tokens, before, gain, mask, options)
     if options.gated:
         after = _together(after)
-    return (y, *after.weights, *after.momentum)
+    return (y.to(q), *after.weights, *after.momentum)
 
 
 class _Chunkwise(torch.autograd.Function):
@@ -215,7 +217,7 @@ class _Chunkwise(torch.autograd.Function):
         chunks = time // b
         # bytes of the state, and of a chunk's outputs of all layers
         state_bytes = sum(map(math.prod, shapes)) * state[0].element_size()
-        outputs = batch * (past + b) * heads * sum(out for *_, out, _ in shapes) * q.element_size()
+        outputs = batch * (past + b) * heads * sum(out for *_, out, _ in shapes) * state[0].element_size()
         learns = any(ctx.needs_input_grad)
         room = room_of(q, chunks * (state_bytes + 2 * outputs) if learns else 0)
         interval, saves_activations, size = plan_memory(
@@ -225,7 +227,7 @@ class _Chunkwise(torch.autograd.Function):
         saves_activations = saves_activations and learns and options.read != "anchor"
 
         y = q.new_empty(batch, time, heads, v.shape[-1])
-        scratch = Scratch.of(q)
+        scratch = Scratch.of(state[0])
         net = network(options, None if gain is None else repeat_gain(gain, batch), scratch)
         buffers = Written.allocate(
             size, batch * heads, past + b, shapes, scratch, backward=False, clip=options.clip is not None
@@ -233,7 +235,7 @@ class _Chunkwise(torch.autograd.Function):
         # where every state is kept, it is computed in the place it is kept at
         states = chunks + 1 if interval == 1 else -(-chunks // size)
         checkpoints = [w.new_empty(states, *shape) for w, shape in zip(state, shapes)] if interval else []
-        made = lambda shape, b: q.new_empty(chunks, batch * heads, b, shape[2])  # noqa: E731
+        made = lambda shape, b: state[0].new_empty(chunks, batch * heads, b, shape[2])  # noqa: E731
         key_activations = [made(x, past + b) for x in shapes] if saves_activations and net.takes_outputs else []
         query_activations = [made(x, b) for x in shapes] if saves_activations else []
         stacks: list[Tensor] = []
@@ -259,7 +261,8 @@ class _Chunkwise(torch.autograd.Function):
                 for store, buffer in zip(checkpoints, written.stacks):
                     store[group] = buffer[0]
             if options.read == "anchor":
-                read = memory_network(queries, _anchors(written, own), net.activation, net.gain, net.matmul)
+                anchors = _anchors(written, own)
+                read = memory_network(queries.to(anchors[0]), anchors, net.activation, net.gain, net.matmul)
             else:
                 read = net.read(queries, decay, written, [x[span] for x in query_activations])
             _scatter(y, read, times, b)
@@ -291,7 +294,7 @@ def _backward(ctx: Any, grad_y: Tensor, *grad_state: Tensor) -> tuple[Tensor | N
     batch, time, heads, _ = q.shape
     s = 1 if tokens.eta is None else 2
     chunks = time // b
-    scratch = Scratch.of(q)
+    scratch = Scratch.of(checkpoints[0])
     net = ctx.network(options, None if gain is None else repeat_gain(gain, batch), scratch)
     if ctx.saves_activations:
         state, query_activations = state[:-layers], state[-layers:]
@@ -393,9 +396,9 @@ def _read_backward(
     gain = net.gain
     with torch.enable_grad():
         anchors = [x.detach().requires_grad_() for x in _anchors(written, first)]
-        leaves = [x.detach().requires_grad_() for x in (queries, *([] if gain is None else [gain]))]
+        leaves = [x.detach().requires_grad_() for x in (queries.to(anchors[0]), *([] if gain is None else [gain]))]
         y = memory_network(leaves[0], anchors, net.activation, None if gain is None else leaves[1], net.matmul)
-        grad_q, *rest = torch.autograd.grad(y, [*leaves, *anchors], grad_y)
+        grad_q, *rest = torch.autograd.grad(y, [*leaves, *anchors], grad_y.to(y))
     for l, of_weights in enumerate(rest[-len(anchors) :]):
         grad.stacks[l][:-1].zero_()
         if grad_first is not None and first is not None:

@@ -157,10 +157,14 @@ def run_memory(
         plainly=norm is options.clip is options.threshold is None,
         rare=options.rare(tokens) if rare is None else rare,
     )
-    for x in tensors:
-        if x is not None and x.dtype != compute:
-            tokens, state, norm = tokens.map(lambda x: x.to(compute)), state.to(compute), _cast(norm, compute)
-            break
+    if any(x is not None and x.dtype != compute for x in tensors):
+        # its kernels cast queries, keys, values and outputs themselves
+        loads = run is MEMORY.backends["triton"].run and options.threshold is None
+        if loads and len({x.dtype for x in tokens[:3]}) == 1:
+            tokens = Tokens(*tokens[:3], *[_cast(x, compute) for x in tokens[3:]])
+        else:
+            tokens = tokens.map(lambda x: x.to(compute))
+        state, norm = state.to(compute), _cast(norm, compute)
     with full_precision(q.device.type):
         y, state = run(tokens, state, norm, mask, options)
     if grad and not y.requires_grad:  # no token wrote or read: the gradients are zero

@@ -27,7 +27,7 @@ def triton_memory(
     tokens: Tokens, state: MemoryState, norm: Tensor | None, mask: Tensor | None, options: Options
 ) -> tuple[Tensor, MemoryState]:
     """``titans_memory`` for one or two layers."""
-    products = operands(tokens.q.dtype, None if options.half is None else getattr(torch, options.half))
+    products = operands(state.weights[0].dtype, None if options.half is None else getattr(torch, options.half))
     network = functools.partial(TritonNetwork, products=products, chunk=options.chunk)
     return chunkwise_memory(tokens, state, norm, mask, options, network)
 
@@ -113,7 +113,7 @@ class TritonNetwork(ChunkNetwork):
         read, carry = decay.read.contiguous(), decay.carry.contiguous()
         grad_queries, grad_read, grad_carry = map(torch.empty_like, (queries, read, carry))
         blocks = triton.cdiv(b, schedule(read_backward_kernel.__name__, self._chunk, *sizes, self._products)["TOKENS"])
-        grad_gain = None if self.gain is None else queries.new_empty(chunks, batch_heads, blocks, grad_y.shape[-1])
+        grad_gain = None if self.gain is None else self.gain.new_empty(chunks, batch_heads, blocks, grad_y.shape[-1])
         z_1 = query_activations[0] if len(query_activations) == 2 else queries
         grad_z = _two([self.scratch(f"grad z {l}", *x.shape) for l, x in enumerate(query_activations)])
         scores = [self._scores(f"{name} {l}", decay) for name in ("scores", "grad scores") for l in range(2)]

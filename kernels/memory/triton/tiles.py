@@ -38,6 +38,8 @@ def load(x, row, column, rows, columns, WIDE: tl.constexpr):
 
 @triton.jit
 def store(x, row, column, rows, columns, values):
+    if _INTERPRETED and x.dtype.element_ty == _BFLOAT16:
+        values = _rounded(values, 16)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     tl.store(x + row[:, None] * columns + column[None, :], values, mask=inside)
 

@@ -10,6 +10,7 @@ import torch
 
 import titans_build as tb
 from titans_build.blocks.state import detach
+from titans_build.kernels.memory import MemoryState, titans_memory
 from titans_build.tools.gpu.counting import Counting
 
 pytest.importorskip("triton")
@@ -54,6 +55,19 @@ def test_launches_of_a_segment_of_a_mac_layer(segment: int) -> None:
     for before, after in itertools.pairwise(launches[1:]):
         assert after[0] - before[0] <= 33
         assert after[1] - before[1] <= 80
+
+
+def test_tokens_in_half_precision_are_cast_by_the_kernels() -> None:
+    """Queries, keys, values, outputs and their gradients. Gates are cast, and the gradient of the keys is a sum."""
+    with Counting() as gpu:
+        q, k, v = (gpu.empty(2, 128, 2, 64, dtype=torch.bfloat16).requires_grad_() for _ in "qkv")
+        theta, eta, alpha = (gpu.empty(2, 128, 2, dtype=torch.bfloat16) for _ in "tea")
+        weights = tuple(gpu.empty(2, 2, 64, 64) for _ in range(2))
+        y, _ = titans_memory(q, k, v, theta, eta, alpha, MemoryState.fresh(weights), 64)
+        y.backward(gpu.empty(*y.shape, dtype=y.dtype))
+        assert y.dtype == q.grad.dtype == k.grad.dtype == torch.bfloat16
+        sizes = [launch.bytes for launch in gpu.launches if launch.name == "_to_copy"]
+        assert len(sizes) == 3 and max(sizes) <= theta.numel() * (2 + 4)
 
 
 def test_a_long_sequence_takes_no_more_launches_of_the_memory() -> None:

@@ -179,6 +179,20 @@ def test_autocast_is_half_precision_too():
         assert 1e-5 * b.norm() < (a - b).norm() <= 1e-2 * b.norm()
 
 
+def test_second_derivatives_of_tokens_in_half_precision():
+    q, k, v, *others = (x.to(torch.bfloat16 if i < 3 else torch.float32) for i, x in enumerate(inputs(time=3)))
+
+    def second(backend):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        state = MemoryState.fresh(tuple(others[4:]))
+        y, _ = titans_memory(*leaves, *others[:3], state, 4, norm=others[3], backend=backend)
+        grads = torch.autograd.grad(y.float().square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(x.float().square().sum() for x in grads), leaves)
+
+    for got, expected in zip(second("triton"), second("closed_form"), strict=True):
+        assert got.dtype == torch.bfloat16 and (got - expected).norm() <= 0.05 * expected.norm()
+
+
 def test_longer_chunks_than_a_program_takes_at_once():
     agree(inputs(time=75, d_in=4, hidden=20, batch=1, heads=1), oracle="closed_form", chunk=70, clip=1.0)
 
