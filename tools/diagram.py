@@ -36,19 +36,8 @@ from .terminal import UsageError, count, in_bytes, say, say_json
 SUMMARY = "Draw the stack of a recipe: blocks, branches, repeats, the flow of data and the state, as SVG."
 EXAMPLES = ("titans-build diagram mac --out mac.svg", "titans-build diagram my.yaml > my.svg")
 
-SETTINGS = (
-    "heads",
-    "kv_heads",
-    "window",
-    "depth",
-    "expansion",
-    "chunk",
-    "retrieve",
-    "reset",
-    "query",
-    "kind",
-    "hidden",
-)
+SETTINGS = ("heads", "kv_heads", "window", "depth", "expansion", "chunk", "retrieve", "reset", "query", "kind",
+            "hidden")  # fmt: skip
 """Fields of a block that are shown."""
 LEGEND = {
     "memory": "memory",
