@@ -289,7 +289,7 @@ def test_steps_of_several_matrices_are_recorded_as_their_mean():
         block(x)
     (record,) = seen.memories.values()
     inputs, _, _ = block.inputs(x, block.init_state(3), None)
-    assert_close(record.theta, inputs.theta.mean(3).float())
+    assert_close(record.step, inputs.theta.mean(3).float())
 
 
 def test_activation_checkpointing_is_recorded_once():
