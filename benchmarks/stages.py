@@ -45,7 +45,7 @@ class Sizes(NamedTuple):
         return {"task": "recall", "vocab": self.vocab, "length": self.length}
 
 
-FULL, QUICK = Sizes(48, 64, 2000, 100, 16, 256, 16), Sizes(8, 8, 2, 1, 2, 128, 1)
+FULL, QUICK = Sizes(48, 64, 1500, 75, 16, 256, 16), Sizes(8, 8, 2, 1, 2, 128, 1)
 
 
 def settings(sizes: Sizes, **more: Any) -> dict[str, Any]:
