@@ -56,7 +56,7 @@ def parts(
         if reach is not None and reach >= count:
             reach = None
         stream = [x[first] for x in streams] if whole else [x[:, first::step] for x in (k, v)]
-        found.append(Part(q, *stream, True, reach, begin))
+        found.append(Part(q, stream[0], stream[1], True, reach, begin))
     if prefix is not None:
         found.append(Part(*prefix, False, None, None))
     return [p._replace(q=_aligned(p.q), k=_per_head(p.k, heads), v=_per_head(p.v, heads)) for p in found]

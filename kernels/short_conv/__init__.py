@@ -356,13 +356,13 @@ def _refuse_native(*, width: int = 1, **facts: Any) -> str | None:
 def _query_key_value_triton(*given: Any) -> Any:
     from .triton import query_key_value
 
-    return query_key_value(*given, EPS)
+    return query_key_value(*given, eps=EPS)
 
 
 def _query_triton(*given: Any) -> Tensor:
     from .triton import query
 
-    return query(*given, EPS)
+    return query(*given, eps=EPS)
 
 
 def _refuse_triton(*, same: bool = True, **facts: Any) -> str | None:
