@@ -2,8 +2,8 @@
 
 python benchmarks/stages.py [--quick] [--json FILE]
 
-Each model recalls the values of keys in a long series of pairs, most of which only its memory can know. The second stage
-has 5% of the steps. Beside it, as many steps are trained at the large chunk.
+Each model recalls the values of keys in a long series of pairs, most of which only its memory can know. The second
+stage has 5% of the steps. Beside it, as many steps are trained at the large chunk.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def losses(folder: Path, path: str, sizes: Sizes) -> dict[str, float]:
 
 def trained(name: str, path: str, sizes: Sizes, folder: Path) -> measure.Result:
     torch.set_num_threads(1)
-    small = {"dim": sizes.dim, "vocab": sizes.vocab, "stack.0.repeat": 2, f"{path}.chunk": LARGE, f"{path}.heads": 2, **NEAR[name]}
-    recipe = tb.load_recipe(name, small)
+    small = {"dim": sizes.dim, "vocab": sizes.vocab, "stack.0.repeat": 2, **NEAR[name]}
+    recipe = tb.load_recipe(name, {**small, f"{path}.chunk": LARGE, f"{path}.heads": 2})
     second = {"steps": sizes.second, "lr": 1e-3, "optimizer": "fresh"}
     stages = [{"steps": sizes.steps}, {**second, "recipe": {f"{path}.chunk": SMALL}}]
     run = tb.train(recipe, sizes.data, settings(sizes, stages=stages), folder / "run")

@@ -353,16 +353,18 @@ def _refuse_native(*, width: int = 1, **facts: Any) -> str | None:
     return library.refuse(**facts)
 
 
-def _query_key_value_triton(*given: Any) -> Any:
+def _query_key_value_triton(
+    projected: Tensor, weight: Tensor | None, history: Tensor | None, heads: int, length: Tensor | None
+) -> Any:
     from .triton import query_key_value
 
-    return query_key_value(*given, eps=EPS)
+    return query_key_value(projected, weight, history, heads, length, EPS)
 
 
-def _query_triton(*given: Any) -> Tensor:
+def _query_triton(projected: Tensor, weight: Tensor | None, history: Tensor | None, heads: int) -> Tensor:
     from .triton import query
 
-    return query(*given, eps=EPS)
+    return query(projected, weight, history, heads, EPS)
 
 
 def _refuse_triton(*, same: bool = True, **facts: Any) -> str | None:
