@@ -161,7 +161,7 @@ def run_memory(
         # its kernels cast queries, keys, values and outputs themselves
         loads = run is MEMORY.backends["triton"].run and options.threshold is None
         if loads and len({x.dtype for x in tokens[:3]}) == 1:
-            tokens = Tokens(*tokens[:3], *[_cast(x, compute) for x in tokens[3:]])
+            tokens = Tokens._make([*tokens[:3], *[_cast(x, compute) for x in tokens[3:]]])
         else:
             tokens = tokens.map(lambda x: x.to(compute))
         state, norm = state.to(compute), _cast(norm, compute)
