@@ -16,7 +16,8 @@ of the family.
 ``step_cpu.py``        backend ``native_step``: one token on a CPU, in C (``step_cpu.c``), and decode plans
 ``chunkwise_torch.py`` backend ``torch``: any device and length, as groups of chunks, with its own backward; of it
                        ``chunk_torch.py`` is the mathematics of a chunk, ``decay_torch.py`` what its gates are as
-                       matrices, ``network_torch.py`` the network at fixed weights and its derivatives
+                       matrices, ``network_torch.py`` the network at fixed weights and its derivatives;
+                       ``channels_torch.py`` is a chunk with decays by channel
 ``step_torch.py``      backend ``step``: one token in few PyTorch operators
 ``triton/``            backends ``triton`` and ``triton_step``: the chunks of ``torch``, and one token, on a GPU
 ``decode.py``          one token of each row, many times: plans of backend ``native_step``

@@ -116,4 +116,4 @@ def test_which_memories_it_takes(memory_case):
         with pytest.raises(BackendError, match="takes one matrix and chunks of one token"):
             case.run(backend="native_linear", **{"chunk": 1, **options})
     with pytest.raises(BackendError, match="does not know decays for each channel"):
-        run(inputs(linear, "channel"), "torch")
+        run(inputs(linear, "channel"), "triton")
