@@ -5,8 +5,8 @@
 
 A step (forward and backward, one row, bfloat16 autocast) runs on a GPU that only counts
 (``titans_build.tools.gpu.counting``), with one and two repetitions of the recipe's stack: costs are linear in these,
-and those of the whole model follow. Where longer sequences take more launches (segments of MAC, chunks of memories
-without a kernel), costs are linear in the length, too, and are counted at two lengths. What a layer keeps for backward
+and those of the whole model follow. Where each token takes several launches (chunks of memories without a kernel),
+costs are linear in the length, too, and are counted at two lengths. What a layer keeps for backward
 is what fits for the first ones. Counted are casts, copies, and what backward repeats, too.
 
 The times are estimates for an H200 and no measurements. The device takes for each launch the longer of moving its bytes
@@ -38,7 +38,9 @@ SHARE = 0.3
 LAUNCH, WAIT = 6e-6, 25e-6
 """Seconds of the host, with autograd's work for an operator."""
 LENGTHS = (2560, 3072)
-"""Lengths that costs are extended from: whole segments of MAC, and longer than windows."""
+"""Lengths that costs of many launches are extended from: whole segments of MAC, and longer than windows."""
+MANY = 2
+"""Launches of a layer for each token from which on costs are extended."""
 COPIES = {"clone", "copy_", "cat", "stack", "constant_pad_nd", "slice_backward", "select_backward", "roll", "index",
           "repeat", "index_select", "gather"}  # fmt: skip
 COUNTS = (
@@ -122,8 +124,8 @@ def estimate(recipe: str, length: int, lengths: tuple[int, int] = LENGTHS) -> di
         one = step(recipe, 1, length)
         return one if layers == 1 else extended(one, step(recipe, 2, length), layers - 1)
 
-    few = [step(recipe, 1, n)["launches"] for n in (512, 1024)]
-    if few[0] == few[1] or "tnt" in recipe:  # tnt begins anew after 2048 tokens, which are rows of a batch
+    few, many = (step(recipe, 1, n)["launches"] for n in (512, 1024))
+    if many - few < 512 * MANY:
         found = whole(length)
     else:
         shorter, longer = lengths

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..kernels.attention import Prefix, attention, operand_dtype
 from ..kernels.attention.decode import Cache, cached_attention
-from ..kernels.dispatch import advanced, integers, known
+from ..kernels.dispatch import advanced, integers, known, on_host, seen
 from ..kernels.documents import Documents
 from ..kernels.linear import is_plain, linear, project
 from ..kernels.norm_gate import rms_norm
@@ -214,7 +214,12 @@ class Attention(Block):
             return y, state
         if layout is None:  # ``out`` may add a bias
             return torch.where(mask[:, step - 1 :: step, None], y, 0.0), state
-        return (layout if step == 1 else align(mask[:, ::step])).collect(y), state
+        if step > 1:
+            several, mask = mask, mask[:, ::step]
+            if not (mask.is_cpu or torch.compiler.is_compiling()):
+                seen(mask, on_host(several)[:, ::step])
+            layout = align(mask)
+        return layout.collect(y), state
 
     def segments(self, x: Tensor, count: int, state: AttentionState) -> Callable[[int, Tensor], Tensor]:
         """``every`` with ``step=2`` for each of ``count`` equal segments of ``x``, which all begin from ``state``.
@@ -363,12 +368,11 @@ class Attention(Block):
         if length is None:
             cached, position = advanced(state.cached, time, slots), advanced(state.position, time)
         else:
-            cached, position = state.cached + length, state.position + length
-            cached = cached if slots is None else cached.clamp(max=slots)
+            cached, position = advanced(state.cached, length, slots), advanced(state.position, length)
         if slots is None:
             # the compiler does not know the number of slots in use: the state then keeps all
             every = length is None or torch.compiler.is_compiling()
-            slots = state.keys.shape[1] + time if every else int(cached.max())
+            slots = state.keys.shape[1] + time if every else max(integers(cached))
         if length is not None or time < slots or self.window is None:
             k, v = torch.cat((state.keys, k), dim=1), torch.cat((state.values, v), dim=1)
         if length is None:

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..kernels.dispatch import advanced, integers, known
+from ..kernels.dispatch import advanced, integers, known, on_host, placed, seen
 from ..kernels.documents import Documents
 from ..kernels.padding import align
 from ..registry import Needs, SameWeights, Spec, create, register
@@ -137,10 +137,10 @@ class Context(Block):
             y, state = run(x, state, pieces_of(self.segment, positions, [time] * rows, None))
             return y, state._replace(position=advanced(state.position, time))
         layout = align(mask)
-        pieces = pieces_of(self.segment, positions, layout.length.tolist(), layout.filled)
+        pieces = pieces_of(self.segment, positions, integers(layout.length), layout.filled)
         with moved(self, layout):
             y, state = run(layout.spread(x), state, pieces)
-        return layout.collect(y), state._replace(position=state.position + layout.length)
+        return layout.collect(y), state._replace(position=advanced(state.position, layout.length))
 
     def _run(self, x: Tensor, state: ContextState, pieces: list[Piece]) -> tuple[Tensor, ContextState]:
         """The architecture of the paper, piece by piece."""
@@ -232,7 +232,7 @@ class Context(Block):
             begin, attention = 0, first.attend
         else:
             first, attention = documents.fresh, self.fresh_attention(1)
-            begin, began = int(first.position), self._begin_segments(first)
+            begin, began = integers(first.position)[0], self._begin_segments(first)
         memory = snapshot = attend = None
         position = [begin] * len(documents.row)
         if state is not None:
@@ -255,7 +255,7 @@ class Context(Block):
                     select(snapshot, [step.documents.row[i]]) if step.documents.continues[i] else began.snapshot
                     for i in step.apart.last
                 ]
-                reached = torch.tensor(step.position, device=x.device)
+                reached = placed(torch.tensor(step.position), x.device)
                 done = memory if not step.further else select(memory, slice(step.further, None))
                 ends.append(ContextState(done, concatenate(snapshots), after, reached))
                 order += step.rows
@@ -290,6 +290,8 @@ class Context(Block):
         """
         stream = torch.stack([recalled, x], dim=2).flatten(1, 2)
         mask = None if valid is None else valid.repeat_interleave(2, dim=1)
+        if mask is not None and valid is not None and not mask.is_cpu and not torch.compiler.is_compiling():
+            seen(mask, on_host(valid).repeat_interleave(2, dim=1))
         with suppressed() if active else nullcontext():  # observers see the sequence, not this stream
             return forward_every(self.attend, stream, state, step=2, mask=mask, documents=documents, unused=unused)
 

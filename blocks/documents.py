@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..kernels.dispatch import expect_values
+from ..kernels.dispatch import copied, expect_values, placed
 from ..kernels.documents import Documents, Group, packed_ids
 from ..kernels.padding import align
 from .observers import active, observers_of
@@ -38,16 +38,17 @@ def expect_documents(
         if isinstance(cu_seqlens, Tensor):
             expect_values("cu_seqlens", cu_seqlens)
         ids, ended, empty = packed_ids(cu_seqlens, rows, time)
-        return Documents(ids.to(x.device), mask, None, ended=ended, empty=empty)
+        return Documents(placed(ids.cpu(), x.device), mask, None, ended=ended, empty=empty)
     if not isinstance(documents, Tensor) or documents.dtype != torch.int64:
         got = documents.dtype if isinstance(documents, Tensor) else type(documents).__name__
         raise TypeError(f"documents: expected an int64 tensor [batch, time], got {got}")
     if documents.shape != (rows, time):
         raise ValueError(f"documents {list(documents.shape)}: expected [batch, time] = {[rows, time]}")
-    if documents.device != x.device:
+    if documents.device != x.device and not documents.is_cpu:
         raise ValueError(f"documents are on {documents.device}: expected {x.device}, as the inputs are")
     expect_values("documents", documents)
-    return Documents(documents, mask, before)
+    # ids that are on a CPU need not be waited for
+    return Documents(documents if documents.device == x.device else placed(documents, x.device), mask, before)
 
 
 def run_documents(
@@ -81,7 +82,7 @@ def run_documents(
     def fresh(rows: int) -> State:
         if documents.fresh is None:
             return init_state(rows)
-        return map_state(lambda x: x.expand(rows, *x.shape[1:]), documents.fresh)
+        return map_state(lambda x: copied(x.expand(rows, *x.shape[1:]), x, rows), documents.fresh)
 
     def begin(rows: int) -> State:
         return None if documents.fresh is None else fresh(rows)
@@ -92,7 +93,7 @@ def run_documents(
     if documents.apart and (all(goes_on) or not any(goes_on) or not grows):
         before = state
         if not all(goes_on):
-            kept = torch.tensor(goes_on, device=documents.device)
+            kept = placed(torch.tensor(goes_on), documents.device)
             before = where(kept, state, fresh(documents.rows)) if any(goes_on) else begin(documents.rows)
         layout = align(mask) if aligned and mask is not None else None
         if layout is not None:

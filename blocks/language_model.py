@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, embedding
 
 from ..kernels.custom_op import NOT_TRACED
-from ..kernels.dispatch import expect_values, known, shows_values, transforming
+from ..kernels.dispatch import expect_values, known, on_host, placed, shows_values, transforming
 from ..kernels.documents import NO_DOCUMENT, Documents
 from ..kernels.linear import project
 from ..registry import Spec
@@ -215,6 +215,9 @@ class LanguageModel(nn.Module):
         before = state
         if mask is not None:
             self.check_mask(mask, (rows, time))
+            # whose values may be kept: the caller's own mask may change after this call
+            same = mask.device == given.device
+            mask = mask.view_as(mask) if same else placed(mask, given.device)
         if embeddings is not None and check_finite and not torch.compiler.is_compiling() and shows_values(embeddings):
             # norms square their inputs in float32 or wider: where that overflows, they return zeros
             wide = embeddings.detach().to(torch.promote_types(embeddings.dtype, torch.float32))
@@ -280,7 +283,7 @@ class LanguageModel(nn.Module):
         """Run layers and norm without checks: ``x`` [batch, time, dim] -> hidden ``[batch, time, dim]``, state."""
         if x.shape[1] == 0 and documents is None:
             return x, state if state is not None else self._fresh_state(x.shape[0])
-        if mask is not None and not torch.compiler.is_compiling() and bool(mask.all()):
+        if mask is not None and not torch.compiler.is_compiling() and bool(on_host(mask).all()):
             mask = None  # all tokens are valid: blocks are faster without a mask
         states = []
         for layer, before in zip(self.layers, [None] * len(self.layers) if state is None else state.layers):
@@ -373,7 +376,7 @@ class LanguageModel(nn.Module):
             raise ValueError(f"tokens: expected [batch, time] with at least one row, got {list(tokens.shape)}")
 
     def check_mask(self, mask: Tensor, shape: tuple[int, int]) -> None:
-        """Raise ``TypeError`` or ``ValueError`` unless ``mask`` is bool, of this shape, on the model's device."""
+        """Raise ``TypeError`` or ``ValueError`` unless ``mask`` is bool, of this shape, on a CPU or with the model."""
         self._check("mask", mask, torch.bool, shape)
         expect_values("mask", mask)
 
@@ -409,7 +412,8 @@ class LanguageModel(nn.Module):
         if shape is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{name}: expected [batch, time] = {list(shape)}, got {list(tensor.shape)}")
         device = like_of(self).device
-        if tensor.device != device:
+        # a mask that is on a CPU need not be waited for, and is moved where it is used
+        if tensor.device != device and not (name == "mask" and tensor.is_cpu and device.type != "meta"):
             raise ValueError(f"{name} are on {tensor.device}, the model is on {device}: move one of them")
         if device.type == "meta":
             raise ValueError(f"{name}: the model is on the meta device: it has shapes, and no values to compute with")

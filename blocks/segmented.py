@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.dispatch import on_host, seen
 from ..kernels.documents import Documents, Step
 from ..kernels.linear import is_plain, is_unmodified
 from ..kernels.padding import Layout, align
@@ -120,7 +121,11 @@ def pieces_of(segment: int, positions: list[int], lengths: list[int], filled: Te
             aligned = aligned and phase == 0
         full = min(lengths) >= stop
         whole = full and aligned and stop - start == segment
-        valid = None if full or filled is None else filled[:, start:stop]
+        valid = None
+        if not full and filled is not None:
+            valid = filled[:, start:stop]
+            if not valid.is_cpu:
+                seen(valid, on_host(filled)[:, start:stop])
         pieces.append(Piece(start, stop, begins, whole, valid))
         start = stop
     return pieces

@@ -11,13 +11,14 @@ A snapshot of a state is therefore a reference to it, and several continuations 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ..kernels.dispatch import copied
+from ..kernels.dispatch import copied, integers, known
 from ..kernels.documents import NO_DOCUMENT, packed_ids
 from .observers import suppressed
 
@@ -129,13 +130,23 @@ def select(state: State, rows: Tensor | Sequence[int] | slice) -> State:
     ``rows``: integers, where negative ones count from the end, a slice, or one bool per row. Raises ``IndexError`` for
     a row out of range and ``TypeError`` for other values.
     """
-    if isinstance(rows, slice):
-        return map_state(lambda tensor: tensor[rows], state)
     size = batch_size(state)
     if size is None:
         return state
-    index = _index(rows, size)
-    return map_state(lambda tensor: tensor.index_select(0, index.to(tensor.device)), state)
+    index = rows if isinstance(rows, slice) else _index(rows, size)
+
+    def pick(x: Tensor) -> Tensor:
+        if isinstance(index, slice):
+            y, on_host = x[index], True
+        else:
+            y, on_host = x.index_select(0, index.to(x.device, non_blocking=True)), index.is_cpu
+        if not x.is_cpu and x.dim() == 1 and not x.is_floating_point() and on_host:
+            values = integers(x, wait=False)
+            if values is not None:
+                known(y, values[index] if isinstance(index, slice) else [values[i] for i in index.tolist()])
+        return y
+
+    return map_state(pick, state)
 
 
 def concatenate(states: Sequence[State]) -> State:
@@ -153,7 +164,12 @@ def concatenate(states: Sequence[State]) -> State:
             shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors)
             raise ValueError(f"concatenate: rows of different shapes: {shapes} (states that grow must be equally long)")
         _expect_alike("concatenate", *tensors)
-        return torch.cat(tensors, dim=0)
+        y = torch.cat(tensors, dim=0)
+        if not y.is_cpu and y.dim() == 1 and not y.is_floating_point():
+            values = [integers(tensor, wait=False) for tensor in tensors]
+            if None not in values:
+                known(y, list(itertools.chain(*values)))
+        return y
 
     return map_state(join, *states)
 
@@ -296,7 +312,14 @@ def _choose(name: str, rows: Tensor, state: State, other: State) -> State:
                 "(states that grow must be equally long)"
             )
         _expect_alike(name, here, there)
-        return torch.where(rows.to(here.device).view(-1, *[1] * (here.dim() - 1)), here, there)
+        mask = rows.to(here.device, non_blocking=rows.is_cpu).view(-1, *[1] * (here.dim() - 1))
+        y, count = torch.where(mask, here, there), len(rows)
+        if not y.is_cpu and y.dim() == 1 and not y.is_floating_point() and rows.is_cpu:
+            values = [integers(x, wait=False) for x in (here, there)]
+            if values[0] is not None and values[1] is not None:
+                pairs = zip(rows.tolist(), *(x * (count // len(x)) for x in values))
+                known(y, [a if mine else b for mine, a, b in pairs])
+        return y
 
     return map_state(choose, state, other)
 

@@ -18,6 +18,7 @@ The second half of this file holds the questions that operations ask about their
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import math
 import os
@@ -308,16 +309,49 @@ def integers(x: Tensor, *, wait: bool = True) -> Any:
     if x.is_cpu and (wait or not torch.compiler.is_compiling()):
         return x.tolist()
     found = None if torch.compiler.is_compiling() else _KNOWN.get(x)
+    if found is None and not torch.compiler.is_compiling() and x in _ON_HOST:
+        found = _KNOWN[x] = _ON_HOST[x].tolist()
     if found is None and wait:
         found = _KNOWN[x] = x.tolist()
     return found
 
 
-def advanced(x: Tensor, count: int, most: int | None = None) -> Tensor:
-    """``x + count``, or ``most`` where that is less. Known where ``x`` is."""
+_ON_HOST = WeakTensorKeyDictionary()
+
+
+def on_host(x: Tensor) -> Tensor:
+    """``x`` on the CPU. Waits for another device once, unless the values are known (``placed``).
+
+    What is known is kept as long as the tensor, so it is asked of tensors that nobody modifies in place.
+    """
+    if x.is_cpu:
+        return x
+    found = _ON_HOST.get(x)
+    if found is None:
+        found = _ON_HOST[x] = x.cpu()
+    return found  # type: ignore[no-any-return]
+
+
+def placed(x: Tensor, device: torch.device) -> Tensor:
+    """``x``, which is on the CPU, on ``device``, without waiting for it. Its values are known."""
+    return seen(x.to(device, non_blocking=True), x)
+
+
+def seen(x: Tensor, values: Tensor) -> Tensor:
+    """``x``, whose ``values`` on the CPU are known: :func:`on_host` need not wait for them."""
+    if not x.is_cpu and not torch.compiler.is_compiling():
+        _ON_HOST[x] = values
+    return x
+
+
+def advanced(x: Tensor, count: int | Tensor, most: int | None = None) -> Tensor:
+    """``x + count``, or ``most`` where that is less. Known where ``x`` and ``count`` are."""
     y = x + count if most is None else (x + count).clamp_(max=most)
     if not x.is_cpu and x in _KNOWN:
-        known(y, [value + count if most is None else min(value + count, most) for value in _KNOWN[x]])
+        counts = integers(count, wait=False) if isinstance(count, Tensor) else itertools.repeat(count)
+        if counts is not None:
+            sums = [value + more for value, more in zip(_KNOWN[x], counts)]
+            known(y, sums if most is None else [min(value, most) for value in sums])
     return y
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .dispatch import integers, on_host, placed
 from .padding import Layout
 
 NO_DOCUMENT = torch.iinfo(torch.int64).min
@@ -112,8 +113,8 @@ class Documents:
         self.shape = self.rows, time
         self.device, self.empty = ids.device, empty is not None
         self._cache: dict[Any, Any] = {}
-        host = ids.cpu()
-        flat = torch.arange(host.numel()) if mask is None else mask.cpu().flatten().nonzero().flatten()
+        host = on_host(ids)
+        flat = torch.arange(host.numel()) if mask is None else on_host(mask).flatten().nonzero().flatten()
         self._tokens, found = flat, host.flatten()[flat]
         row = flat // max(time, 1)
         same_row = row[1:] == row[:-1]
@@ -135,13 +136,13 @@ class Documents:
         for i, b in enumerate(self.row):
             first.setdefault(b, i)
             self.last[b] = i
-        known = [NO_DOCUMENT] * self.rows if before is None else before.tolist()
+        known = [NO_DOCUMENT] * self.rows if before is None else integers(before)
         names = found[begins].tolist()
         self.continues = [
             first[b] == i and not ended and known[b] in (NO_DOCUMENT, names[i]) for i, b in enumerate(self.row)
         ]
         after = [known[b] if i is None else names[i] for b, i in enumerate(self.last)]
-        self.after = torch.tensor(after if empty is None else [empty] * self.rows, device=self.device)
+        self.after = placed(torch.tensor(after if empty is None else [empty] * self.rows), self.device)
         self.ended = ended
 
     @classmethod
@@ -206,7 +207,7 @@ class Documents:
         """Those of ``groups`` that go on, after one row of all documents that begin."""
         if "read" not in self._cache:
             begin = torch.tensor(self.continues).logical_not().repeat_interleave(torch.tensor(self.length))
-            source = self._tokens[begin].unsqueeze(0).to(self.device)
+            source = placed(self._tokens[begin].unsqueeze(0), self.device)
             shared = [Group([], source, None, False)] if source.numel() else []
             self._cache["read"] = [*shared, *(group for group in self.groups() if group.continues)]
         groups: list[Group] = self._cache["read"]
@@ -255,7 +256,7 @@ class Documents:
                 )
             )
             here = [here[place] for place in further]
-        source = self._tokens[torch.cat(places)].to(self.device)
+        source = placed(self._tokens[torch.cat(places)], self.device)
         target = self._flat(torch.int64)
         target[source] = torch.arange(len(source), device=self.device)
         return Segments(source, target, steps)
@@ -268,11 +269,11 @@ class Documents:
         source = self._tokens[start[:, None] + torch.minimum(time, length[:, None] - 1)]
         layout = None
         if not bool((length == len(time)).all()):
-            filled = (time < length[:, None]).to(self.device)
-            layout = Layout(None, filled, time.to(self.device) * filled, filled, length.to(self.device))
+            filled = placed(time < length[:, None], self.device)
+            layout = Layout(None, filled, placed(time, self.device) * filled, filled, placed(length, self.device))
         first, last = int(source[0, 0]), int(source[-1, -1])
         in_order = layout is None and bool((start.diff() == len(time)).all()) and last - first + 1 == source.numel()
-        return Group(members, source.to(self.device), layout, continues, first if in_order else None)
+        return Group(members, placed(source, self.device), layout, continues, first if in_order else None)
 
     def unpack(self, x: Tensor, group: Group) -> Tensor:
         """``[batch, time, ...]`` -> ``[documents, longest, ...]``. Padding repeats the last token."""
@@ -288,16 +289,17 @@ class Documents:
         flat = torch.cat([y.flatten(0, 1) for y in outputs])
         key = id(groups)
         if key not in self._cache:
-            target = self._flat(torch.int64)
+            target = torch.zeros(self.shape[0] * self.shape[1], dtype=torch.int64)
             offset = 0
             for group in groups:
-                place = torch.arange(offset, offset + group.source.numel(), device=self.device).view_as(group.source)
-                offset += group.source.numel()
-                source = group.source
+                source = on_host(group.source)
+                place = torch.arange(offset, offset + source.numel()).view_as(source)
+                offset += source.numel()
                 if group.layout is not None:
-                    source, place = source[group.layout.filled], place[group.layout.filled]
+                    filled = on_host(group.layout.filled)
+                    source, place = source[filled], place[filled]
                 target[source.flatten()] = place.flatten()
-            self._cache[key] = target
+            self._cache[key] = target = placed(target, self.device)
         return self._placed(flat, self._cache[key])
 
     def spread(self, x: Tensor, segments: Segments) -> Tensor:
@@ -317,7 +319,7 @@ class Documents:
     @functools.cached_property
     def _valid(self) -> Tensor:
         valid = self._flat(torch.bool)
-        valid[self._tokens.to(self.device)] = True
+        valid[placed(self._tokens, self.device)] = True
         return valid
 
     def _flat(self, dtype: torch.dtype) -> Tensor:
@@ -325,10 +327,10 @@ class Documents:
 
     def next_tokens(self, tokens: Tensor, ignored: int) -> Tensor:
         """The token after each of ``tokens`` [batch, time] in its document, ``ignored`` at its last and if masked."""
-        flat = self._tokens.to(self.device)
+        flat = placed(self._tokens, self.device)
         following = tokens.flatten()[flat].roll(-1, 0)
         ends = torch.tensor([*self._starts, len(flat)][1:], dtype=torch.int64) - 1  # empty if there are no tokens
-        following[ends.to(self.device)] = ignored
+        following[placed(ends, self.device)] = ignored
         targets = torch.full_like(tokens, ignored).flatten()
         targets[flat] = following
         return targets.view_as(tokens)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .dispatch import on_host, placed
+
 
 class Layout(NamedTuple):
     """A one-to-one map between the real tokens of ``[batch, time]`` and slots of ``[batch, slots]``."""
@@ -50,11 +52,13 @@ def align(mask: Tensor, offset: Tensor | None = None, multiple: int = 1, slots: 
     know how many tokens are real, it is enough for all; an offset then asks for ``slots``.
     """
     rows, time = mask.shape
+    if not (mask.is_cpu or torch.compiler.is_compiling()):
+        # an accelerator is waited for once, where the mask is first looked at, and not by every block
+        found = align(on_host(mask), None if offset is None else on_host(offset), multiple, slots)
+        placed_here = [None if x is None else placed(x, mask.device) for x in found]
+        return Layout(*placed_here)._replace(mask=mask)
     length = mask.sum(dim=1)
-    # on accelerators, looking at the mask waits for it
-    direct = (
-        offset is None and slots is None and multiple == 1 and not mask.is_cuda and not torch.compiler.is_compiling()
-    )
+    direct = offset is None and slots is None and multiple == 1 and not torch.compiler.is_compiling()
     if offset is None:
         offset = torch.zeros_like(length)
     if slots is None and torch.compiler.is_compiling():

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..autograd import differentiable
-from ..dispatch import advanced, full_precision, integers
+from ..dispatch import advanced, full_precision, integers, on_host, placed
 from ..padding import align
 from .channels_torch import ChannelNetwork
 from .chunk_torch import ChunkNetwork, Scratch, Written, WrittenGrad
@@ -66,7 +66,7 @@ def chunkwise_memory(
     if options.gated:
         state = _together(state)
     phases = [position % options.chunk for position in integers(state.position)]
-    if mask is not None and bool(mask.all()):
+    if mask is not None and bool(on_host(mask).all()):
         mask = None
     if mask is None and len(set(phases)) == 1:
         y, after = _aligned(tokens, state, norm, phases[0], options, network)
@@ -103,7 +103,7 @@ def _ragged(
     chunk, theta = options.chunk, tokens.theta
     if mask is None:
         mask = torch.ones(theta.shape[:2], dtype=torch.bool, device=theta.device)
-    phase = torch.tensor(phases, device=theta.device)
+    phase = placed(torch.tensor(phases), theta.device)
     layout = align(mask, phase)
     if layout.filled.shape[1] > chunk:
         layout = align(mask, phase, multiple=chunk)
@@ -120,13 +120,14 @@ def _ragged(
 
     last = (phase + layout.length) // chunk * size  # the slot at which each row's last chunk begins
     anchor, outputs = where_rows(phase > 0, state.anchor, state.weights), []
-    spans = [(stop, size) for stop in sorted({*last.tolist(), slots})]
+    stops = {(p + n) // chunk * size for p, n in zip(phases, integers(layout.length))}
+    spans = [(stop, size) for stop in sorted({*stops, slots})]
     for stop, y, after in _spans(tokens, state, norm, valid, anchor, spans, options, network):
         outputs.append(y)
         anchor = where_rows(last == stop, after.weights, anchor)
     anchor = where_rows(layout.length > 0, anchor, state.anchor)
     y = layout.collect(_joined(outputs))
-    return y, after._replace(anchor=anchor, position=state.position + layout.length)
+    return y, after._replace(anchor=anchor, position=advanced(state.position, layout.length))
 
 
 def _spans(

@@ -104,7 +104,7 @@ class DeviceTensor(Tensor):
         return _values(self)
 
     def to(self, *args: Any, **kwargs: Any) -> Tensor:
-        if "cpu" in map(str, (*args, *kwargs.values())):
+        if any(str(x) == "cpu" for x in (*args, *kwargs.values()) if not isinstance(x, Tensor)):
             return self.cpu().to(*args, **kwargs)
         return super().to(*args, **kwargs)
 

@@ -14,7 +14,7 @@ from ..terminal import CommandFailed
 from . import parity
 from .report import environment
 
-WITH_NEEDS = ("pydantic", "einops", "pyyaml", "safetensors", "rich")
+WITH_NEEDS = ("pydantic", "einops", "packaging", "pyyaml", "safetensors", "rich")
 ALONE = ("xformers>=0.0.35", "fla-core>=0.6,<0.7")
 """What needs PyTorch, which the machine has."""
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (28, 27, 24, 17)] + ["manylinux2014_x86_64"]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...dispatch import shows_values, sum_is_finite
+from ...dispatch import advanced, integers, known, on_host, placed, shows_values, sum_is_finite
 from ...documents import Documents
 from ..operation import has_fast_backend, run_memory
 from ..state import Tokens
@@ -109,19 +109,23 @@ def run_stretches(
     if rule.reset is None or rows * time == 0:
         return run(writes, state, mask, ends)
     state, every = complete(rule, state, writes), rule.reset * rule.keys
-    before, counts = state.position, [time] * rows if mask is None else mask.sum(1).tolist()
-    places = before.tolist()
+    before, counts = state.position, [time] * rows if mask is None else on_host(mask).sum(1).tolist()
+    places = integers(before)
     due = [count > 0 and place > 0 and place % every == 0 for place, count in zip(places, counts)]
-    state = state._replace(position=before % every)
+    position, due_rows = before % every, placed(torch.tensor(due), before.device)
+    if not before.is_cpu:
+        known(position, [place % every for place in places])
+    state = state._replace(position=position)
     pick = lambda x: x if ends is None else x[ends]  # noqa: E731
     if all(place % every + count <= every for place, count in zip(places, counts)):
-        y, after = run(writes, begin(state, before.new_tensor(due).bool()) if any(due) else state, mask, ends)
+        y, after = run(writes, begin(state, due_rows) if any(due) else state, mask, ends)
     else:
-        seen = torch.arange(time, device=before.device) if mask is None else mask.cumsum(1) - 1
-        ids = (state.position.unsqueeze(1) + seen).div(every, rounding_mode="floor")
-        y, after = _apart(run, rule, writes, state, ids, mask, -before.new_tensor(due))
+        seen = torch.arange(time) if mask is None else on_host(mask).cumsum(1) - 1
+        ids = (torch.tensor([place % every for place in places]).unsqueeze(1) + seen).div(every, rounding_mode="floor")
+        ids, ids_before = (placed(x, before.device) for x in (ids, -torch.tensor(due).long()))
+        y, after = _apart(run, rule, writes, state, ids, mask, ids_before)
         after = after.rows(pick)
-    return y, after._replace(position=pick(before + before.new_tensor(counts)))
+    return y, after._replace(position=pick(advanced(before, placed(torch.tensor(counts), before.device))))
 
 
 def run_documents(
@@ -141,10 +145,10 @@ def run_documents(
 
 def _apart(
     run: Run, rule: Rule, writes: Writes, state: LearnerState, ids: Tensor, mask: Tensor | None,
-    known: Tensor | None = None,
+    ids_before: Tensor | None = None,
 ) -> tuple[Tensor, LearnerState]:  # fmt: skip
-    """``run`` of every document as a row, and the state after the last of each row. ``known``: that of the state."""
-    documents = Documents(ids, mask, known)
+    """``run`` of every document as a row, and the state after the last of each row. ``ids_before``: of the state."""
+    documents = Documents(ids, mask, ids_before)
     groups, outputs, ends, order = documents.groups(begin=True), [], [], []
     for group in groups:
         rows = [documents.row[i] for i in group.documents]
@@ -155,9 +159,12 @@ def _apart(
             index = [row if on else documents.rows + row for row, on in zip(rows, goes_on)]
             before = _joined([state, anew]).rows(lambda x, index=index: x[index])  # type: ignore[misc]
         else:
-            weights = tuple(w[rows] for w in state.initial)
+            index = placed(torch.tensor(rows), ids.device)
+            weights = tuple(w.index_select(0, index) for w in state.initial)
             momentum = tuple(torch.zeros_like(w[:1]).expand_as(w) for w in weights[: len(state.momentum)])
             position = state.position.new_zeros(len(rows))
+            if not position.is_cpu:
+                known(position, [0] * len(rows))
             before = complete(rule, LearnerState(weights, momentum, weights, position, weights), unpacked)
         final = [place for place, i in enumerate(group.documents) if documents.last[documents.row[i]] == i]
         y, after = run(unpacked, before, None if group.layout is None else group.layout.filled, final)
