@@ -329,7 +329,7 @@ def on_host(x: Tensor) -> Tensor:
     found = _ON_HOST.get(x)
     if found is None:
         found = _ON_HOST[x] = x.cpu()
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def placed(x: Tensor, device: torch.device) -> Tensor:

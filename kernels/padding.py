@@ -7,7 +7,7 @@ sequential operation reduces both to one case: ``spread`` puts real token ``i`` 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ def align(mask: Tensor, offset: Tensor | None = None, multiple: int = 1, slots: 
     if not (mask.is_cpu or torch.compiler.is_compiling()):
         # an accelerator is waited for once, where the mask is first looked at, and not by every block
         found = align(on_host(mask), None if offset is None else on_host(offset), multiple, slots)
-        placed_here = [None if x is None else placed(x, mask.device) for x in found]
+        placed_here: list[Any] = [None if x is None else placed(x, mask.device) for x in found]
         return Layout(*placed_here)._replace(mask=mask)
     length = mask.sum(dim=1)
     direct = offset is None and slots is None and multiple == 1 and not torch.compiler.is_compiling()

@@ -159,8 +159,8 @@ def _apart(
             index = [row if on else documents.rows + row for row, on in zip(rows, goes_on)]
             before = _joined([state, anew]).rows(lambda x, index=index: x[index])  # type: ignore[misc]
         else:
-            index = placed(torch.tensor(rows), ids.device)
-            weights = tuple(w.index_select(0, index) for w in state.initial)
+            picked = placed(torch.tensor(rows), ids.device)
+            weights = tuple(w.index_select(0, picked) for w in state.initial)
             momentum = tuple(torch.zeros_like(w[:1]).expand_as(w) for w in weights[: len(state.momentum)])
             position = state.position.new_zeros(len(rows))
             if not position.is_cpu:
