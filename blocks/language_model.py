@@ -26,7 +26,8 @@ from .fingerprint import Fingerprint
 from .freezing import Frozen, freeze, thaw
 from .generation import Generation, generate
 from .layers import RMSNorm
-from .parallel import ContextCall, Parallel
+from .parallel import Parallel
+from .parallel_call import ContextCall
 from .prefix_cache import PrefixCache
 from .state import State, nbytes, prefix_lengths, rewind, trainable
 
