@@ -157,7 +157,9 @@ def run_memory(
         plainly=norm is options.clip is options.threshold is None,
         rare=options.rare(tokens) if rare is None else rare,
     )
-    if any(x is not None and x.dtype != compute for x in tensors):
+    for x in tensors:
+        if x is None or x.dtype == compute:
+            continue
         # its kernels cast queries, keys, values and outputs themselves
         loads = run is MEMORY.backends["triton"].run and options.threshold is None
         if loads and len({x.dtype for x in tokens[:3]}) == 1:
@@ -165,6 +167,7 @@ def run_memory(
         else:
             tokens = tokens.map(lambda x: x.to(compute))
         state, norm = state.to(compute), _cast(norm, compute)
+        break
     with full_precision(q.device.type):
         y, state = run(tokens, state, norm, mask, options)
     if grad and not y.requires_grad:  # no token wrote or read: the gradients are zero
