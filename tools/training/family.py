@@ -37,9 +37,7 @@ LEARNERS: dict[str, tuple[Kind, str | dict[str, Any]]] = {
     "omega_net": ("deep", "omega_net"),
     "atlas": ("deep", "atlas"),
     "lact": ("deep", {"type": "lact", "chunk": 16}),  # its own chunk is longer than the rows
-    "tnt": ("deep", "tnt"),
-    "continuum": ("deep", "continuum"),
-    "hope": ("deep", "hope"),
+    "self_modifying": ("linear", "self_modifying"),
 }
 """Each learner's kind and its block, or the name of a block or of a packaged recipe. Linear: its memory is a matrix."""
 QUICK_LEARNERS = (
@@ -178,10 +176,11 @@ PUBLISHED: dict[str, dict[str, float]] = {
     "mamba2": {"mqar": 0.83},
     "omega_net": {MAD_AVERAGE: 0.7898},
     "atlas": {MAD_AVERAGE: 0.7950},
-    "hope": {"parity": 1.0, "modular_sums": 1.0},
+    "self_modifying": {"parity": 1.0, "modular_sums": 1.0},
 }
 """Accuracies by learner and task, of the sizes and the training in the papers.
 
 MAD: Titans (arXiv 2501.00663) as presented at NeurIPS, and ATLAS (2505.23735). MQAR: Zoology (2312.04927) and later
-papers, at a state of about 66,000 numbers. State tracking: HOPE (Nested Learning, 2512.24695).
+papers, at a state of about 66,000 numbers. State tracking: HOPE (Nested Learning, 2512.24695), which has memories in
+place of feed-forward networks.
 """
