@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import titans_build as tb
 from titans_build.blocks.parallel_plan import Step, elapsed, plan
+from titans_build.registry import scratch
 
 MATRIX = {"type": "memory", "heads": 2, "depth": 1, "norm": False, "clip": None}
 ANCHOR = {"type": "memory", "heads": 2, "chunk": 64, "retrieve": "anchor"}
@@ -50,16 +51,18 @@ def test_memories_whose_chunks_are_no_sums_are_pipelined(change: dict[str, Any])
 
 
 def test_frozen_memories_and_windows_and_custom_blocks() -> None:
-    @tb.register("says_nothing", replace=True)
-    class SaysNothing(tb.Block):
-        def reset_parameters(self) -> None: ...
+    with scratch():
 
-        def forward(self, x: Tensor, state: Any = None, *, mask: Any = None) -> tuple[Tensor, Any]:
-            return x, None
+        @tb.register("says_nothing")
+        class SaysNothing(tb.Block):
+            def reset_parameters(self) -> None: ...
 
-    window = {"type": "attention", "heads": 2, "window": 8}
-    model = model_of("says_nothing", window, MATRIX)
-    assert ways(model, context="affine") == ["gathered", "window", "affine"]
+            def forward(self, x: Tensor, state: Any = None, *, mask: Any = None) -> tuple[Tensor, Any]:
+                return x, None
+
+        window = {"type": "attention", "heads": 2, "window": 8}
+        model = model_of("says_nothing", window, MATRIX)
+        assert ways(model, context="affine") == ["gathered", "window", "affine"]
     model = model_of(MATRIX)
     model.freeze_memory()
     assert ways(model, context="affine") == ["pipelined"]
