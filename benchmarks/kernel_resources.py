@@ -6,7 +6,8 @@
 Every kernel is compiled ahead of time, with the tiles of its launch (``kernels/memory/triton/schedule.py``) and the
 assumption that addresses and sizes of the model are multiples of 16. ``registers``: per thread. ``spilled``: bytes per
 thread in local memory. ``shared``: bytes of shared memory per program. ``dot``: operand types of the matrix units.
-``wgmma`` and ``mma``: instructions for products of matrices, those of Hopper's groups of warps and those of one warp.
+``wgmma``, ``tcgen05`` and ``mma``: instructions for products of matrices, those of Hopper's groups of warps, those of
+Blackwell, which call bfloat16 ``f16``, too, and those of one warp.
 """
 
 from __future__ import annotations
@@ -154,7 +155,8 @@ def _nvidia(asm: dict[str, Any]) -> dict[str, Any]:
         said = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
     count = lambda name: int(re.search(rf"{name}:(\d+)", said.stdout)[1])  # type: ignore[index] # noqa: E731
     dots = re.findall(r"(?:w?g?mma|tcgen05\.mma)\.\S*?(bf16|f16|tf32|f64)", asm["ptx"])
-    products = dict(wgmma=len(re.findall(r"wgmma\.mma_async", asm["ptx"])), mma=asm["ptx"].count("mma.sync"))
+    kinds = dict(wgmma="wgmma.mma_async", tcgen05="tcgen05.mma", mma="mma.sync")
+    products = {name: asm["ptx"].count(instruction) for name, instruction in kinds.items()}
     return dict(registers=count("REG"), spilled=count("STACK"), dot=" ".join(sorted(set(dots)))) | products
 
 
