@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from ..kernels.dispatch import integers
 from ..kernels.documents import NO_DOCUMENT, Documents, packed_ids
 from .block import Block, call, initial_state, unsharded
 from .collectives import Enter, Gather, Leave, Ranks, Receive, Send, Shift, Sum, Whole, any_of_all, tie
@@ -157,9 +158,22 @@ class ContextCall:
         if self.begins:
             used = list(parameters.values())
         else:
-            used = [parameters[name] for name in _used_by_tokens(block) if name in parameters]
+            names = set().union(*(_used_by_tokens(block, *place) for place in self._places(block, state)))
+            used = [parameter for name, parameter in parameters.items() if name in names]
             fresh = None
         return [*used, *(y for _, y in named_tensors((state, fresh)))]
+
+    def _places(self, block: Block, state: State) -> set[tuple[tuple[int, ...], int]]:
+        """The counters of each row before the call, modulo the block's period, and its number of tokens.
+
+        A call of at least a period is represented by one token at a multiple of the period.
+        """
+        counters = [y for path, y in named_tensors(state) if _is_counter(path)]
+        lengths = [self.time] * self.rows if self.mask is None else self.mask.sum(1).tolist()
+        if not counters or max(lengths) >= block.period or not any(lengths):
+            return {((0,) * len(counters), 1)}
+        rows = zip(*([position % block.period for position in integers(y)] for y in counters))
+        return {(row, length) for row, length in zip(rows, lengths) if length}
 
     def repeat(self, block: Block, x: Any, state: State, method: Callable[..., Any] | None = None, **named: Any) -> Any:
         """Call a block or its ``method``, which ``recompute`` calls again in the backward pass."""
@@ -245,23 +259,37 @@ class ContextCall:
         return initial_state(block, self.rows)
 
 
-def _used_by_tokens(block: Any) -> list[str]:
-    """The names of the parameters that a call with a state uses. Others are those of fresh states."""
-    found: list[str] | None = vars(block).get("_used_by_tokens")
-    if found is None:
+def _is_counter(path: str) -> bool:
+    return path.rpartition(".")[2] == "position"
+
+
+def _used_by_tokens(block: Any, counters: tuple[int, ...], length: int) -> list[str]:
+    """The names of the parameters that a call of ``length`` tokens uses with a state whose counters are given.
+
+    The counters are given modulo the period. A context uses some parameters only where a segment begins. Parameters
+    that are not named are those of fresh states.
+    """
+    known: dict[Any, list[str]] = vars(block).setdefault("_used_by_tokens", {})
+    if (counters, length) not in known:
         with torch.enable_grad():
             parameters = {name: p for name, p in block.named_parameters() if p.requires_grad}
             like = next(iter(parameters.values()), None)
             if like is None:
                 return []
-            # at a multiple of the period, so that context begins a segment
-            state = _advance(detach(initial_state(block, 1)), torch.full((1,), block.period))
-            y, after = block(torch.ones(1, 1, block.dim, dtype=like.dtype, device=like.device), state)
+            rest = iter(counters)
+            begun = detach(initial_state(block, 1))
+            given = iter(
+                [
+                    torch.full_like(y, block.period + next(rest)) if _is_counter(path) else y
+                    for path, y in named_tensors(begun)
+                ]
+            )
+            state = map_state(lambda _: next(given), begun)
+            y, after = block(torch.ones(1, length, block.dim, dtype=like.dtype, device=like.device), state)
             outputs = [z.sum() for _, z in named_tensors((y, after)) if z.requires_grad]
             grads = torch.autograd.grad(torch.stack(outputs).sum(), list(parameters.values()), allow_unused=True)
-        found = [name for name, grad in zip(parameters, grads) if grad is not None]
-        vars(block)["_used_by_tokens"] = found
-    return found
+        known[counters, length] = [name for name, grad in zip(parameters, grads) if grad is not None]
+    return known[counters, length]
 
 
 def _starting(documents: Documents | None, fresh: State) -> Documents | None:

@@ -347,9 +347,28 @@ def generated(mesh: Any) -> None:
     tb.parallelize(model, mesh)
     prompt = torch.arange(7)[None]
     assert torch.equal(model.generate(prompt, 5).tokens, plain.generate(prompt, 5).tokens)
+    # only calls in which a segment of 5 tokens begins use the persistent tokens; padding delays the beginning
+    tokens, mask = torch.arange(24).view(1, 24).repeat(2, 1) % 11, torch.ones(2, 24, dtype=torch.bool)
+    for padded in (False, True):
+        mask[:, 7] = not padded
+        unused: list[list[set[str]]] = []
+        for each in (tb.build(recipe_of(BLOCK["mac"]), dtype=torch.float64, seed=0) for _ in range(2)):
+            if unused:
+                tb.parallelize(each, mesh)
+            state, found = None, []
+            for part in (slice(k, k + 4) for k in range(0, 24, 4)):
+                each.zero_grad()
+                given = {"mask": mask[:, part]} if padded else {}
+                out = each(tokens[:, part], state, targets=tokens[:, part], **given)
+                out.loss.backward()
+                state = tb.state.detach(out.state)
+                found.append({name for name, p in each.named_parameters() if p.grad is None})
+            unused.append(found)
+        assert unused[0] == unused[1]
+        assert any(unused[0]) and not all(unused[0])
 
 
-def test_generation_on_a_mesh() -> None:
+def test_generation_and_used_parameters_on_a_mesh() -> None:
     on_ranks({"context": 2}, generated)
 
 
