@@ -131,7 +131,7 @@ def _size_of(tensors: Sequence[Tensor]) -> int:
 def _bytes_of(tensors: Sequence[Tensor]) -> Tensor:
     parts = []
     for x in tensors:
-        flat = x.detach().contiguous().flatten().view(torch.uint8)
+        flat = x.detach().reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8)
         parts.append(F.pad(flat, (0, -len(flat) % ALIGNMENT)))
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
 

@@ -65,8 +65,6 @@ def parallelize(
     share, and for ranks with different recipes.
     """
     shared: Any = model
-    if context not in CONTEXTS:
-        raise ValueError(f"context: expected one of {', '.join(CONTEXTS)}, got {context!r}")
     parallel = Parallel(shared, mesh, gather_outputs, recompute, context)
     if parallel.size > 1:
         _shard_parameters(shared, mesh, parallel, reshard_after_forward)
@@ -88,6 +86,8 @@ class Parallel:
         self.first = dist.get_rank() == 0
         if model.parallel is not None:
             self.refuse("model: it is shared out already: expected a model that no mesh has")
+        if context not in CONTEXTS:
+            self.refuse(f"context: expected one of {', '.join(CONTEXTS)}, got {context!r}")
         names = mesh.mesh_dim_names or ()
         for name in names or ("none",):
             if name not in DIMENSIONS:

@@ -142,7 +142,7 @@ class ContextCall:
             if torch.is_grad_enabled():
                 x = tie(x, *self._used(block, state, fresh))
             past = block.past()
-            if way == "window" and mask is None and past is not None:
+            if way == "window" and self.mask is None and past is not None:
                 return self._run_after_window(block, x, state, fresh, past, named)
             if isinstance(block, NeuralMemory) and way in ("affine", "chunk") and not named:
                 before = state if state is not None else self._fresh(block, documents)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -202,9 +203,8 @@ class Checker:
                 passed_on = needs if name in _delegates(entry.cls) else None
                 value = self._nested(field.annotation, value, place, depth, passed_on)
             node[name] = value
-        cross = getattr(entry.cls, "problems", None)
-        if cross is not None and len(self.problems) == before:
-            for name, message in cross(self.dim, {key: value for key, value in node.items() if key != "type"}):
+        if len(self.problems) == before and _checks_fields(entry):
+            for name, message in entry.cls.problems(self.dim, {key: x for key, x in node.items() if key != "type"}):
                 self._refuse(join(path, name), message, None)
         return node
 
@@ -259,3 +259,11 @@ def _copy(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _copy(item) for key, item in value.items()}
     return value
+
+
+def _checks_fields(entry: Entry) -> bool:
+    """Whether the class has conditions on its fields. Inherited ones do not fit a constructor with fewer fields."""
+    owner = next((cls for cls in entry.cls.__mro__ if "problems" in vars(cls)), None)
+    if owner is None or owner is entry.cls:
+        return owner is not None
+    return inspect.signature(owner).parameters.keys() - {"dim"} <= entry.fields.keys()

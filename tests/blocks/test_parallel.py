@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import titans_build as tb
+from titans_build.blocks.collectives import Ranks
 from titans_build.recipes.loading import base_names
 from titans_build.tools.training.optimizer import parameter_groups
 
@@ -115,6 +116,10 @@ class Case:
         if "mask" in options:
             self.options["mask"] = torch.rand(rows, time, generator=make) > 0.3
             self.options["mask"][0, time // 2 :] = False
+        for side, part in (("left", slice(3)), ("right", slice(time - 3, None))):
+            if side in options:  # padding of the first rank only, or of the last
+                self.options["mask"] = torch.ones(rows, time, dtype=torch.bool)
+                self.options["mask"][0, part] = False
 
     def run(self, model: Any, group: int) -> tuple[Any, Tensor]:
         rows, state, total = slice(2 * group, 2 * group + 2), None, torch.zeros((), dtype=torch.float64)
@@ -251,6 +256,23 @@ def test_two_ranks_of_context_with_padding_and_a_custom_block() -> None:
     on_ranks({"context": 2}, compare_all, [BLOCK["chain"], BLOCK["custom"]], 24, ("mask",))
 
 
+def send_expanded(mesh: Any) -> None:
+    ranks = Ranks(mesh.get_group(), mesh.get_local_rank(), 2)
+    for shape in ((1,), (1, 1), (3,), (0,)):
+        given = torch.full((), ranks.rank + 1.0).expand(shape)
+        ranks.send([given], 1 - ranks.rank)
+        (found,) = ranks.receive([given], 1 - ranks.rank)
+        assert torch.equal(found, torch.full(shape, 2.0 - ranks.rank))
+
+
+def test_expanded_tensors_are_sent() -> None:
+    on_ranks({"context": 2}, send_expanded)
+
+
+def test_padding_on_one_of_two_ranks() -> None:
+    on_ranks({"context": 2}, compare_all, [BLOCK["mag"], BLOCK["reset"]], 24, ("left", "right"))
+
+
 def parts(mesh: Any, folder: Path) -> None:
     """Each rank stores its part of what has heads; of parameters, gradients and optimizer states."""
     recipe = recipe_of(BLOCK["mag"], BLOCK["mac"], BLOCK["grouped heads"], BLOCK["custom"])
@@ -329,6 +351,8 @@ def refused(mesh: Any) -> None:
     expect("heads: 3 cannot be shared by the 2 ranks of the mesh's tensor", tb.parallelize, odd, heads)
     other = build(**{"layers.lmm.0.chunk": 8 + dist.get_rank()})
     expect("rank 1 has another recipe than rank 0", tb.parallelize, other, mesh)
+    ways = "context: expected one of auto, affine, chunk, pipelined, got 'ring'"
+    expect(ways, tb.parallelize, build(), mesh, context="ring")
     model = tb.parallelize(build(), mesh)
     expect("model: it is shared out already", tb.parallelize, model, mesh)
     tokens = torch.zeros(1, 3, dtype=torch.int64)

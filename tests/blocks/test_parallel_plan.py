@@ -98,8 +98,3 @@ def test_flops_of_a_memory_that_is_read_at_the_anchor(monkeypatch: pytest.Monkey
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         block(torch.randn(1, 64, 64))
     assert block.flops(64) == pytest.approx(counter.get_total_flops(), rel=0.2)
-
-
-def test_context_of_another_name() -> None:
-    with pytest.raises(ValueError, match=r"context: expected one of auto, affine, chunk, pipelined, got 'ring'"):
-        tb.parallelize(model_of(MATRIX), None, context="ring")  # type: ignore[arg-type]

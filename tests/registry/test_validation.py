@@ -251,6 +251,24 @@ def test_an_error_of_a_constructor_is_a_recipe_error():
             create("moody", dim=8)
 
 
+def test_inherited_conditions_do_not_fit_a_constructor_with_fewer_fields():
+    with scratch():
+
+        @register("two_heads")
+        class TwoHeads(Heads):
+            def __init__(self, dim: int, *, length: int = 1) -> None:
+                super().__init__(dim, heads=2)
+
+        @register("long_heads")
+        class LongHeads(Heads):
+            def __init__(self, dim: int, *, heads: int = 4, length: int = 1) -> None:
+                super().__init__(dim, heads=heads)
+
+        assert create("two_heads", dim=6).heads == 2
+        with pytest.raises(RecipeError, match="4 heads do not divide the width 6"):
+            create("long_heads", dim=6)
+
+
 @pytest.mark.parametrize("dim", [0, -1, True, 2.0, "8"])
 def test_create_needs_a_width(dim: Any):
     with pytest.raises(RecipeError, match="dim"):
