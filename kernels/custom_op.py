@@ -50,6 +50,7 @@ class OpaqueOperation:
         outputs: a function of the same arguments that returns tensors of the right shapes and dtypes, in the same
             tuples, and ``None`` where an output is ``None``; their values do not matter.
         tuples: classes of the named tuples among the arguments.
+        differentiates: whether the functions use autograd themselves, also where no gradient of theirs is wanted.
     """
 
     def __init__(
@@ -58,8 +59,9 @@ class OpaqueOperation:
         runs: Mapping[str, Callable[..., Any]],
         outputs: Callable[..., Any],
         tuples: Sequence[type[Any]] = (),
+        differentiates: bool = False,
     ) -> None:
-        self.name, self.runs, self.outputs = name, runs, outputs
+        self.name, self.runs, self.outputs, self.differentiates = name, runs, outputs, differentiates
         self.tuples = {kind.__name__: kind for kind in tuples}
         OPAQUE_OPERATIONS[name] = self
         _define(self)
@@ -218,6 +220,15 @@ def _record(
     return outputs, recording
 
 
+def _run_alone(
+    operation: OpaqueOperation, tensors: Sequence[Tensor], numbers: Sequence[int], text: str
+) -> Sequence[Tensor]:
+    # autograd does not save the tensors of inference mode
+    given = [x.clone() if x.is_inference() else x.detach() for x in tensors]
+    with torch.no_grad():
+        return operation.run(given, numbers, text)
+
+
 def _owned(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
     """The outputs dense, none sharing storage with an input or another output: operators may not."""
     taken = {x.untyped_storage().data_ptr() for x in inputs}
@@ -234,6 +245,8 @@ def _owned(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
 def _forward(
     operation: OpaqueOperation, tensors: list[Tensor], numbers: list[int], text: str, wanted: list[int]
 ) -> list[Tensor]:
+    if not wanted and operation.differentiates:
+        return _owned(_with_autograd(_run_alone, operation, tensors, numbers, text), tensors)
     if not wanted:
         with torch.no_grad():
             return _owned(operation.run([x.detach() for x in tensors], numbers, text), tensors)

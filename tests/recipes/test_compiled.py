@@ -195,3 +195,25 @@ def test_the_inductor_backend(name):
     module = model(name)
     given, targets = tokens(), tokens()
     same(step(compiled(module, "inductor"), module, given, targets), step(module, module, given, targets))
+
+
+@pytest.mark.parametrize("mode", ["no_grad", "inference_mode", "frozen"])
+@pytest.mark.parametrize("time", [1, 9])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"type": "memora"},
+        *(
+            pytest.param(each, marks=pytest.mark.slow)
+            for each in ({"type": "atlas"}, {"type": "lact"}, {"type": "memory", "network": "slots"})
+        ),
+    ],
+    ids=str,
+)
+def test_compiled_learners_without_gradients(fields: dict[str, Any], time: int, mode: str) -> None:
+    torch._dynamo.reset()
+    block = tb.build_block(fields, dim=8).requires_grad_(mode != "frozen")
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, time, 8)
+    with contextlib.nullcontext() if mode == "frozen" else getattr(torch, mode)():
+        torch.testing.assert_close(compiled(x)[0], block(x)[0])

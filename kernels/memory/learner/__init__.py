@@ -265,7 +265,7 @@ def _outputs(
     return y, after if ends is None else after.rows(lambda x: x[list(ends)])
 
 
-OPERATOR = OpaqueOperation("learn", {"learn": _operator}, _outputs, [MemoryState, LearnerState])
+OPERATOR = OpaqueOperation("learn", {"learn": _operator}, _outputs, [MemoryState, LearnerState], differentiates=True)
 
 
 def learn_writes(
