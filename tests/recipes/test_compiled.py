@@ -1,5 +1,8 @@
 """``torch.compile`` of models in one graph: every packaged recipe gives the results of eager mode."""
 
+import contextlib
+from typing import Any
+
 import pytest
 import torch
 
