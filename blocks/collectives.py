@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,9 @@ from .state import map_state
 
 ALIGNMENT = 16
 """Bytes to which each tensor of a message is padded."""
+_SENDS: WeakKeyDictionary[Any, list[tuple[Any, Tensor]]] = WeakKeyDictionary()
+"""Messages on their way, by process group. A message is lost if its work is freed before it is received: the other rank
+would wait for ever where a model is freed after its last call."""
 
 
 class Ranks:
@@ -33,7 +37,7 @@ class Ranks:
         self.first, self.last = rank == 0, rank == size - 1
         self.sent: dict[str, int] = {}
         """Bytes that this rank has sent, by the name of the call."""
-        self._pending: list[tuple[Any, Tensor]] = []
+        self._pending = [] if group is None else _SENDS.setdefault(group, [])
 
     def count(self, name: str, size: int) -> None:
         self.sent[name] = self.sent.get(name, 0) + size

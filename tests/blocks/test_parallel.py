@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import socket
 import warnings
+from datetime import timedelta
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import pytest
@@ -163,7 +165,7 @@ def _rank(rank: int, port: int, sizes: dict[str, int], program: Any, arguments: 
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
     warnings.simplefilter("ignore")
     tb.register("running_sum")(RunningSum)
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     program(init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes)), *arguments)
     dist.barrier()
     dist.destroy_process_group()
@@ -267,6 +269,20 @@ def send_expanded(mesh: Any) -> None:
 
 def test_expanded_tensors_are_sent() -> None:
     on_ranks({"context": 2}, send_expanded)
+
+
+def send_and_forget(mesh: Any) -> None:
+    ranks = Ranks(mesh.get_group(), mesh.get_local_rank(), 2)
+    if ranks.first:
+        ranks.send([torch.ones(3)], 1)
+    else:
+        sleep(0.5)  # until the sender has freed what it sent with
+        (found,) = ranks.receive([torch.empty(3)], 0)
+        assert torch.equal(found, torch.ones(3))
+
+
+def test_messages_arrive_after_the_sender_has_freed_its_model() -> None:
+    on_ranks({"context": 2}, send_and_forget)
 
 
 def test_padding_on_one_of_two_ranks() -> None:
