@@ -3,7 +3,7 @@
 # make check      ruff and mypy                 make clean       remove .venv and what was built
 # make test-versions  a part of the tests with the oldest and newest versions of Python, torch and transformers that are
 #                 allowed: tests/versions.py; an hour and several GB; VERSIONS="--python 3.12 --torch newest" for a part
-# make bench-memory bench-model bench-streaming bench-torch_path bench-packing bench-estimate
+# make bench-memory bench-model bench-streaming bench-torch_path bench-packing bench-estimate bench-resources
 # make bench-copy bench-mqar bench-language bench-family bench-learners bench-needle bench-overhead bench-hf_swap bench-generation
 # make bench-stages bench-long bench-parallel
 #                 minutes each, on a machine with nothing else to do: benchmarks/
@@ -17,7 +17,7 @@ FOLDERS := blocks kernels recipes registry tools
 # takes neighbouring tests, which share fixtures and imports, and then some of the other's.
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-slow test-versions check clean bench-memory bench-model bench-streaming bench-torch_path bench-packing bench-estimate bench-copy bench-mqar bench-language bench-family bench-learners bench-needle bench-overhead bench-hf_swap bench-generation bench-stages bench-long bench-parallel
+.PHONY: demo test test-slow test-versions check clean bench-memory bench-model bench-streaming bench-torch_path bench-packing bench-estimate bench-resources bench-copy bench-mqar bench-language bench-family bench-learners bench-needle bench-overhead bench-hf_swap bench-generation bench-stages bench-long bench-parallel
 
 demo: .venv/.installed
 	@echo "building the MAC recipe and trying it on README.md: about 10 seconds"
@@ -55,8 +55,8 @@ bench-needle: bench-%: .venv/.installed
 bench-generation: bench-%: .venv/.installed
 	OMP_NUM_THREADS=1 $(BENCH)/$*.py $(WRITE)
 
-bench-estimate: bench-%: .venv/.installed-dev
-	$(BENCH)/kernel_estimate.py $(WRITE)
+bench-estimate bench-resources: bench-%: .venv/.installed-dev
+	$(BENCH)/kernel_$*.py $(WRITE)
 
 bench-overhead bench-packing bench-torch_path bench-learners: bench-%: .venv/.installed
 	OMP_NUM_THREADS=1 $(BENCH)/steps.py $* $(WRITE)

@@ -1,23 +1,22 @@
 """The registers and memory of each Triton kernel, compiled for GPUs that need not be installed.
 
-    python benchmarks/kernel_resources.py [--json] [--target sm_90 ...] [--dim 64] [--hidden 128] [--chunk 64]
-        [--layers 2] [--operands bfloat16] [--kernel NAME ...]
+    python benchmarks/kernel_resources.py [--target sm_90 ...] [--kernel NAME ...] [--json FILE]
+    python benchmarks/kernel_resources.py --dim 64 [--hidden 256] [--chunk 64] [--layers 2] [--operands bfloat16] ...
 
-Every kernel is compiled ahead of time, with the tiles of its launch (``kernels/memory/triton/schedule.py``) and the
-assumption that addresses and sizes of the model are multiples of 16. ``registers``: per thread. ``spilled``: bytes per
-thread in local memory. ``shared``: bytes of shared memory per program. ``dot``: operand types of the matrix units.
-``wgmma``, ``tcgen05`` and ``mma``: instructions for products of matrices, those of Hopper's groups of warps, those of
-Blackwell, which call bfloat16 ``f16``, too, and those of one warp.
+Without ``--dim``, for the heads of all packaged sizes. Every kernel is compiled ahead of time, with the tiles of its
+launch (``kernels/memory/triton/schedule.py``) and the assumption that addresses and sizes of the model are multiples of
+16. ``registers``: per thread. ``spilled``: bytes per thread in local memory. ``shared``: bytes of shared memory per
+program. ``dot``: operand types of the matrix units. ``wgmma``, ``tcgen05``, ``mma`` and ``mfma``: instructions for
+products of matrices, those of Hopper's groups of warps, those of Blackwell, which call bfloat16 ``f16``, too, those of
+one warp, and those of AMD. ``tensor_memory``: columns of Blackwell's.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)  # its kernels cannot be compiled
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton warns if it is not set
 
+import measure
 import torch
 import triton
 import triton.language as tl
@@ -48,7 +48,12 @@ from titans_build.kernels.norm_gate.form import GATE
 from titans_build.kernels.rotary import triton as rotation
 from titans_build.kernels.short_conv import triton as convolution
 
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+TARGETS = {"sm_80": ("mma",), "sm_90": ("wgmma", "mma"), "sm_100": ("tcgen05", "mma"), "gfx942": ("mfma",)}
+"""The instructions that multiply matrices on each."""
+SIZES = {"170m": 48, "30m, 340m, 400m": 64, "760m": 96, "1.3b": 256}
+"""The heads of the packaged sizes."""
+LARGEST = 128
+"""Wider heads have no kernel of the memory."""
 MEMORY = dict.fromkeys(
     kernel
     for module in (write_kernels, read_kernels, write_backward_kernels, step, read)
@@ -102,6 +107,8 @@ def kernels(
     )  # fmt: skip
     for kernel in (decay.decay_kernel, decay.decay_backward_kernel):
         yield kernel, net | decay.decay_tiles(chunk), dict(b=chunk)
+    if dim > LARGEST:
+        return
     for kernel in (channels.channel_scores_kernel, channels.channel_scores_backward_kernel):
         yield (
             kernel,
@@ -138,6 +145,8 @@ def compiled(kernel: Any, fixed: dict[str, Any], sizes: dict[str, int], target: 
     tiles = ("ROWS", "TOKENS", "KEYS", "BLOCK", "WIDTH")
     row |= {name: fixed[name] for name in tiles if name in fixed and name in names}
     row |= dict(warps=done.metadata.num_warps, shared=done.metadata.shared)
+    if hasattr(done.metadata, "tmem_size"):
+        row["tensor_memory"] = done.metadata.tmem_size
     return row | (_nvidia(done.asm) if nvidia else _amd(done.asm))
 
 
@@ -164,35 +173,61 @@ def _amd(asm: dict[str, Any]) -> dict[str, Any]:
     count = lambda name: int(re.search(rf"\.{name}:\s*(\d+)", asm["amdgcn"])[1])  # type: ignore[index] # noqa: E731
     dots = re.findall(r"v_mfma_\w+?x\d+_?\d*_?(bf16|f16|xf32|f32|f64)", asm["amdgcn"])
     registers = count("vgpr_count") + count("agpr_count")
-    return dict(registers=registers, spilled=count("private_segment_fixed_size"), dot=" ".join(sorted(set(dots))))
+    kinds = " ".join(sorted(set(dots)))
+    return dict(registers=registers, spilled=count("private_segment_fixed_size"), dot=kinds, mfma=len(dots))
 
 
-def main(words: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="a line of JSON for each kernel and target")
-    parser.add_argument("--target", nargs="+", default=TARGETS)
+def measured(arguments: argparse.Namespace, results: measure.Result) -> measure.Result:
+    heads = [arguments.dim] if arguments.dim else [*SIZES.values()]
+    rows = []
+    for target in arguments.target:
+        for dim in heads[:1] if arguments.quick else heads:
+            hidden, quick = arguments.hidden or 4 * dim, ["decay"] if arguments.quick else None
+            of_memory = (arguments.chunk, arguments.operands, arguments.layers, target, arguments.gated)
+            for kernel, fixed, sizes in kernels(dim, hidden, *of_memory):
+                names = arguments.kernel or quick
+                if names and not any(name in kernel.__name__ for name in names):
+                    continue
+                rows.append({"heads": dim, **compiled(kernel, fixed, sizes, target)})
+                measure.say("  ".join(f"{name} {value}" for name, value in rows[-1].items()))
+    return {"rows": rows}
+
+
+def tables(results: measure.Result) -> dict[str, str]:
+    """A row for each kernel; heads for which it is the same on all targets share one."""
+    cells: dict[str, dict[int, dict[str, str]]] = {}
+    for row in results["rows"]:
+        used = [f"{row[kind]} {kind}" for kind in TARGETS[row["target"]] if row[kind]]
+        said = ", ".join([*used, f"{row['spilled']} B", f"{row['shared'] / 1024:.0f} KiB"])
+        name = row["kernel"].removeprefix("memory.triton.").replace(".triton", "")
+        cells.setdefault(name, {}).setdefault(row["heads"], {})[row["target"]] = said
+    targets = [target for target in TARGETS if any(row["target"] == target for row in results["rows"])]
+    lines = []
+    for name, heads in cells.items():
+        alike: dict[tuple[str, ...], list[int]] = {}
+        for dim, of in heads.items():
+            alike.setdefault(tuple(of.get(target, "") for target in targets), []).append(dim)
+        lines += [[f"`{name}`", ", ".join(map(str, dims)), *of] for of, dims in alike.items()]
+    return {
+        "kernels": measure.table(("kernel", "heads of", *targets), lines),
+        "machine": measure.machine_table(results),
+    }
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--target", nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--kernel", nargs="+", help="only kernels whose name contains one of these")
-    for name, default in (("dim", 64), ("hidden", 128), ("chunk", 64)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--dim", type=int, help="of heads (default: those of all packaged sizes)")
+    parser.add_argument("--hidden", type=int, help="units (default: four times as many)")
+    parser.add_argument("--chunk", type=int, default=64)
     parser.add_argument("--gated", action="store_true", help="a gated network")
     parser.add_argument("--layers", type=int, choices=(1, 2), default=2)
     parser.add_argument("--operands", choices=PRODUCTS, default="bfloat16")
-    arguments = parser.parse_args(words)
-    for target in arguments.target:
-        for kernel, fixed, sizes in kernels(
-            arguments.dim,
-            arguments.hidden,
-            arguments.chunk,
-            arguments.operands,
-            arguments.layers,
-            target,
-            arguments.gated,
-        ):
-            if arguments.kernel and not any(name in kernel.__name__ for name in arguments.kernel):
-                continue
-            row = compiled(kernel, fixed, sizes, target)
-            print(json.dumps(row) if arguments.json else "  ".join(f"{n} {x}" for n, x in row.items()), flush=True)
+
+
+def main() -> None:
+    measure.benchmark("resources", __doc__, "20 minutes", measured, tables, add_options=_options)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -19,6 +19,7 @@ PROGRAMS = {
     },
     **dict.fromkeys(("overhead", "packing", "torch_path", "learners"), "steps"),
     **dict.fromkeys(("estimate", "estimate_before"), "kernel_estimate"),
+    "resources": "kernel_resources",
     **dict.fromkeys(("copy", "mqar", "language", "family"), "variants"),
 }
 """Which program writes each file of results."""

@@ -40,18 +40,23 @@ def test_costs_are_linear_in_layers(estimate: Any, recipe: str) -> None:
 
 
 @pytest.mark.slow
-def test_costs_of_mac_are_linear_in_segments(estimate: Any) -> None:
-    at = [estimate.step("mac-30m", 1, 512 * n) for n in (2, 3, 4)]
+@pytest.mark.parametrize("recipe", ["mac", "lmm"])
+def test_the_costs_of_a_model_are_those_of_counting_all_of_it(estimate: Any, recipe: str) -> None:
+    found, counted = estimate.estimate(recipe, 1280), estimate.step(recipe, 4, 1280)
     for name in estimate.COUNTS:
-        assert at[2][name] == pytest.approx(2 * at[1][name] - at[0][name], rel=1e-6), name
+        assert found[name] == pytest.approx(counted[name], rel=1e-9), name
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["mac", "lmm"])
-def test_the_costs_of_a_model_are_those_of_counting_all_of_it(estimate: Any, recipe: str) -> None:
-    found, counted = estimate.estimate(recipe, 1280, (512, 768)), estimate.step(recipe, 4, 1280)
+def test_the_costs_of_a_model_with_many_launches_follow_from_two_lengths(estimate: Any, tmp_path: Path) -> None:
+    """The time of the device is not linear where kernels have few programs, nor are the bytes of partial sums."""
+    recipe = tmp_path / "heads of 256.yaml"
+    text = (BENCHMARKS.parent / "recipes" / "mac.yaml").read_text()
+    recipe.write_text(text.replace("heads: 4, depth", "heads: 1, depth").replace("repeat: 4", "repeat: 2"))
+    found, counted = estimate.estimate(recipe, 768, (512, 640)), estimate.step(recipe, 2, 768)
+    assert counted["launches"] > 768 * estimate.MANY
     for name in estimate.COUNTS:
-        assert found[name] == pytest.approx(counted[name], rel=1e-9), name
+        assert found[name] == pytest.approx(counted[name], rel=2e-3 if name in ("other", "device") else 1e-9), name
 
 
 def test_a_step_takes_as_long_as_the_slower_of_host_and_device(estimate: Any) -> None:

@@ -31,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from ...kernels import linear, triton_runtime
+from ...kernels import linear, rotary, triton_runtime
 from ...kernels.attention import flash, xformers
 
 VALUES = 2**16
@@ -132,11 +132,13 @@ class Counting(contextlib.ExitStack):
 
     def __enter__(self) -> Counting:
         from ...kernels.norm_gate import triton as norm_gate
-        from ...kernels.rotary import triton as rotary
+        from ...kernels.rotary import triton as rotation
         from ...kernels.short_conv import triton as short_conv
 
         super().__enter__()
-        for name, module in (("gated", norm_gate), ("normed_rotation", rotary), ("convolution", short_conv)):
+        for kept in (rotary._tables_of_few, rotary._tables_of_segment):  # else counts depend on what ran before
+            kept.cache_clear()
+        for name, module in (("gated", norm_gate), ("normed_rotation", rotation), ("convolution", short_conv)):
             self.operators[f"titans_build::{name}"] = module.run_forward
             self.operators[f"titans_build::{name}_backward"] = module.run_backward
         _active.append(self)

@@ -73,7 +73,7 @@ def first(device: str, small: bool, answers: str | None) -> tuple[list[Stage], S
     ceiling = (
         {"side": 64, "copied": 2**16, "seconds": time_} if small else {"side": 8192, "copied": 2**32, "seconds": 0.5}
     )
-    generated = {"prompt": texts[0], "tokens": 8 if small else 64, "seconds": time_}
+    generated = {"prompt": texts[0], "tokens": 2 if small else 64, "seconds": time_}
     repeated = checked[:1] if small else REPEATED
     sanitized = {"name": checked[0], "small": True}
     stages = [

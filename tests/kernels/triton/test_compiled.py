@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,12 @@ KERNELS = 20
 def compiled(target, **options):
     """In a process of its own: where TRITON_INTERPRET is set, what ``triton.jit`` makes is no kernel to be compiled."""
     asked = [word for name, value in options.items() for word in (f"--{name}", *str(value).split())]
-    command = [sys.executable, str(REPORT), "--json", "--target", target, *asked]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.json"
+        command = [sys.executable, str(REPORT), "--json", str(file), "--target", target, *asked]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(file.read_text())["rows"]
 
 
 def assert_fits(rows, target, spilled):
@@ -65,26 +68,37 @@ def test_the_largest_memory(target, operands):
     assert_fits(compiled(target, dim=128, hidden=512, chunk=128, operands=operands), target, 2048)
 
 
-SLOW = pytest.mark.slow
 MANY = "write_kernel read_kernel read_fixed_kernel rewrite read_backward write_backward_kernel read_fixed_backward"
 """The kernels of the memory with products of matrices, without those that keep the state."""
+UNIT = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
 
 
-@pytest.mark.parametrize("kernel", ["read_kernel", pytest.param(MANY, marks=SLOW)], ids=["reads", "all"])
-@pytest.mark.parametrize(
-    "sizes",
-    [dict(dim=64, hidden=256), pytest.param(dict(dim=48, hidden=192), marks=SLOW),
-     pytest.param(dict(dim=96, hidden=384), marks=SLOW)],
-    ids=["30m 340m 400m", "170m", "760m"],
-)  # fmt: skip
-def test_the_matrix_units_of_hopper(sizes, kernel):
-    """Packaged sizes with chunks of 64: each product is of the kind that takes 64 rows, and no thread spills much."""
-    rows = compiled("sm_90", **sizes, chunk=64, kernel=kernel)
-    assert len(rows) == (9 if kernel == MANY else 1)
-    for row in rows:
-        assert row["wgmma"] > 0 and row["mma"] == 0, row
-        wide = sizes["dim"] > 64 and "write_backward" in row["kernel"]
-        assert_fits([row], "sm_90", 448 if wide else 128)
+def assert_suits_hopper(row):
+    """All products are of the kind that takes 64 rows, and no thread spills much."""
+    assert row["wgmma"] > 0 and row["mma"] == 0, row
+    assert_fits([row], "sm_90", 448 if row["heads"] > 64 and "write_backward" in row["kernel"] else 128)
+
+
+def test_a_packaged_size_suits_hopper():
+    (row,) = compiled("sm_90", dim=64, kernel="read_kernel")
+    assert_suits_hopper(row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target, spilled", [("sm_80", 256), ("sm_90", 448), ("sm_100", 256), ("gfx942", 1024)])
+def test_the_packaged_sizes(target, spilled):
+    """All kernels at all sizes fit, and the memory's products are of the target's own kind alone."""
+    rows = compiled(target)
+    kernels = {heads: {row["kernel"] for row in rows if row["heads"] == heads} for heads in (48, 64, 96, 256)}
+    assert [len(of) for of in kernels.values()] == [KERNELS, KERNELS, KERNELS, 8]
+    assert_fits(rows, target, spilled)
+    assert all(row.get("tensor_memory", 0) <= 512 for row in rows)  # columns of a multiprocessor
+    many = [row for row in rows if any(name in row["kernel"] for name in MANY.split())]
+    assert len(many) == 3 * 9
+    for row in many:
+        assert row[UNIT[target]] > 0 and (target == "sm_80" or not row.get("mma")), row
+        if target == "sm_90":
+            assert_suits_hopper(row)
 
 
 @pytest.mark.slow

@@ -60,7 +60,7 @@ def test_a_dry_run_with_a_crash_a_hang_and_a_wrong_number(tmp_path):
     assert red.pop("injected crash")["failed"] == "its process ended with -6"
     assert red.pop("injected hang")["failed"] == "took longer than 2 s"
     assert red.pop("injected wrong number")["error"] > 0.009
-    assert all("delta" in name or "TTT" in name for name in red), red  # run on a GPU alone
+    assert not red
     stages, _ = plan.first("cpu", True, None)
     ran = {(row["stage"], row["case"]) for row in found["rows"]}
     assert ran >= {(stage.name, case.name) for stage in stages for case in stage.cases}
