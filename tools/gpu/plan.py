@@ -46,7 +46,7 @@ def first(device: str, small: bool, answers: str | None) -> tuple[list[Stage], S
     on = {"device": device}
 
     def stage(name: str, seconds: float, cases: Sequence[tuple[str, Any, Row, float]], at_once: int = 1) -> Stage:
-        limits = 20.0 if small else None
+        limits = 60.0 if small else None  # of a machine that may be busy
         made = [Case(name, case, function, on | given, limits or limit) for case, function, given, limit in cases]
         return Stage(name, seconds, made, at_once)
 
