@@ -208,7 +208,12 @@ def test_the_inductor_backend(name):
         {"type": "memora"},
         *(
             pytest.param(each, marks=pytest.mark.slow)
-            for each in ({"type": "atlas"}, {"type": "lact"}, {"type": "memory", "network": "slots"})
+            for each in (
+                {"type": "atlas"},
+                {"type": "moneta"},
+                {"type": "lact"},
+                {"type": "memory", "network": "slots"},
+            )
         ),
     ],
     ids=str,
