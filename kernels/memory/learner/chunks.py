@@ -9,6 +9,7 @@ in between (``one_move``).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -528,10 +529,13 @@ def project_queries(q: Tensor, k: Tensor, projection: Tensor, valid: Tensor | No
     unit = k / (k.square().sum(-1, keepdim=True) + 1e-6).sqrt()
     if valid is not None:
         unit = unit * valid[:, None, :, None]
+    finite = unit.isfinite().all(-1, keepdim=True)  # zero times NaN would reach earlier queries
+    lost, unit = finite.logical_not().cumsum(2) > 0, unit.masked_fill(~finite, 0.0)
     time = q.shape[2]
     size = max(min(time, 64), 1)  # pieces, whose sums are added up; none without tokens
     pieces = -(-time // size)
     q, unit = (F.pad(x, (0, 0, 0, pieces * size - time)).unflatten(2, (pieces, size)) for x in (q, unit))
     sums = torch.cat([projection.unsqueeze(2), unit.mT @ unit], 2).cumsum(2)
     y = q @ sums[:, :, :-1] + (q @ unit.mT).tril() @ unit
-    return y.flatten(2, 3)[:, :, :time], sums[:, :, -1].clone()
+    y, last = y.flatten(2, 3)[:, :, :time], sums[:, :, -1]
+    return y.masked_fill(lost, math.nan), last.masked_fill(lost.any(2, keepdim=True), math.nan)
