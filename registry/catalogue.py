@@ -9,6 +9,7 @@ import importlib.metadata
 import inspect
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -33,6 +34,8 @@ class Entry:
     """``file:line`` of the class."""
     source: str
     """The package it comes from: ``titans_build``, or the one that registered it."""
+    number: int
+    """1 for the first class of this name, more for those that were registered later."""
 
     @property
     def summary(self) -> str:
@@ -66,6 +69,7 @@ class Catalogue:
     ) -> None:
         self.kind, self.group, self.methods, self.base, self.lead = kind, group, methods, base, lead
         self._entries: dict[str, Entry] = {}
+        self._numbers = Counter[str]()
         self._broken: dict[str, str] = {}  # entry points that were tried and failed: the import is not repeated
         self._loading: str | None = None  # the entry point being imported just now
 
@@ -86,7 +90,8 @@ class Catalogue:
             missing += sorted(getattr(cls, "__abstractmethods__", ()) if self.base is not object else ())
             if missing:
                 raise TypeError(f"register({name!r}): {cls!r} is no {self.kind}: it has no {' and no '.join(missing)}")
-            entry = Entry(name, cls, fields_of(cls, self.lead), self._place(cls), cls.__module__.partition(".")[0])
+            source, number = cls.__module__.partition(".")[0], self._numbers[name] + 1
+            entry = Entry(name, cls, fields_of(cls, self.lead), self._place(cls), source, number)
             taken = self._entries.get(name)
             if taken is not None and not replace:
                 raise ValueError(
@@ -99,7 +104,7 @@ class Catalogue:
                 )
             if self._loading is not None:
                 self._refuse_anothers(name, self._loading)
-            self._entries[name] = entry
+            self._entries[name], self._numbers[name] = entry, number
             return cls
 
         return add

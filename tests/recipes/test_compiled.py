@@ -200,6 +200,37 @@ def test_the_inductor_backend(name):
     same(step(compiled(module, "inductor"), module, given, targets), step(module, module, given, targets))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fields",
+    [{"type": "memora"}, {"type": "moneta"}, {"type": "atlas"}, {"type": "lact", "chunk": 8}, {"type": "kda"}],
+    ids=lambda fields: fields["type"],
+)
+def test_inductor_is_as_exact_as_eager_mode(fields: dict[str, Any]) -> None:
+    """Both are compared with float64, since a learner may amplify rounding.
+
+    The rows of ``memora`` are nearly equal distributions. Its network's outputs differ from each other by little, and
+    LayerNorm divides by that difference.
+    """
+    block = tb.build_block(fields, dim=16)
+    x, mask = torch.randn(2, 35, 16), torch.rand(2, 35) < 0.6
+
+    def outcome(run: Any, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        block.zero_grad()
+        y, state = run(x, mask=mask)
+        y.square().sum().backward()
+        grads = {name: p.grad.clone() for name, p in block.named_parameters() if p.grad is not None}
+        return {"y": y.detach(), **{f"state {name}": z for name, z in named_tensors(state)}, **grads}
+
+    eager, inductor = outcome(block, x), outcome(compiled(block, "inductor"), x)
+    block.double()
+    exact = outcome(block, x.double())
+    assert eager.keys() == inductor.keys() == exact.keys()
+    for name, right in exact.items():
+        of_eager, of_inductor = ((found[name] - right).norm() / right.norm() for found in (eager, inductor))
+        assert not of_inductor > 4 * of_eager + 1e-6, name
+
+
 @pytest.mark.parametrize("mode", ["no_grad", "inference_mode", "frozen"])
 @pytest.mark.parametrize("time", [1, 9])
 @pytest.mark.parametrize(

@@ -329,7 +329,7 @@ def every_matrix(
     retention, optimizer = rule.retention, rule.optimizer
     order = 0 if writes.eta is None else optimizer.order
     start = [retention.enter(w) for w in state.weights]
-    if optimizer.linear:
+    if optimizer.linear and retention.gates != "channel":
         c = coefficients(writes, _times(writes.theta, window), valid, order)
         u = [_every_matrix(c, found, i, state, start) for i in range(len(start))]
         after = _ended(rule, c, found, state)  # not the last of u: the derivative of a part is as large as the whole

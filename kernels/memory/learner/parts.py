@@ -154,8 +154,8 @@ class Optimizer:
 
     @property
     def linear(self) -> bool:
-        """Whether the step is the momentum itself: ``update`` is the identity."""
-        return type(self).update is Optimizer.update
+        """Whether the step is the momentum itself: ``update`` is the identity, and has no scale."""
+        return type(self).update is Optimizer.update and not self.scales_update
 
     def update(self, momentum: Tensor) -> Tensor:
         """The step of one matrix ``[..., out, in]``."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ....registry import show
 from .. import state
 from ..network_torch import ACTIVATIONS
 from ..state import Options
@@ -79,7 +80,8 @@ class Rule:
     def sums(self) -> bool:
         """Whether the weights are sums over the writes, so that they need not be made for each token."""
         linear = self.retention.linear and self.optimizer.linear and self.module is None
-        return linear and (self.read == "anchor" or not self.retention.linked or self.retention.scales)
+        scales = self.retention.scales and self.retention.gates != "channel"
+        return linear and (self.read == "anchor" or not self.retention.linked or scales)
 
     @property
     def solves(self) -> bool:
@@ -183,6 +185,8 @@ class Rule:
             yield "reset", f"expected a multiple of the chunk's {self.chunk} writes, got {self.reset} tokens"
         if self.retention.gates not in ("none", "scalar", "channel"):
             yield "retention", f"gates: expected 'none', 'scalar' or 'channel', got {self.retention.gates!r}"
+        if self.optimizer.order not in (0, 1, 2):
+            yield "optimizer", f"order: expected 0, 1 or 2, got {self.optimizer.order!r}"
         if self.retention.first and self.chunk > 1:
             yield "retention", f"decays before the gradient is taken (first), which needs chunk 1, not {self.chunk}"
         if self.moves_once and self.window > 1:
@@ -299,12 +303,25 @@ def _text(given: dict[str, Any]) -> str | None:
         for name, value in given.items()
     }
     try:
-        return json.dumps(plain)
+        return json.dumps(plain | {"classes": _numbers(given)})
     except TypeError:
         return None
 
 
+def _numbers(given: dict[str, Any]) -> dict[str, int]:
+    """Which class of its name each part is, where it is not the first."""
+    names = {kind: x.get("type") if isinstance(x := given[kind], dict) else x for kind in CATALOGUES}
+    numbers = {kind: CATALOGUES[kind].lookup(x).number for kind, x in names.items() if isinstance(x, str)}
+    return {kind: number for kind, number in numbers.items() if number > 1}
+
+
 @functools.lru_cache(maxsize=1024)
 def rule_of_text(text: str) -> Rule:
-    """The rule that has this ``text``."""
-    return make_rule(**json.loads(text))
+    """The rule that has this ``text``. Raises ``ValueError`` if another class has taken the name of a part."""
+    given = json.loads(text)
+    classes = given.pop("classes")
+    for kind, now in _numbers(given).items():
+        if classes.get(kind, 1) != now:
+            raise ValueError(f"{kind}: {show(given[kind])} was registered again after this rule was made, whose class "
+                             "a compiled model cannot find any more: build the model again")  # fmt: skip
+    return make_rule(**given)

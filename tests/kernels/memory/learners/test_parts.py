@@ -25,6 +25,7 @@ from titans_build.kernels.memory.learner.parts import (
     register_network,
     register_objective,
 )
+from titans_build.kernels.memory.learner.rule import rule_of_text
 
 BATCH, TIME, HEADS, DIM = 2, 9, 2, 4
 
@@ -74,6 +75,75 @@ def test_a_replaced_part_is_used() -> None:
     torch.testing.assert_close(run(objective="mine")[0], run(objective="l2")[0])
 
 
+@pytest.mark.slow
+def test_a_compiled_block_uses_the_class_that_its_name_stood_for() -> None:
+    """Also where another class has the name since; where that one cannot be found, the block says so."""
+    x = torch.randn(2, 9, 8)
+
+    def block() -> tuple[Any, Any]:
+        torch._dynamo.reset()
+        made = tb.build_block({"type": "memory", "chunk": 4, "heads": 2, "objective": "mine"}, dim=8, seed=0)
+        return made, torch.compile(made, backend="eager", fullgraph=True)
+
+    for scale in (1, 5):
+
+        class Scaled(Objective):
+            def error(self, prediction: Tensor, target: Tensor, parameter: Tensor | None, scale: int = scale) -> Tensor:
+                return scale * (prediction - target)
+
+        register_objective("mine", replace=scale > 1)(Scaled)
+        made, compiled = block()
+        torch.testing.assert_close(compiled(x)[0], made(x)[0])
+    stale, compiled = block()
+    register_objective("mine", replace=True)(Double)
+    rule_of_text.cache_clear()
+    with pytest.raises(ValueError, match=r"objective: 'mine' was registered again .* build the model again"):
+        compiled(x)
+    stale(x)
+
+
+class Gained(Retention):
+    def scale(self, weights: Tensor) -> Tensor:
+        return 1 / (1 + weights.square().sum((-2, -1), keepdim=True))
+
+
+class Linked(Retention):
+    def link(self, weights: Tensor) -> Tensor:
+        return weights / (1 + weights.square().sum((-2, -1), keepdim=True))
+
+
+@pytest.mark.parametrize("read", ["after", "before", "anchor"])
+@pytest.mark.parametrize("kind", [Gained, Linked])
+def test_weights_may_be_linked_under_decays_by_channel(kind: type[Retention], read: str) -> None:
+    """Equal decays of all channels are the decay of the matrix."""
+
+    class ByChannel(kind):  # type: ignore[misc, valid-type]
+        gates = "channel"
+
+    *given, alpha = tokens()
+    channels = alpha.unsqueeze(-1).expand(*alpha.shape, 12)
+    y, state = learn(*given, alpha, fresh(), chunk=4, read=read, retention=Gained())
+    z, other = learn(*given, channels, fresh(), chunk=4, read=read, retention=ByChannel())
+    torch.testing.assert_close((z, *other.weights), (y, *state.weights))
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_theta_may_multiply_the_momentum_itself(order: int) -> None:
+    class Plain(Optimizer):
+        scales_update = True
+
+    class Update(Plain):
+        def update(self, momentum: Tensor) -> Tensor:
+            return momentum.clone()
+
+    parts = Plain(), Update(), Optimizer()
+    for part in parts:
+        part.order = order
+    (y, state), (z, other), (without, _) = (run(optimizer=part) for part in parts)
+    torch.testing.assert_close((y, *state.weights, *state.momentum), (z, *other.weights, *other.momentum))
+    assert (order == 0) == torch.allclose(y, without)
+
+
 def test_overridden_methods_are_called_without_a_flag() -> None:
     class Zero(Retention):
         def project(self, u: Tensor, initial: Tensor | None) -> Tensor:
@@ -121,6 +191,10 @@ class Channels(Retention):
     gates = "channels"
 
 
+class Third(Optimizer):
+    order = 3
+
+
 class Wide(Features):
     def width(self, d_in: int) -> int:
         return d_in
@@ -160,6 +234,7 @@ def test_a_class_with_abstract_methods_is_refused() -> None:
         (r"chunk: expected a whole number >= 1, got 4\.0", {"chunk": 4.0}),
         (r"keys: expected a whole number >= 1, got True", {"keys": True}),
         (r"retention: gates: expected 'none', 'scalar' or 'channel', got 'channels'", {"retention": Channels()}),
+        (r"optimizer: order: expected 0, 1 or 2, got 3", {"optimizer": Third()}),
         (r"features: Wide: its width is 4, but forward gives \[2, 9, 2, 8\]", {"features": Wide()}),
         (r"network Scalar: expected outputs \[\.\.\., 4\]", {"network": Scalar()}),
         (r"mask: expected a tensor, got list", {"mask": [[True]]}),
