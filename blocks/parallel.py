@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .collectives import Once, Ranks, scale_gradients
 from .parallel_call import ContextCall
-from .parallel_plan import CONTEXTS, Step, plan
+from .parallel_plan import CONTEXTS, Step, plan, row_groups
 from .state import State, map_state
 from .tensor_parallel import EVERYTHING, DividedParameters, part_of_state, share_heads, whole_state
 
@@ -103,8 +103,8 @@ class Parallel:
             for name in DIMENSIONS
         )
         self.gather_outputs, self.recompute, self.how = gather_outputs, recompute, context
-        self._layers = model.layers
-        self._steps: dict[int, list[Step]] = {}
+        self._layers, self._dim, self._on_cpu = model.layers, model.dim, next(model.parameters()).is_cpu
+        self._steps: dict[tuple[int, int], list[Step]] = {}
         self.whole = False
         """Whether each rank computes all tokens."""
         number = model.fingerprint.number
@@ -153,24 +153,25 @@ class Parallel:
                 f"a sequence of {length} tokens cannot be shared by the {ranks.size} ranks of the mesh's context: "
                 f"give a multiple of {ranks.size}, with padding and a mask if need be"
             )
-        ways = {step.block: step.way for step in self.steps(length)}
+        ways = {step.block: step.way for step in self.steps(length, shape[0])}
         return ContextCall(ranks, model, x, state, shape, mask, documents, cu_seqlens, self.recompute, ways)
 
-    def steps(self, time: int) -> list[Step]:
+    def steps(self, time: int, rows: int = 1) -> list[Step]:
         """How each block gets what it needs of earlier tokens, in a sequence of ``time`` tokens."""
-        if time not in self._steps:
+        groups = row_groups(rows, self._dim, self._on_cpu, self.context.size)
+        if (time, groups) not in self._steps:
             if len(self._steps) > KEPT:
                 self._steps.clear()
-            self._steps[time] = plan(self._layers, self.context.size, time, self.how)
-        return self._steps[time]
+            self._steps[time, groups] = plan(self._layers, self.context.size, time, self.how, groups)
+        return self._steps[time, groups]
 
-    def plan(self, time: int) -> dict[str, str]:
+    def plan(self, time: int, rows: int = 1) -> dict[str, str]:
         """How each block that depends on earlier tokens gets what it needs of them, by its path in the model.
 
-        ``"window"``, ``"pipelined"``, ``"affine"``, ``"chunk"`` or ``"gathered"``, for rows of ``time`` tokens. Calls
-        with padding run ``"window"``, ``"affine"`` and ``"chunk"`` as ``"pipelined"``.
+        ``"window"``, ``"pipelined"``, ``"affine"``, ``"chunk"`` or ``"gathered"``, for ``rows`` rows of ``time``
+        tokens. Calls with padding run ``"window"``, ``"affine"`` and ``"chunk"`` as ``"pipelined"``.
         """
-        return {step.name: step.way for step in self.steps(time) if step.way != "local"}
+        return {step.name: step.way for step in self.steps(time, rows) if step.way != "local"}
 
     def part_of(self, model: Any, state: Any) -> Any:
         """This rank's heads of a state."""

@@ -17,9 +17,10 @@ from ..kernels.documents import NO_DOCUMENT, Documents, packed_ids
 from .block import Block, call, initial_state, unsharded
 from .collectives import Enter, Gather, Leave, Ranks, Receive, Send, Shift, Sum, Whole, any_of_all, tie
 from .memory import NeuralMemory
+from .observers import active
 from .parallel_memory import can_run, run_affine, run_chunks
-from .parallel_plan import sharding_of
-from .state import State, detach, map_state, named_tensors, where
+from .parallel_plan import row_groups, sharding_of
+from .state import State, concatenate, detach, map_state, named_tensors, select, where
 from .tensor_parallel import MethodCall
 
 
@@ -199,14 +200,30 @@ class ContextCall:
     def _run_after_state(
         self, block: Block, x: Tensor, state: State, mask: Tensor | None, documents: Documents | None, named: Any
     ) -> tuple[Tensor, State]:
-        """Each rank waits for the state of the rank before."""
+        """Each rank waits for the state of the rank before, which sends that of each group of rows when it has it."""
+        state = state if self.ranks.first or state is not None else self._fresh(block, documents)
+        together = named or block.grows or documents is not None or active
+        groups = 1 if together else row_groups(self.rows, block.dim, x.is_cpu, self.ranks.size)
+        if groups == 1:
+            return self._run_rows_after_state(block, x, state, mask, documents, named)
+        outputs, states = [], []
+        for rows in torch.arange(self.rows).chunk(groups):
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            given = None if mask is None else mask[part]
+            y, after = self._run_rows_after_state(block, x[part], select(state, part), given, None, named)
+            outputs.append(y)
+            states.append(after)
+        return torch.cat(outputs), concatenate(states)
+
+    def _run_rows_after_state(
+        self, block: Block, x: Tensor, state: State, mask: Tensor | None, documents: Documents | None, named: Any
+    ) -> tuple[Tensor, State]:
         ranks, grows = self.ranks, block.grows
         if not ranks.first:
-            like = state if state is not None else self._fresh(block, documents)
-            tensors = [y for _, y in named_tensors(like)]
+            tensors = [y for _, y in named_tensors(state)]
             x, self.token, *found = Receive.apply(ranks, grows, x, self.token, *(y.detach() for y in tensors))
             rest = iter(found)
-            state = map_state(lambda _: next(rest), like)
+            state = map_state(lambda _: next(rest), state)
         y, after = self.repeat(block, x, state, mask=mask, documents=documents, **named)
         if not ranks.last:
             given = [z for _, z in named_tensors(after)]

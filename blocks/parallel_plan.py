@@ -15,6 +15,8 @@ CONTEXTS = ("auto", "affine", "chunk", "pipelined")
 """The values of ``context``."""
 TOGETHER = ("affine", "chunk", "gathered")
 """Ways in which every rank waits for all."""
+FULL = 8192
+"""Rows times the width of a model that keep a GPU busy."""
 FLOPS_PER_BYTE = 4000.0
 """Products that a device computes while it sends a byte: 4e14 FLOP/s and 1e11 bytes/s."""
 
@@ -40,24 +42,36 @@ class Step(NamedTuple):
         return self.flops + self.waits + FLOPS_PER_BYTE * self.sent * copies
 
 
-def plan(layers: Iterable[Block], ranks: int, time: int, context: str = "auto") -> list[Step]:
-    """The steps of a sequence of ``time`` tokens, in order. ``"auto"``: those that take the shorter time."""
+def row_groups(rows: int, dim: int, cpu: bool, ranks: int) -> int:
+    """The number of groups of rows whose states are sent one after the other: no rank waits for all rows."""
+    return max(1, min(rows if cpu else rows * dim // FULL, ranks))
+
+
+def plan(layers: Iterable[Block], ranks: int, time: int, context: str = "auto", groups: int = 1) -> list[Step]:
+    """The steps of a sequence of ``time`` tokens, in order. ``"auto"``: those that take the shorter time.
+
+    ``groups``: the number of groups of rows, if a call has so many rows.
+    """
     length = time // ranks
     if context != "auto":
         return list(_steps(layers, ranks, length, (context,)))
     plans = [list(_steps(layers, ranks, length, ways)) for ways in (("affine", "chunk"), ())]
-    return min(plans, key=lambda steps: elapsed(steps, ranks))
+    return min(plans, key=lambda steps: elapsed(steps, ranks, groups=groups))
 
 
-def elapsed(steps: Iterable[Step], ranks: int, cost: Callable[[Step], float] | None = None) -> float:
+def elapsed(
+    steps: Iterable[Step], ranks: int, cost: Callable[[Step], float] | None = None, *, groups: int = 1
+) -> float:
     """The time at which the last rank is done. A rank goes on to the next step as soon as it can."""
     clocks = [0.0] * ranks
     for step in steps:
         time = step.cost(ranks) if cost is None else cost(step)
         if step.way == "pipelined":
-            before = 0.0
+            sent = [0.0] * groups  # when the rank before has sent the states of each group
             for rank, clock in enumerate(clocks):
-                clocks[rank] = before = max(before, clock) + time
+                for group in range(groups):
+                    sent[group] = clock = max(sent[group], clock) + time / groups
+                clocks[rank] = clock
         elif step.way in TOGETHER:
             clocks = [max(clocks) + time] * ranks
         else:

@@ -74,6 +74,7 @@ def test_ranks_that_wait_work_on_other_layers_meanwhile() -> None:
     assert elapsed([waiting] * 3, 4) == 3 + 4 - 1
     assert elapsed([together] * 3, 4) == 3
     assert elapsed([waiting, together, waiting], 4) == 4 + 1 + 4
+    assert elapsed([waiting] * 3, 4, groups=2) == 3 + (4 - 1) / 2  # ranks wait for a half of the rows
 
 
 def test_long_rows_are_affine_and_short_ones_wait() -> None:
