@@ -2,12 +2,14 @@
 
 python benchmarks/long.py [--quick] [--json FILE] [--plots FOLDER]
 
-Forward and backward passes over one row, in processor time of one thread, which other processes affect little.
+Forward and backward passes over one row, in processor time of one thread, which other processes affect little; the
+longest rows also in elapsed time of one thread and of as many as there are cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -87,6 +89,14 @@ def measured(arguments: argparse.Namespace, results: measure.Result) -> measure.
             for name in names:
                 times[name].append(statistics.median(samples[name]))
         found[kind] = times
+    cases = {name: model_step(name, sizes.lengths[-1], sizes) for name in MODELS}
+    for threads in (1, os.cpu_count() or 1):
+        measure.say(f"models: {sizes.lengths[-1]:,} tokens, {threads} threads")
+        torch.set_num_threads(threads)
+        samples = measure.interleave(cases, 0, warm=False, least=sizes.rounds, most=sizes.rounds)
+        elapsed = {name: statistics.median(seconds) for name, seconds in samples.items()}
+        found.setdefault("elapsed", []).append({"threads": threads, "seconds": elapsed})
+    torch.set_num_threads(1)
     if not arguments.quick:
         cases = {name: measure.alone(__file__, name, False, OMP_NUM_THREADS="1") for name in MODELS}
         found["peaks"] = {name: case["peak"] - case["imports"] for name, case in cases.items()}
@@ -119,14 +129,19 @@ def tables(results: measure.Result) -> dict[str, str]:
             each = [seconds / length for seconds, length in zip(times, lengths)]
             row = [name, *(f"{one * 1e6:.3g}" for one in each), f"{each[-1] / each[0]:.2f}"]
             if kind == "models":
-                tokens = lengths[-1] / times[-1]
-                row += [f"{tokens:,.0f}", measure.megabytes(results["peaks"][name]) if "peaks" in results else None]
+                row += [f"{lengths[-1] / each['seconds'][name]:,.0f}" for each in results.get("elapsed", ())]
+                row += [measure.megabytes(results["peaks"][name]) if "peaks" in results else None]
             rows.append(row)
         head = ["microseconds a token", *(f"{length:,}" for length in lengths), "last over first"]
-        more = [f"tokens a second at {lengths[-1]:,}", f"peak MB at {lengths[-1]:,}"] if kind == "models" else []
+        more = [f"tokens a second, {threads_of(each)}" for each in results.get("elapsed", ())]
+        more = [*more, f"peak MB at {lengths[-1]:,}"] if kind == "models" else []
         found[kind] = measure.table([*head, *more], rows)
     found["models"] += "\n\n![seconds of a training step against the length of a row](plots/long.svg)"
     return {**found, "machine": measure.machine_table(results)}
+
+
+def threads_of(elapsed: measure.Result) -> str:
+    return "1 thread" if elapsed["threads"] == 1 else f"{elapsed['threads']} threads"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
