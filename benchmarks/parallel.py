@@ -1,7 +1,7 @@
 """The cost of a training step whose tokens are shared out over ranks: bytes, FLOPs and steps in sequence, by formula.
 
 The formulas are those by which ``tb.parallelize`` chooses. They are compared with what two processes send and compute.
-The rest is drawn to a million tokens on eight devices.
+The rest is drawn to a million tokens on eight devices. How ranks wait is measured with a block that only takes time.
 
     python benchmarks/parallel.py --json benchmarks/results/parallel.json --plots benchmarks/plots
 """
@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import socket
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ import torch
 import titans_build as tb
 from titans_build.blocks.collectives import Ranks
 from titans_build.blocks.memory import NeuralMemory
-from titans_build.blocks.parallel_plan import Step, elapsed, plan
+from titans_build.blocks.parallel_plan import Step, elapsed, plan, row_groups
 from titans_build.tools.plotting import COLORS, draw
 
 RATE, STEP, MESSAGE = 4e14, 2e-5, 2e-5
@@ -256,8 +257,8 @@ def _count(rank: int, port: int, folder: str, recipe: Any, way: str, rows: int, 
     dist.destroy_process_group()
 
 
-def counted(recipe: Any, way: str, rows: int, tokens: int) -> dict[str, float]:
-    """The same of two processes."""
+def on_processes(program: Any, count: int, *arguments: Any) -> list[Any]:
+    """What each of ``count`` processes wrote that ran ``program(rank, port, folder, *arguments)``."""
     import tempfile
 
     import torch.multiprocessing as mp
@@ -266,27 +267,110 @@ def counted(recipe: Any, way: str, rows: int, tokens: int) -> dict[str, float]:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
         free.close()
-        mp.start_processes(_count, (port, folder, recipe, way, rows, tokens), nprocs=2, start_method="fork")
-        first, second = (json.loads((Path(folder) / str(rank)).read_text()) for rank in range(2))
+        mp.start_processes(program, (port, folder, *arguments), nprocs=count, start_method="fork")
+        return [json.loads((Path(folder) / str(rank)).read_text()) for rank in range(count)]
+
+
+def counted(recipe: Any, way: str, rows: int, tokens: int) -> dict[str, float]:
+    """The same of two processes."""
+    first, second = on_processes(_count, 2, recipe, way, rows, tokens)
     found = {"state": first.get("state", 0), "gradient": second.get("gradient", 0), "gather": second["gather"]}
     return {**found, "flops": second["flops"], "steps": sequence_of(first["events"], second["events"])}
+
+
+# -- waiting -----------------------------------------------------------------------------------------------------------
+
+PAUSE, WAITING, ROWS = 0.3, 6, 4
+"""Seconds of a layer in each direction, layers, and rows."""
+
+
+class Pause(torch.autograd.Function):
+    """``x`` and the state, after the time of a layer for its rows, in both directions."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        time.sleep(PAUSE * len(x) / ROWS)
+        return x + state[:, None]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        time.sleep(PAUSE * len(grad) / ROWS)
+        return grad, grad.sum(1)
+
+
+class Paused(tb.Block):
+    """Takes time and no processor. State: the sum of all tokens, [batch, dim]."""
+
+    sharding = "pipelined"
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self.scale = torch.nn.Parameter(torch.empty(dim))
+
+    def reset_parameters(self) -> None:
+        torch.nn.init.ones_(self.scale)
+
+    def init_state(self, batch_size: int) -> torch.Tensor:
+        return self.scale.new_zeros(batch_size, self.dim)
+
+    def forward(self, x: torch.Tensor, state: Any = None, *, mask: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
+        state = self.init_state(len(x)) if state is None else state
+        return Pause.apply(x * self.scale, state), state + x.sum(1)  # type: ignore[no-untyped-call]
+
+
+def _wait(rank: int, port: int, folder: str, ranks: int, rows: int) -> None:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(ranks))
+    tb.register("paused")(Paused)
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("context",))
+    model: Any = tb.parallelize(tb.build(recipe_of("paused", 8, WAITING), seed=0), mesh, gather_outputs=False)
+    ids, found = torch.arange(rows * 32).view(rows, 32) % model.vocab, []
+    for _ in range(2):
+        clocks = []
+        for direction in ("forward", "backward"):
+            dist.barrier()
+            start = time.perf_counter()
+            if direction == "forward":
+                out = model(ids, targets=ids)
+            else:
+                out.loss.backward()
+            dist.barrier()
+            clocks.append((time.perf_counter() - start) / PAUSE * ROWS / rows)
+        found.append(clocks)
+    (Path(folder) / str(rank)).write_text(json.dumps([min(each) for each in zip(*found)]))
+    dist.destroy_process_group()
+
+
+def waited(ranks: int, rows: int) -> dict[str, Any]:
+    """The time of both passes in that of a layer, by formula and measured."""
+    groups = row_groups(rows, 8, True, ranks)
+    layers = [Step("", Paused(8), "pipelined", 1.0)] * WAITING
+    formula = [elapsed(layers, ranks, lambda step: 1.0, groups=groups), WAITING * (1 + (ranks - 1) / groups)]
+    return {"ranks": ranks, "rows": rows, "formula": formula, "measured": on_processes(_wait, ranks, ranks, rows)[0]}
 
 
 # -- the results -------------------------------------------------------------------------------------------------------
 
 
 def measured(arguments: argparse.Namespace, results: measure.Result) -> measure.Result:
-    rows, tokens, found = 2, 64, []
+    rows, tokens, found = 1, 64, []
     for name, (recipe, way) in list(CHECKED.items())[:: 4 if arguments.quick else 1]:
         measure.say(name)
         formula = predicted(tb.build(recipe, seed=0), way, rows, tokens)
         found.append({"recipe": name, "counted": counted(recipe, way, rows, tokens), "formula": formula})
+    waits = [(2, 2)] if arguments.quick else [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]
+    waiting = [waited(*each) for each in waits]
     drawn = {str(tokens): {name: cost(*each, tokens) for name, each in DRAWN.items()} for tokens in LENGTHS}
     if arguments.plots is not None:
         arguments.plots.mkdir(parents=True, exist_ok=True)
         for format, picture in draw(lambda axes: plot(axes, drawn), size=(7.2, 4.2)).items():
             (arguments.plots / f"parallel.{format}").write_bytes(picture)
-    return {"checked": found, "drawn": drawn, "compared": compared(4) + compared(LAYERS)}
+    return {"checked": found, "waiting": waiting, "drawn": drawn, "compared": compared(4) + compared(LAYERS)}
 
 
 def plot(axes: Any, drawn: dict[str, dict[str, list[float]]]) -> None:
@@ -311,6 +395,13 @@ def tables(results: measure.Result) -> dict[str, str]:
             if formula:
                 rows.append([each["recipe"], name, f"{formula:,.0f}", f"{counted:,.0f}"])
     checked = measure.table(head, rows)
+    head = ["ranks", "rows", "forward, by formula", "measured", "backward, by formula", "measured"]
+    waiting = [
+        [str(each["ranks"]), str(each["rows"])]
+        + [f"{x:.2f}" for pair in zip(each["formula"], each["measured"]) for x in pair]
+        for each in results["waiting"]
+    ]
+    waits = measure.table(head, waiting)
     last = list(results["drawn"])[-1]
     lines = [
         [name, f"{sent / 1e6:,.1f}", f"{flops / 1e12:.2f}", f"{steps:,.0f}", f"{seconds:.3g}"]
@@ -320,6 +411,7 @@ def tables(results: measure.Result) -> dict[str, str]:
     picture = "\n\n![seconds of a training step against the length of a row](plots/parallel.svg)"
     return {
         "checked": checked,
+        "waiting": waits,
         "drawn": measure.table(head, lines) + picture,
         "compared": measure.table(["learner", "way", "layers", *(f"{n:,}" for n in LENGTHS)], results["compared"]),
         "machine": measure.machine_table(results),
