@@ -178,6 +178,7 @@ def _amd(asm: dict[str, Any]) -> dict[str, Any]:
 
 
 def measured(arguments: argparse.Namespace, results: measure.Result) -> measure.Result:
+    results["environment"]["versions"]["triton"] = triton.__version__
     heads = [arguments.dim] if arguments.dim else [*SIZES.values()]
     rows = []
     for target in arguments.target:

@@ -99,7 +99,8 @@ def _run(arguments: argparse.Namespace) -> int:
     prepared: Path | None = arguments.prepared
     answers, about = None, environment(PACKAGES)
     if prepared is not None:
-        about |= {"commit": json.loads((prepared / "about.json").read_text(encoding="utf-8"))["commit"]}
+        packed = json.loads((prepared / "about.json").read_text(encoding="utf-8"))
+        about |= {name: packed[name] for name in ("commit", "modified")}
         answers = None if arguments.dry_run else str(prepared / "references.pt")
     file = arguments.out / "results.json"
     worst = json.loads(file.read_text(encoding="utf-8"))["worst"] if arguments.second and file.is_file() else WORST
@@ -116,6 +117,7 @@ def _run(arguments: argparse.Namespace) -> int:
         stages = [stage for stage in stages if stage.name in arguments.stages]
     if arguments.dry_run:
         stages[0] = stages[0]._replace(cases=[*plan.faults(device), *stages[0].cases])
+    _expect_no_results(arguments.out)
     try:
         results = runner.Results(arguments.out, lambda line: say(f"{time.monotonic() - began:5.0f} s  {line}"))
     except OSError as error:
@@ -143,6 +145,14 @@ def _expect_gpu(device: str) -> None:
 
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("this machine has no CUDA GPU that PyTorch can use; --dry-run runs on the CPU")
+
+
+def _expect_no_results(folder: Path) -> None:
+    """Those of a dry run may be overwritten."""
+    file = folder / "results.json"
+    dry = file.is_file() and json.loads(file.read_text(encoding="utf-8"))["dry_run"]
+    if (folder / "rows.jsonl").is_file() and not dry:
+        raise UsageError(f"--out {folder}: has the rows of another run; name a new folder")
 
 
 def summarized(rows: Sequence[dict[str, Any]], left_out: Sequence[str]) -> dict[str, Any]:

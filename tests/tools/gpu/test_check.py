@@ -32,6 +32,13 @@ def test_an_unknown_stage_is_refused(capsys, tmp_path):
     assert "--stages speed: no such stage; expected some of ceilings, parity" in capsys.readouterr().err
 
 
+def test_the_rows_of_another_run_are_not_overwritten(capsys, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    assert check.main(["--dry-run", "--out", str(tmp_path)]) == 2
+    assert "has the rows of another run; name a new folder" in capsys.readouterr().err
+    assert (tmp_path / "rows.jsonl").read_text() == "{}\n"
+
+
 def test_stages_fit_into_the_time_in_their_order():
     stages, beside = plan.first("cuda", False, None)
     assert [stage.name for stage in stages][:4] == ["ceilings", "parity", "repeats", "operation"]
@@ -53,8 +60,11 @@ def test_a_run_ends_at_its_time_whatever_hangs(tmp_path):
 
 @pytest.mark.slow
 def test_a_dry_run_with_a_crash_a_hang_and_a_wrong_number(tmp_path):
-    assert check.main(["--dry-run", "--out", str(tmp_path), "--seconds", "400"]) == 1
-    found = json.loads((tmp_path / "results.json").read_text())
+    (tmp_path / "about.json").write_text('{"commit": "abc", "modified": true}')  # of the packed version
+    words = ["--dry-run", "--prepared", str(tmp_path), "--out", str(tmp_path / "out"), "--seconds", "400"]
+    assert check.main(words) == 1
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (found["environment"]["commit"], found["environment"]["modified"]) == ("abc", True)
     assert found["environment"]["versions"]["torch"] == torch.__version__ and not found["left_out"]
     red = {row["case"]: row for row in found["red"]}
     assert red.pop("injected crash")["failed"] == "its process ended with -6"
