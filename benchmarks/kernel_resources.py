@@ -3,7 +3,7 @@
     python benchmarks/kernel_resources.py [--target sm_90 ...] [--kernel NAME ...] [--json FILE]
     python benchmarks/kernel_resources.py --dim 64 [--hidden 256] [--chunk 64] [--layers 2] [--operands bfloat16] ...
 
-Without ``--dim``, for the heads of all packaged sizes. Every kernel is compiled ahead of time, with the tiles of its
+Without ``--dim``, for the memories of all packaged sizes. Every kernel is compiled ahead of time, with the tiles of its
 launch (``kernels/memory/triton/schedule.py``) and the assumption that addresses and sizes of the model are multiples of
 16. ``registers``: per thread. ``spilled``: bytes per thread in local memory. ``shared``: bytes of shared memory per
 program. ``dot``: operand types of the matrix units. ``wgmma``, ``tcgen05``, ``mma`` and ``mfma``: instructions for
@@ -50,8 +50,10 @@ from titans_build.kernels.short_conv import triton as convolution
 
 TARGETS = {"sm_80": ("mma",), "sm_90": ("wgmma", "mma"), "sm_100": ("tcgen05", "mma"), "gfx942": ("mfma",)}
 """The instructions that multiply matrices on each."""
-SIZES = {"170m": 48, "30m, 340m, 400m": 64, "760m": 96, "1.3b": 256}
-"""The heads of the packaged sizes."""
+HEADS = (48, 64, 96, 256)
+"""Those of the packaged sizes: 170m; 30m, 340m and 400m; 760m; 1.3b."""
+TNT = (16, True)
+"""The chunk of the local memories of the packaged TNT, and that they have neither momentum nor forgetting."""
 LARGEST = 128
 """Wider heads have no kernel of the memory."""
 MEMORY = dict.fromkeys(
@@ -75,13 +77,14 @@ TYPED = {"mask": "*i1", "position": "*i64", "length": "*i64"}
 
 
 def kernels(
-    dim: int, hidden: int, chunk: int, operand: str, layers: int = 2, target: str = "sm_90", gated_network: bool = False
-) -> Iterator[tuple[Any, dict[str, Any], dict[str, int]]]:
-    """Every kernel with its constants and its known sizes.
+    dim: int, hidden: int, chunk: int, operand: str, layers: int = 2, target: str = "sm_90",
+    gated_network: bool = False, plain: bool = False,
+) -> Iterator[tuple[Any, dict[str, Any], dict[str, int]]]:  # fmt: skip
+    """Every kernel with its constants and its known sizes. ``plain``: without momentum and forgetting.
 
     Resident kernels are included where the rule of ``schedule.py`` would choose them.
     """
-    hidden = dim if layers == 1 else hidden
+    hidden, parts = dim if layers == 1 else hidden, 1 if plain else 2
     products = PRODUCTS[operand] | dict(UNIT_ROWS=64 if target in ("sm_90", "sm_100") else 16)
     wide = tl.float32
     rows, register = gated.tiles(dim)
@@ -100,8 +103,8 @@ def kernels(
     for kernel in (convolution.forward_kernel, convolution.backward_kernel):
         yield kernel, taps, dict(dim=dim, channels=48 * dim, own=16 * dim, **steps)
     net = dict(
-        LAYERS=layers, PARTS=2, ACTIVATION=3 if layers == 2 else 0, NORM=True, CLIP=1.0, ANCHORED=True, KEEP=True,
-        MOMENTUM=True, FORGETTING=True, MASKED=True, AFTER=True, READ=1, DELTAS=False,
+        LAYERS=layers, PARTS=parts, ACTIVATION=3 if layers == 2 else 0, NORM=True, CLIP=1.0, ANCHORED=True, KEEP=True,
+        MOMENTUM=not plain, FORGETTING=not plain, MASKED=True, AFTER=True, READ=1, DELTAS=False,
         GATED=int(gated_network), WIDE=wide, **products,
         **loss_constants(SQUARED),
     )  # fmt: skip
@@ -118,9 +121,9 @@ def kernels(
     for kernel in MEMORY:
         if kernel.__name__ in RESIDENT.values():
             backward = kernel is write_backward_kernels.write_backward_resident_kernel
-            if not resident(layers, 2, dim, hidden, dim, products, backward=backward):
+            if not resident(layers, parts, dim, hidden, dim, products, backward=backward):
                 continue
-        tiles = schedule(kernel.__name__, chunk, dim, hidden, dim, products, layers=layers)
+        tiles = schedule(kernel.__name__, chunk, dim, hidden, dim, products, layers=layers, parts=parts)
         steps = {f"{name}_{to}": 16 * dim for name in "qkvyp" for to in ("row", "head", "step")}
         yield kernel, net | tiles, dict(b=chunk, writes=chunk, d_in=dim, width=hidden, d_out=dim, **steps)
 
@@ -145,8 +148,8 @@ def compiled(kernel: Any, fixed: dict[str, Any], sizes: dict[str, int], target: 
     tiles = ("ROWS", "TOKENS", "KEYS", "BLOCK", "WIDTH")
     row |= {name: fixed[name] for name in tiles if name in fixed and name in names}
     row |= dict(warps=done.metadata.num_warps, shared=done.metadata.shared)
-    if hasattr(done.metadata, "tmem_size"):
-        row["tensor_memory"] = done.metadata.tmem_size
+    if columns := getattr(done.metadata, "tmem_size", 0):
+        row["tensor_memory"] = columns
     return row | (_nvidia(done.asm) if nvidia else _amd(done.asm))
 
 
@@ -179,36 +182,42 @@ def _amd(asm: dict[str, Any]) -> dict[str, Any]:
 
 def measured(arguments: argparse.Namespace, results: measure.Result) -> measure.Result:
     results["environment"]["versions"]["triton"] = triton.__version__
-    heads = [arguments.dim] if arguments.dim else [*SIZES.values()]
+    dims = [arguments.dim] if arguments.dim else HEADS
+    memories = [(dim, arguments.chunk, arguments.plain) for dim in dims]
+    if not arguments.dim:
+        memories += [(dim, *TNT) for dim in HEADS if dim <= LARGEST]
+    if arguments.quick:
+        memories, arguments.kernel = memories[:1], ["decay"]
     rows = []
     for target in arguments.target:
-        for dim in heads[:1] if arguments.quick else heads:
-            hidden, quick = arguments.hidden or 4 * dim, ["decay"] if arguments.quick else None
-            of_memory = (arguments.chunk, arguments.operands, arguments.layers, target, arguments.gated)
-            for kernel, fixed, sizes in kernels(dim, hidden, *of_memory):
-                names = arguments.kernel or quick
-                if names and not any(name in kernel.__name__ for name in names):
+        for dim, chunk, plain in memories:
+            how = (arguments.operands, arguments.layers, target, arguments.gated, plain)
+            for kernel, fixed, sizes in kernels(dim, arguments.hidden or 4 * dim, chunk, *how):
+                if arguments.kernel and not any(name in kernel.__name__ for name in arguments.kernel):
                     continue
-                rows.append({"heads": dim, **compiled(kernel, fixed, sizes, target)})
+                rows.append({"heads": dim, "chunk": chunk, "plain": plain, **compiled(kernel, fixed, sizes, target)})
                 measure.say("  ".join(f"{name} {value}" for name, value in rows[-1].items()))
     return {"rows": rows}
 
 
 def tables(results: measure.Result) -> dict[str, str]:
-    """A row for each kernel; heads for which it is the same on all targets share one."""
-    cells: dict[str, dict[int, dict[str, str]]] = {}
+    """A row for each kernel; memories for which it is the same on all targets share one."""
+    cells: dict[str, dict[str, dict[str, str]]] = {}
     for row in results["rows"]:
         used = [f"{row[kind]} {kind}" for kind in TARGETS[row["target"]] if row[kind]]
         said = ", ".join([*used, f"{row['spilled']} B", f"{row['shared'] / 1024:.0f} KiB"])
         name = row["kernel"].removeprefix("memory.triton.").replace(".triton", "")
-        cells.setdefault(name, {}).setdefault(row["heads"], {})[row["target"]] = said
+        memory = f"TNT {row['heads']}" if row["plain"] else str(row["heads"])
+        cells.setdefault(name, {}).setdefault(memory, {})[row["target"]] = said
     targets = [target for target in TARGETS if any(row["target"] == target for row in results["rows"])]
     lines = []
-    for name, heads in cells.items():
-        alike: dict[tuple[str, ...], list[int]] = {}
-        for dim, of in heads.items():
-            alike.setdefault(tuple(of.get(target, "") for target in targets), []).append(dim)
-        lines += [[f"`{name}`", ", ".join(map(str, dims)), *of] for of, dims in alike.items()]
+    for name, found in cells.items():
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for memory, of in found.items():
+            alike.setdefault(tuple(of.get(target, "") for target in targets), []).append(memory)
+        for of, memories in alike.items():
+            named = [m for m in memories if m.isdigit() or m.removeprefix("TNT ") not in memories]
+            lines.append([f"`{name}`", ", ".join(named), *of])
     return {
         "kernels": measure.table(("kernel", "heads of", *targets), lines),
         "machine": measure.machine_table(results),
@@ -222,12 +231,13 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hidden", type=int, help="units (default: four times as many)")
     parser.add_argument("--chunk", type=int, default=64)
     parser.add_argument("--gated", action="store_true", help="a gated network")
+    parser.add_argument("--plain", action="store_true", help="without momentum and forgetting")
     parser.add_argument("--layers", type=int, choices=(1, 2), default=2)
     parser.add_argument("--operands", choices=PRODUCTS, default="bfloat16")
 
 
 def main() -> None:
-    measure.benchmark("resources", __doc__, "20 minutes", measured, tables, add_options=_options)
+    measure.benchmark("resources", __doc__, "5 minutes", measured, tables, add_options=_options)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ multiprocessor has 64 Ki of 32 bits, and a few of them in shared memory on their
   are swapped so that the rows are hidden units (``tiles.dot``).
 * ``FEW``: tokens at a time where there are many tiles of tokens x head: the loss.
 * ``KEYS``: the tokens of the chunk that a query is compared with at a time: up to 64.
-* ``BLOCK``: hidden units at a time, with a streamed state: up to 64, or 32 with heads above 64.
+* ``BLOCK``: hidden units at a time, with a streamed state: up to 64. Heads above 64 have 32 in writing and with 64
+  tokens, so that few registers are spilled.
 * ``IN``: columns of the input at a time: up to 64 in writing, else the whole head.
 
 Float32 and float64, which no matrix unit takes, and GPUs before Hopper have smaller tiles.
@@ -75,7 +76,9 @@ def schedule(
     """
     backward, is_resident = kernel.startswith("write_backward"), kernel in RESIDENT.values()
     if products is not None and on_matrix_units(products) and products["UNIT_ROWS"] == 64:
-        tokens, block = 16 if is_resident else 64, 64 if max(d_in, d_out) <= 64 else 32
+        tokens = 16 if is_resident else 64
+        many = tile(b, tokens) == 64 or is_resident or kernel in RESIDENT  # tiles of tokens, or of the state
+        block = 32 if max(d_in, d_out) > 64 and many else 64
     else:
         few = backward or is_resident or ("backward" in kernel and max(d_in, d_out) > 64)
         tokens, block = 16 if few else 32, 32
