@@ -25,10 +25,10 @@ SHAPES: tuple[Row, ...] = (
 FLAT: Row = {"d": 64, "expansion": 1, "layers": 1, "chunk": 64}
 """A memory that has both schedules."""
 FURTHER: tuple[Row, ...] = (
-    {"d": 48, "expansion": 4, "layers": 2, "chunk": 16},
     {"d": 128, "expansion": 2, "layers": 2, "chunk": 512},
+    {"d": 48, "expansion": 4, "layers": 2, "chunk": 64},
 )
-"""The memories of the packaged 170m, and with large chunks."""
+"""With large chunks, for which there is a goal, and the memories of the packaged 170m."""
 KINDS: tuple[Row, ...] = tuple(SHAPES[0] | {"kind": kind} for kind in ("gated", "channels", "window", "thresholds"))
 """Memories that go beyond the paper's."""
 TILES: tuple[dict[str, int], ...] = ({"TOKENS": 64, "BLOCK": 64}, {"TOKENS": 64, "BLOCK": 32}, {"BLOCK": 64})
@@ -110,7 +110,7 @@ def first(device: str, small: bool, answers: str | None) -> tuple[list[Stage], S
         ]),
         stage("further", 0, [
             *((_named(shape), speed.memory, _small(shape) if small else shape | {"rows": 128}, 30)
-              for shape in (*KINDS, *FURTHER)),
+              for shape in (*FURTHER, *KINDS)),
             ("attention, window", speed.attentions, {"length": texts[-1], "window": 16 if small else 1024}, 40),
             ("attention", speed.attentions, {"length": texts[0], "window": None}, 40),
             ("norms and gates", speed.elementwise, {"rows": texts[-1], "width": 32 if small else 1024}, 30),
@@ -139,11 +139,11 @@ def second(device: str, small: bool, worst: Sequence[str]) -> list[Stage]:
     texts = (64,) if small else (2048, 4096, 8192, 16384, 32768, 65536, 131072)
     trained = {"device": device, "seconds": time_}
     return [
-        Stage("kernels", 120, [
+        Stage("kernels", 100, [
             Case("kernels", f"{kernel}, {_named(shape)}", count_hardware, {"kernel": kernel, **shape}, 60)
             for kernel in worst for shape in shapes[:1]
         ]),
-        Stage("tiles", 150, [
+        Stage("tiles", 130, [
             Case("tiles", _named(shape, **tiles), speed.memory,
                  shape | common | {"tiles": tiles, "schedule": "streamed"}, 20)
             for shape in shapes for tiles in (swept[:1] if small else swept)
@@ -153,9 +153,9 @@ def second(device: str, small: bool, worst: Sequence[str]) -> list[Stage]:
                  trained | {"name": name + size, "length": text}, 60)
             for text in texts for name in ("transformer", "mag", "lmm", "mac")
         ]),
-        Stage("compiled", 60, [
+        Stage("compiled", 100, [
             Case("compiled", f"{name}{size}", speed.train_step,
-                 trained | {"name": name + size, "length": texts[0], "compiled": True}, 60)
+                 trained | {"name": name + size, "length": texts[0], "compiled": True}, 120)
             for name in ("transformer", "mag")
         ]),
         Stage("graphs", 20, [
@@ -184,10 +184,11 @@ def start(device: str) -> Iterator[Row]:
 def sanitize(device: str, tool: str, name: str, small: bool) -> Iterator[Row]:
     """A parity case under a tool of ``compute-sanitizer``."""
     code = f"from titans_build.tools.gpu.parity import run_once; run_once({name!r}, {device!r}, {small})"
-    if _path_of("compute-sanitizer") is None:
+    found = _program("compute-sanitizer", ["--tool", tool, "--error-exitcode", "9"], code)
+    if found is None:
         yield {"tool": tool, "refused": "compute-sanitizer is not installed"}
         return
-    done, seconds = _program("compute-sanitizer", ["--tool", tool, "--error-exitcode", "9"], code)
+    done, seconds = found
     summary = [line.strip("= ") for line in done.stdout.splitlines() if "SUMMARY" in line]
     said = "" if done.returncode == 0 else (done.stdout + done.stderr)[-1500:]
     yield {"tool": tool, "passed": done.returncode == 0, "exit": done.returncode, "summary": summary,
@@ -202,20 +203,21 @@ def count_hardware(kernel: str, **shape: Any) -> Iterator[Row]:
     )
     options = ["--csv", "--set", "basic", "--section", "WarpStateStats", "--section", "MemoryWorkloadAnalysis"]
     options += ["--clock-control", "none", "--kernel-name", f"regex:^{kernel}", "--launch-count", "1"]
-    done, seconds = _program("ncu", options, code)
+    found = _program("ncu", options, code)
+    if found is None:
+        yield {"kernel": kernel, "refused": "ncu is not installed"}
+        return
+    done, seconds = found
     lines = [line for line in done.stdout.splitlines() if line.startswith('"')]
     yield {"kernel": kernel, **shape, "passed": done.returncode == 0, "seconds": seconds, "csv": lines,
            "output": "" if lines else (done.stdout + done.stderr)[-1500:]}  # fmt: skip
 
 
-def _path_of(program: str) -> str | None:
-    return shutil.which(program) or shutil.which(program, path="/usr/local/cuda/bin")
-
-
-def _program(program: str, options: Sequence[str], code: str) -> tuple[subprocess.CompletedProcess[str], float]:
-    found = _path_of(program)
+def _program(program: str, options: Sequence[str], code: str) -> tuple[subprocess.CompletedProcess[str], float] | None:
+    """Run Python code under a program, and the seconds that this took; ``None`` where it is not installed."""
+    found = shutil.which(program) or shutil.which(program, path="/usr/local/cuda/bin")
     if found is None:
-        raise FileNotFoundError(f"{program} is not on the PATH nor in /usr/local/cuda/bin")
+        return None
     began = time.perf_counter()
     command = [found, *options, sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ))
