@@ -246,11 +246,16 @@ class ChunkNetwork:
             self.product(to.unclipped[l + 1], weights[l + 1], g, fine=True)
             self.activation.vjp(g, to.outputs[l], out=to.unclipped[l])
         if self.clip is not None:
-            norm = gradient_norm(to.unclipped, to.inputs)
-            # a norm that is not finite makes the step NaN
-            scale = (self.clip / norm.clamp(min=self.clip)).add_(norm, alpha=0).unsqueeze(-1)
-            for unclipped, error in zip(to.unclipped, to.errors):
-                torch.mul(unclipped, scale, out=error)
+            self.clip_errors(to)
+
+    def clip_errors(self, to: Written) -> None:
+        """Set ``to.errors`` to the errors of gradients that are scaled down to a norm of ``clip``."""
+        assert self.clip is not None
+        norm = gradient_norm(to.unclipped, to.inputs)
+        # a norm that is not finite makes the step NaN
+        scale = (self.clip / norm.clamp(min=self.clip)).add_(norm, alpha=0).unsqueeze(-1)
+        for unclipped, error in zip(to.unclipped, to.errors):
+            torch.mul(unclipped, scale, out=error)
 
     def _times(self, coefficients: Tensor, x: Tensor, name: str) -> Tensor:
         """``x`` times each part's coefficient: ``[..., b, s]`` and ``[..., b, out]`` -> ``[..., b, s * out]``."""

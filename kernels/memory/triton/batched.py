@@ -9,22 +9,32 @@ there is lost for all later tokens. The decays come from the Triton kernel, whic
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import triton.language as tl
+import triton
 from torch import Tensor
 
+from ...triton_runtime import launch
 from ..channels_torch import ChannelNetwork
-from ..chunk_torch import ChunkNetwork, Scratch
+from ..chunk_torch import ChunkNetwork, Ends, Scratch, Written, WrittenGrad
 from ..chunkwise_torch import chunkwise_memory
 from ..decay_torch import ChunkDecay
-from ..network_torch import ACTIVATIONS, memory_network
+from ..network_torch import ACTIVATION_NUMBERS, ACTIVATIONS, memory_network
 from ..state import CHANNELS, MemoryState, Options, Tokens
+from .batched_kernels import (
+    clip_backward_kernel,
+    clip_kernel,
+    error_backward_kernel,
+    error_kernel,
+    hidden_backward_kernel,
+    hidden_kernel,
+    hidden_second_kernel,
+)
 from .channels import triton_channel_scores
 from .decay import triton_decay
-from .schedule import operands
+from .products import Products, wide
+from .schedule import loss_constants, operands, tile
 
 
 def batched_memory(
@@ -50,60 +60,18 @@ def _products(dtype: torch.dtype, half: str | None) -> dict[str, Any]:
     return operands(dtype, None if half is None else getattr(torch, half))
 
 
-class Products:
-    """Products of batches of matrices with rounded operands; ``products``: what ``schedule.operands`` said."""
-
-    def __init__(self, products: dict[str, Any]) -> None:
-        self._half = {tl.bfloat16: torch.bfloat16, tl.float16: torch.float16}.get(products["OPERAND"])
-        self.largest = torch.finfo(self._half or torch.float64).max
-        self._thrice = products["FINE_PRECISION"] == "bf16x3"
-
-    def __call__(self, a: Tensor, b: Tensor, out: Tensor | None = None, *, fine: bool = False) -> Tensor:
-        if fine and self._thrice:
-            (a, a_rest), (b, b_rest) = _halves(a), _halves(b)
-            a, b = torch.cat([a, a, a_rest], -1), torch.cat([b, b_rest, b], -2)
-        elif self._half is not None:
-            a, b = a.to(self._half), b.to(self._half)
-        else:
-            return torch.bmm(a, b, out=out)
-        if a.is_cuda:
-            return torch.bmm(a, b, torch.float32, out=out)
-        return torch.bmm(a.float(), b.float(), out=out)
-
-    def matmul(self, a: Tensor, b: Tensor) -> Tensor:
-        """``torch.matmul`` of two tensors with the same batch; differentiable."""
-        y: Tensor = _Matmul.apply(self, a, b)
-        return y
-
-
-def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``x`` as the sum of two bfloat16 numbers, which have 16 of its 24 digits."""
-    high = x.bfloat16()
-    return high, (x - high.float()).bfloat16()
-
-
-class _Matmul(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, product: Callable[..., Tensor], a: Tensor, b: Tensor) -> Tensor:
-        ctx.save_for_backward(a, b)
-        ctx.product = product
-        return product(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor]:
-        a, b = ctx.saved_tensors
-        return None, _Matmul.apply(ctx.product, grad, b.mT), _Matmul.apply(ctx.product, a.mT, grad)
-
-
 class BatchedNetwork(ChunkNetwork):
     """``products``: what ``schedule.operands`` said in forward; ``chunk``: that of the memory."""
 
     def __init__(
         self, options: Options, gain: Tensor | None, scratch: Scratch, *, products: dict[str, Any], chunk: int
     ) -> None:
-        super().__init__(options, gain, scratch)
-        self._product, self._chunk = Products(products), chunk
-        self.matmul, self.largest = self._product.matmul, self._product.largest
+        # the kernels find the gain by the number of batch row and head; that of an expanded tensor would not be there
+        super().__init__(options, None if gain is None else gain.contiguous(), scratch)
+        self.products, self._chunk = Products(products), chunk
+        self.matmul, self.largest = self.products.matmul, self.products.largest
+        self._hidden = dict(ACTIVATION=ACTIVATION_NUMBERS[options.activation], GATED=int(self.gated))
+        self._curved = self.gated or self.activation.second is not None
 
     def matrices(
         self, theta: Tensor, eta: Tensor | None, alpha: Tensor | None, valid: Tensor | None, read_after: bool
@@ -113,13 +81,167 @@ class BatchedNetwork(ChunkNetwork):
         return triton_decay(theta, eta, alpha, valid, read_after, self._chunk)
 
     def product(self, a: Tensor, b: Tensor, out: Tensor | None = None, *, fine: bool = False) -> Tensor:
-        return self._product(a, b, out, fine=fine)
+        return self.products(a, b, out, fine=fine)
 
     def add_product(self, to: Tensor, a: Tensor, b: Tensor, alpha: float = 1, *, fine: bool = False) -> None:
-        to.add_(self.product(a, b, fine=fine), alpha=alpha)
+        self.products(a, b, to, onto=to, sign=int(alpha), fine=fine)
+
+    # -- write ---------------------------------------------------------------------------------------------------
+
+    def _differentiate(
+        self, values: Tensor, weights: list[Tensor], to: Written, gain: Tensor | None, outputs_known: bool = False
+    ) -> None:
+        last = len(weights) - 1
+        for l, weight in enumerate(weights):
+            if l:
+                self._for_hidden(hidden_kernel, to.inputs[l], to.outputs[l - 1], to.inputs[l])
+            if not outputs_known:
+                self.product(to.inputs[l], weight.mT, to.outputs[l], fine=True)
+        self._for_errors(
+            error_kernel, to, to.outputs[last], to.inputs[0], values, to.deltas[0] if to.deltas else None, gain,
+            to.unclipped[last],
+        )  # fmt: skip
+        for l in range(last - 1, -1, -1):
+            g = to.upstream[l] if to.upstream else self.scratch("upstream", *to.inputs[l + 1].shape)
+            self.product(to.unclipped[l + 1], weights[l + 1], g, fine=True)
+            self._for_hidden(hidden_backward_kernel, g, g, to.outputs[l], None, to.unclipped[l])
+        if self.clip is not None:
+            self.clip_errors(to)
+
+    def clip_errors(self, to: Written) -> None:
+        if len(to.errors) > 2:
+            super().clip_errors(to)
+        else:
+            self._for_clip(clip_kernel, to, to.errors[0], to.errors[-1])
+
+    def advance(self, l: int, i: int, now: Written, decay: ChunkDecay, after: Tensor) -> None:
+        self.products.update(
+            now.errors[l], now.inputs[l], decay.write[i], after, mix=decay.mix[i], stack=now.stacks[l], sign=-1
+        )
+
+    # -- backward of write -----------------------------------------------------------------------------------------
+
+    def write_backward(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        decay: ChunkDecay,
+        written: Written,
+        grad: WrittenGrad,
+        anchor: list[Tensor] | None,
+        grad_anchor: list[Tensor] | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        last, like = len(written.stacks) - 1, self.scratch
+        grad_values = torch.empty_like(values)
+        grad.deltas[:] = map(torch.empty_like, written.deltas)
+        ends = self.ends(decay, written, grad)
+        grad_gain = None
+        if self.gain is not None:
+            grad_gain = self.gain.new_zeros(values.shape[1], self._programs(values)[1], values.shape[3])
+        for i in range(len(keys) - 1, -1, -1):
+            now = written.at(i)
+            weights = anchor if anchor is not None and i == 0 else [stack[:, 0] for stack in now.stacks]
+            grad_start = [buffer[i] for buffer in grad.stacks]
+            grad_weights = grad_anchor if grad_anchor is not None and i == 0 else [x[:, 0] for x in grad_start]
+            grad_inputs, grad_errors = [x[i] for x in grad.inputs], [x[i] for x in grad.errors]
+            for l in range(last + 1):
+                ends.backward(l, i)
+            if self.clip is not None:
+                self._clip_backward(now, grad_errors, grad_inputs)
+
+            # errors run down the layers, so their gradient runs up ...
+            through: list[Tensor | None] = []
+            grad_upstream: list[Tensor] = []
+            for l, (g, upstream) in enumerate(zip(grad_errors[:-1], now.upstream)):
+                through.append(like(f"through errors {l}", *g.shape) if self._curved else None)
+                grad_upstream.append(like(f"grad upstream {l}", *upstream.shape))
+                self._for_hidden(
+                    hidden_second_kernel, upstream, g, now.outputs[l], upstream, through[l], grad_upstream[l]
+                )
+                self.add_product(grad_errors[l + 1], grad_upstream[l], weights[l + 1].mT)
+            # ... and then the inputs' gradient runs down
+            g = like("grad output", *now.outputs[last].shape)
+            self._for_errors(
+                error_backward_kernel, now, grad_errors[last], now.unclipped[last], now.outputs[last], keys[i],
+                values[i], now.deltas[0] if now.deltas else None, self.gain, g, grad_inputs[0], grad_values[i],
+                grad.deltas[0][i] if grad.deltas else None, grad_gain,
+            )  # fmt: skip
+            for l in range(last, -1, -1):
+                if l < last:
+                    g = like(f"grad output {l}", *now.outputs[l].shape)
+                    self._for_hidden(
+                        hidden_backward_kernel, grad_inputs[l + 1], grad_inputs[l + 1], now.outputs[l], through[l], g
+                    )
+                self.add_product(grad_weights[l], g.mT, now.inputs[l])
+                if l:
+                    self.add_product(grad_weights[l], now.unclipped[l].mT, grad_upstream[l - 1])
+                self.add_product(grad_inputs[l], g, weights[l])
+        return grad_values, *ends.gradients(), None if grad_gain is None else grad_gain.sum(1, keepdim=True)
+
+    def ends(self, decay: ChunkDecay, written: Written, grad: WrittenGrad) -> Ends:
+        return _Ends(self, decay, written, grad)
+
+    def _clip_backward(self, now: Written, grad_errors: list[Tensor], grad_inputs: list[Tensor]) -> None:
+        if len(grad_errors) > 2:
+            super()._clip_backward(now, grad_errors, grad_inputs)
+        else:
+            self._for_clip(clip_backward_kernel, now, grad_errors[0], grad_inputs[0], grad_errors[-1], grad_inputs[-1])
+
+    # -- launches --------------------------------------------------------------------------------------------------
+
+    def _for_hidden(self, kernel: Any, like: Tensor, *tensors: Tensor | None) -> None:
+        """``like``: ``[..., units]``."""
+        width, tokens = like.shape[-1], like.numel() // like.shape[-1]
+        tiles = dict(TOKENS=16, BLOCK=tile(width, 128))
+        launch(
+            kernel, (triton.cdiv(tokens, tiles["TOKENS"]) * triton.cdiv(width, tiles["BLOCK"]),), *tensors, tokens,
+            width, **self._hidden, **tiles, WIDE=wide(like),
+        )  # fmt: skip
+
+    @staticmethod
+    def _programs(like: Tensor) -> tuple[int, int]:
+        """The tokens of a program of the loss, and the programs of a row."""
+        tokens = max(1, min(16, 8192 // tile(like.shape[-1])))
+        return tokens, triton.cdiv(like.shape[-2], tokens)
+
+    def _for_errors(self, kernel: Any, now: Written, *tensors: Tensor | None) -> None:
+        rows, b, d_out = now.unclipped[-1].shape
+        tokens, programs = self._programs(now.unclipped[-1])
+        launch(
+            kernel, (rows, programs), *tensors, b, d_out, NORM=self.gain is not None, TOKENS=tokens, OUT=tile(d_out),
+            WIDE=wide(now.unclipped[-1]), DELTAS=bool(now.deltas), **loss_constants(self.objective),
+        )  # fmt: skip
+
+    def _for_clip(self, kernel: Any, now: Written, *tensors: Tensor) -> None:
+        (d_1, *_, d_2), (a_1, *_, a_2) = ([x[0], x[-1]] for x in (now.unclipped, now.inputs))
+        tokens = d_2.numel() // d_2.shape[-1]
+        launch(
+            kernel, (triton.cdiv(tokens, 16),), d_1, a_1, d_2, a_2, *tensors, tokens,
+            *(x.shape[-1] for x in (d_1, a_1, d_2, a_2)), LAYERS=len(now.unclipped), CLIP=self.clip, TOKENS=16,
+            BLOCK=128, WIDE=wide(d_2),
+        )  # fmt: skip
 
 
-class BatchedChannelNetwork(BatchedNetwork, ChannelNetwork):
+class _Ends(Ends):
+    """With the sums over the state's parts in the products."""
+
+    def __init__(self, net: BatchedNetwork, decay: ChunkDecay, written: Written, grad: WrittenGrad) -> None:
+        self.net, self.decay, self.written, self.grad, self._products = net, decay, written, grad, net.products
+        parts = decay.mix.shape[-1]
+        self._grad_weighted = [
+            net.scratch(f"grad weighted {l}", *x.shape[:-1], parts * x.shape[-1]) for l, x in enumerate(written.errors)
+        ]
+
+    def backward(self, l: int, i: int) -> None:
+        product, grad, weights = self._products, self.grad, self.decay.write[i]
+        inputs, errors, end = self.written.inputs[l][i], self.written.errors[l][i], grad.stacks[l][i + 1]
+        of_errors, of_inputs = grad.errors[l][i], grad.inputs[l][i]
+        product(inputs, end.mT, of_errors, onto=of_errors, sign=-1, weights=weights, each=self._grad_weighted[l][i])
+        product(errors, end, of_inputs, onto=of_inputs, sign=-1, weights=weights)
+        grad.stacks[l][i].flatten(2).baddbmm_(self.decay.mix[i].mT, end.flatten(2))
+
+
+class BatchedChannelNetwork(ChannelNetwork, BatchedNetwork):
     """The same with decays by channel."""
 
     channel_scores = staticmethod(triton_channel_scores)
