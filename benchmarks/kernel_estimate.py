@@ -19,8 +19,9 @@ the streamed schedule reads again comes from the cache.
 from __future__ import annotations
 
 import argparse
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import measure
@@ -35,10 +36,13 @@ from titans_build.tools.gpu.timing import passes
 RATE, BANDWIDTH, PROGRAMS = 790e12, 4.3e12, 132
 """FLOP/s of bfloat16 products, bytes/s and multiprocessors of an H200."""
 SHARE = 0.3
+THREE = "bf16x3"
+"""The precision of three products of bfloat16 each."""
 LAUNCH, WAIT = 6e-6, 25e-6
 """Seconds of the host, with autograd's work for an operator."""
 LENGTHS = (2560, 3072)
-"""Lengths that costs of many launches are extended from: whole segments of MAC, and longer than windows."""
+"""Lengths that costs of many launches are extended from: whole segments of MAC, and longer than windows. Memories with
+resets have stretches of their own (``lengths_of``)."""
 MANY = 2
 """Launches of a layer for each token from which on costs are extended."""
 COPIES = {"clone", "copy_", "cat", "stack", "constant_pad_nd", "slice_backward", "select_backward", "roll", "index",
@@ -52,6 +56,10 @@ memory's writes that backward repeats; seconds of ``device`` and ``host``."""
 
 def memory_flops(name: str, arguments: dict[str, Any]) -> tuple[float, float]:
     """FLOPs of a kernel of the memory (docs/kernels.md): of half precision, and of three products each."""
+    if name in ("product_kernel", "update_kernel"):
+        batch = (arguments.get("left") or arguments["errors"])[0]
+        count = 2 * batch * arguments["PARTS"] * math.prod(arguments[size] for size in ("rows", "columns", "depth"))
+        return (0.0, count) if arguments["PRECISION"] == THREE else (count, 0.0)
     tokens = arguments.get("keys") or arguments.get("queries")
     width, d_in, d_out = (arguments.get(size, 0) for size in ("width", "d_in", "d_out"))
     if not isinstance(tokens, tuple) or not width:
@@ -79,7 +87,8 @@ def costs(gpu: Counting, backward_from: int) -> dict[str, float]:
         seconds = launch.bytes / BANDWIDTH
         if launch.programs:
             half, fine = memory_flops(launch.name, launch.arguments)
-            threefold = 3 if launch.arguments.get("FINE_PRECISION") == "bf16x3" else 1
+            precisions = (launch.arguments.get(kind) for kind in ("PRECISION", "FINE_PRECISION"))
+            threefold = 3 if THREE in precisions else 1
             found["memory"] += half + fine
             busy = min(1.0, launch.programs / PROGRAMS)
             seconds = max(seconds / busy, (half + threefold * fine) / (RATE * SHARE * busy))
@@ -113,7 +122,20 @@ def step(recipe: str, layers: int, length: int) -> dict[str, float]:
         return costs(gpu, forward)
 
 
-def estimate(recipe: str, length: int, lengths: tuple[int, int] = LENGTHS) -> dict[str, Any]:
+def lengths_of(recipe: str) -> tuple[int, int]:
+    """The lengths to extend costs from: whole stretches between resets, which are rows side by side."""
+
+    def resets(part: Any) -> Iterator[int]:
+        if isinstance(part, dict):
+            yield part.get("reset") or 0
+        for inner in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
+            yield from resets(inner)
+
+    longest = max(resets(tb.load_recipe(recipe).layers), default=0)
+    return (2 * longest, 3 * longest) if longest else LENGTHS
+
+
+def estimate(recipe: str, length: int, lengths: tuple[int, int] | None = None) -> dict[str, Any]:
     """The costs of the whole model, and the seconds of a step."""
     layers = tb.load_recipe(recipe).stack[0]["repeat"]
 
@@ -128,7 +150,7 @@ def estimate(recipe: str, length: int, lengths: tuple[int, int] = LENGTHS) -> di
     if many - few < 512 * MANY:
         found = whole(length)
     else:
-        shorter, longer = lengths
+        shorter, longer = lengths or lengths_of(recipe)
         found = extended(whole(shorter), whole(longer), (length - shorter) / (longer - shorter))
     return {"recipe": recipe, "length": length, **found, "seconds": max(found["device"], found["host"])}
 

@@ -296,9 +296,13 @@ class ChunkNetwork:
             # zero for later keys, also where a score or a step size is not finite
             scores = self.product(x, a.mT, new("scores", a.shape[1])).mul_(read).tril_(self.last_read)
             self.add_product(z, scores, d, -1, fine=True)
+        return self.read_output(queries, z, kept=bool(query_activations))
+
+    def read_output(self, queries: Tensor, z: Tensor, *, kept: bool) -> Tensor:
+        """What is read, from the last layer's output, which may be ``kept``."""
         y = z.view(queries.shape[:-1] + z.shape[-1:])
         if self.gain is None:
-            return y.clone() if query_activations else y
+            return y.clone() if kept else y
         return torch.addcmul(queries, torch.native_layer_norm(y, y.shape[-1:], None, None, EPS)[0], self.gain)
 
     def _confine(self, carry: Tensor, errors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:

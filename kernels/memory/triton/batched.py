@@ -30,11 +30,15 @@ from .batched_kernels import (
     hidden_backward_kernel,
     hidden_kernel,
     hidden_second_kernel,
+    inner_kernel,
 )
 from .channels import triton_channel_scores
 from .decay import triton_decay
 from .products import Products, wide
 from .schedule import loss_constants, operands, tile
+
+TOKENS = 4
+"""Of a program that has all numbers of a token: few, because rows are few where heads are wide."""
 
 
 def batched_memory(
@@ -119,6 +123,66 @@ class BatchedNetwork(ChunkNetwork):
             now.errors[l], now.inputs[l], decay.write[i], after, mix=decay.mix[i], stack=now.stacks[l], sign=-1
         )
 
+    # -- read ----------------------------------------------------------------------------------------------------
+
+    def read(self, queries: Tensor, decay: ChunkDecay, written: Written, query_activations: list[Tensor]) -> Tensor:
+        state = written.at(slice(None))
+        read, (carry, errors) = decay.read.flatten(0, 1), self._confine(decay.carry.flatten(0, 1), state.errors)
+        x = z = queries.flatten(0, 1)
+        for l, (stack, a, d) in enumerate(zip(state.stacks, state.inputs, errors)):
+            if l:
+                x = self._activated(z, stack.shape[3])
+            buffer = self.scratch(f"z {l % 2}", *x.shape[:2], stack.shape[2])
+            z = query_activations[l].flatten(0, 1) if query_activations else buffer
+            self.products(x, stack.mT, z, weights=carry, fine=True)
+            scores = self.products(x, a.mT, times=read, last=self.last_read)
+            self.add_product(z, scores, d, -1, fine=True)
+        return self.read_output(queries, z, kept=bool(query_activations))
+
+    def read_backward(
+        self,
+        grad_y: Tensor,
+        queries: Tensor,
+        decay: ChunkDecay,
+        written: Written,
+        query_activations: list[Tensor],
+        grad: WrittenGrad,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        state = written.at(slice(None))
+        read, carry = decay.read.flatten(0, 1), decay.carry.flatten(0, 1)
+        g, grad_gain = self.output_backward(grad_y, query_activations)
+        g = g.flatten(0, 1)
+        grad_read, grad_carry = torch.zeros_like(read), torch.zeros_like(carry)
+        for l in range(len(state.stacks) - 1, -1, -1):
+            stack, a, d = state.stacks[l], state.inputs[l], state.errors[l]
+            z = query_activations[l - 1].flatten(0, 1) if l else queries.flatten(0, 1)
+            x = self._activated(z, a.shape[2]) if l else z
+            self.products.update(g, x, carry, grad.stacks[l][:-1].flatten(0, 1))
+            back = self.scratch("back", *x.shape[:2], stack.shape[1] * x.shape[2])
+            grad_x = self.scratch(f"grad x {l % 2}", *x.shape)
+            self.products(g, stack, grad_x, weights=carry, each=back, fine=True)
+            self.add_inner(grad_carry, x, back)
+            scores = self.product(x, a.mT, self.scratch("scores", *read.shape))
+            grad_scores = self.products(g, d.mT, self.scratch("grad scores", *read.shape), sign=-1, fine=True)
+            grad_read.addcmul_(grad_scores, scores)
+            self.products(scores.mul_(read).mT, g, grad.errors[l].flatten(0, 1), sign=-1)
+            self.product(grad_scores.mul_(read).mT, x, grad.inputs[l].flatten(0, 1))
+            self.add_product(grad_x, grad_scores, a, fine=True)
+            g = grad_x
+            if l:
+                g = self.scratch("vjp", *z.shape)
+                self._for_hidden(hidden_backward_kernel, grad_x, grad_x, z, None, g)
+        g = g.view(queries.shape)
+        if self.gain is not None:
+            g += grad_y
+        return g, grad_read.view(decay.read.shape), grad_carry.view(decay.carry.shape), grad_gain
+
+    def _activated(self, z: Tensor, width: int) -> Tensor:
+        """The inputs of a layer, in a buffer."""
+        x = self.scratch("x", *z.shape[:2], width)
+        self._for_hidden(hidden_kernel, x, z, x)
+        return x
+
     # -- backward of write -----------------------------------------------------------------------------------------
 
     def write_backward(
@@ -141,8 +205,6 @@ class BatchedNetwork(ChunkNetwork):
         for i in range(len(keys) - 1, -1, -1):
             now = written.at(i)
             weights = anchor if anchor is not None and i == 0 else [stack[:, 0] for stack in now.stacks]
-            grad_start = [buffer[i] for buffer in grad.stacks]
-            grad_weights = grad_anchor if grad_anchor is not None and i == 0 else [x[:, 0] for x in grad_start]
             grad_inputs, grad_errors = [x[i] for x in grad.inputs], [x[i] for x in grad.errors]
             for l in range(last + 1):
                 ends.backward(l, i)
@@ -172,9 +234,10 @@ class BatchedNetwork(ChunkNetwork):
                     self._for_hidden(
                         hidden_backward_kernel, grad_inputs[l + 1], grad_inputs[l + 1], now.outputs[l], through[l], g
                     )
-                self.add_product(grad_weights[l], g.mT, now.inputs[l])
-                if l:
-                    self.add_product(grad_weights[l], now.unclipped[l].mT, grad_upstream[l - 1])
+                pairs = [(g, now.inputs[l]), *([(now.unclipped[l], grad_upstream[l - 1])] if l else [])]
+                of_anchor = None if grad_anchor is None or i else grad_anchor[l]
+                mix = (decay.mix[i], grad.stacks[l][i + 1]) if isinstance(ends, _Ends) else (None, None)
+                self.products.state_backward(pairs, grad.stacks[l][i], of_anchor, *mix)
                 self.add_product(grad_inputs[l], g, weights[l])
         return grad_values, *ends.gradients(), None if grad_gain is None else grad_gain.sum(1, keepdim=True)
 
@@ -199,9 +262,18 @@ class BatchedNetwork(ChunkNetwork):
         )  # fmt: skip
 
     @staticmethod
+    def add_inner(to: Tensor, x: Tensor, parts: Tensor, sign: int = 1) -> None:
+        """Add to ``to`` ``[..., parts]`` the inner products of ``x`` ``[..., units]`` with ``[..., parts * units]``."""
+        width, tokens = x.shape[-1], x.numel() // x.shape[-1]
+        launch(
+            inner_kernel, (triton.cdiv(tokens, 16),), x, parts, to, tokens, width, PARTS=to.shape[-1], SIGN=sign,
+            TOKENS=16, BLOCK=tile(width, 128), WIDE=wide(to),
+        )  # fmt: skip
+
+    @staticmethod
     def _programs(like: Tensor) -> tuple[int, int]:
         """The tokens of a program of the loss, and the programs of a row."""
-        tokens = max(1, min(16, 8192 // tile(like.shape[-1])))
+        tokens = max(1, min(TOKENS, 8192 // tile(like.shape[-1])))
         return tokens, triton.cdiv(like.shape[-2], tokens)
 
     def _for_errors(self, kernel: Any, now: Written, *tensors: Tensor | None) -> None:
@@ -216,29 +288,36 @@ class BatchedNetwork(ChunkNetwork):
         (d_1, *_, d_2), (a_1, *_, a_2) = ([x[0], x[-1]] for x in (now.unclipped, now.inputs))
         tokens = d_2.numel() // d_2.shape[-1]
         launch(
-            kernel, (triton.cdiv(tokens, 16),), d_1, a_1, d_2, a_2, *tensors, tokens,
-            *(x.shape[-1] for x in (d_1, a_1, d_2, a_2)), LAYERS=len(now.unclipped), CLIP=self.clip, TOKENS=16,
+            kernel, (triton.cdiv(tokens, TOKENS),), d_1, a_1, d_2, a_2, *tensors, tokens,
+            *(x.shape[-1] for x in (d_1, a_1, d_2, a_2)), LAYERS=len(now.unclipped), CLIP=self.clip, TOKENS=TOKENS,
             BLOCK=128, WIDE=wide(d_2),
         )  # fmt: skip
 
 
 class _Ends(Ends):
-    """With the sums over the state's parts in the products."""
+    """With the sums over the state's parts in the products; the states' own gradients are left to the weights'."""
 
     def __init__(self, net: BatchedNetwork, decay: ChunkDecay, written: Written, grad: WrittenGrad) -> None:
-        self.net, self.decay, self.written, self.grad, self._products = net, decay, written, grad, net.products
+        self.net, self.decay, self.written, self.grad, self._batched = net, decay, written, grad, net
         parts = decay.mix.shape[-1]
         self._grad_weighted = [
             net.scratch(f"grad weighted {l}", *x.shape[:-1], parts * x.shape[-1]) for l, x in enumerate(written.errors)
         ]
 
     def backward(self, l: int, i: int) -> None:
-        product, grad, weights = self._products, self.grad, self.decay.write[i]
+        product, grad, weights = self._batched.products, self.grad, self.decay.write[i]
         inputs, errors, end = self.written.inputs[l][i], self.written.errors[l][i], grad.stacks[l][i + 1]
         of_errors, of_inputs = grad.errors[l][i], grad.inputs[l][i]
         product(inputs, end.mT, of_errors, onto=of_errors, sign=-1, weights=weights, each=self._grad_weighted[l][i])
         product(errors, end, of_inputs, onto=of_inputs, sign=-1, weights=weights)
-        grad.stacks[l][i].flatten(2).baddbmm_(self.decay.mix[i].mT, end.flatten(2))
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        grad_write, grad_mix = torch.zeros_like(self.decay.write), torch.zeros_like(self.decay.mix)
+        for l, errors in enumerate(self.written.errors):
+            self._batched.add_inner(grad_write, errors, self._grad_weighted[l], sign=-1)
+            start = self.written.stacks[l][: len(errors)].flatten(3).flatten(0, 1)
+            grad_mix.flatten(0, 1).baddbmm_(self.grad.stacks[l][1:].flatten(3).flatten(0, 1), start.mT)
+        return grad_write, grad_mix
 
 
 class BatchedChannelNetwork(ChannelNetwork, BatchedNetwork):

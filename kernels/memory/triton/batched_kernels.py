@@ -94,6 +94,24 @@ def hidden_second_kernel(
     store_tokens(grad_upstream, 0, t, h, tokens, width, of_upstream)
 
 
+@triton.jit(do_not_specialize=VARYING)
+def inner_kernel(
+    x, parts, to, tokens, width,
+    PARTS: tl.constexpr, SIGN: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Adds to ``to`` ``[tokens, PARTS]`` the inner products of ``x`` with ``parts`` ``[tokens, PARTS, width]``."""
+    t = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    for part in tl.static_range(PARTS):
+        found = tl.zeros((TOKENS,), WIDE)
+        for h0 in range(0, width, BLOCK):
+            h = h0 + tl.arange(0, BLOCK)
+            place = (t * PARTS + part)[:, None] * width + h[None, :]
+            y = tl.load(parts + place, mask=(t < tokens)[:, None] & (h < width)[None, :], other=0.0).to(WIDE)
+            found += tl.sum(load_tokens(x, 0, t, h, tokens, width, WIDE) * y, axis=1)
+        before = tl.load(to + t * PARTS + part, mask=t < tokens, other=0.0).to(WIDE)
+        tl.store(to + t * PARTS + part, before + SIGN * found, mask=t < tokens)
+
+
 # -- the loss ----------------------------------------------------------------------------------------------------------
 
 

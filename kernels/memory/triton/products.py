@@ -7,6 +7,7 @@ registers (``tiles.dot``).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,9 +18,12 @@ from torch import Tensor
 from ...triton_runtime import launch
 from .schedule import on_matrix_units, tile
 from .tiles import coefficient, dot
+from .write_backward_kernels import over_tokens
 
 SIZES = ("rows", "columns", "depth")
 """Arguments that kernels are not compiled for."""
+PROGRAMS = 128
+"""About as many as a large GPU has multiprocessors."""
 
 
 class Products:
@@ -57,7 +61,7 @@ class Products:
         for x in (to, onto):
             assert x is None or x[0].is_contiguous()
         dense = [None if x is None else x.contiguous() for x in (weights, times)]
-        fixed = product_tiles(rows, columns, depth, self._products) | self._kind(a, fine)
+        fixed = product_tiles(batch, rows, columns, depth, self._products) | self._kind(a, fine)
         tiles = triton.cdiv(rows, fixed["ROWS"]) * triton.cdiv(columns, fixed["COLUMNS"])
         launch(
             product_kernel, (batch * tiles,), a, b, *dense, onto, to, each, rows, columns, depth, last,
@@ -83,12 +87,36 @@ class Products:
         """
         (batch, depth, rows), columns = errors.shape, inputs.shape[2]
         assert to.is_contiguous() and (stack is None or stack.is_contiguous())
-        fixed = product_tiles(rows, columns, depth, self._products) | self._kind(errors, True)
+        fixed = product_tiles(batch, rows, columns, depth, self._products) | self._kind(errors, True)
         tiles = triton.cdiv(rows, fixed["ROWS"]) * triton.cdiv(columns, fixed["COLUMNS"])
         launch(
             update_kernel, (batch * tiles,), errors.contiguous(), inputs.contiguous(), weights.contiguous(),
             None if mix is None else mix.contiguous(), stack, to, rows, columns, depth,
             PARTS=weights.shape[2], SIGN=sign, **fixed,
+        )  # fmt: skip
+
+    def state_backward(
+        self, pairs: Sequence[tuple[Tensor, Tensor]], to: Tensor, anchor: Tensor | None, mix: Tensor | None,
+        after: Tensor | None,
+    ) -> None:  # fmt: skip
+        """Add the sum of ``left^T right`` to the weights of ``to``, and ``mix^T after``, if given, to all of it.
+
+        Args:
+            pairs: one or two, ``[batch, b, out]`` and ``[batch, b, in]``.
+            to: ``[batch, parts, out, in]``, contiguous.
+            anchor: ``[batch, out, in]``, contiguous: what the products are added to instead.
+            mix: ``[batch, parts, parts]``.
+            after: as ``to``.
+        """
+        (left, right), *others = ([x.contiguous() for x in pair] for pair in pairs)
+        batch, parts, rows, columns = to.shape
+        assert all(x is None or x.is_contiguous() for x in (to, anchor, after))
+        fixed = product_tiles(batch, rows, columns, left.shape[1], self._products) | self._kind(to, False)
+        tiles = triton.cdiv(rows, fixed["ROWS"]) * triton.cdiv(columns, fixed["COLUMNS"])
+        launch(
+            state_backward_kernel, (batch * tiles,), left, right, *(others[0] if others else (None, None)),
+            None if mix is None else mix.contiguous(), after, to, anchor, rows, columns, left.shape[1], PARTS=parts,
+            **fixed,
         )  # fmt: skip
 
     def _kind(self, like: Tensor, fine: bool) -> dict[str, Any]:
@@ -122,12 +150,13 @@ def wide(like: Tensor) -> Any:
     return tl.float64 if like.dtype == torch.float64 else tl.float32
 
 
-def product_tiles(rows: int, columns: int, depth: int, products: dict[str, Any]) -> dict[str, int]:
-    """The tiles of a product and its launch."""
+def product_tiles(batch: int, rows: int, columns: int, depth: int, products: dict[str, Any]) -> dict[str, int]:
+    """The tiles of a product and its launch: narrower ones for few programs."""
     most = 64 if on_matrix_units(products) and products["UNIT_ROWS"] == 64 else 32
-    return dict(
-        ROWS=tile(rows, most), COLUMNS=tile(columns, most), DEPTH=tile(depth, most), num_warps=4, num_stages=2
-    )  # fmt: skip
+    across = tile(columns, most)
+    if batch * triton.cdiv(rows, most) * triton.cdiv(columns, across) < PROGRAMS:
+        across = min(across, 32)
+    return dict(ROWS=tile(rows, most), COLUMNS=across, DEPTH=tile(depth, most), num_warps=4, num_stages=2)
 
 
 # -- kernels -----------------------------------------------------------------------------------------------------------
@@ -146,9 +175,9 @@ def _place(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def product_kernel(
-    a, b, weights, times, onto, to, each,
+    left, right, weights, times, onto, to, each,
     rows, columns, depth, last,
-    a_batch, a_row, a_column, b_batch, b_part, b_row, b_column, onto_batch, to_batch,
+    left_batch, left_row, left_column, right_batch, right_part, right_row, right_column, onto_batch, to_batch,
     PARTS: tl.constexpr, SIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -159,13 +188,13 @@ def product_kernel(
     total = tl.zeros((ROWS, COLUMNS), WIDE)
     for part in tl.static_range(PARTS):
         product = tl.zeros((ROWS, COLUMNS), WIDE)
-        left = a + at * a_batch + m[:, None] * a_row
-        right = b + at * b_batch + part * b_part + n[None, :] * b_column
+        x_m = left + at * left_batch + m[:, None] * left_row
+        y_n = right + at * right_batch + part * right_part + n[None, :] * right_column
         for k0 in range(0, depth, DEPTH):
             k = k0 + tl.arange(0, DEPTH)
             known = k < depth
-            x = tl.load(left + k[None, :] * a_column, mask=(m < rows)[:, None] & known[None, :], other=0.0)
-            y = tl.load(right + k[:, None] * b_row, mask=known[:, None] & (n < columns)[None, :], other=0.0)
+            x = tl.load(x_m + k[None, :] * left_column, mask=(m < rows)[:, None] & known[None, :], other=0.0)
+            y = tl.load(y_n + k[:, None] * right_row, mask=known[:, None] & (n < columns)[None, :], other=0.0)
             product += dot(x.to(WIDE), y.to(WIDE), OPERAND, WIDE, PRECISION)
         if each is not None:
             of_part = ((at * rows + m) * PARTS + part)[:, None] * columns + n[None, :]
@@ -226,3 +255,37 @@ def update_kernel(
     _store_part(total, mix, stack, to, at, 0, place, inside, size, PARTS, SIGN, WIDE)
     if PARTS == 2:
         _store_part(momentum, mix, stack, to, at, 1, place, inside, size, PARTS, SIGN, WIDE)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def state_backward_kernel(
+    left, right, left_2, right_2, mix, after, to, anchor,
+    rows, columns, depth,
+    PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of the gradient of all parts of a state (``Products.state_backward``)."""
+    at, m, n = _place(rows, columns, ROWS, COLUMNS)
+    inside = (m < rows)[:, None] & (n < columns)[None, :]
+    place, size = m[:, None] * columns + n[None, :], rows * columns
+    total = tl.zeros((ROWS, COLUMNS), WIDE)
+    total = over_tokens(total, left, right, at * depth, m, n, depth, rows, columns, DEPTH, OPERAND, WIDE, PRECISION)
+    if left_2 is not None:
+        total = over_tokens(
+            total, left_2, right_2, at * depth, m, n, depth, rows, columns, DEPTH, OPERAND, WIDE, PRECISION
+        )
+    if anchor is not None:
+        before = tl.load(anchor + at * size + place, mask=inside, other=0.0).to(WIDE)
+        tl.debug_barrier()
+        tl.store(anchor + at * size + place, before + total, mask=inside)
+    for part in tl.static_range(PARTS):
+        here = to + (at * PARTS + part) * size + place
+        value = tl.load(here, mask=inside, other=0.0).to(WIDE)
+        if mix is not None:
+            for other in tl.static_range(PARTS):
+                weight = tl.load(mix + (at * PARTS + other) * PARTS + part).to(WIDE)
+                value += weight * tl.load(after + (at * PARTS + other) * size + place, mask=inside, other=0.0).to(WIDE)
+        if part == 0 and anchor is None:
+            value += total
+        tl.debug_barrier()
+        tl.store(here, value, mask=inside)

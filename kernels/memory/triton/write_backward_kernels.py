@@ -62,7 +62,7 @@ def _state_backward(mix, dmix, at, start, later, before, r, c, rows_of, columns,
 
 
 @triton.jit
-def _over_tokens(total, left, right, first, r, c, b, rows_of, columns,
+def over_tokens(total, left, right, first, r, c, b, rows_of, columns,
                  TOKENS: tl.constexpr, OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """``total + left^T right``: a tile of a layer's gradient."""
     for t0 in range(0, b, TOKENS):
@@ -299,10 +299,10 @@ def write_backward_kernel(
             dmix = _state_backward(mix, dmix, at, state_2, later_2, before_2, o, h, d_out, width, size_2, PARTS, WIDE)
             tl.debug_barrier()
             dw = load(grad_weights_2, o, h, d_out, width, WIDE)
-            dw = _over_tokens(dw, grad_error_2, input_2, first, o, h, b, d_out, width,
+            dw = over_tokens(dw, grad_error_2, input_2, first, o, h, b, d_out, width,
                                 TOKENS, OPERAND, WIDE, PRECISION)  # fmt: skip
             if LAYERS == 2:
-                dw = _over_tokens(dw, unclipped_2, of_upstream, first, o, h, b, d_out, width,
+                dw = over_tokens(dw, unclipped_2, of_upstream, first, o, h, b, d_out, width,
                                     TOKENS, OPERAND, WIDE, PRECISION)  # fmt: skip
             replace(grad_weights_2, o, h, d_out, width, dw)
         if LAYERS == 2:
@@ -314,7 +314,7 @@ def write_backward_kernel(
                                          PARTS, WIDE)  # fmt: skip
                     tl.debug_barrier()
                     dw_1 = load(grad_weights_1, h, i, up, d_in, WIDE)
-                    dw_1 = _over_tokens(dw_1, of_output_1, keys, first, h, i, b, up, d_in,
+                    dw_1 = over_tokens(dw_1, of_output_1, keys, first, h, i, b, up, d_in,
                                         TOKENS, OPERAND, WIDE, PRECISION)  # fmt: skip
                     replace(grad_weights_1, h, i, up, d_in, dw_1)
         tl.store(grad_mix + (at * PARTS + four // 2) * PARTS + four % 2, dmix,
