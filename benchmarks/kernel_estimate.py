@@ -41,8 +41,7 @@ THREE = "bf16x3"
 LAUNCH, WAIT = 6e-6, 25e-6
 """Seconds of the host, with autograd's work for an operator."""
 LENGTHS = (2560, 3072)
-"""Lengths that costs of many launches are extended from: whole segments of MAC, and longer than windows. Memories with
-resets have stretches of their own (``lengths_of``)."""
+"""Lengths that costs of many launches are extended from: whole segments of MAC, and longer than windows."""
 MANY = 2
 """Launches of a layer for each token from which on costs are extended."""
 COPIES = {"clone", "copy_", "cat", "stack", "constant_pad_nd", "slice_backward", "select_backward", "roll", "index",
@@ -56,9 +55,11 @@ memory's writes that backward repeats; seconds of ``device`` and ``host``."""
 
 def memory_flops(name: str, arguments: dict[str, Any]) -> tuple[float, float]:
     """FLOPs of a kernel of the memory (docs/kernels.md): of half precision, and of three products each."""
-    if name in ("product_kernel", "update_kernel"):
-        batch = (arguments.get("left") or arguments["errors"])[0]
-        count = 2 * batch * arguments["PARTS"] * math.prod(arguments[size] for size in ("rows", "columns", "depth"))
+    if name in ("product_kernel", "update_kernel", "state_backward_kernel"):
+        batch, several = (arguments.get("left") or arguments["errors"])[0], arguments["PARTS"]
+        if name == "state_backward_kernel":
+            several = 1 if arguments["left_2"] is None else 2
+        count = 2 * batch * several * math.prod(arguments[size] for size in ("rows", "columns", "depth"))
         return (0.0, count) if arguments["PRECISION"] == THREE else (count, 0.0)
     tokens = arguments.get("keys") or arguments.get("queries")
     width, d_in, d_out = (arguments.get(size, 0) for size in ("width", "d_in", "d_out"))
@@ -122,8 +123,8 @@ def step(recipe: str, layers: int, length: int) -> dict[str, float]:
         return costs(gpu, forward)
 
 
-def lengths_of(recipe: str) -> tuple[int, int]:
-    """The lengths to extend costs from: whole stretches between resets, which are rows side by side."""
+def probed(recipe: str) -> tuple[int, int]:
+    """Two lengths that show how launches grow: whole stretches between resets, which are rows side by side."""
 
     def resets(part: Any) -> Iterator[int]:
         if isinstance(part, dict):
@@ -132,10 +133,10 @@ def lengths_of(recipe: str) -> tuple[int, int]:
             yield from resets(inner)
 
     longest = max(resets(tb.load_recipe(recipe).layers), default=0)
-    return (2 * longest, 3 * longest) if longest else LENGTHS
+    return (2 * longest, 3 * longest) if longest else (512, 1024)
 
 
-def estimate(recipe: str, length: int, lengths: tuple[int, int] | None = None) -> dict[str, Any]:
+def estimate(recipe: str, length: int, lengths: tuple[int, int] = LENGTHS) -> dict[str, Any]:
     """The costs of the whole model, and the seconds of a step."""
     layers = tb.load_recipe(recipe).stack[0]["repeat"]
 
@@ -146,11 +147,12 @@ def estimate(recipe: str, length: int, lengths: tuple[int, int] | None = None) -
         one = step(recipe, 1, length)
         return one if layers == 1 else extended(one, step(recipe, 2, length), layers - 1)
 
-    few, many = (step(recipe, 1, n)["launches"] for n in (512, 1024))
-    if many - few < 512 * MANY:
+    short, long = probed(recipe)
+    few, many = (step(recipe, 1, n)["launches"] for n in (short, long))
+    if many - few < (long - short) * MANY:
         found = whole(length)
     else:
-        shorter, longer = lengths or lengths_of(recipe)
+        shorter, longer = lengths
         found = extended(whole(shorter), whole(longer), (length - shorter) / (longer - shorter))
     return {"recipe": recipe, "length": length, **found, "seconds": max(found["device"], found["host"])}
 

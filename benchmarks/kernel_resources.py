@@ -34,8 +34,10 @@ from triton.compiler import ASTSource
 
 from titans_build.kernels.memory.state import SQUARED
 from titans_build.kernels.memory.triton import (
+    batched_kernels,
     channels,
     decay,
+    products,
     read,
     read_kernels,
     step,
@@ -55,7 +57,8 @@ HEADS = (48, 64, 96, 256)
 TNT = (16, True)
 """The chunk of the local memories of the packaged TNT, and that they have neither momentum nor forgetting."""
 LARGEST = 128
-"""Wider heads have no kernel of the memory."""
+"""Wider heads have the kernels of batched products."""
+BATCHED = [kernel for name, kernel in vars(batched_kernels).items() if name.endswith("_kernel")]
 MEMORY = dict.fromkeys(
     kernel
     for module in (write_kernels, read_kernels, write_backward_kernels, step, read)
@@ -70,7 +73,7 @@ PRODUCTS = {
 }
 WHOLE = re.compile(
     r"tokens|dim|(?:batch_)?heads|interval|.*_(?:step|row|head)|stretch|time|problems|chunks?|rows|d_in|width|d_out|b|"
-    r"writes|units|channels|own"
+    r"writes|units|channels|own|depth|last|(?:left|right|onto|to)_(?:batch|part)|width|up"
 )
 """Integer arguments."""
 TYPED = {"mask": "*i1", "position": "*i64", "length": "*i64"}
@@ -111,6 +114,7 @@ def kernels(
     for kernel in (decay.decay_kernel, decay.decay_backward_kernel):
         yield kernel, net | decay.decay_tiles(chunk), dict(b=chunk)
     if dim > LARGEST:
+        yield from batched(dim, hidden, chunk, net)
         return
     for kernel in (channels.channel_scores_kernel, channels.channel_scores_backward_kernel):
         yield (
@@ -126,6 +130,31 @@ def kernels(
         tiles = schedule(kernel.__name__, chunk, dim, hidden, dim, products, layers=layers, parts=parts)
         steps = {f"{name}_{to}": 16 * dim for name in "qkvyp" for to in ("row", "head", "step")}
         yield kernel, net | tiles, dict(b=chunk, writes=chunk, d_in=dim, width=hidden, d_out=dim, **steps)
+
+
+def batched(
+    dim: int, hidden: int, chunk: int, net: dict[str, Any]
+) -> Iterator[tuple[Any, dict[str, Any], dict[str, int]]]:
+    """Those of ``triton_batched``: products with everything that they may have, of three products each."""
+    for kernel in BATCHED:
+        tiles = dict(TOKENS=4, BLOCK=128, OUT=dim) if "hidden" not in kernel.__name__ else dict(TOKENS=16, BLOCK=128)
+        yield kernel, net | tiles | dict(SIGN=-1), dict(d_in=dim, d_out=dim, width=hidden, up=hidden)
+    fine = net | dict(OPERAND=net["FINE"], PRECISION=net["FINE_PRECISION"], SIGN=-1)
+    strides = {f"{x}_{to}": dim * hidden for x in ("left", "right", "onto", "to") for to in ("batch", "part")}
+    for kernel, sizes in (
+        (products.product_kernel, (chunk, hidden, dim)),
+        (products.update_kernel, (hidden, dim, chunk)),
+        (products.state_backward_kernel, (hidden, dim, chunk)),
+    ):
+        kind, known = fine, dict(columns=sizes[1])
+        if kernel is products.product_kernel:
+            kind = fine | dict(left_column=1, right_row=1)
+            known |= strides | dict(left_row=dim, right_column=dim)
+        else:
+            known |= dict(rows=sizes[0])
+            if kernel is products.state_backward_kernel:
+                kind = net
+        yield kernel, kind | products.product_tiles(8, *sizes, net), known
 
 
 def compiled(kernel: Any, fixed: dict[str, Any], sizes: dict[str, int], target: str) -> dict[str, Any]:

@@ -20,8 +20,6 @@ from .schedule import on_matrix_units, tile
 from .tiles import coefficient, dot
 from .write_backward_kernels import over_tokens
 
-SIZES = ("rows", "columns", "depth")
-"""Arguments that kernels are not compiled for."""
 PROGRAMS = 128
 """About as many as a large GPU has multiprocessors."""
 
@@ -173,7 +171,7 @@ def _place(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return (tl.program_id(0) // tiles).to(tl.int64), m, n
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=("rows", "depth", "last"))
 def product_kernel(
     left, right, weights, times, onto, to, each,
     rows, columns, depth, last,
@@ -225,7 +223,7 @@ def _store_part(total, mix, stack, to, at, part, place, inside, size,
     tl.store(to + (at * PARTS + part) * size + place, total, mask=inside)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=("depth",))
 def update_kernel(
     errors, inputs, weights, mix, stack, to,
     rows, columns, depth,
@@ -257,7 +255,7 @@ def update_kernel(
         _store_part(momentum, mix, stack, to, at, 1, place, inside, size, PARTS, SIGN, WIDE)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=("depth",))
 def state_backward_kernel(
     left, right, left_2, right_2, mix, after, to, anchor,
     rows, columns, depth,

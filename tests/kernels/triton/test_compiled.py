@@ -101,6 +101,8 @@ def test_the_packaged_sizes(target, spilled):
         at.setdefault((row["heads"], row["chunk"]), set()).add(row["kernel"])
     small = {(heads, chunk) for heads in (48, 64, 96) for chunk in (64, 16)}
     assert at.keys() == {*small, (256, 64)} and all(len(at[memory]) == KERNELS for memory in small), at
+    assert len(at[256, 64]) == KERNELS - 1 and all(row["wgmma"] and not row["mma"] for row in rows
+                                                   if target == "sm_90" and ".products." in row["kernel"])  # fmt: skip
     assert_fits(rows, target, spilled)
     assert all(row.get("tensor_memory", 0) <= 512 for row in rows)  # columns of a multiprocessor
     many = [row for row in rows if row["heads"] < 256 and any(name in row["kernel"] for name in MANY.split())]

@@ -73,6 +73,33 @@ def test_launches_of_a_segment_of_a_mac_layer(segment: int) -> None:
         assert after[1] - before[1] <= 80
 
 
+def launches_of(recipe: str, length: int) -> tuple[int, int]:
+    """Those of a layer's forward and backward pass under autocast."""
+    with Counting() as gpu:
+        changes = {"stack.0.repeat": 1, "vocab": 32}
+        model = gpu.moved(tb.build(tb.load_recipe(recipe, overrides=changes), device="meta"))
+        tokens = gpu.empty(1, length, dtype=torch.int64)
+        with gpu.autocast(torch.bfloat16):
+            loss = model(tokens, targets=tokens).loss
+        forward = len(gpu.launches)
+        loss.backward()
+        return forward, len(gpu.launches) - forward
+
+
+def test_launches_of_a_chunk_of_wide_heads() -> None:
+    """Heads of 256, which have no fused kernel: 22 for a chunk."""
+    launches_of("lmm-1.3b", 128)  # makes constants
+    before, after = launches_of("lmm-1.3b", 256), launches_of("lmm-1.3b", 512)
+    assert after[0] - before[0] <= 4 * 9 and after[1] - before[1] <= 4 * 13
+
+
+@pytest.mark.slow
+def test_stretches_between_resets_of_wide_heads_share_launches() -> None:
+    """Each has 384 chunks. The chunk of the global memory is launches more, and another group of chunks is."""
+    before, after = (sum(launches_of("tnt-1.3b", length)) for length in (4096, 6144))
+    assert after - before <= 120
+
+
 def test_tokens_in_half_precision_are_cast_by_the_kernels() -> None:
     """Queries, keys, values, outputs and their gradients. Gates are cast, and the gradient of the keys is a sum."""
     with Counting() as gpu:
