@@ -1,9 +1,10 @@
-"""Memories that the kernels do not take (heads above 128, three layers or more, long chunks), in batched products.
+"""Memories that no fused kernel takes (heads above 128, three layers or more, long chunks), in batched products.
 
-The mathematics is that of ``ChunkNetwork``. The operands of its products are in half precision where the model is, with
-sums in float32; the gradients of a chunk and what they add to the state are three products each, because what is lost
-there is lost for all later tokens. The decays come from the Triton kernel, which makes a chunk's ``b x b`` matrices in
-``b^2`` steps.
+The mathematics is that of ``ChunkNetwork``. Chunks are written one after the other, so that the number of launches for
+each counts: a product of all rows is one launch (``products.py``), and so is what is computed between two products
+(``batched_kernels.py``). The operands of products are in half precision where the model is, with sums in float32; the
+gradients of a chunk and what they add to the state are three products each, because what is lost there is lost for all
+later tokens. The decays come from the Triton kernel, which makes a chunk's ``b x b`` matrices in ``b^2`` steps.
 """
 
 from __future__ import annotations
