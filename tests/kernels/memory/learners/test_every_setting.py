@@ -148,6 +148,8 @@ SUMS = (
     "three keys in a window", "channel", "channel and window, read before", "channel and clip, read at the anchor",
 )  # fmt: skip
 """Some settings that the C kernel takes, and batched products, in PyTorch and in the precision of a GPU."""
+QUICK = ("clip and gated_mlp", "window of huber for each token", "channel and window, read before")
+"""Those of them that Triton's interpreter runs every day: it takes seconds for each."""
 IN_PRODUCTS = ["torch", *(["triton_batched"] if importlib.util.find_spec("triton") else [])]
 
 
@@ -240,7 +242,7 @@ def test_outputs_state_and_gradients(name, make, general):
     gradients = case.gradients(expected)
     taken = ["auto", "general"]
     if name in SUMS:
-        taken += ["closed_form", "reference", *IN_PRODUCTS, *(["native"] if UNBUILT is None else [])]
+        taken += ["closed_form", "reference", "torch", *(["native"] if UNBUILT is None else [])]
     for backend in {*BACKENDS, *taken}:
         try:
             got = case.tensors(case.learn(backend=backend))
@@ -249,6 +251,18 @@ def test_outputs_state_and_gradients(name, make, general):
             continue
         same(got, expected)
         same(case.gradients(got), gradients)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+@pytest.mark.parametrize("name", [
+    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SUMS
+])  # fmt: skip
+def test_batched_products_on_a_gpu(name, make, general):
+    pytest.importorskip("triton")
+    case = Case(make, name, time=6 if name in QUICK else TIME)
+    got, expected = case.tensors(case.learn(backend="triton_batched")), case.loop(general)
+    same(got, expected)
+    same(case.gradients(got), case.gradients(expected))
 
 
 @pytest.mark.parametrize("query", [None, "projected"])
