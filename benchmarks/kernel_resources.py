@@ -29,6 +29,7 @@ import measure
 import torch
 import triton
 import triton.language as tl
+from resource_tables import TARGETS, tables
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -50,8 +51,6 @@ from titans_build.kernels.norm_gate.form import GATE
 from titans_build.kernels.rotary import triton as rotation
 from titans_build.kernels.short_conv import triton as convolution
 
-TARGETS = {"sm_80": ("mma",), "sm_90": ("wgmma", "mma"), "sm_100": ("tcgen05", "mma"), "gfx942": ("mfma",)}
-"""The instructions that multiply matrices on each."""
 HEADS = (48, 64, 96, 256)
 """Those of the packaged sizes: 170m; 30m, 340m and 400m; 760m; 1.3b."""
 TNT = (16, True)
@@ -227,30 +226,6 @@ def measured(arguments: argparse.Namespace, results: measure.Result) -> measure.
                 rows.append({"heads": dim, "chunk": chunk, "plain": plain, **compiled(kernel, fixed, sizes, target)})
                 measure.say("  ".join(f"{name} {value}" for name, value in rows[-1].items()))
     return {"rows": rows}
-
-
-def tables(results: measure.Result) -> dict[str, str]:
-    """A row for each kernel; memories for which it is the same on all targets share one."""
-    cells: dict[str, dict[str, dict[str, str]]] = {}
-    for row in results["rows"]:
-        used = [f"{row[kind]} {kind}" for kind in TARGETS[row["target"]] if row[kind]]
-        said = ", ".join([*used, f"{row['spilled']} B", f"{row['shared'] / 1024:.0f} KiB"])
-        name = row["kernel"].removeprefix("memory.triton.").replace(".triton", "")
-        memory = f"TNT {row['heads']}" if row["plain"] else str(row["heads"])
-        cells.setdefault(name, {}).setdefault(memory, {})[row["target"]] = said
-    targets = [target for target in TARGETS if any(row["target"] == target for row in results["rows"])]
-    lines = []
-    for name, found in cells.items():
-        alike: dict[tuple[str, ...], list[str]] = {}
-        for memory, of in found.items():
-            alike.setdefault(tuple(of.get(target, "") for target in targets), []).append(memory)
-        for of, memories in alike.items():
-            named = [m for m in memories if m.isdigit() or m.removeprefix("TNT ") not in memories]
-            lines.append([f"`{name}`", ", ".join(named), *of])
-    return {
-        "kernels": measure.table(("kernel", "heads of", *targets), lines),
-        "machine": measure.machine_table(results),
-    }
 
 
 def _options(parser: argparse.ArgumentParser) -> None:

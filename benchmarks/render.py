@@ -19,10 +19,10 @@ PROGRAMS = {
     },
     **dict.fromkeys(("overhead", "packing", "torch_path", "learners"), "steps"),
     **dict.fromkeys(("estimate", "estimate_before"), "kernel_estimate"),
-    "resources": "kernel_resources",
+    "resources": "resource_tables",
     **dict.fromkeys(("copy", "mqar", "language", "family"), "variants"),
 }
-"""Which program writes each file of results."""
+"""Which program, or module, has the tables of each file of results."""
 PLACE = re.compile(r"(<!-- (\w+): ([\w ]+) -->\n).*?(<!-- end -->)", re.S)
 
 

@@ -31,7 +31,6 @@ PROGRAMS = {
     "long": ["long.py"],
     "parallel": ("parallel.py",),
     "estimate": ["kernel_estimate.py"],
-    "resources": ["kernel_resources.py"],
 }
 """The words of the command that measures each file of results."""
 QUICKEST = "overhead"

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+import titans_build as tb
+from titans_build.recipes.loading import packaged_names
+
 pytest.importorskip("triton")
 
 REPORT = Path(__file__).parents[3] / "benchmarks" / "kernel_resources.py"
@@ -98,6 +101,13 @@ def test_products_of_wide_heads_suit_hopper():
 def test_a_packaged_size_suits_hopper():
     (row,) = compiled("sm_90", dim=64, kernel="read_kernel")
     assert_suits_hopper(row)
+
+
+def test_the_results_are_of_the_packaged_sizes():
+    rows = json.loads((REPORT.parent / "results" / "resources.json").read_text())["rows"]
+    recipes = [tb.load_recipe(name) for name in packaged_names() if name.startswith("lmm-")]
+    assert {row["heads"] for row in rows} == {recipe.dim // recipe.layers["lmm"][0]["heads"] for recipe in recipes}
+    assert {row["target"] for row in rows} == SHARED.keys()
 
 
 @pytest.mark.slow
