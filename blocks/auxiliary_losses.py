@@ -22,6 +22,12 @@ class AuxiliaryLoss(Observer):
 
     def __init__(self, model: nn.Module, each: Callable[[nn.Module, Learned], Tensor]) -> None:
         super().__init__(model)
+        meshes = [found for module in self._names if (found := getattr(module, "parallel", None)) is not None]
+        if any(mesh.context.size * mesh.tensor.size > 1 for mesh in meshes):
+            raise ValueError(
+                "auxiliary losses: the ranks of this model share tokens or heads, so each has a part of the loss: "
+                "expected one process, or a mesh of data alone"
+            )
         self._each = each
         self._like = next(model.parameters(), torch.zeros(()))
         self._sums: list[Tensor] = []
@@ -58,7 +64,8 @@ def memory_loss(model: nn.Module) -> AuxiliaryLoss:
     respect to all parameters and inputs. It is the mean over all calls inside one ``with`` block, without masked and
     persistent tokens, and without memories inside the ``attend`` of a ``context``. Outputs and states do not change.
     With activation checkpointing, ``backward`` must be called inside the block, because it repeats the forward pass.
-    The memory operation is computed twice. A compiled model runs uncompiled.
+    The memory operation is computed twice. A compiled model runs uncompiled. Raises ``ValueError`` for a model whose
+    mesh has ranks of ``context`` or ``tensor``.
     """
     return AuxiliaryLoss(model, _prediction_errors)
 

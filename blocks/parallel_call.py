@@ -19,7 +19,7 @@ from .collectives import Enter, Gather, Leave, Ranks, Receive, Send, Shift, Sum,
 from .memory import NeuralMemory
 from .observers import active
 from .parallel_memory import can_run, run_affine, run_chunks
-from .parallel_plan import row_groups, sharding_of
+from .parallel_plan import past_at, row_groups, sharding_of
 from .state import State, concatenate, detach, map_state, named_tensors, select, where
 from .tensor_parallel import MethodCall
 
@@ -142,8 +142,8 @@ class ContextCall:
                 return self._run_gathered(block, x, state, fresh, named)
             if torch.is_grad_enabled():
                 x = tie(x, *self._used(block, state, fresh))
-            past = block.past()
-            if way == "window" and self.mask is None and past is not None:
+            past = self._past(block, state)
+            if way == "window" and self.mask is None and past is not None and past <= self.length:
                 return self._run_after_window(block, x, state, fresh, past, named)
             if isinstance(block, NeuralMemory) and way in ("affine", "chunk") and not named:
                 before = state if state is not None else self._fresh(block, documents)
@@ -152,6 +152,15 @@ class ContextCall:
                         return run_chunks(self, block, x, before)
                     return run_affine(self, block, x, before, documents)
             return self._run_after_state(block, x, state, mask, documents, named)
+
+    def _past(self, block: Block, state: State) -> int | None:
+        """The number of tokens that each rank needs of the rank before."""
+        if self.ids is not None:  # a document may begin anywhere
+            return block.past()
+        counters = [y for path, y in named_tensors(state) if _is_counter(path)]
+        begun = integers(counters[0]) if counters else [0]
+        starts = range(self.length, self.time, self.length)
+        return past_at(block, [place + start for place in begun for start in starts])
 
     def _used(self, block: Block, state: State, fresh: State) -> list[Tensor]:
         """The tensors that get a gradient on some rank, and so on all: what one process would use."""

@@ -85,6 +85,15 @@ def sharding_of(block: Block) -> str | None:
     return block.sharding if inside else None
 
 
+def past_at(block: Block, places: Iterable[int]) -> int | None:
+    """``Block.past()`` of tokens at these places of a row. A memory depends on no token before its last reset."""
+    past = block.past()
+    if past is None or not isinstance(block, NeuralMemory) or type(block).past is not NeuralMemory.past:
+        return past
+    reset = 1 if block.rule is None or block.rule.reset is None else block.rule.reset
+    return max((place % reset for place in places), default=0) + block.conv
+
+
 def _steps(layers: Iterable[Block], ranks: int, length: int, ways: tuple[str, ...]) -> Iterator[Step]:
     for number, layer in enumerate(layers):
         for name, block in _leaves(layer, f"layers.{number}"):
@@ -102,7 +111,8 @@ def _leaves(block: Block, name: str) -> Iterator[tuple[str, Block]]:
 
 
 def _step(name: str, block: Block, ranks: int, length: int, ways: tuple[str, ...]) -> Step:
-    sharding, past, number = sharding_of(block), block.past(), 4 * block.dim
+    sharding, number = sharding_of(block), 4 * block.dim
+    past = past_at(block, range(length, length * ranks, length))
     if sharding is None:
         return Step(name, block, "gathered", block.flops(length * ranks), sent=number * length)
     flops = float(block.flops(length))

@@ -236,7 +236,10 @@ def rewind(
     Raises ``TypeError`` or ``ValueError`` for another ``count``, and what the block raises for its inputs.
     """
     counts = prefix_lengths(count, *x.shape[:2])
-    longest = max(counts)
+    shared = getattr(block, "parallel", None)
+    # ranks share a multiple of their number; a mask hides the rest
+    ranks = 1 if shared is None else shared.context.size
+    longest = min(-(-max(counts) // ranks) * ranks, x.shape[1])
     if longest == 0:
         return block.init_state(len(counts)) if state is None else state
     for name, ids in (("mask", mask), ("documents", documents)):

@@ -289,6 +289,60 @@ def test_padding_on_one_of_two_ranks() -> None:
     on_ranks({"context": 2}, compare_all, [BLOCK["mag"], BLOCK["reset"]], 24, ("left", "right"))
 
 
+def rewound(mesh: Any) -> None:
+    recipe, tokens = recipe_of(BLOCK["mag"], BLOCK["reset"]), torch.arange(48).view(2, 24) * 7 % 11
+    plain, model = (tb.build(recipe, dtype=torch.float64, seed=0) for _ in range(2))
+    tb.parallelize(model, mesh)
+    ids, ends = torch.arange(24).expand(2, 24) // 9, torch.tensor([0, 5, 13, 14, 24])
+    for count, rows, options in (
+        (13, 2, {}), ([5, 18], 2, {}), (1, 2, {}), (0, 2, {}),
+        (13, 2, {"documents": ids}), ([9, 20], 2, {"documents": ids}),
+        (13, 1, {"cu_seqlens": ends}), (7, 1, {"cu_seqlens": ends}),
+    ):  # fmt: skip
+        states = []
+        for each in (plain, model):
+            each.zero_grad()
+            state = each(tokens[:rows], rewindable=True, **options).rewind(count)
+            sum(x.square().mean() for _, x in slots_in_use(state) if x.is_floating_point()).backward()
+            states.append(slots_in_use(state))
+        for (name, x), (_, y) in zip(*states):
+            torch.testing.assert_close(y, x, rtol=1e-9, atol=1e-12, msg=lambda text, at=(count, name): f"{at}: {text}")
+        for p, q in zip(plain.parameters(), model.parameters()):
+            if p.grad is not None:
+                torch.testing.assert_close(q.grad.full_tensor(), p.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_going_back_on_a_mesh() -> None:
+    on_ranks({"context": 2}, rewound)
+
+
+def refuse_auxiliary_losses(mesh: Any) -> None:
+    model = tb.parallelize(tb.build(recipe_of(BLOCK["mag"]), seed=0), mesh)
+    for loss in (tb.memory_loss, tb.write_cost):
+        with pytest.raises(ValueError, match="share tokens or heads"):
+            loss(torch.nn.Sequential(model))
+
+
+@pytest.mark.parametrize("dimension", ["context", "tensor"])
+def test_auxiliary_losses_are_refused_where_ranks_share_tokens_or_heads(dimension: str) -> None:
+    on_ranks({dimension: 2}, refuse_auxiliary_losses)
+
+
+def test_ranks_that_begin_at_a_reset_need_no_tokens_before() -> None:
+    reset = {**BLOCK["reset"], "conv": 0}
+    on_ranks({"context": 2}, compare_resets, [reset, BLOCK["reset"]])
+
+
+def compare_resets(mesh: Any, blocks: Any) -> None:
+    case = Case(recipe_of(*blocks), 1, 32, "")
+    model = tb.parallelize(tb.build(case.recipe, seed=0), mesh)
+    assert set(model.parallel.plan(16).values()) == {"window"}
+    model(case.tokens[:, :16])
+    four_tokens = 2 * 4 * 16 * 4  # bytes of two rows of width 16, for the convolution of one block
+    assert model.parallel.context.sent.get("state", 0) == (four_tokens if dist.get_rank() == 0 else 0)
+    case.compare(mesh)
+
+
 def parts(mesh: Any, folder: Path) -> None:
     """Each rank stores its part of what has heads; of parameters, gradients and optimizer states."""
     recipe = recipe_of(BLOCK["mag"], BLOCK["mac"], BLOCK["grouped heads"], BLOCK["custom"])
