@@ -33,6 +33,8 @@ KINDS: tuple[Row, ...] = tuple(SHAPES[0] | {"kind": kind} for kind in ("gated", 
 """Memories that go beyond the paper's."""
 TILES: tuple[dict[str, int], ...] = ({"TOKENS": 64, "BLOCK": 64}, {"TOKENS": 64, "BLOCK": 32}, {"BLOCK": 64})
 MODELS = ("transformer", "mag", "lmm", "mac")
+RULES = ("gated delta rule", "TTT-Linear")
+"""Memories of flash-linear-attention."""
 REPEATED = ("two layers, streamed", "two layers, resident", "one layer, streamed", "masked, inside chunks, clipped")
 
 
@@ -69,7 +71,7 @@ def first(device: str, small: bool, answers: str | None) -> tuple[list[Stage], S
     ]
     one_layer = {name: {"stack.0.repeat": 1} for name in ("mac", "lmm")}
     d, states = (16, 4) if small else (128, 128)
-    rules = [(rule, n) for n in texts[:2] for rule in ("gated delta rule", "TTT-Linear")]
+    rules = [(rule, n) for n in texts[:2] for rule in RULES]
     ceiling = (
         {"side": 64, "copied": 2**16, "seconds": time_} if small else {"side": 8192, "copied": 2**32, "seconds": 0.5}
     )
@@ -106,7 +108,7 @@ def first(device: str, small: bool, answers: str | None) -> tuple[list[Stage], S
         ]),
         stage("linear memories", 40, [
             (f"{rule}, {n} tokens", speed.linear_memory,
-             {"rule": rule, "rows": states, "length": n, "d": d, "seconds": time_}, 25) for rule, n in rules
+             {"rule": rule, "rows": states, "length": n, "d": d, "seconds": time_}, 60) for rule, n in rules
         ]),
         stage("further", 0, [
             *((_named(shape), speed.memory, _small(shape) if small else shape | {"rows": 128}, 30)
@@ -120,7 +122,11 @@ def first(device: str, small: bool, answers: str | None) -> tuple[list[Stage], S
         case.arguments.update({"seconds": time_} if case.function is not speed.memory else {"rows": rows[0], **common})
     ahead = [("memory", given | common) for _, given in operation]
     ahead += [("train_step", {"name": name + size}) for name in MODELS[1:]]
-    compiling = [
+    ahead += [("memory", shape | {"rows": rows[0]} | common) for shape in (*FURTHER, *KINDS)]
+    # these try many settings of each kernel
+    others = {"rows": states, "length": 256, "d": d, "seconds": time_, **on}
+    compiling = [Case("compiling", rule, speed.linear_memory, {"rule": rule, **others}, 200) for rule in RULES]
+    compiling += [
         Case("compiling", f"{what} {number}", speed.compile_ahead, {"function": what, **given}, 200)
         for number, (what, given) in enumerate(ahead)
     ]
