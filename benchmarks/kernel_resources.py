@@ -107,7 +107,7 @@ def kernels(
     net = dict(
         LAYERS=layers, PARTS=parts, ACTIVATION=3 if layers == 2 else 0, NORM=True, CLIP=1.0, ANCHORED=True, KEEP=True,
         MOMENTUM=not plain, FORGETTING=not plain, MASKED=True, AFTER=True, READ=1, DELTAS=False,
-        GATED=int(gated_network), WIDE=wide, **products,
+        GATED=int(gated_network), BY_CHANNEL=False, WIDE=wide, **products,
         **loss_constants(SQUARED),
     )  # fmt: skip
     for kernel in (decay.decay_kernel, decay.decay_backward_kernel):
@@ -121,6 +121,9 @@ def kernels(
             net | dict(DELAY=0) | channels.channel_tiles(chunk, dim),
             dict(b=chunk, writes=chunk, channels=dim),
         )
+    every = dim + hidden if layers == 2 else dim
+    for kernel in (channels.channel_decay_kernel, channels.channel_decay_backward_kernel):
+        yield kernel, net | dict(MOVES=True, CHANNELS=channels.decay_channels(every)), dict(b=chunk, channels=every)
     for kernel in MEMORY:
         if kernel.__name__ in RESIDENT.values():
             backward = kernel is write_backward_kernels.write_backward_resident_kernel

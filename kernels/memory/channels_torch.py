@@ -41,6 +41,22 @@ def channel_scores(x: Tensor, a: Tensor, keep: Tensor, added: Tensor, delay: int
     return torch.cat(scores, -1).mT.tril(writes - b - delay)
 
 
+def channel_decay(keep: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``A`` after each token, the product of what later tokens keep, and ``m``; differentiable.
+
+    ``keep``: ``[chunks, batch_heads, b, channels]``, as the results are. ``added``: ``E``, ``[chunks, batch_heads,
+    b]``.
+    """
+
+    def scan(gates: Tensor, inputs: Tensor) -> Tensor:
+        return linear_scan(gates.flatten(0, 1), inputs.expand_as(gates).flatten(0, 1)).view(gates.shape)
+
+    ones, zeros = torch.ones_like(keep[:, :, :1]), torch.zeros_like(keep[:, :, 1:])
+    kept = scan(keep, torch.cat([keep[:, :, :1], zeros], 2))
+    later = scan(torch.cat([ones, keep[:, :, 1:].flip(2)], 2), torch.cat([ones, zeros], 2)).flip(2)
+    return kept, later, None if added is None else scan(keep, added.unsqueeze(-1))
+
+
 class ChannelNetwork(ChunkNetwork):
     """A ``ChunkNetwork`` whose decays are by channel. The channels of all layers lie one after the other.
 
@@ -51,6 +67,7 @@ class ChannelNetwork(ChunkNetwork):
     """
 
     channel_scores = staticmethod(channel_scores)
+    channel_decay = staticmethod(channel_decay)
 
     def __init__(self, options: Options, gain: Tensor | None, scratch: Scratch, **others: Any) -> None:
         super().__init__(options, gain, scratch, **others)
@@ -66,16 +83,9 @@ class ChannelNetwork(ChunkNetwork):
         if gamma is not None:
             scalar = windowed(scalar, gamma, 0)
         added, keep = scalar.read.tril(self.past), 1 - alpha
-
-        def scan(gates: Tensor, inputs: Tensor) -> Tensor:
-            return linear_scan(gates.flatten(0, 1), inputs.expand_as(gates).flatten(0, 1)).view(gates.shape)
-
-        ones, zeros = torch.ones_like(keep[:, :, :1]), torch.zeros_like(keep[:, :, 1:])
-        kept = scan(keep, torch.cat([keep[:, :, :1], zeros], 2))
-        later = scan(torch.cat([ones, keep[:, :, 1:].flip(2)], 2), torch.cat([ones, zeros], 2)).flip(2)
+        kept, later, moved = self.channel_decay(keep, None if eta is None else scalar.carry[..., 1])
         write, mix, carry = added.mT @ later, kept[:, :, -1], [keep, kept]
-        if eta is not None:
-            moved = scan(keep, scalar.carry[..., 1:])
+        if moved is not None:
             write, carry = torch.cat([write, scalar.write[..., 1:]], -1), [*carry, moved]
             mix = torch.cat([mix, moved[:, :, -1], scalar.mix[..., 1, 1:]], -1)
         return ChunkDecay(added, torch.stack(carry, -2), write, mix)

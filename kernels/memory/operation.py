@@ -143,6 +143,7 @@ def run_memory(
     tensors = (*tokens, norm, *state.weights, *state.momentum, *state.anchor)
     compute = torch.promote_types(torch.promote_types(q.dtype, state.weights[0].dtype), torch.float32)
     plain, grad = is_plain_cpu_tensor(*tensors, mask), needs_grad(*tensors)
+    rare = options.rare(tokens) if rare is None else rare
     run = MEMORY.choose(
         backend,
         device=q.device.type,
@@ -155,13 +156,13 @@ def run_memory(
         width=max(q.shape[3], tokens.v.shape[3]),
         grad=grad,
         plainly=norm is options.clip is options.threshold is None,
-        rare=options.rare(tokens) if rare is None else rare,
+        rare=rare,
     )
     for x in tensors:
         if x is None or x.dtype == compute:
             continue
-        # its kernels cast queries, keys, values and outputs themselves
-        loads = run is MEMORY.backends["triton"].run and options.threshold is None
+        # its kernels cast queries, keys, values and outputs themselves, apart from reads by channel
+        loads = run is MEMORY.backends["triton"].run and options.threshold is None and CHANNELS not in rare
         if loads and len({x.dtype for x in tokens[:3]}) == 1:
             tokens = Tokens._make([*tokens[:3], *[_cast(x, compute) for x in tokens[3:]]])
         else:
@@ -445,7 +446,7 @@ MEMORY = Operation(
         _backend("step", torch_step, _one_token(), thresholds=True, confined=True),
         _backend("native_linear", linear_memory, refuse_linear, confined=True, knows=(CHANNELS, FIRST)),
         _backend("native", cpu_memory, refuse_cpu, knows=SUMS),
-        _backend("triton", _triton("network", "triton_memory"), _refuse_triton, confined=True, knows=SUMS[1:]),
+        _backend("triton", _triton("network", "triton_memory"), _refuse_triton, confined=True, knows=SUMS),
         _backend("triton_batched", _triton("batched", "batched_memory"), refuse_triton, confined=True, knows=SUMS),
         _backend("torch", chunkwise_memory, confined=True, knows=SUMS),
         _backend("closed_form", closed_form_memory, thresholds=True, knows=SUMS),

@@ -46,8 +46,8 @@ def run_row(
         tokens, shift, later = _tokens(rule, writes, state, norm, mask)
         before = state.plain()
         # where the general path solves for many chunks at once, products for each are slower
-        slower = ("torch", "triton_batched") if rule.solves else ()
         rare = backend == "auto" and options.rare(tokens)
+        slower = ("torch", "triton_batched", *(("triton",) if rare else ())) if rule.solves else ()
         if not rare or has_fast_backend(tokens, before, norm, mask, options, slower):
             y, after = run_memory(tokens, before, norm, mask, options._replace(ends=ends), backend)
             if shift is not None:

@@ -33,7 +33,7 @@ from .batched_kernels import (
     hidden_second_kernel,
     inner_kernel,
 )
-from .channels import triton_channel_scores
+from .channels import triton_channel_decay, triton_channel_scores
 from .decay import triton_decay
 from .products import Products, wide
 from .schedule import loss_constants, operands, tile
@@ -325,3 +325,4 @@ class BatchedChannelNetwork(ChannelNetwork, BatchedNetwork):
     """The same with decays by channel."""
 
     channel_scores = staticmethod(triton_channel_scores)
+    channel_decay = staticmethod(triton_channel_decay)

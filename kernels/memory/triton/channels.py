@@ -1,12 +1,15 @@
-"""``channel_scores`` of ``channels_torch.py`` on Triton kernels, with gradients.
+"""``channel_scores`` and ``channel_decay`` of ``channels_torch.py`` on Triton kernels, with gradients.
 
-A program has some channels of a chunk of one head. It goes from token to token with ``P``, ``[writes, channels]``, in
-registers: what the token keeps, what its writes add, and the product with its query, which is summed over the channels
-of all programs afterwards, in a fixed order. So a chunk is ``b`` steps of a few operations on ``P``; its ``b`` values,
-which would be ``b writes channels`` numbers, are never in memory together.
+A program of ``channel_scores`` has some channels of a chunk of one head. It goes from token to token with ``P``,
+``[writes, channels]``, in registers: what the token keeps, what its writes add, and the product with its query, which
+is summed over the channels of all programs afterwards, in a fixed order. So a chunk is ``b`` steps of a few operations
+on ``P``; its ``b`` values, which would be ``b writes channels`` numbers, are never in memory together.
 
 Backward goes through the same steps in reverse. It needs what ``P`` was, and a gate of 0 cannot be undone: a program
 first goes forward and stores ``P`` at each token in a place of its own, of which there are as many as programs.
+
+A program of ``channel_decay`` has some channels of a chunk of one head, and goes from token to token with their
+products.
 """
 
 from __future__ import annotations
@@ -28,6 +31,13 @@ def triton_channel_scores(x: Tensor, a: Tensor, keep: Tensor, added: Tensor, del
     """``channel_scores``; tensors are in float32 or float64."""
     scores: Tensor = _Scores.apply(delay, *(y.contiguous() for y in (x, a, keep, added)))
     return scores
+
+
+def triton_channel_decay(keep: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``channel_decay``; tensors are in float32 or float64."""
+    flat = keep.flatten(0, 1).contiguous()
+    kept, later, *moved = _Decay.apply(flat, None if added is None else added.flatten(0, 1).contiguous())
+    return kept.view(keep.shape), later.view(keep.shape), moved[0].view(keep.shape) if moved else None
 
 
 def channel_tiles(writes: int, channels: int) -> dict[str, int]:
@@ -73,6 +83,43 @@ class _Scores(torch.autograd.Function):
             grad_x, grad_a, grad_keep, grad_added,
         )  # fmt: skip
         return None, grad_x, grad_a, grad_keep, grad_added.sum(0)
+
+
+class _Decay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, keep: Tensor, added: Tensor | None) -> tuple[Tensor, ...]:
+        found = [torch.empty_like(keep) for _ in range(2 if added is None else 3)]
+        _run_decay(channel_decay_kernel, keep, added, *found, *[None] * (3 - len(found)))
+        ctx.save_for_backward(keep, *found)
+        return tuple(found)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
+        keep, *found = ctx.saved_tensors
+        grad_keep, grad_added, none = torch.empty_like(keep), None, [None] * (3 - len(found))
+        if len(found) == 3:
+            parts = triton.cdiv(keep.shape[2], decay_channels(keep.shape[2]))
+            grad_added = keep.new_empty(parts, *keep.shape[:2])
+        _run_decay(
+            channel_decay_backward_kernel, keep, grad_added, *found, *none, *(g.contiguous() for g in grads), *none,
+            grad_keep,
+        )  # fmt: skip
+        return grad_keep, None if grad_added is None else grad_added.sum(0)
+
+
+def decay_channels(channels: int) -> int:
+    """The channels of a program."""
+    return min(128, triton.next_power_of_2(channels))
+
+
+def _run_decay(kernel: Any, keep: Tensor, *tensors: Tensor | None) -> None:
+    rows, b, channels = keep.shape
+    few, moves = decay_channels(channels), tensors[0] is not None
+    launch(
+        kernel, (rows, triton.cdiv(channels, few)), keep, *tensors, rows, b, channels,
+        MOVES=moves, CHANNELS=few, WIDE=tl.float64 if keep.dtype == torch.float64 else tl.float32, num_warps=4,
+    )  # fmt: skip
 
 
 # -- kernels -----------------------------------------------------------------------------------------------------------
@@ -162,3 +209,66 @@ def channel_scores_backward_kernel(
             tl.store(grad_x + row * b * channels + i, tl.zeros((CHANNELS,), WIDE), mask=known)
         tl.store(grad_a + inside, dinputs, mask=tile)
         tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=VARYING)
+def channel_decay_kernel(
+    keep, added, kept, later, moved,
+    problems, b, channels,
+    MOVES: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """``CHANNELS`` channels of a chunk of one head: forwards ``A`` and ``m``, and backwards what later tokens keep."""
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    known = i < channels
+    A, m = tl.full((CHANNELS,), 1.0, WIDE), tl.zeros((CHANNELS,), WIDE)
+    for t in range(b):
+        at = row * b + t
+        gates = _row(keep, at, channels, i, known, WIDE)
+        A *= gates
+        tl.store(kept + at * channels + i, A, mask=known)
+        if MOVES:
+            m = m * gates + tl.load(added + at).to(WIDE)
+            tl.store(moved + at * channels + i, m, mask=known)
+    A = tl.full((CHANNELS,), 1.0, WIDE)
+    for back in range(b):
+        at = row * b + b - 1 - back
+        tl.store(later + at * channels + i, A, mask=known)
+        A *= _row(keep, at, channels, i, known, WIDE)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def channel_decay_backward_kernel(
+    keep, grad_added, kept, later, moved, grad_kept, grad_later, grad_moved, grad_keep,
+    problems, b, channels,
+    MOVES: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The same channels of the gradients; ``grad_added`` ``[parts, problems, b]``."""
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    known = i < channels
+    dA, dm = tl.zeros((CHANNELS,), WIDE), tl.zeros((CHANNELS,), WIDE)
+    for back in range(b):
+        t = b - 1 - back
+        at = row * b + t
+        gates = _row(keep, at, channels, i, known, WIDE)
+        earlier = known & (i * 0 + t > 0)
+        dA += _row(grad_kept, at, channels, i, known, WIDE)
+        before = _row(kept, at - 1, channels, i, earlier, WIDE)
+        total = dA * tl.where(i * 0 + t > 0, before, 1.0)
+        dA *= gates
+        if MOVES:
+            dm += _row(grad_moved, at, channels, i, known, WIDE)
+            total += dm * _row(moved, at - 1, channels, i, earlier, WIDE)
+            part = tl.program_id(1) * tl.cast(problems, tl.int64)
+            tl.store(grad_added + part * b + at, tl.sum(dm, axis=0))
+            dm *= gates
+        tl.store(grad_keep + at * channels + i, total, mask=known)
+    tl.debug_barrier()
+    dlater = tl.zeros((CHANNELS,), WIDE)
+    for t in range(b):
+        at = row * b + t
+        total = _row(grad_keep, at, channels, i, known, WIDE)
+        total += dlater * _row(later, at, channels, i, known, WIDE)
+        tl.store(grad_keep + at * channels + i, total, mask=known)
+        dlater = dlater * _row(keep, at, channels, i, known, WIDE) + _row(grad_later, at, channels, i, known, WIDE)

@@ -15,7 +15,8 @@ from ..chunk_torch import ChunkNetwork, Scratch, Written, WrittenGrad
 from ..chunkwise_torch import chunkwise_memory
 from ..decay_torch import ChunkDecay
 from ..network_torch import ACTIVATION_NUMBERS
-from ..state import MemoryState, Options, Tokens
+from ..state import CHANNELS, MemoryState, Options, Tokens
+from .batched import BatchedChannelNetwork
 from .decay import triton_decay
 from .read_kernels import read_backward_kernel, read_backward_state_kernel, read_kernel
 from .schedule import loss_constants, operands, resident, schedule
@@ -28,7 +29,8 @@ def triton_memory(
 ) -> tuple[Tensor, MemoryState]:
     """``titans_memory`` for one or two layers."""
     products = operands(state.weights[0].dtype, None if options.half is None else getattr(torch, options.half))
-    network = functools.partial(TritonNetwork, products=products, chunk=options.chunk)
+    kind = TritonChannelNetwork if CHANNELS in options.rare(tokens) else TritonNetwork
+    network = functools.partial(kind, products=products, chunk=options.chunk)
     return chunkwise_memory(tokens, state, norm, mask, options, network)
 
 
@@ -41,6 +43,8 @@ class TritonNetwork(ChunkNetwork):
     """
 
     takes_outputs = False
+    by_channel = False
+    """Whether decays are by channel."""
 
     def __init__(
         self, options: Options, gain: Tensor | None, scratch: Scratch, *, products: dict[str, Any], chunk: int
@@ -172,7 +176,7 @@ class TritonNetwork(ChunkNetwork):
 
     def _resident(self, sizes: tuple[int, int, int], written: Written, *, backward: bool) -> bool:
         stack = written.stacks[0]
-        return not self.gated and resident(
+        return not (self.gated or self.by_channel) and resident(
             len(written.stacks), stack.shape[2], *sizes, self._products, backward=backward, wide=stack.dtype
         )
 
@@ -190,7 +194,7 @@ class TritonNetwork(ChunkNetwork):
         tiles = schedule(kernel.__name__, self._chunk, *sizes, self._products, layers=layers, parts=parts)
         fixed = dict(
             LAYERS=layers, PARTS=parts, ACTIVATION=self._number if layers == 2 else 0, NORM=self.gain is not None,
-            DELTAS=bool(written.deltas), GATED=int(self.gated),
+            DELTAS=bool(written.deltas), GATED=int(self.gated), BY_CHANNEL=self.by_channel,
             WIDE=tl.float64 if stack.dtype == torch.float64 else tl.float32, **loss_constants(self.objective), **tiles,
             **self._products, **flags,
         )  # fmt: skip
@@ -198,6 +202,25 @@ class TritonNetwork(ChunkNetwork):
             grid = (*grid, triton.cdiv(b, tiles["TOKENS"]))
         known = (*kernel.arg_names, "num_warps", "num_stages")
         launch(kernel, grid, *arguments, **{name: x for name, x in fixed.items() if name in known})
+
+
+class TritonChannelNetwork(TritonNetwork):
+    """The same with decays by channel: the kernels write, and reads are batched products around ``channel_scores``."""
+
+    by_channel = True
+
+    def __init__(self, options: Options, gain: Tensor | None, scratch: Scratch, **others: Any) -> None:
+        super().__init__(options, gain, scratch, **others)
+        self._batched = BatchedChannelNetwork(options, gain, scratch, **others)
+
+    def decay(self, *gates: Tensor | None) -> ChunkDecay:
+        return self._batched.decay(*gates)
+
+    def read(self, *given: Any) -> Tensor:
+        return self._batched.read(*given)
+
+    def read_backward(self, *given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        return self._batched.read_backward(*given)
 
 
 def _two(layers: list[Tensor] | None, none: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:

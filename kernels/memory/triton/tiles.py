@@ -115,6 +115,44 @@ def coefficient(matrix, first, t, b, part, PARTS: tl.constexpr, WIDE: tl.constex
 
 
 @triton.jit
+def channel_weights(write, first, t, i, b, width, start, channels, PARTS: tl.constexpr, WIDE: tl.constexpr):
+    """What the inputs of each token weigh in the weights of their columns ``i``, where decays are by channel.
+
+    The row of a token has all ``channels``, of which the layer's begin at ``start``, and with momentum its coefficient.
+    """
+    inside = (t < b)[:, None] & (i < width)[None, :]
+    place = (first + t)[:, None] * (channels + PARTS - 1) + start + i[None, :]
+    return tl.load(write + place, mask=inside, other=0.0).to(WIDE)
+
+
+@triton.jit
+def channel_mix(mix, at, i, width, part, other, start, channels, PARTS: tl.constexpr, WIDE: tl.constexpr):
+    """What the columns ``i`` of ``other`` of the state at a chunk's start weigh in ``part`` at its end.
+
+    The row of a chunk has what the weights take of the weights, of the momentum, and what the momentum keeps.
+    """
+    row = mix + at * (PARTS * channels + PARTS - 1)
+    place = other * channels + start + i
+    if part == 1:
+        place = PARTS * channels + i * 0
+    return tl.load(row + place, mask=i < width, other=0.0).to(WIDE)
+
+
+@triton.jit
+def token_weight(write, first, t, b, part, channels, PARTS: tl.constexpr, BY_CHANNEL: tl.constexpr,
+                 WIDE: tl.constexpr):  # fmt: skip
+    """``coefficient``, or where decays are by channel that of the momentum, and ones for the weights."""
+    if BY_CHANNEL:
+        ones = tl.full(t.shape, 1.0, WIDE)
+        if part == 1:
+            ones = tl.load(write + (first + t) * (channels + 1) + channels, mask=t < b, other=0.0).to(WIDE)
+        weight = ones[:, None]
+    else:
+        weight = coefficient(write, first, t, b, part, PARTS, WIDE)
+    return weight
+
+
+@triton.jit
 def in_part(values, part, WIDE: tl.constexpr):
     """One number for each token, in the column of its part of the state."""
     return tl.where(tl.arange(0, 2) == part, 1.0, 0.0).to(WIDE)[None, :] * values[:, None]

@@ -19,6 +19,8 @@ import triton.language as tl
 from ...triton_runtime import VARYING
 from .tiles import (
     activate,
+    channel_mix,
+    channel_weights,
     clip_scale,
     coefficient,
     curvature,
@@ -41,6 +43,7 @@ from .tiles import (
     store_half,
     store_tokens,
     through_norm,
+    token_weight,
 )
 from .write_kernels import factor
 
@@ -62,6 +65,43 @@ def _state_backward(mix, dmix, at, start, later, before, r, c, rows_of, columns,
 
 
 @triton.jit
+def _through_channels(write, grad_write, inputs, g, first, t, i, b, width, start, channels,
+                      PARTS: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """From the negated gradient ``g`` of inputs times the weights of their channels: stores that of the weights, and
+    returns that of the inputs, negated.
+    """
+    weights = channel_weights(write, first, t, i, b, width, start, channels, PARTS, WIDE)
+    a = load_tokens(inputs, first, t, i, b, width, WIDE)
+    to = grad_write + (first + t)[:, None] * (channels + PARTS - 1) + start + i[None, :]
+    tl.store(to, -g * a, mask=(t < b)[:, None] & (i < width)[None, :])
+    return g * weights
+
+
+@triton.jit
+def _channel_state_backward(mix, grad_mix, dend, at, start, later, before, r, c, rows_of, columns, size, begin,
+                            channels, PARTS: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """``_state_backward`` where decays are by channel.
+
+    The gradient of a column's share is a sum over the rows: those after the first are added to what lies there.
+    """
+    after = load(later, r, c, rows_of, columns, WIDE)
+    for part in tl.static_range(PARTS):
+        here = load(start + part * size, r, c, rows_of, columns, WIDE)
+        total = load(before + part * size, r, c, rows_of, columns, WIDE)
+        total += channel_mix(mix, at, c, columns, 0, part, begin, channels, PARTS, WIDE)[None, :] * after
+        if part == 1:
+            of_momentum = load(later + size, r, c, rows_of, columns, WIDE)
+            total += channel_mix(mix, at, c, columns, 1, 1, begin, channels, PARTS, WIDE)[None, :] * of_momentum
+            dend += tl.sum(of_momentum * here)
+        to = grad_mix + at * (PARTS * channels + PARTS - 1) + part * channels + begin + c
+        so_far = tl.load(to, mask=(c < columns) & (c * 0 + tl.min(r, axis=0) > 0), other=0.0).to(WIDE)
+        tl.debug_barrier()
+        tl.store(to, so_far + tl.sum(after * here, axis=0), mask=c < columns)
+        replace(before + part * size, r, c, rows_of, columns, total)
+    return dend
+
+
+@triton.jit
 def over_tokens(total, left, right, first, r, c, b, rows_of, columns,
                  TOKENS: tl.constexpr, OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """``total + left^T right``: a tile of a layer's gradient."""
@@ -80,8 +120,8 @@ def write_backward_kernel(
     grad_values, grad_deltas, grad_write, grad_mix, grad_gain, grad_anchor_1, grad_anchor_2,
     chunks, batch_heads, b, d_in, width, d_out,
     LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr,
-    CLIP: tl.constexpr, ANCHORED: tl.constexpr, TOKENS: tl.constexpr, FEW: tl.constexpr, IN: tl.constexpr,
-    OUT: tl.constexpr, BLOCK: tl.constexpr,
+    CLIP: tl.constexpr, ANCHORED: tl.constexpr, BY_CHANNEL: tl.constexpr, TOKENS: tl.constexpr, FEW: tl.constexpr,
+    IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
     OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     LOSS: tl.constexpr, POWER: tl.constexpr, DELTA: tl.constexpr, DELTAS: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
@@ -90,6 +130,9 @@ def write_backward_kernel(
     o, four = tl.arange(0, OUT), tl.arange(0, 4)
     up = (1 + GATED) * width
     size_1, size_2 = up * d_in, d_out * width
+    channels = width
+    if LAYERS == 2:
+        channels += d_in
     gain_o = load_gain(gain, bh, o, d_out, OUT, NORM, WIDE)
     dgain = tl.zeros((OUT,), WIDE)
     of_output_1, of_upstream = grad_input_2, grad_error_1
@@ -113,12 +156,14 @@ def write_backward_kernel(
 
             # through the state after the chunk: mix state - (write errors)^T inputs
             for part in tl.static_range(PARTS):
-                weight = coefficient(write, first, t, b, part, PARTS, WIDE)
+                weight = token_weight(write, first, t, b, part, channels, PARTS, BY_CHANNEL, WIDE)
                 back = tl.zeros((TOKENS, OUT), WIDE)
                 for h0 in range(0, width, BLOCK):
                     h = h0 + tl.arange(0, BLOCK)
                     after_2 = load(later_2 + part * size_2, o, h, d_out, width, WIDE)
                     a = load_tokens(input_2, first, t, h, b, width, WIDE)
+                    if BY_CHANNEL and part == 0:
+                        a *= channel_weights(write, first, t, h, b, width, channels - width, channels, PARTS, WIDE)
                     back += dot(a, tl.trans(after_2), OPERAND, WIDE, PRECISION)
                 error = load_tokens(error_2, first, t, o, b, d_out, WIDE)
                 dweight = -tl.sum(back * error, axis=1)
@@ -129,7 +174,13 @@ def write_backward_kernel(
                     h = h0 + tl.arange(0, BLOCK)
                     after_2 = load(later_2 + part * size_2, o, h, d_out, width, WIDE)
                     da = load_tokens(grad_input_2, first, t, h, b, width, WIDE)
-                    da -= dot(error, after_2, OPERAND, WIDE, PRECISION)
+                    if BY_CHANNEL and part == 0:
+                        da -= _through_channels(
+                            write, grad_write, input_2, dot(error, after_2, OPERAND, WIDE, PRECISION),
+                            first, t, h, b, width, channels - width, channels, PARTS, WIDE,
+                        )  # fmt: skip
+                    else:
+                        da -= dot(error, after_2, OPERAND, WIDE, PRECISION)
                     replace_tokens(grad_input_2, first, t, h, b, width, da)
                 if LAYERS == 2:
                     for h0 in range(0, up, BLOCK):
@@ -138,6 +189,8 @@ def write_backward_kernel(
                         for i0 in range(0, d_in, IN):
                             i = i0 + tl.arange(0, IN)
                             k = load_tokens(keys, first, t, i, b, d_in, WIDE)
+                            if BY_CHANNEL and part == 0:
+                                k *= channel_weights(write, first, t, i, b, d_in, 0, channels, PARTS, WIDE)
                             after_1 = load(later_1 + part * size_1, h, i, up, d_in, WIDE)
                             grad_scores_1 += dot(k, tl.trans(after_1), OPERAND, WIDE, PRECISION)
                         e = load_tokens(error_1, first, t, h, b, up, WIDE)
@@ -147,13 +200,23 @@ def write_backward_kernel(
                     for i0 in range(0, d_in, IN):
                         i = i0 + tl.arange(0, IN)
                         dk = load_tokens(grad_keys, first, t, i, b, d_in, WIDE)
+                        through = dk
+                        if BY_CHANNEL and part == 0:
+                            through = tl.zeros((TOKENS, IN), WIDE)
                         for h0 in range(0, up, BLOCK):
                             h = h0 + tl.arange(0, BLOCK)
                             e = load_tokens(error_1, first, t, h, b, up, WIDE) * weight
                             after_1 = load(later_1 + part * size_1, h, i, up, d_in, WIDE)
-                            dk -= dot(e, after_1, OPERAND, WIDE, PRECISION)
-                        replace_tokens(grad_keys, first, t, i, b, d_in, dk)
-                tl.store(grad_write + (first + t) * PARTS + part, dweight, mask=t < b)
+                            through -= dot(e, after_1, OPERAND, WIDE, PRECISION)
+                        if BY_CHANNEL and part == 0:
+                            through = dk - _through_channels(
+                                write, grad_write, keys, -through, first, t, i, b, d_in, 0, channels, PARTS, WIDE
+                            )
+                        replace_tokens(grad_keys, first, t, i, b, d_in, through)
+                if not BY_CHANNEL:
+                    tl.store(grad_write + (first + t) * PARTS + part, dweight, mask=t < b)
+                elif part == 1:
+                    tl.store(grad_write + (first + t) * (channels + 1) + channels, dweight, mask=t < b)
                 tl.debug_barrier()
 
             # through errors = scale unclipped, where scale = clip / |gradient| below one
@@ -293,10 +356,16 @@ def write_backward_kernel(
                 tl.debug_barrier()
 
         # the gradients of weights and state, over all of the chunk's tokens
-        dmix = tl.zeros((4,), WIDE)
+        dmix, dend = tl.zeros((4,), WIDE), tl.zeros((1,), WIDE)
         for h0 in range(0, width, BLOCK):
             h = h0 + tl.arange(0, BLOCK)
-            dmix = _state_backward(mix, dmix, at, state_2, later_2, before_2, o, h, d_out, width, size_2, PARTS, WIDE)
+            if BY_CHANNEL:
+                dend = _channel_state_backward(mix, grad_mix, dend, at, state_2, later_2, before_2, o, h, d_out, width,
+                                               size_2, channels - width, channels, PARTS, WIDE)  # fmt: skip
+            else:
+                dmix = _state_backward(
+                    mix, dmix, at, state_2, later_2, before_2, o, h, d_out, width, size_2, PARTS, WIDE
+                )
             tl.debug_barrier()
             dw = load(grad_weights_2, o, h, d_out, width, WIDE)
             dw = over_tokens(dw, grad_error_2, input_2, first, o, h, b, d_out, width,
@@ -310,15 +379,22 @@ def write_backward_kernel(
                 h = h0 + tl.arange(0, BLOCK)
                 for i0 in range(0, d_in, IN):
                     i = i0 + tl.arange(0, IN)
-                    dmix = _state_backward(mix, dmix, at, state_1, later_1, before_1, h, i, up, d_in, size_1,
-                                         PARTS, WIDE)  # fmt: skip
+                    if BY_CHANNEL:
+                        dend = _channel_state_backward(mix, grad_mix, dend, at, state_1, later_1, before_1, h, i, up,
+                                                       d_in, size_1, 0, channels, PARTS, WIDE)  # fmt: skip
+                    else:
+                        dmix = _state_backward(mix, dmix, at, state_1, later_1, before_1, h, i, up, d_in, size_1,
+                                             PARTS, WIDE)  # fmt: skip
                     tl.debug_barrier()
                     dw_1 = load(grad_weights_1, h, i, up, d_in, WIDE)
                     dw_1 = over_tokens(dw_1, of_output_1, keys, first, h, i, b, up, d_in,
                                         TOKENS, OPERAND, WIDE, PRECISION)  # fmt: skip
                     replace(grad_weights_1, h, i, up, d_in, dw_1)
-        tl.store(grad_mix + (at * PARTS + four // 2) * PARTS + four % 2, dmix,
-                 mask=(four // 2 < PARTS) & (four % 2 < PARTS))  # fmt: skip
+        if not BY_CHANNEL:
+            tl.store(grad_mix + (at * PARTS + four // 2) * PARTS + four % 2, dmix,
+                     mask=(four // 2 < PARTS) & (four % 2 < PARTS))  # fmt: skip
+        elif PARTS == 2:
+            tl.store(grad_mix + (at + 1) * (2 * channels + 1) - 1 + tl.arange(0, 1), dend)
         tl.debug_barrier()
     if NORM:
         tl.store(grad_gain + bh * d_out + o, dgain, mask=o < d_out)

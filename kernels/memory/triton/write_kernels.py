@@ -21,6 +21,8 @@ import triton.language as tl
 from ...triton_runtime import VARYING
 from .tiles import (
     activate,
+    channel_mix,
+    channel_weights,
     clip_scale,
     coefficient,
     dot,
@@ -38,6 +40,7 @@ from .tiles import (
     store,
     store_half,
     store_tokens,
+    token_weight,
 )
 
 
@@ -140,10 +143,13 @@ def _differentiate(
 
 
 @triton.jit
-def _advance(stack, after, mix, write, errors, inputs, out, width, b, at,
-             PARTS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, TOKENS: tl.constexpr,
-             OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """One layer's state after a chunk: ``mix state - (write errors)^T inputs``, tile by tile."""
+def _advance(stack, after, mix, write, errors, inputs, out, width, b, at, start, channels,
+             PARTS: tl.constexpr, BY_CHANNEL: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+             TOKENS: tl.constexpr, OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """One layer's state after a chunk: ``mix state - (write errors)^T inputs``, tile by tile.
+
+    With ``BY_CHANNEL``, what the weights take of the state and of the inputs has a number for each column.
+    """
     first, size = at * b, out * width
     for o0 in range(0, out, BLOCK_OUT):
         o = o0 + tl.arange(0, BLOCK_OUT)
@@ -153,14 +159,19 @@ def _advance(stack, after, mix, write, errors, inputs, out, width, b, at,
                 total = tl.zeros((BLOCK_OUT, BLOCK_IN), WIDE)
                 for t0 in range(0, b, TOKENS):
                     t = t0 + tl.arange(0, TOKENS)
-                    d = load_tokens(errors, first, t, o, b, out, WIDE) * coefficient(
-                        write, first, t, b, part, PARTS, WIDE
-                    )
+                    d = load_tokens(errors, first, t, o, b, out, WIDE)
+                    d *= token_weight(write, first, t, b, part, channels, PARTS, BY_CHANNEL, WIDE)
                     a = load_tokens(inputs, first, t, i, b, width, WIDE)
+                    if BY_CHANNEL and part == 0:
+                        a *= channel_weights(write, first, t, i, b, width, start, channels, PARTS, WIDE)
                     total -= dot(tl.trans(d), a, OPERAND, WIDE, PRECISION)
                 for other in tl.static_range(PARTS):
-                    factor = tl.load(mix + (at * PARTS + part) * PARTS + other).to(WIDE)
-                    total += factor * load(stack + other * size, o, i, out, width, WIDE)
+                    if not BY_CHANNEL:
+                        share = tl.load(mix + (at * PARTS + part) * PARTS + other).to(WIDE)
+                        total += share * load(stack + other * size, o, i, out, width, WIDE)
+                    elif part == 0 or other == 1:
+                        shares = channel_mix(mix, at, i, width, part, other, start, channels, PARTS, WIDE)
+                        total += shares[None, :] * load(stack + other * size, o, i, out, width, WIDE)
                 store(after + part * size, o, i, out, width, total)
 
 
@@ -170,8 +181,8 @@ def write_kernel(
     input_2, output_1, output_2, unclipped_1, unclipped_2, error_1, error_2,
     chunks, batch_heads, b, d_in, width, d_out,
     LAYERS: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr,
-    CLIP: tl.constexpr, ANCHORED: tl.constexpr, TOKENS: tl.constexpr, FEW: tl.constexpr, IN: tl.constexpr,
-    OUT: tl.constexpr, BLOCK: tl.constexpr,
+    CLIP: tl.constexpr, ANCHORED: tl.constexpr, BY_CHANNEL: tl.constexpr, TOKENS: tl.constexpr, FEW: tl.constexpr,
+    IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr,
     OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, FINE: tl.constexpr,
     FINE_PRECISION: tl.constexpr,
     LOSS: tl.constexpr, POWER: tl.constexpr, DELTA: tl.constexpr, DELTAS: tl.constexpr, SMOOTH: tl.constexpr,
@@ -205,11 +216,13 @@ def write_kernel(
         # the state after the chunk
         later = (at + batch_heads) * PARTS
         next_1, next_2 = stack_1 + later * size_1, stack_2 + later * size_2
+        channels = width
         if LAYERS == 2:
-            _advance(state_1, next_1, mix, write, error_1, keys, up, d_in, b, at,
-                     PARTS, BLOCK, IN, TOKENS, OPERAND, WIDE, PRECISION)  # fmt: skip
-        _advance(state_2, next_2, mix, write, error_2, input_2, d_out, width, b, at,
-                 PARTS, OUT, BLOCK, TOKENS, OPERAND, WIDE, PRECISION)  # fmt: skip
+            channels += d_in
+            _advance(state_1, next_1, mix, write, error_1, keys, up, d_in, b, at, 0, channels,
+                     PARTS, BY_CHANNEL, BLOCK, IN, TOKENS, OPERAND, WIDE, PRECISION)  # fmt: skip
+        _advance(state_2, next_2, mix, write, error_2, input_2, d_out, width, b, at, channels - width, channels,
+                 PARTS, BY_CHANNEL, OUT, BLOCK, TOKENS, OPERAND, WIDE, PRECISION)  # fmt: skip
         tl.debug_barrier()
 
 

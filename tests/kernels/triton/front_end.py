@@ -105,7 +105,8 @@ def memory(
 
 
 def others(dtype: torch.dtype = torch.float32, size: int = 1, rows: int = 1, time: int = 1) -> None:
-    from titans_build.kernels.memory.triton.channels import triton_channel_scores
+    from titans_build.kernels.memory import MemoryState, Options, Tokens
+    from titans_build.kernels.memory.operation import run_memory
     from titans_build.kernels.norm_gate.form import GATE, Form
     from titans_build.kernels.norm_gate.triton import gated
     from titans_build.kernels.rotary.triton import normed_rotation
@@ -113,8 +114,12 @@ def others(dtype: torch.dtype = torch.float32, size: int = 1, rows: int = 1, tim
 
     x, gain = ones(rows, time, size, dtype=dtype), ones(1, size, dtype=dtype)
     gated(Form(GATE, 1, size, float(size), 1e-6), x, x * 1, gain, gain * 1).sum().backward()
-    keys, wide = ones(rows * time, 3, size, dtype=dtype), ones(rows * time, 3, 3, dtype=dtype)
-    triton_channel_scores(keys, keys * 1, keys * 1, wide, 0).sum().backward()
+    for depth, momentum in ((1, True), (2, False)):  # decays by channel
+        q, gate, alpha = (ones(rows, time, 1, *last, dtype=dtype) for last in ((size,), (), (depth * size,)))
+        layers = tuple(ones(rows, 1, size, size, dtype=dtype) for _ in range(depth))
+        state = MemoryState(layers, layers if momentum else (), layers, torch.zeros(rows, dtype=torch.int64))
+        tokens = Tokens(q, q, q, gate, gate if momentum else None, alpha)
+        run_memory(tokens, state, None, None, Options(16, "gelu", None, "after"), "triton")[0].sum().backward()
     convolve(x, ones(size, 1, dtype=dtype)).sum().backward()
     taps, before, length = ones(3 * size, 2, dtype=dtype), ones(rows, 1, 3 * size, dtype=dtype), torch.ones(rows).long()
     sum(
