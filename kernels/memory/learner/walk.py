@@ -57,15 +57,13 @@ def run(
     y, after, layout = _spans(rule, writes, state, gain, mask, None)
     y = y if layout is None else layout.collect(y)
     time = y.shape[1]
-    if time == 0 or not shows_values(y) or sum_is_finite(y, *after.weights):
+    if time < (1 if rule.read == "before" else 2) or not shows_values(y) or sum_is_finite(y, *after.weights):
         return y, after
     if not sum_is_finite(*state.weights, *state.anchor):
         return y, after
-    if time == 1:
-        if rule.read == "before":
-            y = read(rule, writes.q, state._replace(projection=after.projection), None if gain is None else gain[:, 0])
-            y = y if mask is None else y.masked_fill(~mask[..., None, None], 0.0)
-        return y, after
+    if time == 1:  # which is read at weights that are finite
+        y = read(rule, writes.q, state._replace(projection=after.projection), None if gain is None else gain[:, 0])
+        return y if mask is None else y.masked_fill(~mask[..., None, None], 0.0), after
     outputs = []
     for span in (slice(0, time // 2), slice(time // 2, time)):
         part = None if mask is None else mask[:, span]

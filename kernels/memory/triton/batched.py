@@ -324,5 +324,7 @@ class _Ends(Ends):
 class BatchedChannelNetwork(ChannelNetwork, BatchedNetwork):
     """The same with decays by channel."""
 
-    channel_scores = staticmethod(triton_channel_scores)
     channel_decay = staticmethod(triton_channel_decay)
+
+    def channel_scores(self, x: Tensor, a: Tensor, keep: Tensor, added: Tensor, delay: int) -> Tensor:
+        return triton_channel_scores(x, a, keep, added, delay, self._chunk + self.past)

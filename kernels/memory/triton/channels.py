@@ -27,9 +27,12 @@ PLACES = 256
 """Programs of backward at most; each takes chunk after chunk."""
 
 
-def triton_channel_scores(x: Tensor, a: Tensor, keep: Tensor, added: Tensor, delay: int) -> Tensor:
-    """``channel_scores``; tensors are in float32 or float64."""
-    scores: Tensor = _Scores.apply(delay, *(y.contiguous() for y in (x, a, keep, added)))
+def triton_channel_scores(
+    x: Tensor, a: Tensor, keep: Tensor, added: Tensor, delay: int, most: int | None = None
+) -> Tensor:
+    """``channel_scores``; tensors are in float32 or float64. Tiles go by ``most``, the writes of a whole chunk."""
+    tiles = channel_tiles(most or a.shape[1], x.shape[2])
+    scores: Tensor = _Scores.apply(delay, tiles, *(y.contiguous() for y in (x, a, keep, added)))
     return scores
 
 
@@ -47,10 +50,11 @@ def channel_tiles(writes: int, channels: int) -> dict[str, int]:
     return dict(WRITES=rows, CHANNELS=few, num_warps=8)
 
 
-def _run(kernel: Any, delay: int, programs: int, given: tuple[Tensor, ...], *tensors: Tensor) -> None:
+def _run(
+    kernel: Any, delay: int, tiles: dict[str, int], programs: int, given: tuple[Tensor, ...], *tensors: Tensor
+) -> None:
     x, a, *_ = given
     (rows, b, channels), writes = x.shape, a.shape[1]
-    tiles = channel_tiles(writes, channels)
     launch(
         kernel, (programs, triton.cdiv(channels, tiles["CHANNELS"])), *given, *tensors, rows, b, writes, channels,
         DELAY=delay, WIDE=tl.float64 if x.dtype == torch.float64 else tl.float32, **tiles,
@@ -59,13 +63,13 @@ def _run(kernel: Any, delay: int, programs: int, given: tuple[Tensor, ...], *ten
 
 class _Scores(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, delay: int, *given: Tensor) -> Tensor:
-        x, a, _, added = given
-        ctx.delay = delay
+    def forward(ctx: Any, delay: int, tiles: dict[str, int], *given: Tensor) -> Tensor:
+        x, _, _, added = given
+        ctx.delay, ctx.tiles = delay, tiles
         ctx.save_for_backward(*given)
-        parts = triton.cdiv(x.shape[2], channel_tiles(a.shape[1], x.shape[2])["CHANNELS"])
+        parts = triton.cdiv(x.shape[2], tiles["CHANNELS"])
         scores = x.new_empty(parts, *added.shape)
-        _run(channel_scores_kernel, delay, len(x), given, scores)
+        _run(channel_scores_kernel, delay, tiles, len(x), given, scores)
         return scores.sum(0) if parts > 1 else scores[0]
 
     @staticmethod
@@ -73,16 +77,16 @@ class _Scores(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         given = ctx.saved_tensors
         x, a, keep, added = given
-        tiles = channel_tiles(a.shape[1], x.shape[2])
+        tiles = ctx.tiles
         parts, programs = triton.cdiv(x.shape[2], tiles["CHANNELS"]), min(len(x), PLACES)
         kept = x.new_empty(programs * parts * x.shape[1] * tiles["WRITES"] * tiles["CHANNELS"])
         grad_x, grad_a, grad_keep = map(torch.empty_like, (x, a, keep))
         grad_added = x.new_empty(parts, *added.shape)
         _run(
-            channel_scores_backward_kernel, ctx.delay, programs, given, grad.contiguous(), kept,
+            channel_scores_backward_kernel, ctx.delay, tiles, programs, given, grad.contiguous(), kept,
             grad_x, grad_a, grad_keep, grad_added,
         )  # fmt: skip
-        return None, grad_x, grad_a, grad_keep, grad_added.sum(0)
+        return None, None, grad_x, grad_a, grad_keep, grad_added.sum(0)
 
 
 class _Decay(torch.autograd.Function):
@@ -213,7 +217,7 @@ def channel_scores_backward_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def channel_decay_kernel(
-    keep, added, kept, later, moved,
+    keep, moves, kept, later, moved,
     problems, b, channels,
     MOVES: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -228,7 +232,7 @@ def channel_decay_kernel(
         A *= gates
         tl.store(kept + at * channels + i, A, mask=known)
         if MOVES:
-            m = m * gates + tl.load(added + at).to(WIDE)
+            m = m * gates + tl.load(moves + at).to(WIDE)
             tl.store(moved + at * channels + i, m, mask=known)
     A = tl.full((CHANNELS,), 1.0, WIDE)
     for back in range(b):
@@ -270,5 +274,6 @@ def channel_decay_backward_kernel(
         at = row * b + t
         total = _row(grad_keep, at, channels, i, known, WIDE)
         total += dlater * _row(later, at, channels, i, known, WIDE)
+        tl.debug_barrier()
         tl.store(grad_keep + at * channels + i, total, mask=known)
         dlater = dlater * _row(keep, at, channels, i, known, WIDE) + _row(grad_later, at, channels, i, known, WIDE)

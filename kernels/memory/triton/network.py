@@ -213,8 +213,8 @@ class TritonChannelNetwork(TritonNetwork):
         super().__init__(options, gain, scratch, **others)
         self._batched = BatchedChannelNetwork(options, gain, scratch, **others)
 
-    def decay(self, *gates: Tensor | None) -> ChunkDecay:
-        return self._batched.decay(*gates)
+    def decay(self, *given: Any) -> ChunkDecay:
+        return self._batched.decay(*given)
 
     def read(self, *given: Any) -> Tensor:
         return self._batched.read(*given)
