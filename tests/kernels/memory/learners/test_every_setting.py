@@ -261,9 +261,12 @@ def test_outputs_state_and_gradients(name, make, general):
 def test_batched_products_on_a_gpu(name, make, general):
     pytest.importorskip("triton")
     case = Case(make, name, time=6 if name in QUICK else TIME)
-    got, expected = case.tensors(case.learn(backend="triton_batched")), case.loop(general)
-    same(got, expected)
-    same(case.gradients(got), case.gradients(expected))
+    expected = case.loop(general)
+    gradients = case.gradients(expected)
+    for backend in ("triton_batched", *(IN_KERNELS if name.startswith("channel") else [])):
+        got = case.tensors(case.learn(backend=backend))
+        same(got, expected)
+        same(case.gradients(got), gradients)
 
 
 @pytest.mark.parametrize("query", [None, "projected"])
