@@ -1,7 +1,8 @@
 """Differentiable communication between the ranks of one dimension of a device mesh.
 
 Every rank makes the same calls in the same order. A token, a scalar that each call takes and returns, makes autograd
-run the calls of the backward pass in the reverse order on every rank, also where a rank does not use a result.
+run the calls of the backward pass in the reverse order on every rank, also where a rank does not use a result. Without
+it, autograd would leave out such a call on that rank, and the rank at the other end would wait for ever.
 
 Inside a model, the gradients of a rank are those of its own part of the tokens: the gradient of a parameter is their
 sum over the ranks. Outside, every rank has the same tensors and the same gradients.
@@ -170,7 +171,10 @@ class Tie(Function):
 
 
 def tie(x: Tensor, *others: Tensor) -> Tensor:
-    """``x``, with zero gradients for ``others``: all ranks then have gradients of the same tensors."""
+    """``x``, with zero gradients for ``others``: all ranks then have gradients of the same tensors.
+
+    FSDP sums those gradients over the ranks that each rank has, so that every rank must have the same.
+    """
     used = [y for y in others if y.requires_grad]
     tied: Tensor = Tie.apply(x, *used) if used and torch.is_grad_enabled() else x
     return tied

@@ -155,6 +155,8 @@ def _generate(
 def _expect_cache(prefix_cache: Any, model: Any) -> None:
     if not isinstance(prefix_cache, PrefixCache):
         raise TypeError(f"prefix_cache: expected a PrefixCache, got {type(prefix_cache).__name__}")
+    if getattr(model, "parallel", None) is not None:
+        raise ValueError("prefix_cache: a model on a mesh (parallelize) cannot use one: generate without it")
     if any(True for _ in observers_of(model)):
         raise RuntimeError("prefix_cache: an observer would not see tokens of stored states: generate without it")
 

@@ -7,6 +7,7 @@ the tokens. A block that depends on earlier tokens says in ``Block.sharding`` ho
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import time
 import warnings
 from collections.abc import Iterator
@@ -15,7 +16,9 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 import torch
 from torch import Tensor
 
+from .block import is_sharded
 from .collectives import Once, Ranks, scale_gradients
+from .fingerprint import sums_of_bits
 from .parallel_call import ContextCall
 from .parallel_plan import CONTEXTS, Step, plan, row_groups
 from .state import State, map_state
@@ -61,9 +64,13 @@ def parallelize(
     have in common. Losses, gradients and states are those of one process; the gradients are means over ``data``.
     Parameters and gradients are ``DTensor`` objects.
 
-    Raises ``TypeError`` or ``ValueError`` for what is no such mesh, for heads that the ranks of ``tensor`` cannot
-    share, and for ranks with different recipes.
+    Raises ``TypeError`` or ``ValueError`` for what is no such model or mesh, for heads or linear layers (LoRA) that the
+    ranks of ``tensor`` cannot share, and for ranks with different recipes or parameters.
     """
+    from .language_model import LanguageModel  # which imports this module
+
+    if not isinstance(model, LanguageModel):
+        raise TypeError(f"model: expected a LanguageModel, got {type(model).__name__}")
     shared: Any = model
     parallel = Parallel(shared, mesh, gather_outputs, recompute, context)
     if parallel.size > 1:
@@ -86,6 +93,8 @@ class Parallel:
         self.first = dist.get_rank() == 0
         if model.parallel is not None:
             self.refuse("model: it is shared out already: expected a model that no mesh has")
+        if next(model.parameters()).is_meta:
+            self.refuse("model: its parameters are on the meta device: expected weights, the same on every rank")
         if context not in CONTEXTS:
             self.refuse(f"context: expected one of {', '.join(CONTEXTS)}, got {context!r}")
         names = mesh.mesh_dim_names or ()
@@ -107,13 +116,17 @@ class Parallel:
         self._steps: dict[tuple[int, int], list[Step]] = {}
         self.whole = False
         """Whether each rank computes all tokens."""
-        number = model.fingerprint.number
-        numbers = torch.tensor([number], device=next(model.parameters()).device)
+        numbers = torch.tensor([model.fingerprint.number, _checksum(model)], device=next(model.parameters()).device)
         every = [torch.empty_like(numbers) for _ in range(self.size)]
         dist.all_gather(every, numbers)
-        for rank, other in enumerate(every):
-            if int(other) != int(every[0]):
+        for rank, (recipe, parameters) in enumerate(torch.stack(every).tolist()):
+            if recipe != int(every[0][0]):
                 self.refuse(f"rank {rank} has another recipe than rank 0: expected the same model on every rank")
+            if parameters != int(every[0][1]):
+                self.refuse(
+                    f"rank {rank} has other parameters than rank 0: build the model with the same seed on every rank, "
+                    "or load the same weights, before parallelize"
+                )
 
         self.places: list[dict[str, Any]] = []
         """For each layer, the heads of its parameters, if ranks share them."""
@@ -218,6 +231,16 @@ class Parallel:
 # -- parameters --------------------------------------------------------------------------------------------------------
 
 
+def _checksum(model: Any) -> int:
+    """A number of 64 bits that other parameters, or others of them frozen, would change."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, x in model.named_parameters():
+        digest.update(repr((name, x.shape, x.dtype, x.requires_grad)).encode())
+        if not is_sharded(x):
+            digest.update(sums_of_bits(x))
+    return int.from_bytes(digest.digest(), "big", signed=True)
+
+
 def _shard_parameters(model: Any, mesh: DeviceMesh, parallel: Parallel, reshard_after_forward: bool) -> None:
     """Divide the parameters over ``tensor``, and over ``data`` with FSDP2, one group for each layer."""
     from torch.distributed.device_mesh import DeviceMesh
@@ -226,8 +249,9 @@ def _shard_parameters(model: Any, mesh: DeviceMesh, parallel: Parallel, reshard_
     # about outputs that are views; nothing here writes into outputs
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     sizes, names = [getattr(parallel, name).size for name in DIMENSIONS], mesh.mesh_dim_names or ()
-    if sum(size > 1 for size in sizes) > 1 or parallel.context.size > 1:  # FSDP takes these in this order
+    if sum(size > 1 for size in sizes) > 1 or parallel.context.size > 1:
         ranks = mesh.mesh.permute([names.index(name) for name in DIMENSIONS if name in names]).reshape(sizes)
+        # context first: FSDP shards over the second of the two dimensions that it gets, and replicates over the first
         mesh = DeviceMesh(mesh.device_type, ranks.movedim(1, 0), mesh_dim_names=("context", "data", "tensor"))
     for layer in model.layers:
         _copy_states(layer)

@@ -294,6 +294,9 @@ def _used_by_tokens(block: Any, counters: tuple[int, ...], length: int) -> list[
 
     The counters are given modulo the period. A context uses some parameters only where a segment begins. Parameters
     that are not named are those of fresh states.
+
+    A forward and backward pass over tokens of ones shows them, because blocks do not say it. Each block keeps the names
+    by counters and length, on which alone they depend.
     """
     known: dict[Any, list[str]] = vars(block).setdefault("_used_by_tokens", {})
     if (counters, length) not in known:

@@ -186,7 +186,8 @@ def run_chunks(
         ends = (place + stop) % block.chunk == 0
         if (place + start) % block.chunk == 0:
             memory = memory._replace(anchor=memory.weights)
-        # the last token of a chunk is written by all ranks, after the others
+        # All ranks write the last token of a chunk, after the others: the update with it ends the chunk, from what all
+        # have added. What is sent is the token's inputs, which are smaller than the weights after it.
         count, owner = stop - ends - start, (stop - 1) // length
         span = slice(max(start - shard.start, 0), min(max(stop - ends - shard.start, 0), length))
         added = _Sums(block, memory)
@@ -226,6 +227,10 @@ class _Sums:
 
     Where weights move once a chunk, to the sums that are pending. Otherwise the weights decay, and momentum goes on, by
     factors that do not depend on the memory: ``W = kept W + carried S + ...``, ``S = eta S + ...``.
+
+    A token multiplies ``W`` by ``keep`` and ``S`` by ``eta``, and adds the new ``S`` to ``W``. For ``n`` tokens of a
+    rank, ``kept`` is ``keep_1 ... keep_n``, and ``carried`` the sum over ``i`` of ``eta_1 ... eta_i keep_(i+1) ...
+    keep_n``. What a rank adds is then multiplied by the factors of each rank after it.
     """
 
     def __init__(self, block: NeuralMemory, memory: Any) -> None:

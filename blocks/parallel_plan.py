@@ -18,7 +18,7 @@ TOGETHER = ("affine", "chunk", "gathered")
 FULL = 8192
 """Rows times the width of a model that keep a GPU busy."""
 FLOPS_PER_BYTE = 4000.0
-"""Products that a device computes while it sends a byte: 4e14 FLOP/s and 1e11 bytes/s."""
+"""FLOPs of a device while it sends a byte: 4e14 FLOP/s and 1e11 bytes/s, of a GPU. Plans for CPUs use it, too."""
 
 
 class Step(NamedTuple):
@@ -145,6 +145,8 @@ def _affine(block: NeuralMemory, ranks: int, length: int) -> tuple[float, float]
 
 def _chunks(block: NeuralMemory, ranks: int, length: int) -> tuple[float, float]:
     """FLOPs for which ranks wait that have fewer tokens of a chunk than others, and the bytes of what chunks add."""
+    # Each chunk takes the time of the rank with most of its tokens. A rank is busy for its own ``length`` tokens, which
+    # ``Step.flops`` counts, and waits for the rest.
     waits, time = -length, ranks * length
     for start in range(0, time, block.chunk):
         stop = min(start + block.chunk, time)

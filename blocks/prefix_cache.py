@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .block import is_sharded
 from .decode import ModuleSnapshot
+from .fingerprint import sums_of_bits
 from .prompt import read_prompt
 from .state import State, concatenate, map_state, named_tensors, select
 
@@ -274,7 +275,7 @@ def _fingerprint(model: nn.Module) -> bytes:
             if x.is_meta or is_sharded(x):
                 raise ValueError(f"prefix_cache: {name}.{field} is offloaded or sharded, so its changes are not seen")
             digest.update(repr((field, x.shape, x.dtype, x.device)).encode())
-            digest.update(_sums(x.detach()).cpu().numpy().tobytes())
+            digest.update(sums_of_bits(x))
     return digest.digest()
 
 
@@ -285,11 +286,3 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, dict):
         return bool(value) and all(map(_is_plain, value.values()))
     return isinstance(value, (str, int, float))
-
-
-def _sums(x: Tensor) -> Tensor:
-    """Sums of the bits of ``x`` along two directions, as int64: any change but one made for it changes them."""
-    data = x.contiguous().reshape(-1).view(torch.uint8)
-    words = len(data) // 8 - len(data) // 8 % 256
-    table, rest = data[: 8 * words].view(torch.int64).view(-1, 256), data[8 * words :]
-    return torch.cat([table.sum(dim=0), table.sum(dim=1), rest.long()])

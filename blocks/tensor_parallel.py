@@ -107,13 +107,26 @@ def _problem(size: int, **numbers: int) -> str | None:
     return None
 
 
+def _replaced(leaf: Block, heads: Heads) -> str | None:
+    """The problem of a linear layer that has other parameters than its own, as one with LoRA has."""
+    for name in (*heads.inputs, heads.output):
+        linear = getattr(leaf, name)
+        if {at for at, _ in linear.named_parameters()} not in ({"weight"}, {"weight", "bias"}):
+            kind = f"{type(linear).__module__}.{type(linear).__qualname__}"
+            return (
+                f"{name}: expected a torch.nn.Linear, which the ranks of the mesh's tensor can share, got a {kind}: "
+                "merge it (LoRA, a parametrization) into the weight, or use a mesh of data and context"
+            )
+    return None
+
+
 # -- parameters --------------------------------------------------------------------------------------------------------
 
 
 def share_heads(layers: Iterable[Layer], ranks: Ranks) -> list[dict[str, Place | None]]:
     """Make the blocks of layers compute this rank's heads. Returns, for each layer, the places of its parameters.
 
-    Raises ``ValueError`` for a number of heads that the ranks cannot share, before anything is changed.
+    Raises ``ValueError`` for what the ranks cannot share, before anything is changed.
     """
     found: list[list[tuple[str, Any, Heads]]] = []
     for layer in layers:
@@ -121,10 +134,11 @@ def share_heads(layers: Iterable[Layer], ranks: Ranks) -> list[dict[str, Place |
         divided = [(leaf, divide(leaf, ranks.size)) for leaf in leaves]
         names = {module: name for name, module in layer.named_modules()}
         found.append([(names[leaf], leaf, heads) for leaf, heads in divided if heads is not None])
-    every = list(itertools.chain(*found))
-    if problem := next((heads.problem for _, _, heads in every if heads.problem is not None), None):
-        raise ValueError(problem)
-    for _, leaf, heads in every:
+    for number, named in enumerate(found):
+        for name, leaf, heads in named:
+            if problem := heads.problem or _replaced(leaf, heads):
+                raise ValueError(f"layers.{number}.{name}.{problem}")
+    for _, leaf, heads in itertools.chain(*found):
         for name in heads.inputs:
             linear: nn.Module = getattr(leaf, name)
             linear.register_forward_pre_hook(lambda module, x: (Copy.apply(ranks, x[0]),))

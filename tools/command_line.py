@@ -29,7 +29,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from .signals import Terminated
-from .terminal import NARROWEST, CommandFailed, UsageError, complain, discard_output, prepare_streams, program, say_json
+from .terminal import (
+    NARROWEST,
+    CommandFailed,
+    UsageError,
+    complain,
+    discard_output,
+    first_process_first,
+    prepare_streams,
+    program,
+    say_json,
+)
 
 
 class Command(NamedTuple):
@@ -89,7 +99,8 @@ class Program:
         as_json = "--json" in (words[: words.index("--")] if "--" in words else words)
         with program(self.name, needs_reader=self.needs_reader):
             try:
-                arguments = self.parse(words)
+                with first_process_first():
+                    arguments = self.parse(words)
                 status: int = arguments.run(arguments)
                 sys.stdout.flush()
                 return status

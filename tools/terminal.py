@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
 
@@ -29,6 +30,22 @@ class UsageError(Exception):
 
 class CommandFailed(Exception):
     """A command that was used correctly failed: exit status 1. The message is printed as it is."""
+
+
+@contextlib.contextmanager
+def first_process_first(errors: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
+    """Raise an error that all processes of ``torchrun`` find at once in the first process, and later in the others.
+
+    ``torchrun`` ends them before, and shows one error. ``errors``: the types of such errors.
+    """
+    try:
+        yield
+    except errors:
+        if os.environ.get("RANK", "0") != "0":
+            from ..blocks.parallel import WAIT
+
+            time.sleep(WAIT)
+        raise
 
 
 class _Console(Console):

@@ -418,14 +418,28 @@ def refused(mesh: Any) -> None:
     expect("got 'none'", tb.parallelize, build(), init_device_mesh("cpu", (2,)))
     heads = init_device_mesh("cpu", (2,), mesh_dim_names=("tensor",))
     odd = build(**{"layers.lmm.0.heads": 3})
-    expect("heads: 3 cannot be shared by the 2 ranks of the mesh's tensor", tb.parallelize, odd, heads)
+    message = r"^layers\.0\.blocks\.0\.heads: 3 cannot be shared by the 2 ranks of the mesh's tensor"
+    expect(message, tb.parallelize, odd, heads)
+    replaced = build()
+    torch.nn.utils.parametrizations.weight_norm(replaced.layers[0].blocks[0].output)
+    expect(
+        r"^layers\.0\.blocks\.0\.output: expected a torch.nn.Linear, .*Parametrized", tb.parallelize, replaced, heads
+    )
+    expect("the meta device", tb.parallelize, tb.build(odd.recipe, device="meta"), mesh)
+    expect("model: expected a LanguageModel, got Linear", tb.parallelize, nn.Linear(2, 2), mesh)
     other = build(**{"layers.lmm.0.chunk": 8 + dist.get_rank()})
     expect("rank 1 has another recipe than rank 0", tb.parallelize, other, mesh)
+    other = tb.build(build().recipe, seed=dist.get_rank())
+    expect("rank 1 has other parameters than rank 0: build the model with the same seed", tb.parallelize, other, mesh)
+    frozen = build().requires_grad_(dist.get_rank() == 0)
+    expect("rank 1 has other parameters than rank 0", tb.parallelize, frozen, mesh)
     ways = "context: expected one of auto, affine, chunk, pipelined, got 'ring'"
     expect(ways, tb.parallelize, build(), mesh, context="ring")
     model = tb.parallelize(build(), mesh)
     expect("model: it is shared out already", tb.parallelize, model, mesh)
     tokens = torch.zeros(1, 3, dtype=torch.int64)
+    cache = tb.PrefixCache(1 << 20)
+    expect("prefix_cache: a model on a mesh .* cannot use one", model.generate, tokens, prefix_cache=cache)
     expect("a sequence of 1 tokens is shorter than the 2 ranks", model, tokens[:, :1])
     expect("a sequence of 3 tokens cannot be shared by the 2 ranks of the mesh's context", model, tokens)
 
@@ -483,8 +497,7 @@ def by_every_option(mesh: Any) -> None:
 
 def _page(rank: int, port: int, code: str) -> None:
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="4")
-    tokens = torch.arange(48).view(2, 24)
-    scope: dict[str, Any] = {"tokens": tokens, "targets": tokens + 1}
+    scope: dict[str, Any] = {}
     exec(code, scope)
     assert scope["out"].logits.shape == (2, 24, 256)
     assert all(p.grad is not None for p in scope["model"].parameters())

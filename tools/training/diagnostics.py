@@ -41,7 +41,7 @@ def find_fault(loss: float, norm: float, losses: Sequence[float], spike: float |
 
 
 def memory_surprise(step: TrainStep, batch: Batch, state: State) -> Surprise:
-    """The surprise of every memory for a batch. Nothing is changed.
+    """The surprise of every memory for the rows of all processes. Nothing is changed.
 
     ``mean`` and ``peak`` are over the tokens' gradient norms, before clipping; ``weights`` is the largest norm of the
     memory's weights. Of packed documents, the first of each row is measured.
@@ -53,21 +53,23 @@ def memory_surprise(step: TrainStep, batch: Batch, state: State) -> Surprise:
     with torch.no_grad(), step.processes.whole(step.model, compute=True), observe(step.model) as seen:
         step.forward(batch, state)
     step.processes.reshard(step.model)
-    found = {}
-    for path, record in seen.memories.items():
+    rows = []
+    for record in seen.memories.values():
         surprise = record.surprise
         if batch.mask is not None:
             surprise = surprise[batch.mask.to(surprise.device)]
-        if surprise.numel():
-            norms = {"mean": surprise.mean(), "peak": surprise.max(), "weights": record.norms.max()}
-            found[path] = {name: float(value) for name, value in norms.items()}
-    parallel = step.model.parallel
-    if parallel is not None and found:  # each rank of tensor has measured its own heads
-        numbers = torch.tensor([[*norms.values()] for norms in found.values()], dtype=torch.float64)
-        heads = torch.stack(parallel.tensor.gather(numbers.to(step.processes.device)))
-        combined = torch.cat((heads[..., :1].mean(0), heads[..., 1:].amax(0)), dim=1)
-        found = {path: dict(zip(norms, row)) for (path, norms), row in zip(found.items(), combined.tolist())}
-    return found
+        count = surprise.numel()
+        norms = (surprise.mean(), surprise.max(), record.norms.max()) if count else (0.0, -math.inf, -math.inf)
+        rows.append([float(count), *map(float, norms)])
+    # each process has measured its own rows and heads
+    numbers = step.processes.gather(torch.tensor(rows, dtype=torch.float64).view(-1, 4))
+    counts, means, peaks, weights = numbers.unbind(-1)
+    every = torch.stack(((counts * means).sum(0) / counts.sum(0), peaks.amax(0), weights.amax(0)), 1).tolist()
+    return {
+        path: dict(zip(("mean", "peak", "weights"), norms))
+        for path, norms, valid in zip(seen.memories, every, (counts > 0).any(0))
+        if valid
+    }
 
 
 def largest_growth(now: Surprise, before: Surprise) -> str | None:

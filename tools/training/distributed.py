@@ -6,7 +6,6 @@ import atexit
 import contextlib
 import logging
 import os
-import time
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -14,10 +13,9 @@ import torch
 from torch import Tensor
 
 from ...blocks.language_model import LanguageModel
-from ...blocks.parallel import WAIT, parallelize
-from ...recipes import StorageError
+from ...blocks.parallel import parallelize
 from ...registry import Problem, RecipeError
-from ..terminal import CommandFailed
+from ..terminal import CommandFailed, first_process_first
 from .settings import Mesh
 
 
@@ -56,15 +54,22 @@ class Processes:
         """Whether this is the process that prints and writes the log."""
         return self.rank == 0
 
-    def sum(self, *numbers: float) -> list[float]:
-        """All-reduced sums."""
+    def gather(self, numbers: Tensor) -> Tensor:
+        """The numbers of all processes, stacked in float64 on the CPU."""
         if self.world == 1:
-            return list(numbers)
+            return numbers.double()[None]
         import torch.distributed as dist
 
-        summed = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        dist.all_reduce(summed)
-        return cast("list[float]", summed.tolist())
+        mine = numbers.to(self.device, torch.float64)
+        every = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(every, mine)
+        return torch.stack(every).cpu()
+
+    def sum(self, *numbers: float) -> list[float]:
+        """The sums over all processes."""
+        if self.world == 1:
+            return list(numbers)
+        return cast("list[float]", self.gather(torch.tensor(numbers, dtype=torch.float64)).sum(0).tolist())
 
     def sum_of_groups(self, *numbers: float) -> list[float]:
         """Sums of numbers that the processes of a group have in common."""
@@ -84,17 +89,22 @@ class Processes:
     def shard(self, model: LanguageModel, *, reshard_after_forward: bool = True, recompute: bool = False) -> None:
         """Share out a model over the processes (``parallelize``).
 
+        Raises ``RecipeError`` for a model that the processes cannot share.
+
         An auxiliary loss sends gradients into a layer other than through its outputs. FSDP2 does not gather the
         parameters for those, so they have to stay gathered (``reshard_after_forward=False``).
         """
         if self.world > 1:
-            parallelize(
-                model,
-                self.mesh,
-                gather_outputs=False,
-                reshard_after_forward=reshard_after_forward,
-                recompute=recompute,
-            )  # fmt: skip
+            try:
+                parallelize(
+                    model,
+                    self.mesh,
+                    gather_outputs=False,
+                    reshard_after_forward=reshard_after_forward,
+                    recompute=recompute,
+                )  # fmt: skip
+            except ValueError as error:
+                raise RecipeError([Problem("mesh", str(error))], "settings") from error
 
     @contextlib.contextmanager
     def whole(self, model: LanguageModel, *, compute: bool = False) -> Iterator[None]:
@@ -133,11 +143,8 @@ def process_errors(processes: Processes, resume: str) -> Iterator[None]:
     them.
     """
     try:
-        yield
-    except (CommandFailed, RecipeError, StorageError, ValueError):
-        if not processes.main:
-            time.sleep(WAIT)
-        raise
+        with first_process_first((CommandFailed, ValueError)):
+            yield
     except RuntimeError as error:
         import torch.distributed as dist
 

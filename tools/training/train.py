@@ -24,6 +24,7 @@ from ...registry import Problem, RecipeError, show
 from ..data import Source, open_source
 from ..data.open_source import as_mapping
 from ..randomness import ORDER
+from ..terminal import first_process_first
 from .checkpoint import CheckpointManager, verify
 from .distributed import Processes, init_processes, process_errors
 from .log import Event, EventLog
@@ -87,25 +88,26 @@ def train(
     Raises ``RecipeError`` for invalid recipes, data and settings, ``StorageError`` for a folder that cannot be used,
     and ``CommandFailed`` if training fails: a nonfinite loss, a full disk.
     """
-    folder = as_path(out, "out")
-    resuming = resume and is_run(folder)
-    run: dict[str, Any] = {}
-    changes: dict[str, Any] = {}
-    if resuming:
-        run = read_run(folder)
-        weights = run.get("weights")
-        recipe, data, settings, changes = _resumed_inputs(folder, recipe, data, settings)
-    elif is_run(folder):
-        raise StorageError(f"{folder}: {HAS_RUN}")
-    elif (folder / MODEL / INDEX).exists():
-        message = "a saved model is there, which the model of the run would replace: choose another folder"
-        raise StorageError(f"{folder / MODEL}: {message}")
-    elif recipe is None or data is None:
-        raise StorageError(f"{folder}: this folder has no run to resume; give a recipe and data to start one")
-    settings = as_settings(settings)
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    parts = _parts(recipe, settings)
-    device = _find_device(settings.device)
+    with first_process_first():
+        folder = as_path(out, "out")
+        resuming = resume and is_run(folder)
+        run: dict[str, Any] = {}
+        changes: dict[str, Any] = {}
+        if resuming:
+            run = read_run(folder)
+            weights = run.get("weights")
+            recipe, data, settings, changes = _resumed_inputs(folder, recipe, data, settings)
+        elif is_run(folder):
+            raise StorageError(f"{folder}: {HAS_RUN}")
+        elif (folder / MODEL / INDEX).exists():
+            message = "a saved model is there, which the model of the run would replace: choose another folder"
+            raise StorageError(f"{folder / MODEL}: {message}")
+        elif recipe is None or data is None:
+            raise StorageError(f"{folder}: this folder has no run to resume; give a recipe and data to start one")
+        settings = as_settings(settings)
+        recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+        parts = _parts(recipe, settings)
+        device = _find_device(settings.device)
     processes = init_processes(device)
     command = "titans-train"
     if processes.world > 1:
@@ -197,7 +199,8 @@ def train(
                 tokenizer = model.tokenizer
                 inner.close()
                 del model, trainer  # before the next ones are made
-                model = recipes.build(part.recipe, **placement)
+                # with a seed, because all processes share out the same weights; the checkpoint has those of the run
+                model = recipes.build(part.recipe, **placement, seed=settings.seed)
                 model.tokenizer = tokenizer
                 trainer = make_trainer(model, part.stop)
                 trainer.load(before.stop, verify(checkpoints.path(before.stop)), before.recipe)

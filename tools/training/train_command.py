@@ -15,7 +15,7 @@ from ...recipes.parse import read_value
 from ...registry import RecipeError, show
 from ..data.open_source import with_tokenizer
 from ..options import add_recipe, load, overrides, saved_folder
-from ..terminal import UsageError, complain, console, say_json
+from ..terminal import UsageError, complain, console, first_process_first, say_json
 from .log import Event
 from .run_folder import RECIPE, is_run, write_file
 from .settings import Settings, fields, read_settings
@@ -80,26 +80,27 @@ def add_settings(parser: argparse.ArgumentParser, *, several_lr: bool = False) -
 
 def run(arguments: argparse.Namespace) -> int:
     """Train, and show the events."""
-    refuse_unquoted(arguments)
-    if not arguments.out:
-        raise UsageError("--out: expected the name of a folder, got none")
-    out = Path(arguments.out)
-    resuming = arguments.resume and is_run(out)
-    source = arguments.recipe
-    if source is None:
-        if not resuming:
-            if arguments.train is not None:
-                read_settings(arguments.train)  # says so if the file is the recipe
-            if arguments.resume:
-                raise UsageError(f"--resume --out {out}: no run is there; a RECIPE and --data start one")
-            raise UsageError("expected a RECIPE; only --resume works without one")
-        if arguments.set:
-            raise UsageError("--set: the recipe of a run cannot be changed when it is resumed")
-        source = str(out / RECIPE)
-    if resuming and arguments.tokenizer is not None and arguments.data is None:
-        raise UsageError("--tokenizer: the tokenizer of a run cannot be changed when it is resumed")
-    settings, data = settings_and_data(arguments, need_data=not resuming)
-    recipe, weights = load(source, arguments), saved_folder(source)
+    with first_process_first():
+        refuse_unquoted(arguments)
+        if not arguments.out:
+            raise UsageError("--out: expected the name of a folder, got none")
+        out = Path(arguments.out)
+        resuming = arguments.resume and is_run(out)
+        source = arguments.recipe
+        if source is None:
+            if not resuming:
+                if arguments.train is not None:
+                    read_settings(arguments.train)  # says so if the file is the recipe
+                if arguments.resume:
+                    raise UsageError(f"--resume --out {out}: no run is there; a RECIPE and --data start one")
+                raise UsageError("expected a RECIPE; only --resume works without one")
+            if arguments.set:
+                raise UsageError("--set: the recipe of a run cannot be changed when it is resumed")
+            source = str(out / RECIPE)
+        if resuming and arguments.tokenizer is not None and arguments.data is None:
+            raise UsageError("--tokenizer: the tokenizer of a run cannot be changed when it is resumed")
+        settings, data = settings_and_data(arguments, need_data=not resuming)
+        recipe, weights = load(source, arguments), saved_folder(source)
     with Display(as_json=arguments.json, quiet=os.environ.get("RANK", "0") != "0") as display:
         try:
             train(recipe, data, settings, out, on_event=display, resume=arguments.resume, weights=weights)

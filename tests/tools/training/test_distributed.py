@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 import titans_build as tb
 from titans_build.recipes.loading import base_names
 from titans_build.tools.terminal import CommandFailed
+from titans_build.tools.train import main
 from titans_build.tools.training import train
 from titans_build.tools.training.distributed import Processes, process_errors, to_local
 
@@ -53,6 +55,22 @@ def test_process_that_has_ended_is_named_as_such() -> None:
             raise other
 
 
+@pytest.mark.parametrize(
+    "words", [["--lengths", "8"], ["-t", "mesh={ctx: 2}"], ["-t", "mesh={context: 2}", "-t", "compile=true"]]
+)
+def test_errors_of_processes_that_have_not_met_come_from_the_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, words: list[str]
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("titans_build.tools.terminal.time", SimpleNamespace(sleep=waited.append))
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert main(["mac", "--data", "copy", "--out", str(tmp_path / "run"), *words]) == 2
+        assert "Traceback" not in capsys.readouterr().err
+        assert len(waited) == int(rank)
+
+
 def together(tmp_path: Path, out: str, *words: object, processes: int = 2) -> subprocess.CompletedProcess[str]:
     """``titans-train ... --out OUT`` in several processes."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
@@ -85,7 +103,7 @@ def test_two_processes_equal_one_and_resume_its_checkpoints(
     tiny: Any, settings: Any, losses: Any, logged: Any, tmp_path: Path, ordered_text: Any, in_process: Any
 ) -> None:
     recipe = {**tiny, "vocab": 256}
-    settings |= {"carry": 2, "ema": 0.9, "accumulate": 2, "memory_loss": 0.1, "recompute": True}
+    settings |= {"carry": 2, "ema": 0.9, "accumulate": 2, "memory_loss": 0.1, "recompute": True, "surprise_every": 3}
     whole = train(recipe, ordered_text, {**settings, "steps": 9}, tmp_path / "whole")
     # 1 -> 2
     train(recipe, ordered_text, {**settings, "steps": 3}, tmp_path / "run")
@@ -101,6 +119,11 @@ def test_two_processes_equal_one_and_resume_its_checkpoints(
     ]
     expected = losses(whole.history)
     close(losses(logged(tmp_path / "run")), {step: expected[step] for step in range(1, 7)})
+    surprises = [
+        [e for e in events if e["event"] == "surprise"] for events in (logged(tmp_path / "run"), whole.history)
+    ]
+    assert [e["step"] for e in surprises[0]] == [3, 6]  # of which the second is that of the rows of two processes
+    assert numbers(surprises[0]) == pytest.approx(numbers(surprises[1][:2]), rel=1e-4) and numbers(surprises[0])
     # 2 -> 1
     alone = train(None, None, {"steps": 9}, tmp_path / "run", resume=True)
     close(losses(alone.history), expected)
@@ -196,16 +219,22 @@ def test_one_process_gives_a_message_when_another_is_killed(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", [{"mesh": {"data": 3}}, {"mesh": {"context": 2}, "length": 15}])
+@pytest.mark.parametrize(
+    "change", [{"mesh": {"data": 3}}, {"mesh": {"context": 2}, "length": 15}, {"mesh": {"tensor": 2}}]
+)
 def test_one_process_says_what_does_not_divide(
     tiny: Any, settings: Any, tmp_path: Path, in_process: Any, change: dict[str, Any], ordered_text: Any
 ) -> None:
+    tiny["layers"]["mac"][0]["attend"]["heads"] = 1
     words = written(tmp_path, {**tiny, "vocab": 256}, ordered_text, {**settings, **change})
     ends = together_without_torchrun(in_process, tmp_path / "run", *words)
     assert [end.status for end in ends] == [2, 2]
-    expected = {"mesh": b"data 3 x context 1 x tensor 1 are 3 processes, and there are 2"}
-    length = b"15 tokens of a row cannot be shared by context: 2 processes"
-    assert (length if "length" in change else expected["mesh"]) in ends[0].err and b"Traceback" not in ends[0].err
+    expected = {
+        "data": b"data 3 x context 1 x tensor 1 are 3 processes, and there are 2",
+        "context": b"15 tokens of a row cannot be shared by context: 2 processes",
+        "tensor": b"mesh: layers.0.blocks.0.attend.heads: 1 cannot be shared by the 2 ranks",
+    }
+    assert expected[next(iter(change["mesh"]))] in ends[0].err and b"Traceback" not in ends[0].err
 
 
 @pytest.mark.slow
