@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .block import is_sharded
 from .collectives import Once, Ranks, scale_gradients
-from .fingerprint import sums_of_bits
+from .fingerprint import Fingerprint, sums_of_bits
 from .parallel_call import ContextCall
 from .parallel_plan import CONTEXTS, Step, plan, row_groups
 from .state import State, map_state
@@ -67,9 +67,8 @@ def parallelize(
     Raises ``TypeError`` or ``ValueError`` for what is no such model or mesh, for heads or linear layers (LoRA) that the
     ranks of ``tensor`` cannot share, and for ranks with different recipes or parameters.
     """
-    from .language_model import LanguageModel  # which imports this module
-
-    if not isinstance(model, LanguageModel):
+    # every LanguageModel has a fingerprint; its module imports this one
+    if not isinstance(getattr(model, "fingerprint", None), Fingerprint):
         raise TypeError(f"model: expected a LanguageModel, got {type(model).__name__}")
     shared: Any = model
     parallel = Parallel(shared, mesh, gather_outputs, recompute, context)
