@@ -1,7 +1,7 @@
 """The cost of a training step on a GPU by counting, on any machine: launches, waits, FLOPs and bytes.
 
     python benchmarks/kernel_estimate.py [--recipe mac-170m ...] [--length 32768] [--json FILE]
-    python benchmarks/kernel_estimate.py --memory gated channels ... [--dim 64] [--length 2048]
+    python benchmarks/kernel_estimate.py --memory gated channels ... [--dim 64] [--heads 128] [--layers 2]
 
 A step (forward and backward, one row, bfloat16 autocast) runs on a GPU that only counts
 (``titans_build.tools.gpu.counting``), with one and two repetitions of the recipe's stack: costs are linear in these,
@@ -11,7 +11,7 @@ is what fits for the first ones. Counted are casts, copies, and what backward re
 
 The times are estimates for an H200 and no measurements. The device takes for each launch the longer of moving its bytes
 and computing its products; the host takes ``LAUNCH`` for each launch and ``WAIT`` for each wait. The products of the
-memory's kernels run at ``SHARE`` of the matrix rate, three times as many where they are of three bfloat16 products, and
+memory's kernels run at ``SHARE`` of the matrix rate, more of them where each is of two or three bfloat16 products, and
 a kernel with fewer programs than multiprocessors uses as many of these. Bytes are counted once for each launch: what
 the streamed schedule reads again comes from the cache.
 """
@@ -54,7 +54,7 @@ memory's writes that backward repeats; seconds of ``device`` and ``host``."""
 
 
 def memory_flops(name: str, arguments: dict[str, Any]) -> tuple[float, float]:
-    """FLOPs of a kernel of the memory (docs/kernels.md): of half precision, and of three products each."""
+    """FLOPs of a kernel of the memory (docs/kernels.md): of half precision, and of fine products."""
     if name in ("product_kernel", "update_kernel", "state_backward_kernel"):
         batch, several = (arguments.get("left") or arguments["errors"])[0], arguments["PARTS"]
         if name == "state_backward_kernel":
@@ -71,6 +71,14 @@ def memory_flops(name: str, arguments: dict[str, Any]) -> tuple[float, float]:
     fine = 3 * count * numbers  # keys forward, errors back
     state = 2 * arguments.get("PARTS", 1) * count * numbers
     scores = 4 * count * tokens[2] * (d_in + width)
+    if name.startswith("linear"):
+        keys, scores, norm = 2 * count * numbers, 2 * count * arguments["b"] * (width + d_out), arguments["NORM"]
+        read = state if arguments.get("READS", True) else 0
+        return {
+            "linear": (state + (scores if read else 0), keys + read),
+            "linear_read_backward": ((1.5 + norm / 2) * scores, keys + (2 + norm) * state + scores),
+            "linear_write_backward": (2 * state + 2 * keys, keys * (1 + norm)),
+        }[name.removesuffix("_kernel")]
     return {
         "write": (state, fine), "write_resident": (state, fine), "rewrite": (0, fine),
         "read": (scores, state), "read_backward": (scores, state), "read_backward_state": (scores, state),
@@ -89,11 +97,13 @@ def costs(gpu: Counting, backward_from: int) -> dict[str, float]:
         if launch.programs:
             half, fine = memory_flops(launch.name, launch.arguments)
             precisions = (launch.arguments.get(kind) for kind in ("PRECISION", "FINE_PRECISION"))
-            threefold = 3 if THREE in precisions else 1
+            products = 1
+            if THREE in precisions:
+                products = 2 if launch.name.startswith("linear") else 3  # tokens in bfloat16 are exact
             found["memory"] += half + fine
             busy = min(1.0, launch.programs / PROGRAMS)
-            seconds = max(seconds / busy, (half + threefold * fine) / (RATE * SHARE * busy))
-            if number >= backward_from and re.match("(re)?write(_resident)?_kernel", launch.name):
+            seconds = max(seconds / busy, (half + products * fine) / (RATE * SHARE * busy))
+            if number >= backward_from and re.match("(re)?write(_resident)?_kernel|linear_kernel", launch.name):
                 found["repeated"] += half + fine
         else:
             kind = "attention" if launch.name.startswith("attention") else "products"
@@ -157,11 +167,11 @@ def estimate(recipe: str, length: int, lengths: tuple[int, int] = LENGTHS) -> di
     return {"recipe": recipe, "length": length, **found, "seconds": max(found["device"], found["host"])}
 
 
-def operation(kind: str, dim: int, length: int) -> dict[str, Any]:
-    """The costs of the memory alone: 128 heads, hidden layers twice as wide, chunks of 64 tokens."""
+def operation(kind: str, dim: int, length: int, heads: int, layers: int) -> dict[str, Any]:
+    """The costs of the memory alone: hidden layers twice as wide as its heads, chunks of 64 tokens."""
     with Counting() as gpu:
         made = memory_operation(
-            1, length, 128, layer_shapes(dim, 2, 2), 64, "auto", gpu.device, torch.bfloat16, kind=kind
+            1, length, heads, layer_shapes(dim, 2, layers), 64, "auto", gpu.device, torch.bfloat16, kind=kind
         )
         gpu.clear()
         passes(*made, True)()
@@ -172,7 +182,8 @@ def operation(kind: str, dim: int, length: int) -> dict[str, Any]:
 
 def measured(arguments: argparse.Namespace, results: measure.Result) -> measure.Result:
     if arguments.memory:
-        return {"rows": [operation(kind, arguments.dim, arguments.length) for kind in arguments.memory]}
+        sizes = arguments.dim, arguments.length, arguments.heads, arguments.layers
+        return {"rows": [operation(kind, *sizes) for kind in arguments.memory]}
     recipes = arguments.recipe or packaged_names()
     if arguments.quick:
         recipes = recipes[:1]
@@ -208,6 +219,8 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", nargs="+", choices=("plain", "gated", "channels", "window", "thresholds"),
                         help="the memory alone, of this kind")  # fmt: skip
     parser.add_argument("--dim", type=int, default=64, help="of the memory's heads (default: 64)")
+    parser.add_argument("--heads", type=int, default=128, help="how many of them (default: 128)")
+    parser.add_argument("--layers", type=int, default=2, help="of that memory (default: 2)")
     parser.add_argument("--length", type=int, default=32768, help="tokens of the one row (default: 32768)")
 
 

@@ -38,6 +38,7 @@ from titans_build.kernels.memory.triton import (
     batched_kernels,
     channels,
     decay,
+    linear_kernels,
     products,
     read,
     read_kernels,
@@ -45,7 +46,14 @@ from titans_build.kernels.memory.triton import (
     write_backward_kernels,
     write_kernels,
 )
-from titans_build.kernels.memory.triton.schedule import RESIDENT, loss_constants, operands, resident, schedule
+from titans_build.kernels.memory.triton.schedule import (
+    FUSED_SIZE,
+    RESIDENT,
+    loss_constants,
+    operands,
+    resident,
+    schedule,
+)
 from titans_build.kernels.norm_gate import triton as gated
 from titans_build.kernels.norm_gate.form import GATE
 from titans_build.kernels.rotary import triton as rotation
@@ -60,7 +68,7 @@ LARGEST = 128
 BATCHED = [kernel for name, kernel in vars(batched_kernels).items() if name.endswith("_kernel")]
 MEMORY = dict.fromkeys(
     kernel
-    for module in (write_kernels, read_kernels, write_backward_kernels, step, read)
+    for module in (write_kernels, read_kernels, write_backward_kernels, step, read, linear_kernels)
     for name, kernel in vars(module).items()
     if name.endswith("_kernel") and isinstance(kernel, triton.JITFunction)
 )
@@ -71,10 +79,12 @@ PRODUCTS = {
     "tf32": operands(torch.float32) | dict(PRECISION="tf32", FINE_PRECISION="bf16x3"),
 }
 WHOLE = re.compile(
-    r"tokens|dim|(?:batch_)?heads|interval|.*_(?:step|row|head)|stretch|time|problems|chunks?|rows|d_in|width|d_out|b|"
-    r"writes|units|channels|own|depth|last|(?:left|right|onto|to)_(?:batch|part)|width|up"
+    r"tokens|dim|(?:batch_)?heads|interval|once|.*_(?:step|row|head)|stretch|time|problems|chunks?|rows|d_in|width|d_out|"
+    r"b|writes|units|channels|own|depth|last|(?:left|right|onto|to)_(?:batch|part)|width|up"
 )
 """Integer arguments."""
+TOKENS = {f"{grad}{name}" for grad in ("", "grad_") for name in ("queries", "keys", "values", "y")}
+HALF = {tl.bfloat16: "*bf16", tl.float16: "*fp16"}
 TYPED = {"mask": "*i1", "position": "*i64", "length": "*i64"}
 
 
@@ -106,7 +116,7 @@ def kernels(
         yield kernel, taps, dict(dim=dim, channels=48 * dim, own=16 * dim, **steps)
     net = dict(
         LAYERS=layers, PARTS=parts, ACTIVATION=3 if layers == 2 else 0, NORM=True, CLIP=1.0, ANCHORED=True, KEEP=True,
-        MOMENTUM=not plain, FORGETTING=not plain, MASKED=True, AFTER=True, READ=1, DELTAS=False,
+        MOMENTUM=not plain, FORGETTING=not plain, MASKED=True, AFTER=True, READ=1, DELTAS=False, READS=True,
         GATED=int(gated_network), BY_CHANNEL=False, WIDE=wide, **products,
         **loss_constants(SQUARED),
     )  # fmt: skip
@@ -129,7 +139,11 @@ def kernels(
             backward = kernel is write_backward_kernels.write_backward_resident_kernel
             if not resident(layers, parts, dim, hidden, dim, products, backward=backward):
                 continue
+        if kernel.__module__ == linear_kernels.__name__ and (layers == 2 or max(dim, chunk) > FUSED_SIZE):
+            continue
         tiles = schedule(kernel.__name__, chunk, dim, hidden, dim, products, layers=layers, parts=parts)
+        if kernel.__module__ == linear_kernels.__name__:
+            tiles |= dict(width=dim, d_out=dim)
         steps = {f"{name}_{to}": 16 * dim for name in "qkvyp" for to in ("row", "head", "step")}
         yield kernel, net | tiles, dict(b=chunk, writes=chunk, d_in=dim, width=hidden, d_out=dim, **steps)
 
@@ -163,11 +177,13 @@ def compiled(kernel: Any, fixed: dict[str, Any], sizes: dict[str, int], target: 
     """Compile a kernel and return its row of the report."""
     names = kernel.arg_names
     signature = {name: "constexpr" if name in fixed else _type(name, sizes) for name in names}
+    if kernel.__module__ == linear_kernels.__name__:  # as models have their tokens
+        signature.update(dict.fromkeys(TOKENS & set(names), HALF.get(fixed["OPERAND"], "*fp32")))
     constants = {(names.index(name),): value for name, value in fixed.items() if name in names}
     divisible = [
         index
         for index, name in enumerate(names)
-        if signature[name].startswith("*") or (name in sizes and sizes[name] % 16 == 0)
+        if signature[name].startswith("*") or (signature[name] == "i32" and sizes.get(name, 1) % 16 == 0)
     ]
     known = {(index,): [["tt.divisibility", 16]] for index in divisible}
     nvidia = target.startswith("sm_")

@@ -64,8 +64,9 @@ def _release(version: str) -> tuple[int, int]:
 
 
 VARYING = (
-    "chunks", "batch_heads", "b", "writes", "time", "problems", "tokens", "stretch", "batch_step", "grad_batch_step",
-    "theta", "eta", "alpha", "valid", "theta_row", "eta_row", "alpha_row", "mask_row", "moves",
+    "chunks", "once", "batch_heads", "b", "writes", "time", "problems", "tokens", "stretch", "batch_step",
+    "grad_batch_step", "theta", "eta", "alpha", "valid", "theta_row", "eta_row", "alpha_row", "mask_row",
+    "moves",
 )  # fmt: skip
 """Arguments of kernels that vary from call to call. Triton compiles a kernel again for a number that is 1 or a multiple
 of 16, and for an address that is; not for these."""

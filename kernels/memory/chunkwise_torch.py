@@ -16,6 +16,7 @@ Queries, keys and values may have another dtype than gates and state if the netw
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -46,6 +47,7 @@ GPU_BYTES = 80 * 2**30
 
 _TOKENS = len(Tokens._fields)
 _Network: TypeAlias = Callable[..., ChunkNetwork]
+_Whole: TypeAlias = Callable[..., tuple[Tensor, ...]]
 _Stack: TypeAlias = tuple[Tensor, ...]
 
 
@@ -59,24 +61,29 @@ def chunkwise_memory(
     mask: Tensor | None,
     options: Options,
     network: _Network | None = None,
+    whole: _Whole | None = None,
 ) -> tuple[Tensor, MemoryState]:
-    """``titans_memory`` for any length, positions and mask."""
+    """``titans_memory`` for any length, positions and mask.
+
+    ``whole``: computes whole chunks, in place of ``_Chunkwise`` with ``network``.
+    """
     if network is None:
         network = ChannelNetwork if CHANNELS in options.rare(tokens) else ChunkNetwork
+    whole = whole or functools.partial(_Chunkwise.apply, network)
     if options.gated:
         state = _together(state)
     phases = [position % options.chunk for position in integers(state.position)]
     if mask is not None and bool(on_host(mask).all()):
         mask = None
     if mask is None and len(set(phases)) == 1:
-        y, after = _aligned(tokens, state, norm, phases[0], options, network)
+        y, after = _aligned(tokens, state, norm, phases[0], options, whole)
     else:
-        y, after = _ragged(tokens, state, norm, phases, mask, options, network)
+        y, after = _ragged(tokens, state, norm, phases, mask, options, whole)
     return y, _apart(after) if options.gated else after
 
 
 def _aligned(
-    tokens: Tokens, state: MemoryState, norm: Tensor | None, phase: int, options: Options, network: _Network
+    tokens: Tokens, state: MemoryState, norm: Tensor | None, phase: int, options: Options, whole: _Whole
 ) -> tuple[Tensor, MemoryState]:
     """All rows at one phase: the rest of the current chunk, then whole chunks, then the beginning of the last."""
     chunk, time = options.chunk, tokens.q.shape[1]
@@ -84,7 +91,7 @@ def _aligned(
     last = time - (time - lead) % chunk  # where the last chunk begins, if it does at all
     spans = [(lead, lead), (last, chunk), (time, time - last)]
     anchor, outputs = state.anchor if phase else state.weights, []
-    for stop, y, after in _spans(tokens, state, norm, None, anchor if phase else None, spans, options, network):
+    for stop, y, after in _spans(tokens, state, norm, None, anchor if phase else None, spans, options, whole):
         outputs.append(y)
         if (phase + stop) % chunk == 0:
             anchor = after.weights
@@ -93,7 +100,7 @@ def _aligned(
 
 def _ragged(
     tokens: Tokens, state: MemoryState, norm: Tensor | None, phases: list[int], mask: Tensor | None, options: Options,
-    network: _Network,
+    whole: _Whole,
 ) -> tuple[Tensor, MemoryState]:  # fmt: skip
     """Rows at different phases, or masked tokens: each row's tokens are placed in a grid of chunks.
 
@@ -122,7 +129,7 @@ def _ragged(
     anchor, outputs = where_rows(phase > 0, state.anchor, state.weights), []
     stops = {(p + n) // chunk * size for p, n in zip(phases, integers(layout.length))}
     spans = [(stop, size) for stop in sorted({*stops, slots})]
-    for stop, y, after in _spans(tokens, state, norm, valid, anchor, spans, options, network):
+    for stop, y, after in _spans(tokens, state, norm, valid, anchor, spans, options, whole):
         outputs.append(y)
         anchor = where_rows(last == stop, after.weights, anchor)
     anchor = where_rows(layout.length > 0, anchor, state.anchor)
@@ -132,7 +139,7 @@ def _ragged(
 
 def _spans(
     tokens: Tokens, state: MemoryState, norm: Tensor | None, valid: Tensor | None, anchor: _Stack | None,
-    spans: list[tuple[int, int]], options: Options, network: _Network,
+    spans: list[tuple[int, int]], options: Options, whole: _Whole,
 ) -> Iterator[tuple[int, Tensor, MemoryState]]:  # fmt: skip
     """One span of whole chunks after the other, each given by the token it ends before and its chunk length.
 
@@ -145,8 +152,8 @@ def _spans(
         if stop == start:
             continue
         span = slice(start, stop)
-        y, *stacks = _Chunkwise.apply(
-            options._replace(chunk=chunk), network, layers, None if valid is None else valid[:, span],
+        y, *stacks = whole(
+            options._replace(chunk=chunk), layers, None if valid is None else valid[:, span],
             *tokens.at(span), norm, *weights, *momentum, *(anchor or ()),
         )  # fmt: skip
         weights, momentum = tuple(stacks[:layers]), tuple(stacks[layers:])
@@ -173,7 +180,7 @@ def _joined(outputs: list[Tensor]) -> Tensor:
 # -- whole chunks, a group at a time -----------------------------------------------------------------------------------
 
 
-def _formula(ctx: Any, *tensors: Any) -> tuple[Tensor, ...]:
+def chunks_formula(ctx: Any, *tensors: Any) -> tuple[Tensor, ...]:
     tokens, (gain, *state) = Tokens(*tensors[:_TOKENS]), tensors[_TOKENS:]
     q, options, layers, mask = tokens.q, ctx.options, ctx.layers, None
     position, past = torch.zeros(len(q), dtype=torch.int64), options.window - 1
@@ -206,7 +213,7 @@ class _Chunkwise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, options: Options, network: _Network, layers: int, valid: Tensor | None, *tensors: Any
+        ctx: Any, network: _Network, options: Options, layers: int, valid: Tensor | None, *tensors: Any
     ) -> tuple[Tensor, ...]:
         tokens, (gain, *state) = Tokens(*tensors[:_TOKENS]), tensors[_TOKENS:]
         q, k, v = tokens[:3]
@@ -240,9 +247,9 @@ class _Chunkwise(torch.autograd.Function):
         key_activations = [made(x, past + b) for x in shapes] if saves_activations and net.takes_outputs else []
         query_activations = [made(x, b) for x in shapes] if saves_activations else []
         stacks: list[Tensor] = []
-        for group, (first, times) in enumerate(_groups(chunks, size, b)):
-            decay = net.decay(*_chunks_of((*tokens[3:6], valid, tokens.gamma), times, b, time))
-            keys, values, queries = _chunks_of((k, v, q), times, b, time)
+        for group, (first, times) in enumerate(groups_of(chunks, size, b)):
+            decay = net.decay(*chunks_of((*tokens[3:6], valid, tokens.gamma), times, b, time))
+            keys, values, queries = chunks_of((k, v, q), times, b, time)
             span = slice(first, first + decay.mix.shape[0])
             written = buffers.first(decay.mix.shape[0])
             if tokens.delta is not None:
@@ -266,7 +273,7 @@ class _Chunkwise(torch.autograd.Function):
                 read = memory_network(queries.to(anchors[0]), anchors, net.activation, net.gain, net.matmul)
             else:
                 read = net.read(queries, decay, written, [x[span] for x in query_activations])
-            _scatter(y, read, times, b)
+            scatter(y, read, times, b)
             stacks = [buffer[-1] for buffer in written.stacks]
         if interval:
             ctx.save_for_backward(*tensors, *key_activations, *query_activations, *checkpoints)
@@ -278,7 +285,7 @@ class _Chunkwise(torch.autograd.Function):
         return (y, *(end[part].unflatten(0, (batch, heads)) for part in range(s) for end in ends))
 
     @staticmethod
-    @differentiable(_formula, first=4)
+    @differentiable(chunks_formula, first=4)
     def backward(ctx: Any, grad_y: Tensor, *grad_state: Tensor) -> tuple[Tensor | None, ...]:
         with full_precision(grad_y.device.type):
             return _backward(ctx, grad_y, *grad_state)
@@ -316,13 +323,13 @@ def _backward(ctx: Any, grad_y: Tensor, *grad_state: Tensor) -> tuple[Tensor | N
         zeros = anchor[0].new_zeros(sum(w.numel() for w in anchor)).split([w.numel() for w in anchor])
         grad_anchor = [x.view(w.shape) for x, w in zip(zeros, anchor)]
     grad_end: list[Tensor] = []
-    for group, (first, times) in reversed(list(enumerate(_groups(chunks, size, b)))):
-        *found, valid = _chunks_of((*tokens[3:6], tokens.gamma, ctx.valid), times, b, time)
+    for group, (first, times) in reversed(list(enumerate(groups_of(chunks, size, b)))):
+        *found, valid = chunks_of((*tokens[3:6], tokens.gamma, ctx.valid), times, b, time)
         gates = [None if x is None else x.detach().requires_grad_() for x in found]
         with torch.enable_grad():
             graph = net.decay(*gates[:3], valid, gates[3])
         decay = ChunkDecay(*(x.detach() for x in graph))
-        keys, values, queries = _chunks_of((k, v, q), times, b, time)
+        keys, values, queries = chunks_of((k, v, q), times, b, time)
         own = anchor if first == 0 else None
         written, grad = buffers.first(len(keys)), grad_buffers.first(len(keys))
         if tokens.delta is not None:
@@ -362,16 +369,16 @@ def _backward(ctx: Any, grad_y: Tensor, *grad_state: Tensor) -> tuple[Tensor | N
         grad_end = [buffer[0] for buffer in grad.stacks]
 
         for x, value in ((grads.q, grad_q), (grads.k, grad.inputs[0]), (grads.v, grad_v)):
-            _scatter(x, value, times, b)
+            scatter(x, value, times, b)
         pushed = (grad_read, grad_carry, grad_write, grad_mix)
         reached = [(x, g) for x, g in zip(graph, pushed) if x.requires_grad and g is not None]
         wanted = [x for x in gates if x is not None]
         grad_gates = iter(torch.autograd.grad([x for x, _ in reached], wanted, [g for _, g in reached]))
         for gate in (*grads[3:6], grads.gamma):
             if gate is not None:
-                _scatter(gate, next(grad_gates), times, b)
+                scatter(gate, next(grad_gates), times, b)
         if grads.delta is not None:
-            _scatter(grads.delta, grad.deltas[0].squeeze(-1), times, b)
+            scatter(grads.delta, grad.deltas[0].squeeze(-1), times, b)
         if gain_read is not None and gain_write is not None:
             both = gain_read + gain_write
             grad_gain = both if grad_gain is None else grad_gain + both
@@ -476,7 +483,7 @@ def room_of(q: Tensor, needed: int) -> int:
     return max(CHECKPOINT_BYTES, left)
 
 
-def _groups(chunks: int, size: int, b: int) -> list[tuple[int, slice]]:
+def groups_of(chunks: int, size: int, b: int) -> list[tuple[int, slice]]:
     """The first chunk, and the tokens, of every group."""
     return [(first, slice(first * b, min(first + size, chunks) * b)) for first in range(0, chunks, size)]
 
@@ -494,7 +501,7 @@ def _chunk_view(x: Tensor, times: slice, b: int, time: int) -> Tensor:
     return group if x.dim() == 3 else group.mT
 
 
-def _chunks_of(given: Sequence[Any], times: slice, b: int, time: int) -> list[Any]:
+def chunks_of(given: Sequence[Any], times: slice, b: int, time: int) -> list[Any]:
     """``_chunks`` of several tensors: on a GPU in one copy, if they are alike."""
     found = [x for x in given if x is not None]
     if found[0].is_cpu or len({(x.shape, x.dtype) for x in found}) > 1:
@@ -503,7 +510,7 @@ def _chunks_of(given: Sequence[Any], times: slice, b: int, time: int) -> list[An
     return [None if x is None else next(parts) for x in given]
 
 
-def _scatter(x: Tensor, group: Tensor, times: slice, b: int) -> None:
+def scatter(x: Tensor, group: Tensor, times: slice, b: int) -> None:
     """The inverse: sets the tokens of ``x``, or adds to those that are in the windows of several chunks."""
     writes = group.shape[2]
     for start in range(0, writes, b):

@@ -29,6 +29,17 @@ def test_flops_of_the_kernels_are_those_of_the_operation(estimate: Any) -> None:
     assert write + read == pytest.approx(useful, rel=0.01)
     assert sum(estimate.memory_flops("write_backward_kernel", arguments)) == 2 * write
     assert estimate.memory_flops("forward_kernel", dict(x=(1, 2))) == (0, 0)
+    arguments = dict(keys=(1, chunks * b, rows, d), width=d, d_out=d, b=b, LAYERS=1, PARTS=2, NORM=True)
+    assert sum(estimate.memory_flops("linear_kernel", arguments)) == chunks * rows * b * memory_flops([(d, d)], b)
+
+
+def test_one_launch_for_writes_and_reads_pays_from_few_rows_on(estimate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rule of the fused schedule stays on the safe side of the estimate."""
+    seconds = {}
+    for schedule in ("resident", "fused"):
+        monkeypatch.setenv("TITANS_BUILD_SCHEDULE", schedule)
+        seconds[schedule] = estimate.operation("plain", 64, 1024, 64, 1)["device"]
+    assert 1.5 * seconds["fused"] < seconds["resident"]
 
 
 @pytest.mark.parametrize("recipe", ["lmm-30m", pytest.param("mac-30m", marks=pytest.mark.slow)])

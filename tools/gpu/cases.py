@@ -166,6 +166,7 @@ MEMORIES = (
     Memory("two layers, resident", chunk=64, time=150, schedule="resident"),
     _D64._replace(name="one layer, resident", depth=1, schedule="resident"),
     _D64._replace(name="one layer, streamed", depth=1, schedule="streamed"),
+    _D64._replace(name="one layer, fused", depth=1, schedule="fused"),
     Memory("heads of 48, expansion 4, chunk 16, clipped", d=48, expansion=4, clip=0.5, batch=1),
     Memory("masked, inside chunks, clipped", masked=True, started=True, clip=0.5),
     Memory("masked, inside chunks, clipped, streamed", masked=True, started=True, clip=0.5, schedule="streamed"),

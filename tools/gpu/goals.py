@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from operator import le
+from operator import itemgetter, le
 from typing import Any, NamedTuple
 
 
@@ -54,10 +54,10 @@ def goals(rows: Sequence[dict[str, Any]]) -> list[Goal]:
         found = [row["share"] for row in of(**deep, chunk=chunk) if "share" in row]
         what = f"memory, heads of 128, chunk {chunk}, both passes: share of the measured matrix rate"
         made.append(goal_of(what, f"{wanted:.0%}", found, partial(le, wanted), "{:.0%}"))
-    flat = of(what="memory", direction="both", d=128, layers=1, schedule="auto")
-    beside = {row["length"]: row for row in of(what="gated delta rule", direction="both")}
-    ratios = [row["seconds"] / beside[row["length"]]["seconds"] for row in flat if row["length"] in beside
-              and row["rows"] == beside[row["length"]]["rows"]]  # fmt: skip
+    flat = [row for row in of(what="memory", direction="both", layers=1) if row["schedule"] in ("auto", "fused")]
+    size = itemgetter("length", "rows", "d")
+    beside = {size(row): row["seconds"] for row in of(what="gated delta rule", direction="both")}
+    ratios = [row["seconds"] / beside[size(row)] for row in flat if size(row) in beside]
     what = "memory of one layer: its time over the gated delta rule's, of as large a state"
     made.append(goal_of(what, "at most 1", ratios, lambda x: x <= 1))
     for length, least in ((32768, 1.0), (131072, 1.5)):

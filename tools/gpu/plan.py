@@ -23,7 +23,7 @@ SHAPES: tuple[Row, ...] = (
 )
 """Memories whose operation is timed. The last has a state as large as that of the linear memories."""
 FLAT: Row = {"d": 64, "expansion": 1, "layers": 1, "chunk": 64}
-"""A memory that has both schedules."""
+"""A memory that has all schedules."""
 FURTHER: tuple[Row, ...] = (
     {"d": 128, "expansion": 2, "layers": 2, "chunk": 512},
     {"d": 48, "expansion": 4, "layers": 2, "chunk": 64},
@@ -35,7 +35,10 @@ TILES: tuple[dict[str, int], ...] = ({"TOKENS": 64, "BLOCK": 64}, {"TOKENS": 64,
 MODELS = ("transformer", "mag", "lmm", "mac")
 RULES = ("gated delta rule", "TTT-Linear")
 """Memories of flash-linear-attention."""
-REPEATED = ("two layers, streamed", "two layers, resident", "one layer, streamed", "masked, inside chunks, clipped")
+REPEATED = (
+    "two layers, streamed", "two layers, resident", "one layer, streamed", "one layer, fused",
+    "masked, inside chunks, clipped",
+)  # fmt: skip
 
 
 def first(device: str, small: bool, answers: str | None) -> tuple[list[Stage], Stage]:
@@ -56,7 +59,7 @@ def first(device: str, small: bool, answers: str | None) -> tuple[list[Stage], S
     operation = [(_named(shape, rows=n), shape | {"rows": n}) for n in rows for shape in shapes]
     operation += [
         (_named(FLAT, rows=rows[0], schedule=schedule), FLAT | {"rows": rows[0], "schedule": schedule})
-        for schedule in (() if small else ("resident", "streamed"))
+        for schedule in (() if small else ("fused", "resident", "streamed"))
     ]
     operation += [
         (
@@ -71,7 +74,8 @@ def first(device: str, small: bool, answers: str | None) -> tuple[list[Stage], S
     ]
     one_layer = {name: {"stack.0.repeat": 1} for name in ("mac", "lmm")}
     d, states = (16, 4) if small else (128, 128)
-    rules = [(rule, n) for n in texts[:2] for rule in RULES]
+    rules = [(rule, n, d) for n in texts[:2] for rule in RULES]
+    rules += [(RULES[0], texts[0], FLAT["d"])] * (not small)
     ceiling = (
         {"side": 64, "copied": 2**16, "seconds": time_} if small else {"side": 8192, "copied": 2**32, "seconds": 0.5}
     )
@@ -107,8 +111,8 @@ def first(device: str, small: bool, answers: str | None) -> tuple[list[Stage], S
               for graphs in (False, True) for name in MODELS[1:]),
         ]),
         stage("linear memories", 40, [
-            (f"{rule}, {n} tokens", speed.linear_memory,
-             {"rule": rule, "rows": states, "length": n, "d": d, "seconds": time_}, 60) for rule, n in rules
+            (f"{rule}, {n} tokens, heads of {width}", speed.linear_memory,
+             {"rule": rule, "rows": states, "length": n, "d": width, "seconds": time_}, 60) for rule, n, width in rules
         ]),
         stage("further", 0, [
             *((_named(shape), speed.memory, _small(shape) if small else shape | {"rows": 128}, 30)

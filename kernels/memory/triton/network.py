@@ -18,8 +18,9 @@ from ..network_torch import ACTIVATION_NUMBERS
 from ..state import CHANNELS, MemoryState, Options, Tokens
 from .batched import BatchedChannelNetwork
 from .decay import triton_decay
+from .linear import LinearMemory
 from .read_kernels import read_backward_kernel, read_backward_state_kernel, read_kernel
-from .schedule import loss_constants, operands, resident, schedule
+from .schedule import fused, loss_constants, operands, resident, schedule
 from .write_backward_kernels import write_backward_kernel, write_backward_resident_kernel
 from .write_kernels import rewrite_kernel, write_kernel, write_resident_kernel
 
@@ -29,6 +30,11 @@ def triton_memory(
 ) -> tuple[Tensor, MemoryState]:
     """``titans_memory`` for one or two layers."""
     products = operands(state.weights[0].dtype, None if options.half is None else getattr(torch, options.half))
+    batch, _, heads, d_in = tokens.q.shape
+    plain = not options.rare(tokens) and options.read != "anchor"
+    if fused(batch * heads, len(state.weights), options.chunk, d_in, tokens.v.shape[3], plain, products):
+        whole = functools.partial(LinearMemory.apply, products, options.chunk)
+        return chunkwise_memory(tokens, state, norm, mask, options, whole=whole)
     kind = TritonChannelNetwork if CHANNELS in options.rare(tokens) else TritonNetwork
     network = functools.partial(kind, products=products, chunk=options.chunk)
     return chunkwise_memory(tokens, state, norm, mask, options, network)

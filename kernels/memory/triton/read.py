@@ -18,7 +18,7 @@ from ...dispatch import needs_grad
 from ...triton_runtime import VARYING, launch
 from ..network_torch import ACTIVATION_NUMBERS, read_formula
 from .schedule import operands, schedule
-from .tiles import activate, dot, layer_norm, layer_norm_vjp, load, load_gain, slope, store
+from .tiles import activate, dot, layer_norm, layer_norm_vjp, load, load_gain, load_rows, slope, store
 
 
 def triton_read(
@@ -59,11 +59,11 @@ def _forward(
     y = torch.empty(batch, time, heads, d_out, dtype=q.dtype, device=q.device)
     if not y.numel():
         return y
-    q, fixed = _dense(q), _fixed(read_fixed_kernel, activation, products, time, norm, weights)
+    q, fixed = dense(q), _fixed(read_fixed_kernel, activation, products, time, norm, weights)
     launch(
         read_fixed_kernel, (batch * heads * triton.cdiv(time, fixed["TOKENS"]),),
         q, *_two(weights), None if norm is None else norm.contiguous(), y,
-        time, heads, d_in, width, d_out, *_steps(q), **fixed,
+        time, heads, d_in, width, d_out, *steps(q), **fixed,
     )  # fmt: skip
     return y
 
@@ -83,7 +83,7 @@ def _backward(
     if not grad.numel():
         none = [torch.zeros_like(w) if learned else None for w in weights]
         return torch.zeros_like(q), None if norm is None else torch.zeros_like(norm), none
-    q, grad, two = _dense(q), _dense(grad), _two(weights)
+    q, grad, two = dense(q), dense(grad), _two(weights)
     wide = lambda *shape: torch.empty(shape, dtype=weights[0].dtype, device=q.device)  # noqa: E731
     fixed = _fixed(read_fixed_backward_kernel, activation, products, time, norm, weights)
     blocks = triton.cdiv(time, fixed["TOKENS"])
@@ -94,7 +94,7 @@ def _backward(
     launch(
         read_fixed_backward_kernel, (batch * heads * blocks,),
         grad, q, *two, None if norm is None else norm.contiguous(), grad_q, grad_z, grad_gain,
-        time, heads, d_in, width, d_out, *_steps(q), *_steps(grad), **fixed,
+        time, heads, d_in, width, d_out, *steps(q), *steps(grad), **fixed,
     )  # fmt: skip
     grad_norm = None if grad_gain is None else grad_gain.sum((0, 2))
     if not learned:
@@ -105,7 +105,7 @@ def _backward(
     launch(
         read_fixed_backward_weights_kernel, (batch * heads, triton.cdiv(width, fixed["BLOCK"]), parts),
         q, grad_z, *two, sums[0], sums[-1],
-        time, heads, stretch, d_in, width, d_out, *_steps(q), *_steps(grad_z), **fixed,
+        time, heads, stretch, d_in, width, d_out, *steps(q), *steps(grad_z), **fixed,
     )  # fmt: skip
     return grad_q, grad_norm, [x.sum(0) if parts > 1 else x[0] for x in sums]
 
@@ -128,29 +128,23 @@ def _fixed(
     return {name: x for name, x in known.items() if name in (*kernel.arg_names, "num_warps", "num_stages")}
 
 
-def _dense(x: Tensor) -> Tensor:
+def dense(x: Tensor) -> Tensor:
     """With each vector's numbers side by side."""
     return x if x.stride(3) == 1 else x.contiguous()
 
 
 def _two(weights: tuple[Tensor, ...] | list[Tensor]) -> tuple[Tensor, Tensor]:
     """The two layers' weights; one layer stands in the second's place."""
-    dense = [w.contiguous() for w in weights]
-    return dense[0], dense[-1]
+    laid_out = [w.contiguous() for w in weights]
+    return laid_out[0], laid_out[-1]
 
 
-def _steps(x: Tensor) -> tuple[int, int, int]:
+def steps(x: Tensor) -> tuple[int, int, int]:
     """From batch row to batch row, from token to token and from head to head of ``[batch, time, heads, ...]``."""
     return x.stride(0), x.stride(1), x.stride(2)
 
 
 # -- kernels --------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def queries(q, t, column, time, columns, step, WIDE: tl.constexpr):
-    inside = (t < time)[:, None] & (column < columns)[None, :]
-    return tl.load(q + t[:, None].to(tl.int64) * step + column[None, :], mask=inside, other=0.0).to(WIDE)
 
 
 @triton.jit
@@ -176,19 +170,20 @@ def read_fixed_kernel(
     q += row * q_row + head * q_head
     z = tl.zeros((TOKENS, OUT), WIDE)
     if LAYERS == 2:
-        query = queries(q, t, i, time, d_in, q_step, WIDE)
+        query = load_rows(q, t, i, time, d_in, q_step).to(WIDE)
     for h0 in range(0, width, BLOCK):
         h = h0 + tl.arange(0, BLOCK)
         if LAYERS == 2:
             tile_1 = load(weight_1 + at * width * d_in, h, i, width, d_in, WIDE)
             x = activate(dot(query, tl.trans(tile_1), OPERAND, WIDE, PRECISION), ACTIVATION)
         else:
-            x = queries(q, t, h, time, width, q_step, WIDE)
+            x = load_rows(q, t, h, time, width, q_step).to(WIDE)
         tile = load(weight_2 + at * d_out * width, o, h, d_out, width, WIDE)
         z += dot(x, tl.trans(tile), OPERAND, WIDE, PRECISION)
     if NORM:
         n, _ = layer_norm(z, o < d_out, d_out)
-        z = queries(q, t, o, time, d_in, q_step, WIDE) + n * load_gain(gain, head, o, d_out, OUT, NORM, WIDE)[None, :]
+        gain_o = load_gain(gain, head, o, d_out, OUT, NORM, WIDE)
+        z = load_rows(q, t, o, time, d_in, q_step).to(WIDE) + n * gain_o[None, :]
     inside = (t < time)[:, None] & (o < d_out)[None, :]
     tl.store(y + ((row * time + t[:, None]) * heads + head) * d_out + o[None, :], z, mask=inside)
 
@@ -226,8 +221,8 @@ def read_fixed_backward_kernel(
     q += row * q_row + head * q_head
     grad_y += row * y_row + head * y_head
     if LAYERS == 2:
-        query = queries(q, t, i, time, d_in, q_step, WIDE)
-    g = queries(grad_y, t, o, time, d_out, y_step, WIDE)
+        query = load_rows(q, t, i, time, d_in, q_step).to(WIDE)
+    g = load_rows(grad_y, t, o, time, d_out, y_step).to(WIDE)
     if NORM:
         z = tl.zeros((TOKENS, OUT), WIDE)
         for h0 in range(0, width, BLOCK):
@@ -236,7 +231,7 @@ def read_fixed_backward_kernel(
                 tile_1 = load(weight_1 + at * width * d_in, h, i, width, d_in, WIDE)
                 x = activate(dot(query, tl.trans(tile_1), OPERAND, WIDE, PRECISION), ACTIVATION)
             else:
-                x = queries(q, t, h, time, width, q_step, WIDE)
+                x = load_rows(q, t, h, time, width, q_step).to(WIDE)
             tile = load(weight_2 + at * d_out * width, o, h, d_out, width, WIDE)
             z += dot(x, tl.trans(tile), OPERAND, WIDE, PRECISION)
         n, inverse = layer_norm(z, o < d_out, d_out)
@@ -258,11 +253,11 @@ def read_fixed_backward_kernel(
             dq += dot(dx * slope(preact, ACTIVATION), tile_1, OPERAND, WIDE, PRECISION)
         else:
             if NORM:  # a residual network is as wide at its end as at its beginning
-                dx += queries(grad_y, t, h, time, d_out, y_step, WIDE)
+                dx += load_rows(grad_y, t, h, time, d_out, y_step).to(WIDE)
             tl.store(grad_q + first + h[None, :], dx, mask=(t < time)[:, None] & (h < width)[None, :])
     if LAYERS == 2:
         if NORM:
-            dq += queries(grad_y, t, i, time, d_out, y_step, WIDE)
+            dq += load_rows(grad_y, t, i, time, d_out, y_step).to(WIDE)
         tl.store(grad_q + first + i[None, :], dq, mask=(t < time)[:, None] & (i < d_in)[None, :])
 
 
@@ -289,15 +284,15 @@ def read_fixed_backward_weights_kernel(
         tile = load(weight_2 + at * d_out * width, o, h, d_out, width, WIDE)
     for t0 in range(first, tl.minimum(first + stretch, time), TOKENS):
         t = t0 + tl.arange(0, TOKENS)
-        g = queries(grad_z, t, o, time, d_out, p_step, WIDE)
+        g = load_rows(grad_z, t, o, time, d_out, p_step).to(WIDE)
         if LAYERS == 2:
-            query = queries(q, t, i, time, d_in, q_step, WIDE)
+            query = load_rows(q, t, i, time, d_in, q_step).to(WIDE)
             preact = dot(query, tl.trans(tile_1), OPERAND, WIDE, PRECISION)
             x = activate(preact, ACTIVATION)
             dpreact = dot(g, tile, OPERAND, WIDE, PRECISION) * slope(preact, ACTIVATION)
             d1 += dot(tl.trans(dpreact), query, OPERAND, WIDE, PRECISION)
         else:
-            x = queries(q, t, h, time, width, q_step, WIDE)
+            x = load_rows(q, t, h, time, width, q_step).to(WIDE)
         d2 += dot(tl.trans(g), x, OPERAND, WIDE, PRECISION)
     part = tl.program_id(2) * tl.num_programs(0) + at
     store(grad_weight_2 + part * d_out * width, o, h, d_out, width, d2)

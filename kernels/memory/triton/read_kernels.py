@@ -43,11 +43,11 @@ def weighted_scores(scores, decay):
 
 
 @triton.jit
-def written_part(weighted, error, t, s, OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):
-    """``weighted @ error``, in which an error that is not finite reaches the queries from its token on alone.
+def confined(weighted, error, t, s, OPERAND: tl.constexpr, WIDE: tl.constexpr):
+    """For ``weighted @ error``: errors that are finite, and a column that is 1 for queries that become NaN.
 
-    Errors of later tokens are multiplied by zero, and zero times infinity is NaN. They are therefore taken as zero,
-    and the queries that see one become NaN. ``s``: the tokens that the errors are of.
+    An error that is not finite reaches the queries from its token on alone. Errors of later tokens are multiplied by
+    zero, and zero times infinity is NaN. They are therefore taken as zero. ``s``: the tokens that the errors are of.
     """
     # rounding to bfloat16 makes more than this infinite
     largest: tl.constexpr = 3.38e38 if WIDE.primitive_bitwidth == 32 else float("inf")
@@ -55,9 +55,14 @@ def written_part(weighted, error, t, s, OPERAND: tl.constexpr, WIDE: tl.constexp
     lost = tl.max(tl.where(finite, 0, 1), axis=1)
     # the token's own write is seen where its weight is not zero: reads may come before it
     seen = (s[None, :] < t[:, None]) | ((s[None, :] == t[:, None]) & (weighted != 0))
-    poison = tl.max(tl.where(seen, lost[None, :], 0), axis=1)[:, None]
-    product = dot(weighted, tl.where(finite, error, 0.0), OPERAND, WIDE, PRECISION)
-    return tl.where(poison > 0, float("nan"), product)
+    return tl.where(finite, error, 0.0), tl.max(tl.where(seen, lost[None, :], 0), axis=1)[:, None]
+
+
+@triton.jit
+def written_part(weighted, error, t, s, OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):
+    """``weighted @ error``, :func:`confined`."""
+    finite, poison = confined(weighted, error, t, s, OPERAND, WIDE)
+    return tl.where(poison > 0, float("nan"), dot(weighted, finite, OPERAND, WIDE, PRECISION))
 
 
 @triton.jit(do_not_specialize=VARYING)

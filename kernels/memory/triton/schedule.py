@@ -21,7 +21,10 @@ it stays in registers from chunk to chunk (``WIDTH``: all hidden units at once),
 The length of a sequence is not a parameter, and the chunk is that of the memory, not of a piece at the end of a
 sequence: a model compiles each kernel once.
 
-Environment: ``TITANS_BUILD_SCHEDULE=streamed`` or ``resident`` picks a schedule, for tests and measurements.
+A memory of one matrix has a third one. *Fused*, it is written and read in one launch (``linear_kernels.py``), which
+takes all tokens of a chunk at once.
+
+Environment: ``TITANS_BUILD_SCHEDULE=streamed``, ``resident`` or ``fused`` picks a schedule, for tests and measurements.
 ``TITANS_BUILD_FINE=off`` takes one product where three keep the digits of a chunk's gradients.
 """
 
@@ -40,11 +43,13 @@ from ..state import Objective
 
 VARIABLE = "TITANS_BUILD_SCHEDULE"
 FINE_VARIABLE = "TITANS_BUILD_FINE"
-SCHEDULES = ("auto", "resident", "streamed")
+SCHEDULES = ("auto", "resident", "streamed", "fused")
 REGISTERS = 256 * 2**10
 """Bytes of a multiprocessor's registers."""
 ROOM = {False: REGISTERS * 3 // 8, True: REGISTERS // 4}
 """Bytes of them that the tiles of a state may take, forward and (``True``) backward, where tokens take more."""
+FUSED_SIZE, FUSED_ROWS = 64, 64
+"""The largest chunks and heads of the fused schedule, and the rows from which on it is chosen."""
 RESIDENT = {"write_kernel": "write_resident_kernel", "write_backward_kernel": "write_backward_resident_kernel"}
 """The kernels that have two schedules: by the name of the streamed one, the resident one's."""
 
@@ -74,6 +79,8 @@ def schedule(
 
     ``products``: what :func:`operands` said; ``None`` for a kernel without products of matrices.
     """
+    if kernel.startswith("linear"):
+        return dict(TOKENS=tile(b), OUT=tile(d_out), WIDTH=tile(width), num_warps=8, num_stages=1)
     backward, is_resident = kernel.startswith("write_backward"), kernel in RESIDENT.values()
     if products is not None and on_matrix_units(products) and products["UNIT_ROWS"] == 64:
         tokens = 16 if is_resident else 64
@@ -132,10 +139,8 @@ def resident(
     Raises:
         BackendError: the environment names no schedule, or asks to keep a state larger than the registers.
     """
-    chosen = os.environ.get(VARIABLE) or "auto"
-    if chosen not in SCHEDULES:
-        raise BackendError(f"{VARIABLE}={chosen}: no such schedule; expected {', '.join(SCHEDULES)}")
-    if chosen == "auto":
+    chosen = _chosen()
+    if chosen in ("auto", "fused"):
         room = ROOM[backward] // (layers if backward else 1)  # two layers have more tiles of tokens, too
         fits = state_bytes(layers, parts, d_in, width, d_out, backward=backward, wide=wide) <= room
         return fits and on_matrix_units(products)
@@ -146,6 +151,35 @@ def resident(
             f"multiprocessor has {REGISTERS // 1024}; expected auto or streamed"
         )
     return chosen == "resident"
+
+
+def fused(rows: int, layers: int, chunk: int, d_in: int, d_out: int, plain: bool, products: dict[str, Any]) -> bool:
+    """Whether all chunks are written and read in one launch, with a program for each of the ``rows``.
+
+    ``plain``: without a window, a gated network, thresholds for each token, and reads at the anchor.
+
+    With few rows, reads of all chunks at once keep more multiprocessors busy.
+
+    Raises:
+        BackendError: the environment names no schedule, or asks for this one where it cannot be had.
+    """
+    can = plain and layers == 1 and max(chunk, d_in, d_out) <= FUSED_SIZE
+    chosen = _chosen()
+    if chosen == "fused" and not can:
+        raise BackendError(
+            f"{VARIABLE}=fused: takes memories of one layer, without a window, thresholds for each token and reads at "
+            f"the anchor, with heads and chunks of up to {FUSED_SIZE}; got {layers} layers, heads of "
+            f"{max(d_in, d_out)} and chunks of {chunk}; expected auto, resident or streamed"
+        )
+    suits = rows >= FUSED_ROWS and on_matrix_units(products) and products["UNIT_ROWS"] == 64
+    return can and (chosen == "fused" or (chosen == "auto" and suits))
+
+
+def _chosen() -> str:
+    chosen = os.environ.get(VARIABLE) or "auto"
+    if chosen not in SCHEDULES:
+        raise BackendError(f"{VARIABLE}={chosen}: no such schedule; expected {', '.join(SCHEDULES)}")
+    return chosen
 
 
 def operands(dtype: torch.dtype, given: torch.dtype | None = None) -> dict[str, Any]:

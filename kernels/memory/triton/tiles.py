@@ -30,6 +30,12 @@ def _rounded(x, LOST: tl.constexpr):
 
 
 @triton.jit
+def as_bfloat16(x):
+    """float32 with the digits of bfloat16."""
+    return _rounded(x, 16) if _INTERPRETED else x.to(tl.bfloat16).to(tl.float32)
+
+
+@triton.jit
 def load(x, row, column, rows, columns, WIDE: tl.constexpr):
     """A tile of a matrix of ``columns`` columns."""
     inside = (row < rows)[:, None] & (column < columns)[None, :]
@@ -42,6 +48,21 @@ def store(x, row, column, rows, columns, values):
         values = _rounded(values, 16)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     tl.store(x + row[:, None] * columns + column[None, :], values, mask=inside)
+
+
+@triton.jit
+def load_rows(x, t, column, stop, columns, step):
+    """Some columns of the tokens before ``stop``, ``step`` numbers from each to the next."""
+    inside = (t < stop)[:, None] & (column < columns)[None, :]
+    return tl.load(x + t[:, None].to(tl.int64) * step + column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_rows(x, t, column, stop, columns, step, values):
+    if _INTERPRETED and x.dtype.element_ty == _BFLOAT16:
+        values = _rounded(values, 16)
+    inside = (t < stop)[:, None] & (column < columns)[None, :]
+    tl.store(x + t[:, None].to(tl.int64) * step + column[None, :], values, mask=inside)
 
 
 @triton.jit

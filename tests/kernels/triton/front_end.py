@@ -135,7 +135,7 @@ def others(dtype: torch.dtype = torch.float32, size: int = 1, rows: int = 1, tim
 
 def everything(**given: Any) -> None:
     for depth, full in itertools.product((1, 2), (True, False)):
-        for schedule in ("streamed", "resident"):
+        for schedule in ("streamed", "resident", *["fused"] * (depth == 1)):
             memory(depth, full, True, schedule, **given)
         memory(depth, full, False, backend="triton_step", **given)
     others(given.get("dtype", torch.float32))
@@ -148,6 +148,8 @@ def at_length(rows: int, time: int, position: int) -> list[str]:
     for schedule in ("streamed", "resident"):
         memory(2, True, True, schedule, position=position, **given)
         memory(2, True, False, schedule, position=position, **given)
+    for learned in (True, False):
+        memory(1, True, learned, "fused", position=position, **given)
     memory(2, True, False, backend="triton_step", position=position, **given | dict(time=1))
     others(size=16, rows=rows, time=time)
     return [compiled[key][0] for key in compiled if key not in before]

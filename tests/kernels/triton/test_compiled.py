@@ -152,6 +152,17 @@ def test_a_state_of_one_layer_that_stays(target):
         assert all(row["wgmma"] > 0 and row["mma"] == 0 for row in rows), rows
 
 
+@pytest.mark.parametrize("dim", [64, pytest.param(48, marks=pytest.mark.slow)])
+def test_a_memory_of_one_matrix_written_and_read_in_one_launch(dim):
+    """All products are of the kind that takes 64 rows. With a norm, clipping and momentum a thread spills a little."""
+    rows = compiled("sm_90", layers=1, dim=dim, chunk=64, kernel="linear")
+    names = ("linear_kernel", "linear_read_backward_kernel", "linear_write_backward_kernel")
+    assert tuple(row["kernel"].rpartition(".")[2] for row in rows) == names
+    assert all(row["wgmma"] > 0 and row["mma"] == 0 for row in rows), rows
+    assert_fits(rows[:2], "sm_90", 0)
+    assert_fits(rows[2:], "sm_90", 32 if dim == 64 else 128)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dim, both", [(64, False), (32, False), (16, True)])
 def test_states_of_two_layers_that_stay(dim, both):

@@ -33,7 +33,7 @@ def test_shares_are_of_the_rates_that_were_measured_in_the_same_run():
 
 def test_goals_against_others_compare_equal_shapes():
     flat = dict(DEEP, layers=1, rows=128, length=2048, seconds=3.0)
-    rule = dict(what="gated delta rule", direction="both", rows=128, length=2048, seconds=2.0)
+    rule = dict(what="gated delta rule", direction="both", rows=128, length=2048, d=128, seconds=2.0)
     assert reached([flat, rule, dict(flat, rows=16, seconds=9.0)], "memory of one layer") == ("1.50", False)
     step = dict(what="training step", length=32768, compiled=False, graphs=False)
     rows = [dict(step, model="mag-170m", seconds=2.0), dict(step, model="transformer-170m", seconds=3.0)]

@@ -134,9 +134,10 @@ def test_every_run_gives_the_same_bits():
 
 
 @pytest.mark.parametrize("given, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), slow(torch.float16, 2e-3)])
-@pytest.mark.parametrize("depth", [1, 2])
-def test_dtypes(given, tolerance, depth):
+@pytest.mark.parametrize("kind, depth", [("resident", 1), ("resident", 2), ("fused", 1)])
+def test_dtypes(monkeypatch, given, tolerance, kind, depth):
     """As good as the streamed schedule has to be: see ``test_network.py``."""
+    monkeypatch.setenv(schedule.VARIABLE, kind)
     leaves = [x.float() for x in inputs(time=20, d_in=32, hidden=64, depth=depth)]
     leaves[:3] = [x.to(given) for x in leaves[:3]]
     exact = results([x.double() for x in leaves], "reference", chunk=16)
