@@ -267,8 +267,8 @@ class BatchedNetwork(ChunkNetwork):
         """Add to ``to`` ``[..., parts]`` the inner products of ``x`` ``[..., units]`` with ``[..., parts * units]``."""
         width, tokens = x.shape[-1], x.numel() // x.shape[-1]
         launch(
-            inner_kernel, (triton.cdiv(tokens, 16),), x, parts, to, tokens, width, PARTS=to.shape[-1], SIGN=sign,
-            TOKENS=16, BLOCK=tile(width, 128), WIDE=wide(to),
+            inner_kernel, (triton.cdiv(tokens, TOKENS),), x, parts, to, tokens, width, PARTS=to.shape[-1], SIGN=sign,
+            TOKENS=TOKENS, BLOCK=tile(width, 128), WIDE=wide(to),
         )  # fmt: skip
 
     @staticmethod
