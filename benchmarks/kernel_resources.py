@@ -170,7 +170,8 @@ def batched(
             known |= dict(rows=sizes[0])
             if kernel is products.state_backward_kernel:
                 kind = net
-        yield kernel, kind | products.product_tiles(8, *sizes, net), known
+        parts = net["PARTS"] if kernel is products.product_kernel else 1
+        yield kernel, kind | products.product_tiles(8, *sizes, net, parts), known
 
 
 def compiled(kernel: Any, fixed: dict[str, Any], sizes: dict[str, int], target: str) -> dict[str, Any]:

@@ -98,18 +98,21 @@ class BatchedNetwork(ChunkNetwork):
     ) -> None:
         last = len(weights) - 1
         for l, weight in enumerate(weights):
-            if l:
-                self._for_hidden(hidden_kernel, to.inputs[l], to.outputs[l - 1], to.inputs[l])
+            after = to.inputs[l + 1] if l < last else None
             if not outputs_known:
-                self.product(to.inputs[l], weight.mT, to.outputs[l], fine=True)
+                self.products(to.inputs[l], weight.mT, to.outputs[l], fine=True, **self._then(after))
+            if after is not None and (outputs_known or self.gated):
+                self._for_hidden(hidden_kernel, after, to.outputs[l], after)
         self._for_errors(
             error_kernel, to, to.outputs[last], to.inputs[0], values, to.deltas[0] if to.deltas else None, gain,
             to.unclipped[last],
         )  # fmt: skip
         for l in range(last - 1, -1, -1):
             g = to.upstream[l] if to.upstream else self.scratch("upstream", *to.inputs[l + 1].shape)
-            self.product(to.unclipped[l + 1], weights[l + 1], g, fine=True)
-            self._for_hidden(hidden_backward_kernel, g, g, to.outputs[l], None, to.unclipped[l])
+            below = self._then(to.unclipped[l], to.outputs[l])
+            self.products(to.unclipped[l + 1], weights[l + 1], g, fine=True, **below)
+            if self.gated:
+                self._for_hidden(hidden_backward_kernel, g, g, to.outputs[l], None, to.unclipped[l])
         if self.clip is not None:
             self.clip_errors(to)
 
@@ -230,16 +233,20 @@ class BatchedNetwork(ChunkNetwork):
                 grad.deltas[0][i] if grad.deltas else None, grad_gain,
             )  # fmt: skip
             for l in range(last, -1, -1):
-                if l < last:
-                    g = like(f"grad output {l}", *now.outputs[l].shape)
-                    self._for_hidden(
-                        hidden_backward_kernel, grad_inputs[l + 1], grad_inputs[l + 1], now.outputs[l], through[l], g
-                    )
                 pairs = [(g, now.inputs[l]), *([(now.unclipped[l], grad_upstream[l - 1])] if l else [])]
                 of_anchor = None if grad_anchor is None or i else grad_anchor[l]
                 mix = (decay.mix[i], grad.stacks[l][i + 1]) if isinstance(ends, _Ends) else (None, None)
                 self.products.state_backward(pairs, grad.stacks[l][i], of_anchor, *mix)
-                self.add_product(grad_inputs[l], g, weights[l])
+                x = grad_inputs[l]
+                if l:
+                    z, curved = now.outputs[l - 1], through[l - 1]
+                    below = like(f"grad output {l - 1}", *z.shape)
+                    self.products(g, weights[l], x, onto=x, **self._then(below, z, curved))
+                    if self.gated:
+                        self._for_hidden(hidden_backward_kernel, x, x, z, curved, below)
+                    g = below
+                else:
+                    self.add_product(x, g, weights[l])
         return grad_values, *ends.gradients(), None if grad_gain is None else grad_gain.sum(1, keepdim=True)
 
     def ends(self, decay: ChunkDecay, written: Written, grad: WrittenGrad) -> Ends:
@@ -252,6 +259,11 @@ class BatchedNetwork(ChunkNetwork):
             self._for_clip(clip_backward_kernel, now, grad_errors[0], grad_inputs[0], grad_errors[-1], grad_inputs[-1])
 
     # -- launches --------------------------------------------------------------------------------------------------
+
+    def _then(self, also: Tensor | None, z: Tensor | None = None, through: Tensor | None = None) -> dict[str, Any]:
+        """For a product's launch: what follows from the result at a hidden layer, unless that has two products."""
+        activation = self._hidden["ACTIVATION"]
+        return {} if self.gated or also is None else dict(also=also, z=z, through=through, activation=activation)
 
     def _for_hidden(self, kernel: Any, like: Tensor, *tensors: Tensor | None) -> None:
         """``like``: ``[..., units]``."""

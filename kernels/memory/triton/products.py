@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...triton_runtime import launch
 from .schedule import on_matrix_units, tile
-from .tiles import coefficient, dot
+from .tiles import activate, coefficient, dot, slope
 from .write_backward_kernels import over_tokens
 
 PROGRAMS = 128
@@ -35,7 +35,8 @@ class Products:
     def __call__(
         self, a: Tensor, b: Tensor, to: Tensor | None = None, *, onto: Tensor | None = None, sign: int = 1,
         weights: Tensor | None = None, times: Tensor | None = None, last: int = 0, each: Tensor | None = None,
-        fine: bool = False,
+        fine: bool = False, also: Tensor | None = None, z: Tensor | None = None, through: Tensor | None = None,
+        activation: int = 0,
     ) -> Tensor:  # fmt: skip
         """``onto + sign times (sum_p weights_p (a b_p))``.
 
@@ -51,6 +52,10 @@ class Products:
             last: of ``times``.
             each: where to store the products ``a b_p``, ``[batch, rows, parts, columns]``.
             fine: one that needs all digits.
+            also: where to store the activation of the result, or with ``z`` the result times the activation's slope
+                there, plus ``through``. All three are as ``to``, contiguous.
+            z, through: of ``also``.
+            activation: its number (``ACTIVATION_NUMBERS``).
         """
         b = b if b.dim() == 4 else b.unsqueeze(1)
         (batch, rows, depth), (parts, columns) = a.shape, b.shape[1::2]
@@ -59,12 +64,12 @@ class Products:
         for x in (to, onto):
             assert x is None or x[0].is_contiguous()
         dense = [None if x is None else x.contiguous() for x in (weights, times)]
-        fixed = product_tiles(batch, rows, columns, depth, self._products) | self._kind(a, fine)
+        fixed = product_tiles(batch, rows, columns, depth, self._products, parts) | self._kind(a, fine)
         tiles = triton.cdiv(rows, fixed["ROWS"]) * triton.cdiv(columns, fixed["COLUMNS"])
         launch(
-            product_kernel, (batch * tiles,), a, b, *dense, onto, to, each, rows, columns, depth, last,
-            *a.stride(), *b.stride(), 0 if onto is None else onto.stride(0), to.stride(0),
-            PARTS=parts, SIGN=sign, **fixed,
+            product_kernel, (batch * tiles,), a, b, *dense, onto, to, each, also, z, through,
+            rows, columns, depth, last, *a.stride(), *b.stride(), 0 if onto is None else onto.stride(0), to.stride(0),
+            PARTS=parts, SIGN=sign, ACTIVATION=activation, **fixed,
         )  # fmt: skip
         return to
 
@@ -148,13 +153,16 @@ def wide(like: Tensor) -> Any:
     return tl.float64 if like.dtype == torch.float64 else tl.float32
 
 
-def product_tiles(batch: int, rows: int, columns: int, depth: int, products: dict[str, Any]) -> dict[str, int]:
-    """The tiles of a product and its launch: narrower ones for few programs."""
+def product_tiles(
+    batch: int, rows: int, columns: int, depth: int, products: dict[str, Any], parts: int = 1
+) -> dict[str, int]:
+    """The tiles of a product and its launch: narrower ones for few programs, and more warps for sums of ``parts``."""
     most = 64 if on_matrix_units(products) and products["UNIT_ROWS"] == 64 else 32
     across = tile(columns, most)
     if batch * triton.cdiv(rows, most) * triton.cdiv(columns, across) < PROGRAMS:
         across = min(across, 32)
-    return dict(ROWS=tile(rows, most), COLUMNS=across, DEPTH=tile(depth, most), num_warps=4, num_stages=2)
+    warps = 8 if parts > 1 and most == 64 else 4
+    return dict(ROWS=tile(rows, most), COLUMNS=across, DEPTH=tile(depth, most), num_warps=warps, num_stages=2)
 
 
 # -- kernels -----------------------------------------------------------------------------------------------------------
@@ -173,11 +181,11 @@ def _place(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit(do_not_specialize=("rows", "depth", "last"))
 def product_kernel(
-    left, right, weights, times, onto, to, each,
+    left, right, weights, times, onto, to, each, also, z, through,
     rows, columns, depth, last,
     left_batch, left_row, left_column, right_batch, right_part, right_row, right_column, onto_batch, to_batch,
-    PARTS: tl.constexpr, SIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-    OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, SIGN: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr, OPERAND: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of a product (``Products.__call__``)."""
     at, m, n = _place(rows, columns, ROWS, COLUMNS)
@@ -209,6 +217,15 @@ def product_kernel(
         total += tl.load(onto + at * onto_batch + place, mask=inside, other=0.0).to(WIDE)
         tl.debug_barrier()  # it may be ``to``
     tl.store(to + at * to_batch + place, total, mask=inside)
+    if also is not None:
+        here = at * rows * columns + place
+        if z is None:
+            total = activate(total, ACTIVATION)
+        else:
+            total *= slope(tl.load(z + here, mask=inside, other=0.0).to(WIDE), ACTIVATION)
+        if through is not None:
+            total += tl.load(through + here, mask=inside, other=0.0).to(WIDE)
+        tl.store(also + here, total, mask=inside)
 
 
 @triton.jit

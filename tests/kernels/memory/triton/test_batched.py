@@ -4,10 +4,12 @@ import itertools
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from titans_build.kernels.dispatch import BackendError
 from titans_build.kernels.memory import MEMORY, read_memory
 from titans_build.kernels.memory.decay_torch import chunk_decay, end_decay
+from titans_build.kernels.memory.network_torch import ACTIVATION_NUMBERS
 
 pytest.importorskip("triton")
 from titans_build.kernels.memory.triton.products import Products
@@ -95,6 +97,12 @@ def test_products_with_what_comes_before_and_after_them():
     expected = -(x @ right.mT * scores).tril(30)
     scores[:, 0, 40] = torch.nan
     torch.testing.assert_close(product(x, right.mT, times=scores, last=30, sign=-1), expected)
+    # what follows at a hidden layer
+    also, z, through = normal(3, 35, 70), normal(3, 35, 70), normal(3, 35, 70)
+    y = product(x, right.mT, also=also, activation=ACTIVATION_NUMBERS["silu"])
+    torch.testing.assert_close(also, F.silu(y))
+    y = product(x, right.mT, also=also, z=z, through=through, activation=ACTIVATION_NUMBERS["relu"])
+    torch.testing.assert_close(also, y * (z > 0) + through)
 
 
 @pytest.mark.parametrize("parts", [1, 2])
