@@ -109,6 +109,7 @@ def inner_kernel(
             y = tl.load(parts + place, mask=(t < tokens)[:, None] & (h < width)[None, :], other=0.0).to(WIDE)
             found += tl.sum(load_tokens(x, 0, t, h, tokens, width, WIDE) * y, axis=1)
         before = tl.load(to + t * PARTS + part, mask=t < tokens, other=0.0).to(WIDE)
+        tl.debug_barrier()  # other threads may not have loaded yet
         tl.store(to + t * PARTS + part, before + SIGN * found, mask=t < tokens)
 
 

@@ -104,9 +104,12 @@ def memory(
         read_memory(q, part(), "gelu", gain, backend="triton").sum().backward()
 
 
-def others(dtype: torch.dtype = torch.float32, size: int = 1, rows: int = 1, time: int = 1) -> None:
+def others(
+    dtype: torch.dtype = torch.float32, size: int = 1, rows: int = 1, time: int = 1, batched: bool = False
+) -> None:
     from titans_build.kernels.memory import MemoryState, Options, Tokens
     from titans_build.kernels.memory.operation import run_memory
+    from titans_build.kernels.memory.triton.batched import batched_memory
     from titans_build.kernels.norm_gate.form import GATE, Form
     from titans_build.kernels.norm_gate.triton import gated
     from titans_build.kernels.rotary.triton import normed_rotation
@@ -118,8 +121,11 @@ def others(dtype: torch.dtype = torch.float32, size: int = 1, rows: int = 1, tim
         q, gate, alpha = (ones(rows, time, 1, *last, dtype=dtype) for last in ((size,), (), (depth * size,)))
         layers = tuple(ones(rows, 1, size, size, dtype=dtype) for _ in range(depth))
         state = MemoryState(layers, layers if momentum else (), layers, torch.zeros(rows, dtype=torch.int64))
-        tokens = Tokens(q, q, q, gate, gate if momentum else None, alpha)
-        run_memory(tokens, state, None, None, Options(16, "gelu", None, "after"), "triton")[0].sum().backward()
+        tokens, options = Tokens(q, q, q, gate, gate if momentum else None, alpha), Options(16, "gelu", 0.3, "after")
+        run_memory(tokens, state, None, None, options, "triton")[0].sum().backward()
+        tokens = tokens._replace(alpha=gate)
+        if batched:
+            batched_memory(tokens, state, ones(1, size, dtype=dtype), None, options)[0].sum().backward()
     convolve(x, ones(size, 1, dtype=dtype)).sum().backward()
     taps, before, length = ones(3 * size, 2, dtype=dtype), ones(rows, 1, 3 * size, dtype=dtype), torch.ones(rows).long()
     sum(
@@ -138,7 +144,7 @@ def everything(**given: Any) -> None:
         for schedule in ("streamed", "resident", *["fused"] * (depth == 1)):
             memory(depth, full, True, schedule, **given)
         memory(depth, full, False, backend="triton_step", **given)
-    others(given.get("dtype", torch.float32))
+    others(given.get("dtype", torch.float32), batched=True)
 
 
 def at_length(rows: int, time: int, position: int) -> list[str]:
@@ -152,7 +158,8 @@ def at_length(rows: int, time: int, position: int) -> list[str]:
         memory(1, True, learned, "fused", position=position, **given)
     memory(2, True, False, backend="triton_step", position=position, **given | dict(time=1))
     others(size=16, rows=rows, time=time)
-    return [compiled[key][0] for key in compiled if key not in before]
+    # a piece of one token has matrices with strides of 1, for which batched products are compiled once more
+    return [name for key, (name, _) in compiled.items() if key not in before and not name.endswith("product_kernel")]
 
 
 def stored_too_early(program: str) -> list[str]:

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[2] / "kernels"
-KERNELS = 27
+KERNELS = 38
 
 
 @pytest.fixture(scope="module")
