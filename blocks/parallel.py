@@ -113,6 +113,7 @@ class Parallel:
         self.gather_outputs, self.recompute, self.how = gather_outputs, recompute, context
         self._layers, self._dim, self._on_cpu = model.layers, model.dim, next(model.parameters()).is_cpu
         self._steps: dict[tuple[int, int], list[Step]] = {}
+        self._count = _count(model)
         self.whole = False
         """Whether each rank computes all tokens."""
         numbers = torch.tensor([model.fingerprint.number, _checksum(model)], device=next(model.parameters()).device)
@@ -153,6 +154,11 @@ class Parallel:
         cu_seqlens: Tensor | None,
     ) -> ContextCall | None:
         """Begin a call of the model with inputs ``[batch, time, ...]``; ``None`` if each rank computes all tokens."""
+        if torch.is_grad_enabled() and (count := _count(model)) != self._count:
+            self.refuse(
+                f"model: it has {count} parameters, and had {self._count} in parallelize: the ranks do not share "
+                "gradients of those that are added later: put in layers (LoRA) before"
+            )
         ranks, length = self.context, shape[1]
         packed = documents is not None or cu_seqlens is not None
         alone = ranks.size == 1 and not (packed and self.data.size > 1 and torch.is_grad_enabled())
@@ -238,6 +244,10 @@ def _checksum(model: Any) -> int:
         if not is_sharded(x):
             digest.update(sums_of_bits(x))
     return int.from_bytes(digest.digest(), "big", signed=True)
+
+
+def _count(model: Any) -> int:
+    return sum(1 for _ in model.named_parameters(remove_duplicate=False))
 
 
 def _shard_parameters(model: Any, mesh: DeviceMesh, parallel: Parallel, reshard_after_forward: bool) -> None:

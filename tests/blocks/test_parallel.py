@@ -440,6 +440,9 @@ def refused(mesh: Any) -> None:
     tokens = torch.zeros(1, 3, dtype=torch.int64)
     cache = tb.PrefixCache(1 << 20)
     expect("prefix_cache: a model on a mesh .* cannot use one", model.generate, tokens, prefix_cache=cache)
+    model.layers[0].adapter = nn.Linear(2, 2, bias=False)
+    expect(r"model: it has \d+ parameters, and had \d+ in parallelize", model, torch.zeros(1, 4, dtype=torch.int64))
+    del model.layers[0].adapter
     expect("a sequence of 1 tokens is shorter than the 2 ranks", model, tokens[:, :1])
     expect("a sequence of 3 tokens cannot be shared by the 2 ranks of the mesh's context", model, tokens)
 
