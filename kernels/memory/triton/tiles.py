@@ -251,7 +251,7 @@ _RELU, _SILU, _GELU = (tl.constexpr(ACTIVATION_NUMBERS[name]) for name in ("relu
 @triton.jit
 def activate(z, ACTIVATION: tl.constexpr):
     if ACTIVATION == _RELU:
-        z = tl.maximum(z, 0.0)
+        z = tl.where(z < 0, 0.0, z)  # NaN stays, which tl.maximum would lose
     elif ACTIVATION == _SILU:
         z = z / (1 + tl.exp(-z))
     elif ACTIVATION == _GELU:

@@ -115,5 +115,5 @@ def test_which_memories_it_takes(memory_case):
     for case, options in ((deep, {}), (linear, {"chunk": 4}), (linear, {"clip": 1.0}), (linear, {"threshold": 1.0})):
         with pytest.raises(BackendError, match="takes one matrix and chunks of one token"):
             case.run(backend="native_linear", **{"chunk": 1, **options})
-    with pytest.raises(BackendError, match="does not know decays for each channel"):
-        run(inputs(linear, "channel"), "triton")
+    with pytest.raises(BackendError, match="does not know decays before the gradient"):
+        run(inputs(linear, "channel"), "triton", decay_first=True)
